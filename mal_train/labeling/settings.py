@@ -1,0 +1,92 @@
+"""How boxes become masks: the settings that travel inside a checkpoint, and the size classes. No torch.
+
+A label depends on the weights and on what stands here, and on nothing else.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mal_train.errors import ConfigError
+
+SIZE_NAMES = ("small", "medium", "large")
+SIZE_BOUNDS = (32.0**2, 96.0**2)
+"""Upper bounds in px² of small and medium, inclusive: (0, 32²], (32², 96²], above (COCO's classes)."""
+
+
+class Compat(StrEnum):
+    """`tao` reproduces the published implementation where ours differs on purpose."""
+
+    NONE = "none"
+    TAO = "tao"
+
+
+class Branch(StrEnum):
+    """Which network answers; `mixed` is the mean of the two logit maps."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
+    MIXED = "mixed"
+
+
+def size_class(area: ArrayLike) -> NDArray[np.int64]:
+    """Class 0, 1, 2 (small, medium, large) of areas in px², any shape. Every positive area belongs to one.
+
+    >>> size_class([1024.0, 1024.5, 9216.0, 9217.0]).tolist()
+    [0, 1, 1, 2]
+    """
+    return np.searchsorted(np.asarray(SIZE_BOUNDS), np.asarray(area, dtype=np.float64), side="left").astype(np.int64)
+
+
+def network_branch(area: ArrayLike, compat: Compat) -> NDArray[np.int64]:
+    """Size branch of the network for box areas in px²: `size_class`, but −1 (no branch, zero logits) under `tao` for
+    an area of exactly 32² or 96², which the published network leaves to none of its three strict intervals.
+    """
+    area_array = np.asarray(area, dtype=np.float64)
+    branch = size_class(area_array)
+    if compat is Compat.TAO:
+        branch = np.where(np.isin(area_array, SIZE_BOUNDS), -1, branch)
+    return branch
+
+
+@dataclass(frozen=True)
+class LabelerConfig:
+    """What turns a box into a crop and a probability map into a mask.
+
+    Attributes:
+        crop_size: side in px of the square network input; a multiple of the backbone's patch size.
+        margin_rate: the window is the box grown by half of this on every side (of the half extent); 0.6 in TAO.
+        mask_thres: thresholds in (0, 1) for small, medium and large boxes; a pixel is mask when its probability exceeds it.
+        compat: see `Compat`.
+    """
+
+    crop_size: int = 512
+    margin_rate: float = 0.6
+    mask_thres: tuple[float, float, float] = (0.1, 0.1, 0.1)
+    compat: Compat = Compat.NONE
+
+    def __post_init__(self) -> None:
+        if self.crop_size < 1:
+            raise ConfigError(f"crop_size: {self.crop_size} px; it must be a positive multiple of the patch size")
+        if not 0.0 <= self.margin_rate <= 4.0:
+            raise ConfigError(f"margin_rate: {self.margin_rate}; it must lie in [0, 4] (TAO uses 0.6)")
+        if len(self.mask_thres) != 3 or not all(0.0 < t < 1.0 for t in self.mask_thres):
+            raise ConfigError(f"mask_thres: {self.mask_thres}; three thresholds between 0 and 1 (small, medium, large)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form kept in checkpoints."""
+        return {
+            "crop_size": self.crop_size,
+            "margin_rate": self.margin_rate,
+            "mask_thres": list(self.mask_thres),
+            "compat": str(self.compat),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "LabelerConfig":
+        """Inverse of `to_dict`."""
+        small, medium, large = (float(t) for t in data["mask_thres"])
+        return cls(int(data["crop_size"]), float(data["margin_rate"]), (small, medium, large), Compat(data["compat"]))
