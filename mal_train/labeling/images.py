@@ -1,0 +1,128 @@
+"""Bytes become RGB pixels here and nowhere else in the repository.
+
+Pillow decodes, behind an allow-list of formats and a look at the header's size before any pixel is read: OpenCV takes
+4 GiB for a forged 49-byte PNG and rotates by EXIF, Pillow does neither. Pixels stay as stored (EXIF orientation is
+ignored), because COCO boxes refer to stored pixels.
+"""
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from mal_train.errors import BadImage
+
+RgbImage = NDArray[np.uint8]
+"""(H, W, 3), uint8, RGB, C-contiguous."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What is refused before it is decoded: file size in bytes, area and longest side in px."""
+
+    max_bytes: int = 32 * 1024 * 1024
+    max_pixels: int = 64_000_000
+    max_side: int = 16_384
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def decode_image(
+    data: bytes,
+    *,
+    expected_wh: tuple[int, int] | None = None,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    name: str = "image",
+) -> RgbImage:
+    """RGB pixels (H, W, 3) uint8 of an encoded JPEG, PNG, WebP, BMP or TIFF; of several frames the first.
+
+    Grey becomes three equal channels, CMYK is converted, alpha is dropped (the colour under it stays), 16-bit grey
+    keeps its upper byte.
+
+    Args:
+        data: the file's bytes.
+        expected_wh: (width, height) that COCO or the request states; another stored size is an error, since boxes
+            would be applied to a rotated or re-encoded picture.
+        limits: what to refuse.
+        name: how messages call the image.
+
+    Raises:
+        BadImage: with a `reason`; see `mal_train.errors.BadImage`.
+    """
+    if not data:
+        raise BadImage(f"{name}: 0 bytes; send the encoded file")
+    if len(data) > limits.max_bytes:
+        raise BadImage(f"{name}: {len(data)} bytes; the limit is {limits.max_bytes}", "IMAGE_TOO_LARGE")
+    try:
+        # Pillow warns of large pictures by itself; our own limit below is the one that decides.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                _check_size(picture.size, expected_wh, limits, name)
+                return _to_rgb(picture)
+    except UnidentifiedImageError:
+        raise BadImage(f"{name}: not a picture we read; use {', '.join(FORMATS)}", "IMAGE_FORMAT") from None
+    except Image.DecompressionBombError:
+        raise BadImage(f"{name}: more pixels than {limits.max_pixels}; shrink it", "IMAGE_TOO_LARGE") from None
+    # What Pillow's decoders raise on damaged files, SyntaxError for broken PNG chunks and MemoryError for absurd
+    # sizes in sub-headers included.
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError, MemoryError,
+            OverflowError, ZeroDivisionError) as error:  # fmt: skip
+        raise BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or cut off") from None
+
+
+def read_image(
+    path: Path, *, expected_wh: tuple[int, int] | None = None, limits: ImageLimits = DEFAULT_LIMITS
+) -> RgbImage:
+    """`decode_image` of a file. A missing or unreadable file is a `BadImage` with reason IMAGE_NOT_FOUND."""
+    try:
+        if path.stat().st_size > limits.max_bytes:
+            raise BadImage(f"{path}: {path.stat().st_size} bytes; the limit is {limits.max_bytes}", "IMAGE_TOO_LARGE")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadImage(f"{path}: cannot be read ({reason}); check the image folder", "IMAGE_NOT_FOUND") from None
+    return decode_image(data, expected_wh=expected_wh, limits=limits, name=str(path))
+
+
+def encode_png(image: RgbImage) -> bytes:
+    """Lossless PNG bytes of an RGB (H, W, 3) or grey (H, W) uint8 array."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _check_size(size_wh: tuple[int, int], expected_wh: tuple[int, int] | None, limits: ImageLimits, name: str) -> None:
+    width, height = size_wh
+    if max(width, height) > limits.max_side or width * height > limits.max_pixels:
+        raise BadImage(
+            f"{name}: {width}x{height} px; the limits are {limits.max_side} px a side and {limits.max_pixels} px in all",
+            "IMAGE_TOO_LARGE",
+        )
+    if expected_wh is not None and expected_wh != (width, height):
+        hint = "; it looks rotated by EXIF: boxes refer to stored pixels" if expected_wh == (height, width) else ""
+        raise BadImage(
+            f"{name}: stored as {width}x{height} px but stated as {expected_wh[0]}x{expected_wh[1]}{hint}",
+            "IMAGE_SIZE_MISMATCH",
+        )
+
+
+def _to_rgb(picture: Image.Image) -> RgbImage:
+    if picture.mode.startswith("I;16") or picture.mode == "I":
+        # Pillow would clip 16-bit grey at 255; the upper byte keeps the picture.
+        wide = np.asarray(picture).astype(np.uint32)
+        grey = (np.minimum(wide, 65535) >> 8).astype(np.uint8)
+        return np.ascontiguousarray(np.repeat(grey[:, :, None], 3, axis=2))
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; convert to 8 bits a channel")
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # type: ignore[assignment]
+    return np.ascontiguousarray(picture.convert("RGB"), dtype=np.uint8)

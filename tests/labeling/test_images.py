@@ -1,0 +1,149 @@
+"""Decoding: what is read, what is refused, and that hostile bytes stay cheap."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mal_train.errors import BadImage
+from mal_train.labeling.images import ImageLimits, decode_image, encode_png, read_image
+
+
+def encoded(picture: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int = 40, width: int = 60) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png_header(width: int, height: int, idat_length: int = 0) -> bytes:
+    def chunk(kind: bytes, body: bytes, length: int | None = None) -> bytes:
+        size = len(body) if length is None else length
+        return struct.pack(">I", size) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"", idat_length)
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF"])
+def test_lossless_formats_keep_every_pixel(form: str) -> None:
+    image = noise()
+    np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(image), form)), image)
+
+
+def test_png_round_trip() -> None:
+    image = noise()
+    np.testing.assert_array_equal(decode_image(encode_png(image)), image)
+
+
+def test_every_mode_becomes_three_channels() -> None:
+    rgb = Image.fromarray(noise())
+    for picture, form in [
+        (rgb.convert("L"), "PNG"),
+        (rgb.convert("CMYK"), "JPEG"),
+        (rgb.convert("P"), "PNG"),
+        (rgb.convert("1"), "PNG"),
+        (rgb.convert("LA"), "PNG"),
+    ]:
+        image = decode_image(encoded(picture, form))
+        assert image.shape == (40, 60, 3)
+        assert image.dtype == np.uint8
+        assert image.flags.c_contiguous
+
+
+def test_sixteen_bit_grey_keeps_its_upper_byte() -> None:
+    wide = np.full((4, 5), 300, dtype=np.uint16)
+    wide[0, 0] = 65535
+    image = decode_image(encoded(Image.fromarray(wide), "PNG"))
+    assert image[1, 1].tolist() == [1, 1, 1]
+    assert image[0, 0].tolist() == [255, 255, 255]
+
+
+def test_alpha_is_dropped_and_the_colour_under_it_stays() -> None:
+    picture = Image.new("RGBA", (3, 3), (200, 10, 20, 0))
+    assert decode_image(encoded(picture, "PNG"))[0, 0].tolist() == [200, 10, 20]
+
+
+def test_exif_orientation_is_ignored_and_a_rotated_size_is_explained() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(noise(40, 80)), "JPEG", exif=exif.tobytes())
+    assert decode_image(data).shape == (40, 80, 3)
+    with pytest.raises(BadImage, match="rotated by EXIF") as caught:
+        decode_image(data, expected_wh=(40, 80))
+    assert caught.value.reason == "IMAGE_SIZE_MISMATCH"
+
+
+def test_first_page_of_a_tiff_is_read() -> None:
+    first, second = Image.new("RGB", (5, 5), (1, 2, 3)), Image.new("RGB", (5, 5), (9, 9, 9))
+    data = encoded(first, "TIFF", save_all=True, append_images=[second])
+    assert decode_image(data)[0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("cut", [0.02, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_truncated_files_are_refused(cut: float, form: str) -> None:
+    data = encoded(Image.fromarray(noise(200, 300)), form)
+    with pytest.raises(BadImage) as caught:
+        decode_image(data[: int(len(data) * cut)], name="image 12")
+    assert "image 12" in str(caught.value)
+    assert caught.value.reason in ("IMAGE_DECODE_FAILED", "IMAGE_FORMAT")
+
+
+def test_other_formats_and_text_are_refused() -> None:
+    animated = encoded(Image.fromarray(noise()), "GIF", save_all=True, append_images=[Image.fromarray(noise()[::-1])])
+    for data in (animated, b"this is not a picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>"):
+        with pytest.raises(BadImage, match="not a picture we read") as caught:
+            decode_image(data)
+        assert caught.value.reason == "IMAGE_FORMAT"
+    with pytest.raises(BadImage, match="0 bytes"):
+        decode_image(b"")
+
+
+def test_nine_hundred_megapixels_are_refused_from_the_header() -> None:
+    with pytest.raises(BadImage) as caught:
+        decode_image(png_header(30_000, 30_000))
+    assert caught.value.reason == "IMAGE_TOO_LARGE"
+
+
+def test_forged_chunk_length_is_a_decode_error() -> None:
+    with pytest.raises(BadImage):
+        decode_image(png_header(8, 8, 0xFFFFFFF0))
+
+
+def test_limits_are_named() -> None:
+    data = encode_png(noise())
+    for limits in (ImageLimits(max_bytes=10), ImageLimits(max_pixels=100), ImageLimits(max_side=50)):
+        with pytest.raises(BadImage, match="limit") as caught:
+            decode_image(data, limits=limits)
+        assert caught.value.reason == "IMAGE_TOO_LARGE"
+
+
+def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.jpg", tmp_path):
+        with pytest.raises(BadImage, match=path.name) as caught:
+            read_image(path)
+        assert caught.value.reason == "IMAGE_NOT_FOUND"
+
+
+def test_mutated_files_never_escape_the_error_tree() -> None:
+    rng = np.random.default_rng(7)
+    for form in ("JPEG", "PNG", "WEBP", "BMP", "TIFF"):
+        data = np.frombuffer(encoded(Image.fromarray(noise()), form), dtype=np.uint8)
+        for _ in range(150):
+            mutant = data.copy()
+            places = rng.integers(0, mutant.size, rng.integers(1, 9))
+            mutant[places] = rng.integers(0, 256, places.size)
+            try:
+                image = decode_image(mutant.tobytes())
+            except BadImage:
+                continue
+            assert image.ndim == 3
+            assert image.shape[2] == 3
