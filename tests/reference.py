@@ -1,4 +1,4 @@
-"""Finds the reference material (published outputs, COCO subsets, starting weights), which is not part of the repository."""
+"""Finds the reference material (published outputs, COCO subsets, weights), which is not part of the repository."""
 
 import os
 from pathlib import Path

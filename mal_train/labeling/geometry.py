@@ -117,7 +117,7 @@ def train_window(box_xywh: Box, margins: Sequence[float]) -> Window:
 
 
 def random_margins(rng: np.random.Generator, margin_rate: tuple[float, float]) -> tuple[float, float, float, float]:
-    """Margins (left, top, right, bottom) of training: u ⊙ (g₁, g₂, 1−g₁, 1−g₂), u uniform in margin_rate, g in [0, 1)."""
+    """Margins (left, top, right, bottom) of training: u ⊙ (g₁, g₂, 1−g₁, 1−g₂), u in margin_rate, g in [0, 1)."""
     return margins_from(rng.random(4), rng.random(2), margin_rate)
 
 

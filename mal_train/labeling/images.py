@@ -104,7 +104,7 @@ def _check_size(size_wh: tuple[int, int], expected_wh: tuple[int, int] | None, l
     width, height = size_wh
     if max(width, height) > limits.max_side or width * height > limits.max_pixels:
         raise BadImage(
-            f"{name}: {width}x{height} px; the limits are {limits.max_side} px a side and {limits.max_pixels} px in all",
+            f"{name}: {width}x{height} px; at most {limits.max_side} px a side and {limits.max_pixels} px in all",
             "IMAGE_TOO_LARGE",
         )
     if expected_wh is not None and expected_wh != (width, height):

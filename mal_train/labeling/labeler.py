@@ -135,7 +135,7 @@ class Labeler:
         """
         return [self._prepare_one(image, box, f"box {index}") for index, box in enumerate(boxes)]
 
-    def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
+    def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:
         """Foreground probabilities of crops of any images, in order.
 
         Raises:
@@ -180,7 +180,7 @@ class Labeler:
         self,
         image: RgbImage,
         boxes: Sequence[Sequence[float]],
-        options: RunOptions = RunOptions(),  # noqa: B008
+        options: RunOptions = RunOptions(),
         *,
         threshold: float | None = None,
         batch_size: int = 8,

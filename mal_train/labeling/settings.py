@@ -42,8 +42,9 @@ def size_class(area: ArrayLike) -> NDArray[np.int64]:
 
 
 def network_branch(area: ArrayLike, compat: Compat) -> NDArray[np.int64]:
-    """Size branch of the network for box areas in px²: `size_class`, but −1 (no branch, zero logits) under `tao` for
-    an area of exactly 32² or 96², which the published network leaves to none of its three strict intervals.
+    """Size branch of the network for box areas in px²: `size_class`, except −1 under `tao` for exactly 32² and 96².
+
+    Those the published network leaves to none of its three strict intervals: −1 means no branch and zero logits.
     """
     area_array = np.asarray(area, dtype=np.float64)
     branch = size_class(area_array)
@@ -59,7 +60,7 @@ class LabelerConfig:
     Attributes:
         crop_size: side in px of the square network input; a multiple of the backbone's patch size.
         margin_rate: the window is the box grown by half of this on every side (of the half extent); 0.6 in TAO.
-        mask_thres: thresholds in (0, 1) for small, medium and large boxes; a pixel is mask when its probability exceeds it.
+        mask_thres: thresholds in (0, 1) for small, medium and large boxes; mask is where the probability is above.
         compat: see `Compat`.
     """
 

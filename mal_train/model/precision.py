@@ -37,7 +37,7 @@ def resolve(precision: Precision | str, device: torch.device) -> torch.dtype:
 
 def _is_fast_at_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8  # noqa: PLR2004 — Ampere brought bf16 tensor cores
+        return torch.cuda.get_device_capability(device)[0] >= 8  # Ampere brought bf16 tensor cores
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,0 +1,49 @@
+# One verb each; CI runs the same verbs. PYTHON picks the interpreter for the environment, CONSTRAINTS the pinned versions.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+
+.PHONY: help demo test test-slow check protos bench clean
+
+help:
+	@echo "make demo    environment, synthetic scenes, training from boxes, server, masks, one HTML page"
+	@echo "make test    the whole test suite"
+	@echo "make check   format, lint, types, generated files"
+	@echo "make protos  regenerate the gRPC stubs"
+	@echo "make bench   the speed figures, as ratios"
+
+$(VENV)/.all: pyproject.toml $(CONSTRAINTS)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (PyTorch's Linux wheels bring several GB of CUDA libraries; the README says how to avoid them)"
+	@$(PIP) -e '.[all]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.all
+	@$(PIP) -e '.[all,dev]'
+	@touch $@
+
+demo: $(VENV)/.all
+	@$(BIN)/python deploy/demo.py
+
+test: $(VENV)/.dev
+	@$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	@$(BIN)/pytest -m slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHON=$(PYTHON) protos/generate.sh --check
+
+protos:
+	PYTHON=$(PYTHON) protos/generate.sh
+
+bench: $(VENV)/.dev
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) .venv-protos build dist demo_out results *.egg-info .mypy_cache .ruff_cache .pytest_cache
