@@ -398,8 +398,8 @@ class EvaluateResult(google.protobuf.message.Message):
     score_rank_correlation: builtins.float
     """Spearman's rank correlation of score and IoU, in [-1, 1]; unset below two instances or without spread."""
     score_calibration_error: builtins.float
-    """Expected calibration error: mean distance of score and IoU over bins of the score, in [0, 1]; unset when nothing was
-    measured.
+    """Expected calibration error: mean distance of score and IoU over bins of the score, in [0, 1]; unset when nothing
+    was measured.
     """
     @property
     def overall(self) -> global___GroupMiou:

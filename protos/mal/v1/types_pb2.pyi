@@ -67,13 +67,13 @@ class _MaskFlagEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     MASK_FLAG_EMPTY_MASK: _MaskFlag.ValueType  # 2
     """No pixel reached the threshold; the mask is empty and its score is 0."""
     MASK_FLAG_FULL_BOX: _MaskFlag.ValueType  # 3
-    """The mask fills its box: most likely the object was not separated from its surroundings."""
+    """The mask fills its box, cut to the image: most likely the object was not separated from its surroundings."""
     MASK_FLAG_TOO_SMALL: _MaskFlag.ValueType  # 4
-    """The box is so small that the mask is little more than a guess."""
+    """A side of the box, cut to the image, is at most 2 px: the mask is little more than a guess."""
     MASK_FLAG_LOW_AGREEMENT: _MaskFlag.ValueType  # 5
-    """Student and teacher disagree (only with compute_agreement)."""
+    """The masks of student and teacher have an IoU below 0.8 (only with compute_agreement)."""
     MASK_FLAG_MULTI_PART: _MaskFlag.ValueType  # 6
-    """The mask falls into several parts."""
+    """The mask falls into parts, and the second largest holds at least 1 % of it."""
 
 class MaskFlag(_MaskFlag, metaclass=_MaskFlagEnumTypeWrapper):
     """What a reviewer should know about a mask."""
@@ -85,13 +85,13 @@ MASK_FLAG_BOX_CLIPPED: MaskFlag.ValueType  # 1
 MASK_FLAG_EMPTY_MASK: MaskFlag.ValueType  # 2
 """No pixel reached the threshold; the mask is empty and its score is 0."""
 MASK_FLAG_FULL_BOX: MaskFlag.ValueType  # 3
-"""The mask fills its box: most likely the object was not separated from its surroundings."""
+"""The mask fills its box, cut to the image: most likely the object was not separated from its surroundings."""
 MASK_FLAG_TOO_SMALL: MaskFlag.ValueType  # 4
-"""The box is so small that the mask is little more than a guess."""
+"""A side of the box, cut to the image, is at most 2 px: the mask is little more than a guess."""
 MASK_FLAG_LOW_AGREEMENT: MaskFlag.ValueType  # 5
-"""Student and teacher disagree (only with compute_agreement)."""
+"""The masks of student and teacher have an IoU below 0.8 (only with compute_agreement)."""
 MASK_FLAG_MULTI_PART: MaskFlag.ValueType  # 6
-"""The mask falls into several parts."""
+"""The mask falls into parts, and the second largest holds at least 1 % of it."""
 global___MaskFlag = MaskFlag
 
 @typing.final
@@ -196,7 +196,7 @@ class LabelOptions(google.protobuf.message.Message):
     thresholds by size of the box.
     """
     compute_agreement: builtins.bool
-    """Also fill InstanceResult.agreement. Doubles the work on the device."""
+    """Also fill InstanceResult.agreement. Runs both networks: twice the work of one."""
     flip_test: builtins.bool
     """Average each probability map with that of the mirrored crop. Doubles the work on the device."""
     def __init__(
@@ -280,7 +280,7 @@ class InstanceResult(google.protobuf.message.Message):
     score: builtins.float
     """Mean foreground probability over the pixels of the mask, in [0, 1]; 0 for an empty mask."""
     agreement: builtins.float
-    """IoU in [0, 1] of the mask and the other network's mask; set when compute_agreement was asked."""
+    """IoU in [0, 1] of the student's and the teacher's mask of this object; set when compute_agreement was asked."""
     area_px: builtins.int
     """Number of pixels of the mask."""
     @property
