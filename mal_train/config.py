@@ -1,0 +1,361 @@
+"""The spec of `mal-train`: every field, its default, its range and its meaning. Opens no image, builds no network.
+
+Names and defaults follow the documented spec of TAO's Mask Auto Labeler, so that such a spec runs here unchanged.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mal_train.errors import ConfigError
+from mal_train.labeling.settings import Compat, LabelerConfig
+from mal_train.strictyaml import Strict, apply_overrides, load_yaml, validate
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Threshold = Annotated[float, Field(gt=0.0, lt=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Margin = Annotated[float, Field(ge=0.0, le=4.0)]
+
+NOT_HERE = {
+    "model_name": "not used here: checkpoints are named mal_model_*; remove it",
+    "wandb": "Weights & Biases is not connected here: metrics go to metrics.csv and TensorBoard; remove the section",
+    "train.num_nodes": "this version trains in one process; remove it",
+    "evaluate.num_nodes": "evaluation runs in one process; remove it",
+    "inference.num_nodes": "inference runs in one process; remove it",
+    "evaluate.trt_engine": "there is no TensorRT path; remove it and give evaluate.checkpoint",
+    "inference.trt_engine": "there is no TensorRT path; remove it and give inference.checkpoint",
+    "evaluate.comp_clustering": "the clustering score is not computed; remove it",
+    "train.cudnn": "not a setting here; remove the section",
+    "train.min_lr": "overwritten in TAO as well: give train.min_lr_rate",
+    "train.checkpoint_interval_unit": "checkpoints are counted in epochs; remove it",
+    "train.crf_omega": "without effect in the published code too; remove it",
+    "gpu_ids": "TAO 5's place; give train.gpu_ids",
+    "num_nodes": "this version runs in one process; remove it",
+    "checkpoint": "TAO 5's place; give evaluate.checkpoint or inference.checkpoint",
+    "train.save_every_k_epoch": "TAO 5's name; give train.checkpoint_interval",
+    "train.val_interval": "TAO 5's name; give train.validation_interval",
+}
+"""Fields of TAO specs that do not exist here, each with what to do instead."""
+
+
+class _OneProcess(Strict):
+    """Where a task runs."""
+
+    num_gpus: int = Field(default=1, ge=1, description="Number of GPUs; 1 in this version.")
+    gpu_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0,), min_length=1, description="Which GPU. Without CUDA on the machine the CPU does the work."
+    )
+
+    @model_validator(mode="after")
+    def _one_gpu(self) -> Self:
+        if self.num_gpus != 1 or len(self.gpu_ids) != 1:
+            raise ValueError(
+                f"num_gpus {self.num_gpus}, gpu_ids {list(self.gpu_ids)}: this version runs in one process; "
+                "set num_gpus to 1 and name one id"
+            )
+        return self
+
+
+class DatasetConfig(Strict):
+    """Which annotations and images."""
+
+    type: Literal["coco"] = Field(default="coco", description="Format of the annotation files.")
+    train_ann_path: str = Field(
+        default="", description="COCO JSON to train on; boxes are enough, masks in it are not used."
+    )
+    train_img_dir: str = Field(default="", description="Folder of its images.")
+    val_ann_path: str = Field(
+        default="", description="COCO JSON to validate and evaluate on; empty trains without validation."
+    )
+    val_img_dir: str = Field(default="", description="Folder of its images.")
+    load_mask: bool = Field(
+        default=True, description="Read the masks of the validation file, for mIoU and AP and to fit thresholds."
+    )
+    min_obj_size: float = Field(default=2048.0, ge=0.0, description="Train on boxes with an area above this many px².")
+    max_obj_size: float = Field(default=1e10, gt=0.0, description="Train on boxes with an area below this many px².")
+    crop_size: int = Field(
+        default=512, ge=1, description="Side of the square network input in px; a multiple of the patch size."
+    )
+    num_workers_per_gpu: int = Field(
+        default=2, ge=0, description="Processes that prepare training crops; 0: the main process."
+    )
+
+    @model_validator(mode="after")
+    def _sizes_in_order(self) -> Self:
+        if self.min_obj_size >= self.max_obj_size:
+            raise ValueError(f"min_obj_size {self.min_obj_size} must be below max_obj_size {self.max_obj_size}")
+        return self
+
+
+class NetworkConfig(Strict):
+    """Section `model`."""
+
+    arch: str = Field(
+        default="vit-mae-base/16", description="Backbone. vit-deit-small/16 starts from freely usable weights."
+    )
+    frozen_stages: tuple[Annotated[int, Field(ge=-1)], ...] = Field(
+        default=(-1,), description="Stages that stay as they are: 0 the patch embedding, i the i-th block, -1 none."
+    )
+    mask_head_num_convs: int = Field(default=4, ge=1, description="Convolutions of the mask head.")
+    mask_head_hidden_channel: int = Field(default=256, ge=1, description="Width inside the mask head.")
+    mask_head_out_channel: int = Field(
+        default=256, ge=1, description="Channels that the mask head and the RoI head meet in."
+    )
+    teacher_momentum: Fraction = Field(default=0.996, description="Share of the teacher that stays at every step.")
+    not_adjust_scale: bool = Field(default=False, description="true: one feature scale for boxes of every size.")
+    mask_scale_ratio_pre: int = Field(default=1, ge=1, description="Upsampling before the mask head.")
+    mask_scale_ratio: float = Field(default=2.0, gt=0.0, description="Upsampling inside the mask head.")
+    vit_dpr: BelowOne = Field(
+        default=0.0, description="Largest rate of stochastic depth, growing linearly from 0 over the blocks."
+    )
+
+
+class TrainConfig(_OneProcess):
+    """Section `train`."""
+
+    seed: int = Field(default=1234, ge=-1, description="Seed of everything random; -1 draws one.")
+    num_epochs: int = Field(default=10, ge=1, description="Passes over the boxes.")
+    checkpoint_interval: int = Field(
+        default=1, ge=1, description="Epochs between checkpoints; the last always writes one."
+    )
+    validation_interval: int = Field(default=1, ge=1, description="Epochs between validations.")
+    resume_training_checkpoint_path: str | None = Field(
+        default=None, description="Checkpoint to go on from; null: mal_model_latest.malckpt in the results folder."
+    )
+    results_dir: str | None = Field(
+        default=None, description="Folder of this task's results; null: <results_dir>/train."
+    )
+    pretrained_model_path: str | None = Field(
+        default=None,
+        description="Starting weights: a .pt, .pth, .safetensors or .malckpt file, or a timm name; null: random.",
+    )
+    batch_size: int = Field(default=3, ge=1, description="Boxes in a batch.")
+    accum_grad_batches: int = Field(default=1, ge=1, description="Batches whose gradients make one step.")
+    use_amp: bool = Field(
+        default=True, description="Mixed precision where the device is fast at it; losses in float32."
+    )
+    optim_type: Literal["adamw"] = Field(default="adamw", description="Optimiser.")
+    optim_momentum: BelowOne = Field(default=0.9, description="First beta, unless optim_betas is given.")
+    optim_betas: tuple[BelowOne, BelowOne] | None = Field(
+        default=None, description="Both betas; null: [optim_momentum, 0.9]."
+    )
+    optim_eps: float = Field(default=1e-8, gt=0.0, description="Epsilon of the optimiser.")
+    lr: float = Field(default=1.5e-6, ge=0.0, description="Learning rate per sample: the peak is lr * batch_size.")
+    head_lr_mult: float = Field(
+        default=1.0, gt=0.0, description="Learning rate of mask head and RoI head, as a multiple."
+    )
+    min_lr_rate: Fraction = Field(default=0.2, description="Learning rate at the end, as a share of the peak.")
+    num_wave: float = Field(default=1.0, gt=0.0, description="Half cosine waves after the warm-up.")
+    wd: float = Field(default=5e-4, ge=0.0, description="Weight decay.")
+    wd_norm_bias: bool = Field(default=True, description="Decay also biases and the weights of norms, as TAO does.")
+    warmup_epochs: float = Field(default=1.0, ge=0.0, description="Epochs of linear warm-up; fractions are allowed.")
+    margin_rate: tuple[Margin, Margin] = Field(
+        default=(0.0, 1.2), description="Range of the random growth of a training box."
+    )
+    test_margin_rate: tuple[Margin, ...] = Field(
+        default=(0.6, 0.6),
+        min_length=1,
+        max_length=2,
+        description="Growth of a box in validation and labelling; the first counts.",
+    )
+    mask_thres: tuple[Threshold, ...] = Field(
+        default=(0.1,),
+        description="Probability above which a pixel is mask: one value, or small, medium and large boxes.",
+    )
+    fit_thresholds: bool | None = Field(
+        default=None,
+        description="Fit mask_thres on the validation masks, into the checkpoint; null: unless compat is tao.",
+    )
+    loss_mil_weight: float = Field(default=4.0, ge=0.0, description="Weight of the multiple-instance loss.")
+    loss_crf_weight: float = Field(default=0.5, ge=0.0, description="Weight of the mean-field loss.")
+    loss_mil_step: int = Field(default=1000, ge=0, description="Steps over which the multiple-instance loss ramps up.")
+    loss_crf_step: int = Field(default=4000, ge=0, description="Steps over which the mean-field loss ramps up.")
+    crf_zeta: float = Field(default=0.1, gt=0.0, description="Colour bandwidth of the mean field, in normalised RGB.")
+    crf_kernel_size: int = Field(default=3, ge=3, description="Side of its neighbourhood; odd.")
+    crf_num_iter: int = Field(default=100, ge=0, description="Its iterations.")
+    crf_size_ratio: int = Field(default=1, ge=1, description="Its grid, as a multiple of the logits' grid.")
+    crf_value_high_thres: Threshold = Field(default=0.9, description="Upper clamp of its marginals.")
+    crf_value_low_thres: Threshold = Field(default=0.1, description="Lower clamp of its marginals.")
+
+    @field_validator("mask_thres")
+    @classmethod
+    def _one_or_three(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(value) not in {1, 3}:
+            raise ValueError("give one threshold, or three (small, medium, large)")
+        return value
+
+    @field_validator("crf_kernel_size")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("the neighbourhood needs a centre: an odd number")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.margin_rate[0] > self.margin_rate[1]:
+            raise ValueError(f"margin_rate {list(self.margin_rate)}: the lower bound comes first")
+        if self.crf_value_low_thres >= self.crf_value_high_thres:
+            raise ValueError(
+                f"crf_value_low_thres {self.crf_value_low_thres} must be below "
+                f"crf_value_high_thres {self.crf_value_high_thres}"
+            )
+        for name in ("checkpoint_interval", "validation_interval"):
+            if getattr(self, name) > self.num_epochs:
+                raise ValueError(f"{name} {getattr(self, name)} is more than num_epochs {self.num_epochs}")
+        return self
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """The optimiser's betas: `optim_betas` where given, else `optim_momentum` and TAO's 0.9."""
+        return self.optim_betas if self.optim_betas is not None else (self.optim_momentum, 0.9)
+
+    @property
+    def thresholds(self) -> tuple[float, float, float]:
+        """`mask_thres` for small, medium and large boxes."""
+        if len(self.mask_thres) == 1:
+            return (self.mask_thres[0],) * 3
+        small, medium, large = self.mask_thres
+        return small, medium, large
+
+
+class EvaluateConfig(_OneProcess):
+    """Section `evaluate`."""
+
+    checkpoint: str | None = Field(default=None, description="Checkpoint to evaluate on dataset.val_ann_path.")
+    results_dir: str | None = Field(
+        default=None, description="Folder of this task's results; null: <results_dir>/evaluate."
+    )
+    batch_size: int = Field(default=3, ge=1, description="Boxes in a batch.")
+    use_mixed_model_test: bool = Field(
+        default=False, description="Mean of student and teacher; wins over use_teacher_test."
+    )
+    use_teacher_test: bool = Field(default=False, description="The teacher instead of the student.")
+    use_flip_test: bool = Field(default=False, description="Average each crop with its mirror image.")
+    precision: Precision = Field(
+        default="auto", description="Arithmetic of the network; auto: bfloat16 where it is fast."
+    )
+
+
+class InferenceConfig(_OneProcess):
+    """Section `inference`."""
+
+    checkpoint: str | None = Field(default=None, description="Checkpoint to label with.")
+    results_dir: str | None = Field(
+        default=None, description="Folder of this task's results; null: <results_dir>/inference."
+    )
+    ann_path: str = Field(default="", description="COCO JSON whose boxes are to get masks.")
+    img_dir: str = Field(default="", description="Folder of its images.")
+    label_dump_path: str = Field(
+        default="instances_val2017_mal.json",
+        description="COCO JSON to write; a relative path starts at this task's results folder.",
+    )
+    batch_size: int = Field(default=3, ge=1, description="Boxes in a batch.")
+    load_mask: bool = Field(
+        default=False, description="Read the file's masks too and report each one's IoU with the label."
+    )
+    precision: Precision = Field(
+        default="auto", description="Arithmetic of the network; auto: bfloat16 where it is fast."
+    )
+
+
+class Spec(Strict):
+    """The whole file."""
+
+    compat: Compat = Field(
+        default=Compat.NONE, description="tao: reproduce the published behaviour where ours differs on purpose."
+    )
+    strategy: Literal["auto", "ddp"] = Field(
+        default="auto", description="How processes share the training; with one process both mean the same."
+    )
+    results_dir: str = Field(
+        default="./results", description="Every task writes into a folder of its own below this one."
+    )
+    encryption_key: str | None = Field(
+        default=None,
+        repr=False,
+        description=(
+            "Seals checkpoints: an age recipient (age1...), file:PATH, env:NAME or a passphrase; null: not encrypted.\n"
+            "Prefer env: or file:, which keep the key out of this file."
+        ),
+    )
+    decryption_key: str | None = Field(
+        default=None,
+        repr=False,
+        description="Opens sealed checkpoints: file:PATH or env:NAME; null: the encryption_key, if a passphrase.",
+    )
+    dataset: DatasetConfig = DatasetConfig()
+    model: NetworkConfig = NetworkConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    inference: InferenceConfig = InferenceConfig()
+
+    def task_dir(self, task: Literal["train", "evaluate", "inference"]) -> Path:
+        """Folder that the task writes to: its own results_dir where given, else <results_dir>/<task>."""
+        own: str | None = getattr(self, task).results_dir
+        return Path(own) if own else Path(self.results_dir) / task
+
+    def labeler_config(self) -> LabelerConfig:
+        """What the checkpoint will say about crops and thresholds, before any fit."""
+        return LabelerConfig(
+            crop_size=self.dataset.crop_size,
+            margin_rate=self.train.test_margin_rate[0],
+            mask_thres=self.train.thresholds,
+            compat=self.compat,
+        )
+
+    @property
+    def fits_thresholds(self) -> bool:
+        """Whether training fits the thresholds on the validation masks."""
+        if self.train.fit_thresholds is None:
+            return self.compat is not Compat.TAO
+        return self.train.fit_thresholds
+
+    def without_secrets(self) -> "Spec":
+        """A copy that may be written down: a key stays only as a recipient, a file's path or a variable's name."""
+        return self.model_copy(
+            update={
+                "encryption_key": _public_form(self.encryption_key),
+                "decryption_key": _public_form(self.decryption_key),
+            }
+        )
+
+
+def load_spec(path: Path | None, overrides: list[str]) -> Spec:
+    """The spec of a YAML file (None: all defaults) with `a.b=c` overrides on top. ConfigError names what is wrong."""
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name in {"encryption_key", "decryption_key"} and _public_form(value) == REDACTED:
+            raise ConfigError(
+                f"{name}: a key on the command line shows in the process list; give env:NAME, file:PATH or a recipient"
+            )
+    data = apply_overrides({} if path is None else load_yaml(path), overrides)
+    return validate(Spec, _tao_forms(data), source=str(path or "command line"), retired=NOT_HERE)
+
+
+REDACTED = "<not written down>"
+
+
+def _public_form(key: str | None) -> str | None:
+    if key is None or key == "":
+        return None
+    if key.startswith(("file:", "env:")) or re.fullmatch(r"age1[02-9ac-hj-np-z]{58}", key):
+        return key
+    return REDACTED
+
+
+def _tao_forms(data: dict[str, Any]) -> dict[str, Any]:
+    """TAO writes "none given" as an empty string in places where we say null."""
+    result = {key: None if key.endswith("_key") and value == "" else value for key, value in data.items()}
+    for section, names in {
+        "train": ("resume_training_checkpoint_path", "results_dir", "pretrained_model_path"),
+        "evaluate": ("checkpoint", "results_dir"),
+        "inference": ("checkpoint", "results_dir"),
+    }.items():
+        fields = result.get(section)
+        if isinstance(fields, dict):
+            result[section] = {key: None if key in names and value == "" else value for key, value in fields.items()}
+    return result
