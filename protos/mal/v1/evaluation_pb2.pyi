@@ -61,7 +61,7 @@ class EvaluateOptions(google.protobuf.message.Message):
 
     @property
     def categories(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[mal.v1.types_pb2.Category]:
-        """The classes of the ground truth; a category_id that is missing here is reported without a name."""
+        """The classes of the ground truth, in the order of the report; one that is missing here has its id for a name."""
 
     def __init__(
         self,
@@ -86,14 +86,14 @@ class EvaluateImage(google.protobuf.message.Message):
     IMAGE_FIELD_NUMBER: builtins.int
     GROUND_TRUTH_FIELD_NUMBER: builtins.int
     item_id: builtins.str
-    """The caller's name for the image, at most 256 bytes; unique within the call (a repeated one is skipped and counted)."""
+    """The caller's name for the image, at most 256 bytes; of two images with the same name the first one counts."""
     @property
     def image(self) -> mal.v1.types_pb2.ImageSource:
         """The picture."""
 
     @property
     def ground_truth(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroundTruth]:
-        """The objects, crowd regions included; at most ServerLimits.max_boxes; ids unique within the call."""
+        """The objects, crowd regions included; at most ServerLimits.max_boxes. Of two with the same id the first one counts."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class GroundTruth(google.protobuf.message.Message):
 
     @property
     def mask(self) -> mal.v1.types_pb2.CocoRle:
-        """The true mask, of the size of the stored image."""
+        """The true mask, of the size of the stored image; runs must sum to height times width."""
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ global___EvaluateProgress = EvaluateProgress
 
 @typing.final
 class CocoFigures(google.protobuf.message.Message):
-    """COCO's twelve figures for masks, each in [0, 1], or -1 where COCO's evaluation has no ground truth for it."""
+    """COCO's twelve figures for masks, each in [0, 1]; unset where no object speaks for one."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -227,11 +227,11 @@ class CocoFigures(google.protobuf.message.Message):
     ap75: builtins.float
     """AP at IoU 0.75."""
     ap_small: builtins.float
-    """AP of objects with a mask area below 32² px."""
+    """AP of objects with a true mask area below 32² px²."""
     ap_medium: builtins.float
-    """AP of objects with a mask area between 32² and 96² px."""
+    """AP of objects with a true mask area between 32² and 96² px²."""
     ap_large: builtins.float
-    """AP of objects with a mask area above 96² px."""
+    """AP of objects with a true mask area above 96² px²."""
     ar_max1: builtins.float
     """AR with at most 1 detection per image."""
     ar_max10: builtins.float
@@ -247,26 +247,51 @@ class CocoFigures(google.protobuf.message.Message):
     def __init__(
         self,
         *,
-        ap: builtins.float = ...,
-        ap50: builtins.float = ...,
-        ap75: builtins.float = ...,
-        ap_small: builtins.float = ...,
-        ap_medium: builtins.float = ...,
-        ap_large: builtins.float = ...,
-        ar_max1: builtins.float = ...,
-        ar_max10: builtins.float = ...,
-        ar_max100: builtins.float = ...,
-        ar_small: builtins.float = ...,
-        ar_medium: builtins.float = ...,
-        ar_large: builtins.float = ...,
+        ap: builtins.float | None = ...,
+        ap50: builtins.float | None = ...,
+        ap75: builtins.float | None = ...,
+        ap_small: builtins.float | None = ...,
+        ap_medium: builtins.float | None = ...,
+        ap_large: builtins.float | None = ...,
+        ar_max1: builtins.float | None = ...,
+        ar_max10: builtins.float | None = ...,
+        ar_max100: builtins.float | None = ...,
+        ar_small: builtins.float | None = ...,
+        ar_medium: builtins.float | None = ...,
+        ar_large: builtins.float | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["ap", b"ap", "ap50", b"ap50", "ap75", b"ap75", "ap_large", b"ap_large", "ap_medium", b"ap_medium", "ap_small", b"ap_small", "ar_large", b"ar_large", "ar_max1", b"ar_max1", "ar_max10", b"ar_max10", "ar_max100", b"ar_max100", "ar_medium", b"ar_medium", "ar_small", b"ar_small"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_ap", b"_ap", "_ap50", b"_ap50", "_ap75", b"_ap75", "_ap_large", b"_ap_large", "_ap_medium", b"_ap_medium", "_ap_small", b"_ap_small", "_ar_large", b"_ar_large", "_ar_max1", b"_ar_max1", "_ar_max10", b"_ar_max10", "_ar_max100", b"_ar_max100", "_ar_medium", b"_ar_medium", "_ar_small", b"_ar_small", "ap", b"ap", "ap50", b"ap50", "ap75", b"ap75", "ap_large", b"ap_large", "ap_medium", b"ap_medium", "ap_small", b"ap_small", "ar_large", b"ar_large", "ar_max1", b"ar_max1", "ar_max10", b"ar_max10", "ar_max100", b"ar_max100", "ar_medium", b"ar_medium", "ar_small", b"ar_small"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_ap", b"_ap", "_ap50", b"_ap50", "_ap75", b"_ap75", "_ap_large", b"_ap_large", "_ap_medium", b"_ap_medium", "_ap_small", b"_ap_small", "_ar_large", b"_ar_large", "_ar_max1", b"_ar_max1", "_ar_max10", b"_ar_max10", "_ar_max100", b"_ar_max100", "_ar_medium", b"_ar_medium", "_ar_small", b"_ar_small", "ap", b"ap", "ap50", b"ap50", "ap75", b"ap75", "ap_large", b"ap_large", "ap_medium", b"ap_medium", "ap_small", b"ap_small", "ar_large", b"ar_large", "ar_max1", b"ar_max1", "ar_max10", b"ar_max10", "ar_max100", b"ar_max100", "ar_medium", b"ar_medium", "ar_small", b"ar_small"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap", b"_ap"]) -> typing.Literal["ap"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap50", b"_ap50"]) -> typing.Literal["ap50"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap75", b"_ap75"]) -> typing.Literal["ap75"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap_large", b"_ap_large"]) -> typing.Literal["ap_large"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap_medium", b"_ap_medium"]) -> typing.Literal["ap_medium"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap_small", b"_ap_small"]) -> typing.Literal["ap_small"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ar_large", b"_ar_large"]) -> typing.Literal["ar_large"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ar_max1", b"_ar_max1"]) -> typing.Literal["ar_max1"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ar_max10", b"_ar_max10"]) -> typing.Literal["ar_max10"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ar_max100", b"_ar_max100"]) -> typing.Literal["ar_max100"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ar_medium", b"_ar_medium"]) -> typing.Literal["ar_medium"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ar_small", b"_ar_small"]) -> typing.Literal["ar_small"] | None: ...
 
 global___CocoFigures = CocoFigures
 
 @typing.final
 class GroupMiou(google.protobuf.message.Message):
-    """Mean IoU of one class or size."""
+    """Mean IoU of a group of instances."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -289,31 +314,90 @@ class GroupMiou(google.protobuf.message.Message):
 global___GroupMiou = GroupMiou
 
 @typing.final
-class CategoryMiou(google.protobuf.message.Message):
+class CategoryFigures(google.protobuf.message.Message):
     """The figures of one class."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CATEGORY_FIELD_NUMBER: builtins.int
-    GROUP_FIELD_NUMBER: builtins.int
+    INSTANCES_FIELD_NUMBER: builtins.int
+    MIOU_FIELD_NUMBER: builtins.int
+    SHARE_GOOD_FIELD_NUMBER: builtins.int
+    MEAN_SCORE_FIELD_NUMBER: builtins.int
+    instances: builtins.int
+    """Instances measured; at least 1."""
+    miou: builtins.float
+    """Mean IoU in [0, 1]."""
+    share_good: builtins.float
+    """Share of instances with an IoU above 0.75, in [0, 1]."""
+    mean_score: builtins.float
+    """Mean of InstanceResult.score, in [0, 1]."""
     @property
     def category(self) -> mal.v1.types_pb2.Category:
         """The class."""
-
-    @property
-    def group(self) -> global___GroupMiou:
-        """Its figures."""
 
     def __init__(
         self,
         *,
         category: mal.v1.types_pb2.Category | None = ...,
-        group: global___GroupMiou | None = ...,
+        instances: builtins.int = ...,
+        miou: builtins.float = ...,
+        share_good: builtins.float = ...,
+        mean_score: builtins.float = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["category", b"category", "group", b"group"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["category", b"category", "group", b"group"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["category", b"category"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["category", b"category", "instances", b"instances", "mean_score", b"mean_score", "miou", b"miou", "share_good", b"share_good"]) -> None: ...
 
-global___CategoryMiou = CategoryMiou
+global___CategoryFigures = CategoryFigures
+
+@typing.final
+class ScoreQuality(google.protobuf.message.Message):
+    """What the score is worth for finding bad masks. Figures are unset where nothing speaks for them."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEAN_SCORE_FIELD_NUMBER: builtins.int
+    BIAS_FIELD_NUMBER: builtins.int
+    CALIBRATION_ERROR_FIELD_NUMBER: builtins.int
+    RANK_CORRELATION_FIELD_NUMBER: builtins.int
+    BAD_INSTANCES_FIELD_NUMBER: builtins.int
+    BAD_IN_WORST_FIFTH_FIELD_NUMBER: builtins.int
+    mean_score: builtins.float
+    """Mean of InstanceResult.score, in [0, 1]."""
+    bias: builtins.float
+    """Mean score minus mean IoU, in [-1, 1]; positive = over-confident."""
+    calibration_error: builtins.float
+    """Expected calibration error over ten equal bins of the score, in [0, 1]."""
+    rank_correlation: builtins.float
+    """Spearman's rank correlation of score and IoU, in [-1, 1]."""
+    bad_instances: builtins.int
+    """Instances with an IoU below 0.5."""
+    bad_in_worst_fifth: builtins.float
+    """Share of those among the worst-scored fifth of all instances, in [0, 1]; a random order gives 0.2."""
+    def __init__(
+        self,
+        *,
+        mean_score: builtins.float | None = ...,
+        bias: builtins.float | None = ...,
+        calibration_error: builtins.float | None = ...,
+        rank_correlation: builtins.float | None = ...,
+        bad_instances: builtins.int = ...,
+        bad_in_worst_fifth: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_bad_in_worst_fifth", b"_bad_in_worst_fifth", "_bias", b"_bias", "_calibration_error", b"_calibration_error", "_mean_score", b"_mean_score", "_rank_correlation", b"_rank_correlation", "bad_in_worst_fifth", b"bad_in_worst_fifth", "bias", b"bias", "calibration_error", b"calibration_error", "mean_score", b"mean_score", "rank_correlation", b"rank_correlation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_bad_in_worst_fifth", b"_bad_in_worst_fifth", "_bias", b"_bias", "_calibration_error", b"_calibration_error", "_mean_score", b"_mean_score", "_rank_correlation", b"_rank_correlation", "bad_in_worst_fifth", b"bad_in_worst_fifth", "bad_instances", b"bad_instances", "bias", b"bias", "calibration_error", b"calibration_error", "mean_score", b"mean_score", "rank_correlation", b"rank_correlation"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_bad_in_worst_fifth", b"_bad_in_worst_fifth"]) -> typing.Literal["bad_in_worst_fifth"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_bias", b"_bias"]) -> typing.Literal["bias"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_calibration_error", b"_calibration_error"]) -> typing.Literal["calibration_error"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_mean_score", b"_mean_score"]) -> typing.Literal["mean_score"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_rank_correlation", b"_rank_correlation"]) -> typing.Literal["rank_correlation"] | None: ...
+
+global___ScoreQuality = ScoreQuality
 
 @typing.final
 class SkippedCount(google.protobuf.message.Message):
@@ -323,21 +407,17 @@ class SkippedCount(google.protobuf.message.Message):
 
     REASON_FIELD_NUMBER: builtins.int
     INSTANCES_FIELD_NUMBER: builtins.int
-    IMAGES_FIELD_NUMBER: builtins.int
     reason: builtins.str
-    """For example IMAGE_DECODE_FAILED, BAD_BOX, CROWD."""
+    """For example IMAGE_DECODE_FAILED, BAD_BOX, CROWD, NO_GROUND_TRUTH."""
     instances: builtins.int
-    """Instances (all of an image's instances where the whole image was left out)."""
-    images: builtins.int
-    """Images that were left out as a whole for this reason."""
+    """Ground-truth objects left out for it, those of unusable images included."""
     def __init__(
         self,
         *,
         reason: builtins.str = ...,
         instances: builtins.int = ...,
-        images: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["images", b"images", "instances", b"instances", "reason", b"reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["instances", b"instances", "reason", b"reason"]) -> None: ...
 
 global___SkippedCount = SkippedCount
 
@@ -378,64 +458,70 @@ class EvaluateResult(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     IMAGES_FIELD_NUMBER: builtins.int
+    IMAGES_SKIPPED_FIELD_NUMBER: builtins.int
     OVERALL_FIELD_NUMBER: builtins.int
     SMALL_FIELD_NUMBER: builtins.int
     MEDIUM_FIELD_NUMBER: builtins.int
     LARGE_FIELD_NUMBER: builtins.int
     CLASS_MIOU_FIELD_NUMBER: builtins.int
-    CATEGORIES_FIELD_NUMBER: builtins.int
+    SHARE_GOOD_FIELD_NUMBER: builtins.int
+    EMPTY_GROUND_TRUTH_FIELD_NUMBER: builtins.int
     AP_AT_ONE_FIELD_NUMBER: builtins.int
     AP_AT_SCORE_FIELD_NUMBER: builtins.int
-    SCORE_RANK_CORRELATION_FIELD_NUMBER: builtins.int
-    SCORE_CALIBRATION_ERROR_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
+    CATEGORIES_FIELD_NUMBER: builtins.int
     SKIPPED_FIELD_NUMBER: builtins.int
     WORST_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     images: builtins.int
-    """Images measured (skipped ones not included)."""
+    """Images measured."""
+    images_skipped: builtins.int
+    """Images left out as a whole; their objects are counted in `skipped`."""
     class_miou: builtins.float
     """Mean over classes of the class means; unset when nothing was measured."""
-    score_rank_correlation: builtins.float
-    """Spearman's rank correlation of score and IoU, in [-1, 1]; unset below two instances or without spread."""
-    score_calibration_error: builtins.float
-    """Expected calibration error: mean distance of score and IoU over bins of the score, in [0, 1]; unset when nothing
-    was measured.
-    """
+    share_good: builtins.float
+    """Share of instances with an IoU above 0.75, in [0, 1]; unset when nothing was measured."""
+    empty_ground_truth: builtins.int
+    """Instances whose true mask is empty; they count with IoU 0."""
     @property
     def overall(self) -> global___GroupMiou:
-        """Mean IoU over instances."""
+        """Mean IoU over all instances."""
 
     @property
     def small(self) -> global___GroupMiou:
-        """Mean IoU of instances with a true mask area in (0, 32²] px²."""
+        """Instances with a true mask area in (0, 32²] px²."""
 
     @property
     def medium(self) -> global___GroupMiou:
-        """Mean IoU of instances with a true mask area in (32², 96²] px²."""
+        """Instances with a true mask area in (32², 96²] px²."""
 
     @property
     def large(self) -> global___GroupMiou:
-        """Mean IoU of instances with a true mask area above 96² px²."""
-
-    @property
-    def categories(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___CategoryMiou]:
-        """The class means, by category_id."""
+        """Instances with a true mask area above 96² px²."""
 
     @property
     def ap_at_one(self) -> global___CocoFigures:
-        """AP@1: COCO's figures with every score set to 1 and images in order of arrival."""
+        """AP@1: COCO's figures with every score set to 1 and images in order of arrival (which decides ties)."""
 
     @property
     def ap_at_score(self) -> global___CocoFigures:
         """AP@score: COCO's figures with the masks' own scores."""
 
     @property
+    def score(self) -> global___ScoreQuality:
+        """How well the score ranks masks."""
+
+    @property
+    def categories(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___CategoryFigures]:
+        """The classes that have instances, in the order of EvaluateOptions.categories."""
+
+    @property
     def skipped(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SkippedCount]:
-        """What was left out and why, by reason."""
+        """What was left out and why, most frequent first."""
 
     @property
     def worst(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___InstanceIou]:
-        """The instances with the lowest IoU, lowest first."""
+        """The instances with the lowest IoU, lowest first; EvaluateOptions.worst_count of them at most."""
 
     @property
     def model(self) -> mal.v1.types_pb2.ModelRef:
@@ -445,27 +531,27 @@ class EvaluateResult(google.protobuf.message.Message):
         self,
         *,
         images: builtins.int = ...,
+        images_skipped: builtins.int = ...,
         overall: global___GroupMiou | None = ...,
         small: global___GroupMiou | None = ...,
         medium: global___GroupMiou | None = ...,
         large: global___GroupMiou | None = ...,
         class_miou: builtins.float | None = ...,
-        categories: collections.abc.Iterable[global___CategoryMiou] | None = ...,
+        share_good: builtins.float | None = ...,
+        empty_ground_truth: builtins.int = ...,
         ap_at_one: global___CocoFigures | None = ...,
         ap_at_score: global___CocoFigures | None = ...,
-        score_rank_correlation: builtins.float | None = ...,
-        score_calibration_error: builtins.float | None = ...,
+        score: global___ScoreQuality | None = ...,
+        categories: collections.abc.Iterable[global___CategoryFigures] | None = ...,
         skipped: collections.abc.Iterable[global___SkippedCount] | None = ...,
         worst: collections.abc.Iterable[global___InstanceIou] | None = ...,
         model: mal.v1.types_pb2.ModelRef | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_class_miou", b"_class_miou", "_score_calibration_error", b"_score_calibration_error", "_score_rank_correlation", b"_score_rank_correlation", "ap_at_one", b"ap_at_one", "ap_at_score", b"ap_at_score", "class_miou", b"class_miou", "large", b"large", "medium", b"medium", "model", b"model", "overall", b"overall", "score_calibration_error", b"score_calibration_error", "score_rank_correlation", b"score_rank_correlation", "small", b"small"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_class_miou", b"_class_miou", "_score_calibration_error", b"_score_calibration_error", "_score_rank_correlation", b"_score_rank_correlation", "ap_at_one", b"ap_at_one", "ap_at_score", b"ap_at_score", "categories", b"categories", "class_miou", b"class_miou", "images", b"images", "large", b"large", "medium", b"medium", "model", b"model", "overall", b"overall", "score_calibration_error", b"score_calibration_error", "score_rank_correlation", b"score_rank_correlation", "skipped", b"skipped", "small", b"small", "worst", b"worst"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_class_miou", b"_class_miou", "_share_good", b"_share_good", "ap_at_one", b"ap_at_one", "ap_at_score", b"ap_at_score", "class_miou", b"class_miou", "large", b"large", "medium", b"medium", "model", b"model", "overall", b"overall", "score", b"score", "share_good", b"share_good", "small", b"small"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_class_miou", b"_class_miou", "_share_good", b"_share_good", "ap_at_one", b"ap_at_one", "ap_at_score", b"ap_at_score", "categories", b"categories", "class_miou", b"class_miou", "empty_ground_truth", b"empty_ground_truth", "images", b"images", "images_skipped", b"images_skipped", "large", b"large", "medium", b"medium", "model", b"model", "overall", b"overall", "score", b"score", "share_good", b"share_good", "skipped", b"skipped", "small", b"small", "worst", b"worst"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_class_miou", b"_class_miou"]) -> typing.Literal["class_miou"] | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["_score_calibration_error", b"_score_calibration_error"]) -> typing.Literal["score_calibration_error"] | None: ...
-    @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["_score_rank_correlation", b"_score_rank_correlation"]) -> typing.Literal["score_rank_correlation"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_share_good", b"_share_good"]) -> typing.Literal["share_good"] | None: ...
 
 global___EvaluateResult = EvaluateResult
