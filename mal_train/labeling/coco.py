@@ -1,0 +1,574 @@
+"""COCO files: read and checked row by row on the way in, written whole or not at all on the way out.
+
+Knows nothing of pixels. A file is refused as a whole only when its rows cannot be told apart (not JSON, a list missing,
+an id used twice); every other fault belongs to one row, which stays in its place and says what is wrong with it.
+"""
+
+import errno
+import json
+import math
+import os
+import secrets
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from mal_train.errors import BadDataset, OutputError
+from mal_train.labeling.geometry import Box
+from mal_train.labeling.rle import MAX_PIXELS, encode_region
+from mal_train.labeling.settings import Compat
+
+JsonId = int | float | str
+"""An id as JSON holds it; 1 and "1" are different ids."""
+
+NO_BOX: Final[Box] = (math.nan, math.nan, math.nan, math.nan)
+"""Stands where a row holds no readable box."""
+
+PROVENANCE_KEY = "mask_auto_labeler"
+"""Top-level key of a labelled file that says what made its masks."""
+
+_REQUIRED = ("images", "annotations", "categories")
+_LISTED = 5
+_CHUNK = 2000
+
+
+class Reason(StrEnum):
+    """Why a row gets no mask, is not trained on or is not counted; written into files and reports."""
+
+    NOT_AN_OBJECT = "NOT_AN_OBJECT"
+    BAD_ID = "BAD_ID"
+    IMAGE_UNKNOWN = "IMAGE_UNKNOWN"
+    IMAGE_UNUSABLE = "IMAGE_UNUSABLE"
+    CATEGORY_UNKNOWN = "CATEGORY_UNKNOWN"
+    BAD_BOX = "BAD_BOX"
+    BAD_ISCROWD = "BAD_ISCROWD"
+    CROWD = "CROWD"
+    BOX_TOO_SMALL = "BOX_TOO_SMALL"
+    BOX_TOO_LARGE = "BOX_TOO_LARGE"
+    BOX_OUT_OF_BOUNDS = "BOX_OUT_OF_BOUNDS"
+    NOT_ANSWERED = "NOT_ANSWERED"
+    REPEATED = "REPEATED"
+    FRAME_MISMATCH = "FRAME_MISMATCH"
+    NO_GROUND_TRUTH = "NO_GROUND_TRUTH"
+    BAD_GROUND_TRUTH = "BAD_GROUND_TRUTH"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """One row of `images`.
+
+    Attributes:
+        id: as in the file.
+        file_name: path below the image folder; "" where `problem` says that it is missing.
+        width: px, None where the file does not say (the picture itself then does).
+        height: likewise.
+        problem: what makes the row unusable, as a sentence; None when nothing does.
+    """
+
+    id: JsonId
+    file_name: str
+    width: int | None
+    height: int | None
+    problem: str | None = None
+
+    @property
+    def size_wh(self) -> tuple[int, int] | None:
+        """(width, height) in px; None where the file leaves one of them out."""
+        return None if self.width is None or self.height is None else (self.width, self.height)
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One row of `annotations`, with or without a fault.
+
+    Attributes:
+        id: as in the file; None where it is missing or no id.
+        image_id: likewise.
+        category_id: likewise.
+        box_xywh: the user's numbers, finite unless `problem` is set (else `NO_BOX` or what could be read). Whether the
+            box is positive and meets its image is for `geometry.check_box` to say.
+        iscrowd: a region of many objects: never trained on, never counted, copied through when labelling.
+        raw: the row itself, unknown fields included; {} where the row is no object.
+        problem: the first fault found, as a sentence that names the row; None when there is none.
+        reason: the kind of that fault.
+    """
+
+    id: JsonId | None
+    image_id: JsonId | None
+    category_id: JsonId | None
+    box_xywh: Box
+    iscrowd: bool
+    raw: Mapping[str, Any]
+    problem: str | None = None
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    """A COCO file in memory.
+
+    Attributes:
+        raw: the whole JSON object; nothing in it is changed by this module.
+        images: by id, in file order.
+        annotations: one for each row of raw["annotations"], in that order.
+        categories: the rows of raw["categories"] that are objects.
+        notes: faults of `images` and `categories` rows that no annotation can carry, one sentence each.
+    """
+
+    raw: dict[str, Any]
+    images: dict[JsonId, ImageInfo]
+    annotations: list[Annotation]
+    categories: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def category_names(self) -> dict[JsonId, str]:
+        """Names by id, in file order; the id itself where a row has no name."""
+        names: dict[JsonId, str] = {}
+        for row in self.categories:
+            category_id = _id_of(row, "id")
+            if category_id is not None:
+                names.setdefault(category_id, str(row.get("name", category_id)))
+        return names
+
+    def problem_counts(self) -> Counter[str]:
+        """Number of annotations with a fault, by reason."""
+        return Counter(str(row.reason) for row in self.annotations if row.reason is not None)
+
+
+def read_coco(path: Path) -> CocoFile:
+    """Reads a COCO annotation file whole; see `parse_coco`.
+
+    Raises:
+        BadDataset: no such file, not readable, not JSON (UTF-8, UTF-16 or UTF-32), or refused by `parse_coco`.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as fault:
+        raise BadDataset(f"{path}: cannot be read ({fault.strerror}); give the path of a COCO JSON file") from fault
+    try:
+        raw = json.loads(content)
+    except RecursionError:
+        raise BadDataset(f"{path}: nested too deeply to be a COCO file") from None
+    except ValueError as fault:
+        detail = "empty file" if not content.strip() else str(fault)
+        raise BadDataset(f"{path}: not JSON ({detail}); a COCO annotation file is needed") from fault
+    # The text of a large file is as big as what was made of it.
+    del content
+    return parse_coco(raw, str(path))
+
+
+def parse_coco(raw: Any, name: str = "dataset") -> CocoFile:
+    """Checks every row of a parsed COCO file and loses none.
+
+    >>> coco = parse_coco({"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 3, "name": "cup"}],
+    ...                    "annotations": [{"id": "a", "image_id": 1, "category_id": 3, "bbox": [0, 0, 4, 4]},
+    ...                                    {"id": "b", "image_id": 2, "category_id": 3, "bbox": [0, 0, 4, 4]}]})
+    >>> [row.problem for row in coco.annotations]
+    [None, 'annotation "b": image_id 2 is not among the images of the file']
+
+    Args:
+        raw: what `json.loads` gave.
+        name: how messages call the file.
+
+    Raises:
+        BadDataset: not an object, a missing or wrong top-level list, or an annotation id or image id used twice.
+    """
+    if not isinstance(raw, dict):
+        hint = " (a list is a COCO results file)" if isinstance(raw, list) else ""
+        raise BadDataset(f"{name}: holds {_kind(raw)}{hint}; an object with {', '.join(_REQUIRED)} is needed")
+    missing = [key for key in _REQUIRED if key not in raw]
+    if missing:
+        raise BadDataset(f"{name}: has no {', '.join(map(repr, missing))}; a COCO file needs {', '.join(_REQUIRED)}")
+    for key in _REQUIRED:
+        if not isinstance(raw[key], list):
+            raise BadDataset(f"{name}: {key!r} is {_kind(raw[key])}; it must be a list")
+    _refuse_duplicates(raw["images"], f"{name}: image id")
+    _refuse_duplicates(raw["annotations"], f"{name}: annotation id")
+
+    notes: list[str] = []
+    images = _read_images(raw["images"], notes)
+    categories = [row for row in raw["categories"] if isinstance(row, dict)]
+    category_ids = _category_ids(raw["categories"], notes)
+    annotations = [_read_annotation(row, at, images, category_ids) for at, row in enumerate(raw["annotations"])]
+    return CocoFile(raw, images, annotations, categories, tuple(notes))
+
+
+def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
+    """Every image once, in file order, with its annotations in file order, those with a problem included.
+
+    An image without annotations comes with an empty list. Annotations of an unknown image belong to no image and do
+    not appear: `annotations` of the file has them, with their problem.
+    """
+    rows: dict[JsonId, list[Annotation]] = {image_id: [] for image_id in coco.images}
+    for annotation in coco.annotations:
+        if annotation.image_id is not None and annotation.image_id in rows:
+            rows[annotation.image_id].append(annotation)
+    for image_id, image in coco.images.items():
+        yield image, rows.pop(image_id)
+
+
+def id_order(value: JsonId) -> tuple[bool, float, str]:
+    """Sort key for ids of mixed types: numbers by value, then strings."""
+    return (True, 0.0, value) if isinstance(value, str) else (False, value, "")
+
+
+def tao_keeps(box_xywh: Box, image_wh: tuple[int, int], min_area: float, max_area: float) -> bool:
+    """Whether the published data set keeps a box: inside its image, both sides over 2 px, area strictly between.
+
+    Areas in px². Training uses (min_obj_size, max_obj_size), all else (0, 1e9); what it drops vanishes (§2.1).
+
+    >>> tao_keeps((10, 10, 2.01, 30), (100, 80), 0, 1e9), tao_keeps((90, 70, 10.5, 5), (100, 80), 0, 1e9)
+    (True, False)
+    """
+    return tao_refusal(box_xywh, image_wh, min_area, max_area) is None
+
+
+def tao_refusal(box_xywh: Box, image_wh: tuple[int, int], min_area: float, max_area: float) -> Reason | None:
+    """Why `tao_keeps` says no; None when it says yes."""
+    x, y, w, h = box_xywh
+    width, height = image_wh
+    if not all(map(math.isfinite, box_xywh)):
+        return Reason.BAD_BOX
+    if x < 0 or y < 0 or x + w > width or y + h > height:
+        return Reason.BOX_OUT_OF_BOUNDS
+    if w <= 2 or h <= 2 or w * h <= min_area:
+        return Reason.BOX_TOO_SMALL
+    return Reason.BOX_TOO_LARGE if w * h >= max_area else None
+
+
+def training_refusal(
+    annotation: Annotation,
+    clipped_box_xywh: Box | None,
+    image_wh: tuple[int, int],
+    *,
+    min_area: float,
+    max_area: float,
+    compat: Compat,
+) -> Reason | None:
+    """Why a box is not trained on; None when it is. Crowd and rows with a problem never are.
+
+    Under `tao` the published filter decides on the user's box. Else boxes are clipped instead of dropped: only the
+    area of what lies inside the image counts, strictly between min_area and max_area, px².
+
+    Args:
+        annotation: the row.
+        clipped_box_xywh: its box cut to the image (`geometry.check_box`); None where that refused it.
+        image_wh: width and height of the image.
+        min_area: exclusive lower bound, px².
+        max_area: exclusive upper bound, px².
+        compat: whose rule.
+    """
+    if annotation.reason is not None:
+        return annotation.reason
+    if annotation.iscrowd:
+        return Reason.CROWD
+    if compat is Compat.TAO:
+        return tao_refusal(annotation.box_xywh, image_wh, min_area, max_area)
+    if clipped_box_xywh is None:
+        return Reason.BAD_BOX
+    area = clipped_box_xywh[2] * clipped_box_xywh[3]
+    if area <= min_area:
+        return Reason.BOX_TOO_SMALL
+    return Reason.BOX_TOO_LARGE if area >= max_area else None
+
+
+def answer_fields(
+    segmentation: Mapping[str, Any],
+    area: float,
+    score: float,
+    flags: Sequence[str] = (),
+    agreement: float | None = None,
+) -> dict[str, Any]:
+    """Fields that a label adds to its annotation, the same whoever made it.
+
+    Args:
+        segmentation: COCO run-length code, `Rle.to_coco()`.
+        area: mask pixels.
+        score: in [0, 1].
+        flags: names such as BOX_CLIPPED.
+        agreement: IoU of student and teacher in [0, 1], written when it was asked for.
+    """
+    fields = {"segmentation": dict(segmentation), "area": float(area), "score": float(score), "flags": list(flags)}
+    if agreement is not None:
+        fields["agreement"] = float(agreement)
+    return fields
+
+
+def error_fields(reason: str, message: str) -> dict[str, Any]:
+    """Fields that a box without a label gets: `error` with a reason to sort by and a sentence to read."""
+    return {"error": {"reason": str(reason), "message": message}}
+
+
+def labelled_file(
+    coco: CocoFile,
+    answers: Mapping[JsonId, Mapping[str, Any]],
+    provenance: Mapping[str, Any] | None = None,
+    keep: Collection[JsonId] = (),
+) -> dict[str, Any]:
+    """The user's file with masks: every row in its place, every field and the box as given, answers laid over.
+
+    A labelled row gets `answer_fields`, whose `area` is that of the mask. A row that failed, or had a fault when it
+    was read, keeps its fields and gets `error`, score 0, area 0 and, where the image size is known, an empty mask, so
+    that COCO tools still load the file and worst-first order shows it first. A row without any answer counts as
+    failed (NOT_ANSWERED): nothing is skipped in silence. Crowd rows are copied with the flag CROWD.
+
+    Args:
+        coco: the file that was labelled.
+        answers: by annotation id, `answer_fields` or `error_fields`.
+        provenance: what made the masks; stored under `PROVENANCE_KEY`, in place of an earlier one.
+        keep: ids whose rows are copied as they are (masks that the user wants to keep).
+    """
+    rows = []
+    for row, annotation in zip(coco.raw["annotations"], coco.annotations, strict=True):
+        if not isinstance(row, dict):
+            rows.append(row)
+        elif annotation.id is not None and annotation.id in answers:
+            rows.append(_answered(coco, row, annotation, answers[annotation.id]))
+        elif annotation.id is not None and annotation.id in keep:
+            rows.append(row)
+        elif annotation.problem is not None:
+            fields = error_fields(str(annotation.reason), annotation.problem)
+            rows.append(_answered(coco, row, annotation, fields))
+        elif annotation.iscrowd:
+            rows.append({**row, "flags": [str(Reason.CROWD)]})
+        else:
+            fields = error_fields(Reason.NOT_ANSWERED, f"{_called(annotation.id)}: no label was made")
+            rows.append(_answered(coco, row, annotation, fields))
+    labelled = {**coco.raw, "annotations": rows}
+    labelled.pop(PROVENANCE_KEY, None)
+    if provenance is not None:
+        labelled[PROVENANCE_KEY] = dict(provenance)
+    return labelled
+
+
+def write_json_atomic(path: Path, obj: Mapping[str, Any]) -> None:
+    """Writes an object as JSON so that the file is the old one or the new one, whatever happens in between.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder. A symbolic link is followed. NaN in the
+    user's own fields is written as they gave it (Python and pycocotools read it).
+
+    Raises:
+        OutputError: folder missing, no permission, disk full; the old file is intact and no temporary file stays.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with temporary.open("w", encoding="ascii") as file:
+                for piece in _json_pieces(obj):
+                    file.write(piece)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as fault:
+        remedy = {
+            errno.ENOSPC: "free some space",
+            errno.EDQUOT: "free some of your quota",
+            errno.ENOENT: "make its folder first",
+        }.get(fault.errno or 0, "choose a place that can be written to")
+        raise OutputError(
+            f"{path}: not written ({fault.strerror}); {remedy}. A file that was there before is unchanged"
+        ) from fault
+
+
+def _json_pieces(obj: Mapping[str, Any]) -> Iterator[str]:
+    """JSON text of an object in pieces: one string of a million annotations would double the memory."""
+    yield "{"
+    for at, (key, value) in enumerate(obj.items()):
+        yield f"{', ' if at else ''}{json.dumps(str(key))}: "
+        if not isinstance(value, list):
+            yield json.dumps(value)
+            continue
+        yield "["
+        for start in range(0, len(value), _CHUNK):
+            yield (", " if start else "") + json.dumps(value[start : start + _CHUNK])[1:-1]
+        yield "]"
+    yield "}"
+
+
+def _answered(
+    coco: CocoFile, row: Mapping[str, Any], annotation: Annotation, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    # What an earlier run left must not stand beside this run's answer.
+    answered = {key: value for key, value in row.items() if key not in ("error", "score", "flags", "agreement")}
+    answered.setdefault("iscrowd", 0)
+    if "error" not in fields:
+        return {**answered, **fields}
+    image = coco.images.get(annotation.image_id) if annotation.image_id is not None else None
+    answered.pop("segmentation", None)
+    if image is not None and image.width is not None and image.height is not None:
+        nothing = np.zeros((0, 0), dtype=np.bool_)
+        answered["segmentation"] = encode_region(nothing, 0, 0, (image.height, image.width)).to_coco()
+    return {**answered, "area": 0.0, "score": 0.0, "flags": [], **fields}
+
+
+def _is_id(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _id_of(row: Mapping[str, Any], key: str) -> JsonId | None:
+    value = row.get(key)
+    return value if _is_id(value) else None
+
+
+def _refuse_duplicates(rows: Sequence[Any], what: str) -> None:
+    counts = Counter(row["id"] for row in rows if isinstance(row, dict) and _is_id(row.get("id")))
+    twice = [value for value, count in counts.items() if count > 1]
+    if twice:
+        listed = ", ".join(_shown(value) for value in twice[:_LISTED])
+        more = f" and {len(twice) - _LISTED} more" if len(twice) > _LISTED else ""
+        raise BadDataset(f"{what} {listed}{more} used more than once; ids must be unique, so renumber them")
+
+
+def _read_images(rows: Sequence[Any], notes: list[str]) -> dict[JsonId, ImageInfo]:
+    images: dict[JsonId, ImageInfo] = {}
+    for at, row in enumerate(rows):
+        if not isinstance(row, dict):
+            notes.append(f"images[{at}]: {_kind(row)}; an object is needed")
+            continue
+        image_id = _id_of(row, "id")
+        if image_id is None:
+            notes.append(f"images[{at}]: id {_shown(row.get('id'))}; a number or a string is needed")
+            continue
+        images[image_id] = _read_image_row(row, image_id)
+    return images
+
+
+def _read_image_row(row: Mapping[str, Any], image_id: JsonId) -> ImageInfo:
+    file_name = row.get("file_name")
+    width, height = (_side(row.get(key)) for key in ("width", "height"))
+    called = f"image {_shown(image_id)}"
+    problem = None
+    if not isinstance(file_name, str) or not file_name or "\0" in file_name:
+        problem = f"{called}: file_name {_shown(file_name)}; the path of the picture below the image folder is needed"
+        file_name = ""
+    for key, side in (("width", width), ("height", height)):
+        if side is None and row.get(key) is not None and problem is None:
+            problem = f"{called}: {key} {_shown(row[key])}; a whole number of pixels is needed, or none at all"
+    if width is not None and height is not None and width * height > MAX_PIXELS and problem is None:
+        problem = f"{called}: {width} x {height} px; the limit is {MAX_PIXELS} px in all"
+    return ImageInfo(image_id, file_name, width, height, problem)
+
+
+def _side(value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= MAX_PIXELS:
+        return None
+    return int(value) if value == int(value) else None
+
+
+def _category_ids(rows: Sequence[Any], notes: list[str]) -> set[JsonId]:
+    ids: set[JsonId] = set()
+    for at, row in enumerate(rows):
+        category_id = _id_of(row, "id") if isinstance(row, dict) else None
+        if category_id is None:
+            notes.append(f"categories[{at}]: no id that is a number or a string")
+        elif category_id in ids:
+            notes.append(f"categories[{at}]: id {_shown(category_id)} used before; the first one counts")
+        else:
+            ids.add(category_id)
+    return ids
+
+
+def _read_annotation(
+    row: Any, at: int, images: Mapping[JsonId, ImageInfo], category_ids: Collection[JsonId]
+) -> Annotation:
+    if not isinstance(row, dict):
+        problem = f"annotations[{at}]: {_kind(row)}; an object is needed"
+        return Annotation(None, None, None, NO_BOX, False, {}, problem, Reason.NOT_AN_OBJECT)
+    annotation_id, image_id, category_id = (_id_of(row, key) for key in ("id", "image_id", "category_id"))
+    box, box_fault = _read_box(row)
+    crowd = row.get("iscrowd", 0)
+    fault: tuple[Reason, str] | None = None
+    if annotation_id is None:
+        fault = Reason.BAD_ID, f"id {_shown(row.get('id'))}; a number or a string is needed"
+    elif image_id is None or image_id not in images:
+        fault = Reason.IMAGE_UNKNOWN, _unknown_image(row, images)
+    elif (image_problem := images[image_id].problem) is not None:
+        fault = Reason.IMAGE_UNUSABLE, image_problem
+    elif category_id is None or category_id not in category_ids:
+        fault = (
+            Reason.CATEGORY_UNKNOWN,
+            f"category_id {_shown(row.get('category_id'))} is not among the categories of the file",
+        )
+    elif box_fault is not None:
+        fault = Reason.BAD_BOX, box_fault
+    elif crowd not in (0, 1, None):
+        fault = Reason.BAD_ISCROWD, f"iscrowd {_shown(crowd)}; 0 or 1 is needed"
+    where = f"annotations[{at}]" if annotation_id is None else _called(annotation_id)
+    return Annotation(
+        annotation_id,
+        image_id,
+        category_id,
+        box,
+        crowd in (1, True),
+        row,
+        None if fault is None else f"{where}: {fault[1]}",
+        None if fault is None else fault[0],
+    )
+
+
+def _unknown_image(row: Mapping[str, Any], images: Mapping[JsonId, ImageInfo]) -> str:
+    value = row.get("image_id")
+    message = f"image_id {_shown(value)} is not among the images of the file"
+    if isinstance(value, str) and value.isdecimal() and len(value) < 19 and int(value) in images:
+        message += f" (there is an image {int(value)}, a number: the types must be the same)"
+    elif isinstance(value, int) and str(value) in images:
+        message += f' (there is an image "{value}", a string: the types must be the same)'
+    return message
+
+
+def _read_box(row: Mapping[str, Any]) -> tuple[Box, str | None]:
+    box = row.get("bbox")
+    rule = "four finite numbers x, y, width, height are needed"
+    if box is None:
+        return NO_BOX, f"has no bbox; {rule}"
+    if not isinstance(box, list) or len(box) != 4:
+        return NO_BOX, f"bbox {_shown(box)}; {rule}"
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in box):
+        return NO_BOX, f"bbox {_shown(box)}; {rule}"
+    try:
+        x, y, w, h = (float(value) for value in box)
+    except OverflowError:
+        return NO_BOX, f"bbox {_shown(box)}; {rule}"
+    return (x, y, w, h), None if all(map(math.isfinite, (x, y, w, h))) else f"bbox {_shown(box)}; {rule}"
+
+
+def _called(annotation_id: object) -> str:
+    return f"annotation {_shown(annotation_id)}"
+
+
+def _shown(value: object) -> str:
+    """A value as JSON, cut where it would flood a message."""
+    try:
+        text = json.dumps(value)
+    except ValueError:
+        # An integer of thousands of digits has no decimal form in Python.
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _kind(value: object) -> str:
+    return {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }.get(type(value), "null")
