@@ -79,14 +79,13 @@ def encode_region(mask_bool: NDArray[np.bool_], row0: int, col0: int, image_hw: 
     rows, columns = mask_bool.shape
     if row0 < 0 or col0 < 0 or row0 + rows > height or col0 + columns > width:
         raise ValueError(f"region {rows}x{columns} at row {row0}, column {col0} is not inside {height}x{width}")
-    # Zero guard rows above and below close every column's runs, so that starts and ends pair up.
-    guarded = np.zeros((columns, rows + 2), dtype=np.int8)
-    guarded[:, 1:-1] = mask_bool.T
-    step = np.diff(guarded, axis=1)
-    edges_column, edges_row = np.nonzero(step)
-    # Starts and ends alternate inside each column; positions count pixels down the columns of the full frame.
-    position = (edges_column + col0) * height + edges_row + row0
-    starts, ends = position[0::2], position[1::2]
+    # A zero before each column (and after the last) closes every column's runs, so that starts and ends pair up.
+    guarded = np.zeros(columns * (rows + 1) + 1, dtype=np.bool_)
+    guarded[:-1].reshape(columns, rows + 1)[:, 1:] = mask_bool.T
+    edges = np.flatnonzero(guarded[1:] != guarded[:-1]) + 1
+    # Starts and ends alternate; positions count pixels down the columns of the full frame.
+    starts = _frame_position(edges[0::2], rows, row0, col0, height)
+    ends = _frame_position(edges[1::2] - 1, rows, row0, col0, height) + 1
     if rows == height and starts.size:
         # A run that reaches the bottom goes on in the next column when that begins with mask.
         joined = starts[1:] == ends[:-1]
@@ -176,6 +175,13 @@ def run_lengths(counts: bytes, name: str = "mask") -> NDArray[np.int64]:
     if values.min() < 0:
         raise BadDataset(f"{name}: the run-length code holds a negative run")
     return values
+
+
+def _frame_position(
+    guarded_index: NDArray[np.int64], rows: int, row0: int, col0: int, height: int
+) -> NDArray[np.int64]:
+    column, row_after_guard = np.divmod(guarded_index, rows + 1)
+    return (column + col0) * height + row_after_guard - 1 + row0
 
 
 def _compress(runs: NDArray[np.int64], height: int, width: int) -> Rle:

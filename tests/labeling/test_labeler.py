@@ -1,0 +1,243 @@
+"""Boxes to masks: the published pasting, the answer for every box, and masks that do not depend on the company."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mal_train.errors import BadBox, ConfigError, DeviceError, OutOfDeviceMemory
+from mal_train.labeling import geometry, rle
+from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions, load_labeler
+from mal_train.labeling.rle import Rle
+from mal_train.labeling.settings import Branch, Compat, LabelerConfig
+from mal_train.model.checkpoint import Checkpoint, save_checkpoint
+from mal_train.model.network import MalNetwork, ModelConfig, probabilities
+from tests.reference import fixture
+
+IMAGE = np.random.default_rng(5).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+BOXES = [(5, 5, 30, 30), (60, 10, 70, 75), (100.25, 60.5, 50, 40), (0, 0, 140, 90), (20, 40, 3, 45)]
+
+
+def labeler(config: LabelerConfig | None = None, **options: str) -> Labeler:
+    torch.manual_seed(11)
+    network = MalNetwork(ModelConfig("vit-micro/16", mask_head_hidden_channel=16, mask_head_out_channel=16))
+    with torch.no_grad():
+        # Filters without a common part and stronger ones: logits spread round 0, masks are neither empty nor full.
+        for half in (network.student, network.teacher):
+            last = half.roi_head.mlp2
+            last.weight.sub_(last.weight.mean(0)).mul_(30)
+            last.bias.sub_(last.bias.mean())
+        # A teacher of its own, so that branches can differ.
+        for parameter in network.teacher.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    default = LabelerConfig(crop_size=64, mask_thres=(0.5, 0.5, 0.5))
+    return Labeler(network, config or default, **({"precision": "float32"} | options))
+
+
+def labels_of(answers: list[Label | BadBox]) -> list[Label]:
+    assert all(isinstance(answer, Label) for answer in answers)
+    return [answer for answer in answers if isinstance(answer, Label)]
+
+
+def random_probability(crop: Crop, seed: int = 0) -> Probability:
+    size = crop.pixels.shape[0]
+    return Probability(np.random.default_rng(seed).random((size, size), dtype=np.float32))
+
+
+@pytest.mark.parametrize("name", ["f_paste_crop64_s22", "f_paste_crop128_s21"])
+def test_masks_equal_the_published_ones_for_given_logits(name: str) -> None:
+    data = np.load(fixture(f"{name}.npz"))
+    expected = json.loads(fixture(f"{name}.json").read_text())
+    expected = expected["annotations"] if isinstance(expected, dict) else expected
+    small, medium, large = (float(t) for t in data["mask_thres"])
+    size = data["boxmask_crop"].shape[-1]
+    ours = labeler(LabelerConfig(crop_size=size, mask_thres=(small, medium, large), compat=Compat.TAO))
+    maps = probabilities(torch.from_numpy(data["seg_logits"]), size).numpy()
+    for index, (prob, (x0, y0, x1, y1), (height, width)) in enumerate(
+        zip(maps, data["bbox_xyxy"].tolist(), data["hw"].tolist(), strict=True)
+    ):
+        image = np.zeros((height, width, 3), np.uint8)
+        (crop,) = ours.prepare(image, [(x0, y0, x1 - x0, y1 - y0)])
+        assert isinstance(crop, Crop)
+        assert list(crop.window) == data["ext"][index].tolist()
+        theirs = rle.decode_mask(Rle.from_coco(expected[index]["segmentation"]))
+        mine = rle.decode_mask(ours.finish(crop, Probability(prob)).rle)
+        assert np.count_nonzero(mine != theirs) <= 4, index
+
+
+def test_every_box_is_answered_in_order_and_the_unusable_say_why() -> None:
+    boxes = [(5, 5, 30, 30), (0, 0, -1, 5), (130, 80, 40, 40), (500, 0, 5, 5), (float("nan"), 0, 1, 1)]
+    answers = labeler().label(IMAGE, boxes)
+    assert [type(answer) for answer in answers] == [Label, BadBox, Label, BadBox, BadBox]
+    assert "box 1" in str(answers[1])
+    clipped = answers[2]
+    assert isinstance(clipped, Label)
+    assert "BOX_CLIPPED" in clipped.flags
+
+
+def test_the_mask_stays_inside_the_box() -> None:
+    ours = labeler()
+    for box in BOXES:
+        (crop,) = ours.prepare(IMAGE, [box])
+        assert isinstance(crop, Crop)
+        size = crop.pixels.shape[0]
+        full = ours.finish(crop, Probability(np.ones((size, size), np.float32)))
+        region = geometry.box_pixels(crop.box_inside, (90, 140))
+        frame = np.zeros((90, 140), bool)
+        frame[region.row0 : region.row1, region.col0 : region.col1] = True
+        np.testing.assert_array_equal(rle.decode_mask(full.rle), frame)
+        assert "FULL_BOX" in full.flags
+        assert full.score == pytest.approx(1.0)
+
+
+def test_score_area_and_box_describe_the_mask() -> None:
+    ours = labeler()
+    (crop,) = ours.prepare(IMAGE, [(40, 20, 64, 48)])
+    assert isinstance(crop, Crop)
+    prob = np.zeros((64, 64), np.float32)
+    prob[20:44, 16:48] = 0.8
+    label = ours.finish(crop, Probability(prob))
+    mask = rle.decode_mask(label.rle)
+    assert label.area == np.count_nonzero(mask) > 0
+    assert 0.5 < label.score <= 0.8
+    rows, columns = np.nonzero(mask)
+    assert label.mask_box is not None
+    assert label.mask_box == (
+        columns.min(), rows.min(), columns.max() - columns.min() + 1, rows.max() - rows.min() + 1
+    )  # fmt: skip
+    assert label.flags == ()
+
+
+def test_an_empty_mask_is_flagged_and_scores_zero() -> None:
+    ours = labeler()
+    (crop,) = ours.prepare(IMAGE, [(40, 20, 64, 48)])
+    assert isinstance(crop, Crop)
+    label = ours.finish(crop, Probability(np.zeros((64, 64), np.float32)))
+    assert (label.area, label.score, label.mask_box, label.flags) == (0, 0.0, None, ("EMPTY_MASK",))
+
+
+def test_two_separate_parts_are_flagged() -> None:
+    ours = labeler()
+    (crop,) = ours.prepare(IMAGE, [(40, 20, 64, 48)])
+    assert isinstance(crop, Crop)
+    prob = np.zeros((64, 64), np.float32)
+    prob[15:30, 15:30] = prob[40:50, 40:50] = 0.9
+    assert "MULTI_PART" in ours.finish(crop, Probability(prob)).flags
+
+
+def test_a_tiny_box_is_flagged() -> None:
+    (label,) = labels_of(labeler().label(IMAGE, [(10, 10, 2, 30)]))
+    assert "TOO_SMALL" in label.flags
+
+
+def test_the_threshold_follows_the_size_class_unless_given() -> None:
+    ours = labeler(LabelerConfig(crop_size=64, mask_thres=(0.2, 0.5, 0.8)))
+    crops = ours.prepare(IMAGE, [(0, 0, 32, 32), (0, 0, 32.1, 32), (0, 0, 140, 90)])
+    half = Probability(np.full((64, 64), 0.6, np.float32))
+    areas = [ours.finish(crop, half).area > 0 for crop in crops if isinstance(crop, Crop)]
+    assert areas == [True, True, False]
+    assert isinstance(crops[2], Crop)
+    assert ours.finish(crops[2], half, threshold=0.5).area == 140 * 90
+
+
+def test_masks_do_not_depend_on_the_batch_in_float32() -> None:
+    ours = labeler()
+    crops = [crop for crop in ours.prepare(IMAGE, BOXES) if isinstance(crop, Crop)]
+    other = [crop for crop in ours.prepare(IMAGE[::-1, ::-1].copy(), BOXES) if isinstance(crop, Crop)]
+    mixed = [crop for pair in zip(crops, other, strict=True) for crop in pair]
+    alone = [ours.predict([crop])[0].prob for crop in crops]
+    together = [found.prob for found in ours.predict(mixed)][0::2]
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_agreement_is_the_iou_of_student_and_teacher() -> None:
+    ours = labeler()
+    crops = [crop for crop in ours.prepare(IMAGE, BOXES) if isinstance(crop, Crop)]
+    students = ours.predict(crops, RunOptions(Branch.STUDENT))
+    teachers = ours.predict(crops, RunOptions(Branch.TEACHER))
+    asked = ours.predict(crops, RunOptions(Branch.STUDENT, agreement=True))
+    for crop, student, teacher, both in zip(crops, students, teachers, asked, strict=True):
+        label = ours.finish(crop, both)
+        expected = rle.iou(ours.finish(crop, student).rle, ours.finish(crop, teacher).rle)
+        assert label.agreement == pytest.approx(expected)
+        assert label.rle == ours.finish(crop, student).rle
+        assert ("LOW_AGREEMENT" in label.flags) == (expected < 0.8)
+
+
+def test_mixed_is_the_mean_of_logits_and_flip_is_symmetric() -> None:
+    ours = labeler()
+    crops = [crop for crop in ours.prepare(IMAGE, BOXES) if isinstance(crop, Crop)]
+    symmetric = [
+        Crop(np.concatenate([c.pixels[:, :32], c.pixels[:, 31::-1]], axis=1), *list(vars(c).values())[1:])
+        for c in crops
+    ]
+    for found in ours.predict(symmetric, RunOptions(flip=True)):
+        np.testing.assert_allclose(found.prob, found.prob[:, ::-1], atol=1e-5)
+    asked = ours.predict(crops, RunOptions(Branch.MIXED, agreement=True))
+    for found in asked:
+        assert found.student is not None
+        assert found.teacher is not None
+        low, high = np.minimum(found.student, found.teacher), np.maximum(found.student, found.teacher)
+        # Upsampling is linear in the logits and the sigmoid is monotone, so mixed lies between the two.
+        assert (found.prob >= low - 1e-6).all()
+        assert (found.prob <= high + 1e-6).all()
+
+
+def test_a_checkpoint_labels_as_the_network_it_was_made_from(tmp_path: Path) -> None:
+    ours = labeler()
+    path = tmp_path / "model.malckpt"
+    save_checkpoint(
+        path,
+        Checkpoint(
+            model=ours.network.config,
+            labeler=ours.config,
+            weights=ours.network.state_dict(),
+            categories=[{"id": 1, "name": "thing"}],
+            provenance={},
+            kind="weights",
+            training=None,
+        ),
+        None,
+    )
+    again, checkpoint = load_labeler(path, precision="float32")
+    assert checkpoint.categories == [{"id": 1, "name": "thing"}]
+    assert labels_of(again.label(IMAGE, BOXES)) == labels_of(ours.label(IMAGE, BOXES))
+
+
+def test_bfloat16_masks_are_close_to_float32() -> None:
+    exact, quick = labeler(), labeler(precision="bfloat16")
+    pairs = list(zip(labels_of(exact.label(IMAGE, BOXES)), labels_of(quick.label(IMAGE, BOXES)), strict=True))
+    large = [(a, b) for a, b in pairs if a.area > 300]
+    assert len(large) >= 2
+    for a, b in large:
+        assert rle.iou(a.rle, b.rle) > 0.9
+
+
+def test_float16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="float16"):
+        labeler(precision="float16")
+
+
+def test_device_failures_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = labeler()
+    crops = [crop for crop in ours.prepare(IMAGE, BOXES) if isinstance(crop, Crop)]
+
+    def fail(error: Exception) -> None:
+        def logits(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ours.network, "logits", logits)
+
+    fail(torch.OutOfMemoryError("no memory"))
+    with pytest.raises(OutOfDeviceMemory):
+        ours.predict(crops)
+    fail(RuntimeError("illegal access"))
+    with pytest.raises(DeviceError, match="illegal access"):
+        ours.predict(crops)
+
+
+def test_no_boxes_give_no_labels() -> None:
+    assert labeler().label(IMAGE, []) == []
