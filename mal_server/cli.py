@@ -1,0 +1,66 @@
+"""The command `mal-server`: reads its arguments, calls, turns errors into exit codes. Imports torch only to serve."""
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mal_train.errors import MalError
+
+PIP_LINE = "pip install 'mask-auto-labeler[server]'"
+SERVER_PACKAGES = frozenset(
+    {"torch", "torchvision", "timm", "pydantic", "yaml", "pyrage", "safetensors", "grpc_health"}
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit codes: 0 done, 1 unexpected, 2 usage or settings, 4 disk or permission."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in SERVER_PACKAGES:
+            raise
+        print(f"mal-server: {error.name} is not installed. Run: {PIP_LINE}", file=sys.stderr)
+        return 2
+    except MalError as error:
+        print(f"mal-server: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Imported here, so that a missing extra is one line and not a trace.
+    from mal_server.config import default_config, load_config  # noqa: PLC0415
+
+    if args.command == "default-config":
+        print(default_config(), end="")
+        return 0
+    from mal_server.server import serve  # noqa: PLC0415
+
+    config = load_config(args.config, args.overrides)
+    logging.basicConfig(
+        level=args.log_level,
+        stream=sys.stderr,
+        format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
+    )
+    asyncio.run(serve(config, port_file=args.port_file))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mal-server", description="Serves a sealed checkpoint over gRPC.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve until SIGTERM or Ctrl-C")
+    serve.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="settings (YAML)")
+    serve.add_argument(
+        "--port-file",
+        type=Path,
+        metavar="FILE",
+        help="write host:port there once the server answers; removed at the end",
+    )
+    serve.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
+    serve.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file's")
+    commands.add_parser("default-config", help="print every setting with its default and its meaning")
+    return parser

@@ -1,0 +1,178 @@
+"""The server's YAML: every setting, its default, its range and its meaning. Reads no checkpoint, opens no port."""
+
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mal_train.errors import ConfigError
+from mal_train.labeling.images import DEFAULT_LIMITS, ImageLimits
+from mal_train.labeling.settings import Branch
+from mal_train.strictyaml import Strict, apply_overrides, dump, load_yaml, validate
+
+MIB = 1024 * 1024
+MESSAGE_OVERHEAD = 64 * 1024
+"""Bytes of a request that are kept for its boxes and options when the image limit is derived from the message limit."""
+
+
+class Listen(Strict):
+    """Where the server listens."""
+
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address to listen on: 127.0.0.1 or ::1 for this machine alone, 0.0.0.0 or :: for every interface.",
+    )
+    port: int = Field(default=50051, ge=0, le=65535, description="TCP port; 0 takes a free one and prints it.")
+    allow_plaintext: bool = Field(
+        default=False,
+        description="Traffic is not encrypted: a host other than loopback is refused unless this is true. Set it only "
+        "on a network\nthat is private to the server and its clients, or behind a proxy that ends TLS.",
+    )
+
+    @model_validator(mode="after")
+    def _plaintext_stays_here(self) -> Self:
+        if not self.allow_plaintext and not _is_loopback(self.host):
+            raise ValueError(
+                f"listen.host: {self.host!r} is reachable from other machines and the traffic is not encrypted; use "
+                "127.0.0.1 or ::1, or set listen.allow_plaintext: true"
+            )
+        return self
+
+
+class Limits(Strict):
+    """What a request must keep to; clients read it from GetServerInfo."""
+
+    max_request_bytes: int = Field(
+        default=32 * MIB, ge=MIB, le=1024 * MIB, description="Largest message from a client, in bytes."
+    )
+    max_response_bytes: int = Field(
+        default=64 * MIB, ge=MIB, le=1024 * MIB, description="Largest message to a client, in bytes."
+    )
+    max_boxes: int = Field(default=1000, ge=1, le=100_000, description="Boxes of one image.")
+    max_pixels: int = Field(
+        default=DEFAULT_LIMITS.max_pixels, ge=1, le=400_000_000, description="Width times height of one image."
+    )
+    max_side: int = Field(
+        default=DEFAULT_LIMITS.max_side, ge=1, le=100_000, description="Width and height of one image, in px."
+    )
+    max_items_in_flight: int = Field(
+        default=8,
+        ge=1,
+        le=1024,
+        description="Unanswered images of one bulk or evaluation stream; no further one is read until one is answered.",
+    )
+
+    def images(self) -> ImageLimits:
+        """What the decoder refuses."""
+        return ImageLimits(self.max_request_bytes - MESSAGE_OVERHEAD, self.max_pixels, self.max_side)
+
+
+class ServerConfig(Strict):
+    """Everything that `mal-server serve` can be told."""
+
+    checkpoint: Path = Field(description="Sealed checkpoint (.malckpt) to serve, of either kind; seen from the working folder.")
+    decryption_key: str | None = Field(
+        default=None,
+        repr=False,
+        description="Opens the checkpoint: file:PATH or env:NAME of an age identity or a passphrase. null: it is not "
+        "encrypted.",
+    )
+    model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="The model's name in answers; null: the checkpoint's file name without its suffix.",
+    )
+    branch: Branch = Field(
+        default=Branch.STUDENT,
+        description="Network that answers requests which name none: student, teacher or mixed.",
+    )
+    gpu_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0,),
+        description="GPUs, one worker each; [] = CPU. On a machine without CUDA the CPU is used and a line says so.",
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number format of the network. auto: bfloat16 where the device is fast at it, else float32.",
+    )
+    max_batch_size: int = Field(default=16, ge=1, le=1024, description="Crops in one device batch.")
+    max_queue_delay_ms: float = Field(
+        default=5.0,
+        ge=0.0,
+        le=1000.0,
+        description="How long an idle device waits for more crops before it runs a batch that is not full, in ms.\n"
+        "A busy device's batches fill by themselves.",
+    )
+    max_queue_crops: int = Field(
+        default=2048,
+        ge=1,
+        le=1_000_000,
+        description="Boxes that may wait for a device; requests beyond are refused (UNAVAILABLE) with the time to come "
+        "back.\nEach takes up to 3 * crop_size^2 bytes of memory. At least limits.max_boxes.",
+    )
+    threads: int = Field(
+        default=0, ge=0, le=1024, description="Threads that decode, crop and encode; 0 = one for each CPU core."
+    )
+    drain_delay_s: float = Field(
+        default=5.0,
+        ge=0.0,
+        le=3600.0,
+        description="After SIGTERM: how long calls are still accepted while health says NOT_SERVING, so that load "
+        "balancers notice.\nAn interrupt from the keyboard (SIGINT) skips it.",
+    )
+    grace_s: float = Field(
+        default=30.0,
+        ge=0.0,
+        le=3600.0,
+        description="After that: how long running calls may take to finish before they are cancelled.",
+    )
+    listen: Listen = Field(default_factory=Listen, description="Where the server listens.")
+    limits: Limits = Field(default_factory=Limits, description="What requests must keep to.")
+
+    @model_validator(mode="after")
+    def _a_full_request_fits(self) -> Self:
+        if self.max_queue_crops < self.limits.max_boxes:
+            raise ValueError(
+                f"max_queue_crops: {self.max_queue_crops} is below limits.max_boxes ({self.limits.max_boxes}): a "
+                "request of full size could never be accepted; raise it or lower limits.max_boxes"
+            )
+        if len(set(self.gpu_ids)) != len(self.gpu_ids):
+            raise ValueError(f"gpu_ids: {list(self.gpu_ids)} names a GPU twice")
+        return self
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in answers."""
+        return self.model_name or self.checkpoint.stem
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> ServerConfig:
+    """The settings in a YAML file, `a.b=c` overrides applied.
+
+    Raises:
+        ConfigError: names the field, the value, the rule and the nearest valid name.
+    """
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name == "decryption_key" and not value.startswith(("file:", "env:")):
+            raise ConfigError(
+                "decryption_key: a secret on the command line can be read by every user of the machine; give file:PATH "
+                "or env:NAME"
+            )
+    return validate(ServerConfig, apply_overrides(load_yaml(path), overrides), source=str(path))
+
+
+def default_config() -> str:
+    """A commented YAML file with every setting at its default and a checkpoint to fill in."""
+    return dump(ServerConfig(checkpoint=Path("results/mal_model_latest.malckpt")))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,163 @@
+"""One request's way from bytes to labels: decode and cut, wait for a batch, finish. Knows nothing of gRPC or protos.
+
+    job → decode, prepare (thread pool) → batcher (device) → finish (thread pool) → Part, Part, …
+
+One `Part` comes out for each finished batch that held crops of the job. A job leaves no other state behind.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mal_server.batcher import Batcher, Share
+from mal_server.worker import Predictor
+from mal_train.errors import BadBox, DeviceError
+from mal_train.labeling.geometry import Box
+from mal_train.labeling.images import ImageLimits, decode_image
+from mal_train.labeling.labeler import Crop, Label, Probability, RunOptions
+
+Result = TypeVar("Result")
+CropBatcher = Batcher[RunOptions, Crop, Probability]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request.
+
+    Attributes:
+        content: the encoded image.
+        expected_wh: (width, height) that the boxes refer to, when stated.
+        instance_ids: the caller's ids, unique.
+        boxes: x, y, width, height px, in the order of the ids; any floats, NaN included.
+        options: how the network runs.
+        threshold: in (0, 1); None = the checkpoint's by size.
+    """
+
+    content: bytes
+    expected_wh: tuple[int, int] | None
+    instance_ids: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    options: RunOptions
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one instance: a label, or the error that concerns it alone."""
+
+    instance_id: int
+    outcome: Label | BadBox | DeviceError
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that a part took in each stage, and the crops in its device batch (0: it reached no device)."""
+
+    queue_s: float = 0.0
+    decode_s: float = 0.0
+    infer_s: float = 0.0
+    finish_s: float = 0.0
+    batch_size: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a job's answers."""
+
+    answers: tuple[Answer, ...]
+    timing: Timing
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """All of a job's parts as one: times of device and finish add up, the longest wait and the largest batch count."""
+    times = [part.timing for part in parts]
+    return Part(
+        tuple(answer for part in parts for answer in part.answers),
+        Timing(
+            queue_s=max(t.queue_s for t in times),
+            decode_s=max(t.decode_s for t in times),
+            infer_s=sum(t.infer_s for t in times),
+            finish_s=sum(t.finish_s for t in times),
+            batch_size=max(t.batch_size for t in times),
+        ),
+    )
+
+
+class Pipeline:
+    """See the module.
+
+    Args:
+        predictor: for prepare and finish; the devices' own ones predict.
+        batcher: shared by all jobs.
+        pool: threads for CPU work.
+        limits: what is refused before it is decoded.
+    """
+
+    def __init__(self, predictor: Predictor, batcher: CropBatcher, pool: Executor, limits: ImageLimits) -> None:
+        self._predictor = predictor
+        self._batcher = batcher
+        self._pool = pool
+        self._limits = limits
+
+    async def label(self, job: Job) -> AsyncGenerator[Part, None]:
+        """Parts that together answer every instance once; at least one part, also for a job without boxes.
+
+        Raises:
+            Overloaded: too much is waiting.
+            BadImage: the picture cannot be used.
+        """
+        with self._batcher.admit(max(len(job.boxes), 1)) as ticket:
+            entries, decode_s = await self._cpu(self._open, job)
+            bad = tuple(
+                Answer(instance_id, entry)
+                for instance_id, entry in zip(job.instance_ids, entries, strict=True)
+                if isinstance(entry, BadBox)
+            )
+            good = [index for index, entry in enumerate(entries) if isinstance(entry, Crop)]
+            crops = [entry for entry in entries if isinstance(entry, Crop)]
+            if not crops:
+                yield Part(bad, Timing(decode_s=decode_s))
+                return
+            async for share in ticket.submit(job.options, crops):
+                labels, finish_s = await self._finish(job, crops, share)
+                answers = (Answer(job.instance_ids[good[i]], x) for i, x in zip(share.indices, labels, strict=True))
+                timing = Timing(share.queue_s, decode_s, share.run_s, finish_s, share.batch_size)
+                yield Part((*bad, *answers), timing)
+                bad = ()
+
+    async def label_whole(self, job: Job) -> Part:
+        """All parts of a job as one."""
+        async with aclosing(self.label(job)) as parts:
+            return joined([part async for part in parts])
+
+    def _open(self, job: Job) -> tuple[list[Crop | BadBox], float]:
+        started = time.perf_counter()
+        image = decode_image(job.content, expected_wh=job.expected_wh, limits=self._limits)
+        entries = self._predictor.prepare(image, job.boxes)
+        return entries, time.perf_counter() - started
+
+    async def _finish(
+        self, job: Job, crops: Sequence[Crop], share: Share[Probability]
+    ) -> tuple[list[Label | DeviceError], float]:
+        """The share's outcomes with labels in the place of probabilities, and the CPU seconds that this took."""
+        pairs = zip(share.indices, share.outcomes, strict=True)
+        done = await asyncio.gather(*(self._cpu(self._finish_one, crops[i], x, job.threshold) for i, x in pairs))
+        return [label for label, _ in done], sum(seconds for _, seconds in done)
+
+    def _finish_one(
+        self, crop: Crop, outcome: Probability | Exception, threshold: float | None
+    ) -> tuple[Label | DeviceError, float]:
+        if isinstance(outcome, DeviceError):
+            return outcome, 0.0
+        if isinstance(outcome, Exception):
+            raise outcome
+        started = time.perf_counter()
+        label = self._predictor.finish(crop, outcome, threshold=threshold)
+        return label, time.perf_counter() - started
+
+    async def _cpu(self, work: Callable[..., Result], *args: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

@@ -1,0 +1,228 @@
+"""The server's life: bind, load, serve, drain, stop. Joins the parts; decides nothing about requests.
+
+    start  binds the port; health says NOT_SERVING, calls are answered UNAVAILABLE
+    load   reads the checkpoint, warms every worker up; health says SERVING
+    drain  health says NOT_SERVING, calls are still answered
+    stop   refuses new calls, lets running ones finish within the grace period
+
+`serve` goes through all of it once, driven by signals.
+"""
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
+
+from mal_server.batcher import Batcher
+from mal_server.config import ServerConfig
+from mal_server.interceptors import CallInterceptor
+from mal_server.loading import Loaded, ModelInfo, load_model, warm_up
+from mal_server.pipeline import CropBatcher, Pipeline
+from mal_server.service import EvaluationService, LabelingService, ModelService, Serving, Stage
+from mal_train.errors import ConfigError, OutputError
+
+log = logging.getLogger(__name__)
+
+DISTRIBUTION = "mask-auto-labeler"
+MAX_STREAMS = 100
+"""Calls at once on one connection; further ones wait at the client."""
+
+SERVICES = (
+    "",
+    labeling_pb2.DESCRIPTOR.services_by_name["LabelingService"].full_name,
+    evaluation_pb2.DESCRIPTOR.services_by_name["EvaluationService"].full_name,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+"""Names that health answers for; the empty one is the whole server."""
+
+Load = Callable[[ServerConfig], Loaded]
+
+
+class MalServer:
+    """One server on one port, used from one event loop.
+
+    Args:
+        config: see `ServerConfig`.
+        load: gives the model; runs in a thread.
+    """
+
+    def __init__(self, config: ServerConfig, load: Load = load_model) -> None:
+        self._config = config
+        self._load = load
+        self._stage = Stage()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._pool = ThreadPoolExecutor(config.threads or os.cpu_count(), thread_name_prefix="cpu")
+        self._loaded: Loaded | None = None
+        self._batcher: CropBatcher | None = None
+        self._server = self._build()
+        self.address = ""
+        """host:port once started, with the real port where 0 was asked for."""
+
+    async def start(self) -> None:
+        """Binds the port and answers, NOT_SERVING so far.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
+        host, port = self._config.listen.host, self._config.listen.port
+        shown = f"[{host}]" if ":" in host else host
+        for service in SERVICES:
+            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            bound = self._server.add_insecure_port(f"{shown}:{port}")
+        except RuntimeError:
+            bound = 0
+        if bound == 0:
+            raise ConfigError(
+                f"listen: cannot listen on {shown}:{port}; the port is in use or the address is not this machine's. "
+                "Choose another listen.port (0 takes a free one)"
+            )
+        self.address = f"{shown}:{bound}"
+        await self._server.start()
+
+    async def load(self) -> ModelInfo:
+        """Loads and warms up the model, then says SERVING. Errors of `load_model` and `warm_up`."""
+        config = self._config
+        loaded = self._loaded = await asyncio.to_thread(self._load, config)
+        for worker in loaded.workers:
+            await warm_up(worker, config.branch, config.max_batch_size)
+        self._batcher = Batcher(
+            [worker.run for worker in loaded.workers],
+            max_batch_size=config.max_batch_size,
+            max_delay_s=config.max_queue_delay_ms / 1000,
+            max_waiting=config.max_queue_crops,
+        )
+        pipeline = Pipeline(loaded.workers[0].predictor, self._batcher, self._pool, config.limits.images())
+        self._stage.serving = Serving(loaded.info, pipeline, self._pool)
+        for service in SERVICES:
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return loaded.info
+
+    async def drain(self) -> None:
+        """Says NOT_SERVING, for good."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, waits at most `grace_s` seconds for running ones, cancels the rest, ends the threads."""
+        await self._server.stop(grace_s)
+        if self._batcher is not None:
+            await self._batcher.idle()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for worker in self._loaded.workers if self._loaded is not None else ():
+            worker.close()
+
+    def _build(self) -> grpc.aio.Server:
+        limits = self._config.limits
+        server = grpc.aio.server(
+            interceptors=(CallInterceptor(),),
+            options=(
+                ("grpc.max_receive_message_length", limits.max_request_bytes),
+                ("grpc.max_send_message_length", limits.max_response_bytes),
+                ("grpc.max_concurrent_streams", MAX_STREAMS),
+                # Without this a second server binds the same port in silence and takes half of the calls.
+                ("grpc.so_reuseport", 0),
+            ),
+        )
+        labeling_pb2_grpc.add_LabelingServiceServicer_to_server(LabelingService(self._stage, limits), server)
+        evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationService(self._stage, limits), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._stage, limits, version()), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        return server
+
+
+async def serve(config: ServerConfig, *, port_file: Path | None = None, load: Load = load_model) -> None:
+    """Serves until SIGTERM or SIGINT, then drains and returns.
+
+    Args:
+        config: see `ServerConfig`.
+        port_file: receives "host:port" once the server is SERVING, and is removed at the end.
+        load: gives the model.
+    """
+    stop, now = _catch_signals()
+    server = MalServer(config, load)
+    grace_s = 0.0
+    try:
+        _remove(port_file)
+        await server.start()
+        log.info("address=%s loading=%s", server.address, config.checkpoint)
+        loading = asyncio.ensure_future(server.load())
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            loading.cancel()
+            return
+        info = loading.result()
+        _write(port_file, server.address)
+        print(
+            f"mal-server: serving {info.name} on {server.address} ({info.arch}, {info.branch}, "
+            f"{', '.join(info.devices)}, {info.precision})",
+            flush=True,
+        )
+        grace_s = config.grace_s
+        await stopping
+        log.info("draining drain_delay_s=%g grace_s=%g", config.drain_delay_s, config.grace_s)
+        await server.drain()
+        await _wait(now, config.drain_delay_s)
+    finally:
+        await server.stop(grace_s)
+        _remove(port_file)
+        log.info("stopped")
+
+
+def version() -> str:
+    """The distribution's version; "unknown" when it runs from a folder that was never installed."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """(set by SIGTERM and SIGINT, set when nobody wants to wait for load balancers: SIGINT, or a second signal)."""
+    loop = asyncio.get_running_loop()
+    stop, now = asyncio.Event(), asyncio.Event()
+
+    def on_signal(is_interrupt: bool) -> None:
+        if is_interrupt or stop.is_set():
+            now.set()
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, on_signal, False)
+    loop.add_signal_handler(signal.SIGINT, on_signal, True)
+    return stop, now
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return
+
+
+def _write(path: Path | None, text: str) -> None:
+    """Writes a small file that appears whole or not at all."""
+    if path is None:
+        return
+    part = path.with_name(f".{path.name}.tmp")
+    try:
+        part.write_text(text + "\n", encoding="ascii")
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: the address cannot be written: {error.strerror}") from error
+
+
+def _remove(path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be removed: {error.strerror}") from error

@@ -1,0 +1,174 @@
+"""The RPCs, each a few lines: read the request (codec), follow the pipeline, write what comes out (codec)."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
+
+from mal_server import codec
+from mal_server.config import Limits
+from mal_server.errors import NotReady, RequestRefused
+from mal_server.evaluation import Evaluation
+from mal_server.interceptors import status_of
+from mal_server.loading import ModelInfo
+from mal_server.pipeline import Pipeline
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A model that answers."""
+
+    info: ModelInfo
+    pipeline: Pipeline
+    pool: Executor
+
+
+class Stage:
+    """Where the model stands once it is loaded. A call looks once, at its start."""
+
+    def __init__(self) -> None:
+        self.serving: Serving | None = None
+
+    def current(self) -> Serving:
+        """The model; raises NotReady while there is none."""
+        if self.serving is None:
+            raise NotReady("the model is still loading")
+        return self.serving
+
+
+class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
+    """Boxes in, masks out."""
+
+    def __init__(self, stage: Stage, limits: Limits) -> None:
+        self._stage = stage
+        self._limits = limits
+
+    async def LabelImage(
+        self, request: labeling_pb2.LabelImageRequest, context: Any
+    ) -> AsyncGenerator[labeling_pb2.LabelImageResponse, None]:
+        """One message for each finished batch of this request."""
+        serving = self._stage.current()
+        job = codec.read_job(request, self._limits, serving.info.branch)
+        model = codec.write_model_ref(serving.info, job.options.branch)
+        async with aclosing(serving.pipeline.label(job)) as parts:
+            async for part in parts:
+                yield codec.write_part(part, model)
+
+    async def LabelImages(
+        self, request_iterator: AsyncIterator[labeling_pb2.LabelImagesRequest], context: Any
+    ) -> AsyncGenerator[labeling_pb2.LabelImagesResponse, None]:
+        """One message for each item, in the order in which they finish."""
+        self._stage.current()
+        window = self._limits.max_items_in_flight
+        async with aclosing(answered(request_iterator, self._item, window)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _item(self, item: labeling_pb2.LabelImagesRequest) -> labeling_pb2.LabelImagesResponse:
+        try:
+            checks = codec.Checks()
+            codec.check_item_id(item.item_id, checks)
+            checks.raise_if_any()
+            serving = self._stage.current()
+            job = codec.read_job(item.request, self._limits, serving.info.branch, "request.")
+            model = codec.write_model_ref(serving.info, job.options.branch)
+            answer = codec.write_item(item.item_id, await serving.pipeline.label_whole(job), model)
+            self._check_size(answer.ByteSize())
+        # An error of one item must not end the stream of the others: it becomes that item's status.
+        except Exception as error:
+            return codec.write_item_error(item.item_id, status_of(error))
+        return answer
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limits.max_response_bytes:
+            limit = self._limits.max_response_bytes
+            text = f"the masks of this item take {size} bytes and max_response_bytes is {limit}; use LabelImage for it"
+            raise RequestRefused([("request.instances", text)])
+
+
+class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
+    """Holds the served model against ground truth."""
+
+    def __init__(self, stage: Stage, limits: Limits) -> None:
+        self._stage = stage
+        self._limits = limits
+
+    async def Evaluate(
+        self, request_iterator: AsyncIterator[evaluation_pb2.EvaluateRequest], context: Any
+    ) -> AsyncGenerator[evaluation_pb2.EvaluateResponse, None]:
+        """Progress after each image, then one result."""
+        serving = self._stage.current()
+        first = await anext(request_iterator, evaluation_pb2.EvaluateRequest())
+        options = codec.read_evaluate_options(first, serving.info.branch)
+        run = Evaluation(serving.pipeline, serving.pool, options.category_names)
+        truths = codec.read_truths(request_iterator, options, self._limits)
+        async with aclosing(answered(truths, run.label, self._limits.max_items_in_flight, in_order=True)) as outcomes:
+            async for outcome in outcomes:
+                await run.count(outcome)
+                yield codec.write_progress(run, options)
+        model = codec.write_model_ref(serving.info, options.run.branch)
+        yield codec.write_result(await run.report(), run, options, model)
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """Tells about the served model."""
+
+    def __init__(self, stage: Stage, limits: Limits, version: str) -> None:
+        self._stage = stage
+        self._limits = limits
+        self._version = version
+
+    async def GetServerInfo(
+        self, request: model_pb2.GetServerInfoRequest, context: Any
+    ) -> model_pb2.GetServerInfoResponse:
+        """Model, limits, devices."""
+        return codec.write_server_info(self._stage.current().info, self._limits, self._version)
+
+
+async def answered(
+    requests: AsyncIterator[Request],
+    answer: Callable[[Request], Coroutine[Any, Any, Response]],
+    window: int,
+    *,
+    in_order: bool = False,
+) -> AsyncGenerator[Response, None]:
+    """Answers up to `window` requests at a time and reads no further ahead; yields as they finish, or in order.
+
+    An error of `requests` or `answer` ends everything. Leaving early cancels what is running.
+    """
+    reading: asyncio.Task[Request | None] | None = None
+    running: deque[asyncio.Task[Response]] = deque()
+    is_over = False
+    try:
+        while running or not is_over:
+            if not is_over and reading is None and len(running) < window:
+                reading = asyncio.create_task(_next(requests))
+            awaited = {running[0]} if in_order and running else set(running)
+            await asyncio.wait(awaited | ({reading} if reading else set()), return_when=asyncio.FIRST_COMPLETED)
+            if reading is not None and reading.done():
+                request, reading = reading.result(), None
+                if request is None:
+                    is_over = True
+                else:
+                    running.append(asyncio.create_task(answer(request)))
+            for task in awaited:
+                if task.done():
+                    running.remove(task)
+                    yield task.result()
+    finally:
+        left: list[asyncio.Task[Any]] = [*running, *([reading] if reading else [])]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+
+async def _next(requests: AsyncIterator[Request]) -> Request | None:
+    return await anext(requests, None)

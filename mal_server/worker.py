@@ -1,0 +1,69 @@
+"""Runs batches of crops on one device, on a thread of its own. Knows nothing of requests or of gRPC."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from mal_train.errors import BadBox, OutOfDeviceMemory
+from mal_train.labeling.geometry import Box
+from mal_train.labeling.images import RgbImage
+from mal_train.labeling.labeler import Crop, Label, Probability, RunOptions
+
+log = logging.getLogger(__name__)
+
+
+class Predictor(Protocol):
+    """What the server needs of a `Labeler`; tests put cheap ones in its place."""
+
+    def prepare(self, image: RgbImage, boxes: Sequence[Box]) -> list[Crop | BadBox]:
+        """A crop, or the reason why there is none, for each box, in order."""
+        ...
+
+    def predict(self, crops: Sequence[Crop], options: RunOptions) -> list[Probability]:
+        """Foreground probabilities, in order; raises OutOfDeviceMemory when a smaller batch may fit."""
+        ...
+
+    def finish(self, crop: Crop, probability: Probability, *, threshold: float | None = None) -> Label:
+        """Mask, score and flags in image pixels."""
+        ...
+
+
+class Worker:
+    """One device. `run` is a batcher's runner.
+
+    Args:
+        predictor: does the work; only this worker calls its `predict`.
+        name: the device, for logs and thread names.
+    """
+
+    def __init__(self, predictor: Predictor, name: str) -> None:
+        self.predictor = predictor
+        self.name = name
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"device-{name}")
+
+    async def run(self, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
+        """Probabilities in order; OutOfDeviceMemory in the place of a crop that does not fit the device even alone.
+
+        Raises:
+            DeviceError: the device failed otherwise.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._predict, options, crops)
+
+    def close(self) -> None:
+        """Lets the thread end once its batch is done."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _predict(self, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
+        try:
+            return list(self.predictor.predict(crops, options))
+        except OutOfDeviceMemory as error:
+            message = str(error)
+        # Outside of the except block: there the traceback would keep the failed batch's tensors on the device.
+        if len(crops) == 1:
+            log.error("%s: out of memory on a single crop: %s", self.name, message)
+            return [OutOfDeviceMemory(message)]
+        half = (len(crops) + 1) // 2
+        log.warning("%s: out of memory on %d crops; trying %d at a time", self.name, len(crops), half)
+        return self._predict(options, crops[:half]) + self._predict(options, crops[half:])

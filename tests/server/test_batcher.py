@@ -1,0 +1,249 @@
+"""Batching with a clock that jumps: nothing here waits."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from mal_server.batcher import Batcher, Overloaded, Share
+from tests.server.fakes import run_in_no_time
+
+Shares = list[Share[str]]
+
+
+class Runner:
+    """Answers "key:item"; a batch takes `takes_s`. Items named "bad" fail alone, a key "broken" fails as a whole."""
+
+    def __init__(self, takes_s: float = 1.0) -> None:
+        self.takes_s = takes_s
+        self.batches: list[list[str]] = []
+
+    async def __call__(self, key: str, items: Sequence[str]) -> Sequence[str | Exception]:
+        self.batches.append(list(items))
+        await asyncio.sleep(self.takes_s)
+        if key == "broken":
+            raise OSError("the device is gone")
+        if key == "short":
+            return ["one"]
+        return [ValueError(item) if item == "bad" else f"{key}:{item}" for item in items]
+
+
+def batcher_of(*runners: Runner, size: int = 4, delay: float = 0.01, waiting: int = 100) -> Batcher[str, str, str]:
+    return Batcher(runners, max_batch_size=size, max_delay_s=delay, max_waiting=waiting)
+
+
+async def submit(batcher: Batcher[str, str, str], key: str, *items: str) -> Shares:
+    with batcher.admit(len(items)) as ticket:
+        return [share async for share in ticket.submit(key, items)]
+
+
+def answers(shares: Shares) -> dict[int, str | Exception]:
+    return {i: x for share in shares for i, x in zip(share.indices, share.outcomes, strict=True)}
+
+
+def test_items_of_several_requests_share_a_batch() -> None:
+    runner = Runner()
+
+    async def work() -> list[Shares]:
+        batcher = batcher_of(runner)
+        return await asyncio.gather(*(submit(batcher, "k", name) for name in "abcd"))
+
+    found = run_in_no_time(work())
+    assert runner.batches == [["a", "b", "c", "d"]]
+    assert [answers(shares) for shares in found] == [{0: "k:a"}, {0: "k:b"}, {0: "k:c"}, {0: "k:d"}]
+    assert all(shares[0].batch_size == 4 for shares in found)
+
+
+def test_a_full_batch_starts_at_once_and_others_after_the_delay() -> None:
+    async def work() -> tuple[Shares, Shares]:
+        batcher = batcher_of(Runner())
+        full = await submit(batcher, "k", *"abcd")
+        return full, await submit(batcher, "k", "e")
+
+    full, single = run_in_no_time(work())
+    assert full[0].queue_s == pytest.approx(0.0, abs=1e-6)
+    assert single[0].queue_s == pytest.approx(0.01, abs=1e-3)
+
+
+def test_a_large_request_gets_one_share_for_each_batch() -> None:
+    runner = Runner()
+    shares = run_in_no_time(submit(batcher_of(runner), "k", *"abcdefghij"))
+    assert [share.batch_size for share in shares] == [4, 4, 2]
+    assert answers(shares) == {i: f"k:{name}" for i, name in enumerate("abcdefghij")}
+
+
+def test_a_busy_runner_lets_batches_fill() -> None:
+    runner = Runner(takes_s=1.0)
+
+    async def work() -> None:
+        batcher = batcher_of(runner, size=8)
+
+        async def caller(number: int) -> None:
+            await asyncio.sleep(0.1 * number)
+            await submit(batcher, "k", str(number))
+
+        await asyncio.gather(*(caller(i) for i in range(9)))
+
+    run_in_no_time(work())
+    assert [len(batch) for batch in runner.batches] == [1, 8]
+
+
+def test_different_keys_never_share_a_batch_and_the_older_one_goes_first() -> None:
+    runner = Runner()
+
+    async def work() -> None:
+        batcher = batcher_of(runner)
+        await asyncio.gather(submit(batcher, "x", "a"), submit(batcher, "y", "b"), submit(batcher, "x", "c"))
+
+    run_in_no_time(work())
+    assert runner.batches == [["a", "c"], ["b"]]
+
+
+def test_a_key_that_is_always_full_does_not_starve_another() -> None:
+    runner = Runner()
+
+    async def work() -> float:
+        batcher = batcher_of(runner, size=2)
+        busy = [asyncio.create_task(submit(batcher, "x", *"abcdefgh")) for _ in range(5)]
+        await asyncio.sleep(0)
+        started = asyncio.get_running_loop().time()
+        late = asyncio.create_task(submit(batcher, "y", "z"))
+        await asyncio.sleep(0.5)
+        more = [asyncio.create_task(submit(batcher, "x", *"abcdefgh")) for _ in range(5)]
+        await late
+        waited = asyncio.get_running_loop().time() - started
+        await asyncio.gather(*busy, *more)
+        return waited
+
+    assert run_in_no_time(work()) <= 22.0  # 20 batches were there before it
+
+
+def test_two_runners_work_side_by_side() -> None:
+    first, second = Runner(), Runner()
+
+    async def work() -> float:
+        await submit(batcher_of(first, second), "k", *"abcdefgh")
+        return asyncio.get_running_loop().time()
+
+    assert run_in_no_time(work()) == pytest.approx(1.0, abs=0.1)
+    assert len(first.batches) == len(second.batches) == 1
+
+
+def test_an_error_of_one_item_is_its_own() -> None:
+    shares = run_in_no_time(submit(batcher_of(Runner()), "k", "a", "bad", "c"))
+    found = answers(shares)
+    assert (found[0], found[2]) == ("k:a", "k:c")
+    assert isinstance(found[1], ValueError)
+
+
+@pytest.mark.parametrize(("key", "kind"), [("broken", OSError), ("short", RuntimeError)])
+def test_a_failing_batch_is_told_to_its_callers_and_the_next_one_runs(key: str, kind: type[Exception]) -> None:
+    async def work() -> tuple[Shares, Shares]:
+        batcher = batcher_of(Runner())
+        return await submit(batcher, key, "a", "b"), await submit(batcher, "k", "c")
+
+    failed, next_one = run_in_no_time(work())
+    assert [type(outcome) for outcome in failed[0].outcomes] == [kind, kind]
+    assert answers(next_one) == {0: "k:c"}
+
+
+def test_a_cancelled_caller_does_not_stall_the_batch() -> None:
+    runner = Runner()
+
+    async def work() -> Shares:
+        batcher = batcher_of(runner)
+        leaving = asyncio.create_task(submit(batcher, "k", "gone"))
+        staying = asyncio.create_task(submit(batcher, "k", "here"))
+        await asyncio.sleep(0.5)  # both are on the device
+        leaving.cancel()
+        shares = await staying
+        await asyncio.wait_for(submit(batcher, "k", "next"), 5)
+        return shares
+
+    assert answers(run_in_no_time(work())) == {0: "k:here"}
+    assert runner.batches == [["gone", "here"], ["next"]]
+
+
+def test_cancelled_callers_in_the_queue_never_reach_the_device() -> None:
+    runner = Runner()
+
+    async def work() -> int:
+        batcher = batcher_of(runner, size=4)
+        first = asyncio.create_task(submit(batcher, "k", *"abcd"))
+        waiting = [asyncio.create_task(submit(batcher, "k", f"gone{i}")) for i in range(50)]
+        last = asyncio.create_task(submit(batcher, "k", "here"))
+        await asyncio.sleep(0.5)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        left = batcher.waiting
+        await asyncio.gather(first, last)
+        return left
+
+    assert run_in_no_time(work()) == 1
+    assert runner.batches == [["a", "b", "c", "d"], ["here"]]
+
+
+def test_a_full_queue_refuses_with_the_time_it_needs() -> None:
+    async def work() -> float:
+        batcher = batcher_of(Runner(takes_s=2.0), size=4, waiting=8)
+        await submit(batcher, "k", *"abcd")  # 2 items a second from now on
+        running = asyncio.create_task(submit(batcher, "k", *"abcd"))
+        queued = asyncio.create_task(submit(batcher, "k", *"efghijkl"))
+        await asyncio.sleep(0.5)
+        with pytest.raises(Overloaded) as refused:
+            batcher.admit(6)
+        await asyncio.gather(running, queued)
+        batcher.admit(8)
+        return refused.value.retry_after_s
+
+    assert run_in_no_time(work()) == pytest.approx(3.0)  # 6 too many at 2 a second
+
+
+def test_a_ticket_that_is_never_used_gives_its_room_back() -> None:
+    async def work() -> int:
+        batcher = batcher_of(Runner(), waiting=8)
+        with batcher.admit(8):
+            assert batcher.waiting == 8
+        return batcher.waiting
+
+    assert run_in_no_time(work()) == 0
+
+
+def test_a_ticket_gives_room_back_that_its_items_do_not_need() -> None:
+    async def work() -> int:
+        batcher = batcher_of(Runner(), waiting=8)
+        with batcher.admit(8) as ticket:
+            shares = ticket.submit("k", ["a"])
+            await anext(shares)
+            return batcher.waiting
+
+    assert run_in_no_time(work()) == 0
+
+
+def test_a_ticket_refuses_more_than_it_was_admitted_for() -> None:
+    async def work() -> None:
+        with batcher_of(Runner()).admit(1) as ticket:
+            await anext(ticket.submit("k", ["a", "b"]))
+
+    with pytest.raises(ValueError, match="a ticket for 1"):
+        run_in_no_time(work())
+
+
+def test_nothing_is_left_behind_by_many_cancelled_callers() -> None:
+    runner = Runner(takes_s=0.01)
+
+    async def work() -> tuple[int, Shares]:
+        batcher = batcher_of(runner, waiting=1000)
+        for _ in range(20):
+            tasks = [asyncio.create_task(submit(batcher, "k", *"abc")) for _ in range(50)]
+            await asyncio.sleep(0.015)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await batcher.idle()
+        return batcher.waiting, await submit(batcher, "k", "still")
+
+    waiting, shares = run_in_no_time(work())
+    assert waiting == 0
+    assert answers(shares) == {0: "k:still"}

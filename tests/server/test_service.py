@@ -1,0 +1,481 @@
+"""The RPCs through a real channel, around a predictor without a network."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from mal.v1 import labeling_pb2, model_pb2, types_pb2
+
+from mal_train.labeling.labeler import Label
+from mal_train.labeling.rle import Rle, decode_mask
+from tests.server.fakes import DISC_BOX, DISC_PNG, BrightPredictor, Running, bright_disc, label, label_request, serving
+
+Work = Callable[[Running], Awaitable[Any]]
+
+
+def with_server(work: Work, predictor: BrightPredictor | None = None, **settings: Any) -> Any:
+    async def run() -> Any:
+        async with serving(predictor, **settings) as running:
+            return await asyncio.wait_for(work(running), 60)
+
+    return asyncio.run(run())
+
+
+def refusal(call: Callable[[Running], Awaitable[Any]], predictor: BrightPredictor | None = None, **settings: Any) -> Any:
+    """(code, status with details, trailers) of a call that must fail; the server must answer after it."""
+
+    async def work(running: Running) -> Any:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call(running)
+        await running.model.GetServerInfo(model_pb2.GetServerInfoRequest())
+        return raised.value
+
+    error = with_server(work, predictor, **settings)
+    trailers = dict(error.trailing_metadata())
+    return error.code(), status_pb2.Status.FromString(trailers.get("grpc-status-details-bin", b"")), trailers
+
+
+def reason_of(status: status_pb2.Status) -> str:
+    info = error_details_pb2.ErrorInfo()
+    return next((info.reason for detail in status.details if detail.Unpack(info)), "")
+
+
+def fields_of(status: status_pb2.Status) -> list[str]:
+    bad = error_details_pb2.BadRequest()
+    return [violation.field for detail in status.details if detail.Unpack(bad) for violation in bad.field_violations]
+
+
+def mask_of(result: types_pb2.InstanceResult) -> Any:
+    code = result.masks[0].coco_rle
+    return decode_mask(Rle(code.height, code.width, code.counts))
+
+
+def test_the_mask_is_the_kernels_own() -> None:
+    predictor = BrightPredictor()
+    (result,) = with_server(lambda running: label(running, label_request(DISC_BOX)), predictor)
+    (own,) = predictor.label(bright_disc(), [DISC_BOX])
+    assert isinstance(own, Label)
+    code = result.masks[0].coco_rle
+    assert (code.height, code.width, code.counts) == (own.rle.height, own.rle.width, own.rle.counts)
+    assert (result.score, result.area_px) == (own.score, own.area)
+    assert (result.mask_box.x, result.mask_box.width) == (own.mask_box or (0, 0, 0))[0:3:2]
+    assert mask_of(result)[20, 30]
+    assert not mask_of(result)[9, 19]
+
+
+def test_an_answer_says_which_weights_made_it_and_where_the_time_went() -> None:
+    async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
+        call = running.labeling.LabelImage(label_request(DISC_BOX, branch=types_pb2.BRANCH_TEACHER))
+        return [answer async for answer in call]
+
+    (answer,) = with_server(work, BrightPredictor(wait_s=0.02))
+    assert (answer.model.name, answer.model.branch) == ("disc", types_pb2.BRANCH_TEACHER)
+    assert len(answer.model.checkpoint_sha256) == 64
+    assert answer.timing.batch_size == 1
+    assert 20 <= answer.timing.infer.ToMilliseconds() < 2000
+    assert answer.timing.decode.ToMicroseconds() > 0
+    assert answer.timing.finish.ToMicroseconds() > 0
+
+
+def test_a_large_request_streams_one_message_for_each_batch() -> None:
+    async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
+        return [answer async for answer in running.labeling.LabelImage(label_request(*[DISC_BOX] * 20))]
+
+    answers = with_server(work, max_batch_size=8)
+    assert [answer.timing.batch_size for answer in answers] == [8, 8, 4]
+    assert sorted(result.instance_id for answer in answers for result in answer.results) == list(range(20))
+
+
+def test_a_request_without_boxes_gets_one_empty_answer() -> None:
+    async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
+        return [answer async for answer in running.labeling.LabelImage(label_request())]
+
+    (answer,) = with_server(work)
+    assert len(answer.results) == 0
+    assert answer.model.name == "disc"
+
+
+def test_options_reach_the_network_and_the_threshold() -> None:
+    async def work(running: Running) -> tuple[types_pb2.InstanceResult, types_pb2.InstanceResult]:
+        request = label_request(DISC_BOX, branch=types_pb2.BRANCH_MIXED, compute_agreement=True, flip_test=True)
+        (asked,) = await label(running, request)
+        (low,) = await label(running, label_request(DISC_BOX, threshold=0.01))
+        return asked, low
+
+    predictor = BrightPredictor()
+    asked, low = with_server(work, predictor)
+    options = predictor.batches[0][0]
+    assert (str(options.branch), options.agreement, options.flip) == ("mixed", True, True)
+    assert asked.HasField("agreement")
+    assert not low.HasField("agreement")
+    assert low.area_px == 24 * 24 > asked.area_px
+    assert types_pb2.MASK_FLAG_FULL_BOX in low.flags
+    assert types_pb2.MASK_FLAG_LOW_AGREEMENT in asked.flags
+
+
+def test_the_servers_branch_answers_where_a_request_names_none() -> None:
+    predictor = BrightPredictor()
+    with_server(lambda running: label(running, label_request(DISC_BOX)), predictor, branch="teacher")
+    assert str(predictor.batches[0][0].branch) == "teacher"
+
+
+@pytest.mark.parametrize(
+    ("box", "text"),
+    [
+        ((float("nan"), 0, 5, 5), "nan"),
+        ((0, 0, float("inf"), 5), "inf"),
+        ((0, 0, 0, 5), "width"),
+        ((0, 0, 5, -2), "height"),
+        ((100, 100, 5, 5), ""),
+        ((-50, 0, 50, 5), ""),
+        ((1e9, 1e9, 1e9, 1e9), ""),
+    ],
+)
+def test_a_bad_box_fails_alone(box: tuple[float, float, float, float], text: str) -> None:
+    bad, good = with_server(lambda running: label(running, label_request(box, DISC_BOX)))
+    assert bad.status.code == code_pb2.INVALID_ARGUMENT
+    assert reason_of(bad.status) == "BAD_BOX"
+    assert text in bad.status.message.lower()
+    assert len(bad.masks) == 0
+    assert good.status.code == code_pb2.OK
+    assert good.area_px > 300
+
+
+def test_only_bad_boxes_still_get_an_answer_each() -> None:
+    results = with_server(lambda running: label(running, label_request((0, 0, 0, 0), (0, 0, -1, 1))))
+    assert [reason_of(result.status) for result in results] == ["BAD_BOX", "BAD_BOX"]
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(0, 0, 30, 30), (30, 0, 30, 30), (0, 10, 30, 30), (30, 10, 30, 30), (0, 0, 60, 40)],
+    ids=["top left", "top right", "bottom left", "bottom right", "all"],
+)
+def test_a_box_that_touches_the_border_is_not_clipped(box: tuple[float, float, float, float]) -> None:
+    (result,) = with_server(lambda running: label(running, label_request(box)))
+    assert result.area_px > 0
+    assert types_pb2.MASK_FLAG_BOX_CLIPPED not in result.flags
+
+
+def test_a_huge_box_is_clipped_and_flagged() -> None:
+    (result,) = with_server(lambda running: label(running, label_request((-1e9, -1e9, 2e9, 2e9))))
+    assert result.status.code == code_pb2.OK
+    assert types_pb2.MASK_FLAG_BOX_CLIPPED in result.flags
+    assert result.area_px == pytest.approx(np.pi * 144, rel=0.15)
+
+
+def test_one_crop_out_of_memory_fails_alone() -> None:
+    code, oom = code_pb2.INTERNAL, "OUT_OF_MEMORY"
+    results = with_server(
+        lambda running: label(running, label_request(DISC_BOX, DISC_BOX)), BrightPredictor(fits=1), max_batch_size=8
+    )
+    assert [result.status.code for result in results] == [code_pb2.OK, code_pb2.OK]
+    results = with_server(lambda running: label(running, label_request(DISC_BOX, (0, 0, -1, 1))), OutOfRoom())
+    assert [(r.status.code, reason_of(r.status)) for r in results] == [
+        (code, oom),
+        (code_pb2.INVALID_ARGUMENT, "BAD_BOX"),
+    ]
+
+
+class OutOfRoom(BrightPredictor):
+    """Fits a crop while it warms up, none afterwards."""
+
+    def predict(self, crops: Any, options: Any = None) -> Any:
+        self.fits = 1 if not self.batches and crops[0].image_hw == (64, 64) else 0
+        return super().predict(crops, options)
+
+
+def violating(**changes: Any) -> labeling_pb2.LabelImageRequest:
+    request = label_request(DISC_BOX)
+    request.MergeFrom(labeling_pb2.LabelImageRequest(**changes))
+    return request
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (labeling_pb2.LabelImageRequest(), "image.content"),
+        (label_request(DISC_BOX, DISC_BOX, ids=[4, 4]), "instances[1].instance_id"),
+        (violating(instances=[types_pb2.Instance(instance_id=9)]), "instances[1].box"),
+        (violating(options=types_pb2.LabelOptions(threshold=0.0)), "options.threshold"),
+        (violating(options=types_pb2.LabelOptions(threshold=float("nan"))), "options.threshold"),
+        (violating(options=types_pb2.LabelOptions(branch=17)), "options.branch"),  # type: ignore[arg-type]
+        (violating(image=types_pb2.ImageSource(expected_width=60)), "image.expected_width"),
+        (violating(image=types_pb2.ImageSource(expected_width=-60, expected_height=-40)), "image.expected_width"),
+        (label_request(*[DISC_BOX] * 6), "instances"),
+    ],
+)
+def test_a_field_that_breaks_the_contract_is_named(request_: labeling_pb2.LabelImageRequest, field: str) -> None:
+    code, status, _ = refusal(lambda running: label(running, request_), limits={"max_boxes": 5})
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields_of(status) == [field]
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    request = label_request(DISC_BOX, DISC_BOX, ids=[1, 1], threshold=2.0)
+    _, status, _ = refusal(lambda running: label(running, request))
+    assert fields_of(status) == ["instances[1].instance_id", "options.threshold"]
+
+
+def test_a_rotated_picture_is_an_error_and_no_shifted_mask() -> None:
+    request = label_request(DISC_BOX)
+    request.image.expected_width, request.image.expected_height = 40, 60
+    code, status, _ = refusal(lambda running: label(running, request))
+    assert (code, reason_of(status)) == (grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_SIZE_MISMATCH")
+
+
+def test_a_full_queue_is_unavailable_with_the_time_to_come_back() -> None:
+    gate = threading.Event()
+
+    async def call(running: Running) -> None:
+        first = asyncio.create_task(label(running, label_request(*[DISC_BOX] * 5)))
+        while not running.predictor.batches:
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(label(running, label_request(*[DISC_BOX] * 5)))
+        await asyncio.sleep(0.05)
+        try:
+            await label(running, label_request(DISC_BOX))
+        finally:
+            gate.set()
+            assert len(await first) == len(await second) == 5
+
+    code, status, trailers = refusal(
+        call, BrightPredictor(gate=gate), max_batch_size=5, max_queue_crops=5, limits={"max_boxes": 5}
+    )
+    assert (code, reason_of(status)) == (grpc.StatusCode.UNAVAILABLE, "QUEUE_FULL")
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in status.details)
+    assert int(trailers["grpc-retry-pushback-ms"]) == retry.retry_delay.ToMilliseconds() > 0
+
+
+def test_an_unexpected_error_is_an_id_for_the_client_and_a_trace_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    predictor = BrightPredictor(error=ZeroDivisionError("secret detail"))
+    code, status, _ = refusal(lambda running: label(running, label_request(DISC_BOX)), predictor)
+    assert (code, reason_of(status)) == (grpc.StatusCode.INTERNAL, "UNEXPECTED")
+    assert "secret" not in status.message
+    error_id = status.message.split()[-1]
+    record = next(record for record in caplog.records if error_id in record.getMessage())
+    assert record.exc_info is not None
+
+
+def test_eight_clients_with_one_box_each_share_batches() -> None:
+    async def work(running: Running) -> list[int]:
+        async def client(_: int) -> list[int]:
+            sizes = []
+            async with grpc.aio.insecure_channel(running.server.address) as channel:
+                from mal.v1 import labeling_pb2_grpc
+
+                stub: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
+                for _ in range(10):
+                    sizes += [a.timing.batch_size async for a in stub.LabelImage(label_request(DISC_BOX))]
+            return sizes
+
+        return [size for sizes in await asyncio.gather(*map(client, range(8))) for size in sizes]
+
+    sizes = with_server(work, BrightPredictor(wait_s=0.03))
+    assert len(sizes) == 80
+    assert np.mean(sizes) >= 4
+
+
+def test_boxes_of_different_images_in_one_batch_get_their_own_masks() -> None:
+    async def work(running: Running) -> list[list[types_pb2.InstanceResult]]:
+        shifted = np.roll(bright_disc(), 12, axis=1)
+        from tests.server.fakes import encoded
+
+        requests = [label_request(DISC_BOX), label_request((30.0, 8.0, 24.0, 24.0), content=encoded(shifted))]
+        return list(await asyncio.gather(*(label(running, request) for request in requests)))
+
+    predictor = BrightPredictor()
+    (here,), (there,) = with_server(work, predictor, max_queue_delay_ms=200)
+    assert [size for _, size in predictor.batches] == [2]
+    assert (there.mask_box.x - here.mask_box.x, there.area_px) == (12, here.area_px)
+
+
+def test_a_client_that_leaves_does_not_stall_the_others() -> None:
+    gate = threading.Event()
+
+    async def work(running: Running) -> list[types_pb2.InstanceResult]:
+        leaving = running.labeling.LabelImage(label_request(*[DISC_BOX] * 3))
+        reader = asyncio.create_task(leaving.read())
+        while not running.predictor.batches:
+            await asyncio.sleep(0.001)
+        queued = [running.labeling.LabelImage(label_request(*[DISC_BOX] * 3)) for _ in range(10)]
+        readers = [asyncio.create_task(call.read()) for call in queued]
+        await asyncio.sleep(0.1)
+        for call in (leaving, *queued):
+            call.cancel()
+        await asyncio.gather(reader, *readers, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        gate.set()
+        return await label(running, label_request(DISC_BOX))
+
+    predictor = BrightPredictor(gate=gate)
+    (result,) = with_server(work, predictor)
+    assert result.area_px > 0
+    assert [size for _, size in predictor.batches] == [3, 1]
+
+
+def test_a_call_past_its_deadline_is_dropped() -> None:
+    gate = threading.Event()
+
+    async def work(running: Running) -> grpc.StatusCode:
+        first = asyncio.create_task(label(running, label_request(DISC_BOX)))
+        while not running.predictor.batches:
+            await asyncio.sleep(0.001)
+        call = running.labeling.LabelImage(label_request(*[DISC_BOX] * 3), timeout=0.1)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call.read()
+        await asyncio.sleep(0.1)
+        gate.set()
+        await first
+        await label(running, label_request(DISC_BOX))
+        return raised.value.code()
+
+    predictor = BrightPredictor(gate=gate)
+    assert with_server(work, predictor) is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert [size for _, size in predictor.batches] == [1, 1]
+
+
+def items(
+    *requests: labeling_pb2.LabelImageRequest,
+) -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+    async def stream() -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+        for index, request in enumerate(requests):
+            yield labeling_pb2.LabelImagesRequest(item_id=f"item {index}", request=request)
+
+    return stream()
+
+
+async def bulk(running: Running, *requests: labeling_pb2.LabelImageRequest) -> dict[str, Any]:
+    answers = [answer async for answer in running.labeling.LabelImages(items(*requests))]
+    assert len(answers) == len({answer.item_id for answer in answers})
+    return {answer.item_id: answer for answer in answers}
+
+
+def test_every_item_of_a_stream_is_answered_once_and_errors_are_its_own() -> None:
+    good = label_request(DISC_BOX, (0, 0, -1, 1))
+    requests = [good, label_request(DISC_BOX, content=b"no picture"), label_request(DISC_BOX, threshold=3.0), good]
+    found = with_server(lambda running: bulk(running, *requests))
+    assert sorted(found) == [f"item {i}" for i in range(4)]
+    assert [found[f"item {i}"].status.code for i in range(4)] == [0, 3, 3, 0]
+    assert reason_of(found["item 1"].status) == "IMAGE_FORMAT"
+    assert fields_of(found["item 2"].status) == ["request.options.threshold"]
+    assert [len(found[f"item {i}"].response.results) for i in range(4)] == [2, 0, 0, 2]
+
+
+def test_a_whole_item_comes_in_one_message() -> None:
+    found = with_server(lambda running: bulk(running, label_request(*[DISC_BOX] * 20)), max_batch_size=8)
+    response = found["item 0"].response
+    assert len(response.results) == 20
+    assert response.timing.batch_size == 8
+
+
+def test_a_long_item_id_is_refused_as_an_item() -> None:
+    async def work(running: Running) -> Any:
+        async def stream() -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+            yield labeling_pb2.LabelImagesRequest(item_id="é" * 200, request=label_request(DISC_BOX))
+
+        return [answer async for answer in running.labeling.LabelImages(stream())]
+
+    (answer,) = with_server(work)
+    assert fields_of(answer.status) == ["item_id"]
+    assert answer.item_id == "é" * 128
+
+
+def test_a_stream_reads_no_further_than_its_window() -> None:
+    gate = threading.Event()
+    sent: list[int] = []
+
+    async def work(running: Running) -> int:
+        async def stream() -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+            for index in range(40):
+                sent.append(index)
+                yield labeling_pb2.LabelImagesRequest(item_id=str(index), request=label_request(DISC_BOX))
+
+        call = running.labeling.LabelImages(stream())
+        answers = asyncio.create_task(collect(call))
+        await asyncio.sleep(0.3)
+        started = running.predictor.batches[0][1] + waiting(running)
+        gate.set()
+        assert len(await answers) == 40
+        return started
+
+    assert with_server(work, BrightPredictor(gate=gate), limits={"max_items_in_flight": 3}) == 3
+
+
+async def collect(call: Any) -> list[Any]:
+    return [answer async for answer in call]
+
+
+def waiting(running: Running) -> int:
+    batcher = running.server._batcher
+    assert batcher is not None
+    return batcher.waiting
+
+
+def test_items_finish_in_any_order() -> None:
+    async def work(running: Running) -> list[str]:
+        async def stream() -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+            yield labeling_pb2.LabelImagesRequest(item_id="slow", request=label_request(*[DISC_BOX] * 40))
+            yield labeling_pb2.LabelImagesRequest(item_id="refused", request=label_request(content=b""))
+
+        return [answer.item_id async for answer in running.labeling.LabelImages(stream())]
+
+    assert with_server(work, BrightPredictor(wait_s=0.02), max_batch_size=4) == ["refused", "slow"]
+
+
+def test_a_client_that_leaves_a_stream_frees_its_work() -> None:
+    gate = threading.Event()
+
+    async def work(running: Running) -> int:
+        call = running.labeling.LabelImages(items(*[label_request(DISC_BOX, DISC_BOX)] * 8))
+        reader = asyncio.create_task(call.read())
+        await asyncio.sleep(0.2)
+        call.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        left = waiting(running)
+        gate.set()
+        await label(running, label_request(DISC_BOX))
+        return left
+
+    assert with_server(work, BrightPredictor(gate=gate), max_batch_size=2) == 0
+
+
+def test_an_item_whose_answer_is_too_large_says_so() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (1000, 1000), dtype=np.uint8)
+    from tests.server.fakes import encoded
+
+    content = encoded(np.repeat(noise[:, :, None], 3, axis=2))
+    request = label_request(*[(0.0, 0.0, 1000.0, 1000.0)] * 1000, content=content)
+    predictor = BrightPredictor()
+    found = with_server(lambda running: bulk(running, request), predictor, limits={"max_response_bytes": 1024 * 1024})
+    assert fields_of(found["item 0"].status) in ([], ["request.instances"])
+
+
+def test_server_info_tells_model_and_limits() -> None:
+    async def work(running: Running) -> model_pb2.GetServerInfoResponse:
+        answer: model_pb2.GetServerInfoResponse = await running.model.GetServerInfo(model_pb2.GetServerInfoRequest())
+        return answer
+
+    info = with_server(work, branch="mixed", model_name="discs", limits={"max_boxes": 77})
+    assert (info.model.ref.name, info.model.ref.branch) == ("discs", types_pb2.BRANCH_MIXED)
+    assert (info.model.arch, info.model.crop_size) == ("bright/1", 16)
+    assert info.model.mask_thresholds.large == 0.5
+    assert [(c.category_id, c.name) for c in info.model.categories] == [(7, "disc"), (2, "")]
+    assert (info.limits.max_boxes, info.limits.max_request_bytes) == (77, 32 * 1024 * 1024)
+    assert (list(info.devices), info.precision) == (["cpu"], "float32")
+    assert info.version
+
+
+def test_a_message_above_the_limit_is_the_only_resource_exhausted() -> None:
+    content = DISC_PNG + bytes(1024 * 1024)
+    code, _, _ = refusal(
+        lambda running: label(running, label_request(DISC_BOX, content=content)), limits={"max_request_bytes": 1024 * 1024}
+    )
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
