@@ -1,0 +1,379 @@
+"""`Client` and `AsyncClient`: boxes in, masks out, over one channel to one server.
+
+Both drive the same `ImageCall`; what stands here twice is only `for` against `async for`. Dataset jobs block on files,
+so they exist once, on the blocking client, and the asyncio client runs them in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar, cast
+
+import grpc
+import grpc.aio
+from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
+
+from mal_client import codec
+from mal_client.channel import channel_options, checked_address
+from mal_client.errors import CallCancelled, from_rpc_error
+from mal_client.image_call import ImageCall, checked_boxes
+from mal_client.sources import encode
+from mal_client.types import (
+    AS_SERVED,
+    BoxLabel,
+    DatasetResult,
+    Evaluation,
+    LabelOptions,
+    Progress,
+    ServerInfo,
+    ServerLimits,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from mal_client.types import ImageInput
+
+DEFAULT_TIMEOUT_S = 300.0
+"""Deadline of one image: 300 boxes take minutes on a CPU. An address where nobody listens fails within seconds."""
+
+INFO_TIMEOUT_S = 30.0
+"""Deadline for the server's description of itself, which needs no device."""
+
+Answer = TypeVar("Answer")
+
+
+class Client:
+    """Blocking client of one server; usable from several threads and as a context manager.
+
+    >>> with Client("localhost:50051") as client:  # doctest: +SKIP
+    ...     for label in client.label_image("street.jpg", [[10, 20, 50, 80]]):
+    ...         print(label.score, label.mask.sum())
+
+    Args:
+        address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
+        timeout_s: deadline in seconds of one image's call; for a dataset job, how long the server may stay silent.
+
+    Raises:
+        ConfigError: an address without a port.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self.address = checked_address(address)
+        self.timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(self.address, options=channel_options())
+        self._closed = threading.Event()
+        self._limits: ServerLimits | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the channel; calls under way in other threads end with `CallCancelled`."""
+        self._closed.set()
+        self._channel.close()
+
+    def server_info(self) -> ServerInfo:
+        """What the server serves and accepts."""
+        timeout_s = min(self.timeout_s, INFO_TIMEOUT_S)
+        stub = model_pb2_grpc.ModelServiceStub(self.open_channel())
+        try:
+            info = codec.server_info(stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise from_rpc_error(self.address, error, timeout_s) from error
+        self._limits = info.limits
+        return info
+
+    def label_image(
+        self,
+        image: ImageInput,
+        boxes: ArrayLike | Sequence[Sequence[float]],
+        options: LabelOptions = AS_SERVED,
+        *,
+        timeout_s: float | None = None,
+    ) -> list[BoxLabel]:
+        """One answer for each box, in the order of the boxes.
+
+        Args:
+            image: uint8 array (H, W, 3) RGB or (H, W) grey, Pillow picture, path, or the bytes of an encoded file.
+            boxes: (N, 4) x, y, width, height in px of the stored image.
+            options: how boxes become masks.
+            timeout_s: deadline of this call instead of the client's.
+
+        Raises:
+            BadImage, RequestRefused: the input is at fault as a whole. A bad box only fails its own answer.
+            ServerUnavailable, CallTimedOut, ServerFailed, CallCancelled: no complete answer.
+        """
+        return sorted(self.stream_image(image, boxes, options, timeout_s=timeout_s), key=_index)
+
+    def stream_image(
+        self,
+        image: ImageInput,
+        boxes: ArrayLike | Sequence[Sequence[float]],
+        options: LabelOptions = AS_SERVED,
+        *,
+        timeout_s: float | None = None,
+    ) -> Iterator[BoxLabel]:
+        """As `label_image`, but answers come as their batches finish, in any order; `index` says which box."""
+        asked = checked_boxes(boxes)
+        deadline_s = self.timeout_s if timeout_s is None else timeout_s
+        call = ImageCall(
+            self.address,
+            image=encode(image),
+            boxes=asked,
+            options=options,
+            limits=self._known_limits(),
+            timeout_s=deadline_s,
+        )
+        while not call.done:
+            stub = labeling_pb2_grpc.LabelingServiceStub(self.open_channel())
+            stream = stub.LabelImage(call.request(), timeout=call.time_left())
+            try:
+                for response in stream:
+                    yield from call.absorb(response)
+                pause_s = call.ended()
+            except grpc.RpcError as error:
+                pause_s = call.broke(error)
+            finally:
+                stream.cancel()  # type: ignore[no-untyped-call]
+            self.pause(pause_s)
+
+    def label_dataset(
+        self,
+        coco_json: Path | str,
+        images_dir: Path | str,
+        output_json: Path | str,
+        options: LabelOptions = AS_SERVED,
+        *,
+        only_missing: bool = False,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> DatasetResult:
+        """Labels every annotation of a COCO file and writes the file with masks; pixels are never held for long.
+
+        Nothing is written unless the job ran to its end. What failed keeps its fields, gets an `error`, and is listed
+        in the result and in an errors file beside the output.
+
+        Args:
+            coco_json: the annotations; masks in it are not looked at.
+            images_dir: the folder that `file_name` is relative to.
+            output_json: where the COCO file with masks goes.
+            options: how boxes become masks.
+            only_missing: keep masks that the input file holds; by default every mask is made anew.
+            on_progress: called after each answered image, from the calling thread.
+
+        Raises:
+            BadDataset: the file is unusable as a whole, for example by duplicate ids; nothing was sent.
+            OutputError: the output cannot be written; an older output is intact.
+            ServerUnavailable, ServerFailed, RequestRefused, CallCancelled: the server was lost for good.
+        """
+        # Imported here: a dataset job brings OpenCV and pycocotools, which labelling single images need not wait for.
+        from mal_client.dataset import label_dataset  # noqa: PLC0415
+
+        return label_dataset(
+            self,
+            Path(coco_json),
+            Path(images_dir),
+            Path(output_json),
+            options,
+            only_missing=only_missing,
+            on_progress=on_progress,
+        )
+
+    def evaluate(
+        self,
+        coco_json: Path | str,
+        images_dir: Path | str,
+        options: LabelOptions = AS_SERVED,
+        *,
+        worst_count: int = 100,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Evaluation:
+        """Measures the served model against the masks of a COCO file; the server does the comparing.
+
+        Args:
+            coco_json: annotations with true masks.
+            images_dir: the folder that `file_name` is relative to.
+            options: how boxes become masks.
+            worst_count: how many of the instances with the lowest IoU to list in the report; at most 10 000.
+            on_progress: called as images are done, from the calling thread.
+
+        Raises:
+            BadDataset: the file is unusable as a whole; nothing was sent.
+            ServerUnavailable, ServerFailed, RequestRefused, CallCancelled: the server was lost for good.
+        """
+        # Imported here for the same reason as in label_dataset.
+        from mal_client.evaluate import evaluate  # noqa: PLC0415
+
+        return evaluate(
+            self, Path(coco_json), Path(images_dir), options, worst_count=worst_count, on_progress=on_progress
+        )
+
+    def open_channel(self) -> grpc.Channel:
+        """The channel, for jobs that drive their own streams. Raises CallCancelled when the client is closed."""
+        if self._closed.is_set():
+            raise CallCancelled(f"{self.address}: this client is closed; open a new one")
+        return self._channel
+
+    def _known_limits(self) -> ServerLimits:
+        return self._limits or self.server_info().limits
+
+    def pause(self, pause_s: float) -> None:
+        """Waits before something is sent again. Raises CallCancelled when the client is closed meanwhile."""
+        # Not time.sleep: close() from another thread ends the wait.
+        if self._closed.wait(pause_s):
+            raise CallCancelled(f"{self.address}: the client was closed while its call waited to be sent again")
+
+
+class AsyncClient:
+    """asyncio client of one server; use it inside one event loop, as an async context manager.
+
+    >>> async with AsyncClient("localhost:50051") as client:  # doctest: +SKIP
+    ...     labels = await client.label_image("street.jpg", [[10, 20, 50, 80]])
+
+    Arguments and errors as `Client`.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self.address = checked_address(address)
+        self.timeout_s = timeout_s
+        self._channel: grpc.aio.Channel | None = None
+        self._closed = False
+        self._limits: ServerLimits | None = None
+
+    async def __aenter__(self) -> Self:
+        self._open_channel()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the channel and the calls under way."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close(None)
+
+    async def server_info(self) -> ServerInfo:
+        """As `Client.server_info`."""
+        timeout_s = min(self.timeout_s, INFO_TIMEOUT_S)
+        stub = cast("model_pb2_grpc.ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(self._open_channel()))
+        try:
+            info = codec.server_info(await stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise from_rpc_error(self.address, error, timeout_s) from error
+        self._limits = info.limits
+        return info
+
+    async def label_image(
+        self,
+        image: ImageInput,
+        boxes: ArrayLike | Sequence[Sequence[float]],
+        options: LabelOptions = AS_SERVED,
+        *,
+        timeout_s: float | None = None,
+    ) -> list[BoxLabel]:
+        """As `Client.label_image`."""
+        return sorted(
+            [label async for label in self.stream_image(image, boxes, options, timeout_s=timeout_s)], key=_index
+        )
+
+    async def stream_image(
+        self,
+        image: ImageInput,
+        boxes: ArrayLike | Sequence[Sequence[float]],
+        options: LabelOptions = AS_SERVED,
+        *,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[BoxLabel]:
+        """As `Client.stream_image`."""
+        asked = checked_boxes(boxes)
+        deadline_s = self.timeout_s if timeout_s is None else timeout_s
+        limits = self._limits or (await self.server_info()).limits
+        # Encoding and reading take milliseconds to seconds; the loop has other things to do.
+        encoded = await asyncio.to_thread(encode, image)
+        call = ImageCall(self.address, image=encoded, boxes=asked, options=options, limits=limits, timeout_s=deadline_s)
+        while not call.done:
+            stub = cast(
+                "labeling_pb2_grpc.LabelingServiceAsyncStub",
+                labeling_pb2_grpc.LabelingServiceStub(self._open_channel()),
+            )
+            stream = stub.LabelImage(call.request(), timeout=call.time_left())
+            try:
+                async for response in stream:
+                    for label in call.absorb(response):
+                        yield label
+                pause_s = call.ended()
+            except grpc.RpcError as error:
+                pause_s = call.broke(error)
+            finally:
+                stream.cancel()
+            await asyncio.sleep(pause_s)
+
+    async def label_dataset(
+        self,
+        coco_json: Path | str,
+        images_dir: Path | str,
+        output_json: Path | str,
+        options: LabelOptions = AS_SERVED,
+        *,
+        only_missing: bool = False,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> DatasetResult:
+        """As `Client.label_dataset`, in a thread of its own; `on_progress` is called from that thread."""
+        return await self._in_thread(
+            lambda client: client.label_dataset(
+                coco_json, images_dir, output_json, options, only_missing=only_missing, on_progress=on_progress
+            )
+        )
+
+    async def evaluate(
+        self,
+        coco_json: Path | str,
+        images_dir: Path | str,
+        options: LabelOptions = AS_SERVED,
+        *,
+        worst_count: int = 100,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Evaluation:
+        """As `Client.evaluate`, in a thread of its own; `on_progress` is called from that thread."""
+        return await self._in_thread(
+            lambda client: client.evaluate(
+                coco_json, images_dir, options, worst_count=worst_count, on_progress=on_progress
+            )
+        )
+
+    async def _in_thread(self, job: Callable[[Client], Answer]) -> Answer:
+        with Client(self.address, timeout_s=self.timeout_s) as client:
+            running = asyncio.ensure_future(asyncio.to_thread(job, client))
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                # A thread cannot be cancelled: closing its client ends its calls, and we wait for it to notice.
+                client.close()
+                with contextlib.suppress(CallCancelled):
+                    await running
+                raise
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        if self._closed:
+            raise CallCancelled(f"{self.address}: this client is closed; open a new one")
+        if self._channel is None:
+            # Not in __init__: the channel belongs to the loop that it is made in.
+            self._channel = grpc.aio.insecure_channel(self.address, options=channel_options())
+        return self._channel
+
+
+def _index(label: BoxLabel) -> int:
+    return label.index

@@ -1,0 +1,234 @@
+"""The only file that knows both the wire messages and the client's own types. Pure functions, no channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from mal.v1 import evaluation_pb2, labeling_pb2, model_pb2, types_pb2
+
+from mal_client.errors import ItemError, item_error
+from mal_client.sources import EncodedImage
+from mal_client.types import (
+    BoxLabel,
+    BoxXywh,
+    Figures,
+    GroupMiou,
+    LabelOptions,
+    ModelRef,
+    ServerInfo,
+    ServerLimits,
+    Timing,
+)
+from mal_train.labeling.settings import Branch
+
+if TYPE_CHECKING:
+    from google.protobuf.duration_pb2 import Duration
+
+    from mal_train.labeling.rle import Rle
+
+_BRANCH_TO_WIRE = {
+    Branch.STUDENT: types_pb2.BRANCH_STUDENT,
+    Branch.TEACHER: types_pb2.BRANCH_TEACHER,
+    Branch.MIXED: types_pb2.BRANCH_MIXED,
+}
+_BRANCH_FROM_WIRE = {wire: branch for branch, wire in _BRANCH_TO_WIRE.items()}
+
+
+def label_request(
+    image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions
+) -> labeling_pb2.LabelImageRequest:
+    """One image and its boxes; the keys of `boxes` become the instance ids."""
+    return labeling_pb2.LabelImageRequest(
+        image=image_source(image),
+        instances=[instance(key, box) for key, box in boxes.items()],
+        options=label_options(options),
+    )
+
+
+def bulk_request(
+    item_id: str, image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions
+) -> labeling_pb2.LabelImagesRequest:
+    """One item of a bulk stream."""
+    return labeling_pb2.LabelImagesRequest(item_id=item_id, request=label_request(image, boxes, options))
+
+
+def image_source(image: EncodedImage) -> types_pb2.ImageSource:
+    """The picture of a request."""
+    return types_pb2.ImageSource(content=image.content, expected_width=image.width, expected_height=image.height)
+
+
+def instance(instance_id: int, box: BoxXywh) -> types_pb2.Instance:
+    """One box under its id."""
+    x, y, width, height = box
+    return types_pb2.Instance(instance_id=instance_id, box=types_pb2.Box(x=x, y=y, width=width, height=height))
+
+
+def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
+    """Unset stays unset, so that the server's and the checkpoint's settings hold."""
+    branch = types_pb2.BRANCH_UNSPECIFIED if options.branch is None else _BRANCH_TO_WIRE[options.branch]
+    return types_pb2.LabelOptions(
+        branch=branch,
+        threshold=options.threshold,
+        compute_agreement=options.agreement,
+        flip_test=options.flip,
+    )
+
+
+def coco_rle(rle: Rle) -> types_pb2.CocoRle:
+    """A mask for the wire."""
+    return types_pb2.CocoRle(height=rle.height, width=rle.width, counts=rle.counts)
+
+
+def box_labels(
+    response: labeling_pb2.LabelImageResponse, boxes: Mapping[int, BoxXywh]
+) -> Iterable[tuple[int, BoxLabel]]:
+    """(instance id, answer) for each result of a message. `boxes`: what was asked, by instance id.
+
+    Raises:
+        KeyError: the id of something that was not asked.
+    """
+    model = model_ref(response.model)
+    times = _timing(response.timing)
+    for result in response.results:
+        yield result.instance_id, _box_label(result, boxes[result.instance_id], model, times)
+
+
+def model_ref(ref: types_pb2.ModelRef) -> ModelRef:
+    """Which weights answered; a branch that this version does not know reads as the student."""
+    return ModelRef(ref.name, ref.checkpoint_sha256, _BRANCH_FROM_WIRE.get(ref.branch, Branch.STUDENT))
+
+
+def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
+    """The server's description of itself."""
+    model, limits = response.model, response.limits
+    return ServerInfo(
+        version=response.version,
+        model=model_ref(model.ref),
+        arch=model.arch,
+        crop_size=model.crop_size,
+        margin_rate=model.margin_rate,
+        mask_thresholds=(model.mask_thresholds.small, model.mask_thresholds.medium, model.mask_thresholds.large),
+        categories={category.category_id: category.name for category in model.categories},
+        limits=ServerLimits(
+            max_request_bytes=limits.max_request_bytes,
+            max_response_bytes=limits.max_response_bytes,
+            max_boxes=limits.max_boxes,
+            max_pixels=limits.max_pixels,
+            max_side=limits.max_side,
+            max_image_bytes=limits.max_image_bytes,
+            max_items_in_flight=limits.max_items_in_flight,
+        ),
+        devices=tuple(response.devices),
+        precision=response.precision,
+    )
+
+
+def flag_name(flag: int) -> str:
+    """BOX_CLIPPED for MASK_FLAG_BOX_CLIPPED; FLAG_<number> for one of a newer server."""
+    try:
+        return types_pb2.MaskFlag.Name(flag).removeprefix("MASK_FLAG_")  # type: ignore[arg-type]
+    except ValueError:
+        return f"FLAG_{flag}"
+
+
+def evaluate_options(
+    options: LabelOptions, categories: Mapping[int, str], images_total: int, worst_count: int
+) -> evaluation_pb2.EvaluateRequest:
+    """First message of an evaluation; `categories` are names by wire id."""
+    return evaluation_pb2.EvaluateRequest(
+        options=evaluation_pb2.EvaluateOptions(
+            label=label_options(options),
+            categories=[types_pb2.Category(category_id=key, name=name) for key, name in categories.items()],
+            images_total=images_total,
+            worst_count=worst_count,
+        )
+    )
+
+
+def evaluate_image(
+    item_id: str, image: EncodedImage, truths: Iterable[evaluation_pb2.GroundTruth]
+) -> evaluation_pb2.EvaluateRequest:
+    """One image of an evaluation."""
+    return evaluation_pb2.EvaluateRequest(
+        image=evaluation_pb2.EvaluateImage(item_id=item_id, image=image_source(image), ground_truth=truths)
+    )
+
+
+def ground_truth(key: int, box: BoxXywh, category_id: int, rle: Rle, is_crowd: bool) -> evaluation_pb2.GroundTruth:
+    """One annotated object under the wire's ids."""
+    return evaluation_pb2.GroundTruth(
+        instance=instance(key, box), category_id=category_id, mask=coco_rle(rle), is_crowd=is_crowd
+    )
+
+
+def group_miou(group: evaluation_pb2.GroupMiou) -> GroupMiou:
+    """Mean IoU of a group."""
+    return GroupMiou(group.instances, group.miou if group.HasField("miou") else None)
+
+
+def coco_figures(figures: evaluation_pb2.CocoFigures) -> Figures:
+    """The twelve figures by COCO's short names; None where unset."""
+    return {short: getattr(figures, wire) if figures.HasField(wire) else None for short, wire in _FIGURES.items()}  # type: ignore[arg-type]
+
+
+_FIGURES = {
+    "AP": "ap",
+    "AP50": "ap50",
+    "AP75": "ap75",
+    "APs": "ap_small",
+    "APm": "ap_medium",
+    "APl": "ap_large",
+    "ARmax1": "ar_max1",
+    "ARmax10": "ar_max10",
+    "ARmax100": "ar_max100",
+    "ARs": "ar_small",
+    "ARm": "ar_medium",
+    "ARl": "ar_large",
+}
+
+
+def _box_label(result: types_pb2.InstanceResult, box: BoxXywh, model: ModelRef, timing: Timing) -> BoxLabel:
+    index = result.instance_id
+    error = item_error(result.status)
+    if error is None and not any(mask.HasField("coco_rle") for mask in result.masks):
+        error = ItemError("UNIMPLEMENTED", "MASK_FORMAT", "the answer holds no run-length mask; update the client")
+    if error is not None:
+        return BoxLabel(index, box, error=error, model=model, timing=timing)
+    return BoxLabel(
+        index=index,
+        box=box,
+        rle=next(_rle(mask.coco_rle) for mask in result.masks if mask.HasField("coco_rle")),
+        score=result.score,
+        agreement=result.agreement if result.HasField("agreement") else None,
+        area=result.area_px,
+        mask_box=_box(result.mask_box) if result.HasField("mask_box") else None,
+        flags=tuple(flag_name(flag) for flag in result.flags),
+        model=model,
+        timing=timing,
+    )
+
+
+def _rle(code: types_pb2.CocoRle) -> Rle:
+    # Imported here: it brings OpenCV and pycocotools, which would double the time to import the client.
+    from mal_train.labeling.rle import Rle  # noqa: PLC0415
+
+    return Rle(code.height, code.width, code.counts)
+
+
+def _box(box: types_pb2.Box) -> BoxXywh:
+    return (box.x, box.y, box.width, box.height)
+
+
+def _timing(timing: types_pb2.Timing) -> Timing:
+    return Timing(
+        queue_s=_seconds(timing.queue),
+        decode_s=_seconds(timing.decode),
+        infer_s=_seconds(timing.infer),
+        finish_s=_seconds(timing.finish),
+        batch_size=timing.batch_size,
+    )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9

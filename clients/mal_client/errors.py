@@ -1,0 +1,219 @@
+"""What a call of the client may raise, in the caller's words; turns gRPC statuses into these errors.
+
+    MalError
+    ├── ClientError               a call did not end well
+    │   ├── ServerUnavailable     nobody answers there, or the server is loading, draining or full
+    │   ├── CallTimedOut          no answer within the deadline
+    │   ├── CallCancelled         the call or its client was closed before the answer
+    │   ├── ServerFailed          the server answered with its own fault, or with something that is no answer
+    │   └── ModelChanged          other weights answered in the middle of a job
+    └── InputError
+        └── RequestRefused        the server (or the client, before sending) refuses the request; names the fields
+
+A box or an image that fails inside a request that succeeds is no exception: see `ItemError` on the result.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from mal_train.errors import InputError, MalError
+
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+
+class ClientError(MalError):
+    """A call to the server did not end well."""
+
+
+class ServerUnavailable(ClientError):
+    """No server answers at the address, or it is loading, draining or full."""
+
+
+class CallTimedOut(ClientError):
+    """No complete answer within the deadline."""
+
+
+class CallCancelled(ClientError):
+    """The call, or the client that made it, was closed before the answer came."""
+
+
+class ServerFailed(ClientError):
+    """The server failed inside, or broke the contract."""
+
+
+class ModelChanged(ClientError):
+    """The server switched to other weights in the middle of a job, so its answers do not belong together."""
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One field of the request and the rule that it breaks."""
+
+    field: str
+    description: str
+
+
+class RequestRefused(InputError):
+    """The request as a whole is refused.
+
+    Attributes:
+        reason: short code, for example IMAGE_DECODE_FAILED; empty where none was given.
+        violations: the fields at fault, where the refusal names them.
+    """
+
+    def __init__(self, message: str, reason: str = "", violations: tuple[FieldViolation, ...] = ()) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.violations = violations
+
+
+@dataclass(frozen=True)
+class ItemError:
+    """Why one box, image or dataset item has no mask.
+
+    Attributes:
+        code: gRPC status name, for example INVALID_ARGUMENT.
+        reason: short code, for example IMAGE_DECODE_FAILED; empty where none was given.
+        message: for people; names the thing, the value, the rule and the remedy.
+        retry_after_s: the server's word that the same item may succeed after this many seconds; None when it will not.
+    """
+
+    code: str
+    reason: str
+    message: str
+    retry_after_s: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.reason or self.code})"
+
+
+@dataclass(frozen=True)
+class StatusDetails:
+    """The parts of google.rpc details that this client acts on."""
+
+    reason: str = ""
+    violations: tuple[FieldViolation, ...] = ()
+    retry_after_s: float | None = None
+
+
+def item_error(status: status_pb2.Status) -> ItemError | None:
+    """The error of an item's status; None when it is OK."""
+    if status.code == 0:
+        return None
+    details = _read_details(status)
+    message = status.message or "the server gave no reason"
+    return ItemError(_code_name(status.code), details.reason, message, details.retry_after_s)
+
+
+def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) -> MalError:
+    """The exception to raise for a failed call to `address`; `timeout_s` is the deadline that the call had."""
+    code, text, details = rpc_code(error), _rpc_text(error), rpc_details(error)
+    within = "the deadline" if timeout_s is None else f"{timeout_s:g} s"
+    fields = "".join(f"; {v.field}: {v.description}" for v in details.violations if v.description not in text)
+    refused = RequestRefused(f"{address}: request refused: {text}{fields}", details.reason, details.violations)
+    known: dict[grpc.StatusCode, MalError] = {
+        grpc.StatusCode.UNAVAILABLE: ServerUnavailable(
+            f"{address}: the server is unavailable ({text}); check the address and that mal-server runs there"
+        ),
+        grpc.StatusCode.DEADLINE_EXCEEDED: CallTimedOut(
+            f"{address}: no complete answer within {within}; check the address, or allow more time"
+        ),
+        grpc.StatusCode.CANCELLED: CallCancelled(f"{address}: the call was cancelled before its answer came ({text})"),
+        grpc.StatusCode.RESOURCE_EXHAUSTED: RequestRefused(
+            f"{address}: a message is larger than one side accepts ({text}); send a smaller or compressed image, or "
+            "raise the server's message limit",
+            "MESSAGE_TOO_LARGE",
+        ),
+        grpc.StatusCode.UNIMPLEMENTED: RequestRefused(
+            f"{address}: the server does not know this call ({text}); check that it is a mal-server of this version"
+        ),
+        **dict.fromkeys(_REFUSALS, refused),
+    }
+    return known.get(code, ServerFailed(f"{address}: the server failed: {code.name}: {text}"))
+
+
+_REFUSALS = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.ALREADY_EXISTS,
+    }
+)
+
+
+def rpc_code(error: grpc.RpcError) -> grpc.StatusCode:
+    """Status of a failed call; UNKNOWN for an error that carries none."""
+    code = error.code() if callable(getattr(error, "code", None)) else None
+    return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
+
+
+def rpc_details(error: grpc.RpcError) -> StatusDetails:
+    """Reason, field violations and retry time of a failed call, from its trailers."""
+    trailers = _trailers(error)
+    details = StatusDetails()
+    packed = trailers.get(DETAILS_KEY)
+    if isinstance(packed, bytes):
+        try:
+            details = _read_details(status_pb2.Status.FromString(packed))
+        except DecodeError:
+            # A proxy mangled the trailer; the status code and text still stand.
+            details = StatusDetails()
+    pushback = _seconds(trailers.get(PUSHBACK_KEY))
+    if details.retry_after_s is None and pushback is not None:
+        details = StatusDetails(details.reason, details.violations, pushback)
+    return details
+
+
+def _read_details(status: status_pb2.Status) -> StatusDetails:
+    reason, retry_after_s = "", None
+    violations: list[FieldViolation] = []
+    for packed in status.details:
+        if packed.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo()
+            packed.Unpack(info)
+            reason = info.reason
+        elif packed.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            packed.Unpack(retry)
+            retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+        elif packed.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            bad = error_details_pb2.BadRequest()
+            packed.Unpack(bad)
+            violations += [FieldViolation(v.field, v.description) for v in bad.field_violations]
+    return StatusDetails(reason, tuple(violations), retry_after_s)
+
+
+def _trailers(error: grpc.RpcError) -> dict[str, Any]:
+    read = getattr(error, "trailing_metadata", None)
+    metadata = read() if callable(read) else None
+    return {str(key): value for key, value in metadata or ()}
+
+
+def _rpc_text(error: grpc.RpcError) -> str:
+    read = getattr(error, "details", None)
+    text = read() if callable(read) else None
+    return str(text) if text else "no details"
+
+
+def _seconds(pushback: Any) -> float | None:
+    try:
+        milliseconds = int(pushback)
+    except (TypeError, ValueError):
+        return None
+    return milliseconds / 1000 if milliseconds >= 0 else None
+
+
+def _code_name(number: int) -> str:
+    for code in grpc.StatusCode:
+        if code.value[0] == number:
+            return code.name
+    return f"CODE_{number}"

@@ -1,0 +1,169 @@
+"""One image's call without any transport: what to send next, which answers are new, whether to try again.
+
+The blocking and the asyncio client drive this same object, so that the rules of re-sending exist once. gRPC itself
+retries a call that failed before its first message; after that it never does, and what is unanswered is sent again
+from here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import grpc
+import numpy as np
+from mal.v1 import labeling_pb2
+from numpy.typing import ArrayLike
+
+from mal_client import codec
+from mal_client.errors import RequestRefused, ServerFailed, from_rpc_error, rpc_code, rpc_details
+from mal_client.sources import EncodedImage
+from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ServerLimits
+from mal_train.errors import BadImage
+
+MAX_RESENDS = 5
+"""How often one box is sent again on the server's word before its last error stands."""
+
+
+def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]:
+    """Boxes x, y, w, h as floats; NaN and empty ones pass, since the server answers each for itself.
+
+    Raises:
+        RequestRefused: not a list of four numbers each.
+    """
+    try:
+        table = np.asarray(boxes, dtype=np.float64)
+    except (TypeError, ValueError):
+        table = np.full((1, 1), np.nan)
+    if table.size == 0:
+        return []
+    if table.ndim != 2 or table.shape[1] != 4:
+        raise RequestRefused(
+            f"boxes: shape {table.shape}; a list of x, y, width, height is needed, for example [[10, 20, 50, 80]]",
+            "BAD_BOXES",
+        )
+    return [(float(x), float(y), float(w), float(h)) for x, y, w, h in table]
+
+
+def check_image_size(size_bytes: int, limits: ServerLimits, name: str = "image") -> None:
+    """Raises BadImage, reason IMAGE_TOO_LARGE, for a file that the server would not accept."""
+    if size_bytes > limits.max_image_bytes:
+        raise BadImage(
+            f"{name}: {size_bytes} bytes; the server's limit is {limits.max_image_bytes}; compress or shrink it, or "
+            "raise the server's limit",
+            "IMAGE_TOO_LARGE",
+        )
+
+
+class ImageCall:
+    """What is still unanswered of one image, and until when.
+
+    Use: while not `done`: send `request()` with deadline `time_left()`, pass each message to `absorb`, then wait as
+    long as `ended()` (the stream closed) or `broke(error)` (it failed) says.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        image: EncodedImage,
+        boxes: Sequence[BoxXywh],
+        options: LabelOptions,
+        limits: ServerLimits,
+        timeout_s: float | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        check_image_size(len(image.content), limits)
+        self._address = address
+        self._image = image
+        self._options = options
+        self._max_boxes = max(1, limits.max_boxes)
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._deadline = None if timeout_s is None else clock() + timeout_s
+        self._pending = dict(enumerate(boxes))
+        self._sent: dict[int, BoxXywh] = {}
+        self._resends: dict[int, int] = {}
+        self._progressed = False
+        self._asked_wait_s = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Every box has its answer."""
+        return not self._pending
+
+    def time_left(self) -> float | None:
+        """Seconds until the deadline, at least a millisecond; None without one."""
+        return None if self._deadline is None else max(0.001, self._deadline - self._clock())
+
+    def request(self) -> labeling_pb2.LabelImageRequest:
+        """The unanswered boxes, at most as many as the server takes in one call."""
+        first = list(self._pending)[: self._max_boxes]
+        self._sent = {index: self._pending[index] for index in first}
+        self._progressed, self._asked_wait_s = False, 0.0
+        return codec.label_request(self._image, self._sent, self._options)
+
+    def absorb(self, response: labeling_pb2.LabelImageResponse) -> list[BoxLabel]:
+        """The final answers of one message; a box that the server wants again stays pending.
+
+        Raises:
+            ServerFailed: an answer to something that was not asked, or a second one to the same box.
+        """
+        final = []
+        try:
+            for index, label in codec.box_labels(response, self._sent):
+                del self._sent[index]
+                if self._wanted_again(label):
+                    continue
+                del self._pending[index]
+                final.append(label)
+        except KeyError as error:
+            raise ServerFailed(
+                f"{self._address}: answered box {error} twice or unasked; client and server do not fit each other"
+            ) from None
+        self._progressed = self._progressed or bool(final)
+        return final
+
+    def ended(self) -> float:
+        """Seconds to wait before the next request, after a stream that closed without an error.
+
+        Raises:
+            ServerFailed: it closed although boxes that were sent had no answer.
+        """
+        if self._sent:
+            raise ServerFailed(
+                f"{self._address}: the answer ended with {len(self._sent)} boxes unanswered; look into the server's log"
+            )
+        return self._allowed(self._asked_wait_s) if self._pending else 0.0
+
+    def broke(self, error: grpc.RpcError) -> float:
+        """Seconds to wait before the unanswered boxes are sent again, after a call that failed.
+
+        Raises:
+            MalError: the failure is final: not UNAVAILABLE, or gRPC's own attempts brought nothing and the server did
+                not say when to come back, or the deadline would pass.
+        """
+        if rpc_code(error) is grpc.StatusCode.UNAVAILABLE:
+            wait_s = rpc_details(error).retry_after_s
+            if wait_s is None and self._progressed:
+                wait_s = 0.0
+            if wait_s is not None and self._in_time(wait_s):
+                return wait_s
+        raise from_rpc_error(self._address, error, self._timeout_s) from error
+
+    def _wanted_again(self, label: BoxLabel) -> bool:
+        if label.error is None or label.error.retry_after_s is None:
+            return False
+        resends = self._resends.get(label.index, 0) + 1
+        if resends > MAX_RESENDS or not self._in_time(label.error.retry_after_s):
+            return False
+        self._resends[label.index] = resends
+        self._asked_wait_s = max(self._asked_wait_s, label.error.retry_after_s)
+        return True
+
+    def _in_time(self, wait_s: float) -> bool:
+        return self._deadline is None or self._clock() + wait_s < self._deadline
+
+    def _allowed(self, wait_s: float) -> float:
+        left = self.time_left()
+        return wait_s if left is None else min(wait_s, left)

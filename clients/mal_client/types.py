@@ -1,0 +1,337 @@
+"""What the client takes and gives: plain frozen values. Knows nothing of gRPC; a mask stays encoded until asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mal_client.errors import ItemError
+from mal_train.errors import ConfigError
+from mal_train.labeling.settings import Branch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mal_train.labeling.evaluation import CategoryRow, ScoreQuality
+    from mal_train.labeling.rle import Rle
+
+    ImageInput = NDArray[np.uint8] | Image.Image | Path | str | bytes
+
+BoxXywh = tuple[float, float, float, float]
+"""x, y, width, height in px of the stored image."""
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """How boxes become masks; the defaults are the server's and the checkpoint's own settings.
+
+    Attributes:
+        branch: which network answers; None = the server's branch.
+        threshold: probability in (0, 1) above which a pixel is mask, for boxes of every size; None = the checkpoint's
+            three thresholds by size.
+        agreement: also measure the IoU of the two networks' masks. Doubles the work on the device.
+        flip: average each map with that of the mirrored crop. Doubles the work on the device.
+    """
+
+    branch: Branch | None = None
+    threshold: float | None = None
+    agreement: bool = False
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0.0 < self.threshold < 1.0:
+            raise ConfigError(f"threshold: {self.threshold}; a probability between 0 and 1 is needed, both excluded")
+
+
+AS_SERVED = LabelOptions()
+"""Everything as the server and its checkpoint set it."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Which weights answered; `checkpoint_sha256` is that of the server's checkpoint file."""
+
+    name: str
+    checkpoint_sha256: str
+    branch: Branch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the server spent the time of one message, in seconds; `batch_size` in crops, other callers' included."""
+
+    queue_s: float
+    decode_s: float
+    infer_s: float
+    finish_s: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class BoxLabel:
+    """The answer for one box.
+
+    Attributes:
+        index: place of the box in the call, from 0.
+        box: the box as it was sent.
+        rle: the mask, run-length encoded at image size; None where `error` says why there is none.
+        score: mean foreground probability over the mask in [0, 1]; 0 for an empty mask.
+        agreement: IoU in [0, 1] of the two networks' masks; None unless it was asked for.
+        area: mask pixels.
+        mask_box: tight box of the mask; None for an empty one.
+        flags: what to look at, for example BOX_CLIPPED, EMPTY_MASK, FULL_BOX, MULTI_PART.
+        error: why this box has no mask; None when it has one.
+        model: which weights answered; None where the box never reached them.
+        timing: of the message that brought this answer.
+    """
+
+    index: int
+    box: BoxXywh
+    rle: Rle | None = None
+    score: float = 0.0
+    agreement: float | None = None
+    area: int = 0
+    mask_box: BoxXywh | None = None
+    flags: tuple[str, ...] = ()
+    error: ItemError | None = None
+    model: ModelRef | None = None
+    timing: Timing | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a mask (it may be empty; see `flags`)."""
+        return self.error is None
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """The mask (H, W) bool, decoded anew at each access.
+
+        Raises:
+            ValueError: the box has none; look at `error` first.
+        """
+        if self.rle is None:
+            raise ValueError(f"box {self.index} has no mask: {self.error}; check .ok or .error first")
+        # Imported here: it brings OpenCV and pycocotools, which a caller who only wants codes need not wait for.
+        from mal_train.labeling.rle import decode_mask  # noqa: PLC0415
+
+        return decode_mask(self.rle)
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What requests must keep to: bytes, boxes an image, pixels, and unanswered items of one stream."""
+
+    max_request_bytes: int
+    max_response_bytes: int
+    max_boxes: int
+    max_pixels: int
+    max_side: int
+    max_image_bytes: int
+    max_items_in_flight: int
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server serves and accepts. `categories` maps the model's class ids to names."""
+
+    version: str
+    model: ModelRef
+    arch: str
+    crop_size: int
+    margin_rate: float
+    mask_thresholds: tuple[float, float, float]
+    categories: dict[int, str]
+    limits: ServerLimits
+    devices: tuple[str, ...]
+    precision: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a bulk job is; images and boxes that could not be answered count as done."""
+
+    images_done: int
+    images_total: int
+    boxes_done: int
+    boxes_failed: int
+    running_miou: float | None = None
+
+
+@dataclass(frozen=True)
+class FailedAnnotation:
+    """An annotation without an answer. `annotation_id` and `image_id` are those of the COCO file, of any JSON type."""
+
+    annotation_id: Any
+    image_id: Any
+    file_name: str | None
+    error: ItemError
+
+    def to_dict(self) -> dict[str, Any]:
+        """One line of the errors file."""
+        return {
+            "annotation_id": self.annotation_id,
+            "image_id": self.image_id,
+            "file_name": self.file_name,
+            "code": self.error.code,
+            "reason": self.error.reason,
+            "message": self.error.message,
+        }
+
+
+@dataclass(frozen=True)
+class DatasetResult:
+    """What a labelling job left behind.
+
+    Attributes:
+        output: the COCO file with masks.
+        errors_file: one JSON line for each failed annotation; None when there are none.
+        labelled: annotations that got a mask.
+        copied: annotations copied through unlabelled on purpose (crowd regions, or masks that were kept).
+        failed: annotations that could not be answered.
+        model: which weights answered; None when nothing was sent.
+    """
+
+    output: Path
+    errors_file: Path | None
+    labelled: int
+    copied: int
+    failed: tuple[FailedAnnotation, ...] = field(default=())
+    model: ModelRef | None = None
+
+
+Figures = dict[str, float | None]
+"""COCO's twelve figures by name (AP, AP50, AP75, APs …, as in mal_train.labeling.evaluation); None where undefined."""
+
+
+@dataclass(frozen=True)
+class GroupMiou:
+    """Mean IoU in [0, 1] of `count` instances; None of none."""
+
+    count: int
+    miou: float | None
+
+
+@dataclass(frozen=True)
+class MeasuredInstance:
+    """One mask compared with its ground truth. Ids are those of the COCO file."""
+
+    annotation_id: Any
+    image_id: Any
+    file_name: str
+    box: BoxXywh
+    iou: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the server measured on a data set; one part of a message each.
+
+    Attributes:
+        images: images that were measured.
+        images_skipped: images left out as a whole, here or there; their objects are counted in `skipped`.
+        overall: mean IoU over instances.
+        by_size: the same for small, medium and large true masks (COCO's bounds).
+        class_miou: mean over classes of class means; None when nothing was measured.
+        share_good: share of masks with IoU > 0.75.
+        empty_ground_truth: instances whose true mask is empty; they count with IoU 0.
+        ap_at_1: COCO's figures with every score 1.
+        ap_at_score: COCO's figures with the masks' own scores.
+        score: what the score is worth for finding bad masks.
+        categories: the classes that have instances.
+        skipped: ground-truth objects that are not in the figures, by reason.
+        worst: instances with the lowest IoU, lowest first; as many as were asked for.
+        model: which weights were measured.
+    """
+
+    images: int
+    images_skipped: int
+    overall: GroupMiou
+    by_size: dict[str, GroupMiou]
+    class_miou: float | None
+    share_good: float | None
+    empty_ground_truth: int
+    ap_at_1: Figures
+    ap_at_score: Figures
+    score: ScoreQuality
+    categories: tuple[CategoryRow, ...]
+    skipped: dict[str, int]
+    worst: tuple[MeasuredInstance, ...]
+    model: ModelRef
+
+    @property
+    def failed_count(self) -> int:
+        """Objects that are not in the figures although they should be: all that was skipped but crowd regions."""
+        return sum(count for reason, count in self.skipped.items() if reason != "CROWD")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, under the names that `mal-train evaluate` uses."""
+        return {
+            "count": self.overall.count,
+            "images": self.images,
+            "images_skipped": self.images_skipped,
+            "mIoU": self.overall.miou,
+            "mIoU_by_size": {name: group.miou for name, group in self.by_size.items()},
+            "count_by_size": {name: group.count for name, group in self.by_size.items()},
+            "mIoU_class": self.class_miou,
+            "share_IoU_above_0.75": self.share_good,
+            "empty_ground_truth": self.empty_ground_truth,
+            "AP@1": self.ap_at_1,
+            "AP@score": self.ap_at_score,
+            "mean_score": self.score.mean_score,
+            "score_bias": self.score.bias,
+            "calibration_error": self.score.calibration_error,
+            "spearman": self.score.spearman,
+            "count_IoU_below_0.5": self.score.bad_count,
+            "bad_in_worst_scored_fifth": self.score.bad_in_worst_fifth,
+            "categories": [
+                {
+                    "category_id": row.category_id,
+                    "name": row.name,
+                    "count": row.count,
+                    "mIoU": row.miou,
+                    "share_IoU_above_0.75": row.share_good,
+                    "mean_score": row.mean_score,
+                }
+                for row in self.categories
+            ],
+            "worst_first": [
+                {"annotation_id": row.annotation_id, "image_id": row.image_id, "IoU": row.iou, "score": row.score}
+                for row in self.worst
+            ],
+            "skipped_by_reason": self.skipped,
+            "model": {**asdict(self.model), "branch": str(self.model.branch)},
+        }
+
+    def figures(self) -> list[tuple[str, str, str]]:
+        """(name, figure, remark) of the main figures, for terminals and reports."""
+        score = self.score
+        rows = [("mIoU", shown(self.overall.miou), f"{self.overall.count} masks on {self.images} images")]
+        rows += [(f"mIoU {name}", shown(group.miou), f"{group.count} masks") for name, group in self.by_size.items()]
+        rows += [
+            ("mIoU class", shown(self.class_miou), f"{len(self.categories)} classes"),
+            ("IoU > 0.75", shown(self.share_good), "of the masks"),
+            ("AP@1", shown(self.ap_at_1.get("AP")), "COCO, every score 1"),
+            ("AP50@1", shown(self.ap_at_1.get("AP50")), ""),
+            ("AP75@1", shown(self.ap_at_1.get("AP75")), ""),
+            ("AP@score", shown(self.ap_at_score.get("AP")), "COCO, with our scores"),
+            ("score bias", shown(score.bias), "mean score minus mean IoU"),
+            ("calibration", shown(score.calibration_error), "mean distance of score and IoU"),
+            ("Spearman", shown(score.spearman), "score and IoU, rank correlation"),
+            ("bad found", shown(score.bad_in_worst_fifth), f"of {score.bad_count} with IoU < 0.5, in the lowest 20 %"),
+        ]
+        rows += [("not counted", str(count), reason) for reason, count in self.skipped.items()]
+        return rows
+
+    def table(self) -> str:
+        """The main figures as text for a terminal."""
+        return "\n".join(f"{name:<14}{figure:>7}   {remark}".rstrip() for name, figure, remark in self.figures())
+
+
+def shown(value: float | None) -> str:
+    """A figure for people; a dash where there is none."""
+    return "-" if value is None else f"{value:.3f}"
