@@ -198,10 +198,11 @@ def paste(prob: NDArray[np.float32], window: Window, region: Region) -> NDArray[
     """Probabilities (rows, columns) of an image region from the map (S, S) of a window that covers it.
 
     Bilinear without antialias, as OpenCV's INTER_LINEAR and torch agree to 1e-5 (§2.5). Inverse of cut + resize up to
-    that interpolation; parts of the window outside the region are never computed.
+    that interpolation.
     """
     left, top = region.col0 - window.x0, region.row0 - window.y0
     whole = cv2.resize(prob, (window.width, window.height), interpolation=cv2.INTER_LINEAR)
+    whole = whole.astype(np.float32, copy=False)  # it is; this tells the type checker
     return whole[top : region.row1 - window.y0, left : region.col1 - window.x0]
 
 

@@ -282,7 +282,9 @@ def load_labeler(
 
 def _above(values: ProbMap, limit: float) -> ProbMap:
     """The values above the limit, 0 elsewhere; OpenCV does it in one pass, four times faster than NumPy's mask."""
-    return cv2.threshold(values, limit, 0.0, cv2.THRESH_TOZERO)[1] if values.size else values
+    if not values.size:
+        return values
+    return cv2.threshold(values, limit, 0.0, cv2.THRESH_TOZERO)[1].astype(np.float32, copy=False)
 
 
 def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | None) -> tuple[str, ...]:
