@@ -72,7 +72,9 @@ class Limits(Strict):
 class ServerConfig(Strict):
     """Everything that `mal-server serve` can be told."""
 
-    checkpoint: Path = Field(description="Sealed checkpoint (.malckpt) to serve, of either kind; seen from the working folder.")
+    checkpoint: Path = Field(
+        description="Sealed checkpoint (.malckpt) to serve, of either kind; seen from the working folder."
+    )
     decryption_key: str | None = Field(
         default=None,
         repr=False,

@@ -38,7 +38,7 @@ class Outcome:
     """What became of an image: answers by instance id, or the fault that concerns all of it."""
 
     truth: Truth
-    answers: Mapping[int, Answer]
+    answers: Mapping[JsonId | None, Answer]
     fault: tuple[str, str] | None
 
 
@@ -98,11 +98,16 @@ class Evaluation:
         self._seen.add(truth.item_id)
         self.item_ids.append(truth.item_id)
         self.skipped_images += fault is not None
+        answered: set[JsonId | None] = set()
         for annotation in truth.annotations:
             if fault is not None:
                 self._evaluator.skip(annotation, *fault)
+            elif annotation.id in answered:
+                message = f"annotation {annotation.id!r}: given before; the first one counts"
+                self._evaluator.skip(annotation, Reason.REPEATED, message)
             else:
-                self._add(annotation, outcome.answers.get(annotation.id) if isinstance(annotation.id, int) else None)
+                self._add(annotation, outcome.answers.get(annotation.id))
+            answered.add(annotation.id)
 
     def _add(self, annotation: Annotation, answer: Answer | None) -> None:
         label = answer.outcome if answer is not None else None

@@ -1,4 +1,4 @@
-"""Cheap stand-ins for the server's neighbours: a predictor without a network, a clock without waiting, a server at hand."""
+"""Cheap stand-ins: a predictor without a network, a clock without waiting, a server in this process."""
 
 import asyncio
 import io
@@ -22,7 +22,7 @@ from mal_server.server import MalServer
 from mal_server.worker import Worker
 from mal_train.errors import OutOfDeviceMemory
 from mal_train.labeling.labeler import Crop, Labeler, Probability, RunOptions
-from mal_train.labeling.settings import Branch, LabelerConfig
+from mal_train.labeling.settings import LabelerConfig
 from mal_train.strictyaml import validate
 
 Result = TypeVar("Result")
@@ -197,6 +197,3 @@ def run_in_no_time(work: Coroutine[Any, Any, Result]) -> Result:
     """Runs a coroutine on a JumpingLoop."""
     with asyncio.Runner(loop_factory=JumpingLoop) as runner:
         return runner.run(work)
-
-
-BRANCHES = {Branch.STUDENT: types_pb2.BRANCH_STUDENT, Branch.TEACHER: types_pb2.BRANCH_TEACHER}
