@@ -21,6 +21,7 @@ from mal.v1 import labeling_pb2_grpc
 
 from mal_client.bulk_call import BulkCall, Item, ItemAnswer
 from mal_client.errors import CallTimedOut, ItemError, ServerFailed, ServerUnavailable
+from mal_client.files import write_text_atomic
 from mal_client.image_call import check_image_size
 from mal_client.sources import EncodedImage, not_found, read_file
 from mal_client.types import (
@@ -168,16 +169,11 @@ def errors_path(output_json: Path) -> Path:
 def write_errors(output_json: Path, failed: tuple[FailedAnnotation, ...]) -> Path | None:
     """Lists failures beside the output, one JSON object a line; removes an earlier list when there are none."""
     path = errors_path(output_json)
-    try:
-        if not failed:
-            path.unlink(missing_ok=True)
-            return None
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{json.dumps(row.to_dict())}\n" for row in failed), encoding="ascii")
-        temporary.replace(path)
-    except OSError as fault:
-        raise OutputError(f"{path}: not written ({fault.strerror}); {output_json} is complete") from fault
-    return path
+    if failed:
+        write_text_atomic(path, "".join(f"{json.dumps(row.to_dict())}\n" for row in failed))
+        return path
+    path.unlink(missing_ok=True)
+    return None
 
 
 def client_version() -> str:

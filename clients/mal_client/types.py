@@ -268,8 +268,8 @@ class Evaluation:
         """Objects that are not in the figures although they should be: all that was skipped but crowd regions."""
         return sum(count for reason, count in self.skipped.items() if reason != "CROWD")
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, under the names that `mal-train evaluate` uses."""
+    def to_dict(self, worst: int | None = 100) -> dict[str, Any]:
+        """JSON form, named as `mal-train evaluate` does; the `worst` lowest instances are listed (None = all)."""
         return {
             "count": self.overall.count,
             "images": self.images,
@@ -301,7 +301,7 @@ class Evaluation:
             ],
             "worst_first": [
                 {"annotation_id": row.annotation_id, "image_id": row.image_id, "IoU": row.iou, "score": row.score}
-                for row in self.worst
+                for row in self.worst[:worst]
             ],
             "skipped_by_reason": self.skipped,
             "model": {**asdict(self.model), "branch": str(self.model.branch)},

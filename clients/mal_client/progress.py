@@ -1,0 +1,71 @@
+"""Shows how far a job is: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from tqdm import tqdm
+
+from mal_client.types import Progress
+
+LINE_EVERY_S = 5.0
+
+
+class ProgressDisplay:
+    """Context manager; call it with each `Progress`.
+
+    Args:
+        what: the job in a word, for example "label".
+        stream: where to write; the bar appears when it is a terminal.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, what: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what = what
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._started = self._last_line = clock()
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, progress: Progress) -> None:
+        """Shows the state, at most one plain line in LINE_EVERY_S seconds, and always the last."""
+        if self._stream.isatty():
+            self._show_bar(progress)
+            return
+        is_last = progress.images_done >= progress.images_total
+        if is_last or self._clock() - self._last_line >= LINE_EVERY_S:
+            self._last_line = self._clock()
+            print(self._line(progress), file=self._stream, flush=True)
+
+    def _show_bar(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=progress.images_total, desc=self._what, unit="image", file=self._stream)
+        self._bar.set_postfix_str(_boxes(progress), refresh=False)
+        self._bar.update(progress.images_done - self._bar.n)
+
+    def _line(self, progress: Progress) -> str:
+        passed_s = max(1e-9, self._clock() - self._started)
+        rate = progress.images_done / passed_s
+        left_s = (progress.images_total - progress.images_done) / rate if rate > 0 else 0.0
+        return (
+            f"{self._what}: {progress.images_done}/{progress.images_total} images, {_boxes(progress)}, "
+            f"{rate:.1f} images/s, {left_s:.0f} s left"
+        )
+
+
+def _boxes(progress: Progress) -> str:
+    miou = "" if progress.running_miou is None else f", mIoU {progress.running_miou:.3f}"
+    return f"{progress.boxes_done} boxes, {progress.boxes_failed} failed{miou}"

@@ -1,0 +1,174 @@
+"""Claims about the command: exit codes, what is printed, what is left on disk."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mal_client.cli import main
+from mal_client.progress import ProgressDisplay
+from mal_client.types import Progress
+
+from tests.client.datasets import Dataset, make_dataset, with_masks
+from tests.client.fake_server import FakeServer, Faults, serving
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return with_masks(make_dataset(tmp_path))
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with serving(FakeServer()) as where:
+        yield where
+
+
+def arguments(command: str, address: str, dataset: Dataset, *more: str) -> list[str]:
+    given = ["--server", address, "--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+    output = ["--output", str(dataset.output)] if command == "label" else []
+    return [command, *given, *output, *more]
+
+
+def test_label_writes_the_file_and_exits_0(address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments("label", address, dataset, "--agreement", "--branch", "mixed", "--threshold", "0.3")) == 0
+    assert len(dataset.labelled()) == 6
+    assert dataset.labelled()[100]["agreement"] == 0.5
+    printed = capsys.readouterr()
+    assert "6 annotations labelled, 0 failed" in printed.out
+    assert "label: 3/3 images, 6 boxes, 0 failed" in printed.err
+
+
+def test_failed_items_are_listed_beside_the_output_and_exit_3(
+    address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dataset.images_dir / "picture_1.png").unlink()
+    assert main(arguments("label", address, dataset)) == 3
+    listed = (dataset.folder / "out.errors.jsonl").read_text().splitlines()
+    assert [json.loads(line)["annotation_id"] for line in listed] == [102, 103]
+    assert "out.errors.jsonl" in capsys.readouterr().err
+    assert len(dataset.labelled()) == 6
+
+
+def test_a_file_that_cannot_be_used_exits_2_before_any_work(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset.coco["annotations"][1]["id"] = 100
+    dataset.save()
+    fake = FakeServer()
+    with serving(fake) as address:
+        assert main(arguments("label", address, dataset)) == 2
+    assert "100" in capsys.readouterr().err
+    assert not fake.calls
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--threshold", "2"], ["--branch", "both"], ["--timeout", "0"], ["--only", "some"], ["--server", "nowhere"]],
+)
+def test_a_wrong_argument_exits_2(address: str, dataset: Dataset, wrong: list[str]) -> None:
+    try:
+        code: Any = main(arguments("label", address, dataset, *wrong))
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+
+
+def test_an_output_that_cannot_be_written_exits_4(address: str, dataset: Dataset) -> None:
+    assert main(arguments("label", address, dataset, "--output", str(dataset.folder / "no" / "out.json"))) == 4
+
+
+def test_no_server_exits_1_with_its_address(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments("label", "127.0.0.1:9", dataset)) == 1
+    assert "127.0.0.1:9" in capsys.readouterr().err
+    assert not dataset.output.exists()
+
+
+def test_evaluate_prints_the_figures_and_writes_figures_and_page(
+    address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, page = dataset.folder / "figures.json", dataset.folder / "page.html"
+    assert main(arguments("evaluate", address, dataset, "--output", str(figures), "--report", str(page))) == 0
+    assert "mIoU" in capsys.readouterr().out
+    assert json.loads(figures.read_text())["count"] == 6
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_info_prints_what_the_server_is(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--server", address]) == 0
+    assert json.loads(capsys.readouterr().out)["arch"] == "box-filler"
+
+
+def test_ctrl_c_exits_130_and_leaves_nothing(dataset: Dataset) -> None:
+    with serving(FakeServer(Faults(delay_s=1.0))) as address:
+        # Where the tests run in the background SIGINT is ignored, and a child would inherit that.
+        code = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from mal_client.cli import main; sys.exit(main(sys.argv[1:]))"
+        )
+        command = [sys.executable, "-c", code, *arguments("label", address, dataset)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, env=_environment(), text=True)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "interrupted" in printed
+    assert "Traceback" not in printed
+    assert sorted(path.name for path in dataset.folder.iterdir()) == ["images", "in.json"]
+
+
+@pytest.mark.parametrize("module", ["mal_client.client", "mal_client.cli"])
+def test_the_client_imports_without_torch_and_without_what_only_a_server_has(module: str) -> None:
+    code = (
+        "import sys\n"
+        "absent = ('torch', 'timm', 'lightning', 'pydantic', 'pyrage', 'mal_server', 'grpc_health')\n"
+        "sys.modules.update(dict.fromkeys(absent))\n"
+        f"import {module}, mal_client.report, mal_client.overlays, mal_client.review, mal_client.evaluate\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
+
+
+def test_importing_the_client_brings_no_heavy_library() -> None:
+    code = (
+        "import sys, mal_client.client\n"
+        "heavy = {'cv2', 'pycocotools', 'PIL', 'matplotlib', 'torch', 'tqdm'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or None)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
+
+
+def test_without_a_terminal_progress_is_plain_lines_now_and_then() -> None:
+    stream, now = io.StringIO(), [0.0]
+    display = ProgressDisplay("label", stream, lambda: now[0])
+    with display:
+        for done in range(1, 21):
+            now[0] = float(done)
+            display(Progress(done, 20, 2 * done, 1))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "label: 5/20 images, 10 boxes, 1 failed, 1.0 images/s, 15 s left"
+    assert len(lines) == 4
+    assert lines[-1].startswith("label: 20/20 images")
+
+
+def test_on_a_terminal_progress_is_a_bar() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with ProgressDisplay("label", stream) as display:
+        for done in range(1, 4):
+            display(Progress(done, 3, 2 * done, 0, running_miou=0.5))
+    assert "3/3" in stream.getvalue()
+    assert "6 boxes, 0 failed, mIoU 0.500" in stream.getvalue()
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
