@@ -2,7 +2,7 @@
 
 Adding a backbone of this family is adding a row to `VIT_SIZES`. Knows nothing of masks, teachers or files.
 
-Letters: N crops, S crop side in px, P patch side in px, h = w = S / P, C width.
+Letters: N crops, S crop side in px, P patch side in px, h = w = S / P, C width, H heads, L tokens (1 + h·w), D = C / H.
 """
 
 import difflib
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mal_train.errors import ConfigError
 
@@ -101,6 +103,52 @@ class ConvStem(PatchEmbed):
         self.add_module("proj", nn.Sequential(*stages, nn.Conv2d(embed_dim, embed_dim, 1)))
 
 
+SCORES_THAT_FIT_THE_CACHE = 1 << 20
+"""Attention scores (N·H·L²) up to which one batched product beats a loop over crops and heads, in bfloat16 on a CPU."""
+
+
+def attention(q_NHLD: Tensor, k_NHLD: Tensor, v_NHLD: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√D)·v, (N, H, L, D).
+
+    torch's fused kernel, except in bfloat16 on a CPU: there it is no faster than in float32, and plain products take
+    a third of its time, with or without gradients.
+    """
+    if q_NHLD.device.type != "cpu" or q_NHLD.dtype != torch.bfloat16:
+        return functional.scaled_dot_product_attention(q_NHLD, k_NHLD, v_NHLD)
+    crops, heads, tokens, depth = q_NHLD.shape
+    q = (q_NHLD * depth**-0.5).reshape(crops * heads, tokens, depth)
+    k = k_NHLD.reshape(crops * heads, tokens, depth)
+    v = v_NHLD.reshape(crops * heads, tokens, depth)
+    if crops * heads * tokens**2 <= SCORES_THAT_FIT_THE_CACHE:
+        return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).view_as(q_NHLD)
+    each = [torch.mm(torch.mm(a, b.t()).softmax(-1), c) for a, b, c in zip(q, k, v, strict=True)]
+    return torch.stack(each).view_as(q_NHLD)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with timm's names for its weights."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens_NLC: Tensor, **_unused: object) -> Tensor:
+        """(N, L, C). timm's block also hands over an attention mask, which this network never has."""
+        qkv = self.qkv(tokens_NLC).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out: Tensor = self.proj(attention(*qkv.unbind(0)).transpose(1, 2).flatten(2))
+        return out
+
+
+class VitBlock(Block):
+    """timm's transformer block around our attention."""
+
+    def __init__(self, dim: int, num_heads: int, **rest: Any) -> None:
+        super().__init__(dim, num_heads, **rest)
+        self.add_module("attn", SelfAttention(dim, num_heads))
+
+
 class Vit(VisionTransformer):
     """A plain ViT whose output is the map of its patch tokens.
 
@@ -118,6 +166,7 @@ class Vit(VisionTransformer):
             num_classes=0,
             drop_path_rate=drop_path,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            block_fn=VitBlock,
             embed_layer=ConvStem if size.stem == "conv" else PatchEmbed,
             dynamic_img_size=True,
         )
