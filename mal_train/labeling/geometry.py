@@ -143,7 +143,8 @@ def cut(image: Pixels, window: Window) -> Pixels:
         return inside
     rows = np.arange(window.y0, window.y1) % height
     columns = np.arange(window.x0, window.x1) % width
-    return image[rows[:, None], columns[None, :]]
+    wrapped: Pixels = image[rows[:, None], columns[None, :]]
+    return wrapped
 
 
 def resize_crop(pixels: Pixels, size: int) -> Pixels:
@@ -201,8 +202,9 @@ def paste(prob: NDArray[np.float32], window: Window, region: Region) -> NDArray[
     that interpolation.
     """
     left, top = region.col0 - window.x0, region.row0 - window.y0
-    whole = cv2.resize(prob, (window.width, window.height), interpolation=cv2.INTER_LINEAR)
-    whole = whole.astype(np.float32, copy=False)  # it is; this tells the type checker
+    whole: NDArray[np.float32] = np.asarray(
+        cv2.resize(prob, (window.width, window.height), interpolation=cv2.INTER_LINEAR), dtype=np.float32
+    )
     return whole[top : region.row1 - window.y0, left : region.col1 - window.x0]
 
 

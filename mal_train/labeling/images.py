@@ -124,5 +124,5 @@ def _to_rgb(picture: Image.Image) -> RgbImage:
     if picture.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; convert to 8 bits a channel")
     if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # type: ignore[assignment]
+        picture = picture.convert("RGBA")
     return np.ascontiguousarray(picture.convert("RGB"), dtype=np.uint8)
