@@ -148,7 +148,7 @@ class SealedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with ExitStack() as close_on_error:
-            self._file = close_on_error.enter_context(path.open("rb"))
+            self._file = close_on_error.enter_context(path.open("rb", buffering=BUFFER))
             self.file_bytes = os.fstat(self._file.fileno()).st_size
             if self.file_bytes == 0:
                 raise Truncated(f"{path}: the file is empty")
