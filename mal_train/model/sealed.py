@@ -99,8 +99,8 @@ def padding(size: int) -> int:
 def write_sealed(path: Path, parts: Iterable[memoryview], key: EncryptionKey | None) -> Seal:
     """Write `parts`, one after the other, to `path`: sealed by `key`, bare without one. All or nothing.
 
-    The old file stays until the new one is complete and on disk. To recipients the parts stream (some 100 KiB of
-    memory); for a passphrase the content is held twice.
+    The old file stays until the new one is complete and on disk. To recipients the parts stream, one in memory at a
+    time; for a passphrase the library needs the content whole, and its result beside it.
 
     Raises:
         OutputError: disk full, no permission, folder missing. The old file is intact and no temporary one is left.
