@@ -1,0 +1,184 @@
+"""The command `mal-train`: reads arguments, calls one task, turns errors into one line and an exit code.
+
+Exit codes: 0 done · 1 unexpected · 2 usage or configuration · 3 finished, but some items failed · 4 disk or
+permission · 5 training stopped on non-finite values · 143 terminated after saving.
+"""
+# ruff: noqa: PLC0415
+# Tasks are imported by the commands that run them: torch takes seconds, and without it `main` can say what to install.
+
+import argparse
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+
+from mal_train.errors import ConfigError, MalError, OutputError
+
+SOME_FAILED = 3
+NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'"
+SPECS = ("default", "tao")
+_INNOCENT = ("CROWD", "NO_GROUND_TRUTH")
+"""Reasons for which an instance is not compared although nothing failed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # Overrides may stand anywhere, which argparse's own positional lists do not allow.
+    arguments.overrides = [text for text in rest if not text.startswith("-") and "=" in text]
+    unknown = [text for text in rest if text not in arguments.overrides or not arguments.takes_overrides]
+    if unknown:
+        parser.error(f"not understood: {' '.join(unknown)}")
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except MalError as error:
+        print(f"mal-train: {error}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in {"mal_train", ""}:
+            raise
+        print(f"{NEEDS_TRAIN}  (no module named {error.name})", file=sys.stderr)
+        return ConfigError.exit_code
+    except KeyboardInterrupt:
+        print("mal-train: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return OutputError.exit_code
+    except Exception:  # the last line of defence of a command: whatever it is, exit code 1 and the trace
+        traceback.print_exc()
+        return MalError.exit_code
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from mal_train.config import load_spec
+    from mal_train.tasks.train import train
+    from mal_train.training.progress import Screen
+
+    result = train(load_spec(arguments.spec, arguments.overrides), Screen())
+    if result.report is not None:
+        print(result.report.table())
+    print(f"checkpoint: {result.checkpoint}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from mal_train.config import load_spec
+    from mal_train.tasks.evaluate import evaluate
+    from mal_train.training.progress import Screen
+
+    report = evaluate(load_spec(arguments.spec, arguments.overrides), Screen())
+    print(report.table())
+    return SOME_FAILED if any(row.reason not in _INNOCENT for row in report.skipped) else 0
+
+
+def _inference(arguments: argparse.Namespace) -> int:
+    from mal_train.config import load_spec
+    from mal_train.tasks.inference import inference
+    from mal_train.training.progress import Screen
+
+    result = inference(load_spec(arguments.spec, arguments.overrides), Screen())
+    if result.report is not None:
+        print(result.report.table())
+    for reason, count in result.failed.most_common():
+        print(f"{count} boxes without a mask: {reason}")
+    return SOME_FAILED if result.failed else 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from mal_train.tasks.importing import import_checkpoint
+    from mal_train.training.progress import Screen
+
+    import_checkpoint(arguments.file, arguments.output, arguments.overrides, Screen())
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from mal_train.model.checkpoint import read_header
+    from mal_train.model.keys import parse_key
+
+    key = parse_key(arguments.key, purpose="decryption", where="command line")
+    header = read_header(arguments.file, key)
+    seal = header.seal
+    print(f"file        {arguments.file}, {header.file_bytes} bytes")
+    print(f"encryption  {seal.how}")
+    content = header.content
+    if content is None:
+        print("content     sealed; --key env:NAME or --key file:PATH shows it")
+        return 0
+    print(f"schema      {content.schema}")
+    print(f"kind        {content.kind}: {content.tensors} tensors, {content.tensor_bytes} bytes")
+    print(f"model       {json.dumps(content.model.to_dict())}")
+    print(f"labeler     {json.dumps(content.labeler.to_dict())}")
+    print(f"categories  {len(content.categories)}")
+    for field, value in content.provenance.items():
+        print(f"            {field}: {value}")
+    return 0
+
+
+def _keygen(arguments: argparse.Namespace) -> int:
+    from mal_train.model.keys import write_identity
+
+    recipient = write_identity(arguments.output)
+    print(f"wrote {arguments.output}: keep it secret; it opens what is sealed to")
+    print(recipient)
+    return 0
+
+
+def _default_spec(arguments: argparse.Namespace) -> int:
+    text = resources.files("mal_train.specs").joinpath(f"{arguments.name}.yaml").read_text(encoding="utf-8")
+    if arguments.output is None:
+        sys.stdout.write(text)
+        return 0
+    try:
+        with arguments.output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise OutputError(f"{arguments.output}: cannot be written: {error.strerror}") from error
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mal-train", description="Masks from boxes: train, evaluate, label.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], text: str, *, overrides: bool = False
+    ) -> argparse.ArgumentParser:
+        epilog = "a.b=c: fields that replace those of the spec, e.g. train.lr=1e-6" if overrides else None
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        sub.set_defaults(command=command, takes_overrides=overrides)
+        return sub
+
+    for name, command, text in (
+        ("train", _train, "Train from boxes."),
+        ("evaluate", _evaluate, "Compare a checkpoint's masks with those of dataset.val_ann_path."),
+        ("inference", _inference, "Give the boxes of inference.ann_path masks."),
+    ):
+        task = add(name, command, text, overrides=True)
+        task.add_argument("-e", "--experiment_spec", dest="spec", type=Path, required=True, help="YAML spec")
+
+    spec = add("default-spec", _default_spec, "Print a spec with every field, its default and its meaning.")
+    spec.add_argument("name", nargs="?", choices=SPECS, default="default", help="tao: the documented TAO defaults")
+    spec.add_argument("-o", "--output", type=Path, help="a file to write instead of printing; it must not exist")
+
+    inspect = add("inspect", _inspect, "Tell what a checkpoint holds.")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--key", help="env:NAME or file:PATH, for a sealed one")
+
+    importing = add("import", _import, "Turn a published TAO checkpoint (6.25 to 7.0) into a .malckpt.", overrides=True)
+    importing.add_argument("file")
+    importing.add_argument("-o", "--output", type=Path, required=True, help="the .malckpt to write")
+
+    keygen = add("keygen", _keygen, "Make an age identity to seal checkpoints with, and print its recipient.")
+    keygen.add_argument("-o", "--output", type=Path, required=True, help="file for the identity; it must not exist")
+    return parser
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())

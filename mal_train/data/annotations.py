@@ -1,0 +1,162 @@
+"""From a COCO file to the boxes one trains on, and their order. Opens a picture only to learn an unstated size.
+
+Boxes are kept in arrays, not objects: a million of them cross into the loader's processes for nothing.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mal_train.errors import BadBox, BadDataset, BadImage
+from mal_train.labeling.coco import CocoFile, ImageInfo, Reason, by_image, read_coco, training_refusal
+from mal_train.labeling.geometry import Box, check_box
+from mal_train.labeling.images import read_image
+from mal_train.labeling.settings import Compat
+
+WINDOW_IMAGES = 64
+"""Images whose boxes are mixed with each other: few enough to stay decoded, many enough for a good shuffle."""
+WINDOW_BYTES = 128 << 20
+"""Decoded bytes of these images, at most (one image alone may be larger)."""
+
+
+@dataclass(frozen=True)
+class TrainingBoxes:
+    """What there is to train on.
+
+    Attributes:
+        paths: one picture file for each image that has a box.
+        size_wh: (images, 2) int64, width and height in px.
+        image_of_box: (boxes,) int64 index into `paths`.
+        boxes_xywh: (boxes, 4) float64, inside their images.
+        total: annotations in the file.
+        refused: how many are not trained on, by reason.
+    """
+
+    paths: tuple[Path, ...]
+    size_wh: NDArray[np.int64]
+    image_of_box: NDArray[np.int64]
+    boxes_xywh: NDArray[np.float64]
+    total: int
+    refused: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.image_of_box)
+
+    def box(self, index: int) -> Box:
+        """Box number `index` as x, y, width, height."""
+        x, y, w, h = (float(v) for v in self.boxes_xywh[index])
+        return x, y, w, h
+
+    def summary(self) -> str:
+        """One line for people: what is kept, and what is not and why."""
+        text = f"training on {len(self)} of {self.total} boxes in {len(self.paths)} images"
+        if self.refused:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.refused.most_common())
+            text += f"; left out: {reasons}"
+        return text
+
+
+def read_training_boxes(
+    ann_path: Path, image_dir: Path, *, min_area: float, max_area: float, compat: Compat
+) -> TrainingBoxes:
+    """The boxes of a COCO file that `training_refusal` lets through, areas in px² strictly between the bounds.
+
+    Raises:
+        BadDataset: the file is refused as a whole, or nothing is left to train on.
+    """
+    return select_boxes(
+        read_coco(ann_path), image_dir, min_area=min_area, max_area=max_area, compat=compat, name=str(ann_path)
+    )
+
+
+def select_boxes(
+    coco: CocoFile, image_dir: Path, *, min_area: float, max_area: float, compat: Compat, name: str = "dataset"
+) -> TrainingBoxes:
+    """`read_training_boxes` of a file already in memory."""
+    refused: Counter[str] = Counter()
+    paths: list[Path] = []
+    sizes: list[tuple[int, int]] = []
+    image_of_box: list[int] = []
+    boxes: list[Box] = []
+    seen = 0
+    for image, annotations in by_image(coco):
+        seen += len(annotations)
+        if not annotations:
+            continue
+        size = _usable_size(image, image_dir)
+        if size is None:
+            refused[str(Reason.IMAGE_UNUSABLE)] += len(annotations)
+            continue
+        kept: list[Box] = []
+        for annotation in annotations:
+            try:
+                inside, _ = check_box(annotation.box_xywh, (size[1], size[0]))
+            except BadBox:
+                inside = None
+            reason = training_refusal(annotation, inside, size, min_area=min_area, max_area=max_area, compat=compat)
+            if reason is None and inside is None:
+                reason = Reason.BAD_BOX
+            if reason is not None or inside is None:
+                refused[str(reason)] += 1
+            else:
+                kept.append(inside)
+        if kept:
+            image_of_box += [len(paths)] * len(kept)
+            boxes += kept
+            paths.append(image_dir / image.file_name)
+            sizes.append(size)
+    # Rows that name no known image appear with no image at all.
+    if len(coco.annotations) > seen:
+        refused[str(Reason.IMAGE_UNKNOWN)] += len(coco.annotations) - seen
+    if not boxes:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in refused.most_common()) or "it holds none"
+        raise BadDataset(
+            f"{name}: no box to train on ({reasons}); check dataset.train_img_dir, min_obj_size and max_obj_size"
+        )
+    return TrainingBoxes(
+        tuple(paths),
+        np.asarray(sizes, dtype=np.int64),
+        np.asarray(image_of_box, dtype=np.int64),
+        np.asarray(boxes, dtype=np.float64),
+        len(coco.annotations),
+        refused,
+    )
+
+
+def epoch_order(boxes: TrainingBoxes, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Every box index once, in an order that depends on seed and epoch alone.
+
+    Images are shuffled and taken in windows; the boxes of a window are shuffled together. A batch thus mixes images,
+    and a loader that keeps one window decoded opens every picture once.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    by_picture = np.argsort(boxes.image_of_box, kind="stable")
+    starts = np.searchsorted(boxes.image_of_box[by_picture], np.arange(len(boxes.paths) + 1))
+    decoded_bytes = 3 * boxes.size_wh.prod(axis=1)
+    parts: list[NDArray[np.int64]] = []
+    window: list[NDArray[np.int64]] = []
+    held = 0
+    for image in rng.permutation(len(boxes.paths)):
+        if window and (len(window) == WINDOW_IMAGES or held + decoded_bytes[image] > WINDOW_BYTES):
+            parts.append(rng.permutation(np.concatenate(window)))
+            window, held = [], 0
+        window.append(by_picture[starts[image] : starts[image + 1]])
+        held += int(decoded_bytes[image])
+    parts.append(rng.permutation(np.concatenate(window)))
+    return np.concatenate(parts)
+
+
+def _usable_size(image: ImageInfo, image_dir: Path) -> tuple[int, int] | None:
+    """Width and height; None where the row has a problem or there is no such file."""
+    if image.problem is not None or not (image_dir / image.file_name).is_file():
+        return None
+    if image.size_wh is not None:
+        return image.size_wh
+    try:
+        pixels = read_image(image_dir / image.file_name)
+    except BadImage:
+        return None
+    return pixels.shape[1], pixels.shape[0]

@@ -1,0 +1,187 @@
+"""Feeds training: boxes in an order set by seed and epoch, cut in loader processes, collated into uint8 batches.
+
+What a sample looks like depends on (seed, epoch, index) alone, not on which process makes it or what came before: a
+run that goes on at an epoch's start sees what an undisturbed one would have seen.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mal_train.data.annotations import WINDOW_BYTES, TrainingBoxes, epoch_order
+from mal_train.data.augment import Cropping, Views, make_views
+from mal_train.errors import BadDataset, BadImage
+from mal_train.labeling.geometry import box_area
+from mal_train.labeling.images import RgbImage, read_image
+from mal_train.labeling.settings import network_branch
+
+CACHE_BYTES = WINDOW_BYTES + WINDOW_BYTES // 2
+"""Decoded pictures that a loader process keeps: one window of the order and the start of the next."""
+REPLACEMENTS = 16
+"""Other boxes tried in the place of one whose picture cannot be read."""
+
+
+class Batch(NamedTuple):
+    """N samples; S is the crop size.
+
+    student_NHWC and teacher_NHWC are uint8 RGB, box_mask_NHW uint8 with values 0 and 1. branch_N (int64 size branch)
+    stays on the CPU, where it steers the network. bad_images names pictures that could not be read, with the reason.
+    """
+
+    student_NHWC: Tensor
+    teacher_NHWC: Tensor
+    box_mask_NHW: Tensor
+    branch_N: Tensor
+    bad_images: tuple[str, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its pixels on `device`."""
+        return self._replace(
+            student_NHWC=self.student_NHWC.to(device, non_blocking=True),
+            teacher_NHWC=self.teacher_NHWC.to(device, non_blocking=True),
+            box_mask_NHW=self.box_mask_NHW.to(device, non_blocking=True),
+        )
+
+
+class Sample(NamedTuple):
+    """One box, cut."""
+
+    views: Views
+    branch: int
+    bad_images: tuple[str, ...]
+
+
+class BoxDataset(Dataset[Sample]):
+    """Cuts the sample of (epoch, index). Every process that holds a copy keeps its own few decoded pictures."""
+
+    def __init__(self, boxes: TrainingBoxes, cropping: Cropping, seed: int) -> None:
+        self.boxes = boxes
+        self.cropping = cropping
+        self.seed = seed
+        self._decoded: OrderedDict[int, RgbImage] = OrderedDict()
+        self._decoded_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of box `index` in `epoch`; another box in its place where its picture cannot be read.
+
+        Raises:
+            BadDataset: the pictures of REPLACEMENTS boxes in a row cannot be read.
+        """
+        epoch, index = key
+        rng = np.random.default_rng([self.seed, epoch, index])
+        bad: list[str] = []
+        for _ in range(REPLACEMENTS):
+            try:
+                image = self._image(int(self.boxes.image_of_box[index]))
+            except BadImage as error:
+                bad.append(str(error))
+                index = int(rng.integers(len(self.boxes)))
+                continue
+            box = self.boxes.box(index)
+            branch = int(network_branch(box_area(box), self.cropping.compat))
+            return Sample(make_views(image, box, self.cropping, rng), branch, tuple(bad))
+        raise BadDataset(f"{REPLACEMENTS} pictures in a row cannot be read, the last: {bad[-1]}")
+
+    def _image(self, index: int) -> RgbImage:
+        image = self._decoded.get(index)
+        if image is None:
+            width, height = (int(v) for v in self.boxes.size_wh[index])
+            image = read_image(self.boxes.paths[index], expected_wh=(width, height))
+            self._decoded_bytes += image.nbytes
+            while self._decoded and self._decoded_bytes > CACHE_BYTES:
+                _, oldest = self._decoded.popitem(last=False)
+                self._decoded_bytes -= oldest.nbytes
+        self._decoded[index] = image
+        self._decoded.move_to_end(index)
+        return image
+
+
+class EpochOrder(Sampler[tuple[int, int]]):
+    """(epoch, index) of every box in `epoch_order`; the trainer calls `set_epoch` before each epoch."""
+
+    def __init__(self, boxes: TrainingBoxes, seed: int) -> None:
+        self.boxes = boxes
+        self.seed = seed
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Number of the epoch that the next iteration belongs to."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, skip = self.epoch, self.skip
+        self.skip = 0
+        return ((epoch, int(index)) for index in epoch_order(self.boxes, self.seed, epoch)[skip:])
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How batches are made.
+
+    Attributes:
+        batch_size: boxes in a batch; the last one of an epoch may be smaller.
+        num_workers: loader processes; 0 works in the main one.
+        seed: of order and augmentation, ≥ 0.
+        pin_memory: page-locked batches, for CUDA.
+    """
+
+    batch_size: int
+    num_workers: int
+    seed: int
+    pin_memory: bool = False
+
+
+class BoxDataModule(lightning.LightningDataModule):
+    """The training loader, as Lightning wants it."""
+
+    def __init__(self, boxes: TrainingBoxes, cropping: Cropping, settings: LoaderSettings) -> None:
+        super().__init__()
+        self.boxes = boxes
+        self.cropping = cropping
+        self.settings = settings
+        self._order = EpochOrder(boxes, settings.seed)
+
+    def go_on_from(self, epoch: int, batches: int) -> None:
+        """Begin with this epoch, and leave out its first batches: a run that was cut off has trained on them.
+
+        Lightning opens the loader of a resumed run before it says which epoch it is.
+        """
+        self._order.set_epoch(epoch)
+        self._order.skip = batches * self.settings.batch_size
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Batches of one epoch after the other."""
+        return DataLoader(
+            BoxDataset(self.boxes, self.cropping, self.settings.seed),
+            sampler=self._order,
+            batch_size=self.settings.batch_size,
+            num_workers=self.settings.num_workers,
+            persistent_workers=self.settings.num_workers > 0,
+            pin_memory=self.settings.pin_memory,
+            collate_fn=collate,
+        )
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stacks samples of one crop size."""
+    return Batch(
+        torch.from_numpy(np.stack([sample.views.student for sample in samples])),
+        torch.from_numpy(np.stack([sample.views.teacher for sample in samples])),
+        torch.from_numpy(np.stack([sample.views.box_mask for sample in samples])),
+        torch.tensor([sample.branch for sample in samples], dtype=torch.int64),
+        tuple(text for sample in samples for text in sample.bad_images),
+    )

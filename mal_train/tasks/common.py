@@ -1,0 +1,128 @@
+"""What every task shares: its folder and how it ends, keys, device, and the checkpoint it works with."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mal_train.config import Spec
+from mal_train.errors import ConfigError, OutputError
+from mal_train.labeling.labeler import Labeler, load_labeler
+from mal_train.model.checkpoint import Checkpoint, sha256_of
+from mal_train.model.keys import DecryptionKey, EncryptionKey, parse_key
+from mal_train.strictyaml import dump
+from mal_train.training.progress import Screen
+from mal_train.training.records import StatusFile
+
+Task = Literal["train", "evaluate", "inference"]
+
+
+@contextlib.contextmanager
+def task_folder(spec: Spec, task: Task) -> Iterator[tuple[Path, StatusFile]]:
+    """The task's folder with experiment.yaml in it, and a status.json that tells how the task ended.
+
+    Raises:
+        OutputError: the folder cannot be made or written to.
+    """
+    folder = spec.task_dir(task)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "experiment.yaml").write_text(dump(spec.without_secrets()), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}; choose another results_dir") from error
+    status = StatusFile(folder)
+    status.write("STARTED", f"Starting MAL {task}.")
+    try:
+        yield folder, status
+    except BaseException as error:
+        # Whatever ends the task, Ctrl-C too, is written down before it goes on its way.
+        with contextlib.suppress(OutputError):
+            status.write("FAILURE", f"{type(error).__name__}: {error}")
+        raise
+    status.write("SUCCESS", f"{task.capitalize()} finished successfully.")
+
+
+def keys_of(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | None]:
+    """What seals and what opens; a key that seals and can open serves for both unless `decryption_key` is given.
+
+    The command line has refused secrets before (`config.load_spec`), so a secret found here stands in the file.
+    """
+    seal_with = parse_key(spec.encryption_key, purpose="encryption", where="yaml")
+    open_with = parse_key(spec.decryption_key, purpose="decryption", where="yaml")
+    if open_with is None and seal_with is not None:
+        open_with = seal_with.opens
+    return seal_with, open_with
+
+
+def choose_device(gpu_ids: tuple[int, ...], screen: Screen) -> torch.device:
+    """The GPU that was asked for; the CPU, with one line, on a machine without CUDA.
+
+    Raises:
+        ConfigError: there are GPUs, but not that one.
+    """
+    if not torch.cuda.is_available():
+        screen.say("no CUDA on this machine: working on the CPU")
+        return torch.device("cpu")
+    if gpu_ids[0] >= torch.cuda.device_count():
+        raise ConfigError(f"gpu_ids: {gpu_ids[0]}; this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
+    return torch.device("cuda", gpu_ids[0])
+
+
+def open_labeler(
+    spec: Spec, checkpoint: str | None, field: str, *, device: torch.device, precision: str, screen: Screen
+) -> tuple[Labeler, Checkpoint]:
+    """The labeler of a checkpoint; says so when the file is not encrypted."""
+    path = existing_file(checkpoint, field)
+    _, open_with = keys_of(spec)
+    labeler, content = load_labeler(path, key=open_with, device=device, precision=precision)
+    if content.seal is not None and content.seal.how == "none":
+        screen.say(f"{path}: not encrypted")
+    return labeler, content
+
+
+def provenance(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What made a label: the tool, the checkpoint by name and content, and its settings."""
+    return {
+        "tool": f"mask-auto-labeler {version()}",
+        "checkpoint": path.name,
+        "checkpoint_sha256": sha256_of(path),
+        "model": checkpoint.model.to_dict(),
+        "labeler": checkpoint.labeler.to_dict(),
+    }
+
+
+def version() -> str:
+    """Version of the installed distribution; "0" where the code runs without being installed."""
+    try:
+        return metadata.version("mask-auto-labeler")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def existing_file(text: str | None, field: str) -> Path:
+    """The path in a field; ConfigError when it is not given or no such file exists."""
+    if not text:
+        raise ConfigError(f"{field}: not given; it names a file")
+    path = Path(text)
+    if not path.is_file():
+        raise ConfigError(f"{field}: {path}; no such file")
+    return path
+
+
+def existing_folder(text: str, field: str) -> Path:
+    """The path in a field; ConfigError when it is not given or no such folder exists."""
+    if not text:
+        raise ConfigError(f"{field}: not given; it names a folder")
+    path = Path(text)
+    if not path.is_dir():
+        raise ConfigError(f"{field}: {path}; no such folder")
+    return path
+
+
+def worker_threads() -> int:
+    """Threads for decoding and encoding: one a processor, at most eight."""
+    return max(1, min(8, len(os.sched_getaffinity(0))))

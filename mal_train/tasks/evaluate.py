@@ -1,0 +1,74 @@
+"""`mal-train evaluate`: a checkpoint's labels against the masks of dataset.val_ann_path."""
+
+from mal_train.config import Spec
+from mal_train.errors import BadDataset, ConfigError
+from mal_train.labeling.coco import read_coco, write_json_atomic
+from mal_train.labeling.evaluation import EvaluationReport
+from mal_train.labeling.labeler import RunOptions
+from mal_train.labeling.settings import Branch
+from mal_train.tasks.common import (
+    choose_device,
+    existing_file,
+    existing_folder,
+    open_labeler,
+    provenance,
+    task_folder,
+    worker_threads,
+)
+from mal_train.training.callbacks import figures_of
+from mal_train.training.progress import Screen
+from mal_train.training.validation import Validator, has_masks
+
+
+def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
+    """Measures evaluate.checkpoint and writes results.json into the task's folder.
+
+    Raises:
+        MalError: a setting, the file of annotations or the checkpoint cannot be used.
+    """
+    settings = spec.evaluate
+    with task_folder(spec, "evaluate") as (folder, status):
+        if not spec.dataset.load_mask:
+            raise ConfigError("dataset.load_mask: false; evaluation compares masks: set it to true")
+        ann_path = existing_file(spec.dataset.val_ann_path, "dataset.val_ann_path")
+        image_dir = existing_folder(spec.dataset.val_img_dir, "dataset.val_img_dir")
+        coco = read_coco(ann_path)
+        if not has_masks(coco):
+            raise BadDataset(f"{ann_path}: no annotation has a segmentation to compare with")
+        device = choose_device(settings.gpu_ids, screen)
+        labeler, checkpoint = open_labeler(
+            spec, settings.checkpoint, "evaluate.checkpoint", device=device, precision=settings.precision, screen=screen
+        )
+        options = RunOptions(branch=branch_of(spec), flip=settings.use_flip_test)
+        validator = Validator(
+            coco=coco,
+            image_dir=image_dir,
+            batch_size=settings.batch_size,
+            fit_thresholds=False,
+            precision=settings.precision,
+            device=str(device),
+            threads=worker_threads(),
+            options=options,
+        )
+        with screen.bar(len(coco.annotations), 0, "box") as bar:
+            report = validator.run(labeler.network, labeler.config, on_box=bar.update).report
+        checkpoint_path = existing_file(settings.checkpoint, "evaluate.checkpoint")
+        result = {
+            **provenance(checkpoint_path, checkpoint),
+            "annotations": str(ann_path),
+            "branch": str(options.branch),
+            "flip": options.flip,
+            "precision": str(labeler.dtype).removeprefix("torch."),
+            **report.to_dict(),
+        }
+        write_json_atomic(folder / "results.json", result)
+        status.write("RUNNING", "Test metrics generated.", kpi=figures_of(report))
+        screen.say(f"wrote {folder / 'results.json'}")
+    return report
+
+
+def branch_of(spec: Spec) -> Branch:
+    """Whose answer the spec asks for: mixed before teacher before student."""
+    if spec.evaluate.use_mixed_model_test:
+        return Branch.MIXED
+    return Branch.TEACHER if spec.evaluate.use_teacher_test else Branch.STUDENT

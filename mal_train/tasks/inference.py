@@ -1,0 +1,146 @@
+"""`mal-train inference`: a COCO file with boxes and its images → the same file with masks."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mal_train.config import Spec
+from mal_train.errors import BadDataset
+from mal_train.labeling import rle
+from mal_train.labeling.bulk import Failure, label_boxes
+from mal_train.labeling.coco import (
+    Annotation,
+    CocoFile,
+    JsonId,
+    answer_fields,
+    by_image,
+    error_fields,
+    labelled_file,
+    read_coco,
+    write_json_atomic,
+)
+from mal_train.labeling.evaluation import EvaluationReport, Evaluator
+from mal_train.labeling.labeler import Label, Labeler
+from mal_train.tasks.common import (
+    choose_device,
+    existing_file,
+    existing_folder,
+    open_labeler,
+    provenance,
+    task_folder,
+    worker_threads,
+)
+from mal_train.training.callbacks import figures_of
+from mal_train.training.progress import Screen
+
+Answers = dict[JsonId, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class InferenceResult:
+    """How labelling a file went.
+
+    Attributes:
+        path: the file that was written.
+        labelled: boxes with a mask (an empty one counts).
+        failed: boxes without one, by reason.
+        report: figures against the file's own masks, where inference.load_mask asked for them.
+    """
+
+    path: Path
+    labelled: int
+    failed: Counter[str]
+    report: EvaluationReport | None
+
+
+def inference(spec: Spec, screen: Screen) -> InferenceResult:
+    """Gives every box of inference.ann_path the student's mask and writes inference.label_dump_path.
+
+    What is wrong with one image or box is said, stands in its row of the file, and stops nothing.
+
+    Raises:
+        MalError: a setting, the file as a whole or the checkpoint cannot be used, or the result cannot be written.
+    """
+    settings = spec.inference
+    with task_folder(spec, "inference") as (folder, status):
+        coco = read_coco(existing_file(settings.ann_path, "inference.ann_path"))
+        image_dir = existing_folder(settings.img_dir, "inference.img_dir")
+        device = choose_device(settings.gpu_ids, screen)
+        labeler, checkpoint = open_labeler(
+            spec,
+            settings.checkpoint,
+            "inference.checkpoint",
+            device=device,
+            precision=settings.precision,
+            screen=screen,
+        )
+        evaluator = Evaluator(coco.category_names) if settings.load_mask else None
+        answers: Answers = {}
+        with screen.bar(len(coco.annotations), 0, "box") as bar:
+            for annotation, label in _labels(labeler, coco, image_dir, settings.batch_size):
+                bar.update()
+                if annotation.id is not None:
+                    answers[annotation.id] = _fields(annotation, label, with_iou=settings.load_mask)
+                if evaluator is not None:
+                    _compare(evaluator, annotation, label)
+        failed = _failures(coco, answers, screen)
+        path = folder / settings.label_dump_path
+        source = existing_file(settings.checkpoint, "inference.checkpoint")
+        write_json_atomic(path, labelled_file(coco, answers, provenance(source, checkpoint)))
+        labelled = sum("error" not in fields for fields in answers.values())
+        report = None if evaluator is None else evaluator.report()
+        text = f"{labelled} boxes labelled, {failed.total()} failed"
+        status.write("RUNNING", f"{text}.", kpi=None if report is None else figures_of(report))
+        screen.say(f"wrote {path}: {text}")
+    return InferenceResult(path, labelled, failed, report)
+
+
+def _labels(
+    labeler: Labeler, coco: CocoFile, image_dir: Path, batch_size: int
+) -> Iterator[tuple[Annotation, Label | Failure]]:
+    return label_boxes(
+        labeler,
+        by_image(coco),
+        image_dir,
+        lambda _annotation, crop, probability: labeler.finish(crop, probability),
+        batch_size=batch_size,
+        threads=worker_threads(),
+    )
+
+
+def _fields(annotation: Annotation, label: Label | Failure, *, with_iou: bool) -> dict[str, Any]:
+    if isinstance(label, Failure):
+        return error_fields(label.reason, label.message)
+    fields = answer_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
+    segmentation = annotation.raw.get("segmentation")
+    if with_iou and segmentation:
+        with contextlib.suppress(BadDataset):  # an unreadable mask of the file is told with the figures
+            truth = rle.from_segmentation(segmentation, label.rle.height, label.rle.width)
+            fields["iou"] = rle.iou(truth, label.rle)
+    return fields
+
+
+def _compare(evaluator: Evaluator, annotation: Annotation, label: Label | Failure) -> None:
+    if isinstance(label, Failure):
+        evaluator.skip(annotation, label.reason, label.message)
+    else:
+        evaluator.add(annotation, label.rle, label.score)
+
+
+def _failures(coco: CocoFile, answers: Answers, screen: Screen) -> Counter[str]:
+    """Says every box without a mask, in the order of the file, and counts them by reason."""
+    failed: Counter[str] = Counter()
+    for annotation in coco.annotations:
+        error = answers.get(annotation.id, {}).get("error") if annotation.id is not None else None
+        if error is not None:
+            failed[error["reason"]] += 1
+            screen.say(f"no mask: {error['message']}")
+        elif annotation.problem is not None:
+            failed[str(annotation.reason)] += 1
+            screen.say(f"no mask: {annotation.problem}")
+    for note in coco.notes:
+        screen.say(note)
+    return failed

@@ -1,0 +1,165 @@
+"""Joins the training loop to what watches it: validation, and the records for machines."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+import torch
+from tqdm import tqdm
+
+from mal_train.labeling.evaluation import EvaluationReport
+from mal_train.training.module import MalModule
+from mal_train.training.records import MetricsFile, StatusFile
+from mal_train.training.validation import Validator
+
+ROW_EVERY = 10
+"""Optimiser steps that share a row of metrics.csv: reading a loss makes the device wait."""
+
+
+class Validate(lightning.Callback):
+    """Runs the validator at the end of an epoch, every few epochs and after the last one.
+
+    Args:
+        validator: measures.
+        interval: epochs between two validations.
+        records: get the figures.
+        say: prints a line for people.
+    """
+
+    def __init__(self, validator: Validator, interval: int, records: "Records", say: Callable[[str], None]) -> None:
+        self._validator = validator
+        self._interval = interval
+        self._records = records
+        self._say = say
+        self.last_report: EvaluationReport | None = None
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Measures, and keeps fitted thresholds for the checkpoint that follows."""
+        epoch = trainer.current_epoch + 1
+        if not isinstance(pl_module, MalModule) or (epoch % self._interval and epoch != trainer.max_epochs):
+            return
+        # Validation draws nothing, yet a library might: training's random numbers must not depend on it.
+        with torch.random.fork_rng(devices=[]):
+            found = self._validator.run(pl_module.network, pl_module.labeler_config)
+        pl_module.network.train()
+        if found.config != pl_module.labeler_config:
+            small, medium, large = found.config.mask_thres
+            self._say(f"mask_thres fitted on the validation set: small {small}, medium {medium}, large {large}")
+            pl_module.labeler_config = found.config
+        self.last_report = found.report
+        self._records.validated(trainer, found.report)
+        self._say(f"epoch {epoch}: {one_line(found.report)}")
+
+
+class Records(lightning.Callback):
+    """Keeps metrics.csv, TensorBoard and status.json up to date.
+
+    Args:
+        metrics: gets the rows.
+        status: gets the lines.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, metrics: MetricsFile, status: StatusFile, clock: Callable[[], float] = time.monotonic) -> None:
+        self._metrics = metrics
+        self._status = status
+        self._clock = clock
+        self._sums: torch.Tensor | None = None
+        self._batches = 0
+        self._epoch_sums = torch.zeros(3, dtype=torch.float64)
+        self._epoch_batches = 0
+        self._since = self._epoch_since = 0.0
+        self._step_then = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Begins to count; a run that goes on inside an epoch hears of no epoch's start."""
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Begins to count."""
+        del pl_module
+        self._since = self._epoch_since = self._clock()
+        self._step_then = trainer.global_step
+        self._sums, self._batches = None, 0
+        self._epoch_sums, self._epoch_batches = torch.zeros(3, dtype=torch.float64), 0
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Adds the losses; writes a row every ROW_EVERY steps and at the end of an epoch."""
+        del outputs, batch
+        if not isinstance(pl_module, MalModule) or pl_module.last_losses is None:
+            return
+        losses = torch.stack(list(pl_module.last_losses))
+        self._sums = losses if self._sums is None else self._sums + losses
+        self._batches += 1
+        steps = trainer.global_step - self._step_then
+        if steps >= ROW_EVERY or (trainer.is_last_batch and steps):
+            self._write_row(trainer, steps)
+
+    def _write_row(self, trainer: lightning.Trainer, steps: int) -> None:
+        if self._sums is None:
+            return
+        sums = self._sums.double().cpu()
+        total, mil, crf = (sums / self._batches).tolist()
+        now = self._clock()
+        figures = {
+            "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+            "loss": total,
+            "loss_mil": mil,
+            "loss_crf": crf,
+            "seconds_per_step": (now - self._since) / steps,
+        }
+        self._metrics.add("train", trainer.current_epoch + 1, trainer.global_step, figures)
+        self._epoch_sums += sums
+        self._epoch_batches += self._batches
+        self._sums, self._batches = None, 0
+        self._since, self._step_then = now, trainer.global_step
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """A line of status.json with the epoch's mean loss and the time left."""
+        del pl_module
+        epoch, last = trainer.current_epoch + 1, trainer.max_epochs or 0
+        seconds = self._clock() - self._epoch_since
+        steps = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        mean = float(self._epoch_sums[0] / max(1, self._epoch_batches))
+        self._status.write(
+            "RUNNING",
+            "Train metrics generated.",
+            kpi={"train_loss": mean},
+            progress={
+                "epoch": epoch,
+                "step": trainer.global_step,
+                "max_epoch": last,
+                "max_step": steps * last,
+                "time_per_epoch": tqdm.format_interval(int(seconds)),
+                "time_per_step": f"{seconds / steps:.3f}",
+                "eta": tqdm.format_interval(int(seconds * (last - epoch))),
+            },
+        )
+
+    def validated(self, trainer: lightning.Trainer, report: EvaluationReport) -> None:
+        """A row and a line with the figures of a validation."""
+        figures = figures_of(report)
+        self._metrics.add("val", trainer.current_epoch + 1, trainer.global_step, figures)
+        self._status.write("RUNNING", "Eval metrics generated.", kpi=figures)
+
+
+def figures_of(report: EvaluationReport) -> dict[str, float | None]:
+    """The figures that curves and status.json carry, by name; mIoU is the mean over instances."""
+    return {
+        "mIoU": report.miou.overall,
+        **{f"mIoU_{name}": value for name, value in report.miou.by_size.items()},
+        "mIoU_class": report.miou.class_mean,
+        "AP@1": report.ap_at_1.get("AP"),
+        "AP@score": report.ap_at_score.get("AP"),
+    }
+
+
+def one_line(report: EvaluationReport) -> str:
+    """The figures as one line for people."""
+    shown = [f"{name} {value:.3f}" for name, value in figures_of(report).items() if value is not None]
+    text = ", ".join(shown) or "no mask could be compared"
+    skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped_by_reason.items())
+    return f"{text} over {report.miou.count} masks" + (f"; not counted: {skipped}" if skipped else "")

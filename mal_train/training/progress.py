@@ -1,0 +1,116 @@
+"""What people see while a run goes on: a bar in a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import lightning
+from tqdm import tqdm
+
+from mal_train.training.module import MalModule
+
+LINE_EVERY_S = 30.0
+
+
+class Screen:
+    """Prints lines above the bar, where there is one. Everything for people goes to stderr; results go to stdout."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.is_terminal = self.stream.isatty()
+
+    def say(self, line: str) -> None:
+        """One line."""
+        tqdm.write(line, file=self.stream)
+
+    def bar(self, total: int, initial: int, unit: str) -> "tqdm[Any]":
+        """A bar; not shown where the stream is no terminal."""
+        return tqdm(
+            total=total,
+            initial=initial,
+            unit=unit,
+            file=self.stream,
+            disable=not self.is_terminal,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+
+
+class Progress(lightning.Callback):
+    """Rate, time left and losses of training.
+
+    Args:
+        screen: where to.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, screen: Screen, clock: Callable[[], float] = time.monotonic) -> None:
+        self._screen = screen
+        self._clock = clock
+        self._bar: tqdm[Any] | None = None
+        self._done = 0
+        self._total = 0
+        self._here = 0
+        self._started = self._last_line = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Opens the bar over all batches that are left."""
+        del pl_module
+        batches = int(trainer.num_training_batches)
+        self._total = batches * (trainer.max_epochs or 0)
+        self._done = batches * trainer.current_epoch
+        self._bar = self._screen.bar(self._total, self._done, "batch")
+        self._started = self._last_line = self._clock()
+        self._here = 0
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One batch further."""
+        del outputs, batch, batch_idx
+        self._done += 1
+        self._here += 1
+        now = self._clock()
+        if self._here == 1:
+            self._started = now  # the first batch also starts the loader and compiles: no measure of the rest
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_description_str(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
+            # Reading a loss waits for the device, so only as often as people can see.
+            if now - self._last_line > 0.5:
+                self._bar.set_postfix_str(_losses(pl_module), refresh=False)
+                self._last_line = now
+            self._bar.update()
+        elif now - self._last_line >= LINE_EVERY_S and self._here > 1:
+            self._last_line = now
+            seconds = (now - self._started) / (self._here - 1)
+            left = tqdm.format_interval(int(seconds * (self._total - self._done)))
+            self._screen.say(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, batch {self._done}/{self._total}, "
+                f"{1 / seconds:.2f} batch/s, {left} left, {_losses(pl_module)}"
+            )
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Closes the bar."""
+        del trainer, pl_module
+        self.close()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Leaves no half a bar before the error's line."""
+        del trainer, pl_module, exception
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _losses(module: lightning.LightningModule) -> str:
+    if not isinstance(module, MalModule) or module.last_losses is None:
+        return ""
+    total, mil, crf = (float(loss) for loss in module.last_losses)
+    return f"loss {total:.3f} (mil {mil:.3f}, crf {crf:.3f})"

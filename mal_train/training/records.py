@@ -1,0 +1,110 @@
+"""What a run leaves for machines to read: status.json (one JSON object a line), metrics.csv and TensorBoard events.
+
+status.json follows TAO's layout, except that a run that succeeds says SUCCESS and every failure says FAILURE.
+"""
+
+import csv
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from mal_train.errors import OutputError
+
+Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE"]
+Figures = Mapping[str, float | None]
+
+METRIC_COLUMNS = (
+    "kind",
+    "epoch",
+    "step",
+    "lr",
+    "loss",
+    "loss_mil",
+    "loss_crf",
+    "seconds_per_step",
+    "mIoU",
+    "mIoU_small",
+    "mIoU_medium",
+    "mIoU_large",
+    "mIoU_class",
+    "AP@1",
+    "AP@score",
+)
+
+
+class StatusFile:
+    """Appends lines to <folder>/status.json; each is on disk when the call returns."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "status.json"
+        self._kpi: dict[str, float | None] = {}
+
+    def write(
+        self,
+        status: Status,
+        message: str,
+        *,
+        kpi: Figures | None = None,
+        progress: Mapping[str, object] | None = None,
+    ) -> None:
+        """One line. `kpi` figures stay on later lines until replaced; `progress` stands on this one only.
+
+        Raises:
+            OutputError: the line could not be written.
+        """
+        self._kpi.update(kpi or {})
+        now = datetime.now()
+        line: dict[str, Any] = {
+            "date": f"{now.month}/{now.day}/{now.year}",
+            "time": f"{now.hour}:{now.minute}:{now.second}",
+            "status": status,
+            "verbosity": "ERROR" if status == "FAILURE" else "INFO",
+            "message": message,
+            **(progress or {}),
+        }
+        if self._kpi:
+            line["kpi"] = self._kpi
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+
+class MetricsFile:
+    """Rows of METRIC_COLUMNS in a CSV file, and the same figures as TensorBoard events.
+
+    Args:
+        folder: gets metrics.csv and the event files.
+        append: keep earlier rows (a resumed run) instead of starting anew.
+    """
+
+    def __init__(self, folder: Path, *, append: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  half a second, and only training needs it
+
+        path = folder / "metrics.csv"
+        try:
+            has_rows = append and path.exists() and path.stat().st_size > 0
+            self._file: IO[str] = path.open("a" if append else "w", encoding="utf-8", newline="")
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        self._rows = csv.DictWriter(self._file, METRIC_COLUMNS, restval="")
+        if not has_rows:
+            self._rows.writeheader()
+        self._events = SummaryWriter(str(folder))
+
+    def add(self, kind: Literal["train", "val"], epoch: int, step: int, figures: Figures) -> None:
+        """One row; figures that are None stay empty."""
+        known = {name: value for name, value in figures.items() if value is not None}
+        shown = {name: f"{value:.6g}" for name, value in known.items()}
+        self._rows.writerow({"kind": kind, "epoch": epoch, "step": step, **shown})
+        self._file.flush()
+        for name, value in known.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Everything on disk."""
+        self._file.close()
+        self._events.close()

@@ -1,0 +1,163 @@
+"""Labels the validation set with the one Labeler and compares; first fits the thresholds where that is asked for."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mal_train.errors import BadDataset
+from mal_train.labeling import rle
+from mal_train.labeling.bulk import Failure, Row, label_boxes
+from mal_train.labeling.coco import Annotation, CocoFile, by_image
+from mal_train.labeling.evaluation import EvaluationReport, Evaluator
+from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions
+from mal_train.labeling.settings import LabelerConfig
+from mal_train.model.network import MalNetwork
+from mal_train.training.thresholds import best_thresholds, iou_curve
+
+FIT_BYTES = 128 << 20
+"""Probability maps kept to fit thresholds on; a larger set is fitted on evenly spread images of it."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one validation found.
+
+    Attributes:
+        report: figures with the thresholds of `config`.
+        config: the labeler's settings, thresholds fitted where that was asked for and possible.
+    """
+
+    report: EvaluationReport
+    config: LabelerConfig
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Measures a network on one COCO file with masks.
+
+    Attributes:
+        coco: the file.
+        image_dir: folder of its images.
+        batch_size: crops in a batch.
+        fit_thresholds: whether the thresholds may be replaced by better ones.
+        precision: arithmetic of the network.
+        device: torch device name.
+        threads: for decoding and encoding.
+        options: whose answer is measured.
+    """
+
+    coco: CocoFile
+    image_dir: Path
+    batch_size: int
+    fit_thresholds: bool
+    precision: str
+    device: str
+    threads: int = 2
+    options: RunOptions = dataclasses.field(default_factory=RunOptions)
+
+    def run(
+        self,
+        network: MalNetwork,
+        config: LabelerConfig,
+        *,
+        on_box: Callable[[], object] = lambda: None,
+    ) -> Validation:
+        """Puts the network into evaluation mode and leaves it there; `on_box` is called for every box that is done."""
+        labeler = Labeler(network, config, device=self.device, precision=self.precision)
+        evaluator = Evaluator(self.coco.category_names)
+        rows = list(by_image(self.coco))
+        for annotation in self._uncountable(rows):
+            evaluator.add(annotation, None, 0.0)
+        first, rest = _split_for_fit(rows, config.crop_size) if self.fit_thresholds else ([], rows)
+        kept = list(self._predict(labeler, first))
+        found = best_thresholds(*_curves(kept, config))
+        if found is not None:
+            config = dataclasses.replace(config, mask_thres=found)
+            labeler = Labeler(network, config, device=self.device, precision=self.precision)
+        for annotation, pair in kept:
+            _add(evaluator, annotation, pair if isinstance(pair, Failure) else labeler.finish(*pair))
+            on_box()
+        for annotation, label in self._answers(labeler, rest):
+            _add(evaluator, annotation, label)
+            on_box()
+        return Validation(evaluator.report(), config)
+
+    def _uncountable(self, rows: Sequence[Row]) -> Iterator[Annotation]:
+        for image, annotations in rows:
+            for annotation in annotations:
+                if annotation.iscrowd and image.problem is None:
+                    yield annotation
+
+    def _answers(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, Label | Failure]]:
+        return label_boxes(
+            labeler,
+            rows,
+            self.image_dir,
+            lambda _annotation, crop, probability: labeler.finish(crop, probability),
+            options=self.options,
+            batch_size=self.batch_size,
+            threads=self.threads,
+        )
+
+    def _predict(
+        self, labeler: Labeler, rows: Sequence[Row]
+    ) -> Iterator[tuple[Annotation, tuple[Crop, Probability] | Failure]]:
+        return label_boxes(
+            labeler,
+            rows,
+            self.image_dir,
+            # The pixels are no longer needed, and they are most of what a crop weighs.
+            lambda _annotation, crop, probability: (dataclasses.replace(crop, pixels=_NOTHING), probability),
+            options=self.options,
+            batch_size=self.batch_size,
+            threads=self.threads,
+        )
+
+
+_NOTHING = np.zeros((0, 0, 3), dtype=np.uint8)
+
+
+def has_masks(coco: CocoFile) -> bool:
+    """Whether any annotation that counts carries a segmentation."""
+    return any(
+        annotation.raw.get("segmentation") and annotation.problem is None and not annotation.iscrowd
+        for annotation in coco.annotations
+    )
+
+
+def _split_for_fit(rows: Sequence[Row], crop_size: int) -> tuple[list[Row], list[Row]]:
+    """(images to fit on, the others): every n-th image, so many that their maps fit into FIT_BYTES."""
+    boxes = sum(len(annotations) for _, annotations in rows)
+    every = max(1, -(-boxes * crop_size**2 * 4 // FIT_BYTES))
+    return (
+        [row for n, row in enumerate(rows) if n % every == 0],
+        [row for n, row in enumerate(rows) if n % every],
+    )
+
+
+def _curves(
+    kept: Sequence[tuple[Annotation, tuple[Crop, Probability] | Failure]], config: LabelerConfig
+) -> tuple[list[float], list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]]:
+    areas, curves = [], []
+    for annotation, pair in kept:
+        segmentation = annotation.raw.get("segmentation")
+        if isinstance(pair, Failure) or not segmentation:
+            continue
+        crop, probability = pair
+        try:
+            truth = rle.decode_mask(rle.from_segmentation(segmentation, *crop.image_hw))
+        except BadDataset:
+            continue
+        areas.append(crop.area)
+        curves.append(iou_curve(crop, probability.prob, truth, config.compat))
+    return areas, curves
+
+
+def _add(evaluator: Evaluator, annotation: Annotation, label: Label | Failure) -> None:
+    if isinstance(label, Failure):
+        evaluator.skip(annotation, label.reason, label.message)
+    else:
+        evaluator.add(annotation, label.rle, label.score)
