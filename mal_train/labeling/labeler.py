@@ -274,7 +274,8 @@ def load_labeler(
     Raises:
         CheckpointError: see `mal_train.model.checkpoint.load_checkpoint`.
     """
-    checkpoint = load_checkpoint(path, key)
+    # An optimizer's state in a resume file is never held.
+    checkpoint = load_checkpoint(path, key, weights_only_kind=True)
     network = MalNetwork(checkpoint.model)
     network.load_state_dict(checkpoint.weights)
     return Labeler(network, checkpoint.labeler, device=device, precision=precision), checkpoint
