@@ -17,7 +17,7 @@ SERVER_PACKAGES = frozenset(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 done, 1 unexpected, 2 usage or settings, 4 disk or permission."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         return _run(args)
     except ModuleNotFoundError as error:
@@ -49,9 +49,10 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mal-server", description="Serves a sealed checkpoint over gRPC.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="mal-server", description="Serves a sealed checkpoint over gRPC.")
+    commands = top.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until SIGTERM or Ctrl-C")
     serve.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="settings (YAML)")
     serve.add_argument(
@@ -63,4 +64,4 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
     serve.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file's")
     commands.add_parser("default-config", help="print every setting with its default and its meaning")
-    return parser
+    return top

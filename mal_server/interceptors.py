@@ -12,12 +12,12 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from mal_server.batcher import Overloaded
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 DOMAIN = "mal.v1"
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+ID_NOTE = "error id "
 LOADING_RETRY_S = 1.0
 MAX_MESSAGE_CHARS = 2000
 """Trailers must stay small (gRPC's default limit for all metadata is 8 KiB)."""
@@ -42,10 +43,19 @@ def status_of(error: Exception) -> status_pb2.Status:
     if known is not None:
         code, details = known
         return _status(code, str(error), *details)
+    text = f"the server failed; its log says why under error id {_logged(error)}"
+    return _status(code_pb2.INTERNAL, text, _info("UNEXPECTED"))
+
+
+def _logged(error: Exception) -> str:
+    """The id under which an error stands in the log; once, however many crops of a batch it concerns."""
+    for note in getattr(error, "__notes__", ()):
+        if note.startswith(ID_NOTE):
+            return str(note.removeprefix(ID_NOTE))
     error_id = uuid.uuid4().hex[:12]
     log.error("error_id=%s unexpected %s", error_id, type(error).__name__, exc_info=error)
-    text = f"the server failed; its log says why under error id {error_id}"
-    return _status(code_pb2.INTERNAL, text, _info("UNEXPECTED", error_id=error_id))
+    error.add_note(ID_NOTE + error_id)
+    return error_id
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -62,21 +72,46 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler is None or not method.startswith(f"/{DOMAIN}."):
             return handler
         codecs = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _tolerant(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if not handler.response_streaming:
             return grpc.unary_unary_rpc_method_handler(_guard_unary(method, handler.unary_unary), **codecs)
         if handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(_guard_stream(method, handler.stream_stream), **codecs)
-        return grpc.unary_stream_rpc_method_handler(_guard_stream(method, handler.unary_stream), **codecs)
+            return grpc.stream_stream_rpc_method_handler(
+                _guard_stream(method, handler.stream_stream, _readable_all), **codecs
+            )
+        return grpc.unary_stream_rpc_method_handler(_guard_stream(method, handler.unary_stream, _readable), **codecs)
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Gives bytes that are no such message as the error that they are: raised in here, gRPC would answer UNKNOWN."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return RequestRefused([("", f"{len(data)} bytes that are no message of this method")])
+
+    return read
+
+
+def _readable(request: Any) -> Any:
+    if isinstance(request, RequestRefused):
+        raise request
+    return request
+
+
+async def _readable_all(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _readable(request)
 
 
 def _guard_unary(method: str, inner: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
         call = _Call(method)
         try:
-            answer = await inner(request, context)
+            answer = await inner(_readable(request), context)
         except asyncio.CancelledError:
             call.log("CANCELLED")
             raise
@@ -89,11 +124,13 @@ def _guard_unary(method: str, inner: Callable[[Any, Any], Awaitable[Any]]) -> Ca
     return guarded
 
 
-def _guard_stream(method: str, inner: Callable[[Any, Any], AsyncGenerator[Any, None]]) -> Callable[[Any, Any], Any]:
+def _guard_stream(
+    method: str, inner: Callable[[Any, Any], AsyncGenerator[Any, None]], readable: Callable[[Any], Any]
+) -> Callable[[Any, Any], Any]:
     async def guarded(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         call = _Call(method)
         try:
-            async with aclosing(inner(request, context)) as answers:
+            async with aclosing(inner(readable(request), context)) as answers:
                 async for answer in answers:
                     yield answer
         except (asyncio.CancelledError, GeneratorExit):
@@ -165,8 +202,8 @@ def _bad_request(violations: Sequence[tuple[str, str]]) -> error_details_pb2.Bad
     return error_details_pb2.BadRequest(field_violations=found)
 
 
-def _info(reason: str, **metadata: str) -> error_details_pb2.ErrorInfo:
-    return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
+def _info(reason: str) -> error_details_pb2.ErrorInfo:
+    return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
 
 
 def _retry(seconds: float) -> error_details_pb2.RetryInfo:

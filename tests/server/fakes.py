@@ -108,7 +108,7 @@ class Running:
 
     server: MalServer
     predictor: BrightPredictor
-    channel: grpc.aio.Channel
+    channel: Any
     labeling: Any
     evaluation: Any
     model: Any

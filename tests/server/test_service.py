@@ -10,8 +10,11 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, types_pb2
 
+from mal_train.errors import DeviceError
 from mal_train.labeling.labeler import Label
 from mal_train.labeling.rle import Rle, decode_mask
 from tests.server.fakes import (
@@ -281,6 +284,14 @@ def test_an_unexpected_error_is_an_id_for_the_client_and_a_trace_in_the_log(capl
     assert record.exc_info is not None
 
 
+def test_a_device_that_fails_on_a_batch_is_logged_once_and_told_box_by_box(caplog: pytest.LogCaptureFixture) -> None:
+    predictor = BrightPredictor(error=DeviceError("the card is on fire"))
+    results = with_server(lambda running: label(running, label_request(*[DISC_BOX] * 3, (0, 0, 0, 0))), predictor)
+    assert [result.status.code for result in results] == [code_pb2.INTERNAL] * 3 + [code_pb2.INVALID_ARGUMENT]
+    assert len({result.status.message for result in results[:3]}) == 1
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+
+
 def test_eight_clients_with_one_box_each_share_batches() -> None:
     async def work(running: Running) -> list[int]:
         async def client(_: int) -> list[int]:
@@ -498,3 +509,45 @@ def test_a_message_above_the_limit_is_the_only_resource_exhausted() -> None:
         limits={"max_request_bytes": 1024 * 1024},
     )
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x0a\x05ab"])
+@pytest.mark.parametrize(
+    "method", ["LabelingService/LabelImage", "LabelingService/LabelImages", "ModelService/GetServerInfo"]
+)
+def test_bytes_that_are_no_message_are_an_invalid_argument(method: str, data: bytes) -> None:
+    async def call(running: Running) -> None:
+        path = f"/mal.v1.{method}"
+        if method.endswith("Info"):
+            await running.channel.unary_unary(path)(data)
+        elif method.endswith("Image"):
+            await collect(running.channel.unary_stream(path)(data))
+        else:
+            await collect(running.channel.stream_stream(path)(iter([data])))
+
+    code, status, _ = refusal(call)
+    assert (code, fields_of(status)) == (grpc.StatusCode.INVALID_ARGUMENT, [""])
+
+
+FLOATS = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.sampled_from([0.0, -0.0, 1e-300, 0.5, 1.0, 59.5, 60.0, 1e9, -1e9, 1e300]),
+)
+REQUESTS = st.builds(
+    label_request,
+    st.tuples(FLOATS, FLOATS, FLOATS, FLOATS),
+    st.tuples(FLOATS, FLOATS, FLOATS, FLOATS),
+    content=st.one_of(st.just(DISC_PNG), st.binary(max_size=40)),
+    ids=st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(0, 3)),
+    threshold=st.one_of(st.none(), FLOATS),
+    branch=st.integers(-5, 8),
+    flip_test=st.booleans(),
+)
+
+
+@given(st.lists(REQUESTS, min_size=20, max_size=20))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_no_request_is_a_fault_of_the_server(requests: list[labeling_pb2.LabelImageRequest]) -> None:
+    answers = with_server(lambda running: bulk(running, *requests)).values()
+    inner = {result.status.code for answer in answers for result in answer.response.results}
+    assert {answer.status.code for answer in answers} | inner <= {code_pb2.OK, code_pb2.INVALID_ARGUMENT}

@@ -1,0 +1,243 @@
+"""Loading, serving, draining, stopping; ports and signals. In this process, around a fake model."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
+
+from mal_server.config import ServerConfig
+from mal_server.loading import Loaded
+from mal_server.server import SERVICES, MalServer, serve
+from mal_train.errors import ConfigError, DeviceError, WrongKey
+from tests.server.fakes import DISC_BOX, BrightPredictor, config_of, label, label_request, loaded, serving
+from tests.server.test_service import reason_of, status_details
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def health_of(channel: grpc.aio.Channel) -> set[Any]:
+    """The states of all services; one, when they agree."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    return {(await stub.Check(health_pb2.HealthCheckRequest(service=service))).status for service in SERVICES}
+
+
+def loading_with(predictor: BrightPredictor, gate: threading.Event | None = None) -> Callable[[ServerConfig], Loaded]:
+    def load(config: ServerConfig) -> Loaded:
+        if gate is not None:
+            gate.wait(30)
+        return loaded(config, predictor)
+
+    return load
+
+
+def test_health_says_serving_only_when_the_model_is_loaded_and_warm() -> None:
+    gate, predictor = threading.Event(), BrightPredictor()
+
+    async def work() -> None:
+        server = MalServer(config_of(), loading_with(predictor, gate))
+        await server.start()
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            assert await health_of(channel) == {NOT_SERVING}
+            loading = asyncio.create_task(server.load())
+            stub: Any = model_pb2_grpc.ModelServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await stub.GetServerInfo(model_pb2.GetServerInfoRequest())
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert reason_of(status_details(raised.value)) == "LOADING"
+            assert await health_of(channel) == {NOT_SERVING}
+            gate.set()
+            await loading
+            assert await health_of(channel) == {SERVING}
+            assert len(predictor.batches) == 1
+        await server.stop(0)
+
+    asyncio.run(work())
+
+
+def test_every_worker_is_warmed_up_before_it_serves() -> None:
+    first, second = BrightPredictor(), BrightPredictor()
+
+    async def work() -> None:
+        server = MalServer(config_of(), lambda config: loaded(config, first, second))
+        await server.start()
+        await server.load()
+        await server.stop(0)
+
+    asyncio.run(work())
+    assert len(first.batches) == len(second.batches) == 1
+
+
+class NotANumber(BrightPredictor):
+    def predict(self, crops: Any, options: Any = None) -> Any:
+        found = super().predict(crops, options)
+        for probability in found:
+            probability.prob[:] = float("nan")
+        return found
+
+
+def test_a_network_that_gives_no_numbers_is_never_served() -> None:
+    async def work() -> None:
+        server = MalServer(config_of(), loading_with(NotANumber()))
+        await server.start()
+        try:
+            await server.load()
+        finally:
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                assert await health_of(channel) == {NOT_SERVING}
+            await server.stop(0)
+
+    with pytest.raises(DeviceError, match="not finite"):
+        asyncio.run(work())
+
+
+def test_draining_says_not_serving_and_still_answers() -> None:
+    async def work() -> None:
+        async with serving() as running:
+            await running.server.drain()
+            assert await health_of(running.channel) == {NOT_SERVING}
+            assert len(await label(running, label_request(DISC_BOX))) == 1
+
+    asyncio.run(work())
+
+
+def test_stopping_lets_running_calls_finish_and_refuses_new_ones() -> None:
+    gate = threading.Event()
+
+    async def work() -> tuple[int, grpc.StatusCode]:
+        async with serving(BrightPredictor(gate=gate), max_batch_size=2) as running:
+            call = asyncio.create_task(label(running, label_request(*[DISC_BOX] * 6)))
+            while not running.predictor.batches:
+                await asyncio.sleep(0.001)
+            stopping = asyncio.create_task(running.server.stop(20))
+            await asyncio.sleep(0.05)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await label(running, label_request(DISC_BOX))
+            gate.set()
+            results = await call
+            await stopping
+            return len(results), raised.value.code()
+
+    assert asyncio.run(asyncio.wait_for(work(), 30)) == (6, grpc.StatusCode.UNAVAILABLE)
+
+
+def test_calls_that_outlast_the_grace_period_are_ended() -> None:
+    gate = threading.Event()
+
+    async def work() -> grpc.StatusCode:
+        async with serving(BrightPredictor(gate=gate)) as running:
+            call = asyncio.create_task(label(running, label_request(DISC_BOX)))
+            while not running.predictor.batches:
+                await asyncio.sleep(0.001)
+            stopping = asyncio.create_task(running.server.stop(0.05))
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call
+            gate.set()
+            await stopping
+            return raised.value.code()
+
+    assert asyncio.run(asyncio.wait_for(work(), 30)) in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+def test_a_port_in_use_is_a_clear_error() -> None:
+    async def work() -> None:
+        async with serving() as running:
+            port = int(running.server.address.rpartition(":")[2])
+            await MalServer(config_of(listen={"port": port}), loading_with(BrightPredictor())).start()
+
+    with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:\d+; the port is in use"):
+        asyncio.run(work())
+
+
+def test_two_servers_on_port_0_get_different_ports() -> None:
+    async def work() -> tuple[str, str]:
+        async with serving() as one, serving() as two:
+            return one.server.address, two.server.address
+
+    one, two = asyncio.run(work())
+    assert one != two
+    assert not one.endswith(":0")
+
+
+def served_until(signal_number: int, tmp_path: Path, **settings: Any) -> tuple[int, str, str]:
+    """Runs `serve`, sends a signal while a call is in flight; (results of the call, address, its file afterwards)."""
+    gate, port_file = threading.Event(), tmp_path / "address"
+    port_file.write_text("stale\n")
+    predictor = BrightPredictor()
+
+    async def client(ended: asyncio.Event) -> tuple[int, str]:
+        while not port_file.exists() or port_file.read_text() == "stale\n":
+            await asyncio.sleep(0.005)
+        address = port_file.read_text().strip()
+        predictor.batches.clear()
+        predictor.gate = gate
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
+            call = asyncio.create_task(count(stub.LabelImage(label_request(*[DISC_BOX] * 3))))
+            while not predictor.batches:
+                await asyncio.sleep(0.001)
+            os.kill(os.getpid(), signal_number)
+            await asyncio.sleep(0.05)
+            assert not ended.is_set()
+            gate.set()
+            return await call, address
+
+    async def work() -> tuple[int, str]:
+        ended = asyncio.Event()
+        task = asyncio.create_task(client(ended))
+        await serve(config_of(**settings), port_file=port_file, load=loading_with(predictor))
+        ended.set()
+        return await task
+
+    count_, address = asyncio.run(asyncio.wait_for(work(), 30))
+    return count_, address, port_file.read_text() if port_file.exists() else ""
+
+
+async def count(call: Any) -> int:
+    return sum([len(answer.results) async for answer in call])
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_after_its_running_calls(
+    signal_number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, address, left = served_until(signal_number, tmp_path, drain_delay_s=0.01)
+    assert results == 3
+    assert left == ""
+    line = next(line for line in capsys.readouterr().out.splitlines() if "serving" in line)
+    assert line == f"mal-server: serving disc on {address} (bright/1, student, cpu, float32)"
+
+
+def test_an_interrupt_from_the_keyboard_skips_the_drain_delay(tmp_path: Path) -> None:
+    assert served_until(signal.SIGINT, tmp_path, drain_delay_s=600)[0] == 3
+
+
+def test_a_signal_while_loading_ends_the_server() -> None:
+    gate = threading.Event()
+
+    async def work() -> None:
+        task = asyncio.create_task(serve(config_of(), load=loading_with(BrightPredictor(), gate)))
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await task
+        gate.set()
+
+    asyncio.run(asyncio.wait_for(work(), 10))
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: Path) -> None:
+    def load(config: ServerConfig) -> Loaded:
+        raise WrongKey("the key does not open it")
+
+    port_file = tmp_path / "address"
+    with pytest.raises(WrongKey):
+        asyncio.run(serve(config_of(), port_file=port_file, load=load))
+    assert not port_file.exists()
