@@ -1,0 +1,84 @@
+"""CPU time of the mean field against its unfolded form in probability space, in turn in one process: medians, ratios.
+
+Usage: python -m benchmarks.mean_field [--json FILE]. The unfolded form lives on memory traffic, so other work on the
+machine moves its time, and the ratio, by a third either way.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mal_train.losses.crf import MeanField, can_compile
+from tests.losses.unfold_mean_field import unfold_mean_field
+
+
+def crops(num: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Smooth colours with some noise, a blurred start, and a box over the middle of each crop."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(num, 4, side // 8, side // 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+    guide = smooth[:, :3] + 0.05 * torch.randn(num, 3, side, side, generator=generator)
+    box_mask = torch.zeros(num, side, side)
+    box_mask[:, side // 6 : -side // 6, side // 5 : -side // 5] = 1
+    return guide, torch.sigmoid(2 * smooth[:, 3]), box_mask
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def measure(num: int, side: int, num_iter: int, rounds: int) -> dict[str, float]:
+    inputs = crops(num, side)
+    forms: dict[str, Callable[[], Tensor]] = {
+        "unfold": lambda: unfold_mean_field(*inputs, num_iter=num_iter),
+        "plain": lambda: MeanField(num_iter=num_iter, compiled=False)(*inputs),
+    }
+    figures: dict[str, float] = {}
+    if can_compile(torch.device("cpu")):
+        forms["compiled"] = lambda: MeanField(num_iter=num_iter, compiled=True)(*inputs)
+        start = time.perf_counter()
+        forms["compiled"]()
+        figures["first_compiled_call_s"] = time.perf_counter() - start
+    expected = forms["unfold"]()
+    for name, run in forms.items():
+        figures[f"{name}_pixels_differing"] = int((run() != expected).sum())
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, run in forms.items():
+            seconds[name].append(cpu_seconds(run))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    figures |= {f"{name}_ms": 1000 * median for name, median in medians.items()}
+    figures |= {f"{name}_times_faster": medians["unfold"] / medians[name] for name in medians if name != "unfold"}
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--side", type=int, default=128, help="pixels of the CRF grid")
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    figures = measure(arguments.batch, arguments.side, arguments.iterations, arguments.rounds)
+    for name, value in figures.items():
+        print(f"{name:28} {value:10.2f}")
+    if arguments.json:
+        where = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+        settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+        arguments.json.write_text(json.dumps({"mean_field": figures, "settings": settings, **where}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
