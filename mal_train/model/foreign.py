@@ -96,7 +96,7 @@ def _refuse_other_layouts(tensors: Mapping[str, Tensor], name: str) -> None:
             f"{name}: looks like the weights of a backbone alone; give it as train.pretrained_model_path"
         )
     for needed in ("student.backbone.patch_embed.proj.weight", "student.mask_head.convs.0.conv.weight"):
-        if needed not in tensors:
+        if needed not in tensors or tensors[needed].ndim != 4:
             some = ", ".join(list(tensors)[:3])
             raise UnknownLayout(f"{name}: not a MAL checkpoint of TAO 6.25 to 7.0: no {needed}; it begins with {some}")
 

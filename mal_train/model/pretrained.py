@@ -70,8 +70,9 @@ def load_pretrained(network: MalNetwork, source: str, key: DecryptionKey | None 
 
     Args:
         network: changed in place, and only if everything fits.
-        source: a timm name such as `deit_small_patch16_224.fb_in1k` (downloaded through timm, kept in its cache), a
-            file of a backbone or of a TAO checkpoint (`.pt`, `.pth`, `.ckpt`, `.bin`, `.safetensors`), or a `.malckpt`.
+        source: a timm name such as `deit_small_patch16_224.fb_in1k` (downloaded through timm, kept in its cache) or an
+            arch of ours for its published weights; a file of a backbone or of a TAO checkpoint (`.pt`, `.pth`,
+            `.ckpt`, `.bin`, `.safetensors`); or a `.malckpt`.
         key: opens a sealed `.malckpt`.
 
     Raises:
@@ -122,6 +123,7 @@ def _is_file(source: str) -> bool:
 
 
 def _read(source: str, key: DecryptionKey | None) -> dict[str, Tensor]:
+    source = VIT_SIZES[source].pretrained or source if source in VIT_SIZES else source
     if not _is_file(source):
         return _download(_checked_timm_name(source))
     path = Path(source)

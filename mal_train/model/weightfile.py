@@ -3,6 +3,7 @@
 The only place where torch.load is called. Knows no layout: `pretrained` and `foreign` make sense of the names.
 """
 
+import errno
 import struct
 import zipfile
 from pathlib import Path
@@ -31,10 +32,14 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
         ConfigError: no such file, or no permission.
         UnknownLayout: neither format, damaged, encrypted by TAO, holding pickled objects, or without any tensor.
     """
+    if not path.is_file():
+        raise ConfigError(f"weights {path}: no such file; give the path of a readable one")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise ConfigError(f"weights {path}: {error.strerror}; give the path of a readable file") from error
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # torch's reader seeks before the start of a file that was cut short
+            raise UnknownLayout(f"weights {path}: a damaged file; its end is missing") from error
+        raise ConfigError(f"weights {path}: {error.strerror or error}; give the path of a readable file") from error
     except SafetensorError as error:
         raise UnknownLayout(f"weights {path}: not a whole safetensors file ({error})") from error
     tensors = {name: value for name, value in _unwrap(content, path).items() if isinstance(value, Tensor)}
