@@ -11,7 +11,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ class MeanField:
     The last logarithm is the guard 10⁻⁶. Where a window holds both sides of a weak edge the products fall below it, and
     without it flat images and windows of 5×5 get other masks; so v is carried along. Neighbours outside the image weigh
     0. As K_ij = K_ji, half of the weights is kept. Logarithms are to base 2 inside, which has the faster exponential.
-    Runs without gradients, in float32 also under autocast, on the device of its inputs.
+    Runs without gradients, in float32 also under autocast, on the device of its inputs; on a CPU in one thread.
 
     Args:
         kernel_size: side of the window in pixels, odd, at least 3.
@@ -116,7 +117,7 @@ class MeanField:
             prob_NHW: (N, H, W) foreground probability, 0..1. NaN counts as 0.
             box_mask_NHW: (N, H, W), 0..1, any dtype; a fraction adds its logarithm to the logit in each iteration.
         """
-        with torch.autocast(prob_NHW.device.type, enabled=False):
+        with torch.autocast(prob_NHW.device.type, enabled=False), _one_thread():
             num, height, width = prob_NHW.shape
             grid = _Grid(num, height, width, reach=self.kernel_size // 2)
             box_mask_NHW = box_mask_NHW.float()
@@ -171,6 +172,21 @@ class MeanField:
             _LOG.warning("mean field: torch.compile failed, the plain form goes on with the same masks: %s", reason)
             return 0
         return num_iter
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """CPU work in one thread: threads would meet after each of hundreds of steps of a tenth of a millisecond.
+
+    As soon as anything else wants a core (loader workers do) those meetings cost more than they share out: on two busy
+    cores a call took 1.6 s with two threads and 0.03 s with one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def can_compile(device: torch.device) -> bool:

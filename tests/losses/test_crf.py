@@ -220,6 +220,19 @@ def test_autocast_does_not_lower_the_precision() -> None:
     assert torch.equal(masks, field(*crops))
 
 
+def test_number_of_threads_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        MeanField(num_iter=1, compiled=False)(*random_crops(13))
+        monkeypatch.setattr(crf, "_plain_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            MeanField(num_iter=1, compiled=False)(*random_crops(13))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_half_precision_inputs_are_computed_in_float32() -> None:
     crops = Crops(*(part.bfloat16() for part in random_crops(9)))
     field = MeanField(compiled=False)
