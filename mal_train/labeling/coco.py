@@ -4,11 +4,8 @@ Knows nothing of pixels. A file is refused as a whole only when its rows cannot 
 an id used twice); every other fault belongs to one row, which stays in its place and says what is wrong with it.
 """
 
-import errno
 import json
 import math
-import os
-import secrets
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +15,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from mal_train.errors import BadDataset, OutputError
+from mal_train.atomic import replacing
+from mal_train.errors import BadDataset
 from mal_train.labeling.geometry import Box
 from mal_train.labeling.rle import MAX_PIXELS, encode_region
 from mal_train.labeling.settings import Compat
@@ -350,39 +348,15 @@ def labelled_file(
 def write_json_atomic(path: Path, obj: Mapping[str, Any]) -> None:
     """Writes an object as JSON so that the file is the old one or the new one, whatever happens in between.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder. A symbolic link is followed. NaN in the
-    user's own fields is written as they gave it (Python and pycocotools read it).
+    NaN in the user's own fields is written as they gave it (Python and pycocotools read it).
 
     Raises:
         OutputError: folder missing, no permission, disk full; the old file is intact and no temporary file stays.
     """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with temporary.open("w", encoding="ascii") as file:
-                for piece in _json_pieces(obj):
-                    file.write(piece)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as fault:
-        remedy = {
-            errno.ENOSPC: "free some space",
-            errno.EDQUOT: "free some of your quota",
-            errno.ENOENT: "make its folder first",
-        }.get(fault.errno or 0, "choose a place that can be written to")
-        raise OutputError(
-            f"{path}: not written ({fault.strerror}); {remedy}. A file that was there before is unchanged"
-        ) from fault
+    with replacing(path) as file:
+        for piece in _json_pieces(obj):
+            file.write(piece.encode("ascii"))
+        file.write(b"\n")
 
 
 def _json_pieces(obj: Mapping[str, Any]) -> Iterator[str]:

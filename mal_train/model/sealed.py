@@ -20,9 +20,8 @@ Format: https://age-encryption.org/v1 (C2SP). Recipients stream; a passphrase wo
 import io
 import os
 import re
-import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +29,8 @@ from typing import BinaryIO, Literal, Protocol, Self
 
 import pyrage
 
-from mal_train.errors import Altered, ConfigError, OutputError, Truncated, WrongKey
+from mal_train.atomic import replacing
+from mal_train.errors import Altered, ConfigError, Truncated, WrongKey
 from mal_train.model.keys import DecryptionKey, EncryptionKey, Passphrase
 
 CHUNK = 64 * 1024
@@ -406,37 +406,3 @@ class _CountingSink:
 
     def flush(self) -> None:
         """Nothing is held back."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends well: same folder, fsync, rename, fsync of folder.
-
-    Raises:
-        OutputError: for any OSError within; the old file is intact and the temporary one is removed.
-
-    Source: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with ExitStack() as remove_on_error:
-            with temporary.open("xb", buffering=BUFFER) as file:
-                remove_on_error.callback(temporary.unlink, missing_ok=True)
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            remove_on_error.pop_all()
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: could not be written: {error.strerror or error}; the former file, if any, is intact"
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -257,7 +257,7 @@ def test_tensor_the_format_does_not_know_is_refused_and_leaves_no_file(tmp_path:
 
 
 def test_missing_folder_is_an_output_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="could not be written"):
+    with pytest.raises(OutputError, match="not written"):
         save_checkpoint(tmp_path / "missing" / "a", whole(), None)
 
 

@@ -348,7 +348,7 @@ def test_full_disk_is_an_output_error_and_keeps_the_old_file(tmp_path: Path, key
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(OutputError, match="could not be written"):
+        with pytest.raises(OutputError, match="not written"):
             seal(path, content(3 << 20), key)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
