@@ -136,7 +136,11 @@ def _draw_box(canvas: RgbImage, box_xywh: Box, origin_xy: tuple[float, float], s
 
 
 def _draw_text(canvas: RgbImage, text: str, at_xy: tuple[int, int], colour: Colour) -> None:
-    if text:
-        # A dark rim keeps it readable on any picture.
-        cv2.putText(canvas, text, at_xy, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 3, cv2.LINE_AA)
-        cv2.putText(canvas, text, at_xy, cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
+    if not text:
+        return
+    font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.42
+    (width, height), below = cv2.getTextSize(text, font, size, 1)
+    x, y = min(at_xy[0], max(0, canvas.shape[1] - width)), at_xy[1]
+    # A dark plate keeps it readable on any picture.
+    cv2.rectangle(canvas, (x, y - height - 2), (x + width, y + below - 2), (24, 24, 24), cv2.FILLED)
+    cv2.putText(canvas, text, (x, y), font, size, colour, 1, cv2.LINE_AA)

@@ -124,7 +124,7 @@ def category_table(categories: Sequence[CategoryRow], count: int = 20) -> Html:
     """The classes with the lowest mean IoU."""
     lowest = sorted(categories, key=lambda row: row.miou)[:count]
     return table(
-        ["class", "masks", "mIoU", "IoU > 0.75", "mean score"],
+        ["classes, lowest mIoU first", "masks", "mIoU", "IoU > 0.75", "mean score"],
         [[row.name or str(row.category_id), row.count, row.miou, row.share_good, row.mean_score] for row in lowest],
     )
 
@@ -178,7 +178,10 @@ def overlay_legend() -> Html:
 
 
 def evaluation_sections(evaluation: Evaluation, cards: Sequence[Card] = ()) -> list[Html]:
-    """The usual sections of an evaluation; `cards` show its worst masks, lowest IoU first."""
+    """The usual sections of an evaluation; `cards` show its worst masks, lowest IoU first.
+
+    The plot shows what `evaluation.worst` lists, so ask for as many as there are (10 000 at most).
+    """
     model = evaluation.model
     weights = f"Checkpoint {model.checkpoint_sha256[:16]}…, {model.branch} network."
     pairs = [(row.score, row.iou) for row in evaluation.worst]
@@ -186,14 +189,16 @@ def evaluation_sections(evaluation: Evaluation, cards: Sequence[Card] = ()) -> l
         "" if len(pairs) == evaluation.overall.count else f" The {len(pairs)} lowest of {evaluation.overall.count}."
     )
     sections = [
-        section("Figures", figures_table(evaluation), weights),
-        section("By size", size_table(evaluation)),
+        section(
+            "Figures",
+            side_by_side(figures_table(evaluation), size_table(evaluation) + category_table(evaluation.categories, 10)),
+            weights,
+        ),
         section(
             "Is the score worth something?",
             calibration_plot(pairs),
             "A mask below the diagonal is worse than its score says." + listed,
         ),
-        section("Classes with the lowest mIoU", category_table(evaluation.categories)),
     ]
     if cards:
         sheet = overlay_legend() + contact_sheet(cards)
