@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from mal_train.config import load_spec
+    from mal_train.screen import Screen
     from mal_train.tasks.train import train
-    from mal_train.training.progress import Screen
 
     result = train(load_spec(arguments.spec, arguments.overrides), Screen())
     if result.report is not None:
@@ -68,8 +68,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from mal_train.config import load_spec
+    from mal_train.screen import Screen
     from mal_train.tasks.evaluate import evaluate
-    from mal_train.training.progress import Screen
 
     report = evaluate(load_spec(arguments.spec, arguments.overrides), Screen())
     print(report.table())
@@ -78,8 +78,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _inference(arguments: argparse.Namespace) -> int:
     from mal_train.config import load_spec
+    from mal_train.screen import Screen
     from mal_train.tasks.inference import inference
-    from mal_train.training.progress import Screen
 
     result = inference(load_spec(arguments.spec, arguments.overrides), Screen())
     if result.report is not None:
@@ -90,8 +90,8 @@ def _inference(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    from mal_train.screen import Screen
     from mal_train.tasks.importing import import_checkpoint
-    from mal_train.training.progress import Screen
 
     import_checkpoint(arguments.file, arguments.output, arguments.overrides, Screen())
     return 0

@@ -328,7 +328,7 @@ def load_spec(path: Path | None, overrides: list[str]) -> Spec:
     """The spec of a YAML file (None: all defaults) with `a.b=c` overrides on top. ConfigError names what is wrong."""
     for override in overrides:
         name, _, value = override.partition("=")
-        if name in {"encryption_key", "decryption_key"} and _public_form(value) == REDACTED:
+        if name in {"encryption_key", "decryption_key"} and _public_form(value.strip("'\"")) == REDACTED:
             raise ConfigError(
                 f"{name}: a key on the command line shows in the process list; give env:NAME, file:PATH or a recipient"
             )
@@ -340,7 +340,7 @@ REDACTED = "<not written down>"
 
 
 def _public_form(key: str | None) -> str | None:
-    if key is None or key == "":
+    if key is None or key in {"", "null"}:
         return None
     if key.startswith(("file:", "env:")) or re.fullmatch(r"age1[02-9ac-hj-np-z]{58}", key):
         return key

@@ -95,6 +95,6 @@ def _jitter(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 def shift_hue(picture: Image.Image, turn: float) -> Image.Image:
     """The RGB picture with its hues turned by `turn` of the colour circle, −0.5 … 0.5."""
     hue, saturation, value = picture.convert("HSV").split()
-    # A byte overflows as the colour circle closes.
-    turned = np.asarray(hue) + np.uint8(round(turn * 255) % 256)
+    # A byte overflows where the colour circle closes; the shift is cut to whole steps as torchvision does.
+    turned = np.asarray(hue) + np.uint8(int(turn * 255) % 256)
     return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import torch
 
-from mal_train.config import Spec
+from mal_train.config import NetworkConfig, Spec
 from mal_train.errors import ConfigError, OutputError
 from mal_train.labeling.labeler import Labeler, load_labeler
 from mal_train.model.checkpoint import Checkpoint, sha256_of
 from mal_train.model.keys import DecryptionKey, EncryptionKey, parse_key
+from mal_train.model.network import ModelConfig
+from mal_train.screen import Screen
 from mal_train.strictyaml import dump
-from mal_train.training.progress import Screen
 from mal_train.training.records import StatusFile
 
 Task = Literal["train", "evaluate", "inference"]
@@ -44,6 +45,20 @@ def task_folder(spec: Spec, task: Task) -> Iterator[tuple[Path, StatusFile]]:
             status.write("FAILURE", f"{type(error).__name__}: {error}")
         raise
     status.write("SUCCESS", f"{task.capitalize()} finished successfully.")
+
+
+def model_config(section: NetworkConfig) -> ModelConfig:
+    """Shape of the network that the spec asks for."""
+    return ModelConfig(
+        arch=section.arch,
+        mask_head_num_convs=section.mask_head_num_convs,
+        mask_head_hidden_channel=section.mask_head_hidden_channel,
+        mask_head_out_channel=section.mask_head_out_channel,
+        mask_scale_ratio_pre=section.mask_scale_ratio_pre,
+        mask_scale_ratio=section.mask_scale_ratio,
+        not_adjust_scale=section.not_adjust_scale,
+        vit_dpr=section.vit_dpr,
+    )
 
 
 def keys_of(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | None]:

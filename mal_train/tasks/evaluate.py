@@ -6,6 +6,7 @@ from mal_train.labeling.coco import read_coco, write_json_atomic
 from mal_train.labeling.evaluation import EvaluationReport
 from mal_train.labeling.labeler import RunOptions
 from mal_train.labeling.settings import Branch
+from mal_train.screen import Screen
 from mal_train.tasks.common import (
     choose_device,
     existing_file,
@@ -15,8 +16,7 @@ from mal_train.tasks.common import (
     task_folder,
     worker_threads,
 )
-from mal_train.training.callbacks import figures_of
-from mal_train.training.progress import Screen
+from mal_train.training.records import figures_of
 from mal_train.training.validation import Validator, has_masks
 
 

@@ -14,9 +14,8 @@ from mal_train.model.checkpoint import Checkpoint, save_checkpoint
 from mal_train.model.foreign import read_tao_checkpoint
 from mal_train.model.network import MalNetwork, ModelConfig
 from mal_train.model.vit import check_crop_size
-from mal_train.tasks.common import existing_file, keys_of, version
-from mal_train.tasks.train import model_config
-from mal_train.training.progress import Screen
+from mal_train.screen import Screen
+from mal_train.tasks.common import existing_file, keys_of, model_config, version
 
 TAKEN = ("dataset.crop_size", "train.test_margin_rate", "train.mask_thres", "compat", "encryption_key")
 NOT_TAKEN = ("model.frozen_stages", "model.teacher_momentum")

@@ -24,6 +24,7 @@ from mal_train.labeling.coco import (
 )
 from mal_train.labeling.evaluation import EvaluationReport, Evaluator
 from mal_train.labeling.labeler import Label, Labeler
+from mal_train.screen import Screen
 from mal_train.tasks.common import (
     choose_device,
     existing_file,
@@ -33,8 +34,7 @@ from mal_train.tasks.common import (
     task_folder,
     worker_threads,
 )
-from mal_train.training.callbacks import figures_of
-from mal_train.training.progress import Screen
+from mal_train.training.records import figures_of
 
 Answers = dict[JsonId, dict[str, Any]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 import torch
 
-from mal_train.config import NetworkConfig, Spec, TrainConfig
+from mal_train.config import Spec, TrainConfig
 from mal_train.data.annotations import TrainingBoxes, select_boxes
 from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataModule, LoaderSettings
@@ -27,11 +27,13 @@ from mal_train.model.network import MalNetwork, ModelConfig
 from mal_train.model.precision import Precision, resolve
 from mal_train.model.pretrained import load_pretrained, starting_weights_licence
 from mal_train.model.vit import check_crop_size
+from mal_train.screen import Screen
 from mal_train.tasks.common import (
     choose_device,
     existing_file,
     existing_folder,
     keys_of,
+    model_config,
     task_folder,
     version,
     worker_threads,
@@ -47,7 +49,7 @@ from mal_train.training.checkpoints import (
 )
 from mal_train.training.module import LossSettings, MalModule
 from mal_train.training.optimiser import OptimiserSettings, freeze_stages
-from mal_train.training.progress import Progress, Screen
+from mal_train.training.progress import Progress
 from mal_train.training.records import MetricsFile
 from mal_train.training.schedule import CosineSchedule
 from mal_train.training.validation import Validator, has_masks
@@ -137,20 +139,6 @@ def train(spec: Spec, screen: Screen) -> TrainResult:
         return TrainResult(
             last or folder / LATEST, None if validate is None else validate.last_report, module.steps_skipped
         )
-
-
-def model_config(section: NetworkConfig) -> ModelConfig:
-    """Shape of the network that the spec asks for."""
-    return ModelConfig(
-        arch=section.arch,
-        mask_head_num_convs=section.mask_head_num_convs,
-        mask_head_hidden_channel=section.mask_head_hidden_channel,
-        mask_head_out_channel=section.mask_head_out_channel,
-        mask_scale_ratio_pre=section.mask_scale_ratio_pre,
-        mask_scale_ratio=section.mask_scale_ratio,
-        not_adjust_scale=section.not_adjust_scale,
-        vit_dpr=section.vit_dpr,
-    )
 
 
 def build_network(

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from mal_train.labeling.evaluation import EvaluationReport
 from mal_train.training.module import MalModule
-from mal_train.training.records import MetricsFile, StatusFile
+from mal_train.training.records import MetricsFile, StatusFile, figures_of, one_line
 from mal_train.training.validation import Validator
 
 ROW_EVERY = 10
@@ -144,22 +144,3 @@ class Records(lightning.Callback):
         figures = figures_of(report)
         self._metrics.add("val", trainer.current_epoch + 1, trainer.global_step, figures)
         self._status.write("RUNNING", "Eval metrics generated.", kpi=figures)
-
-
-def figures_of(report: EvaluationReport) -> dict[str, float | None]:
-    """The figures that curves and status.json carry, by name; mIoU is the mean over instances."""
-    return {
-        "mIoU": report.miou.overall,
-        **{f"mIoU_{name}": value for name, value in report.miou.by_size.items()},
-        "mIoU_class": report.miou.class_mean,
-        "AP@1": report.ap_at_1.get("AP"),
-        "AP@score": report.ap_at_score.get("AP"),
-    }
-
-
-def one_line(report: EvaluationReport) -> str:
-    """The figures as one line for people."""
-    shown = [f"{name} {value:.3f}" for name, value in figures_of(report).items() if value is not None]
-    text = ", ".join(shown) or "no mask could be compared"
-    skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped_by_reason.items())
-    return f"{text} over {report.miou.count} masks" + (f"; not counted: {skipped}" if skipped else "")

@@ -1,40 +1,16 @@
-"""What people see while a run goes on: a bar in a terminal, a line now and then elsewhere."""
+"""Shows how training goes: a bar in a terminal, a line now and then elsewhere."""
 
-import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 import lightning
 from tqdm import tqdm
 
+from mal_train.screen import Screen
 from mal_train.training.module import MalModule
 
 LINE_EVERY_S = 30.0
-
-
-class Screen:
-    """Prints lines above the bar, where there is one. Everything for people goes to stderr; results go to stdout."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = sys.stderr if stream is None else stream
-        self.is_terminal = self.stream.isatty()
-
-    def say(self, line: str) -> None:
-        """One line."""
-        tqdm.write(line, file=self.stream)
-
-    def bar(self, total: int, initial: int, unit: str) -> "tqdm[Any]":
-        """A bar; not shown where the stream is no terminal."""
-        return tqdm(
-            total=total,
-            initial=initial,
-            unit=unit,
-            file=self.stream,
-            disable=not self.is_terminal,
-            dynamic_ncols=True,
-            smoothing=0.1,
-        )
 
 
 class Progress(lightning.Callback):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mal_train.errors import OutputError
+from mal_train.labeling.evaluation import EvaluationReport
 
 Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE"]
 Figures = Mapping[str, float | None]
@@ -108,3 +109,22 @@ class MetricsFile:
         """Everything on disk."""
         self._file.close()
         self._events.close()
+
+
+def figures_of(report: EvaluationReport) -> dict[str, float | None]:
+    """The figures that curves and status.json carry, by name; mIoU is the mean over instances."""
+    return {
+        "mIoU": report.miou.overall,
+        **{f"mIoU_{name}": value for name, value in report.miou.by_size.items()},
+        "mIoU_class": report.miou.class_mean,
+        "AP@1": report.ap_at_1.get("AP"),
+        "AP@score": report.ap_at_score.get("AP"),
+    }
+
+
+def one_line(report: EvaluationReport) -> str:
+    """The figures as one line for people."""
+    shown = [f"{name} {value:.3f}" for name, value in figures_of(report).items() if value is not None]
+    text = ", ".join(shown) or "no mask could be compared"
+    skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped_by_reason.items())
+    return f"{text} over {report.miou.count} masks" + (f"; not counted: {skipped}" if skipped else "")

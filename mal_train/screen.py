@@ -1,0 +1,30 @@
+"""The terminal of whoever runs a command: lines, and a bar that they do not tear. No torch."""
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class Screen:
+    """Prints lines above the bar, where there is one. Everything for people goes to stderr; results go to stdout."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.is_terminal = self.stream.isatty()
+
+    def say(self, line: str) -> None:
+        """One line."""
+        tqdm.write(line, file=self.stream)
+
+    def bar(self, total: int, initial: int, unit: str) -> "tqdm[Any]":
+        """A bar; not shown where the stream is no terminal."""
+        return tqdm(
+            total=total,
+            initial=initial,
+            unit=unit,
+            file=self.stream,
+            disable=not self.is_terminal,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
