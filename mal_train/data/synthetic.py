@@ -1,7 +1,7 @@
 """Draws small scenes with boxes and writes them as a COCO set: the world of the demo and of the end-to-end tests.
 
-Textured objects of six shapes lie over a textured background. All surfaces of a scene share one palette, so colour
-tells little and texture much; objects overlap and leave the image. Training files hold boxes only. No torch.
+Textured objects of seven shapes lie over a textured background. All surfaces of a scene show the same two colours, so
+colour tells little and texture much; objects overlap and leave the image. Training files hold boxes only. No torch.
 """
 
 import argparse
@@ -20,7 +20,10 @@ from mal_train.labeling.coco import write_json_atomic
 from mal_train.labeling.rle import encode_mask
 
 Field = NDArray[np.float32]
-"""A texture's pattern (H, W) in [0, 1]; 0 shows the surface's first colour and 1 its second."""
+"""A texture's pattern (H, W) in [0, 1]: 0 shows the surface's first colour and 1 its last."""
+
+TINT = 6.0
+"""How far the colours of one surface lie from the scene's, standard deviation of each channel of 255."""
 
 _SUBPIXEL_BITS = 4
 """cv2.fillPoly reads vertices in sixteenths of a pixel."""
@@ -154,23 +157,22 @@ class _Rows:
 
 
 def _palette(rng: np.random.Generator) -> Field:
-    """Three RGB colours (3, 3) in [0, 255], far enough apart to make a pattern visible."""
+    """The two RGB colours (2, 3) of a scene in [0, 255], far enough apart to make a pattern visible."""
     while True:
-        colours = rng.uniform(30, 225, size=(3, 3)).astype(np.float32)
-        gaps = [float(np.linalg.norm(colours[i] - colours[j])) for i, j in ((0, 1), (0, 2), (1, 2))]
-        if min(gaps) > 60 and max(gaps) < 170:
+        colours = rng.uniform(30, 225, size=(2, 3)).astype(np.float32)
+        if 70 < np.linalg.norm(colours[0] - colours[1]) < 170:
             return colours
 
 
 def _surface(
     rng: np.random.Generator, hw: tuple[int, int], palette: Field, textures: Sequence[Callable[..., Field]]
 ) -> Field:
-    """A full image (H, W, 3) float32 of one texture in two colours of the palette, with light and grain on it."""
+    """A full image (H, W, 3) float32 of one texture in the palette's colours, with light and grain of its own."""
     pattern = textures[int(rng.integers(len(textures)))](rng, hw)
-    first, second = palette[rng.permutation(3)[:2]]
+    first, second = palette + rng.normal(0.0, TINT, size=(2, 3))
     colour = first + pattern[..., None] * (second - first)
     light = 1.0 + 0.25 * (_smooth_noise(rng, hw, 60.0) - 0.5)
-    grain = rng.normal(0.0, 6.0, size=(*hw, 3)).astype(np.float32)
+    grain = rng.normal(0.0, 6.0, size=(*hw, 3))
     return np.asarray(colour * light[..., None] + grain, dtype=np.float32)
 
 
@@ -272,7 +274,7 @@ def _triangle(rng: np.random.Generator) -> NDArray[np.float64]:
 
 def _star(rng: np.random.Generator) -> NDArray[np.float64]:
     points = int(rng.integers(4, 8))
-    radii = np.where(np.arange(2 * points) % 2, rng.uniform(0.35, 0.6), 1.0)
+    radii = np.where(np.arange(2 * points) % 2, rng.uniform(0.4, 0.65), 1.0)
     return _polar(np.linspace(0, 2 * np.pi, 2 * points, endpoint=False), radii)
 
 
@@ -296,6 +298,16 @@ def _cross(rng: np.random.Generator) -> NDArray[np.float64]:
     return np.concatenate([arm @ _rotation(quarter * np.pi / 2) for quarter in range(4)])
 
 
+def _crescent(rng: np.random.Generator) -> NDArray[np.float64]:
+    reach, depth = np.deg2rad(rng.uniform(100, 130)), rng.uniform(0.3, 0.6)
+    outer = np.linspace(-reach, reach, 48)
+    # The hollow is an ellipse through both tips that leaves `depth` of the middle.
+    tip_x, tip_y = np.cos(reach), np.sin(reach)
+    inner = np.linspace(np.pi / 2, -np.pi / 2, 48)
+    hollow = np.stack([tip_x + (1 - depth - tip_x) * np.cos(inner), tip_y * np.sin(inner)], axis=1)
+    return np.concatenate([_polar(outer, np.ones(48)), hollow[1:-1]])
+
+
 SHAPES: dict[str, Callable[[np.random.Generator], NDArray[np.float64]]] = {
     "ellipse": _ellipse,
     "triangle": _triangle,
@@ -303,6 +315,7 @@ SHAPES: dict[str, Callable[[np.random.Generator], NDArray[np.float64]]] = {
     "blob": _blob,
     "polygon": _polygon,
     "cross": _cross,
+    "crescent": _crescent,
 }
 """Category names and what draws their outlines: vertices (K, 2) within the unit circle, in order round the shape."""
 

@@ -58,7 +58,8 @@ def test_a_filled_box_is_right_above_half_and_colour_alone_does_not_find_the_obj
             ious["colour"].append(rle.iou(baselines.colour_clustering(scene.image, box), truth))
     means = {name: float(np.mean(values)) for name, values in ious.items()}
     assert means["box"] >= 0.55
-    assert max(means.values()) <= 0.72
+    assert max(means.values()) <= 0.70
+    assert means["colour"] < means["ellipse"]
 
 
 def test_training_split_holds_boxes_and_no_segmentation(tmp_path: Path) -> None:
