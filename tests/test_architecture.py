@@ -1,4 +1,4 @@
-"""Promises of the house: who may import whom, empty package files, no pickle, no silent excepts, clients without torch."""
+"""Promises of the house: who imports whom, empty package files, no pickle, no silent excepts, clients without torch."""
 
 import ast
 import io
