@@ -221,13 +221,13 @@ def start_server(out: Path, checkpoint: Path) -> RunningServer:
         DemoFailed: it ended, or did not serve in time; the message has the end of its log.
     """
     config, port_file, log_file = out / "server.yaml", out / "server.address", out / "server.log"
+    identity = (out / "identity.txt").absolute()
     lines = [
-        f"checkpoint: {json.dumps(str(checkpoint.resolve()))}",
-        f"decryption_key: {json.dumps('file:' + str((out / 'identity.txt').resolve()))}",
+        # JSON strings are YAML strings, whatever the path holds.
+        f"checkpoint: {json.dumps(str(checkpoint.absolute()))}",
+        f"decryption_key: {json.dumps(f'file:{identity}')}",
         "gpu_ids: []",
         "drain_delay_s: 0",
-        "listen:",
-        "  port: 50051",
     ]
     write_text_atomic(config, "\n".join(lines) + "\n")
     command = [_script("mal-server"), "serve", "-c", str(config), "--port-file", str(port_file), "listen.port=0"]
@@ -329,8 +329,8 @@ def conclude(out: Path, miou: float, references: dict[str, float], stages: Stage
     reached = miou - best >= MARGIN
     say("\nMean IoU on held-out scenes")
     for name, value in references.items():
-        say(f"  {name:<34}{value:.3f}")
-    say(f"  {'served masks, trained on boxes only':<34}{miou:.3f}   {miou - best:+.3f} against the best of these")
+        say(f"  {name:<37}{value:.3f}")
+    say(f"  {'served masks, trained on boxes only':<37}{miou:.3f}   {miou - best:+.3f} against the best of these")
     say(
         f"\nWritten in {stages.total_s:.0f} s:\n"
         f"  {out / 'report.html'}   the page: curve, figures, worst masks first\n"

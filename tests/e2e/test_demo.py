@@ -1,0 +1,70 @@
+"""The demo in its quick form: the real commands, in the real order, on a handful of scenes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pycocotools.coco import COCO
+
+DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo.py"
+
+
+def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(DEMO), *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (Path(sys.executable).parent / "mal-server").exists():
+        pytest.skip("the commands are not installed in this environment; run `make test`")
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    done = run_demo("--quick", "--out", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "served masks, trained on boxes only" in done.stdout
+    assert "margin was not checked" in done.stdout
+    return folder
+
+
+def test_training_and_labelling_saw_no_mask(out: Path) -> None:
+    for name in ("train.json", "heldout_boxes.json"):
+        assert "segmentation" not in (out / "data" / name).read_text()
+
+
+def test_every_held_out_box_is_labelled_in_a_file_that_pycocotools_loads(out: Path) -> None:
+    asked = json.loads((out / "data" / "heldout_boxes.json").read_text())["annotations"]
+    labels = COCO(str(out / "labels.json"))
+    assert sorted(labels.anns) == sorted(row["id"] for row in asked)
+    assert all(labels.annToMask(row).shape == (240, 320) for row in labels.anns.values())
+
+
+def test_the_checkpoint_is_sealed_and_its_identity_is_the_owners_alone(out: Path) -> None:
+    assert (out / "train" / "mal_model_latest.malckpt").read_bytes().startswith(b"age-encryption.org/v1")
+    assert (out / "identity.txt").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_page_holds_everything_it_shows(out: Path) -> None:
+    page = (out / "report.html").read_text()
+    assert "How it learned" in page
+    assert "ellipse in the box" in page
+    assert page.count("data:image/png;base64,") >= 4
+    assert 'src="http' not in page
+    assert {path.suffix for path in (out / "overlays").iterdir()} == {".png"}
+
+
+def test_the_server_has_stopped_by_itself(out: Path) -> None:
+    assert not (out / "server.address").exists()
+    log = (out / "server.log").read_text()
+    assert "Traceback" not in log
+    assert "serving" in log
+
+
+def test_a_folder_that_the_demo_did_not_make_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("do not delete")
+    done = run_demo("--quick", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert "was not made by the demo" in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "do not delete"
