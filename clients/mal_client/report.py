@@ -37,13 +37,13 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --bg: #16181c; --fg: #e8eaed; --soft: #9aa0a8; --line: #33373d;
   --panel: #1e2126; --a: #6cb2ff; --b: #ff9a62; --c: #5fd38a; --d: #c79bff; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 24px; max-width: 1080px; background: var(--bg); color: var(--fg);
+body { margin: 0 auto; padding: 24px; max-width: 1200px; background: var(--bg); color: var(--fg);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 8px; }
 p { margin: 0 0 10px; } .soft { color: var(--soft); }
 .row { display: flex; flex-wrap: wrap; gap: 28px; align-items: flex-start; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+table { border-collapse: collapse; margin-bottom: 20px; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--soft); font-weight: 500; } td.n, th.n { text-align: right; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 14px; }

@@ -76,7 +76,10 @@ def _encode_array(pixels: np.ndarray[Any, Any]) -> EncodedImage:
 
 
 def _encode_picture(picture: Any) -> EncodedImage:
-    stored = picture if picture.mode in _PNG_MODES else picture.convert("RGB")
+    if picture.mode == "F":
+        raise BadImage("image: floating-point pixels have no agreed range; convert to 8 bits a channel", "IMAGE_FORMAT")
+    # "I" holds what older Pillow reads from 16-bit files; as RGB it would be clipped at 255.
+    stored = picture if picture.mode in _PNG_MODES else picture.convert("I;16" if picture.mode == "I" else "RGB")
     buffer = io.BytesIO()
     stored.save(buffer, format="PNG", compress_level=1)
     width, height = stored.size

@@ -106,6 +106,17 @@ def test_info_prints_what_the_server_is(address: str, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["arch"] == "box-filler"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(address: str) -> None:
+    command = [sys.executable, "-m", "mal_client.cli", "info", "--server", address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment())
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait(10) == 0
+    process.stderr.close()
+
+
 def test_ctrl_c_exits_130_and_leaves_nothing(dataset: Dataset) -> None:
     with serving(FakeServer(Faults(delay_s=1.0))) as address:
         # Where the tests run in the background SIGINT is ignored, and a child would inherit that.

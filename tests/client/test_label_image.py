@@ -18,6 +18,7 @@ from mal_client.types import BoxLabel, LabelOptions
 from PIL import Image
 
 from mal_train.errors import BadImage, ConfigError
+from mal_train.labeling.images import decode_image
 from mal_train.labeling.settings import Branch
 from tests.client.fake_server import SHA, FakeServer, Faults, Limits, serving
 
@@ -88,6 +89,23 @@ def test_array_picture_path_and_bytes_reach_the_server_as_the_same_pixels(
         client.label_image(image, BOXES)
     for request in fake.label_requests:
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(request.image.content))), PIXELS)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
+def test_a_picture_of_any_mode_is_decoded_there_as_here(fake: FakeServer, client: Client, mode: str) -> None:
+    wide = Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257)
+    picture = wide.convert(mode) if mode.startswith("I") else Image.fromarray(PIXELS).convert(mode)
+    client.label_image(picture, BOXES)
+    sent = decode_image(fake.label_requests[0].image.content)
+    if mode.startswith("I"):
+        np.testing.assert_array_equal(sent[:, :, 0], PIXELS[:, :, 0])
+    else:
+        np.testing.assert_array_equal(sent, np.asarray(picture.convert("RGB")))
+
+
+def test_a_picture_of_floats_is_refused(client: Client) -> None:
+    with pytest.raises(BadImage, match="8 bits"):
+        client.label_image(Image.fromarray(PIXELS).convert("F"), BOXES)
 
 
 def test_a_file_is_sent_as_it_is_stored(fake: FakeServer, client: Client, tmp_path: Path) -> None:
