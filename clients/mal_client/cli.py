@@ -1,7 +1,8 @@
 """`mal-client label | evaluate | info`: parse, call the client, say what happened.
 
 Exit codes: 0 done · 2 usage, configuration or input · 3 finished, but some items failed · 4 disk or permission ·
-1 the server was not there, or something unexpected · 130 interrupted; nothing was written.
+1 the server was not there, or something unexpected · 130 interrupted; nothing was written ·
+141 whoever read the output closed it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mal_train.labeling.settings import Branch
 
 SOME_FAILED = 3
 INTERRUPTED = 130
+PIPE_CLOSED = 141
 LISTED = 5
 
 MAX_WORST = 10_000
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has seen enough (`| head`). Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return PIPE_CLOSED
     except MalError as error:
         print(f"mal-client: {error}", file=sys.stderr)
         return error.exit_code

