@@ -165,7 +165,8 @@ class Labeler:
         mask = foreground > 0
         code = rle.encode_region(mask, region.row0, region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
-        score = float(cv2.sumElems(foreground)[0]) / area if area else 0.0
+        # NumPy, not OpenCV: its sum depends on where the array happens to lie in memory, in the last digit.
+        score = float(foreground.sum(dtype=np.float64)) / area if area else 0.0
         agreement = self._agreement(crop, probability, region, limit)
         return Label(
             rle=code,

@@ -1,0 +1,167 @@
+"""Three ways to one mask: the library, `mal-train inference`, and server plus client give the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mal_client import cli as client_cli
+
+from mal_train import cli as train_cli
+from mal_train.data.synthetic import SceneSettings, write_split
+from mal_train.labeling.coco import by_image, read_coco
+from mal_train.labeling.images import read_image
+from mal_train.labeling.labeler import Label, Labeler, RunOptions, load_labeler
+from mal_train.labeling.settings import Branch, LabelerConfig
+from mal_train.model.checkpoint import Checkpoint, save_checkpoint
+from mal_train.model.network import MalNetwork, ModelConfig
+
+READY_S = 120.0
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight scenes of different sizes' boxes, and a checkpoint whose masks are neither empty nor full."""
+    folder = tmp_path_factory.mktemp("same")
+    write_split(folder, "scenes", 8, 3, masks=True, settings=SceneSettings())
+    torch.manual_seed(1)
+    network = MalNetwork(
+        ModelConfig("vit-micro/16", mask_head_num_convs=2, mask_head_hidden_channel=16, mask_head_out_channel=16)
+    )
+    with torch.no_grad():
+        for half in (network.student, network.teacher):
+            # Filters without a common part let edges decide, so that each crop's logits spread round the middle.
+            last = half.roi_head.mlp2
+            last.weight.sub_(last.weight.mean(0)).mul_(2)
+            last.bias.sub_(last.bias.mean())
+            for name, weight in half.mask_head.named_parameters():
+                if name.endswith("weight"):
+                    weight.sub_(weight.mean((1, 2, 3), keepdim=True)).mul_(2)
+        for parameter in network.teacher.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    config = LabelerConfig(crop_size=64, mask_thres=_thresholds(network, folder))
+    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    save_checkpoint(folder / "model.malckpt", Checkpoint(network.config, config, weights, []), None)
+    return folder
+
+
+def _thresholds(network: MalNetwork, folder: Path) -> tuple[float, float, float]:
+    """The median probability inside the boxes: the network is random, its masks must still be half full."""
+    labeler = Labeler(network, LabelerConfig(crop_size=64), precision="float32")
+    values: list[float] = []
+    for image, annotations in by_image(read_coco(folder / "scenes.json")):
+        pixels = read_image(folder / "scenes" / image.file_name)
+        crops = [c for c in labeler.prepare(pixels, [a.box_xywh for a in annotations]) if not isinstance(c, Exception)]
+        values += [float(torch.tensor(p.prob[16:48, 16:48]).median()) for p in labeler.predict(crops)]
+    middle = float(torch.tensor(values).median())
+    return middle, middle, middle
+
+
+@pytest.fixture(scope="module")
+def server(scenes: Path) -> Iterator[str]:
+    settings = {
+        "checkpoint": str(scenes / "model.malckpt"),
+        "gpu_ids": [],
+        "precision": "float32",
+        "drain_delay_s": 0.0,
+        "max_batch_size": 6,
+        "listen": {"port": 0},
+    }
+    (scenes / "server.yaml").write_text(yaml.safe_dump(settings))
+    port_file = scenes / "port"
+    command = [str(BIN / "mal-server"), "serve", "-c", str(scenes / "server.yaml")]
+    with (scenes / "server.log").open("w") as log:
+        process = subprocess.Popen([*command, "--port-file", str(port_file)], stdout=log, stderr=log)
+        try:
+            limit = time.monotonic() + READY_S
+            while not port_file.exists():
+                assert process.poll() is None, (scenes / "server.log").read_text()
+                assert time.monotonic() < limit, "the server was not ready in time"
+                time.sleep(0.05)
+            yield port_file.read_text().strip()
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text())["annotations"]
+    return found
+
+
+def by_the_library(scenes: Path, options: RunOptions | None = None) -> dict[int, Label]:
+    labeler, _ = load_labeler(scenes / "model.malckpt", precision="float32")
+    found: dict[int, Label] = {}
+    for image, annotations in by_image(read_coco(scenes / "scenes.json")):
+        pixels = read_image(scenes / "scenes" / image.file_name)
+        labels = labeler.label(pixels, [a.box_xywh for a in annotations], options or RunOptions(), batch_size=3)
+        for annotation, label in zip(annotations, labels, strict=True):
+            assert isinstance(label, Label)
+            found[int(str(annotation.id))] = label
+    return found
+
+
+def test_masks_are_byte_equal_in_library_inference_and_service(scenes: Path, server: str) -> None:
+    library = by_the_library(scenes)
+    partial = [label for label in library.values() if label.area and "FULL_BOX" not in label.flags]
+    assert len(partial) >= 0.9 * len(library)
+
+    spec = {
+        "results_dir": str(scenes / "results"),
+        "inference": {
+            "checkpoint": str(scenes / "model.malckpt"),
+            "ann_path": str(scenes / "scenes.json"),
+            "img_dir": str(scenes / "scenes"),
+            "label_dump_path": str(scenes / "inferred.json"),
+            "batch_size": 5,
+            "precision": "float32",
+        },
+    }
+    (scenes / "spec.yaml").write_text(yaml.safe_dump(spec))
+    assert train_cli.main(["inference", "-e", str(scenes / "spec.yaml")]) == 0
+    arguments = ["--annotations", str(scenes / "scenes.json"), "--images", str(scenes / "scenes")]
+    assert client_cli.main(["label", "--server", server, *arguments, "--output", str(scenes / "served.json")]) == 0
+
+    inferred, served = rows_of(scenes / "inferred.json"), rows_of(scenes / "served.json")
+    assert [row["id"] for row in inferred] == [row["id"] for row in served] == list(library)
+    for ours, theirs in zip(inferred, served, strict=True):
+        label = library[ours["id"]]
+        assert ours["segmentation"] == theirs["segmentation"] == label.rle.to_coco()
+        assert ours["score"] == theirs["score"] == label.score
+        assert ours["area"] == theirs["area"] == label.area
+        assert ours.get("flags", []) == theirs.get("flags", []) == list(label.flags)
+
+
+def test_branches_and_agreement_are_the_same_through_the_service(scenes: Path, server: str) -> None:
+    library = by_the_library(scenes, RunOptions(Branch.MIXED, agreement=True, flip=True))
+    arguments = ["--annotations", str(scenes / "scenes.json"), "--images", str(scenes / "scenes")]
+    output = scenes / "mixed.json"
+    options = ["--branch", "mixed", "--agreement", "--flip", "--output", str(output)]
+    assert client_cli.main(["label", "--server", server, *arguments, *options]) == 0
+    for row in rows_of(output):
+        label = library[row["id"]]
+        assert row["segmentation"] == label.rle.to_coco()
+        assert row["agreement"] == label.agreement
+
+
+@pytest.mark.skipif(os.environ.get("OMP_NUM_THREADS") == "1", reason="one thread is asked for already")
+def test_masks_do_not_depend_on_who_else_labels(scenes: Path, server: str) -> None:
+    arguments = ["--annotations", str(scenes / "scenes.json"), "--images", str(scenes / "scenes")]
+    command = [str(BIN / "mal-client"), "label", "--server", server, *arguments]
+    runs = [
+        subprocess.Popen([*command, "--output", str(scenes / f"crowd{i}.json")], stdout=subprocess.DEVNULL)
+        for i in range(3)
+    ]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0, 0]
+    first, *others = (rows_of(scenes / f"crowd{i}.json") for i in range(3))
+    assert all(rows == first for rows in others)
+    assert first[0]["segmentation"] == next(iter(by_the_library(scenes).values())).rle.to_coco()
