@@ -6,7 +6,7 @@ crops of different pictures share batches, and what fails is answered with its r
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ def label_boxes(
     options: RunOptions | None = None,
     batch_size: int = 8,
     threads: int = 2,
-) -> Iterator[tuple[Annotation, Result | Failure]]:
+) -> Generator[tuple[Annotation, Result | Failure], None, None]:
     """Every box that is no crowd, in the order of `rows`, with what `finish` made of it or why there is nothing.
 
     Args:

@@ -291,6 +291,9 @@ def _trainer(
 def _fit(trainer: lightning.Trainer, module: MalModule, data: BoxDataModule, resume: Path | None) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=None if resume is None else str(resume))
+    except SystemExit:
+        # Lightning's answer to Ctrl-C.
+        raise KeyboardInterrupt("interrupted; the last checkpoint is whole") from None
     except BadDataset as error:
         # From a loader process the message comes with that process's stack before it.
         raise BadDataset(str(error).strip().rpartition("BadDataset: ")[2]) from error

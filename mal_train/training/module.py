@@ -99,7 +99,7 @@ class MalModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW."""
-        return build_optimiser(self.network, self.optimiser_settings)
+        return build_optimiser(self.network, self.optimiser_settings, fused=self.trainer.precision != "16-mixed")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Moves the pixels; the size branches stay on the CPU."""

@@ -30,10 +30,11 @@ class OptimiserSettings:
     head_lr_mult: float = 1.0
 
 
-def build_optimiser(network: MalNetwork, settings: OptimiserSettings) -> torch.optim.AdamW:
+def build_optimiser(network: MalNetwork, settings: OptimiserSettings, *, fused: bool = True) -> torch.optim.AdamW:
     """AdamW over what the student may learn, in as few groups as the settings need.
 
-    Each group carries `lr_scale`; whoever sets the rate multiplies by it. The rate itself starts at 0.
+    Each group carries `lr_scale`; whoever sets the rate multiplies by it. The rate itself starts at 0. `fused` is the
+    faster kernel; with it a gradient scaler leaves the unscaling to the optimiser, too late to look at gradients.
     """
     members: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in network.student.named_parameters():
@@ -46,8 +47,7 @@ def build_optimiser(network: MalNetwork, settings: OptimiserSettings) -> torch.o
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
         for (scale, decay), parameters in members.items()
     ]
-    on_gpu = next(network.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=on_gpu or None)
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:

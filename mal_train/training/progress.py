@@ -49,11 +49,13 @@ class Progress(lightning.Callback):
         self._here += 1
         now = self._clock()
         if self._here == 1:
-            self._started = now  # the first batch also starts the loader and compiles: no measure of the rest
+            self._started = self._last_line = (
+                now  # the first batch also starts the loader and compiles: no measure of the rest
+            )
         if self._bar is not None and not self._bar.disable:
             self._bar.set_description_str(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
             # Reading a loss waits for the device, so only as often as people can see.
-            if now - self._last_line > 0.5:
+            if now - self._last_line > 0.5 or self._here == 1:
                 self._bar.set_postfix_str(_losses(pl_module), refresh=False)
                 self._last_line = now
             self._bar.update()
@@ -63,7 +65,7 @@ class Progress(lightning.Callback):
             left = tqdm.format_interval(int(seconds * (self._total - self._done)))
             self._screen.say(
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, batch {self._done}/{self._total}, "
-                f"{1 / seconds:.2f} batch/s, {left} left, {_losses(pl_module)}"
+                f"{1 / seconds:.2f} batch/s, {left} left{_losses(pl_module, ', ')}"
             )
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -85,8 +87,8 @@ class Progress(lightning.Callback):
             self._bar = None
 
 
-def _losses(module: lightning.LightningModule) -> str:
+def _losses(module: lightning.LightningModule, before: str = "") -> str:
     if not isinstance(module, MalModule) or module.last_losses is None:
         return ""
     total, mil, crf = (float(loss) for loss in module.last_losses)
-    return f"loss {total:.3f} (mil {mil:.3f}, crf {crf:.3f})"
+    return f"{before}loss {total:.3f} (mil {mil:.3f}, crf {crf:.3f})"

@@ -97,11 +97,14 @@ class MetricsFile:
         self._events = SummaryWriter(str(folder))
 
     def add(self, kind: Literal["train", "val"], epoch: int, step: int, figures: Figures) -> None:
-        """One row; figures that are None stay empty."""
+        """One row; figures that are None stay empty. OutputError when it cannot be written."""
         known = {name: value for name, value in figures.items() if value is not None}
         shown = {name: f"{value:.6g}" for name, value in known.items()}
-        self._rows.writerow({"kind": kind, "epoch": epoch, "step": step, **shown})
-        self._file.flush()
+        try:
+            self._rows.writerow({"kind": kind, "epoch": epoch, "step": step, **shown})
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"{self._file.name}: cannot be written: {error.strerror}") from error
         for name, value in known.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
