@@ -15,11 +15,13 @@ from pycocotools import mask as coco_mask
 
 from mal_train.cli import main
 from mal_train.config import Spec, load_spec
+from mal_train.labeling.bulk import label_boxes
 from mal_train.labeling.coco import read_coco
 from mal_train.labeling.images import read_image
-from mal_train.labeling.labeler import Label, load_labeler
-from mal_train.labeling.settings import LabelerConfig
+from mal_train.labeling.labeler import Label, Labeler, RunOptions, load_labeler
+from mal_train.labeling.settings import Branch, Compat, LabelerConfig
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mal_train.model.foreign import from_tao
 from mal_train.model.network import MalNetwork, ModelConfig
 from tests.model.published import TAO, state_dict
 from tests.reference import fixture
@@ -292,3 +294,32 @@ def test_a_resume_checkpoint_labels_too(tmp_path: Path, checkpoint: Path) -> Non
     scenes = write_scenes(tmp_path / "scenes", images=1, masks=False)
     assert main(["inference", "-e", inference_spec(tmp_path, resume, scenes)]) == 0
     assert len(labels_of(tmp_path)) == 2
+
+
+def test_teacher_mixed_and_flip_answer_as_published(tmp_path: Path) -> None:
+    foreign = from_tao(state_dict(TAO), "published")
+    network = MalNetwork(foreign.model)
+    network.load_state_dict(foreign.weights)
+    config = LabelerConfig(crop_size=224, margin_rate=0.6, compat=Compat.TAO)
+    labeler = Labeler(network, config, precision="float32")
+    coco = read_coco(fixture("k_e2e_boxes.json"))
+    first = coco.annotations[:4]
+    image_dir = fixture("k_e2e_images")
+    published = json.loads(fixture("k_e2e_variants.json").read_text())
+    for name, options in (
+        ("teacher", RunOptions(branch=Branch.TEACHER)),
+        ("mixed", RunOptions(branch=Branch.MIXED)),
+        ("flip", RunOptions(flip=True)),
+        ("flip_mixed", RunOptions(branch=Branch.MIXED, flip=True)),
+    ):
+        answers = label_boxes(
+            labeler,
+            [(coco.images[100], first)],
+            image_dir,
+            lambda _annotation, crop, probability: labeler.finish(crop, probability),
+            options=options,
+        )
+        for (_, label), row in zip(answers, published[name], strict=True):
+            assert isinstance(label, Label)
+            a, b = (coco_mask.decode(code).astype(bool) for code in (label.rle.to_coco(), row))
+            assert np.count_nonzero(a != b) <= 4
