@@ -22,7 +22,8 @@ from mal_train.labeling.images import read_image
 from mal_train.labeling.labeler import Label, Labeler, RunOptions, load_labeler
 from mal_train.labeling.settings import Branch, LabelerConfig
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
-from mal_train.model.network import MalNetwork, ModelConfig
+from mal_train.model.network import MalNetwork
+from tests.networks import spread_network
 
 READY_S = 120.0
 BIN = Path(sys.executable).parent
@@ -33,21 +34,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight scenes of different sizes' boxes, and a checkpoint whose masks are neither empty nor full."""
     folder = tmp_path_factory.mktemp("same")
     write_split(folder, "scenes", 8, 3, masks=True, settings=SceneSettings())
-    torch.manual_seed(1)
-    network = MalNetwork(
-        ModelConfig("vit-micro/16", mask_head_num_convs=2, mask_head_hidden_channel=16, mask_head_out_channel=16)
-    )
-    with torch.no_grad():
-        for half in (network.student, network.teacher):
-            # Filters without a common part let edges decide, so that each crop's logits spread round the middle.
-            last = half.roi_head.mlp2
-            last.weight.sub_(last.weight.mean(0)).mul_(2)
-            last.bias.sub_(last.bias.mean())
-            for name, weight in half.mask_head.named_parameters():
-                if name.endswith("weight"):
-                    weight.sub_(weight.mean((1, 2, 3), keepdim=True)).mul_(2)
-        for parameter in network.teacher.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.01)
+    network = spread_network()
     config = LabelerConfig(crop_size=64, mask_thres=_thresholds(network, folder))
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     save_checkpoint(folder / "model.malckpt", Checkpoint(network.config, config, weights, []), None)

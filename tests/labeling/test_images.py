@@ -121,7 +121,7 @@ def test_forged_chunk_length_is_a_decode_error() -> None:
 def test_limits_are_named() -> None:
     data = encode_png(noise())
     for limits in (ImageLimits(max_bytes=10), ImageLimits(max_pixels=100), ImageLimits(max_side=50)):
-        with pytest.raises(BadImage, match="at most|limit is") as caught:
+        with pytest.raises(BadImage, match=r"at most|limit is") as caught:
             decode_image(data, limits=limits)
         assert caught.value.reason == "IMAGE_TOO_LARGE"
 

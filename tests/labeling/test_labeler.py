@@ -13,7 +13,8 @@ from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOpt
 from mal_train.labeling.rle import Rle
 from mal_train.labeling.settings import Branch, Compat, LabelerConfig
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
-from mal_train.model.network import MalNetwork, ModelConfig, probabilities
+from mal_train.model.network import probabilities
+from tests.networks import spread_network
 from tests.reference import fixture
 
 IMAGE = np.random.default_rng(5).integers(0, 256, (90, 140, 3), dtype=np.uint8)
@@ -21,18 +22,8 @@ BOXES = [(5, 5, 30, 30), (60, 10, 70, 75), (100.25, 60.5, 50, 40), (0, 0, 140, 9
 
 
 def labeler(config: LabelerConfig | None = None, **options: str) -> Labeler:
-    torch.manual_seed(11)
-    network = MalNetwork(ModelConfig("vit-micro/16", mask_head_hidden_channel=16, mask_head_out_channel=16))
-    with torch.no_grad():
-        # Filters without a common part and stronger ones: logits spread round 0, masks are neither empty nor full.
-        for half in (network.student, network.teacher):
-            last = half.roi_head.mlp2
-            last.weight.sub_(last.weight.mean(0)).mul_(30)
-            last.bias.sub_(last.bias.mean())
-        # A teacher of its own, so that branches can differ.
-        for parameter in network.teacher.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.01)
-    default = LabelerConfig(crop_size=64, mask_thres=(0.5, 0.5, 0.5))
+    network = spread_network()
+    default = LabelerConfig(crop_size=64, mask_thres=(0.25, 0.25, 0.25))
     return Labeler(network, config or default, **({"precision": "float32"} | options))
 
 
