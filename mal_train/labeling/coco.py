@@ -7,7 +7,7 @@ an id used twice); every other fault belongs to one row, which stays in its plac
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -179,21 +179,21 @@ def parse_coco(raw: Any, name: str = "dataset") -> CocoFile:
     """
     if not isinstance(raw, dict):
         hint = " (a list is a COCO results file)" if isinstance(raw, list) else ""
-        raise BadDataset(f"{name}: holds {_kind(raw)}{hint}; an object with {', '.join(_REQUIRED)} is needed")
+        raise BadDataset(f"{name}: holds {kind(raw)}{hint}; an object with {', '.join(_REQUIRED)} is needed")
     missing = [key for key in _REQUIRED if key not in raw]
     if missing:
         raise BadDataset(f"{name}: has no {', '.join(map(repr, missing))}; a COCO file needs {', '.join(_REQUIRED)}")
     for key in _REQUIRED:
         if not isinstance(raw[key], list):
-            raise BadDataset(f"{name}: {key!r} is {_kind(raw[key])}; it must be a list")
+            raise BadDataset(f"{name}: {key!r} is {kind(raw[key])}; it must be a list")
     _refuse_duplicates(raw["images"], f"{name}: image id")
     _refuse_duplicates(raw["annotations"], f"{name}: annotation id")
 
     notes: list[str] = []
-    images = _read_images(raw["images"], notes)
+    images = read_images(raw["images"], notes)
     categories = [row for row in raw["categories"] if isinstance(row, dict)]
-    category_ids = _category_ids(raw["categories"], notes)
-    annotations = [_read_annotation(row, at, images, category_ids) for at, row in enumerate(raw["annotations"])]
+    known_categories = category_ids(raw["categories"], notes)
+    annotations = [read_annotation(row, at, images, known_categories) for at, row in enumerate(raw["annotations"])]
     return CocoFile(raw, images, annotations, categories, tuple(notes))
 
 
@@ -322,27 +322,51 @@ def labelled_file(
         provenance: what made the masks; stored under `PROVENANCE_KEY`, in place of an earlier one.
         keep: ids whose rows are copied as they are (masks that the user wants to keep).
     """
-    rows = []
-    for row, annotation in zip(coco.raw["annotations"], coco.annotations, strict=True):
-        if not isinstance(row, dict):
-            rows.append(row)
-        elif annotation.id is not None and annotation.id in answers:
-            rows.append(_answered(coco, row, annotation, answers[annotation.id]))
-        elif annotation.id is not None and annotation.id in keep:
-            rows.append(row)
-        elif annotation.problem is not None:
-            fields = error_fields(str(annotation.reason), annotation.problem)
-            rows.append(_answered(coco, row, annotation, fields))
-        elif annotation.iscrowd:
-            rows.append({**row, "flags": [str(Reason.CROWD)]})
-        else:
-            fields = error_fields(Reason.NOT_ANSWERED, f"{_called(annotation.id)}: no label was made")
-            rows.append(_answered(coco, row, annotation, fields))
+    rows = [
+        labelled_row(
+            row,
+            annotation,
+            coco.images,
+            None if annotation.id is None else answers.get(annotation.id),
+            is_kept=annotation.id is not None and annotation.id in keep,
+        )
+        for row, annotation in zip(coco.raw["annotations"], coco.annotations, strict=True)
+    ]
     labelled = {**coco.raw, "annotations": rows}
     labelled.pop(PROVENANCE_KEY, None)
     if provenance is not None:
         labelled[PROVENANCE_KEY] = dict(provenance)
     return labelled
+
+
+def labelled_row(
+    row: Any,
+    annotation: Annotation,
+    images: Mapping[JsonId, ImageInfo],
+    answer: Mapping[str, Any] | None,
+    *,
+    is_kept: bool = False,
+) -> Any:
+    """One row of `labelled_file`: `row` as the file holds it and `annotation` as it was read.
+
+    Args:
+        row: what stands in the file, of any type.
+        annotation: the same, read.
+        images: of the file, by id.
+        answer: `answer_fields` or `error_fields`; None when there is none.
+        is_kept: copied as it is unless there is an answer.
+    """
+    if not isinstance(row, dict):
+        return row
+    if answer is None and is_kept:
+        return row
+    if answer is None and annotation.problem is None and annotation.iscrowd:
+        return {**row, "flags": [str(Reason.CROWD)]}
+    if answer is None:
+        missing = Reason.NOT_ANSWERED, f"{_called(annotation.id)}: no label was made"
+        reason, text = missing if annotation.problem is None else (str(annotation.reason), annotation.problem)
+        answer = error_fields(reason, text)
+    return _answered(images, row, annotation, answer)
 
 
 def write_json_atomic(path: Path, obj: Mapping[str, Any]) -> None:
@@ -375,14 +399,14 @@ def _json_pieces(obj: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _answered(
-    coco: CocoFile, row: Mapping[str, Any], annotation: Annotation, fields: Mapping[str, Any]
+    images: Mapping[JsonId, ImageInfo], row: Mapping[str, Any], annotation: Annotation, fields: Mapping[str, Any]
 ) -> dict[str, Any]:
     # What an earlier run left must not stand beside this run's answer.
     answered = {key: value for key, value in row.items() if key not in ("error", "score", "flags", "agreement")}
     answered.setdefault("iscrowd", 0)
     if "error" not in fields:
         return {**answered, **fields}
-    image = coco.images.get(annotation.image_id) if annotation.image_id is not None else None
+    image = images.get(annotation.image_id) if annotation.image_id is not None else None
     answered.pop("segmentation", None)
     if image is not None and image.width is not None and image.height is not None:
         nothing = np.zeros((0, 0), dtype=np.bool_)
@@ -402,19 +426,37 @@ def _id_of(row: Mapping[str, Any], key: str) -> JsonId | None:
 
 
 def _refuse_duplicates(rows: Sequence[Any], what: str) -> None:
-    counts = Counter(row["id"] for row in rows if isinstance(row, dict) and _is_id(row.get("id")))
-    twice = [value for value, count in counts.items() if count > 1]
+    seen: set[JsonId] = set()
+    twice: dict[JsonId, None] = {}
+    for row in rows:
+        row_id = _id_of(row, "id") if isinstance(row, dict) else None
+        if row_id is not None:
+            note_id(row_id, seen, twice)
+    refuse_repeated(twice, what)
+
+
+def note_id(row_id: JsonId, seen: set[JsonId], twice: dict[JsonId, None]) -> None:
+    """Adds an id to `seen`, or to `twice` when it is there already."""
+    if row_id in seen:
+        twice[row_id] = None
+    seen.add(row_id)
+
+
+def refuse_repeated(repeated: Iterable[JsonId], what: str) -> None:
+    """Raises BadDataset when there are ids that stand more than once; lists the first few."""
+    twice = list(repeated)
     if twice:
         listed = ", ".join(_shown(value) for value in twice[:_LISTED])
         more = f" and {len(twice) - _LISTED} more" if len(twice) > _LISTED else ""
         raise BadDataset(f"{what} {listed}{more} used more than once; ids must be unique, so renumber them")
 
 
-def _read_images(rows: Sequence[Any], notes: list[str]) -> dict[JsonId, ImageInfo]:
+def read_images(rows: Iterable[Any], notes: list[str]) -> dict[JsonId, ImageInfo]:
+    """The rows of `images` by id; `notes` takes a sentence for each that has none."""
     images: dict[JsonId, ImageInfo] = {}
     for at, row in enumerate(rows):
         if not isinstance(row, dict):
-            notes.append(f"images[{at}]: {_kind(row)}; an object is needed")
+            notes.append(f"images[{at}]: {kind(row)}; an object is needed")
             continue
         image_id = _id_of(row, "id")
         if image_id is None:
@@ -446,7 +488,8 @@ def _side(value: object) -> int | None:
     return int(value) if value == int(value) else None
 
 
-def _category_ids(rows: Sequence[Any], notes: list[str]) -> set[JsonId]:
+def category_ids(rows: Iterable[Any], notes: list[str]) -> set[JsonId]:
+    """The ids of `categories`; `notes` takes a sentence for each row without one, or with one used before."""
     ids: set[JsonId] = set()
     for at, row in enumerate(rows):
         category_id = _id_of(row, "id") if isinstance(row, dict) else None
@@ -459,11 +502,12 @@ def _category_ids(rows: Sequence[Any], notes: list[str]) -> set[JsonId]:
     return ids
 
 
-def _read_annotation(
-    row: Any, at: int, images: Mapping[JsonId, ImageInfo], category_ids: Collection[JsonId]
+def read_annotation(
+    row: Any, at: int, images: Mapping[JsonId, ImageInfo], known_categories: Collection[JsonId]
 ) -> Annotation:
+    """Row `at` of `annotations` with the first fault that is found in it."""
     if not isinstance(row, dict):
-        problem = f"annotations[{at}]: {_kind(row)}; an object is needed"
+        problem = f"annotations[{at}]: {kind(row)}; an object is needed"
         return Annotation(None, None, None, NO_BOX, False, {}, problem, Reason.NOT_AN_OBJECT)
     annotation_id, image_id, category_id = (_id_of(row, key) for key in ("id", "image_id", "category_id"))
     box, box_fault = _read_box(row)
@@ -475,7 +519,7 @@ def _read_annotation(
         fault = Reason.IMAGE_UNKNOWN, _unknown_image(row, images)
     elif (image_problem := images[image_id].problem) is not None:
         fault = Reason.IMAGE_UNUSABLE, image_problem
-    elif category_id is None or category_id not in category_ids:
+    elif category_id is None or category_id not in known_categories:
         fault = (
             Reason.CATEGORY_UNKNOWN,
             f"category_id {_shown(row.get('category_id'))} is not among the categories of the file",
@@ -537,7 +581,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
+    """What a JSON value is, in words."""
     return {
         dict: "an object",
         list: "a list",
