@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Writes the Python stubs beside the .proto files; `generate.sh --check` fails when the committed ones differ.
+# Writes the Python stubs beside the .proto files; `generate.sh --check` fails when the committed ones differ, and
+# `generate.sh --tools` only makes the environment of the tools.
 #
 # The tools are pinned to the oldest grpcio that clients may run: newer stubs refuse older runtimes, and annotation tools
 # pin old ones. They live in their own environment (.venv-protos, or $PROTOS_VENV), made on the first call.
@@ -18,11 +19,13 @@ if ! [ -f "$venv/.pins" ] || [ "$(cat "$venv/.pins")" != "${pins[*]}" ]; then
 fi
 
 out=$here
-if [ "${1:-}" = --check ]; then
+if [ "${1:-}" = --tools ]; then
+    exit 0
+elif [ "${1:-}" = --check ]; then
     out=$(mktemp -d)
     trap 'rm -rf "$out"' EXIT
 elif [ $# -gt 0 ]; then
-    echo "usage: generate.sh [--check]" >&2
+    echo "usage: generate.sh [--check | --tools]" >&2
     exit 2
 fi
 

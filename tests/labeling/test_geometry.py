@@ -43,7 +43,8 @@ def test_crops_and_box_masks_equal_the_published_ones(image: str, margin: str) -
     data = np.load(fixture(f"d_crop_{image}_m{margin}.npz"))
     pixels = data["image"]
     for box, ext, crop, box_mask in zip(data["bbox_xywh"], data["ext"], data["crop"], data["boxmask"], strict=True):
-        box_xywh = tuple(float(v) for v in box)
+        x, y, w, h = (float(v) for v in box)
+        box_xywh = (x, y, w, h)
         window = geometry.test_window(box_xywh, float(margin))
         assert list(window) == ext.tolist()
         np.testing.assert_array_equal(geometry.resize_crop(geometry.cut(pixels, window), crop.shape[0]), crop)
@@ -127,7 +128,7 @@ def test_paste_undoes_crop_for_boxes_over_the_edge() -> None:
         inside, _ = geometry.check_box((x, y, *rng.uniform(15, 60, 2)), (90, 70))
         window = geometry.test_window(inside, 0.6)
         region = geometry.box_pixels(inside, (90, 70))
-        crop = geometry.resize_crop(geometry.cut(image, window), 128).astype(np.float32) / 255
+        crop = geometry.resize_crop(geometry.cut(image, window), 128).astype(np.float32) / np.float32(255)
         back = geometry.paste(crop, window, region)
         expected = smooth[region.row0 : region.row1, region.col0 : region.col1]
         assert back.shape == expected.shape
