@@ -169,6 +169,10 @@ class TrainConfig(_OneProcess):
         default=None,
         description="Fit mask_thres on the validation masks, into the checkpoint; null: unless compat is tao.",
     )
+    fit_calibration: bool | None = Field(
+        default=None,
+        description="Fit score to expected IoU on the validation masks, into the checkpoint; null: unless compat is tao.",
+    )
     loss_mil_weight: float = Field(default=4.0, ge=0.0, description="Weight of the multiple-instance loss.")
     loss_crf_weight: float = Field(default=0.5, ge=0.0, description="Weight of the mean-field loss.")
     loss_mil_step: int = Field(default=1000, ge=0, description="Steps over which the multiple-instance loss ramps up.")
@@ -236,7 +240,8 @@ class EvaluateConfig(_OneProcess):
     use_teacher_test: bool = Field(default=False, description="The teacher instead of the student.")
     use_flip_test: bool = Field(default=False, description="Average each crop with its mirror image.")
     precision: Precision = Field(
-        default="auto", description="Arithmetic of the network; auto: bfloat16 where it is fast."
+        default="auto",
+        description="Arithmetic of the network; auto: bfloat16 where it is fast, float32 under compat tao.",
     )
 
 
@@ -258,7 +263,8 @@ class InferenceConfig(_OneProcess):
         default=False, description="Read the file's masks too and report each one's IoU with the label."
     )
     precision: Precision = Field(
-        default="auto", description="Arithmetic of the network; auto: bfloat16 where it is fast."
+        default="auto",
+        description="Arithmetic of the network; auto: bfloat16 where it is fast, float32 under compat tao.",
     )
 
 
@@ -313,6 +319,13 @@ class Spec(Strict):
         if self.train.fit_thresholds is None:
             return self.compat is not Compat.TAO
         return self.train.fit_thresholds
+
+    @property
+    def fits_calibration(self) -> bool:
+        """Whether training fits the map from score to expected IoU on the validation masks."""
+        if self.train.fit_calibration is None:
+            return self.compat is not Compat.TAO
+        return self.train.fit_calibration
 
     def without_secrets(self) -> "Spec":
         """A copy that may be written down: a key stays only as a recipient, a file's path or a variable's name."""

@@ -19,7 +19,7 @@ from mal_train.labeling import geometry, rle
 from mal_train.labeling.geometry import Box, Region, Window
 from mal_train.labeling.images import RgbImage
 from mal_train.labeling.rle import Rle
-from mal_train.labeling.settings import Branch, Compat, LabelerConfig, network_branch, size_class
+from mal_train.labeling.settings import Branch, Compat, LabelerConfig, calibrated, network_branch, size_class
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint
 from mal_train.model.keys import DecryptionKey
 from mal_train.model.network import MalNetwork, normalise, probabilities
@@ -89,7 +89,8 @@ class Label:
 
     Attributes:
         rle: the mask in the whole image.
-        score: mean foreground probability over the mask's pixels, in [0, 1]; 0 for an empty mask.
+        score: mean foreground probability over the mask's pixels, in [0, 1], or the expected IoU where the checkpoint
+            carries a calibration; 0 for an empty mask.
         area: mask pixels.
         mask_box: tight box of the mask; None when it is empty.
         agreement: IoU of student's and teacher's masks, when asked.
@@ -112,7 +113,8 @@ class Labeler:
         network: weights of student and teacher; moved to the device and set to evaluation.
         config: crop, thresholds, clip rule.
         device: torch device name.
-        precision: number format of the network; masks are byte-equal across batch sizes only in float32 on a CPU.
+        precision: number format of the network; `auto` is float32 under `compat: tao`. Masks are byte-equal across
+            batch sizes only in float32 on a CPU.
     """
 
     def __init__(
@@ -124,6 +126,8 @@ class Labeler:
         precision: Precision | str = Precision.AUTO,
     ) -> None:
         self.device = torch.device(device)
+        if config.compat is Compat.TAO and precision == Precision.AUTO:
+            precision = Precision.FLOAT32  # whoever asks for the published numbers wants their digits, too
         self.dtype = resolve(precision, self.device)
         self.config = config
         self.network = network.to(self.device).eval()
@@ -166,11 +170,13 @@ class Labeler:
         code = rle.encode_region(mask, region.row0, region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
         # NumPy, not OpenCV: its sum depends on where the array happens to lie in memory, in the last digit.
-        score = float(foreground.sum(dtype=np.float64)) / area if area else 0.0
+        score = min(max(float(foreground.sum(dtype=np.float64)) / area, 0.0), 1.0) if area else 0.0
+        if self.config.calibration is not None:
+            score = calibrated(score, self.config.calibration)
         agreement = self._agreement(crop, probability, region, limit)
         return Label(
             rle=code,
-            score=min(max(score, 0.0), 1.0),
+            score=score,
             area=area,
             mask_box=rle.to_box(code),
             agreement=agreement,

@@ -12,6 +12,7 @@ import torch
 from mal_train.config import NetworkConfig, Spec
 from mal_train.errors import ConfigError, OutputError
 from mal_train.labeling.labeler import Labeler, load_labeler
+from mal_train.labeling.settings import LabelerConfig
 from mal_train.model.checkpoint import Checkpoint, sha256_of
 from mal_train.model.keys import DecryptionKey, EncryptionKey, parse_key
 from mal_train.model.network import ModelConfig
@@ -96,7 +97,25 @@ def open_labeler(
     labeler, content = load_labeler(path, key=open_with, device=device, precision=precision)
     if content.seal is not None and content.seal.how == "none":
         screen.say(f"{path}: not encrypted")
+    for line in _outvoted(spec, labeler.config):
+        screen.say(line)
     return labeler, content
+
+
+def _outvoted(spec: Spec, used: LabelerConfig) -> list[str]:
+    """A line for each field that the spec gives otherwise than the checkpoint, which is the one that counts."""
+    asked = spec.labeler_config()
+    fields = {
+        "dataset.crop_size": (spec.dataset, "crop_size", asked.crop_size, used.crop_size),
+        "train.test_margin_rate": (spec.train, "test_margin_rate", asked.margin_rate, used.margin_rate),
+        "train.mask_thres": (spec.train, "mask_thres", asked.mask_thres, used.mask_thres),
+        "compat": (spec, "compat", str(asked.compat), str(used.compat)),
+    }
+    return [
+        f"{name}: {given} in the spec, {stored} in the checkpoint; the checkpoint's is used"
+        for name, (section, field, given, stored) in fields.items()
+        if field in section.model_fields_set and given != stored
+    ]
 
 
 def provenance(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -107,6 +126,7 @@ def provenance(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         "checkpoint_sha256": sha256_of(path),
         "model": checkpoint.model.to_dict(),
         "labeler": checkpoint.labeler.to_dict(),
+        "score": checkpoint.labeler.score_meaning,
     }
 
 

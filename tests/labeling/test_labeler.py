@@ -233,3 +233,7 @@ def test_device_failures_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_no_boxes_give_no_labels() -> None:
     assert labeler().label(IMAGE, []) == []
+
+
+def test_auto_precision_keeps_the_published_digits_under_compat_tao() -> None:
+    assert labeler(LabelerConfig(crop_size=64, compat=Compat.TAO), precision="auto").dtype is torch.float32
