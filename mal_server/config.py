@@ -25,19 +25,51 @@ class Listen(Strict):
         description="Address to listen on: 127.0.0.1 or ::1 for this machine alone, 0.0.0.0 or :: for every interface.",
     )
     port: int = Field(default=50051, ge=0, le=65535, description="TCP port; 0 takes a free one and prints it.")
+    tls_certificate: Path | None = Field(
+        default=None,
+        description="PEM file of the server's certificate and the chain above it, read at the start. null: traffic is "
+        "not encrypted.",
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file of the certificate's private key, unencrypted.")
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file of the authorities whose certificates clients must show (mTLS), also for health checks.\n"
+        "null: clients need none.",
+    )
     allow_plaintext: bool = Field(
         default=False,
-        description="Traffic is not encrypted: a host other than loopback is refused unless this is true. Set it only "
-        "on a network\nthat is private to the server and its clients, or behind a proxy that ends TLS.",
+        description="Without a certificate a host other than loopback is refused unless this is true. Set it only on a "
+        "network\nthat is private to the server and its clients, or behind a proxy that ends TLS.",
     )
 
     @model_validator(mode="after")
     def _plaintext_stays_here(self) -> Self:
-        if not self.allow_plaintext and not _is_loopback(self.host):
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("listen.tls_certificate, listen.tls_key: give both or neither")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("listen.tls_client_ca: without listen.tls_certificate nobody is asked for a certificate")
+        if self.tls_certificate is None and not self.allow_plaintext and not _is_loopback(self.host):
             raise ValueError(
                 f"listen.host: {self.host!r} is reachable from other machines and the traffic is not encrypted; use "
-                "127.0.0.1 or ::1, or set listen.allow_plaintext: true"
+                "127.0.0.1 or ::1, give listen.tls_certificate and listen.tls_key, or set listen.allow_plaintext: true"
             )
+        return self
+
+
+Scope = Literal["label", "evaluate", "admin"]
+
+
+class TokenSetting(Strict):
+    """One client's token."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.@-]+$")
+    token: str
+    scopes: tuple[Scope, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _secret_stays_elsewhere(self) -> Self:
+        if not self.token.startswith(("file:", "env:")):
+            raise ValueError("token: give file:PATH or env:NAME; the token itself does not belong into this file")
         return self
 
 
@@ -130,6 +162,14 @@ class ServerConfig(Strict):
         le=3600.0,
         description="After that: how long running calls may take to finish before they are cancelled.",
     )
+    tokens: tuple[TokenSetting, ...] = Field(
+        default=(),
+        repr=False,
+        description="Who may call; [] = everybody who reaches the port. Entries such as\n"
+        "  - {name: annotators, token: file:/run/secrets/annotators, scopes: [label]}\n"
+        "token is file:PATH or env:NAME of 16 or more characters; scopes are label, evaluate, and admin, which holds "
+        "both.\nHealth checks need none. A token is a password: without TLS the network can read it.",
+    )
     listen: Listen = Field(default_factory=Listen, description="Where the server listens.")
     limits: Limits = Field(default_factory=Limits, description="What requests must keep to.")
 
@@ -142,6 +182,8 @@ class ServerConfig(Strict):
             )
         if len(set(self.gpu_ids)) != len(self.gpu_ids):
             raise ValueError(f"gpu_ids: {list(self.gpu_ids)} names a GPU twice")
+        if len({token.name for token in self.tokens}) != len(self.tokens):
+            raise ValueError("tokens: a name stands twice")
         return self
 
     @property

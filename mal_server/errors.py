@@ -2,7 +2,9 @@
 
     MalError
     ├── InputError
-    │   └── RequestRefused    fields of a request break the contract; nothing was started
+    │   ├── RequestRefused    fields of a request break the contract; nothing was started
+    │   ├── UnknownCaller     a call shows no token, or one that is not known
+    │   └── NotAllowed        its token lacks the method's scope
     └── NotReady              the model is not loaded yet
 
 `Overloaded` stays in the batcher, which knows of nothing else.
@@ -19,6 +21,14 @@ class RequestRefused(InputError):
     def __init__(self, violations: Sequence[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{field}: {text}" for field, text in violations))
         self.violations = tuple(violations)
+
+
+class UnknownCaller(InputError):
+    """A call whose caller is not known."""
+
+
+class NotAllowed(InputError):
+    """A call whose caller is known and may not make it."""
 
 
 class NotReady(MalError):

@@ -1,5 +1,7 @@
 """Turns errors into statuses and logs one line a call. The only file that knows status codes.
 
+    UNAUTHENTICATED    UnknownCaller (reason NO_TOKEN)
+    PERMISSION_DENIED  NotAllowed (reason MISSING_SCOPE)
     INVALID_ARGUMENT   RequestRefused (BadRequest: field paths) · BadImage (reason IMAGE_…) · BadBox (reason BAD_BOX)
     UNAVAILABLE        NotReady · Overloaded; with RetryInfo and the trailer grpc-retry-pushback-ms
     INTERNAL           OutOfDeviceMemory (reason OUT_OF_MEMORY) · everything else: the trace goes to the log under an
@@ -20,8 +22,9 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from mal_server.access import Access
 from mal_server.batcher import Overloaded
-from mal_server.errors import NotReady, RequestRefused
+from mal_server.errors import NotAllowed, NotReady, RequestRefused, UnknownCaller
 from mal_train.errors import BadBox, BadImage, OutOfDeviceMemory
 
 log = logging.getLogger(__name__)
@@ -59,7 +62,14 @@ def _logged(error: Exception) -> str:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Wraps the handlers of our services; gRPC's own (health) pass untouched."""
+    """Asks for tokens and wraps the handlers of our services; gRPC's own (health) pass unwrapped.
+
+    Args:
+        access: decides who may call.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
 
     async def intercept_service(
         self,
@@ -69,6 +79,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """The handler of the method, guarded: no error but a cancellation leaves it without a status of ours."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
+        try:
+            self._access.caller(method, handler_call_details.invocation_metadata or ())
+        except (UnknownCaller, NotAllowed) as error:
+            return _refusing(method, error)
         if handler is None or not method.startswith(f"/{DOMAIN}."):
             return handler
         codecs = {
@@ -82,6 +96,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 _guard_stream(method, handler.stream_stream, _readable_all), **codecs
             )
         return grpc.unary_stream_rpc_method_handler(_guard_stream(method, handler.unary_stream, _readable), **codecs)
+
+
+def _refusing(method: str, error: Exception) -> Any:
+    """A handler that ends the call at once. Streaming on both sides, whatever the method is: so nothing is read."""
+
+    async def refuse(requests: AsyncIterator[Any], context: Any) -> None:
+        await _Call(method).abort(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -171,6 +194,10 @@ def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
     """Code and details of an error that the contract names."""
     known: tuple[int, tuple[Message, ...]] | None = None
     match error:
+        case UnknownCaller():
+            known = code_pb2.UNAUTHENTICATED, (_info("NO_TOKEN"),)
+        case NotAllowed():
+            known = code_pb2.PERMISSION_DENIED, (_info("MISSING_SCOPE"),)
         case RequestRefused(violations=violations):
             known = code_pb2.INVALID_ARGUMENT, (_bad_request(violations),)
         case BadImage(reason=reason):

@@ -21,12 +21,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
+from mal_server.access import read_tokens
 from mal_server.batcher import Batcher
 from mal_server.config import ServerConfig
 from mal_server.interceptors import CallInterceptor
 from mal_server.loading import Loaded, ModelInfo, load_model, warm_up
 from mal_server.pipeline import CropBatcher, Pipeline
 from mal_server.service import EvaluationService, LabelingService, ModelService, Serving, Stage
+from mal_server.tls import server_credentials
 from mal_train.errors import ConfigError, OutputError
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,9 @@ class MalServer:
     Args:
         config: see `ServerConfig`.
         load: gives the model; runs in a thread.
+
+    Raises:
+        ConfigError: a certificate, key or token that cannot be used.
     """
 
     def __init__(self, config: ServerConfig, load: Load = load_model) -> None:
@@ -62,6 +67,8 @@ class MalServer:
         self._pool = ThreadPoolExecutor(config.threads or os.cpu_count(), thread_name_prefix="cpu")
         self._loaded: Loaded | None = None
         self._batcher: CropBatcher | None = None
+        self._access = read_tokens(config.tokens)
+        self._credentials = server_credentials(config.listen)
         self._server = self._build()
         self.address = ""
         """host:port once started, with the real port where 0 was asked for."""
@@ -77,7 +84,10 @@ class MalServer:
         for service in SERVICES:
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
-            bound = self._server.add_insecure_port(f"{shown}:{port}")
+            if self._credentials is None:
+                bound = self._server.add_insecure_port(f"{shown}:{port}")
+            else:
+                bound = self._server.add_secure_port(f"{shown}:{port}", self._credentials)
         except RuntimeError:
             bound = 0
         if bound == 0:
@@ -122,7 +132,7 @@ class MalServer:
     def _build(self) -> grpc.aio.Server:
         limits = self._config.limits
         server = grpc.aio.server(
-            interceptors=(CallInterceptor(),),
+            interceptors=(CallInterceptor(self._access),),
             options=(
                 ("grpc.max_receive_message_length", limits.max_request_bytes),
                 ("grpc.max_send_message_length", limits.max_response_bytes),

@@ -240,6 +240,7 @@ def _explain(detail: ErrorDetails, model_cls: type[BaseModel], retired: Mapping[
 def _is_secret(model_cls: type[BaseModel], path: str) -> bool:
     """Whether the field was declared with `repr=False`: its value then stays out of messages."""
     name, _, rest = path.partition(".")
+    name = name.partition("[")[0]
     field = model_cls.model_fields.get(name)
     if field is None:
         return False

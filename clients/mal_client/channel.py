@@ -1,8 +1,15 @@
-"""How a channel to the server is opened: message sizes, reconnecting, and the retries that gRPC makes by itself."""
+"""How a channel is opened: encryption, token, message sizes, reconnecting, and the retries that gRPC itself makes."""
 
+import ipaddress
 import json
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
+
+from mal_client.bearer import Bearer, aio_bearers
 from mal_train.errors import ConfigError
 
 RETRY_BUFFER_BYTES = 128 * 1024 * 1024
@@ -59,3 +66,97 @@ def checked_address(address: str) -> str:
     if not colon or not host or not (port.isdigit() or address.startswith(("unix:", "dns:", "ipv4:", "ipv6:"))):
         raise ConfigError(f"server address {address!r}: HOST:PORT is needed, for example localhost:50051")
     return address
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How one server is reached.
+
+    Attributes:
+        address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
+        tls: encrypt, and trust the public authorities that gRPC knows.
+        tls_ca: PEM file of the authority to trust instead; means `tls`.
+        client_cert: PEM file of the certificate that this client shows (mTLS), with the chain above it.
+        client_key: PEM file of its private key; None: it stands in `client_cert`.
+        token: shown with every call.
+    """
+
+    address: str
+    tls: bool = False
+    tls_ca: Path | str | None = None
+    client_cert: Path | str | None = None
+    client_key: Path | str | None = None
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where the parts do not go together."""
+        checked_address(self.address)
+        if self.client_key is not None and self.client_cert is None:
+            raise ConfigError(f"client_key {self.client_key}: give the certificate that it belongs to as client_cert")
+        if self.client_cert is not None and not self.is_encrypted:
+            raise ConfigError(f"client_cert {self.client_cert}: is only shown with TLS; give tls_ca, or set tls")
+        if self.token is None:
+            return
+        if not self.token or not all("!" <= character <= "~" for character in self.token):
+            raise ConfigError("token: it must be one word of printable ASCII characters")
+        if not self.is_encrypted and not _is_this_machine(self.address):
+            raise ConfigError(
+                f"{self.address}: without TLS everybody on the way could read the token; give tls_ca, or set tls"
+            )
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the channel uses TLS."""
+        return self.tls or self.tls_ca is not None
+
+    def open(self) -> grpc.Channel:
+        """A blocking channel. Raises ConfigError for files that cannot be read."""
+        if self.is_encrypted:
+            channel = grpc.secure_channel(self.address, self._credentials(), options=channel_options())
+        else:
+            channel = grpc.insecure_channel(self.address, options=channel_options())
+        return channel if self.token is None else grpc.intercept_channel(channel, Bearer(self.token))
+
+    def open_aio(self) -> grpc.aio.Channel:
+        """A channel of the running event loop; errors as `open`."""
+        interceptors = aio_bearers(self.token) if self.token is not None else ()
+        if self.is_encrypted:
+            return grpc.aio.secure_channel(
+                self.address, self._credentials(), options=channel_options(), interceptors=interceptors
+            )
+        return grpc.aio.insecure_channel(self.address, options=channel_options(), interceptors=interceptors)
+
+    def _credentials(self) -> grpc.ChannelCredentials:
+        authority, chain, key = (
+            _read_pem(path, name)
+            for path, name in (
+                (self.tls_ca, "tls_ca"),
+                (self.client_cert, "client_cert"),
+                (self.client_key if self.client_key is not None else self.client_cert, "client_key"),
+            )
+        )
+        return grpc.ssl_channel_credentials(authority, key, chain)
+
+
+def _is_this_machine(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read_pem(path: Path | str | None, name: str) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None
+    if b"-----BEGIN " not in data:
+        raise ConfigError(f"{name}: {path} is no PEM file")
+    return data

@@ -18,7 +18,7 @@ from mal_client.client import DEFAULT_TIMEOUT_S, Client
 from mal_client.dataset import client_version
 from mal_client.progress import ProgressDisplay
 from mal_client.types import DatasetResult, Evaluation, LabelOptions, ServerInfo
-from mal_train.errors import MalError
+from mal_train.errors import ConfigError, MalError
 from mal_train.labeling.settings import Branch
 
 SOME_FAILED = 3
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _label(arguments: argparse.Namespace) -> int:
-    with Client(arguments.server, timeout_s=arguments.timeout) as client, ProgressDisplay("label") as display:
+    with _client(arguments) as client, ProgressDisplay("label") as display:
         result = client.label_dataset(
             arguments.annotations,
             arguments.images,
@@ -65,7 +65,7 @@ def _label(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
-    with Client(arguments.server, timeout_s=arguments.timeout) as client:
+    with _client(arguments) as client:
         with ProgressDisplay("evaluate") as display:
             evaluation = client.evaluate(
                 arguments.annotations, arguments.images, options, worst_count=MAX_WORST, on_progress=display
@@ -83,9 +83,30 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    with Client(arguments.server, timeout_s=arguments.timeout) as client:
+    with _client(arguments) as client:
         print(_described(client.server_info()))
     return 0
+
+
+def _client(arguments: argparse.Namespace) -> Client:
+    return Client(
+        arguments.server,
+        timeout_s=arguments.timeout,
+        tls=arguments.tls,
+        tls_ca=arguments.tls_ca,
+        client_cert=arguments.client_cert,
+        client_key=arguments.client_key,
+        token=None if arguments.token_file is None else _read_token(arguments.token_file),
+    )
+
+
+def _read_token(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise ConfigError(f"--token-file {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--token-file {path}: holds characters that no token has") from None
 
 
 def _write_report(client: Client, arguments: argparse.Namespace, evaluation: Evaluation, options: LabelOptions) -> None:
@@ -179,6 +200,11 @@ def _command(
         metavar="S",
         help="seconds without any answer after which the server counts as lost (default %(default)g)",
     )
+    parser.add_argument("--tls", action="store_true", help="encrypt, trusting the public authorities")
+    parser.add_argument("--tls-ca", type=Path, metavar="CA.pem", help="encrypt, trusting this authority alone")
+    parser.add_argument("--client-cert", type=Path, metavar="CERT.pem", help="certificate to show the server")
+    parser.add_argument("--client-key", type=Path, metavar="KEY.pem", help="its key, if not in the same file")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the token that the server asks for")
     return parser
 
 

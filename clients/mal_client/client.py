@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import grpc.aio
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_client import codec
-from mal_client.channel import channel_options, checked_address
+from mal_client.channel import Connection
 from mal_client.errors import CallCancelled, from_rpc_error
 from mal_client.image_call import ImageCall, checked_boxes
 from mal_client.sources import encode
@@ -58,15 +59,30 @@ class Client:
     Args:
         address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
         timeout_s: deadline in seconds of one image's call; for a dataset job, how long the server may stay silent.
+        tls: encrypt, and trust the public authorities that gRPC knows.
+        tls_ca: PEM file of the authority to trust instead; means `tls`.
+        client_cert: PEM file of the certificate to show (mTLS).
+        client_key: PEM file of its private key; None: it stands in `client_cert`.
+        token: shown with every call; without TLS only to a server on this machine.
 
     Raises:
-        ConfigError: an address without a port.
+        ConfigError: an address without a port, files that cannot be read, a token that would travel in clear.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self.address = checked_address(address)
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: bool = False,
+        tls_ca: Path | str | None = None,
+        client_cert: Path | str | None = None,
+        client_key: Path | str | None = None,
+        token: str | None = None,
+    ) -> None:
+        self.address = address
         self.timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(self.address, options=channel_options())
+        self._channel = Connection(address, tls, tls_ca, client_cert, client_key, token).open()
         self._closed = threading.Event()
         self._limits: ServerLimits | None = None
 
@@ -243,9 +259,20 @@ class AsyncClient:
     Arguments and errors as `Client`.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self.address = checked_address(address)
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: bool = False,
+        tls_ca: Path | str | None = None,
+        client_cert: Path | str | None = None,
+        client_key: Path | str | None = None,
+        token: str | None = None,
+    ) -> None:
+        self.address = address
         self.timeout_s = timeout_s
+        self._connection = Connection(address, tls, tls_ca, client_cert, client_key, token)
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
         self._limits: ServerLimits | None = None
@@ -355,7 +382,7 @@ class AsyncClient:
         )
 
     async def _in_thread(self, job: Callable[[Client], Answer]) -> Answer:
-        with Client(self.address, timeout_s=self.timeout_s) as client:
+        with Client(**dataclasses.asdict(self._connection), timeout_s=self.timeout_s) as client:
             running = asyncio.ensure_future(asyncio.to_thread(job, client))
             try:
                 return await asyncio.shield(running)
@@ -371,7 +398,7 @@ class AsyncClient:
             raise CallCancelled(f"{self.address}: this client is closed; open a new one")
         if self._channel is None:
             # Not in __init__: the channel belongs to the loop that it is made in.
-            self._channel = grpc.aio.insecure_channel(self.address, options=channel_options())
+            self._channel = self._connection.open_aio()
         return self._channel
 
 
