@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from mal_train.errors import UnknownLayout
+from mal_train.model.backbones import BACKBONES
 from mal_train.model.network import MalNetwork, ModelConfig
-from mal_train.model.vit import VIT_SIZES
+from mal_train.model.vit import VitSize
 from mal_train.model.weightfile import read_weight_file
 
 CLASSIFIER = "backbone.head."
 """TAO leaves the backbone's ImageNet classifier in its checkpoints; no mask depends on it."""
+
+TAO_ARCHS = ("vit-deit-tiny/16", "vit-deit-small/16", "vit-mae-base/16", "vit-mae-large/16", "vit-mae-huge/14")
+"""Names that TAO documents; of several rows of one shape, such as DeiT-base and MAE-base, a checkpoint gets these."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,25 @@ def _model_of(tensors: Mapping[str, Tensor], name: str) -> ModelConfig:
     width, _, _, patch = tensors["student.backbone.patch_embed.proj.weight"].shape
     depth = _count(tensors, r"student\.backbone\.blocks\.(\d+)\.")
     convs = _count(tensors, r"student\.mask_head\.convs\.(\d+)\.")
-    rows = [arch for arch, row in VIT_SIZES.items() if (row.width, row.depth, row.patch) == (width, depth, patch)]
+    rows = [
+        arch
+        for arch, row in BACKBONES.items()
+        if isinstance(row, VitSize)
+        and row.variant == "plain"
+        and (row.width, row.depth, row.patch) == (width, depth, patch)
+    ]
     if not rows:
         raise UnknownLayout(
             f"{name}: a ViT of width {width}, depth {depth} and patch {patch}; no backbone of that size is known "
-            f"({', '.join(VIT_SIZES)})"
+            f"({', '.join(BACKBONES)})"
         )
     out = len(tensors.get(f"student.mask_head.convs.{convs - 1}.conv.weight", ()))
     hidden = len(tensors["student.mask_head.convs.0.conv.weight"])
-    # The last of equal rows: DeiT-base and MAE-base are one network, and MAE is TAO's default.
     return ModelConfig(
-        rows[-1], mask_head_num_convs=convs, mask_head_hidden_channel=hidden, mask_head_out_channel=max(out, 1)
+        next((arch for arch in rows if arch in TAO_ARCHS), rows[0]),
+        mask_head_num_convs=convs,
+        mask_head_hidden_channel=hidden,
+        mask_head_out_channel=max(out, 1),
     )
 
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from mal_train.errors import ConfigError
 from mal_train.labeling.settings import Branch
+from mal_train.model.backbones import backbone_size, build_backbone, check_crop_size
 from mal_train.model.heads import MaskHead, RoiHead, resize
-from mal_train.model.vit import build_vit, check_crop_size, vit_size
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -34,7 +34,7 @@ class ModelConfig:
     """Everything that shapes the network; travels in the checkpoint beside the weights.
 
     Attributes:
-        arch: a row of `mal_train.model.vit.VIT_SIZES`.
+        arch: a row of `mal_train.model.backbones.BACKBONES`.
         mask_head_num_convs: 3×3 convolutions in the mask head, ≥ 1.
         mask_head_hidden_channel: width between them, ≥ 1.
         mask_head_out_channel: D, width of pixel features and filters, ≥ 1.
@@ -55,7 +55,7 @@ class ModelConfig:
     vit_dpr: float = 0.0
 
     def __post_init__(self) -> None:
-        vit_size(self.arch)
+        backbone_size(self.arch)
         for name in (
             "mask_head_num_convs",
             "mask_head_hidden_channel",
@@ -110,8 +110,8 @@ class MaskNetwork(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_vit(config.arch, config.vit_dpr)
-        width, out = vit_size(config.arch).width, config.mask_head_out_channel
+        self.backbone = build_backbone(config.arch, config.vit_dpr)
+        width, out = backbone_size(config.arch).width, config.mask_head_out_channel
         self.roi_head = RoiHead(width, out)
         self.mask_head = MaskHead(
             width, config.mask_head_hidden_channel, out, config.mask_head_num_convs, config.mask_scale_ratio

@@ -5,6 +5,7 @@ silence. A stem, a position table and heads may be missing; the report names the
 """
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,11 +19,11 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from mal_train.errors import ConfigError, UnknownLayout
+from mal_train.model.backbones import BACKBONES
 from mal_train.model.checkpoint import load_checkpoint, read_header
 from mal_train.model.foreign import from_tao
 from mal_train.model.keys import DecryptionKey
 from mal_train.model.network import MalNetwork
-from mal_train.model.vit import VIT_SIZES
 from mal_train.model.weightfile import read_weight_file
 
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".malckpt")
@@ -31,6 +32,7 @@ PREFIXES = ("", "backbone.", "module.", "model.", "encoder.", "module.base_encod
 PART_OF_THE_ANSWER = re.compile(r"blocks\.|dist_token$|reg_token$|norm_pre\.|fc_norm\.")
 """Tensors that may neither lack nor be left over: with them or without, the backbone is another network."""
 UNKNOWN_LICENCE = "not stated in the file; look where it came from"
+UNKNOWN_ARCH_LICENCE = "none known: no weights are published for it, or their licence is not stated"
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,16 @@ def load_pretrained(network: MalNetwork, source: str, key: DecryptionKey | None 
         UnknownLayout: nothing in the source fits by name.
         CheckpointError: a `.malckpt` that cannot be opened.
     """
-    found = _student_names(_read(source, key), source)
     wanted = network.student.state_dict()
+    found = _student_names(_read(source, key), source)
+    if "backbone.reg_token" in wanted and "backbone.dist_token" in found:
+        found["backbone.reg_token"] = found.pop("backbone.dist_token")
     fitted: dict[str, Tensor] = {}
     resampled: list[str] = []
     for name, target in wanted.items():
         if name not in found:
             continue
-        fitted[name] = _fit(name, found[name], target, network.student.backbone.patch_embed.grid_size, source)
+        fitted[name] = _fit(name, found[name], target, source)
         if found[name].shape != target.shape:
             resampled.append(name)
     missing = tuple(name for name in wanted if name not in fitted)
@@ -103,9 +107,8 @@ def starting_weights_licence(source: str) -> str:
 
     For a `.malckpt`, the licence its provenance states. A local file cannot tell.
     """
-    if source in VIT_SIZES:
-        published = VIT_SIZES[source].pretrained
-        return starting_weights_licence(published) if published else "none: nothing is published for it"
+    if source in BACKBONES:
+        return BACKBONES[source].licence or UNKNOWN_ARCH_LICENCE
     if _is_file(source):
         if Path(source).suffix != ".malckpt":
             return UNKNOWN_LICENCE
@@ -123,7 +126,8 @@ def _is_file(source: str) -> bool:
 
 
 def _read(source: str, key: DecryptionKey | None) -> dict[str, Tensor]:
-    source = VIT_SIZES[source].pretrained or source if source in VIT_SIZES else source
+    if source in BACKBONES:
+        source = _published_name(source)
     if not _is_file(source):
         return _download(_checked_timm_name(source))
     path = Path(source)
@@ -133,16 +137,25 @@ def _read(source: str, key: DecryptionKey | None) -> dict[str, Tensor]:
     return from_tao(tensors, source).weights if any(name.startswith("student.") for name in tensors) else tensors
 
 
+def _published_name(arch: str) -> str:
+    name = BACKBONES[arch].pretrained
+    if name is None:
+        raise ConfigError(
+            f"pretrained weights {arch!r}: timm has none for this arch; give a file of them, or train from random"
+        )
+    return name
+
+
 def _checked_timm_name(source: str) -> str:
     if timm.is_model(source) and timm.models.is_model_pretrained(source):
         return source
     near = difflib.get_close_matches(
-        source, [*VIT_SIZES, *timm.list_pretrained("*vit*"), *timm.list_pretrained("deit*")], 1
+        source, [*BACKBONES, *timm.list_pretrained("*vit*"), *timm.list_pretrained("deit*")], 1
     )
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
         f"pretrained weights {source!r}: neither a file nor a timm model with published weights; {hint}"
-        f"For our backbones: {', '.join(sorted({size.pretrained for size in VIT_SIZES.values() if size.pretrained}))}"
+        f"For our backbones: {', '.join(sorted({size.pretrained for size in BACKBONES.values() if size.pretrained}))}"
     )
 
 
@@ -169,14 +182,16 @@ def _student_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tens
     raise UnknownLayout(f"pretrained weights {source}: nothing in it fits a ViT; its tensors are called {some}, …")
 
 
-def _fit(name: str, tensor: Tensor, target: Tensor, grid: tuple[int, int], source: str) -> Tensor:
+def _fit(name: str, tensor: Tensor, target: Tensor, source: str) -> Tensor:
     """`tensor` in the shape of `target`; only position table and patch convolution may differ."""
     if tensor.shape == target.shape:
         return tensor
     if name == "backbone.pos_embed" and tensor.shape[2:] == target.shape[2:]:
-        side = round((tensor.shape[1] - 1) ** 0.5)
-        if tensor.shape[1] == 1 + side * side:
-            table: Tensor = resample_abs_pos_embed(tensor.float(), list(grid), [side, side], num_prefix_tokens=1)
+        side = math.isqrt(target.shape[1])
+        extra = target.shape[1] - side * side  # positions of the class and distillation tokens
+        own = math.isqrt(max(tensor.shape[1] - extra, 0))
+        if own and tensor.shape[1] == extra + own * own:
+            table: Tensor = resample_abs_pos_embed(tensor.float(), [side, side], [own, own], num_prefix_tokens=extra)
             return table
     if name == "backbone.patch_embed.proj.weight" and tensor.shape[:2] == target.shape[:2]:
         kernel: Tensor = resample_patch_embed(tensor.float(), list(target.shape[2:]))

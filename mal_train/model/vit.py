@@ -1,11 +1,12 @@
-"""The ViT backbones: one table of sizes, and the network that turns a crop into one feature vector a patch.
+"""The ViT family of backbones: a network that turns a crop into one feature vector a patch.
 
-Adding a backbone of this family is adding a row to `VIT_SIZES`. Knows nothing of masks, teachers or files.
+Its members are rows of `mal_train.model.backbones`. Knows nothing of masks, teachers or files.
 
-Letters: N crops, S crop side in px, P patch side in px, h = w = S / P, C width, H heads, L tokens (1 + h·w), D = C / H.
+Letters: N crops, S crop side in px, P patch side in px, h = w = S / P, C width, H heads, D = C / H,
+L tokens: h·w, one class token, and one distillation token where there is one.
 """
 
-import difflib
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,17 +22,23 @@ from mal_train.errors import ConfigError
 
 @dataclass(frozen=True)
 class VitSize:
-    """One backbone.
+    """One backbone of the family.
 
     Attributes:
         width: C, channels of a token; a multiple of `heads`.
         depth: number of transformer blocks.
         heads: attention heads.
         patch: P, side of a patch in px. A crop side must be a multiple of it.
-        grid: side of the learned position table in patches; other crop sizes resample it (bicubic, antialiased).
+        grid: side of the learned position table in patches; other crop sizes resample it.
         stem: `linear` is one P×P convolution, as published DeiT and MAE weights have it; `conv` is log2(P) 3×3
             convolutions of stride 2, which learn faster from scratch and fit no published weights.
-        pretrained: timm's name of the weights published for it, None where there are none.
+        variant: `plain`; `distilled` has a second extra token, with a position of its own (Touvron et al., "Training
+            data-efficient image transformers", 2021); `deit3` has a learned scale at the end of each half of a block
+            and no position for the class token (Touvron et al., "DeiT III", 2022).
+        resample: how another crop size gets its positions: `antialias`, or `by_factor` as NVlabs and TAO up to 6.0
+            do it (`Vit._pos_embed`).
+        pretrained: timm's name of the weights published for it, None where timm has none.
+        licence: SPDX name of the licence of the weights published for it, None where none are or it is not stated.
     """
 
     width: int
@@ -40,41 +47,14 @@ class VitSize:
     patch: int = 16
     grid: int = 14
     stem: Literal["linear", "conv"] = "linear"
+    variant: Literal["plain", "distilled", "deit3"] = "plain"
+    resample: Literal["antialias", "by_factor"] = "antialias"
     pretrained: str | None = None
+    licence: str | None = None
 
-
-VIT_SIZES: dict[str, VitSize] = {
-    "vit-deit-tiny/16": VitSize(192, 12, 3, pretrained="deit_tiny_patch16_224.fb_in1k"),
-    "vit-deit-small/16": VitSize(384, 12, 6, pretrained="deit_small_patch16_224.fb_in1k"),
-    "vit-deit-base/16": VitSize(768, 12, 12, pretrained="deit_base_patch16_224.fb_in1k"),
-    "vit-mae-base/16": VitSize(768, 12, 12, pretrained="vit_base_patch16_224.mae"),
-    "vit-mae-large/16": VitSize(1024, 24, 16, pretrained="vit_large_patch16_224.mae"),
-    # The two below are for tests and for the demo, which trains from scratch on a CPU in minutes.
-    "vit-micro/16": VitSize(48, 2, 3, grid=8),
-    "vit-demo/8": VitSize(192, 4, 3, patch=8, grid=12, stem="conv"),
-}
-
-
-def vit_size(arch: str) -> VitSize:
-    """The row of `arch`; ConfigError names the nearest one otherwise."""
-    size = VIT_SIZES.get(arch)
-    if size is None:
-        near = difflib.get_close_matches(arch, VIT_SIZES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"model.arch: {arch!r} is no backbone; did you mean {near!r}? One of {', '.join(VIT_SIZES)}")
-    return size
-
-
-def check_crop_size(arch: str, crop_size: int) -> None:
-    """ConfigError, with the nearest sizes that fit, unless `crop_size` px is a positive multiple of the patch size."""
-    patch = vit_size(arch).patch
-    if crop_size >= patch and crop_size % patch == 0:
-        return
-    below = max(crop_size // patch, 1) * patch
-    near = f"{below} or {below + patch}" if crop_size > patch else str(patch)
-    raise ConfigError(
-        f"crop_size: {crop_size} px; {arch} cuts crops into patches of {patch} px, so it must be a positive multiple "
-        f"of {patch}: take {near}"
-    )
+    def build(self, drop_path: float = 0.0) -> "Vit":
+        """A randomly initialised network; `drop_path` as `mal_train.model.backbones.build_backbone` has it."""
+        return Vit(self, drop_path)
 
 
 class ConvStem(PatchEmbed):
@@ -125,6 +105,10 @@ def attention(q_NHLD: Tensor, k_NHLD: Tensor, v_NHLD: Tensor) -> Tensor:
     return torch.stack(each).view_as(q_NHLD)
 
 
+LAYER_SCALE_START = 1e-6
+"""Start of DeiT III's learned scales."""
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with timm's names for its weights."""
 
@@ -152,8 +136,8 @@ class VitBlock(Block):
 class Vit(VisionTransformer):
     """A plain ViT whose output is the map of its patch tokens.
 
-    MLP ratio 4, biases in qkv, LayerNorm eps 1e-6, a class token, a learned position table. The class token takes
-    part in attention and is dropped at the end, as the published method does.
+    MLP ratio 4, biases in qkv, LayerNorm eps 1e-6, a class token, a learned position table. The class token and the
+    distillation token take part in attention and are dropped at the end, as the published method does.
     """
 
     def __init__(self, size: VitSize, drop_path: float = 0.0) -> None:
@@ -169,8 +153,13 @@ class Vit(VisionTransformer):
             block_fn=VitBlock,
             embed_layer=ConvStem if size.stem == "conv" else PatchEmbed,
             dynamic_img_size=True,
+            # timm's register token is what a distillation token is: one more token, with a position.
+            reg_tokens=1 if size.variant == "distilled" else 0,
+            no_embed_class=size.variant == "deit3",
+            init_values=LAYER_SCALE_START if size.variant == "deit3" else None,
         )
         self.patch = size.patch
+        self.by_factor = size.resample == "by_factor"
 
     def forward(self, x_NCHW: Tensor) -> Tensor:  # type: ignore[override]  # timm's takes an attention mask too
         """Feature map (N, C, h, w) of crops (N, 3, S, S) after the final LayerNorm.
@@ -181,7 +170,25 @@ class Vit(VisionTransformer):
         tokens_NLC = self.forward_features(x_NCHW)[:, self.num_prefix_tokens :]
         return tokens_NLC.view(x_NCHW.shape[0], grid, grid, -1).permute(0, 3, 1, 2)
 
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """(N, h, w, C) → tokens (N, L, C): class token in front, positions added."""
+        if not self.by_factor:
+            return super()._pos_embed(x)
+        assert self.cls_token is not None
+        assert self.pos_embed is not None
+        crops, side = x.shape[0], x.shape[1]
+        table: Tensor = self.pos_embed
+        if side * side != table.shape[1] - 1:
+            table = torch.cat([table[:, :1], _positions_by_factor(table[:, 1:], side)], dim=1)
+        return torch.cat([self.cls_token.expand(crops, -1, -1), x.flatten(1, 2)], dim=1) + table
 
-def build_vit(arch: str, drop_path: float = 0.0) -> Vit:
-    """A randomly initialised backbone. `drop_path`: stochastic depth rate of the last block, rising linearly from 0."""
-    return Vit(vit_size(arch), drop_path)
+
+def _positions_by_factor(table_1LC: Tensor, side: int) -> Tensor:
+    """The position table of side² patches: bicubic, without antialias, sampled at (side + 0.1) / its own side.
+
+    The 0.1 kept the published code's output from losing a row to rounding; the sampling points move with it.
+    """
+    own = math.isqrt(table_1LC.shape[1])
+    map_1CHW = table_1LC.view(1, own, own, -1).permute(0, 3, 1, 2)
+    factor = (side + 0.1) / own
+    return functional.interpolate(map_1CHW, scale_factor=factor, mode="bicubic").flatten(2).transpose(1, 2)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mal_train.config import Spec, load_spec
 from mal_train.errors import ConfigError
+from mal_train.model.backbones import check_crop_size
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
 from mal_train.model.foreign import read_tao_checkpoint
 from mal_train.model.network import MalNetwork, ModelConfig
-from mal_train.model.vit import check_crop_size
 from mal_train.screen import Screen
 from mal_train.tasks.common import existing_file, keys_of, model_config, version
 

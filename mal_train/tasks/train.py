@@ -21,12 +21,12 @@ from mal_train.errors import BadDataset, ConfigError, OutOfDeviceMemory
 from mal_train.labeling.coco import CocoFile, read_coco
 from mal_train.labeling.evaluation import EvaluationReport
 from mal_train.losses.crf import MeanField
+from mal_train.model.backbones import check_crop_size
 from mal_train.model.checkpoint import Checkpoint, read_header
 from mal_train.model.keys import DecryptionKey
 from mal_train.model.network import MalNetwork, ModelConfig
 from mal_train.model.precision import Precision, resolve
 from mal_train.model.pretrained import load_pretrained, starting_weights_licence
-from mal_train.model.vit import check_crop_size
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
     choose_device,

@@ -70,6 +70,6 @@ def freeze_stages(network: MalNetwork, stages: Sequence[int]) -> list[str]:
 
 
 def _stages(network: MaskNetwork) -> Iterator[tuple[int, str, nn.Module]]:
-    yield 0, "patch_embed", network.backbone.patch_embed
-    for index, block in enumerate(network.backbone.blocks):
+    yield 0, "patch_embed", network.backbone.get_submodule("patch_embed")
+    for index, block in enumerate(network.backbone.get_submodule("blocks").children()):
         yield index + 1, f"blocks.{index}", block

@@ -65,6 +65,22 @@ def test_prefixes_and_wrappers_of_published_backbones_are_seen_through(tmp_path:
     assert same(ours, backbone())
 
 
+def test_a_moco_checkpoint_fills_the_backbone_from_its_base_encoder(tmp_path: Path) -> None:
+    weights = {f"module.base_encoder.{name}": tensor for name, tensor in backbone().items()}
+    weights |= {f"module.momentum_encoder.{name}": tensor + 1.0 for name, tensor in backbone().items()}
+    weights["module.predictor.0.weight"] = torch.zeros(4, 4)
+    ours = network()
+    content = {"epoch": 300, "arch": "vit_base", "state_dict": weights, "optimizer": {"state": {}}}
+    report = load_pretrained(ours, save(tmp_path / "vit-b-300ep.pth.tar", content))
+    assert same(ours, backbone())
+    assert "module.predictor.0.weight" in report.left_over
+
+
+def test_an_arch_whose_weights_timm_lacks_asks_for_a_file() -> None:
+    with pytest.raises(ConfigError, match="timm has none for this arch; give a file"):
+        load_pretrained(network(), "vit-mocov3-base/16")
+
+
 def test_safetensors_files_load(tmp_path: Path) -> None:
     save_file(backbone(), tmp_path / "a.safetensors")
     ours = network()
@@ -78,8 +94,7 @@ def test_another_grid_of_positions_is_resampled_and_told(tmp_path: Path) -> None
     ours = network()
     report = load_pretrained(ours, save(tmp_path / "a.pt", weights))
     assert report.resampled == ("backbone.pos_embed",)
-    table = ours.student.backbone.pos_embed
-    assert table is not None
+    table = ours.student.backbone.get_parameter("pos_embed")
     torch.testing.assert_close(table.detach()[:, 1:], torch.full((1, 64, 48), 0.5))
 
 

@@ -1,40 +1,51 @@
-"""The table of backbones, their sizes, the two stems, and our attention against torch's."""
+"""The ViT family: its variants against timm's, the two stems, and our attention against torch's."""
+
+from dataclasses import replace
+from typing import cast
 
 import pytest
+import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
 from mal_train.errors import ConfigError
-from mal_train.model import vit
-from mal_train.model.vit import VIT_SIZES, Vit, VitSize, attention, build_vit, check_crop_size, vit_size
+from mal_train.model import backbones, pretrained, vit
+from mal_train.model.backbones import backbone_size, build_backbone
+from mal_train.model.network import MalNetwork, ModelConfig
+from mal_train.model.vit import Vit, VitSize, attention
 
 
 @pytest.mark.parametrize(
-    ("arch", "millions"),
+    ("arch", "theirs"),
     [
-        ("vit-deit-tiny/16", 5.5),
-        ("vit-deit-small/16", 21.7),
-        ("vit-deit-base/16", 85.8),
-        ("vit-mae-base/16", 85.8),
-        ("vit-mae-large/16", 303.3),
+        ("vit-deit-small/16", "deit_small_patch16_224"),
+        ("vit-deit-base-distilled/16", "deit_base_distilled_patch16_224"),
+        ("vit-deit-iii-base-224/16", "deit3_base_patch16_224"),
     ],
 )
-def test_published_backbones_have_the_published_number_of_parameters(arch: str, millions: float) -> None:
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_vit(arch).parameters())
-    assert parameters / 1e6 == pytest.approx(millions, abs=0.06)
-
-
-def test_an_unknown_arch_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'vit-deit-small/16'"):
-        vit_size("vit-diet-small/16")
-
-
-@pytest.mark.parametrize("arch", sorted(VIT_SIZES))
-def test_every_row_takes_crops_of_its_patch_size(arch: str) -> None:
-    check_crop_size(arch, 14 * VIT_SIZES[arch].patch)
-    with pytest.raises(ConfigError, match=r"crop_size: .* multiple of"):
-        check_crop_size(arch, 14 * VIT_SIZES[arch].patch + 1)
+def test_a_variant_is_timms_network_with_its_extra_tokens_dropped(
+    arch: str, theirs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two blocks tell everything, and fit in a test's time.
+    size = replace(cast(VitSize, backbone_size(arch)), depth=2)
+    monkeypatch.setitem(backbones.BACKBONES, arch, size)
+    torch.manual_seed(0)
+    donor = timm.create_model(theirs, depth=2, dynamic_img_size=True).eval()
+    assert isinstance(donor, VisionTransformer)
+    with torch.no_grad():
+        for name, parameter in donor.named_parameters():
+            if name.endswith(("_token", "gamma")):
+                torch.nn.init.normal_(parameter)
+    monkeypatch.setattr(pretrained, "_read", lambda source, key: donor.state_dict())
+    ours = MalNetwork(ModelConfig(arch, mask_head_hidden_channel=4, mask_head_out_channel=4)).eval()
+    report = pretrained.load_pretrained(ours, arch)
+    assert not any(name.startswith("backbone.") for name in report.missing)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        tokens = donor.forward_features(x)[:, donor.num_prefix_tokens :]
+        expected = tokens.transpose(1, 2).reshape(2, -1, 6, 6)
+        torch.testing.assert_close(ours.student.backbone(x), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stem", ["linear", "conv"])
@@ -48,7 +59,7 @@ def test_both_stems_give_one_vector_a_patch(stem: str, patch: int) -> None:
 
 def test_a_crops_features_depend_on_no_other_crop_of_the_batch() -> None:
     torch.manual_seed(0)
-    network = build_vit("vit-demo/8").eval()
+    network = build_backbone("vit-demo/8").eval()
     x = torch.randn(3, 3, 48, 48)
     with torch.inference_mode():
         torch.testing.assert_close(network(x)[:1], network(x[:1]), atol=1e-5, rtol=1e-4)
