@@ -25,13 +25,13 @@ from types import FrameType
 
 import numpy as np
 from mal_client.client import Client
-from mal_client.files import write_text_atomic
 from mal_client.overlays import Drawn, draw_labels, png_data_uri
 from mal_client.report import Card, build_report, contact_sheet, evaluation_sections, line_chart, section, table
 from mal_client.review import worst_cards
 from mal_client.types import AS_SERVED, Evaluation
 from PIL import Image
 
+from mal_train.atomic import write_text
 from mal_train.data.synthetic import CocoSplit, write_split
 from mal_train.errors import MalError, OutputError
 from mal_train.labeling import baselines
@@ -156,7 +156,7 @@ def run_demo(out: Path, size: Size, *, check_margin: bool) -> int:
                 pictures = write_overlays(out / "overlays", labelled.output, scenes.heldout.images)
                 metrics = out / "train" / "metrics.csv"
                 page = report_page(metrics, evaluation, references, worst=cards, pictures=pictures, stages=stages)
-                write_text_atomic(out / "report.html", page)
+                write_text(out / "report.html", page)
     finally:
         server.stop()
     return conclude(out, evaluation.overall.miou, references, stages, check_margin=check_margin)
@@ -229,7 +229,7 @@ def start_server(out: Path, checkpoint: Path) -> RunningServer:
         "gpu_ids: []",
         "drain_delay_s: 0",
     ]
-    write_text_atomic(config, "\n".join(lines) + "\n")
+    write_text(config, "\n".join(lines) + "\n")
     command = [_script("mal-server"), "serve", "-c", str(config), "--port-file", str(port_file), "listen.port=0"]
     say(f"      mal-server serve -c {config} listen.port=0")
     with log_file.open("wb") as log:

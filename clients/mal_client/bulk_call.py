@@ -1,14 +1,11 @@
-"""Bookkeeping of one bulk stream: which items are on their way, which must be sent again, when to give up.
+"""Bookkeeping of the bulk streams to one server: which items are on their way there, and when to give it up.
 
 Knows nothing of COCO and nothing of the channel: it makes requests on demand, within a bounded window, and takes the
-answers. Requests are drawn by gRPC's sending thread, answers come from the caller's; one lock stands between them.
+answers. Requests are drawn by gRPC's sending thread, answers come from the caller's; the pool's lock stands between.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +14,7 @@ from mal.v1 import labeling_pb2
 
 from mal_client import codec
 from mal_client.errors import (
+    RESPONSE_TOO_LARGE,
     CallTimedOut,
     ItemError,
     ModelChanged,
@@ -30,6 +28,7 @@ from mal_client.errors import (
 from mal_client.image_call import MAX_RESENDS
 from mal_client.sources import EncodedImage
 from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ModelRef
+from mal_client.work_pool import Item, WorkPool
 from mal_train.errors import BadImage
 
 MAX_BYTES_IN_FLIGHT = 96 * 1024 * 1024
@@ -43,15 +42,6 @@ LONGEST_PAUSE_S = 8.0
 
 
 @dataclass(frozen=True)
-class Item:
-    """One image and some of its boxes; `boxes` by the caller's keys, `item_id` unique within the job."""
-
-    item_id: str
-    boxes: dict[int, BoxXywh]
-    resends: int = 0
-
-
-@dataclass(frozen=True)
 class ItemAnswer:
     """What became of (some of) an item's boxes; a whole item's failure stands in `error` for all of its boxes."""
 
@@ -61,57 +51,53 @@ class ItemAnswer:
 
 
 class BulkCall:
-    """State of a job over as many streams as it takes.
+    """State of one server's part of a job, over as many streams as it takes.
 
     Use: open a stream over `requests()`, pass each message to `absorb`; when the stream closes call `ended`, when it
     fails `broke`; both end the generator that `requests` returned, and the next stream takes a new one.
 
     Args:
         address: for messages.
-        items: what to label; drawn as the window allows.
+        pool: what to label; shared with the calls to other servers.
         load: reads an item's image; BadImage fails that item alone.
+        fail: gets the items that fail so, from gRPC's sending thread.
         options: how boxes become masks.
         max_items: unanswered items at a time.
         silence_s: without any answer for so long the server counts as lost.
-        clock: monotonic seconds.
     """
 
     def __init__(
         self,
         *,
         address: str,
-        items: Iterator[Item],
+        pool: WorkPool,
         load: Callable[[Item], EncodedImage],
+        fail: Callable[[ItemAnswer], None],
         options: LabelOptions,
         max_items: int,
         silence_s: float,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.model: ModelRef | None = None
         self._address = address
-        self._items = items
+        self._pool = pool
         self._load = load
+        self._fail = fail
         self._options = options
         self._max_items = max(1, max_items)
         self._silence_s = silence_s
-        self._clock = clock
-        self._changed = threading.Condition()
+        self._clock = pool.clock
+        self._changed = pool.changed
         self._generation = 0
         self._in_flight: dict[str, tuple[Item, int]] = {}
-        self._again: deque[Item] = deque()
-        self._not_before = 0.0
-        self._exhausted = False
-        self._local_failures: list[ItemAnswer] = []
         self._fault: Exception | None = None
         self._breaks = 0
         self._breaking_since: float | None = None
-        self._waiting_since = clock()
+        self._waiting_since = self._clock()
 
     @property
     def done(self) -> bool:
-        """Everything is answered or failed for good."""
+        """Everything is answered or failed for good, here and at the other servers."""
         with self._changed:
-            return self._exhausted and not self._in_flight and not self._again
+            return self._pool.done
 
     def is_silent(self) -> bool:
         """The server owes an answer and has given none for `silence_s`."""
@@ -126,7 +112,7 @@ class BulkCall:
         return self._requests(generation)
 
     def absorb(self, response: labeling_pb2.LabelImagesResponse) -> list[ItemAnswer]:
-        """What one message settles for good, and with it what failed without being sent.
+        """What one message settles for good.
 
         Raises:
             ServerFailed: an answer to something that is not on its way.
@@ -135,16 +121,22 @@ class BulkCall:
         with self._changed:
             self._breaks, self._breaking_since, self._waiting_since = 0, None, self._clock()
             taken = self._in_flight.pop(response.item_id, None)
-            self._changed.notify_all()
             if taken is None:
                 raise ServerFailed(
                     f"{self._address}: answered item {response.item_id!r} twice or unasked; client and server do not "
                     "fit each other"
                 )
-            return [*self._take_local_failures(), *self._settle(taken[0], response)]
+            try:
+                answers = self._settle(taken[0], response)
+            except ServerFailed:
+                # Another server may do better.
+                self._pool.give_back([taken[0]])
+                raise
+            self._pool.settle()
+            return answers
 
-    def ended(self) -> list[ItemAnswer]:
-        """The stream closed without an error; what failed without being sent.
+    def ended(self) -> None:
+        """The stream closed without an error.
 
         Raises:
             ServerUnavailable: it closed although items had no answer, and so did those before it.
@@ -158,7 +150,6 @@ class BulkCall:
                         "unanswered; look into the server's log"
                     )
             self._restart()
-            return self._take_local_failures()
 
     def broke(self, error: grpc.RpcError) -> float:
         """Seconds to wait before a new stream takes up the unanswered items.
@@ -192,13 +183,6 @@ class BulkCall:
         with self._changed:
             self._restart()
 
-    def unanswered(self) -> Iterator[Item]:
-        """What is left when the job is given up."""
-        with self._changed:
-            self._restart()
-            yield from self._again
-            yield from self._items
-
     def _requests(self, generation: int) -> Iterator[labeling_pb2.LabelImagesRequest]:
         while (item := self._next(generation)) is not None:
             try:
@@ -216,33 +200,25 @@ class BulkCall:
 
     def _next(self, generation: int) -> Item | None:
         with self._changed:
-            while generation == self._generation:
+            while generation == self._generation and not self._pool.done:
                 pause_s: float | None = None
                 if self._has_room():
-                    item = self._draw()
+                    item = self._pool.take()
                     if item is not None:
+                        if not self._in_flight:
+                            # Nothing was owed before; the silence begins now.
+                            self._waiting_since = self._clock()
                         self._in_flight[item.item_id] = (item, 0)
                         return item
-                    if not self._in_flight and not self._again:
+                    pause_s = self._pool.wait_s()
+                    if self._pool.done:
                         return None
-                    if self._again:
-                        pause_s = max(0.001, self._not_before - self._clock())
                 self._changed.wait(pause_s)
             return None
 
     def _has_room(self) -> bool:
         size = sum(size for _, size in self._in_flight.values())
         return len(self._in_flight) < self._max_items and (not self._in_flight or size < MAX_BYTES_IN_FLIGHT)
-
-    def _draw(self) -> Item | None:
-        if self._again and self._clock() >= self._not_before:
-            return self._again.popleft()
-        if not self._exhausted:
-            item = next(self._items, None)
-            if item is not None:
-                return item
-            self._exhausted = True
-        return None
 
     def _weigh(self, generation: int, item: Item, size: int) -> bool:
         with self._changed:
@@ -254,20 +230,18 @@ class BulkCall:
 
     def _fail_locally(self, generation: int, item: Item, fault: BadImage) -> None:
         with self._changed:
-            if generation == self._generation:
-                del self._in_flight[item.item_id]
-                error = ItemError("INVALID_ARGUMENT", fault.reason, str(fault))
-                self._local_failures.append(ItemAnswer(item, error=error))
-                self._changed.notify_all()
-
-    def _take_local_failures(self) -> list[ItemAnswer]:
-        taken, self._local_failures = self._local_failures, []
-        return taken
+            if generation != self._generation:
+                return
+            del self._in_flight[item.item_id]
+        # Outside the lock: whoever takes it may be busy.
+        self._fail(ItemAnswer(item, error=ItemError("INVALID_ARGUMENT", fault.reason, str(fault))))
+        with self._changed:
+            self._pool.settle()
 
     def _settle(self, item: Item, response: labeling_pb2.LabelImagesResponse) -> list[ItemAnswer]:
         error = item_error(response.status)
         if error is not None:
-            if self._send_again(item, item.boxes, error.retry_after_s):
+            if self._send_again(item, item.boxes, error.retry_after_s) or self._send_halves(item, error):
                 return []
             return [ItemAnswer(item, error=error)]
         self._check_model(codec.model_ref(response.response.model))
@@ -291,23 +265,35 @@ class BulkCall:
     def _send_again(self, item: Item, boxes: dict[int, BoxXywh], wait_s: float | None) -> bool:
         if wait_s is None or item.resends >= MAX_RESENDS:
             return False
-        self._again.append(replace(item, boxes=boxes, resends=item.resends + 1))
-        self._not_before = max(self._not_before, self._clock() + wait_s)
+        self._pool.send_again([replace(item, boxes=boxes, resends=item.resends + 1)], wait_s)
+        return True
+
+    def _send_halves(self, item: Item, error: ItemError) -> bool:
+        """An item whose masks do not fit into one message goes in two parts."""
+        if error.reason != RESPONSE_TOO_LARGE or len(item.boxes) < 2:
+            return False
+        keys = list(item.boxes)
+        halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
+        self._pool.send_again(
+            replace(item, item_id=f"{item.item_id}.{at}", boxes={key: item.boxes[key] for key in half})
+            for at, half in enumerate(halves)
+        )
         return True
 
     def _check_model(self, model: ModelRef) -> None:
-        if self.model is not None and model.checkpoint_sha256 != self.model.checkpoint_sha256:
+        known = self._pool.model
+        if known is not None and model.checkpoint_sha256 != known.checkpoint_sha256:
             raise ModelChanged(
-                f"{self._address}: changed from checkpoint {self.model.checkpoint_sha256[:12]} to "
-                f"{model.checkpoint_sha256[:12]} during the job, so its masks would not belong together; start again"
+                f"{self._address}: changed from checkpoint {known.checkpoint_sha256[:12]} to "
+                f"{model.checkpoint_sha256[:12]} during the job, so its masks would not belong together; start again, "
+                "without the answers so far"
             )
-        self.model = model
+        self._pool.model = model
 
     def _restart(self) -> None:
         self._generation += 1
-        self._again.extendleft(item for item, _ in reversed(self._in_flight.values()))
+        self._pool.give_back(item for item, _ in self._in_flight.values())
         self._in_flight.clear()
-        self._changed.notify_all()
 
 
 def _retry_after(label: BoxLabel) -> float | None:

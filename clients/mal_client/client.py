@@ -26,7 +26,9 @@ from mal_client.image_call import ImageCall, checked_boxes
 from mal_client.sources import encode
 from mal_client.types import (
     AS_SERVED,
+    WHOLE_FILE,
     BoxLabel,
+    DatasetOptions,
     DatasetResult,
     Evaluation,
     LabelOptions,
@@ -170,39 +172,46 @@ class Client:
         images_dir: Path | str,
         output_json: Path | str,
         options: LabelOptions = AS_SERVED,
+        how: DatasetOptions = WHOLE_FILE,
         *,
-        only_missing: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
     ) -> DatasetResult:
-        """Labels every annotation of a COCO file and writes the file with masks; pixels are never held for long.
+        """Labels the annotations of a COCO file and writes the file with masks; memory holds neither pixels nor masks.
 
-        Nothing is written unless the job ran to its end. What failed keeps its fields, gets an `error`, and is listed
-        in the result and in an errors file beside the output.
+        The output appears when the job has run to its end. Until then a ledger beside it (`out.json.ledger`) keeps
+        the answers: a run that was killed goes on there when the same job is started again, and ends with the same
+        bytes. What failed keeps its fields, gets an `error`, and is listed in the result and in an errors file beside
+        the output. When the server is lost for good after some answers came, those are written and the rest is listed
+        as failed; the ledger then stays for the next run. `mal_client.dataset.label_dataset` takes several servers.
 
         Args:
-            coco_json: the annotations; masks in it are not looked at.
+            coco_json: the annotations.
             images_dir: the folder that `file_name` is relative to.
             output_json: where the COCO file with masks goes.
             options: how boxes become masks.
-            only_missing: keep masks that the input file holds; by default every mask is made anew.
+            how: which annotations are labelled and how they are written; by default every mask is made anew.
             on_progress: called after each answered image, from the calling thread.
+            on_notice: told in a sentence what the user should know, for example that an unfinished run goes on.
 
         Raises:
             BadDataset: the file is unusable as a whole, for example by duplicate ids; nothing was sent.
-            OutputError: the output cannot be written; an older output is intact.
+            OutputError: the output cannot be written, or another run is writing it; an older output is intact.
+            ConfigError: an unfinished run was another job: other input, checkpoint or options.
             ServerUnavailable, ServerFailed, RequestRefused, CallCancelled: the server was lost for good.
         """
         # Imported here: a dataset job brings OpenCV and pycocotools, which labelling single images need not wait for.
         from mal_client.dataset import label_dataset  # noqa: PLC0415
 
         return label_dataset(
-            self,
+            [self],
             Path(coco_json),
             Path(images_dir),
             Path(output_json),
             options,
-            only_missing=only_missing,
+            how=how,
             on_progress=on_progress,
+            on_notice=on_notice,
         )
 
     def evaluate(
@@ -354,14 +363,15 @@ class AsyncClient:
         images_dir: Path | str,
         output_json: Path | str,
         options: LabelOptions = AS_SERVED,
+        how: DatasetOptions = WHOLE_FILE,
         *,
-        only_missing: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
     ) -> DatasetResult:
-        """As `Client.label_dataset`, in a thread of its own; `on_progress` is called from that thread."""
+        """As `Client.label_dataset`, in a thread of its own; what it calls is called from that thread."""
         return await self._in_thread(
             lambda client: client.label_dataset(
-                coco_json, images_dir, output_json, options, only_missing=only_missing, on_progress=on_progress
+                coco_json, images_dir, output_json, options, how, on_progress=on_progress, on_notice=on_notice
             )
         )
 

@@ -1,31 +1,31 @@
-"""Labels a whole COCO file through one bulk stream: every annotation answered, or listed with the reason why not.
+"""Labels a whole COCO file through bulk streams: every annotation answered, or listed with the reason why not.
 
-The client reads files and passes their bytes on; only the server decodes. What is held for the length of the job are
-the annotations and their run-length codes, never pixels.
+The client reads files and passes their bytes on; only the server decodes. Answers go to a ledger on disk as they come
+and from there into the output, so memory holds neither pixels nor masks, and a killed run is taken up where it ended.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import grpc
-from mal.v1 import labeling_pb2_grpc
-
-from mal_client.bulk_call import BulkCall, Item, ItemAnswer
-from mal_client.errors import CallTimedOut, ItemError, ServerFailed, ServerUnavailable
-from mal_client.files import write_text_atomic
+from mal_client.bulk_call import ItemAnswer
+from mal_client.errors import CallTimedOut, ItemError, ServerUnavailable
+from mal_client.fleet import Fleet, OnNotice, ServersLost
 from mal_client.image_call import check_image_size
+from mal_client.ledger import Answer, Ledger, ledger_path
 from mal_client.sources import EncodedImage, not_found, read_file
 from mal_client.types import (
+    FAILED_LISTED,
+    WHOLE_FILE,
     BoxLabel,
+    DatasetOptions,
     DatasetResult,
     FailedAnnotation,
     LabelOptions,
@@ -34,18 +34,14 @@ from mal_client.types import (
     ServerInfo,
     ServerLimits,
 )
-from mal_train.errors import MalError, OutputError
-from mal_train.labeling.coco import (
-    Annotation,
-    CocoFile,
-    ImageInfo,
-    answer_fields,
-    by_image,
-    error_fields,
-    labelled_file,
-    read_coco,
-    write_json_atomic,
-)
+from mal_client.version import client_version
+from mal_client.work import Plan, Work, read_work
+from mal_client.work_pool import WorkPool
+from mal_train.atomic import replacing
+from mal_train.errors import ConfigError, OutputError
+from mal_train.labeling.coco import Annotation, ImageInfo, answer_fields, error_fields, labelled_row
+from mal_train.labeling.coco_stream import write_changed
+from mal_train.labeling.rle import Rle, to_box
 
 if TYPE_CHECKING:
     from mal_client.client import Client
@@ -53,67 +49,39 @@ if TYPE_CHECKING:
 OnProgress = Callable[[Progress], None]
 
 
-@dataclass
-class _Job:
-    """What is known so far. Rows are named by their place in the file, since ids may be of any type or missing."""
-
-    coco: CocoFile
-    images: dict[str, ImageInfo] = field(default_factory=dict)
-    answers: dict[Any, Mapping[str, Any]] = field(default_factory=dict)
-    failed: dict[int, ItemError] = field(default_factory=dict)
-    images_done: set[str] = field(default_factory=set)
-    boxes_done: int = 0
-    labelled: int = 0
-
-    def progress(self) -> Progress:
-        return Progress(len(self.images_done), len(self.images), self.boxes_done, len(self.failed))
-
-
 def label_dataset(
-    client: Client,
+    clients: Sequence[Client],
     coco_json: Path,
     images_dir: Path,
     output_json: Path,
     options: LabelOptions,
     *,
-    only_missing: bool = False,
+    how: DatasetOptions = WHOLE_FILE,
     on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
 ) -> DatasetResult:
-    """See `Client.label_dataset`.
+    """See `Client.label_dataset`; here the work is shared by the servers of several clients.
 
-    When the server is lost for good after some answers came, those are written and the rest is listed as failed: a
-    later run with `only_missing` on the output takes up what is missing. Lost before any answer, it is an exception.
+    Raises:
+        ConfigError: the servers do not serve the same; or an unfinished run was another job.
     """
-    coco = read_coco(coco_json)
+    tell = on_notice or (lambda _: None)
     check_writable(output_json)
-    info = client.server_info()
-    keep = {row.id for row in coco.annotations if only_missing and row.id is not None and has_mask(row)}
-    job = _Job(coco)
-    items = list(_items(job, keep, max(1, info.limits.max_boxes)))
-    _note_unusable_rows(job, keep)
-    load = image_loader(images_dir, job.images, info.limits)
-    call = BulkCall(
-        address=client.address,
-        items=iter(items),
-        load=lambda item: load(item.item_id),
-        options=options,
-        max_items=info.limits.max_items_in_flight,
-        silence_s=client.timeout_s,
-    )
-    if items:
-        _run(client, job, call, on_progress)
-
-    failed = tuple(_failed_rows(job))
-    provenance = _provenance(info, call.model or info.model, options)
-    write_json_atomic(output_json, labelled_file(coco, job.answers, provenance, keep))
-    errors_file = write_errors(output_json, failed)
-    copied = len(coco.annotations) - job.labelled - len(failed)
-    return DatasetResult(output_json, errors_file, job.labelled, copied, failed, call.model)
-
-
-def has_mask(row: Annotation) -> bool:
-    """Whether a row already holds a mask worth keeping: crowd regions are copied anyway, failed rows hold none."""
-    return bool(row.raw.get("segmentation")) and "error" not in row.raw and not row.iscrowd
+    work = read_work(coco_json, how)
+    servers = _servers(clients, options, tell)
+    provenance = _provenance(servers[0][1], options)
+    manifest = _manifest(work, images_dir, how, provenance)
+    path = ledger_path(output_json)
+    with Ledger(path, work.head.count, manifest, restart=how.restart) as ledger, ExitStack() as cleanup:
+        cleanup.callback(_remove_if_empty, ledger)
+        job = _Job(work, ledger, on_progress)
+        if ledger.label_count:
+            tell(f"{path}: going on with an unfinished run; {ledger.label_count} of {work.asked()} boxes are answered")
+        fault = _label_rest(job, servers, image_loader(images_dir, servers[0][1].limits), options, tell)
+        result = _write(job, output_json, provenance, how, fault)
+        if result.is_final:
+            ledger.remove()
+        return replace(result, model=_model(servers[0][1], options))
 
 
 def check_writable(output_json: Path) -> None:
@@ -124,13 +92,10 @@ def check_writable(output_json: Path) -> None:
         raise OutputError(f"{output_json}: its folder does not exist; make it first")
 
 
-def image_loader(
-    images_dir: Path, images: Mapping[str, ImageInfo], limits: ServerLimits
-) -> Callable[[str], EncodedImage]:
-    """Reads an item's file as it is stored; BadImage for one that is missing or that the server would not take."""
+def image_loader(images_dir: Path, limits: ServerLimits) -> Callable[[ImageInfo], EncodedImage]:
+    """Reads an image's file as it is stored; BadImage for one that is missing or that the server would not take."""
 
-    def load(item_id: str) -> EncodedImage:
-        image = images[item_id]
+    def load(image: ImageInfo) -> EncodedImage:
         path = images_dir / image.file_name
         try:
             check_image_size(path.stat().st_size, limits, str(path))
@@ -142,124 +107,204 @@ def image_loader(
     return load
 
 
-@contextmanager
-def watchdog(is_silent: Callable[[], bool], cancel: Callable[[], object], every_s: float = 0.5) -> Iterator[None]:
-    """Cancels a stream that has gone silent: waiting for a message knows no time limit of its own."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(every_s):
-            if is_silent():
-                cancel()
-
-    thread = threading.Thread(target=watch, name="mal-client-watchdog", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def errors_path(output_json: Path) -> Path:
     """Where a job's failures are listed: `out.errors.jsonl` beside `out.json`."""
     return output_json.with_name(f"{output_json.stem}.errors.jsonl")
 
 
-def write_errors(output_json: Path, failed: tuple[FailedAnnotation, ...]) -> Path | None:
-    """Lists failures beside the output, one JSON object a line; removes an earlier list when there are none."""
-    path = errors_path(output_json)
-    if failed:
-        write_text_atomic(path, "".join(f"{json.dumps(row.to_dict())}\n" for row in failed))
-        return path
-    path.unlink(missing_ok=True)
+class _Job:
+    """What is known so far: answers in the ledger, and what counts for progress. Rows are named by their place."""
+
+    def __init__(self, work: Work, ledger: Ledger, on_progress: OnProgress | None) -> None:
+        self.work = work
+        self.ledger = ledger
+        self.rest = work.remaining(ledger.has_label)
+        self.refused: dict[int, ItemError] = {}
+        """Rows that the server wanted again too often: failed, but not for good."""
+        self._on_progress = on_progress
+        self._images_open = self.rest.images_open()
+        self._failed = work.plans.count(Plan.FAULTY)
+
+    def take(self, answer: ItemAnswer) -> None:
+        """Stores what an item's boxes got."""
+        image = self.work.image_of(answer.item.item_id)
+        about_image = None if answer.error is None else _about_image(answer.error, image)
+        found: dict[int, Answer] = {}
+        for at in answer.item.boxes:
+            error = about_image or answer.labels[at].error
+            if error is None:
+                found[at] = {"label": _fields(answer.labels[at])}
+                continue
+            self._failed += 1
+            if error.code == "UNAVAILABLE":
+                self.refused[at] = error
+            else:
+                found[at] = {"failed": [error.code, error.reason, error.message]}
+        self.ledger.append(found)
+        self._count(answer)
+
+    def progress(self) -> Progress:
+        """How far the job is, with what an unfinished run left."""
+        total = self.rest.images_total
+        done = self.work.asked() - int(self.rest.boxes_left.sum())
+        return Progress(total - self._images_open, total, done, self._failed)
+
+    def _count(self, answer: ItemAnswer) -> None:
+        place = int(answer.item.item_id.partition(".")[0])
+        self.rest.boxes_left[place] -= len(answer.item.boxes)
+        self._images_open -= not self.rest.boxes_left[place]
+        if self._on_progress is not None:
+            self._on_progress(self.progress())
+
+
+def _servers(clients: Sequence[Client], options: LabelOptions, tell: OnNotice) -> list[tuple[Client, ServerInfo]]:
+    """The servers that answer, all with the same model and settings."""
+    servers: list[tuple[Client, ServerInfo]] = []
+    faults: list[ServerUnavailable | CallTimedOut] = []
+    for client in clients:
+        try:
+            servers.append((client, client.server_info()))
+        except (ServerUnavailable, CallTimedOut) as fault:
+            faults.append(fault)
+    if not servers:
+        raise faults[0]
+    for silent in faults:
+        tell(f"{silent}; {len(servers)} of {len(clients)} servers begin")
+    first, *others = [(client.address, _provenance(info, options)) for client, info in servers]
+    for address, provenance in others:
+        different = [
+            f"{key}: {provenance[key]!r}, not {value!r}" for key, value in first[1].items() if provenance[key] != value
+        ]
+        if different:
+            raise ConfigError(
+                f"{address}: serves something else than {first[0]} ({'; '.join(different)}), so their masks would not "
+                "belong together; give servers of one checkpoint, version and precision"
+            )
+    return servers
+
+
+def _label_rest(
+    job: _Job,
+    servers: Sequence[tuple[Client, ServerInfo]],
+    load: Callable[[ImageInfo], EncodedImage],
+    options: LabelOptions,
+    tell: OnNotice,
+) -> ItemError | None:
+    """Labels what is not answered yet; when the servers are lost after some answers came, what to say of the rest."""
+    if not len(job.rest.places):
+        return None
+    limits = [info.limits for _, info in servers]
+    pool = WorkPool(
+        job.rest.items(max(1, min(limit.max_boxes for limit in limits))), model=_model(servers[0][1], options)
+    )
+    fleet = Fleet(
+        [(client, info.limits.max_items_in_flight) for client, info in servers],
+        pool,
+        lambda item: load(job.work.image_of(item.item_id)),
+        options,
+        tell,
+    )
+    try:
+        with closing(fleet.answers()) as answers:
+            for answer in answers:
+                job.take(answer)
+    except ServersLost as lost:
+        if not job.ledger.label_count:
+            raise lost.fault from lost
+        return ItemError("UNAVAILABLE", "SERVER_LOST", f"not answered before the server was lost: {lost.fault}")
     return None
 
 
-def client_version() -> str:
-    """Version of the installed distribution; "unknown" when it runs from a source folder that is not installed."""
-    try:
-        return version("mask-auto-labeler")
-    except PackageNotFoundError:
-        return "unknown"
+class _Errors:
+    """The list of failures: all into the errors file, which is made with the first one, the first ones in memory."""
+
+    def __init__(self, path: Path, on_success: ExitStack) -> None:
+        self.count = 0
+        self.first: list[FailedAnnotation] = []
+        self._path = path
+        self._on_success = on_success
+        self._file: BinaryIO | None = None
+
+    def add(self, failed: FailedAnnotation) -> None:
+        """Lists one more."""
+        self.count += 1
+        if len(self.first) < FAILED_LISTED:
+            self.first.append(failed)
+        if self._file is None:
+            self._file = self._on_success.enter_context(replacing(self._path))
+        self._file.write(json.dumps(failed.to_dict()).encode() + b"\n")
 
 
-def _run(client: Client, job: _Job, call: BulkCall, on_progress: OnProgress | None) -> None:
-    """Opens streams until everything is answered or the server is lost."""
-    try:
-        while not call.done:
-            pause_s = _one_stream(client, call, job, on_progress)
-            client.pause(pause_s)
-    except (ServerUnavailable, CallTimedOut, ServerFailed) as lost:
-        if not job.labelled:
-            raise
-        _give_up(job, call, lost)
-    finally:
-        call.close()
+def _write(
+    job: _Job, output_json: Path, provenance: Mapping[str, Any], how: DatasetOptions, lost: ItemError | None
+) -> DatasetResult:
+    """Writes the labelled file and the list of failures beside it."""
+    work, ledger, images = job.work, job.ledger, job.work.head.images
+    unanswered = lost or ItemError("INTERNAL", "NOT_ANSWERED", "no label was made")
+    listed = errors_path(output_json)
+    labelled = 0
+    with ExitStack() as finish:
+        errors = _Errors(listed, finish)
 
-
-def _one_stream(client: Client, call: BulkCall, job: _Job, on_progress: OnProgress | None) -> float:
-    """Runs one stream to its end; seconds to wait before the next, if one is needed."""
-    stub = labeling_pb2_grpc.LabelingServiceStub(client.open_channel())
-    stream = stub.LabelImages(call.requests())
-    try:
-        with watchdog(call.is_silent, stream.cancel):
-            for response in stream:
-                _take(job, call.absorb(response), on_progress)
-        _take(job, call.ended(), on_progress)
-    except grpc.RpcError as error:
-        return call.broke(error)
-    finally:
-        stream.cancel()  # type: ignore[no-untyped-call]
-    return 0.0
-
-
-def _items(job: _Job, keep: set[Any], max_boxes: int) -> Iterator[Item]:
-    """The annotations to send, image by image; an image with more boxes than the server takes comes in parts."""
-    place = {id(row): at for at, row in enumerate(job.coco.annotations)}
-    for image, rows in by_image(job.coco):
-        boxes = {place[id(row)]: row.box_xywh for row in rows if _is_asked(row, keep)}
-        keys = list(boxes)
-        for start in range(0, len(keys), max_boxes):
-            item_id = str(len(job.images))
-            job.images[item_id] = image
-            yield Item(item_id, {key: boxes[key] for key in keys[start : start + max_boxes]})
-
-
-def _is_asked(row: Annotation, keep: set[Any]) -> bool:
-    return row.problem is None and not row.iscrowd and row.id not in keep
-
-
-def _note_unusable_rows(job: _Job, keep: set[Any]) -> None:
-    for at, row in enumerate(job.coco.annotations):
-        if row.problem is not None and row.id not in keep:
-            job.failed[at] = ItemError("INVALID_ARGUMENT", str(row.reason), row.problem)
-
-
-def _take(job: _Job, answers: list[ItemAnswer], on_progress: OnProgress | None) -> None:
-    for answer in answers:
-        for key in answer.item.boxes:
-            if answer.error is not None:
-                _record(job, key, _about_image(answer.error, job.images[answer.item.item_id]))
+        def change(at: int, row: Any, annotation: Annotation) -> Any:
+            nonlocal labelled
+            plan = work.plans[at]
+            if plan == Plan.FAULTY:
+                fault = ItemError("INVALID_ARGUMENT", str(annotation.reason), annotation.problem or "")
+            elif plan != Plan.ASK:
+                return labelled_row(row, annotation, images, None, is_kept=plan == Plan.KEEP)
             else:
-                label = answer.labels[key]
-                _record(job, key, label if label.error is None else _about_row(label.error, job.coco.annotations[key]))
-        job.images_done.add(answer.item.item_id)
-        if on_progress is not None:
-            on_progress(job.progress())
+                answer = ledger.answer(at) or {"failed": _parts(job.refused.get(at, unanswered))}
+                if "label" in answer:
+                    labelled += 1
+                    return _labelled(row, annotation, images, answer["label"], how)
+                fault = _about_row(ItemError(*answer["failed"]), annotation)
+            errors.add(_failed(annotation, images, fault))
+            # The words of a faulty row are found again by whoever reads it.
+            fields = None if plan == Plan.FAULTY else error_fields(fault.reason or fault.code, fault.message)
+            return labelled_row(row, annotation, images, fields)
+
+        write_changed(work.head, output_json, change, provenance)
+    if not errors.count:
+        listed.unlink(missing_ok=True)
+    return DatasetResult(
+        output=output_json,
+        errors_file=listed if errors.count else None,
+        labelled=labelled,
+        copied=work.head.count - labelled - errors.count,
+        failed=tuple(errors.first),
+        failed_count=errors.count,
+        is_final=lost is None and not job.refused,
+    )
 
 
-def _record(job: _Job, at: int, outcome: BoxLabel | ItemError) -> None:
-    row = job.coco.annotations[at]
-    job.boxes_done += 1
-    if isinstance(outcome, BoxLabel) and outcome.rle is not None:
-        job.labelled += 1
-        job.answers[row.id] = answer_fields(
-            outcome.rle.to_coco(), outcome.area, outcome.score, outcome.flags, outcome.agreement
-        )
-    elif isinstance(outcome, ItemError):
-        job.failed[at] = outcome
-        job.answers[row.id] = error_fields(outcome.reason or outcome.code, outcome.message)
+def _labelled(
+    row: Any, annotation: Annotation, images: Mapping[Any, ImageInfo], fields: Mapping[str, Any], how: DatasetOptions
+) -> Any:
+    changed = labelled_row(row, annotation, images, fields)
+    if how.update_bbox:
+        code = fields["segmentation"]
+        height, width = code["size"]
+        box = to_box(Rle(height, width, code["counts"].encode("ascii")))
+        # An empty mask has no box; the user's is better than none.
+        return changed if box is None else {**changed, "bbox": list(box)}
+    return changed
+
+
+def _fields(label: BoxLabel) -> dict[str, Any]:
+    if label.rle is None:
+        raise ValueError(f"box {label.index}: neither mask nor error")
+    return answer_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
+
+
+def _parts(error: ItemError) -> list[str]:
+    return [error.code, error.reason, error.message]
+
+
+def _failed(annotation: Annotation, images: Mapping[Any, ImageInfo], error: ItemError) -> FailedAnnotation:
+    image = None if annotation.image_id is None else images.get(annotation.image_id)
+    shown_id = annotation.raw.get("id") if annotation.id is None else annotation.id
+    return FailedAnnotation(shown_id, annotation.raw.get("image_id"), None if image is None else image.file_name, error)
 
 
 def _about_image(error: ItemError, image: ImageInfo) -> ItemError:
@@ -271,26 +316,35 @@ def _about_image(error: ItemError, image: ImageInfo) -> ItemError:
 
 def _about_row(error: ItemError, row: Annotation) -> ItemError:
     """The server counts the boxes of a request; the file has annotation ids."""
-    return replace(error, message=f"annotation {row.id!r}: {re.sub(r'^box -?[0-9]+: ', '', error.message)}")
+    found = re.match(r"box -?[0-9]+: ", error.message)
+    return error if found is None else replace(error, message=f"annotation {row.id!r}: {error.message[found.end() :]}")
 
 
-def _give_up(job: _Job, call: BulkCall, lost: MalError) -> None:
-    error = ItemError("UNAVAILABLE", "SERVER_LOST", f"not answered before the server was lost: {lost}")
-    for item in call.unanswered():
-        for key in item.boxes:
-            _record(job, key, error)
+def _remove_if_empty(ledger: Ledger) -> None:
+    """A run that ended before its first answer leaves nothing behind."""
+    if not ledger.label_count:
+        ledger.remove()
 
 
-def _failed_rows(job: _Job) -> Iterator[FailedAnnotation]:
-    for at, error in sorted(job.failed.items()):
-        row = job.coco.annotations[at]
-        image = None if row.image_id is None else job.coco.images.get(row.image_id)
-        shown_id = row.raw.get("id") if row.id is None else row.id
-        yield FailedAnnotation(shown_id, row.raw.get("image_id"), None if image is None else image.file_name, error)
+def _model(info: ServerInfo, options: LabelOptions) -> ModelRef:
+    """Which weights and network answer these options."""
+    return info.model if options.branch is None else replace(info.model, branch=options.branch)
 
 
-def _provenance(info: ServerInfo, model: ModelRef, options: LabelOptions) -> dict[str, Any]:
+def _manifest(work: Work, images_dir: Path, how: DatasetOptions, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answers of a job depend on; `update_bbox` and the like only change how they are written."""
+    return {
+        "input_sha256": work.head.sha256,
+        "images": os.path.realpath(images_dir),
+        "only": str(how.only),
+        "ids": sorted(map(repr, how.ids)),
+        **provenance,
+    }
+
+
+def _provenance(info: ServerInfo, options: LabelOptions) -> dict[str, Any]:
     """What made the masks: enough to make them again."""
+    model = _model(info, options)
     return {
         "model": model.name,
         "checkpoint_sha256": model.checkpoint_sha256,

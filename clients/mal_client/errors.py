@@ -25,6 +25,9 @@ from mal_train.errors import InputError, MalError
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
+RESPONSE_TOO_LARGE = "RESPONSE_TOO_LARGE"
+"""Reason of an item whose masks do not fit into one message; fewer boxes at a time may."""
+
 
 class ClientError(MalError):
     """A call to the server did not end well."""
@@ -107,7 +110,10 @@ def item_error(status: status_pb2.Status) -> ItemError | None:
         return None
     details = _read_details(status)
     message = status.message or "the server gave no reason"
-    return ItemError(_code_name(status.code), details.reason, message, details.retry_after_s)
+    # Violations carry no reason; the limit that the server names tells this one from other bad fields.
+    too_large = any("max_response_bytes" in violation.description for violation in details.violations)
+    reason = details.reason or (RESPONSE_TOO_LARGE if too_large else "")
+    return ItemError(_code_name(status.code), reason, message, details.retry_after_s)
 
 
 def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) -> MalError:

@@ -15,8 +15,9 @@ import grpc
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc
 
 from mal_client import codec
-from mal_client.dataset import OnProgress, image_loader, watchdog
+from mal_client.dataset import OnProgress, image_loader
 from mal_client.errors import CallTimedOut, ServerFailed, from_rpc_error, rpc_code, rpc_details
+from mal_client.fleet import watchdog
 from mal_client.types import Evaluation, LabelOptions, MeasuredInstance, Progress, ServerLimits
 from mal_train.errors import BadDataset, BadImage
 from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
@@ -66,7 +67,7 @@ class _Run:
         self._worst_count = worst_count
         self._work = [(image, rows) for image, rows in by_image(coco) if any(map(_has_truth, rows))]
         self._images = {str(at): image for at, (image, _) in enumerate(self._work)}
-        self._load = image_loader(images_dir, self._images, limits)
+        self._load = image_loader(images_dir, limits)
         self._category_keys = _category_keys(coco)
         self._category_ids = {key: category_id for category_id, key in self._category_keys.items()}
         self._place = {id(row): at for at, row in enumerate(coco.annotations)}
@@ -156,7 +157,7 @@ class _Run:
         if not truths:
             return None
         try:
-            return codec.evaluate_image(item_id, self._load(item_id), truths)
+            return codec.evaluate_image(item_id, self._load(image), truths)
         except BadImage as error:
             self._images_skipped += 1
             self._skipped[error.reason] += sum(not truth.is_crowd for truth in truths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-from mal_client.types import Progress
+from mal_client.types import DatasetResult, Progress
 
 LINE_EVERY_S = 5.0
 
@@ -30,6 +31,7 @@ class ProgressDisplay:
         self._clock = clock
         self._started = self._last_line = clock()
         self._bar: tqdm[Any] | None = None
+        self._begun_with: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -42,6 +44,9 @@ class ProgressDisplay:
 
     def __call__(self, progress: Progress) -> None:
         """Shows the state, at most one plain line in LINE_EVERY_S seconds, and always the last."""
+        if self._begun_with is None:
+            # What an unfinished run left says nothing about the speed of this one.
+            self._begun_with = max(0, progress.images_done - 1)
         if self._stream.isatty():
             self._show_bar(progress)
             return
@@ -50,20 +55,87 @@ class ProgressDisplay:
             self._last_line = self._clock()
             print(self._line(progress), file=self._stream, flush=True)
 
+    def notice(self, text: str) -> None:
+        """Says something once."""
+        tqdm.write(f"mal-client: {text}", file=self._stream)
+
     def _show_bar(self, progress: Progress) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=progress.images_total, desc=self._what, unit="image", file=self._stream)
+            self._bar = tqdm(
+                total=progress.images_total,
+                initial=self._begun_with or 0,
+                desc=self._what,
+                unit="image",
+                file=self._stream,
+            )
         self._bar.set_postfix_str(_boxes(progress), refresh=False)
         self._bar.update(progress.images_done - self._bar.n)
 
     def _line(self, progress: Progress) -> str:
         passed_s = max(1e-9, self._clock() - self._started)
-        rate = progress.images_done / passed_s
+        rate = (progress.images_done - (self._begun_with or 0)) / passed_s
         left_s = (progress.images_total - progress.images_done) / rate if rate > 0 else 0.0
         return (
             f"{self._what}: {progress.images_done}/{progress.images_total} images, {_boxes(progress)}, "
             f"{rate:.1f} images/s, {left_s:.0f} s left"
         )
+
+
+class JsonLog:
+    """As `ProgressDisplay`, for programs: one JSON object a line, each with an `event`.
+
+    Args:
+        stream: where to write.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._started = clock()
+        self._last_line = -LINE_EVERY_S
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._write("stopped", error=type(error).__name__, message=str(error))
+
+    def __call__(self, progress: Progress) -> None:
+        """The state: at most one line in LINE_EVERY_S seconds, and always the last."""
+        passed_s = self._clock() - self._started
+        if progress.images_done >= progress.images_total or passed_s - self._last_line >= LINE_EVERY_S:
+            self._last_line = passed_s
+            self._write(
+                "progress",
+                images_done=progress.images_done,
+                images_total=progress.images_total,
+                boxes_done=progress.boxes_done,
+                boxes_failed=progress.boxes_failed,
+            )
+
+    def notice(self, text: str) -> None:
+        """Something that is said once."""
+        self._write("notice", message=text)
+
+    def result(self, result: DatasetResult) -> None:
+        """How a labelling job ended."""
+        self._write(
+            "done",
+            output=str(result.output),
+            labelled=result.labelled,
+            copied=result.copied,
+            failed=result.failed_count,
+            errors_file=None if result.errors_file is None else str(result.errors_file),
+            final=result.is_final,
+        )
+
+    def _write(self, event: str, **what: Any) -> None:
+        line = {"event": event, "seconds": round(self._clock() - self._started, 3), **what}
+        print(json.dumps(line), file=self._stream, flush=True)
 
 
 def _boxes(progress: Progress) -> str:

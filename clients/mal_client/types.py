@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from mal_train.labeling.settings import Branch
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mal_train.labeling.coco import JsonId
     from mal_train.labeling.evaluation import CategoryRow, ScoreQuality
     from mal_train.labeling.rle import Rle
 
@@ -47,8 +49,45 @@ class LabelOptions:
             raise ConfigError(f"threshold: {self.threshold}; a probability between 0 and 1 is needed, both excluded")
 
 
+FAILED_LISTED = 1000
+"""Failed annotations that a result holds; a million of them would fill the memory."""
+
 AS_SERVED = LabelOptions()
 """Everything as the server and its checkpoint set it."""
+
+
+class Only(StrEnum):
+    """Which annotations of a file are labelled; the others are copied as they are."""
+
+    ALL = "all"
+    """Every one; masks that the input holds stay in the input alone."""
+    MISSING = "missing"
+    """Those without a mask, and those that failed before."""
+    FLAGGED = "flagged"
+    """Those that an earlier run flagged, and those that failed before."""
+    IDS = "ids"
+    """Those of `DatasetOptions.ids`."""
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """What of a COCO file is labelled and how it is written.
+
+    Attributes:
+        only: which annotations.
+        ids: their ids, for `Only.IDS`.
+        update_bbox: also set the box of each labelled annotation to the tight box of its mask.
+        restart: throw away the answers of an unfinished run instead of going on from them.
+    """
+
+    only: Only = Only.ALL
+    ids: frozenset[JsonId] = frozenset()
+    update_bbox: bool = False
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.only is Only.IDS) != bool(self.ids):
+            raise ConfigError(f"ids: {len(self.ids)} given with only={self.only}; the two belong together")
 
 
 @dataclass(frozen=True)
@@ -189,10 +228,12 @@ class DatasetResult:
     Attributes:
         output: the COCO file with masks.
         errors_file: one JSON line for each failed annotation; None when there are none.
-        labelled: annotations that got a mask.
+        labelled: annotations that got a mask, in this run or in the unfinished one before it.
         copied: annotations copied through unlabelled on purpose (crowd regions, or masks that were kept).
-        failed: annotations that could not be answered.
-        model: which weights answered; None when nothing was sent.
+        failed: the first FAILED_LISTED annotations that could not be answered; the errors file lists all.
+        model: which weights answered.
+        failed_count: how many could not be answered.
+        is_final: False when the server was lost: the same job run again goes on with what is missing.
     """
 
     output: Path
@@ -201,7 +242,12 @@ class DatasetResult:
     copied: int
     failed: tuple[FailedAnnotation, ...] = field(default=())
     model: ModelRef | None = None
+    failed_count: int = 0
+    is_final: bool = True
 
+
+WHOLE_FILE = DatasetOptions()
+"""Every annotation, made anew."""
 
 Figures = dict[str, float | None]
 """COCO's twelve figures by name (AP, AP50, AP75, APs …, as in mal_train.labeling.evaluation); None where undefined."""

@@ -66,6 +66,9 @@ class Limits:
     max_boxes: int = 100
     max_image_bytes: int = 32 * 1024 * 1024
     max_items_in_flight: int = 4
+    boxes_in_an_answer: int = 10**6
+    """Items with more get the word that their masks do not fit into one message."""
+    precision: str = "float32"
 
 
 class FakeServer(
@@ -110,7 +113,7 @@ class FakeServer(
                 max_items_in_flight=self.limits.max_items_in_flight,
             ),
             devices=["cpu"],
-            precision="float32",
+            precision=self.limits.precision,
         )
 
     def LabelImage(
@@ -213,6 +216,12 @@ class FakeServer(
     def _item(self, item: labeling_pb2.LabelImagesRequest) -> labeling_pb2.LabelImagesResponse:
         if self._count_down(self.faults.retry_items, item.item_id):
             return labeling_pb2.LabelImagesResponse(item_id=item.item_id, status=_retry_status())
+        if len(item.request.instances) > self.limits.boxes_in_an_answer:
+            status = _status(code_pb2.INVALID_ARGUMENT, "request.instances: too many masks")
+            bad = error_details_pb2.BadRequest()
+            bad.field_violations.add(field="request.instances", description="… and max_response_bytes is 7; …")
+            status.details.add().Pack(bad)
+            return labeling_pb2.LabelImagesResponse(item_id=item.item_id, status=status)
         try:
             results = self._results(item.request)
         except BadImage as error:

@@ -11,10 +11,11 @@ import pytest
 from mal_client.client import AsyncClient, Client
 from mal_client.dataset import errors_path
 from mal_client.errors import CallCancelled, CallTimedOut, ModelChanged, RequestRefused, ServerUnavailable
-from mal_client.types import DatasetResult, LabelOptions, Progress
+from mal_client.ledger import ledger_path
+from mal_client.types import DatasetOptions, DatasetResult, LabelOptions, Only, Progress
 from pycocotools.coco import COCO
 
-from mal_train.errors import BadDataset, OutputError
+from mal_train.errors import BadDataset, ConfigError, OutputError
 from mal_train.labeling.rle import Rle, area
 from mal_train.labeling.settings import Branch
 from tests.client.datasets import Dataset, make_dataset
@@ -165,7 +166,7 @@ def test_only_missing_keeps_masks_and_takes_up_what_failed_before(dataset: Datas
     dataset.coco["annotations"][0]["segmentation"] = kept
     dataset.coco["annotations"][1] |= {"segmentation": kept, "error": {"reason": "SERVER_LOST"}}
     dataset.save()
-    result = label(FakeServer(), dataset, only_missing=True)
+    result = label(FakeServer(), dataset, how=DatasetOptions(only=Only.MISSING))
     assert (result.labelled, result.copied) == (5, 1)
     assert dataset.labelled()[100] == dataset.coco["annotations"][0]
     assert dataset.labelled()[101]["segmentation"] != kept
@@ -193,6 +194,34 @@ def test_an_unwritable_output_is_refused_before_any_work(dataset: Dataset) -> No
     assert not fake.calls
 
 
+def test_only_what_an_earlier_run_flagged_is_made_anew(dataset: Dataset) -> None:
+    for row, flags in zip(dataset.coco["annotations"], [[], ["MULTI_PART"], [], [], [], []], strict=True):
+        row |= {"segmentation": {"size": [30, 40], "counts": [100, 20, 1080]}, "flags": flags}
+    dataset.coco["annotations"][2]["error"] = {"reason": "SERVER_LOST"}
+    dataset.save()
+    fake = FakeServer()
+    assert label(fake, dataset, how=DatasetOptions(only=Only.FLAGGED)).labelled == 2
+    assert [one.instance_id for request in fake.label_requests for one in request.instances] == [1, 2]
+    assert dataset.labelled()[100] == dataset.coco["annotations"][0]
+
+
+def test_only_the_ids_that_were_named_are_labelled(dataset: Dataset) -> None:
+    result = label(FakeServer(), dataset, how=DatasetOptions(Only.IDS, frozenset({105, 101})))
+    assert (result.labelled, result.copied) == (2, 4)
+    assert "segmentation" not in dataset.labelled()[100]
+    with pytest.raises(ConfigError, match="7"):
+        label(FakeServer(), dataset, how=DatasetOptions(Only.IDS, frozenset({105, 7})))
+
+
+def test_boxes_follow_their_masks_when_asked(dataset: Dataset) -> None:
+    dataset.coco["annotations"][0]["bbox"] = [-4, 2.25, 10, 8.5]
+    dataset.save()
+    label(FakeServer(), dataset, how=DatasetOptions(update_bbox=True))
+    assert dataset.labelled()[100]["bbox"] == [0, 2, 6, 9]
+    label(FakeServer(), dataset)
+    assert dataset.labelled()[100]["bbox"] == [-4, 2.25, 10, 8.5]
+
+
 def test_no_annotations_give_a_file_without_annotations(dataset: Dataset) -> None:
     dataset.coco["annotations"] = []
     dataset.save()
@@ -210,9 +239,11 @@ def test_a_server_lost_for_good_leaves_what_was_answered_and_lists_the_rest(
     result = label(FakeServer(Faults(kill_after=4)), dataset)
     assert (result.labelled, len(result.failed)) == (8, 4)
     assert {row.error.reason for row in result.failed} == {"SERVER_LOST"}
-    dataset.output.rename(dataset.json_path)
-    again = label(FakeServer(), dataset, only_missing=True)
-    assert (again.labelled, again.copied, again.failed) == (4, 8, ())
+    assert not result.is_final
+    fake = FakeServer()
+    again = label(fake, dataset)
+    assert (again.labelled, again.failed, again.is_final) == (12, (), True)
+    assert sorted(fake.item_ids) == ["4", "5"], "answers of the first run are not asked again"
 
 
 def test_a_server_lost_before_any_answer_is_an_error_and_leaves_nothing(
@@ -250,9 +281,11 @@ def test_an_older_output_and_its_errors_are_replaced_only_by_a_finished_run(data
         "in.json",
         "out.errors.jsonl",
         "out.json",
+        "out.json.ledger",
     ]
     label(FakeServer(), dataset)
     assert not errors_path(dataset.output).exists()
+    assert not ledger_path(dataset.output).exists()
 
 
 def test_progress_ends_with_everything_done(dataset: Dataset) -> None:

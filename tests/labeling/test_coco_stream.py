@@ -14,6 +14,7 @@ from mal_train.labeling import coco_stream
 from mal_train.labeling.coco import (
     Annotation,
     ImageInfo,
+    JsonId,
     answer_fields,
     labelled_file,
     labelled_row,
@@ -85,7 +86,7 @@ def test_lists_may_stand_in_any_order(tmp_path: Path) -> None:
 def test_the_written_file_is_that_of_the_writer_of_whole_files(tmp_path: Path, with_old_provenance: bool) -> None:
     raw = small(**({"mask_auto_labeler": {"old": 1}} if with_old_provenance else {}))
     path = written(tmp_path / "in.json", raw)
-    answers = {at: answer_fields({"size": [30, 40], "counts": "x"}, 3, 0.5) for at in range(4)}
+    answers: dict[JsonId, Any] = {at: answer_fields({"size": [30, 40], "counts": "x"}, 3, 0.5) for at in range(4)}
     write_json_atomic(tmp_path / "whole.json", labelled_file(read_coco(path), answers, {"by": "test"}))
     head, _ = scanned(path)
 

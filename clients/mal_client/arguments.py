@@ -1,0 +1,108 @@
+"""Arguments that several verbs of `mal-client` share, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from mal_client.client import DEFAULT_TIMEOUT_S, Client
+from mal_client.types import LabelOptions
+from mal_train.errors import ConfigError
+from mal_train.labeling.settings import Branch
+
+SOME_FAILED = 3
+"""Exit code of a job that ran to its end, with failures."""
+
+Commands = argparse._SubParsersAction  # argparse has no public name for it
+PROSE = argparse.RawDescriptionHelpFormatter
+
+
+def add_verb(commands: Commands[argparse.ArgumentParser], name: str, description: str) -> argparse.ArgumentParser:
+    """A parser for one verb."""
+    return commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
+
+
+def add_connection(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Where the server is and how to reach it."""
+    parser.add_argument(
+        "--server",
+        required=True,
+        metavar="HOST:PORT[,...]" if several else "HOST:PORT",
+        help="where mal-server listens" + (", or several that share the work" if several else ""),
+    )
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="seconds without any answer after which the server counts as lost (default %(default)g)",
+    )
+    parser.add_argument("--tls", action="store_true", help="encrypt, trusting the public authorities")
+    parser.add_argument("--tls-ca", type=Path, metavar="CA.pem", help="encrypt, trusting this authority alone")
+    parser.add_argument("--client-cert", type=Path, metavar="CERT.pem", help="certificate to show the server")
+    parser.add_argument("--client-key", type=Path, metavar="KEY.pem", help="its key, if not in the same file")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the token that the server asks for")
+
+
+def client_of(arguments: argparse.Namespace) -> Client:
+    """The client that `add_connection`'s arguments describe."""
+    return _client(arguments, arguments.server)
+
+
+@contextmanager
+def clients_of(arguments: argparse.Namespace) -> Iterator[list[Client]]:
+    """A client for each of several servers; closed at the end."""
+    with ExitStack() as stack:
+        addresses = [address.strip() for address in arguments.server.split(",") if address.strip()]
+        yield [stack.enter_context(_client(arguments, address)) for address in addresses or [arguments.server]]
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The data set."""
+    parser.add_argument("--annotations", type=Path, required=True, metavar="IN.json", help="COCO file with boxes")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of its file names")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How boxes become masks."""
+    parser.add_argument("--branch", choices=[str(branch) for branch in Branch], help="network (default: the server's)")
+    parser.add_argument("--threshold", type=float, metavar="P", help="mask above this probability, for all sizes")
+    parser.add_argument("--agreement", action="store_true", help="also measure how far the two networks agree")
+    parser.add_argument("--flip", action="store_true", help="average each map with its mirrored run")
+
+
+def options_of(arguments: argparse.Namespace) -> LabelOptions:
+    """What `add_options`'s arguments say."""
+    branch = None if arguments.branch is None else Branch(arguments.branch)
+    return LabelOptions(branch, arguments.threshold, agreement=arguments.agreement, flip=arguments.flip)
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: a positive number of seconds is needed")
+    return value
+
+
+def _client(arguments: argparse.Namespace, address: str) -> Client:
+    return Client(
+        address,
+        timeout_s=arguments.timeout,
+        tls=arguments.tls,
+        tls_ca=arguments.tls_ca,
+        client_cert=arguments.client_cert,
+        client_key=arguments.client_key,
+        token=None if arguments.token_file is None else _read_token(arguments.token_file),
+    )
+
+
+def _read_token(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise ConfigError(f"--token-file {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--token-file {path}: holds characters that no token has") from None

@@ -1,0 +1,69 @@
+"""`mal-client evaluate`: figures to the terminal, to a JSON file, to a page with the worst masks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mal_client.arguments import (
+    SOME_FAILED,
+    Commands,
+    add_connection,
+    add_data,
+    add_options,
+    add_verb,
+    client_of,
+    options_of,
+)
+from mal_client.client import Client
+from mal_client.progress import ProgressDisplay
+from mal_client.types import Evaluation, LabelOptions
+
+MAX_WORST = 10_000
+"""Most instances that a server lists."""
+
+
+def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
+    """The verb and its arguments."""
+    evaluate = add_verb(commands, "evaluate", "measure the server's masks against those of a COCO file")
+    evaluate.set_defaults(run=_evaluate)
+    add_connection(evaluate)
+    add_data(evaluate)
+    evaluate.add_argument("--output", type=Path, metavar="FIGURES.json", help="also write the figures as JSON")
+    evaluate.add_argument("--report", type=Path, metavar="PAGE.html", help="also write one page with the worst masks")
+    evaluate.add_argument("--worst", type=int, default=24, metavar="N", help="pictures in the report (default 24)")
+    add_options(evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    options = options_of(arguments)
+    with client_of(arguments) as client:
+        with ProgressDisplay("evaluate") as display:
+            evaluation = client.evaluate(
+                arguments.annotations, arguments.images, options, worst_count=MAX_WORST, on_progress=display
+            )
+        if arguments.report is not None:
+            _write_report(client, arguments, evaluation, options)
+    print(evaluation.table())
+    if arguments.output is not None:
+        # Imported here, as below: what only one command needs, the others do not wait for.
+        from mal_train.labeling.coco import write_json_atomic  # noqa: PLC0415
+
+        write_json_atomic(arguments.output, evaluation.to_dict())
+        print(f"figures: {arguments.output}")
+    return SOME_FAILED if evaluation.failed_count else 0
+
+
+def _write_report(client: Client, arguments: argparse.Namespace, evaluation: Evaluation, options: LabelOptions) -> None:
+    from mal_client.report import build_report, evaluation_sections  # noqa: PLC0415
+    from mal_client.review import worst_cards  # noqa: PLC0415
+    from mal_train.atomic import write_text  # noqa: PLC0415
+    from mal_train.labeling.coco import read_coco  # noqa: PLC0415
+
+    cards = worst_cards(
+        client, evaluation, read_coco(arguments.annotations), arguments.images, options, count=arguments.worst
+    )
+    subtitle = f"{arguments.annotations.name} on {arguments.server}"
+    page = build_report("Evaluation", evaluation_sections(evaluation, cards), subtitle)
+    write_text(arguments.report, page)
+    print(f"report: {arguments.report}")

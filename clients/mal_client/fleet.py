@@ -1,0 +1,201 @@
+"""Runs a bulk job on one or several servers at once: a thread each, one shared pool of work, answers on one thread.
+
+A server that is lost gives back what it had not answered and the others take it up. Knows nothing of COCO.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import grpc
+from mal.v1 import labeling_pb2_grpc
+
+from mal_client.bulk_call import BulkCall, ItemAnswer
+from mal_client.errors import CallTimedOut, ServerFailed, ServerUnavailable
+from mal_client.sources import EncodedImage
+from mal_client.types import LabelOptions
+from mal_client.work_pool import Item, WorkPool
+from mal_train.errors import MalError
+
+if TYPE_CHECKING:
+    from mal_client.client import Client
+
+LOST = (ServerUnavailable, CallTimedOut, ServerFailed)
+"""What ends one server's part of a job and leaves the rest to the others."""
+
+_WAITING_ANSWERS: Final = 64
+_LOOK_EVERY_S: Final = 0.25
+
+OnNotice = Callable[[str], None]
+
+
+class ServersLost(Exception):
+    """No server is left; carries the last one's error. For the job that runs the fleet, which knows what it has."""
+
+    def __init__(self, fault: MalError) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+class Fleet:
+    """Several servers at work on one pool.
+
+    Args:
+        servers: a client for each, and how many unanswered items it takes.
+        pool: the work.
+        load: reads an item's image.
+        options: how boxes become masks.
+        on_notice: told, from the thread of `answers`, when a server is lost and others go on.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[tuple[Client, int]],
+        pool: WorkPool,
+        load: Callable[[Item], EncodedImage],
+        options: LabelOptions,
+        on_notice: OnNotice,
+    ) -> None:
+        self._pool = pool
+        self._on_notice = on_notice
+        self._over = threading.Event()
+        # Bounded: when answers cannot be written as fast as they come, servers wait.
+        self._arrived: queue.Queue[ItemAnswer | _Ended] = queue.Queue(_WAITING_ANSWERS)
+        self._lines = [
+            _Line(
+                client,
+                BulkCall(
+                    address=client.address,
+                    pool=pool,
+                    load=load,
+                    fail=self._deliver,
+                    options=options,
+                    max_items=max_items,
+                    silence_s=client.timeout_s,
+                ),
+            )
+            for client, max_items in servers
+        ]
+
+    def answers(self) -> Generator[ItemAnswer, None, None]:
+        """Every item's answer once, as they come. Closing the generator ends all streams.
+
+        Raises:
+            ServersLost: work is left and no server.
+            MalError: a fault that other servers would share; the first one counts.
+        """
+        threads = [threading.Thread(target=self._serve, args=(line,), daemon=True) for line in self._lines]
+        for thread in threads:
+            thread.start()
+        try:
+            yield from self._collect(len(threads))
+        finally:
+            self._over.set()
+            for line in self._lines:
+                line.cancel()
+            for thread in threads:
+                thread.join()
+
+    def _collect(self, running: int) -> Iterator[ItemAnswer]:
+        while running:
+            got = self._arrived.get()
+            if isinstance(got, ItemAnswer):
+                yield got
+                continue
+            running -= 1
+            if got.fault is None:
+                continue
+            if not isinstance(got.fault, LOST):
+                raise got.fault
+            with self._pool.changed:
+                is_work_left = not self._pool.done
+            if is_work_left and not running:
+                raise ServersLost(got.fault)
+            if is_work_left:
+                self._on_notice(f"{got.fault}; {running} of {len(self._lines)} servers go on")
+
+    def _serve(self, line: _Line) -> None:
+        fault: Exception | None = None
+        try:
+            while not line.call.done and not self._over.is_set():
+                self._pause(line.client, line.stream(self._deliver))
+        except Exception as caught:
+            # Whatever it is, the thread of `answers` raises it.
+            fault = caught
+        line.call.close()
+        self._deliver(_Ended(fault))
+
+    def _pause(self, client: Client, pause_s: float) -> None:
+        while pause_s > 0 and not self._over.wait(min(pause_s, _LOOK_EVERY_S)):
+            pause_s -= _LOOK_EVERY_S
+            # Tells whether the client was closed meanwhile.
+            client.pause(0)
+
+    def _deliver(self, got: ItemAnswer | _Ended) -> None:
+        while not self._over.is_set():
+            try:
+                self._arrived.put(got, timeout=_LOOK_EVERY_S)
+            except queue.Full:
+                continue
+            return
+
+
+class _Ended:
+    """A server's thread is over, for good reason or bad."""
+
+    def __init__(self, fault: Exception | None) -> None:
+        self.fault = fault
+
+
+class _Line:
+    """One server with the state of its streams."""
+
+    def __init__(self, client: Client, call: BulkCall) -> None:
+        self.client = client
+        self.call = call
+        self._stream: grpc.Call | None = None
+
+    def stream(self, deliver: Callable[[ItemAnswer], None]) -> float:
+        """Runs one stream to its end; seconds to wait before the next, if one is needed."""
+        stub = labeling_pb2_grpc.LabelingServiceStub(self.client.open_channel())
+        stream = self._stream = stub.LabelImages(self.call.requests())
+        try:
+            with watchdog(self.call.is_silent, stream.cancel):
+                for response in stream:
+                    for answer in self.call.absorb(response):
+                        deliver(answer)
+            self.call.ended()
+        except grpc.RpcError as error:
+            return self.call.broke(error)
+        finally:
+            self.cancel()
+        return 0.0
+
+    def cancel(self) -> None:
+        """Ends the stream that runs, if one does."""
+        self.call.close()
+        if self._stream is not None:
+            self._stream.cancel()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def watchdog(is_silent: Callable[[], bool], cancel: Callable[[], object], every_s: float = 0.5) -> Iterator[None]:
+    """Cancels a stream that has gone silent: waiting for a message knows no time limit of its own."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every_s):
+            if is_silent():
+                cancel()
+
+    thread = threading.Thread(target=watch, name="mal-client-watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,104 @@
+"""Claims about bulk jobs on several servers."""
+
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from mal_client.client import Client
+from mal_client.dataset import label_dataset
+from mal_client.errors import ServerUnavailable
+from mal_client.types import AS_SERVED, DatasetResult
+
+from mal_train.errors import ConfigError
+from tests.client.datasets import Dataset, make_dataset
+from tests.client.fake_server import FakeServer, Faults, Limits, serving
+
+
+def label(dataset: Dataset, *fakes: FakeServer, also: tuple[str, ...] = ()) -> tuple[DatasetResult, list[str]]:
+    notices: list[str] = []
+    with ExitStack() as stack:
+        addresses = [stack.enter_context(serving(fake)) for fake in fakes]
+        clients = [stack.enter_context(Client(address, timeout_s=20)) for address in [*addresses, *also]]
+        result = label_dataset(
+            clients, dataset.json_path, dataset.images_dir, dataset.output, AS_SERVED, on_notice=notices.append
+        )
+    return result, notices
+
+
+def test_servers_share_the_work_and_the_file_does_not_tell(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, images=30)
+    label(dataset, FakeServer())
+    alone = dataset.output.read_bytes()
+    fakes = [FakeServer(Faults(delay_s=0.01)) for _ in range(3)]
+    label(dataset, *fakes)
+    assert dataset.output.read_bytes() == alone
+    assert Counter(item for fake in fakes for item in fake.item_ids) == Counter(map(str, range(30)))
+    assert all(len(fake.item_ids) >= 3 for fake in fakes)
+
+
+def test_a_server_that_dies_under_load_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_client.bulk_call.FIRST_PAUSE_S", 0.01)
+    dataset = make_dataset(tmp_path, images=40)
+    dying, living = FakeServer(Faults(delay_s=0.01, kill_after=5)), FakeServer(Faults(delay_s=0.02))
+    result, notices = label(dataset, dying, living)
+    assert (result.labelled, result.failed, result.is_final) == (80, (), True)
+    assert len(dying.item_ids) == 5
+    assert sorted({*dying.item_ids, *living.item_ids}, key=int) == [str(at) for at in range(40)]
+    assert notices == [] or "1 of 2 servers go on" in notices[0]
+
+
+def test_a_server_whose_port_closes_under_load_loses_nothing(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, images=40)
+    living = FakeServer(Faults(delay_s=0.02))
+    with serving(living) as here, ExitStack() as there:
+        clients = [Client(here), Client(there.enter_context(serving(FakeServer(Faults(delay_s=0.02)))))]
+        threading.Timer(0.2, there.close).start()
+        result = label_dataset(clients, dataset.json_path, dataset.images_dir, dataset.output, AS_SERVED)
+        time.sleep(0.1)
+        for client in clients:
+            client.close()
+    assert (result.labelled, result.failed) == (80, ())
+
+
+def test_when_all_are_lost_the_answers_stay_and_the_rest_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mal_client.bulk_call.FIRST_PAUSE_S", 0.001)
+    dataset = make_dataset(tmp_path, images=20)
+    result, _ = label(dataset, *(FakeServer(Faults(kill_after=3, delay_s=0.005)) for _ in range(2)))
+    assert (result.labelled, result.failed_count, result.is_final) == (12, 28, False)
+    assert label(dataset, FakeServer())[0].labelled == 40
+
+
+def test_a_server_that_is_not_there_at_the_start_is_named_and_done_without(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    result, notices = label(dataset, FakeServer(), also=("127.0.0.1:9",))
+    assert result.labelled == 6
+    assert "127.0.0.1:9" in notices[0]
+    assert "1 of 2 servers begin" in notices[0]
+
+
+def test_without_any_server_it_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ServerUnavailable, match="127"):
+        label(make_dataset(tmp_path), also=("127.0.0.1:9",))
+
+
+def test_servers_that_serve_different_things_are_refused_before_any_work(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    fakes = FakeServer(), FakeServer(limits=Limits(precision="bfloat16"))
+    with pytest.raises(ConfigError, match="precision: 'bfloat16', not 'float32'"):
+        label(dataset, *fakes)
+    assert all("LabelImages" not in fake.calls for fake in fakes)
+
+
+def test_an_item_whose_masks_do_not_fit_into_a_message_goes_in_smaller_parts(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, images=2, boxes=7)
+    fake = FakeServer(limits=Limits(boxes_in_an_answer=2))
+    result, _ = label(dataset, fake)
+    assert (result.labelled, result.failed) == (14, ())
+    too_large = FakeServer(limits=Limits(boxes_in_an_answer=0))
+    result, _ = label(dataset, too_large)
+    assert {row.error.reason for row in result.failed} == {"RESPONSE_TOO_LARGE"}
