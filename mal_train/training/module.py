@@ -31,12 +31,13 @@ BAD_IMAGE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights and ramps of the two losses, and the mean field's grid."""
+    """Weights and ramps of the losses, and the mean field's grid."""
 
     mil_weight: float = 4.0
     crf_weight: float = 0.5
     mil_steps: int = 1000
     crf_steps: int = 4000
+    logit_weight: float = 0.0
     crf_size_ratio: int = 1
 
 
@@ -139,6 +140,7 @@ class MalModule(lightning.LightningModule):
         return LossWeights(
             settings.mil_weight * ramp(step, settings.mil_steps, length, self.compat),
             settings.crf_weight * ramp(step, settings.crf_steps, length, self.compat),
+            settings.logit_weight,
         )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -90,5 +90,5 @@ class Progress(lightning.Callback):
 def _losses(module: lightning.LightningModule, before: str = "") -> str:
     if not isinstance(module, MalModule) or module.last_losses is None:
         return ""
-    total, mil, crf = (float(loss) for loss in module.last_losses)
+    total, mil, crf, _ = (float(loss) for loss in module.last_losses)
     return f"{before}loss {total:.3f} (mil {mil:.3f}, crf {crf:.3f})"

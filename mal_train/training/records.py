@@ -24,6 +24,7 @@ METRIC_COLUMNS = (
     "loss",
     "loss_mil",
     "loss_crf",
+    "loss_logit",
     "seconds_per_step",
     "mIoU",
     "mIoU_small",

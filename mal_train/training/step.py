@@ -1,4 +1,4 @@
-"""The arithmetic of one training step: logits of both networks → the two losses. Pure; knows no trainer and no files.
+"""The arithmetic of one training step: logits of both networks → the losses. Pure; knows no trainer and no files.
 
 Letters: N crops, H = W side of the logit map, S crop side in px.
 """
@@ -13,6 +13,7 @@ from torch.nn import functional
 from mal_train.labeling.settings import Compat
 from mal_train.losses.crf import crf_loss
 from mal_train.losses.mil import mil_loss
+from mal_train.losses.saturation import logit_excess
 
 Refine = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(guide (N, 3, H, W), probability (N, H, W), box mask (N, H, W)) → mask (N, H, W); `losses.crf.MeanField` is one."""
@@ -23,14 +24,16 @@ class LossWeights(NamedTuple):
 
     mil: float
     crf: float
+    logit: float = 0.0
 
 
 class StepLosses(NamedTuple):
-    """Scalars float32: `mil` and `crf` with their weights applied, `total` their sum."""
+    """Scalars float32: `mil`, `crf` and `logit` with their weights applied, `total` their sum."""
 
     total: Tensor
     mil: Tensor
     crf: Tensor
+    logit: Tensor
 
 
 def step_losses(
@@ -73,7 +76,8 @@ def step_losses(
         start_NHW = (student_NHW + teacher_NHW) / 2
         target_NHW = refine(resize(guide_N3SS.float(), side), start_NHW, resize(box_N1SS, side)[:, 0])
     crf = crf_loss(student_NHW, target_NHW).mean() * weights.crf
-    return StepLosses(mil + crf, mil, crf)
+    logit = logit_excess(student_N1HW[:, 0]).mean() * weights.logit
+    return StepLosses(mil + crf + logit, mil, crf, logit)
 
 
 def resize(x_NCHW: Tensor, side: torch.Size) -> Tensor:

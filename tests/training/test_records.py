@@ -35,7 +35,7 @@ def test_a_run_that_goes_on_keeps_the_rows_before_it(tmp_path: Path) -> None:
         metrics.close()
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert len(lines) == 3
-    assert lines[1] == lines[2] == "train,1,10,,0.5" + "," * 10
+    assert lines[1] == lines[2] == "train,1,10,,0.5" + "," * 11
 
 
 class Clock:
