@@ -27,6 +27,9 @@ MAX_POINTS = 2000
 BINS = 10
 MIN_IN_BIN = 3
 
+BAR = 240
+"""Px of the longest bar of a histogram."""
+
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 300, 52, 44, 14, 14
 
 _COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
@@ -159,6 +162,17 @@ def line_chart(series: Mapping[str, Sequence[Point]], x_name: str, y_name: str) 
     colours = [_COLOURS[at % len(_COLOURS)] for at in range(len(clean))]
     body = "".join(chart.line(points, colour) for points, colour in zip(clean.values(), colours, strict=True))
     return chart.svg(body, f"{y_name} over {x_name}") + _legend(list(zip(clean, colours, strict=True)))
+
+
+def bars(counts: Mapping[str, int]) -> Html:
+    """A histogram: a row a bin, in the order given, with its count and a bar."""
+    scale = BAR / max(1, max(counts.values(), default=1))
+    rows = "".join(
+        f'<tr><td>{escape(name)}</td><td class="n">{count}</td><td><svg width="{BAR}" height="12" role="img" '
+        f'aria-label="{count}"><rect width="{scale * count:.1f}" height="12" fill="var(--a)"/></svg></td></tr>'
+        for name, count in counts.items()
+    )
+    return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
 
 
 def contact_sheet(cards: Sequence[Card]) -> Html:

@@ -46,15 +46,21 @@ class CocoHead:
         path: where it lies.
         sha256: of its bytes, 64 hex digits.
         images: by id, in file order.
-        category_ids: ids of `categories`.
+        category_names: by id, in file order; the id itself where a row has no name.
         count: rows of `annotations`.
+        repeated_images: image ids that stand more than once.
+        repeated_annotations: annotation ids that do.
+        notes: faults of `images` and `categories` rows, one sentence each.
     """
 
     path: Path
     sha256: str
     images: dict[JsonId, ImageInfo]
-    category_ids: set[JsonId]
+    category_names: dict[JsonId, str]
     count: int
+    repeated_images: tuple[JsonId, ...] = ()
+    repeated_annotations: tuple[JsonId, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 Take = Callable[[int, Annotation], None]
@@ -64,10 +70,15 @@ Change = Callable[[int, Any, Annotation], Any]
 """Gets a place, the row as the file holds it and as it was read; gives the row to write."""
 
 
-def scan_coco(path: Path, take: Take) -> CocoHead:
+def scan_coco(path: Path, take: Take, *, allow_repeated_ids: bool = False) -> CocoHead:
     """Reads the file, hands every annotation to `take` in file order and keeps none.
 
     Read once, or twice where `annotations` stands before `images` or `categories`.
+
+    Args:
+        path: the file.
+        take: gets each annotation.
+        allow_repeated_ids: note them instead of refusing the file; for reports about it.
 
     Raises:
         BadDataset: as `coco.read_coco`; `take` may have been called by then.
@@ -85,20 +96,31 @@ def scan_coco(path: Path, take: Take) -> CocoHead:
         if key == "images":
             head.take_images(value)
         elif key == "categories":
-            head.category_ids = category_ids(list(value), [])
+            head.take_categories(list(value))
         elif key == "annotations" and found == set(_LISTS):
             count, taken = head.take_annotations(value, take), True
     missing = [key for key in _LISTS if key not in found]
     if missing:
         raise BadDataset(f"{path}: has no {', '.join(map(repr, missing))}; a COCO file needs {', '.join(_LISTS)}")
-    refuse_repeated(head.repeated_images, f"{path}: image id")
+    if not allow_repeated_ids:
+        refuse_repeated(head.repeated_images, f"{path}: image id")
     if not taken:
         stream = _ObjectStream(path)
         for key, value in stream.members():
             if key == "annotations":
                 count = head.take_annotations(value, take)
-    refuse_repeated(head.repeated_annotations, f"{path}: annotation id")
-    return CocoHead(path, stream.sha256(), head.images, head.category_ids, count)
+    if not allow_repeated_ids:
+        refuse_repeated(head.repeated_annotations, f"{path}: annotation id")
+    return CocoHead(
+        path,
+        stream.sha256(),
+        head.images,
+        head.category_names,
+        count,
+        tuple(head.repeated_images),
+        tuple(head.repeated_annotations),
+        tuple(head.notes),
+    )
 
 
 def write_changed(head: CocoHead, output: Path, change: Change, provenance: Mapping[str, Any]) -> None:
@@ -145,22 +167,29 @@ class _Head:
 
     def __init__(self) -> None:
         self.images: dict[JsonId, ImageInfo] = {}
-        self.category_ids: set[JsonId] = set()
+        self.category_names: dict[JsonId, str] = {}
+        self.notes: list[str] = []
         self.repeated_images: dict[JsonId, None] = {}
         self.repeated_annotations: dict[JsonId, None] = {}
 
     def take_images(self, rows: Iterator[Any]) -> None:
         for row in rows:
-            for image_id, image in read_images([row], []).items():
+            for image_id, image in read_images([row], self.notes).items():
                 if image_id in self.images:
                     self.repeated_images[image_id] = None
                 self.images[image_id] = image
+
+    def take_categories(self, rows: list[Any]) -> None:
+        known = category_ids(rows, self.notes)
+        for row in rows:
+            if isinstance(row, dict) and isinstance(row.get("id"), JsonId) and row["id"] in known:
+                self.category_names.setdefault(row["id"], str(row.get("name", row["id"])))
 
     def take_annotations(self, rows: Iterator[Any], take: Take) -> int:
         seen: set[JsonId] = set()
         count = 0
         for count, row in enumerate(rows, start=1):
-            annotation = read_annotation(row, count - 1, self.images, self.category_ids)
+            annotation = read_annotation(row, count - 1, self.images, self.category_names)
             if annotation.id is not None:
                 note_id(annotation.id, seen, self.repeated_annotations)
             take(count - 1, annotation)
@@ -308,7 +337,7 @@ class _ObjectStream:
 
 def _changed_rows(head: CocoHead, rows: Iterator[Any], change: Change) -> Iterator[Any]:
     for at, row in enumerate(rows):
-        yield change(at, row, read_annotation(row, at, head.images, head.category_ids))
+        yield change(at, row, read_annotation(row, at, head.images, head.category_names))
 
 
 def _encoded(value: Any) -> bytes:

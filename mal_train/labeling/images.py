@@ -21,6 +21,7 @@ RgbImage = NDArray[np.uint8]
 """(H, W, 3), uint8, RGB, C-contiguous."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def decode_image(
                 return _to_rgb(picture)
     except UnidentifiedImageError:
         raise BadImage(f"{name}: not a picture we read; use {', '.join(FORMATS)}", "IMAGE_FORMAT") from None
-    except Image.DecompressionBombError:
-        raise BadImage(f"{name}: more pixels than {limits.max_pixels}; shrink it", "IMAGE_TOO_LARGE") from None
+    except Image.DecompressionBombError as error:
+        # Pillow's message begins with the number of pixels, which the header claims.
+        raise BadImage(f"{name}: {error}; at most {limits.max_pixels} px are read", "IMAGE_TOO_LARGE") from None
     # What Pillow's decoders raise on damaged files, SyntaxError for broken PNG chunks and MemoryError for absurd
     # sizes in sub-headers included.
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError, MemoryError,
@@ -91,6 +93,37 @@ def read_image(
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise BadImage(f"{path}: cannot be read ({reason}); check the image folder", "IMAGE_NOT_FOUND") from None
     return decode_image(data, expected_wh=expected_wh, limits=limits, name=str(path))
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a file says of its picture before any pixel is read.
+
+    Attributes:
+        size_wh: stored width and height in px.
+        orientation: EXIF's; 1 is upright, 2–8 mean that viewers turn or mirror what is stored.
+        frames: pictures in the file; only the first is used.
+    """
+
+    size_wh: tuple[int, int]
+    orientation: int = 1
+    frames: int = 1
+
+
+def read_header(data: bytes, name: str = "image") -> ImageHeader:
+    """The header of an encoded picture. Raises BadImage as `decode_image`, but for what only its pixels would show."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                return ImageHeader(picture.size, _orientation(picture), int(getattr(picture, "n_frames", 1)))
+    except UnidentifiedImageError:
+        raise BadImage(f"{name}: not a picture we read; use {', '.join(FORMATS)}", "IMAGE_FORMAT") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"{name}: {error}", "IMAGE_TOO_LARGE") from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError, MemoryError,
+            OverflowError, ZeroDivisionError) as error:  # fmt: skip
+        raise BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or cut off") from None
 
 
 def encode_png(image: RgbImage) -> bytes:
@@ -113,6 +146,14 @@ def _check_size(size_wh: tuple[int, int], expected_wh: tuple[int, int] | None, l
             f"{name}: stored as {width}x{height} px but stated as {expected_wh[0]}x{expected_wh[1]}{hint}",
             "IMAGE_SIZE_MISMATCH",
         )
+
+
+def _orientation(picture: Image.Image) -> int:
+    if picture.format == "PNG" and "exif" not in picture.info:
+        # getexif would decode the pixels to look behind them, where no camera writes it.
+        return 1
+    orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
+    return orientation if orientation in range(2, 9) else 1
 
 
 def _to_rgb(picture: Image.Image) -> RgbImage:

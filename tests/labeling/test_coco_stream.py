@@ -65,7 +65,7 @@ def test_rows_are_read_as_by_the_reader_of_whole_files_wherever_the_text_is_cut(
     head, rows = scanned(path)
     assert rows == whole.annotations
     assert head.images == whole.images
-    assert (head.category_ids, head.count) == ({1}, len(rows))
+    assert (head.category_names, head.count) == (whole.category_names, len(rows))
     assert head.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -166,6 +166,14 @@ def test_any_json_passes_through_unchanged(
         write_changed(head, folder / "out.json", lambda _at, row, _annotation: row, {"by": 1})
     expected = {key: value for key, value in raw.items() if key != "mask_auto_labeler"}
     assert json.loads((folder / "out.json").read_text()) == {**expected, "mask_auto_labeler": {"by": 1}}
+
+
+def test_a_report_may_look_at_a_file_with_repeated_ids(tmp_path: Path) -> None:
+    raw = small(images=[{"id": 1, "file_name": "a"}] * 2, categories=[{"id": 1}, {"id": [1]}])
+    raw["annotations"] = [{"id": "x", "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}] * 3
+    head = scan_coco(written(tmp_path / "in.json", raw), lambda *_: None, allow_repeated_ids=True)
+    assert (head.repeated_images, head.repeated_annotations, head.count) == ((1,), ("x",), 3)
+    assert head.notes == ("categories[1]: no id that is a number or a string",)
 
 
 def test_image_rows_are_those_of_the_whole_reader(tmp_path: Path) -> None:

@@ -1,0 +1,353 @@
+"""Looks at a data set before any server does: what would fail, what would surprise, what there is. Sends nothing.
+
+The rules are those that labelling applies, so what this report calls an error is what `label` would list as failed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mal_client.report import bars, section, side_by_side, table
+from mal_train.errors import BadBox, BadImage
+from mal_train.labeling.coco import Annotation, ImageInfo, JsonId, Reason
+from mal_train.labeling.coco_stream import CocoHead, scan_coco
+from mal_train.labeling.geometry import check_box
+from mal_train.labeling.images import read_header, read_image
+from mal_train.labeling.settings import SIZE_NAMES, size_class
+
+if TYPE_CHECKING:
+    from mal_client.report import Html
+
+EXAMPLES: Final = 10
+"""Sentences that are kept for each kind of finding; all are counted."""
+
+SMALL_SIDE_PX: Final = 2.0
+_IMAGES_AT_ONCE: Final = 64
+_COMMON_SIZES: Final = 12
+
+
+class Level(StrEnum):
+    """How bad a finding is."""
+
+    FATAL = "fatal"
+    """The file is refused as a whole."""
+    ERROR = "error"
+    """What it concerns gets no mask."""
+    WARNING = "warning"
+    """Labelled, but look whether it is meant so."""
+    NOTE = "note"
+    """Good to know."""
+
+
+@dataclass
+class Finding:
+    """One kind of finding: how often, and the first few in words."""
+
+    level: Level
+    meaning: str
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CheckReport:
+    """What a data set is like.
+
+    Attributes:
+        file: the COCO file.
+        images: rows of `images`.
+        annotations: rows of `annotations`.
+        findings: by kind, in the order in which they were met.
+        boxes_by_size: usable boxes by size class.
+        box_sides: usable boxes by the square root of their area, px.
+        image_sizes: images by width x height, the most common ones.
+        by_category: annotations by the name of their category, all categories.
+    """
+
+    file: Path
+    images: int = 0
+    annotations: int = 0
+    findings: dict[str, Finding] = field(default_factory=dict)
+    boxes_by_size: Counter[str] = field(default_factory=Counter)
+    box_sides: Counter[int] = field(default_factory=Counter)
+    image_sizes: Counter[str] = field(default_factory=Counter)
+    by_category: Counter[str] = field(default_factory=Counter)
+
+    def note(self, kind: str, level: Level, meaning: str, example: str) -> None:
+        """Counts a finding."""
+        finding = self.findings.setdefault(kind, Finding(level, meaning))
+        finding.count += 1
+        if len(finding.examples) < EXAMPLES:
+            finding.examples.append(example)
+
+    def count(self, level: Level) -> int:
+        """Findings of a level."""
+        return sum(finding.count for finding in self.findings.values() if finding.level is level)
+
+    def sorted_findings(self) -> list[tuple[str, Finding]]:
+        """Worst level first, then the most frequent."""
+        order = list(Level)
+        return sorted(self.findings.items(), key=lambda item: (order.index(item[1].level), -item[1].count))
+
+    def side_histogram(self) -> dict[str, int]:
+        """Boxes by side in doubling steps, without gaps."""
+        if not self.box_sides:
+            return {}
+        steps = range(min(self.box_sides), max(self.box_sides) + 1)
+        return {f"{2**step}–{2 ** (step + 1)} px": self.box_sides[step] for step in steps}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "file": str(self.file),
+            "images": self.images,
+            "annotations": self.annotations,
+            "counts": {str(level): self.count(level) for level in Level},
+            "findings": [
+                {
+                    "kind": kind,
+                    "level": str(finding.level),
+                    "count": finding.count,
+                    "meaning": finding.meaning,
+                    "examples": finding.examples,
+                }
+                for kind, finding in self.sorted_findings()
+            ],
+            "boxes_by_size": {name: self.boxes_by_size[name] for name in SIZE_NAMES},
+            "box_sides": self.side_histogram(),
+            "image_sizes": dict(self.image_sizes.most_common(_COMMON_SIZES)),
+            "annotations_by_category": dict(self.by_category),
+        }
+
+    def lines(self) -> list[str]:
+        """For a terminal: a line for each kind of finding, with its first example."""
+        head = f"{self.file}: {self.images} images, {self.annotations} annotations"
+        return [head] + [
+            f"{finding.level:<8}{finding.count:>8}  {kind:<24}{finding.examples[0]}"
+            for kind, finding in self.sorted_findings()
+        ]
+
+    def sections(self) -> list[Html]:
+        """For a page."""
+        found: list[list[str | int]] = [
+            [str(finding.level), kind, finding.count, finding.meaning] for kind, finding in self.sorted_findings()
+        ]
+        examples = [[kind, example] for kind, finding in self.sorted_findings() for example in finding.examples]
+        classes = dict(self.by_category.most_common(40))
+        return [
+            section(
+                "Findings",
+                table(["level", "what", "count", "meaning"], found),
+                f"{self.images} images, {self.annotations} annotations.",
+            ),
+            section(
+                "What there is",
+                side_by_side(
+                    "<p>Boxes by side</p>" + bars(self.side_histogram()),
+                    "<p>Boxes by size class</p>" + bars({name: self.boxes_by_size[name] for name in SIZE_NAMES}),
+                    "<p>Most common image sizes</p>" + bars(dict(self.image_sizes.most_common(_COMMON_SIZES))),
+                    "<p>Annotations by category</p>" + bars(classes),
+                ),
+                "The side of a box is the square root of its area inside the image.",
+            ),
+            section("Examples", table(["what", "where"], examples), f"At most {EXAMPLES} of each kind."),
+        ]
+
+
+def check_dataset(
+    coco_json: Path,
+    images_dir: Path,
+    *,
+    decode: bool = True,
+    on_image: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Reads the file twice and every image once.
+
+    Args:
+        coco_json: the annotations.
+        images_dir: the folder that `file_name` is relative to.
+        decode: also decode the pixels, which alone finds files that are cut off; else headers only.
+        on_image: called with (images done, images in all).
+
+    Raises:
+        BadDataset: not a COCO file at all.
+    """
+    report = CheckReport(coco_json)
+    head = scan_coco(coco_json, lambda _at, _row: None, allow_repeated_ids=True)
+    report.images, report.annotations = len(head.images), head.count
+    _note_ids(report, head)
+    files = _Files(report, images_dir, decode)
+    for done, _ in enumerate(files.look(head.images.values()), start=1):
+        if on_image is not None:
+            on_image(done, report.images)
+    rows = _Rows(report, head, files.sizes)
+    scan_coco(coco_json, rows.take, allow_repeated_ids=True)
+    rows.finish()
+    return report
+
+
+def _note_ids(report: CheckReport, head: CocoHead) -> None:
+    for image_id in head.repeated_images:
+        report.note("DUPLICATE_IMAGE_ID", Level.FATAL, "an image id stands more than once", f"image {image_id!r}")
+    for annotation_id in head.repeated_annotations:
+        report.note(
+            "DUPLICATE_ANNOTATION_ID",
+            Level.FATAL,
+            "an annotation id stands more than once",
+            f"annotation {annotation_id!r}",
+        )
+    for text in head.notes:
+        report.note("ROW_UNUSABLE", Level.WARNING, "a row of images or categories that cannot be used", text)
+    for image in head.images.values():
+        if image.problem is not None:
+            report.note(str(Reason.IMAGE_UNUSABLE), Level.ERROR, "an image row that cannot be used", image.problem)
+
+
+class _Files:
+    """Looks at the image files, a few at a time."""
+
+    def __init__(self, report: CheckReport, images_dir: Path, decode: bool) -> None:
+        self.sizes: dict[JsonId, tuple[int, int] | None] = {}
+        """Width and height of the images whose row does not say; None for those without a readable file."""
+        self._report = report
+        self._images_dir = images_dir
+        self._decode = decode
+        self._names: set[str] = set()
+
+    def look(self, images: Iterable[ImageInfo]) -> Iterator[ImageInfo]:
+        """Gives each image back when it was looked at."""
+        usable = iter(images)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            while some := list(islice(usable, _IMAGES_AT_ONCE)):
+                for image, found in zip(some, pool.map(self._look_at, some), strict=True):
+                    self._take(image, found)
+                    yield image
+
+    def _look_at(self, image: ImageInfo) -> tuple[tuple[int, int], int, int] | BadImage | None:
+        if image.problem is not None:
+            return None
+        path = self._images_dir / image.file_name
+        try:
+            if self._decode:
+                read_image(path, expected_wh=image.size_wh)
+            header = read_header(path.read_bytes(), str(path))
+        except BadImage as fault:
+            return fault
+        except (OSError, ValueError) as fault:
+            return BadImage(f"{path}: cannot be read ({fault})", "IMAGE_NOT_FOUND")
+        if image.size_wh not in (None, header.size_wh):
+            width, height = header.size_wh
+            return BadImage(
+                f"{path}: stored as {width}x{height} px but stated as {image.width}x{image.height}",
+                "IMAGE_SIZE_MISMATCH",
+            )
+        return header.size_wh, header.orientation, header.frames
+
+    def _take(self, image: ImageInfo, found: tuple[tuple[int, int], int, int] | BadImage | None) -> None:
+        if image.file_name in self._names:
+            text = f"image {image.id!r}: {image.file_name}"
+            self._report.note("FILE_NAMED_TWICE", Level.WARNING, "two image rows name the same file", text)
+        self._names.add(image.file_name)
+        if found is None or isinstance(found, BadImage):
+            self.sizes[image.id] = None
+            if found is not None:
+                self._report.note(found.reason, Level.ERROR, _IMAGE_MEANINGS.get(found.reason, ""), str(found))
+            return
+        size_wh, orientation, frames = found
+        self._report.image_sizes[f"{size_wh[0]} × {size_wh[1]}"] += 1
+        if image.size_wh is None:
+            self.sizes[image.id] = size_wh
+        if orientation != 1:
+            self._report.note(
+                "EXIF_ORIENTATION",
+                Level.WARNING,
+                "viewers turn the picture, boxes and masks refer to the stored pixels",
+                f"{image.file_name}: EXIF orientation {orientation}",
+            )
+        if frames > 1:
+            self._report.note(
+                "SEVERAL_FRAMES", Level.WARNING, "only the first frame is used", f"{image.file_name}: {frames} frames"
+            )
+
+
+_IMAGE_MEANINGS: Final = {
+    "IMAGE_NOT_FOUND": "the file is missing or cannot be read",
+    "IMAGE_DECODE_FAILED": "the file is damaged or cut off",
+    "IMAGE_FORMAT": "no picture, or of a kind that is not read",
+    "IMAGE_TOO_LARGE": "larger than servers accept by default",
+    "IMAGE_SIZE_MISMATCH": "the file has another size than its row states",
+}
+
+
+class _Rows:
+    """Looks at the annotations, one at a time."""
+
+    def __init__(self, report: CheckReport, head: CocoHead, sizes: dict[JsonId, tuple[int, int] | None]) -> None:
+        self._report = report
+        self._head = head
+        self._sizes = sizes
+        self._met: set[int] = set()
+        self._with_boxes: set[JsonId] = set()
+        for name in head.category_names.values():
+            report.by_category[name] += 0
+
+    def take(self, _: int, row: Annotation) -> None:
+        """One annotation."""
+        if row.image_id is not None:
+            self._with_boxes.add(row.image_id)
+        if row.problem is not None:
+            if row.reason is not Reason.IMAGE_UNUSABLE:
+                self._report.note(str(row.reason), Level.ERROR, "an annotation that cannot be used", row.problem)
+            return
+        if row.category_id is not None:
+            self._report.by_category[self._head.category_names[row.category_id]] += 1
+        if row.iscrowd:
+            self._report.note("CROWD", Level.NOTE, "copied through unlabelled", f"annotation {row.id!r}")
+            return
+        # 64 bits of hash: a million boxes that differ collide with a chance of 1 in 30 million.
+        mark = hash((row.image_id, row.category_id, row.box_xywh))
+        if mark in self._met:
+            text = f"annotation {row.id!r} on image {row.image_id!r}"
+            self._report.note("DUPLICATE_BOX", Level.WARNING, "same image, class and box as one before", text)
+        self._met.add(mark)
+        self._take_box(row)
+
+    def finish(self) -> None:
+        """What shows only at the end."""
+        for name, count in self._report.by_category.items():
+            if not count:
+                self._report.note("CATEGORY_UNUSED", Level.NOTE, "a category without annotations", name)
+        for image in self._head.images.values():
+            if image.id not in self._with_boxes:
+                self._report.note("IMAGE_WITHOUT_BOXES", Level.NOTE, "an image without annotations", image.file_name)
+
+    def _take_box(self, row: Annotation) -> None:
+        image = None if row.image_id is None else self._head.images.get(row.image_id)
+        size_wh = None if image is None else image.size_wh or self._sizes.get(image.id)
+        if size_wh is None:
+            # Its file was reported already.
+            return
+        name = f"annotation {row.id!r}"
+        try:
+            (_, _, w, h), was_clipped = check_box(row.box_xywh, (size_wh[1], size_wh[0]), name)
+        except BadBox as fault:
+            self._report.note(str(Reason.BAD_BOX), Level.ERROR, "a box that no mask can answer", str(fault))
+            return
+        shown = "[" + ", ".join(f"{value:g}" for value in row.box_xywh) + "]"
+        if was_clipped:
+            text = f"{name}: {shown} on an image of {size_wh[0]}x{size_wh[1]} px"
+            self._report.note("BOX_CLIPPED", Level.WARNING, "a box that leaves its image and is cut to it", text)
+        if min(w, h) <= SMALL_SIDE_PX:
+            text = f"{name}: {shown}"
+            self._report.note("BOX_SMALL", Level.WARNING, f"a side of at most {SMALL_SIDE_PX:g} px", text)
+        self._report.boxes_by_size[SIZE_NAMES[size_class(w * h)]] += 1
+        self._report.box_sides[math.floor(math.log2(math.sqrt(w * h)))] += 1
