@@ -7,16 +7,22 @@ most `max_delay_s` for company.
 
     ticket = batcher.admit(2)  →  ticket.submit(key, [a, b])  →  lane of that key  →  runner  →  Share, Share, …
 
-A closed ticket (its caller was cancelled, or left) is skipped when batches are formed. Nothing that a caller does, and
-no error of a runner, stops the others: shares go into a queue of the ticket's own, read or not.
+INTERACTIVE items go first. A BATCH item counts as submitted `patience_s` later than it was: whatever comes after that
+waits behind it, so it never starves.
+
+A closed ticket (its caller was cancelled, or left) is skipped when batches are formed, and so is one whose deadline has
+passed. Nothing that a caller does, and no error of a runner, stops the others: shares go into a queue of the ticket's
+own, read or not.
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -43,6 +49,46 @@ class Overloaded(Exception):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Expired(Exception):
+    """The caller's deadline has passed, so the work was not begun or not finished."""
+
+
+class Priority(Enum):
+    """Who goes first."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+class Observer(Protocol):
+    """Is told what happens."""
+
+    def batch_ended(self, size: int, took_s: float) -> None:
+        """A batch of `size` items ran."""
+
+    def waited(self, priority: str, seconds: float) -> None:
+        """The longest wait of a request's items in one batch."""
+
+    def dropped(self, reason: str, crops: int) -> None:
+        """Items that nobody waits for any more: the cause (cancelled, deadline) and where they were.
+
+        At the entry, in the queue, on the device (they ran for nothing), or before the encoding of their results.
+        """
+
+
+class Nobody:
+    """An observer that looks away."""
+
+    def batch_ended(self, size: int, took_s: float) -> None:
+        """Nothing."""
+
+    def waited(self, priority: str, seconds: float) -> None:
+        """Nothing."""
+
+    def dropped(self, reason: str, crops: int) -> None:
+        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -73,38 +119,67 @@ class _Entry(Generic[K, T, R]):
 
 
 class _Lane(Generic[K, T, R]):
-    """Items of one key, oldest first. Those of closed tickets stay until they are met, and count as nothing."""
+    """Items of one key by priority, oldest first. Those that nobody waits for stay until met, and count as nothing."""
 
-    def __init__(self) -> None:
-        self.entries: deque[_Entry[K, T, R]] = deque()
+    def __init__(self, patience_s: float) -> None:
+        self.queues: dict[Priority, deque[_Entry[K, T, R]]] = {priority: deque() for priority in Priority}
         self.live = 0
+        self._patience_s = {Priority.INTERACTIVE: 0.0, Priority.BATCH: patience_s}
 
-    def oldest(self) -> float | None:
-        """Since when the first live item waits; None without one."""
-        while self.entries and not self.entries[0].ticket.is_open:
-            self.entries.popleft()
-        return self.entries[0].since if self.entries else None
+    def clean(self, now: float) -> None:
+        """Removes what nobody waits for from the front; ends tickets whose deadline has passed."""
+        for queue in self.queues.values():
+            while queue:
+                ticket = queue[0].ticket
+                if ticket.waiting and ticket.deadline <= now:
+                    ticket.expire()
+                if ticket.waiting:
+                    break
+                queue.popleft()
 
-    def take(self, count: int) -> list[_Entry[K, T, R]]:
+    def since(self) -> float:
+        """Since when the first item waits; after `clean`, and only with live items."""
+        return min(queue[0].since for queue in self.queues.values() if queue)
+
+    def rank(self) -> float:
+        """Lower goes first; after `clean`, and only with live items."""
+        return min(queue[0].since + self._patience_s[priority] for priority, queue in self.queues.items() if queue)
+
+    def take(self, count: int, now: float) -> list[_Entry[K, T, R]]:
         """Removes and returns the first `count` live items."""
         taken: list[_Entry[K, T, R]] = []
-        while self.entries and len(taken) < count:
-            entry = self.entries.popleft()
-            if entry.ticket.is_open:
-                taken.append(entry)
-        self.live -= len(taken)
+        while self.live and len(taken) < count:
+            self.clean(now)
+            heads = [(q[0].since + self._patience_s[priority], q) for priority, q in self.queues.items() if q]
+            if not heads:
+                break
+            entry = min(heads, key=lambda head: head[0])[1].popleft()
+            entry.ticket.leave(1)
+            taken.append(entry)
         return taken
 
 
 class Ticket(Generic[K, T, R]):
-    """One request's room for `waiting` items; a context manager that gives back on leaving what is still held."""
+    """One request's room for `waiting` items; a context manager that gives back on leaving what is still held.
 
-    def __init__(self, batcher: "Batcher[K, T, R]", waiting: int) -> None:
+    Attributes:
+        waiting: items that are not yet running; 0 once the ticket is closed.
+        deadline: loop time after which nobody waits for them.
+    """
+
+    def __init__(
+        self, batcher: "Batcher[K, T, R]", count: int, item_bytes: float, priority: Priority, deadline: float
+    ) -> None:
         self._batcher = batcher
         self._shares: asyncio.Queue[Share[R]] = asyncio.Queue()
-        self.waiting = waiting
+        self._lane: _Lane[K, T, R] | None = None
+        self._submitted = 0
+        self._cause = "cancelled"
+        self._item_bytes = item_bytes
+        self.waiting = count
+        self.priority = priority
+        self.deadline = deadline
         self.is_open = True
-        self.lane: _Lane[K, T, R] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +187,8 @@ class Ticket(Generic[K, T, R]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._batcher.close(self)
+        # Anything else that ends the request early is answered: nobody's work is lost.
+        self.close(was_left=kind is not None and issubclass(kind, asyncio.CancelledError | GeneratorExit | Expired))
 
     async def submit(self, key: K, items: Sequence[T]) -> AsyncGenerator[Share[R], None]:
         """Runs the items, at most as many as were admitted, and yields shares as their batches finish; works once."""
@@ -123,10 +199,62 @@ class Ticket(Generic[K, T, R]):
             left -= len(share.indices)
             yield share
 
+    def join(self, lane: _Lane[K, T, R], count: int) -> None:
+        """Takes its place in a lane, and gives back the room held beyond `count` items."""
+        if self._lane is not None or count > self.waiting:
+            raise ValueError(f"a ticket for {self.waiting} items takes at most so many, once; got {count}")
+        self.leave(self.waiting - count)
+        self._lane, self._submitted = lane, count
+        lane.live += count
+
+    def leave(self, count: int) -> None:
+        """Gives back the room of `count` items."""
+        self.waiting -= count
+        self._batcher.leave(self.priority, count, count * self._item_bytes)
+        if self._lane is not None:
+            self._lane.live -= count
+
+    def expire(self) -> None:
+        """Ends what still waits, since the deadline has passed."""
+        self._cause = "deadline"
+        self._batcher.observer.dropped("deadline_queue", self.waiting)
+        self.fail(Expired("the deadline passed while the boxes waited for the device"))
+
+    def fail(self, error: Exception) -> None:
+        """Answers everything that waits in a lane with an error."""
+        count = self.waiting
+        if self._lane is None or not count:
+            return
+        self.leave(count)
+        indices = tuple(range(self._submitted - count, self._submitted))
+        self.deliver(Share(indices, (error,) * count, queue_s=0.0, run_s=0.0, batch_size=0))
+
     def deliver(self, share: Share[R]) -> None:
         """Takes a finished share; harmless when nobody waits for it any more."""
         if self.is_open:
             self._shares.put_nowait(share)
+        else:
+            self._batcher.observer.dropped(f"{self._cause}_device", len(share.indices))
+
+    def close(self, *, was_left: bool = False) -> None:
+        """Forgets what the ticket still holds; its items that run already finish and are thrown away."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        if self.deadline <= asyncio.get_running_loop().time():
+            self._cause = "deadline"
+        unread = 0
+        while not self._shares.empty():
+            unread += len(self._shares.get_nowait().indices)
+        if was_left:
+            self._drop("entry" if self._lane is None else "queue", self.waiting)
+            self._drop("encoding", unread)
+        self.leave(self.waiting)
+        self._batcher.forget(self)
+
+    def _drop(self, place: str, count: int) -> None:
+        if count:
+            self._batcher.observer.dropped(f"{self._cause}_{place}", count)
 
 
 class Batcher(Generic[K, T, R]):
@@ -137,61 +265,125 @@ class Batcher(Generic[K, T, R]):
         max_batch_size: items in a batch.
         max_delay_s: longest wait for company while a runner is idle.
         max_waiting: items that are admitted and not yet running.
+        max_bytes: memory that they may hold; a request that comes to an empty queue may hold more.
+        patience_s: how much longer BATCH items may wait than INTERACTIVE ones.
+        observer: is told what happens.
     """
 
     def __init__(
-        self, runners: Sequence["Runner[K, T, R]"], *, max_batch_size: int, max_delay_s: float, max_waiting: int
+        self,
+        runners: Sequence["Runner[K, T, R]"],
+        *,
+        max_batch_size: int,
+        max_delay_s: float,
+        max_waiting: int,
+        max_bytes: float = math.inf,
+        patience_s: float = 0.0,
+        observer: Observer | None = None,
     ) -> None:
         self._idle = list(runners)
         self._runner_count = len(runners)
         self._max_batch_size = max_batch_size
         self._max_delay_s = max_delay_s
         self._max_waiting = max_waiting
+        self._max_bytes = max_bytes
+        self._patience_s = patience_s
         self._lanes: dict[K, _Lane[K, T, R]] = {}
-        self._waiting = 0
+        self._tickets: set[Ticket[K, T, R]] = set()
+        self._waiting = dict.fromkeys(Priority, 0)
+        self._bytes = 0.0
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._items_per_s: float | None = None
+        self._batch_s = 0.0
+        self._broken: Exception | None = None
+        self.observer: Observer = observer or Nobody()
 
     @property
     def waiting(self) -> int:
         """Items that are admitted and not yet running."""
-        return self._waiting
+        return sum(self._waiting.values())
 
-    def admit(self, count: int) -> Ticket[K, T, R]:
-        """Room for `count` items; raises Overloaded when there is none."""
-        if self._waiting + count > self._max_waiting:
+    @property
+    def waiting_bytes(self) -> float:
+        """Memory that they were admitted with."""
+        return self._bytes
+
+    def admit(
+        self,
+        count: int,
+        *,
+        size_bytes: float = 0.0,
+        priority: Priority = Priority.INTERACTIVE,
+        deadline: float = math.inf,
+    ) -> Ticket[K, T, R]:
+        """Room for `count` items.
+
+        Args:
+            count: items, ≥ 1.
+            size_bytes: memory that all of them will hold while they wait.
+            priority: who goes first.
+            deadline: loop time after which nobody waits for them.
+
+        Raises:
+            Overloaded: there is no room, or what waits already takes longer than the deadline allows.
+            Expired: the deadline has passed.
+            Exception: what `break_off` was given.
+        """
+        if self._broken is not None:
+            raise self._broken
+        left_s = deadline - asyncio.get_running_loop().time()
+        if left_s <= 0:
+            self.observer.dropped("deadline_entry", count)
+            raise Expired("the deadline passed before the work began")
+        if self.waiting + count > self._max_waiting:
             raise Overloaded(
-                f"{self._waiting} boxes wait for the device and {count} more would pass the limit of "
+                f"{self.waiting} boxes wait for the device and {count} more would pass the limit of "
                 f"{self._max_waiting}",
                 self._retry_after_s(count),
             )
-        self._waiting += count
-        return Ticket(self, count)
+        if self.waiting and self._bytes + size_bytes > self._max_bytes:
+            raise Overloaded(
+                f"what waits for the device holds {self._bytes / 1e6:.0f} MB and {size_bytes / 1e6:.0f} MB more would "
+                f"pass the limit of {self._max_bytes / 1e6:.0f} MB",
+                self._retry_after_s(count),
+            )
+        if self._wait_s(priority) > left_s:
+            raise Overloaded(
+                f"{self.waiting} boxes wait for the device, about {self._wait_s(priority):.1f} s of work, and the "
+                f"deadline is in {left_s:.1f} s",
+                self._retry_after_s(count),
+            )
+        self._waiting[priority] += count
+        self._bytes += size_bytes
+        ticket = Ticket(self, count, size_bytes / count, priority, deadline)
+        self._tickets.add(ticket)
+        return ticket
 
     def enqueue(self, ticket: Ticket[K, T, R], key: K, items: Sequence[T]) -> None:
         """Puts a ticket's items into their lane and gives back the room that it held beyond them."""
-        if ticket.lane is not None or len(items) > ticket.waiting:
-            raise ValueError(f"a ticket for {ticket.waiting} items takes at most so many, once; got {len(items)}")
-        self._waiting -= ticket.waiting - len(items)
-        ticket.waiting = len(items)
-        if not items:
-            return
-        lane = ticket.lane = self._lanes.setdefault(key, _Lane())
+        if self._broken is not None:
+            raise self._broken
+        lane = self._lanes.setdefault(key, _Lane(self._patience_s))
+        ticket.join(lane, len(items))
         now = asyncio.get_running_loop().time()
-        lane.entries.extend(_Entry(ticket, index, item, now) for index, item in enumerate(items))
-        lane.live += len(items)
+        lane.queues[ticket.priority].extend(_Entry(ticket, index, item, now) for index, item in enumerate(items))
         self._pump()
 
-    def close(self, ticket: Ticket[K, T, R]) -> None:
-        """Forgets what the ticket still holds; its items that run already finish and are thrown away."""
-        if not ticket.is_open:
-            return
-        ticket.is_open = False
-        self._waiting -= ticket.waiting
-        if ticket.lane is not None:
-            ticket.lane.live -= ticket.waiting
-        ticket.waiting = 0
+    def leave(self, priority: Priority, count: int, size_bytes: float) -> None:
+        """Items wait no more: they run, or were given up."""
+        self._waiting[priority] -= count
+        self._bytes = self._bytes - size_bytes if self.waiting else 0.0
+
+    def forget(self, ticket: Ticket[K, T, R]) -> None:
+        """The ticket is closed."""
+        self._tickets.discard(ticket)
+
+    def break_off(self, error: Exception) -> None:
+        """Answers everything that waits, and whatever comes from now on, with an error."""
+        self._broken = error
+        for ticket in tuple(self._tickets):
+            ticket.fail(error)
 
     async def idle(self) -> None:
         """Returns when no batch is running."""
@@ -205,31 +397,34 @@ class Batcher(Generic[K, T, R]):
             self._timer = None
         loop = asyncio.get_running_loop()
         while self._idle:
-            due_at, key = self._next_lane()
+            due_at, key = self._next_lane(loop.time())
             if key is None:
                 return
             if due_at > loop.time() + TIMER_SLACK_S:
                 self._timer = loop.call_at(due_at, self._pump)
                 return
-            entries = self._lanes[key].take(self._max_batch_size)
-            for entry in entries:
-                entry.ticket.waiting -= 1
-            self._waiting -= len(entries)
+            entries = self._lanes[key].take(self._max_batch_size, loop.time())
+            if not entries:  # their deadlines passed this very moment
+                continue
             task = loop.create_task(self._run(self._idle.pop(), key, entries))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
-    def _next_lane(self) -> tuple[float, K | None]:
-        """When the next batch is due, and its key: a full lane at once, others when their oldest item has waited."""
-        best_due, best_since, best = 0.0, 0.0, None
+    def _next_lane(self, now: float) -> tuple[float, K | None]:
+        """When the next batch is due, and its key: a full lane at once, others when their oldest item has waited.
+
+        Of several that are due the one whose first item ranks first.
+        """
+        best_order, best_due, best = (math.inf, math.inf), 0.0, None
         for key, lane in list(self._lanes.items()):
-            since = lane.oldest()
-            if since is None:
+            lane.clean(now)
+            if not lane.live:
                 del self._lanes[key]
                 continue
-            due = since if lane.live >= self._max_batch_size else since + self._max_delay_s
-            if best is None or (due, since) < (best_due, best_since):
-                best_due, best_since, best = due, since, key
+            due = lane.since() if lane.live >= self._max_batch_size else lane.since() + self._max_delay_s
+            order = (max(due, now + TIMER_SLACK_S), lane.rank())
+            if best is None or order < best_order:
+                best_order, best_due, best = order, due, key
         return best_due, best
 
     async def _run(self, runner: "Runner[K, T, R]", key: K, entries: list[_Entry[K, T, R]]) -> None:
@@ -240,6 +435,7 @@ class Batcher(Generic[K, T, R]):
             if len(outcomes) != len(entries):
                 raise RuntimeError(f"a runner gave {len(outcomes)} results for {len(entries)} items")
             self._measure(len(entries), loop.time() - started)
+            self.observer.batch_ended(len(entries), loop.time() - started)
         # Whatever a runner raises belongs to this batch alone: its callers get it, and the next batch runs.
         except Exception as error:
             outcomes = [error] * len(entries)
@@ -248,11 +444,13 @@ class Batcher(Generic[K, T, R]):
         for entry, outcome in zip(entries, outcomes, strict=True):
             shares.setdefault(entry.ticket, []).append((entry, outcome))
         for ticket, pairs in shares.items():
+            queue_s = started - min(entry.since for entry, _ in pairs)
+            self.observer.waited(ticket.priority.value, queue_s)
             ticket.deliver(
                 Share(
                     indices=tuple(entry.index for entry, _ in pairs),
                     outcomes=tuple(outcome for _, outcome in pairs),
-                    queue_s=started - min(entry.since for entry, _ in pairs),
+                    queue_s=queue_s,
                     run_s=took,
                     batch_size=len(entries),
                 )
@@ -263,13 +461,19 @@ class Batcher(Generic[K, T, R]):
     def _measure(self, count: int, took_s: float) -> None:
         rate = count / max(took_s, 1e-6)
         if self._items_per_s is None:
-            self._items_per_s = rate
+            self._items_per_s, self._batch_s = rate, took_s
         else:
             self._items_per_s += RATE_WEIGHT * (rate - self._items_per_s)
+            self._batch_s += RATE_WEIGHT * (took_s - self._batch_s)
+
+    def _wait_s(self, priority: Priority) -> float:
+        """Time of the full batches that go ahead; rather too little, since batches so far may have been small."""
+        ahead = self.waiting if priority is Priority.BATCH else self._waiting[Priority.INTERACTIVE]
+        return ahead // (self._max_batch_size * self._runner_count) * self._batch_s
 
     def _retry_after_s(self, count: int) -> float:
         """Time to work off what is too many, or half of what waits, whichever is more."""
         if self._items_per_s is None:
             return FIRST_RETRY_S
-        excess = max(self._waiting + count - self._max_waiting, self._waiting / 2)
+        excess = max(self.waiting + count - self._max_waiting, self.waiting / 2)
         return min(max(excess / (self._items_per_s * self._runner_count), MIN_RETRY_S), MAX_RETRY_S)

@@ -2,16 +2,19 @@
 
 import argparse
 import asyncio
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mal_server import logs
 from mal_train.errors import MalError
 
 PIP_LINE = "pip install 'mask-auto-labeler[server]'"
 SERVER_PACKAGES = frozenset(
-    {"torch", "torchvision", "timm", "pydantic", "yaml", "pyrage", "safetensors", "grpc_health"}
+    {
+        *("torch", "torchvision", "timm", "pydantic", "yaml", "pyrage", "safetensors"),
+        *("grpc_health", "grpc_reflection", "prometheus_client"),
+    }
 )
 
 
@@ -40,11 +43,7 @@ def _run(args: argparse.Namespace) -> int:
     from mal_server.server import serve  # noqa: PLC0415
 
     config = load_config(args.config, args.overrides)
-    logging.basicConfig(
-        level=args.log_level,
-        stream=sys.stderr,
-        format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
-    )
+    logs.set_up(args.log_level, args.log_format, sys.stderr)
     asyncio.run(serve(config, port_file=args.port_file))
     return 0
 
@@ -62,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         help="write host:port there once the server answers; removed at the end",
     )
     serve.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
+    serve.add_argument("--log-format", choices=("text", "json"), default="text", help="of the log on stderr")
     serve.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file's")
     commands.add_parser("default-config", help="print every setting with its default and its meaning")
     return top

@@ -7,6 +7,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import status_pb2
 from mal.v1 import evaluation_pb2, labeling_pb2, model_pb2, types_pb2
 
+from mal_server.batcher import Priority
 from mal_server.config import Limits
 from mal_server.errors import RequestRefused
 from mal_server.evaluation import Evaluation, Truth
@@ -45,6 +46,7 @@ _BRANCHES = {
     types_pb2.BRANCH_TEACHER: Branch.TEACHER,
     types_pb2.BRANCH_MIXED: Branch.MIXED,
 }
+_PRIORITIES = {types_pb2.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, types_pb2.PRIORITY_BATCH: Priority.BATCH}
 _WIRE_BRANCHES = {branch: value for value, branch in _BRANCHES.items()}
 
 
@@ -65,7 +67,22 @@ class Checks:
             raise RequestRefused(self._found)
 
 
-def read_job(request: labeling_pb2.LabelImageRequest, limits: Limits, default_branch: Branch, path: str = "") -> Job:
+@dataclass(frozen=True)
+class Call:
+    """What a job takes from the call that it came with, where its own options say nothing.
+
+    Attributes:
+        branch: the served model's default.
+        priority: the method's default.
+        deadline: event-loop time.
+    """
+
+    branch: Branch
+    priority: Priority
+    deadline: float
+
+
+def read_job(request: labeling_pb2.LabelImageRequest, limits: Limits, call: Call, path: str = "") -> Job:
     """A request as a job; `path` goes before field names in messages.
 
     Raises:
@@ -74,9 +91,9 @@ def read_job(request: labeling_pb2.LabelImageRequest, limits: Limits, default_br
     checks = Checks()
     expected_wh = read_image_source(request.image, checks, f"{path}image")
     ids, boxes = read_instances(request.instances, limits, checks, f"{path}instances")
-    options, threshold = read_options(request.options, default_branch, checks, f"{path}options")
+    options, threshold, priority = read_options(request.options, call, checks, f"{path}options")
     checks.raise_if_any()
-    return Job(request.image.content, expected_wh, ids, boxes, options, threshold)
+    return Job(request.image.content, expected_wh, ids, boxes, options, threshold, priority, call.deadline)
 
 
 def read_image_source(source: types_pb2.ImageSource, checks: Checks, path: str) -> tuple[int, int] | None:
@@ -113,18 +130,21 @@ def read_box(box: types_pb2.Box) -> Box:
 
 
 def read_options(
-    options: types_pb2.LabelOptions, default_branch: Branch, checks: Checks, path: str
-) -> tuple[RunOptions, float | None]:
-    """How the network runs, and the threshold if one is given."""
-    branch = default_branch
+    options: types_pb2.LabelOptions, call: Call, checks: Checks, path: str
+) -> tuple[RunOptions, float | None, Priority]:
+    """How the network runs, the threshold if one is given, and who goes first."""
+    branch = call.branch
     if options.branch != types_pb2.BRANCH_UNSPECIFIED:
         if options.branch not in _BRANCHES:
             checks.add(f"{path}.branch", f"{options.branch}; this server knows student, teacher and mixed")
-        branch = _BRANCHES.get(options.branch, default_branch)
+        branch = _BRANCHES.get(options.branch, call.branch)
     threshold = options.threshold if options.HasField("threshold") else None
     if threshold is not None and not 0.0 < threshold < 1.0:
         checks.add(f"{path}.threshold", f"{threshold}; it must lie between 0 and 1")
-    return RunOptions(branch, agreement=options.compute_agreement, flip=options.flip_test), threshold
+    if options.priority != types_pb2.PRIORITY_UNSPECIFIED and options.priority not in _PRIORITIES:
+        checks.add(f"{path}.priority", f"{options.priority}; this server knows interactive and batch")
+    priority = _PRIORITIES.get(options.priority, call.priority)
+    return RunOptions(branch, agreement=options.compute_agreement, flip=options.flip_test), threshold, priority
 
 
 def check_item_id(item_id: str, checks: Checks, path: str = "item_id") -> None:
@@ -141,6 +161,8 @@ class EvaluateOptions:
     Attributes:
         run: how the network runs.
         threshold: in (0, 1); None = the checkpoint's by size.
+        priority: who goes first.
+        deadline: event-loop time.
         category_names: by id, in the order of the report.
         images_total: as announced; 0 = unknown.
         worst_count: instances to list, lowest IoU first.
@@ -148,18 +170,20 @@ class EvaluateOptions:
 
     run: RunOptions
     threshold: float | None
+    priority: Priority
+    deadline: float
     category_names: Mapping[JsonId, str]
     images_total: int
     worst_count: int
 
 
-def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, default_branch: Branch) -> EvaluateOptions:
+def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: Call) -> EvaluateOptions:
     """The first message; raises RequestRefused when it is none or breaks the contract."""
     checks = Checks()
     if request.WhichOneof("message") != "options":
         checks.add("options", "the first message must hold the options")
     options = request.options
-    run, threshold = read_options(options.label, default_branch, checks, "options.label")
+    run, threshold, priority = read_options(options.label, call, checks, "options.label")
     if options.images_total < 0:
         checks.add("options.images_total", f"{options.images_total}; it must be 0 (unknown) or more")
     if not 0 <= options.worst_count <= MAX_WORST:
@@ -168,7 +192,7 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, default_branc
     if len(names) != len(options.categories):
         checks.add("options.categories", "a category_id stands twice")
     checks.raise_if_any()
-    return EvaluateOptions(run, threshold, names, options.images_total, options.worst_count)
+    return EvaluateOptions(run, threshold, priority, call.deadline, names, options.images_total, options.worst_count)
 
 
 async def read_truths(
@@ -199,7 +223,16 @@ def read_truth(image: evaluation_pb2.EvaluateImage, place: int, options: Evaluat
         checks.raise_if_any()
     except RequestRefused as error:
         return Truth(image.item_id, annotations, None, (REFUSED, str(error)))
-    job = Job(image.image.content, expected_wh, ids, boxes, options.run, options.threshold)
+    job = Job(
+        image.image.content,
+        expected_wh,
+        ids,
+        boxes,
+        options.run,
+        options.threshold,
+        options.priority,
+        options.deadline,
+    )
     return Truth(image.item_id, annotations, job)
 
 

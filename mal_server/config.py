@@ -73,6 +73,19 @@ class TokenSetting(Strict):
         return self
 
 
+class MetricsListen(Strict):
+    """Where the figures are shown."""
+
+    port: int | None = Field(
+        default=None, ge=0, le=65535, description="TCP port of http://host:port/metrics (Prometheus); null: not shown."
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address to show them on. They tell of load and of the model's name and checksum, to everybody who "
+        "reaches it.",
+    )
+
+
 class Limits(Strict):
     """What a request must keep to; clients read it from GetServerInfo."""
 
@@ -146,6 +159,19 @@ class ServerConfig(Strict):
         description="Boxes that may wait for a device; requests beyond are refused (UNAVAILABLE) with the time to come "
         "back.\nEach takes up to 3 * crop_size^2 bytes of memory. At least limits.max_boxes.",
     )
+    max_queue_bytes: int = Field(
+        default=2048 * MIB,
+        ge=MIB,
+        description="Memory that waiting requests may hold: encoded images and 3 * crop_size^2 bytes a box. Requests "
+        "beyond are refused\nlikewise; one that comes to an empty queue is always taken.",
+    )
+    batch_patience_s: float = Field(
+        default=2.0,
+        ge=0.0,
+        le=3600.0,
+        description="BATCH crops (bulk streams, evaluations) go behind INTERACTIVE ones, but ahead of those submitted "
+        "this much later.\nMore favours people at screens, less favours bulk jobs; 0: first come, first served.",
+    )
     threads: int = Field(
         default=0, ge=0, le=1024, description="Threads that decode, crop and encode; 0 = one for each CPU core."
     )
@@ -170,7 +196,12 @@ class ServerConfig(Strict):
         "token is file:PATH or env:NAME of 16 or more characters; scopes are label, evaluate, and admin, which holds "
         "both.\nHealth checks need none. A token is a password: without TLS the network can read it.",
     )
+    reflection: bool = Field(
+        default=True,
+        description="Whether tools such as grpcurl may ask which calls exist. With tokens, any of them opens it.",
+    )
     listen: Listen = Field(default_factory=Listen, description="Where the server listens.")
+    metrics: MetricsListen = Field(default_factory=MetricsListen, description="Figures for monitoring.")
     limits: Limits = Field(default_factory=Limits, description="What requests must keep to.")
 
     @model_validator(mode="after")

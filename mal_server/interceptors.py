@@ -4,6 +4,8 @@
     PERMISSION_DENIED  NotAllowed (reason MISSING_SCOPE)
     INVALID_ARGUMENT   RequestRefused (BadRequest: field paths) · BadImage (reason IMAGE_…) · BadBox (reason BAD_BOX)
     UNAVAILABLE        NotReady · Overloaded; with RetryInfo and the trailer grpc-retry-pushback-ms
+                       DeviceLost (reason DEVICE_LOST); with RetryInfo: the supervisor starts a new process
+    DEADLINE_EXCEEDED  Expired (reason EXPIRED)
     INTERNAL           OutOfDeviceMemory (reason OUT_OF_MEMORY) · everything else: the trace goes to the log under an
                        id, the client gets the id
 
@@ -23,9 +25,10 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from mal_server.access import Access
-from mal_server.batcher import Overloaded
+from mal_server.batcher import Expired, Overloaded
 from mal_server.errors import NotAllowed, NotReady, RequestRefused, UnknownCaller
-from mal_train.errors import BadBox, BadImage, OutOfDeviceMemory
+from mal_server.metrics import Metrics
+from mal_train.errors import BadBox, BadImage, DeviceLost, OutOfDeviceMemory
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,10 @@ DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 ID_NOTE = "error id "
 LOADING_RETRY_S = 1.0
+RESTART_RETRY_S = 5.0
+ID_KEY = "x-request-id"
+MAX_ID_CHARS = 64
+UNEXPECTED = "UNEXPECTED"
 MAX_MESSAGE_CHARS = 2000
 """Trailers must stay small (gRPC's default limit for all metadata is 8 KiB)."""
 
@@ -47,7 +54,17 @@ def status_of(error: Exception) -> status_pb2.Status:
         code, details = known
         return _status(code, str(error), *details)
     text = f"the server failed; its log says why under error id {_logged(error)}"
-    return _status(code_pb2.INTERNAL, text, _info("UNEXPECTED"))
+    return _status(code_pb2.INTERNAL, text, _info(UNEXPECTED))
+
+
+def reason_of(error: Exception) -> str:
+    """The short reason that `status_of` gives with an error, for counting."""
+    known = _known(error)
+    details = known[1] if known is not None else ()
+    reasons = [detail.reason for detail in details if isinstance(detail, error_details_pb2.ErrorInfo)]
+    if reasons:
+        return str(reasons[0])
+    return "BAD_REQUEST" if known is not None else UNEXPECTED
 
 
 def _logged(error: Exception) -> str:
@@ -62,14 +79,16 @@ def _logged(error: Exception) -> str:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Asks for tokens and wraps the handlers of our services; gRPC's own (health) pass unwrapped.
+    """Asks for tokens and wraps the handlers of our services; gRPC's own (health, reflection) pass unwrapped.
 
     Args:
         access: decides who may call.
+        metrics: counts calls.
     """
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, metrics: Metrics) -> None:
         self._access = access
+        self._metrics = metrics
 
     async def intercept_service(
         self,
@@ -79,30 +98,40 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """The handler of the method, guarded: no error but a cancellation leaves it without a status of ours."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
+        metadata = tuple(handler_call_details.invocation_metadata or ())
         try:
-            self._access.caller(method, handler_call_details.invocation_metadata or ())
+            caller = self._access.caller(method, metadata)
         except (UnknownCaller, NotAllowed) as error:
-            return _refusing(method, error)
+            return _refusing(_Call(method, _request_id(metadata), "", self._metrics), error)
         if handler is None or not method.startswith(f"/{DOMAIN}."):
             return handler
+        call = _Call(method, _request_id(metadata), caller, self._metrics)
         codecs = {
             "request_deserializer": _tolerant(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if not handler.response_streaming:
-            return grpc.unary_unary_rpc_method_handler(_guard_unary(method, handler.unary_unary), **codecs)
+            return grpc.unary_unary_rpc_method_handler(_guard_unary(call, handler.unary_unary), **codecs)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                _guard_stream(method, handler.stream_stream, _readable_all), **codecs
+                _guard_stream(call, handler.stream_stream, _readable_all), **codecs
             )
-        return grpc.unary_stream_rpc_method_handler(_guard_stream(method, handler.unary_stream, _readable), **codecs)
+        return grpc.unary_stream_rpc_method_handler(_guard_stream(call, handler.unary_stream, _readable), **codecs)
 
 
-def _refusing(method: str, error: Exception) -> Any:
+def _request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str:
+    """The caller's own id where it is harmless in a log, else a new one."""
+    given = next((value for key, value in metadata if key == ID_KEY), "")
+    if isinstance(given, str) and 0 < len(given) <= MAX_ID_CHARS and given.replace("-", "").isalnum():
+        return given
+    return uuid.uuid4().hex[:16]
+
+
+def _refusing(call: "_Call", error: Exception) -> Any:
     """A handler that ends the call at once. Streaming on both sides, whatever the method is: so nothing is read."""
 
     async def refuse(requests: AsyncIterator[Any], context: Any) -> None:
-        await _Call(method).abort(context, error)
+        await call.abort(context, error)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -130,59 +159,69 @@ async def _readable_all(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield _readable(request)
 
 
-def _guard_unary(method: str, inner: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def _guard_unary(call: "_Call", inner: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
-        call = _Call(method)
+        call.begin(context)
         try:
             answer = await inner(_readable(request), context)
         except asyncio.CancelledError:
-            call.log("CANCELLED")
+            call.end("CANCELLED")
             raise
         # The one place where errors become statuses.
         except Exception as error:
             await call.abort(context, error)
-        call.log("OK")
+        call.end("OK")
         return answer
 
     return guarded
 
 
 def _guard_stream(
-    method: str, inner: Callable[[Any, Any], AsyncGenerator[Any, None]], readable: Callable[[Any], Any]
+    call: "_Call", inner: Callable[[Any, Any], AsyncGenerator[Any, None]], readable: Callable[[Any], Any]
 ) -> Callable[[Any, Any], Any]:
     async def guarded(request: Any, context: Any) -> AsyncGenerator[Any, None]:
-        call = _Call(method)
+        call.begin(context)
         try:
             async with aclosing(inner(readable(request), context)) as answers:
                 async for answer in answers:
                     yield answer
         except (asyncio.CancelledError, GeneratorExit):
-            call.log("CANCELLED")
+            call.end("CANCELLED")
             raise
         # The one place where errors become statuses.
         except Exception as error:
             await call.abort(context, error)
-        call.log("OK")
+        call.end("OK")
 
     return guarded
 
 
 class _Call:
-    """One call's log line and its end."""
+    """One call's count, log line and end. Its id goes back in the trailers, so that people can name the line."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, request_id: str, caller: str, metrics: Metrics) -> None:
         self._method = method.removeprefix("/")
+        self._id = request_id
+        self._caller = caller
+        self._metrics = metrics
         self._started = time.perf_counter()
 
-    def log(self, code: str) -> None:
-        took_ms = (time.perf_counter() - self._started) * 1000
-        log.info("method=%s code=%s took_ms=%.1f", self._method, code, took_ms)
+    def begin(self, context: Any) -> None:
+        context.set_trailing_metadata(((ID_KEY, self._id),))
+
+    def end(self, code: str, reason: str = "") -> None:
+        took_s = time.perf_counter() - self._started
+        self._metrics.call_ended(self._method, code, took_s)
+        fields: dict[str, object] = {"method": self._method, "code": code, "took_ms": round(took_s * 1000, 1)}
+        fields |= {"request_id": self._id, **({"caller": self._caller} if self._caller else {})}
+        log.info("call", extra={"fields": {**fields, **({"reason": reason} if reason else {})}})
 
     async def abort(self, context: Any, error: Exception) -> NoReturn:
         status = status_of(error)
-        code = GRPC_CODES[status.code]
-        self.log(code.name)
-        trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]
+        code, reason = GRPC_CODES[status.code], reason_of(error)
+        self._metrics.rejected(reason)
+        self.end(code.name, reason)
+        trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString()), (ID_KEY, self._id)]
         retry_s = _retry_after(status)
         if retry_s is not None:
             trailers.append((PUSHBACK_KEY, str(round(retry_s * 1000))))
@@ -208,6 +247,10 @@ def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
             known = code_pb2.UNAVAILABLE, (_info("QUEUE_FULL"), _retry(seconds))
         case NotReady():
             known = code_pb2.UNAVAILABLE, (_info("LOADING"), _retry(LOADING_RETRY_S))
+        case DeviceLost():
+            known = code_pb2.UNAVAILABLE, (_info("DEVICE_LOST"), _retry(RESTART_RETRY_S))
+        case Expired():
+            known = code_pb2.DEADLINE_EXCEEDED, (_info("EXPIRED"),)
         case OutOfDeviceMemory():
             known = code_pb2.INTERNAL, (_info("OUT_OF_MEMORY"),)
     return known

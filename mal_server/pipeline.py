@@ -6,6 +6,7 @@ One `Part` comes out for each finished batch that held crops of the job. A job l
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
@@ -13,9 +14,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from mal_server.batcher import Batcher, Share
+from mal_server.batcher import Batcher, Expired, Priority, Share
+from mal_server.metrics import Metrics
 from mal_server.worker import Predictor
-from mal_train.errors import BadBox, DeviceError
+from mal_train.errors import BadBox, DeviceError, DeviceLost
 from mal_train.labeling.geometry import Box
 from mal_train.labeling.images import ImageLimits, decode_image
 from mal_train.labeling.labeler import Crop, Label, Probability, RunOptions
@@ -35,6 +37,8 @@ class Job:
         boxes: x, y, width, height px, in the order of the ids; any floats, NaN included.
         options: how the network runs.
         threshold: in (0, 1); None = the checkpoint's by size.
+        priority: who goes first.
+        deadline: event-loop time after which nobody waits for the answer.
     """
 
     content: bytes
@@ -43,6 +47,8 @@ class Job:
     boxes: tuple[Box, ...]
     options: RunOptions
     threshold: float | None = None
+    priority: Priority = Priority.INTERACTIVE
+    deadline: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -95,23 +101,42 @@ class Pipeline:
         batcher: shared by all jobs.
         pool: threads for CPU work.
         limits: what is refused before it is decoded.
+        crop_size: side of a crop in px.
+        metrics: counts.
     """
 
-    def __init__(self, predictor: Predictor, batcher: CropBatcher, pool: Executor, limits: ImageLimits) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        batcher: CropBatcher,
+        pool: Executor,
+        limits: ImageLimits,
+        *,
+        crop_size: int,
+        metrics: Metrics,
+    ) -> None:
         self._predictor = predictor
         self._batcher = batcher
         self._pool = pool
         self._limits = limits
+        self._crop_bytes = 3 * crop_size**2
+        self._metrics = metrics
 
     async def label(self, job: Job) -> AsyncGenerator[Part, None]:
         """Parts that together answer every instance once; at least one part, also for a job without boxes.
 
         Raises:
             Overloaded: too much is waiting.
+            Expired: the deadline passed.
             BadImage: the picture cannot be used.
+            DeviceLost: the device works no more.
         """
-        with self._batcher.admit(max(len(job.boxes), 1)) as ticket:
+        size_bytes = len(job.content) + len(job.boxes) * self._crop_bytes
+        with self._batcher.admit(
+            max(len(job.boxes), 1), size_bytes=size_bytes, priority=job.priority, deadline=job.deadline
+        ) as ticket:
             entries, decode_s = await self._cpu(self._open, job)
+            self._metrics.decoded(decode_s)
             bad = tuple(
                 Answer(instance_id, entry)
                 for instance_id, entry in zip(job.instance_ids, entries, strict=True)
@@ -123,7 +148,14 @@ class Pipeline:
                 yield Part(bad, Timing(decode_s=decode_s))
                 return
             async for share in ticket.submit(job.options, crops):
+                if job.deadline <= asyncio.get_running_loop().time():
+                    self._metrics.dropped("deadline_encoding", len(share.indices))
+                    raise Expired("the deadline passed before the masks were encoded")
                 labels, finish_s = await self._finish(job, crops, share)
+                self._metrics.finished(finish_s)
+                for label in labels:
+                    if isinstance(label, Label):
+                        self._metrics.labelled(label.flags)
                 answers = (Answer(job.instance_ids[good[i]], x) for i, x in zip(share.indices, labels, strict=True))
                 timing = Timing(share.queue_s, decode_s, share.run_s, finish_s, share.batch_size)
                 yield Part((*bad, *answers), timing)
@@ -151,7 +183,7 @@ class Pipeline:
     def _finish_one(
         self, crop: Crop, outcome: Probability | Exception, threshold: float | None
     ) -> tuple[Label | DeviceError, float]:
-        if isinstance(outcome, DeviceError):
+        if isinstance(outcome, DeviceError) and not isinstance(outcome, DeviceLost):
             return outcome, 0.0
         if isinstance(outcome, Exception):
             raise outcome

@@ -5,6 +5,9 @@
     drain  health says NOT_SERVING, calls are still answered
     stop   refuses new calls, lets running ones finish within the grace period
 
+A device that is lost for good (`DeviceLost`) ends the server: health says NOT_SERVING at once, calls under way and new
+ones are answered UNAVAILABLE, and `serve` raises, so that a supervisor starts a new process.
+
 `serve` goes through all of it once, driven by signals.
 """
 
@@ -13,12 +16,14 @@ import importlib.metadata
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_server.access import read_tokens
@@ -26,16 +31,22 @@ from mal_server.batcher import Batcher
 from mal_server.config import ServerConfig
 from mal_server.interceptors import CallInterceptor
 from mal_server.loading import Loaded, ModelInfo, load_model, warm_up
+from mal_server.metrics import Metrics, MetricsPort
 from mal_server.pipeline import CropBatcher, Pipeline
 from mal_server.service import EvaluationService, LabelingService, ModelService, Serving, Stage
 from mal_server.tls import server_credentials
-from mal_train.errors import ConfigError, OutputError
+from mal_server.worker import Worker
+from mal_train.errors import ConfigError, DeviceLost, OutputError
+from mal_train.labeling.labeler import Crop, Probability, RunOptions
 
 log = logging.getLogger(__name__)
 
 DISTRIBUTION = "mask-auto-labeler"
 MAX_STREAMS = 100
 """Calls at once on one connection; further ones wait at the client."""
+
+LOST_GRACE_S = 5.0
+"""After a device was lost: how long the answers of running calls may take to get out."""
 
 SERVICES = (
     "",
@@ -67,11 +78,18 @@ class MalServer:
         self._pool = ThreadPoolExecutor(config.threads or os.cpu_count(), thread_name_prefix="cpu")
         self._loaded: Loaded | None = None
         self._batcher: CropBatcher | None = None
+        self._metrics = Metrics()
+        self._metrics_port: MetricsPort | None = None
         self._access = read_tokens(config.tokens)
         self._credentials = server_credentials(config.listen)
         self._server = self._build()
+        self.lost = asyncio.Event()
+        """Set once a device is lost; `error` then says why."""
+        self.error: DeviceLost | None = None
         self.address = ""
         """host:port once started, with the real port where 0 was asked for."""
+        self.metrics_address = ""
+        """Likewise of the figures; empty when they are not shown."""
 
     async def start(self) -> None:
         """Binds the port and answers, NOT_SERVING so far.
@@ -96,6 +114,10 @@ class MalServer:
                 "Choose another listen.port (0 takes a free one)"
             )
         self.address = f"{shown}:{bound}"
+        metrics = self._config.metrics
+        if metrics.port is not None:
+            self._metrics_port = MetricsPort(self._metrics, metrics.host, metrics.port)
+            self.metrics_address = f"{metrics.host}:{self._metrics_port.port}"
         await self._server.start()
 
     async def load(self) -> ModelInfo:
@@ -105,16 +127,34 @@ class MalServer:
         for worker in loaded.workers:
             await warm_up(worker, config.branch, config.max_batch_size)
         self._batcher = Batcher(
-            [worker.run for worker in loaded.workers],
+            [partial(self._run, worker) for worker in loaded.workers],
             max_batch_size=config.max_batch_size,
             max_delay_s=config.max_queue_delay_ms / 1000,
             max_waiting=config.max_queue_crops,
+            max_bytes=config.max_queue_bytes,
+            patience_s=config.batch_patience_s,
+            observer=self._metrics,
         )
-        pipeline = Pipeline(loaded.workers[0].predictor, self._batcher, self._pool, config.limits.images())
+        batcher = self._batcher
+        self._metrics.watch_queue(lambda: batcher.waiting, lambda: batcher.waiting_bytes)
+        self._metrics.serves(loaded.info.name, loaded.info.sha256, str(loaded.info.branch))
+        pipeline = Pipeline(
+            loaded.workers[0].predictor,
+            self._batcher,
+            self._pool,
+            config.limits.images(),
+            crop_size=loaded.info.labeler.crop_size,
+            metrics=self._metrics,
+        )
         self._stage.serving = Serving(loaded.info, pipeline, self._pool)
         for service in SERVICES:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         return loaded.info
+
+    @property
+    def waiting(self) -> int:
+        """Crops that wait for a device."""
+        return 0 if self._batcher is None else self._batcher.waiting
 
     async def drain(self) -> None:
         """Says NOT_SERVING, for good."""
@@ -128,11 +168,32 @@ class MalServer:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for worker in self._loaded.workers if self._loaded is not None else ():
             worker.close()
+        if self._metrics_port is not None:
+            await asyncio.to_thread(self._metrics_port.close)
+            self._metrics_port = None
+
+    async def _run(self, worker: Worker, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
+        """A batcher's runner."""
+        try:
+            return await worker.run(options, crops)
+        except DeviceLost as error:
+            await self._lose(error)
+            raise
+
+    async def _lose(self, error: DeviceLost) -> None:
+        if self.error is not None:
+            return
+        log.error("lost error=%s", error)
+        self.error = self._stage.lost = error
+        if self._batcher is not None:
+            self._batcher.break_off(error)
+        self.lost.set()
+        await self._health.enter_graceful_shutdown()
 
     def _build(self) -> grpc.aio.Server:
         limits = self._config.limits
         server = grpc.aio.server(
-            interceptors=(CallInterceptor(self._access),),
+            interceptors=(CallInterceptor(self._access, self._metrics),),
             options=(
                 ("grpc.max_receive_message_length", limits.max_request_bytes),
                 ("grpc.max_send_message_length", limits.max_response_bytes),
@@ -141,10 +202,15 @@ class MalServer:
                 ("grpc.so_reuseport", 0),
             ),
         )
-        labeling_pb2_grpc.add_LabelingServiceServicer_to_server(LabelingService(self._stage, limits), server)
+        labeling_pb2_grpc.add_LabelingServiceServicer_to_server(
+            LabelingService(self._stage, limits, self._metrics), server
+        )
         evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationService(self._stage, limits), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._stage, limits, version()), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._config.reflection:
+            names = (*SERVICES[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
         return server
 
 
@@ -155,6 +221,9 @@ async def serve(config: ServerConfig, *, port_file: Path | None = None, load: Lo
         config: see `ServerConfig`.
         port_file: receives "host:port" once the server is SERVING, and is removed at the end.
         load: gives the model.
+
+    Raises:
+        DeviceLost: a device failed for good.
     """
     stop, now = _catch_signals()
     server = MalServer(config, load)
@@ -176,8 +245,16 @@ async def serve(config: ServerConfig, *, port_file: Path | None = None, load: Lo
             f"{', '.join(info.devices)}, {info.precision})",
             flush=True,
         )
+        if server.metrics_address:
+            log.info("metrics=http://%s/metrics", server.metrics_address)
+        losing = asyncio.ensure_future(server.lost.wait())
+        await asyncio.wait({stopping, losing}, return_when=asyncio.FIRST_COMPLETED)
+        losing.cancel()
+        if server.error is not None:
+            grace_s = LOST_GRACE_S
+            stopping.cancel()
+            raise server.error
         grace_s = config.grace_s
-        await stopping
         log.info("draining drain_delay_s=%g grace_s=%g", config.drain_delay_s, config.grace_s)
         await server.drain()
         await _wait(now, config.drain_delay_s)

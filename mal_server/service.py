@@ -1,22 +1,27 @@
 """The RPCs, each a few lines: read the request (codec), follow the pipeline, write what comes out (codec)."""
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_server import codec
+from mal_server.batcher import Priority
 from mal_server.config import Limits
 from mal_server.errors import NotReady, RequestRefused
 from mal_server.evaluation import Evaluation
-from mal_server.interceptors import status_of
+from mal_server.interceptors import reason_of, status_of
 from mal_server.loading import ModelInfo
+from mal_server.metrics import Metrics
 from mal_server.pipeline import Pipeline
+from mal_train.errors import DeviceLost
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -36,9 +41,12 @@ class Stage:
 
     def __init__(self) -> None:
         self.serving: Serving | None = None
+        self.lost: DeviceLost | None = None
 
     def current(self) -> Serving:
-        """The model; raises NotReady while there is none."""
+        """The model; raises NotReady while there is none, and DeviceLost once its device is gone."""
+        if self.lost is not None:
+            raise self.lost
         if self.serving is None:
             raise NotReady("the model is still loading")
         return self.serving
@@ -47,16 +55,17 @@ class Stage:
 class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
     """Boxes in, masks out."""
 
-    def __init__(self, stage: Stage, limits: Limits) -> None:
+    def __init__(self, stage: Stage, limits: Limits, metrics: Metrics) -> None:
         self._stage = stage
         self._limits = limits
+        self._metrics = metrics
 
     async def LabelImage(
         self, request: labeling_pb2.LabelImageRequest, context: Any
     ) -> AsyncGenerator[labeling_pb2.LabelImageResponse, None]:
         """One message for each finished batch of this request."""
         serving = self._stage.current()
-        job = codec.read_job(request, self._limits, serving.info.branch)
+        job = codec.read_job(request, self._limits, _call(serving, Priority.INTERACTIVE, context))
         model = codec.write_model_ref(serving.info, job.options.branch)
         async with aclosing(serving.pipeline.label(job)) as parts:
             async for part in parts:
@@ -66,24 +75,27 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
         self, request_iterator: AsyncIterator[labeling_pb2.LabelImagesRequest], context: Any
     ) -> AsyncGenerator[labeling_pb2.LabelImagesResponse, None]:
         """One message for each item, in the order in which they finish."""
-        self._stage.current()
+        call = _call(self._stage.current(), Priority.BATCH, context)
         window = self._limits.max_items_in_flight
-        async with aclosing(answered(request_iterator, self._item, window)) as answers:
+        async with aclosing(answered(request_iterator, partial(self._item, call), window)) as answers:
             async for answer in answers:
                 yield answer
 
-    async def _item(self, item: labeling_pb2.LabelImagesRequest) -> labeling_pb2.LabelImagesResponse:
+    async def _item(self, call: codec.Call, item: labeling_pb2.LabelImagesRequest) -> labeling_pb2.LabelImagesResponse:
         try:
             checks = codec.Checks()
             codec.check_item_id(item.item_id, checks)
             checks.raise_if_any()
             serving = self._stage.current()
-            job = codec.read_job(item.request, self._limits, serving.info.branch, "request.")
+            job = codec.read_job(item.request, self._limits, call, "request.")
             model = codec.write_model_ref(serving.info, job.options.branch)
             answer = codec.write_item(item.item_id, await serving.pipeline.label_whole(job), model)
             self._check_size(answer.ByteSize())
+        except DeviceLost:  # nothing will be answered any more
+            raise
         # An error of one item must not end the stream of the others: it becomes that item's status.
         except Exception as error:
+            self._metrics.rejected(reason_of(error))
             return codec.write_item_error(item.item_id, status_of(error))
         return answer
 
@@ -107,7 +119,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         """Progress after each image, then one result."""
         serving = self._stage.current()
         first = await anext(request_iterator, evaluation_pb2.EvaluateRequest())
-        options = codec.read_evaluate_options(first, serving.info.branch)
+        options = codec.read_evaluate_options(first, _call(serving, Priority.BATCH, context))
         run = Evaluation(serving.pipeline, serving.pool, options.category_names)
         truths = codec.read_truths(request_iterator, options, self._limits)
         async with aclosing(answered(truths, run.label, self._limits.max_items_in_flight, in_order=True)) as outcomes:
@@ -131,6 +143,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetServerInfoResponse:
         """Model, limits, devices."""
         return codec.write_server_info(self._stage.current().info, self._limits, self._version)
+
+
+def _call(serving: Serving, priority: Priority, context: Any) -> codec.Call:
+    left_s = context.time_remaining()
+    deadline = math.inf if left_s is None else asyncio.get_running_loop().time() + left_s
+    return codec.Call(serving.info.branch, priority, deadline)
 
 
 async def answered(

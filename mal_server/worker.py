@@ -47,6 +47,7 @@ class Worker:
         """Probabilities in order; OutOfDeviceMemory in the place of a crop that does not fit the device even alone.
 
         Raises:
+            DeviceLost: the device works no more.
             DeviceError: the device failed otherwise.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._predict, options, crops)

@@ -12,7 +12,8 @@
     │   ├── Altered           its content was changed after it was sealed
     │   └── UnknownLayout     a schema or a weight layout that this version does not read
     ├── DeviceError           the device failed under a batch; ours, not the caller's
-    │   └── OutOfDeviceMemory one crop alone does not fit
+    │   ├── OutOfDeviceMemory one crop alone does not fit
+    │   └── DeviceLost        it fails every batch from now on, until the process starts anew
     ├── OutputError           disk full, no permission, another run writes there
     └── NonFiniteTraining     loss or weights stopped being numbers
 
@@ -87,6 +88,10 @@ class DeviceError(MalError):
 
 class OutOfDeviceMemory(DeviceError):
     """One crop alone does not fit into the device's memory."""
+
+
+class DeviceLost(DeviceError):
+    """The device's state is damaged for as long as this process lives; every further batch would fail too."""
 
 
 class OutputError(MalError):

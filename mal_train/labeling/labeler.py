@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mal_train.errors import BadBox, DeviceError, OutOfDeviceMemory
+from mal_train.errors import BadBox, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.labeling import geometry, rle
 from mal_train.labeling.geometry import Box, Region, Window
 from mal_train.labeling.images import RgbImage
@@ -31,6 +31,11 @@ LOW_AGREEMENT_IOU = 0.8
 TINY_SIDE_PX = 2.0
 PART_SHARE = 0.01
 _PARTS_SIDE = 512
+
+CUDA_ERROR = "CUDA error:"
+"""Begins the message of errors of the CUDA runtime: nearly all of them make each later call of the process fail too."""
+CUDA_OUT_OF_MEMORY = "CUDA error: out of memory"
+"""The exception: the device stays usable."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ class Labeler:
 
         Raises:
             OutOfDeviceMemory: the batch does not fit; a smaller one may.
+            DeviceLost: no batch will ever run here again, for example after an illegal memory access.
             DeviceError: any other failure of the device.
         """
         if not crops:
@@ -159,6 +165,10 @@ class Labeler:
                 f"a batch of {len(crops)} crops does not fit into {self.device}: {error}"
             ) from error
         except RuntimeError as error:
+            if str(error).startswith(CUDA_OUT_OF_MEMORY):
+                raise OutOfDeviceMemory(f"a batch of {len(crops)} crops does not fit into {self.device}") from error
+            if str(error).startswith(CUDA_ERROR):
+                raise DeviceLost(f"{self.device} is lost, start the process anew: {error}") from error
             raise DeviceError(f"{self.device} failed on a batch of {len(crops)} crops: {error}") from error
 
     def finish(self, crop: Crop, probability: Probability, *, threshold: float | None = None) -> Label:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mal_train.errors import BadBox, ConfigError, DeviceError, OutOfDeviceMemory
+from mal_train.errors import BadBox, ConfigError, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.labeling import geometry, rle
 from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions, load_labeler
 from mal_train.labeling.rle import Rle
@@ -226,8 +226,15 @@ def test_device_failures_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None
     fail(torch.OutOfMemoryError("no memory"))
     with pytest.raises(OutOfDeviceMemory):
         ours.predict(crops)
-    fail(RuntimeError("illegal access"))
-    with pytest.raises(DeviceError, match="illegal access"):
+    fail(RuntimeError("shapes differ"))
+    with pytest.raises(DeviceError, match="shapes differ") as raised:
+        ours.predict(crops)
+    assert not isinstance(raised.value, DeviceLost)
+    fail(RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be …"))
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        ours.predict(crops)
+    fail(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be …"))
+    with pytest.raises(OutOfDeviceMemory):
         ours.predict(crops)
 
 

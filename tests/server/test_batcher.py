@@ -1,11 +1,12 @@
 """Batching with a clock that jumps: nothing here waits."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 
 import pytest
 
-from mal_server.batcher import Batcher, Overloaded, Share
+from mal_server.batcher import Batcher, Expired, Nobody, Overloaded, Priority, Share
 from tests.server.fakes import run_in_no_time
 
 Shares = list[Share[str]]
@@ -247,3 +248,184 @@ def test_nothing_is_left_behind_by_many_cancelled_callers() -> None:
     waiting, shares = run_in_no_time(work())
     assert waiting == 0
     assert answers(shares) == {0: "k:still"}
+
+
+class Counting(Nobody):
+    """Keeps what was dropped."""
+
+    def __init__(self) -> None:
+        self.drops: dict[str, int] = {}
+
+    def dropped(self, reason: str, crops: int) -> None:
+        self.drops[reason] = self.drops.get(reason, 0) + crops
+
+
+def sorted_batcher(
+    runner: Runner, *, size: int = 2, patience: float = 10.0, observer: Counting | None = None
+) -> Batcher[str, str, str]:
+    return Batcher(
+        [runner],
+        max_batch_size=size,
+        max_delay_s=0.01,
+        max_waiting=1000,
+        max_bytes=1000,
+        patience_s=patience,
+        observer=observer,
+    )
+
+
+async def submit_as(
+    batcher: Batcher[str, str, str],
+    priority: Priority,
+    *items: str,
+    key: str = "k",
+    after_s: float = 0.0,
+    within_s: float = math.inf,
+    size_bytes: float = 0.0,
+) -> Shares:
+    await asyncio.sleep(after_s)
+    deadline = asyncio.get_running_loop().time() + within_s
+    with batcher.admit(len(items), priority=priority, deadline=deadline, size_bytes=size_bytes) as ticket:
+        return [share async for share in ticket.submit(key, items)]
+
+
+@pytest.mark.parametrize("keys", [("k", "k"), ("bulk", "screen")])
+def test_an_interactive_request_waits_for_one_batch_of_a_saturating_bulk_job(keys: tuple[str, str]) -> None:
+    runner = Runner(takes_s=1.0)
+
+    async def work() -> Shares:
+        batcher = sorted_batcher(runner, patience=math.inf)
+        bulk = asyncio.create_task(submit_as(batcher, Priority.BATCH, *["b"] * 40, key=keys[0]))
+        shares = await submit_as(batcher, Priority.INTERACTIVE, "i", key=keys[1], after_s=3.5)
+        await bulk
+        return shares
+
+    (share,) = run_in_no_time(work())
+    assert share.queue_s == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_bulk_job_that_waited_its_patience_goes_first() -> None:
+    runner = Runner(takes_s=1.0)
+
+    async def work() -> None:
+        batcher = sorted_batcher(runner, size=1, patience=3.0)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(submit_as(batcher, Priority.INTERACTIVE, "first"))
+            group.create_task(submit_as(batcher, Priority.BATCH, "bulk", after_s=0.5))
+            for i in range(10):  # one a second: without ageing, bulk would come last
+                group.create_task(submit_as(batcher, Priority.INTERACTIVE, f"i{i}", after_s=0.6 + i * 0.9))
+
+    run_in_no_time(work())
+    assert [batch[0] for batch in runner.batches].index("bulk") == 5
+
+
+def test_batches_are_filled_up_with_bulk_work() -> None:
+    runner = Runner()
+
+    async def work() -> None:
+        batcher = sorted_batcher(runner, size=4)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(submit_as(batcher, Priority.BATCH, "b", "b"))
+            group.create_task(submit_as(batcher, Priority.INTERACTIVE, "i"))
+
+    run_in_no_time(work())
+    assert runner.batches == [["i", "b", "b"]]
+
+
+def test_what_is_past_its_deadline_is_never_run() -> None:
+    runner, observer = Runner(takes_s=1.0), Counting()
+
+    async def work() -> Shares:
+        batcher = sorted_batcher(runner, observer=observer)
+        first = asyncio.create_task(submit_as(batcher, Priority.INTERACTIVE, "a", "a"))
+        late = await submit_as(batcher, Priority.INTERACTIVE, "x", "y", "z", after_s=0.1, within_s=0.5)
+        await first
+        assert batcher.waiting == 0
+        return late
+
+    (late,) = run_in_no_time(work())
+    assert runner.batches == [["a", "a"]]
+    assert late.indices == (0, 1, 2)
+    assert all(isinstance(outcome, Expired) for outcome in late.outcomes)
+    assert observer.drops == {"deadline_queue": 3}
+
+
+def test_what_comes_after_its_deadline_is_refused_at_the_entry() -> None:
+    observer = Counting()
+
+    async def work() -> None:
+        await submit_as(sorted_batcher(Runner(), observer=observer), Priority.INTERACTIVE, "a", within_s=0.0)
+
+    with pytest.raises(Expired):
+        run_in_no_time(work())
+    assert observer.drops == {"deadline_entry": 1}
+
+
+def test_what_could_not_be_ready_in_time_is_refused_at_once() -> None:
+    async def work() -> Overloaded:
+        batcher = sorted_batcher(Runner(takes_s=1.0))
+        await submit_as(batcher, Priority.INTERACTIVE, "a", "a")  # measured: a batch takes 1 s
+        bulk = asyncio.create_task(submit_as(batcher, Priority.INTERACTIVE, *["b"] * 20))
+        await asyncio.sleep(0.1)
+        with pytest.raises(Overloaded, match=r"the deadline is in 3\.0 s") as raised:
+            await submit_as(batcher, Priority.INTERACTIVE, "late", within_s=3.0)
+        await submit_as(batcher, Priority.INTERACTIVE, "patient", within_s=30.0)
+        await bulk
+        return raised.value
+
+    assert 1.0 < run_in_no_time(work()).retry_after_s < 10.0
+
+
+def test_what_waits_is_bounded_in_bytes() -> None:
+    async def work() -> None:
+        batcher = sorted_batcher(Runner(), size=1)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(submit_as(batcher, Priority.BATCH, "a", size_bytes=5000))  # alone it may be larger
+            group.create_task(submit_as(batcher, Priority.BATCH, *"bcd", size_bytes=900, after_s=0.5))
+            await asyncio.sleep(0.6)
+            assert batcher.waiting_bytes == pytest.approx(900)
+            with pytest.raises(Overloaded, match="pass the limit of 0 MB"):
+                batcher.admit(1, size_bytes=200)
+            await asyncio.sleep(1.0)  # "b" runs
+            assert batcher.waiting_bytes == pytest.approx(600)
+            batcher.admit(1, size_bytes=200).close()
+        assert batcher.waiting_bytes == 0
+
+    run_in_no_time(work())
+
+
+def test_when_it_breaks_off_everything_that_waits_is_answered_and_nothing_is_admitted() -> None:
+    gone = OSError("gone")
+
+    async def work() -> list[Shares]:
+        batcher = sorted_batcher(Runner(takes_s=1.0))
+        calls = [asyncio.create_task(submit_as(batcher, Priority.INTERACTIVE, "a", "b", "c")) for _ in range(3)]
+        await asyncio.sleep(0.5)
+        early = batcher.admit(1)
+        batcher.break_off(gone)
+        with pytest.raises(OSError, match="gone"):
+            batcher.admit(1)
+        with early, pytest.raises(OSError, match="gone"):
+            batcher.enqueue(early, "k", ["x"])
+        found = await asyncio.gather(*calls)
+        assert batcher.waiting == 0
+        return found
+
+    first, *others = run_in_no_time(work())
+    assert answers(first) == {0: "k:a", 1: "k:b", 2: gone}
+    assert [answers(shares) for shares in others] == [dict.fromkeys(range(3), gone)] * 2
+
+
+def test_a_cancelled_caller_is_counted_where_its_work_was() -> None:
+    observer = Counting()
+
+    async def work() -> None:
+        batcher = sorted_batcher(Runner(takes_s=1.0), observer=observer)
+        call = asyncio.create_task(submit_as(batcher, Priority.INTERACTIVE, *"abcde"))
+        await asyncio.sleep(0.5)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        await batcher.idle()
+
+    run_in_no_time(work())
+    assert observer.drops == {"cancelled_queue": 3, "cancelled_device": 2}

@@ -11,12 +11,12 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
+from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_server.config import ServerConfig
 from mal_server.loading import Loaded
 from mal_server.server import SERVICES, MalServer, serve
-from mal_train.errors import ConfigError, DeviceError, WrongKey
+from mal_train.errors import ConfigError, DeviceError, DeviceLost, WrongKey
 from tests.server.fakes import DISC_BOX, BrightPredictor, config_of, label, label_request, loaded, serving
 from tests.server.test_service import reason_of, status_details
 
@@ -241,3 +241,45 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: 
     with pytest.raises(WrongKey):
         asyncio.run(serve(config_of(), port_file=port_file, load=load))
     assert not port_file.exists()
+
+
+def test_a_lost_device_ends_the_server_at_once_and_every_call_with_unavailable(tmp_path: Path) -> None:
+    port_file, gate, predictor = tmp_path / "address", threading.Event(), BrightPredictor()
+
+    async def client() -> tuple[list[Any], set[Any]]:
+        while not port_file.exists():
+            await asyncio.sleep(0.005)
+        async with grpc.aio.insecure_channel(port_file.read_text().strip()) as channel:
+            stub: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
+            watched: Any = health_pb2_grpc.HealthStub(channel)
+            watch = watched.Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == SERVING
+            predictor.gate, predictor.error = gate, DeviceLost("CUDA error: an illegal memory access")
+            item = labeling_pb2.LabelImagesRequest(request=label_request(DISC_BOX))
+            calls = [count(stub.LabelImage(label_request(*[DISC_BOX] * 4))) for _ in range(3)]
+            calls.append(drained(stub.LabelImages(iter([item]))))
+            tasks = [asyncio.create_task(call) for call in calls]
+            while len(predictor.batches) < 2:
+                await asyncio.sleep(0.001)
+            gate.set()
+            status = (await watch.read()).status
+            watch.cancel()
+            return await asyncio.gather(*tasks, return_exceptions=True), {status}
+
+    async def work() -> tuple[list[Any], set[Any]]:
+        task = asyncio.create_task(client())
+        with pytest.raises(DeviceLost, match="illegal memory access"):
+            await serve(config_of(max_batch_size=2, grace_s=600), port_file=port_file, load=loading_with(predictor))
+        return await task
+
+    errors, states = asyncio.run(asyncio.wait_for(work(), 30))
+    assert states == {NOT_SERVING}
+    assert [error.code() for error in errors] == [grpc.StatusCode.UNAVAILABLE] * 4
+    assert {reason_of(status_details(error)) for error in errors} == {"DEVICE_LOST"}
+    assert len(predictor.batches) == 2  # the warm-up, and the one that failed
+    assert DeviceLost.exit_code == 1
+    assert not port_file.exists()
+
+
+async def drained(call: Any) -> int:
+    return len([answer async for answer in call])

@@ -54,6 +54,30 @@ BRANCH_MIXED: Branch.ValueType  # 3
 """The mean of the two logit maps."""
 global___Branch = Branch
 
+class _Priority:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PriorityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """INTERACTIVE for LabelImage, BATCH for LabelImages and Evaluate."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody waits at a screen."""
+    PRIORITY_BATCH: _Priority.ValueType  # 2
+    """Goes behind INTERACTIVE, and ahead of what is submitted a while (the server's setting) later, so it never starves."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Who goes first when more crops wait than a device can take."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""INTERACTIVE for LabelImage, BATCH for LabelImages and Evaluate."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody waits at a screen."""
+PRIORITY_BATCH: Priority.ValueType  # 2
+"""Goes behind INTERACTIVE, and ahead of what is submitted a while (the server's setting) later, so it never starves."""
+global___Priority = Priority
+
 class _MaskFlag:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -189,6 +213,7 @@ class LabelOptions(google.protobuf.message.Message):
     THRESHOLD_FIELD_NUMBER: builtins.int
     COMPUTE_AGREEMENT_FIELD_NUMBER: builtins.int
     FLIP_TEST_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     branch: global___Branch.ValueType
     """Which network answers."""
     threshold: builtins.float
@@ -199,6 +224,8 @@ class LabelOptions(google.protobuf.message.Message):
     """Also fill InstanceResult.agreement. Runs both networks: twice the work of one."""
     flip_test: builtins.bool
     """Average each probability map with that of the mirrored crop. Doubles the work on the device."""
+    priority: global___Priority.ValueType
+    """Who goes first. It changes no mask."""
     def __init__(
         self,
         *,
@@ -206,9 +233,10 @@ class LabelOptions(google.protobuf.message.Message):
         threshold: builtins.float | None = ...,
         compute_agreement: builtins.bool = ...,
         flip_test: builtins.bool = ...,
+        priority: global___Priority.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_threshold", b"_threshold", "threshold", b"threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_threshold", b"_threshold", "branch", b"branch", "compute_agreement", b"compute_agreement", "flip_test", b"flip_test", "threshold", b"threshold"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_threshold", b"_threshold", "branch", b"branch", "compute_agreement", b"compute_agreement", "flip_test", b"flip_test", "priority", b"priority", "threshold", b"threshold"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_threshold", b"_threshold"]) -> typing.Literal["threshold"] | None: ...
 
 global___LabelOptions = LabelOptions
