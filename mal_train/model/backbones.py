@@ -5,7 +5,7 @@ Adding a backbone is one file, with a class that has the members of `BackboneSiz
 
 import difflib
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -48,6 +48,8 @@ TINY = VitSize(192, 12, 3)
 SMALL = VitSize(384, 12, 6)
 BASE = VitSize(768, 12, 12)
 LARGE = VitSize(1024, 24, 16)
+HUGE = VitSize(1280, 32, 16, patch=14, grid=16)
+NVLABS: dict[str, Any] = {"stem": "conv", "resample": "by_factor"}
 
 BACKBONES: dict[str, BackboneSize] = {
     "vit-deit-tiny/16": replace(TINY, pretrained="deit_tiny_patch16_224.fb_in1k", licence=DEIT),
@@ -64,8 +66,15 @@ BACKBONES: dict[str, BackboneSize] = {
     "vit-mocov3-base/16": replace(BASE, licence=FOR_RESEARCH),
     "vit-mae-base/16": replace(BASE, pretrained="vit_base_patch16_224.mae", licence=FOR_RESEARCH),
     "vit-mae-large/16": replace(LARGE, pretrained="vit_large_patch16_224.mae", licence=FOR_RESEARCH),
-    "vit-mae-huge/14": VitSize(
-        1280, 32, 16, patch=14, grid=16, pretrained="vit_huge_patch14_224.mae", licence=FOR_RESEARCH
+    "vit-mae-huge/14": replace(HUGE, pretrained="vit_huge_patch14_224.mae", licence=FOR_RESEARCH),
+    # NVlabs' networks, and TAO's up to 6.0: published weights fill everything but the stem, which starts random.
+    "vit-deit-tiny/16-convstem": replace(TINY, **NVLABS, pretrained="deit_tiny_patch16_224.fb_in1k", licence=DEIT),
+    "vit-deit-small/16-convstem": replace(SMALL, **NVLABS, pretrained="deit_small_patch16_224.fb_in1k", licence=DEIT),
+    "vit-mae-base/16-convstem": replace(BASE, **NVLABS, pretrained="vit_base_patch16_224.mae", licence=FOR_RESEARCH),
+    "vit-mae-large/16-convstem": replace(LARGE, **NVLABS, pretrained="vit_large_patch16_224.mae", licence=FOR_RESEARCH),
+    # Built for huge's patches of 14 px, the published stem steps by 16 all the same.
+    "vit-mae-huge/16-convstem": replace(
+        HUGE, **NVLABS, patch=16, pretrained="vit_huge_patch14_224.mae", licence=FOR_RESEARCH
     ),
     # The two below are for tests and for the demo, which trains from scratch on a CPU in minutes.
     "vit-micro/16": VitSize(48, 2, 3, grid=8),

@@ -1,20 +1,21 @@
 """Reads the published code's checkpoints into our names and settings. The layout is recognised from names and shapes.
 
-Read here: TAO 6.25 to 7.0, a ViT with one 16×16 patch convolution. Recognised and refused with a reason: the
-convolutional stem of NVlabs and TAO up to 6.0, and FAN. Such files hold no settings beside the weights: what shapes
-cannot tell (crop size, thresholds, `not_adjust_scale`) the importer takes from the user.
+Read here: the ViT of TAO 6.25 to 7.0, which has one 16×16 patch convolution; the ViT of NVlabs and of TAO up to 6.0,
+which has a convolutional stem. Recognised and refused with a reason: FAN. Such files hold no settings beside the
+weights: what shapes cannot tell (crop size, thresholds, `not_adjust_scale`) the importer takes from the user.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mal_train.errors import UnknownLayout
-from mal_train.model.backbones import BACKBONES
+from mal_train.model.backbones import BACKBONES, BackboneSize
 from mal_train.model.network import MalNetwork, ModelConfig
 from mal_train.model.vit import VitSize
 from mal_train.model.weightfile import read_weight_file
@@ -22,6 +23,11 @@ from mal_train.model.weightfile import read_weight_file
 CLASSIFIER = "backbone.head."
 """TAO leaves the backbone's ImageNet classifier in its checkpoints; no mask depends on it."""
 
+BACKBONE = r"student\.backbone\."
+LINEAR_STEM = "student.backbone.patch_embed.proj.weight"
+CONV_STEM = "student.backbone.patch_embed.proj.0.0.weight"
+MASK_HEAD = "student.mask_head.convs.0.conv.weight"
+_Shape: TypeAlias = dict[str, int]
 TAO_ARCHS = ("vit-deit-tiny/16", "vit-deit-small/16", "vit-mae-base/16", "vit-mae-large/16", "vit-mae-huge/14")
 """Names that TAO documents; of several rows of one shape, such as DeiT-base and MAE-base, a checkpoint gets these."""
 
@@ -31,12 +37,14 @@ class ForeignCheckpoint:
     """A published checkpoint in our terms.
 
     Attributes:
+        layout: whose names and shapes these were, for people.
         model: the network its shapes describe.
         weights: `student.…` and `teacher.…` → float32 tensor: exactly the names that `MalNetwork(model)` has.
         dropped: names in the file that take no part in labelling, such as the classifier's.
         teacher_copied: the file has no teacher; it is a copy of the student.
     """
 
+    layout: str
     model: ModelConfig
     weights: dict[str, Tensor]
     dropped: tuple[str, ...] = ()
@@ -45,14 +53,14 @@ class ForeignCheckpoint:
     def __str__(self) -> str:
         dropped = f"; left out: {', '.join(self.dropped)}" if self.dropped else ""
         teacher = "; no teacher in it, the student stands for both" if self.teacher_copied else ""
-        return f"TAO 6.25-7.0 layout, {self.model.arch}, {len(self.weights)} tensors{dropped}{teacher}"
+        return f"layout of {self.layout}, {self.model.arch}, {len(self.weights)} tensors{dropped}{teacher}"
 
 
 def read_tao_checkpoint(path: Path) -> ForeignCheckpoint:
-    """Read a checkpoint of TAO 6.25 to 7.0: Lightning's dict or a bare state dict; no code in it is run.
+    """Read a checkpoint of TAO or NVlabs: Lightning's dict or a bare state dict; no code in it is run.
 
-    Width, depth and patch size name the backbone; the number of heads follows from it. DeiT-base and MAE-base are one
-    network: such a file is called `vit-mae-base/16`, TAO's default.
+    Stem, width, depth and patch size name the backbone; the number of heads follows from it. DeiT-base and MAE-base
+    are one network: such a file is called `vit-mae-base/16`, TAO's default.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -64,15 +72,66 @@ def read_tao_checkpoint(path: Path) -> ForeignCheckpoint:
 
 def from_tao(tensors: Mapping[str, Tensor], name: str) -> ForeignCheckpoint:
     """As `read_tao_checkpoint`, from tensors already read; `name` stands in messages."""
-    _refuse_other_layouts(tensors, name)
-    model = _model_of(tensors, name)
+    layout = _layout_of(tensors, name)
+    model = _model_of(tensors, layout, name)
     ours = {_our_name(key): tensor for key, tensor in tensors.items() if _takes_part(key)}
     dropped = tuple(key for key in tensors if not _takes_part(key))
     teacher_copied = not any(key.startswith("teacher.") for key in ours)
     if teacher_copied:
         ours |= {key.replace("student.", "teacher.", 1): tensor.clone() for key, tensor in ours.items()}
-    _check_fits(ours, model, name)
-    return ForeignCheckpoint(model, {key: tensor.float() for key, tensor in ours.items()}, dropped, teacher_copied)
+    _check_fits(ours, model, layout, name)
+    weights = {key: tensor.float() for key, tensor in ours.items()}
+    return ForeignCheckpoint(layout.name, model, weights, dropped, teacher_copied)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One way of publishing a MAL network.
+
+    Attributes:
+        name: for people.
+        mark: a tensor of four dimensions that only this layout has.
+        shape_of: the tensors → what tells its backbones apart.
+        shape_of_row: a row of the table → the same, None for a row of another layout.
+    """
+
+    name: str
+    mark: str
+    shape_of: Callable[[Mapping[str, Tensor]], _Shape]
+    shape_of_row: Callable[[BackboneSize], _Shape | None]
+
+
+def _linear_shape(tensors: Mapping[str, Tensor]) -> _Shape:
+    width, _, _, patch = tensors[LINEAR_STEM].shape
+    return {"width": width, "depth": _depth(tensors), "patch": patch}
+
+
+def _linear_shape_of_row(row: BackboneSize) -> _Shape | None:
+    if not isinstance(row, VitSize) or row.stem != "linear" or row.variant != "plain":
+        return None
+    return {"width": row.width, "depth": row.depth, "patch": row.patch}
+
+
+def _conv_shape(tensors: Mapping[str, Tensor]) -> _Shape:
+    stages = _count(tensors, BACKBONE + r"patch_embed\.proj\.(\d+)\.0\.weight")
+    last = tensors.get(f"student.backbone.patch_embed.proj.{stages - 1}.0.weight", ())
+    return {"width": len(last), "depth": _depth(tensors), "patch": 2**stages}
+
+
+def _conv_shape_of_row(row: BackboneSize) -> _Shape | None:
+    if not isinstance(row, VitSize) or row.resample != "by_factor":
+        return None
+    return {"width": row.width, "depth": row.depth, "patch": row.patch}
+
+
+def _depth(tensors: Mapping[str, Tensor]) -> int:
+    return _count(tensors, BACKBONE + r"blocks\.(\d+)\.")
+
+
+LAYOUTS = (
+    _Layout("TAO 6.25 to 7.0", LINEAR_STEM, _linear_shape, _linear_shape_of_row),
+    _Layout("NVlabs and TAO up to 6.0", CONV_STEM, _conv_shape, _conv_shape_of_row),
+)
 
 
 def _takes_part(key: str) -> bool:
@@ -81,48 +140,43 @@ def _takes_part(key: str) -> bool:
 
 
 def _our_name(key: str) -> str:
-    return re.sub(r"\.mask_head\.convs\.(\d+)\.conv\.", r".mask_head.convs.\1.", key)
+    """Ours for their name: the published code wraps the convolutions of its head, and ends its stem in stage 3."""
+    key = re.sub(r"\.mask_head\.convs\.(\d+)\.conv\.", r".mask_head.convs.\1.", key)
+    return key.replace(".patch_embed.proj.3.3.", ".patch_embed.proj.4.")
 
 
-def _refuse_other_layouts(tensors: Mapping[str, Tensor], name: str) -> None:
+def _layout_of(tensors: Mapping[str, Tensor], name: str) -> _Layout:
     def has(pattern: str) -> bool:
         return any(re.search(pattern, key) for key in tensors)
 
     if has(r"backbone\.blocks\.0\.mlp\.mlp_v\.|pos_embed\.token_projection"):
         raise UnknownLayout(f"{name}: looks like a MAL checkpoint with a FAN backbone, which is not read yet")
-    if has(r"patch_embed\.proj\.0\.0\.weight"):
-        raise UnknownLayout(
-            f"{name}: looks like a MAL checkpoint of NVlabs or of TAO up to 6.0: its ViT has a convolutional stem, "
-            "which is not read yet; TAO 6.25 to 7.0 is"
-        )
     if not has(r"^student\.") and has(r"blocks\.0\.attn\.qkv\.weight"):
         raise UnknownLayout(
             f"{name}: looks like the weights of a backbone alone; give it as train.pretrained_model_path"
         )
-    for needed in ("student.backbone.patch_embed.proj.weight", "student.mask_head.convs.0.conv.weight"):
-        if needed not in tensors or tensors[needed].ndim != 4:
-            some = ", ".join(list(tensors)[:3])
-            raise UnknownLayout(f"{name}: not a MAL checkpoint of TAO 6.25 to 7.0: no {needed}; it begins with {some}")
+    found = [layout for layout in LAYOUTS if layout.mark in tensors and tensors[layout.mark].ndim == 4]
+    head = tensors.get(MASK_HEAD)
+    if not found or head is None or head.ndim != 4:
+        some = ", ".join(list(tensors)[:3])
+        lacking = MASK_HEAD if found else " or ".join(layout.mark for layout in LAYOUTS)
+        raise UnknownLayout(f"{name}: not a MAL checkpoint of TAO or NVlabs: no {lacking}; it begins with {some}")
+    return found[0]
 
 
-def _model_of(tensors: Mapping[str, Tensor], name: str) -> ModelConfig:
-    width, _, _, patch = tensors["student.backbone.patch_embed.proj.weight"].shape
-    depth = _count(tensors, r"student\.backbone\.blocks\.(\d+)\.")
+def _model_of(tensors: Mapping[str, Tensor], layout: _Layout, name: str) -> ModelConfig:
+    shape = layout.shape_of(tensors)
     convs = _count(tensors, r"student\.mask_head\.convs\.(\d+)\.")
-    rows = [
-        arch
-        for arch, row in BACKBONES.items()
-        if isinstance(row, VitSize)
-        and row.variant == "plain"
-        and (row.width, row.depth, row.patch) == (width, depth, patch)
-    ]
+    known = {arch: layout.shape_of_row(row) for arch, row in BACKBONES.items()}
+    rows = [arch for arch in known if known[arch] == shape]
     if not rows:
+        what = ", ".join(f"{part} {value}" for part, value in shape.items())
         raise UnknownLayout(
-            f"{name}: a ViT of width {width}, depth {depth} and patch {patch}; no backbone of that size is known "
-            f"({', '.join(BACKBONES)})"
+            f"{name}: a backbone in the layout of {layout.name}, {what}; none of that shape is known: "
+            f"{', '.join(arch for arch in known if known[arch])}"
         )
     out = len(tensors.get(f"student.mask_head.convs.{convs - 1}.conv.weight", ()))
-    hidden = len(tensors["student.mask_head.convs.0.conv.weight"])
+    hidden = len(tensors[MASK_HEAD])
     return ModelConfig(
         next((arch for arch in rows if arch in TAO_ARCHS), rows[0]),
         mask_head_num_convs=convs,
@@ -135,7 +189,7 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     return len({found[1] for key in tensors if (found := re.match(pattern, key))})
 
 
-def _check_fits(ours: Mapping[str, Tensor], model: ModelConfig, name: str) -> None:
+def _check_fits(ours: Mapping[str, Tensor], model: ModelConfig, layout: _Layout, name: str) -> None:
     with torch.device("meta"):
         expected = {key: tuple(tensor.shape) for key, tensor in MalNetwork(model).state_dict().items()}
     faults = [f"{key} is missing" for key in expected if key not in ours]
@@ -147,4 +201,4 @@ def _check_fits(ours: Mapping[str, Tensor], model: ModelConfig, name: str) -> No
     ]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UnknownLayout(f"{name}: almost the layout of TAO 6.25 to 7.0, but {'; '.join(faults[:3])}{more}")
+        raise UnknownLayout(f"{name}: almost the layout of {layout.name}, but {'; '.join(faults[:3])}{more}")

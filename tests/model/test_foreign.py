@@ -94,9 +94,19 @@ def test_base_is_called_by_taos_default_name() -> None:
 
 
 @pytest.mark.parametrize("layout", [published.NVLABS, published.TAO6])
-def test_the_older_stem_is_recognised_and_refused(layout: str) -> None:
-    with pytest.raises(UnknownLayout, match=r"NVlabs or of TAO up to 6.0.*convolutional stem"):
-        from_tao(published.state_dict(layout), "old.pth")
+def test_the_older_stem_is_recognised_and_read(layout: str) -> None:
+    found = from_tao(published.state_dict(layout), "old.pth")
+    assert found.model == ModelConfig("vit-deit-tiny/16-convstem")
+    assert found.dropped == ()
+    assert set(found.weights) == set(MalNetwork(found.model).state_dict())
+    assert "layout of NVlabs and TAO up to 6.0, vit-deit-tiny/16-convstem" in str(found)
+
+
+def test_an_older_stem_of_another_depth_is_refused_with_the_rows_that_have_it() -> None:
+    weights = published.state_dict(published.NVLABS)
+    weights = {name: tensor for name, tensor in weights.items() if ".blocks.11." not in name}
+    with pytest.raises(UnknownLayout, match=r"width 192, depth 11, patch 16.*known: vit-deit-tiny/16-convstem"):
+        from_tao(weights, "old.pth")
 
 
 @pytest.mark.parametrize("layout", [published.TAO6_FAN, published.TAO6_FAN_HYBRID])
@@ -137,7 +147,7 @@ def _stem_of_another_shape(weights: dict[str, Tensor]) -> None:
         (_surplus, "blocks.3.ls1.gamma is not part of"),
         (_half_a_teacher, r"teacher.mask_head.convs.0.weight is missing"),
         (_position_table, r"pos_embed has shape \(1, 198, 192\) instead of \(1, 197, 192\)"),
-        (_depth, "width 192, depth 11 and patch 16"),
+        (_depth, "width 192, depth 11, patch 16"),
         (_stem_of_another_shape, "not a MAL checkpoint"),
     ],
 )
