@@ -1,4 +1,4 @@
-"""`mal-client label | evaluate | check | info`: the verbs put together, and what their errors mean to a shell.
+"""`mal-client label | evaluate | check | review | info`: the verbs put together, and what their errors mean to a shell.
 
 Exit codes: 0 done · 2 usage, configuration or input · 3 finished, but some items failed · 4 disk or permission ·
 1 the server was not there, or something unexpected · 130 interrupted; no result was written ·
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 
@@ -17,12 +16,13 @@ from mal_client.arguments import Commands, add_connection, add_verb, client_of
 from mal_client.cli_check import add_check
 from mal_client.cli_evaluate import add_evaluate
 from mal_client.cli_label import add_label
+from mal_client.cli_review import add_review
 from mal_client.types import ServerInfo
 from mal_client.version import client_version
-from mal_train.errors import MalError
+from mal_train.atomic import stdout_fault
+from mal_train.errors import MalError, OutputError
 
 INTERRUPTED = 130
-PIPE_CLOSED = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has seen enough (`| head`). Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
+    except OSError as error:
+        lost = stdout_fault(error)
+        if lost is None:
+            raise
+        if lost == OutputError.exit_code:
+            print(f"mal-client: standard output: {error.strerror}; free some space", file=sys.stderr)
+        return lost
     except MalError as error:
         print(f"mal-client: {error}", file=sys.stderr)
         return error.exit_code
@@ -50,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add_label(commands)
     add_evaluate(commands)
     add_check(commands)
+    add_review(commands)
     _add_info(commands)
     return parser
 

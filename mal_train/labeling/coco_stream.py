@@ -162,6 +162,17 @@ def write_changed(head: CocoHead, output: Path, change: Change, provenance: Mapp
             raise BadDataset(f"{head.path}: was changed while the job ran; start the job again")
 
 
+def read_member(path: Path, name: str) -> Iterator[Any]:
+    """The rows of one top-level list, as the file holds them; none when there is no such list.
+
+    Raises:
+        BadDataset: the file cannot be read.
+    """
+    for key, value in _ObjectStream(path).members():
+        if key == name and isinstance(value, Iterator):
+            yield from value
+
+
 class _Head:
     """What a scan gathers."""
 
