@@ -342,6 +342,7 @@ def write_server_info(info: ModelInfo, limits: Limits, version: str) -> model_pb
             margin_rate=info.labeler.margin_rate,
             mask_thresholds=model_pb2.SizeThresholds(small=small, medium=medium, large=large),
             categories=[_write_category(index, category) for index, category in enumerate(info.categories)],
+            score_calibrated=info.labeler.calibration is not None,
         ),
         limits=model_pb2.ServerLimits(
             max_request_bytes=limits.max_request_bytes,

@@ -171,12 +171,15 @@ class TrainConfig(_OneProcess):
     )
     fit_calibration: bool | None = Field(
         default=None,
-        description="Fit score to expected IoU on the validation masks, into the checkpoint; null: unless compat is tao.",
+        description="Fit the score to IoUs of the validation masks, into the checkpoint; null: unless compat is tao.",
     )
     loss_mil_weight: float = Field(default=4.0, ge=0.0, description="Weight of the multiple-instance loss.")
     loss_crf_weight: float = Field(default=0.5, ge=0.0, description="Weight of the mean-field loss.")
     loss_mil_step: int = Field(default=1000, ge=0, description="Steps over which the multiple-instance loss ramps up.")
     loss_crf_step: int = Field(default=4000, ge=0, description="Steps over which the mean-field loss ramps up.")
+    loss_logit_weight: float | None = Field(
+        default=None, ge=0.0, description="Weight of what holds logits within [-8, 8]; null: 0.01, 0 under compat tao."
+    )
     crf_zeta: float = Field(default=0.1, gt=0.0, description="Colour bandwidth of the mean field, in normalised RGB.")
     crf_kernel_size: int = Field(default=3, ge=3, description="Side of its neighbourhood; odd.")
     crf_num_iter: int = Field(default=100, ge=0, description="Its iterations.")
@@ -312,6 +315,13 @@ class Spec(Strict):
             mask_thres=self.train.thresholds,
             compat=self.compat,
         )
+
+    @property
+    def logit_weight(self) -> float:
+        """Weight of the loss that keeps logits from running away."""
+        if self.train.loss_logit_weight is None:
+            return 0.0 if self.compat is Compat.TAO else 0.01
+        return self.train.loss_logit_weight
 
     @property
     def fits_thresholds(self) -> bool:

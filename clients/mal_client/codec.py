@@ -121,6 +121,7 @@ def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
         ),
         devices=tuple(response.devices),
         precision=response.precision,
+        score_calibrated=model.score_calibrated,
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mal_client.errors import ItemError
 from mal_train.errors import ConfigError
-from mal_train.labeling.settings import Branch
+from mal_train.labeling.settings import Branch, score_meaning
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -175,7 +175,10 @@ class ServerLimits:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server serves and accepts. `categories` maps the model's class ids to names."""
+    """What a server serves and accepts.
+
+    `categories` maps the model's class ids to names. `score_calibrated`: scores are expected IoUs, not probabilities.
+    """
 
     version: str
     model: ModelRef
@@ -187,6 +190,12 @@ class ServerInfo:
     limits: ServerLimits
     devices: tuple[str, ...]
     precision: str
+    score_calibrated: bool = False
+
+    @property
+    def score_meaning(self) -> str:
+        """What the score of a label is, for files that carry labels."""
+        return score_meaning(calibrated=self.score_calibrated)
 
 
 @dataclass(frozen=True)

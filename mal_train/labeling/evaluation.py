@@ -8,7 +8,7 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal
@@ -317,6 +317,18 @@ class Evaluator:
         row = InstanceIoU(annotation_id, image_id, category_id, iou, float(score), area, box)
         self._iou_sum += iou
         self._pairs.append(_Pair(row, truth, prediction))
+
+    @property
+    def rows(self) -> list[InstanceIoU]:
+        """What was compared so far, in order of arrival."""
+        return [pair.row for pair in self._pairs]
+
+    def rescore(self, scores: Iterable[float]) -> None:
+        """Gives the compared masks other scores, in the order of `rows`."""
+        self._pairs = [
+            replace(pair, row=replace(pair.row, score=float(score)))
+            for pair, score in zip(self._pairs, scores, strict=True)
+        ]
 
     def skip(self, annotation: Annotation, reason: str, message: str) -> None:
         """Notes a row that cannot be counted, such as one whose image cannot be read."""

@@ -5,12 +5,16 @@ A label depends on the weights and on what stands here, and on nothing else.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mal_train.errors import ConfigError
+
+Knots = tuple[tuple[float, float], ...]
+"""A map of [0, 1] into itself as points joined by lines: (from, to), both rising."""
 
 SIZE_NAMES = ("small", "medium", "large")
 SIZE_BOUNDS = (32.0**2, 96.0**2)
@@ -53,6 +57,20 @@ def network_branch(area: ArrayLike, compat: Compat) -> NDArray[np.int64]:
     return branch
 
 
+def score_meaning(*, calibrated: bool) -> str:
+    """What a score is, in the words of files that carry labels."""
+    return "expected IoU, calibrated" if calibrated else "mean foreground probability, not calibrated"
+
+
+def calibrated(score: float, knots: Knots) -> float:
+    """The value at `score` of the map through `knots`.
+
+    >>> calibrated(0.5, ((0.0, 0.0), (1.0, 0.8)))
+    0.4
+    """
+    return float(np.interp(score, [knot[0] for knot in knots], [knot[1] for knot in knots]))
+
+
 @dataclass(frozen=True)
 class LabelerConfig:
     """What turns a box into a crop and a probability map into a mask.
@@ -62,12 +80,15 @@ class LabelerConfig:
         margin_rate: the window is the box grown by half of this on every side (of the half extent); 0.6 in TAO.
         mask_thres: thresholds in (0, 1) for small, medium and large boxes; mask is where the probability is above.
         compat: see `Compat`.
+        calibration: map from mean foreground probability to expected IoU, fitted on masks for the student's answer at
+            mask_thres; None: the score is the probability itself.
     """
 
     crop_size: int = 512
     margin_rate: float = 0.6
     mask_thres: tuple[float, float, float] = (0.1, 0.1, 0.1)
     compat: Compat = Compat.NONE
+    calibration: Knots | None = None
 
     def __post_init__(self) -> None:
         if self.crop_size < 1:
@@ -76,6 +97,13 @@ class LabelerConfig:
             raise ConfigError(f"margin_rate: {self.margin_rate}; it must lie in [0, 4] (TAO uses 0.6)")
         if len(self.mask_thres) != 3 or not all(0.0 < t < 1.0 for t in self.mask_thres):
             raise ConfigError(f"mask_thres: {self.mask_thres}; three thresholds between 0 and 1 (small, medium, large)")
+        if self.calibration is not None:
+            _check_knots(self.calibration)
+
+    @property
+    def score_meaning(self) -> str:
+        """What the score of a label is, for files that carry labels."""
+        return score_meaning(calibrated=self.calibration is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form kept in checkpoints."""
@@ -84,10 +112,26 @@ class LabelerConfig:
             "margin_rate": self.margin_rate,
             "mask_thres": list(self.mask_thres),
             "compat": str(self.compat),
+            "calibration": None if self.calibration is None else [list(knot) for knot in self.calibration],
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LabelerConfig":
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`; checkpoints from before there was a calibration have none."""
         small, medium, large = (float(t) for t in data["mask_thres"])
-        return cls(int(data["crop_size"]), float(data["margin_rate"]), (small, medium, large), Compat(data["compat"]))
+        knots = data.get("calibration")
+        return cls(
+            int(data["crop_size"]),
+            float(data["margin_rate"]),
+            (small, medium, large),
+            Compat(data["compat"]),
+            None if knots is None else tuple((float(x), float(y)) for x, y in knots),
+        )
+
+
+def _check_knots(knots: Knots) -> None:
+    columns = list(zip(*knots, strict=True))
+    is_map = len(knots) > 1 and columns[0][0] == 0.0 and columns[0][-1] == 1.0
+    rises = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(knots))
+    if not (is_map and rises and columns[1][0] >= 0.0 and columns[1][-1] <= 1.0):
+        raise ConfigError(f"calibration: {knots}; it must be rising points from score 0 to score 1, values in [0, 1]")

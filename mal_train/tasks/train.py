@@ -114,6 +114,9 @@ def train(spec: Spec, screen: Screen) -> TrainResult:
             if spec.fits_thresholds:
                 thresholds = checkpoint.labeler.mask_thres
                 module.labeler_config = dataclasses.replace(module.labeler_config, mask_thres=thresholds)
+            if spec.fits_calibration:
+                knots = checkpoint.labeler.calibration
+                module.labeler_config = dataclasses.replace(module.labeler_config, calibration=knots)
             data.go_on_from(position.epochs, position.batches)
 
         metrics = MetricsFile(folder, append=resume is not None)
@@ -180,6 +183,7 @@ def build_module(spec: Spec, network: MalNetwork, boxes: TrainingBoxes, seed: in
             crf_weight=section.loss_crf_weight,
             mil_steps=section.loss_mil_step,
             crf_steps=section.loss_crf_step,
+            logit_weight=spec.logit_weight,
             crf_size_ratio=section.crf_size_ratio,
         ),
         mean_field=MeanField(
@@ -249,6 +253,7 @@ def _validation(spec: Spec, device: torch.device, records: Records, screen: Scre
         image_dir=image_dir,
         batch_size=spec.train.batch_size,
         fit_thresholds=spec.fits_thresholds,
+        fit_calibration=spec.fits_calibration,
         precision=_precision(spec.train),
         device=str(device),
         threads=worker_threads(),

@@ -35,7 +35,7 @@ class Validate(lightning.Callback):
         self.last_report: EvaluationReport | None = None
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Measures, and keeps fitted thresholds for the checkpoint that follows."""
+        """Measures, and keeps fitted thresholds and calibration for the checkpoint that follows."""
         epoch = trainer.current_epoch + 1
         if not isinstance(pl_module, MalModule) or (epoch % self._interval and epoch != trainer.max_epochs):
             return
@@ -45,11 +45,11 @@ class Validate(lightning.Callback):
         pl_module.network.train()
         if found.config != pl_module.labeler_config:
             small, medium, large = found.config.mask_thres
-            self._say(f"mask_thres fitted on the validation set: small {small}, medium {medium}, large {large}")
+            self._say(f"fitted on the validation set: mask_thres small {small}, medium {medium}, large {large}")
             pl_module.labeler_config = found.config
         self.last_report = found.report
         self._records.validated(trainer, found.report)
-        self._say(f"epoch {epoch}: {one_line(found.report)}")
+        self._say(f"epoch {epoch}: {one_line(found.report)}; score: {found.config.score_meaning}")
 
 
 class Records(lightning.Callback):
@@ -67,7 +67,7 @@ class Records(lightning.Callback):
         self._clock = clock
         self._sums: torch.Tensor | None = None
         self._batches = 0
-        self._epoch_sums = torch.zeros(3, dtype=torch.float64)
+        self._epoch_sums = torch.zeros(4, dtype=torch.float64)
         self._epoch_batches = 0
         self._since = self._epoch_since = 0.0
         self._step_then = 0
@@ -82,7 +82,7 @@ class Records(lightning.Callback):
         self._since = self._epoch_since = self._clock()
         self._step_then = trainer.global_step
         self._sums, self._batches = None, 0
-        self._epoch_sums, self._epoch_batches = torch.zeros(3, dtype=torch.float64), 0
+        self._epoch_sums, self._epoch_batches = torch.zeros(4, dtype=torch.float64), 0
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -102,13 +102,14 @@ class Records(lightning.Callback):
         if self._sums is None:
             return
         sums = self._sums.double().cpu()
-        total, mil, crf = (sums / self._batches).tolist()
+        total, mil, crf, logit = (sums / self._batches).tolist()
         now = self._clock()
         figures = {
             "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "loss": total,
             "loss_mil": mil,
             "loss_crf": crf,
+            "loss_logit": logit,
             "seconds_per_step": (now - self._since) / steps,
         }
         self._metrics.add("train", trainer.current_epoch + 1, trainer.global_step, figures)

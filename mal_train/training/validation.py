@@ -1,4 +1,4 @@
-"""Labels the validation set with the one Labeler and compares; first fits the thresholds where that is asked for."""
+"""Labels the validation set with the one Labeler and compares; one pass also fits thresholds and score where asked."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,7 @@ from mal_train.labeling.evaluation import EvaluationReport, Evaluator
 from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions
 from mal_train.labeling.settings import LabelerConfig
 from mal_train.model.network import MalNetwork
+from mal_train.training.calibration import fit_calibration, held_out
 from mal_train.training.thresholds import best_thresholds, iou_curve
 
 FIT_BYTES = 128 << 20
@@ -26,8 +27,9 @@ class Validation:
     """What one validation found.
 
     Attributes:
-        report: figures with the thresholds of `config`.
-        config: the labeler's settings, thresholds fitted where that was asked for and possible.
+        report: figures with the thresholds of `config`. Where a calibration was fitted, each score is by a map that did
+            not see its image.
+        config: the labeler's settings, thresholds and calibration fitted where that was asked for and possible.
     """
 
     report: EvaluationReport
@@ -45,6 +47,7 @@ class Validator:
         fit_thresholds: whether the thresholds may be replaced by better ones.
         precision: arithmetic of the network.
         device: torch device name.
+        fit_calibration: whether the map from score to expected IoU is fitted anew.
         threads: for decoding and encoding.
         options: whose answer is measured.
     """
@@ -55,6 +58,7 @@ class Validator:
     fit_thresholds: bool
     precision: str
     device: str
+    fit_calibration: bool = False
     threads: int = 2
     options: RunOptions = dataclasses.field(default_factory=RunOptions)
 
@@ -66,6 +70,8 @@ class Validator:
         on_box: Callable[[], object] = lambda: None,
     ) -> Validation:
         """Puts the network into evaluation mode and leaves it there; `on_box` is called for every box that is done."""
+        if self.fit_calibration:
+            config = dataclasses.replace(config, calibration=None)
         labeler = Labeler(network, config, device=self.device, precision=self.precision)
         evaluator = Evaluator(self.coco.category_names)
         rows = list(by_image(self.coco))
@@ -83,6 +89,8 @@ class Validator:
         for annotation, label in self._answers(labeler, rest):
             _add(evaluator, annotation, label)
             on_box()
+        if self.fit_calibration:
+            config = _calibrate(evaluator, config)
         return Validation(evaluator.report(), config)
 
     def _uncountable(self, rows: Sequence[Row]) -> Iterator[Annotation]:
@@ -154,6 +162,17 @@ def _curves(
         areas.append(crop.area)
         curves.append(iou_curve(crop, probability.prob, truth, config.compat))
     return areas, curves
+
+
+def _calibrate(evaluator: Evaluator, config: LabelerConfig) -> LabelerConfig:
+    """The settings with a map fitted to what was compared, where it can be checked; the scores become held-out ones."""
+    rows = evaluator.rows
+    scores, ious = [row.score for row in rows], [row.iou for row in rows]
+    knots, checked = fit_calibration(scores, ious), held_out(scores, ious, [row.image_id for row in rows])
+    if knots is None or checked is None:
+        return config
+    evaluator.rescore(checked.tolist())
+    return dataclasses.replace(config, calibration=knots)
 
 
 def _add(evaluator: Evaluator, annotation: Annotation, label: Label | Failure) -> None:

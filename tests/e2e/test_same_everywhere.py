@@ -35,7 +35,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("same")
     write_split(folder, "scenes", 8, 3, masks=True, settings=SceneSettings())
     network = spread_network()
-    config = LabelerConfig(crop_size=64, mask_thres=_thresholds(network, folder))
+    config = LabelerConfig(
+        crop_size=64,
+        mask_thres=_thresholds(network, folder),
+        calibration=((0.0, 0.0), (0.55, 0.3), (0.7, 0.45), (1.0, 0.95)),
+    )
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     save_checkpoint(folder / "model.malckpt", Checkpoint(network.config, config, weights, []), None)
     return folder

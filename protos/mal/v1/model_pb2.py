@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from mal.v1 import types_pb2 as mal_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12mal/v1/model.proto\x12\x06mal.v1\x1a\x12mal/v1/types.proto\"\x16\n\x14GetServerInfoRequest\"\x94\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12 \n\x05model\x18\x02 \x01(\x0b\x32\x11.mal.v1.ModelInfo\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.mal.v1.ServerLimits\x12\x0f\n\x07\x64\x65vices\x18\x04 \x03(\t\x12\x11\n\tprecision\x18\x05 \x01(\t\"\xb7\x01\n\tModelInfo\x12\x1d\n\x03ref\x18\x01 \x01(\x0b\x32\x10.mal.v1.ModelRef\x12\x0c\n\x04\x61rch\x18\x02 \x01(\t\x12\x11\n\tcrop_size\x18\x03 \x01(\x05\x12\x13\n\x0bmargin_rate\x18\x04 \x01(\x01\x12/\n\x0fmask_thresholds\x18\x05 \x01(\x0b\x32\x16.mal.v1.SizeThresholds\x12$\n\ncategories\x18\x06 \x03(\x0b\x32\x10.mal.v1.Category\">\n\x0eSizeThresholds\x12\r\n\x05small\x18\x01 \x01(\x01\x12\x0e\n\x06medium\x18\x02 \x01(\x01\x12\r\n\x05large\x18\x03 \x01(\x01\"\xb4\x01\n\x0cServerLimits\x12\x19\n\x11max_request_bytes\x18\x01 \x01(\x03\x12\x1a\n\x12max_response_bytes\x18\x02 \x01(\x03\x12\x11\n\tmax_boxes\x18\x03 \x01(\x05\x12\x12\n\nmax_pixels\x18\x04 \x01(\x03\x12\x10\n\x08max_side\x18\x05 \x01(\x05\x12\x17\n\x0fmax_image_bytes\x18\x06 \x01(\x03\x12\x1b\n\x13max_items_in_flight\x18\x07 \x01(\x05\x32\\\n\x0cModelService\x12L\n\rGetServerInfo\x12\x1c.mal.v1.GetServerInfoRequest\x1a\x1d.mal.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12mal/v1/model.proto\x12\x06mal.v1\x1a\x12mal/v1/types.proto\"\x16\n\x14GetServerInfoRequest\"\x94\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12 \n\x05model\x18\x02 \x01(\x0b\x32\x11.mal.v1.ModelInfo\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.mal.v1.ServerLimits\x12\x0f\n\x07\x64\x65vices\x18\x04 \x03(\t\x12\x11\n\tprecision\x18\x05 \x01(\t\"\xd1\x01\n\tModelInfo\x12\x1d\n\x03ref\x18\x01 \x01(\x0b\x32\x10.mal.v1.ModelRef\x12\x0c\n\x04\x61rch\x18\x02 \x01(\t\x12\x11\n\tcrop_size\x18\x03 \x01(\x05\x12\x13\n\x0bmargin_rate\x18\x04 \x01(\x01\x12/\n\x0fmask_thresholds\x18\x05 \x01(\x0b\x32\x16.mal.v1.SizeThresholds\x12$\n\ncategories\x18\x06 \x03(\x0b\x32\x10.mal.v1.Category\x12\x18\n\x10score_calibrated\x18\x07 \x01(\x08\">\n\x0eSizeThresholds\x12\r\n\x05small\x18\x01 \x01(\x01\x12\x0e\n\x06medium\x18\x02 \x01(\x01\x12\r\n\x05large\x18\x03 \x01(\x01\"\xb4\x01\n\x0cServerLimits\x12\x19\n\x11max_request_bytes\x18\x01 \x01(\x03\x12\x1a\n\x12max_response_bytes\x18\x02 \x01(\x03\x12\x11\n\tmax_boxes\x18\x03 \x01(\x05\x12\x12\n\nmax_pixels\x18\x04 \x01(\x03\x12\x10\n\x08max_side\x18\x05 \x01(\x05\x12\x17\n\x0fmax_image_bytes\x18\x06 \x01(\x03\x12\x1b\n\x13max_items_in_flight\x18\x07 \x01(\x05\x32\\\n\x0cModelService\x12L\n\rGetServerInfo\x12\x1c.mal.v1.GetServerInfoRequest\x1a\x1d.mal.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -27,11 +27,11 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_GETSERVERINFORESPONSE']._serialized_start=75
   _globals['_GETSERVERINFORESPONSE']._serialized_end=223
   _globals['_MODELINFO']._serialized_start=226
-  _globals['_MODELINFO']._serialized_end=409
-  _globals['_SIZETHRESHOLDS']._serialized_start=411
-  _globals['_SIZETHRESHOLDS']._serialized_end=473
-  _globals['_SERVERLIMITS']._serialized_start=476
-  _globals['_SERVERLIMITS']._serialized_end=656
-  _globals['_MODELSERVICE']._serialized_start=658
-  _globals['_MODELSERVICE']._serialized_end=750
+  _globals['_MODELINFO']._serialized_end=435
+  _globals['_SIZETHRESHOLDS']._serialized_start=437
+  _globals['_SIZETHRESHOLDS']._serialized_end=499
+  _globals['_SERVERLIMITS']._serialized_start=502
+  _globals['_SERVERLIMITS']._serialized_end=682
+  _globals['_MODELSERVICE']._serialized_start=684
+  _globals['_MODELSERVICE']._serialized_end=776
 # @@protoc_insertion_point(module_scope)

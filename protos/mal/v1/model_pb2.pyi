@@ -78,12 +78,17 @@ class ModelInfo(google.protobuf.message.Message):
     MARGIN_RATE_FIELD_NUMBER: builtins.int
     MASK_THRESHOLDS_FIELD_NUMBER: builtins.int
     CATEGORIES_FIELD_NUMBER: builtins.int
+    SCORE_CALIBRATED_FIELD_NUMBER: builtins.int
     arch: builtins.str
     """Backbone, for example "vit-deit-small/16"."""
     crop_size: builtins.int
     """Side in px of the square crop that the network sees."""
     margin_rate: builtins.float
     """A crop's window is the box grown by half of this share of its extent on every side."""
+    score_calibrated: builtins.bool
+    """Whether InstanceResult.score is the expected IoU, by a calibration in the checkpoint that was fitted on masks for the
+    student's answer at mask_thresholds; otherwise it is the mean foreground probability.
+    """
     @property
     def ref(self) -> mal.v1.types_pb2.ModelRef:
         """Name, checksum and default branch."""
@@ -105,9 +110,10 @@ class ModelInfo(google.protobuf.message.Message):
         margin_rate: builtins.float = ...,
         mask_thresholds: global___SizeThresholds | None = ...,
         categories: collections.abc.Iterable[mal.v1.types_pb2.Category] | None = ...,
+        score_calibrated: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["mask_thresholds", b"mask_thresholds", "ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["arch", b"arch", "categories", b"categories", "crop_size", b"crop_size", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "ref", b"ref"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arch", b"arch", "categories", b"categories", "crop_size", b"crop_size", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "ref", b"ref", "score_calibrated", b"score_calibrated"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 

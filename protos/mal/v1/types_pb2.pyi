@@ -306,7 +306,9 @@ class InstanceResult(google.protobuf.message.Message):
     instance_id: builtins.int
     """Instance.instance_id of the request."""
     score: builtins.float
-    """Mean foreground probability over the pixels of the mask, in [0, 1]; 0 for an empty mask."""
+    """Mean foreground probability over the pixels of the mask, or the IoU expected from it where ModelInfo.score_calibrated;
+    in [0, 1], 0 for an empty mask.
+    """
     agreement: builtins.float
     """IoU in [0, 1] of the student's and the teacher's mask of this object; set when compute_agreement was asked."""
     area_px: builtins.int
