@@ -19,7 +19,10 @@ SERVER_PACKAGES = frozenset(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Exit codes: 0 done, 1 unexpected, 2 usage or settings, 4 disk or permission."""
+    """Runs one command.
+
+    Exit codes: 0 done, 1 unexpected, a lost device, or no healthy server; 2 usage or settings, 4 disk or permission.
+    """
     args = parser().parse_args(argv)
     try:
         return _run(args)
@@ -31,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MalError as error:
         print(f"mal-server: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        # Before the server catches signals itself: torch takes seconds to import.
+        print("mal-server: interrupted", file=sys.stderr)
+        return 130
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -40,12 +47,28 @@ def _run(args: argparse.Namespace) -> int:
     if args.command == "default-config":
         print(default_config(), end="")
         return 0
+    if args.command == "health":
+        return _health(args)
+    config = load_config(args.config, args.overrides)
+    if args.command == "check":
+        from mal_server.check import check  # noqa: PLC0415
+
+        for line in check(config):
+            print(line, flush=True)
+        return 0
     from mal_server.server import serve  # noqa: PLC0415
 
-    config = load_config(args.config, args.overrides)
     logs.set_up(args.log_level, args.log_format, sys.stderr)
     asyncio.run(serve(config, port_file=args.port_file))
     return 0
+
+
+def _health(args: argparse.Namespace) -> int:
+    from mal_server.probe import Probe  # noqa: PLC0415
+
+    found = Probe(args.address, args.service, args.timeout, args.tls_ca, args.tls_name, args.client_cert).ask()
+    print(f"{args.address}: {found}")
+    return 0 if found == "SERVING" else 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mal-server", description="Serves a sealed checkpoint over gRPC.")
     commands = top.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until SIGTERM or Ctrl-C")
-    serve.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="settings (YAML)")
+    _add_settings(serve)
     serve.add_argument(
         "--port-file",
         type=Path,
@@ -62,6 +85,19 @@ def parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
     serve.add_argument("--log-format", choices=("text", "json"), default="text", help="of the log on stderr")
-    serve.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file's")
+    check = commands.add_parser("check", help="say what serve would do, or what is wrong; opens no port")
+    _add_settings(check)
+    health = commands.add_parser("health", help="ask a running server; exit code 0 when it is SERVING, else 1")
+    health.add_argument("address", metavar="HOST:PORT")
+    health.add_argument("--service", default="", metavar="NAME", help="e.g. mal.v1.LabelingService; default: all of it")
+    health.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds (default %(default)g)")
+    health.add_argument("--tls-ca", type=Path, metavar="CA.pem", help="authority to trust; without it: plaintext")
+    health.add_argument("--tls-name", metavar="NAME", help="name in the server's certificate, if not HOST")
+    health.add_argument("--client-cert", type=Path, metavar="CERT.pem", help="certificate to show, with its key")
     commands.add_parser("default-config", help="print every setting with its default and its meaning")
     return top
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="settings (YAML)")
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file's")

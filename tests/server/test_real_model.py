@@ -206,3 +206,39 @@ def test_a_server_killed_mid_call_is_an_error_for_the_client_and_loses_nothing_t
     code = raised.value.code()
     assert code is grpc.StatusCode.UNAVAILABLE
     assert len(got) >= 1
+
+
+def test_check_says_what_would_be_served(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "-c", str(folder / "server.yaml"), "listen.port=50051"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[:4] == [
+        "listen: 127.0.0.1, port 50051, plaintext",
+        "callers: everybody who reaches the port",
+        "metrics: not shown",
+        "devices: cpu in float32",
+    ]
+    assert "model: micro, vit-micro/16, crop 64 px, branch student, " in said
+    assert f"sha256 {sha256_of(folder / 'micro.malckpt')}" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("checkpoint=nothing.malckpt", "nothing.malckpt: no such file"),
+        ("decryption_key=env:MAL_NO_SUCH", "MAL_NO_SUCH"),
+        ("listen.tls_client_ca=ca.pem", "without listen.tls_certificate"),
+        ("precision=float16", "float16 on a CPU"),
+        ("tokens=[{name: a, token: 'file:/none', scopes: [label]}]", "cannot be read"),
+        ("max_batch_size=0", "max_batch_size"),
+    ],
+)
+def test_check_says_what_is_wrong(folder: Path, capsys: pytest.CaptureFixture[str], override: str, said: str) -> None:
+    assert cli.main(["check", "-c", str(folder / "server.yaml"), override]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_check_reads_the_checkpoint_to_its_last_byte(folder: Path, tmp_path: Path) -> None:
+    data = (folder / "micro.malckpt").read_bytes()
+    cut = tmp_path / "cut.malckpt"
+    cut.write_bytes(data[:-1])
+    assert cli.main(["check", "-c", str(folder / "server.yaml"), f"checkpoint={cut}"]) == 2

@@ -1,0 +1,48 @@
+"""`mal-server check`: everything that `serve` does before it opens the port, without a device's memory or a port."""
+
+from collections.abc import Iterator
+
+import torch
+
+from mal_server.access import read_tokens
+from mal_server.config import ServerConfig
+from mal_server.loading import pick_devices
+from mal_server.tls import server_credentials
+from mal_train.errors import ConfigError
+from mal_train.labeling.labeler import load_labeler
+from mal_train.model.checkpoint import sha256_of
+from mal_train.model.keys import parse_key
+from mal_train.model.precision import resolve
+
+
+def check(config: ServerConfig) -> Iterator[str]:
+    """Lines that say what `serve` would do with these settings, each once it is known to work.
+
+    The checkpoint is opened, verified to its last byte and built into a network in main memory.
+
+    Raises:
+        ConfigError: a certificate, a token, a key, a GPU or a precision that does not exist here.
+        CheckpointError: the file cannot be used; its message says why.
+    """
+    read_tokens(config.tokens)
+    encryption = "plaintext" if server_credentials(config.listen) is None else "TLS"
+    if config.listen.tls_client_ca is not None:
+        encryption = "TLS with client certificates"
+    callers = ", ".join(f"{token.name} ({', '.join(token.scopes)})" for token in config.tokens)
+    yield f"listen: {config.listen.host}, port {config.listen.port or 'any free one'}, {encryption}"
+    yield f"callers: {callers or 'everybody who reaches the port'}"
+    metrics = config.metrics
+    yield f"metrics: {'not shown' if metrics.port is None else f'http://{metrics.host}:{metrics.port}/metrics'}"
+    devices = pick_devices(config.gpu_ids)
+    formats = [str(resolve(config.precision, torch.device(device))).removeprefix("torch.") for device in devices]
+    yield f"devices: {', '.join(f'{device} in {form}' for device, form in zip(devices, formats, strict=True))}"
+    if not config.checkpoint.is_file():
+        raise ConfigError(f"checkpoint: {config.checkpoint}: no such file")
+    key = parse_key(config.decryption_key, purpose="decryption", where="yaml")
+    labeler, checkpoint = load_labeler(config.checkpoint, key=key, device="cpu", precision="float32")
+    weights = sum(weight.numel() * weight.element_size() for weight in checkpoint.weights.values())
+    yield (
+        f"model: {config.served_name}, {checkpoint.model.arch}, crop {labeler.config.crop_size} px, branch "
+        f"{config.branch}, {weights / 1e6:.1f} MB of weights on each device"
+    )
+    yield f"checkpoint: {config.checkpoint}, sha256 {sha256_of(config.checkpoint)}"
