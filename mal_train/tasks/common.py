@@ -1,6 +1,7 @@
 """What every task shares: its folder and how it ends, keys, device, and the checkpoint it works with."""
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from importlib import metadata
@@ -22,17 +23,48 @@ from mal_train.training.records import StatusFile
 
 Task = Literal["train", "evaluate", "inference"]
 
+LOCK = ".lock"
+"""File in a task's folder that a run holds a lock on."""
+
 
 @contextlib.contextmanager
 def task_folder(spec: Spec, task: Task) -> Iterator[tuple[Path, StatusFile]]:
     """The task's folder with experiment.yaml in it, and a status.json that tells how the task ended.
 
     Raises:
-        OutputError: the folder cannot be made or written to.
+        OutputError: the folder cannot be made or written to, or another run is writing there.
     """
     folder = spec.task_dir(task)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made: {error.strerror}; choose another results_dir") from error
+    with _alone_in(folder):
+        yield from _told(spec, task, folder)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; the lock ends with the process, however that ends."""
+    try:
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}; choose another results_dir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{folder}: another run is writing there; wait for it to end or choose another results_dir"
+            ) from None
+        except OSError:
+            # A file system without locks: nothing can be said, and a single run is no worse for it.
+            pass
+        yield
+
+
+def _told(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, StatusFile]]:
+    try:
         (folder / "experiment.yaml").write_text(dump(spec.without_secrets()), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}; choose another results_dir") from error

@@ -46,6 +46,7 @@ from mal_train.training.checkpoints import (
     Preempt,
     SealedCheckpointIO,
     newest_checkpoint,
+    newest_whole,
 )
 from mal_train.training.module import LossSettings, MalModule
 from mal_train.training.optimiser import OptimiserSettings, freeze_stages
@@ -81,11 +82,7 @@ def train(spec: Spec, screen: Screen) -> TrainResult:
     """
     with task_folder(spec, "train") as (folder, status):
         seal_with, open_with = keys_of(spec)
-        resume = _checkpoint_to_resume(spec, folder)
-        if resume is not None and seal_with is not None and open_with is None:
-            raise ConfigError(
-                f"decryption_key: not given; it is needed to go on from {resume} (an age recipient can only seal)"
-            )
+        resume = _checkpoint_to_resume(spec, folder, screen)
         seed = secrets.randbits(31) if spec.train.seed < 0 else spec.train.seed
         coco = read_coco(existing_file(spec.dataset.train_ann_path, "dataset.train_ann_path"))
         boxes = _training_boxes(spec, coco, screen)
@@ -215,11 +212,18 @@ def _key_if_sealed(source: str, open_with: DecryptionKey | None) -> DecryptionKe
     return open_with
 
 
-def _checkpoint_to_resume(spec: Spec, folder: Path) -> Path | None:
+def _checkpoint_to_resume(spec: Spec, folder: Path, screen: Screen) -> Path | None:
+    """The file that was named, else the newest whole one in the folder; None starts anew."""
+    seal_with, open_with = keys_of(spec)
     given = spec.train.resume_training_checkpoint_path
+    path = newest_checkpoint(folder)
     if given is not None:
-        return existing_file(given, "train.resume_training_checkpoint_path")
-    return newest_checkpoint(folder)
+        path = existing_file(given, "train.resume_training_checkpoint_path")
+    if path is not None and seal_with is not None and open_with is None:
+        raise ConfigError(
+            f"decryption_key: not given; it is needed to go on from {path} (an age recipient can only seal)"
+        )
+    return path if given is not None else newest_whole(folder, open_with, screen.say)
 
 
 def _training_boxes(spec: Spec, coco: CocoFile, screen: Screen) -> TrainingBoxes:

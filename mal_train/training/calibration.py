@@ -51,7 +51,7 @@ def fit_calibration(scores: ArrayLike, ious: ArrayLike) -> Knots | None:
 def held_out(scores: ArrayLike, ious: ArrayLike, images: Sequence[Hashable]) -> NDArray[np.float64] | None:
     """Calibrated scores (N,), each by a map fitted without its own image: what the calibration is worth elsewhere.
 
-    Images are dealt to five folds in order of appearance. None where the rest is too few for a fit: nothing can be said.
+    Images are dealt to five folds in order of appearance. None where the rest is too few for a fit.
 
     Args:
         scores: (N,) in [0, 1].

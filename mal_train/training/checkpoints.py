@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import lightning
 from lightning.fabric.plugins import CheckpointIO
 
-from mal_train.errors import MalError, OutputError
+from mal_train.errors import Altered, CheckpointError, MalError, OutputError, Truncated
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.model.keys import DecryptionKey, EncryptionKey
 
@@ -195,13 +195,47 @@ def point_latest_to(path: Path) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The file that LATEST means; the newest by epoch and step where LATEST is missing; None where there is none."""
+    return next(iter(newest_first(folder)), None)
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The file that LATEST means and those before it, by epoch and step; all where LATEST is missing."""
+    numbered = {
+        (int(match[1]), int(match[2])): path
+        for path in folder.glob("model_epoch_*_step_*.malckpt")
+        if (match := _NAME.match(path.name))
+    }
+    order = sorted(numbered, reverse=True)
     latest = folder / LATEST
-    if latest.exists():
-        return latest.resolve()
-    found = [(match, path) for path in folder.glob("model_epoch_*_step_*.malckpt") if (match := _NAME.match(path.name))]
-    if not found:
-        return None
-    return max(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2])))[1]
+    if not latest.exists():
+        return [numbered[number] for number in order]
+    newest = latest.resolve()
+    match = _NAME.match(newest.name)
+    # LATEST may have been pointed back by hand: what is newer than it is then not wanted.
+    return [newest, *(numbered[n] for n in order if match is None or n < (int(match[1]), int(match[2])))]
+
+
+def newest_whole(folder: Path, open_with: DecryptionKey | None, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is neither truncated nor, if sealed, altered; says which are. None where none exists.
+
+    Each candidate is read to its end, for only then is it known to be whole.
+
+    Raises:
+        Truncated, Altered: there are checkpoints, and none of them is whole.
+        CheckpointError: the newest cannot be used for another reason, such as a wrong key.
+    """
+    damaged: CheckpointError | None = None
+    for path in newest_first(folder):
+        try:
+            load_checkpoint(path, open_with)
+        except (Truncated, Altered) as error:
+            damaged = damaged or error
+            say(f"{error}; trying the one before")
+        else:
+            return path
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 _NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.malckpt")

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from mal_train.config import Spec, load_spec
-from mal_train.errors import BadDataset, ConfigError, NonFiniteTraining, WrongKey
+from mal_train.errors import BadDataset, ConfigError, NonFiniteTraining, OutputError, Truncated, WrongKey
 from mal_train.losses.crf import MeanField
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint
 from mal_train.model.keys import generate_identity, parse_key, write_identity
 from mal_train.screen import Screen
+from mal_train.tasks.common import task_folder
 from mal_train.tasks.train import TrainResult, train
 from mal_train.training import module as training_module
 from mal_train.training.checkpoints import LATEST, Terminated, newest_checkpoint, point_latest_to
@@ -275,3 +276,46 @@ def test_the_newest_checkpoint_is_found_without_its_link(tmp_path: Path) -> None
     assert newest_checkpoint(tmp_path) == tmp_path / "model_epoch_010_step_00110.malckpt"
     point_latest_to(tmp_path / "model_epoch_002_step_00030.malckpt")
     assert newest_checkpoint(tmp_path) == tmp_path / "model_epoch_002_step_00030.malckpt"
+
+
+# A flipped bit in a file that is not sealed shows only where it breaks the file's layout.
+@pytest.mark.parametrize(
+    ("damage", "sealed"), [("cut", False), ("empty", False), ("cut", True), ("empty", True), ("flipped", True)]
+)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    damage: str, sealed: bool, scenes: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = []
+    if sealed:
+        recipient = write_identity(tmp_path / "key.txt")
+        keys = [f"encryption_key={recipient}", f"decryption_key='file:{tmp_path / 'key.txt'}'"]
+    spec = spec_of(scenes, tmp_path, "train.num_epochs=2", *keys)
+    path = run(spec).checkpoint
+    key = parse_key(f"file:{tmp_path / 'key.txt'}", purpose="decryption", where="yaml") if sealed else None
+    whole = load_checkpoint(path, key).weights
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.write_bytes({"cut": content[:-1000], "flipped": flipped, "empty": b""}[damage])
+    capsys.readouterr()
+    again = run(spec).checkpoint
+    assert f"{path}" in next(line for line in capsys.readouterr().err.splitlines() if "the one before" in line)
+    assert again == path
+    assert_same(dict(whole), dict(load_checkpoint(again, key).weights))
+
+
+def test_with_no_whole_checkpoint_left_nothing_is_begun_anew(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    spec = spec_of(scenes, tmp_path, "train.num_epochs=1")
+    path = run(spec).checkpoint
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(Truncated):
+        run(spec)
+
+
+def test_two_runs_do_not_write_into_one_folder(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    spec = spec_of(scenes, tmp_path, "train.num_epochs=1")
+    with task_folder(spec, "train"), pytest.raises(OutputError, match="another run is writing there"):
+        run(spec)
+    run(spec)
