@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from mal_train.errors import ConfigError
+from mal_train.model.fan import FanSize
 from mal_train.model.vit import VitSize
 
 
@@ -76,6 +77,14 @@ BACKBONES: dict[str, BackboneSize] = {
     "vit-mae-huge/16-convstem": replace(
         HUGE, **NVLABS, patch=16, pretrained="vit_huge_patch14_224.mae", licence=FOR_RESEARCH
     ),
+    "fan_tiny_12_p16_224": FanSize(192, 12, 4),
+    "fan_small_12_p16_224": FanSize(384, 12, 8),
+    "fan_base_18_p16_224": FanSize(448, 18, 8),
+    "fan_large_24_p16_224": FanSize(480, 24, 10),
+    "fan_tiny_8_p4_hybrid": FanSize(192, 8, 8, hybrid=(3, 3)),
+    "fan_small_12_p4_hybrid": FanSize(384, 10, 8, hybrid=(3, 3)),
+    "fan_base_16_p4_hybrid": FanSize(448, 16, 8, hybrid=(3, 3)),
+    "fan_large_16_p4_hybrid": FanSize(480, 22, 10, hybrid=(3, 5)),
     # The two below are for tests and for the demo, which trains from scratch on a CPU in minutes.
     "vit-micro/16": VitSize(48, 2, 3, grid=8),
     "vit-demo/8": VitSize(192, 4, 3, patch=8, grid=12, stem="conv"),

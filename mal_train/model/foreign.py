@@ -1,8 +1,8 @@
 """Reads the published code's checkpoints into our names and settings. The layout is recognised from names and shapes.
 
 Read here: the ViT of TAO 6.25 to 7.0, which has one 16×16 patch convolution; the ViT of NVlabs and of TAO up to 6.0,
-which has a convolutional stem. Recognised and refused with a reason: FAN. Such files hold no settings beside the
-weights: what shapes cannot tell (crop size, thresholds, `not_adjust_scale`) the importer takes from the user.
+which has a convolutional stem; FAN of TAO up to 6.0. Such files hold no settings beside the weights: what shapes
+cannot tell (crop size, thresholds, `not_adjust_scale`) the importer takes from the user.
 """
 
 import re
@@ -16,15 +16,19 @@ from torch import Tensor
 
 from mal_train.errors import UnknownLayout
 from mal_train.model.backbones import BACKBONES, BackboneSize
+from mal_train.model.fan import FanSize
 from mal_train.model.network import MalNetwork, ModelConfig
 from mal_train.model.vit import VitSize
 from mal_train.model.weightfile import read_weight_file
 
-CLASSIFIER = "backbone.head."
+NO_PART = re.compile(r"backbone\.head\.")
 """TAO leaves the backbone's ImageNet classifier in its checkpoints; no mask depends on it."""
+NO_PART_OF_FAN = re.compile(r"backbone\.(head\.|cls_token$|cls_attn_blocks\.\d+\.(attn\.|mlp\.|gamma2$))")
+"""In FAN, no mask depends on the class token either (`fan.Fan`)."""
 
 BACKBONE = r"student\.backbone\."
 LINEAR_STEM = "student.backbone.patch_embed.proj.weight"
+FAN_POSITIONS = "student.backbone.pos_embed.token_projection.weight"
 CONV_STEM = "student.backbone.patch_embed.proj.0.0.weight"
 MASK_HEAD = "student.mask_head.convs.0.conv.weight"
 _Shape: TypeAlias = dict[str, int]
@@ -74,13 +78,14 @@ def from_tao(tensors: Mapping[str, Tensor], name: str) -> ForeignCheckpoint:
     """As `read_tao_checkpoint`, from tensors already read; `name` stands in messages."""
     layout = _layout_of(tensors, name)
     model = _model_of(tensors, layout, name)
-    ours = {_our_name(key): tensor for key, tensor in tensors.items() if _takes_part(key)}
-    dropped = tuple(key for key in tensors if not _takes_part(key))
+    taking_part = [key for key in tensors if _takes_part(key, layout)]
+    ours = {_our_name(key): tensors[key] for key in taking_part}
+    dropped = tuple(key for key in tensors if key not in taking_part)
     teacher_copied = not any(key.startswith("teacher.") for key in ours)
     if teacher_copied:
         ours |= {key.replace("student.", "teacher.", 1): tensor.clone() for key, tensor in ours.items()}
     _check_fits(ours, model, layout, name)
-    weights = {key: tensor.float() for key, tensor in ours.items()}
+    weights = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in ours.items()}
     return ForeignCheckpoint(layout.name, model, weights, dropped, teacher_copied)
 
 
@@ -93,12 +98,14 @@ class _Layout:
         mark: a tensor of four dimensions that only this layout has.
         shape_of: the tensors → what tells its backbones apart.
         shape_of_row: a row of the table → the same, None for a row of another layout.
+        no_part: names, after the network's, on which no mask depends.
     """
 
     name: str
     mark: str
     shape_of: Callable[[Mapping[str, Tensor]], _Shape]
     shape_of_row: Callable[[BackboneSize], _Shape | None]
+    no_part: re.Pattern[str] = NO_PART
 
 
 def _linear_shape(tensors: Mapping[str, Tensor]) -> _Shape:
@@ -124,19 +131,36 @@ def _conv_shape_of_row(row: BackboneSize) -> _Shape | None:
     return {"width": row.width, "depth": row.depth, "patch": row.patch}
 
 
+def _fan_shape(tensors: Mapping[str, Tensor]) -> _Shape:
+    return {
+        "width": len(tensors[FAN_POSITIONS]),
+        "depth": _depth(tensors),
+        "heads": len(tensors.get("student.backbone.blocks.0.mlp.temperature", ())),
+        "ConvNeXt blocks": _count(tensors, BACKBONE + r"patch_embed\.backbone\.stages\.(\d+\.blocks\.\d+)\."),
+    }
+
+
+def _fan_shape_of_row(row: BackboneSize) -> _Shape | None:
+    if not isinstance(row, FanSize):
+        return None
+    return {"width": row.width, "depth": row.depth, "heads": row.heads, "ConvNeXt blocks": sum(row.hybrid or ())}
+
+
 def _depth(tensors: Mapping[str, Tensor]) -> int:
     return _count(tensors, BACKBONE + r"blocks\.(\d+)\.")
 
 
 LAYOUTS = (
+    # First: FAN's plain stem has a tensor of the name that marks the other convolutional stem.
+    _Layout("FAN of TAO up to 6.0", FAN_POSITIONS, _fan_shape, _fan_shape_of_row, NO_PART_OF_FAN),
     _Layout("TAO 6.25 to 7.0", LINEAR_STEM, _linear_shape, _linear_shape_of_row),
     _Layout("NVlabs and TAO up to 6.0", CONV_STEM, _conv_shape, _conv_shape_of_row),
 )
 
 
-def _takes_part(key: str) -> bool:
+def _takes_part(key: str, layout: _Layout) -> bool:
     network, _, rest = key.partition(".")
-    return network in {"student", "teacher"} and not rest.startswith(CLASSIFIER)
+    return network in {"student", "teacher"} and not layout.no_part.match(rest)
 
 
 def _our_name(key: str) -> str:
@@ -149,9 +173,7 @@ def _layout_of(tensors: Mapping[str, Tensor], name: str) -> _Layout:
     def has(pattern: str) -> bool:
         return any(re.search(pattern, key) for key in tensors)
 
-    if has(r"backbone\.blocks\.0\.mlp\.mlp_v\.|pos_embed\.token_projection"):
-        raise UnknownLayout(f"{name}: looks like a MAL checkpoint with a FAN backbone, which is not read yet")
-    if not has(r"^student\.") and has(r"blocks\.0\.attn\.qkv\.weight"):
+    if not has(r"^student\.") and has(r"blocks\.0\.attn\.q(kv)?\.weight"):
         raise UnknownLayout(
             f"{name}: looks like the weights of a backbone alone; give it as train.pretrained_model_path"
         )

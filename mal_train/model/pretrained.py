@@ -29,7 +29,7 @@ from mal_train.model.weightfile import read_weight_file
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".malckpt")
 PREFIXES = ("", "backbone.", "module.", "model.", "encoder.", "module.base_encoder.")
 """What published files of backbones put before timm's names."""
-PART_OF_THE_ANSWER = re.compile(r"blocks\.|dist_token$|reg_token$|norm_pre\.|fc_norm\.")
+PART_OF_THE_ANSWER = re.compile(r"blocks\.|pos_embed\.|dist_token$|reg_token$|norm_pre\.|fc_norm\.")
 """Tensors that may neither lack nor be left over: with them or without, the backbone is another network."""
 UNKNOWN_LICENCE = "not stated in the file; look where it came from"
 UNKNOWN_ARCH_LICENCE = "none known: no weights are published for it, or their licence is not stated"
@@ -176,10 +176,10 @@ def _student_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tens
     if student:
         return student
     for prefix in sorted(PREFIXES, key=len, reverse=True):
-        if f"{prefix}blocks.0.attn.qkv.weight" in tensors:
+        if any(f"{prefix}blocks.0.attn.{first}.weight" in tensors for first in ("qkv", "q")):
             return {f"backbone.{name.removeprefix(prefix)}": tensor for name, tensor in tensors.items()}
     some = ", ".join(list(tensors)[:3])
-    raise UnknownLayout(f"pretrained weights {source}: nothing in it fits a ViT; its tensors are called {some}, …")
+    raise UnknownLayout(f"pretrained weights {source}: nothing in it fits our backbones; it begins with {some}")
 
 
 def _fit(name: str, tensor: Tensor, target: Tensor, source: str) -> Tensor:

@@ -109,10 +109,25 @@ def test_an_older_stem_of_another_depth_is_refused_with_the_rows_that_have_it() 
         from_tao(weights, "old.pth")
 
 
-@pytest.mark.parametrize("layout", [published.TAO6_FAN, published.TAO6_FAN_HYBRID])
-def test_fan_is_recognised_and_refused(layout: str) -> None:
-    with pytest.raises(UnknownLayout, match="FAN backbone"):
-        from_tao(published.state_dict(layout), "fan.pth")
+@pytest.mark.parametrize(
+    ("layout", "arch"),
+    [(published.TAO6_FAN, "fan_tiny_12_p16_224"), (published.TAO6_FAN_HYBRID, "fan_tiny_8_p4_hybrid")],
+)
+def test_fan_is_recognised_and_read_but_for_its_class_token(layout: str, arch: str) -> None:
+    found = from_tao(published.state_dict(layout), "fan.pth")
+    assert found.model == ModelConfig(arch)
+    assert set(found.weights) == set(MalNetwork(found.model).state_dict())
+    parts = ("head.", "cls_token", "cls_attn_blocks.0.attn.", "cls_attn_blocks.0.mlp.", "cls_attn_blocks.0.gamma2")
+    for part in parts:
+        assert any(name.startswith(f"student.backbone.{part}") for name in found.dropped)
+    assert not any(name.endswith(("norm1.weight", "gamma1")) for name in found.dropped)
+
+
+def test_a_fan_of_unknown_shape_is_refused_with_the_rows_there_are() -> None:
+    weights = published.state_dict(published.TAO6_FAN)
+    weights = {name: tensor for name, tensor in weights.items() if ".blocks.11." not in name}
+    with pytest.raises(UnknownLayout, match=r"width 192, depth 11, heads 4, ConvNeXt blocks 0.*fan_tiny_12_p16_224"):
+        from_tao(weights, "fan.pth")
 
 
 def _lacks(weights: dict[str, Tensor]) -> None:

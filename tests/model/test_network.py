@@ -40,6 +40,8 @@ LAYOUTS = {
     "tao_vit_deit_tiny16": published.TAO,
     "nv_vit_deit_tiny16": published.NVLABS,
     "tao6_vit_deit_tiny16": published.TAO6,
+    "tao6_fan_tiny_12_p16_224": published.TAO6_FAN,
+    "tao6_fan_tiny_8_p4_hybrid": published.TAO6_FAN_HYBRID,
 }
 
 
@@ -60,7 +62,7 @@ def tao_network() -> MalNetwork:
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_logits_agree_with_the_published_forward(layout: str, name: str) -> None:
     if name == "areaborder" and layout.startswith("tao6"):
-        return  # TAO 6.0 has no such file; it is NVlabs' network.
+        return  # TAO 6.0 has no such file.
     tao_network, (seed, number, side) = published_network(layout), CROPS[name]
     with np.load(fixture(f"e_forward_{layout}_{name}.npz")) as stored:
         box_xyxy, expected = stored["bboxes"], stored["seg"]

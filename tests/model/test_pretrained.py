@@ -166,7 +166,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 
 def test_loading_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UnknownLayout, match=r"nothing in it fits a ViT; its tensors are called layer1\.weight"):
+    with pytest.raises(UnknownLayout, match=r"nothing in it fits our backbones; it begins with layer1\.weight"):
         load_pretrained(network(), save(tmp_path / "resnet.pt", {"layer1.weight": torch.zeros(1)}))
 
 
