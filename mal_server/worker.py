@@ -1,17 +1,15 @@
 """Runs batches of crops on one device, on a thread of its own. Knows nothing of requests or of gRPC."""
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from mal_train.errors import BadBox, OutOfDeviceMemory
+from mal_train.errors import BadBox
 from mal_train.labeling.geometry import Box
 from mal_train.labeling.images import RgbImage
 from mal_train.labeling.labeler import Crop, Label, Probability, RunOptions
-
-log = logging.getLogger(__name__)
+from mal_train.labeling.splitting import predict_split
 
 
 class Predictor(Protocol):
@@ -57,14 +55,4 @@ class Worker:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _predict(self, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
-        try:
-            return list(self.predictor.predict(crops, options))
-        except OutOfDeviceMemory as error:
-            message = str(error)
-        # Outside of the except block: there the traceback would keep the failed batch's tensors on the device.
-        if len(crops) == 1:
-            log.error("%s: out of memory on a single crop: %s", self.name, message)
-            return [OutOfDeviceMemory(message)]
-        half = (len(crops) + 1) // 2
-        log.warning("%s: out of memory on %d crops; trying %d at a time", self.name, len(crops), half)
-        return self._predict(options, crops[:half]) + self._predict(options, crops[half:])
+        return [*predict_split(self.predictor.predict, crops, options)]

@@ -61,6 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *LEAVES,
     ),
     "mal_train.labeling.bulk": ("mal_train.labeling", *LEAVES),
+    "mal_train.labeling.splitting": ("mal_train.labeling.labeler", *LEAVES),
     "mal_train.model": ("mal_train.model", "mal_train.atomic", *LEAVES),
     "mal_train.losses": ("mal_train.losses", *LEAVES),
     "mal_train.data": ("mal_train.data", "mal_train.labeling", *LEAVES),

@@ -16,6 +16,7 @@ from mal_train.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.labeling.coco import Annotation, ImageInfo, Reason
 from mal_train.labeling.images import RgbImage, read_image
 from mal_train.labeling.labeler import Crop, Labeler, Probability, RunOptions
+from mal_train.labeling.splitting import predict_split
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -149,16 +150,12 @@ def _predict_all(labeler: Labeler, waiting: Sequence[_Prepared], options: RunOpt
 
 
 def _predict_crops(labeler: Labeler, crops: Sequence[Crop], options: RunOptions) -> list[Probability | Failure]:
-    """Probabilities in order; a batch that does not fit is halved, down to the crop that alone does not."""
+    """Probabilities in order, or why there are none; other errors of the device concern all crops of the batch."""
     try:
-        return list(labeler.predict(crops, options))
-    except OutOfDeviceMemory as error:
-        if len(crops) == 1:
-            return [Failure("OUT_OF_MEMORY", str(error))]
-        half = len(crops) // 2
-        return _predict_crops(labeler, crops[:half], options) + _predict_crops(labeler, crops[half:], options)
+        found = predict_split(labeler.predict, crops, options)
     except DeviceError as error:
         return [Failure("DEVICE_FAILED", str(error)) for _ in crops]
+    return [Failure("OUT_OF_MEMORY", str(x)) if isinstance(x, OutOfDeviceMemory) else x for x in found]
 
 
 def _finish(
