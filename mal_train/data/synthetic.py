@@ -25,6 +25,9 @@ Field = NDArray[np.float32]
 TINT = 6.0
 """How far the colours of one surface lie from the scene's, standard deviation of each channel of 255."""
 
+GREY = np.array([0.299, 0.587, 0.114])
+"""Weights of red, green and blue in brightness (ITU-R BT.601)."""
+
 _SUBPIXEL_BITS = 4
 """cv2.fillPoly reads vertices in sixteenths of a pixel."""
 
@@ -116,7 +119,8 @@ def write_split(
             # The name's bytes make the splits differ without a table of offsets.
             scene = draw_scene(np.random.default_rng([seed, *name.encode(), index]), settings)
             file_name = f"{index + 1:05d}.jpg"
-            Image.fromarray(scene.image).save(split.images / file_name, quality=92)
+            # Full chroma: halved, as is usual, it would blur textures whose colours differ in hue alone.
+            Image.fromarray(scene.image).save(split.images / file_name, quality=95, subsampling=0)
             rows.add(scene, file_name, masks)
     except OSError as error:
         raise OutputError(f"{split.images}: cannot write the scenes ({error}); choose another folder") from error
@@ -157,10 +161,11 @@ class _Rows:
 
 
 def _palette(rng: np.random.Generator) -> Field:
-    """The two RGB colours (2, 3) of a scene in [0, 255], far enough apart to make a pattern visible."""
+    """The two RGB colours (2, 3) of a scene in [0, 255], far enough apart, in grey too, to make a pattern visible."""
     while True:
         colours = rng.uniform(30, 225, size=(2, 3)).astype(np.float32)
-        if 70 < np.linalg.norm(colours[0] - colours[1]) < 170:
+        difference = colours[0] - colours[1]
+        if np.linalg.norm(difference) < 170 and abs(difference @ GREY) > 40:
             return colours
 
 
