@@ -6,6 +6,7 @@ Source of the protocol: Pillai et al., "All File Systems Are Not Created Equal",
 import errno
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +14,11 @@ from typing import BinaryIO
 
 from mal_train.errors import OutputError
 
+PIPE_CLOSED = 141
+"""Exit code of a command whose output nobody reads any more (`| head`), as a shell counts it."""
+
 _BUFFER = 1 << 20
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDY = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -49,6 +54,32 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise OutputError(
             f"{path}: not written ({error.strerror or error}); {remedy}. A file that was there before is unchanged"
         ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Says before hours of work what `replacing` would say after them; a disk may still fill up in between.
+
+    Raises:
+        OutputError: the path is a folder, its folder is missing or may not be written to.
+    """
+    folder = Path(os.path.realpath(path)).parent
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; give the name of a file")
+    if not folder.is_dir():
+        raise OutputError(f"{path}: its folder does not exist; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: its folder may not be written to; choose a place that can be written to")
+
+
+def stdout_fault(error: OSError) -> int | None:
+    """Exit code when standard output takes no more: 141 its reader has gone, 4 the disk is full; None: another fault.
+
+    What is left to print goes nowhere then: Python would complain once more when it closes the stream.
+    """
+    if error.errno not in (errno.EPIPE, *_DISK_FULL):
+        return None
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return PIPE_CLOSED if error.errno == errno.EPIPE else OutputError.exit_code
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,13 +1,13 @@
 """The command `mal-train`: reads arguments, calls one task, turns errors into one line and an exit code.
 
 Exit codes: 0 done · 1 unexpected · 2 usage or configuration · 3 finished, but some items failed · 4 disk or
-permission · 5 training stopped on non-finite values · 143 terminated after saving.
+permission · 5 training stopped on non-finite values · 130 interrupted · 141 whoever read the output closed it ·
+143 terminated after saving.
 """
 # ruff: noqa: PLC0415
 # Tasks are imported by the commands that run them: torch takes seconds, and without it `main` can say what to install.
 
 import argparse
-import contextlib
 import json
 import sys
 import traceback
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
+from mal_train.atomic import stdout_fault
 from mal_train.errors import ConfigError, MalError, OutputError
 
 SOME_FAILED = 3
@@ -35,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"not understood: {' '.join(unknown)}")
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
-        return command(arguments)
+        code = command(arguments)
+        if sys.stdout is not None:  # as it is after `>&-`
+            sys.stdout.flush()
+        return code
     except MalError as error:
         print(f"mal-train: {error}", file=sys.stderr)
         return error.exit_code
@@ -47,11 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mal-train: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return OutputError.exit_code
+    except OSError as error:
+        return _without_output(error)
     except Exception:  # the last line of defence of a command: whatever it is, exit code 1 and the trace
         traceback.print_exc()
         return MalError.exit_code
+
+
+def _without_output(error: OSError) -> int:
+    lost = stdout_fault(error)
+    if lost is None:
+        traceback.print_exception(error)
+        return MalError.exit_code
+    if lost == OutputError.exit_code:
+        print(f"mal-train: standard output: {error.strerror}; free some space", file=sys.stderr)
+    return lost
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -180,5 +194,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """The terminal of whoever runs a command: lines, and a bar that they do not tear. No torch."""
 
+import io
 import sys
 from typing import Any, TextIO
 
@@ -10,7 +11,8 @@ class Screen:
     """Prints lines above the bar, where there is one. Everything for people goes to stderr; results go to stdout."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = sys.stderr if stream is None else stream
+        # A job whose stderr was closed (`2>&-`) has none at all.
+        self.stream = stream or sys.stderr or io.StringIO()
         self.is_terminal = self.stream.isatty()
 
     def say(self, line: str) -> None:

@@ -39,6 +39,10 @@ SERVICE_CONFIG: dict[str, Any] = {
 }
 
 
+PORTS = range(1, 65536)
+"""gRPC would take a larger number modulo 65536 and call somebody else."""
+
+
 def channel_options() -> list[tuple[str, Any]]:
     """Options for a sync or asyncio channel."""
     return [
@@ -65,6 +69,10 @@ def checked_address(address: str) -> str:
     host, colon, port = address.rpartition(":")
     if not colon or not host or not (port.isdigit() or address.startswith(("unix:", "dns:", "ipv4:", "ipv6:"))):
         raise ConfigError(f"server address {address!r}: HOST:PORT is needed, for example localhost:50051")
+    if port.isdigit() and int(port) not in PORTS and not address.startswith("unix:"):
+        raise ConfigError(f"server address {address!r}: a port is a number from {PORTS[0]} to {PORTS[-1]}")
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(f"server address {address!r}: no URL but HOST:PORT is needed, for example localhost:50051")
     return address
 
 

@@ -18,6 +18,7 @@ from mal_client.arguments import (
 from mal_client.client import Client
 from mal_client.progress import ProgressDisplay
 from mal_client.types import Evaluation, LabelOptions
+from mal_train.atomic import check_writable
 
 MAX_WORST = 10_000
 """Most instances that a server lists."""
@@ -31,12 +32,14 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     add_data(evaluate)
     evaluate.add_argument("--output", type=Path, metavar="FIGURES.json", help="also write the figures as JSON")
     evaluate.add_argument("--report", type=Path, metavar="PAGE.html", help="also write one page with the worst masks")
-    evaluate.add_argument("--worst", type=int, default=24, metavar="N", help="pictures in the report (default 24)")
+    evaluate.add_argument("--worst", type=_count, default=24, metavar="N", help="pictures in the report (default 24)")
     add_options(evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
+    for path in filter(None, (arguments.output, arguments.report)):
+        check_writable(path)
     with client_of(arguments) as client:
         with ProgressDisplay("evaluate") as display:
             evaluation = client.evaluate(
@@ -52,6 +55,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         write_json_atomic(arguments.output, evaluation.to_dict())
         print(f"figures: {arguments.output}")
     return SOME_FAILED if evaluation.failed_count else 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: a whole number, 0 or more, is needed")
+    return int(text)
 
 
 def _write_report(client: Client, arguments: argparse.Namespace, evaluation: Evaluation, options: LabelOptions) -> None:

@@ -37,8 +37,8 @@ from mal_client.types import (
 from mal_client.version import client_version
 from mal_client.work import Plan, Work, read_work
 from mal_client.work_pool import WorkPool
-from mal_train.atomic import replacing
-from mal_train.errors import ConfigError, OutputError
+from mal_train.atomic import check_writable, replacing
+from mal_train.errors import BadDataset, ConfigError
 from mal_train.labeling.coco import Annotation, ImageInfo, answer_fields, error_fields, labelled_row
 from mal_train.labeling.coco_stream import write_changed
 from mal_train.labeling.rle import Rle, to_box
@@ -84,16 +84,14 @@ def label_dataset(
         return replace(result, model=_model(servers[0][1], options))
 
 
-def check_writable(output_json: Path) -> None:
-    """Raises OutputError now rather than after an hour: a folder is missing, or the path is one."""
-    if output_json.is_dir():
-        raise OutputError(f"{output_json}: is a folder; give the name of a file")
-    if not output_json.resolve().parent.is_dir():
-        raise OutputError(f"{output_json}: its folder does not exist; make it first")
-
-
 def image_loader(images_dir: Path, limits: ServerLimits) -> Callable[[ImageInfo], EncodedImage]:
-    """Reads an image's file as it is stored; BadImage for one that is missing or that the server would not take."""
+    """Reads an image's file as it is stored; BadImage for one that is missing or that the server would not take.
+
+    Raises:
+        BadDataset: there is no such folder, so that every image would be missing.
+    """
+    if not images_dir.is_dir():
+        raise BadDataset(f"{images_dir}: no such folder; give the one that the file names of the annotations start at")
 
     def load(image: ImageInfo) -> EncodedImage:
         path = images_dir / image.file_name

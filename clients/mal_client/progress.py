@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -27,7 +28,8 @@ class ProgressDisplay:
 
     def __init__(self, what: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._what = what
-        self._stream = sys.stderr if stream is None else stream
+        # A job whose stderr was closed (`2>&-`) has none at all.
+        self._stream = stream or sys.stderr or io.StringIO()
         self._clock = clock
         self._started = self._last_line = clock()
         self._bar: tqdm[Any] | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mal_train.atomic import check_writable
 from mal_train.config import Spec
 from mal_train.errors import BadDataset
 from mal_train.labeling import rle
@@ -66,6 +67,8 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
     """
     settings = spec.inference
     with task_folder(spec, "inference") as (folder, status):
+        path = folder / settings.label_dump_path
+        check_writable(path)
         coco = read_coco(existing_file(settings.ann_path, "inference.ann_path"))
         image_dir = existing_folder(settings.img_dir, "inference.img_dir")
         device = choose_device(settings.gpu_ids, screen)
@@ -87,7 +90,6 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
                 if evaluator is not None:
                     _compare(evaluator, annotation, label)
         failed = _failures(coco, answers, screen)
-        path = folder / settings.label_dump_path
         source = existing_file(settings.checkpoint, "inference.checkpoint")
         write_json_atomic(path, labelled_file(coco, answers, provenance(source, checkpoint)))
         labelled = sum("error" not in fields for fields in answers.values())
@@ -131,16 +133,20 @@ def _compare(evaluator: Evaluator, annotation: Annotation, label: Label | Failur
 
 
 def _failures(coco: CocoFile, answers: Answers, screen: Screen) -> Counter[str]:
-    """Says every box without a mask, in the order of the file, and counts them by reason."""
+    """Says why boxes have no mask, in the order of the file, and counts them by reason."""
     failed: Counter[str] = Counter()
+    messages: Counter[str] = Counter()
     for annotation in coco.annotations:
         error = answers.get(annotation.id, {}).get("error") if annotation.id is not None else None
         if error is not None:
             failed[error["reason"]] += 1
-            screen.say(f"no mask: {error['message']}")
+            messages[error["message"]] += 1
         elif annotation.problem is not None:
             failed[str(annotation.reason)] += 1
-            screen.say(f"no mask: {annotation.problem}")
+            messages[annotation.problem] += 1
+    # One bad picture fails all of its boxes; it is said once.
+    for message, count in messages.items():
+        screen.say(f"no mask{f' for {count} boxes' if count > 1 else ''}: {message}")
     for note in coco.notes:
         screen.say(note)
     return failed
