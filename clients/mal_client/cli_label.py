@@ -18,7 +18,7 @@ from mal_client.arguments import (
     options_of,
 )
 from mal_client.progress import JsonLog, ProgressDisplay
-from mal_client.types import DatasetOptions, DatasetResult, Only
+from mal_client.types import DatasetOptions, DatasetResult, MaskFormat, Only
 from mal_train.errors import ConfigError
 
 LISTED = 5
@@ -45,6 +45,12 @@ def add_label(commands: Commands[argparse.ArgumentParser]) -> None:
         "--restart",
         action="store_true",
         help="throw away the answers of an unfinished run; by default it goes on where it ended",
+    )
+    label.add_argument(
+        "--format",
+        choices=[str(name) for name in MaskFormat],
+        default=str(MaskFormat.RLE),
+        help="run lengths compressed as pycocotools writes them, or as lists of numbers (default %(default)s)",
     )
     label.add_argument("--log", choices=["text", "json"], default="text", help="progress as text or as JSON lines")
     add_options(label)
@@ -78,7 +84,13 @@ def _how(arguments: argparse.Namespace) -> DatasetOptions:
     if (only is Only.IDS) != (arguments.ids is not None):
         raise ConfigError("--only ids and --ids FILE belong together; give both or neither")
     ids = frozenset() if arguments.ids is None else _read_ids(arguments.ids)
-    return DatasetOptions(only, ids, update_bbox=arguments.update_bbox, restart=arguments.restart)
+    return DatasetOptions(
+        only,
+        ids,
+        update_bbox=arguments.update_bbox,
+        restart=arguments.restart,
+        mask_format=MaskFormat(arguments.format),
+    )
 
 
 def _read_ids(path: Path) -> frozenset[int | float | str]:

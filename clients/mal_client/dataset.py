@@ -29,6 +29,7 @@ from mal_client.types import (
     DatasetResult,
     FailedAnnotation,
     LabelOptions,
+    MaskFormat,
     ModelRef,
     Progress,
     ServerInfo,
@@ -41,7 +42,7 @@ from mal_train.atomic import check_writable, replacing
 from mal_train.errors import BadDataset, ConfigError
 from mal_train.labeling.coco import Annotation, ImageInfo, answer_fields, error_fields, labelled_row
 from mal_train.labeling.coco_stream import write_changed
-from mal_train.labeling.rle import Rle, to_box
+from mal_train.labeling.rle import Rle, run_lengths, to_box
 
 if TYPE_CHECKING:
     from mal_client.client import Client
@@ -260,7 +261,7 @@ def _write(
             errors.add(_failed(annotation, images, fault))
             # The words of a faulty row are found again by whoever reads it.
             fields = None if plan == Plan.FAULTY else error_fields(fault.reason or fault.code, fault.message)
-            return labelled_row(row, annotation, images, fields)
+            return _formatted(labelled_row(row, annotation, images, fields), how)
 
         write_changed(work.head, output_json, change, provenance)
     if not errors.count:
@@ -279,7 +280,7 @@ def _write(
 def _labelled(
     row: Any, annotation: Annotation, images: Mapping[Any, ImageInfo], fields: Mapping[str, Any], how: DatasetOptions
 ) -> Any:
-    changed = labelled_row(row, annotation, images, fields)
+    changed = _formatted(labelled_row(row, annotation, images, fields), how)
     if how.update_bbox:
         code = fields["segmentation"]
         height, width = code["size"]
@@ -287,6 +288,15 @@ def _labelled(
         # An empty mask has no box; the user's is better than none.
         return changed if box is None else {**changed, "bbox": list(box)}
     return changed
+
+
+def _formatted(row: Any, how: DatasetOptions) -> Any:
+    """A row that was made here, with its mask in the format that was asked for."""
+    code = row.get("segmentation") if isinstance(row, dict) else None
+    if how.mask_format is MaskFormat.RLE or not isinstance(code, dict):
+        return row
+    runs = run_lengths(code["counts"].encode("ascii")).tolist()
+    return {**row, "segmentation": {"size": code["size"], "counts": runs}}
 
 
 def _fields(label: BoxLabel) -> dict[str, Any]:

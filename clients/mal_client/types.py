@@ -69,6 +69,15 @@ class Only(StrEnum):
     """Those of `DatasetOptions.ids`."""
 
 
+class MaskFormat(StrEnum):
+    """How masks stand in a COCO file; both lose nothing."""
+
+    RLE = "rle"
+    """Compressed run lengths, as pycocotools writes them."""
+    UNCOMPRESSED = "uncompressed"
+    """Run lengths as a list of numbers: several times larger, for tools that do not read the compressed form."""
+
+
 @dataclass(frozen=True)
 class DatasetOptions:
     """What of a COCO file is labelled and how it is written.
@@ -78,12 +87,14 @@ class DatasetOptions:
         ids: their ids, for `Only.IDS`.
         update_bbox: also set the box of each labelled annotation to the tight box of its mask.
         restart: throw away the answers of an unfinished run instead of going on from them.
+        mask_format: how masks are written; masks that are kept stay as they are.
     """
 
     only: Only = Only.ALL
     ids: frozenset[JsonId] = frozenset()
     update_bbox: bool = False
     restart: bool = False
+    mask_format: MaskFormat = MaskFormat.RLE
 
     def __post_init__(self) -> None:
         if (self.only is Only.IDS) != bool(self.ids):

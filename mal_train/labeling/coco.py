@@ -528,17 +528,11 @@ def read_annotation(
         fault = Reason.BAD_BOX, box_fault
     elif crowd not in (0, 1, None):
         fault = Reason.BAD_ISCROWD, f"iscrowd {_shown(crowd)}; 0 or 1 is needed"
-    where = f"annotations[{at}]" if annotation_id is None else _called(annotation_id)
-    return Annotation(
-        annotation_id,
-        image_id,
-        category_id,
-        box,
-        crowd in (1, True),
-        row,
-        None if fault is None else f"{where}: {fault[1]}",
-        None if fault is None else fault[0],
-    )
+    if fault is None:
+        return Annotation(annotation_id, image_id, category_id, box, crowd in (1, True), row)
+    reason, text = fault
+    problem = f"{f'annotations[{at}]' if annotation_id is None else _called(annotation_id)}: {text}"
+    return Annotation(annotation_id, image_id, category_id, box, crowd in (1, True), row, problem, reason)
 
 
 def _unknown_image(row: Mapping[str, Any], images: Mapping[JsonId, ImageInfo]) -> str:

@@ -69,9 +69,32 @@ def test_a_file_that_cannot_be_used_exits_2_before_any_work(
     assert not fake.calls
 
 
+def test_only_the_ids_of_a_file_on_two_servers_with_a_log_for_programs(
+    address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = dataset.folder / "ids.txt"
+    wanted.write_text('101\n\n "box" \n')
+    dataset.coco["annotations"][5]["id"] = "box"
+    dataset.save()
+    with serving(FakeServer()) as other:
+        both = ["--server", f"{address},{other}", "--only", "ids", "--ids", str(wanted), "--log", "json"]
+        assert main(arguments("label", address, dataset, *both, "--format", "uncompressed", "--update-bbox")) == 0
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert (events[-1]["event"], events[-1]["labelled"], events[-1]["copied"]) == ("done", 2, 4)
+    assert {event["event"] for event in events} == {"progress", "done"}
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [["--threshold", "2"], ["--branch", "both"], ["--timeout", "0"], ["--only", "some"], ["--server", "nowhere"]],
+    [
+        ["--threshold", "2"],
+        ["--branch", "both"],
+        ["--timeout", "0"],
+        ["--only", "some"],
+        ["--only", "ids"],
+        ["--ids", "absent.txt"],
+        ["--server", "nowhere"],
+    ],
 )
 def test_a_wrong_argument_exits_2(address: str, dataset: Dataset, wrong: list[str]) -> None:
     try:

@@ -12,7 +12,7 @@ from mal_client.client import AsyncClient, Client
 from mal_client.dataset import errors_path
 from mal_client.errors import CallCancelled, CallTimedOut, ModelChanged, RequestRefused, ServerUnavailable
 from mal_client.ledger import ledger_path
-from mal_client.types import DatasetOptions, DatasetResult, LabelOptions, Only, Progress
+from mal_client.types import DatasetOptions, DatasetResult, LabelOptions, MaskFormat, Only, Progress
 from pycocotools.coco import COCO
 
 from mal_train.errors import BadDataset, ConfigError, OutputError
@@ -220,6 +220,17 @@ def test_boxes_follow_their_masks_when_asked(dataset: Dataset) -> None:
     assert dataset.labelled()[100]["bbox"] == [0, 2, 6, 9]
     label(FakeServer(), dataset)
     assert dataset.labelled()[100]["bbox"] == [-4, 2.25, 10, 8.5]
+
+
+def test_uncompressed_run_lengths_say_the_same(dataset: Dataset) -> None:
+    dataset.coco["annotations"][5]["bbox"] = [500, 500, 5, 5]
+    dataset.save()
+    label(FakeServer(), dataset)
+    compressed = dataset.labelled()
+    label(FakeServer(), dataset, how=DatasetOptions(mask_format=MaskFormat.UNCOMPRESSED, update_bbox=True))
+    for key, row in dataset.labelled().items():
+        assert isinstance(row["segmentation"]["counts"], list)
+        assert Rle.from_coco(row["segmentation"]) == Rle.from_coco(compressed[key]["segmentation"])
 
 
 def test_no_annotations_give_a_file_without_annotations(dataset: Dataset) -> None:
