@@ -64,7 +64,8 @@ class DatasetConfig(Strict):
 
     type: Literal["coco"] = Field(default="coco", description="Format of the annotation files.")
     train_ann_path: str = Field(
-        default="", description="COCO JSON to train on; boxes are enough, masks in it are not used."
+        default="",
+        description="COCO JSON to train on; boxes are enough, train.supervision tells whether masks are used.",
     )
     train_img_dir: str = Field(default="", description="Folder of its images.")
     val_ann_path: str = Field(
@@ -173,6 +174,11 @@ class TrainConfig(_OneProcess):
         default=None,
         description="Fit the score to IoUs of the validation masks, into the checkpoint; null: unless compat is tao.",
     )
+    supervision: Literal["box", "mask", "auto"] = Field(
+        default="box",
+        description="Learn from boxes alone, from masks alone, or (auto) from masks where annotations carry them.",
+    )
+    loss_mask_weight: float = Field(default=4.0, ge=0.0, description="Weight of the loss of boxes that have a mask.")
     loss_mil_weight: float = Field(default=4.0, ge=0.0, description="Weight of the multiple-instance loss.")
     loss_crf_weight: float = Field(default=0.5, ge=0.0, description="Weight of the mean-field loss.")
     loss_mil_step: int = Field(default=1000, ge=0, description="Steps over which the multiple-instance loss ramps up.")

@@ -6,15 +6,21 @@ Boxes are kept in arrays, not objects: a million of them cross into the loader's
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mal_train.errors import BadBox, BadDataset, BadImage
-from mal_train.labeling.coco import CocoFile, ImageInfo, Reason, by_image, read_coco, training_refusal
+from mal_train.labeling import rle
+from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco, training_refusal
 from mal_train.labeling.geometry import Box, check_box
 from mal_train.labeling.images import read_image
+from mal_train.labeling.rle import Rle
 from mal_train.labeling.settings import Compat
+
+Supervision = Literal["box", "mask", "auto"]
+"""What is learned from: boxes alone, masks alone, or masks where there are any and boxes for the rest."""
 
 WINDOW_IMAGES = 64
 """Images whose boxes are mixed with each other: few enough to stay decoded, many enough for a good shuffle."""
@@ -33,6 +39,7 @@ class TrainingBoxes:
         boxes_xywh: (boxes, 4) float64, inside their images.
         total: annotations in the file.
         refused: how many are not trained on, by reason.
+        masks: the mask of each box, None where it has none; empty where masks are not used.
     """
 
     paths: tuple[Path, ...]
@@ -41,6 +48,7 @@ class TrainingBoxes:
     boxes_xywh: NDArray[np.float64]
     total: int
     refused: Counter[str]
+    masks: tuple[Rle | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.image_of_box)
@@ -53,6 +61,8 @@ class TrainingBoxes:
     def summary(self) -> str:
         """One line for people: what is kept, and what is not and why."""
         text = f"training on {len(self)} of {self.total} boxes in {len(self.paths)} images"
+        if self.masks:
+            text += f", {sum(mask is not None for mask in self.masks)} of them with their masks"
         if self.refused:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.refused.most_common())
             text += f"; left out: {reasons}"
@@ -73,14 +83,25 @@ def read_training_boxes(
 
 
 def select_boxes(
-    coco: CocoFile, image_dir: Path, *, min_area: float, max_area: float, compat: Compat, name: str = "dataset"
+    coco: CocoFile,
+    image_dir: Path,
+    *,
+    min_area: float,
+    max_area: float,
+    compat: Compat,
+    supervision: Supervision = "box",
+    name: str = "dataset",
 ) -> TrainingBoxes:
-    """`read_training_boxes` of a file already in memory."""
+    """`read_training_boxes` of a file already in memory, with masks as `supervision` says.
+
+    `box` leaves masks alone, `auto` takes those that can be read, `mask` leaves out boxes without one.
+    """
     refused: Counter[str] = Counter()
     paths: list[Path] = []
     sizes: list[tuple[int, int]] = []
     image_of_box: list[int] = []
     boxes: list[Box] = []
+    masks: list[Rle | None] = []
     seen = 0
     for image, annotations in by_image(coco):
         seen += len(annotations)
@@ -99,10 +120,14 @@ def select_boxes(
             reason = training_refusal(annotation, inside, size, min_area=min_area, max_area=max_area, compat=compat)
             if reason is None and inside is None:
                 reason = Reason.BAD_BOX
+            mask = None if supervision == "box" or reason is not None else _mask(annotation, size)
+            if reason is None and supervision == "mask" and mask is None:
+                reason = Reason.NO_GROUND_TRUTH
             if reason is not None or inside is None:
                 refused[str(reason)] += 1
             else:
                 kept.append(inside)
+                masks.append(mask)
         if kept:
             image_of_box += [len(paths)] * len(kept)
             boxes += kept
@@ -123,6 +148,7 @@ def select_boxes(
         np.asarray(boxes, dtype=np.float64),
         len(coco.annotations),
         refused,
+        () if supervision == "box" else tuple(masks),
     )
 
 
@@ -147,6 +173,18 @@ def epoch_order(boxes: TrainingBoxes, seed: int, epoch: int) -> NDArray[np.int64
         held += int(decoded_bytes[image])
     parts.append(rng.permutation(np.concatenate(window)))
     return np.concatenate(parts)
+
+
+def _mask(annotation: Annotation, size_wh: tuple[int, int]) -> Rle | None:
+    """The annotation's mask; None where it has none, an empty one or one that cannot be read."""
+    segmentation = annotation.raw.get("segmentation")
+    if not segmentation:
+        return None
+    try:
+        mask = rle.from_segmentation(segmentation, size_wh[1], size_wh[0])
+    except BadDataset:
+        return None
+    return mask if rle.area(mask) else None
 
 
 def _usable_size(image: ImageInfo, image_dir: Path) -> tuple[int, int] | None:

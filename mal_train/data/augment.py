@@ -20,18 +20,21 @@ JITTER_SHARE = 0.5
 GREY_SHARE = 0.2
 BLUR_SHARE = 0.5
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
+HALF = 127
 BLUR_RADIUS = (0.1, 2.0)
 
 
 class Views(NamedTuple):
     """A training sample before it becomes a tensor; S is the crop size.
 
-    `student` and `teacher` are (S, S, 3) uint8 RGB, `box_mask` is (S, S) uint8 with values 0 and 1.
+    `student` and `teacher` are (S, S, 3) uint8 RGB, `box_mask` is (S, S) uint8 with values 0 and 1, and so
+    is `mask`, the object's own where it is known.
     """
 
     student: NDArray[np.uint8]
     teacher: NDArray[np.uint8]
     box_mask: NDArray[np.uint8]
+    mask: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,29 @@ class Cropping:
     compat: Compat
 
 
-def make_views(image: RgbImage, box_inside: Box, cropping: Cropping, rng: np.random.Generator) -> Views:
-    """Both views and the box mask of a box that lies inside its picture (H, W, 3)."""
+def make_views(
+    image: RgbImage,
+    box_inside: Box,
+    cropping: Cropping,
+    rng: np.random.Generator,
+    mask: NDArray[np.bool_] | None = None,
+) -> Views:
+    """Both views and the box mask of a box that lies inside its picture (H, W, 3), and its mask (H, W) where given."""
     image_hw = (image.shape[0], image.shape[1])
     window = geometry.train_window(box_inside, geometry.random_margins(rng, cropping.margin_rate))
     clean = geometry.resize_crop(geometry.cut(image, window), cropping.size)
     box_mask = geometry.box_mask_in_window(
         box_inside, window, image_hw, cropping.size, cropping.compat, wrap=cropping.compat is Compat.TAO
     )
+    own = None
+    if mask is not None:
+        # Where the picture repeats in the margin so does the object; only the one in the box is meant.
+        pixels = geometry.resize_crop(geometry.cut(mask.astype(np.uint8) * 255, window), cropping.size)
+        own = (pixels > HALF).astype(np.uint8) * box_mask
     if rng.random() < FLIP_SHARE:
         clean, box_mask = clean[:, ::-1], box_mask[:, ::-1]
-    return Views(disturb(clean, rng), np.ascontiguousarray(clean), np.ascontiguousarray(box_mask))
+        own = None if own is None else np.ascontiguousarray(own[:, ::-1])
+    return Views(disturb(clean, rng), np.ascontiguousarray(clean), np.ascontiguousarray(box_mask), own)
 
 
 def disturb(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mal_train.data.annotations import WINDOW_BYTES, TrainingBoxes, epoch_order
 from mal_train.data.augment import Cropping, Views, make_views
 from mal_train.errors import BadDataset, BadImage
+from mal_train.labeling import rle
 from mal_train.labeling.geometry import box_area
 from mal_train.labeling.images import RgbImage, read_image
 from mal_train.labeling.settings import network_branch
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
 
     student_NHWC and teacher_NHWC are uint8 RGB, box_mask_NHW uint8 with values 0 and 1. branch_N (int64 size branch)
     stays on the CPU, where it steers the network. bad_images names pictures that could not be read, with the reason.
+    mask_MHW (uint8, 0 and 1) are the masks of the M samples that masked_M (int64) counts; None without any.
     """
 
     student_NHWC: Tensor
@@ -40,6 +42,8 @@ class Batch(NamedTuple):
     box_mask_NHW: Tensor
     branch_N: Tensor
     bad_images: tuple[str, ...]
+    mask_MHW: Tensor | None = None
+    masked_M: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its pixels on `device`."""
@@ -47,6 +51,7 @@ class Batch(NamedTuple):
             student_NHWC=self.student_NHWC.to(device, non_blocking=True),
             teacher_NHWC=self.teacher_NHWC.to(device, non_blocking=True),
             box_mask_NHW=self.box_mask_NHW.to(device, non_blocking=True),
+            mask_MHW=None if self.mask_MHW is None else self.mask_MHW.to(device, non_blocking=True),
         )
 
 
@@ -89,7 +94,9 @@ class BoxDataset(Dataset[Sample]):
                 continue
             box = self.boxes.box(index)
             branch = int(network_branch(box_area(box), self.cropping.compat))
-            return Sample(make_views(image, box, self.cropping, rng), branch, tuple(bad))
+            code = self.boxes.masks[index] if self.boxes.masks else None
+            mask = None if code is None else rle.decode_mask(code)
+            return Sample(make_views(image, box, self.cropping, rng, mask), branch, tuple(bad))
         raise BadDataset(f"{REPLACEMENTS} pictures in a row cannot be read, the last: {bad[-1]}")
 
     def _image(self, index: int) -> RgbImage:
@@ -178,10 +185,13 @@ class BoxDataModule(lightning.LightningDataModule):
 
 def collate(samples: list[Sample]) -> Batch:
     """Stacks samples of one crop size."""
+    masked = [(n, sample.views.mask) for n, sample in enumerate(samples) if sample.views.mask is not None]
     return Batch(
         torch.from_numpy(np.stack([sample.views.student for sample in samples])),
         torch.from_numpy(np.stack([sample.views.teacher for sample in samples])),
         torch.from_numpy(np.stack([sample.views.box_mask for sample in samples])),
         torch.tensor([sample.branch for sample in samples], dtype=torch.int64),
         tuple(text for sample in samples for text in sample.bad_images),
+        torch.from_numpy(np.stack([mask for _, mask in masked])) if masked else None,
+        torch.tensor([n for n, _ in masked], dtype=torch.int64) if masked else None,
     )

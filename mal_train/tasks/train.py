@@ -95,7 +95,11 @@ def train(spec: Spec, screen: Screen) -> TrainResult:
 
         def describe() -> Checkpoint:
             return Checkpoint(
-                network.config, module.labeler_config, {}, coco.categories, _provenance(source, module, validate)
+                network.config,
+                module.labeler_config,
+                {},
+                coco.categories,
+                _provenance(source, spec.train.supervision, module, validate),
             )
 
         data = BoxDataModule(
@@ -181,6 +185,7 @@ def build_module(spec: Spec, network: MalNetwork, boxes: TrainingBoxes, seed: in
             mil_steps=section.loss_mil_step,
             crf_steps=section.loss_crf_step,
             logit_weight=spec.logit_weight,
+            mask_weight=section.loss_mask_weight,
             crf_size_ratio=section.crf_size_ratio,
         ),
         mean_field=MeanField(
@@ -200,6 +205,7 @@ def build_module(spec: Spec, network: MalNetwork, boxes: TrainingBoxes, seed: in
         teacher_momentum=spec.model.teacher_momentum,
         seed=seed,
         num_images=len(boxes.paths),
+        learns_from_masks=bool(boxes.masks),
         say=screen.say,
     )
 
@@ -233,6 +239,7 @@ def _training_boxes(spec: Spec, coco: CocoFile, screen: Screen) -> TrainingBoxes
         min_area=spec.dataset.min_obj_size,
         max_area=spec.dataset.max_obj_size,
         compat=spec.compat,
+        supervision=spec.train.supervision,
         name=spec.dataset.train_ann_path,
     )
     screen.say(boxes.summary())
@@ -343,13 +350,14 @@ def _check_same_network(checkpoint: Checkpoint, wanted: ModelConfig, path: Path 
         raise ConfigError(f"{path}: trained with model.{different}; make them agree or choose another results_dir")
 
 
-def _provenance(source: str, module: MalModule, validate: Validate | None) -> dict[str, Any]:
+def _provenance(source: str, supervision: str, module: MalModule, validate: Validate | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "tool": f"mask-auto-labeler {version()}",
         "starting_weights": Path(source).name,
         "starting_weights_licence": starting_weights_licence(source) if source != "random" else "none",
         "epochs": module.current_epoch + 1,
         "steps": module.global_step,
+        "supervision": supervision,
     }
     if validate is not None and validate.last_report is not None:
         found["validation_mIoU"] = validate.last_report.miou.overall

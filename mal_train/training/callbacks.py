@@ -67,7 +67,7 @@ class Records(lightning.Callback):
         self._clock = clock
         self._sums: torch.Tensor | None = None
         self._batches = 0
-        self._epoch_sums = torch.zeros(4, dtype=torch.float64)
+        self._epoch_sums = torch.zeros(5, dtype=torch.float64)
         self._epoch_batches = 0
         self._since = self._epoch_since = 0.0
         self._step_then = 0
@@ -82,7 +82,7 @@ class Records(lightning.Callback):
         self._since = self._epoch_since = self._clock()
         self._step_then = trainer.global_step
         self._sums, self._batches = None, 0
-        self._epoch_sums, self._epoch_batches = torch.zeros(4, dtype=torch.float64), 0
+        self._epoch_sums, self._epoch_batches = torch.zeros(5, dtype=torch.float64), 0
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -102,7 +102,7 @@ class Records(lightning.Callback):
         if self._sums is None:
             return
         sums = self._sums.double().cpu()
-        total, mil, crf, logit = (sums / self._batches).tolist()
+        total, mil, crf, logit, mask = (sums / self._batches).tolist()
         now = self._clock()
         figures = {
             "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
@@ -110,6 +110,7 @@ class Records(lightning.Callback):
             "loss_mil": mil,
             "loss_crf": crf,
             "loss_logit": logit,
+            "loss_mask": mask,
             "seconds_per_step": (now - self._since) / steps,
         }
         self._metrics.add("train", trainer.current_epoch + 1, trainer.global_step, figures)

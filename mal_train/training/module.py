@@ -20,7 +20,7 @@ from mal_train.losses.crf import MeanField
 from mal_train.model.network import MalNetwork, normalise
 from mal_train.training.optimiser import OptimiserSettings, build_optimiser, set_rate
 from mal_train.training.schedule import CosineSchedule, ramp
-from mal_train.training.step import LossWeights, StepLosses, step_losses
+from mal_train.training.step import LossWeights, StepLosses, mixed_losses, step_losses
 from mal_train.training.teacher import follow
 
 NON_FINITE_LIMIT = 10
@@ -38,6 +38,7 @@ class LossSettings:
     mil_steps: int = 1000
     crf_steps: int = 4000
     logit_weight: float = 0.0
+    mask_weight: float = 4.0
     crf_size_ratio: int = 1
 
 
@@ -53,6 +54,7 @@ class MalModule(lightning.LightningModule):
         optimiser: AdamW's settings.
         teacher_momentum: share of the teacher that stays at every step.
         seed: of the network's random numbers (stochastic depth), ≥ 0.
+        learns_from_masks: whether any sample carries a mask, for those who watch.
         num_images: pictures in the training set, to know how many unreadable ones are too many.
         say: prints a line for people.
     """
@@ -69,6 +71,7 @@ class MalModule(lightning.LightningModule):
         teacher_momentum: float,
         seed: int,
         num_images: int,
+        learns_from_masks: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
@@ -81,6 +84,7 @@ class MalModule(lightning.LightningModule):
         self.teacher_momentum = teacher_momentum
         self.seed = seed
         self.num_images = num_images
+        self.learns_from_masks = learns_from_masks
         self.say = say
         self.last_losses: StepLosses | None = None
         self.steps_skipped = 0
@@ -113,24 +117,33 @@ class MalModule(lightning.LightningModule):
         torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Both networks forward, both losses."""
+        """Both networks forward, and the losses that the batch's boxes and masks ask for."""
         del batch_idx
         student_view = normalise(batch.student_NHWC)
         teacher_view = normalise(batch.teacher_NHWC)
         student = self.network.logits(student_view, batch.branch_N, Branch.STUDENT)
         teacher = self.network.logits(teacher_view, batch.branch_N, Branch.TEACHER)
         with torch.autocast(self.device.type, enabled=False):
-            losses = step_losses(
-                student,
-                teacher,
-                # The jittered view's colours are not the object's: ours steers by the clean one.
-                student_view if self.compat is Compat.TAO else teacher_view,
-                batch.box_mask_NHW,
-                refine=self.mean_field,
-                weights=self.loss_weights(self.global_step),
-                compat=self.compat,
-                crf_size_ratio=self.losses.crf_size_ratio,
-            )
+            weights = self.loss_weights(self.global_step)
+            # The jittered view's colours are not the object's: ours steers by the clean one.
+            guide = student_view if self.compat is Compat.TAO else teacher_view
+
+            def of_boxes(which: Tensor | slice) -> StepLosses:
+                return step_losses(
+                    student[which],
+                    teacher[which],
+                    guide[which],
+                    batch.box_mask_NHW[which],
+                    refine=self.mean_field,
+                    weights=weights,
+                    compat=self.compat,
+                    crf_size_ratio=self.losses.crf_size_ratio,
+                )
+
+            if batch.mask_MHW is None or batch.masked_M is None:
+                losses = of_boxes(slice(None))
+            else:
+                losses = mixed_losses(student, batch.mask_MHW, batch.masked_M, weights.mask, of_boxes)
         self.last_losses = StepLosses(*(loss.detach() for loss in losses))
         return losses.total
 
@@ -141,6 +154,7 @@ class MalModule(lightning.LightningModule):
             settings.mil_weight * ramp(step, settings.mil_steps, length, self.compat),
             settings.crf_weight * ramp(step, settings.crf_steps, length, self.compat),
             settings.logit_weight,
+            settings.mask_weight,
         )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -90,5 +90,6 @@ class Progress(lightning.Callback):
 def _losses(module: lightning.LightningModule, before: str = "") -> str:
     if not isinstance(module, MalModule) or module.last_losses is None:
         return ""
-    total, mil, crf, _ = (float(loss) for loss in module.last_losses)
-    return f"{before}loss {total:.3f} (mil {mil:.3f}, crf {crf:.3f})"
+    losses = module.last_losses
+    mask = f", mask {float(losses.mask):.3f}" if module.learns_from_masks else ""
+    return f"{before}loss {float(losses.total):.3f} (mil {float(losses.mil):.3f}, crf {float(losses.crf):.3f}{mask})"

@@ -25,6 +25,7 @@ METRIC_COLUMNS = (
     "loss_mil",
     "loss_crf",
     "loss_logit",
+    "loss_mask",
     "seconds_per_step",
     "mIoU",
     "mIoU_small",

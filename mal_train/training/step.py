@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from mal_train.labeling.settings import Compat
 from mal_train.losses.crf import crf_loss
+from mal_train.losses.mask import mask_loss
 from mal_train.losses.mil import mil_loss
 from mal_train.losses.saturation import logit_excess
 
@@ -25,15 +26,17 @@ class LossWeights(NamedTuple):
     mil: float
     crf: float
     logit: float = 0.0
+    mask: float = 0.0
 
 
 class StepLosses(NamedTuple):
-    """Scalars float32: `mil`, `crf` and `logit` with their weights applied, `total` their sum."""
+    """Scalars float32: `mil`, `crf`, `logit` and `mask` with their weights applied, `total` their sum."""
 
     total: Tensor
     mil: Tensor
     crf: Tensor
     logit: Tensor
+    mask: Tensor
 
 
 def step_losses(
@@ -77,7 +80,41 @@ def step_losses(
         target_NHW = refine(resize(guide_N3SS.float(), side), start_NHW, resize(box_N1SS, side)[:, 0])
     crf = crf_loss(student_NHW, target_NHW).mean() * weights.crf
     logit = logit_excess(student_N1HW[:, 0]).mean() * weights.logit
-    return StepLosses(mil + crf + logit, mil, crf, logit)
+    return StepLosses(mil + crf + logit, mil, crf, logit, torch.zeros_like(mil))
+
+
+def mixed_losses(
+    student_N1HW: Tensor,
+    mask_MSS: Tensor,
+    masked_M: Tensor,
+    weight: float,
+    of_boxes: Callable[[Tensor], StepLosses],
+) -> StepLosses:
+    """Losses of a batch of which some crops have a mask: these learn from it, the others from their boxes.
+
+    A crop counts alike however it is supervised.
+
+    Args:
+        student_N1HW: the student's logits.
+        mask_MSS: masks of those that have one, 0/1, any number type.
+        masked_M: which these are.
+        weight: of the mask loss.
+        of_boxes: `step_losses` of the crops with the given numbers.
+    """
+    logit_MHW = student_N1HW[masked_M, 0].float()
+    height, width = logit_MHW.shape[-2:]
+    target_MHW = functional.adaptive_avg_pool2d(mask_MSS[:, None].float(), (height, width))[:, 0]
+    count = student_N1HW.shape[0]
+    mask = mask_loss(logit_MHW, target_MHW).sum() / count * weight
+    is_box_N = torch.ones(count, dtype=torch.bool)
+    is_box_N[masked_M] = False
+    if not is_box_N.any():
+        zero = torch.zeros_like(mask)
+        return StepLosses(mask, zero, zero, zero, mask)
+    boxes = of_boxes(is_box_N.nonzero()[:, 0])
+    share = float(is_box_N.sum()) / count
+    mil, crf, logit = boxes.mil * share, boxes.crf * share, boxes.logit * share
+    return StepLosses(mil + crf + logit + mask, mil, crf, logit, mask)
 
 
 def resize(x_NCHW: Tensor, side: torch.Size) -> Tensor:
