@@ -496,6 +496,7 @@ def test_server_info_tells_model_and_limits() -> None:
     assert (info.model.ref.name, info.model.ref.branch) == ("discs", types_pb2.BRANCH_MIXED)
     assert (info.model.arch, info.model.crop_size) == ("bright/1", 16)
     assert info.model.mask_thresholds.large == 0.5
+    assert not info.model.score_calibrated
     assert [(c.category_id, c.name) for c in info.model.categories] == [(7, "disc"), (2, "")]
     assert (info.limits.max_boxes, info.limits.max_request_bytes) == (77, 32 * 1024 * 1024)
     assert (list(info.devices), info.precision) == (["cpu"], "float32")
