@@ -156,6 +156,10 @@ class TrainConfig(_OneProcess):
     margin_rate: tuple[Margin, Margin] = Field(
         default=(0.0, 1.2), description="Range of the random growth of a training box."
     )
+    colour_augmentation: bool = Field(
+        default=True,
+        description="Jitter, grey and blur what the student sees; false where fine texture tells objects apart.",
+    )
     test_margin_rate: tuple[Margin, ...] = Field(
         default=(0.6, 0.6),
         min_length=1,

@@ -45,11 +45,13 @@ class Cropping:
         size: side of the crop in px.
         margin_rate: range of the random growth of the box.
         compat: clip rule of the box mask; under `tao` it also wraps with the picture.
+        colours: whether the student's colours are disturbed.
     """
 
     size: int
     margin_rate: tuple[float, float]
     compat: Compat
+    colours: bool = True
 
 
 def make_views(
@@ -74,7 +76,9 @@ def make_views(
     if rng.random() < FLIP_SHARE:
         clean, box_mask = clean[:, ::-1], box_mask[:, ::-1]
         own = None if own is None else np.ascontiguousarray(own[:, ::-1])
-    return Views(disturb(clean, rng), np.ascontiguousarray(clean), np.ascontiguousarray(box_mask), own)
+    clean = np.ascontiguousarray(clean)
+    student = disturb(clean, rng) if cropping.colours else clean
+    return Views(student, clean, np.ascontiguousarray(box_mask), own)
 
 
 def disturb(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -104,7 +104,7 @@ def train(spec: Spec, screen: Screen) -> TrainResult:
 
         data = BoxDataModule(
             boxes,
-            Cropping(spec.dataset.crop_size, spec.train.margin_rate, spec.compat),
+            Cropping(spec.dataset.crop_size, spec.train.margin_rate, spec.compat, spec.train.colour_augmentation),
             LoaderSettings(
                 spec.train.batch_size, spec.dataset.num_workers_per_gpu, seed, pin_memory=device.type == "cuda"
             ),

@@ -72,3 +72,11 @@ def test_shares_of_the_disturbances_are_the_published_ones(picture: np.ndarray) 
     grey = np.mean([bool((np.ptp(result, axis=2) == 0).all()) for result in results])
     assert same == pytest.approx(0.5 * 0.8 * 0.5, abs=0.07)
     assert grey == pytest.approx(0.2, abs=0.06)
+
+
+def test_without_colour_augmentation_the_student_sees_what_the_teacher_sees() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    plain = Cropping(32, (0.0, 1.2), Compat.NONE, colours=False)
+    for seed in range(8):
+        views = make_views(picture, (10.0, 10.0, 40.0, 30.0), plain, np.random.default_rng(seed))
+        np.testing.assert_array_equal(views.student, views.teacher)
