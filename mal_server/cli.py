@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mal_server import logs
 from mal_train.errors import MalError
+from mal_train.threads import wait_passively
 
 PIP_LINE = "pip install 'mask-auto-labeler[server]'"
 SERVER_PACKAGES = frozenset(
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes: 0 done, 1 unexpected, a lost device, or no healthy server; 2 usage or settings, 4 disk or permission.
     """
     args = parser().parse_args(argv)
+    wait_passively()
     try:
         return _run(args)
     except ModuleNotFoundError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mal_train.atomic import stdout_fault
 from mal_train.errors import ConfigError, MalError, OutputError
+from mal_train.threads import wait_passively
 
 SOME_FAILED = 3
 NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'"
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"not understood: {' '.join(unknown)}")
     command: Callable[[argparse.Namespace], int] = arguments.command
+    wait_passively()
     try:
         code = command(arguments)
         if sys.stdout is not None:  # as it is after `>&-`

@@ -32,7 +32,14 @@ LEAVES = ("mal_train.errors", "mal_train.labeling.settings")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mal": ("mal",),
     "mal_client": ("mal_client", "mal", "mal_train.atomic", *TORCHLESS, *LEAVES),
-    "mal_server": ("mal_server", "mal_train.labeling", "mal_train.model", "mal_train.errors", "mal_train.strictyaml"),
+    "mal_server": (
+        "mal_server",
+        "mal_train.labeling",
+        "mal_train.model",
+        "mal_train.errors",
+        "mal_train.strictyaml",
+        "mal_train.threads",
+    ),
     "mal_server.service": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
     "mal_server.codec": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
     "mal_server.server": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
@@ -41,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mal_train": (),
     "mal_train.errors": (),
     "mal_train.atomic": ("mal_train.errors",),
+    "mal_train.threads": (),
     "mal_train.screen": ("mal_train.errors",),
     "mal_train.strictyaml": ("mal_train.errors",),
     "mal_train.config": ("mal_train.strictyaml", *LEAVES),
