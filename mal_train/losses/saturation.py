@@ -1,8 +1,8 @@
 """Keeps logits where the sigmoid has a slope: our addition to the published losses, off under `compat: tao`.
 
-Both published losses see probabilities alone. Once a step drives every logit far above 0 (all foreground is a fair first
-answer to the multiple-instance loss), their gradients vanish, Adam goes on along its momentum, and the run never comes
-back: seen on photographs at the learning rates that otherwise train best, with logits beyond 1 000 within 60 steps.
+Both published losses see probabilities alone. Once a step drives every logit far above 0 (all foreground is a fair
+first answer to the multiple-instance loss), their gradients vanish, Adam goes on along its momentum, and the run never
+comes back: seen on photographs at the rates that otherwise train best, with logits beyond 1 000 within 60 steps.
 """
 
 from torch import Tensor

@@ -17,7 +17,8 @@ import google.protobuf, grpc
 assert grpc.__version__ == "1.62.3" and google.protobuf.__version__.startswith("4.25."), "the environment is not old"
 from mal.v1 import evaluation_pb2_grpc, labeling_pb2_grpc, model_pb2_grpc
 import pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", "-o", "addopts=", "{root}/tests/client/test_label_image.py"]))
+options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-o", "addopts="]
+sys.exit(pytest.main([*options, "{root}/tests/client/test_label_image.py"]))
 """
 
 
