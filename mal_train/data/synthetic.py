@@ -206,26 +206,26 @@ def _wave(phase: Field) -> Field:
 
 def _stripes(rng: np.random.Generator, hw: tuple[int, int]) -> Field:
     u, _ = _turned_grid(rng, hw)
-    return _wave(u * (2 * np.pi / rng.uniform(6, 12)))
+    return _wave(u * (2 * np.pi / rng.uniform(5, 10)))
 
 
 def _checks(rng: np.random.Generator, hw: tuple[int, int]) -> Field:
     u, v = _turned_grid(rng, hw)
-    step = 2 * np.pi / rng.uniform(8, 16)
+    step = 2 * np.pi / rng.uniform(7, 13)
     return np.asarray(0.5 + 0.5 * np.tanh(4.0 * np.sin(u * step) * np.sin(v * step)), dtype=np.float32)
 
 
 def _dots(rng: np.random.Generator, hw: tuple[int, int]) -> Field:
     u, v = _turned_grid(rng, hw)
-    step = 2 * np.pi / rng.uniform(7, 13)
+    step = 2 * np.pi / rng.uniform(6, 11)
     return np.asarray(0.5 + 0.5 * np.tanh(3.0 * (np.cos(u * step) + np.cos(v * step) - 0.7)), dtype=np.float32)
 
 
 def _zigzag(rng: np.random.Generator, hw: tuple[int, int]) -> Field:
     u, v = _turned_grid(rng, hw)
-    period = rng.uniform(14, 24)
+    period = rng.uniform(10, 18)
     fold = np.abs((v / period) % 1.0 - 0.5) * period
-    return _wave((u + fold) * (2 * np.pi / rng.uniform(7, 12)))
+    return _wave((u + fold) * (2 * np.pi / rng.uniform(6, 10)))
 
 
 def _clouds(rng: np.random.Generator, hw: tuple[int, int]) -> Field:
