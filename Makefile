@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+PIP := $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
 .PHONY: help demo test test-slow check protos bench clean
 
@@ -16,7 +16,7 @@ help:
 
 $(VENV)/.all: pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV) (PyTorch's Linux wheels bring several GB of CUDA libraries; the README says how to avoid them)"
+	@echo "Installing into $(VENV); this takes a few minutes (PyTorch's Linux wheels bring several GB of CUDA libraries; the README says how to avoid them)"
 	@$(PIP) -e '.[all]'
 	@touch $@
 

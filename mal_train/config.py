@@ -46,15 +46,15 @@ class _OneProcess(Strict):
 
     num_gpus: int = Field(default=1, ge=1, description="Number of GPUs; 1 in this version.")
     gpu_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(0,), min_length=1, description="Which GPU. Without CUDA on the machine the CPU does the work."
+        default=(0,), description="Which GPU; [] the CPU, which also does the work on a machine without CUDA."
     )
 
     @model_validator(mode="after")
     def _one_gpu(self) -> Self:
-        if self.num_gpus != 1 or len(self.gpu_ids) != 1:
+        if self.num_gpus != 1 or len(self.gpu_ids) > 1:
             raise ValueError(
                 f"num_gpus {self.num_gpus}, gpu_ids {list(self.gpu_ids)}: this version runs in one process; "
-                "set num_gpus to 1 and name one id"
+                "set num_gpus to 1 and name one id, or [] for the CPU"
             )
         return self
 

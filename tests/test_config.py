@@ -190,3 +190,9 @@ def test_an_override_leaves_the_data_it_was_given_alone() -> None:
     data = {"train": {"lr": 1.0}}
     assert apply_overrides(data, ["train.lr=2"]) == {"train": {"lr": 2}}
     assert data == {"train": {"lr": 1.0}}
+
+
+def test_no_gpu_means_the_cpu_and_two_are_refused() -> None:
+    assert load_spec(None, ["train.gpu_ids=[]"]).train.gpu_ids == ()
+    with pytest.raises(ConfigError, match="one process"):
+        load_spec(None, ["train.gpu_ids=[0,1]"])

@@ -107,11 +107,13 @@ def keys_of(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | None]:
 
 
 def choose_device(gpu_ids: tuple[int, ...], screen: Screen) -> torch.device:
-    """The GPU that was asked for; the CPU, with one line, on a machine without CUDA.
+    """The GPU that was asked for; the CPU for none, and, with one line, on a machine without CUDA.
 
     Raises:
         ConfigError: there are GPUs, but not that one.
     """
+    if not gpu_ids:
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         screen.say("no CUDA on this machine: working on the CPU")
         return torch.device("cpu")
