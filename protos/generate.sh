@@ -14,7 +14,7 @@ pins=(grpcio-tools==1.62.3 protobuf==4.25.9 grpcio==1.62.3 googleapis-common-pro
 
 if ! [ -f "$venv/.pins" ] || [ "$(cat "$venv/.pins")" != "${pins[*]}" ]; then
     "$python" -m venv --clear "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check "${pins[@]}"
+    "$venv/bin/pip" install -qq --disable-pip-version-check "${pins[@]}"
     echo "${pins[*]}" >"$venv/.pins"
 fi
 
