@@ -14,7 +14,7 @@ from torch import Tensor
 from mal_train.errors import ConfigError
 from mal_train.losses import crf
 from mal_train.losses.crf import MeanField, can_compile, crf_loss
-from tests.losses.unfold_mean_field import unfold_mean_field
+from tests.losses.unfold_mean_field import unfold_marginals, unfold_mean_field
 from tests.reference import fixture
 
 WIDTH = 64  # of every compiled test: the width is part of the program, the height and the batch size are not
@@ -95,6 +95,15 @@ def test_loss_and_gradient_agree_with_the_published_code() -> None:
         np.testing.assert_allclose(prob.grad.numpy(), stored["grad"], rtol=0, atol=5e-5 * np.abs(stored["grad"]).max())
 
 
+TIE = 1e-4
+"""Marginals this close to one half are decided by the order of float32 sums, which differs between the two forms."""
+
+
+def assert_equal_but_for_ties(masks: torch.Tensor, marginals: torch.Tensor) -> None:
+    differs = masks != (marginals > 0.5)
+    assert bool(((marginals[differs] - 0.5).abs() < TIE).all()), marginals[differs]
+
+
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
@@ -120,8 +129,8 @@ def test_plain_masks_equal_the_oracle(
     crops = random_crops(seed, num, height, width, colour_range)
     low, high = bounds
     masks = MeanField(kernel_size, 0.1, num_iter, low, high, compiled=False)(*crops)
-    expected = unfold_mean_field(*crops, kernel_size=kernel_size, num_iter=num_iter, low=low, high=high)
-    assert torch.equal(masks, expected)
+    marginals = unfold_marginals(*crops, kernel_size=kernel_size, num_iter=num_iter, low=low, high=high)
+    assert_equal_but_for_ties(masks, marginals)
 
 
 @needs_compiler
@@ -140,7 +149,14 @@ def test_compiled_masks_equal_the_oracle_and_the_plain_ones(
     crops = random_crops(seed, num, height, WIDTH, colour_range)
     masks = MeanField(kernel_size, num_iter=num_iter, compiled=True)(*crops)
     assert torch.equal(masks, MeanField(kernel_size, num_iter=num_iter, compiled=False)(*crops))
-    assert torch.equal(masks, unfold_mean_field(*crops, kernel_size=kernel_size, num_iter=num_iter))
+    assert_equal_but_for_ties(masks, unfold_marginals(*crops, kernel_size=kernel_size, num_iter=num_iter))
+
+
+def test_a_pixel_that_is_no_tie_must_agree() -> None:
+    marginals = torch.tensor([[[0.2, 0.5 + TIE / 2, 0.8]]])
+    assert_equal_but_for_ties(torch.tensor([[[False, False, True]]]), marginals)
+    with pytest.raises(AssertionError):
+        assert_equal_but_for_ties(torch.tensor([[[True, True, True]]]), marginals)
 
 
 @needs_compiler

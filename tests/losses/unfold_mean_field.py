@@ -17,7 +17,24 @@ def unfold_mean_field(
     low: float = 0.1,
     high: float = 0.9,
 ) -> Tensor:
-    """Refined mask (N, H, W) bool. Logarithms are taken before unfolding, which is the faster order."""
+    """Refined mask (N, H, W) bool: where `unfold_marginals` exceed one half."""
+    settings = {"kernel_size": kernel_size, "num_iter": num_iter}
+    return unfold_marginals(guide_NCHW, prob_NHW, box_mask_NHW, zeta=zeta, low=low, high=high, **settings) > 0.5
+
+
+@torch.no_grad()
+def unfold_marginals(
+    guide_NCHW: Tensor,
+    prob_NHW: Tensor,
+    box_mask_NHW: Tensor,
+    *,
+    kernel_size: int = 3,
+    zeta: float = 0.1,
+    num_iter: int = 100,
+    low: float = 0.1,
+    high: float = 0.9,
+) -> Tensor:
+    """Foreground marginals (N, H, W) after the iterations. Logarithms are taken before unfolding: the faster order."""
     num, colours, height, width = guide_NCHW.shape
     pixels, pad = height * width, kernel_size // 2
     # +10, so that the zeros of the padding are far away in colour: K = 0 outside the image.
@@ -33,4 +50,4 @@ def unfold_mean_field(
         products = (neighbours * weight).sum(2).exp()
         foreground, background = products[:, 0] * box_mask, products[:, 1]
         x = (foreground / (1e-6 + background + foreground)).clamp(low, high)
-    return (x > 0.5).view(num, height, width)
+    return x.view(num, height, width)
