@@ -35,7 +35,8 @@ from mal_train.atomic import write_text
 from mal_train.data.synthetic import CocoSplit, write_split
 from mal_train.errors import MalError, OutputError
 from mal_train.labeling import baselines
-from mal_train.labeling.coco import by_image, read_coco, write_json_atomic
+from mal_train.labeling.coco import by_image, read_coco
+from mal_train.labeling.coco_output import write_json_atomic
 from mal_train.labeling.geometry import Box
 from mal_train.labeling.images import RgbImage, read_image
 from mal_train.labeling.rle import Rle, from_segmentation, iou

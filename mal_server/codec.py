@@ -15,9 +15,11 @@ from mal_server.interceptors import status_of
 from mal_server.loading import ModelInfo
 from mal_server.pipeline import Answer, Job, Part, Timing
 from mal_train.labeling.coco import Annotation, JsonId
-from mal_train.labeling.evaluation import AP_NAMES, EvaluationReport, Figures
+from mal_train.labeling.coco_ap import AP_NAMES
+from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.geometry import Box
 from mal_train.labeling.labeler import Label, RunOptions
+from mal_train.labeling.miou import Figures
 from mal_train.labeling.rle import Rle
 from mal_train.labeling.settings import SIZE_NAMES, Branch
 

@@ -12,7 +12,8 @@ from mal_server.batcher import Overloaded
 from mal_server.pipeline import Answer, Job, Pipeline
 from mal_train.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.labeling.coco import Annotation, JsonId, Reason
-from mal_train.labeling.evaluation import EvaluationReport, Evaluator
+from mal_train.labeling.evaluation import Evaluator
+from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Label
 
 

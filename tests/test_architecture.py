@@ -24,7 +24,10 @@ OWN_CODE = [*PACKAGES.values(), ROOT / "deploy", ROOT / "benchmarks", ROOT / "te
 
 TORCHLESS = tuple(
     f"mal_train.labeling.{name}"
-    for name in ("coco", "coco_stream", "rle", "geometry", "images", "evaluation", "settings", "baselines")
+    for name in (
+        *("coco", "coco_output", "coco_stream", "box_filter", "rle", "geometry", "images", "settings", "baselines"),
+        *("evaluation", "evaluation_report", "miou", "score_quality", "coco_ap"),
+    )
 )
 LEAVES = ("mal_train.errors", "mal_train.labeling.settings")
 
@@ -57,8 +60,25 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mal_train.labeling": LEAVES,
     "mal_train.labeling.settings": ("mal_train.errors",),
     "mal_train.labeling.rle": ("mal_train.labeling.geometry", *LEAVES),
-    "mal_train.labeling.coco": ("mal_train.labeling.geometry", "mal_train.labeling.rle", "mal_train.atomic", *LEAVES),
-    "mal_train.labeling.coco_stream": ("mal_train.labeling.coco", "mal_train.atomic", *LEAVES),
+    "mal_train.labeling.coco": ("mal_train.labeling.geometry", "mal_train.labeling.rle", *LEAVES),
+    "mal_train.labeling.coco_output": (
+        "mal_train.labeling.coco",
+        "mal_train.labeling.rle",
+        "mal_train.atomic",
+        *LEAVES,
+    ),
+    "mal_train.labeling.coco_stream": (
+        *("mal_train.labeling.coco", "mal_train.labeling.coco_output", "mal_train.atomic"),
+        *LEAVES,
+    ),
+    "mal_train.labeling.box_filter": ("mal_train.labeling.coco", "mal_train.labeling.geometry", *LEAVES),
+    "mal_train.labeling.miou": ("mal_train.labeling.coco", *LEAVES),
+    "mal_train.labeling.score_quality": ("mal_train.labeling.miou",),
+    "mal_train.labeling.coco_ap": (
+        *("mal_train.labeling.coco", "mal_train.labeling.rle", "mal_train.labeling.miou"),
+        *LEAVES,
+    ),
+    "mal_train.labeling.evaluation_report": (*TORCHLESS, *LEAVES),
     "mal_train.labeling.evaluation": (*TORCHLESS, *LEAVES),
     "mal_train.labeling.baselines": ("mal_train.labeling.geometry", "mal_train.labeling.rle", *LEAVES),
     "mal_train.labeling.labeler": (

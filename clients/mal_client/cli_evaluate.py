@@ -50,7 +50,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     print(evaluation.table())
     if arguments.output is not None:
         # Imported here, as below: what only one command needs, the others do not wait for.
-        from mal_train.labeling.coco import write_json_atomic  # noqa: PLC0415
+        from mal_train.labeling.coco_output import write_json_atomic  # noqa: PLC0415
 
         write_json_atomic(arguments.output, evaluation.to_dict())
         print(f"figures: {arguments.output}")

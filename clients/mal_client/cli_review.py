@@ -28,7 +28,7 @@ def add_review(commands: Commands[argparse.ArgumentParser]) -> None:
 def _review(arguments: argparse.Namespace) -> int:
     # Imported here, as below: what only this verb needs, the others do not wait for.
     from mal_client.review_queue import By, review_queue, write_worst  # noqa: PLC0415
-    from mal_train.labeling.coco import write_json_atomic  # noqa: PLC0415
+    from mal_train.labeling.coco_output import write_json_atomic  # noqa: PLC0415
 
     count = max(0, arguments.worst)
     queue = review_queue(arguments.annotations, by=By(arguments.by), count=count, truth=arguments.ground_truth)

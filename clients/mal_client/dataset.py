@@ -40,7 +40,8 @@ from mal_client.work import Plan, Work, read_work
 from mal_client.work_pool import WorkPool
 from mal_train.atomic import check_writable, replacing
 from mal_train.errors import BadDataset, ConfigError
-from mal_train.labeling.coco import Annotation, ImageInfo, answer_fields, error_fields, labelled_row
+from mal_train.labeling.coco import Annotation, ImageInfo
+from mal_train.labeling.coco_output import answer_fields, error_fields, labelled_row
 from mal_train.labeling.coco_stream import write_changed
 from mal_train.labeling.rle import Rle, run_lengths, to_box
 

@@ -21,8 +21,9 @@ from mal_client.fleet import watchdog
 from mal_client.types import Evaluation, LabelOptions, MeasuredInstance, Progress, ServerLimits
 from mal_train.errors import BadDataset, BadImage
 from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
-from mal_train.labeling.evaluation import CategoryRow, ScoreQuality
+from mal_train.labeling.evaluation_report import CategoryRow
 from mal_train.labeling.rle import from_segmentation
+from mal_train.labeling.score_quality import ScoreQuality
 from mal_train.labeling.settings import SIZE_NAMES
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from mal_client.types import shown
 
 if TYPE_CHECKING:
     from mal_client.types import Evaluation
-    from mal_train.labeling.evaluation import CategoryRow
+    from mal_train.labeling.evaluation_report import CategoryRow
 
 Html = str
 Point = tuple[float, float]

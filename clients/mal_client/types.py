@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from mal_train.labeling.coco import JsonId
-    from mal_train.labeling.evaluation import CategoryRow, ScoreQuality
+    from mal_train.labeling.evaluation_report import CategoryRow
     from mal_train.labeling.rle import Rle
+    from mal_train.labeling.score_quality import ScoreQuality
 
     ImageInput = NDArray[np.uint8] | Image.Image | Path | str | bytes
 
@@ -270,7 +271,7 @@ WHOLE_FILE = DatasetOptions()
 """Every annotation, made anew."""
 
 Figures = dict[str, float | None]
-"""COCO's twelve figures by name (AP, AP50, AP75, APs …, as in mal_train.labeling.evaluation); None where undefined."""
+"""COCO's twelve figures by name (AP, AP50, AP75, APs …, as in mal_train.labeling.coco_ap); None where undefined."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from mal_train.errors import BadBox, BadDataset, BadImage
 from mal_train.labeling import rle
-from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco, training_refusal
+from mal_train.labeling.box_filter import training_refusal
+from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
 from mal_train.labeling.geometry import Box, check_box
 from mal_train.labeling.images import read_image
 from mal_train.labeling.rle import Rle

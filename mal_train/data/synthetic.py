@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mal_train.errors import OutputError
-from mal_train.labeling.coco import write_json_atomic
+from mal_train.labeling.coco_output import write_json_atomic
 from mal_train.labeling.rle import encode_mask
 
 Field = NDArray[np.float32]

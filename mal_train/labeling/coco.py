@@ -1,4 +1,4 @@
-"""COCO files: read and checked row by row on the way in, written whole or not at all on the way out.
+"""COCO files on the way in: read, and checked row by row.
 
 Knows nothing of pixels. A file is refused as a whole only when its rows cannot be told apart (not JSON, a list missing,
 an id used twice); every other fault belongs to one row, which stays in its place and says what is wrong with it.
@@ -13,13 +13,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from mal_train.atomic import replacing
 from mal_train.errors import BadDataset
 from mal_train.labeling.geometry import Box
-from mal_train.labeling.rle import MAX_PIXELS, encode_region
-from mal_train.labeling.settings import Compat
+from mal_train.labeling.rle import MAX_PIXELS
 
 JsonId = int | float | str
 """An id as JSON holds it; 1 and "1" are different ids."""
@@ -27,12 +23,8 @@ JsonId = int | float | str
 NO_BOX: Final[Box] = (math.nan, math.nan, math.nan, math.nan)
 """Stands where a row holds no readable box."""
 
-PROVENANCE_KEY = "mask_auto_labeler"
-"""Top-level key of a labelled file that says what made its masks."""
-
 _REQUIRED = ("images", "annotations", "categories")
 _LISTED = 5
-_CHUNK = 2000
 
 
 class Reason(StrEnum):
@@ -216,204 +208,6 @@ def id_order(value: JsonId) -> tuple[bool, float, str]:
     return (True, 0.0, value) if isinstance(value, str) else (False, value, "")
 
 
-def tao_keeps(box_xywh: Box, image_wh: tuple[int, int], min_area: float, max_area: float) -> bool:
-    """Whether the published data set keeps a box: inside its image, both sides over 2 px, area strictly between.
-
-    Areas in px². Training uses (min_obj_size, max_obj_size), all else (0, 1e9); what it drops vanishes (§2.1).
-
-    >>> tao_keeps((10, 10, 2.01, 30), (100, 80), 0, 1e9), tao_keeps((90, 70, 10.5, 5), (100, 80), 0, 1e9)
-    (True, False)
-    """
-    return tao_refusal(box_xywh, image_wh, min_area, max_area) is None
-
-
-def tao_refusal(box_xywh: Box, image_wh: tuple[int, int], min_area: float, max_area: float) -> Reason | None:
-    """Why `tao_keeps` says no; None when it says yes."""
-    x, y, w, h = box_xywh
-    width, height = image_wh
-    if not all(map(math.isfinite, box_xywh)):
-        return Reason.BAD_BOX
-    if x < 0 or y < 0 or x + w > width or y + h > height:
-        return Reason.BOX_OUT_OF_BOUNDS
-    if w <= 2 or h <= 2 or w * h <= min_area:
-        return Reason.BOX_TOO_SMALL
-    return Reason.BOX_TOO_LARGE if w * h >= max_area else None
-
-
-def training_refusal(
-    annotation: Annotation,
-    clipped_box_xywh: Box | None,
-    image_wh: tuple[int, int],
-    *,
-    min_area: float,
-    max_area: float,
-    compat: Compat,
-) -> Reason | None:
-    """Why a box is not trained on; None when it is. Crowd and rows with a problem never are.
-
-    Under `tao` the published filter decides on the user's box. Else boxes are clipped instead of dropped: only the
-    area of what lies inside the image counts, strictly between min_area and max_area, px².
-
-    Args:
-        annotation: the row.
-        clipped_box_xywh: its box cut to the image (`geometry.check_box`); None where that refused it.
-        image_wh: width and height of the image.
-        min_area: exclusive lower bound, px².
-        max_area: exclusive upper bound, px².
-        compat: whose rule.
-    """
-    if annotation.reason is not None:
-        return annotation.reason
-    if annotation.iscrowd:
-        return Reason.CROWD
-    if compat is Compat.TAO:
-        return tao_refusal(annotation.box_xywh, image_wh, min_area, max_area)
-    if clipped_box_xywh is None:
-        return Reason.BAD_BOX
-    area = clipped_box_xywh[2] * clipped_box_xywh[3]
-    if area <= min_area:
-        return Reason.BOX_TOO_SMALL
-    return Reason.BOX_TOO_LARGE if area >= max_area else None
-
-
-def answer_fields(
-    segmentation: Mapping[str, Any],
-    area: float,
-    score: float,
-    flags: Sequence[str] = (),
-    agreement: float | None = None,
-) -> dict[str, Any]:
-    """Fields that a label adds to its annotation, the same whoever made it.
-
-    Args:
-        segmentation: COCO run-length code, `Rle.to_coco()`.
-        area: mask pixels.
-        score: in [0, 1].
-        flags: names such as BOX_CLIPPED.
-        agreement: IoU of student and teacher in [0, 1], written when it was asked for.
-    """
-    fields = {"segmentation": dict(segmentation), "area": float(area), "score": float(score), "flags": list(flags)}
-    if agreement is not None:
-        fields["agreement"] = float(agreement)
-    return fields
-
-
-def error_fields(reason: str, message: str) -> dict[str, Any]:
-    """Fields that a box without a label gets: `error` with a reason to sort by and a sentence to read."""
-    return {"error": {"reason": str(reason), "message": message}}
-
-
-def labelled_file(
-    coco: CocoFile,
-    answers: Mapping[JsonId, Mapping[str, Any]],
-    provenance: Mapping[str, Any] | None = None,
-    keep: Collection[JsonId] = (),
-) -> dict[str, Any]:
-    """The user's file with masks: every row in its place, every field and the box as given, answers laid over.
-
-    A labelled row gets `answer_fields`, whose `area` is that of the mask. A row that failed, or had a fault when it
-    was read, keeps its fields and gets `error`, score 0, area 0 and, where the image size is known, an empty mask, so
-    that COCO tools still load the file and worst-first order shows it first. A row without any answer counts as
-    failed (NOT_ANSWERED): nothing is skipped in silence. Crowd rows are copied with the flag CROWD.
-
-    Args:
-        coco: the file that was labelled.
-        answers: by annotation id, `answer_fields` or `error_fields`.
-        provenance: what made the masks; stored under `PROVENANCE_KEY`, in place of an earlier one.
-        keep: ids whose rows are copied as they are (masks that the user wants to keep).
-    """
-    rows = [
-        labelled_row(
-            row,
-            annotation,
-            coco.images,
-            None if annotation.id is None else answers.get(annotation.id),
-            is_kept=annotation.id is not None and annotation.id in keep,
-        )
-        for row, annotation in zip(coco.raw["annotations"], coco.annotations, strict=True)
-    ]
-    labelled = {**coco.raw, "annotations": rows}
-    labelled.pop(PROVENANCE_KEY, None)
-    if provenance is not None:
-        labelled[PROVENANCE_KEY] = dict(provenance)
-    return labelled
-
-
-def labelled_row(
-    row: Any,
-    annotation: Annotation,
-    images: Mapping[JsonId, ImageInfo],
-    answer: Mapping[str, Any] | None,
-    *,
-    is_kept: bool = False,
-) -> Any:
-    """One row of `labelled_file`: `row` as the file holds it and `annotation` as it was read.
-
-    Args:
-        row: what stands in the file, of any type.
-        annotation: the same, read.
-        images: of the file, by id.
-        answer: `answer_fields` or `error_fields`; None when there is none.
-        is_kept: copied as it is unless there is an answer.
-    """
-    if not isinstance(row, dict):
-        return row
-    if answer is None and is_kept:
-        return row
-    if answer is None and annotation.problem is None and annotation.iscrowd:
-        return {**row, "flags": [str(Reason.CROWD)]}
-    if answer is None:
-        missing = Reason.NOT_ANSWERED, f"{_called(annotation.id)}: no label was made"
-        reason, text = missing if annotation.problem is None else (str(annotation.reason), annotation.problem)
-        answer = error_fields(reason, text)
-    return _answered(images, row, annotation, answer)
-
-
-def write_json_atomic(path: Path, obj: Mapping[str, Any]) -> None:
-    """Writes an object as JSON so that the file is the old one or the new one, whatever happens in between.
-
-    NaN in the user's own fields is written as they gave it (Python and pycocotools read it).
-
-    Raises:
-        OutputError: folder missing, no permission, disk full; the old file is intact and no temporary file stays.
-    """
-    with replacing(path) as file:
-        for piece in _json_pieces(obj):
-            file.write(piece.encode("ascii"))
-        file.write(b"\n")
-
-
-def _json_pieces(obj: Mapping[str, Any]) -> Iterator[str]:
-    """JSON text of an object in pieces: one string of a million annotations would double the memory."""
-    yield "{"
-    for at, (key, value) in enumerate(obj.items()):
-        yield f"{', ' if at else ''}{json.dumps(str(key))}: "
-        if not isinstance(value, list):
-            yield json.dumps(value)
-            continue
-        yield "["
-        for start in range(0, len(value), _CHUNK):
-            yield (", " if start else "") + json.dumps(value[start : start + _CHUNK])[1:-1]
-        yield "]"
-    yield "}"
-
-
-def _answered(
-    images: Mapping[JsonId, ImageInfo], row: Mapping[str, Any], annotation: Annotation, fields: Mapping[str, Any]
-) -> dict[str, Any]:
-    # What an earlier run left must not stand beside this run's answer.
-    answered = {key: value for key, value in row.items() if key not in ("error", "score", "flags", "agreement")}
-    answered.setdefault("iscrowd", 0)
-    if "error" not in fields:
-        return {**answered, **fields}
-    image = images.get(annotation.image_id) if annotation.image_id is not None else None
-    answered.pop("segmentation", None)
-    if image is not None and image.width is not None and image.height is not None:
-        nothing = np.zeros((0, 0), dtype=np.bool_)
-        answered["segmentation"] = encode_region(nothing, 0, 0, (image.height, image.width)).to_coco()
-    return {**answered, "area": 0.0, "score": 0.0, "flags": [], **fields}
-
-
 def _is_id(value: object) -> bool:
     if isinstance(value, bool):
         return False
@@ -531,7 +325,7 @@ def read_annotation(
     if fault is None:
         return Annotation(annotation_id, image_id, category_id, box, crowd in (1, True), row)
     reason, text = fault
-    problem = f"{f'annotations[{at}]' if annotation_id is None else _called(annotation_id)}: {text}"
+    problem = f"{f'annotations[{at}]' if annotation_id is None else called(annotation_id)}: {text}"
     return Annotation(annotation_id, image_id, category_id, box, crowd in (1, True), row, problem, reason)
 
 
@@ -561,7 +355,8 @@ def _read_box(row: Mapping[str, Any]) -> tuple[Box, str | None]:
     return (x, y, w, h), None if all(map(math.isfinite, (x, y, w, h))) else f"bbox {_shown(box)}; {rule}"
 
 
-def _called(annotation_id: object) -> str:
+def called(annotation_id: object) -> str:
+    """How messages call a row: `annotation "a"`."""
     return f"annotation {_shown(annotation_id)}"
 
 

@@ -16,7 +16,6 @@ from typing import Any, Final
 from mal_train.atomic import replacing
 from mal_train.errors import BadDataset
 from mal_train.labeling.coco import (
-    PROVENANCE_KEY,
     Annotation,
     ImageInfo,
     JsonId,
@@ -27,6 +26,7 @@ from mal_train.labeling.coco import (
     read_images,
     refuse_repeated,
 )
+from mal_train.labeling.coco_output import PROVENANCE_KEY
 
 MAX_VALUE_CHARS: Final = 1 << 28
 """Longest single value, for example one row; beyond it the file counts as broken rather than being read whole."""

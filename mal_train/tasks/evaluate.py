@@ -2,8 +2,9 @@
 
 from mal_train.config import Spec
 from mal_train.errors import BadDataset, ConfigError
-from mal_train.labeling.coco import read_coco, write_json_atomic
-from mal_train.labeling.evaluation import EvaluationReport
+from mal_train.labeling.coco import read_coco
+from mal_train.labeling.coco_output import write_json_atomic
+from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import RunOptions
 from mal_train.labeling.settings import Branch
 from mal_train.screen import Screen

@@ -12,18 +12,10 @@ from mal_train.config import Spec
 from mal_train.errors import BadDataset
 from mal_train.labeling import rle
 from mal_train.labeling.bulk import Failure, label_boxes
-from mal_train.labeling.coco import (
-    Annotation,
-    CocoFile,
-    JsonId,
-    answer_fields,
-    by_image,
-    error_fields,
-    labelled_file,
-    read_coco,
-    write_json_atomic,
-)
-from mal_train.labeling.evaluation import EvaluationReport, Evaluator
+from mal_train.labeling.coco import Annotation, CocoFile, JsonId, by_image, read_coco
+from mal_train.labeling.coco_output import answer_fields, error_fields, labelled_file, write_json_atomic
+from mal_train.labeling.evaluation import Evaluator
+from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Label, Labeler
 from mal_train.screen import Screen
 from mal_train.tasks.common import (

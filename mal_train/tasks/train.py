@@ -19,7 +19,7 @@ from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataModule, LoaderSettings
 from mal_train.errors import BadDataset, ConfigError, OutOfDeviceMemory
 from mal_train.labeling.coco import CocoFile, read_coco
-from mal_train.labeling.evaluation import EvaluationReport
+from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.losses.crf import MeanField
 from mal_train.model.backbones import check_crop_size
 from mal_train.model.checkpoint import Checkpoint, read_header

@@ -8,7 +8,7 @@ import lightning
 import torch
 from tqdm import tqdm
 
-from mal_train.labeling.evaluation import EvaluationReport
+from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.training.module import MalModule
 from mal_train.training.records import MetricsFile, StatusFile, figures_of, one_line
 from mal_train.training.validation import Validator

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mal_train.errors import OutputError
-from mal_train.labeling.evaluation import EvaluationReport
+from mal_train.labeling.evaluation_report import EvaluationReport
 
 Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE"]
 Figures = Mapping[str, float | None]

@@ -11,7 +11,8 @@ from mal_train.errors import BadDataset
 from mal_train.labeling import rle
 from mal_train.labeling.bulk import Failure, Row, label_boxes
 from mal_train.labeling.coco import Annotation, CocoFile, by_image
-from mal_train.labeling.evaluation import EvaluationReport, Evaluator
+from mal_train.labeling.evaluation import Evaluator
+from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions
 from mal_train.labeling.settings import LabelerConfig
 from mal_train.model.network import MalNetwork

@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 
 from mal_train.errors import BadDataset, OutputError
 from mal_train.labeling import coco_stream
-from mal_train.labeling.coco import (
-    Annotation,
-    ImageInfo,
-    JsonId,
-    answer_fields,
-    labelled_file,
-    labelled_row,
-    parse_coco,
-    read_coco,
-    write_json_atomic,
-)
+from mal_train.labeling.coco import Annotation, ImageInfo, JsonId, parse_coco, read_coco
+from mal_train.labeling.coco_output import answer_fields, labelled_file, labelled_row, write_json_atomic
 from mal_train.labeling.coco_stream import scan_coco, write_changed
 
 

@@ -5,63 +5,24 @@ import io
 import json
 import math
 import random
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mal_train.errors import BadDataset
 from mal_train.labeling import rle
 from mal_train.labeling.baselines import box_filled, ellipse
-from mal_train.labeling.coco import (
-    Annotation,
-    CocoFile,
-    Reason,
-    answer_fields,
-    error_fields,
-    labelled_file,
-    parse_coco,
-    read_coco,
-)
-from mal_train.labeling.evaluation import (
-    AP_NAMES,
-    Evaluator,
-    InstanceIoU,
-    bad_in_worst,
-    calibration_error,
-    class_mean,
-    coco_ap,
-    evaluate_labels,
-    mean_iou,
-    score_quality,
-    spearman,
-)
+from mal_train.labeling.coco import Annotation, CocoFile, Reason, parse_coco, read_coco
+from mal_train.labeling.coco_ap import AP_NAMES, coco_ap
+from mal_train.labeling.coco_output import answer_fields, error_fields, labelled_file
+from mal_train.labeling.evaluation import Evaluator, evaluate_labels
+from mal_train.labeling.miou import class_mean
 from mal_train.labeling.rle import Rle
+from tests.labeling.truths import frame_of, square, truth_of, val_dev
 from tests.reference import fixture, shared
-
-Mask = NDArray[np.bool_]
-
-
-def square(row: int, col: int, side: int, frame: tuple[int, int] = (40, 60)) -> Rle:
-    return rle.encode_region(np.ones((side, side), dtype=np.bool_), row, col, frame)
-
-
-def truth_of(
-    annotation_id: Any, mask: Rle | None, image_id: Any = 1, category_id: Any = 1, **fields: Any
-) -> Annotation:
-    raw = {**fields} if mask is None else {"segmentation": mask.to_coco(), **fields}
-    return Annotation(annotation_id, image_id, category_id, (0.0, 0.0, 8.0, 8.0), bool(fields.get("iscrowd")), raw)
-
-
-def instance(iou: float, *, category_id: Any = 1, area: int = 100, box_area: float = 100.0) -> InstanceIoU:
-    return InstanceIoU(0, 0, category_id, iou, 0.5, area, box_area)
 
 
 def plain_pycocotools(truth: dict[str, Any], results: list[dict[str, Any]]) -> list[float]:
@@ -74,17 +35,6 @@ def plain_pycocotools(truth: dict[str, Any], results: list[dict[str, Any]]) -> l
         evaluation.accumulate()
         evaluation.summarize()
     return [float(value) for value in evaluation.stats]
-
-
-def val_dev() -> CocoFile:
-    return read_coco(shared("data", "coco_val_dev", "annotations.json"))
-
-
-def frame_of(coco: CocoFile, annotation: Annotation) -> tuple[int, int]:
-    assert annotation.image_id is not None
-    size = coco.images[annotation.image_id].size_wh
-    assert size is not None
-    return size[1], size[0]
 
 
 class TestAgainstThePublishedOutputs:
@@ -324,122 +274,6 @@ class TestEvaluator:
         table = report.table()
         for text in ("mIoU", "small", "mIoU_class", "AP50", "ARmax100", "Spearman", "cup", "1 NOT_ANSWERED"):
             assert text in table
-
-
-class TestMiou:
-    def test_sizes_follow_the_mask_and_published_sizes_the_box(self) -> None:
-        result = mean_iou([instance(0.25, area=1024, box_area=1025.0), instance(0.75, area=9217, box_area=9216.0)])
-        assert result.by_size == {"small": 0.25, "medium": None, "large": 0.75}
-        assert result.count_by_size == {"small": 1, "medium": 0, "large": 1}
-        assert result.class_mean_by_box_size == {"small": None, "medium": 0.5, "large": None}
-
-    def test_overall_is_over_instances_and_class_mean_over_classes(self) -> None:
-        result = mean_iou([instance(0.0), instance(1.0), instance(1.0, category_id="b")])
-        assert result.overall == pytest.approx(2 / 3)
-        assert result.class_mean == 0.75
-
-    @settings(max_examples=50, deadline=None, derandomize=True)
-    @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 20_000)), min_size=1, max_size=30))
-    def test_overall_is_the_count_weighted_mean_of_the_sizes(self, rows: list[tuple[float, int]]) -> None:
-        result = mean_iou([instance(iou, area=area) for iou, area in rows])
-        weighted = sum((result.by_size[k] or 0.0) * result.count_by_size[k] for k in result.by_size)
-        assert weighted / result.count == pytest.approx(result.overall)
-
-
-class TestScoreQuality:
-    def test_spearman_shares_ranks_of_ties(self) -> None:
-        # By hand: ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4.
-        assert spearman([1, 2, 2, 3], [1, 5, 4, 9]) == pytest.approx(0.9486832980505138)
-
-    def test_constant_score_has_no_rank_correlation(self) -> None:
-        assert spearman([1, 1, 1], [1, 2, 3]) is None
-        assert spearman([1], [1]) is None
-        assert spearman([], []) is None
-
-    @settings(max_examples=50, deadline=None, derandomize=True)
-    @given(st.lists(st.integers(-50, 50), min_size=2, max_size=30, unique=True))
-    def test_spearman_sees_only_the_order(self, values: list[int]) -> None:
-        assert spearman(values, [math.exp(v / 10) for v in values]) == pytest.approx(1.0)
-        assert spearman(values, [-(v**3) for v in values]) == pytest.approx(-1.0)
-
-    def test_calibration_error_weighs_bins_by_size(self) -> None:
-        assert calibration_error([0.05, 0.95, 0.95, 1.0], [0.05, 0.45, 0.45, 0.5]) == pytest.approx(0.375)
-        assert calibration_error([], []) is None
-
-    def test_worst_fifth_counts_those_tied_at_its_border_in_part(self) -> None:
-        scores = [0.1, 0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
-        bad = [True, True, False, False, True, True, False, False, False, False]
-        assert bad_in_worst(scores, bad, 0.2) == pytest.approx(0.25)
-
-    def test_no_bad_mask_no_share(self) -> None:
-        assert bad_in_worst([0.1, 0.2], [False, False], 0.2) is None
-
-    @settings(max_examples=50, deadline=None, derandomize=True)
-    @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=20), st.randoms())
-    def test_worst_share_does_not_depend_on_the_order(self, rows: list[tuple[int, bool]], shuffler: Any) -> None:
-        shuffled = list(rows)
-        shuffler.shuffle(shuffled)
-        shares = [bad_in_worst([r[0] for r in o], [r[1] for r in o], 0.2) for o in (rows, shuffled)]
-        assert shares[0] == pytest.approx(shares[1]) if shares[0] is not None else shares[1] is None
-
-    def test_bias_is_positive_when_scores_claim_too_much(self) -> None:
-        quality = score_quality([0.9, 0.8], [0.4, 0.8])
-        assert quality.bias == pytest.approx(0.25)
-        assert quality.bad_count == 1
-
-
-class TestCocoAp:
-    def data(self, image_id: Any, annotation_id: Any, category_id: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        where = {"image_id": image_id, "category_id": category_id}
-        truth = {
-            "images": [{"id": image_id, "height": 40, "width": 60}],
-            "annotations": [{**where, "id": annotation_id, "segmentation": square(0, 0, 8).to_coco()}],
-        }
-        return truth, [{**where, "segmentation": square(0, 0, 8).to_coco(), "score": 0.5}]
-
-    @pytest.mark.parametrize("ids", [(0, 0, 0), ("x", "y", "z"), (1.5, "1", -3)])
-    def test_ids_of_any_type_work_and_zero_is_an_id(self, ids: tuple[Any, Any, Any]) -> None:
-        assert coco_ap(*self.data(*ids))["AP"] == pytest.approx(1.0)
-
-    def test_no_results_is_zero_not_a_crash(self) -> None:
-        truth, _ = self.data(1, 1, 1)
-        assert coco_ap(truth, [])["AP"] == 0.0
-
-    def test_figures_without_instances_are_none(self) -> None:
-        figures = coco_ap(*self.data(1, 1, 1))
-        assert figures["APl"] is None
-        assert figures["APs"] == pytest.approx(1.0)
-
-    def test_result_for_an_unknown_image_is_named(self) -> None:
-        truth, results = self.data(1, 1, 1)
-        with pytest.raises(BadDataset, match="result 1: image_id 7"):
-            coco_ap(truth, [{**results[0], "image_id": 7}])
-
-    def test_result_of_a_class_without_ground_truth_does_not_matter(self) -> None:
-        truth, results = self.data(1, 1, 1)
-        assert coco_ap(truth, [*results, {**results[0], "category_id": 9}])["AP"] == pytest.approx(1.0)
-
-    def test_malformed_run_lengths_are_refused_not_guessed(self) -> None:
-        truth, results = self.data(1, 1, 1)
-        results[0]["segmentation"] = {"size": [40, 60], "counts": [5]}
-        with pytest.raises(BadDataset, match="result 1: runs sum to 5"):
-            coco_ap(truth, results)
-
-    def test_arguments_are_not_changed(self) -> None:
-        truth, results = self.data(1, 1, 1)
-        before = json.dumps([truth, results])
-        coco_ap(truth, results)
-        assert json.dumps([truth, results]) == before
-
-    def test_nothing_is_printed_and_other_threads_keep_their_output(self, capsys: pytest.CaptureFixture[str]) -> None:
-        truth, results = self.data(1, 1, 1)
-        threads = [threading.Thread(target=coco_ap, args=(truth, results)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        print("mine")
-        for thread in threads:
-            thread.join()
-        assert capsys.readouterr().out == "mine\n"
 
 
 class TestEvaluateLabels:

@@ -11,7 +11,8 @@ from mal.v1 import evaluation_pb2, types_pb2
 from numpy.typing import NDArray
 
 from mal_train.labeling.coco import Annotation, JsonId
-from mal_train.labeling.evaluation import EvaluationReport, Evaluator
+from mal_train.labeling.evaluation import Evaluator
+from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Label
 from mal_train.labeling.rle import Rle, encode_mask
 from tests.server.fakes import BrightPredictor, encoded, serving
