@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
-from mal_server import codec
+from mal_server import codec, codec_evaluation, codec_model
 from mal_server.batcher import Priority
 from mal_server.config import Limits
 from mal_server.errors import NotReady, RequestRefused
@@ -119,15 +119,15 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         """Progress after each image, then one result."""
         serving = self._stage.current()
         first = await anext(request_iterator, evaluation_pb2.EvaluateRequest())
-        options = codec.read_evaluate_options(first, _call(serving, Priority.BATCH, context))
+        options = codec_evaluation.read_evaluate_options(first, _call(serving, Priority.BATCH, context))
         run = Evaluation(serving.pipeline, serving.pool, options.category_names)
-        truths = codec.read_truths(request_iterator, options, self._limits)
+        truths = codec_evaluation.read_truths(request_iterator, options, self._limits)
         async with aclosing(answered(truths, run.label, self._limits.max_items_in_flight, in_order=True)) as outcomes:
             async for outcome in outcomes:
                 await run.count(outcome)
-                yield codec.write_progress(run, options)
+                yield codec_evaluation.write_progress(run, options)
         model = codec.write_model_ref(serving.info, options.run.branch)
-        yield codec.write_result(await run.report(), run, options, model)
+        yield codec_evaluation.write_result(await run.report(), run, options, model)
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -142,7 +142,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.GetServerInfoRequest, context: Any
     ) -> model_pb2.GetServerInfoResponse:
         """Model, limits, devices."""
-        return codec.write_server_info(self._stage.current().info, self._limits, self._version)
+        return codec_model.write_server_info(self._stage.current().info, self._limits, self._version)
 
 
 def _call(serving: Serving, priority: Priority, context: Any) -> codec.Call:

@@ -45,6 +45,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "mal_server.service": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
     "mal_server.codec": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
+    "mal_server.codec_evaluation": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
+    "mal_server.codec_model": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
     "mal_server.server": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
     "mal_server.batcher": (),
     "mal_server.worker": ("mal_train.labeling", "mal_train.errors"),

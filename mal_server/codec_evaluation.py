@@ -1,0 +1,206 @@
+"""Evaluation messages to domain types and back; starts nothing. What they share with labelling stands in `codec`."""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+
+from mal.v1 import evaluation_pb2, types_pb2
+
+from mal_server.batcher import Priority
+from mal_server.codec import Call, Checks, check_item_id, read_box, read_image_source, read_instances, read_options
+from mal_server.config import Limits
+from mal_server.errors import RequestRefused
+from mal_server.evaluation import Evaluation, Truth
+from mal_server.pipeline import Job
+from mal_train.labeling.coco import Annotation, JsonId
+from mal_train.labeling.coco_ap import AP_NAMES
+from mal_train.labeling.evaluation_report import EvaluationReport
+from mal_train.labeling.labeler import RunOptions
+from mal_train.labeling.miou import Figures
+from mal_train.labeling.settings import SIZE_NAMES
+
+MAX_WORST = 10_000
+
+REFUSED = "REQUEST_REFUSED"
+"""Reason under which an evaluation counts the objects of an image whose message breaks the contract."""
+
+_AP_FIELDS = dict(
+    zip(
+        AP_NAMES,
+        (
+            "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+            "ar_max1", "ar_max10", "ar_max100", "ar_small", "ar_medium", "ar_large",
+        ),
+        strict=True,
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The first message of an evaluation.
+
+    Attributes:
+        run: how the network runs.
+        threshold: in (0, 1); None = the checkpoint's by size.
+        priority: who goes first.
+        deadline: event-loop time.
+        category_names: by id, in the order of the report.
+        images_total: as announced; 0 = unknown.
+        worst_count: instances to list, lowest IoU first.
+    """
+
+    run: RunOptions
+    threshold: float | None
+    priority: Priority
+    deadline: float
+    category_names: Mapping[JsonId, str]
+    images_total: int
+    worst_count: int
+
+
+def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: Call) -> EvaluateOptions:
+    """The first message; raises RequestRefused when it is none or breaks the contract."""
+    checks = Checks()
+    if request.WhichOneof("message") != "options":
+        checks.add("options", "the first message must hold the options")
+    options = request.options
+    run, threshold, priority = read_options(options.label, call, checks, "options.label")
+    if options.images_total < 0:
+        checks.add("options.images_total", f"{options.images_total}; it must be 0 (unknown) or more")
+    if not 0 <= options.worst_count <= MAX_WORST:
+        checks.add("options.worst_count", f"{options.worst_count}; it must lie between 0 and {MAX_WORST}")
+    names: dict[JsonId, str] = {c.category_id: c.name or str(c.category_id) for c in options.categories}
+    if len(names) != len(options.categories):
+        checks.add("options.categories", "a category_id stands twice")
+    checks.raise_if_any()
+    return EvaluateOptions(run, threshold, priority, call.deadline, names, options.images_total, options.worst_count)
+
+
+async def read_truths(
+    requests: AsyncIterator[evaluation_pb2.EvaluateRequest], options: EvaluateOptions, limits: Limits
+) -> AsyncIterator[Truth]:
+    """The images of an evaluation, numbered as they come; raises RequestRefused for a message that holds none."""
+    place = 0
+    async for request in requests:
+        if request.WhichOneof("message") != "image":
+            raise RequestRefused([("image", "every message after the first must hold an image")])
+        yield read_truth(request.image, place, options, limits)
+        place += 1
+
+
+def read_truth(image: evaluation_pb2.EvaluateImage, place: int, options: EvaluateOptions, limits: Limits) -> Truth:
+    """An image with ground truth. What breaks the contract is a fault of this image alone."""
+    checks = Checks()
+    check_item_id(image.item_id, checks, "image.item_id")
+    expected_wh = read_image_source(image.image, checks, "image.image")
+    annotations = tuple(_read_annotation(one, place) for one in image.ground_truth)
+    # Of two objects with one id the evaluator counts the first, so only that one is labelled.
+    wanted: dict[int, types_pb2.Instance] = {}
+    for one in image.ground_truth:
+        if not one.is_crowd:
+            wanted.setdefault(one.instance.instance_id, one.instance)
+    ids, boxes = read_instances(list(wanted.values()), limits, checks, "image.ground_truth")
+    try:
+        checks.raise_if_any()
+    except RequestRefused as error:
+        return Truth(image.item_id, annotations, None, (REFUSED, str(error)))
+    job = Job(
+        image.image.content,
+        expected_wh,
+        ids,
+        boxes,
+        options.run,
+        options.threshold,
+        options.priority,
+        options.deadline,
+    )
+    return Truth(image.item_id, annotations, job)
+
+
+def write_progress(run: Evaluation, options: EvaluateOptions) -> evaluation_pb2.EvaluateResponse:
+    """How far an evaluation is."""
+    return evaluation_pb2.EvaluateResponse(
+        progress=evaluation_pb2.EvaluateProgress(
+            images_done=len(run.item_ids),
+            images_total=options.images_total,
+            instances_done=run.instances,
+            running_miou=run.running_miou,
+        )
+    )
+
+
+def write_result(
+    report: EvaluationReport, run: Evaluation, options: EvaluateOptions, model: types_pb2.ModelRef
+) -> evaluation_pb2.EvaluateResponse:
+    """The figures of an evaluation."""
+    miou, score = report.miou, report.score
+    sizes = {
+        name: evaluation_pb2.GroupMiou(instances=miou.count_by_size[name], miou=miou.by_size[name])
+        for name in SIZE_NAMES
+    }
+    return evaluation_pb2.EvaluateResponse(
+        result=evaluation_pb2.EvaluateResult(
+            images=len(run.item_ids) - run.skipped_images,
+            images_skipped=run.skipped_images,
+            overall=evaluation_pb2.GroupMiou(instances=miou.count, miou=miou.overall),
+            small=sizes["small"],
+            medium=sizes["medium"],
+            large=sizes["large"],
+            class_miou=miou.class_mean,
+            share_good=report.share_good,
+            empty_ground_truth=report.empty_ground_truth,
+            ap_at_one=_write_coco_figures(report.ap_at_1),
+            ap_at_score=_write_coco_figures(report.ap_at_score),
+            score=evaluation_pb2.ScoreQuality(
+                mean_score=score.mean_score,
+                bias=score.bias,
+                calibration_error=score.calibration_error,
+                rank_correlation=score.spearman,
+                bad_instances=score.bad_count,
+                bad_in_worst_fifth=score.bad_in_worst_fifth,
+            ),
+            categories=[
+                evaluation_pb2.CategoryFigures(
+                    category=types_pb2.Category(category_id=_integer(row.category_id), name=row.name),
+                    instances=row.count,
+                    miou=row.miou,
+                    share_good=row.share_good,
+                    mean_score=row.mean_score,
+                )
+                for row in report.categories
+            ],
+            skipped=[
+                evaluation_pb2.SkippedCount(reason=reason, instances=count)
+                for reason, count in report.skipped_by_reason.items()
+            ],
+            worst=[
+                evaluation_pb2.InstanceIou(
+                    item_id=run.item_ids[_integer(row.image_id)],
+                    instance_id=_integer(row.annotation_id),
+                    iou=row.iou,
+                    score=row.score,
+                )
+                for row in report.worst_first[: options.worst_count]
+            ],
+            model=model,
+        )
+    )
+
+
+def _read_annotation(one: evaluation_pb2.GroundTruth, place: int) -> Annotation:
+    raw: dict[str, object] = {}
+    if one.HasField("mask"):
+        raw["segmentation"] = {"size": [one.mask.height, one.mask.width], "counts": one.mask.counts}
+    instance = one.instance
+    return Annotation(instance.instance_id, place, one.category_id, read_box(instance.box), one.is_crowd, raw)
+
+
+def _write_coco_figures(figures: Figures) -> evaluation_pb2.CocoFigures:
+    return evaluation_pb2.CocoFigures(**{_AP_FIELDS[name]: value for name, value in figures.items()})
+
+
+def _integer(value: JsonId) -> int:
+    """An id that this server made or read as an integer."""
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is no integer")
+    return value
