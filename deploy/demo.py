@@ -25,8 +25,7 @@ from types import FrameType
 
 import numpy as np
 from mal_client.client import Client
-from mal_client.overlays import Drawn, draw_labels, png_data_uri
-from mal_client.report import Card, build_report, contact_sheet, evaluation_sections, line_chart, section, table
+from mal_client.report import evaluation_sections
 from mal_client.review import worst_cards
 from mal_client.types import AS_SERVED, Evaluation
 from PIL import Image
@@ -40,6 +39,9 @@ from mal_train.labeling.coco_output import write_json_atomic
 from mal_train.labeling.geometry import Box
 from mal_train.labeling.images import RgbImage, read_image
 from mal_train.labeling.rle import Rle, from_segmentation, iou
+from mal_train.report.charts import line_chart
+from mal_train.report.overlays import Drawn, draw_labels, png_data_uri
+from mal_train.report.page import Card, build_report, contact_sheet, section, table
 
 MARGIN = 0.05
 """How much better than the best baseline the mIoU must be."""

@@ -34,7 +34,7 @@ LEAVES = ("mal_train.errors", "mal_train.labeling.settings")
 # Who may import what of the project; names cover what lies below them, and the longest name that fits a module decides.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mal": ("mal",),
-    "mal_client": ("mal_client", "mal", "mal_train.atomic", *TORCHLESS, *LEAVES),
+    "mal_client": ("mal_client", "mal", "mal_train.atomic", "mal_train.report", *TORCHLESS, *LEAVES),
     "mal_server": (
         "mal_server",
         "mal_train.labeling",
@@ -92,6 +92,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "mal_train.labeling.bulk": ("mal_train.labeling", *LEAVES),
     "mal_train.labeling.splitting": ("mal_train.labeling.labeler", *LEAVES),
+    # Pages and pictures for people, of whoever has something to show: no torch below them.
+    "mal_train.report": ("mal_train.report", *TORCHLESS, *LEAVES),
     "mal_train.model": ("mal_train.model", "mal_train.atomic", *LEAVES),
     "mal_train.losses": ("mal_train.losses", *LEAVES),
     "mal_train.data": ("mal_train.data", "mal_train.labeling", *LEAVES),
@@ -101,6 +103,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "mal_train.losses",
         "mal_train.labeling",
         "mal_train.model",
+        "mal_train.report",
         "mal_train.screen",
         "mal_train.atomic",
         *LEAVES,
@@ -272,7 +275,9 @@ def test_unexplained_except_is_found(caught: str) -> None:
 
 def test_clients_and_the_kernel_under_them_import_with_the_base_install_alone() -> None:
     names = sorted(
-        name for name in MODULES if any(covers(base, name) for base in ("mal_client", "mal", *TORCHLESS, *LEAVES))
+        name
+        for name in MODULES
+        if any(covers(base, name) for base in ("mal_client", "mal", "mal_train.report", *TORCHLESS, *LEAVES))
     )
     script = f"""
 import importlib, json, sys

@@ -16,16 +16,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mal_client.report import bars, section, side_by_side, table
 from mal_train.errors import BadBox, BadImage
 from mal_train.labeling.coco import Annotation, ImageInfo, JsonId, Reason
 from mal_train.labeling.coco_stream import CocoHead, scan_coco
 from mal_train.labeling.geometry import check_box
 from mal_train.labeling.images import read_header, read_image
 from mal_train.labeling.settings import SIZE_NAMES, size_class
+from mal_train.report.page import bars, section, side_by_side, table
 
 if TYPE_CHECKING:
-    from mal_client.report import Html
+    from mal_train.report.page import Html
 
 EXAMPLES: Final = 10
 """Sentences that are kept for each kind of finding; all are counted."""

@@ -47,9 +47,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _write(report: CheckReport, arguments: argparse.Namespace) -> None:
-    from mal_client.report import build_report  # noqa: PLC0415
     from mal_train.atomic import write_text  # noqa: PLC0415
     from mal_train.labeling.coco_output import write_json_atomic  # noqa: PLC0415
+    from mal_train.report.page import build_report  # noqa: PLC0415
 
     if arguments.output is not None:
         write_json_atomic(arguments.output, report.to_dict())

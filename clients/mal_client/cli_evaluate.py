@@ -64,10 +64,11 @@ def _count(text: str) -> int:
 
 
 def _write_report(client: Client, arguments: argparse.Namespace, evaluation: Evaluation, options: LabelOptions) -> None:
-    from mal_client.report import build_report, evaluation_sections  # noqa: PLC0415
+    from mal_client.report import evaluation_sections  # noqa: PLC0415
     from mal_client.review import worst_cards  # noqa: PLC0415
     from mal_train.atomic import write_text  # noqa: PLC0415
     from mal_train.labeling.coco import read_coco  # noqa: PLC0415
+    from mal_train.report.page import build_report  # noqa: PLC0415
 
     cards = worst_cards(
         client, evaluation, read_coco(arguments.annotations), arguments.images, options, count=arguments.worst

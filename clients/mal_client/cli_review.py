@@ -40,9 +40,9 @@ def _review(arguments: argparse.Namespace) -> int:
         write_worst(queue, arguments.annotations, arguments.export)
         print(f"the worst {len(queue.worst)}: {arguments.export}")
     if arguments.report is not None:
-        from mal_client.report import build_report  # noqa: PLC0415
         from mal_client.review import queue_cards, queue_sections  # noqa: PLC0415
         from mal_train.atomic import write_text  # noqa: PLC0415
+        from mal_train.report.page import build_report  # noqa: PLC0415
 
         cards = queue_cards(queue.worst, arguments.images)
         write_text(arguments.report, build_report("Review", queue_sections(queue, cards), str(arguments.annotations)))

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mal_client.errors import RequestRefused
-from mal_client.overlays import draw_close_up, png_data_uri
-from mal_client.report import Card, Html, contact_sheet, overlay_legend, section, table
 from mal_client.review_queue import FLAG_MEANINGS, QueueItem, ReviewQueue
 from mal_client.types import BoxLabel, Evaluation, LabelOptions, MeasuredInstance
 from mal_train.errors import BadDataset, BadImage
 from mal_train.labeling.coco import CocoFile
 from mal_train.labeling.images import RgbImage, read_image
 from mal_train.labeling.rle import Rle, from_segmentation
+from mal_train.report.overlays import draw_close_up, png_data_uri
+from mal_train.report.page import Card, Html, contact_sheet, overlay_legend, section, table
 
 if TYPE_CHECKING:
     from mal_client.client import Client

@@ -17,13 +17,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_client.types import BoxXywh, shown
+from mal_client.types import BoxXywh
 from mal_train.errors import BadDataset, ConfigError
 from mal_train.labeling.coco import Annotation, ImageInfo, JsonId
 from mal_train.labeling.coco_output import write_json_atomic
 from mal_train.labeling.coco_stream import CocoHead, read_member, scan_coco
 from mal_train.labeling.rle import Rle, from_segmentation, iou
 from mal_train.labeling.score_quality import bad_in_worst, spearman
+from mal_train.report.page import shown
 
 BAD_IOU: Final = 0.5
 """A mask below is bad: as in COCO's AP50, it would not count as found."""

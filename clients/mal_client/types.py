@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mal_client.errors import ItemError
 from mal_train.errors import ConfigError
 from mal_train.labeling.settings import Branch, score_meaning
+from mal_train.report.evaluation import Measured
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -374,31 +375,27 @@ class Evaluation:
             "model": {**asdict(self.model), "branch": str(self.model.branch)},
         }
 
+    def measured(self) -> Measured:
+        """The same for pages and terminals."""
+        return Measured(
+            count=self.overall.count,
+            images=self.images,
+            miou=self.overall.miou,
+            by_size={name: (group.count, group.miou) for name, group in self.by_size.items()},
+            class_miou=self.class_miou,
+            share_good=self.share_good,
+            ap_at_1=self.ap_at_1,
+            ap_at_score=self.ap_at_score,
+            score=self.score,
+            categories=self.categories,
+            skipped=self.skipped,
+            pairs=[(row.score, row.iou) for row in self.worst],
+        )
+
     def figures(self) -> list[tuple[str, str, str]]:
         """(name, figure, remark) of the main figures, for terminals and reports."""
-        score = self.score
-        rows = [("mIoU", shown(self.overall.miou), f"{self.overall.count} masks on {self.images} images")]
-        rows += [(f"mIoU {name}", shown(group.miou), f"{group.count} masks") for name, group in self.by_size.items()]
-        rows += [
-            ("mIoU class", shown(self.class_miou), f"{len(self.categories)} classes"),
-            ("IoU > 0.75", shown(self.share_good), "of the masks"),
-            ("AP@1", shown(self.ap_at_1.get("AP")), "COCO, every score 1"),
-            ("AP50@1", shown(self.ap_at_1.get("AP50")), ""),
-            ("AP75@1", shown(self.ap_at_1.get("AP75")), ""),
-            ("AP@score", shown(self.ap_at_score.get("AP")), "COCO, with our scores"),
-            ("score bias", shown(score.bias), "mean score minus mean IoU"),
-            ("calibration", shown(score.calibration_error), "mean distance of score and IoU"),
-            ("Spearman", shown(score.spearman), "score and IoU, rank correlation"),
-            ("bad found", shown(score.bad_in_worst_fifth), f"of {score.bad_count} with IoU < 0.5, in the lowest 20 %"),
-        ]
-        rows += [("not counted", str(count), reason) for reason, count in self.skipped.items()]
-        return rows
+        return self.measured().figures()
 
     def table(self) -> str:
         """The main figures as text for a terminal."""
         return "\n".join(f"{name:<14}{figure:>7}   {remark}".rstrip() for name, figure, remark in self.figures())
-
-
-def shown(value: float | None) -> str:
-    """A figure for people; a dash where there is none."""
-    return "-" if value is None else f"{value:.3f}"

@@ -164,7 +164,7 @@ def test_the_client_imports_without_torch_and_without_what_only_a_server_has(mod
         "import sys\n"
         "absent = ('torch', 'timm', 'lightning', 'pydantic', 'pyrage', 'mal_server', 'grpc_health')\n"
         "sys.modules.update(dict.fromkeys(absent))\n"
-        f"import {module}, mal_client.report, mal_client.overlays, mal_client.review, mal_client.evaluate\n"
+        f"import {module}, mal_client.report, mal_train.report.overlays, mal_client.review, mal_client.evaluate\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from mal_client.client import Client
 from mal_client.errors import CallTimedOut, ServerUnavailable
-from mal_client.report import build_report, evaluation_sections
+from mal_client.report import evaluation_sections
 from mal_client.review import worst_cards
 from mal_client.types import AS_SERVED, Evaluation, LabelOptions, Progress
 
 from mal_train.labeling.coco import read_coco
+from mal_train.report.page import build_report
 from tests.client.datasets import Dataset, make_dataset, with_masks
 from tests.client.fake_server import SHA, FakeServer, Faults, serving
 

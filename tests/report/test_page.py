@@ -5,11 +5,12 @@ import re
 
 import numpy as np
 import pytest
-from mal_client.overlays import BOX, CONTEXT, MASK, TRUTH, Drawn, draw_close_up, draw_labels, png_data_uri
-from mal_client.report import Card, build_report, calibration_plot, contact_sheet, line_chart, section, table
 from numpy.typing import NDArray
 
 from mal_train.labeling.rle import encode_mask
+from mal_train.report.charts import calibration_plot, line_chart
+from mal_train.report.overlays import BOX, CONTEXT, MASK, TRUTH, Drawn, draw_close_up, draw_labels, png_data_uri
+from mal_train.report.page import Card, build_report, contact_sheet, section, table
 
 GREY = np.full((60, 80, 3), 128, dtype=np.uint8)
 BOX_XYWH = (20.0, 10.0, 30.0, 20.0)
