@@ -2,8 +2,8 @@
 
 A request takes a `Ticket` for its number of items before it spends anything on them (or is refused: `Overloaded`),
 submits the items under a key, and receives one `Share` for each finished batch that held some of them. Items share a
-batch exactly when their keys are equal. A runner that is busy lets batches fill by themselves; an idle one waits at
-most `max_delay_s` for company.
+batch exactly when their keys are equal. A runner that is busy lets batches fill by themselves; an idle one waits for
+company only while some may come (`Company`), and at most `max_delay_s`: a lone caller does not wait at all.
 
     ticket = batcher.admit(2)  →  ticket.submit(key, [a, b])  →  lane of that key  →  runner  →  Share, Share, …
 
@@ -159,6 +159,50 @@ class _Lane(Generic[K, T, R]):
         return taken
 
 
+class Company:
+    """Who may be about to bring items: requests in preparation, and callers who were just answered and may come again.
+
+    Callers in a closed loop come back within moments of their answer, so a batch that starts without them would leave
+    them to the next one. A newcomer counts as the one of them who was answered first.
+
+    Args:
+        patience_s: how long after its request is over a caller is expected back.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._preparing = 0
+        self._answered: dict[object, float] = {}
+        """Request → when its caller is no longer expected; math.inf while its answer is being written."""
+
+    def arrives(self) -> None:
+        """A request was admitted and is being prepared."""
+        self._preparing += 1
+        if self._answered:
+            del self._answered[next(iter(self._answered))]
+
+    def settles(self) -> None:
+        """A request in preparation brought its items, or will bring none."""
+        self._preparing -= 1
+
+    def answers(self, request: object) -> None:
+        """All items of a request are done."""
+        self._answered[request] = math.inf
+
+    def leaves(self, request: object, now: float) -> None:
+        """A request is over."""
+        if self._answered.pop(request, None) is not None:
+            self._answered[request] = now + self._patience_s
+
+    def expected_until(self, now: float) -> float:
+        """When nobody will be expected any more, unless something happens before; at most `now` when nobody is."""
+        while self._answered and next(iter(self._answered.values())) <= now:
+            del self._answered[next(iter(self._answered))]
+        if self._preparing:
+            return math.inf
+        return max(self._answered.values(), default=now)
+
+
 class Ticket(Generic[K, T, R]):
     """One request's room for `waiting` items; a context manager that gives back on leaving what is still held.
 
@@ -174,6 +218,7 @@ class Ticket(Generic[K, T, R]):
         self._shares: asyncio.Queue[Share[R]] = asyncio.Queue()
         self._lane: _Lane[K, T, R] | None = None
         self._submitted = 0
+        self._answered = 0
         self._cause = "cancelled"
         self._item_bytes = item_bytes
         self.waiting = count
@@ -233,6 +278,9 @@ class Ticket(Generic[K, T, R]):
         """Takes a finished share; harmless when nobody waits for it any more."""
         if self.is_open:
             self._shares.put_nowait(share)
+            self._answered += len(share.indices)
+            if self._answered == self._submitted:
+                self._batcher.company.answers(self)
         else:
             self._batcher.observer.dropped(f"{self._cause}_device", len(share.indices))
 
@@ -250,7 +298,7 @@ class Ticket(Generic[K, T, R]):
             self._drop("entry" if self._lane is None else "queue", self.waiting)
             self._drop("encoding", unread)
         self.leave(self.waiting)
-        self._batcher.forget(self)
+        self._batcher.forget(self, is_settled=self._lane is not None)
 
     def _drop(self, place: str, count: int) -> None:
         if count:
@@ -263,7 +311,7 @@ class Batcher(Generic[K, T, R]):
     Args:
         runners: each runs one batch at a time.
         max_batch_size: items in a batch.
-        max_delay_s: longest wait for company while a runner is idle.
+        max_delay_s: longest wait for company while a runner is idle and some may come.
         max_waiting: items that are admitted and not yet running.
         max_bytes: memory that they may hold; a request that comes to an empty queue may hold more.
         patience_s: how much longer BATCH items may wait than INTERACTIVE ones.
@@ -293,10 +341,11 @@ class Batcher(Generic[K, T, R]):
         self._waiting = dict.fromkeys(Priority, 0)
         self._bytes = 0.0
         self._running: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
         self._items_per_s: float | None = None
         self._batch_s = 0.0
         self._broken: Exception | None = None
+        self.company = Company(max_delay_s)
         self.observer: Observer = observer or Nobody()
 
     @property
@@ -358,6 +407,7 @@ class Batcher(Generic[K, T, R]):
         self._bytes += size_bytes
         ticket = Ticket(self, count, size_bytes / count, priority, deadline)
         self._tickets.add(ticket)
+        self.company.arrives()
         return ticket
 
     def enqueue(self, ticket: Ticket[K, T, R], key: K, items: Sequence[T]) -> None:
@@ -368,16 +418,24 @@ class Batcher(Generic[K, T, R]):
         ticket.join(lane, len(items))
         now = asyncio.get_running_loop().time()
         lane.queues[ticket.priority].extend(_Entry(ticket, index, item, now) for index, item in enumerate(items))
-        self._pump()
+        self.company.settles()
+        if lane.live >= self._max_batch_size:
+            self._pump()
+        else:
+            self._pump_soon()
 
     def leave(self, priority: Priority, count: int, size_bytes: float) -> None:
         """Items wait no more: they run, or were given up."""
         self._waiting[priority] -= count
         self._bytes = self._bytes - size_bytes if self.waiting else 0.0
 
-    def forget(self, ticket: Ticket[K, T, R]) -> None:
-        """The ticket is closed."""
+    def forget(self, ticket: Ticket[K, T, R], *, is_settled: bool) -> None:
+        """The ticket is closed, after or without having brought its items."""
         self._tickets.discard(ticket)
+        self.company.leaves(ticket, asyncio.get_running_loop().time())
+        if not is_settled:
+            self.company.settles()
+            self._pump_soon()  # others may have waited for this one's company
 
     def break_off(self, error: Exception) -> None:
         """Answers everything that waits, and whatever comes from now on, with an error."""
@@ -389,6 +447,12 @@ class Batcher(Generic[K, T, R]):
         """Returns when no batch is running."""
         while self._running:
             await asyncio.wait(self._running)
+
+    def _pump_soon(self) -> None:
+        """Pumps once everything that is ready in the loop now has had its turn: it may bring company."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
         """Starts every batch that is due on the runners that are idle, and wakes up when the next one will be."""
@@ -411,17 +475,19 @@ class Batcher(Generic[K, T, R]):
             task.add_done_callback(self._running.discard)
 
     def _next_lane(self, now: float) -> tuple[float, K | None]:
-        """When the next batch is due, and its key: a full lane at once, others when their oldest item has waited.
+        """When the next batch is due, and its key: a full lane at once, others when no company will come in time.
 
         Of several that are due the one whose first item ranks first.
         """
         best_order, best_due, best = (math.inf, math.inf), 0.0, None
+        expected_until = self.company.expected_until(now)
         for key, lane in list(self._lanes.items()):
             lane.clean(now)
             if not lane.live:
                 del self._lanes[key]
                 continue
-            due = lane.since() if lane.live >= self._max_batch_size else lane.since() + self._max_delay_s
+            is_full = lane.live >= self._max_batch_size
+            due = lane.since() if is_full else min(lane.since() + self._max_delay_s, expected_until)
             order = (max(due, now + TIMER_SLACK_S), lane.rank())
             if best is None or order < best_order:
                 best_order, best_due, best = order, due, key

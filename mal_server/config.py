@@ -149,8 +149,9 @@ class ServerConfig(Strict):
         default=5.0,
         ge=0.0,
         le=1000.0,
-        description="How long an idle device waits for more crops before it runs a batch that is not full, in ms.\n"
-        "A busy device's batches fill by themselves.",
+        description="How long an idle device waits at most for more crops before it runs a batch that is not full, in "
+        "ms.\nIt waits only while others prepare a request or were just answered: a lone caller never does. A busy "
+        "device's\nbatches fill by themselves.",
     )
     max_queue_crops: int = Field(
         default=2048,

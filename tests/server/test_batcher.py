@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -55,15 +56,79 @@ def test_items_of_several_requests_share_a_batch() -> None:
     assert all(shares[0].batch_size == 4 for shares in found)
 
 
-def test_a_full_batch_starts_at_once_and_others_after_the_delay() -> None:
-    async def work() -> tuple[Shares, Shares]:
-        batcher = batcher_of(Runner())
-        full = await submit(batcher, "k", *"abcd")
-        return full, await submit(batcher, "k", "e")
+def test_a_full_batch_starts_at_once() -> None:
+    found = run_in_no_time(submit(batcher_of(Runner()), "k", *"abcd"))
+    assert found[0].queue_s == pytest.approx(0.0, abs=1e-6)
 
-    full, single = run_in_no_time(work())
-    assert full[0].queue_s == pytest.approx(0.0, abs=1e-6)
-    assert single[0].queue_s == pytest.approx(0.01, abs=1e-3)
+
+def test_a_lone_caller_never_waits_for_company() -> None:
+    async def work() -> list[float]:
+        batcher = batcher_of(Runner())
+        return [(await submit(batcher, "k", "e"))[0].queue_s for _ in range(3)]
+
+    assert run_in_no_time(work()) == pytest.approx([0.0] * 3, abs=1e-6)
+
+
+def approx(seconds: float) -> Any:
+    return pytest.approx(seconds, abs=5e-4)
+
+
+def test_a_request_waits_for_one_in_preparation_but_no_longer_than_the_delay() -> None:
+    async def work(prepares_s: float) -> tuple[float, int]:
+        batcher = batcher_of(Runner())
+
+        async def slow() -> None:
+            with batcher.admit(1) as ticket:
+                await asyncio.sleep(prepares_s)
+                async for _ in ticket.submit("k", ["slow"]):
+                    pass
+
+        other = asyncio.create_task(slow())
+        await asyncio.sleep(0)
+        (share,) = await submit(batcher, "k", "quick")
+        await other
+        return share.queue_s, share.batch_size
+
+    waited_s, size = run_in_no_time(work(0.004))
+    assert (waited_s, size) == (approx(0.004), 2)
+    waited_s, size = run_in_no_time(work(0.3))
+    assert (waited_s, size) == (approx(0.01), 1)
+
+
+def test_a_request_in_preparation_that_is_given_up_is_waited_for_no_more() -> None:
+    async def work() -> float:
+        batcher = batcher_of(Runner())
+        ticket = batcher.admit(1)
+        asyncio.get_running_loop().call_later(0.002, ticket.close)
+        return (await submit(batcher, "k", "e"))[0].queue_s
+
+    assert run_in_no_time(work()) == pytest.approx(0.002, abs=1e-4)
+
+
+def test_callers_in_a_closed_loop_stay_in_one_batch() -> None:
+    runner = Runner()
+
+    async def work() -> None:
+        batcher = batcher_of(runner)
+
+        async def caller(thinks_s: float) -> None:
+            for _ in range(5):
+                await submit(batcher, "k", "x")
+                await asyncio.sleep(thinks_s)
+
+        await asyncio.gather(*(caller(0.001 * i) for i in range(3)))
+
+    run_in_no_time(work())
+    assert [len(batch) for batch in runner.batches] == [3] * 5
+
+
+def test_a_caller_who_does_not_come_back_is_waited_for_once() -> None:
+    async def work() -> list[float]:
+        batcher = batcher_of(Runner())
+        await asyncio.gather(submit(batcher, "k", "stays"), submit(batcher, "k", "leaves"))
+        return [(await submit(batcher, "k", "stays"))[0].queue_s for _ in range(3)]
+
+    assert run_in_no_time(work()) == pytest.approx([0.01, 0.0, 0.0], abs=1e-3)
 
 
 def test_a_large_request_gets_one_share_for_each_batch() -> None:
