@@ -15,16 +15,18 @@ from mal_server.config import Limits
 from mal_server.errors import RequestRefused
 from mal_server.interceptors import status_of
 from mal_server.loading import ModelInfo
-from mal_server.pipeline import Answer, Job, Part, Timing
+from mal_server.pipeline import Answer, AnswerOptions, Job, Part, Timing
+from mal_train.labeling.encodings import EncodedMask, Polygons, Runs
 from mal_train.labeling.geometry import Box
 from mal_train.labeling.labeler import Label, RunOptions
 from mal_train.labeling.rle import Rle
-from mal_train.labeling.settings import Branch
+from mal_train.labeling.settings import Branch, MaskFormat
 
 MAX_VIOLATIONS = 20
 """Listed of one request; one is enough to refuse it, and trailers must stay small."""
 
 MAX_ITEM_ID_BYTES = 256
+MAX_TOLERANCE_PX = 1000.0
 
 _BRANCHES = {
     types_pb2.BRANCH_STUDENT: Branch.STUDENT,
@@ -32,6 +34,12 @@ _BRANCHES = {
     types_pb2.BRANCH_MIXED: Branch.MIXED,
 }
 _PRIORITIES = {types_pb2.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, types_pb2.PRIORITY_BATCH: Priority.BATCH}
+_FORMATS = {
+    types_pb2.MASK_FORMAT_COCO_RLE: MaskFormat.RLE,
+    types_pb2.MASK_FORMAT_UNCOMPRESSED_RLE: MaskFormat.UNCOMPRESSED,
+    types_pb2.MASK_FORMAT_POLYGONS: MaskFormat.POLYGONS,
+    types_pb2.MASK_FORMAT_PNG: MaskFormat.PNG,
+}
 _WIRE_BRANCHES = {branch: value for value, branch in _BRANCHES.items()}
 
 
@@ -76,9 +84,9 @@ def read_job(request: labeling_pb2.LabelImageRequest, limits: Limits, call: Call
     checks = Checks()
     expected_wh = read_image_source(request.image, checks, f"{path}image")
     ids, boxes = read_instances(request.instances, limits, checks, f"{path}instances")
-    options, threshold, priority = read_options(request.options, call, checks, f"{path}options")
+    options, answer, priority = read_options(request.options, call, checks, f"{path}options")
     checks.raise_if_any()
-    return Job(request.image.content, expected_wh, ids, boxes, options, threshold, priority, call.deadline)
+    return Job(request.image.content, expected_wh, ids, boxes, options, answer, priority, call.deadline)
 
 
 def read_image_source(source: types_pb2.ImageSource, checks: Checks, path: str) -> tuple[int, int] | None:
@@ -116,20 +124,37 @@ def read_box(box: types_pb2.Box) -> Box:
 
 def read_options(
     options: types_pb2.LabelOptions, call: Call, checks: Checks, path: str
-) -> tuple[RunOptions, float | None, Priority]:
-    """How the network runs, the threshold if one is given, and who goes first."""
+) -> tuple[RunOptions, AnswerOptions, Priority]:
+    """How the network runs, how its answers are written, and who goes first."""
     branch = call.branch
     if options.branch != types_pb2.BRANCH_UNSPECIFIED:
         if options.branch not in _BRANCHES:
             checks.add(f"{path}.branch", f"{options.branch}; this server knows student, teacher and mixed")
         branch = _BRANCHES.get(options.branch, call.branch)
-    threshold = options.threshold if options.HasField("threshold") else None
-    if threshold is not None and not 0.0 < threshold < 1.0:
-        checks.add(f"{path}.threshold", f"{threshold}; it must lie between 0 and 1")
     if options.priority != types_pb2.PRIORITY_UNSPECIFIED and options.priority not in _PRIORITIES:
         checks.add(f"{path}.priority", f"{options.priority}; this server knows interactive and batch")
     priority = _PRIORITIES.get(options.priority, call.priority)
-    return RunOptions(branch, agreement=options.compute_agreement, flip=options.flip_test), threshold, priority
+    answer = read_answer_options(options, checks, path)
+    return RunOptions(branch, agreement=options.compute_agreement, flip=options.flip_test), answer, priority
+
+
+def read_answer_options(options: types_pb2.LabelOptions, checks: Checks, path: str) -> AnswerOptions:
+    """How probabilities become masks and how those are written."""
+    threshold = options.threshold if options.HasField("threshold") else None
+    if threshold is not None and not 0.0 < threshold < 1.0:
+        checks.add(f"{path}.threshold", f"{threshold}; it must lie between 0 and 1")
+    if not 0.0 <= options.polygon_tolerance_px <= MAX_TOLERANCE_PX:
+        limit = f"it must lie between 0 and {MAX_TOLERANCE_PX:g} px"
+        checks.add(f"{path}.polygon_tolerance_px", f"{options.polygon_tolerance_px}; {limit}")
+    if options.min_component_area_px < 0:
+        checks.add(f"{path}.min_component_area_px", f"{options.min_component_area_px}; it must be 0 or more")
+    unknown = [form for form in options.formats if form not in _FORMATS]
+    if unknown:
+        checks.add(f"{path}.formats", f"{unknown[0]}; this server knows coco_rle, uncompressed_rle, polygons and png")
+    if len(set(options.formats)) != len(options.formats):
+        checks.add(f"{path}.formats", "a format stands twice")
+    formats = tuple(_FORMATS[form] for form in options.formats if form in _FORMATS) or (MaskFormat.RLE,)
+    return AnswerOptions(threshold, options.min_component_area_px, formats, options.polygon_tolerance_px)
 
 
 def check_item_id(item_id: str, checks: Checks, path: str = "item_id") -> None:
@@ -168,7 +193,7 @@ def _write_answer(answer: Answer) -> types_pb2.InstanceResult:
         return types_pb2.InstanceResult(instance_id=answer.instance_id, status=status_of(label))
     return types_pb2.InstanceResult(
         instance_id=answer.instance_id,
-        masks=[types_pb2.Mask(coco_rle=_write_rle(label.rle))],
+        masks=[_write_mask(mask) for mask in answer.masks],
         score=label.score,
         agreement=label.agreement,
         area_px=label.area,
@@ -177,8 +202,26 @@ def _write_answer(answer: Answer) -> types_pb2.InstanceResult:
     )
 
 
-def _write_rle(rle: Rle) -> types_pb2.CocoRle:
-    return types_pb2.CocoRle(height=rle.height, width=rle.width, counts=rle.counts)
+def _write_mask(mask: EncodedMask) -> types_pb2.Mask:
+    if isinstance(mask, Rle):
+        return types_pb2.Mask(coco_rle=types_pb2.CocoRle(height=mask.height, width=mask.width, counts=mask.counts))
+    if isinstance(mask, Runs):
+        runs = types_pb2.UncompressedRle(height=mask.height, width=mask.width, counts=mask.counts)
+        return types_pb2.Mask(uncompressed_rle=runs)
+    if isinstance(mask, Polygons):
+        rings = [types_pb2.PolygonRing(points=ring.points.ravel(), is_hole=ring.is_hole) for ring in mask.rings]
+        return types_pb2.Mask(polygons=types_pb2.PolygonMask(height=mask.height, width=mask.width, rings=rings))
+    return types_pb2.Mask(
+        png=types_pb2.PngMask(
+            height=mask.height,
+            width=mask.width,
+            x=mask.x,
+            y=mask.y,
+            crop_width=mask.crop_width,
+            crop_height=mask.crop_height,
+            content=mask.content,
+        )
+    )
 
 
 def _write_box(box: Box | None) -> types_pb2.Box | None:

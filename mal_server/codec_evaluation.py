@@ -1,7 +1,7 @@
 """Evaluation messages to domain types and back; starts nothing. What they share with labelling stands in `codec`."""
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mal.v1 import evaluation_pb2, types_pb2
 
@@ -10,7 +10,7 @@ from mal_server.codec import Call, Checks, check_item_id, read_box, read_image_s
 from mal_server.config import Limits
 from mal_server.errors import RequestRefused
 from mal_server.evaluation import Evaluation, Truth
-from mal_server.pipeline import Job
+from mal_server.pipeline import AnswerOptions, Job
 from mal_train.labeling.coco import Annotation, JsonId
 from mal_train.labeling.coco_ap import AP_NAMES
 from mal_train.labeling.evaluation_report import EvaluationReport
@@ -41,7 +41,7 @@ class EvaluateOptions:
 
     Attributes:
         run: how the network runs.
-        threshold: in (0, 1); None = the checkpoint's by size.
+        answer: how probabilities become masks; they are written in no format.
         priority: who goes first.
         deadline: event-loop time.
         category_names: by id, in the order of the report.
@@ -50,7 +50,7 @@ class EvaluateOptions:
     """
 
     run: RunOptions
-    threshold: float | None
+    answer: AnswerOptions
     priority: Priority
     deadline: float
     category_names: Mapping[JsonId, str]
@@ -64,7 +64,7 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: Call) -
     if request.WhichOneof("message") != "options":
         checks.add("options", "the first message must hold the options")
     options = request.options
-    run, threshold, priority = read_options(options.label, call, checks, "options.label")
+    run, answer, priority = read_options(options.label, call, checks, "options.label")
     if options.images_total < 0:
         checks.add("options.images_total", f"{options.images_total}; it must be 0 (unknown) or more")
     if not 0 <= options.worst_count <= MAX_WORST:
@@ -73,7 +73,8 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: Call) -
     if len(names) != len(options.categories):
         checks.add("options.categories", "a category_id stands twice")
     checks.raise_if_any()
-    return EvaluateOptions(run, threshold, priority, call.deadline, names, options.images_total, options.worst_count)
+    unwritten = replace(answer, formats=())
+    return EvaluateOptions(run, unwritten, priority, call.deadline, names, options.images_total, options.worst_count)
 
 
 async def read_truths(
@@ -110,7 +111,7 @@ def read_truth(image: evaluation_pb2.EvaluateImage, place: int, options: Evaluat
         ids,
         boxes,
         options.run,
-        options.threshold,
+        options.answer,
         options.priority,
         options.deadline,
     )

@@ -18,12 +18,34 @@ from mal_server.batcher import Batcher, Expired, Priority, Share
 from mal_server.metrics import Metrics
 from mal_server.worker import Predictor
 from mal_train.errors import BadBox, DeviceError, DeviceLost
+from mal_train.labeling.encodings import EncodedMask, encode
 from mal_train.labeling.geometry import Box
 from mal_train.labeling.images import ImageLimits, decode_image
 from mal_train.labeling.labeler import Crop, Label, Probability, RunOptions
+from mal_train.labeling.settings import MaskFormat
 
 Result = TypeVar("Result")
 CropBatcher = Batcher[RunOptions, Crop, Probability]
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How a probability map becomes an answer; crops may share a batch whatever these are.
+
+    Attributes:
+        threshold: in (0, 1); None = the checkpoint's by size.
+        min_component_area_px: smaller connected parts are taken out, the largest excepted; 0 = none.
+        formats: how masks are encoded.
+        polygon_tolerance_px: of the polygons among them.
+    """
+
+    threshold: float | None = None
+    min_component_area_px: int = 0
+    formats: tuple[MaskFormat, ...] = (MaskFormat.RLE,)
+    polygon_tolerance_px: float = 0.0
+
+
+AS_CHECKPOINT_SAYS = AnswerOptions()
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,7 @@ class Job:
         instance_ids: the caller's ids, unique.
         boxes: x, y, width, height px, in the order of the ids; any floats, NaN included.
         options: how the network runs.
-        threshold: in (0, 1); None = the checkpoint's by size.
+        answer: how its output becomes answers.
         priority: who goes first.
         deadline: event-loop time after which nobody waits for the answer.
     """
@@ -46,17 +68,18 @@ class Job:
     instance_ids: tuple[int, ...]
     boxes: tuple[Box, ...]
     options: RunOptions
-    threshold: float | None = None
+    answer: AnswerOptions = AS_CHECKPOINT_SAYS
     priority: Priority = Priority.INTERACTIVE
     deadline: float = math.inf
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one instance: a label, or the error that concerns it alone."""
+    """What became of one instance: a label, or the error that concerns it alone; the mask in each wanted format."""
 
     instance_id: int
     outcome: Label | BadBox | DeviceError
+    masks: tuple[EncodedMask, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,12 +174,12 @@ class Pipeline:
                 if job.deadline <= asyncio.get_running_loop().time():
                     self._metrics.dropped("deadline_encoding", len(share.indices))
                     raise Expired("the deadline passed before the masks were encoded")
-                labels, finish_s = await self._finish(job, crops, share)
+                ids = [job.instance_ids[good[index]] for index in share.indices]
+                answers, finish_s = await self._finish(job, ids, crops, share)
                 self._metrics.finished(finish_s)
-                for label in labels:
-                    if isinstance(label, Label):
-                        self._metrics.labelled(label.flags)
-                answers = (Answer(job.instance_ids[good[i]], x) for i, x in zip(share.indices, labels, strict=True))
+                for answer in answers:
+                    if isinstance(answer.outcome, Label):
+                        self._metrics.labelled(answer.outcome.flags)
                 timing = Timing(share.queue_s, decode_s, share.run_s, finish_s, share.batch_size)
                 yield Part((*bad, *answers), timing)
                 bad = ()
@@ -173,23 +196,27 @@ class Pipeline:
         return entries, time.perf_counter() - started
 
     async def _finish(
-        self, job: Job, crops: Sequence[Crop], share: Share[Probability]
-    ) -> tuple[list[Label | DeviceError], float]:
-        """The share's outcomes with labels in the place of probabilities, and the CPU seconds that this took."""
-        pairs = zip(share.indices, share.outcomes, strict=True)
-        done = await asyncio.gather(*(self._cpu(self._finish_one, crops[i], x, job.threshold) for i, x in pairs))
-        return [label for label, _ in done], sum(seconds for _, seconds in done)
+        self, job: Job, ids: Sequence[int], crops: Sequence[Crop], share: Share[Probability]
+    ) -> tuple[list[Answer], float]:
+        """The share's outcomes as answers, and the CPU seconds that this took."""
+        work = zip(ids, share.indices, share.outcomes, strict=True)
+        done = await asyncio.gather(*(self._cpu(self._finish_one, job, id_, crops[i], x) for id_, i, x in work))
+        return [answer for answer, _ in done], sum(seconds for _, seconds in done)
 
     def _finish_one(
-        self, crop: Crop, outcome: Probability | Exception, threshold: float | None
-    ) -> tuple[Label | DeviceError, float]:
+        self, job: Job, instance_id: int, crop: Crop, outcome: Probability | Exception
+    ) -> tuple[Answer, float]:
         if isinstance(outcome, DeviceError) and not isinstance(outcome, DeviceLost):
-            return outcome, 0.0
+            return Answer(instance_id, outcome), 0.0
         if isinstance(outcome, Exception):
             raise outcome
         started = time.perf_counter()
-        label = self._predictor.finish(crop, outcome, threshold=threshold)
-        return label, time.perf_counter() - started
+        how = job.answer
+        label = self._predictor.finish(
+            crop, outcome, threshold=how.threshold, min_component_area_px=how.min_component_area_px
+        )
+        masks = encode(label.rle, how.formats, how.polygon_tolerance_px)
+        return Answer(instance_id, label, masks), time.perf_counter() - started
 
     async def _cpu(self, work: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

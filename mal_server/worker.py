@@ -23,7 +23,14 @@ class Predictor(Protocol):
         """Foreground probabilities, in order; raises OutOfDeviceMemory when a smaller batch may fit."""
         ...
 
-    def finish(self, crop: Crop, probability: Probability, *, threshold: float | None = None) -> Label:
+    def finish(
+        self,
+        crop: Crop,
+        probability: Probability,
+        *,
+        threshold: float | None = None,
+        min_component_area_px: int = 0,
+    ) -> Label:
         """Mask, score and flags in image pixels."""
         ...
 

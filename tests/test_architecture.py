@@ -27,6 +27,7 @@ TORCHLESS = tuple(
     for name in (
         *("coco", "coco_output", "coco_stream", "box_filter", "rle", "geometry", "images", "settings", "baselines"),
         *("evaluation", "evaluation_report", "miou", "score_quality", "coco_ap"),
+        *("polygons", "encodings"),
     )
 )
 LEAVES = ("mal_train.errors", "mal_train.labeling.settings")
@@ -81,11 +82,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *LEAVES,
     ),
     "mal_train.labeling.evaluation_report": (*TORCHLESS, *LEAVES),
+    "mal_train.labeling.polygons": ("mal_train.labeling.rle",),
+    "mal_train.labeling.encodings": ("mal_train.labeling.polygons", "mal_train.labeling.rle", *LEAVES),
+    "mal_train.labeling.parts": (),
     "mal_train.labeling.evaluation": (*TORCHLESS, *LEAVES),
     "mal_train.labeling.baselines": ("mal_train.labeling.geometry", "mal_train.labeling.rle", *LEAVES),
     "mal_train.labeling.labeler": (
         "mal_train.labeling.images",
         "mal_train.labeling.geometry",
+        "mal_train.labeling.parts",
         "mal_train.labeling.rle",
         "mal_train.model",
         *LEAVES,

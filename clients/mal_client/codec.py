@@ -65,13 +65,18 @@ def instance(instance_id: int, box: BoxXywh) -> types_pb2.Instance:
 
 
 def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
-    """Unset stays unset, so that the server's and the checkpoint's settings hold."""
+    """Unset stays unset, so that the server's and the checkpoint's settings hold.
+
+    No `formats`: the run-length code is the smallest on the wire, and the other forms are made from it here, by the
+    functions that the server uses.
+    """
     branch = types_pb2.BRANCH_UNSPECIFIED if options.branch is None else _BRANCH_TO_WIRE[options.branch]
     return types_pb2.LabelOptions(
         branch=branch,
         threshold=options.threshold,
         compute_agreement=options.agreement,
         flip_test=options.flip,
+        min_component_area_px=options.min_component_area_px or None,
     )
 
 

@@ -363,6 +363,7 @@ def _provenance(info: ServerInfo, options: LabelOptions) -> dict[str, Any]:
         "branch": str(model.branch),
         "thresholds": [options.threshold] * 3 if options.threshold is not None else list(info.mask_thresholds),
         "flip": options.flip,
+        "min_component_area_px": options.min_component_area_px,
         "score": info.score_meaning,
         "precision": info.precision,
         "server_version": info.version,

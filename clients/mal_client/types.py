@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from mal_train.labeling.coco import JsonId
+    from mal_train.labeling.encodings import PngCrop
     from mal_train.labeling.evaluation_report import CategoryRow
+    from mal_train.labeling.polygons import Ring
     from mal_train.labeling.rle import Rle
     from mal_train.labeling.score_quality import ScoreQuality
 
@@ -39,14 +41,21 @@ class LabelOptions:
             three thresholds by size.
         agreement: also measure the IoU of the two networks' masks. Doubles the work on the device.
         flip: average each map with that of the mirrored crop. Doubles the work on the device.
+        min_component_area_px: connected parts of fewer pixels are taken out of each mask, the largest excepted, before
+            score, area, box, flags and agreement are made; 0 = none.
     """
 
     branch: Branch | None = None
     threshold: float | None = None
     agreement: bool = False
     flip: bool = False
+    min_component_area_px: int = 0
 
     def __post_init__(self) -> None:
+        if self.min_component_area_px < 0:
+            raise ConfigError(
+                f"min_component_area_px: {self.min_component_area_px}; it must be 0 (none) or more pixels"
+            )
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise ConfigError(f"threshold: {self.threshold}; a probability between 0 and 1 is needed, both excluded")
 
@@ -163,14 +172,46 @@ class BoxLabel:
         """The mask (H, W) bool, decoded anew at each access.
 
         Raises:
-            ValueError: the box has none; look at `error` first.
+            ValueError: the box has none; look at `error` first. So do the other forms below.
         """
-        if self.rle is None:
-            raise ValueError(f"box {self.index} has no mask: {self.error}; check .ok or .error first")
-        # Imported here: it brings OpenCV and pycocotools, which a caller who only wants codes need not wait for.
+        # Here and below: imported late, for it brings OpenCV and pycocotools, which a caller who only wants codes need
+        # not wait for.
         from mal_train.labeling.rle import decode_mask  # noqa: PLC0415
 
-        return decode_mask(self.rle)
+        return decode_mask(self._code())
+
+    @property
+    def polygons(self) -> tuple[Ring, ...]:
+        """Closed lines along the edges of the mask's pixels; `points` (N, 2) x, y in px, `is_hole`. () when empty.
+
+        A hole stands behind the ring that it lies in. Exactly the mask: see `to_polygons` for fewer points.
+        """
+        return self.to_polygons(0.0)
+
+    def to_polygons(self, tolerance_px: float) -> tuple[Ring, ...]:
+        """As `polygons`, with lines that may run up to tolerance_px beside the mask's edge, to have fewer points."""
+        from mal_train.labeling.encodings import to_polygons  # noqa: PLC0415
+
+        return to_polygons(self._code(), tolerance_px).rings
+
+    @property
+    def png(self) -> bytes:
+        """A 1-bit PNG file of the image's size, white is mask."""
+        from mal_train.labeling.encodings import encode_bitmap  # noqa: PLC0415
+
+        return encode_bitmap(self.mask)
+
+    @property
+    def png_crop(self) -> PngCrop:
+        """A 1-bit PNG of the mask's tight box, and where that lies."""
+        from mal_train.labeling.encodings import to_png  # noqa: PLC0415
+
+        return to_png(self._code())
+
+    def _code(self) -> Rle:
+        if self.rle is None:
+            raise ValueError(f"box {self.index} has no mask: {self.error}; check .ok or .error first")
+        return self.rle
 
 
 @dataclass(frozen=True)

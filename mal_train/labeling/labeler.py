@@ -18,6 +18,7 @@ from mal_train.errors import BadBox, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.labeling import geometry, rle
 from mal_train.labeling.geometry import Box, Region, Window
 from mal_train.labeling.images import RgbImage
+from mal_train.labeling.parts import has_second_part, without_specks
 from mal_train.labeling.rle import Rle
 from mal_train.labeling.settings import Branch, Compat, LabelerConfig, calibrated, network_branch, size_class
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint
@@ -29,8 +30,6 @@ ProbMap = NDArray[np.float32]
 
 LOW_AGREEMENT_IOU = 0.8
 TINY_SIDE_PX = 2.0
-PART_SHARE = 0.01
-_PARTS_SIDE = 512
 
 CUDA_ERROR = "CUDA error:"
 """Begins the message of errors of the CUDA runtime: nearly all of them make each later call of the process fail too."""
@@ -171,19 +170,36 @@ class Labeler:
                 raise DeviceLost(f"{self.device} is lost, start the process anew: {error}") from error
             raise DeviceError(f"{self.device} failed on a batch of {len(crops)} crops: {error}") from error
 
-    def finish(self, crop: Crop, probability: Probability, *, threshold: float | None = None) -> Label:
-        """Mask, score and flags in image pixels; `threshold` in (0, 1) replaces the one of the box's size class."""
+    def finish(
+        self,
+        crop: Crop,
+        probability: Probability,
+        *,
+        threshold: float | None = None,
+        min_component_area_px: int = 0,
+    ) -> Label:
+        """Mask, score and flags in image pixels.
+
+        Args:
+            crop: from `prepare`.
+            probability: its answer from `predict`.
+            threshold: in (0, 1); replaces the one of the box's size class.
+            min_component_area_px: connected parts with fewer pixels are taken out of the mask, the largest excepted
+                (`parts.without_specks`), before score, area, box, agreement and flags are made.
+        """
         limit = self.config.mask_thres[int(size_class(crop.area))] if threshold is None else threshold
         region = self._region(crop)
         foreground = _above(self._values(crop, probability.prob, region), limit)
-        mask = foreground > 0
+        mask = without_specks(foreground > 0, min_component_area_px)
+        if min_component_area_px:
+            foreground = np.where(mask, foreground, np.float32(0))
         code = rle.encode_region(mask, region.row0, region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
         # NumPy, not OpenCV: its sum depends on where the array happens to lie in memory, in the last digit.
         score = min(max(float(foreground.sum(dtype=np.float64)) / area, 0.0), 1.0) if area else 0.0
         if self.config.calibration is not None:
             score = calibrated(score, self.config.calibration)
-        agreement = self._agreement(crop, probability, region, limit)
+        agreement = self._agreement(crop, probability, region, limit, min_component_area_px)
         return Label(
             rle=code,
             score=score,
@@ -270,11 +286,15 @@ class Labeler:
             ).astype(np.float32)
         return geometry.paste(prob, crop.window, region)
 
-    def _agreement(self, crop: Crop, probability: Probability, region: Region, limit: float) -> float | None:
+    def _agreement(
+        self, crop: Crop, probability: Probability, region: Region, limit: float, min_component_area_px: int
+    ) -> float | None:
         if probability.student is None or probability.teacher is None:
             return None
-        a = self._values(crop, probability.student, region) > limit
-        b = self._values(crop, probability.teacher, region) > limit
+        a, b = (
+            without_specks(self._values(crop, prob, region) > limit, min_component_area_px)
+            for prob in (probability.student, probability.teacher)
+        )
         union = np.count_nonzero(a | b)
         return float(np.count_nonzero(a & b) / union) if union else 1.0
 
@@ -314,15 +334,6 @@ def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | No
         "FULL_BOX": area > 0 and area >= box_count,
         "TOO_SMALL": min(crop.box_inside[2:]) <= TINY_SIDE_PX,
         "LOW_AGREEMENT": agreement is not None and agreement < LOW_AGREEMENT_IOU,
-        "MULTI_PART": area > 0 and _has_second_part(mask),
+        "MULTI_PART": area > 0 and has_second_part(mask),
     }
     return tuple(name for name, is_set in found.items() if is_set)
-
-
-def _has_second_part(mask: NDArray[np.bool_]) -> bool:
-    """Whether a second 8-connected part holds PART_SHARE of the mask, seen at most _PARTS_SIDE px wide."""
-    stride = -(-max(mask.shape) // _PARTS_SIDE)
-    seen = np.ascontiguousarray(mask[::stride, ::stride]).view(np.uint8)
-    count, _, stats, _ = cv2.connectedComponentsWithStats(seen, connectivity=8)
-    areas = np.sort(stats[1:count, cv2.CC_STAT_AREA])
-    return areas.size > 1 and int(areas[-2]) >= PART_SHARE * int(areas.sum())

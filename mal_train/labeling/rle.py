@@ -46,7 +46,7 @@ class Rle:
         height, width = _checked_size(code["size"], name)
         counts = code["counts"]
         if isinstance(counts, list):
-            return _from_runs(counts, height, width, name)
+            return encode_runs(counts, height, width, name)
         if isinstance(counts, str):
             try:
                 counts = counts.encode("ascii")
@@ -58,6 +58,21 @@ class Rle:
         if int(runs.sum()) != height * width:
             raise BadDataset(f"{name}: runs sum to {int(runs.sum())} px but the frame has {height * width}")
         return cls(height, width, counts)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPatch:
+    """The part of a mask that holds all of its pixels.
+
+    Attributes:
+        mask: (h, w) bool; (0, 0) for an empty mask.
+        row0: row of the image that it begins at.
+        col0: column likewise.
+    """
+
+    mask: NDArray[np.bool_]
+    row0: int
+    col0: int
 
 
 def encode_mask(mask: NDArray[Any]) -> Rle:
@@ -100,9 +115,43 @@ def encode_region(mask_bool: NDArray[np.bool_], row0: int, col0: int, image_hw: 
     return _compress(runs, height, width)
 
 
+def encode_runs(runs: Sequence[int], height: int, width: int, name: str = "mask") -> Rle:
+    """Code of column-major run lengths in px, the first run background.
+
+    Raises:
+        BadDataset: runs below 0, or that do not sum to height·width.
+    """
+    if not all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in runs):
+        raise BadDataset(f"{name}: runs must be whole numbers of at least 0")
+    if sum(runs) != height * width:
+        raise BadDataset(f"{name}: runs sum to {sum(runs)} px but the frame has {height * width}")
+    return _compress(np.asarray(runs, dtype=np.int64), height, width)
+
+
 def decode_mask(rle: Rle) -> NDArray[np.bool_]:
     """(H, W) bool."""
     return np.asarray(coco_mask.decode(rle._packed())).astype(bool)
+
+
+def decode_patch(rle: Rle) -> MaskPatch:
+    """The mask's tight crop, without building the image round it."""
+    bounds = np.cumsum(run_lengths(rle.counts))
+    starts, ends = bounds[0:-1:2], bounds[1::2]
+    starts, ends = starts[starts < ends], ends[starts < ends]
+    if not starts.size:
+        return MaskPatch(np.zeros((0, 0), dtype=np.bool_), 0, 0)
+    (first_column, first_row), (last_column, last_row) = np.divmod(starts, rle.height), np.divmod(ends - 1, rle.height)
+    row0, row1 = int(first_row.min()), int(last_row.max()) + 1
+    if np.any(first_column != last_column):
+        # A run that goes on in the next column reaches the bottom and begins again at the top.
+        row0, row1 = 0, rle.height
+    col0, col1, rows = int(first_column[0]), int(last_column[-1]) + 1, row1 - row0
+    # Each bound flips everything after it, down the columns.
+    flips = np.zeros((col1 - col0) * rows + 1, dtype=np.uint8)
+    flips[(first_column - col0) * rows + first_row - row0] ^= 1
+    flips[(last_column - col0) * rows + last_row - row0 + 1] ^= 1
+    columns = np.bitwise_xor.accumulate(flips[:-1]).reshape(col1 - col0, rows)
+    return MaskPatch(np.ascontiguousarray(columns.T).view(np.bool_), row0, col0)
 
 
 def area(rle: Rle) -> int:
@@ -187,14 +236,6 @@ def _frame_position(
 def _compress(runs: NDArray[np.int64], height: int, width: int) -> Rle:
     packed = coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
     return Rle(height, width, packed["counts"])
-
-
-def _from_runs(counts: Sequence[Any], height: int, width: int, name: str) -> Rle:
-    if not all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in counts):
-        raise BadDataset(f"{name}: runs must be whole numbers of at least 0")
-    if sum(counts) != height * width:
-        raise BadDataset(f"{name}: runs sum to {sum(counts)} px but the frame has {height * width}")
-    return _compress(np.asarray(counts, dtype=np.int64), height, width)
 
 
 def _checked_size(size: Any, name: str) -> tuple[int, int]:

@@ -36,6 +36,19 @@ class Branch(StrEnum):
     MIXED = "mixed"
 
 
+class MaskFormat(StrEnum):
+    """How a mask is written down."""
+
+    RLE = "rle"
+    """COCO's compressed run lengths, as pycocotools writes them; lossless and the smallest."""
+    UNCOMPRESSED = "uncompressed"
+    """The same run lengths as plain numbers; lossless, several times larger."""
+    POLYGONS = "polygons"
+    """Closed lines on pixel corners, holes included; lossless at a tolerance of 0 px."""
+    PNG = "png"
+    """The tight crop as a 1-bit picture; lossless."""
+
+
 def size_class(area: ArrayLike) -> NDArray[np.int64]:
     """Class 0, 1, 2 (small, medium, large) of areas in px², any shape. Every positive area belongs to one.
 

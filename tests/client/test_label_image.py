@@ -71,12 +71,31 @@ def test_an_answer_carries_mask_figures_and_provenance(client: Client) -> None:
     assert label.timing.batch_size == 1
 
 
+def test_one_mask_is_to_be_had_in_every_form(client: Client) -> None:
+    label = client.label_image(PIXELS, BOXES[:1])[0]
+    (ring,) = label.polygons
+    assert {tuple(point) for point in ring.points.tolist()} == {(1, 2), (11, 2), (11, 10), (1, 10)}
+    with Image.open(io.BytesIO(label.png)) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), label.mask)
+    crop = label.png_crop
+    assert (crop.x, crop.y, crop.crop_width, crop.crop_height) == (1, 2, 10, 8)
+
+
+@pytest.mark.parametrize("form", ["mask", "polygons", "png", "png_crop"])
+def test_a_box_without_a_mask_says_why_in_every_form(form: str) -> None:
+    (label,) = label_both_ways(FakeServer(), [[1.0, 2.0, -10.0, 8.0]])[0]
+    with pytest.raises(ValueError, match=r"box 0 has no mask: .* check \.ok or \.error first"):
+        getattr(label, form)
+
+
 def test_options_reach_the_server_and_unset_ones_stay_unset(fake: FakeServer, client: Client) -> None:
-    client.label_image(PIXELS, BOXES, LabelOptions(Branch.MIXED, 0.4, agreement=True, flip=True))
+    client.label_image(PIXELS, BOXES, LabelOptions(Branch.MIXED, 0.4, True, True, 9))
     client.label_image(PIXELS, BOXES)
     asked, plain = (request.options for request in fake.label_requests)
     assert (asked.threshold, asked.compute_agreement, asked.flip_test) == (0.4, True, True)
+    assert asked.min_component_area_px == 9
     assert not plain.HasField("threshold")
+    assert not plain.HasField("min_component_area_px")
     assert plain.branch == 0
 
 

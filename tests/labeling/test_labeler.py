@@ -118,6 +118,23 @@ def test_two_separate_parts_are_flagged() -> None:
     assert "MULTI_PART" in ours.finish(crop, Probability(prob)).flags
 
 
+def test_specks_are_gone_before_score_area_box_flags_and_agreement() -> None:
+    ours = labeler()
+    (crop,) = ours.prepare(IMAGE, [(40, 20, 64, 48)])
+    assert isinstance(crop, Crop)
+    clean = np.zeros((64, 64), np.float32)
+    clean[15:30, 15:30] = 0.9
+    specked = clean.copy()
+    specked[44:49, 44:49] = 0.5
+    with_speck = ours.finish(crop, Probability(specked, specked, clean))
+    without = ours.finish(crop, Probability(specked, specked, clean), min_component_area_px=100)
+    alone = ours.finish(crop, Probability(clean, clean, clean))
+    assert "MULTI_PART" in with_speck.flags
+    assert with_speck.area > without.area
+    assert without == alone
+    assert without.agreement == 1.0
+
+
 def test_a_tiny_box_is_flagged() -> None:
     (label,) = labels_of(labeler().label(IMAGE, [(10, 10, 2, 30)]))
     assert "TOO_SMALL" in label.flags

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import io
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -13,9 +14,12 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, types_pb2
+from PIL import Image
 
 from mal_train.errors import DeviceError
+from mal_train.labeling import rle
 from mal_train.labeling.labeler import Label
+from mal_train.labeling.polygons import fill
 from mal_train.labeling.rle import Rle, decode_mask
 from tests.server.fakes import (
     DISC_BOX,
@@ -139,6 +143,82 @@ def test_options_reach_the_network_and_the_threshold() -> None:
     assert types_pb2.MASK_FLAG_LOW_AGREEMENT in asked.flags
 
 
+def decoded(mask: types_pb2.Mask) -> Rle:
+    """The run-length code of a mask as a client of any language would read it from its message."""
+    if mask.HasField("coco_rle"):
+        return Rle(mask.coco_rle.height, mask.coco_rle.width, mask.coco_rle.counts)
+    if mask.HasField("uncompressed_rle"):
+        runs = mask.uncompressed_rle
+        return rle.encode_runs(list(runs.counts), runs.height, runs.width)
+    if mask.HasField("polygons"):
+        rings = [np.reshape(ring.points, (-1, 2)) for ring in mask.polygons.rings]
+        return rle.encode_mask(fill(rings, mask.polygons.height, mask.polygons.width))
+    png = mask.png
+    with Image.open(io.BytesIO(png.content)) as picture:
+        return rle.encode_region(np.asarray(picture), png.y, png.x, (png.height, png.width))
+
+
+ALL_FORMATS = [
+    types_pb2.MASK_FORMAT_PNG,
+    types_pb2.MASK_FORMAT_POLYGONS,
+    types_pb2.MASK_FORMAT_UNCOMPRESSED_RLE,
+    types_pb2.MASK_FORMAT_COCO_RLE,
+]
+
+
+def ring_png() -> bytes:
+    """A bright ring on a dark image: a mask with a hole."""
+    image = bright_disc()
+    image[17:23, 26:34] = 20
+    return encoded(image)
+
+
+def test_masks_come_in_every_asked_format_in_order_and_are_the_same_mask() -> None:
+    request = label_request(DISC_BOX, content=ring_png(), formats=ALL_FORMATS)
+    (found,) = with_server(lambda running: label(running, request))
+    assert [mask.WhichOneof("encoding") for mask in found.masks] == ["png", "polygons", "uncompressed_rle", "coco_rle"]
+    codes = [decoded(mask) for mask in found.masks]
+    assert codes == [codes[0]] * 4
+    assert rle.area(codes[0]) == found.area_px
+    assert [ring.is_hole for ring in found.masks[1].polygons.rings] == [False, True]
+
+
+def test_no_format_means_the_compressed_code() -> None:
+    (found,) = with_server(lambda running: label(running, label_request(DISC_BOX)))
+    assert [mask.WhichOneof("encoding") for mask in found.masks] == ["coco_rle"]
+
+
+def test_a_tolerance_thins_polygons_and_nothing_else() -> None:
+    async def work(running: Running) -> list[types_pb2.InstanceResult]:
+        return [
+            *await label(running, label_request(DISC_BOX, formats=ALL_FORMATS)),
+            *await label(running, label_request(DISC_BOX, formats=ALL_FORMATS, polygon_tolerance_px=1.5)),
+        ]
+
+    exact, thin = with_server(work)
+    (many,), (few,) = exact.masks[1].polygons.rings, thin.masks[1].polygons.rings
+    assert len(few.points) < len(many.points)
+    del exact.masks[1], thin.masks[1]
+    assert exact == thin
+
+
+def test_specks_are_taken_out_on_request() -> None:
+    image = bright_disc()
+    image[2:9, 2:9] = 230
+    ask: dict[str, Any] = {"content": encoded(image)}
+
+    async def work(running: Running) -> list[types_pb2.InstanceResult]:
+        return [
+            *await label(running, label_request((0, 0, 60, 40), **ask)),
+            *await label(running, label_request((0, 0, 60, 40), **ask, min_component_area_px=90)),
+        ]
+
+    all_of_it, without = with_server(work)
+    assert types_pb2.MASK_FLAG_MULTI_PART in all_of_it.flags
+    assert types_pb2.MASK_FLAG_MULTI_PART not in without.flags
+    assert without.area_px == rle.area(decoded(without.masks[0])) < all_of_it.area_px
+
+
 def test_the_servers_branch_answers_where_a_request_names_none() -> None:
     predictor = BrightPredictor()
     with_server(lambda running: label(running, label_request(DISC_BOX)), predictor, branch="teacher")
@@ -224,6 +304,12 @@ def violating(**changes: Any) -> labeling_pb2.LabelImageRequest:
         (label_request(DISC_BOX, DISC_BOX, ids=[4, 4]), "instances[1].instance_id"),
         (violating(instances=[types_pb2.Instance(instance_id=9)]), "instances[1].box"),
         (violating(options=types_pb2.LabelOptions(threshold=0.0)), "options.threshold"),
+        (violating(options=types_pb2.LabelOptions(polygon_tolerance_px=-1.0)), "options.polygon_tolerance_px"),
+        (violating(options=types_pb2.LabelOptions(polygon_tolerance_px=float("nan"))), "options.polygon_tolerance_px"),
+        (violating(options=types_pb2.LabelOptions(polygon_tolerance_px=float("inf"))), "options.polygon_tolerance_px"),
+        (violating(options=types_pb2.LabelOptions(min_component_area_px=-1)), "options.min_component_area_px"),
+        (violating(options=types_pb2.LabelOptions(formats=[types_pb2.MASK_FORMAT_UNSPECIFIED])), "options.formats"),
+        (violating(options=types_pb2.LabelOptions(formats=[types_pb2.MASK_FORMAT_PNG] * 2)), "options.formats"),
         (violating(options=types_pb2.LabelOptions(threshold=float("nan"))), "options.threshold"),
         (violating(options=types_pb2.LabelOptions(branch=17)), "options.branch"),  # type: ignore[arg-type]
         (violating(image=types_pb2.ImageSource(expected_width=60)), "image.expected_width"),
@@ -475,8 +561,8 @@ def test_a_client_that_leaves_a_stream_frees_its_work() -> None:
 class LongWinded(BrightPredictor):
     """Its masks take 100 kB each."""
 
-    def finish(self, crop: Any, probability: Any, *, threshold: float | None = None) -> Label:
-        label = super().finish(crop, probability, threshold=threshold)
+    def finish(self, crop: Any, probability: Any, **options: Any) -> Label:
+        label = super().finish(crop, probability, **options)
         return dataclasses.replace(label, rle=Rle(40, 60, bytes(100_000)))
 
 
@@ -543,6 +629,9 @@ REQUESTS = st.builds(
     threshold=st.one_of(st.none(), FLOATS),
     branch=st.integers(-5, 8),
     flip_test=st.booleans(),
+    formats=st.lists(st.integers(-1, 6), max_size=4),
+    polygon_tolerance_px=st.one_of(st.none(), FLOATS),
+    min_component_area_px=st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)),
 )
 
 

@@ -57,7 +57,7 @@ class EvaluateOptions(google.protobuf.message.Message):
     """Length of EvaluateResult.worst; 0 = none; at most 10 000."""
     @property
     def label(self) -> mal.v1.types_pb2.LabelOptions:
-        """How boxes become masks."""
+        """How boxes become masks. No mask is sent, so `formats` and `polygon_tolerance_px` do nothing."""
 
     @property
     def categories(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[mal.v1.types_pb2.Category]:

@@ -78,6 +78,38 @@ PRIORITY_BATCH: Priority.ValueType  # 2
 """Goes behind INTERACTIVE, and ahead of what is submitted a while (the server's setting) later, so it never starves."""
 global___Priority = Priority
 
+class _MaskFormat:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _MaskFormatEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_MaskFormat.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    MASK_FORMAT_UNSPECIFIED: _MaskFormat.ValueType  # 0
+    """Not allowed in a request."""
+    MASK_FORMAT_COCO_RLE: _MaskFormat.ValueType  # 1
+    """CocoRle: lossless and the smallest."""
+    MASK_FORMAT_UNCOMPRESSED_RLE: _MaskFormat.ValueType  # 2
+    """UncompressedRle: the same runs as plain numbers."""
+    MASK_FORMAT_POLYGONS: _MaskFormat.ValueType  # 3
+    """PolygonMask: lossless at a tolerance of 0."""
+    MASK_FORMAT_PNG: _MaskFormat.ValueType  # 4
+    """PngMask: lossless."""
+
+class MaskFormat(_MaskFormat, metaclass=_MaskFormatEnumTypeWrapper):
+    """How a mask is written down."""
+
+MASK_FORMAT_UNSPECIFIED: MaskFormat.ValueType  # 0
+"""Not allowed in a request."""
+MASK_FORMAT_COCO_RLE: MaskFormat.ValueType  # 1
+"""CocoRle: lossless and the smallest."""
+MASK_FORMAT_UNCOMPRESSED_RLE: MaskFormat.ValueType  # 2
+"""UncompressedRle: the same runs as plain numbers."""
+MASK_FORMAT_POLYGONS: MaskFormat.ValueType  # 3
+"""PolygonMask: lossless at a tolerance of 0."""
+MASK_FORMAT_PNG: MaskFormat.ValueType  # 4
+"""PngMask: lossless."""
+global___MaskFormat = MaskFormat
+
 class _MaskFlag:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -214,6 +246,9 @@ class LabelOptions(google.protobuf.message.Message):
     COMPUTE_AGREEMENT_FIELD_NUMBER: builtins.int
     FLIP_TEST_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    FORMATS_FIELD_NUMBER: builtins.int
+    POLYGON_TOLERANCE_PX_FIELD_NUMBER: builtins.int
+    MIN_COMPONENT_AREA_PX_FIELD_NUMBER: builtins.int
     branch: global___Branch.ValueType
     """Which network answers."""
     threshold: builtins.float
@@ -226,6 +261,19 @@ class LabelOptions(google.protobuf.message.Message):
     """Average each probability map with that of the mirrored crop. Doubles the work on the device."""
     priority: global___Priority.ValueType
     """Who goes first. It changes no mask."""
+    polygon_tolerance_px: builtins.float
+    """How far in px a polygon may run beside the mask's edge, to have fewer points (Douglas-Peucker); finite and >= 0.
+    Unset or 0: filling the rings gives the mask back exactly. It changes the polygons alone.
+    """
+    min_component_area_px: builtins.int
+    """Connected parts (8-connected) of fewer pixels are taken out of the mask, the largest part excepted, so that specks
+    far from the object vanish and a small object does not. Score, area, box, flags and agreement are those of the
+    mask that is left. >= 0; unset or 0: nothing is taken out.
+    """
+    @property
+    def formats(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___MaskFormat.ValueType]:
+        """Encodings of each mask, each at most once; none = MASK_FORMAT_COCO_RLE."""
+
     def __init__(
         self,
         *,
@@ -234,9 +282,17 @@ class LabelOptions(google.protobuf.message.Message):
         compute_agreement: builtins.bool = ...,
         flip_test: builtins.bool = ...,
         priority: global___Priority.ValueType = ...,
+        formats: collections.abc.Iterable[global___MaskFormat.ValueType] | None = ...,
+        polygon_tolerance_px: builtins.float | None = ...,
+        min_component_area_px: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_threshold", b"_threshold", "threshold", b"threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_threshold", b"_threshold", "branch", b"branch", "compute_agreement", b"compute_agreement", "flip_test", b"flip_test", "priority", b"priority", "threshold", b"threshold"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_min_component_area_px", b"_min_component_area_px", "_polygon_tolerance_px", b"_polygon_tolerance_px", "_threshold", b"_threshold", "min_component_area_px", b"min_component_area_px", "polygon_tolerance_px", b"polygon_tolerance_px", "threshold", b"threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_min_component_area_px", b"_min_component_area_px", "_polygon_tolerance_px", b"_polygon_tolerance_px", "_threshold", b"_threshold", "branch", b"branch", "compute_agreement", b"compute_agreement", "flip_test", b"flip_test", "formats", b"formats", "min_component_area_px", b"min_component_area_px", "polygon_tolerance_px", b"polygon_tolerance_px", "priority", b"priority", "threshold", b"threshold"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_component_area_px", b"_min_component_area_px"]) -> typing.Literal["min_component_area_px"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_polygon_tolerance_px", b"_polygon_tolerance_px"]) -> typing.Literal["polygon_tolerance_px"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_threshold", b"_threshold"]) -> typing.Literal["threshold"] | None: ...
 
 global___LabelOptions = LabelOptions
@@ -268,24 +324,166 @@ class CocoRle(google.protobuf.message.Message):
 global___CocoRle = CocoRle
 
 @typing.final
+class UncompressedRle(google.protobuf.message.Message):
+    """A mask as run lengths in plain numbers."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEIGHT_FIELD_NUMBER: builtins.int
+    WIDTH_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    height: builtins.int
+    """Height of the stored image in px; "size"[0] in COCO."""
+    width: builtins.int
+    """Width of the stored image in px; "size"[1] in COCO."""
+    @property
+    def counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Lengths in px of column-major runs, the first one background (it may be 0); they sum to height times width."""
+
+    def __init__(
+        self,
+        *,
+        height: builtins.int = ...,
+        width: builtins.int = ...,
+        counts: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counts", b"counts", "height", b"height", "width", b"width"]) -> None: ...
+
+global___UncompressedRle = UncompressedRle
+
+@typing.final
+class PolygonMask(google.protobuf.message.Message):
+    """A mask as closed lines. A pixel is mask when its centre lies inside an odd number of rings."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEIGHT_FIELD_NUMBER: builtins.int
+    WIDTH_FIELD_NUMBER: builtins.int
+    RINGS_FIELD_NUMBER: builtins.int
+    height: builtins.int
+    """Height of the stored image in px."""
+    width: builtins.int
+    """Width of the stored image in px."""
+    @property
+    def rings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PolygonRing]:
+        """One outer ring for each 8-connected part; the rings of its holes stand right behind it. None for an empty mask."""
+
+    def __init__(
+        self,
+        *,
+        height: builtins.int = ...,
+        width: builtins.int = ...,
+        rings: collections.abc.Iterable[global___PolygonRing] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["height", b"height", "rings", b"rings", "width", b"width"]) -> None: ...
+
+global___PolygonMask = PolygonMask
+
+@typing.final
+class PolygonRing(google.protobuf.message.Message):
+    """A closed line; its last point joins its first."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POINTS_FIELD_NUMBER: builtins.int
+    IS_HOLE_FIELD_NUMBER: builtins.int
+    is_hole: builtins.bool
+    """Bounds background inside the last ring before it that is no hole."""
+    @property
+    def points(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """x0, y0, x1, y1, … in px, at least three points; (0, 0) is the top left corner of the top left pixel. Points are
+        corners of pixels, so all numbers are whole.
+        """
+
+    def __init__(
+        self,
+        *,
+        points: collections.abc.Iterable[builtins.float] | None = ...,
+        is_hole: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["is_hole", b"is_hole", "points", b"points"]) -> None: ...
+
+global___PolygonRing = PolygonRing
+
+@typing.final
+class PngMask(google.protobuf.message.Message):
+    """The tight crop of a mask as a picture."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEIGHT_FIELD_NUMBER: builtins.int
+    WIDTH_FIELD_NUMBER: builtins.int
+    X_FIELD_NUMBER: builtins.int
+    Y_FIELD_NUMBER: builtins.int
+    CROP_WIDTH_FIELD_NUMBER: builtins.int
+    CROP_HEIGHT_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
+    height: builtins.int
+    """Height of the stored image in px."""
+    width: builtins.int
+    """Width of the stored image in px."""
+    x: builtins.int
+    """Column of the stored image that the crop begins at."""
+    y: builtins.int
+    """Row of the stored image that the crop begins at."""
+    crop_width: builtins.int
+    """Columns of the crop; 0 for an empty mask."""
+    crop_height: builtins.int
+    """Rows of the crop; 0 for an empty mask."""
+    content: builtins.bytes
+    """1-bit greyscale PNG of the crop, white is mask; empty for an empty mask."""
+    def __init__(
+        self,
+        *,
+        height: builtins.int = ...,
+        width: builtins.int = ...,
+        x: builtins.int = ...,
+        y: builtins.int = ...,
+        crop_width: builtins.int = ...,
+        crop_height: builtins.int = ...,
+        content: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "crop_height", b"crop_height", "crop_width", b"crop_width", "height", b"height", "width", b"width", "x", b"x", "y", b"y"]) -> None: ...
+
+global___PngMask = PngMask
+
+@typing.final
 class Mask(google.protobuf.message.Message):
     """One mask of the size of the stored image."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     COCO_RLE_FIELD_NUMBER: builtins.int
+    UNCOMPRESSED_RLE_FIELD_NUMBER: builtins.int
+    POLYGONS_FIELD_NUMBER: builtins.int
+    PNG_FIELD_NUMBER: builtins.int
     @property
     def coco_rle(self) -> global___CocoRle:
         """Lossless run-length encoding."""
+
+    @property
+    def uncompressed_rle(self) -> global___UncompressedRle:
+        """The same as plain numbers."""
+
+    @property
+    def polygons(self) -> global___PolygonMask:
+        """Closed lines, holes included."""
+
+    @property
+    def png(self) -> global___PngMask:
+        """A picture of the tight crop."""
 
     def __init__(
         self,
         *,
         coco_rle: global___CocoRle | None = ...,
+        uncompressed_rle: global___UncompressedRle | None = ...,
+        polygons: global___PolygonMask | None = ...,
+        png: global___PngMask | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["coco_rle", b"coco_rle", "encoding", b"encoding"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["coco_rle", b"coco_rle", "encoding", b"encoding"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["encoding", b"encoding"]) -> typing.Literal["coco_rle"] | None: ...
+    def HasField(self, field_name: typing.Literal["coco_rle", b"coco_rle", "encoding", b"encoding", "png", b"png", "polygons", b"polygons", "uncompressed_rle", b"uncompressed_rle"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["coco_rle", b"coco_rle", "encoding", b"encoding", "png", b"png", "polygons", b"polygons", "uncompressed_rle", b"uncompressed_rle"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["encoding", b"encoding"]) -> typing.Literal["coco_rle", "uncompressed_rle", "polygons", "png"] | None: ...
 
 global___Mask = Mask
 
@@ -322,7 +520,7 @@ class InstanceResult(google.protobuf.message.Message):
 
     @property
     def masks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Mask]:
-        """The mask, once for each requested format; COCO RLE is the only format so far, so exactly one."""
+        """The mask, once in each of LabelOptions.formats, in their order."""
 
     @property
     def mask_box(self) -> global___Box:
