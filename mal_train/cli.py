@@ -9,6 +9,7 @@ permission · 5 training stopped on non-finite values · 130 interrupted · 141 
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from mal_train.atomic import stdout_fault
 from mal_train.errors import ConfigError, MalError, OutputError
+from mal_train.launch import run_ranks, tie_to_parent
 from mal_train.threads import wait_passively
+from mal_train.world import world_of
 
 SOME_FAILED = 3
 NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'"
@@ -31,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # Overrides may stand anywhere, which argparse's own positional lists do not allow.
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     arguments.overrides = [text for text in rest if not text.startswith("-") and "=" in text]
     unknown = [text for text in rest if text not in arguments.overrides or not arguments.takes_overrides]
     if unknown:
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except MalError as error:
-        print(f"mal-train: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"mal-train: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in {"mal_train", ""}:
@@ -73,9 +78,22 @@ def _without_output(error: OSError) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from mal_train.config import load_spec
     from mal_train.screen import Screen
+    from mal_train.training.records import note_failure
+
+    spec = load_spec(arguments.spec, arguments.overrides)
+    world = world_of()
+    if world.launcher == "none" and spec.train.num_gpus * spec.train.num_nodes > 1:
+        code = run_ranks(arguments.argv, spec.train.num_gpus, nodes=spec.train.num_nodes)
+        if code:
+            note_failure(spec.task_dir("train"), f"a process of the training failed; exit code {code}")
+        return code
+    if world.launcher == "mal-train":
+        tie_to_parent()
     from mal_train.tasks.train import train
 
-    result = train(load_spec(arguments.spec, arguments.overrides), Screen())
+    result = train(spec, Screen())
+    if not world.is_first:
+        return 0
     if result.report is not None:
         print(result.report.table())
     print(f"checkpoint: {result.checkpoint}")

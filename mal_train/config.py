@@ -22,18 +22,13 @@ Margin = Annotated[float, Field(ge=0.0, le=4.0)]
 NOT_HERE = {
     "model_name": "not used here: checkpoints are named mal_model_*; remove it",
     "wandb": "Weights & Biases is not connected here: metrics go to metrics.csv and TensorBoard; remove the section",
-    "train.num_nodes": "this version trains in one process; remove it",
-    "evaluate.num_nodes": "evaluation runs in one process; remove it",
-    "inference.num_nodes": "inference runs in one process; remove it",
     "evaluate.trt_engine": "there is no TensorRT path; remove it and give evaluate.checkpoint",
     "inference.trt_engine": "there is no TensorRT path; remove it and give inference.checkpoint",
     "evaluate.comp_clustering": "the clustering score is not computed; remove it",
-    "train.cudnn": "not a setting here; remove the section",
     "train.min_lr": "overwritten in TAO as well: give train.min_lr_rate",
-    "train.checkpoint_interval_unit": "checkpoints are counted in epochs; remove it",
     "train.crf_omega": "without effect in the published code too; remove it",
     "gpu_ids": "TAO 5's place; give train.gpu_ids",
-    "num_nodes": "this version runs in one process; remove it",
+    "num_nodes": "TAO 5's place; give train.num_nodes",
     "checkpoint": "TAO 5's place; give evaluate.checkpoint or inference.checkpoint",
     "train.save_every_k_epoch": "TAO 5's name; give train.checkpoint_interval",
     "train.val_interval": "TAO 5's name; give train.validation_interval",
@@ -41,22 +36,57 @@ NOT_HERE = {
 """Fields of TAO specs that do not exist here, each with what to do instead."""
 
 
-class _OneProcess(Strict):
-    """Where a task runs."""
+class _Devices(Strict):
+    """Where a task runs: one process a device."""
 
-    num_gpus: int = Field(default=1, ge=1, description="Number of GPUs; 1 in this version.")
+    num_gpus: int = Field(default=1, ge=1, description="Processes on a machine, one a GPU (or so many on the CPU).")
     gpu_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(0,), description="Which GPU; [] the CPU, which also does the work on a machine without CUDA."
+        default=(0,),
+        description=(
+            "Their GPUs, one each; [0] stands for the first num_gpus.\n"
+            "[]: the CPU, which also does the work on a machine without CUDA."
+        ),
     )
 
     @model_validator(mode="after")
-    def _one_gpu(self) -> Self:
-        if self.num_gpus != 1 or len(self.gpu_ids) > 1:
+    def _one_device_each(self) -> Self:
+        ids = self.gpu_ids
+        if ids not in {(), (0,)} and (len(ids) != self.num_gpus or len(set(ids)) != len(ids)):
             raise ValueError(
-                f"num_gpus {self.num_gpus}, gpu_ids {list(self.gpu_ids)}: this version runs in one process; "
-                "set num_gpus to 1 and name one id, or [] for the CPU"
+                f"num_gpus {self.num_gpus}, gpu_ids {list(ids)}: name as many different ids as num_gpus says, [0] for "
+                "the first ones, or [] for the CPU"
             )
         return self
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """The GPU of each process; empty for the CPU."""
+        return tuple(range(self.num_gpus)) if self.gpu_ids == (0,) else self.gpu_ids
+
+
+class _OneMachine(_Devices):
+    """Where labelling runs."""
+
+    num_nodes: int = Field(
+        default=1, ge=1, description="Machines; 1, for several share a file through mal-client label --server A,B."
+    )
+
+    @field_validator("num_nodes")
+    @classmethod
+    def _one(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(
+                "this command labels on one machine; for several, start mal-server on each and label with "
+                "mal-client label --server HOST1:50051,HOST2:50051"
+            )
+        return value
+
+
+class CudnnConfig(Strict):
+    """Section `train.cudnn`."""
+
+    benchmark: bool = Field(default=False, description="Try cuDNN's algorithms and keep the fastest.")
+    deterministic: bool = Field(default=True, description="Use only those of them that give the same bits every time.")
 
 
 class DatasetConfig(Strict):
@@ -114,13 +144,21 @@ class NetworkConfig(Strict):
     )
 
 
-class TrainConfig(_OneProcess):
+class TrainConfig(_Devices):
     """Section `train`."""
+
+    num_nodes: int = Field(
+        default=1, ge=1, description="Machines, each with num_gpus processes; docs/distributed.md has the commands."
+    )
+    cudnn: CudnnConfig = CudnnConfig()
 
     seed: int = Field(default=1234, ge=-1, description="Seed of everything random; -1 draws one.")
     num_epochs: int = Field(default=10, ge=1, description="Passes over the boxes.")
     checkpoint_interval: int = Field(
-        default=1, ge=1, description="Epochs between checkpoints; the last always writes one."
+        default=1, ge=1, description="Epochs or steps between checkpoints; the end always writes one."
+    )
+    checkpoint_interval_unit: Literal["epoch", "step"] = Field(
+        default="epoch", description="What checkpoint_interval counts: passes over the boxes, or optimiser steps."
     )
     validation_interval: int = Field(default=1, ge=1, description="Epochs between validations.")
     resume_training_checkpoint_path: str | None = Field(
@@ -144,7 +182,9 @@ class TrainConfig(_OneProcess):
         default=None, description="Both betas; null: [optim_momentum, 0.9]."
     )
     optim_eps: float = Field(default=1e-8, gt=0.0, description="Epsilon of the optimiser.")
-    lr: float = Field(default=1.5e-6, ge=0.0, description="Learning rate per sample: the peak is lr * batch_size.")
+    lr: float = Field(
+        default=1.5e-6, ge=0.0, description="Learning rate per sample: the peak is lr * batch_size * num_gpus."
+    )
     head_lr_mult: float = Field(
         default=1.0, gt=0.0, description="Learning rate of mask head and RoI head, as a multiple."
     )
@@ -220,7 +260,8 @@ class TrainConfig(_OneProcess):
                 f"crf_value_low_thres {self.crf_value_low_thres} must be below "
                 f"crf_value_high_thres {self.crf_value_high_thres}"
             )
-        for name in ("checkpoint_interval", "validation_interval"):
+        by_epoch = ["checkpoint_interval"] if self.checkpoint_interval_unit == "epoch" else []
+        for name in (*by_epoch, "validation_interval"):
             if getattr(self, name) > self.num_epochs:
                 raise ValueError(f"{name} {getattr(self, name)} is more than num_epochs {self.num_epochs}")
         return self
@@ -239,7 +280,7 @@ class TrainConfig(_OneProcess):
         return small, medium, large
 
 
-class EvaluateConfig(_OneProcess):
+class EvaluateConfig(_OneMachine):
     """Section `evaluate`."""
 
     checkpoint: str | None = Field(default=None, description="Checkpoint to evaluate on dataset.val_ann_path.")
@@ -258,7 +299,7 @@ class EvaluateConfig(_OneProcess):
     )
 
 
-class InferenceConfig(_OneProcess):
+class InferenceConfig(_OneMachine):
     """Section `inference`."""
 
     checkpoint: str | None = Field(default=None, description="Checkpoint to label with.")
@@ -287,8 +328,12 @@ class Spec(Strict):
     compat: Compat = Field(
         default=Compat.NONE, description="tao: reproduce the published behaviour where ours differs on purpose."
     )
-    strategy: Literal["auto", "ddp"] = Field(
-        default="auto", description="How processes share the training; with one process both mean the same."
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto",
+        description=(
+            "How processes share the training: ddp, each holds the networks; fsdp, each a part of them (GPUs only).\n"
+            "auto: ddp where there are several."
+        ),
     )
     results_dir: str = Field(
         default="./results", description="Every task writes into a folder of its own below this one."

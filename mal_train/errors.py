@@ -14,6 +14,7 @@
     ├── DeviceError           the device failed under a batch; ours, not the caller's
     │   ├── OutOfDeviceMemory one crop alone does not fit
     │   └── DeviceLost        it fails every batch from now on, until the process starts anew
+    ├── LostProcess           another process of the same work has gone
     ├── OutputError           disk full, no permission, another run writes there
     └── NonFiniteTraining     loss or weights stopped being numbers
 
@@ -92,6 +93,10 @@ class OutOfDeviceMemory(DeviceError):
 
 class DeviceLost(DeviceError):
     """The device's state is damaged for as long as this process lives; every further batch would fail too."""
+
+
+class LostProcess(MalError):
+    """Another process that works on the same thing has gone; its own message, if it had time for one, tells why."""
 
 
 class OutputError(MalError):

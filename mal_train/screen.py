@@ -7,6 +7,11 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 
+class _Nowhere(io.StringIO):
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 class Screen:
     """Prints lines above the bar, where there is one. Everything for people goes to stderr; results go to stdout."""
 
@@ -14,6 +19,11 @@ class Screen:
         # A job whose stderr was closed (`2>&-`) has none at all.
         self.stream = stream or sys.stderr or io.StringIO()
         self.is_terminal = self.stream.isatty()
+
+    @classmethod
+    def silent(cls) -> "Screen":
+        """A screen that nobody sees: one process of several speaks for all."""
+        return cls(_Nowhere())
 
     def say(self, line: str) -> None:
         """One line."""

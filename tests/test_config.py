@@ -114,14 +114,16 @@ def test_every_field_is_described() -> None:
         ("train.num_epochs='3'", ['train.num_epochs: "3"', "valid integer"]),
         ("train.lr=.nan", ["train.lr: NaN", "finite number"]),
         ("train.use_amp=1", ["train.use_amp: 1", "valid boolean"]),
-        ("train.num_gpus=2", ["num_gpus 2", "one process"]),
+        ("train.gpu_ids=[0,1]", ["num_gpus 1, gpu_ids [0, 1]", "as many different ids"]),
+        ("inference.num_nodes=2", ["inference.num_nodes: 2", "mal-client label --server"]),
+        ("evaluate.num_nodes=2", ["evaluate.num_nodes: 2", "one machine"]),
         ("train.margin_rate=[1.2,0]", ["margin_rate [1.2, 0.0]", "the lower bound comes first"]),
         ("train.mask_thres=[0.1,0.2]", ["train.mask_thres: [0.1, 0.2]", "one threshold, or three"]),
         ("train.crf_kernel_size=4", ["train.crf_kernel_size: 4", "odd"]),
         ("train.checkpoint_interval=11", ["checkpoint_interval 11 is more than num_epochs 10"]),
         ("dataset=3", ["dataset: 3", "section"]),
         ("wandb.enable=true", ["wandb", "remove the section"]),
-        ("strategy=fsdp", ["strategy", "'auto' or 'ddp'"]),
+        ("strategy=dp", ["strategy", "'auto', 'ddp' or 'fsdp'"]),
         ("train.lr", ["section.field=value"]),
         ("results_dir.x.y=3", ["results_dir: ", "valid string"]),
     ],
@@ -192,7 +194,25 @@ def test_an_override_leaves_the_data_it_was_given_alone() -> None:
     assert data == {"train": {"lr": 1.0}}
 
 
-def test_no_gpu_means_the_cpu_and_two_are_refused() -> None:
-    assert load_spec(None, ["train.gpu_ids=[]"]).train.gpu_ids == ()
-    with pytest.raises(ConfigError, match="one process"):
-        load_spec(None, ["train.gpu_ids=[0,1]"])
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [
+        ([], (0,)),
+        (["train.gpu_ids=[]"], ()),
+        (["train.num_gpus=3"], (0, 1, 2)),
+        (["train.num_gpus=2", "train.gpu_ids=[]"], ()),
+        (["train.num_gpus=2", "train.gpu_ids=[3,1]"], (3, 1)),
+        (["train.gpu_ids=[2]"], (2,)),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(overrides: list[str], gpus: tuple[int, ...]) -> None:
+    assert load_spec(None, overrides).train.gpus == gpus
+
+
+def test_a_gpu_is_not_given_to_two_processes() -> None:
+    assert "num_gpus 2, gpu_ids [1, 1]" in refusal("train.num_gpus=2", "train.gpu_ids=[1,1]")
+
+
+def test_an_interval_in_steps_may_be_longer_than_the_epochs_are_many() -> None:
+    longer = ["train.checkpoint_interval=1000", "train.checkpoint_interval_unit=step"]
+    assert load_spec(None, longer).train.checkpoint_interval == 1000

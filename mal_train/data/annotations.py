@@ -3,6 +3,8 @@
 Boxes are kept in arrays, not objects: a million of them cross into the loader's processes for nothing.
 """
 
+import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,15 @@ class TrainingBoxes:
         """Box number `index` as x, y, width, height."""
         x, y, w, h = (float(v) for v in self.boxes_xywh[index])
         return x, y, w, h
+
+    def digest(self) -> str:
+        """Names what there is to train on: equal exactly where boxes, their order and their masks are."""
+        found = hashlib.sha256(json.dumps([path.name for path in self.paths]).encode())
+        for array in (self.size_wh, self.image_of_box, self.boxes_xywh):
+            found.update(array.tobytes())
+        for mask in self.masks:
+            found.update(b"-" if mask is None else mask.counts)
+        return found.hexdigest()
 
     def summary(self) -> str:
         """One line for people: what is kept, and what is not and why."""

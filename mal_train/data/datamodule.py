@@ -1,9 +1,11 @@
 """Feeds training: boxes in an order set by seed and epoch, cut in loader processes, collated into uint8 batches.
 
 What a sample looks like depends on (seed, epoch, index) alone, not on which process makes it or what came before: a
-run that goes on at an epoch's start sees what an undisturbed one would have seen.
+run that goes on at an epoch's start sees what an undisturbed one would have seen. Several training processes share each
+stretch of the order, so that together they see what one process with a batch as large would see.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +36,8 @@ class Batch(NamedTuple):
 
     student_NHWC and teacher_NHWC are uint8 RGB, box_mask_NHW uint8 with values 0 and 1. branch_N (int64 size branch)
     stays on the CPU, where it steers the network. bad_images names pictures that could not be read, with the reason.
-    mask_MHW (uint8, 0 and 1) are the masks of the M samples that masked_M (int64) counts; None without any.
+    mask_MHW (uint8, 0 and 1) are the masks of the M samples that masked_M (int64) counts; None without any. weight is
+    the factor of its loss: 1, but where several processes share an epoch's last stretch unevenly.
     """
 
     student_NHWC: Tensor
@@ -44,6 +47,7 @@ class Batch(NamedTuple):
     bad_images: tuple[str, ...]
     mask_MHW: Tensor | None = None
     masked_M: Tensor | None = None
+    weight: float = 1.0
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its pixels on `device`."""
@@ -61,6 +65,15 @@ class Sample(NamedTuple):
     views: Views
     branch: int
     bad_images: tuple[str, ...]
+    weight: float = 1.0
+
+
+class Place(NamedTuple):
+    """Which box in which epoch, and the weight of its batch's loss."""
+
+    epoch: int
+    box: int
+    weight: float = 1.0
 
 
 class BoxDataset(Dataset[Sample]):
@@ -76,13 +89,13 @@ class BoxDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: tuple[int, int] | Place) -> Sample:
         """The sample of box `index` in `epoch`; another box in its place where its picture cannot be read.
 
         Raises:
             BadDataset: the pictures of REPLACEMENTS boxes in a row cannot be read.
         """
-        epoch, index = key
+        epoch, index, weight = Place(*key)
         rng = np.random.default_rng([self.seed, epoch, index])
         bad: list[str] = []
         for _ in range(REPLACEMENTS):
@@ -96,7 +109,7 @@ class BoxDataset(Dataset[Sample]):
             branch = int(network_branch(box_area(box), self.cropping.compat))
             code = self.boxes.masks[index] if self.boxes.masks else None
             mask = None if code is None else rle.decode_mask(code)
-            return Sample(make_views(image, box, self.cropping, rng, mask), branch, tuple(bad))
+            return Sample(make_views(image, box, self.cropping, rng, mask), branch, tuple(bad), weight)
         raise BadDataset(f"{REPLACEMENTS} pictures in a row cannot be read, the last: {bad[-1]}")
 
     def _image(self, index: int) -> RgbImage:
@@ -113,12 +126,28 @@ class BoxDataset(Dataset[Sample]):
         return image
 
 
-class EpochOrder(Sampler[tuple[int, int]]):
-    """(epoch, index) of every box in `epoch_order`; the trainer calls `set_epoch` before each epoch."""
+class EpochOrder(Sampler[Place]):
+    """One process's places of every epoch; the trainer calls `set_epoch` before each epoch.
 
-    def __init__(self, boxes: TrainingBoxes, seed: int) -> None:
+    The order of `epoch_order` is cut into stretches of `batch_size` boxes for each process, and a process takes its
+    part of each: no box twice, none left out. The last stretch may give one process a box less than another, or none;
+    that one gets a box of the stretch whose loss counts 0, because all must take part in every step. Within a stretch
+    the boxes go by picture, so that few processes open the same one; the step's gradient is the stretch's either way.
+
+    Args:
+        boxes: all there are.
+        seed: of the order.
+        batch_size: boxes that one process takes at a time.
+        rank: of this process.
+        size: number of processes.
+    """
+
+    def __init__(self, boxes: TrainingBoxes, seed: int, batch_size: int = 1, rank: int = 0, size: int = 1) -> None:
         self.boxes = boxes
         self.seed = seed
+        self.batch_size = batch_size
+        self.rank = rank
+        self.size = size
         self.epoch = 0
         self.skip = 0
 
@@ -127,12 +156,31 @@ class EpochOrder(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.boxes)
+        whole, rest = divmod(len(self.boxes), self.batch_size * self.size)
+        return whole * self.batch_size + (max(1, self._share(rest)[1]) if rest else 0)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Place]:
         epoch, skip = self.epoch, self.skip
         self.skip = 0
-        return ((epoch, int(index)) for index in epoch_order(self.boxes, self.seed, epoch)[skip:])
+        return itertools.islice(self._places(epoch), skip, None)
+
+    def _places(self, epoch: int) -> Iterator[Place]:
+        order = epoch_order(self.boxes, self.seed, epoch)
+        stretch = self.batch_size * self.size
+        for start in range(0, len(order), stretch):
+            members = order[start : start + stretch]
+            if self.size > 1:
+                members = members[np.argsort(self.boxes.image_of_box[members], kind="stable")]
+            first, count = self._share(len(members))
+            mine = members[first : first + count] if count else members[:1]
+            # Gradients are averaged over processes; so weighted, the average is the mean over the stretch.
+            weight = count * self.size / len(members)
+            yield from (Place(epoch, int(index), weight) for index in mine)
+
+    def _share(self, count: int) -> tuple[int, int]:
+        """Where this process's part of `count` boxes starts, and its length; parts differ by one box at most."""
+        start = count * self.rank // self.size
+        return start, count * (self.rank + 1) // self.size - start
 
 
 @dataclass(frozen=True)
@@ -140,16 +188,20 @@ class LoaderSettings:
     """How batches are made.
 
     Attributes:
-        batch_size: boxes in a batch; the last one of an epoch may be smaller.
-        num_workers: loader processes; 0 works in the main one.
+        batch_size: boxes in a batch of one process; the last one of an epoch may be smaller.
+        num_workers: loader processes of each process; 0 works in the main one.
         seed: of order and augmentation, ≥ 0.
         pin_memory: page-locked batches, for CUDA.
+        rank: of this training process.
+        size: number of training processes.
     """
 
     batch_size: int
     num_workers: int
     seed: int
     pin_memory: bool = False
+    rank: int = 0
+    size: int = 1
 
 
 class BoxDataModule(lightning.LightningDataModule):
@@ -160,7 +212,7 @@ class BoxDataModule(lightning.LightningDataModule):
         self.boxes = boxes
         self.cropping = cropping
         self.settings = settings
-        self._order = EpochOrder(boxes, settings.seed)
+        self._order = EpochOrder(boxes, settings.seed, settings.batch_size, settings.rank, settings.size)
 
     def go_on_from(self, epoch: int, batches: int) -> None:
         """Begin with this epoch, and leave out its first batches: a run that was cut off has trained on them.
@@ -194,4 +246,5 @@ def collate(samples: list[Sample]) -> Batch:
         tuple(text for sample in samples for text in sample.bad_images),
         torch.from_numpy(np.stack([mask for _, mask in masked])) if masked else None,
         torch.tensor([n for n, _ in masked], dtype=torch.int64) if masked else None,
+        samples[0].weight,
     )

@@ -190,7 +190,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler (CXX, g++ or clang++), on a GPU also Triton."""
+    """Whether torch.compile may run (TORCH_COMPILE_DISABLE) and finds g++, clang++ or CXX, on a GPU also Triton."""
+    if torch._dynamo.config.disable:
+        return False
     candidates = (os.environ.get("CXX", ""), "g++", "clang++")
     has_compiler = any(shutil.which(name) for name in candidates if name)
     return has_compiler and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)

@@ -106,20 +106,21 @@ def keys_of(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | None]:
     return seal_with, open_with
 
 
-def choose_device(gpu_ids: tuple[int, ...], screen: Screen) -> torch.device:
-    """The GPU that was asked for; the CPU for none, and, with one line, on a machine without CUDA.
+def choose_devices(gpus: tuple[int, ...], processes: int, screen: Screen) -> list[torch.device]:
+    """The device of each process: the GPUs that were asked for; the CPU for none, and, with one line, without CUDA.
 
     Raises:
-        ConfigError: there are GPUs, but not that one.
+        ConfigError: there are GPUs, but not those.
     """
-    if not gpu_ids:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        screen.say("no CUDA on this machine: working on the CPU")
-        return torch.device("cpu")
-    if gpu_ids[0] >= torch.cuda.device_count():
-        raise ConfigError(f"gpu_ids: {gpu_ids[0]}; this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
-    return torch.device("cuda", gpu_ids[0])
+    if gpus and not torch.cuda.is_available():
+        screen.say("no CUDA on this machine: working on the CPU" + (f", {processes} times" if processes > 1 else ""))
+        gpus = ()
+    if not gpus:
+        return [torch.device("cpu")] * processes
+    missing = [gpu for gpu in gpus if gpu >= torch.cuda.device_count()]
+    if missing:
+        raise ConfigError(f"gpu_ids: {missing[0]}; this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
+    return [torch.device("cuda", gpu) for gpu in gpus]
 
 
 def open_labeler(

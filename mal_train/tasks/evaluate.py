@@ -9,7 +9,7 @@ from mal_train.labeling.labeler import RunOptions
 from mal_train.labeling.settings import Branch
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
-    choose_device,
+    choose_devices,
     existing_file,
     existing_folder,
     open_labeler,
@@ -36,7 +36,7 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
         coco = read_coco(ann_path)
         if not has_masks(coco):
             raise BadDataset(f"{ann_path}: no annotation has a segmentation to compare with")
-        device = choose_device(settings.gpu_ids, screen)
+        device = choose_devices(settings.gpus, settings.num_gpus, screen)[0]
         labeler, checkpoint = open_labeler(
             spec, settings.checkpoint, "evaluate.checkpoint", device=device, precision=settings.precision, screen=screen
         )

@@ -19,7 +19,7 @@ from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Label, Labeler
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
-    choose_device,
+    choose_devices,
     existing_file,
     existing_folder,
     open_labeler,
@@ -63,7 +63,7 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
         check_writable(path)
         coco = read_coco(existing_file(settings.ann_path, "inference.ann_path"))
         image_dir = existing_folder(settings.img_dir, "inference.img_dir")
-        device = choose_device(settings.gpu_ids, screen)
+        device = choose_devices(settings.gpus, settings.num_gpus, screen)[0]
         labeler, checkpoint = open_labeler(
             spec,
             settings.checkpoint,

@@ -1,11 +1,8 @@
 """`mal-train train`: builds network, data, losses and callbacks from the spec, and lets Lightning run them."""
 
 import dataclasses
-import logging
 import secrets
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,11 @@ from typing import Any
 import lightning
 import torch
 
-from mal_train.config import Spec, TrainConfig
+from mal_train.config import Spec
 from mal_train.data.annotations import TrainingBoxes, select_boxes
 from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataModule, LoaderSettings
-from mal_train.errors import BadDataset, ConfigError, OutOfDeviceMemory
+from mal_train.errors import ConfigError, LostProcess
 from mal_train.labeling.coco import CocoFile, read_coco
 from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.losses.crf import MeanField
@@ -25,11 +22,11 @@ from mal_train.model.backbones import check_crop_size
 from mal_train.model.checkpoint import Checkpoint, read_header
 from mal_train.model.keys import DecryptionKey
 from mal_train.model.network import MalNetwork, ModelConfig
-from mal_train.model.precision import Precision, resolve
+from mal_train.model.precision import Precision
 from mal_train.model.pretrained import load_pretrained, starting_weights_licence
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
-    choose_device,
+    choose_devices,
     existing_file,
     existing_folder,
     keys_of,
@@ -48,12 +45,15 @@ from mal_train.training.checkpoints import (
     newest_checkpoint,
     newest_whole,
 )
+from mal_train.training.fitting import FitSettings, build_trainer, check_strategy, fit, quiet
 from mal_train.training.module import LossSettings, MalModule
 from mal_train.training.optimiser import OptimiserSettings, freeze_stages
 from mal_train.training.progress import Progress
-from mal_train.training.records import MetricsFile
+from mal_train.training.ranks import Followed, Ranks, joined
+from mal_train.training.records import MetricsFile, StatusFile
 from mal_train.training.schedule import CosineSchedule
 from mal_train.training.validation import Validator, has_masks
+from mal_train.world import world_of
 
 
 @dataclass(frozen=True)
@@ -75,74 +75,148 @@ def train(spec: Spec, screen: Screen) -> TrainResult:
     """Trains from boxes, and leaves sealed checkpoints, metrics.csv and status.json in the task's folder.
 
     Goes on from train.resume_training_checkpoint_path, or from the newest checkpoint in the folder where there is one.
+    One of several processes where a launcher started them; the first one writes and speaks.
 
     Raises:
         MalError: a setting or the data cannot be used, gradients stopped being finite, or a file cannot be written.
         Terminated: a SIGTERM came; a checkpoint was written first.
     """
-    with task_folder(spec, "train") as (folder, status):
-        seal_with, open_with = keys_of(spec)
-        resume = _checkpoint_to_resume(spec, folder, screen)
-        seed = secrets.randbits(31) if spec.train.seed < 0 else spec.train.seed
-        coco = read_coco(existing_file(spec.dataset.train_ann_path, "dataset.train_ann_path"))
-        boxes = _training_boxes(spec, coco, screen)
-        device = choose_device(spec.train.gpu_ids, screen)
-        torch.manual_seed(seed)
-        network, source = build_network(spec, resume, open_with, screen)
-        module = build_module(spec, network, boxes, seed, screen)
-        if seal_with is None:
-            screen.say("checkpoints will not be encrypted; set encryption_key to seal them")
+    world = world_of()
+    world.check(spec.train.num_gpus, spec.train.num_nodes)
+    try:
+        with ExitStack() as stack:
+            status: StatusFile | None = None
+            folder = spec.task_dir("train")
+            if world.is_first:
+                folder, status = stack.enter_context(task_folder(spec, "train"))
+            else:
+                screen = Screen.silent()
+            devices = choose_devices(spec.train.gpus, spec.train.num_gpus, screen)
+            check_strategy(spec.strategy, devices)
+            ranks = stack.enter_context(joined(world, cuda=devices[0].type == "cuda"))
+            return _train(spec, screen, folder, status, devices=devices, ranks=ranks)
+    except LostProcess as error:
+        if world.is_first:
+            raise
+        raise Followed(error.exit_code) from error
 
-        def describe() -> Checkpoint:
-            return Checkpoint(
-                network.config,
-                module.labeler_config,
-                {},
-                coco.categories,
-                _provenance(source, spec.train.supervision, module, validate),
-            )
 
-        data = BoxDataModule(
-            boxes,
-            Cropping(spec.dataset.crop_size, spec.train.margin_rate, spec.compat, spec.train.colour_augmentation),
-            LoaderSettings(
-                spec.train.batch_size, spec.dataset.num_workers_per_gpu, seed, pin_memory=device.type == "cuda"
-            ),
+def _train(
+    spec: Spec, screen: Screen, folder: Path, status: StatusFile | None, *, devices: list[torch.device], ranks: Ranks
+) -> TrainResult:
+    seal_with, open_with = keys_of(spec)
+    coco, boxes, resume, seed = _begin(spec, folder, ranks, screen)
+    torch.manual_seed(seed)
+    network, source = build_network(spec, resume, open_with, screen)
+    module = build_module(spec, network, boxes, seed, screen, ranks=ranks)
+    if seal_with is None:
+        screen.say("checkpoints will not be encrypted; set encryption_key to seal them")
+
+    def describe() -> Checkpoint:
+        return Checkpoint(
+            network.config,
+            module.labeler_config,
+            {},
+            coco.categories,
+            _provenance(source, spec.train.supervision, module, validate),
         )
 
-        def resumed(checkpoint: Checkpoint, position: Position) -> None:
-            _check_same_network(checkpoint, network.config, resume)
-            if spec.fits_thresholds:
-                thresholds = checkpoint.labeler.mask_thres
-                module.labeler_config = dataclasses.replace(module.labeler_config, mask_thres=thresholds)
-            if spec.fits_calibration:
-                knots = checkpoint.labeler.calibration
-                module.labeler_config = dataclasses.replace(module.labeler_config, calibration=knots)
-            data.go_on_from(position.epochs, position.batches)
+    device = devices[ranks.world.local_rank]
+    data = BoxDataModule(
+        boxes,
+        Cropping(spec.dataset.crop_size, spec.train.margin_rate, spec.compat, spec.train.colour_augmentation),
+        LoaderSettings(
+            spec.train.batch_size,
+            spec.dataset.num_workers_per_gpu,
+            seed,
+            pin_memory=device.type == "cuda",
+            rank=ranks.rank,
+            size=ranks.size,
+        ),
+    )
 
-        metrics = MetricsFile(folder, append=resume is not None)
-        records = Records(metrics, status)
-        validate = _validation(spec, device, records, screen)
-        checkpoints = Checkpoints(folder, spec.train.checkpoint_interval, screen.say)
-        callbacks: list[lightning.Callback] = [Progress(screen), records]
-        callbacks += [validate] if validate is not None else []
-        preempt = Preempt(checkpoints)
+    def resumed(checkpoint: Checkpoint, position: Position) -> None:
+        _check_same_network(checkpoint, network.config, resume)
+        if spec.fits_thresholds:
+            thresholds = checkpoint.labeler.mask_thres
+            module.labeler_config = dataclasses.replace(module.labeler_config, mask_thres=thresholds)
+        if spec.fits_calibration:
+            knots = checkpoint.labeler.calibration
+            module.labeler_config = dataclasses.replace(module.labeler_config, calibration=knots)
+        data.go_on_from(position.epochs, position.batches)
+
+    checkpoints = Checkpoints(
+        folder,
+        spec.train.checkpoint_interval,
+        screen.say,
+        by_step=spec.train.checkpoint_interval_unit == "step",
+        ranks=ranks,
+    )
+    preempt = Preempt(checkpoints)
+    callbacks: list[lightning.Callback] = []
+    validate: Validate | None = None
+    io = SealedCheckpointIO(describe, resumed, seal_with=seal_with, open_with=open_with)
+    settings = _fit_settings(spec)
+    with ExitStack() as stack:
+        if status is not None:
+            metrics = stack.enter_context(closing(MetricsFile(folder, append=resume is not None)))
+            records = Records(metrics, status)
+            validate = _validation(spec, device, records, screen)
+            callbacks = [Progress(screen), records, *([validate] if validate is not None else [])]
+            status.write("RUNNING", "Starting Training Loop.")
         callbacks += [checkpoints, preempt]
-        io = SealedCheckpointIO(describe, resumed, seal_with=seal_with, open_with=open_with)
-        try:
-            with _quiet(), preempt.watching():
-                trainer = _trainer(spec.train, device, callbacks, io, folder)
-                status.write("RUNNING", "Starting Training Loop.")
-                _fit(trainer, module, data, resume)
-        finally:
-            metrics.close()
+        stack.enter_context(quiet())
+        stack.enter_context(preempt.watching())
+        trainer = build_trainer(settings, module, devices, callbacks=callbacks, io=io, folder=folder)
+        fit(trainer, module, data, resume, settings)
+    if status is not None:
         status.write("RUNNING", "Training loop complete.")
-        last = newest_checkpoint(folder)
-        if checkpoints.written is None:
-            screen.say(f"{resume}: has trained {spec.train.num_epochs} epochs already; raise train.num_epochs to go on")
-        return TrainResult(
-            last or folder / LATEST, None if validate is None else validate.last_report, module.steps_skipped
+    if checkpoints.written is None:
+        screen.say(f"{resume}: has trained {spec.train.num_epochs} epochs already; raise train.num_epochs to go on")
+    return TrainResult(
+        newest_checkpoint(folder) or folder / LATEST,
+        None if validate is None else validate.last_report,
+        module.steps_skipped,
+    )
+
+
+def _begin(spec: Spec, folder: Path, ranks: Ranks, screen: Screen) -> tuple[CocoFile, TrainingBoxes, Path | None, int]:
+    """What all processes must agree on: the boxes, the checkpoint to go on from, the seed.
+
+    Rank 0 looks first, so that what is wrong with the files is said once.
+
+    Raises:
+        ConfigError: the processes do not see the same boxes.
+    """
+    resume, seed = None, spec.train.seed
+    found: tuple[CocoFile, TrainingBoxes] | None = None
+    if ranks.is_first:
+        resume = _checkpoint_to_resume(spec, folder, screen)
+        seed = secrets.randbits(31) if seed < 0 else seed
+        found = _training_boxes(spec, screen)
+    agreed = ranks.share([None if resume is None else str(resume), seed])
+    coco, boxes = found or _training_boxes(spec, screen)
+    if len(set(ranks.gather([boxes.digest()]))) > 1:
+        ranks.stop(
+            ConfigError(
+                "dataset.train_ann_path, dataset.train_img_dir: the processes find different boxes; all machines must "
+                "see the same files under the same paths"
+            )
         )
+    return coco, boxes, None if agreed[0] is None else Path(agreed[0]), int(agreed[1])
+
+
+def _fit_settings(spec: Spec) -> FitSettings:
+    section = spec.train
+    return FitSettings(
+        spec.strategy,
+        section.num_nodes,
+        section.num_epochs,
+        section.accum_grad_batches,
+        section.use_amp,
+        section.cudnn.benchmark,
+        section.cudnn.deterministic,
+    )
 
 
 def build_network(
@@ -169,9 +243,12 @@ def build_network(
     return network, source or "random"
 
 
-def build_module(spec: Spec, network: MalNetwork, boxes: TrainingBoxes, seed: int, screen: Screen) -> MalModule:
+def build_module(
+    spec: Spec, network: MalNetwork, boxes: TrainingBoxes, seed: int, screen: Screen, *, ranks: Ranks | None = None
+) -> MalModule:
     """The training module that the spec describes."""
     section = spec.train
+    # As published: times the GPUs of a machine, but neither the machines nor the accumulated batches.
     peak = section.lr * section.batch_size * section.num_gpus
     return MalModule(
         network,
@@ -207,6 +284,7 @@ def build_module(spec: Spec, network: MalNetwork, boxes: TrainingBoxes, seed: in
         num_images=len(boxes.paths),
         learns_from_masks=bool(boxes.masks),
         say=screen.say,
+        ranks=ranks,
     )
 
 
@@ -232,7 +310,8 @@ def _checkpoint_to_resume(spec: Spec, folder: Path, screen: Screen) -> Path | No
     return path if given is not None else newest_whole(folder, open_with, screen.say)
 
 
-def _training_boxes(spec: Spec, coco: CocoFile, screen: Screen) -> TrainingBoxes:
+def _training_boxes(spec: Spec, screen: Screen) -> tuple[CocoFile, TrainingBoxes]:
+    coco = read_coco(existing_file(spec.dataset.train_ann_path, "dataset.train_ann_path"))
     boxes = select_boxes(
         coco,
         existing_folder(spec.dataset.train_img_dir, "dataset.train_img_dir"),
@@ -243,7 +322,7 @@ def _training_boxes(spec: Spec, coco: CocoFile, screen: Screen) -> TrainingBoxes
         name=spec.dataset.train_ann_path,
     )
     screen.say(boxes.summary())
-    return boxes
+    return coco, boxes
 
 
 def _validation(spec: Spec, device: torch.device, records: Records, screen: Screen) -> Validate | None:
@@ -265,76 +344,11 @@ def _validation(spec: Spec, device: torch.device, records: Records, screen: Scre
         batch_size=spec.train.batch_size,
         fit_thresholds=spec.fits_thresholds,
         fit_calibration=spec.fits_calibration,
-        precision=_precision(spec.train),
+        precision=Precision.AUTO if spec.train.use_amp else Precision.FLOAT32,
         device=str(device),
         threads=worker_threads(),
     )
     return Validate(validator, spec.train.validation_interval, records, screen.say)
-
-
-def _precision(section: TrainConfig) -> str:
-    return str(Precision.AUTO if section.use_amp else Precision.FLOAT32)
-
-
-def _trainer(
-    section: TrainConfig,
-    device: torch.device,
-    callbacks: list[lightning.Callback],
-    io: SealedCheckpointIO,
-    folder: Path,
-) -> lightning.Trainer:
-    mixed: Any = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
-    dtype = resolve(_precision(section), device)
-    if section.use_amp and device.type == "cuda" and dtype is torch.float32:
-        dtype = torch.float16  # GPUs before Ampere are fast at float16 only
-    return lightning.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index] if device.type == "cuda" else 1,
-        precision=mixed[dtype],
-        max_epochs=section.num_epochs,
-        accumulate_grad_batches=section.accum_grad_batches,
-        callbacks=callbacks,
-        plugins=[io],
-        default_root_dir=str(folder),
-        # Files, bars and rows are our callbacks' work.
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def _fit(trainer: lightning.Trainer, module: MalModule, data: BoxDataModule, resume: Path | None) -> None:
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=None if resume is None else str(resume))
-    except SystemExit:
-        # Lightning's answer to Ctrl-C.
-        raise KeyboardInterrupt("interrupted; the last checkpoint is whole") from None
-    except BadDataset as error:
-        # From a loader process the message comes with that process's stack before it.
-        raise BadDataset(str(error).strip().rpartition("BadDataset: ")[2]) from error
-    except torch.OutOfMemoryError as error:
-        raise OutOfDeviceMemory(
-            f"a training batch does not fit into {module.device}: lower train.batch_size (train.accum_grad_batches "
-            f"makes up for it) or dataset.crop_size ({error})"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the libraries' hints off the screen: they speak of their own interfaces, which nobody here uses."""
-    names = ("lightning.pytorch", "lightning.fabric", "lightning", "torch.utils.cpp_extension")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\..*")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _check_same_network(checkpoint: Checkpoint, wanted: ModelConfig, path: Path | None) -> None:

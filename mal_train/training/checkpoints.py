@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from lightning.fabric.plugins import CheckpointIO
 from mal_train.errors import Altered, CheckpointError, MalError, OutputError, Truncated
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.model.keys import DecryptionKey, EncryptionKey
+from mal_train.training.ranks import Ranks
 
 LATEST = "mal_model_latest.malckpt"
 PREFIX = "network."
@@ -102,39 +103,62 @@ def position_of(training: dict[str, Any]) -> Position:
 
 @dataclass
 class Checkpoints(lightning.Callback):
-    """Writes model_epoch_EEE_step_SSSSS.malckpt every few epochs and at the end; LATEST points to the newest.
+    """Writes model_epoch_EEE_step_SSSSS.malckpt at intervals and at the end; LATEST points to the newest.
 
     Attributes:
         folder: where to.
-        interval: epochs between two.
+        interval: epochs or steps between two.
         say: prints a line for people.
+        by_step: whether `interval` counts optimiser steps.
+        ranks: the processes that train together; the first one writes, and all must take part.
         written: the newest file of this run; None before the first.
     """
 
     folder: Path
     interval: int
     say: Callable[[str], None]
+    by_step: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
     written: Path | None = None
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The step's file, when one is due; an epoch's last step waits for the validation."""
+        del pl_module, outputs, batch
+        if self.by_step and is_between_steps(trainer, batch_idx) and trainer.global_step % self.interval == 0:
+            self.write(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """The epoch's file, when one is due."""
         del pl_module
         epoch = trainer.current_epoch + 1
-        if epoch % self.interval == 0 or epoch == trainer.max_epochs:
+        done = trainer.global_step if self.by_step else epoch
+        if done % self.interval == 0 or epoch == trainer.max_epochs:
             self.write(trainer)
 
     def write(self, trainer: lightning.Trainer) -> Path:
-        """A file of this moment; returns its path."""
+        """A file of this moment, by all processes together; returns its path."""
         path = self.folder / f"model_epoch_{trainer.current_epoch:03d}_step_{trainer.global_step:05d}.malckpt"
+        if path == self.written:
+            return path
         trainer.save_checkpoint(path)
-        point_latest_to(path)
+        if self.ranks.is_first:
+            point_latest_to(path)
         self.written = path
         self.say(f"wrote {path}")
         return path
 
 
+def is_between_steps(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether a batch ended an optimiser step inside an epoch: half a step cannot be kept."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
+
+
 class Preempt(lightning.Callback):
-    """Ends training on SIGTERM: after the batch at hand, with a checkpoint of that moment.
+    """Ends training on SIGTERM: after the step at hand, with a checkpoint of that moment.
+
+    It is enough that one of several processes gets the signal. Under SLURM, SIGUSR1 (sbatch --signal) means the same.
 
     Args:
         checkpoints: writes it.
@@ -142,36 +166,55 @@ class Preempt(lightning.Callback):
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
+        self._ranks = checkpoints.ranks
         self._asked = threading.Event()
+        self._signals = [signal.SIGTERM, *([signal.SIGUSR1] if self._ranks.world.launcher == "SLURM" else [])]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Listens for SIGTERM inside the block; only the main thread may, elsewhere nothing is changed."""
+        """Listens for the signals inside the block; only the main thread may, elsewhere nothing is changed."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+        before = {number: signal.getsignal(number) for number in self._signals}
+        self._listen()
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        for number in self._signals:
+            signal.signal(number, lambda *_: self._asked.set())
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Listens again: Lightning has put a handler of its own in between.
+
+        That one would talk to the other processes from inside the handler, and end a step halfway.
+        """
+        del trainer, pl_module
+        if threading.current_thread() is threading.main_thread():
+            self._listen()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes and raises, when asked to; only between optimiser steps, for half a step cannot be kept."""
+        """Writes and raises, when asked to; only between optimiser steps."""
         del pl_module, outputs, batch
-        if not self._asked.is_set() or (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.is_last_batch:
-            return
-        path = self._checkpoints.write(trainer)
-        raise Terminated(f"terminated after saving {path}; the same command goes on from there")
+        if is_between_steps(trainer, batch_idx):
+            self._end_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """The same at the end of an epoch."""
         del pl_module
-        if self._asked.is_set():
-            path = self._checkpoints.write(trainer)
-            raise Terminated(f"terminated after saving {path}; the same command goes on from there")
+        self._end_if_asked(trainer)
+
+    def _end_if_asked(self, trainer: lightning.Trainer) -> None:
+        if not self._ranks.any(self._asked.is_set()):
+            return
+        path = self._checkpoints.write(trainer)
+        self._ranks.stop(Terminated(f"terminated after saving {path}; the same command goes on from there"))
 
 
 def point_latest_to(path: Path) -> None:

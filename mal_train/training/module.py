@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from mal_train.labeling.settings import Branch, Compat, LabelerConfig
 from mal_train.losses.crf import MeanField
 from mal_train.model.network import MalNetwork, normalise
 from mal_train.training.optimiser import OptimiserSettings, build_optimiser, set_rate
+from mal_train.training.ranks import Ranks
 from mal_train.training.schedule import CosineSchedule, ramp
 from mal_train.training.step import LossWeights, StepLosses, mixed_losses, step_losses
 from mal_train.training.teacher import follow
@@ -57,6 +59,7 @@ class MalModule(lightning.LightningModule):
         learns_from_masks: whether any sample carries a mask, for those who watch.
         num_images: pictures in the training set, to know how many unreadable ones are too many.
         say: prints a line for people.
+        ranks: the processes that train together; None: this one alone.
     """
 
     def __init__(
@@ -73,8 +76,10 @@ class MalModule(lightning.LightningModule):
         num_images: int,
         learns_from_masks: bool = False,
         say: Callable[[str], None] = print,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
+        self.ranks = ranks or Ranks()
         self.network = network
         self.labeler_config = labeler_config
         self.schedule = schedule
@@ -114,7 +119,8 @@ class MalModule(lightning.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Random numbers of this batch, whatever was drawn before it."""
         self._note_bad_images(batch.bad_images)
-        torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx)
+        place = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx, self.ranks.rank])
+        torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Both networks forward, and the losses that the batch's boxes and masks ask for."""
@@ -144,8 +150,9 @@ class MalModule(lightning.LightningModule):
                 losses = of_boxes(slice(None))
             else:
                 losses = mixed_losses(student, batch.mask_MHW, batch.masked_M, weights.mask, of_boxes)
-        self.last_losses = StepLosses(*(loss.detach() for loss in losses))
-        return losses.total
+        seen = self.ranks.mean(torch.stack([loss.detach() for loss in losses]) * batch.weight)
+        self.last_losses = StepLosses(*seen)
+        return losses.total * batch.weight
 
     def loss_weights(self, step: int) -> LossWeights:
         """Weights of an optimiser step."""
@@ -162,7 +169,8 @@ class MalModule(lightning.LightningModule):
         set_rate(optimizer, self.schedule.at_step(self.global_step, self.steps_per_epoch, self.compat))
         gradients = [p.grad for p in self.network.student.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
-        if bool(torch.isfinite(norms).all()):
+        # All skip it or none does, however the gradients are spread over the processes.
+        if not self.ranks.any(not bool(torch.isfinite(norms).all())):
             self._skipped_in_a_row = 0
             return
         optimizer.zero_grad(set_to_none=True)
@@ -170,25 +178,34 @@ class MalModule(lightning.LightningModule):
         self._skipped_in_a_row += 1
         self.say(f"step {self.global_step}: the gradient is not finite; the step is left out")
         if self._skipped_in_a_row >= NON_FINITE_LIMIT:
-            raise NonFiniteTraining(
-                f"{NON_FINITE_LIMIT} steps in a row up to step {self.global_step} had no finite gradient; lower "
-                "train.lr or set train.use_amp to false. The last checkpoint before them is intact"
+            self.ranks.stop(
+                NonFiniteTraining(
+                    f"{NON_FINITE_LIMIT} steps in a row up to step {self.global_step} had no finite gradient; lower "
+                    "train.lr or set train.use_amp to false. The last checkpoint before them is intact"
+                )
             )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimiser's step, then the teacher's."""
         super().optimizer_step(*args, **kwargs)
         if not self._skipped_in_a_row:
+            self.ranks.average_buffers(self.network.student)
             follow(self.network.teacher, self.network.student, self.teacher_momentum)
 
-    def _note_bad_images(self, messages: tuple[str, ...]) -> None:
+    def _note_bad_images(self, here: tuple[str, ...]) -> None:
+        """Counts what any process could not read, so that all agree when it is too much."""
+        if not self.ranks.any(bool(here)):
+            return
+        messages = self.ranks.gather(here)
         for message in messages:
             if message not in self._bad_images:
                 self._bad_images.add(message)
                 self.say(f"not trained on: {message}")
         allowed = max(1.0, BAD_IMAGE_SHARE * self.num_images)
         if len(self._bad_images) > allowed:
-            raise BadDataset(
-                f"{len(self._bad_images)} of {self.num_images} training pictures cannot be read, more than "
-                f"{BAD_IMAGE_SHARE:.0%}; the last: {messages[-1]}"
+            self.ranks.stop(
+                BadDataset(
+                    f"{len(self._bad_images)} of {self.num_images} training pictures cannot be read, more than "
+                    f"{BAD_IMAGE_SHARE:.0%}; the last: {messages[-1]}"
+                )
             )

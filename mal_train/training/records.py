@@ -76,6 +76,14 @@ class StatusFile:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
 
 
+def note_failure(folder: Path, message: str) -> None:
+    """Says FAILURE in <folder>/status.json where a run ended without saying how: it was killed."""
+    path = folder / "status.json"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if lines and json.loads(lines[-1])["status"] in {"STARTED", "RUNNING"}:
+        StatusFile(folder).write("FAILURE", message)
+
+
 class MetricsFile:
     """Rows of METRIC_COLUMNS in a CSV file, and the same figures as TensorBoard events.
 

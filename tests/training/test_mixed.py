@@ -22,7 +22,7 @@ from mal_train.screen import Screen
 from mal_train.tasks.train import train
 from mal_train.training.step import StepLosses, mixed_losses
 from tests.scenes import write_scenes
-from tests.training.test_train import SMALL
+from tests.training.runs import SMALL
 
 
 def half_masked(coco: dict[str, Any]) -> None:

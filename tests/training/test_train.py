@@ -1,7 +1,6 @@
 """Whole training runs of a very small network, through the same function as the command."""
 
 import csv
-import json
 import os
 import signal
 import threading
@@ -12,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mal_train.config import Spec, load_spec
+from mal_train.config import Spec
 from mal_train.errors import BadDataset, ConfigError, NonFiniteTraining, OutputError, Truncated, WrongKey
-from mal_train.losses.crf import MeanField
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint
 from mal_train.model.keys import generate_identity, parse_key, write_identity
 from mal_train.screen import Screen
@@ -23,29 +21,12 @@ from mal_train.tasks.train import TrainResult, train
 from mal_train.training import module as training_module
 from mal_train.training.checkpoints import LATEST, Terminated, newest_checkpoint, point_latest_to
 from tests.scenes import write_scenes
-
-SMALL = [
-    "dataset.crop_size=32",
-    "dataset.min_obj_size=100",
-    "dataset.num_workers_per_gpu=0",
-    "model.arch=vit-micro/16",
-    "model.mask_head_hidden_channel=8",
-    "model.mask_head_out_channel=8",
-    "model.vit_dpr=0.3",
-    "train.batch_size=4",
-    "train.num_epochs=3",
-    "train.lr=1e-4",
-    "train.loss_mil_step=2",
-    "train.loss_crf_step=4",
-    "train.crf_num_iter=3",
-    "train.use_amp=false",
-]
+from tests.training.runs import assert_same, plain_mean_field, spec_of, statuses, weights
 
 
 @pytest.fixture(autouse=True)
 def _plain_mean_field(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes longer than all of these runs."""
-    monkeypatch.setattr("mal_train.tasks.train.MeanField", lambda **settings: MeanField(**settings, compiled=False))
+    plain_mean_field(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -57,29 +38,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
     }
 
 
-def spec_of(scenes: dict[str, tuple[Path, Path]], results: Path, *overrides: str, validate: bool = False) -> Spec:
-    paths = [f"results_dir='{results}'"]
-    for part, (annotations, images) in scenes.items():
-        if part == "train" or validate:
-            paths += [f"dataset.{part}_ann_path='{annotations}'", f"dataset.{part}_img_dir='{images}'"]
-    return load_spec(None, [*SMALL, *paths, *overrides])
-
-
 def run(spec: Spec) -> TrainResult:
     return train(spec, Screen())
-
-
-def weights(path: Path) -> dict[str, Tensor]:
-    return dict(load_checkpoint(path, None).weights)
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def statuses(results: Path) -> list[str]:
-    return [json.loads(line)["status"] for line in (results / "train" / "status.json").read_text().splitlines()]
 
 
 def rows(results: Path) -> list[dict[str, str]]:
