@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-slow check protos bench clean
+.PHONY: help demo test test-slow check protos bench tools-labelstudio clean
 
 help:
 	@echo "make demo    environment, synthetic scenes, training from boxes, server, masks, one HTML page"
@@ -50,5 +50,13 @@ protos:
 bench: $(VENV)/.dev
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+# A real Label Studio and a driver for Debian's Chromium, for a slow test; it pins its own versions, so it lives apart.
+tools-labelstudio: .venv-labelstudio/.pins
+
+.venv-labelstudio/.pins: Makefile
+	@test -x .venv-labelstudio/bin/python || $(PYTHON) -m venv .venv-labelstudio
+	@.venv-labelstudio/bin/pip install -qq --disable-pip-version-check label-studio==1.23.2 playwright==1.65.2
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-protos build dist demo_out results *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-protos .venv-labelstudio build dist demo_out results *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -18,6 +18,7 @@ PACKAGES = {
     "mal_train": ROOT / "mal_train",
     "mal_server": ROOT / "mal_server",
     "mal_client": ROOT / "clients" / "mal_client",
+    "mal_client.integrations": ROOT / "clients" / "integrations",
     "mal": ROOT / "protos" / "mal",
 }
 OWN_CODE = [*PACKAGES.values(), ROOT / "deploy", ROOT / "benchmarks", ROOT / "tests"]
@@ -36,6 +37,7 @@ LEAVES = ("mal_train.errors", "mal_train.labeling.settings")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mal": ("mal",),
     "mal_client": ("mal_client", "mal", "mal_train.atomic", "mal_train.report", *TORCHLESS, *LEAVES),
+    "mal_client.integrations": ("mal_client", "mal_train.atomic", *TORCHLESS, *LEAVES),
     "mal_server": (
         "mal_server",
         "mal_train.labeling",
@@ -123,7 +125,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 NOT_IN_BASE_INSTALL = (
     *("torch", "torchvision", "lightning", "timm", "tensorboard"),
     *("pydantic", "yaml", "pyrage", "safetensors", "grpc_health"),
+    *("httpx2", "starlette", "uvicorn", "cvat_sdk"),
 )
+# Modules of the client that say which extra they need.
+WITH_AN_EXTRA = tuple(f"mal_client.integrations.label_studio.{name}" for name in ("app", "pictures"))
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 HARMLESS = {"UnpicklingError", "PicklingError", "PickleError"}  # exceptions, which other libraries raise
 
@@ -286,6 +291,7 @@ def test_clients_and_the_kernel_under_them_import_with_the_base_install_alone() 
         name
         for name in MODULES
         if any(covers(base, name) for base in ("mal_client", "mal", "mal_train.report", *TORCHLESS, *LEAVES))
+        and name not in WITH_AN_EXTRA
     )
     script = f"""
 import importlib, json, sys

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("mal_train", "mal_server", "clients/mal_client", "benchmarks")
+FOLDERS = ("mal_train", "mal_server", "clients/mal_client", "clients/integrations", "benchmarks")
 
 
 def listed() -> set[str]:

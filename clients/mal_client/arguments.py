@@ -91,6 +91,16 @@ def seconds(text: str) -> float:
     return value
 
 
+def read_word(path: Path, name: str) -> str:
+    """The secret that a file holds; `name` is the argument that named it. Raises ConfigError."""
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise ConfigError(f"{name} {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name} {path}: holds characters that no token has") from None
+
+
 def _client(arguments: argparse.Namespace, address: str) -> Client:
     return Client(
         address,
@@ -99,14 +109,5 @@ def _client(arguments: argparse.Namespace, address: str) -> Client:
         tls_ca=arguments.tls_ca,
         client_cert=arguments.client_cert,
         client_key=arguments.client_key,
-        token=None if arguments.token_file is None else _read_token(arguments.token_file),
+        token=None if arguments.token_file is None else read_word(arguments.token_file, "--token-file"),
     )
-
-
-def _read_token(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise ConfigError(f"--token-file {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--token-file {path}: holds characters that no token has") from None

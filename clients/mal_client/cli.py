@@ -16,6 +16,7 @@ from mal_client.arguments import Commands, add_connection, add_verb, client_of
 from mal_client.cli_check import add_check
 from mal_client.cli_evaluate import add_evaluate
 from mal_client.cli_label import add_label
+from mal_client.cli_label_studio import add_label_studio
 from mal_client.cli_review import add_review
 from mal_client.types import ServerInfo
 from mal_client.version import client_version
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_check(commands)
     add_review(commands)
+    add_label_studio(commands)
     _add_info(commands)
     return parser
 

@@ -141,7 +141,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(address: str) -> None:
 
 
 def test_ctrl_c_exits_130_and_leaves_nothing(dataset: Dataset) -> None:
-    with serving(FakeServer(Faults(delay_s=1.0))) as address:
+    fake = FakeServer(Faults(delay_s=1.0))
+    with serving(fake) as address:
         # Where the tests run in the background SIGINT is ignored, and a child would inherit that.
         code = (
             "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -149,7 +150,8 @@ def test_ctrl_c_exits_130_and_leaves_nothing(dataset: Dataset) -> None:
         )
         command = [sys.executable, "-c", code, *arguments("label", address, dataset)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, env=_environment(), text=True)
-        time.sleep(1.5)
+        while "LabelImages" not in fake.calls and process.poll() is None:
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, printed = process.communicate(timeout=10)
     assert process.returncode == 130

@@ -1,0 +1,156 @@
+"""Gets the picture of a task: from a folder that was named, or from the Label Studio server with its key.
+
+Addresses come with each request, so none is followed without leave: a folder gives what lies in it, the key is shown
+to the one Label Studio server that was named at the start, and other hosts are asked only when they were named too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final
+from urllib.parse import parse_qs, urljoin, urlsplit
+
+import httpx2
+from mal_client.sources import read_file
+
+from mal_train.errors import BadImage, ConfigError
+from mal_train.labeling.images import DEFAULT_LIMITS
+
+LOCAL_FILES: Final = "/data/local-files/"
+TIMEOUT_S: Final = 30.0
+TOKEN_LIFE_S: Final = 240.0
+"""Label Studio's access tokens live five minutes."""
+
+
+class Pictures:
+    """Pictures by the address that a task holds. Usable from several threads; close it at the end.
+
+    Args:
+        host: address of the Label Studio server, for example http://localhost:8080; None: no picture is fetched there.
+        api_key: a personal access token (of which short-lived ones are made) or a legacy token.
+        folder: what Label Studio serves as local files (LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT), read directly.
+        other_hosts: names of further hosts that pictures may come from, without any key.
+        max_bytes: of one picture.
+    """
+
+    def __init__(
+        self,
+        host: str | None,
+        api_key: str | None = None,
+        folder: Path | None = None,
+        other_hosts: Collection[str] = (),
+        max_bytes: int = DEFAULT_LIMITS.max_bytes,
+    ) -> None:
+        self._host = None if host is None else _checked_host(host)
+        self._api_key = api_key
+        self._folder = None if folder is None else folder.resolve()
+        self._other_hosts = frozenset(other_hosts)
+        self._max_bytes = max_bytes
+        # Cross-origin redirects (to a presigned address of a store) lose the key: httpx drops it.
+        self._http = httpx2.Client(timeout=TIMEOUT_S, follow_redirects=True)
+        self._lock = threading.Lock()
+        self._access: tuple[str, float] | None = None
+
+    def close(self) -> None:
+        """Ends the connections."""
+        self._http.close()
+
+    def read(self, address: str) -> bytes:
+        """The encoded picture.
+
+        Raises:
+            BadImage: it cannot be had, or may not be asked for there.
+        """
+        parts = urlsplit(address)
+        if self._folder is not None and not parts.netloc and parts.path == LOCAL_FILES:
+            return self._read_local(parse_qs(parts.query).get("d", [""])[0])
+        if parts.scheme and parts.scheme not in ("http", "https"):
+            raise BadImage(
+                f"{address}: {parts.scheme} addresses are not read; let Label Studio hand out http addresses "
+                "(pre-signed URLs in the settings of the storage)",
+                "IMAGE_NOT_FOUND",
+            )
+        if not parts.netloc:
+            return self._fetch_from_host(address)
+        if self._host is not None and _origin(address) == _origin(self._host):
+            return self._fetch(address, self._authorisation())
+        if parts.hostname in self._other_hosts:
+            return self._fetch(address, {})
+        raise BadImage(
+            f"{address}: not on the Label Studio server that was named; allow its host with --picture-host "
+            f"{parts.hostname}",
+            "IMAGE_NOT_FOUND",
+        )
+
+    def _read_local(self, name: str) -> bytes:
+        assert self._folder is not None
+        path = (self._folder / name.lstrip("/")).resolve()
+        if not path.is_relative_to(self._folder):
+            raise BadImage(f"{name}: lies outside {self._folder}", "IMAGE_NOT_FOUND")
+        return read_file(path)
+
+    def _fetch_from_host(self, address: str) -> bytes:
+        if self._host is None:
+            raise BadImage(
+                f"{address}: lies on the Label Studio server; name it with --label-studio http://HOST:PORT",
+                "IMAGE_NOT_FOUND",
+            )
+        return self._fetch(urljoin(self._host, address), self._authorisation())
+
+    def _fetch(self, url: str, headers: dict[str, str]) -> bytes:
+        content = bytearray()
+        try:
+            with self._http.stream("GET", url, headers=headers) as answer:
+                if answer.status_code in (401, 403):
+                    raise BadImage(
+                        f"{url}: Label Studio refuses the key ({answer.status_code}); give a valid one with "
+                        "--api-key-file",
+                        "IMAGE_NOT_FOUND",
+                    )
+                if answer.status_code != 200:
+                    raise BadImage(f"{url}: answered {answer.status_code}", "IMAGE_NOT_FOUND")
+                for part in answer.iter_bytes():
+                    content += part
+                    if len(content) > self._max_bytes:
+                        raise BadImage(f"{url}: more than {self._max_bytes} bytes", "IMAGE_TOO_LARGE")
+        except httpx2.HTTPError as error:
+            raise BadImage(f"{url}: cannot be fetched ({error})", "IMAGE_NOT_FOUND") from None
+        return bytes(content)
+
+    def _authorisation(self) -> dict[str, str]:
+        if self._api_key is None:
+            return {}
+        if self._api_key.count(".") != 2:
+            return {"Authorization": f"Token {self._api_key}"}
+        with self._lock:
+            if self._access is None or time.monotonic() > self._access[1]:
+                self._access = (self._new_access(), time.monotonic() + TOKEN_LIFE_S)
+            return {"Authorization": f"Bearer {self._access[0]}"}
+
+    def _new_access(self) -> str:
+        """A short-lived token for the personal access token, which itself opens nothing else."""
+        url = urljoin(str(self._host), "/api/token/refresh")
+        try:
+            answer = self._http.post(url, json={"refresh": self._api_key})
+            answer.raise_for_status()
+            return str(answer.json()["access"])
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise BadImage(
+                f"{url}: Label Studio gives no access for the personal access token ({error}); check --api-key-file",
+                "IMAGE_NOT_FOUND",
+            ) from None
+
+
+def _checked_host(host: str) -> str:
+    parts = urlsplit(host)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--label-studio {host}: an address such as http://localhost:8080 is needed")
+    return host
+
+
+def _origin(url: str) -> tuple[str, str | None, int]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)

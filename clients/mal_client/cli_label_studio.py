@@ -1,0 +1,89 @@
+"""`mal-client label-studio`: an ML backend that gives Label Studio's rectangles their masks."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from mal_client.arguments import Commands, add_connection, add_options, add_verb, client_of, options_of, read_word
+from mal_train.errors import ConfigError
+
+PORT = 9090
+
+TOLERANCE_PX = 1.0
+"""Of polygons: a seventh of the points that the exact line has, on scenes of 640x480 px."""
+
+
+def add_label_studio(commands: Commands[argparse.ArgumentParser]) -> None:
+    """The verb and its arguments."""
+    verb = add_verb(commands, "label-studio", "an ML backend for Label Studio: rectangles become masks")
+    verb.set_defaults(run=_serve)
+    add_connection(verb)
+    verb.add_argument(
+        "--label-studio", metavar="URL", help="where Label Studio runs, whose pictures are fetched with the key"
+    )
+    verb.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="holds an access token of a Label Studio account"
+    )
+    verb.add_argument(
+        "--local-files", type=Path, metavar="DIR", help="folder that Label Studio serves as local files, read directly"
+    )
+    verb.add_argument(
+        "--picture-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="another host that pictures may come from, fetched without a key; may be given several times",
+    )
+    verb.add_argument(
+        "--polygon-tolerance",
+        type=float,
+        default=TOLERANCE_PX,
+        metavar="PX",
+        help="how far polygons may run beside a mask's edge, where the project takes polygons (default %(default)s)",
+    )
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    verb.add_argument("--port", type=int, default=PORT, help="port to listen on (default %(default)d)")
+    verb.add_argument(
+        "--credentials-file", type=Path, metavar="FILE", help="holds USER:PASSWORD that Label Studio has to show"
+    )
+    add_options(verb)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    try:
+        import uvicorn  # noqa: PLC0415 - this, as what is imported below, comes with an extra
+
+        from mal_client.integrations.label_studio.app import build_app  # noqa: PLC0415
+        from mal_client.integrations.label_studio.pictures import Pictures  # noqa: PLC0415
+        from mal_client.integrations.label_studio.predictor import Predictor  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed; run: pip install 'mask-auto-labeler[labelstudio]'") from None
+
+    credentials = _word(arguments.credentials_file, "--credentials-file")
+    if credentials is not None and ":" not in credentials:
+        raise ConfigError(f"--credentials-file {arguments.credentials_file}: USER:PASSWORD is needed")
+    pictures = Pictures(
+        arguments.label_studio,
+        _word(arguments.api_key_file, "--api-key-file"),
+        arguments.local_files,
+        arguments.picture_host,
+    )
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    try:
+        with client_of(arguments) as client:
+            predictor = Predictor(client, pictures, options_of(arguments), tolerance_px=arguments.polygon_tolerance)
+            # Before the port opens: a wrong address or token is an error of this command, not of Label Studio.
+            print(f"serving {predictor.model_version()} on http://{arguments.host}:{arguments.port}", flush=True)
+            uvicorn.run(
+                build_app(predictor, credentials), host=arguments.host, port=arguments.port, log_level="warning"
+            )
+    finally:
+        pictures.close()
+    return 0
+
+
+def _word(path: Path | None, name: str) -> str | None:
+    return None if path is None else read_word(path, name)
