@@ -161,6 +161,9 @@ class TrainConfig(_Devices):
         default="epoch", description="What checkpoint_interval counts: passes over the boxes, or optimiser steps."
     )
     validation_interval: int = Field(default=1, ge=1, description="Epochs between validations.")
+    board_size: int = Field(
+        default=24, ge=0, description="Worst masks of each validation to show, in boards/ and TensorBoard; 0: none."
+    )
     resume_training_checkpoint_path: str | None = Field(
         default=None, description="Checkpoint to go on from; null: mal_model_latest.malckpt in the results folder."
     )

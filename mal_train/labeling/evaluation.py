@@ -23,7 +23,9 @@ from mal_train.labeling.score_quality import score_quality
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Compared:
+    """One compared mask with its run-length codes: what a picture of it needs."""
+
     row: InstanceIoU
     truth: Rle
     prediction: Rle
@@ -49,7 +51,7 @@ class Evaluator:
     def __init__(self, category_names: Mapping[JsonId, str]) -> None:
         self.skipped: list[Skipped] = []
         self._names = dict(category_names)
-        self._pairs: list[_Pair] = []
+        self._pairs: list[Compared] = []
         self._crowds: list[_Crowd] = []
         self._frames: dict[JsonId, tuple[int, int]] = {}
         self._seen: set[tuple[JsonId | None, JsonId]] = set()
@@ -110,7 +112,15 @@ class Evaluator:
         area, box = rle.area(truth), box_area(annotation.box_xywh)
         row = InstanceIoU(annotation_id, image_id, category_id, iou, float(score), area, box)
         self._iou_sum += iou
-        self._pairs.append(_Pair(row, truth, prediction))
+        self._pairs.append(Compared(row, truth, prediction))
+
+    @property
+    def compared(self) -> list[Compared]:
+        """The compared masks, lowest IoU first; equal ones in id order."""
+        return sorted(
+            self._pairs,
+            key=lambda pair: (pair.row.iou, id_order(pair.row.image_id), id_order(pair.row.annotation_id)),
+        )
 
     @property
     def rows(self) -> list[InstanceIoU]:
@@ -181,7 +191,7 @@ class Evaluator:
             message += f", and its region cannot be read ({fault})"
         self.skip(annotation, Reason.CROWD, message)
 
-    def _as_coco(self, pairs: Sequence[_Pair]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _as_coco(self, pairs: Sequence[Compared]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         truth, results = [], []
         for number, pair in enumerate(pairs):
             where = {"image_id": pair.row.image_id, "category_id": pair.row.category_id}

@@ -16,7 +16,7 @@ MAX_POINTS = 2000
 BINS = 10
 MIN_IN_BIN = 3
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 300, 52, 44, 14, 14
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 300, 66, 44, 14, 14
 
 _COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
 
@@ -46,11 +46,24 @@ def line_chart(series: Mapping[str, Sequence[Point]], x_name: str, y_name: str) 
     clean = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
     }
+    clean = {name: points for name, points in clean.items() if points}
     everything = [point for points in clean.values() for point in points] or [(0.0, 0.0), (1.0, 1.0)]
     chart = _Chart(_span([x for x, _ in everything]), _span([0.0, *(y for _, y in everything)]), x_name, y_name)
     colours = [_COLOURS[at % len(_COLOURS)] for at in range(len(clean))]
     body = "".join(chart.line(points, colour) for points, colour in zip(clean.values(), colours, strict=True))
     return chart.svg(body, f"{y_name} over {x_name}") + legend(list(zip(clean, colours, strict=True)))
+
+
+def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
+    """At most `most` points of a curve: means of equal runs of neighbours, so that a trend stays and noise shrinks.
+
+    >>> thinned([(0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0)], most=2)
+    [(0.5, 2.0), (2.5, 6.0)]
+    """
+    clean = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    run = max(1, math.ceil(len(clean) / most))
+    groups = [clean[at : at + run] for at in range(0, len(clean), run)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 class _Chart:

@@ -38,6 +38,8 @@ svg { max-width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px 
 figure { margin: 0; padding: 8px; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
 figure img { display: block; width: 100%; height: 200px; object-fit: contain; }
 figcaption { padding-top: 6px; overflow-wrap: anywhere; } figcaption span { display: block; font-size: 13px; }
+pre { overflow-x: auto; padding: 12px; background: var(--panel); border: 1px solid var(--line); font-size: 13px; }
+summary { cursor: pointer; }
 .key { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin: 0 5px 0 14px; }
 """
 
@@ -103,6 +105,11 @@ def bars(counts: Mapping[str, int]) -> Html:
         for name, count in counts.items()
     )
     return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
+
+
+def folded(summary: str, text: str) -> Html:
+    """Plain text that opens on a click."""
+    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def contact_sheet(cards: Sequence[Card]) -> Html:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import secrets
+import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from mal_train.tasks.common import (
     version,
     worker_threads,
 )
+from mal_train.tasks.training_report import write_training_report
 from mal_train.training.callbacks import Records, Validate
 from mal_train.training.checkpoints import (
     LATEST,
@@ -48,9 +50,10 @@ from mal_train.training.checkpoints import (
 from mal_train.training.fitting import FitSettings, build_trainer, check_strategy, fit, quiet
 from mal_train.training.module import LossSettings, MalModule
 from mal_train.training.optimiser import OptimiserSettings, freeze_stages
+from mal_train.training.pictures import Board
 from mal_train.training.progress import Progress
 from mal_train.training.ranks import Followed, Ranks, joined
-from mal_train.training.records import MetricsFile, StatusFile
+from mal_train.training.records import MetricsFile, StatusFile, duration
 from mal_train.training.schedule import CosineSchedule
 from mal_train.training.validation import Validator, has_masks
 from mal_train.world import world_of
@@ -72,7 +75,7 @@ class TrainResult:
 
 
 def train(spec: Spec, screen: Screen) -> TrainResult:
-    """Trains from boxes, and leaves sealed checkpoints, metrics.csv and status.json in the task's folder.
+    """Trains from boxes; leaves sealed checkpoints, metrics.csv, status.json, boards and report.html in its folder.
 
     Goes on from train.resume_training_checkpoint_path, or from the newest checkpoint in the folder where there is one.
     One of several processes where a launcher started them; the first one writes and speaks.
@@ -104,6 +107,7 @@ def train(spec: Spec, screen: Screen) -> TrainResult:
 def _train(
     spec: Spec, screen: Screen, folder: Path, status: StatusFile | None, *, devices: list[torch.device], ranks: Ranks
 ) -> TrainResult:
+    began = time.monotonic()
     seal_with, open_with = keys_of(spec)
     coco, boxes, resume, seed = _begin(spec, folder, ranks, screen)
     torch.manual_seed(seed)
@@ -161,7 +165,7 @@ def _train(
         if status is not None:
             metrics = stack.enter_context(closing(MetricsFile(folder, append=resume is not None)))
             records = Records(metrics, status)
-            validate = _validation(spec, device, records, screen)
+            validate = _validation(spec, device, folder, records, screen)
             callbacks = [Progress(screen), records, *([validate] if validate is not None else [])]
             status.write("RUNNING", "Starting Training Loop.")
         callbacks += [checkpoints, preempt]
@@ -173,6 +177,19 @@ def _train(
         status.write("RUNNING", "Training loop complete.")
     if checkpoints.written is None:
         screen.say(f"{resume}: has trained {spec.train.num_epochs} epochs already; raise train.num_epochs to go on")
+    elif status is not None:
+        facts = [
+            ("boxes", boxes.summary()),
+            ("starting weights", str(resume) if resume is not None else source),
+            ("licence of the starting weights", _licence(source)),
+            ("device", f"{ranks.size} x {device.type}, {trainer.precision}"),
+            ("epochs and steps", f"{spec.train.num_epochs} epochs, {module.global_step} steps"),
+            ("steps left out", f"{module.steps_skipped}, because their gradient was not finite"),
+            ("checkpoint", f"{checkpoints.written.name}, {'not encrypted' if seal_with is None else 'sealed'}"),
+            ("time of this run", f"{duration(time.monotonic() - began)}, of it {_validating(validate)}"),
+        ]
+        page = write_training_report(folder, spec, facts, None if validate is None else validate.validated)
+        screen.say(f"wrote {page}")
     return TrainResult(
         newest_checkpoint(folder) or folder / LATEST,
         None if validate is None else validate.last_report,
@@ -325,7 +342,7 @@ def _training_boxes(spec: Spec, screen: Screen) -> tuple[CocoFile, TrainingBoxes
     return coco, boxes
 
 
-def _validation(spec: Spec, device: torch.device, records: Records, screen: Screen) -> Validate | None:
+def _validation(spec: Spec, device: torch.device, folder: Path, records: Records, screen: Screen) -> Validate | None:
     """Validation, where there is something to validate with."""
     if not spec.dataset.val_ann_path:
         screen.say("no validation: dataset.val_ann_path is not given")
@@ -348,7 +365,18 @@ def _validation(spec: Spec, device: torch.device, records: Records, screen: Scre
         device=str(device),
         threads=worker_threads(),
     )
-    return Validate(validator, spec.train.validation_interval, records, screen.say)
+    size = spec.train.board_size
+    board = Board(folder, coco, image_dir, size, records.add_picture) if size else None
+    return Validate(validator, spec.train.validation_interval, records, screen.say, board=board)
+
+
+def _validating(validate: Validate | None) -> str:
+    return "nothing for validation" if validate is None else f"{duration(validate.seconds)} for validation"
+
+
+def _licence(source: str) -> str:
+    """Of the starting weights, a network's own random ones included."""
+    return starting_weights_licence(source) if source != "random" else "none"
 
 
 def _check_same_network(checkpoint: Checkpoint, wanted: ModelConfig, path: Path | None) -> None:
@@ -368,7 +396,7 @@ def _provenance(source: str, supervision: str, module: MalModule, validate: Vali
     found: dict[str, Any] = {
         "tool": f"mask-auto-labeler {version()}",
         "starting_weights": Path(source).name,
-        "starting_weights_licence": starting_weights_licence(source) if source != "random" else "none",
+        "starting_weights_licence": _licence(source),
         "epochs": module.current_epoch + 1,
         "steps": module.global_step,
         "supervision": supervision,

@@ -6,12 +6,13 @@ from typing import Any
 
 import lightning
 import torch
-from tqdm import tqdm
 
 from mal_train.labeling.evaluation_report import EvaluationReport
+from mal_train.labeling.images import RgbImage
 from mal_train.training.module import MalModule
-from mal_train.training.records import MetricsFile, StatusFile, figures_of, one_line
-from mal_train.training.validation import Validator
+from mal_train.training.pictures import Board
+from mal_train.training.records import MetricsFile, StatusFile, duration, figures_of, one_line
+from mal_train.training.validation import Validated, Validation, Validator
 
 ROW_EVERY = 10
 """Optimiser steps that share a row of metrics.csv: reading a loss makes the device wait."""
@@ -25,20 +26,49 @@ class Validate(lightning.Callback):
         interval: epochs between two validations.
         records: get the figures.
         say: prints a line for people.
+        board: shows the worst masks; None shows none.
+        clock: seconds, monotonic.
+
+    Attributes:
+        last: what the last validation found; None before the first.
+        seconds: spent on validations.
     """
 
-    def __init__(self, validator: Validator, interval: int, records: "Records", say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        validator: Validator,
+        interval: int,
+        records: "Records",
+        say: Callable[[str], None],
+        *,
+        board: Board | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._validator = validator
         self._interval = interval
         self._records = records
         self._say = say
-        self.last_report: EvaluationReport | None = None
+        self._board = board
+        self._clock = clock
+        self.last: Validation | None = None
+        self.seconds = 0.0
+
+    @property
+    def validated(self) -> Validated | None:
+        """What the last validation found, with the file it was made on; None before the first."""
+        return None if self.last is None else Validated(self.last, self._validator.coco, self._validator.image_dir)
+
+    @property
+    def last_report(self) -> EvaluationReport | None:
+        """Figures of the last validation."""
+        return None if self.last is None else self.last.report
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measures, and keeps fitted thresholds and calibration for the checkpoint that follows."""
         epoch = trainer.current_epoch + 1
         if not isinstance(pl_module, MalModule) or (epoch % self._interval and epoch != trainer.max_epochs):
             return
+        began = self._clock()
         # Validation draws nothing, yet a library might: training's random numbers must not depend on it.
         with torch.random.fork_rng(devices=[]):
             found = self._validator.run(pl_module.network, pl_module.labeler_config)
@@ -47,9 +77,12 @@ class Validate(lightning.Callback):
             small, medium, large = found.config.mask_thres
             self._say(f"fitted on the validation set: mask_thres small {small}, medium {medium}, large {large}")
             pl_module.labeler_config = found.config
-        self.last_report = found.report
+        self.last = found
         self._records.validated(trainer, found.report)
         self._say(f"epoch {epoch}: {one_line(found.report)}; score: {found.config.score_meaning}")
+        if self._board is not None:
+            self._board.show(found.compared, epoch, trainer.global_step)
+        self.seconds += self._clock() - began
 
 
 class Records(lightning.Callback):
@@ -126,20 +159,21 @@ class Records(lightning.Callback):
         seconds = self._clock() - self._epoch_since
         steps = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         mean = float(self._epoch_sums[0] / max(1, self._epoch_batches))
-        self._status.write(
-            "RUNNING",
-            "Train metrics generated.",
-            kpi={"train_loss": mean},
-            progress={
-                "epoch": epoch,
-                "step": trainer.global_step,
-                "max_epoch": last,
-                "max_step": steps * last,
-                "time_per_epoch": tqdm.format_interval(int(seconds)),
-                "time_per_step": f"{seconds / steps:.3f}",
-                "eta": tqdm.format_interval(int(seconds * (last - epoch))),
-            },
-        )
+        progress = {
+            "epoch": epoch,
+            "step": trainer.global_step,
+            "max_epoch": last,
+            "max_step": steps * last,
+            "time_per_epoch": duration(seconds),
+            "time_per_step": f"{seconds / steps:.3f}",
+            "eta": duration(seconds * (last - epoch)),
+        }
+        self._status.write("RUNNING", "Training loop in progress", progress=progress)
+        self._status.write("RUNNING", "Train metrics generated.", kpi={"train_loss": mean}, progress=progress)
+
+    def add_picture(self, name: str, picture: RgbImage, step: int) -> None:
+        """A picture for TensorBoard."""
+        self._metrics.add_picture(name, picture, step)
 
     def validated(self, trainer: lightning.Trainer, report: EvaluationReport) -> None:
         """A row and a line with the figures of a validation."""

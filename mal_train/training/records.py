@@ -6,12 +6,13 @@ status.json follows TAO's layout, except that a run that succeeds says SUCCESS a
 import csv
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from mal_train.errors import OutputError
 from mal_train.labeling.evaluation_report import EvaluationReport
+from mal_train.labeling.images import RgbImage
 
 Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE"]
 Figures = Mapping[str, float | None]
@@ -118,10 +119,27 @@ class MetricsFile:
         for name, value in known.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
+    def add_picture(self, name: str, picture: RgbImage, step: int) -> None:
+        """A picture (h, w, 3) uint8 among the TensorBoard events."""
+        self._events.add_image(name, picture, step, dataformats="HWC")
+
     def close(self) -> None:
         """Everything on disk."""
         self._file.close()
         self._events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float | str]]:
+    """The rows of metrics.csv by rising step, empty cells left out.
+
+    A run that was killed and went on has steps twice; the later row counts.
+    """
+    found: dict[tuple[str, int], dict[str, float | str]] = {}
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            figures = {name: float(value) for name, value in row.items() if name != "kind" and value}
+            found[row["kind"], int(row["step"])] = {"kind": row["kind"], **figures}
+    return [found[key] for key in sorted(found, key=lambda key: key[1])]
 
 
 def figures_of(report: EvaluationReport) -> dict[str, float | None]:
@@ -141,3 +159,12 @@ def one_line(report: EvaluationReport) -> str:
     text = ", ".join(shown) or "no mask could be compared"
     skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped_by_reason.items())
     return f"{text} over {report.miou.count} masks" + (f"; not counted: {skipped}" if skipped else "")
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as TAO's status lines write them.
+
+    >>> duration(65.4)
+    '0:01:05'
+    """
+    return str(timedelta(seconds=round(seconds)))

@@ -11,7 +11,7 @@ from mal_train.errors import BadDataset
 from mal_train.labeling import rle
 from mal_train.labeling.bulk import Failure, Row, label_boxes
 from mal_train.labeling.coco import Annotation, CocoFile, by_image
-from mal_train.labeling.evaluation import Evaluator
+from mal_train.labeling.evaluation import Compared, Evaluator
 from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions
 from mal_train.labeling.settings import LabelerConfig
@@ -31,10 +31,21 @@ class Validation:
         report: figures with the thresholds of `config`. Where a calibration was fitted, each score is by a map that did
             not see its image.
         config: the labeler's settings, thresholds and calibration fitted where that was asked for and possible.
+        compared: the masks with their ground truth, lowest IoU first.
     """
 
     report: EvaluationReport
     config: LabelerConfig
+    compared: Sequence[Compared] = ()
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A validation and what pictures of it are made from."""
+
+    found: Validation
+    coco: CocoFile
+    image_dir: Path
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class Validator:
             on_box()
         if self.fit_calibration:
             config = _calibrate(evaluator, config)
-        return Validation(evaluator.report(), config)
+        return Validation(evaluator.report(), config, evaluator.compared)
 
     def _uncountable(self, rows: Sequence[Row]) -> Iterator[Annotation]:
         for image, annotations in rows:
