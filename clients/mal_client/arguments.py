@@ -63,7 +63,15 @@ def clients_of(arguments: argparse.Namespace) -> Iterator[list[Client]]:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The data set."""
     parser.add_argument("--annotations", type=Path, required=True, metavar="IN.json", help="COCO file with boxes")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of its file names")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--images", type=Path, metavar="DIR", help="folder that its file names start at")
+    where.add_argument(
+        "--image-glob",
+        dest="images",
+        metavar="PATTERN",
+        help="instead: the pictures lie among the files of this pattern, for example 'photos/**/*.jpg' (quoted; ** "
+        "means any folders), and a file name means the one file that ends in it",
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -72,12 +80,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, metavar="P", help="mask above this probability, for all sizes")
     parser.add_argument("--agreement", action="store_true", help="also measure how far the two networks agree")
     parser.add_argument("--flip", action="store_true", help="average each map with its mirrored run")
+    parser.add_argument(
+        "--min-component-area",
+        type=int,
+        default=0,
+        metavar="PX",
+        help="take connected parts of fewer pixels out of each mask, the largest excepted, before score, area and "
+        "flags are made (default: none)",
+    )
 
 
 def options_of(arguments: argparse.Namespace) -> LabelOptions:
     """What `add_options`'s arguments say."""
     branch = None if arguments.branch is None else Branch(arguments.branch)
-    return LabelOptions(branch, arguments.threshold, agreement=arguments.agreement, flip=arguments.flip)
+    return LabelOptions(
+        branch,
+        arguments.threshold,
+        agreement=arguments.agreement,
+        flip=arguments.flip,
+        min_component_area_px=arguments.min_component_area,
+    )
 
 
 def seconds(text: str) -> float:

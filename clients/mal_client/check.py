@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from mal_client.image_files import ImageFiles
 from mal_train.errors import BadBox, BadImage
 from mal_train.labeling.coco import Annotation, ImageInfo, JsonId, Reason
 from mal_train.labeling.coco_stream import CocoHead, scan_coco
@@ -165,7 +166,7 @@ class CheckReport:
 
 def check_dataset(
     coco_json: Path,
-    images_dir: Path,
+    images_dir: Path | str,
     *,
     decode: bool = True,
     on_image: Callable[[int, int], None] | None = None,
@@ -174,12 +175,12 @@ def check_dataset(
 
     Args:
         coco_json: the annotations.
-        images_dir: the folder that `file_name` is relative to.
+        images_dir: the folder that `file_name` is relative to, or a pattern (`ImageFiles`).
         decode: also decode the pixels, which alone finds files that are cut off; else headers only.
         on_image: called with (images done, images in all).
 
     Raises:
-        BadDataset: not a COCO file at all.
+        BadDataset: not a COCO file at all, or no image can be there.
     """
     report = CheckReport(coco_json)
     head = scan_coco(coco_json, lambda _at, _row: None, allow_repeated_ids=True)
@@ -215,11 +216,11 @@ def _note_ids(report: CheckReport, head: CocoHead) -> None:
 class _Files:
     """Looks at the image files, a few at a time."""
 
-    def __init__(self, report: CheckReport, images_dir: Path, decode: bool) -> None:
+    def __init__(self, report: CheckReport, images_dir: Path | str, decode: bool) -> None:
         self.sizes: dict[JsonId, tuple[int, int] | None] = {}
         """Width and height of the images whose row does not say; None for those without a readable file."""
         self._report = report
-        self._images_dir = images_dir
+        self._images = ImageFiles(images_dir)
         self._decode = decode
         self._names: set[str] = set()
 
@@ -235,15 +236,15 @@ class _Files:
     def _look_at(self, image: ImageInfo) -> tuple[tuple[int, int], int, int] | BadImage | None:
         if image.problem is not None:
             return None
-        path = self._images_dir / image.file_name
         try:
+            path = self._images.path(image.file_name)
             if self._decode:
                 read_image(path, expected_wh=image.size_wh)
             header = read_header(path.read_bytes(), str(path))
         except BadImage as fault:
             return fault
         except (OSError, ValueError) as fault:
-            return BadImage(f"{path}: cannot be read ({fault})", "IMAGE_NOT_FOUND")
+            return BadImage(f"{image.file_name}: cannot be read ({fault})", "IMAGE_NOT_FOUND")
         if image.size_wh not in (None, header.size_wh):
             width, height = header.size_wh
             return BadImage(

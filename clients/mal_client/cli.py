@@ -1,4 +1,4 @@
-"""`mal-client label | evaluate | check | review | info`: the verbs put together, and what their errors mean to a shell.
+"""The command mal-client: its verbs put together, and what their errors mean to a shell.
 
 Exit codes: 0 done · 2 usage, configuration or input · 3 finished, but some items failed · 4 disk or permission ·
 1 the server was not there, or something unexpected · 130 interrupted; no result was written ·
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from mal_client.arguments import Commands, add_connection, add_verb, client_of
 from mal_client.cli_check import add_check
 from mal_client.cli_evaluate import add_evaluate
-from mal_client.cli_label import add_label
+from mal_client.cli_label import add_label, add_merge
 from mal_client.cli_label_studio import add_label_studio
 from mal_client.cli_review import add_review
 from mal_client.types import ServerInfo
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mal-client", description="Masks from boxes, by a mal-server.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_label(commands)
+    add_merge(commands)
     add_evaluate(commands)
     add_check(commands)
     add_review(commands)

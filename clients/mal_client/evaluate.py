@@ -18,6 +18,7 @@ from mal_client import codec
 from mal_client.dataset import OnProgress, image_loader
 from mal_client.errors import CallTimedOut, ServerFailed, from_rpc_error, rpc_code, rpc_details
 from mal_client.fleet import watchdog
+from mal_client.image_files import ImageFiles
 from mal_client.types import Evaluation, LabelOptions, MeasuredInstance, Progress, ServerLimits
 from mal_train.errors import BadDataset, BadImage
 from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
@@ -38,7 +39,7 @@ RESTART_PAUSE_S = 2.0
 def evaluate(
     client: Client,
     coco_json: Path,
-    images_dir: Path,
+    images_dir: Path | str,
     options: LabelOptions,
     *,
     worst_count: int = 100,
@@ -60,7 +61,7 @@ class _Run:
     """One pass over the data set. Rows are named by their place in the file, since ids may be of any JSON type."""
 
     def __init__(
-        self, coco: CocoFile, images_dir: Path, options: LabelOptions, worst_count: int, limits: ServerLimits
+        self, coco: CocoFile, images_dir: Path | str, options: LabelOptions, worst_count: int, limits: ServerLimits
     ) -> None:
         self.result: evaluation_pb2.EvaluateResult | None = None
         self._coco = coco
@@ -68,7 +69,7 @@ class _Run:
         self._worst_count = worst_count
         self._work = [(image, rows) for image, rows in by_image(coco) if any(map(_has_truth, rows))]
         self._images = {str(at): image for at, (image, _) in enumerate(self._work)}
-        self._load = image_loader(images_dir, limits)
+        self._load = image_loader(ImageFiles(images_dir), limits)
         self._category_keys = _category_keys(coco)
         self._category_ids = {key: category_id for category_id, key in self._category_keys.items()}
         self._place = {id(row): at for at, row in enumerate(coco.annotations)}

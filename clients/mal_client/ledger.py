@@ -37,6 +37,49 @@ def ledger_path(output_json: Path) -> Path:
     return target.with_name(f"{target.name}.ledger")
 
 
+class LedgerReader:
+    """A ledger that others have filled, held so that nobody writes it meanwhile. A context manager.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        manifest: its first line.
+
+    Raises:
+        OutputError: another process is at work on it.
+        ConfigError: it holds no manifest.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = _locked(path)
+        first = next(_good_lines(self._file), None)
+        if first is None or not isinstance(first[2], dict):
+            os.close(self._file)
+            raise ConfigError(f"{path}: no ledger of a labelling job, or a damaged one; label that part again")
+        self.manifest: dict[str, Any] = first[2]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """(place of an annotation, offset and length of its line), later answers to the same place after earlier."""
+        lines = _good_lines(self._file)
+        next(lines)
+        for offset, end, (at, _) in lines:
+            yield at, offset, end - offset
+
+    def answer(self, offset: int, length: int) -> Answer:
+        """The answer in a line."""
+        return _answer(self._file, offset, length)
+
+
 class Ledger:
     """Answers by the place of their annotation; one process at a time. A context manager that ends its lock.
 
@@ -106,9 +149,7 @@ class Ledger:
         """The answer for a place; None when there is none."""
         if self._offsets[at] == NOWHERE:
             return None
-        line = os.pread(self._file, self._lengths[at], self._offsets[at])
-        found: Answer = json.loads(line[9:])[1]
-        return found
+        return _answer(self._file, self._offsets[at], self._lengths[at])
 
     def has_label(self, at: int) -> bool:
         """Whether a place has an answer that need not be asked again."""
@@ -131,7 +172,7 @@ class Ledger:
 
     def _read(self, manifest: Mapping[str, Any]) -> int:
         """Notes where the answers stand and cuts off what is damaged; the end of what is good."""
-        lines = self._good_lines()
+        lines = _good_lines(self._file)
         first = next(lines, None)
         if first is None:
             os.ftruncate(self._file, 0)
@@ -143,18 +184,6 @@ class Ledger:
             self._note(at, offset, end - offset, is_failed="failed" in answer)
         os.ftruncate(self._file, end)
         return end
-
-    def _good_lines(self) -> Iterator[tuple[int, int, Any]]:
-        """(start, end, content) up to the first line that is damaged."""
-        end = 0
-        with open(self._file, "rb", closefd=False) as file:
-            file.seek(0)
-            for line in file:
-                content = _content(line)
-                if content is None:
-                    return
-                yield end, end + len(line), content
-                end += len(line)
 
     def _write(self, data: bytes) -> None:
         written = 0
@@ -194,6 +223,24 @@ def _locked(path: Path) -> int:
             os.close(file)
             raise OutputError(f"{path}: cannot be locked ({error.strerror}); choose a local disk") from error
         os.close(file)
+
+
+def _good_lines(descriptor: int) -> Iterator[tuple[int, int, Any]]:
+    """(start, end, content) up to the first line that is damaged."""
+    end = 0
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        for line in file:
+            content = _content(line)
+            if content is None:
+                return
+            yield end, end + len(line), content
+            end += len(line)
+
+
+def _answer(descriptor: int, offset: int, length: int) -> Answer:
+    found: Answer = json.loads(os.pread(descriptor, length, offset)[9:])[1]
+    return found
 
 
 def _line(content: Any) -> bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mal_client.errors import RequestRefused
+from mal_client.image_files import ImageFiles
 from mal_client.review_queue import FLAG_MEANINGS, QueueItem, ReviewQueue
 from mal_client.types import BoxLabel, Evaluation, LabelOptions, MeasuredInstance
 from mal_train.errors import BadDataset, BadImage
@@ -24,7 +25,7 @@ def worst_cards(
     client: Client,
     evaluation: Evaluation,
     coco: CocoFile,
-    images_dir: Path,
+    images_dir: Path | str,
     options: LabelOptions,
     *,
     count: int = 24,
@@ -36,11 +37,12 @@ def worst_cards(
     """
     worst = evaluation.worst[:count]
     segmentations = {row.id: row.raw.get("segmentation") for row in coco.annotations if row.id is not None}
+    files = ImageFiles(images_dir)
     cards: dict[int, Card] = {}
     for file_name in dict.fromkeys(row.file_name for row in worst):
         wanted = [(place, row) for place, row in enumerate(worst) if row.file_name == file_name]
-        path = images_dir / file_name
         try:
+            path = files.path(file_name)
             image = read_image(path)
             labels = client.label_image(path, [row.box for _, row in wanted], options)
         except (BadImage, RequestRefused):
@@ -50,13 +52,14 @@ def worst_cards(
     return [cards[place] for place in sorted(cards)]
 
 
-def queue_cards(items: Sequence[QueueItem], images_dir: Path) -> list[Card]:
+def queue_cards(items: Sequence[QueueItem], images_dir: Path | str) -> list[Card]:
     """Cards in the order given; each image is read once. One that cannot be read loses its cards."""
+    files = ImageFiles(images_dir)
     cards: dict[int, Card] = {}
     for file_name in dict.fromkeys(item.image.file_name for item in items):
         wanted = [item for item in items if item.image.file_name == file_name]
         try:
-            image = read_image(images_dir / file_name, expected_wh=wanted[0].image.size_wh)
+            image = read_image(files.path(file_name), expected_wh=wanted[0].image.size_wh)
         except BadImage:
             continue
         for item in wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from mal_client.errors import ItemError
 from mal_train.errors import ConfigError
-from mal_train.labeling.settings import Branch, score_meaning
+from mal_train.labeling.settings import Branch, MaskFormat, score_meaning
 from mal_train.report.evaluation import Measured
 
 if TYPE_CHECKING:
@@ -80,15 +81,6 @@ class Only(StrEnum):
     """Those of `DatasetOptions.ids`."""
 
 
-class MaskFormat(StrEnum):
-    """How masks stand in a COCO file; both lose nothing."""
-
-    RLE = "rle"
-    """Compressed run lengths, as pycocotools writes them."""
-    UNCOMPRESSED = "uncompressed"
-    """Run lengths as a list of numbers: several times larger, for tools that do not read the compressed form."""
-
-
 @dataclass(frozen=True)
 class DatasetOptions:
     """What of a COCO file is labelled and how it is written.
@@ -98,7 +90,11 @@ class DatasetOptions:
         ids: their ids, for `Only.IDS`.
         update_bbox: also set the box of each labelled annotation to the tight box of its mask.
         restart: throw away the answers of an unfinished run instead of going on from them.
-        mask_format: how masks are written; masks that are kept stay as they are.
+        mask_format: how masks are written; masks that are kept stay as they are. POLYGONS: a hole is joined to its
+            outline by a bridge of no width, and an empty mask stays a run-length code, since COCO's polygons have
+            neither holes nor emptiness. PNG: 1-bit files of the image's size in a folder beside the output, named by
+            `mask_file`; `segmentation` stays a run-length code, so that the file stays a COCO file.
+        polygon_tolerance_px: how far polygons may run beside the mask's edge, to have fewer points; 0 = exact.
     """
 
     only: Only = Only.ALL
@@ -106,8 +102,13 @@ class DatasetOptions:
     update_bbox: bool = False
     restart: bool = False
     mask_format: MaskFormat = MaskFormat.RLE
+    polygon_tolerance_px: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0.0 <= self.polygon_tolerance_px < math.inf:
+            raise ConfigError(f"polygon_tolerance_px: {self.polygon_tolerance_px}; it must be 0 px or more")
+        if self.polygon_tolerance_px and self.mask_format is not MaskFormat.POLYGONS:
+            raise ConfigError(f"polygon_tolerance_px: has no meaning for masks as {self.mask_format}; choose polygons")
         if (self.only is Only.IDS) != bool(self.ids):
             raise ConfigError(f"ids: {len(self.ids)} given with only={self.only}; the two belong together")
 
@@ -297,6 +298,7 @@ class DatasetResult:
         model: which weights answered.
         failed_count: how many could not be answered.
         is_final: False when the server was lost: the same job run again goes on with what is missing.
+        masks_dir: folder of the PNG masks, where those were asked for.
     """
 
     output: Path
@@ -307,6 +309,7 @@ class DatasetResult:
     model: ModelRef | None = None
     failed_count: int = 0
     is_final: bool = True
+    masks_dir: Path | None = None
 
 
 WHOLE_FILE = DatasetOptions()

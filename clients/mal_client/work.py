@@ -53,23 +53,29 @@ class Work:
     boxes: array[float]
     image_at: array[int]
 
-    def asked(self) -> int:
-        """Number of rows to label."""
-        return self.plans.count(Plan.ASK)
-
     def image_of(self, item_id: str) -> ImageInfo:
         """The image of an item, or of a part of one."""
         return self.images[int(item_id.partition(".")[0])]
 
-    def remaining(self, is_answered: Callable[[int], bool]) -> Remaining:
-        """What is left of the rows to label."""
+    def asked_places(self) -> Iterator[tuple[int, int]]:
+        """(place, place of its image) of each row to label."""
+        return ((at, self.image_at[at]) for at, plan in enumerate(self.plans) if plan == Plan.ASK)
+
+    def remaining(
+        self, is_answered: Callable[[int], bool], has_image: Callable[[int], bool] | None = None
+    ) -> Remaining:
+        """What is left of the rows to label; `has_image` tells by its place whether an image takes part."""
         places = np.flatnonzero(np.frombuffer(self.plans, dtype=np.uint8) == Plan.ASK)
-        open_places = np.fromiter((at for at in places.tolist() if not is_answered(at)), dtype=np.int64)
         image_at = np.frombuffer(self.image_at, dtype=np.int32)
+        if has_image is not None:
+            takes_part = np.fromiter(map(has_image, range(len(self.images))), dtype=np.bool_)
+            places = places[takes_part[image_at[places]]] if len(places) else places
+        open_places = np.fromiter((at for at in places.tolist() if not is_answered(at)), dtype=np.int64)
         return Remaining(
             work=self,
             places=open_places[np.argsort(image_at[open_places], kind="stable")],
             boxes_left=np.bincount(image_at[open_places], minlength=len(self.images)).astype(np.int32),
+            asked=places,
             images_total=len(np.unique(image_at[places])),
         )
 
@@ -82,12 +88,14 @@ class Remaining:
         work: all rows.
         places: of the waiting rows, in the order of their images.
         boxes_left: unanswered boxes of each image; the caller counts them down.
-        images_total: images of all rows to label, answered or not.
+        asked: places of all rows to label, answered or not.
+        images_total: images of those.
     """
 
     work: Work
     places: np.ndarray[tuple[int], np.dtype[np.int64]]
     boxes_left: np.ndarray[tuple[int], np.dtype[np.int32]]
+    asked: np.ndarray[tuple[int], np.dtype[np.int64]]
     images_total: int
 
     def images_open(self) -> int:

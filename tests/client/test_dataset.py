@@ -9,15 +9,15 @@ from typing import Any
 import grpc
 import pytest
 from mal_client.client import AsyncClient, Client
-from mal_client.dataset import errors_path
+from mal_client.dataset_output import errors_path
 from mal_client.errors import CallCancelled, CallTimedOut, ModelChanged, RequestRefused, ServerUnavailable
 from mal_client.ledger import ledger_path
-from mal_client.types import DatasetOptions, DatasetResult, LabelOptions, MaskFormat, Only, Progress
+from mal_client.types import DatasetOptions, DatasetResult, LabelOptions, Only, Progress
 from pycocotools.coco import COCO
 
 from mal_train.errors import BadDataset, ConfigError, OutputError
 from mal_train.labeling.rle import Rle, area
-from mal_train.labeling.settings import Branch
+from mal_train.labeling.settings import Branch, MaskFormat
 from tests.client.datasets import Dataset, make_dataset
 from tests.client.fake_server import SHA, FakeServer, Faults, Limits, serving
 

@@ -15,8 +15,7 @@ import torch
 import yaml
 from mal_client import cli as client_cli
 from mal_client.channel import checked_address
-from mal_client.dataset import image_loader
-from mal_client.types import ServerLimits
+from mal_client.image_files import ImageFiles
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -329,9 +328,8 @@ def test_an_address_that_grpc_would_misread_is_refused(address: str) -> None:
 
 
 def test_a_missing_image_folder_is_one_error_and_not_one_for_each_box(place: Path) -> None:
-    limits = ServerLimits(1, 1, 1, 1, 1, 1, 1)
     with pytest.raises(BadDataset, match="no such folder"):
-        image_loader(place / "nowhere", limits)
+        ImageFiles(place / "nowhere")
 
 
 @pytest.mark.parametrize(

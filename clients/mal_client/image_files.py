@@ -1,0 +1,59 @@
+"""Where the pictures of a COCO file lie: below one folder, or anywhere among the files that a pattern finds."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path, PurePosixPath
+
+from mal_train.errors import BadDataset, BadImage
+
+LISTED = 3
+
+
+class ImageFiles:
+    """The pictures by the file names of their rows.
+
+    A pattern such as `photos/**/*.jpg` (`**`: any folders) is looked up once. A row's file name then means the one
+    file that ends in it, folder for folder: `a.jpg` finds `photos/2021/a.jpg`, and so does `2021/a.jpg`.
+
+    Args:
+        where: a folder, or a pattern.
+
+    Attributes:
+        name: what it is, for messages and ledgers.
+
+    Raises:
+        BadDataset: no such folder, or a pattern that finds no file: every image would be missing.
+    """
+
+    def __init__(self, where: Path | str) -> None:
+        self._folder: Path | None = Path(where)
+        self._by_name: dict[str, list[str]] = {}
+        self.name = os.path.realpath(where)
+        if self._folder.is_dir():
+            return
+        if not glob.has_magic(str(where)):
+            raise BadDataset(f"{where}: no such folder; give the one that the file names of the annotations start at")
+        self._folder = None
+        for found in sorted(glob.iglob(str(where), recursive=True)):
+            if os.path.isfile(found):
+                self._by_name.setdefault(os.path.basename(found), []).append(found)
+        if not self._by_name:
+            raise BadDataset(f"{where}: no file fits this pattern; quote it, so that the shell leaves it alone")
+
+    def path(self, file_name: str) -> Path:
+        """The file of a row, which may not exist where a folder was given.
+
+        Raises:
+            BadImage: a pattern finds none that ends in this name, or several (reason IMAGE_NOT_FOUND).
+        """
+        if self._folder is not None:
+            return self._folder / file_name
+        parts = PurePosixPath(file_name).parts
+        found = [path for path in self._by_name.get(parts[-1], ()) if Path(path).parts[-len(parts) :] == parts]
+        if len(found) == 1:
+            return Path(found[0])
+        listed = ", ".join(found[:LISTED]) + (f" and {len(found) - LISTED} more" if len(found) > LISTED else "")
+        text = f"several files end in it: {listed}" if found else "no file that the pattern finds ends in it"
+        raise BadImage(f"{file_name}: {text}", "IMAGE_NOT_FOUND")
