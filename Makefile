@@ -5,11 +5,12 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-slow check protos bench tools-labelstudio clean
+.PHONY: help demo test test-slow test-browser check protos bench tools-labelstudio clean
 
 help:
 	@echo "make demo    environment, synthetic scenes, training from boxes, server, masks, one HTML page"
 	@echo "make test    the whole test suite"
+	@echo "make test-browser  the page in Chromium, which the system has to have"
 	@echo "make check   format, lint, types, generated files"
 	@echo "make protos  regenerate the gRPC stubs"
 	@echo "make bench   the speed figures, as ratios"
@@ -37,6 +38,11 @@ test: $(VENV)/.dev .venv-protos/.pins
 
 test-slow: $(VENV)/.dev .venv-protos/.pins
 	@$(BIN)/pytest -m slow
+
+# The pages in a real browser: Chromium comes from the system (`apt-get install chromium`), or MAL_CHROMIUM names one.
+test-browser: $(VENV)/.dev
+	@$(PIP) -e '.[all,dev,browser]'
+	@$(BIN)/pytest tests/client/test_playground_page.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

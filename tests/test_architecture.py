@@ -124,11 +124,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # What only an extra installs.
 NOT_IN_BASE_INSTALL = (
     *("torch", "torchvision", "lightning", "timm", "tensorboard"),
-    *("pydantic", "yaml", "pyrage", "safetensors", "grpc_health"),
+    *("pydantic", "yaml", "pyrage", "safetensors", "grpc_health", "aiohttp"),
     *("httpx2", "starlette", "uvicorn", "cvat_sdk"),
 )
 # Modules of the client that say which extra they need.
-WITH_AN_EXTRA = tuple(f"mal_client.integrations.label_studio.{name}" for name in ("app", "pictures"))
+WITH_AN_EXTRA = (
+    *(f"mal_client.integrations.label_studio.{name}" for name in ("app", "pictures")),
+    *(f"mal_client.playground.{name}" for name in ("app", "serve")),
+)
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 HARMLESS = {"UnpicklingError", "PicklingError", "PickleError"}  # exceptions, which other libraries raise
 

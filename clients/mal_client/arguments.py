@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-from mal_client.client import DEFAULT_TIMEOUT_S, Client
+from mal_client.client import DEFAULT_TIMEOUT_S, AsyncClient, Client
 from mal_client.types import LabelOptions
 from mal_train.errors import ConfigError
 from mal_train.labeling.settings import Branch
@@ -50,6 +51,11 @@ def add_connection(parser: argparse.ArgumentParser, *, several: bool = False) ->
 def client_of(arguments: argparse.Namespace) -> Client:
     """The client that `add_connection`'s arguments describe."""
     return _client(arguments, arguments.server)
+
+
+def async_client_of(arguments: argparse.Namespace) -> AsyncClient:
+    """The same for an event loop."""
+    return AsyncClient(arguments.server, **_how(arguments))
 
 
 @contextmanager
@@ -124,12 +130,16 @@ def read_word(path: Path, name: str) -> str:
 
 
 def _client(arguments: argparse.Namespace, address: str) -> Client:
-    return Client(
-        address,
-        timeout_s=arguments.timeout,
-        tls=arguments.tls,
-        tls_ca=arguments.tls_ca,
-        client_cert=arguments.client_cert,
-        client_key=arguments.client_key,
-        token=None if arguments.token_file is None else read_word(arguments.token_file, "--token-file"),
-    )
+    return Client(address, **_how(arguments))
+
+
+def _how(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of either client."""
+    return {
+        "timeout_s": arguments.timeout,
+        "tls": arguments.tls,
+        "tls_ca": arguments.tls_ca,
+        "client_cert": arguments.client_cert,
+        "client_key": arguments.client_key,
+        "token": None if arguments.token_file is None else read_word(arguments.token_file, "--token-file"),
+    }

@@ -17,6 +17,7 @@ from mal_client.cli_check import add_check
 from mal_client.cli_evaluate import add_evaluate
 from mal_client.cli_label import add_label, add_merge
 from mal_client.cli_label_studio import add_label_studio
+from mal_client.cli_playground import add_playground
 from mal_client.cli_review import add_review
 from mal_client.types import ServerInfo
 from mal_client.version import client_version
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add_check(commands)
     add_review(commands)
     add_label_studio(commands)
+    add_playground(commands)
     _add_info(commands)
     return parser
 

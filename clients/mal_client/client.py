@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, cast
@@ -332,8 +332,8 @@ class AsyncClient:
         options: LabelOptions = AS_SERVED,
         *,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[BoxLabel]:
-        """As `Client.stream_image`."""
+    ) -> AsyncGenerator[BoxLabel]:
+        """As `Client.stream_image`; close it (`contextlib.aclosing`) to end the call early."""
         asked = checked_boxes(boxes)
         deadline_s = self.timeout_s if timeout_s is None else timeout_s
         limits = self._limits or (await self.server_info()).limits

@@ -19,6 +19,7 @@ from mal_client.fleet import Fleet, OnNotice, ServersLost
 from mal_client.image_call import check_image_size
 from mal_client.image_files import ImageFiles
 from mal_client.ledger import Answer, Ledger, ledger_path
+from mal_client.provenance import answering_model, provenance_of
 from mal_client.shards import SHARD_KEY, Shard
 from mal_client.sources import EncodedImage, not_found, read_file
 from mal_client.types import (
@@ -32,7 +33,6 @@ from mal_client.types import (
     ServerInfo,
     ServerLimits,
 )
-from mal_client.version import client_version
 from mal_client.work import Plan, Work, read_work
 from mal_client.work_pool import WorkPool
 from mal_train.atomic import check_writable
@@ -79,7 +79,7 @@ def label_dataset(
     images = ImageFiles(images_dir)
     work = read_work(coco_json, how)
     servers = _servers(clients, options, tell)
-    provenance = _provenance(servers[0][1], options)
+    provenance = provenance_of(servers[0][1], options)
     manifest = _manifest(work, images, how, provenance)
     path = ledger_path(output_json)
     if shard is not None:
@@ -93,7 +93,7 @@ def label_dataset(
         fault = _label_rest(job, servers, image_loader(images, servers[0][1].limits), options, tell)
         unanswered = fault or ItemError("INTERNAL", "NOT_ANSWERED", "no label was made")
         is_final = fault is None and not job.refused
-        model = _model(servers[0][1], options)
+        model = answering_model(servers[0][1], options)
         if shard is not None:
             return _shard_result(job, path, model, unanswered, is_final=is_final)
         result = write_labelled(work, lambda at: job.answer(at, unanswered), output_json, provenance, how)
@@ -180,7 +180,7 @@ def _servers(clients: Sequence[Client], options: LabelOptions, tell: OnNotice) -
         raise faults[0]
     for silent in faults:
         tell(f"{silent}; {len(servers)} of {len(clients)} servers begin")
-    first, *others = [(client.address, _provenance(info, options)) for client, info in servers]
+    first, *others = [(client.address, provenance_of(info, options)) for client, info in servers]
     for address, provenance in others:
         different = [
             f"{key}: {provenance[key]!r}, not {value!r}" for key, value in first[1].items() if provenance[key] != value
@@ -220,7 +220,7 @@ def _label_rest(
         return None
     limits = [info.limits for _, info in servers]
     pool = WorkPool(
-        job.rest.items(max(1, min(limit.max_boxes for limit in limits))), model=_model(servers[0][1], options)
+        job.rest.items(max(1, min(limit.max_boxes for limit in limits))), model=answering_model(servers[0][1], options)
     )
     fleet = Fleet(
         [(client, info.limits.max_items_in_flight) for client, info in servers],
@@ -263,11 +263,6 @@ def _remove_if_empty(ledger: Ledger) -> None:
         ledger.remove()
 
 
-def _model(info: ServerInfo, options: LabelOptions) -> ModelRef:
-    """Which weights and network answer these options."""
-    return info.model if options.branch is None else replace(info.model, branch=options.branch)
-
-
 def what_is_asked(work: Work, how: DatasetOptions) -> dict[str, Any]:
     """Which boxes of which file a job labels."""
     return {"input_sha256": work.head.sha256, "only": str(how.only), "ids": sorted(map(repr, how.ids))}
@@ -276,23 +271,3 @@ def what_is_asked(work: Work, how: DatasetOptions) -> dict[str, Any]:
 def _manifest(work: Work, images: ImageFiles, how: DatasetOptions, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What the answers of a job depend on; `update_bbox` and the like only change how they are written."""
     return {**what_is_asked(work, how), "images": images.name, **provenance}
-
-
-def _provenance(info: ServerInfo, options: LabelOptions) -> dict[str, Any]:
-    """What made the masks: enough to make them again."""
-    model = _model(info, options)
-    return {
-        "model": model.name,
-        "checkpoint_sha256": model.checkpoint_sha256,
-        "arch": info.arch,
-        "crop_size": info.crop_size,
-        "margin_rate": info.margin_rate,
-        "branch": str(model.branch),
-        "thresholds": [options.threshold] * 3 if options.threshold is not None else list(info.mask_thresholds),
-        "flip": options.flip,
-        "min_component_area_px": options.min_component_area_px,
-        "score": info.score_meaning,
-        "precision": info.precision,
-        "server_version": info.version,
-        "client_version": client_version(),
-    }

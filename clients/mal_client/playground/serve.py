@@ -1,0 +1,120 @@
+"""The playground's life: bind, say where, serve until it is interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import secrets
+import signal
+import webbrowser
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from mal_client.client import AsyncClient
+from mal_client.errors import ClientError
+from mal_client.playground.app import build_app
+from mal_client.playground.guard import KEY_FIELD, Guard
+from mal_train.errors import ConfigError, MalError
+
+SHUTDOWN_S = 2.0
+"""How long calls under way may take after Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where the page is served.
+
+    Attributes:
+        host: an address of this machine; one that others reach is the user's explicit wish.
+        port: 0 lets the system choose.
+        allowed_hosts: further names under which the page may be opened.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8765
+    allowed_hosts: Collection[str] = ()
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+async def serve(
+    client: AsyncClient,
+    listen: Listen,
+    tell: Callable[[str], None],
+    *,
+    open_browser: bool = False,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serves the page until SIGINT, SIGTERM or `stop`.
+
+    Args:
+        client: of the labelling server; closed by the caller.
+        listen: where.
+        tell: told the address, key included, and what the user should know.
+        open_browser: also open it.
+        stop: ends the service; None: signals alone do.
+
+    Raises:
+        ConfigError: the port cannot be bound.
+    """
+    over = stop or asyncio.Event()
+    guard = Guard(secrets.token_urlsafe(24), frozenset(map(str.lower, listen.allowed_hosts)), listen.is_loopback)
+    # A page that goes away cancels its handler, and with it the call to the labelling server.
+    runner = web.AppRunner(
+        build_app(client, guard), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S
+    )
+    await runner.setup()
+    try:
+        url = await _bind(runner, listen, guard)
+        await _say(client, listen, url, tell)
+        if open_browser:
+            # Starting a browser can take seconds.
+            await asyncio.to_thread(webbrowser.open, url)
+        loop = asyncio.get_running_loop()
+        if stop is None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, over.set)
+        await over.wait()
+    finally:
+        await runner.cleanup()
+
+
+async def _bind(runner: web.AppRunner, listen: Listen, guard: Guard) -> str:
+    site = web.TCPSite(runner, listen.host, listen.port)
+    try:
+        await site.start()
+    except OSError as error:
+        raise ConfigError(
+            f"--host {listen.host} --port {listen.port}: cannot listen there ({error.strerror}); give another port, or "
+            "--port 0 for any"
+        ) from None
+    port = runner.addresses[0][1]
+    shown = f"[{listen.host}]" if ":" in listen.host else listen.host
+    return f"http://{shown}:{port}/?{KEY_FIELD}={guard.key}"
+
+
+async def _say(client: AsyncClient, listen: Listen, url: str, tell: Callable[[str], None]) -> None:
+    tell(f"playground: {url}")
+    if not listen.is_loopback:
+        tell(
+            f"{listen.host} is reached from other machines, and pictures, masks and the key above travel unencrypted; "
+            "an SSH tunnel to 127.0.0.1 does not show them"
+        )
+    try:
+        info = await client.server_info()
+    except ClientError as error:
+        tell(f"{error}; the page is there and tries again")
+    except MalError as error:
+        tell(f"{error}; the page shows the same")
+    else:
+        tell(f"labels by {info.model.name} on {client.address}; Ctrl-C ends the playground")

@@ -1,0 +1,210 @@
+// The settings, the numbers of the selected box, and the list: everything beside the canvas.
+
+const byId = (id) => document.getElementById(id);
+const FIELDS = ["box-x", "box-y", "box-w", "box-h"];
+
+export class Panel {
+  #session;
+  #stage;
+  #rows = new Map();
+  #isAsked = false;
+
+  constructor(session, stage) {
+    [this.#session, this.#stage] = [session, stage];
+    session.addEventListener("change", () => this.#renderSoon());
+    this.#wireSettings();
+    this.#wireSelected();
+  }
+
+  #wireSettings() {
+    const session = this.#session;
+    byId("branch").addEventListener("change", (event) => session.setOption("branch", event.target.value || null));
+    for (const name of ["flip", "agreement"]) {
+      byId(name).addEventListener("change", (event) => session.setOption(name, event.target.checked));
+    }
+    byId("category").addEventListener("change", (event) => (session.category = event.target.value.trim() || "object"));
+    byId("threshold-on").addEventListener("change", (event) =>
+      session.setThreshold(event.target.checked ? Number(byId("threshold").value) : null),
+    );
+    byId("threshold").addEventListener("input", (event) => session.setThreshold(Number(event.target.value)));
+    for (const [id, name] of [["show-masks", "showMasks"], ["show-boxes", "showBoxes"], ["worst", "worstFirst"]]) {
+      byId(id).addEventListener("change", (event) => {
+        session[name] = event.target.checked;
+        session.changed();
+      });
+    }
+  }
+
+  #wireSelected() {
+    const session = this.#session;
+    const edit = (field, value, how) => session.selectedBox && session.edit(session.selectedBox, field, value, how);
+    FIELDS.forEach((id, at) =>
+      byId(id).addEventListener("change", (event) => {
+        const number = event.target.valueAsNumber;
+        if (Number.isFinite(number) && session.selectedBox) edit("rect", session.selectedBox.rect.with(at, number));
+        else session.changed();
+      }),
+    );
+    byId("box-category").addEventListener("change", (event) => edit("category", event.target.value.trim() || "object"));
+    byId("box-threshold-on").addEventListener("change", (event) =>
+      edit("threshold", event.target.checked ? Number(byId("box-threshold").value) : null),
+    );
+    byId("box-threshold").addEventListener("input", (event) =>
+      edit("threshold", Number(event.target.value), { tag: `threshold ${session.selectedBox?.id}`, delay: 150 }),
+    );
+    byId("delete").addEventListener("click", () => session.selectedBox && session.removeBox(session.selectedBox));
+  }
+
+  #renderSoon() {
+    if (this.#isAsked) return;
+    this.#isAsked = true;
+    requestAnimationFrame(() => {
+      this.#isAsked = false;
+      this.#render();
+    });
+  }
+
+  #render() {
+    const { server, current } = this.#session;
+    const order = current === null ? [] : this.#session.ordered(current);
+    this.#renderServer(server);
+    this.#renderSettings(server, current);
+    this.#renderSelected(this.#session.selectedBox);
+    this.#renderList(current, order);
+    byId("status").textContent = this.#summary(current);
+    byId("stage").setAttribute("aria-label", current === null ? "No image yet" : `${current.name}: ${this.#summary(current)}`);
+  }
+
+  #renderServer(server) {
+    const line = byId("server");
+    const text = server
+      ? `${server.address} · ${server.model.name} · ${server.arch} · ${server.devices.join(", ")}`
+      : "No labelling server";
+    if (line.textContent === text) return;
+    line.textContent = text;
+    line.title = server ? `checkpoint ${server.model.checkpoint_sha256}\nscore: ${server.score_meaning}` : "";
+    if (server && byId("branch").length === 1) {
+      byId("branch").options[0].textContent = `the server's (${server.model.branch})`;
+      for (const branch of server.branches) byId("branch").add(new Option(branch, branch));
+    }
+  }
+
+  #renderSettings(server, current) {
+    const names = new Set([...(server?.categories ?? []), ...this.#session.images.flatMap((i) => i.boxes.map((b) => b.category))]);
+    const list = byId("categories");
+    if (list.dataset.names !== JSON.stringify([...names])) {
+      list.dataset.names = JSON.stringify([...names]);
+      list.replaceChildren(...[...names].map((name) => new Option(name, name)));
+    }
+    const own = server ? [...new Set(server.mask_thresholds)] : [];
+    this.#renderThreshold("threshold", current !== null, current?.threshold ?? null, own.length === 1 ? `model: ${own[0].toFixed(2)}` : "model's own");
+    byId("threshold-shown").title = server ? `The model's own by size of the box: ${server.mask_thresholds.join(", ")}` : "";
+    byId("show-masks").checked = this.#session.showMasks;
+  }
+
+  #renderThreshold(id, isEnabled, value, otherwise) {
+    byId(`${id}-on`).disabled = !isEnabled;
+    byId(`${id}-on`).checked = value !== null;
+    byId(id).disabled = !isEnabled || value === null;
+    if (value !== null) byId(id).value = value;
+    byId(`${id}-shown`).textContent = value === null ? otherwise : value.toFixed(2);
+  }
+
+  #renderSelected(box) {
+    byId("selected").disabled = box === null;
+    byId("selected-title").textContent = box === null ? "No box selected" : `Box ${box.number}`;
+    FIELDS.forEach((id, at) => {
+      // What somebody is typing is not written over.
+      if (document.activeElement !== byId(id) || box === null) byId(id).value = box === null ? "" : box.rect[at];
+    });
+    if (document.activeElement !== byId("box-category") || box === null) byId("box-category").value = box?.category ?? "";
+    this.#renderThreshold("box-threshold", box !== null, box?.threshold ?? null, "as the image");
+  }
+
+  #renderList(image, order) {
+    const list = byId("list");
+    const kept = new Map();
+    order.forEach((box) => kept.set(box.id, this.#rows.get(box.id) ?? this.#newRow(box.id)));
+    for (const [id, row] of this.#rows) if (kept.get(id) !== row) row.item.remove();
+    this.#rows = kept;
+    order.forEach((box, at) => {
+      const row = kept.get(box.id);
+      this.#fillRow(row, image, box);
+      if (list.children[at] !== row.item) {
+        const focused = row.item.contains(document.activeElement) ? document.activeElement : null;
+        list.insertBefore(row.item, list.children[at] ?? null);
+        focused?.focus();
+      }
+    });
+  }
+
+  #newRow(id) {
+    const item = document.createElement("li");
+    const button = element("button", "box");
+    button.type = "button";
+    button.addEventListener("click", () => {
+      this.#session.selectBox(id);
+      if (this.#session.selectedBox) this.#stage.reveal(this.#session.selectedBox.rect);
+    });
+    item.append(button);
+    return { item, button, shown: "" };
+  }
+
+  #fillRow(row, image, box) {
+    const state = this.#session.state(image, box);
+    row.button.setAttribute("aria-pressed", String(image.selected === box.id));
+    const shown = JSON.stringify([state, box.number, box.category, box.colour, box.threshold, state === "labelled" ? brief(box.answer) : box.fault]);
+    if (row.shown === shown) return;
+    row.shown = shown;
+    row.item.dataset.state = state;
+    const swatch = element("span", "swatch");
+    swatch.style.background = `rgb(${box.colour.join(" ")})`;
+    row.button.replaceChildren(swatch, element("span", "name", `${box.number} · ${box.category}`), ...this.#chips(state, box));
+    row.item.querySelector(".fault")?.remove();
+    if (state === "failed") row.item.append(this.#fault(box));
+  }
+
+  #chips(state, box) {
+    if (state === "waiting") return [element("span", "chip wait", "waiting…")];
+    if (state === "failed") return [element("span", "chip flag", "no mask")];
+    const { score, agreement, flags } = box.answer;
+    const chips = [element("span", "chip", `score ${score.toFixed(3)}`)];
+    chips[0].title = this.#session.server?.score_meaning ?? "";
+    if (agreement !== null) chips.push(element("span", "chip", `agreement ${agreement.toFixed(3)}`));
+    for (const flag of flags) {
+      const chip = element("span", "chip flag", flag.toLowerCase().replaceAll("_", " "));
+      chip.title = this.#session.server?.flags[flag] ?? flag;
+      chips.push(chip);
+    }
+    return chips;
+  }
+
+  #fault(box) {
+    const fault = element("div", "fault");
+    const again = element("button", "", "Try again");
+    again.type = "button";
+    again.addEventListener("click", () => this.#session.retry());
+    const more = box.fault.code === "UNAVAILABLE" ? " — it is tried again by itself" : "";
+    fault.append(element("span", "", box.fault.message + more), again);
+    return fault;
+  }
+
+  #summary(image) {
+    if (image === null || !image.boxes.length) return "No boxes yet.";
+    const count = { labelled: 0, failed: 0, waiting: 0 };
+    image.boxes.forEach((box) => count[this.#session.state(image, box)]++);
+    const parts = [`${count.labelled} of ${image.boxes.length} with a mask`];
+    if (count.waiting) parts.push(`${count.waiting} waiting`);
+    if (count.failed) parts.push(`${count.failed} failed`);
+    return parts.join(" · ");
+  }
+}
+
+const brief = ({ score, agreement, flags }) => [score, agreement, flags];
+
+function element(name, kind, text = "") {
+  const made = document.createElement(name);
+  made.className = kind;
+  made.textContent = text;
+  return made;
+}

@@ -1,0 +1,229 @@
+// Draws the current image, its masks and boxes on a canvas, and knows where on it a pixel of the image is.
+
+import { HANDLES, handlePoint } from "./geometry.js";
+
+const MARGIN = 16;
+const LARGEST_SCALE = 64;
+const PREVIEW_SIDE = 4096;
+
+export class Stage {
+  #session;
+  #canvas;
+  #context;
+  #size = { width: 0, height: 0 };
+  #isAsked = false;
+  /** The box that is being drawn, before it is one; set by the gestures. */
+  draft = null;
+
+  constructor(session, canvas) {
+    this.#session = session;
+    this.#canvas = canvas;
+    this.#context = canvas.getContext("2d");
+    new ResizeObserver(() => this.#resized()).observe(canvas);
+    session.addEventListener("change", () => this.redraw());
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.redraw());
+  }
+
+  /** {scale, x, y}: CSS px of the canvas for a px of the image, and where the image's corner is. */
+  get view() {
+    const image = this.#session.current;
+    return image === null ? null : (image.view ??= this.#fitted(image));
+  }
+
+  toImage(point) {
+    const { scale, x, y } = this.view;
+    return { x: (point.x - x) / scale, y: (point.y - y) / scale };
+  }
+
+  toCanvas(point) {
+    const { scale, x, y } = this.view;
+    return { x: point.x * scale + x, y: point.y * scale + y };
+  }
+
+  fit() {
+    Object.assign(this.#session.current, { view: null, isFitted: true });
+    this.#session.changed();
+  }
+
+  /** Zooms to a scale so that what is at `point` (canvas; by default its middle) stays there. */
+  zoomTo(scale, point = { x: this.#size.width / 2, y: this.#size.height / 2 }) {
+    const smallest = Math.min(1, this.#fitted(this.#session.current).scale) / 4;
+    const wanted = Math.min(Math.max(scale, smallest), LARGEST_SCALE);
+    const at = this.toImage(point);
+    this.#show({ scale: wanted, x: point.x - at.x * wanted, y: point.y - at.y * wanted });
+  }
+
+  zoomBy(factor, point) {
+    this.zoomTo(this.view.scale * factor, point);
+  }
+
+  panBy(dx, dy) {
+    const { scale, x, y } = this.view;
+    this.#show({ scale, x: x + dx, y: y + dy });
+  }
+
+  /** The part of the image that is in view, as two corners. */
+  visible() {
+    const { current } = this.#session;
+    const [a, b] = [this.toImage({ x: 0, y: 0 }), this.toImage({ x: this.#size.width, y: this.#size.height })];
+    return [
+      { x: Math.max(a.x, 0), y: Math.max(a.y, 0) },
+      { x: Math.min(b.x, current.width), y: Math.min(b.y, current.height) },
+    ];
+  }
+
+  /** Brings a box that is out of view into its middle. */
+  reveal([x, y, w, h]) {
+    const [a, b] = this.visible();
+    if (x < b.x && x + w > a.x && y < b.y && y + h > a.y) return;
+    const middle = this.toCanvas({ x: x + w / 2, y: y + h / 2 });
+    this.panBy(this.#size.width / 2 - middle.x, this.#size.height / 2 - middle.y);
+  }
+
+  redraw() {
+    if (this.#isAsked) return;
+    this.#isAsked = true;
+    requestAnimationFrame(() => {
+      this.#isAsked = false;
+      this.#draw();
+    });
+  }
+
+  #show({ scale, x, y }) {
+    const image = this.#session.current;
+    // Some of the image always stays in view.
+    const kept = (low, room, extent) => Math.min(Math.max(low, 40 - extent), room - 40);
+    image.isFitted = false;
+    image.view = {
+      scale,
+      x: kept(x, this.#size.width, image.width * scale),
+      y: kept(y, this.#size.height, image.height * scale),
+    };
+    this.#session.changed();
+  }
+
+  #fitted(image) {
+    const room = { width: this.#size.width - 2 * MARGIN, height: this.#size.height - 2 * MARGIN };
+    // Small pictures grow by whole factors, so that their pixels stay squares.
+    const exact = Math.max(0.001, Math.min(room.width / image.width, room.height / image.height));
+    const scale = exact >= 1 ? Math.min(Math.floor(exact), 8) : exact;
+    return {
+      scale,
+      x: (this.#size.width - image.width * scale) / 2,
+      y: (this.#size.height - image.height * scale) / 2,
+    };
+  }
+
+  #resized() {
+    const { width, height } = this.#canvas.getBoundingClientRect();
+    const ratio = window.devicePixelRatio || 1;
+    this.#size = { width, height };
+    this.#canvas.width = Math.max(1, Math.round(width * ratio));
+    this.#canvas.height = Math.max(1, Math.round(height * ratio));
+    // A view that somebody chose stays; one that shows the whole image goes on showing it.
+    this.#session.images.filter((image) => image.isFitted).forEach((image) => (image.view = null));
+    // At once: a canvas that changed its size is blank.
+    this.#draw();
+  }
+
+  #draw() {
+    const context = this.#context;
+    const ratio = window.devicePixelRatio || 1;
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, this.#canvas.width, this.#canvas.height);
+    const image = this.#session.current;
+    if (image === null) return;
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    const { scale, x, y } = this.view;
+    // On whole device pixels, so that an image at 100 % is shown pixel by pixel.
+    const corner = { x: Math.round(x * ratio) / ratio, y: Math.round(y * ratio) / ratio };
+    context.imageSmoothingEnabled = scale * ratio < 1;
+    context.imageSmoothingQuality = "high";
+    context.drawImage(this.#source(image, scale * ratio), corner.x, corner.y, image.width * scale, image.height * scale);
+    if (this.#session.showMasks) this.#drawMasks(image, corner, scale);
+    if (this.#session.showBoxes) this.#drawBoxes(image, corner, scale);
+    if (this.draft !== null) this.#drawRect(this.draft, corner, scale, "#fff", { isDashed: true });
+  }
+
+  /** The bitmap, or a smaller copy of a large one when it is shown much smaller anyway. */
+  #source(image, scale) {
+    const shrink = PREVIEW_SIDE / Math.max(image.width, image.height);
+    if (shrink >= 1 || scale > shrink) return image.bitmap;
+    if (image.preview === undefined) {
+      image.preview = null;
+      const size = { resizeWidth: Math.max(1, Math.round(image.width * shrink)), resizeQuality: "medium" };
+      createImageBitmap(image.bitmap, size).then(
+        (bitmap) => {
+          image.preview = bitmap;
+          this.redraw();
+        },
+        // No room for a copy: the bitmap itself is drawn, only slower.
+        () => {},
+      );
+    }
+    return image.preview ?? image.bitmap;
+  }
+
+  #drawMasks(image, corner, scale) {
+    const context = this.#context;
+    for (const box of image.boxes) {
+      if (!box.layer) continue;
+      const { canvas, x, y, width, height } = box.layer;
+      context.globalAlpha = this.#session.state(image, box) === "labelled" ? 1 : 0.4;
+      context.drawImage(canvas, corner.x + x * scale, corner.y + y * scale, width * scale, height * scale);
+    }
+    context.globalAlpha = 1;
+  }
+
+  #drawBoxes(image, corner, scale) {
+    image.boxes.forEach((box, at) => {
+      const isSelected = box.id === image.selected;
+      const colour = `rgb(${box.colour.join(" ")})`;
+      const isDashed = this.#session.state(image, box) !== "labelled";
+      this.#drawRect(box.rect, corner, scale, colour, { isDashed, isThick: isSelected });
+      this.#drawNumber(String(at + 1), box, corner, scale, colour);
+      if (isSelected) this.#drawHandles(box.rect, corner, scale);
+    });
+  }
+
+  #drawRect([x, y, w, h], corner, scale, colour, { isDashed = false, isThick = false } = {}) {
+    const context = this.#context;
+    const at = [corner.x + x * scale, corner.y + y * scale, w * scale, h * scale];
+    context.lineWidth = isThick ? 5 : 3.5;
+    context.setLineDash([]);
+    context.strokeStyle = "rgb(0 0 0 / .65)";
+    context.strokeRect(...at);
+    context.lineWidth = isThick ? 2.5 : 1.5;
+    context.setLineDash(isDashed ? [6, 4] : []);
+    context.strokeStyle = colour;
+    context.strokeRect(...at);
+    context.setLineDash([]);
+  }
+
+  #drawNumber(text, box, corner, scale, colour) {
+    const context = this.#context;
+    const [x, y] = [corner.x + box.rect[0] * scale, corner.y + box.rect[1] * scale];
+    context.font = "600 12px system-ui, sans-serif";
+    const width = context.measureText(text).width + 8;
+    // Above the box, or inside where there is no room.
+    const top = y >= 18 ? y - 18 : y;
+    context.fillStyle = "rgb(0 0 0 / .8)";
+    context.fillRect(x - 1, top, width + 4, 18);
+    context.fillStyle = colour;
+    context.fillRect(x - 1, top, 4, 18);
+    context.fillStyle = "#fff";
+    context.fillText(text, x + 7, top + 13);
+  }
+
+  #drawHandles(rect, corner, scale) {
+    const context = this.#context;
+    for (const name of HANDLES) {
+      const { x, y } = handlePoint(rect, name);
+      const [left, top] = [corner.x + x * scale - 4, corner.y + y * scale - 4];
+      context.fillStyle = "#000";
+      context.fillRect(left - 1, top - 1, 10, 10);
+      context.fillStyle = "#fff";
+      context.fillRect(left, top, 8, 8);
+    }
+  }
+}
