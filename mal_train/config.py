@@ -152,7 +152,7 @@ class TrainConfig(_Devices):
     )
     cudnn: CudnnConfig = CudnnConfig()
 
-    seed: int = Field(default=1234, ge=-1, description="Seed of everything random; -1 draws one.")
+    seed: int = Field(default=1234, ge=-1, le=2**32 - 1, description="Seed of everything random; -1 draws one.")
     num_epochs: int = Field(default=10, ge=1, description="Passes over the boxes.")
     checkpoint_interval: int = Field(
         default=1, ge=1, description="Epochs or steps between checkpoints; the end always writes one."

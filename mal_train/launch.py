@@ -33,6 +33,7 @@ def run_ranks(
     *,
     nodes: int = 1,
     environment: Mapping[str, str] = os.environ,
+    program: Sequence[str] = (sys.executable, "-m", "mal_train.cli"),
     grace_s: float = GRACE_S,
 ) -> int:
     """Runs `mal-train ARGUMENTS` as `processes` processes and returns the exit code of the training.
@@ -45,6 +46,7 @@ def run_ranks(
         processes: on this machine.
         nodes: machines that take part; more than one need NODE_RANK, MASTER_ADDR and MASTER_PORT in the environment.
         environment: of the processes, before the variables that tell each who it is.
+        program: what is run.
         grace_s: how long the others may take to end after one has failed.
 
     Raises:
@@ -68,7 +70,7 @@ def run_ranks(
         "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(free_port()),
     }
-    command = [sys.executable, "-m", "mal_train.cli", *arguments]
+    command = [*program, *arguments]
     ranks: dict[int, subprocess.Popen[bytes]] = {}
     with _passing_on(ranks):
         try:

@@ -35,11 +35,17 @@ def plain_mean_field(patch: pytest.MonkeyPatch) -> None:
 
 
 def spec_of(scenes: dict[str, tuple[Path, Path]], results: Path, *overrides: str, validate: bool = False) -> Spec:
+    return load_spec(None, overrides_of(scenes, results, *overrides, validate=validate))
+
+
+def overrides_of(
+    scenes: dict[str, tuple[Path, Path]], results: Path, *overrides: str, validate: bool = False
+) -> list[str]:
     paths = [f"results_dir='{results}'"]
     for part, (annotations, images) in scenes.items():
         if part == "train" or validate:
             paths += [f"dataset.{part}_ann_path='{annotations}'", f"dataset.{part}_img_dir='{images}'"]
-    return load_spec(None, [*SMALL, *paths, *overrides])
+    return [*SMALL, *paths, *overrides]
 
 
 def weights(path: Path) -> dict[str, Tensor]:
