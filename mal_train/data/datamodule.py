@@ -6,6 +6,8 @@ stretch of the order, so that together they see what one process with a batch as
 """
 
 import itertools
+import shutil
+import signal
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +17,11 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from mal_train.data.annotations import WINDOW_BYTES, TrainingBoxes, epoch_order
 from mal_train.data.augment import Cropping, Views, make_views
-from mal_train.errors import BadDataset, BadImage
+from mal_train.errors import BadDataset, BadImage, OutputError
 from mal_train.labeling import rle
 from mal_train.labeling.geometry import box_area
 from mal_train.labeling.images import RgbImage, read_image
@@ -27,6 +29,8 @@ from mal_train.labeling.settings import network_branch
 
 CACHE_BYTES = WINDOW_BYTES + WINDOW_BYTES // 2
 """Decoded pictures that a loader process keeps: one window of the order and the start of the next."""
+SHARED_MEMORY = "/dev/shm"
+"""Through which loader processes hand over batches."""
 REPLACEMENTS = 16
 """Other boxes tried in the place of one whose picture cannot be read."""
 
@@ -232,11 +236,51 @@ class BoxDataModule(lightning.LightningDataModule):
             persistent_workers=self.settings.num_workers > 0,
             pin_memory=self.settings.pin_memory,
             collate_fn=collate,
+            worker_init_fn=leave_signals_to_the_trainer,
         )
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """SIGTERM and Ctrl-C reach whole groups of processes; the trainer needs its loader to end the step at hand."""
+    del worker
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def collate(samples: list[Sample]) -> Batch:
-    """Stacks samples of one crop size."""
+    """Stacks samples of one crop size; in a loader process into shared memory.
+
+    Raises:
+        OutputError: shared memory is full.
+    """
+    batch = _stack(samples)
+    if get_worker_info() is not None:
+        # Here and not on the way out, where torch would print a trace, drop the batch, and let the trainer wait for it.
+        _share([tensor for tensor in batch if isinstance(tensor, Tensor)])
+    return batch
+
+
+def _share(tensors: list[Tensor]) -> None:
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        needed = sum(tensor.nbytes for tensor in tensors)
+        raise no_shared_memory(f"where a batch takes {needed}") from error
+
+
+def no_shared_memory(need: str) -> OutputError:
+    """What to say when loader processes have no room left."""
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    return OutputError(
+        f"{SHARED_MEMORY}: full, {free} bytes are free {need}; give it more room (docker: --shm-size=4g), or set "
+        "dataset.num_workers_per_gpu to 0, which needs none"
+    )
+
+
+def _stack(samples: list[Sample]) -> Batch:
     masked = [(n, sample.views.mask) for n, sample in enumerate(samples) if sample.views.mask is not None]
     return Batch(
         torch.from_numpy(np.stack([sample.views.student for sample in samples])),

@@ -1,5 +1,6 @@
 """Builds Lightning's trainer for the processes and devices at hand, runs it, and puts its errors into our words."""
 
+import errno
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,8 @@ import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from mal_train.data.datamodule import BoxDataModule
-from mal_train.errors import BadDataset, ConfigError, OutOfDeviceMemory
+from mal_train.data.datamodule import BoxDataModule, no_shared_memory
+from mal_train.errors import BadDataset, ConfigError, OutOfDeviceMemory, OutputError
 from mal_train.labeling.settings import Compat
 from mal_train.model.precision import Precision, resolve
 from mal_train.training.checkpoints import SealedCheckpointIO
@@ -130,14 +131,29 @@ def fit(
     except SystemExit:
         # Lightning's answer to Ctrl-C.
         raise KeyboardInterrupt("interrupted; the last checkpoint is whole") from None
-    except BadDataset as error:
+    except (BadDataset, OutputError) as error:
         # From a loader process the message comes with that process's stack before it.
-        raise BadDataset(str(error).strip().rpartition("BadDataset: ")[2]) from error
+        kind = type(error)
+        raise kind(str(error).strip().rpartition(f"{kind.__name__}: ")[2]) from error
     except torch.OutOfMemoryError as error:
         raise OutOfDeviceMemory(
             f"a training batch does not fit into {module.device}: lower train.batch_size (train.accum_grad_batches "
             f"makes up for it) or dataset.crop_size ({error})"
         ) from error
+    except (OSError, RuntimeError) as error:
+        if not _is_full(error):
+            raise
+        # Files of ours have said so themselves by now.
+        raise no_shared_memory("where the loader processes keep their locks") from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it hides (Lightning tears down and fails at that too), says "no space left"."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        error = error.__context__
+    return False
 
 
 @contextmanager
