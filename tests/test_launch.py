@@ -16,8 +16,10 @@ from mal_train.world import LAUNCHED, World, first_host, world_of
 ROOT = Path(__file__).parents[1]
 
 
-def run(script: str, size: int = 2, **options: float) -> int:
-    return run_ranks([], size, program=(sys.executable, "-c", f"import os, signal, sys, time\n{script}"), **options)
+def run(script: str, size: int = 2, grace_s: float = 10.0) -> int:
+    return run_ranks(
+        [], size, program=(sys.executable, "-c", f"import os, signal, sys, time\n{script}"), grace_s=grace_s
+    )
 
 
 def test_all_well_is_code_0() -> None:
