@@ -87,7 +87,7 @@ def boxes() -> list[tuple[float, float, float, float]]:
 def serve(port_file: Path) -> None:
     """Runs the stand-in server until it is killed."""
     server = grpc.server(futures.ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", -1)])
-    stand_in = StandIn()
+    stand_in = StandIn()  # type: ignore[abstract]  # nobody changes its model
     labeling_pb2_grpc.add_LabelingServiceServicer_to_server(stand_in, server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(stand_in, server)
     port = server.add_insecure_port("127.0.0.1:0")

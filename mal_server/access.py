@@ -6,9 +6,10 @@ Without tokens everybody may call everything. With tokens every call but a healt
 
     label      LabelingService
     evaluate   EvaluationService
-    admin      both
+    admin      both, and what changes the served models
 
-Any token may ask ModelService and reflection. Tokens are read once, at the start, and kept as digests only.
+Any token may ask ModelService what there is, and reflection. Tokens are
+kept as digests only.
 """
 
 import hashlib
@@ -30,6 +31,8 @@ HEALTH_PREFIX = "/grpc.health.v1."
 SCOPES: Mapping[str, Scope] = {
     "/mal.v1.LabelingService/": "label",
     "/mal.v1.EvaluationService/": "evaluate",
+    "/mal.v1.ModelService/LoadModel": "admin",
+    "/mal.v1.ModelService/UnloadModel": "admin",
 }
 
 
@@ -47,10 +50,12 @@ class Access:
 
     Args:
         grants: the known tokens; none = nobody is asked.
+        is_private: nobody else reaches the server, so that without tokens its callers may change the models, too.
     """
 
-    def __init__(self, grants: Iterable[Grant] = ()) -> None:
+    def __init__(self, grants: Iterable[Grant] = (), *, is_private: bool = False) -> None:
         self._grants = tuple(grants)
+        self._is_private = is_private
 
     def caller(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> str:
         """Name of the token that a call shows; empty where none is needed.
@@ -63,10 +68,17 @@ class Access:
             UnknownCaller: no token, or one that is not known.
             NotAllowed: the token lacks the scope of the method.
         """
-        if not self._grants or method.startswith(HEALTH_PREFIX):
+        if method.startswith(HEALTH_PREFIX):
+            return ""
+        needed = next((scope for prefix, scope in SCOPES.items() if method.startswith(prefix)), None)
+        if not self._grants:
+            if needed == "admin" and not self._is_private:
+                raise NotAllowed(
+                    f"{method.removeprefix('/')} needs the scope 'admin', and a server that other machines reach gives "
+                    "it by token alone; put tokens into its settings"
+                )
             return ""
         grant = self._grant(metadata)
-        needed = next((scope for prefix, scope in SCOPES.items() if method.startswith(prefix)), None)
         if needed is not None and not grant.scopes & {needed, "admin"}:
             raise NotAllowed(
                 f"token {grant.name!r} lacks the scope {needed!r} that {method.removeprefix('/')} needs; it has "
@@ -87,8 +99,8 @@ class Access:
         return found[0]
 
 
-def read_tokens(settings: Sequence[TokenSetting]) -> Access:
-    """The configured tokens.
+def read_tokens(settings: Sequence[TokenSetting], *, is_private: bool = False) -> Access:
+    """The configured tokens; `is_private` as in `Access`.
 
     Raises:
         ConfigError: a file or variable that is missing, a token that is too short, holds blanks or stands twice; the
@@ -101,7 +113,7 @@ def read_tokens(settings: Sequence[TokenSetting]) -> Access:
     for grant in grants:
         if names[grant.digest] != grant.name:
             raise ConfigError(f"tokens: {names[grant.digest]!r} and {grant.name!r} are the same token")
-    return Access(grants)
+    return Access(grants, is_private=is_private)
 
 
 def _read_token(setting: TokenSetting) -> str:

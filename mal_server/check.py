@@ -6,11 +6,11 @@ import torch
 
 from mal_server.access import read_tokens
 from mal_server.config import ServerConfig
-from mal_server.loading import pick_devices
+from mal_server.loading import pick_devices, read_checkpoint
+from mal_server.plans import ModelPlan
 from mal_server.tls import server_credentials
 from mal_train.errors import ConfigError
-from mal_train.labeling.labeler import load_labeler
-from mal_train.model.checkpoint import sha256_of
+from mal_train.labeling.labeler import build_labeler
 from mal_train.model.keys import parse_key
 from mal_train.model.precision import resolve
 
@@ -33,16 +33,25 @@ def check(config: ServerConfig) -> Iterator[str]:
     yield f"callers: {callers or 'everybody who reaches the port'}"
     metrics = config.metrics
     yield f"metrics: {'not shown' if metrics.port is None else f'http://{metrics.host}:{metrics.port}/metrics'}"
-    devices = pick_devices(config.gpu_ids)
-    formats = [str(resolve(config.precision, torch.device(device))).removeprefix("torch.") for device in devices]
+    for plan in config.plans:
+        yield from _check_model(plan)
+    for folder in config.model_folders:
+        if not folder.path.is_dir():
+            raise ConfigError(f"model_folders: {folder.name!r}: {folder.path}: no such folder")
+        parse_key(folder.decryption_key, purpose="decryption", where="yaml")
+        files = sum(1 for _ in folder.path.rglob("*.malckpt"))
+        yield f"model folder {folder.name}: {folder.path}, {files} checkpoints"
+
+
+def _check_model(plan: ModelPlan) -> Iterator[str]:
+    devices = pick_devices(plan.gpu_ids, plan.cpu_workers)
+    formats = [str(resolve(plan.precision, torch.device(device))).removeprefix("torch.") for device in devices]
     yield f"devices: {', '.join(f'{device} in {form}' for device, form in zip(devices, formats, strict=True))}"
-    if not config.checkpoint.is_file():
-        raise ConfigError(f"checkpoint: {config.checkpoint}: no such file")
-    key = parse_key(config.decryption_key, purpose="decryption", where="yaml")
-    labeler, checkpoint = load_labeler(config.checkpoint, key=key, device="cpu", precision="float32")
+    checkpoint, sha256 = read_checkpoint(plan)
+    build_labeler(checkpoint, precision="float32")
     weights = sum(weight.numel() * weight.element_size() for weight in checkpoint.weights.values())
     yield (
-        f"model: {config.served_name}, {checkpoint.model.arch}, crop {labeler.config.crop_size} px, branch "
-        f"{config.branch}, {weights / 1e6:.1f} MB of weights on each device"
+        f"model: {plan.name}, {checkpoint.model.arch}, crop {checkpoint.labeler.crop_size} px, branch "
+        f"{plan.branch}, {weights / 1e6:.1f} MB of weights on each device"
     )
-    yield f"checkpoint: {config.checkpoint}, sha256 {sha256_of(config.checkpoint)}"
+    yield f"checkpoint: {plan.checkpoint}, sha256 {sha256}"

@@ -126,11 +126,7 @@ def read_options(
     options: types_pb2.LabelOptions, call: Call, checks: Checks, path: str
 ) -> tuple[RunOptions, AnswerOptions, Priority]:
     """How the network runs, how its answers are written, and who goes first."""
-    branch = call.branch
-    if options.branch != types_pb2.BRANCH_UNSPECIFIED:
-        if options.branch not in _BRANCHES:
-            checks.add(f"{path}.branch", f"{options.branch}; this server knows student, teacher and mixed")
-        branch = _BRANCHES.get(options.branch, call.branch)
+    branch = read_branch(options.branch, checks, f"{path}.branch") or call.branch
     if options.priority != types_pb2.PRIORITY_UNSPECIFIED and options.priority not in _PRIORITIES:
         checks.add(f"{path}.priority", f"{options.priority}; this server knows interactive and batch")
     priority = _PRIORITIES.get(options.priority, call.priority)
@@ -155,6 +151,13 @@ def read_answer_options(options: types_pb2.LabelOptions, checks: Checks, path: s
         checks.add(f"{path}.formats", "a format stands twice")
     formats = tuple(_FORMATS[form] for form in options.formats if form in _FORMATS) or (MaskFormat.RLE,)
     return AnswerOptions(threshold, options.min_component_area_px, formats, options.polygon_tolerance_px)
+
+
+def read_branch(branch: "types_pb2.Branch.ValueType", checks: Checks, path: str) -> Branch | None:
+    """The branch that a field names; None where it says nothing."""
+    if branch != types_pb2.BRANCH_UNSPECIFIED and branch not in _BRANCHES:
+        checks.add(path, f"{branch}; this server knows student, teacher and mixed")
+    return _BRANCHES.get(branch)
 
 
 def check_item_id(item_id: str, checks: Checks, path: str = "item_id") -> None:

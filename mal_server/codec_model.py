@@ -1,27 +1,53 @@
-"""What clients may know of the server, as messages."""
+"""Requests to change the served models, and what clients may know of the server, as messages."""
+
+from collections.abc import Sequence
 
 from mal.v1 import model_pb2, types_pb2
 
-from mal_server.codec import write_model_ref
+from mal_server.codec import Checks, read_branch, write_model_ref
 from mal_server.config import Limits
 from mal_server.loading import ModelInfo
+from mal_server.models import Entry
+from mal_train.labeling.settings import Branch
+
+MAX_NAME_CHARS = 64
 
 
-def write_server_info(info: ModelInfo, limits: Limits, version: str) -> model_pb2.GetServerInfoResponse:
-    """What the server serves and accepts."""
-    small, medium, large = info.labeler.mask_thres
+def read_load(request: model_pb2.LoadModelRequest) -> Branch | None:
+    """Checks the form of a request to load; the branch that it names, if any. Raises RequestRefused."""
+    checks = Checks()
+    check_model_name(request.name, checks)
+    if bool(request.folder) != bool(request.path):
+        checks.add("path", "give folder and path, or neither to read the model's own checkpoint anew")
+    branch = read_branch(request.branch, checks, "branch")
+    checks.raise_if_any()
+    return branch
+
+
+def read_unload(request: model_pb2.UnloadModelRequest) -> str:
+    """The name of the model to give up. Raises RequestRefused."""
+    checks = Checks()
+    check_model_name(request.name, checks)
+    checks.raise_if_any()
+    return request.name
+
+
+def check_model_name(name: str, checks: Checks) -> None:
+    """Notes a name that no model can have."""
+    if not name:
+        checks.add("name", "missing")
+    elif "/" in name or not name.isprintable() or len(name) > MAX_NAME_CHARS:
+        checks.add("name", f"{name[:MAX_NAME_CHARS]!r}; at most {MAX_NAME_CHARS} printable characters without '/'")
+
+
+def write_server_info(infos: Sequence[ModelInfo], limits: Limits, version: str) -> model_pb2.GetServerInfoResponse:
+    """What the server serves, the default model first, and what it accepts."""
     images = limits.images()
+    models = [write_model_info(info) for info in infos]
     return model_pb2.GetServerInfoResponse(
         version=version,
-        model=model_pb2.ModelInfo(
-            ref=write_model_ref(info, info.branch),
-            arch=info.arch,
-            crop_size=info.labeler.crop_size,
-            margin_rate=info.labeler.margin_rate,
-            mask_thresholds=model_pb2.SizeThresholds(small=small, medium=medium, large=large),
-            categories=[_write_category(index, category) for index, category in enumerate(info.categories)],
-            score_calibrated=info.labeler.calibration is not None,
-        ),
+        model=models[0],
+        models=models,
         limits=model_pb2.ServerLimits(
             max_request_bytes=limits.max_request_bytes,
             max_response_bytes=limits.max_response_bytes,
@@ -31,9 +57,51 @@ def write_server_info(info: ModelInfo, limits: Limits, version: str) -> model_pb
             max_image_bytes=images.max_bytes,
             max_items_in_flight=limits.max_items_in_flight,
         ),
+        devices=infos[0].devices,
+        precision=infos[0].precision,
+    )
+
+
+def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
+    """What clients may know of a model."""
+    small, medium, large = info.labeler.mask_thres
+    return model_pb2.ModelInfo(
+        ref=write_model_ref(info, info.branch),
+        arch=info.arch,
+        crop_size=info.labeler.crop_size,
+        margin_rate=info.labeler.margin_rate,
+        mask_thresholds=model_pb2.SizeThresholds(small=small, medium=medium, large=large),
+        categories=[_write_category(index, category) for index, category in enumerate(info.categories)],
+        score_calibrated=info.labeler.calibration is not None,
         devices=info.devices,
         precision=info.precision,
     )
+
+
+def write_models(entries: Sequence[Entry]) -> model_pb2.ListModelsResponse:
+    """Every model in memory."""
+    return model_pb2.ListModelsResponse(
+        models=[
+            model_pb2.ModelStatus(
+                model=write_model_info(entry.info),
+                state=model_pb2.MODEL_STATE_RETIRING if entry.is_retiring else model_pb2.MODEL_STATE_SERVING,
+                calls=entry.calls,
+                is_default=entry.is_default,
+            )
+            for entry in entries
+        ]
+    )
+
+
+def write_loaded(info: ModelInfo, replaced: ModelInfo | None) -> model_pb2.LoadModelResponse:
+    """What answers now, and what answered before."""
+    before = None if replaced is None else write_model_ref(replaced, replaced.branch)
+    return model_pb2.LoadModelResponse(model=write_model_info(info), replaced=before)
+
+
+def write_unloaded(info: ModelInfo) -> model_pb2.UnloadModelResponse:
+    """What was given up."""
+    return model_pb2.UnloadModelResponse(model=write_model_ref(info, info.branch))
 
 
 def _write_category(index: int, category: dict[str, object]) -> types_pb2.Category:

@@ -1,16 +1,18 @@
 """The server's YAML: every setting, its default, its range and its meaning. Reads no checkpoint, opens no port."""
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from mal_server.plans import NAME, GpuIds, ModelFolder, ModelPlan, ModelSetting, PrecisionName
 from mal_train.errors import ConfigError
 from mal_train.labeling.images import DEFAULT_LIMITS, ImageLimits
 from mal_train.labeling.settings import Branch
-from mal_train.strictyaml import Strict, apply_overrides, dump, load_yaml, validate
+from mal_train.strictyaml import Strict, apply_overrides, dump, load_yaml, parse_value, validate
 
 MIB = 1024 * 1024
 MESSAGE_OVERHEAD = 64 * 1024
@@ -48,7 +50,7 @@ class Listen(Strict):
             raise ValueError("listen.tls_certificate, listen.tls_key: give both or neither")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("listen.tls_client_ca: without listen.tls_certificate nobody is asked for a certificate")
-        if self.tls_certificate is None and not self.allow_plaintext and not _is_loopback(self.host):
+        if self.tls_certificate is None and not self.allow_plaintext and not is_loopback(self.host):
             raise ValueError(
                 f"listen.host: {self.host!r} is reachable from other machines and the traffic is not encrypted; use "
                 "127.0.0.1 or ::1, give listen.tls_certificate and listen.tls_key, or set listen.allow_plaintext: true"
@@ -62,7 +64,7 @@ Scope = Literal["label", "evaluate", "admin"]
 class TokenSetting(Strict):
     """One client's token."""
 
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.@-]+$")
+    name: str = Field(min_length=1, max_length=64, pattern=NAME)
     token: str
     scopes: tuple[Scope, ...] = Field(min_length=1)
 
@@ -117,8 +119,10 @@ class Limits(Strict):
 class ServerConfig(Strict):
     """Everything that `mal-server serve` can be told."""
 
-    checkpoint: Path = Field(
-        description="Sealed checkpoint (.malckpt) to serve, of either kind; seen from the working folder."
+    checkpoint: Path | None = Field(
+        default=None,
+        description="Sealed checkpoint (.malckpt) to serve, of either kind; seen from the working folder. null: "
+        "`models` says what is served.",
     )
     decryption_key: str | None = Field(
         default=None,
@@ -136,11 +140,38 @@ class ServerConfig(Strict):
         default=Branch.STUDENT,
         description="Network that answers requests which name none: student, teacher or mixed.",
     )
-    gpu_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+    models: tuple[ModelSetting, ...] = Field(
+        default=(),
+        repr=False,
+        description="Several models at once, in the place of checkpoint, decryption_key and model_name; the first one "
+        "answers\nrequests that name none. Entries such as\n"
+        "  - {name: cats, checkpoint: cats.malckpt, decryption_key: file:identity.txt, branch: teacher,\n"
+        "     precision: auto, gpu_ids: [0], cpu_workers: 1}\n"
+        "name and checkpoint are needed; the others fall back to the settings of the same name here. Each model has\n"
+        "its own queue and its own workers; those of one GPU share it.",
+    )
+    model_folders: tuple[ModelFolder, ...] = Field(
+        default=(),
+        repr=False,
+        description="Folders whose checkpoints `mal-client models load` may put into service while the server runs;\n"
+        "[] = only those named above may be read anew. Entries such as\n"
+        "  - {name: trained, path: results, decryption_key: file:identity.txt}",
+    )
+    max_models: int = Field(
+        default=8, ge=1, le=1024, description="Models at once; loading one under a new name beyond is refused."
+    )
+    gpu_ids: GpuIds = Field(
         default=(0,),
         description="GPUs, one worker each; [] = CPU. On a machine without CUDA the CPU is used and a line says so.",
     )
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    cpu_workers: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="Workers where the CPU is used; they share the weights, and each takes its part of the cores. More "
+        "than one pays\nwhere a single crop cannot keep all cores busy.",
+    )
+    precision: PrecisionName = Field(
         default="auto",
         description="Number format of the network. auto: bfloat16 where the device is fast at it, else float32.",
     )
@@ -212,16 +243,65 @@ class ServerConfig(Strict):
                 f"max_queue_crops: {self.max_queue_crops} is below limits.max_boxes ({self.limits.max_boxes}): a "
                 "request of full size could never be accepted; raise it or lower limits.max_boxes"
             )
-        if len(set(self.gpu_ids)) != len(self.gpu_ids):
-            raise ValueError(f"gpu_ids: {list(self.gpu_ids)} names a GPU twice")
-        if len({token.name for token in self.tokens}) != len(self.tokens):
-            raise ValueError("tokens: a name stands twice")
+        for where, ids in (
+            ("gpu_ids", self.gpu_ids),
+            *((f"models {m.name!r}: gpu_ids", m.gpu_ids) for m in self.models),
+        ):
+            if ids is not None and len(set(ids)) != len(ids):
+                raise ValueError(f"{where}: {list(ids)} names a GPU twice")
+        for field_name in ("tokens", "models", "model_folders"):
+            names = [entry.name for entry in getattr(self, field_name)]
+            if len(set(names)) != len(names):
+                raise ValueError(f"{field_name}: a name stands twice")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_served(self) -> Self:
+        alone = [name for name in ("checkpoint", "decryption_key", "model_name") if getattr(self, name) is not None]
+        if self.models and alone:
+            raise ValueError(f"{alone[0]}: models are given, so it belongs into one of their entries")
+        if not self.models and self.checkpoint is None:
+            raise ValueError("checkpoint: required, but not given; or give several under models")
+        if len(self.models) > self.max_models:
+            raise ValueError(f"models: {len(self.models)} entries, and max_models is {self.max_models}")
         return self
 
     @property
-    def served_name(self) -> str:
-        """The model's name in answers."""
-        return self.model_name or self.checkpoint.stem
+    def plans(self) -> tuple[ModelPlan, ...]:
+        """What is to be served from the start; the first one is the default."""
+        if self.models:
+            return tuple(map(self._plan, self.models))
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            raise ValueError("a configuration without a checkpoint is never valid")
+        return (self._plan_of(self.model_name or checkpoint.stem, checkpoint, self.decryption_key),)
+
+    def plan_from(self, folder: ModelFolder, checkpoint: Path, name: str, branch: Branch | None) -> ModelPlan:
+        """What a file of a folder is loaded with; what the settings say of a model of this name holds for it too."""
+        known = next((model for model in self.models if model.name == name), None)
+        base = self._plan_of(name, checkpoint, folder.decryption_key) if known is None else self._plan(known)
+        return replace(base, checkpoint=checkpoint, decryption_key=folder.decryption_key, branch=branch or base.branch)
+
+    def _plan(self, model: ModelSetting) -> ModelPlan:
+        base = self._plan_of(model.name, model.checkpoint, model.decryption_key)
+        own = {
+            name: getattr(model, name)
+            for name in ("branch", "precision", "gpu_ids", "cpu_workers")
+            if getattr(model, name) is not None
+        }
+        return replace(base, **own)
+
+    def _plan_of(self, name: str, checkpoint: Path, decryption_key: str | None) -> ModelPlan:
+        return ModelPlan(
+            name=name,
+            checkpoint=checkpoint,
+            decryption_key=decryption_key,
+            branch=self.branch,
+            precision=self.precision,
+            gpu_ids=self.gpu_ids,
+            cpu_workers=self.cpu_workers,
+            max_batch_size=self.max_batch_size,
+        )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ServerConfig:
@@ -230,14 +310,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ServerConfig:
     Raises:
         ConfigError: names the field, the value, the rule and the nearest valid name.
     """
+    data = apply_overrides(load_yaml(path), overrides)
     for override in overrides:
         name, _, value = override.partition("=")
-        if name == "decryption_key" and not value.startswith(("file:", "env:")):
+        if any(not secret.startswith(("file:", "env:")) for secret in _keys_in(name, value)):
             raise ConfigError(
                 "decryption_key: a secret on the command line can be read by every user of the machine; give file:PATH "
                 "or env:NAME"
             )
-    return validate(ServerConfig, apply_overrides(load_yaml(path), overrides), source=str(path))
+    return validate(ServerConfig, data, source=str(path))
 
 
 def default_config() -> str:
@@ -245,7 +326,19 @@ def default_config() -> str:
     return dump(ServerConfig(checkpoint=Path("results/mal_model_latest.malckpt")))
 
 
-def _is_loopback(host: str) -> bool:
+def _keys_in(name: str, value: str) -> Iterator[str]:
+    """Every decryption_key that an override holds, also inside of a list."""
+    if name == "decryption_key":
+        yield value
+    elif name in {"models", "model_folders"}:
+        entries = parse_value(value)
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and entry.get("decryption_key") is not None:
+                yield str(entry["decryption_key"])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address to listen on."""
     if host == "localhost":
         return True
     try:

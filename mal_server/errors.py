@@ -4,15 +4,21 @@
     ├── InputError
     │   ├── RequestRefused    fields of a request break the contract; nothing was started
     │   ├── UnknownCaller     a call shows no token, or one that is not known
-    │   └── NotAllowed        its token lacks the method's scope
-    └── NotReady              the model is not loaded yet
+    │   ├── NotAllowed        its token lacks the method's scope
+    │   └── NotThere          what a request names is not here
+    │       ├── UnknownModel  a name under which nothing is served
+    │       └── NoSuchFile    a folder or a file
+    ├── NotReady              the model is not loaded yet
+    ├── ModelRefused          a model could not be put into service or taken out of it; what was served goes on
+    └── DeviceError
+        └── SelfTestFailed    a model gives no sensible answer to a picture whose answer is known
 
 `Overloaded` stays in the batcher, which knows of nothing else.
 """
 
 from collections.abc import Sequence
 
-from mal_train.errors import InputError, MalError
+from mal_train.errors import DeviceError, InputError, MalError
 
 
 class RequestRefused(InputError):
@@ -33,3 +39,37 @@ class NotAllowed(InputError):
 
 class NotReady(MalError):
     """No model is loaded yet; the same call may succeed soon."""
+
+
+class NotThere(InputError):
+    """What a request names is not here. `reason` says in one word what is missing."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class UnknownModel(NotThere):
+    """A name under which nothing is served."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "MODEL_NOT_FOUND")
+
+
+class NoSuchFile(NotThere):
+    """A folder or a file that a request names. `reason` is FOLDER_NOT_FOUND, CHECKPOINT_NOT_FOUND or FILE_NOT_FOUND."""
+
+    def __init__(self, message: str, reason: str = "FILE_NOT_FOUND") -> None:
+        super().__init__(message, reason)
+
+
+class ModelRefused(MalError):
+    """A model could not be put into service or taken out of it. `reason` says why in one word."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class SelfTestFailed(DeviceError):
+    """A model on its device does not answer the test picture as it should."""

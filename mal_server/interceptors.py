@@ -5,6 +5,8 @@
     INVALID_ARGUMENT   RequestRefused (BadRequest: field paths) · BadImage (reason IMAGE_…) · BadBox (reason BAD_BOX)
     UNAVAILABLE        NotReady · Overloaded; with RetryInfo and the trailer grpc-retry-pushback-ms
                        DeviceLost (reason DEVICE_LOST); with RetryInfo: the supervisor starts a new process
+    NOT_FOUND          NotThere (reasons MODEL_NOT_FOUND, FILE_NOT_FOUND, …)
+    FAILED_PRECONDITION  ModelRefused (reasons WRONG_KEY, SELF_TEST_FAILED, …)
     DEADLINE_EXCEEDED  Expired (reason EXPIRED)
     INTERNAL           OutOfDeviceMemory (reason OUT_OF_MEMORY) · everything else: the trace goes to the log under an
                        id, the client gets the id
@@ -26,7 +28,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from mal_server.access import Access
 from mal_server.batcher import Expired, Overloaded
-from mal_server.errors import NotAllowed, NotReady, RequestRefused, UnknownCaller
+from mal_server.errors import ModelRefused, NotAllowed, NotReady, NotThere, RequestRefused, UnknownCaller
 from mal_server.metrics import Metrics
 from mal_train.errors import BadBox, BadImage, DeviceLost, OutOfDeviceMemory
 
@@ -249,6 +251,10 @@ def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
             known = code_pb2.UNAVAILABLE, (_info("LOADING"), _retry(LOADING_RETRY_S))
         case DeviceLost():
             known = code_pb2.UNAVAILABLE, (_info("DEVICE_LOST"), _retry(RESTART_RETRY_S))
+        case NotThere(reason=reason):
+            known = code_pb2.NOT_FOUND, (_info(reason),)
+        case ModelRefused(reason=reason):
+            known = code_pb2.FAILED_PRECONDITION, (_info(reason),)
         case Expired():
             known = code_pb2.DEADLINE_EXCEEDED, (_info("EXPIRED"),)
         case OutOfDeviceMemory():

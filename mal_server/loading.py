@@ -1,18 +1,20 @@
-"""From a checkpoint on disk to workers that are loaded and warm. Knows nothing of requests or of gRPC."""
+"""From a checkpoint on disk to workers on their devices. Knows nothing of requests or of gRPC."""
 
-from collections.abc import Sequence
+import gc
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from mal_server.config import ServerConfig
-from mal_server.worker import Worker
-from mal_train.errors import ConfigError, DeviceError
-from mal_train.labeling.labeler import Crop, RunOptions, load_labeler
+from mal_server.plans import ModelPlan
+from mal_server.worker import Predictor, Worker
+from mal_train.errors import CheckpointError, ConfigError, OutOfDeviceMemory
+from mal_train.labeling.labeler import Labeler, build_labeler
 from mal_train.labeling.settings import Branch, LabelerConfig
-from mal_train.model.checkpoint import sha256_of
+from mal_train.model.checkpoint import Checkpoint, load_checkpoint, sha256_of
 from mal_train.model.keys import parse_key
 
 
@@ -43,45 +45,79 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on its devices."""
+    """A model on its devices.
+
+    Attributes:
+        info: what it is.
+        workers: one a device, or several on the CPU.
+        reference: the same weights in float32 on the CPU, for the self-test; None: there is nothing to compare with.
+        batch_sizes: of the warm-up, beyond the few crops of the self-test.
+    """
 
     info: ModelInfo
     workers: tuple[Worker, ...]
+    reference: Predictor | None = None
+    batch_sizes: tuple[int, ...] = ()
 
 
-def load_model(config: ServerConfig) -> Loaded:
-    """Loads the configured checkpoint once for each device.
+def load_model(plan: ModelPlan) -> Loaded:
+    """Opens a checkpoint once and puts its network on every device.
 
     Raises:
         ConfigError: a key, a GPU or a precision that does not exist here.
         CheckpointError: the file cannot be used; its message says why.
+        OutOfDeviceMemory: the weights do not fit beside what is on the device already.
     """
-    if not config.checkpoint.is_file():
-        raise ConfigError(f"checkpoint: {config.checkpoint}: no such file")
-    key = parse_key(config.decryption_key, purpose="decryption", where="yaml")
-    devices = pick_devices(config.gpu_ids)
-    loaded = [load_labeler(config.checkpoint, key=key, device=device, precision=config.precision) for device in devices]
-    labeler, checkpoint = loaded[0]
+    checkpoint, sha256 = read_checkpoint(plan)
+    devices = pick_devices(plan.gpu_ids, plan.cpu_workers)
+    reference = build_labeler(checkpoint, precision="float32")
+    labelers = [_on_device(checkpoint, reference, device, plan.precision) for device in devices]
     info = ModelInfo(
-        name=config.served_name,
-        sha256=sha256_of(config.checkpoint),
+        name=plan.name,
+        sha256=sha256,
         arch=checkpoint.model.arch,
-        labeler=labeler.config,
+        labeler=reference.config,
         categories=tuple(checkpoint.categories),
-        branch=config.branch,
+        branch=plan.branch,
         devices=devices,
-        precision=str(labeler.dtype).removeprefix("torch."),
+        precision=str(labelers[0].dtype).removeprefix("torch."),
     )
-    return Loaded(info, tuple(Worker(one, device) for (one, _), device in zip(loaded, devices, strict=True)))
+    workers = tuple(
+        Worker(labeler, device, _thread_setting(len(devices)) if device == "cpu" else None)
+        for labeler, device in zip(labelers, devices, strict=True)
+    )
+    return Loaded(info, workers, reference, warm_up_sizes(labelers[0], plan.max_batch_size))
 
 
-def pick_devices(gpu_ids: Sequence[int]) -> tuple[str, ...]:
+def read_checkpoint(plan: ModelPlan) -> tuple[Checkpoint, str]:
+    """The checkpoint, verified to its last byte, and the SHA-256 of its file. Errors as `load_model`."""
+    path = _existing(plan.checkpoint)
+    key = parse_key(plan.decryption_key, purpose="decryption", where="yaml")
+    sha256 = sha256_of(path)
+    checkpoint = load_checkpoint(path, key, weights_only_kind=True)
+    if sha256_of(path) != sha256:
+        # Answers name the checkpoint by this checksum, so it must be that of the weights.
+        raise CheckpointError(f"{path}: was written to while it was read; load it again once it is complete")
+    return checkpoint, sha256
+
+
+def warm_up_sizes(labeler: Labeler, max_batch_size: int) -> tuple[int, ...]:
+    """Batch sizes whose kernels and memory the first callers should not wait for: none where crops run one by one."""
+    if labeler.runs_crops_alone or max_batch_size == 1:
+        return ()
+    if labeler.device.type == "cpu":
+        return (max_batch_size,)
+    doubled = [1 << bits for bits in range(max_batch_size.bit_length())]
+    return tuple(sorted({*doubled, max_batch_size}))
+
+
+def pick_devices(gpu_ids: Sequence[int], cpu_workers: int = 1) -> tuple[str, ...]:
     """Torch device names; the CPU for no ids, and, with one printed line, where the machine has no CUDA."""
     if not gpu_ids:
-        return ("cpu",)
+        return ("cpu",) * cpu_workers
     if not torch.cuda.is_available():
         print("mal-server: no CUDA on this machine; using the CPU", flush=True)
-        return ("cpu",)
+        return ("cpu",) * cpu_workers
     count = torch.cuda.device_count()
     missing = [i for i in gpu_ids if i >= count]
     if missing:
@@ -89,18 +125,33 @@ def pick_devices(gpu_ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(f"cuda:{i}" for i in gpu_ids)
 
 
-async def warm_up(worker: Worker, branch: Branch, max_batch_size: int) -> None:
-    """Runs one crop, and on a GPU a full batch, so that the first caller does not pay for kernels and memory.
+def free_memory() -> None:
+    """Gives back what a model that nobody holds any more had taken; takes some milliseconds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
-    Raises:
-        DeviceError: the network gives no finite probabilities.
-    """
-    crop = worker.predictor.prepare(np.zeros((64, 64, 3), np.uint8), [(8.0, 8.0, 48.0, 48.0)])[0]
-    if not isinstance(crop, Crop):
-        raise DeviceError(f"{worker.name}: the warm-up crop was refused: {crop}")
-    for size in (1,) if worker.name == "cpu" else (1, max_batch_size):
-        for outcome in await worker.run(RunOptions(branch), [crop] * size):
-            if isinstance(outcome, Exception):
-                raise outcome
-            if not np.isfinite(outcome.prob).all():
-                raise DeviceError(f"{worker.name}: the network gives probabilities that are not finite")
+
+def _on_device(checkpoint: Checkpoint, reference: Labeler, device: str, precision: str) -> Labeler:
+    if device == "cpu":
+        # Weights are only read: workers on the CPU share those of the reference.
+        return Labeler(reference.network, checkpoint.labeler, device=device, precision=precision)
+    try:
+        return build_labeler(checkpoint, device=device, precision=precision)
+    except torch.OutOfMemoryError as error:
+        raise OutOfDeviceMemory(f"the weights do not fit into {device}: {error}") from error
+
+
+def _thread_setting(workers: int) -> Callable[[], None] | None:
+    """To be called on a CPU worker's thread: its part of the cores. A single worker keeps torch's own choice."""
+    if workers == 1:
+        return None
+    share = max(1, len(os.sched_getaffinity(0)) // workers)
+    return lambda: torch.set_num_threads(share)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"checkpoint: {path}: no such file")
+    # A link such as …_latest may be set anew at any moment; what it means now is what is read.
+    return path.resolve()

@@ -10,12 +10,12 @@
     mal_rejected_total{reason}                  calls and bulk items that were refused, by the reason in their status
     mal_dropped_total{reason}                   admitted crops that nobody waits for any more
     mal_masks_total{flag}                       masks by flag; NONE: masks without one
-    mal_model_info{name,sha256,branch}          1 for the model that answers
+    mal_model_info{name,sha256,branch}          1 for each model that answers
 
 Always counted, which costs microseconds a request; knows nothing of gRPC's objects.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -54,7 +54,7 @@ class Metrics:
         self._dropped = Counter("mal_dropped", "Admitted crops that nobody waits for.", ["reason"], registry=registry)
         self._masks = Counter("mal_masks", "Masks by flag.", ["flag"], registry=registry)
         self._model = Gauge(
-            "mal_model_info", "The model that answers.", ["name", "sha256", "branch"], registry=registry
+            "mal_model_info", "1 for each model that answers.", ["name", "sha256", "branch"], registry=registry
         )
 
     def call_ended(self, method: str, code: str, took_s: float) -> None:
@@ -97,10 +97,11 @@ class Metrics:
         self._queue_crops.set_function(crops)
         self._queue_bytes.set_function(size_bytes)
 
-    def serves(self, name: str, sha256: str, branch: str) -> None:
-        """This model answers from now on."""
+    def serves(self, models: Iterable[tuple[str, str, str]]) -> None:
+        """These models (name, SHA-256, branch) answer from now on."""
         self._model.clear()
-        self._model.labels(name, sha256, branch).set(1)
+        for labels in models:
+            self._model.labels(*labels).set(1)
 
 
 class MetricsPort:

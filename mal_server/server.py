@@ -1,7 +1,7 @@
 """The server's life: bind, load, serve, drain, stop. Joins the parts; decides nothing about requests.
 
     start  binds the port; health says NOT_SERVING, calls are answered UNAVAILABLE
-    load   reads the checkpoint, warms every worker up; health says SERVING
+    load   reads the checkpoints, warms up and tests every worker; health says SERVING, for each model too
     drain  health says NOT_SERVING, calls are still answered
     stop   refuses new calls, lets running ones finish within the grace period
 
@@ -16,9 +16,7 @@ import importlib.metadata
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import grpc
@@ -27,17 +25,14 @@ from grpc_reflection.v1alpha import reflection
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_server.access import read_tokens
-from mal_server.batcher import Batcher
-from mal_server.config import ServerConfig
+from mal_server.config import ServerConfig, is_loopback
 from mal_server.interceptors import CallInterceptor
-from mal_server.loading import Loaded, ModelInfo, load_model, warm_up
+from mal_server.loading import ModelInfo, load_model
 from mal_server.metrics import Metrics, MetricsPort
-from mal_server.pipeline import CropBatcher, Pipeline
-from mal_server.service import EvaluationService, LabelingService, ModelService, Serving, Stage
+from mal_server.models import Load, Models
+from mal_server.service import EvaluationService, LabelingService, ModelService
 from mal_server.tls import server_credentials
-from mal_server.worker import Worker
 from mal_train.errors import ConfigError, DeviceLost, OutputError
-from mal_train.labeling.labeler import Crop, Probability, RunOptions
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +51,10 @@ SERVICES = (
 )
 """Names that health answers for; the empty one is the whole server."""
 
-Load = Callable[[ServerConfig], Loaded]
+
+def health_name(model: str) -> str:
+    """The name under which health tells whether a model answers."""
+    return f"{SERVICES[1]}/{model}"
 
 
 class MalServer:
@@ -64,7 +62,7 @@ class MalServer:
 
     Args:
         config: see `ServerConfig`.
-        load: gives the model; runs in a thread.
+        load: gives a model; runs in a thread.
 
     Raises:
         ConfigError: a certificate, key or token that cannot be used.
@@ -72,15 +70,19 @@ class MalServer:
 
     def __init__(self, config: ServerConfig, load: Load = load_model) -> None:
         self._config = config
-        self._load = load
-        self._stage = Stage()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._pool = ThreadPoolExecutor(config.threads or os.cpu_count(), thread_name_prefix="cpu")
-        self._loaded: Loaded | None = None
-        self._batcher: CropBatcher | None = None
         self._metrics = Metrics()
+        self._models = Models(
+            config,
+            load,
+            pool=self._pool,
+            metrics=self._metrics,
+            on_lost=self._lose,
+            on_change=self._model_changed,
+        )
         self._metrics_port: MetricsPort | None = None
-        self._access = read_tokens(config.tokens)
+        self._access = read_tokens(config.tokens, is_private=is_loopback(config.listen.host))
         self._credentials = server_credentials(config.listen)
         self._server = self._build()
         self.lost = asyncio.Event()
@@ -99,7 +101,7 @@ class MalServer:
         """
         host, port = self._config.listen.host, self._config.listen.port
         shown = f"[{host}]" if ":" in host else host
-        for service in SERVICES:
+        for service in (*SERVICES, *(health_name(plan.name) for plan in self._config.plans)):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             if self._credentials is None:
@@ -120,41 +122,17 @@ class MalServer:
             self.metrics_address = f"{metrics.host}:{self._metrics_port.port}"
         await self._server.start()
 
-    async def load(self) -> ModelInfo:
-        """Loads and warms up the model, then says SERVING. Errors of `load_model` and `warm_up`."""
-        config = self._config
-        loaded = self._loaded = await asyncio.to_thread(self._load, config)
-        for worker in loaded.workers:
-            await warm_up(worker, config.branch, config.max_batch_size)
-        self._batcher = Batcher(
-            [partial(self._run, worker) for worker in loaded.workers],
-            max_batch_size=config.max_batch_size,
-            max_delay_s=config.max_queue_delay_ms / 1000,
-            max_waiting=config.max_queue_crops,
-            max_bytes=config.max_queue_bytes,
-            patience_s=config.batch_patience_s,
-            observer=self._metrics,
-        )
-        batcher = self._batcher
-        self._metrics.watch_queue(lambda: batcher.waiting, lambda: batcher.waiting_bytes)
-        self._metrics.serves(loaded.info.name, loaded.info.sha256, str(loaded.info.branch))
-        pipeline = Pipeline(
-            loaded.workers[0].predictor,
-            self._batcher,
-            self._pool,
-            config.limits.images(),
-            crop_size=loaded.info.labeler.crop_size,
-            metrics=self._metrics,
-        )
-        self._stage.serving = Serving(loaded.info, pipeline, self._pool)
+    async def load(self) -> list[ModelInfo]:
+        """Loads and proves what the settings name, then says SERVING. Errors of `load_model` and `prove`."""
+        await self._models.start()
         for service in SERVICES:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        return loaded.info
+        return self._models.infos()
 
     @property
     def waiting(self) -> int:
         """Crops that wait for a device."""
-        return 0 if self._batcher is None else self._batcher.waiting
+        return self._models.waiting
 
     async def drain(self) -> None:
         """Says NOT_SERVING, for good."""
@@ -163,32 +141,24 @@ class MalServer:
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls, waits at most `grace_s` seconds for running ones, cancels the rest, ends the threads."""
         await self._server.stop(grace_s)
-        if self._batcher is not None:
-            await self._batcher.idle()
+        await self._models.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for worker in self._loaded.workers if self._loaded is not None else ():
-            worker.close()
         if self._metrics_port is not None:
             await asyncio.to_thread(self._metrics_port.close)
             self._metrics_port = None
-
-    async def _run(self, worker: Worker, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
-        """A batcher's runner."""
-        try:
-            return await worker.run(options, crops)
-        except DeviceLost as error:
-            await self._lose(error)
-            raise
 
     async def _lose(self, error: DeviceLost) -> None:
         if self.error is not None:
             return
         log.error("lost error=%s", error)
-        self.error = self._stage.lost = error
-        if self._batcher is not None:
-            self._batcher.break_off(error)
+        self.error = error
+        self._models.break_off(error)
         self.lost.set()
         await self._health.enter_graceful_shutdown()
+
+    async def _model_changed(self, name: str, answers: bool) -> None:
+        state = health_pb2.HealthCheckResponse.SERVING if answers else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        await self._health.set(health_name(name), state)
 
     def _build(self) -> grpc.aio.Server:
         limits = self._config.limits
@@ -203,10 +173,10 @@ class MalServer:
             ),
         )
         labeling_pb2_grpc.add_LabelingServiceServicer_to_server(
-            LabelingService(self._stage, limits, self._metrics), server
+            LabelingService(self._models, limits, self._metrics), server
         )
-        evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationService(self._stage, limits), server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._stage, limits, version()), server)
+        evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationService(self._models, limits), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._models, self._config, version()), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._config.reflection:
             names = (*SERVICES[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -220,7 +190,7 @@ async def serve(config: ServerConfig, *, port_file: Path | None = None, load: Lo
     Args:
         config: see `ServerConfig`.
         port_file: receives "host:port" once the server is SERVING, and is removed at the end.
-        load: gives the model.
+        load: gives a model.
 
     Raises:
         DeviceLost: a device failed for good.
@@ -231,20 +201,22 @@ async def serve(config: ServerConfig, *, port_file: Path | None = None, load: Lo
     try:
         _remove(port_file)
         await server.start()
-        log.info("address=%s loading=%s", server.address, config.checkpoint)
+        for plan in config.plans:
+            log.info("address=%s model=%s loading=%s", server.address, plan.name, plan.checkpoint)
         loading = asyncio.ensure_future(server.load())
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             loading.cancel()
             return
-        info = loading.result()
+        infos = loading.result()
         _write(port_file, server.address)
-        print(
-            f"mal-server: serving {info.name} on {server.address} ({info.arch}, {info.branch}, "
-            f"{', '.join(info.devices)}, {info.precision})",
-            flush=True,
-        )
+        for info in infos:
+            print(
+                f"mal-server: serving {info.name} on {server.address} ({info.arch}, {info.branch}, "
+                f"{', '.join(info.devices)}, {info.precision})",
+                flush=True,
+            )
         if server.metrics_address:
             log.info("metrics=http://%s/metrics", server.metrics_address)
         losing = asyncio.ensure_future(server.lost.wait())

@@ -4,9 +4,8 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from concurrent.futures import Executor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,49 +13,25 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_p
 
 from mal_server import codec, codec_evaluation, codec_model
 from mal_server.batcher import Priority
-from mal_server.config import Limits
-from mal_server.errors import NotReady, RequestRefused
+from mal_server.config import Limits, ServerConfig
+from mal_server.errors import NoSuchFile, RequestRefused
 from mal_server.evaluation import Evaluation
 from mal_server.interceptors import reason_of, status_of
-from mal_server.loading import ModelInfo
 from mal_server.metrics import Metrics
-from mal_server.pipeline import Pipeline
+from mal_server.models import Leases, Models, Serving
+from mal_server.plans import ModelPlan
+from mal_server.roots import Roots
 from mal_train.errors import DeviceLost
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 
-@dataclass(frozen=True)
-class Serving:
-    """A model that answers."""
-
-    info: ModelInfo
-    pipeline: Pipeline
-    pool: Executor
-
-
-class Stage:
-    """Where the model stands once it is loaded. A call looks once, at its start."""
-
-    def __init__(self) -> None:
-        self.serving: Serving | None = None
-        self.lost: DeviceLost | None = None
-
-    def current(self) -> Serving:
-        """The model; raises NotReady while there is none, and DeviceLost once its device is gone."""
-        if self.lost is not None:
-            raise self.lost
-        if self.serving is None:
-            raise NotReady("the model is still loading")
-        return self.serving
-
-
 class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
     """Boxes in, masks out."""
 
-    def __init__(self, stage: Stage, limits: Limits, metrics: Metrics) -> None:
-        self._stage = stage
+    def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
+        self._models = models
         self._limits = limits
         self._metrics = metrics
 
@@ -64,29 +39,35 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
         self, request: labeling_pb2.LabelImageRequest, context: Any
     ) -> AsyncGenerator[labeling_pb2.LabelImageResponse, None]:
         """One message for each finished batch of this request."""
-        serving = self._stage.current()
-        job = codec.read_job(request, self._limits, _call(serving, Priority.INTERACTIVE, context))
-        model = codec.write_model_ref(serving.info, job.options.branch)
-        async with aclosing(serving.pipeline.label(job)) as parts:
-            async for part in parts:
-                yield codec.write_part(part, model)
+        with Leases(self._models) as leases:
+            serving = leases.get(request.options.model)
+            job = codec.read_job(request, self._limits, _call(serving, Priority.INTERACTIVE, context))
+            model = codec.write_model_ref(serving.info, job.options.branch)
+            async with aclosing(serving.pipeline.label(job)) as parts:
+                async for part in parts:
+                    yield codec.write_part(part, model)
 
     async def LabelImages(
         self, request_iterator: AsyncIterator[labeling_pb2.LabelImagesRequest], context: Any
     ) -> AsyncGenerator[labeling_pb2.LabelImagesResponse, None]:
         """One message for each item, in the order in which they finish."""
-        call = _call(self._stage.current(), Priority.BATCH, context)
+        self._models.check_ready()
         window = self._limits.max_items_in_flight
-        async with aclosing(answered(request_iterator, partial(self._item, call), window)) as answers:
-            async for answer in answers:
-                yield answer
+        with Leases(self._models) as leases:
+            answer = partial(self._item, leases, context)
+            async with aclosing(answered(request_iterator, answer, window)) as answers:
+                async for found in answers:
+                    yield found
 
-    async def _item(self, call: codec.Call, item: labeling_pb2.LabelImagesRequest) -> labeling_pb2.LabelImagesResponse:
+    async def _item(
+        self, leases: Leases, context: Any, item: labeling_pb2.LabelImagesRequest
+    ) -> labeling_pb2.LabelImagesResponse:
         try:
             checks = codec.Checks()
             codec.check_item_id(item.item_id, checks)
             checks.raise_if_any()
-            serving = self._stage.current()
+            serving = leases.get(item.request.options.model)
+            call = _call(serving, Priority.BATCH, context)
             job = codec.read_job(item.request, self._limits, call, "request.")
             model = codec.write_model_ref(serving.info, job.options.branch)
             answer = codec.write_item(item.item_id, await serving.pipeline.label_whole(job), model)
@@ -107,42 +88,73 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
 
 
 class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
-    """Holds the served model against ground truth."""
+    """Holds a served model against ground truth."""
 
-    def __init__(self, stage: Stage, limits: Limits) -> None:
-        self._stage = stage
+    def __init__(self, models: Models, limits: Limits) -> None:
+        self._models = models
         self._limits = limits
 
     async def Evaluate(
         self, request_iterator: AsyncIterator[evaluation_pb2.EvaluateRequest], context: Any
     ) -> AsyncGenerator[evaluation_pb2.EvaluateResponse, None]:
         """Progress after each image, then one result."""
-        serving = self._stage.current()
+        self._models.check_ready()
         first = await anext(request_iterator, evaluation_pb2.EvaluateRequest())
-        options = codec_evaluation.read_evaluate_options(first, _call(serving, Priority.BATCH, context))
-        run = Evaluation(serving.pipeline, serving.pool, options.category_names)
-        truths = codec_evaluation.read_truths(request_iterator, options, self._limits)
-        async with aclosing(answered(truths, run.label, self._limits.max_items_in_flight, in_order=True)) as outcomes:
-            async for outcome in outcomes:
-                await run.count(outcome)
-                yield codec_evaluation.write_progress(run, options)
-        model = codec.write_model_ref(serving.info, options.run.branch)
-        yield codec_evaluation.write_result(await run.report(), run, options, model)
+        with Leases(self._models) as leases:
+            serving = leases.get(first.options.label.model)
+            options = codec_evaluation.read_evaluate_options(first, _call(serving, Priority.BATCH, context))
+            run = Evaluation(serving.pipeline, serving.pool, options.category_names)
+            truths = codec_evaluation.read_truths(request_iterator, options, self._limits)
+            window = self._limits.max_items_in_flight
+            async with aclosing(answered(truths, run.label, window, in_order=True)) as outcomes:
+                async for outcome in outcomes:
+                    await run.count(outcome)
+                    yield codec_evaluation.write_progress(run, options)
+            model = codec.write_model_ref(serving.info, options.run.branch)
+            yield codec_evaluation.write_result(await run.report(), run, options, model)
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """Tells about the served model."""
+    """Tells about the served models and changes them."""
 
-    def __init__(self, stage: Stage, limits: Limits, version: str) -> None:
-        self._stage = stage
-        self._limits = limits
+    def __init__(self, models: Models, config: ServerConfig, version: str) -> None:
+        self._models = models
+        self._config = config
         self._version = version
+        self._folders = {folder.name: folder for folder in config.model_folders}
+        self._roots = Roots({folder.name: folder.path for folder in config.model_folders}, "model_folders")
 
     async def GetServerInfo(
         self, request: model_pb2.GetServerInfoRequest, context: Any
     ) -> model_pb2.GetServerInfoResponse:
-        """Model, limits, devices."""
-        return codec_model.write_server_info(self._stage.current().info, self._limits, self._version)
+        """Models, limits, devices."""
+        return codec_model.write_server_info(self._models.infos(), self._config.limits, self._version)
+
+    async def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> model_pb2.ListModelsResponse:
+        """Every model in memory."""
+        self._models.check_ready()
+        return codec_model.write_models(self._models.entries())
+
+    async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Any) -> model_pb2.LoadModelResponse:
+        """Loads beside what is served, then switches."""
+        plan = await asyncio.to_thread(self._plan, request)
+        return codec_model.write_loaded(*await self._models.load(plan))
+
+    async def UnloadModel(self, request: model_pb2.UnloadModelRequest, context: Any) -> model_pb2.UnloadModelResponse:
+        """Gives up a model that is not the default one."""
+        return codec_model.write_unloaded(await self._models.unload(codec_model.read_unload(request)))
+
+    def _plan(self, request: model_pb2.LoadModelRequest) -> ModelPlan:
+        branch = codec_model.read_load(request)
+        if not request.folder:
+            known = self._models.plan(request.name)
+            return replace(known, branch=branch or known.branch)
+        try:
+            path = self._roots.path(request.folder, request.path)
+        except NoSuchFile as error:
+            reason = "CHECKPOINT_NOT_FOUND" if error.reason == "FILE_NOT_FOUND" else error.reason
+            raise NoSuchFile(str(error), reason) from None
+        return self._config.plan_from(self._folders[request.folder], path, request.name, branch)
 
 
 def _call(serving: Serving, priority: Priority, context: Any) -> codec.Call:

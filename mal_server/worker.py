@@ -1,7 +1,7 @@
 """Runs batches of crops on one device, on a thread of its own. Knows nothing of requests or of gRPC."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -41,12 +41,13 @@ class Worker:
     Args:
         predictor: does the work; only this worker calls its `predict`.
         name: the device, for logs and thread names.
+        on_start: called once on the worker's own thread.
     """
 
-    def __init__(self, predictor: Predictor, name: str) -> None:
+    def __init__(self, predictor: Predictor, name: str, on_start: Callable[[], None] | None = None) -> None:
         self.predictor = predictor
         self.name = name
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"device-{name}")
+        self._thread = ThreadPoolExecutor(1, f"device-{name}", initializer=on_start)
 
     async def run(self, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
         """Probabilities in order; OutOfDeviceMemory in the place of a crop that does not fit the device even alone.

@@ -202,6 +202,11 @@ def _section_of(annotation: object) -> type[BaseModel] | None:
     return None
 
 
+def _entry_of(annotation: object) -> type[BaseModel] | None:
+    """The model class of the entries of a list such as `tuple[Entry, ...]`."""
+    return next((entry for entry in map(_section_of, typing.get_args(annotation)) if entry is not None), None)
+
+
 def _without_null_sections(data: Mapping[str, Any], model_cls: type[BaseModel]) -> dict[str, Any]:
     """`train:` with nothing under it means the defaults of that section."""
     result: dict[str, Any] = {}
@@ -223,7 +228,9 @@ def _explain(detail: ErrorDetails, model_cls: type[BaseModel], retired: Mapping[
     if kind == "extra_forbidden":
         if path in retired:
             return f"{path}: {retired[path]}"
-        return f"{path}: unknown field{_suggestion(path, list(field_paths(model_cls)))}"
+        names = list(field_paths(model_cls))
+        nearest = _suggestion_in_entry(path, model_cls) if "[" in path else _suggestion(path, names)
+        return f"{path}: unknown field{nearest}"
     if kind == "missing":
         return f"{path}: required, but not given"
     rule = detail["msg"].removeprefix("Value error, ")
@@ -244,7 +251,7 @@ def _is_secret(model_cls: type[BaseModel], path: str) -> bool:
     field = model_cls.model_fields.get(name)
     if field is None:
         return False
-    section = _section_of(field.annotation)
+    section = _section_of(field.annotation) or (_entry_of(field.annotation) if rest else None)
     return not field.repr if section is None else _is_secret(section, rest)
 
 
@@ -261,6 +268,18 @@ def _location(detail: ErrorDetails) -> str:
 def _shown(value: object) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _suggestion_in_entry(path: str, model_cls: type[BaseModel]) -> str:
+    """Nearest valid name for a field of an entry of a list, `models[0].branhc`."""
+    entry: type[BaseModel] | None = model_cls
+    *owners, name = path.split(".")
+    for owner in owners:
+        field = None if entry is None else entry.model_fields.get(owner.partition("[")[0])
+        entry = None if field is None else _section_of(field.annotation) or _entry_of(field.annotation)
+    names = [] if entry is None else list(entry.model_fields)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"; an entry has {', '.join(names)}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _suggestion(path: str, valid_paths: Sequence[str]) -> str:

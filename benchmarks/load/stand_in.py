@@ -22,6 +22,7 @@ from benchmarks.load.loop_watch import SLOW_S, LoopWatch
 from mal_server import logs
 from mal_server.config import ServerConfig
 from mal_server.loading import Loaded
+from mal_server.plans import ModelPlan
 from mal_server.server import serve
 from mal_train.errors import DeviceLost
 from mal_train.labeling.geometry import Box
@@ -91,8 +92,8 @@ async def run(config: ServerConfig, port_file: Path, report: Path | None, predic
     """Serves until SIGTERM; SIGUSR1 starts the watch's figures anew, the report is written at the end."""
     watch = LoopWatch()
 
-    def load(config: ServerConfig) -> Loaded:
-        return loaded(config, predictor)
+    def load(plan: ModelPlan) -> Loaded:
+        return loaded(plan, predictor)
 
     if report is None:
         await serve(config, port_file=port_file, load=load)

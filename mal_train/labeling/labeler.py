@@ -136,6 +136,11 @@ class Labeler:
         self.config = config
         self.network = network.to(self.device).eval()
 
+    @property
+    def runs_crops_alone(self) -> bool:
+        """Whether `predict` runs one crop a pass, however many it is given."""
+        return self.device.type == "cpu" and self.dtype is torch.float32
+
     def prepare(self, image: RgbImage, boxes: Sequence[Sequence[float]]) -> list[Crop | BadBox]:
         """One crop, or the reason why there is none, for each box (x, y, width, height px), in order.
 
@@ -156,7 +161,7 @@ class Labeler:
         try:
             # float32 on a CPU is the reference: one crop a pass, because matrix kernels round differently for
             # other batch sizes, and a mask must not depend on who shares its batch.
-            size = 1 if self.device.type == "cpu" and self.dtype is torch.float32 else len(crops)
+            size = 1 if self.runs_crops_alone else len(crops)
             parts = [self._predict_batch(crops[i : i + size], options) for i in range(0, len(crops), size)]
             return [probability for part in parts for probability in part]
         except torch.OutOfMemoryError as error:
@@ -313,9 +318,16 @@ def load_labeler(
     """
     # An optimizer's state in a resume file is never held.
     checkpoint = load_checkpoint(path, key, weights_only_kind=True)
+    return build_labeler(checkpoint, device=device, precision=precision), checkpoint
+
+
+def build_labeler(
+    checkpoint: Checkpoint, *, device: str | torch.device = "cpu", precision: Precision | str = Precision.AUTO
+) -> Labeler:
+    """A labeler with a network of its own, with a checkpoint's weights."""
     network = MalNetwork(checkpoint.model)
     network.load_state_dict(checkpoint.weights)
-    return Labeler(network, checkpoint.labeler, device=device, precision=precision), checkpoint
+    return Labeler(network, checkpoint.labeler, device=device, precision=precision)
 
 
 def _above(values: ProbMap, limit: float) -> ProbMap:

@@ -116,6 +116,21 @@ class FakeServer(
             precision=self.limits.precision,
         )
 
+    def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> model_pb2.ListModelsResponse:
+        """Not this fake's matter."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+        raise AssertionError("abort returned")
+
+    def LoadModel(self, request: model_pb2.LoadModelRequest, context: Any) -> model_pb2.LoadModelResponse:
+        """Not this fake's matter."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+        raise AssertionError("abort returned")
+
+    def UnloadModel(self, request: model_pb2.UnloadModelRequest, context: Any) -> model_pb2.UnloadModelResponse:
+        """Not this fake's matter."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+        raise AssertionError("abort returned")
+
     def LabelImage(
         self, request: labeling_pb2.LabelImageRequest, context: Any
     ) -> Iterator[labeling_pb2.LabelImageResponse]:

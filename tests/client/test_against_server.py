@@ -18,8 +18,8 @@ from mal_client.types import BoxLabel, DatasetResult, LabelOptions, Progress
 from numpy.typing import NDArray
 from PIL import Image
 
-from mal_server.config import ServerConfig
 from mal_server.loading import Loaded
+from mal_server.plans import ModelPlan
 from mal_server.server import MalServer
 from mal_train.errors import BadImage
 from mal_train.labeling.coco import read_coco
@@ -35,7 +35,7 @@ BOXES = [DISC_BOX, (-5.0, 0.0, 40.0, 40.0), (20.0, 10.0, 8.5, 9.25), (0.0, 0.0, 
 
 @contextmanager
 def served(
-    predictor: BrightPredictor | None = None, load: Callable[[ServerConfig], Loaded] | None = None, **settings: Any
+    predictor: BrightPredictor | None = None, load: Callable[[ModelPlan], Loaded] | None = None, **settings: Any
 ) -> Iterator[str]:
     """The real server in a thread of its own, as a client sees it; killed without grace at the end."""
     used = predictor or BrightPredictor()
@@ -44,7 +44,7 @@ def served(
     over = threading.Event()
 
     async def live() -> None:
-        server = MalServer(config, load or (lambda config: loaded(config, used)))
+        server = MalServer(config, load or (lambda plan: loaded(plan, used)))
         try:
             await server.start()
             if load is not None:
@@ -191,9 +191,9 @@ def test_a_server_killed_for_good_leaves_what_was_answered(dataset: Dataset, mon
 def test_the_client_waits_for_a_server_that_still_loads(dataset: Dataset) -> None:
     started = threading.Event()
 
-    def load(config: ServerConfig) -> Loaded:
+    def load(plan: ModelPlan) -> Loaded:
         started.wait(20)
-        return loaded(config, BrightPredictor())
+        return loaded(plan, BrightPredictor())
 
     with served(load=load) as address:
         threading.Timer(2.5, started.set).start()

@@ -18,6 +18,7 @@ from PIL import Image
 
 from mal_server.config import ServerConfig
 from mal_server.loading import Loaded, ModelInfo
+from mal_server.plans import ModelPlan
 from mal_server.server import MalServer
 from mal_server.worker import Worker
 from mal_train.errors import OutOfDeviceMemory
@@ -120,14 +121,14 @@ def config_of(**settings: Any) -> ServerConfig:
     return validate(ServerConfig, data)
 
 
-def loaded(config: ServerConfig, *predictors: BrightPredictor) -> Loaded:
+def loaded(plan: ModelPlan, *predictors: BrightPredictor, sha256: str = SHA256) -> Loaded:
     info = ModelInfo(
-        name=config.served_name,
-        sha256=SHA256,
+        name=plan.name,
+        sha256=sha256,
         arch="bright/1",
         labeler=predictors[0].config,
         categories=({"id": 7, "name": "disc"}, {"id": "x"}),
-        branch=config.branch,
+        branch=plan.branch,
         devices=("cpu",) * len(predictors),
         precision="float32",
     )
@@ -139,12 +140,13 @@ async def serving(predictor: BrightPredictor | None = None, **settings: Any) -> 
     """A server in this process; stopped without grace at the end."""
     predictor = predictor or BrightPredictor()
     config = config_of(**settings)
-    server = MalServer(config, lambda config: loaded(config, predictor))
+    server = MalServer(config, lambda plan: loaded(plan, predictor))
     await server.start()
     gate, predictor.gate = predictor.gate, None
     error, predictor.error = predictor.error, None
+    fits, predictor.fits = predictor.fits, 10_000  # a device on which no crop fits would not pass the self-test
     await server.load()
-    predictor.gate, predictor.error = gate, error
+    predictor.gate, predictor.error, predictor.fits = gate, error, fits
     predictor.batches.clear()
     try:
         async with grpc.aio.insecure_channel(server.address) as channel:

@@ -76,8 +76,8 @@ def test_a_secret_is_refused_on_the_command_line_and_shown_nowhere(tmp_path: Pat
 
 
 def test_the_model_is_named_after_its_file(tmp_path: Path) -> None:
-    assert load_config(written(tmp_path, "checkpoint: results/cats.malckpt")).served_name == "cats"
-    assert load_config(written(tmp_path, "checkpoint: a\nmodel_name: dogs")).served_name == "dogs"
+    assert load_config(written(tmp_path, "checkpoint: results/cats.malckpt")).plans[0].name == "cats"
+    assert load_config(written(tmp_path, "checkpoint: a\nmodel_name: dogs")).plans[0].name == "dogs"
 
 
 def test_a_wrong_setting_ends_the_command_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
-from mal_server.config import ServerConfig
 from mal_server.loading import Loaded
+from mal_server.plans import ModelPlan
 from mal_server.server import SERVICES, MalServer, serve
 from mal_train.errors import ConfigError, DeviceError, DeviceLost, WrongKey
 from tests.server.fakes import DISC_BOX, BrightPredictor, config_of, label, label_request, loaded, serving
@@ -30,11 +30,11 @@ async def health_of(channel: grpc.aio.Channel) -> set[Any]:
     return {(await stub.Check(health_pb2.HealthCheckRequest(service=service))).status for service in SERVICES}
 
 
-def loading_with(predictor: BrightPredictor, gate: threading.Event | None = None) -> Callable[[ServerConfig], Loaded]:
-    def load(config: ServerConfig) -> Loaded:
+def loading_with(predictor: BrightPredictor, gate: threading.Event | None = None) -> Callable[[ModelPlan], Loaded]:
+    def load(plan: ModelPlan) -> Loaded:
         if gate is not None:
             gate.wait(30)
-        return loaded(config, predictor)
+        return loaded(plan, predictor)
 
     return load
 
@@ -67,7 +67,7 @@ def test_every_worker_is_warmed_up_before_it_serves() -> None:
     first, second = BrightPredictor(), BrightPredictor()
 
     async def work() -> None:
-        server = MalServer(config_of(), lambda config: loaded(config, first, second))
+        server = MalServer(config_of(), lambda plan: loaded(plan, first, second))
         await server.start()
         await server.load()
         await server.stop(0)
@@ -234,7 +234,7 @@ def test_a_signal_while_loading_ends_the_server() -> None:
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: Path) -> None:
-    def load(config: ServerConfig) -> Loaded:
+    def load(plan: ModelPlan) -> Loaded:
         raise WrongKey("the key does not open it")
 
     port_file = tmp_path / "address"

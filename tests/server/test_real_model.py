@@ -116,12 +116,12 @@ def test_masks_of_the_server_are_byte_equal_to_the_kernels_in_mixed_batches(fold
 def test_a_wrong_key_is_reported_before_anything_is_served(folder: Path, tmp_path: Path) -> None:
     write_identity(tmp_path / "other.txt")
     with pytest.raises(WrongKey):
-        load_model(load_config(folder / "server.yaml", [f"decryption_key=file:{tmp_path / 'other.txt'}"]))
+        load_model(load_config(folder / "server.yaml", [f"decryption_key=file:{tmp_path / 'other.txt'}"]).plans[0])
 
 
 def test_a_missing_checkpoint_is_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.malckpt: no such file"):
-        load_model(load_config(folder / "server.yaml", ["checkpoint=nothing.malckpt"]))
+        load_model(load_config(folder / "server.yaml", ["checkpoint=nothing.malckpt"]).plans[0])
 
 
 def test_without_cuda_the_cpu_is_taken_and_one_line_says_so(

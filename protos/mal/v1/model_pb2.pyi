@@ -7,11 +7,42 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import mal.v1.types_pb2
+import sys
 import typing
 
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
+
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _ModelState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ModelStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
+    """Never sent."""
+    MODEL_STATE_SERVING: _ModelState.ValueType  # 1
+    """New calls get it."""
+    MODEL_STATE_RETIRING: _ModelState.ValueType  # 2
+    """Replaced or unloaded; it finishes the calls that it has."""
+
+class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
+    """Where a model stands."""
+
+MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
+"""Never sent."""
+MODEL_STATE_SERVING: ModelState.ValueType  # 1
+"""New calls get it."""
+MODEL_STATE_RETIRING: ModelState.ValueType  # 2
+"""Replaced or unloaded; it finishes the calls that it has."""
+global___ModelState = ModelState
 
 @typing.final
 class GetServerInfoRequest(google.protobuf.message.Message):
@@ -36,13 +67,14 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     DEVICES_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
+    MODELS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of the distribution that the server runs."""
     precision: builtins.str
-    """Arithmetic of the network: "float32", "bfloat16" or "float16"."""
+    """Arithmetic of the default model's network: "float32", "bfloat16" or "float16"."""
     @property
     def model(self) -> global___ModelInfo:
-        """The served model."""
+        """The default model: it answers where LabelOptions.model is empty."""
 
     @property
     def limits(self) -> global___ServerLimits:
@@ -50,7 +82,11 @@ class GetServerInfoResponse(google.protobuf.message.Message):
 
     @property
     def devices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Devices that answer, in torch's notation: "cuda:0", "cpu"."""
+        """Devices of the default model, in torch's notation: "cuda:0", "cpu"; one for each worker."""
+
+    @property
+    def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModelInfo]:
+        """Every model that answers, the default one first."""
 
     def __init__(
         self,
@@ -60,11 +96,175 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         limits: global___ServerLimits | None = ...,
         devices: collections.abc.Iterable[builtins.str] | None = ...,
         precision: builtins.str = ...,
+        models: collections.abc.Iterable[global___ModelInfo] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["devices", b"devices", "limits", b"limits", "model", b"model", "precision", b"precision", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["devices", b"devices", "limits", b"limits", "model", b"model", "models", b"models", "precision", b"precision", "version", b"version"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
+
+@typing.final
+class ListModelsRequest(google.protobuf.message.Message):
+    """Asks for nothing in particular."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ListModelsRequest = ListModelsRequest
+
+@typing.final
+class ListModelsResponse(google.protobuf.message.Message):
+    """The models in memory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: builtins.int
+    @property
+    def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModelStatus]:
+        """Those that answer, the default one first, then those that are being given up."""
+
+    def __init__(
+        self,
+        *,
+        models: collections.abc.Iterable[global___ModelStatus] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["models", b"models"]) -> None: ...
+
+global___ListModelsResponse = ListModelsResponse
+
+@typing.final
+class ModelStatus(google.protobuf.message.Message):
+    """A model in memory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    CALLS_FIELD_NUMBER: builtins.int
+    IS_DEFAULT_FIELD_NUMBER: builtins.int
+    state: global___ModelState.ValueType
+    """Where it stands."""
+    calls: builtins.int
+    """Calls that use it right now; a bulk stream counts once."""
+    is_default: builtins.bool
+    """Whether it answers where LabelOptions.model is empty."""
+    @property
+    def model(self) -> global___ModelInfo:
+        """What it is."""
+
+    def __init__(
+        self,
+        *,
+        model: global___ModelInfo | None = ...,
+        state: global___ModelState.ValueType = ...,
+        calls: builtins.int = ...,
+        is_default: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["calls", b"calls", "is_default", b"is_default", "model", b"model", "state", b"state"]) -> None: ...
+
+global___ModelStatus = ModelStatus
+
+@typing.final
+class LoadModelRequest(google.protobuf.message.Message):
+    """Which checkpoint is to answer under which name."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    FOLDER_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    BRANCH_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The model's name; letters, digits and "._@-", at most 64. One that is served already is replaced."""
+    folder: builtins.str
+    """Name of a folder in the server's `model_folders`; empty with `path` empty: the checkpoint that the server's settings
+    give to this name is read anew.
+    """
+    path: builtins.str
+    """The checkpoint's path below that folder, with "/" between its parts."""
+    branch: mal.v1.types_pb2.Branch.ValueType
+    """The network that answers requests which name none; unspecified: as in the server's settings."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        folder: builtins.str = ...,
+        path: builtins.str = ...,
+        branch: mal.v1.types_pb2.Branch.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["branch", b"branch", "folder", b"folder", "name", b"name", "path", b"path"]) -> None: ...
+
+global___LoadModelRequest = LoadModelRequest
+
+@typing.final
+class LoadModelResponse(google.protobuf.message.Message):
+    """What answers now."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    REPLACED_FIELD_NUMBER: builtins.int
+    @property
+    def model(self) -> global___ModelInfo:
+        """The new model."""
+
+    @property
+    def replaced(self) -> mal.v1.types_pb2.ModelRef:
+        """What answered under this name before; unset when nothing did. It may be the same checkpoint."""
+
+    def __init__(
+        self,
+        *,
+        model: global___ModelInfo | None = ...,
+        replaced: mal.v1.types_pb2.ModelRef | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model", "replaced", b"replaced"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "replaced", b"replaced"]) -> None: ...
+
+global___LoadModelResponse = LoadModelResponse
+
+@typing.final
+class UnloadModelRequest(google.protobuf.message.Message):
+    """Which model is to go."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+global___UnloadModelRequest = UnloadModelRequest
+
+@typing.final
+class UnloadModelResponse(google.protobuf.message.Message):
+    """What was given up."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    @property
+    def model(self) -> mal.v1.types_pb2.ModelRef:
+        """Its name and checkpoint."""
+
+    def __init__(
+        self,
+        *,
+        model: mal.v1.types_pb2.ModelRef | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
+
+global___UnloadModelResponse = UnloadModelResponse
 
 @typing.final
 class ModelInfo(google.protobuf.message.Message):
@@ -79,6 +279,8 @@ class ModelInfo(google.protobuf.message.Message):
     MASK_THRESHOLDS_FIELD_NUMBER: builtins.int
     CATEGORIES_FIELD_NUMBER: builtins.int
     SCORE_CALIBRATED_FIELD_NUMBER: builtins.int
+    DEVICES_FIELD_NUMBER: builtins.int
+    PRECISION_FIELD_NUMBER: builtins.int
     arch: builtins.str
     """Backbone, for example "vit-deit-small/16"."""
     crop_size: builtins.int
@@ -89,6 +291,8 @@ class ModelInfo(google.protobuf.message.Message):
     """Whether InstanceResult.score is the expected IoU, by a calibration in the checkpoint that was fitted on masks for the
     student's answer at mask_thresholds; otherwise it is the mean foreground probability.
     """
+    precision: builtins.str
+    """Arithmetic of its network: "float32", "bfloat16" or "float16"."""
     @property
     def ref(self) -> mal.v1.types_pb2.ModelRef:
         """Name, checksum and default branch."""
@@ -101,6 +305,10 @@ class ModelInfo(google.protobuf.message.Message):
     def categories(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[mal.v1.types_pb2.Category]:
         """The classes it was trained on; labelling does not depend on them."""
 
+    @property
+    def devices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Its devices in torch's notation, one for each worker."""
+
     def __init__(
         self,
         *,
@@ -111,9 +319,11 @@ class ModelInfo(google.protobuf.message.Message):
         mask_thresholds: global___SizeThresholds | None = ...,
         categories: collections.abc.Iterable[mal.v1.types_pb2.Category] | None = ...,
         score_calibrated: builtins.bool = ...,
+        devices: collections.abc.Iterable[builtins.str] | None = ...,
+        precision: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["mask_thresholds", b"mask_thresholds", "ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["arch", b"arch", "categories", b"categories", "crop_size", b"crop_size", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "ref", b"ref", "score_calibrated", b"score_calibrated"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arch", b"arch", "categories", b"categories", "crop_size", b"crop_size", "devices", b"devices", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "precision", b"precision", "ref", b"ref", "score_calibrated", b"score_calibrated"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 

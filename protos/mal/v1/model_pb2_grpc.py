@@ -6,7 +6,11 @@ from mal.v1 import model_pb2 as mal_dot_v1_dot_model__pb2
 
 
 class ModelServiceStub(object):
-    """Tells about the served model.
+    """Tells about the served models, and changes them while the server runs.
+
+    With tokens, LoadModel and UnloadModel need the scope `admin`; without tokens they work only where the server listens
+    on its own machine alone. Checkpoints and their keys come from folders in the server's settings; neither a path
+    outside of them nor a key ever travels in a request.
     """
 
     def __init__(self, channel):
@@ -20,14 +24,60 @@ class ModelServiceStub(object):
                 request_serializer=mal_dot_v1_dot_model__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=mal_dot_v1_dot_model__pb2.GetServerInfoResponse.FromString,
                 )
+        self.ListModels = channel.unary_unary(
+                '/mal.v1.ModelService/ListModels',
+                request_serializer=mal_dot_v1_dot_model__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=mal_dot_v1_dot_model__pb2.ListModelsResponse.FromString,
+                )
+        self.LoadModel = channel.unary_unary(
+                '/mal.v1.ModelService/LoadModel',
+                request_serializer=mal_dot_v1_dot_model__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=mal_dot_v1_dot_model__pb2.LoadModelResponse.FromString,
+                )
+        self.UnloadModel = channel.unary_unary(
+                '/mal.v1.ModelService/UnloadModel',
+                request_serializer=mal_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=mal_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+                )
 
 
 class ModelServiceServicer(object):
-    """Tells about the served model.
+    """Tells about the served models, and changes them while the server runs.
+
+    With tokens, LoadModel and UnloadModel need the scope `admin`; without tokens they work only where the server listens
+    on its own machine alone. Checkpoints and their keys come from folders in the server's settings; neither a path
+    outside of them nor a key ever travels in a request.
     """
 
     def GetServerInfo(self, request, context):
-        """The served model, the limits of requests, the devices. Answered also while draining.
+        """The served models, the limits of requests, the devices. Answered also while draining.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Every model in memory: those that answer, and those that were replaced or unloaded and still finish calls.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadModel(self, request, context):
+        """Loads a checkpoint beside what is served, opens, warms up and tests it, and then switches to it at once: calls that
+        began before finish on the model they began with, calls that begin later get the new one. Answered after the
+        switch. When anything fails, what was served goes on and the status says why: FAILED_PRECONDITION with reason
+        WRONG_KEY, TRUNCATED, ALTERED, UNKNOWN_LAYOUT, CHECKPOINT, SETTINGS, OUT_OF_MEMORY, SELF_TEST_FAILED or
+        TOO_MANY_MODELS; NOT_FOUND with reason MODEL_NOT_FOUND, FOLDER_NOT_FOUND or CHECKPOINT_NOT_FOUND. One load runs at
+        a time, others wait for it; a load goes on when its caller leaves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Stops giving a model to new calls; its memory is freed once the calls that it has are finished. The default model
+        cannot be unloaded (FAILED_PRECONDITION, reason MODEL_IS_DEFAULT), only replaced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -41,6 +91,21 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=mal_dot_v1_dot_model__pb2.GetServerInfoRequest.FromString,
                     response_serializer=mal_dot_v1_dot_model__pb2.GetServerInfoResponse.SerializeToString,
             ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=mal_dot_v1_dot_model__pb2.ListModelsRequest.FromString,
+                    response_serializer=mal_dot_v1_dot_model__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=mal_dot_v1_dot_model__pb2.LoadModelRequest.FromString,
+                    response_serializer=mal_dot_v1_dot_model__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=mal_dot_v1_dot_model__pb2.UnloadModelRequest.FromString,
+                    response_serializer=mal_dot_v1_dot_model__pb2.UnloadModelResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'mal.v1.ModelService', rpc_method_handlers)
@@ -49,7 +114,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """Tells about the served model.
+    """Tells about the served models, and changes them while the server runs.
+
+    With tokens, LoadModel and UnloadModel need the scope `admin`; without tokens they work only where the server listens
+    on its own machine alone. Checkpoints and their keys come from folders in the server's settings; neither a path
+    outside of them nor a key ever travels in a request.
     """
 
     @staticmethod
@@ -66,5 +135,56 @@ class ModelService(object):
         return grpc.experimental.unary_unary(request, target, '/mal.v1.ModelService/GetServerInfo',
             mal_dot_v1_dot_model__pb2.GetServerInfoRequest.SerializeToString,
             mal_dot_v1_dot_model__pb2.GetServerInfoResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/mal.v1.ModelService/ListModels',
+            mal_dot_v1_dot_model__pb2.ListModelsRequest.SerializeToString,
+            mal_dot_v1_dot_model__pb2.ListModelsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/mal.v1.ModelService/LoadModel',
+            mal_dot_v1_dot_model__pb2.LoadModelRequest.SerializeToString,
+            mal_dot_v1_dot_model__pb2.LoadModelResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/mal.v1.ModelService/UnloadModel',
+            mal_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
+            mal_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -18,26 +18,93 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class ModelServiceStub:
-    """Tells about the served model."""
+    """Tells about the served models, and changes them while the server runs.
+
+    With tokens, LoadModel and UnloadModel need the scope `admin`; without tokens they work only where the server listens
+    on its own machine alone. Checkpoints and their keys come from folders in the server's settings; neither a path
+    outside of them nor a key ever travels in a request.
+    """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     GetServerInfo: grpc.UnaryUnaryMultiCallable[
         mal.v1.model_pb2.GetServerInfoRequest,
         mal.v1.model_pb2.GetServerInfoResponse,
     ]
-    """The served model, the limits of requests, the devices. Answered also while draining."""
+    """The served models, the limits of requests, the devices. Answered also while draining."""
+
+    ListModels: grpc.UnaryUnaryMultiCallable[
+        mal.v1.model_pb2.ListModelsRequest,
+        mal.v1.model_pb2.ListModelsResponse,
+    ]
+    """Every model in memory: those that answer, and those that were replaced or unloaded and still finish calls."""
+
+    LoadModel: grpc.UnaryUnaryMultiCallable[
+        mal.v1.model_pb2.LoadModelRequest,
+        mal.v1.model_pb2.LoadModelResponse,
+    ]
+    """Loads a checkpoint beside what is served, opens, warms up and tests it, and then switches to it at once: calls that
+    began before finish on the model they began with, calls that begin later get the new one. Answered after the
+    switch. When anything fails, what was served goes on and the status says why: FAILED_PRECONDITION with reason
+    WRONG_KEY, TRUNCATED, ALTERED, UNKNOWN_LAYOUT, CHECKPOINT, SETTINGS, OUT_OF_MEMORY, SELF_TEST_FAILED or
+    TOO_MANY_MODELS; NOT_FOUND with reason MODEL_NOT_FOUND, FOLDER_NOT_FOUND or CHECKPOINT_NOT_FOUND. One load runs at
+    a time, others wait for it; a load goes on when its caller leaves.
+    """
+
+    UnloadModel: grpc.UnaryUnaryMultiCallable[
+        mal.v1.model_pb2.UnloadModelRequest,
+        mal.v1.model_pb2.UnloadModelResponse,
+    ]
+    """Stops giving a model to new calls; its memory is freed once the calls that it has are finished. The default model
+    cannot be unloaded (FAILED_PRECONDITION, reason MODEL_IS_DEFAULT), only replaced.
+    """
 
 class ModelServiceAsyncStub:
-    """Tells about the served model."""
+    """Tells about the served models, and changes them while the server runs.
+
+    With tokens, LoadModel and UnloadModel need the scope `admin`; without tokens they work only where the server listens
+    on its own machine alone. Checkpoints and their keys come from folders in the server's settings; neither a path
+    outside of them nor a key ever travels in a request.
+    """
 
     GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[
         mal.v1.model_pb2.GetServerInfoRequest,
         mal.v1.model_pb2.GetServerInfoResponse,
     ]
-    """The served model, the limits of requests, the devices. Answered also while draining."""
+    """The served models, the limits of requests, the devices. Answered also while draining."""
+
+    ListModels: grpc.aio.UnaryUnaryMultiCallable[
+        mal.v1.model_pb2.ListModelsRequest,
+        mal.v1.model_pb2.ListModelsResponse,
+    ]
+    """Every model in memory: those that answer, and those that were replaced or unloaded and still finish calls."""
+
+    LoadModel: grpc.aio.UnaryUnaryMultiCallable[
+        mal.v1.model_pb2.LoadModelRequest,
+        mal.v1.model_pb2.LoadModelResponse,
+    ]
+    """Loads a checkpoint beside what is served, opens, warms up and tests it, and then switches to it at once: calls that
+    began before finish on the model they began with, calls that begin later get the new one. Answered after the
+    switch. When anything fails, what was served goes on and the status says why: FAILED_PRECONDITION with reason
+    WRONG_KEY, TRUNCATED, ALTERED, UNKNOWN_LAYOUT, CHECKPOINT, SETTINGS, OUT_OF_MEMORY, SELF_TEST_FAILED or
+    TOO_MANY_MODELS; NOT_FOUND with reason MODEL_NOT_FOUND, FOLDER_NOT_FOUND or CHECKPOINT_NOT_FOUND. One load runs at
+    a time, others wait for it; a load goes on when its caller leaves.
+    """
+
+    UnloadModel: grpc.aio.UnaryUnaryMultiCallable[
+        mal.v1.model_pb2.UnloadModelRequest,
+        mal.v1.model_pb2.UnloadModelResponse,
+    ]
+    """Stops giving a model to new calls; its memory is freed once the calls that it has are finished. The default model
+    cannot be unloaded (FAILED_PRECONDITION, reason MODEL_IS_DEFAULT), only replaced.
+    """
 
 class ModelServiceServicer(metaclass=abc.ABCMeta):
-    """Tells about the served model."""
+    """Tells about the served models, and changes them while the server runs.
+
+    With tokens, LoadModel and UnloadModel need the scope `admin`; without tokens they work only where the server listens
+    on its own machine alone. Checkpoints and their keys come from folders in the server's settings; neither a path
+    outside of them nor a key ever travels in a request.
+    """
 
     @abc.abstractmethod
     def GetServerInfo(
@@ -45,6 +112,38 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         request: mal.v1.model_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> typing.Union[mal.v1.model_pb2.GetServerInfoResponse, collections.abc.Awaitable[mal.v1.model_pb2.GetServerInfoResponse]]:
-        """The served model, the limits of requests, the devices. Answered also while draining."""
+        """The served models, the limits of requests, the devices. Answered also while draining."""
+
+    @abc.abstractmethod
+    def ListModels(
+        self,
+        request: mal.v1.model_pb2.ListModelsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[mal.v1.model_pb2.ListModelsResponse, collections.abc.Awaitable[mal.v1.model_pb2.ListModelsResponse]]:
+        """Every model in memory: those that answer, and those that were replaced or unloaded and still finish calls."""
+
+    @abc.abstractmethod
+    def LoadModel(
+        self,
+        request: mal.v1.model_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[mal.v1.model_pb2.LoadModelResponse, collections.abc.Awaitable[mal.v1.model_pb2.LoadModelResponse]]:
+        """Loads a checkpoint beside what is served, opens, warms up and tests it, and then switches to it at once: calls that
+        began before finish on the model they began with, calls that begin later get the new one. Answered after the
+        switch. When anything fails, what was served goes on and the status says why: FAILED_PRECONDITION with reason
+        WRONG_KEY, TRUNCATED, ALTERED, UNKNOWN_LAYOUT, CHECKPOINT, SETTINGS, OUT_OF_MEMORY, SELF_TEST_FAILED or
+        TOO_MANY_MODELS; NOT_FOUND with reason MODEL_NOT_FOUND, FOLDER_NOT_FOUND or CHECKPOINT_NOT_FOUND. One load runs at
+        a time, others wait for it; a load goes on when its caller leaves.
+        """
+
+    @abc.abstractmethod
+    def UnloadModel(
+        self,
+        request: mal.v1.model_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[mal.v1.model_pb2.UnloadModelResponse, collections.abc.Awaitable[mal.v1.model_pb2.UnloadModelResponse]]:
+        """Stops giving a model to new calls; its memory is freed once the calls that it has are finished. The default model
+        cannot be unloaded (FAILED_PRECONDITION, reason MODEL_IS_DEFAULT), only replaced.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

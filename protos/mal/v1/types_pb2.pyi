@@ -249,6 +249,7 @@ class LabelOptions(google.protobuf.message.Message):
     FORMATS_FIELD_NUMBER: builtins.int
     POLYGON_TOLERANCE_PX_FIELD_NUMBER: builtins.int
     MIN_COMPONENT_AREA_PX_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
     branch: global___Branch.ValueType
     """Which network answers."""
     threshold: builtins.float
@@ -270,6 +271,10 @@ class LabelOptions(google.protobuf.message.Message):
     far from the object vanish and a small object does not. Score, area, box, flags and agreement are those of the
     mask that is left. >= 0; unset or 0: nothing is taken out.
     """
+    model: builtins.str
+    """Name of the model that answers, one of GetServerInfoResponse.models; empty: the server's default model. Another name
+    is NOT_FOUND with reason MODEL_NOT_FOUND.
+    """
     @property
     def formats(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___MaskFormat.ValueType]:
         """Encodings of each mask, each at most once; none = MASK_FORMAT_COCO_RLE."""
@@ -285,9 +290,10 @@ class LabelOptions(google.protobuf.message.Message):
         formats: collections.abc.Iterable[global___MaskFormat.ValueType] | None = ...,
         polygon_tolerance_px: builtins.float | None = ...,
         min_component_area_px: builtins.int | None = ...,
+        model: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_min_component_area_px", b"_min_component_area_px", "_polygon_tolerance_px", b"_polygon_tolerance_px", "_threshold", b"_threshold", "min_component_area_px", b"min_component_area_px", "polygon_tolerance_px", b"polygon_tolerance_px", "threshold", b"threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_min_component_area_px", b"_min_component_area_px", "_polygon_tolerance_px", b"_polygon_tolerance_px", "_threshold", b"_threshold", "branch", b"branch", "compute_agreement", b"compute_agreement", "flip_test", b"flip_test", "formats", b"formats", "min_component_area_px", b"min_component_area_px", "polygon_tolerance_px", b"polygon_tolerance_px", "priority", b"priority", "threshold", b"threshold"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_min_component_area_px", b"_min_component_area_px", "_polygon_tolerance_px", b"_polygon_tolerance_px", "_threshold", b"_threshold", "branch", b"branch", "compute_agreement", b"compute_agreement", "flip_test", b"flip_test", "formats", b"formats", "min_component_area_px", b"min_component_area_px", "model", b"model", "polygon_tolerance_px", b"polygon_tolerance_px", "priority", b"priority", "threshold", b"threshold"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_component_area_px", b"_min_component_area_px"]) -> typing.Literal["min_component_area_px"] | None: ...
     @typing.overload

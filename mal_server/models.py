@@ -1,0 +1,386 @@
+"""Which models answer: loaded, proven, switched to at once, and given up when their last call is done.
+
+    load    a checkpoint is read, put on its devices and proven beside what answers
+    switch  one assignment: calls that look from now on get the new model
+    retire  the old one finishes the calls that hold it, then its memory goes back
+
+A call looks when it first needs a model and keeps to what it found until it ends (`Leases`), so that its answers belong
+together. Knows nothing of gRPC and nothing of what a request says.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from mal_server.batcher import Batcher
+from mal_server.config import ServerConfig
+from mal_server.errors import ModelRefused, NotReady, SelfTestFailed, UnknownModel
+from mal_server.loading import Loaded, ModelInfo, free_memory
+from mal_server.metrics import Metrics
+from mal_server.pipeline import CropBatcher, Pipeline
+from mal_server.plans import ModelPlan
+from mal_server.roots import nearest
+from mal_server.selftest import prove
+from mal_server.worker import Worker
+from mal_train.errors import (
+    Altered,
+    CheckpointError,
+    ConfigError,
+    DeviceLost,
+    MalError,
+    OutOfDeviceMemory,
+    Truncated,
+    UnknownLayout,
+    WrongKey,
+)
+from mal_train.labeling.labeler import Crop, Probability, RunOptions
+
+log = logging.getLogger(__name__)
+
+Load = Callable[[ModelPlan], Loaded]
+OnLost = Callable[[DeviceLost], Awaitable[None]]
+OnChange = Callable[[str, bool], Awaitable[None]]
+"""Told the name of a model and whether it answers now."""
+
+
+class Serving:
+    """A model that answers, or that finishes what it has.
+
+    Attributes:
+        info: what it is.
+        pipeline: from a job to its labels.
+        pool: threads for CPU work.
+        calls: how many hold it.
+        is_retired: new calls get another one, or none.
+    """
+
+    def __init__(self, loaded: Loaded, config: ServerConfig, pool: Executor, metrics: Metrics, on_lost: OnLost) -> None:
+        self.info = loaded.info
+        self.pool = pool
+        self.calls = 0
+        self.is_retired = False
+        self._on_lost = on_lost
+        self._workers = loaded.workers
+        self.batcher: CropBatcher = Batcher(
+            [partial(self._run, worker) for worker in loaded.workers],
+            max_batch_size=config.max_batch_size,
+            max_delay_s=config.max_queue_delay_ms / 1000,
+            max_waiting=config.max_queue_crops,
+            max_bytes=config.max_queue_bytes,
+            patience_s=config.batch_patience_s,
+            observer=metrics,
+        )
+        self.pipeline = Pipeline(
+            loaded.workers[0].predictor,
+            self.batcher,
+            pool,
+            config.limits.images(),
+            crop_size=loaded.info.labeler.crop_size,
+            metrics=metrics,
+        )
+
+    async def close(self) -> None:
+        """Waits for running batches and ends the workers' threads."""
+        await self.batcher.idle()
+        for worker in self._workers:
+            worker.close()
+
+    async def _run(self, worker: Worker, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
+        """A batcher's runner."""
+        try:
+            return await worker.run(options, crops)
+        except DeviceLost as error:
+            await self._on_lost(error)
+            raise
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What there is to say of a model in memory."""
+
+    info: ModelInfo
+    calls: int
+    is_retiring: bool
+    is_default: bool
+
+
+class Models:
+    """The models of one server; used from one event loop.
+
+    Args:
+        config: queue and batch settings, the number of models.
+        load: reads a checkpoint; runs in a thread.
+        pool: threads for CPU work.
+        metrics: counts.
+        on_lost: called when a device is lost.
+        on_change: called after a model began or ceased to answer.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        load: Load,
+        *,
+        pool: Executor,
+        metrics: Metrics,
+        on_lost: OnLost,
+        on_change: OnChange,
+    ) -> None:
+        self._config = config
+        self._load = load
+        self._pool = pool
+        self._metrics = metrics
+        self._on_lost = on_lost
+        self._on_change = on_change
+        self._plans = {plan.name: plan for plan in config.plans}
+        self.default = config.plans[0].name
+        """Name of the model that answers where none is named."""
+        self.lost: DeviceLost | None = None
+        """Set once a device is gone; nothing answers any more."""
+        self._serving: dict[str, Serving] = {}
+        self._retiring: set[Serving] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._is_ready = False
+        self._one_load = asyncio.Lock()
+        metrics.watch_queue(self._waiting_crops, self._waiting_bytes)
+
+    async def start(self) -> None:
+        """Loads what the settings name; nothing answers before all of it does. Raises as `load` and `prove` do."""
+        for plan in self._config.plans:
+            loaded = await asyncio.to_thread(self._load, plan)
+            self._serving[plan.name] = self._made(loaded)
+            await self._prove(loaded)
+        self._is_ready = True
+        self._tell_metrics()
+        for name in self._serving:
+            await self._on_change(name, True)
+
+    def check_ready(self) -> None:
+        """Raises NotReady before `start` has ended, and DeviceLost once a device is gone."""
+        if self.lost is not None:
+            raise self.lost
+        if not self._is_ready:
+            raise NotReady("the model is still loading")
+
+    def current(self, name: str = "") -> Serving:
+        """The model that new calls get under a name; "" = the default.
+
+        Raises:
+            NotReady, DeviceLost: as `check_ready`.
+            UnknownModel: nothing is served under it.
+        """
+        self.check_ready()
+        found = self._serving.get(name or self.default)
+        if found is None:
+            raise UnknownModel(f"model {name!r} is not served here{nearest(name, self._serving)}")
+        return found
+
+    def infos(self) -> list[ModelInfo]:
+        """Every model that answers, the default one first. Raises as `check_ready`."""
+        self.check_ready()
+        return [entry.info for entry in self.entries() if not entry.is_retiring]
+
+    def entries(self) -> list[Entry]:
+        """Every model in memory: the default one, the others, then those that are being given up."""
+        named = sorted(self._serving.items(), key=lambda pair: pair[0] != self.default)
+        found = [Entry(one.info, one.calls, False, name == self.default) for name, one in named]
+        return found + [Entry(one.info, one.calls, True, False) for one in self._retiring]
+
+    def plan(self, name: str) -> ModelPlan:
+        """What the settings say of a model. Raises UnknownModel."""
+        known = self._plans.get(name)
+        if known is None:
+            raise UnknownModel(
+                f"model {name!r}: the settings name no checkpoint for it{nearest(name, self._plans)}; give folder and "
+                "path"
+            )
+        return known
+
+    async def load(self, plan: ModelPlan) -> tuple[ModelInfo, ModelInfo | None]:
+        """Puts a checkpoint into service under the plan's name; (what answers now, what answered before).
+
+        A caller that is cancelled does not stop it.
+
+        Raises:
+            NotReady: the server itself is still loading.
+            ModelRefused: it could not be loaded, or fails its test; what answered before goes on.
+            DeviceLost: a device broke down for good under the test.
+        """
+        self.check_ready()
+        return await asyncio.shield(asyncio.ensure_future(self._switch(plan)))
+
+    async def unload(self, name: str) -> ModelInfo:
+        """Gives no new call to a model, and its memory back when its last call is done.
+
+        Raises:
+            UnknownModel: nothing is served under this name.
+            ModelRefused: it is the default one.
+        """
+        async with self._one_load:
+            serving = self.current(name)
+            if not name or name == self.default:
+                raise ModelRefused(
+                    f"model {serving.info.name!r} answers requests that name none; it can be replaced, not unloaded",
+                    "MODEL_IS_DEFAULT",
+                )
+            del self._serving[name]
+            self._tell_metrics()
+            await self._on_change(name, False)
+            self._retire(serving)
+            log.info("unloaded model=%s sha256=%s", name, serving.info.sha256)
+            return serving.info
+
+    def take(self, name: str) -> Serving:
+        """As `current`, and holds it until `give_back`."""
+        serving = self.current(name)
+        serving.calls += 1
+        return serving
+
+    def give_back(self, serving: Serving) -> None:
+        """One call less holds it."""
+        serving.calls -= 1
+        self._close_if_idle(serving)
+
+    def break_off(self, error: DeviceLost) -> None:
+        """A device is gone: everything that waits, and whatever comes, is answered with the error."""
+        self.lost = error
+        for serving in (*self._serving.values(), *self._retiring):
+            serving.batcher.break_off(error)
+
+    @property
+    def waiting(self) -> int:
+        """Crops that wait for a device."""
+        return int(self._waiting_crops())
+
+    async def close(self) -> None:
+        """Waits for running batches and ends all threads; for the end of the server."""
+        await asyncio.gather(*self._closing)
+        for serving in (*self._serving.values(), *self._retiring):
+            await serving.close()
+
+    async def _switch(self, plan: ModelPlan) -> tuple[ModelInfo, ModelInfo | None]:
+        async with self._one_load:
+            self.check_ready()
+            old = self._serving.get(plan.name)
+            if old is None and len(self._serving) >= self._config.max_models:
+                raise ModelRefused(
+                    f"{len(self._serving)} models are served and max_models is {self._config.max_models}; unload one "
+                    "first, or replace one",
+                    "TOO_MANY_MODELS",
+                )
+            new = await self._loaded(plan)
+            # The switch: nothing waits between these lines, so every call gets one model or the other.
+            self._serving[plan.name] = new
+            self._tell_metrics()
+            if old is not None:
+                self._retire(old)
+            await self._on_change(plan.name, True)
+            before = None if old is None else old.info
+            log.info(
+                "loaded model=%s sha256=%s replaced=%s", plan.name, new.info.sha256, before.sha256 if before else "-"
+            )
+            return new.info, before
+
+    async def _loaded(self, plan: ModelPlan) -> Serving:
+        try:
+            loaded = await asyncio.to_thread(self._load, plan)
+            try:
+                await self._prove(loaded)
+            except BaseException:  # the threads of what is not served must not stay
+                for worker in loaded.workers:
+                    worker.close()
+                raise
+        except DeviceLost:
+            raise
+        except (MalError, OSError) as error:
+            log.warning("not loaded model=%s error=%s", plan.name, error)
+            asyncio.get_running_loop().run_in_executor(None, free_memory)
+            raise ModelRefused(
+                f"model {plan.name!r} was not loaded, what was served goes on: {error}", _why(error)
+            ) from None
+        return self._made(loaded)
+
+    async def _prove(self, loaded: Loaded) -> None:
+        try:
+            await prove(loaded)
+        except DeviceLost as error:
+            await self._on_lost(error)
+            raise
+
+    def _made(self, loaded: Loaded) -> Serving:
+        return Serving(loaded, self._config, self._pool, self._metrics, self._on_lost)
+
+    def _retire(self, serving: Serving) -> None:
+        serving.is_retired = True
+        self._retiring.add(serving)
+        self._close_if_idle(serving)
+
+    def _close_if_idle(self, serving: Serving) -> None:
+        if serving.is_retired and not serving.calls:
+            self._retiring.discard(serving)
+            task = asyncio.ensure_future(self._end(serving))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _end(self, serving: Serving) -> None:
+        name, sha256 = serving.info.name, serving.info.sha256
+        await serving.close()
+        del serving
+        await asyncio.to_thread(free_memory)
+        log.info("released model=%s sha256=%s", name, sha256)
+
+    def _waiting_crops(self) -> float:
+        return sum(one.batcher.waiting for one in (*self._serving.values(), *self._retiring))
+
+    def _waiting_bytes(self) -> float:
+        return sum(one.batcher.waiting_bytes for one in (*self._serving.values(), *self._retiring))
+
+    def _tell_metrics(self) -> None:
+        infos = [one.info for one in self._serving.values()]
+        self._metrics.serves((info.name, info.sha256, str(info.branch)) for info in infos)
+
+
+class Leases:
+    """The models that one call uses: the same ones from first use to its end. A context manager."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self._held: dict[str, Serving] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for serving in self._held.values():
+            self._models.give_back(serving)
+        self._held.clear()
+
+    def get(self, name: str) -> Serving:
+        """The model of a name, "" = the default one. Errors as `Models.current`."""
+        known = self._held.get(name)
+        if known is None:
+            known = self._held[name] = self._models.take(name)
+        return known
+
+
+def _why(error: MalError | OSError) -> str:
+    """Reason of a refusal."""
+    reasons: tuple[tuple[type[Exception], str], ...] = (
+        (WrongKey, "WRONG_KEY"),
+        (Truncated, "TRUNCATED"),
+        (Altered, "ALTERED"),
+        (UnknownLayout, "UNKNOWN_LAYOUT"),
+        (CheckpointError, "CHECKPOINT"),
+        (ConfigError, "SETTINGS"),
+        (OutOfDeviceMemory, "OUT_OF_MEMORY"),
+        (SelfTestFailed, "SELF_TEST_FAILED"),
+        (OSError, "CHECKPOINT"),
+    )
+    return next((reason for kind, reason in reasons if isinstance(error, kind)), "NOT_LOADED")

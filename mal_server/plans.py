@@ -1,0 +1,62 @@
+"""Which checkpoints the settings let the server load, and what loading one takes. Reads no file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mal_train.labeling.settings import Branch
+from mal_train.strictyaml import Strict
+
+NAME = r"^[\w.@-]+$"
+"""Names that are safe in logs, paths and metric labels."""
+
+ModelName = Annotated[str, Field(min_length=1, max_length=64, pattern=NAME)]
+GpuIds = tuple[Annotated[int, Field(ge=0)], ...]
+PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ModelSetting(Strict):
+    """One of several models. What is null is as the server's own setting of that name says."""
+
+    name: ModelName
+    checkpoint: Path
+    decryption_key: str | None = Field(default=None, repr=False)
+    branch: Branch | None = None
+    precision: PrecisionName | None = None
+    gpu_ids: GpuIds | None = None
+    cpu_workers: int | None = Field(default=None, ge=1, le=256)
+
+
+class ModelFolder(Strict):
+    """A folder whose checkpoints may be loaded while the server runs, and the key that opens them."""
+
+    name: ModelName
+    path: Path
+    decryption_key: str | None = Field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """All that loading one model takes.
+
+    Attributes:
+        name: in answers and requests.
+        checkpoint: the file.
+        decryption_key: as in the settings; None = not encrypted.
+        branch: answers where a request names none.
+        precision: number format of the network.
+        gpu_ids: one worker each; () = CPU.
+        cpu_workers: workers where the CPU is used.
+        max_batch_size: crops in one device batch; what the warm-up goes up to.
+    """
+
+    name: str
+    checkpoint: Path
+    decryption_key: str | None = field(repr=False)
+    branch: Branch
+    precision: str
+    gpu_ids: tuple[int, ...]
+    cpu_workers: int
+    max_batch_size: int

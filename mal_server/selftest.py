@@ -1,0 +1,147 @@
+"""Whether a model on its devices answers as it should, before anybody gets it; warms it up on the way.
+
+A drawn picture with four boxes, one of each size class and one over the edge, goes through every worker. Probabilities
+must be numbers in [0, 1] and those of the same weights in float32 on the CPU, and masks must lie in their boxes. That
+finds damaged weights, a number format that overflows, a device that computes wrongly and settings that do not fit.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mal_server.errors import SelfTestFailed
+from mal_server.loading import Loaded
+from mal_server.worker import Predictor, Worker
+from mal_train.errors import DeviceLost
+from mal_train.labeling.geometry import Box
+from mal_train.labeling.labeler import Crop, Probability, RunOptions
+from mal_train.labeling.settings import Compat, LabelerConfig
+
+MAX_MEAN_DIFFERENCE: Final = 0.05
+"""Between the served number format and float32, mean over a crop's probabilities; random DeiTs: 0.002 in bfloat16."""
+
+BOXES: Final[tuple[Box, ...]] = (
+    (20.0, 30.0, 24.0, 20.0),
+    (60.0, 40.0, 70.0, 60.0),
+    (100.0, 20.0, 150.0, 160.0),
+    (-20.0, 120.0, 90.0, 90.0),
+)
+
+
+def picture() -> NDArray[np.uint8]:
+    """(192, 256, 3) uint8: ellipses of several colours on a gradient."""
+    y, x = np.mgrid[:192, :256]
+    image = np.stack([x // 2, y // 2, (x + y) // 4], axis=2).astype(np.uint8)
+    for index, (left, top, width, height) in enumerate(BOXES):
+        inside = ((x - left - width / 2) / (width / 2)) ** 2 + ((y - top - height / 2) / (height / 2)) ** 2 < 0.8
+        image[inside] = [(230, 60, 40), (40, 200, 90), (250, 220, 70), (60, 90, 240)][index]
+    return image
+
+
+async def prove(loaded: Loaded) -> None:
+    """Warms every worker up and tests it.
+
+    Raises:
+        SelfTestFailed: says which worker gave what.
+        DeviceLost: a device broke down for good under the test.
+    """
+    config = loaded.info.labeler
+    options = RunOptions(loaded.info.branch, agreement=True)
+    crops = _crops(loaded.workers[0].predictor)
+    expected: Sequence[Probability] | None = None
+    if loaded.reference is not None:
+        expected = await asyncio.to_thread(loaded.reference.predict, crops, options)
+    for worker in loaded.workers:
+        await _prove_worker(worker, config, options, crops, expected)
+        for size in loaded.batch_sizes:
+            plain = RunOptions(loaded.info.branch)
+            many = [crops[index % len(crops)] for index in range(size)]
+            wanted = None if expected is None else [expected[index % len(crops)] for index in range(size)]
+            await _prove_worker(worker, config, plain, many, wanted)
+
+
+async def _prove_worker(
+    worker: Worker,
+    config: LabelerConfig,
+    options: RunOptions,
+    crops: Sequence[Crop],
+    expected: Sequence[Probability] | None,
+) -> None:
+    try:
+        outcomes = await worker.run(options, crops)
+    except DeviceLost:
+        raise
+    # Whatever else the network raises on a good crop, a wrong shape or a kernel that does not exist, is its failure.
+    except Exception as error:
+        raise SelfTestFailed(f"{worker.name}: the self-test ended with {type(error).__name__}: {error}") from error
+    for place, (crop, outcome) in enumerate(zip(crops, outcomes, strict=True)):
+        name = f"{worker.name}: self-test, crop {place} of {len(crops)}"
+        if isinstance(outcome, Exception):
+            raise SelfTestFailed(f"{name}: {outcome}")
+        maps = [outcome.prob, *(m for m in (outcome.student, outcome.teacher) if m is not None)]
+        wanted = None if expected is None else expected[place]
+        for which, values in zip(("answer", "student", "teacher"), maps, strict=False):
+            _check_map(f"{name}, {which}", values, crop)
+        if wanted is not None:
+            pairs = ((outcome.prob, wanted.prob), (outcome.student, wanted.student), (outcome.teacher, wanted.teacher))
+            for which, (got, due) in zip(("answer", "student", "teacher"), pairs, strict=True):
+                if got is not None and due is not None:
+                    _check_agreement(f"{name}, {which}", got, due)
+        _check_label(name, worker.predictor, crop, outcome, config)
+
+
+def _crops(predictor: Predictor) -> list[Crop]:
+    crops = []
+    for entry in predictor.prepare(picture(), BOXES):
+        if not isinstance(entry, Crop):
+            raise SelfTestFailed(f"self-test: a good box was refused: {entry}")
+        crops.append(entry)
+    return crops
+
+
+def _check_map(name: str, values: NDArray[np.float32], crop: Crop) -> None:
+    if values.shape != crop.pixels.shape[:2]:
+        raise SelfTestFailed(f"{name}: a map of {values.shape} for a crop of {crop.pixels.shape[:2]}")
+    if not np.isfinite(values).all():
+        raise SelfTestFailed(f"{name}: the network gives probabilities that are not finite")
+    if values.min() < 0.0 or values.max() > 1.0:
+        raise SelfTestFailed(f"{name}: probabilities between {values.min():.3g} and {values.max():.3g}")
+
+
+def _check_agreement(name: str, got: NDArray[np.float32], due: NDArray[np.float32]) -> None:
+    difference = float(np.abs(got - due).mean())
+    if difference > MAX_MEAN_DIFFERENCE:
+        raise SelfTestFailed(
+            f"{name}: probabilities differ from float32 on the CPU by {difference:.3f} on average; at most "
+            f"{MAX_MEAN_DIFFERENCE} is a matter of the number format. Try precision: float32, or another device"
+        )
+
+
+def _slack_px(config: LabelerConfig, crop: Crop) -> float:
+    """How far a mask may reach over its box: by rounding, and under compat: tao by the blur of two crop pixels."""
+    if config.compat is not Compat.TAO:
+        return 1.0
+    window = crop.window
+    return 1.0 + 2.0 * max(window.x1 - window.x0, window.y1 - window.y0) / config.crop_size
+
+
+def _check_label(name: str, predictor: Predictor, crop: Crop, outcome: Probability, config: LabelerConfig) -> None:
+    # So low a threshold that the mask reaches as far as it can.
+    label = predictor.finish(crop, outcome, threshold=1e-6)
+    height, width = crop.image_hw
+    if (label.rle.height, label.rle.width) != (height, width):
+        raise SelfTestFailed(
+            f"{name}: a mask of {label.rle.width}x{label.rle.height} px in an image of {width}x{height}"
+        )
+    if not 0.0 <= label.score <= 1.0:
+        raise SelfTestFailed(f"{name}: a score of {label.score}")
+    if label.mask_box is None:
+        return
+    x, y, w, h = crop.box_inside
+    mask_x, mask_y, mask_w, mask_h = label.mask_box
+    slack = _slack_px(config, crop)
+    if mask_x < x - slack or mask_y < y - slack or mask_x + mask_w > x + w + slack or mask_y + mask_h > y + h + slack:
+        raise SelfTestFailed(f"{name}: the mask {label.mask_box} leaves its box {crop.box_inside}")
