@@ -23,6 +23,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from mal_server.access import read_tokens
 from mal_server.config import ServerConfig, is_loopback
@@ -133,6 +134,11 @@ class MalServer:
     def waiting(self) -> int:
         """Crops that wait for a device."""
         return self._models.waiting
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """The figures, for whoever reads them inside this process."""
+        return self._metrics.registry
 
     async def drain(self) -> None:
         """Says NOT_SERVING, for good."""
