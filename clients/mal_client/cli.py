@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from mal_client.arguments import Commands, add_connection, add_verb, client_of
 from mal_client.cli_check import add_check
+from mal_client.cli_convert import add_convert, add_export
 from mal_client.cli_evaluate import add_evaluate
 from mal_client.cli_label import add_label, add_merge
 from mal_client.cli_label_studio import add_label_studio
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_label(commands)
     add_merge(commands)
+    add_convert(commands)
+    add_export(commands)
     add_evaluate(commands)
     add_check(commands)
     add_review(commands)

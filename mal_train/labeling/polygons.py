@@ -91,6 +91,12 @@ def bridged(rings: Sequence[Ring]) -> list[Points]:
     return [_joined(outline, holes) for outline, holes in parts]
 
 
+def one_line(rings: Sequence[Ring]) -> Points:
+    """All parts and holes as a single closed line, for formats with one polygon an object (YOLO); see `bridged`."""
+    first, *others = bridged(rings)
+    return _joined(first, others)
+
+
 def _joined(outline: Points, holes: list[Points]) -> Points:
     """Joins every hole where it comes nearest to what has been joined so far; the leftmost first."""
     for hole in sorted(holes, key=lambda points: tuple(points.min(axis=0))):

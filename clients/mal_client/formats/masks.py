@@ -1,0 +1,116 @@
+"""The masks of a labelled COCO file, image by image, for the writers of foreign formats beside this file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mal_client.formats.boxes import Fault
+from mal_train.errors import BadDataset, OutputError
+from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, by_image, read_coco
+from mal_train.labeling.encodings import to_polygons
+from mal_train.labeling.polygons import Ring
+from mal_train.labeling.rle import Rle, from_segmentation
+
+
+@dataclass(frozen=True)
+class MaskRow:
+    """One labelled object.
+
+    Attributes:
+        row: as the file holds it.
+        category: name of its class.
+        category_at: place of that in the file's list, from 0.
+        rle: the mask; it has pixels.
+        rings: the same as closed lines.
+    """
+
+    row: dict[str, Any]
+    category: str
+    category_at: int
+    rle: Rle
+    rings: tuple[Ring, ...]
+
+
+@dataclass
+class Export:
+    """What an export came to.
+
+    Attributes:
+        written: objects.
+        crowds: crowd regions, which no format here can say, left out.
+        faults: everything else that was left out.
+    """
+
+    written: int = 0
+    crowds: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+
+class MaskFile:
+    """A labelled COCO file.
+
+    Args:
+        path: the file.
+        tolerance_px: of the rings; 0 = exact.
+
+    Raises:
+        BadDataset: it is unusable as a whole.
+    """
+
+    def __init__(self, path: Path, tolerance_px: float = 0.0) -> None:
+        self._coco: CocoFile = read_coco(path)
+        self._tolerance_px = tolerance_px
+        self.names = list(self._coco.category_names.values())
+        self._places = {category_id: at for at, category_id in enumerate(self._coco.category_names)}
+        self.export = Export()
+        for row in self._coco.annotations:
+            if row.image_id is None or row.image_id not in self._coco.images:
+                self._leave_out(row, row.problem or "no image")
+
+    def images(self) -> Iterator[tuple[ImageInfo, list[MaskRow]]]:
+        """Every image whose size the file states, with its objects; what is left out is noted in `export`."""
+        for image, rows in by_image(self._coco):
+            size_wh = image.size_wh
+            if image.problem is not None or size_wh is None:
+                text = image.problem or f"image {image.id!r}: the file does not state its width and height"
+                self.export.faults.append(Fault(image.file_name, "IMAGE_UNUSABLE", text))
+                continue
+            found = [self._mask_row(row, size_wh) for row in rows]
+            kept = [row for row in found if row is not None]
+            self.export.written += len(kept)
+            yield image, kept
+
+    def _mask_row(self, row: Annotation, size_wh: tuple[int, int]) -> MaskRow | None:
+        if row.iscrowd:
+            self.export.crowds += 1
+            return None
+        error = row.raw.get("error")
+        if row.problem is not None or row.category_id is None or error:
+            self._leave_out(row, row.problem or f"annotation {row.id!r}: was not labelled ({error})")
+            return None
+        try:
+            rle = from_segmentation(row.raw.get("segmentation"), size_wh[1], size_wh[0], f"annotation {row.id!r}")
+        except BadDataset as fault:
+            self._leave_out(row, str(fault))
+            return None
+        rings = to_polygons(rle, self._tolerance_px).rings
+        if not rings:
+            self._leave_out(row, f"annotation {row.id!r}: its mask is empty")
+            return None
+        place = self._places[row.category_id]
+        return MaskRow(dict(row.raw), self.names[place], place, rle, rings)
+
+    def _leave_out(self, row: Annotation, text: str) -> None:
+        self.export.faults.append(Fault(f"annotation {row.id!r}", str(row.reason or "NO_MASK"), text))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, with the folders above it. Raises OutputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise OutputError(f"{path}: not written ({error.strerror})") from error

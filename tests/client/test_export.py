@@ -1,0 +1,218 @@
+"""Claims about masks in the formats of other tools, held against plain readers and, where installed, the tools' own.
+
+The tools pin their own versions of much; they are looked for in the interpreter that MAL_EXPORT_TOOLS names, or in this
+one, and a test whose tool is missing there is skipped.
+"""
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mal_client.cli import main
+from numpy.typing import NDArray
+from PIL import Image
+
+from mal_train.labeling.polygons import fill
+from mal_train.labeling.rle import encode_mask, iou
+from tests.client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
+from tests.client.test_forms import ring
+
+TOOLS = os.environ.get("MAL_EXPORT_TOOLS", sys.executable)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Dataset:
+    """A labelled file: a ring with an island, a square, an empty mask, a failed row, a crowd region."""
+    dataset = make_dataset(tmp_path)
+    square, empty = np.zeros((HEIGHT, WIDTH), bool), np.zeros((HEIGHT, WIDTH), bool)
+    square[4:9, 20:30] = True
+    for row, mask in zip(dataset.coco["annotations"], [ring(), square, square, empty, square, square], strict=True):
+        row |= {"segmentation": encode_mask(mask).to_coco(), "score": 0.75, "flags": ["MULTI_PART"]}
+    dataset.coco["annotations"][4]["error"] = {"reason": "BAD_BOX", "message": "told to fail"}
+    dataset.coco["annotations"][5]["iscrowd"] = 1
+    dataset.coco["categories"] = [{"id": 9, "name": "ant"}, {"id": 1, "name": "cup: large"}]
+    dataset.save()
+    return dataset
+
+
+def export(dataset: Dataset, form: str, *more: str) -> Path:
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+    target = dataset.folder / form
+    assert main(["export", "--to", form, *given, "--output", str(target), *more]) == 3
+    return target
+
+
+def in_tool(tool: str, script: str, *arguments: object) -> Any:
+    """What a script prints as JSON in the tool's interpreter."""
+    probe = subprocess.run([TOOLS, "-c", f"import {tool}"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        pytest.skip(f"{tool} cannot be imported by {TOOLS}: {last}; MAL_EXPORT_TOOLS names another interpreter")
+    environment = {**os.environ, "QT_QPA_PLATFORM": "offscreen", "YOLO_OFFLINE": "true"}
+    done = subprocess.run(
+        [TOOLS, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    return iou(encode_mask(a), encode_mask(b))
+
+
+def test_what_has_no_mask_is_told(labelled: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    export(labelled, "labelme")
+    told = capsys.readouterr()
+    assert "3 masks, 1 crowd regions left out, 2 failed" in told.out
+    assert "annotation 103: its mask is empty" in told.err
+    assert "annotation 104: was not labelled" in told.err
+
+
+def test_labelme_polygons_fill_to_the_mask_with_parts_in_one_group(labelled: Dataset) -> None:
+    folder = export(labelled, "labelme")
+    assert sorted(path.name for path in folder.iterdir()) == ["picture_0.json", "picture_1.json", "picture_2.json"]
+    content = json.loads((folder / "picture_0.json").read_text())
+    assert (folder / content["imagePath"]).resolve() == (labelled.images_dir / "picture_0.png").resolve()
+    assert (content["imageHeight"], content["imageWidth"]) == (HEIGHT, WIDTH)
+    first, second, third = content["shapes"]
+    assert (first["label"], first["shape_type"], first["flags"]) == ("cup: large", "polygon", {"MULTI_PART": True})
+    assert [shape["group_id"] for shape in content["shapes"]] == [1, 1, None]
+    found = fill([np.array(first["points"]), np.array(second["points"])], HEIGHT, WIDTH)
+    np.testing.assert_array_equal(found, ring())
+    assert third["description"] == "score 0.750"
+
+
+def test_labelme_masks_are_the_pixels(labelled: Dataset) -> None:
+    folder = export(labelled, "labelme", "--shape", "mask")
+    shape = json.loads((folder / "picture_0.json").read_text())["shapes"][0]
+    (x0, y0), (x1, y1) = shape["points"]
+    with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as picture:
+        pixels = np.asarray(picture)
+    frame = np.zeros((HEIGHT, WIDTH), bool)
+    frame[y0 : y1 + 1, x0 : x1 + 1] = pixels
+    np.testing.assert_array_equal(frame, ring())
+
+
+def test_yolo_rows_fill_to_the_mask_and_classes_are_numbered(labelled: Dataset) -> None:
+    folder = export(labelled, "yolo-seg")
+    assert (folder / "data.yaml").read_text().endswith('names:\n  0: "ant"\n  1: "cup: large"\n')
+    first, second = (folder / "labels" / "picture_0.txt").read_text().splitlines()
+    assert first.split()[0] == second.split()[0] == "1"
+    line = np.reshape([float(value) for value in first.split()[1:]], (-1, 2)) * [WIDTH, HEIGHT]
+    np.testing.assert_array_equal(fill([np.rint(line)], HEIGHT, WIDTH), ring())
+    np.testing.assert_allclose(line, np.rint(line), atol=1e-4)
+    assert (folder / "labels" / "picture_2.txt").read_text() == ""
+
+
+def test_pictures_whose_labels_would_share_a_name_are_told(labelled: Dataset) -> None:
+    labelled.coco["images"][1]["file_name"] = "picture_0.jpg"
+    labelled.save()
+    folder = export(labelled, "yolo-seg")
+    assert sorted(path.name for path in (folder / "labels").iterdir()) == ["picture_0.txt", "picture_2.txt"]
+
+
+def test_a_tolerance_that_is_none_is_refused(labelled: Dataset) -> None:
+    given = ["--annotations", str(labelled.json_path), "--images", str(labelled.images_dir), "--output", "x"]
+    assert main(["export", "--to", "yolo-seg", *given, "--polygon-tolerance", "-1"]) == 2
+
+
+LABELME = """
+import json, sys
+import numpy as np
+try:
+    from labelme._label_file import LabelFile
+except ImportError:
+    from labelme.label_file import LabelFile
+import labelme.utils as utils
+file = LabelFile(sys.argv[1])
+height, width = int(sys.argv[2]), int(sys.argv[3])
+found = []
+for shape in file.shapes:
+    if shape["shape_type"] == "mask":
+        frame = np.zeros((height, width), bool)
+        (x0, y0), (x1, y1) = np.asarray(shape["points"]).astype(int)
+        frame[y0:y1 + 1, x0:x1 + 1] = shape["mask"]
+    else:
+        frame = utils.shape_to_mask((height, width), shape["points"], shape_type=shape["shape_type"])
+    found.append({"label": shape["label"], "group": shape["group_id"], "mask": frame.astype(int).tolist()})
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(("shape", "least"), [("mask", 1.0), ("polygon", 0.75)])
+def test_labelme_reads_its_files(labelled: Dataset, shape: str, least: float) -> None:
+    folder = export(labelled, "labelme", "--shape", shape)
+    found = in_tool("labelme", LABELME, folder / "picture_0.json", HEIGHT, WIDTH)
+    assert {one["label"] for one in found} == {"cup: large"}
+    parts = [np.array(one["mask"], bool) for one in found[:-1]]
+    # labelme's own filling also takes in the pixels under its lines, which is much of a ring of 20 px.
+    assert overlap(np.any(parts, axis=0), ring()) >= least
+
+
+ULTRALYTICS = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.utils import check_det_dataset, polygon2mask
+names = {0: "ant", 1: "cup: large"}
+data = YOLODataset(img_path=sys.argv[1], data={"names": names, "nc": 2, "channels": 3}, task="segment", augment=False)
+found = {}
+for label in data.labels:
+    masks = []
+    for segment in label["segments"]:
+        points = segment * np.array(label["shape"][::-1])
+        masks.append(polygon2mask(label["shape"], [points.reshape(-1)]).astype(int).tolist())
+    found[Path(label["im_file"]).name] = {"classes": label["cls"].ravel().tolist(), "masks": masks}
+print(json.dumps(found))
+"""
+
+
+def test_ultralytics_reads_its_files(labelled: Dataset) -> None:
+    folder = export(labelled, "yolo-seg")
+    (folder / "images").symlink_to(labelled.images_dir)
+    found = in_tool("ultralytics", ULTRALYTICS, folder / "images")
+    assert found["picture_0.png"]["classes"] == [1.0, 1.0]
+    assert found["picture_2.png"]["masks"] == []
+    # cv2.fillPoly also takes in the pixels under the lines: bridges become one pixel wide and edges half a pixel.
+    assert overlap(np.array(found["picture_0.png"]["masks"][0], bool), ring()) > 0.7
+
+
+FIFTYONE = """
+import json, sys
+import fiftyone as fo
+data = fo.Dataset.from_dir(
+    dataset_type=fo.types.COCODetectionDataset, data_path=sys.argv[1], labels_path=sys.argv[2],
+    label_types="segmentations", include_id=True, extra_attrs=True,
+)
+found = []
+for sample in data:
+    for one in (sample.ground_truth.detections if sample.ground_truth else []):
+        found.append({
+            "id": one["coco_id"] if "coco_id" in one else None, "label": one.label, "box": one.bounding_box,
+            "mask": one.mask.astype(int).tolist(),
+        })
+data.delete()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_fiftyone_reads_a_labelled_file_as_it_is(labelled: Dataset) -> None:
+    rows = labelled.coco["annotations"]
+    labelled.coco["annotations"] = rows[:3]
+    labelled.save()
+    found = in_tool("fiftyone", FIFTYONE, labelled.images_dir, labelled.json_path)
+    assert [one["label"] for one in found] == ["cup: large"] * 3
+    frame = np.zeros((HEIGHT, WIDTH), bool)
+    x, y = (round(value * side) for value, side in zip(found[0]["box"][:2], (WIDTH, HEIGHT), strict=True))
+    mask = np.array(found[0]["mask"], bool)
+    frame[y : y + mask.shape[0], x : x + mask.shape[1]] = mask
+    np.testing.assert_array_equal(frame, ring())
