@@ -164,7 +164,7 @@ def _keygen(arguments: argparse.Namespace) -> int:
 
 
 def _default_spec(arguments: argparse.Namespace) -> int:
-    text = resources.files("mal_train.specs").joinpath(f"{arguments.name}.yaml").read_text(encoding="utf-8")
+    text = _spec_text(*_name_and_overrides([*arguments.words, *arguments.overrides]))
     if arguments.output is None:
         sys.stdout.write(text)
         return 0
@@ -174,6 +174,29 @@ def _default_spec(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise OutputError(f"{arguments.output}: cannot be written: {error.strerror}") from error
     return 0
+
+
+def _name_and_overrides(words: Sequence[str]) -> tuple[str, list[str]]:
+    """`tao train.lr=1e-5` → which spec, and what to change in it."""
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1 or not set(names) <= set(SPECS):
+        raise ConfigError(f"{' '.join(names)}: not a spec; give one of {', '.join(SPECS)}, then a.b=c for each change")
+    return names[0] if names else SPECS[0], [word for word in words if "=" in word]
+
+
+def _spec_text(name: str, overrides: list[str]) -> str:
+    """The shipped spec as it stands, or with overrides applied, checked as a whole, and every field commented."""
+    shipped = resources.files("mal_train.specs").joinpath(f"{name}.yaml")
+    if not overrides:
+        return shipped.read_text(encoding="utf-8")
+    from mal_train.config import load_spec
+    from mal_train.strictyaml import dump
+
+    with resources.as_file(shipped) as path:
+        spec = load_spec(path, overrides)
+    # What follows on # may hold no line break that would begin a field.
+    changes = " ".join(overrides).replace("\n", " ")
+    return f"# mal-train default-spec {name} {changes}\n{dump(spec)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,8 +219,15 @@ def _parser() -> argparse.ArgumentParser:
         task = add(name, command, text, overrides=True)
         task.add_argument("-e", "--experiment_spec", dest="spec", type=Path, required=True, help="YAML spec")
 
-    spec = add("default-spec", _default_spec, "Print a spec with every field, its default and its meaning.")
-    spec.add_argument("name", nargs="?", choices=SPECS, default="default", help="tao: the documented TAO defaults")
+    spec = add(
+        "default-spec", _default_spec, "Print a spec with every field, its default and its meaning.", overrides=True
+    )
+    spec.add_argument(
+        "words",
+        nargs="*",
+        metavar="NAME a.b=c",
+        help=f"one of {', '.join(SPECS)} (tao: the documented TAO defaults), and fields to change in it",
+    )
     spec.add_argument("-o", "--output", type=Path, help="a file to write instead of printing; it must not exist")
 
     inspect = add("inspect", _inspect, "Tell what a checkpoint holds.")

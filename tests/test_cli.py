@@ -253,7 +253,7 @@ def test_a_place_that_cannot_be_written_is_exit_code_4(tmp_path: Path) -> None:
 
 
 def test_argparse_errors_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["train"], ["traain"], ["default-spec", "x=3"], ["train", "-e", "a.yaml", "--fast"], []):
+    for arguments in (["train"], ["traain"], ["default-spec", "--fast"], ["train", "-e", "a.yaml", "--fast"], []):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
@@ -269,6 +269,42 @@ def test_the_default_spec_is_complete_and_starts_from_free_weights(capsys: pytes
     for name, field in Spec.model_fields.items():
         assert name in written
         assert field.description is None or f"# {field.description.splitlines()[0]}" in text
+
+
+@pytest.mark.parametrize("name", [[], ["tao"]])
+def test_a_spec_with_changes_is_whole_commented_and_says_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: list[str]
+) -> None:
+    changes = ["train.lr=3e-5", "dataset.crop_size=224", "train.margin_rate=[0,1]", "encryption_key=env:MAL_KEY"]
+    assert main(["default-spec", *name, *changes]) == 0
+    text = capsys.readouterr().out
+    plain = tmp_path / "plain.yaml"
+    assert main(["default-spec", *name, "-o", str(plain)]) == 0
+    path = tmp_path / "changed.yaml"
+    path.write_text(text)
+    assert load_spec(path, []) == load_spec(plain, changes)
+    assert yaml.safe_load(text).keys() == yaml.safe_load(plain.read_text()).keys()
+    assert text.startswith(f"# mal-train default-spec {(name or ['default'])[0]} train.lr=3e-5 ")
+    assert text.count("# ") > 70
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["train.lr=fast"], "train.lr"),
+        (["train.batchsize=2"], "did you mean train.batch_size?"),
+        (["train.num_epochs=1", "train.validation_interval=2"], "validation_interval 2 is more than num_epochs 1"),
+        (["encryption_key=hunter2"], "shows in the process list"),
+        (["tao", "demo2"], "not a spec"),
+    ],
+)
+def test_changes_that_are_not_valid_print_no_spec(
+    capsys: pytest.CaptureFixture[str], words: list[str], part: str
+) -> None:
+    assert main(["default-spec", *words]) == 2
+    printed = capsys.readouterr()
+    assert part in printed.err
+    assert printed.out == ""
 
 
 def test_the_tao_spec_is_the_documented_one(tmp_path: Path) -> None:
