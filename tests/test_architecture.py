@@ -27,7 +27,7 @@ TORCHLESS = tuple(
     f"mal_train.labeling.{name}"
     for name in (
         *("coco", "coco_output", "coco_stream", "box_filter", "rle", "geometry", "images", "settings", "baselines"),
-        *("evaluation", "evaluation_report", "miou", "score_quality", "coco_ap"),
+        *("evaluation", "evaluation_report", "miou", "score_quality", "coco_ap", "average_precision"),
         *("polygons", "encodings"),
     )
 )
@@ -83,8 +83,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mal_train.labeling.score_quality": ("mal_train.labeling.miou",),
     "mal_train.labeling.coco_ap": (
         *("mal_train.labeling.coco", "mal_train.labeling.rle", "mal_train.labeling.miou"),
-        *LEAVES,
+        *("mal_train.labeling.average_precision", *LEAVES),
     ),
+    "mal_train.labeling.average_precision": (),
     "mal_train.labeling.evaluation_report": (*TORCHLESS, *LEAVES),
     "mal_train.labeling.polygons": ("mal_train.labeling.rle",),
     "mal_train.labeling.encodings": ("mal_train.labeling.polygons", "mal_train.labeling.rle", *LEAVES),

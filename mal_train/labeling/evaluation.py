@@ -14,7 +14,7 @@ import numpy as np
 from mal_train.errors import BadDataset
 from mal_train.labeling import rle
 from mal_train.labeling.coco import Annotation, CocoFile, JsonId, Reason, id_order
-from mal_train.labeling.coco_ap import coco_ap
+from mal_train.labeling.coco_ap import ap_input
 from mal_train.labeling.evaluation_report import GOOD_IOU, CategoryRow, EvaluationReport, Skipped
 from mal_train.labeling.geometry import box_area
 from mal_train.labeling.miou import InstanceIoU, mean_iou, mean_or_none
@@ -146,14 +146,15 @@ class Evaluator:
         """
         pairs = sorted(self._pairs, key=lambda pair: (id_order(pair.row.image_id), id_order(pair.row.annotation_id)))
         rows = [pair.row for pair in pairs]
-        truth, results = self._as_coco(pairs) if ap else ({}, [])
+        # What lies over what is the slow part, and the same for both.
+        overlaps = ap_input(*self._as_coco(pairs)) if ap else None
         scores, ious = [row.score for row in rows], [row.iou for row in rows]
         return EvaluationReport(
             miou=mean_iou(rows),
             share_good=mean_or_none(np.asarray(ious) > GOOD_IOU),
             empty_ground_truth=sum(row.area == 0 for row in rows),
-            ap_at_1=coco_ap(truth, results, "one") if ap else {},
-            ap_at_score=coco_ap(truth, results, "score") if ap else {},
+            ap_at_1={} if overlaps is None else overlaps.figures("one"),
+            ap_at_score={} if overlaps is None else overlaps.figures("score"),
             score=score_quality(scores, ious),
             categories=self._category_rows(rows),
             worst_first=tuple(sorted(rows, key=lambda row: row.iou)),

@@ -4,11 +4,13 @@ import json
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mal_train.errors import BadDataset
-from mal_train.labeling.coco_ap import coco_ap
-from tests.labeling.truths import square
+from mal_train.labeling import rle
+from mal_train.labeling.coco_ap import AP_NAMES, coco_ap
+from tests.labeling.truths import plain_pycocotools, square
 
 
 class TestCocoAp:
@@ -63,3 +65,51 @@ class TestCocoAp:
         for thread in threads:
             thread.join()
         assert capsys.readouterr().out == "mine\n"
+
+
+def boxes_and_masks(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Random ground truth and results: crowds, ties of score and of overlap, classes on one side only."""
+    rng = np.random.default_rng(seed)
+    annotations, results = [], []
+    sides = np.array([3, 7, 40, 70, 110])
+    for number in range(60):
+        where = {"image_id": int(rng.integers(4)), "category_id": int(rng.integers(5))}
+        w, h = (int(side) for side in rng.choice(sides, 2))
+        x, y = int(rng.integers(0, 130 - w)), int(rng.integers(0, 130 - h))
+        mask = rle.encode_region(np.ones((h, w), dtype=np.bool_), y, x, (130, 130))
+        form = {"segmentation": mask.to_coco(), "bbox": [x, y, w, h]}
+        area = float(w * h) if rng.random() < 0.8 else 32.0**2
+        if where["category_id"] != 3:
+            annotations.append({**where, **form, "id": number + 1, "iscrowd": int(rng.random() < 0.2), "area": area})
+        for _ in range(int(rng.integers(0, 3))):
+            dx, dy = (int(d) for d in rng.integers(-2, 3, 2))
+            x2, y2 = min(max(x + dx, 0), 130 - w), min(max(y + dy, 0), 130 - h)
+            moved = rle.encode_region(np.ones((h, w), dtype=np.bool_), y2, x2, (130, 130))
+            score = float(rng.choice([0.1, 0.5, 0.9]))
+            results.append({**where, "segmentation": moved.to_coco(), "bbox": [x2, y2, w, h], "score": score})
+    images = [{"id": n, "height": 130, "width": 130} for n in range(4)]
+    return {"images": images, "annotations": annotations, "categories": [{"id": n} for n in range(5)]}, results
+
+
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+@pytest.mark.parametrize("seed", range(12))
+def test_figures_are_those_of_pycocotools_with_crowds_ties_and_all_sizes(seed: int, kind: Any) -> None:
+    truth, results = boxes_and_masks(seed)
+    assert coco_ap(truth, results, "score", kind) == named(plain_pycocotools(truth, results, kind))
+    ones = [{**row, "score": 1.0} for row in results]
+    assert coco_ap(truth, results, "one", kind) == named(plain_pycocotools(truth, ones, kind))
+
+
+def test_only_the_best_hundred_of_a_class_in_an_image_count() -> None:
+    truth, _ = boxes_and_masks(0)
+    rng = np.random.default_rng(1)
+    results = []
+    for n in range(150):
+        near = truth["annotations"][n % 3]
+        results.append({**{k: near[k] for k in ("image_id", "category_id", "segmentation", "bbox")}, "score": n / 150})
+    rng.shuffle(results)
+    assert coco_ap(truth, results) == named(plain_pycocotools(truth, results))
+
+
+def named(stats: list[float]) -> dict[str, float | None]:
+    return {name: None if value < 0 else value for name, value in zip(AP_NAMES, stats, strict=True)}

@@ -1,7 +1,5 @@
 """Evaluation figures against pycocotools, the published outputs and the anchors of the real subset."""
 
-import contextlib
-import io
 import json
 import math
 import random
@@ -10,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from mal_train.labeling import rle
 from mal_train.labeling.baselines import box_filled, ellipse
@@ -21,20 +17,8 @@ from mal_train.labeling.coco_output import answer_fields, error_fields, labelled
 from mal_train.labeling.evaluation import Evaluator, evaluate_labels
 from mal_train.labeling.miou import class_mean
 from mal_train.labeling.rle import Rle
-from tests.labeling.truths import frame_of, square, truth_of, val_dev
+from tests.labeling.truths import frame_of, plain_pycocotools, square, truth_of, val_dev
 from tests.reference import fixture, shared
-
-
-def plain_pycocotools(truth: dict[str, Any], results: list[dict[str, Any]]) -> list[float]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = json.loads(json.dumps(truth))
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(json.loads(json.dumps(results))), "segm")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return [float(value) for value in evaluation.stats]
 
 
 class TestAgainstThePublishedOutputs:

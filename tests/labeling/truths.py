@@ -1,9 +1,14 @@
 """Ground truth of one line, and the real subset, for tests of figures."""
 
+import contextlib
+import io
+import json
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from mal_train.labeling import rle
 from mal_train.labeling.coco import Annotation, CocoFile, read_coco
@@ -33,3 +38,15 @@ def frame_of(coco: CocoFile, annotation: Annotation) -> tuple[int, int]:
     size = coco.images[annotation.image_id].size_wh
     assert size is not None
     return size[1], size[0]
+
+
+def plain_pycocotools(truth: dict[str, Any], results: list[dict[str, Any]], kind: str = "segm") -> list[float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = json.loads(json.dumps(truth))
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(json.loads(json.dumps(results))), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return [float(value) for value in evaluation.stats]

@@ -1,0 +1,92 @@
+"""COCO's twelve figures of 36 000 instances: our matching against pycocotools, CPU time in one process.
+
+Usage: python -m benchmarks.coco_ap [--json FILE]. Ellipses on pictures of 640 x 480 px: as many images, classes and
+instances as COCO's val2017 has, with crowds, and detections that are shifted, missing, and of falling score.
+"""
+
+import contextlib
+import io
+import json
+import time
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from benchmarks.timing import Table, in_turn
+from mal_train.labeling import rle
+from mal_train.labeling.baselines import ellipse
+from mal_train.labeling.coco_ap import ap_input
+
+IMAGES, CLASSES, INSTANCES = 5_000, 80, 36_000
+HW = (480, 640)
+
+
+def data_set(seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(COCO object, COCO results)."""
+    rng = np.random.default_rng(seed)
+    annotations, results = [], []
+    for number in range(1, INSTANCES + 1):
+        # A few classes and images hold most of the objects, as on photographs.
+        where = {
+            "image_id": int(IMAGES * rng.random() ** 1.5) + 1,
+            "category_id": int(CLASSES * rng.random() ** 3) + 1,
+        }
+        w, h = (float(side) for side in np.exp(rng.uniform(np.log(10), np.log(300), 2)))
+        x, y = float(rng.uniform(0, HW[1] - w)), float(rng.uniform(0, HW[0] - h))
+        mask = ellipse((x, y, w, h), HW)
+        crowd = int(rng.random() < 0.01)
+        form = {"segmentation": mask.to_coco(), "bbox": [x, y, w, h]}
+        annotations.append({**where, **form, "id": number, "iscrowd": crowd, "area": float(rle.area(mask))})
+        if rng.random() < 0.95:
+            dx, dy = (float(d) for d in rng.normal(0, 0.08, 2) * (w, h))
+            box = (min(max(x + dx, 0.0), HW[1] - w), min(max(y + dy, 0.0), HW[0] - h), w, h)
+            found = {"segmentation": ellipse(box, HW).to_coco(), "bbox": list(box)}
+            results.append({**where, **found, "score": float(np.round(rng.random(), 3))})
+    images = [{"id": n, "height": HW[0], "width": HW[1]} for n in range(1, IMAGES + 1)]
+    categories = [{"id": n} for n in range(1, CLASSES + 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}, results
+
+
+def by_pycocotools(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> list[float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return [float(value) for value in evaluation.stats]
+
+
+def main() -> int:
+    """Prints the table."""
+    table = Table("coco_ap", f"COCO AP of {INSTANCES} instances, CPU seconds, ours against pycocotools")
+    truth, results = data_set()
+    copy = json.dumps([truth, results])
+    for kind in ("segm", "bbox"):
+        ours: list[float | None] = []
+        theirs: list[float] = []
+
+        def run_ours(kind: Any = kind, into: list[float | None] = ours) -> None:
+            into[:] = ap_input(truth, results, kind).figures().values()
+
+        def run_theirs(kind: str = kind, into: list[float] = theirs) -> None:
+            into[:] = by_pycocotools(*json.loads(copy), kind)
+
+        seconds = in_turn({"ours": run_ours, "pycocotools": run_theirs}, rounds=3)
+        began = time.process_time()
+        json.loads(copy)
+        reading = time.process_time() - began
+        apart = max(abs((a if a is not None else -1.0) - b) for a, b in zip(ours, theirs, strict=True))
+        table.add(f"{kind}: pycocotools", seconds["pycocotools"] - reading, "s")
+        table.add(f"{kind}: ours", seconds["ours"], "s")
+        table.add(f"{kind}: times faster", (seconds["pycocotools"] - reading) / seconds["ours"], "x", least=1 / 1.1)
+        table.add(f"{kind}: largest difference of a figure", apart, "", most=1e-12)
+    return table.finish()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
