@@ -3,6 +3,7 @@
 `codec_evaluation` and `codec_model` hold what only those services need.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from mal_server.config import Limits
 from mal_server.errors import RequestRefused
 from mal_server.interceptors import status_of
 from mal_server.loading import ModelInfo
+from mal_server.pictures import Handle, OnDisk, Picture, Sent
 from mal_server.pipeline import Answer, AnswerOptions, Job, Part, Timing
 from mal_train.labeling.encodings import EncodedMask, Polygons, Runs
 from mal_train.labeling.geometry import Box
@@ -82,21 +84,38 @@ def read_job(request: labeling_pb2.LabelImageRequest, limits: Limits, call: Call
         RequestRefused: lists the fields that break the contract.
     """
     checks = Checks()
-    expected_wh = read_image_source(request.image, checks, f"{path}image")
+    picture, expected_wh = read_image_source(request.image, checks, f"{path}image")
     ids, boxes = read_instances(request.instances, limits, checks, f"{path}instances")
     options, answer, priority = read_options(request.options, call, checks, f"{path}options")
     checks.raise_if_any()
-    return Job(request.image.content, expected_wh, ids, boxes, options, answer, priority, call.deadline)
+    if isinstance(picture, Sent) and priority is Priority.INTERACTIVE:
+        picture = Sent(picture.content, keep=True)  # bulk streams show each picture once
+    return Job(picture, expected_wh, ids, boxes, options, answer, priority, call.deadline)
 
 
-def read_image_source(source: types_pb2.ImageSource, checks: Checks, path: str) -> tuple[int, int] | None:
-    """(width, height) that the source states, if any."""
-    if source.WhichOneof("source") is None:
+def read_image_source(
+    source: types_pb2.ImageSource, checks: Checks, path: str
+) -> tuple[Picture, tuple[int, int] | None]:
+    """Where the picture comes from, and the (width, height) that the source states, if any."""
+    kind = source.WhichOneof("source")
+    picture: Picture = Sent(source.content)
+    if kind is None:
         checks.add(f"{path}.content", "missing; send the encoded file")
+    elif kind == "content_sha256":
+        picture = Handle(source.content_sha256)
+        if not re.fullmatch(r"[0-9a-f]{64}", source.content_sha256):
+            checks.add(f"{path}.content_sha256", "it must be the 64 lower-case hex digits of a SHA-256")
+    elif kind == "uri":
+        folder, _, below = source.uri.partition("/")
+        picture = OnDisk(folder, below)
+        if not folder or not below:
+            checks.add(
+                f"{path}.uri", "it must be FOLDER/PATH, a folder of GetServerInfoResponse.data_folders and a path"
+            )
     width, height = source.expected_width, source.expected_height
     if width < 0 or height < 0 or (width == 0) != (height == 0):
         checks.add(f"{path}.expected_width", f"{width}x{height}; set width and height, both > 0, or neither")
-    return (width, height) if width > 0 and height > 0 else None
+    return picture, ((width, height) if width > 0 and height > 0 else None)
 
 
 def read_instances(

@@ -9,7 +9,7 @@ from mal_server.batcher import Priority
 from mal_server.codec import Call, Checks, check_item_id, read_box, read_image_source, read_instances, read_options
 from mal_server.config import Limits
 from mal_server.errors import RequestRefused
-from mal_server.evaluation import Evaluation, Truth
+from mal_server.evaluation import REFUSED, Evaluation, Truth
 from mal_server.pipeline import AnswerOptions, Job
 from mal_train.labeling.coco import Annotation, JsonId
 from mal_train.labeling.coco_ap import AP_NAMES
@@ -19,9 +19,6 @@ from mal_train.labeling.miou import Figures
 from mal_train.labeling.settings import SIZE_NAMES
 
 MAX_WORST = 10_000
-
-REFUSED = "REQUEST_REFUSED"
-"""Reason under which an evaluation counts the objects of an image whose message breaks the contract."""
 
 _AP_FIELDS = dict(
     zip(
@@ -93,7 +90,7 @@ def read_truth(image: evaluation_pb2.EvaluateImage, place: int, options: Evaluat
     """An image with ground truth. What breaks the contract is a fault of this image alone."""
     checks = Checks()
     check_item_id(image.item_id, checks, "image.item_id")
-    expected_wh = read_image_source(image.image, checks, "image.image")
+    picture, expected_wh = read_image_source(image.image, checks, "image.image")
     annotations = tuple(_read_annotation(one, place) for one in image.ground_truth)
     # Of two objects with one id the evaluator counts the first, so only that one is labelled.
     wanted: dict[int, types_pb2.Instance] = {}
@@ -106,7 +103,7 @@ def read_truth(image: evaluation_pb2.EvaluateImage, place: int, options: Evaluat
     except RequestRefused as error:
         return Truth(image.item_id, annotations, None, (REFUSED, str(error)))
     job = Job(
-        image.image.content,
+        picture,
         expected_wh,
         ids,
         boxes,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mal.v1 import model_pb2, types_pb2
 
 from mal_server.codec import Checks, read_branch, write_model_ref
-from mal_server.config import Limits
+from mal_server.config import ServerConfig
 from mal_server.loading import ModelInfo
 from mal_server.models import Entry
 from mal_train.labeling.settings import Branch
@@ -40,9 +40,11 @@ def check_model_name(name: str, checks: Checks) -> None:
         checks.add("name", f"{name[:MAX_NAME_CHARS]!r}; at most {MAX_NAME_CHARS} printable characters without '/'")
 
 
-def write_server_info(infos: Sequence[ModelInfo], limits: Limits, version: str) -> model_pb2.GetServerInfoResponse:
+def write_server_info(
+    infos: Sequence[ModelInfo], config: ServerConfig, version: str
+) -> model_pb2.GetServerInfoResponse:
     """What the server serves, the default model first, and what it accepts."""
-    images = limits.images()
+    limits, images = config.limits, config.limits.images()
     models = [write_model_info(info) for info in infos]
     return model_pb2.GetServerInfoResponse(
         version=version,
@@ -56,9 +58,11 @@ def write_server_info(infos: Sequence[ModelInfo], limits: Limits, version: str) 
             max_side=images.max_side,
             max_image_bytes=images.max_bytes,
             max_items_in_flight=limits.max_items_in_flight,
+            image_cache_bytes=config.image_cache_bytes,
         ),
         devices=infos[0].devices,
         precision=infos[0].precision,
+        data_folders=[folder.name for folder in config.data_folders],
     )
 
 

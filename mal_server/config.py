@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mal_server.plans import NAME, GpuIds, ModelFolder, ModelPlan, ModelSetting, PrecisionName
+from mal_server.plans import NAME, DataFolder, GpuIds, ModelFolder, ModelPlan, ModelSetting, PrecisionName
 from mal_train.errors import ConfigError
 from mal_train.labeling.images import DEFAULT_LIMITS, ImageLimits
 from mal_train.labeling.settings import Branch
@@ -207,6 +207,19 @@ class ServerConfig(Strict):
     threads: int = Field(
         default=0, ge=0, le=1024, description="Threads that decode, crop and encode; 0 = one for each CPU core."
     )
+    image_cache_bytes: int = Field(
+        default=256 * MIB,
+        ge=0,
+        description="Memory for pictures that LabelImage calls sent, so that a caller who moves a box sends a hash "
+        "instead; 0: none.\nWhoever knows a picture's whole SHA-256 gets masks of it. mal_image_cache_hits_total and "
+        "mal_image_cache_misses_total\ntell whether it is large enough.",
+    )
+    data_folders: tuple[DataFolder, ...] = Field(
+        default=(),
+        description="Folders on this machine whose files requests may name instead of sending them (ImageSource.uri);\n"
+        "[] = none. Everybody who may label gets masks of every picture in them. Entries such as\n"
+        "  - {name: photos, path: /srv/photos}",
+    )
     drain_delay_s: float = Field(
         default=5.0,
         ge=0.0,
@@ -249,7 +262,7 @@ class ServerConfig(Strict):
         ):
             if ids is not None and len(set(ids)) != len(ids):
                 raise ValueError(f"{where}: {list(ids)} names a GPU twice")
-        for field_name in ("tokens", "models", "model_folders"):
+        for field_name in ("tokens", "models", "model_folders", "data_folders"):
             names = [entry.name for entry in getattr(self, field_name)]
             if len(set(names)) != len(names):
                 raise ValueError(f"{field_name}: a name stands twice")

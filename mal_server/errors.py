@@ -7,7 +7,8 @@
     │   ├── NotAllowed        its token lacks the method's scope
     │   └── NotThere          what a request names is not here
     │       ├── UnknownModel  a name under which nothing is served
-    │       └── NoSuchFile    a folder or a file
+    │       ├── NoSuchFile    a folder or a file
+    │       └── ImageNotCached  a picture that was sent before, or never
     ├── NotReady              the model is not loaded yet
     ├── ModelRefused          a model could not be put into service or taken out of it; what was served goes on
     └── DeviceError
@@ -61,6 +62,13 @@ class NoSuchFile(NotThere):
 
     def __init__(self, message: str, reason: str = "FILE_NOT_FOUND") -> None:
         super().__init__(message, reason)
+
+
+class ImageNotCached(NotThere):
+    """A picture that the server holds no more, or never held; its sender sends it again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "IMAGE_NOT_CACHED")
 
 
 class ModelRefused(MalError):

@@ -9,12 +9,16 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from mal_server.batcher import Overloaded
+from mal_server.errors import NotThere, RequestRefused
 from mal_server.pipeline import Answer, Job, Pipeline
 from mal_train.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.labeling.coco import Annotation, JsonId, Reason
 from mal_train.labeling.evaluation import Evaluator
 from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Label
+
+REFUSED = "REQUEST_REFUSED"
+"""Reason under which the objects of an image are counted whose message breaks the contract."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,10 @@ class Evaluation:
                 return Outcome(truth, {answer.instance_id: answer for answer in part.answers}, None)
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)
-            except BadImage as error:
+            except (BadImage, NotThere) as error:
                 return Outcome(truth, {}, (error.reason, str(error)))
+            except RequestRefused as error:  # a path that leads out of its folder
+                return Outcome(truth, {}, (REFUSED, str(error)))
 
     async def count(self, outcome: Outcome) -> None:
         """Adds one image's answers to the figures; to be called in order of arrival, one at a time."""

@@ -10,6 +10,8 @@
     mal_rejected_total{reason}                  calls and bulk items that were refused, by the reason in their status
     mal_dropped_total{reason}                   admitted crops that nobody waits for any more
     mal_masks_total{flag}                       masks by flag; NONE: masks without one
+    mal_image_cache_hits_total, …_misses_total  requests that named a picture by its handle
+    mal_image_cache_bytes                       memory of the pictures held
     mal_model_info{name,sha256,branch}          1 for each model that answers
 
 Always counted, which costs microseconds a request; knows nothing of gRPC's objects.
@@ -53,6 +55,9 @@ class Metrics:
         self._rejected = Counter("mal_rejected", "Refused calls and items.", ["reason"], registry=registry)
         self._dropped = Counter("mal_dropped", "Admitted crops that nobody waits for.", ["reason"], registry=registry)
         self._masks = Counter("mal_masks", "Masks by flag.", ["flag"], registry=registry)
+        self._cache_hits = Counter("mal_image_cache_hits", "Handles of pictures that were held.", registry=registry)
+        self._cache_misses = Counter("mal_image_cache_misses", "Handles of pictures that were not.", registry=registry)
+        self._cache_bytes = Gauge("mal_image_cache_bytes", "Memory of the pictures held.", registry=registry)
         self._model = Gauge(
             "mal_model_info", "1 for each model that answers.", ["name", "sha256", "branch"], registry=registry
         )
@@ -91,6 +96,14 @@ class Metrics:
         """A mask was made."""
         for flag in flags or (NO_FLAG,):
             self._masks.labels(flag).inc()
+
+    def looked_up(self, *, found: bool) -> None:
+        """A request named a picture by its handle."""
+        (self._cache_hits if found else self._cache_misses).inc()
+
+    def watch_cache(self, size_bytes: Callable[[], float]) -> None:
+        """Reads the cache's size whenever the figures are read."""
+        self._cache_bytes.set_function(size_bytes)
 
     def watch_queue(self, crops: Callable[[], float], size_bytes: Callable[[], float]) -> None:
         """Reads the queue's state whenever the figures are read."""

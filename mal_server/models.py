@@ -22,6 +22,7 @@ from mal_server.config import ServerConfig
 from mal_server.errors import ModelRefused, NotReady, SelfTestFailed, UnknownModel
 from mal_server.loading import Loaded, ModelInfo, free_memory
 from mal_server.metrics import Metrics
+from mal_server.pictures import Pictures
 from mal_server.pipeline import CropBatcher, Pipeline
 from mal_server.plans import ModelPlan
 from mal_server.roots import nearest
@@ -59,7 +60,16 @@ class Serving:
         is_retired: new calls get another one, or none.
     """
 
-    def __init__(self, loaded: Loaded, config: ServerConfig, pool: Executor, metrics: Metrics, on_lost: OnLost) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        config: ServerConfig,
+        *,
+        pool: Executor,
+        pictures: Pictures,
+        metrics: Metrics,
+        on_lost: OnLost,
+    ) -> None:
         self.info = loaded.info
         self.pool = pool
         self.calls = 0
@@ -79,6 +89,7 @@ class Serving:
             loaded.workers[0].predictor,
             self.batcher,
             pool,
+            pictures,
             config.limits.images(),
             crop_size=loaded.info.labeler.crop_size,
             metrics=metrics,
@@ -116,6 +127,7 @@ class Models:
         config: queue and batch settings, the number of models.
         load: reads a checkpoint; runs in a thread.
         pool: threads for CPU work.
+        pictures: gives the bytes of pictures.
         metrics: counts.
         on_lost: called when a device is lost.
         on_change: called after a model began or ceased to answer.
@@ -127,6 +139,7 @@ class Models:
         load: Load,
         *,
         pool: Executor,
+        pictures: Pictures,
         metrics: Metrics,
         on_lost: OnLost,
         on_change: OnChange,
@@ -134,6 +147,7 @@ class Models:
         self._config = config
         self._load = load
         self._pool = pool
+        self._pictures = pictures
         self._metrics = metrics
         self._on_lost = on_lost
         self._on_change = on_change
@@ -313,7 +327,14 @@ class Models:
             raise
 
     def _made(self, loaded: Loaded) -> Serving:
-        return Serving(loaded, self._config, self._pool, self._metrics, self._on_lost)
+        return Serving(
+            loaded,
+            self._config,
+            pool=self._pool,
+            pictures=self._pictures,
+            metrics=self._metrics,
+            on_lost=self._on_lost,
+        )
 
     def _retire(self, serving: Serving) -> None:
         serving.is_retired = True

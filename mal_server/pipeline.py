@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from mal_server.batcher import Batcher, Expired, Priority, Share
 from mal_server.metrics import Metrics
+from mal_server.pictures import OnDisk, Picture, Pictures
 from mal_server.worker import Predictor
 from mal_train.errors import BadBox, DeviceError, DeviceLost
 from mal_train.labeling.encodings import EncodedMask, encode
@@ -53,7 +54,7 @@ class Job:
     """A checked request.
 
     Attributes:
-        content: the encoded image.
+        picture: where the encoded image comes from.
         expected_wh: (width, height) that the boxes refer to, when stated.
         instance_ids: the caller's ids, unique.
         boxes: x, y, width, height px, in the order of the ids; any floats, NaN included.
@@ -63,7 +64,7 @@ class Job:
         deadline: event-loop time after which nobody waits for the answer.
     """
 
-    content: bytes
+    picture: Picture
     expected_wh: tuple[int, int] | None
     instance_ids: tuple[int, ...]
     boxes: tuple[Box, ...]
@@ -123,6 +124,7 @@ class Pipeline:
         predictor: for prepare and finish; the devices' own ones predict.
         batcher: shared by all jobs.
         pool: threads for CPU work.
+        pictures: gives the bytes.
         limits: what is refused before it is decoded.
         crop_size: side of a crop in px.
         metrics: counts.
@@ -133,6 +135,7 @@ class Pipeline:
         predictor: Predictor,
         batcher: CropBatcher,
         pool: Executor,
+        pictures: Pictures,
         limits: ImageLimits,
         *,
         crop_size: int,
@@ -141,6 +144,7 @@ class Pipeline:
         self._predictor = predictor
         self._batcher = batcher
         self._pool = pool
+        self._pictures = pictures
         self._limits = limits
         self._crop_bytes = 3 * crop_size**2
         self._metrics = metrics
@@ -152,13 +156,16 @@ class Pipeline:
             Overloaded: too much is waiting.
             Expired: the deadline passed.
             BadImage: the picture cannot be used.
+            NotThere, RequestRefused: it is not here, or its name is none.
             DeviceLost: the device works no more.
         """
-        size_bytes = len(job.content) + len(job.boxes) * self._crop_bytes
+        content = None if isinstance(job.picture, OnDisk) else self._pictures.held(job.picture)
+        # A file on disk takes no memory while its boxes wait.
+        size_bytes = len(content or b"") + len(job.boxes) * self._crop_bytes
         with self._batcher.admit(
             max(len(job.boxes), 1), size_bytes=size_bytes, priority=job.priority, deadline=job.deadline
         ) as ticket:
-            entries, decode_s = await self._cpu(self._open, job)
+            entries, decode_s = await self._cpu(self._open, job, content)
             self._metrics.decoded(decode_s)
             bad = tuple(
                 Answer(instance_id, entry)
@@ -189,9 +196,12 @@ class Pipeline:
         async with aclosing(self.label(job)) as parts:
             return joined([part async for part in parts])
 
-    def _open(self, job: Job) -> tuple[list[Crop | BadBox], float]:
+    def _open(self, job: Job, content: bytes | None) -> tuple[list[Crop | BadBox], float]:
         started = time.perf_counter()
-        image = decode_image(job.content, expected_wh=job.expected_wh, limits=self._limits)
+        if isinstance(job.picture, OnDisk):
+            content = self._pictures.read(job.picture)
+        image = decode_image(content or b"", expected_wh=job.expected_wh, limits=self._limits)
+        self._pictures.was_read(job.picture)
         entries = self._predictor.prepare(image, job.boxes)
         return entries, time.perf_counter() - started
 

@@ -37,6 +37,13 @@ class ModelFolder(Strict):
     decryption_key: str | None = Field(default=None, repr=False)
 
 
+class DataFolder(Strict):
+    """A folder whose files requests may name."""
+
+    name: ModelName
+    path: Path
+
+
 @dataclass(frozen=True)
 class ModelPlan:
     """All that loading one model takes.

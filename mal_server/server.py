@@ -31,6 +31,8 @@ from mal_server.interceptors import CallInterceptor
 from mal_server.loading import ModelInfo, load_model
 from mal_server.metrics import Metrics, MetricsPort
 from mal_server.models import Load, Models
+from mal_server.pictures import ImageCache, Pictures
+from mal_server.roots import Roots
 from mal_server.service import EvaluationService, LabelingService, ModelService
 from mal_server.tls import server_credentials
 from mal_train.errors import ConfigError, DeviceLost, OutputError
@@ -74,10 +76,15 @@ class MalServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._pool = ThreadPoolExecutor(config.threads or os.cpu_count(), thread_name_prefix="cpu")
         self._metrics = Metrics()
+        cache = ImageCache(config.image_cache_bytes)
+        self._metrics.watch_cache(lambda: cache.size_bytes)
+        folders = Roots({folder.name: folder.path for folder in config.data_folders}, "data_folders")
+        pictures = Pictures(cache, folders, config.limits.images().max_bytes, self._metrics)
         self._models = Models(
             config,
             load,
             pool=self._pool,
+            pictures=pictures,
             metrics=self._metrics,
             on_lost=self._lose,
             on_change=self._model_changed,

@@ -128,7 +128,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.GetServerInfoRequest, context: Any
     ) -> model_pb2.GetServerInfoResponse:
         """Models, limits, devices."""
-        return codec_model.write_server_info(self._models.infos(), self._config.limits, self._version)
+        return codec_model.write_server_info(self._models.infos(), self._config, self._version)
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> model_pb2.ListModelsResponse:
         """Every model in memory."""

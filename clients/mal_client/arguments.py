@@ -83,6 +83,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """How boxes become masks."""
     parser.add_argument("--branch", choices=[str(branch) for branch in Branch], help="network (default: the server's)")
+    parser.add_argument("--model", metavar="NAME", help="model that answers (default: the server's)")
     parser.add_argument("--threshold", type=float, metavar="P", help="mask above this probability, for all sizes")
     parser.add_argument("--agreement", action="store_true", help="also measure how far the two networks agree")
     parser.add_argument("--flip", action="store_true", help="average each map with its mirrored run")
@@ -105,6 +106,7 @@ def options_of(arguments: argparse.Namespace) -> LabelOptions:
         agreement=arguments.agreement,
         flip=arguments.flip,
         min_component_area_px=arguments.min_component_area,
+        model=arguments.model,
     )
 
 

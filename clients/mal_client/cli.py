@@ -18,6 +18,7 @@ from mal_client.cli_convert import add_convert, add_export
 from mal_client.cli_evaluate import add_evaluate
 from mal_client.cli_label import add_label, add_merge
 from mal_client.cli_label_studio import add_label_studio
+from mal_client.cli_models import add_models
 from mal_client.cli_playground import add_playground
 from mal_client.cli_review import add_review
 from mal_client.types import ServerInfo
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add_review(commands)
     add_label_studio(commands)
     add_playground(commands)
+    add_models(commands)
     _add_info(commands)
     return parser
 
@@ -94,6 +96,8 @@ def _described(info: ServerInfo) -> str:
             "categories": info.categories,
             "devices": info.devices,
             "precision": info.precision,
+            "models": [model.model.name for model in info.models],
+            "data_folders": info.data_folders,
             "limits": vars(info.limits),
         },
         indent=2,

@@ -22,6 +22,7 @@ from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 from mal_client import codec
 from mal_client.channel import Connection
 from mal_client.errors import CallCancelled, from_rpc_error
+from mal_client.handles import Handles
 from mal_client.image_call import ImageCall, checked_boxes
 from mal_client.sources import encode
 from mal_client.types import (
@@ -87,6 +88,7 @@ class Client:
         self._channel = Connection(address, tls, tls_ca, client_cert, client_key, token).open()
         self._closed = threading.Event()
         self._limits: ServerLimits | None = None
+        self._handles = Handles()
 
     def __enter__(self) -> Self:
         return self
@@ -145,13 +147,15 @@ class Client:
         """As `label_image`, but answers come as their batches finish, in any order; `index` says which box."""
         asked = checked_boxes(boxes)
         deadline_s = self.timeout_s if timeout_s is None else timeout_s
+        encoded = encode(image)
         call = ImageCall(
             self.address,
-            image=encode(image),
+            image=encoded,
             boxes=asked,
             options=options,
             limits=self._known_limits(),
             timeout_s=deadline_s,
+            handle=self._handles.of(encoded),
         )
         while not call.done:
             stub = labeling_pb2_grpc.LabelingServiceStub(self.open_channel())
@@ -285,6 +289,7 @@ class AsyncClient:
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
         self._limits: ServerLimits | None = None
+        self._handles = Handles()
 
     async def __aenter__(self) -> Self:
         self._open_channel()
@@ -337,9 +342,17 @@ class AsyncClient:
         asked = checked_boxes(boxes)
         deadline_s = self.timeout_s if timeout_s is None else timeout_s
         limits = self._limits or (await self.server_info()).limits
-        # Encoding and reading take milliseconds to seconds; the loop has other things to do.
+        # Encoding, reading and hashing take milliseconds to seconds; the loop has other things to do.
         encoded = await asyncio.to_thread(encode, image)
-        call = ImageCall(self.address, image=encoded, boxes=asked, options=options, limits=limits, timeout_s=deadline_s)
+        call = ImageCall(
+            self.address,
+            image=encoded,
+            boxes=asked,
+            options=options,
+            limits=limits,
+            timeout_s=deadline_s,
+            handle=await asyncio.to_thread(self._handles.of, encoded),
+        )
         while not call.done:
             stub = cast(
                 "labeling_pb2_grpc.LabelingServiceAsyncStub",

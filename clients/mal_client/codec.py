@@ -15,7 +15,9 @@ from mal_client.types import (
     Figures,
     GroupMiou,
     LabelOptions,
+    ModelInfo,
     ModelRef,
+    ModelStatus,
     ServerInfo,
     ServerLimits,
     Timing,
@@ -36,11 +38,11 @@ _BRANCH_FROM_WIRE = {wire: branch for branch, wire in _BRANCH_TO_WIRE.items()}
 
 
 def label_request(
-    image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions
+    image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions, sha256: str | None = None
 ) -> labeling_pb2.LabelImageRequest:
-    """One image and its boxes; the keys of `boxes` become the instance ids."""
+    """One image and its boxes; the keys of `boxes` become the instance ids. `sha256`: sent in the picture's place."""
     return labeling_pb2.LabelImageRequest(
-        image=image_source(image),
+        image=image_source(image, sha256),
         instances=[instance(key, box) for key, box in boxes.items()],
         options=label_options(options),
     )
@@ -53,9 +55,14 @@ def bulk_request(
     return labeling_pb2.LabelImagesRequest(item_id=item_id, request=label_request(image, boxes, options))
 
 
-def image_source(image: EncodedImage) -> types_pb2.ImageSource:
-    """The picture of a request."""
-    return types_pb2.ImageSource(content=image.content, expected_width=image.width, expected_height=image.height)
+def image_source(image: EncodedImage, sha256: str | None = None) -> types_pb2.ImageSource:
+    """The picture of a request, or its hash where the server holds it."""
+    source = types_pb2.ImageSource(expected_width=image.width, expected_height=image.height)
+    if sha256 is None:
+        source.content = image.content
+    else:
+        source.content_sha256 = sha256
+    return source
 
 
 def instance(instance_id: int, box: BoxXywh) -> types_pb2.Instance:
@@ -77,6 +84,7 @@ def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
         compute_agreement=options.agreement,
         flip_test=options.flip,
         min_component_area_px=options.min_component_area_px or None,
+        model=options.model or "",
     )
 
 
@@ -104,17 +112,44 @@ def model_ref(ref: types_pb2.ModelRef) -> ModelRef:
     return ModelRef(ref.name, ref.checkpoint_sha256, _BRANCH_FROM_WIRE.get(ref.branch, Branch.STUDENT))
 
 
-def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
-    """The server's description of itself."""
-    model, limits = response.model, response.limits
-    return ServerInfo(
-        version=response.version,
+def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
+    """One model of a server."""
+    return ModelInfo(
         model=model_ref(model.ref),
         arch=model.arch,
         crop_size=model.crop_size,
         margin_rate=model.margin_rate,
         mask_thresholds=(model.mask_thresholds.small, model.mask_thresholds.medium, model.mask_thresholds.large),
         categories={category.category_id: category.name for category in model.categories},
+        devices=tuple(model.devices),
+        precision=model.precision,
+        score_calibrated=model.score_calibrated,
+    )
+
+
+def model_status(status: model_pb2.ModelStatus) -> ModelStatus:
+    """Where a model of a server stands."""
+    is_retiring = status.state == model_pb2.MODEL_STATE_RETIRING
+    return ModelStatus(model_info(status.model), status.calls, is_retiring, status.is_default)
+
+
+def load_request(name: str, folder: str, path: str, branch: Branch | None) -> model_pb2.LoadModelRequest:
+    """Which checkpoint is to answer under which name."""
+    wire = types_pb2.BRANCH_UNSPECIFIED if branch is None else _BRANCH_TO_WIRE[branch]
+    return model_pb2.LoadModelRequest(name=name, folder=folder, path=path, branch=wire)
+
+
+def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
+    """The server's description of itself."""
+    limits, default = response.limits, model_info(response.model)
+    return ServerInfo(
+        version=response.version,
+        model=default.model,
+        arch=default.arch,
+        crop_size=default.crop_size,
+        margin_rate=default.margin_rate,
+        mask_thresholds=default.mask_thresholds,
+        categories=default.categories,
         limits=ServerLimits(
             max_request_bytes=limits.max_request_bytes,
             max_response_bytes=limits.max_response_bytes,
@@ -123,10 +158,13 @@ def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
             max_side=limits.max_side,
             max_image_bytes=limits.max_image_bytes,
             max_items_in_flight=limits.max_items_in_flight,
+            image_cache_bytes=limits.image_cache_bytes,
         ),
         devices=tuple(response.devices),
         precision=response.precision,
-        score_calibrated=model.score_calibrated,
+        score_calibrated=default.score_calibrated,
+        models=tuple(map(model_info, response.models)),
+        data_folders=tuple(response.data_folders),
     )
 
 

@@ -173,7 +173,7 @@ def _servers(clients: Sequence[Client], options: LabelOptions, tell: OnNotice) -
     faults: list[ServerUnavailable | CallTimedOut] = []
     for client in clients:
         try:
-            servers.append((client, client.server_info()))
+            servers.append((client, client.server_info().of_model(options.model)))
         except (ServerUnavailable, CallTimedOut) as fault:
             faults.append(fault)
     if not servers:

@@ -17,10 +17,12 @@ from numpy.typing import ArrayLike
 
 from mal_client import codec
 from mal_client.errors import RequestRefused, ServerFailed, from_rpc_error, rpc_code, rpc_details
+from mal_client.handles import Handle
 from mal_client.sources import EncodedImage
 from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ServerLimits
 from mal_train.errors import BadImage
 
+NOT_CACHED = "IMAGE_NOT_CACHED"
 MAX_RESENDS = 5
 """How often one box is sent again on the server's word before its last error stands."""
 
@@ -71,6 +73,7 @@ class ImageCall:
         options: LabelOptions,
         limits: ServerLimits,
         timeout_s: float | None,
+        handle: Handle | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_image_size(len(image.content), limits)
@@ -80,6 +83,8 @@ class ImageCall:
         self._max_boxes = max(1, limits.max_boxes)
         self._timeout_s = timeout_s
         self._clock = clock
+        self._handle = handle if limits.image_cache_bytes > 0 else None
+        self._sent_by_handle = False
         self._deadline = None if timeout_s is None else clock() + timeout_s
         self._pending = dict(enumerate(boxes))
         self._sent: dict[int, BoxXywh] = {}
@@ -101,7 +106,9 @@ class ImageCall:
         first = list(self._pending)[: self._max_boxes]
         self._sent = {index: self._pending[index] for index in first}
         self._progressed, self._asked_wait_s = False, 0.0
-        return codec.label_request(self._image, self._sent, self._options)
+        self._sent_by_handle = self._handle is not None and self._handle.is_known
+        sha256 = self._handle.sha256 if self._handle is not None and self._sent_by_handle else None
+        return codec.label_request(self._image, self._sent, self._options, sha256)
 
     def absorb(self, response: labeling_pb2.LabelImageResponse) -> list[BoxLabel]:
         """The final answers of one message; a box that the server wants again stays pending.
@@ -122,6 +129,8 @@ class ImageCall:
                 f"{self._address}: answered box {error} twice or unasked; client and server do not fit each other"
             ) from None
         self._progressed = self._progressed or bool(final)
+        if self._handle is not None:
+            self._handle.note()
         return final
 
     def ended(self) -> float:
@@ -143,6 +152,10 @@ class ImageCall:
             MalError: the failure is final: not UNAVAILABLE, or gRPC's own attempts brought nothing and the server did
                 not say when to come back, or the deadline would pass.
         """
+        if self._sent_by_handle and self._handle is not None and rpc_details(error).reason == NOT_CACHED:
+            # Evicted, or another server behind the same address: the next request carries the picture itself.
+            self._handle.forget()
+            return 0.0
         if rpc_code(error) is grpc.StatusCode.UNAVAILABLE:
             wait_s = rpc_details(error).retry_after_s
             if wait_s is None and self._progressed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_client.errors import ItemError
+from mal_client.errors import ItemError, RequestRefused
 from mal_train.errors import ConfigError
 from mal_train.labeling.settings import Branch, MaskFormat, score_meaning
 from mal_train.report.evaluation import Measured
@@ -44,6 +44,7 @@ class LabelOptions:
         flip: average each map with that of the mirrored crop. Doubles the work on the device.
         min_component_area_px: connected parts of fewer pixels are taken out of each mask, the largest excepted, before
             score, area, box, flags and agreement are made; 0 = none.
+        model: name of the model that answers; None = the server's default.
     """
 
     branch: Branch | None = None
@@ -51,6 +52,7 @@ class LabelOptions:
     agreement: bool = False
     flip: bool = False
     min_component_area_px: int = 0
+    model: str | None = None
 
     def __post_init__(self) -> None:
         if self.min_component_area_px < 0:
@@ -226,11 +228,44 @@ class ServerLimits:
     max_side: int
     max_image_bytes: int
     max_items_in_flight: int
+    image_cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One model of a server; `categories` maps its class ids to names."""
+
+    model: ModelRef
+    arch: str
+    crop_size: int
+    margin_rate: float
+    mask_thresholds: tuple[float, float, float]
+    categories: dict[int, str]
+    devices: tuple[str, ...]
+    precision: str
+    score_calibrated: bool
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """A model in a server's memory.
+
+    Attributes:
+        info: what it is.
+        calls: how many use it right now.
+        is_retiring: it was replaced or unloaded and finishes the calls that it has.
+        is_default: it answers requests that name no model.
+    """
+
+    info: ModelInfo
+    calls: int
+    is_retiring: bool
+    is_default: bool
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server serves and accepts.
+    """What a server serves and accepts. The fields about a model are those of the default one.
 
     `categories` maps the model's class ids to names. `score_calibrated`: scores are expected IoUs, not probabilities.
     """
@@ -246,11 +281,27 @@ class ServerInfo:
     devices: tuple[str, ...]
     precision: str
     score_calibrated: bool = False
+    models: tuple[ModelInfo, ...] = ()
+    data_folders: tuple[str, ...] = ()
 
     @property
     def score_meaning(self) -> str:
         """What the score of a label is, for files that carry labels."""
         return score_meaning(calibrated=self.score_calibrated)
+
+    def of_model(self, name: str | None) -> ServerInfo:
+        """The same server as seen by requests that name a model; None = the default one.
+
+        Raises:
+            RequestRefused: nothing is served under this name.
+        """
+        if name is None:
+            return self
+        found = next((info for info in self.models if info.model.name == name), None)
+        if found is None:
+            served = ", ".join(info.model.name for info in self.models) or self.model.name
+            raise RequestRefused(f"model {name!r} is not served; there are {served}", "MODEL_NOT_FOUND")
+        return replace(self, **vars(found))
 
 
 @dataclass(frozen=True)

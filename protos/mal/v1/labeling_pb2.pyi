@@ -4,7 +4,8 @@ isort:skip_file
 Boxes in, masks out.
 
 Errors of a whole call: INVALID_ARGUMENT (BadRequest field paths, or ErrorInfo with reason IMAGE_DECODE_FAILED,
-IMAGE_FORMAT, IMAGE_TOO_LARGE, IMAGE_SIZE_MISMATCH), UNAVAILABLE with RetryInfo and `grpc-retry-pushback-ms` while
+IMAGE_FORMAT, IMAGE_TOO_LARGE, IMAGE_SIZE_MISMATCH), NOT_FOUND (reason MODEL_NOT_FOUND, IMAGE_NOT_CACHED,
+FOLDER_NOT_FOUND, IMAGE_NOT_FOUND), UNAVAILABLE with RetryInfo and `grpc-retry-pushback-ms` while
 loading, draining or full, RESOURCE_EXHAUSTED only for a message above ServerLimits.max_request_bytes.
 """
 

@@ -68,6 +68,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     DEVICES_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
     MODELS_FIELD_NUMBER: builtins.int
+    DATA_FOLDERS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of the distribution that the server runs."""
     precision: builtins.str
@@ -88,6 +89,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModelInfo]:
         """Every model that answers, the default one first."""
 
+    @property
+    def data_folders(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of the folders on the server that ImageSource.uri may name; empty: none."""
+
     def __init__(
         self,
         *,
@@ -97,9 +102,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         devices: collections.abc.Iterable[builtins.str] | None = ...,
         precision: builtins.str = ...,
         models: collections.abc.Iterable[global___ModelInfo] | None = ...,
+        data_folders: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["devices", b"devices", "limits", b"limits", "model", b"model", "models", b"models", "precision", b"precision", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data_folders", b"data_folders", "devices", b"devices", "limits", b"limits", "model", b"model", "models", b"models", "precision", b"precision", "version", b"version"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
 
@@ -366,6 +372,7 @@ class ServerLimits(google.protobuf.message.Message):
     MAX_SIDE_FIELD_NUMBER: builtins.int
     MAX_IMAGE_BYTES_FIELD_NUMBER: builtins.int
     MAX_ITEMS_IN_FLIGHT_FIELD_NUMBER: builtins.int
+    IMAGE_CACHE_BYTES_FIELD_NUMBER: builtins.int
     max_request_bytes: builtins.int
     """Largest message that the server receives, in bytes."""
     max_response_bytes: builtins.int
@@ -380,6 +387,8 @@ class ServerLimits(google.protobuf.message.Message):
     """Bytes of one encoded image."""
     max_items_in_flight: builtins.int
     """Unanswered items of one LabelImages or Evaluate stream; the server reads no further ones until it has answered."""
+    image_cache_bytes: builtins.int
+    """Memory in bytes for pictures that ImageSource.content_sha256 may name; 0: none are kept."""
     def __init__(
         self,
         *,
@@ -390,7 +399,8 @@ class ServerLimits(google.protobuf.message.Message):
         max_side: builtins.int = ...,
         max_image_bytes: builtins.int = ...,
         max_items_in_flight: builtins.int = ...,
+        image_cache_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_boxes", b"max_boxes", "max_image_bytes", b"max_image_bytes", "max_items_in_flight", b"max_items_in_flight", "max_pixels", b"max_pixels", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_side", b"max_side"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["image_cache_bytes", b"image_cache_bytes", "max_boxes", b"max_boxes", "max_image_bytes", b"max_image_bytes", "max_items_in_flight", b"max_items_in_flight", "max_pixels", b"max_pixels", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_side", b"max_side"]) -> None: ...
 
 global___ServerLimits = ServerLimits

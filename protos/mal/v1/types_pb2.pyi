@@ -187,10 +187,24 @@ class ImageSource(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CONTENT_FIELD_NUMBER: builtins.int
+    CONTENT_SHA256_FIELD_NUMBER: builtins.int
+    URI_FIELD_NUMBER: builtins.int
     EXPECTED_WIDTH_FIELD_NUMBER: builtins.int
     EXPECTED_HEIGHT_FIELD_NUMBER: builtins.int
     content: builtins.bytes
     """An encoded file: JPEG, PNG, WebP, BMP or TIFF (first page). Size limits: ServerLimits."""
+    content_sha256: builtins.str
+    """SHA-256 of `content` that an earlier LabelImage call sent to this server and that decoded, 64 lower-case hex digits:
+    a changed box then costs a hundred bytes. NOT_FOUND with reason IMAGE_NOT_CACHED: the server holds it no more (or
+    never did, or is another one); send `content`. The memory for it is ServerLimits.image_cache_bytes, the longest
+    unused goes first. Whoever knows the whole hash gets masks of the picture, so treat the hash as you treat the
+    picture. LabelImages and Evaluate may use handles; what they send is not kept.
+    """
+    uri: builtins.str
+    """A file on the server: the name of one of GetServerInfoResponse.data_folders, "/", and the path below that folder.
+    Nothing is ever fetched from elsewhere. NOT_FOUND with reason FOLDER_NOT_FOUND or IMAGE_NOT_FOUND, the latter also
+    for links that lead out of the folder.
+    """
     expected_width: builtins.int
     """Width in px that the caller's boxes refer to. 0 = not checked; else another decoded width is INVALID_ARGUMENT with
     reason IMAGE_SIZE_MISMATCH, so a rotated or resized file is an error and not a shifted mask.
@@ -201,12 +215,14 @@ class ImageSource(google.protobuf.message.Message):
         self,
         *,
         content: builtins.bytes = ...,
+        content_sha256: builtins.str = ...,
+        uri: builtins.str = ...,
         expected_width: builtins.int = ...,
         expected_height: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["content", b"content", "source", b"source"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["content", b"content", "expected_height", b"expected_height", "expected_width", b"expected_width", "source", b"source"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["content"] | None: ...
+    def HasField(self, field_name: typing.Literal["content", b"content", "content_sha256", b"content_sha256", "source", b"source", "uri", b"uri"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "content_sha256", b"content_sha256", "expected_height", b"expected_height", "expected_width", b"expected_width", "source", b"source", "uri", b"uri"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["content", "content_sha256", "uri"] | None: ...
 
 global___ImageSource = ImageSource
 

@@ -1,0 +1,78 @@
+"""`mal-client models` and requests that name a model, against the real server round stand-ins."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mal_client import cli
+from mal_client.client import Client
+from mal_client.errors import RequestRefused
+from mal_client.types import LabelOptions
+
+from tests.client.test_against_server import served
+from tests.server.fakes import DISC_BOX, DISC_PNG
+
+MODELS = [{"name": name, "checkpoint": f"{name}.malckpt"} for name in ("cats", "dogs")]
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with served(checkpoint=None, models=MODELS) as found:
+        yield found
+
+
+def test_the_models_are_listed_loaded_and_unloaded(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "list", "--server", address]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["cats", "default"], ["dogs", "serving"]]
+    assert cli.main(["models", "load", "dogs", "--server", address]) == 0
+    assert "dogs: abababababab answers" in capsys.readouterr().out
+    assert cli.main(["models", "unload", "dogs", "--server", address]) == 0
+    capsys.readouterr()
+    assert cli.main(["models", "list", "--json", "--server", address]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["cats"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["load", "dog"], "did you mean 'dogs'"),
+        (["load", "dogs", "--from", "trained/a.malckpt"], "folder 'trained'"),
+        (["load", "dogs", "--from", "a.malckpt"], "FOLDER/PATH is needed"),
+        (["unload", "cats"], "replaced, not unloaded"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    address: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["models", *arguments, "--server", address]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_request_names_its_model(address: str) -> None:
+    with Client(address) as client:
+        (label,) = client.label_image(DISC_PNG, [DISC_BOX], LabelOptions(model="dogs"))
+        assert label.model is not None
+        assert label.model.name == "dogs"
+        info = client.server_info()
+        assert (info.model.name, info.of_model("dogs").model.name) == ("cats", "dogs")
+        with pytest.raises(RequestRefused, match="there are cats, dogs"):
+            info.of_model("mice")
+
+
+def test_a_data_set_is_labelled_by_the_model_that_was_named(address: str, tmp_path: Path) -> None:
+    (tmp_path / "disc.png").write_bytes(DISC_PNG)
+    rows = {
+        "images": [{"id": 1, "file_name": "disc.png", "width": 60, "height": 40}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": list(DISC_BOX)}],
+        "categories": [{"id": 1, "name": "disc"}],
+    }
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    with Client(address) as client:
+        named = LabelOptions(model="dogs")
+        result = client.label_dataset(tmp_path / "in.json", tmp_path, tmp_path / "out.json", named)
+    assert result.model is not None
+    assert (result.labelled, result.model.name) == (1, "dogs")
