@@ -353,8 +353,9 @@ def test_a_turned_photograph_is_shown_and_labelled_as_it_is_stored(
     turned = tmp_path / "turned.jpg"
     Image.open(picture).convert("RGB").save(turned, exif=exif.tobytes(), quality=95)
     screen.open(turned)
-    np.testing.assert_array_equal(screen.image(), np.asarray(Image.open(turned)))
     assert "EXIF" in screen.page.locator("#notices").inner_text()
+    screen.page.locator("#notices button").click()
+    np.testing.assert_array_equal(screen.image(), np.asarray(Image.open(turned)))
     screen.draw(RIGHT)
     screen.wait_for(ONE_DONE)
     np.testing.assert_array_equal(screen.mask(), library(address, turned, RIGHT).mask)
@@ -447,3 +448,25 @@ def test_the_list_stays_where_it_is_while_boxes_are_selected_and_labelled(screen
     assert place is not None
     assert after is not None
     assert (place["x"], place["y"], place["width"]) == (after["x"], after["y"], after["width"])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_fault_of_names_roles_or_contrast(
+    screen: Screen, picture: Path, tmp_path: Path, scheme: Any
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="`make test-browser` installs it")
+    screen.page.emulate_media(color_scheme=scheme)
+    assert axe.Axe().run(screen.page).violations_count == 0
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    screen.open(tmp_path / "broken.png", picture)
+    screen.draw(LEFT)
+    screen.draw(RIGHT)
+    screen.wait_for(TWO_DONE)
+    screen.page.locator("#box-w").fill("0")
+    screen.page.locator("#box-w").press("Enter")
+    screen.wait_for("1 of 2 with a mask · 1 failed")
+    found = axe.Axe().run(screen.page)
+    assert found.violations_count == 0, found.generate_report()
+    screen.page.locator("#help-button").click()
+    found = axe.Axe().run(screen.page)
+    assert found.violations_count == 0, found.generate_report()

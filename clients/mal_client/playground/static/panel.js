@@ -1,6 +1,7 @@
 // The settings, the numbers of the selected box, and the list: everything beside the canvas.
 
 const byId = (id) => document.getElementById(id);
+const AGAIN = " — it is tried again by itself";
 const FIELDS = ["box-x", "box-y", "box-w", "box-h"];
 
 export class Panel {
@@ -181,11 +182,13 @@ export class Panel {
 
   #fault(box) {
     const fault = element("div", "fault");
+    fault.append(element("span", "", box.fault.message + (box.fault.code === "UNAVAILABLE" ? AGAIN : "")));
+    // What is wrong with the box itself stays wrong until it is changed.
+    if (box.fault.code === "INVALID_ARGUMENT") return fault;
     const again = element("button", "", "Try again");
     again.type = "button";
     again.addEventListener("click", () => this.#session.retry());
-    const more = box.fault.code === "UNAVAILABLE" ? " — it is tried again by itself" : "";
-    fault.append(element("span", "", box.fault.message + more), again);
+    fault.append(again);
     return fault;
   }
 

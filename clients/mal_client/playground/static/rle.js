@@ -41,7 +41,7 @@ export function maskRegion(rle, maskBox) {
 }
 
 const LARGEST_LAYER = 8_000_000;
-const TINT = 120;
+const TINT = 105;
 
 /** A canvas with the mask in a colour [r, g, b], its rim opaque, and where to draw it; masks that are huge lose detail. */
 export function maskLayer(region, colour) {

@@ -12,7 +12,7 @@ export const PALETTE = [
 const KEPT_ANSWERS = 2000;
 const UNDO_STEPS = 200;
 const FIRST_PAUSE_MS = 2000;
-const LONGEST_PAUSE_MS = 30_000;
+const LONGEST_PAUSE_MS = 8000;
 
 export class Session extends EventTarget {
   server = null;

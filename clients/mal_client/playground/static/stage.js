@@ -5,6 +5,8 @@ import { HANDLES, handlePoint } from "./geometry.js";
 const MARGIN = 16;
 const LARGEST_SCALE = 64;
 const PREVIEW_SIDE = 4096;
+/** From this magnification on, pixels are shown as squares. */
+const SQUARES_FROM = 3;
 
 export class Stage {
   #session;
@@ -104,9 +106,9 @@ export class Stage {
 
   #fitted(image) {
     const room = { width: this.#size.width - 2 * MARGIN, height: this.#size.height - 2 * MARGIN };
-    // Small pictures grow by whole factors, so that their pixels stay squares.
+    // Small pictures grow by a whole factor, so that their pixels are squares of one size.
     const exact = Math.max(0.001, Math.min(room.width / image.width, room.height / image.height));
-    const scale = exact >= 1 ? Math.min(Math.floor(exact), 8) : exact;
+    const scale = exact >= SQUARES_FROM ? Math.min(Math.floor(exact), 8) : exact;
     return {
       scale,
       x: (this.#size.width - image.width * scale) / 2,
@@ -137,7 +139,7 @@ export class Stage {
     const { scale, x, y } = this.view;
     // On whole device pixels, so that an image at 100 % is shown pixel by pixel.
     const corner = { x: Math.round(x * ratio) / ratio, y: Math.round(y * ratio) / ratio };
-    context.imageSmoothingEnabled = scale * ratio < 1;
+    context.imageSmoothingEnabled = scale * ratio < SQUARES_FROM && !Number.isInteger(scale * ratio);
     context.imageSmoothingQuality = "high";
     context.drawImage(this.#source(image, scale * ratio), corner.x, corner.y, image.width * scale, image.height * scale);
     if (this.#session.showMasks) this.#drawMasks(image, corner, scale);
