@@ -100,6 +100,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "mal_train.model",
         *LEAVES,
     ),
+    "mal_train.labeling.parallel": ("mal_train.labeling", "mal_train.model", *LEAVES),
     "mal_train.labeling.bulk": ("mal_train.labeling", *LEAVES),
     "mal_train.labeling.splitting": ("mal_train.labeling.labeler", *LEAVES),
     # Pages and pictures for people, of whoever has something to show: no torch below them.

@@ -130,9 +130,7 @@ class Labeler:
         precision: Precision | str = Precision.AUTO,
     ) -> None:
         self.device = torch.device(device)
-        if config.compat is Compat.TAO and precision == Precision.AUTO:
-            precision = Precision.FLOAT32  # whoever asks for the published numbers wants their digits, too
-        self.dtype = resolve(precision, self.device)
+        self.dtype = dtype_on(self.device, config, precision)
         self.config = config
         self.network = network.to(self.device).eval()
 
@@ -302,6 +300,13 @@ class Labeler:
         )
         union = np.count_nonzero(a | b)
         return float(np.count_nonzero(a & b) / union) if union else 1.0
+
+
+def dtype_on(device: torch.device, config: LabelerConfig, precision: Precision | str) -> torch.dtype:
+    """The number format in which a labeler of these settings computes; ConfigError for float16 on a CPU."""
+    if config.compat is Compat.TAO and precision == Precision.AUTO:
+        precision = Precision.FLOAT32  # whoever asks for the published numbers wants their digits, too
+    return resolve(precision, device)
 
 
 def load_labeler(

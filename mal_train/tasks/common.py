@@ -17,6 +17,7 @@ from mal_train.labeling.settings import LabelerConfig
 from mal_train.model.checkpoint import Checkpoint, sha256_of
 from mal_train.model.keys import DecryptionKey, EncryptionKey, parse_key
 from mal_train.model.network import ModelConfig
+from mal_train.model.precision import Precision, resolve
 from mal_train.screen import Screen
 from mal_train.strictyaml import dump
 from mal_train.training.records import StatusFile
@@ -124,9 +125,17 @@ def choose_devices(gpus: tuple[int, ...], processes: int, screen: Screen) -> lis
 
 
 def open_labeler(
-    spec: Spec, checkpoint: str | None, field: str, *, device: torch.device, precision: str, screen: Screen
+    spec: Spec, checkpoint: str | None, field: str, *, devices: list[torch.device], precision: str, screen: Screen
 ) -> tuple[Labeler, Checkpoint]:
-    """The labeler of a checkpoint; says so when the file is not encrypted."""
+    """The labeler of a checkpoint, on the device where there is one; says so when the file is not encrypted.
+
+    Where there are several, each gets its own in a process of its own (`labeling.parallel`), and this one waits on the
+    CPU.
+    """
+    device = devices[0] if len(devices) == 1 else torch.device("cpu")
+    if len(devices) > 1:
+        resolve(precision, devices[0])  # says before they start what none of them could do
+        precision = Precision.FLOAT32
     path = existing_file(checkpoint, field)
     _, open_with = keys_of(spec)
     labeler, content = load_labeler(path, key=open_with, device=device, precision=precision)

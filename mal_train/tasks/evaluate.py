@@ -2,10 +2,11 @@
 
 from mal_train.config import Spec
 from mal_train.errors import BadDataset, ConfigError
-from mal_train.labeling.coco import read_coco
+from mal_train.labeling.coco import by_image, read_coco
 from mal_train.labeling.coco_output import write_json_atomic
 from mal_train.labeling.evaluation_report import EvaluationReport
-from mal_train.labeling.labeler import RunOptions
+from mal_train.labeling.labeler import RunOptions, dtype_on
+from mal_train.labeling.parallel import label_on
 from mal_train.labeling.settings import Branch
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
@@ -18,7 +19,7 @@ from mal_train.tasks.common import (
     worker_threads,
 )
 from mal_train.training.records import figures_of
-from mal_train.training.validation import Validator, has_masks
+from mal_train.training.validation import add_answer, evaluator_of, has_masks
 
 
 def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
@@ -36,30 +37,40 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
         coco = read_coco(ann_path)
         if not has_masks(coco):
             raise BadDataset(f"{ann_path}: no annotation has a segmentation to compare with")
-        device = choose_devices(settings.gpus, settings.num_gpus, screen)[0]
+        devices = choose_devices(settings.gpus, settings.num_gpus, screen)
         labeler, checkpoint = open_labeler(
-            spec, settings.checkpoint, "evaluate.checkpoint", device=device, precision=settings.precision, screen=screen
+            spec,
+            settings.checkpoint,
+            "evaluate.checkpoint",
+            devices=devices,
+            precision=settings.precision,
+            screen=screen,
         )
         options = RunOptions(branch=branch_of(spec), flip=settings.use_flip_test)
-        validator = Validator(
-            coco=coco,
-            image_dir=image_dir,
-            batch_size=settings.batch_size,
-            fit_thresholds=False,
+        rows = list(by_image(coco))
+        evaluator = evaluator_of(coco, rows)
+        labels = label_on(
+            devices,
+            labeler,
+            rows,
+            image_dir,
             precision=settings.precision,
-            device=str(device),
-            threads=worker_threads(),
             options=options,
+            batch_size=settings.batch_size,
+            threads=worker_threads(),
         )
         with screen.bar(len(coco.annotations), 0, "box") as bar:
-            report = validator.run(labeler.network, labeler.config, on_box=bar.update).report
+            for annotation, label in labels:
+                add_answer(evaluator, annotation, label)
+                bar.update()
+        report = evaluator.report()
         checkpoint_path = existing_file(settings.checkpoint, "evaluate.checkpoint")
         result = {
             **provenance(checkpoint_path, checkpoint),
             "annotations": str(ann_path),
             "branch": str(options.branch),
             "flip": options.flip,
-            "precision": str(labeler.dtype).removeprefix("torch."),
+            "precision": str(dtype_on(devices[0], labeler.config, settings.precision)).removeprefix("torch."),
             **report.to_dict(),
         }
         write_json_atomic(folder / "results.json", result)

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from mal_train.atomic import check_writable
 from mal_train.config import Spec
 from mal_train.errors import BadDataset
 from mal_train.labeling import rle
-from mal_train.labeling.bulk import Failure, label_boxes
+from mal_train.labeling.bulk import Failure
 from mal_train.labeling.coco import Annotation, CocoFile, JsonId, by_image, read_coco
 from mal_train.labeling.coco_output import answer_fields, error_fields, labelled_file, write_json_atomic
 from mal_train.labeling.evaluation import Evaluator
 from mal_train.labeling.evaluation_report import EvaluationReport
-from mal_train.labeling.labeler import Label, Labeler
+from mal_train.labeling.labeler import Label
+from mal_train.labeling.parallel import label_on
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
     choose_devices,
@@ -28,6 +28,7 @@ from mal_train.tasks.common import (
     worker_threads,
 )
 from mal_train.training.records import figures_of
+from mal_train.training.validation import add_answer
 
 Answers = dict[JsonId, dict[str, Any]]
 
@@ -63,24 +64,33 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
         check_writable(path)
         coco = read_coco(existing_file(settings.ann_path, "inference.ann_path"))
         image_dir = existing_folder(settings.img_dir, "inference.img_dir")
-        device = choose_devices(settings.gpus, settings.num_gpus, screen)[0]
+        devices = choose_devices(settings.gpus, settings.num_gpus, screen)
         labeler, checkpoint = open_labeler(
             spec,
             settings.checkpoint,
             "inference.checkpoint",
-            device=device,
+            devices=devices,
             precision=settings.precision,
             screen=screen,
         )
         evaluator = Evaluator(coco.category_names) if settings.load_mask else None
         answers: Answers = {}
         with screen.bar(len(coco.annotations), 0, "box") as bar:
-            for annotation, label in _labels(labeler, coco, image_dir, settings.batch_size):
+            labels = label_on(
+                devices,
+                labeler,
+                list(by_image(coco)),
+                image_dir,
+                precision=settings.precision,
+                batch_size=settings.batch_size,
+                threads=worker_threads(),
+            )
+            for annotation, label in labels:
                 bar.update()
                 if annotation.id is not None:
                     answers[annotation.id] = _fields(annotation, label, with_iou=settings.load_mask)
                 if evaluator is not None:
-                    _compare(evaluator, annotation, label)
+                    add_answer(evaluator, annotation, label)
         failed = _failures(coco, answers, screen)
         source = existing_file(settings.checkpoint, "inference.checkpoint")
         write_json_atomic(path, labelled_file(coco, answers, provenance(source, checkpoint)))
@@ -90,19 +100,6 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
         status.write("RUNNING", f"{text}.", kpi=None if report is None else figures_of(report))
         screen.say(f"wrote {path}: {text}")
     return InferenceResult(path, labelled, failed, report)
-
-
-def _labels(
-    labeler: Labeler, coco: CocoFile, image_dir: Path, batch_size: int
-) -> Iterator[tuple[Annotation, Label | Failure]]:
-    return label_boxes(
-        labeler,
-        by_image(coco),
-        image_dir,
-        lambda _annotation, crop, probability: labeler.finish(crop, probability),
-        batch_size=batch_size,
-        threads=worker_threads(),
-    )
 
 
 def _fields(annotation: Annotation, label: Label | Failure, *, with_iou: bool) -> dict[str, Any]:
@@ -115,13 +112,6 @@ def _fields(annotation: Annotation, label: Label | Failure, *, with_iou: bool) -
             truth = rle.from_segmentation(segmentation, label.rle.height, label.rle.width)
             fields["iou"] = rle.iou(truth, label.rle)
     return fields
-
-
-def _compare(evaluator: Evaluator, annotation: Annotation, label: Label | Failure) -> None:
-    if isinstance(label, Failure):
-        evaluator.skip(annotation, label.reason, label.message)
-    else:
-        evaluator.add(annotation, label.rle, label.score)
 
 
 def _failures(coco: CocoFile, answers: Answers, screen: Screen) -> Counter[str]:

@@ -85,10 +85,8 @@ class Validator:
         if self.fit_calibration:
             config = dataclasses.replace(config, calibration=None)
         labeler = Labeler(network, config, device=self.device, precision=self.precision)
-        evaluator = Evaluator(self.coco.category_names)
         rows = list(by_image(self.coco))
-        for annotation in self._uncountable(rows):
-            evaluator.add(annotation, None, 0.0)
+        evaluator = evaluator_of(self.coco, rows)
         first, rest = _split_for_fit(rows, config.crop_size) if self.fit_thresholds else ([], rows)
         kept = list(self._predict(labeler, first))
         found = best_thresholds(*_curves(kept, config))
@@ -96,20 +94,14 @@ class Validator:
             config = dataclasses.replace(config, mask_thres=found)
             labeler = Labeler(network, config, device=self.device, precision=self.precision)
         for annotation, pair in kept:
-            _add(evaluator, annotation, pair if isinstance(pair, Failure) else labeler.finish(*pair))
+            add_answer(evaluator, annotation, pair if isinstance(pair, Failure) else labeler.finish(*pair))
             on_box()
         for annotation, label in self._answers(labeler, rest):
-            _add(evaluator, annotation, label)
+            add_answer(evaluator, annotation, label)
             on_box()
         if self.fit_calibration:
             config = _calibrate(evaluator, config)
         return Validation(evaluator.report(), config, evaluator.compared)
-
-    def _uncountable(self, rows: Sequence[Row]) -> Iterator[Annotation]:
-        for image, annotations in rows:
-            for annotation in annotations:
-                if annotation.iscrowd and image.problem is None:
-                    yield annotation
 
     def _answers(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, Label | Failure]]:
         return label_boxes(
@@ -135,6 +127,16 @@ class Validator:
             batch_size=self.batch_size,
             threads=self.threads,
         )
+
+
+def evaluator_of(coco: CocoFile, rows: Sequence[Row]) -> Evaluator:
+    """An evaluator that knows the file's crowds, which are neither labelled nor counted."""
+    evaluator = Evaluator(coco.category_names)
+    for image, annotations in rows:
+        for annotation in annotations:
+            if annotation.iscrowd and image.problem is None:
+                evaluator.add(annotation, None, 0.0)
+    return evaluator
 
 
 _NOTHING = np.zeros((0, 0, 3), dtype=np.uint8)
@@ -187,7 +189,8 @@ def _calibrate(evaluator: Evaluator, config: LabelerConfig) -> LabelerConfig:
     return dataclasses.replace(config, calibration=knots)
 
 
-def _add(evaluator: Evaluator, annotation: Annotation, label: Label | Failure) -> None:
+def add_answer(evaluator: Evaluator, annotation: Annotation, label: Label | Failure) -> None:
+    """Compares an answer with its ground truth, or notes why there is none."""
     if isinstance(label, Failure):
         evaluator.skip(annotation, label.reason, label.message)
     else:
