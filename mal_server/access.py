@@ -9,7 +9,7 @@ Without tokens everybody may call everything. With tokens every call but a healt
     admin      both, and what changes the served models
 
 Any token may ask ModelService what there is, and reflection. Tokens are
-kept as digests only.
+kept as digests only; `adopt` changes them while the server runs.
 """
 
 import hashlib
@@ -56,6 +56,20 @@ class Access:
     def __init__(self, grants: Iterable[Grant] = (), *, is_private: bool = False) -> None:
         self._grants = tuple(grants)
         self._is_private = is_private
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the known tokens, in the order of the settings."""
+        return tuple(grant.name for grant in self._grants)
+
+    def adopt(self, other: "Access") -> bool:
+        """Knows the other's tokens from now on, and no others; whether that changes anything.
+
+        Calls that were let in before are not ended.
+        """
+        changed = self._grants != other._grants
+        self._grants = other._grants
+        return changed
 
     def caller(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> str:
         """Name of the token that a call shows; empty where none is needed.

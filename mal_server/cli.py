@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
     from mal_server.server import serve  # noqa: PLC0415
 
     logs.set_up(args.log_level, args.log_format, sys.stderr)
-    asyncio.run(serve(config, port_file=args.port_file))
+    asyncio.run(serve(config, port_file=args.port_file, reread=lambda: load_config(args.config, args.overrides)))
     return 0
 
 

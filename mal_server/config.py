@@ -241,6 +241,13 @@ class ServerConfig(Strict):
         "token is file:PATH or env:NAME of 16 or more characters; scopes are label, evaluate, and admin, which holds "
         "both.\nHealth checks need none. A token is a password: without TLS the network can read it.",
     )
+    token_reload_s: float = Field(
+        default=30.0,
+        ge=0.0,
+        le=86400.0,
+        description="How often the tokens' files are read anew, in seconds; 0: only on SIGHUP, which also takes up "
+        "this\nfile's `tokens`. A file that cannot be used is logged, and what counted before goes on.",
+    )
     reflection: bool = Field(
         default=True,
         description="Whether tools such as grpcurl may ask which calls exist. With tokens, any of them opens it.",

@@ -14,8 +14,10 @@ ones are answered UNAVAILABLE, and `serve` raises, so that a supervisor starts a
 import asyncio
 import importlib.metadata
 import logging
+import math
 import os
 import signal
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_p
 from prometheus_client import CollectorRegistry
 
 from mal_server.access import read_tokens
-from mal_server.config import ServerConfig, is_loopback
+from mal_server.config import ServerConfig, TokenSetting, is_loopback
 from mal_server.interceptors import CallInterceptor
 from mal_server.loading import ModelInfo, load_model
 from mal_server.metrics import Metrics, MetricsPort
@@ -90,6 +92,7 @@ class MalServer:
             on_change=self._model_changed,
         )
         self._metrics_port: MetricsPort | None = None
+        self._tokens: Sequence[TokenSetting] = config.tokens
         self._access = read_tokens(config.tokens, is_private=is_loopback(config.listen.host))
         self._credentials = server_credentials(config.listen)
         self._server = self._build()
@@ -147,6 +150,21 @@ class MalServer:
         """The figures, for whoever reads them inside this process."""
         return self._metrics.registry
 
+    async def reload_tokens(self, settings: Sequence[TokenSetting] | None = None) -> bool:
+        """Reads the tokens anew, by other settings where they are given; whether anything changed.
+
+        Raises:
+            ConfigError: they cannot be used; those before stay.
+        """
+        wanted = self._tokens if settings is None else settings
+        if self._access.names and not wanted:
+            raise ConfigError(
+                "tokens: none are left, which would let everybody in; restart the server if that is meant"
+            )
+        fresh = await asyncio.to_thread(read_tokens, wanted)
+        self._tokens = wanted
+        return self._access.adopt(fresh)
+
     async def drain(self) -> None:
         """Says NOT_SERVING, for good."""
         await self._health.enter_graceful_shutdown()
@@ -197,13 +215,20 @@ class MalServer:
         return server
 
 
-async def serve(config: ServerConfig, *, port_file: Path | None = None, load: Load = load_model) -> None:
+async def serve(
+    config: ServerConfig,
+    *,
+    port_file: Path | None = None,
+    load: Load = load_model,
+    reread: Callable[[], ServerConfig] | None = None,
+) -> None:
     """Serves until SIGTERM or SIGINT, then drains and returns.
 
     Args:
         config: see `ServerConfig`.
         port_file: receives "host:port" once the server is SERVING, and is removed at the end.
         load: gives a model.
+        reread: gives the settings as they are now, for SIGHUP; None = only the tokens' files are read anew.
 
     Raises:
         DeviceLost: a device failed for good.
@@ -232,9 +257,11 @@ async def serve(config: ServerConfig, *, port_file: Path | None = None, load: Lo
             )
         if server.metrics_address:
             log.info("metrics=http://%s/metrics", server.metrics_address)
+        watching = asyncio.ensure_future(_watch_tokens(server, config, reread))
         losing = asyncio.ensure_future(server.lost.wait())
         await asyncio.wait({stopping, losing}, return_when=asyncio.FIRST_COMPLETED)
         losing.cancel()
+        watching.cancel()
         if server.error is not None:
             grace_s = LOST_GRACE_S
             stopping.cancel()
@@ -272,9 +299,33 @@ def _catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
     return stop, now
 
 
+async def _watch_tokens(server: MalServer, config: ServerConfig, reread: Callable[[], ServerConfig] | None) -> None:
+    """Reads tokens anew on SIGHUP and every `token_reload_s`."""
+    asked = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+    while True:
+        await _wait(asked, config.token_reload_s or math.inf)
+        is_asked = asked.is_set()
+        asked.clear()
+        try:
+            settings = None
+            if is_asked and reread is not None:
+                now = await asyncio.to_thread(reread)
+                settings = now.tokens
+                others = [name for name in type(now).model_fields if getattr(now, name) != getattr(config, name)]
+                if set(others) - {"tokens"}:
+                    log.warning("settings changed that need a restart: %s", ", ".join(sorted({*others} - {"tokens"})))
+            changed = await server.reload_tokens(settings)
+        except ConfigError as error:
+            log.error("tokens not reloaded, those before go on: %s", error)
+            continue
+        if changed or is_asked:
+            log.info("tokens reloaded changed=%s", changed)
+
+
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     try:
-        await asyncio.wait_for(event.wait(), seconds)
+        await asyncio.wait_for(event.wait(), None if seconds == math.inf else seconds)
     except TimeoutError:
         return
 

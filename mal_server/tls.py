@@ -1,9 +1,12 @@
 """From PEM files to gRPC's server credentials, with an error that says what is wrong. Opens no port.
 
 gRPC itself says nothing more than "cannot bind" about a bad certificate, so Python's own TLS library reads the files
-first.
+first. The files are looked at again with every new connection, so that a renewed certificate needs no restart; one that
+cannot be used is logged, and the one before goes on.
 """
 
+import logging
+import os
 import ssl
 from pathlib import Path
 
@@ -11,6 +14,11 @@ import grpc
 
 from mal_server.config import Listen
 from mal_train.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Stamp = tuple[tuple[int, int, int], ...]
+"""Device-independent signs that a file is another one: inode, size, time of change."""
 
 
 def server_credentials(listen: Listen) -> grpc.ServerCredentials | None:
@@ -21,27 +29,83 @@ def server_credentials(listen: Listen) -> grpc.ServerCredentials | None:
     """
     if listen.tls_certificate is None or listen.tls_key is None:
         return None
-    certificate = _read(listen.tls_certificate, "listen.tls_certificate")
-    key = _read(listen.tls_key, "listen.tls_key")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # A password would be asked for on the terminal; gRPC takes no encrypted keys anyhow.
-        context.load_cert_chain(listen.tls_certificate, listen.tls_key, password=lambda: b"encrypted keys do not work")
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"listen.tls_certificate, listen.tls_key: {listen.tls_certificate} and {listen.tls_key} are no PEM "
-            f"certificate with its unencrypted private key ({error.reason or error})"
-        ) from None
-    if listen.tls_client_ca is None:
-        return grpc.ssl_server_credentials([(key, certificate)])
-    authority = _read(listen.tls_client_ca, "listen.tls_client_ca")
-    try:
-        context.load_verify_locations(listen.tls_client_ca)
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"listen.tls_client_ca: {listen.tls_client_ca} holds no PEM certificate ({error.reason or error})"
-        ) from None
-    return grpc.ssl_server_credentials([(key, certificate)], root_certificates=authority, require_client_auth=True)
+    papers = Papers(listen, listen.tls_certificate, listen.tls_key)
+    return grpc.dynamic_ssl_server_credentials(
+        papers.first,
+        papers.changed,  # type: ignore[arg-type]  # the stubs do not know of None, gRPC's documentation does
+        require_client_authentication=listen.tls_client_ca is not None,
+    )
+
+
+class Papers:
+    """The certificate, key and client authorities as they lie on disk.
+
+    Args:
+        listen: names the files.
+        certificate: of `listen`.
+        key: of `listen`.
+
+    Raises:
+        ConfigError: as `server_credentials`.
+    """
+
+    def __init__(self, listen: Listen, certificate: Path, key: Path) -> None:
+        self._certificate, self._key, self._authority = certificate, key, listen.tls_client_ca
+        self._seen = self._stamp()
+        self.first = self._read_all()
+        """What the server starts with."""
+
+    def changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """What counts from now on; None when nothing changed. gRPC calls it from its own threads, once a connection."""
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return None
+        # Remembered also when the files cannot be used (one of them may be written already): said once, tried again
+        # when they change again.
+        self._seen = stamp
+        try:
+            found = self._read_all()
+        except ConfigError as error:
+            log.error("certificate not renewed, the one before goes on: %s", error)
+            return None
+        log.info("certificate renewed from %s", self._certificate)
+        return found
+
+    def _stamp(self) -> Stamp:
+        found = []
+        for path in filter(None, (self._certificate, self._key, self._authority)):
+            try:
+                status = os.stat(path)
+            except OSError:
+                found.append((0, 0, 0))
+            else:
+                found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        return tuple(found)
+
+    def _read_all(self) -> grpc.ServerCertificateConfiguration:
+        certificate = _read(self._certificate, "listen.tls_certificate")
+        key = _read(self._key, "listen.tls_key")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            # A password would be asked for on the terminal; gRPC takes no encrypted keys anyhow.
+            context.load_cert_chain(self._certificate, self._key, password=lambda: b"encrypted keys do not work")
+        except (ssl.SSLError, OSError) as error:
+            why = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+            raise ConfigError(
+                f"listen.tls_certificate, listen.tls_key: {self._certificate} and {self._key} are no PEM certificate "
+                f"with its unencrypted private key ({why or error})"
+            ) from None
+        if self._authority is None:
+            return grpc.ssl_server_certificate_configuration([(key, certificate)])
+        authority = _read(self._authority, "listen.tls_client_ca")
+        try:
+            context.load_verify_locations(self._authority)
+        except (ssl.SSLError, OSError) as error:
+            why = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+            raise ConfigError(
+                f"listen.tls_client_ca: {self._authority} holds no PEM certificate ({why or error})"
+            ) from None
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=authority)
 
 
 def _read(path: Path, setting: str) -> bytes:
