@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +20,7 @@ from mal_client.image_files import ImageFiles
 from mal_train.errors import BadBox, BadImage
 from mal_train.labeling.coco import Annotation, ImageInfo, JsonId, Reason
 from mal_train.labeling.coco_stream import CocoHead, scan_coco
-from mal_train.labeling.geometry import check_box
+from mal_train.labeling.geometry import Box, check_box
 from mal_train.labeling.images import read_header, read_image
 from mal_train.labeling.settings import SIZE_NAMES, size_class
 from mal_train.report.page import bars, section, side_by_side, table
@@ -186,10 +186,12 @@ def check_dataset(
     head = scan_coco(coco_json, lambda _at, _row: None, allow_repeated_ids=True)
     report.images, report.annotations = len(head.images), head.count
     _note_ids(report, head)
+    _note_categories(report, head)
     files = _Files(report, images_dir, decode)
     for done, _ in enumerate(files.look(head.images.values()), start=1):
         if on_image is not None:
             on_image(done, report.images)
+    files.note_unlisted()
     rows = _Rows(report, head, files.sizes)
     scan_coco(coco_json, rows.take, allow_repeated_ids=True)
     rows.finish()
@@ -213,6 +215,27 @@ def _note_ids(report: CheckReport, head: CocoHead) -> None:
             report.note(str(Reason.IMAGE_UNUSABLE), Level.ERROR, "an image row that cannot be used", image.problem)
 
 
+def _note_categories(report: CheckReport, head: CocoHead) -> None:
+    names = Counter(head.category_names.values())
+    for name, count in names.items():
+        if count > 1:
+            ids = ", ".join(str(key) for key, value in head.category_names.items() if value == name)
+            report.note("CATEGORY_NAMED_TWICE", Level.WARNING, "categories of one name", f"{name}: ids {ids}")
+    ids_used = sorted(key for key in head.category_names if isinstance(key, int))
+    for low, high in pairwise(ids_used):
+        if high > low + 1:
+            report.note(
+                "CATEGORY_ID_GAP",
+                Level.NOTE,
+                "ids that no category has; some tools take ids for places",
+                _gap(low, high),
+            )
+
+
+def _gap(low: int, high: int) -> str:
+    return f"{low + 1}" if high == low + 2 else f"{low + 1} to {high - 1}"
+
+
 class _Files:
     """Looks at the image files, a few at a time."""
 
@@ -232,6 +255,11 @@ class _Files:
                 for image, found in zip(some, pool.map(self._look_at, some), strict=True):
                     self._take(image, found)
                     yield image
+
+    def note_unlisted(self) -> None:
+        """Pictures that no row names; after `look`."""
+        for name in self._images.unlisted(self._names):
+            self._report.note("FILE_NOT_LISTED", Level.NOTE, "a picture that no row of images names", name)
 
     def _look_at(self, image: ImageInfo) -> tuple[tuple[int, int], int, int] | BadImage | None:
         if image.problem is not None:
@@ -341,7 +369,8 @@ class _Rows:
         try:
             (_, _, w, h), was_clipped = check_box(row.box_xywh, (size_wh[1], size_wh[0]), name)
         except BadBox as fault:
-            self._report.note(str(Reason.BAD_BOX), Level.ERROR, "a box that no mask can answer", str(fault))
+            kind, meaning = _fault_of_box(row.box_xywh)
+            self._report.note(kind, Level.ERROR, meaning, str(fault))
             return
         shown = "[" + ", ".join(f"{value:g}" for value in row.box_xywh) + "]"
         if was_clipped:
@@ -352,3 +381,12 @@ class _Rows:
             self._report.note("BOX_SMALL", Level.WARNING, f"a side of at most {SMALL_SIDE_PX:g} px", text)
         self._report.boxes_by_size[SIZE_NAMES[size_class(w * h)]] += 1
         self._report.box_sides[math.floor(math.log2(math.sqrt(w * h)))] += 1
+
+
+def _fault_of_box(box_xywh: Box) -> tuple[str, str]:
+    """(kind, meaning) of a box that no mask can answer."""
+    if not all(map(math.isfinite, box_xywh)):
+        return str(Reason.BAD_BOX), "a box with something that is no number"
+    if not (box_xywh[2] > 0 and box_xywh[3] > 0):
+        return "BOX_EMPTY", "a box without area: width and height must be above 0"
+    return "BOX_OUTSIDE", "a box that holds no pixel of its image"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 from mal_train.errors import BadDataset, BadImage
 
 LISTED = 3
+
+PICTURES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+"""Endings, in small letters, of the files that are read (`mal_train.labeling.images.FORMATS`)."""
 
 
 class ImageFiles:
@@ -57,3 +62,26 @@ class ImageFiles:
         listed = ", ".join(found[:LISTED]) + (f" and {len(found) - LISTED} more" if len(found) > LISTED else "")
         text = f"several files end in it: {listed}" if found else "no file that the pattern finds ends in it"
         raise BadImage(f"{file_name}: {text}", "IMAGE_NOT_FOUND")
+
+    def unlisted(self, file_names: Collection[str]) -> Iterator[str]:
+        """Files with the ending of a picture that none of the rows' names means, in the order of their names."""
+        named = set(file_names)
+        if self._folder is None:
+            paths = sorted(path for paths in self._by_name.values() for path in paths)
+            suffixes = {PurePosixPath(name).parts for name in named}
+            yield from (path for path in paths if not _ends_in(Path(path).parts, suffixes) and _is_picture(path))
+            return
+        for folder, inner, files in os.walk(self._folder):
+            inner.sort()
+            for name in sorted(files):
+                path = os.path.relpath(os.path.join(folder, name), self._folder)
+                if path not in named and _is_picture(path):
+                    yield path
+
+
+def _ends_in(parts: tuple[str, ...], suffixes: Collection[tuple[str, ...]]) -> bool:
+    return any(parts[start:] in suffixes for start in range(len(parts)))
+
+
+def _is_picture(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in PICTURES

@@ -65,7 +65,7 @@ def test_pictures_that_viewers_turn_and_animations_are_warned_of(dataset: Datase
     dataset.coco["images"][0]["file_name"] = "turned.jpg"
     dataset.coco["images"][1]["file_name"] = "moving.webp"
     report = checked(dataset)
-    assert found(report) == {"EXIF_ORIENTATION": 1, "SEVERAL_FRAMES": 1}
+    assert found(report) == {"EXIF_ORIENTATION": 1, "SEVERAL_FRAMES": 1, "FILE_NOT_LISTED": 2}
     assert report.findings["EXIF_ORIENTATION"].examples == ["turned.jpg: EXIF orientation 6"]
     assert report.count(Level.ERROR) == 0
 
@@ -76,7 +76,13 @@ def test_boxes_are_judged_as_labelling_would(dataset: Dataset) -> None:
     for row, box in zip(rows, boxes, strict=True):
         row["bbox"] = box
     report = checked(dataset)
-    assert found(report) == {"BAD_BOX": 2, "BOX_CLIPPED": 1, "BOX_SMALL": 1, "DUPLICATE_BOX": 1}
+    assert found(report) == {
+        "BOX_OUTSIDE": 1,
+        "BOX_EMPTY": 1,
+        "BOX_CLIPPED": 1,
+        "BOX_SMALL": 1,
+        "DUPLICATE_BOX": 1,
+    }
     with serving(FakeServer()) as address:
         given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
         assert main(["label", "--server", address, *given, "--output", str(dataset.output)]) == 3
@@ -88,7 +94,7 @@ def test_boxes_are_held_against_the_file_when_the_row_states_no_size(dataset: Da
     for image in dataset.coco["images"]:
         del image["width"], image["height"]
     dataset.coco["annotations"][0]["bbox"] = [WIDTH + 5, 0, 5, 5]
-    assert found(checked(dataset)) == {"BAD_BOX": 1}
+    assert found(checked(dataset)) == {"BOX_OUTSIDE": 1}
 
 
 def test_rows_that_belong_nowhere_crowds_and_gaps_are_listed(dataset: Dataset) -> None:
@@ -107,6 +113,7 @@ def test_rows_that_belong_nowhere_crowds_and_gaps_are_listed(dataset: Dataset) -
         "BAD_BOX": 1,
         "CROWD": 1,
         "CATEGORY_UNUSED": 1,
+        "CATEGORY_ID_GAP": 1,
         "IMAGE_WITHOUT_BOXES": 1,
     }
     assert report.findings["CATEGORY_UNUSED"].examples == ["plate"]
@@ -140,7 +147,7 @@ def test_the_command_writes_json_and_page_and_its_code_says_whether_boxes_would_
     dataset.save()
     figures, page = dataset.folder / "report.json", dataset.folder / "page.html"
     assert main([*given, "--output", str(figures), "--report", str(page)]) == 3
-    assert json.loads(figures.read_text())["counts"] == {"fatal": 0, "error": 1, "warning": 0, "note": 0}
+    assert json.loads(figures.read_text())["counts"] == {"fatal": 0, "error": 1, "warning": 0, "note": 1}
     assert "&lt;absent&gt;.png" in page.read_text()
     assert "<absent>" not in page.read_text()
     assert "IMAGE_NOT_FOUND" in capsys.readouterr().out
@@ -150,5 +157,29 @@ def test_examples_are_few_however_many_findings_there_are(tmp_path: Path) -> Non
     dataset = make_dataset(tmp_path, images=2, boxes=30)
     for row in dataset.coco["annotations"]:
         row["bbox"] = [0, 0, -1, 1]
-    finding = checked(dataset).findings["BAD_BOX"]
+    finding = checked(dataset).findings["BOX_EMPTY"]
     assert (finding.count, len(finding.examples)) == (60, 10)
+
+
+def test_gaps_and_names_of_categories_are_told(dataset: Dataset) -> None:
+    dataset.coco["categories"] += [{"id": 3, "name": "cup"}, {"id": 7, "name": "plate"}, {"id": "x", "name": "jug"}]
+    report = checked(dataset)
+    assert report.findings["CATEGORY_ID_GAP"].examples == ["2", "4 to 6"]
+    assert report.findings["CATEGORY_NAMED_TWICE"].examples == ["cup: ids 1, 3"]
+    assert report.count(Level.ERROR) == 0
+
+
+def test_a_category_id_that_stands_twice_is_told(dataset: Dataset) -> None:
+    dataset.coco["categories"].append({"id": 1, "name": "plate"})
+    finding = checked(dataset).findings["ROW_UNUSABLE"]
+    assert finding.examples == ["categories[1]: id 1 used before; the first one counts"]
+
+
+def test_pictures_that_no_row_names_are_listed_in_folders_and_patterns(dataset: Dataset) -> None:
+    (dataset.images_dir / "deep").mkdir()
+    (dataset.images_dir / "deep" / "more.JPG").write_bytes(b"")
+    (dataset.images_dir / "notes.txt").write_text("no picture")
+    assert checked(dataset).findings["FILE_NOT_LISTED"].examples == ["deep/more.JPG"]
+    pattern = f"{dataset.images_dir}/**/*"
+    report = check_dataset(dataset.json_path, pattern)
+    assert report.findings["FILE_NOT_LISTED"].examples == [f"{dataset.images_dir}/deep/more.JPG"]
