@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 from pathlib import Path
 
 from mal_client.arguments import Commands, add_connection, add_options, add_verb, client_of, options_of, read_word
@@ -44,7 +45,9 @@ def add_label_studio(commands: Commands[argparse.ArgumentParser]) -> None:
         help="how far polygons may run beside a mask's edge, where the project takes polygons (default %(default)s)",
     )
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    verb.add_argument("--port", type=int, default=PORT, help="port to listen on (default %(default)d)")
+    verb.add_argument(
+        "--port", type=int, default=PORT, help="port to listen on; 0 takes a free one (default %(default)d)"
+    )
     verb.add_argument(
         "--credentials-file", type=Path, metavar="FILE", help="holds USER:PASSWORD that Label Studio has to show"
     )
@@ -75,14 +78,25 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         with client_of(arguments) as client:
             predictor = Predictor(client, pictures, options_of(arguments), tolerance_px=arguments.polygon_tolerance)
-            # Before the port opens: a wrong address or token is an error of this command, not of Label Studio.
-            print(f"serving {predictor.model_version()} on http://{arguments.host}:{arguments.port}", flush=True)
-            uvicorn.run(
-                build_app(predictor, credentials), host=arguments.host, port=arguments.port, log_level="warning"
-            )
+            # Before anything is served: a wrong address or token is an error of this command, not of Label Studio.
+            version = predictor.model_version()
+            with _listening(arguments.host, arguments.port) as listener:
+                host, port = listener.getsockname()[:2]
+                print(f"serving {version} on http://{host}:{port}", flush=True)
+                config = uvicorn.Config(build_app(predictor, credentials), log_level="warning")
+                uvicorn.Server(config).run(sockets=[listener])
     finally:
         pictures.close()
     return 0
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot be listened on ({error}); choose another port"
+        ) from None
 
 
 def _word(path: Path | None, name: str) -> str | None:

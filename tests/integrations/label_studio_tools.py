@@ -26,6 +26,11 @@ class Tools:
         """Its server."""
         return self.folder / "bin" / "label-studio"
 
+    @property
+    def empty_data(self) -> Path:
+        """A data folder whose database is made, without users and projects."""
+        return self.folder / "data"
+
 
 def needs_label_studio() -> Tools:
     """The environment; skips the test where there is none."""

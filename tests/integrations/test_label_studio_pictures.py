@@ -1,14 +1,9 @@
 """Claims about where the backend for Label Studio gets pictures from, and where it sends its key."""
 
-import asyncio
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 from mal_client.integrations.label_studio.pictures import Pictures
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -16,6 +11,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from mal_train.errors import BadImage, ConfigError
+from tests.integrations.http_app import running
 
 PERSONAL_TOKEN = "head.body.signature"
 
@@ -50,20 +46,6 @@ class Host:
 
         routes = [Route("/data/upload/{name}", upload), Route("/moved", elsewhere), Route("/free", free)]
         return Starlette(routes=[*routes, Route("/api/token/refresh", refresh, methods=["POST"])])
-
-
-@contextmanager
-def running(app: Starlette) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture

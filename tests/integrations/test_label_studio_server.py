@@ -1,0 +1,256 @@
+"""A real Label Studio, a real labelling server, our ML backend between them, and an annotator's browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import yaml
+from mal_client.client import Client
+from mal_client.integrations.label_studio.regions import percent_of_box, read_rectangle
+from mal_client.types import BoxXywh
+from numpy.typing import NDArray
+from PIL import Image
+
+from mal_train.labeling.polygons import fill
+from mal_train.labeling.settings import LabelerConfig
+from mal_train.model.checkpoint import Checkpoint, save_checkpoint
+from tests.integrations.label_studio_tools import ROOT, Tools, needs_browser, needs_label_studio
+from tests.integrations.rle_pack import decode_brush
+from tests.networks import spread_network
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+EMAIL, PASSWORD, TOKEN = "annotator@example.org", "a long password", "0123456789abcdef0123456789abcdef01234567"
+START_S = 400
+"""Without the data folder that `make tools-labelstudio` makes, Label Studio makes its database first: minutes."""
+
+WIDTH, HEIGHT = 640, 480
+BOXES: list[BoxXywh] = [(120.0, 90.0, 200.0, 180.0), (380.0, 220.0, 180.0, 200.0)]
+BOX_TOOL = (
+    '<Image name="image" value="$image"/><RectangleLabels name="box" toName="image" smart="true" opacity="0.02">'
+    '<Label value="thing" background="orange"/></RectangleLabels>'
+)
+BRUSHES = (
+    f'<View>{BOX_TOOL}<BrushLabels name="mask" toName="image" smart="false">'
+    '<Label value="thing" background="deeppink"/></BrushLabels></View>'
+)
+POLYGONS = (
+    f'<View>{BOX_TOOL}<PolygonLabels name="outline" toName="image" smart="false">'
+    '<Label value="thing" background="deeppink"/></PolygonLabels></View>'
+)
+
+
+@pytest.fixture(scope="module")
+def tools() -> Tools:
+    needs_browser()
+    return needs_label_studio()
+
+
+def picture(folder: Path) -> Path:
+    """Two bright discs on noise."""
+    rng = np.random.default_rng(4)
+    pixels = rng.integers(0, 90, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+    rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
+    for (x, y, w, h), colour in zip(BOXES, ((240, 210, 120), (120, 200, 240)), strict=True):
+        inside = ((columns - x - w / 2) / (w / 2.4)) ** 2 + ((rows - y - h / 2) / (h / 2.4)) ** 2 <= 1
+        pixels[inside] = colour
+    path = folder / "scene.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def checkpoint(folder: Path) -> str:
+    """The checkpoint that MAL_CHECKPOINT names, for pictures of real masks; else a small random network's."""
+    named = os.environ.get("MAL_CHECKPOINT")
+    if named:
+        return named
+    network = spread_network()
+    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    config = LabelerConfig(crop_size=64, mask_thres=(0.5, 0.5, 0.5))
+    save_checkpoint(folder / "micro.malckpt", Checkpoint(network.config, config, weights, []), None)
+    return str(folder / "micro.malckpt")
+
+
+@contextmanager
+def started(command: list[str], log: Path, pattern: str, env: Mapping[str, str]) -> Iterator[str]:
+    """Runs a command until the end of the block; what its output showed of the pattern."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
+        try:
+            for _ in range(10 * START_S):
+                found = re.search(pattern, log.read_text(errors="replace"))
+                if found:
+                    break
+                assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+                time.sleep(0.1)
+            else:
+                raise AssertionError(f"not up after {START_S} s: {log.read_text(errors='replace')[-3000:]}")
+            yield found.group(1)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@dataclass
+class Studio:
+    """A running Label Studio with our backend."""
+
+    address: str
+    backend: str
+    labelling: str
+    scene: Path
+    http: httpx2.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.http = httpx2.Client(base_url=self.address, headers={"Authorization": f"Token {TOKEN}"}, timeout=120)
+
+    def call(self, method: str, path: str, **more: Any) -> Any:
+        """The body of an answer that must be good."""
+        answer = self.http.request(method, path, **more)
+        assert answer.is_success, f"{path}: {answer.status_code} {answer.text[:500]}"
+        return answer.json() if answer.content else None
+
+    def project(self, config: str) -> tuple[int, int]:
+        """(project, its only task), connected to the backend."""
+        project = self.call("POST", "/api/projects/", json={"title": "masks", "label_config": config})["id"]
+        files = {"file": ("scene.png", self.scene.read_bytes(), "image/png")}
+        self.call("POST", f"/api/projects/{project}/import", files=files)
+        body = {"url": self.backend, "title": "mal", "project": project, "is_interactive": True}
+        assert self.call("POST", "/api/ml/", json=body)["state"] == "CO"
+        return project, self.call("GET", f"/api/tasks/?project={project}")["tasks"][0]["id"]
+
+    def masks(self, boxes: list[BoxXywh]) -> list[NDArray[np.bool_]]:
+        """What the labelling server itself answers."""
+        with Client(self.labelling) as client:
+            return [label.mask for label in client.label_image(self.scene, boxes)]
+
+    def predicted(self, project: int, task: int) -> list[dict[str, Any]]:
+        """The regions of the prediction that Label Studio stores for a batch of its own."""
+        chosen = {"selectedItems": {"all": False, "included": [task]}}
+        self.call("POST", f"/api/dm/actions?id=retrieve_tasks_predictions&project={project}", json=chosen)
+        (prediction,) = self.call("GET", f"/api/predictions/?task={task}")
+        regions: list[dict[str, Any]] = prediction["result"]
+        return regions
+
+
+@pytest.fixture(scope="module")
+def studio(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    folder = tmp_path_factory.mktemp("studio")
+    settings = {"checkpoint": checkpoint(folder), "gpu_ids": [], "precision": "float32", "listen": {"port": 0}}
+    (folder / "server.yaml").write_text(yaml.safe_dump({**settings, "drain_delay_s": 0.0}))
+    (folder / "key").write_text(TOKEN)
+    if tools.empty_data.exists():
+        shutil.copytree(tools.empty_data, folder / "data")
+    ours = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # Label Studio refuses backends on this machine unless told; it would also report home.
+    theirs = os.environ | {"USE_DEFAULT_BANNED_SUBNETS": "false", "COLLECT_ANALYTICS": "false", "PYTHONUNBUFFERED": "1"}
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    run = "import sys; from mal_server.cli import main; sys.exit(main(sys.argv[1:]))"
+    serve = [sys.executable, "-c", run, "serve", "-c", str(folder / "server.yaml")]
+    annotate = [str(tools.label_studio), "start", "--no-browser", "--data-dir", str(folder / "data"), "-p", str(port)]
+    annotate += ["--internal-host", "127.0.0.1", "--username", EMAIL, "--password", PASSWORD, "--user-token", TOKEN]
+    with (
+        started(serve, folder / "serve.log", r"(127\.0\.0\.1:\d+)", env=ours) as labelling,
+        started([*annotate, "--enable-legacy-api-token"], folder / "studio.log", "(Quit the server)", env=theirs),
+    ):
+        connect = [sys.executable, "-m", "mal_client.cli", "label-studio", "--server", labelling, "--port", "0"]
+        connect += ["--label-studio", address, "--api-key-file", str(folder / "key")]
+        with started(connect, folder / "backend.log", r"on (http://\S+)", env=ours) as backend:
+            found = Studio(address, backend, labelling, picture(folder))
+            yield found
+            found.http.close()
+
+
+def test_a_rectangle_drawn_in_the_browser_becomes_the_servers_mask(
+    studio: Studio, tools: Tools, tmp_path: Path
+) -> None:
+    project, task = studio.project(BRUSHES)
+    asked = {"host": studio.address, "email": EMAIL, "password": PASSWORD, "project": project, "task": task}
+    asked |= {"chromium": needs_browser(), "box": BOXES[0], "width": WIDTH, "pictures": str(tmp_path)}
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    driver = [str(tools.python), str(ROOT / "tests/integrations/drive_label_studio.py"), str(tmp_path / "asked.json")]
+    finished = subprocess.run(driver, check=True, timeout=300, capture_output=True, text=True)
+
+    (asked_of_us,) = json.loads(finished.stdout)["asked"]
+    rectangle = read_rectangle(json.loads(asked_of_us)["context"]["result"][0])
+    assert np.abs(np.array(rectangle.box) - BOXES[0]).max() < 2, "the canvas has fewer pixels than the picture"
+    (annotation,) = studio.call("GET", f"/api/tasks/{task}/annotations/")
+    regions = {region["type"]: region for region in annotation["result"]}
+    (expected,) = studio.masks([rectangle.box])
+    assert expected.any()
+    found = decode_brush(regions["brushlabels"]["value"]["rle"], HEIGHT, WIDTH)
+    assert (found == expected).all()
+    kept = os.environ.get("MAL_KEEP_PICTURES")
+    if kept:
+        shutil.copytree(tmp_path, kept, dirs_exist_ok=True)
+    assert _painted(tmp_path, expected) > 0.9
+
+
+def _painted(folder: Path, mask: NDArray[np.bool_]) -> float:
+    """IoU of the mask and the pixels that differ between the pictures before and after."""
+    before, after = (
+        np.asarray(Image.open(folder / name).convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BOX), dtype=int)
+        for name in ("before.png", "suggested.png")
+    )
+    changed = np.abs(after - before).max(axis=2) > 24
+    return float((changed & mask).sum() / (changed | mask).sum())
+
+
+def rectangles() -> list[dict[str, Any]]:
+    """Regions as an annotation holds them."""
+    names = ("x", "y", "width", "height")
+    return [
+        {
+            "id": f"r{at}",
+            "from_name": "box",
+            "to_name": "image",
+            "type": "rectanglelabels",
+            "original_width": WIDTH,
+            "original_height": HEIGHT,
+            "image_rotation": 0,
+            "value": dict(zip(names, percent_of_box(box, (WIDTH, HEIGHT)), strict=True))
+            | {"rotation": 0, "rectanglelabels": ["thing"]},
+        }
+        for at, box in enumerate(BOXES)
+    ]
+
+
+def test_a_batch_of_annotated_tasks_becomes_brush_predictions(studio: Studio) -> None:
+    project, task = studio.project(BRUSHES)
+    studio.call("POST", f"/api/tasks/{task}/annotations/", json={"result": rectangles()})
+    regions = studio.predicted(project, task)
+    found = [decode_brush(region["value"]["rle"], HEIGHT, WIDTH) for region in regions]
+    assert [region["id"] for region in regions] == ["r0-mask", "r1-mask"]
+    assert all((one == expected).all() for one, expected in zip(found, studio.masks(BOXES), strict=True))
+
+
+def test_a_project_with_polygons_gets_polygons(studio: Studio) -> None:
+    project, task = studio.project(POLYGONS)
+    studio.call("POST", f"/api/tasks/{task}/annotations/", json={"result": rectangles()})
+    regions = studio.predicted(project, task)
+    assert {region["type"] for region in regions} == {"polygonlabels"}
+    for at, expected in enumerate(studio.masks(BOXES)):
+        parts = [np.array(r["value"]["points"]) for r in regions if r["id"].startswith(f"r{at}-mask")]
+        filled = fill([part * [WIDTH, HEIGHT] / 100 for part in parts], HEIGHT, WIDTH)
+        assert (filled & expected).sum() / (filled | expected).sum() > 0.9
