@@ -132,6 +132,7 @@ NOT_IN_BASE_INSTALL = (
 # Modules of the client that say which extra they need.
 WITH_AN_EXTRA = (
     *(f"mal_client.integrations.label_studio.{name}" for name in ("app", "pictures")),
+    *(f"mal_client.integrations.cvat.{name}" for name in ("site", "interactor")),
     *(f"mal_client.playground.{name}" for name in ("app", "serve")),
 )
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

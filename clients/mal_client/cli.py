@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from mal_client.arguments import Commands, add_connection, add_verb, client_of
 from mal_client.cli_check import add_check
 from mal_client.cli_convert import add_convert, add_export
+from mal_client.cli_cvat import add_cvat
 from mal_client.cli_evaluate import add_evaluate
 from mal_client.cli_label import add_label, add_merge
 from mal_client.cli_label_studio import add_label_studio
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add_label_studio(commands)
     add_playground(commands)
     add_models(commands)
+    add_cvat(commands)
     _add_info(commands)
     return parser
 

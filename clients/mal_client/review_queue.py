@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -17,11 +17,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mal_client.image_files import ImageFiles
+from mal_client.sources import read_file
 from mal_client.types import BoxXywh
 from mal_train.errors import BadDataset, ConfigError
 from mal_train.labeling.coco import Annotation, ImageInfo, JsonId
 from mal_train.labeling.coco_output import write_json_atomic
 from mal_train.labeling.coco_stream import CocoHead, read_member, scan_coco
+from mal_train.labeling.images import read_header
 from mal_train.labeling.rle import Rle, from_segmentation, iou
 from mal_train.labeling.score_quality import bad_in_worst, spearman
 from mal_train.report.page import shown
@@ -184,7 +187,12 @@ def review_queue(labelled_json: Path, *, by: By = By.SCORE, count: int = 100, tr
         BadDataset: a file is unusable.
         ConfigError: no annotation carries what the order goes by.
     """
-    keys = _Keys(ReviewQueue(by), None if truth is None else _Truth(truth))
+    sizes = {
+        row["id"]: (row["height"], row["width"])
+        for row in read_member(labelled_json, "images")
+        if isinstance(row, dict) and isinstance(row.get("id"), JsonId) and {"width", "height"} <= row.keys()
+    }
+    keys = _Keys(ReviewQueue(by), None if truth is None else _Truth(truth), sizes)
     head = scan_coco(labelled_json, keys.take)
     queue = keys.queue
     if not queue.masks and not queue.failed:
@@ -220,6 +228,33 @@ def write_worst(queue: ReviewQueue, labelled_json: Path, output: Path) -> None:
     )
 
 
+def by_picture(items: Sequence[QueueItem]) -> dict[str, list[QueueItem]]:
+    """The items by the file name of their image, in the order of the queue; those without an image are left out."""
+    found: dict[str, list[QueueItem]] = {}
+    for item in items:
+        if item.image.file_name:
+            found.setdefault(item.image.file_name, []).append(item)
+    return found
+
+
+def frame_size(item: QueueItem, files: ImageFiles) -> tuple[int, int]:
+    """Width and height in px of an item's image: as its row states them, else as the file's header does.
+
+    Raises:
+        BadImage: neither tells.
+    """
+    if item.image.size_wh is not None:
+        return item.image.size_wh
+    path = files.path(item.image.file_name)
+    return read_header(read_file(path), str(path)).size_wh
+
+
+def category_names(labelled_json: Path) -> dict[object, str]:
+    """Names of a file's categories by id."""
+    rows = (row for row in read_member(labelled_json, "categories") if isinstance(row, dict))
+    return {row.get("id"): str(row.get("name", row.get("id"))) for row in rows}
+
+
 class _Truth:
     """True masks by annotation id, encoded."""
 
@@ -245,8 +280,9 @@ class _Truth:
 class _Keys:
     """The order of a file, a few bytes a row."""
 
-    def __init__(self, queue: ReviewQueue, truth: _Truth | None) -> None:
+    def __init__(self, queue: ReviewQueue, truth: _Truth | None, sizes: Mapping[Any, tuple[Any, Any]]) -> None:
         self.queue = queue
+        self._sizes = sizes
         self._truth = truth
         self._keys = array("d")
         self._measured: dict[By, tuple[list[float], list[float]]] = {by: ([], []) for by in By}
@@ -278,7 +314,7 @@ class _Keys:
         image = None if row.image_id is None else head.images.get(row.image_id)
         if image is None:
             image = ImageInfo("", "", None, None, "its image is not in the file")
-        rle = _mask(row)
+        rle = _mask(row, self._sizes.get(row.image_id))
         truth = None if rle is None or self._truth is None else self._truth.mask(row, rle)
         found = None if rle is None or truth is None else iou(rle, truth)
         return QueueItem(rank, row.raw, image, row.box_xywh, self._keys[at], rle, truth, found)
@@ -301,7 +337,7 @@ class _Keys:
     def _measure(self, row: Annotation) -> None:
         if self._truth is None:
             return
-        rle = _mask(row)
+        rle = _mask(row, self._sizes.get(row.image_id))
         truth = None if rle is None else self._truth.mask(row, rle)
         if rle is None or truth is None:
             return
@@ -323,12 +359,15 @@ def _key(row: Annotation, by: By) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _mask(row: Annotation) -> Rle | None:
+def _mask(row: Annotation, size_hw: tuple[Any, Any] | None) -> Rle | None:
+    """The mask of a row, whether run lengths or polygons; None without one, or where it cannot be read."""
     segmentation = row.raw.get("segmentation")
-    if "error" in row.raw or not isinstance(segmentation, dict):
+    if "error" in row.raw or not segmentation:
         return None
     try:
-        return Rle.from_coco(segmentation)
+        if isinstance(segmentation, dict):
+            return Rle.from_coco(segmentation)
+        return None if size_hw is None else from_segmentation(segmentation, *size_hw)
     except BadDataset:
         return None
 

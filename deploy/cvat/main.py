@@ -1,0 +1,5 @@
+"""Where nuclio looks for its two functions."""
+
+from mal_client.integrations.cvat.nuclio import handler, init_context
+
+__all__ = ["handler", "init_context"]
