@@ -1,7 +1,7 @@
 """`Client` and `AsyncClient`: boxes in, masks out, over one channel to one server.
 
-Both drive the same `ImageCall`; what stands here twice is only `for` against `async for`. Dataset jobs block on files,
-so they exist once, on the blocking client, and the asyncio client runs them in a thread.
+Both drive the same `ImageCall`; what stands here twice is only `for` against `async for`. Jobs on whole data sets block
+on files, so they exist once, on the blocking client, and the asyncio client runs them in a thread.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -41,7 +42,8 @@ from mal_client.types import (
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from mal_client.types import ImageInput
+    from mal_client.sources import EncodedImage
+    from mal_client.types import BoxXywh, ImageInput
 
 DEFAULT_TIMEOUT_S = 300.0
 """Deadline of one image: 300 boxes take minutes on a CPU. An address where nobody listens fails within seconds."""
@@ -50,9 +52,53 @@ INFO_TIMEOUT_S = 30.0
 """Deadline for the server's description of itself, which needs no device."""
 
 Answer = TypeVar("Answer")
+Arguments = ParamSpec("Arguments")
 
 
-class Client:
+class _Endpoint:
+    """What both clients know of their server: where it is, its limits, and which pictures it has seen."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: bool = False,
+        tls_ca: Path | str | None = None,
+        client_cert: Path | str | None = None,
+        client_key: Path | str | None = None,
+        token: str | None = None,
+    ) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self._connection = Connection(address, tls, tls_ca, client_cert, client_key, token)
+        self._limits: ServerLimits | None = None
+        self._handles = Handles()
+        self._start()
+
+    def _start(self) -> None:
+        """Makes what the kind of client needs besides."""
+
+    def _image_call(
+        self,
+        encoded: EncodedImage,
+        boxes: Sequence[BoxXywh],
+        options: LabelOptions,
+        limits: ServerLimits,
+        timeout_s: float | None,
+    ) -> ImageCall:
+        return ImageCall(
+            self.address,
+            image=encoded,
+            boxes=boxes,
+            options=options,
+            limits=limits,
+            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+            handle=self._handles.of(encoded),
+        )
+
+
+class Client(_Endpoint):
     """Blocking client of one server; usable from several threads and as a context manager.
 
     >>> with Client("localhost:50051") as client:  # doctest: +SKIP
@@ -72,23 +118,9 @@ class Client:
         ConfigError: an address without a port, files that cannot be read, a token that would travel in clear.
     """
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        tls: bool = False,
-        tls_ca: Path | str | None = None,
-        client_cert: Path | str | None = None,
-        client_key: Path | str | None = None,
-        token: str | None = None,
-    ) -> None:
-        self.address = address
-        self.timeout_s = timeout_s
-        self._channel = Connection(address, tls, tls_ca, client_cert, client_key, token).open()
+    def _start(self) -> None:
+        self._channel = self._connection.open()
         self._closed = threading.Event()
-        self._limits: ServerLimits | None = None
-        self._handles = Handles()
 
     def __enter__(self) -> Self:
         return self
@@ -145,18 +177,7 @@ class Client:
         timeout_s: float | None = None,
     ) -> Iterator[BoxLabel]:
         """As `label_image`, but answers come as their batches finish, in any order; `index` says which box."""
-        asked = checked_boxes(boxes)
-        deadline_s = self.timeout_s if timeout_s is None else timeout_s
-        encoded = encode(image)
-        call = ImageCall(
-            self.address,
-            image=encoded,
-            boxes=asked,
-            options=options,
-            limits=self._known_limits(),
-            timeout_s=deadline_s,
-            handle=self._handles.of(encoded),
-        )
+        call = self._image_call(encode(image), checked_boxes(boxes), options, self._known_limits(), timeout_s)
         while not call.done:
             stub = labeling_pb2_grpc.LabelingServiceStub(self.open_channel())
             stream = stub.LabelImage(call.request(), timeout=call.time_left())
@@ -263,7 +284,31 @@ class Client:
             raise CallCancelled(f"{self.address}: the client was closed while its call waited to be sent again")
 
 
-class AsyncClient:
+def _in_thread(
+    job: Callable[Concatenate[Client, Arguments], Answer],
+) -> Callable[Concatenate[AsyncClient, Arguments], Coroutine[Any, Any, Answer]]:
+    """A blocking client's job for the asyncio client: in a thread of its own, with a client of its own.
+
+    What the job calls is called from that thread.
+    """
+
+    @functools.wraps(job)
+    async def run(self: AsyncClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+        with Client(**dataclasses.asdict(self._connection), timeout_s=self.timeout_s) as client:
+            running = asyncio.ensure_future(asyncio.to_thread(job, client, *args, **kwargs))
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                # A thread cannot be cancelled: closing its client ends its calls, and we wait for it to notice.
+                client.close()
+                with contextlib.suppress(CallCancelled):
+                    await running
+                raise
+
+    return run
+
+
+class AsyncClient(_Endpoint):
     """asyncio client of one server; use it inside one event loop, as an async context manager.
 
     >>> async with AsyncClient("localhost:50051") as client:  # doctest: +SKIP
@@ -272,24 +317,10 @@ class AsyncClient:
     Arguments and errors as `Client`.
     """
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        tls: bool = False,
-        tls_ca: Path | str | None = None,
-        client_cert: Path | str | None = None,
-        client_key: Path | str | None = None,
-        token: str | None = None,
-    ) -> None:
-        self.address = address
-        self.timeout_s = timeout_s
-        self._connection = Connection(address, tls, tls_ca, client_cert, client_key, token)
+    def _start(self) -> None:
+        # No channel yet: it belongs to the loop that it is made in.
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
-        self._limits: ServerLimits | None = None
-        self._handles = Handles()
 
     async def __aenter__(self) -> Self:
         self._open_channel()
@@ -340,19 +371,10 @@ class AsyncClient:
     ) -> AsyncGenerator[BoxLabel]:
         """As `Client.stream_image`; close it (`contextlib.aclosing`) to end the call early."""
         asked = checked_boxes(boxes)
-        deadline_s = self.timeout_s if timeout_s is None else timeout_s
         limits = self._limits or (await self.server_info()).limits
         # Encoding, reading and hashing take milliseconds to seconds; the loop has other things to do.
         encoded = await asyncio.to_thread(encode, image)
-        call = ImageCall(
-            self.address,
-            image=encoded,
-            boxes=asked,
-            options=options,
-            limits=limits,
-            timeout_s=deadline_s,
-            handle=await asyncio.to_thread(self._handles.of, encoded),
-        )
+        call = await asyncio.to_thread(self._image_call, encoded, asked, options, limits, timeout_s)
         while not call.done:
             stub = cast(
                 "labeling_pb2_grpc.LabelingServiceAsyncStub",
@@ -370,57 +392,13 @@ class AsyncClient:
                 stream.cancel()
             await asyncio.sleep(pause_s)
 
-    async def label_dataset(
-        self,
-        coco_json: Path | str,
-        images_dir: Path | str,
-        output_json: Path | str,
-        options: LabelOptions = AS_SERVED,
-        how: DatasetOptions = WHOLE_FILE,
-        *,
-        on_progress: Callable[[Progress], None] | None = None,
-        on_notice: Callable[[str], None] | None = None,
-    ) -> DatasetResult:
-        """As `Client.label_dataset`, in a thread of its own; what it calls is called from that thread."""
-        return await self._in_thread(
-            lambda client: client.label_dataset(
-                coco_json, images_dir, output_json, options, how, on_progress=on_progress, on_notice=on_notice
-            )
-        )
-
-    async def evaluate(
-        self,
-        coco_json: Path | str,
-        images_dir: Path | str,
-        options: LabelOptions = AS_SERVED,
-        *,
-        worst_count: int = 100,
-        on_progress: Callable[[Progress], None] | None = None,
-    ) -> Evaluation:
-        """As `Client.evaluate`, in a thread of its own; `on_progress` is called from that thread."""
-        return await self._in_thread(
-            lambda client: client.evaluate(
-                coco_json, images_dir, options, worst_count=worst_count, on_progress=on_progress
-            )
-        )
-
-    async def _in_thread(self, job: Callable[[Client], Answer]) -> Answer:
-        with Client(**dataclasses.asdict(self._connection), timeout_s=self.timeout_s) as client:
-            running = asyncio.ensure_future(asyncio.to_thread(job, client))
-            try:
-                return await asyncio.shield(running)
-            except asyncio.CancelledError:
-                # A thread cannot be cancelled: closing its client ends its calls, and we wait for it to notice.
-                client.close()
-                with contextlib.suppress(CallCancelled):
-                    await running
-                raise
+    label_dataset = _in_thread(Client.label_dataset)
+    evaluate = _in_thread(Client.evaluate)
 
     def _open_channel(self) -> grpc.aio.Channel:
         if self._closed:
             raise CallCancelled(f"{self.address}: this client is closed; open a new one")
         if self._channel is None:
-            # Not in __init__: the channel belongs to the loop that it is made in.
             self._channel = self._connection.open_aio()
         return self._channel
 

@@ -26,6 +26,10 @@ NOT_CACHED = "IMAGE_NOT_CACHED"
 MAX_RESENDS = 5
 """How often one box is sent again on the server's word before its last error stands."""
 
+PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Before the unanswered boxes of a call that broke in the middle are sent again, each time that brings nothing new.
+gRPC makes attempts of its own each time; a server that is started anew takes some seconds."""
+
 
 def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]:
     """Boxes x, y, w, h as floats; NaN and empty ones pass, since the server answers each for itself.
@@ -89,7 +93,8 @@ class ImageCall:
         self._pending = dict(enumerate(boxes))
         self._sent: dict[int, BoxXywh] = {}
         self._resends: dict[int, int] = {}
-        self._progressed = False
+        self._has_answers = False
+        self._breaks = 0
         self._asked_wait_s = 0.0
 
     @property
@@ -105,7 +110,7 @@ class ImageCall:
         """The unanswered boxes, at most as many as the server takes in one call."""
         first = list(self._pending)[: self._max_boxes]
         self._sent = {index: self._pending[index] for index in first}
-        self._progressed, self._asked_wait_s = False, 0.0
+        self._asked_wait_s = 0.0
         self._sent_by_handle = self._handle is not None and self._handle.is_known
         sha256 = self._handle.sha256 if self._handle is not None and self._sent_by_handle else None
         return codec.label_request(self._image, self._sent, self._options, sha256)
@@ -128,7 +133,8 @@ class ImageCall:
             raise ServerFailed(
                 f"{self._address}: answered box {error} twice or unasked; client and server do not fit each other"
             ) from None
-        self._progressed = self._progressed or bool(final)
+        if final:
+            self._has_answers, self._breaks = True, 0
         if self._handle is not None:
             self._handle.note()
         return final
@@ -149,8 +155,8 @@ class ImageCall:
         """Seconds to wait before the unanswered boxes are sent again, after a call that failed.
 
         Raises:
-            MalError: the failure is final: not UNAVAILABLE, or gRPC's own attempts brought nothing and the server did
-                not say when to come back, or the deadline would pass.
+            MalError: the failure is final: not UNAVAILABLE, or no answer had come and the server did not say when to
+                come back, or the pauses are used up, or the deadline would pass.
         """
         if self._sent_by_handle and self._handle is not None and rpc_details(error).reason == NOT_CACHED:
             # Evicted, or another server behind the same address: the next request carries the picture itself.
@@ -158,8 +164,9 @@ class ImageCall:
             return 0.0
         if rpc_code(error) is grpc.StatusCode.UNAVAILABLE:
             wait_s = rpc_details(error).retry_after_s
-            if wait_s is None and self._progressed:
-                wait_s = 0.0
+            if wait_s is None and self._has_answers and self._breaks < len(PAUSES_S):
+                wait_s = PAUSES_S[self._breaks]
+                self._breaks += 1
             if wait_s is not None and self._in_time(wait_s):
                 return wait_s
         raise from_rpc_error(self._address, error, self._timeout_s) from error

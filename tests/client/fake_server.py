@@ -45,6 +45,8 @@ class Faults:
     breaks: int = 0
     batch: int = 0
     """Boxes in each message of LabelImage; 0 = all in one."""
+    batch_delay_s: float = 0.0
+    """Before each message of LabelImage but the first."""
     retry_boxes: dict[int, int] = field(default_factory=dict)
     """Instance id → how often it is answered "send again"."""
     retry_items: dict[str, int] = field(default_factory=dict)
@@ -148,6 +150,7 @@ class FakeServer(
         size = self.faults.batch or max(1, len(results))
         for at, start in enumerate(range(0, len(results), size)):
             self._break_if_told(context, at)
+            time.sleep(self.faults.batch_delay_s if at else 0.0)
             yield labeling_pb2.LabelImageResponse(
                 results=results[start : start + size],
                 model=_model(request.options.branch),
@@ -304,8 +307,8 @@ class FakeServer(
 
 
 @contextmanager
-def serving(server: FakeServer) -> Iterator[str]:
-    """Runs the fake on a free port; gives its address."""
+def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
+    """Runs the fake, on a free port unless one is given; gives its address."""
     grpc_server = grpc.server(
         futures.ThreadPoolExecutor(8),
         options=[("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)],
@@ -313,7 +316,7 @@ def serving(server: FakeServer) -> Iterator[str]:
     labeling_pb2_grpc.add_LabelingServiceServicer_to_server(server, grpc_server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(server, grpc_server)
     evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(server, grpc_server)
-    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    port = grpc_server.add_insecure_port(f"127.0.0.1:{port}")
     grpc_server.start()
     try:
         yield f"127.0.0.1:{port}"

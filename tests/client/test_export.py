@@ -19,8 +19,9 @@ from mal_client.cli import main
 from numpy.typing import NDArray
 from PIL import Image
 
-from mal_train.labeling.polygons import fill
-from mal_train.labeling.rle import encode_mask, iou
+from mal_train.labeling.encodings import to_polygons
+from mal_train.labeling.polygons import bridged, fill
+from mal_train.labeling.rle import Rle, encode_mask, iou
 from tests.client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
 from tests.client.test_forms import ring
 
@@ -187,32 +188,36 @@ def test_ultralytics_reads_its_files(labelled: Dataset) -> None:
 
 FIFTYONE = """
 import json, sys
-import fiftyone as fo
-data = fo.Dataset.from_dir(
-    dataset_type=fo.types.COCODetectionDataset, data_path=sys.argv[1], labels_path=sys.argv[2],
-    label_types="segmentations", include_id=True, extra_attrs=True,
-)
+from fiftyone.utils.coco import load_coco_detection_annotations
+_, classes, _, images, annotations = load_coco_detection_annotations(sys.argv[1])
+image = images[1]
 found = []
-for sample in data:
-    for one in (sample.ground_truth.detections if sample.ground_truth else []):
-        found.append({
-            "id": one["coco_id"] if "coco_id" in one else None, "label": one.label, "box": one.bounding_box,
-            "mask": one.mask.astype(int).tolist(),
-        })
-data.delete()
+for one in annotations[1]:
+    read = one.to_detection((image["width"], image["height"]), classes_map=classes, load_segmentation=True)
+    found.append({
+        "label": read.label, "box": list(read.bounding_box), "mask": read.mask.astype(int).tolist(),
+        "score": read["score"], "flags": list(read["flags"]),
+    })
 print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
-def test_fiftyone_reads_a_labelled_file_as_it_is(labelled: Dataset) -> None:
-    rows = labelled.coco["annotations"]
-    labelled.coco["annotations"] = rows[:3]
+@pytest.mark.parametrize("form", ["rle", "polygons"])
+def test_fiftyones_own_reader_takes_a_labelled_file_as_it_is(labelled: Dataset, form: str) -> None:
+    """Its importer's reader, without the database that a data set of FiftyOne lies in."""
+    if form == "polygons":
+        for row in labelled.coco["annotations"][:3]:
+            lines = bridged(to_polygons(Rle.from_coco(row["segmentation"])).rings)
+            row["segmentation"] = [line.ravel().tolist() for line in lines]
+    for row, mask in zip(labelled.coco["annotations"], [ring()] * 2, strict=False):
+        rows, columns = np.nonzero(mask)
+        row["bbox"] = [int(columns.min()), int(rows.min()), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
     labelled.save()
-    found = in_tool("fiftyone", FIFTYONE, labelled.images_dir, labelled.json_path)
-    assert [one["label"] for one in found] == ["cup: large"] * 3
+    first, _ = in_tool("fiftyone", FIFTYONE, labelled.json_path)
+    assert (first["label"], first["score"], first["flags"]) == ("cup: large", 0.75, ["MULTI_PART"])
     frame = np.zeros((HEIGHT, WIDTH), bool)
-    x, y = (round(value * side) for value, side in zip(found[0]["box"][:2], (WIDTH, HEIGHT), strict=True))
-    mask = np.array(found[0]["mask"], bool)
+    x, y = (round(value * side) for value, side in zip(first["box"][:2], (WIDTH, HEIGHT), strict=True))
+    mask = np.array(first["mask"], bool)
     frame[y : y + mask.shape[0], x : x + mask.shape[1]] = mask
     np.testing.assert_array_equal(frame, ring())
