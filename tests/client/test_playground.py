@@ -30,7 +30,7 @@ from mal_train.labeling.images import ImageHeader, decode_image
 from mal_train.labeling.labeler import Label, Probability, RunOptions
 from mal_train.labeling.rle import Rle
 from tests.client.test_against_server import served
-from tests.server.fakes import DISC_BOX, DISC_PNG, SHA256, BrightPredictor, bright_disc, encoded
+from tests.server.fakes import DISC_BOX, DISC_PNG, SHA256, BrightPredictor, bright_disc, encoded, serving
 
 KEY = "the key"
 DISC = bright_disc()
@@ -330,6 +330,44 @@ class HeldAfterFirst(BrightPredictor):
 
     warm = 10_000
     """Batches before the first one of a page."""
+
+
+def test_the_next_edit_sends_the_pictures_name_to_the_labelling_server_too() -> None:
+    async def ask() -> tuple[float | None, int]:
+        async with serving() as running, playground(running.server.address) as page:
+            name = await sent(page, encoded(DISC, "BMP"))
+            for _ in range(3):
+                found = await lines_of(page, name, asking(DISC_BOX))
+            hits = running.server.registry.get_sample_value("mal_image_cache_hits_total")
+        return hits, len(found["b0"]["rle"]["counts"])
+
+    hits, length = asyncio.run(ask())
+    assert hits == 2
+    assert length > 0
+
+
+def test_the_chosen_model_answers_and_is_the_files_provenance() -> None:
+    async def ask(page: Page) -> list[Any]:
+        async with page.get("/api/server", params={"model": "disc"}) as answer:
+            server = await answer.json()
+        unknown = await refusal(page.get("/api/server", params={"model": "cup"}))
+        name = await sent(page)
+        found = await lines_of(page, name, asking(DISC_BOX, model="disc"))
+        wrong = await lines_of(page, name, asking(DISC_BOX, model="cup"))
+        body = {"images": [], "annotations": [], "options": {"model": "disc"}}
+        async with page.post("/api/coco", json=body) as answer:
+            file = await answer.json()
+        return [
+            server["models"],
+            unknown[1]["reason"],
+            found["b0"]["model"]["name"],
+            wrong["b0"]["error"]["code"],
+            file,
+        ]
+
+    models, unknown, answered, wrong, file = visit(ask)
+    assert (models, unknown, answered, wrong) == (["disc"], "MODEL_NOT_FOUND", "disc", "INVALID_ARGUMENT")
+    assert file["mask_auto_labeler"]["model"] == "disc"
 
 
 def test_masks_come_before_the_last_batch_is_done() -> None:

@@ -99,10 +99,11 @@ class Playground:
             answer.set_cookie(cookie_name(request.host), self._guard.key, httponly=True, samesite="Strict", path="/")
         return answer
 
-    async def server(self, _: web.Request) -> web.StreamResponse:
-        """The labelling server, asked anew."""
+    async def server(self, request: web.Request) -> web.StreamResponse:
+        """The labelling server, asked anew, as seen by who uses the model of the query; without one, the default."""
         self._info = await self._client.server_info()
-        return web.json_response(server_json(self._client.address, self._info))
+        seen = self._info.of_model(request.query.get("model"))
+        return web.json_response(server_json(self._client.address, seen))
 
     async def open_image(self, request: web.Request) -> web.StreamResponse:
         """Takes a picture's bytes; the header alone is read, and what the server would refuse is refused at once."""
@@ -161,7 +162,7 @@ class Playground:
         """The file; not by download link, since the page gives it the name of the picture."""
         body = await _json(request)
         asked = read_label_request({"boxes": [], "options": member(body, "options", dict)})
-        info = await self._known()
+        info = (await self._known()).of_model(asked.options.model)
         text = await asyncio.to_thread(coco_file, body, info, asked.options)
         return web.Response(body=text, content_type="application/json")
 

@@ -59,7 +59,11 @@ def read_label_request(body: Any) -> LabelRequest:
         raise BadRequest(f"boxes: {len(boxes)}; at most {MAX_BOXES} at a time")
     image_threshold = _number_or_none(given, "threshold")
     options = LabelOptions(
-        _branch(given.get("branch")), image_threshold, agreement=_flag(given, "agreement"), flip=_flag(given, "flip")
+        _branch(given.get("branch")),
+        image_threshold,
+        agreement=_flag(given, "agreement"),
+        flip=_flag(given, "flip"),
+        model=None if given.get("model") is None else member(given, "model", str),
     )
     groups: dict[float | None, list[AskedBox]] = {}
     seen: set[str] = set()
@@ -135,6 +139,7 @@ def server_json(address: str, info: ServerInfo) -> Json:
         "address": address,
         "version": info.version,
         "model": model_json(info.model),
+        "models": [one.model.name for one in info.models],
         "arch": info.arch,
         "devices": list(info.devices),
         "precision": info.precision,

@@ -31,7 +31,8 @@ async function ask(path, init = {}) {
 
 const asJson = (body) => ({ method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
-export const server = async () => (await ask("/api/server")).json();
+export const server = async (model) =>
+  (await ask(`/api/server${model === null ? "" : `?model=${encodeURIComponent(model)}`}`)).json();
 
 export const sendImage = async (blob) => (await ask("/api/images", { method: "POST", body: blob })).json();
 

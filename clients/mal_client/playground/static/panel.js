@@ -19,6 +19,7 @@ export class Panel {
 
   #wireSettings() {
     const session = this.#session;
+    byId("model").addEventListener("change", (event) => session.setOption("model", event.target.value));
     byId("branch").addEventListener("change", (event) => session.setOption("branch", event.target.value || null));
     for (const name of ["flip", "agreement"]) {
       byId(name).addEventListener("change", (event) => session.setOption(name, event.target.checked));
@@ -84,10 +85,23 @@ export class Panel {
     if (line.textContent === text) return;
     line.textContent = text;
     line.title = server ? `checkpoint ${server.model.checkpoint_sha256}\nscore: ${server.score_meaning}` : "";
-    if (server && byId("branch").length === 1) {
-      byId("branch").options[0].textContent = `the server's (${server.model.branch})`;
+    if (server === null) return;
+    this.#renderModels(server);
+    byId("branch").options[0].textContent = `the server's (${server.model.branch})`;
+    if (byId("branch").length === 1) {
       for (const branch of server.branches) byId("branch").add(new Option(branch, branch));
     }
+  }
+
+  /** A server with one model offers no choice. */
+  #renderModels({ models, model }) {
+    const select = byId("model");
+    byId("models").hidden = models.length < 2;
+    if (select.dataset.names !== JSON.stringify(models)) {
+      select.dataset.names = JSON.stringify(models);
+      select.replaceChildren(...models.map((name) => new Option(name, name)));
+    }
+    select.value = model.name;
   }
 
   #renderSettings(server, current) {

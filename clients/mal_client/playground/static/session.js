@@ -18,7 +18,7 @@ export class Session extends EventTarget {
   server = null;
   images = [];
   current = null;
-  options = { branch: null, flip: false, agreement: false };
+  options = { model: null, branch: null, flip: false, agreement: false };
   category = "object";
   showMasks = true;
   showBoxes = true;
@@ -42,7 +42,7 @@ export class Session extends EventTarget {
 
   async connect() {
     try {
-      this.server = await api.server();
+      this.server = await api.server(this.options.model);
     } catch (error) {
       this.server = null;
       this.notice(error.message, { action: ["Try again", () => this.connect()] });
@@ -182,6 +182,7 @@ export class Session extends EventTarget {
 
   setOption(name, value) {
     this.options[name] = value;
+    if (name === "model") this.connect();
     this.images.forEach((image) => this.#relabelSoon(image, 0));
     this.changed();
   }
@@ -225,8 +226,8 @@ export class Session extends EventTarget {
 
   /** What an answer depends on: with the same key it is the same answer. */
   #key(image, box) {
-    const { branch, flip, agreement } = this.options;
-    return JSON.stringify([image.sha256, box.rect, branch, flip, agreement, box.threshold ?? image.threshold]);
+    const { model, branch, flip, agreement } = this.options;
+    return JSON.stringify([image.sha256, box.rect, model, branch, flip, agreement, box.threshold ?? image.threshold]);
   }
 
   /** "labelled", "failed" or "waiting"; a waiting box may still show the mask that it had. */
@@ -327,7 +328,8 @@ export class Session extends EventTarget {
   }
 
   #checkModel(model) {
-    if (this.server === null || model.checkpoint_sha256 === this.server.model.checkpoint_sha256) return;
+    const known = this.server?.model;
+    if (known?.name !== model.name || known.checkpoint_sha256 === model.checkpoint_sha256) return;
     this.server.model = { ...this.server.model, ...model };
     this.notice("The server now serves other weights; the masks on this page are of both.", {
       info: true,
