@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mal_train.errors import BadImage
-from mal_train.labeling.images import ImageLimits, decode_image, encode_png, read_image
+from mal_train.labeling.images import MAX_JPEG_SCANS, ImageLimits, decode_image, encode_png, read_image
 
 
 def encoded(picture: Image.Image, form: str, **options: object) -> bytes:
@@ -147,3 +147,51 @@ def test_mutated_files_never_escape_the_error_tree() -> None:
                 continue
             assert image.ndim == 3
             assert image.shape[2] == 3
+
+
+def of_many_scans(count: int, before: bytes = b"") -> bytes:
+    """A progressive JPEG whose last pass stands `count` times more; `before` stands in front of each of them."""
+    data = encoded(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + (before + data[last:-2]) * count + data[-2:]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b"", b"\xff\x01", b"\xff\xff", b"\xff\xd0", b"filling\xff\x00", b"\xff\xe1\x00\x04\xff\xd9"],
+    ids=["bare", "TEM", "filling", "restart", "garbage", "an end inside a segment"],
+)
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_keeps_a_thread_for_minutes(before: bytes) -> None:
+    with pytest.raises(BadImage, match="more than 100 scans") as refused:
+        decode_image(of_many_scans(MAX_JPEG_SCANS + 1, before))
+    assert refused.value.reason == "IMAGE_TOO_LARGE"
+
+
+def test_scans_are_not_counted_in_thumbnails_or_behind_the_image() -> None:
+    picture = Image.fromarray(noise())
+    plain = encoded(picture, "JPEG", progressive=True)
+    looks_like_scans = b"\xff\xda\x00\x02" * 2 * MAX_JPEG_SCANS
+    thumbnail = encoded(picture, "JPEG", progressive=True, exif=b"Exif\0\0" + looks_like_scans)
+    for data in (plain, thumbnail, plain + looks_like_scans):
+        np.testing.assert_array_equal(decode_image(data), decode_image(plain))
+    assert decode_image(of_many_scans(MAX_JPEG_SCANS // 2)).shape == (64, 64, 3)
+
+
+def test_a_jpeg_that_calls_itself_a_set_of_pictures_is_counted_too() -> None:
+    """MPO: Pillow gives it another name than JPEG."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(noise())
+    picture.save(buffer, "MPO", save_all=True, append_images=[picture], progressive=True)
+    data = buffer.getvalue()
+    assert decode_image(data).shape == (40, 60, 3)
+    first_end = data.index(b"\xff\xd9")
+    last = data.rindex(b"\xff\xda", 0, first_end)
+    with pytest.raises(BadImage, match="scans"):
+        decode_image(data[:first_end] + data[last:first_end] * (MAX_JPEG_SCANS + 1) + data[first_end:])
+
+
+@pytest.mark.parametrize("value", [0, 255, 256, 40_000, 65_535])
+def test_16_bit_grey_keeps_its_upper_byte(value: int) -> None:
+    grey = Image.fromarray(np.full((4, 4), value, np.uint16))
+    for form in ("PNG", "TIFF"):
+        assert set(decode_image(encoded(grey, form)).ravel()) == {value >> 8}

@@ -109,7 +109,8 @@ class Playground:
         """Takes a picture's bytes; the header alone is read, and what the server would refuse is refused at once."""
         info = await self._known()
         content = await _body(request, info)
-        header = read_header(content)
+        # Not here: counting the pages of a TIFF may take long.
+        header = await asyncio.to_thread(read_header, content)
         width, height = header.size_wh
         if max(width, height) > info.limits.max_side or width * height > info.limits.max_pixels:
             raise BadImage(
