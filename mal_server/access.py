@@ -15,6 +15,7 @@ kept as digests only; `adopt` changes them while the server runs.
 import hashlib
 import hmac
 import os
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,12 @@ def read_tokens(settings: Sequence[TokenSetting], *, is_private: bool = False) -
             message never holds the token.
     """
     grants = [
-        Grant(one.name, hashlib.sha256(_read_token(one).encode()).digest(), frozenset(one.scopes)) for one in settings
+        Grant(
+            one.name,
+            hashlib.sha256(_read_secret(one.token, f"tokens: {one.name!r} ({one.token})").encode()).digest(),
+            frozenset(one.scopes),
+        )
+        for one in settings
     ]
     names = {grant.digest: grant.name for grant in reversed(grants)}
     for grant in grants:
@@ -130,9 +136,15 @@ def read_tokens(settings: Sequence[TokenSetting], *, is_private: bool = False) -
     return Access(grants, is_private=is_private)
 
 
-def _read_token(setting: TokenSetting) -> str:
-    where = f"tokens: {setting.name!r} ({setting.token})"
-    form, _, name = setting.token.partition(":")
+def read_resume_key(setting: str | None) -> bytes:
+    """The key that seals evaluation records; a fresh one where the settings name none. Raises as `read_tokens`."""
+    if setting is None:
+        return secrets.token_bytes(32)
+    return hashlib.sha256(_read_secret(setting, f"resume_key ({setting})").encode()).digest()
+
+
+def _read_secret(setting: str, where: str) -> str:
+    form, _, name = setting.partition(":")
     if form == "env":
         text = os.environ.get(name)
         if text is None:

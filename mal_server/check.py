@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mal_server.access import read_tokens
+from mal_server.access import read_resume_key, read_tokens
 from mal_server.config import ServerConfig
 from mal_server.loading import pick_devices, read_checkpoint
 from mal_server.plans import ModelPlan
@@ -33,6 +33,11 @@ def check(config: ServerConfig) -> Iterator[str]:
     yield f"callers: {callers or 'everybody who reaches the port'}"
     metrics = config.metrics
     yield f"metrics: {'not shown' if metrics.port is None else f'http://{metrics.host}:{metrics.port}/metrics'}"
+    read_resume_key(config.resume_key)
+    for data in config.data_folders:
+        if not data.path.is_dir():
+            raise ConfigError(f"data_folders: {data.name!r}: {data.path}: no such folder")
+        yield f"data folder {data.name}: {data.path}, readable by everybody who may label"
     for plan in config.plans:
         yield from _check_model(plan)
     for folder in config.model_folders:

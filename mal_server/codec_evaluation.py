@@ -9,16 +9,20 @@ from mal_server.batcher import Priority
 from mal_server.codec import Call, Checks, check_item_id, read_box, read_image_source, read_instances, read_options
 from mal_server.config import Limits
 from mal_server.errors import RequestRefused
-from mal_server.evaluation import REFUSED, Evaluation, Truth
+from mal_server.evaluation import REFUSED, Evaluation
+from mal_server.pictures import Picture
 from mal_server.pipeline import AnswerOptions, Job
+from mal_server.records import Fault, Truth
 from mal_train.labeling.coco import Annotation, JsonId
 from mal_train.labeling.coco_ap import AP_NAMES
 from mal_train.labeling.evaluation_report import EvaluationReport
+from mal_train.labeling.geometry import Box
 from mal_train.labeling.labeler import RunOptions
 from mal_train.labeling.miou import Figures
 from mal_train.labeling.settings import SIZE_NAMES
 
 MAX_WORST = 10_000
+MAX_RECORDS_BYTES = 1024 * 1024 * 1024
 
 _AP_FIELDS = dict(
     zip(
@@ -44,6 +48,9 @@ class EvaluateOptions:
         category_names: by id, in the order of the report.
         images_total: as announced; 0 = unknown.
         worst_count: instances to list, lowest IoU first.
+        dataset: names of annotations and images on the server; None: images follow.
+        want_records: each image's record is sent.
+        resume_token: of the evaluation that is to go on; empty = none.
     """
 
     run: RunOptions
@@ -53,6 +60,13 @@ class EvaluateOptions:
     category_names: Mapping[JsonId, str]
     images_total: int
     worst_count: int
+    dataset: tuple[str, str] | None
+    want_records: bool
+    resume_token: bytes
+
+    def job(self, picture: Picture, wh: tuple[int, int] | None, ids: tuple[int, ...], boxes: tuple[Box, ...]) -> Job:
+        """What labels an image of this evaluation."""
+        return Job(picture, wh, ids, boxes, self.run, self.answer, self.priority, self.deadline)
 
 
 def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: Call) -> EvaluateOptions:
@@ -69,9 +83,44 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: Call) -
     names: dict[JsonId, str] = {c.category_id: c.name or str(c.category_id) for c in options.categories}
     if len(names) != len(options.categories):
         checks.add("options.categories", "a category_id stands twice")
+    dataset = None
+    if options.HasField("dataset"):
+        dataset = (options.dataset.annotations, options.dataset.images)
+        if not all(dataset):
+            checks.add("options.dataset", "annotations and images are both needed, each FOLDER/PATH")
+        if names or options.images_total:
+            checks.add("options.dataset", "the data set brings its own categories and images")
     checks.raise_if_any()
-    unwritten = replace(answer, formats=())
-    return EvaluateOptions(run, unwritten, priority, call.deadline, names, options.images_total, options.worst_count)
+    return EvaluateOptions(
+        run=run,
+        answer=replace(answer, formats=()),
+        priority=priority,
+        deadline=call.deadline,
+        category_names=names,
+        images_total=options.images_total,
+        worst_count=options.worst_count,
+        dataset=dataset,
+        want_records=options.want_records,
+        resume_token=options.resume_token,
+    )
+
+
+async def read_records(requests: AsyncIterator[evaluation_pb2.EvaluateRequest]) -> dict[str, bytes]:
+    """The records that a caller brings for images of a data set on the server, by item id.
+
+    Raises:
+        RequestRefused: a message that holds none, or more than fits into memory.
+    """
+    found: dict[str, bytes] = {}
+    size = 0
+    async for request in requests:
+        if request.WhichOneof("message") != "image" or not request.image.record:
+            raise RequestRefused([("image.record", "with a data set on the server, only records may follow")])
+        found[request.image.item_id] = request.image.record
+        size += len(request.image.record) + len(request.image.item_id)
+        if size > MAX_RECORDS_BYTES:
+            raise RequestRefused([("image.record", f"more than {MAX_RECORDS_BYTES} bytes of records")])
+    return found
 
 
 async def read_truths(
@@ -101,28 +150,21 @@ def read_truth(image: evaluation_pb2.EvaluateImage, place: int, options: Evaluat
     try:
         checks.raise_if_any()
     except RequestRefused as error:
-        return Truth(image.item_id, annotations, None, (REFUSED, str(error)))
-    job = Job(
-        picture,
-        expected_wh,
-        ids,
-        boxes,
-        options.run,
-        options.answer,
-        options.priority,
-        options.deadline,
-    )
-    return Truth(image.item_id, annotations, job)
+        return Truth(image.item_id, annotations, None, Fault(REFUSED, str(error)))
+    return Truth(image.item_id, annotations, options.job(picture, expected_wh, ids, boxes), None, image.record)
 
 
-def write_progress(run: Evaluation, options: EvaluateOptions) -> evaluation_pb2.EvaluateResponse:
-    """How far an evaluation is."""
+def write_progress(run: Evaluation, options: EvaluateOptions, record: bytes) -> evaluation_pb2.EvaluateResponse:
+    """How far an evaluation is; with the last image's record where they are wanted."""
     return evaluation_pb2.EvaluateResponse(
         progress=evaluation_pb2.EvaluateProgress(
             images_done=len(run.item_ids),
             images_total=options.images_total,
             instances_done=run.instances,
             running_miou=run.running_miou,
+            item_id=run.item_ids[-1],
+            resume_token=run.records.token if options.want_records else b"",
+            record=record,
         )
     )
 

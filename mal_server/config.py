@@ -220,6 +220,12 @@ class ServerConfig(Strict):
         "[] = none. Everybody who may label gets masks of every picture in them. Entries such as\n"
         "  - {name: photos, path: /srv/photos}",
     )
+    resume_key: str | None = Field(
+        default=None,
+        repr=False,
+        description="Secret (file:PATH or env:NAME, 16 or more characters) that seals the records with which an\n"
+        "evaluation goes on after a break. null: one of this process alone, so that none outlives a restart.",
+    )
     drain_delay_s: float = Field(
         default=5.0,
         ge=0.0,
@@ -269,6 +275,8 @@ class ServerConfig(Strict):
         ):
             if ids is not None and len(set(ids)) != len(ids):
                 raise ValueError(f"{where}: {list(ids)} names a GPU twice")
+        if self.resume_key is not None and not self.resume_key.startswith(("file:", "env:")):
+            raise ValueError("resume_key: give file:PATH or env:NAME; the secret itself does not belong into this file")
         for field_name in ("tokens", "models", "model_folders", "data_folders"):
             names = [entry.name for entry in getattr(self, field_name)]
             if len(set(names)) != len(names):

@@ -10,7 +10,9 @@
     │       ├── NoSuchFile    a folder or a file
     │       └── ImageNotCached  a picture that was sent before, or never
     ├── NotReady              the model is not loaded yet
-    ├── ModelRefused          a model could not be put into service or taken out of it; what was served goes on
+    ├── NotNow                the request is well-formed and does not fit the state of the server
+    │   ├── ModelRefused      a model could not be put into service or taken out of it; what was served goes on
+    │   └── TokenStale        an evaluation cannot go on where it broke off
     └── DeviceError
         └── SelfTestFailed    a model gives no sensible answer to a picture whose answer is known
 
@@ -71,12 +73,23 @@ class ImageNotCached(NotThere):
         super().__init__(message, "IMAGE_NOT_CACHED")
 
 
-class ModelRefused(MalError):
-    """A model could not be put into service or taken out of it. `reason` says why in one word."""
+class NotNow(MalError):
+    """A request that does not fit the state of the server. `reason` says why in one word."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class ModelRefused(NotNow):
+    """A model could not be put into service or taken out of it; what was served goes on."""
+
+
+class TokenStale(NotNow):
+    """An evaluation cannot go on where it broke off."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "RESUME_TOKEN_STALE")
 
 
 class SelfTestFailed(DeviceError):

@@ -1,50 +1,27 @@
-"""One Evaluate call: labels streamed images and holds the masks against their ground truth. Knows nothing of gRPC.
+"""One Evaluate call: labels images and holds the masks against their ground truth. Knows nothing of gRPC.
 
 Images are labelled side by side but counted in order of arrival, so that the same stream always gives the same report.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from typing import TypeVar
 
 from mal_server.batcher import Overloaded
-from mal_server.errors import NotThere, RequestRefused
-from mal_server.pipeline import Answer, Job, Pipeline
+from mal_server.errors import ImageNotCached, NotThere, RequestRefused
+from mal_server.pipeline import Answer, Pipeline
+from mal_server.records import Fault, Measured, Outcome, Records, Truth
 from mal_train.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.labeling.coco import Annotation, JsonId, Reason
 from mal_train.labeling.evaluation import Evaluator
 from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Label
 
+Result = TypeVar("Result")
+
 REFUSED = "REQUEST_REFUSED"
 """Reason under which the objects of an image are counted whose message breaks the contract."""
-
-
-@dataclass(frozen=True)
-class Truth:
-    """One streamed image.
-
-    Attributes:
-        item_id: the caller's name for it.
-        annotations: its objects, crowds included; `image_id` is the image's place in the stream.
-        job: labels the objects that are no crowds; None when the image itself is refused.
-        fault: (reason, message) of that refusal.
-    """
-
-    item_id: str
-    annotations: tuple[Annotation, ...]
-    job: Job | None
-    fault: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of an image: answers by instance id, or the fault that concerns all of it."""
-
-    truth: Truth
-    answers: Mapping[JsonId | None, Answer]
-    fault: tuple[str, str] | None
 
 
 class Evaluation:
@@ -54,9 +31,13 @@ class Evaluation:
         pipeline: labels.
         pool: threads for comparing masks.
         category_names: by id, in the order of the report.
+        records: seals what was measured, and opens what an earlier evaluation measured.
     """
 
-    def __init__(self, pipeline: Pipeline, pool: Executor, category_names: Mapping[JsonId, str]) -> None:
+    def __init__(
+        self, pipeline: Pipeline, pool: Executor, category_names: Mapping[JsonId, str], records: Records
+    ) -> None:
+        self.records = records
         self._pipeline = pipeline
         self._pool = pool
         self._evaluator = Evaluator(category_names)
@@ -76,32 +57,46 @@ class Evaluation:
         return self._evaluator.running_miou
 
     async def label(self, truth: Truth) -> Outcome:
-        """Labels one image; waits its turn while the queue is full, since the stream's window bounds what waits."""
+        """Labels one image; waits its turn while the queue is full, since the evaluation's window bounds what waits."""
+        if truth.record:
+            return self.records.open(truth)
         if truth.job is None:
             return Outcome(truth, {}, truth.fault)
         while True:
             try:
                 part = await self._pipeline.label_whole(truth.job)
-                return Outcome(truth, {answer.instance_id: answer for answer in part.answers}, None)
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)
+            except ImageNotCached:  # its sender can mend that, and must know
+                raise
             except (BadImage, NotThere) as error:
-                return Outcome(truth, {}, (error.reason, str(error)))
+                return Outcome(truth, {}, Fault(error.reason, str(error)))
             except RequestRefused as error:  # a path that leads out of its folder
-                return Outcome(truth, {}, (REFUSED, str(error)))
+                return Outcome(truth, {}, Fault(REFUSED, str(error)))
+            else:
+                answers: dict[JsonId | None, Measured | Fault] = {a.instance_id: _measured(a) for a in part.answers}
+                is_final = not any(isinstance(answer.outcome, DeviceError) for answer in part.answers)
+                return Outcome(truth, answers, None, is_final)
 
     async def count(self, outcome: Outcome) -> None:
         """Adds one image's answers to the figures; to be called in order of arrival, one at a time."""
-        await asyncio.get_running_loop().run_in_executor(self._pool, self._count, outcome)
+        await self._in_pool(self._count, outcome)
+
+    async def record_of(self, outcome: Outcome) -> bytes:
+        """The sealed record of an image; empty where there is none."""
+        return outcome.truth.record or await self._in_pool(self.records.seal, outcome)
 
     async def report(self) -> EvaluationReport:
         """All figures."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._evaluator.report)
+        return await self._in_pool(self._evaluator.report)
+
+    async def _in_pool(self, work: Callable[..., Result], *args: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     def _count(self, outcome: Outcome) -> None:
         truth, fault = outcome.truth, outcome.fault
         if truth.item_id in self._seen:
-            fault = (Reason.REPEATED, f"image {truth.item_id!r}: given before; the first one counts")
+            fault = Fault(Reason.REPEATED, f"image {truth.item_id!r}: given before; the first one counts")
         self._seen.add(truth.item_id)
         self.item_ids.append(truth.item_id)
         self.skipped_images += fault is not None
@@ -116,14 +111,21 @@ class Evaluation:
                 self._add(annotation, outcome.answers.get(annotation.id))
             answered.add(annotation.id)
 
-    def _add(self, annotation: Annotation, answer: Answer | None) -> None:
-        label = answer.outcome if answer is not None else None
-        if isinstance(label, Label):
-            self._evaluator.add(annotation, label.rle, label.score)
-        elif label is None:
-            self._evaluator.add(annotation, None, 0.0)
+    def _add(self, annotation: Annotation, answer: Measured | Fault | None) -> None:
+        if isinstance(answer, Measured):
+            self._evaluator.add(annotation, answer.rle, answer.score)
+        elif isinstance(answer, Fault):
+            self._evaluator.skip(annotation, *answer)
+        elif annotation.reason is None and not annotation.iscrowd and not annotation.raw.get("segmentation"):
+            message = f"annotation {annotation.id!r}: has no segmentation"
+            self._evaluator.skip(annotation, Reason.NO_GROUND_TRUTH, message)
         else:
-            self._evaluator.skip(annotation, _reason(label), str(label))
+            self._evaluator.add(annotation, None, 0.0)
+
+
+def _measured(answer: Answer) -> Measured | Fault:
+    label = answer.outcome
+    return Measured(label.rle, label.score) if isinstance(label, Label) else Fault(_reason(label), str(label))
 
 
 def _reason(error: BadBox | DeviceError) -> str:

@@ -6,7 +6,7 @@
     UNAVAILABLE        NotReady · Overloaded; with RetryInfo and the trailer grpc-retry-pushback-ms
                        DeviceLost (reason DEVICE_LOST); with RetryInfo: the supervisor starts a new process
     NOT_FOUND          NotThere (reasons MODEL_NOT_FOUND, FILE_NOT_FOUND, …)
-    FAILED_PRECONDITION  ModelRefused (reasons WRONG_KEY, SELF_TEST_FAILED, …)
+    FAILED_PRECONDITION  NotNow (reasons WRONG_KEY, SELF_TEST_FAILED, RESUME_TOKEN_STALE, …)
     DEADLINE_EXCEEDED  Expired (reason EXPIRED)
     INTERNAL           OutOfDeviceMemory (reason OUT_OF_MEMORY) · everything else: the trace goes to the log under an
                        id, the client gets the id
@@ -28,7 +28,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from mal_server.access import Access
 from mal_server.batcher import Expired, Overloaded
-from mal_server.errors import ModelRefused, NotAllowed, NotReady, NotThere, RequestRefused, UnknownCaller
+from mal_server.errors import NotAllowed, NotNow, NotReady, NotThere, RequestRefused, UnknownCaller
 from mal_server.metrics import Metrics
 from mal_train.errors import BadBox, BadImage, DeviceLost, OutOfDeviceMemory
 
@@ -253,7 +253,7 @@ def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
             known = code_pb2.UNAVAILABLE, (_info("DEVICE_LOST"), _retry(RESTART_RETRY_S))
         case NotThere(reason=reason):
             known = code_pb2.NOT_FOUND, (_info(reason),)
-        case ModelRefused(reason=reason):
+        case NotNow(reason=reason):
             known = code_pb2.FAILED_PRECONDITION, (_info(reason),)
         case Expired():
             known = code_pb2.DEADLINE_EXCEEDED, (_info("EXPIRED"),)

@@ -27,7 +27,7 @@ from grpc_reflection.v1alpha import reflection
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from mal_server.access import read_tokens
+from mal_server.access import read_resume_key, read_tokens
 from mal_server.config import ServerConfig, TokenSetting, is_loopback
 from mal_server.interceptors import CallInterceptor
 from mal_server.loading import ModelInfo, load_model
@@ -78,9 +78,10 @@ class MalServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._pool = ThreadPoolExecutor(config.threads or os.cpu_count(), thread_name_prefix="cpu")
         self._metrics = Metrics()
+        self._resume_key = read_resume_key(config.resume_key)
         cache = ImageCache(config.image_cache_bytes)
         self._metrics.watch_cache(lambda: cache.size_bytes)
-        folders = Roots({folder.name: folder.path for folder in config.data_folders}, "data_folders")
+        folders = self._folders = Roots({folder.name: folder.path for folder in config.data_folders}, "data_folders")
         pictures = Pictures(cache, folders, config.limits.images().max_bytes, self._metrics)
         self._models = Models(
             config,
@@ -206,7 +207,9 @@ class MalServer:
         labeling_pb2_grpc.add_LabelingServiceServicer_to_server(
             LabelingService(self._models, limits, self._metrics), server
         )
-        evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationService(self._models, limits), server)
+        evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(
+            EvaluationService(self._models, self._config, self._folders, self._resume_key), server
+        )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._models, self._config, version()), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._config.reflection:

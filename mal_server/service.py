@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -14,12 +14,14 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_p
 from mal_server import codec, codec_evaluation, codec_model
 from mal_server.batcher import Priority
 from mal_server.config import Limits, ServerConfig
+from mal_server.dataset import read_dataset
 from mal_server.errors import NoSuchFile, RequestRefused
 from mal_server.evaluation import Evaluation
 from mal_server.interceptors import reason_of, status_of
 from mal_server.metrics import Metrics
 from mal_server.models import Leases, Models, Serving
 from mal_server.plans import ModelPlan
+from mal_server.records import Records, Truth
 from mal_server.roots import Roots
 from mal_train.errors import DeviceLost
 
@@ -90,9 +92,11 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
 class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
     """Holds a served model against ground truth."""
 
-    def __init__(self, models: Models, limits: Limits) -> None:
+    def __init__(self, models: Models, config: ServerConfig, folders: Roots, resume_key: bytes) -> None:
         self._models = models
-        self._limits = limits
+        self._limits = config.limits
+        self._folders = folders
+        self._resume_key = resume_key
 
     async def Evaluate(
         self, request_iterator: AsyncIterator[evaluation_pb2.EvaluateRequest], context: Any
@@ -103,15 +107,40 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         with Leases(self._models) as leases:
             serving = leases.get(first.options.label.model)
             options = codec_evaluation.read_evaluate_options(first, _call(serving, Priority.BATCH, context))
-            run = Evaluation(serving.pipeline, serving.pool, options.category_names)
-            truths = codec_evaluation.read_truths(request_iterator, options, self._limits)
+            records = Records(self._resume_key, serving.info, options.run, options.answer)
+            if options.resume_token:
+                records.check(options.resume_token)
+            options, truths = await self._truths(options, request_iterator)
+            run = Evaluation(serving.pipeline, serving.pool, options.category_names, records)
             window = self._limits.max_items_in_flight
             async with aclosing(answered(truths, run.label, window, in_order=True)) as outcomes:
                 async for outcome in outcomes:
                     await run.count(outcome)
-                    yield codec_evaluation.write_progress(run, options)
+                    record = await run.record_of(outcome) if options.want_records else b""
+                    if len(record) > self._limits.max_response_bytes // 2:
+                        record = b""  # it is measured again instead
+                    yield codec_evaluation.write_progress(run, options, record)
             model = codec.write_model_ref(serving.info, options.run.branch)
             yield codec_evaluation.write_result(await run.report(), run, options, model)
+
+    async def _truths(
+        self, options: codec_evaluation.EvaluateOptions, requests: AsyncIterator[evaluation_pb2.EvaluateRequest]
+    ) -> tuple[codec_evaluation.EvaluateOptions, AsyncIterator[Truth]]:
+        """The images: those that follow, or those of a data set here, whose names and number the options then have."""
+        if options.dataset is None:
+            return options, codec_evaluation.read_truths(requests, options, self._limits)
+        records = await codec_evaluation.read_records(requests)
+        if records and not options.resume_token:
+            raise RequestRefused([("options.resume_token", "records were sent, and no token that they belong to")])
+        data = await asyncio.to_thread(read_dataset, self._folders, *options.dataset)
+        truths = list(data.truths(options.job, self._limits.max_boxes, records))
+        named = replace(options, category_names=data.category_names, images_total=len(truths))
+        return named, _each(truths)
+
+
+async def _each(truths: Sequence[Truth]) -> AsyncGenerator[Truth, None]:
+    for truth in truths:
+        yield truth
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):

@@ -19,6 +19,7 @@ from mal_client.client import Client
 from mal_client.progress import ProgressDisplay
 from mal_client.types import Evaluation, LabelOptions
 from mal_train.atomic import check_writable
+from mal_train.errors import ConfigError
 
 MAX_WORST = 10_000
 """Most instances that a server lists."""
@@ -30,6 +31,14 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     evaluate.set_defaults(run=_evaluate)
     add_connection(evaluate)
     add_data(evaluate)
+    evaluate.add_argument(
+        "--on-server",
+        action="store_true",
+        help="IN.json and DIR are FOLDER/PATH in the server's data_folders, and no image is sent",
+    )
+    evaluate.add_argument(
+        "--resume", type=Path, metavar="FILE", help="keep what was measured there and go on from it after a break"
+    )
     evaluate.add_argument("--output", type=Path, metavar="FIGURES.json", help="also write the figures as JSON")
     evaluate.add_argument("--report", type=Path, metavar="PAGE.html", help="also write one page with the worst masks")
     evaluate.add_argument("--worst", type=_count, default=24, metavar="N", help="pictures in the report (default 24)")
@@ -38,13 +47,13 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
+    if arguments.on_server and arguments.report is not None:
+        raise ConfigError("--report: the pictures of a data set on the server are not here; leave it out")
     for path in filter(None, (arguments.output, arguments.report)):
         check_writable(path)
     with client_of(arguments) as client:
         with ProgressDisplay("evaluate") as display:
-            evaluation = client.evaluate(
-                arguments.annotations, arguments.images, options, worst_count=MAX_WORST, on_progress=display
-            )
+            evaluation = _measured(client, arguments, options, display)
         if arguments.report is not None:
             _write_report(client, arguments, evaluation, options)
     print(evaluation.table())
@@ -55,6 +64,28 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         write_json_atomic(arguments.output, evaluation.to_dict())
         print(f"figures: {arguments.output}")
     return SOME_FAILED if evaluation.failed_count else 0
+
+
+def _measured(
+    client: Client, arguments: argparse.Namespace, options: LabelOptions, display: ProgressDisplay
+) -> Evaluation:
+    if arguments.on_server:
+        return client.evaluate_on_server(
+            str(arguments.annotations),
+            str(arguments.images),
+            options,
+            worst_count=MAX_WORST,
+            on_progress=display,
+            resume=arguments.resume,
+        )
+    return client.evaluate(
+        arguments.annotations,
+        arguments.images,
+        options,
+        worst_count=MAX_WORST,
+        on_progress=display,
+        resume=arguments.resume,
+    )
 
 
 def _count(text: str) -> int:

@@ -247,6 +247,7 @@ class Client(_Endpoint):
         *,
         worst_count: int = 100,
         on_progress: Callable[[Progress], None] | None = None,
+        resume: Path | None = None,
     ) -> Evaluation:
         """Measures the served model against the masks of a COCO file; the server does the comparing.
 
@@ -256,6 +257,7 @@ class Client(_Endpoint):
             options: how boxes become masks.
             worst_count: how many of the instances with the lowest IoU to list in the report; at most 10 000.
             on_progress: called as images are done, from the calling thread.
+            resume: a file that keeps what was measured, so that a run that was killed goes on; removed at the end.
 
         Raises:
             BadDataset: the file is unusable as a whole; nothing was sent.
@@ -265,7 +267,40 @@ class Client(_Endpoint):
         from mal_client.evaluate import evaluate  # noqa: PLC0415
 
         return evaluate(
-            self, Path(coco_json), Path(images_dir), options, worst_count=worst_count, on_progress=on_progress
+            self,
+            Path(coco_json),
+            Path(images_dir),
+            options,
+            worst_count=worst_count,
+            on_progress=on_progress,
+            resume=resume,
+        )
+
+    def evaluate_on_server(
+        self,
+        annotations: str,
+        images: str,
+        options: LabelOptions = AS_SERVED,
+        *,
+        worst_count: int = 100,
+        on_progress: Callable[[Progress], None] | None = None,
+        resume: Path | None = None,
+    ) -> Evaluation:
+        """As `evaluate`, for a COCO file and images in the server's `data_folders`: nothing large travels.
+
+        Args:
+            annotations: FOLDER/PATH of the COCO file on the server.
+            images: FOLDER/PATH or FOLDER that its file names are relative to.
+            options: how boxes become masks.
+            worst_count: as in `evaluate`; the instances carry the file name in the place of an image id, and no box.
+            on_progress: called as images are done, from the calling thread.
+            resume: as in `evaluate`.
+        """
+        # Imported here for the same reason as in label_dataset.
+        from mal_client.evaluate import evaluate_on_server  # noqa: PLC0415
+
+        return evaluate_on_server(
+            self, annotations, images, options, worst_count=worst_count, on_progress=on_progress, resume=resume
         )
 
     def open_channel(self) -> grpc.Channel:

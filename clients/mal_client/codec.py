@@ -177,26 +177,54 @@ def flag_name(flag: int) -> str:
 
 
 def evaluate_options(
-    options: LabelOptions, categories: Mapping[int, str], images_total: int, worst_count: int
+    options: LabelOptions, categories: Mapping[int, str], images_total: int, worst_count: int, token: bytes = b""
 ) -> evaluation_pb2.EvaluateRequest:
-    """First message of an evaluation; `categories` are names by wire id."""
+    """First message of an evaluation; `categories` are names by wire id, `token` is that of one that goes on."""
     return evaluation_pb2.EvaluateRequest(
         options=evaluation_pb2.EvaluateOptions(
             label=label_options(options),
             categories=[types_pb2.Category(category_id=key, name=name) for key, name in categories.items()],
             images_total=images_total,
             worst_count=worst_count,
+            want_records=True,
+            resume_token=token,
+        )
+    )
+
+
+def evaluate_dataset(
+    options: LabelOptions, names: tuple[str, str], worst_count: int, token: bytes = b""
+) -> evaluation_pb2.EvaluateRequest:
+    """First message of an evaluation of a data set on the server: (annotations, images), each FOLDER/PATH."""
+    annotations, images = names
+    return evaluation_pb2.EvaluateRequest(
+        options=evaluation_pb2.EvaluateOptions(
+            label=label_options(options),
+            dataset=evaluation_pb2.DatasetSource(annotations=annotations, images=images),
+            worst_count=worst_count,
+            want_records=True,
+            resume_token=token,
         )
     )
 
 
 def evaluate_image(
-    item_id: str, image: EncodedImage, truths: Iterable[evaluation_pb2.GroundTruth]
+    item_id: str,
+    image: EncodedImage,
+    truths: Iterable[evaluation_pb2.GroundTruth],
+    sha256: str | None = None,
+    record: bytes = b"",
 ) -> evaluation_pb2.EvaluateRequest:
-    """One image of an evaluation."""
+    """One image of an evaluation; with its `record`, its hash stands for its content."""
+    source = image_source(image, sha256)
     return evaluation_pb2.EvaluateRequest(
-        image=evaluation_pb2.EvaluateImage(item_id=item_id, image=image_source(image), ground_truth=truths)
+        image=evaluation_pb2.EvaluateImage(item_id=item_id, image=source, ground_truth=truths, record=record)
     )
+
+
+def evaluate_record(item_id: str, record: bytes) -> evaluation_pb2.EvaluateRequest:
+    """What an earlier stream measured on an image of a data set on the server."""
+    return evaluation_pb2.EvaluateRequest(image=evaluation_pb2.EvaluateImage(item_id=item_id, record=record))
 
 
 def ground_truth(key: int, box: BoxXywh, category_id: int, rle: Rle, is_crowd: bool) -> evaluation_pb2.GroundTruth:

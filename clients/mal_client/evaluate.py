@@ -1,10 +1,12 @@
-"""Measures the served model on local images with ground truth: the client streams them, the server compares.
+"""Measures a served model on images with ground truth: the client streams them, or names a data set on the server.
 
-The server keeps what it has measured only as long as its stream lives, so a broken stream starts the evaluation anew.
+The server keeps nothing of an evaluation whose stream broke; it seals what it measured on each image and gives it to
+this side, which brings it back in the next stream (`EvaluationRecords`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,11 +19,12 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc
 from mal_client import codec
 from mal_client.dataset import OnProgress, image_loader
 from mal_client.errors import CallTimedOut, ServerFailed, from_rpc_error, rpc_code, rpc_details
+from mal_client.evaluation_records import EvaluationRecords
 from mal_client.fleet import watchdog
 from mal_client.image_files import ImageFiles
 from mal_client.types import Evaluation, LabelOptions, MeasuredInstance, Progress, ServerLimits
 from mal_train.errors import BadDataset, BadImage
-from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
+from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, JsonId, Reason, by_image, read_coco
 from mal_train.labeling.evaluation_report import CategoryRow
 from mal_train.labeling.rle import from_segmentation
 from mal_train.labeling.score_quality import ScoreQuality
@@ -30,8 +33,10 @@ from mal_train.labeling.settings import SIZE_NAMES
 if TYPE_CHECKING:
     from mal_client.client import Client
 
-MAX_STARTS = 3
-"""How often an evaluation is begun anew after its stream broke."""
+MAX_STARTS = 5
+"""How many streams without a new image there may be before the evaluation is given up."""
+
+STALE = "RESUME_TOKEN_STALE"
 
 RESTART_PAUSE_S = 2.0
 
@@ -44,42 +49,76 @@ def evaluate(
     *,
     worst_count: int = 100,
     on_progress: OnProgress | None = None,
+    resume: Path | None = None,
 ) -> Evaluation:
     """See `Client.evaluate`."""
     coco = read_coco(coco_json)
-    info = client.server_info()
-    for start in range(1, MAX_STARTS + 1):
-        run = _Run(coco, images_dir, options, worst_count, info.limits)
-        pause_s = run.stream(client, on_progress, is_last=start == MAX_STARTS)
-        if run.result is not None:
-            return run.evaluation(run.result)
-        client.pause(pause_s)
-    raise ServerFailed(f"{client.address}: ended the evaluation {MAX_STARTS} times without a result; see its log")
+    limits = client.server_info().limits
+    sha256 = hashlib.sha256(coco_json.read_bytes()).hexdigest()
+    job = {"annotations_sha256": sha256, "images": str(images_dir), "options": repr(options)}
+    records = EvaluationRecords(resume, job)
+    run = _Run(coco, images_dir, options=options, worst_count=worst_count, limits=limits, records=records)
+    return _finished(client, run, on_progress)
 
 
-class _Run:
-    """One pass over the data set. Rows are named by their place in the file, since ids may be of any JSON type."""
+def evaluate_on_server(
+    client: Client,
+    annotations: str,
+    images: str,
+    options: LabelOptions,
+    *,
+    worst_count: int = 100,
+    on_progress: OnProgress | None = None,
+    resume: Path | None = None,
+) -> Evaluation:
+    """See `Client.evaluate_on_server`."""
+    job = {"on_server": [annotations, images], "options": repr(options)}
+    run = _ServerRun(annotations, images, options, worst_count, EvaluationRecords(resume, job))
+    return _finished(client, run, on_progress)
 
-    def __init__(
-        self, coco: CocoFile, images_dir: Path | str, options: LabelOptions, worst_count: int, limits: ServerLimits
-    ) -> None:
+
+def _finished(client: Client, run: _Pass, on_progress: OnProgress | None) -> Evaluation:
+    """Streams until there is a result; what earlier streams measured is brought back in the next one."""
+    tries = 0
+    try:
+        while True:
+            before = len(run.records)
+            tries += 1
+            pause_s = run.stream(client, on_progress, is_last=tries >= MAX_STARTS)
+            if run.result is not None:
+                found = run.evaluation(run.result)
+                run.records.clear()
+                return found
+            if len(run.records) > before:
+                tries = 0
+            if tries >= MAX_STARTS:
+                raise ServerFailed(
+                    f"{client.address}: ended the evaluation {tries} times without a result; see its log"
+                )
+            client.pause(pause_s)
+    finally:
+        run.records.close()
+
+
+class _Pass:
+    """What local data sets and those on the server share: the stream, what comes back, and the records."""
+
+    def __init__(self, options: LabelOptions, worst_count: int, records: EvaluationRecords) -> None:
         self.result: evaluation_pb2.EvaluateResult | None = None
-        self._coco = coco
+        self.records = records
         self._options = options
         self._worst_count = worst_count
-        self._work = [(image, rows) for image, rows in by_image(coco) if any(map(_has_truth, rows))]
-        self._images = {str(at): image for at, (image, _) in enumerate(self._work)}
-        self._load = image_loader(ImageFiles(images_dir), limits)
-        self._category_keys = _category_keys(coco)
-        self._category_ids = {key: category_id for category_id, key in self._category_keys.items()}
-        self._place = {id(row): at for at, row in enumerate(coco.annotations)}
-        self._skipped: Counter[str] = coco.problem_counts()
+        self._images_total = 0
+        self._contents: dict[str, str] = {}
+        """SHA-256 of each image's file that this side read."""
+        self._skipped: Counter[str] = Counter()
         self._images_skipped = 0
         self._fault: Exception | None = None
 
     def stream(self, client: Client, on_progress: OnProgress | None, *, is_last: bool) -> float:
         """Runs one stream; when it brought no result, seconds to wait before another start."""
         silence = _Silence(client.timeout_s)
+        self._begin()
         stub = evaluation_pb2_grpc.EvaluationServiceStub(client.open_channel())
         stream = stub.Evaluate(self._requests(silence))
         try:
@@ -95,6 +134,9 @@ class _Run:
                     f"{client.address}: no sign of the evaluation for {client.timeout_s:g} s; look whether the server "
                     "is alive, or allow more time"
                 ) from error
+            if rpc_details(error).reason == STALE and self.records.token:
+                self.records.clear()
+                return 0.0
             if is_last or rpc_code(error) is not grpc.StatusCode.UNAVAILABLE:
                 raise from_rpc_error(client.address, error, None) from error
             return rpc_details(error).retry_after_s or RESTART_PAUSE_S
@@ -124,23 +166,103 @@ class _Run:
     def _take(self, response: evaluation_pb2.EvaluateResponse, on_progress: OnProgress | None) -> None:
         if response.HasField("result"):
             self.result = response.result
-        elif response.HasField("progress") and on_progress is not None:
-            progress = response.progress
+            return
+        progress = response.progress
+        self.records.add(
+            progress.resume_token, progress.item_id, progress.record, self._contents.get(progress.item_id, "")
+        )
+        if on_progress is not None:
             on_progress(
                 Progress(
                     images_done=progress.images_done + self._images_skipped,
-                    images_total=len(self._work),
+                    images_total=self._images_total or progress.images_total,
                     boxes_done=progress.instances_done,
                     boxes_failed=self._skipped.total(),
                     running_miou=progress.running_miou if progress.HasField("running_miou") else None,
                 )
             )
 
+    def _begin(self) -> None:
+        """Before each stream."""
+
+    def _requests(self, silence: _Silence) -> Iterator[evaluation_pb2.EvaluateRequest]:
+        raise NotImplementedError
+
+    def _all_skipped(self, result: evaluation_pb2.EvaluateResult) -> dict[str, int]:
+        counts = Counter(self._skipped)
+        counts.update({row.reason: row.instances for row in result.skipped})
+        return dict(counts.most_common())
+
+    def _category(self, row: evaluation_pb2.CategoryFigures) -> CategoryRow:
+        return CategoryRow(
+            category_id=self._category_id(row.category.category_id),
+            name=row.category.name,
+            count=row.instances,
+            miou=row.miou,
+            share_good=row.share_good,
+            mean_score=row.mean_score,
+        )
+
+    def _category_id(self, key: int) -> JsonId:
+        return key
+
+    def _measured(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
+        raise NotImplementedError
+
+
+class _ServerRun(_Pass):
+    """One pass over a data set on the server; names and ids are the server's."""
+
+    def __init__(
+        self, annotations: str, images: str, options: LabelOptions, worst_count: int, records: EvaluationRecords
+    ) -> None:
+        super().__init__(options, worst_count, records)
+        self._names = annotations, images
+
+    def _requests(self, silence: _Silence) -> Iterator[evaluation_pb2.EvaluateRequest]:
+        token = self.records.token
+        yield codec.evaluate_dataset(self._options, self._names, self._worst_count, token)
+        for item_id, record in self.records.items() if token else ():
+            silence.heard()
+            yield codec.evaluate_record(item_id, record)
+
+    def _measured(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
+        return MeasuredInstance(row.instance_id, row.item_id, row.item_id, (0.0, 0.0, 0.0, 0.0), row.iou, row.score)
+
+
+class _Run(_Pass):
+    """One pass over a local data set. Rows are named by their place in the file, since ids may be of any JSON type."""
+
+    def __init__(
+        self,
+        coco: CocoFile,
+        images_dir: Path | str,
+        *,
+        options: LabelOptions,
+        worst_count: int,
+        limits: ServerLimits,
+        records: EvaluationRecords,
+    ) -> None:
+        super().__init__(options, worst_count, records)
+        self._coco = coco
+        self._work = [(image, rows) for image, rows in by_image(coco) if any(map(_has_truth, rows))]
+        self._images = {str(at): image for at, (image, _) in enumerate(self._work)}
+        self._load = image_loader(ImageFiles(images_dir), limits)
+        self._category_keys = _category_keys(coco)
+        self._category_ids = {key: category_id for category_id, key in self._category_keys.items()}
+        self._place = {id(row): at for at, row in enumerate(coco.annotations)}
+        self._images_total = len(self._work)
+
+    def _begin(self) -> None:
+        self._skipped = self._coco.problem_counts()
+        self._images_skipped = 0
+
     def _requests(self, silence: _Silence) -> Iterator[evaluation_pb2.EvaluateRequest]:
         # No window of our own: the server reads only so many images ahead, and gRPC then stops asking for more.
         names = self._coco.category_names
         categories = {key: names[category_id] for category_id, key in self._category_keys.items()}
-        yield codec.evaluate_options(self._options, categories, len(self._work), self._worst_count)
+        token = self.records.token
+        yield codec.evaluate_options(self._options, categories, len(self._work), self._worst_count, token)
         try:
             for item_id, (image, rows) in zip(self._images, self._work, strict=True):
                 request = self._image_request(item_id, image, rows)
@@ -159,7 +281,10 @@ class _Run:
         if not truths:
             return None
         try:
-            return codec.evaluate_image(item_id, self._load(image), truths)
+            picture = self._load(image)
+            sha256 = self._contents[item_id] = hashlib.sha256(picture.content).hexdigest()
+            record = self.records.get(item_id, sha256) if self.records.token else b""
+            return codec.evaluate_image(item_id, picture, truths, sha256 if record else None, record)
         except BadImage as error:
             self._images_skipped += 1
             self._skipped[error.reason] += sum(not truth.is_crowd for truth in truths)
@@ -178,21 +303,9 @@ class _Run:
         category = self._category_keys[row.category_id]
         return codec.ground_truth(self._place[id(row)], row.box_xywh, category, rle, row.iscrowd)
 
-    def _all_skipped(self, result: evaluation_pb2.EvaluateResult) -> dict[str, int]:
-        counts = Counter(self._skipped)
-        counts.update({row.reason: row.instances for row in result.skipped})
-        return dict(counts.most_common())
-
-    def _category(self, row: evaluation_pb2.CategoryFigures) -> CategoryRow:
-        key = row.category.category_id
-        return CategoryRow(
-            category_id=self._category_ids.get(key, key),
-            name=row.category.name,
-            count=row.instances,
-            miou=row.miou,
-            share_good=row.share_good,
-            mean_score=row.mean_score,
-        )
+    def _category_id(self, key: int) -> JsonId:
+        found: JsonId = self._category_ids.get(key, key)
+        return found
 
     def _measured(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
         annotation = self._coco.annotations[row.instance_id]

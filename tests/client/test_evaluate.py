@@ -100,7 +100,7 @@ def test_a_broken_stream_starts_the_evaluation_anew(dataset: Dataset, monkeypatc
     evaluation = evaluate(FakeServer(Faults(break_after=1, breaks=2)), dataset)
     assert (evaluation.images, evaluation.overall.count) == (3, 6)
     with pytest.raises(ServerUnavailable):
-        evaluate(FakeServer(Faults(break_after=1, breaks=3)), dataset)
+        evaluate(FakeServer(Faults(break_after=1, breaks=5)), dataset)
 
 
 def test_a_silent_server_ends_the_evaluation(dataset: Dataset) -> None:

@@ -51,10 +51,20 @@ class EvaluateOptions(google.protobuf.message.Message):
     CATEGORIES_FIELD_NUMBER: builtins.int
     IMAGES_TOTAL_FIELD_NUMBER: builtins.int
     WORST_COUNT_FIELD_NUMBER: builtins.int
+    DATASET_FIELD_NUMBER: builtins.int
+    WANT_RECORDS_FIELD_NUMBER: builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: builtins.int
     images_total: builtins.int
     """How many images will follow, for progress only; 0 = unknown."""
     worst_count: builtins.int
     """Length of EvaluateResult.worst; 0 = none; at most 10 000."""
+    want_records: builtins.bool
+    """Send EvaluateProgress.record with each image, so that a broken evaluation can go on."""
+    resume_token: builtins.bytes
+    """EvaluateProgress.resume_token of the evaluation that is to go on; images may then carry EvaluateImage.record.
+    FAILED_PRECONDITION with reason RESUME_TOKEN_STALE when weights, branch, options or number format are others now, or
+    when the server cannot check the token any more (it was restarted without `resume_key`): begin anew.
+    """
     @property
     def label(self) -> mal.v1.types_pb2.LabelOptions:
         """How boxes become masks. No mask is sent, so `formats` and `polygon_tolerance_px` do nothing."""
@@ -63,6 +73,10 @@ class EvaluateOptions(google.protobuf.message.Message):
     def categories(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[mal.v1.types_pb2.Category]:
         """The classes of the ground truth, in the order of the report; one that is missing here has its id for a name."""
 
+    @property
+    def dataset(self) -> global___DatasetSource:
+        """A data set on the server in the place of images that follow; `categories` and `images_total` are then empty."""
+
     def __init__(
         self,
         *,
@@ -70,11 +84,36 @@ class EvaluateOptions(google.protobuf.message.Message):
         categories: collections.abc.Iterable[mal.v1.types_pb2.Category] | None = ...,
         images_total: builtins.int = ...,
         worst_count: builtins.int = ...,
+        dataset: global___DatasetSource | None = ...,
+        want_records: builtins.bool = ...,
+        resume_token: builtins.bytes = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["label", b"label"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["categories", b"categories", "images_total", b"images_total", "label", b"label", "worst_count", b"worst_count"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["dataset", b"dataset", "label", b"label"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["categories", b"categories", "dataset", b"dataset", "images_total", b"images_total", "label", b"label", "resume_token", b"resume_token", "want_records", b"want_records", "worst_count", b"worst_count"]) -> None: ...
 
 global___EvaluateOptions = EvaluateOptions
+
+@typing.final
+class DatasetSource(google.protobuf.message.Message):
+    """A COCO file and its images below the server's data_folders."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ANNOTATIONS_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
+    annotations: builtins.str
+    """The COCO file with boxes and true masks: FOLDER/PATH, a folder of GetServerInfoResponse.data_folders."""
+    images: builtins.str
+    """The folder that its file names are relative to: FOLDER/PATH or FOLDER."""
+    def __init__(
+        self,
+        *,
+        annotations: builtins.str = ...,
+        images: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["annotations", b"annotations", "images", b"images"]) -> None: ...
+
+global___DatasetSource = DatasetSource
 
 @typing.final
 class EvaluateImage(google.protobuf.message.Message):
@@ -85,8 +124,15 @@ class EvaluateImage(google.protobuf.message.Message):
     ITEM_ID_FIELD_NUMBER: builtins.int
     IMAGE_FIELD_NUMBER: builtins.int
     GROUND_TRUTH_FIELD_NUMBER: builtins.int
+    RECORD_FIELD_NUMBER: builtins.int
     item_id: builtins.str
-    """The caller's name for the image, at most 256 bytes; of two images with the same name the first one counts."""
+    """The caller's name for the image, at most 256 bytes; of two images with the same name the first one counts. With
+    EvaluateOptions.dataset: the image's file name as the server said it in EvaluateProgress.item_id.
+    """
+    record: builtins.bytes
+    """EvaluateProgress.record of this image from the evaluation that goes on. `image` may then be a content_sha256 that the
+    server does not hold; with EvaluateOptions.dataset, `image` and `ground_truth` are unset.
+    """
     @property
     def image(self) -> mal.v1.types_pb2.ImageSource:
         """The picture."""
@@ -101,9 +147,10 @@ class EvaluateImage(google.protobuf.message.Message):
         item_id: builtins.str = ...,
         image: mal.v1.types_pb2.ImageSource | None = ...,
         ground_truth: collections.abc.Iterable[global___GroundTruth] | None = ...,
+        record: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["image", b"image"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ground_truth", b"ground_truth", "image", b"image", "item_id", b"item_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ground_truth", b"ground_truth", "image", b"image", "item_id", b"item_id", "record", b"record"]) -> None: ...
 
 global___EvaluateImage = EvaluateImage
 
@@ -176,10 +223,21 @@ class EvaluateProgress(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    RESUME_TOKEN_FIELD_NUMBER: builtins.int
+    ITEM_ID_FIELD_NUMBER: builtins.int
+    RECORD_FIELD_NUMBER: builtins.int
     IMAGES_DONE_FIELD_NUMBER: builtins.int
     IMAGES_TOTAL_FIELD_NUMBER: builtins.int
     INSTANCES_DONE_FIELD_NUMBER: builtins.int
     RUNNING_MIOU_FIELD_NUMBER: builtins.int
+    resume_token: builtins.bytes
+    """With EvaluateOptions.want_records: shows that records belong to the same evaluation; the same in every message."""
+    item_id: builtins.str
+    """The image that was done last."""
+    record: builtins.bytes
+    """With want_records: what was measured on it, sealed by the server. Sent back in EvaluateImage.record it stands for
+    labelling the same image with the same boxes again. Empty where measuring again may end otherwise.
+    """
     images_done: builtins.int
     """Images answered so far, skipped ones included."""
     images_total: builtins.int
@@ -191,13 +249,16 @@ class EvaluateProgress(google.protobuf.message.Message):
     def __init__(
         self,
         *,
+        resume_token: builtins.bytes = ...,
+        item_id: builtins.str = ...,
+        record: builtins.bytes = ...,
         images_done: builtins.int = ...,
         images_total: builtins.int = ...,
         instances_done: builtins.int = ...,
         running_miou: builtins.float | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_running_miou", b"_running_miou", "running_miou", b"running_miou"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_running_miou", b"_running_miou", "images_done", b"images_done", "images_total", b"images_total", "instances_done", b"instances_done", "running_miou", b"running_miou"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_running_miou", b"_running_miou", "images_done", b"images_done", "images_total", b"images_total", "instances_done", b"instances_done", "item_id", b"item_id", "record", b"record", "resume_token", b"resume_token", "running_miou", b"running_miou"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_running_miou", b"_running_miou"]) -> typing.Literal["running_miou"] | None: ...
 
 global___EvaluateProgress = EvaluateProgress

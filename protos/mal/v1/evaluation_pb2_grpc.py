@@ -27,7 +27,8 @@ class EvaluationServiceServicer(object):
     """
 
     def Evaluate(self, request_iterator, context):
-        """The first message holds the options, every further one an image. The client half-closes after its last image.
+        """The first message holds the options, every further one an image; with EvaluateOptions.dataset there are none but
+        those that an evaluation which goes on has records of. The client half-closes after its last image.
         Progress messages come as images are done, then exactly one result as the last message. An image or an instance
         that cannot be used is counted in EvaluateResult.skipped and does not end the call. The server stops reading while
         ServerLimits.max_items_in_flight images are unanswered.

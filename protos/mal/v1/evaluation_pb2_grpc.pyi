@@ -25,7 +25,8 @@ class EvaluationServiceStub:
         mal.v1.evaluation_pb2.EvaluateRequest,
         mal.v1.evaluation_pb2.EvaluateResponse,
     ]
-    """The first message holds the options, every further one an image. The client half-closes after its last image.
+    """The first message holds the options, every further one an image; with EvaluateOptions.dataset there are none but
+    those that an evaluation which goes on has records of. The client half-closes after its last image.
     Progress messages come as images are done, then exactly one result as the last message. An image or an instance
     that cannot be used is counted in EvaluateResult.skipped and does not end the call. The server stops reading while
     ServerLimits.max_items_in_flight images are unanswered.
@@ -38,7 +39,8 @@ class EvaluationServiceAsyncStub:
         mal.v1.evaluation_pb2.EvaluateRequest,
         mal.v1.evaluation_pb2.EvaluateResponse,
     ]
-    """The first message holds the options, every further one an image. The client half-closes after its last image.
+    """The first message holds the options, every further one an image; with EvaluateOptions.dataset there are none but
+    those that an evaluation which goes on has records of. The client half-closes after its last image.
     Progress messages come as images are done, then exactly one result as the last message. An image or an instance
     that cannot be used is counted in EvaluateResult.skipped and does not end the call. The server stops reading while
     ServerLimits.max_items_in_flight images are unanswered.
@@ -53,7 +55,8 @@ class EvaluationServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[mal.v1.evaluation_pb2.EvaluateRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[mal.v1.evaluation_pb2.EvaluateResponse], collections.abc.AsyncIterator[mal.v1.evaluation_pb2.EvaluateResponse]]:
-        """The first message holds the options, every further one an image. The client half-closes after its last image.
+        """The first message holds the options, every further one an image; with EvaluateOptions.dataset there are none but
+        those that an evaluation which goes on has records of. The client half-closes after its last image.
         Progress messages come as images are done, then exactly one result as the last message. An image or an instance
         that cannot be used is counted in EvaluateResult.skipped and does not end the call. The server stops reading while
         ServerLimits.max_items_in_flight images are unanswered.

@@ -1,0 +1,118 @@
+"""What a server has measured so far in an evaluation, sealed by it, so that a broken one goes on instead of anew.
+
+In memory a record outlives a broken stream; in a file also the end of this process. Whether the server takes it back is
+the server's word: it does not after its weights or the options changed, nor after a restart without `resume_key`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mal_train.errors import ConfigError, OutputError
+
+WHAT = "mal-client evaluation records"
+
+
+class EvaluationRecords:
+    """Records by image, and the token that they belong to.
+
+    Args:
+        path: JSON lines, appended as records come; None = memory alone.
+        job: what is measured and how; a file of another job is refused.
+
+    Raises:
+        ConfigError: the file is of another job, or none of ours.
+        OutputError: it cannot be written.
+    """
+
+    def __init__(self, path: Path | None, job: dict[str, Any]) -> None:
+        self.token = b""
+        self._path = path
+        self._job = job
+        self._records: dict[str, tuple[str, bytes]] = {}
+        self._file: BinaryIO | None = None
+        if path is not None and path.exists():
+            self._read(path)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, item_id: str, content: str = "") -> bytes:
+        """The record of an image; empty when there is none, or when the image's content is another one now."""
+        known, record = self._records.get(item_id, ("", b""))
+        return record if known == content else b""
+
+    def items(self) -> list[tuple[str, bytes]]:
+        """(image, record) of all."""
+        return [(item_id, record) for item_id, (_, record) in self._records.items()]
+
+    def add(self, token: bytes, item_id: str, record: bytes, content: str = "") -> None:
+        """Keeps a record. `content`: SHA-256 of the image's file, where this side has it."""
+        if not record or self._records.get(item_id) == (content, record):
+            return
+        if self.token != token:
+            self.clear()
+            self.token = token
+            self._append({"what": WHAT, "job": self._job, "token": _text(token)})
+        self._records[item_id] = (content, record)
+        self._append({"item": item_id, "content": content, "record": _text(record)})
+
+    def clear(self) -> None:
+        """Forgets everything: the server takes none of it back."""
+        self.token = b""
+        self._records.clear()
+        self.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Closes the file and leaves it for a later run."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self._path is None:
+            return
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab")
+            # A newline first: the last line of a run that was killed may be cut.
+            self._file.write(b"\n" + json.dumps(row).encode())
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be written: {error.strerror}") from error
+
+    def _read(self, path: Path) -> None:
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be read: {error.strerror}") from error
+        rows = [row for row in map(_parsed, lines) if row is not None]
+        if any(lines) and (not rows or rows[0].get("what") != WHAT):
+            raise ConfigError(f"{path}: holds no records of an evaluation; name another file")
+        for row in rows:
+            if "what" in row:
+                if row.get("job") != self._job:
+                    raise ConfigError(
+                        f"{path}: holds the records of another evaluation (other annotations, images or options); "
+                        "delete it or name another file"
+                    )
+                self.token = base64.b64decode(row["token"])
+            elif self.token:
+                self._records[row["item"]] = (row["content"], base64.b64decode(row["record"]))
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
