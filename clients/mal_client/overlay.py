@@ -1,0 +1,49 @@
+"""A labelled image as a picture, for notebooks: masks tinted and outlined, boxes, scores. Sends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mal_client.sources import encode
+from mal_train.atomic import replacing
+from mal_train.labeling.images import RgbImage, decode_image, encode_png
+from mal_train.report.overlays import Drawn, draw_labels
+
+if TYPE_CHECKING:
+    from mal_client.types import BoxLabel, ImageInput
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """A picture that notebooks show when it is the last thing in a cell.
+
+    Attributes:
+        pixels: (H, W, 3) uint8 RGB.
+    """
+
+    pixels: RgbImage
+
+    def _repr_png_(self) -> bytes:
+        """What notebooks ask for."""
+        return encode_png(self.pixels)
+
+    def save(self, path: Path | str) -> None:
+        """Writes it as a PNG file. Raises OutputError."""
+        with replacing(Path(path)) as file:
+            file.write(self._repr_png_())
+
+
+def overlay(image: ImageInput, labels: Sequence[BoxLabel], max_side: int = 1280) -> Overlay:
+    """The image with what it was labelled with, shrunk to max_side px where it is larger.
+
+    >>> overlay("street.jpg", client.label_image("street.jpg", boxes))  # doctest: +SKIP
+
+    Raises:
+        BadImage: it cannot be read.
+    """
+    pixels = decode_image(encode(image).content)
+    objects = [Drawn(label.rle, label.box, f"{label.score:.2f}" if label.ok else "no mask") for label in labels]
+    return Overlay(draw_labels(pixels, objects, max_side))
