@@ -70,11 +70,12 @@ class Ranks:
     @torch.no_grad()
     def average_buffers(self, module: nn.Module) -> None:
         """Gives all processes the mean of a module's floating-point buffers (running statistics of norms)."""
-        if self.size == 1:
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        if self.size == 1 or not buffers:
             return
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self.mean(buffer))
+        mean = self.mean(torch.cat([buffer.flatten() for buffer in buffers]))  # one message for all
+        for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     def stop(self, error: MalError) -> NoReturn:
         """Ends all processes, which must have agreed to it; rank 0 raises the error, the others end in silence."""

@@ -91,3 +91,47 @@ def test_a_run_that_goes_on_sees_the_rest_of_the_epoch(boxes: TrainingBoxes) -> 
     found = student_views(rest)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert len(student_views(rest)) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_processes_together_see_every_box_once(boxes: TrainingBoxes, batch_size: int, size: int) -> None:
+    orders = [EpochOrder(boxes, 5, batch_size, rank, size) for rank in range(size)]
+    for order in orders:
+        order.set_epoch(2)
+    places = [list(order) for order in orders]
+    assert [len(part) for part in places] == [len(order) for order in orders]
+    counted = [place.box for part in places for place in part if place.weight > 0]
+    assert sorted(counted) == list(range(len(boxes)))
+    # All make the same number of steps, and over the processes each stretch's weights are those of a mean over it.
+    batches = [[part[n : n + batch_size] for n in range(0, len(part), batch_size)] for part in places]
+    assert len({len(part) for part in batches}) == 1
+    for stretch in zip(*batches, strict=True):
+        boxes_in_it = sum(len(batch) for batch in stretch if batch[0].weight)
+        for batch in stretch:
+            share = len(batch) if batch[0].weight else 0
+            assert batch[0].weight == pytest.approx(share * size / boxes_in_it)
+
+
+def test_the_stretch_of_a_step_does_not_depend_on_how_many_share_it(boxes: TrainingBoxes) -> None:
+    def steps(batch_size: int, size: int) -> list[set[int]]:
+        parts = [list(EpochOrder(boxes, 5, batch_size, rank, size)) for rank in range(size)]
+        count = -(-len(parts[0]) // batch_size)
+        return [{p.box for part in parts for p in part[n * batch_size : (n + 1) * batch_size]} for n in range(count)]
+
+    assert steps(4, 1) == steps(2, 2) == steps(1, 4)
+
+
+def test_few_processes_open_the_same_picture(tmp_path: Path) -> None:
+    many = read_training_boxes(*write_scenes(tmp_path, images=24), min_area=0, max_area=1e9, compat=Compat.NONE)
+    orders = [EpochOrder(many, 0, 12, rank, 2) for rank in range(2)]
+    opened = [{int(many.image_of_box[place.box]) for place in order} for order in orders]
+    assert len(opened[0]) + len(opened[1]) < 24 + 24 * 2 // 3
+
+
+def test_the_replacement_of_an_unreadable_picture_is_the_same_every_time(boxes: TrainingBoxes) -> None:
+    boxes.paths[0].write_bytes(b"no picture")
+    one, other = (BoxDataset(boxes, CROPPING, seed=3) for _ in range(2))
+    other[1, 5]
+    assert np.array_equal(one[1, 0].views.student, other[1, 0].views.student)
+    assert one[1, 0].bad_images == other[1, 0].bad_images

@@ -1,6 +1,7 @@
 """What goes wrong round a training: signals to whole groups of processes, full shared memory."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -8,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from mal_train.screen import Screen
+from mal_train.tasks.train import train
 from mal_train.training import module as training_module
 from mal_train.training.checkpoints import newest_checkpoint
+from mal_train.training.records import StatusFile, note_failure
 from mal_train.world import world_of
 from tests.scenes import write_scenes
 from tests.training.forked import exit_codes, train_together, training_processes
-from tests.training.runs import assert_same, overrides_of, plain_mean_field, statuses, weights
+from tests.training.runs import assert_same, overrides_of, plain_mean_field, spec_of, statuses, weights
 
 Scenes = dict[str, tuple[Path, Path]]
 CLONE_NEWNS = 0x00020000
@@ -127,3 +132,34 @@ def test_a_stop_in_the_middle_of_accumulation_waits_for_the_step(
 def test_any_seed_of_the_schema_trains(scenes: Scenes, tmp_path: Path) -> None:
     overrides = overrides_of(scenes, tmp_path, "train.num_epochs=1", f"train.seed={2**32 - 1}", "model.vit_dpr=0.5")
     assert train_together(overrides, tmp_path, 1) == [0]
+
+
+@pytest.mark.parametrize(("benchmark", "deterministic"), [(False, True), (True, False)])
+def test_cudnn_is_set_as_the_spec_says_while_training_runs(
+    benchmark: bool, deterministic: bool, scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+    backend = torch.backends.cudnn
+    before = backend.benchmark, backend.deterministic
+    step = training_module.MalModule.training_step
+
+    def watched(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        seen.append((backend.benchmark, backend.deterministic))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(training_module.MalModule, "training_step", watched)
+    switches = [f"train.cudnn.benchmark={benchmark}".lower(), f"train.cudnn.deterministic={deterministic}".lower()]
+    train(spec_of(scenes, tmp_path, "train.num_epochs=1", *switches), Screen.silent())
+    assert set(seen) == {(benchmark, deterministic)}
+    assert (backend.benchmark, backend.deterministic) == before
+
+
+def test_a_run_that_could_not_say_how_it_ended_is_noted_once(tmp_path: Path) -> None:
+    note_failure(tmp_path, "killed")
+    assert not (tmp_path / "status.json").exists()
+    status = StatusFile(tmp_path)
+    status.write("RUNNING", "Training loop.")
+    note_failure(tmp_path, "killed")
+    note_failure(tmp_path, "killed")
+    lines = [json.loads(line) for line in status.path.read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["RUNNING", "FAILURE"]

@@ -199,3 +199,23 @@ def test_the_curve_shows_the_mean_of_all_processes(scenes: Scenes, tmp_path: Pat
         for name in ("one", "two")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_running_statistics_are_averaged_before_the_teacher_copies_them(
+    scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = training_module.MalModule.on_train_start
+
+    def with_statistics(self: Any) -> None:
+        for half in (self.network.student, self.network.teacher):
+            half.register_buffer("statistic", torch.tensor([float(self.ranks.rank)]), persistent=False)
+        start(self)
+
+    def noted(self: Any) -> None:
+        state = [float(half.statistic) for half in (self.network.student, self.network.teacher)]
+        (tmp_path / f"{self.ranks.rank}.txt").write_text(str(state))
+
+    monkeypatch.setattr(training_module.MalModule, "on_train_start", with_statistics)
+    monkeypatch.setattr(training_module.MalModule, "on_train_end", noted)
+    assert train_together(overrides_of(scenes, tmp_path, "train.num_epochs=1"), tmp_path) == [0, 0]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["[0.5, 0.5]"] * 2

@@ -1,0 +1,79 @@
+"""What two training processes cost beside one on the same work: the same boxes in the same steps, over gloo on the CPU.
+
+Each process has one thread and makes its own crops. CPU time is the figure to trust on a machine that others use too.
+"""
+
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mal_train import cli
+from mal_train.data.synthetic import write_split
+from mal_train.launch import free_port
+from mal_train.training.module import MalModule
+from mal_train.world import LAUNCHED
+
+BOXES = 8
+"""In a step, of all processes together."""
+WARM_UP, STEPS = 3, 20
+
+
+def train(rank: int, size: int, port: int, arguments: list[str], folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {LAUNCHED: "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    start = MalModule.on_train_batch_start
+    marks: list[tuple[float, float]] = []
+
+    def timed(self: MalModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx in (WARM_UP, WARM_UP + STEPS):
+            marks.append((time.process_time(), time.perf_counter()))
+            (folder / f"{size}-{rank}.json").write_text(json.dumps(marks))
+        start(self, batch, batch_idx)
+
+    MalModule.on_train_batch_start = timed  # type: ignore[method-assign]
+    raise SystemExit(cli.main(arguments))
+
+
+def seconds_per_step(size: int, data: list[str], folder: Path) -> tuple[float, float]:
+    """(CPU seconds of all processes together, wall seconds) of a step."""
+    arguments = ["train", "-e", str(folder / "spec.yaml"), *data, f"results_dir='{folder}/{size}'"]
+    arguments += [f"train.batch_size={BOXES // size}", f"train.num_gpus={size}"]
+    port = free_port()
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=train, args=(rank, size, port, arguments, folder)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    marks = [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)]
+    cpu = sum(last[0] - first[0] for first, last in marks) / STEPS
+    wall = max(last[1] - first[1] for first, last in marks) / STEPS
+    return cpu, wall
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "spec.yaml").write_text(
+            "dataset: {crop_size: 112, min_obj_size: 100, num_workers_per_gpu: 0}\n"
+            "model: {arch: vit-deit-tiny/16}\n"
+            "train: {gpu_ids: [], num_epochs: 1, use_amp: false, crf_num_iter: 20}\n"
+        )
+        scenes = write_split(folder, "scenes", 90, 1, masks=False)
+        data = [f"dataset.train_ann_path='{scenes.annotations}'", f"dataset.train_img_dir='{scenes.images}'"]
+        found = {size: seconds_per_step(size, data, folder) for size in (1, 2)}
+    for size, (cpu, wall) in found.items():
+        print(f"{size} x {BOXES // size} boxes: CPU {cpu:.3f} s, wall {wall:.3f} s a step")
+    print(f"CPU time, two to one: {found[2][0] / found[1][0]:.2f}")
+    print(f"wall time, one to two: {found[1][1] / found[2][1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
