@@ -34,7 +34,9 @@ def state_of(path: Path) -> dict[str, torch.Tensor]:
     return {**checkpoint.weights, **moments}
 
 
-@pytest.mark.parametrize(("count", "accumulate"), [(4, 1), (3, 2), pytest.param(32, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "accumulate"), [(4, 1), (3, 2), pytest.param(32, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
 def test_going_on_at_a_random_step_is_as_if_never_stopped(count: int, accumulate: int, tmp_path: Path) -> None:
     # 17 boxes in batches of 2: the last batch of an epoch is a small one; 36 batches in all.
     def without_one(coco: dict[str, list[object]]) -> None:
