@@ -110,6 +110,9 @@ class DatasetConfig(Strict):
     crop_size: int = Field(
         default=512, ge=1, description="Side of the square network input in px; a multiple of the patch size."
     )
+    test_crop_size: int | None = Field(
+        default=None, ge=1, description="Side of the crop in validation and labelling; null: crop_size."
+    )
     num_workers_per_gpu: int = Field(
         default=2, ge=0, description="Processes that prepare training crops; 0: the main process."
     )
@@ -221,9 +224,10 @@ class TrainConfig(_Devices):
         default=None,
         description="Fit the score to IoUs of the validation masks, into the checkpoint; null: unless compat is tao.",
     )
-    supervision: Literal["box", "mask", "auto"] = Field(
+    supervision: Literal["box", "mask", "auto", "pseudo"] = Field(
         default="box",
-        description="Learn from boxes alone, from masks alone, or (auto) from masks where annotations carry them.",
+        description="Learn from boxes alone, from masks alone, (auto) from masks where annotations carry them, or "
+        "(pseudo) from all\nboxes and beside them from masks that `mal-train inference` made, weighed by their scores.",
     )
     loss_mask_weight: float = Field(default=4.0, ge=0.0, description="Weight of the loss of boxes that have a mask.")
     loss_mil_weight: float = Field(default=4.0, ge=0.0, description="Weight of the multiple-instance loss.")
@@ -283,29 +287,45 @@ class TrainConfig(_Devices):
         return small, medium, large
 
 
-class EvaluateConfig(_OneMachine):
-    """Section `evaluate`."""
+class _Passes(_OneMachine):
+    """How a box is labelled where time matters less than the mask."""
 
-    checkpoint: str | None = Field(default=None, description="Checkpoint to evaluate on dataset.val_ann_path.")
-    results_dir: str | None = Field(
-        default=None, description="Folder of this task's results; null: <results_dir>/evaluate."
-    )
-    batch_size: int = Field(default=3, ge=1, description="Boxes in a batch.")
     use_mixed_model_test: bool = Field(
         default=False, description="Mean of student and teacher; wins over use_teacher_test."
     )
     use_teacher_test: bool = Field(default=False, description="The teacher instead of the student.")
     use_flip_test: bool = Field(default=False, description="Average each crop with its mirror image.")
+    margins: tuple[Margin, ...] = Field(
+        default=(),
+        description="Growths of a box to label it with, their answers averaged; a pass each. []: the checkpoint's.",
+    )
+    resolve_overlaps: bool = Field(
+        default=False, description="Give each pixel that several boxes of an image claim to one of them."
+    )
+
+
+class EvaluateConfig(_Passes):
+    """Section `evaluate`."""
+
+    checkpoint: str | None = Field(
+        default=None, description="Checkpoint to evaluate on dataset.val_ann_path; builtin: the model in the package."
+    )
+    results_dir: str | None = Field(
+        default=None, description="Folder of this task's results; null: <results_dir>/evaluate."
+    )
+    batch_size: int = Field(default=3, ge=1, description="Boxes in a batch.")
     precision: Precision = Field(
         default="auto",
         description="Arithmetic of the network; auto: bfloat16 where it is fast, float32 under compat tao.",
     )
 
 
-class InferenceConfig(_OneMachine):
+class InferenceConfig(_Passes):
     """Section `inference`."""
 
-    checkpoint: str | None = Field(default=None, description="Checkpoint to label with.")
+    checkpoint: str | None = Field(
+        default=None, description="Checkpoint to label with; builtin: the model in the package."
+    )
     results_dir: str | None = Field(
         default=None, description="Folder of this task's results; null: <results_dir>/inference."
     )
@@ -368,7 +388,7 @@ class Spec(Strict):
     def labeler_config(self) -> LabelerConfig:
         """What the checkpoint will say about crops and thresholds, before any fit."""
         return LabelerConfig(
-            crop_size=self.dataset.crop_size,
+            crop_size=self.dataset.test_crop_size or self.dataset.crop_size,
             margin_rate=self.train.test_margin_rate[0],
             mask_thres=self.train.thresholds,
             compat=self.compat,

@@ -17,13 +17,14 @@ from mal_train.errors import BadBox, BadDataset, BadImage
 from mal_train.labeling import rle
 from mal_train.labeling.box_filter import training_refusal
 from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
-from mal_train.labeling.geometry import Box, check_box
+from mal_train.labeling.geometry import Box, box_iou, check_box
 from mal_train.labeling.images import read_image
 from mal_train.labeling.rle import Rle
 from mal_train.labeling.settings import Compat
 
-Supervision = Literal["box", "mask", "auto"]
-"""What is learned from: boxes alone, masks alone, or masks where there are any and boxes for the rest."""
+Supervision = Literal["box", "mask", "auto", "pseudo"]
+"""What is learned from: boxes alone, masks alone, masks where there are any and boxes for the rest, or the boxes of
+all and beside them masks that an earlier model guessed."""
 
 WINDOW_IMAGES = 64
 """Images whose boxes are mixed with each other: few enough to stay decoded, many enough for a good shuffle."""
@@ -43,6 +44,7 @@ class TrainingBoxes:
         total: annotations in the file.
         refused: how many are not trained on, by reason.
         masks: the mask of each box, None where it has none; empty where masks are not used.
+        mask_weights: (boxes,) float32, how much each mask counts, 1 on average; None: all alike.
     """
 
     paths: tuple[Path, ...]
@@ -52,6 +54,7 @@ class TrainingBoxes:
     total: int
     refused: Counter[str]
     masks: tuple[Rle | None, ...] = ()
+    mask_weights: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.image_of_box)
@@ -106,7 +109,8 @@ def select_boxes(
 ) -> TrainingBoxes:
     """`read_training_boxes` of a file already in memory, with masks as `supervision` says.
 
-    `box` leaves masks alone, `auto` takes those that can be read, `mask` leaves out boxes without one.
+    `box` leaves masks alone, `auto` takes those that can be read, `mask` leaves out boxes without one, and `pseudo`
+    weighs those that can be read by `guess_weight`.
     """
     refused: Counter[str] = Counter()
     paths: list[Path] = []
@@ -114,6 +118,7 @@ def select_boxes(
     image_of_box: list[int] = []
     boxes: list[Box] = []
     masks: list[Rle | None] = []
+    weights: list[float] = []
     seen = 0
     for image, annotations in by_image(coco):
         seen += len(annotations)
@@ -140,6 +145,7 @@ def select_boxes(
             else:
                 kept.append(inside)
                 masks.append(mask)
+                weights.append(guess_weight(annotation.raw.get("score"), mask, inside))
         if kept:
             image_of_box += [len(paths)] * len(kept)
             boxes += kept
@@ -161,7 +167,28 @@ def select_boxes(
         len(coco.annotations),
         refused,
         () if supervision == "box" else tuple(masks),
+        _on_average_one(weights) if supervision == "pseudo" else None,
     )
+
+
+def guess_weight(score: object, mask: Rle | None, box_inside: Box) -> float:
+    """How far a guessed mask is to be trusted, in [0, 1]: its score times how tightly it fills its box.
+
+    Tightness is the IoU of the mask's own tight box with the given one, which is the one thing known for certain.
+    A mask without a score counts by its tightness alone; no mask, or an empty one, has weight 0.
+    """
+    tight = None if mask is None else rle.to_box(mask)
+    if tight is None:
+        return 0.0
+    trust = float(score) if isinstance(score, int | float) else 1.0
+    return min(max(trust, 0.0), 1.0) * box_iou(tight, box_inside)
+
+
+def _on_average_one(weights: list[float]) -> NDArray[np.float32]:
+    """The weights scaled so that those above 0 have the mean 1: the loss's size then says nothing of the guesses'."""
+    array = np.asarray(weights, dtype=np.float64)
+    known = array > 0.0
+    return (array / array[known].mean() if known.any() else array).astype(np.float32)
 
 
 def epoch_order(boxes: TrainingBoxes, seed: int, epoch: int) -> NDArray[np.int64]:

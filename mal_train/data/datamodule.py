@@ -40,8 +40,9 @@ class Batch(NamedTuple):
 
     student_NHWC and teacher_NHWC are uint8 RGB, box_mask_NHW uint8 with values 0 and 1. branch_N (int64 size branch)
     stays on the CPU, where it steers the network. bad_images names pictures that could not be read, with the reason.
-    mask_MHW (uint8, 0 and 1) are the masks of the M samples that masked_M (int64) counts; None without any. weight is
-    the factor of its loss: 1, but where several processes share an epoch's last stretch unevenly.
+    mask_MHW (uint8, 0 and 1) are the masks of the M samples that masked_M (int64) counts, and mask_weight_M (float32)
+    how much each counts; None without any. weight is the factor of the whole batch's loss: 1, but where several
+    processes share an epoch's last stretch unevenly.
     """
 
     student_NHWC: Tensor
@@ -51,6 +52,7 @@ class Batch(NamedTuple):
     bad_images: tuple[str, ...]
     mask_MHW: Tensor | None = None
     masked_M: Tensor | None = None
+    mask_weight_M: Tensor | None = None
     weight: float = 1.0
 
     def to(self, device: torch.device) -> "Batch":
@@ -60,6 +62,7 @@ class Batch(NamedTuple):
             teacher_NHWC=self.teacher_NHWC.to(device, non_blocking=True),
             box_mask_NHW=self.box_mask_NHW.to(device, non_blocking=True),
             mask_MHW=None if self.mask_MHW is None else self.mask_MHW.to(device, non_blocking=True),
+            mask_weight_M=None if self.mask_weight_M is None else self.mask_weight_M.to(device, non_blocking=True),
         )
 
 
@@ -70,6 +73,7 @@ class Sample(NamedTuple):
     branch: int
     bad_images: tuple[str, ...]
     weight: float = 1.0
+    mask_weight: float = 1.0
 
 
 class Place(NamedTuple):
@@ -113,7 +117,9 @@ class BoxDataset(Dataset[Sample]):
             branch = int(network_branch(box_area(box), self.cropping.compat))
             code = self.boxes.masks[index] if self.boxes.masks else None
             mask = None if code is None else rle.decode_mask(code)
-            return Sample(make_views(image, box, self.cropping, rng, mask), branch, tuple(bad), weight)
+            weights = self.boxes.mask_weights
+            mask_weight = 1.0 if weights is None else float(weights[index])
+            return Sample(make_views(image, box, self.cropping, rng, mask), branch, tuple(bad), weight, mask_weight)
         raise BadDataset(f"{REPLACEMENTS} pictures in a row cannot be read, the last: {bad[-1]}")
 
     def _image(self, index: int) -> RgbImage:
@@ -290,5 +296,6 @@ def _stack(samples: list[Sample]) -> Batch:
         tuple(text for sample in samples for text in sample.bad_images),
         torch.from_numpy(np.stack([mask for _, mask in masked])) if masked else None,
         torch.tensor([n for n, _ in masked], dtype=torch.int64) if masked else None,
+        torch.tensor([samples[n].mask_weight for n, _ in masked], dtype=torch.float32) if masked else None,
         samples[0].weight,
     )

@@ -88,6 +88,18 @@ def box_area(box_xywh: Box) -> float:
     return float((x1 - x0) * (y1 - y0))
 
 
+def box_iou(a_xywh: Box, b_xywh: Box) -> float:
+    """IoU of two boxes with positive sides.
+
+    >>> box_iou((0, 0, 2, 2), (1, 0, 2, 2))
+    0.3333333333333333
+    """
+    width = min(a_xywh[0] + a_xywh[2], b_xywh[0] + b_xywh[2]) - max(a_xywh[0], b_xywh[0])
+    height = min(a_xywh[1] + a_xywh[3], b_xywh[1] + b_xywh[3]) - max(a_xywh[1], b_xywh[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    return shared / (a_xywh[2] * a_xywh[3] + b_xywh[2] * b_xywh[3] - shared)
+
+
 def test_window(box_xywh: Box, margin_rate: float) -> Window:
     """Window of inference: the box grown by margin_rate/2 of its half extent on each side.
 

@@ -41,7 +41,7 @@ def import_checkpoint(source: str, target: Path, overrides: list[str], screen: S
     spec = load_spec(None, overrides)
     foreign = read_tao_checkpoint(existing_file(source, "FILE"))
     model = dataclasses.replace(foreign.model, **_model_overrides(spec, names))
-    check_crop_size(model.arch, spec.dataset.crop_size)
+    check_crop_size(model.arch, spec.labeler_config().crop_size)
     _check_fits(model, foreign.weights, source)
     seal_with, _ = keys_of(spec)
     provenance: dict[str, Any] = {

@@ -244,6 +244,7 @@ def build_network(
     A resumed run takes them from its checkpoint later, so nothing is read here for it.
     """
     check_crop_size(spec.model.arch, spec.dataset.crop_size)
+    check_crop_size(spec.model.arch, spec.labeler_config().crop_size)
     network = MalNetwork(model_config(spec.model))
     source = spec.train.pretrained_model_path
     if resume is not None:
@@ -300,6 +301,7 @@ def build_module(
         seed=seed,
         num_images=len(boxes.paths),
         learns_from_masks=bool(boxes.masks),
+        masks_are_guesses=section.supervision == "pseudo",
         say=screen.say,
         ranks=ranks,
     )

@@ -22,7 +22,7 @@ from mal_train.model.network import MalNetwork, normalise
 from mal_train.training.optimiser import OptimiserSettings, build_optimiser, set_rate
 from mal_train.training.ranks import Ranks
 from mal_train.training.schedule import CosineSchedule, ramp
-from mal_train.training.step import LossWeights, StepLosses, mixed_losses, step_losses
+from mal_train.training.step import LossWeights, StepLosses, guessed_losses, mixed_losses, step_losses
 from mal_train.training.teacher import follow
 
 NON_FINITE_LIMIT = 10
@@ -57,6 +57,7 @@ class MalModule(lightning.LightningModule):
         teacher_momentum: share of the teacher that stays at every step.
         seed: of the network's random numbers (stochastic depth), ≥ 0.
         learns_from_masks: whether any sample carries a mask, for those who watch.
+        masks_are_guesses: an earlier model made the masks: they add to the box losses instead of replacing them.
         num_images: pictures in the training set, to know how many unreadable ones are too many.
         say: prints a line for people.
         ranks: the processes that train together; None: this one alone.
@@ -75,6 +76,7 @@ class MalModule(lightning.LightningModule):
         seed: int,
         num_images: int,
         learns_from_masks: bool = False,
+        masks_are_guesses: bool = False,
         say: Callable[[str], None] = print,
         ranks: Ranks | None = None,
     ) -> None:
@@ -90,6 +92,7 @@ class MalModule(lightning.LightningModule):
         self.seed = seed
         self.num_images = num_images
         self.learns_from_masks = learns_from_masks
+        self.masks_are_guesses = masks_are_guesses
         self.say = say
         self.last_losses: StepLosses | None = None
         self.steps_skipped = 0
@@ -128,16 +131,18 @@ class MalModule(lightning.LightningModule):
         student_view = normalise(batch.student_NHWC)
         teacher_view = normalise(batch.teacher_NHWC)
         student = self.network.logits(student_view, batch.branch_N, Branch.STUDENT)
-        teacher = self.network.logits(teacher_view, batch.branch_N, Branch.TEACHER)
+        weights = self.loss_weights(self.global_step)
+        teacher = None
+        if weights.crf > 0.0:  # nothing else asks for its answer
+            teacher = self.network.logits(teacher_view, batch.branch_N, Branch.TEACHER)
         with torch.autocast(self.device.type, enabled=False):
-            weights = self.loss_weights(self.global_step)
             # The jittered view's colours are not the object's: ours steers by the clean one.
             guide = student_view if self.compat is Compat.TAO else teacher_view
 
             def of_boxes(which: Tensor | slice) -> StepLosses:
                 return step_losses(
                     student[which],
-                    teacher[which],
+                    None if teacher is None else teacher[which],
                     guide[which],
                     batch.box_mask_NHW[which],
                     refine=self.mean_field,
@@ -146,8 +151,17 @@ class MalModule(lightning.LightningModule):
                     crf_size_ratio=self.losses.crf_size_ratio,
                 )
 
-            if batch.mask_MHW is None or batch.masked_M is None:
+            if batch.mask_MHW is None or batch.masked_M is None or batch.mask_weight_M is None:
                 losses = of_boxes(slice(None))
+            elif self.masks_are_guesses:
+                losses = guessed_losses(
+                    student,
+                    batch.mask_MHW,
+                    batch.masked_M,
+                    mask_weight_M=batch.mask_weight_M,
+                    weight=weights.mask,
+                    boxes=of_boxes(slice(None)),
+                )
             else:
                 losses = mixed_losses(student, batch.mask_MHW, batch.masked_M, weights.mask, of_boxes)
         seen = self.ranks.mean(torch.stack([loss.detach() for loss in losses]) * batch.weight)

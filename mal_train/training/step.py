@@ -41,7 +41,7 @@ class StepLosses(NamedTuple):
 
 def step_losses(
     student_N1HW: Tensor,
-    teacher_N1HW: Tensor,
+    teacher_N1HW: Tensor | None,
     guide_N3SS: Tensor,
     box_mask_NSS: Tensor,
     *,
@@ -54,7 +54,7 @@ def step_losses(
 
     Args:
         student_N1HW: the student's logits; gradients flow through these alone.
-        teacher_N1HW: the teacher's.
+        teacher_N1HW: the teacher's; None where the mean-field loss has no weight, which leaves that loss out.
         guide_N3SS: normalised picture whose colours steer the mean field.
         box_mask_NSS: the box on the crop, 0/1, any number type.
         refine: the mean field; sees the mean of both networks' probabilities.
@@ -62,7 +62,7 @@ def step_losses(
         compat: `tao` divides the MIL sum by N + 10⁻⁴ instead of N.
         crf_size_ratio: the mean field's grid, as a multiple of the logits' grid.
     """
-    student_N1HW, teacher_N1HW = student_N1HW.float(), teacher_N1HW.detach().float()
+    student_N1HW = student_N1HW.float()
     side = student_N1HW.shape[-2:]
     box_N1SS = box_mask_NSS[:, None].float()
     student_NHW = student_N1HW[:, 0].sigmoid()
@@ -70,7 +70,11 @@ def step_losses(
     count = mil_N.shape[0] + (1e-4 if compat is Compat.TAO else 0.0)
     mil = mil_N.sum() / count * weights.mil
 
-    teacher_NHW = teacher_N1HW[:, 0].sigmoid()
+    logit = logit_excess(student_N1HW[:, 0]).mean() * weights.logit
+    none = torch.zeros_like(mil)
+    if teacher_N1HW is None:
+        return StepLosses(mil + logit, mil, none, logit, none)
+    teacher_NHW = teacher_N1HW[:, 0].detach().float().sigmoid()
     if crf_size_ratio != 1:
         side = torch.Size(crf_size_ratio * length for length in side)
         student_NHW = resize(student_NHW[:, None], side)[:, 0]
@@ -79,8 +83,31 @@ def step_losses(
         start_NHW = (student_NHW + teacher_NHW) / 2
         target_NHW = refine(resize(guide_N3SS.float(), side), start_NHW, resize(box_N1SS, side)[:, 0])
     crf = crf_loss(student_NHW, target_NHW).mean() * weights.crf
-    logit = logit_excess(student_N1HW[:, 0]).mean() * weights.logit
-    return StepLosses(mil + crf + logit, mil, crf, logit, torch.zeros_like(mil))
+    return StepLosses(mil + crf + logit, mil, crf, logit, none)
+
+
+def guessed_losses(
+    student_N1HW: Tensor,
+    mask_MSS: Tensor,
+    masked_M: Tensor,
+    *,
+    mask_weight_M: Tensor,
+    weight: float,
+    boxes: StepLosses,
+) -> StepLosses:
+    """Losses of a batch whose masks are an earlier model's guesses: they add to what all the boxes say.
+
+    Args:
+        student_N1HW: the student's logits.
+        mask_MSS: the guessed masks, 0/1, any number type.
+        masked_M: which crops have one.
+        mask_weight_M: how far each is trusted, float32, 1 on average.
+        weight: of the mask loss.
+        boxes: `step_losses` of the whole batch.
+    """
+    mask_M = mask_loss(*_against_mask(student_N1HW, mask_MSS, masked_M))
+    mask = (mask_M * mask_weight_M).sum() / student_N1HW.shape[0] * weight
+    return boxes._replace(total=boxes.total + mask, mask=mask)
 
 
 def mixed_losses(
@@ -101,11 +128,8 @@ def mixed_losses(
         weight: of the mask loss.
         of_boxes: `step_losses` of the crops with the given numbers.
     """
-    logit_MHW = student_N1HW[masked_M, 0].float()
-    height, width = logit_MHW.shape[-2:]
-    target_MHW = functional.adaptive_avg_pool2d(mask_MSS[:, None].float(), (height, width))[:, 0]
     count = student_N1HW.shape[0]
-    mask = mask_loss(logit_MHW, target_MHW).sum() / count * weight
+    mask = mask_loss(*_against_mask(student_N1HW, mask_MSS, masked_M)).sum() / count * weight
     is_box_N = torch.ones(count, dtype=torch.bool)
     is_box_N[masked_M] = False
     if not is_box_N.any():
@@ -115,6 +139,13 @@ def mixed_losses(
     share = float(is_box_N.sum()) / count
     mil, crf, logit = boxes.mil * share, boxes.crf * share, boxes.logit * share
     return StepLosses(mil + crf + logit + mask, mil, crf, logit, mask)
+
+
+def _against_mask(student_N1HW: Tensor, mask_MSS: Tensor, masked_M: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, H, W) logits of the crops that have a mask, and the share of each of their cells that is object."""
+    logit_MHW = student_N1HW[masked_M, 0].float()
+    height, width = logit_MHW.shape[-2:]
+    return logit_MHW, functional.adaptive_avg_pool2d(mask_MSS[:, None].float(), (height, width))[:, 0]
 
 
 def resize(x_NCHW: Tensor, side: torch.Size) -> Tensor:
