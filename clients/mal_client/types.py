@@ -143,7 +143,8 @@ class BoxLabel:
         index: place of the box in the call, from 0.
         box: the box as it was sent.
         rle: the mask, run-length encoded at image size; None where `error` says why there is none.
-        score: mean foreground probability over the mask in [0, 1]; 0 for an empty mask.
+        score: how sure the model is of the mask, in [0, 1]: its stability or, calibrated, the expected IoU; 0 for an
+            empty mask.
         agreement: IoU in [0, 1] of the two networks' masks; None unless it was asked for.
         area: mask pixels.
         mask_box: tight box of the mask; None for an empty one.

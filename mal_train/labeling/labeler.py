@@ -5,11 +5,12 @@ for thread pools, `predict` belongs on the thread of its device; the object hold
 """
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,9 +19,19 @@ from mal_train.errors import BadBox, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.labeling import geometry, rle
 from mal_train.labeling.geometry import Box, Region, Window
 from mal_train.labeling.images import RgbImage
+from mal_train.labeling.overlaps import Claim
 from mal_train.labeling.parts import has_second_part, without_specks
 from mal_train.labeling.rle import Rle
-from mal_train.labeling.settings import Branch, Compat, LabelerConfig, calibrated, network_branch, size_class
+from mal_train.labeling.settings import (
+    STABILITY_LOGITS,
+    Branch,
+    Compat,
+    LabelerConfig,
+    ScoreKind,
+    calibrated,
+    network_branch,
+    size_class,
+)
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint
 from mal_train.model.keys import DecryptionKey
 from mal_train.model.network import MalNetwork, normalise, probabilities
@@ -93,8 +104,8 @@ class Label:
 
     Attributes:
         rle: the mask in the whole image.
-        score: mean foreground probability over the mask's pixels, in [0, 1], or the expected IoU where the checkpoint
-            carries a calibration; 0 for an empty mask.
+        score: the mask's stability (`ScoreKind`), in [0, 1], or the expected IoU where the checkpoint carries a
+            calibration; 0 for an empty mask.
         area: mask pixels.
         mask_box: tight box of the mask; None when it is empty.
         agreement: IoU of student's and teacher's masks, when asked.
@@ -138,6 +149,11 @@ class Labeler:
     def runs_crops_alone(self) -> bool:
         """Whether `predict` runs one crop a pass, however many it is given."""
         return self.device.type == "cpu" and self.dtype is torch.float32
+
+    def with_margin(self, margin_rate: float) -> "Labeler":
+        """The same network with another growth of the boxes."""
+        config = dataclasses.replace(self.config, margin_rate=margin_rate)
+        return Labeler(self.network, config, device=self.device, precision=str(self.dtype).removeprefix("torch."))
 
     def prepare(self, image: RgbImage, boxes: Sequence[Sequence[float]]) -> list[Crop | BadBox]:
         """One crop, or the reason why there is none, for each box (x, y, width, height px), in order.
@@ -190,19 +206,31 @@ class Labeler:
             min_component_area_px: connected parts with fewer pixels are taken out of the mask, the largest excepted
                 (`parts.without_specks`), before score, area, box, agreement and flags are made.
         """
+        claim = self.claim(crop, probability, threshold=threshold)
+        mask = without_specks(claim.mask, min_component_area_px)
+        agreement = self._agreement(crop, probability, claim.region, claim.limit, min_component_area_px)
+        return self.answer(crop, claim, mask, agreement, min_component_area_px)
+
+    def claim(self, crop: Crop, probability: Probability, *, threshold: float | None = None) -> Claim:
+        """What a box claims of its image before anything is cut from it; `threshold` as in `finish`."""
         limit = self.config.mask_thres[int(size_class(crop.area))] if threshold is None else threshold
         region = self._region(crop)
-        foreground = _above(self._values(crop, probability.prob, region), limit)
-        mask = without_specks(foreground > 0, min_component_area_px)
-        if min_component_area_px:
-            foreground = np.where(mask, foreground, np.float32(0))
-        code = rle.encode_region(mask, region.row0, region.col0, crop.image_hw)
+        return Claim(region, self._values(crop, probability.prob, region), limit)
+
+    def answer(
+        self,
+        crop: Crop,
+        claim: Claim,
+        mask: NDArray[np.bool_],
+        agreement: float | None = None,
+        min_component_area_px: int = 0,
+    ) -> Label:
+        """The label of a box that gets these of its claimed pixels (rows, columns of the claim's region)."""
+        code = rle.encode_region(mask, claim.region.row0, claim.region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
-        # NumPy, not OpenCV: its sum depends on where the array happens to lie in memory, in the last digit.
-        score = min(max(float(foreground.sum(dtype=np.float64)) / area, 0.0), 1.0) if area else 0.0
+        score = self._score(claim, mask, min_component_area_px) if area else 0.0
         if self.config.calibration is not None:
             score = calibrated(score, self.config.calibration)
-        agreement = self._agreement(crop, probability, region, limit, min_component_area_px)
         return Label(
             rle=code,
             score=score,
@@ -211,6 +239,19 @@ class Labeler:
             agreement=agreement,
             flags=_flags(crop, mask, area, agreement),
         )
+
+    def _score(self, claim: Claim, mask: NDArray[np.bool_], min_component_area_px: int) -> float:
+        """Of a mask that is not empty, in (0, 1]; see `ScoreKind`."""
+        if self.config.score is ScoreKind.STABILITY and self.config.compat is not Compat.TAO:
+            high, low = (_moved(claim.limit, logits) for logits in (STABILITY_LOGITS, -STABILITY_LOGITS))
+            kept = int(np.count_nonzero((claim.values > high) & mask))
+            # What the mask gave away to others, and specks with what surrounds them, are no doubt of its own.
+            wider = without_specks(claim.values > low, min_component_area_px) & (mask | ~claim.mask)
+            # One more of each: 0 is the score of the empty mask alone.
+            return (kept + 1) / (int(np.count_nonzero(wider)) + 1)
+        # NumPy, not OpenCV: its sum depends on where the array happens to lie in memory, in the last digit.
+        total = float(np.where(mask, claim.values, np.float32(0)).sum(dtype=np.float64))
+        return min(max(total / int(np.count_nonzero(mask)), 0.0), 1.0)
 
     def label(
         self,
@@ -331,15 +372,18 @@ def build_labeler(
 ) -> Labeler:
     """A labeler with a network of its own, with a checkpoint's weights."""
     network = MalNetwork(checkpoint.model)
-    network.load_state_dict(checkpoint.weights)
+    network.load(checkpoint.weights)
     return Labeler(network, checkpoint.labeler, device=device, precision=precision)
 
 
-def _above(values: ProbMap, limit: float) -> ProbMap:
-    """The values above the limit, 0 elsewhere; OpenCV does it in one pass, four times faster than NumPy's mask."""
-    if not values.size:
-        return values
-    return cv2.threshold(values, limit, 0.0, cv2.THRESH_TOZERO)[1].astype(np.float32, copy=False)
+def _moved(probability: float, logits: float) -> float:
+    """The probability whose logit is larger by that much.
+
+    >>> round(_moved(0.5, 2.0), 4)
+    0.8808
+    """
+    odds = probability / (1.0 - probability) * math.exp(logits)
+    return odds / (1.0 + odds)
 
 
 def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | None) -> tuple[str, ...]:

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load, save
 
 from mal_train.errors import LostProcess, MalError
-from mal_train.labeling.bulk import Failure, Row, label_boxes
+from mal_train.labeling.bulk import Failure, Row
 from mal_train.labeling.coco import Annotation, JsonId
-from mal_train.labeling.labeler import Label, Labeler, RunOptions
+from mal_train.labeling.labeler import Label, Labeler
 from mal_train.labeling.settings import LabelerConfig
+from mal_train.labeling.views import Passes, label_images
 from mal_train.model.network import MalNetwork, ModelConfig
 
 Answer = tuple[JsonId | None, Label | Failure]
@@ -40,7 +41,7 @@ class _Part:
     precision: str
     rows: Sequence[Row]
     image_dir: Path
-    options: RunOptions
+    passes: Passes
     batch_size: int
     threads: int
     torch_threads: int
@@ -53,7 +54,7 @@ def label_on(
     image_dir: Path,
     *,
     precision: str,
-    options: RunOptions | None = None,
+    passes: Passes | None = None,
     batch_size: int = 8,
     threads: int = 2,
 ) -> Generator[tuple[Annotation, Label | Failure], None, None]:
@@ -65,7 +66,7 @@ def label_on(
         rows: images with their annotations, as `coco.by_image` gives them.
         image_dir: folder that the file names start at.
         precision: arithmetic of the network.
-        options: branch, flip, agreement; None: the student's answer.
+        passes: what is done for a label; None: the student's answer, once.
         batch_size: crops in a batch of one device, ≥ 1.
         threads: for decoding and encoding, on all devices together.
 
@@ -74,9 +75,9 @@ def label_on(
         MalError: what one of them met and could not answer with a `Failure`.
     """
     if len(devices) == 1:
-        yield from _labels(labeler, rows, image_dir, options, batch_size=batch_size, threads=threads)
+        yield from label_images(labeler, rows, image_dir, passes or Passes(), batch_size=batch_size, threads=threads)
         return
-    weights = save({name: value.contiguous() for name, value in labeler.network.state_dict().items()})
+    weights = save({name: value.contiguous() for name, value in labeler.network.weights().items()})
     parts = [
         _Part(
             labeler.network.config,
@@ -86,7 +87,7 @@ def label_on(
             precision,
             rows[number :: len(devices)],
             image_dir,
-            options or RunOptions(),
+            passes or Passes(),
             batch_size,
             max(1, threads // len(devices)),
             torch.get_num_threads(),
@@ -183,31 +184,13 @@ def _work(connection: Connection) -> None:
 def _answers(part: _Part) -> Iterator[Answer]:
     torch.set_num_threads(part.torch_threads)
     network = MalNetwork(part.model)
-    network.load_state_dict(load(part.weights))
+    network.load(load(part.weights))
     labeler = Labeler(network, part.labeler, device=part.device, precision=part.precision)
-    found = _labels(labeler, part.rows, part.image_dir, part.options, batch_size=part.batch_size, threads=part.threads)
+    found = label_images(
+        labeler, part.rows, part.image_dir, part.passes, batch_size=part.batch_size, threads=part.threads
+    )
     for annotation, answer in found:
         yield annotation.id, answer
-
-
-def _labels(
-    labeler: Labeler,
-    rows: Sequence[Row],
-    image_dir: Path,
-    options: RunOptions | None,
-    *,
-    batch_size: int,
-    threads: int,
-) -> Iterator[tuple[Annotation, Label | Failure]]:
-    return label_boxes(
-        labeler,
-        rows,
-        image_dir,
-        lambda _annotation, crop, probability: labeler.finish(crop, probability),
-        options=options,
-        batch_size=batch_size,
-        threads=threads,
-    )
 
 
 def _chunks(answers: Iterator[Answer]) -> Iterator[list[Answer]]:

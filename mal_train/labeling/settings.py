@@ -49,6 +49,21 @@ class MaskFormat(StrEnum):
     """The tight crop as a 1-bit picture; lossless."""
 
 
+class ScoreKind(StrEnum):
+    """What a score is made of before any calibration.
+
+    `stability`: pixels whose logit is STABILITY_LOGITS above the threshold's, as a share of those that are not as far
+    below it: how little the mask depends on where it was cut. `probability`: mean foreground probability over the mask,
+    the published score. Measured in docs/quality.md: stability ranks masks better, above all where thresholds are low.
+    """
+
+    STABILITY = "stability"
+    PROBABILITY = "probability"
+
+
+STABILITY_LOGITS = 2.0
+
+
 def size_class(area: ArrayLike) -> NDArray[np.int64]:
     """Class 0, 1, 2 (small, medium, large) of areas in px², any shape. Every positive area belongs to one.
 
@@ -72,7 +87,9 @@ def network_branch(area: ArrayLike, compat: Compat) -> NDArray[np.int64]:
 
 def score_meaning(*, calibrated: bool) -> str:
     """What a score is, in the words of files that carry labels."""
-    return "expected IoU, calibrated" if calibrated else "mean foreground probability, not calibrated"
+    if calibrated:
+        return "expected IoU, calibrated"
+    return "stability of the mask (under compat tao, mean foreground probability), not calibrated"
 
 
 def calibrated(score: float, knots: Knots) -> float:
@@ -93,8 +110,9 @@ class LabelerConfig:
         margin_rate: the window is the box grown by half of this on every side (of the half extent); 0.6 in TAO.
         mask_thres: thresholds in (0, 1) for small, medium and large boxes; mask is where the probability is above.
         compat: see `Compat`.
-        calibration: map from mean foreground probability to expected IoU, fitted on masks for the student's answer at
-            mask_thres; None: the score is the probability itself.
+        calibration: map from the score to expected IoU, fitted on masks for the student's answer at mask_thres; None:
+            the score is as it was made.
+        score: what it is made of; under `compat: tao` always the probability.
     """
 
     crop_size: int = 512
@@ -102,6 +120,7 @@ class LabelerConfig:
     mask_thres: tuple[float, float, float] = (0.1, 0.1, 0.1)
     compat: Compat = Compat.NONE
     calibration: Knots | None = None
+    score: ScoreKind = ScoreKind.STABILITY
 
     def __post_init__(self) -> None:
         if self.crop_size < 1:
@@ -126,11 +145,12 @@ class LabelerConfig:
             "mask_thres": list(self.mask_thres),
             "compat": str(self.compat),
             "calibration": None if self.calibration is None else [list(knot) for knot in self.calibration],
+            "score": str(self.score),
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LabelerConfig":
-        """Inverse of `to_dict`; checkpoints from before there was a calibration have none."""
+        """Inverse of `to_dict`; checkpoints from before there was a choice have no calibration, and the probability."""
         small, medium, large = (float(t) for t in data["mask_thres"])
         knots = data.get("calibration")
         return cls(
@@ -139,6 +159,7 @@ class LabelerConfig:
             (small, medium, large),
             Compat(data["compat"]),
             None if knots is None else tuple((float(x), float(y)) for x, y in knots),
+            ScoreKind(data.get("score", ScoreKind.PROBABILITY)),
         )
 
 

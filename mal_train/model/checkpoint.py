@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
+import torch
 from torch import Tensor
 
 from mal_train.errors import Altered, CheckpointError, ConfigError, NonFiniteTraining, Truncated, UnknownLayout
@@ -47,7 +48,8 @@ class Checkpoint:
     Attributes:
         model: shape of the network.
         labeler: how boxes become masks.
-        weights: "student.…" and "teacher.…" → tensor; on the CPU after loading.
+        weights: "student.…" and "teacher.…" → tensor; on the CPU after loading, and float32 there where they lay as
+            float16. A file of the student alone serves its answer and no other (`MalNetwork.load`).
         categories: of the training annotations, as their COCO file has them.
         provenance: where it comes from (versions, licence of the starting weights, figures, …); `tree.Tree`s.
         kind: `resume` has a training state, `weights` has none.
@@ -168,7 +170,12 @@ def load_checkpoint(path: Path, key: DecryptionKey | None, *, weights_only_kind:
     with _open(path) as file:
         settings, tensors = _read(file, key, wanted)
         seal = file.seal
-    weights = {name: tensor for name, tensor in tensors.items() if not _is_training(name)}
+    # float16 is a way to lie on disk: everybody computes from float32.
+    weights = {
+        name: tensor.float() if tensor.dtype is torch.float16 else tensor
+        for name, tensor in tensors.items()
+        if not _is_training(name)
+    }
     for name, tensor in weights.items():
         if not _all_finite(tensor):
             raise CheckpointError(f"{path}: weight {name} holds NaN or infinity; train it again or take an older file")

@@ -9,6 +9,7 @@ Source: Lan et al., "Vision transformers are good mask auto-labelers", 2023, and
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 BRANCH_SCALE = (0.5, 1.0, 2.0)
 """Resolution of the mask head's input, relative to the feature map, for branches 0, 1, 2 (small, medium, large)."""
+NO_TEACHER = "{}: this checkpoint holds the student alone; ask for the student, without agreement"
 LOGITS_PER_PATCH = 4
 """The logit map has 4h × 4w entries whatever the branch: a quarter of the crop side for patches of 16 px."""
 
@@ -181,6 +183,29 @@ class MalNetwork(nn.Module):
         self.student = MaskNetwork(config)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.eval()
+        self.has_teacher = True
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Fill from the weights of a checkpoint: of both networks, or of the student alone.
+
+        A network of the student alone answers as the student; `logits` refuses the rest. RuntimeError where names or
+        shapes do not fit.
+        """
+        self.has_teacher = any(name.startswith("teacher.") for name in weights)
+        if self.has_teacher:
+            self.load_state_dict(weights)
+            return
+        self.student.load_state_dict({name.removeprefix("student."): weight for name, weight in weights.items()})
+        # One copy in memory; nothing may train it.
+        self.teacher = self.student
+
+    def weights(self) -> dict[str, Tensor]:
+        """What `load` takes: of both networks, or of the student where there is no other."""
+        return {
+            name: weight
+            for name, weight in self.state_dict().items()
+            if self.has_teacher or name.startswith("student.")
+        }
 
     def train(self, mode: bool = True) -> "MalNetwork":
         """Training mode of the student; the teacher never drops anything and stays in evaluation mode."""
@@ -201,6 +226,8 @@ class MalNetwork(nn.Module):
         """
         if which is Branch.STUDENT:
             return self._student(x_NCHW, branch_N)
+        if not self.has_teacher:
+            raise ConfigError(NO_TEACHER.format(f"branch {which}"))
         with torch.no_grad():
             teacher: Tensor = self.teacher(x_NCHW, branch_N)
         return teacher if which is Branch.TEACHER else (self._student(x_NCHW, branch_N) + teacher) / 2

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from mal_train.config import NetworkConfig, Spec
+from mal_train.config import EvaluateConfig, InferenceConfig, NetworkConfig, Spec
 from mal_train.errors import ConfigError, OutputError
-from mal_train.labeling.labeler import Labeler, load_labeler
-from mal_train.labeling.settings import LabelerConfig
+from mal_train.labeling.labeler import Labeler, RunOptions, load_labeler
+from mal_train.labeling.settings import Branch, LabelerConfig
+from mal_train.labeling.views import Passes
+from mal_train.model import builtin
 from mal_train.model.checkpoint import Checkpoint, sha256_of
 from mal_train.model.keys import DecryptionKey, EncryptionKey, parse_key
 from mal_train.model.network import ModelConfig
@@ -136,7 +138,7 @@ def open_labeler(
     if len(devices) > 1:
         resolve(precision, devices[0])  # says before they start what none of them could do
         precision = Precision.FLOAT32
-    path = existing_file(checkpoint, field)
+    path = checkpoint_file(checkpoint, field)
     _, open_with = keys_of(spec)
     labeler, content = load_labeler(path, key=open_with, device=device, precision=precision)
     if content.seal is not None and content.seal.how == "none":
@@ -160,6 +162,24 @@ def _outvoted(spec: Spec, used: LabelerConfig) -> list[str]:
         for name, (section, field, given, stored) in fields.items()
         if field in section.model_fields_set and given != stored
     ]
+
+
+def passes_of(section: EvaluateConfig | InferenceConfig) -> Passes:
+    """What is done for a label; the mean of both networks comes before the teacher, and that before the student."""
+    branch = Branch.TEACHER if section.use_teacher_test else Branch.STUDENT
+    if section.use_mixed_model_test:
+        branch = Branch.MIXED
+    return Passes(RunOptions(branch, flip=section.use_flip_test), section.margins, section.resolve_overlaps)
+
+
+def told(passes: Passes) -> dict[str, Any]:
+    """The same, as a file says it."""
+    return {
+        "branch": str(passes.options.branch),
+        "flip": passes.options.flip,
+        "margins": list(passes.margins),
+        "resolve_overlaps": passes.share_out,
+    }
 
 
 def provenance(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -190,6 +210,11 @@ def existing_file(text: str | None, field: str) -> Path:
     if not path.is_file():
         raise ConfigError(f"{field}: {path}; no such file")
     return path
+
+
+def checkpoint_file(text: str | None, field: str) -> Path:
+    """The checkpoint in a field, `builtin` for the one in the package; ConfigError as `existing_file`."""
+    return existing_file(str(builtin.resolve(text)) if text else None, field)
 
 
 def existing_folder(text: str, field: str) -> Path:

@@ -5,17 +5,19 @@ from mal_train.errors import BadDataset, ConfigError
 from mal_train.labeling.coco import by_image, read_coco
 from mal_train.labeling.coco_output import write_json_atomic
 from mal_train.labeling.evaluation_report import EvaluationReport
-from mal_train.labeling.labeler import RunOptions, dtype_on
+from mal_train.labeling.labeler import dtype_on
 from mal_train.labeling.parallel import label_on
-from mal_train.labeling.settings import Branch
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
+    checkpoint_file,
     choose_devices,
     existing_file,
     existing_folder,
     open_labeler,
+    passes_of,
     provenance,
     task_folder,
+    told,
     worker_threads,
 )
 from mal_train.training.records import figures_of
@@ -46,7 +48,7 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
             precision=settings.precision,
             screen=screen,
         )
-        options = RunOptions(branch=branch_of(spec), flip=settings.use_flip_test)
+        passes = passes_of(settings)
         rows = list(by_image(coco))
         evaluator = evaluator_of(coco, rows)
         labels = label_on(
@@ -55,7 +57,7 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
             rows,
             image_dir,
             precision=settings.precision,
-            options=options,
+            passes=passes,
             batch_size=settings.batch_size,
             threads=worker_threads(),
         )
@@ -64,12 +66,11 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
                 add_answer(evaluator, annotation, label)
                 bar.update()
         report = evaluator.report()
-        checkpoint_path = existing_file(settings.checkpoint, "evaluate.checkpoint")
+        checkpoint_path = checkpoint_file(settings.checkpoint, "evaluate.checkpoint")
         result = {
             **provenance(checkpoint_path, checkpoint),
             "annotations": str(ann_path),
-            "branch": str(options.branch),
-            "flip": options.flip,
+            **told(passes),
             "precision": str(dtype_on(devices[0], labeler.config, settings.precision)).removeprefix("torch."),
             **report.to_dict(),
         }
@@ -77,10 +78,3 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
         status.write("RUNNING", "Test metrics generated.", kpi=figures_of(report))
         screen.say(f"wrote {folder / 'results.json'}")
     return report
-
-
-def branch_of(spec: Spec) -> Branch:
-    """Whose answer the spec asks for: mixed before teacher before student."""
-    if spec.evaluate.use_mixed_model_test:
-        return Branch.MIXED
-    return Branch.TEACHER if spec.evaluate.use_teacher_test else Branch.STUDENT

@@ -19,12 +19,15 @@ from mal_train.labeling.labeler import Label
 from mal_train.labeling.parallel import label_on
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
+    checkpoint_file,
     choose_devices,
     existing_file,
     existing_folder,
     open_labeler,
+    passes_of,
     provenance,
     task_folder,
+    told,
     worker_threads,
 )
 from mal_train.training.records import figures_of
@@ -51,7 +54,7 @@ class InferenceResult:
 
 
 def inference(spec: Spec, screen: Screen) -> InferenceResult:
-    """Gives every box of inference.ann_path the student's mask and writes inference.label_dump_path.
+    """Gives every box of inference.ann_path a mask and writes inference.label_dump_path.
 
     What is wrong with one image or box is said, stands in its row of the file, and stops nothing.
 
@@ -73,6 +76,7 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
             precision=settings.precision,
             screen=screen,
         )
+        passes = passes_of(settings)
         evaluator = Evaluator(coco.category_names) if settings.load_mask else None
         answers: Answers = {}
         with screen.bar(len(coco.annotations), 0, "box") as bar:
@@ -82,6 +86,7 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
                 list(by_image(coco)),
                 image_dir,
                 precision=settings.precision,
+                passes=passes,
                 batch_size=settings.batch_size,
                 threads=worker_threads(),
             )
@@ -92,8 +97,8 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
                 if evaluator is not None:
                     add_answer(evaluator, annotation, label)
         failed = _failures(coco, answers, screen)
-        source = existing_file(settings.checkpoint, "inference.checkpoint")
-        write_json_atomic(path, labelled_file(coco, answers, provenance(source, checkpoint)))
+        source = checkpoint_file(settings.checkpoint, "inference.checkpoint")
+        write_json_atomic(path, labelled_file(coco, answers, {**provenance(source, checkpoint), **told(passes)}))
         labelled = sum("error" not in fields for fields in answers.values())
         report = None if evaluator is None else evaluator.report()
         text = f"{labelled} boxes labelled, {failed.total()} failed"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mal_train.errors import BadBox, ConfigError, DeviceError, DeviceLost, OutOf
 from mal_train.labeling import geometry, rle
 from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions, load_labeler
 from mal_train.labeling.rle import Rle
-from mal_train.labeling.settings import Branch, Compat, LabelerConfig
+from mal_train.labeling.settings import Branch, Compat, LabelerConfig, ScoreKind
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
 from mal_train.model.network import probabilities
 from tests.networks import spread_network
@@ -92,13 +93,42 @@ def test_score_area_and_box_describe_the_mask() -> None:
     label = ours.finish(crop, Probability(prob))
     mask = rle.decode_mask(label.rle)
     assert label.area == np.count_nonzero(mask) > 0
-    assert 0.5 < label.score <= 0.8
+    assert 0.5 < label.score < 1.0
     rows, columns = np.nonzero(mask)
     assert label.mask_box is not None
     assert label.mask_box == (
         columns.min(), rows.min(), columns.max() - columns.min() + 1, rows.max() - rows.min() + 1
     )  # fmt: skip
     assert label.flags == ()
+
+
+def scored(middle: float, rim: float, **config: Any) -> float:
+    """Score of a square of `middle` within a square of `rim`, at a threshold of one half."""
+    ours = Labeler(labeler().network, LabelerConfig(64, 0.6, (0.5, 0.5, 0.5), **config), precision="float32")
+    (crop,) = ours.prepare(IMAGE, [(40, 20, 64, 48)])
+    assert isinstance(crop, Crop)
+    prob = np.zeros((64, 64), np.float32)
+    prob[16:48, 16:48] = rim
+    prob[24:40, 24:40] = middle
+    return ours.finish(crop, Probability(prob)).score
+
+
+def test_a_score_is_the_share_that_stays_when_the_threshold_moves_by_two_logits() -> None:
+    sure, unsure_inside, unsure_outside = scored(0.99, 0.99), scored(0.99, 0.6), scored(0.99, 0.4)
+    assert sure > 0.85
+    # A quarter of the pixels is sure in both, whether the threshold leaves the rest in or out.
+    assert unsure_inside == pytest.approx(0.25, abs=0.05)
+    assert unsure_outside == pytest.approx(unsure_inside, abs=0.03)
+    assert 0.0 < scored(0.6, 0.0) < 0.01
+
+
+def test_under_tao_and_in_old_checkpoints_a_score_is_the_mean_probability() -> None:
+    for config in ({"score": ScoreKind.PROBABILITY}, {"compat": Compat.TAO}):
+        assert scored(0.8, 0.8, **config) == pytest.approx(0.79, abs=0.02)
+    written = LabelerConfig(crop_size=64).to_dict()
+    assert LabelerConfig.from_dict(written).score is ScoreKind.STABILITY
+    del written["score"]
+    assert LabelerConfig.from_dict(written).score is ScoreKind.PROBABILITY
 
 
 def test_an_empty_mask_is_flagged_and_scores_zero() -> None:

@@ -104,7 +104,7 @@ def test_settings_of_a_checkpoint_without_a_calibration_are_read() -> None:
 
 
 def test_validation_fits_the_score_and_reports_held_out_figures(tmp_path: Path) -> None:
-    annotations, images = write_scenes(tmp_path, images=40)
+    annotations, images = write_scenes(tmp_path, images=80)
     coco = read_coco(annotations)
     network = spread_network()
     raw = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))

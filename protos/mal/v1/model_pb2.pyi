@@ -295,7 +295,7 @@ class ModelInfo(google.protobuf.message.Message):
     """A crop's window is the box grown by half of this share of its extent on every side."""
     score_calibrated: builtins.bool
     """Whether InstanceResult.score is the expected IoU, by a calibration in the checkpoint that was fitted on masks for the
-    student's answer at mask_thresholds; otherwise it is the mean foreground probability.
+    student's answer at mask_thresholds; otherwise it is the mask's stability.
     """
     precision: builtins.str
     """Arithmetic of its network: "float32", "bfloat16" or "float16"."""
