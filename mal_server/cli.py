@@ -101,5 +101,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="settings (YAML)")
+    command.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings (YAML); without: the defaults")
     command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file's")

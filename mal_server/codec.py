@@ -62,6 +62,9 @@ class Checks:
             raise RequestRefused(self._found)
 
 
+_ALONE = "the served checkpoint holds the student alone"
+
+
 @dataclass(frozen=True)
 class Call:
     """What a job takes from the call that it came with, where its own options say nothing.
@@ -70,11 +73,13 @@ class Call:
         branch: the served model's default.
         priority: the method's default.
         deadline: event-loop time.
+        has_teacher: whether the served model can answer as anything but its student.
     """
 
     branch: Branch
     priority: Priority
     deadline: float
+    has_teacher: bool = True
 
 
 def read_job(request: labeling_pb2.LabelImageRequest, limits: Limits, call: Call, path: str = "") -> Job:
@@ -149,6 +154,10 @@ def read_options(
     if options.priority != types_pb2.PRIORITY_UNSPECIFIED and options.priority not in _PRIORITIES:
         checks.add(f"{path}.priority", f"{options.priority}; this server knows interactive and batch")
     priority = _PRIORITIES.get(options.priority, call.priority)
+    if not call.has_teacher and branch is not Branch.STUDENT:
+        checks.add(f"{path}.branch", f"{branch}; {_ALONE}")
+    if not call.has_teacher and options.compute_agreement:
+        checks.add(f"{path}.compute_agreement", f"true; {_ALONE}")
     answer = read_answer_options(options, checks, path)
     return RunOptions(branch, agreement=options.compute_agreement, flip=options.flip_test), answer, priority
 

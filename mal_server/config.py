@@ -12,6 +12,7 @@ from mal_server.plans import NAME, DataFolder, GpuIds, ModelFolder, ModelPlan, M
 from mal_train.errors import ConfigError
 from mal_train.labeling.images import DEFAULT_LIMITS, ImageLimits
 from mal_train.labeling.settings import Branch
+from mal_train.model.builtin import BUILTIN
 from mal_train.strictyaml import Strict, apply_overrides, dump, load_yaml, parse_value, validate
 
 MIB = 1024 * 1024
@@ -121,8 +122,8 @@ class ServerConfig(Strict):
 
     checkpoint: Path | None = Field(
         default=None,
-        description="Sealed checkpoint (.malckpt) to serve, of either kind; seen from the working folder. null: "
-        "`models` says what is served.",
+        description="Sealed checkpoint (.malckpt) to serve, of either kind; seen from the working folder. builtin: the "
+        "model in\nthe package, for photographs. null: `models` says what is served, or builtin where it says nothing.",
     )
     decryption_key: str | None = Field(
         default=None,
@@ -288,8 +289,6 @@ class ServerConfig(Strict):
         alone = [name for name in ("checkpoint", "decryption_key", "model_name") if getattr(self, name) is not None]
         if self.models and alone:
             raise ValueError(f"{alone[0]}: models are given, so it belongs into one of their entries")
-        if not self.models and self.checkpoint is None:
-            raise ValueError("checkpoint: required, but not given; or give several under models")
         if len(self.models) > self.max_models:
             raise ValueError(f"models: {len(self.models)} entries, and max_models is {self.max_models}")
         return self
@@ -299,9 +298,7 @@ class ServerConfig(Strict):
         """What is to be served from the start; the first one is the default."""
         if self.models:
             return tuple(map(self._plan, self.models))
-        checkpoint = self.checkpoint
-        if checkpoint is None:
-            raise ValueError("a configuration without a checkpoint is never valid")
+        checkpoint = self.checkpoint or Path(BUILTIN)
         return (self._plan_of(self.model_name or checkpoint.stem, checkpoint, self.decryption_key),)
 
     def plan_from(self, folder: ModelFolder, checkpoint: Path, name: str, branch: Branch | None) -> ModelPlan:
@@ -332,13 +329,13 @@ class ServerConfig(Strict):
         )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> ServerConfig:
-    """The settings in a YAML file, `a.b=c` overrides applied.
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ServerConfig:
+    """The settings in a YAML file (None: all defaults), `a.b=c` overrides applied.
 
     Raises:
         ConfigError: names the field, the value, the rule and the nearest valid name.
     """
-    data = apply_overrides(load_yaml(path), overrides)
+    data = apply_overrides({} if path is None else load_yaml(path), overrides)
     for override in overrides:
         name, _, value = override.partition("=")
         if any(not secret.startswith(("file:", "env:")) for secret in _keys_in(name, value)):
@@ -346,12 +343,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ServerConfig:
                 "decryption_key: a secret on the command line can be read by every user of the machine; give file:PATH "
                 "or env:NAME"
             )
-    return validate(ServerConfig, data, source=str(path))
+    return validate(ServerConfig, data, source=str(path or "command line"))
 
 
 def default_config() -> str:
-    """A commented YAML file with every setting at its default and a checkpoint to fill in."""
-    return dump(ServerConfig(checkpoint=Path("results/mal_model_latest.malckpt")))
+    """A commented YAML file with every setting at its default, which serves the model in the package."""
+    return dump(ServerConfig(checkpoint=Path(BUILTIN)))
 
 
 def _keys_in(name: str, value: str) -> Iterator[str]:

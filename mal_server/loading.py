@@ -14,6 +14,7 @@ from mal_server.worker import Predictor, Worker
 from mal_train.errors import CheckpointError, ConfigError, OutOfDeviceMemory
 from mal_train.labeling.labeler import Labeler, build_labeler
 from mal_train.labeling.settings import Branch, LabelerConfig
+from mal_train.model import builtin
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint, sha256_of
 from mal_train.model.keys import parse_key
 
@@ -31,6 +32,7 @@ class ModelInfo:
         branch: answers where a request names none.
         devices: torch names, one a worker.
         precision: number format of the network.
+        has_teacher: whether the checkpoint holds both networks; a file of one answers as the student alone.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ModelInfo:
     branch: Branch
     devices: tuple[str, ...]
     precision: str
+    has_teacher: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def load_model(plan: ModelPlan) -> Loaded:
     checkpoint, sha256 = read_checkpoint(plan)
     devices = pick_devices(plan.gpu_ids, plan.cpu_workers)
     reference = build_labeler(checkpoint, precision="float32")
+    if plan.branch is not Branch.STUDENT and not reference.network.has_teacher:
+        raise ConfigError(f"branch: {plan.branch}; {plan.checkpoint} holds the student alone, serve that")
     labelers = [_on_device(checkpoint, reference, device, plan.precision) for device in devices]
     info = ModelInfo(
         name=plan.name,
@@ -81,6 +86,7 @@ def load_model(plan: ModelPlan) -> Loaded:
         branch=plan.branch,
         devices=devices,
         precision=str(labelers[0].dtype).removeprefix("torch."),
+        has_teacher=reference.network.has_teacher,
     )
     workers = tuple(
         Worker(labeler, device, _thread_setting(len(devices)) if device == "cpu" else None)
@@ -151,6 +157,7 @@ def _thread_setting(workers: int) -> Callable[[], None] | None:
 
 
 def _existing(path: Path) -> Path:
+    path = builtin.resolve(path)
     if not path.is_file():
         raise ConfigError(f"checkpoint: {path}: no such file")
     # A link such as …_latest may be set anew at any moment; what it means now is what is read.

@@ -49,7 +49,7 @@ async def prove(loaded: Loaded) -> None:
         DeviceLost: a device broke down for good under the test.
     """
     config = loaded.info.labeler
-    options = RunOptions(loaded.info.branch, agreement=True)
+    options = RunOptions(loaded.info.branch, agreement=loaded.info.has_teacher)
     crops = _crops(loaded.workers[0].predictor)
     expected: Sequence[Probability] | None = None
     if loaded.reference is not None:

@@ -24,7 +24,7 @@ from mal_train.world import world_of
 
 SOME_FAILED = 3
 NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'"
-SPECS = ("default", "tao")
+SPECS = ("default", "tao", "small-cpu", "small-cpu-round2", "small-gpu", "coco-scale")
 _INNOCENT = ("CROWD", "NO_GROUND_TRUTH")
 """Reasons for which an instance is not compared although nothing failed."""
 
@@ -131,6 +131,17 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from mal_train.config import load_spec
+    from mal_train.screen import Screen
+    from mal_train.tasks.exporting import export
+
+    report = export(load_spec(arguments.spec, arguments.overrides), arguments.output, Screen())
+    if report is not None:
+        print(report.table())
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from mal_train.model.checkpoint import read_header
     from mal_train.model.keys import parse_key
@@ -226,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="NAME a.b=c",
-        help=f"one of {', '.join(SPECS)} (tao: the documented TAO defaults), and fields to change in it",
+        help=f"one of {', '.join(SPECS)} (tao: TAO's defaults; others: recipes), and fields to change in it",
     )
     spec.add_argument("-o", "--output", type=Path, help="a file to write instead of printing; it must not exist")
 
@@ -237,6 +248,12 @@ def _parser() -> argparse.ArgumentParser:
     importing = add("import", _import, "Turn a published TAO checkpoint (6.25 to 7.0) into a .malckpt.", overrides=True)
     importing.add_argument("file")
     importing.add_argument("-o", "--output", type=Path, required=True, help="the .malckpt to write")
+
+    exporting = add(
+        "export", _export, "Write evaluate.checkpoint small, for labelling: one network, float16.", overrides=True
+    )
+    exporting.add_argument("-e", "--experiment_spec", dest="spec", type=Path, help="YAML spec; its data are fitted to")
+    exporting.add_argument("-o", "--output", type=Path, required=True, help="the .malckpt to write")
 
     keygen = add("keygen", _keygen, "Make an age identity to seal checkpoints with, and print its recipient.")
     keygen.add_argument("-o", "--output", type=Path, required=True, help="file for the identity; it must not exist")

@@ -19,7 +19,8 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_the_default_file_is_valid_and_says_the_defaults(tmp_path: Path) -> None:
     config = load_config(written(tmp_path, default_config()))
-    assert config == ServerConfig(checkpoint=Path("results/mal_model_latest.malckpt"))
+    assert config == ServerConfig(checkpoint=Path("builtin"))
+    assert config.plans == load_config(None).plans
 
 
 def test_every_setting_of_the_default_file_has_a_comment_above_it() -> None:
@@ -32,7 +33,6 @@ def test_every_setting_of_the_default_file_has_a_comment_above_it() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{}", "checkpoint: required"),
         ("checkpoint: a\ngpu_id: [0]", "did you mean gpu_ids"),
         ("checkpoint: a\nport: 1", "listen.port"),
         ("checkpoint: a\nlisten: {port: 70000}", "listen.port: 70000"),

@@ -1,0 +1,106 @@
+"""`mal-train export`: a trained checkpoint → a small file for whoever labels: one network, in float16, fitted to it."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mal_train.config import Spec
+from mal_train.errors import ConfigError
+from mal_train.labeling.coco import read_coco
+from mal_train.labeling.evaluation_report import EvaluationReport
+from mal_train.labeling.labeler import RunOptions
+from mal_train.labeling.settings import LabelerConfig
+from mal_train.model.backbones import check_crop_size
+from mal_train.model.checkpoint import load_checkpoint, save_checkpoint
+from mal_train.model.network import MalNetwork
+from mal_train.screen import Screen
+from mal_train.tasks.common import (
+    checkpoint_file,
+    choose_devices,
+    existing_file,
+    existing_folder,
+    keys_of,
+    worker_threads,
+)
+from mal_train.training.records import figures_of, one_line
+from mal_train.training.validation import Validator, has_masks
+
+
+def export(spec: Spec, target: Path, screen: Screen) -> EvaluationReport | None:
+    """Writes the network that evaluate.use_teacher_test names, as the only one, in float16.
+
+    With dataset.val_ann_path, thresholds and calibration are fitted to that network on the masks there, at the crop and
+    margin that the spec gives (or else the checkpoint), and the figures stand in the file. Without, they stay.
+
+    Returns:
+        Figures of what was written, where there were masks to compare with.
+
+    Raises:
+        MalError: the checkpoint or the data cannot be used, or the file cannot be written.
+    """
+    settings = spec.evaluate
+    if settings.use_mixed_model_test:
+        raise ConfigError("evaluate.use_mixed_model_test: one network is exported; set it to false")
+    seal_with, open_with = keys_of(spec)
+    source = checkpoint_file(settings.checkpoint, "evaluate.checkpoint")
+    checkpoint = load_checkpoint(source, open_with, weights_only_kind=True)
+    which = "teacher" if settings.use_teacher_test else "student"
+    stored = {
+        f"student.{name.removeprefix(f'{which}.')}": _half(tensor)
+        for name, tensor in checkpoint.weights.items()
+        if name.startswith(f"{which}.")
+    }
+    if not stored:
+        raise ConfigError(f"evaluate.use_teacher_test: {source} holds the student alone; set it to false")
+    config = _labeler_config(spec, checkpoint.labeler)
+    check_crop_size(checkpoint.model.arch, config.crop_size)
+    network = MalNetwork(checkpoint.model)
+    network.load({name: tensor.float() for name, tensor in stored.items()})
+    report = None
+    provenance = {**checkpoint.provenance, "network": which, "weights_stored_as": "float16"}
+    if spec.dataset.val_ann_path:
+        validation = _validator(spec, screen).run(network, config)
+        config, report = validation.config, validation.report
+        screen.say(one_line(report))
+        provenance["validation"] = figures_of(report)
+        provenance.pop("validation_mIoU", None)  # that was of the network, crop and thresholds of training
+    written = dataclasses.replace(checkpoint, labeler=config, weights=stored, provenance=provenance, seal=None)
+    seal = save_checkpoint(target, written, seal_with)
+    screen.say(f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {seal.how}")
+    return report
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float16) if tensor.is_floating_point() else tensor
+
+
+def _labeler_config(spec: Spec, stored: LabelerConfig) -> LabelerConfig:
+    """The checkpoint's settings, with the crop and the margin that the spec gives."""
+    asked = spec.labeler_config()
+    given = {f"dataset.{name}" for name in spec.dataset.model_fields_set}
+    given |= {f"train.{name}" for name in spec.train.model_fields_set}
+    crop_size = asked.crop_size if given & {"dataset.crop_size", "dataset.test_crop_size"} else stored.crop_size
+    margin_rate = asked.margin_rate if "train.test_margin_rate" in given else stored.margin_rate
+    # A new fit is of the score of today; an old fit is of the score that it was made for.
+    score = asked.score if spec.dataset.val_ann_path and spec.fits_calibration else stored.score
+    return dataclasses.replace(stored, crop_size=crop_size, margin_rate=margin_rate, score=score)
+
+
+def _validator(spec: Spec, screen: Screen) -> Validator:
+    path = existing_file(spec.dataset.val_ann_path, "dataset.val_ann_path")
+    coco = read_coco(path)
+    if not has_masks(coco):
+        raise ConfigError(f"dataset.val_ann_path: no annotation of {path} has a mask to fit on; leave it empty")
+    return Validator(
+        coco=coco,
+        image_dir=existing_folder(spec.dataset.val_img_dir, "dataset.val_img_dir"),
+        batch_size=spec.evaluate.batch_size,
+        fit_thresholds=spec.fits_thresholds,
+        fit_calibration=spec.fits_calibration,
+        precision=spec.evaluate.precision,
+        device=str(choose_devices(spec.evaluate.gpus, spec.evaluate.num_gpus, screen)[0]),
+        threads=worker_threads(),
+        options=RunOptions(flip=spec.evaluate.use_flip_test),
+    )

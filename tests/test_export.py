@@ -1,0 +1,109 @@
+"""mal-train export, files of one network, and the model in the package."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mal_train.cli import main
+from mal_train.errors import ConfigError
+from mal_train.labeling.labeler import load_labeler
+from mal_train.labeling.settings import Branch, LabelerConfig
+from mal_train.model import builtin
+from mal_train.model.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint
+from mal_train.model.network import MalNetwork, ModelConfig
+from tests.scenes import write_scenes
+
+MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=4, mask_head_out_channel=4)
+X, BRANCH = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(4)), torch.tensor([0, 2])
+
+
+@pytest.fixture
+def network() -> MalNetwork:
+    torch.manual_seed(3)
+    both = MalNetwork(MICRO).eval()
+    with torch.no_grad():
+        for parameter in both.teacher.parameters():
+            parameter.mul_(1.1)
+    return both
+
+
+@pytest.fixture
+def trained(tmp_path: Path, network: MalNetwork) -> Path:
+    path = tmp_path / "trained.malckpt"
+    save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(crop_size=64), network.state_dict()), None)
+    return path
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_the_named_network_is_exported_and_answers_as_it_did(
+    tmp_path: Path, network: MalNetwork, trained: Path, which: str
+) -> None:
+    out = tmp_path / "small.malckpt"
+    overrides = [f"evaluate.checkpoint={trained}", f"evaluate.use_teacher_test={which == 'teacher'}"]
+    assert main(["export", "-o", str(out), *overrides]) == 0
+    assert trained.stat().st_size / out.stat().st_size > 3
+    loaded = load_checkpoint(out, None)
+    assert {tensor.dtype for tensor in loaded.weights.values()} == {torch.float32}
+    assert loaded.provenance["network"] == which
+    labeler, _ = load_labeler(out, precision="float32")
+    with torch.inference_mode():
+        before = network.logits(X, BRANCH, Branch(which))
+        after = labeler.network.logits(X, BRANCH, Branch.STUDENT)
+    assert torch.allclose(before, after, rtol=0.02, atol=0.02)
+    assert not torch.equal(before, after)
+
+
+def test_asking_a_file_of_one_network_for_the_other_is_refused(tmp_path: Path, trained: Path) -> None:
+    out = tmp_path / "small.malckpt"
+    assert main(["export", "-o", str(out), f"evaluate.checkpoint={trained}"]) == 0
+    labeler, _ = load_labeler(out)
+    assert not labeler.network.has_teacher
+    for which in (Branch.TEACHER, Branch.MIXED):
+        with pytest.raises(ConfigError, match="holds the student alone"):
+            labeler.network.logits(X, BRANCH, which)
+
+
+def test_thresholds_and_calibration_are_fitted_to_what_is_written(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations, images = write_scenes(tmp_path / "scenes", images=40)
+    out = tmp_path / "small.malckpt"
+    overrides = [
+        f"evaluate.checkpoint={trained}",
+        f"dataset.val_ann_path={annotations}",
+        f"dataset.val_img_dir={images}",
+        "dataset.test_crop_size=96",
+        "train.test_margin_rate=[0.2]",
+        "evaluate.precision=float32",
+    ]
+    assert main(["export", "-o", str(out), *overrides]) == 0
+    assert "80 masks compared" in capsys.readouterr().out
+    header = read_header(out, None).content
+    assert header is not None
+    assert (header.labeler.crop_size, header.labeler.margin_rate) == (96, 0.2)
+    assert header.labeler.calibration is not None
+    assert 0 < header.provenance["validation"]["mIoU"] < 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.use_mixed_model_test=true", "one network is exported"),
+        ("dataset.test_crop_size=100", "positive multiple of 16"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    out = tmp_path / "small.malckpt"
+    assert main(["export", "-o", str(out), f"evaluate.checkpoint={trained}", override]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_builtin_names_the_file_in_the_package_and_other_names_themselves() -> None:
+    assert builtin.resolve("some/file.malckpt") == Path("some/file.malckpt")
+    path = builtin.resolve(builtin.BUILTIN)
+    assert path.is_file()
+    assert path.stat().st_size <= 20_000_000
