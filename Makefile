@@ -18,7 +18,7 @@ help:
 $(VENV)/.all: pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); this takes a few minutes (PyTorch's Linux wheels bring several GB of CUDA libraries; the README says how to avoid them)"
-	@$(PIP) -e '.[all]'
+	@$(PIP) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.all

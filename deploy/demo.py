@@ -1,9 +1,10 @@
 """`make demo`: the whole way on a fresh machine, with the real commands, and one page to look at.
 
+    photographs → mal-server serve with the model in the package → masks
     scenes → boxes only → mal-train train → sealed checkpoint → mal-server serve → mal_client → COCO file, figures, page
 
-Nothing here is demo-only but the scenes: training, sealing, serving and evaluating are what one would run on one's own
-images. Exit code 0: the served masks beat the best of three simple baselines by MARGIN; 1: they do not, or a step
+Nothing here is demo-only but the pictures: training, sealing, serving and evaluating are what one would run on one's
+own images. Exit code 0: the served masks beat the best of three simple baselines by MARGIN; 1: they do not, or a step
 failed.
 """
 
@@ -17,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -31,6 +32,7 @@ from mal_client.types import AS_SERVED, Evaluation
 from PIL import Image
 
 from mal_train.atomic import write_text
+from mal_train.data.photographs import write_photographs
 from mal_train.data.synthetic import CocoSplit, write_split
 from mal_train.errors import MalError, OutputError
 from mal_train.labeling import baselines
@@ -46,7 +48,7 @@ from mal_train.report.page import Card, build_report, contact_sheet, section, ta
 MARGIN = 0.05
 """How much better than the best baseline the mIoU must be."""
 SEED = 7
-STAGES = 6
+STAGES = 7
 SERVER_START_S = 120.0
 SERVER_STOP_S = 30.0
 MARKER = ".written-by-demo"
@@ -135,12 +137,17 @@ def run_demo(out: Path, size: Size, *, check_margin: bool) -> int:
     """
     stages = Stages()
     _fresh_folder(out)
+    with stages.stage("Photographs", "labelled by the model in the package; nothing has been trained yet"):
+        photographs = label_photographs(out)
     with stages.stage("Scenes", f"{size.train} to train on (boxes only), {size.heldout} held out, in {out / 'data'}"):
         scenes = write_scenes(out / "data", size)
     with stages.stage("Train", "from boxes only, from random weights; checkpoints are sealed with a fresh key"):
         checkpoint = train(out, scenes, size.overrides)
     with stages.stage("Serve", "the sealed checkpoint, opened with its identity file"):
-        server = start_server(out, checkpoint)
+        identity = (out / "identity.txt").absolute()
+        server = start_server(
+            out, "server", {"checkpoint": str(checkpoint.absolute()), "decryption_key": f"file:{identity}"}
+        )
     try:
         with Client(server.address) as client:
             with stages.stage("Label", f"{size.heldout} held-out images through gRPC"):
@@ -158,11 +165,38 @@ def run_demo(out: Path, size: Size, *, check_margin: bool) -> int:
                 cards = worst_cards(client, evaluation, coco, scenes.heldout.images, AS_SERVED, count=CLOSE_UPS)
                 pictures = write_overlays(out / "overlays", labelled.output, scenes.heldout.images)
                 metrics = out / "train" / "metrics.csv"
-                page = report_page(metrics, evaluation, references, worst=cards, pictures=pictures, stages=stages)
+                page = report_page(
+                    metrics,
+                    evaluation,
+                    references,
+                    photographs=photographs,
+                    worst=cards,
+                    pictures=pictures,
+                    stages=stages,
+                )
                 write_text(out / "report.html", page)
     finally:
         server.stop()
     return conclude(out, evaluation.overall.miou, references, stages, check_margin=check_margin)
+
+
+def label_photographs(out: Path) -> list[Card]:
+    """Masks of real photographs through a server that was told no checkpoint; their overlays.
+
+    Raises:
+        DemoFailed: the server did not start, or a box got no mask.
+    """
+    photographs = write_photographs(out / "data")
+    server = start_server(out, "builtin", {})
+    try:
+        with Client(server.address) as client:
+            labelled = client.label_dataset(photographs.annotations, photographs.images, out / "photographs.json")
+    finally:
+        server.stop()
+    if labelled.failed:
+        raise DemoFailed(f"{len(labelled.failed)} boxes got no mask; the first: {labelled.failed[0].error}")
+    say(f"      {labelled.labelled} masks in {labelled.output} (COCO)")
+    return write_overlays(out / "overlays", labelled.output, photographs.images)
 
 
 def write_scenes(folder: Path, size: Size) -> Scenes:
@@ -217,21 +251,20 @@ class RunningServer:
         _end(self.process)
 
 
-def start_server(out: Path, checkpoint: Path) -> RunningServer:
+def start_server(out: Path, name: str, settings: Mapping[str, str]) -> RunningServer:
     """Starts `mal-server serve` on a free port and waits until it serves.
+
+    Args:
+        out: where its settings, its log and its address go.
+        name: of these files.
+        settings: of the server; what they leave out is at its default.
 
     Raises:
         DemoFailed: it ended, or did not serve in time; the message has the end of its log.
     """
-    config, port_file, log_file = out / "server.yaml", out / "server.address", out / "server.log"
-    identity = (out / "identity.txt").absolute()
-    lines = [
-        # JSON strings are YAML strings, whatever the path holds.
-        f"checkpoint: {json.dumps(str(checkpoint.absolute()))}",
-        f"decryption_key: {json.dumps(f'file:{identity}')}",
-        "gpu_ids: []",
-        "drain_delay_s: 0",
-    ]
+    config, port_file, log_file = (out / f"{name}.{suffix}" for suffix in ("yaml", "address", "log"))
+    # JSON strings are YAML strings, whatever the path holds.
+    lines = [f"{key}: {json.dumps(value)}" for key, value in settings.items()] + ["gpu_ids: []", "drain_delay_s: 0"]
     write_text(config, "\n".join(lines) + "\n")
     command = [_script("mal-server"), "serve", "-c", str(config), "--port-file", str(port_file), "listen.port=0"]
     say(f"      mal-server serve -c {config} listen.port=0")
@@ -297,6 +330,7 @@ def report_page(
     evaluation: Evaluation,
     references: dict[str, float],
     *,
+    photographs: Sequence[Card],
     worst: Sequence[Card],
     pictures: Sequence[Card],
     stages: Stages,
@@ -307,6 +341,11 @@ def report_page(
     last = max((step for step, _ in curve), default=0.0)
     flat = {name: [(0.0, value), (last, value)] for name, value in references.items()}
     sections = [
+        section(
+            "Photographs",
+            contact_sheet(photographs),
+            "By the model in the package, which learned from boxes of other photographs. The boxes were drawn by hand.",
+        ),
         section(
             "Masks on held-out scenes", contact_sheet(pictures), "From the server, as they are; the rest: overlays/."
         ),
@@ -323,7 +362,7 @@ def report_page(
         *evaluation_sections(evaluation, worst),
         section("Time", table(["stage", "seconds"], [[name, round(seconds, 1)] for name, seconds in stages.seconds])),
     ]
-    return build_report("Masks from boxes: the demo", sections, "Synthetic scenes; no mask was seen in training.")
+    return build_report("Masks from boxes: the demo", sections, "No mask was seen in training.")
 
 
 def conclude(out: Path, miou: float, references: dict[str, float], stages: Stages, *, check_margin: bool) -> int:

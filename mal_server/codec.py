@@ -178,7 +178,13 @@ def read_answer_options(options: types_pb2.LabelOptions, checks: Checks, path: s
     if len(set(options.formats)) != len(options.formats):
         checks.add(f"{path}.formats", "a format stands twice")
     formats = tuple(_FORMATS[form] for form in options.formats if form in _FORMATS) or (MaskFormat.RLE,)
-    return AnswerOptions(threshold, options.min_component_area_px, formats, options.polygon_tolerance_px)
+    return AnswerOptions(
+        threshold,
+        options.min_component_area_px,
+        formats,
+        options.polygon_tolerance_px,
+        options.resolve_overlaps,
+    )
 
 
 def read_branch(branch: "types_pb2.Branch.ValueType", checks: Checks, path: str) -> Branch | None:

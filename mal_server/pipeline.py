@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from mal_server.batcher import Batcher, Expired, Priority, Share
@@ -38,12 +38,14 @@ class AnswerOptions:
         min_component_area_px: smaller connected parts are taken out, the largest excepted; 0 = none.
         formats: how masks are encoded.
         polygon_tolerance_px: of the polygons among them.
+        resolve_overlaps: whether pixels that several boxes of the job claim go to one of them.
     """
 
     threshold: float | None = None
     min_component_area_px: int = 0
     formats: tuple[MaskFormat, ...] = (MaskFormat.RLE,)
     polygon_tolerance_px: float = 0.0
+    resolve_overlaps: bool = False
 
 
 AS_CHECKPOINT_SAYS = AnswerOptions()
@@ -177,24 +179,39 @@ class Pipeline:
             if not crops:
                 yield Part(bad, Timing(decode_s=decode_s))
                 return
+            held: list[Share[Probability]] = []
             async for share in ticket.submit(job.options, crops):
                 if job.deadline <= asyncio.get_running_loop().time():
                     self._metrics.dropped("deadline_encoding", len(share.indices))
                     raise Expired("the deadline passed before the masks were encoded")
+                if job.answer.resolve_overlaps:
+                    # Whose a pixel is can be said once all have answered.
+                    held.append(share)
+                    continue
                 ids = [job.instance_ids[good[index]] for index in share.indices]
                 answers, finish_s = await self._finish(job, ids, crops, share)
-                self._metrics.finished(finish_s)
-                for answer in answers:
-                    if isinstance(answer.outcome, Label):
-                        self._metrics.labelled(answer.outcome.flags)
+                self._count(answers, finish_s)
                 timing = Timing(share.queue_s, decode_s, share.run_s, finish_s, share.batch_size)
                 yield Part((*bad, *answers), timing)
                 bad = ()
+            if held:
+                ids = [job.instance_ids[index] for index in good]
+                answers, finish_s = await self._cpu(self._finish_together, job, ids, crops, held)
+                self._count(answers, finish_s)
+                waits = [Timing(share.queue_s, decode_s, share.run_s, 0.0, share.batch_size) for share in held]
+                timing = joined([Part((), wait) for wait in waits]).timing
+                yield Part((*bad, *answers), replace(timing, finish_s=finish_s))
 
     async def label_whole(self, job: Job) -> Part:
         """All parts of a job as one."""
         async with aclosing(self.label(job)) as parts:
             return joined([part async for part in parts])
+
+    def _count(self, answers: Sequence[Answer], finish_s: float) -> None:
+        self._metrics.finished(finish_s)
+        for answer in answers:
+            if isinstance(answer.outcome, Label):
+                self._metrics.labelled(answer.outcome.flags)
 
     def _open(self, job: Job, content: bytes | None) -> tuple[list[Crop | BadBox], float]:
         started = time.perf_counter()
@@ -227,6 +244,31 @@ class Pipeline:
         )
         masks = encode(label.rle, how.formats, how.polygon_tolerance_px)
         return Answer(instance_id, label, masks), time.perf_counter() - started
+
+    def _finish_together(
+        self, job: Job, ids: Sequence[int], crops: Sequence[Crop], shares: Sequence[Share[Probability]]
+    ) -> tuple[list[Answer], float]:
+        """All of a job's answers, in the order of its boxes: each contested pixel goes to one of them."""
+        started = time.perf_counter()
+        how = job.answer
+        outcomes = dict(pair for share in shares for pair in zip(share.indices, share.outcomes, strict=True))
+        answers: dict[int, Answer] = {}
+        claimed: list[tuple[int, Probability]] = []
+        for index, outcome in sorted(outcomes.items()):
+            if isinstance(outcome, DeviceError) and not isinstance(outcome, DeviceLost):
+                answers[index] = Answer(ids[index], outcome)
+            elif isinstance(outcome, Exception):
+                raise outcome
+            else:
+                claimed.append((index, outcome))
+        labels = self._predictor.finish_together(
+            [(crops[index], outcome) for index, outcome in claimed],
+            threshold=how.threshold,
+            min_component_area_px=how.min_component_area_px,
+        )
+        for (index, _), label in zip(claimed, labels, strict=True):
+            answers[index] = Answer(ids[index], label, encode(label.rle, how.formats, how.polygon_tolerance_px))
+        return [answers[index] for index in sorted(answers)], time.perf_counter() - started
 
     async def _cpu(self, work: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

@@ -34,6 +34,16 @@ class Predictor(Protocol):
         """Mask, score and flags in image pixels."""
         ...
 
+    def finish_together(
+        self,
+        answers: Sequence[tuple[Crop, Probability]],
+        *,
+        threshold: float | None = None,
+        min_component_area_px: int = 0,
+    ) -> list[Label]:
+        """The same for boxes of one image, each contested pixel given to one of them."""
+        ...
+
 
 class Worker:
     """One device. `run` is a batcher's runner.

@@ -88,6 +88,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--agreement", action="store_true", help="also measure how far the two networks agree")
     parser.add_argument("--flip", action="store_true", help="average each map with its mirrored run")
     parser.add_argument(
+        "--resolve-overlaps",
+        action="store_true",
+        help="give each pixel that several boxes of an image claim to one of them",
+    )
+    parser.add_argument(
         "--min-component-area",
         type=int,
         default=0,
@@ -107,6 +112,7 @@ def options_of(arguments: argparse.Namespace) -> LabelOptions:
         flip=arguments.flip,
         min_component_area_px=arguments.min_component_area,
         model=arguments.model,
+        resolve_overlaps=arguments.resolve_overlaps,
     )
 
 

@@ -85,6 +85,7 @@ def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
         flip_test=options.flip,
         min_component_area_px=options.min_component_area_px or None,
         model=options.model or "",
+        resolve_overlaps=options.resolve_overlaps,
     )
 
 

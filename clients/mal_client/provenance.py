@@ -27,6 +27,7 @@ def provenance_of(info: ServerInfo, options: LabelOptions) -> dict[str, Any]:
         "thresholds": [options.threshold] * 3 if options.threshold is not None else list(info.mask_thresholds),
         "flip": options.flip,
         "min_component_area_px": options.min_component_area_px,
+        "resolve_overlaps": options.resolve_overlaps,
         "score": info.score_meaning,
         "precision": info.precision,
         "server_version": info.version,

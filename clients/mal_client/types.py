@@ -45,6 +45,8 @@ class LabelOptions:
         min_component_area_px: connected parts of fewer pixels are taken out of each mask, the largest excepted, before
             score, area, box, flags and agreement are made; 0 = none.
         model: name of the model that answers; None = the server's default.
+        resolve_overlaps: give each pixel that several boxes of an image claim to one, the smaller and surer one.
+            Done among the boxes of one request: give all boxes of an image together.
     """
 
     branch: Branch | None = None
@@ -53,6 +55,7 @@ class LabelOptions:
     flip: bool = False
     min_component_area_px: int = 0
     model: str | None = None
+    resolve_overlaps: bool = False
 
     def __post_init__(self) -> None:
         if self.min_component_area_px < 0:

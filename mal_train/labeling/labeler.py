@@ -19,7 +19,7 @@ from mal_train.errors import BadBox, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.labeling import geometry, rle
 from mal_train.labeling.geometry import Box, Region, Window
 from mal_train.labeling.images import RgbImage
-from mal_train.labeling.overlaps import Claim
+from mal_train.labeling.overlaps import Claim, share_out
 from mal_train.labeling.parts import has_second_part, without_specks
 from mal_train.labeling.rle import Rle
 from mal_train.labeling.settings import (
@@ -210,6 +210,30 @@ class Labeler:
         mask = without_specks(claim.mask, min_component_area_px)
         agreement = self._agreement(crop, probability, claim.region, claim.limit, min_component_area_px)
         return self.answer(crop, claim, mask, agreement, min_component_area_px)
+
+    def finish_together(
+        self,
+        answers: Sequence[tuple[Crop, Probability]],
+        *,
+        threshold: float | None = None,
+        min_component_area_px: int = 0,
+    ) -> list[Label]:
+        """`finish` of boxes of one image, except that no pixel is in two masks (`overlaps.share_out`).
+
+        Specks are taken out of what each box is left with. Agreement is that of the masks before they were shared out.
+        """
+        claims = [self.claim(crop, probability, threshold=threshold) for crop, probability in answers]
+        kept = share_out(claims, answers[0][0].image_hw) if answers else []
+        return [
+            self.answer(
+                crop,
+                claim,
+                without_specks(mask, min_component_area_px),
+                self._agreement(crop, probability, claim.region, claim.limit, min_component_area_px),
+                min_component_area_px,
+            )
+            for (crop, probability), claim, mask in zip(answers, claims, kept, strict=True)
+        ]
 
     def claim(self, crop: Crop, probability: Probability, *, threshold: float | None = None) -> Claim:
         """What a box claims of its image before anything is cut from it; `threshold` as in `finish`."""

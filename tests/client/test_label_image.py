@@ -89,11 +89,12 @@ def test_a_box_without_a_mask_says_why_in_every_form(form: str) -> None:
 
 
 def test_options_reach_the_server_and_unset_ones_stay_unset(fake: FakeServer, client: Client) -> None:
-    client.label_image(PIXELS, BOXES, LabelOptions(Branch.MIXED, 0.4, True, True, 9))
+    client.label_image(PIXELS, BOXES, LabelOptions(Branch.MIXED, 0.4, True, True, 9, resolve_overlaps=True))
     client.label_image(PIXELS, BOXES)
     asked, plain = (request.options for request in fake.label_requests)
     assert (asked.threshold, asked.compute_agreement, asked.flip_test) == (0.4, True, True)
     assert asked.min_component_area_px == 9
+    assert (asked.resolve_overlaps, plain.resolve_overlaps) == (True, False)
     assert not plain.HasField("threshold")
     assert not plain.HasField("min_component_area_px")
     assert plain.branch == 0

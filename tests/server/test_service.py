@@ -220,6 +220,32 @@ def test_specks_are_taken_out_on_request() -> None:
     assert without.area_px == rle.area(decoded(without.masks[0])) < all_of_it.area_px
 
 
+def test_contested_pixels_go_to_one_instance_on_request() -> None:
+    whole, part, beside = (0, 0, 60, 40), (20, 10, 10, 20), (1000, 1000, 5, 5)
+    asked: list[dict[str, Any]] = [
+        {},
+        {"resolve_overlaps": True},
+        {"resolve_overlaps": True, "compute_agreement": True},
+    ]
+
+    async def work(running: Running) -> list[list[types_pb2.InstanceResult]]:
+        return [
+            await label(running, label_request(whole, part, beside, content=encoded(bright_disc()), **options))
+            for options in asked
+        ]
+
+    plain, shared, compared = with_server(work)
+    (big, small), (big_left, small_left) = (
+        [rle.decode_mask(decoded(result.masks[0])) for result in results[:2]] for results in (plain, shared)
+    )
+    assert (big & small).any()
+    assert not (big_left & small_left).any()
+    assert ((big_left | small_left) == (big | small)).all()
+    assert small_left.sum() > 0.8 * small.sum()
+    assert all(results[2].status.code != 0 for results in (plain, shared, compared))
+    assert compared[0].HasField("agreement")
+
+
 def test_the_servers_branch_answers_where_a_request_names_none() -> None:
     predictor = BrightPredictor()
     with_server(lambda running: label(running, label_request(DISC_BOX)), predictor, branch="teacher")

@@ -266,6 +266,7 @@ class LabelOptions(google.protobuf.message.Message):
     POLYGON_TOLERANCE_PX_FIELD_NUMBER: builtins.int
     MIN_COMPONENT_AREA_PX_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
+    RESOLVE_OVERLAPS_FIELD_NUMBER: builtins.int
     branch: global___Branch.ValueType
     """Which network answers."""
     threshold: builtins.float
@@ -291,6 +292,11 @@ class LabelOptions(google.protobuf.message.Message):
     """Name of the model that answers, one of GetServerInfoResponse.models; empty: the server's default model. Another name
     is NOT_FOUND with reason MODEL_NOT_FOUND.
     """
+    resolve_overlaps: builtins.bool
+    """Give each pixel that several instances of the image claim to one of them: the smaller and surer one. A mask then
+    depends on what else was asked of the image, and all of its results come together. Send all instances of an image in
+    one request.
+    """
     @property
     def formats(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___MaskFormat.ValueType]:
         """Encodings of each mask, each at most once; none = MASK_FORMAT_COCO_RLE."""
@@ -307,9 +313,10 @@ class LabelOptions(google.protobuf.message.Message):
         polygon_tolerance_px: builtins.float | None = ...,
         min_component_area_px: builtins.int | None = ...,
         model: builtins.str = ...,
+        resolve_overlaps: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_min_component_area_px", b"_min_component_area_px", "_polygon_tolerance_px", b"_polygon_tolerance_px", "_threshold", b"_threshold", "min_component_area_px", b"min_component_area_px", "polygon_tolerance_px", b"polygon_tolerance_px", "threshold", b"threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_min_component_area_px", b"_min_component_area_px", "_polygon_tolerance_px", b"_polygon_tolerance_px", "_threshold", b"_threshold", "branch", b"branch", "compute_agreement", b"compute_agreement", "flip_test", b"flip_test", "formats", b"formats", "min_component_area_px", b"min_component_area_px", "model", b"model", "polygon_tolerance_px", b"polygon_tolerance_px", "priority", b"priority", "threshold", b"threshold"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_min_component_area_px", b"_min_component_area_px", "_polygon_tolerance_px", b"_polygon_tolerance_px", "_threshold", b"_threshold", "branch", b"branch", "compute_agreement", b"compute_agreement", "flip_test", b"flip_test", "formats", b"formats", "min_component_area_px", b"min_component_area_px", "model", b"model", "polygon_tolerance_px", b"polygon_tolerance_px", "priority", b"priority", "resolve_overlaps", b"resolve_overlaps", "threshold", b"threshold"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_component_area_px", b"_min_component_area_px"]) -> typing.Literal["min_component_area_px"] | None: ...
     @typing.overload
