@@ -1,16 +1,20 @@
 """Claims about bulk jobs on several servers."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from mal_client.client import Client
 from mal_client.dataset import label_dataset
 from mal_client.errors import ServerUnavailable
-from mal_client.types import AS_SERVED, DatasetResult
+from mal_client.types import AS_SERVED, DatasetResult, Progress
 
 from mal_train.errors import ConfigError
 from tests.client.datasets import Dataset, make_dataset
@@ -61,6 +65,46 @@ def test_a_server_whose_port_closes_under_load_loses_nothing(tmp_path: Path) -> 
         for client in clients:
             client.close()
     assert (result.labelled, result.failed) == (80, ())
+
+
+@contextmanager
+def served_by_a_process() -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A stand-in server in a process of its own, and its address."""
+    code = (
+        "import time\nfrom tests.client.fake_server import FakeServer, Faults, serving\n"
+        "with serving(FakeServer(Faults(delay_s=0.01))) as address:\n"
+        "    print(address, flush=True)\n    time.sleep(600)"
+    )
+    path = os.pathsep.join(path for path in sys.path if path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert process.stdout is not None
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_server_process_that_is_killed_under_load_loses_nothing(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, images=60)
+    label(dataset, FakeServer())
+    expected = dataset.output.read_bytes()
+    with served_by_a_process() as (doomed, there), served_by_a_process() as (_, here):
+        clients = [Client(here, timeout_s=20), Client(there, timeout_s=20)]
+
+        def kill_half_way(progress: Progress) -> None:
+            if progress.images_done == 20:
+                doomed.kill()
+
+        result = label_dataset(
+            clients, dataset.json_path, dataset.images_dir, dataset.output, AS_SERVED, on_progress=kill_half_way
+        )
+        for client in clients:
+            client.close()
+    assert (result.labelled, result.failed, result.is_final) == (120, (), True)
+    assert dataset.output.read_bytes() == expected
 
 
 def test_when_all_are_lost_the_answers_stay_and_the_rest_is_listed(

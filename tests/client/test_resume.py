@@ -2,10 +2,13 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -123,6 +126,22 @@ def test_another_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "precision was 'float32' and is 'bfloat16'" in capsys.readouterr().err
 
 
+def test_other_weights_are_refused_by_their_digest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(tmp_path)
+    with serving(FakeServer(Faults(kill_after=2))) as address:
+        assert main(command(address, dataset)) == 3
+    monkeypatch.setattr("tests.client.fake_server.SHA", "cd" * 32)
+    fake = FakeServer()
+    with serving(fake) as address:
+        assert main(command(address, dataset)) == 2
+    printed = capsys.readouterr().err
+    assert "ab" * 32 in printed
+    assert "cd" * 32 in printed
+    assert "LabelImages" not in fake.calls
+
+
 def test_the_next_run_says_that_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = make_dataset(tmp_path)
     with serving(FakeServer(Faults(kill_after=2))) as address:
@@ -140,7 +159,7 @@ def test_a_full_disk_leaves_the_old_output_and_the_answers_so_far(tmp_path: Path
     dataset.output.write_text("old")
     with serving(FakeServer()) as address:
         process = started(command(address, dataset), file_bytes)
-        _, printed = process.communicate(timeout=30)
+        _, printed = process.communicate(timeout=60)
         assert process.returncode == 4, printed
         assert "Traceback" not in printed
         assert "free some space" in printed or "raise the file size limit" in printed
@@ -148,6 +167,55 @@ def test_a_full_disk_leaves_the_old_output_and_the_answers_so_far(tmp_path: Path
         assert [path.name for path in dataset.folder.iterdir() if path.suffix == ".tmp"] == []
         assert main(command(address, dataset)) == 0
     assert dataset.output.read_bytes() == expected
+
+
+@contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Path]:
+    """A file system of its own that holds so many KiB; skips the test where none may be mounted."""
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", str(folder)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no tmpfs may be mounted here: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no mount here")
+@pytest.mark.parametrize("kib", [16, 160])
+def test_a_disk_that_is_really_full_leaves_the_old_output_and_the_answers_so_far(tmp_path: Path, kib: int) -> None:
+    dataset = make_dataset(tmp_path, images=250)
+    expected = undisturbed(dataset)
+    with small_disk(tmp_path / "disk", kib) as disk, serving(FakeServer()) as address:
+        output = disk / "out.json"
+        output.write_text("old")
+        again = [*command(address, dataset)[:-1], str(output)]
+        process = started(again)
+        _, printed = process.communicate(timeout=60)
+        assert process.returncode == 4, printed
+        assert "No space left on device" in printed
+        assert "Traceback" not in printed
+        assert output.read_text() == "old"
+        assert sorted(path.name for path in disk.iterdir()) == ["out.json", "out.json.ledger"]
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert main(again) == 0
+        assert output.read_bytes() == expected
+
+
+def test_two_runs_side_by_side_in_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, images=40)
+    expected = undisturbed(dataset)
+    with serving(FakeServer(Faults(delay_s=0.002))) as address:
+        one, other = (
+            started([*command(address, dataset)[:-1], str(dataset.folder / name)])
+            for name in ("one.json", "other.json")
+        )
+        printed = [process.communicate(timeout=60)[1] for process in (one, other)]
+    assert (one.returncode, other.returncode) == (0, 0), printed
+    assert (dataset.folder / "one.json").read_bytes() == (dataset.folder / "other.json").read_bytes() == expected
 
 
 def test_two_runs_do_not_write_one_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,8 @@ def draw(page: Page, box: list[float], width_px: int) -> None:
     x, y, w, h = (value * scale for value in box)
     page.mouse.move(canvas["x"] + x, canvas["y"] + y)
     page.mouse.down()
+    # Label Studio begins the rectangle where the first movement ends.
+    page.mouse.move(canvas["x"] + x + 1, canvas["y"] + y + 1)
     page.mouse.move(canvas["x"] + x + w / 2, canvas["y"] + y + h / 3, steps=4)
     page.mouse.move(canvas["x"] + x + w, canvas["y"] + y + h, steps=4)
     page.mouse.up()
