@@ -212,17 +212,19 @@ def test_a_rectangle_drawn_in_the_browser_becomes_the_servers_mask(
     assert expected.any()
     found = decode_brush(regions["brushlabels"]["value"]["rle"], HEIGHT, WIDTH)
     assert (found == expected).all()
-    assert _painted(tmp_path, expected) > 0.9
+    assert _painted(tmp_path, expected, rectangle.box) > 0.9
 
 
-def _painted(folder: Path, mask: NDArray[np.bool_]) -> float:
-    """IoU of the mask and the pixels that differ between the pictures before and after."""
+def _painted(folder: Path, mask: NDArray[np.bool_], box: BoxXywh) -> float:
+    """IoU of the mask and the pixels that differ between the pictures before and after, inside the box's outline."""
     before, after = (
         np.asarray(Image.open(folder / name).convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BOX), dtype=int)
         for name in ("before.png", "suggested.png")
     )
-    changed = np.abs(after - before).max(axis=2) > 24
-    return float((changed & mask).sum() / (changed | mask).sum())
+    x, y, w, h = box
+    inside = np.s_[round(y) + 4 : round(y + h) - 4, round(x) + 4 : round(x + w) - 4]
+    changed = (np.abs(after - before).max(axis=2) > 24)[inside]
+    return float((changed & mask[inside]).sum() / (changed | mask[inside]).sum())
 
 
 def rectangles() -> list[dict[str, Any]]:
