@@ -12,6 +12,7 @@ ones are answered UNAVAILABLE, and `serve` raises, so that a supervisor starts a
 """
 
 import asyncio
+import gc
 import importlib.metadata
 import logging
 import math
@@ -42,8 +43,12 @@ from mal_train.errors import ConfigError, DeviceLost, OutputError
 log = logging.getLogger(__name__)
 
 DISTRIBUTION = "mask-auto-labeler"
-MAX_STREAMS = 100
-"""Calls at once on one connection; further ones wait at the client."""
+MAX_STREAMS = 1000
+"""Calls at once on one connection; further ones wait at the client.
+
+Not the usual 100: a client that cancels calls which wait there never gets another answer on that connection (seen with
+grpcio 1.85), and an asyncio client may well have 200 calls under way. What waits is bounded by the queue anyway.
+"""
 
 LOST_GRACE_S = 5.0
 """After a device was lost: how long the answers of running calls may take to get out."""
@@ -236,6 +241,9 @@ async def serve(
     Raises:
         DeviceLost: a device failed for good.
     """
+    # What imports left behind lives as long as the process: walking through it takes the collector a tenth of a second
+    # and more each time, in the event loop's thread, and again at the end.
+    gc.freeze()
     stop, now = _catch_signals()
     server = MalServer(config, load)
     grace_s = 0.0
