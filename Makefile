@@ -5,12 +5,13 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-slow test-browser check protos bench tools-labelstudio clean
+.PHONY: help demo test test-slow chaos test-browser check protos bench tools-labelstudio clean
 
 help:
 	@echo "make demo    environment, synthetic scenes, training from boxes, server, masks, one HTML page"
 	@echo "make test    the whole test suite"
 	@echo "make test-browser  the page in Chromium, which the system has to have"
+	@echo "make chaos   load and faults in full, with figures"
 	@echo "make check   format, lint, types, generated files"
 	@echo "make protos  regenerate the gRPC stubs"
 	@echo "make bench   the speed figures, as ratios"
@@ -35,6 +36,10 @@ demo: $(VENV)/.all
 
 test: $(VENV)/.dev .venv-protos/.pins
 	@$(BIN)/pytest -m "not slow"
+
+# Load and faults in their full form: an hour and more. Seeds: MAL_CHAOS_SEED=n.
+chaos: $(VENV)/.dev
+	@MAL_CHAOS=full $(BIN)/pytest -s tests/chaos
 
 test-slow: $(VENV)/.dev .venv-protos/.pins
 	@$(BIN)/pytest -m slow

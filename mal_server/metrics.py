@@ -13,6 +13,7 @@
     mal_image_cache_hits_total, …_misses_total  requests that named a picture by its handle
     mal_image_cache_bytes                       memory of the pictures held
     mal_model_info{name,sha256,branch}          1 for each model that answers
+    process_*                                   CPU, memory, files and start of this process
 
 Always counted, which costs microseconds a request; knows nothing of gRPC's objects.
 """
@@ -20,7 +21,7 @@ Always counted, which costs microseconds a request; knows nothing of gRPC's obje
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from mal_train.errors import ConfigError
 
@@ -41,6 +42,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         self._handled = Counter("grpc_server_handled", "Calls that ended.", ["method", "code"], registry=registry)
         self._handling = Histogram(
             "grpc_server_handling_seconds", "Time of a call.", ["method"], buckets=TIMES_S, registry=registry

@@ -31,6 +31,7 @@ LABEL_IMAGES = "/mal.v1.LabelingService/LabelImages"
 DETAILS_KEY = "grpc-status-details-bin"
 ID_KEY = "x-request-id"
 MAX_BACKOFF_S = 2.0
+CONNECT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Plan:
         streams: bulk streams (LabelImages) in the place of calls.
         deadline_s: of a call; 0: none.
         retries: come back after a refusal when the server says so, and after a lost connection, until answered.
+        stops_at_failure: each client ends with its first call that is not answered.
         seed: of the choice of pictures and boxes, and of an open loop's gaps.
         start_at: when to begin, monotonic clock; 0: at once.
         token: shown with each call.
@@ -65,6 +67,7 @@ class Plan:
     streams: bool = False
     deadline_s: float = 0.0
     retries: bool = False
+    stops_at_failure: bool = False
     seed: int = 1
     start_at: float = 0.0
     token: str = ""
@@ -176,7 +179,10 @@ class Caller:
         plan = self._plan
         channels = [self._channel(client) for client in range(plan.clients * (len(plan.address.split(","))))]
         # What connecting and first calls cost is no part of the load.
-        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        connecting = [asyncio.ensure_future(channel.channel_ready()) for channel in channels]
+        _, late = await asyncio.wait(connecting, timeout=CONNECT_S)
+        for task in late:  # nobody there: its calls will say so
+            task.cancel()
         await asyncio.sleep(max(plan.start_at - time.monotonic(), 0))
         began = time.monotonic()
         until = began + plan.seconds
@@ -193,7 +199,10 @@ class Caller:
 
     async def _closed_loop(self, channels: Sequence[grpc.aio.Channel], client: int, until: float) -> None:
         while not self._is_over(until):
-            self.samples.append(await self._call(channels, client, self._new(time.monotonic())))
+            sample = await self._call(channels, client, self._new(time.monotonic()))
+            self.samples.append(sample)
+            if self._plan.stops_at_failure and sample.code != "OK":
+                return
 
     async def _open_loop(self, channels: Sequence[grpc.aio.Channel], began: float, until: float) -> None:
         due, running, number = began, set[asyncio.Task[Sample]](), 0

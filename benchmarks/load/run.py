@@ -27,7 +27,7 @@ from benchmarks.load.deck import Picture, draw_deck, save_deck, with_answers
 from benchmarks.load.figures import ClientReport, Sample, Summary, summarise, table
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 120.0
+START_S = 300.0
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,204 @@
+"""Hostile pictures and requests by the thousand: each a clear answer, quickly, in little memory; refused callers."""
+
+import asyncio
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import code_pb2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mal.v1 import labeling_pb2
+from PIL import Image
+
+from mal_server.service import LabelingService
+from mal_train.errors import BadImage
+from mal_train.labeling.images import decode_image
+from tests.chaos.conftest import FORM, Form
+from tests.server.fakes import DISC_BOX, DISC_PNG, Running, label, label_request, serving
+from tests.server.test_access import NOTHING, Papers, calls_of, outcomes, reached
+from tests.server.test_bad_images import READ, REFUSED, saved
+from tests.server.test_service import REQUESTS, bulk
+
+Say = Callable[..., None]
+
+FORMS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+MAX_S = 2.0
+
+
+def corpus() -> list[bytes]:
+    """Sound files of every format and mode, and the named bad ones."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    sound = [saved(picture, form) for form in FORMS]
+    return [*sound, *READ.values(), *(content for content, _ in REFUSED.values() if content)]
+
+
+def mutant(chance: random.Random, seeds: list[bytes]) -> bytes:
+    """A file that was cut, overwritten, doubled, crossed with another, or given a forged length."""
+    data = bytearray(chance.choice(seeds))
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(data)) if data else 0
+        match chance.randrange(6):
+            case 0:
+                data[at : at + chance.randint(1, 8)] = chance.randbytes(chance.randint(0, 8))
+            case 1:
+                del data[at:]
+            case 2:
+                data[at:at] = data[at : at + chance.randint(1, 64)]
+            case 3:
+                other = chance.choice(seeds)
+                data[at:] = other[chance.randrange(len(other)) :]
+            case 4:
+                data[at : at + 4] = chance.choice((b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0" * 4, b"\xff\xff\xff\xf0"))
+            case _:
+                data[at : at + 1] = bytes([chance.randrange(256)])
+    return bytes(data)
+
+
+def rss_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_mutated_pictures_are_read_or_refused_quickly_in_little_memory(form: Form, say: Say) -> None:
+    chance, seeds, count = random.Random(form.seed), corpus(), form.pick(2000, 100_000)
+    found: Counter[str] = Counter()
+    slowest, before = 0.0, rss_mib()
+    for _ in range(count):
+        data = mutant(chance, seeds)
+        began = time.thread_time()
+        try:
+            image = decode_image(data)
+            assert image.ndim == 3
+            assert image.dtype == np.uint8
+            found["read"] += 1
+        except BadImage as error:
+            found[error.reason] += 1
+        slowest = max(slowest, time.thread_time() - began)
+    growth = rss_mib() - before
+    say("hostile pictures", cases=count, growth_mib=growth, slowest_ms=slowest * 1000, **found)
+    assert sum(found.values()) == count
+    assert found["read"] > 0
+    assert growth <= 256
+    assert slowest <= MAX_S
+
+
+def test_no_mutated_picture_is_a_fault_of_the_server(form: Form, say: Say) -> None:
+    chance, seeds, count = random.Random(form.seed + 1), corpus(), form.pick(200, 5000)
+
+    async def work() -> Counter[int]:
+        async with serving(max_batch_size=16) as running:
+            requests = [label_request(DISC_BOX, content=mutant(chance, seeds)) for _ in range(count)]
+            answers = await bulk(running, *requests)
+            assert len(await label(running, label_request(DISC_BOX))) == 1
+            return Counter(answer.status.code for answer in answers.values())
+
+    codes = asyncio.run(asyncio.wait_for(work(), 600))
+    say("hostile pictures, served", cases=count, codes=dict(codes))
+    assert set(codes) <= {code_pb2.OK, code_pb2.INVALID_ARGUMENT}
+    assert sum(codes.values()) == count
+
+
+ROUNDS = FORM.pick(10, 1000)
+
+
+@given(st.lists(REQUESTS, min_size=20, max_size=20), st.binary(max_size=200))
+@settings(max_examples=ROUNDS, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def hostile_round(
+    running: Running, loop: asyncio.AbstractEventLoop, seen: Counter[int], requests: Any, junk: Any
+) -> None:
+    async def work() -> None:
+        for answer in (await bulk(running, *requests)).values():
+            seen[answer.status.code] += 1
+            seen.update(result.status.code for result in answer.response.results)
+        path = "/mal.v1.LabelingService/LabelImage"
+        call: Any = running.channel.unary_stream(path)(junk)
+        try:
+            async for _ in call:
+                pass
+        except grpc.aio.AioRpcError as error:
+            seen[error.code().value[0]] += 1
+        assert len(await label(running, label_request(DISC_BOX, content=DISC_PNG))) == 1
+
+    asyncio.run_coroutine_threadsafe(work(), loop).result(120)
+
+
+def test_no_request_is_a_fault_of_the_server_and_each_round_ends_with_a_right_answer(form: Form, say: Say) -> None:
+    seen: Counter[int] = Counter()
+
+    async def work() -> None:
+        async with serving() as running:
+            await asyncio.to_thread(hostile_round, running, asyncio.get_running_loop(), seen)
+
+    asyncio.run(work())
+    say("hostile requests", cases=ROUNDS * 21, codes=dict(seen))
+    assert set(seen) <= {code_pb2.OK, code_pb2.INVALID_ARGUMENT}
+    assert sum(seen.values()) >= ROUNDS * 20
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Papers:
+    return Papers(tmp_path_factory.mktemp("papers"))
+
+
+@pytest.fixture
+def entries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for each call that reached a handler."""
+    found: list[str] = []
+    inner = LabelingService.LabelImage
+
+    def counted(self: LabelingService, request: labeling_pb2.LabelImageRequest, context: Any) -> Any:
+        found.append("LabelImage")
+        return inner(self, request, context)
+
+    monkeypatch.setattr(LabelingService, "LabelImage", counted)
+    return found
+
+
+def test_callers_without_the_right_papers_reach_no_handler(
+    papers: Papers, monkeypatch: pytest.MonkeyPatch, entries: list[str], form: Form, say: Say
+) -> None:
+    monkeypatch.setenv("MAL_TEST_LABEL", "label-0123456789abcdef")
+    tokens = [{"name": "label", "token": "env:MAL_TEST_LABEL", "scopes": ["label"]}]
+    known = {"tls_ca": papers.authority}
+    strangers: list[dict[str, Any]] = [
+        {"tls_ca": papers.stranger, "client_cert": papers.client},
+        {**known, "client_cert": papers.expired},
+        {**known, "client_cert": papers.foreign},
+        known,
+        {},
+    ]
+    rounds = form.pick(1, 20)
+
+    async def work() -> tuple[Counter[str], Counter[str], int, dict[str, str]]:
+        refused: Counter[str] = Counter()
+        shown: Counter[str] = Counter()
+        async with serving(listen=papers.listen(mutual=True), tokens=tokens) as running:
+            for _ in range(rounds):
+                for way in strangers:
+                    async with reached(running.server.address, **way) as channel:
+                        calls = calls_of(channel, "label-0123456789abcdef")
+                        refused.update((await outcomes({"label": calls["label"]})).values())
+                async with reached(running.server.address, **known, client_cert=papers.client) as channel:
+                    for token in (None, "", "wrong-0123456789abcdef", "label-0123456789abcde"):
+                        found = await outcomes(calls_of(channel, token))
+                        assert found == NOTHING
+                        shown.update(found.values())
+            before = len(entries)
+            async with reached(running.server.address, **known, client_cert=papers.client) as channel:
+                valid = await outcomes({"label": calls_of(channel, "label-0123456789abcdef")["label"]})
+        return refused, shown, before, valid
+
+    refused, shown, before, valid = asyncio.run(asyncio.wait_for(work(), 600))
+    say("papers", rounds=rounds, handshakes=dict(refused), tokens=dict(shown), handler_entries=before)
+    assert refused == {"UNAVAILABLE": rounds * len(strangers)}
+    assert before == 0
+    assert (valid, len(entries)) == ({"label": "OK"}, 1)
