@@ -7,6 +7,7 @@ One `Part` comes out for each finished batch that held crops of the job. A job l
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
@@ -49,6 +50,9 @@ class AnswerOptions:
 
 
 AS_CHECKPOINT_SAYS = AnswerOptions()
+
+PREPARED_AT_ONCE = 8
+"""Boxes that are cut before a thread looks whether somebody still waits for them."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class Pipeline:
         with self._batcher.admit(
             max(len(job.boxes), 1), size_bytes=size_bytes, priority=job.priority, deadline=job.deadline
         ) as ticket:
-            entries, decode_s = await self._cpu(self._open, job, content)
+            entries, decode_s = await self._opened(job, content)
             self._metrics.decoded(decode_s)
             bad = tuple(
                 Answer(instance_id, entry)
@@ -213,13 +217,25 @@ class Pipeline:
             if isinstance(answer.outcome, Label):
                 self._metrics.labelled(answer.outcome.flags)
 
-    def _open(self, job: Job, content: bytes | None) -> tuple[list[Crop | BadBox], float]:
+    async def _opened(self, job: Job, content: bytes | None) -> tuple[list[Crop | BadBox], float]:
+        # A thread cannot be cancelled, and a thousand crops of a large picture keep it for many minutes.
+        given_up = threading.Event()
+        try:
+            return await self._cpu(self._open, job, content, given_up)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
+
+    def _open(self, job: Job, content: bytes | None, given_up: threading.Event) -> tuple[list[Crop | BadBox], float]:
         started = time.perf_counter()
         if isinstance(job.picture, OnDisk):
             content = self._pictures.read(job.picture)
         image = decode_image(content or b"", expected_wh=job.expected_wh, limits=self._limits)
         self._pictures.was_read(job.picture)
-        entries = self._predictor.prepare(image, job.boxes)
+        entries: list[Crop | BadBox] = []
+        while len(entries) < len(job.boxes) and not given_up.is_set():
+            done = len(entries)
+            entries += self._predictor.prepare(image, job.boxes[done : done + PREPARED_AT_ONCE], first=done)
         return entries, time.perf_counter() - started
 
     async def _finish(

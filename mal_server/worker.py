@@ -15,8 +15,8 @@ from mal_train.labeling.splitting import predict_split
 class Predictor(Protocol):
     """What the server needs of a `Labeler`; tests put cheap ones in its place."""
 
-    def prepare(self, image: RgbImage, boxes: Sequence[Box]) -> list[Crop | BadBox]:
-        """A crop, or the reason why there is none, for each box, in order."""
+    def prepare(self, image: RgbImage, boxes: Sequence[Box], *, first: int = 0) -> list[Crop | BadBox]:
+        """A crop, or the reason why there is none, for each box, in order; errors count boxes from `first`."""
         ...
 
     def predict(self, crops: Sequence[Crop], options: RunOptions) -> list[Probability]:

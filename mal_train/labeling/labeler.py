@@ -155,12 +155,12 @@ class Labeler:
         config = dataclasses.replace(self.config, margin_rate=margin_rate)
         return Labeler(self.network, config, device=self.device, precision=str(self.dtype).removeprefix("torch."))
 
-    def prepare(self, image: RgbImage, boxes: Sequence[Sequence[float]]) -> list[Crop | BadBox]:
+    def prepare(self, image: RgbImage, boxes: Sequence[Sequence[float]], *, first: int = 0) -> list[Crop | BadBox]:
         """One crop, or the reason why there is none, for each box (x, y, width, height px), in order.
 
-        `image` is (H, W, 3) uint8 RGB.
+        `image` is (H, W, 3) uint8 RGB. `first`: how errors count the first box, where a request comes in pieces.
         """
-        return [self._prepare_one(image, box, f"box {index}") for index, box in enumerate(boxes)]
+        return [self._prepare_one(image, box, f"box {index}") for index, box in enumerate(boxes, start=first)]
 
     def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:
         """Foreground probabilities of crops of any images, in order.
