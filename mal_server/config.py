@@ -259,6 +259,11 @@ class ServerConfig(Strict):
         default=True,
         description="Whether tools such as grpcurl may ask which calls exist. With tokens, any of them opens it.",
     )
+    tracing: bool = Field(
+        default=False,
+        description="Whether spans of calls and their stages go to OpenTelemetry, to where its own variables say\n"
+        "(OTEL_EXPORTER_OTLP_ENDPOINT); needs the extra `tracing`.",
+    )
     listen: Listen = Field(default_factory=Listen, description="Where the server listens.")
     metrics: MetricsListen = Field(default_factory=MetricsListen, description="Figures for monitoring.")
     limits: Limits = Field(default_factory=Limits, description="What requests must keep to.")

@@ -41,6 +41,7 @@ class Metrics:
     """The figures of one server."""
 
     def __init__(self) -> None:
+        self.on_part: Callable[[object], None] | None = None
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self._handled = Counter("grpc_server_handled", "Calls that ended.", ["method", "code"], registry=registry)
@@ -93,6 +94,11 @@ class Metrics:
     def finished(self, seconds: float) -> None:
         """A share of a request was turned into masks."""
         self._stage.labels("finish").observe(seconds)
+
+    def part_done(self, timing: object) -> None:
+        """Some of a request's answers are ready; `timing` is theirs. Counts nothing: tells whoever follows calls."""
+        if self.on_part is not None:
+            self.on_part(timing)
 
     def labelled(self, flags: Sequence[str]) -> None:
         """A mask was made."""

@@ -196,6 +196,7 @@ class Pipeline:
                 answers, finish_s = await self._finish(job, ids, crops, share)
                 self._count(answers, finish_s)
                 timing = Timing(share.queue_s, decode_s, share.run_s, finish_s, share.batch_size)
+                self._metrics.part_done(timing)
                 yield Part((*bad, *answers), timing)
                 bad = ()
             if held:

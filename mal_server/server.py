@@ -38,6 +38,7 @@ from mal_server.pictures import ImageCache, Pictures
 from mal_server.roots import Roots
 from mal_server.service import EvaluationService, LabelingService, ModelService
 from mal_server.tls import server_credentials
+from mal_server.tracing import Tracing
 from mal_train.errors import ConfigError, DeviceLost, OutputError
 
 log = logging.getLogger(__name__)
@@ -73,16 +74,20 @@ class MalServer:
     Args:
         config: see `ServerConfig`.
         load: gives a model; runs in a thread.
+        tracing: where spans go; None: as the settings say.
 
     Raises:
-        ConfigError: a certificate, key or token that cannot be used.
+        ConfigError: a certificate, key or token that cannot be used, or tracing that is not installed.
     """
 
-    def __init__(self, config: ServerConfig, load: Load = load_model) -> None:
+    def __init__(self, config: ServerConfig, load: Load = load_model, tracing: Tracing | None = None) -> None:
         self._config = config
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._pool = ThreadPoolExecutor(config.threads or os.cpu_count(), thread_name_prefix="cpu")
         self._metrics = Metrics()
+        self._tracing = Tracing() if tracing is None and config.tracing else tracing
+        if self._tracing is not None:
+            self._metrics.on_part = self._tracing.stages
         self._resume_key = read_resume_key(config.resume_key)
         cache = ImageCache(config.image_cache_bytes)
         self._metrics.watch_cache(lambda: cache.size_bytes)
@@ -183,6 +188,8 @@ class MalServer:
         if self._metrics_port is not None:
             await asyncio.to_thread(self._metrics_port.close)
             self._metrics_port = None
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def _lose(self, error: DeviceLost) -> None:
         if self.error is not None:
@@ -200,7 +207,11 @@ class MalServer:
     def _build(self) -> grpc.aio.Server:
         limits = self._config.limits
         server = grpc.aio.server(
-            interceptors=(CallInterceptor(self._access, self._metrics),),
+            # The span round everything, refusals included.
+            interceptors=(
+                *(() if self._tracing is None else (self._tracing.interceptor,)),
+                CallInterceptor(self._access, self._metrics),
+            ),
             options=(
                 ("grpc.max_receive_message_length", limits.max_request_bytes),
                 ("grpc.max_send_message_length", limits.max_response_bytes),

@@ -130,7 +130,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 NOT_IN_BASE_INSTALL = (
     *("torch", "torchvision", "lightning", "timm", "tensorboard"),
     *("pydantic", "yaml", "pyrage", "safetensors", "grpc_health", "aiohttp"),
-    *("httpx2", "starlette", "uvicorn", "cvat_sdk"),
+    *("httpx2", "starlette", "uvicorn", "cvat_sdk", "opentelemetry"),
 )
 # Modules of the client that say which extra they need.
 WITH_AN_EXTRA = (

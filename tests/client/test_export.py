@@ -196,7 +196,7 @@ for one in annotations[1]:
     read = one.to_detection((image["width"], image["height"]), classes_map=classes, load_segmentation=True)
     found.append({
         "label": read.label, "box": list(read.bounding_box), "mask": read.mask.astype(int).tolist(),
-        "score": read["score"], "flags": list(read["flags"]),
+        "score": read.confidence, "flags": list(read["flags"]),
     })
 print(json.dumps(found))
 """
