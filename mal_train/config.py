@@ -24,9 +24,10 @@ NOT_HERE = {
     "wandb": "Weights & Biases is not connected here: metrics go to metrics.csv and TensorBoard; remove the section",
     "evaluate.trt_engine": "there is no TensorRT path; remove it and give evaluate.checkpoint",
     "inference.trt_engine": "there is no TensorRT path; remove it and give inference.checkpoint",
-    "evaluate.comp_clustering": "the clustering score is not computed; remove it",
+    "evaluate.comp_clustering": "the published code prints this score but never computes it; remove it",
     "train.min_lr": "overwritten in TAO as well: give train.min_lr_rate",
     "train.crf_omega": "without effect in the published code too; remove it",
+    "gpus": "TAO 4's name; give train.num_gpus, evaluate.num_gpus or inference.num_gpus",
     "gpu_ids": "TAO 5's place; give train.gpu_ids",
     "num_nodes": "TAO 5's place; give train.num_nodes",
     "checkpoint": "TAO 5's place; give evaluate.checkpoint or inference.checkpoint",
@@ -310,6 +311,10 @@ class EvaluateConfig(_Passes):
     checkpoint: str | None = Field(
         default=None, description="Checkpoint to evaluate on dataset.val_ann_path; builtin: the model in the package."
     )
+    box_inputs: str = Field(
+        default="",
+        description="COCO results list with a detector's boxes and scores, to evaluate in place of the file's boxes.",
+    )
     results_dir: str | None = Field(
         default=None, description="Folder of this task's results; null: <results_dir>/evaluate."
     )
@@ -331,6 +336,10 @@ class InferenceConfig(_Passes):
     )
     ann_path: str = Field(default="", description="COCO JSON whose boxes are to get masks.")
     img_dir: str = Field(default="", description="Folder of its images.")
+    box_inputs: str = Field(
+        default="",
+        description="COCO results list with a detector's boxes and scores, to label in place of ann_path's boxes.",
+    )
     label_dump_path: str = Field(
         default="instances_val2017_mal.json",
         description="COCO JSON to write; a relative path starts at this task's results folder.",

@@ -26,7 +26,18 @@ OWN_CODE = [*PACKAGES.values(), ROOT / "deploy", ROOT / "benchmarks", ROOT / "te
 TORCHLESS = tuple(
     f"mal_train.labeling.{name}"
     for name in (
-        *("coco", "coco_output", "coco_stream", "box_filter", "rle", "geometry", "images", "settings", "baselines"),
+        *(
+            "coco",
+            "coco_output",
+            "detections",
+            "coco_stream",
+            "box_filter",
+            "rle",
+            "geometry",
+            "images",
+            "settings",
+            "baselines",
+        ),
         *("evaluation", "evaluation_report", "miou", "score_quality", "coco_ap", "average_precision"),
         *("polygons", "encodings"),
     )
@@ -78,6 +89,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("mal_train.labeling.coco", "mal_train.labeling.coco_output", "mal_train.atomic"),
         *LEAVES,
     ),
+    "mal_train.labeling.detections": ("mal_train.labeling.coco", *LEAVES),
     "mal_train.labeling.box_filter": ("mal_train.labeling.coco", "mal_train.labeling.geometry", *LEAVES),
     "mal_train.labeling.miou": ("mal_train.labeling.coco", *LEAVES),
     "mal_train.labeling.score_quality": ("mal_train.labeling.miou",),

@@ -100,15 +100,15 @@ def _accumulate(matched: Sequence[_Matched], area: int, precision: Floats, recal
     truths = sum(int(group.truths[area]) for group in matched)
     if not truths:
         return
-    for most, column in recall.items():
-        if most != MOST:
-            hits = [np.count_nonzero((m.found & ~m.ignored)[area, :, :most], axis=1) for m in matched]
-            column[:] = np.sum(hits, axis=0) / truths
     order = np.argsort(-np.concatenate([group.scores for group in matched]), kind="stable")
     found = np.concatenate([group.found[area] for group in matched], axis=1)[:, order]
     counts = ~np.concatenate([group.ignored[area] for group in matched], axis=1)[:, order]
     true = np.cumsum(found & counts, axis=1, dtype=np.float64)
     false = np.cumsum(~found & counts, axis=1, dtype=np.float64)
+    if area == 0:  # the only range with figures at fewer detections
+        rank = np.concatenate([np.arange(group.scores.size) for group in matched])[order]
+        for most in (1, 10):
+            recall[most][:] = np.count_nonzero((found & counts)[:, rank < most], axis=1) / truths
     if not order.size:
         precision[:], recall[MOST][:] = 0.0, 0.0
         return

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     CATEGORY_UNKNOWN = "CATEGORY_UNKNOWN"
     BAD_BOX = "BAD_BOX"
     BAD_ISCROWD = "BAD_ISCROWD"
+    BAD_SCORE = "BAD_SCORE"
     CROWD = "CROWD"
     BOX_TOO_SMALL = "BOX_TOO_SMALL"
     BOX_TOO_LARGE = "BOX_TOO_LARGE"
@@ -135,7 +136,16 @@ def read_coco(path: Path) -> CocoFile:
     """Reads a COCO annotation file whole; see `parse_coco`.
 
     Raises:
-        BadDataset: no such file, not readable, not JSON (UTF-8, UTF-16 or UTF-32), or refused by `parse_coco`.
+        BadDataset: from `read_json` or `parse_coco`.
+    """
+    return parse_coco(read_json(path), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        BadDataset: no such file, not readable, or not JSON (UTF-8, UTF-16 or UTF-32).
     """
     try:
         content = path.read_bytes()
@@ -148,9 +158,7 @@ def read_coco(path: Path) -> CocoFile:
     except ValueError as fault:
         detail = "empty file" if not content.strip() else str(fault)
         raise BadDataset(f"{path}: not JSON ({detail}); a COCO annotation file is needed") from fault
-    # The text of a large file is as big as what was made of it.
-    del content
-    return parse_coco(raw, str(path))
+    return raw
 
 
 def parse_coco(raw: Any, name: str = "dataset") -> CocoFile:
@@ -208,7 +216,8 @@ def id_order(value: JsonId) -> tuple[bool, float, str]:
     return (True, 0.0, value) if isinstance(value, str) else (False, value, "")
 
 
-def _is_id(value: object) -> bool:
+def is_id(value: object) -> bool:
+    """Whether a JSON value can be an id: a string or a finite number."""
     if isinstance(value, bool):
         return False
     return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
@@ -216,7 +225,7 @@ def _is_id(value: object) -> bool:
 
 def _id_of(row: Mapping[str, Any], key: str) -> JsonId | None:
     value = row.get(key)
-    return value if _is_id(value) else None
+    return value if is_id(value) else None
 
 
 def _refuse_duplicates(rows: Sequence[Any], what: str) -> None:

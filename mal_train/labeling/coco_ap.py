@@ -54,7 +54,8 @@ def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kin
 
     Args:
         truth: a COCO object; images need width and height only where masks are polygons; iscrowd is honoured.
-        results: COCO results: image_id, category_id, score and segmentation (run lengths or polygons) or bbox.
+        results: COCO results: image_id, category_id, score and segmentation (run lengths or polygons) or bbox. A
+            segmentation may also be an `Rle` that was read before.
         kind: whether masks or boxes are compared.
 
     Raises:
@@ -115,6 +116,8 @@ def _group(category: int, detections: Sequence[_Shape], truths: Sequence[_Shape]
 
 
 def _code(segmentation: Any, image: Mapping[str, Any], name: str) -> Rle:
+    if isinstance(segmentation, Rle):
+        return segmentation
     if isinstance(segmentation, dict):
         return Rle.from_coco(segmentation, name)
     if "height" not in image or "width" not in image:

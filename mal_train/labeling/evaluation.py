@@ -196,13 +196,13 @@ class Evaluator:
         truth, results = [], []
         for number, pair in enumerate(pairs):
             where = {"image_id": pair.row.image_id, "category_id": pair.row.category_id}
-            truth.append({**where, "id": number, "segmentation": pair.truth.to_coco(), "area": pair.row.area})
-            results.append({**where, "segmentation": pair.prediction.to_coco(), "score": pair.row.score})
+            truth.append({**where, "id": number, "segmentation": pair.truth, "area": pair.row.area})
+            results.append({**where, "segmentation": pair.prediction, "score": pair.row.score})
         for crowd in self._crowds:
             # A region of another frame than its image's masks cannot be laid over them.
             if self._frames.get(crowd.image_id) == (crowd.region.height, crowd.region.width):
                 where = {"image_id": crowd.image_id, "category_id": crowd.category_id}
-                truth.append({**where, "id": len(truth), "segmentation": crowd.region.to_coco(), "iscrowd": 1})
+                truth.append({**where, "id": len(truth), "segmentation": crowd.region, "iscrowd": 1})
         images = [{"id": image_id} for image_id in self._frames]
         return {"images": images, "annotations": truth}, results
 

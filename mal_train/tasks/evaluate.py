@@ -1,11 +1,15 @@
 """`mal-train evaluate`: a checkpoint's labels against the masks of dataset.val_ann_path."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
 from mal_train.config import Spec
 from mal_train.errors import BadDataset, ConfigError
-from mal_train.labeling.coco import by_image, read_coco
+from mal_train.labeling.bulk import Failure, Row
+from mal_train.labeling.coco import Annotation, CocoFile, by_image, read_coco
 from mal_train.labeling.coco_output import write_json_atomic
+from mal_train.labeling.detections import read_detections
 from mal_train.labeling.evaluation_report import EvaluationReport
-from mal_train.labeling.labeler import dtype_on
+from mal_train.labeling.labeler import Label, dtype_on
 from mal_train.labeling.parallel import label_on
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
@@ -20,12 +24,17 @@ from mal_train.tasks.common import (
     told,
     worker_threads,
 )
+from mal_train.tasks.detections import DetectionReport, compare_detections
 from mal_train.training.records import figures_of
 from mal_train.training.validation import add_answer, evaluator_of, has_masks
 
+Answer = tuple[Annotation, Label | Failure]
 
-def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
+
+def evaluate(spec: Spec, screen: Screen) -> EvaluationReport | DetectionReport:
     """Measures evaluate.checkpoint and writes results.json into the task's folder.
+
+    With evaluate.box_inputs the prompts are a detector's boxes, and the figures COCO's of boxes and masks.
 
     Raises:
         MalError: a setting, the file of annotations or the checkpoint cannot be used.
@@ -39,6 +48,9 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
         coco = read_coco(ann_path)
         if not has_masks(coco):
             raise BadDataset(f"{ann_path}: no annotation has a segmentation to compare with")
+        prompts = coco
+        if settings.box_inputs:
+            prompts = read_detections(existing_file(settings.box_inputs, "evaluate.box_inputs"), coco)
         devices = choose_devices(settings.gpus, settings.num_gpus, screen)
         labeler, checkpoint = open_labeler(
             spec,
@@ -49,8 +61,7 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
             screen=screen,
         )
         passes = passes_of(settings)
-        rows = list(by_image(coco))
-        evaluator = evaluator_of(coco, rows)
+        rows = list(by_image(prompts))
         labels = label_on(
             devices,
             labeler,
@@ -61,20 +72,37 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport:
             batch_size=settings.batch_size,
             threads=worker_threads(),
         )
-        with screen.bar(len(coco.annotations), 0, "box") as bar:
-            for annotation, label in labels:
-                add_answer(evaluator, annotation, label)
-                bar.update()
-        report = evaluator.report()
+        with screen.bar(len(prompts.annotations), 0, "box") as bar:
+            answers = _counted(labels, bar.update)
+            report: EvaluationReport | DetectionReport
+            if settings.box_inputs:
+                report = compare_detections(coco, prompts, answers)
+            else:
+                report = _compare(coco, rows, answers)
         checkpoint_path = checkpoint_file(settings.checkpoint, "evaluate.checkpoint")
         result = {
             **provenance(checkpoint_path, checkpoint),
             "annotations": str(ann_path),
+            **({"box_inputs": settings.box_inputs} if settings.box_inputs else {}),
             **told(passes),
             "precision": str(dtype_on(devices[0], labeler.config, settings.precision)).removeprefix("torch."),
             **report.to_dict(),
         }
         write_json_atomic(folder / "results.json", result)
-        status.write("RUNNING", "Test metrics generated.", kpi=figures_of(report))
+        kpi = figures_of(report) if isinstance(report, EvaluationReport) else report.figures
+        status.write("RUNNING", "Test metrics generated.", kpi=kpi)
         screen.say(f"wrote {folder / 'results.json'}")
     return report
+
+
+def _counted(answers: Iterable[Answer], count: Callable[[], object]) -> Iterator[Answer]:
+    for answer in answers:
+        yield answer
+        count()
+
+
+def _compare(coco: CocoFile, rows: Sequence[Row], answers: Iterable[Answer]) -> EvaluationReport:
+    evaluator = evaluator_of(coco, rows)
+    for annotation, label in answers:
+        add_answer(evaluator, annotation, label)
+    return evaluator.report()

@@ -13,6 +13,7 @@ from mal_train.labeling import rle
 from mal_train.labeling.bulk import Failure
 from mal_train.labeling.coco import Annotation, CocoFile, JsonId, by_image, read_coco
 from mal_train.labeling.coco_output import answer_fields, error_fields, labelled_file, write_json_atomic
+from mal_train.labeling.detections import read_detections, with_detector_scores
 from mal_train.labeling.evaluation import Evaluator
 from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Label
@@ -56,6 +57,8 @@ class InferenceResult:
 def inference(spec: Spec, screen: Screen) -> InferenceResult:
     """Gives every box of inference.ann_path a mask and writes inference.label_dump_path.
 
+    With inference.box_inputs the boxes are a detector's; ann_path then names the images and categories.
+
     What is wrong with one image or box is said, stands in its row of the file, and stops nothing.
 
     Raises:
@@ -66,6 +69,8 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
         path = folder / settings.label_dump_path
         check_writable(path)
         coco = read_coco(existing_file(settings.ann_path, "inference.ann_path"))
+        if settings.box_inputs:
+            coco = read_detections(existing_file(settings.box_inputs, "inference.box_inputs"), coco)
         image_dir = existing_folder(settings.img_dir, "inference.img_dir")
         devices = choose_devices(settings.gpus, settings.num_gpus, screen)
         labeler, checkpoint = open_labeler(
@@ -98,7 +103,8 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
                     add_answer(evaluator, annotation, label)
         failed = _failures(coco, answers, screen)
         source = checkpoint_file(settings.checkpoint, "inference.checkpoint")
-        write_json_atomic(path, labelled_file(coco, answers, {**provenance(source, checkpoint), **told(passes)}))
+        written = labelled_file(coco, answers, {**provenance(source, checkpoint), **told(passes)})
+        write_json_atomic(path, with_detector_scores(written, coco) if settings.box_inputs else written)
         labelled = sum("error" not in fields for fields in answers.values())
         report = None if evaluator is None else evaluator.report()
         text = f"{labelled} boxes labelled, {failed.total()} failed"

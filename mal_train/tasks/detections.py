@@ -1,0 +1,123 @@
+"""`mal-train evaluate` with a detector's boxes: what they and their masks are worth, as COCO counts it."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mal_train.errors import BadDataset
+from mal_train.labeling import rle
+from mal_train.labeling.bulk import Failure
+from mal_train.labeling.coco import Annotation, CocoFile, Reason
+from mal_train.labeling.coco_ap import AP_NAMES, Kind, coco_ap
+from mal_train.labeling.evaluation_report import Skipped
+from mal_train.labeling.labeler import Label
+from mal_train.labeling.miou import Figures
+from mal_train.report.page import shown
+
+KINDS: tuple[Kind, ...] = ("bbox", "segm")
+
+
+@dataclass(frozen=True)
+class DetectionReport:
+    """COCO's figures of detections; each counts with the detector's score.
+
+    Attributes:
+        count: detections that got a mask.
+        figures: AP_bbox … ARl_bbox of the boxes, AP_segm … ARl_segm of the masks in them; None where no instance
+            speaks for one.
+        skipped: detections without a mask, and ground truth that cannot be compared.
+    """
+
+    count: int
+    figures: Figures
+    skipped: tuple[Skipped, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        reasons = Counter(row.reason for row in self.skipped)
+        return {"detections": self.count, **self.figures, "skipped_by_reason": dict(reasons.most_common())}
+
+    def table(self) -> str:
+        """The figures for a terminal."""
+        lines = [f"{self.count} detections with a mask", "", f"{'':<12}{'boxes':>8}{'masks':>8}"]
+        for name in AP_NAMES:
+            lines.append(f"{name:<12}" + "".join(f"{shown(self.figures[f'{name}_{kind}']):>8}" for kind in KINDS))
+        counts = Counter(row.reason for row in self.skipped)
+        lines += ["", *(f"not counted: {count} {reason}" for reason, count in counts.most_common())]
+        return "\n".join(lines).rstrip()
+
+
+def compare_detections(
+    truth: CocoFile, detections: CocoFile, answers: Iterable[tuple[Annotation, Label | Failure]]
+) -> DetectionReport:
+    """Figures of detections and of the masks made for them.
+
+    A ground-truth row without a readable mask is left out of both kinds. A detection without a mask takes no part, as
+    if the detector had not made it, and `skipped` says why.
+
+    Args:
+        truth: ground truth with masks.
+        detections: as `read_detections` gives them.
+        answers: what was made of those that name an image of the file.
+    """
+    skipped: list[Skipped] = []
+    rows = [row for annotation in truth.annotations if (row := _truth_row(truth, annotation, skipped)) is not None]
+    images = [{"id": image_id} for image_id in truth.images]
+    results = []
+    lost = [row for row in detections.annotations if row.image_id is None or row.image_id not in truth.images]
+    skipped += [Skipped(row.id, row.image_id, str(row.reason), row.problem or "") for row in lost]
+    for annotation, label in answers:
+        if isinstance(label, Failure):
+            skipped.append(Skipped(annotation.id, annotation.image_id, label.reason, label.message))
+            continue
+        results.append(
+            {
+                "image_id": annotation.image_id,
+                "category_id": annotation.category_id,
+                "bbox": list(annotation.box_xywh),
+                "segmentation": label.rle,
+                "score": float(annotation.raw["score"]),
+            }
+        )
+    figures: Figures = {}
+    for kind in KINDS:
+        found = coco_ap({"images": images, "annotations": rows}, results, "score", kind)
+        figures |= {f"{name}_{kind}": value for name, value in found.items()}
+    return DetectionReport(len(results), figures, tuple(skipped))
+
+
+def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) -> dict[str, Any] | None:
+    """The row as COCO's evaluation takes it; None after noting why it cannot."""
+
+    def skip(reason: str, message: str) -> None:
+        skipped.append(Skipped(annotation.id, annotation.image_id, str(reason), message))
+
+    if annotation.problem is not None or annotation.image_id is None:
+        skip(str(annotation.reason), annotation.problem or "")
+        return None
+    segmentation = annotation.raw.get("segmentation")
+    size = truth.images[annotation.image_id].size_wh
+    name = f"annotation {annotation.id!r}"
+    if not segmentation:
+        skip(Reason.NO_GROUND_TRUTH, f"{name}: has no segmentation")
+        return None
+    try:
+        if isinstance(segmentation, dict):
+            code = rle.Rle.from_coco(segmentation, name)
+        elif size is not None:
+            code = rle.from_segmentation(segmentation, size[1], size[0], name)
+        else:
+            raise BadDataset(f"{name}: polygons need the width and height of their image in the file")
+    except BadDataset as fault:
+        skip(Reason.BAD_GROUND_TRUTH, str(fault))
+        return None
+    area = annotation.raw.get("area")
+    return {
+        "image_id": annotation.image_id,
+        "category_id": annotation.category_id,
+        "bbox": list(annotation.box_xywh),
+        "segmentation": code,
+        "iscrowd": int(annotation.iscrowd),
+        "area": float(area) if isinstance(area, int | float) else float(rle.area(code)),
+    }
