@@ -423,14 +423,24 @@ def test_eight_clients_with_one_box_each_share_batches() -> None:
 
 
 def test_boxes_of_different_images_in_one_batch_get_their_own_masks() -> None:
+    gate = threading.Event()
+
     async def work(running: Running) -> list[list[types_pb2.InstanceResult]]:
+        blocker = asyncio.create_task(label(running, label_request(DISC_BOX)))
+        while not running.predictor.batches:
+            await asyncio.sleep(0.001)
         shifted = np.roll(bright_disc(), 12, axis=1)
         requests = [label_request(DISC_BOX), label_request((30.0, 8.0, 24.0, 24.0), content=encoded(shifted))]
-        return list(await asyncio.gather(*(label(running, request) for request in requests)))
+        tasks = [asyncio.create_task(label(running, request)) for request in requests]
+        while running.server.waiting < 2:
+            await asyncio.sleep(0.001)
+        gate.set()
+        await blocker
+        return list(await asyncio.gather(*tasks))
 
-    predictor = BrightPredictor()
+    predictor = BrightPredictor(gate=gate)
     (here,), (there,) = with_server(work, predictor, max_queue_delay_ms=200)
-    assert [size for _, size in predictor.batches] == [2]
+    assert [size for _, size in predictor.batches] == [1, 2]
     assert (there.mask_box.x - here.mask_box.x, there.area_px) == (12, here.area_px)
 
 
