@@ -28,7 +28,7 @@ import numpy as np
 from mal_client.client import Client
 from mal_client.report import evaluation_sections
 from mal_client.review import worst_cards
-from mal_client.types import AS_SERVED, Evaluation
+from mal_client.types import AS_SERVED, Evaluation, LabelOptions
 from PIL import Image
 
 from mal_train.atomic import write_text
@@ -190,7 +190,13 @@ def label_photographs(out: Path) -> list[Card]:
     server = start_server(out, "builtin", {})
     try:
         with Client(server.address) as client:
-            labelled = client.label_dataset(photographs.annotations, photographs.images, out / "photographs.json")
+            labelled = client.label_dataset(
+                photographs.annotations,
+                photographs.images,
+                out / "photographs.json",
+                # A saucer is what is left of it beside its cup.
+                options=LabelOptions(resolve_overlaps=True),
+            )
     finally:
         server.stop()
     if labelled.failed:

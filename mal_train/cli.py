@@ -136,7 +136,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from mal_train.screen import Screen
     from mal_train.tasks.exporting import export
 
-    report = export(load_spec(arguments.spec, arguments.overrides), arguments.output, Screen())
+    spec = load_spec(arguments.spec, arguments.overrides)
+    report = export(spec, arguments.output, Screen(), arguments.licence)
     if report is not None:
         print(report.table())
     return 0
@@ -253,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
         "export", _export, "Write evaluate.checkpoint small, for labelling: one network, float16.", overrides=True
     )
     exporting.add_argument("-e", "--experiment_spec", dest="spec", type=Path, help="YAML spec; its data are fitted to")
+    exporting.add_argument("--licence", metavar="SPDX", help="of these weights, to be written into the file")
     exporting.add_argument("-o", "--output", type=Path, required=True, help="the .malckpt to write")
 
     keygen = add("keygen", _keygen, "Make an age identity to seal checkpoints with, and print its recipient.")

@@ -41,11 +41,11 @@ def test_the_named_network_is_exported_and_answers_as_it_did(
 ) -> None:
     out = tmp_path / "small.malckpt"
     overrides = [f"evaluate.checkpoint={trained}", f"evaluate.use_teacher_test={which == 'teacher'}"]
-    assert main(["export", "-o", str(out), *overrides]) == 0
+    assert main(["export", "-o", str(out), "--licence", "Apache-2.0", *overrides]) == 0
     assert trained.stat().st_size / out.stat().st_size > 3
     loaded = load_checkpoint(out, None)
     assert {tensor.dtype for tensor in loaded.weights.values()} == {torch.float32}
-    assert loaded.provenance["network"] == which
+    assert (loaded.provenance["network"], loaded.provenance["licence"]) == (which, "Apache-2.0")
     labeler, _ = load_labeler(out, precision="float32")
     with torch.inference_mode():
         before = network.logits(X, BRANCH, Branch(which))

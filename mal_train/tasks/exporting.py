@@ -28,11 +28,12 @@ from mal_train.training.records import figures_of, one_line
 from mal_train.training.validation import Validator, has_masks
 
 
-def export(spec: Spec, target: Path, screen: Screen) -> EvaluationReport | None:
+def export(spec: Spec, target: Path, screen: Screen, licence: str | None = None) -> EvaluationReport | None:
     """Writes the network that evaluate.use_teacher_test names, as the only one, in float16.
 
     With dataset.val_ann_path, thresholds and calibration are fitted to that network on the masks there, at the crop and
     margin that the spec gives (or else the checkpoint), and the figures stand in the file. Without, they stay.
+    `licence` of the weights is written into it, too: starting weights from a bare file do not state theirs.
 
     Returns:
         Figures of what was written, where there were masks to compare with.
@@ -60,6 +61,8 @@ def export(spec: Spec, target: Path, screen: Screen) -> EvaluationReport | None:
     network.load({name: tensor.float() for name, tensor in stored.items()})
     report = None
     provenance = {**checkpoint.provenance, "network": which, "weights_stored_as": "float16"}
+    if licence is not None:
+        provenance["licence"] = licence
     if spec.dataset.val_ann_path:
         validation = _validator(spec, screen).run(network, config)
         config, report = validation.config, validation.report

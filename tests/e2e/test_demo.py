@@ -34,6 +34,18 @@ def test_training_and_labelling_saw_no_mask(out: Path) -> None:
         assert "segmentation" not in (out / "data" / name).read_text()
 
 
+def test_photographs_are_labelled_by_the_model_in_the_package_before_anything_is_trained(out: Path) -> None:
+    asked = json.loads((out / "data" / "photographs.json").read_text())["annotations"]
+    labels = json.loads((out / "photographs.json").read_text())["annotations"]
+    assert [row["id"] for row in labels] == [row["id"] for row in asked]
+    # Coins, cups and people: a model that had learned nothing would fill the boxes or leave them empty.
+    fills = [row["area"] / (row["bbox"][2] * row["bbox"][3]) for row in labels]
+    assert all(0.2 < fill < 0.97 for fill in fills), fills
+    assert all(row["score"] > 0.3 for row in labels)
+    assert "serving builtin" in (out / "builtin.log").read_text()
+    assert "Photographs" in (out / "report.html").read_text()
+
+
 def test_every_held_out_box_is_labelled_in_a_file_that_pycocotools_loads(out: Path) -> None:
     asked = json.loads((out / "data" / "heldout_boxes.json").read_text())["annotations"]
     labels = COCO(str(out / "labels.json"))
