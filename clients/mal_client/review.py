@@ -69,12 +69,14 @@ def queue_cards(items: Sequence[QueueItem], images_dir: Path | str) -> list[Card
 
 def queue_sections(queue: ReviewQueue, cards: Sequence[Card]) -> list[Html]:
     """The page of a review queue."""
+    lost = len(queue.worst) - len(cards)
+    unseen = f" {lost} of them are not shown: their pictures cannot be read." if lost else ""
     counts = f"{queue.masks} masks, {queue.failed} without a mask, {queue.left_out} left out."
     sections = [
         section(
             "Worst first",
             overlay_legend() + contact_sheet(cards),
-            f"{counts} The first {len(cards)}, by {queue.by}; annotations without a mask come first.",
+            f"{counts} The first {len(queue.worst)}, by {queue.by}; annotations without a mask come first.{unseen}",
         ),
         section(
             "Flags",

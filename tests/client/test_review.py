@@ -135,6 +135,7 @@ def test_the_command_writes_a_page_with_a_picture_of_each_and_what_its_order_is_
     assert len(pictures) == 3, "two of the five lie on the image that is gone"
     first = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[1]))))
     assert (first == (255, 214, 0)).all(axis=2).any(), "the box is drawn"
+    assert "2 of them are not shown: their pictures cannot be read." in text
     assert "What the order is worth" in text
     assert "the mask falls into parts" in text
 
