@@ -151,7 +151,6 @@ def studio(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     folder = tmp_path_factory.mktemp("studio")
     settings = {"checkpoint": "builtin", "gpu_ids": [], "precision": "float32", "listen": {"port": 0}}
     (folder / "server.yaml").write_text(yaml.safe_dump({**settings, "drain_delay_s": 0.0}))
-    (folder / "key").write_text(TOKEN)
     if tools.empty_data.exists():
         shutil.copytree(tools.empty_data, folder / "data")
     ours = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -167,6 +166,9 @@ def studio(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         started(serve, folder / "serve.log", r"(127\.0\.0\.1:\d+)", env=ours) as labelling,
         started([*annotate, "--enable-legacy-api-token"], folder / "studio.log", "(Quit the server)", env=theirs),
     ):
+        # What an account's page hands out; our calls below use the older kind.
+        made = httpx2.post(f"{address}/api/token/", headers={"Authorization": f"Token {TOKEN}"}, timeout=120)
+        (folder / "key").write_text(made.json()["token"])
         connect = [sys.executable, "-m", "mal_client.cli", "label-studio", "--server", labelling, "--port", "0"]
         connect += ["--label-studio", address, "--api-key-file", str(folder / "key")]
         with started(connect, folder / "backend.log", r"on (http://\S+)", env=ours) as backend:

@@ -135,13 +135,14 @@ class Pictures:
         url = urljoin(str(self._host), "/api/token/refresh")
         try:
             answer = self._http.post(url, json={"refresh": self._api_key})
-            answer.raise_for_status()
-            return str(answer.json()["access"])
+            if answer.is_success:
+                return str(answer.json()["access"])
+            said = f"answered {answer.status_code}"
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise BadImage(
-                f"{url}: Label Studio gives no access for the personal access token ({error}); check --api-key-file",
-                "IMAGE_NOT_FOUND",
-            ) from None
+            said = str(error)
+        raise BadImage(
+            f"{url}: no access for the personal access token ({said}); check --api-key-file", "IMAGE_NOT_FOUND"
+        )
 
 
 def _checked_host(host: str) -> str:
