@@ -137,7 +137,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from mal_train.tasks.exporting import export
 
     spec = load_spec(arguments.spec, arguments.overrides)
-    report = export(spec, arguments.output, Screen(), arguments.licence)
+    report = export(spec, arguments.output, Screen(), licence=arguments.licence, average_with=arguments.average or ())
     if report is not None:
         print(report.table())
     return 0
@@ -254,6 +254,9 @@ def _parser() -> argparse.ArgumentParser:
         "export", _export, "Write evaluate.checkpoint small, for labelling: one network, float16.", overrides=True
     )
     exporting.add_argument("-e", "--experiment_spec", dest="spec", type=Path, help="YAML spec; its data are fitted to")
+    exporting.add_argument(
+        "--average", type=Path, action="append", metavar="FILE", help="a checkpoint to average it with; may be repeated"
+    )
     exporting.add_argument("--licence", metavar="SPDX", help="of these weights, to be written into the file")
     exporting.add_argument("-o", "--output", type=Path, required=True, help="the .malckpt to write")
 

@@ -54,6 +54,28 @@ def test_the_named_network_is_exported_and_answers_as_it_did(
     assert not torch.equal(before, after)
 
 
+def test_the_mean_of_two_checkpoints_is_written(tmp_path: Path, network: MalNetwork, trained: Path) -> None:
+    doubled = {name: weight * 3 for name, weight in network.state_dict().items()}
+    other, out = tmp_path / "other.malckpt", tmp_path / "mean.malckpt"
+    save_checkpoint(other, Checkpoint(MICRO, LabelerConfig(crop_size=64), doubled), None)
+    assert main(["export", "-o", str(out), "--average", str(other), f"evaluate.checkpoint={trained}"]) == 0
+    written = load_checkpoint(out, None)
+    for name, weight in written.weights.items():
+        assert torch.allclose(weight, 2 * network.state_dict()[name], rtol=1e-3, atol=1e-6)
+    assert written.provenance["mean_of_checkpoints"] == 2
+
+
+def test_the_mean_of_two_architectures_is_refused(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=4)
+    other = tmp_path / "other.malckpt"
+    save_checkpoint(other, Checkpoint(model, LabelerConfig(crop_size=64), MalNetwork(model).state_dict()), None)
+    out = tmp_path / "mean.malckpt"
+    assert main(["export", "-o", str(out), "--average", str(other), f"evaluate.checkpoint={trained}"]) == 2
+    assert "another network" in capsys.readouterr().err
+
+
 def test_asking_a_file_of_one_network_for_the_other_is_refused(tmp_path: Path, trained: Path) -> None:
     out = tmp_path / "small.malckpt"
     assert main(["export", "-o", str(out), f"evaluate.checkpoint={trained}"]) == 0

@@ -1,6 +1,7 @@
 """`mal-train export`: a trained checkpoint → a small file for whoever labels: one network, in float16, fitted to it."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import RunOptions
 from mal_train.labeling.settings import LabelerConfig
 from mal_train.model.backbones import check_crop_size
-from mal_train.model.checkpoint import load_checkpoint, save_checkpoint
+from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.model.network import MalNetwork
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
@@ -28,11 +29,15 @@ from mal_train.training.records import figures_of, one_line
 from mal_train.training.validation import Validator, has_masks
 
 
-def export(spec: Spec, target: Path, screen: Screen, licence: str | None = None) -> EvaluationReport | None:
+def export(
+    spec: Spec, target: Path, screen: Screen, *, licence: str | None = None, average_with: Sequence[Path] = ()
+) -> EvaluationReport | None:
     """Writes the network that evaluate.use_teacher_test names, as the only one, in float16.
 
     With dataset.val_ann_path, thresholds and calibration are fitted to that network on the masks there, at the crop and
     margin that the spec gives (or else the checkpoint), and the figures stand in the file. Without, they stay.
+    `average_with` names more checkpoints of the same network: what is written is the mean of all of them, which helps
+    where one was trained on from the other (Wortsman et al., "Model soups", ICML 2022).
     `licence` of the weights is written into it, too: starting weights from a bare file do not state theirs.
 
     Returns:
@@ -48,19 +53,21 @@ def export(spec: Spec, target: Path, screen: Screen, licence: str | None = None)
     source = checkpoint_file(settings.checkpoint, "evaluate.checkpoint")
     checkpoint = load_checkpoint(source, open_with, weights_only_kind=True)
     which = "teacher" if settings.use_teacher_test else "student"
-    stored = {
-        f"student.{name.removeprefix(f'{which}.')}": _half(tensor)
-        for name, tensor in checkpoint.weights.items()
-        if name.startswith(f"{which}.")
-    }
-    if not stored:
-        raise ConfigError(f"evaluate.use_teacher_test: {source} holds the student alone; set it to false")
+    networks = [_one_network(checkpoint, which, source)]
+    for path in average_with:
+        other = load_checkpoint(existing_file(str(path), "--average"), open_with, weights_only_kind=True)
+        if other.model != checkpoint.model:
+            raise ConfigError(f"--average: {path} is of another network than {source}; their mean would be neither")
+        networks.append(_one_network(other, which, path))
+    stored = {name: _half(torch.stack([network[name] for network in networks]).mean(0)) for name in networks[0]}
     config = _labeler_config(spec, checkpoint.labeler)
     check_crop_size(checkpoint.model.arch, config.crop_size)
     network = MalNetwork(checkpoint.model)
     network.load({name: tensor.float() for name, tensor in stored.items()})
     report = None
     provenance = {**checkpoint.provenance, "network": which, "weights_stored_as": "float16"}
+    if average_with:
+        provenance["mean_of_checkpoints"] = len(networks)
     if licence is not None:
         provenance["licence"] = licence
     if spec.dataset.val_ann_path:
@@ -73,6 +80,18 @@ def export(spec: Spec, target: Path, screen: Screen, licence: str | None = None)
     seal = save_checkpoint(target, written, seal_with)
     screen.say(f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {seal.how}")
     return report
+
+
+def _one_network(checkpoint: Checkpoint, which: str, path: Path) -> dict[str, Tensor]:
+    """Weights of the student or the teacher, under the student's names."""
+    found = {
+        f"student.{name.removeprefix(f'{which}.')}": tensor
+        for name, tensor in checkpoint.weights.items()
+        if name.startswith(f"{which}.")
+    }
+    if not found:
+        raise ConfigError(f"evaluate.use_teacher_test: {path} holds the student alone; set it to false")
+    return found
 
 
 def _half(tensor: Tensor) -> Tensor:
