@@ -24,7 +24,16 @@ from mal_train.world import world_of
 
 SOME_FAILED = 3
 NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'"
-SPECS = ("default", "tao", "small-cpu", "small-cpu-round2", "small-cpu-round3", "small-gpu", "coco-scale")
+SPECS = (
+    "default",
+    "tao",
+    "small-cpu",
+    "small-cpu-round2",
+    "small-cpu-round3",
+    "small-cpu-round4",
+    "small-gpu",
+    "coco-scale",
+)
 _INNOCENT = ("CROWD", "NO_GROUND_TRUTH")
 """Reasons for which an instance is not compared although nothing failed."""
 
