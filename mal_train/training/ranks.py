@@ -74,7 +74,7 @@ class Ranks:
         if self.size == 1 or not buffers:
             return
         mean = self.mean(torch.cat([buffer.flatten() for buffer in buffers]))  # one message for all
-        for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
+        for buffer, part in zip(buffers, torch.split(mean, [buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))
 
     def stop(self, error: MalError) -> NoReturn:
