@@ -112,11 +112,27 @@ def test_yolo_rows_fill_to_the_mask_and_classes_are_numbered(labelled: Dataset) 
     assert (folder / "labels" / "picture_2.txt").read_text() == ""
 
 
-def test_pictures_whose_labels_would_share_a_name_are_told(labelled: Dataset) -> None:
+@pytest.mark.parametrize(("form", "below", "suffix"), [("labelme", "", "json"), ("yolo-seg", "labels", "txt")])
+def test_pictures_whose_labels_would_share_a_name_are_told(
+    labelled: Dataset, capsys: pytest.CaptureFixture[str], form: str, below: str, suffix: str
+) -> None:
     labelled.coco["images"][1]["file_name"] = "picture_0.jpg"
     labelled.save()
-    folder = export(labelled, "yolo-seg")
-    assert sorted(path.name for path in (folder / "labels").iterdir()) == ["picture_0.txt", "picture_2.txt"]
+    folder = export(labelled, form) / below
+    assert sorted(path.name for path in folder.iterdir()) == [f"picture_0.{suffix}", f"picture_2.{suffix}"]
+    assert "picture_0.jpg: its labels would have the same name as those of picture_0.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["labelme", "yolo-seg"])
+@pytest.mark.parametrize("name", ["../outside.png", "{folder}/outside.png", "a/../../../outside.png", "."])
+def test_no_file_name_leads_out_of_the_output(labelled: Dataset, form: str, name: str) -> None:
+    labelled.coco["images"][0]["file_name"] = name.format(folder=labelled.folder)
+    labelled.save()
+    before = {path for path in labelled.folder.rglob("*") if path.is_file()}
+    target = export(labelled, form)
+    made = {path for path in labelled.folder.rglob("*") if path.is_file()} - before
+    assert {path for path in made if not path.is_relative_to(target)} == set()
+    assert {path.stem for path in made if path.suffix != ".yaml"} == {"picture_1", "picture_2"}
 
 
 def test_a_tolerance_that_is_none_is_refused(labelled: Dataset) -> None:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from mal_client.formats.masks import MaskFile, MaskRow, write_bytes
+from mal_client.formats.masks import LabelFiles, MaskFile, MaskRow, write_bytes
 from mal_train.labeling.encodings import to_png
 from mal_train.labeling.polygons import bridged
 
@@ -35,8 +35,11 @@ def write_labelme(masks: MaskFile, images_dir: Path, folder: Path, shape: Shape 
     Raises:
         OutputError: the disk.
     """
+    files = LabelFiles(folder, ".json", masks.export)
     for image, rows in masks.images():
-        path = folder / Path(image.file_name).with_suffix(".json")
+        path = files.path(image, rows)
+        if path is None:
+            continue
         content: dict[str, Any] = {
             "version": VERSION,
             "flags": {},

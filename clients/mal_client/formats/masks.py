@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mal_client.formats.boxes import Fault
@@ -105,6 +105,38 @@ class MaskFile:
 
     def _leave_out(self, row: Annotation, text: str) -> None:
         self.export.faults.append(Fault(f"annotation {row.id!r}", str(row.reason or "NO_MASK"), text))
+
+
+class LabelFiles:
+    """Where the labels of each picture go: a file below a folder, named as the picture is; what has none is a fault.
+
+    Args:
+        folder: holds all of them. No file name leads out of it, since a COCO file may come from anywhere.
+        suffix: of the files, with its dot.
+        export: notes the faults.
+    """
+
+    def __init__(self, folder: Path, suffix: str, export: Export) -> None:
+        self._folder = folder
+        self._suffix = suffix
+        self._export = export
+        self._taken: dict[PurePosixPath, str] = {}
+
+    def path(self, image: ImageInfo, rows: Sequence[MaskRow]) -> Path | None:
+        """The file for a picture's labels; None when they cannot be written, so that `rows` count as left out."""
+        name = PurePosixPath(image.file_name)
+        if name.is_absolute() or ".." in name.parts or not name.name:
+            return self._refuse(image, rows, "NAME_OUTSIDE", f"its labels would not lie below {self._folder}")
+        below = name.with_suffix(self._suffix)
+        if below in self._taken:
+            text = f"its labels would have the same name as those of {self._taken[below]}; rename one"
+            return self._refuse(image, rows, "NAME_TAKEN", text)
+        self._taken[below] = image.file_name
+        return self._folder / below
+
+    def _refuse(self, image: ImageInfo, rows: Sequence[MaskRow], reason: str, text: str) -> None:
+        self._export.written -= len(rows)
+        self._export.faults.append(Fault(image.file_name, reason, f"{image.file_name}: {text}"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mal_client.formats.boxes import Fault
-from mal_client.formats.masks import MaskFile, write_bytes
+from mal_client.formats.masks import LabelFiles, MaskFile, write_bytes
 from mal_train.labeling.polygons import one_line
 
 
@@ -22,15 +21,11 @@ def write_yolo(masks: MaskFile, images_dir: Path, folder: Path) -> None:
     Raises:
         OutputError: the disk.
     """
-    written: dict[Path, str] = {}
+    files = LabelFiles(folder / "labels", ".txt", masks.export)
     for image, rows in masks.images():
-        path = folder / "labels" / Path(image.file_name).with_suffix(".txt")
-        if path in written:
-            masks.export.written -= len(rows)
-            text = f"{image.file_name}: its labels would have the same name as those of {written[path]}; rename one"
-            masks.export.faults.append(Fault(image.file_name, "NAME_TAKEN", text))
+        path = files.path(image, rows)
+        if path is None:
             continue
-        written[path] = image.file_name
         size = np.array([image.width, image.height], dtype=np.float64)
         lines = [
             " ".join([str(row.category_at), *(f"{value:.8g}" for value in (one_line(row.rings) / size).ravel())])
