@@ -5,7 +5,7 @@ end and may reach outside the image: what lies there is the image itself, wrappe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -153,9 +153,11 @@ def cut(image: Pixels, window: Window) -> Pixels:
     inside = image[max(window.y0, 0) : min(window.y1, height), max(window.x0, 0) : min(window.x1, width)]
     if inside.shape[:2] == (window.height, window.width):
         return inside
-    rows = np.arange(window.y0, window.y1) % height
-    columns = np.arange(window.x0, window.x1) % width
-    wrapped: Pixels = image[rows[:, None], columns[None, :]]
+    # Piece by piece: whole rows of a piece are copied at once, which indexing by pixel does not do.
+    wrapped: Pixels = np.empty((window.height, window.width, *image.shape[2:]), image.dtype)
+    for rows, image_rows in _pieces(window.y0, window.y1, height):
+        for columns, image_columns in _pieces(window.x0, window.x1, width):
+            wrapped[rows, columns] = image[image_rows, image_columns]
     return wrapped
 
 
@@ -218,6 +220,16 @@ def paste(prob: NDArray[np.float32], window: Window, region: Region) -> NDArray[
         cv2.resize(prob, (window.width, window.height), interpolation=cv2.INTER_LINEAR), dtype=np.float32
     )
     return whole[top : region.row1 - window.y0, left : region.col1 - window.x0]
+
+
+def _pieces(start: int, stop: int, period: int) -> Iterator[tuple[slice, slice]]:
+    """Where each piece of start … stop − 1 lies in that range, and where it comes from in 0 … period − 1."""
+    at = start
+    while at < stop:
+        source = at % period
+        length = min(stop - at, period - source)
+        yield slice(at - start, at - start + length), slice(source, source + length)
+        at += length
 
 
 def _corners(box_xywh: Box) -> tuple[np.float32, np.float32, np.float32, np.float32]:

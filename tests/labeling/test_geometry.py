@@ -63,6 +63,28 @@ def test_window_wider_than_twice_the_image_repeats_it() -> None:
     assert geometry.cut(image, Window(-4, 0, 5, 1)).tolist() == [[2, 0, 1, 2, 0, 1, 2, 0, 1]]
 
 
+WINDOWS = st.builds(
+    lambda x, y, w, h: Window(x, y, x + w, y + h),
+    *[st.integers(-30, 30)] * 2,
+    *[st.integers(1, 60)] * 2,
+)
+
+
+@given(WINDOWS, st.tuples(st.integers(1, 12), st.integers(1, 12)), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_a_window_anywhere_shows_the_pixels_that_indexing_modulo_the_size_gives(
+    window: Window, image_hw: tuple[int, int], is_rgb: bool
+) -> None:
+    height, width = image_hw
+    shape = (height, width, 3) if is_rgb else (height, width)
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    rows, columns = np.arange(window.y0, window.y1) % height, np.arange(window.x0, window.x1) % width
+    due = image[rows[:, None], columns[None, :]]
+    found = geometry.cut(image, window)
+    np.testing.assert_array_equal(found, due)
+    assert found.dtype == np.uint8
+
+
 @given(BOXES)
 @settings(max_examples=300, deadline=None)
 def test_every_box_is_refused_or_lies_inside_after_the_check(box: tuple[float, float, float, float]) -> None:

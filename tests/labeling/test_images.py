@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from mal_train.errors import BadImage
-from mal_train.labeling.images import MAX_JPEG_SCANS, ImageLimits, decode_image, encode_png, read_image
+from mal_train.labeling import images
+from mal_train.labeling.images import MAX_JPEG_SCANS, STRIP_PIXELS, ImageLimits, decode_image, encode_png, read_image
 
 
 def encoded(picture: Image.Image, form: str, **options: object) -> bytes:
@@ -36,6 +37,22 @@ def png_header(width: int, height: int, idat_length: int = 0) -> bytes:
 def test_lossless_formats_keep_every_pixel(form: str) -> None:
     image = noise()
     np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(image), form)), image)
+
+
+@pytest.mark.parametrize("height", [700, 1311])
+def test_a_picture_taken_out_of_pillow_in_strips_keeps_every_pixel(height: int) -> None:
+    image = noise(height, 400)
+    assert height > STRIP_PIXELS // 400
+    assert height % (STRIP_PIXELS // 400)
+    found = decode_image(encoded(Image.fromarray(image), "PNG"))
+    np.testing.assert_array_equal(found, image)
+    assert found.flags.c_contiguous
+
+
+def test_a_row_longer_than_a_strip_keeps_every_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "STRIP_PIXELS", 50)
+    image = noise()
+    np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(image), "PNG")), image)
 
 
 def test_png_round_trip() -> None:

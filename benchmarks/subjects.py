@@ -1,0 +1,60 @@
+"""What the benchmarks measure on: pictures with boxes in two sizes, networks with random weights, masks of objects."""
+
+import io
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.load.deck import JPEG_QUALITY, draw_deck
+from mal_train.labeling.geometry import Box
+from mal_train.labeling.labeler import Labeler
+from mal_train.labeling.settings import LabelerConfig
+from mal_train.model.network import MalNetwork, ModelConfig
+
+SIZES = {"640x480": (640, 480), "12 Mpix": (4000, 3000)}
+"""Name → (width, height) px."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A JPEG, its (width, height), and boxes of objects from the size of a stone to half the picture."""
+
+    content: bytes
+    size_wh: tuple[int, int]
+    boxes: tuple[Box, ...]
+
+
+def subjects(count: int, boxes: int, size_wh: tuple[int, int], seed: int = 0) -> list[Subject]:
+    """The same scenes in any size: drawn at 640 x 480 px and enlarged, boxes with them."""
+    found = []
+    for scene in draw_deck(count, boxes, seed):
+        if size_wh == (scene.width, scene.height):
+            found.append(Subject(scene.content, size_wh, scene.boxes))
+            continue
+        x, y = size_wh[0] / scene.width, size_wh[1] / scene.height
+        large = Image.open(io.BytesIO(scene.content)).resize(size_wh, Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        large.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        scaled = tuple((x * left, y * top, x * w, y * h) for left, top, w, h in scene.boxes)
+        found.append(Subject(buffer.getvalue(), size_wh, scaled))
+    return found
+
+
+def random_labeler(arch: str, crop_size: int, precision: str = "auto") -> Labeler:
+    """Random weights: speed does not depend on them. A threshold in the middle of what they give makes busy masks."""
+    torch.manual_seed(0)
+    config = LabelerConfig(crop_size=crop_size, mask_thres=(0.5, 0.5, 0.5))
+    return Labeler(MalNetwork(ModelConfig(arch)), config, precision=precision)
+
+
+def object_map(side: int, seed: int) -> NDArray[np.float32]:
+    """Foreground probability (side, side) of a blob with a soft, uneven edge, as a trained network gives it."""
+    rng = np.random.default_rng(seed)
+    v, u = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    waves = cv2.resize(rng.normal(0, 0.3, (12, 12)), (side, side), interpolation=cv2.INTER_CUBIC)
+    found: NDArray[np.float32] = (1 / (1 + np.exp(12 * (np.hypot(u, v) - 0.7 + waves)))).astype(np.float32)
+    return found

@@ -1,0 +1,113 @@
+"""A training step against its floor: the student's forward and backward pass and the teacher's forward pass alone.
+
+Lightning's loop drives the real module (losses, mean field, AdamW, teacher) on one batch that is there already; after
+each step the floor runs on the same network, crops and number format. CPU time of one thread, medians.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import lightning
+import torch
+
+from benchmarks.timing import Table
+from mal_train.data.datamodule import Batch
+from mal_train.labeling.settings import Branch, LabelerConfig
+from mal_train.losses.crf import MeanField
+from mal_train.model.network import MalNetwork, ModelConfig, normalise
+from mal_train.training.fitting import quiet
+from mal_train.training.module import LossSettings, MalModule
+from mal_train.training.optimiser import OptimiserSettings
+from mal_train.training.schedule import CosineSchedule
+
+ARCH = "vit-deit-tiny/16"
+WARM_UP = 2
+CASES = ((224, 8, 11), (512, 2, 7))
+"""Crop side, crops in a batch, steps measured."""
+
+
+class Watch(lightning.Callback):
+    """Times each step of the loop, then the floor."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.floors: list[float] = []
+        self._began = 0.0
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        """Notes the time."""
+        del trainer, module, batch, batch_idx
+        self._began = time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Both times of this step, unless it still warms up."""
+        del outputs
+        ended = time.process_time()
+        network: MalNetwork = module.network
+        network.student.zero_grad(set_to_none=True)
+        with trainer.strategy.precision_plugin.forward_context():
+            student = network.logits(normalise(batch.student_NHWC), batch.branch_N, Branch.STUDENT)
+            network.logits(normalise(batch.teacher_NHWC), batch.branch_N, Branch.TEACHER)
+        torch.autograd.backward(student.sum())
+        floor = time.process_time() - ended
+        if batch_idx >= WARM_UP:
+            self.steps.append(ended - self._began)
+            self.floors.append(floor)
+
+
+def random_batch(side: int, count: int) -> Batch:
+    """Noise with a box over the middle, boxes of all three sizes in turn."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
+    box = torch.zeros(count, side, side, dtype=torch.uint8)
+    box[:, side // 6 : -side // 6, side // 5 : -side // 5] = 1
+    return Batch(pixels, pixels, box, torch.arange(count) % 3, ())
+
+
+def measure(side: int, count: int, steps: int) -> tuple[float, float]:
+    """Median seconds of (step, floor)."""
+    torch.manual_seed(0)
+    module = MalModule(
+        MalNetwork(ModelConfig(ARCH)),
+        LabelerConfig(crop_size=side),
+        schedule=CosineSchedule(1e-4, 1e-6, 0.0, 1.0),
+        losses=LossSettings(mil_steps=0, crf_steps=0, logit_weight=0.01),
+        mean_field=MeanField(),
+        optimiser=OptimiserSettings(),
+        teacher_momentum=0.996,
+        seed=0,
+        num_images=count,
+    )
+    watch = Watch()
+    with quiet():
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            precision="bf16-mixed",
+            max_epochs=1,
+            callbacks=[watch],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, train_dataloaders=[random_batch(side, count)] * (WARM_UP + steps))
+    return statistics.median(watch.steps), statistics.median(watch.floors)
+
+
+def main() -> int:
+    """Prints the table."""
+    torch.set_num_threads(1)
+    table = Table("training_step", f"A training step of {ARCH} in bfloat16 against its floor, CPU time")
+    for side, count, steps in CASES:
+        step, floor = measure(side, count, steps)
+        table.add(f"crop {side}, batch {count}: floor", floor, "s")
+        table.add(f"crop {side}, batch {count}: step", step, "s")
+        table.add(f"crop {side}, batch {count}: step by floor", step / floor, "x", most=1.25)
+    return table.finish()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
