@@ -108,8 +108,13 @@ class DatasetConfig(Strict):
     )
     min_obj_size: float = Field(default=2048.0, ge=0.0, description="Train on boxes with an area above this many px².")
     max_obj_size: float = Field(default=1e10, gt=0.0, description="Train on boxes with an area below this many px².")
-    crop_size: int = Field(
-        default=512, ge=1, description="Side of the square network input in px; a multiple of the patch size."
+    crop_size: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Side of the square network input in px, a multiple of the patch size.\n"
+            "null: 512, or 504 where patches have 14 px (vit-mae-huge/14)."
+        ),
     )
     test_crop_size: int | None = Field(
         default=None, ge=1, description="Side of the crop in validation and labelling; null: crop_size."
@@ -394,10 +399,14 @@ class Spec(Strict):
         own: str | None = getattr(self, task).results_dir
         return Path(own) if own else Path(self.results_dir) / task
 
-    def labeler_config(self) -> LabelerConfig:
-        """What the checkpoint will say about crops and thresholds, before any fit."""
+    def labeler_config(self, own_crop_size: int) -> LabelerConfig:
+        """What the checkpoint will say about crops and thresholds, before any fit.
+
+        Args:
+            own_crop_size: px, where the spec gives no size of the crop: the backbone's, or an older checkpoint's.
+        """
         return LabelerConfig(
-            crop_size=self.dataset.test_crop_size or self.dataset.crop_size,
+            crop_size=self.dataset.test_crop_size or self.dataset.crop_size or own_crop_size,
             margin_rate=self.train.test_margin_rate[0],
             mask_thres=self.train.thresholds,
             compat=self.compat,

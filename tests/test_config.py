@@ -90,8 +90,8 @@ def test_the_documented_spec_of_tao_is_read_as_it_stands(tmp_path: Path) -> None
 
 def test_no_file_gives_the_documented_defaults() -> None:
     spec = load_spec(None, [])
-    assert (spec.train.lr, spec.train.batch_size, spec.dataset.crop_size) == (1.5e-6, 3, 512)
-    assert spec.labeler_config() == LabelerConfig(512, 0.6, (0.1, 0.1, 0.1), Compat.NONE)
+    assert (spec.train.lr, spec.train.batch_size, spec.dataset.crop_size) == (1.5e-6, 3, None)
+    assert spec.labeler_config(512) == LabelerConfig(512, 0.6, (0.1, 0.1, 0.1), Compat.NONE)
 
 
 def test_what_is_dumped_reads_back_the_same() -> None:

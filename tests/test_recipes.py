@@ -8,6 +8,7 @@ import pytest
 from mal_train.cli import SPECS, main
 from mal_train.config import load_spec
 from mal_train.model.backbones import check_crop_size
+from mal_train.tasks.common import labeler_config, train_crop_size
 
 RECIPES = [name for name in SPECS if name not in {"default", "tao"}]
 
@@ -19,8 +20,8 @@ def test_a_recipe_is_a_valid_spec_that_says_whether_it_was_run(name: str, tmp_pa
     text = path.read_text(encoding="utf-8")
     assert ("# Run for docs/" in text) != ("# NOT RUN: " in text)
     spec = load_spec(path, [])
-    check_crop_size(spec.model.arch, spec.dataset.crop_size)
-    check_crop_size(spec.model.arch, spec.labeler_config().crop_size)
+    check_crop_size(spec.model.arch, train_crop_size(spec))
+    check_crop_size(spec.model.arch, labeler_config(spec).crop_size)
 
 
 def test_every_spec_in_the_package_has_a_name_to_print_it_by_but_the_demos() -> None:

@@ -110,6 +110,22 @@ def build_backbone(arch: str, drop_path: float = 0.0) -> nn.Module:
     return backbone_size(arch).build(drop_path)
 
 
+LARGEST_OWN_CROP_SIZE = 512
+"""px; the published crop size."""
+
+
+def own_crop_size(arch: str) -> int:
+    """Side in px of the crops of `arch` where nobody gives another: the largest multiple of its patch up to 512.
+
+    For patches of 14 px that is 504, not the nearer 518: a map of 36 × 36 halves exactly in the branch for small boxes
+    (37 × 37 does not), and has 5 % fewer tokens.
+
+    >>> own_crop_size("vit-mae-base/16"), own_crop_size("vit-mae-huge/14")
+    (512, 504)
+    """
+    return LARGEST_OWN_CROP_SIZE - LARGEST_OWN_CROP_SIZE % backbone_size(arch).patch
+
+
 def check_crop_size(arch: str, crop_size: int) -> None:
     """ConfigError, with the nearest sizes that fit, unless `crop_size` px is a positive multiple of the patch size."""
     patch = backbone_size(arch).patch

@@ -16,6 +16,7 @@ from mal_train.labeling.labeler import Labeler, RunOptions, load_labeler
 from mal_train.labeling.settings import Branch, LabelerConfig
 from mal_train.labeling.views import Passes
 from mal_train.model import builtin
+from mal_train.model.backbones import own_crop_size
 from mal_train.model.checkpoint import Checkpoint, sha256_of
 from mal_train.model.keys import DecryptionKey, EncryptionKey, parse_key
 from mal_train.model.network import ModelConfig
@@ -148,9 +149,19 @@ def open_labeler(
     return labeler, content
 
 
+def train_crop_size(spec: Spec) -> int:
+    """Side in px of the crops to train on."""
+    return spec.dataset.crop_size or own_crop_size(spec.model.arch)
+
+
+def labeler_config(spec: Spec) -> LabelerConfig:
+    """What the checkpoint will say about crops and thresholds, before any fit."""
+    return spec.labeler_config(own_crop_size(spec.model.arch))
+
+
 def _outvoted(spec: Spec, used: LabelerConfig) -> list[str]:
     """A line for each field that the spec gives otherwise than the checkpoint, which is the one that counts."""
-    asked = spec.labeler_config()
+    asked = spec.labeler_config(used.crop_size)
     fields = {
         "dataset.crop_size": (spec.dataset, "crop_size", asked.crop_size, used.crop_size),
         "train.test_margin_rate": (spec.train, "test_margin_rate", asked.margin_rate, used.margin_rate),

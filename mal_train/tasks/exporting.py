@@ -100,14 +100,11 @@ def _half(tensor: Tensor) -> Tensor:
 
 def _labeler_config(spec: Spec, stored: LabelerConfig) -> LabelerConfig:
     """The checkpoint's settings, with the crop and the margin that the spec gives."""
-    asked = spec.labeler_config()
-    given = {f"dataset.{name}" for name in spec.dataset.model_fields_set}
-    given |= {f"train.{name}" for name in spec.train.model_fields_set}
-    crop_size = asked.crop_size if given & {"dataset.crop_size", "dataset.test_crop_size"} else stored.crop_size
-    margin_rate = asked.margin_rate if "train.test_margin_rate" in given else stored.margin_rate
+    asked = spec.labeler_config(stored.crop_size)
+    margin_rate = asked.margin_rate if "test_margin_rate" in spec.train.model_fields_set else stored.margin_rate
     # A new fit is of the score of today; an old fit is of the score that it was made for.
     score = asked.score if spec.dataset.val_ann_path and spec.fits_calibration else stored.score
-    return dataclasses.replace(stored, crop_size=crop_size, margin_rate=margin_rate, score=score)
+    return dataclasses.replace(stored, crop_size=asked.crop_size, margin_rate=margin_rate, score=score)
 
 
 def _validator(spec: Spec, screen: Screen) -> Validator:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mal_train.config import Spec, load_spec
 from mal_train.errors import ConfigError
-from mal_train.model.backbones import check_crop_size
+from mal_train.model.backbones import check_crop_size, own_crop_size
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
 from mal_train.model.foreign import read_tao_checkpoint
 from mal_train.model.network import MalNetwork, ModelConfig
@@ -41,14 +41,15 @@ def import_checkpoint(source: str, target: Path, overrides: list[str], screen: S
     spec = load_spec(None, overrides)
     foreign = read_tao_checkpoint(existing_file(source, "FILE"))
     model = dataclasses.replace(foreign.model, **_model_overrides(spec, names))
-    check_crop_size(model.arch, spec.labeler_config().crop_size)
+    labeler = spec.labeler_config(own_crop_size(model.arch))
+    check_crop_size(model.arch, labeler.crop_size)
     _check_fits(model, foreign.weights, source)
     seal_with, _ = keys_of(spec)
     provenance: dict[str, Any] = {
         "tool": f"mask-auto-labeler {version()}",
         "imported_from": Path(source).name,
     }
-    seal = save_checkpoint(target, Checkpoint(model, spec.labeler_config(), foreign.weights, [], provenance), seal_with)
+    seal = save_checkpoint(target, Checkpoint(model, labeler, foreign.weights, [], provenance), seal_with)
     screen.say(f"wrote {target}: {model.arch}, {len(foreign.weights)} tensors, encryption: {seal.how}")
     return target
 

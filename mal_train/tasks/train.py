@@ -31,8 +31,10 @@ from mal_train.tasks.common import (
     existing_file,
     existing_folder,
     keys_of,
+    labeler_config,
     model_config,
     task_folder,
+    train_crop_size,
     version,
     worker_threads,
 )
@@ -128,7 +130,7 @@ def _train(
     device = devices[ranks.world.local_rank]
     data = BoxDataModule(
         boxes,
-        Cropping(spec.dataset.crop_size, spec.train.margin_rate, spec.compat, spec.train.colour_augmentation),
+        Cropping(train_crop_size(spec), spec.train.margin_rate, spec.compat, spec.train.colour_augmentation),
         LoaderSettings(
             spec.train.batch_size,
             spec.dataset.num_workers_per_gpu,
@@ -243,8 +245,8 @@ def build_network(
 
     A resumed run takes them from its checkpoint later, so nothing is read here for it.
     """
-    check_crop_size(spec.model.arch, spec.dataset.crop_size)
-    check_crop_size(spec.model.arch, spec.labeler_config().crop_size)
+    check_crop_size(spec.model.arch, train_crop_size(spec))
+    check_crop_size(spec.model.arch, labeler_config(spec).crop_size)
     network = MalNetwork(model_config(spec.model))
     source = spec.train.pretrained_model_path
     if resume is not None:
@@ -270,7 +272,7 @@ def build_module(
     peak = section.lr * section.batch_size * section.num_gpus
     return MalModule(
         network,
-        spec.labeler_config(),
+        labeler_config(spec),
         schedule=CosineSchedule(
             peak, peak * section.min_lr_rate, section.warmup_epochs, section.num_epochs, section.num_wave
         ),

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from mal_train.errors import ConfigError
-from mal_train.model.backbones import BACKBONES, backbone_size, build_backbone, check_crop_size
+from mal_train.model.backbones import BACKBONES, backbone_size, build_backbone, check_crop_size, own_crop_size
 from mal_train.model.pretrained import UNKNOWN_ARCH_LICENCE, starting_weights_licence
 
 
@@ -56,6 +56,14 @@ def test_every_row_takes_crops_of_its_patch_size(arch: str) -> None:
     check_crop_size(arch, 14 * BACKBONES[arch].patch)
     with pytest.raises(ConfigError, match=r"crop_size: .* multiple of"):
         check_crop_size(arch, 14 * BACKBONES[arch].patch + 1)
+
+
+@pytest.mark.parametrize("arch", sorted(BACKBONES))
+def test_a_rows_own_crop_fits_its_patches_and_halves_for_small_boxes(arch: str) -> None:
+    size, patch = own_crop_size(arch), BACKBONES[arch].patch
+    check_crop_size(arch, size)
+    assert size == (504 if arch == "vit-mae-huge/14" else 512)
+    assert size // patch % 2 == 0
 
 
 @pytest.mark.parametrize("arch", sorted(BACKBONES))
