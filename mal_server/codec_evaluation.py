@@ -105,17 +105,21 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: Call) -
     )
 
 
-async def read_records(requests: AsyncIterator[evaluation_pb2.EvaluateRequest]) -> dict[str, bytes]:
+async def read_records(
+    requests: AsyncIterator[evaluation_pb2.EvaluateRequest], options: EvaluateOptions
+) -> dict[str, bytes]:
     """The records that a caller brings for images of a data set on the server, by item id.
 
     Raises:
-        RequestRefused: a message that holds none, or more than fits into memory.
+        RequestRefused: a message that holds none, one without a token in the options, or more than fits into memory.
     """
     found: dict[str, bytes] = {}
     size = 0
     async for request in requests:
         if request.WhichOneof("message") != "image" or not request.image.record:
             raise RequestRefused([("image.record", "with a data set on the server, only records may follow")])
+        if not options.resume_token:
+            raise RequestRefused([("options.resume_token", "records were sent, and no token that they belong to")])
         found[request.image.item_id] = request.image.record
         size += len(request.image.record) + len(request.image.item_id)
         if size > MAX_RECORDS_BYTES:

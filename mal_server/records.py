@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from mal_server.errors import RequestRefused, TokenStale
@@ -22,7 +22,7 @@ from mal_train.labeling.labeler import RunOptions
 from mal_train.labeling.rle import Rle
 
 CODE_BYTES = 32
-FORM = 1
+FORM = 2
 """Changed with the layout of records, so that older ones are stale and not misread."""
 
 
@@ -88,8 +88,8 @@ class Records:
             "sha256": info.sha256,
             "precision": info.precision,
             "run": asdict(run),
-            "threshold": answer.threshold,
-            "min_component_area_px": answer.min_component_area_px,
+            # All of it but what is about writing masks down, which records have their own way of.
+            "answer": asdict(replace(answer, formats=(), polygon_tolerance_px=0.0)),
         }
         self.token = hmac.digest(key, b"token" + _bytes_of(decides), "sha256")
         """The same for the same weights, options and key, and for nothing else."""

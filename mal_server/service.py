@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from mal_server.plans import ModelPlan
 from mal_server.records import Records, Truth
 from mal_server.roots import Roots
 from mal_train.errors import DeviceLost
+from mal_train.labeling.coco import JsonId
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -129,13 +130,16 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         """The images: those that follow, or those of a data set here, whose names and number the options then have."""
         if options.dataset is None:
             return options, codec_evaluation.read_truths(requests, options, self._limits)
-        records = await codec_evaluation.read_records(requests)
-        if records and not options.resume_token:
-            raise RequestRefused([("options.resume_token", "records were sent, and no token that they belong to")])
-        data = await asyncio.to_thread(read_dataset, self._folders, *options.dataset)
-        truths = list(data.truths(options.job, self._limits.max_boxes, records))
-        named = replace(options, category_names=data.category_names, images_total=len(truths))
-        return named, _each(truths)
+        records = await codec_evaluation.read_records(requests, options)
+        # Both in a thread: a file of a million rows takes seconds, in which everybody else is to be answered.
+        names, truths = await asyncio.to_thread(self._read_dataset, options, options.dataset, records)
+        return replace(options, category_names=names, images_total=len(truths)), _each(truths)
+
+    def _read_dataset(
+        self, options: codec_evaluation.EvaluateOptions, where: tuple[str, str], records: Mapping[str, bytes]
+    ) -> tuple[Mapping[JsonId, str], list[Truth]]:
+        data = read_dataset(self._folders, *where)
+        return data.category_names, list(data.truths(options.job, self._limits.max_boxes, records))
 
 
 async def _each(truths: Sequence[Truth]) -> AsyncGenerator[Truth, None]:

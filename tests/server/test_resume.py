@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import json
+import math
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,12 @@ from mal_client import cli
 from mal_client.client import Client
 from PIL import Image
 
+from mal_server.batcher import Priority
+from mal_server.codec import Call
+from mal_server.codec_evaluation import read_evaluate_options, read_records
+from mal_server.dataset import Dataset
+from mal_server.errors import RequestRefused
+from mal_train.labeling.settings import Branch
 from tests.client.test_against_server import served
 from tests.server.fakes import BrightPredictor, encoded, serving
 from tests.server.test_evaluate import NAMES, SCENES, evaluate, options_of, scenes
@@ -181,7 +189,16 @@ def test_a_record_of_something_else_is_refused(how: str) -> None:
     assert asyncio.run(work()) == ["image.record"]
 
 
-@pytest.mark.parametrize("change", [{"threshold": 0.3}, {"flip_test": True}, {"branch": types_pb2.BRANCH_TEACHER}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"threshold": 0.3},
+        {"flip_test": True},
+        {"branch": types_pb2.BRANCH_TEACHER},
+        {"min_component_area_px": 9},
+        {"resolve_overlaps": True},
+    ],
+)
 def test_a_token_is_stale_under_other_options(change: dict[str, Any]) -> None:
     async def work() -> str:
         async with serving() as running:
@@ -192,6 +209,35 @@ def test_a_token_is_stale_under_other_options(change: dict[str, Any]) -> None:
             return reason_of(status_details(raised.value))
 
     assert asyncio.run(work()) == "RESUME_TOKEN_STALE"
+
+
+def test_records_that_no_token_came_with_are_refused_at_the_first() -> None:
+    options = read_evaluate_options(on_server(), Call(Branch.STUDENT, Priority.BATCH, math.inf))
+    records = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(place), record=b"x")) for place in range(9)]
+    read: list[Request] = []
+
+    async def messages() -> AsyncIterator[Request]:
+        for record in records:
+            read.append(record)
+            yield record
+
+    with pytest.raises(RequestRefused, match=r"options\.resume_token"):
+        asyncio.run(read_records(messages(), options))
+    assert len(read) == 1
+
+
+def test_a_large_data_set_is_sorted_out_beside_the_event_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    inner = Dataset.truths
+
+    def truths(self: Dataset, *args: Any) -> Iterator[Any]:
+        threads.append(threading.current_thread())
+        return inner(self, *args)
+
+    monkeypatch.setattr(Dataset, "truths", truths)
+    assert evaluate(on_server(), **data(folder))[1].images == 6
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 @pytest.mark.parametrize("has_key", [False, True])
