@@ -266,11 +266,11 @@ class Labeler:
 
     def _score(self, claim: Claim, mask: NDArray[np.bool_], min_component_area_px: int) -> float:
         """Of a mask that is not empty, in (0, 1]; see `ScoreKind`."""
-        if self.config.score is ScoreKind.STABILITY and self.config.compat is not Compat.TAO:
+        if self.config.score_kind is ScoreKind.STABILITY:
             high, low = (_moved(claim.limit, logits) for logits in (STABILITY_LOGITS, -STABILITY_LOGITS))
             kept = int(np.count_nonzero((claim.values > high) & mask))
             # What the mask gave away to others, and specks with what surrounds them, are no doubt of its own.
-            wider = without_specks(claim.values > low, min_component_area_px) & (mask | ~claim.mask)
+            wider = mask | (without_specks(claim.values > low, min_component_area_px) & ~claim.mask)
             # One more of each: 0 is the score of the empty mask alone.
             return (kept + 1) / (int(np.count_nonzero(wider)) + 1)
         # NumPy, not OpenCV: its sum depends on where the array happens to lie in memory, in the last digit.

@@ -85,11 +85,13 @@ def network_branch(area: ArrayLike, compat: Compat) -> NDArray[np.int64]:
     return branch
 
 
-def score_meaning(*, calibrated: bool) -> str:
-    """What a score is, in the words of files that carry labels."""
+def score_meaning(*, calibrated: bool, kind: ScoreKind | None = None) -> str:
+    """What a score is, in the words of files that carry labels; `kind` None where it is not known, as to a client."""
     if calibrated:
         return "expected IoU, calibrated"
-    return "stability of the mask (under compat tao, mean foreground probability), not calibrated"
+    either = "stability of the mask (under compat tao and of older checkpoints, mean foreground probability)"
+    meanings = {ScoreKind.STABILITY: "stability of the mask", ScoreKind.PROBABILITY: "mean foreground probability"}
+    return f"{either if kind is None else meanings[kind]}, not calibrated"
 
 
 def calibrated(score: float, knots: Knots) -> float:
@@ -135,7 +137,12 @@ class LabelerConfig:
     @property
     def score_meaning(self) -> str:
         """What the score of a label is, for files that carry labels."""
-        return score_meaning(calibrated=self.calibration is not None)
+        return score_meaning(calibrated=self.calibration is not None, kind=self.score_kind)
+
+    @property
+    def score_kind(self) -> ScoreKind:
+        """What scores are made of: `score`, but for `compat: tao`."""
+        return ScoreKind.PROBABILITY if self.compat is Compat.TAO else self.score
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form kept in checkpoints."""

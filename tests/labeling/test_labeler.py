@@ -1,5 +1,6 @@
 """Boxes to masks: the published pasting, the answer for every box, and masks that do not depend on the company."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,26 @@ def test_a_score_is_the_share_that_stays_when_the_threshold_moves_by_two_logits(
     assert unsure_inside == pytest.approx(0.25, abs=0.05)
     assert unsure_outside == pytest.approx(unsure_inside, abs=0.03)
     assert 0.0 < scored(0.6, 0.0) < 0.01
+
+
+def test_a_speck_that_is_all_a_box_is_left_with_scores_at_most_one() -> None:
+    ours = labeler(LabelerConfig(64, 0.6, (0.5, 0.5, 0.5)))
+    (crop,) = ours.prepare(IMAGE, [(40, 20, 64, 48)])
+    assert isinstance(crop, Crop)
+    claim = ours.claim(crop, Probability(np.zeros((64, 64), np.float32)))
+    values = np.zeros_like(claim.values)
+    values[10:30, 10:30] = values[40:43, 40:43] = 0.95
+    kept = np.zeros_like(claim.mask)
+    kept[40:43, 40:43] = True  # another box was given the square
+    label = ours.answer(crop, dataclasses.replace(claim, values=values), kept, min_component_area_px=50)
+    assert (label.area, label.score) == (9, 1.0)
+
+
+def test_files_say_which_score_they_carry() -> None:
+    assert "stability" in LabelerConfig().score_meaning
+    for config in (LabelerConfig(score=ScoreKind.PROBABILITY), LabelerConfig(compat=Compat.TAO)):
+        assert config.score_meaning == "mean foreground probability, not calibrated"
+    assert LabelerConfig(calibration=((0.0, 0.0), (1.0, 1.0))).score_meaning == "expected IoU, calibrated"
 
 
 def test_under_tao_and_in_old_checkpoints_a_score_is_the_mean_probability() -> None:
