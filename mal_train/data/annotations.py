@@ -5,6 +5,7 @@ Boxes are kept in arrays, not objects: a million of them cross into the loader's
 
 import hashlib
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from mal_train.errors import BadBox, BadDataset, BadImage
 from mal_train.labeling import rle
 from mal_train.labeling.box_filter import training_refusal
 from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
+from mal_train.labeling.detections import MASK_SCORE
 from mal_train.labeling.geometry import Box, box_iou, check_box
 from mal_train.labeling.images import read_image
 from mal_train.labeling.rle import Rle
@@ -145,7 +147,9 @@ def select_boxes(
             else:
                 kept.append(inside)
                 masks.append(mask)
-                weights.append(guess_weight(annotation.raw.get("score"), mask, inside))
+                # Beside a detector's score stands the mask's own.
+                score = annotation.raw.get(MASK_SCORE, annotation.raw.get("score"))
+                weights.append(guess_weight(score, mask, inside))
         if kept:
             image_of_box += [len(paths)] * len(kept)
             boxes += kept
@@ -175,12 +179,12 @@ def guess_weight(score: object, mask: Rle | None, box_inside: Box) -> float:
     """How far a guessed mask is to be trusted, in [0, 1]: its score times how tightly it fills its box.
 
     Tightness is the IoU of the mask's own tight box with the given one, which is the one thing known for certain.
-    A mask without a score counts by its tightness alone; no mask, or an empty one, has weight 0.
+    A mask without a score (a finite number) counts by its tightness alone; no mask, or an empty one, has weight 0.
     """
     tight = None if mask is None else rle.to_box(mask)
     if tight is None:
         return 0.0
-    trust = float(score) if isinstance(score, int | float) else 1.0
+    trust = float(score) if isinstance(score, int | float) and math.isfinite(score) else 1.0
     return min(max(trust, 0.0), 1.0) * box_iou(tight, box_inside)
 
 

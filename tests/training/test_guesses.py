@@ -1,5 +1,6 @@
 """A second round: an earlier model's masks beside what the boxes say (train.supervision: pseudo)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,26 @@ def test_a_guess_counts_by_its_score_and_how_tightly_it_fills_its_box() -> None:
 @pytest.mark.parametrize("mask", [None, np.zeros((20, 20), bool)])
 def test_no_mask_is_no_guess(mask: np.ndarray[Any, Any] | None) -> None:
     assert guess_weight(0.9, None if mask is None else rle.encode_mask(mask), (5.0, 5.0, 5.0, 5.0)) == 0.0
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, True, "0.9", [0.9]])
+def test_what_is_no_score_leaves_the_tightness_alone(score: object) -> None:
+    square = np.zeros((20, 20), bool)
+    square[5:15, 5:15] = True
+    assert guess_weight(score, rle.encode_mask(square), (5.0, 5.0, 10.0, 10.0)) == 1.0
+
+
+def test_a_detections_guess_counts_by_the_score_of_its_mask(tmp_path: Path) -> None:
+    def detected(coco: dict[str, Any]) -> None:
+        for number, annotation in enumerate(coco["annotations"]):
+            annotation |= {"score": 0.3 if number % 2 else 0.9, "mask_score": 0.9 if number % 2 else 0.3}
+
+    annotations, images = write_scenes(tmp_path, change=detected)
+    boxes = select_boxes(
+        read_coco(annotations), images, min_area=0, max_area=1e9, compat=Compat.NONE, supervision="pseudo"
+    )
+    assert boxes.mask_weights is not None
+    assert boxes.mask_weights[1::2].min() > boxes.mask_weights[::2].max()
 
 
 def test_weights_are_one_on_average_and_follow_the_scores(tmp_path: Path) -> None:
