@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except MalError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        print(f"mal-train: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"mal-train: {'' if rank == '0' else f'process {rank}: '}{error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in {"mal_train", ""}:

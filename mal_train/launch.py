@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mal_train.errors import ConfigError
-from mal_train.world import LAUNCHED
+from mal_train.world import LAUNCHED, number_in
 
 GRACE_S = 10.0
 """Time between asking the others to end and killing them, after one has failed."""
@@ -50,7 +50,7 @@ def run_ranks(
         grace_s: how long the others may take to end after one has failed.
 
     Raises:
-        ConfigError: several machines, and nothing says which one this is.
+        ConfigError: several machines, and nothing, or no number, says which one this is.
     """
     absent = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if nodes > 1 and name not in environment]
     if absent:
@@ -58,7 +58,7 @@ def run_ranks(
             f"train.num_nodes {nodes}: start the command on each machine with torchrun or srun, or set "
             f"{', '.join(absent)} (docs/distributed.md has the lines)"
         )
-    node = int(environment.get("NODE_RANK", "0"))
+    node = number_in(environment, "NODE_RANK", 0)
     shared = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
         # Processes of one machine find each other even where its own name resolves to nothing.

@@ -68,27 +68,27 @@ def world_of(environment: Mapping[str, str] = os.environ) -> World:
     """
     if LAUNCHED in environment or "TORCHELASTIC_RUN_ID" in environment:
         return World(
-            rank=_number(environment, "RANK"),
-            size=_number(environment, "WORLD_SIZE"),
-            local_rank=_number(environment, "LOCAL_RANK"),
-            node_rank=_number(environment, "GROUP_RANK", 0),
+            rank=number_in(environment, "RANK"),
+            size=number_in(environment, "WORLD_SIZE"),
+            local_rank=number_in(environment, "LOCAL_RANK"),
+            node_rank=number_in(environment, "GROUP_RANK", 0),
             launcher="mal-train" if LAUNCHED in environment else "torchrun",
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
-            port=_number(environment, "MASTER_PORT", DEFAULT_PORT),
+            port=number_in(environment, "MASTER_PORT", DEFAULT_PORT),
         )
     if (
         "SLURM_PROCID" in environment
-        and _number(environment, "SLURM_NTASKS", 1) > 1
+        and number_in(environment, "SLURM_NTASKS", 1) > 1
         and environment.get("SLURM_JOB_NAME") not in _SLURM_SHELLS
     ):
         return World(
-            rank=_number(environment, "SLURM_PROCID"),
-            size=_number(environment, "SLURM_NTASKS"),
-            local_rank=_number(environment, "SLURM_LOCALID"),
-            node_rank=_number(environment, "SLURM_NODEID", 0),
+            rank=number_in(environment, "SLURM_PROCID"),
+            size=number_in(environment, "SLURM_NTASKS"),
+            local_rank=number_in(environment, "SLURM_LOCALID"),
+            node_rank=number_in(environment, "SLURM_NODEID", 0),
             launcher="SLURM",
             address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_NODELIST", "127.0.0.1")),
-            port=_number(environment, "MASTER_PORT", 15000 + _number(environment, "SLURM_JOB_ID", 0) % 10000),
+            port=number_in(environment, "MASTER_PORT", 15000 + number_in(environment, "SLURM_JOB_ID", 0) % 10000),
         )
     return World()
 
@@ -104,7 +104,8 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", host)
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def number_in(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A variable that holds a number; ConfigError where it holds something else, or is missing without a default."""
     text = environment.get(name)
     if text is None and default is not None:
         return default

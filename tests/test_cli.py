@@ -240,6 +240,14 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
     assert "Traceback" not in printed.err
 
 
+def test_a_rank_that_is_no_number_hides_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "first")
+    assert main(["train", "-e", spec_file(tmp_path)]) == 2
+    assert "dataset.train_ann_path: not given" in capsys.readouterr().err
+
+
 def test_a_failed_task_says_so_in_its_status(tmp_path: Path) -> None:
     assert main(["evaluate", "-e", spec_file(tmp_path)]) == 2
     status = (tmp_path / "results" / "evaluate" / "status.json").read_text().splitlines()

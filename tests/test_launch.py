@@ -114,6 +114,12 @@ def test_several_machines_need_to_know_each_other() -> None:
         run_ranks([], 2, nodes=2, environment={})
 
 
+def test_a_machine_that_is_no_number_is_refused() -> None:
+    told = {"NODE_RANK": "first", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    with pytest.raises(ConfigError, match="NODE_RANK: 'first'"):
+        run_ranks([], 2, nodes=2, environment=told)
+
+
 def test_a_process_alone_is_its_own_world() -> None:
     assert world_of({}) == World()
     assert world_of({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}) == World()
