@@ -65,6 +65,19 @@ def test_the_mean_of_two_checkpoints_is_written(tmp_path: Path, network: MalNetw
     assert written.provenance["mean_of_checkpoints"] == 2
 
 
+def test_networks_that_count_their_batches_are_exported(tmp_path: Path) -> None:
+    model = ModelConfig("fan_tiny_12_p16_224", mask_head_hidden_channel=4, mask_head_out_channel=4)
+    fan, out = tmp_path / "fan.malckpt", tmp_path / "small.malckpt"
+    weights = MalNetwork(model).state_dict()
+    save_checkpoint(fan, Checkpoint(model, LabelerConfig(crop_size=64), weights), None)
+    assert main(["export", "-o", str(out), f"evaluate.checkpoint={fan}", "--average", str(fan)]) == 0
+    counts = {
+        name: tensor for name, tensor in load_checkpoint(out, None).weights.items() if tensor.dtype is torch.int64
+    }
+    assert counts
+    assert all(torch.equal(count, weights[name]) for name, count in counts.items())
+
+
 def test_the_mean_of_two_architectures_is_refused(
     tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,7 +59,7 @@ def export(
         if other.model != checkpoint.model:
             raise ConfigError(f"--average: {path} is of another network than {source}; their mean would be neither")
         networks.append(_one_network(other, which, path))
-    stored = {name: _half(torch.stack([network[name] for network in networks]).mean(0)) for name in networks[0]}
+    stored = {name: _mean_in_half([network[name] for network in networks]) for name in networks[0]}
     config = _labeler_config(spec, checkpoint.labeler)
     check_crop_size(checkpoint.model.arch, config.crop_size)
     network = MalNetwork(checkpoint.model)
@@ -94,8 +94,9 @@ def _one_network(checkpoint: Checkpoint, which: str, path: Path) -> dict[str, Te
     return found
 
 
-def _half(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float16) if tensor.is_floating_point() else tensor
+def _mean_in_half(tensors: Sequence[Tensor]) -> Tensor:
+    """float16; of whole numbers, which count (the batches that a norm has seen), the first stays."""
+    return torch.stack(list(tensors)).mean(0).to(torch.float16) if tensors[0].is_floating_point() else tensors[0]
 
 
 def _labeler_config(spec: Spec, stored: LabelerConfig) -> LabelerConfig:
