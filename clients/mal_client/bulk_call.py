@@ -21,8 +21,8 @@ from mal_client.errors import (
     ServerFailed,
     ServerUnavailable,
     from_rpc_error,
+    is_broken_off,
     item_error,
-    rpc_code,
     rpc_details,
 )
 from mal_client.image_call import MAX_RESENDS
@@ -167,7 +167,7 @@ class BulkCall:
                     f"{self._address}: no answer for {self._silence_s:g} s; look whether the server is alive, or allow "
                     "more time"
                 ) from error
-            if rpc_code(error) is not grpc.StatusCode.UNAVAILABLE:
+            if not is_broken_off(error):
                 raise from_rpc_error(self._address, error, None) from error
             self._breaks += 1
             self._breaking_since = self._clock() if self._breaking_since is None else self._breaking_since

@@ -423,6 +423,12 @@ class AsyncClient(_Endpoint):
                 pause_s = call.ended()
             except grpc.RpcError as error:
                 pause_s = call.broke(error)
+            except asyncio.CancelledError:
+                # Of ours, or gRPC's asyncio tells so that the server ended the call.
+                task = asyncio.current_task()
+                if self._closed or task is None or task.cancelling():
+                    raise
+                pause_s = call.broke(_ended_by_server())
             finally:
                 stream.cancel()
             await asyncio.sleep(pause_s)
@@ -436,6 +442,11 @@ class AsyncClient(_Endpoint):
         if self._channel is None:
             self._channel = self._connection.open_aio()
         return self._channel
+
+
+def _ended_by_server() -> grpc.RpcError:
+    nothing = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, nothing, nothing, "the server ended the call", "")
 
 
 def _index(label: BoxLabel) -> int:

@@ -162,6 +162,15 @@ def rpc_code(error: grpc.RpcError) -> grpc.StatusCode:
     return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
 
 
+def is_broken_off(error: grpc.RpcError) -> bool:
+    """Whether a failed call says nothing of its request, so that it may be sent again.
+
+    UNAVAILABLE; and CANCELLED, with which a server that closes may end calls that no handler of it has seen. Whoever
+    cancelled the call itself must not ask.
+    """
+    return rpc_code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
 def rpc_details(error: grpc.RpcError) -> StatusDetails:
     """Reason, field violations and retry time of a failed call, from its trailers."""
     trailers = _trailers(error)

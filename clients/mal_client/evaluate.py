@@ -18,7 +18,7 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc
 
 from mal_client import codec
 from mal_client.dataset import OnProgress, image_loader
-from mal_client.errors import CallTimedOut, ServerFailed, from_rpc_error, rpc_code, rpc_details
+from mal_client.errors import CallTimedOut, ServerFailed, from_rpc_error, is_broken_off, rpc_details
 from mal_client.evaluation_records import EvaluationRecords
 from mal_client.fleet import watchdog
 from mal_client.image_files import ImageFiles
@@ -137,7 +137,7 @@ class _Pass:
             if rpc_details(error).reason == STALE and self.records.token:
                 self.records.clear()
                 return 0.0
-            if is_last or rpc_code(error) is not grpc.StatusCode.UNAVAILABLE:
+            if is_last or not is_broken_off(error):
                 raise from_rpc_error(client.address, error, None) from error
             return rpc_details(error).retry_after_s or RESTART_PAUSE_S
         finally:

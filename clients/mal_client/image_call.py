@@ -16,7 +16,7 @@ from mal.v1 import labeling_pb2
 from numpy.typing import ArrayLike
 
 from mal_client import codec
-from mal_client.errors import RequestRefused, ServerFailed, from_rpc_error, rpc_code, rpc_details
+from mal_client.errors import RequestRefused, ServerFailed, from_rpc_error, is_broken_off, rpc_code, rpc_details
 from mal_client.handles import Handle
 from mal_client.sources import EncodedImage
 from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ServerLimits
@@ -152,19 +152,21 @@ class ImageCall:
         return self._allowed(self._asked_wait_s) if self._pending else 0.0
 
     def broke(self, error: grpc.RpcError) -> float:
-        """Seconds to wait before the unanswered boxes are sent again, after a call that failed.
+        """Seconds to wait before the unanswered boxes are sent again, after a call that failed, uncancelled here.
 
         Raises:
-            MalError: the failure is final: not UNAVAILABLE, or no answer had come and the server did not say when to
-                come back, or the pauses are used up, or the deadline would pass.
+            MalError: the failure is final: neither UNAVAILABLE nor CANCELLED, or UNAVAILABLE before any answer and the
+                server did not say when to come back, or the pauses are used up, or the deadline would pass.
         """
         if self._sent_by_handle and self._handle is not None and rpc_details(error).reason == NOT_CACHED:
             # Evicted, or another server behind the same address: the next request carries the picture itself.
             self._handle.forget()
             return 0.0
-        if rpc_code(error) is grpc.StatusCode.UNAVAILABLE:
+        if is_broken_off(error):
             wait_s = rpc_details(error).retry_after_s
-            if wait_s is None and self._has_answers and self._breaks < len(PAUSES_S):
+            # Before the first answer gRPC itself has tried again, but not after CANCELLED.
+            may_again = self._has_answers or rpc_code(error) is grpc.StatusCode.CANCELLED
+            if wait_s is None and may_again and self._breaks < len(PAUSES_S):
                 wait_s = PAUSES_S[self._breaks]
                 self._breaks += 1
             if wait_s is not None and self._in_time(wait_s):

@@ -43,6 +43,7 @@ class Faults:
     break_after: int = -1
     """Answers after which a stream is broken, once for each of `breaks`."""
     breaks: int = 0
+    break_code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
     batch: int = 0
     """Boxes in each message of LabelImage; 0 = all in one."""
     batch_delay_s: float = 0.0
@@ -297,7 +298,7 @@ class FakeServer(
     def _break_if_told(self, context: Any, answered: int) -> None:
         if self.faults.breaks > 0 and answered >= self.faults.break_after:
             self.faults.breaks -= 1
-            context.abort(grpc.StatusCode.UNAVAILABLE, "told to break")
+            context.abort(self.faults.break_code, "told to break")
 
     def _count_down(self, counters: dict[Any, int], key: Any) -> bool:
         if counters.get(key, 0) <= 0:

@@ -85,6 +85,16 @@ def test_nothing_is_lost_when_the_stream_breaks_in_the_middle(
     assert sorted(fake.item_ids, key=int) == [str(at) for at in range(12)], "answered items are not sent again"
 
 
+def test_nothing_is_lost_when_a_closing_server_cancels_the_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mal_client.bulk_call.FIRST_PAUSE_S", 0.01)
+    fake = FakeServer(Faults(break_after=2, breaks=1, break_code=grpc.StatusCode.CANCELLED))
+    result = label(fake, make_dataset(tmp_path, images=6))
+    assert (result.labelled, result.failed) == (12, ())
+    assert fake.calls.count("LabelImages") == 2
+
+
 def test_an_item_that_the_server_wants_again_is_sent_again(dataset: Dataset) -> None:
     fake = FakeServer(Faults(retry_items={"1": 2}, retry_boxes={4: 1}))
     result = label(fake, dataset)

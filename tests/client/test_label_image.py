@@ -227,6 +227,52 @@ def test_the_asyncio_client_survives_a_broken_answer_too() -> None:
         assert [label.area for label in asyncio.run(ask(address))] == [80, 16, 400]
 
 
+@pytest.mark.parametrize("break_after", [0, 1])
+def test_a_call_that_the_server_cancels_as_it_closes_is_sent_again(break_after: int) -> None:
+    """gRPC ends so what no handler of a closing server has seen; neither its own attempts nor ours came before."""
+
+    def closing() -> FakeServer:
+        return FakeServer(Faults(batch=1, break_after=break_after, breaks=1, break_code=grpc.StatusCode.CANCELLED))
+
+    async def ask(address: str) -> list[BoxLabel]:
+        async with AsyncClient(address, timeout_s=20) as client:
+            return await client.label_image(PIXELS, BOXES)
+
+    blocking, loop = closing(), closing()
+    with serving(blocking) as address, Client(address, timeout_s=20) as client:
+        assert [label.area for label in client.label_image(PIXELS, BOXES)] == [80, 16, 400]
+    with serving(loop) as address:
+        assert [label.area for label in asyncio.run(ask(address))] == [80, 16, 400]
+    for fake in (blocking, loop):
+        assert [len(request.instances) for request in fake.label_requests] == [3, 3 - break_after]
+
+
+def test_a_server_that_cancels_every_call_is_given_up_at_the_deadline() -> None:
+    faults = Faults(break_after=0, breaks=10**6, break_code=grpc.StatusCode.CANCELLED)
+    with (
+        serving(FakeServer(faults)) as address,
+        Client(address, timeout_s=0.4) as client,
+        pytest.raises(CallCancelled, match="told to break"),
+    ):
+        client.label_image(PIXELS, BOXES)
+
+
+def test_a_call_that_its_own_caller_cancels_is_not_sent_again() -> None:
+    async def ask(address: str, fake: FakeServer) -> None:
+        async with AsyncClient(address, timeout_s=20) as client:
+            task = asyncio.create_task(client.label_image(PIXELS, BOXES))
+            while not fake.label_requests:
+                await asyncio.sleep(0.005)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    fake = FakeServer(Faults(delay_s=0.3))
+    with serving(fake) as address:
+        asyncio.run(ask(address, fake))
+    assert len(fake.label_requests) == 1
+
+
 def test_a_box_that_the_server_wants_again_is_sent_again_alone() -> None:
     fake = FakeServer(Faults(retry_boxes={1: 2}))
     with serving(fake) as address, Client(address, timeout_s=20) as client:
