@@ -208,6 +208,13 @@ class ServerConfig(Strict):
     threads: int = Field(
         default=0, ge=0, le=1024, description="Threads that decode, crop and encode; 0 = one for each CPU core."
     )
+    max_decoded_bytes: int = Field(
+        default=1024 * MIB,
+        ge=MIB,
+        description="Memory for decoded pictures whose boxes are being cut: 8 bytes a pixel while one is decoded, 3 "
+        "after that.\nRequests beyond wait their turn; BATCH ones get half of it. A larger picture is decoded when no "
+        "other is.\nPictures up to 2 million pixels with up to 8 boxes are not counted: each thread holds one.",
+    )
     image_cache_bytes: int = Field(
         default=256 * MIB,
         ge=0,

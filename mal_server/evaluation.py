@@ -5,10 +5,10 @@ Images are labelled side by side but counted in order of arrival, so that the sa
 
 import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
 from typing import TypeVar
 
-from mal_server.batcher import Overloaded
+from mal_server.batcher import Overloaded, Priority
+from mal_server.cpu import CpuPool
 from mal_server.errors import ImageNotCached, NotThere, RequestRefused
 from mal_server.pipeline import Answer, Pipeline
 from mal_server.records import Fault, Measured, Outcome, Records, Truth
@@ -35,7 +35,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, pipeline: Pipeline, pool: Executor, category_names: Mapping[JsonId, str], records: Records
+        self, pipeline: Pipeline, pool: CpuPool, category_names: Mapping[JsonId, str], records: Records
     ) -> None:
         self.records = records
         self._pipeline = pipeline
@@ -91,7 +91,7 @@ class Evaluation:
         return await self._in_pool(self._evaluator.report)
 
     async def _in_pool(self, work: Callable[..., Result], *args: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+        return await self._pool.run(Priority.BATCH, work, *args)
 
     def _count(self, outcome: Outcome) -> None:
         truth, fault = outcome.truth, outcome.fault

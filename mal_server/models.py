@@ -11,7 +11,6 @@ together. Knows nothing of gRPC and nothing of what a request says.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -19,6 +18,7 @@ from typing import Self
 
 from mal_server.batcher import Batcher
 from mal_server.config import ServerConfig
+from mal_server.cpu import CpuPool, Room
 from mal_server.errors import ModelRefused, NotReady, SelfTestFailed, UnknownModel
 from mal_server.loading import Loaded, ModelInfo, free_memory
 from mal_server.metrics import Metrics
@@ -65,7 +65,8 @@ class Serving:
         loaded: Loaded,
         config: ServerConfig,
         *,
-        pool: Executor,
+        pool: CpuPool,
+        room: Room,
         pictures: Pictures,
         metrics: Metrics,
         on_lost: OnLost,
@@ -91,6 +92,7 @@ class Serving:
             pool,
             pictures,
             config.limits.images(),
+            room=room,
             crop_size=loaded.info.labeler.crop_size,
             metrics=metrics,
         )
@@ -138,7 +140,7 @@ class Models:
         config: ServerConfig,
         load: Load,
         *,
-        pool: Executor,
+        pool: CpuPool,
         pictures: Pictures,
         metrics: Metrics,
         on_lost: OnLost,
@@ -147,6 +149,7 @@ class Models:
         self._config = config
         self._load = load
         self._pool = pool
+        self._room = Room(config.max_decoded_bytes, patience_s=config.batch_patience_s)
         self._pictures = pictures
         self._metrics = metrics
         self._on_lost = on_lost
@@ -331,6 +334,7 @@ class Models:
             loaded,
             self._config,
             pool=self._pool,
+            room=self._room,
             pictures=self._pictures,
             metrics=self._metrics,
             on_lost=self._on_lost,

@@ -1,28 +1,31 @@
 """One request's way from bytes to labels: decode and cut, wait for a batch, finish. Knows nothing of gRPC or protos.
 
-    job → decode, prepare (thread pool) → batcher (device) → finish (thread pool) → Part, Part, …
+    job → decode, prepare (CPU pool) → batcher (device) → finish (CPU pool) → Part, Part, …
 
-One `Part` comes out for each finished batch that held crops of the job. A job leaves no other state behind.
+A small job is decoded and cut in one step. Others come in steps, so that a thread can go to whoever ranks first, and
+hold a `Room` for their pixels from the decoding to the last cut. One `Part` comes out for each finished batch that held
+crops of the job. A job leaves no other state behind.
 """
 
 import asyncio
 import math
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Executor
-from contextlib import aclosing
+from concurrent.futures import Future
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from mal_server.batcher import Batcher, Expired, Priority, Share
+from mal_server.cpu import CpuPool, Room
 from mal_server.metrics import Metrics
 from mal_server.pictures import OnDisk, Picture, Pictures
 from mal_server.worker import Predictor
-from mal_train.errors import BadBox, DeviceError, DeviceLost
+from mal_train.errors import BadBox, BadImage, DeviceError, DeviceLost
 from mal_train.labeling.encodings import EncodedMask, encode
 from mal_train.labeling.geometry import Box
-from mal_train.labeling.images import ImageLimits, decode_image
+from mal_train.labeling.images import ImageLimits, RgbImage, decode_image, stored_size
 from mal_train.labeling.labeler import Crop, Label, Probability, RunOptions
 from mal_train.labeling.settings import MaskFormat
 
@@ -52,7 +55,13 @@ class AnswerOptions:
 AS_CHECKPOINT_SAYS = AnswerOptions()
 
 PREPARED_AT_ONCE = 8
-"""Boxes that are cut before a thread looks whether somebody still waits for them."""
+"""Boxes that are cut, and masks that are finished, before the thread may go to somebody else."""
+
+SMALL_PX = 2_000_000
+"""Pictures up to this size with few boxes need no room: only as many as there are threads are decoded at a time."""
+
+DECODING_BYTES = 8
+"""Of a pixel while it is decoded: Pillow's four and, once converted, four or three of ours. Three are kept."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,7 @@ class Pipeline:
         pool: threads for CPU work.
         pictures: gives the bytes.
         limits: what is refused before it is decoded.
+        room: for decoded pictures.
         crop_size: side of a crop in px.
         metrics: counts.
     """
@@ -140,16 +150,18 @@ class Pipeline:
         self,
         predictor: Predictor,
         batcher: CropBatcher,
-        pool: Executor,
+        pool: CpuPool,
         pictures: Pictures,
         limits: ImageLimits,
         *,
+        room: Room,
         crop_size: int,
         metrics: Metrics,
     ) -> None:
         self._predictor = predictor
         self._batcher = batcher
         self._pool = pool
+        self._room = room
         self._pictures = pictures
         self._limits = limits
         self._crop_bytes = 3 * crop_size**2
@@ -201,7 +213,7 @@ class Pipeline:
                 bad = ()
             if held:
                 ids = [job.instance_ids[index] for index in good]
-                answers, finish_s = await self._cpu(self._finish_together, job, ids, crops, held)
+                answers, finish_s = await self._cpu(job, self._finish_together, job, ids, crops, held)
                 self._count(answers, finish_s)
                 waits = [Timing(share.queue_s, decode_s, share.run_s, 0.0, share.batch_size) for share in held]
                 timing = joined([Part((), wait) for wait in waits]).timing
@@ -219,48 +231,85 @@ class Pipeline:
                 self._metrics.labelled(answer.outcome.flags)
 
     async def _opened(self, job: Job, content: bytes | None) -> tuple[list[Crop | BadBox], float]:
-        # A thread cannot be cancelled, and a thousand crops of a large picture keep it for many minutes.
-        given_up = threading.Event()
-        try:
-            return await self._cpu(self._open, job, content, given_up)
-        except asyncio.CancelledError:
-            given_up.set()
-            raise
+        """Every box's crop, or what is wrong with it, and the time that threads took for it."""
+        opened = await self._cpu(job, self._open, job, content)
+        if isinstance(opened, _Large):
+            return await self._opened_in_steps(job, opened)
+        return opened
 
-    def _open(self, job: Job, content: bytes | None, given_up: threading.Event) -> tuple[list[Crop | BadBox], float]:
+    def _open(self, job: Job, content: bytes | None) -> "tuple[list[Crop | BadBox], float] | _Large":
         started = time.perf_counter()
         if isinstance(job.picture, OnDisk):
             content = self._pictures.read(job.picture)
-        image = decode_image(content or b"", expected_wh=job.expected_wh, limits=self._limits)
+        content = content or b""
+        pixels = self._pixels(content)
+        if pixels > SMALL_PX or len(job.boxes) > PREPARED_AT_ONCE:
+            return _Large(content, pixels)
+        image = self._decode(job, content)
+        return self._predictor.prepare(image, job.boxes), time.perf_counter() - started
+
+    def _pixels(self, content: bytes) -> int:
+        """What will be decoded; 0 where nothing will."""
+        try:
+            width, height = stored_size(content)
+        except BadImage:
+            return 0
+        return width * height if width * height <= self._limits.max_pixels else 0
+
+    def _decode(self, job: Job, content: bytes) -> RgbImage:
+        image = decode_image(content, expected_wh=job.expected_wh, limits=self._limits)
         self._pictures.was_read(job.picture)
-        entries: list[Crop | BadBox] = []
-        while len(entries) < len(job.boxes) and not given_up.is_set():
-            done = len(entries)
-            entries += self._predictor.prepare(image, job.boxes[done : done + PREPARED_AT_ONCE], first=done)
-        return entries, time.perf_counter() - started
+        return image
+
+    async def _opened_in_steps(self, job: Job, large: "_Large") -> tuple[list[Crop | BadBox], float]:
+        held = await self._room.take(large.pixels * DECODING_BYTES, job.priority)
+        step: Future[Any] | None = None
+        took_s = 0.0
+
+        async def run(work: Callable[..., Result], *args: Any) -> Result:
+            nonlocal step, took_s
+            step = future = self._pool.submit(job.priority, _timed, work, *args)
+            result: Result
+            result, seconds = await asyncio.wrap_future(future)
+            took_s += seconds
+            return result
+
+        try:
+            image = await run(self._decode, job, large.content)
+            held.shrink(image.nbytes)
+            entries: list[Crop | BadBox] = []
+            while len(entries) < len(job.boxes):
+                done = len(entries)
+                boxes = job.boxes[done : done + PREPARED_AT_ONCE]
+                entries += await run(partial(self._predictor.prepare, first=done), image, boxes)
+            return entries, took_s
+        finally:
+            # A caller may have gone while a thread is still at the picture: it takes its memory until then.
+            _once_done(step, held.give_back)
 
     async def _finish(
         self, job: Job, ids: Sequence[int], crops: Sequence[Crop], share: Share[Probability]
     ) -> tuple[list[Answer], float]:
         """The share's outcomes as answers, and the CPU seconds that this took."""
-        work = zip(ids, share.indices, share.outcomes, strict=True)
-        done = await asyncio.gather(*(self._cpu(self._finish_one, job, id_, crops[i], x) for id_, i, x in work))
-        return [answer for answer, _ in done], sum(seconds for _, seconds in done)
+        work = [(id_, crops[i], x) for id_, i, x in zip(ids, share.indices, share.outcomes, strict=True)]
+        size = min(-(-len(work) // self._pool.threads), PREPARED_AT_ONCE)
+        pieces = [work[start : start + size] for start in range(0, len(work), size)]
+        done = await asyncio.gather(*(self._cpu(job, _timed, self._finish_each, job, piece) for piece in pieces))
+        return [answer for answers, _ in done for answer in answers], sum(seconds for _, seconds in done)
 
-    def _finish_one(
-        self, job: Job, instance_id: int, crop: Crop, outcome: Probability | Exception
-    ) -> tuple[Answer, float]:
+    def _finish_each(self, job: Job, work: Sequence[tuple[int, Crop, Probability | Exception]]) -> list[Answer]:
+        return [self._finish_one(job, *one) for one in work]
+
+    def _finish_one(self, job: Job, instance_id: int, crop: Crop, outcome: Probability | Exception) -> Answer:
         if isinstance(outcome, DeviceError) and not isinstance(outcome, DeviceLost):
-            return Answer(instance_id, outcome), 0.0
+            return Answer(instance_id, outcome)
         if isinstance(outcome, Exception):
             raise outcome
-        started = time.perf_counter()
         how = job.answer
         label = self._predictor.finish(
             crop, outcome, threshold=how.threshold, min_component_area_px=how.min_component_area_px
         )
-        masks = encode(label.rle, how.formats, how.polygon_tolerance_px)
-        return Answer(instance_id, label, masks), time.perf_counter() - started
+        return Answer(instance_id, label, encode(label.rle, how.formats, how.polygon_tolerance_px))
 
     def _finish_together(
         self, job: Job, ids: Sequence[int], crops: Sequence[Crop], shares: Sequence[Share[Probability]]
@@ -287,5 +336,33 @@ class Pipeline:
             answers[index] = Answer(ids[index], label, encode(label.rle, how.formats, how.polygon_tolerance_px))
         return [answers[index] for index in sorted(answers)], time.perf_counter() - started
 
-    async def _cpu(self, work: Callable[..., Result], *args: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+    async def _cpu(self, job: Job, work: Callable[..., Result], *args: Any) -> Result:
+        return await self._pool.run(job.priority, work, *args)
+
+
+@dataclass(frozen=True)
+class _Large:
+    """A picture whose job goes in steps."""
+
+    content: bytes
+    pixels: int
+
+
+def _timed(work: Callable[..., Result], *args: Any) -> tuple[Result, float]:
+    started = time.perf_counter()
+    result = work(*args)
+    return result, time.perf_counter() - started
+
+
+def _once_done(step: "Future[Any] | None", act: Callable[[], None]) -> None:
+    """Acts in this loop when the step has ended; at once where there is none."""
+    if step is None or step.done():
+        act()
+        return
+    loop = asyncio.get_running_loop()
+
+    def later(_: "Future[Any]") -> None:
+        with suppress(RuntimeError):  # the loop, and all that it counted, is gone
+            loop.call_soon_threadsafe(act)
+
+    step.add_done_callback(later)

@@ -19,7 +19,6 @@ import math
 import os
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -30,6 +29,7 @@ from prometheus_client import CollectorRegistry
 
 from mal_server.access import read_resume_key, read_tokens
 from mal_server.config import ServerConfig, TokenSetting, is_loopback
+from mal_server.cpu import CpuPool
 from mal_server.interceptors import CallInterceptor
 from mal_server.loading import ModelInfo, load_model
 from mal_server.metrics import Metrics, MetricsPort
@@ -83,7 +83,7 @@ class MalServer:
     def __init__(self, config: ServerConfig, load: Load = load_model, tracing: Tracing | None = None) -> None:
         self._config = config
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._pool = ThreadPoolExecutor(config.threads or os.cpu_count(), thread_name_prefix="cpu")
+        self._pool = CpuPool(config.threads or os.cpu_count() or 1, patience_s=config.batch_patience_s)
         self._metrics = Metrics()
         self._tracing = Tracing() if tracing is None and config.tracing else tracing
         if self._tracing is not None:
@@ -184,7 +184,7 @@ class MalServer:
         """Refuses new calls, waits at most `grace_s` seconds for running ones, cancels the rest, ends the threads."""
         await self._server.stop(grace_s)
         await self._models.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown()
         if self._metrics_port is not None:
             await asyncio.to_thread(self._metrics_port.close)
             self._metrics_port = None

@@ -9,6 +9,8 @@ import io
 import re
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,25 +76,17 @@ def decode_image(
         raise BadImage(f"{name}: 0 bytes; send the encoded file")
     if len(data) > limits.max_bytes:
         raise BadImage(f"{name}: {len(data)} bytes; the limit is {limits.max_bytes}", "IMAGE_TOO_LARGE")
-    try:
-        # Pillow warns of large pictures by itself; our own limit below is the one that decides.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                _check_size(picture.size, expected_wh, limits, name)
-                if data.startswith(_JPEG_START):
-                    _check_scans(data, name)
-                return _to_rgb(picture)
-    except UnidentifiedImageError:
-        raise BadImage(f"{name}: not a picture we read; use {', '.join(FORMATS)}", "IMAGE_FORMAT") from None
-    except Image.DecompressionBombError as error:
-        # Pillow's message begins with the number of pixels, which the header claims.
-        raise BadImage(f"{name}: {error}; at most {limits.max_pixels} px are read", "IMAGE_TOO_LARGE") from None
-    # What Pillow's decoders raise on damaged files, SyntaxError for broken PNG chunks and MemoryError for absurd
-    # sizes in sub-headers included.
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError, MemoryError,
-            OverflowError, ZeroDivisionError) as error:  # fmt: skip
-        raise BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or cut off") from None
+    with _picture_of(data, name) as picture:
+        _check_size(picture.size, expected_wh, limits, name)
+        if data.startswith(_JPEG_START):
+            _check_scans(data, name)
+        return _to_rgb(picture)
+
+
+def stored_size(data: bytes, *, name: str = "image") -> tuple[int, int]:
+    """Width and height in px that an encoded picture claims, before any pixel is read. Raises BadImage."""
+    with _picture_of(data, name) as picture:
+        return picture.size
 
 
 def read_image(
@@ -126,18 +120,8 @@ class ImageHeader:
 
 def read_header(data: bytes, name: str = "image") -> ImageHeader:
     """The header of an encoded picture. Raises BadImage as `decode_image`, but for what only its pixels would show."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                return ImageHeader(picture.size, _orientation(picture), int(getattr(picture, "n_frames", 1)))
-    except UnidentifiedImageError:
-        raise BadImage(f"{name}: not a picture we read; use {', '.join(FORMATS)}", "IMAGE_FORMAT") from None
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"{name}: {error}", "IMAGE_TOO_LARGE") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError, MemoryError,
-            OverflowError, ZeroDivisionError) as error:  # fmt: skip
-        raise BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or cut off") from None
+    with _picture_of(data, name) as picture:
+        return ImageHeader(picture.size, _orientation(picture), int(getattr(picture, "n_frames", 1)))
 
 
 def encode_png(image: RgbImage) -> bytes:
@@ -145,6 +129,27 @@ def encode_png(image: RgbImage) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
+
+
+@contextmanager
+def _picture_of(data: bytes, name: str) -> Iterator[Image.Image]:
+    """The opened picture, none of its pixels read yet; what goes wrong in here or inside is a BadImage."""
+    try:
+        # Pillow warns of large pictures by itself; our own limit is the one that decides.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                yield picture
+    except UnidentifiedImageError:
+        raise BadImage(f"{name}: not a picture we read; use {', '.join(FORMATS)}", "IMAGE_FORMAT") from None
+    except Image.DecompressionBombError as error:
+        # Pillow's message begins with the number of pixels, which the header claims.
+        raise BadImage(f"{name}: {error}", "IMAGE_TOO_LARGE") from None
+    # What Pillow's decoders raise on damaged files, SyntaxError for broken PNG chunks and MemoryError for absurd
+    # sizes in sub-headers included.
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError, MemoryError,
+            OverflowError, ZeroDivisionError) as error:  # fmt: skip
+        raise BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or cut off") from None
 
 
 def _check_size(size_wh: tuple[int, int], expected_wh: tuple[int, int] | None, limits: ImageLimits, name: str) -> None:
