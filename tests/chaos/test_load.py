@@ -14,7 +14,7 @@ import pytest
 from benchmarks.load.caller import Plan
 from benchmarks.load.figures import Sample, Summary, summarise
 from benchmarks.load.run import Server, loading, samples_of, shared, stand_in
-from tests.chaos.conftest import Form
+from tests.chaos.conftest import FORM, Form
 
 Say = Callable[..., None]
 
@@ -116,7 +116,9 @@ def test_no_callback_holds_the_event_loop(held: Seen, say: Say) -> None:
     assert report["slow_callbacks_cpu"] == 0, report["slowest"]
 
 
-CAPACITY_BATCH, CAPACITY_BATCH_MS, BOUND = 8, 50, 64
+CAPACITY_BATCH, BOUND = 8, 64
+# Slow enough in the short form that a busy machine's CPU is not what is overloaded.
+CAPACITY_BATCH_MS = FORM.pick(250, 50)
 CAPACITY = CAPACITY_BATCH * 1000 / CAPACITY_BATCH_MS
 """Crops a second that the stand-in can do."""
 BOXES = 4
@@ -164,15 +166,15 @@ def test_overload_does_not_cost_throughput(overloaded: Seen, form: Form, say: Sa
     say("overload", offered=offered, goodput=goodput, calls=rush.calls, answered=rush.answered, refused=rush.refused)
     assert offered > 2
     assert rush.failed == {}
-    assert goodput >= form.pick(0.6, 0.9)
+    assert goodput >= form.pick(0.5, 0.9)
 
 
-def test_refusals_are_quick_and_say_when_to_come_back(overloaded: Seen, say: Say) -> None:
+def test_refusals_are_quick_and_say_when_to_come_back(overloaded: Seen, form: Form, say: Say) -> None:
     rush = overloaded.of("rush")
     say("refusals", count=rush.refused, p50_ms=rush.refusal_p50, p99_ms=rush.refusal_p99, answered_p50_ms=rush.p50)
     assert rush.refused > 10
     assert rush.without_retry == 0
-    assert rush.refusal_p50 < 50
+    assert rush.refusal_p50 < form.pick(500, 50)
     # A refusal that waited in the queue would take as long as an answer.
     assert rush.refusal_p99 < rush.p50
 

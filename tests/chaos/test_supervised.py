@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from benchmarks.load.caller import Plan
 from benchmarks.load.run import ROOT, environment, loading, samples_of, wait_for_address
 from mal_server.probe import Probe
@@ -102,6 +104,7 @@ def test_a_killed_server_comes_back_and_nothing_is_lost(
     assert server.ends()[:kills] == ["terminated by SIGKILL; not expected"] * kills
 
 
+@pytest.mark.slow  # several lives, each with a start of its own
 def test_a_lost_device_ends_the_process_and_the_supervisor_starts_a_new_one(
     form: Form, deck_folder: Path, tmp_path: Path, say: Say
 ) -> None:
