@@ -247,8 +247,9 @@ class Models:
                 )
             del self._serving[name]
             self._tell_metrics()
-            await self._on_change(name, False)
+            # Before anything is awaited: a caller who leaves here must not leave the model in memory for ever.
             self._retire(serving)
+            await self._on_change(name, False)
             log.info("unloaded model=%s sha256=%s", name, serving.info.sha256)
             return serving.info
 
@@ -389,9 +390,10 @@ class Leases:
 
     def get(self, name: str) -> Serving:
         """The model of a name, "" = the default one. Errors as `Models.current`."""
-        known = self._held.get(name)
+        asked = name or self._models.default  # one model under both, whatever is switched between two items
+        known = self._held.get(asked)
         if known is None:
-            known = self._held[name] = self._models.take(name)
+            known = self._held[asked] = self._models.take(asked)
         return known
 
 

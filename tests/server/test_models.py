@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc, types_pb2
 
 from mal_server.loading import Loaded
+from mal_server.models import Leases
 from mal_server.plans import ModelPlan
 from mal_server.server import MalServer, health_name
 from mal_train.errors import Altered, DeviceLost, MalError, OutOfDeviceMemory, Truncated, UnknownLayout, WrongKey
@@ -374,6 +375,46 @@ def test_a_model_can_be_unloaded_but_not_the_default() -> None:
         return default[1], (await refused(talk.answered_by("dogs")))[1], (await refused(talk.unload("dogs")))[1]
 
     assert talk(work) == ("MODEL_IS_DEFAULT", "MODEL_NOT_FOUND", "MODEL_NOT_FOUND")
+
+
+def test_a_caller_that_leaves_while_a_model_is_unloaded_leaves_nothing_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told, gone = asyncio.Event(), asyncio.Event()
+
+    async def slow(self: MalServer, name: str, answers: bool) -> None:
+        if not answers:
+            told.set()
+            await gone.wait()
+
+    monkeypatch.setattr(MalServer, "_model_changed", slow)
+
+    async def work(talk: Talk) -> list[tuple[str, str, int, bool]]:
+        call = asyncio.ensure_future(talk.unload("dogs"))
+        await told.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await until(lambda: _is_released(talk.shop, 1))
+        return await talk.listed()
+
+    assert talk(work) == [("cats", "SERVING", 0, True)]
+
+
+def _is_released(shop: Shop, nth: int) -> bool:
+    gc.collect()
+    return shop.made[nth]() is None
+
+
+def test_the_default_model_is_one_for_a_stream_by_either_name() -> None:
+    async def work(talk: Talk) -> bool:
+        models = talk.server._models
+        with Leases(models) as leases:
+            first = leases.get("")
+            await talk.load("cats")
+            return leases.get("cats") is first
+
+    assert talk(work)
 
 
 def test_the_metrics_name_the_models_that_answer() -> None:
