@@ -133,6 +133,7 @@ def test_a_host_that_could_be_rebound_is_refused(host: str, loopback: bool, is_o
         ({"Origin": "http://127.0.0.1:9999"}, False, False),
         ({"Origin": "https://evil.example"}, False, False),
         ({"Origin": "null"}, False, False),
+        ({"Origin": "http://["}, False, False),
         ({"Origin": "https://evil.example"}, True, False),
         ({"Sec-Fetch-Site": "same-origin"}, False, True),
         ({"Sec-Fetch-Site": "none"}, True, True),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mal_client.client import Client
+from mal_client.errors import RequestRefused
 from mal_client.integrations.label_studio.app import build_app
 from mal_client.integrations.label_studio.predictor import Predictor
 from mal_client.types import LabelOptions
@@ -17,6 +18,7 @@ from starlette.testclient import TestClient
 from mal_train.errors import BadImage
 from mal_train.labeling.baselines import box_filled
 from mal_train.labeling.rle import decode_mask
+from mal_train.labeling.settings import Branch
 from tests.client.fake_server import SHA, FakeServer, serving
 from tests.integrations.rle_pack import decode_brush
 from tests.integrations.test_label_studio_regions import CONFIG, region
@@ -143,6 +145,14 @@ def test_health_setup_and_versions_name_the_weights(backend: Backend) -> None:
     setup = {"project": "1.1764098131", "schema": CONFIG, "hostname": "http://localhost:8080", "access_token": "x"}
     assert backend.http.post("/setup", json=setup).json() == {"model_version": VERSION}
     assert backend.http.get("/versions").json() == {"versions": [VERSION]}
+
+
+def test_the_version_is_that_of_the_network_that_answers(backend: Backend) -> None:
+    options = LabelOptions(branch=Branch.TEACHER)
+    version = Predictor(backend.client, backend.shelf, options, tolerance_px=0.0).model_version()
+    assert version == f"{VERSION.rpartition('-')[0]}-teacher"
+    with pytest.raises(RequestRefused, match="'dogs' is not served"):
+        Predictor(backend.client, backend.shelf, LabelOptions(model="dogs"), tolerance_px=0.0).model_version()
 
 
 def test_what_the_project_calls_in_passing_is_answered(backend: Backend) -> None:

@@ -111,6 +111,14 @@ def test_addresses_of_other_kinds_are_refused(address: str) -> None:
     pictures.close()
 
 
+@pytest.mark.parametrize("address", ["http://localhost:99999/a.png", "http://[/a.png"])
+def test_what_is_no_address_is_the_fault_of_its_picture(address: str) -> None:
+    pictures = Pictures("http://localhost:1")
+    with pytest.raises(BadImage, match="no address"):
+        pictures.read(address)
+    pictures.close()
+
+
 def test_local_files_are_read_from_their_folder_and_nowhere_else(tmp_path: Path) -> None:
     (tmp_path / "shared" / "deep").mkdir(parents=True)
     (tmp_path / "shared" / "deep" / "a b.png").write_bytes(b"local")

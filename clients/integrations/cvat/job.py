@@ -19,6 +19,7 @@ from mal_client.client import Client
 from mal_client.integrations.cvat.plan import Json, LabelMap, Plan, Refusal, Target, first_free_group, make_plan
 from mal_client.integrations.cvat.points import mask_points
 from mal_client.ledger import Ledger
+from mal_client.provenance import provenance_of
 from mal_client.types import BoxLabel, LabelOptions, Progress
 
 from mal_train.errors import BadImage, InputError
@@ -107,15 +108,8 @@ def label_task(
     # Numbers of groups come from the annotations as they were: those of masks written since would push them up.
     at_first = json.loads(kept.read_bytes()) if kept.exists() and not restart else before
     plan = plan_of(site, before, renamed, first_group=first_free_group(at_first))
-    info = client.server_info()
-    manifest = {
-        "task": site.name,
-        "rectangles": plan.digest(),
-        "checkpoint": info.model.checkpoint_sha256,
-        "branch": str(options.branch or info.model.branch),
-        "threshold": options.threshold,
-        "flip": options.flip,
-    }
+    made_by = provenance_of(client.server_info().of_model(options.model), options)
+    manifest = {"task": site.name, "rectangles": plan.digest(), **made_by}
     result = JobResult(plan, refusals=list(plan.refusals))
     with Ledger(ledger_file, len(plan.targets), manifest, restart=restart) as ledger:
         if not kept.exists() or restart:

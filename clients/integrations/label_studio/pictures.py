@@ -64,7 +64,11 @@ class Pictures:
         Raises:
             BadImage: it cannot be had, or may not be asked for there.
         """
-        parts = urlsplit(address)
+        try:
+            parts = urlsplit(address)
+            _ = parts.port
+        except ValueError as error:
+            raise BadImage(f"{address}: no address ({error})", "IMAGE_NOT_FOUND") from None
         if self._folder is not None and not parts.netloc and parts.path == LOCAL_FILES:
             return self._read_local(parse_qs(parts.query).get("d", [""])[0])
         if parts.scheme and parts.scheme not in ("http", "https"):

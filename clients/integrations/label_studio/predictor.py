@@ -18,6 +18,7 @@ from mal_client.integrations.label_studio.regions import (
     mask_regions,
     read_rectangle,
 )
+from mal_client.provenance import answering_model
 from mal_client.types import BoxLabel, LabelOptions, ModelRef
 
 from mal_train.errors import ConfigError, InputError
@@ -70,8 +71,9 @@ class Predictor:
         self._tolerance_px = tolerance_px
 
     def model_version(self) -> str:
-        """The weights that the server serves now, in a word that Label Studio shows and compares."""
-        return version_of(self._client.server_info().model)
+        """The weights that answer now, in a word that Label Studio shows and compares."""
+        info = self._client.server_info().of_model(self._options.model)
+        return version_of(answering_model(info, self._options))
 
     def predict(self, request: Mapping[str, Any]) -> Json:
         """The answer to a request, one entry a task: a prediction, [] without rectangles, or `error` without a mask.

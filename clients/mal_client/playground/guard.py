@@ -64,7 +64,7 @@ class Guard:
         if not self._is_ours(host):
             raise Refused(f"host {host!r}: not this playground; open the address that the command printed")
         origin = headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _netloc(origin) != host.lower():
             raise Refused(f"origin {origin!r}: other pages may not use this playground")
         site = headers.get("Sec-Fetch-Site")
         if site not in {None, "same-origin", "none"} and not is_page:
@@ -88,6 +88,14 @@ class Guard:
         except ValueError:
             return False
         return address.is_loopback or not self.loopback
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an origin, lower case; None for what is no origin."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def cookie_name(host: str) -> str:
