@@ -80,9 +80,20 @@ class StatusFile:
 def note_failure(folder: Path, message: str) -> None:
     """Says FAILURE in <folder>/status.json where a run ended without saying how: it was killed."""
     path = folder / "status.json"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not path.is_file():
+        return
+    _cut_torn_line(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
     if lines and json.loads(lines[-1])["status"] in {"STARTED", "RUNNING"}:
         StatusFile(folder).write("FAILURE", message)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Takes off what stands behind the last line break: a process was killed while it wrote that line."""
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 class MetricsFile:
@@ -90,7 +101,7 @@ class MetricsFile:
 
     Args:
         folder: gets metrics.csv and the event files.
-        append: keep earlier rows (a resumed run) instead of starting anew.
+        append: keep earlier rows (a resumed run) instead of starting anew; but not half a row, left by a kill.
     """
 
     def __init__(self, folder: Path, *, append: bool) -> None:
@@ -98,6 +109,8 @@ class MetricsFile:
 
         path = folder / "metrics.csv"
         try:
+            if append and path.exists():
+                _cut_torn_line(path)
             has_rows = append and path.exists() and path.stat().st_size > 0
             self._file: IO[str] = path.open("a" if append else "w", encoding="utf-8", newline="")
         except OSError as error:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mal_train.tasks.train import TrainResult, train
 from mal_train.tasks.training_report import failures_by_category
 from mal_train.training import module as training_module
 from mal_train.training.pictures import close_ups, typical
-from mal_train.training.records import MetricsFile, read_metrics
+from mal_train.training.records import MetricsFile, StatusFile, note_failure, read_metrics
 from tests.scenes import write_scenes
 from tests.training.runs import SMALL, plain_mean_field, spec_of
 
@@ -152,6 +153,25 @@ def test_a_run_with_nothing_left_to_do_keeps_its_page(scenes: dict[str, tuple[Pa
     before = (tmp_path / "train" / "report.html").read_bytes()
     run(spec)
     assert (tmp_path / "train" / "report.html").read_bytes() == before
+
+
+def test_a_row_that_a_kill_cut_off_does_not_run_into_the_next(tmp_path: Path) -> None:
+    with closing(MetricsFile(tmp_path, append=False)) as metrics:
+        metrics.add("train", 1, 10, {"loss": 1.0})
+    with (tmp_path / "metrics.csv").open("a", encoding="utf-8") as file:
+        file.write("train,1,2")
+    with closing(MetricsFile(tmp_path, append=True)) as metrics:
+        metrics.add("train", 1, 20, {"loss": 0.5})
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(10.0, 1.0), (20.0, 0.5)]
+
+
+def test_a_status_line_that_a_kill_cut_off_hides_no_failure(tmp_path: Path) -> None:
+    StatusFile(tmp_path).write("RUNNING", "Training loop in progress")
+    with (tmp_path / "status.json").open("a", encoding="utf-8") as file:
+        file.write('{"date": "11/2')
+    note_failure(tmp_path, "a process of the training failed")
+    lines = [json.loads(line) for line in (tmp_path / "status.json").read_text(encoding="utf-8").splitlines()]
+    assert [line["status"] for line in lines] == ["RUNNING", "FAILURE"]
 
 
 def test_curves_show_a_step_once_though_a_killed_run_wrote_it_twice(tmp_path: Path) -> None:
