@@ -533,7 +533,8 @@ class InstanceResult(google.protobuf.message.Message):
     instance_id: builtins.int
     """Instance.instance_id of the request."""
     score: builtins.float
-    """Mean foreground probability over the pixels of the mask, or the IoU expected from it where ModelInfo.score_calibrated;
+    """Stability of the mask (share of it that stays when the threshold moves by two logits; mean foreground probability under
+    compat tao and of older checkpoints), or the IoU expected from that where ModelInfo.score_calibrated;
     in [0, 1], 0 for an empty mask.
     """
     agreement: builtins.float
