@@ -149,7 +149,13 @@ class Connection:
 def _is_this_machine(address: str) -> bool:
     if address.startswith("unix:"):
         return True
-    host = address.rpartition(":")[0].rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").strip("[]")
+    return is_loopback(
+        address.rpartition(":")[0].rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").strip("[]")
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, a name or an address, is reached from this machine alone."""
     if host == "localhost":
         return True
     try:

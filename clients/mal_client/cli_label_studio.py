@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 from mal_client.arguments import Commands, add_connection, add_options, add_verb, client_of, options_of, read_word
+from mal_client.channel import is_loopback
 from mal_train.errors import ConfigError
 
 PORT = 9090
@@ -67,6 +68,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     credentials = _word(arguments.credentials_file, "--credentials-file")
     if credentials is not None and ":" not in credentials:
         raise ConfigError(f"--credentials-file {arguments.credentials_file}: USER:PASSWORD is needed")
+    if credentials is None and not is_loopback(arguments.host):
+        raise ConfigError(
+            f"--host {arguments.host}: is reached from other machines, which would all get masks of what the access "
+            "token opens; give --credentials-file, whose USER:PASSWORD Label Studio then shows, or listen on 127.0.0.1"
+        )
     pictures = Pictures(
         arguments.label_studio,
         _word(arguments.api_key_file, "--api-key-file"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mal_client.cli import main
 from mal_client.client import Client
 from mal_client.errors import RequestRefused
 from mal_client.integrations.label_studio.app import build_app
@@ -191,3 +192,8 @@ def test_credentials_are_asked_for_where_they_are_set_and_health_is_free() -> No
             assert backend.http.get("/versions", headers={"Authorization": f"Basic {packed}"}).status_code == status
         assert backend.http.get("/versions", headers={"Authorization": "Basic ###"}).status_code == 401
         backend.client.close()
+
+
+def test_the_command_is_open_to_other_machines_only_with_credentials(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["label-studio", "--server", "127.0.0.1:1", "--host", "0.0.0.0", "--port", "0"]) == 2
+    assert "give --credentials-file" in capsys.readouterr().err

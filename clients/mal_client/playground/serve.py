@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import secrets
 import signal
 import webbrowser
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from mal_client.channel import is_loopback
 from mal_client.client import AsyncClient
 from mal_client.errors import ClientError
 from mal_client.playground.app import build_app
@@ -39,12 +39,7 @@ class Listen:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
 
 async def serve(
