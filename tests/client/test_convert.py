@@ -173,6 +173,23 @@ def test_voc_files_that_do_not_fit_their_picture_are_listed(folder: Path) -> Non
     assert boxes(folder)["b.png"] == [("cup", [0, 2, 80, 20])]
 
 
+def test_a_yolo_file_that_is_no_text_is_listed_and_the_others_are_read(folder: Path) -> None:
+    (folder / "labels" / "a.txt").write_bytes(b"\xff\xfe0")
+    (folder / "labels" / "b.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (folder / "names.txt").write_text("cup\n")
+    assert convert(folder, "yolo", "--names", str(folder / "names.txt")) == 3
+    assert [row["where"] for row in faults(folder) if row["reason"] == "BAD_FILE"] == ["a.txt"]
+    assert len(boxes(folder)["b.png"]) == 1
+
+
+def test_a_table_with_an_open_quotation_mark_is_refused_with_its_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "boxes.csv").write_text('file_name,x,y,width,height\n"a.png,1,2,3,4\n' + "b.png,1,2,3,4\n" * 10_000)
+    assert convert(folder, "csv", labels="boxes.csv") == 2
+    assert "quotation mark" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["voc", "yolo"])
 def test_a_folder_without_annotations_is_refused(folder: Path, form: str) -> None:
     (folder / "names.txt").write_text("cup\n")

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mal_client.image_files import PICTURES
 from mal_train.atomic import replacing
 from mal_train.errors import BadDataset, BadImage
 from mal_train.labeling.coco_output import write_json_atomic
 from mal_train.labeling.images import read_header
-
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 BAD_ROW = "BAD_ROW"
 

@@ -41,12 +41,15 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[BoxRow | Fault
     first = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=first.count)
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    header = [name.strip().lower() for name in (columns or next(table, []))]
-    places = _Places(path, header)
-    for row in table:
-        where = f"{path.name}:{table.line_num}"
-        if any(cell.strip() for cell in row):
-            yield places.read(row, where)
+    try:
+        header = [name.strip().lower() for name in (columns or next(table, []))]
+        places = _Places(path, header)
+        for row in table:
+            where = f"{path.name}:{table.line_num}"
+            if any(cell.strip() for cell in row):
+                yield places.read(row, where)
+    except csv.Error as error:
+        raise BadDataset(f"{path}: line {table.line_num}: {error}; is a quotation mark left open?") from None
 
 
 class _Places:

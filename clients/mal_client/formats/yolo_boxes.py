@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mal_client.formats.boxes import BAD_ROW, BoxRow, Fault, annotation_files, numbers
-from mal_train.errors import BadDataset, ConfigError
+from mal_train.errors import ConfigError
 
 BOX_NUMBERS = 4
 
@@ -81,7 +81,8 @@ def _read_file(path: Path, relative: str, picture: str, names: Sequence[str]) ->
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadDataset(f"{path}: cannot be read ({error})") from None
+        yield Fault(relative, "BAD_FILE", f"{relative}: cannot be read ({error})")
+        return
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield _read_row(line.split(), f"{relative}:{number}", picture, names)
