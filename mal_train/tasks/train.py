@@ -1,6 +1,5 @@
 """`mal-train train`: builds network, data, losses and callbacks from the spec, and lets Lightning run them."""
 
-import dataclasses
 import secrets
 import time
 from contextlib import ExitStack, closing
@@ -22,7 +21,7 @@ from mal_train.losses.crf import MeanField
 from mal_train.model.backbones import check_crop_size
 from mal_train.model.checkpoint import Checkpoint, read_header
 from mal_train.model.keys import DecryptionKey
-from mal_train.model.network import MalNetwork, ModelConfig
+from mal_train.model.network import MalNetwork
 from mal_train.model.precision import Precision
 from mal_train.model.pretrained import load_pretrained, starting_weights_licence
 from mal_train.screen import Screen
@@ -38,6 +37,7 @@ from mal_train.tasks.common import (
     version,
     worker_threads,
 )
+from mal_train.tasks.resuming import check_same_network, checkpoint_to_resume, taken_up
 from mal_train.tasks.training_report import write_training_report
 from mal_train.training.callbacks import Records, Validate
 from mal_train.training.checkpoints import (
@@ -47,7 +47,6 @@ from mal_train.training.checkpoints import (
     Preempt,
     SealedCheckpointIO,
     newest_checkpoint,
-    newest_whole,
 )
 from mal_train.training.fitting import FitSettings, build_trainer, check_strategy, fit, quiet
 from mal_train.training.module import LossSettings, MalModule
@@ -142,13 +141,8 @@ def _train(
     )
 
     def resumed(checkpoint: Checkpoint, position: Position) -> None:
-        _check_same_network(checkpoint, network.config, resume)
-        if spec.fits_thresholds:
-            thresholds = checkpoint.labeler.mask_thres
-            module.labeler_config = dataclasses.replace(module.labeler_config, mask_thres=thresholds)
-        if spec.fits_calibration:
-            knots = checkpoint.labeler.calibration
-            module.labeler_config = dataclasses.replace(module.labeler_config, calibration=knots)
+        check_same_network(checkpoint, network.config, resume)
+        module.labeler_config = taken_up(spec, module.labeler_config, checkpoint.labeler)
         data.go_on_from(position.epochs, position.batches)
 
     checkpoints = Checkpoints(
@@ -210,7 +204,7 @@ def _begin(spec: Spec, folder: Path, ranks: Ranks, screen: Screen) -> tuple[Coco
     resume, seed = None, spec.train.seed
     found: tuple[CocoFile, TrainingBoxes] | None = None
     if ranks.is_first:
-        resume = _checkpoint_to_resume(spec, folder, screen)
+        resume = checkpoint_to_resume(spec, folder, screen)
         seed = secrets.randbits(31) if seed < 0 else seed
         found = _training_boxes(spec, screen)
     agreed = ranks.share([None if resume is None else str(resume), seed])
@@ -317,20 +311,6 @@ def _key_if_sealed(source: str, open_with: DecryptionKey | None) -> DecryptionKe
     return open_with
 
 
-def _checkpoint_to_resume(spec: Spec, folder: Path, screen: Screen) -> Path | None:
-    """The file that was named, else the newest whole one in the folder; None starts anew."""
-    seal_with, open_with = keys_of(spec)
-    given = spec.train.resume_training_checkpoint_path
-    path = newest_checkpoint(folder)
-    if given is not None:
-        path = existing_file(given, "train.resume_training_checkpoint_path")
-    if path is not None and seal_with is not None and open_with is None:
-        raise ConfigError(
-            f"decryption_key: not given; it is needed to go on from {path} (an age recipient can only seal)"
-        )
-    return path if given is not None else newest_whole(folder, open_with, screen.say)
-
-
 def _training_boxes(spec: Spec, screen: Screen) -> tuple[CocoFile, TrainingBoxes]:
     coco = read_coco(existing_file(spec.dataset.train_ann_path, "dataset.train_ann_path"))
     boxes = select_boxes(
@@ -381,19 +361,6 @@ def _validating(validate: Validate | None) -> str:
 def _licence(source: str) -> str:
     """Of the starting weights, a network's own random ones included."""
     return starting_weights_licence(source) if source != "random" else "none"
-
-
-def _check_same_network(checkpoint: Checkpoint, wanted: ModelConfig, path: Path | None) -> None:
-    if checkpoint.training is None:
-        raise ConfigError(
-            f"train.resume_training_checkpoint_path: {path} holds weights only; give it as train.pretrained_model_path"
-        )
-    if checkpoint.model != wanted:
-        has, asked = checkpoint.model.to_dict(), wanted.to_dict()
-        different = ", ".join(
-            f"{name} {has[name]!r}, the spec says {asked[name]!r}" for name in has if has[name] != asked[name]
-        )
-        raise ConfigError(f"{path}: trained with model.{different}; make them agree or choose another results_dir")
 
 
 def _provenance(source: str, supervision: str, module: MalModule, validate: Validate | None) -> dict[str, Any]:
