@@ -48,12 +48,17 @@ class World:
         return self.rank == 0
 
     def check(self, processes: int, nodes: int) -> None:
-        """ConfigError unless the launcher started as many processes as the spec asks for."""
+        """ConfigError unless the launcher started as many processes as the spec asks for, alike on each machine."""
         if self.size != processes * nodes:
             started = f"{self.launcher} started {self.size}" if self.launcher != "none" else "there is 1"
             raise ConfigError(
                 f"train.num_gpus {processes} on each of train.num_nodes {nodes} makes {processes * nodes} processes, "
                 f"but {started}; make the two agree"
+            )
+        if self.local_rank >= processes:
+            raise ConfigError(
+                f"{self.launcher} started more than train.num_gpus {processes} processes on a machine; start as many "
+                "on each (SLURM: --ntasks-per-node)"
             )
 
 

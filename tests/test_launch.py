@@ -168,4 +168,6 @@ def test_a_world_of_another_size_than_the_spec_says_is_refused() -> None:
     with pytest.raises(ConfigError, match="makes 4 processes, but torchrun started 2"):
         World(size=2, launcher="torchrun").check(2, 2)
     World(size=4).check(2, 2)
+    with pytest.raises(ConfigError, match=r"more than train\.num_gpus 2 processes"):
+        World(rank=3, size=4, local_rank=3, launcher="SLURM").check(2, 2)
     assert os.environ.get(LAUNCHED) is None
