@@ -247,7 +247,7 @@ class Models:
                 )
             del self._serving[name]
             self._tell_metrics()
-            # Before anything is awaited: a caller who leaves here must not leave the model in memory for ever.
+            # Before anything is awaited: a caller who leaves here must not leave a model that nobody lists or closes.
             self._retire(serving)
             await self._on_change(name, False)
             log.info("unloaded model=%s sha256=%s", name, serving.info.sha256)

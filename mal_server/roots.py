@@ -1,7 +1,9 @@
 """Files that requests may name: those below folders of the server's settings, and no others. Knows nothing of gRPC.
 
-A request gives a folder by its name in the settings and a path below it. Neither "..", nor a link, nor a race between
-look and use leads out: what was opened is asked where it lies before a byte of it is read.
+A request gives a folder by its name in the settings and a path below it. Neither ".." nor a link leads out. For
+pictures (`open`) no race between look and use does either: what was opened is asked where it lies before a byte of it
+is read. Checkpoints and annotation files are opened later, by the path that was found: who can write into their folders
+is trusted.
 """
 
 import difflib
