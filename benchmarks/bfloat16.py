@@ -22,7 +22,7 @@ from mal_train.model.builtin import BUILTIN, resolve
 from mal_train.model.precision import Precision
 from mal_train.model.precision import resolve as resolve_precision
 
-TIMED = (("vit-deit-tiny/16", 224, 8, 5), ("vit-deit-tiny/16", 512, 4, 3), ("vit-deit-small/16", 512, 4, 2))
+TIMED = (("vit-deit-tiny/16", 224, 8, 3), ("vit-deit-tiny/16", 512, 2, 2), ("vit-deit-small/16", 512, 2, 1))
 """Network, crop side, crops in a batch, rounds."""
 
 

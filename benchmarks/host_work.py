@@ -63,7 +63,7 @@ def main() -> int:
     for name, size_wh in SIZES.items():
         small = size_wh == (640, 480)
         pictures = subjects(4 if small else 2, BOXES, size_wh)
-        found = stages(labeler, pictures, rounds=15 if small else 5)
+        found = stages(labeler, pictures, rounds=9 if small else 3)
         area = sum(w * h for one in pictures for _, _, w, h in one.boxes) / (BOXES * len(pictures))
         table.add(f"{name}: mean box", area / 1e6, "Mpix")
         for stage, value in found.items():

@@ -21,7 +21,7 @@ from mal_train.labeling.labeler import Crop, Label, Labeler
 from mal_train.labeling.settings import Branch, network_branch
 from mal_train.model.network import normalise
 
-ARCH, SIDE, BOXES, PICTURES, ROUNDS = "vit-deit-small/16", 512, 8, 2, 2
+ARCH, SIDE, BOXES, PICTURES, ROUNDS = "vit-deit-small/16", 512, 8, 2, 1
 
 
 def rows_of(pictures: list[Subject], folder: Path) -> list[Row]:

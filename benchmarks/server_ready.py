@@ -17,7 +17,7 @@ from benchmarks.timing import Table
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
 from mal_train.model.keys import parse_key, write_identity
 
-ARCH, SIDE, STARTS = "vit-deit-base/16", 512, 3
+ARCH, SIDE, STARTS = "vit-deit-base/16", 512, 2
 
 
 def write_checkpoint(folder: Path) -> Path:
