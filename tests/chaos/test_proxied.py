@@ -45,6 +45,7 @@ def proxied(proxy: str, folder: Path, servers: list[Server]) -> Iterator[str]:
     try:
         until = time.monotonic() + 60
         while Probe(f"127.0.0.1:{port}").ask() != "SERVING":
+            assert process.poll() is None, f"the proxy ended with {process.returncode}"
             assert time.monotonic() < until, "the proxy did not come up"
             time.sleep(0.05)
         yield f"127.0.0.1:{port}"
