@@ -3,12 +3,15 @@
 Reads a JSON object from its argument (see `main`) and prints one. Imports nothing of the project.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from playwright.sync_api import Page, sync_playwright
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 # Without them Chromium looks for its maker's hosts, which a closed network refuses many at a time.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -56,6 +59,9 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     Returns the bodies of the requests that the page made for suggestions.
     """
     asked: list[str | None] = []
+    # Here, so that an environment without browsers may look for doctests in this file.
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=task["chromium"], headless=True, args=FLAGS)
         page = browser.new_page(viewport={"width": 1300, "height": 820})
