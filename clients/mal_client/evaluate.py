@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,7 @@ def _finished(client: Client, run: _Pass, on_progress: OnProgress | None) -> Eva
         run.records.close()
 
 
-class _Pass:
+class _Pass(ABC):
     """What local data sets and those on the server share: the stream, what comes back, and the records."""
 
     def __init__(self, options: LabelOptions, worst_count: int, records: EvaluationRecords) -> None:
@@ -182,11 +183,13 @@ class _Pass:
                 )
             )
 
+    @abstractmethod
     def _begin(self) -> None:
         """Before each stream."""
 
+    @abstractmethod
     def _requests(self, silence: _Silence) -> Iterator[evaluation_pb2.EvaluateRequest]:
-        raise NotImplementedError
+        """What is sent on one stream, from its first message on."""
 
     def _all_skipped(self, result: evaluation_pb2.EvaluateResult) -> dict[str, int]:
         counts = Counter(self._skipped)
@@ -206,8 +209,9 @@ class _Pass:
     def _category_id(self, key: int) -> JsonId:
         return key
 
+    @abstractmethod
     def _measured(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
-        raise NotImplementedError
+        """A row of the result under the data set's own names."""
 
 
 class _ServerRun(_Pass):
@@ -218,6 +222,9 @@ class _ServerRun(_Pass):
     ) -> None:
         super().__init__(options, worst_count, records)
         self._names = annotations, images
+
+    def _begin(self) -> None:
+        """Nothing of an earlier stream is left to put back: the server opens the data set anew."""
 
     def _requests(self, silence: _Silence) -> Iterator[evaluation_pb2.EvaluateRequest]:
         token = self.records.token
