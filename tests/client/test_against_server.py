@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,9 +36,16 @@ BOXES = [DISC_BOX, (-5.0, 0.0, 40.0, 40.0), (20.0, 10.0, 8.5, 9.25), (0.0, 0.0, 
 
 @contextmanager
 def served(
-    predictor: BrightPredictor | None = None, load: Callable[[ModelPlan], Loaded] | None = None, **settings: Any
+    predictor: BrightPredictor | None = None,
+    load: Callable[[ModelPlan], Loaded] | None = None,
+    servers: list[MalServer] | None = None,
+    **settings: Any,
 ) -> Iterator[str]:
-    """The real server in a thread of its own, as a client sees it; killed without grace at the end."""
+    """The real server in a thread of its own, as a client sees it; killed without grace at the end.
+
+    Args:
+        servers: gets the server, for a test that has to know what waits in it.
+    """
     used = predictor or BrightPredictor()
     config = config_of(**settings)
     address: Future[str] = Future()
@@ -45,6 +53,8 @@ def served(
 
     async def live() -> None:
         server = MalServer(config, load or (lambda plan: loaded(plan, used)))
+        if servers is not None:
+            servers.append(server)
         try:
             await server.start()
             if load is not None:
@@ -98,14 +108,36 @@ def test_the_asyncio_client_gives_the_same() -> None:
 
 
 def test_small_requests_of_several_clients_share_batches() -> None:
+    """While the device is busy with one box, those of eight more clients gather: they go as one batch."""
+    gate, servers = threading.Event(), list[MalServer]()
+
     def ask(address: str) -> int:
         with Client(address, timeout_s=30) as client:
             timing = client.label_image(DISC, [DISC_BOX])[0].timing
         return 0 if timing is None else timing.batch_size
 
-    with served(max_batch_size=8, max_queue_delay_ms=300) as address, ThreadPoolExecutor(8) as pool:
-        sizes = list(pool.map(ask, [address] * 8))
-    assert np.mean(sizes) >= 4
+    predictor = BrightPredictor(gate=gate)
+    gate.set()  # for the warm-up
+    settings: dict[str, Any] = {
+        "max_batch_size": 8,
+        "max_queue_delay_ms": 1000,
+    }  # the eighth may still be in preparation
+    with served(predictor, servers=servers, **settings) as address, ThreadPoolExecutor(9) as pool:
+        gate.clear()
+        predictor.batches.clear()
+        first = pool.submit(ask, address)
+        wait_until(lambda: bool(predictor.batches))
+        others = [pool.submit(ask, address) for _ in range(8)]
+        wait_until(lambda: servers[0].waiting == 8)
+        gate.set()
+        assert (first.result(), [other.result() for other in others]) == (1, [8] * 8)
+
+
+def wait_until(holds: Callable[[], bool], at_most_s: float = 20) -> None:
+    deadline = time.monotonic() + at_most_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)
 
 
 def test_a_data_set_gets_the_kernels_masks_in_its_own_order(dataset: Dataset) -> None:
