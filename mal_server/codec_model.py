@@ -77,6 +77,7 @@ def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
         mask_thresholds=model_pb2.SizeThresholds(small=small, medium=medium, large=large),
         categories=[_write_category(index, category) for index, category in enumerate(info.categories)],
         score_calibrated=info.labeler.calibration is not None,
+        score_calibrated_with_flip=info.labeler.calibrated_with_flip,
         devices=info.devices,
         precision=info.precision,
     )

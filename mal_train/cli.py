@@ -153,13 +153,15 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from mal_train.model.checkpoint import read_header
+    from mal_train.model import builtin
+    from mal_train.model.checkpoint import read_header, sha256_of
     from mal_train.model.keys import parse_key
 
     key = parse_key(arguments.key, purpose="decryption", where="command line")
-    header = read_header(arguments.file, key)
+    path = builtin.resolve(arguments.file)
+    header = read_header(path, key)
     seal = header.seal
-    print(f"file        {arguments.file}, {header.file_bytes} bytes")
+    print(f"file        {path}, {header.file_bytes} bytes")
     print(f"encryption  {seal.how}")
     content = header.content
     if content is None:
@@ -170,7 +172,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     print(f"model       {json.dumps(content.model.to_dict())}")
     print(f"labeler     {json.dumps(content.labeler.to_dict())}")
     print(f"categories  {len(content.categories)}")
-    for field, value in content.provenance.items():
+    for field, value in builtin.completed(sha256_of(path), content.provenance).items():
         print(f"            {field}: {value}")
     return 0
 

@@ -10,8 +10,10 @@ from mal_train.errors import ConfigError
 from mal_train.labeling.labeler import load_labeler
 from mal_train.labeling.settings import Branch, LabelerConfig
 from mal_train.model import builtin
-from mal_train.model.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint
+from mal_train.model.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint, sha256_of
 from mal_train.model.network import MalNetwork, ModelConfig
+from mal_train.model.origin import NOT_STATED
+from mal_train.model.pretrained import origin_of
 from tests.scenes import write_scenes
 
 MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=4, mask_head_out_channel=4)
@@ -63,6 +65,41 @@ def test_the_mean_of_two_checkpoints_is_written(tmp_path: Path, network: MalNetw
     for name, weight in written.weights.items():
         assert torch.allclose(weight, 2 * network.state_dict()[name], rtol=1e-3, atol=1e-6)
     assert written.provenance["mean_of_checkpoints"] == 2
+
+
+def test_a_mean_tells_of_all_its_sources_and_all_their_licences(
+    tmp_path: Path, network: MalNetwork, trained: Path
+) -> None:
+    known = {"tool": "mine", "starting_weights": "a", "starting_weights_licence": "Apache-2.0", "steps": 10}
+    bare = {"tool": "mine", "starting_weights": "b", "starting_weights_licence": NOT_STATED, "steps": 20}
+    paths = [tmp_path / "known.malckpt", tmp_path / "bare.malckpt"]
+    for path, provenance in zip(paths, (known, bare), strict=True):
+        save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), network.state_dict(), [], provenance), None)
+    out = tmp_path / "mean.malckpt"
+    assert main(["export", "-o", str(out), "--average", str(paths[1]), f"evaluate.checkpoint={paths[0]}"]) == 0
+    written = load_checkpoint(out, None).provenance
+    assert [(source["checkpoint"], source["steps"], source["sha256"]) for source in written["sources"]] == [
+        (path.name, steps, sha256_of(path)) for path, steps in zip(paths, (10, 20), strict=True)
+    ]
+    assert written["starting_weights_licence"] == f"Apache-2.0 and {NOT_STATED}"
+    assert (written["starting_weights"], written["tool"]) == ("a and b", "mine")
+    assert "steps" not in written
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stays"),
+    [([], True), (["dataset.test_crop_size=96"], False), (["evaluate.use_teacher_test=true"], False)],
+)
+def test_a_calibration_goes_along_only_with_what_it_was_fitted_to(
+    tmp_path: Path, network: MalNetwork, overrides: list[str], stays: bool
+) -> None:
+    source, out = tmp_path / "fitted.malckpt", tmp_path / "small.malckpt"
+    config = LabelerConfig(crop_size=64, calibration=((0.0, 0.0), (1.0, 1.0)))
+    save_checkpoint(source, Checkpoint(MICRO, config, network.state_dict()), None)
+    assert main(["export", "-o", str(out), f"evaluate.checkpoint={source}", *overrides]) == 0
+    header = read_header(out, None).content
+    assert header is not None
+    assert (header.labeler.calibration is not None) == stays
 
 
 def test_networks_that_count_their_batches_are_exported(tmp_path: Path) -> None:
@@ -142,3 +179,10 @@ def test_builtin_names_the_file_in_the_package_and_other_names_themselves() -> N
     path = builtin.resolve(builtin.BUILTIN)
     assert path.is_file()
     assert path.stat().st_size <= 20_000_000
+
+
+def test_the_model_in_the_package_is_shown_with_what_its_card_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sha256_of(builtin.resolve(builtin.BUILTIN)) == builtin.SHA256
+    assert main(["inspect", "builtin"]) == 0
+    assert "starting_weights_licence: Apache-2.0" in capsys.readouterr().out
+    assert origin_of("builtin").licence == "Apache-2.0"

@@ -125,6 +125,7 @@ def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
         devices=tuple(model.devices),
         precision=model.precision,
         score_calibrated=model.score_calibrated,
+        score_calibrated_with_flip=model.score_calibrated_with_flip,
     )
 
 
@@ -164,6 +165,7 @@ def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
         devices=tuple(response.devices),
         precision=response.precision,
         score_calibrated=default.score_calibrated,
+        score_calibrated_with_flip=default.score_calibrated_with_flip,
         models=tuple(map(model_info, response.models)),
         data_folders=tuple(response.data_folders),
     )

@@ -28,7 +28,7 @@ def provenance_of(info: ServerInfo, options: LabelOptions) -> dict[str, Any]:
         "flip": options.flip,
         "min_component_area_px": options.min_component_area_px,
         "resolve_overlaps": options.resolve_overlaps,
-        "score": info.score_meaning,
+        "score": info.score_meaning(options),
         "precision": info.precision,
         "server_version": info.version,
         "client_version": client_version(),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mal_client.errors import ItemError, RequestRefused
 from mal_train.errors import ConfigError
-from mal_train.labeling.settings import Branch, MaskFormat, score_meaning
+from mal_train.labeling.settings import Branch, Manner, MaskFormat, score_meaning
 from mal_train.report.evaluation import Measured
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ class ModelInfo:
     devices: tuple[str, ...]
     precision: str
     score_calibrated: bool
+    score_calibrated_with_flip: bool = False
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,8 @@ class ModelStatus:
 class ServerInfo:
     """What a server serves and accepts. The fields about a model are those of the default one.
 
-    `categories` maps the model's class ids to names. `score_calibrated`: scores are expected IoUs, not probabilities.
+    `categories` maps the model's class ids to names. `score_calibrated`: scores are expected IoUs, by a map fitted to
+    one pass of the student or, with `score_calibrated_with_flip`, to its mean with a mirrored pass.
     """
 
     version: str
@@ -285,13 +287,20 @@ class ServerInfo:
     devices: tuple[str, ...]
     precision: str
     score_calibrated: bool = False
+    score_calibrated_with_flip: bool = False
     models: tuple[ModelInfo, ...] = ()
     data_folders: tuple[str, ...] = ()
 
-    @property
-    def score_meaning(self) -> str:
-        """What the score of a label is, for files that carry labels."""
-        return score_meaning(calibrated=self.score_calibrated)
+    def score_meaning(self, options: LabelOptions = AS_SERVED) -> str:
+        """What the score of a label is that was asked for so, for files that carry labels."""
+        manner = Manner(
+            options.branch or self.model.branch,
+            options.flip,
+            shared_out=options.resolve_overlaps,
+            threshold=options.threshold,
+            min_component_area_px=options.min_component_area_px,
+        )
+        return score_meaning(manner, calibrated=self.score_calibrated, fitted_with_flip=self.score_calibrated_with_flip)
 
     def of_model(self, name: str | None) -> ServerInfo:
         """The same server as seen by requests that name a model; None = the default one.

@@ -3,7 +3,7 @@
 A label depends on the weights and on what stands here, and on nothing else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any
@@ -85,10 +85,62 @@ def network_branch(area: ArrayLike, compat: Compat) -> NDArray[np.int64]:
     return branch
 
 
-def score_meaning(*, calibrated: bool, kind: ScoreKind | None = None) -> str:
-    """What a score is, in the words of files that carry labels; `kind` None where it is not known, as to a client."""
+@dataclass(frozen=True)
+class Manner:
+    """How labels are made, as far as their score depends on it; as it stands: one pass of the student, nothing else.
+
+    Attributes:
+        branch: which network answers.
+        flip: its map is averaged with that of the mirrored crop.
+        margins: the growths of the box that maps are averaged over; () for the checkpoint's one.
+        shared_out: contested pixels go to one of their boxes.
+        threshold: the one for all sizes instead of the checkpoint's; None for these.
+        min_component_area_px: smaller parts are taken out of masks.
+    """
+
+    branch: Branch = Branch.STUDENT
+    flip: bool = False
+    margins: tuple[float, ...] = ()
+    shared_out: bool = False
+    threshold: float | None = None
+    min_component_area_px: int = 0
+
+    def beside(self, fitted_with_flip: bool) -> list[str]:
+        """What of it is otherwise than in the answers that a calibration was fitted to, in words."""
+        differs = {
+            f"branch {self.branch}": self.branch is not Branch.STUDENT,
+            "a mirrored pass": self.flip and not fitted_with_flip,
+            "no mirrored pass": fitted_with_flip and not self.flip,
+            f"margins {', '.join(f'{margin:g}' for margin in self.margins)}": bool(self.margins),
+            "contested pixels shared out": self.shared_out,
+            f"threshold {self.threshold}": self.threshold is not None,
+            f"parts under {self.min_component_area_px} px left out": self.min_component_area_px > 0,
+        }
+        return [words for words, does in differs.items() if does]
+
+
+def score_meaning(
+    manner: Manner, *, calibrated: bool, fitted_with_flip: bool = False, kind: ScoreKind | None = None
+) -> str:
+    """What a score is, in the words of files that carry labels.
+
+    Args:
+        manner: how the labels are made.
+        calibrated: whether a map from scores to expected IoU is applied.
+        fitted_with_flip: whether that map was fitted to answers averaged with their mirror image.
+        kind: None where it is not known, as to a client.
+
+    >>> score_meaning(Manner(), calibrated=True)
+    'expected IoU, calibrated'
+    >>> score_meaning(Manner(flip=True), calibrated=True)
+    'expected IoU, calibrated for one pass of the student, not for this: a mirrored pass'
+    """
     if calibrated:
-        return "expected IoU, calibrated"
+        beside = manner.beside(fitted_with_flip)
+        fit = "two passes, one of them mirrored," if fitted_with_flip else "one pass"
+        return "expected IoU, calibrated" + (
+            f" for {fit} of the student, not for this: {', '.join(beside)}" if beside else ""
+        )
     either = "stability of the mask (under compat tao and of older checkpoints, mean foreground probability)"
     meanings = {ScoreKind.STABILITY: "stability of the mask", ScoreKind.PROBABILITY: "mean foreground probability"}
     return f"{either if kind is None else meanings[kind]}, not calibrated"
@@ -112,9 +164,10 @@ class LabelerConfig:
         margin_rate: the window is the box grown by half of this on every side (of the half extent); 0.6 in TAO.
         mask_thres: thresholds in (0, 1) for small, medium and large boxes; mask is where the probability is above.
         compat: see `Compat`.
-        calibration: map from the score to expected IoU, fitted on masks for the student's answer at mask_thres; None:
-            the score is as it was made.
+        calibration: map from the score to expected IoU, fitted on masks for the student's answer with these settings;
+            None: the score is as it was made.
         score: what it is made of; under `compat: tao` always the probability.
+        calibrated_with_flip: whether the answers that it was fitted to were averaged with their mirror image.
     """
 
     crop_size: int = 512
@@ -123,6 +176,7 @@ class LabelerConfig:
     compat: Compat = Compat.NONE
     calibration: Knots | None = None
     score: ScoreKind = ScoreKind.STABILITY
+    calibrated_with_flip: bool = False
 
     def __post_init__(self) -> None:
         if self.crop_size < 1:
@@ -134,10 +188,16 @@ class LabelerConfig:
         if self.calibration is not None:
             _check_knots(self.calibration)
 
-    @property
-    def score_meaning(self) -> str:
-        """What the score of a label is, for files that carry labels."""
-        return score_meaning(calibrated=self.calibration is not None, kind=self.score_kind)
+    def score_meaning(self, manner: Manner = Manner()) -> str:
+        """What the score of a label is that was made so, for files that carry labels."""
+        if manner.margins == (self.margin_rate,):
+            manner = replace(manner, margins=())
+        return score_meaning(
+            manner,
+            calibrated=self.calibration is not None,
+            fitted_with_flip=self.calibrated_with_flip,
+            kind=self.score_kind,
+        )
 
     @property
     def score_kind(self) -> ScoreKind:
@@ -153,6 +213,7 @@ class LabelerConfig:
             "compat": str(self.compat),
             "calibration": None if self.calibration is None else [list(knot) for knot in self.calibration],
             "score": str(self.score),
+            "calibrated_with_flip": self.calibrated_with_flip,
         }
 
     @classmethod
@@ -167,6 +228,7 @@ class LabelerConfig:
             Compat(data["compat"]),
             None if knots is None else tuple((float(x), float(y)) for x, y in knots),
             ScoreKind(data.get("score", ScoreKind.PROBABILITY)),
+            bool(data.get("calibrated_with_flip", False)),
         )
 
 

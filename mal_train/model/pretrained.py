@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 import torch
@@ -19,11 +18,13 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from mal_train.errors import ConfigError, UnknownLayout
+from mal_train.model import builtin
 from mal_train.model.backbones import BACKBONES
-from mal_train.model.checkpoint import load_checkpoint, read_header
+from mal_train.model.checkpoint import load_checkpoint, read_header, sha256_of
 from mal_train.model.foreign import from_tao
 from mal_train.model.keys import DecryptionKey
 from mal_train.model.network import MalNetwork
+from mal_train.model.origin import NOT_STATED, Origin
 from mal_train.model.weightfile import read_weight_file
 
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".malckpt")
@@ -31,7 +32,6 @@ PREFIXES = ("", "backbone.", "module.", "model.", "encoder.", "module.base_encod
 """What published files of backbones put before timm's names."""
 PART_OF_THE_ANSWER = re.compile(r"blocks\.|pos_embed\.|dist_token$|reg_token$|norm_pre\.|fc_norm\.")
 """Tensors that may neither lack nor be left over: with them or without, the backbone is another network."""
-UNKNOWN_LICENCE = "not stated in the file; look where it came from"
 UNKNOWN_ARCH_LICENCE = "none known: no weights are published for it, or their licence is not stated"
 
 
@@ -74,7 +74,7 @@ def load_pretrained(network: MalNetwork, source: str, key: DecryptionKey | None 
         network: changed in place, and only if everything fits.
         source: a timm name such as `deit_small_patch16_224.fb_in1k` (downloaded through timm, kept in its cache) or an
             arch of ours for its published weights; a file of a backbone or of a TAO checkpoint (`.pt`, `.pth`,
-            `.ckpt`, `.bin`, `.safetensors`); or a `.malckpt`.
+            `.ckpt`, `.bin`, `.safetensors`); a `.malckpt`; or `builtin` for the model in the package.
         key: opens a sealed `.malckpt`.
 
     Raises:
@@ -102,26 +102,31 @@ def load_pretrained(network: MalNetwork, source: str, key: DecryptionKey | None 
     return PretrainedReport(source, tuple(fitted), tuple(resampled), missing, left_over)
 
 
-def starting_weights_licence(source: str) -> str:
-    """SPDX name of the licence of starting weights; of `source` as `load_pretrained` takes it, or of an arch's own.
+def origin_of(source: str, key: DecryptionKey | None = None) -> Origin:
+    """Names and licences behind starting weights; `source` and `key` as `load_pretrained` takes them.
 
-    For a `.malckpt`, the licence its provenance states. A local file cannot tell.
+    A file of ours tells of those that it came from; another local file cannot tell.
     """
+    if source in BACKBONES or not _is_file(source):
+        return Origin(source, _published_licence(source))
+    path = builtin.resolve(source)
+    if path.suffix != ".malckpt":
+        return Origin(path.name, NOT_STATED)
+    content, sha256 = read_header(path, key).content, sha256_of(path)
+    return Origin.from_checkpoint(path, sha256, builtin.completed(sha256, content.provenance if content else {}))
+
+
+def _published_licence(source: str) -> str:
+    """SPDX name of the licence of the weights of a timm name, or of those published for an arch of ours."""
     if source in BACKBONES:
         return BACKBONES[source].licence or UNKNOWN_ARCH_LICENCE
-    if _is_file(source):
-        if Path(source).suffix != ".malckpt":
-            return UNKNOWN_LICENCE
-        header = read_header(Path(source), None)
-        stated = header.content.provenance.get("starting_weights_licence") if header.content else None
-        return str(stated) if stated else UNKNOWN_LICENCE
     config = timm.models.get_pretrained_cfg(_checked_timm_name(source))
     licence = (config.license if config else None) or "not stated by timm"
     return {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC-BY-NC-4.0", "mit": "MIT"}.get(licence, licence)
 
 
 def _is_file(source: str) -> bool:
-    path = Path(source)
+    path = builtin.resolve(source)
     return path.suffix in FILE_SUFFIXES or len(path.parts) > 1 or path.is_file()
 
 
@@ -130,7 +135,7 @@ def _read(source: str, key: DecryptionKey | None) -> dict[str, Tensor]:
         source = _published_name(source)
     if not _is_file(source):
         return _download(_checked_timm_name(source))
-    path = Path(source)
+    path = builtin.resolve(source)
     if path.suffix == ".malckpt":
         return dict(load_checkpoint(path, key, weights_only_kind=True).weights)
     tensors = read_weight_file(path)

@@ -13,7 +13,7 @@ import torch
 from mal_train.config import EvaluateConfig, InferenceConfig, NetworkConfig, Spec
 from mal_train.errors import ConfigError, OutputError
 from mal_train.labeling.labeler import Labeler, RunOptions, load_labeler
-from mal_train.labeling.settings import Branch, LabelerConfig
+from mal_train.labeling.settings import Branch, LabelerConfig, Manner
 from mal_train.labeling.views import Passes
 from mal_train.model import builtin
 from mal_train.model.backbones import own_crop_size
@@ -183,25 +183,28 @@ def passes_of(section: EvaluateConfig | InferenceConfig) -> Passes:
     return Passes(RunOptions(branch, flip=section.use_flip_test), section.margins, section.resolve_overlaps)
 
 
-def told(passes: Passes) -> dict[str, Any]:
-    """The same, as a file says it."""
-    return {
-        "branch": str(passes.options.branch),
-        "flip": passes.options.flip,
-        "margins": list(passes.margins),
-        "resolve_overlaps": passes.share_out,
-    }
-
-
-def provenance(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What made a label: the tool, the checkpoint by name and content, and its settings."""
+def provenance(path: Path, checkpoint: Checkpoint, passes: Passes) -> dict[str, Any]:
+    """What made a label: the tool, the checkpoint by name and content, its settings, and what was done with it."""
+    options = passes.options
+    manner = Manner(options.branch, options.flip, passes.margins, passes.share_out)
     return {
         "tool": f"mask-auto-labeler {version()}",
         "checkpoint": path.name,
         "checkpoint_sha256": sha256_of(path),
         "model": checkpoint.model.to_dict(),
         "labeler": checkpoint.labeler.to_dict(),
-        "score": checkpoint.labeler.score_meaning,
+        "score": checkpoint.labeler.score_meaning(manner),
+        **_passes_told(passes),
+    }
+
+
+def _passes_told(passes: Passes) -> dict[str, Any]:
+    """The same, as a file says it."""
+    return {
+        "branch": str(passes.options.branch),
+        "flip": passes.options.flip,
+        "margins": list(passes.margins),
+        "resolve_overlaps": passes.share_out,
     }
 
 

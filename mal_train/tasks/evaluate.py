@@ -21,7 +21,6 @@ from mal_train.tasks.common import (
     passes_of,
     provenance,
     task_folder,
-    told,
     worker_threads,
 )
 from mal_train.tasks.detections import DetectionReport, compare_detections
@@ -81,10 +80,9 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport | DetectionReport:
                 report = _compare(coco, rows, answers)
         checkpoint_path = checkpoint_file(settings.checkpoint, "evaluate.checkpoint")
         result = {
-            **provenance(checkpoint_path, checkpoint),
+            **provenance(checkpoint_path, checkpoint, passes),
             "annotations": str(ann_path),
             **({"box_inputs": settings.box_inputs} if settings.box_inputs else {}),
-            **told(passes),
             "precision": str(dtype_on(devices[0], labeler.config, settings.precision)).removeprefix("torch."),
             **report.to_dict(),
         }

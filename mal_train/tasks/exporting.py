@@ -1,8 +1,9 @@
 """`mal-train export`: a trained checkpoint → a small file for whoever labels: one network, in float16, fitted to it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from mal_train.labeling.coco import read_coco
 from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import RunOptions
 from mal_train.labeling.settings import LabelerConfig
+from mal_train.model import builtin
 from mal_train.model.backbones import check_crop_size
-from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
 from mal_train.model.network import MalNetwork
+from mal_train.model.origin import mean_of
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
     checkpoint_file,
@@ -35,7 +38,8 @@ def export(
     """Writes the network that evaluate.use_teacher_test names, as the only one, in float16.
 
     With dataset.val_ann_path, thresholds and calibration are fitted to that network on the masks there, at the crop and
-    margin that the spec gives (or else the checkpoint), and the figures stand in the file. Without, they stay.
+    margin that the spec gives (or else the checkpoint), and the figures stand in the file. Without, the thresholds
+    stay, and the calibration where it is of the same network, crop and margin.
     `average_with` names more checkpoints of the same network: what is written is the mean of all of them, which helps
     where one was trained on from the other (Wortsman et al., "Model soups", ICML 2022).
     `licence` of the weights is written into it, too: starting weights from a bare file do not state theirs.
@@ -54,20 +58,21 @@ def export(
     checkpoint = load_checkpoint(source, open_with, weights_only_kind=True)
     which = "teacher" if settings.use_teacher_test else "student"
     networks = [_one_network(checkpoint, which, source)]
+    files = [_file(source, checkpoint)]
     for path in average_with:
         other = load_checkpoint(existing_file(str(path), "--average"), open_with, weights_only_kind=True)
         if other.model != checkpoint.model:
             raise ConfigError(f"--average: {path} is of another network than {source}; their mean would be neither")
         networks.append(_one_network(other, which, path))
+        files.append(_file(path, other))
     stored = {name: _mean_in_half([network[name] for network in networks]) for name in networks[0]}
     config = _labeler_config(spec, checkpoint.labeler)
     check_crop_size(checkpoint.model.arch, config.crop_size)
     network = MalNetwork(checkpoint.model)
     network.load({name: tensor.float() for name, tensor in stored.items()})
     report = None
-    provenance = {**checkpoint.provenance, "network": which, "weights_stored_as": "float16"}
-    if average_with:
-        provenance["mean_of_checkpoints"] = len(networks)
+    behind = mean_of(files) if average_with else files[0][2]
+    provenance = {**behind, "network": which, "weights_stored_as": "float16"}
     if licence is not None:
         provenance["licence"] = licence
     if spec.dataset.val_ann_path:
@@ -76,10 +81,29 @@ def export(
         screen.say(one_line(report))
         provenance["validation"] = figures_of(report)
         provenance.pop("validation_mIoU", None)  # that was of the network, crop and thresholds of training
+    elif _was_fitted_to_another(checkpoint, config, which, is_mean=bool(average_with)):
+        config = dataclasses.replace(config, calibration=None, calibrated_with_flip=False)
+        screen.say(
+            f"calibration: left out; it was fitted to the student of {source} at its own crop and margin, not to what "
+            "is written. dataset.val_ann_path fits one"
+        )
     written = dataclasses.replace(checkpoint, labeler=config, weights=stored, provenance=provenance, seal=None)
     seal = save_checkpoint(target, written, seal_with)
     screen.say(f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {seal.how}")
     return report
+
+
+def _was_fitted_to_another(checkpoint: Checkpoint, config: LabelerConfig, which: str, *, is_mean: bool) -> bool:
+    """Whether the checkpoint's calibration is of other answers than those of what is written."""
+    stored = checkpoint.labeler
+    is_same_crop = (config.crop_size, config.margin_rate) == (stored.crop_size, stored.margin_rate)
+    return stored.calibration is not None and (which != "student" or is_mean or not is_same_crop)
+
+
+def _file(path: Path, checkpoint: Checkpoint) -> tuple[Path, str, Mapping[str, Any]]:
+    """A source with its SHA-256 and what it says of itself."""
+    sha256 = sha256_of(path)
+    return path, sha256, builtin.completed(sha256, checkpoint.provenance)
 
 
 def _one_network(checkpoint: Checkpoint, which: str, path: Path) -> dict[str, Tensor]:

@@ -28,7 +28,6 @@ from mal_train.tasks.common import (
     passes_of,
     provenance,
     task_folder,
-    told,
     worker_threads,
 )
 from mal_train.training.records import figures_of
@@ -103,7 +102,7 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
                     add_answer(evaluator, annotation, label)
         failed = _failures(coco, answers, screen)
         source = checkpoint_file(settings.checkpoint, "inference.checkpoint")
-        written = labelled_file(coco, answers, {**provenance(source, checkpoint), **told(passes)})
+        written = labelled_file(coco, answers, provenance(source, checkpoint, passes))
         write_json_atomic(path, with_detector_scores(written, coco) if settings.box_inputs else written)
         labelled = sum("error" not in fields for fields in answers.values())
         report = None if evaluator is None else evaluator.report()

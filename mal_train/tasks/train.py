@@ -22,8 +22,9 @@ from mal_train.model.backbones import check_crop_size
 from mal_train.model.checkpoint import Checkpoint, read_header
 from mal_train.model.keys import DecryptionKey
 from mal_train.model.network import MalNetwork
+from mal_train.model.origin import Origin
 from mal_train.model.precision import Precision
-from mal_train.model.pretrained import load_pretrained, starting_weights_licence
+from mal_train.model.pretrained import load_pretrained, origin_of
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
     choose_devices,
@@ -112,7 +113,7 @@ def _train(
     seal_with, open_with = keys_of(spec)
     coco, boxes, resume, seed = _begin(spec, folder, ranks, screen)
     torch.manual_seed(seed)
-    network, source = build_network(spec, resume, open_with, screen)
+    network, origin = build_network(spec, resume, open_with, screen)
     module = build_module(spec, network, boxes, seed, screen, ranks=ranks)
     if seal_with is None:
         screen.say("checkpoints will not be encrypted; set encryption_key to seal them")
@@ -123,7 +124,7 @@ def _train(
             module.labeler_config,
             {},
             coco.categories,
-            _provenance(source, spec.train.supervision, module, validate),
+            _provenance(origin, spec.train.supervision, module, validate),
         )
 
     device = devices[ranks.world.local_rank]
@@ -141,7 +142,9 @@ def _train(
     )
 
     def resumed(checkpoint: Checkpoint, position: Position) -> None:
+        nonlocal origin
         check_same_network(checkpoint, network.config, resume)
+        origin = Origin.stored(checkpoint.provenance)
         module.labeler_config = taken_up(spec, module.labeler_config, checkpoint.labeler)
         data.go_on_from(position.epochs, position.batches)
 
@@ -176,8 +179,8 @@ def _train(
     elif status is not None:
         facts = [
             ("boxes", boxes.summary()),
-            ("starting weights", str(resume) if resume is not None else source),
-            ("licence of the starting weights", _licence(source)),
+            ("starting weights", str(resume) if resume is not None else origin.starting_weights),
+            ("licence of the starting weights", origin.licence),
             ("device", f"{ranks.size} x {device.type}, {trainer.precision}"),
             ("epochs and steps", f"{spec.train.num_epochs} epochs, {module.global_step} steps"),
             ("steps left out", f"{module.steps_skipped}, because their gradient was not finite"),
@@ -234,27 +237,29 @@ def _fit_settings(spec: Spec) -> FitSettings:
 
 def build_network(
     spec: Spec, resume: Path | None, open_with: DecryptionKey | None, screen: Screen
-) -> tuple[MalNetwork, str]:
+) -> tuple[MalNetwork, Origin]:
     """The network with its starting weights, and where these come from.
 
-    A resumed run takes them from its checkpoint later, so nothing is read here for it.
+    A resumed run takes both from its checkpoint later, so nothing is read here for it.
     """
     check_crop_size(spec.model.arch, train_crop_size(spec))
     check_crop_size(spec.model.arch, labeler_config(spec).crop_size)
     network = MalNetwork(model_config(spec.model))
+    origin = Origin("random", "none")
     source = spec.train.pretrained_model_path
     if resume is not None:
         screen.say(f"going on from {resume}")
     elif source:
-        report = load_pretrained(network, source, _key_if_sealed(source, open_with))
-        screen.say(str(report))
-        screen.say(f"licence of these weights: {starting_weights_licence(source)}")
+        key = _key_if_sealed(source, open_with)
+        screen.say(str(load_pretrained(network, source, key)))
+        origin = origin_of(source, key)
+        screen.say(f"licence of these weights: {origin.licence}")
     else:
         screen.say("starting from random weights; train.pretrained_model_path gives better ones")
     frozen = freeze_stages(network, spec.model.frozen_stages)
     if frozen:
         screen.say(f"not learning: {', '.join(frozen)}")
-    return network, source or "random"
+    return network, origin
 
 
 def build_module(
@@ -358,16 +363,10 @@ def _validating(validate: Validate | None) -> str:
     return "nothing for validation" if validate is None else f"{duration(validate.seconds)} for validation"
 
 
-def _licence(source: str) -> str:
-    """Of the starting weights, a network's own random ones included."""
-    return starting_weights_licence(source) if source != "random" else "none"
-
-
-def _provenance(source: str, supervision: str, module: MalModule, validate: Validate | None) -> dict[str, Any]:
+def _provenance(origin: Origin, supervision: str, module: MalModule, validate: Validate | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "tool": f"mask-auto-labeler {version()}",
-        "starting_weights": Path(source).name,
-        "starting_weights_licence": _licence(source),
+        **origin.told(),
         "epochs": module.current_epoch + 1,
         "steps": module.global_step,
         "supervision": supervision,

@@ -105,7 +105,7 @@ def _validation_sections(validated: Validated) -> list[Html]:
     small, medium, large = config.mask_thres
     note = (
         f"Of the last validation, student network. Thresholds: small {small:g}, medium {medium:g}, large {large:g}; "
-        f"score: {config.score_meaning}."
+        f"score: {config.score_meaning()}."
     )
     sections = evaluation_sections(measured(found.report), note, _cards(found.compared[:WORST], coco, image_dir))
     usual = _cards(typical(found.compared, TYPICAL), coco, image_dir)

@@ -79,7 +79,7 @@ class Validate(lightning.Callback):
             pl_module.labeler_config = found.config
         self.last = found
         self._records.validated(trainer, found.report)
-        self._say(f"epoch {epoch}: {one_line(found.report)}; score: {found.config.score_meaning}")
+        self._say(f"epoch {epoch}: {one_line(found.report)}; score: {found.config.score_meaning()}")
         if self._board is not None:
             self._board.show(found.compared, epoch, trainer.global_step)
         self.seconds += self._clock() - began

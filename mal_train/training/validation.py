@@ -83,7 +83,7 @@ class Validator:
     ) -> Validation:
         """Puts the network into evaluation mode and leaves it there; `on_box` is called for every box that is done."""
         if self.fit_calibration:
-            config = dataclasses.replace(config, calibration=None)
+            config = dataclasses.replace(config, calibration=None, calibrated_with_flip=False)
         labeler = Labeler(network, config, device=self.device, precision=self.precision)
         rows = list(by_image(self.coco))
         evaluator = evaluator_of(self.coco, rows)
@@ -100,7 +100,7 @@ class Validator:
             add_answer(evaluator, annotation, label)
             on_box()
         if self.fit_calibration:
-            config = _calibrate(evaluator, config)
+            config = _calibrate(evaluator, config, with_flip=self.options.flip)
         return Validation(evaluator.report(), config, evaluator.compared)
 
     def _answers(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, Label | Failure]]:
@@ -178,7 +178,7 @@ def _curves(
     return areas, curves
 
 
-def _calibrate(evaluator: Evaluator, config: LabelerConfig) -> LabelerConfig:
+def _calibrate(evaluator: Evaluator, config: LabelerConfig, *, with_flip: bool) -> LabelerConfig:
     """The settings with a map fitted to what was compared, where it can be checked; the scores become held-out ones."""
     rows = evaluator.rows
     scores, ious = [row.score for row in rows], [row.iou for row in rows]
@@ -186,7 +186,7 @@ def _calibrate(evaluator: Evaluator, config: LabelerConfig) -> LabelerConfig:
     if knots is None or checked is None:
         return config
     evaluator.rescore(checked.tolist())
-    return dataclasses.replace(config, calibration=knots)
+    return dataclasses.replace(config, calibration=knots, calibrated_with_flip=with_flip)
 
 
 def add_answer(evaluator: Evaluator, annotation: Annotation, label: Label | Failure) -> None:

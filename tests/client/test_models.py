@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mal_client import cli
+from mal.v1 import model_pb2, types_pb2
+from mal_client import cli, codec
 from mal_client.client import Client
 from mal_client.errors import RequestRefused
+from mal_client.provenance import provenance_of
 from mal_client.types import LabelOptions
 
+from mal_train.labeling.settings import Branch
 from tests.client.test_against_server import served
 from tests.server.fakes import DISC_BOX, DISC_PNG
 
@@ -76,3 +79,24 @@ def test_a_data_set_is_labelled_by_the_model_that_was_named(address: str, tmp_pa
         result = client.label_dataset(tmp_path / "in.json", tmp_path, tmp_path / "out.json", named)
     assert result.model is not None
     assert (result.labelled, result.model.name) == (1, "dogs")
+
+
+@pytest.mark.parametrize(
+    ("branch", "options", "words"),
+    [
+        (types_pb2.BRANCH_STUDENT, LabelOptions(), ""),
+        (types_pb2.BRANCH_TEACHER, LabelOptions(branch=Branch.STUDENT), ""),
+        (types_pb2.BRANCH_TEACHER, LabelOptions(), " for one pass of the student, not for this: branch teacher"),
+        (
+            types_pb2.BRANCH_STUDENT,
+            LabelOptions(flip=True, resolve_overlaps=True),
+            " for one pass of the student, not for this: a mirrored pass, contested pixels shared out",
+        ),
+    ],
+)
+def test_a_labelled_file_says_whether_its_scores_were_calibrated_for_labels_made_so(
+    branch: types_pb2.Branch.ValueType, options: LabelOptions, words: str
+) -> None:
+    model = model_pb2.ModelInfo(ref=types_pb2.ModelRef(name="cats", branch=branch), score_calibrated=True)
+    info = codec.server_info(model_pb2.GetServerInfoResponse(model=model))
+    assert provenance_of(info, options)["score"] == f"expected IoU, calibrated{words}"

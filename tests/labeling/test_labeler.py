@@ -13,7 +13,7 @@ from mal_train.errors import BadBox, ConfigError, DeviceError, DeviceLost, OutOf
 from mal_train.labeling import geometry, rle
 from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions, load_labeler
 from mal_train.labeling.rle import Rle
-from mal_train.labeling.settings import Branch, Compat, LabelerConfig, ScoreKind
+from mal_train.labeling.settings import Branch, Compat, LabelerConfig, Manner, ScoreKind
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
 from mal_train.model.network import probabilities
 from tests.networks import spread_network
@@ -137,10 +137,39 @@ def test_a_speck_that_is_all_a_box_is_left_with_scores_at_most_one() -> None:
 
 
 def test_files_say_which_score_they_carry() -> None:
-    assert "stability" in LabelerConfig().score_meaning
+    assert "stability" in LabelerConfig().score_meaning()
     for config in (LabelerConfig(score=ScoreKind.PROBABILITY), LabelerConfig(compat=Compat.TAO)):
-        assert config.score_meaning == "mean foreground probability, not calibrated"
-    assert LabelerConfig(calibration=((0.0, 0.0), (1.0, 1.0))).score_meaning == "expected IoU, calibrated"
+        assert config.score_meaning() == "mean foreground probability, not calibrated"
+    assert FITTED.score_meaning() == "expected IoU, calibrated"
+
+
+FITTED = LabelerConfig(margin_rate=0.4, calibration=((0.0, 0.0), (1.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("manner", "words"),
+    [
+        (Manner(margins=(0.4,)), None),
+        (Manner(margins=(0.2, 0.4)), "margins 0.2, 0.4"),
+        (Manner(branch=Branch.MIXED), "branch mixed"),
+        (Manner(flip=True), "a mirrored pass"),
+        (Manner(shared_out=True), "contested pixels shared out"),
+        (Manner(threshold=0.3), "threshold 0.3"),
+        (Manner(min_component_area_px=9), "parts under 9 px left out"),
+    ],
+)
+def test_a_calibration_is_not_claimed_for_labels_made_in_another_way(manner: Manner, words: str | None) -> None:
+    told = FITTED.score_meaning(manner)
+    exact = "expected IoU, calibrated"
+    assert told == (exact if words is None else f"{exact} for one pass of the student, not for this: {words}")
+    assert LabelerConfig().score_meaning(manner) == LabelerConfig().score_meaning()
+
+
+def test_a_calibration_of_mirrored_answers_is_for_these_alone() -> None:
+    mirrored = dataclasses.replace(FITTED, calibrated_with_flip=True)
+    assert LabelerConfig.from_dict(mirrored.to_dict()) == mirrored
+    assert mirrored.score_meaning(Manner(flip=True)) == "expected IoU, calibrated"
+    assert "not for this: no mirrored pass" in mirrored.score_meaning()
 
 
 def test_under_tao_and_in_old_checkpoints_a_score_is_the_mean_probability() -> None:

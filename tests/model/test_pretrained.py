@@ -13,7 +13,8 @@ from mal_train.errors import ConfigError, UnknownLayout
 from mal_train.labeling.settings import LabelerConfig
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
 from mal_train.model.network import MalNetwork, ModelConfig
-from mal_train.model.pretrained import UNKNOWN_LICENCE, load_pretrained, starting_weights_licence
+from mal_train.model.origin import NOT_STATED
+from mal_train.model.pretrained import load_pretrained, origin_of
 from tests.reference import shared
 
 MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=4)
@@ -180,7 +181,7 @@ def test_a_checkpoint_of_ours_fills_heads_too(tmp_path: Path) -> None:
     report = load_pretrained(ours, str(path))
     assert report.missing == report.left_over == ()
     assert torch.equal(ours.student.roi_head.mlp1.weight, donor.student.roi_head.mlp1.weight)
-    assert starting_weights_licence(str(path)) == "Apache-2.0"
+    assert origin_of(str(path)).licence == "Apache-2.0"
 
 
 def test_a_checkpoint_of_tao_fills_heads_too(tmp_path: Path) -> None:
@@ -242,8 +243,8 @@ def test_a_missing_file_is_a_mistake_of_the_setting() -> None:
         ("vit_base_patch16_224.mae", "CC-BY-NC-4.0"),
         ("vit-deit-small/16", "Apache-2.0"),
         ("vit-mae-base/16", "CC-BY-NC-4.0"),
-        ("somewhere/weights.pt", UNKNOWN_LICENCE),
+        ("somewhere/weights.pt", NOT_STATED),
     ],
 )
 def test_the_licence_of_starting_weights_is_known_by_their_name(source: str, licence: str) -> None:
-    assert starting_weights_licence(source) == licence
+    assert origin_of(source).licence == licence

@@ -144,7 +144,7 @@ def server_json(address: str, info: ServerInfo) -> Json:
         "devices": list(info.devices),
         "precision": info.precision,
         "mask_thresholds": list(info.mask_thresholds),
-        "score_meaning": info.score_meaning,
+        "score_meaning": info.score_meaning(),
         "categories": list(info.categories.values()),
         "branches": [str(branch) for branch in Branch],
         "flags": dict(FLAG_MEANINGS),

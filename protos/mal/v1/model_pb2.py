@@ -15,15 +15,15 @@ _sym_db = _symbol_database.Default()
 from mal.v1 import types_pb2 as mal_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12mal/v1/model.proto\x12\x06mal.v1\x1a\x12mal/v1/types.proto\"\x16\n\x14GetServerInfoRequest\"\xcd\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12 \n\x05model\x18\x02 \x01(\x0b\x32\x11.mal.v1.ModelInfo\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.mal.v1.ServerLimits\x12\x0f\n\x07\x64\x65vices\x18\x04 \x03(\t\x12\x11\n\tprecision\x18\x05 \x01(\t\x12!\n\x06models\x18\x06 \x03(\x0b\x32\x11.mal.v1.ModelInfo\x12\x14\n\x0c\x64\x61ta_folders\x18\x07 \x03(\t\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.mal.v1.ModelStatus\"u\n\x0bModelStatus\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.mal.v1.ModelInfo\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.mal.v1.ModelState\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x05\x12\x12\n\nis_default\x18\x04 \x01(\x08\"^\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x1e\n\x06\x62ranch\x18\x04 \x01(\x0e\x32\x0e.mal.v1.Branch\"Y\n\x11LoadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.mal.v1.ModelInfo\x12\"\n\x08replaced\x18\x02 \x01(\x0b\x32\x10.mal.v1.ModelRef\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x13UnloadModelResponse\x12\x1f\n\x05model\x18\x01 \x01(\x0b\x32\x10.mal.v1.ModelRef\"\xf5\x01\n\tModelInfo\x12\x1d\n\x03ref\x18\x01 \x01(\x0b\x32\x10.mal.v1.ModelRef\x12\x0c\n\x04\x61rch\x18\x02 \x01(\t\x12\x11\n\tcrop_size\x18\x03 \x01(\x05\x12\x13\n\x0bmargin_rate\x18\x04 \x01(\x01\x12/\n\x0fmask_thresholds\x18\x05 \x01(\x0b\x32\x16.mal.v1.SizeThresholds\x12$\n\ncategories\x18\x06 \x03(\x0b\x32\x10.mal.v1.Category\x12\x18\n\x10score_calibrated\x18\x07 \x01(\x08\x12\x0f\n\x07\x64\x65vices\x18\x08 \x03(\t\x12\x11\n\tprecision\x18\t \x01(\t\">\n\x0eSizeThresholds\x12\r\n\x05small\x18\x01 \x01(\x01\x12\x0e\n\x06medium\x18\x02 \x01(\x01\x12\r\n\x05large\x18\x03 \x01(\x01\"\xcf\x01\n\x0cServerLimits\x12\x19\n\x11max_request_bytes\x18\x01 \x01(\x03\x12\x1a\n\x12max_response_bytes\x18\x02 \x01(\x03\x12\x11\n\tmax_boxes\x18\x03 \x01(\x05\x12\x12\n\nmax_pixels\x18\x04 \x01(\x03\x12\x10\n\x08max_side\x18\x05 \x01(\x05\x12\x17\n\x0fmax_image_bytes\x18\x06 \x01(\x03\x12\x1b\n\x13max_items_in_flight\x18\x07 \x01(\x05\x12\x19\n\x11image_cache_bytes\x18\x08 \x01(\x03*\\\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_SERVING\x10\x01\x12\x18\n\x14MODEL_STATE_RETIRING\x10\x02\x32\xab\x02\n\x0cModelService\x12L\n\rGetServerInfo\x12\x1c.mal.v1.GetServerInfoRequest\x1a\x1d.mal.v1.GetServerInfoResponse\x12\x43\n\nListModels\x12\x19.mal.v1.ListModelsRequest\x1a\x1a.mal.v1.ListModelsResponse\x12@\n\tLoadModel\x12\x18.mal.v1.LoadModelRequest\x1a\x19.mal.v1.LoadModelResponse\x12\x46\n\x0bUnloadModel\x12\x1a.mal.v1.UnloadModelRequest\x1a\x1b.mal.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12mal/v1/model.proto\x12\x06mal.v1\x1a\x12mal/v1/types.proto\"\x16\n\x14GetServerInfoRequest\"\xcd\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12 \n\x05model\x18\x02 \x01(\x0b\x32\x11.mal.v1.ModelInfo\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.mal.v1.ServerLimits\x12\x0f\n\x07\x64\x65vices\x18\x04 \x03(\t\x12\x11\n\tprecision\x18\x05 \x01(\t\x12!\n\x06models\x18\x06 \x03(\x0b\x32\x11.mal.v1.ModelInfo\x12\x14\n\x0c\x64\x61ta_folders\x18\x07 \x03(\t\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.mal.v1.ModelStatus\"u\n\x0bModelStatus\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.mal.v1.ModelInfo\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.mal.v1.ModelState\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x05\x12\x12\n\nis_default\x18\x04 \x01(\x08\"^\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x1e\n\x06\x62ranch\x18\x04 \x01(\x0e\x32\x0e.mal.v1.Branch\"Y\n\x11LoadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.mal.v1.ModelInfo\x12\"\n\x08replaced\x18\x02 \x01(\x0b\x32\x10.mal.v1.ModelRef\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x13UnloadModelResponse\x12\x1f\n\x05model\x18\x01 \x01(\x0b\x32\x10.mal.v1.ModelRef\"\x99\x02\n\tModelInfo\x12\x1d\n\x03ref\x18\x01 \x01(\x0b\x32\x10.mal.v1.ModelRef\x12\x0c\n\x04\x61rch\x18\x02 \x01(\t\x12\x11\n\tcrop_size\x18\x03 \x01(\x05\x12\x13\n\x0bmargin_rate\x18\x04 \x01(\x01\x12/\n\x0fmask_thresholds\x18\x05 \x01(\x0b\x32\x16.mal.v1.SizeThresholds\x12$\n\ncategories\x18\x06 \x03(\x0b\x32\x10.mal.v1.Category\x12\x18\n\x10score_calibrated\x18\x07 \x01(\x08\x12\x0f\n\x07\x64\x65vices\x18\x08 \x03(\t\x12\x11\n\tprecision\x18\t \x01(\t\x12\"\n\x1ascore_calibrated_with_flip\x18\n \x01(\x08\">\n\x0eSizeThresholds\x12\r\n\x05small\x18\x01 \x01(\x01\x12\x0e\n\x06medium\x18\x02 \x01(\x01\x12\r\n\x05large\x18\x03 \x01(\x01\"\xcf\x01\n\x0cServerLimits\x12\x19\n\x11max_request_bytes\x18\x01 \x01(\x03\x12\x1a\n\x12max_response_bytes\x18\x02 \x01(\x03\x12\x11\n\tmax_boxes\x18\x03 \x01(\x05\x12\x12\n\nmax_pixels\x18\x04 \x01(\x03\x12\x10\n\x08max_side\x18\x05 \x01(\x05\x12\x17\n\x0fmax_image_bytes\x18\x06 \x01(\x03\x12\x1b\n\x13max_items_in_flight\x18\x07 \x01(\x05\x12\x19\n\x11image_cache_bytes\x18\x08 \x01(\x03*\\\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_SERVING\x10\x01\x12\x18\n\x14MODEL_STATE_RETIRING\x10\x02\x32\xab\x02\n\x0cModelService\x12L\n\rGetServerInfo\x12\x1c.mal.v1.GetServerInfoRequest\x1a\x1d.mal.v1.GetServerInfoResponse\x12\x43\n\nListModels\x12\x19.mal.v1.ListModelsRequest\x1a\x1a.mal.v1.ListModelsResponse\x12@\n\tLoadModel\x12\x18.mal.v1.LoadModelRequest\x1a\x19.mal.v1.LoadModelResponse\x12\x46\n\x0bUnloadModel\x12\x1a.mal.v1.UnloadModelRequest\x1a\x1b.mal.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mal.v1.model_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_MODELSTATE']._serialized_start=1282
-  _globals['_MODELSTATE']._serialized_end=1374
+  _globals['_MODELSTATE']._serialized_start=1318
+  _globals['_MODELSTATE']._serialized_end=1410
   _globals['_GETSERVERINFOREQUEST']._serialized_start=50
   _globals['_GETSERVERINFOREQUEST']._serialized_end=72
   _globals['_GETSERVERINFORESPONSE']._serialized_start=75
@@ -43,11 +43,11 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_UNLOADMODELRESPONSE']._serialized_start=704
   _globals['_UNLOADMODELRESPONSE']._serialized_end=758
   _globals['_MODELINFO']._serialized_start=761
-  _globals['_MODELINFO']._serialized_end=1006
-  _globals['_SIZETHRESHOLDS']._serialized_start=1008
-  _globals['_SIZETHRESHOLDS']._serialized_end=1070
-  _globals['_SERVERLIMITS']._serialized_start=1073
-  _globals['_SERVERLIMITS']._serialized_end=1280
-  _globals['_MODELSERVICE']._serialized_start=1377
-  _globals['_MODELSERVICE']._serialized_end=1676
+  _globals['_MODELINFO']._serialized_end=1042
+  _globals['_SIZETHRESHOLDS']._serialized_start=1044
+  _globals['_SIZETHRESHOLDS']._serialized_end=1106
+  _globals['_SERVERLIMITS']._serialized_start=1109
+  _globals['_SERVERLIMITS']._serialized_end=1316
+  _globals['_MODELSERVICE']._serialized_start=1413
+  _globals['_MODELSERVICE']._serialized_end=1712
 # @@protoc_insertion_point(module_scope)

@@ -287,6 +287,7 @@ class ModelInfo(google.protobuf.message.Message):
     SCORE_CALIBRATED_FIELD_NUMBER: builtins.int
     DEVICES_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
+    SCORE_CALIBRATED_WITH_FLIP_FIELD_NUMBER: builtins.int
     arch: builtins.str
     """Backbone, for example "vit-deit-small/16"."""
     crop_size: builtins.int
@@ -294,11 +295,14 @@ class ModelInfo(google.protobuf.message.Message):
     margin_rate: builtins.float
     """A crop's window is the box grown by half of this share of its extent on every side."""
     score_calibrated: builtins.bool
-    """Whether InstanceResult.score is the expected IoU, by a calibration in the checkpoint that was fitted on masks for the
-    student's answer at mask_thresholds; otherwise it is the mask's stability.
+    """Whether InstanceResult.score is the expected IoU, by a calibration in the checkpoint that was fitted on masks for one
+    pass of the student at mask_thresholds; otherwise it is the mask's stability. For labels made in another way (another
+    branch or threshold, flip_test, small parts left out, overlaps resolved) the same map is applied, unproven.
     """
     precision: builtins.str
     """Arithmetic of its network: "float32", "bfloat16" or "float16"."""
+    score_calibrated_with_flip: builtins.bool
+    """Whether that calibration was fitted to answers with LabelOptions.flip_test, and so is for these instead."""
     @property
     def ref(self) -> mal.v1.types_pb2.ModelRef:
         """Name, checksum and default branch."""
@@ -327,9 +331,10 @@ class ModelInfo(google.protobuf.message.Message):
         score_calibrated: builtins.bool = ...,
         devices: collections.abc.Iterable[builtins.str] | None = ...,
         precision: builtins.str = ...,
+        score_calibrated_with_flip: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["mask_thresholds", b"mask_thresholds", "ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["arch", b"arch", "categories", b"categories", "crop_size", b"crop_size", "devices", b"devices", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "precision", b"precision", "ref", b"ref", "score_calibrated", b"score_calibrated"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arch", b"arch", "categories", b"categories", "crop_size", b"crop_size", "devices", b"devices", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "precision", b"precision", "ref", b"ref", "score_calibrated", b"score_calibrated", "score_calibrated_with_flip", b"score_calibrated_with_flip"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 
