@@ -69,7 +69,7 @@ tools-labelstudio: .venv-labelstudio/.pins
 .venv-labelstudio/.pins: Makefile
 	@test -x .venv-labelstudio/bin/python || $(PYTHON) -m venv .venv-labelstudio
 	@.venv-labelstudio/bin/pip install -qq --disable-pip-version-check label-studio==1.23.2 playwright==1.65.2
-	@COLLECT_ANALYTICS=false .venv-labelstudio/bin/label-studio init empty --data-dir .venv-labelstudio/data > /dev/null 2>&1
+	@COLLECT_ANALYTICS=false .venv-labelstudio/bin/label-studio init empty --quiet --data-dir .venv-labelstudio/data > /dev/null 2>&1
 	@touch $@
 
 clean:

@@ -142,13 +142,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 NOT_IN_BASE_INSTALL = (
     *("torch", "torchvision", "lightning", "timm", "tensorboard"),
     *("pydantic", "yaml", "pyrage", "safetensors", "grpc_health", "aiohttp"),
-    *("httpx2", "starlette", "uvicorn", "cvat_sdk", "opentelemetry"),
+    *("httpx2", "cvat_sdk", "opentelemetry"),
 )
 # Modules of the client that say which extra they need.
 WITH_AN_EXTRA = (
     *(f"mal_client.integrations.label_studio.{name}" for name in ("app", "pictures")),
     *(f"mal_client.integrations.cvat.{name}" for name in ("site", "interactor")),
     *(f"mal_client.playground.{name}" for name in ("app", "serve")),
+    "mal_client.web_serving",
 )
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 HARMLESS = {"UnpicklingError", "PicklingError", "PickleError"}  # exceptions, which other libraries raise

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
-import socket
 from pathlib import Path
 
 from mal_client.arguments import Commands, add_connection, add_options, add_verb, client_of, options_of, read_word
@@ -57,11 +57,11 @@ def add_label_studio(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     try:
-        import uvicorn  # noqa: PLC0415 - this, as what is imported below, comes with an extra
-
+        # Imported here: they need what an extra brings.
         from mal_client.integrations.label_studio.app import build_app  # noqa: PLC0415
         from mal_client.integrations.label_studio.pictures import Pictures  # noqa: PLC0415
         from mal_client.integrations.label_studio.predictor import Predictor  # noqa: PLC0415
+        from mal_client.web_serving import bound, until_interrupted  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; run: pip install 'mask-auto-labeler[labelstudio]'") from None
 
@@ -86,23 +86,16 @@ def _serve(arguments: argparse.Namespace) -> int:
             predictor = Predictor(client, pictures, options_of(arguments), tolerance_px=arguments.polygon_tolerance)
             # Before anything is served: a wrong address or token is an error of this command, not of Label Studio.
             version = predictor.model_version()
-            with _listening(arguments.host, arguments.port) as listener:
-                host, port = listener.getsockname()[:2]
-                print(f"serving {version} on http://{host}:{port}", flush=True)
-                config = uvicorn.Config(build_app(predictor, credentials), log_level="warning")
-                uvicorn.Server(config).run(sockets=[listener])
+
+            async def live() -> None:
+                async with bound(build_app(predictor, credentials), arguments.host, arguments.port) as address:
+                    print(f"serving {version} on {address}", flush=True)
+                    await until_interrupted()
+
+            asyncio.run(live())
     finally:
         pictures.close()
     return 0
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port))
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"--host {host} --port {port}: cannot be listened on ({error}); choose another port"
-        ) from None
 
 
 def _word(path: Path | None, name: str) -> str | None:

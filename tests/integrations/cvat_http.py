@@ -1,12 +1,10 @@
 """CVAT's HTTP API for one task, as far as the SDK uses it, on a free port: answers of the shape that 2.80 sends."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from aiohttp import web
 
 from tests.integrations.cvat_task import LABELS, Json, TaskInMemory
 
@@ -28,43 +26,45 @@ class CvatHttp:
     fail_patches: int = 0
     asked: list[str] = field(default_factory=list)
 
-    def app(self) -> Starlette:
+    def app(self) -> web.Application:
         """The application."""
-        routes = [
-            Route("/api/server/about", lambda _: JSONResponse(_ABOUT)),
-            Route("/api/users/self", self._guarded(lambda _: USER)),
-            Route("/api/tasks/7", self._guarded(lambda _: _task())),
-            Route("/api/tasks/7/data/meta", self._guarded(lambda _: _meta(self.task))),
-            Route("/api/tasks/7/data", self._frame),
-            Route("/api/labels", self._guarded(lambda _: _page([{**row, "task_id": 7} for row in LABELS]))),
-            Route("/api/tasks/7/annotations", self._guarded(lambda _: self.task.annotations())),
-            Route("/api/tasks/7/annotations", self._patch, methods=["PATCH"]),
-        ]
-        return Starlette(routes=routes)
+        app = web.Application()
+        app.router.add_get("/api/server/about", self._about)
+        app.router.add_get("/api/users/self", self._guarded(lambda: USER))
+        app.router.add_get("/api/tasks/7", self._guarded(_task))
+        app.router.add_get("/api/tasks/7/data/meta", self._guarded(lambda: _meta(self.task)))
+        app.router.add_get("/api/tasks/7/data/", self._frame)
+        app.router.add_get("/api/labels", self._guarded(lambda: _page([{**row, "task_id": 7} for row in LABELS])))
+        app.router.add_get("/api/tasks/7/annotations/", self._guarded(self.task.annotations))
+        app.router.add_patch("/api/tasks/7/annotations/", self._patch)
+        return app
 
-    def _may(self, request: Request) -> bool:
-        self.asked.append(f"{request.method} {request.url.path}")
-        return request.headers.get("authorization") == f"Bearer {TOKEN}"
+    async def _about(self, _: web.Request) -> web.StreamResponse:
+        return web.json_response(_ABOUT)
 
-    def _guarded(self, answer: Any) -> Any:
-        async def endpoint(request: Request) -> Response:
+    def _may(self, request: web.Request) -> bool:
+        self.asked.append(f"{request.method} {request.path}")
+        return request.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _guarded(self, answer: Callable[[], Any]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def endpoint(request: web.Request) -> web.StreamResponse:
             if not self._may(request):
-                return JSONResponse({"detail": "Authentication credentials were not provided."}, 401)
-            return JSONResponse(answer(request))
+                return web.json_response({"detail": "Authentication credentials were not provided."}, status=401)
+            return web.json_response(answer())
 
         return endpoint
 
-    async def _frame(self, request: Request) -> Response:
-        asked = request.query_params
+    async def _frame(self, request: web.Request) -> web.StreamResponse:
+        asked = request.query
         assert (asked["type"], asked["quality"]) == ("frame", "original")
-        return Response(self.task.frame(int(asked["number"])), media_type="image/png")
+        return web.Response(body=self.task.frame(int(asked["number"])), content_type="image/png")
 
-    async def _patch(self, request: Request) -> Response:
-        assert request.query_params["action"] == "create"
+    async def _patch(self, request: web.Request) -> web.StreamResponse:
+        assert request.query["action"] == "create"
         body = await request.json()
         if self.fail_patches:
             self.fail_patches -= 1
-            return JSONResponse({"detail": "the database is away"}, 500)
+            return web.json_response({"detail": "the database is away"}, status=500)
         for shape in body["shapes"]:
             # What the server refuses.
             assert shape["type"] == "mask"
@@ -73,7 +73,7 @@ class CvatHttp:
             assert sum(runs) == (right - left + 1) * (bottom - top + 1)
         self.task.create(body["shapes"])
         made = self.task.annotations()["shapes"][-len(body["shapes"]) :]
-        return JSONResponse({"version": 0, "shapes": made, "tracks": [], "tags": []})
+        return web.json_response({"version": 0, "shapes": made, "tracks": [], "tags": []})
 
 
 _ABOUT = {

@@ -2,24 +2,45 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import uvicorn
-from starlette.applications import Starlette
+if TYPE_CHECKING:
+    from aiohttp import web
 
 
 @contextmanager
-def running(app: Starlette) -> Iterator[str]:
+def running(app: "web.Application") -> Iterator[str]:
     """Serves an application; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    # Here, so that an environment without the extra may look for doctests in this file.
+    from mal_client.web_serving import bound
+
+    started: Future[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def live() -> None:
+        over = asyncio.Event()
+        async with bound(app, "127.0.0.1", 0) as address:
+            started.set_result((address, asyncio.get_running_loop(), over))
+            await over.wait()
+
+    def run() -> None:
+        try:
+            asyncio.run(live())
+        except Exception as fault:
+            # Whatever it is, the test's thread raises it.
+            if started.done():
+                raise
+            started.set_exception(fault)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.005)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        address, loop, over = started.result()
+        try:
+            yield address
+        finally:
+            loop.call_soon_threadsafe(over.set)
     finally:
-        server.should_exit = True
         thread.join()

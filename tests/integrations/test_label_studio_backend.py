@@ -2,25 +2,28 @@
 
 import base64
 import io
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 from mal_client.cli import main
 from mal_client.client import Client
 from mal_client.errors import RequestRefused
-from mal_client.integrations.label_studio.app import build_app
+from mal_client.integrations.label_studio.app import REQUESTS_AT_ONCE, build_app
 from mal_client.integrations.label_studio.predictor import Predictor
 from mal_client.types import LabelOptions
 from PIL import Image
-from starlette.testclient import TestClient
 
 from mal_train.errors import BadImage
 from mal_train.labeling.baselines import box_filled
 from mal_train.labeling.rle import decode_mask
 from mal_train.labeling.settings import Branch
 from tests.client.fake_server import SHA, FakeServer, serving
+from tests.integrations.http_app import running
 from tests.integrations.rle_pack import decode_brush
 from tests.integrations.test_label_studio_regions import CONFIG, region
 
@@ -52,11 +55,8 @@ class Shelf:
 class Backend:
     """The application, and what stands behind it."""
 
-    def __init__(self, fake: FakeServer, address: str, credentials: str | None = None) -> None:
-        self.fake, self.shelf = fake, Shelf()
-        self.client = Client(address, timeout_s=20)
-        predictor = Predictor(self.client, self.shelf, LabelOptions(threshold=0.4), tolerance_px=0.5)
-        self.http = TestClient(build_app(predictor, credentials), raise_server_exceptions=True)
+    def __init__(self, fake: FakeServer, client: Client, shelf: Shelf, http: httpx2.Client) -> None:
+        self.fake, self.client, self.shelf, self.http = fake, client, shelf, http
 
     def predict(self, *tasks: dict[str, Any], context: Any = None, config: str = CONFIG) -> Any:
         """The body of an answer to Label Studio's request."""
@@ -66,13 +66,21 @@ class Backend:
         return answer.json()["results"]
 
 
+@contextmanager
+def backend_at(address: str, fake: FakeServer, **more: Any) -> Iterator[Backend]:
+    """Our backend for a labelling server at an address; the rest is given to `build_app`."""
+    shelf = Shelf()
+    with Client(address, timeout_s=20) as client:
+        predictor = Predictor(client, shelf, LabelOptions(threshold=0.4), tolerance_px=0.5)
+        with running(build_app(predictor, **more)) as ours, httpx2.Client(base_url=ours, timeout=60) as http:
+            yield Backend(fake, client, shelf, http)
+
+
 @pytest.fixture
 def backend() -> Iterator[Backend]:
     fake = FakeServer()
-    with serving(fake) as address:
-        found = Backend(fake, address)
+    with serving(fake) as address, backend_at(address, fake) as found:
         yield found
-        found.client.close()
 
 
 def task(number: int = 1, photo: str = "/data/upload/1/a.png", **more: Any) -> dict[str, Any]:
@@ -171,27 +179,66 @@ def test_a_request_that_is_none_is_refused_and_the_next_is_answered(backend: Bac
     assert backend.predict(task()) == [[]]
 
 
-def test_a_lost_labelling_server_is_said_and_stores_nothing() -> None:
-    with serving(FakeServer()) as address:
-        backend = Backend(FakeServer(), address)
-        assert backend.http.get("/health").status_code == 200
+def test_a_request_larger_than_the_bound_is_refused_with_the_remedy_and_the_next_is_answered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with serving(FakeServer()) as address, backend_at(address, FakeServer(), max_request_bytes=4096) as backend:
+        for body in (b" " * 4097, iter([b" " * 3000] * 2)):  # with its length stated, and in chunks
+            refused = backend.http.post("/predict", content=body)
+            assert (refused.status_code, "choose fewer tasks" in refused.json()["error"]) == (413, True)
+        assert "/predict: a request of more than 4096 bytes" in caplog.text
+        assert backend.predict(task()) == [[]]
+
+
+def test_what_the_protocol_does_not_have_is_refused_as_json(backend: Backend) -> None:
+    for method, path, status in (("GET", "/predict", 405), ("POST", "/nothing", 404)):
+        refused = backend.http.request(method, path)
+        assert (refused.status_code, list(refused.json())) == (status, ["error"])
+
+
+def test_health_is_answered_while_every_thread_for_requests_is_busy(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(backend.shelf, "read", lambda _: gate.wait(60) and Shelf().read("/data/upload/1/a.png"))
     body = {"tasks": [task(annotations=[annotated(region())])], "label_config": CONFIG}
-    assert backend.http.get("/health").status_code == 503
-    refused = backend.http.post("/predict", json=body)
-    assert (refused.status_code, "unavailable" in refused.json()["error"]) == (503, True)
-    backend.client.close()
+    answers: list[int] = []
+
+    def ask() -> None:
+        answers.append(backend.http.post("/predict", json=body, timeout=120).status_code)
+
+    callers = [threading.Thread(target=ask) for _ in range(REQUESTS_AT_ONCE + 2)]
+    for caller in callers:
+        caller.start()
+    try:
+        assert backend.http.get("/health").status_code == 200
+        assert answers == []
+    finally:
+        gate.set()
+        for caller in callers:
+            caller.join()
+    assert answers == [200] * len(callers)
+
+
+def test_a_lost_labelling_server_is_said_and_stores_nothing() -> None:
+    with ExitStack() as stack:
+        with serving(FakeServer()) as address:
+            backend = stack.enter_context(backend_at(address, FakeServer()))
+            assert backend.http.get("/health").status_code == 200
+        body = {"tasks": [task(annotations=[annotated(region())])], "label_config": CONFIG}
+        assert backend.http.get("/health").status_code == 503
+        refused = backend.http.post("/predict", json=body)
+        assert (refused.status_code, "unavailable" in refused.json()["error"]) == (503, True)
 
 
 def test_credentials_are_asked_for_where_they_are_set_and_health_is_free() -> None:
-    with serving(FakeServer()) as address:
-        backend = Backend(FakeServer(), address, "studio:secret")
+    with serving(FakeServer()) as address, backend_at(address, FakeServer(), credentials="studio:secret") as backend:
         assert backend.http.get("/health").status_code == 200
         assert backend.http.get("/versions").status_code == 401
         for shown, status in (("studio:secret", 200), ("studio:wrong", 401)):
             packed = base64.b64encode(shown.encode()).decode()
             assert backend.http.get("/versions", headers={"Authorization": f"Basic {packed}"}).status_code == status
         assert backend.http.get("/versions", headers={"Authorization": "Basic ###"}).status_code == 401
-        backend.client.close()
 
 
 def test_the_command_is_open_to_other_machines_only_with_credentials(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mal_client.integrations.label_studio.pictures import Pictures
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
-from starlette.routing import Route
+from aiohttp import web
+from mal_client.integrations.label_studio.pictures import MOST_REDIRECTS, Pictures
 
 from mal_train.errors import BadImage, ConfigError
 from tests.integrations.http_app import running
@@ -23,29 +20,50 @@ class Host:
         self.seen: list[tuple[str, str]] = []
         self.refreshed = 0
         self.store = ""
+        self.refresh_moves_to = ""
 
-    def app(self) -> Starlette:
+    def app(self) -> web.Application:
         """Pictures behind a key, a store without one, and the exchange of tokens."""
+        app = web.Application()
+        app.router.add_get("/data/upload/{name}", self._upload)
+        app.router.add_get("/moved", self._moved)
+        app.router.add_get("/moved/{times}", self._moved_often)
+        app.router.add_get("/free", self._free)
+        app.router.add_post("/api/token/refresh", self._refresh)
+        app.router.add_post("/thief", self._thief)
+        return app
 
-        async def upload(request: Request) -> Response:
-            shown = request.headers.get("authorization", "")
-            self.seen.append((request.url.path, shown))
-            return Response(b"picture" if shown in ("Token old", "Bearer fresh") else b"", 200 if shown else 401)
+    def _note(self, request: web.Request) -> str:
+        shown = request.headers.get("Authorization", "")
+        self.seen.append((request.path, shown))
+        return shown
 
-        async def elsewhere(request: Request) -> Response:
-            return RedirectResponse(f"{self.store}/free")
+    async def _upload(self, request: web.Request) -> web.StreamResponse:
+        shown = self._note(request)
+        good = shown in ("Token old", "Bearer fresh")
+        return web.Response(body=b"picture" if good else b"", status=200 if shown else 401)
 
-        async def free(request: Request) -> Response:
-            self.seen.append((request.url.path, request.headers.get("authorization", "")))
-            return Response(b"free")
+    async def _moved(self, _: web.Request) -> web.StreamResponse:
+        raise web.HTTPFound(self.store)
 
-        async def refresh(request: Request) -> Response:
-            self.refreshed += 1
-            good = (await request.json())["refresh"] == PERSONAL_TOKEN
-            return JSONResponse({"access": "fresh"} if good else {"detail": "no"}, 200 if good else 401)
+    async def _moved_often(self, request: web.Request) -> web.StreamResponse:
+        times = int(request.match_info["times"])
+        raise web.HTTPFound(f"/moved/{times - 1}" if times > 1 else "/data/upload/1.png")
 
-        routes = [Route("/data/upload/{name}", upload), Route("/moved", elsewhere), Route("/free", free)]
-        return Starlette(routes=[*routes, Route("/api/token/refresh", refresh, methods=["POST"])])
+    async def _free(self, request: web.Request) -> web.StreamResponse:
+        self._note(request)
+        return web.Response(body=b"free")
+
+    async def _refresh(self, request: web.Request) -> web.StreamResponse:
+        self.refreshed += 1
+        if self.refresh_moves_to:
+            raise web.HTTPTemporaryRedirect(self.refresh_moves_to)
+        good = (await request.json())["refresh"] == PERSONAL_TOKEN
+        return web.json_response({"access": "fresh"} if good else {"detail": "no"}, status=200 if good else 401)
+
+    async def _thief(self, request: web.Request) -> web.StreamResponse:
+        self._note(request)
+        return web.json_response({"access": "fresh"})
 
 
 @pytest.fixture
@@ -81,15 +99,59 @@ def test_a_wrong_or_missing_key_is_said_with_the_remedy(host: tuple[Host, str]) 
         pictures.close()
 
 
-def test_a_redirect_to_a_store_does_not_carry_the_key(host: tuple[Host, str]) -> None:
-    seen, address = host
-    store = Host()
-    with running(store.app()) as there:
-        seen.store = there
-        pictures = Pictures(address, "old")
-        assert pictures.read("/moved") == b"free"
-        assert store.seen == [("/free", "")]
-        pictures.close()
+@pytest.fixture
+def store() -> Iterator[tuple[Host, str]]:
+    """Another host than Label Studio's: by another name, since ports do not make one."""
+    found = Host()
+    with running(found.app()) as address:
+        yield found, address.replace("127.0.0.1", "localhost")
+
+
+def test_a_redirect_to_a_store_that_was_named_is_followed_without_the_key(
+    host: tuple[Host, str], store: tuple[Host, str]
+) -> None:
+    host[0].store = f"{store[1]}/free"
+    pictures = Pictures(host[1], "old", other_hosts=["localhost"])
+    assert pictures.read("/moved") == b"free"
+    assert store[0].seen == [("/free", "")]
+    pictures.close()
+
+
+@pytest.mark.parametrize("target", ["{store}/free", "http://169.254.169.254/latest/meta-data", "//localhost:1/free"])
+def test_a_redirect_to_a_host_that_nobody_named_is_refused_with_the_remedy(
+    host: tuple[Host, str], store: tuple[Host, str], target: str
+) -> None:
+    host[0].store = target.format(store=store[1])
+    pictures = Pictures(host[1], "old")
+    with pytest.raises(BadImage, match=r"/moved leads to http://\S+, which is not on .* --picture-host"):
+        pictures.read("/moved")
+    assert store[0].seen == []
+    pictures.close()
+
+
+def test_a_redirect_to_another_scheme_is_refused(host: tuple[Host, str]) -> None:
+    host[0].store = "file:///etc/passwd"
+    pictures = Pictures(host[1], "old")
+    with pytest.raises(BadImage):
+        pictures.read("/moved")
+    pictures.close()
+
+
+def test_redirects_end_somewhere(host: tuple[Host, str]) -> None:
+    pictures = Pictures(host[1], "old")
+    assert pictures.read(f"/moved/{MOST_REDIRECTS}") == b"picture"
+    with pytest.raises(BadImage, match=f"sent on more than {MOST_REDIRECTS} times"):
+        pictures.read(f"/moved/{MOST_REDIRECTS + 1}")
+    pictures.close()
+
+
+def test_the_personal_token_is_not_carried_along_by_a_redirect(host: tuple[Host, str], store: tuple[Host, str]) -> None:
+    host[0].refresh_moves_to = f"{store[1]}/thief"
+    pictures = Pictures(host[1], PERSONAL_TOKEN, other_hosts=["localhost"])
+    with pytest.raises(BadImage, match="answered 307"):
+        pictures.read("/data/upload/1.png")
+    assert store[0].seen == []
+    pictures.close()
 
 
 def test_other_hosts_are_asked_only_with_leave_and_without_the_key(host: tuple[Host, str]) -> None:
@@ -111,7 +173,7 @@ def test_addresses_of_other_kinds_are_refused(address: str) -> None:
     pictures.close()
 
 
-@pytest.mark.parametrize("address", ["http://localhost:99999/a.png", "http://[/a.png"])
+@pytest.mark.parametrize("address", ["http://localhost:99999/a.png", "http://[/a.png", "http://a\x00b/"])
 def test_what_is_no_address_is_the_fault_of_its_picture(address: str) -> None:
     pictures = Pictures("http://localhost:1")
     with pytest.raises(BadImage, match="no address"):

@@ -2,6 +2,7 @@
 
 Addresses come with each request, so none is followed without leave: a folder gives what lies in it, the key is shown
 to the one Label Studio server that was named at the start, and other hosts are asked only when they were named too.
+The same holds for the places that an answer sends us on to.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qs, urljoin, urlsplit
@@ -23,6 +25,9 @@ LOCAL_FILES: Final = "/data/local-files/"
 TIMEOUT_S: Final = 30.0
 TOKEN_LIFE_S: Final = 240.0
 """Label Studio's access tokens live five minutes."""
+
+MOST_REDIRECTS: Final = 5
+"""Label Studio sends one for a picture of a storage, to that storage's address."""
 
 
 class Pictures:
@@ -49,8 +54,8 @@ class Pictures:
         self._folder = None if folder is None else folder.resolve()
         self._other_hosts = frozenset(other_hosts)
         self._max_bytes = max_bytes
-        # Cross-origin redirects (to a presigned address of a store) lose the key: httpx drops it.
-        self._http = httpx2.Client(timeout=TIMEOUT_S, follow_redirects=True)
+        # Redirects are looked at here, one by one: httpx would follow them to any host, with a POST's body too.
+        self._http = httpx2.Client(timeout=TIMEOUT_S, follow_redirects=False)
         self._lock = threading.Lock()
         self._access: tuple[str, float] | None = None
 
@@ -66,8 +71,8 @@ class Pictures:
         """
         try:
             parts = urlsplit(address)
-            _ = parts.port
-        except ValueError as error:
+            _ = parts.port, httpx2.URL(address)
+        except (ValueError, httpx2.InvalidURL) as error:
             raise BadImage(f"{address}: no address ({error})", "IMAGE_NOT_FOUND") from None
         if self._folder is not None and not parts.netloc and parts.path == LOCAL_FILES:
             return self._read_local(parse_qs(parts.query).get("d", [""])[0])
@@ -77,17 +82,13 @@ class Pictures:
                 "(pre-signed URLs in the settings of the storage)",
                 "IMAGE_NOT_FOUND",
             )
-        if not parts.netloc:
-            return self._fetch_from_host(address)
-        if self._host is not None and _origin(address) == _origin(self._host):
-            return self._fetch(address, self._authorisation())
-        if parts.hostname in self._other_hosts:
-            return self._fetch(address, {})
-        raise BadImage(
-            f"{address}: not on the Label Studio server that was named; allow its host with --picture-host "
-            f"{parts.hostname}",
-            "IMAGE_NOT_FOUND",
-        )
+        url = address if parts.netloc else self._on_host(address)
+        for _ in range(MOST_REDIRECTS + 1):
+            found = self._fetch(url, self._headers_for(url, address))
+            if isinstance(found, bytes):
+                return found
+            url = found.url
+        raise BadImage(f"{address}: sent on more than {MOST_REDIRECTS} times", "IMAGE_NOT_FOUND")
 
     def _read_local(self, name: str) -> bytes:
         assert self._folder is not None
@@ -96,18 +97,34 @@ class Pictures:
             raise BadImage(f"{name}: lies outside {self._folder}", "IMAGE_NOT_FOUND")
         return read_file(path)
 
-    def _fetch_from_host(self, address: str) -> bytes:
+    def _on_host(self, address: str) -> str:
         if self._host is None:
             raise BadImage(
                 f"{address}: lies on the Label Studio server; name it with --label-studio http://HOST:PORT",
                 "IMAGE_NOT_FOUND",
             )
-        return self._fetch(urljoin(self._host, address), self._authorisation())
+        return urljoin(self._host, address)
 
-    def _fetch(self, url: str, headers: dict[str, str]) -> bytes:
+    def _headers_for(self, url: str, address: str) -> dict[str, str]:
+        """What is shown at a place that may be asked; BadImage for any other."""
+        if self._host is not None and _origin(url) == _origin(self._host):
+            return self._authorisation()
+        place = httpx2.URL(url)
+        if place.scheme in ("http", "https") and place.host in self._other_hosts:
+            return {}
+        where = address if url == address else f"{address} leads to {place.scheme}://{place.host}, which"
+        raise BadImage(
+            f"{where} is not on the Label Studio server that was named; allow its host with --picture-host "
+            f"{place.host}",
+            "IMAGE_NOT_FOUND",
+        )
+
+    def _fetch(self, url: str, headers: dict[str, str]) -> bytes | _Elsewhere:
         content = bytearray()
         try:
             with self._http.stream("GET", url, headers=headers) as answer:
+                if answer.next_request is not None:
+                    return _Elsewhere(str(answer.next_request.url))
                 if answer.status_code in (401, 403):
                     raise BadImage(
                         f"{url}: Label Studio refuses the key ({answer.status_code}); give a valid one with "
@@ -149,6 +166,13 @@ class Pictures:
         )
 
 
+@dataclass(frozen=True)
+class _Elsewhere:
+    """Where an answer says that the picture is."""
+
+    url: str
+
+
 def _checked_host(host: str) -> str:
     parts = urlsplit(host)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -156,6 +180,7 @@ def _checked_host(host: str) -> str:
     return host
 
 
-def _origin(url: str) -> tuple[str, str | None, int]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+def _origin(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port, by the library that connects: a second reading of an address could differ from its own."""
+    place = httpx2.URL(url)
+    return place.scheme, place.host, place.port or {"http": 80, "https": 443}.get(place.scheme)

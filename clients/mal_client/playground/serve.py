@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import signal
 import webbrowser
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-
-from aiohttp import web
 
 from mal_client.channel import is_loopback
 from mal_client.client import AsyncClient
 from mal_client.errors import ClientError
 from mal_client.playground.app import build_app
 from mal_client.playground.guard import KEY_FIELD, Guard
-from mal_train.errors import ConfigError, MalError
-
-SHUTDOWN_S = 2.0
-"""How long calls under way may take after Ctrl-C."""
+from mal_client.web_serving import bound, until_interrupted
+from mal_train.errors import MalError
 
 
 @dataclass(frozen=True)
@@ -62,40 +57,15 @@ async def serve(
     Raises:
         ConfigError: the port cannot be bound.
     """
-    over = stop or asyncio.Event()
     guard = Guard(secrets.token_urlsafe(24), frozenset(map(str.lower, listen.allowed_hosts)), listen.is_loopback)
     # A page that goes away cancels its handler, and with it the call to the labelling server.
-    runner = web.AppRunner(
-        build_app(client, guard), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S
-    )
-    await runner.setup()
-    try:
-        url = await _bind(runner, listen, guard)
+    async with bound(build_app(client, guard), listen.host, listen.port, cancel_gone=True) as address:
+        url = f"{address}/?{KEY_FIELD}={guard.key}"
         await _say(client, listen, url, tell)
         if open_browser:
             # Starting a browser can take seconds.
             await asyncio.to_thread(webbrowser.open, url)
-        loop = asyncio.get_running_loop()
-        if stop is None:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, over.set)
-        await over.wait()
-    finally:
-        await runner.cleanup()
-
-
-async def _bind(runner: web.AppRunner, listen: Listen, guard: Guard) -> str:
-    site = web.TCPSite(runner, listen.host, listen.port)
-    try:
-        await site.start()
-    except OSError as error:
-        raise ConfigError(
-            f"--host {listen.host} --port {listen.port}: cannot listen there ({error.strerror}); give another port, or "
-            "--port 0 for any"
-        ) from None
-    port = runner.addresses[0][1]
-    shown = f"[{listen.host}]" if ":" in listen.host else listen.host
-    return f"http://{shown}:{port}/?{KEY_FIELD}={guard.key}"
+        await (until_interrupted() if stop is None else stop.wait())
 
 
 async def _say(client: AsyncClient, listen: Listen, url: str, tell: Callable[[str], None]) -> None:
