@@ -15,7 +15,8 @@ from mal_train.errors import CheckpointError, ConfigError, OutOfDeviceMemory
 from mal_train.labeling.labeler import Labeler, build_labeler
 from mal_train.labeling.settings import Branch, LabelerConfig
 from mal_train.model import builtin
-from mal_train.model.checkpoint import Checkpoint, load_checkpoint, sha256_of
+from mal_train.model.backbones import backbone_size
+from mal_train.model.checkpoint import Checkpoint, load_checkpoint
 from mal_train.model.keys import parse_key
 
 
@@ -54,12 +55,14 @@ class Loaded:
         info: what it is.
         workers: one a device, or several on the CPU.
         reference: the same weights in float32 on the CPU, for the self-test; None: there is nothing to compare with.
-        batch_sizes: of the warm-up, beyond the few crops of the self-test.
+        small_side: of the crops in which every network is compared with the reference, px; None: as they are served.
+        batch_sizes: of the warm-up with crops as they are served, beyond the few crops of the self-test.
     """
 
     info: ModelInfo
     workers: tuple[Worker, ...]
     reference: Predictor | None = None
+    small_side: int | None = None
     batch_sizes: tuple[int, ...] = ()
 
 
@@ -92,27 +95,47 @@ def load_model(plan: ModelPlan) -> Loaded:
         Worker(labeler, device, _thread_setting(len(devices)) if device == "cpu" else None)
         for labeler, device in zip(labelers, devices, strict=True)
     )
-    return Loaded(info, workers, reference, warm_up_sizes(labelers[0], plan.max_batch_size))
+    return Loaded(
+        info,
+        workers,
+        # Against itself it would say nothing.
+        None if all(_is_reference(labeler) for labeler in labelers) else reference,
+        small_side(info.arch, reference.config.crop_size),
+        warm_up_sizes(labelers[0], plan.max_batch_size),
+    )
 
 
 def read_checkpoint(plan: ModelPlan) -> tuple[Checkpoint, str]:
     """The checkpoint, verified to its last byte, and the SHA-256 of its file. Errors as `load_model`."""
     path = _existing(plan.checkpoint)
     key = parse_key(plan.decryption_key, purpose="decryption", where="yaml")
-    sha256 = sha256_of(path)
+    before = path.stat()
     checkpoint = load_checkpoint(path, key, weights_only_kind=True)
-    if sha256_of(path) != sha256:
-        # Answers name the checkpoint by this checksum, so it must be that of the weights.
+    after = path.stat()
+    if before.st_ino == after.st_ino and (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise CheckpointError(f"{path}: was written to while it was read; load it again once it is complete")
-    return checkpoint, sha256
+    # Of the bytes that were read, whatever stands in the place of the file by now: answers name the checkpoint by it.
+    return checkpoint, checkpoint.sha256
+
+
+def small_side(arch: str, crop_size: int) -> int:
+    """Side in px of the self-test's small crops: about a quarter of what is served, four patches at least.
+
+    In a ViT a crop of a quarter of the side takes a sixteenth of the time. What differs between number formats and
+    devices shows in it as well.
+    """
+    patch = backbone_size(arch).patch
+    return min(crop_size, max(crop_size // (4 * patch), 4) * patch)
 
 
 def warm_up_sizes(labeler: Labeler, max_batch_size: int) -> tuple[int, ...]:
-    """Batch sizes whose kernels and memory the first callers should not wait for: none where crops run one by one."""
-    if labeler.runs_crops_alone or max_batch_size == 1:
-        return ()
+    """Batch sizes whose kernels and memory the first callers should not wait for.
+
+    On a CPU a single crop: the first batch of another size takes an eighth more CPU time than the next ones
+    (ViT-tiny in bfloat16), and running it beforehand would take all of it.
+    """
     if labeler.device.type == "cpu":
-        return (max_batch_size,)
+        return (1,)
     doubled = [1 << bits for bits in range(max_batch_size.bit_length())]
     return tuple(sorted({*doubled, max_batch_size}))
 
@@ -146,6 +169,10 @@ def _on_device(checkpoint: Checkpoint, reference: Labeler, device: str, precisio
         return build_labeler(checkpoint, device=device, precision=precision)
     except torch.OutOfMemoryError as error:
         raise OutOfDeviceMemory(f"the weights do not fit into {device}: {error}") from error
+
+
+def _is_reference(labeler: Labeler) -> bool:
+    return labeler.device.type == "cpu" and labeler.dtype is torch.float32
 
 
 def _thread_setting(workers: int) -> Callable[[], None] | None:

@@ -1,11 +1,14 @@
 """Whether a model on its devices answers as it should, before anybody gets it; warms it up on the way.
 
-A drawn picture with four boxes, one of each size class and one over the edge, goes through every worker. Probabilities
-must be numbers in [0, 1] and those of the same weights in float32 on the CPU, and masks must lie in their boxes. That
-finds damaged weights, a number format that overflows, a device that computes wrongly and settings that do not fit.
+A drawn picture with four boxes, one of each size class and one over the edge, goes through every worker: as small crops
+through each network, and as crops of the size that is served in batches of the warm-up's sizes. Probabilities must be
+numbers in [0, 1], and masks must lie in their boxes. Those of the small crops must be those of the same weights in
+float32 on the CPU; on a GPU, whose kernels are others for other sizes, those of a large crop too. That finds damaged
+weights, a number format that overflows, a device that computes wrongly and settings that do not fit.
 """
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,7 +19,7 @@ from mal_server.errors import SelfTestFailed
 from mal_server.loading import Loaded
 from mal_server.worker import Predictor, Worker
 from mal_train.errors import DeviceLost
-from mal_train.labeling.geometry import Box
+from mal_train.labeling.geometry import Box, resize_crop
 from mal_train.labeling.labeler import Crop, Probability, RunOptions
 from mal_train.labeling.settings import Compat, LabelerConfig
 
@@ -24,11 +27,12 @@ MAX_MEAN_DIFFERENCE: Final = 0.05
 """Between the served number format and float32, mean over a crop's probabilities; random DeiTs: 0.002 in bfloat16."""
 
 BOXES: Final[tuple[Box, ...]] = (
+    (100.0, 20.0, 150.0, 160.0),
     (20.0, 30.0, 24.0, 20.0),
     (60.0, 40.0, 70.0, 60.0),
-    (100.0, 20.0, 150.0, 160.0),
     (-20.0, 120.0, 90.0, 90.0),
 )
+"""The first one is large: its size branch takes the network most time and memory."""
 
 
 def picture() -> NDArray[np.uint8]:
@@ -37,7 +41,7 @@ def picture() -> NDArray[np.uint8]:
     image = np.stack([x // 2, y // 2, (x + y) // 4], axis=2).astype(np.uint8)
     for index, (left, top, width, height) in enumerate(BOXES):
         inside = ((x - left - width / 2) / (width / 2)) ** 2 + ((y - top - height / 2) / (height / 2)) ** 2 < 0.8
-        image[inside] = [(230, 60, 40), (40, 200, 90), (250, 220, 70), (60, 90, 240)][index]
+        image[inside] = [(250, 220, 70), (230, 60, 40), (40, 200, 90), (60, 90, 240)][index]
     return image
 
 
@@ -49,18 +53,26 @@ async def prove(loaded: Loaded) -> None:
         DeviceLost: a device broke down for good under the test.
     """
     config = loaded.info.labeler
-    options = RunOptions(loaded.info.branch, agreement=loaded.info.has_teacher)
+    every, plain = RunOptions(loaded.info.branch, agreement=loaded.info.has_teacher), RunOptions(loaded.info.branch)
     crops = _crops(loaded.workers[0].predictor)
-    expected: Sequence[Probability] | None = None
-    if loaded.reference is not None:
-        expected = await asyncio.to_thread(loaded.reference.predict, crops, options)
+    small = crops if loaded.small_side is None else [_shrunk(crop, loaded.small_side) for crop in crops]
+    due_small = await _expected(loaded.reference, small, every)
+    is_elsewhere = any(device != "cpu" for device in loaded.info.devices)
+    due_large = await _expected(loaded.reference if is_elsewhere and loaded.batch_sizes else None, crops[:1], plain)
     for worker in loaded.workers:
-        await _prove_worker(worker, config, options, crops, expected)
+        await _prove_worker(worker, config, every, small, due_small)
         for size in loaded.batch_sizes:
-            plain = RunOptions(loaded.info.branch)
             many = [crops[index % len(crops)] for index in range(size)]
-            wanted = None if expected is None else [expected[index % len(crops)] for index in range(size)]
-            await _prove_worker(worker, config, plain, many, wanted)
+            due = [due_large[0] if index % len(crops) == 0 else None for index in range(size)]
+            await _prove_worker(worker, config, plain, many, due)
+
+
+async def _expected(
+    reference: Predictor | None, crops: Sequence[Crop], options: RunOptions
+) -> Sequence[Probability | None]:
+    if reference is None:
+        return [None] * len(crops)
+    return await asyncio.to_thread(reference.predict, crops, options)
 
 
 async def _prove_worker(
@@ -68,7 +80,7 @@ async def _prove_worker(
     config: LabelerConfig,
     options: RunOptions,
     crops: Sequence[Crop],
-    expected: Sequence[Probability] | None,
+    expected: Sequence[Probability | None],
 ) -> None:
     try:
         outcomes = await worker.run(options, crops)
@@ -77,12 +89,11 @@ async def _prove_worker(
     # Whatever else the network raises on a good crop, a wrong shape or a kernel that does not exist, is its failure.
     except Exception as error:
         raise SelfTestFailed(f"{worker.name}: the self-test ended with {type(error).__name__}: {error}") from error
-    for place, (crop, outcome) in enumerate(zip(crops, outcomes, strict=True)):
+    for place, (crop, outcome, wanted) in enumerate(zip(crops, outcomes, expected, strict=True)):
         name = f"{worker.name}: self-test, crop {place} of {len(crops)}"
         if isinstance(outcome, Exception):
             raise SelfTestFailed(f"{name}: {outcome}")
         maps = [outcome.prob, *(m for m in (outcome.student, outcome.teacher) if m is not None)]
-        wanted = None if expected is None else expected[place]
         for which, values in zip(("answer", "student", "teacher"), maps, strict=False):
             _check_map(f"{name}, {which}", values, crop)
         if wanted is not None:
@@ -100,6 +111,10 @@ def _crops(predictor: Predictor) -> list[Crop]:
             raise SelfTestFailed(f"self-test: a good box was refused: {entry}")
         crops.append(entry)
     return crops
+
+
+def _shrunk(crop: Crop, side: int) -> Crop:
+    return dataclasses.replace(crop, pixels=resize_crop(crop.pixels, side))
 
 
 def _check_map(name: str, values: NDArray[np.float32], crop: Crop) -> None:
@@ -125,7 +140,7 @@ def _slack_px(config: LabelerConfig, crop: Crop) -> float:
     if config.compat is not Compat.TAO:
         return 1.0
     window = crop.window
-    return 1.0 + 2.0 * max(window.x1 - window.x0, window.y1 - window.y0) / config.crop_size
+    return 1.0 + 2.0 * max(window.x1 - window.x0, window.y1 - window.y0) / len(crop.pixels)
 
 
 def _check_label(name: str, predictor: Predictor, crop: Crop, outcome: Probability, config: LabelerConfig) -> None:

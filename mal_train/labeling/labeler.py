@@ -163,7 +163,7 @@ class Labeler:
         return [self._prepare_one(image, box, f"box {index}") for index, box in enumerate(boxes, start=first)]
 
     def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:
-        """Foreground probabilities of crops of any images, in order.
+        """Foreground probabilities of crops of any images, in order; maps have the side of their crops.
 
         Raises:
             OutOfDeviceMemory: the batch does not fit; a smaller one may.
@@ -319,7 +319,7 @@ class Labeler:
             logits = {which: self._logits(x, branch, which, options.flip) for which in wanted - {Branch.MIXED}}
             if Branch.MIXED in wanted:
                 logits[Branch.MIXED] = (logits[Branch.STUDENT] + logits[Branch.TEACHER]) / 2
-            maps = {which: probabilities(z.float(), self.config.crop_size).cpu().numpy() for which, z in logits.items()}
+            maps = {which: probabilities(z.float(), x.shape[-1]).cpu().numpy() for which, z in logits.items()}
         main = maps[options.branch]
         if not options.agreement:
             return [Probability(prob) for prob in main]
@@ -394,9 +394,8 @@ def load_labeler(
 def build_labeler(
     checkpoint: Checkpoint, *, device: str | torch.device = "cpu", precision: Precision | str = Precision.AUTO
 ) -> Labeler:
-    """A labeler with a network of its own, with a checkpoint's weights."""
-    network = MalNetwork(checkpoint.model)
-    network.load(checkpoint.weights)
+    """A labeler with a checkpoint's weights; on the CPU they are those of the checkpoint itself, not a copy."""
+    network = MalNetwork.of(checkpoint.model, checkpoint.weights)
     return Labeler(network, checkpoint.labeler, device=device, precision=precision)
 
 

@@ -55,6 +55,7 @@ class Checkpoint:
         kind: `resume` has a training state, `weights` has none.
         training: everything else that training needs to go on.
         seal: how the file was sealed, after loading; `seal.how == "none"` is to be told to the user.
+        sha256: of the file as it was read, hex, after loading; as `sha256_of` where nobody has written to it since.
     """
 
     model: ModelConfig
@@ -65,6 +66,7 @@ class Checkpoint:
     kind: Kind = "weights"
     training: TrainingState | None = None
     seal: Seal | None = field(default=None, compare=False)
+    sha256: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if (self.kind == "resume") != (self.training is not None):
@@ -169,7 +171,7 @@ def load_checkpoint(path: Path, key: DecryptionKey | None, *, weights_only_kind:
 
     with _open(path) as file:
         settings, tensors = _read(file, key, wanted)
-        seal = file.seal
+        seal, sha256 = file.seal, file.sha256()
     # float16 is a way to lie on disk: everybody computes from float32.
     weights = {
         name: tensor.float() if tensor.dtype is torch.float16 else tensor
@@ -191,6 +193,7 @@ def load_checkpoint(path: Path, key: DecryptionKey | None, *, weights_only_kind:
         kind="weights" if training is None else "resume",
         training=training,
         seal=seal,
+        sha256=sha256,
     )
 
 

@@ -185,17 +185,33 @@ class MalNetwork(nn.Module):
         self.teacher.eval()
         self.has_teacher = True
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
+    @classmethod
+    def of(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> "MalNetwork":
+        """A network that takes these very tensors as its weights: nothing is drawn, nothing copied.
+
+        To label with: whoever trains it changes them. RuntimeError as `load`.
+        """
+        with torch.device("meta"):
+            network = cls(config)
+        network.load({name: w.float() if w.is_floating_point() else w for name, w in weights.items()}, assign=True)
+        return network
+
+    def load(self, weights: Mapping[str, Tensor], *, assign: bool = False) -> None:
         """Fill from the weights of a checkpoint: of both networks, or of the student alone.
 
         A network of the student alone answers as the student; `logits` refuses the rest. RuntimeError where names or
         shapes do not fit.
+
+        Args:
+            weights: copied into those that are there.
+            assign: they take the place of those that are there instead.
         """
         self.has_teacher = any(name.startswith("teacher.") for name in weights)
         if self.has_teacher:
-            self.load_state_dict(weights)
+            self.load_state_dict(weights, assign=assign)
             return
-        self.student.load_state_dict({name.removeprefix("student."): weight for name, weight in weights.items()})
+        students = {name.removeprefix("student."): weight for name, weight in weights.items()}
+        self.student.load_state_dict(students, assign=assign)
         # One copy in memory; nothing may train it.
         self.teacher = self.student
 

@@ -17,6 +17,7 @@ A cut inside a chunk looks, to the cipher, like an altered one. Therefore a writ
 Format: https://age-encryption.org/v1 (C2SP). Recipients stream; a passphrase works in memory, as the library offers it.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -149,6 +150,7 @@ class SealedFile:
         self.path = path
         with ExitStack() as close_on_error:
             self._file = close_on_error.enter_context(path.open("rb", buffering=BUFFER))
+            self._hash = hashlib.sha256()
             self.file_bytes = os.fstat(self._file.fileno()).st_size
             if self.file_bytes == 0:
                 raise Truncated(f"{path}: the file is empty")
@@ -177,6 +179,10 @@ class SealedFile:
         self._file.seek(0)
         return self._file.read(size)
 
+    def sha256(self) -> str:
+        """Of the bytes of the file, as `read_into` read them, hex. To be asked for once it has returned."""
+        return self._hash.hexdigest()
+
     def read_into(self, sink: Sink, key: DecryptionKey | None) -> None:
         """Stream the whole content into `sink`. Only when this returns has the last chunk verified.
 
@@ -190,6 +196,7 @@ class SealedFile:
             Truncated: the end is missing.
             Altered: a chunk is not what was sealed.
         """
+        self._hash = hashlib.sha256()
         self._file.seek(0)
         if self.seal.how == "none":
             self._read_bare(sink, key)
@@ -210,13 +217,16 @@ class SealedFile:
                 "To use it as it is, give no key"
             )
         while part := self._file.read(BUFFER):
+            self._hash.update(part)
             sink.write(part)
 
     def _read_by_passphrase(self, sink: Sink, key: DecryptionKey) -> None:
         if key.passphrase is None:
             raise WrongKey(f"{self.path}: {self.seal}; the given key is an identity, give the passphrase")
+        sealed = self._file.read()
+        self._hash.update(sealed)
         try:
-            content = pyrage.passphrase.decrypt(self._file.read(), key.passphrase.reveal())
+            content = pyrage.passphrase.decrypt(sealed, key.passphrase.reveal())
         except pyrage.DecryptError as error:
             said = str(error)
             if not said.startswith(_HEADER_ERRORS):
@@ -232,13 +242,14 @@ class SealedFile:
         kept = _KeptError()
         counted = _CountingSink(sink, kept)
         try:
-            pyrage.decrypt_io(_KeepingFile(self._file, kept), counted, list(key.identities))
+            pyrage.decrypt_io(_HashedFile(self._file, self._hash, kept), counted, list(key.identities))
         except (pyrage.DecryptError, OSError) as error:
             if kept.error is not None:
                 raise kept.error from None
             if isinstance(error, OSError):
                 raise self._payload_failure(counted.count, str(error)) from None
             raise WrongKey(f"{self.path}: the identity does not open it, or its key header is damaged") from None
+        self._hash.update(self._file.read())  # nothing, unless the library leaves bytes behind the last chunk unread
 
     def _payload_failure(self, verified_bytes: int | None, said: str) -> Truncated | Altered:
         """Truncated when only the last chunk failed and it is incomplete, or when it is no last chunk; else Altered."""
@@ -369,16 +380,11 @@ class _PartsReader:
 
 
 class _KeepingFile:
-    """A file for the library to read or to write, whose errors are remembered."""
+    """A file for the library to write, whose errors are remembered."""
 
     def __init__(self, file: BinaryIO, kept: _KeptError) -> None:
         self._file = file
         self._kept = kept
-
-    def read(self, size: int) -> bytes:
-        """As the file does."""
-        with self._kept:
-            return self._file.read(size)
 
     def write(self, data: bytes) -> int:
         """As the file does."""
@@ -387,6 +393,26 @@ class _KeepingFile:
 
     def flush(self) -> None:
         """Left to `replacing`, which syncs once."""
+
+
+class _HashedFile:
+    """A file for the library to read, whose bytes are hashed and whose errors are remembered.
+
+    The library reads and writes 8 KiB at a time: what happens here happens a hundred thousand times a gigabyte.
+    """
+
+    def __init__(self, file: BinaryIO, digest: "hashlib._Hash", kept: _KeptError) -> None:
+        self._read, self._update, self._kept = file.read, digest.update, kept
+
+    def read(self, size: int) -> bytes:
+        """As the file does."""
+        try:
+            part = self._read(size)
+        except BaseException as error:
+            self._kept.error = self._kept.error or error
+            raise
+        self._update(part)
+        return part
 
 
 class _CountingSink:
@@ -399,10 +425,14 @@ class _CountingSink:
 
     def write(self, part: bytes) -> int:
         """Pass on."""
-        with self._kept:
+        try:
             self._sink.write(part)
-        self.count += len(part)
-        return len(part)
+        except BaseException as error:
+            self._kept.error = self._kept.error or error
+            raise
+        size = len(part)
+        self.count += size
+        return size
 
     def flush(self) -> None:
         """Nothing is held back."""

@@ -125,6 +125,7 @@ def test_weights_and_settings_come_back_to_the_bit(
     assert (after.model, after.labeler, after.categories) == (before.model, before.labeler, before.categories)
     assert same(after.provenance, before.provenance)
     assert (after.kind, after.training) == ("weights", None)
+    assert after.sha256 == sha256_of(tmp_path / "a.malckpt")
 
 
 @KEYS
@@ -196,6 +197,7 @@ def test_passphrase_file_loads(tmp_path: Path) -> None:
     after = load_checkpoint(tmp_path / "a.malckpt", key)
     assert same(after.weights["student.a"], weights()["student.a"])
     assert str(after.seal) == "sealed by a passphrase (scrypt 2^1)"
+    assert after.sha256 == sha256_of(tmp_path / "a.malckpt")
 
 
 def test_same_content_makes_the_same_bare_bytes(tmp_path: Path) -> None:

@@ -276,3 +276,37 @@ def test_a_setting_of_another_version_is_refused_by_name() -> None:
 def test_a_setting_out_of_range_is_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):
         ModelConfig.from_dict({"arch": "vit-micro/16", field: value})
+
+
+@pytest.mark.parametrize("arch", ["vit-micro/16", "fan_tiny_8_p4_hybrid"])
+def test_a_network_of_given_weights_is_the_one_that_they_were_copied_into_and_copies_none(arch: str) -> None:
+    config = ModelConfig(arch, mask_head_hidden_channel=16, mask_head_out_channel=12)
+    source = micro(3, config)
+    weights = source.weights()
+    network = MalNetwork.of(config, weights).eval()
+    named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    assert {name: tensor.data_ptr() for name, tensor in named.items()} == {n: w.data_ptr() for n, w in weights.items()}
+    assert not any(parameter.requires_grad for parameter in network.teacher.parameters())
+    x, branch_N = crops(2), torch.tensor([0, 2])
+    with torch.inference_mode():
+        for which in Branch:
+            assert torch.equal(network.logits(x, branch_N, which), source.logits(x, branch_N, which))
+
+
+def test_a_network_of_the_students_weights_alone_answers_as_the_student() -> None:
+    source = micro()
+    network = MalNetwork.of(MICRO, {n: w.double() for n, w in source.weights().items() if n.startswith("student.")})
+    with torch.inference_mode():
+        x, branch_N = crops(1), torch.tensor([1])
+        assert torch.equal(network.eval().logits(x, branch_N), source.logits(x, branch_N))
+        with pytest.raises(ConfigError, match="student alone"):
+            network.logits(x, branch_N, Branch.TEACHER)
+
+
+def test_a_network_of_weights_that_do_not_fit_is_refused() -> None:
+    weights = micro().weights()
+    name = next(iter(weights))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        MalNetwork.of(MICRO, {**weights, name: torch.zeros(3)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        MalNetwork.of(MICRO, {n: w for n, w in weights.items() if n != name})
