@@ -408,6 +408,7 @@ class _HashedFile:
         """As the file does."""
         try:
             part = self._read(size)
+        # Whatever it is: the library would make text of it.
         except BaseException as error:
             self._kept.error = self._kept.error or error
             raise
@@ -427,6 +428,7 @@ class _CountingSink:
         """Pass on."""
         try:
             self._sink.write(part)
+        # Whatever it is: the library would make text of it.
         except BaseException as error:
             self._kept.error = self._kept.error or error
             raise
