@@ -22,6 +22,7 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 from mal.v1 import labeling_pb2, types_pb2
+from mal_client.errors import is_broken_off
 
 from benchmarks.load.deck import Picture, load_deck
 from benchmarks.load.figures import ClientReport, Sample
@@ -231,7 +232,7 @@ class Caller:
                 timeout=plan.deadline_s or None,
                 metadata=(*self._metadata, (ID_KEY, ask.name)),
             )
-            again_s = 0.0
+            again_s, is_broken = 0.0, False
             try:
                 async for response in call:
                     again_s = max(again_s, ask.absorb(response))
@@ -241,10 +242,11 @@ class Caller:
             except grpc.aio.AioRpcError as error:
                 details: Any = dict(trailers_of(error))
                 code, status = error.code().name, status_pb2.Status.FromString(details.get(DETAILS_KEY, b""))
+                is_broken = is_broken_off(error)
             retry_s = retry_of(status)
             if code == "OK" and not (again_s and plan.retries):
                 return ask.sample(code, plan.kind)
-            if not plan.retries or code not in {"OK", "UNAVAILABLE", "CANCELLED"}:
+            if not plan.retries or not (code == "OK" or is_broken):
                 return ask.sample(code, plan.kind, reason_of(status), retry_s is not None)
             # A refusal says when to come back; a lost connection says nothing.
             wait_s = again_s or retry_s or backoff_s

@@ -22,7 +22,7 @@ from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_client import codec
 from mal_client.channel import Connection
-from mal_client.errors import CallCancelled, from_rpc_error
+from mal_client.errors import CallCancelled, from_rpc_error, is_cut_short
 from mal_client.handles import Handles
 from mal_client.image_call import ImageCall, checked_boxes
 from mal_client.sources import encode
@@ -50,6 +50,9 @@ DEFAULT_TIMEOUT_S = 300.0
 
 INFO_TIMEOUT_S = 30.0
 """Deadline for the server's description of itself, which needs no device."""
+
+MAX_INFO_CUTS = 3
+"""How often it is asked for again after a stream that was cut short, which gRPC does not do itself."""
 
 Answer = TypeVar("Answer")
 Arguments = ParamSpec("Arguments")
@@ -139,12 +142,18 @@ class Client(_Endpoint):
         """What the server serves and accepts."""
         timeout_s = min(self.timeout_s, INFO_TIMEOUT_S)
         stub = model_pb2_grpc.ModelServiceStub(self.open_channel())
-        try:
-            info = codec.server_info(stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise from_rpc_error(self.address, error, timeout_s) from error
-        self._limits = info.limits
-        return info
+        cuts = 0
+        while True:
+            try:
+                answer = stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=timeout_s)
+            except grpc.RpcError as error:
+                cuts += 1
+                if not is_cut_short(error) or cuts > MAX_INFO_CUTS:
+                    raise from_rpc_error(self.address, error, timeout_s) from error
+                continue
+            info = codec.server_info(answer)
+            self._limits = info.limits
+            return info
 
     def label_image(
         self,
@@ -376,12 +385,18 @@ class AsyncClient(_Endpoint):
         """As `Client.server_info`."""
         timeout_s = min(self.timeout_s, INFO_TIMEOUT_S)
         stub = cast("model_pb2_grpc.ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(self._open_channel()))
-        try:
-            info = codec.server_info(await stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=timeout_s))
-        except grpc.RpcError as error:
-            raise from_rpc_error(self.address, error, timeout_s) from error
-        self._limits = info.limits
-        return info
+        cuts = 0
+        while True:
+            try:
+                answer = await stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=timeout_s)
+            except grpc.RpcError as error:
+                cuts += 1
+                if not is_cut_short(error) or cuts > MAX_INFO_CUTS:
+                    raise from_rpc_error(self.address, error, timeout_s) from error
+                continue
+            info = codec.server_info(answer)
+            self._limits = info.limits
+            return info
 
     async def label_image(
         self,

@@ -25,6 +25,9 @@ from mal_train.errors import InputError, MalError
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
+CUT_SHORT = ("RST_STREAM", "Stream removed")
+"""gRPC's words for a stream that ended without a status (1.62 and 1.85 both have them)."""
+
 RESPONSE_TOO_LARGE = "RESPONSE_TOO_LARGE"
 """Reason of an item whose masks do not fit into one message; fewer boxes at a time may."""
 
@@ -165,10 +168,23 @@ def rpc_code(error: grpc.RpcError) -> grpc.StatusCode:
 def is_broken_off(error: grpc.RpcError) -> bool:
     """Whether a failed call says nothing of its request, so that it may be sent again.
 
-    UNAVAILABLE; and CANCELLED, with which a server that closes may end calls that no handler of it has seen. Whoever
-    cancelled the call itself must not ask.
+    UNAVAILABLE; CANCELLED, with which a server that closes may end calls that no handler of it has seen; and a stream
+    that ended without a word of the server's own. Whoever cancelled the call itself must not ask.
     """
-    return rpc_code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    return rpc_code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) or is_cut_short(error)
+
+
+def is_cut_short(error: grpc.RpcError) -> bool:
+    """Whether a call's stream ended without trailers, as behind a proxy whose server died in the middle of it.
+
+    nginx resets the stream, which gRPC reports as INTERNAL; HAProxy ends and resets it, which is UNKNOWN or CANCELLED.
+    What mal-server itself means by these comes in trailers.
+    """
+    return (
+        rpc_code(error) in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
+        and not _trailers(error)
+        and any(words in _rpc_text(error) for words in CUT_SHORT)
+    )
 
 
 def rpc_details(error: grpc.RpcError) -> StatusDetails:

@@ -155,8 +155,9 @@ class ImageCall:
         """Seconds to wait before the unanswered boxes are sent again, after a call that failed, uncancelled here.
 
         Raises:
-            MalError: the failure is final: neither UNAVAILABLE nor CANCELLED, or UNAVAILABLE before any answer and the
-                server did not say when to come back, or the pauses are used up, or the deadline would pass.
+            MalError: the failure is final: the call was not broken off (`is_broken_off`), or it was UNAVAILABLE before
+                any answer and the server did not say when to come back, or the pauses are used up, or the deadline
+                would pass.
         """
         if self._sent_by_handle and self._handle is not None and rpc_details(error).reason == NOT_CACHED:
             # Evicted, or another server behind the same address: the next request carries the picture itself.
@@ -164,8 +165,8 @@ class ImageCall:
             return 0.0
         if is_broken_off(error):
             wait_s = rpc_details(error).retry_after_s
-            # Before the first answer gRPC itself has tried again, but not after CANCELLED.
-            may_again = self._has_answers or rpc_code(error) is grpc.StatusCode.CANCELLED
+            # Before the first answer gRPC itself has tried again, but only after UNAVAILABLE.
+            may_again = self._has_answers or rpc_code(error) is not grpc.StatusCode.UNAVAILABLE
             if wait_s is None and may_again and self._breaks < len(PAUSES_S):
                 wait_s = PAUSES_S[self._breaks]
                 self._breaks += 1

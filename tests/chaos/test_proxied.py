@@ -60,9 +60,11 @@ def test_one_of_three_servers_dies_behind_a_proxy_and_nothing_is_lost(
     proxy: str, form: Form, deck_folder: Path, tmp_path: Path, say: Say
 ) -> None:
     with ExitStack() as stack:
-        servers = [stack.enter_context(stand_in(tmp_path, "--batch-ms", "20", name=f"s{i}")) for i in range(3)]
+        # Answers of several messages: the one that dies is in the middle of some.
+        settings = ("--batch-ms", "20", "max_batch_size=2")
+        servers = [stack.enter_context(stand_in(tmp_path, *settings, name=f"s{i}")) for i in range(3)]
         address = stack.enter_context(proxied(proxy, tmp_path, servers))
-        plan = Plan(address, clients=8, seconds=3600.0, calls=form.pick(600, 6000), boxes=2, retries=True)
+        plan = Plan(address, clients=8, seconds=3600.0, calls=form.pick(600, 6000), boxes=8, retries=True)
         with loading([plan], deck_folder) as load:
             time.sleep(max(load.start_at - time.monotonic(), 0) + 1.0)
             servers[0].process.send_signal(signal.SIGKILL)
@@ -71,7 +73,7 @@ def test_one_of_three_servers_dies_behind_a_proxy_and_nothing_is_lost(
     tries = sum(one.tries for one in samples)
     say(f"{proxy}, one of three killed", calls=len(samples), tries=tries, others_cpu_s=shares)
     assert len(samples) == plan.calls
-    assert {(one.code, one.right, one.wrong) for one in samples} == {("OK", 2, 0)}
+    assert {(one.code, one.right, one.wrong) for one in samples} == {("OK", 8, 0)}
 
 
 def test_clients_of_several_servers_move_on_when_one_dies(

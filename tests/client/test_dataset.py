@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 from mal_train.errors import BadDataset, ConfigError, OutputError
 from mal_train.labeling.rle import Rle, area
 from mal_train.labeling.settings import Branch, MaskFormat
+from tests.client.cutting import Cut, cutting
 from tests.client.datasets import Dataset, make_dataset
 from tests.client.fake_server import SHA, FakeServer, Faults, Limits, serving
 
@@ -30,6 +31,19 @@ def dataset(tmp_path: Path) -> Dataset:
 def label(fake: FakeServer, dataset: Dataset, timeout_s: float = 20, **more: Any) -> DatasetResult:
     with serving(fake) as address, Client(address, timeout_s=timeout_s) as client:
         return client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output, **more)
+
+
+@pytest.mark.parametrize("cut", Cut)
+def test_nothing_is_lost_when_a_proxy_cuts_the_streams_short(dataset: Dataset, cut: Cut) -> None:
+    fake = FakeServer(limits=Limits(max_items_in_flight=1))
+    with (
+        serving(fake) as server,
+        cutting(server, cut, 2, after=1) as address,
+        Client(address) as client,
+    ):
+        result = client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output)
+    assert fake.calls.count("LabelImages") == 3
+    assert (result.labelled, result.failed) == (6, ())
 
 
 def test_every_annotation_gets_its_mask_in_the_users_order_with_the_users_fields(dataset: Dataset) -> None:

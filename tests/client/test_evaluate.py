@@ -14,6 +14,7 @@ from mal_client.types import AS_SERVED, Evaluation, LabelOptions, Progress
 
 from mal_train.labeling.coco import read_coco
 from mal_train.report.page import build_report
+from tests.client.cutting import Cut, cutting
 from tests.client.datasets import Dataset, make_dataset, with_masks
 from tests.client.fake_server import SHA, FakeServer, Faults, serving
 
@@ -40,6 +41,15 @@ def test_the_figures_of_the_server_come_back_with_the_ids_of_the_file(dataset: D
     assert evaluation.model.checkpoint_sha256 == SHA
     json.dumps(evaluation.to_dict())
     assert "mIoU" in evaluation.table()
+
+
+@pytest.mark.parametrize("cut", Cut)
+def test_a_stream_that_a_proxy_cuts_short_is_begun_again(dataset: Dataset, cut: Cut) -> None:
+    fake = FakeServer()
+    with serving(fake) as server, cutting(server, cut, 1, after=1) as address, Client(address) as client:
+        evaluation = client.evaluate(dataset.json_path, dataset.images_dir)
+    assert fake.calls.count("Evaluate") == 2
+    assert (evaluation.images, evaluation.overall.count) == (3, 6)
 
 
 def test_the_options_and_the_number_of_images_go_first(dataset: Dataset) -> None:

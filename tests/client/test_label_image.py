@@ -20,6 +20,7 @@ from PIL import Image
 from mal_train.errors import BadImage, ConfigError
 from mal_train.labeling.images import decode_image
 from mal_train.labeling.settings import Branch
+from tests.client.cutting import Cut, cutting
 from tests.client.fake_server import SHA, FakeServer, Faults, Limits, serving
 
 BOXES = [[1.0, 2.0, 10.0, 8.0], [5.0, 5.0, 4.0, 4.0], [0.0, 0.0, 20.0, 20.0]]
@@ -225,6 +226,54 @@ def test_the_asyncio_client_survives_a_broken_answer_too() -> None:
 
     with serving(FakeServer(Faults(batch=1, break_after=1, breaks=2))) as address:
         assert [label.area for label in asyncio.run(ask(address))] == [80, 16, 400]
+
+
+@pytest.mark.parametrize("cut", Cut)
+def test_a_call_that_a_proxy_cuts_short_is_sent_again(cut: Cut) -> None:
+    """gRPC makes INTERNAL or UNKNOWN of it and tries nothing itself."""
+
+    async def ask(address: str) -> list[BoxLabel]:
+        async with AsyncClient(address, timeout_s=60) as client:
+            return await client.label_image(PIXELS, BOXES)
+
+    blocking, loop = FakeServer(Faults(batch=1)), FakeServer(Faults(batch=1))
+    with serving(blocking) as server, cutting(server, cut, 2, after=1) as address, Client(address) as client:
+        assert [label.area for label in client.label_image(PIXELS, BOXES)] == [80, 16, 400]
+    with serving(loop) as server, cutting(server, cut, 2, after=1) as address:
+        assert [label.area for label in asyncio.run(ask(address))] == [80, 16, 400]
+    for fake in (blocking, loop):
+        asked = [len(request.instances) for request in fake.label_requests]
+        assert asked == ([3, 3, 3] if cut is Cut.RESET_FIRST else [3, 2, 1])
+
+
+@pytest.mark.parametrize("cut", Cut)
+def test_asking_what_is_served_outlives_cuts_and_ends_when_they_do_not(cut: Cut) -> None:
+    async def ask(address: str) -> str:
+        async with AsyncClient(address) as client:
+            return (await client.server_info()).arch
+
+    with serving(FakeServer()) as server:
+        with cutting(server, cut, 2) as address, Client(address) as client:
+            assert client.server_info().arch == "box-filler"
+        with cutting(server, cut, 2) as address:
+            assert asyncio.run(ask(address)) == "box-filler"
+        with (
+            cutting(server, cut, 99) as address,
+            Client(address) as client,
+            pytest.raises((ServerFailed, CallCancelled), match=r"RST_STREAM|removed"),
+        ):
+            client.server_info()
+
+
+def test_an_internal_error_of_the_servers_own_is_not_sent_again() -> None:
+    fake = FakeServer(Faults(batch=1, break_after=1, breaks=1, break_code=grpc.StatusCode.INTERNAL))
+    with (
+        serving(fake) as address,
+        Client(address, timeout_s=20) as client,
+        pytest.raises(ServerFailed, match="told to break"),
+    ):
+        client.label_image(PIXELS, BOXES)
+    assert fake.calls.count("LabelImage") == 1
 
 
 @pytest.mark.parametrize("break_after", [0, 1])
