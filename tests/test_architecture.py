@@ -202,6 +202,23 @@ def forbidden_imports(source: str, module: str, *, is_package: bool = False) -> 
     ]
 
 
+def import_rings(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules each of which reaches itself by way of the others, sorted."""
+
+    def reached(module: str) -> set[str]:
+        found: set[str] = set()
+        ahead = [module]
+        while ahead:
+            new = arrows.get(ahead.pop(), set()) - found
+            found |= new
+            ahead += new
+        return found
+
+    reach = {module: reached(module) for module in arrows}
+    rings = {tuple(sorted(m for m in reach[module] if module in reach[m])) for module in arrows}
+    return sorted(list(ring) for ring in rings if ring)
+
+
 def pickle_uses(source: str) -> list[str]:
     """Imports of picklers, torch.load without weights_only=True, and numpy files with allow_pickle."""
     found = []
@@ -269,6 +286,20 @@ def test_module_imports_only_along_the_arrows(module: str) -> None:
 )
 def test_import_against_an_arrow_is_found(module: str, source: str) -> None:
     assert len(forbidden_imports(source, module)) == 1
+
+
+def test_no_modules_import_each_other_in_a_ring() -> None:
+    arrows = {
+        module: {name for _, name in imported_modules(path.read_text(), module) if name != module}
+        for module, path in MODULES.items()
+        if path.stem != "__init__"
+    }
+    assert import_rings(arrows) == []
+
+
+def test_a_ring_is_found_and_who_only_leads_to_it_is_not() -> None:
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"a"}, "f": {"f"}}
+    assert import_rings(arrows) == [["a", "b", "c"], ["f"]]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mal_client.bulk_call import ItemAnswer
 from mal_client.dataset_output import write_labelled
@@ -19,6 +19,7 @@ from mal_client.fleet import Fleet, OnNotice, ServersLost
 from mal_client.image_call import check_image_size
 from mal_client.image_files import ImageFiles
 from mal_client.ledger import Answer, Ledger, ledger_path
+from mal_client.link import Link
 from mal_client.provenance import answering_model, provenance_of
 from mal_client.shards import SHARD_KEY, Shard
 from mal_client.sources import EncodedImage, not_found, read_file
@@ -40,14 +41,11 @@ from mal_train.errors import ConfigError
 from mal_train.labeling.coco import ImageInfo
 from mal_train.labeling.coco_output import answer_fields
 
-if TYPE_CHECKING:
-    from mal_client.client import Client
-
 OnProgress = Callable[[Progress], None]
 
 
 def label_dataset(
-    clients: Sequence[Client],
+    clients: Sequence[Link],
     coco_json: Path,
     images_dir: Path | str,
     output_json: Path,
@@ -167,9 +165,9 @@ class _Job:
             self._on_progress(self.progress())
 
 
-def _servers(clients: Sequence[Client], options: LabelOptions, tell: OnNotice) -> list[tuple[Client, ServerInfo]]:
+def _servers(clients: Sequence[Link], options: LabelOptions, tell: OnNotice) -> list[tuple[Link, ServerInfo]]:
     """The servers that answer, all with the same model and settings."""
-    servers: list[tuple[Client, ServerInfo]] = []
+    servers: list[tuple[Link, ServerInfo]] = []
     faults: list[ServerUnavailable | CallTimedOut] = []
     for client in clients:
         try:
@@ -210,7 +208,7 @@ def _shard_result(job: _Job, path: Path, model: ModelRef, unanswered: ItemError,
 
 def _label_rest(
     job: _Job,
-    servers: Sequence[tuple[Client, ServerInfo]],
+    servers: Sequence[tuple[Link, ServerInfo]],
     load: Callable[[ImageInfo], EncodedImage],
     options: LabelOptions,
     tell: OnNotice,

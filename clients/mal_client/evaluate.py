@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc
@@ -23,6 +23,7 @@ from mal_client.errors import CallTimedOut, ServerFailed, from_rpc_error, is_bro
 from mal_client.evaluation_records import EvaluationRecords
 from mal_client.fleet import watchdog
 from mal_client.image_files import ImageFiles
+from mal_client.link import Link
 from mal_client.types import Evaluation, LabelOptions, MeasuredInstance, Progress, ServerLimits
 from mal_train.errors import BadDataset, BadImage
 from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, JsonId, Reason, by_image, read_coco
@@ -30,9 +31,6 @@ from mal_train.labeling.evaluation_report import CategoryRow
 from mal_train.labeling.rle import from_segmentation
 from mal_train.labeling.score_quality import ScoreQuality
 from mal_train.labeling.settings import SIZE_NAMES
-
-if TYPE_CHECKING:
-    from mal_client.client import Client
 
 MAX_STARTS = 5
 """How many streams without a new image there may be before the evaluation is given up."""
@@ -43,7 +41,7 @@ RESTART_PAUSE_S = 2.0
 
 
 def evaluate(
-    client: Client,
+    client: Link,
     coco_json: Path,
     images_dir: Path | str,
     options: LabelOptions,
@@ -63,7 +61,7 @@ def evaluate(
 
 
 def evaluate_on_server(
-    client: Client,
+    client: Link,
     annotations: str,
     images: str,
     options: LabelOptions,
@@ -78,7 +76,7 @@ def evaluate_on_server(
     return _finished(client, run, on_progress)
 
 
-def _finished(client: Client, run: _Pass, on_progress: OnProgress | None) -> Evaluation:
+def _finished(client: Link, run: _Pass, on_progress: OnProgress | None) -> Evaluation:
     """Streams until there is a result; what earlier streams measured is brought back in the next one."""
     tries = 0
     try:
@@ -116,7 +114,7 @@ class _Pass(ABC):
         self._images_skipped = 0
         self._fault: Exception | None = None
 
-    def stream(self, client: Client, on_progress: OnProgress | None, *, is_last: bool) -> float:
+    def stream(self, client: Link, on_progress: OnProgress | None, *, is_last: bool) -> float:
         """Runs one stream; when it brought no result, seconds to wait before another start."""
         silence = _Silence(client.timeout_s)
         self._begin()

@@ -9,20 +9,18 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import grpc
 from mal.v1 import labeling_pb2_grpc
 
 from mal_client.bulk_call import BulkCall, ItemAnswer
 from mal_client.errors import CallTimedOut, ServerFailed, ServerUnavailable
+from mal_client.link import Link
 from mal_client.sources import EncodedImage
 from mal_client.types import LabelOptions
 from mal_client.work_pool import Item, WorkPool
 from mal_train.errors import MalError
-
-if TYPE_CHECKING:
-    from mal_client.client import Client
 
 LOST = (ServerUnavailable, CallTimedOut, ServerFailed)
 """What ends one server's part of a job and leaves the rest to the others."""
@@ -54,7 +52,7 @@ class Fleet:
 
     def __init__(
         self,
-        servers: Sequence[tuple[Client, int]],
+        servers: Sequence[tuple[Link, int]],
         pool: WorkPool,
         load: Callable[[Item], EncodedImage],
         options: LabelOptions,
@@ -129,7 +127,7 @@ class Fleet:
         line.call.close()
         self._deliver(_Ended(fault))
 
-    def _pause(self, client: Client, pause_s: float) -> None:
+    def _pause(self, client: Link, pause_s: float) -> None:
         while pause_s > 0 and not self._over.wait(min(pause_s, _LOOK_EVERY_S)):
             pause_s -= _LOOK_EVERY_S
             # Tells whether the client was closed meanwhile.
@@ -154,7 +152,7 @@ class _Ended:
 class _Line:
     """One server with the state of its streams."""
 
-    def __init__(self, client: Client, call: BulkCall) -> None:
+    def __init__(self, client: Link, call: BulkCall) -> None:
         self.client = client
         self.call = call
         self._stream: grpc.Call | None = None

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import grpc
 from mal.v1 import model_pb2, model_pb2_grpc
 
 from mal_client import codec
 from mal_client.errors import from_rpc_error
+from mal_client.link import Link
 from mal_client.types import ModelInfo, ModelRef, ModelStatus
 from mal_train.labeling.settings import Branch
-
-if TYPE_CHECKING:
-    from mal_client.client import Client
 
 LOAD_TIMEOUT_S = 900.0
 """Reading, warming up and testing a large checkpoint on a CPU takes minutes."""
@@ -32,7 +30,7 @@ class ModelAdmin:
     was served goes on.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Link) -> None:
         self._client = client
         self._stub = model_pb2_grpc.ModelServiceStub(client.open_channel())
 

@@ -1,8 +1,11 @@
 """Everything an evaluation says, as an object, as JSON and as text."""
 
+from __future__ import annotations
+
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mal_train.labeling.coco import JsonId
 from mal_train.labeling.coco_ap import AP_NAMES
@@ -68,39 +71,23 @@ class EvaluationReport:
 
     def to_dict(self, worst: int | None = 100) -> dict[str, Any]:
         """JSON form; only the `worst` lowest instances and skipped rows are listed (None = all), counts are whole."""
+        figures = figures_json(
+            by_size={name: (self.miou.count_by_size[name], self.miou.by_size[name]) for name in SIZE_NAMES},
+            count=self.miou.count,
+            miou=self.miou.overall,
+            class_miou=self.miou.class_mean,
+            share_good=self.share_good,
+            empty_ground_truth=self.empty_ground_truth,
+            ap_at_1=self.ap_at_1,
+            ap_at_score=self.ap_at_score,
+            score=self.score,
+            categories=self.categories,
+            worst_first=self.worst_first[:worst],
+            skipped_by_reason=self.skipped_by_reason,
+        )
         return {
-            "count": self.miou.count,
-            "mIoU": self.miou.overall,
-            "mIoU_by_size": self.miou.by_size,
-            "count_by_size": self.miou.count_by_size,
-            "mIoU_class": self.miou.class_mean,
+            **figures,
             "mIoU_class_by_box_size": self.miou.class_mean_by_box_size,
-            "share_IoU_above_0.75": self.share_good,
-            "empty_ground_truth": self.empty_ground_truth,
-            "AP@1": self.ap_at_1,
-            "AP@score": self.ap_at_score,
-            "mean_score": self.score.mean_score,
-            "score_bias": self.score.bias,
-            "calibration_error": self.score.calibration_error,
-            "spearman": self.score.spearman,
-            "count_IoU_below_0.5": self.score.bad_count,
-            "bad_in_worst_scored_fifth": self.score.bad_in_worst_fifth,
-            "categories": [
-                {
-                    "category_id": row.category_id,
-                    "name": row.name,
-                    "count": row.count,
-                    "mIoU": row.miou,
-                    "share_IoU_above_0.75": row.share_good,
-                    "mean_score": row.mean_score,
-                }
-                for row in self.categories
-            ],
-            "worst_first": [
-                {"annotation_id": row.annotation_id, "image_id": row.image_id, "IoU": row.iou, "score": row.score}
-                for row in self.worst_first[:worst]
-            ],
-            "skipped_by_reason": self.skipped_by_reason,
             "skipped": [
                 {
                     "annotation_id": row.annotation_id,
@@ -139,6 +126,73 @@ class EvaluationReport:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped_by_reason.items())
             lines += ["", f"not counted: {len(self.skipped)} ({reasons})"]
         return "\n".join(lines)
+
+
+class _Compared(Protocol):
+    """A mask that was held against its ground truth."""
+
+    @property
+    def annotation_id(self) -> JsonId: ...
+
+    @property
+    def image_id(self) -> JsonId: ...
+
+    @property
+    def iou(self) -> float: ...
+
+    @property
+    def score(self) -> float: ...
+
+
+def figures_json(
+    *,
+    count: int,
+    miou: float | None,
+    by_size: Mapping[str, tuple[int, float | None]],
+    class_miou: float | None,
+    share_good: float | None,
+    empty_ground_truth: int,
+    ap_at_1: Mapping[str, float | None],
+    ap_at_score: Mapping[str, float | None],
+    score: ScoreQuality,
+    categories: Sequence[CategoryRow],
+    worst_first: Sequence[_Compared],
+    skipped_by_reason: Mapping[str, int],
+) -> dict[str, Any]:
+    """The JSON form of what every evaluation says, whoever made it; `by_size` is (masks, mIoU)."""
+    return {
+        "count": count,
+        "mIoU": miou,
+        "mIoU_by_size": {name: mean for name, (_, mean) in by_size.items()},
+        "count_by_size": {name: masks for name, (masks, _) in by_size.items()},
+        "mIoU_class": class_miou,
+        "share_IoU_above_0.75": share_good,
+        "empty_ground_truth": empty_ground_truth,
+        "AP@1": ap_at_1,
+        "AP@score": ap_at_score,
+        "mean_score": score.mean_score,
+        "score_bias": score.bias,
+        "calibration_error": score.calibration_error,
+        "spearman": score.spearman,
+        "count_IoU_below_0.5": score.bad_count,
+        "bad_in_worst_scored_fifth": score.bad_in_worst_fifth,
+        "categories": [
+            {
+                "category_id": row.category_id,
+                "name": row.name,
+                "count": row.count,
+                "mIoU": row.miou,
+                "share_IoU_above_0.75": row.share_good,
+                "mean_score": row.mean_score,
+            }
+            for row in categories
+        ],
+        "worst_first": [
+            {"annotation_id": row.annotation_id, "image_id": row.image_id, "IoU": row.iou, "score": row.score}
+            for row in worst_first
+        ],
+        "skipped_by_reason": skipped_by_reason,
+    }
 
 
 def _figure(value: float | None) -> str:

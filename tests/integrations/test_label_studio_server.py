@@ -20,6 +20,7 @@ import httpx2
 import numpy as np
 import pytest
 import yaml
+from mal_client.cli import main
 from mal_client.client import Client
 from mal_client.integrations.label_studio.regions import percent_of_box, read_rectangle
 from mal_client.types import BoxXywh
@@ -252,3 +253,40 @@ def test_a_project_with_polygons_gets_polygons(studio: Studio) -> None:
         parts = [np.array(r["value"]["points"]) for r in regions if r["id"].startswith(f"r{at}-mask")]
         filled = fill([part * [WIDTH, HEIGHT] / 100 for part in parts], HEIGHT, WIDTH)
         assert (filled & expected).sum() / (filled | expected).sum() > 0.9
+
+
+def test_the_worst_masks_of_a_labelled_file_are_imported_as_tasks_with_their_masks(
+    studio: Studio, tmp_path: Path
+) -> None:
+    picture_name = studio.scene.name
+    rows = [{"id": at, "image_id": 1, "category_id": 1, "bbox": list(box)} for at, box in enumerate(BOXES, start=1)]
+    image = {"id": 1, "file_name": picture_name, "width": WIDTH, "height": HEIGHT}
+    coco = {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "thing"}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(coco))
+    with Client(studio.labelling) as client:
+        client.label_dataset(tmp_path / "boxes.json", studio.scene.parent, tmp_path / "masks.json")
+    # The picture lies on Label Studio before its tasks do.
+    _, upload = studio.project(BRUSHES)
+    address = studio.call("GET", f"/api/tasks/{upload}")["data"]["image"]
+    asked = ["review", "--annotations", str(tmp_path / "masks.json"), "--images", str(studio.scene.parent)]
+    asked += ["--label-studio", str(tmp_path / "tasks.json"), "--picture-prefix", address.removesuffix(picture_name)]
+    assert main(asked) == 0
+
+    config = (tmp_path / "tasks.config.xml").read_text()
+    made = studio.call("POST", "/api/projects/", json={"title": "review", "label_config": config})["id"]
+    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    said = studio.call("POST", f"/api/projects/{made}/import", json=tasks)
+    assert (said["task_count"], said["prediction_count"]) == (1, 1)
+    (task,) = studio.call("GET", f"/api/tasks/?project={made}")["tasks"]
+    assert task["data"]["image"] == address
+    assert studio.http.get(address).content == studio.scene.read_bytes()
+    (prediction,) = studio.call("GET", f"/api/predictions/?task={task['id']}")
+    assert prediction["result"] == tasks[0]["predictions"][0]["result"]
+    kinds = {
+        kind: [r for r in prediction["result"] if r["type"] == kind] for kind in ("rectanglelabels", "brushlabels")
+    }
+    order = [BOXES.index(read_rectangle(region).box) for region in kinds["rectanglelabels"]]
+    assert sorted(order) == [0, 1]
+    found = [decode_brush(region["value"]["rle"], HEIGHT, WIDTH) for region in kinds["brushlabels"]]
+    expected = studio.masks(BOXES)
+    assert all((one == expected[at]).all() for one, at in zip(found, order, strict=True))
