@@ -51,6 +51,27 @@ def test_detections_get_masks_and_keep_their_scores(tmp_path: Path, checkpoint: 
     COCO(str(scenes[0])).loadRes(list(rows.values()))
 
 
+def test_a_detection_without_a_mask_still_counts_among_the_boxes(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=3)
+    detections = write_detections(tmp_path, scenes[0])
+    lost = json.loads(scenes[0].read_text())["images"][0]["file_name"]
+    spec = spec_file(
+        tmp_path,
+        dataset={"val_ann_path": str(scenes[0]), "val_img_dir": str(scenes[1])},
+        evaluate={"checkpoint": str(checkpoint), "precision": "float32", "box_inputs": str(detections)},
+    )
+    figures = []
+    for is_there in (True, False):
+        if not is_there:
+            (scenes[1] / lost).unlink()
+        assert main(["evaluate", "-e", spec]) == (0 if is_there else 3)
+        figures.append(json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text()))
+    whole, partly = figures
+    assert {name: partly[f"{name}_bbox"] for name in AP_NAMES} == {name: whole[f"{name}_bbox"] for name in AP_NAMES}
+    assert partly["detections"] < whole["detections"]
+    assert partly["skipped_by_reason"] == {"IMAGE_NOT_FOUND": whole["detections"] - partly["detections"]}
+
+
 def test_figures_of_boxes_and_masks_are_those_of_pycocotools(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.reference import fixture
@@ -40,6 +41,32 @@ def _modules() -> Iterator[ast.AST]:
         text = path.read_text(encoding="utf-8")
         if path.name != Path(__file__).name and "tests.reference" in text:
             yield ast.parse(text)
+
+
+def arrays_named_by(tree: ast.AST, arrays: set[str]) -> set[str]:
+    """Those of `arrays` that a string of a module names, or an f-string with anything in its gaps."""
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    forms = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr) and any(isinstance(part, ast.Constant) for part in node.values):
+            parts = (re.escape(str(p.value)) if isinstance(p, ast.Constant) else ".+" for p in node.values)
+            forms.append(re.compile("".join(parts)))
+    return {name for name in arrays if name in strings or any(form.fullmatch(name) for form in forms)}
+
+
+def test_every_stored_array_is_read_where_its_file_is() -> None:
+    folder = fixture("README.md").parent
+    modules = list(_modules())
+    left: list[str] = []
+    for path in sorted(folder.rglob("*.npz")):
+        name = str(path.relative_to(folder))
+        with np.load(path) as stored:
+            unread = set(stored.files)
+        for tree in modules:
+            if files_named_by(tree, {name}):
+                unread -= arrays_named_by(tree, unread)
+        left += [f"{name}: {array}" for array in sorted(unread)]
+    assert left == []
 
 
 def test_every_stored_output_is_compared_with() -> None:

@@ -66,7 +66,9 @@ def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kin
     known = {row["category_id"] for row in truth["annotations"]}
     pairs: dict[tuple[JsonId, JsonId], tuple[list[_Shape], list[_Shape]]] = {}
     for what, rows, side in (("annotation", truth["annotations"], 1), ("result", results, 0)):
-        for number, row in enumerate((row for row in rows if row["category_id"] in known), start=1):
+        for number, row in enumerate(rows, start=1):
+            if row["category_id"] not in known:
+                continue
             name = f"{what} {number}"
             if row["image_id"] not in images:
                 raise BadDataset(f"{name}: image_id {row['image_id']!r} is not among the images of the ground truth")

@@ -57,14 +57,24 @@ def share_out(claims: Sequence[Claim], image_hw: tuple[int, int]) -> list[NDArra
         mask = claim.mask
         if claim.region.is_empty or not mask.any():
             continue
-        inside = np.clip(claim.values, _EDGE, 1.0 - _EDGE)
         size = np.float32(SIZE_WEIGHT * np.log(np.count_nonzero(mask)))
-        strength = np.log(inside / (1.0 - inside)) - size
+        strength = logits(claim.values) - size
         held, holder = (_part(whole, claim.region) for whole in (best, owner))
         wins = mask & (strength > held)
         held[wins] = strength[wins]
         holder[wins] = number
     return [claim.mask & (_part(owner, claim.region) == number) for number, claim in enumerate(claims)]
+
+
+def logits(prob: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits of probabilities, any shape, finite also for 0 and 1.
+
+    >>> logits(np.float32([0, 0.5, 1])).round(1).tolist()
+    [-11.5, 0.0, 11.5]
+    """
+    inside = np.clip(prob, _EDGE, 1.0 - _EDGE)
+    found: NDArray[np.float32] = np.log(inside / (1.0 - inside)).astype(np.float32, copy=False)
+    return found
 
 
 def _part(whole: NDArray[Any], region: Region) -> NDArray[Any]:

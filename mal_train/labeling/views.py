@@ -18,7 +18,7 @@ from mal_train.errors import ConfigError
 from mal_train.labeling.bulk import Failure, Row, label_boxes
 from mal_train.labeling.coco import Annotation
 from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions
-from mal_train.labeling.overlaps import Claim, share_out
+from mal_train.labeling.overlaps import Claim, logits, share_out
 from mal_train.labeling.settings import Compat
 
 
@@ -93,7 +93,7 @@ def _together(
         return annotation, first
     crop, claim = first
     values = [other[1].values for _, other in answers if not isinstance(other, Failure)]
-    mean = np.mean([_logit(value) for value in values], axis=0, dtype=np.float32)
+    mean = np.mean([logits(value) for value in values], axis=0, dtype=np.float32)
     return annotation, (crop, dataclasses.replace(claim, values=(1.0 / (1.0 + np.exp(-mean))).astype(np.float32)))
 
 
@@ -116,11 +116,3 @@ def _label(labeler: Labeler, claimed: Claimed | Failure) -> Label | Failure:
 def _claimed(view: Labeler, _annotation: Annotation, crop: Crop, probability: Probability) -> Claimed:
     # The pixels are no longer needed, and they are most of what a crop weighs.
     return dataclasses.replace(crop, pixels=crop.pixels[:0]), view.claim(crop, probability)
-
-
-def _logit(
-    prob: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    inside = np.clip(prob, 1e-5, 1.0 - 1e-5)
-    result: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = np.log(inside / (1.0 - inside)).astype(np.float32)
-    return result

@@ -69,7 +69,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _told(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, StatusFile]]:
     try:
-        (folder / "experiment.yaml").write_text(dump(spec.without_secrets()), encoding="utf-8")
+        (folder / "experiment.yaml").write_text(dump(_as_run(spec, task).without_secrets()), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}; choose another results_dir") from error
     status = StatusFile(folder)
@@ -82,6 +82,20 @@ def _told(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, StatusFi
             status.write("FAILURE", f"{type(error).__name__}: {error}")
         raise
     status.write("SUCCESS", f"{task.capitalize()} finished successfully.")
+
+
+def _as_run(spec: Spec, task: Task) -> Spec:
+    """The spec with the size of the crop that training takes from the backbone where none is given.
+
+    In the other tasks it is the checkpoint's, and no size says so.
+    """
+    if task != "train":
+        return spec
+    try:
+        size = train_crop_size(spec)
+    except ConfigError:  # an unknown backbone, which the task itself tells
+        return spec
+    return spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"crop_size": size})})
 
 
 def model_config(section: NetworkConfig) -> ModelConfig:

@@ -23,7 +23,7 @@ class DetectionReport:
     """COCO's figures of detections; each counts with the detector's score.
 
     Attributes:
-        count: detections that got a mask.
+        count: detections that got a mask. Among the boxes, those without one count too.
         figures: AP_bbox … ARl_bbox of the boxes, AP_segm … ARl_segm of the masks in them; None where no instance
             speaks for one.
         skipped: detections without a mask, and ground truth that cannot be compared.
@@ -53,8 +53,8 @@ def compare_detections(
 ) -> DetectionReport:
     """Figures of detections and of the masks made for them.
 
-    A ground-truth row without a readable mask is left out of both kinds. A detection without a mask takes no part, as
-    if the detector had not made it, and `skipped` says why.
+    A ground-truth row without a readable mask is left out of both kinds. A detection whose box could not be given a
+    mask counts among the boxes alone; one that is no box takes no part. `skipped` says why.
 
     Args:
         truth: ground truth with masks.
@@ -64,27 +64,32 @@ def compare_detections(
     skipped: list[Skipped] = []
     rows = [row for annotation in truth.annotations if (row := _truth_row(truth, annotation, skipped)) is not None]
     images = [{"id": image_id} for image_id in truth.images]
-    results = []
+    results: list[dict[str, Any]] = []
     lost = [row for row in detections.annotations if row.image_id is None or row.image_id not in truth.images]
     skipped += [Skipped(row.id, row.image_id, str(row.reason), row.problem or "") for row in lost]
     for annotation, label in answers:
         if isinstance(label, Failure):
             skipped.append(Skipped(annotation.id, annotation.image_id, label.reason, label.message))
-            continue
-        results.append(
-            {
-                "image_id": annotation.image_id,
-                "category_id": annotation.category_id,
-                "bbox": list(annotation.box_xywh),
-                "segmentation": label.rle,
-                "score": float(annotation.raw["score"]),
-            }
-        )
+        if annotation.problem is None:
+            results.append(_result(annotation, label))
+    masked = [row for row in results if "segmentation" in row]
     figures: Figures = {}
     for kind in KINDS:
-        found = coco_ap({"images": images, "annotations": rows}, results, "score", kind)
+        of_kind = masked if kind == "segm" else results
+        found = coco_ap({"images": images, "annotations": rows}, of_kind, "score", kind)
         figures |= {f"{name}_{kind}": value for name, value in found.items()}
-    return DetectionReport(len(results), figures, tuple(skipped))
+    return DetectionReport(len(masked), figures, tuple(skipped))
+
+
+def _result(annotation: Annotation, label: Label | Failure) -> dict[str, Any]:
+    """A detection as a row of COCO's results; with its mask where it got one."""
+    row = {
+        "image_id": annotation.image_id,
+        "category_id": annotation.category_id,
+        "bbox": list(annotation.box_xywh),
+        "score": float(annotation.raw["score"]),
+    }
+    return row if isinstance(label, Failure) else {**row, "segmentation": label.rle}
 
 
 def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) -> dict[str, Any] | None:

@@ -25,20 +25,29 @@ class Progress(lightning.Callback):
         self._screen = screen
         self._clock = clock
         self._bar: tqdm[Any] | None = None
+        self._is_open = False
         self._done = 0
         self._total = 0
         self._here = 0
         self._started = self._last_line = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Opens the bar over all batches that are left."""
+        """Counts batches and the clock from here on; the first batch will say where that is."""
         del pl_module
-        batches = int(trainer.num_training_batches)
-        self._total = batches * (trainer.max_epochs or 0)
-        self._done = batches * trainer.current_epoch
-        self._bar = self._screen.bar(self._total, self._done, "batch")
+        self._total = int(trainer.num_training_batches) * (trainer.max_epochs or 0)
         self._started = self._last_line = self._clock()
         self._here = 0
+        self._is_open = False
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Opens the bar at the first batch: only now it shows how far into an epoch a resumed run goes on."""
+        del pl_module, batch
+        if not self._is_open:
+            self._is_open = True
+            self._done = int(trainer.num_training_batches) * trainer.current_epoch + batch_idx
+            self._bar = self._screen.bar(self._total, self._done, "batch")
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,6 +1,7 @@
 """What the processes of one training tell each other beside gradients: decisions, and messages for people.
 
-All of it is small and goes over the CPU (gloo), so that no device has to be waited for; gradients are Lightning's work.
+Decisions and texts are small and go over the CPU (gloo), so that no device has to be waited for. Means of tensors go
+where the tensors lie: on GPUs over NCCL, like the gradients, which are Lightning's work.
 """
 
 import json

@@ -70,8 +70,9 @@ def step_losses(
     count = mil_N.shape[0] + (1e-4 if compat is Compat.TAO else 0.0)
     mil = mil_N.sum() / count * weights.mil
 
-    logit = logit_excess(student_N1HW[:, 0]).mean() * weights.logit
     none = torch.zeros_like(mil)
+    # Left out, not times 0: a logit that overflowed is a probability of 1 to the other losses, but 0 · ∞ is no number.
+    logit = logit_excess(student_N1HW[:, 0]).mean() * weights.logit if weights.logit else none
     if teacher_N1HW is None:
         return StepLosses(mil + logit, mil, none, logit, none)
     teacher_NHW = teacher_N1HW[:, 0].detach().float().sigmoid()

@@ -44,6 +44,12 @@ class TestCocoAp:
         truth, results = self.data(1, 1, 1)
         assert coco_ap(truth, [*results, {**results[0], "category_id": 9}])["AP"] == pytest.approx(1.0)
 
+    def test_a_bad_result_is_named_by_its_place_among_all(self) -> None:
+        truth, results = self.data(1, 1, 1)
+        other = {**results[0], "category_id": 9}
+        with pytest.raises(BadDataset, match="result 3: image_id 7"):
+            coco_ap(truth, [other, other, {**results[0], "image_id": 7}])
+
     def test_malformed_run_lengths_are_refused_not_guessed(self) -> None:
         truth, results = self.data(1, 1, 1)
         results[0]["segmentation"] = {"size": [40, 60], "counts": [5]}

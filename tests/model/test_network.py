@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from mal_train.errors import ConfigError
 from mal_train.labeling.settings import Branch, Compat, network_branch
 from mal_train.model.foreign import from_tao
+from mal_train.model.heads import resize
 from mal_train.model.network import (
+    BRANCH_SCALE,
     IMAGE_MEAN,
     IMAGE_STD,
     MalNetwork,
@@ -72,6 +74,33 @@ def test_logits_agree_with_the_published_forward(layout: str, name: str) -> None
         logits = tao_network.logits(published.smooth_input(seed, number, side), branch_N)
     assert logits.dtype == torch.float32
     np.testing.assert_allclose(logits.numpy(), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(set(CROPS) - {"areaborder"}))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_what_lies_between_crops_and_logits_agrees_with_the_published_forward(layout: str, name: str) -> None:
+    student, (seed, number, side) = published_network(layout).student, CROPS[name]
+    with np.load(fixture(f"e_forward_{layout}_{name}.npz")) as stored:
+        expected = {part: stored[part] for part in ("roi", "feat_tokens", "spatial_feat_c8", "maskfeat0_c8")}
+        box_xyxy, values = stored["bboxes"], stored["x_check"]
+    x = published.smooth_input(seed, number, side)
+    np.testing.assert_allclose(x.flatten()[[0, 1000, -1]].numpy(), values, atol=1e-6, rtol=0)
+    area = (box_xyxy[:, 2] - box_xyxy[:, 0]) * (box_xyxy[:, 3] - box_xyxy[:, 1])
+    branches = network_branch(area, Compat.TAO).tolist()
+    first = branches.index(min(branches))  # the published code works through the sizes, and kept the first that came
+    with torch.inference_mode():
+        feat = student.backbone(x)
+        pixels = student.mask_head(resize(feat[[first]], BRANCH_SCALE[branches[first]]))
+        found = {
+            "roi": student.roi_head(feat),
+            # The class token and two of patches. Nothing reads it at the end, and our FAN does not even make it there.
+            "feat_tokens": feat.flatten(2).transpose(1, 2)[:, :2],
+            "spatial_feat_c8": feat[:, :8],
+            "maskfeat0_c8": pixels[:, :8],
+        }
+    expected["feat_tokens"] = expected["feat_tokens"][:, 1:]
+    for part, value in expected.items():
+        np.testing.assert_allclose(found[part].numpy(), value, atol=1e-3, rtol=0, err_msg=part)
 
 
 def test_bfloat16_stays_near_float32(tao_network: MalNetwork) -> None:

@@ -123,6 +123,27 @@ def test_without_a_teacher_the_other_losses_are_as_with_one() -> None:
     assert torch.equal(torch.stack(alone), torch.stack(beside))
 
 
+def test_a_loss_of_weight_zero_makes_no_nan_of_a_logit_that_overflowed() -> None:
+    student = torch.zeros(1, 1, 8, 8)
+    student[..., 3, 3] = torch.inf
+    student.requires_grad_()
+    box = torch.zeros(1, 32, 32)
+    box[:, 4:28, 6:26] = 1
+    losses = step_losses(
+        student,
+        None,
+        torch.zeros(1, 3, 32, 32),
+        box,
+        refine=MeanField(num_iter=2, compiled=False),
+        weights=LossWeights(4.0, 0.0, 0.0),
+        compat=Compat.TAO,
+    )
+    losses.total.backward()
+    assert torch.isfinite(torch.stack(losses)).all()
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
 def test_a_second_round_trains_from_a_labelled_file(tmp_path: Path) -> None:
     annotations, images = write_scenes(tmp_path, change=scored)
     spec = load_spec(

@@ -2,7 +2,7 @@ import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -52,6 +52,7 @@ def test_without_a_terminal_a_line_comes_now_and_then_with_rate_and_time_left() 
     trainer: Any = SimpleNamespace(num_training_batches=100, max_epochs=2, current_epoch=0)
     module: Any = SimpleNamespace()
     progress.on_train_start(trainer, module)
+    progress.on_train_batch_start(trainer, module, None, 0)
     clock.now = 500.0  # the first batch compiles
     for batch in range(42):
         progress.on_train_batch_end(trainer, module, None, None, batch)
@@ -59,3 +60,17 @@ def test_without_a_terminal_a_line_comes_now_and_then_with_rate_and_time_left() 
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("epoch 1/2, batch 16/200, 0.50 batch/s, 06:08 left")
     assert len(lines) == 2
+
+
+def test_a_run_that_goes_on_amid_an_epoch_counts_from_there() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(Screen(stream), clock)
+    trainer: Any = SimpleNamespace(num_training_batches=100, max_epochs=3, current_epoch=1)
+    progress.on_train_start(trainer, module := cast(Any, SimpleNamespace()))
+    for batch in range(40, 57):
+        progress.on_train_batch_start(trainer, module, None, batch)
+        clock.now += 2.0
+        progress.on_train_batch_end(trainer, module, None, None, batch)
+    (line,) = stream.getvalue().splitlines()
+    # 156 of 300 are done, 16 of them here; those at half a batch a second.
+    assert line.startswith("epoch 2/3, batch 156/300, 0.50 batch/s, 04:48 left")

@@ -1,7 +1,9 @@
 """Going on from any step gives the weights of a run that was never stopped, bit for bit."""
 
+import io
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +70,34 @@ def test_going_on_at_a_random_step_is_as_if_never_stopped(count: int, accumulate
         f"bitwise equal {same} of {count}: seed {SEED}, stopped after steps {[stop + 1 for stop in stops]} of {steps}"
     )
     assert same == count
+
+
+class WatchedScreen(Screen):
+    """Notes where bars begin and how far they come."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.is_terminal = True
+        self.bars: list[Any] = []
+
+    def bar(self, total: int, initial: int, unit: str) -> Any:
+        self.bars.append(super().bar(total, initial, unit))
+        return self.bars[-1]
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_the_bar_of_a_run_that_goes_on_begins_where_the_other_stopped(stop: int, tmp_path: Path) -> None:
+    scenes = {"train": write_scenes(tmp_path / "train", images=3, masks=False, seed=1)}
+    common = ("train.batch_size=2", "train.num_epochs=3")
+    by_step = ("train.checkpoint_interval=1", "train.checkpoint_interval_unit=step")
+    train(spec_of(scenes, tmp_path / "whole", *common, *by_step), Screen.silent())
+    (file,) = (tmp_path / "whole" / "train").glob(f"model_*_step_{stop:05}.malckpt")
+    screen = WatchedScreen()
+    resume = f"train.resume_training_checkpoint_path='{file}'"
+    train(spec_of(scenes, tmp_path / "rest", *common, resume), screen)
+    (bar,) = screen.bars
+    # Three batches an epoch.
+    assert (bar.initial, bar.n, bar.total) == (stop, 9, 9)
 
 
 def test_steps_between_checkpoints_count_over_epochs(tmp_path: Path) -> None:

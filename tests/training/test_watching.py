@@ -8,7 +8,7 @@ import re
 import signal
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from mal_train.labeling.coco import read_coco
 from mal_train.labeling.evaluation import Evaluator
 from mal_train.model.keys import generate_identity
 from mal_train.screen import Screen
+from mal_train.tasks.common import Task, task_folder
 from mal_train.tasks.train import TrainResult, train
 from mal_train.tasks.training_report import failures_by_category
 from mal_train.training import module as training_module
@@ -133,6 +134,13 @@ def test_settings_are_told_without_the_secret(watched: Path) -> None:
     assert experiment["train"]["board_size"] == 4
     assert experiment["encryption_key"] == "<not written down>"
     assert "<td>train.batch_size</td><td>4</td><td>3</td>" in (watched / "report.html").read_text()
+
+
+def test_the_crop_that_was_trained_on_is_told_where_the_spec_leaves_it_to_the_backbone(tmp_path: Path) -> None:
+    spec = spec_of({}, tmp_path, "model.arch=vit-mae-huge/14", "dataset.crop_size=null")
+    for task, told in (("train", 504), ("evaluate", None)):
+        with task_folder(spec, cast(Task, task)) as (folder, _):
+            assert yaml.safe_load((folder / "experiment.yaml").read_text())["dataset"]["crop_size"] == told
 
 
 def test_a_run_without_validation_has_a_page_that_says_so(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
