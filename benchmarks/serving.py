@@ -112,7 +112,7 @@ def cpu_of(pid: int) -> float:
 def served(server: ModelServer, deck_folder: Path, seconds: float, warm_s: float) -> Span:
     """What the server does in so long, once every client has its request there. The clients are ended then."""
     plan = Plan(server.address, clients=CLIENTS, seconds=10 * seconds + 600, boxes=BOXES)
-    with loading(shared(plan, 2), deck_folder, start_in_s=8.0) as load:
+    with loading(shared(plan, 2), deck_folder) as load:
         time.sleep(max(load.start_at - time.monotonic(), 0) + warm_s)
 
         def now() -> tuple[float, float, float, float]:

@@ -7,8 +7,9 @@ company only while some may come (`Company`), and at most `max_delay_s`: a lone 
 
     ticket = batcher.admit(2)  →  ticket.submit(key, [a, b])  →  lane of that key  →  runner  →  Share, Share, …
 
-INTERACTIVE items go first. A BATCH item counts as submitted `patience_s` later than it was: whatever comes after that
-waits behind it, so it never starves.
+INTERACTIVE items go into the very next batch, whatever else waits. Only where they alone would keep the device busy,
+BATCH items that waited `patience_s` longer than they get a quarter of it (`_Debt`): bulk work never starves, and a long
+queue of it never keeps people waiting.
 
 A closed ticket (its caller was cancelled, or left) is skipped when batches are formed, and so is one whose deadline has
 passed. Nothing that a caller does, and no error of a runner, stops the others: shares go into a queue of the ticket's
@@ -41,6 +42,10 @@ RATE_WEIGHT = 0.2
 
 TIMER_SLACK_S = 1e-4
 """Event loops may call a timer a little early; a batch that is due this soon is due."""
+
+
+PEOPLE_FOR_ONE = 3
+"""INTERACTIVE items that pass BATCH ones which waited their patience, for each of these that goes: a quarter."""
 
 
 class Overloaded(Exception):
@@ -118,13 +123,39 @@ class _Entry(Generic[K, T, R]):
     since: float
 
 
+class _Debt:
+    """What is owed to BATCH items that waited their patience and were passed by INTERACTIVE ones all the same.
+
+    Args:
+        batch_size: items of a full batch; no more than that is ever owed.
+        is_first_come_first_served: nothing is ever passed.
+    """
+
+    def __init__(self, batch_size: int, *, is_first_come_first_served: bool) -> None:
+        self._most = batch_size * PEOPLE_FOR_ONE
+        self._passed = 0
+        self._is_free = is_first_come_first_served
+
+    def allows(self, count: int) -> bool:
+        """Whether so many may go ahead of INTERACTIVE items that came later."""
+        return self._is_free or self._passed >= count * PEOPLE_FOR_ONE
+
+    def passed(self) -> None:
+        """An INTERACTIVE item went ahead of a BATCH item whose turn it was."""
+        self._passed = min(self._passed + 1, self._most)
+
+    def ran(self) -> None:
+        """A BATCH item went, whatever it went ahead of."""
+        self._passed = max(self._passed - PEOPLE_FOR_ONE, 0)
+
+
 class _Lane(Generic[K, T, R]):
     """Items of one key by priority, oldest first. Those that nobody waits for stay until met, and count as nothing."""
 
     def __init__(self, patience_s: float) -> None:
         self.queues: dict[Priority, deque[_Entry[K, T, R]]] = {priority: deque() for priority in Priority}
         self.live = 0
-        self._patience_s = {Priority.INTERACTIVE: 0.0, Priority.BATCH: patience_s}
+        self._patience_s = patience_s
 
     def clean(self, now: float) -> None:
         """Removes what nobody waits for from the front; ends tickets whose deadline has passed."""
@@ -141,19 +172,37 @@ class _Lane(Generic[K, T, R]):
         """Since when the first item waits; after `clean`, and only with live items."""
         return min(queue[0].since for queue in self.queues.values() if queue)
 
-    def rank(self) -> float:
-        """Lower goes first; after `clean`, and only with live items."""
-        return min(queue[0].since + self._patience_s[priority] for priority, queue in self.queues.items() if queue)
+    def bulk_rank(self) -> float:
+        """From when on the first BATCH item goes ahead of what is submitted then; after `clean`."""
+        queue = self.queues[Priority.BATCH]
+        return queue[0].since + self._patience_s if queue else math.inf
 
-    def take(self, count: int, now: float) -> list[_Entry[K, T, R]]:
-        """Removes and returns the first `count` live items."""
+    def people_rank(self) -> float:
+        """Since when the first INTERACTIVE item waits; after `clean`."""
+        queue = self.queues[Priority.INTERACTIVE]
+        return queue[0].since if queue else math.inf
+
+    def rank(self, debt: _Debt, batch_size: int) -> tuple[bool, float]:
+        """Lower goes first; after `clean`, and only with live items."""
+        is_behind = not debt.allows(min(batch_size, self.live))
+        return min((False, self.people_rank()), (is_behind, self.bulk_rank()))
+
+    def take(self, count: int, now: float, debt: _Debt, others_bulk_rank: float) -> list[_Entry[K, T, R]]:
+        """Removes and returns the first `count` live items, and counts who passed whom, in other lanes too."""
         taken: list[_Entry[K, T, R]] = []
         while self.live and len(taken) < count:
             self.clean(now)
-            heads = [(q[0].since + self._patience_s[priority], q) for priority, q in self.queues.items() if q]
-            if not heads:
+            people, bulk = self.queues[Priority.INTERACTIVE], self.queues[Priority.BATCH]
+            people_rank, bulk_rank = self.people_rank(), self.bulk_rank()
+            if bulk and (not people or (bulk_rank < people_rank and debt.allows(1))):
+                entry = bulk.popleft()
+                debt.ran()
+            elif not people:
                 break
-            entry = min(heads, key=lambda head: head[0])[1].popleft()
+            else:
+                entry = people.popleft()
+                if min(bulk_rank, others_bulk_rank) < people_rank:
+                    debt.passed()
             entry.ticket.leave(1)
             taken.append(entry)
         return taken
@@ -314,7 +363,7 @@ class Batcher(Generic[K, T, R]):
         max_delay_s: longest wait for company while a runner is idle and some may come.
         max_waiting: items that are admitted and not yet running.
         max_bytes: memory that they may hold; a request that comes to an empty queue may hold more.
-        patience_s: how much longer BATCH items may wait than INTERACTIVE ones.
+        patience_s: how much longer BATCH items may wait than INTERACTIVE ones; 0: first come, first served.
         observer: is told what happens.
     """
 
@@ -336,6 +385,7 @@ class Batcher(Generic[K, T, R]):
         self._max_waiting = max_waiting
         self._max_bytes = max_bytes
         self._patience_s = patience_s
+        self._debt = _Debt(max_batch_size, is_first_come_first_served=patience_s == 0.0)
         self._lanes: dict[K, _Lane[K, T, R]] = {}
         self._tickets: set[Ticket[K, T, R]] = set()
         self._waiting = dict.fromkeys(Priority, 0)
@@ -467,19 +517,37 @@ class Batcher(Generic[K, T, R]):
             if due_at > loop.time() + TIMER_SLACK_S:
                 self._timer = loop.call_at(due_at, self._pump)
                 return
-            entries = self._lanes[key].take(self._max_batch_size, loop.time())
+            entries = self._take(self._lanes[key])
             if not entries:  # their deadlines passed this very moment
                 continue
             task = loop.create_task(self._run(self._idle.pop(), key, entries))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
+    def _take(self, lane: _Lane[K, T, R]) -> list[_Entry[K, T, R]]:
+        """The next batch of a lane."""
+        others = min((other.bulk_rank() for other in self._lanes.values() if other is not lane), default=math.inf)
+        return lane.take(self._max_batch_size, asyncio.get_running_loop().time(), self._debt, others)
+
     def _next_lane(self, now: float) -> tuple[float, K | None]:
         """When the next batch is due, and its key: a full lane at once, others when no company will come in time.
 
-        Of several that are due the one whose first item ranks first.
+        Of several that are due the one whose first item ranks first. INTERACTIVE items do not wait for company while a
+        device that is about to run BATCH ones alone could run them.
         """
-        best_order, best_due, best = (math.inf, math.inf), 0.0, None
+        lanes = self._due(now)
+        if not lanes:
+            return 0.0, None
+        due, rank, key = min(lanes, key=lambda lane: (max(lane[0], now + TIMER_SLACK_S), lane[1]))
+        if due <= now + TIMER_SLACK_S and not self._lanes[key].queues[Priority.INTERACTIVE]:
+            people = [lane for lane in lanes if self._lanes[lane[2]].queues[Priority.INTERACTIVE] and lane[1] < rank]
+            if people:
+                return now, min(people, key=lambda lane: lane[1])[2]
+        return due, key
+
+    def _due(self, now: float) -> list[tuple[float, tuple[bool, float], K]]:
+        """(when it is due, its rank, its key) of each lane with live items."""
+        found = []
         expected_until = self.company.expected_until(now)
         for key, lane in list(self._lanes.items()):
             lane.clean(now)
@@ -488,10 +556,8 @@ class Batcher(Generic[K, T, R]):
                 continue
             is_full = lane.live >= self._max_batch_size
             due = lane.since() if is_full else min(lane.since() + self._max_delay_s, expected_until)
-            order = (max(due, now + TIMER_SLACK_S), lane.rank())
-            if best is None or order < best_order:
-                best_order, best_due, best = order, due, key
-        return best_due, best
+            found.append((due, lane.rank(self._debt, self._max_batch_size), key))
+        return found
 
     async def _run(self, runner: "Runner[K, T, R]", key: K, entries: list[_Entry[K, T, R]]) -> None:
         loop = asyncio.get_running_loop()

@@ -202,8 +202,9 @@ class ServerConfig(Strict):
         default=2.0,
         ge=0.0,
         le=3600.0,
-        description="BATCH crops (bulk streams, evaluations) go behind INTERACTIVE ones, but ahead of those submitted "
-        "this much later.\nMore favours people at screens, less favours bulk jobs; 0: first come, first served.",
+        description="INTERACTIVE crops go into the next batch, ahead of BATCH ones (bulk streams, evaluations). Where "
+        "they alone would keep\nthe device busy, BATCH crops that waited this much longer get a quarter of it. 0: "
+        "first come, first served.",
     )
     threads: int = Field(
         default=0, ge=0, le=1024, description="Threads that decode, crop and encode; 0 = one for each CPU core."

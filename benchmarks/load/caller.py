@@ -2,6 +2,7 @@
 
     python -m benchmarks.load.caller PLAN.json DECK_FOLDER REPORT.json
 
+With `starts_by` in the plan it says that it is ready (REPORT.ready) and waits for that file, which holds the moment.
 A plan's calls are closed (each client sends when it has its answer) or open (sent by a schedule, whatever becomes of
 them).
 Requests leave serialised, and nothing is drawn or encoded meanwhile.
@@ -53,7 +54,7 @@ class Plan:
         retries: come back after a refusal when the server says so, and after a lost connection, until answered.
         stops_at_failure: each client ends with its first call that is not answered.
         seed: of the choice of pictures and boxes, and of an open loop's gaps.
-        start_at: when to begin, monotonic clock; 0: at once.
+        starts_by: a file that will hold the moment to begin, monotonic clock; "": at once.
         token: shown with each call.
     """
 
@@ -70,7 +71,7 @@ class Plan:
     retries: bool = False
     stops_at_failure: bool = False
     seed: int = 1
-    start_at: float = 0.0
+    starts_by: str = ""
     token: str = ""
 
 
@@ -140,8 +141,9 @@ def trailers_of(error: grpc.aio.AioRpcError) -> list[tuple[str, Any]]:
 class Caller:
     """The clients of one plan."""
 
-    def __init__(self, plan: Plan, deck: Sequence[Picture]) -> None:
+    def __init__(self, plan: Plan, deck: Sequence[Picture], ready_file: Path) -> None:
         self._plan = plan
+        self._ready_file = ready_file
         self._deck = deck
         self._rng = np.random.default_rng((plan.seed, plan.number))
         self._made = 0
@@ -184,7 +186,7 @@ class Caller:
         _, late = await asyncio.wait(connecting, timeout=CONNECT_S)
         for task in late:  # nobody there: its calls will say so
             task.cancel()
-        await asyncio.sleep(max(plan.start_at - time.monotonic(), 0))
+        await self._start()
         began = time.monotonic()
         until = began + plan.seconds
         if plan.streams:
@@ -197,6 +199,15 @@ class Caller:
         for channel in channels:
             await channel.close(None)
         return began, ended
+
+    async def _start(self) -> None:
+        """Says that all is ready, and waits for the common start."""
+        if not self._plan.starts_by:
+            return
+        self._ready_file.touch()
+        while not Path(self._plan.starts_by).exists():
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(max(float(Path(self._plan.starts_by).read_text()) - time.monotonic(), 0))
 
     async def _closed_loop(self, channels: Sequence[grpc.aio.Channel], client: int, until: float) -> None:
         while not self._is_over(until):
@@ -300,7 +311,7 @@ def grpc_code(number: int) -> str:
 def main(argv: Sequence[str]) -> int:
     plan_file, deck_folder, report_file = (Path(text) for text in argv)
     plan = Plan(**json.loads(plan_file.read_text()))
-    caller = Caller(plan, load_deck(deck_folder))
+    caller = Caller(plan, load_deck(deck_folder), report_file.with_suffix(".ready"))
     gc.freeze()
     before = resource.getrusage(resource.RUSAGE_SELF)
     began, ended = asyncio.run(caller.run())

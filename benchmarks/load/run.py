@@ -28,6 +28,8 @@ from benchmarks.load.figures import ClientReport, Sample, Summary, summarise, ta
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0
+START_IN_S = 0.2
+"""From the last client's word that it is ready to the common start."""
 
 
 def environment() -> dict[str, str]:
@@ -116,25 +118,42 @@ class Load:
 
 
 @contextmanager
-def loading(plans: Sequence[Plan], deck_folder: Path, *, start_in_s: float = 4.0) -> Iterator[Load]:
-    """A process for each plan; all begin to call at one moment, `Load.start_at`."""
-    start_at = time.monotonic() + start_in_s
+def loading(plans: Sequence[Plan], deck_folder: Path) -> Iterator[Load]:
+    """A process for each plan; once all are connected they begin to call at one moment, `Load.start_at`."""
     processes, reports = [], []
     with tempfile.TemporaryDirectory() as name:
+        start = Path(name, "start")
         try:
             for at, plan in enumerate(plans):
                 plan_file, report = Path(name, f"{at}.plan"), Path(name, f"{at}.json")
-                plan_file.write_text(json.dumps(asdict(replace(plan, number=at, start_at=start_at))))
+                plan_file.write_text(json.dumps(asdict(replace(plan, number=at, starts_by=str(start)))))
                 files = [str(path) for path in (plan_file, deck_folder, report)]
                 command = [sys.executable, "-m", "benchmarks.load.caller", *files]
                 processes.append(subprocess.Popen(command, env=environment(), cwd=ROOT))
                 reports.append(report)
+            wait_until_ready(processes, reports)
+            start_at = time.monotonic() + START_IN_S
+            part = start.with_suffix(".part")
+            part.write_text(str(start_at))
+            part.replace(start)
             yield Load(processes, reports, start_at)
         finally:
             for process in processes:
                 if process.poll() is None:
                     process.kill()
                 process.wait()
+
+
+def wait_until_ready(processes: "Sequence[subprocess.Popen[bytes]]", reports: Sequence[Path]) -> None:
+    """Returns once every client process is connected, however long this machine takes for it."""
+    until = time.monotonic() + START_S
+    for process, report in zip(processes, reports, strict=True):
+        while not report.with_suffix(".ready").exists():
+            if process.poll() is not None:
+                raise RuntimeError(f"a client process ended with {process.returncode} before it was ready")
+            if time.monotonic() > until:
+                raise RuntimeError(f"the clients were not ready after {START_S:g} s")
+            time.sleep(0.01)
 
 
 def samples_of(reports: Sequence[ClientReport]) -> list[Sample]:

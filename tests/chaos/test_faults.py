@@ -37,9 +37,9 @@ def test_cancelled_calls_free_the_device(form: Form, say: Say) -> None:
             await call.read()
         except asyncio.CancelledError:
             return "CANCELLED", time.monotonic()
-        return "OK", time.monotonic()
+        return "OK", 0.0
 
-    async def work() -> tuple[Counter[str], float]:
+    async def work() -> tuple[Counter[str], float, float]:
         predictor.gate = gate
         async with serving(predictor, max_batch_size=BATCH) as running:
             busy = asyncio.create_task(label(running, label_request(DISC_BOX)))
@@ -57,15 +57,25 @@ def test_cancelled_calls_free_the_device(form: Form, say: Say) -> None:
             freed_s = time.monotonic() - began
             gate.set()
             await busy
-            codes = Counter(code for code, _ in await asyncio.gather(*ends))
-            return codes, freed_s
+            found = await asyncio.gather(*ends)
+            told_s = max(at for _, at in found) - began
+            return Counter(code for code, _ in found), freed_s, told_s
 
-    codes, freed_s = asyncio.run(asyncio.wait_for(work(), 120))
+    codes, freed_s, told_s = asyncio.run(asyncio.wait_for(work(), 120))
     ran = sum(size for _, size in predictor.batches) - 1
-    say("cancel", queued=QUEUED, cancelled=CANCELLED, reached_the_device=ran, freed_ms=freed_s * 1000)
+    say(
+        "cancel",
+        queued=QUEUED,
+        cancelled=CANCELLED,
+        reached_the_device=ran - (QUEUED - CANCELLED),
+        freed_ms=freed_s * 1000,
+        told_ms=told_s * 1000,
+    )
     assert codes == {"OK": QUEUED - CANCELLED, "CANCELLED": CANCELLED}
     assert ran - (QUEUED - CANCELLED) <= BATCH
-    assert freed_s < form.pick(2.0, 0.5)
+    if form.is_full:
+        assert told_s < 0.1
+        assert freed_s < 0.5
 
 
 def test_a_storm_of_cancelled_calls_is_survived(form: Form, say: Say) -> None:
@@ -144,10 +154,10 @@ def first_not_serving(address: str) -> float:
     raise AssertionError("health never said NOT_SERVING")
 
 
-def drained(folder: Path, deck: Path, seed: int) -> dict[str, Any]:
+def drained(folder: Path, deck: Path, seed: int, delay_s: float) -> dict[str, Any]:
     """One SIGTERM under load: what clients and the server's log say."""
     folder.mkdir()
-    process, address = start(folder, "--batch-ms", "20", "drain_delay_s=0.3", "grace_s=30.0")
+    process, address = start(folder, "--batch-ms", "20", f"drain_delay_s={delay_s}", "grace_s=30.0")
     try:
         plan = Plan(address, clients=8, seconds=60.0, boxes=2, stops_at_failure=True, seed=seed)
         with loading([plan], deck) as load:
@@ -185,7 +195,9 @@ def drained(folder: Path, deck: Path, seed: int) -> dict[str, Any]:
 def test_a_server_that_is_told_to_end_answers_what_it_accepted(
     form: Form, deck_folder: Path, tmp_path: Path, say: Say
 ) -> None:
-    runs = [drained(tmp_path / str(at), deck_folder, form.seed + at) for at in range(form.pick(1, 50))]
+    # In the short form so long that health is heard before the first refusal on any machine.
+    delay_s = form.pick(5.0, 0.3)
+    runs = [drained(tmp_path / str(at), deck_folder, form.seed + at, delay_s) for at in range(form.pick(1, 50))]
     lost = sum(sum(run["logged"].values()) - run["answered"] for run in runs)
     slowest = max(run["ended_s"] for run in runs)
     say("drain", repeats=len(runs), answered=sum(run["answered"] for run in runs), lost=lost, slowest_s=slowest)
@@ -197,7 +209,8 @@ def test_a_server_that_is_told_to_end_answers_what_it_accepted(
         assert set(run["others"]) <= {"UNAVAILABLE", "CANCELLED"}
         assert run["wrong"] == 0
         assert run["not_serving"] < run["first_refused"]
-    assert slowest < 31
+    if form.is_full:
+        assert slowest < 31
 
 
 def test_callers_leave_in_every_way_and_the_rest_get_their_masks(form: Form, deck_folder: Path, say: Say) -> None:

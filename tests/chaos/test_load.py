@@ -14,7 +14,7 @@ import pytest
 from benchmarks.load.caller import Plan
 from benchmarks.load.figures import Sample, Summary, summarise
 from benchmarks.load.run import Server, loading, samples_of, shared, stand_in
-from tests.chaos.conftest import FORM, Form
+from tests.chaos.conftest import FORM, TIMED, Form
 
 Say = Callable[..., None]
 
@@ -79,13 +79,15 @@ def under_load(
         return Seen(samples_of(reports), load.start_at, seconds, server.stop(), seen, queued)
 
 
-BATCH_MS, BATCH = 50, 64
+# Of the full form so slow that 64 clients with a picture each keep the device busy, not the two cores.
+BATCH_MS, BATCH = FORM.pick(50, 400), 64
+CLIENTS = FORM.pick(16, 64)
 
 
 @pytest.fixture(scope="module")
 def held(form: Form, deck_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """A closed loop of clients that a batch has room for."""
-    plan = Plan("", clients=form.pick(16, 64), seconds=form.pick(2.0, 60.0), seed=form.seed)
+    plan = Plan("", clients=CLIENTS, seconds=form.pick(2.0, 60.0), seed=form.seed)
     plans = shared(plan, form.pick(1, 2))
     settings = ("--batch-ms", str(BATCH_MS), f"max_batch_size={BATCH}")
     return under_load(tmp_path_factory.mktemp("held"), deck_folder, plans, *settings, seconds=plan.seconds)
@@ -94,24 +96,24 @@ def held(form: Form, deck_folder: Path, tmp_path_factory: pytest.TempPathFactory
 def test_every_call_is_answered_once_with_its_own_mask(held: Seen, say: Say) -> None:
     found = held.of()
     say("load held", calls=found.calls, answered=found.answered, wrong=found.wrong, crops_per_s=found.crops_per_s)
-    assert found.calls > 20
+    assert found.calls >= CLIENTS
     assert (found.answered, found.wrong, found.unanswered) == (found.calls, 0, 0)
     ids = [sample for sample in held.samples if sample.code != "OK"]
     assert ids == []
 
 
-def test_the_slowest_calls_wait_for_few_batches(held: Seen, form: Form, say: Say) -> None:
+@TIMED
+def test_the_slowest_calls_wait_for_few_batches(held: Seen, say: Say) -> None:
     found = held.of()
     bound_ms = 3 * BATCH_MS + 5
     say("latency held", p50_ms=found.p50, p99_ms=found.p99, bound_ms=bound_ms)
-    # The median, in the short form: two seconds of a machine that runs other tests as well have no 99th percentile.
-    assert form.pick(found.p50, found.p99) <= form.pick(2 * bound_ms, bound_ms)
+    assert found.p99 <= bound_ms
 
 
 def test_no_callback_holds_the_event_loop(held: Seen, say: Say) -> None:
     report = held.report
     say("event loop", **{key: value for key, value in report.items() if key != "slowest"})
-    assert report["callbacks"] > 1000
+    assert report["callbacks"] > held.of().calls
     # By CPU time: by the clock a callback is also slow when another process has the core.
     assert report["slow_callbacks_cpu"] == 0, report["slowest"]
 
@@ -160,29 +162,35 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def test_overload_does_not_cost_throughput(overloaded: Seen, form: Form, say: Say) -> None:
+@TIMED
+def test_overload_does_not_cost_throughput(overloaded: Seen, say: Say) -> None:
     goodput = overloaded.of().crops_per_s / CAPACITY
     rush = overloaded.of("rush")
     offered = rush.calls * BOXES / overloaded.seconds / CAPACITY
     say("overload", offered=offered, goodput=goodput, calls=rush.calls, answered=rush.answered, refused=rush.refused)
     assert offered > 2
-    assert rush.failed == {}
-    assert goodput >= form.pick(0.5, 0.9)
+    assert goodput >= 0.9
 
 
-def test_refusals_are_quick_and_say_when_to_come_back(overloaded: Seen, form: Form, say: Say) -> None:
+def test_what_overload_refuses_is_told_when_to_come_back_and_the_rest_is_answered(overloaded: Seen, say: Say) -> None:
+    rush = overloaded.of("rush")
+    say("under overload", calls=rush.calls, answered=rush.answered, refused=rush.refused, wrong=rush.wrong)
+    assert rush.refused > 0
+    assert rush.answered > 0
+    assert (rush.without_retry, rush.wrong, rush.unanswered, rush.failed) == (0, 0, 0, {})
+
+
+@TIMED
+def test_refusals_are_quick(overloaded: Seen, say: Say) -> None:
     rush = overloaded.of("rush")
     say("refusals", count=rush.refused, p50_ms=rush.refusal_p50, p99_ms=rush.refusal_p99, answered_p50_ms=rush.p50)
-    assert rush.refused > 10
-    assert rush.without_retry == 0
-    assert rush.refusal_p50 < form.pick(500, 50)
+    assert rush.refusal_p50 < 50
     # A refusal that waited in the queue would take as long as an answer.
     assert rush.refusal_p99 < rush.p50
 
 
 def test_the_queue_never_passes_its_bound(overloaded: Seen, say: Say) -> None:
     say("queue", looks=len(overloaded.queued), most=max(overloaded.queued), bound=BOUND)
-    assert len(overloaded.queued) > 5
     assert BOUND / 4 < max(overloaded.queued) <= BOUND
 
 
@@ -206,6 +214,10 @@ def test_clients_that_come_back_lose_nothing(overloaded: Seen, say: Say) -> None
     assert sum(one.tries for one in jobs) > len(jobs)
 
 
+OWN_WORK_MS = 25
+"""Of one call with one box: decoding, cutting, encoding and the way there and back, beside bulk work on two cores."""
+
+
 def test_an_interactive_call_passes_a_saturating_bulk_stream(
     form: Form, deck_folder: Path, tmp_path: Path, say: Say
 ) -> None:
@@ -218,10 +230,13 @@ def test_an_interactive_call_passes_a_saturating_bulk_stream(
     seen = under_load(tmp_path, deck_folder, plans, *settings, seconds=seconds)
     person, bulk = seen.of("interactive"), seen.of("batch")
     busy = bulk.crops_per_s / (size * 1000 / batch_ms)
-    say("priority", p50_ms=person.p50, p95_ms=person.p95, batch_ms=batch_ms, bulk_share=busy)
+    say("priority", calls=person.calls, p50_ms=person.p50, p95_ms=person.p95, batch_ms=batch_ms, bulk_share=busy)
     assert (person.wrong, bulk.wrong, person.failed) == (0, 0, {})
-    assert busy > form.pick(0.4, 0.8)
-    assert form.pick(person.p50, person.p95) <= 2 * batch_ms + form.pick(50, 25)
+    assert person.answered == person.calls > 0
+    assert bulk.answered > 0
+    if form.is_full:  # how many batches it waits for, whatever the speed: tests/server/test_turns.py
+        assert busy > 0.8
+        assert person.p95 <= 2 * batch_ms + OWN_WORK_MS
 
 
 def test_many_calls_leave_nothing_behind(form: Form, deck_folder: Path, tmp_path: Path, say: Say) -> None:

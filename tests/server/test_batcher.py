@@ -369,7 +369,64 @@ def test_an_interactive_request_waits_for_one_batch_of_a_saturating_bulk_job(key
     assert share.queue_s == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_bulk_job_that_waited_its_patience_goes_first() -> None:
+@pytest.mark.parametrize("keys", [("k", "k"), ("bulk", "screen")])
+@pytest.mark.parametrize("before_end_s", [0.999, 0.5, 0.001])
+def test_an_interactive_request_is_in_the_next_batch_however_long_bulk_work_has_waited(
+    keys: tuple[str, str], before_end_s: float
+) -> None:
+    runner = Runner(takes_s=1.0)
+
+    async def work() -> Shares:
+        batcher = sorted_batcher(runner, patience=2.0)  # 100 s of bulk work: nearly all of it waits longer
+        async with asyncio.TaskGroup() as group:
+            group.create_task(submit_as(batcher, Priority.BATCH, *["b"] * 400, key=keys[0]))
+            people = [
+                group.create_task(submit_as(batcher, Priority.INTERACTIVE, "i", key=keys[1], after_s=at - before_end_s))
+                for at in range(10, 60, 7)
+            ]
+        return [share for task in people for share in task.result()]
+
+    found = run_in_no_time(work())
+    assert [share.queue_s for share in found] == [approx(before_end_s)] * 8
+
+
+@pytest.mark.parametrize("keys", [("k", "k"), ("bulk", "screen")])
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_people_who_keep_the_device_busy_leave_a_quarter_of_it_to_bulk_work_that_waited(
+    size: int, keys: tuple[str, str]
+) -> None:
+    runner = Runner(takes_s=1.0)
+
+    async def person(batcher: Batcher[str, str, str]) -> None:
+        for _ in range(60):
+            await submit_as(batcher, Priority.INTERACTIVE, *["i"] * size, key=keys[1])
+
+    async def work() -> None:
+        batcher = sorted_batcher(runner, size=size, patience=2.0)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(submit_as(batcher, Priority.BATCH, *["b"] * 20 * size, key=keys[0]))
+            for _ in range(3):
+                group.create_task(person(batcher))
+
+    run_in_no_time(work())
+    begun = runner.batches[4:64]
+    assert sum(batch.count("b") for batch in begun) == pytest.approx(15 * size, abs=size)
+
+
+def test_without_patience_it_is_first_come_first_served() -> None:
+    runner = Runner(takes_s=1.0)
+
+    async def work() -> None:
+        batcher = sorted_batcher(runner, size=4, patience=0.0)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(submit_as(batcher, Priority.BATCH, *["b"] * 12))
+            group.create_task(submit_as(batcher, Priority.INTERACTIVE, "i", after_s=0.5))
+
+    run_in_no_time(work())
+    assert [batch.count("i") for batch in runner.batches] == [0, 0, 0, 1]
+
+
+def test_a_bulk_job_that_waited_its_patience_is_passed_by_three_more_and_no_further() -> None:
     runner = Runner(takes_s=1.0)
 
     async def work() -> None:
@@ -381,7 +438,8 @@ def test_a_bulk_job_that_waited_its_patience_goes_first() -> None:
                 group.create_task(submit_as(batcher, Priority.INTERACTIVE, f"i{i}", after_s=0.6 + i * 0.9))
 
     run_in_no_time(work())
-    assert [batch[0] for batch in runner.batches].index("bulk") == 5
+    # Its patience ends at 3.5 s, and i3 came before that; i4, i5 and i6 pass it.
+    assert [batch[0] for batch in runner.batches].index("bulk") == 8
 
 
 def test_batches_are_filled_up_with_bulk_work() -> None:
