@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mal_server import logs
+from mal_server.left_behind import leave
 from mal_train.errors import MalError
 from mal_train.threads import wait_passively
 
@@ -26,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     wait_passively()
+    exit_code = _exit_code(args)
+    return leave(exit_code) if args.command == "serve" else exit_code
+
+
+def _exit_code(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except ModuleNotFoundError as error:

@@ -8,9 +8,8 @@ from mal_server.codec import Checks, read_branch, write_model_ref
 from mal_server.config import ServerConfig
 from mal_server.loading import ModelInfo
 from mal_server.models import Entry
+from mal_server.plans import MAX_NAME_CHARS, NAME_RULE, is_name
 from mal_train.labeling.settings import Branch
-
-MAX_NAME_CHARS = 64
 
 
 def read_load(request: model_pb2.LoadModelRequest) -> Branch | None:
@@ -36,8 +35,8 @@ def check_model_name(name: str, checks: Checks) -> None:
     """Notes a name that no model can have."""
     if not name:
         checks.add("name", "missing")
-    elif "/" in name or not name.isprintable() or len(name) > MAX_NAME_CHARS:
-        checks.add("name", f"{name[:MAX_NAME_CHARS]!r}; at most {MAX_NAME_CHARS} printable characters without '/'")
+    elif not is_name(name):
+        checks.add("name", f"{name[:MAX_NAME_CHARS]!r}; {NAME_RULE}")
 
 
 def write_server_info(

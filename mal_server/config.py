@@ -8,7 +8,16 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mal_server.plans import NAME, DataFolder, GpuIds, ModelFolder, ModelPlan, ModelSetting, PrecisionName
+from mal_server.plans import (
+    DataFolder,
+    GpuIds,
+    ModelFolder,
+    ModelName,
+    ModelPlan,
+    ModelSetting,
+    PrecisionName,
+    name_from,
+)
 from mal_train.errors import ConfigError
 from mal_train.labeling.images import DEFAULT_LIMITS, ImageLimits
 from mal_train.labeling.settings import Branch
@@ -65,7 +74,7 @@ Scope = Literal["label", "evaluate", "admin"]
 class TokenSetting(Strict):
     """One client's token."""
 
-    name: str = Field(min_length=1, max_length=64, pattern=NAME)
+    name: ModelName
     token: str
     scopes: tuple[Scope, ...] = Field(min_length=1)
 
@@ -131,11 +140,10 @@ class ServerConfig(Strict):
         description="Opens the checkpoint: file:PATH or env:NAME of an age identity or a passphrase. null: it is not "
         "encrypted.",
     )
-    model_name: str | None = Field(
+    model_name: ModelName | None = Field(
         default=None,
-        min_length=1,
-        max_length=256,
-        description="The model's name in answers; null: the checkpoint's file name without its suffix.",
+        description="The model's name in answers: at most 64 letters, digits and characters of '._@-'. null: the "
+        "checkpoint's\nfile name without its suffix, with '-' for other characters.",
     )
     branch: Branch = Field(
         default=Branch.STUDENT,
@@ -312,7 +320,7 @@ class ServerConfig(Strict):
         if self.models:
             return tuple(map(self._plan, self.models))
         checkpoint = self.checkpoint or Path(BUILTIN)
-        return (self._plan_of(self.model_name or checkpoint.stem, checkpoint, self.decryption_key),)
+        return (self._plan_of(self.model_name or name_from(checkpoint), checkpoint, self.decryption_key),)
 
     def plan_from(self, folder: ModelFolder, checkpoint: Path, name: str, branch: Branch | None) -> ModelPlan:
         """What a file of a folder is loaded with; what the settings say of a model of this name holds for it too."""

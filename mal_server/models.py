@@ -20,6 +20,7 @@ from mal_server.batcher import Batcher
 from mal_server.config import ServerConfig
 from mal_server.cpu import CpuPool, Room
 from mal_server.errors import ModelRefused, NotReady, SelfTestFailed, UnknownModel
+from mal_server.left_behind import in_thread
 from mal_server.loading import Loaded, ModelInfo, free_memory
 from mal_server.metrics import Metrics
 from mal_server.pictures import Pictures
@@ -169,7 +170,7 @@ class Models:
     async def start(self) -> None:
         """Loads what the settings name; nothing answers before all of it does. Raises as `load` and `prove` do."""
         for plan in self._config.plans:
-            loaded = await asyncio.to_thread(self._load, plan)
+            loaded = await in_thread(partial(self._load, plan))
             self._serving[plan.name] = self._made(loaded)
             await self._prove(loaded)
         self._is_ready = True
@@ -306,7 +307,7 @@ class Models:
 
     async def _loaded(self, plan: ModelPlan) -> Serving:
         try:
-            loaded = await asyncio.to_thread(self._load, plan)
+            loaded = await in_thread(partial(self._load, plan))
             try:
                 await self._prove(loaded)
             except BaseException:  # the threads of what is not served must not stay

@@ -1,5 +1,6 @@
 """Which checkpoints the settings let the server load, and what loading one takes. Reads no file."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,12 +10,29 @@ from pydantic import Field
 from mal_train.labeling.settings import Branch
 from mal_train.strictyaml import Strict
 
+MAX_NAME_CHARS = 64
 NAME = r"^[\w.@-]+$"
 """Names that are safe in logs, paths and metric labels."""
 
-ModelName = Annotated[str, Field(min_length=1, max_length=64, pattern=NAME)]
+NAME_RULE = f"a name has 1 to {MAX_NAME_CHARS} letters, digits and characters of '._@-'"
+
+ModelName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS, pattern=NAME)]
 GpuIds = tuple[Annotated[int, Field(ge=0)], ...]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def is_name(text: str) -> bool:
+    """Whether a model may have this name."""
+    return len(text) <= MAX_NAME_CHARS and re.fullmatch(NAME[1:-1], text) is not None
+
+
+def name_from(checkpoint: Path) -> str:
+    """A model's name where the settings give none: the file's, without its suffix and with "-" for what names have not.
+
+    >>> name_from(Path("results/my model (2).malckpt"))
+    'my-model-2'
+    """
+    return re.sub(r"[^\w.@]+", "-", checkpoint.stem).strip("-")[:MAX_NAME_CHARS] or "model"
 
 
 class ModelSetting(Strict):

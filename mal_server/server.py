@@ -341,6 +341,10 @@ async def _watch_tokens(server: MalServer, config: ServerConfig, reread: Callabl
         except ConfigError as error:
             log.error("tokens not reloaded, those before go on: %s", error)
             continue
+        # This loop must live: without it a token that was withdrawn would count until a restart, and nobody would know.
+        except Exception:
+            log.exception("tokens not reloaded, those before go on; unexpected, and tried again the next time")
+            continue
         if changed or is_asked:
             log.info("tokens reloaded changed=%s", changed)
 

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def evaluate(
     limits = client.server_info().limits
     sha256 = hashlib.sha256(coco_json.read_bytes()).hexdigest()
     job = {"annotations_sha256": sha256, "images": str(images_dir), "options": repr(options)}
-    records = EvaluationRecords(resume, job)
-    run = _Run(coco, images_dir, options=options, worst_count=worst_count, limits=limits, records=records)
-    return _finished(client, run, on_progress)
+    with closing(EvaluationRecords(resume, job)) as records:
+        run = _Run(coco, images_dir, options=options, worst_count=worst_count, limits=limits, records=records)
+        return _finished(client, run, on_progress)
 
 
 def evaluate_on_server(
@@ -72,31 +73,26 @@ def evaluate_on_server(
 ) -> Evaluation:
     """See `Client.evaluate_on_server`."""
     job = {"on_server": [annotations, images], "options": repr(options)}
-    run = _ServerRun(annotations, images, options, worst_count, EvaluationRecords(resume, job))
-    return _finished(client, run, on_progress)
+    with closing(EvaluationRecords(resume, job)) as records:
+        return _finished(client, _ServerRun(annotations, images, options, worst_count, records), on_progress)
 
 
 def _finished(client: Link, run: _Pass, on_progress: OnProgress | None) -> Evaluation:
     """Streams until there is a result; what earlier streams measured is brought back in the next one."""
     tries = 0
-    try:
-        while True:
-            before = len(run.records)
-            tries += 1
-            pause_s = run.stream(client, on_progress, is_last=tries >= MAX_STARTS)
-            if run.result is not None:
-                found = run.evaluation(run.result)
-                run.records.clear()
-                return found
-            if len(run.records) > before:
-                tries = 0
-            if tries >= MAX_STARTS:
-                raise ServerFailed(
-                    f"{client.address}: ended the evaluation {tries} times without a result; see its log"
-                )
-            client.pause(pause_s)
-    finally:
-        run.records.close()
+    while True:
+        before = len(run.records)
+        tries += 1
+        pause_s = run.stream(client, on_progress, is_last=tries >= MAX_STARTS)
+        if run.result is not None:
+            found = run.evaluation(run.result)
+            run.records.clear()
+            return found
+        if len(run.records) > before:
+            tries = 0
+        if tries >= MAX_STARTS:
+            raise ServerFailed(f"{client.address}: ended the evaluation {tries} times without a result; see its log")
+        client.pause(pause_s)
 
 
 class _Pass(ABC):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from mal_client.ledger import locked
 from mal_train.errors import ConfigError, OutputError
 
 WHAT = "mal-client evaluation records"
@@ -20,12 +23,12 @@ class EvaluationRecords:
     """Records by image, and the token that they belong to.
 
     Args:
-        path: JSON lines, appended as records come; None = memory alone.
+        path: JSON lines, appended as records come, and held against other processes until `close`; None = memory alone.
         job: what is measured and how; a file of another job is refused.
 
     Raises:
         ConfigError: the file is of another job, or none of ours.
-        OutputError: it cannot be written.
+        OutputError: another process is at work on it, or it cannot be written.
     """
 
     def __init__(self, path: Path | None, job: dict[str, Any]) -> None:
@@ -33,9 +36,13 @@ class EvaluationRecords:
         self._path = path
         self._job = job
         self._records: dict[str, tuple[str, bytes]] = {}
-        self._file: BinaryIO | None = None
-        if path is not None and path.exists():
-            self._read(path)
+        self._file: int | None = None
+        if path is not None:
+            self._file = locked(path, "another evaluation keeps its records there; wait for it, or name another file")
+            with ExitStack() as unlock:
+                unlock.callback(self.close)
+                self._read(path)
+                unlock.pop_all()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -64,25 +71,27 @@ class EvaluationRecords:
         """Forgets everything: the server takes none of it back."""
         self.token = b""
         self._records.clear()
-        self.close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        if self._file is not None:
+            os.ftruncate(self._file, 0)
 
     def close(self) -> None:
-        """Closes the file and leaves it for a later run."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Ends the lock. A file with records stays for a later run, an empty one does not."""
+        if self._file is None:
+            return
+        if self._path is not None and os.fstat(self._file).st_size == 0:
+            self._path.unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = None
 
     def _append(self, row: dict[str, Any]) -> None:
-        if self._path is None:
+        if self._file is None:
             return
+        # A newline first: the last line of a run that was killed may be cut.
+        data = b"\n" + json.dumps(row).encode()
         try:
-            if self._file is None:
-                self._file = self._path.open("ab")
-            # A newline first: the last line of a run that was killed may be cut.
-            self._file.write(b"\n" + json.dumps(row).encode())
-            self._file.flush()
+            os.lseek(self._file, 0, os.SEEK_END)
+            while data:
+                data = data[os.write(self._file, data) :]
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be written: {error.strerror}") from error
 

@@ -53,7 +53,7 @@ class LedgerReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = _locked(path)
+        self._file = locked(path)
         first = next(_good_lines(self._file), None)
         if first is None or not isinstance(first[2], dict):
             os.close(self._file)
@@ -115,7 +115,7 @@ class Ledger:
         self._is_failed = bytearray(count)
         self._end = 0
         self.label_count = 0
-        self._file = _locked(path)
+        self._file = locked(path)
         with ExitStack() as unlock:
             unlock.callback(self.close)
             if restart:
@@ -198,8 +198,16 @@ class Ledger:
         self._end += written
 
 
-def _locked(path: Path) -> int:
-    """A descriptor of the file, which this process alone holds."""
+def locked(path: Path, held: str = "another run is writing this output; wait for it, or choose another output") -> int:
+    """A descriptor of the file, made when it is not there, which this process alone holds until it closes it.
+
+    Args:
+        path: the file.
+        held: what to say when another process holds it.
+
+    Raises:
+        OutputError: another process holds it, or it cannot be made or locked.
+    """
     while True:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -214,9 +222,7 @@ def _locked(path: Path) -> int:
                 return file
         except BlockingIOError:
             os.close(file)
-            raise OutputError(
-                f"{path}: another run is writing this output; wait for it, or choose another output"
-            ) from None
+            raise OutputError(f"{path}: {held}") from None
         except FileNotFoundError:
             pass
         except OSError as error:

@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from mal.v1 import model_pb2
 
 from mal_server import cli
+from mal_server.codec_model import read_load, read_unload
 from mal_server.config import ServerConfig, default_config, load_config
+from mal_server.errors import RequestRefused
 from mal_train.errors import ConfigError
+from mal_train.strictyaml import validate
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -101,3 +105,23 @@ def test_without_the_server_extra_the_command_prints_the_pip_line(tmp_path: Path
     assert done.returncode == 2
     assert "pip install 'mask-auto-labeler[server]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a/b", "two words", "x" * 65, "a\n", ""])
+def test_one_rule_says_what_a_model_may_be_called(name: str) -> None:
+    for settings in ({"model_name": name}, {"models": [{"name": name, "checkpoint": "a"}]}):
+        with pytest.raises(ConfigError, match="name"):
+            validate(ServerConfig, settings)
+    with pytest.raises(RequestRefused, match="name"):
+        read_load(model_pb2.LoadModelRequest(name=name))
+    with pytest.raises(RequestRefused, match="name"):
+        read_unload(model_pb2.UnloadModelRequest(name=name))
+
+
+def test_the_longest_name_is_taken_everywhere_and_one_made_of_a_files_name_is_one() -> None:
+    name = "Ä_1.@-" + "x" * 58
+    assert validate(ServerConfig, {"model_name": name}).plans[0].name == name
+    assert read_unload(model_pb2.UnloadModelRequest(name=name)) == name
+    made = validate(ServerConfig, {"checkpoint": f"results/my model (2) {'x' * 99}.malckpt"}).plans[0].name
+    assert made == ("my-model-2-" + "x" * 99)[:64]
+    assert read_unload(model_pb2.UnloadModelRequest(name=made)) == made

@@ -283,3 +283,42 @@ def test_a_lost_device_ends_the_server_at_once_and_every_call_with_unavailable(t
 
 async def drained(call: Any) -> int:
     return len([answer async for answer in call])
+
+
+@pytest.mark.parametrize("is_serving", [False, True], ids=["at-the-start", "by-LoadModel"])
+def test_a_checkpoint_that_is_still_being_read_does_not_hold_up_the_end(tmp_path: Path, is_serving: bool) -> None:
+    gate, reading, port_file = threading.Event(), threading.Event(), tmp_path / "address"
+    plans: list[ModelPlan] = []
+
+    def load(plan: ModelPlan) -> Loaded:
+        plans.append(plan)
+        if len(plans) > is_serving:
+            reading.set()
+            gate.wait()
+        return loaded(plan, BrightPredictor())
+
+    async def ask_for_another() -> grpc.StatusCode:
+        while not port_file.exists():
+            await asyncio.sleep(0.005)
+        async with grpc.aio.insecure_channel(port_file.read_text().strip()) as channel:
+            stub: Any = model_pb2_grpc.ModelServiceStub(channel)
+            code: grpc.StatusCode = await stub.LoadModel(model_pb2.LoadModelRequest(name="disc")).code()
+            return code
+
+    async def end() -> None:
+        await asyncio.to_thread(reading.wait)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    async def work() -> grpc.StatusCode | None:
+        asking = asyncio.create_task(ask_for_another()) if is_serving else None
+        ending = asyncio.create_task(end())
+        await serve(config_of(grace_s=0.1), port_file=port_file, load=load)
+        await ending
+        return None if asking is None else await asking
+
+    try:
+        # The gate is shut: if anything waited for the thread, this would not end.
+        code = asyncio.run(work())
+    finally:
+        gate.set()
+    assert code in ({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE} if is_serving else {None})

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from mal.v1 import evaluation_pb2, types_pb2
 from mal_client import cli
 from mal_client.client import Client
+from mal_client.evaluation_records import EvaluationRecords
 from PIL import Image
 
 from mal_server.batcher import Priority
@@ -295,14 +297,28 @@ def test_a_client_that_was_ended_goes_on_from_its_file(
         if progress.images_done == 4:
             raise Interrupted
 
+    predictor.batches.clear()  # those of the self-test
     whole = measured()
     with pytest.raises(Interrupted):
         measured(stop, kept)
     with kept.open("ab") as file:
         file.write(b'\n{"item": "cut')  # the process was killed while it wrote
-    before = crops_run(predictor)
     assert measured(resume=kept).to_dict() == whole.to_dict()
-    assert crops_run(predictor) - before <= 2 * 3
+    # The whole run, all that the ended one can have begun, and the two images of which no record had come.
+    assert crops_run(predictor) <= 6 * 3 + 6 * 3 + 2 * 3
+    assert not kept.exists()
+
+
+def test_two_evaluations_do_not_keep_their_records_in_one_file(
+    address: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept.jsonl"
+    line = ["evaluate", "--server", address, "--annotations", str(folder / "truth.json")]
+    line += ["--images", str(folder / "images"), "--resume", str(kept)]
+    with closing(EvaluationRecords(kept, {})):
+        assert cli.main(line) == 4
+    assert "another evaluation keeps its records there" in capsys.readouterr().err
+    assert cli.main(line) == 0
     assert not kept.exists()
 
 
@@ -317,9 +333,11 @@ def test_the_command_evaluates_on_the_server(address: str, tmp_path: Path, capsy
 def test_a_file_of_another_evaluation_is_not_taken(address: str, folder: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept.jsonl"
     header = {"what": "mal-client evaluation records", "job": {}, "token": ""}
-    kept.write_text(json.dumps(header))
     line = ["evaluate", "--server", address, "--annotations", str(folder / "truth.json")]
-    assert cli.main([*line, "--images", str(folder / "images"), "--resume", str(kept)]) == 2
+    for text in (json.dumps(header), "a file of somebody else's"):
+        kept.write_text(text)
+        assert cli.main([*line, "--images", str(folder / "images"), "--resume", str(kept)]) == 2
+        assert kept.read_text() == text
 
 
 def test_encoded_scenes_are_what_the_files_hold(folder: Path) -> None:

@@ -226,3 +226,41 @@ def test_sighup_takes_up_the_tokens_of_the_settings_and_names_what_needs_a_resta
     with caplog.at_level(logging.INFO, "mal_server.server"):
         assert asyncio.run(asyncio.wait_for(work(), 30)) == ["OK", "NO_TOKEN"]
     assert "need a restart: max_batch_size" in caplog.text
+
+
+def test_an_unexpected_error_of_a_reload_is_logged_and_the_next_one_works(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new, port_file = tmp_path / "old", tmp_path / "new", tmp_path / "address"
+    old.write_text(OLD)
+    new.write_text(NEW)
+    rereads: list[str] = []
+
+    def reread() -> Any:
+        rereads.append("asked")
+        if len(rereads) == 1:
+            raise RuntimeError("nobody thought of this")
+        return config_of(tokens=tokens_at(new))
+
+    async def client() -> str:
+        while not port_file.exists():
+            await asyncio.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGHUP)
+        while "nobody thought of this" not in caplog.text:
+            await asyncio.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGHUP)
+        while await let_in(port_file.read_text().strip(), NEW) != "OK":
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "renewed"
+
+    async def work() -> str:
+        task = asyncio.create_task(client())
+        predictor = BrightPredictor()
+        config = config_of(tokens=tokens_at(old))
+        await serve(config, port_file=port_file, load=lambda plan: loaded(plan, predictor), reread=reread)
+        return await task
+
+    with caplog.at_level(logging.ERROR, "mal_server.server"):
+        assert asyncio.run(asyncio.wait_for(work(), 60)) == "renewed"
+    assert "those before go on" in caplog.text
