@@ -36,9 +36,8 @@ def test_each_process_is_told_who_it_is(tmp_path: Path) -> None:
 
 
 def test_the_first_failure_is_the_code_and_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
-    began = time.monotonic()
-    assert run("sys.exit(2) if os.environ['RANK'] == '1' else time.sleep(60)") == 2
-    assert time.monotonic() - began < 20
+    # The other would wait for ever.
+    assert run("sys.exit(2) if os.environ['RANK'] == '1' else signal.pause()") == 2
     assert "process 1 of 2 ended with code 2; ending the others" in capfd.readouterr().err
 
 
@@ -47,11 +46,10 @@ def test_a_killed_process_is_named_and_one_that_hears_nothing_is_killed(capfd: p
 if os.environ['RANK'] == '0':
     os.kill(os.getpid(), signal.SIGKILL)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-time.sleep(60)
+while True:
+    signal.pause()
 """
-    began = time.monotonic()
     assert run(script, grace_s=0.5) == 137
-    assert time.monotonic() - began < 20
     assert "process 0 of 2 was killed by SIGKILL" in capfd.readouterr().err
 
 
@@ -68,7 +66,8 @@ def end(*_):
     sys.exit({code})
 signal.signal({int(number)}, end)
 open('{tmp_path}/' + os.environ['RANK'], 'w').close()
-time.sleep(60)
+while True:  # a pause would sleep through a signal that comes just before it
+    time.sleep(0.05)
 """
     parent = f"""
 import sys
@@ -76,11 +75,11 @@ from mal_train.launch import run_ranks
 sys.exit(run_ranks([], 2, program=(sys.executable, "-c", {child!r})))
 """
     with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT) as process:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 200
         while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(number)
-        assert process.wait(30) == code
+        assert process.wait(200) == code
 
 
 def test_children_are_told_when_the_parent_is_killed(tmp_path: Path) -> None:
@@ -93,7 +92,8 @@ def end(*_):
 signal.signal(signal.SIGTERM, end)
 tie_to_parent()
 open('{tmp_path}/began', 'w').close()
-time.sleep(60)
+while True:  # a pause would sleep through a signal that comes just before it
+    time.sleep(0.05)
 """
     parent = f"""
 import sys
@@ -102,7 +102,7 @@ run_ranks([], 1, program=(sys.executable, "-c", {child!r}))
 """
     with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT) as process:
         for name, then in (("began", process.kill), ("ended", process.wait)):
-            until = time.monotonic() + 60
+            until = time.monotonic() + 200
             while not (tmp_path / name).exists():
                 assert time.monotonic() < until
                 time.sleep(0.01)

@@ -5,7 +5,6 @@ import itertools
 import os
 import random
 import resource
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -183,11 +182,13 @@ def test_payload_of_wrong_structure_is_refused(
 @pytest.mark.parametrize(
     "work", [b"", b"0", b"01", b"+1", b"0x1", b"1 1", b"-1", b"a", b"21", b"22", b"63", b"999", b"1" * 30]
 )
-def test_odd_or_costly_work_factor_is_refused_before_any_work(tmp_path: Path, work: bytes) -> None:
+def test_odd_or_costly_work_factor_is_refused_before_any_work(
+    tmp_path: Path, work: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "f").write_bytes(age_by_hand.header(PASSPHRASE, work_factor=work) + age_by_hand.payload([b"x"]))
-    before = time.perf_counter()
+    # The library would pay for it, so it must not be asked.
+    monkeypatch.setattr(sealed, "pyrage", None)
     assert failure(tmp_path / "f", passphrase_key()) is WrongKey
-    assert time.perf_counter() - before < 0.5
 
 
 def test_costly_work_factor_does_not_reach_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def training_processes(overrides: Sequence[str], folder: Path, size: int = 2) ->
             rank.join()
 
 
-def exit_codes(ranks: Sequence[Rank], within_s: float = 120.0) -> list[int | None]:
+def exit_codes(ranks: Sequence[Rank], within_s: float = 240.0) -> list[int | None]:
     """How they ended, in order; None for one that still runs after the time."""
     until = time.monotonic() + within_s
     for rank in ranks:
@@ -68,7 +68,7 @@ def train_together(overrides: Sequence[str], folder: Path, size: int = 2) -> lis
         return exit_codes(ranks)
 
 
-def wait_for(condition: Callable[[], bool], within_s: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], within_s: float = 240.0) -> None:
     """Until it holds."""
     until = time.monotonic() + within_s
     while not condition():
