@@ -64,7 +64,7 @@ def test_one_of_three_servers_dies_behind_a_proxy_and_nothing_is_lost(
         settings = ("--batch-ms", "20", "max_batch_size=2")
         servers = [stack.enter_context(stand_in(tmp_path, *settings, name=f"s{i}")) for i in range(3)]
         address = stack.enter_context(proxied(proxy, tmp_path, servers))
-        plan = Plan(address, clients=8, seconds=3600.0, calls=form.pick(600, 6000), boxes=8, retries=True)
+        plan = Plan(address, clients=8, seconds=3600.0, calls=form.pick(600, 3000), boxes=8, retries=True)
         with loading([plan], deck_folder) as load:
             time.sleep(max(load.start_at - time.monotonic(), 0) + 1.0)
             servers[0].process.send_signal(signal.SIGKILL)

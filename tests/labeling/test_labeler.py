@@ -15,7 +15,7 @@ from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOpt
 from mal_train.labeling.rle import Rle
 from mal_train.labeling.settings import Branch, Compat, LabelerConfig, Manner, ScoreKind
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
-from mal_train.model.network import probabilities
+from mal_train.model.network import MalNetwork, ModelConfig, probabilities
 from tests.networks import spread_network
 from tests.reference import fixture
 
@@ -341,3 +341,43 @@ def test_no_boxes_give_no_labels() -> None:
 
 def test_auto_precision_keeps_the_published_digits_under_compat_tao() -> None:
     assert labeler(LabelerConfig(crop_size=64, compat=Compat.TAO), precision="auto").dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("precision", "threads", "side", "count"),
+    [
+        ("bfloat16", 1, 512, 4),
+        ("bfloat16", 2, 512, 4),
+        ("bfloat16", 8, 512, 16),
+        ("bfloat16", 2, 224, 20),
+        ("bfloat16", 2, 2048, 1),
+        ("float32", 8, 224, 1),
+    ],
+)
+def test_on_a_cpu_so_many_crops_share_a_pass(
+    precision: str, threads: int, side: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    labeler = Labeler(MalNetwork(ModelConfig("vit-micro/16")), LabelerConfig(crop_size=64), precision=precision)
+    assert labeler.crops_a_pass(side) == count
+
+
+def test_passes_give_every_crop_its_own_map_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    labeler = Labeler(MalNetwork(ModelConfig("vit-micro/16")), LabelerConfig(crop_size=64), precision="bfloat16")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    boxes = [(float(2 * i), float(i), 30.0, 30.0) for i in range(7)]
+    crops = [crop for crop in labeler.prepare(pixels, boxes) if isinstance(crop, Crop)]
+    passes, inner = list[int](), labeler._predict_batch
+
+    def counted(crops: Any, options: RunOptions) -> Any:
+        passes.append(len(crops))
+        return inner(crops, options)
+
+    monkeypatch.setattr(labeler, "_predict_batch", counted)
+    monkeypatch.setattr(labeler, "crops_a_pass", lambda side: 3)
+    found = labeler.predict(crops)
+    assert passes == [3, 3, 1]
+    for crop, one in zip(crops, found, strict=True):
+        (alone,) = labeler.predict([crop])
+        assert float(np.abs(one.prob - alone.prob).max()) < 0.02
