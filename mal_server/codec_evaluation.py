@@ -1,6 +1,6 @@
 """Evaluation messages to domain types and back; starts nothing. What they share with labelling stands in `codec`."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 
 from mal.v1 import evaluation_pb2, types_pb2
@@ -106,9 +106,14 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: Call) -
 
 
 async def read_records(
-    requests: AsyncIterator[evaluation_pb2.EvaluateRequest], options: EvaluateOptions
+    requests: AsyncIterator[evaluation_pb2.EvaluateRequest], options: EvaluateOptions, hold: Callable[[int], None]
 ) -> dict[str, bytes]:
     """The records that a caller brings for images of a data set on the server, by item id.
+
+    Args:
+        requests: the messages after the first.
+        options: the first one.
+        hold: told how many bytes more are held; may raise.
 
     Raises:
         RequestRefused: a message that holds none, one without a token in the options, or more than fits into memory.
@@ -120,8 +125,10 @@ async def read_records(
             raise RequestRefused([("image.record", "with a data set on the server, only records may follow")])
         if not options.resume_token:
             raise RequestRefused([("options.resume_token", "records were sent, and no token that they belong to")])
+        own = len(request.image.record) + len(request.image.item_id)
+        hold(own)
         found[request.image.item_id] = request.image.record
-        size += len(request.image.record) + len(request.image.item_id)
+        size += own
         if size > MAX_RECORDS_BYTES:
             raise RequestRefused([("image.record", f"more than {MAX_RECORDS_BYTES} bytes of records")])
     return found

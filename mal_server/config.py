@@ -237,6 +237,13 @@ class ServerConfig(Strict):
         "[] = none. Everybody who may label gets masks of every picture in them. Entries such as\n"
         "  - {name: photos, path: /srv/photos}",
     )
+    max_evaluation_bytes: int = Field(
+        default=4096 * MIB,
+        ge=MIB,
+        description="Memory that evaluations hold together for data sets read here (eight times the annotations' file) "
+        "and for records\nthat callers bring back. One that comes while others hold too much is refused (UNAVAILABLE); "
+        "one that is alone is taken.",
+    )
     resume_key: str | None = Field(
         default=None,
         repr=False,

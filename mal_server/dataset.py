@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-from mal_server.errors import RequestRefused
+from mal_server.errors import RequestRefused, TokenStale
 from mal_server.evaluation import REFUSED
 from mal_server.pictures import OnDisk
 from mal_server.pipeline import Job
@@ -16,6 +16,9 @@ from mal_train.labeling.geometry import Box
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """Of an annotation file; it is held in memory while its evaluation runs."""
+
+MEMORY_OF_A_BYTE = 8
+"""Memory that a file's rows take while it is read, for each byte of it: 6.1 with run lengths, 7.4 with polygons."""
 
 MakeJob = Callable[[OnDisk, tuple[int, int] | None, tuple[int, ...], tuple[Box, ...]], Job]
 """(picture, width and height, ids, boxes) → what labels them."""
@@ -40,6 +43,15 @@ class Dataset:
         """By the ids that the answer has: the file's own where all are integers, else places from 1."""
         ids = self._category_ids()
         return {ids[key]: name for key, name in self.coco.category_names.items()}
+
+    def check_records(self, records: Mapping[str, bytes]) -> None:
+        """Raises TokenStale where records are of images that the data set has not, or has no more."""
+        unknown = set(records) - {image.file_name for image, _ in by_image(self.coco)}
+        if unknown:
+            raise TokenStale(
+                f"the evaluation cannot go on: {len(unknown)} of {len(records)} records are of images that the data "
+                f"set on the server does not have with objects, such as {min(unknown)!r}; begin anew, without records"
+            )
 
     def truths(self, make_job: MakeJob, max_boxes: int, records: Mapping[str, bytes]) -> Iterator[Truth]:
         """The images that have objects, in the order of the file; `records` by file name."""
@@ -79,6 +91,16 @@ class Dataset:
         return {value: place for place, value in enumerate(ids, start=1)}
 
 
+def memory_of(folders: Roots, annotations: str) -> int:
+    """Bytes that a data set will take when it is read; for threads.
+
+    Raises:
+        RequestRefused: a path that is none, or a file that is too large.
+        NoSuchFile: nothing is there.
+    """
+    return MEMORY_OF_A_BYTE * _size_of(_annotations_path(folders, annotations))
+
+
 def read_dataset(folders: Roots, annotations: str, images: str) -> Dataset:
     """Reads the COCO file; for threads.
 
@@ -91,13 +113,10 @@ def read_dataset(folders: Roots, annotations: str, images: str) -> Dataset:
         RequestRefused: a path that is none, or a file that cannot be used as a whole.
         NoSuchFile: nothing is there.
     """
-    folder, _, below = annotations.partition("/")
-    path = folders.path(folder, below, "options.dataset.annotations")
+    path = _annotations_path(folders, annotations)
     image_folder, _, image_below = images.partition("/")
     folders.path(image_folder, image_below, "options.dataset.images")
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise RequestRefused([("options.dataset.annotations", f"{size} bytes; at most {MAX_FILE_BYTES}")])
+    _size_of(path)
     try:
         coco = read_coco(path)
     except BadDataset as error:
@@ -105,6 +124,18 @@ def read_dataset(folders: Roots, annotations: str, images: str) -> Dataset:
         text = str(error).replace(str(path), annotations)
         raise RequestRefused([("options.dataset.annotations", text)]) from None
     return Dataset(coco, image_folder, image_below)
+
+
+def _annotations_path(folders: Roots, annotations: str) -> Path:
+    folder, _, below = annotations.partition("/")
+    return folders.path(folder, below, "options.dataset.annotations")
+
+
+def _size_of(path: Path) -> int:
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise RequestRefused([("options.dataset.annotations", f"{size} bytes; at most {MAX_FILE_BYTES}")])
+    return size
 
 
 def _is_measured(row: Annotation) -> bool:

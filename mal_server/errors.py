@@ -9,7 +9,9 @@
     │       ├── UnknownModel  a name under which nothing is served
     │       ├── NoSuchFile    a folder or a file
     │       └── ImageNotCached  a picture that was sent before, or never
-    ├── NotReady              the model is not loaded yet
+    ├── ComeBack              the same call may succeed later
+    │   ├── NotReady          the model is not loaded yet
+    │   └── MemoryFull        other calls hold the memory that this one needs
     ├── NotNow                the request is well-formed and does not fit the state of the server
     │   ├── ModelRefused      a model could not be put into service or taken out of it; what was served goes on
     │   └── TokenStale        an evaluation cannot go on where it broke off
@@ -40,8 +42,24 @@ class NotAllowed(InputError):
     """A call whose caller is known and may not make it."""
 
 
-class NotReady(MalError):
-    """No model is loaded yet; the same call may succeed soon."""
+class ComeBack(MalError):
+    """The same call may succeed later. `reason` says in one word why not now, `retry_after_s` when to try again."""
+
+    reason = "NOT_NOW"
+    retry_after_s = 1.0
+
+
+class NotReady(ComeBack):
+    """No model is loaded yet."""
+
+    reason = "LOADING"
+
+
+class MemoryFull(ComeBack):
+    """Other calls hold the memory that this one needs, for minutes perhaps."""
+
+    reason = "MEMORY_FULL"
+    retry_after_s = 30.0
 
 
 class NotThere(InputError):

@@ -3,7 +3,7 @@
     UNAUTHENTICATED    UnknownCaller (reason NO_TOKEN)
     PERMISSION_DENIED  NotAllowed (reason MISSING_SCOPE)
     INVALID_ARGUMENT   RequestRefused (BadRequest: field paths) · BadImage (reason IMAGE_…) · BadBox (reason BAD_BOX)
-    UNAVAILABLE        NotReady · Overloaded; with RetryInfo and the trailer grpc-retry-pushback-ms
+    UNAVAILABLE        NotReady · Overloaded · MemoryFull; with RetryInfo and the trailer grpc-retry-pushback-ms
                        DeviceLost (reason DEVICE_LOST); with RetryInfo: the supervisor starts a new process
     NOT_FOUND          NotThere (reasons MODEL_NOT_FOUND, FILE_NOT_FOUND, …)
     FAILED_PRECONDITION  NotNow (reasons WRONG_KEY, SELF_TEST_FAILED, RESUME_TOKEN_STALE, …)
@@ -28,7 +28,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from mal_server.access import Access
 from mal_server.batcher import Expired, Overloaded
-from mal_server.errors import NotAllowed, NotNow, NotReady, NotThere, RequestRefused, UnknownCaller
+from mal_server.errors import ComeBack, NotAllowed, NotNow, NotThere, RequestRefused, UnknownCaller
 from mal_server.metrics import Metrics
 from mal_train.errors import BadBox, BadImage, DeviceLost, OutOfDeviceMemory
 
@@ -38,7 +38,6 @@ DOMAIN = "mal.v1"
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 ID_NOTE = "error id "
-LOADING_RETRY_S = 1.0
 RESTART_RETRY_S = 5.0
 ID_KEY = "x-request-id"
 MAX_ID_CHARS = 64
@@ -247,8 +246,8 @@ def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
             known = code_pb2.INVALID_ARGUMENT, (_info("BAD_BOX"),)
         case Overloaded(retry_after_s=seconds):
             known = code_pb2.UNAVAILABLE, (_info("QUEUE_FULL"), _retry(seconds))
-        case NotReady():
-            known = code_pb2.UNAVAILABLE, (_info("LOADING"), _retry(LOADING_RETRY_S))
+        case ComeBack(reason=reason, retry_after_s=seconds):
+            known = code_pb2.UNAVAILABLE, (_info(reason), _retry(seconds))
         case DeviceLost():
             known = code_pb2.UNAVAILABLE, (_info("DEVICE_LOST"), _retry(RESTART_RETRY_S))
         case NotThere(reason=reason):

@@ -13,8 +13,9 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_p
 
 from mal_server import codec, codec_evaluation, codec_model
 from mal_server.batcher import Priority
+from mal_server.budget import Budget, Share
 from mal_server.config import Limits, ServerConfig
-from mal_server.dataset import read_dataset
+from mal_server.dataset import memory_of, read_dataset
 from mal_server.errors import NoSuchFile, RequestRefused
 from mal_server.evaluation import Evaluation
 from mal_server.interceptors import reason_of, status_of
@@ -98,6 +99,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         self._limits = config.limits
         self._folders = folders
         self._resume_key = resume_key
+        self._memory = Budget(config.max_evaluation_bytes, "max_evaluation_bytes")
 
     async def Evaluate(
         self, request_iterator: AsyncIterator[evaluation_pb2.EvaluateRequest], context: Any
@@ -105,13 +107,13 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         """Progress after each image, then one result."""
         self._models.check_ready()
         first = await anext(request_iterator, evaluation_pb2.EvaluateRequest())
-        with Leases(self._models) as leases:
+        with Leases(self._models) as leases, self._memory.share() as memory:
             serving = leases.get(first.options.label.model)
             options = codec_evaluation.read_evaluate_options(first, _call(serving, Priority.BATCH, context))
             records = Records(self._resume_key, serving.info, options.run, options.answer)
             if options.resume_token:
                 records.check(options.resume_token)
-            options, truths = await self._truths(options, request_iterator)
+            options, truths = await self._truths(options, request_iterator, memory)
             run = Evaluation(serving.pipeline, serving.pool, options.category_names, records)
             window = self._limits.max_items_in_flight
             async with aclosing(answered(truths, run.label, window, in_order=True)) as outcomes:
@@ -125,12 +127,16 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             yield codec_evaluation.write_result(await run.report(), run, options, model)
 
     async def _truths(
-        self, options: codec_evaluation.EvaluateOptions, requests: AsyncIterator[evaluation_pb2.EvaluateRequest]
+        self,
+        options: codec_evaluation.EvaluateOptions,
+        requests: AsyncIterator[evaluation_pb2.EvaluateRequest],
+        memory: Share,
     ) -> tuple[codec_evaluation.EvaluateOptions, AsyncIterator[Truth]]:
         """The images: those that follow, or those of a data set here, whose names and number the options then have."""
         if options.dataset is None:
             return options, codec_evaluation.read_truths(requests, options, self._limits)
-        records = await codec_evaluation.read_records(requests, options)
+        records = await codec_evaluation.read_records(requests, options, memory.take)
+        memory.take(await asyncio.to_thread(memory_of, self._folders, options.dataset[0]))
         # Both in a thread: a file of a million rows takes seconds, in which everybody else is to be answered.
         names, truths = await asyncio.to_thread(self._read_dataset, options, options.dataset, records)
         return replace(options, category_names=names, images_total=len(truths)), _each(truths)
@@ -139,6 +145,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         self, options: codec_evaluation.EvaluateOptions, where: tuple[str, str], records: Mapping[str, bytes]
     ) -> tuple[Mapping[JsonId, str], list[Truth]]:
         data = read_dataset(self._folders, *where)
+        data.check_records(records)
         return data.category_names, list(data.truths(options.job, self._limits.max_boxes, records))
 
 

@@ -19,10 +19,11 @@ from mal_client.evaluation_records import EvaluationRecords
 from PIL import Image
 
 from mal_server.batcher import Priority
+from mal_server.budget import Budget
 from mal_server.codec import Call
 from mal_server.codec_evaluation import read_evaluate_options, read_records
 from mal_server.dataset import Dataset
-from mal_server.errors import RequestRefused
+from mal_server.errors import MemoryFull, RequestRefused
 from mal_train.labeling.settings import Branch
 from tests.client.test_against_server import served
 from tests.server.fakes import BrightPredictor, encoded, serving
@@ -217,6 +218,7 @@ def test_records_that_no_token_came_with_are_refused_at_the_first() -> None:
     options = read_evaluate_options(on_server(), Call(Branch.STUDENT, Priority.BATCH, math.inf))
     records = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(place), record=b"x")) for place in range(9)]
     read: list[Request] = []
+    held: list[int] = []
 
     async def messages() -> AsyncIterator[Request]:
         for record in records:
@@ -224,8 +226,65 @@ def test_records_that_no_token_came_with_are_refused_at_the_first() -> None:
             yield record
 
     with pytest.raises(RequestRefused, match=r"options\.resume_token"):
-        asyncio.run(read_records(messages(), options))
+        asyncio.run(read_records(messages(), options, held.append))
     assert len(read) == 1
+    assert not held
+
+
+def test_records_of_images_that_the_data_set_does_not_have_let_the_evaluation_begin_anew(folder: Path) -> None:
+    async def work() -> str:
+        async with serving(**data(folder)) as running:
+            progress, _ = await run(running, [on_server(want_records=True)])
+            records = [
+                Request(image=evaluation_pb2.EvaluateImage(item_id=p.item_id, record=p.record)) for p in progress
+            ]
+            (folder / "truth.json").write_text((folder / "truth.json").read_text().replace("2.png", "other.png"))
+            with pytest.raises(grpc.aio.AioRpcError, match=r"1 of 6 records .* '2\.png'") as raised:
+                await run(running, [on_server(resume_token=progress[0].resume_token), *records])
+            return reason_of(status_details(raised.value))
+
+    assert asyncio.run(work()) == "RESUME_TOKEN_STALE"
+
+
+def test_evaluations_share_the_memory_for_what_they_hold_and_the_next_one_is_told_to_come_back(folder: Path) -> None:
+    """The first one holds a data set; the second has no room beside it, and has it afterwards."""
+    gate = threading.Event()
+    text = (folder / "truth.json").read_text()
+    (folder / "truth.json").write_text(text + " " * (2**17 - len(text)))
+
+    async def work() -> tuple[str, bool, int]:
+        async with serving(BrightPredictor(gate=gate), max_evaluation_bytes=2**20, **data(folder)) as running:
+            first = asyncio.create_task(run(running, [on_server()]))
+            while not running.predictor.batches:
+                await asyncio.sleep(0.001)
+            with pytest.raises(grpc.aio.AioRpcError, match="max_evaluation_bytes") as raised:
+                await run(running, [on_server()])
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            trailers: Any = raised.value.trailing_metadata()
+            pushback = dict(trailers).get("grpc-retry-pushback-ms")
+            gate.set()
+            await first
+            _, again = await run(running, [on_server()])
+            return reason_of(status_details(raised.value)), bool(pushback), again.images
+
+    assert asyncio.run(work()) == ("MEMORY_FULL", True, 6)
+
+
+def test_records_that_are_brought_back_count_as_they_come() -> None:
+    budget = Budget(10, "max_evaluation_bytes")
+    options = read_evaluate_options(on_server(resume_token=b"t"), Call(Branch.STUDENT, Priority.BATCH, math.inf))
+    messages = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(at), record=b"123")) for at in range(4)]
+    with budget.share() as alone:
+        assert len(asyncio.run(read_records(each(messages), options, alone.take))) == 4  # 16 bytes, nobody else
+        with budget.share() as late, pytest.raises(MemoryFull, match="16 of 10 bytes"):
+            asyncio.run(read_records(each(messages), options, late.take))
+        assert budget.held == 16
+    with budget.share() as one, budget.share() as other:
+        one.take(4)
+        with pytest.raises(MemoryFull, match="needs 8"):
+            asyncio.run(read_records(each(messages), options, other.take))
+        assert budget.held == 8
+    assert budget.held == 0
 
 
 def test_a_large_data_set_is_sorted_out_beside_the_event_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
