@@ -6,7 +6,6 @@ for thread pools, `predict` belongs on the thread of its device; the object hold
 
 import contextlib
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ from mal_train.labeling.images import RgbImage
 from mal_train.labeling.overlaps import Claim, share_out
 from mal_train.labeling.parts import has_second_part, without_specks
 from mal_train.labeling.rle import Rle
+from mal_train.labeling.scoring import score_of
 from mal_train.labeling.settings import (
-    STABILITY_LOGITS,
     Branch,
     Compat,
     LabelerConfig,
-    ScoreKind,
     calibrated,
     network_branch,
     size_class,
@@ -265,7 +263,7 @@ class Labeler:
         """The label of a box that gets these of its claimed pixels (rows, columns of the claim's region)."""
         code = rle.encode_region(mask, claim.region.row0, claim.region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
-        score = self._score(claim, mask, min_component_area_px) if area else 0.0
+        score = score_of(self.config.score_kind, claim, mask, min_component_area_px) if area else 0.0
         if self.config.calibration is not None:
             score = calibrated(score, self.config.calibration)
         return Label(
@@ -276,19 +274,6 @@ class Labeler:
             agreement=agreement,
             flags=_flags(crop, mask, area, agreement),
         )
-
-    def _score(self, claim: Claim, mask: NDArray[np.bool_], min_component_area_px: int) -> float:
-        """Of a mask that is not empty, in (0, 1]; see `ScoreKind`."""
-        if self.config.score_kind is ScoreKind.STABILITY:
-            high, low = (_moved(claim.limit, logits) for logits in (STABILITY_LOGITS, -STABILITY_LOGITS))
-            kept = int(np.count_nonzero((claim.values > high) & mask))
-            # What the mask gave away to others, and specks with what surrounds them, are no doubt of its own.
-            wider = mask | (without_specks(claim.values > low, min_component_area_px) & ~claim.mask)
-            # One more of each: 0 is the score of the empty mask alone.
-            return (kept + 1) / (int(np.count_nonzero(wider)) + 1)
-        # NumPy, not OpenCV: its sum depends on where the array happens to lie in memory, in the last digit.
-        total = float(np.where(mask, claim.values, np.float32(0)).sum(dtype=np.float64))
-        return min(max(total / int(np.count_nonzero(mask)), 0.0), 1.0)
 
     def label(
         self,
@@ -410,16 +395,6 @@ def build_labeler(
     """A labeler with a checkpoint's weights; on the CPU they are those of the checkpoint itself, not a copy."""
     network = MalNetwork.of(checkpoint.model, checkpoint.weights)
     return Labeler(network, checkpoint.labeler, device=device, precision=precision)
-
-
-def _moved(probability: float, logits: float) -> float:
-    """The probability whose logit is larger by that much.
-
-    >>> round(_moved(0.5, 2.0), 4)
-    0.8808
-    """
-    odds = probability / (1.0 - probability) * math.exp(logits)
-    return odds / (1.0 + odds)
 
 
 def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | None) -> tuple[str, ...]:
