@@ -41,11 +41,16 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     """The verb and its arguments."""
-    export = add_verb(commands, "export", "write the masks of a labelled COCO file as labelme or YOLO files")
+    export = add_verb(commands, "export", "write the masks of a labelled COCO file for labelme, YOLO or FiftyOne")
     export.set_defaults(run=_export)
-    export.add_argument("--to", choices=["labelme", "yolo-seg"], required=True, help="the format")
+    export.add_argument("--to", choices=["labelme", "yolo-seg", "fiftyone"], required=True, help="the format")
     export.add_argument("--annotations", type=Path, required=True, metavar="MASKS.json", help="a labelled COCO file")
-    export.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder that its file names start at")
+    export.add_argument(
+        "--images",
+        required=True,
+        metavar="DIR",
+        help="folder that its file names start at; for labelme also a quoted pattern, as mal-client label takes it",
+    )
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the files go")
     export.add_argument(
         "--polygon-tolerance",
@@ -94,17 +99,24 @@ def _converted(arguments: argparse.Namespace) -> Converted:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from mal_client.formats.labelme import Shape, write_labelme  # noqa: PLC0415 - as above
+    from mal_client.formats.fiftyone_coco import write_fiftyone  # noqa: PLC0415 - as above
+    from mal_client.formats.labelme import Shape, write_labelme  # noqa: PLC0415
     from mal_client.formats.masks import MaskFile  # noqa: PLC0415
     from mal_client.formats.yolo_seg import write_yolo  # noqa: PLC0415
+    from mal_client.image_files import ImageFiles  # noqa: PLC0415
 
     if not arguments.polygon_tolerance >= 0:
         raise ConfigError(f"--polygon-tolerance {arguments.polygon_tolerance}: it must be 0 px or more")
+    pictures = ImageFiles(arguments.images)
+    if arguments.to != "labelme" and not pictures.is_folder:
+        raise ConfigError(f"--images {arguments.images}: {arguments.to} finds pictures by their folder; give that")
     masks = MaskFile(arguments.annotations, arguments.polygon_tolerance)
     if arguments.to == "labelme":
-        write_labelme(masks, arguments.images, arguments.output, Shape(arguments.shape))
+        write_labelme(masks, pictures, arguments.output, Shape(arguments.shape))
+    elif arguments.to == "fiftyone":
+        write_fiftyone(masks, arguments.output)
     else:
-        write_yolo(masks, arguments.images, arguments.output)
+        write_yolo(masks, Path(arguments.images), arguments.output)
     export = masks.export
     crowds = f", {export.crowds} crowd regions left out" if export.crowds else ""
     print(f"{arguments.output}: {export.written} masks{crowds}, {len(export.faults)} failed")

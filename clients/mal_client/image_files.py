@@ -47,6 +47,11 @@ class ImageFiles:
         if not self._by_name:
             raise BadDataset(f"{where}: no file fits this pattern; quote it, so that the shell leaves it alone")
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder was given, and no pattern."""
+        return self._folder is not None
+
     def path(self, file_name: str) -> Path:
         """The file of a row, which may not exist where a folder was given.
 

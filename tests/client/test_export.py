@@ -21,7 +21,7 @@ from PIL import Image
 
 from mal_train.labeling.encodings import to_polygons
 from mal_train.labeling.polygons import bridged, fill
-from mal_train.labeling.rle import Rle, encode_mask, iou
+from mal_train.labeling.rle import Rle, decode_mask, encode_mask, iou
 from tests.client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
 from tests.client.test_forms import ring
 
@@ -216,6 +216,64 @@ for one in annotations[1]:
     })
 print(json.dumps(found))
 """
+
+
+def test_fiftyones_file_has_the_masks_with_their_tight_boxes_and_what_was_asked(labelled: Dataset) -> None:
+    asked = [float(v) for v in labelled.coco["annotations"][0]["bbox"]]
+    found = json.loads((export(labelled, "fiftyone") / "labels.json").read_text())
+    assert [image["file_name"] for image in found["images"]] == [row["file_name"] for row in labelled.coco["images"]]
+    first = found["annotations"][0]
+    assert (first["id"], first["annotation_id"], first["score"], first["flags"]) == (1, 100, 0.75, ["MULTI_PART"])
+    assert first["prompt_box"] == asked
+    rows, columns = np.nonzero(ring())
+    left, top = columns.min(), rows.min()
+    assert first["bbox"] == [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
+    assert (decode_mask(Rle.from_coco(first["segmentation"])) == ring()).all()
+    names = {row["id"]: row["name"] for row in found["categories"]}
+    assert names == {1: "ant", 2: "cup: large"}
+    assert [names[row["category_id"]] for row in found["annotations"]] == ["cup: large"] * 3
+
+
+@pytest.mark.slow
+def test_fiftyones_own_reader_takes_the_exported_file_exactly(labelled: Dataset) -> None:
+    # A box that FiftyOne rounds to other pixels than those of the mask.
+    labelled.coco["annotations"][0]["bbox"] = [3.6, 2.6, 9.7, 9.7]
+    labelled.save()
+    first, second = in_tool("fiftyone", FIFTYONE, export(labelled, "fiftyone") / "labels.json")
+    assert (first["label"], first["score"], first["flags"]) == ("cup: large", 0.75, ["MULTI_PART"])
+    square = np.zeros((HEIGHT, WIDTH), bool)
+    square[4:9, 20:30] = True
+    for read, expected in ((first, ring()), (second, square)):
+        frame = np.zeros((HEIGHT, WIDTH), bool)
+        x, y = (round(value * side) for value, side in zip(read["box"][:2], (WIDTH, HEIGHT), strict=True))
+        mask = np.array(read["mask"], bool)
+        frame[y : y + mask.shape[0], x : x + mask.shape[1]] = mask
+        np.testing.assert_array_equal(frame, expected)
+
+
+@pytest.mark.parametrize("form", ["yolo-seg", "fiftyone"])
+def test_a_pattern_of_pictures_is_refused_where_the_format_knows_folders_alone(
+    labelled: Dataset, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--annotations", str(labelled.json_path), "--images", str(labelled.images_dir / "*.png")]
+    assert main(["export", "--to", form, *given, "--output", str(labelled.folder / form)]) == 2
+    assert "finds pictures by their folder" in capsys.readouterr().err
+
+
+def test_labelme_finds_pictures_by_a_pattern_and_tells_those_that_it_lacks(
+    labelled: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = labelled.folder / "deep" / "er"
+    deep.mkdir(parents=True)
+    (labelled.images_dir / "picture_0.png").rename(deep / "picture_0.png")
+    given = ["--annotations", str(labelled.json_path), "--images", str(labelled.folder / "deep" / "**" / "*.png")]
+    target = labelled.folder / "labelme"
+    assert main(["export", "--to", "labelme", *given, "--output", str(target)]) == 3
+    content = json.loads((target / "picture_0.json").read_text())
+    assert (target / content["imagePath"]).resolve() == deep / "picture_0.png"
+    assert [path.name for path in target.iterdir()] == ["picture_0.json"]
+    told = capsys.readouterr()
+    assert "picture_1.png: no file that the pattern finds ends in it" in told.err
 
 
 @pytest.mark.slow

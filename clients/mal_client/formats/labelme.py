@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mal_client.formats.masks import LabelFiles, MaskFile, MaskRow, write_bytes
+from mal_client.image_files import ImageFiles
+from mal_train.errors import BadImage
 from mal_train.labeling.encodings import to_png
 from mal_train.labeling.polygons import bridged
 
@@ -27,7 +29,7 @@ class Shape(StrEnum):
     """The pixels themselves."""
 
 
-def write_labelme(masks: MaskFile, images_dir: Path, folder: Path, shape: Shape = Shape.POLYGON) -> None:
+def write_labelme(masks: MaskFile, pictures: ImageFiles, folder: Path, shape: Shape = Shape.POLYGON) -> None:
     """Writes `folder/NAME.json` for each picture `NAME.jpg`, those without objects included.
 
     Our flags become flags of the shape, the score its description.
@@ -40,11 +42,16 @@ def write_labelme(masks: MaskFile, images_dir: Path, folder: Path, shape: Shape 
         path = files.path(image, rows)
         if path is None:
             continue
+        try:
+            picture = pictures.path(image.file_name)
+        except BadImage as fault:
+            files.leave_out(image, rows, fault.reason, str(fault))
+            continue
         content: dict[str, Any] = {
             "version": VERSION,
             "flags": {},
             "shapes": [one for group, row in enumerate(rows, start=1) for one in _shapes(row, group, shape)],
-            "imagePath": os.path.relpath(images_dir / image.file_name, path.parent),
+            "imagePath": os.path.relpath(picture, path.parent),
             "imageData": None,
             "imageHeight": image.height,
             "imageWidth": image.width,

@@ -126,19 +126,22 @@ class LabelFiles:
         """The file for a picture's labels; None when they cannot be written, so that `rows` count as left out."""
         name = PurePosixPath(image.file_name)
         if name.is_absolute() or ".." in name.parts or not name.name:
-            self._leave_out(image, rows, "NAME_OUTSIDE", f"its labels would not lie below {self._folder}")
+            self.leave_out(image, rows, "NAME_OUTSIDE", f"its labels would not lie below {self._folder}")
             return None
         below = name.with_suffix(self._suffix)
         if below in self._taken:
             text = f"its labels would have the same name as those of {self._taken[below]}; rename one"
-            self._leave_out(image, rows, "NAME_TAKEN", text)
+            self.leave_out(image, rows, "NAME_TAKEN", text)
             return None
         self._taken[below] = image.file_name
         return self._folder / below
 
-    def _leave_out(self, image: ImageInfo, rows: Sequence[MaskRow], reason: str, text: str) -> None:
+    def leave_out(self, image: ImageInfo, rows: Sequence[MaskRow], reason: str, text: str) -> None:
+        """Counts the rows of a picture, for whose labels there is no file, as left out."""
         self._export.written -= len(rows)
-        self._export.faults.append(Fault(image.file_name, reason, f"{image.file_name}: {text}"))
+        self._export.faults.append(
+            Fault(image.file_name, reason, f"{image.file_name}: {text.removeprefix(f'{image.file_name}: ')}")
+        )
 
 
 def write_bytes(path: Path, content: bytes) -> None:
