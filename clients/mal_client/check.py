@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 EXAMPLES: Final = 10
 """Sentences that are kept for each kind of finding; all are counted."""
 
+NO_FAULT: Final = "no fault found"
+
 SMALL_SIDE_PX: Final = 2.0
 _IMAGES_AT_ONCE: Final = 64
 _COMMON_SIZES: Final = 12
@@ -132,6 +134,8 @@ class CheckReport:
     def lines(self) -> list[str]:
         """For a terminal: a line for each kind of finding, with its first example."""
         head = f"{self.file}: {self.images} images, {self.annotations} annotations"
+        if not self.findings:
+            return [f"{head}; {NO_FAULT}"]
         return [head] + [
             f"{finding.level:<8}{finding.count:>8}  {kind:<24}{finding.examples[0]}"
             for kind, finding in self.sorted_findings()
@@ -147,7 +151,7 @@ class CheckReport:
         return [
             section(
                 "Findings",
-                table(["level", "what", "count", "meaning"], found),
+                table(["level", "what", "count", "meaning"], found) if found else f"<p>{NO_FAULT}</p>",
                 f"{self.images} images, {self.annotations} annotations.",
             ),
             section(
@@ -160,7 +164,11 @@ class CheckReport:
                 ),
                 "The side of a box is the square root of its area inside the image.",
             ),
-            section("Examples", table(["what", "where"], examples), f"At most {EXAMPLES} of each kind."),
+            *(
+                [section("Examples", table(["what", "where"], examples), f"At most {EXAMPLES} of each kind.")]
+                if examples
+                else []
+            ),
         ]
 
 

@@ -32,7 +32,7 @@ def _check(arguments: argparse.Namespace) -> int:
     # Imported here, as below: what only this verb needs, the others do not wait for.
     from mal_client.check import Level, check_dataset  # noqa: PLC0415
 
-    with ProgressDisplay("check") as display:
+    with ProgressDisplay("check", counts_boxes=False) as display:
         report = check_dataset(
             arguments.annotations,
             arguments.images,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.arguments import SOME_FAILED, Commands, add_verb
+from mal_client.arguments import SOME_FAILED, Commands, add_data, add_verb
 from mal_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,13 +44,7 @@ def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     export = add_verb(commands, "export", "write the masks of a labelled COCO file for labelme, YOLO or FiftyOne")
     export.set_defaults(run=_export)
     export.add_argument("--to", choices=["labelme", "yolo-seg", "fiftyone"], required=True, help="the format")
-    export.add_argument("--annotations", type=Path, required=True, metavar="MASKS.json", help="a labelled COCO file")
-    export.add_argument(
-        "--images",
-        required=True,
-        metavar="DIR",
-        help="folder that its file names start at; for labelme also a quoted pattern, as mal-client label takes it",
-    )
+    add_data(export)
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the files go")
     export.add_argument(
         "--polygon-tolerance",
@@ -109,7 +103,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--polygon-tolerance {arguments.polygon_tolerance}: it must be 0 px or more")
     pictures = ImageFiles(arguments.images)
     if arguments.to != "labelme" and not pictures.is_folder:
-        raise ConfigError(f"--images {arguments.images}: {arguments.to} finds pictures by their folder; give that")
+        raise ConfigError(f"--image-glob: {arguments.to} finds pictures by their folder; give that with --images")
     masks = MaskFile(arguments.annotations, arguments.polygon_tolerance)
     if arguments.to == "labelme":
         write_labelme(masks, pictures, arguments.output, Shape(arguments.shape))

@@ -127,7 +127,8 @@ def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) 
     refused = RequestRefused(f"{address}: request refused: {text}{fields}", details.reason, details.violations)
     known: dict[grpc.StatusCode, MalError] = {
         grpc.StatusCode.UNAVAILABLE: ServerUnavailable(
-            f"{address}: the server is unavailable ({text}); check the address and that mal-server runs there"
+            f"{address}: the server is unavailable ({text}); check the address, that mal-server runs "
+            "there, and that both or neither use TLS"
         ),
         grpc.StatusCode.DEADLINE_EXCEEDED: CallTimedOut(
             f"{address}: no complete answer within {within}; check the address, or allow more time"

@@ -24,10 +24,19 @@ class ProgressDisplay:
         what: the job in a word, for example "label".
         stream: where to write; the bar appears when it is a terminal.
         clock: monotonic seconds.
+        counts_boxes: False for a job on images alone.
     """
 
-    def __init__(self, what: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        what: str,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        counts_boxes: bool = True,
+    ) -> None:
         self._what = what
+        self._counts_boxes = counts_boxes
         # A job whose stderr was closed (`2>&-`) has none at all.
         self._stream = stream or sys.stderr or io.StringIO()
         self._clock = clock
@@ -70,15 +79,17 @@ class ProgressDisplay:
                 unit="image",
                 file=self._stream,
             )
-        self._bar.set_postfix_str(_boxes(progress), refresh=False)
+        if self._counts_boxes:
+            self._bar.set_postfix_str(_boxes(progress), refresh=False)
         self._bar.update(progress.images_done - self._bar.n)
 
     def _line(self, progress: Progress) -> str:
         passed_s = max(1e-9, self._clock() - self._started)
         rate = (progress.images_done - (self._begun_with or 0)) / passed_s
         left_s = (progress.images_total - progress.images_done) / rate if rate > 0 else 0.0
+        boxes = f" {_boxes(progress)}," if self._counts_boxes else ""
         return (
-            f"{self._what}: {progress.images_done}/{progress.images_total} images, {_boxes(progress)}, "
+            f"{self._what}: {progress.images_done}/{progress.images_total} images,{boxes} "
             f"{rate:.1f} images/s, {left_s:.0f} s left"
         )
 

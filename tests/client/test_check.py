@@ -1,6 +1,7 @@
 """Claims about the report on a data set."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -183,3 +184,18 @@ def test_pictures_that_no_row_names_are_listed_in_folders_and_patterns(dataset: 
     pattern = f"{dataset.images_dir}/**/*"
     report = check_dataset(dataset.json_path, pattern)
     assert report.findings["FILE_NOT_LISTED"].examples == [f"{dataset.images_dir}/deep/more.JPG"]
+
+
+def test_a_set_without_faults_is_said_to_be_so_and_its_page_has_no_empty_table(tmp_path: Path) -> None:
+    report = checked(make_dataset(tmp_path))
+    assert report.lines()[-1].endswith("6 annotations; no fault found")
+    page = "".join(report.sections())
+    assert "no fault found" in page
+    assert "Examples" not in page
+    assert "meaning" not in page
+
+
+def test_the_progress_of_a_check_counts_no_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = make_dataset(tmp_path)
+    assert main(["check", "--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]) == 0
+    assert re.search(r"^check: 3/3 images, [0-9.]+ images/s", capsys.readouterr().err, re.MULTILINE)

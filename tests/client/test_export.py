@@ -255,7 +255,7 @@ def test_fiftyones_own_reader_takes_the_exported_file_exactly(labelled: Dataset)
 def test_a_pattern_of_pictures_is_refused_where_the_format_knows_folders_alone(
     labelled: Dataset, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--annotations", str(labelled.json_path), "--images", str(labelled.images_dir / "*.png")]
+    given = ["--annotations", str(labelled.json_path), "--image-glob", str(labelled.images_dir / "*.png")]
     assert main(["export", "--to", form, *given, "--output", str(labelled.folder / form)]) == 2
     assert "finds pictures by their folder" in capsys.readouterr().err
 
@@ -266,7 +266,7 @@ def test_labelme_finds_pictures_by_a_pattern_and_tells_those_that_it_lacks(
     deep = labelled.folder / "deep" / "er"
     deep.mkdir(parents=True)
     (labelled.images_dir / "picture_0.png").rename(deep / "picture_0.png")
-    given = ["--annotations", str(labelled.json_path), "--images", str(labelled.folder / "deep" / "**" / "*.png")]
+    given = ["--annotations", str(labelled.json_path), "--image-glob", str(labelled.folder / "deep" / "**" / "*.png")]
     target = labelled.folder / "labelme"
     assert main(["export", "--to", "labelme", *given, "--output", str(target)]) == 3
     content = json.loads((target / "picture_0.json").read_text())
