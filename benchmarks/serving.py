@@ -43,6 +43,8 @@ from mal_train.threads import wait_passively
 
 BOXES = 8
 CLIENTS = 32
+LOOK_S = 0.1
+"""Between looks at the server's figures; each look costs it milliseconds of CPU time, which count as its work."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,16 @@ def served(server: ModelServer, deck_folder: Path, seconds: float, warm_s: float
             clients = sum(cpu_of(process.pid) for process in load.processes)
             return server.crops(), time.perf_counter(), server.cpu_s(), clients
 
-        before, first = now(), server.crops()
+        def wait_for_batch_end() -> None:
+            reached = server.crops()
+            while server.crops() == reached:
+                time.sleep(LOOK_S)
+
         # From batch end to batch end: a batch may take as long as the whole measurement.
-        while server.crops() == first:
-            time.sleep(0.005)
+        wait_for_batch_end()
         before = now()
         time.sleep(seconds)
-        reached = server.crops()
-        while server.crops() == reached:
-            time.sleep(0.005)
+        wait_for_batch_end()
         after = now()
         for process in load.processes:
             process.kill()
