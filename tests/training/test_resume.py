@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mal_train.model.checkpoint import load_checkpoint
+from mal_train.model.checkpoint import load_checkpoint, sha256_of
 from mal_train.screen import Screen
 from mal_train.tasks.train import train
 from mal_train.training.checkpoints import LATEST
@@ -118,3 +118,17 @@ def test_steps_between_checkpoints_count_over_epochs(tmp_path: Path) -> None:
         "model_epoch_002_step_00008.malckpt",
         "model_epoch_002_step_00009.malckpt",
     ]
+
+
+def test_a_run_that_goes_on_still_tells_what_it_started_from(tmp_path: Path) -> None:
+    scenes = {"train": write_scenes(tmp_path / "train", images=2, masks=False, seed=1)}
+    by_step = ("train.checkpoint_interval=1", "train.checkpoint_interval_unit=step")
+    donor = train(spec_of(scenes, tmp_path / "donor", "train.num_epochs=1"), Screen.silent()).checkpoint
+    start = f"train.pretrained_model_path='{donor}'"
+    train(spec_of(scenes, tmp_path / "whole", "train.num_epochs=2", *by_step, start), Screen.silent())
+    (file,) = (tmp_path / "whole" / "train").glob("model_*_step_00001.malckpt")
+    resume = f"train.resume_training_checkpoint_path='{file}'"
+    rest = train(spec_of(scenes, tmp_path / "rest", "train.num_epochs=2", resume), Screen.silent()).checkpoint
+    told = load_checkpoint(rest, None).provenance
+    assert (told["starting_weights"], told["steps"]) == (donor.name, 2)
+    assert [(step["starting_weights"], step["sha256"]) for step in told["lineage"]] == [("random", sha256_of(donor))]
