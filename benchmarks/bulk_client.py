@@ -3,7 +3,7 @@
 The file names the same few small pictures over and over, eight boxes each; the server answers every box with itself as
 mask, so that what is measured is the client. A second run is killed half way and taken up, to measure how long it takes
 until it labels again. Fails when peak memory exceeds 1.5 GB or taking up exceeds 30 s.
-Usage: python benchmarks/bulk_client.py [--boxes N] [--json]
+Usage: python -m benchmarks.bulk_client [--boxes N] [--json]; docs/results.md has the run with --boxes 1000000.
 """
 
 import argparse
