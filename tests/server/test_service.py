@@ -103,7 +103,7 @@ def test_an_answer_says_which_weights_made_it_and_where_the_time_went() -> None:
     assert (answer.model.name, answer.model.branch) == ("disc", types_pb2.BRANCH_TEACHER)
     assert len(answer.model.checkpoint_sha256) == 64
     assert answer.timing.batch_size == 1
-    assert 20 <= answer.timing.infer.ToMilliseconds() < 2000
+    assert answer.timing.infer.ToMilliseconds() >= 20
     assert answer.timing.decode.ToMicroseconds() > 0
     assert answer.timing.finish.ToMicroseconds() > 0
 
@@ -371,7 +371,7 @@ def test_a_full_queue_is_unavailable_with_the_time_to_come_back() -> None:
         while not running.predictor.batches:
             await asyncio.sleep(0.001)
         second = asyncio.create_task(label(running, label_request(*[DISC_BOX] * 5)))
-        await asyncio.sleep(0.05)
+        await until(lambda: waiting(running) == 5)
         try:
             await label(running, label_request(DISC_BOX))
         finally:
@@ -457,11 +457,11 @@ def test_a_client_that_leaves_does_not_stall_the_others() -> None:
             await asyncio.sleep(0.001)
         queued = [running.labeling.LabelImage(label_request(*[DISC_BOX] * 3)) for _ in range(10)]
         readers = [asyncio.create_task(call.read()) for call in queued]
-        await asyncio.sleep(0.1)
+        await until(lambda: waiting(running) == 30)
         for call in (leaving, *queued):
             call.cancel()
         await asyncio.gather(reader, *readers, return_exceptions=True)
-        await asyncio.sleep(0.1)
+        await until(lambda: waiting(running) == 0)
         gate.set()
         return await label(running, label_request(DISC_BOX))
 
@@ -481,7 +481,7 @@ def test_a_call_past_its_deadline_is_dropped() -> None:
         call = running.labeling.LabelImage(label_request(*[DISC_BOX] * 3), timeout=0.1)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await call.read()
-        await asyncio.sleep(0.1)
+        await until(lambda: waiting(running) == 0)
         gate.set()
         await first
         await label(running, label_request(DISC_BOX))
