@@ -96,6 +96,7 @@ class Manner:
         shared_out: contested pixels go to one of their boxes.
         threshold: the one for all sizes instead of the checkpoint's; None for these.
         min_component_area_px: smaller parts are taken out of masks.
+        refined_edges: edges are moved to where the colours change.
     """
 
     branch: Branch = Branch.STUDENT
@@ -104,6 +105,7 @@ class Manner:
     shared_out: bool = False
     threshold: float | None = None
     min_component_area_px: int = 0
+    refined_edges: bool = False
 
     def beside(self, fitted_with_flip: bool) -> list[str]:
         """What of it is otherwise than in the answers that a calibration was fitted to, in words."""
@@ -115,6 +117,7 @@ class Manner:
             "contested pixels shared out": self.shared_out,
             f"threshold {self.threshold}": self.threshold is not None,
             f"parts under {self.min_component_area_px} px left out": self.min_component_area_px > 0,
+            "edges moved to the colours": self.refined_edges,
         }
         return [words for words, does in differs.items() if does]
 

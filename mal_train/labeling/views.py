@@ -17,9 +17,11 @@ import numpy as np
 from mal_train.errors import ConfigError
 from mal_train.labeling.bulk import Failure, Row, label_boxes
 from mal_train.labeling.coco import Annotation
+from mal_train.labeling.edges import refine_edges
+from mal_train.labeling.geometry import box_mask_in_window
 from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions
 from mal_train.labeling.overlaps import Claim, logits, share_out
-from mal_train.labeling.settings import Compat
+from mal_train.labeling.settings import Compat, size_class
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class Passes:
         options: branch, mirror image, agreement (agreement is not asked for here).
         margins: a pass for each, with this growth of the box, and their logits averaged; (): one with the checkpoint's.
         share_out: whether a pixel that several instances claim goes to one of them (`overlaps.share_out`).
+        refine_edges: whether edges are moved to where the colours change (`edges.refine_edges`), in each pass.
     """
 
     options: RunOptions = dataclasses.field(default_factory=RunOptions)
     margins: tuple[float, ...] = ()
     share_out: bool = False
+    refine_edges: bool = False
 
 
 Claimed = tuple[Crop, Claim]
@@ -66,7 +70,7 @@ def label_images(
                 view,
                 rows,
                 image_dir,
-                partial(_claimed, view),
+                partial(_claimed, view, passes.refine_edges),
                 options=passes.options,
                 batch_size=batch_size,
                 threads=threads,
@@ -113,6 +117,16 @@ def _label(labeler: Labeler, claimed: Claimed | Failure) -> Label | Failure:
     return claimed if isinstance(claimed, Failure) else labeler.answer(*claimed, claimed[1].mask)
 
 
-def _claimed(view: Labeler, _annotation: Annotation, crop: Crop, probability: Probability) -> Claimed:
+def _claimed(view: Labeler, edges_move: bool, _annotation: Annotation, crop: Crop, probability: Probability) -> Claimed:
+    if edges_move:
+        probability = Probability(_with_moved_edges(view, crop, probability.prob))
     # The pixels are no longer needed, and they are most of what a crop weighs.
     return dataclasses.replace(crop, pixels=crop.pixels[:0]), view.claim(crop, probability)
+
+
+def _with_moved_edges(
+    view: Labeler, crop: Crop, prob: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    config = view.config
+    box_mask = box_mask_in_window(crop.box_inside, crop.window, crop.image_hw, prob.shape[0], config.compat)
+    return refine_edges(prob, crop.pixels, box_mask, config.mask_thres[int(size_class(crop.area))])

@@ -194,13 +194,15 @@ def passes_of(section: EvaluateConfig | InferenceConfig) -> Passes:
     branch = Branch.TEACHER if section.use_teacher_test else Branch.STUDENT
     if section.use_mixed_model_test:
         branch = Branch.MIXED
-    return Passes(RunOptions(branch, flip=section.use_flip_test), section.margins, section.resolve_overlaps)
+    return Passes(
+        RunOptions(branch, flip=section.use_flip_test), section.margins, section.resolve_overlaps, section.refine_edges
+    )
 
 
 def provenance(path: Path, checkpoint: Checkpoint, passes: Passes) -> dict[str, Any]:
     """What made a label: the tool, the checkpoint by name and content, its settings, and what was done with it."""
     options = passes.options
-    manner = Manner(options.branch, options.flip, passes.margins, passes.share_out)
+    manner = Manner(options.branch, options.flip, passes.margins, passes.share_out, refined_edges=passes.refine_edges)
     return {
         "tool": f"mask-auto-labeler {version()}",
         "checkpoint": path.name,
@@ -219,6 +221,7 @@ def _passes_told(passes: Passes) -> dict[str, Any]:
         "flip": passes.options.flip,
         "margins": list(passes.margins),
         "resolve_overlaps": passes.share_out,
+        "refine_edges": passes.refine_edges,
     }
 
 

@@ -156,6 +156,7 @@ FITTED = LabelerConfig(margin_rate=0.4, calibration=((0.0, 0.0), (1.0, 1.0)))
         (Manner(shared_out=True), "contested pixels shared out"),
         (Manner(threshold=0.3), "threshold 0.3"),
         (Manner(min_component_area_px=9), "parts under 9 px left out"),
+        (Manner(refined_edges=True), "edges moved to the colours"),
     ],
 )
 def test_a_calibration_is_not_claimed_for_labels_made_in_another_way(manner: Manner, words: str | None) -> None:

@@ -7,7 +7,9 @@ import torch
 from mal_train.labeling import rle
 from mal_train.labeling.bulk import Failure, label_boxes
 from mal_train.labeling.coco import CocoFile, by_image, read_coco
-from mal_train.labeling.labeler import Label, Labeler, RunOptions
+from mal_train.labeling.edges import refine_edges
+from mal_train.labeling.geometry import box_mask_in_window
+from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions
 from mal_train.labeling.settings import LabelerConfig
 from mal_train.labeling.views import Passes, label_images
 from mal_train.model.network import MalNetwork, ModelConfig
@@ -55,6 +57,19 @@ def test_margins_replace_the_checkpoints_own(scenes: Scenes) -> None:
 def test_the_mirror_image_is_asked_of_every_view(scenes: Scenes) -> None:
     plain = labels(labeler(), scenes, Passes(margins=(0.2, 0.6)))
     assert plain != labels(labeler(), scenes, Passes(RunOptions(flip=True), (0.2, 0.6)))
+
+
+def test_moved_edges_are_those_of_every_view_at_the_thresholds_of_the_checkpoint(scenes: Scenes) -> None:
+    of = labeler()
+
+    def by_hand(_: object, crop: Crop, probability: Probability) -> Label:
+        box_mask = box_mask_in_window(crop.box_inside, crop.window, crop.image_hw, 64, of.config.compat)
+        return of.finish(crop, Probability(refine_edges(probability.prob, crop.pixels, box_mask, 0.5)))
+
+    expected = [label for _, label in label_boxes(of, by_image(scenes[0]), scenes[1], by_hand, batch_size=3)]
+    moved = labels(of, scenes, Passes(refine_edges=True))
+    assert moved == expected
+    assert [label.rle for label in moved] != [label.rle for label in labels(of, scenes, Passes())]
 
 
 def test_shared_out_no_pixel_belongs_to_two_instances_of_an_image(scenes: Scenes) -> None:
