@@ -3,7 +3,7 @@
 A request takes a `Ticket` for its number of items before it spends anything on them (or is refused: `Overloaded`),
 submits the items under a key, and receives one `Share` for each finished batch that held some of them. Items share a
 batch exactly when their keys are equal. A runner that is busy lets batches fill by themselves; an idle one waits for
-company only while some may come (`Company`), and at most `max_delay_s`: a lone caller does not wait at all.
+company only while some may come (`company`), and at most `max_delay_s`: a lone caller does not wait at all.
 
     ticket = batcher.admit(2)  →  ticket.submit(key, [a, b])  →  lane of that key  →  runner  →  Share, Share, …
 
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
+
+from mal_server.company import Company
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -206,50 +208,6 @@ class _Lane(Generic[K, T, R]):
             entry.ticket.leave(1)
             taken.append(entry)
         return taken
-
-
-class Company:
-    """Who may be about to bring items: requests in preparation, and callers who were just answered and may come again.
-
-    Callers in a closed loop come back within moments of their answer, so a batch that starts without them would leave
-    them to the next one. A newcomer counts as the one of them who was answered first.
-
-    Args:
-        patience_s: how long after its request is over a caller is expected back.
-    """
-
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._preparing = 0
-        self._answered: dict[object, float] = {}
-        """Request → when its caller is no longer expected; math.inf while its answer is being written."""
-
-    def arrives(self) -> None:
-        """A request was admitted and is being prepared."""
-        self._preparing += 1
-        if self._answered:
-            del self._answered[next(iter(self._answered))]
-
-    def settles(self) -> None:
-        """A request in preparation brought its items, or will bring none."""
-        self._preparing -= 1
-
-    def answers(self, request: object) -> None:
-        """All items of a request are done."""
-        self._answered[request] = math.inf
-
-    def leaves(self, request: object, now: float) -> None:
-        """A request is over."""
-        if self._answered.pop(request, None) is not None:
-            self._answered[request] = now + self._patience_s
-
-    def expected_until(self, now: float) -> float:
-        """When nobody will be expected any more, unless something happens before; at most `now` when nobody is."""
-        while self._answered and next(iter(self._answered.values())) <= now:
-            del self._answered[next(iter(self._answered))]
-        if self._preparing:
-            return math.inf
-        return max(self._answered.values(), default=now)
 
 
 class Ticket(Generic[K, T, R]):

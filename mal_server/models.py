@@ -4,19 +4,16 @@
     switch  one assignment: calls that look from now on get the new model
     retire  the old one finishes the calls that hold it, then its memory goes back
 
-A call looks when it first needs a model and keeps to what it found until it ends (`Leases`), so that its answers belong
+A call looks when it first needs a model and keeps to what it found until it ends (`leases`), so that its answers belong
 together. Knows nothing of gRPC and nothing of what a request says.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Self
 
-from mal_server.batcher import Batcher
 from mal_server.config import ServerConfig
 from mal_server.cpu import CpuPool, Room
 from mal_server.errors import ModelRefused, NotReady, SelfTestFailed, UnknownModel
@@ -24,11 +21,10 @@ from mal_server.left_behind import in_thread
 from mal_server.loading import Loaded, ModelInfo, free_memory
 from mal_server.metrics import Metrics
 from mal_server.pictures import Pictures
-from mal_server.pipeline import CropBatcher, Pipeline
 from mal_server.plans import ModelPlan
 from mal_server.roots import nearest
 from mal_server.selftest import prove
-from mal_server.worker import Worker
+from mal_server.serving import OnLost, Serving
 from mal_train.errors import (
     Altered,
     CheckpointError,
@@ -40,77 +36,12 @@ from mal_train.errors import (
     UnknownLayout,
     WrongKey,
 )
-from mal_train.labeling.labeler import Crop, Probability, RunOptions
 
 log = logging.getLogger(__name__)
 
 Load = Callable[[ModelPlan], Loaded]
-OnLost = Callable[[DeviceLost], Awaitable[None]]
 OnChange = Callable[[str, bool], Awaitable[None]]
 """Told the name of a model and whether it answers now."""
-
-
-class Serving:
-    """A model that answers, or that finishes what it has.
-
-    Attributes:
-        info: what it is.
-        pipeline: from a job to its labels.
-        pool: threads for CPU work.
-        calls: how many hold it.
-        is_retired: new calls get another one, or none.
-    """
-
-    def __init__(
-        self,
-        loaded: Loaded,
-        config: ServerConfig,
-        *,
-        pool: CpuPool,
-        room: Room,
-        pictures: Pictures,
-        metrics: Metrics,
-        on_lost: OnLost,
-    ) -> None:
-        self.info = loaded.info
-        self.pool = pool
-        self.calls = 0
-        self.is_retired = False
-        self._on_lost = on_lost
-        self._workers = loaded.workers
-        self.batcher: CropBatcher = Batcher(
-            [partial(self._run, worker) for worker in loaded.workers],
-            max_batch_size=config.max_batch_size,
-            max_delay_s=config.max_queue_delay_ms / 1000,
-            max_waiting=config.max_queue_crops,
-            max_bytes=config.max_queue_bytes,
-            patience_s=config.batch_patience_s,
-            observer=metrics,
-        )
-        self.pipeline = Pipeline(
-            loaded.workers[0].predictor,
-            self.batcher,
-            pool,
-            pictures,
-            config.limits.images(),
-            room=room,
-            crop_size=loaded.info.labeler.crop_size,
-            metrics=metrics,
-        )
-
-    async def close(self) -> None:
-        """Waits for running batches and ends the workers' threads."""
-        await self.batcher.idle()
-        for worker in self._workers:
-            worker.close()
-
-    async def _run(self, worker: Worker, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
-        """A batcher's runner."""
-        try:
-            return await worker.run(options, crops)
-        except DeviceLost as error:
-            await self._on_lost(error)
-            raise
 
 
 @dataclass(frozen=True)
@@ -370,32 +301,6 @@ class Models:
     def _tell_metrics(self) -> None:
         infos = [one.info for one in self._serving.values()]
         self._metrics.serves((info.name, info.sha256, str(info.branch)) for info in infos)
-
-
-class Leases:
-    """The models that one call uses: the same ones from first use to its end. A context manager."""
-
-    def __init__(self, models: Models) -> None:
-        self._models = models
-        self._held: dict[str, Serving] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for serving in self._held.values():
-            self._models.give_back(serving)
-        self._held.clear()
-
-    def get(self, name: str) -> Serving:
-        """The model of a name, "" = the default one. Errors as `Models.current`."""
-        asked = name or self._models.default  # one model under both, whatever is switched between two items
-        known = self._held.get(asked)
-        if known is None:
-            known = self._held[asked] = self._models.take(asked)
-        return known
 
 
 def _why(error: MalError | OSError) -> str:

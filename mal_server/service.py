@@ -19,11 +19,13 @@ from mal_server.dataset import memory_of, read_dataset
 from mal_server.errors import NoSuchFile, RequestRefused
 from mal_server.evaluation import Evaluation
 from mal_server.interceptors import reason_of, status_of
+from mal_server.leases import Leases
 from mal_server.metrics import Metrics
-from mal_server.models import Leases, Models, Serving
+from mal_server.models import Models
 from mal_server.plans import ModelPlan
 from mal_server.records import Records, Truth
 from mal_server.roots import Roots
+from mal_server.serving import Serving
 from mal_train.errors import DeviceLost
 from mal_train.labeling.coco import JsonId
 

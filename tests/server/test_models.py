@@ -15,8 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc, types_pb2
 
+from mal_server.leases import Leases
 from mal_server.loading import Loaded
-from mal_server.models import Leases
 from mal_server.plans import ModelPlan
 from mal_server.server import MalServer, health_name
 from mal_train.errors import Altered, DeviceLost, MalError, OutOfDeviceMemory, Truncated, UnknownLayout, WrongKey
