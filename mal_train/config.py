@@ -309,7 +309,8 @@ class _Passes(_OneMachine):
         default=False, description="Give each pixel that several boxes of an image claim to one of them."
     )
     refine_edges: bool = Field(
-        default=False, description="Move the edges of masks to where the colours change; 0.1 s of CPU a box at crop 224."
+        default=False,
+        description="Move the edges of masks to where the colours change; 0.1 s of CPU a box at crop 224.",
     )
 
 
