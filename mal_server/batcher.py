@@ -7,9 +7,8 @@ company only while some may come (`company`), and at most `max_delay_s`: a lone 
 
     ticket = batcher.admit(2)  →  ticket.submit(key, [a, b])  →  lane of that key  →  runner  →  Share, Share, …
 
-INTERACTIVE items go into the very next batch, whatever else waits. Only where they alone would keep the device busy,
-BATCH items that waited `patience_s` longer than they get a quarter of it (`_Debt`): bulk work never starves, and a long
-queue of it never keeps people waiting.
+Who goes first is decided in `lanes`: INTERACTIVE items go into the very next batch, BATCH ones never starve. What is
+too much is refused with the time to come back, by the speed so far (`pace`).
 
 A closed ticket (its caller was cancelled, or left) is skipped when batches are formed, and so is one whose deadline has
 passed. Nothing that a caller does, and no error of a runner, stops the others: shares go into a queue of the ticket's
@@ -18,14 +17,15 @@ own, read or not.
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
 from mal_server.company import Company
+from mal_server.lanes import Debt, Entry, Lane
+from mal_server.pace import Pace
+from mal_server.priority import Priority
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -34,20 +34,8 @@ R = TypeVar("R")
 Runner = Callable[[K, Sequence[T]], Awaitable[Sequence[R | Exception]]]
 """Runs one batch; gives a result or an error for each item, in order. What it raises counts for every item."""
 
-MIN_RETRY_S = 0.05
-MAX_RETRY_S = 60.0
-FIRST_RETRY_S = 1.0
-"""Said to refused callers before any batch was measured."""
-
-RATE_WEIGHT = 0.2
-"""Weight of the newest batch in the running mean of items per second."""
-
 TIMER_SLACK_S = 1e-4
 """Event loops may call a timer a little early; a batch that is due this soon is due."""
-
-
-PEOPLE_FOR_ONE = 3
-"""INTERACTIVE items that pass BATCH ones which waited their patience, for each of these that goes: a quarter."""
 
 
 class Overloaded(Exception):
@@ -60,13 +48,6 @@ class Overloaded(Exception):
 
 class Expired(Exception):
     """The caller's deadline has passed, so the work was not begun or not finished."""
-
-
-class Priority(Enum):
-    """Who goes first."""
-
-    INTERACTIVE = "interactive"
-    BATCH = "batch"
 
 
 class Observer(Protocol):
@@ -117,99 +98,6 @@ class Share(Generic[R]):
     batch_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry(Generic[K, T, R]):
-    ticket: "Ticket[K, T, R]"
-    index: int
-    item: T
-    since: float
-
-
-class _Debt:
-    """What is owed to BATCH items that waited their patience and were passed by INTERACTIVE ones all the same.
-
-    Args:
-        batch_size: items of a full batch; no more than that is ever owed.
-        is_first_come_first_served: nothing is ever passed.
-    """
-
-    def __init__(self, batch_size: int, *, is_first_come_first_served: bool) -> None:
-        self._most = batch_size * PEOPLE_FOR_ONE
-        self._passed = 0
-        self._is_free = is_first_come_first_served
-
-    def allows(self, count: int) -> bool:
-        """Whether so many may go ahead of INTERACTIVE items that came later."""
-        return self._is_free or self._passed >= count * PEOPLE_FOR_ONE
-
-    def passed(self) -> None:
-        """An INTERACTIVE item went ahead of a BATCH item whose turn it was."""
-        self._passed = min(self._passed + 1, self._most)
-
-    def ran(self) -> None:
-        """A BATCH item went, whatever it went ahead of."""
-        self._passed = max(self._passed - PEOPLE_FOR_ONE, 0)
-
-
-class _Lane(Generic[K, T, R]):
-    """Items of one key by priority, oldest first. Those that nobody waits for stay until met, and count as nothing."""
-
-    def __init__(self, patience_s: float) -> None:
-        self.queues: dict[Priority, deque[_Entry[K, T, R]]] = {priority: deque() for priority in Priority}
-        self.live = 0
-        self._patience_s = patience_s
-
-    def clean(self, now: float) -> None:
-        """Removes what nobody waits for from the front; ends tickets whose deadline has passed."""
-        for queue in self.queues.values():
-            while queue:
-                ticket = queue[0].ticket
-                if ticket.waiting and ticket.deadline <= now:
-                    ticket.expire()
-                if ticket.waiting:
-                    break
-                queue.popleft()
-
-    def since(self) -> float:
-        """Since when the first item waits; after `clean`, and only with live items."""
-        return min(queue[0].since for queue in self.queues.values() if queue)
-
-    def bulk_rank(self) -> float:
-        """From when on the first BATCH item goes ahead of what is submitted then; after `clean`."""
-        queue = self.queues[Priority.BATCH]
-        return queue[0].since + self._patience_s if queue else math.inf
-
-    def people_rank(self) -> float:
-        """Since when the first INTERACTIVE item waits; after `clean`."""
-        queue = self.queues[Priority.INTERACTIVE]
-        return queue[0].since if queue else math.inf
-
-    def rank(self, debt: _Debt, batch_size: int) -> tuple[bool, float]:
-        """Lower goes first; after `clean`, and only with live items."""
-        is_behind = not debt.allows(min(batch_size, self.live))
-        return min((False, self.people_rank()), (is_behind, self.bulk_rank()))
-
-    def take(self, count: int, now: float, debt: _Debt, others_bulk_rank: float) -> list[_Entry[K, T, R]]:
-        """Removes and returns the first `count` live items, and counts who passed whom, in other lanes too."""
-        taken: list[_Entry[K, T, R]] = []
-        while self.live and len(taken) < count:
-            self.clean(now)
-            people, bulk = self.queues[Priority.INTERACTIVE], self.queues[Priority.BATCH]
-            people_rank, bulk_rank = self.people_rank(), self.bulk_rank()
-            if bulk and (not people or (bulk_rank < people_rank and debt.allows(1))):
-                entry = bulk.popleft()
-                debt.ran()
-            elif not people:
-                break
-            else:
-                entry = people.popleft()
-                if min(bulk_rank, others_bulk_rank) < people_rank:
-                    debt.passed()
-            entry.ticket.leave(1)
-            taken.append(entry)
-        return taken
-
-
 class Ticket(Generic[K, T, R]):
     """One request's room for `waiting` items; a context manager that gives back on leaving what is still held.
 
@@ -223,7 +111,7 @@ class Ticket(Generic[K, T, R]):
     ) -> None:
         self._batcher = batcher
         self._shares: asyncio.Queue[Share[R]] = asyncio.Queue()
-        self._lane: _Lane[K, T, R] | None = None
+        self._lane: Lane[Ticket[K, T, R], T] | None = None
         self._submitted = 0
         self._answered = 0
         self._cause = "cancelled"
@@ -251,7 +139,7 @@ class Ticket(Generic[K, T, R]):
             left -= len(share.indices)
             yield share
 
-    def join(self, lane: _Lane[K, T, R], count: int) -> None:
+    def join(self, lane: "Lane[Ticket[K, T, R], T]", count: int) -> None:
         """Takes its place in a lane, and gives back the room held beyond `count` items."""
         if self._lane is not None or count > self.waiting:
             raise ValueError(f"a ticket for {self.waiting} items takes at most so many, once; got {count}")
@@ -337,21 +225,19 @@ class Batcher(Generic[K, T, R]):
         observer: Observer | None = None,
     ) -> None:
         self._idle = list(runners)
-        self._runner_count = len(runners)
+        self._pace = Pace(len(runners), max_batch_size)
         self._max_batch_size = max_batch_size
         self._max_delay_s = max_delay_s
         self._max_waiting = max_waiting
         self._max_bytes = max_bytes
         self._patience_s = patience_s
-        self._debt = _Debt(max_batch_size, is_first_come_first_served=patience_s == 0.0)
-        self._lanes: dict[K, _Lane[K, T, R]] = {}
+        self._debt = Debt(max_batch_size, is_first_come_first_served=patience_s == 0.0)
+        self._lanes: dict[K, Lane[Ticket[K, T, R], T]] = {}
         self._tickets: set[Ticket[K, T, R]] = set()
         self._waiting = dict.fromkeys(Priority, 0)
         self._bytes = 0.0
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.Handle | None = None
-        self._items_per_s: float | None = None
-        self._batch_s = 0.0
         self._broken: Exception | None = None
         self.company = Company(max_delay_s)
         self.observer: Observer = observer or Nobody()
@@ -422,10 +308,10 @@ class Batcher(Generic[K, T, R]):
         """Puts a ticket's items into their lane and gives back the room that it held beyond them."""
         if self._broken is not None:
             raise self._broken
-        lane = self._lanes.setdefault(key, _Lane(self._patience_s))
+        lane = self._lanes.setdefault(key, Lane(self._patience_s))
         ticket.join(lane, len(items))
         now = asyncio.get_running_loop().time()
-        lane.queues[ticket.priority].extend(_Entry(ticket, index, item, now) for index, item in enumerate(items))
+        lane.queues[ticket.priority].extend(Entry(ticket, index, item, now) for index, item in enumerate(items))
         self.company.settles()
         if lane.live >= self._max_batch_size:
             self._pump()
@@ -482,7 +368,7 @@ class Batcher(Generic[K, T, R]):
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
-    def _take(self, lane: _Lane[K, T, R]) -> list[_Entry[K, T, R]]:
+    def _take(self, lane: Lane[Ticket[K, T, R], T]) -> list[Entry[Ticket[K, T, R], T]]:
         """The next batch of a lane."""
         others = min((other.bulk_rank() for other in self._lanes.values() if other is not lane), default=math.inf)
         return lane.take(self._max_batch_size, asyncio.get_running_loop().time(), self._debt, others)
@@ -517,20 +403,20 @@ class Batcher(Generic[K, T, R]):
             found.append((due, lane.rank(self._debt, self._max_batch_size), key))
         return found
 
-    async def _run(self, runner: "Runner[K, T, R]", key: K, entries: list[_Entry[K, T, R]]) -> None:
+    async def _run(self, runner: "Runner[K, T, R]", key: K, entries: list[Entry[Ticket[K, T, R], T]]) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
             outcomes = await runner(key, [entry.item for entry in entries])
             if len(outcomes) != len(entries):
                 raise RuntimeError(f"a runner gave {len(outcomes)} results for {len(entries)} items")
-            self._measure(len(entries), loop.time() - started)
+            self._pace.ran(len(entries), loop.time() - started)
             self.observer.batch_ended(len(entries), loop.time() - started)
         # Whatever a runner raises belongs to this batch alone: its callers get it, and the next batch runs.
         except Exception as error:
             outcomes = [error] * len(entries)
         took = loop.time() - started
-        shares: dict[Ticket[K, T, R], list[tuple[_Entry[K, T, R], R | Exception]]] = {}
+        shares: dict[Ticket[K, T, R], list[tuple[Entry[Ticket[K, T, R], T], R | Exception]]] = {}
         for entry, outcome in zip(entries, outcomes, strict=True):
             shares.setdefault(entry.ticket, []).append((entry, outcome))
         for ticket, pairs in shares.items():
@@ -548,22 +434,10 @@ class Batcher(Generic[K, T, R]):
         self._idle.append(runner)
         self._pump()
 
-    def _measure(self, count: int, took_s: float) -> None:
-        rate = count / max(took_s, 1e-6)
-        if self._items_per_s is None:
-            self._items_per_s, self._batch_s = rate, took_s
-        else:
-            self._items_per_s += RATE_WEIGHT * (rate - self._items_per_s)
-            self._batch_s += RATE_WEIGHT * (took_s - self._batch_s)
-
     def _wait_s(self, priority: Priority) -> float:
-        """Time of the full batches that go ahead; rather too little, since batches so far may have been small."""
-        ahead = self.waiting if priority is Priority.BATCH else self._waiting[Priority.INTERACTIVE]
-        return ahead // (self._max_batch_size * self._runner_count) * self._batch_s
+        """Time of what goes ahead of a new request."""
+        return self._pace.wait_s(self.waiting if priority is Priority.BATCH else self._waiting[Priority.INTERACTIVE])
 
     def _retry_after_s(self, count: int) -> float:
         """Time to work off what is too many, or half of what waits, whichever is more."""
-        if self._items_per_s is None:
-            return FIRST_RETRY_S
-        excess = max(self.waiting + count - self._max_waiting, self.waiting / 2)
-        return min(max(excess / (self._items_per_s * self._runner_count), MIN_RETRY_S), MAX_RETRY_S)
+        return self._pace.retry_after_s(max(self.waiting + count - self._max_waiting, self.waiting / 2))

@@ -18,7 +18,7 @@ from functools import partial
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
-from mal_server.batcher import Priority
+from mal_server.priority import Priority
 
 Result = TypeVar("Result")
 

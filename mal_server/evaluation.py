@@ -7,10 +7,11 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from mal_server.batcher import Overloaded, Priority
+from mal_server.batcher import Overloaded
 from mal_server.cpu import CpuPool
 from mal_server.errors import ImageNotCached, NotThere, RequestRefused
 from mal_server.pipeline import Answer, Pipeline
+from mal_server.priority import Priority
 from mal_server.records import Fault, Measured, Outcome, Records, Truth
 from mal_train.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.labeling.coco import Annotation, JsonId, Reason

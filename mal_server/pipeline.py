@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from mal_server.batcher import Batcher, Expired, Priority, Share
+from mal_server.batcher import Batcher, Expired, Share
 from mal_server.cpu import CpuPool, Room
 from mal_server.metrics import Metrics
 from mal_server.pictures import OnDisk, Picture, Pictures
+from mal_server.priority import Priority
 from mal_server.worker import Predictor
 from mal_train.errors import BadBox, BadImage, DeviceError, DeviceLost
 from mal_train.labeling.encodings import EncodedMask, encode

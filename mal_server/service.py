@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_server import codec, codec_evaluation, codec_model
-from mal_server.batcher import Priority
 from mal_server.budget import Budget, Share
 from mal_server.config import Limits, ServerConfig
 from mal_server.dataset import memory_of, read_dataset
@@ -23,6 +22,7 @@ from mal_server.leases import Leases
 from mal_server.metrics import Metrics
 from mal_server.models import Models
 from mal_server.plans import ModelPlan
+from mal_server.priority import Priority
 from mal_server.records import Records, Truth
 from mal_server.roots import Roots
 from mal_server.serving import Serving

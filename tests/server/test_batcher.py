@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mal_server.batcher import Batcher, Expired, Nobody, Overloaded, Priority, Share
+from mal_server.batcher import Batcher, Expired, Nobody, Overloaded, Share
+from mal_server.priority import Priority
 from tests.server.fakes import run_in_no_time
 
 Shares = list[Share[str]]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mal_server.batcher import Priority
 from mal_server.cpu import CpuPool, Held, Room
+from mal_server.priority import Priority
 from tests.server.fakes import run_in_no_time
 
 PERSON, BULK = Priority.INTERACTIVE, Priority.BATCH

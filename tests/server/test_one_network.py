@@ -7,11 +7,11 @@ import pytest
 import torch
 from mal.v1 import types_pb2
 
-from mal_server.batcher import Priority
 from mal_server.codec import Call, Checks, read_options
 from mal_server.config import load_config
 from mal_server.errors import RequestRefused
 from mal_server.loading import Loaded, load_model
+from mal_server.priority import Priority
 from mal_server.selftest import prove
 from mal_train.cli import main
 from mal_train.errors import ConfigError

@@ -18,12 +18,12 @@ from mal_client.client import Client
 from mal_client.evaluation_records import EvaluationRecords
 from PIL import Image
 
-from mal_server.batcher import Priority
 from mal_server.budget import Budget
 from mal_server.codec import Call
 from mal_server.codec_evaluation import read_evaluate_options, read_records
 from mal_server.dataset import Dataset
 from mal_server.errors import MemoryFull, RequestRefused
+from mal_server.priority import Priority
 from mal_train.labeling.settings import Branch
 from tests.client.test_against_server import served
 from tests.server.fakes import BrightPredictor, encoded, serving

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mal_server.batcher import Batcher, Priority
+from mal_server.batcher import Batcher
+from mal_server.priority import Priority
 from mal_train.labeling.labeler import Crop, Probability, RunOptions
 from tests.server.fakes import DISC_BOX, BrightPredictor, bright_disc, encoded, label, label_request, serving
 from tests.server.test_service import bulk
