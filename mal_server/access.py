@@ -19,15 +19,21 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
-from mal_server.config import Scope, TokenSetting
+from pydantic import Field, model_validator
+
 from mal_server.errors import NotAllowed, UnknownCaller
+from mal_server.plans import ModelName
 from mal_train.errors import ConfigError
+from mal_train.strictyaml import Strict
 
 MAX_TOKEN_BYTES = 4096
 MIN_TOKEN_CHARS = 16
 HEALTH_PREFIX = "/grpc.health.v1."
 """Open to everybody: load balancers and supervisors hold no token."""
+
+Scope = Literal["label", "evaluate", "admin"]
 
 SCOPES: Mapping[str, Scope] = {
     "/mal.v1.LabelingService/": "label",
@@ -35,6 +41,20 @@ SCOPES: Mapping[str, Scope] = {
     "/mal.v1.ModelService/LoadModel": "admin",
     "/mal.v1.ModelService/UnloadModel": "admin",
 }
+
+
+class TokenSetting(Strict):
+    """One client's token."""
+
+    name: ModelName
+    token: str
+    scopes: tuple[Scope, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _secret_stays_elsewhere(self) -> Self:
+        if not self.token.startswith(("file:", "env:")):
+            raise ValueError("token: give file:PATH or env:NAME; the token itself does not belong into this file")
+        return self
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import status_pb2
 from mal.v1 import labeling_pb2, types_pb2
 
-from mal_server.config import Limits
 from mal_server.errors import RequestRefused
 from mal_server.interceptors import status_of
+from mal_server.limits import Limits
 from mal_server.loading import ModelInfo
 from mal_server.pictures import Handle, OnDisk, Picture, Sent
 from mal_server.pipeline import Answer, AnswerOptions, Job, Part, Timing

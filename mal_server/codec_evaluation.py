@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from mal.v1 import evaluation_pb2, types_pb2
 
 from mal_server.codec import Call, Checks, check_item_id, read_box, read_image_source, read_instances, read_options
-from mal_server.config import Limits
 from mal_server.errors import RequestRefused
 from mal_server.evaluation import REFUSED, Evaluation
+from mal_server.limits import Limits
 from mal_server.pictures import Picture
 from mal_server.pipeline import AnswerOptions, Job
 from mal_server.priority import Priority

@@ -1,13 +1,19 @@
-"""The server's YAML: every setting, its default, its range and its meaning. Reads no checkpoint, opens no port."""
+"""The server's YAML: every setting, its default, its range and its meaning. Reads no checkpoint, opens no port.
 
-import ipaddress
+Sections, and the entries of lists, stand with the part of the server that they are for: `listening`, `limits`, `plans`,
+and the tokens in `access`.
+"""
+
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
+from mal_server.access import TokenSetting
+from mal_server.limits import MIB, Limits
+from mal_server.listening import Listen, MetricsListen
 from mal_server.plans import (
     DataFolder,
     GpuIds,
@@ -19,111 +25,9 @@ from mal_server.plans import (
     name_from,
 )
 from mal_train.errors import ConfigError
-from mal_train.labeling.images import DEFAULT_LIMITS, ImageLimits
 from mal_train.labeling.settings import Branch
 from mal_train.model.builtin import BUILTIN
 from mal_train.strictyaml import Strict, apply_overrides, dump, load_yaml, parse_value, validate
-
-MIB = 1024 * 1024
-MESSAGE_OVERHEAD = 64 * 1024
-"""Bytes of a request that are kept for its boxes and options when the image limit is derived from the message limit."""
-
-
-class Listen(Strict):
-    """Where the server listens."""
-
-    host: str = Field(
-        default="127.0.0.1",
-        description="Address to listen on: 127.0.0.1 or ::1 for this machine alone, 0.0.0.0 or :: for every interface.",
-    )
-    port: int = Field(default=50051, ge=0, le=65535, description="TCP port; 0 takes a free one and prints it.")
-    tls_certificate: Path | None = Field(
-        default=None,
-        description="PEM file of the server's certificate and the chain above it, read at the start. null: traffic is "
-        "not encrypted.",
-    )
-    tls_key: Path | None = Field(default=None, description="PEM file of the certificate's private key, unencrypted.")
-    tls_client_ca: Path | None = Field(
-        default=None,
-        description="PEM file of the authorities whose certificates clients must show (mTLS), also for health checks.\n"
-        "null: clients need none.",
-    )
-    allow_plaintext: bool = Field(
-        default=False,
-        description="Without a certificate a host other than loopback is refused unless this is true. Set it only on a "
-        "network\nthat is private to the server and its clients, or behind a proxy that ends TLS.",
-    )
-
-    @model_validator(mode="after")
-    def _plaintext_stays_here(self) -> Self:
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("listen.tls_certificate, listen.tls_key: give both or neither")
-        if self.tls_client_ca is not None and self.tls_certificate is None:
-            raise ValueError("listen.tls_client_ca: without listen.tls_certificate nobody is asked for a certificate")
-        if self.tls_certificate is None and not self.allow_plaintext and not is_loopback(self.host):
-            raise ValueError(
-                f"listen.host: {self.host!r} is reachable from other machines and the traffic is not encrypted; use "
-                "127.0.0.1 or ::1, give listen.tls_certificate and listen.tls_key, or set listen.allow_plaintext: true"
-            )
-        return self
-
-
-Scope = Literal["label", "evaluate", "admin"]
-
-
-class TokenSetting(Strict):
-    """One client's token."""
-
-    name: ModelName
-    token: str
-    scopes: tuple[Scope, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _secret_stays_elsewhere(self) -> Self:
-        if not self.token.startswith(("file:", "env:")):
-            raise ValueError("token: give file:PATH or env:NAME; the token itself does not belong into this file")
-        return self
-
-
-class MetricsListen(Strict):
-    """Where the figures are shown."""
-
-    port: int | None = Field(
-        default=None, ge=0, le=65535, description="TCP port of http://host:port/metrics (Prometheus); null: not shown."
-    )
-    host: str = Field(
-        default="127.0.0.1",
-        description="Address to show them on. They tell of load and of the model's name and checksum, to everybody who "
-        "reaches it.",
-    )
-
-
-class Limits(Strict):
-    """What a request must keep to; clients read it from GetServerInfo."""
-
-    max_request_bytes: int = Field(
-        default=32 * MIB, ge=MIB, le=1024 * MIB, description="Largest message from a client, in bytes."
-    )
-    max_response_bytes: int = Field(
-        default=64 * MIB, ge=MIB, le=1024 * MIB, description="Largest message to a client, in bytes."
-    )
-    max_boxes: int = Field(default=1000, ge=1, le=100_000, description="Boxes of one image.")
-    max_pixels: int = Field(
-        default=DEFAULT_LIMITS.max_pixels, ge=1, le=400_000_000, description="Width times height of one image."
-    )
-    max_side: int = Field(
-        default=DEFAULT_LIMITS.max_side, ge=1, le=100_000, description="Width and height of one image, in px."
-    )
-    max_items_in_flight: int = Field(
-        default=8,
-        ge=1,
-        le=1024,
-        description="Unanswered images of one bulk or evaluation stream; no further one is read until one is answered.",
-    )
-
-    def images(self) -> ImageLimits:
-        """What the decoder refuses."""
-        return ImageLimits(self.max_request_bytes - MESSAGE_OVERHEAD, self.max_pixels, self.max_side)
 
 
 class ServerConfig(Strict):
@@ -388,13 +292,3 @@ def _keys_in(name: str, value: str) -> Iterator[str]:
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and entry.get("decryption_key") is not None:
                 yield str(entry["decryption_key"])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address to listen on."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -27,10 +27,11 @@ from grpc_reflection.v1alpha import reflection
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from mal_server.access import read_resume_key, read_tokens
-from mal_server.config import ServerConfig, TokenSetting, is_loopback
+from mal_server.access import TokenSetting, read_resume_key, read_tokens
+from mal_server.config import ServerConfig
 from mal_server.cpu import CpuPool
 from mal_server.interceptors import CallInterceptor
+from mal_server.listening import is_loopback
 from mal_server.loading import ModelInfo, load_model
 from mal_server.metrics import Metrics, MetricsPort
 from mal_server.models import Load, Models

@@ -13,12 +13,13 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_p
 
 from mal_server import codec, codec_evaluation, codec_model
 from mal_server.budget import Budget, Share
-from mal_server.config import Limits, ServerConfig
+from mal_server.config import ServerConfig
 from mal_server.dataset import memory_of, read_dataset
 from mal_server.errors import NoSuchFile, RequestRefused
 from mal_server.evaluation import Evaluation
 from mal_server.interceptors import reason_of, status_of
 from mal_server.leases import Leases
+from mal_server.limits import Limits
 from mal_server.metrics import Metrics
 from mal_server.models import Models
 from mal_server.plans import ModelPlan

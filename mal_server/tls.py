@@ -12,7 +12,7 @@ from pathlib import Path
 
 import grpc
 
-from mal_server.config import Listen
+from mal_server.listening import Listen
 from mal_train.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,7 @@ from mal_client.channel import Connection
 from mal_client.client import AsyncClient, Client
 from mal_client.errors import RequestRefused
 
-from mal_server.access import read_tokens
-from mal_server.config import TokenSetting
+from mal_server.access import TokenSetting, read_tokens
 from mal_server.server import MalServer
 from mal_train.errors import ConfigError
 from tests.server.fakes import DISC_BOX, DISC_PNG, BrightPredictor, config_of, label_request, serving
