@@ -1,11 +1,11 @@
-"""Where the server listens: two sections of its settings, and which addresses only this machine reaches. Opens no port."""
+"""Where the server listens: two sections of its settings. Opens no port."""
 
-import ipaddress
 from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
 
+from mal_train.loopback import is_loopback
 from mal_train.strictyaml import Strict
 
 
@@ -59,13 +59,3 @@ class MetricsListen(Strict):
         description="Address to show them on. They tell of load and of the model's name and checksum, to everybody who "
         "reaches it.",
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address to listen on."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -31,7 +31,6 @@ from mal_server.access import TokenSetting, read_resume_key, read_tokens
 from mal_server.config import ServerConfig
 from mal_server.cpu import CpuPool
 from mal_server.interceptors import CallInterceptor
-from mal_server.listening import is_loopback
 from mal_server.loading import ModelInfo, load_model
 from mal_server.metrics import Metrics, MetricsPort
 from mal_server.models import Load, Models
@@ -41,6 +40,7 @@ from mal_server.service import EvaluationService, LabelingService, ModelService
 from mal_server.tls import server_credentials
 from mal_server.tracing import Tracing
 from mal_train.errors import ConfigError, DeviceLost, OutputError
+from mal_train.loopback import is_loopback
 
 log = logging.getLogger(__name__)
 

@@ -47,13 +47,18 @@ LEAVES = ("mal_train.errors", "mal_train.labeling.settings")
 # Who may import what of the project; names cover what lies below them, and the longest name that fits a module decides.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mal": ("mal",),
-    "mal_client": ("mal_client", "mal", "mal_train.atomic", "mal_train.report", *TORCHLESS, *LEAVES),
+    "mal_client": (
+        *("mal_client", "mal", "mal_train.atomic", "mal_train.loopback", "mal_train.report"),
+        *TORCHLESS,
+        *LEAVES,
+    ),
     "mal_client.integrations": ("mal_client", "mal_train.atomic", *TORCHLESS, *LEAVES),
     "mal_server": (
         "mal_server",
         "mal_train.labeling",
         "mal_train.model",
         "mal_train.errors",
+        "mal_train.loopback",
         "mal_train.strictyaml",
         "mal_train.threads",
     ),
@@ -61,7 +66,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mal_server.codec": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
     "mal_server.codec_evaluation": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
     "mal_server.codec_model": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
-    "mal_server.server": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors"),
+    "mal_server.server": ("mal_server", "mal", "mal_train.labeling", "mal_train.errors", "mal_train.loopback"),
     "mal_server.batcher": tuple(f"mal_server.{name}" for name in ("company", "lanes", "pace", "priority")),
     "mal_server.lanes": ("mal_server.priority",),
     **dict.fromkeys((f"mal_server.{name}" for name in ("company", "pace", "priority")), ()),
@@ -70,6 +75,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mal_train.errors": (),
     "mal_train.atomic": ("mal_train.errors",),
     "mal_train.threads": (),
+    "mal_train.loopback": (),
     "mal_train.world": ("mal_train.errors",),
     "mal_train.launch": ("mal_train.world", "mal_train.errors"),
     "mal_train.screen": ("mal_train.errors",),

@@ -1,6 +1,5 @@
 """How a channel is opened: encryption, token, message sizes, reconnecting, and the retries that gRPC itself makes."""
 
-import ipaddress
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import grpc.aio
 
 from mal_client.bearer import Bearer, aio_bearers
 from mal_train.errors import ConfigError
+from mal_train.loopback import is_loopback
 
 RETRY_BUFFER_BYTES = 128 * 1024 * 1024
 """At least the largest message. gRPC drops its retry policy in silence for calls above 256 KiB otherwise."""
@@ -152,16 +152,6 @@ def _is_this_machine(address: str) -> bool:
     return is_loopback(
         address.rpartition(":")[0].rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").strip("[]")
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, a name or an address, is reached from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _read_pem(path: Path | str | None, name: str) -> bytes | None:

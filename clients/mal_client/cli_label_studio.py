@@ -8,8 +8,8 @@ import logging
 from pathlib import Path
 
 from mal_client.arguments import Commands, add_connection, add_options, add_verb, client_of, options_of, read_word
-from mal_client.channel import is_loopback
 from mal_train.errors import ConfigError
+from mal_train.loopback import is_loopback
 
 PORT = 9090
 

@@ -8,13 +8,13 @@ import webbrowser
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from mal_client.channel import is_loopback
 from mal_client.client import AsyncClient
 from mal_client.errors import ClientError
 from mal_client.playground.app import build_app
 from mal_client.playground.guard import KEY_FIELD, Guard
 from mal_client.web_serving import bound, until_interrupted
 from mal_train.errors import MalError
+from mal_train.loopback import is_loopback
 
 
 @dataclass(frozen=True)
