@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from mal_train.config import EvaluateConfig, InferenceConfig, NetworkConfig, Spec
+from mal_train.config import Spec
 from mal_train.errors import ConfigError, OutputError
 from mal_train.labeling.labeler import Labeler, RunOptions, load_labeler
 from mal_train.labeling.settings import Branch, LabelerConfig, Manner
@@ -22,6 +22,8 @@ from mal_train.model.keys import DecryptionKey, EncryptionKey, parse_key
 from mal_train.model.network import ModelConfig
 from mal_train.model.precision import Precision, resolve
 from mal_train.screen import Screen
+from mal_train.sections.labelling import EvaluateConfig, InferenceConfig
+from mal_train.sections.network import NetworkConfig
 from mal_train.strictyaml import dump
 from mal_train.training.records import StatusFile
 
