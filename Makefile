@@ -32,7 +32,7 @@ $(VENV)/.dev: $(VENV)/.all
 	@touch $@
 
 demo: $(VENV)/.all
-	@$(BIN)/python deploy/demo.py
+	@$(BIN)/python -m deploy.demo
 
 test: $(VENV)/.dev .venv-protos/.pins
 	@$(BIN)/pytest -m "not slow"

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 from pycocotools.coco import COCO
 
-DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(DEMO), *arguments], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", "deploy.demo", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
     )
 
 

@@ -1,0 +1,89 @@
+"""What the demo shows: masks drawn over their pictures, and one page of figures, curves and pictures."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from mal_client.report import evaluation_sections
+from mal_client.types import Evaluation
+from PIL import Image
+
+from mal_train.labeling.coco import by_image, read_coco
+from mal_train.labeling.images import read_image
+from mal_train.labeling.rle import from_segmentation
+from mal_train.report.charts import line_chart
+from mal_train.report.overlays import Drawn, draw_labels, png_data_uri
+from mal_train.report.page import Card, build_report, contact_sheet, section, table
+
+WHOLE_PICTURES = 8
+
+
+def write_overlays(folder: Path, labels: Path, images: Path) -> list[Card]:
+    """Draws the labelled file over its pictures, one PNG each; cards of the first few."""
+    folder.mkdir(exist_ok=True)
+    cards: list[Card] = []
+    for info, rows in by_image(read_coco(labels)):
+        image = read_image(images / info.file_name)
+        height, width = image.shape[:2]
+        drawn = draw_labels(
+            image,
+            [
+                Drawn(
+                    from_segmentation(row.raw["segmentation"], height, width), row.box_xywh, f"{row.raw['score']:.2f}"
+                )
+                for row in rows
+            ],
+        )
+        Image.fromarray(drawn).save(folder / Path(info.file_name).with_suffix(".png").name)
+        if len(cards) < WHOLE_PICTURES:
+            cards.append(Card(png_data_uri(drawn), info.file_name, f"{len(rows)} masks, each with its score"))
+    return cards
+
+
+def report_page(
+    metrics: Path,
+    evaluation: Evaluation,
+    references: dict[str, float],
+    *,
+    photographs: Sequence[Card],
+    worst: Sequence[Card],
+    pictures: Sequence[Card],
+    durations: Sequence[tuple[str, float]],
+) -> str:
+    """The page: what was done, the figures beside the baselines, the curve, the pictures."""
+    figures = [("served masks, trained on boxes only", evaluation.overall.miou), *references.items()]
+    curve, losses = _curves(metrics)
+    last = max((step for step, _ in curve), default=0.0)
+    flat = {name: [(0.0, value), (last, value)] for name, value in references.items()}
+    sections = [
+        section(
+            "Photographs",
+            contact_sheet(photographs),
+            "By the model in the package, which learned from boxes of other photographs. The boxes were drawn by hand.",
+        ),
+        section(
+            "Masks on held-out scenes", contact_sheet(pictures), "From the server, as they are; the rest: overlays/."
+        ),
+        section(
+            "Against what needs no training",
+            table(["method", f"mIoU of {evaluation.overall.count} held-out masks"], figures),
+        ),
+        section(
+            "How it learned",
+            line_chart({"watched scenes": curve, **flat}, "step", "mIoU")
+            + line_chart({"multiple-instance loss": losses[0], "mean-field loss": losses[1]}, "step", "loss, weighted"),
+            "The watched scenes are neither trained on nor held out; their masks draw this curve and do nothing else.",
+        ),
+        *evaluation_sections(evaluation, worst),
+        section("Time", table(["stage", "seconds"], [[name, round(seconds, 1)] for name, seconds in durations])),
+    ]
+    return build_report("Masks from boxes: the demo", sections, "No mask was seen in training.")
+
+
+def _curves(metrics: Path) -> tuple[list[tuple[float, float]], tuple[list[tuple[float, float]], ...]]:
+    """(step, mIoU) of the validations, and (step, loss) of both losses."""
+    with metrics.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    miou = [(float(row["step"]), float(row["mIoU"])) for row in rows if row["kind"] == "val" and row["mIoU"]]
+    steps = [row for row in rows if row["kind"] == "train"]
+    return miou, tuple([(float(row["step"]), float(row[name])) for row in steps] for name in ("loss_mil", "loss_crf"))

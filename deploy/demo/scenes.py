@@ -1,0 +1,74 @@
+"""What the demo trains on and measures itself against: synthetic scenes, and masks of theirs that need no training."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mal_train.data.synthetic import CocoSplit, write_split
+from mal_train.labeling import baselines
+from mal_train.labeling.coco import by_image, read_coco
+from mal_train.labeling.coco_output import write_json_atomic
+from mal_train.labeling.geometry import Box
+from mal_train.labeling.images import RgbImage, read_image
+from mal_train.labeling.rle import Rle, from_segmentation, iou
+
+SEED = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of everything. `overrides` are fields of the training spec that a shorter demo replaces."""
+
+    train: int
+    watch: int
+    heldout: int
+    overrides: tuple[str, ...] = ()
+
+
+FULL = Size(train=300, watch=24, heldout=60)
+QUICK = Size(train=8, watch=2, heldout=4, overrides=("train.num_epochs=1", "train.checkpoint_interval=1"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """The three parts of the set. Only the boxes of `train` teach; `watch` gives the curve, `heldout` the figures."""
+
+    train: CocoSplit
+    watch: CocoSplit
+    heldout: CocoSplit
+    heldout_boxes: Path
+    """The held-out annotations without their masks: what a user would send to be labelled."""
+
+
+def write_scenes(folder: Path, size: Size) -> Scenes:
+    """Writes the COCO set; the file to train on and the file to label hold no segmentation."""
+    train_split = write_split(folder, "train", size.train, SEED, masks=False)
+    watch = write_split(folder, "watch", size.watch, SEED, masks=True)
+    heldout = write_split(folder, "heldout", size.heldout, SEED, masks=True)
+    boxes = json.loads(heldout.annotations.read_text(encoding="utf-8"))
+    for row in boxes["annotations"]:
+        del row["segmentation"], row["area"]
+    heldout_boxes = folder / "heldout_boxes.json"
+    write_json_atomic(heldout_boxes, boxes)
+    return Scenes(train_split, watch, heldout, heldout_boxes)
+
+
+def measure_baselines(split: CocoSplit) -> dict[str, float]:
+    """Mean IoU of what needs no training: each box filled, the ellipse in it, and colours that its margin lacks."""
+    coco = read_coco(split.annotations)
+    methods: dict[str, Callable[[RgbImage, Box], Rle]] = {
+        "box filled": lambda image, box: baselines.box_filled(box, (image.shape[0], image.shape[1])),
+        "ellipse in the box": lambda image, box: baselines.ellipse(box, (image.shape[0], image.shape[1])),
+        "colour clustering in the box": baselines.colour_clustering,
+    }
+    ious: dict[str, list[float]] = {name: [] for name in methods}
+    for info, rows in by_image(coco):
+        image = read_image(split.images / info.file_name)
+        for row in rows:
+            truth = from_segmentation(row.raw["segmentation"], image.shape[0], image.shape[1])
+            for name, method in methods.items():
+                ious[name].append(iou(method(image, row.box_xywh), truth))
+    return {name: float(np.mean(values)) for name, values in ious.items()}
