@@ -22,9 +22,10 @@ from torch import Tensor
 
 from mal_train.errors import Altered, CheckpointError, ConfigError, NonFiniteTraining, Truncated, UnknownLayout
 from mal_train.labeling.settings import LabelerConfig
+from mal_train.model.age_header import Seal
 from mal_train.model.keys import DecryptionKey, EncryptionKey
 from mal_train.model.network import ModelConfig
-from mal_train.model.sealed import Seal, SealedFile, padding, write_sealed
+from mal_train.model.sealed import SealedFile, padding, write_sealed
 from mal_train.model.tensorfile import FILLER, MAX_JSON, Head, TensorFileReader, parts
 from mal_train.model.tree import Tree, from_json, to_json
 
