@@ -106,7 +106,7 @@ def test_crowd_regions_go_along_and_are_no_failure(dataset: Dataset) -> None:
 
 
 def test_a_broken_stream_starts_the_evaluation_anew(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mal_client.evaluate.RESTART_PAUSE_S", 0.01)
+    monkeypatch.setattr("mal_client.evaluation_pass.RESTART_PAUSE_S", 0.01)
     evaluation = evaluate(FakeServer(Faults(break_after=1, breaks=2)), dataset)
     assert (evaluation.images, evaluation.overall.count) == (3, 6)
     with pytest.raises(ServerUnavailable):

@@ -1,7 +1,7 @@
 """The names of COCO's figures in Python and on the wire are the same on both sides of it."""
 
 from mal.v1 import evaluation_pb2
-from mal_client import codec
+from mal_client import codec_evaluation
 
 from mal_server.codec_evaluation import _write_coco_figures
 from mal_train.labeling.coco_ap import AP_NAMES
@@ -13,8 +13,8 @@ def test_each_figure_that_a_server_writes_is_read_under_its_own_name() -> None:
     assert [field.name for field, _ in wire.ListFields()] == [
         f.name for f in evaluation_pb2.CocoFigures.DESCRIPTOR.fields
     ]
-    assert codec.coco_figures(wire) == written
+    assert codec_evaluation.coco_figures(wire) == written
 
 
 def test_a_figure_that_is_undefined_stays_so() -> None:
-    assert codec.coco_figures(_write_coco_figures(dict.fromkeys(AP_NAMES))) == dict.fromkeys(AP_NAMES)
+    assert codec_evaluation.coco_figures(_write_coco_figures(dict.fromkeys(AP_NAMES))) == dict.fromkeys(AP_NAMES)
