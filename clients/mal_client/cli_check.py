@@ -11,7 +11,7 @@ from mal_client.progress import ProgressDisplay
 from mal_client.types import Progress
 
 if TYPE_CHECKING:
-    from mal_client.check import CheckReport
+    from mal_client.check_report import CheckReport
 
 REFUSED = 2
 
@@ -30,7 +30,8 @@ def add_check(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     # Imported here, as below: what only this verb needs, the others do not wait for.
-    from mal_client.check import Level, check_dataset  # noqa: PLC0415
+    from mal_client.check import check_dataset  # noqa: PLC0415
+    from mal_client.check_report import Level  # noqa: PLC0415
 
     with ProgressDisplay("check", counts_boxes=False) as display:
         report = check_dataset(

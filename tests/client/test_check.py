@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mal_client.check import CheckReport, Level, check_dataset
+from mal_client.check import check_dataset
+from mal_client.check_report import CheckReport, Level
 from mal_client.cli import main
 from PIL import Image
 
