@@ -19,10 +19,9 @@ import grpc
 import grpc.aio
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
-from mal_client import codec
 from mal_client.blocking_client import Client
-from mal_client.endpoint import INFO_TIMEOUT_S, MAX_INFO_CUTS, Endpoint
-from mal_client.errors import CallCancelled, from_rpc_error, is_cut_short
+from mal_client.endpoint import Endpoint
+from mal_client.errors import CallCancelled
 from mal_client.image_call import checked_boxes
 from mal_client.sources import encode
 from mal_client.types import (
@@ -97,20 +96,15 @@ class AsyncClient(Endpoint):
 
     async def server_info(self) -> ServerInfo:
         """As `Client.server_info`."""
-        timeout_s = min(self.timeout_s, INFO_TIMEOUT_S)
         stub = cast("model_pb2_grpc.ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(self._open_channel()))
-        cuts = 0
+        request = model_pb2.GetServerInfoRequest()
+        breaks = 0
         while True:
             try:
-                answer = await stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=timeout_s)
+                return self._told(await stub.GetServerInfo(request, timeout=self._info_timeout_s))
             except grpc.RpcError as error:
-                cuts += 1
-                if not is_cut_short(error) or cuts > MAX_INFO_CUTS:
-                    raise from_rpc_error(self.address, error, timeout_s) from error
-                continue
-            info = codec.server_info(answer)
-            self._limits = info.limits
-            return info
+                breaks += 1
+                self._info_broke(error, breaks)
 
     async def label_image(
         self,
@@ -168,7 +162,7 @@ class AsyncClient(Endpoint):
 
     def _open_channel(self) -> grpc.aio.Channel:
         if self._closed:
-            raise CallCancelled(f"{self.address}: this client is closed; open a new one")
+            raise self._closed_error()
         if self._channel is None:
             self._channel = self._connection.open_aio()
         return self._channel

@@ -13,9 +13,8 @@ import grpc
 import grpc.aio
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
-from mal_client import codec
-from mal_client.endpoint import INFO_TIMEOUT_S, MAX_INFO_CUTS, Endpoint
-from mal_client.errors import CallCancelled, from_rpc_error, is_cut_short
+from mal_client.endpoint import Endpoint
+from mal_client.errors import CallCancelled
 from mal_client.image_call import checked_boxes
 from mal_client.sources import encode
 from mal_client.types import (
@@ -76,20 +75,14 @@ class Client(Endpoint):
 
     def server_info(self) -> ServerInfo:
         """What the server serves and accepts."""
-        timeout_s = min(self.timeout_s, INFO_TIMEOUT_S)
         stub = model_pb2_grpc.ModelServiceStub(self.open_channel())
-        cuts = 0
+        breaks = 0
         while True:
             try:
-                answer = stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=timeout_s)
+                return self._told(stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=self._info_timeout_s))
             except grpc.RpcError as error:
-                cuts += 1
-                if not is_cut_short(error) or cuts > MAX_INFO_CUTS:
-                    raise from_rpc_error(self.address, error, timeout_s) from error
-                continue
-            info = codec.server_info(answer)
-            self._limits = info.limits
-            return info
+                breaks += 1
+                self._info_broke(error, breaks)
 
     def label_image(
         self,
@@ -251,7 +244,7 @@ class Client(Endpoint):
     def open_channel(self) -> grpc.Channel:
         """The channel, for jobs that drive their own streams. Raises CallCancelled when the client is closed."""
         if self._closed.is_set():
-            raise CallCancelled(f"{self.address}: this client is closed; open a new one")
+            raise self._closed_error()
         return self._channel
 
     def _known_limits(self) -> ServerLimits:

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mal_client import codec
 from mal_client.channel import Connection
+from mal_client.errors import CallCancelled, from_rpc_error, is_cut_short
 from mal_client.handles import Handles
 from mal_client.image_call import ImageCall
 from mal_client.labels import BoxXywh, LabelOptions
-from mal_client.server_info import ServerLimits
+from mal_client.server_info import ServerInfo, ServerLimits
 
 if TYPE_CHECKING:
+    import grpc
+    from mal.v1 import model_pb2
+
     from mal_client.sources import EncodedImage
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -66,3 +71,21 @@ class Endpoint:
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,
             handle=self._handles.of(encoded),
         )
+
+    @property
+    def _info_timeout_s(self) -> float:
+        return min(self.timeout_s, INFO_TIMEOUT_S)
+
+    def _told(self, answer: model_pb2.GetServerInfoResponse) -> ServerInfo:
+        """The server's description of itself, whose limits are kept for the calls that follow."""
+        info = codec.server_info(answer)
+        self._limits = info.limits
+        return info
+
+    def _info_broke(self, error: grpc.RpcError, breaks: int) -> None:
+        """Returns where the description may be asked for again after so many failures; raises what they mean if not."""
+        if not is_cut_short(error) or breaks > MAX_INFO_CUTS:
+            raise from_rpc_error(self.address, error, self._info_timeout_s) from error
+
+    def _closed_error(self) -> CallCancelled:
+        return CallCancelled(f"{self.address}: this client is closed; open a new one")
