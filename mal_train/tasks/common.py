@@ -1,4 +1,4 @@
-"""What every task shares: its folder and how it ends, keys, device, and the checkpoint it works with."""
+"""What every task shares: its folder and how it ends, keys, devices, paths."""
 
 import contextlib
 import fcntl
@@ -6,23 +6,18 @@ import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from mal_train.config import Spec
 from mal_train.errors import ConfigError, OutputError
-from mal_train.labeling.labeler import Labeler, RunOptions, load_labeler
-from mal_train.labeling.settings import Branch, LabelerConfig, Manner
-from mal_train.labeling.views import Passes
+from mal_train.labeling.settings import LabelerConfig
 from mal_train.model import builtin
 from mal_train.model.backbones import own_crop_size
-from mal_train.model.checkpoint import Checkpoint, sha256_of
 from mal_train.model.keys import DecryptionKey, EncryptionKey, parse_key
 from mal_train.model.network import ModelConfig
-from mal_train.model.precision import Precision, resolve
 from mal_train.screen import Screen
-from mal_train.sections.labelling import EvaluateConfig, InferenceConfig
 from mal_train.sections.network import NetworkConfig
 from mal_train.strictyaml import dump
 from mal_train.training.records import StatusFile
@@ -143,28 +138,6 @@ def choose_devices(gpus: tuple[int, ...], processes: int, screen: Screen) -> lis
     return [torch.device("cuda", gpu) for gpu in gpus]
 
 
-def open_labeler(
-    spec: Spec, checkpoint: str | None, field: str, *, devices: list[torch.device], precision: str, screen: Screen
-) -> tuple[Labeler, Checkpoint]:
-    """The labeler of a checkpoint, on the device where there is one; says so when the file is not encrypted.
-
-    Where there are several, each gets its own in a process of its own (`labeling.parallel`), and this one waits on the
-    CPU.
-    """
-    device = devices[0] if len(devices) == 1 else torch.device("cpu")
-    if len(devices) > 1:
-        resolve(precision, devices[0])  # says before they start what none of them could do
-        precision = Precision.FLOAT32
-    path = checkpoint_file(checkpoint, field)
-    _, open_with = keys_of(spec)
-    labeler, content = load_labeler(path, key=open_with, device=device, precision=precision)
-    if content.seal is not None and content.seal.how == "none":
-        screen.say(f"{path}: not encrypted")
-    for line in _outvoted(spec, labeler.config):
-        screen.say(line)
-    return labeler, content
-
-
 def train_crop_size(spec: Spec) -> int:
     """Side in px of the crops to train on."""
     return spec.dataset.crop_size or own_crop_size(spec.model.arch)
@@ -173,58 +146,6 @@ def train_crop_size(spec: Spec) -> int:
 def labeler_config(spec: Spec) -> LabelerConfig:
     """What the checkpoint will say about crops and thresholds, before any fit."""
     return spec.labeler_config(own_crop_size(spec.model.arch))
-
-
-def _outvoted(spec: Spec, used: LabelerConfig) -> list[str]:
-    """A line for each field that the spec gives otherwise than the checkpoint, which is the one that counts."""
-    asked = spec.labeler_config(used.crop_size)
-    fields = {
-        "dataset.crop_size": (spec.dataset, "crop_size", asked.crop_size, used.crop_size),
-        "train.test_margin_rate": (spec.train, "test_margin_rate", asked.margin_rate, used.margin_rate),
-        "train.mask_thres": (spec.train, "mask_thres", asked.mask_thres, used.mask_thres),
-        "compat": (spec, "compat", str(asked.compat), str(used.compat)),
-    }
-    return [
-        f"{name}: {given} in the spec, {stored} in the checkpoint; the checkpoint's is used"
-        for name, (section, field, given, stored) in fields.items()
-        if field in section.model_fields_set and given != stored
-    ]
-
-
-def passes_of(section: EvaluateConfig | InferenceConfig) -> Passes:
-    """What is done for a label; the mean of both networks comes before the teacher, and that before the student."""
-    branch = Branch.TEACHER if section.use_teacher_test else Branch.STUDENT
-    if section.use_mixed_model_test:
-        branch = Branch.MIXED
-    return Passes(
-        RunOptions(branch, flip=section.use_flip_test), section.margins, section.resolve_overlaps, section.refine_edges
-    )
-
-
-def provenance(path: Path, checkpoint: Checkpoint, passes: Passes) -> dict[str, Any]:
-    """What made a label: the tool, the checkpoint by name and content, its settings, and what was done with it."""
-    options = passes.options
-    manner = Manner(options.branch, options.flip, passes.margins, passes.share_out, refined_edges=passes.refine_edges)
-    return {
-        "tool": f"mask-auto-labeler {version()}",
-        "checkpoint": path.name,
-        "checkpoint_sha256": sha256_of(path),
-        "model": checkpoint.model.to_dict(),
-        "labeler": checkpoint.labeler.to_dict(),
-        "score": checkpoint.labeler.score_meaning(manner),
-        **_passes_told(passes),
-    }
-
-
-def _passes_told(passes: Passes) -> dict[str, Any]:
-    """The same, as a file says it."""
-    return {
-        "branch": str(passes.options.branch),
-        "flip": passes.options.flip,
-        "margins": list(passes.margins),
-        "resolve_overlaps": passes.share_out,
-        "refine_edges": passes.refine_edges,
-    }
 
 
 def version() -> str:

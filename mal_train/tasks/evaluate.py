@@ -10,20 +10,10 @@ from mal_train.labeling.coco_output import write_json_atomic
 from mal_train.labeling.detections import read_detections
 from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Label, dtype_on
-from mal_train.labeling.parallel import label_on
 from mal_train.screen import Screen
-from mal_train.tasks.common import (
-    checkpoint_file,
-    choose_devices,
-    existing_file,
-    existing_folder,
-    open_labeler,
-    passes_of,
-    provenance,
-    task_folder,
-    worker_threads,
-)
+from mal_train.tasks.common import existing_file, existing_folder, task_folder
 from mal_train.tasks.detections import DetectionReport, compare_detections
+from mal_train.tasks.labelling import open_labelling
 from mal_train.training.records import figures_of
 from mal_train.training.validation import add_answer, evaluator_of, has_masks
 
@@ -50,27 +40,9 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport | DetectionReport:
         prompts = coco
         if settings.box_inputs:
             prompts = read_detections(existing_file(settings.box_inputs, "evaluate.box_inputs"), coco)
-        devices = choose_devices(settings.gpus, settings.num_gpus, screen)
-        labeler, checkpoint = open_labeler(
-            spec,
-            settings.checkpoint,
-            "evaluate.checkpoint",
-            devices=devices,
-            precision=settings.precision,
-            screen=screen,
-        )
-        passes = passes_of(settings)
+        labelling = open_labelling(spec, "evaluate", screen)
         rows = list(by_image(prompts))
-        labels = label_on(
-            devices,
-            labeler,
-            rows,
-            image_dir,
-            precision=settings.precision,
-            passes=passes,
-            batch_size=settings.batch_size,
-            threads=worker_threads(),
-        )
+        labels = labelling.labels(rows, image_dir)
         with screen.bar(len(prompts.annotations), 0, "box") as bar:
             answers = _counted(labels, bar.update)
             report: EvaluationReport | DetectionReport
@@ -78,12 +50,12 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport | DetectionReport:
                 report = compare_detections(coco, prompts, answers)
             else:
                 report = _compare(coco, rows, answers)
-        checkpoint_path = checkpoint_file(settings.checkpoint, "evaluate.checkpoint")
+        dtype = dtype_on(labelling.devices[0], labelling.labeler.config, settings.precision)
         result = {
-            **provenance(checkpoint_path, checkpoint, passes),
+            **labelling.provenance(),
             "annotations": str(ann_path),
             **({"box_inputs": settings.box_inputs} if settings.box_inputs else {}),
-            "precision": str(dtype_on(devices[0], labeler.config, settings.precision)).removeprefix("torch."),
+            "precision": str(dtype).removeprefix("torch."),
             **report.to_dict(),
         }
         write_json_atomic(folder / "results.json", result)

@@ -17,19 +17,9 @@ from mal_train.labeling.detections import read_detections, with_detector_scores
 from mal_train.labeling.evaluation import Evaluator
 from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Label
-from mal_train.labeling.parallel import label_on
 from mal_train.screen import Screen
-from mal_train.tasks.common import (
-    checkpoint_file,
-    choose_devices,
-    existing_file,
-    existing_folder,
-    open_labeler,
-    passes_of,
-    provenance,
-    task_folder,
-    worker_threads,
-)
+from mal_train.tasks.common import existing_file, existing_folder, task_folder
+from mal_train.tasks.labelling import open_labelling
 from mal_train.training.records import figures_of
 from mal_train.training.validation import add_answer
 
@@ -71,38 +61,18 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
         if settings.box_inputs:
             coco = read_detections(existing_file(settings.box_inputs, "inference.box_inputs"), coco)
         image_dir = existing_folder(settings.img_dir, "inference.img_dir")
-        devices = choose_devices(settings.gpus, settings.num_gpus, screen)
-        labeler, checkpoint = open_labeler(
-            spec,
-            settings.checkpoint,
-            "inference.checkpoint",
-            devices=devices,
-            precision=settings.precision,
-            screen=screen,
-        )
-        passes = passes_of(settings)
+        labelling = open_labelling(spec, "inference", screen)
         evaluator = Evaluator(coco.category_names) if settings.load_mask else None
         answers: Answers = {}
         with screen.bar(len(coco.annotations), 0, "box") as bar:
-            labels = label_on(
-                devices,
-                labeler,
-                list(by_image(coco)),
-                image_dir,
-                precision=settings.precision,
-                passes=passes,
-                batch_size=settings.batch_size,
-                threads=worker_threads(),
-            )
-            for annotation, label in labels:
+            for annotation, label in labelling.labels(list(by_image(coco)), image_dir):
                 bar.update()
                 if annotation.id is not None:
                     answers[annotation.id] = _fields(annotation, label, with_iou=settings.load_mask)
                 if evaluator is not None:
                     add_answer(evaluator, annotation, label)
         failed = _failures(coco, answers, screen)
-        source = checkpoint_file(settings.checkpoint, "inference.checkpoint")
-        written = labelled_file(coco, answers, provenance(source, checkpoint, passes))
+        written = labelled_file(coco, answers, labelling.provenance())
         write_json_atomic(path, with_detector_scores(written, coco) if settings.box_inputs else written)
         labelled = sum("error" not in fields for fields in answers.values())
         report = None if evaluator is None else evaluator.report()
