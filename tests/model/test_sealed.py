@@ -13,9 +13,10 @@ import pytest
 
 from mal_train.errors import Altered, CheckpointError, ConfigError, OutputError, Truncated, WrongKey
 from mal_train.model import sealed
-from mal_train.model.keys import DecryptionKey, EncryptionKey, generate_identity, parse_key
+from mal_train.model.keys import DecryptionKey, EncryptionKey, parse_key
 from mal_train.model.sealed import CHUNK, SealedFile, check_encryption_key, padding, write_sealed
 from tests.model import age_by_hand
+from tests.model.key_pair import OPENS, SEALS, identity_key
 
 PASSPHRASE = "not a secret"
 CHUNKS = 5
@@ -25,16 +26,6 @@ class Collected(bytearray):
     """A sink that keeps what comes."""
 
     write = bytearray.extend
-
-
-def identity_key() -> tuple[EncryptionKey, DecryptionKey]:
-    seals = parse_key(generate_identity()[1], purpose="encryption", where="environment")
-    assert seals is not None
-    assert seals.opens is not None
-    return seals, seals.opens
-
-
-SEALS, OPENS = identity_key()
 
 
 def passphrase_key(text: str = PASSPHRASE) -> DecryptionKey:
