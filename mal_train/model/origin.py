@@ -83,7 +83,7 @@ def mean_of(files: Sequence[tuple[Path, str, Mapping[str, Tree]]]) -> dict[str, 
     """The provenance of the mean of several checkpoints: (path, SHA-256, provenance) of each.
 
     What is the same in all of them stays; what is not is told of each under `sources`. Licences that differ are all
-    named.
+    named; where one file states its own, `licence` names that of each, so that no file speaks for another.
     """
     first = files[0][2]
     same = {name: value for name, value in first.items() if all(other.get(name) == value for _, _, other in files[1:])}
@@ -93,12 +93,12 @@ def mean_of(files: Sequence[tuple[Path, str, Mapping[str, Tree]]]) -> dict[str, 
         {**told_of(path, sha256, provenance), "lineage": list(_lineage(provenance))}
         for path, sha256, provenance in files
     ]
-    own = _joined(str(provenance["licence"]) for _, _, provenance in files if provenance.get("licence"))
+    is_stated = any(provenance.get("licence") for _, _, provenance in files)
     return {
         **same,
         "starting_weights": names,
         "starting_weights_licence": licences,
-        **({"licence": own} if own else {}),
+        **({"licence": _joined(licence_of(provenance) for _, _, provenance in files)} if is_stated else {}),
         "mean_of_checkpoints": len(files),
         "sources": sources,
     }

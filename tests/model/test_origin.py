@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mal_train.model.origin import NOT_STATED, Origin, licence_of, mean_of
+from mal_train.model.tree import Tree
 
 FIRST = Origin("deit_tiny_patch16_224.fb_in1k", "Apache-2.0")
 
@@ -53,3 +54,25 @@ def test_the_mean_of_files_alike_says_each_thing_once() -> None:
         "MIT",
     )
     assert (mean["steps"], mean["mean_of_checkpoints"], len(mean["sources"])) == (8, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("other", "licence"),
+    [
+        ({"starting_weights_licence": "CC-BY-NC-4.0"}, "Apache-2.0 and CC-BY-NC-4.0"),
+        ({"starting_weights_licence": "CC-BY-NC-4.0", "licence": "MIT"}, "Apache-2.0 and MIT"),
+        ({"lineage": [{"starting_weights_licence": "CC-BY-NC-4.0"}]}, "Apache-2.0 and CC-BY-NC-4.0"),
+        ({}, f"Apache-2.0 and {NOT_STATED}"),
+    ],
+)
+def test_a_mean_does_not_give_all_its_files_the_licence_that_one_of_them_states(
+    other: dict[str, Tree], licence: str
+) -> None:
+    files = [(Path("a.malckpt"), "1", {**FIRST.told(), "licence": "Apache-2.0"}), (Path("b.malckpt"), "2", other)]
+    assert licence_of(mean_of(files)) == licence
+    assert set(licence_of(mean_of(files[::-1])).split(" and ")) == set(licence.split(" and "))
+
+
+def test_a_mean_of_files_that_state_no_licence_of_their_own_has_those_they_started_from() -> None:
+    mean = mean_of([(Path(f"{name}.malckpt"), name, {"starting_weights_licence": name}) for name in ("MIT", "ISC")])
+    assert (mean.get("licence"), licence_of(mean)) == (None, "MIT and ISC")
