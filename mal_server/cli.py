@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mal_server import logs
 from mal_server.left_behind import leave
-from mal_train.errors import MalError
+from mal_train.errors import ConfigError, MalError
 from mal_train.threads import wait_passively
 
 PIP_LINE = "pip install 'mask-auto-labeler[server]'"
@@ -72,10 +72,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _health(args: argparse.Namespace) -> int:
-    from mal_server.probe import Probe  # noqa: PLC0415
+    from mal_server.config import load_config  # noqa: PLC0415
+    from mal_server.probe import Probe, probe_of  # noqa: PLC0415
 
-    found = Probe(args.address, args.service, args.timeout, args.tls_ca, args.tls_name, args.client_cert).ask()
-    print(f"{args.address}: {found}")
+    papers = (args.tls_ca, args.tls_name, args.client_cert, args.client_key)
+    probe = Probe(args.address, args.service, args.timeout, *papers)
+    if args.config is not None:
+        probe = probe_of(load_config(args.config).listen, probe)
+    elif not probe.address:
+        raise ConfigError("health: whom? Give HOST:PORT, or the server's settings with -c FILE")
+    found = probe.ask()
+    print(f"{probe.address}: {found}")
     return 0 if found == "SERVING" else 1
 
 
@@ -96,12 +103,22 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="say what serve would do, or what is wrong; opens no port")
     _add_settings(check)
     health = commands.add_parser("health", help="ask a running server; exit code 0 when it is SERVING, else 1")
-    health.add_argument("address", metavar="HOST:PORT")
+    health.add_argument("address", nargs="?", default="", metavar="HOST:PORT", help="without: what -c says")
+    health.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the server's settings (YAML): where it listens, its certificate, and what to show it",
+    )
     health.add_argument("--service", default="", metavar="NAME", help="e.g. mal.v1.LabelingService; default: all of it")
     health.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds (default %(default)g)")
-    health.add_argument("--tls-ca", type=Path, metavar="CA.pem", help="authority to trust; without it: plaintext")
+    health.add_argument(
+        "--tls-ca", type=Path, metavar="CA.pem", help="authority to trust; neither it nor -c: plaintext"
+    )
     health.add_argument("--tls-name", metavar="NAME", help="name in the server's certificate, if not HOST")
     health.add_argument("--client-cert", type=Path, metavar="CERT.pem", help="certificate to show, with its key")
+    health.add_argument("--client-key", type=Path, metavar="KEY.pem", help="its private key, in a file of its own")
     commands.add_parser("default-config", help="print every setting with its default and its meaning")
     return top
 

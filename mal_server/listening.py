@@ -28,6 +28,11 @@ class Listen(Strict):
         description="PEM file of the authorities whose certificates clients must show (mTLS), also for health checks.\n"
         "null: clients need none.",
     )
+    tls_probe_certificate: Path | None = Field(
+        default=None,
+        description="PEM file of the certificate, and its unencrypted private key, that `mal-server health -c` shows "
+        "where\ntls_client_ca asks for one. null: the server's own, where that counts as a client's.",
+    )
     allow_plaintext: bool = Field(
         default=False,
         description="Without a certificate a host other than loopback is refused unless this is true. Set it only on a "
@@ -40,6 +45,8 @@ class Listen(Strict):
             raise ValueError("listen.tls_certificate, listen.tls_key: give both or neither")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("listen.tls_client_ca: without listen.tls_certificate nobody is asked for a certificate")
+        if self.tls_probe_certificate is not None and self.tls_client_ca is None:
+            raise ValueError("listen.tls_probe_certificate: without listen.tls_client_ca nobody is asked for one")
         if self.tls_certificate is None and not self.allow_plaintext and not is_loopback(self.host):
             raise ValueError(
                 f"listen.host: {self.host!r} is reachable from other machines and the traffic is not encrypted; use "

@@ -1,13 +1,18 @@
 """`mal-server health`: asks a running server how it is, for supervisors and containers without another tool."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mal_server.listening import Listen
+from mal_server.rehearsal import check_shown, rehearse
 from mal_train.errors import ConfigError
+
+EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Addresses to listen on that nobody can call → the one of this machine."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,8 @@ class Probe:
         timeout_s: how long to wait for the answer.
         tls_ca: PEM file of the authority to trust; None = plaintext.
         tls_name: name in the server's certificate, where it is not the address's host.
-        client_cert: PEM file with the certificate to show and its private key.
+        client_cert: PEM file with the certificate to show.
+        client_key: PEM file of its private key; None = in the same file.
     """
 
     address: str
@@ -29,6 +35,7 @@ class Probe:
     tls_ca: Path | None = None
     tls_name: str | None = None
     client_cert: Path | None = None
+    client_key: Path | None = None
 
     def ask(self) -> str:
         """SERVING, NOT_SERVING or SERVICE_UNKNOWN as the server says, or UNREACHABLE and why.
@@ -48,14 +55,48 @@ class Probe:
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
     def _channel(self) -> grpc.Channel:
+        if self.client_key is not None and self.client_cert is None:
+            raise ConfigError("--client-key: give the certificate, too (--client-cert)")
         if self.tls_ca is None:
             if self.client_cert is not None or self.tls_name is not None:
                 raise ConfigError("--client-cert, --tls-name: they need --tls-ca; without it nothing is encrypted")
             return grpc.insecure_channel(self.address)
         shown = None if self.client_cert is None else _read(self.client_cert)
-        credentials = grpc.ssl_channel_credentials(_read(self.tls_ca), shown, shown)
+        key = shown if self.client_key is None else _read(self.client_key)
+        credentials = grpc.ssl_channel_credentials(_read(self.tls_ca), key, shown)
         options = [] if self.tls_name is None else [("grpc.ssl_target_name_override", self.tls_name)]
         return grpc.secure_channel(self.address, credentials, options=options)
+
+
+def probe_of(listen: Listen, given: Probe) -> Probe:
+    """A question to the server that listens so. What is given wins: its address, where it is not empty, and its papers.
+
+    The server's own certificate is trusted as it lies there, under the name that it bears. Where the server asks for a
+    client's, `listen.tls_probe_certificate` is shown, or the server's own.
+
+    Raises:
+        ConfigError: `listen.port` is 0 and no address is given, or a file cannot be used for what it is there for.
+    """
+    found = replace(given, address=given.address or _own_address(listen))
+    if listen.tls_certificate is None or listen.tls_key is None:
+        return found
+    if found.tls_ca is None:
+        name = rehearse(listen.tls_certificate, listen.tls_key)
+        found = replace(found, tls_ca=listen.tls_certificate, tls_name=found.tls_name or name)
+    if listen.tls_client_ca is None or found.client_cert is not None:
+        return found
+    shown, key = listen.tls_probe_certificate, listen.tls_probe_certificate
+    if shown is None or key is None:
+        shown, key = listen.tls_certificate, listen.tls_key
+    check_shown(listen.tls_certificate, listen.tls_key, listen.tls_client_ca, shown, key)
+    return replace(found, client_cert=shown, client_key=key)
+
+
+def _own_address(listen: Listen) -> str:
+    if listen.port == 0:
+        raise ConfigError("listen.port: 0 takes a free port, which these settings do not tell; give HOST:PORT, too")
+    host = EVERY_INTERFACE.get(listen.host, listen.host)
+    return f"[{host}]:{listen.port}" if ":" in host else f"{host}:{listen.port}"
 
 
 def _read(path: Path) -> bytes:

@@ -85,27 +85,39 @@ class Papers:
     def _read_all(self) -> grpc.ServerCertificateConfiguration:
         certificate = _read(self._certificate, "listen.tls_certificate")
         key = _read(self._key, "listen.tls_key")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            # A password would be asked for on the terminal; gRPC takes no encrypted keys anyhow.
-            context.load_cert_chain(self._certificate, self._key, password=lambda: b"encrypted keys do not work")
-        except (ssl.SSLError, OSError) as error:
-            why = error.reason if isinstance(error, ssl.SSLError) else error.strerror
-            raise ConfigError(
-                f"listen.tls_certificate, listen.tls_key: {self._certificate} and {self._key} are no PEM certificate "
-                f"with its unencrypted private key ({why or error})"
-            ) from None
-        if self._authority is None:
-            return grpc.ssl_server_certificate_configuration([(key, certificate)])
-        authority = _read(self._authority, "listen.tls_client_ca")
-        try:
-            context.load_verify_locations(self._authority)
-        except (ssl.SSLError, OSError) as error:
-            why = error.reason if isinstance(error, ssl.SSLError) else error.strerror
-            raise ConfigError(
-                f"listen.tls_client_ca: {self._authority} holds no PEM certificate ({why or error})"
-            ) from None
+        authority = None if self._authority is None else _read(self._authority, "listen.tls_client_ca")
+        server_context(self._certificate, self._key, self._authority)
         return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=authority)
+
+
+def server_context(certificate: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext:
+    """The same files for Python's own TLS library; with `client_ca` clients must show a certificate.
+
+    Raises:
+        ConfigError: no PEM, or the key does not belong to the certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # A password would be asked for on the terminal; gRPC takes no encrypted keys anyhow.
+        context.load_cert_chain(certificate, key, password=lambda: b"encrypted keys do not work")
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(
+            f"listen.tls_certificate, listen.tls_key: {certificate} and {key} are no PEM certificate "
+            f"with its unencrypted private key ({why(error)})"
+        ) from None
+    if client_ca is not None:
+        try:
+            context.load_verify_locations(client_ca)
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigError(f"listen.tls_client_ca: {client_ca} holds no PEM certificate ({why(error)})") from None
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def why(error: OSError) -> str:
+    """What TLS or the disk says, without where in its source."""
+    told = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+    return str(told or error)
 
 
 def _read(path: Path, setting: str) -> bytes:

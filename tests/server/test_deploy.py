@@ -135,13 +135,44 @@ def test_the_image_runs_a_command_line_that_the_program_takes_and_not_as_root(tm
     parser.content = (DEPLOY / "container" / "Dockerfile").read_text()
     steps = {step["instruction"]: step["value"] for step in parser.structure}
     assert json.loads(steps["ENTRYPOINT"]) == ["mal-server"]
-    assert cli.parser().parse_args(json.loads(steps["CMD"])).command == "serve"
-    program, *health = json.loads(steps["HEALTHCHECK"].partition("CMD ")[2])
-    assert (program, cli.parser().parse_args(health).command) == ("mal-server", "health")
+    serve = cli.parser().parse_args(json.loads(steps["CMD"]))
+    assert serve.command == "serve"
+    options, _, line = steps["HEALTHCHECK"].partition("CMD ")
+    assert asks_by_the_settings(json.loads(line), serve.config)
+    assert int(re.findall(r"--timeout=(\d+)s", options)[0]) > cli.parser().parse_args(json.loads(line)[1:]).timeout
     assert steps["USER"] == "10001:10001"
     assert steps["STOPSIGNAL"] == "SIGTERM"
     copied = [step["value"].split()[:-1] for step in parser.structure if step["instruction"] == "COPY"]
     assert all((ROOT / name).exists() for names in copied for name in names)
+
+
+def asks_by_the_settings(line: list[str], config: Path) -> bool:
+    """Whether it is `mal-server health` with these settings and nothing else."""
+    program, *arguments = line
+    args = cli.parser().parse_args(arguments)
+    return (program, args.command, args.config, args.address) == ("mal-server", "health", config, "")
+
+
+def test_the_probe_for_tls_in_the_manifests_comment_is_one_and_asks_by_the_settings() -> None:
+    text = (DEPLOY / "kubernetes.yaml").read_text()
+    (line,) = re.findall(r"^ *# +(exec: .*)$", text, re.MULTILINE)
+    (numbers,) = re.findall(r"^ *# and (.*), since", text, re.MULTILINE)
+    probe = yaml.safe_load(line) | yaml.safe_load("{" + numbers + "}")
+    deployment = manifests()["Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    for name in ("startupProbe", "readinessProbe"):
+        del container[name]["grpc"]
+        container[name] |= probe
+    kubernetes_validate.validate(deployment, KUBERNETES_VERSION, strict=True)
+    serve = cli.parser().parse_args(container["args"])
+    assert asks_by_the_settings(probe["exec"]["command"], serve.config)
+    assert probe["timeoutSeconds"] > cli.parser().parse_args(probe["exec"]["command"][1:]).timeout
+
+
+@pytest.mark.parametrize("name", ["mal-server.service", "supervisord.conf"])
+def test_the_health_line_of_the_other_files_is_one(name: str) -> None:
+    (line,) = re.findall(r"How it is: +(?:\S*/)?(mal-server health -c \S+)", (DEPLOY / name).read_text())
+    assert asks_by_the_settings(line.split(), Path("/etc/mal-server/server.yaml"))
 
 
 def test_compose_starts_a_new_container_after_every_end_but_a_wanted_one() -> None:
