@@ -29,7 +29,7 @@ FLAGS = (
     "--disable-component-update",
     "--no-first-run",
 )
-WAIT_MS = 20_000
+WAIT_MS = 120_000
 
 Box = tuple[float, float, float, float]
 
@@ -66,7 +66,7 @@ def command(address: str) -> Iterator[str]:
         yield process.stdout.readline().removeprefix("playground: ").strip()
     finally:
         process.terminate()
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,13 +46,13 @@ class Faults:
     break_code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
     batch: int = 0
     """Boxes in each message of LabelImage; 0 = all in one."""
-    batch_delay_s: float = 0.0
-    """Before each message of LabelImage but the first."""
     retry_boxes: dict[int, int] = field(default_factory=dict)
     """Instance id → how often it is answered "send again"."""
     retry_items: dict[str, int] = field(default_factory=dict)
     bad_boxes: set[int] = field(default_factory=set)
     delay_s: float = 0.0
+    hold_after: int = -1
+    """Messages of a LabelImage call, items of a LabelImages one, after which nothing comes until `released`."""
     reverse: bool = False
     """Last item first, of those that wait (with delay_s some do); last box first."""
     leave_out: set[int] = field(default_factory=set)
@@ -87,6 +87,11 @@ class FakeServer(
         self.calls: list[str] = []
         self.label_requests: list[labeling_pb2.LabelImageRequest] = []
         self.item_ids: list[str] = []
+        """Of answered items."""
+        self.received: list[str] = []
+        """Items that were read, answered or not."""
+        self.released = threading.Event()
+        """Ends what `Faults.hold_after` began; set at the end of `serving`, too."""
         self.most_unanswered = 0
         self.evaluated: list[evaluation_pb2.EvaluateImage] = []
         self.evaluate_options: evaluation_pb2.EvaluateOptions | None = None
@@ -151,7 +156,8 @@ class FakeServer(
         size = self.faults.batch or max(1, len(results))
         for at, start in enumerate(range(0, len(results), size)):
             self._break_if_told(context, at)
-            time.sleep(self.faults.batch_delay_s if at else 0.0)
+            if not self._goes_on(context, at):
+                return
             yield labeling_pb2.LabelImageResponse(
                 results=results[start : start + size],
                 model=_model(request.options.branch),
@@ -166,7 +172,7 @@ class FakeServer(
         self._refuse_if_told(context)
         waiting: queue.Queue[labeling_pb2.LabelImagesRequest | None]
         waiting = queue.LifoQueue() if self.faults.reverse else queue.Queue()
-        reader = threading.Thread(target=_drain, args=(request_iterator, waiting), daemon=True)
+        reader = threading.Thread(target=self._drain, args=(request_iterator, waiting), daemon=True)
         reader.start()
         yield from self._answers(waiting, context)
 
@@ -221,6 +227,8 @@ class FakeServer(
         time.sleep(self.faults.delay_s)
         while (item := waiting.get()) is not None:
             time.sleep(self.faults.delay_s)
+            if not self._goes_on(context, sent):
+                return
             self.most_unanswered = max(self.most_unanswered, waiting.qsize() + 1)
             self._break_if_told(context, sent)
             self.item_ids.append(item.item_id)
@@ -295,10 +303,27 @@ class FakeServer(
             context.set_trailing_metadata(tuple(trailers))
             context.abort(grpc.StatusCode.UNAVAILABLE, "told to be unavailable")
 
+    def _goes_on(self, context: Any, answered: int) -> bool:
+        """Waits where it is told to; whether anybody is there afterwards."""
+        if not 0 <= self.faults.hold_after <= answered:
+            return True
+        self.released.wait()
+        return bool(context.is_active())
+
     def _break_if_told(self, context: Any, answered: int) -> None:
         if self.faults.breaks > 0 and answered >= self.faults.break_after:
             self.faults.breaks -= 1
             context.abort(self.faults.break_code, "told to break")
+
+    def _drain(self, requests: Iterator[labeling_pb2.LabelImagesRequest], waiting: queue.Queue[Any]) -> None:
+        try:
+            for request in requests:
+                waiting.put(request)
+                self.received.append(request.item_id)
+        except grpc.RpcError:
+            # The stream is over; what was read is all there is.
+            pass
+        waiting.put(None)
 
     def _count_down(self, counters: dict[Any, int], key: Any) -> bool:
         if counters.get(key, 0) <= 0:
@@ -322,7 +347,30 @@ def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
     try:
         yield f"127.0.0.1:{port}"
     finally:
-        grpc_server.stop(None).wait()
+        stopped = grpc_server.stop(None)
+        server.released.set()
+        stopped.wait()
+
+
+@contextmanager
+def once(condition: Callable[[], object], act: Callable[[], object]) -> Iterator[None]:
+    """Acts, in a thread of its own, as soon as the condition holds; not at all where it never does."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            if condition():
+                act()
+                return
+            over.wait(0.002)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _model(branch: types_pb2.Branch | int = types_pb2.BRANCH_UNSPECIFIED) -> types_pb2.ModelRef:
@@ -354,13 +402,3 @@ def _abort(context: Any, status: status_pb2.Status) -> NoReturn:
     codes = {code.value[0]: code for code in grpc.StatusCode}
     context.abort(codes[status.code], status.message)
     raise AssertionError("abort returned")
-
-
-def _drain(requests: Iterator[Any], waiting: queue.Queue[Any]) -> None:
-    try:
-        for request in requests:
-            waiting.put(request)
-    except grpc.RpcError:
-        # The stream is over; what was read is all there is.
-        pass
-    waiting.put(None)

@@ -3,9 +3,10 @@
 import asyncio
 import io
 import json
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from mal_train.errors import BadImage
 from mal_train.labeling.coco import read_coco
 from mal_train.labeling.evaluation import Evaluator
 from mal_train.labeling.images import read_image
-from mal_train.labeling.labeler import Label, RunOptions
+from mal_train.labeling.labeler import Crop, Label, Probability, RunOptions
 from tests.client.datasets import Dataset, make_dataset, with_masks
 from tests.server.fakes import DISC_BOX, BrightPredictor, bright_disc, config_of, loaded
 
@@ -69,10 +70,39 @@ def served(
     thread = threading.Thread(target=asyncio.run, args=(live(),))
     thread.start()
     try:
-        yield address.result(20)
+        yield address.result(120)
     finally:
         over.set()
-        thread.join(20)
+        thread.join(120)
+
+
+class HeldLater(BrightPredictor):
+    """Runs so many batches once `hold_after` has said how many; the others wait until nobody reaches the server."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._most = 10**6
+        self._released = threading.Event()
+
+    def hold_after(self, batches: int) -> None:
+        """Counts from now on: the self-test of the server is over."""
+        self._most = len(self.batches) + batches
+
+    def release_when_closed(self, address: str) -> None:
+        """Blocks until the address takes no connection."""
+        host, _, port = address.rpartition(":")
+        while True:
+            try:
+                socket.create_connection((host, int(port)), 60).close()
+            except OSError:
+                break
+            time.sleep(0.005)
+        self._released.set()
+
+    def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
+        if len(self.batches) >= self._most:
+            self._released.wait(120)
+        return super().predict(crops, options)
 
 
 @pytest.fixture
@@ -133,7 +163,7 @@ def test_small_requests_of_several_clients_share_batches() -> None:
         assert (first.result(), [other.result() for other in others]) == (1, [8] * 8)
 
 
-def wait_until(holds: Callable[[], bool], at_most_s: float = 20) -> None:
+def wait_until(holds: Callable[[], bool], at_most_s: float = 120) -> None:
     deadline = time.monotonic() + at_most_s
     while not holds():
         assert time.monotonic() < deadline, "it never came"
@@ -193,14 +223,17 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(dataset: Dataset) 
         results.append(label(address, dataset, on_progress=lambda _: seen.set()))
         done.set()
 
-    with served(BrightPredictor(wait_s=0.1), max_batch_size=1) as address:
+    predictor = HeldLater()
+    with served(predictor, max_batch_size=1) as address:
         port = int(address.rpartition(":")[2])
+        predictor.hold_after(11)
         job = threading.Thread(target=work, args=(address,))
         job.start()
-        assert seen.wait(20)
+        assert seen.wait(120)
+        threading.Thread(target=predictor.release_when_closed, args=(address,)).start()
     assert not done.is_set(), "killed too late to prove anything"
     with served(listen={"port": port}):
-        job.join(30)
+        job.join(120)
     assert results
     assert (results[0].labelled, results[0].failed) == (12, ())
 
@@ -209,11 +242,14 @@ def test_a_server_killed_for_good_leaves_what_was_answered(dataset: Dataset, mon
     monkeypatch.setattr("mal_client.bulk_call.FIRST_PAUSE_S", 0.01)
     results: list[DatasetResult] = []
     seen = threading.Event()
-    with served(BrightPredictor(wait_s=0.2), max_batch_size=1) as address:
+    predictor = HeldLater()
+    with served(predictor, max_batch_size=1) as address:
+        predictor.hold_after(11)
         job = threading.Thread(target=lambda: results.append(label(address, dataset, on_progress=lambda _: seen.set())))
         job.start()
-        assert seen.wait(20)
-    job.join(30)
+        assert seen.wait(120)
+        threading.Thread(target=predictor.release_when_closed, args=(address,)).start()
+    job.join(120)
     assert results[0].labelled >= 2
     assert results[0].labelled + len(results[0].failed) == 12
     assert {row.error.reason for row in results[0].failed} == {"SERVER_LOST"}

@@ -136,12 +136,12 @@ def test_a_reader_that_has_seen_enough_is_no_error(address: str) -> None:
     process.stdout.close()
     assert process.stderr is not None
     assert process.stderr.read() == b""
-    assert process.wait(10) == 141
+    assert process.wait(120) == 141
     process.stderr.close()
 
 
 def test_ctrl_c_exits_130_and_leaves_nothing(dataset: Dataset) -> None:
-    fake = FakeServer(Faults(delay_s=1.0))
+    fake = FakeServer(Faults(hold_after=0))
     with serving(fake) as address:
         # Where the tests run in the background SIGINT is ignored, and a child would inherit that.
         code = (
@@ -153,7 +153,7 @@ def test_ctrl_c_exits_130_and_leaves_nothing(dataset: Dataset) -> None:
         while "LabelImages" not in fake.calls and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, printed = process.communicate(timeout=10)
+        _, printed = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted" in printed
     assert "Traceback" not in printed

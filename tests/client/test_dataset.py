@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from mal_train.labeling.rle import Rle, area
 from mal_train.labeling.settings import Branch, MaskFormat
 from tests.client.cutting import Cut, cutting
 from tests.client.datasets import Dataset, make_dataset
-from tests.client.fake_server import SHA, FakeServer, Faults, Limits, serving
+from tests.client.fake_server import SHA, FakeServer, Faults, Limits, once, serving
 
 
 @pytest.fixture
@@ -119,9 +118,11 @@ def test_an_item_that_the_server_wants_again_is_sent_again(dataset: Dataset) -> 
 
 def test_the_window_bounds_what_is_unanswered(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, images=12)
-    fake = FakeServer(Faults(delay_s=0.02), Limits(max_items_in_flight=3))
-    label(fake, dataset)
-    assert 1 < fake.most_unanswered <= 3
+    fake = FakeServer(Faults(hold_after=0), Limits(max_items_in_flight=3))
+    # Nothing is answered until three are there; a fourth before an answer would be seen.
+    with once(lambda: len(fake.received) >= 3, fake.released.set):
+        label(fake, dataset)
+    assert fake.most_unanswered == 3
 
 
 def test_an_image_with_more_boxes_than_the_server_takes_comes_in_parts(tmp_path: Path) -> None:
@@ -291,8 +292,8 @@ def test_a_server_lost_before_any_answer_is_an_error_and_leaves_nothing(
 
 
 def test_a_silent_server_counts_as_lost(dataset: Dataset) -> None:
-    with pytest.raises(CallTimedOut, match=r"no answer for 0\.3 s"):
-        label(FakeServer(Faults(delay_s=3.0)), dataset, timeout_s=0.3)
+    with pytest.raises(CallTimedOut, match=r"no answer for 2 s"):
+        label(FakeServer(Faults(hold_after=0)), dataset, timeout_s=2.0)
 
 
 def test_masks_of_two_checkpoints_are_not_mixed(dataset: Dataset) -> None:
@@ -332,39 +333,46 @@ def test_progress_ends_with_everything_done(dataset: Dataset) -> None:
 
 
 def test_the_asyncio_client_labels_a_data_set_while_the_loop_goes_on(dataset: Dataset) -> None:
+    fake, enough = FakeServer(Faults(hold_after=0)), 20
+
     async def work(address: str) -> int:
         ticks = 0
         async with AsyncClient(address, timeout_s=20) as client:
             job = asyncio.ensure_future(client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output))
             while not job.done():
-                ticks += 1
+                ticks += bool(fake.received)
+                if ticks == enough:
+                    fake.released.set()
                 await asyncio.sleep(0.005)
             assert (await job).labelled == 6
         return ticks
 
-    with serving(FakeServer(Faults(delay_s=0.05))) as address:
-        assert asyncio.run(work(address)) > 5
+    with serving(fake) as address:
+        assert asyncio.run(work(address)) >= enough
 
 
 def test_a_cancelled_asyncio_job_ends_and_writes_nothing(dataset: Dataset) -> None:
+    fake = FakeServer(Faults(hold_after=0))
+
     async def work(address: str) -> None:
         async with AsyncClient(address, timeout_s=20) as client:
             job = asyncio.ensure_future(client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output))
-            await asyncio.sleep(0.2)
+            while not fake.received:
+                await asyncio.sleep(0.005)
             job.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await job
 
-    with serving(FakeServer(Faults(delay_s=0.5))) as address:
+    with serving(fake) as address:
         asyncio.run(work(address))
     assert not dataset.output.exists()
 
 
 def test_closing_the_client_ends_a_job_in_another_thread(dataset: Dataset) -> None:
-    with serving(FakeServer(Faults(delay_s=0.5))) as address:
+    fake = FakeServer(Faults(hold_after=0))
+    with serving(fake) as address:
         client = Client(address, timeout_s=20)
-        threading.Timer(0.2, client.close).start()
-        with pytest.raises(CallCancelled):
+        with once(lambda: fake.received, client.close), pytest.raises(CallCancelled):
             client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output)
     assert not dataset.output.exists()
 

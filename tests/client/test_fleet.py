@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from mal_client.types import AS_SERVED, DatasetResult, Progress
 
 from mal_train.errors import ConfigError
 from tests.client.datasets import Dataset, make_dataset
-from tests.client.fake_server import FakeServer, Faults, Limits, serving
+from tests.client.fake_server import FakeServer, Faults, Limits, once, serving
 
 
 def label(dataset: Dataset, *fakes: FakeServer, also: tuple[str, ...] = ()) -> tuple[DatasetResult, list[str]]:
@@ -36,8 +35,14 @@ def test_servers_share_the_work_and_the_file_does_not_tell(tmp_path: Path) -> No
     dataset = make_dataset(tmp_path, images=30)
     label(dataset, FakeServer())
     alone = dataset.output.read_bytes()
-    fakes = [FakeServer(Faults(delay_s=0.01)) for _ in range(3)]
-    label(dataset, *fakes)
+    fakes = [FakeServer(Faults(hold_after=0)) for _ in range(3)]
+
+    def release() -> None:
+        for fake in fakes:
+            fake.released.set()
+
+    with once(lambda: all(len(fake.received) >= 3 for fake in fakes), release):
+        label(dataset, *fakes)
     assert dataset.output.read_bytes() == alone
     assert Counter(item for fake in fakes for item in fake.item_ids) == Counter(map(str, range(30)))
     assert all(len(fake.item_ids) >= 3 for fake in fakes)
@@ -46,8 +51,9 @@ def test_servers_share_the_work_and_the_file_does_not_tell(tmp_path: Path) -> No
 def test_a_server_that_dies_under_load_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mal_client.bulk_call.FIRST_PAUSE_S", 0.01)
     dataset = make_dataset(tmp_path, images=40)
-    dying, living = FakeServer(Faults(delay_s=0.01, kill_after=5)), FakeServer(Faults(delay_s=0.02))
-    result, notices = label(dataset, dying, living)
+    dying, living = FakeServer(Faults(kill_after=5)), FakeServer(Faults(hold_after=0))
+    with once(lambda: len(dying.item_ids) == 5, living.released.set):
+        result, notices = label(dataset, dying, living)
     assert (result.labelled, result.failed, result.is_final) == (80, (), True)
     assert len(dying.item_ids) == 5
     assert sorted({*dying.item_ids, *living.item_ids}, key=int) == [str(at) for at in range(40)]
@@ -56,15 +62,23 @@ def test_a_server_that_dies_under_load_loses_nothing(tmp_path: Path, monkeypatch
 
 def test_a_server_whose_port_closes_under_load_loses_nothing(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, images=40)
-    living = FakeServer(Faults(delay_s=0.02))
+    living, leaving = FakeServer(Faults(hold_after=0)), FakeServer(Faults(hold_after=2))
+    left = threading.Event()
     with serving(living) as here, ExitStack() as there:
-        clients = [Client(here), Client(there.enter_context(serving(FakeServer(Faults(delay_s=0.02)))))]
-        threading.Timer(0.2, there.close).start()
-        result = label_dataset(clients, dataset.json_path, dataset.images_dir, dataset.output, AS_SERVED)
-        time.sleep(0.1)
+        clients = [Client(here), Client(there.enter_context(serving(leaving)))]
+
+        def leave() -> None:
+            there.close()
+            left.set()
+            living.released.set()
+
+        # It leaves with answers given and others owed.
+        with once(lambda: len(leaving.item_ids) == 2 and len(leaving.received) > 2, leave):
+            result = label_dataset(clients, dataset.json_path, dataset.images_dir, dataset.output, AS_SERVED)
         for client in clients:
             client.close()
     assert (result.labelled, result.failed) == (80, ())
+    assert left.is_set()
 
 
 @contextmanager

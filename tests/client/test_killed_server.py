@@ -48,13 +48,13 @@ class Process:
     def kill(self) -> list[list[int]]:
         """Ends it as a power cut would; what it was asked."""
         self._running.kill()
-        told, _ = self._running.communicate(timeout=20)
+        told, _ = self._running.communicate(timeout=120)
         return [json.loads(line) for line in told.splitlines()]
 
 
 @contextmanager
 def killed_after(first_answer: threading.Event, **faults: float) -> Iterator[tuple[str, list[list[int]]]]:
-    """A server that is killed once the first answer came, and another one in its place.
+    """A server that is killed once the first answer came, and another one in its place; the first must not end before.
 
     Gives the address and what the second one was asked, known at the end.
     """
@@ -63,7 +63,7 @@ def killed_after(first_answer: threading.Event, **faults: float) -> Iterator[tup
     second: list[Process] = []
 
     def replace() -> None:
-        if first_answer.wait(30):
+        if first_answer.wait(120):
             first.kill()
             second.append(Process({}, first.port))
 
@@ -85,7 +85,7 @@ def test_the_blocking_client_asks_the_next_server_for_what_is_unanswered() -> No
     came = threading.Event()
     labels: list[BoxLabel] = []
     with (
-        killed_after(came, batch=3, batch_delay_s=0.6) as (address, asked),
+        killed_after(came, batch=3, hold_after=1) as (address, asked),
         Client(address, timeout_s=60) as client,
     ):
         for label in client.stream_image(PIXELS, BOXES):
@@ -106,7 +106,7 @@ def test_the_asyncio_client_does_the_same() -> None:
                 labels.append(label)
                 came.set()
 
-    with killed_after(came, batch=3, batch_delay_s=0.6) as (address, asked):
+    with killed_after(came, batch=3, hold_after=1) as (address, asked):
         asyncio.run(ask(address))
     assert answered_once(labels)
     assert set(asked[0]) < set(range(12))
@@ -115,7 +115,7 @@ def test_the_asyncio_client_does_the_same() -> None:
 def test_a_bulk_job_goes_on_with_what_is_unanswered(tmp_path: Path) -> None:
     came = threading.Event()
     dataset = make_dataset(tmp_path, images=10, boxes=1)
-    with killed_after(came, delay_s=0.2) as (address, asked), Client(address, timeout_s=60) as client:
+    with killed_after(came, hold_after=1) as (address, asked), Client(address, timeout_s=60) as client:
         result: DatasetResult = client.label_dataset(
             dataset.json_path, dataset.images_dir, dataset.output, on_progress=lambda _: came.set()
         )

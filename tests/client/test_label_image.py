@@ -4,7 +4,6 @@ import asyncio
 import io
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -296,14 +295,18 @@ def test_a_call_that_the_server_cancels_as_it_closes_is_sent_again(break_after: 
         assert [len(request.instances) for request in fake.label_requests] == [3, 3 - break_after]
 
 
-def test_a_server_that_cancels_every_call_is_given_up_at_the_deadline() -> None:
-    faults = Faults(break_after=0, breaks=10**6, break_code=grpc.StatusCode.CANCELLED)
+def test_a_server_that_cancels_every_call_is_given_up_when_the_next_pause_would_pass_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mal_client.image_call.PAUSES_S", (0.0, 0.0, 1000.0, 0.0))
+    fake = FakeServer(Faults(break_after=0, breaks=10**6, break_code=grpc.StatusCode.CANCELLED))
     with (
-        serving(FakeServer(faults)) as address,
-        Client(address, timeout_s=0.4) as client,
+        serving(fake) as address,
+        Client(address, timeout_s=500) as client,
         pytest.raises(CallCancelled, match="told to break"),
     ):
         client.label_image(PIXELS, BOXES)
+    assert fake.calls.count("LabelImage") == 3
 
 
 def test_a_call_that_its_own_caller_cancels_is_not_sent_again() -> None:
@@ -316,7 +319,7 @@ def test_a_call_that_its_own_caller_cancels_is_not_sent_again() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
 
-    fake = FakeServer(Faults(delay_s=0.3))
+    fake = FakeServer(Faults(hold_after=0))
     with serving(fake) as address:
         asyncio.run(ask(address, fake))
     assert len(fake.label_requests) == 1
@@ -368,19 +371,18 @@ def test_many_threads_share_one_client(client: Client) -> None:
     assert sorted(areas) == sorted([80, 16, 400] * 8)
 
 
-def test_where_nobody_listens_the_error_names_the_address_within_seconds() -> None:
+def test_where_nobody_listens_the_error_names_the_address_and_no_deadline_is_waited_for() -> None:
+    """The deadline would end it as `CallTimedOut`."""
     address = f"127.0.0.1:{_free_port()}"
 
     async def ask() -> None:
         async with AsyncClient(address) as client:
             await client.label_image(PIXELS, BOXES)
 
-    started = time.monotonic()
     with Client(address) as client, pytest.raises(ServerUnavailable, match=address):
         client.label_image(PIXELS, BOXES)
     with pytest.raises(ServerUnavailable, match=address):
         asyncio.run(ask())
-    assert time.monotonic() - started < 15
 
 
 def test_a_server_that_never_answers_ends_at_the_deadline_with_its_address() -> None:
@@ -389,14 +391,12 @@ def test_a_server_that_never_answers_ends_at_the_deadline_with_its_address() -> 
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        started = time.monotonic()
-        with Client(address, timeout_s=1.0) as client, pytest.raises((CallTimedOut, ServerUnavailable), match=address):
+        with Client(address, timeout_s=1.0) as client, pytest.raises(CallTimedOut, match=rf"{address}.*within 1 s"):
             client.server_info()
-        assert time.monotonic() - started < 5
 
 
 def test_a_slow_server_ends_at_the_deadline_of_the_call() -> None:
-    with serving(FakeServer(Faults(delay_s=2.0))) as address, Client(address) as client:
+    with serving(FakeServer(Faults(hold_after=0))) as address, Client(address) as client:
         client.server_info()
         with pytest.raises(CallTimedOut, match=r"within 0\.2 s"):
             client.label_image(PIXELS, BOXES, timeout_s=0.2)

@@ -25,6 +25,7 @@ from mal_client.playground.serve import Listen, serve
 from mal_client.playground.store import ImageStore
 from PIL import Image
 
+from mal_server.server import MalServer
 from mal_train.errors import ConfigError
 from mal_train.labeling.images import ImageHeader, decode_image
 from mal_train.labeling.labeler import Label, Probability, RunOptions
@@ -326,7 +327,7 @@ class HeldAfterFirst(BrightPredictor):
 
     def predict(self, crops: Any, options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
         if len(self.batches) > self.warm:
-            self.released.wait(20)
+            self.released.wait(120)
         return super().predict(crops, options)
 
     warm = 10_000
@@ -386,19 +387,22 @@ def test_masks_come_before_the_last_batch_is_done() -> None:
 
 
 def test_a_page_that_goes_away_ends_its_call() -> None:
-    predictor = BrightPredictor(wait_s=0.02)
+    predictor, servers = HeldAfterFirst(), list[MalServer]()
 
     async def leave(page: Page) -> int:
         name = await sent(page)
-        before = len(predictor.batches)
+        before = predictor.warm = len(predictor.batches)
         answer = await page.post(f"/api/images/{name}/labels", json=asking(*[DISC_BOX] * 200))
         await answer.content.readline()
         answer.close()
-        # Another box is answered in its turn: behind 199 others, had they not been dropped.
+        # The second batch is held at the device; what waits behind it is dropped.
+        while servers[0].waiting:
+            await asyncio.sleep(0.005)
+        predictor.released.set()
         await lines_of(page, name, asking(BOX_IN_CORNER))
         return len(predictor.batches) - before
 
-    assert visit(leave, predictor, max_batch_size=1) < 100
+    assert visit(leave, predictor, servers=servers, max_batch_size=1) == 3
 
 
 def test_a_server_that_goes_down_is_the_error_of_every_box_that_is_open() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pycocotools.coco import COCO
 
+pytestmark = pytest.mark.timeout(1200)  # the first test runs the whole demo
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -16,7 +17,7 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "deploy.demo", *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1100,
         check=False,
         cwd=ROOT,
     )

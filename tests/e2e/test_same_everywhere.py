@@ -25,7 +25,8 @@ from mal_train.model.checkpoint import Checkpoint, save_checkpoint
 from mal_train.model.network import MalNetwork
 from tests.networks import spread_network
 
-READY_S = 240.0
+pytestmark = pytest.mark.timeout(1200)  # the first test starts the server
+READY_S = 600.0
 BIN = Path(sys.executable).parent
 
 
@@ -100,7 +101,7 @@ def server(scenes: Path) -> Iterator[str]:
             yield port_file.read_text().strip()
         finally:
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=240) == 0
+            assert process.wait(timeout=600) == 0
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -164,7 +165,7 @@ def test_masks_do_not_depend_on_who_else_labels(scenes: Path, server: str) -> No
         subprocess.Popen([*command, "--output", str(scenes / f"crowd{i}.json")], stdout=subprocess.DEVNULL)
         for i in range(3)
     ]
-    assert [run.wait(timeout=240) for run in runs] == [0, 0, 0]
+    assert [run.wait(timeout=600) for run in runs] == [0, 0, 0]
     first, *others = (rows_of(scenes / f"crowd{i}.json") for i in range(3))
     assert all(rows == first for rows in others)
     assert first[0]["segmentation"] == next(iter(by_the_library(scenes).values())).rle.to_coco()

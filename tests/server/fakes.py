@@ -59,7 +59,7 @@ class BrightPredictor(Labeler):
     def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
         self.batches.append((options, len(crops)))
         if self.gate is not None:
-            self.gate.wait(30)
+            self.gate.wait(120)
         time.sleep(self.wait_s)
         if self.error is not None:
             raise self.error

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.server.test_service import reason_of, status_details
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LIMIT_S = 120.0
 
 
 async def health_of(channel: grpc.aio.Channel) -> set[Any]:
@@ -30,10 +32,19 @@ async def health_of(channel: grpc.aio.Channel) -> set[Any]:
     return {(await stub.Check(health_pb2.HealthCheckRequest(service=service))).status for service in SERVICES}
 
 
+async def refused(channel: grpc.aio.Channel) -> None:
+    """Waits until the server takes no new calls."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    with suppress(grpc.aio.AioRpcError):
+        while True:
+            await stub.Check(health_pb2.HealthCheckRequest())
+            await asyncio.sleep(0.001)
+
+
 def loading_with(predictor: BrightPredictor, gate: threading.Event | None = None) -> Callable[[ModelPlan], Loaded]:
     def load(plan: ModelPlan) -> Loaded:
         if gate is not None:
-            gate.wait(30)
+            gate.wait(LIMIT_S)
         return loaded(plan, predictor)
 
     return load
@@ -117,8 +128,8 @@ def test_stopping_lets_running_calls_finish_and_refuses_new_ones() -> None:
             call = asyncio.create_task(label(running, label_request(*[DISC_BOX] * 6)))
             while not running.predictor.batches:
                 await asyncio.sleep(0.001)
-            stopping = asyncio.create_task(running.server.stop(20))
-            await asyncio.sleep(0.05)
+            stopping = asyncio.create_task(running.server.stop(600))
+            await refused(running.channel)
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await label(running, label_request(DISC_BOX))
             gate.set()
@@ -126,7 +137,7 @@ def test_stopping_lets_running_calls_finish_and_refuses_new_ones() -> None:
             await stopping
             return len(results), raised.value.code()
 
-    assert asyncio.run(asyncio.wait_for(work(), 30)) == (6, grpc.StatusCode.UNAVAILABLE)
+    assert asyncio.run(asyncio.wait_for(work(), LIMIT_S)) == (6, grpc.StatusCode.UNAVAILABLE)
 
 
 def test_calls_that_outlast_the_grace_period_are_ended() -> None:
@@ -144,7 +155,7 @@ def test_calls_that_outlast_the_grace_period_are_ended() -> None:
             await stopping
             return raised.value.code()
 
-    assert asyncio.run(asyncio.wait_for(work(), 30)) in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    assert asyncio.run(asyncio.wait_for(work(), LIMIT_S)) in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
 def test_a_port_in_use_is_a_clear_error() -> None:
@@ -185,7 +196,7 @@ def served_until(signal_number: int, tmp_path: Path, **settings: Any) -> tuple[i
             while not predictor.batches:
                 await asyncio.sleep(0.001)
             os.kill(os.getpid(), signal_number)
-            await asyncio.sleep(0.05)
+            await refused(channel)
             assert not ended.is_set()
             gate.set()
             return await call, address
@@ -197,7 +208,7 @@ def served_until(signal_number: int, tmp_path: Path, **settings: Any) -> tuple[i
         ended.set()
         return await task
 
-    count_, address = asyncio.run(asyncio.wait_for(work(), 30))
+    count_, address = asyncio.run(asyncio.wait_for(work(), LIMIT_S))
     return count_, address, port_file.read_text() if port_file.exists() else ""
 
 
@@ -221,16 +232,21 @@ def test_an_interrupt_from_the_keyboard_skips_the_drain_delay(tmp_path: Path) ->
 
 
 def test_a_signal_while_loading_ends_the_server() -> None:
-    gate = threading.Event()
+    gate, begun = threading.Event(), threading.Event()
+
+    def load(plan: ModelPlan) -> Loaded:
+        begun.set()
+        gate.wait(LIMIT_S)
+        return loaded(plan, BrightPredictor())
 
     async def work() -> None:
-        task = asyncio.create_task(serve(config_of(), load=loading_with(BrightPredictor(), gate)))
-        await asyncio.sleep(0.1)
+        task = asyncio.create_task(serve(config_of(), load=load))
+        await asyncio.to_thread(begun.wait)
         os.kill(os.getpid(), signal.SIGTERM)
         await task
         gate.set()
 
-    asyncio.run(asyncio.wait_for(work(), 10))
+    asyncio.run(asyncio.wait_for(work(), LIMIT_S))
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: Path) -> None:
@@ -243,8 +259,19 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: 
     assert not port_file.exists()
 
 
+class Counting(BrightPredictor):
+    """Counts the pictures that it cuts."""
+
+    cut = 0
+
+    def prepare(self, image: Any, boxes: Any, *, first: int = 0) -> Any:
+        found = super().prepare(image, boxes, first=first)
+        self.cut += 1
+        return found
+
+
 def test_a_lost_device_ends_the_server_at_once_and_every_call_with_unavailable(tmp_path: Path) -> None:
-    port_file, gate, predictor = tmp_path / "address", threading.Event(), BrightPredictor()
+    port_file, gate, predictor = tmp_path / "address", threading.Event(), Counting()
 
     async def client() -> tuple[list[Any], set[Any]]:
         while not port_file.exists():
@@ -258,8 +285,10 @@ def test_a_lost_device_ends_the_server_at_once_and_every_call_with_unavailable(t
             item = labeling_pb2.LabelImagesRequest(request=label_request(DISC_BOX))
             calls = [count(stub.LabelImage(label_request(*[DISC_BOX] * 4))) for _ in range(3)]
             calls.append(drained(stub.LabelImages(iter([item]))))
+            before = predictor.cut
             tasks = [asyncio.create_task(call) for call in calls]
-            while len(predictor.batches) < 2:
+            # All four are there: one at the device, the others behind it.
+            while len(predictor.batches) < 2 or predictor.cut < before + len(calls):
                 await asyncio.sleep(0.001)
             gate.set()
             status = (await watch.read()).status
@@ -269,10 +298,12 @@ def test_a_lost_device_ends_the_server_at_once_and_every_call_with_unavailable(t
     async def work() -> tuple[list[Any], set[Any]]:
         task = asyncio.create_task(client())
         with pytest.raises(DeviceLost, match="illegal memory access"):
-            await serve(config_of(max_batch_size=2, grace_s=600), port_file=port_file, load=loading_with(predictor))
+            await serve(
+                config_of(max_batch_size=2, grace_s=600, threads=1), port_file=port_file, load=loading_with(predictor)
+            )
         return await task
 
-    errors, states = asyncio.run(asyncio.wait_for(work(), 30))
+    errors, states = asyncio.run(asyncio.wait_for(work(), LIMIT_S))
     assert states == {NOT_SERVING}
     assert [error.code() for error in errors] == [grpc.StatusCode.UNAVAILABLE] * 4
     assert {reason_of(status_details(error)) for error in errors} == {"DEVICE_LOST"}

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,14 +199,23 @@ def test_a_server_killed_mid_call_is_an_error_for_the_client_and_loses_nothing_t
         grpc.insecure_channel(address) as channel,
     ):
         stub: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
-        answers = stub.LabelImage(label_request(*BOXES * 250, content=encoded(IMAGES[0])), timeout=60)
-        got: list[labeling_pb2.LabelImageResponse] = [next(answers)]
+        killed = threading.Event()
+
+        def items() -> Iterator[labeling_pb2.LabelImagesRequest]:
+            request = label_request(*BOXES, content=encoded(IMAGES[0]))
+            yield labeling_pb2.LabelImagesRequest(item_id="1", request=request)
+            # The call is under way until the server has gone.
+            killed.wait()
+
+        answers = stub.LabelImages(items(), timeout=120)
+        got: list[labeling_pb2.LabelImagesResponse] = [next(answers)]
         process.kill()
         with pytest.raises(grpc.RpcError) as raised:
             got += list(answers)
+        killed.set()
     code = raised.value.code()
     assert code is grpc.StatusCode.UNAVAILABLE
-    assert len(got) >= 1
+    assert [(answer.item_id, len(answer.response.results)) for answer in got] == [("1", len(BOXES))]
 
 
 def test_check_says_what_would_be_served(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

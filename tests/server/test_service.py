@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, types_pb2
 from PIL import Image
 
+from mal_server.batcher import Batcher
 from mal_server.selftest import picture
 from mal_train.errors import DeviceError
 from mal_train.labeling import rle
@@ -425,24 +426,29 @@ def test_eight_clients_with_one_box_each_share_batches() -> None:
     assert sorted(sizes) in ([first] * first + [8 - first] * (8 - first), [8] * 8)
 
 
-def test_boxes_of_different_images_in_one_batch_get_their_own_masks() -> None:
-    gate = threading.Event()
+def test_boxes_of_different_images_in_one_batch_get_their_own_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, queued, inner = threading.Event(), list[int](), Batcher.enqueue
+
+    def noticed(batcher: Any, ticket: Any, key: Any, items: Any) -> None:
+        inner(batcher, ticket, key, items)
+        queued.append(len(items))
+
+    monkeypatch.setattr(Batcher, "enqueue", noticed)
 
     async def work(running: Running) -> list[list[types_pb2.InstanceResult]]:
         blocker = asyncio.create_task(label(running, label_request(DISC_BOX)))
-        while not running.predictor.batches:
-            await asyncio.sleep(0.001)
+        await until(lambda: running.predictor.batches)
+        before = len(queued)
         shifted = np.roll(bright_disc(), 12, axis=1)
         requests = [label_request(DISC_BOX), label_request((30.0, 8.0, 24.0, 24.0), content=encoded(shifted))]
         tasks = [asyncio.create_task(label(running, request)) for request in requests]
-        while running.server.waiting < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(queued) == before + 2)
         gate.set()
         await blocker
         return list(await asyncio.gather(*tasks))
 
     predictor = BrightPredictor(gate=gate)
-    (here,), (there,) = with_server(work, predictor, max_queue_delay_ms=200)
+    (here,), (there,) = with_server(work, predictor)
     assert [size for _, size in predictor.batches] == [1, 2]
     assert (there.mask_box.x - here.mask_box.x, there.area_px) == (12, here.area_px)
 
