@@ -258,9 +258,16 @@ def test_a_hundred_calls_under_way_lose_nothing_while_models_are_switched() -> N
                 count += 1
             return found
 
+        async def answered(more: int) -> None:
+            most = count + more
+            await until(lambda: count >= most)
+
         callers = [asyncio.create_task(caller()) for _ in range(8)]
+        await answered(1)
         while count < 100:
             await talk.load("cats")
+            # Of so many calls of eight callers at least one began after the switch.
+            await answered(16)
         over = True
         rows = await asyncio.gather(*callers)
         for row in rows:

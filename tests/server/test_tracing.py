@@ -48,9 +48,16 @@ def spans_of(*boxes: tuple[float, float, float, float], threshold: float | None 
     return list(exporter.get_finished_spans())
 
 
+def seconds(span: ReadableSpan) -> float:
+    assert span.start_time is not None
+    assert span.end_time is not None
+    return (span.end_time - span.start_time) / 1e9
+
+
 def test_a_call_has_a_span_under_its_callers_and_each_stage_one_under_that() -> None:
     spans = {span.name: span for span in spans_of(DISC_BOX)}
-    call = spans["/mal.v1.LabelingService/LabelImage"].get_span_context()
+    whole = spans["/mal.v1.LabelingService/LabelImage"]
+    call = whole.get_span_context()
     assert call is not None
     assert f"{call.trace_id:032x}" == TRACE_ID
     for name in ("decode", "queue", "infer", "finish"):
@@ -58,9 +65,7 @@ def test_a_call_has_a_span_under_its_callers_and_each_stage_one_under_that() -> 
         assert parent is not None
         assert parent.span_id == call.span_id
     infer = spans["infer"]
-    assert infer.start_time is not None
-    assert infer.end_time is not None
-    assert 0.02 <= (infer.end_time - infer.start_time) / 1e9 < 2
+    assert 0.02 <= seconds(infer) <= seconds(whole)
     assert infer.attributes is not None
     assert infer.attributes["mal.batch_crops"] == 1
     assert "/mal.v1.ModelService/GetServerInfo" in spans
