@@ -370,8 +370,12 @@ class Batcher(Generic[K, T, R]):
 
     def _take(self, lane: Lane[Ticket[K, T, R], T]) -> list[Entry[Ticket[K, T, R], T]]:
         """The next batch of a lane."""
-        others = min((other.bulk_rank() for other in self._lanes.values() if other is not lane), default=math.inf)
-        return lane.take(self._max_batch_size, asyncio.get_running_loop().time(), self._debt, others)
+        now = asyncio.get_running_loop().time()
+        return lane.take(self._max_batch_size, now, self._debt, self._others_bulk_rank(lane))
+
+    def _others_bulk_rank(self, lane: Lane[Ticket[K, T, R], T]) -> float:
+        """Of the BATCH items in all lanes but this, from when on the first goes ahead of what is submitted then."""
+        return min((other.bulk_rank() for other in self._lanes.values() if other is not lane), default=math.inf)
 
     def _next_lane(self, now: float) -> tuple[float, K | None]:
         """When the next batch is due, and its key: a full lane at once, others when no company will come in time.
@@ -389,18 +393,19 @@ class Batcher(Generic[K, T, R]):
                 return now, min(people, key=lambda lane: lane[1])[2]
         return due, key
 
-    def _due(self, now: float) -> list[tuple[float, tuple[bool, float], K]]:
+    def _due(self, now: float) -> list[tuple[float, tuple[bool, float, float], K]]:
         """(when it is due, its rank, its key) of each lane with live items."""
-        found = []
-        expected_until = self.company.expected_until(now)
         for key, lane in list(self._lanes.items()):
             lane.clean(now)
             if not lane.live:
                 del self._lanes[key]
-                continue
+        found = []
+        expected_until = self.company.expected_until(now)
+        for key, lane in self._lanes.items():
             is_full = lane.live >= self._max_batch_size
             due = lane.since() if is_full else min(lane.since() + self._max_delay_s, expected_until)
-            found.append((due, lane.rank(self._debt, self._max_batch_size), key))
+            rank = lane.rank(self._debt, self._max_batch_size, self._others_bulk_rank(lane))
+            found.append((due, rank, key))
         return found
 
     async def _run(self, runner: "Runner[K, T, R]", key: K, entries: list[Entry[Ticket[K, T, R], T]]) -> None:

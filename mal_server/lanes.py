@@ -61,16 +61,21 @@ class Debt:
         self._passed = 0
         self._is_free = is_first_come_first_served
 
-    def allows(self, count: int) -> bool:
-        """Whether so many may go ahead of INTERACTIVE items that came later."""
-        return self._is_free or self._passed >= count * PEOPLE_FOR_ONE
+    def allows(self, count: int, *, is_oldest: bool) -> bool:
+        """Whether so many may go ahead of INTERACTIVE items that came later.
+
+        Args:
+            count: BATCH items.
+            is_oldest: no others wait longer; what is owed is owed to those.
+        """
+        return self._is_free or (is_oldest and self._passed >= count * PEOPLE_FOR_ONE)
 
     def passed(self) -> None:
         """An INTERACTIVE item went ahead of a BATCH item whose turn it was."""
         self._passed = min(self._passed + 1, self._most)
 
     def ran(self) -> None:
-        """A BATCH item went, whatever it went ahead of."""
+        """The BATCH item that waited longest went, whatever it went ahead of."""
         self._passed = max(self._passed - PEOPLE_FOR_ONE, 0)
 
 
@@ -107,21 +112,38 @@ class Lane(Generic[C, T]):
         queue = self.queues[Priority.INTERACTIVE]
         return queue[0].since if queue else math.inf
 
-    def rank(self, debt: Debt, batch_size: int) -> tuple[bool, float]:
-        """Lower goes first; after `clean`, and only with live items."""
-        is_behind = not debt.allows(min(batch_size, self.live))
-        return min((False, self.people_rank()), (is_behind, self.bulk_rank()))
+    def rank(self, debt: Debt, batch_size: int, others_bulk_rank: float) -> tuple[bool, float, float]:
+        """Lower goes first; after `clean`, and only with live items.
+
+        BATCH items that may not go ahead of people come behind all of these, in their own order.
+        """
+        people, bulk = self.queues[Priority.INTERACTIVE], self.queues[Priority.BATCH]
+        heads = [(False, queue[0].since, queue[0].since) for queue in (people,) if queue]
+        if bulk:
+            bulk_rank = self.bulk_rank()
+            may_pass = debt.allows(min(batch_size, self.live), is_oldest=bulk_rank <= others_bulk_rank)
+            heads.append((not may_pass, bulk_rank, bulk[0].since))
+        return min(heads)
 
     def take(self, count: int, now: float, debt: Debt, others_bulk_rank: float) -> list[Entry[C, T]]:
-        """Removes and returns the first `count` live items, and counts who passed whom, in other lanes too."""
+        """Removes and returns the first `count` live items, and counts who passed whom, in other lanes too.
+
+        Args:
+            count: at most so many.
+            now: loop time.
+            debt: of all lanes.
+            others_bulk_rank: the least `bulk_rank` of the other lanes.
+        """
         taken: list[Entry[C, T]] = []
         while self.live and len(taken) < count:
             self.clean(now)
             people, bulk = self.queues[Priority.INTERACTIVE], self.queues[Priority.BATCH]
             people_rank, bulk_rank = self.people_rank(), self.bulk_rank()
-            if bulk and (not people or (bulk_rank < people_rank and debt.allows(1))):
+            is_oldest = bulk_rank <= others_bulk_rank
+            if bulk and (not people or (bulk_rank < people_rank and debt.allows(1, is_oldest=is_oldest))):
                 entry = bulk.popleft()
-                debt.ran()
+                if is_oldest:
+                    debt.ran()
             elif not people:
                 break
             else:

@@ -414,6 +414,48 @@ def test_people_who_keep_the_device_busy_leave_a_quarter_of_it_to_bulk_work_that
     assert sum(batch.count("b") for batch in begun) == pytest.approx(15 * size, abs=size)
 
 
+@pytest.mark.parametrize("patience", [0.0, 2.0, math.inf])
+def test_bulk_jobs_that_cannot_share_a_batch_take_turns(patience: float) -> None:
+    runner = Runner(takes_s=1.0)
+
+    async def job(batcher: Batcher[str, str, str], name: str) -> None:
+        for _ in range(20):
+            await submit_as(batcher, Priority.BATCH, name, name, key=name)
+
+    async def work() -> None:
+        batcher = sorted_batcher(runner, patience=patience)
+        async with asyncio.TaskGroup() as group:
+            for name in "aabbb":  # two callers keep the first always full
+                group.create_task(job(batcher, name))
+
+    run_in_no_time(work())
+    begun = [batch[0] for batch in runner.batches[:40]]
+    assert begun.count("a") == pytest.approx(16, abs=2)  # of five callers two
+
+
+@pytest.mark.parametrize("people_key", ["a", "b", "c"])
+def test_bulk_work_beside_people_and_other_bulk_work_gets_its_part(people_key: str) -> None:
+    runner = Runner(takes_s=1.0)
+
+    async def caller(batcher: Batcher[str, str, str], priority: Priority, name: str, key: str) -> None:
+        for _ in range(100):
+            await submit_as(batcher, priority, *[name] * 4, key=key)
+
+    async def work() -> None:
+        batcher = sorted_batcher(runner, size=4, patience=2.0)
+        async with asyncio.TaskGroup() as group:
+            for name in "ab" * 3:
+                group.create_task(caller(batcher, Priority.BATCH, name, name))
+            for _ in range(3):
+                group.create_task(caller(batcher, Priority.INTERACTIVE, "i", people_key))
+
+    run_in_no_time(work())
+    ran = [item for batch in runner.batches[20:180] for item in batch]
+    assert len(ran) == 640
+    assert ran.count("a") + ran.count("b") == pytest.approx(160, abs=16)  # a quarter together
+    assert ran.count("a") == pytest.approx(80, abs=16)
+
+
 def test_without_patience_it_is_first_come_first_served() -> None:
     runner = Runner(takes_s=1.0)
 
