@@ -17,8 +17,8 @@ from PIL import Image
 from mal_train.labeling.settings import LabelerConfig
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
 from tests.client.browser import Box, Screen, command, launched
+from tests.client.playground_page import HeldAfterFirst
 from tests.client.test_against_server import served
-from tests.client.test_playground import HeldAfterFirst
 from tests.networks import spread_network
 from tests.scenes import write_scenes
 from tests.server.test_real_model import command as server_command
