@@ -22,10 +22,11 @@ from mal_server.service import LabelingService
 from mal_train.errors import BadImage
 from mal_train.labeling.images import decode_image
 from tests.chaos.conftest import FORM, Form
+from tests.server.calls import bulk
 from tests.server.fakes import DISC_BOX, DISC_PNG, Running, label, label_request, serving
+from tests.server.random_requests import REQUESTS
 from tests.server.test_access import NOTHING, Papers, calls_of, outcomes, reached
 from tests.server.test_bad_images import READ, REFUSED, saved
-from tests.server.test_service import REQUESTS, bulk
 
 Say = Callable[..., None]
 

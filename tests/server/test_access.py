@@ -20,8 +20,8 @@ from mal_client.errors import RequestRefused
 from mal_server.access import TokenSetting, read_tokens
 from mal_server.server import MalServer
 from mal_train.errors import ConfigError
+from tests.server.calls import reason_of, status_details
 from tests.server.fakes import DISC_BOX, DISC_PNG, BrightPredictor, config_of, label_request, serving
-from tests.server.test_service import reason_of, status_details
 
 TOKENS = {name: f"{name}-0123456789abcdef" for name in ("label", "evaluate", "admin")}
 

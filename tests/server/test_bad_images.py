@@ -12,8 +12,8 @@ from google.rpc import code_pb2
 from mal.v1 import labeling_pb2
 from PIL import Image
 
+from tests.server.calls import bulk, reason_of
 from tests.server.fakes import DISC_BOX, DISC_PNG, bright_disc, encoded, label_request, serving
-from tests.server.test_service import bulk, reason_of
 
 
 def chunk(kind: bytes, data: bytes, length: int | None = None) -> bytes:

@@ -15,8 +15,8 @@ from mal_train.labeling.evaluation import Evaluator
 from mal_train.labeling.evaluation_report import EvaluationReport
 from mal_train.labeling.labeler import Label
 from mal_train.labeling.rle import Rle, encode_mask
+from tests.server.calls import fields_of, status_details
 from tests.server.fakes import BrightPredictor, encoded, serving
-from tests.server.test_service import fields_of, status_details
 
 NAMES: dict[JsonId, str] = {3: "disc", 1: "square"}
 Scene = tuple[NDArray[np.uint8], list[tuple[int, tuple[float, float, float, float], int, Rle]]]

@@ -18,8 +18,8 @@ from mal_server.loading import Loaded
 from mal_server.plans import ModelPlan
 from mal_server.server import SERVICES, MalServer, serve
 from mal_train.errors import ConfigError, DeviceError, DeviceLost, WrongKey
+from tests.server.calls import reason_of, status_details
 from tests.server.fakes import DISC_BOX, BrightPredictor, config_of, label, label_request, loaded, serving
-from tests.server.test_service import reason_of, status_details
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -21,8 +21,8 @@ from mal_server.plans import ModelPlan
 from mal_server.server import MalServer, health_name
 from mal_train.errors import Altered, DeviceLost, MalError, OutOfDeviceMemory, Truncated, UnknownLayout, WrongKey
 from mal_train.labeling.labeler import Probability
+from tests.server.calls import reason_of, status_details
 from tests.server.fakes import DISC_BOX, BrightPredictor, config_of, label_request, loaded
-from tests.server.test_service import reason_of, status_details
 
 HEALTH = health_pb2.HealthCheckResponse
 

@@ -15,8 +15,8 @@ from mal.v1 import labeling_pb2, model_pb2, types_pb2
 from mal_client.client import AsyncClient
 
 from mal_server.pictures import ENTRY_BYTES, ImageCache
+from tests.server.calls import fields_of, reason_of, status_details, with_server
 from tests.server.fakes import DISC_BOX, DISC_PNG, Running, bright_disc, encoded, label, label_request, serving
-from tests.server.test_service import fields_of, reason_of, status_details, with_server
 
 SHA256 = hashlib.sha256(DISC_PNG).hexdigest()
 

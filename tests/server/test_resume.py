@@ -26,9 +26,9 @@ from mal_server.errors import MemoryFull, RequestRefused
 from mal_server.priority import Priority
 from mal_train.labeling.settings import Branch
 from tests.client.test_against_server import served
+from tests.server.calls import fields_of, reason_of, status_details
 from tests.server.fakes import BrightPredictor, encoded, serving
 from tests.server.test_evaluate import NAMES, SCENES, evaluate, options_of, scenes
-from tests.server.test_service import fields_of, reason_of, status_details
 
 Request = evaluation_pb2.EvaluateRequest
 

@@ -16,9 +16,9 @@ from mal.v1 import model_pb2, model_pb2_grpc
 from mal_server.server import serve
 from mal_server.tls import Papers
 from mal_train.errors import ConfigError
+from tests.server.calls import reason_of, status_details
 from tests.server.fakes import BrightPredictor, config_of, loaded, serving
 from tests.server.test_access import outcomes, reached
-from tests.server.test_service import reason_of, status_details
 
 OLD, NEW = "old-0123456789abcdef", "new-0123456789abcdef"
 

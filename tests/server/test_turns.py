@@ -10,8 +10,8 @@ import pytest
 from mal_server.batcher import Batcher
 from mal_server.priority import Priority
 from mal_train.labeling.labeler import Crop, Probability, RunOptions
+from tests.server.calls import bulk
 from tests.server.fakes import DISC_BOX, BrightPredictor, bright_disc, encoded, label, label_request, serving
-from tests.server.test_service import bulk
 
 PERSON_HW = (44, 66)
 SIZE, LIMIT_S = 8, 60.0

@@ -25,9 +25,9 @@ from mal_train.labeling.labeler import Labeler
 from mal_train.labeling.settings import LabelerConfig
 from mal_train.model.checkpoint import sha256_of
 from mal_train.model.network import MalNetwork, ModelConfig
+from tests.server.calls import reason_of, status_details
 from tests.server.fakes import DISC_BOX, BrightPredictor, config_of, label_request, loaded
 from tests.server.test_real_model import codes_of_the_kernel, codes_of_the_server, folder  # noqa: F401  # a fixture
-from tests.server.test_service import reason_of, status_details
 
 
 @asynccontextmanager
