@@ -4,10 +4,12 @@ Unlike `cpu.Room`, in which short steps wait their turn: what is counted here is
 that waited for it would hold what it has read already. Knows nothing of what the bytes are.
 """
 
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from mal_server.errors import MemoryFull
+from mal_server.steps import once_done
 
 
 class Budget:
@@ -43,6 +45,7 @@ class Share:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._own = 0
+        self._step: Future[Any] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -50,10 +53,17 @@ class Share:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._budget.held -= self._own
-        self._own = 0
+        once_done(self._step, self._give_back)
+
+    def outlast(self, step: "Future[Any]") -> None:
+        """Holds everything until this step has ended, though the call may be over: its thread fills the memory on."""
+        self._step = step
 
     def take(self, size: int) -> None:
         """Holds so many bytes more. Raises MemoryFull where others hold too much for that."""
         self._budget._take(size, self._own)
         self._own += size
+
+    def _give_back(self) -> None:
+        self._budget.held -= self._own
+        self._own = 0

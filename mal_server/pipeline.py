@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from mal_server.cpu import CpuPool, Room
 from mal_server.metrics import Metrics
 from mal_server.pictures import OnDisk, Picture, Pictures
 from mal_server.priority import Priority
+from mal_server.steps import once_done
 from mal_server.worker import Predictor
 from mal_train.errors import BadBox, BadImage, DeviceError, DeviceLost
 from mal_train.labeling.encodings import EncodedMask, encode
@@ -286,7 +287,7 @@ class Pipeline:
             return entries, took_s
         finally:
             # A caller may have gone while a thread is still at the picture: it takes its memory until then.
-            _once_done(step, held.give_back)
+            once_done(step, held.give_back)
 
     async def _finish(
         self, job: Job, ids: Sequence[int], crops: Sequence[Crop], share: Share[Probability]
@@ -353,17 +354,3 @@ def _timed(work: Callable[..., Result], *args: Any) -> tuple[Result, float]:
     started = time.perf_counter()
     result = work(*args)
     return result, time.perf_counter() - started
-
-
-def _once_done(step: "Future[Any] | None", act: Callable[[], None]) -> None:
-    """Acts in this loop when the step has ended; at once where there is none."""
-    if step is None or step.done():
-        act()
-        return
-    loop = asyncio.get_running_loop()
-
-    def later(_: "Future[Any]") -> None:
-        with suppress(RuntimeError):  # the loop, and all that it counted, is gone
-            loop.call_soon_threadsafe(act)
-
-    step.add_done_callback(later)

@@ -27,6 +27,7 @@ from mal_server.priority import Priority
 from mal_server.records import Records, Truth
 from mal_server.roots import Roots
 from mal_server.serving import Serving
+from mal_server.steps import in_step
 from mal_train.errors import DeviceLost
 from mal_train.labeling.coco import JsonId
 
@@ -141,7 +142,9 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         records = await codec_evaluation.read_records(requests, options, memory.take)
         memory.take(await asyncio.to_thread(memory_of, self._folders, options.dataset[0]))
         # Both in a thread: a file of a million rows takes seconds, in which everybody else is to be answered.
-        names, truths = await asyncio.to_thread(self._read_dataset, options, options.dataset, records)
+        reading = in_step(self._read_dataset, options, options.dataset, records)
+        memory.outlast(reading)
+        names, truths = await asyncio.wrap_future(reading)
         return replace(options, category_names=names, images_total=len(truths)), _each(truths)
 
     def _read_dataset(

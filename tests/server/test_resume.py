@@ -18,10 +18,10 @@ from mal_client.client import Client
 from mal_client.evaluation_records import EvaluationRecords
 from PIL import Image
 
-from mal_server.budget import Budget
+from mal_server.budget import Budget, Share
 from mal_server.codec import Call
 from mal_server.codec_evaluation import read_evaluate_options, read_records
-from mal_server.dataset import Dataset
+from mal_server.dataset import Dataset, read_dataset
 from mal_server.errors import MemoryFull, RequestRefused
 from mal_server.priority import Priority
 from mal_train.labeling.settings import Branch
@@ -268,6 +268,51 @@ def test_evaluations_share_the_memory_for_what_they_hold_and_the_next_one_is_tol
             return reason_of(status_details(raised.value)), bool(pushback), again.images
 
     assert asyncio.run(work()) == ("MEMORY_FULL", True, 6)
+
+
+def test_a_data_set_that_a_thread_still_reads_counts_though_its_caller_has_gone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gate, over = threading.Event(), threading.Event(), threading.Event()
+    leave = Share.__exit__
+
+    def slow(*args: Any) -> Dataset:
+        begun.set()
+        gate.wait(30)
+        return read_dataset(*args)
+
+    def left(share: Share, *error: Any) -> None:
+        leave(share, *error)
+        over.set()
+
+    async def fits(running: Any) -> bool:
+        try:
+            return bool((await run(running, [on_server()]))[1].images)
+        except grpc.aio.AioRpcError as error:
+            if reason_of(status_details(error)) != "MEMORY_FULL":
+                raise
+            return False
+
+    async def work() -> None:
+        async with serving(max_evaluation_bytes=2**20, **data(folder)) as running:
+            gone = asyncio.create_task(run(running, [on_server()]))
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+            gone.cancel()
+            while not over.is_set():
+                await asyncio.sleep(0.001)
+            try:
+                assert not await fits(running)
+            finally:
+                gate.set()
+            while not await fits(running):
+                await asyncio.sleep(0.001)
+
+    text = (folder / "truth.json").read_text()
+    (folder / "truth.json").write_text(text + " " * (2**17 - len(text)))
+    monkeypatch.setattr("mal_server.service.read_dataset", slow)
+    monkeypatch.setattr(Share, "__exit__", left)
+    asyncio.run(asyncio.wait_for(work(), 60))
 
 
 def test_records_that_are_brought_back_count_as_they_come() -> None:
