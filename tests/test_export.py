@@ -1,11 +1,13 @@
 """mal-train export, files of one network, and the model in the package."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from mal_train.cli import main
+from mal_train.config import Spec
 from mal_train.errors import ConfigError
 from mal_train.labeling.labeler import load_labeler
 from mal_train.labeling.settings import Branch, LabelerConfig
@@ -13,7 +15,10 @@ from mal_train.model import builtin
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint, sha256_of
 from mal_train.model.network import MalNetwork, ModelConfig
 from mal_train.model.origin import NOT_STATED
-from mal_train.model.pretrained import origin_of
+from mal_train.model.pretrained import load_pretrained
+from mal_train.screen import Screen
+from mal_train.tasks import exporting
+from mal_train.tasks.labelling import open_labelling
 from tests.scenes import write_scenes
 
 MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=4, mask_head_out_channel=4)
@@ -185,4 +190,31 @@ def test_the_model_in_the_package_is_shown_with_what_its_card_says(capsys: pytes
     assert sha256_of(builtin.resolve(builtin.BUILTIN)) == builtin.SHA256
     assert main(["inspect", "builtin"]) == 0
     assert "starting_weights_licence: Apache-2.0" in capsys.readouterr().out
-    assert origin_of("builtin").licence == "Apache-2.0"
+    content = read_header(builtin.resolve("builtin"), None).content
+    assert content is not None
+    assert load_pretrained(MalNetwork(content.model), "builtin").origin.licence == "Apache-2.0"
+
+
+@pytest.mark.parametrize("task", ["evaluate", "inference"])
+def test_labels_name_the_weights_that_made_them_though_the_file_has_moved_on(
+    trained: Path, task: Literal["evaluate", "inference"]
+) -> None:
+    sha256 = sha256_of(trained)
+    labelling = open_labelling(Spec.model_validate({task: {"checkpoint": str(trained)}}), task, Screen.silent())
+    trained.write_bytes(b"the next one of the same name")
+    assert labelling.provenance()["checkpoint_sha256"] == sha256
+
+
+def test_a_mean_names_the_files_that_were_read_though_they_have_moved_on(
+    tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_and_move_on(path: Path, *args: Any, **options: Any) -> Checkpoint:
+        read = load_checkpoint(path, *args, **options)
+        path.write_bytes(b"the next one of the same name")
+        return read
+
+    monkeypatch.setattr(exporting, "load_checkpoint", load_and_move_on)
+    sha256, other, out = sha256_of(trained), tmp_path / "other.malckpt", tmp_path / "mean.malckpt"
+    other.write_bytes(trained.read_bytes())
+    assert main(["export", "-o", str(out), "--average", str(other), f"evaluate.checkpoint={trained}"]) == 0
+    assert [source["sha256"] for source in load_checkpoint(out, None).provenance["sources"]] == [sha256, sha256]

@@ -20,7 +20,7 @@ from torch import Tensor
 from mal_train.errors import ConfigError, UnknownLayout
 from mal_train.model import builtin
 from mal_train.model.backbones import BACKBONES
-from mal_train.model.checkpoint import load_checkpoint, read_header, sha256_of
+from mal_train.model.checkpoint import load_checkpoint
 from mal_train.model.foreign import from_tao
 from mal_train.model.keys import DecryptionKey
 from mal_train.model.network import MalNetwork
@@ -45,6 +45,7 @@ class PretrainedReport:
         resampled: those of them that had another grid or patch size.
         missing: not in the source; still random.
         left_over: in the source, without a place here (an ImageNet classifier, for example).
+        origin: names and licences behind it. A `.malckpt` tells of those that it came from; another local file cannot.
     """
 
     source: str
@@ -52,6 +53,7 @@ class PretrainedReport:
     resampled: tuple[str, ...]
     missing: tuple[str, ...]
     left_over: tuple[str, ...]
+    origin: Origin
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {len(self.loaded)} tensors loaded"]
@@ -83,7 +85,8 @@ def load_pretrained(network: MalNetwork, source: str, key: DecryptionKey | None 
         CheckpointError: a `.malckpt` that cannot be opened.
     """
     wanted = network.student.state_dict()
-    found = _student_names(_read(source, key), source)
+    tensors, origin = _read(source, key)
+    found = _student_names(tensors, source)
     if "backbone.reg_token" in wanted and "backbone.dist_token" in found:
         found["backbone.reg_token"] = found.pop("backbone.dist_token")
     fitted: dict[str, Tensor] = {}
@@ -99,24 +102,10 @@ def load_pretrained(network: MalNetwork, source: str, key: DecryptionKey | None 
     _check_same_architecture(network.config.arch, fitted, missing, left_over, source)
     network.student.load_state_dict(fitted, strict=False)
     network.reset_teacher()
-    return PretrainedReport(source, tuple(fitted), tuple(resampled), missing, left_over)
+    return PretrainedReport(source, tuple(fitted), tuple(resampled), missing, left_over, origin)
 
 
-def origin_of(source: str, key: DecryptionKey | None = None) -> Origin:
-    """Names and licences behind starting weights; `source` and `key` as `load_pretrained` takes them.
-
-    A file of ours tells of those that it came from; another local file cannot tell.
-    """
-    if source in BACKBONES or not _is_file(source):
-        return Origin(source, _published_licence(source))
-    path = builtin.resolve(source)
-    if path.suffix != ".malckpt":
-        return Origin(path.name, NOT_STATED)
-    content, sha256 = read_header(path, key).content, sha256_of(path)
-    return Origin.from_checkpoint(path, sha256, builtin.completed(sha256, content.provenance if content else {}))
-
-
-def _published_licence(source: str) -> str:
+def published_licence(source: str) -> str:
     """SPDX name of the licence of the weights of a timm name, or of those published for an arch of ours."""
     if source in BACKBONES:
         return BACKBONES[source].licence or UNKNOWN_ARCH_LICENCE
@@ -130,16 +119,21 @@ def _is_file(source: str) -> bool:
     return path.suffix in FILE_SUFFIXES or len(path.parts) > 1 or path.is_file()
 
 
-def _read(source: str, key: DecryptionKey | None) -> dict[str, Tensor]:
+def _read(source: str, key: DecryptionKey | None) -> tuple[dict[str, Tensor], Origin]:
+    """Weights, and where they come from, of one reading: the file may be another one a moment later."""
     if source in BACKBONES:
-        source = _published_name(source)
+        return _download(_published_name(source)), Origin(source, published_licence(source))
     if not _is_file(source):
-        return _download(_checked_timm_name(source))
+        return _download(_checked_timm_name(source)), Origin(source, published_licence(source))
     path = builtin.resolve(source)
     if path.suffix == ".malckpt":
-        return dict(load_checkpoint(path, key, weights_only_kind=True).weights)
+        read = load_checkpoint(path, key, weights_only_kind=True)
+        provenance = builtin.completed(read.sha256, read.provenance)
+        return dict(read.weights), Origin.from_checkpoint(path, read.sha256, provenance)
     tensors = read_weight_file(path)
-    return from_tao(tensors, source).weights if any(name.startswith("student.") for name in tensors) else tensors
+    if any(name.startswith("student.") for name in tensors):
+        tensors = from_tao(tensors, source).weights
+    return tensors, Origin(path.name, NOT_STATED)
 
 
 def _published_name(arch: str) -> str:

@@ -16,7 +16,7 @@ from mal_train.labeling.labeler import RunOptions
 from mal_train.labeling.settings import LabelerConfig
 from mal_train.model import builtin
 from mal_train.model.backbones import check_crop_size
-from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
+from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.model.network import MalNetwork
 from mal_train.model.origin import mean_of
 from mal_train.screen import Screen
@@ -102,8 +102,7 @@ def _was_fitted_to_another(checkpoint: Checkpoint, config: LabelerConfig, which:
 
 def _file(path: Path, checkpoint: Checkpoint) -> tuple[Path, str, Mapping[str, Any]]:
     """A source with its SHA-256 and what it says of itself."""
-    sha256 = sha256_of(path)
-    return path, sha256, builtin.completed(sha256, checkpoint.provenance)
+    return path, checkpoint.sha256, builtin.completed(checkpoint.sha256, checkpoint.provenance)
 
 
 def _one_network(checkpoint: Checkpoint, which: str, path: Path) -> dict[str, Tensor]:

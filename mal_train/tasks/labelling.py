@@ -14,7 +14,7 @@ from mal_train.labeling.labeler import Label, Labeler, RunOptions, load_labeler
 from mal_train.labeling.parallel import label_on
 from mal_train.labeling.settings import Branch, LabelerConfig, Manner
 from mal_train.labeling.views import Passes
-from mal_train.model.checkpoint import Checkpoint, sha256_of
+from mal_train.model.checkpoint import Checkpoint
 from mal_train.model.precision import Precision, resolve
 from mal_train.screen import Screen
 from mal_train.sections.labelling import EvaluateConfig, InferenceConfig
@@ -62,7 +62,7 @@ class Labelling:
         return {
             "tool": f"mask-auto-labeler {version()}",
             "checkpoint": self.path.name,
-            "checkpoint_sha256": sha256_of(self.path),
+            "checkpoint_sha256": self.checkpoint.sha256,
             "model": self.checkpoint.model.to_dict(),
             "labeler": self.checkpoint.labeler.to_dict(),
             "score": self.checkpoint.labeler.score_meaning(manner),

@@ -24,7 +24,7 @@ from mal_train.model.keys import DecryptionKey
 from mal_train.model.network import MalNetwork
 from mal_train.model.origin import Origin
 from mal_train.model.precision import Precision
-from mal_train.model.pretrained import load_pretrained, origin_of
+from mal_train.model.pretrained import load_pretrained
 from mal_train.screen import Screen
 from mal_train.tasks.common import (
     choose_devices,
@@ -250,9 +250,9 @@ def build_network(
     if resume is not None:
         screen.say(f"going on from {resume}")
     elif source:
-        key = _key_if_sealed(source, open_with)
-        screen.say(str(load_pretrained(network, source, key)))
-        origin = origin_of(source, key)
+        report = load_pretrained(network, source, _key_if_sealed(source, open_with))
+        screen.say(str(report))
+        origin = report.origin
         screen.say(f"licence of these weights: {origin.licence}")
     else:
         screen.say("starting from random weights; train.pretrained_model_path gives better ones")

@@ -6,7 +6,7 @@ import torch
 
 from mal_train.errors import ConfigError
 from mal_train.model.backbones import BACKBONES, backbone_size, build_backbone, check_crop_size, own_crop_size
-from mal_train.model.pretrained import UNKNOWN_ARCH_LICENCE, origin_of
+from mal_train.model.pretrained import UNKNOWN_ARCH_LICENCE, published_licence
 
 
 @pytest.mark.parametrize(
@@ -87,4 +87,4 @@ def test_the_crop_size_of_the_others_is_refused_for_the_patches_of_huge_with_wha
     ],
 )
 def test_the_licence_of_a_rows_weights_is_told(arch: str, licence: str) -> None:
-    assert origin_of(arch).licence == licence
+    assert published_licence(arch) == licence

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from mal_train.errors import ConfigError, UnknownLayout
 from mal_train.labeling.settings import LabelerConfig
-from mal_train.model.checkpoint import Checkpoint, save_checkpoint
+from mal_train.model import pretrained
+from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.model.network import MalNetwork, ModelConfig
 from mal_train.model.origin import NOT_STATED
-from mal_train.model.pretrained import load_pretrained, origin_of
+from mal_train.model.pretrained import load_pretrained, published_licence
 from tests.reference import shared
 
 MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=4)
@@ -85,8 +87,9 @@ def test_an_arch_whose_weights_timm_lacks_asks_for_a_file() -> None:
 def test_safetensors_files_load(tmp_path: Path) -> None:
     save_file(backbone(), tmp_path / "a.safetensors")
     ours = network()
-    load_pretrained(ours, str(tmp_path / "a.safetensors"))
+    report = load_pretrained(ours, str(tmp_path / "a.safetensors"))
     assert same(ours, backbone())
+    assert (report.origin.starting_weights, report.origin.licence) == ("a.safetensors", NOT_STATED)
 
 
 def test_another_grid_of_positions_is_resampled_and_told(tmp_path: Path) -> None:
@@ -181,7 +184,25 @@ def test_a_checkpoint_of_ours_fills_heads_too(tmp_path: Path) -> None:
     report = load_pretrained(ours, str(path))
     assert report.missing == report.left_over == ()
     assert torch.equal(ours.student.roi_head.mlp1.weight, donor.student.roi_head.mlp1.weight)
-    assert origin_of(str(path)).licence == "Apache-2.0"
+    assert report.origin.licence == "Apache-2.0"
+
+
+def test_the_origin_names_the_weights_that_were_read_though_the_file_has_moved_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "latest.malckpt"
+    first, second = ({"starting_weights_licence": licence} for licence in ("Apache-2.0", "MIT"))
+    save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), network().state_dict(), [], first), None)
+    sha256 = load_checkpoint(path, None).sha256
+
+    def load_and_move_on(*args: Any, **options: Any) -> Checkpoint:
+        read = load_checkpoint(*args, **options)
+        save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), network(9).state_dict(), [], second), None)
+        return read
+
+    monkeypatch.setattr(pretrained, "load_checkpoint", load_and_move_on)
+    origin = load_pretrained(network(), str(path)).origin
+    assert origin.lineage[-1] == {"checkpoint": path.name, "sha256": sha256, **first}
 
 
 def test_a_checkpoint_of_tao_fills_heads_too(tmp_path: Path) -> None:
@@ -243,8 +264,7 @@ def test_a_missing_file_is_a_mistake_of_the_setting() -> None:
         ("vit_base_patch16_224.mae", "CC-BY-NC-4.0"),
         ("vit-deit-small/16", "Apache-2.0"),
         ("vit-mae-base/16", "CC-BY-NC-4.0"),
-        ("somewhere/weights.pt", NOT_STATED),
     ],
 )
 def test_the_licence_of_starting_weights_is_known_by_their_name(source: str, licence: str) -> None:
-    assert origin_of(source).licence == licence
+    assert published_licence(source) == licence
