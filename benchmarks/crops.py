@@ -18,7 +18,7 @@ from mal_train.labeling.labeler import Crop, Labeler, Probability, RunOptions
 
 ARCHS = ("vit-deit-tiny/16", "vit-deit-small/16", "vit-deit-base/16")
 SIDES = (224, 512)
-BATCH, ROUNDS = 8, 3
+BATCH, ROUNDS = 4, 2
 
 
 def crops_for(labeler: Labeler) -> list[Crop]:
