@@ -29,7 +29,7 @@ from mal_train.labeling.evaluation import Evaluator
 from mal_train.labeling.images import read_image
 from mal_train.labeling.labeler import Crop, Label, Probability, RunOptions
 from tests.client.datasets import Dataset, make_dataset, with_masks
-from tests.server.fakes import DISC_BOX, BrightPredictor, bright_disc, config_of, loaded
+from tests.server.fakes import DISC_BOX, BrightPredictor, bright_disc, config_of, loaded, queued_items
 
 DISC = bright_disc()
 BOXES = [DISC_BOX, (-5.0, 0.0, 40.0, 40.0), (20.0, 10.0, 8.5, 9.25), (0.0, 0.0, 60.0, 40.0)]
@@ -39,14 +39,9 @@ BOXES = [DISC_BOX, (-5.0, 0.0, 40.0, 40.0), (20.0, 10.0, 8.5, 9.25), (0.0, 0.0, 
 def served(
     predictor: BrightPredictor | None = None,
     load: Callable[[ModelPlan], Loaded] | None = None,
-    servers: list[MalServer] | None = None,
     **settings: Any,
 ) -> Iterator[str]:
-    """The real server in a thread of its own, as a client sees it; killed without grace at the end.
-
-    Args:
-        servers: gets the server, for a test that has to know what waits in it.
-    """
+    """The real server in a thread of its own, as a client sees it; killed without grace at the end."""
     used = predictor or BrightPredictor()
     config = config_of(**settings)
     address: Future[str] = Future()
@@ -54,8 +49,6 @@ def served(
 
     async def live() -> None:
         server = MalServer(config, load or (lambda plan: loaded(plan, used)))
-        if servers is not None:
-            servers.append(server)
         try:
             await server.start()
             if load is not None:
@@ -137,9 +130,9 @@ def test_the_asyncio_client_gives_the_same() -> None:
             assert [one[0].rle for one in asked] == [one.rle for one in client.label_image(DISC, BOXES)]
 
 
-def test_small_requests_of_several_clients_share_batches() -> None:
+def test_small_requests_of_several_clients_share_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the device is busy with one box, those of eight more clients gather: they go as one batch."""
-    gate, servers = threading.Event(), list[MalServer]()
+    gate, queued = threading.Event(), queued_items(monkeypatch)
 
     def ask(address: str) -> int:
         with Client(address, timeout_s=30) as client:
@@ -148,17 +141,13 @@ def test_small_requests_of_several_clients_share_batches() -> None:
 
     predictor = BrightPredictor(gate=gate)
     gate.set()  # for the warm-up
-    settings: dict[str, Any] = {
-        "max_batch_size": 8,
-        "max_queue_delay_ms": 1000,
-    }  # the eighth may still be in preparation
-    with served(predictor, servers=servers, **settings) as address, ThreadPoolExecutor(9) as pool:
+    with served(predictor, max_batch_size=8) as address, ThreadPoolExecutor(9) as pool:
         gate.clear()
         predictor.batches.clear()
         first = pool.submit(ask, address)
         wait_until(lambda: bool(predictor.batches))
         others = [pool.submit(ask, address) for _ in range(8)]
-        wait_until(lambda: servers[0].waiting == 8)
+        wait_until(lambda: sum(queued) == 9)
         gate.set()
         assert (first.result(), [other.result() for other in others]) == (1, [8] * 8)
 

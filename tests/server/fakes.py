@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 
 import grpc
 import numpy as np
+import pytest
 from mal.v1 import evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2_grpc, types_pb2
 from numpy.typing import NDArray
 from PIL import Image
 
+from mal_server.batcher import Batcher
 from mal_server.config import ServerConfig
 from mal_server.loading import Loaded, ModelInfo
 from mal_server.plans import ModelPlan
@@ -67,6 +69,18 @@ class BrightPredictor(Labeler):
             raise OutOfDeviceMemory(f"{len(crops)} crops do not fit")
         maps = [crop.pixels.mean(axis=2, dtype=np.float32) / np.float32(255) for crop in crops]
         return [Probability(prob, prob, 1 - prob) if options.agreement else Probability(prob) for prob in maps]
+
+
+def queued_items(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the number of items of each request that is ready for a batch, from now on; admission comes long before."""
+    queued, inner = list[int](), Batcher.enqueue
+
+    def noticed(batcher: Any, ticket: Any, key: Any, items: Any) -> None:
+        inner(batcher, ticket, key, items)
+        queued.append(len(items))
+
+    monkeypatch.setattr(Batcher, "enqueue", noticed)
+    return queued
 
 
 def bright_disc(height: int = 40, width: int = 60) -> NDArray[np.uint8]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from mal.v1 import labeling_pb2_grpc, types_pb2
 
-from mal_server.batcher import Batcher
 from tests.server.calls import items, reason_of, status_details, until, waiting, with_server
 from tests.server.fakes import (
     DISC_BOX,
@@ -19,20 +18,13 @@ from tests.server.fakes import (
     encoded,
     label,
     label_request,
+    queued_items,
 )
 
 
 @pytest.fixture
 def queued(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many boxes each request brought that waits in the queue or has waited: cut, not only admitted."""
-    sizes, inner = list[int](), Batcher.enqueue
-
-    def noticed(batcher: Any, ticket: Any, key: Any, items: Any) -> None:
-        inner(batcher, ticket, key, items)
-        sizes.append(len(items))
-
-    monkeypatch.setattr(Batcher, "enqueue", noticed)
-    return sizes
+    return queued_items(monkeypatch)
 
 
 def test_eight_clients_with_one_box_each_share_batches(queued: list[int]) -> None:
