@@ -29,6 +29,7 @@ class Host:
         app.router.add_get("/moved", self._moved)
         app.router.add_get("/moved/{times}", self._moved_often)
         app.router.add_get("/free", self._free)
+        app.router.add_get("/answers/{status}", self._answers)
         app.router.add_post("/api/token/refresh", self._refresh)
         app.router.add_post("/thief", self._thief)
         return app
@@ -53,6 +54,9 @@ class Host:
     async def _free(self, request: web.Request) -> web.StreamResponse:
         self._note(request)
         return web.Response(body=b"free")
+
+    async def _answers(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(status=int(request.match_info["status"]))
 
     async def _refresh(self, request: web.Request) -> web.StreamResponse:
         self.refreshed += 1
@@ -127,6 +131,40 @@ def test_a_redirect_to_a_host_that_nobody_named_is_refused_with_the_remedy(
         pictures.read("/moved")
     assert store[0].seen == []
     pictures.close()
+
+
+@pytest.mark.parametrize("path", ["/answers/403", "/answers/404", "/free", "/cut"])
+def test_what_a_store_answers_is_told_without_the_signature_of_its_address(
+    host: tuple[Host, str], store: tuple[Host, str], path: str
+) -> None:
+    at = "http://localhost:1" if path == "/cut" else store[1]
+    host[0].store = f"{at}{path}?X-Signature=hidden"
+    pictures = Pictures(host[1], "old", other_hosts=["localhost"], max_bytes=3)
+    with pytest.raises(BadImage) as refused:
+        pictures.read("/moved")
+    assert str(refused.value).startswith(f"/moved (from {at}): ")
+    assert not any(part in str(refused.value) for part in (path, "hidden"))
+    pictures.close()
+
+
+@pytest.mark.parametrize("key", ["old", None])
+def test_a_store_that_refuses_is_not_taken_for_label_studio_that_refuses_the_key(
+    host: tuple[Host, str], store: tuple[Host, str], key: str | None
+) -> None:
+    host[0].store = f"{store[1]}/answers/403"
+    pictures = Pictures(host[1], key, other_hosts=["localhost"])
+    with pytest.raises(BadImage, match=r"refused \(403\) without a key, and .*pre-signed URLs") as refused:
+        pictures.read("/moved")
+    assert "--api-key-file" not in str(refused.value)
+    pictures.close()
+
+
+def test_a_key_that_is_refused_is_told_apart_from_one_that_lacks(host: tuple[Host, str]) -> None:
+    for key, said in (("wrong", "refuses the key"), (None, "asks for a key")):
+        pictures = Pictures(host[1], key)
+        with pytest.raises(BadImage, match=rf"{said} \(403\); give .* --api-key-file"):
+            pictures.read("/answers/403")
+        pictures.close()
 
 
 def test_a_redirect_to_another_scheme_is_refused(host: tuple[Host, str]) -> None:

@@ -2,7 +2,8 @@
 
 Addresses come with each request, so none is followed without leave: a folder gives what lies in it, the key is shown
 to the one Label Studio server that was named at the start, and other hosts are asked only when they were named too.
-The same holds for the places that an answer sends us on to.
+The same holds for the places that an answer sends us on to. Of those, messages name the host and no more: what follows
+it opens the picture to whoever reads the log.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Pictures:
             )
         url = address if parts.netloc else self._on_host(address)
         for _ in range(MOST_REDIRECTS + 1):
-            found = self._fetch(url, self._headers_for(url, address))
+            found = self._fetch(url, self._headers_for(url, address), _told(url, address))
             if isinstance(found, bytes):
                 return found
             url = found.url
@@ -107,7 +108,7 @@ class Pictures:
 
     def _headers_for(self, url: str, address: str) -> dict[str, str]:
         """What is shown at a place that may be asked; BadImage for any other."""
-        if self._host is not None and _origin(url) == _origin(self._host):
+        if self._is_label_studio(url):
             return self._authorisation()
         place = httpx2.URL(url)
         if place.scheme in ("http", "https") and place.host in self._other_hosts:
@@ -119,27 +120,38 @@ class Pictures:
             "IMAGE_NOT_FOUND",
         )
 
-    def _fetch(self, url: str, headers: dict[str, str]) -> bytes | _Elsewhere:
+    def _is_label_studio(self, url: str) -> bool:
+        return self._host is not None and _origin(url) == _origin(self._host)
+
+    def _fetch(self, url: str, headers: dict[str, str], told: str) -> bytes | _Elsewhere:
+        """The picture at `url`, which messages call `told`, or where else it is."""
         content = bytearray()
         try:
             with self._http.stream("GET", url, headers=headers) as answer:
                 if answer.next_request is not None:
                     return _Elsewhere(str(answer.next_request.url))
                 if answer.status_code in (401, 403):
-                    raise BadImage(
-                        f"{url}: Label Studio refuses the key ({answer.status_code}); give a valid one with "
-                        "--api-key-file",
-                        "IMAGE_NOT_FOUND",
-                    )
+                    raise BadImage(f"{told}: {self._refusal(url, headers, answer.status_code)}", "IMAGE_NOT_FOUND")
                 if answer.status_code != 200:
-                    raise BadImage(f"{url}: answered {answer.status_code}", "IMAGE_NOT_FOUND")
+                    raise BadImage(f"{told}: answered {answer.status_code}", "IMAGE_NOT_FOUND")
                 for part in answer.iter_bytes():
                     content += part
                     if len(content) > self._max_bytes:
-                        raise BadImage(f"{url}: more than {self._max_bytes} bytes", "IMAGE_TOO_LARGE")
+                        raise BadImage(f"{told}: more than {self._max_bytes} bytes", "IMAGE_TOO_LARGE")
         except httpx2.HTTPError as error:
-            raise BadImage(f"{url}: cannot be fetched ({error})", "IMAGE_NOT_FOUND") from None
+            raise BadImage(f"{told}: cannot be fetched ({error})", "IMAGE_NOT_FOUND") from None
         return bytes(content)
+
+    def _refusal(self, url: str, headers: dict[str, str], status: int) -> str:
+        """Why a picture is not handed out, and the remedy."""
+        if headers:
+            return f"Label Studio refuses the key ({status}); give a valid one with --api-key-file"
+        if self._is_label_studio(url):
+            return f"Label Studio asks for a key ({status}); give one with --api-key-file"
+        return (
+            f"refused ({status}) without a key, and Label Studio's is not shown there; let Label Studio hand out "
+            "addresses that need none (pre-signed URLs in the settings of the storage, valid long enough)"
+        )
 
     def _authorisation(self) -> dict[str, str]:
         if self._api_key is None:
@@ -171,6 +183,12 @@ class _Elsewhere:
     """Where an answer says that the picture is."""
 
     url: str
+
+
+def _told(url: str, address: str) -> str:
+    """A task's address and, where it leads elsewhere, to which host; the rest of that address may hold a signature."""
+    place = httpx2.URL(url)
+    return address if url == address else f"{address} (from {place.scheme}://{place.netloc.decode('ascii')})"
 
 
 def _checked_host(host: str) -> str:
