@@ -124,12 +124,12 @@ def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) 
     code, text, details = rpc_code(error), _rpc_text(error), rpc_details(error)
     within = "the deadline" if timeout_s is None else f"{timeout_s:g} s"
     fields = "".join(f"; {v.field}: {v.description}" for v in details.violations if v.description not in text)
+    why = "check the address, that mal-server runs there, and that both or neither use TLS"
+    if details.retry_after_s is not None:  # it is there, and has said why
+        why = f"it says to come back in {details.retry_after_s:g} s"
     refused = RequestRefused(f"{address}: request refused: {text}{fields}", details.reason, details.violations)
     known: dict[grpc.StatusCode, MalError] = {
-        grpc.StatusCode.UNAVAILABLE: ServerUnavailable(
-            f"{address}: the server is unavailable ({text}); check the address, that mal-server runs "
-            "there, and that both or neither use TLS"
-        ),
+        grpc.StatusCode.UNAVAILABLE: ServerUnavailable(f"{address}: the server is unavailable ({text}); {why}"),
         grpc.StatusCode.DEADLINE_EXCEEDED: CallTimedOut(
             f"{address}: no complete answer within {within}; check the address, or allow more time"
         ),

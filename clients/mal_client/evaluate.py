@@ -10,16 +10,12 @@ from contextlib import closing
 from pathlib import Path
 
 from mal_client.dataset import OnProgress
-from mal_client.errors import ServerFailed
-from mal_client.evaluation_pass import EvaluationPass
+from mal_client.evaluation_pass import EvaluationPass, Patience
 from mal_client.evaluation_records import EvaluationRecords
 from mal_client.evaluation_sources import LocalPass, ServerPass
 from mal_client.link import Link
 from mal_client.types import Evaluation, LabelOptions
 from mal_train.labeling.coco import read_coco
-
-MAX_STARTS = 5
-"""How many streams without a new image there may be before the evaluation is given up."""
 
 
 def evaluate(
@@ -60,17 +56,11 @@ def evaluate_on_server(
 
 def _finished(client: Link, run: EvaluationPass, on_progress: OnProgress | None) -> Evaluation:
     """Streams until there is a result; what earlier streams measured is brought back in the next one."""
-    tries = 0
+    patience = Patience(client.timeout_s)
     while True:
-        before = len(run.records)
-        tries += 1
-        pause_s = run.stream(client, on_progress, is_last=tries >= MAX_STARTS)
+        pause_s = run.stream(client, on_progress, patience)
         if run.result is not None:
             found = run.evaluation(run.result)
             run.records.clear()
             return found
-        if len(run.records) > before:
-            tries = 0
-        if tries >= MAX_STARTS:
-            raise ServerFailed(f"{client.address}: ended the evaluation {tries} times without a result; see its log")
         client.pause(pause_s)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc
 
 from mal_client import codec, codec_evaluation
 from mal_client.dataset import OnProgress
-from mal_client.errors import CallTimedOut, from_rpc_error, is_broken_off, rpc_details
+from mal_client.errors import CallTimedOut, ServerFailed, from_rpc_error, is_broken_off, rpc_details
 from mal_client.evaluation_records import EvaluationRecords
 from mal_client.fleet import watchdog
 from mal_client.link import Link
@@ -29,6 +29,9 @@ from mal_train.labeling.settings import SIZE_NAMES
 STALE = "RESUME_TOKEN_STALE"
 
 RESTART_PAUSE_S = 2.0
+
+MAX_STARTS = 5
+"""How many streams without a new image there may be before the evaluation is given up."""
 
 
 class Silence:
@@ -47,6 +50,31 @@ class Silence:
         return time.monotonic() - self._since > self._limit_s
 
 
+class Patience:
+    """Whether another stream is tried after those that brought no new image.
+
+    `MAX_STARTS` of them are enough. Those on which the server said when to come back do not count: it is alive, and
+    they end by the clock, once such answers alone have come for `limit_s`.
+    """
+
+    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit_s = limit_s
+        self._clock = clock
+        self._starts = 0
+        self._asked_since: float | None = None
+
+    def is_over(self, asked_s: float | None, *, has_new: bool) -> bool:
+        """After a stream without a result. `asked_s`: the server's word; `has_new`: it brought an image."""
+        if has_new:
+            self._starts, self._asked_since = 0, None
+        if asked_s is None:
+            self._starts, self._asked_since = self._starts + 1, None
+            return self._starts >= MAX_STARTS
+        now = self._clock()
+        self._asked_since = now if self._asked_since is None else self._asked_since
+        return now - self._asked_since > self._limit_s
+
+
 class EvaluationPass(ABC):
     """What local data sets and those on the server share: the stream, what comes back, and the records."""
 
@@ -62,8 +90,13 @@ class EvaluationPass(ABC):
         self._images_skipped = 0
         self._fault: Exception | None = None
 
-    def stream(self, client: Link, on_progress: OnProgress | None, *, is_last: bool) -> float:
-        """Runs one stream; when it brought no result, seconds to wait before another start."""
+    def stream(self, client: Link, on_progress: OnProgress | None, patience: Patience) -> float:
+        """Runs one stream; when it brought no result, seconds to wait before another start.
+
+        Raises:
+            MalError: the failure is final, or patience is over.
+        """
+        known = len(self.records)
         silence = Silence(client.timeout_s)
         self._begin()
         stub = evaluation_pb2_grpc.EvaluationServiceStub(client.open_channel())
@@ -84,11 +117,16 @@ class EvaluationPass(ABC):
             if rpc_details(error).reason == STALE and self.records.token:
                 self.records.clear()
                 return 0.0
-            if is_last or not is_broken_off(error):
+            asked_s = rpc_details(error).retry_after_s
+            if not is_broken_off(error) or patience.is_over(asked_s, has_new=len(self.records) > known):
                 raise from_rpc_error(client.address, error, None) from error
-            return rpc_details(error).retry_after_s or RESTART_PAUSE_S
+            return asked_s or RESTART_PAUSE_S
         finally:
             stream.cancel()  # type: ignore[no-untyped-call]
+        if self.result is None and patience.is_over(None, has_new=len(self.records) > known):
+            raise ServerFailed(
+                f"{client.address}: ended the evaluation {MAX_STARTS} times without a result; see its log"
+            )
         return RESTART_PAUSE_S
 
     def evaluation(self, result: evaluation_pb2.EvaluateResult) -> Evaluation:

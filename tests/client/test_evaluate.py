@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mal_client.client import Client
 from mal_client.errors import CallTimedOut, ServerUnavailable
+from mal_client.evaluation_pass import MAX_STARTS, Patience
 from mal_client.report import evaluation_sections
 from mal_client.review import worst_cards
 from mal_client.types import AS_SERVED, Evaluation, LabelOptions, Progress
@@ -111,6 +112,34 @@ def test_a_broken_stream_starts_the_evaluation_anew(dataset: Dataset, monkeypatc
     assert (evaluation.images, evaluation.overall.count) == (3, 6)
     with pytest.raises(ServerUnavailable):
         evaluate(FakeServer(Faults(break_after=1, breaks=5)), dataset)
+
+
+def test_a_server_that_says_when_to_come_back_is_asked_again_however_often(dataset: Dataset) -> None:
+    fake = FakeServer(Faults(unavailable=2 * MAX_STARTS, pushback_ms=1))
+    assert evaluate(fake, dataset).images == 3
+    assert fake.calls.count("Evaluate") == 2 * MAX_STARTS + 1
+
+
+def test_what_a_busy_server_says_is_told_once_patience_is_over(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mal_client.evaluate.Patience", lambda _: Patience(0.0))
+    with pytest.raises(ServerUnavailable, match=r"told to be unavailable\); it says to come back in 0\.001 s"):
+        evaluate(FakeServer(Faults(unavailable=10**6, pushback_ms=1)), dataset)
+
+
+def test_patience_with_a_server_that_says_when_to_come_back_ends_by_the_clock_alone() -> None:
+    now = [0.0]
+    patience = Patience(60.0, lambda: now[0])
+
+    def is_over_at(at: float, *, has_new: bool = False) -> bool:
+        now[0] = at
+        return patience.is_over(5.0, has_new=has_new)
+
+    assert not any(is_over_at(at) for at in range(0, 61, 5))
+    assert not is_over_at(61, has_new=True)
+    assert not is_over_at(121)
+    assert is_over_at(122)
 
 
 def test_a_silent_server_ends_the_evaluation(dataset: Dataset) -> None:
