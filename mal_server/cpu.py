@@ -3,9 +3,11 @@
     CpuPool     threads; a step that waits is taken by rank, not by arrival
     Room        bytes; whoever would exceed them waits for those who hold some
 
-A step's rank is the time at which it was submitted, `patience_s` later for BATCH: as in the batcher. Threads cannot be
-stopped, so long work comes in steps of some milliseconds; between them whoever ranks first gets the thread. Bulk work
-never holds the last thread of several, nor more than half of the room. Knows nothing of images, models or gRPC.
+A step's rank is the time at which it was submitted, `patience_s` later for BATCH: bulk work that waited so long goes
+ahead of people who came later. (Not so in the batcher, where it is owed a part: what passes a person there is a batch.)
+Threads cannot be stopped, so long work comes in steps of some milliseconds; between them whoever ranks first gets the
+thread. Bulk work never holds the last thread of several, nor more than half of the room. Knows nothing of images,
+models or gRPC.
 """
 
 import asyncio
