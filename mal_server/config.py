@@ -115,8 +115,9 @@ class ServerConfig(Strict):
         ge=0.0,
         le=3600.0,
         description="INTERACTIVE crops go into the next batch, ahead of BATCH ones (bulk streams, evaluations). Where "
-        "they alone would keep\nthe device busy, BATCH crops that waited this much longer get a quarter of it. 0: "
-        "first come, first served.",
+        "they alone would keep\nthe device busy, BATCH crops that waited this much longer get a quarter of it. In the "
+        "turns on the CPU, which take milliseconds,\nand in those for max_decoded_bytes, they go ahead then. 0: first "
+        "come, first served.",
     )
     threads: int = Field(
         default=0, ge=0, le=1024, description="Threads that decode, crop and encode; 0 = one for each CPU core."
@@ -144,9 +145,9 @@ class ServerConfig(Strict):
     max_evaluation_bytes: int = Field(
         default=4096 * MIB,
         ge=MIB,
-        description="Memory that evaluations hold together for data sets read here (eight times the annotations' file) "
-        "and for records\nthat callers bring back. One that comes while others hold too much is refused (UNAVAILABLE); "
-        "one that is alone is taken.",
+        description="Memory that evaluations hold together for data sets read here (thirteen times the annotations' "
+        "file) and for\nrecords that callers bring back. One that comes while others hold too much is refused "
+        "(UNAVAILABLE); one that is\nalone is taken.",
     )
     resume_key: str | None = Field(
         default=None,

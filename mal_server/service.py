@@ -139,8 +139,9 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         """The images: those that follow, or those of a data set here, whose names and number the options then have."""
         if options.dataset is None:
             return options, codec_evaluation.read_truths(requests, options, self._limits)
-        records = await codec_evaluation.read_records(requests, options, memory.take)
+        # Before the records: who has no room for the data set need not have sent them.
         memory.take(await asyncio.to_thread(memory_of, self._folders, options.dataset[0]))
+        records = await codec_evaluation.read_records(requests, options, memory.take)
         # Both in a thread: a file of a million rows takes seconds, in which everybody else is to be answered.
         reading = in_step(self._read_dataset, options, options.dataset, records)
         memory.outlast(reading)

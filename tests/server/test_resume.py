@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,9 +22,10 @@ from PIL import Image
 from mal_server.budget import Budget, Share
 from mal_server.codec import Call
 from mal_server.codec_evaluation import read_evaluate_options, read_records
-from mal_server.dataset import Dataset, read_dataset
+from mal_server.dataset import Dataset, memory_of, read_dataset
 from mal_server.errors import MemoryFull, RequestRefused
 from mal_server.priority import Priority
+from mal_server.roots import Roots
 from mal_train.labeling.settings import Branch
 from tests.client.test_against_server import served
 from tests.server.calls import fields_of, reason_of, status_details
@@ -313,6 +315,46 @@ def test_a_data_set_that_a_thread_still_reads_counts_though_its_caller_has_gone(
     monkeypatch.setattr("mal_server.service.read_dataset", slow)
     monkeypatch.setattr(Share, "__exit__", left)
     asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_a_data_set_is_looked_for_before_its_records_are_read(folder: Path) -> None:
+    """The caller still sends, and is told."""
+
+    async def work() -> str:
+        answered = asyncio.Event()
+
+        async def messages() -> AsyncIterator[Request]:
+            yield on_server("sets/none.json")
+            await answered.wait()
+
+        async with serving(**data(folder)) as running:
+            try:
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await asyncio.wait_for(anext(aiter(running.evaluation.Evaluate(messages()))), 30)
+            finally:
+                answered.set()
+            return reason_of(status_details(raised.value))
+
+    assert asyncio.run(work()) == "FILE_NOT_FOUND"
+
+
+def test_a_data_set_of_short_rows_takes_no_more_memory_than_is_counted_for_it(tmp_path: Path) -> None:
+    ids = range(3000)
+    triangle = {"category_id": 1, "bbox": [1, 1, 8, 8], "segmentation": [[1, 1, 9, 1, 9, 9]]}
+    images = [{"id": n, "file_name": f"{n}.png"} for n in ids[:300]]
+    rows = [{"id": n, "image_id": n // 10, **triangle} for n in ids]
+    content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "truth.json").write_text(json.dumps(content, separators=(",", ":")))
+    folders = Roots({"sets": tmp_path}, "data_folders")
+    options = read_evaluate_options(on_server(), Call(Branch.STUDENT, Priority.BATCH, math.inf))
+    tracemalloc.start()
+    try:
+        truths = list(read_dataset(folders, "sets/truth.json", "sets").truths(options.job, 10, {}))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(truths) == 300
+    assert most <= memory_of(folders, "sets/truth.json")
 
 
 def test_records_that_are_brought_back_count_as_they_come() -> None:
