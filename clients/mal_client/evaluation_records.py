@@ -104,19 +104,39 @@ class EvaluationRecords:
         if any(lines) and (not rows or rows[0].get("what") != WHAT):
             raise ConfigError(f"{path}: holds no records of an evaluation; name another file")
         for row in rows:
-            if "what" in row:
-                if row.get("job") != self._job:
-                    raise ConfigError(
-                        f"{path}: holds the records of another evaluation (other annotations, images or options); "
-                        "delete it or name another file"
-                    )
-                self.token = base64.b64decode(row["token"])
-            elif self.token:
-                self._records[row["item"]] = (row["content"], base64.b64decode(row["record"]))
+            try:
+                self._take(path, row)
+            except (KeyError, TypeError, ValueError):
+                text = json.dumps(row)
+                raise ConfigError(
+                    f"{path}: holds a line that is no record of an evaluation: {text[:80]}; delete the file or name "
+                    "another"
+                ) from None
+
+    def _take(self, path: Path, row: dict[str, Any]) -> None:
+        if "what" in row:
+            if row.get("job") != self._job:
+                raise ConfigError(
+                    f"{path}: holds the records of another evaluation (other annotations, images or options); "
+                    "delete it or name another file"
+                )
+            self.token = _bytes(row, "token")
+        elif self.token:
+            self._records[_string(row, "item")] = (_string(row, "content"), _bytes(row, "record"))
 
 
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
+
+
+def _string(row: dict[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise TypeError(key)
+    return str(row[key])
+
+
+def _bytes(row: dict[str, Any], key: str) -> bytes:
+    return base64.b64decode(_string(row, key), validate=True)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from mal_server.dataset import Dataset, memory_of, read_dataset
 from mal_server.errors import MemoryFull, RequestRefused
 from mal_server.priority import Priority
 from mal_server.roots import Roots
+from mal_train.errors import ConfigError
 from mal_train.labeling.settings import Branch
 from tests.client.test_against_server import served
 from tests.server.calls import fields_of, reason_of, status_details
@@ -484,6 +485,23 @@ def test_a_file_of_another_evaluation_is_not_taken(address: str, folder: Path, t
         kept.write_text(text)
         assert cli.main([*line, "--images", str(folder / "images"), "--resume", str(kept)]) == 2
         assert kept.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"content": "", "record": "eA=="},
+        {"item": "a", "content": "", "record": 3},
+        {"item": "a", "content": "", "record": "x"},
+        {"item": ["a"], "content": "", "record": "eA=="},
+    ],
+)
+def test_a_file_with_a_line_that_is_no_record_is_refused_in_words(tmp_path: Path, row: dict[str, Any]) -> None:
+    kept = tmp_path / "kept.jsonl"
+    header = {"what": "mal-client evaluation records", "job": {}, "token": "eA=="}
+    kept.write_text(json.dumps(header) + "\n" + json.dumps(row))
+    with pytest.raises(ConfigError, match=r"kept\.jsonl: holds a line that is no record"):
+        EvaluationRecords(kept, {})
 
 
 def test_encoded_scenes_are_what_the_files_hold(folder: Path) -> None:
