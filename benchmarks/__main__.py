@@ -7,6 +7,7 @@ ended, its rows where it writes some (`timing.Table`), and every line that it pr
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -24,8 +25,8 @@ from benchmarks.timing import machine
 
 FOLDER = Path(__file__).parent
 SHARED = {"__main__", "subjects", "timing"}
-LIMIT_S = 420.0
-"""A benchmark takes half a minute to three minutes on two quiet cores."""
+LIMIT_S = 900.0
+"""Far above what any takes on two quiet cores: most a minute or a few, `serving` about five."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,15 @@ def run_one(name: str, limit_s: float, command: Callable[[str, Path], Sequence[s
             (command or command_of)(name, rows),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,
         ) as process:
 
             def end() -> None:
                 late.set()
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended by itself just now
+                    os.killpg(process.pid, signal.SIGKILL)
 
             watch = threading.Timer(limit_s, end)
             watch.start()
@@ -81,12 +84,24 @@ def run_one(name: str, limit_s: float, command: Callable[[str, Path], Sequence[s
                 raise
             finally:
                 watch.cancel()
-        found = json.loads(rows.read_text(encoding="utf-8"))["rows"] if rows.exists() else []
+        found = _rows_in(rows)
     # A traceback ends with the code of a missed figure, too.
     broke = any(line.startswith("Traceback (most recent call last)") for line in printed)
     ends = {0: "ok"} if broke else {0: "ok", 1: "missed a figure"}
     ended = "took too long" if late.is_set() else ends.get(code, f"failed with code {code}")
     return Outcome(name, ended, time.monotonic() - began, found, printed)
+
+
+def _rows_in(path: Path) -> list[dict[str, Any]]:
+    """What a benchmark wrote: none where it was ended in the middle of writing, or before."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_bytes())["rows"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, LookupError, TypeError) as error:
+        print(f"the rows that it wrote cannot be read: {error}", flush=True)
+        return []
+    return rows
 
 
 def main() -> int:

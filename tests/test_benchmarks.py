@@ -1,6 +1,7 @@
 """`make bench`: what one benchmark does hides nothing of the others."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -51,6 +52,33 @@ def test_an_interrupt_ends_the_benchmark_too(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(bench, "print", interrupted, raising=False)
     with pytest.raises(KeyboardInterrupt):
         script(WAITS_WITH_A_CHILD)
+
+
+def test_an_interrupt_is_not_hidden_where_the_benchmark_has_ended_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    kill = os.killpg
+
+    def too_late(group: int, sign: int) -> None:
+        kill(group, sign)
+        raise ProcessLookupError
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "killpg", too_late)
+    monkeypatch.setattr(bench, "print", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        script(WAITS_WITH_A_CHILD)
+
+
+@pytest.mark.parametrize("written", [b'{"rows": [{"wh', b"\xff", b"[]", b"{}", b""])
+def test_rows_that_cannot_be_read_leave_how_it_ended_and_its_lines(written: bytes) -> None:
+    outcome = script(f"import sys; print('a table'); open(sys.argv[1], 'wb').write({written!r}); sys.exit(1)")
+    assert (outcome.ended, outcome.rows, outcome.printed) == ("missed a figure", [], ["a table"])
+
+
+def test_a_byte_that_is_no_text_stops_nothing() -> None:
+    outcome = script("import sys; sys.stdout.buffer.write(bytes([65, 255, 10]) + b'B')")
+    assert (outcome.ended, outcome.printed) == ("ok", ["A\ufffd", "B"])
 
 
 def test_all_are_run_and_told_though_the_first_misses_its_figure(
