@@ -12,7 +12,7 @@ from mal_train.strictyaml import Strict
 
 MAX_NAME_CHARS = 64
 NAME = r"^[\w.@-]+$"
-"""Names that are safe in logs, paths and metric labels."""
+"""Names that are safe in logs and metric labels. No path is made of one: `..` is among them."""
 
 NAME_RULE = f"a name has 1 to {MAX_NAME_CHARS} letters, digits and characters of '._@-'"
 
