@@ -192,6 +192,7 @@ class SealedFile:
             if said.startswith("Excessive work"):
                 raise WrongKey(f"{self.path}: {self.seal}; that is too much work for this machine") from None
             raise WrongKey(f"{self.path}: the passphrase does not open it, or its key header is damaged") from None
+        del sealed  # what the sink makes of the content needs the room
         sink.write(content)
 
     def _read_by_identity(self, sink: Sink, key: DecryptionKey) -> None:

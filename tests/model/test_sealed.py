@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import resource
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -136,6 +137,24 @@ def test_passphrase_file_is_read_by_the_plain_library_and_back(tmp_path: Path) -
     made = write_sealed(tmp_path / "f", [memoryview(b"abc"), memoryview(b"def")], key)
     assert made.how == "passphrase"
     assert opened(tmp_path / "f", key.opens) == b"abcdef"
+
+
+def test_the_sealed_form_is_let_go_before_its_content_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").write_bytes(age_by_hand.header(PASSPHRASE) + bytes(8 * CHUNK))
+    monkeypatch.setattr(pyrage.passphrase, "decrypt", lambda whole, passphrase: b"content")
+    held: list[int] = []
+
+    class Weighing:
+        def write(self, _: object) -> None:
+            held.append(tracemalloc.get_traced_memory()[0])
+
+    with SealedFile(tmp_path / "f") as file:
+        tracemalloc.start()
+        try:
+            file.read_into(Weighing(), passphrase_key())
+        finally:
+            tracemalloc.stop()
+    assert held[0] < CHUNK
 
 
 def test_file_written_by_hand_from_the_specification_opens(tmp_path: Path) -> None:
