@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mal_train.labeling.edges import DISTANCES, ITERATIONS, SHARPNESS, refine_edges
+from mal_train.sections.labelling import EvaluateConfig
 
 Array = NDArray[Any]
 
@@ -86,6 +88,20 @@ def test_an_edge_moves_as_far_as_the_crop_is_fine(side: int, reach: int) -> None
     changed = np.flatnonzero(refine_edges(prob, striped(side), np.ones((side, side), np.uint8), 0.5)[0] != prob[0])
     assert changed.min() == side // 2 + 20 - reach
     assert changed.max() == side // 2 + 20 + reach - 1
+
+
+def test_a_crop_of_512_takes_the_memory_that_the_option_tells_of() -> None:
+    prob = np.full((512, 512), 0.1, np.float32)
+    prob[:, 256:] = 0.9
+    box_mask = np.ones((512, 512), np.uint8)
+    tracemalloc.start()
+    try:
+        refine_edges(prob, striped(512), box_mask, 0.5)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 100e6 < most < 200e6
+    assert "at crop 512 about 150 MB" in str(EvaluateConfig.model_fields["refine_edges"].description)
 
 
 def test_the_edge_ends_where_the_colour_does() -> None:
