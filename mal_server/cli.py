@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     wait_passively()
-    exit_code = _exit_code(args)
-    return leave(exit_code) if args.command == "serve" else exit_code
+    if args.command != "serve":
+        return _exit_code(args)
+    try:
+        return leave(_exit_code(args))
+    # Whatever it is, threads that are still at work do not keep the process: as the interpreter would end it, but now.
+    except Exception:
+        traceback.print_exc()
+        return leave(1)
 
 
 def _exit_code(args: argparse.Namespace) -> int:

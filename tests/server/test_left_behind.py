@@ -46,6 +46,18 @@ def test_a_thread_that_is_about_to_end_is_waited_for_and_the_process_ends_as_oth
     assert (code, out, err) == (7, "said\nthe interpreter ended\n", "")
 
 
+def test_an_error_that_nobody_expected_is_told_though_a_thread_never_ends() -> None:
+    code, out, err = left(
+        "left_behind.PATIENCE_S = 0.0\n"
+        "from mal_server import cli\n"
+        "def fails(args):\n    raise RuntimeError('odd')\n"
+        "cli._run = fails\n"
+        "sys.exit(cli.main(['serve']))"
+    )
+    assert (code, out) == (1, "said\n")
+    assert "RuntimeError: odd" in err
+
+
 def test_sigterm_ends_a_server_whose_key_comes_from_where_nothing_comes(tmp_path: Path) -> None:
     pipe, port_file = tmp_path / "identity", tmp_path / "address"
     os.mkfifo(pipe)

@@ -2,11 +2,13 @@
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from mal_server import left_behind
 from mal_server.errors import SelfTestFailed
 from mal_server.loading import Loaded, small_side
 from mal_server.selftest import prove
@@ -57,6 +59,25 @@ def test_on_a_gpu_the_reference_runs_one_crop_of_the_served_size_too() -> None:
     asyncio.run(prove(model(worker, reference, "cuda:0", 1, 2, 8)))
     assert reference.runs == [(4, SMALL, True), (1, SIDE, False)]
     assert worker.runs == [(4, SMALL, True), (1, SIDE, False), (2, SIDE, False), (8, SIDE, False)]
+
+
+def test_the_end_of_the_server_does_not_wait_for_the_reference() -> None:
+    gate, reference = threading.Event(), Seen()
+    reference.gate = gate
+
+    async def work() -> None:
+        proving = asyncio.create_task(prove(model(Seen(), reference)))
+        while not reference.runs:
+            await asyncio.sleep(0.001)
+        proving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await proving
+
+    asyncio.run(work())
+    try:
+        assert any(thread.name == left_behind.NAME for thread in threading.enumerate())
+    finally:
+        gate.set()
 
 
 @pytest.mark.parametrize(
