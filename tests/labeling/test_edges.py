@@ -101,7 +101,7 @@ def test_a_crop_of_512_takes_the_memory_that_the_option_tells_of() -> None:
     finally:
         tracemalloc.stop()
     assert 100e6 < most < 200e6
-    assert "at crop 512 about 150 MB" in str(EvaluateConfig.model_fields["refine_edges"].description)
+    assert "150 MB a thread at crop 512" in str(EvaluateConfig.model_fields["refine_edges"].description)
 
 
 def test_the_edge_ends_where_the_colour_does() -> None:
