@@ -242,7 +242,12 @@ def test_a_call_that_a_proxy_cuts_short_is_sent_again(cut: Cut) -> None:
         assert [label.area for label in asyncio.run(ask(address))] == [80, 16, 400]
     for fake in (blocking, loop):
         asked = [len(request.instances) for request in fake.label_requests]
-        assert asked == ([3, 3, 3] if cut is Cut.RESET_FIRST else [3, 2, 1])
+        if cut is Cut.RESET_FIRST:
+            assert asked == [3, 3, 3]
+        else:  # an answer that the reset overtook inside gRPC is asked for once more, one that arrived is not
+            assert len(asked) == 3
+            assert asked == sorted(asked, reverse=True)
+            assert asked[0] == 3
 
 
 @pytest.mark.parametrize("cut", Cut)
