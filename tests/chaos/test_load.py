@@ -201,7 +201,7 @@ def test_memory_stays_flat_under_overload(overloaded: Seen, say: Say) -> None:
     assert growth <= 20
 
 
-def test_clients_that_come_back_lose_nothing(overloaded: Seen, say: Say) -> None:
+def test_clients_that_come_back_lose_nothing(overloaded: Seen, form: Form, say: Say) -> None:
     jobs = [one for one in overloaded.samples if one.kind == "patient"]
     say(
         "retries",
@@ -211,7 +211,8 @@ def test_clients_that_come_back_lose_nothing(overloaded: Seen, say: Say) -> None
     )
     assert len(jobs) == JOBS
     assert {(one.code, one.right, one.wrong) for one in jobs} == {("OK", BOXES, 0)}
-    assert sum(one.tries for one in jobs) > len(jobs)
+    if form.is_full:  # of so few jobs as the short form has, all may come at moments of room
+        assert sum(one.tries for one in jobs) > len(jobs)
 
 
 OWN_WORK_MS = 25
