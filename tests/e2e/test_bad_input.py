@@ -204,7 +204,7 @@ def test_a_result_that_cannot_be_written_is_known_before_the_work(
     def worked(*_: Any, **__: Any) -> None:
         raise AssertionError("began to work")
 
-    monkeypatch.setattr("mal_train.tasks.inference.open_labeler", worked)
+    monkeypatch.setattr("mal_train.tasks.inference.open_labelling", worked)
     assert infer(place, f"inference.label_dump_path={place / name}") == OutputError.exit_code
     assert str(place / name) in capsys.readouterr().err
 
