@@ -39,9 +39,14 @@ BOXES = [DISC_BOX, (-5.0, 0.0, 40.0, 40.0), (20.0, 10.0, 8.5, 9.25), (0.0, 0.0, 
 def served(
     predictor: BrightPredictor | None = None,
     load: Callable[[ModelPlan], Loaded] | None = None,
+    servers: list[MalServer] | None = None,
     **settings: Any,
 ) -> Iterator[str]:
-    """The real server in a thread of its own, as a client sees it; killed without grace at the end."""
+    """The real server in a thread of its own, as a client sees it; killed without grace at the end.
+
+    Args:
+        servers: gets the server, for a test that has to know what waits in it.
+    """
     used = predictor or BrightPredictor()
     config = config_of(**settings)
     address: Future[str] = Future()
@@ -49,6 +54,8 @@ def served(
 
     async def live() -> None:
         server = MalServer(config, load or (lambda plan: loaded(plan, used)))
+        if servers is not None:
+            servers.append(server)
         try:
             await server.start()
             if load is not None:
