@@ -13,6 +13,7 @@ from mal_train.errors import ConfigError
 from mal_train.model import backbones, pretrained, vit
 from mal_train.model.backbones import backbone_size, build_backbone
 from mal_train.model.network import MalNetwork, ModelConfig
+from mal_train.model.origin import Origin
 from mal_train.model.vit import Vit, VitSize, attention
 
 
@@ -37,7 +38,7 @@ def test_a_variant_is_timms_network_with_its_extra_tokens_dropped(
         for name, parameter in donor.named_parameters():
             if name.endswith(("_token", "gamma")):
                 torch.nn.init.normal_(parameter)
-    monkeypatch.setattr(pretrained, "_read", lambda source, key: donor.state_dict())
+    monkeypatch.setattr(pretrained, "_read", lambda source, key: (donor.state_dict(), Origin(source, "Apache-2.0")))
     ours = MalNetwork(ModelConfig(arch, mask_head_hidden_channel=4, mask_head_out_channel=4)).eval()
     report = pretrained.load_pretrained(ours, arch)
     assert not any(name.startswith("backbone.") for name in report.missing)
