@@ -256,7 +256,7 @@ async def serve(
     # What imports left behind lives as long as the process: walking through it takes the collector a tenth of a second
     # and more each time, in the event loop's thread, and again at the end.
     gc.freeze()
-    stop, now = _catch_signals()
+    stop, now, renew = _catch_signals()
     server = MalServer(config, load)
     grace_s = 0.0
     try:
@@ -280,7 +280,7 @@ async def serve(
             )
         if server.metrics_address:
             log.info("metrics=http://%s/metrics", server.metrics_address)
-        watching = asyncio.ensure_future(_watch_tokens(server, config, reread))
+        watching = asyncio.ensure_future(_watch_tokens(server, config, renew, reread))
         losing = asyncio.ensure_future(server.lost.wait())
         await asyncio.wait({stopping, losing}, return_when=asyncio.FIRST_COMPLETED)
         losing.cancel()
@@ -307,10 +307,16 @@ def version() -> str:
         return "unknown"
 
 
-def _catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """(set by SIGTERM and SIGINT, set when nobody wants to wait for load balancers: SIGINT, or a second signal)."""
+def _catch_signals() -> tuple[asyncio.Event, asyncio.Event, asyncio.Event]:
+    """Events that signals set, from before anything is loaded: left to itself a SIGHUP ends the process.
+
+    Returns:
+        stop: set by SIGTERM and SIGINT.
+        now: set when nobody wants to wait for load balancers: SIGINT, or a second signal.
+        renew: set by SIGHUP.
+    """
     loop = asyncio.get_running_loop()
-    stop, now = asyncio.Event(), asyncio.Event()
+    stop, now, renew = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def on_signal(is_interrupt: bool) -> None:
         if is_interrupt or stop.is_set():
@@ -319,13 +325,14 @@ def _catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
 
     loop.add_signal_handler(signal.SIGTERM, on_signal, False)
     loop.add_signal_handler(signal.SIGINT, on_signal, True)
-    return stop, now
+    loop.add_signal_handler(signal.SIGHUP, renew.set)
+    return stop, now, renew
 
 
-async def _watch_tokens(server: MalServer, config: ServerConfig, reread: Callable[[], ServerConfig] | None) -> None:
-    """Reads tokens anew on SIGHUP and every `token_reload_s`."""
-    asked = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+async def _watch_tokens(
+    server: MalServer, config: ServerConfig, asked: asyncio.Event, reread: Callable[[], ServerConfig] | None
+) -> None:
+    """Reads tokens anew when `asked` is set (SIGHUP) and every `token_reload_s`."""
     while True:
         await _wait(asked, config.token_reload_s or math.inf)
         is_asked = asked.is_set()

@@ -228,6 +228,38 @@ def test_sighup_takes_up_the_tokens_of_the_settings_and_names_what_needs_a_resta
     assert "need a restart: max_batch_size" in caplog.text
 
 
+def test_a_sighup_while_the_model_loads_ends_nothing_and_counts_once_it_serves(tmp_path: Path) -> None:
+    old, new, port_file = tmp_path / "old", tmp_path / "new", tmp_path / "address"
+    old.write_text(OLD)
+    new.write_text(NEW)
+
+    def load(plan: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return loaded(plan, BrightPredictor())
+
+    async def client() -> None:
+        while not port_file.exists():
+            await asyncio.sleep(0.005)
+        while await let_in(port_file.read_text().strip(), NEW) != "OK":
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    async def work() -> None:
+        task = asyncio.create_task(client())
+        config = config_of(tokens=tokens_at(old))
+        await serve(config, port_file=port_file, load=load, reread=lambda: config_of(tokens=tokens_at(new)))
+        await task
+
+    # Should the server not listen yet, this one is told instead of ended.
+    heard: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, frame: heard.append(number))
+    try:
+        asyncio.run(asyncio.wait_for(work(), 30))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert heard == []
+
+
 def test_an_unexpected_error_of_a_reload_is_logged_and_the_next_one_works(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
