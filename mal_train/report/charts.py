@@ -84,7 +84,10 @@ class _Chart:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
 
     def line(self, points: Sequence[Point], colour: str, *, dashed: bool = False) -> Html:
-        """A polyline."""
+        """A polyline; a dot where there is one point, of which a polyline would show nothing."""
+        if len(points) == 1:
+            ((x, y),) = points
+            return f'<circle cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="4" fill="{colour}"/>'
         path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
         dash = ' stroke-dasharray="4 4"' if dashed else ""
         return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'

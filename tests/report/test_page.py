@@ -55,7 +55,15 @@ def test_points_of_a_curve_stay_inside_the_picture() -> None:
 
 
 def test_a_constant_curve_is_drawn_too() -> None:
-    assert "<polyline" in line_chart({"mIoU": [(5, 0.0)]}, "step", "mIoU")
+    assert "<polyline" in line_chart({"mIoU": [(5, 0.0), (9, 0.0)]}, "step", "mIoU")
+
+
+def test_a_run_with_one_validation_shows_its_figure_as_a_dot() -> None:
+    chart = line_chart({"mIoU": [(8, 0.6)], "loss": [(0, 0.5), (8, 0.2)]}, "step", "value")
+    (dot,) = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4" fill="var\(--a\)"/>', chart)
+    end = re.findall(r"([\d.]+),([\d.]+)", chart)[-1]
+    assert dot[0] == end[0]
+    assert float(dot[1]) < float(end[1])
 
 
 def test_a_scatter_of_many_masks_stays_small() -> None:
