@@ -74,7 +74,7 @@ class Progress(lightning.Callback):
             left = tqdm.format_interval(int(seconds * (self._total - self._done)))
             self._screen.say(
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, batch {self._done}/{self._total}, "
-                f"{1 / seconds:.2f} batch/s, {left} left{_losses(pl_module, ', ')}"
+                f"{_pace(seconds)}, {left} left{_losses(pl_module, ', ')}"
             )
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -94,6 +94,15 @@ class Progress(lightning.Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _pace(seconds: float) -> str:
+    """Batches a second, or seconds a batch where these are more, as the bar has it: 0.02 batch/s would tell little.
+
+    >>> _pace(0.5), _pace(42.7)
+    ('2.00 batch/s', '42.70 s/batch')
+    """
+    return f"{1 / seconds:.2f} batch/s" if seconds < 1 else f"{seconds:.2f} s/batch"
 
 
 def _losses(module: lightning.LightningModule, before: str = "") -> str:

@@ -58,7 +58,7 @@ def test_without_a_terminal_a_line_comes_now_and_then_with_rate_and_time_left() 
         progress.on_train_batch_end(trainer, module, None, None, batch)
         clock.now += 2.0
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("epoch 1/2, batch 16/200, 0.50 batch/s, 06:08 left")
+    assert lines[0].startswith("epoch 1/2, batch 16/200, 2.00 s/batch, 06:08 left")
     assert len(lines) == 2
 
 
@@ -72,5 +72,5 @@ def test_a_run_that_goes_on_amid_an_epoch_counts_from_there() -> None:
         clock.now += 2.0
         progress.on_train_batch_end(trainer, module, None, None, batch)
     (line,) = stream.getvalue().splitlines()
-    # 156 of 300 are done, 16 of them here; those at half a batch a second.
-    assert line.startswith("epoch 2/3, batch 156/300, 0.50 batch/s, 04:48 left")
+    # 156 of 300 are done, 16 of them here; those at two seconds a batch.
+    assert line.startswith("epoch 2/3, batch 156/300, 2.00 s/batch, 04:48 left")
