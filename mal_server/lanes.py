@@ -118,7 +118,9 @@ class Lane(Generic[C, T]):
         BATCH items that may not go ahead of people come behind all of these, in their own order.
         """
         people, bulk = self.queues[Priority.INTERACTIVE], self.queues[Priority.BATCH]
-        heads = [(False, queue[0].since, queue[0].since) for queue in (people,) if queue]
+        heads: list[tuple[bool, float, float]] = []
+        if people:
+            heads.append((False, people[0].since, people[0].since))
         if bulk:
             bulk_rank = self.bulk_rank()
             may_pass = debt.allows(min(batch_size, self.live), is_oldest=bulk_rank <= others_bulk_rank)
