@@ -256,6 +256,7 @@ async def serve(
     # What imports left behind lives as long as the process: walking through it takes the collector a tenth of a second
     # and more each time, in the event loop's thread, and again at the end.
     gc.freeze()
+    gc.enable()
     stop, now, renew = _catch_signals()
     server = MalServer(config, load)
     grace_s = 0.0

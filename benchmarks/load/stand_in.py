@@ -6,6 +6,12 @@ setting of `mal-server` leads here.
     python -m benchmarks.load.stand_in --port-file FILE [--batch-ms 5] [max_batch_size=16 ...]
 """
 
+import gc
+
+# As in the command mal-server, before anything heavy is imported.
+if __name__ == "__main__":
+    gc.disable()
+
 import argparse
 import asyncio
 import json
