@@ -144,6 +144,8 @@ def test_the_image_runs_a_command_line_that_the_program_takes_and_not_as_root(tm
     assert steps["STOPSIGNAL"] == "SIGTERM"
     copied = [step["value"].split()[:-1] for step in parser.structure if step["instruction"] == "COPY"]
     assert all((ROOT / name).exists() for names in copied for name in names)
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert {name for names in copied for name in names} == kept
 
 
 def asks_by_the_settings(line: list[str], config: Path) -> bool:
@@ -178,7 +180,7 @@ def test_the_health_line_of_the_other_files_is_one(name: str) -> None:
 def test_compose_starts_a_new_container_after_every_end_but_a_wanted_one() -> None:
     service = yaml.safe_load((DEPLOY / "container" / "compose.yaml").read_text())["services"]["mal-server"]
     config = ServerConfig(checkpoint=Path("a"))
-    assert service["restart"] == "on-failure"
+    assert service["restart"] == "unless-stopped"
     assert int(service["stop_grace_period"].removesuffix("s")) > config.drain_delay_s + config.grace_s
     assert (DEPLOY / "container" / service["build"]["context"] / service["build"]["dockerfile"]).exists()
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])

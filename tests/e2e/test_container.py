@@ -1,0 +1,193 @@
+"""The image of deploy/container, as compose.yaml starts it: hardened, replaced when killed, left when stopped.
+
+Wants a container engine with a tool for compose files, and root, who may kill a process of a container from outside.
+MAL_CONTAINER_IMAGE names an image that is there; without it the shipped Dockerfile is built, which fetches PyTorch
+(PIP_EXTRA_INDEX_URL goes to the build).
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mal_client.client import Client
+from PIL import Image
+from skimage import data
+
+from benchmarks.load.run import ROOT
+from mal_server.probe import Probe
+from mal_train.model.builtin import BUILTIN, resolve
+from mal_train.model.checkpoint import load_checkpoint, save_checkpoint
+from mal_train.model.keys import parse_key, write_identity
+from tests.chaos.test_load import free_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+SHIPPED = ROOT / "deploy" / "container"
+TOOLS = [("docker", ["docker", "compose"]), ("docker", ["docker-compose"]), ("podman", ["podman-compose"])]
+"""An engine, and what brings up a compose file with it."""
+USER = 10001
+FACE = (170.0, 70.0, 130.0, 150.0)
+"""A box in scikit-image's portrait: x, y, width, height in px."""
+
+
+def succeeds(*line: str) -> bool:
+    return shutil.which(line[0]) is not None and subprocess.run(line, capture_output=True, check=False).returncode == 0
+
+
+def output(*line: str) -> str:
+    """What a command prints; it must succeed. Podman's images carry a health check only in Docker's format."""
+    done = subprocess.run(
+        line, capture_output=True, text=True, check=False, env={**os.environ, "BUILDAH_FORMAT": "docker"}
+    )
+    assert done.returncode == 0, f"{' '.join(line)}: {done.stdout}{done.stderr}"
+    return done.stdout.strip()
+
+
+def wait_for(condition: Callable[[], bool], what: str, within_s: float = 300) -> None:
+    until = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < until, f"waited in vain: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def tools() -> tuple[str, list[str]]:
+    if os.geteuid() != 0:
+        pytest.skip("only root may kill a process in a container from outside, as a crash would")
+    for engine, compose in TOOLS:
+        if succeeds(engine, "info") and succeeds(*compose, "version"):
+            return engine, compose
+    pytest.skip("no container engine answers that has a tool for compose files: " + ", ".join(c[-1] for _, c in TOOLS))
+
+
+@pytest.fixture(scope="module")
+def image(tools: tuple[str, list[str]]) -> str:
+    given = os.environ.get("MAL_CONTAINER_IMAGE")
+    if given:
+        return given
+    engine, _ = tools
+    base = (SHIPPED / "Dockerfile").read_text().partition("FROM ")[2].split()[0]
+    if not succeeds(engine, "image", "inspect", base):
+        pytest.skip(f"neither MAL_CONTAINER_IMAGE is set nor is the base image here: {engine} pull {base}")
+    index = ["--build-arg", "PIP_EXTRA_INDEX_URL"] if "PIP_EXTRA_INDEX_URL" in os.environ else []
+    output(engine, "build", *index, "-f", str(SHIPPED / "Dockerfile"), "-t", "mal-server-test", str(ROOT))
+    return "mal-server-test"
+
+
+@dataclass
+class Service:
+    """The shipped service, running.
+
+    Attributes:
+        engine: docker or podman.
+        compose: the command that started it.
+        container: its id.
+        address: where this machine reaches it.
+    """
+
+    engine: str
+    compose: list[str]
+    container: str
+    address: str
+
+    def inspect(self) -> Any:
+        return json.loads(output(self.engine, "inspect", self.container))[0]
+
+    def inside(self, *line: str) -> str:
+        return output(self.engine, "exec", self.container, *line)
+
+    def logs(self) -> str:
+        line = [self.engine, "logs", self.container]
+        return subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+
+    def is_serving(self) -> bool:
+        return Probe(self.address, timeout_s=1.0).ask() == "SERVING"
+
+    def mask(self) -> bytes:
+        """Of a portrait, as run lengths."""
+        astronaut: Any = data.astronaut
+        picture = Image.fromarray(astronaut())
+        with Client(self.address) as client:
+            (label,) = client.label_image(picture, [FACE])
+        assert label.ok, label.error
+        assert label.rle is not None
+        return label.rle.counts
+
+
+def write_files(folder: Path) -> None:
+    """What compose.yaml mounts: settings, a sealed checkpoint, and its identity, which the image's user can read."""
+    (folder / "etc").mkdir()
+    (folder / "models").mkdir()
+    recipient = write_identity(folder / "identity.txt")
+    os.chown(folder / "identity.txt", USER, USER)
+    key = parse_key(recipient, purpose="encryption", where="command line")
+    save_checkpoint(folder / "models" / "mal.malckpt", load_checkpoint(resolve(BUILTIN), None), key)
+    settings = {
+        "checkpoint": "/models/mal.malckpt",
+        "decryption_key": "file:/run/secrets/identity",
+        "listen": {"host": "0.0.0.0", "allow_plaintext": True},
+        "metrics": {"port": 9090, "host": "0.0.0.0"},
+        # Longer than the 10 s that an engine gives where it is not told of stop_grace_period.
+        "drain_delay_s": 12.0,
+    }
+    (folder / "etc" / "server.yaml").write_text(yaml.safe_dump(settings))
+
+
+@pytest.fixture
+def service(tools: tuple[str, list[str]], image: str, tmp_path: Path) -> Iterator[Service]:
+    """Only the image's name and the ports of this machine are others than in the shipped file."""
+    engine, compose = tools
+    write_files(tmp_path)
+    settings = yaml.safe_load((SHIPPED / "compose.yaml").read_text())
+    (mal,) = settings["services"].values()
+    del mal["build"]
+    port = free_port()
+    mal |= {"image": image, "ports": [f"127.0.0.1:{port}:50051"]}
+    (tmp_path / "compose.yaml").write_text(yaml.safe_dump(settings))
+    project = f"maltest{os.getpid()}"
+    line = [*compose, "-p", project, "-f", str(tmp_path / "compose.yaml")]
+    try:
+        output(*line, "up", "-d")
+        label = f"label=com.docker.compose.project={project}"
+        found = Service(engine, line, output(engine, "ps", "-aq", "--filter", label), f"127.0.0.1:{port}")
+        wait_for(found.is_serving, "the container does not serve")
+        yield found
+    finally:
+        subprocess.run([*line, "down", "-t", "0"], check=False, capture_output=True)
+
+
+def test_a_killed_server_is_replaced_and_a_stopped_one_drains_and_stays_stopped(service: Service) -> None:
+    before = service.mask()
+
+    # As hard as the file says, and the image's own health check content.
+    status = dict(line.split(":\t", 1) for line in service.inside("cat", "/proc/1/status").splitlines())
+    assert status["Uid"].split() == [str(USER)] * 4
+    assert (int(status["CapBnd"], 16), status["NoNewPrivs"]) == (0, "1")
+    assert "Read-only file system" in service.inside("sh", "-c", "touch /new 2>&1 || true")
+    assert service.inside(*service.inspect()["Config"]["Healthcheck"]["Test"][1:]).endswith(": SERVING")
+
+    killed = service.inspect()["State"]["Pid"]
+    at = time.monotonic()
+    os.kill(killed, signal.SIGKILL)
+    wait_for(
+        lambda: service.inspect()["State"]["Pid"] not in (0, killed) and service.is_serving(), "no new process serves"
+    )
+    print(f"killed; a new process served {time.monotonic() - at:.1f} s later")
+    assert service.mask() == before
+    assert service.inspect()["RestartCount"] == 1
+
+    output(*service.compose, "stop")
+    assert "draining" in service.logs()
+    # A restart, if there were one, would come at once.
+    time.sleep(3)
+    state = service.inspect()
+    assert (state["State"]["Status"], state["State"]["ExitCode"], state["RestartCount"]) == ("exited", 0, 1)
