@@ -145,9 +145,10 @@ class ServerConfig(Strict):
     max_evaluation_bytes: int = Field(
         default=4096 * MIB,
         ge=MIB,
-        description="Memory that evaluations hold together for data sets read here (thirteen times the annotations' "
-        "file) and for\nrecords that callers bring back. One that comes while others hold too much is refused "
-        "(UNAVAILABLE); one that is\nalone is taken.",
+        description="Memory that evaluations hold together: for data sets read here (thirteen times the annotations' "
+        "file), for\nrecords that callers bring back, and for what was measured (about 5 KB an object). One that needs "
+        "more while others\nhold too much is refused, or ends (UNAVAILABLE), and goes on later from its records; one "
+        "that is alone is taken.",
     )
     resume_key: str | None = Field(
         default=None,

@@ -24,6 +24,9 @@ Result = TypeVar("Result")
 REFUSED = "REQUEST_REFUSED"
 """Reason under which the objects of an image are counted whose message breaks the contract."""
 
+MEMORY_OF_AN_IMAGE = 400
+"""Bytes that an image takes beside its name: in the list of names, among those seen, and its frame."""
+
 
 class Evaluation:
     """Collects one call's figures.
@@ -33,12 +36,19 @@ class Evaluation:
         pool: threads for comparing masks.
         category_names: by id, in the order of the report.
         records: seals what was measured, and opens what an earlier evaluation measured.
+        take: told how many bytes more are held; raises where there is no room for them.
     """
 
     def __init__(
-        self, pipeline: Pipeline, pool: CpuPool, category_names: Mapping[JsonId, str], records: Records
+        self,
+        pipeline: Pipeline,
+        pool: CpuPool,
+        category_names: Mapping[JsonId, str],
+        records: Records,
+        take: Callable[[int], None],
     ) -> None:
         self.records = records
+        self._take = take
         self._pipeline = pipeline
         self._pool = pool
         self._evaluator = Evaluator(category_names)
@@ -80,8 +90,14 @@ class Evaluation:
                 return Outcome(truth, answers, None, is_final)
 
     async def count(self, outcome: Outcome) -> None:
-        """Adds one image's answers to the figures; to be called in order of arrival, one at a time."""
+        """Adds one image's answers to the figures; to be called in order of arrival, one at a time.
+
+        Raises:
+            MemoryFull: other evaluations hold the memory that this one needs to go on.
+        """
+        before = self._evaluator.memory
         await self._in_pool(self._count, outcome)
+        self._take(self._evaluator.memory - before + MEMORY_OF_AN_IMAGE + len(outcome.truth.item_id))
 
     async def record_of(self, outcome: Outcome) -> bytes:
         """The sealed record of an image; empty where there is none."""

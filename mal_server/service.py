@@ -118,7 +118,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             if options.resume_token:
                 records.check(options.resume_token)
             options, truths = await self._truths(options, request_iterator, memory)
-            run = Evaluation(serving.pipeline, serving.pool, options.category_names, records)
+            run = Evaluation(serving.pipeline, serving.pool, options.category_names, records, memory.take)
             window = self._limits.max_items_in_flight
             async with aclosing(answered(truths, run.label, window, in_order=True)) as outcomes:
                 async for outcome in outcomes:

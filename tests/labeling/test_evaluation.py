@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,24 @@ def test_polygons_of_the_real_set_have_full_iou_with_themselves(tmp_path: Path) 
     report = evaluator.report()
     assert report.miou.overall == 1.0
     assert report.ap_at_1["AP"] == pytest.approx(1.0)
+
+
+def test_an_evaluation_and_its_report_take_no_more_memory_than_they_say() -> None:
+    """Each object in an image of its own, which takes most."""
+    Evaluator({1: "a"}).report()  # what it imports is no part of it
+    count, codes = 1500, [ellipse((at, at, 20.0 + at, 30.0), (90, 120)) for at in range(40)]
+    tracemalloc.start()
+    try:
+        evaluator = Evaluator({1: "a"})
+        for at in range(count):
+            raw = {"segmentation": codes[at % 40].to_coco()}
+            row = Annotation(1000 + at, f"image {at}", 1, (1.0, 2.0, 20.0, 30.0), at % 3 == 2, raw)
+            found = codes[(at + 1) % 40]
+            copy = Rle(found.height, found.width, bytes(bytearray(found.counts)))
+            evaluator.add(row, copy if at % 3 else None, at / count)
+        evaluator.report()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert evaluator.count == count // 3
+    assert most <= evaluator.memory < 2 * most

@@ -273,6 +273,32 @@ def test_evaluations_share_the_memory_for_what_they_hold_and_the_next_one_is_tol
     assert asyncio.run(work()) == ("MEMORY_FULL", True, 6)
 
 
+def test_what_an_evaluation_has_measured_counts_and_one_that_it_leaves_no_room_for_goes_on_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mal_train.labeling.evaluation.MEMORY_OF_A_PAIR", 2**20)
+    over = asyncio.Event()
+
+    async def held(messages: Sequence[Request]) -> AsyncIterator[Request]:
+        for message in messages:
+            yield message
+        await over.wait()
+
+    async def work() -> tuple[str, int, int]:
+        async with serving(max_evaluation_bytes=2**20) as running:
+            first = aiter(running.evaluation.Evaluate(held([options_of(), scenes()[0]])))
+            await anext(first)  # its first image is measured
+            with pytest.raises(grpc.aio.AioRpcError, match="max_evaluation_bytes") as raised:
+                await run(running, [options_of(), *scenes()])
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            over.set()
+            rest = [answer async for answer in first]
+            _, again = await run(running, [options_of(), *scenes()])
+            return reason_of(status_details(raised.value)), rest[-1].result.images, again.images
+
+    assert asyncio.run(asyncio.wait_for(work(), 60)) == ("MEMORY_FULL", 1, len(SCENES))
+
+
 def test_a_data_set_that_a_thread_still_reads_counts_though_its_caller_has_gone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
