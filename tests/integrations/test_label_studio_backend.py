@@ -10,10 +10,11 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+from aiohttp import web
 from mal_client.cli import main
 from mal_client.client import Client
 from mal_client.errors import RequestRefused
-from mal_client.integrations.label_studio.app import REQUESTS_AT_ONCE, build_app
+from mal_client.integrations.label_studio.app import REQUESTS_AT_ONCE, REQUESTS_HELD, build_app
 from mal_client.integrations.label_studio.predictor import Predictor
 from mal_client.types import LabelOptions
 from PIL import Image
@@ -218,6 +219,46 @@ def test_health_is_answered_while_every_thread_for_requests_is_busy(
         for caller in callers:
             caller.join()
     assert answers == [200] * len(callers)
+
+
+def test_requests_beyond_what_is_held_are_told_to_come_back_and_those_here_are_answered(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, here = threading.Event(), threading.Semaphore(0)
+    inner = web.BaseRequest.read
+
+    async def noticed(request: web.BaseRequest) -> bytes:
+        content = await inner(request)
+        here.release()
+        return content
+
+    monkeypatch.setattr(web.BaseRequest, "read", noticed)
+    monkeypatch.setattr(backend.shelf, "read", lambda _: gate.wait(60) and Shelf().read("/data/upload/1/a.png"))
+    body = {"tasks": [task(annotations=[annotated(region())])], "label_config": CONFIG}
+    limits = httpx2.Limits(max_connections=REQUESTS_HELD + 1)
+    answers: list[int] = []
+    with httpx2.Client(base_url=backend.http.base_url, timeout=120, limits=limits) as http:
+
+        def ask() -> None:
+            answers.append(http.post("/predict", json=body).status_code)
+
+        callers = [threading.Thread(target=ask) for _ in range(REQUESTS_HELD)]
+        for caller in callers:
+            caller.start()
+        try:
+            for _ in callers:
+                assert here.acquire(timeout=60)
+            for method, path in (("POST", "/predict"), ("POST", "/setup"), ("GET", "/versions")):
+                refused = http.request(method, path)
+                assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (503, True)
+                assert f"{REQUESTS_HELD} requests are here already" in refused.json()["error"]
+            assert http.get("/health").status_code == 200
+        finally:
+            gate.set()
+            for caller in callers:
+                caller.join()
+    assert answers == [200] * REQUESTS_HELD
+    assert backend.predict(task()) == [[]]
 
 
 def test_a_lost_labelling_server_is_said_and_stores_nothing() -> None:

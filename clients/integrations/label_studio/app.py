@@ -11,9 +11,11 @@ import base64
 import hmac
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from aiohttp import web
@@ -31,6 +33,11 @@ MAX_REQUEST_BYTES: Final = 64 * 1024 * 1024
 
 REQUESTS_AT_ONCE: Final = 16
 """Requests that are worked on side by side; Label Studio sends one for each rectangle that somebody draws."""
+
+REQUESTS_HELD: Final = 2 * REQUESTS_AT_ONCE
+"""Requests in memory, worked on or waiting or still being received; what comes beyond is told when to come back."""
+
+COME_BACK_S: Final = 5
 
 HEALTH = "/health"
 
@@ -64,11 +71,16 @@ def build_app(
     return app
 
 
+class _Full(Exception):
+    """There is no room for another request."""
+
+
 class _Backend:
     """The handlers. The predictor blocks, so it is called on threads of these two pools."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
+        self._held = 0
         self._working = ThreadPoolExecutor(REQUESTS_AT_ONCE, "label-studio")
         # Apart, so that the answer to /health does not wait behind long predictions.
         self._asking = ThreadPoolExecutor(2, "label-studio-health")
@@ -90,28 +102,42 @@ class _Backend:
 
         The access token that comes along is not looked at: a key goes only where the command line says.
         """
-        content = await request.read()
+        with self._room():
+            content = await request.read()
 
-        def check() -> str:
-            read_label_config(str(_object(content).get("schema", "")))
-            return self._predictor.model_version()
+            def check() -> str:
+                read_label_config(str(_object(content).get("schema", "")))
+                return self._predictor.model_version()
 
-        return web.json_response({"model_version": await self._in_thread(check)})
+            return web.json_response({"model_version": await self._in_thread(check)})
 
     async def predict(self, request: web.Request) -> web.StreamResponse:
         """Masks for the rectangles of some tasks."""
-        content = await request.read()
-        # The JSON too: masks as lists of numbers take seconds to read and to write.
-        text = await self._in_thread(lambda: json.dumps(self._predictor.predict(_object(content))))
-        return web.Response(text=text, content_type="application/json")
+        with self._room():
+            content = await request.read()
+            # The JSON too: masks as lists of numbers take seconds to read and to write.
+            text = await self._in_thread(lambda: json.dumps(self._predictor.predict(_object(content))))
+            return web.Response(text=text, content_type="application/json")
 
     async def versions(self, _: web.Request) -> web.StreamResponse:
         """The one that answers now."""
-        return web.json_response({"versions": [await self._in_thread(self._predictor.model_version)]})
+        with self._room():
+            return web.json_response({"versions": [await self._in_thread(self._predictor.model_version)]})
 
     async def nothing_to_do(self, _: web.Request) -> web.StreamResponse:
         """Events of a project and the end of a connection: nothing is learned from what annotators draw here."""
         return web.json_response({})
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Of one request, from before its body is read. Raises _Full where too many are here."""
+        if self._held >= REQUESTS_HELD:
+            raise _Full
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
 
     async def _in_thread(self, job: Callable[[], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._working, job)
@@ -138,24 +164,27 @@ def _answering(credentials: str | None) -> Any:
             return web.json_response({"error": "credentials needed"}, status=401, headers=asked)
         try:
             return await handler(request)
+        except _Full:
+            again = {"Retry-After": str(COME_BACK_S)}
+            return _refusal(request, f"{REQUESTS_HELD} requests are here already; come back later", 503, again)
         except web.HTTPRequestEntityTooLarge:
             limit = request.client_max_size
             return _refusal(request, f"a request of more than {limit} bytes; choose fewer tasks at once", 413)
         except web.HTTPException as error:
             # aiohttp's own: no such path, another method.
             return _refusal(request, HTTPStatus(error.status).phrase, error.status)
-        except ClientError as error:
-            return _refusal(request, str(error), 503)
         except MalError as error:
-            return _refusal(request, str(error), 400)
+            return _refusal(request, str(error), 503 if isinstance(error, ClientError) else 400)
 
     return answering
 
 
-def _refusal(request: web.Request, message: str, status: int) -> web.Response:
+def _refusal(
+    request: web.Request, message: str, status: int, headers: Mapping[str, str] = MappingProxyType({})
+) -> web.Response:
     # Label Studio shows its users the status alone, so the reason stands in our log.
     _log.error("%s: %s", request.path, message)
-    return web.json_response({"error": message}, status=status)
+    return web.json_response({"error": message}, status=status, headers=headers)
 
 
 def _shows(request: web.Request, credentials: str) -> bool:
