@@ -16,7 +16,15 @@ from mal.v1 import labeling_pb2
 from numpy.typing import ArrayLike
 
 from mal_client import codec
-from mal_client.errors import RequestRefused, ServerFailed, from_rpc_error, is_broken_off, rpc_code, rpc_details
+from mal_client.errors import (
+    RequestRefused,
+    ServerFailed,
+    from_rpc_error,
+    is_broken_off,
+    is_cut_short,
+    rpc_code,
+    rpc_details,
+)
 from mal_client.handles import Handle
 from mal_client.sources import EncodedImage
 from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ServerLimits
@@ -29,6 +37,10 @@ MAX_RESENDS = 5
 PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Before the unanswered boxes of a call that broke in the middle are sent again, each time that brings nothing new.
 gRPC makes attempts of its own each time; a server that is started anew takes some seconds."""
+
+MOST_CUT_SHORT = 3
+"""How often in a row a call may be cut short behind a proxy (`is_cut_short`), with nothing new in between, before it is
+given up: each time a server got it and died, maybe of it, and the next try would take the next one down."""
 
 
 def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]:
@@ -95,6 +107,7 @@ class ImageCall:
         self._resends: dict[int, int] = {}
         self._has_answers = False
         self._breaks = 0
+        self._cuts = 0
         self._asked_wait_s = 0.0
 
     @property
@@ -134,7 +147,7 @@ class ImageCall:
                 f"{self._address}: answered box {error} twice or unasked; client and server do not fit each other"
             ) from None
         if final:
-            self._has_answers, self._breaks = True, 0
+            self._has_answers, self._breaks, self._cuts = True, 0, 0
         if self._handle is not None:
             self._handle.note()
         return final
@@ -155,6 +168,7 @@ class ImageCall:
         """Seconds to wait before the unanswered boxes are sent again, after a call that failed, uncancelled here.
 
         Raises:
+            ServerFailed: cut short too often.
             MalError: the failure is final: the call was not broken off (`is_broken_off`), or it was UNAVAILABLE before
                 any answer and the server did not say when to come back, or the pauses are used up, or the deadline
                 would pass.
@@ -163,6 +177,13 @@ class ImageCall:
             # Evicted, or another server behind the same address: the next request carries the picture itself.
             self._handle.forget()
             return 0.0
+        self._cuts += is_cut_short(error)
+        if self._cuts >= MOST_CUT_SHORT:
+            raise ServerFailed(
+                f"{self._address}: {self._cuts} times the call ended without a word of the server's, with "
+                f"{len(self._pending)} boxes unanswered; servers may have died of this picture or these boxes: look "
+                "into their logs before it is sent again"
+            ) from error
         if is_broken_off(error):
             wait_s = rpc_details(error).retry_after_s
             # Before the first answer gRPC itself has tried again, but only after UNAVAILABLE.

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mal_client.client import AsyncClient, Client
 from mal_client.errors import CallCancelled, CallTimedOut, RequestRefused, ServerFailed, ServerUnavailable
+from mal_client.image_call import MOST_CUT_SHORT
 from mal_client.types import BoxLabel, LabelOptions
 from PIL import Image
 
@@ -248,6 +249,26 @@ def test_a_call_that_a_proxy_cuts_short_is_sent_again(cut: Cut) -> None:
             assert len(asked) == 3
             assert asked == sorted(asked, reverse=True)
             assert asked[0] == 3
+
+
+def test_a_call_that_servers_behind_a_proxy_may_die_of_is_given_up_before_it_has_met_them_all() -> None:
+    def ask(address: str) -> None:
+        with Client(address) as client:
+            client.label_image(PIXELS, BOXES)
+
+    async def ask_beside_others(address: str) -> None:
+        async with AsyncClient(address) as client:
+            await client.label_image(PIXELS, BOXES)
+
+    for way in (ask, lambda address: asyncio.run(ask_beside_others(address))):
+        fake = FakeServer()
+        with (
+            serving(fake) as server,
+            cutting(server, Cut.RESET_FIRST, 99, after=1) as address,
+            pytest.raises(ServerFailed, match=r"3 times the call ended .*, with 3 boxes unanswered; .* look into"),
+        ):
+            way(address)
+        assert len(fake.label_requests) == MOST_CUT_SHORT
 
 
 @pytest.mark.parametrize("cut", Cut)
