@@ -37,7 +37,8 @@ demo: $(VENV)/.all
 test: $(VENV)/.dev .venv-protos/.pins
 	@$(BIN)/pytest -m "not slow"
 
-# Load and faults in their full form, all of them whatever fails: about 40 minutes on two quiet cores. Seeds: MAL_CHAOS_SEED=n.
+# Load and faults in their full form, all of them whatever fails: about 45 minutes on two quiet cores. Seeds: MAL_CHAOS_SEED=n.
+# Five minutes of them are all faults at random; MAL_SOAK_S=3600 makes an hour of it.
 chaos: $(VENV)/.dev
 	@MAL_CHAOS=full $(BIN)/pytest -s tests/chaos
 

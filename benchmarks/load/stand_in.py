@@ -58,6 +58,10 @@ class StandIn(BrightPredictor):
         self.config = LabelerConfig(crop_size=crop_size, mask_thres=(0.5, 0.5, 0.5))
         self._lives = lives
 
+    def lose(self) -> None:
+        """The next batch finds no device any more."""
+        self._lives = 0
+
     def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
         """Brightness against the crop's mean as probability; raises DeviceLost once its lives are spent."""
         if self._lives is not None:
@@ -95,8 +99,12 @@ def report_of(watch: LoopWatch) -> dict[str, object]:
 
 
 async def run(config: ServerConfig, port_file: Path, report: Path | None, predictor: StandIn) -> None:
-    """Serves until SIGTERM; SIGUSR1 starts the watch's figures anew, the report is written at the end."""
+    """Serves until SIGTERM; SIGUSR1 starts the watch's figures anew, the report is written at the end.
+
+    SIGUSR2 takes the device away.
+    """
     watch = LoopWatch()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, predictor.lose)
 
     def load(plan: ModelPlan) -> Loaded:
         return loaded(plan, predictor)
