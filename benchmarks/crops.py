@@ -1,11 +1,12 @@
-"""Crops/s of one worker of the server on the CPU: CPU time of a batch, for three backbones and two crop sizes.
+"""Crops/s of one worker of the server on the CPU, for three backbones, two crop sizes and two number formats.
 
-A worker as the server has it, with one thread of torch, the default number format, and random weights: speed does not
+A worker as the server has it, with one thread of torch, in bfloat16 and in float32, and random weights: speed does not
 depend on them. CPU time, so that other work on the machine moves it little; by the clock one quiet core gives this many
 crops a second, and more cores at most so many times as much. Decoding, cropping and encoding come on top (host_work).
 """
 
 import asyncio
+import itertools
 
 import cv2
 import torch
@@ -18,6 +19,7 @@ from mal_train.labeling.labeler import Crop, Labeler, Probability, RunOptions
 
 ARCHS = ("vit-deit-tiny/16", "vit-deit-small/16", "vit-deit-base/16")
 SIDES = (224, 512)
+PRECISIONS = ("bfloat16", "float32")
 BATCH, ROUNDS = 4, 2
 
 
@@ -48,10 +50,9 @@ def main() -> int:
     cv2.setNumThreads(1)
     table = Table("crops", f"One worker of the server on one core, batches of {BATCH}, CPU time")
     for arch in ARCHS:
-        for side in SIDES:
-            labeler = random_labeler(arch, side)
-            seconds = cpu_s_a_crop(labeler)
-            what = f"{arch}, crop {side}, {str(labeler.dtype).removeprefix('torch.')}"
+        for side, precision in itertools.product(SIDES, PRECISIONS):
+            seconds = cpu_s_a_crop(random_labeler(arch, side, precision))
+            what = f"{arch}, crop {side}, {precision}"
             table.add(f"{what}: CPU time of a crop", 1000 * seconds, "ms")
             table.add(f"{what}: crops of one core", 1 / seconds, "a second")
     return table.finish()
