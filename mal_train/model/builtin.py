@@ -1,20 +1,22 @@
 """The model that comes with the package, so that photographs can be labelled without training one first.
 
 A checkpoint may be named `builtin` wherever a file of one may: `resolve` is the only place that knows.
-Its card, mal_train/models/README.md, says what it was trained on and what it gets wrong.
+Its card, mal_train/models/README.md, says what it was trained on and what it gets wrong. Imports no torch.
 """
 
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 from mal_train.errors import ConfigError
-from mal_train.model.tree import Tree
+
+V = TypeVar("V")
 
 BUILTIN = "builtin"
 FILE = "photographs_deit_tiny.malckpt"
 SHA256 = "1d28fddb608ef969a5481170874ad287afa53de58b27b3860cf376776a14529d"
-CARD: Mapping[str, Tree] = {
+CARD: Mapping[str, str] = {
     "starting_weights": "deit_tiny_patch16_224.fb_in1k, through small-cpu, -round2, -round3 and -round4",
     "starting_weights_licence": "Apache-2.0",
 }
@@ -35,6 +37,6 @@ def resolve(checkpoint: str | Path) -> Path:
     return path
 
 
-def completed(sha256: str, provenance: Mapping[str, Tree]) -> dict[str, Tree]:
+def completed(sha256: str, provenance: Mapping[str, V]) -> dict[str, V | str]:
     """A checkpoint's provenance; for the model in the package, with what its card says beside it."""
     return {**provenance, **CARD} if sha256 == SHA256 else dict(provenance)
