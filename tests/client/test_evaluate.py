@@ -93,8 +93,21 @@ def test_what_cannot_be_measured_is_counted_by_reason(dataset: Dataset) -> None:
         "NO_GROUND_TRUTH": 1,
         "BAD_GROUND_TRUTH": 1,
         "BAD_BOX": 1,
+        "CROWD": 1,
     }
     assert (evaluation.overall.count, evaluation.images_skipped, evaluation.failed_count) == (1, 1, 5)
+
+
+def test_rows_of_images_without_any_true_mask_are_counted_though_nothing_is_sent(dataset: Dataset) -> None:
+    for row in dataset.coco["annotations"]:
+        row["segmentation"] = []
+    dataset.coco["annotations"][0]["iscrowd"] = 1
+    dataset.save()
+    fake = FakeServer()
+    evaluation = evaluate(fake, dataset)
+    assert fake.evaluated == []
+    assert evaluation.skipped == {"NO_GROUND_TRUTH": 5, "CROWD": 1}
+    assert (evaluation.overall.count, evaluation.failed_count) == (0, 5)
 
 
 def test_crowd_regions_go_along_and_are_no_failure(dataset: Dataset) -> None:
