@@ -165,6 +165,16 @@ def test_a_silent_server_ends_the_evaluation(dataset: Dataset) -> None:
         evaluate(Silent(), dataset, timeout_s=2.0)
 
 
+def test_a_crowd_region_is_no_failure_in_the_progress_either(dataset: Dataset) -> None:
+    for row in dataset.coco["annotations"][:2]:  # the first image: a crowd region, and an object without a true mask
+        row["segmentation"] = []
+    dataset.coco["annotations"][0]["iscrowd"] = 1
+    dataset.save()
+    seen: list[Progress] = []
+    evaluation = evaluate(FakeServer(), dataset, on_progress=seen.append)
+    assert seen[-1].boxes_failed == evaluation.failed_count == 1
+
+
 def test_progress_is_told(dataset: Dataset) -> None:
     seen: list[Progress] = []
     evaluate(FakeServer(), dataset, on_progress=seen.append)
