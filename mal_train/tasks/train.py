@@ -183,7 +183,7 @@ def _train(
             ("licence of the starting weights", origin.licence),
             ("device", f"{ranks.size} x {device.type}, {trainer.precision}"),
             ("epochs and steps", f"{spec.train.num_epochs} epochs, {module.global_step} steps"),
-            ("steps left out", f"{module.steps_skipped}, because their gradient was not finite"),
+            ("steps left out", f"{module.steps_skipped} whose gradient was not finite"),
             ("checkpoint", f"{checkpoints.written.name}, {'not encrypted' if seal_with is None else 'sealed'}"),
             ("time of this run", f"{duration(time.monotonic() - began)}, of it {_validating(validate)}"),
         ]
