@@ -105,11 +105,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         path, separator, text = override.partition("=")
         names = path.split(".")
         if not separator or not all(names):
-            is_file = override.endswith((".yaml", ".yml"))
-            raise ConfigError(
-                f"{override!r}: an override has the form section.field=value, e.g. train.lr=1e-4 or listen.port=50052"
-                + ("; the file is named with -c (mal-server) or -e (mal-train)" if is_file else "")
-            )
+            raise ConfigError(f"{override!r}: an override has the form section.field=value, e.g. train.lr=1e-4")
         try:
             value = parse_value(text)
         except yaml.YAMLError as error:
