@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--log-format", choices=("text", "json"), default="text", help="of the log on stderr")
     check = commands.add_parser("check", help="say what serve would do, or what is wrong; opens no port")
     _add_settings(check)
-    health = commands.add_parser("health", help="ask a running server; exit code 0 when it is SERVING, else 1")
+    health = commands.add_parser("health", help="ask a running server; exit code 0 when it is SERVING, 1 when not")
     health.add_argument("address", nargs="?", default="", metavar="HOST:PORT", help="without: what -c says")
     health.add_argument(
         "-c",

@@ -11,6 +11,8 @@ from mal_server.listening import Listen
 from mal_server.rehearsal import check_shown, rehearse
 from mal_train.errors import ConfigError
 
+PORTS = range(1, 65536)
+
 EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses to listen on that nobody can call → the one of this machine."""
 
@@ -41,8 +43,9 @@ class Probe:
         """SERVING, NOT_SERVING or SERVICE_UNKNOWN as the server says, or UNREACHABLE and why.
 
         Raises:
-            ConfigError: a file that cannot be read.
+            ConfigError: an address without a port, or a file that cannot be read.
         """
+        _check_address(self.address)
         with self._channel() as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             try:
@@ -66,6 +69,14 @@ class Probe:
         credentials = grpc.ssl_channel_credentials(_read(self.tls_ca), key, shown)
         options = [] if self.tls_name is None else [("grpc.ssl_target_name_override", self.tls_name)]
         return grpc.secure_channel(self.address, credentials, options=options)
+
+
+def _check_address(address: str) -> None:
+    """Where no port is given gRPC would take 443, and one that is too large modulo 65536."""
+    host, _, port = address.rpartition(":")
+    if address.startswith("unix:") or (host and port.isdecimal() and int(port) in PORTS):
+        return
+    raise ConfigError(f"health: {address!r}; HOST:PORT is needed, for example 127.0.0.1:50051")
 
 
 def probe_of(listen: Listen, given: Probe) -> Probe:

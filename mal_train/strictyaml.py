@@ -105,7 +105,11 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         path, separator, text = override.partition("=")
         names = path.split(".")
         if not separator or not all(names):
-            raise ConfigError(f"{override!r}: an override has the form section.field=value, e.g. train.lr=1e-4")
+            is_file = override.endswith((".yaml", ".yml"))
+            raise ConfigError(
+                f"{override!r}: an override has the form section.field=value, e.g. train.lr=1e-4 or listen.port=50052"
+                + ("; the file is named with -c (mal-server) or -e (mal-train)" if is_file else "")
+            )
         try:
             value = parse_value(text)
         except yaml.YAMLError as error:

@@ -194,6 +194,11 @@ def test_an_override_leaves_the_data_it_was_given_alone() -> None:
     assert data == {"train": {"lr": 1.0}}
 
 
+def test_a_file_without_its_option_is_told_from_an_override() -> None:
+    with pytest.raises(ConfigError, match=r"'server\.yaml': an override has the form .*; the file is named with -c"):
+        apply_overrides({}, ["server.yaml"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "gpus"),
     [

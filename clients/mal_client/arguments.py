@@ -22,8 +22,13 @@ PROSE = argparse.RawDescriptionHelpFormatter
 
 
 def add_verb(commands: Commands[argparse.ArgumentParser], name: str, description: str) -> argparse.ArgumentParser:
-    """A parser for one verb."""
-    return commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
+    """A parser for one verb.
+
+    Its default `goes_on` tells from the arguments whether an interrupted run keeps what it has for the next one.
+    """
+    parser = commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
+    parser.set_defaults(goes_on=lambda _: False)
+    return parser
 
 
 def add_connection(parser: argparse.ArgumentParser, *, several: bool = False) -> None:

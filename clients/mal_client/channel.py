@@ -39,6 +39,10 @@ SERVICE_CONFIG: dict[str, Any] = {
 }
 
 
+CERTIFICATE = "CERTIFICATE"
+PRIVATE_KEY = "PRIVATE KEY"
+"""How the first lines of PEM blocks end."""
+
 PORTS = range(1, 65536)
 """gRPC would take a larger number modulo 65536 and call somebody else."""
 
@@ -135,14 +139,10 @@ class Connection:
         return grpc.aio.insecure_channel(self.address, options=channel_options(), interceptors=interceptors)
 
     def _credentials(self) -> grpc.ChannelCredentials:
-        authority, chain, key = (
-            _read_pem(path, name)
-            for path, name in (
-                (self.tls_ca, "tls_ca"),
-                (self.client_cert, "client_cert"),
-                (self.client_key if self.client_key is not None else self.client_cert, "client_key"),
-            )
-        )
+        key_file = self.client_cert if self.client_key is None else self.client_key
+        authority = _read_pem(self.tls_ca, "tls_ca", CERTIFICATE)
+        chain = _read_pem(self.client_cert, "client_cert", CERTIFICATE)
+        key = _read_pem(key_file, "client_key", PRIVATE_KEY)
         return grpc.ssl_channel_credentials(authority, key, chain)
 
 
@@ -154,7 +154,8 @@ def _is_this_machine(address: str) -> bool:
     )
 
 
-def _read_pem(path: Path | str | None, name: str) -> bytes | None:
+def _read_pem(path: Path | str | None, name: str, needed: str) -> bytes | None:
+    """The file, which holds at least one block of the kind that is needed: gRPC says of others that nobody is there."""
     if path is None:
         return None
     try:
@@ -163,4 +164,6 @@ def _read_pem(path: Path | str | None, name: str) -> bytes | None:
         raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None
     if b"-----BEGIN " not in data:
         raise ConfigError(f"{name}: {path} is no PEM file")
+    if f"{needed}-----".encode() not in data:
+        raise ConfigError(f"{name}: {path} holds no {needed.lower()}; give the PEM file that does")
     return data

@@ -119,12 +119,12 @@ class CheckReport:
         }
 
     def lines(self) -> list[str]:
-        """For a terminal: a line for each kind of finding, with its first example."""
+        """For a terminal: a line for each kind of finding, with what it means and its first example."""
         head = f"{self.file}: {self.images} images, {self.annotations} annotations"
         if not self.findings:
             return [f"{head}; {NO_FAULT}"]
         return [head] + [
-            f"{finding.level:<8}{finding.count:>8}  {kind:<24}{finding.examples[0]}"
+            f"{finding.level:<8}{finding.count:>8}  {kind:<24}{finding.meaning}; first: {finding.examples[0]}"
             for kind, finding in self.sorted_findings()
         ]
 

@@ -48,9 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mal-client: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("mal-client: interrupted; no result was written", file=sys.stderr)
+        print(f"mal-client: interrupted; no result was written{_way_on(arguments)}", file=sys.stderr)
         return INTERRUPTED
     return code
+
+
+def _way_on(arguments: argparse.Namespace) -> str:
+    """What to say of an interrupted job whose answers are kept."""
+    if not arguments.goes_on(arguments):
+        return ""
+    without = ", without --restart," if getattr(arguments, "restart", False) else ""
+    return f". The same command{without} goes on where this one ended"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -78,7 +78,10 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _converted(arguments: argparse.Namespace) -> Converted:
     from mal_client.formats import boxes, csv_boxes, voc_boxes, yolo_boxes  # noqa: PLC0415 - as above
 
+    _refuse_foreign_options(arguments)
     images: Path = arguments.images
+    if not images.is_dir():
+        raise ConfigError(f"--images {images}: no such folder; give the one with the pictures")
     if arguments.form == "csv":
         columns = [name for name in arguments.columns.split(",") if name]
         return boxes.to_coco(csv_boxes.read_csv(arguments.labels, columns), images)
@@ -90,6 +93,13 @@ def _converted(arguments: argparse.Namespace) -> Converted:
         raise ConfigError("--names: YOLO files hold numbers for classes; give their names")
     names = yolo_boxes.read_names(arguments.names)
     return boxes.to_coco(yolo_boxes.read_yolo(arguments.labels, pictures, names), images, names, pictures)
+
+
+def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
+    meant_for = {"--columns": "csv", "--names": "yolo", "--zero-based": "voc"}
+    for option, form in meant_for.items():
+        if getattr(arguments, option[2:].replace("-", "_")) and form != arguments.form:
+            raise ConfigError(f"{option}: has no meaning for --from {arguments.form}, it is for {form}; leave it out")
 
 
 def _export(arguments: argparse.Namespace) -> int:

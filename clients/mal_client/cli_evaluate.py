@@ -28,7 +28,7 @@ MAX_WORST = 10_000
 def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     """The verb and its arguments."""
     evaluate = add_verb(commands, "evaluate", "measure the server's masks against those of a COCO file")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_evaluate, goes_on=lambda arguments: arguments.resume is not None)
     add_connection(evaluate)
     add_data(evaluate)
     evaluate.add_argument(

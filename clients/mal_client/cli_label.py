@@ -30,7 +30,7 @@ LISTED = 5
 def add_label(commands: Commands[argparse.ArgumentParser]) -> None:
     """The verb and its arguments."""
     label = add_verb(commands, "label", "give every box of a COCO file its mask")
-    label.set_defaults(run=_label)
+    label.set_defaults(run=_label, goes_on=lambda _: True)
     add_connection(label, several=True)
     add_data(label)
     label.add_argument("--output", type=Path, required=True, metavar="OUT.json", help="the COCO file with masks")

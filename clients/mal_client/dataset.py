@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mal_client.bulk_call import ItemAnswer
-from mal_client.dataset_output import write_labelled
+from mal_client.dataset_output import refuse_same_file, write_labelled
 from mal_client.errors import CallTimedOut, ItemError, ServerUnavailable
 from mal_client.fleet import Fleet, OnNotice, ServersLost
 from mal_client.image_call import check_image_size
@@ -70,10 +70,12 @@ def label_dataset(
         on_notice: told what the user should know.
 
     Raises:
-        ConfigError: the servers do not serve the same; or an unfinished run was another job.
+        ConfigError: the servers do not serve the same; an unfinished run was another job; or the output is the
+            annotations' file.
     """
     tell = on_notice or (lambda _: None)
     check_writable(output_json)
+    refuse_same_file(coco_json, output_json)
     images = ImageFiles(images_dir)
     work = read_work(coco_json, how)
     servers = _servers(clients, options, tell)
@@ -127,7 +129,9 @@ class _Job:
         """Rows that the server wanted again too often: failed, but not for good."""
         self._on_progress = on_progress
         self._images_open = self.rest.images_open()
-        self._failed = work.plans.count(Plan.FAULTY)
+        # What was found when the file was read is done; the parts of a shared job leave it to whoever merges them.
+        self._faulty = work.plans.count(Plan.FAULTY) if shard is None else 0
+        self._failed = self._faulty
 
     def take(self, answer: ItemAnswer) -> None:
         """Stores what an item's boxes got."""
@@ -154,7 +158,7 @@ class _Job:
     def progress(self) -> Progress:
         """How far the job is, with what an unfinished run left."""
         total = self.rest.images_total
-        done = self.asked - int(self.rest.boxes_left.sum())
+        done = self._faulty + self.asked - int(self.rest.boxes_left.sum())
         return Progress(total - self._images_open, total, done, self._failed)
 
     def _count(self, answer: ItemAnswer) -> None:

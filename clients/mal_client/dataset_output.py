@@ -17,7 +17,7 @@ from mal_client.errors import ItemError
 from mal_client.types import FAILED_LISTED, DatasetOptions, DatasetResult, FailedAnnotation
 from mal_client.work import Plan, Work
 from mal_train.atomic import replacing
-from mal_train.errors import OutputError
+from mal_train.errors import ConfigError, OutputError
 from mal_train.labeling.coco import Annotation, ImageInfo
 from mal_train.labeling.coco_output import error_fields, labelled_row
 from mal_train.labeling.coco_stream import write_changed
@@ -36,6 +36,16 @@ MASK_FILE = "mask_file"
 def errors_path(output_json: Path) -> Path:
     """Where a job's failures are listed: `out.errors.jsonl` beside `out.json`."""
     return output_json.with_name(f"{output_json.stem}.errors.jsonl")
+
+
+def refuse_same_file(coco_json: Path, output_json: Path) -> None:
+    """The file that was handed in is never written to: masks and boxes in it would be gone.
+
+    Raises:
+        ConfigError: the output is that very file, by whatever path.
+    """
+    if output_json.exists() and coco_json.exists() and output_json.samefile(coco_json):
+        raise ConfigError(f"output {output_json}: is the annotations' file itself, which stays as it is; name another")
 
 
 def masks_dir(output_json: Path) -> Path:

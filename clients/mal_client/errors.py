@@ -28,6 +28,9 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 CUT_SHORT = ("RST_STREAM", "Stream removed")
 """gRPC's words for a stream that ended without a status (1.62 and 1.85 both have them)."""
 
+UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
+"""OpenSSL's word, which gRPC passes on, for a server's certificate that no trusted authority has signed."""
+
 RESPONSE_TOO_LARGE = "RESPONSE_TOO_LARGE"
 """Reason of an item whose masks do not fit into one message; fewer boxes at a time may."""
 
@@ -125,8 +128,12 @@ def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) 
     within = "the deadline" if timeout_s is None else f"{timeout_s:g} s"
     fields = "".join(f"; {v.field}: {v.description}" for v in details.violations if v.description not in text)
     why = "check the address, that mal-server runs there, and that both or neither use TLS"
+    if UNTRUSTED in text:
+        why = "its certificate is of no authority that is trusted here; give that one with --tls-ca (tls_ca)"
     if details.retry_after_s is not None:  # it is there, and has said why
         why = f"it says to come back in {details.retry_after_s:g} s"
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        fields += "; the client shows the one of --token-file (token)"
     refused = RequestRefused(f"{address}: request refused: {text}{fields}", details.reason, details.violations)
     known: dict[grpc.StatusCode, MalError] = {
         grpc.StatusCode.UNAVAILABLE: ServerUnavailable(f"{address}: the server is unavailable ({text}); {why}"),

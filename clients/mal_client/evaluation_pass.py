@@ -22,7 +22,7 @@ from mal_client.evaluation_records import EvaluationRecords
 from mal_client.fleet import watchdog
 from mal_client.link import Link
 from mal_client.types import Evaluation, LabelOptions, MeasuredInstance, Progress
-from mal_train.labeling.coco import JsonId
+from mal_train.labeling.coco import JsonId, Reason
 from mal_train.labeling.evaluation_report import CategoryRow
 from mal_train.labeling.settings import SIZE_NAMES
 
@@ -162,7 +162,7 @@ class EvaluationPass(ABC):
                     images_done=progress.images_done + self._images_skipped,
                     images_total=self._images_total or progress.images_total,
                     boxes_done=progress.instances_done,
-                    boxes_failed=self._skipped.total(),
+                    boxes_failed=self._skipped.total() - self._skipped[Reason.CROWD],
                     running_miou=progress.running_miou if progress.HasField("running_miou") else None,
                 )
             )

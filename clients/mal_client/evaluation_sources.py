@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,16 @@ class LocalPass(EvaluationPass):
     ) -> None:
         super().__init__(options, worst_count, records)
         self._coco = coco
-        self._work = [(image, rows) for image, rows in by_image(coco) if any(map(_has_truth, rows))]
+        pictures = list(by_image(coco))
+        self._work = [(image, rows) for image, rows in pictures if any(map(_has_truth, rows))]
+        # Images without a true mask are not sent, and their rows are missed by the figures all the same.
+        self._not_sent = Counter(
+            str(Reason.CROWD if row.iscrowd else Reason.NO_GROUND_TRUTH)
+            for _, rows in pictures
+            if not any(map(_has_truth, rows))
+            for row in rows
+            if row.problem is None
+        )
         self._images = {str(at): image for at, (image, _) in enumerate(self._work)}
         self._load = image_loader(ImageFiles(images_dir), limits)
         self._category_keys = _category_keys(coco)
@@ -67,7 +77,7 @@ class LocalPass(EvaluationPass):
         self._images_total = len(self._work)
 
     def _begin(self) -> None:
-        self._skipped = self._coco.problem_counts()
+        self._skipped = self._coco.problem_counts() + self._not_sent
         self._images_skipped = 0
 
     def _requests(self, silence: Silence) -> Iterator[evaluation_pb2.EvaluateRequest]:

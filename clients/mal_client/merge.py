@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mal_client.dataset import what_is_asked
-from mal_client.dataset_output import write_labelled
+from mal_client.dataset_output import refuse_same_file, write_labelled
 from mal_client.ledger import Answer
 from mal_client.shards import ShardLedgers
 from mal_client.types import WHOLE_FILE, DatasetOptions, DatasetResult, ModelRef
@@ -31,6 +31,7 @@ def merge_shards(coco_json: Path, output_json: Path, shards: int, how: DatasetOp
         OutputError: the disk, or a part is still being labelled; an older output is intact.
     """
     check_writable(output_json)
+    refuse_same_file(coco_json, output_json)
     work = read_work(coco_json, how)
     asked = what_is_asked(work, how)
     with ShardLedgers(output_json, shards, work.head.count) as ledgers:

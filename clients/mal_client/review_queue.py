@@ -185,7 +185,7 @@ def review_queue(labelled_json: Path, *, by: By = By.SCORE, count: int = 100, tr
 
     Raises:
         BadDataset: a file is unusable.
-        ConfigError: no annotation carries what the order goes by.
+        ConfigError: no annotation carries what the order goes by, or none has a true mask in `truth`.
     """
     sizes = {
         row["id"]: (row["height"], row["width"])
@@ -196,8 +196,8 @@ def review_queue(labelled_json: Path, *, by: By = By.SCORE, count: int = 100, tr
     head = scan_coco(labelled_json, keys.take)
     queue = keys.queue
     if not queue.masks and not queue.failed:
-        remedy = " (label with --agreement)" if by is By.AGREEMENT else " (label it first)"
-        raise ConfigError(f"{labelled_json}: no annotation carries a {by}{remedy}")
+        missing = "an agreement (label with --agreement)" if by is By.AGREEMENT else "a score (label it first)"
+        raise ConfigError(f"{labelled_json}: no annotation carries {missing}")
     places = keys.worst(count)
     wanted = {int(place): rank for rank, place in enumerate(places, start=1)}
     kept: dict[int, QueueItem] = {}
@@ -209,6 +209,11 @@ def review_queue(labelled_json: Path, *, by: By = By.SCORE, count: int = 100, tr
     scan_coco(labelled_json, keep)
     queue.worst = [kept[rank] for rank in sorted(kept)]
     queue.qualities = keys.qualities()
+    if truth is not None and queue.masks and not queue.qualities:
+        raise ConfigError(
+            f"{truth}: holds no true mask of an annotation of {labelled_json}, by its id and image; give the file with "
+            "the true masks of these annotations, or leave it out"
+        )
     return queue
 
 

@@ -80,8 +80,10 @@ class ShardLedgers:
         self._paths = [shard.ledger_path(output_json) for shard in self._shards]
         missing = [str(shard) for shard, path in zip(self._shards, self._paths, strict=True) if not path.is_file()]
         if missing:
+            others = ", and so for the others" if len(missing) > 1 else ""
             raise ConfigError(
-                f"{output_json}: {_listed('part', missing)} not labelled yet: run mal-client label for it"
+                f"{output_json}: {_listed('part', missing)} not labelled yet; run mal-client label with this "
+                f"--output and --shard {missing[0]}{others}"
             )
         _allow_open_files(count)
         self._files: list[LedgerReader] = []

@@ -43,10 +43,7 @@ JOB_IMAGES = 40
 GROWTH_MIB = 20
 """Of a server that lives on, from the second quarter of its life to the last; as the leak test allows."""
 
-pytestmark = [
-    pytest.mark.slow,  # servers are started again and again, and each imports torch
-    pytest.mark.timeout(SECONDS + 1200),
-]
+pytestmark = pytest.mark.slow  # servers are started again and again, and each imports torch
 
 
 @dataclass
@@ -321,6 +318,8 @@ class Faults:
         return [one for one in self._mortals if one.is_up]
 
 
+# On the function: a module's mark would yield to the limit that every test of this folder gets.
+@pytest.mark.timeout(SECONDS + 1200)
 def test_under_all_faults_at_random_nothing_is_lost_and_nothing_comes_twice(
     form: Form, deck_folder: Path, tmp_path: Path, say: Say
 ) -> None:
@@ -372,7 +371,8 @@ def test_under_all_faults_at_random_nothing_is_lost_and_nothing_comes_twice(
     assert health == ["SERVING"] * len(servers)
     for server in servers:
         assert all(due == code for due, code in server.ends), (server.ends, logs[server.address])
-        assert "Traceback" not in logs[server.address]
+        # gRPC logs a traceback of its own where a call is cancelled before its handler begins; none goes through ours.
+        assert f'File "{ROOT}' not in logs[server.address]
     assert len(witness.ends) == 1
     assert set(rude.codes) <= {"OK", "INVALID_ARGUMENT", "CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE"}
     assert growth_mib <= GROWTH_MIB

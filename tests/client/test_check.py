@@ -119,6 +119,8 @@ def test_rows_that_belong_nowhere_crowds_and_gaps_are_listed(dataset: Dataset) -
         "IMAGE_WITHOUT_BOXES": 1,
     }
     assert report.findings["CATEGORY_UNUSED"].examples == ["plate"]
+    line = next(line for line in report.lines() if "CATEGORY_UNUSED" in line)
+    assert line.endswith("a category without annotations; first: plate")
 
 
 def test_clashing_ids_are_fatal_and_the_rest_is_still_looked_at(

@@ -191,9 +191,29 @@ def test_a_table_with_an_open_quotation_mark_is_refused_with_its_line(
 
 
 @pytest.mark.parametrize("form", ["voc", "yolo"])
-def test_a_folder_without_annotations_is_refused(folder: Path, form: str) -> None:
+def test_a_folder_without_annotations_is_refused(folder: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "names.txt").write_text("cup\n")
-    assert convert(folder, form, "--names", str(folder / "names.txt")) == 2
+    names = ["--names", str(folder / "names.txt")] if form == "yolo" else []
+    assert convert(folder, form, *names) == 2
+    assert "give the folder of the annotations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("form", "option"), [("csv", ["--zero-based"]), ("voc", ["--names", "n.txt"]), ("yolo", ["--columns", "a,b"])]
+)
+def test_an_option_of_another_form_is_refused(
+    folder: Path, form: str, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(folder, form, *option) == 2
+    assert f"{option[0]}: has no meaning for --from {form}" in capsys.readouterr().err
+
+
+def test_a_folder_of_pictures_that_is_not_there_is_said_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "boxes.csv").write_text("file,x1,y1,x2,y2\na.png,1,2,11,22\nb.png,3,4,9,9\n")
+    (folder / "images").rename(folder / "pictures")
+    assert convert(folder, "csv", labels="boxes.csv") == 2
+    assert "images: no such folder; give the one with the pictures" in capsys.readouterr().err
+    assert not (folder / "out.json").exists()
 
 
 def test_what_comes_out_is_what_label_takes(folder: Path) -> None:

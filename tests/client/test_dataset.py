@@ -332,6 +332,23 @@ def test_progress_ends_with_everything_done(dataset: Dataset) -> None:
     assert (last.images_done, last.images_total, last.boxes_done, last.boxes_failed) == (3, 3, 6, 2)
 
 
+def test_boxes_that_are_faulty_in_the_file_count_as_done_and_failed(dataset: Dataset) -> None:
+    seen: list[Progress] = []
+    dataset.coco["annotations"][0]["bbox"] = None
+    dataset.save()
+    result = label(FakeServer(), dataset, on_progress=seen.append)
+    last = seen[-1]
+    assert (last.boxes_done, last.boxes_failed) == (result.labelled + result.failed_count, 1) == (6, 1)
+
+
+def test_the_file_that_was_handed_in_is_no_output(dataset: Dataset) -> None:
+    before = dataset.json_path.read_bytes()
+    dataset.output.symlink_to(dataset.json_path)
+    with pytest.raises(ConfigError, match=r"out\.json: is the annotations' file itself, .*; name another"):
+        label(FakeServer(), dataset)
+    assert dataset.json_path.read_bytes() == before
+
+
 def test_the_asyncio_client_labels_a_data_set_while_the_loop_goes_on(dataset: Dataset) -> None:
     fake, enough = FakeServer(Faults(hold_after=0)), 20
 

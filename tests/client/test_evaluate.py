@@ -93,8 +93,21 @@ def test_what_cannot_be_measured_is_counted_by_reason(dataset: Dataset) -> None:
         "NO_GROUND_TRUTH": 1,
         "BAD_GROUND_TRUTH": 1,
         "BAD_BOX": 1,
+        "CROWD": 1,
     }
     assert (evaluation.overall.count, evaluation.images_skipped, evaluation.failed_count) == (1, 1, 5)
+
+
+def test_rows_of_images_without_any_true_mask_are_counted_though_nothing_is_sent(dataset: Dataset) -> None:
+    for row in dataset.coco["annotations"]:
+        row["segmentation"] = []
+    dataset.coco["annotations"][0]["iscrowd"] = 1
+    dataset.save()
+    fake = FakeServer()
+    evaluation = evaluate(fake, dataset)
+    assert fake.evaluated == []
+    assert evaluation.skipped == {"NO_GROUND_TRUTH": 5, "CROWD": 1}
+    assert (evaluation.overall.count, evaluation.failed_count) == (0, 5)
 
 
 def test_crowd_regions_go_along_and_are_no_failure(dataset: Dataset) -> None:
@@ -150,6 +163,16 @@ def test_a_silent_server_ends_the_evaluation(dataset: Dataset) -> None:
 
     with pytest.raises(CallTimedOut, match="no sign of the evaluation for 2 s"):
         evaluate(Silent(), dataset, timeout_s=2.0)
+
+
+def test_a_crowd_region_is_no_failure_in_the_progress_either(dataset: Dataset) -> None:
+    for row in dataset.coco["annotations"][:2]:  # the first image: a crowd region, and an object without a true mask
+        row["segmentation"] = []
+    dataset.coco["annotations"][0]["iscrowd"] = 1
+    dataset.save()
+    seen: list[Progress] = []
+    evaluation = evaluate(FakeServer(), dataset, on_progress=seen.append)
+    assert seen[-1].boxes_failed == evaluation.failed_count == 1
 
 
 def test_progress_is_told(dataset: Dataset) -> None:

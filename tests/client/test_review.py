@@ -85,7 +85,7 @@ def test_a_file_that_was_never_labelled_is_refused_with_the_remedy(tmp_path: Pat
         del row["agreement"]
         row.pop("error", None)
     dataset.save()
-    with pytest.raises(ConfigError, match="--agreement"):
+    with pytest.raises(ConfigError, match=r"carries an agreement \(label with --agreement\)"):
         review_queue(dataset.json_path, by=By.AGREEMENT)
 
 
@@ -105,6 +105,14 @@ def test_with_ground_truth_the_orders_are_measured(dataset: Dataset) -> None:
     assert by_id[100] == 1
     assert by_id[103] is None
     assert by_id[104] == pytest.approx(2 / 18, abs=0.01)
+
+
+def test_a_file_without_a_true_mask_of_these_annotations_is_no_ground_truth(dataset: Dataset, tmp_path: Path) -> None:
+    boxes = [{**row, "segmentation": []} for row in dataset.coco["annotations"]]
+    truth = tmp_path / "boxes.json"
+    truth.write_text(json.dumps({**dataset.coco, "annotations": boxes}))
+    with pytest.raises(ConfigError, match=r"boxes\.json: holds no true mask of an annotation of .*; give the file"):
+        review_queue(dataset.json_path, truth=truth)
 
 
 def test_the_worst_are_exported_as_a_coco_file_in_their_order(dataset: Dataset) -> None:

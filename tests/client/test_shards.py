@@ -67,7 +67,9 @@ def test_a_missing_part_is_named(dataset: Dataset, capsys: pytest.CaptureFixture
     with serving(FakeServer()) as address:
         label(address, dataset, "--shard", "1/3")
     assert merge(dataset, 3) == 2
-    assert "parts 0/3, 2/3 not labelled yet" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "parts 0/3, 2/3 not labelled yet" in said
+    assert "--shard 0/3, and so for the others" in said
     assert not dataset.output.exists()
 
 

@@ -326,6 +326,13 @@ def test_a_client_says_what_is_wrong_with_its_papers(options: dict[str, Any], sa
         Client("example.org:50051", **options)
 
 
+def test_a_pem_file_of_another_kind_is_named_before_anybody_is_called(papers: Papers) -> None:
+    with pytest.raises(ConfigError, match=r"tls_ca: .*server\.key holds no certificate"):
+        Client("localhost:1", tls_ca=papers.key)
+    with pytest.raises(ConfigError, match=r"client_key: .* holds no private key"):
+        Client("localhost:1", tls_ca=papers.authority, client_cert=papers.authority)
+
+
 def test_the_command_line_brings_them_too(
     papers: Papers, tokens: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,3 +352,20 @@ def test_the_command_line_brings_them_too(
     captured = capsys.readouterr()
     assert '"model": "disc"' in captured.out
     assert "--token-file" in captured.err
+
+
+def test_the_remedy_for_a_missing_token_and_for_a_foreign_authority_is_the_option_to_give(
+    papers: Papers, tokens: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work() -> list[int]:
+        async with serving(listen=papers.listen(mutual=False), tokens=tokens) as running:
+            line = ["info", "--server", running.server.address, "--tls-ca"]
+            return [
+                await asyncio.to_thread(cli.main, [*line, str(papers.authority)]),
+                await asyncio.to_thread(cli.main, [*line, str(papers.stranger)]),
+            ]
+
+    assert asyncio.run(work()) == [2, 1]
+    without_token, untrusted = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mal-client:")]
+    assert without_token.endswith("the client shows the one of --token-file (token)")
+    assert untrusted.endswith("give that one with --tls-ca (tls_ca)")

@@ -52,6 +52,14 @@ def test_where_nobody_listens_is_not_healthy(capsys: pytest.CaptureFixture[str])
     assert "UNREACHABLE (UNAVAILABLE" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", ":50051", "localhost:", "localhost:65536", "http://localhost"])
+def test_an_address_without_a_port_is_refused_and_not_asked_elsewhere(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert asked(address) == 2
+    assert f"health: {address!r}; HOST:PORT is needed" in capsys.readouterr().err
+
+
 def test_health_is_asked_over_tls_by_the_name_in_the_certificate(tmp_path: Path) -> None:
     papers = Papers(tmp_path)
     trusted = ["--tls-ca", str(papers.authority), "--client-cert", str(papers.client), "--tls-name", "127.0.0.1"]
