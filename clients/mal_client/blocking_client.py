@@ -185,6 +185,7 @@ class Client(Endpoint):
         *,
         worst_count: int = 100,
         on_progress: Callable[[Progress], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
         resume: Path | None = None,
     ) -> Evaluation:
         """Measures the served model against the masks of a COCO file; the server does the comparing.
@@ -195,6 +196,7 @@ class Client(Endpoint):
             options: how boxes become masks.
             worst_count: how many of the instances with the lowest IoU to list in the report; at most 10 000.
             on_progress: called as images are done, from the calling thread.
+            on_notice: told, likewise, that an unfinished run goes on, or that the server takes nothing of it back.
             resume: a file that keeps what was measured, so that a run that was killed goes on; removed at the end.
 
         Raises:
@@ -211,6 +213,7 @@ class Client(Endpoint):
             options,
             worst_count=worst_count,
             on_progress=on_progress,
+            on_notice=on_notice,
             resume=resume,
         )
 
@@ -222,6 +225,7 @@ class Client(Endpoint):
         *,
         worst_count: int = 100,
         on_progress: Callable[[Progress], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
         resume: Path | None = None,
     ) -> Evaluation:
         """As `evaluate`, for a COCO file and images in the server's `data_folders`: nothing large travels.
@@ -232,13 +236,21 @@ class Client(Endpoint):
             options: how boxes become masks.
             worst_count: as in `evaluate`; the instances carry the file name in the place of an image id, and no box.
             on_progress: called as images are done, from the calling thread.
+            on_notice: told, likewise, that an unfinished run goes on, or that the server takes nothing of it back.
             resume: as in `evaluate`.
         """
         # Imported here for the same reason as in label_dataset.
         from mal_client.evaluate import evaluate_on_server  # noqa: PLC0415
 
         return evaluate_on_server(
-            self, annotations, images, options, worst_count=worst_count, on_progress=on_progress, resume=resume
+            self,
+            annotations,
+            images,
+            options,
+            worst_count=worst_count,
+            on_progress=on_progress,
+            on_notice=on_notice,
+            resume=resume,
         )
 
     def open_channel(self) -> grpc.Channel:

@@ -76,6 +76,7 @@ def _measured(
             options,
             worst_count=MAX_WORST,
             on_progress=display,
+            on_notice=display.notice,
             resume=arguments.resume,
         )
     return client.evaluate(
@@ -84,6 +85,7 @@ def _measured(
         options,
         worst_count=MAX_WORST,
         on_progress=display,
+        on_notice=display.notice,
         resume=arguments.resume,
     )
 

@@ -129,6 +129,7 @@ class _Job:
         """Rows that the server wanted again too often: failed, but not for good."""
         self._on_progress = on_progress
         self._images_open = self.rest.images_open()
+        self._images_before = self.rest.images_total - self._images_open
         # What was found when the file was read is done; the parts of a shared job leave it to whoever merges them.
         self._faulty = work.plans.count(Plan.FAULTY) if shard is None else 0
         self._failed = self._faulty
@@ -159,7 +160,7 @@ class _Job:
         """How far the job is, with what an unfinished run left."""
         total = self.rest.images_total
         done = self._faulty + self.asked - int(self.rest.boxes_left.sum())
-        return Progress(total - self._images_open, total, done, self._failed)
+        return Progress(total - self._images_open, total, done, self._failed, images_before=self._images_before)
 
     def _count(self, answer: ItemAnswer) -> None:
         place = int(answer.item.item_id.partition(".")[0])

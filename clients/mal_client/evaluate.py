@@ -13,6 +13,7 @@ from mal_client.dataset import OnProgress
 from mal_client.evaluation_pass import EvaluationPass, Patience
 from mal_client.evaluation_records import EvaluationRecords
 from mal_client.evaluation_sources import LocalPass, ServerPass
+from mal_client.fleet import OnNotice
 from mal_client.link import Link
 from mal_client.types import Evaluation, LabelOptions
 from mal_train.labeling.coco import read_coco
@@ -26,6 +27,7 @@ def evaluate(
     *,
     worst_count: int = 100,
     on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
     resume: Path | None = None,
 ) -> Evaluation:
     """See `Client.evaluate`."""
@@ -35,7 +37,7 @@ def evaluate(
     job = {"annotations_sha256": sha256, "images": str(images_dir), "options": repr(options)}
     with closing(EvaluationRecords(resume, job)) as records:
         run = LocalPass(coco, images_dir, options=options, worst_count=worst_count, limits=limits, records=records)
-        return _finished(client, run, on_progress)
+        return _finished(client, run, on_progress, on_notice)
 
 
 def evaluate_on_server(
@@ -46,19 +48,25 @@ def evaluate_on_server(
     *,
     worst_count: int = 100,
     on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
     resume: Path | None = None,
 ) -> Evaluation:
     """See `Client.evaluate_on_server`."""
     job = {"on_server": [annotations, images], "options": repr(options)}
     with closing(EvaluationRecords(resume, job)) as records:
-        return _finished(client, ServerPass(annotations, images, options, worst_count, records), on_progress)
+        run = ServerPass(annotations, images, options, worst_count, records)
+        return _finished(client, run, on_progress, on_notice)
 
 
-def _finished(client: Link, run: EvaluationPass, on_progress: OnProgress | None) -> Evaluation:
+def _finished(
+    client: Link, run: EvaluationPass, on_progress: OnProgress | None, on_notice: OnNotice | None
+) -> Evaluation:
     """Streams until there is a result; what earlier streams measured is brought back in the next one."""
+    if len(run.records) and on_notice is not None:
+        on_notice(f"{run.records.path}: going on with an unfinished evaluation; {len(run.records)} images are measured")
     patience = Patience(client.timeout_s)
     while True:
-        pause_s = run.stream(client, on_progress, patience)
+        pause_s = run.stream(client, on_progress, on_notice, patience)
         if run.result is not None:
             found = run.evaluation(run.result)
             run.records.clear()

@@ -19,7 +19,7 @@ from mal_client import codec, codec_evaluation
 from mal_client.dataset import OnProgress
 from mal_client.errors import CallTimedOut, ServerFailed, from_rpc_error, is_broken_off, rpc_details
 from mal_client.evaluation_records import EvaluationRecords
-from mal_client.fleet import watchdog
+from mal_client.fleet import OnNotice, watchdog
 from mal_client.link import Link
 from mal_client.types import Evaluation, LabelOptions, MeasuredInstance, Progress
 from mal_train.labeling.coco import JsonId, Reason
@@ -84,13 +84,18 @@ class EvaluationPass(ABC):
         self._options = options
         self._worst_count = worst_count
         self._images_total = 0
+        self._before = dict(records.items())
+        """What an earlier run measured, by image."""
+        self._images_before = 0
         self._contents: dict[str, str] = {}
         """SHA-256 of each image's file that this side read."""
         self._skipped: Counter[str] = Counter()
         self._images_skipped = 0
         self._fault: Exception | None = None
 
-    def stream(self, client: Link, on_progress: OnProgress | None, patience: Patience) -> float:
+    def stream(
+        self, client: Link, on_progress: OnProgress | None, on_notice: OnNotice | None, patience: Patience
+    ) -> float:
         """Runs one stream; when it brought no result, seconds to wait before another start.
 
         Raises:
@@ -98,6 +103,7 @@ class EvaluationPass(ABC):
         """
         known = len(self.records)
         silence = Silence(client.timeout_s)
+        self._images_before = 0
         self._begin()
         stub = evaluation_pb2_grpc.EvaluationServiceStub(client.open_channel())
         stream = stub.Evaluate(self._requests(silence))
@@ -115,6 +121,11 @@ class EvaluationPass(ABC):
                     "is alive, or allow more time"
                 ) from error
             if rpc_details(error).reason == STALE and self.records.token:
+                if on_notice is not None:
+                    on_notice(
+                        f"{client.address}: does not take back what was measured before (its weights, its resume_key "
+                        f"or the options are others now); {len(self.records)} images are measured anew"
+                    )
                 self.records.clear()
                 return 0.0
             asked_s = rpc_details(error).retry_after_s
@@ -153,6 +164,7 @@ class EvaluationPass(ABC):
             self.result = response.result
             return
         progress = response.progress
+        self._images_before += bool(progress.record) and self._before.get(progress.item_id) == progress.record
         self.records.add(
             progress.resume_token, progress.item_id, progress.record, self._contents.get(progress.item_id, "")
         )
@@ -164,6 +176,7 @@ class EvaluationPass(ABC):
                     boxes_done=progress.instances_done,
                     boxes_failed=self._skipped.total() - self._skipped[Reason.CROWD],
                     running_miou=progress.running_miou if progress.HasField("running_miou") else None,
+                    images_before=self._images_before,
                 )
             )
 

@@ -33,7 +33,7 @@ class EvaluationRecords:
 
     def __init__(self, path: Path | None, job: dict[str, Any]) -> None:
         self.token = b""
-        self._path = path
+        self.path = path
         self._job = job
         self._records: dict[str, tuple[str, bytes]] = {}
         self._file: int | None = None
@@ -78,8 +78,8 @@ class EvaluationRecords:
         """Ends the lock. A file with records stays for a later run, an empty one does not."""
         if self._file is None:
             return
-        if self._path is not None and os.fstat(self._file).st_size == 0:
-            self._path.unlink(missing_ok=True)
+        if self.path is not None and os.fstat(self._file).st_size == 0:
+            self.path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
 
@@ -93,7 +93,7 @@ class EvaluationRecords:
             while data:
                 data = data[os.write(self._file, data) :]
         except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written: {error.strerror}") from error
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def _read(self, path: Path) -> None:
         try:

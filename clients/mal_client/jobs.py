@@ -71,13 +71,23 @@ WHOLE_FILE = DatasetOptions()
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a bulk job is; images and boxes that could not be answered count as done."""
+    """How far a bulk job is; images and boxes that could not be answered count as done.
+
+    Attributes:
+        images_done: of this run and of the unfinished one before it.
+        images_total: of the job.
+        boxes_done: with those that failed.
+        boxes_failed: could not be answered.
+        running_miou: of an evaluation, so far.
+        images_before: how many of `images_done` an unfinished run had left: they say nothing of this one's speed.
+    """
 
     images_done: int
     images_total: int
     boxes_done: int
     boxes_failed: int
     running_miou: float | None = None
+    images_before: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mal_client.types import DatasetResult, Progress
 
 LINE_EVERY_S = 5.0
+JUMP_EVERY_S = 0.1
 
 
 class ProgressDisplay:
@@ -42,7 +43,7 @@ class ProgressDisplay:
         self._clock = clock
         self._started = self._last_line = clock()
         self._bar: tqdm[Any] | None = None
-        self._begun_with: int | None = None
+        self._last_jump = clock()
 
     def __enter__(self) -> Self:
         return self
@@ -55,9 +56,6 @@ class ProgressDisplay:
 
     def __call__(self, progress: Progress) -> None:
         """Shows the state, at most one plain line in LINE_EVERY_S seconds, and always the last."""
-        if self._begun_with is None:
-            # What an unfinished run left says nothing about the speed of this one.
-            self._begun_with = max(0, progress.images_done - 1)
         if self._stream.isatty():
             self._show_bar(progress)
             return
@@ -74,18 +72,28 @@ class ProgressDisplay:
         if self._bar is None:
             self._bar = tqdm(
                 total=progress.images_total,
-                initial=self._begun_with or 0,
+                initial=progress.images_before,
                 desc=self._what,
                 unit="image",
                 file=self._stream,
             )
         if self._counts_boxes:
             self._bar.set_postfix_str(_boxes(progress), refresh=False)
+        self._jump(self._bar, progress.images_before - self._bar.initial)
         self._bar.update(progress.images_done - self._bar.n)
+
+    def _jump(self, bar: tqdm[Any], images: float) -> None:
+        """Moves the bar over what an unfinished run left, which is not to count into its rate."""
+        bar.initial += images
+        bar.n += images
+        bar.last_print_n += images
+        if images and self._clock() - self._last_jump >= JUMP_EVERY_S:
+            self._last_jump = self._clock()
+            bar.refresh()
 
     def _line(self, progress: Progress) -> str:
         passed_s = max(1e-9, self._clock() - self._started)
-        rate = (progress.images_done - (self._begun_with or 0)) / passed_s
+        rate = (progress.images_done - progress.images_before) / passed_s
         left_s = (progress.images_total - progress.images_done) / rate if rate > 0 else 0.0
         boxes = f" {_boxes(progress)}," if self._counts_boxes else ""
         return (

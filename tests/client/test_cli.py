@@ -193,11 +193,34 @@ def test_without_a_terminal_progress_is_plain_lines_now_and_then() -> None:
     assert lines[-1].startswith("label: 20/20 images")
 
 
-def test_on_a_terminal_progress_is_a_bar() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_what_an_unfinished_run_left_does_not_count_into_the_rate() -> None:
+    stream, now = io.StringIO(), [0.0]
+    with ProgressDisplay("evaluate", stream, lambda: now[0]) as display:
+        for before in range(1, 801):
+            display(Progress(before, 1000, before, 0, images_before=before))
+        now[0] = 10.0
+        display(Progress(820, 1000, 820, 0, images_before=800))
+    assert stream.getvalue() == "evaluate: 820/1000 images, 820 boxes, 0 failed, 2.0 images/s, 90 s left\n"
+
+
+def test_the_bar_jumps_over_what_an_unfinished_run_left() -> None:
+    display = ProgressDisplay("evaluate", Terminal())
+    for before in range(1, 801):
+        display(Progress(before, 1000, before, 0, images_before=before))
+    display(Progress(803, 1000, 803, 0, images_before=800))
+    bar = display._bar
+    assert bar is not None
+    assert (bar.n, bar.initial, bar.total) == (803, 800, 1000)
+    display(Progress(1, 1000, 1, 0, images_before=1))  # the stream broke, and everything is brought back again
+    assert (bar.n, bar.initial) == (1, 1)
+
+
+def test_on_a_terminal_progress_is_a_bar() -> None:
     stream = Terminal()
     with ProgressDisplay("label", stream) as display:
         for done in range(1, 4):

@@ -459,14 +459,14 @@ def test_a_client_that_was_ended_goes_on_from_its_file(
 ) -> None:
     kept = tmp_path / "kept.jsonl"
 
+    notices: list[str] = []
+
     def measured(on_progress: Any = None, resume: Path | None = None) -> Any:
+        how: dict[str, Any] = {"on_progress": on_progress, "on_notice": notices.append, "resume": resume}
         with Client(address) as client:
             if is_on_server:
-                return client.evaluate_on_server(
-                    "sets/truth.json", "sets/images", on_progress=on_progress, resume=resume
-                )
-            truth = folder / "truth.json"
-            return client.evaluate(truth, folder / "images", on_progress=on_progress, resume=resume)
+                return client.evaluate_on_server("sets/truth.json", "sets/images", **how)
+            return client.evaluate(folder / "truth.json", folder / "images", **how)
 
     def stop(progress: Any) -> None:
         if progress.images_done == 4:
@@ -478,7 +478,11 @@ def test_a_client_that_was_ended_goes_on_from_its_file(
         measured(stop, kept)
     with kept.open("ab") as file:
         file.write(b'\n{"item": "cut')  # the process was killed while it wrote
-    assert measured(resume=kept).to_dict() == whole.to_dict()
+    assert notices == []
+    seen: list[Any] = []
+    assert measured(seen.append, kept).to_dict() == whole.to_dict()
+    assert notices == [f"{kept}: going on with an unfinished evaluation; 4 images are measured"]
+    assert (seen[-1].images_done, seen[-1].images_before) == (6, 4)
     # The whole run, all that the ended one can have begun, and the two images of which no record had come.
     assert crops_run(predictor) <= 6 * 3 + 6 * 3 + 2 * 3
     assert not kept.exists()
