@@ -124,7 +124,7 @@ def item_error(status: status_pb2.Status) -> ItemError | None:
 
 def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) -> MalError:
     """The exception to raise for a failed call to `address`; `timeout_s` is the deadline that the call had."""
-    code, text, details = rpc_code(error), _rpc_text(error), rpc_details(error)
+    code, text, details = rpc_code(error), rpc_text(error), rpc_details(error)
     within = "the deadline" if timeout_s is None else f"{timeout_s:g} s"
     fields = "".join(f"; {v.field}: {v.description}" for v in details.violations if v.description not in text)
     why = "check the address, that mal-server runs there, and that both or neither use TLS"
@@ -191,7 +191,7 @@ def is_cut_short(error: grpc.RpcError) -> bool:
     return (
         rpc_code(error) in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
         and not _trailers(error)
-        and any(words in _rpc_text(error) for words in CUT_SHORT)
+        and any(words in rpc_text(error) for words in CUT_SHORT)
     )
 
 
@@ -237,7 +237,8 @@ def _trailers(error: grpc.RpcError) -> dict[str, Any]:
     return {str(key): value for key, value in metadata or ()}
 
 
-def _rpc_text(error: grpc.RpcError) -> str:
+def rpc_text(error: grpc.RpcError) -> str:
+    """A failed call's own words."""
     read = getattr(error, "details", None)
     text = read() if callable(read) else None
     return str(text) if text else "no details"

@@ -9,13 +9,14 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import grpc
 from mal.v1 import labeling_pb2_grpc
 
 from mal_client.bulk_call import BulkCall, ItemAnswer
-from mal_client.errors import CallTimedOut, ServerFailed, ServerUnavailable
+from mal_client.errors import CallTimedOut, ServerFailed, ServerUnavailable, rpc_details, rpc_text
 from mal_client.link import Link
 from mal_client.sources import EncodedImage
 from mal_client.types import LabelOptions
@@ -47,7 +48,8 @@ class Fleet:
         pool: the work.
         load: reads an item's image.
         options: how boxes become masks.
-        on_notice: told, from the thread of `answers`, when a server is lost and others go on.
+        on_notice: told, from the thread of `answers`, when a connection is lost and when the server is back, and when
+            it is given up and others go on.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Fleet:
         self._on_notice = on_notice
         self._over = threading.Event()
         # Bounded: when answers cannot be written as fast as they come, servers wait.
-        self._arrived: queue.Queue[ItemAnswer | _Ended] = queue.Queue(_WAITING_ANSWERS)
+        self._arrived: queue.Queue[ItemAnswer | _Ended | _Notice] = queue.Queue(_WAITING_ANSWERS)
         self._lines = [
             _Line(
                 client,
@@ -104,6 +106,9 @@ class Fleet:
             if isinstance(got, ItemAnswer):
                 yield got
                 continue
+            if isinstance(got, _Notice):
+                self._on_notice(got.text)
+                continue
             running -= 1
             if got.fault is None:
                 continue
@@ -120,7 +125,7 @@ class Fleet:
         fault: Exception | None = None
         try:
             while not line.call.done and not self._over.is_set():
-                self._pause(line.client, line.stream(self._deliver))
+                self._pause(line.client, line.stream(self._deliver, has_others=len(self._lines) > 1))
         except Exception as caught:
             # Whatever it is, the thread of `answers` raises it.
             fault = caught
@@ -133,7 +138,7 @@ class Fleet:
             # Tells whether the client was closed meanwhile.
             client.pause(0)
 
-    def _deliver(self, got: ItemAnswer | _Ended) -> None:
+    def _deliver(self, got: ItemAnswer | _Ended | _Notice) -> None:
         while not self._over.is_set():
             try:
                 self._arrived.put(got, timeout=_LOOK_EVERY_S)
@@ -149,6 +154,13 @@ class _Ended:
         self.fault = fault
 
 
+@dataclass(frozen=True)
+class _Notice:
+    """What the user should know."""
+
+    text: str
+
+
 class _Line:
     """One server with the state of its streams."""
 
@@ -156,19 +168,34 @@ class _Line:
         self.client = client
         self.call = call
         self._stream: grpc.Call | None = None
+        self._is_missed = False
+        """Its connection was lost, which was said, and it has not answered since."""
 
-    def stream(self, deliver: Callable[[ItemAnswer], None]) -> float:
+    def stream(self, deliver: Callable[[ItemAnswer | _Notice], None], *, has_others: bool) -> float:
         """Runs one stream to its end; seconds to wait before the next, if one is needed."""
         stub = labeling_pb2_grpc.LabelingServiceStub(self.client.open_channel())
         stream = self._stream = stub.LabelImages(self.call.requests())
         try:
             with watchdog(self.call.is_silent, stream.cancel):
                 for response in stream:
+                    if self._is_missed:
+                        self._is_missed = False
+                        deliver(_Notice(f"{self.client.address}: is back"))
                     for answer in self.call.absorb(response):
                         deliver(answer)
             self.call.ended()
         except grpc.RpcError as error:
-            return self.call.broke(error)
+            # Asked first: what it owes is the others' as soon as `broke` is called, and they may be quick.
+            is_all_done = self.call.done
+            pause_s = self.call.broke(error)
+            # One that says when to come back is there.
+            if rpc_details(error).retry_after_s is None and not self._is_missed and not is_all_done:
+                self._is_missed = True
+                others = "; what it owes goes to the others" if has_others else ""
+                deliver(
+                    _Notice(f"{self.client.address}: connection lost ({rpc_text(error)}){others}; it is tried again")
+                )
+            return pause_s
         finally:
             self.cancel()
         return 0.0

@@ -57,7 +57,21 @@ def test_a_server_that_dies_under_load_loses_nothing(tmp_path: Path, monkeypatch
     assert (result.labelled, result.failed, result.is_final) == (80, (), True)
     assert len(dying.item_ids) == 5
     assert sorted({*dying.item_ids, *living.item_ids}, key=int) == [str(at) for at in range(40)]
-    assert notices == [] or "1 of 2 servers go on" in notices[0]
+    lost, *given_up = notices
+    assert "connection lost" in lost
+    assert "goes to the others; it is tried again" in lost
+    assert given_up == [] or "1 of 2 servers go on" in given_up[0]
+
+
+def test_a_lost_connection_and_the_return_of_the_server_are_said_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mal_client.bulk_call.FIRST_PAUSE_S", 0.001)
+    # Three breaks before any answer on their streams: one absence.
+    result, notices = label(make_dataset(tmp_path, images=10), FakeServer(Faults(break_after=0, breaks=3)))
+    assert result.labelled == 20
+    assert [notice.partition(": ")[2].partition(" (")[0] for notice in notices] == ["connection lost", "is back"]
+    assert "others" not in notices[0]
 
 
 def test_a_server_whose_port_closes_under_load_loses_nothing(tmp_path: Path) -> None:
@@ -107,17 +121,25 @@ def test_a_server_process_that_is_killed_under_load_loses_nothing(tmp_path: Path
     expected = dataset.output.read_bytes()
     with served_by_a_process() as (doomed, there), served_by_a_process() as (_, here):
         clients = [Client(here, timeout_s=20), Client(there, timeout_s=20)]
+        notices: list[str] = []
 
         def kill_half_way(progress: Progress) -> None:
             if progress.images_done == 20:
                 doomed.kill()
 
         result = label_dataset(
-            clients, dataset.json_path, dataset.images_dir, dataset.output, AS_SERVED, on_progress=kill_half_way
+            clients,
+            dataset.json_path,
+            dataset.images_dir,
+            dataset.output,
+            AS_SERVED,
+            on_progress=kill_half_way,
+            on_notice=notices.append,
         )
         for client in clients:
             client.close()
     assert (result.labelled, result.failed, result.is_final) == (120, (), True)
+    assert [notice for notice in notices if notice.startswith(f"{there}: connection lost")] == notices[:1]
     assert dataset.output.read_bytes() == expected
 
 
