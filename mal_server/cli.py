@@ -3,9 +3,11 @@
 import argparse
 import asyncio
 import gc
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mal_server import logs
@@ -31,9 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait_passively()
     if args.command != "serve":
         return _exit_code(args)
-    # Nothing of what imports make is garbage, and to walk through it again and again is a sixth of the start; `serve`
-    # sets it apart and turns the collector on again.
-    gc.disable()
     try:
         return leave(_exit_code(args))
     # Whatever it is, threads that are still at work do not keep the process: as the interpreter would end it, but now.
@@ -60,7 +59,9 @@ def _exit_code(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Imported here, so that a missing extra is one line and not a trace.
+    if args.command == "serve":
+        return _serve(args)
+    # Imported here, as below, so that a missing extra is one line and not a trace.
     from mal_server.config import default_config, load_config  # noqa: PLC0415
 
     if args.command == "default-config":
@@ -68,18 +69,50 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if args.command == "health":
         return _health(args)
-    config = load_config(args.config, args.overrides)
-    if args.command == "check":
-        from mal_server.check import check  # noqa: PLC0415
+    from mal_server.check import check  # noqa: PLC0415
 
-        for line in check(config):
-            print(line, flush=True)
-        return 0
-    from mal_server.server import serve  # noqa: PLC0415
-
-    logs.set_up(args.log_level, args.log_format, sys.stderr)
-    asyncio.run(serve(config, port_file=args.port_file, reread=lambda: load_config(args.config, args.overrides)))
+    for line in check(load_config(args.config, args.overrides)):
+        print(line, flush=True)
     return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    with _undisturbed() as hangups:
+        from mal_server.config import load_config  # noqa: PLC0415
+
+        config = load_config(args.config, args.overrides)
+        from mal_server.server import serve  # noqa: PLC0415
+
+        logs.set_up(args.log_level, args.log_format, sys.stderr)
+        asyncio.run(
+            serve(
+                config,
+                port_file=args.port_file,
+                reread=lambda: load_config(args.config, args.overrides),
+                was_asked=lambda: bool(hangups),
+            )
+        )
+    return 0
+
+
+@contextmanager
+def _undisturbed() -> Iterator[list[int]]:
+    """While packages are imported; `serve` lets the collector and SIGHUP in, once it can make use of them.
+
+    Nothing of what imports make is garbage, and to walk through it again and again is a quarter of the start. SIGHUP
+    would end the process, left to itself, which systemd takes for a clean end.
+
+    Yields:
+        The SIGHUPs that came.
+    """
+    hangups = list[int]()
+    before = signal.signal(signal.SIGHUP, lambda number, _: hangups.append(number))
+    gc.disable()
+    try:
+        yield hangups
+    finally:
+        gc.enable()
+        signal.signal(signal.SIGHUP, before)
 
 
 def _health(args: argparse.Namespace) -> int:

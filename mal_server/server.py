@@ -241,6 +241,7 @@ async def serve(
     port_file: Path | None = None,
     load: Load = load_model,
     reread: Callable[[], ServerConfig] | None = None,
+    was_asked: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then drains and returns.
 
@@ -249,6 +250,7 @@ async def serve(
         port_file: receives "host:port" once the server is SERVING, and is removed at the end.
         load: gives a model.
         reread: gives the settings as they are now, for SIGHUP; None = only the tokens' files are read anew.
+        was_asked: whether a SIGHUP came before this could hear it.
 
     Raises:
         DeviceLost: a device failed for good.
@@ -258,6 +260,8 @@ async def serve(
     gc.freeze()
     gc.enable()
     stop, now, renew = _catch_signals()
+    if was_asked():
+        renew.set()
     server = MalServer(config, load)
     grace_s = 0.0
     try:

@@ -4,6 +4,8 @@ import asyncio
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,6 +260,24 @@ def test_a_sighup_while_the_model_loads_ends_nothing_and_counts_once_it_serves(t
     finally:
         signal.signal(signal.SIGHUP, before)
     assert heard == []
+
+
+def test_a_sighup_while_packages_are_imported_waits_until_the_server_listens(tmp_path: Path) -> None:
+    """It comes with the first reading of the settings; the second one, which it asks for, ends the server."""
+    (tmp_path / "server.yaml").write_text("gpu_ids: []\ndrain_delay_s: 0\nlisten: {port: 0}\n")
+    code = (
+        "import os, signal, sys\n"
+        "from mal_server import cli, config\n"
+        "signals, inner = iter([signal.SIGHUP, signal.SIGTERM]), config.load_config\n"
+        "def reading(*arguments):\n"
+        "    os.kill(os.getpid(), next(signals))\n"
+        "    return inner(*arguments)\n"
+        "config.load_config = reading\n"
+        "sys.exit(cli.main(['serve', '-c', sys.argv[1]]))\n"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "server.yaml")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, "draining" in done.stderr) == (0, True), done.stderr
 
 
 def test_an_unexpected_error_of_a_reload_is_logged_and_the_next_one_works(
