@@ -6,6 +6,7 @@ ground truth is given, both are measured against it.
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,9 @@ BAD_IOU: Final = 0.5
 
 NO_MASK: Final = -1.0
 """Key of an annotation without a mask: before all that have one."""
+
+LISTED: Final = 5
+"""As many of the worst are named on a terminal."""
 
 FLAG_MEANINGS: Final[Mapping[str, str]] = {
     "BOX_CLIPPED": "the box left the image and was cut to it",
@@ -86,6 +90,12 @@ class QueueItem:
             return [str(error.get("message", error) if isinstance(error, dict) else error)]
         flags = self.row.get("flags")
         return [FLAG_MEANINGS.get(flag, flag) for flag in flags] if isinstance(flags, list) else []
+
+    def line(self, by: By) -> str:
+        """For a terminal: which annotation, its image, what it got, and why."""
+        got = "no mask" if self.key == NO_MASK else f"{by} {self.key:.2f}"
+        why = "".join(f"; {reason}" for reason in self.reasons)
+        return f"annotation {json.dumps(self.row.get('id'))}, {self.image.file_name or 'no image'}: {got}{why}"
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,9 @@ class ReviewQueue:
             f"worst 20 % {shown(quality.bad_in_worst_fifth)}"
             for quality in self.qualities
         ]
-        return lines
+        if self.worst:
+            lines.append("the worst:")
+        return lines + [f"  {item.rank}. {item.line(self.by)}" for item in self.worst[:LISTED]]
 
 
 def review_queue(labelled_json: Path, *, by: By = By.SCORE, count: int = 100, truth: Path | None = None) -> ReviewQueue:

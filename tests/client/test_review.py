@@ -137,6 +137,14 @@ def test_the_command_writes_a_page_with_a_picture_of_each_and_what_its_order_is_
     printed = capsys.readouterr().out
     assert "5 masks, 1 without a mask" in printed
     assert "order by score: Spearman" in printed
+    assert printed.partition("the worst:\n")[2].splitlines()[:5] == [
+        "  1. annotation 103, picture_1.png: no mask; it is gone",
+        "  2. annotation 104, picture_2.png: score 0.00",
+        "  3. annotation 101, picture_0.png: score 0.20; the mask falls into parts; the box left the image and was cut "
+        "to it",
+        "  4. annotation 102, picture_1.png: score 0.50",
+        "  5. annotation 105, picture_2.png: score 0.50",
+    ]
     assert [row["annotation_id"] for row in json.loads(queue.read_text())["worst"]] == [103, 104, 101, 102, 105]
     text = page.read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
@@ -151,4 +159,6 @@ def test_the_command_writes_a_page_with_a_picture_of_each_and_what_its_order_is_
 def test_an_annotation_whose_image_is_not_in_the_file_stays_in_the_queue(dataset: Dataset) -> None:
     dataset.coco["annotations"][3]["image_id"] = 77
     dataset.save()
-    assert ids(review_queue(dataset.json_path))[0] == 103
+    queue = review_queue(dataset.json_path)
+    assert ids(queue)[0] == 103
+    assert "  1. annotation 103, no image: no mask" in "\n".join(queue.lines())
