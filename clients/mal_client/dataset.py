@@ -89,7 +89,9 @@ def label_dataset(
             cleanup.callback(_remove_if_empty, ledger)
         job = _Job(work, ledger, on_progress, shard)
         if ledger.label_count:
-            tell(f"{path}: going on with an unfinished run; {ledger.label_count} of {job.asked} boxes are answered")
+            again = f", {job.failed_before} failed and are asked again" if job.failed_before else ""
+            answered = f"{ledger.label_count} of {job.asked} boxes are answered{again}"
+            tell(f"{path}: going on with an unfinished run; {answered}")
         fault = _label_rest(job, servers, image_loader(images, servers[0][1].limits), options, tell)
         unanswered = fault or ItemError("INTERNAL", "NOT_ANSWERED", "no label was made")
         is_final = fault is None and not job.refused
@@ -132,7 +134,10 @@ class _Job:
         self._images_before = self.rest.images_total - self._images_open
         # What was found when the file was read is done; the parts of a shared job leave it to whoever merges them.
         self._faulty = work.plans.count(Plan.FAULTY) if shard is None else 0
-        self._failed = self._faulty
+        # Boxes that failed in an unfinished run are asked again, and count as failed until that answer comes: a job
+        # that ends before has no better one.
+        self.failed_before = sum(map(ledger.has_failure, map(int, self.rest.places)))
+        self._failed = self._faulty + self.failed_before
 
     def take(self, answer: ItemAnswer) -> None:
         """Stores what an item's boxes got."""
@@ -140,6 +145,9 @@ class _Job:
         about_image = None if answer.error is None else _about_image(answer.error, image)
         found: dict[int, Answer] = {}
         for at in answer.item.boxes:
+            was_failed = self.ledger.has_failure(at)
+            self.failed_before -= was_failed
+            self._failed -= was_failed
             error = about_image or answer.labels[at].error
             if error is None:
                 found[at] = {"label": _fields(answer.labels[at])}
@@ -159,7 +167,7 @@ class _Job:
     def progress(self) -> Progress:
         """How far the job is, with what an unfinished run left."""
         total = self.rest.images_total
-        done = self._faulty + self.asked - int(self.rest.boxes_left.sum())
+        done = self._faulty + self.asked - int(self.rest.boxes_left.sum()) + self.failed_before
         return Progress(total - self._images_open, total, done, self._failed, images_before=self._images_before)
 
     def _count(self, answer: ItemAnswer) -> None:

@@ -155,6 +155,10 @@ class Ledger:
         """Whether a place has an answer that need not be asked again."""
         return self._offsets[at] != NOWHERE and not self._is_failed[at]
 
+    def has_failure(self, at: int) -> bool:
+        """Whether a place has an answer that is to be asked again."""
+        return bool(self._is_failed[at])
+
     def close(self) -> None:
         """Ends the lock; the file stays."""
         if self._file >= 0:

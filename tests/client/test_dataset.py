@@ -341,6 +341,19 @@ def test_boxes_that_are_faulty_in_the_file_count_as_done_and_failed(dataset: Dat
     assert (last.boxes_done, last.boxes_failed) == (result.labelled + result.failed_count, 1) == (6, 1)
 
 
+def test_what_failed_in_an_unfinished_run_counts_until_it_is_answered_anew(dataset: Dataset) -> None:
+    seen: list[Progress] = []
+    notices: list[str] = []
+    first = label(FakeServer(Faults(retry_items={"0": 10**6}, bad_boxes={4})), dataset)
+    assert (first.labelled, first.failed_count, first.is_final) == (3, 3, False)
+    one_by_one = Limits(max_items_in_flight=1)
+    last = label(FakeServer(limits=one_by_one), dataset, on_progress=seen.append, on_notice=notices.append)
+    assert "3 of 6 boxes are answered, 1 failed and are asked again" in notices[0]
+    assert [(row.images_done, row.boxes_done, row.boxes_failed) for row in seen] == [(2, 6, 1), (3, 6, 0)]
+    assert [row.images_before for row in seen] == [1, 1]
+    assert (last.labelled, last.failed_count) == (6, 0)
+
+
 def test_the_file_that_was_handed_in_is_no_output(dataset: Dataset) -> None:
     before = dataset.json_path.read_bytes()
     dataset.output.symlink_to(dataset.json_path)
