@@ -2,6 +2,7 @@
 
 import base64
 import io
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -258,6 +259,18 @@ def test_requests_beyond_what_is_held_are_told_to_come_back_and_those_here_are_a
             for caller in callers:
                 caller.join()
     assert answers == [200] * REQUESTS_HELD
+    assert backend.predict(task()) == [[]]
+
+
+def test_senders_that_never_finish_do_not_keep_their_places(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_client.integrations.label_studio.app.RECEIVE_S", 0.01)
+    url = backend.http.base_url
+    for path in ("/predict", "/setup"):
+        for _ in range(REQUESTS_HELD):
+            with socket.create_connection((url.host, url.port), timeout=60) as connection:
+                connection.sendall(f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n".encode())
+                assert connection.recv(12) == b"HTTP/1.1 408"
+    monkeypatch.undo()
     assert backend.predict(task()) == [[]]
 
 

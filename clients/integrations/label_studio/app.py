@@ -39,6 +39,9 @@ REQUESTS_HELD: Final = 2 * REQUESTS_AT_ONCE
 
 COME_BACK_S: Final = 5
 
+RECEIVE_S: Final = 60.0
+"""For the body of a request: a sender that has gone without a word would keep its place for good."""
+
 HEALTH = "/health"
 
 _log = logging.getLogger("mal_client.label_studio")
@@ -103,7 +106,7 @@ class _Backend:
         The access token that comes along is not looked at: a key goes only where the command line says.
         """
         with self._room():
-            content = await request.read()
+            content = await _received(request)
 
             def check() -> str:
                 read_label_config(str(_object(content).get("schema", "")))
@@ -114,7 +117,7 @@ class _Backend:
     async def predict(self, request: web.Request) -> web.StreamResponse:
         """Masks for the rectangles of some tasks."""
         with self._room():
-            content = await request.read()
+            content = await _received(request)
             # The JSON too: masks as lists of numbers take seconds to read and to write.
             text = await self._in_thread(lambda: json.dumps(self._predictor.predict(_object(content))))
             return web.Response(text=text, content_type="application/json")
@@ -152,6 +155,15 @@ class _Backend:
         except MalError as error:
             _log.warning("%s", error)
         return None
+
+
+async def _received(request: web.Request) -> bytes:
+    """The body. Raises HTTPRequestTimeout where it does not come."""
+    try:
+        async with asyncio.timeout(RECEIVE_S):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout from None
 
 
 def _answering(credentials: str | None) -> Any:
