@@ -264,9 +264,11 @@ async def serve(
         renew.set()
     server = MalServer(config, load)
     grace_s = 0.0
+    is_started = False
     try:
         _remove(port_file)
         await server.start()
+        is_started = True
         for plan in config.plans:
             log.info("address=%s model=%s loading=%s", server.address, plan.name, plan.checkpoint)
         loading = asyncio.ensure_future(server.load())
@@ -301,7 +303,8 @@ async def serve(
     finally:
         await server.stop(grace_s)
         _remove(port_file)
-        log.info("stopped")
+        if is_started:
+            log.info("stopped")
 
 
 def version() -> str:

@@ -168,6 +168,24 @@ def test_a_port_in_use_is_a_clear_error() -> None:
         asyncio.run(work())
 
 
+def test_a_server_that_never_started_does_not_say_that_it_stopped(caplog: pytest.LogCaptureFixture) -> None:
+    def load(plan: ModelPlan) -> Loaded:
+        raise WrongKey("the key does not open it")
+
+    async def work() -> None:
+        async with serving() as running:
+            port = int(running.server.address.rpartition(":")[2])
+            await serve(config_of(listen={"port": port}), load=load)
+
+    caplog.set_level("INFO")
+    with pytest.raises(ConfigError, match="the port is in use"):
+        asyncio.run(work())
+    assert "stopped" not in caplog.messages
+    with pytest.raises(WrongKey):
+        asyncio.run(serve(config_of(), load=load))
+    assert "stopped" in caplog.messages
+
+
 def test_two_servers_on_port_0_get_different_ports() -> None:
     async def work() -> tuple[str, str]:
         async with serving() as one, serving() as two:
