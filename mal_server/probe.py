@@ -13,6 +13,11 @@ from mal_train.errors import ConfigError
 
 PORTS = range(1, 65536)
 
+SERVICE = "mal.v1.LabelingService"
+
+HUNG_UP = ("Socket closed", "Connection reset", "Broken pipe")
+"""How gRPC says that the other end took the connection and closed it."""
+
 EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses to listen on that nobody can call → the one of this machine."""
 
@@ -40,7 +45,7 @@ class Probe:
     client_key: Path | None = None
 
     def ask(self) -> str:
-        """SERVING, NOT_SERVING or SERVICE_UNKNOWN as the server says, or UNREACHABLE and why.
+        """SERVING or NOT_SERVING as the server says; SERVICE_UNKNOWN or UNREACHABLE with why, and the remedy.
 
         Raises:
             ConfigError: an address without a port, or a file that cannot be read.
@@ -53,9 +58,28 @@ class Probe:
             except grpc.RpcError as error:
                 call: Any = error
                 if call.code() is grpc.StatusCode.NOT_FOUND:
-                    return "SERVICE_UNKNOWN"
-                return f"UNREACHABLE ({call.code().name}: {call.details()})"
+                    return self._unknown()
+                return f"UNREACHABLE ({call.code().name}: {call.details()}){self._hint(call)}"
+        if answer.status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            return self._unknown()
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+    def _unknown(self) -> str:
+        """A model that was unloaded is answered so, too."""
+        return (
+            f"SERVICE_UNKNOWN (--service {self.service}: the server has none of that name; leave --service out to ask "
+            f"about all of it, or name {SERVICE}, or {SERVICE}/MODEL with a model of `mal-client models list`)"
+        )
+
+    def _hint(self, call: Any) -> str:
+        """A server with TLS takes a plaintext connection and closes it: nothing else says that it is there."""
+        is_hung_up = call.code() is grpc.StatusCode.UNAVAILABLE and any(words in call.details() for words in HUNG_UP)
+        if self.tls_ca is not None or not is_hung_up:
+            return ""
+        return (
+            "; somebody listens there and closes the connection, as a server with TLS does: give --tls-ca CA.pem, or "
+            "-c FILE with the server's settings"
+        )
 
     def _channel(self) -> grpc.Channel:
         if self.client_key is not None and self.client_cert is None:

@@ -43,13 +43,27 @@ def test_a_serving_server_is_healthy_until_it_drains(capsys: pytest.CaptureFixtu
             return [*codes, await ask(running)]
 
     assert asyncio.run(work()) == [0, 0, 1, 1]
-    words = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert words == ["SERVING", "SERVING", "SERVICE_UNKNOWN", "NOT_SERVING"]
+    said = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert [words.partition(" ")[0] for words in said] == ["SERVING", "SERVING", "SERVICE_UNKNOWN", "NOT_SERVING"]
+    assert "(--service mal.v1.Nothing: the server has none of that name; leave --service out" in said[2]
 
 
 def test_where_nobody_listens_is_not_healthy(capsys: pytest.CaptureFixture[str]) -> None:
     assert asked("127.0.0.1:1", "--timeout", "5") == 1
-    assert "UNREACHABLE (UNAVAILABLE" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "UNREACHABLE (UNAVAILABLE" in said
+    assert "TLS" not in said
+
+
+def test_a_server_with_tls_that_is_asked_without_is_told_from_one_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work() -> int:
+        async with serving(listen=Papers(tmp_path).listen(mutual=False)) as running:
+            return await ask(running)
+
+    assert asyncio.run(work()) == 1
+    assert "as a server with TLS does: give --tls-ca CA.pem, or -c FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", ":50051", "localhost:", "localhost:65536", "http://localhost"])
