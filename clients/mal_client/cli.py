@@ -1,8 +1,7 @@
 """The command mal-client: its verbs put together, and what their errors mean to a shell.
 
 Exit codes: 0 done · 2 usage, configuration or input · 3 finished, but some items failed · 4 disk or permission ·
-1 the server was not there, or something unexpected · 130 interrupted; no result was written ·
-141 whoever read the output closed it.
+1 the server was not there, or something unexpected · 130 interrupted · 141 whoever read the output closed it.
 """
 
 from __future__ import annotations
@@ -48,17 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mal-client: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"mal-client: interrupted; no result was written{_way_on(arguments)}", file=sys.stderr)
+        print(f"mal-client: interrupted; {_way_on(arguments)}", file=sys.stderr)
         return INTERRUPTED
     return code
 
 
 def _way_on(arguments: argparse.Namespace) -> str:
-    """What to say of an interrupted job whose answers are kept."""
+    """What is left of an interrupted job."""
     if not arguments.goes_on(arguments):
-        return ""
+        return "no result was written"
     without = ", without --restart," if getattr(arguments, "restart", False) else ""
-    return f". The same command{without} goes on where this one ended"
+    return f"the same command{without} goes on where this one ended"
 
 
 def _parser() -> argparse.ArgumentParser:

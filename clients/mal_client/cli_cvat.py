@@ -32,7 +32,7 @@ LISTED = 5
 def add_cvat(commands: Commands[argparse.ArgumentParser]) -> None:
     """The verb and its arguments."""
     verb = add_verb(commands, "cvat", "give the rectangles of a CVAT task their masks")
-    verb.set_defaults(run=_run)
+    verb.set_defaults(run=_run, goes_on=lambda arguments: not arguments.dry_run)
     add_connection(verb)
     verb.add_argument("--cvat", required=True, metavar="URL", help="the CVAT server, for example https://app.cvat.ai")
     verb.add_argument("--task", type=int, required=True, metavar="N", help="number of the task")

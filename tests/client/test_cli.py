@@ -155,9 +155,28 @@ def test_ctrl_c_exits_130_and_leaves_nothing(dataset: Dataset) -> None:
         process.send_signal(signal.SIGINT)
         _, printed = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "interrupted; no result was written. The same command goes on where this one ended" in printed
+    assert "interrupted; the same command goes on where this one ended" in printed
     assert "Traceback" not in printed
     assert sorted(path.name for path in dataset.folder.iterdir()) == ["images", "in.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "the same command goes on where this one ended"),
+        (["--restart"], "the same command, without --restart, goes on where this one ended"),
+        (["--dry-run"], "no result was written"),
+    ],
+)
+def test_ctrl_c_of_a_cvat_job_does_not_deny_the_masks_that_are_in_the_task(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mal_client.cli_cvat._run", interrupted)
+    assert main(["cvat", "--server", "here:1", "--cvat", "http://there", "--task", "1", *options]) == 130
+    assert capsys.readouterr().err == f"mal-client: interrupted; {said}\n"
 
 
 @pytest.mark.parametrize("module", ["mal_client.client", "mal_client.cli"])
