@@ -45,7 +45,7 @@ def check(config: ServerConfig) -> Iterator[str]:
             raise ConfigError(f"model_folders: {folder.name!r}: {folder.path}: no such folder")
         parse_key(folder.decryption_key, purpose="decryption", where="yaml")
         files = sum(1 for _ in folder.path.rglob("*.malckpt"))
-        yield f"model folder {folder.name}: {folder.path}, {files} checkpoints"
+        yield f"model folder {folder.name}: {folder.path}, {files} checkpoint{'s' * (files != 1)}"
 
 
 def _check_model(plan: ModelPlan) -> Iterator[str]:

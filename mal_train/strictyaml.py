@@ -10,11 +10,13 @@ import re
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mal_train.errors import ConfigError
@@ -211,6 +213,29 @@ def _entry_of(annotation: object) -> type[BaseModel] | None:
     return next((entry for entry in map(_section_of, typing.get_args(annotation)) if entry is not None), None)
 
 
+def _field_at(loc: Sequence[int | str], model_cls: type[BaseModel]) -> FieldInfo | None:
+    """The field that a place in the data belongs to; None where it is no field."""
+    section: type[BaseModel] | None = model_cls
+    field: FieldInfo | None = None
+    for name in loc:
+        if isinstance(name, int):
+            continue
+        field = None if section is None else section.model_fields.get(name)
+        section = None if field is None else _section_of(field.annotation) or _entry_of(field.annotation)
+    return field
+
+
+def _choices(field: FieldInfo | None) -> list[str]:
+    """What a field, or each entry of its list, may be, where that is one of a few words."""
+    annotation = None if field is None else field.annotation
+    kinds = [annotation, *typing.get_args(annotation)]
+    words = next((kind for kind in kinds if typing.get_origin(kind) is typing.Literal), None)
+    if words is not None:
+        return [str(word) for word in typing.get_args(words)]
+    enum = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum)), None)
+    return [] if enum is None else [str(word) for word in enum]
+
+
 def _without_null_sections(data: Mapping[str, Any], model_cls: type[BaseModel]) -> dict[str, Any]:
     """`train:` with nothing under it means the defaults of that section."""
     result: dict[str, Any] = {}
@@ -236,14 +261,15 @@ def _explain(detail: ErrorDetails, model_cls: type[BaseModel], retired: Mapping[
         nearest = _suggestion_in_entry(path, model_cls) if "[" in path else _suggestion(path, names)
         return f"{path}: unknown field{nearest}"
     if kind == "missing":
-        return f"{path}: required, but not given"
+        choices = _choices(_field_at(detail["loc"], model_cls))
+        return f"{path}: required, but not given" + (f"; it takes {', '.join(choices)}" if choices else "")
     rule = detail["msg"].removeprefix("Value error, ")
     rule = rule[:1].lower() + rule[1:]
     rule = rule.replace("input should", "it must").replace("an object", "a section with fields")
     if not path:  # a rule about several fields names them itself
         return rule
     if kind == "value_error" and isinstance(detail["input"], dict):
-        return f"{path}: {rule}"
+        return rule if rule.startswith(f"{path}.") else f"{path}: {rule}"
     value = "<not shown>" if _is_secret(model_cls, path) else _shown(detail["input"])
     return f"{path}: {value}; {rule}"
 

@@ -71,9 +71,9 @@ def clients_of(arguments: argparse.Namespace) -> Iterator[list[Client]]:
         yield [stack.enter_context(_client(arguments, address)) for address in addresses or [arguments.server]]
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """The data set."""
-    parser.add_argument("--annotations", type=Path, required=True, metavar="IN.json", help="COCO file with boxes")
+def add_data(parser: argparse.ArgumentParser, what: str = "COCO file with boxes") -> None:
+    """The data set; `what` its annotations are."""
+    parser.add_argument("--annotations", type=Path, required=True, metavar="IN.json", help=what)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--images", type=Path, metavar="DIR", help="folder that its file names start at")
     where.add_argument(
@@ -119,6 +119,11 @@ def options_of(arguments: argparse.Namespace) -> LabelOptions:
         model=arguments.model,
         resolve_overlaps=arguments.resolve_overlaps,
     )
+
+
+def listed_in(count: int, path: Path) -> str:
+    """Where all failures of a job can be read."""
+    return f"mal-client: {'the failure is' if count == 1 else f'all {count} failures are'} listed in {path}"
 
 
 def seconds(text: str) -> float:

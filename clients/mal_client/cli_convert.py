@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.arguments import SOME_FAILED, Commands, add_data, add_verb
+from mal_client.arguments import SOME_FAILED, Commands, add_data, add_verb, listed_in
 from mal_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     export = add_verb(commands, "export", "write the masks of a labelled COCO file for labelme, YOLO or FiftyOne")
     export.set_defaults(run=_export)
     export.add_argument("--to", choices=["labelme", "yolo-seg", "fiftyone"], required=True, help="the format")
-    add_data(export)
+    add_data(export, "COCO file with masks")
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the files go")
     export.add_argument(
         "--polygon-tolerance",
@@ -71,7 +71,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     if listed is None:
         return 0
     _print_faults(converted.faults)
-    print(f"mal-client: all {len(converted.faults)} are listed in {listed}", file=sys.stderr)
+    print(listed_in(len(converted.faults), listed), file=sys.stderr)
     return SOME_FAILED
 
 
@@ -92,7 +92,8 @@ def _converted(arguments: argparse.Namespace) -> Converted:
     if arguments.names is None:
         raise ConfigError("--names: YOLO files hold numbers for classes; give their names")
     names = yolo_boxes.read_names(arguments.names)
-    return boxes.to_coco(yolo_boxes.read_yolo(arguments.labels, pictures, names), images, names, pictures)
+    rows = yolo_boxes.read_yolo(arguments.labels, pictures, names, arguments.names)
+    return boxes.to_coco(rows, images, names, pictures)
 
 
 def _refuse_foreign_options(arguments: argparse.Namespace) -> None:

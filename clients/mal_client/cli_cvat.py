@@ -17,6 +17,7 @@ from mal_client.arguments import (
     add_options,
     add_verb,
     client_of,
+    listed_in,
     options_of,
     read_word,
 )
@@ -108,7 +109,7 @@ def _tell(refusals: tuple[Refusal, ...] | list[Refusal], ledger: Path | None) ->
     if ledger is not None and refusals:
         errors = ledger.with_name(f"{ledger.name}.errors.jsonl")
         write_text(errors, "".join(json.dumps(vars(refusal)) + "\n" for refusal in refusals))
-        print(f"mal-client: all {len(refusals)} failures are listed in {errors}", file=sys.stderr)
+        print(listed_in(len(refusals), errors), file=sys.stderr)
 
 
 def _access(arguments: argparse.Namespace) -> tuple[str | None, tuple[str, str] | None]:

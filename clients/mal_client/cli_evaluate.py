@@ -30,7 +30,7 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     evaluate = add_verb(commands, "evaluate", "measure the server's masks against those of a COCO file")
     evaluate.set_defaults(run=_evaluate, goes_on=lambda arguments: arguments.resume is not None)
     add_connection(evaluate)
-    add_data(evaluate)
+    add_data(evaluate, "COCO file with the true masks")
     evaluate.add_argument(
         "--on-server",
         action="store_true",

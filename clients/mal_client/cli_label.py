@@ -16,6 +16,7 @@ from mal_client.arguments import (
     add_options,
     add_verb,
     clients_of,
+    listed_in,
     options_of,
 )
 from mal_client.progress import JsonLog, ProgressDisplay
@@ -178,7 +179,7 @@ def _print_result(result: DatasetResult) -> None:
     for row in result.failed[:LISTED]:
         print(f"  {row.error}", file=sys.stderr)
     if result.errors_file is not None:
-        print(f"mal-client: all {result.failed_count} failures are listed in {result.errors_file}", file=sys.stderr)
+        print(listed_in(result.failed_count, result.errors_file), file=sys.stderr)
     if result.masks_dir is not None:
         print(f"masks: {result.masks_dir}")
     _print_unfinished(result)

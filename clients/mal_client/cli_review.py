@@ -21,7 +21,7 @@ def add_review(commands: Commands[argparse.ArgumentParser]) -> None:
     """The verb and its arguments."""
     review = add_verb(commands, "review", "put the masks of a labelled file in the order to look at; needs no server")
     review.set_defaults(run=_review)
-    add_data(review)
+    add_data(review, "COCO file with masks, as mal-client label writes it")
     review.add_argument("--by", choices=["score", "agreement"], default="score", help="the order (default: score)")
     review.add_argument("--ground-truth", type=Path, metavar="TRUE.json", help="measure the order against true masks")
     review.add_argument(

@@ -63,7 +63,8 @@ def _finished(
 ) -> Evaluation:
     """Streams until there is a result; what earlier streams measured is brought back in the next one."""
     if len(run.records) and on_notice is not None:
-        on_notice(f"{run.records.path}: going on with an unfinished evaluation; {len(run.records)} images are measured")
+        measured = f"{len(run.records)} image{'s are' if len(run.records) > 1 else ' is'} measured"
+        on_notice(f"{run.records.path}: going on with an unfinished evaluation; {measured}")
     patience = Patience(client.timeout_s)
     while True:
         pause_s = run.stream(client, on_progress, on_notice, patience)

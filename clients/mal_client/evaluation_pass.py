@@ -124,7 +124,7 @@ class EvaluationPass(ABC):
                 if on_notice is not None:
                     on_notice(
                         f"{client.address}: does not take back what was measured before (its weights, its resume_key "
-                        f"or the options are others now); {len(self.records)} images are measured anew"
+                        "or the options are others now): everything is measured anew"
                     )
                 self.records.clear()
                 return 0.0

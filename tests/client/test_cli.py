@@ -53,8 +53,23 @@ def test_failed_items_are_listed_beside_the_output_and_exit_3(
     assert main(arguments("label", address, dataset)) == 3
     listed = (dataset.folder / "out.errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["annotation_id"] for line in listed] == [102, 103]
-    assert "out.errors.jsonl" in capsys.readouterr().err
+    assert "all 2 failures are listed in" in capsys.readouterr().err
     assert len(dataset.labelled()) == 6
+    dataset.coco["annotations"].pop()
+    for row in dataset.coco["annotations"][3:]:
+        row["image_id"] = dataset.coco["annotations"][0]["image_id"]
+    dataset.save()
+    assert main(arguments("label", address, dataset)) == 3
+    assert f"the failure is listed in {dataset.folder / 'out.errors.jsonl'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "what"), [("label", "boxes"), ("evaluate", "the true masks"), ("export", "masks"), ("review", "masks")]
+)
+def test_the_help_says_whether_boxes_or_masks_go_in(verb: str, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert f"COCO file with {what}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_file_that_cannot_be_used_exits_2_before_any_work(

@@ -128,6 +128,8 @@ def test_yolo_rows_that_cannot_be_meant_are_listed(folder: Path) -> None:
     assert convert(folder, "yolo", "--names", str(folder / "data.yaml")) == 3
     listed = [row["where"].removeprefix(f"{folder}/") for row in faults(folder)]
     assert listed == ["images/broken.png", *(f"a.txt:{at}" for at in range(1, 7)), "gone.txt"]
+    said = next(row["message"] for row in faults(folder) if row["where"] == "a.txt:1")
+    assert said == f"a.txt:1: class '2'; a number from 0 to 1 is needed, for {folder / 'data.yaml'} names 2"
     assert "not pixels" in faults(folder)[3]["message"]
 
 

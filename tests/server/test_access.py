@@ -172,6 +172,12 @@ def test_one_token_under_two_names_is_refused(tmp_path: Path) -> None:
         ({"tokens": [{"name": "a", "token": "hunter2hunter2hunter2", "scopes": ["label"]}]}, "file:PATH or env:NAME"),
         ({"tokens": [{"name": "a", "token": "env:A", "scopes": ["root"]}]}, "scopes"),
         ({"tokens": [{"name": "a", "token": "env:A", "scopes": []}]}, "scopes"),
+        (
+            {"tokens": [{"name": "a", "token": "env:A"}]},
+            r"tokens\[0\].scopes: required, .*; it takes label, evaluate, admin$",
+        ),
+        ({"tokens": [{"token": "env:A", "scopes": ["label"]}]}, r"tokens\[0\].name: required, but not given$"),
+        ({"listen": {"host": "0.0.0.0"}}, "^listen.host: '0.0.0.0' is"),
         ({"tokens": [{"name": "a", "token": "env:A", "scopes": ["label"]}] * 2}, "a name stands twice"),
         ({"listen": {"tls_certificate": "a.pem"}}, "give both or neither"),
         ({"listen": {"tls_client_ca": "a.pem"}}, "without listen.tls_certificate"),

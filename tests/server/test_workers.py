@@ -285,6 +285,6 @@ def test_check_says_what_several_models_and_folders_are(
     assert "model: a, vit-micro/16" in said
     assert "model: b, vit-micro/16, crop 64 px, branch teacher" in said
     assert "model folder mine" in said
-    assert "1 checkpoints" in said
+    assert "1 checkpoint\n" in said
     assert "data folder photos" in said
     assert cli.main(["check", "-c", str(tmp_path / "server.yaml"), "data_folders=[{name: x, path: /none}]"]) == 2

@@ -12,7 +12,9 @@ from mal_train.errors import ConfigError
 BOX_NUMBERS = 4
 
 
-def read_yolo(labels_dir: Path, pictures: Sequence[str], names: Sequence[str]) -> Iterator[BoxRow | Fault]:
+def read_yolo(
+    labels_dir: Path, pictures: Sequence[str], names: Sequence[str], names_file: Path
+) -> Iterator[BoxRow | Fault]:
     """Boxes of all text files below a folder, file by file.
 
     A row is `class cx cy w h`, with a confidence behind it or not (kept as `score`), or `class x0 y0 x1 y1 …`, an
@@ -23,6 +25,7 @@ def read_yolo(labels_dir: Path, pictures: Sequence[str], names: Sequence[str]) -
         labels_dir: the text files, named and foldered as the pictures are.
         pictures: file names of the pictures.
         names: of the classes, by their numbers.
+        names_file: where those stand, for messages.
     """
     by_stem: dict[str, list[str]] = {}
     for name in pictures:
@@ -36,7 +39,7 @@ def read_yolo(labels_dir: Path, pictures: Sequence[str], names: Sequence[str]) -
             text = f"several pictures have its name: {', '.join(found)}" if found else "no picture has its name"
             yield Fault(str(relative), "BAD_IMAGE", f"{relative}: {text}")
             continue
-        yield from _read_file(path, str(relative), found[0], names)
+        yield from _read_file(path, str(relative), found[0], names, names_file)
 
 
 def read_names(path: Path) -> list[str]:
@@ -77,7 +80,9 @@ def _yaml_names(text: str, path: Path) -> list[str]:
     raise ConfigError(f"--names {path}: has no 'names', a list or numbers 0, 1, … with their names")
 
 
-def _read_file(path: Path, relative: str, picture: str, names: Sequence[str]) -> Iterator[BoxRow | Fault]:
+def _read_file(
+    path: Path, relative: str, picture: str, names: Sequence[str], names_file: Path
+) -> Iterator[BoxRow | Fault]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -85,16 +90,18 @@ def _read_file(path: Path, relative: str, picture: str, names: Sequence[str]) ->
         return
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield _read_row(line.split(), f"{relative}:{number}", picture, names)
+            where, cells = f"{relative}:{number}", line.split()
+            if not cells[0].isdecimal() or int(cells[0]) >= len(names):
+                upto = f"a number from 0 to {len(names) - 1} is needed, for {names_file} names {len(names)}"
+                yield Fault(where, BAD_ROW, f"{where}: class {cells[0]!r}; {upto}")
+                continue
+            yield _read_row(cells, where, picture, names[int(cells[0])])
 
 
-def _read_row(cells: list[str], where: str, picture: str, names: Sequence[str]) -> BoxRow | Fault:
-    if not cells[0].isdecimal() or int(cells[0]) >= len(names):
-        return Fault(where, BAD_ROW, f"{where}: class {cells[0]!r}; a number from 0 to {len(names) - 1} is needed")
+def _read_row(cells: list[str], where: str, picture: str, category: str) -> BoxRow | Fault:
     found = numbers(cells[1:], (f"number {at}" for at in range(1, len(cells))), where)
     if isinstance(found, Fault):
         return found
-    category = names[int(cells[0])]
     if len(found) in (BOX_NUMBERS, BOX_NUMBERS + 1):
         cx, cy, w, h = found[:BOX_NUMBERS]
         extra = {"score": found[BOX_NUMBERS]} if len(found) > BOX_NUMBERS else {}
