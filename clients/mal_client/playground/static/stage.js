@@ -169,9 +169,11 @@ export class Stage {
   #drawMasks(image, corner, scale) {
     const context = this.#context;
     for (const box of image.boxes) {
-      if (!box.layer) continue;
+      const state = this.#session.state(image, box);
+      // A box that failed has no mask; the one that it had before is of another question.
+      if (!box.layer || state === "failed") continue;
       const { canvas, x, y, width, height } = box.layer;
-      context.globalAlpha = this.#session.state(image, box) === "labelled" ? 1 : 0.4;
+      context.globalAlpha = state === "labelled" ? 1 : 0.4;
       context.drawImage(canvas, corner.x + x * scale, corner.y + y * scale, width * scale, height * scale);
     }
     context.globalAlpha = 1;
