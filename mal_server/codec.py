@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
@@ -22,7 +22,7 @@ from mal_train.labeling.encodings import EncodedMask, Polygons, Runs
 from mal_train.labeling.geometry import Box
 from mal_train.labeling.labeler import Label, RunOptions
 from mal_train.labeling.rle import Rle
-from mal_train.labeling.settings import Branch, MaskFormat
+from mal_train.labeling.settings import Branch, MaskFormat, can_compare
 
 MAX_VIOLATIONS = 20
 """Listed of one request; one is enough to refuse it, and trailers must stay small."""
@@ -73,13 +73,13 @@ class Call:
         branch: the served model's default.
         priority: the method's default.
         deadline: event-loop time.
-        has_teacher: whether the served model can answer as anything but its student.
+        branches: those that the served model can run.
     """
 
     branch: Branch
     priority: Priority
     deadline: float
-    has_teacher: bool = True
+    branches: tuple[Branch, ...] = tuple(Branch)
 
 
 def read_job(request: labeling_pb2.LabelImageRequest, limits: Limits, call: Call, path: str = "") -> Job:
@@ -154,9 +154,9 @@ def read_options(
     if options.priority != types_pb2.PRIORITY_UNSPECIFIED and options.priority not in _PRIORITIES:
         checks.add(f"{path}.priority", f"{options.priority}; this server knows interactive and batch")
     priority = _PRIORITIES.get(options.priority, call.priority)
-    if not call.has_teacher and branch is not Branch.STUDENT:
+    if branch not in call.branches:
         checks.add(f"{path}.branch", f"{branch}; {_ALONE}")
-    if not call.has_teacher and options.compute_agreement:
+    if options.compute_agreement and not can_compare(call.branches):
         checks.add(f"{path}.compute_agreement", f"true; {_ALONE}")
     answer = read_answer_options(options, checks, path)
     return RunOptions(branch, agreement=options.compute_agreement, flip=options.flip_test), answer, priority
@@ -217,6 +217,11 @@ def write_item_error(item_id: str, status: status_pb2.Status) -> labeling_pb2.La
     """What is wrong with a bulk item; an id that is too long is cut."""
     echoed = item_id.encode()[:MAX_ITEM_ID_BYTES].decode(errors="ignore")
     return labeling_pb2.LabelImagesResponse(item_id=echoed, status=status)
+
+
+def write_branches(branches: Iterable[Branch]) -> list["types_pb2.Branch.ValueType"]:
+    """The branches that a model can run."""
+    return [_WIRE_BRANCHES[branch] for branch in branches]
 
 
 def write_model_ref(info: ModelInfo, branch: Branch) -> types_pb2.ModelRef:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mal.v1 import model_pb2, types_pb2
 
-from mal_server.codec import Checks, read_branch, write_model_ref
+from mal_server.codec import Checks, read_branch, write_branches, write_model_ref
 from mal_server.config import ServerConfig
 from mal_server.loading import ModelInfo
 from mal_server.models import Entry
@@ -79,6 +79,7 @@ def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
         score_calibrated_with_flip=info.labeler.calibrated_with_flip,
         devices=info.devices,
         precision=info.precision,
+        branches=write_branches(info.branches),
     )
 
 

@@ -13,7 +13,7 @@ from mal_server.plans import ModelPlan
 from mal_server.worker import Predictor, Worker
 from mal_train.errors import CheckpointError, ConfigError, OutOfDeviceMemory
 from mal_train.labeling.labeler import Labeler, build_labeler
-from mal_train.labeling.settings import Branch, LabelerConfig
+from mal_train.labeling.settings import Branch, LabelerConfig, branches_of
 from mal_train.model import builtin
 from mal_train.model.backbones import backbone_size
 from mal_train.model.checkpoint import Checkpoint, load_checkpoint
@@ -46,6 +46,11 @@ class ModelInfo:
     precision: str
     has_teacher: bool = True
 
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """What may be asked of it."""
+        return branches_of(has_teacher=self.has_teacher)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -77,7 +82,7 @@ def load_model(plan: ModelPlan) -> Loaded:
     checkpoint, sha256 = read_checkpoint(plan)
     devices = pick_devices(plan.gpu_ids, plan.cpu_workers)
     reference = build_labeler(checkpoint, precision="float32")
-    if plan.branch is not Branch.STUDENT and not reference.network.has_teacher:
+    if plan.branch not in branches_of(has_teacher=reference.network.has_teacher):
         raise ConfigError(f"branch: {plan.branch}; {plan.checkpoint} holds the student alone, serve that")
     labelers = [_on_device(checkpoint, reference, device, plan.precision) for device in devices]
     info = ModelInfo(

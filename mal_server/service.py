@@ -207,7 +207,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 def _call(serving: Serving, priority: Priority, context: Any) -> codec.Call:
     left_s = context.time_remaining()
     deadline = math.inf if left_s is None else asyncio.get_running_loop().time() + left_s
-    return codec.Call(serving.info.branch, priority, deadline, serving.info.has_teacher)
+    return codec.Call(serving.info.branch, priority, deadline, serving.info.branches)
 
 
 async def answered(

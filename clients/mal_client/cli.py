@@ -98,6 +98,7 @@ def _described(info: ServerInfo) -> str:
             "model": info.model.name,
             "checkpoint_sha256": info.model.checkpoint_sha256,
             "branch": str(info.model.branch),
+            "branches": [str(branch) for branch in info.branches] or None,
             "arch": info.arch,
             "crop_size": info.crop_size,
             "margin_rate": info.margin_rate,

@@ -80,6 +80,7 @@ def _described(row: ModelStatus) -> dict[str, Any]:
         "name": info.model.name,
         "checkpoint_sha256": info.model.checkpoint_sha256,
         "branch": str(info.model.branch),
+        "branches": [str(branch) for branch in info.branches] or None,
         "state": "retiring" if row.is_retiring else "serving",
         "default": row.is_default,
         "calls": row.calls,

@@ -112,7 +112,7 @@ def model_ref(ref: types_pb2.ModelRef) -> ModelRef:
 
 
 def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
-    """One model of a server."""
+    """One model of a server; branches that this version does not know are left out."""
     return ModelInfo(
         model=model_ref(model.ref),
         arch=model.arch,
@@ -124,6 +124,7 @@ def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
         precision=model.precision,
         score_calibrated=model.score_calibrated,
         score_calibrated_with_flip=model.score_calibrated_with_flip,
+        branches=tuple(_BRANCH_FROM_WIRE[branch] for branch in model.branches if branch in _BRANCH_FROM_WIRE),
     )
 
 
@@ -164,6 +165,7 @@ def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
         precision=response.precision,
         score_calibrated=default.score_calibrated,
         score_calibrated_with_flip=default.score_calibrated_with_flip,
+        branches=default.branches,
         models=tuple(map(model_info, response.models)),
         data_folders=tuple(response.data_folders),
     )

@@ -72,6 +72,7 @@ def label_dataset(
     Raises:
         ConfigError: the servers do not serve the same; an unfinished run was another job; or the output is the
             annotations' file.
+        RequestRefused: a server does not serve what the options ask for.
     """
     tell = on_notice or (lambda _: None)
     check_writable(output_json)
@@ -184,7 +185,7 @@ def _servers(clients: Sequence[Link], options: LabelOptions, tell: OnNotice) -> 
     faults: list[ServerUnavailable | CallTimedOut] = []
     for client in clients:
         try:
-            servers.append((client, client.server_info().of_model(options.model)))
+            servers.append((client, client.server_info().for_options(options)))
         except (ServerUnavailable, CallTimedOut) as fault:
             faults.append(fault)
     if not servers:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mal_client.errors import RequestRefused
+from mal_client.errors import FieldViolation, RequestRefused
 from mal_client.labels import AS_SERVED, LabelOptions, ModelRef
-from mal_train.labeling.settings import Manner, score_meaning
+from mal_train.labeling.settings import Branch, Manner, can_compare, score_meaning
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,10 @@ class ServerLimits:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One model of a server; `categories` maps its class ids to names."""
+    """One model of a server; `categories` maps its class ids to names.
+
+    `branches`: those that it can run; empty where an older server does not say.
+    """
 
     model: ModelRef
     arch: str
@@ -37,6 +40,7 @@ class ModelInfo:
     precision: str
     score_calibrated: bool
     score_calibrated_with_flip: bool = False
+    branches: tuple[Branch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class ServerInfo:
     """What a server serves and accepts. The fields about a model are those of the default one.
 
     `categories` maps the model's class ids to names. `score_calibrated`: scores are expected IoUs, by a map fitted to
-    one pass of the student or, with `score_calibrated_with_flip`, to its mean with a mirrored pass.
+    one pass of the student or, with `score_calibrated_with_flip`, to its mean with a mirrored pass. `branches`: those
+    that the model can run; empty where an older server does not say.
     """
 
     version: str
@@ -76,6 +81,7 @@ class ServerInfo:
     precision: str
     score_calibrated: bool = False
     score_calibrated_with_flip: bool = False
+    branches: tuple[Branch, ...] = ()
     models: tuple[ModelInfo, ...] = ()
     data_folders: tuple[str, ...] = ()
 
@@ -90,6 +96,24 @@ class ServerInfo:
         )
         return score_meaning(manner, calibrated=self.score_calibrated, fitted_with_flip=self.score_calibrated_with_flip)
 
+    @property
+    def known_branches(self) -> tuple[Branch, ...]:
+        """The branches that the model can run; all of them where the server does not say."""
+        return self.branches or tuple(Branch)
+
+    def for_options(self, options: LabelOptions) -> ServerInfo:
+        """The same server as seen by requests with these options; asked before any work, since every image would fail.
+
+        Raises:
+            RequestRefused: the model that they name is not served, or cannot answer so.
+        """
+        seen = self.of_model(options.model)
+        if options.branch is not None and options.branch not in seen.known_branches:
+            raise _takes_both(seen, "branch", str(options.branch))
+        if options.agreement and not can_compare(seen.known_branches):
+            raise _takes_both(seen, "agreement", "true")
+        return seen
+
     def of_model(self, name: str | None) -> ServerInfo:
         """The same server as seen by requests that name a model; None = the default one.
 
@@ -103,3 +127,11 @@ class ServerInfo:
             served = ", ".join(info.model.name for info in self.models) or self.model.name
             raise RequestRefused(f"model {name!r} is not served; there are {served}", "MODEL_NOT_FOUND")
         return replace(self, **vars(found))
+
+
+def _takes_both(info: ServerInfo, option: str, value: str) -> RequestRefused:
+    text = (
+        f"it takes both networks, and model {info.model.name!r} holds the {' and the '.join(info.branches)} alone; "
+        f"leave --{option} out, or serve a checkpoint of both networks"
+    )
+    return RequestRefused(f"{option}: {value}; {text}", violations=(FieldViolation(option, text),))

@@ -3,6 +3,7 @@
 A label depends on the weights and on what stands here, and on nothing else.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
@@ -34,6 +35,16 @@ class Branch(StrEnum):
     STUDENT = "student"
     TEACHER = "teacher"
     MIXED = "mixed"
+
+
+def branches_of(*, has_teacher: bool) -> tuple[Branch, ...]:
+    """The branches that a checkpoint can run: all of them where it holds both networks, else the student alone."""
+    return tuple(Branch) if has_teacher else (Branch.STUDENT,)
+
+
+def can_compare(branches: Iterable[Branch]) -> bool:
+    """Whether agreement can be measured where these branches run: it takes the masks of both networks."""
+    return Branch.MIXED in branches
 
 
 class MaskFormat(StrEnum):

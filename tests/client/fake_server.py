@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +72,8 @@ class Limits:
     boxes_in_an_answer: int = 10**6
     """Items with more get the word that their masks do not fit into one message."""
     precision: str = "float32"
+    branches: Sequence[types_pb2.Branch.ValueType] = ()
+    """That the model says it can run; () = an older server, which does not say."""
 
 
 class FakeServer(
@@ -110,6 +112,7 @@ class FakeServer(
                 margin_rate=0.6,
                 mask_thresholds=model_pb2.SizeThresholds(small=0.1, medium=0.2, large=0.3),
                 categories=[types_pb2.Category(category_id=1, name="cup")],
+                branches=self.limits.branches,
             ),
             limits=model_pb2.ServerLimits(
                 max_request_bytes=MAX_MESSAGE,

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mal.v1 import types_pb2
 from mal_client.cli import main
 from mal_client.progress import ProgressDisplay
 from mal_client.types import Progress
 
 from tests.client.datasets import Dataset, make_dataset, with_masks
-from tests.client.fake_server import FakeServer, Faults, serving
+from tests.client.fake_server import FakeServer, Faults, Limits, serving
 
 
 @pytest.fixture
@@ -141,7 +142,40 @@ def test_evaluate_prints_the_figures_and_writes_figures_and_page(
 
 def test_info_prints_what_the_server_is(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--server", address]) == 0
-    assert json.loads(capsys.readouterr().out)["arch"] == "box-filler"
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["arch"], printed["branches"]) == ("box-filler", None)
+
+
+def test_info_tells_the_branches_that_the_model_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+    newer: Any = max(types_pb2.Branch.values()) + 1
+    with serving(FakeServer(limits=Limits(branches=[types_pb2.BRANCH_STUDENT, newer]))) as address:
+        assert main(["info", "--server", address]) == 0
+    assert json.loads(capsys.readouterr().out)["branches"] == ["student"]
+
+
+@pytest.mark.parametrize(
+    ("more", "option"),
+    [(["--agreement"], "agreement"), (["--branch", "mixed"], "branch"), (["--branch", "teacher"], "branch")],
+)
+def test_what_takes_two_networks_exits_2_before_any_work_where_the_model_holds_one(
+    dataset: Dataset, more: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeServer(limits=Limits(branches=[types_pb2.BRANCH_STUDENT]))
+    with serving(fake) as address:
+        assert main(arguments("label", address, dataset, *more)) == 2
+        assert fake.calls == ["GetServerInfo"]
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{option}: " in said
+        assert "holds the student alone; leave --" + option in said
+        assert not list(dataset.folder.glob("out*"))
+        assert main(arguments("label", address, dataset, "--branch", "student")) == 0
+
+
+def test_a_model_of_both_networks_is_asked_for_either(dataset: Dataset) -> None:
+    both = [types_pb2.BRANCH_STUDENT, types_pb2.BRANCH_TEACHER, types_pb2.BRANCH_MIXED]
+    with serving(FakeServer(limits=Limits(branches=both))) as address:
+        assert main(arguments("label", address, dataset, "--agreement", "--branch", "mixed")) == 0
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(address: str) -> None:

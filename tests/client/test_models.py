@@ -14,7 +14,7 @@ from mal_client.types import LabelOptions
 
 from mal_train.labeling.settings import Branch
 from tests.client.test_against_server import served
-from tests.server.fakes import DISC_BOX, DISC_PNG
+from tests.server.fakes import DISC_BOX, DISC_PNG, BrightPredictor, loaded
 
 MODELS = [{"name": name, "checkpoint": f"{name}.malckpt"} for name in ("cats", "dogs")]
 
@@ -34,7 +34,8 @@ def test_the_models_are_listed_loaded_and_unloaded(address: str, capsys: pytest.
     assert cli.main(["models", "unload", "dogs", "--server", address]) == 0
     capsys.readouterr()
     assert cli.main(["models", "list", "--json", "--server", address]) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["cats"]
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["branches"]) == ("cats", ["student", "teacher", "mixed"])
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,28 @@ def test_what_cannot_be_done_is_said_in_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1
+
+
+def test_the_named_model_says_what_it_can_run() -> None:
+    predictor = BrightPredictor()
+    with (
+        served(
+            load=lambda plan: loaded(plan, predictor, has_teacher=plan.name == "cats"), checkpoint=None, models=MODELS
+        ) as address,
+        Client(address) as client,
+    ):
+        info = client.server_info()
+        assert info.for_options(LabelOptions(agreement=True, branch=Branch.TEACHER)).model.name == "cats"
+        assert info.for_options(LabelOptions(model="dogs", branch=Branch.STUDENT)).branches == (Branch.STUDENT,)
+        with pytest.raises(
+            RequestRefused, match=r"branch: mixed; .* model 'dogs' holds the student alone; leave --branch"
+        ):
+            info.for_options(LabelOptions(model="dogs", branch=Branch.MIXED))
+        with pytest.raises(RequestRefused, match=r"agreement: true; .* model 'dogs' holds the student alone") as caught:
+            info.for_options(LabelOptions(model="dogs", agreement=True))
+        assert [violation.field for violation in caught.value.violations] == ["agreement"]
+        with pytest.raises(RequestRefused, match="'dog' is not served"):
+            info.for_options(LabelOptions(model="dog", agreement=True))
 
 
 def test_a_request_names_its_model(address: str) -> None:

@@ -167,7 +167,7 @@ def test_the_chosen_model_answers_and_is_the_files_provenance() -> None:
         async with page.post("/api/coco", json=body) as answer:
             file = await answer.json()
         return [
-            server["models"],
+            [server["models"], server["branches"], server["can_agree"]],
             unknown[1]["reason"],
             found["b0"]["model"]["name"],
             wrong["b0"]["error"]["code"],
@@ -175,7 +175,12 @@ def test_the_chosen_model_answers_and_is_the_files_provenance() -> None:
         ]
 
     models, unknown, answered, wrong, file = visit(ask)
-    assert (models, unknown, answered, wrong) == (["disc"], "MODEL_NOT_FOUND", "disc", "INVALID_ARGUMENT")
+    assert (models, unknown, answered, wrong) == (
+        [["disc"], ["student", "teacher", "mixed"], True],
+        "MODEL_NOT_FOUND",
+        "disc",
+        "INVALID_ARGUMENT",
+    )
     assert file["mask_auto_labeler"]["model"] == "disc"
 
 

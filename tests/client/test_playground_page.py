@@ -21,6 +21,7 @@ from tests.client.playground_page import HeldAfterFirst
 from tests.client.test_against_server import served
 from tests.networks import spread_network
 from tests.scenes import write_scenes
+from tests.server.fakes import BrightPredictor, loaded
 from tests.server.test_real_model import command as server_command
 
 if TYPE_CHECKING:
@@ -134,7 +135,11 @@ def test_the_threshold_changes_the_mask_to_the_librarys(
     np.testing.assert_array_equal(screen.mask(), expected.mask)
     assert (screen.mask() != before).any()
     screen.page.locator(f"#{scope}-on").uncheck()
-    screen.wait_for(ONE_DONE)
+    # Not the status: it says the same until the page has drawn the click.
+    screen.page.wait_for_function(
+        "text => document.querySelector('#list li').innerText.includes(text)",
+        arg=f"score {library(address, picture, LEFT).score:.3f}",
+    )
     np.testing.assert_array_equal(screen.mask(), before)
 
 
@@ -162,7 +167,9 @@ def test_the_download_holds_the_librarys_codes_byte_for_byte_and_the_boxes_as_dr
     assert file["images"] == [{"id": 1, "file_name": "0.png", "width": 96, "height": 80}]
 
 
-def test_the_error_of_a_box_stands_at_that_box_and_goes_when_the_box_is_mended(screen: Screen, picture: Path) -> None:
+def test_the_error_of_a_box_stands_at_that_box_and_goes_when_the_box_is_mended(
+    screen: Screen, picture: Path, address: str
+) -> None:
     screen.open(picture)
     screen.draw(LEFT)
     screen.draw(RIGHT)
@@ -174,6 +181,14 @@ def test_the_error_of_a_box_stands_at_that_box_and_goes_when_the_box_is_mended(s
     assert "score" in first
     assert "width" in second
     assert "no mask" in second
+    # Nor is there one in the picture: the mask that the box had is of other numbers.
+    np.testing.assert_array_equal(screen.mask(), library(address, picture, LEFT).mask)
+    screen.page.locator("#undo").click()
+    screen.wait_for(TWO_DONE)
+    with_both = library(address, picture, LEFT).mask | library(address, picture, RIGHT).mask
+    np.testing.assert_array_equal(screen.mask(), with_both)
+    screen.page.locator("#redo").click()
+    screen.wait_for("1 of 2 with a mask · 1 failed")
     screen.page.locator("#box-w").fill("34")
     screen.page.locator("#box-w").press("Enter")
     screen.wait_for(TWO_DONE)
@@ -315,6 +330,45 @@ def test_agreement_and_branch_are_the_librarys(screen: Screen, picture: Path, ad
     expected = library(address, picture, LEFT, branch="teacher", agreement=True)
     assert f"agreement {expected.agreement:.3f}" in screen.rows()[0]
     np.testing.assert_array_equal(screen.mask(), expected.mask)
+
+
+def test_what_takes_two_networks_is_not_offered_by_a_model_of_one(browser: Browser, picture: Path) -> None:
+    predictor = BrightPredictor()
+    models = [{"name": name, "checkpoint": f"{name}.malckpt"} for name in ("both", "alone")]
+    with (
+        served(
+            load=lambda plan: loaded(plan, predictor, has_teacher=plan.name == "both"), checkpoint=None, models=models
+        ) as address,
+        command(address) as url,
+        opened(browser, url) as screen,
+    ):
+        screen.open(picture)
+        model, network, agreement = (screen.page.locator(name) for name in ("#model", "#branch", "#agreement"))
+        screen.draw(LEFT)
+        network.select_option("mixed")
+        agreement.check()
+        screen.page.wait_for_selector("text=agreement 0.")
+        screen.page.evaluate(
+            """() => {
+              window.faults = 0;
+              new MutationObserver(() => (window.faults += document.querySelectorAll(".fault").length))
+                .observe(document.querySelector("#list"), {childList: true, subtree: true});
+            }"""
+        )
+        model.select_option("alone")
+        screen.page.wait_for_function("() => document.querySelector('#agreement').disabled")
+        screen.wait_for(ONE_DONE)
+        assert not agreement.is_checked()
+        assert "one alone" in (screen.page.locator("label:has(#agreement)").get_attribute("title") or "")
+        assert network.locator("option").all_inner_texts() == ["the server's (student)", "student"]
+        assert network.input_value() == ""
+        assert "agreement" not in screen.rows()[0]
+        model.select_option("both")
+        screen.page.wait_for_function("() => !document.querySelector('#agreement').disabled")
+        screen.wait_for(ONE_DONE)
+        assert "both networks" in (screen.page.locator("label:has(#agreement)").get_attribute("title") or "")
+        assert network.locator("option").all_inner_texts()[1:] == ["student", "teacher", "mixed"]
+        assert screen.page.evaluate("() => window.faults") == 0
 
 
 def transfer(name: str, path: Path) -> str:

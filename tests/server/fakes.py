@@ -135,7 +135,7 @@ def config_of(**settings: Any) -> ServerConfig:
     return validate(ServerConfig, data)
 
 
-def loaded(plan: ModelPlan, *predictors: BrightPredictor, sha256: str = SHA256) -> Loaded:
+def loaded(plan: ModelPlan, *predictors: BrightPredictor, sha256: str = SHA256, has_teacher: bool = True) -> Loaded:
     info = ModelInfo(
         name=plan.name,
         sha256=sha256,
@@ -145,6 +145,7 @@ def loaded(plan: ModelPlan, *predictors: BrightPredictor, sha256: str = SHA256) 
         branch=plan.branch,
         devices=("cpu",) * len(predictors),
         precision="float32",
+        has_teacher=has_teacher,
     )
     return Loaded(info, tuple(Worker(predictor, "cpu") for predictor in predictors))
 

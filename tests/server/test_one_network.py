@@ -8,6 +8,7 @@ import torch
 from mal.v1 import types_pb2
 
 from mal_server.codec import Call, Checks, read_options
+from mal_server.codec_model import write_model_info
 from mal_server.config import load_config
 from mal_server.errors import RequestRefused
 from mal_server.loading import Loaded, load_model
@@ -15,7 +16,7 @@ from mal_server.priority import Priority
 from mal_server.selftest import prove
 from mal_train.cli import main
 from mal_train.errors import ConfigError
-from mal_train.labeling.settings import Branch, LabelerConfig
+from mal_train.labeling.settings import Branch, LabelerConfig, branches_of
 from mal_train.model.checkpoint import Checkpoint, save_checkpoint
 from mal_train.model.network import MalNetwork, ModelConfig
 
@@ -36,7 +37,9 @@ def load(*overrides: str) -> Loaded:
 
 def refused(options: types_pb2.LabelOptions, *, has_teacher: bool) -> str:
     checks = Checks()
-    read_options(options, Call(Branch.STUDENT, Priority.BATCH, 0.0, has_teacher), checks, "options")
+    read_options(
+        options, Call(Branch.STUDENT, Priority.BATCH, 0.0, branches_of(has_teacher=has_teacher)), checks, "options"
+    )
     try:
         checks.raise_if_any()
     except RequestRefused as error:
@@ -61,6 +64,7 @@ def test_what_takes_two_networks_is_refused_of_one(options: types_pb2.LabelOptio
 def test_one_network_is_loaded_and_proven(one_network: Path) -> None:
     loaded = load(f"checkpoint={one_network}")
     assert not loaded.info.has_teacher
+    assert list(write_model_info(loaded.info).branches) == [types_pb2.BRANCH_STUDENT]
     asyncio.run(prove(loaded))
 
 

@@ -86,6 +86,7 @@ def test_server_info_tells_model_and_limits() -> None:
     assert (info.model.arch, info.model.crop_size) == ("bright/1", 16)
     assert info.model.mask_thresholds.large == 0.5
     assert not info.model.score_calibrated
+    assert list(info.model.branches) == [types_pb2.BRANCH_STUDENT, types_pb2.BRANCH_TEACHER, types_pb2.BRANCH_MIXED]
     assert [(c.category_id, c.name) for c in info.model.categories] == [(7, "disc"), (2, "")]
     assert (info.limits.max_boxes, info.limits.max_request_bytes) == (77, 32 * 1024 * 1024)
     assert (list(info.devices), info.precision) == (["cpu"], "float32")

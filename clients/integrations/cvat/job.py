@@ -100,6 +100,7 @@ def label_task(
 
     Raises:
         ConfigError: the ledger is that of another job, or a label name is unknown.
+        RequestRefused: the server does not serve what the options ask for.
         OutputError: the ledger cannot be written, or another run is at work on it.
         ClientError: the labelling server was lost; what was done stays done.
     """
@@ -108,7 +109,7 @@ def label_task(
     # Numbers of groups come from the annotations as they were: those of masks written since would push them up.
     at_first = json.loads(kept.read_bytes()) if kept.exists() and not restart else before
     plan = plan_of(site, before, renamed, first_group=first_free_group(at_first))
-    made_by = provenance_of(client.server_info().of_model(options.model), options)
+    made_by = provenance_of(client.server_info().for_options(options), options)
     manifest = {"task": site.name, "rectangles": plan.digest(), **made_by}
     result = JobResult(plan, refusals=list(plan.refusals))
     with Ledger(ledger_file, len(plan.targets), manifest, restart=restart) as ledger:

@@ -72,7 +72,7 @@ class Predictor:
 
     def model_version(self) -> str:
         """The weights that answer now, in a word that Label Studio shows and compares."""
-        info = self._client.server_info().of_model(self._options.model)
+        info = self._client.server_info().for_options(self._options)
         return version_of(answering_model(info, self._options))
 
     def predict(self, request: Mapping[str, Any]) -> Json:

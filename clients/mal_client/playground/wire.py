@@ -12,7 +12,7 @@ from mal_client.errors import CallCancelled, CallTimedOut, ItemError, RequestRef
 from mal_client.review_queue import FLAG_MEANINGS
 from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ModelRef, ServerInfo
 from mal_train.errors import BadImage, ConfigError, InputError, MalError
-from mal_train.labeling.settings import Branch
+from mal_train.labeling.settings import Branch, can_compare
 
 MAX_BOXES = 10_000
 """Boxes of one call of the page; the server takes them in calls of its own limit."""
@@ -146,7 +146,8 @@ def server_json(address: str, info: ServerInfo) -> Json:
         "mask_thresholds": list(info.mask_thresholds),
         "score_meaning": info.score_meaning(),
         "categories": list(info.categories.values()),
-        "branches": [str(branch) for branch in Branch],
+        "branches": [str(branch) for branch in info.known_branches],
+        "can_agree": can_compare(info.known_branches),
         "flags": dict(FLAG_MEANINGS),
         "limits": vars(info.limits),
     }

@@ -288,6 +288,7 @@ class ModelInfo(google.protobuf.message.Message):
     DEVICES_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
     SCORE_CALIBRATED_WITH_FLIP_FIELD_NUMBER: builtins.int
+    BRANCHES_FIELD_NUMBER: builtins.int
     arch: builtins.str
     """Backbone, for example "vit-deit-small/16"."""
     crop_size: builtins.int
@@ -319,6 +320,12 @@ class ModelInfo(google.protobuf.message.Message):
     def devices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Its devices in torch's notation, one for each worker."""
 
+    @property
+    def branches(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[mal.v1.types_pb2.Branch.ValueType]:
+        """The branches that it can run: a checkpoint of one network has the student alone. LabelOptions.branch takes one of
+        these; LabelOptions.compute_agreement needs BRANCH_MIXED among them. Empty: an older server, which does not say.
+        """
+
     def __init__(
         self,
         *,
@@ -332,9 +339,10 @@ class ModelInfo(google.protobuf.message.Message):
         devices: collections.abc.Iterable[builtins.str] | None = ...,
         precision: builtins.str = ...,
         score_calibrated_with_flip: builtins.bool = ...,
+        branches: collections.abc.Iterable[mal.v1.types_pb2.Branch.ValueType] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["mask_thresholds", b"mask_thresholds", "ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["arch", b"arch", "categories", b"categories", "crop_size", b"crop_size", "devices", b"devices", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "precision", b"precision", "ref", b"ref", "score_calibrated", b"score_calibrated", "score_calibrated_with_flip", b"score_calibrated_with_flip"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arch", b"arch", "branches", b"branches", "categories", b"categories", "crop_size", b"crop_size", "devices", b"devices", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "precision", b"precision", "ref", b"ref", "score_calibrated", b"score_calibrated", "score_calibrated_with_flip", b"score_calibrated_with_flip"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 

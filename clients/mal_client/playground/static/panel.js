@@ -2,6 +2,8 @@
 
 const byId = (id) => document.getElementById(id);
 const AGAIN = " — it is tried again by itself";
+const AGREEMENT = "Measure how far both networks agree: twice the work";
+const NO_AGREEMENT = "Agreement compares two networks, and this model holds one alone";
 const FIELDS = ["box-x", "box-y", "box-w", "box-h"];
 
 export class Panel {
@@ -70,6 +72,7 @@ export class Panel {
     const { server, current } = this.#session;
     const order = current === null ? [] : this.#session.ordered(current);
     this.#renderServer(server);
+    if (server !== null) this.#renderNetworks(server);
     this.#renderSettings(server, current);
     this.#renderSelected(this.#session.selectedBox);
     this.#renderList(current, order);
@@ -88,9 +91,20 @@ export class Panel {
     if (server === null) return;
     this.#renderModels(server);
     byId("branch").options[0].textContent = `the server's (${server.model.branch})`;
-    if (byId("branch").length === 1) {
-      for (const branch of server.branches) byId("branch").add(new Option(branch, branch));
+  }
+
+  /** The networks that the model holds, and what takes both of them. */
+  #renderNetworks({ branches, can_agree: canAgree }) {
+    const { branch, agreement } = this.#session.options;
+    const select = byId("branch");
+    if (select.dataset.names !== JSON.stringify(branches)) {
+      select.dataset.names = JSON.stringify(branches);
+      select.replaceChildren(select.options[0], ...branches.map((name) => new Option(name, name)));
     }
+    select.value = branch ?? "";
+    byId("agreement").disabled = !canAgree;
+    byId("agreement").checked = agreement;
+    byId("agreement").parentElement.title = canAgree ? AGREEMENT : NO_AGREEMENT;
   }
 
   /** A server with one model offers no choice. */

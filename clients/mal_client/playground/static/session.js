@@ -43,12 +43,23 @@ export class Session extends EventTarget {
   async connect() {
     try {
       this.server = await api.server(this.options.model);
+      this.#dropUnserved();
     } catch (error) {
       this.server = null;
       this.notice(error.message, { action: ["Try again", () => this.connect()] });
     }
     this.changed();
     return this.server !== null;
+  }
+
+  /** What the model that answers now cannot do is asked for no more. */
+  #dropUnserved() {
+    const { branches, can_agree: canAgree } = this.server;
+    const isBranchServed = this.options.branch === null || branches.includes(this.options.branch);
+    if (isBranchServed && (canAgree || !this.options.agreement)) return;
+    if (!isBranchServed) this.options.branch = null;
+    this.options.agreement &&= canAgree;
+    this.images.forEach((image) => this.#relabelSoon(image, 0));
   }
 
   async open(files) {
@@ -180,9 +191,10 @@ export class Session extends EventTarget {
     this.#edited(150);
   }
 
-  setOption(name, value) {
+  async setOption(name, value) {
     this.options[name] = value;
-    if (name === "model") this.connect();
+    // First what the new model can do: a box is not to fail for an option of the old one.
+    if (name === "model") await this.connect();
     this.images.forEach((image) => this.#relabelSoon(image, 0));
     this.changed();
   }
