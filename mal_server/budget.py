@@ -16,7 +16,8 @@ class Budget:
     """Bytes for all calls; used from one event loop.
 
     Args:
-        size: all of them. A call that is alone may hold more: what one call may hold is bounded elsewhere.
+        size: all of them. The call that has held some for longest may hold more: what one call may hold is bounded
+            elsewhere, and hours of its work are not lost to one that came after it.
         name: of the setting that says so.
     """
 
@@ -25,18 +26,26 @@ class Budget:
         self._name = name
         self.held = 0
         """Bytes held now."""
+        self._holders: dict[Share, None] = {}
+        """Shares that hold something, the first one first."""
 
     def share(self) -> "Share":
         """What one call holds; a context manager that gives it back."""
         return Share(self)
 
-    def _take(self, size: int, own: int) -> None:
-        if self.held > own and self.held + size > self._size:
+    def _take(self, share: "Share", size: int) -> None:
+        first = next(iter(self._holders), share)
+        if first is not share and self.held + size > self._size:
             raise MemoryFull(
-                f"{self.held - own} of {self._size} bytes ({self._name}) are held by other evaluations that are under "
-                f"way, and this one needs {own + size}; come back when one of them is done"
+                f"{self.held - share.own} of {self._size} bytes ({self._name}) are held by other evaluations that are "
+                f"under way, and this one needs {share.own + size}; come back when one of them is done"
             )
+        self._holders[share] = None
         self.held += size
+
+    def _give_back(self, share: "Share") -> None:
+        self._holders.pop(share, None)
+        self.held -= share.own
 
 
 class Share:
@@ -44,7 +53,8 @@ class Share:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self._own = 0
+        self.own = 0
+        """Bytes that it holds."""
         self._step: Future[Any] | None = None
 
     def __enter__(self) -> Self:
@@ -60,10 +70,10 @@ class Share:
         self._step = step
 
     def take(self, size: int) -> None:
-        """Holds so many bytes more. Raises MemoryFull where others hold too much for that."""
-        self._budget._take(size, self._own)
-        self._own += size
+        """Holds so many bytes more. Raises MemoryFull where others hold too much for that, one since before this."""
+        self._budget._take(self, size)
+        self.own += size
 
     def _give_back(self) -> None:
-        self._budget.held -= self._own
-        self._own = 0
+        self._budget._give_back(self)
+        self.own = 0

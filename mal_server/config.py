@@ -147,8 +147,8 @@ class ServerConfig(Strict):
         ge=MIB,
         description="Memory that evaluations hold together: for data sets read here (thirteen times the annotations' "
         "file), for\nrecords that callers bring back, and for what was measured (about 5 KB an object). One that needs "
-        "more while others\nhold too much is refused, or ends (UNAVAILABLE), and goes on later from its records; one "
-        "that is alone is taken.",
+        "more while others\nhold too much is refused, or ends (UNAVAILABLE), and goes on later from its records; the "
+        "one\nthat began first is taken.",
     )
     resume_key: str | None = Field(
         default=None,

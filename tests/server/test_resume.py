@@ -401,6 +401,20 @@ def test_records_that_are_brought_back_count_as_they_come() -> None:
     assert budget.held == 0
 
 
+def test_of_two_evaluations_that_fill_the_memory_the_later_one_ends() -> None:
+    budget = Budget(10, "max_evaluation_bytes")
+    with budget.share() as first, budget.share() as later:
+        first.take(6)
+        later.take(4)
+        first.take(1)
+        with pytest.raises(MemoryFull, match="7 of 10 bytes"):
+            later.take(1)
+    assert budget.held == 0
+    with budget.share() as next_one:
+        next_one.take(11)
+        assert budget.held == 11
+
+
 def test_a_large_data_set_is_sorted_out_beside_the_event_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
     inner = Dataset.truths
