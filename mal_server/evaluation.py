@@ -5,6 +5,7 @@ Images are labelled side by side but counted in order of arrival, so that the sa
 
 import asyncio
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import TypeVar
 
 from mal_server.batcher import Overloaded
@@ -103,9 +104,9 @@ class Evaluation:
         """The sealed record of an image; empty where there is none."""
         return outcome.truth.record or await self._in_pool(self.records.seal, outcome)
 
-    async def report(self) -> EvaluationReport:
-        """All figures."""
-        return await self._in_pool(self._evaluator.report)
+    def report(self) -> "Future[EvaluationReport]":
+        """All figures, once a thread has made them; it goes on at them though nobody may wait any more."""
+        return self._pool.submit(Priority.BATCH, self._evaluator.report)
 
     async def _in_pool(self, work: Callable[..., Result], *args: object) -> Result:
         return await self._pool.run(Priority.BATCH, work, *args)

@@ -128,7 +128,9 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
                         record = b""  # it is measured again instead
                     yield codec_evaluation.write_progress(run, options, record)
             model = codec.write_model_ref(serving.info, options.run.branch)
-            yield codec_evaluation.write_result(await run.report(), run, options, model)
+            report = run.report()
+            memory.outlast(report)
+            yield codec_evaluation.write_result(await asyncio.wrap_future(report), run, options, model)
 
     async def _truths(
         self,

@@ -39,8 +39,9 @@ PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 gRPC makes attempts of its own each time; a server that is started anew takes some seconds."""
 
 MOST_CUT_SHORT = 3
-"""How often in a row a call may be cut short behind a proxy (`is_cut_short`), with nothing new in between, before it is
-given up: each time a server got it and died, maybe of it, and the next try would take the next one down."""
+"""How often a call may be cut short behind a proxy (`is_cut_short`) with nothing new in between before it is given up:
+each time a server got it and died, maybe of it, and the next try would take the next one down. A refusal in between is
+nothing new."""
 
 
 def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]:

@@ -27,6 +27,7 @@ from mal_server.errors import MemoryFull, RequestRefused
 from mal_server.priority import Priority
 from mal_server.roots import Roots
 from mal_train.errors import ConfigError
+from mal_train.labeling.evaluation import Evaluator
 from mal_train.labeling.settings import Branch
 from tests.client.test_against_server import served
 from tests.server.calls import fields_of, reason_of, status_details
@@ -413,6 +414,43 @@ def test_of_two_evaluations_that_fill_the_memory_the_later_one_ends() -> None:
     with budget.share() as next_one:
         next_one.take(11)
         assert budget.held == 11
+
+
+def test_memory_is_held_while_a_thread_makes_the_report_of_a_caller_who_has_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, gate, over = threading.Event(), threading.Event(), threading.Event()
+    budgets: list[Budget] = []
+    leave = Share.__exit__
+
+    def made(*args: Any) -> Budget:
+        budgets.append(Budget(*args))
+        return budgets[-1]
+
+    def report(self: Evaluator) -> None:
+        begun.set()
+        assert gate.wait(60)
+
+    def left(self: Share, *args: Any) -> None:
+        leave(self, *args)
+        over.set()
+
+    monkeypatch.setattr("mal_server.service.Budget", made)
+    monkeypatch.setattr(Evaluator, "report", report)
+    monkeypatch.setattr(Share, "__exit__", left)
+
+    async def work() -> None:
+        async with serving() as running:
+            call = asyncio.create_task(run(running, [options_of(), *scenes()[:1]]))
+            assert await asyncio.to_thread(begun.wait, 60)
+            call.cancel()
+            assert await asyncio.to_thread(over.wait, 60)
+            assert budgets[0].held > 0
+            gate.set()
+            while budgets[0].held:
+                await asyncio.sleep(0.005)
+
+    asyncio.run(asyncio.wait_for(work(), 60))
 
 
 def test_a_large_data_set_is_sorted_out_beside_the_event_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
