@@ -125,7 +125,8 @@ class Screen:
         return [text.replace("\n", " ") for text in self.page.locator("#list li").all_inner_texts()]
 
     def numbers(self) -> list[float]:
-        """x, y, width, height of the selected box."""
+        """x, y, width, height of the selected box, once what was done before is drawn."""
+        self.page.evaluate("() => new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
         return [float(self.page.locator(f"#box-{name}").input_value()) for name in "xywh"]
 
     def mask(self) -> NDArray[np.bool_]:
