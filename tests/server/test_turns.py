@@ -60,7 +60,8 @@ def test_a_persons_call_is_in_the_batch_after_the_running_one(
             await begun(1)
             while running.server.waiting < 8 * SIZE:  # what two streams may have under way
                 await asyncio.sleep(0.001)
-            for _ in range(3):
+            for turn in range(3):
+                await begun(1 + 2 * turn)  # the batch after the one that answered runs
                 queued, running_now = len(people), len(predictor.begun)
                 content = encoded(bright_disc(*PERSON_HW))
                 call = asyncio.create_task(
