@@ -5,8 +5,7 @@ import hashlib
 import json
 import math
 import threading
-import tracemalloc
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,35 +16,24 @@ from mal.v1 import evaluation_pb2, types_pb2
 from mal_client import cli
 from mal_client.client import Client
 from mal_client.evaluation_records import EvaluationRecords
-from PIL import Image
 
-from mal_server.budget import Budget, Share
 from mal_server.codec import Call
 from mal_server.codec_evaluation import read_evaluate_options, read_records
-from mal_server.dataset import Dataset, memory_of, read_dataset
-from mal_server.errors import MemoryFull, RequestRefused
+from mal_server.dataset import Dataset
+from mal_server.errors import RequestRefused
 from mal_server.priority import Priority
-from mal_server.roots import Roots
 from mal_train.errors import ConfigError
-from mal_train.labeling.evaluation import Evaluator
 from mal_train.labeling.settings import Branch
 from tests.client.test_against_server import served
 from tests.server.calls import fields_of, reason_of, status_details
 from tests.server.fakes import BrightPredictor, encoded, serving
-from tests.server.test_evaluate import NAMES, SCENES, evaluate, options_of, scenes
-
-Request = evaluation_pb2.EvaluateRequest
-
-
-async def each(messages: Sequence[Request]) -> AsyncIterator[Request]:
-    for message in messages:
-        yield message
+from tests.server.served_sets import Request, data, on_server, run, written
+from tests.server.test_evaluate import SCENES, evaluate, options_of, scenes
 
 
-async def run(running: Any, messages: Sequence[Request]) -> tuple[list[Any], Any]:
-    """(progress messages, result)"""
-    answers = [answer async for answer in running.evaluation.Evaluate(each(messages))]
-    return [answer.progress for answer in answers[:-1]], answers[-1].result
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return written(tmp_path / "sets")
 
 
 def crops_run(predictor: BrightPredictor) -> int:
@@ -61,32 +49,6 @@ def carrying(message: Request, record: bytes) -> Request:
     changed.image.image.content_sha256 = sha256
     changed.image.record = record
     return changed
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The scenes of test_evaluate as a COCO file."""
-    root = tmp_path / "sets"
-    (root / "images").mkdir(parents=True)
-    rows = []
-    for place, (image, objects) in enumerate(SCENES):
-        Image.fromarray(image).save(root / "images" / f"{place}.png")
-        for instance_id, box, category_id, mask in objects:
-            row = {"id": instance_id, "image_id": place, "category_id": category_id, "bbox": box}
-            rows.append({**row, "segmentation": mask.to_coco(), "iscrowd": 0})
-    images = [{"id": n, "file_name": f"{n}.png", "width": 120, "height": 90} for n in range(len(SCENES))]
-    categories = [{"id": key, "name": name} for key, name in NAMES.items()]
-    (root / "truth.json").write_text(json.dumps({"images": images, "annotations": rows, "categories": categories}))
-    return root
-
-
-def on_server(annotations: str = "sets/truth.json", images: str = "sets/images", **options: Any) -> Request:
-    dataset = evaluation_pb2.DatasetSource(annotations=annotations, images=images)
-    return Request(options=evaluation_pb2.EvaluateOptions(dataset=dataset, worst_count=4, **options))
-
-
-def data(folder: Path) -> dict[str, Any]:
-    return {"data_folders": [{"name": "sets", "path": str(folder)}]}
 
 
 def test_a_data_set_on_the_server_gives_the_figures_of_the_same_images_streamed(folder: Path) -> None:
@@ -248,209 +210,6 @@ def test_records_of_images_that_the_data_set_does_not_have_let_the_evaluation_be
             return reason_of(status_details(raised.value))
 
     assert asyncio.run(work()) == "RESUME_TOKEN_STALE"
-
-
-def test_evaluations_share_the_memory_for_what_they_hold_and_the_next_one_is_told_to_come_back(folder: Path) -> None:
-    """The first one holds a data set; the second has no room beside it, and has it afterwards."""
-    gate = threading.Event()
-    text = (folder / "truth.json").read_text()
-    (folder / "truth.json").write_text(text + " " * (2**17 - len(text)))
-
-    async def work() -> tuple[str, bool, int]:
-        async with serving(BrightPredictor(gate=gate), max_evaluation_bytes=2**20, **data(folder)) as running:
-            first = asyncio.create_task(run(running, [on_server()]))
-            while not running.predictor.batches:
-                await asyncio.sleep(0.001)
-            with pytest.raises(grpc.aio.AioRpcError, match="max_evaluation_bytes") as raised:
-                await run(running, [on_server()])
-            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-            trailers: Any = raised.value.trailing_metadata()
-            pushback = dict(trailers).get("grpc-retry-pushback-ms")
-            gate.set()
-            await first
-            _, again = await run(running, [on_server()])
-            return reason_of(status_details(raised.value)), bool(pushback), again.images
-
-    assert asyncio.run(work()) == ("MEMORY_FULL", True, 6)
-
-
-def test_what_an_evaluation_has_measured_counts_and_one_that_it_leaves_no_room_for_goes_on_after_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("mal_train.labeling.evaluation.MEMORY_OF_A_PAIR", 2**20)
-    over = asyncio.Event()
-
-    async def held(messages: Sequence[Request]) -> AsyncIterator[Request]:
-        for message in messages:
-            yield message
-        await over.wait()
-
-    async def work() -> tuple[str, int, int]:
-        async with serving(max_evaluation_bytes=2**20) as running:
-            first = aiter(running.evaluation.Evaluate(held([options_of(), scenes()[0]])))
-            await anext(first)  # its first image is measured
-            with pytest.raises(grpc.aio.AioRpcError, match="max_evaluation_bytes") as raised:
-                await run(running, [options_of(), *scenes()])
-            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-            over.set()
-            rest = [answer async for answer in first]
-            _, again = await run(running, [options_of(), *scenes()])
-            return reason_of(status_details(raised.value)), rest[-1].result.images, again.images
-
-    assert asyncio.run(asyncio.wait_for(work(), 60)) == ("MEMORY_FULL", 1, len(SCENES))
-
-
-def test_a_data_set_that_a_thread_still_reads_counts_though_its_caller_has_gone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun, gate, over = threading.Event(), threading.Event(), threading.Event()
-    leave = Share.__exit__
-
-    def slow(*args: Any) -> Dataset:
-        begun.set()
-        gate.wait(30)
-        return read_dataset(*args)
-
-    def left(share: Share, *error: Any) -> None:
-        leave(share, *error)
-        over.set()
-
-    async def fits(running: Any) -> bool:
-        try:
-            return bool((await run(running, [on_server()]))[1].images)
-        except grpc.aio.AioRpcError as error:
-            if reason_of(status_details(error)) != "MEMORY_FULL":
-                raise
-            return False
-
-    async def work() -> None:
-        async with serving(max_evaluation_bytes=2**20, **data(folder)) as running:
-            gone = asyncio.create_task(run(running, [on_server()]))
-            while not begun.is_set():
-                await asyncio.sleep(0.001)
-            gone.cancel()
-            while not over.is_set():
-                await asyncio.sleep(0.001)
-            try:
-                assert not await fits(running)
-            finally:
-                gate.set()
-            while not await fits(running):
-                await asyncio.sleep(0.001)
-
-    text = (folder / "truth.json").read_text()
-    (folder / "truth.json").write_text(text + " " * (2**17 - len(text)))
-    monkeypatch.setattr("mal_server.service.read_dataset", slow)
-    monkeypatch.setattr(Share, "__exit__", left)
-    asyncio.run(asyncio.wait_for(work(), 60))
-
-
-def test_a_data_set_is_looked_for_before_its_records_are_read(folder: Path) -> None:
-    """The caller still sends, and is told."""
-
-    async def work() -> str:
-        answered = asyncio.Event()
-
-        async def messages() -> AsyncIterator[Request]:
-            yield on_server("sets/none.json")
-            await answered.wait()
-
-        async with serving(**data(folder)) as running:
-            try:
-                with pytest.raises(grpc.aio.AioRpcError) as raised:
-                    await asyncio.wait_for(anext(aiter(running.evaluation.Evaluate(messages()))), 30)
-            finally:
-                answered.set()
-            return reason_of(status_details(raised.value))
-
-    assert asyncio.run(work()) == "FILE_NOT_FOUND"
-
-
-def test_a_data_set_of_short_rows_takes_no_more_memory_than_is_counted_for_it(tmp_path: Path) -> None:
-    ids = range(3000)
-    triangle = {"category_id": 1, "bbox": [1, 1, 8, 8], "segmentation": [[1, 1, 9, 1, 9, 9]]}
-    images = [{"id": n, "file_name": f"{n}.png"} for n in ids[:300]]
-    rows = [{"id": n, "image_id": n // 10, **triangle} for n in ids]
-    content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "a"}]}
-    (tmp_path / "truth.json").write_text(json.dumps(content, separators=(",", ":")))
-    folders = Roots({"sets": tmp_path}, "data_folders")
-    options = read_evaluate_options(on_server(), Call(Branch.STUDENT, Priority.BATCH, math.inf))
-    tracemalloc.start()
-    try:
-        truths = list(read_dataset(folders, "sets/truth.json", "sets").truths(options.job, 10, {}))
-        _, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(truths) == 300
-    assert most <= memory_of(folders, "sets/truth.json")
-
-
-def test_records_that_are_brought_back_count_as_they_come() -> None:
-    budget = Budget(10, "max_evaluation_bytes")
-    options = read_evaluate_options(on_server(resume_token=b"t"), Call(Branch.STUDENT, Priority.BATCH, math.inf))
-    messages = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(at), record=b"123")) for at in range(4)]
-    with budget.share() as alone:
-        assert len(asyncio.run(read_records(each(messages), options, alone.take))) == 4  # 16 bytes, nobody else
-        with budget.share() as late, pytest.raises(MemoryFull, match="16 of 10 bytes"):
-            asyncio.run(read_records(each(messages), options, late.take))
-        assert budget.held == 16
-    with budget.share() as one, budget.share() as other:
-        one.take(4)
-        with pytest.raises(MemoryFull, match="needs 8"):
-            asyncio.run(read_records(each(messages), options, other.take))
-        assert budget.held == 8
-    assert budget.held == 0
-
-
-def test_of_two_evaluations_that_fill_the_memory_the_later_one_ends() -> None:
-    budget = Budget(10, "max_evaluation_bytes")
-    with budget.share() as first, budget.share() as later:
-        first.take(6)
-        later.take(4)
-        first.take(1)
-        with pytest.raises(MemoryFull, match="7 of 10 bytes"):
-            later.take(1)
-    assert budget.held == 0
-    with budget.share() as next_one:
-        next_one.take(11)
-        assert budget.held == 11
-
-
-def test_memory_is_held_while_a_thread_makes_the_report_of_a_caller_who_has_gone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    begun, gate, over = threading.Event(), threading.Event(), threading.Event()
-    budgets: list[Budget] = []
-    leave = Share.__exit__
-
-    def made(*args: Any) -> Budget:
-        budgets.append(Budget(*args))
-        return budgets[-1]
-
-    def report(self: Evaluator) -> None:
-        begun.set()
-        assert gate.wait(60)
-
-    def left(self: Share, *args: Any) -> None:
-        leave(self, *args)
-        over.set()
-
-    monkeypatch.setattr("mal_server.service.Budget", made)
-    monkeypatch.setattr(Evaluator, "report", report)
-    monkeypatch.setattr(Share, "__exit__", left)
-
-    async def work() -> None:
-        async with serving() as running:
-            call = asyncio.create_task(run(running, [options_of(), *scenes()[:1]]))
-            assert await asyncio.to_thread(begun.wait, 60)
-            call.cancel()
-            assert await asyncio.to_thread(over.wait, 60)
-            assert budgets[0].held > 0
-            gate.set()
-            while budgets[0].held:
-                await asyncio.sleep(0.005)
-
-    asyncio.run(asyncio.wait_for(work(), 60))
 
 
 def test_a_large_data_set_is_sorted_out_beside_the_event_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
