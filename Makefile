@@ -48,7 +48,7 @@ test-slow: $(VENV)/.dev .venv-protos/.pins
 # The pages in a real browser: Chromium comes from the system (`apt-get install chromium`), or MAL_CHROMIUM names one.
 test-browser: $(VENV)/.dev
 	@$(PIP) -e '.[all,dev,browser]'
-	@$(BIN)/pytest tests/client/test_playground_page.py
+	@$(BIN)/pytest tests/mal_client/playground/test_page.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

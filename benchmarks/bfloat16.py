@@ -13,14 +13,14 @@ import torch
 
 from benchmarks.subjects import SIZES, random_labeler, subjects
 from benchmarks.timing import Table, in_turn
-from mal_train.data.photographs import write_photographs
-from mal_train.labeling import rle
-from mal_train.labeling.coco import by_image, read_coco
-from mal_train.labeling.images import decode_image, read_image
-from mal_train.labeling.labeler import Crop, Label, Labeler, load_labeler
-from mal_train.model.builtin import BUILTIN, resolve
-from mal_train.model.precision import Precision
-from mal_train.model.precision import resolve as resolve_precision
+from deploy.demo.photographs import write_photographs
+from mal_train.core.coco.annotations import by_image, read_coco
+from mal_train.core.masks import rle
+from mal_train.core.masks.images import decode_image, read_image
+from mal_train.kernel.checkpoint.builtin import BUILTIN, resolve
+from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, load_labeler
+from mal_train.kernel.networks.precision import Precision
+from mal_train.kernel.networks.precision import resolve as resolve_precision
 
 TIMED = (("vit-deit-tiny/16", 224, 8, 3), ("vit-deit-tiny/16", 512, 2, 2), ("vit-deit-small/16", 512, 2, 1))
 """Network, crop side, crops in a batch, rounds."""

@@ -22,10 +22,10 @@ from typing import Any
 import grpc
 import numpy as np
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc, types_pb2
-from mal_client.ledger import ledger_path
+from mal_client.dataset.journal import ledger_path
 from PIL import Image
 
-from mal_train.labeling.baselines import box_filled
+from deploy.demo.baselines import box_filled
 
 BOXES_AN_IMAGE = 8
 PICTURES = 16
@@ -127,7 +127,7 @@ def write_file(folder: Path, count: int) -> None:
 
 def label(folder: Path, port: str, output: str) -> subprocess.Popen[str]:
     """Starts the client; its progress comes as JSON lines on stderr."""
-    command = [sys.executable, "-m", "mal_client.cli", "label", "--server", f"127.0.0.1:{port}", "--log", "json"]
+    command = [sys.executable, "-m", "mal_client.cli.main", "label", "--server", f"127.0.0.1:{port}", "--log", "json"]
     command += ["--annotations", f"{folder}/in.json", "--images", f"{folder}/images", "--output", f"{folder}/{output}"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from mal_train.labeling.settings import LabelerConfig
-from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mal_train.model.keys import parse_key, write_identity
-from mal_train.model.network import ModelConfig
+from mal_train.core.settings import LabelerConfig
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mal_train.kernel.checkpoint.keys import parse_key, write_identity
+from mal_train.kernel.networks.network import ModelConfig
 
 LIMIT_MIB = 128
 TENSOR_MIB = 16

@@ -16,10 +16,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.timing import Table, in_turn
-from mal_train.labeling import rle
-from mal_train.labeling.baselines import ellipse
-from mal_train.labeling.coco_ap import Kind, ap_input
-from mal_train.labeling.miou import Figures
+from deploy.demo.baselines import ellipse
+from mal_train.core.masks import rle
+from mal_train.core.metrics.coco_ap import Kind, ap_input
+from mal_train.core.metrics.miou import Figures
 
 IMAGES, CLASSES, INSTANCES = 5_000, 80, 36_000
 HW = (480, 640)

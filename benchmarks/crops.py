@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.subjects import SIZES, random_labeler, subjects
 from benchmarks.timing import Table, in_turn
-from mal_server.worker import Worker
-from mal_train.labeling.images import decode_image
-from mal_train.labeling.labeler import Crop, Labeler, Probability, RunOptions
+from mal_server.inference.worker import Worker
+from mal_train.core.masks.images import decode_image
+from mal_train.kernel.labeler.labeler import Crop, Labeler, Probability, RunOptions
 
 ARCHS = ("vit-deit-tiny/16", "vit-deit-small/16", "vit-deit-base/16")
 SIDES = (224, 512)

@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.subjects import SIZES, Subject, object_map, random_labeler, subjects
 from benchmarks.timing import Table, in_turn
-from mal_train.labeling import geometry
-from mal_train.labeling.images import decode_image
-from mal_train.labeling.labeler import Crop, Labeler, Probability
+from mal_train.core.masks import geometry
+from mal_train.core.masks.images import decode_image
+from mal_train.kernel.labeler.labeler import Crop, Labeler, Probability
 
 BOXES, SIDE = 10, 512
 MOST_MS = {"640x480": 8.0, "12 Mpix": 25.0}

@@ -14,12 +14,12 @@ import torch
 
 from benchmarks.subjects import SIZES, Subject, random_labeler, subjects
 from benchmarks.timing import Table, in_turn
-from mal_train.labeling.bulk import Row, label_boxes
-from mal_train.labeling.coco import Annotation, ImageInfo
-from mal_train.labeling.images import decode_image
-from mal_train.labeling.labeler import Crop, Label, Labeler
-from mal_train.labeling.settings import Branch, network_branch
-from mal_train.model.network import normalise
+from mal_train.core.coco.annotations import Annotation, ImageInfo
+from mal_train.core.masks.images import decode_image
+from mal_train.core.settings import Branch, network_branch
+from mal_train.kernel.labeler.labeler import Crop, Label, Labeler
+from mal_train.kernel.networks.network import normalise
+from mal_train.offline.dataset_labeler import Row, label_boxes
 
 ARCH, SIDE, BOXES, PICTURES, ROUNDS = "vit-deit-small/16", 512, 8, 2, 1
 

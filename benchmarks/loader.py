@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.subjects import SIZES, subjects
 from benchmarks.timing import Table
+from mal_train.core.settings import Compat
 from mal_train.data.annotations import TrainingBoxes
 from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataModule, LoaderSettings
-from mal_train.labeling.settings import Compat
 
 PICTURES, BOXES, BATCH = 64, 8, 8
 

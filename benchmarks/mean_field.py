@@ -19,7 +19,7 @@ from torch import Tensor
 from mal_train.losses.crf import MeanField, can_compile
 
 # The oracle belongs to the tests, which are no package that a script could import.
-ORACLE = Path(__file__).resolve().parents[1] / "tests" / "losses" / "unfold_mean_field.py"
+ORACLE = Path(__file__).resolve().parents[1] / "tests" / "mal_train" / "losses" / "unfold_mean_field.py"
 unfold_mean_field: Callable[..., Tensor] = runpy.run_path(str(ORACLE))["unfold_mean_field"]
 
 

@@ -14,8 +14,8 @@ from benchmarks.load.run import Server
 from benchmarks.serving import ModelServer, cpu_of
 from benchmarks.subjects import random_labeler
 from benchmarks.timing import Table
-from mal_train.model.checkpoint import Checkpoint, save_checkpoint
-from mal_train.model.keys import parse_key, write_identity
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from mal_train.kernel.checkpoint.keys import parse_key, write_identity
 
 ARCH, SIDE, STARTS = "vit-deit-base/16", 512, 2
 

@@ -34,12 +34,12 @@ from benchmarks.load.caller import LABEL_IMAGE, Plan
 from benchmarks.load.deck import Picture, draw_deck, save_deck
 from benchmarks.load.run import ROOT, Server, environment, loading, shared, stand_in, wait_for_address
 from benchmarks.load.stand_in import StandIn
-from mal_train.labeling.images import decode_image
-from mal_train.labeling.labeler import Labeler, load_labeler
-from mal_train.labeling.settings import LabelerConfig
-from mal_train.model.checkpoint import Checkpoint, save_checkpoint
-from mal_train.model.network import MalNetwork, ModelConfig
-from mal_train.threads import wait_passively
+from mal_train.core.masks.images import decode_image
+from mal_train.core.settings import LabelerConfig
+from mal_train.core.threads import wait_passively
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from mal_train.kernel.labeler.labeler import Labeler, load_labeler
+from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
 BOXES = 8
 CLIENTS = 32

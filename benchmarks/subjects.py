@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.load.deck import JPEG_QUALITY, draw_deck
-from mal_train.labeling.geometry import Box
-from mal_train.labeling.labeler import Labeler
-from mal_train.labeling.settings import LabelerConfig
-from mal_train.model.network import MalNetwork, ModelConfig
+from mal_train.core.masks.geometry import Box
+from mal_train.core.settings import LabelerConfig
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
 SIZES = {"640x480": (640, 480), "12 Mpix": (4000, 3000)}
 """Name → (width, height) px."""

@@ -13,14 +13,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import Table
+from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.data.datamodule import Batch
-from mal_train.labeling.settings import Branch, LabelerConfig
+from mal_train.kernel.networks.network import MalNetwork, ModelConfig, normalise
 from mal_train.losses.crf import MeanField
-from mal_train.model.network import MalNetwork, ModelConfig, normalise
-from mal_train.training.fitting import quiet
 from mal_train.training.module import LossSettings, MalModule
-from mal_train.training.optimiser import OptimiserSettings
+from mal_train.training.optimizer import OptimiserSettings
 from mal_train.training.schedule import CosineSchedule
+from mal_train.training.trainer import quiet
 
 ARCH = "vit-deit-tiny/16"
 WARM_UP = 2

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from deploy.demo.synthetic import write_split
 from mal_train import cli
-from mal_train.data.synthetic import write_split
-from mal_train.launch import free_port
+from mal_train.distributed.env import LAUNCHED
+from mal_train.distributed.launch import free_port
 from mal_train.training.module import MalModule
-from mal_train.world import LAUNCHED
 
 BOXES = 8
 """In a step, of all processes together."""

@@ -17,12 +17,12 @@ from pycocotools import mask as coco_mask
 
 from benchmarks.subjects import SIZES, Subject, random_labeler, subjects
 from benchmarks.timing import Table, in_turn
-from mal_train.labeling import geometry, rle
-from mal_train.labeling.geometry import Box
-from mal_train.labeling.images import decode_image
-from mal_train.labeling.labeler import Label, Labeler
-from mal_train.labeling.settings import Branch, Compat, network_branch
-from mal_train.model.network import MalNetwork, normalise
+from mal_train.core.masks import geometry, rle
+from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.images import decode_image
+from mal_train.core.settings import Branch, Compat, network_branch
+from mal_train.kernel.labeler.labeler import Label, Labeler
+from mal_train.kernel.networks.network import MalNetwork, normalise
 
 ARCH, SIDE, BOXES = "vit-deit-tiny/16", 512, 10
 LEAST = {"640x480": 1.6, "12 Mpix": 3.0}

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mal_server import logs
-from mal_server.left_behind import leave
-from mal_train.errors import ConfigError, MalError
-from mal_train.threads import wait_passively
+from mal_server.ops import logging
+from mal_server.scheduling.left_behind import leave
+from mal_train.core.errors import ConfigError, MalError
+from mal_train.core.threads import wait_passively
 
 PIP_LINE = "pip install 'mask-auto-labeler[server]'"
 SERVER_PACKAGES = frozenset(
@@ -62,14 +62,14 @@ def _run(args: argparse.Namespace) -> int:
     if args.command == "serve":
         return _serve(args)
     # Imported here, as below, so that a missing extra is one line and not a trace.
-    from mal_server.config import default_config, load_config  # noqa: PLC0415
+    from mal_server.config.server import default_config, load_config  # noqa: PLC0415
 
     if args.command == "default-config":
         print(default_config(), end="")
         return 0
     if args.command == "health":
         return _health(args)
-    from mal_server.check import check  # noqa: PLC0415
+    from mal_server.dry_run import check  # noqa: PLC0415
 
     for line in check(load_config(args.config, args.overrides)):
         print(line, flush=True)
@@ -78,12 +78,12 @@ def _run(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     with _undisturbed() as hangups:
-        from mal_server.config import load_config  # noqa: PLC0415
+        from mal_server.config.server import load_config  # noqa: PLC0415
 
         config = load_config(args.config, args.overrides)
         from mal_server.server import serve  # noqa: PLC0415
 
-        logs.set_up(args.log_level, args.log_format, sys.stderr)
+        logging.set_up(args.log_level, args.log_format, sys.stderr)
         asyncio.run(
             serve(
                 config,
@@ -116,8 +116,8 @@ def _undisturbed() -> Iterator[list[int]]:
 
 
 def _health(args: argparse.Namespace) -> int:
-    from mal_server.config import load_config  # noqa: PLC0415
-    from mal_server.probe import Probe, probe_of  # noqa: PLC0415
+    from mal_server.config.server import load_config  # noqa: PLC0415
+    from mal_server.ops.health_probe import Probe, probe_of  # noqa: PLC0415
 
     papers = (args.tls_ca, args.tls_name, args.client_cert, args.client_key)
     probe = Probe(args.address, args.service, args.timeout, *papers)

@@ -1,4 +1,4 @@
-"""Errors that only a server can have; mal_server.interceptors gives them, and all others, their status.
+"""Errors that only a server can have; mal_server.api.serialization.status gives them, and all others, their status.
 
     MalError
     ├── InputError
@@ -23,7 +23,7 @@
 
 from collections.abc import Sequence
 
-from mal_train.errors import DeviceError, InputError, MalError
+from mal_train.core.errors import DeviceError, InputError, MalError
 
 
 class RequestRefused(InputError):

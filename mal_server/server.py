@@ -27,20 +27,21 @@ from grpc_reflection.v1alpha import reflection
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from mal_server.access import TokenSetting, read_resume_key, read_tokens
-from mal_server.config import ServerConfig
-from mal_server.cpu import CpuPool
-from mal_server.interceptors import CallInterceptor
-from mal_server.loading import ModelInfo, load_model
-from mal_server.metrics import Metrics, MetricsPort
-from mal_server.models import Load, Models
-from mal_server.pictures import ImageCache, Pictures
-from mal_server.roots import Roots
-from mal_server.service import EvaluationService, LabelingService, ModelService
-from mal_server.tls import server_credentials
-from mal_server.tracing import Tracing
-from mal_train.errors import ConfigError, DeviceLost, OutputError
-from mal_train.loopback import is_loopback
+from mal_server.api.interceptors import CallInterceptor
+from mal_server.api.service import EvaluationService, LabelingService, ModelService
+from mal_server.config.server import ServerConfig
+from mal_server.config.tokens import TokenSetting
+from mal_server.inference.allowed_dirs import Roots
+from mal_server.inference.image_store import ImageCache, Pictures
+from mal_server.models.loader import ModelInfo, load_model
+from mal_server.models.registry import Load, Models
+from mal_server.ops.metrics import Metrics, MetricsPort
+from mal_server.ops.tracing import Tracing
+from mal_server.scheduling.cpu_pool import CpuPool
+from mal_server.security.auth import read_resume_key, read_tokens
+from mal_server.security.tls import server_credentials
+from mal_train.core.errors import ConfigError, DeviceLost, OutputError
+from mal_train.core.net import is_loopback
 
 log = logging.getLogger(__name__)
 

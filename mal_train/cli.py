@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
-from mal_train.atomic import stdout_fault
-from mal_train.errors import ConfigError, MalError, OutputError
-from mal_train.launch import run_ranks, tie_to_parent
-from mal_train.threads import wait_passively
-from mal_train.world import world_of
+from mal_train.core.atomic_io import stdout_fault
+from mal_train.core.errors import ConfigError, MalError, OutputError
+from mal_train.core.threads import wait_passively
+from mal_train.distributed.env import world_of
+from mal_train.distributed.launch import run_ranks, tie_to_parent
 
 SOME_FAILED = 3
 NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'"
@@ -85,9 +85,9 @@ def _without_output(error: OSError) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from mal_train.config import load_spec
-    from mal_train.screen import Screen
-    from mal_train.training.records import note_failure
+    from mal_train.config.spec import load_spec
+    from mal_train.core.console import Screen
+    from mal_train.training.run_files import note_failure
 
     spec = load_spec(arguments.spec, arguments.overrides)
     world = world_of()
@@ -98,7 +98,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return code
     if world.launcher == "mal-train":
         tie_to_parent()
-    from mal_train.tasks.train import train
+    from mal_train.commands.train import train
 
     result = train(spec, Screen())
     if not world.is_first:
@@ -110,9 +110,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from mal_train.config import load_spec
-    from mal_train.screen import Screen
-    from mal_train.tasks.evaluate import evaluate
+    from mal_train.commands.evaluate import evaluate
+    from mal_train.config.spec import load_spec
+    from mal_train.core.console import Screen
 
     report = evaluate(load_spec(arguments.spec, arguments.overrides), Screen())
     print(report.table())
@@ -120,9 +120,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _inference(arguments: argparse.Namespace) -> int:
-    from mal_train.config import load_spec
-    from mal_train.screen import Screen
-    from mal_train.tasks.inference import inference
+    from mal_train.commands.inference import inference
+    from mal_train.config.spec import load_spec
+    from mal_train.core.console import Screen
 
     result = inference(load_spec(arguments.spec, arguments.overrides), Screen())
     if result.report is not None:
@@ -133,17 +133,17 @@ def _inference(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from mal_train.screen import Screen
-    from mal_train.tasks.importing import import_checkpoint
+    from mal_train.commands.convert import import_checkpoint
+    from mal_train.core.console import Screen
 
     import_checkpoint(arguments.file, arguments.output, arguments.overrides, Screen())
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from mal_train.config import load_spec
-    from mal_train.screen import Screen
-    from mal_train.tasks.exporting import export
+    from mal_train.commands.export import export
+    from mal_train.config.spec import load_spec
+    from mal_train.core.console import Screen
 
     spec = load_spec(arguments.spec, arguments.overrides)
     report = export(spec, arguments.output, Screen(), licence=arguments.licence, average_with=arguments.average or ())
@@ -153,9 +153,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from mal_train.model import builtin
-    from mal_train.model.checkpoint import read_header, sha256_of
-    from mal_train.model.keys import parse_key
+    from mal_train.kernel.checkpoint import builtin
+    from mal_train.kernel.checkpoint.checkpoint import read_header, sha256_of
+    from mal_train.kernel.checkpoint.keys import parse_key
 
     key = parse_key(arguments.key, purpose="decryption", where="command line")
     path = builtin.resolve(arguments.file)
@@ -178,7 +178,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _keygen(arguments: argparse.Namespace) -> int:
-    from mal_train.model.keys import write_identity
+    from mal_train.kernel.checkpoint.keys import write_identity
 
     recipient = write_identity(arguments.output)
     print(f"wrote {arguments.output}: keep it secret; it opens what is sealed to")
@@ -212,8 +212,8 @@ def _spec_text(name: str, overrides: list[str]) -> str:
     shipped = resources.files("mal_train.specs").joinpath(f"{name}.yaml")
     if not overrides:
         return shipped.read_text(encoding="utf-8")
-    from mal_train.config import load_spec
-    from mal_train.strictyaml import dump
+    from mal_train.config.spec import load_spec
+    from mal_train.core.yaml_config import dump
 
     with resources.as_file(shipped) as path:
         spec = load_spec(path, overrides)

@@ -4,7 +4,7 @@ import os
 
 from hypothesis import settings
 
-from mal_train.threads import wait_passively
+from mal_train.core.threads import wait_passively
 
 # Before any test imports torch: suites run beside servers and loaders on few cores.
 wait_passively()

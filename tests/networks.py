@@ -2,7 +2,7 @@
 
 import torch
 
-from mal_train.model.network import MalNetwork, ModelConfig
+from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
 
 def spread_network(seed: int = 1) -> MalNetwork:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mal_train.labeling.rle import encode_mask
+from mal_train.core.masks.rle import encode_mask
 
 Change = Callable[[dict[str, Any]], None]
 

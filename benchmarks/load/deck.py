@@ -13,8 +13,8 @@ import numpy as np
 from mal.v1 import labeling_pb2, types_pb2
 from PIL import Image
 
-from mal_train.data.synthetic import SceneSettings, draw_scene
-from mal_train.labeling.geometry import Box
+from deploy.demo.synthetic import SceneSettings, draw_scene
+from mal_train.core.masks.geometry import Box
 
 JPEG_QUALITY = 90
 

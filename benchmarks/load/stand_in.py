@@ -25,18 +25,18 @@ import numpy as np
 
 from benchmarks.load.figures import percentile
 from benchmarks.load.loop_watch import SLOW_S, LoopWatch
-from mal_server import logs
-from mal_server.config import ServerConfig
-from mal_server.loading import Loaded
-from mal_server.plans import ModelPlan
+from mal_server.config.model_config import ModelPlan
+from mal_server.config.server import ServerConfig
+from mal_server.models.loader import Loaded
+from mal_server.ops import logging
 from mal_server.server import serve
-from mal_train.errors import DeviceLost
-from mal_train.labeling.geometry import Box
-from mal_train.labeling.images import decode_image
-from mal_train.labeling.labeler import Crop, Label, Probability, RunOptions
-from mal_train.labeling.settings import LabelerConfig
-from mal_train.strictyaml import apply_overrides, validate
-from tests.server.fakes import BrightPredictor, loaded
+from mal_train.core.errors import DeviceLost
+from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.images import decode_image
+from mal_train.core.settings import LabelerConfig
+from mal_train.core.yaml_config import apply_overrides, validate
+from mal_train.kernel.labeler.labeler import Crop, Label, Probability, RunOptions
+from tests.mal_server.fakes import BrightPredictor, loaded
 
 CROP_SIZE = 32
 
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = {"checkpoint": "stand-in.malckpt", "gpu_ids": [], "drain_delay_s": 0.0, "listen": {"port": 0}}
     config = validate(ServerConfig, apply_overrides(settings, args.overrides), source="stand-in")
-    logs.set_up(args.log_level, "text", sys.stderr)
+    logging.set_up(args.log_level, "text", sys.stderr)
     predictor = StandIn(args.batch_ms / 1000, args.fits, args.lives, args.crop_size)
     try:
         asyncio.run(run(config, args.port_file, args.report, predictor))

@@ -20,10 +20,10 @@ import grpc.aio
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_client.blocking_client import Client
-from mal_client.endpoint import Endpoint
 from mal_client.errors import CallCancelled
-from mal_client.image_call import checked_boxes
-from mal_client.sources import encode
+from mal_client.images.image_input import encode
+from mal_client.transport.client_base import Endpoint
+from mal_client.transport.image_call import checked_boxes
 from mal_client.types import (
     AS_SERVED,
     BoxLabel,

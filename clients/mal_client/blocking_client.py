@@ -13,10 +13,10 @@ import grpc
 import grpc.aio
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
-from mal_client.endpoint import Endpoint
 from mal_client.errors import CallCancelled
-from mal_client.image_call import checked_boxes
-from mal_client.sources import encode
+from mal_client.images.image_input import encode
+from mal_client.transport.client_base import Endpoint
+from mal_client.transport.image_call import checked_boxes
 from mal_client.types import (
     AS_SERVED,
     WHOLE_FILE,
@@ -146,7 +146,7 @@ class Client(Endpoint):
         the answers: a run that was killed goes on there when the same job is started again, and ends with the same
         bytes. What failed keeps its fields, gets an `error`, and is listed in the result and in an errors file beside
         the output. When the server is lost for good after some answers came, those are written and the rest is listed
-        as failed; the ledger then stays for the next run. `mal_client.dataset.label_dataset` takes several servers.
+        as failed; the ledger then stays for the next run. `mal_client.dataset.run.label_dataset` takes several servers.
 
         Args:
             coco_json: the annotations.
@@ -164,7 +164,7 @@ class Client(Endpoint):
             ServerUnavailable, ServerFailed, RequestRefused, CallCancelled: the server was lost for good.
         """
         # Imported here: a dataset job brings OpenCV and pycocotools, which labelling single images need not wait for.
-        from mal_client.dataset import label_dataset  # noqa: PLC0415
+        from mal_client.dataset.run import label_dataset  # noqa: PLC0415
 
         return label_dataset(
             [self],
@@ -204,7 +204,7 @@ class Client(Endpoint):
             ServerUnavailable, ServerFailed, RequestRefused, CallCancelled: the server was lost for good.
         """
         # Imported here for the same reason as in label_dataset.
-        from mal_client.evaluate import evaluate  # noqa: PLC0415
+        from mal_client.evaluation.run import evaluate  # noqa: PLC0415
 
         return evaluate(
             self,
@@ -240,7 +240,7 @@ class Client(Endpoint):
             resume: as in `evaluate`.
         """
         # Imported here for the same reason as in label_dataset.
-        from mal_client.evaluate import evaluate_on_server  # noqa: PLC0415
+        from mal_client.evaluation.run import evaluate_on_server  # noqa: PLC0415
 
         return evaluate_on_server(
             self,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.sources import encode
-from mal_train.atomic import replacing
-from mal_train.labeling.images import RgbImage, decode_image, encode_png
-from mal_train.report.overlays import Drawn, draw_labels
+from mal_client.images.image_input import encode
+from mal_train.core.atomic_io import replacing
+from mal_train.core.masks.images import RgbImage, decode_image, encode_png
+from mal_train.core.report.overlays import Drawn, draw_labels
 
 if TYPE_CHECKING:
     from mal_client.types import BoxLabel, ImageInput

@@ -5,10 +5,18 @@ Knows nothing of gRPC. Each group of values has a file of its own, and those imp
 
 from __future__ import annotations
 
-from mal_client.evaluations import Evaluation, Figures, GroupMiou, MeasuredInstance
-from mal_client.jobs import FAILED_LISTED, WHOLE_FILE, DatasetOptions, DatasetResult, FailedAnnotation, Only, Progress
-from mal_client.labels import AS_SERVED, BoxLabel, BoxXywh, ImageInput, LabelOptions, ModelRef, Timing
-from mal_client.server_info import ModelInfo, ModelStatus, ServerInfo, ServerLimits
+from mal_client.results.dataset import (
+    FAILED_LISTED,
+    WHOLE_FILE,
+    DatasetOptions,
+    DatasetResult,
+    FailedAnnotation,
+    Only,
+    Progress,
+)
+from mal_client.results.evaluation import Evaluation, Figures, GroupMiou, MeasuredInstance
+from mal_client.results.labels import AS_SERVED, BoxLabel, BoxXywh, ImageInput, LabelOptions, ModelRef, Timing
+from mal_client.results.server_info import ModelInfo, ModelStatus, ServerInfo, ServerLimits
 
 __all__ = [
     "AS_SERVED",

@@ -21,17 +21,17 @@ from pathlib import Path
 from types import FrameType
 
 from mal_client.client import Client
-from mal_client.review import worst_cards
+from mal_client.review.pages import worst_cards
 from mal_client.types import AS_SERVED, DatasetResult, LabelOptions
 
 from deploy.demo.commands import DemoFailed, command_output, run_command, say, start_server
 from deploy.demo.page import report_page, write_overlays
+from deploy.demo.photographs import write_photographs
 from deploy.demo.scenes import FULL, QUICK, Scenes, Size, measure_baselines, write_scenes
-from mal_train.atomic import write_text
-from mal_train.data.photographs import write_photographs
-from mal_train.errors import MalError, OutputError
-from mal_train.labeling.coco import read_coco
-from mal_train.report.page import Card
+from mal_train.core.atomic_io import write_text
+from mal_train.core.coco.annotations import read_coco
+from mal_train.core.errors import MalError, OutputError
+from mal_train.core.report.page import Card
 
 MARGIN = 0.05
 """How much better than the best baseline the mIoU must be."""

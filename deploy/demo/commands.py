@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mal_train.atomic import write_text
-from mal_train.errors import MalError
+from mal_train.core.atomic_io import write_text
+from mal_train.core.errors import MalError
 
 SERVER_START_S = 120.0
 SERVER_STOP_S = 30.0

@@ -4,16 +4,16 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from mal_client.report import evaluation_sections
+from mal_client.evaluation.report_page import evaluation_sections
 from mal_client.types import Evaluation
 from PIL import Image
 
-from mal_train.labeling.coco import by_image, read_coco
-from mal_train.labeling.images import read_image
-from mal_train.labeling.rle import from_segmentation
-from mal_train.report.charts import line_chart
-from mal_train.report.overlays import Drawn, draw_labels, png_data_uri
-from mal_train.report.page import Card, build_report, contact_sheet, section, table
+from mal_train.core.coco.annotations import by_image, read_coco
+from mal_train.core.masks.images import read_image
+from mal_train.core.masks.rle import from_segmentation
+from mal_train.core.report.charts import line_chart
+from mal_train.core.report.overlays import Drawn, draw_labels, png_data_uri
+from mal_train.core.report.page import Card, build_report, contact_sheet, section, table
 
 WHOLE_PICTURES = 8
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mal_train.data.synthetic import CocoSplit, write_split
-from mal_train.labeling import baselines
-from mal_train.labeling.coco import by_image, read_coco
-from mal_train.labeling.coco_output import write_json_atomic
-from mal_train.labeling.geometry import Box
-from mal_train.labeling.images import RgbImage, read_image
-from mal_train.labeling.rle import Rle, from_segmentation, iou
+from deploy.demo import baselines
+from deploy.demo.synthetic import CocoSplit, write_split
+from mal_train.core.coco.annotations import by_image, read_coco
+from mal_train.core.coco.output import write_json_atomic
+from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.images import RgbImage, read_image
+from mal_train.core.masks.rle import Rle, from_segmentation, iou
 
 SEED = 7
 

@@ -14,15 +14,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.errors import BadBox, BadDataset, BadImage
-from mal_train.labeling import rle
-from mal_train.labeling.box_filter import training_refusal
-from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
-from mal_train.labeling.detections import MASK_SCORE
-from mal_train.labeling.geometry import Box, box_iou, check_box
-from mal_train.labeling.images import read_image
-from mal_train.labeling.rle import Rle
-from mal_train.labeling.settings import Compat
+from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
+from mal_train.core.coco.box_filter import training_refusal
+from mal_train.core.coco.detections import MASK_SCORE
+from mal_train.core.errors import BadBox, BadDataset, BadImage
+from mal_train.core.masks import rle
+from mal_train.core.masks.geometry import Box, box_iou, check_box
+from mal_train.core.masks.images import read_image
+from mal_train.core.masks.rle import Rle
+from mal_train.core.settings import Compat
 
 Supervision = Literal["box", "mask", "auto", "pseudo"]
 """What is learned from: boxes alone, masks alone, masks where there are any and boxes for the rest, or the boxes of

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
-from mal_train.labeling import geometry
-from mal_train.labeling.geometry import Box
-from mal_train.labeling.images import RgbImage
-from mal_train.labeling.settings import Compat
+from mal_train.core.masks import geometry
+from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.images import RgbImage
+from mal_train.core.settings import Compat
 
 FLIP_SHARE = 0.5
 JITTER_SHARE = 0.5

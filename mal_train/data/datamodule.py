@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from mal_train.core.errors import BadDataset, BadImage, OutputError
+from mal_train.core.masks import rle
+from mal_train.core.masks.geometry import box_area
+from mal_train.core.masks.images import RgbImage, read_image
+from mal_train.core.settings import network_branch
 from mal_train.data.annotations import WINDOW_BYTES, TrainingBoxes, epoch_order
 from mal_train.data.augment import Cropping, Views, make_views
-from mal_train.errors import BadDataset, BadImage, OutputError
-from mal_train.labeling import rle
-from mal_train.labeling.geometry import box_area
-from mal_train.labeling.images import RgbImage, read_image
-from mal_train.labeling.settings import network_branch
 
 CACHE_BYTES = WINDOW_BYTES + WINDOW_BYTES // 2
 """Decoded pictures that a loader process keeps: one window of the order and the start of the next."""

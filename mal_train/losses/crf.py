@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils.data import get_worker_info
 
-from mal_train.errors import ConfigError
+from mal_train.core.errors import ConfigError
 from mal_train.losses.mil import dice_distance
 
 _LOG = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mal_train.labeling.settings import Knots, calibrated
+from mal_train.core.settings import Knots, calibrated
 
 FEWEST = 50
 """Instances below which nothing is fitted."""

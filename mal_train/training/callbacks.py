@@ -7,11 +7,11 @@ from typing import Any
 import lightning
 import torch
 
-from mal_train.labeling.evaluation_report import EvaluationReport
-from mal_train.labeling.images import RgbImage
+from mal_train.core.masks.images import RgbImage
+from mal_train.core.metrics.report import EvaluationReport
 from mal_train.training.module import MalModule
-from mal_train.training.pictures import Board
-from mal_train.training.records import MetricsFile, StatusFile, duration, figures_of, one_line
+from mal_train.training.panels import Board
+from mal_train.training.run_files import MetricsFile, StatusFile, duration, figures_of, one_line
 from mal_train.training.validation import Validated, Validation, Validator
 
 ROW_EVERY = 10

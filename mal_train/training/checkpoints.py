@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import lightning
 from lightning.fabric.plugins import CheckpointIO
 
-from mal_train.errors import Altered, CheckpointError, MalError, OutputError, Truncated
-from mal_train.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mal_train.model.keys import DecryptionKey, EncryptionKey
-from mal_train.training.ranks import Ranks
+from mal_train.core.errors import Altered, CheckpointError, MalError, OutputError, Truncated
+from mal_train.distributed.process_group import Ranks
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey
 
 LATEST = "mal_model_latest.malckpt"
 PREFIX = "network."

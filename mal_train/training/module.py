@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mal_train.core.errors import BadDataset, NonFiniteTraining
+from mal_train.core.settings import Branch, Compat, LabelerConfig
 from mal_train.data.datamodule import Batch
-from mal_train.errors import BadDataset, NonFiniteTraining
-from mal_train.labeling.settings import Branch, Compat, LabelerConfig
+from mal_train.distributed.process_group import Ranks
+from mal_train.kernel.networks.network import MalNetwork, normalise
 from mal_train.losses.crf import MeanField
-from mal_train.model.network import MalNetwork, normalise
-from mal_train.training.optimiser import OptimiserSettings, build_optimiser, set_rate
-from mal_train.training.ranks import Ranks
+from mal_train.training.ema import follow
+from mal_train.training.optimizer import OptimiserSettings, build_optimiser, set_rate
 from mal_train.training.schedule import CosineSchedule, ramp
 from mal_train.training.step import LossWeights, StepLosses, guessed_losses, mixed_losses, step_losses
-from mal_train.training.teacher import follow
 
 NON_FINITE_LIMIT = 10
 """Steps in a row with a non-finite gradient after which training stops."""

@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 from tqdm import tqdm
 
-from mal_train.screen import Screen
+from mal_train.core.console import Screen
 from mal_train.training.module import MalModule
 
 LINE_EVERY_S = 30.0

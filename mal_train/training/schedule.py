@@ -7,7 +7,7 @@ and the losses ramp up during epoch 0 only, jumping to full weight at epoch 1.
 import math
 from dataclasses import dataclass
 
-from mal_train.labeling.settings import Compat
+from mal_train.core.settings import Compat
 
 
 @dataclass(frozen=True)

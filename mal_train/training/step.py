@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mal_train.labeling.settings import Compat
+from mal_train.core.settings import Compat
 from mal_train.losses.crf import crf_loss
+from mal_train.losses.logit_penalty import logit_excess
 from mal_train.losses.mask import mask_loss
 from mal_train.losses.mil import mil_loss
-from mal_train.losses.saturation import logit_excess
 
 Refine = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(guide (N, 3, H, W), probability (N, H, W), box mask (N, H, W)) → mask (N, H, W); `losses.crf.MeanField` is one."""

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.labeling import geometry
-from mal_train.labeling.labeler import Crop
-from mal_train.labeling.settings import SIZE_NAMES, Compat, size_class
+from mal_train.core.masks import geometry
+from mal_train.core.settings import SIZE_NAMES, Compat, size_class
+from mal_train.kernel.labeler.labeler import Crop
 
 CANDIDATES: NDArray[np.float64] = np.arange(1, 20, dtype=np.float64) * 0.05
 FEWEST = 20

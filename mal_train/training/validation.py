@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mal_train.errors import BadDataset
-from mal_train.labeling import rle
-from mal_train.labeling.bulk import Failure, Row, label_boxes
-from mal_train.labeling.coco import Annotation, CocoFile, by_image
-from mal_train.labeling.evaluation import Compared, Evaluator
-from mal_train.labeling.evaluation_report import EvaluationReport
-from mal_train.labeling.labeler import Crop, Label, Labeler, Probability, RunOptions
-from mal_train.labeling.settings import LabelerConfig
-from mal_train.model.network import MalNetwork
+from mal_train.core.coco.annotations import Annotation, CocoFile, by_image
+from mal_train.core.errors import BadDataset
+from mal_train.core.masks import rle
+from mal_train.core.metrics.evaluator import Compared, Evaluator
+from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.settings import LabelerConfig
+from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Probability, RunOptions
+from mal_train.kernel.networks.network import MalNetwork
+from mal_train.offline.dataset_labeler import Failure, Row, label_boxes
 from mal_train.training.calibration import fit_calibration, held_out
 from mal_train.training.thresholds import best_thresholds, iou_curve
 

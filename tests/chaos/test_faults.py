@@ -21,8 +21,8 @@ from benchmarks.load.deck import Picture, load_deck
 from benchmarks.load.run import ROOT, environment, loading, samples_of, wait_for_address
 from benchmarks.load.stand_in import StandIn
 from tests.chaos.conftest import Form
-from tests.server.calls import bulk
-from tests.server.fakes import DISC_BOX, BrightPredictor, Running, label, label_request, serving
+from tests.mal_server.calls import bulk
+from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, label, label_request, serving
 
 Say = Callable[..., None]
 

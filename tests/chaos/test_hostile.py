@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from mal.v1 import labeling_pb2
 from PIL import Image
 
-from mal_server.service import LabelingService
-from mal_train.errors import BadImage
-from mal_train.labeling.images import decode_image
+from mal_server.api.service import LabelingService
+from mal_train.core.errors import BadImage
+from mal_train.core.masks.images import decode_image
 from tests.chaos.conftest import FORM, Form
-from tests.server.calls import bulk
-from tests.server.fakes import DISC_BOX, DISC_PNG, Running, label, label_request, serving
-from tests.server.random_requests import REQUESTS
-from tests.server.test_access import NOTHING, Papers, calls_of, outcomes, reached
-from tests.server.test_bad_images import READ, REFUSED, saved
+from tests.mal_server.calls import bulk
+from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, label, label_request, serving
+from tests.mal_server.inference.test_bad_images import READ, REFUSED, saved
+from tests.mal_server.random_requests import REQUESTS
+from tests.mal_server.security.test_auth import NOTHING, Papers, calls_of, outcomes, reached
 
 Say = Callable[..., None]
 

@@ -235,7 +235,7 @@ def test_an_interactive_call_passes_a_saturating_bulk_stream(
     assert (person.wrong, bulk.wrong, person.failed) == (0, 0, {})
     assert person.answered == person.calls > 0
     assert bulk.answered > 0
-    if form.is_full:  # how many batches it waits for, whatever the speed: tests/server/test_turns.py
+    if form.is_full:  # how many batches it waits for: test_interactive_first.py
         assert busy > 0.8
         assert person.p95 <= 2 * batch_ms + OWN_WORK_MS
 

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.load.caller import Plan
 from benchmarks.load.run import ROOT, Server, loading, samples_of, stand_in
-from mal_server.probe import Probe
+from mal_server.ops.health_probe import Probe
 from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
 

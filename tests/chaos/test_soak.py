@@ -27,7 +27,7 @@ from mal.v1 import labeling_pb2, labeling_pb2_grpc, types_pb2
 from benchmarks.load.caller import LABEL_IMAGE, Plan
 from benchmarks.load.deck import Picture, load_deck
 from benchmarks.load.run import ROOT, START_S, environment, loading, samples_of, wait_for_address
-from mal_server.probe import Probe
+from mal_server.ops.health_probe import Probe
 from tests.chaos.conftest import FORM, Form
 from tests.chaos.test_hostile import corpus, mutant
 from tests.chaos.test_load import free_port, queued_crops
@@ -129,7 +129,7 @@ class Job:
         self._wanted = [counts.decode() for at in range(JOB_IMAGES) for counts in self._picture(at).counts or ()]
         (folder / "boxes.json").write_text(json.dumps(content))
         data = ["--annotations", str(folder / "boxes.json"), "--images", str(deck_folder)]
-        run = "import sys; from mal_client.cli import main; sys.exit(main())"
+        run = "import sys; from mal_client.cli.main import main; sys.exit(main())"
         self._command = [sys.executable, "-c", run, "label", "--server", ",".join(addresses), *data, "--log", "json"]
         self.done = 0
         self.kills = 0

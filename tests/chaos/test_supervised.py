@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.load.caller import Plan
 from benchmarks.load.run import ROOT, environment, loading, samples_of, wait_for_address
-from mal_server.probe import Probe
+from mal_server.ops.health_probe import Probe
 from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
 

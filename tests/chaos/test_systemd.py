@@ -22,11 +22,11 @@ import pytest
 import yaml
 
 from benchmarks.load.run import ROOT, environment
-from mal_server.probe import Probe
-from mal_train.labeling.settings import LabelerConfig
-from mal_train.model.checkpoint import Checkpoint, save_checkpoint
-from mal_train.model.keys import parse_key, write_identity
-from mal_train.model.network import MalNetwork, ModelConfig
+from mal_server.ops.health_probe import Probe
+from mal_train.core.settings import LabelerConfig
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from mal_train.kernel.checkpoint.keys import parse_key, write_identity
+from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
 Say = Callable[..., None]
 

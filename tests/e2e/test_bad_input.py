@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from mal_client import cli as client_cli
-from mal_client.channel import checked_address
-from mal_client.image_files import ImageFiles
+from mal_client.cli import main as client_cli
+from mal_client.images.image_files import ImageFiles
+from mal_client.transport.channel import checked_address
 from PIL import Image
 from pycocotools.coco import COCO
 
-from mal_train import atomic
 from mal_train import cli as train_cli
-from mal_train.errors import BadDataset, ConfigError, OutputError
-from mal_train.labeling.settings import Compat, LabelerConfig
-from mal_train.model.checkpoint import Checkpoint, save_checkpoint
-from mal_train.model.keys import parse_key
-from mal_train.model.network import MalNetwork, ModelConfig
+from mal_train.core import atomic_io
+from mal_train.core.errors import BadDataset, ConfigError, OutputError
+from mal_train.core.settings import Compat, LabelerConfig
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from mal_train.kernel.checkpoint.keys import parse_key
+from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
 WIDTH, HEIGHT = 160, 120
 SECRET = "correct-horse-battery"
@@ -204,7 +204,7 @@ def test_a_result_that_cannot_be_written_is_known_before_the_work(
     def worked(*_: Any, **__: Any) -> None:
         raise AssertionError("began to work")
 
-    monkeypatch.setattr("mal_train.tasks.inference.open_labelling", worked)
+    monkeypatch.setattr("mal_train.commands.inference.open_labelling", worked)
     assert infer(place, f"inference.label_dump_path={place / name}") == OutputError.exit_code
     assert str(place / name) in capsys.readouterr().err
 
@@ -212,7 +212,7 @@ def test_a_result_that_cannot_be_written_is_known_before_the_work(
 def test_a_folder_without_permission_is_known_before_the_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(OutputError, match="may not be written to"):
-        atomic.check_writable(place / "out.json")
+        atomic_io.check_writable(place / "out.json")
 
 
 @pytest.mark.parametrize("key", ["annotations", "images"])
@@ -305,7 +305,7 @@ def test_a_full_disk_under_standard_output_exits_4_and_a_closed_pipe_141(
 ) -> None:
     with (tmp_path / "stdout").open("w") as stream:
         monkeypatch.setattr("sys.stdout", stream)
-        for number, code in ((errno.ENOSPC, OutputError.exit_code), (errno.EPIPE, atomic.PIPE_CLOSED)):
+        for number, code in ((errno.ENOSPC, OutputError.exit_code), (errno.EPIPE, atomic_io.PIPE_CLOSED)):
 
             def fail(_: Any, number: int = number) -> int:
                 raise OSError(number, os.strerror(number))

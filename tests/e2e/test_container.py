@@ -23,10 +23,10 @@ from PIL import Image
 from skimage import data
 
 from benchmarks.load.run import ROOT
-from mal_server.probe import Probe
-from mal_train.model.builtin import BUILTIN, resolve
-from mal_train.model.checkpoint import load_checkpoint, save_checkpoint
-from mal_train.model.keys import parse_key, write_identity
+from mal_server.ops.health_probe import Probe
+from mal_train.kernel.checkpoint.builtin import BUILTIN, resolve
+from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from mal_train.kernel.checkpoint.keys import parse_key, write_identity
 from tests.chaos.test_load import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pycocotools.coco import COCO
 
+from tests.paths import ROOT
+
 pytestmark = pytest.mark.timeout(1200)  # the first test runs the whole demo
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from mal_train.launch import free_port
+from mal_train.distributed.launch import free_port
 from mal_train.training.checkpoints import newest_checkpoint
+from tests.mal_train.training.runs import SMALL, assert_same, weights
+from tests.paths import ROOT
 from tests.scenes import write_scenes
-from tests.training.runs import SMALL, assert_same, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8").splitlines()
 ENVIRONMENT = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mal_train.cli import main
-from mal_train.model.checkpoint import load_checkpoint, read_header
+from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, read_header
+from tests.mal_train.training.runs import plain_mean_field
 from tests.scenes import write_scenes
-from tests.training.runs import plain_mean_field
 
 SMALL = [
     "model.arch=vit-micro/16",

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from mal_client import cli as client_cli
+from mal_client.cli import main as client_cli
 
+from deploy.demo.synthetic import SceneSettings, write_split
 from mal_train import cli as train_cli
-from mal_train.data.synthetic import SceneSettings, write_split
-from mal_train.labeling.coco import by_image, read_coco
-from mal_train.labeling.images import read_image
-from mal_train.labeling.labeler import Label, Labeler, RunOptions, load_labeler
-from mal_train.labeling.settings import Branch, LabelerConfig
-from mal_train.model.checkpoint import Checkpoint, save_checkpoint
-from mal_train.model.network import MalNetwork
+from mal_train.core.coco.annotations import by_image, read_coco
+from mal_train.core.masks.images import read_image
+from mal_train.core.settings import Branch, LabelerConfig
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from mal_train.kernel.labeler.labeler import Label, Labeler, RunOptions, load_labeler
+from mal_train.kernel.networks.network import MalNetwork
 from tests.networks import spread_network
 
 pytestmark = pytest.mark.timeout(1200)  # the first test starts the server

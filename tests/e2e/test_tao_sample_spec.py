@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.demo.synthetic import SceneSettings, write_split
 from mal_train.cli import main
-from mal_train.config import load_spec
-from mal_train.data.synthetic import SceneSettings, write_split
-from mal_train.model.checkpoint import load_checkpoint
-from mal_train.model.keys import parse_key, write_identity
-from tests.training.runs import plain_mean_field
+from mal_train.config.spec import load_spec
+from mal_train.kernel.checkpoint.checkpoint import load_checkpoint
+from mal_train.kernel.checkpoint.keys import parse_key, write_identity
+from tests.mal_train.training.runs import plain_mean_field
 
 SAMPLE = Path(__file__).with_name("tao_sample_spec.yaml").read_text()
 SMALL = ["model.arch=vit-micro/16", "dataset.crop_size=32", "dataset.num_workers_per_gpu=0", "train.crf_num_iter=5"]

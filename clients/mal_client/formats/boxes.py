@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mal_client.image_files import PICTURES
-from mal_train.atomic import replacing
-from mal_train.errors import BadDataset, BadImage
-from mal_train.labeling.coco_output import write_json_atomic
-from mal_train.labeling.images import read_header
+from mal_client.images.image_files import PICTURES
+from mal_train.core.atomic_io import replacing
+from mal_train.core.coco.output import write_json_atomic
+from mal_train.core.errors import BadDataset, BadImage
+from mal_train.core.masks.images import read_header
 
 BAD_ROW = "BAD_ROW"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mal_client.formats.boxes import BAD_ROW, BoxRow, Fault, numbers
-from mal_train.errors import BadDataset
+from mal_train.core.errors import BadDataset
 
 FILE: Final = ("file_name", "filename", "file", "image", "image_name", "image_path", "path")
 CATEGORY: Final = ("category", "class", "class_name", "label", "name", "category_name")

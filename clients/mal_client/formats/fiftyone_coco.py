@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mal_client.formats.masks import MaskFile, MaskRow, write_bytes
-from mal_train.labeling.rle import area, to_box
+from mal_train.core.masks.rle import area, to_box
 
 NAME: Final = "labels.json"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mal_client.formats.masks import LabelFiles, MaskFile, MaskRow, write_bytes
-from mal_client.image_files import ImageFiles
-from mal_train.errors import BadImage
-from mal_train.labeling.encodings import to_png
-from mal_train.labeling.polygons import bridged
+from mal_client.images.image_files import ImageFiles
+from mal_train.core.errors import BadImage
+from mal_train.core.masks.encodings import to_png
+from mal_train.core.masks.polygons import bridged
 
 VERSION = "5.5.0"
 """Of labelme, whose form this is; shapes of type mask are read since 5.2."""

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mal_client.formats.boxes import Fault
-from mal_train.errors import BadDataset, OutputError
-from mal_train.labeling.coco import Annotation, CocoFile, ImageInfo, by_image, read_coco
-from mal_train.labeling.encodings import to_polygons
-from mal_train.labeling.polygons import Ring
-from mal_train.labeling.rle import Rle, from_segmentation
+from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, by_image, read_coco
+from mal_train.core.errors import BadDataset, OutputError
+from mal_train.core.masks.encodings import to_polygons
+from mal_train.core.masks.polygons import Ring
+from mal_train.core.masks.rle import Rle, from_segmentation
 
 
 @dataclass(frozen=True)

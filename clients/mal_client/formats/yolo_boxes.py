@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mal_client.formats.boxes import BAD_ROW, BoxRow, Fault, annotation_files, numbers
-from mal_train.errors import ConfigError
+from mal_train.core.errors import ConfigError
 
 BOX_NUMBERS = 4
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mal_client.formats.masks import LabelFiles, MaskFile, write_bytes
-from mal_train.labeling.polygons import one_line
+from mal_train.core.masks.polygons import one_line
 
 
 def write_yolo(masks: MaskFile, images_dir: Path, folder: Path) -> None:

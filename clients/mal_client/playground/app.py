@@ -22,12 +22,10 @@ from aiohttp import web
 
 from mal_client.client import AsyncClient
 from mal_client.errors import ClientError, ItemError
-from mal_client.image_call import check_image_size
 from mal_client.playground.export import coco_file
-from mal_client.playground.guard import HEADERS, KEY_FIELD, Guard, Refused, cookie_name
-from mal_client.playground.labelling import answer_boxes
-from mal_client.playground.store import ImageStore, StoredImage
-from mal_client.playground.wire import (
+from mal_client.playground.image_store import ImageStore, StoredImage
+from mal_client.playground.label_stream import answer_boxes
+from mal_client.playground.schema import (
     BadRequest,
     Json,
     error_json,
@@ -36,9 +34,11 @@ from mal_client.playground.wire import (
     read_label_request,
     server_json,
 )
+from mal_client.playground.security import HEADERS, KEY_FIELD, Guard, Refused, cookie_name
+from mal_client.transport.image_call import check_image_size
 from mal_client.types import ServerInfo
-from mal_train.errors import BadImage, MalError
-from mal_train.labeling.images import ImageLimits, decode_image, encode_png, read_header
+from mal_train.core.errors import BadImage, MalError
+from mal_train.core.masks.images import ImageLimits, decode_image, encode_png, read_header
 
 MAX_JSON_BYTES = 32 * 1024 * 1024
 """Largest call but a picture: some 10 000 boxes with their masks, on the way back into a COCO file."""

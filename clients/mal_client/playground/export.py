@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mal_client.playground.wire import BadRequest, Json, member, read_box
-from mal_client.provenance import provenance_of
+from mal_client.dataset.provenance import provenance_of
+from mal_client.playground.schema import BadRequest, Json, member, read_box
 from mal_client.types import LabelOptions, ServerInfo
-from mal_train.errors import BadDataset
-from mal_train.labeling.coco import JsonId, parse_coco
-from mal_train.labeling.coco_output import answer_fields, error_fields, labelled_file
-from mal_train.labeling.rle import Rle, area
+from mal_train.core.coco.annotations import JsonId, parse_coco
+from mal_train.core.coco.output import answer_fields, error_fields, labelled_file
+from mal_train.core.errors import BadDataset
+from mal_train.core.masks.rle import Rle, area
 
 NO_CATEGORY = "object"
 

@@ -1,0 +1,86 @@
+"""Turns what callers hold (array, picture, path, bytes) into the encoded bytes that are sent. Decodes nothing."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mal_train.core.errors import BadImage
+
+if TYPE_CHECKING:
+    from mal_client.types import ImageInput
+
+# Modes that PNG stores as they are; the server's decoder then applies its one rule to alpha, grey and 16 bits.
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An encoded file and the size in px that the boxes refer to; (0, 0) when the caller stated none."""
+
+    content: bytes
+    width: int = 0
+    height: int = 0
+
+
+def encode(image: ImageInput) -> EncodedImage:
+    """The bytes to send.
+
+    A uint8 array (H, W, 3) RGB or (H, W) grey and a Pillow picture become a lossless PNG; a path's file and bytes are
+    sent as they are, so the server decodes exactly what is stored.
+
+    Raises:
+        BadImage: a missing file, an array of another shape or type, or something that is no image.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return EncodedImage(bytes(image))
+    if isinstance(image, str | Path):
+        return EncodedImage(read_file(Path(image)))
+    if isinstance(image, np.ndarray):
+        return _encode_array(image)
+    if hasattr(image, "save") and hasattr(image, "mode") and hasattr(image, "size"):
+        return _encode_picture(image)
+    raise BadImage(f"image: {type(image).__name__}; give a uint8 array, a Pillow picture, a path or encoded bytes")
+
+
+def read_file(path: Path) -> bytes:
+    """The file's bytes. Raises BadImage, reason IMAGE_NOT_FOUND, when it cannot be read."""
+    try:
+        return path.read_bytes()
+    # ValueError: a name with a NUL character.
+    except (OSError, ValueError) as error:
+        raise not_found(path, error) from None
+
+
+def not_found(path: Path, error: OSError | ValueError) -> BadImage:
+    """The error for an image file that cannot be opened."""
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return BadImage(f"{path}: cannot be read ({reason}); check the image folder and the file name", "IMAGE_NOT_FOUND")
+
+
+def _encode_array(pixels: np.ndarray[Any, Any]) -> EncodedImage:
+    is_grey, is_rgb = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[2] == 3
+    if pixels.dtype != np.uint8 or not (is_grey or is_rgb) or not pixels.size:
+        raise BadImage(
+            f"image: {pixels.dtype} array of shape {pixels.shape}; uint8 of shape (H, W, 3) RGB or (H, W) is needed",
+            "IMAGE_FORMAT",
+        )
+    # Imported here: it brings Pillow, which callers with files or bytes need not wait for.
+    from mal_train.core.masks.images import encode_png  # noqa: PLC0415
+
+    return EncodedImage(encode_png(np.ascontiguousarray(pixels)), pixels.shape[1], pixels.shape[0])
+
+
+def _encode_picture(picture: Any) -> EncodedImage:
+    if picture.mode == "F":
+        raise BadImage("image: floating-point pixels have no agreed range; convert to 8 bits a channel", "IMAGE_FORMAT")
+    # "I" holds what older Pillow reads from 16-bit files; as RGB it would be clipped at 255.
+    stored = picture if picture.mode in _PNG_MODES else picture.convert("I;16" if picture.mode == "I" else "RGB")
+    buffer = io.BytesIO()
+    stored.save(buffer, format="PNG", compress_level=1)
+    width, height = stored.size
+    return EncodedImage(buffer.getvalue(), width, height)

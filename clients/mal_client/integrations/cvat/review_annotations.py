@@ -1,0 +1,63 @@
+"""The worst masks of a labelled file for CVAT: a list of pictures, labels, and annotations in "CVAT for images 1.1"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from mal_client.images.image_files import ImageFiles
+from mal_client.integrations.cvat.mask_encoding import mask_points
+from mal_client.review.queue import QueueItem, by_picture, frame_size
+from mal_train.core.atomic_io import write_text
+from mal_train.core.masks.rle import area
+
+
+def review_xml(items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles) -> str:
+    """A picture for each image, that with the worst mask first; its boxes and masks.
+
+    Args:
+        items: the queue.
+        names: of the categories, by id.
+        files: where sizes are looked up that the file does not state.
+
+    Raises:
+        BadImage: a picture whose size neither the file nor the folder tells.
+    """
+    root = ElementTree.Element("annotations")
+    ElementTree.SubElement(root, "version").text = "1.1"
+    for at, (name, rows) in enumerate(by_picture(items).items()):
+        width, height = frame_size(rows[0], files)
+        size = {"width": str(width), "height": str(height)}
+        image = ElementTree.SubElement(root, "image", {"id": str(at), "name": name, **size})
+        for item in rows:
+            _add(image, item, names.get(item.row.get("category_id"), ""), (width, height))
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def write_review_annotations(
+    items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, folder: Path
+) -> None:
+    """Writes `annotations.xml`, `labels.json` and `images.txt` (a path on each line) into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "annotations.xml", review_xml(items, names, files))
+    labels = [{"name": name, "type": "any", "attributes": []} for name in sorted(set(names.values()))]
+    write_text(folder / "labels.json", json.dumps(labels, indent=1) + "\n")
+    write_text(folder / "images.txt", "".join(f"{files.path(name)}\n" for name in by_picture(items)))
+
+
+def _add(image: ElementTree.Element, item: QueueItem, label: str, size_wh: tuple[int, int]) -> None:
+    x, y, w, h = item.box
+    common = {"label": label, "occluded": "0", "z_order": "0", "group_id": str(item.rank)}
+    corners = {"xtl": x, "ytl": y, "xbr": x + w, "ybr": y + h}
+    edges = {name: f"{value:.2f}" for name, value in corners.items()}
+    ElementTree.SubElement(image, "box", {**common, "source": "manual", **edges})
+    if item.rle is None or (item.rle.width, item.rle.height) != size_wh or not area(item.rle):
+        return
+    *runs, left, top, right, bottom = mask_points(item.rle)
+    place = {"left": left, "top": top, "width": right - left + 1, "height": bottom - top + 1}
+    sides = {name: str(value) for name, value in place.items()}
+    mask = {**common, "source": "auto", "rle": ", ".join(map(str, runs)), **sides}
+    ElementTree.SubElement(image, "mask", mask)

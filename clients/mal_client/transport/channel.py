@@ -1,0 +1,169 @@
+"""How a channel is opened: encryption, token, message sizes, reconnecting, and the retries that gRPC itself makes."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from mal_client.transport.auth import Bearer, aio_bearers
+from mal_train.core.errors import ConfigError
+from mal_train.core.net import is_loopback
+
+RETRY_BUFFER_BYTES = 128 * 1024 * 1024
+"""At least the largest message. gRPC drops its retry policy in silence for calls above 256 KiB otherwise."""
+
+MAX_RECEIVE_BYTES = 256 * 1024 * 1024
+"""Masks of one bulk item come in one message; gRPC's default of 4 MiB would cut large images off."""
+
+SERVICE_CONFIG: dict[str, Any] = {
+    "methodConfig": [
+        {
+            # Not the bulk streams: they re-send unanswered items themselves, and gRPC would hold every file they
+            # sent in its buffer until the first answer.
+            "name": [
+                {"service": "mal.v1.LabelingService", "method": "LabelImage"},
+                {"service": "mal.v1.ModelService"},
+            ],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "3s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
+CERTIFICATE = "CERTIFICATE"
+PRIVATE_KEY = "PRIVATE KEY"
+"""How the first lines of PEM blocks end."""
+
+PORTS = range(1, 65536)
+"""gRPC would take a larger number modulo 65536 and call somebody else."""
+
+
+def channel_options() -> list[tuple[str, Any]]:
+    """Options for a sync or asyncio channel."""
+    return [
+        # Sizes are checked against the server's published limits before sending.
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+        ("grpc.enable_retries", 1),
+        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        # gRPC's own values (1 s growing to 2 min) leave a client waiting long after the server is back.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 3000),
+        # Despite its name, how long one attempt to connect may take (20 s otherwise).
+        ("grpc.min_reconnect_backoff_ms", 10_000),
+    ]
+
+
+def checked_address(address: str) -> str:
+    """The address as gRPC takes it: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
+
+    Raises:
+        ConfigError: no port.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not (port.isdigit() or address.startswith(("unix:", "dns:", "ipv4:", "ipv6:"))):
+        raise ConfigError(f"server address {address!r}: HOST:PORT is needed, for example localhost:50051")
+    if port.isdigit() and int(port) not in PORTS and not address.startswith("unix:"):
+        raise ConfigError(f"server address {address!r}: a port is a number from {PORTS[0]} to {PORTS[-1]}")
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(f"server address {address!r}: no URL but HOST:PORT is needed, for example localhost:50051")
+    return address
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How one server is reached.
+
+    Attributes:
+        address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
+        tls: encrypt, and trust the public authorities that gRPC knows.
+        tls_ca: PEM file of the authority to trust instead; means `tls`.
+        client_cert: PEM file of the certificate that this client shows (mTLS), with the chain above it.
+        client_key: PEM file of its private key; None: it stands in `client_cert`.
+        token: shown with every call.
+    """
+
+    address: str
+    tls: bool = False
+    tls_ca: Path | str | None = None
+    client_cert: Path | str | None = None
+    client_key: Path | str | None = None
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where the parts do not go together."""
+        checked_address(self.address)
+        if self.client_key is not None and self.client_cert is None:
+            raise ConfigError(f"client_key {self.client_key}: give the certificate that it belongs to as client_cert")
+        if self.client_cert is not None and not self.is_encrypted:
+            raise ConfigError(f"client_cert {self.client_cert}: is only shown with TLS; give tls_ca, or set tls")
+        if self.token is None:
+            return
+        if not self.token or not all("!" <= character <= "~" for character in self.token):
+            raise ConfigError("token: it must be one word of printable ASCII characters")
+        if not self.is_encrypted and not _is_this_machine(self.address):
+            raise ConfigError(
+                f"{self.address}: without TLS everybody on the way could read the token; give tls_ca, or set tls"
+            )
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the channel uses TLS."""
+        return self.tls or self.tls_ca is not None
+
+    def open(self) -> grpc.Channel:
+        """A blocking channel. Raises ConfigError for files that cannot be read."""
+        if self.is_encrypted:
+            channel = grpc.secure_channel(self.address, self._credentials(), options=channel_options())
+        else:
+            channel = grpc.insecure_channel(self.address, options=channel_options())
+        return channel if self.token is None else grpc.intercept_channel(channel, Bearer(self.token))
+
+    def open_aio(self) -> grpc.aio.Channel:
+        """A channel of the running event loop; errors as `open`."""
+        interceptors = aio_bearers(self.token) if self.token is not None else ()
+        if self.is_encrypted:
+            return grpc.aio.secure_channel(
+                self.address, self._credentials(), options=channel_options(), interceptors=interceptors
+            )
+        return grpc.aio.insecure_channel(self.address, options=channel_options(), interceptors=interceptors)
+
+    def _credentials(self) -> grpc.ChannelCredentials:
+        key_file = self.client_cert if self.client_key is None else self.client_key
+        authority = _read_pem(self.tls_ca, "tls_ca", CERTIFICATE)
+        chain = _read_pem(self.client_cert, "client_cert", CERTIFICATE)
+        key = _read_pem(key_file, "client_key", PRIVATE_KEY)
+        return grpc.ssl_channel_credentials(authority, key, chain)
+
+
+def _is_this_machine(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    return is_loopback(
+        address.rpartition(":")[0].rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").strip("[]")
+    )
+
+
+def _read_pem(path: Path | str | None, name: str, needed: str) -> bytes | None:
+    """The file, which holds at least one block of the kind that is needed: gRPC says of others that nobody is there."""
+    if path is None:
+        return None
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None
+    if b"-----BEGIN " not in data:
+        raise ConfigError(f"{name}: {path} is no PEM file")
+    if f"{needed}-----".encode() not in data:
+        raise ConfigError(f"{name}: {path} holds no {needed.lower()}; give the PEM file that does")
+    return data

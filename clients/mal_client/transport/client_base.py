@@ -1,0 +1,91 @@
+"""What the blocking and the asyncio client share: one server's address, connection, limits, and what it was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mal_client.errors import CallCancelled, from_rpc_error, is_cut_short
+from mal_client.images.upload_cache import Handles
+from mal_client.results.labels import BoxXywh, LabelOptions
+from mal_client.results.server_info import ServerInfo, ServerLimits
+from mal_client.transport.channel import Connection
+from mal_client.transport.image_call import ImageCall
+from mal_client.transport.serialization import labeling_messages
+
+if TYPE_CHECKING:
+    import grpc
+    from mal.v1 import model_pb2
+
+    from mal_client.images.image_input import EncodedImage
+
+DEFAULT_TIMEOUT_S = 300.0
+"""Deadline of one image: 300 boxes take minutes on a CPU. An address where nobody listens fails within seconds."""
+
+INFO_TIMEOUT_S = 30.0
+"""Deadline for the server's description of itself, which needs no device."""
+
+MAX_INFO_CUTS = 3
+"""How often it is asked for again after a stream that was cut short, which gRPC does not do itself."""
+
+
+class Endpoint:
+    """What both clients know of their server: where it is, its limits, and which pictures it has seen."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: bool = False,
+        tls_ca: Path | str | None = None,
+        client_cert: Path | str | None = None,
+        client_key: Path | str | None = None,
+        token: str | None = None,
+    ) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self._connection = Connection(address, tls, tls_ca, client_cert, client_key, token)
+        self._limits: ServerLimits | None = None
+        self._handles = Handles()
+        self._start()
+
+    def _start(self) -> None:
+        """Makes what the kind of client needs besides."""
+
+    def _image_call(
+        self,
+        encoded: EncodedImage,
+        boxes: Sequence[BoxXywh],
+        options: LabelOptions,
+        limits: ServerLimits,
+        timeout_s: float | None,
+    ) -> ImageCall:
+        return ImageCall(
+            self.address,
+            image=encoded,
+            boxes=boxes,
+            options=options,
+            limits=limits,
+            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+            handle=self._handles.of(encoded),
+        )
+
+    @property
+    def _info_timeout_s(self) -> float:
+        return min(self.timeout_s, INFO_TIMEOUT_S)
+
+    def _told(self, answer: model_pb2.GetServerInfoResponse) -> ServerInfo:
+        """The server's description of itself, whose limits are kept for the calls that follow."""
+        info = labeling_messages.server_info(answer)
+        self._limits = info.limits
+        return info
+
+    def _info_broke(self, error: grpc.RpcError, breaks: int) -> None:
+        """Returns where the description may be asked for again after so many failures; raises what they mean if not."""
+        if not is_cut_short(error) or breaks > MAX_INFO_CUTS:
+            raise from_rpc_error(self.address, error, self._info_timeout_s) from error
+
+    def _closed_error(self) -> CallCancelled:
+        return CallCancelled(f"{self.address}: this client is closed; open a new one")

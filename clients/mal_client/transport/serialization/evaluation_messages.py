@@ -1,0 +1,126 @@
+"""Evaluation messages to the client's own types and back. What they share with labelling stands in `codec`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from mal.v1 import evaluation_pb2, types_pb2
+
+from mal_client.images.image_input import EncodedImage
+from mal_client.transport.serialization.labeling_messages import coco_rle, image_source, instance, label_options
+from mal_client.types import BoxXywh, Figures, GroupMiou, LabelOptions
+from mal_train.core.coco.annotations import JsonId
+from mal_train.core.metrics.report import CategoryRow
+from mal_train.core.metrics.score_quality import ScoreQuality
+
+if TYPE_CHECKING:
+    from mal_train.core.masks.rle import Rle
+
+
+def evaluate_options(
+    options: LabelOptions, categories: Mapping[int, str], images_total: int, worst_count: int, token: bytes = b""
+) -> evaluation_pb2.EvaluateRequest:
+    """First message of an evaluation; `categories` are names by wire id, `token` is that of one that goes on."""
+    return evaluation_pb2.EvaluateRequest(
+        options=evaluation_pb2.EvaluateOptions(
+            label=label_options(options),
+            categories=[types_pb2.Category(category_id=key, name=name) for key, name in categories.items()],
+            images_total=images_total,
+            worst_count=worst_count,
+            want_records=True,
+            resume_token=token,
+        )
+    )
+
+
+def evaluate_dataset(
+    options: LabelOptions, names: tuple[str, str], worst_count: int, token: bytes = b""
+) -> evaluation_pb2.EvaluateRequest:
+    """First message of an evaluation of a data set on the server: (annotations, images), each FOLDER/PATH."""
+    annotations, images = names
+    return evaluation_pb2.EvaluateRequest(
+        options=evaluation_pb2.EvaluateOptions(
+            label=label_options(options),
+            dataset=evaluation_pb2.DatasetSource(annotations=annotations, images=images),
+            worst_count=worst_count,
+            want_records=True,
+            resume_token=token,
+        )
+    )
+
+
+def evaluate_image(
+    item_id: str,
+    image: EncodedImage,
+    truths: Iterable[evaluation_pb2.GroundTruth],
+    sha256: str | None = None,
+    record: bytes = b"",
+) -> evaluation_pb2.EvaluateRequest:
+    """One image of an evaluation; with its `record`, its hash stands for its content."""
+    source = image_source(image, sha256)
+    return evaluation_pb2.EvaluateRequest(
+        image=evaluation_pb2.EvaluateImage(item_id=item_id, image=source, ground_truth=truths, record=record)
+    )
+
+
+def evaluate_record(item_id: str, record: bytes) -> evaluation_pb2.EvaluateRequest:
+    """What an earlier stream measured on an image of a data set on the server."""
+    return evaluation_pb2.EvaluateRequest(image=evaluation_pb2.EvaluateImage(item_id=item_id, record=record))
+
+
+def ground_truth(key: int, box: BoxXywh, category_id: int, rle: Rle, is_crowd: bool) -> evaluation_pb2.GroundTruth:
+    """One annotated object under the wire's ids."""
+    return evaluation_pb2.GroundTruth(
+        instance=instance(key, box), category_id=category_id, mask=coco_rle(rle), is_crowd=is_crowd
+    )
+
+
+def group_miou(group: evaluation_pb2.GroupMiou) -> GroupMiou:
+    """Mean IoU of a group."""
+    return GroupMiou(group.instances, group.miou if group.HasField("miou") else None)
+
+
+def coco_figures(figures: evaluation_pb2.CocoFigures) -> Figures:
+    """The twelve figures by COCO's short names; None where unset."""
+    return {short: getattr(figures, wire) if figures.HasField(wire) else None for short, wire in _FIGURES.items()}  # type: ignore[arg-type]
+
+
+_FIGURES = {
+    "AP": "ap",
+    "AP50": "ap50",
+    "AP75": "ap75",
+    "APs": "ap_small",
+    "APm": "ap_medium",
+    "APl": "ap_large",
+    "ARmax1": "ar_max1",
+    "ARmax10": "ar_max10",
+    "ARmax100": "ar_max100",
+    "ARs": "ar_small",
+    "ARm": "ar_medium",
+    "ARl": "ar_large",
+}
+
+
+def score_quality(score: evaluation_pb2.ScoreQuality) -> ScoreQuality:
+    """What the score is worth; None where unset."""
+    return ScoreQuality(
+        mean_score=score.mean_score if score.HasField("mean_score") else None,
+        bias=score.bias if score.HasField("bias") else None,
+        calibration_error=score.calibration_error if score.HasField("calibration_error") else None,
+        spearman=score.rank_correlation if score.HasField("rank_correlation") else None,
+        bad_count=score.bad_instances,
+        bad_in_worst_fifth=score.bad_in_worst_fifth if score.HasField("bad_in_worst_fifth") else None,
+    )
+
+
+def category_row(row: evaluation_pb2.CategoryFigures, category_id: JsonId) -> CategoryRow:
+    """The figures of a category, under the id that the data set's file gives it."""
+    return CategoryRow(
+        category_id=category_id,
+        name=row.category.name,
+        count=row.instances,
+        miou=row.miou,
+        share_good=row.share_good,
+        mean_score=row.mean_score,
+    )

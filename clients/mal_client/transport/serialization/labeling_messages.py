@@ -1,0 +1,225 @@
+"""Wire messages to the client's own types and back: only this file and `codec_evaluation` know both. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from mal.v1 import labeling_pb2, model_pb2, types_pb2
+
+from mal_client.errors import ItemError, item_error
+from mal_client.images.image_input import EncodedImage
+from mal_client.types import (
+    BoxLabel,
+    BoxXywh,
+    LabelOptions,
+    ModelInfo,
+    ModelRef,
+    ModelStatus,
+    ServerInfo,
+    ServerLimits,
+    Timing,
+)
+from mal_train.core.settings import Branch
+
+if TYPE_CHECKING:
+    from google.protobuf.duration_pb2 import Duration
+
+    from mal_train.core.masks.rle import Rle
+
+_BRANCH_TO_WIRE = {
+    Branch.STUDENT: types_pb2.BRANCH_STUDENT,
+    Branch.TEACHER: types_pb2.BRANCH_TEACHER,
+    Branch.MIXED: types_pb2.BRANCH_MIXED,
+}
+_BRANCH_FROM_WIRE = {wire: branch for branch, wire in _BRANCH_TO_WIRE.items()}
+
+
+def label_request(
+    image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions, sha256: str | None = None
+) -> labeling_pb2.LabelImageRequest:
+    """One image and its boxes; the keys of `boxes` become the instance ids. `sha256`: sent in the picture's place."""
+    return labeling_pb2.LabelImageRequest(
+        image=image_source(image, sha256),
+        instances=[instance(key, box) for key, box in boxes.items()],
+        options=label_options(options),
+    )
+
+
+def bulk_request(
+    item_id: str, image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions
+) -> labeling_pb2.LabelImagesRequest:
+    """One item of a bulk stream."""
+    return labeling_pb2.LabelImagesRequest(item_id=item_id, request=label_request(image, boxes, options))
+
+
+def image_source(image: EncodedImage, sha256: str | None = None) -> types_pb2.ImageSource:
+    """The picture of a request, or its hash where the server holds it."""
+    source = types_pb2.ImageSource(expected_width=image.width, expected_height=image.height)
+    if sha256 is None:
+        source.content = image.content
+    else:
+        source.content_sha256 = sha256
+    return source
+
+
+def instance(instance_id: int, box: BoxXywh) -> types_pb2.Instance:
+    """One box under its id."""
+    x, y, width, height = box
+    return types_pb2.Instance(instance_id=instance_id, box=types_pb2.Box(x=x, y=y, width=width, height=height))
+
+
+def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
+    """Unset stays unset, so that the server's and the checkpoint's settings hold.
+
+    No `formats`: the run-length code is the smallest on the wire, and the other forms are made from it here, by the
+    functions that the server uses.
+    """
+    branch = types_pb2.BRANCH_UNSPECIFIED if options.branch is None else _BRANCH_TO_WIRE[options.branch]
+    return types_pb2.LabelOptions(
+        branch=branch,
+        threshold=options.threshold,
+        compute_agreement=options.agreement,
+        flip_test=options.flip,
+        min_component_area_px=options.min_component_area_px or None,
+        model=options.model or "",
+        resolve_overlaps=options.resolve_overlaps,
+    )
+
+
+def coco_rle(rle: Rle) -> types_pb2.CocoRle:
+    """A mask for the wire."""
+    return types_pb2.CocoRle(height=rle.height, width=rle.width, counts=rle.counts)
+
+
+def box_labels(
+    response: labeling_pb2.LabelImageResponse, boxes: Mapping[int, BoxXywh]
+) -> Iterable[tuple[int, BoxLabel]]:
+    """(instance id, answer) for each result of a message. `boxes`: what was asked, by instance id.
+
+    Raises:
+        KeyError: the id of something that was not asked.
+    """
+    model = model_ref(response.model)
+    times = _timing(response.timing)
+    for result in response.results:
+        yield result.instance_id, _box_label(result, boxes[result.instance_id], model, times)
+
+
+def model_ref(ref: types_pb2.ModelRef) -> ModelRef:
+    """Which weights answered; a branch that this version does not know reads as the student."""
+    return ModelRef(ref.name, ref.checkpoint_sha256, _BRANCH_FROM_WIRE.get(ref.branch, Branch.STUDENT))
+
+
+def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
+    """One model of a server; branches that this version does not know are left out."""
+    return ModelInfo(
+        model=model_ref(model.ref),
+        arch=model.arch,
+        crop_size=model.crop_size,
+        margin_rate=model.margin_rate,
+        mask_thresholds=(model.mask_thresholds.small, model.mask_thresholds.medium, model.mask_thresholds.large),
+        categories={category.category_id: category.name for category in model.categories},
+        devices=tuple(model.devices),
+        precision=model.precision,
+        score_calibrated=model.score_calibrated,
+        score_calibrated_with_flip=model.score_calibrated_with_flip,
+        branches=tuple(_BRANCH_FROM_WIRE[branch] for branch in model.branches if branch in _BRANCH_FROM_WIRE),
+    )
+
+
+def model_status(status: model_pb2.ModelStatus) -> ModelStatus:
+    """Where a model of a server stands."""
+    is_retiring = status.state == model_pb2.MODEL_STATE_RETIRING
+    return ModelStatus(model_info(status.model), status.calls, is_retiring, status.is_default)
+
+
+def load_request(name: str, folder: str, path: str, branch: Branch | None) -> model_pb2.LoadModelRequest:
+    """Which checkpoint is to answer under which name."""
+    wire = types_pb2.BRANCH_UNSPECIFIED if branch is None else _BRANCH_TO_WIRE[branch]
+    return model_pb2.LoadModelRequest(name=name, folder=folder, path=path, branch=wire)
+
+
+def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
+    """The server's description of itself."""
+    limits, default = response.limits, model_info(response.model)
+    return ServerInfo(
+        version=response.version,
+        model=default.model,
+        arch=default.arch,
+        crop_size=default.crop_size,
+        margin_rate=default.margin_rate,
+        mask_thresholds=default.mask_thresholds,
+        categories=default.categories,
+        limits=ServerLimits(
+            max_request_bytes=limits.max_request_bytes,
+            max_response_bytes=limits.max_response_bytes,
+            max_boxes=limits.max_boxes,
+            max_pixels=limits.max_pixels,
+            max_side=limits.max_side,
+            max_image_bytes=limits.max_image_bytes,
+            max_items_in_flight=limits.max_items_in_flight,
+            image_cache_bytes=limits.image_cache_bytes,
+        ),
+        devices=tuple(response.devices),
+        precision=response.precision,
+        score_calibrated=default.score_calibrated,
+        score_calibrated_with_flip=default.score_calibrated_with_flip,
+        branches=default.branches,
+        models=tuple(map(model_info, response.models)),
+        data_folders=tuple(response.data_folders),
+    )
+
+
+def flag_name(flag: int) -> str:
+    """BOX_CLIPPED for MASK_FLAG_BOX_CLIPPED; FLAG_<number> for one of a newer server."""
+    try:
+        return types_pb2.MaskFlag.Name(flag).removeprefix("MASK_FLAG_")  # type: ignore[arg-type]
+    except ValueError:
+        return f"FLAG_{flag}"
+
+
+def _box_label(result: types_pb2.InstanceResult, box: BoxXywh, model: ModelRef, timing: Timing) -> BoxLabel:
+    index = result.instance_id
+    error = item_error(result.status)
+    if error is None and not any(mask.HasField("coco_rle") for mask in result.masks):
+        error = ItemError("UNIMPLEMENTED", "MASK_FORMAT", "the answer holds no run-length mask; update the client")
+    if error is not None:
+        return BoxLabel(index, box, error=error, model=model, timing=timing)
+    return BoxLabel(
+        index=index,
+        box=box,
+        rle=next(_rle(mask.coco_rle) for mask in result.masks if mask.HasField("coco_rle")),
+        score=result.score,
+        agreement=result.agreement if result.HasField("agreement") else None,
+        area=result.area_px,
+        mask_box=_box(result.mask_box) if result.HasField("mask_box") else None,
+        flags=tuple(flag_name(flag) for flag in result.flags),
+        model=model,
+        timing=timing,
+    )
+
+
+def _rle(code: types_pb2.CocoRle) -> Rle:
+    # Imported here: it brings OpenCV and pycocotools, which would double the time to import the client.
+    from mal_train.core.masks.rle import Rle  # noqa: PLC0415
+
+    return Rle(code.height, code.width, code.counts)
+
+
+def _box(box: types_pb2.Box) -> BoxXywh:
+    return (box.x, box.y, box.width, box.height)
+
+
+def _timing(timing: types_pb2.Timing) -> Timing:
+    return Timing(
+        queue_s=_seconds(timing.queue),
+        decode_s=_seconds(timing.decode),
+        infer_s=_seconds(timing.infer),
+        finish_s=_seconds(timing.finish),
+        batch_size=timing.batch_size,
+    )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9

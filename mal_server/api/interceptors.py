@@ -1,0 +1,177 @@
+"""Interceptor of every call: asks for a token, turns errors into statuses, logs one line a call."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from mal_server.api.serialization.status import DOMAIN, reason_of, retry_after, status_of
+from mal_server.errors import NotAllowed, RequestRefused, UnknownCaller
+from mal_server.ops.metrics import Metrics
+from mal_server.security.auth import Access
+
+log = logging.getLogger(__name__)
+
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+ID_KEY = "x-request-id"
+MAX_ID_CHARS = 64
+
+GRPC_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Asks for tokens and wraps the handlers of our services; gRPC's own (health, reflection) pass unwrapped.
+
+    Args:
+        access: decides who may call.
+        metrics: counts calls.
+    """
+
+    def __init__(self, access: Access, metrics: Metrics) -> None:
+        self._access = access
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The handler of the method, guarded: no error but a cancellation leaves it without a status of ours."""
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method
+        metadata = tuple(handler_call_details.invocation_metadata or ())
+        try:
+            caller = self._access.caller(method, metadata)
+        except (UnknownCaller, NotAllowed) as error:
+            return _refusing(_Call(method, _request_id(metadata), "", self._metrics), error)
+        if handler is None or not method.startswith(f"/{DOMAIN}."):
+            return handler
+        call = _Call(method, _request_id(metadata), caller, self._metrics)
+        codecs = {
+            "request_deserializer": _tolerant(handler.request_deserializer),
+            "response_serializer": handler.response_serializer,
+        }
+        if not handler.response_streaming:
+            return grpc.unary_unary_rpc_method_handler(_guard_unary(call, handler.unary_unary), **codecs)
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                _guard_stream(call, handler.stream_stream, _readable_all), **codecs
+            )
+        return grpc.unary_stream_rpc_method_handler(_guard_stream(call, handler.unary_stream, _readable), **codecs)
+
+
+def _request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str:
+    """The caller's own id where it is harmless in a log, else a new one."""
+    given = next((value for key, value in metadata if key == ID_KEY), "")
+    if isinstance(given, str) and 0 < len(given) <= MAX_ID_CHARS and given.replace("-", "").isalnum():
+        return given
+    return uuid.uuid4().hex[:16]
+
+
+def _refusing(call: "_Call", error: Exception) -> Any:
+    """A handler that ends the call at once. Streaming on both sides, whatever the method is: so nothing is read."""
+
+    async def refuse(requests: AsyncIterator[Any], context: Any) -> None:
+        await call.abort(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Gives bytes that are no such message as the error that they are: raised in here, gRPC would answer UNKNOWN."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return RequestRefused([("", f"{len(data)} bytes that are no message of this method")])
+
+    return read
+
+
+def _readable(request: Any) -> Any:
+    if isinstance(request, RequestRefused):
+        raise request
+    return request
+
+
+async def _readable_all(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _readable(request)
+
+
+def _guard_unary(call: "_Call", inner: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def guarded(request: Any, context: Any) -> Any:
+        call.begin(context)
+        try:
+            answer = await inner(_readable(request), context)
+        except asyncio.CancelledError:
+            call.end("CANCELLED")
+            raise
+        # The one place where errors become statuses.
+        except Exception as error:
+            await call.abort(context, error)
+        call.end("OK")
+        return answer
+
+    return guarded
+
+
+def _guard_stream(
+    call: "_Call", inner: Callable[[Any, Any], AsyncGenerator[Any, None]], readable: Callable[[Any], Any]
+) -> Callable[[Any, Any], Any]:
+    async def guarded(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        call.begin(context)
+        try:
+            async with aclosing(inner(readable(request), context)) as answers:
+                async for answer in answers:
+                    yield answer
+        except (asyncio.CancelledError, GeneratorExit):
+            call.end("CANCELLED")
+            raise
+        # The one place where errors become statuses.
+        except Exception as error:
+            await call.abort(context, error)
+        call.end("OK")
+
+    return guarded
+
+
+class _Call:
+    """One call's count, log line and end. Its id goes back in the trailers, so that people can name the line."""
+
+    def __init__(self, method: str, request_id: str, caller: str, metrics: Metrics) -> None:
+        self._method = method.removeprefix("/")
+        self._id = request_id
+        self._caller = caller
+        self._metrics = metrics
+        self._started = time.perf_counter()
+
+    def begin(self, context: Any) -> None:
+        context.set_trailing_metadata(((ID_KEY, self._id),))
+
+    def end(self, code: str, reason: str = "") -> None:
+        took_s = time.perf_counter() - self._started
+        self._metrics.call_ended(self._method, code, took_s)
+        fields: dict[str, object] = {"method": self._method, "code": code, "took_ms": round(took_s * 1000, 1)}
+        fields |= {"request_id": self._id, **({"caller": self._caller} if self._caller else {})}
+        log.info("call", extra={"fields": {**fields, **({"reason": reason} if reason else {})}})
+
+    async def abort(self, context: Any, error: Exception) -> NoReturn:
+        status = status_of(error)
+        code, reason = GRPC_CODES[status.code], reason_of(error)
+        self._metrics.rejected(reason)
+        self.end(code.name, reason)
+        trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString()), (ID_KEY, self._id)]
+        retry_s = retry_after(status)
+        if retry_s is not None:
+            trailers.append((PUSHBACK_KEY, str(round(retry_s * 1000))))
+        await context.abort(code, status.message, trailing_metadata=tuple(trailers))
+        raise AssertionError("abort returned")

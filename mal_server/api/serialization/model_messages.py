@@ -1,0 +1,118 @@
+"""Requests to change the served models, and what clients may know of the server, as messages."""
+
+from collections.abc import Sequence
+
+from mal.v1 import model_pb2, types_pb2
+
+from mal_server.api.serialization.labeling_messages import Checks, read_branch, write_branches, write_model_ref
+from mal_server.config.model_config import MAX_NAME_CHARS, NAME_RULE, is_name
+from mal_server.config.server import ServerConfig
+from mal_server.models.loader import ModelInfo
+from mal_server.models.registry import Entry
+from mal_train.core.settings import Branch
+
+
+def read_load(request: model_pb2.LoadModelRequest) -> Branch | None:
+    """Checks the form of a request to load; the branch that it names, if any. Raises RequestRefused."""
+    checks = Checks()
+    check_model_name(request.name, checks)
+    if bool(request.folder) != bool(request.path):
+        checks.add("path", "give folder and path, or neither to read the model's own checkpoint anew")
+    branch = read_branch(request.branch, checks, "branch")
+    checks.raise_if_any()
+    return branch
+
+
+def read_unload(request: model_pb2.UnloadModelRequest) -> str:
+    """The name of the model to give up. Raises RequestRefused."""
+    checks = Checks()
+    check_model_name(request.name, checks)
+    checks.raise_if_any()
+    return request.name
+
+
+def check_model_name(name: str, checks: Checks) -> None:
+    """Notes a name that no model can have."""
+    if not name:
+        checks.add("name", "missing")
+    elif not is_name(name):
+        checks.add("name", f"{name[:MAX_NAME_CHARS]!r}; {NAME_RULE}")
+
+
+def write_server_info(
+    infos: Sequence[ModelInfo], config: ServerConfig, version: str
+) -> model_pb2.GetServerInfoResponse:
+    """What the server serves, the default model first, and what it accepts."""
+    limits, images = config.limits, config.limits.images()
+    models = [write_model_info(info) for info in infos]
+    return model_pb2.GetServerInfoResponse(
+        version=version,
+        model=models[0],
+        models=models,
+        limits=model_pb2.ServerLimits(
+            max_request_bytes=limits.max_request_bytes,
+            max_response_bytes=limits.max_response_bytes,
+            max_boxes=limits.max_boxes,
+            max_pixels=images.max_pixels,
+            max_side=images.max_side,
+            max_image_bytes=images.max_bytes,
+            max_items_in_flight=limits.max_items_in_flight,
+            image_cache_bytes=config.image_cache_bytes,
+        ),
+        devices=infos[0].devices,
+        precision=infos[0].precision,
+        data_folders=[folder.name for folder in config.data_folders],
+    )
+
+
+def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
+    """What clients may know of a model."""
+    small, medium, large = info.labeler.mask_thres
+    return model_pb2.ModelInfo(
+        ref=write_model_ref(info, info.branch),
+        arch=info.arch,
+        crop_size=info.labeler.crop_size,
+        margin_rate=info.labeler.margin_rate,
+        mask_thresholds=model_pb2.SizeThresholds(small=small, medium=medium, large=large),
+        categories=[_write_category(index, category) for index, category in enumerate(info.categories)],
+        score_calibrated=info.labeler.calibration is not None,
+        score_calibrated_with_flip=info.labeler.calibrated_with_flip,
+        devices=info.devices,
+        precision=info.precision,
+        branches=write_branches(info.branches),
+    )
+
+
+def write_models(entries: Sequence[Entry]) -> model_pb2.ListModelsResponse:
+    """Every model in memory."""
+    return model_pb2.ListModelsResponse(
+        models=[
+            model_pb2.ModelStatus(
+                model=write_model_info(entry.info),
+                state=model_pb2.MODEL_STATE_RETIRING if entry.is_retiring else model_pb2.MODEL_STATE_SERVING,
+                calls=entry.calls,
+                is_default=entry.is_default,
+            )
+            for entry in entries
+        ]
+    )
+
+
+def write_loaded(info: ModelInfo, replaced: ModelInfo | None) -> model_pb2.LoadModelResponse:
+    """What answers now, and what answered before."""
+    before = None if replaced is None else write_model_ref(replaced, replaced.branch)
+    return model_pb2.LoadModelResponse(model=write_model_info(info), replaced=before)
+
+
+def write_unloaded(info: ModelInfo) -> model_pb2.UnloadModelResponse:
+    """What was given up."""
+    return model_pb2.UnloadModelResponse(model=write_model_ref(info, info.branch))
+
+
+def _write_category(index: int, category: dict[str, object]) -> types_pb2.Category:
+    category_id, name = category.get("id"), category.get("name")
+    fits = isinstance(category_id, int) and -(2**63) <= category_id < 2**63
+    return types_pb2.Category(
+        category_id=category_id if isinstance(category_id, int) and fits else index + 1,
+        name=name if isinstance(name, str) else "",
+    )

@@ -1,0 +1,132 @@
+"""Statuses of errors. The only file that maps an error to a gRPC status code.
+
+    UNAUTHENTICATED    UnknownCaller (reason NO_TOKEN)
+    PERMISSION_DENIED  NotAllowed (reason MISSING_SCOPE)
+    INVALID_ARGUMENT   RequestRefused (BadRequest: field paths) · BadImage (reason IMAGE_…) · BadBox (reason BAD_BOX)
+    UNAVAILABLE        NotReady · Overloaded · MemoryFull; with RetryInfo and the trailer grpc-retry-pushback-ms
+                       DeviceLost (reason DEVICE_LOST); with RetryInfo: the supervisor starts a new process
+    NOT_FOUND          NotThere (reasons MODEL_NOT_FOUND, FILE_NOT_FOUND, …)
+    FAILED_PRECONDITION  NotNow (reasons WRONG_KEY, SELF_TEST_FAILED, RESUME_TOKEN_STALE, …)
+    DEADLINE_EXCEEDED  Expired (reason EXPIRED)
+    INTERNAL           OutOfDeviceMemory (reason OUT_OF_MEMORY) · everything else: the trace goes to the log under an
+                       id, the client gets the id
+
+Calls that fail and single boxes and items that fail inside a successful call share this mapping.
+"""
+
+import logging
+import uuid
+from collections.abc import Sequence
+
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from mal_server.errors import ComeBack, NotAllowed, NotNow, NotThere, RequestRefused, UnknownCaller
+from mal_server.scheduling.batcher import Expired, Overloaded
+from mal_train.core.errors import BadBox, BadImage, DeviceLost, OutOfDeviceMemory
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "mal.v1"
+ID_NOTE = "error id "
+RESTART_RETRY_S = 5.0
+UNEXPECTED = "UNEXPECTED"
+MAX_MESSAGE_CHARS = 2000
+"""Trailers must stay small (gRPC's default limit for all metadata is 8 KiB)."""
+
+
+def status_of(error: Exception) -> status_pb2.Status:
+    """What a client is told about an error; an unexpected one is logged with its trace under an id."""
+    known = _known(error)
+    if known is not None:
+        code, details = known
+        return _status(code, str(error), *details)
+    text = f"the server failed; its log says why under error id {_logged(error)}"
+    return _status(code_pb2.INTERNAL, text, _info(UNEXPECTED))
+
+
+def reason_of(error: Exception) -> str:
+    """The short reason that `status_of` gives with an error, for counting."""
+    known = _known(error)
+    details = known[1] if known is not None else ()
+    reasons = [detail.reason for detail in details if isinstance(detail, error_details_pb2.ErrorInfo)]
+    if reasons:
+        return str(reasons[0])
+    return "BAD_REQUEST" if known is not None else UNEXPECTED
+
+
+def _logged(error: Exception) -> str:
+    """The id under which an error stands in the log; once, however many crops of a batch it concerns."""
+    for note in getattr(error, "__notes__", ()):
+        if note.startswith(ID_NOTE):
+            return str(note.removeprefix(ID_NOTE))
+    error_id = uuid.uuid4().hex[:12]
+    log.error("error_id=%s unexpected %s", error_id, type(error).__name__, exc_info=error)
+    error.add_note(ID_NOTE + error_id)
+    return error_id
+
+
+def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
+    """Code and details of an error that the contract names."""
+    known: tuple[int, tuple[Message, ...]] | None = None
+    match error:
+        case UnknownCaller():
+            known = code_pb2.UNAUTHENTICATED, (_info("NO_TOKEN"),)
+        case NotAllowed():
+            known = code_pb2.PERMISSION_DENIED, (_info("MISSING_SCOPE"),)
+        case RequestRefused(violations=violations):
+            known = code_pb2.INVALID_ARGUMENT, (_bad_request(violations),)
+        case BadImage(reason=reason):
+            known = code_pb2.INVALID_ARGUMENT, (_info(reason),)
+        case BadBox():
+            known = code_pb2.INVALID_ARGUMENT, (_info("BAD_BOX"),)
+        case Overloaded(retry_after_s=seconds):
+            known = code_pb2.UNAVAILABLE, (_info("QUEUE_FULL"), _retry(seconds))
+        case ComeBack(reason=reason, retry_after_s=seconds):
+            known = code_pb2.UNAVAILABLE, (_info(reason), _retry(seconds))
+        case DeviceLost():
+            known = code_pb2.UNAVAILABLE, (_info("DEVICE_LOST"), _retry(RESTART_RETRY_S))
+        case NotThere(reason=reason):
+            known = code_pb2.NOT_FOUND, (_info(reason),)
+        case NotNow(reason=reason):
+            known = code_pb2.FAILED_PRECONDITION, (_info(reason),)
+        case Expired():
+            known = code_pb2.DEADLINE_EXCEEDED, (_info("EXPIRED"),)
+        case OutOfDeviceMemory():
+            known = code_pb2.INTERNAL, (_info("OUT_OF_MEMORY"),)
+    return known
+
+
+def _status(code: int, message: str, *details: Message) -> status_pb2.Status:
+    status = status_pb2.Status(code=code, message=_shortened(message))
+    for detail in details:
+        status.details.add().Pack(detail)
+    return status
+
+
+def _shortened(message: str) -> str:
+    return message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 1] + "…"
+
+
+def _bad_request(violations: Sequence[tuple[str, str]]) -> error_details_pb2.BadRequest:
+    found = [error_details_pb2.BadRequest.FieldViolation(field=field, description=text) for field, text in violations]
+    return error_details_pb2.BadRequest(field_violations=found)
+
+
+def _info(reason: str) -> error_details_pb2.ErrorInfo:
+    return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
+
+
+def _retry(seconds: float) -> error_details_pb2.RetryInfo:
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromMilliseconds(round(seconds * 1000))
+    return info
+
+
+def retry_after(status: status_pb2.Status) -> float | None:
+    """Returns the seconds of a status's RetryInfo, or None without one."""
+    info = error_details_pb2.RetryInfo()
+    for detail in status.details:
+        if detail.Unpack(info):
+            return float(info.retry_delay.ToMilliseconds()) / 1000
+    return None

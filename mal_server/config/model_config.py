@@ -1,0 +1,87 @@
+"""Which checkpoints the settings let the server load, and what loading one takes. Reads no file."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mal_train.core.settings import Branch
+from mal_train.core.yaml_config import Strict
+
+MAX_NAME_CHARS = 64
+NAME = r"^[\w.@-]+$"
+"""Names that are safe in logs and metric labels. No path is made of one: `..` is among them."""
+
+NAME_RULE = f"a name has 1 to {MAX_NAME_CHARS} letters, digits and characters of '._@-'"
+
+ModelName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS, pattern=NAME)]
+GpuIds = tuple[Annotated[int, Field(ge=0)], ...]
+PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def is_name(text: str) -> bool:
+    """Whether a model may have this name."""
+    return len(text) <= MAX_NAME_CHARS and re.fullmatch(NAME[1:-1], text) is not None
+
+
+def name_from(checkpoint: Path) -> str:
+    """A model's name where the settings give none: the file's, without its suffix and with "-" for what names have not.
+
+    >>> name_from(Path("results/my model (2).malckpt"))
+    'my-model-2'
+    """
+    return re.sub(r"[^\w.@]+", "-", checkpoint.stem).strip("-")[:MAX_NAME_CHARS] or "model"
+
+
+class ModelSetting(Strict):
+    """One of several models. What is null is as the server's own setting of that name says."""
+
+    name: ModelName
+    checkpoint: Path
+    decryption_key: str | None = Field(default=None, repr=False)
+    branch: Branch | None = None
+    precision: PrecisionName | None = None
+    gpu_ids: GpuIds | None = None
+    cpu_workers: int | None = Field(default=None, ge=1, le=256)
+
+
+class ModelFolder(Strict):
+    """A folder whose checkpoints may be loaded while the server runs, and the key that opens them."""
+
+    name: ModelName
+    path: Path
+    decryption_key: str | None = Field(default=None, repr=False)
+
+
+class DataFolder(Strict):
+    """A folder whose files requests may name."""
+
+    name: ModelName
+    path: Path
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """All that loading one model takes.
+
+    Attributes:
+        name: in answers and requests.
+        checkpoint: the file.
+        decryption_key: as in the settings; None = not encrypted.
+        branch: answers where a request names none.
+        precision: number format of the network.
+        gpu_ids: one worker each; () = CPU.
+        cpu_workers: workers where the CPU is used.
+        max_batch_size: crops in one device batch; what the warm-up goes up to.
+    """
+
+    name: str
+    checkpoint: Path
+    decryption_key: str | None = field(repr=False)
+    branch: Branch
+    precision: str
+    gpu_ids: tuple[int, ...]
+    cpu_workers: int
+    max_batch_size: int

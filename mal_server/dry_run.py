@@ -1,0 +1,62 @@
+"""`mal-server check`: everything that `serve` does before it opens the port, without a device's memory or a port."""
+
+from collections.abc import Iterator
+
+import torch
+
+from mal_server.config.model_config import ModelPlan
+from mal_server.config.server import ServerConfig
+from mal_server.models.loader import pick_devices, read_checkpoint
+from mal_server.security.auth import read_resume_key, read_tokens
+from mal_server.security.tls import server_credentials
+from mal_train.core.errors import ConfigError
+from mal_train.kernel.checkpoint.keys import parse_key
+from mal_train.kernel.labeler.labeler import build_labeler
+from mal_train.kernel.networks.precision import resolve
+
+
+def check(config: ServerConfig) -> Iterator[str]:
+    """Lines that say what `serve` would do with these settings, each once it is known to work.
+
+    The checkpoint is opened, verified to its last byte and built into a network in main memory.
+
+    Raises:
+        ConfigError: a certificate, a token, a key, a GPU or a precision that does not exist here.
+        CheckpointError: the file cannot be used; its message says why.
+    """
+    read_tokens(config.tokens)
+    encryption = "plaintext" if server_credentials(config.listen) is None else "TLS"
+    if config.listen.tls_client_ca is not None:
+        encryption = "TLS with client certificates"
+    callers = ", ".join(f"{token.name} ({', '.join(token.scopes)})" for token in config.tokens)
+    yield f"listen: {config.listen.host}, port {config.listen.port or 'any free one'}, {encryption}"
+    yield f"callers: {callers or 'everybody who reaches the port'}"
+    metrics = config.metrics
+    yield f"metrics: {'not shown' if metrics.port is None else f'http://{metrics.host}:{metrics.port}/metrics'}"
+    read_resume_key(config.resume_key)
+    for data in config.data_folders:
+        if not data.path.is_dir():
+            raise ConfigError(f"data_folders: {data.name!r}: {data.path}: no such folder")
+        yield f"data folder {data.name}: {data.path}, readable by everybody who may label"
+    for plan in config.plans:
+        yield from _check_model(plan)
+    for folder in config.model_folders:
+        if not folder.path.is_dir():
+            raise ConfigError(f"model_folders: {folder.name!r}: {folder.path}: no such folder")
+        parse_key(folder.decryption_key, purpose="decryption", where="yaml")
+        files = sum(1 for _ in folder.path.rglob("*.malckpt"))
+        yield f"model folder {folder.name}: {folder.path}, {files} checkpoint{'s' * (files != 1)}"
+
+
+def _check_model(plan: ModelPlan) -> Iterator[str]:
+    devices = pick_devices(plan.gpu_ids, plan.cpu_workers)
+    formats = [str(resolve(plan.precision, torch.device(device))).removeprefix("torch.") for device in devices]
+    yield f"devices: {', '.join(f'{device} in {form}' for device, form in zip(devices, formats, strict=True))}"
+    checkpoint, sha256 = read_checkpoint(plan)
+    build_labeler(checkpoint, precision="float32")
+    weights = sum(weight.numel() * weight.element_size() for weight in checkpoint.weights.values())
+    yield (
+        f"model: {plan.name}, {checkpoint.model.arch}, crop {checkpoint.labeler.crop_size} px, branch "
+        f"{plan.branch}, {weights / 1e6:.1f} MB of weights on each device"
+    )
+    yield f"checkpoint: {plan.checkpoint}, sha256 {sha256}"

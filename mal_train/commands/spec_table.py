@@ -1,0 +1,75 @@
+"""Writes docs/spec.md, the table of every field of the spec, from the schema. No torch."""
+
+import json
+import sys
+import typing
+from collections.abc import Iterator
+from enum import Enum
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from mal_train.config.spec import Spec
+
+HEAD = """# Every field of the spec
+
+Made from the schema by `python -m mal_train.commands.spec_table > docs/spec.md`. `mal-train default-spec` prints the
+same fields as a YAML file; `a.b=c` on the command line replaces one.
+
+| field | default | range | meaning |
+|---|---|---|---|
+"""
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤"}
+
+
+def fields_of(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every field that is no section, with its whole name, in the order of the schema."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields_of(field.annotation, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", field
+
+
+def page() -> str:
+    """The whole page."""
+    return HEAD + "".join(_row(name, field) for name, field in fields_of(Spec))
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    meaning = " ".join((field.description or "").split()).replace("|", "\\|").replace("<", "&lt;")
+    return f"| `{name}` | `{json.dumps(field.default)}` | {', '.join(_rules(field))} | {meaning} |\n"
+
+
+def _rules(field: FieldInfo) -> Iterator[str]:
+    """What a value must keep to: choices, then bounds, those of a list's elements too."""
+    yield from _choices(field.annotation)
+    yield from dict.fromkeys([*_bounds(field.metadata), *_inner_bounds(field.annotation)])
+
+
+def _choices(annotation: object) -> Iterator[str]:
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        yield " · ".join(f"`{member.value}`" for member in annotation)
+    elif typing.get_origin(annotation) is typing.Literal:
+        yield " · ".join(f"`{value}`" for value in typing.get_args(annotation))
+
+
+def _inner_bounds(annotation: object) -> Iterator[str]:
+    if typing.get_origin(annotation) is typing.Annotated:
+        yield from _bounds(typing.get_args(annotation)[1:])
+    if typing.get_origin(annotation) is not typing.Literal:
+        for part in typing.get_args(annotation):
+            yield from _inner_bounds(part)
+
+
+def _bounds(metadata: typing.Iterable[object]) -> Iterator[str]:
+    for entry in metadata:
+        for rule in entry.metadata if isinstance(entry, FieldInfo) else [entry]:
+            for name, sign in _SIGNS.items():
+                value = getattr(rule, name, None)
+                if value is not None:
+                    yield f"{sign} {value:g}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

@@ -1,0 +1,244 @@
+"""The only crop arithmetic: boxes to windows, windows to network inputs, probability maps back to image pixels.
+
+A box is x, y, width, height in px of the stored image, float64. A window is integer x0, y0, x1, y1 with an exclusive
+end and may reach outside the image: what lies there is the image itself, wrapped round (§2.3 of the method).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mal_train.core.errors import BadBox
+from mal_train.core.settings import Compat
+
+Box = tuple[float, float, float, float]
+"""x, y, width, height."""
+
+Pixels = NDArray[np.uint8]
+
+
+class Window(NamedTuple):
+    """Integer pixel window, end exclusive; may reach outside the image."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.x1 - self.x0
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return self.y1 - self.y0
+
+
+class Region(NamedTuple):
+    """Half-open ranges of columns and rows inside an image; empty when an end is not above its start."""
+
+    col0: int
+    row0: int
+    col1: int
+    row1: int
+
+    @property
+    def is_empty(self) -> bool:
+        """Holds no pixel."""
+        return self.col1 <= self.col0 or self.row1 <= self.row0
+
+
+def check_box(box_xywh: Sequence[float], image_hw: tuple[int, int], name: str = "box") -> tuple[Box, bool]:
+    """The part of a box inside its image, and whether that differs from the box.
+
+    >>> check_box((-2, 0, 6, 4), (10, 10))
+    ((0.0, 0.0, 4.0, 4.0), True)
+
+    Raises:
+        BadBox: not four finite numbers, no positive size, wholly outside, or less than 1 px² of it inside.
+    """
+    height, width = image_hw
+    if len(box_xywh) != 4 or not all(math.isfinite(v) for v in box_xywh):
+        raise BadBox(f"{name}: {list(box_xywh)}; four finite numbers x, y, width, height are needed")
+    x, y, w, h = (float(v) for v in box_xywh)
+    if w <= 0 or h <= 0:
+        raise BadBox(f"{name}: {w:g} x {h:g} px; width and height must be positive (boxes are x, y, width, height)")
+    x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
+    if x1 <= x0 or y1 <= y0:
+        raise BadBox(f"{name}: [{x:g}, {y:g}, {w:g}, {h:g}] lies wholly outside its {width}x{height} px image")
+    if x0 == x and y0 == y and x1 == x + w and y1 == y + h:
+        if w * h < 1.0:
+            raise BadBox(f"{name}: {w:g} x {h:g} px; less than 1 px² cannot be labelled")
+        return (x, y, w, h), False
+    if (x1 - x0) * (y1 - y0) < 1.0:
+        raise BadBox(f"{name}: [{x:g}, {y:g}, {w:g}, {h:g}]: less than 1 px² lies inside its {width}x{height} px image")
+    return (x0, y0, x1 - x0, y1 - y0), True
+
+
+def box_area(box_xywh: Box) -> float:
+    """Area in px², in the float32 corner arithmetic of the published code, which its size classes depend on."""
+    x0, y0, x1, y1 = _corners(box_xywh)
+    return float((x1 - x0) * (y1 - y0))
+
+
+def box_iou(a_xywh: Box, b_xywh: Box) -> float:
+    """IoU of two boxes with positive sides.
+
+    >>> box_iou((0, 0, 2, 2), (1, 0, 2, 2))
+    0.3333333333333333
+    """
+    width = min(a_xywh[0] + a_xywh[2], b_xywh[0] + b_xywh[2]) - max(a_xywh[0], b_xywh[0])
+    height = min(a_xywh[1] + a_xywh[3], b_xywh[1] + b_xywh[3]) - max(a_xywh[1], b_xywh[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    return shared / (a_xywh[2] * a_xywh[3] + b_xywh[2] * b_xywh[3] - shared)
+
+
+def test_window(box_xywh: Box, margin_rate: float) -> Window:
+    """Window of inference: the box grown by margin_rate/2 of its half extent on each side.
+
+    >>> test_window((100, 100, 100, 80), 0.6)
+    Window(x0=85, y0=88, x1=216, y1=193)
+    """
+    side = 0.5 * margin_rate
+    return train_window(box_xywh, (side, side, side, side))
+
+
+test_window.__test__ = False  # type: ignore[attr-defined]  # a name of the method, not a test to collect
+
+
+def train_window(box_xywh: Box, margins: Sequence[float]) -> Window:
+    """Window for margins (left, top, right, bottom), each a share of the half extent (§2.3)."""
+    x0, y0, x1, y1 = _corners(box_xywh)
+    left, top, right, bottom = (np.float64(m) for m in margins)
+    # float32 halves times float64 margins, as NumPy 2 evaluates the published expression.
+    cx, cy = (x0 + x1) / np.float32(2), (y0 + y1) / np.float32(2)
+    half_w, half_h = cx - x0, cy - y0
+    return Window(
+        math.floor(cx - half_w * (1 + left)),
+        math.floor(cy - half_h * (1 + top)),
+        math.ceil(cx + (x1 - cx) * (1 + right) + 1),
+        math.ceil(cy + (y1 - cy) * (1 + bottom) + 1),
+    )
+
+
+def random_margins(rng: np.random.Generator, margin_rate: tuple[float, float]) -> tuple[float, float, float, float]:
+    """Margins (left, top, right, bottom) of training: u ⊙ (g₁, g₂, 1−g₁, 1−g₂), u in margin_rate, g in [0, 1)."""
+    return margins_from(rng.random(4), rng.random(2), margin_rate)
+
+
+def margins_from(
+    u: NDArray[np.float64], g: NDArray[np.float64], margin_rate: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """Margins from four numbers u and two numbers g, all in [0, 1), so that the published draws can be replayed."""
+    low, high = margin_rate
+    scaled = low + u * (high - low)
+    split = np.array([g[0], g[1], 1.0 - g[0], 1.0 - g[1]])
+    left, top, right, bottom = (float(m) for m in scaled * split)
+    return left, top, right, bottom
+
+
+def cut(image: Pixels, window: Window) -> Pixels:
+    """Pixels of a window (h, w[, C]); outside the image it repeats periodically.
+
+    Wrap, not pad: the mean field compares neighbouring pixels, and a made-up border would spoil the refined mask.
+    """
+    height, width = image.shape[:2]
+    inside = image[max(window.y0, 0) : min(window.y1, height), max(window.x0, 0) : min(window.x1, width)]
+    if inside.shape[:2] == (window.height, window.width):
+        return inside
+    # Piece by piece: whole rows of a piece are copied at once, which indexing by pixel does not do.
+    wrapped: Pixels = np.empty((window.height, window.width, *image.shape[2:]), image.dtype)
+    for rows, image_rows in _pieces(window.y0, window.y1, height):
+        for columns, image_columns in _pieces(window.x0, window.x1, width):
+            wrapped[rows, columns] = image[image_rows, image_columns]
+    return wrapped
+
+
+def resize_crop(pixels: Pixels, size: int) -> Pixels:
+    """(size, size[, 3]) uint8 by Pillow's bicubic with antialias; the aspect ratio is not kept (§2.3)."""
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def box_pixels(box_xywh: Box, image_hw: tuple[int, int]) -> Region:
+    """Pixels whose centres lie in the box: columns ceil(x − ½) … ceil(x + w − ½) − 1, rows likewise.
+
+    >>> box_pixels((0.6, 0.0, 2.0, 1.4), (10, 10))
+    Region(col0=1, row0=0, col1=3, row1=1)
+    """
+    x, y, w, h = box_xywh
+    height, width = image_hw
+    return Region(
+        max(math.ceil(x - 0.5), 0),
+        max(math.ceil(y - 0.5), 0),
+        min(math.ceil(x + w - 0.5), width),
+        min(math.ceil(y + h - 0.5), height),
+    )
+
+
+def inclusive_pixels(box_xywh: Box, image_hw: tuple[int, int]) -> Region:
+    """Box pixels as the published code marks them: truncated corners, both ends included (§2.2)."""
+    x0, y0, x1, y1 = (int(v) for v in _corners(box_xywh))
+    height, width = image_hw
+    return Region(max(x0, 0), max(y0, 0), min(x1 + 1, width), min(y1 + 1, height))
+
+
+def box_mask_in_window(
+    box_xywh: Box, window: Window, image_hw: tuple[int, int], size: int, compat: Compat, *, wrap: bool = False
+) -> Pixels:
+    """The box as 0/1 on the network's grid, (size, size) uint8.
+
+    Args:
+        box_xywh: the box, inside the image.
+        window: the crop it belongs to.
+        image_hw: height and width of the image.
+        size: side of the crop.
+        compat: clip rule: pixel centres (none) or inclusive truncated corners (tao).
+        wrap: whether periodic copies of the box count as box, as the published training does.
+    """
+    region = (inclusive_pixels if compat is Compat.TAO else box_pixels)(box_xywh, image_hw)
+    columns = _membership(window.x0, window.x1, region.col0, region.col1, image_hw[1] if wrap else None)
+    rows = _membership(window.y0, window.y1, region.row0, region.row1, image_hw[0] if wrap else None)
+    return resize_crop(rows[:, None] & columns[None, :], size)
+
+
+def paste(prob: NDArray[np.float32], window: Window, region: Region) -> NDArray[np.float32]:
+    """Probabilities (rows, columns) of an image region from the map (S, S) of a window that covers it.
+
+    Bilinear without antialias, as OpenCV's INTER_LINEAR and torch agree to 1e-5 (§2.5). Inverse of cut + resize up to
+    that interpolation.
+    """
+    left, top = region.col0 - window.x0, region.row0 - window.y0
+    whole: NDArray[np.float32] = np.asarray(
+        cv2.resize(prob, (window.width, window.height), interpolation=cv2.INTER_LINEAR), dtype=np.float32
+    )
+    return whole[top : region.row1 - window.y0, left : region.col1 - window.x0]
+
+
+def _pieces(start: int, stop: int, period: int) -> Iterator[tuple[slice, slice]]:
+    """Where each piece of start … stop − 1 lies in that range, and where it comes from in 0 … period − 1."""
+    at = start
+    while at < stop:
+        source = at % period
+        length = min(stop - at, period - source)
+        yield slice(at - start, at - start + length), slice(source, source + length)
+        at += length
+
+
+def _corners(box_xywh: Box) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+    x, y, w, h = box_xywh
+    return np.float32(x), np.float32(y), np.float32(x + w), np.float32(y + h)
+
+
+def _membership(start: int, stop: int, first: int, end: int, period: int | None) -> Pixels:
+    index = np.arange(start, stop)
+    if period is not None:
+        index %= period
+    return ((index >= first) & (index < end)).astype(np.uint8)

@@ -1,0 +1,259 @@
+"""Masks as COCO run-length codes: made from the region that holds the mask, checked when they come from outside.
+
+pycocotools keeps the format (and its C code compresses and decodes); what is ours is building the runs without a
+full frame, and refusing malformed codes, which pycocotools accepts in silence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from mal_train.core.errors import BadDataset
+from mal_train.core.masks.geometry import Box
+
+MAX_PIXELS = 400_000_000
+"""Largest height·width a code from outside may claim; decoding reserves that many bytes."""
+
+
+@dataclass(frozen=True)
+class Rle:
+    """A mask of height x width px; `counts` is COCO's compressed column-major run-length string."""
+
+    height: int
+    width: int
+    counts: bytes
+
+    def to_coco(self) -> dict[str, Any]:
+        """The form of COCO files: `{"size": [h, w], "counts": str}`."""
+        return {"size": [self.height, self.width], "counts": self.counts.decode("ascii")}
+
+    def _packed(self) -> dict[str, Any]:
+        return {"size": [self.height, self.width], "counts": self.counts}
+
+    @classmethod
+    def from_coco(cls, code: Any, name: str = "mask") -> "Rle":
+        """Reads a compressed or uncompressed code and checks that its runs fill the frame exactly.
+
+        Raises:
+            BadDataset: not such a code, a frame above MAX_PIXELS, or runs that do not sum to height·width.
+        """
+        if not isinstance(code, dict) or "counts" not in code or "size" not in code:
+            raise BadDataset(f"{name}: not a COCO run-length code; it needs 'size' and 'counts'")
+        height, width = _checked_size(code["size"], name)
+        counts = code["counts"]
+        if isinstance(counts, list):
+            return encode_runs(counts, height, width, name)
+        if isinstance(counts, str):
+            try:
+                counts = counts.encode("ascii")
+            except UnicodeEncodeError:
+                raise BadDataset(f"{name}: counts hold characters that are no run-length code") from None
+        if not isinstance(counts, bytes):
+            raise BadDataset(f"{name}: counts are {type(counts).__name__}; a string or a list of runs is needed")
+        runs = run_lengths(counts, name)
+        if int(runs.sum()) != height * width:
+            raise BadDataset(f"{name}: runs sum to {int(runs.sum())} px but the frame has {height * width}")
+        return cls(height, width, counts)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPatch:
+    """The part of a mask that holds all of its pixels.
+
+    Attributes:
+        mask: (h, w) bool; (0, 0) for an empty mask.
+        row0: row of the image that it begins at.
+        col0: column likewise.
+    """
+
+    mask: NDArray[np.bool_]
+    row0: int
+    col0: int
+
+
+def encode_mask(mask: NDArray[Any]) -> Rle:
+    """Code of a full-frame mask (H, W); anything non-zero is mask.
+
+    >>> encode_mask(np.eye(2)).to_coco()
+    {'size': [2, 2], 'counts': '0120'}
+    """
+    height, width = mask.shape
+    return encode_region(mask.astype(bool), 0, 0, (height, width))
+
+
+def encode_region(mask_bool: NDArray[np.bool_], row0: int, col0: int, image_hw: tuple[int, int]) -> Rle:
+    """Code of a mask (h, w) bool that sits at (row0, col0) of an image, without building that image.
+
+    Equal to pycocotools' encoding of the full frame. The region must lie inside the image.
+    """
+    height, width = image_hw
+    rows, columns = mask_bool.shape
+    if row0 < 0 or col0 < 0 or row0 + rows > height or col0 + columns > width:
+        raise ValueError(f"region {rows}x{columns} at row {row0}, column {col0} is not inside {height}x{width}")
+    # A zero before each column (and after the last) closes every column's runs, so that starts and ends pair up.
+    guarded = np.zeros(columns * (rows + 1) + 1, dtype=np.bool_)
+    guarded[:-1].reshape(columns, rows + 1)[:, 1:] = mask_bool.T
+    edges = np.flatnonzero(guarded[1:] != guarded[:-1]) + 1
+    # Starts and ends alternate; positions count pixels down the columns of the full frame.
+    starts = _frame_position(edges[0::2], rows, row0, col0, height)
+    ends = _frame_position(edges[1::2] - 1, rows, row0, col0, height) + 1
+    if rows == height and starts.size:
+        # A run that reaches the bottom goes on in the next column when that begins with mask.
+        joined = starts[1:] == ends[:-1]
+        starts = starts[np.concatenate(([True], ~joined))]
+        ends = ends[np.concatenate((~joined, [True]))]
+    bounds = np.empty(2 * starts.size + 2, dtype=np.int64)
+    bounds[0], bounds[-1] = 0, height * width
+    bounds[1:-1:2], bounds[2:-1:2] = starts, ends
+    runs = np.diff(bounds)
+    if runs[-1] == 0 and runs.size > 1:
+        runs = runs[:-1]
+    return _compress(runs, height, width)
+
+
+def encode_runs(runs: Sequence[int], height: int, width: int, name: str = "mask") -> Rle:
+    """Code of column-major run lengths in px, the first run background.
+
+    Raises:
+        BadDataset: runs below 0, or that do not sum to height·width.
+    """
+    if not all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in runs):
+        raise BadDataset(f"{name}: runs must be whole numbers of at least 0")
+    if sum(runs) != height * width:
+        raise BadDataset(f"{name}: runs sum to {sum(runs)} px but the frame has {height * width}")
+    return _compress(np.asarray(runs, dtype=np.int64), height, width)
+
+
+def decode_mask(rle: Rle) -> NDArray[np.bool_]:
+    """(H, W) bool."""
+    return np.asarray(coco_mask.decode(rle._packed())).astype(bool)
+
+
+def decode_patch(rle: Rle) -> MaskPatch:
+    """The mask's tight crop, without building the image round it."""
+    bounds = np.cumsum(run_lengths(rle.counts))
+    starts, ends = bounds[0:-1:2], bounds[1::2]
+    starts, ends = starts[starts < ends], ends[starts < ends]
+    if not starts.size:
+        return MaskPatch(np.zeros((0, 0), dtype=np.bool_), 0, 0)
+    (first_column, first_row), (last_column, last_row) = np.divmod(starts, rle.height), np.divmod(ends - 1, rle.height)
+    row0, row1 = int(first_row.min()), int(last_row.max()) + 1
+    if np.any(first_column != last_column):
+        # A run that goes on in the next column reaches the bottom and begins again at the top.
+        row0, row1 = 0, rle.height
+    col0, col1, rows = int(first_column[0]), int(last_column[-1]) + 1, row1 - row0
+    # Each bound flips everything after it, down the columns.
+    flips = np.zeros((col1 - col0) * rows + 1, dtype=np.uint8)
+    flips[(first_column - col0) * rows + first_row - row0] ^= 1
+    flips[(last_column - col0) * rows + last_row - row0 + 1] ^= 1
+    columns = np.bitwise_xor.accumulate(flips[:-1]).reshape(col1 - col0, rows)
+    return MaskPatch(np.ascontiguousarray(columns.T).view(np.bool_), row0, col0)
+
+
+def area(rle: Rle) -> int:
+    """Mask pixels."""
+    return int(coco_mask.area(rle._packed()))
+
+
+def to_box(rle: Rle) -> Box | None:
+    """Tight box of the mask; None when it is empty."""
+    x, y, w, h = (float(v) for v in coco_mask.toBbox(rle._packed()))
+    return (x, y, w, h) if w > 0 and h > 0 else None
+
+
+def iou(a: Rle, b: Rle) -> float:
+    """Intersection over union in [0, 1] of two masks of one image; 0 when both are empty."""
+    if (a.height, a.width) != (b.height, b.width):
+        raise ValueError(f"masks of different frames: {a.height}x{a.width} and {b.height}x{b.width}")
+    if not area(a) and not area(b):
+        return 0.0
+    return float(coco_mask.iou([a._packed()], [b._packed()], [0])[0, 0])
+
+
+def from_segmentation(segmentation: Any, height: int, width: int, name: str = "annotation") -> Rle:
+    """Code of any COCO `segmentation`: polygons (their union), uncompressed or compressed run lengths.
+
+    Raises:
+        BadDataset: empty, malformed, or of another frame than height x width; the message begins with `name`.
+    """
+    if isinstance(segmentation, dict):
+        rle = Rle.from_coco(segmentation, name)
+        if (rle.height, rle.width) != (height, width):
+            raise BadDataset(f"{name}: mask of {rle.width}x{rle.height} px on an image of {width}x{height} px")
+        return rle
+    if not isinstance(segmentation, list) or not segmentation:
+        raise BadDataset(f"{name}: segmentation is empty; polygons or a run-length code are needed")
+    _checked_size([height, width], name)
+    polygons = [_checked_polygon(polygon, name) for polygon in segmentation]
+    merged = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    return Rle(height, width, merged["counts"])
+
+
+def run_lengths(counts: bytes, name: str = "mask") -> NDArray[np.int64]:
+    """Run lengths of a compressed string: alternating background and mask, background first.
+
+    COCO writes each run in base 32, low digits first, from the fourth on as a difference to the run two before.
+
+    Raises:
+        BadDataset: bytes outside the alphabet, an unfinished number, or a negative run.
+    """
+    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    if digits.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if digits.min() < 0 or digits.max() > 63:
+        raise BadDataset(f"{name}: counts hold characters that are no run-length code")
+    last = (digits & 0x20) == 0
+    if not last[-1]:
+        raise BadDataset(f"{name}: the run-length code breaks off")
+    number = np.concatenate(([0], np.cumsum(last)[:-1]))
+    first_digit = np.concatenate(([0], np.nonzero(last)[0][:-1] + 1))
+    place = np.arange(digits.size) - first_digit[number]
+    if place.max() > 9:
+        raise BadDataset(f"{name}: a run is longer than any image")
+    values = np.bincount(number, weights=((digits & 0x1F) << (5 * place)).astype(np.float64)).astype(np.int64)
+    # The sign bit of the last digit extends upwards.
+    ends = np.nonzero(last)[0]
+    negative = (digits[ends] & 0x10) != 0
+    values[negative] -= np.int64(1) << (5 * (place[ends][negative] + 1))
+    for first in (1, 2):
+        values[first::2] = np.cumsum(values[first::2])
+    if values.min() < 0:
+        raise BadDataset(f"{name}: the run-length code holds a negative run")
+    return values
+
+
+def _frame_position(
+    guarded_index: NDArray[np.int64], rows: int, row0: int, col0: int, height: int
+) -> NDArray[np.int64]:
+    column, row_after_guard = np.divmod(guarded_index, rows + 1)
+    return (column + col0) * height + row_after_guard - 1 + row0
+
+
+def _compress(runs: NDArray[np.int64], height: int, width: int) -> Rle:
+    packed = coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+    return Rle(height, width, packed["counts"])
+
+
+def _checked_size(size: Any, name: str) -> tuple[int, int]:
+    if (
+        not isinstance(size, Sequence)
+        or len(size) != 2
+        or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
+    ):
+        raise BadDataset(f"{name}: size {size!r}; two positive whole numbers, height and width, are needed")
+    height, width = size
+    if height * width > MAX_PIXELS:
+        raise BadDataset(f"{name}: a frame of {width}x{height} px; the limit is {MAX_PIXELS} px")
+    return height, width
+
+
+def _checked_polygon(polygon: Any, name: str) -> list[float]:
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        raise BadDataset(f"{name}: a polygon needs at least three x, y pairs in one flat list")
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6 for v in polygon):
+        raise BadDataset(f"{name}: a polygon holds something that is no coordinate")
+    return [float(v) for v in polygon]

@@ -1,0 +1,194 @@
+"""COCO's matching and averages on plain arrays: the arithmetic of pycocotools' COCOeval, many groups at a time.
+
+pycocotools matches each class of each image by itself in Python, once for every area range; here all groups of one
+shape go through the same loop together. The results are the same numbers: test_coco_ap.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
+RECALLS: Floats = np.linspace(0.0, 1.0, 101)
+AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
+"""Area ranges in px², both ends inclusive: all, small, medium, large."""
+MOST = 100
+"""Detections of a class in an image that count, best first."""
+
+_AT_ONCE = 1 << 20
+"""Elements of the largest array of a batch of groups."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Detections and truths of one class in one image.
+
+    Attributes:
+        category: number of the class.
+        det_areas: (D,) px².
+        truth_areas: (G,) px².
+        crowd: (G,) truths that forgive any number of detections and are never missed.
+        iou: (D, G); for a crowd the share of the detection that lies in it.
+    """
+
+    category: int
+    det_areas: Floats
+    truth_areas: Floats
+    crowd: Bools
+    iou: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class _Matched:
+    """A group after matching: D ≤ MOST detections best first, for A area ranges and T thresholds.
+
+    Attributes:
+        scores: (D,), falling.
+        found: (A, T, D) has a truth of its own.
+        ignored: (A, T, D) counts neither way.
+        truths: (A,) truths that count.
+    """
+
+    scores: Floats
+    found: Bools
+    ignored: Bools
+    truths: NDArray[np.int64]
+
+
+def twelve_figures(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[float, ...]:
+    """COCO's twelve in pycocotools' order; −1 where no truth speaks for one.
+
+    Args:
+        groups: in order of category, and within one of image.
+        scores: (D,) of each group's detections; those with equal scores count in the order given.
+    """
+    matched = _match_all(groups, scores)
+    categories = list(dict.fromkeys(group.category for group in groups))
+    of_category: dict[int, list[_Matched]] = {category: [] for category in categories}
+    for group, found in zip(groups, matched, strict=True):
+        of_category[group.category].append(found)
+    # Axes as pycocotools has them: its means add up in this order.
+    shape = len(THRESHOLDS), len(RECALLS), len(categories), len(AREAS)
+    precision = np.full(shape, -1.0)
+    recall = {most: np.full((len(THRESHOLDS), len(categories), len(AREAS)), -1.0) for most in (1, 10, MOST)}
+    for k, category in enumerate(categories):
+        for a in range(len(AREAS)):
+            _accumulate(of_category[category], a, precision[:, :, k, a], {m: r[:, k, a] for m, r in recall.items()})
+    best = recall[MOST]
+    return (
+        _mean(precision[..., 0]),
+        _mean(precision[[0], ..., 0]),
+        _mean(precision[[5], ..., 0]),
+        *(_mean(precision[..., a]) for a in (1, 2, 3)),
+        *(_mean(recall[most][..., 0]) for most in (1, 10, MOST)),
+        *(_mean(best[..., a]) for a in (1, 2, 3)),
+    )
+
+
+def _mean(values: Floats) -> float:
+    known = values[values > -1]
+    return float(np.mean(known)) if known.size else -1.0
+
+
+def _accumulate(matched: Sequence[_Matched], area: int, precision: Floats, recall: dict[int, Floats]) -> None:
+    """Fills precision (T, R) at each recall and, by number of detections, the recall (T,) of one class."""
+    truths = sum(int(group.truths[area]) for group in matched)
+    if not truths:
+        return
+    order = np.argsort(-np.concatenate([group.scores for group in matched]), kind="stable")
+    found = np.concatenate([group.found[area] for group in matched], axis=1)[:, order]
+    counts = ~np.concatenate([group.ignored[area] for group in matched], axis=1)[:, order]
+    true = np.cumsum(found & counts, axis=1, dtype=np.float64)
+    false = np.cumsum(~found & counts, axis=1, dtype=np.float64)
+    if area == 0:  # the only range with figures at fewer detections
+        rank = np.concatenate([np.arange(group.scores.size) for group in matched])[order]
+        for most in (1, 10):
+            recall[most][:] = np.count_nonzero((found & counts)[:, rank < most], axis=1) / truths
+    if not order.size:
+        precision[:], recall[MOST][:] = 0.0, 0.0
+        return
+    reached = true / truths
+    recall[MOST][:] = reached[:, -1]
+    exact = true / (false + true + np.spacing(1))
+    envelope = np.maximum.accumulate(exact[:, ::-1], axis=1)[:, ::-1]
+    for t in range(len(THRESHOLDS)):
+        at = np.searchsorted(reached[t], RECALLS, side="left")
+        precision[t] = np.where(at < order.size, envelope[t][np.minimum(at, order.size - 1)], 0.0)
+
+
+def _match_all(groups: Sequence[Group], scores: Sequence[Floats]) -> list[_Matched]:
+    """Every group matched, in order; groups of one shape together."""
+    orders = [np.argsort(-score, kind="stable")[:MOST] for score in scores]
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for number, (group, order) in enumerate(zip(groups, orders, strict=True)):
+        by_shape.setdefault((order.size, group.crowd.size), []).append(number)
+    matched: dict[int, _Matched] = {}
+    for (detections, truths), numbers in by_shape.items():
+        each = len(AREAS) * len(THRESHOLDS) * max(detections, truths, 1)
+        for part in _parts(numbers, max(1, _AT_ONCE // each)):
+            batch = [groups[number] for number in part]
+            rows = [orders[number] for number in part]
+            found, ignored, counted = _match(
+                np.stack([group.iou[order] for group, order in zip(batch, rows, strict=True)]),
+                np.stack([group.det_areas[order] for group, order in zip(batch, rows, strict=True)]),
+                np.stack([group.truth_areas for group in batch]),
+                np.stack([group.crowd for group in batch]),
+            )
+            for at, number in enumerate(part):
+                sorted_scores = scores[number][orders[number]]
+                matched[number] = _Matched(sorted_scores, found[at], ignored[at], counted[at])
+    return [matched[number] for number in range(len(groups))]
+
+
+def _parts(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]
+
+
+def _match(iou: Floats, det_areas: Floats, truth_areas: Floats, crowd: Bools) -> tuple[Bools, Bools, NDArray[np.int64]]:
+    """Greedy matching of N groups at once, best detection first: found, ignored (N, A, T, D), truths (N, A).
+
+    A detection takes the free truth of highest IoU at or above the threshold, the last one of equals, and one that is
+    to be ignored only where no other fits.
+
+    Args:
+        iou: (N, D, G).
+        det_areas: (N, D).
+        truth_areas: (N, G).
+        crowd: (N, G).
+    """
+    low, high = (np.array(bounds)[:, None] for bounds in zip(*AREAS, strict=True))
+    set_aside = crowd[:, None] | (truth_areas[:, None] < low) | (truth_areas[:, None] > high)
+    outside = (det_areas[:, None] < low) | (det_areas[:, None] > high)
+    size, detections, truths = iou.shape
+    shape = size, len(AREAS), len(THRESHOLDS)
+    found = np.zeros((*shape, detections), dtype=np.bool_)
+    ignored = np.broadcast_to(outside[:, :, None], (*shape, detections)).copy()
+    counted = np.count_nonzero(~set_aside, axis=2)
+    if not truths:
+        return found, ignored, counted
+    limits = np.minimum(THRESHOLDS, 1 - 1e-10)
+    free = np.ones((*shape, truths), dtype=np.bool_)
+    index = np.ix_(*(np.arange(length) for length in shape))
+    for d in range(detections):
+        value = iou[:, d, None, None, :]
+        fits = free & (value >= limits[:, None])
+        if not fits.any():
+            continue
+        proper = np.where(fits & ~set_aside[:, :, None], value, -1.0)
+        spare = np.where(fits, value, -1.0)
+        last = truths - 1
+        own = proper.max(axis=3) >= 0.0
+        chosen = np.where(own, last - proper[..., ::-1].argmax(axis=3), last - spare[..., ::-1].argmax(axis=3))
+        hit = own | (spare.max(axis=3) >= 0.0)
+        found[..., d] = hit
+        ignored[..., d] = np.where(hit, ~own, ignored[..., d])
+        # A crowd stays free for others.
+        taken = hit & ~crowd[index[0], chosen]
+        free[(*index, chosen)] &= ~taken
+    return found, ignored, counted

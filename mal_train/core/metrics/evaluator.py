@@ -1,0 +1,283 @@
+"""Holds masks against ground truth, one instance at a time and in any order.
+
+Fed by training's validation, `mal-train evaluate`, the server and offline comparison of two files; all get the same
+report for the same masks.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, Reason, id_order
+from mal_train.core.errors import BadDataset
+from mal_train.core.masks import rle
+from mal_train.core.masks.geometry import box_area
+from mal_train.core.masks.rle import Rle
+from mal_train.core.metrics.coco_ap import ap_input
+from mal_train.core.metrics.miou import InstanceIoU, mean_iou, mean_or_none
+from mal_train.core.metrics.report import GOOD_IOU, CategoryRow, EvaluationReport, Skipped
+from mal_train.core.metrics.score_quality import score_quality
+
+MEMORY_OF_A_PAIR = 4300
+"""Bytes that a compared mask takes beside its two codes: 800 kept, up to 3 400 more while the figures are made."""
+MEMORY_OF_A_SKIPPED = 350
+"""Bytes that a row which is not counted takes beside the sentence that says why, and a crowd beside its code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One compared mask with its run-length codes: what a picture of it needs."""
+
+    row: InstanceIoU
+    truth: Rle
+    prediction: Rle
+
+
+@dataclass(frozen=True, slots=True)
+class _Crowd:
+    image_id: JsonId
+    category_id: JsonId
+    region: Rle
+
+
+class Evaluator:
+    """Collects masks and their ground truth one by one; keeps run-length codes, never decoded masks.
+
+    An annotation counts once (its id within its image). Rows without a usable ground truth, crowds and rows without a
+    prediction are not counted, and `skipped` says so for each. Crowds still forgive detections in AP, as in COCO.
+
+    Args:
+        category_names: names by category id, in table order (`CocoFile.category_names`).
+    """
+
+    def __init__(self, category_names: Mapping[JsonId, str]) -> None:
+        self.skipped: list[Skipped] = []
+        self._names = dict(category_names)
+        self._pairs: list[Compared] = []
+        self._crowds: list[_Crowd] = []
+        self._frames: dict[JsonId, tuple[int, int]] = {}
+        self._seen: set[tuple[JsonId | None, JsonId]] = set()
+        self._iou_sum = 0.0
+        self.memory = 0
+        """Bytes that what was added so far takes, the making of its report included."""
+
+    @property
+    def count(self) -> int:
+        """Instances compared so far."""
+        return len(self._pairs)
+
+    @property
+    def running_miou(self) -> float | None:
+        """Mean IoU so far."""
+        return self._iou_sum / len(self._pairs) if self._pairs else None
+
+    def add(
+        self,
+        annotation: Annotation,
+        prediction: Rle | None,
+        score: float,
+        *,
+        image_hw: tuple[int, int] | None = None,
+    ) -> None:
+        """Compares one predicted mask with the `segmentation` of its annotation.
+
+        Args:
+            annotation: ground truth; polygons or run lengths in `annotation.raw["segmentation"]`.
+            prediction: the mask in the whole image; None = none was made, which is skipped, not counted as wrong (an
+                empty mask is an answer and counts).
+            score: finite; what the labeler claims for the mask.
+            image_hw: height and width of the image, needed only for crowds given as polygons, where no prediction
+                says the size.
+        """
+        if not math.isfinite(score):
+            raise ValueError(f"annotation {annotation.id!r}: score {score}; a finite number is needed")
+        if annotation.reason is not None:
+            self.skip(annotation, annotation.reason, annotation.problem or "")
+            return
+        annotation_id, image_id, category_id = annotation.id, annotation.image_id, annotation.category_id
+        if annotation_id is None or image_id is None or category_id is None:
+            self.skip(annotation, Reason.BAD_ID, "annotation, image and category need an id")
+            return
+        key = (image_id, annotation_id)
+        if key in self._seen:
+            self.skip(annotation, Reason.REPEATED, f"annotation {annotation.id!r}: given before; the first one counts")
+            return
+        self._seen.add(key)
+        if annotation.iscrowd:
+            self._add_crowd(annotation, image_id, category_id, image_hw)
+            return
+        if prediction is None:
+            self.skip(annotation, Reason.NOT_ANSWERED, f"annotation {annotation.id!r}: no mask was made")
+            return
+        truth = self._truth(annotation, image_id, (prediction.height, prediction.width))
+        if truth is None:
+            return
+        iou = rle.iou(truth, prediction)
+        area, box = rle.area(truth), box_area(annotation.box_xywh)
+        row = InstanceIoU(annotation_id, image_id, category_id, iou, float(score), area, box)
+        self._iou_sum += iou
+        self._pairs.append(Compared(row, truth, prediction))
+        self.memory += MEMORY_OF_A_PAIR + len(truth.counts) + len(prediction.counts)
+
+    @property
+    def compared(self) -> list[Compared]:
+        """The compared masks, lowest IoU first; equal ones in id order."""
+        return sorted(
+            self._pairs,
+            key=lambda pair: (pair.row.iou, id_order(pair.row.image_id), id_order(pair.row.annotation_id)),
+        )
+
+    @property
+    def rows(self) -> list[InstanceIoU]:
+        """What was compared so far, in order of arrival."""
+        return [pair.row for pair in self._pairs]
+
+    def rescore(self, scores: Iterable[float]) -> None:
+        """Gives the compared masks other scores, in the order of `rows`."""
+        self._pairs = [
+            replace(pair, row=replace(pair.row, score=float(score)))
+            for pair, score in zip(self._pairs, scores, strict=True)
+        ]
+
+    def skip(self, annotation: Annotation, reason: str, message: str) -> None:
+        """Notes a row that cannot be counted, such as one whose image cannot be read."""
+        self.skipped.append(Skipped(annotation.id, annotation.image_id, str(reason), message))
+        self.memory += MEMORY_OF_A_SKIPPED + len(message)
+
+    def report(self, *, ap: bool = True) -> EvaluationReport:
+        """The report over what was added so far, whatever the order it came in.
+
+        Args:
+            ap: also compute COCO's figures, by far the slowest part.
+        """
+        pairs = sorted(self._pairs, key=lambda pair: (id_order(pair.row.image_id), id_order(pair.row.annotation_id)))
+        rows = [pair.row for pair in pairs]
+        # What lies over what is the slow part, and the same for both.
+        overlaps = ap_input(*self._as_coco(pairs)) if ap else None
+        scores, ious = [row.score for row in rows], [row.iou for row in rows]
+        return EvaluationReport(
+            miou=mean_iou(rows),
+            share_good=mean_or_none(np.asarray(ious) > GOOD_IOU),
+            empty_ground_truth=sum(row.area == 0 for row in rows),
+            ap_at_1={} if overlaps is None else overlaps.figures("one"),
+            ap_at_score={} if overlaps is None else overlaps.figures("score"),
+            score=score_quality(scores, ious),
+            categories=self._category_rows(rows),
+            worst_first=tuple(sorted(rows, key=lambda row: row.iou)),
+            skipped=tuple(self.skipped),
+        )
+
+    def _truth(self, annotation: Annotation, image_id: JsonId, frame: tuple[int, int]) -> Rle | None:
+        """The ground-truth mask on the frame (height, width) of its prediction; None after noting why there is none."""
+        name = f"annotation {annotation.id!r}"
+        segmentation = annotation.raw.get("segmentation")
+        known = self._frames.setdefault(image_id, frame)
+        if known != frame:
+            message = f"{name}: a mask of {frame[1]}x{frame[0]} px on an image of {known[1]}x{known[0]} px"
+            self.skip(annotation, Reason.FRAME_MISMATCH, message)
+        elif segmentation is None or segmentation == []:
+            self.skip(annotation, Reason.NO_GROUND_TRUTH, f"{name}: has no segmentation")
+        else:
+            try:
+                return rle.from_segmentation(segmentation, *frame, name)
+            except BadDataset as fault:
+                self.skip(annotation, Reason.BAD_GROUND_TRUTH, str(fault))
+        return None
+
+    def _add_crowd(
+        self, annotation: Annotation, image_id: JsonId, category_id: JsonId, image_hw: tuple[int, int] | None
+    ) -> None:
+        message = f"annotation {annotation.id!r}: crowds are never counted"
+        segmentation = annotation.raw.get("segmentation")
+        try:
+            region = None
+            if isinstance(segmentation, dict):
+                region = Rle.from_coco(segmentation)
+            elif segmentation and image_hw is not None:
+                region = rle.from_segmentation(segmentation, *image_hw)
+            if region is not None:
+                self._crowds.append(_Crowd(image_id, category_id, region))
+                self.memory += MEMORY_OF_A_SKIPPED + len(region.counts)
+        except BadDataset as fault:
+            message += f", and its region cannot be read ({fault})"
+        self.skip(annotation, Reason.CROWD, message)
+
+    def _as_coco(self, pairs: Sequence[Compared]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        truth, results = [], []
+        for number, pair in enumerate(pairs):
+            where = {"image_id": pair.row.image_id, "category_id": pair.row.category_id}
+            truth.append({**where, "id": number, "segmentation": pair.truth, "area": pair.row.area})
+            results.append({**where, "segmentation": pair.prediction, "score": pair.row.score})
+        for crowd in self._crowds:
+            # A region of another frame than its image's masks cannot be laid over them.
+            if self._frames.get(crowd.image_id) == (crowd.region.height, crowd.region.width):
+                where = {"image_id": crowd.image_id, "category_id": crowd.category_id}
+                truth.append({**where, "id": len(truth), "segmentation": crowd.region, "iscrowd": 1})
+        images = [{"id": image_id} for image_id in self._frames]
+        return {"images": images, "annotations": truth}, results
+
+    def _category_rows(self, rows: Iterable[InstanceIoU]) -> tuple[CategoryRow, ...]:
+        groups: dict[JsonId, list[InstanceIoU]] = {category_id: [] for category_id in self._names}
+        for row in rows:
+            groups.setdefault(row.category_id, []).append(row)
+        return tuple(
+            CategoryRow(
+                category_id=category_id,
+                name=self._names.get(category_id, str(category_id)),
+                count=len(group),
+                miou=float(np.mean([row.iou for row in group])),
+                share_good=float(np.mean([row.iou > GOOD_IOU for row in group])),
+                mean_score=float(np.mean([row.score for row in group])),
+            )
+            for category_id, group in groups.items()
+            if group
+        )
+
+
+def evaluate_labels(truth: CocoFile, labels: CocoFile, *, ap: bool = True) -> EvaluationReport:
+    """Compares a labelled file with the ground truth that has the same annotation ids.
+
+    Labels that carry `error` or no readable mask are skipped with their reason; labels without a ground truth too.
+    A label without `score` counts with score 1.
+    """
+    evaluator = Evaluator(truth.category_names)
+    by_id = {label.id: label for label in labels.annotations if label.id is not None}
+    for annotation in truth.annotations:
+        label = by_id.pop(annotation.id, None) if annotation.id is not None else None
+        image = truth.images.get(annotation.image_id) if annotation.image_id is not None else None
+        size = image.size_wh if image is not None else None
+        image_hw = (size[1], size[0]) if size is not None else None
+        if annotation.problem is not None or annotation.iscrowd or label is None:
+            evaluator.add(annotation, None, 0.0, image_hw=image_hw)
+        else:
+            _add_label(evaluator, annotation, label, image_hw)
+    for label in by_id.values():
+        evaluator.skip(label, Reason.NO_GROUND_TRUTH, f"annotation {label.id!r}: not in the ground-truth file")
+    return evaluator.report(ap=ap)
+
+
+def _add_label(
+    evaluator: Evaluator, annotation: Annotation, label: Annotation, image_hw: tuple[int, int] | None
+) -> None:
+    name = f"annotation {label.id!r}"
+    error, segmentation, score = (label.raw.get(key) for key in ("error", "segmentation", "score"))
+    if error is not None or segmentation is None:
+        reason = error.get("reason") if isinstance(error, dict) else None
+        evaluator.skip(annotation, str(reason or Reason.NOT_ANSWERED), f"{name}: no mask was made")
+        return
+    score = 1.0 if score is None else score
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        evaluator.skip(annotation, Reason.NOT_ANSWERED, f"{name}: score {score!r}; a finite number is needed")
+        return
+    try:
+        if image_hw is not None:
+            mask = rle.from_segmentation(segmentation, *image_hw, name)
+        else:
+            mask = Rle.from_coco(segmentation, name)
+    except BadDataset as fault:
+        evaluator.skip(annotation, Reason.NOT_ANSWERED, str(fault))
+        return
+    evaluator.add(annotation, mask, float(score), image_hw=image_hw)

@@ -1,0 +1,150 @@
+"""Charts of a page as plain SVG: curves over a common axis, and a score against what it claims."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from mal_train.core.report.page import Html, legend
+
+Point = tuple[float, float]
+
+MAX_POINTS = 2000
+"""Dots in a scatter plot; a page of a million dots opens nowhere."""
+
+BINS = 10
+MIN_IN_BIN = 3
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 300, 66, 44, 14, 14
+
+_COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
+
+
+def calibration_plot(pairs: Sequence[Point]) -> Html:
+    """Score against IoU: a dot a mask, the mean IoU of each tenth of the score, and the diagonal of a perfect score.
+
+    Args:
+        pairs: (score, IoU), each in [0, 1].
+    """
+    chart = _Chart((0.0, 1.0), (0.0, 1.0), "score", "IoU with the true mask")
+    step = max(1, math.ceil(len(pairs) / MAX_POINTS))
+    dots = "".join(f'<circle cx="{chart.x(score):.1f}" cy="{chart.y(iou):.1f}" r="2"/>' for score, iou in pairs[::step])
+    diagonal = chart.line([(0.0, 0.0), (1.0, 1.0)], "var(--soft)", dashed=True)
+    means = _bin_means(pairs)
+    marks = "".join(f'<circle cx="{chart.x(x):.1f}" cy="{chart.y(y):.1f}" r="4"/>' for x, y in means)
+    body = (
+        f'<g fill="var(--a)" fill-opacity="0.3">{dots}</g>{diagonal}'
+        f'{chart.line(means, "var(--b)")}<g fill="var(--b)">{marks}</g>'
+    )
+    keys = [("a mask", "var(--a)"), ("mean of each tenth", "var(--b)"), ("perfect score", "var(--soft)")]
+    return chart.svg(body, f"score against IoU of {len(pairs)} masks") + legend(keys)
+
+
+def line_chart(series: Mapping[str, Sequence[Point]], x_name: str, y_name: str) -> Html:
+    """Curves over a common axis, for example a training's loss and mIoU by step; points with NaN are left out."""
+    clean = {
+        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
+    }
+    clean = {name: points for name, points in clean.items() if points}
+    everything = [point for points in clean.values() for point in points] or [(0.0, 0.0), (1.0, 1.0)]
+    chart = _Chart(_span([x for x, _ in everything]), _span([0.0, *(y for _, y in everything)]), x_name, y_name)
+    colours = [_COLOURS[at % len(_COLOURS)] for at in range(len(clean))]
+    body = "".join(chart.line(points, colour) for points, colour in zip(clean.values(), colours, strict=True))
+    return chart.svg(body, f"{y_name} over {x_name}") + legend(list(zip(clean, colours, strict=True)))
+
+
+def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
+    """At most `most` points of a curve: means of equal runs of neighbours, so that a trend stays and noise shrinks.
+
+    >>> thinned([(0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0)], most=2)
+    [(0.5, 2.0), (2.5, 6.0)]
+    """
+    clean = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    run = max(1, math.ceil(len(clean) / most))
+    groups = [clean[at : at + run] for at in range(0, len(clean), run)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+class _Chart:
+    """Axes of a plot: from data to px, ticks, names."""
+
+    def __init__(self, x_range: Point, y_range: Point, x_name: str, y_name: str) -> None:
+        self._x_range, self._y_range = x_range, y_range
+        self._x_name, self._y_name = x_name, y_name
+
+    def x(self, value: float) -> float:
+        """Px from the left."""
+        low, high = self._x_range
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Px from the top."""
+        low, high = self._y_range
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
+
+    def line(self, points: Sequence[Point], colour: str, *, dashed: bool = False) -> Html:
+        """A polyline; a dot where there is one point, of which a polyline would show nothing."""
+        if len(points) == 1:
+            ((x, y),) = points
+            return f'<circle cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="4" fill="{colour}"/>'
+        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+        dash = ' stroke-dasharray="4 4"' if dashed else ""
+        return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
+
+    def svg(self, body: Html, label: str) -> Html:
+        """The plot with its axes."""
+        ticks = "".join(self._x_tick(value) for value in _ticks(*self._x_range))
+        ticks += "".join(self._y_tick(value) for value in _ticks(*self._y_range))
+        middle = (HEIGHT - BOTTOM + TOP) / 2
+        names = (
+            f'<text x="{(WIDTH + LEFT - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
+            f"{escape(self._x_name)}</text>"
+            f'<text transform="rotate(-90 14 {middle})" x="14" y="{middle}" text-anchor="middle">'
+            f"{escape(self._y_name)}</text>"
+        )
+        return (
+            f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+            f'height="{HEIGHT}">{ticks}{names}{body}</svg>'
+        )
+
+    def _x_tick(self, value: float) -> Html:
+        x = self.x(value)
+        return (
+            f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM}" stroke="var(--line)"/>'
+            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
+        )
+
+    def _y_tick(self, value: float) -> Html:
+        y = self.y(value)
+        return (
+            f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="var(--line)"/>'
+            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+        )
+
+
+def _bin_means(pairs: Sequence[Point]) -> list[Point]:
+    """Mean (score, IoU) of each equal-width score bin that holds enough masks to speak of a mean."""
+    bins: list[list[Point]] = [[] for _ in range(BINS)]
+    for score, iou in pairs:
+        bins[min(BINS - 1, max(0, int(score * BINS)))].append((score, iou))
+    return [
+        (sum(score for score, _ in group) / len(group), sum(iou for _, iou in group) / len(group))
+        for group in bins
+        if len(group) >= MIN_IN_BIN
+    ]
+
+
+def _span(values: Sequence[float]) -> Point:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to eight round numbers inside the range."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(at * step, 12) for at in range(first, last + 1)]

@@ -1,0 +1,331 @@
+"""Reads YAML into pydantic models and says exactly what is wrong with it. Knows nothing of training or serving.
+
+Both commands' settings come through here: `load_yaml`, then `apply_overrides` for `a.b=c` arguments, then `validate`.
+`dump` writes a model back as YAML, each field under its description.
+"""
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from mal_train.core.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+MAX_YAML_BYTES = 1 << 20
+MAX_SHOWN = 60
+"""Characters of a wrong value that a message repeats."""
+
+
+class Strict(BaseModel):
+    """Base of every section: unknown fields, wrong types, NaN and infinity are errors, and a section never changes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-4` is a number, a date stays text, a field given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A dict of the node; raises ConstructorError when a field stands in it twice."""
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                mark = key_node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"field {key!r} is given twice", mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+        |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """The value that `text` has in YAML: `3`, `1e-4`, `true`, `[0.1, 0.2]`, `null`, a plain string.
+
+    >>> parse_value("1e-4"), parse_value("[1, 2]"), parse_value("vit/16")
+    (0.0001, [1, 2], 'vit/16')
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Content of a YAML file whose top level is a mapping; an empty file is an empty mapping. ConfigError otherwise."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path}: {len(data)} bytes; a settings file has at most {MAX_YAML_BYTES}")
+    try:
+        content = parse_value(data.decode("utf-8"))
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}; the top level must be fields such as 'train:'")
+    return content
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `data` with every `a.b=c` applied in order; c is read as YAML. ConfigError when it has no such form.
+
+    >>> apply_overrides({"train": {"lr": 1.0, "seed": 3}}, ["train.lr=2e-4", "model.arch=x"])
+    {'train': {'lr': 0.0002, 'seed': 3}, 'model': {'arch': 'x'}}
+    """
+    result = _copied(data)
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        names = path.split(".")
+        if not separator or not all(names):
+            is_file = override.endswith((".yaml", ".yml"))
+            raise ConfigError(
+                f"{override!r}: an override has the form section.field=value, e.g. train.lr=1e-4 or listen.port=50052"
+                + ("; the file is named with -c (mal-server) or -e (mal-train)" if is_file else "")
+            )
+        try:
+            value = parse_value(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from None
+        section = result
+        for depth, name in enumerate(names[:-1]):
+            inner = section.get(name)
+            if inner is None:
+                inner = section[name] = {}
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{override!r}: {'.'.join(names[: depth + 1])} is a value, not a section")
+            section = inner
+        section[names[-1]] = value
+    return result
+
+
+def validate(
+    model_cls: type[Model], data: Mapping[str, Any], *, source: str = "", retired: Mapping[str, str] | None = None
+) -> Model:
+    """The model that `data` describes.
+
+    Args:
+        model_cls: a `Strict` model, its sections `Strict` models too.
+        data: as `load_yaml` and `apply_overrides` give it. A section that is null counts as left out.
+        source: named at the start of a message, e.g. the file.
+        retired: field path → why it does not exist here; said instead of the nearest valid name.
+
+    Raises:
+        ConfigError: names every wrong field, its value and the rule, and for an unknown one the nearest valid name.
+    """
+    plain = _without_null_sections(data, model_cls)
+    try:
+        # JSON mode: strict about types, yet lists become tuples and strings become enums and paths.
+        return model_cls.model_validate_json(json.dumps(plain))
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise ConfigError(f"{_prefix(source)}only text, numbers, lists and mappings: {error}") from None
+        lines = [_explain(detail, model_cls, retired or {}) for detail in error.errors(include_url=False)]
+        unique = list(dict.fromkeys(lines))
+        raise ConfigError(_prefix(source) + "; ".join(unique)) from None
+
+
+def field_paths(model_cls: type[BaseModel], before: str = "") -> Iterator[str]:
+    """Dotted path of every field that holds a value, in order of declaration; sections themselves are left out."""
+    for name, field in model_cls.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is None:
+            yield before + name
+        else:
+            yield from field_paths(section, f"{before}{name}.")
+
+
+def dump(model: BaseModel, *, comments: bool = True) -> str:
+    """YAML of a model that `load_yaml` + `validate` read back to an equal one, each field under its description."""
+    return "\n".join(_dump_lines(model, "", comments)) + "\n"
+
+
+def _dump_lines(model: BaseModel, indent: str, comments: bool) -> Iterator[str]:
+    values = model.model_dump(mode="json")
+    for name, field in type(model).model_fields.items():
+        if comments and field.description:
+            yield from (f"{indent}# {line}" for line in field.description.splitlines())
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield f"{indent}{name}:"
+            yield from _dump_lines(value, indent + "  ", comments)
+            if not indent:
+                yield ""
+        else:
+            yield f"{indent}{name}: {_scalar(values[name])}"
+
+
+def _scalar(value: object) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.rstrip("\n").removesuffix("...").rstrip("\n")
+
+
+def _prefix(source: str) -> str:
+    return f"{source}: " if source else ""
+
+
+def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, dict) else value for key, value in data.items()}
+
+
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    """The model class in an annotation such as `Section` or `Section | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        for choice in typing.get_args(annotation):
+            if isinstance(choice, type) and issubclass(choice, BaseModel):
+                return choice
+    return None
+
+
+def _entry_of(annotation: object) -> type[BaseModel] | None:
+    """The model class of the entries of a list such as `tuple[Entry, ...]`."""
+    return next((entry for entry in map(_section_of, typing.get_args(annotation)) if entry is not None), None)
+
+
+def _field_at(loc: Sequence[int | str], model_cls: type[BaseModel]) -> FieldInfo | None:
+    """The field that a place in the data belongs to; None where it is no field."""
+    section: type[BaseModel] | None = model_cls
+    field: FieldInfo | None = None
+    for name in loc:
+        if isinstance(name, int):
+            continue
+        field = None if section is None else section.model_fields.get(name)
+        section = None if field is None else _section_of(field.annotation) or _entry_of(field.annotation)
+    return field
+
+
+def _choices(field: FieldInfo | None) -> list[str]:
+    """What a field, or each entry of its list, may be, where that is one of a few words."""
+    annotation = None if field is None else field.annotation
+    kinds = [annotation, *typing.get_args(annotation)]
+    words = next((kind for kind in kinds if typing.get_origin(kind) is typing.Literal), None)
+    if words is not None:
+        return [str(word) for word in typing.get_args(words)]
+    enum = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum)), None)
+    return [] if enum is None else [str(word) for word in enum]
+
+
+def _without_null_sections(data: Mapping[str, Any], model_cls: type[BaseModel]) -> dict[str, Any]:
+    """`train:` with nothing under it means the defaults of that section."""
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        field = model_cls.model_fields.get(key) if isinstance(key, str) else None
+        section = None if field is None else _section_of(field.annotation)
+        if section is None:
+            result[key] = value
+        elif isinstance(value, dict):
+            result[key] = _without_null_sections(value, section)
+        elif value is not None:
+            result[key] = value
+    return result
+
+
+def _explain(detail: ErrorDetails, model_cls: type[BaseModel], retired: Mapping[str, str]) -> str:
+    path = _location(detail)
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        if path in retired:
+            return f"{path}: {retired[path]}"
+        names = list(field_paths(model_cls))
+        nearest = _suggestion_in_entry(path, model_cls) if "[" in path else _suggestion(path, names)
+        return f"{path}: unknown field{nearest}"
+    if kind == "missing":
+        choices = _choices(_field_at(detail["loc"], model_cls))
+        return f"{path}: required, but not given" + (f"; it takes {', '.join(choices)}" if choices else "")
+    rule = detail["msg"].removeprefix("Value error, ")
+    rule = rule[:1].lower() + rule[1:]
+    rule = rule.replace("input should", "it must").replace("an object", "a section with fields")
+    if not path:  # a rule about several fields names them itself
+        return rule
+    if kind == "value_error" and isinstance(detail["input"], dict):
+        return rule if rule.startswith(f"{path}.") else f"{path}: {rule}"
+    value = "<not shown>" if _is_secret(model_cls, path) else _shown(detail["input"])
+    return f"{path}: {value}; {rule}"
+
+
+def _is_secret(model_cls: type[BaseModel], path: str) -> bool:
+    """Whether the field was declared with `repr=False`: its value then stays out of messages."""
+    name, _, rest = path.partition(".")
+    name = name.partition("[")[0]
+    field = model_cls.model_fields.get(name)
+    if field is None:
+        return False
+    section = _section_of(field.annotation) or (_entry_of(field.annotation) if rest else None)
+    return not field.repr if section is None else _is_secret(section, rest)
+
+
+def _location(detail: ErrorDetails) -> str:
+    parts: list[str] = []
+    for part in detail["loc"]:
+        if isinstance(part, int) and parts:
+            parts[-1] += f"[{part}]"
+        else:
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _suggestion_in_entry(path: str, model_cls: type[BaseModel]) -> str:
+    """Nearest valid name for a field of an entry of a list, `models[0].branhc`."""
+    entry: type[BaseModel] | None = model_cls
+    *owners, name = path.split(".")
+    for owner in owners:
+        field = None if entry is None else entry.model_fields.get(owner.partition("[")[0])
+        entry = None if field is None else _section_of(field.annotation) or _entry_of(field.annotation)
+    names = [] if entry is None else list(entry.model_fields)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"; an entry has {', '.join(names)}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _suggestion(path: str, valid_paths: Sequence[str]) -> str:
+    """Nearest valid name: one of this section, then the same name in another section, then any that resembles it."""
+    section, _, name = path.rpartition(".")
+    start = f"{section}." if section else ""
+    siblings = {p.removeprefix(start).split(".")[0] for p in valid_paths if p.startswith(start)}
+    close = difflib.get_close_matches(name, sorted(siblings), n=1, cutoff=0.75)
+    if close:
+        return f"; did you mean {start}{close[0]}?"
+    elsewhere = [p for p in valid_paths if p.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"; it belongs to {' or '.join(elsewhere[:3])}"
+    by_leaf = {p.rpartition(".")[2]: p for p in reversed(valid_paths)}
+    close = difflib.get_close_matches(name, sorted(by_leaf), n=1, cutoff=0.6)
+    if close:
+        return f"; the nearest valid name is {by_leaf[close[0]]}"
+    close = difflib.get_close_matches(path, list(valid_paths), n=1, cutoff=0.0)
+    return f"; the nearest valid name is {close[0]}" if close else ""

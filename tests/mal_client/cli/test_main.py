@@ -1,0 +1,302 @@
+"""Claims about the command: exit codes, what is printed, what is left on disk."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mal.v1 import types_pb2
+from mal_client.cli.main import main
+from mal_client.dataset.progress import ProgressDisplay
+from mal_client.types import Progress
+
+from tests.mal_client.datasets import Dataset, make_dataset, with_masks
+from tests.mal_client.fake_server import FakeServer, Faults, Limits, serving
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return with_masks(make_dataset(tmp_path))
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with serving(FakeServer()) as where:
+        yield where
+
+
+def arguments(command: str, address: str, dataset: Dataset, *more: str) -> list[str]:
+    given = ["--server", address, "--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+    output = ["--output", str(dataset.output)] if command == "label" else []
+    return [command, *given, *output, *more]
+
+
+def test_label_writes_the_file_and_exits_0(address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments("label", address, dataset, "--agreement", "--branch", "mixed", "--threshold", "0.3")) == 0
+    assert len(dataset.labelled()) == 6
+    assert dataset.labelled()[100]["agreement"] == 0.5
+    printed = capsys.readouterr()
+    assert "6 annotations labelled, 0 failed" in printed.out
+    assert "label: 3/3 images, 6 boxes, 0 failed" in printed.err
+
+
+def test_failed_items_are_listed_beside_the_output_and_exit_3(
+    address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dataset.images_dir / "picture_1.png").unlink()
+    assert main(arguments("label", address, dataset)) == 3
+    listed = (dataset.folder / "out.errors.jsonl").read_text().splitlines()
+    assert [json.loads(line)["annotation_id"] for line in listed] == [102, 103]
+    assert "all 2 failures are listed in" in capsys.readouterr().err
+    assert len(dataset.labelled()) == 6
+    dataset.coco["annotations"].pop()
+    for row in dataset.coco["annotations"][3:]:
+        row["image_id"] = dataset.coco["annotations"][0]["image_id"]
+    dataset.save()
+    assert main(arguments("label", address, dataset)) == 3
+    assert f"the failure is listed in {dataset.folder / 'out.errors.jsonl'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "what"), [("label", "boxes"), ("evaluate", "the true masks"), ("export", "masks"), ("review", "masks")]
+)
+def test_the_help_says_whether_boxes_or_masks_go_in(verb: str, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert f"COCO file with {what}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_file_that_cannot_be_used_exits_2_before_any_work(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset.coco["annotations"][1]["id"] = 100
+    dataset.save()
+    fake = FakeServer()
+    with serving(fake) as address:
+        assert main(arguments("label", address, dataset)) == 2
+    assert "100" in capsys.readouterr().err
+    assert not fake.calls
+
+
+def test_only_the_ids_of_a_file_on_two_servers_with_a_log_for_programs(
+    address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = dataset.folder / "ids.txt"
+    wanted.write_text('101\n\n "box" \n')
+    dataset.coco["annotations"][5]["id"] = "box"
+    dataset.save()
+    with serving(FakeServer()) as other:
+        both = ["--server", f"{address},{other}", "--only", "ids", "--ids", str(wanted), "--log", "json"]
+        assert main(arguments("label", address, dataset, *both, "--format", "uncompressed", "--update-bbox")) == 0
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert (events[-1]["event"], events[-1]["labelled"], events[-1]["copied"]) == ("done", 2, 4)
+    assert {event["event"] for event in events} == {"progress", "done"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--threshold", "2"],
+        ["--branch", "both"],
+        ["--timeout", "0"],
+        ["--only", "some"],
+        ["--only", "ids"],
+        ["--ids", "absent.txt"],
+        ["--server", "nowhere"],
+    ],
+)
+def test_a_wrong_argument_exits_2(address: str, dataset: Dataset, wrong: list[str]) -> None:
+    try:
+        code: Any = main(arguments("label", address, dataset, *wrong))
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+
+
+def test_an_output_that_cannot_be_written_exits_4(address: str, dataset: Dataset) -> None:
+    assert main(arguments("label", address, dataset, "--output", str(dataset.folder / "no" / "out.json"))) == 4
+
+
+def test_no_server_exits_1_with_its_address(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments("label", "127.0.0.1:9", dataset)) == 1
+    assert "127.0.0.1:9" in capsys.readouterr().err
+    assert not dataset.output.exists()
+
+
+def test_evaluate_prints_the_figures_and_writes_figures_and_page(
+    address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, page = dataset.folder / "figures.json", dataset.folder / "page.html"
+    assert main(arguments("evaluate", address, dataset, "--output", str(figures), "--report", str(page))) == 0
+    assert "mIoU" in capsys.readouterr().out
+    assert json.loads(figures.read_text())["count"] == 6
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_info_prints_what_the_server_is(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--server", address]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["arch"], printed["branches"]) == ("box-filler", None)
+
+
+def test_info_tells_the_branches_that_the_model_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+    newer: Any = max(types_pb2.Branch.values()) + 1
+    with serving(FakeServer(limits=Limits(branches=[types_pb2.BRANCH_STUDENT, newer]))) as address:
+        assert main(["info", "--server", address]) == 0
+    assert json.loads(capsys.readouterr().out)["branches"] == ["student"]
+
+
+@pytest.mark.parametrize(
+    ("more", "option"),
+    [(["--agreement"], "agreement"), (["--branch", "mixed"], "branch"), (["--branch", "teacher"], "branch")],
+)
+def test_what_takes_two_networks_exits_2_before_any_work_where_the_model_holds_one(
+    dataset: Dataset, more: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeServer(limits=Limits(branches=[types_pb2.BRANCH_STUDENT]))
+    with serving(fake) as address:
+        assert main(arguments("label", address, dataset, *more)) == 2
+        assert fake.calls == ["GetServerInfo"]
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{option}: " in said
+        assert "holds the student alone; leave --" + option in said
+        assert not list(dataset.folder.glob("out*"))
+        assert main(arguments("label", address, dataset, "--branch", "student")) == 0
+
+
+def test_a_model_of_both_networks_is_asked_for_either(dataset: Dataset) -> None:
+    both = [types_pb2.BRANCH_STUDENT, types_pb2.BRANCH_TEACHER, types_pb2.BRANCH_MIXED]
+    with serving(FakeServer(limits=Limits(branches=both))) as address:
+        assert main(arguments("label", address, dataset, "--agreement", "--branch", "mixed")) == 0
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(address: str) -> None:
+    command = [sys.executable, "-m", "mal_client.cli.main", "info", "--server", address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment())
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait(120) == 141
+    process.stderr.close()
+
+
+def test_ctrl_c_exits_130_and_leaves_nothing(dataset: Dataset) -> None:
+    fake = FakeServer(Faults(hold_after=0))
+    with serving(fake) as address:
+        # Where the tests run in the background SIGINT is ignored, and a child would inherit that.
+        code = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from mal_client.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        )
+        command = [sys.executable, "-c", code, *arguments("label", address, dataset)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, env=_environment(), text=True)
+        while "LabelImages" not in fake.calls and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on where this one ended" in printed
+    assert "Traceback" not in printed
+    assert sorted(path.name for path in dataset.folder.iterdir()) == ["images", "in.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "the same command goes on where this one ended"),
+        (["--restart"], "the same command, without --restart, goes on where this one ended"),
+        (["--dry-run"], "no result was written"),
+    ],
+)
+def test_ctrl_c_of_a_cvat_job_does_not_deny_the_masks_that_are_in_the_task(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mal_client.cli.cvat._run", interrupted)
+    assert main(["cvat", "--server", "here:1", "--cvat", "http://there", "--task", "1", *options]) == 130
+    assert capsys.readouterr().err == f"mal-client: interrupted; {said}\n"
+
+
+@pytest.mark.parametrize("module", ["mal_client.client", "mal_client.cli.main"])
+def test_the_client_imports_without_torch_and_without_what_only_a_server_has(module: str) -> None:
+    code = (
+        "import sys\n"
+        "absent = ('torch', 'timm', 'lightning', 'pydantic', 'pyrage', 'mal_server', 'grpc_health')\n"
+        "sys.modules.update(dict.fromkeys(absent))\n"
+        f"import {module}, mal_client.evaluation.report_page, mal_client.evaluation.run\n"
+        "import mal_train.core.report.overlays, mal_client.review.pages\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
+
+
+def test_importing_the_client_brings_no_heavy_library() -> None:
+    code = (
+        "import sys, mal_client.client\n"
+        "heavy = {'cv2', 'pycocotools', 'PIL', 'matplotlib', 'torch', 'tqdm'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or None)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
+
+
+def test_without_a_terminal_progress_is_plain_lines_now_and_then() -> None:
+    stream, now = io.StringIO(), [0.0]
+    display = ProgressDisplay("label", stream, lambda: now[0])
+    with display:
+        for done in range(1, 21):
+            now[0] = float(done)
+            display(Progress(done, 20, 2 * done, 1))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "label: 5/20 images, 10 boxes, 1 failed, 1.0 images/s, 15 s left"
+    assert len(lines) == 4
+    assert lines[-1].startswith("label: 20/20 images")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_an_unfinished_run_left_does_not_count_into_the_rate() -> None:
+    stream, now = io.StringIO(), [0.0]
+    with ProgressDisplay("evaluate", stream, lambda: now[0]) as display:
+        for before in range(1, 801):
+            display(Progress(before, 1000, before, 0, images_before=before))
+        now[0] = 10.0
+        display(Progress(820, 1000, 820, 0, images_before=800))
+    assert stream.getvalue() == "evaluate: 820/1000 images, 820 boxes, 0 failed, 2.0 images/s, 90 s left\n"
+
+
+def test_the_bar_jumps_over_what_an_unfinished_run_left() -> None:
+    display = ProgressDisplay("evaluate", Terminal())
+    for before in range(1, 801):
+        display(Progress(before, 1000, before, 0, images_before=before))
+    display(Progress(803, 1000, 803, 0, images_before=800))
+    bar = display._bar
+    assert bar is not None
+    assert (bar.n, bar.initial, bar.total) == (803, 800, 1000)
+    display(Progress(1, 1000, 1, 0, images_before=1))  # the stream broke, and everything is brought back again
+    assert (bar.n, bar.initial) == (1, 1)
+
+
+def test_on_a_terminal_progress_is_a_bar() -> None:
+    stream = Terminal()
+    with ProgressDisplay("label", stream) as display:
+        for done in range(1, 4):
+            display(Progress(done, 3, 2 * done, 0, running_miou=0.5))
+    assert "3/3" in stream.getvalue()
+    assert "6 boxes, 0 failed, mIoU 0.500" in stream.getvalue()
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

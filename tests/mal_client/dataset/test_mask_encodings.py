@@ -1,0 +1,120 @@
+"""Claims about the forms in which masks stand in a labelled file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mal.v1 import types_pb2
+from mal_client.client import Client
+from mal_client.dataset.output import masks_dir
+from mal_client.types import DatasetOptions
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools.coco import COCO
+
+from mal_train.core.errors import ConfigError
+from mal_train.core.masks.rle import Rle, area, encode_mask
+from mal_train.core.settings import MaskFormat
+from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
+from tests.mal_client.fake_server import FakeServer, serving
+
+
+def ring() -> NDArray[np.bool_]:
+    """A thick ring and an island beside it: two parts, one hole."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    distance = (y - 15) ** 2 + (x - 15) ** 2
+    mask: NDArray[np.bool_] = (distance < 100) & (distance > 25)
+    mask[3:7, 33:38] = True
+    return mask
+
+
+class Drawn(FakeServer):
+    """Answers every box with the same picture."""
+
+    def __init__(self, mask: NDArray[np.bool_]) -> None:
+        super().__init__()
+        self.code = encode_mask(mask)
+
+    def _result(self, at: int, one: types_pb2.Instance, image_hw: tuple[int, int]) -> types_pb2.InstanceResult:
+        result = super()._result(at, one, image_hw)
+        if result.masks:
+            result.masks[0].coco_rle.counts = self.code.counts
+            result.area_px = area(self.code)
+        return result
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return make_dataset(tmp_path)
+
+
+def written(dataset: Dataset, mask: NDArray[np.bool_], how: DatasetOptions) -> dict[str, Any]:
+    with serving(Drawn(mask)) as address, Client(address, timeout_s=20) as client:
+        client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output, how=how)
+    found: dict[str, Any] = json.loads(dataset.output.read_text())
+    return found
+
+
+def read_by_pycocotools(dataset: Dataset, annotation_id: int = 100) -> NDArray[np.bool_]:
+    coco = COCO(str(dataset.output))
+    return np.asarray(coco.annToMask(coco.loadAnns([annotation_id])[0])).astype(bool)
+
+
+@pytest.mark.parametrize("form", list(MaskFormat))
+def test_pycocotools_reads_the_same_mask_from_every_form_holes_included(dataset: Dataset, form: MaskFormat) -> None:
+    written(dataset, ring(), DatasetOptions(mask_format=form))
+    np.testing.assert_array_equal(read_by_pycocotools(dataset), ring())
+
+
+def test_polygons_are_one_list_of_numbers_for_each_part(dataset: Dataset) -> None:
+    found = written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.POLYGONS))
+    segmentation = found["annotations"][0]["segmentation"]
+    assert len(segmentation) == 2
+    assert all(isinstance(value, int | float) for polygon in segmentation for value in polygon)
+    assert found["mask_auto_labeler"]["polygon_holes"] == "bridged"
+    assert found["mask_auto_labeler"]["polygon_tolerance_px"] == 0.0
+
+
+def test_a_tolerance_makes_polygons_shorter_and_is_written_down(dataset: Dataset) -> None:
+    exact = written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.POLYGONS))
+    thin = written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.POLYGONS, polygon_tolerance_px=1.0))
+    assert len(str(thin["annotations"])) < 0.8 * len(str(exact["annotations"]))
+    assert thin["mask_auto_labeler"]["polygon_tolerance_px"] == 1.0
+    mask = read_by_pycocotools(dataset)
+    assert np.count_nonzero(mask & ring()) / np.count_nonzero(mask | ring()) > 0.85
+
+
+def test_an_empty_mask_stays_a_run_length_code_among_polygons(dataset: Dataset) -> None:
+    empty = np.zeros((HEIGHT, WIDTH), bool)
+    found = written(dataset, empty, DatasetOptions(mask_format=MaskFormat.POLYGONS))
+    assert Rle.from_coco(found["annotations"][0]["segmentation"]) == encode_mask(empty)
+    assert not read_by_pycocotools(dataset).any()
+
+
+def test_png_masks_lie_beside_the_file_and_each_row_names_its_own(dataset: Dataset) -> None:
+    dataset.coco["annotations"][3]["id"] = "../../box"
+    dataset.coco["annotations"][4]["bbox"] = [0, 0, -1, 3]
+    dataset.save()
+    found = written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.PNG))
+    rows = found["annotations"]
+    names = [row.get("mask_file") for row in rows]
+    assert names == [f"out.masks/{name}.png" for name in (100, 101, 102, "row_3")] + [None, "out.masks/105.png"]
+    assert sorted(path.name for path in masks_dir(dataset.output).iterdir()) == sorted(
+        name.removeprefix("out.masks/") for name in names if name
+    )
+    with Image.open(dataset.folder / names[3]) as picture:
+        assert picture.mode == "1"
+        np.testing.assert_array_equal(np.asarray(picture), ring())
+
+
+@pytest.mark.parametrize("tolerance_px", [-1.0, float("nan"), float("inf")])
+def test_a_tolerance_that_is_none_is_refused(tolerance_px: float) -> None:
+    with pytest.raises(ConfigError, match="0 px or more"):
+        DatasetOptions(mask_format=MaskFormat.POLYGONS, polygon_tolerance_px=tolerance_px)
+
+
+def test_a_tolerance_without_polygons_is_refused() -> None:
+    with pytest.raises(ConfigError, match="choose polygons"):
+        DatasetOptions(polygon_tolerance_px=1.0)

@@ -1,0 +1,225 @@
+"""Claims about bulk jobs that are killed, run out of disk or are started twice."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mal_client.cli.main import main
+from mal_client.dataset.journal import Ledger, ledger_path
+
+from tests.mal_client.datasets import Dataset, make_dataset
+from tests.mal_client.fake_server import FakeServer, Faults, Limits, serving
+
+WINDOW = 4
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_client.bulk.stream.FIRST_PAUSE_S", 0.001)
+
+
+def command(address: str, dataset: Dataset, *more: str) -> list[str]:
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+    return ["label", "--server", address, *given, "--output", str(dataset.output), *more]
+
+
+def started(arguments: list[str], file_bytes: int = -1) -> subprocess.Popen[str]:
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({file_bytes}, {file_bytes}))\n"
+        "from mal_client.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    path = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": path},
+        text=True,
+    )
+
+
+def undisturbed(dataset: Dataset) -> bytes:
+    with serving(FakeServer()) as address:
+        assert main(command(address, dataset)) in (0, 3)
+    content = dataset.output.read_bytes()
+    dataset.output.unlink()
+    return content
+
+
+def killed_until_done(fake: FakeServer, dataset: Dataset, kills: int, seed: int) -> Counter[int]:
+    """Kills a run after a random number of answers, as often as told; how often each box was asked."""
+    rng = random.Random(seed)
+    images = len(dataset.coco["images"])
+    with serving(fake) as address:
+        for kill in range(kills):
+            enough = len(fake.item_ids) + rng.randint(1, max(1, images // kills))
+            process = started(command(address, dataset))
+            while len(fake.item_ids) < enough and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.01)
+            process.kill()
+            process.communicate()
+            assert process.returncode in (-9, 0, 3), f"kill {kill}, seed {seed}"
+            if process.returncode != -9:
+                return _asked(fake)
+        assert main(command(address, dataset)) in (0, 3)
+    return _asked(fake)
+
+
+def _asked(fake: FakeServer) -> Counter[int]:
+    return Counter(one.instance_id for request in fake.label_requests for one in request.instances)
+
+
+@pytest.mark.parametrize(
+    ("images", "kills"), [(80, 5), pytest.param(2000, 100, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
+def test_a_killed_run_loses_nothing_and_repeats_at_most_its_window(tmp_path: Path, images: int, kills: int) -> None:
+    dataset = make_dataset(tmp_path, images=images)
+    (dataset.images_dir / "picture_3.png").unlink()
+    expected = undisturbed(dataset)
+    asked = killed_until_done(FakeServer(Faults(delay_s=0.004), Limits(max_items_in_flight=WINDOW)), dataset, kills, 11)
+    assert dataset.output.read_bytes() == expected
+    assert not ledger_path(dataset.output).exists()
+    assert len(asked) == 2 * (images - 1)
+    # Two boxes an image; one more window for answers on their way through the client.
+    assert asked.total() - len(asked) <= 2 * 2 * WINDOW * kills
+
+
+def test_another_input_or_other_options_are_refused_unless_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = make_dataset(tmp_path)
+    expected = undisturbed(dataset)
+    with serving(FakeServer(Faults(kill_after=2))) as address:
+        assert main(command(address, dataset)) == 3
+    fake = FakeServer()
+    with serving(fake) as address:
+        assert main(command(address, dataset, "--threshold", "0.4")) == 2
+        assert "thresholds was [0.1, 0.2, 0.3] and is [0.4, 0.4, 0.4]" in capsys.readouterr().err
+        unchanged = dataset.json_path.read_bytes()
+        dataset.coco["annotations"][0]["mine"] = "changed"
+        dataset.save()
+        assert main(command(address, dataset)) == 2
+        assert "input_sha256" in capsys.readouterr().err
+        assert "LabelImages" not in fake.calls
+        dataset.json_path.write_bytes(unchanged)
+        assert main(command(address, dataset, "--restart")) == 0
+        assert "unfinished" not in capsys.readouterr().err
+    assert len(fake.item_ids) == 3
+    assert dataset.output.read_bytes() == expected
+
+
+def test_another_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = make_dataset(tmp_path)
+    with serving(FakeServer(Faults(kill_after=2))) as address:
+        assert main(command(address, dataset)) == 3
+    with serving(FakeServer(limits=Limits(precision="bfloat16"))) as address:
+        assert main(command(address, dataset)) == 2
+    assert "precision was 'float32' and is 'bfloat16'" in capsys.readouterr().err
+
+
+def test_other_weights_are_refused_by_their_digest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(tmp_path)
+    with serving(FakeServer(Faults(kill_after=2))) as address:
+        assert main(command(address, dataset)) == 3
+    monkeypatch.setattr("tests.mal_client.fake_server.SHA", "cd" * 32)
+    fake = FakeServer()
+    with serving(fake) as address:
+        assert main(command(address, dataset)) == 2
+    printed = capsys.readouterr().err
+    assert "ab" * 32 in printed
+    assert "cd" * 32 in printed
+    assert "LabelImages" not in fake.calls
+
+
+def test_the_next_run_says_that_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = make_dataset(tmp_path)
+    with serving(FakeServer(Faults(kill_after=2))) as address:
+        assert main(command(address, dataset)) == 3
+    assert "run the same command again" in capsys.readouterr().err
+    with serving(FakeServer()) as address:
+        assert main(command(address, dataset)) == 0
+    assert "4 of 6 boxes are answered" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file_bytes", [100, 1500, 3000])
+def test_a_full_disk_leaves_the_old_output_and_the_answers_so_far(tmp_path: Path, file_bytes: int) -> None:
+    dataset = make_dataset(tmp_path, images=8)
+    expected = undisturbed(dataset)
+    dataset.output.write_text("old")
+    with serving(FakeServer()) as address:
+        process = started(command(address, dataset), file_bytes)
+        _, printed = process.communicate(timeout=60)
+        assert process.returncode == 4, printed
+        assert "Traceback" not in printed
+        assert "free some space" in printed or "raise the file size limit" in printed
+        assert dataset.output.read_text() == "old"
+        assert [path.name for path in dataset.folder.iterdir() if path.suffix == ".tmp"] == []
+        assert main(command(address, dataset)) == 0
+    assert dataset.output.read_bytes() == expected
+
+
+@contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Path]:
+    """A file system of its own that holds so many KiB; skips the test where none may be mounted."""
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", str(folder)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no tmpfs may be mounted here: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no mount here")
+@pytest.mark.parametrize("kib", [16, 160])
+def test_a_disk_that_is_really_full_leaves_the_old_output_and_the_answers_so_far(tmp_path: Path, kib: int) -> None:
+    dataset = make_dataset(tmp_path, images=250)
+    expected = undisturbed(dataset)
+    with small_disk(tmp_path / "disk", kib) as disk, serving(FakeServer()) as address:
+        output = disk / "out.json"
+        output.write_text("old")
+        again = [*command(address, dataset)[:-1], str(output)]
+        process = started(again)
+        _, printed = process.communicate(timeout=60)
+        assert process.returncode == 4, printed
+        assert "No space left on device" in printed
+        assert "Traceback" not in printed
+        assert output.read_text() == "old"
+        assert sorted(path.name for path in disk.iterdir()) == ["out.json", "out.json.ledger"]
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert main(again) == 0
+        assert output.read_bytes() == expected
+
+
+def test_two_runs_side_by_side_in_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, images=40)
+    expected = undisturbed(dataset)
+    with serving(FakeServer(Faults(delay_s=0.002))) as address:
+        one, other = (
+            started([*command(address, dataset)[:-1], str(dataset.folder / name)])
+            for name in ("one.json", "other.json")
+        )
+        printed = [process.communicate(timeout=60)[1] for process in (one, other)]
+    assert (one.returncode, other.returncode) == (0, 0), printed
+    assert (dataset.folder / "one.json").read_bytes() == (dataset.folder / "other.json").read_bytes() == expected
+
+
+def test_two_runs_do_not_write_one_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = make_dataset(tmp_path)
+    with serving(FakeServer()) as address, Ledger(ledger_path(dataset.output), 6, {}):
+        assert main(command(address, dataset)) == 4
+    assert "another run is writing this output" in capsys.readouterr().err

@@ -1,0 +1,193 @@
+"""Claims about measuring a served model from here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mal_client.client import Client
+from mal_client.errors import CallTimedOut, ServerUnavailable
+from mal_client.evaluation.report_page import evaluation_sections
+from mal_client.evaluation.stream import MAX_STARTS, Patience
+from mal_client.review.pages import worst_cards
+from mal_client.types import AS_SERVED, Evaluation, LabelOptions, Progress
+
+from mal_train.core.coco.annotations import read_coco
+from mal_train.core.report.page import build_report
+from tests.mal_client.cutting import Cut, cutting
+from tests.mal_client.datasets import Dataset, make_dataset, with_masks
+from tests.mal_client.fake_server import SHA, FakeServer, Faults, serving
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return with_masks(make_dataset(tmp_path))
+
+
+def evaluate(fake: FakeServer, dataset: Dataset, timeout_s: float = 20, **more: Any) -> Evaluation:
+    with serving(fake) as address, Client(address, timeout_s=timeout_s) as client:
+        return client.evaluate(dataset.json_path, dataset.images_dir, **more)
+
+
+def test_the_figures_of_the_server_come_back_with_the_ids_of_the_file(dataset: Dataset) -> None:
+    evaluation = evaluate(FakeServer(), dataset)
+    assert (evaluation.images, evaluation.overall.count) == (3, 6)
+    assert evaluation.overall.miou == pytest.approx(0.5)
+    assert evaluation.ap_at_1["AP"] == 0.25
+    assert evaluation.ap_at_score["AP"] is None
+    assert evaluation.score.bias == pytest.approx(0.4)
+    assert {row.annotation_id for row in evaluation.worst} == {100, 101, 102, 103, 104, 105}
+    assert evaluation.worst[0].file_name == "picture_0.png"
+    assert evaluation.model.checkpoint_sha256 == SHA
+    json.dumps(evaluation.to_dict())
+    assert "mIoU" in evaluation.table()
+
+
+@pytest.mark.parametrize("cut", Cut)
+def test_a_stream_that_a_proxy_cuts_short_is_begun_again(dataset: Dataset, cut: Cut) -> None:
+    fake = FakeServer()
+    with serving(fake) as server, cutting(server, cut, 1, after=1) as address, Client(address) as client:
+        evaluation = client.evaluate(dataset.json_path, dataset.images_dir)
+    assert fake.calls.count("Evaluate") == 2
+    assert (evaluation.images, evaluation.overall.count) == (3, 6)
+
+
+def test_the_options_and_the_number_of_images_go_first(dataset: Dataset) -> None:
+    fake = FakeServer()
+    evaluate(fake, dataset, options=LabelOptions(threshold=0.4), worst_count=2)
+    options = fake.evaluate_options
+    assert options is not None
+    assert (options.images_total, options.worst_count, options.label.threshold) == (3, 2, 0.4)
+    assert [(row.category_id, row.name) for row in options.categories] == [(1, "cup")]
+
+
+def test_ids_that_are_no_integers_are_mapped_there_and_back(dataset: Dataset) -> None:
+    dataset.coco["categories"] = [{"id": "cup", "name": "cup"}, {"id": 1, "name": "pot"}]
+    for at, row in enumerate(dataset.coco["annotations"]):
+        row["id"] = f"box-{at}"
+        row["category_id"] = "cup" if at % 2 else 1
+    dataset.save()
+    fake = FakeServer()
+    evaluation = evaluate(fake, dataset)
+    assert fake.evaluate_options is not None
+    assert [row.category_id for row in fake.evaluate_options.categories] == [1, 2]
+    sent = [truth.category_id for image in fake.evaluated for truth in image.ground_truth]
+    assert sent == [2, 1, 2, 1, 2, 1]
+    assert {row.annotation_id for row in evaluation.worst} == {f"box-{at}" for at in range(6)}
+
+
+def test_what_cannot_be_measured_is_counted_by_reason(dataset: Dataset) -> None:
+    (dataset.images_dir / "picture_0.png").unlink()
+    rows = dataset.coco["annotations"]
+    rows[2]["segmentation"] = []
+    rows[3]["segmentation"] = [[1, 2, 3]]
+    rows[4]["iscrowd"] = 1
+    rows[5]["bbox"] = "broken"
+    dataset.coco["images"].append({"id": 9, "file_name": "picture_1.png", "width": 40, "height": 30})
+    rows.append(rows[1] | {"id": 200, "image_id": 9})
+    dataset.save()
+    evaluation = evaluate(FakeServer(), dataset)
+    assert evaluation.skipped == {
+        "IMAGE_NOT_FOUND": 2,
+        "NO_GROUND_TRUTH": 1,
+        "BAD_GROUND_TRUTH": 1,
+        "BAD_BOX": 1,
+        "CROWD": 1,
+    }
+    assert (evaluation.overall.count, evaluation.images_skipped, evaluation.failed_count) == (1, 1, 5)
+
+
+def test_rows_of_images_without_any_true_mask_are_counted_though_nothing_is_sent(dataset: Dataset) -> None:
+    for row in dataset.coco["annotations"]:
+        row["segmentation"] = []
+    dataset.coco["annotations"][0]["iscrowd"] = 1
+    dataset.save()
+    fake = FakeServer()
+    evaluation = evaluate(fake, dataset)
+    assert fake.evaluated == []
+    assert evaluation.skipped == {"NO_GROUND_TRUTH": 5, "CROWD": 1}
+    assert (evaluation.overall.count, evaluation.failed_count) == (0, 5)
+
+
+def test_crowd_regions_go_along_and_are_no_failure(dataset: Dataset) -> None:
+    dataset.coco["annotations"][0]["iscrowd"] = 1
+    dataset.save()
+    fake = FakeServer()
+    evaluation = evaluate(fake, dataset)
+    assert [truth.is_crowd for truth in fake.evaluated[0].ground_truth] == [True, False]
+    assert (evaluation.skipped, evaluation.failed_count) == ({"CROWD": 1}, 0)
+
+
+def test_a_broken_stream_starts_the_evaluation_anew(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_client.evaluation.stream.RESTART_PAUSE_S", 0.01)
+    evaluation = evaluate(FakeServer(Faults(break_after=1, breaks=2)), dataset)
+    assert (evaluation.images, evaluation.overall.count) == (3, 6)
+    with pytest.raises(ServerUnavailable):
+        evaluate(FakeServer(Faults(break_after=1, breaks=5)), dataset)
+
+
+def test_a_server_that_says_when_to_come_back_is_asked_again_however_often(dataset: Dataset) -> None:
+    fake = FakeServer(Faults(unavailable=2 * MAX_STARTS, pushback_ms=1))
+    assert evaluate(fake, dataset).images == 3
+    assert fake.calls.count("Evaluate") == 2 * MAX_STARTS + 1
+
+
+def test_what_a_busy_server_says_is_told_once_patience_is_over(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mal_client.evaluation.run.Patience", lambda _: Patience(0.0))
+    with pytest.raises(ServerUnavailable, match=r"told to be unavailable\); it says to come back in 0\.001 s"):
+        evaluate(FakeServer(Faults(unavailable=10**6, pushback_ms=1)), dataset)
+
+
+def test_patience_with_a_server_that_says_when_to_come_back_ends_by_the_clock_alone() -> None:
+    now = [0.0]
+    patience = Patience(60.0, lambda: now[0])
+
+    def is_over_at(at: float, *, has_new: bool = False) -> bool:
+        now[0] = at
+        return patience.is_over(5.0, has_new=has_new)
+
+    assert not any(is_over_at(at) for at in range(0, 61, 5))
+    assert not is_over_at(61, has_new=True)
+    assert not is_over_at(121)
+    assert is_over_at(122)
+
+
+def test_a_silent_server_ends_the_evaluation(dataset: Dataset) -> None:
+    class Silent(FakeServer):
+        def Evaluate(self, request_iterator: Any, context: Any) -> Any:
+            self.released.wait()
+            yield from ()
+
+    with pytest.raises(CallTimedOut, match="no sign of the evaluation for 2 s"):
+        evaluate(Silent(), dataset, timeout_s=2.0)
+
+
+def test_a_crowd_region_is_no_failure_in_the_progress_either(dataset: Dataset) -> None:
+    for row in dataset.coco["annotations"][:2]:  # the first image: a crowd region, and an object without a true mask
+        row["segmentation"] = []
+    dataset.coco["annotations"][0]["iscrowd"] = 1
+    dataset.save()
+    seen: list[Progress] = []
+    evaluation = evaluate(FakeServer(), dataset, on_progress=seen.append)
+    assert seen[-1].boxes_failed == evaluation.failed_count == 1
+
+
+def test_progress_is_told(dataset: Dataset) -> None:
+    seen: list[Progress] = []
+    evaluate(FakeServer(), dataset, on_progress=seen.append)
+    assert [(row.images_done, row.images_total) for row in seen] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_the_report_shows_the_worst_masks_first_and_needs_no_other_file(dataset: Dataset) -> None:
+    with serving(FakeServer()) as address, Client(address, timeout_s=20) as client:
+        evaluation = client.evaluate(dataset.json_path, dataset.images_dir)
+        cards = worst_cards(client, evaluation, read_coco(dataset.json_path), dataset.images_dir, AS_SERVED, count=4)
+    assert [card.title for card in cards] == [f"IoU {row.iou:.2f} · score 0.90" for row in evaluation.worst[:4]]
+    assert sorted(row.iou for row in evaluation.worst) == [row.iou for row in evaluation.worst]
+    page = build_report("Evaluation", evaluation_sections(evaluation, cards))
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page.replace("http-equiv", "")
+    assert np.mean([row.iou for row in evaluation.worst]) == pytest.approx(evaluation.overall.miou)

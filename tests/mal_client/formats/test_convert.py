@@ -1,0 +1,225 @@
+"""Claims about boxes in other formats: what becomes of them, and that none is lost in silence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mal_client.cli.main import main
+from PIL import Image
+from pycocotools.coco import COCO
+
+WIDTH, HEIGHT = 80, 50
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures, one of them in a folder of its own, and one file that is none."""
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    (tmp_path / "labels" / "deep").mkdir(parents=True)
+    for name in ("a.png", "b.png", "deep/c.png"):
+        Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(tmp_path / "images" / name)
+    (tmp_path / "images" / "broken.png").write_text("no picture")
+    return tmp_path
+
+
+def convert(folder: Path, form: str, *more: str, labels: str = "labels") -> int:
+    given = ["--labels", str(folder / labels), "--images", str(folder / "images"), "--output", str(folder / "out.json")]
+    return main(["convert", "--from", form, *given, *more])
+
+
+def boxes(folder: Path) -> dict[str, list[tuple[str, list[float]]]]:
+    """(category, box) by picture, as pycocotools reads the file."""
+    coco = COCO(str(folder / "out.json"))
+    found: dict[str, list[tuple[str, list[float]]]] = {image["file_name"]: [] for image in coco.imgs.values()}
+    for row in coco.anns.values():
+        name = coco.cats[row["category_id"]]["name"]
+        found[coco.imgs[row["image_id"]]["file_name"]].append((name, row["bbox"]))
+    return found
+
+
+def faults(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out.errors.jsonl").read_text().splitlines()]
+
+
+def test_a_table_of_corners_becomes_a_coco_file(folder: Path) -> None:
+    (folder / "boxes.csv").write_text(
+        "filename,xmin,ymin,xmax,ymax,class\na.png,1,2,11,22,cup\ndeep/c.png,0,0,5,5,ant\n"
+    )
+    assert convert(folder, "csv", labels="boxes.csv") == 0
+    assert boxes(folder) == {"a.png": [("cup", [1, 2, 10, 20])], "deep/c.png": [("ant", [0, 0, 5, 5])]}
+    written = json.loads((folder / "out.json").read_text())
+    assert [row["source"] for row in written["annotations"]] == ["boxes.csv:2", "boxes.csv:3"]
+    assert written["images"][0] == {"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
+    assert [row["name"] for row in written["categories"]] == ["ant", "cup"]
+
+
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        ("file_name;x;y;w;h\na.png;1;2;10;20\n", []),
+        ("Image\tX\tY\tWidth\tHeight\r\na.png\t1\t2\t10\t20\r\n", []),
+        ("\ufefffile_name,x,y,width,height\n\na.png,1,2,10,20\n", []),
+        ("a.png,1,2,11,22\n", ["--columns", "file_name,x1,y1,x2,y2"]),
+        ("path,width,height,x1,y1,x2,y2\na.png,80,50,1,2,11,22\n", []),
+    ],
+)
+def test_a_table_may_be_written_in_several_ways(folder: Path, text: str, more: list[str]) -> None:
+    (folder / "boxes.csv").write_text(text, newline="")
+    assert convert(folder, "csv", *more, labels="boxes.csv") == 0
+    assert boxes(folder) == {"a.png": [("object", [1, 2, 10, 20])]}
+
+
+def test_every_row_of_a_table_that_is_not_taken_over_is_listed_with_its_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["a.png,1,2,11,22", "a.png,1,2,x,22", "a.png,1,2", "gone.png,1,2,3,4", "broken.png,1,2,3,4", "a.png,9,2,9,4"]
+    (folder / "boxes.csv").write_text("\n".join(["file,x1,y1,x2,y2", *rows, ",1,2,3,4", "a.png,nan,2,3,4"]))
+    assert convert(folder, "csv", labels="boxes.csv") == 3
+    assert len(boxes(folder)["a.png"]) == 1
+    assert [(row["where"], row["reason"]) for row in faults(folder)] == [
+        ("boxes.csv:3", "BAD_ROW"),
+        ("boxes.csv:4", "BAD_ROW"),
+        ("boxes.csv:5", "BAD_IMAGE"),
+        ("boxes.csv:6", "BAD_IMAGE"),
+        ("boxes.csv:7", "BAD_ROW"),
+        ("boxes.csv:8", "BAD_ROW"),
+        ("boxes.csv:9", "BAD_ROW"),
+    ]
+    assert "5 not taken over: BAD_ROW" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("header", ["a,b,c", "file_name,x,y", "x,y,width,height", "file_name,x,x,y,width,height"])
+def test_a_table_without_the_needed_columns_is_refused(folder: Path, header: str) -> None:
+    (folder / "boxes.csv").write_text(f"{header}\n")
+    assert convert(folder, "csv", labels="boxes.csv") == 2
+    assert not (folder / "out.json").exists()
+
+
+def test_yolo_files_become_boxes_scores_and_outlines(folder: Path) -> None:
+    (folder / "names.txt").write_text("cup\nant\n")
+    (folder / "images" / "broken.png").unlink()
+    (folder / "labels" / "a.txt").write_text("1 0.5 0.5 0.25 0.4\n0 0.5 0.5 1 1 0.875\n")
+    (folder / "labels" / "deep" / "c.txt").write_text("0 0.1 0.2 0.5 0.2 0.5 0.6\n")
+    assert convert(folder, "yolo", "--names", str(folder / "names.txt")) == 0
+    assert boxes(folder) == {
+        "a.png": [("ant", [30, 15, 20, 20]), ("cup", [0, 0, 80, 50])],
+        "b.png": [],
+        "deep/c.png": [("cup", [8, 10, 32, 20])],
+    }
+    rows = json.loads((folder / "out.json").read_text())["annotations"]
+    assert rows[1]["score"] == 0.875
+    np.testing.assert_allclose(rows[2]["segmentation"], [[8, 10, 40, 10, 40, 30]])
+
+
+def test_yolo_rows_that_cannot_be_meant_are_listed(folder: Path) -> None:
+    (folder / "data.yaml").write_text("names:\n  0: cup\n  1: ant\n")
+    rows = [
+        "2 .5 .5 .1 .1",
+        "cup .5 .5 .1 .1",
+        "0 40 25 10 10",
+        "0 .5 .5 .1",
+        "0 .5 .5 -.1 .1",
+        "0 .5 .5 .1 .1 .1 .1 .1",
+    ]
+    (folder / "labels" / "a.txt").write_text("\n".join(rows))
+    (folder / "labels" / "gone.txt").write_text("0 .5 .5 .1 .1\n")
+    assert convert(folder, "yolo", "--names", str(folder / "data.yaml")) == 3
+    listed = [row["where"].removeprefix(f"{folder}/") for row in faults(folder)]
+    assert listed == ["images/broken.png", *(f"a.txt:{at}" for at in range(1, 7)), "gone.txt"]
+    said = next(row["message"] for row in faults(folder) if row["where"] == "a.txt:1")
+    assert said == f"a.txt:1: class '2'; a number from 0 to 1 is needed, for {folder / 'data.yaml'} names 2"
+    assert "not pixels" in faults(folder)[3]["message"]
+
+
+@pytest.mark.parametrize("text", ["", "cup\n\nant\n", "cup\ncup\n"])
+def test_class_names_with_gaps_or_doubles_are_refused(folder: Path, text: str) -> None:
+    (folder / "names.txt").write_text(text)
+    (folder / "labels" / "a.txt").write_text("0 .5 .5 .1 .1\n")
+    assert convert(folder, "yolo", "--names", str(folder / "names.txt")) == 2
+
+
+VOC = """<annotation><filename>{name}</filename><size><width>{width}</width><height>{height}</height></size>
+<object><name>cup</name><difficult>1</difficult><bndbox><xmin>1</xmin><ymin>3</ymin><xmax>80</xmax><ymax>22</ymax></bndbox>
+</object>{more}</annotation>"""
+
+
+def voc(name: str = "a.png", width: int = WIDTH, height: int = HEIGHT, more: str = "") -> str:
+    return VOC.format(name=name, width=width, height=height, more=more)
+
+
+@pytest.mark.parametrize(("more", "box"), [([], [0, 2, 80, 20]), (["--zero-based"], [1, 3, 79, 19])])
+def test_voc_corners_are_pixels_counted_from_one_unless_said_otherwise(
+    folder: Path, more: list[str], box: list[float]
+) -> None:
+    (folder / "images" / "broken.png").unlink()
+    (folder / "labels" / "a.xml").write_text(voc())
+    assert convert(folder, "voc", *more) == 0
+    assert boxes(folder)["a.png"] == [("cup", box)]
+    (row,) = json.loads((folder / "out.json").read_text())["annotations"]
+    assert row["difficult"] == "1"
+
+
+def test_voc_files_that_do_not_fit_their_picture_are_listed(folder: Path) -> None:
+    (folder / "images" / "broken.png").unlink()
+    (folder / "labels" / "a.xml").write_text(voc(width=HEIGHT, height=WIDTH))
+    (folder / "labels" / "b.xml").write_text(voc("b.png", more="<object><name>x</name></object>"))
+    (folder / "labels" / "d.xml").write_text(voc("d.png"))
+    (folder / "labels" / "e.xml").write_text("<annotation>")
+    assert convert(folder, "voc") == 3
+    listed = faults(folder)
+    assert [row["reason"] for row in listed] == ["IMAGE_SIZE_MISMATCH", "BAD_ROW", "BAD_IMAGE", "BAD_FILE"]
+    assert "rotated by EXIF" in listed[0]["message"]
+    assert listed[1]["where"] == "b.xml:object 2"
+    assert boxes(folder)["b.png"] == [("cup", [0, 2, 80, 20])]
+
+
+def test_a_yolo_file_that_is_no_text_is_listed_and_the_others_are_read(folder: Path) -> None:
+    (folder / "labels" / "a.txt").write_bytes(b"\xff\xfe0")
+    (folder / "labels" / "b.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (folder / "names.txt").write_text("cup\n")
+    assert convert(folder, "yolo", "--names", str(folder / "names.txt")) == 3
+    assert [row["where"] for row in faults(folder) if row["reason"] == "BAD_FILE"] == ["a.txt"]
+    assert len(boxes(folder)["b.png"]) == 1
+
+
+def test_a_table_with_an_open_quotation_mark_is_refused_with_its_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "boxes.csv").write_text('file_name,x,y,width,height\n"a.png,1,2,3,4\n' + "b.png,1,2,3,4\n" * 10_000)
+    assert convert(folder, "csv", labels="boxes.csv") == 2
+    assert "quotation mark" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["voc", "yolo"])
+def test_a_folder_without_annotations_is_refused(folder: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "names.txt").write_text("cup\n")
+    names = ["--names", str(folder / "names.txt")] if form == "yolo" else []
+    assert convert(folder, form, *names) == 2
+    assert "give the folder of the annotations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("form", "option"), [("csv", ["--zero-based"]), ("voc", ["--names", "n.txt"]), ("yolo", ["--columns", "a,b"])]
+)
+def test_an_option_of_another_form_is_refused(
+    folder: Path, form: str, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(folder, form, *option) == 2
+    assert f"{option[0]}: has no meaning for --from {form}" in capsys.readouterr().err
+
+
+def test_a_folder_of_pictures_that_is_not_there_is_said_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "boxes.csv").write_text("file,x1,y1,x2,y2\na.png,1,2,11,22\nb.png,3,4,9,9\n")
+    (folder / "images").rename(folder / "pictures")
+    assert convert(folder, "csv", labels="boxes.csv") == 2
+    assert "images: no such folder; give the one with the pictures" in capsys.readouterr().err
+    assert not (folder / "out.json").exists()
+
+
+def test_what_comes_out_is_what_label_takes(folder: Path) -> None:
+    (folder / "boxes.csv").write_text("file,x1,y1,x2,y2\na.png,1,2,11,22\nb.png,3,4,9,9\n")
+    convert(folder, "csv", labels="boxes.csv")
+    given = ["--annotations", str(folder / "out.json"), "--images", str(folder / "images")]
+    assert main(["check", *given]) == 0

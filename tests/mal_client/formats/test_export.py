@@ -1,0 +1,297 @@
+"""Claims about masks in the formats of other tools, held against plain readers and, where installed, the tools' own.
+
+The tools pin their own versions of much; they are looked for in the interpreter that MAL_EXPORT_TOOLS names, or in this
+one, and a test whose tool is missing there is skipped.
+"""
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mal_client.cli.main import main
+from numpy.typing import NDArray
+from PIL import Image
+
+from mal_train.core.masks.encodings import to_polygons
+from mal_train.core.masks.polygons import bridged, fill
+from mal_train.core.masks.rle import Rle, decode_mask, encode_mask, iou
+from tests.mal_client.dataset.test_mask_encodings import ring
+from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
+
+TOOLS = os.environ.get("MAL_EXPORT_TOOLS", sys.executable)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Dataset:
+    """A labelled file: a ring with an island, a square, an empty mask, a failed row, a crowd region."""
+    dataset = make_dataset(tmp_path)
+    square, empty = np.zeros((HEIGHT, WIDTH), bool), np.zeros((HEIGHT, WIDTH), bool)
+    square[4:9, 20:30] = True
+    for row, mask in zip(dataset.coco["annotations"], [ring(), square, square, empty, square, square], strict=True):
+        row |= {"segmentation": encode_mask(mask).to_coco(), "score": 0.75, "flags": ["MULTI_PART"]}
+    dataset.coco["annotations"][4]["error"] = {"reason": "BAD_BOX", "message": "told to fail"}
+    dataset.coco["annotations"][5]["iscrowd"] = 1
+    dataset.coco["categories"] = [{"id": 9, "name": "ant"}, {"id": 1, "name": "cup: large"}]
+    dataset.save()
+    return dataset
+
+
+def export(dataset: Dataset, form: str, *more: str) -> Path:
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+    target = dataset.folder / form
+    assert main(["export", "--to", form, *given, "--output", str(target), *more]) == 3
+    return target
+
+
+def in_tool(tool: str, script: str, *arguments: object) -> Any:
+    """What a script prints as JSON in the tool's interpreter."""
+    probe = subprocess.run([TOOLS, "-c", f"import {tool}"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        pytest.skip(f"{tool} cannot be imported by {TOOLS}: {last}; MAL_EXPORT_TOOLS names another interpreter")
+    environment = {**os.environ, "QT_QPA_PLATFORM": "offscreen", "YOLO_OFFLINE": "true"}
+    done = subprocess.run(
+        [TOOLS, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    return iou(encode_mask(a), encode_mask(b))
+
+
+def test_what_has_no_mask_is_told(labelled: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    export(labelled, "labelme")
+    told = capsys.readouterr()
+    assert "3 masks, 1 crowd regions left out, 2 failed" in told.out
+    assert "annotation 103: its mask is empty" in told.err
+    assert "annotation 104: was not labelled" in told.err
+
+
+def test_labelme_polygons_fill_to_the_mask_with_parts_in_one_group(labelled: Dataset) -> None:
+    folder = export(labelled, "labelme")
+    assert sorted(path.name for path in folder.iterdir()) == ["picture_0.json", "picture_1.json", "picture_2.json"]
+    content = json.loads((folder / "picture_0.json").read_text())
+    assert (folder / content["imagePath"]).resolve() == (labelled.images_dir / "picture_0.png").resolve()
+    assert (content["imageHeight"], content["imageWidth"]) == (HEIGHT, WIDTH)
+    first, second, third = content["shapes"]
+    assert (first["label"], first["shape_type"], first["flags"]) == ("cup: large", "polygon", {"MULTI_PART": True})
+    assert [shape["group_id"] for shape in content["shapes"]] == [1, 1, None]
+    found = fill([np.array(first["points"]), np.array(second["points"])], HEIGHT, WIDTH)
+    np.testing.assert_array_equal(found, ring())
+    assert third["description"] == "score 0.750"
+
+
+def test_labelme_masks_are_the_pixels(labelled: Dataset) -> None:
+    folder = export(labelled, "labelme", "--shape", "mask")
+    shape = json.loads((folder / "picture_0.json").read_text())["shapes"][0]
+    (x0, y0), (x1, y1) = shape["points"]
+    with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as picture:
+        pixels = np.asarray(picture)
+    frame = np.zeros((HEIGHT, WIDTH), bool)
+    frame[y0 : y1 + 1, x0 : x1 + 1] = pixels
+    np.testing.assert_array_equal(frame, ring())
+
+
+def test_yolo_rows_fill_to_the_mask_and_classes_are_numbered(labelled: Dataset) -> None:
+    folder = export(labelled, "yolo-seg")
+    assert (folder / "data.yaml").read_text().endswith('names:\n  0: "ant"\n  1: "cup: large"\n')
+    first, second = (folder / "labels" / "picture_0.txt").read_text().splitlines()
+    assert first.split()[0] == second.split()[0] == "1"
+    line = np.reshape([float(value) for value in first.split()[1:]], (-1, 2)) * [WIDTH, HEIGHT]
+    np.testing.assert_array_equal(fill([np.rint(line)], HEIGHT, WIDTH), ring())
+    np.testing.assert_allclose(line, np.rint(line), atol=1e-4)
+    assert (folder / "labels" / "picture_2.txt").read_text() == ""
+
+
+@pytest.mark.parametrize(("form", "below", "suffix"), [("labelme", "", "json"), ("yolo-seg", "labels", "txt")])
+def test_pictures_whose_labels_would_share_a_name_are_told(
+    labelled: Dataset, capsys: pytest.CaptureFixture[str], form: str, below: str, suffix: str
+) -> None:
+    labelled.coco["images"][1]["file_name"] = "picture_0.jpg"
+    labelled.save()
+    folder = export(labelled, form) / below
+    assert sorted(path.name for path in folder.iterdir()) == [f"picture_0.{suffix}", f"picture_2.{suffix}"]
+    assert "picture_0.jpg: its labels would have the same name as those of picture_0.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["labelme", "yolo-seg"])
+@pytest.mark.parametrize("name", ["../outside.png", "{folder}/outside.png", "a/../../../outside.png", "."])
+def test_no_file_name_leads_out_of_the_output(labelled: Dataset, form: str, name: str) -> None:
+    labelled.coco["images"][0]["file_name"] = name.format(folder=labelled.folder)
+    labelled.save()
+    before = {path for path in labelled.folder.rglob("*") if path.is_file()}
+    target = export(labelled, form)
+    made = {path for path in labelled.folder.rglob("*") if path.is_file()} - before
+    assert {path for path in made if not path.is_relative_to(target)} == set()
+    assert {path.stem for path in made if path.suffix != ".yaml"} == {"picture_1", "picture_2"}
+
+
+def test_a_tolerance_that_is_none_is_refused(labelled: Dataset) -> None:
+    given = ["--annotations", str(labelled.json_path), "--images", str(labelled.images_dir), "--output", "x"]
+    assert main(["export", "--to", "yolo-seg", *given, "--polygon-tolerance", "-1"]) == 2
+
+
+LABELME = """
+import json, sys
+import numpy as np
+try:
+    from labelme._label_file import LabelFile
+except ImportError:
+    from labelme.label_file import LabelFile
+import labelme.utils as utils
+file = LabelFile(sys.argv[1])
+height, width = int(sys.argv[2]), int(sys.argv[3])
+found = []
+for shape in file.shapes:
+    if shape["shape_type"] == "mask":
+        frame = np.zeros((height, width), bool)
+        (x0, y0), (x1, y1) = np.asarray(shape["points"]).astype(int)
+        frame[y0:y1 + 1, x0:x1 + 1] = shape["mask"]
+    else:
+        frame = utils.shape_to_mask((height, width), shape["points"], shape_type=shape["shape_type"])
+    found.append({"label": shape["label"], "group": shape["group_id"], "mask": frame.astype(int).tolist()})
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(("shape", "least"), [("mask", 1.0), ("polygon", 0.75)])
+def test_labelme_reads_its_files(labelled: Dataset, shape: str, least: float) -> None:
+    folder = export(labelled, "labelme", "--shape", shape)
+    found = in_tool("labelme", LABELME, folder / "picture_0.json", HEIGHT, WIDTH)
+    assert {one["label"] for one in found} == {"cup: large"}
+    parts = [np.array(one["mask"], bool) for one in found[:-1]]
+    # labelme's own filling also takes in the pixels under its lines, which is much of a ring of 20 px.
+    assert overlap(np.any(parts, axis=0), ring()) >= least
+
+
+ULTRALYTICS = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.utils import check_det_dataset, polygon2mask
+names = {0: "ant", 1: "cup: large"}
+data = YOLODataset(img_path=sys.argv[1], data={"names": names, "nc": 2, "channels": 3}, task="segment", augment=False)
+found = {}
+for label in data.labels:
+    masks = []
+    for segment in label["segments"]:
+        points = segment * np.array(label["shape"][::-1])
+        masks.append(polygon2mask(label["shape"], [points.reshape(-1)]).astype(int).tolist())
+    found[Path(label["im_file"]).name] = {"classes": label["cls"].ravel().tolist(), "masks": masks}
+print(json.dumps(found))
+"""
+
+
+def test_ultralytics_reads_its_files(labelled: Dataset) -> None:
+    folder = export(labelled, "yolo-seg")
+    (folder / "images").symlink_to(labelled.images_dir)
+    found = in_tool("ultralytics", ULTRALYTICS, folder / "images")
+    assert found["picture_0.png"]["classes"] == [1.0, 1.0]
+    assert found["picture_2.png"]["masks"] == []
+    # cv2.fillPoly also takes in the pixels under the lines: bridges become one pixel wide and edges half a pixel.
+    assert overlap(np.array(found["picture_0.png"]["masks"][0], bool), ring()) > 0.7
+
+
+FIFTYONE = """
+import json, sys
+from fiftyone.utils.coco import load_coco_detection_annotations
+_, classes, _, images, annotations = load_coco_detection_annotations(sys.argv[1])
+image = images[1]
+found = []
+for one in annotations[1]:
+    read = one.to_detection((image["width"], image["height"]), classes_map=classes, load_segmentation=True)
+    found.append({
+        "label": read.label, "box": list(read.bounding_box), "mask": read.mask.astype(int).tolist(),
+        "score": read.confidence, "flags": list(read["flags"]),
+    })
+print(json.dumps(found))
+"""
+
+
+def test_fiftyones_file_has_the_masks_with_their_tight_boxes_and_what_was_asked(labelled: Dataset) -> None:
+    asked = [float(v) for v in labelled.coco["annotations"][0]["bbox"]]
+    found = json.loads((export(labelled, "fiftyone") / "labels.json").read_text())
+    assert [image["file_name"] for image in found["images"]] == [row["file_name"] for row in labelled.coco["images"]]
+    first = found["annotations"][0]
+    assert (first["id"], first["annotation_id"], first["score"], first["flags"]) == (1, 100, 0.75, ["MULTI_PART"])
+    assert first["prompt_box"] == asked
+    rows, columns = np.nonzero(ring())
+    left, top = columns.min(), rows.min()
+    assert first["bbox"] == [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
+    assert (decode_mask(Rle.from_coco(first["segmentation"])) == ring()).all()
+    names = {row["id"]: row["name"] for row in found["categories"]}
+    assert names == {1: "ant", 2: "cup: large"}
+    assert [names[row["category_id"]] for row in found["annotations"]] == ["cup: large"] * 3
+
+
+@pytest.mark.slow
+def test_fiftyones_own_reader_takes_the_exported_file_exactly(labelled: Dataset) -> None:
+    # A box that FiftyOne rounds to other pixels than those of the mask.
+    labelled.coco["annotations"][0]["bbox"] = [3.6, 2.6, 9.7, 9.7]
+    labelled.save()
+    first, second = in_tool("fiftyone", FIFTYONE, export(labelled, "fiftyone") / "labels.json")
+    assert (first["label"], first["score"], first["flags"]) == ("cup: large", 0.75, ["MULTI_PART"])
+    square = np.zeros((HEIGHT, WIDTH), bool)
+    square[4:9, 20:30] = True
+    for read, expected in ((first, ring()), (second, square)):
+        frame = np.zeros((HEIGHT, WIDTH), bool)
+        x, y = (round(value * side) for value, side in zip(read["box"][:2], (WIDTH, HEIGHT), strict=True))
+        mask = np.array(read["mask"], bool)
+        frame[y : y + mask.shape[0], x : x + mask.shape[1]] = mask
+        np.testing.assert_array_equal(frame, expected)
+
+
+@pytest.mark.parametrize("form", ["yolo-seg", "fiftyone"])
+def test_a_pattern_of_pictures_is_refused_where_the_format_knows_folders_alone(
+    labelled: Dataset, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--annotations", str(labelled.json_path), "--image-glob", str(labelled.images_dir / "*.png")]
+    assert main(["export", "--to", form, *given, "--output", str(labelled.folder / form)]) == 2
+    assert "finds pictures by their folder" in capsys.readouterr().err
+
+
+def test_labelme_finds_pictures_by_a_pattern_and_tells_those_that_it_lacks(
+    labelled: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = labelled.folder / "deep" / "er"
+    deep.mkdir(parents=True)
+    (labelled.images_dir / "picture_0.png").rename(deep / "picture_0.png")
+    given = ["--annotations", str(labelled.json_path), "--image-glob", str(labelled.folder / "deep" / "**" / "*.png")]
+    target = labelled.folder / "labelme"
+    assert main(["export", "--to", "labelme", *given, "--output", str(target)]) == 3
+    content = json.loads((target / "picture_0.json").read_text())
+    assert (target / content["imagePath"]).resolve() == deep / "picture_0.png"
+    assert [path.name for path in target.iterdir()] == ["picture_0.json"]
+    told = capsys.readouterr()
+    assert "picture_1.png: no file that the pattern finds ends in it" in told.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["rle", "polygons"])
+def test_fiftyones_own_reader_takes_a_labelled_file_as_it_is(labelled: Dataset, form: str) -> None:
+    """Its importer's reader, without the database that a data set of FiftyOne lies in."""
+    if form == "polygons":
+        for row in labelled.coco["annotations"][:3]:
+            lines = bridged(to_polygons(Rle.from_coco(row["segmentation"])).rings)
+            row["segmentation"] = [line.ravel().tolist() for line in lines]
+    for row, mask in zip(labelled.coco["annotations"], [ring()] * 2, strict=False):
+        rows, columns = np.nonzero(mask)
+        row["bbox"] = [int(columns.min()), int(rows.min()), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
+    labelled.save()
+    first, _ = in_tool("fiftyone", FIFTYONE, labelled.json_path)
+    assert (first["label"], first["score"], first["flags"]) == ("cup: large", 0.75, ["MULTI_PART"])
+    frame = np.zeros((HEIGHT, WIDTH), bool)
+    x, y = (round(value * side) for value, side in zip(first["box"][:2], (WIDTH, HEIGHT), strict=True))
+    mask = np.array(first["mask"], bool)
+    frame[y : y + mask.shape[0], x : x + mask.shape[1]] = mask
+    np.testing.assert_array_equal(frame, ring())

@@ -1,0 +1,300 @@
+"""Claims about the ML backend for Label Studio, over HTTP, with a stand-in labelling server and stand-in pictures."""
+
+import base64
+import io
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from aiohttp import web
+from mal_client.cli.main import main
+from mal_client.client import Client
+from mal_client.errors import RequestRefused
+from mal_client.integrations.label_studio.app import REQUESTS_AT_ONCE, REQUESTS_HELD, build_app
+from mal_client.integrations.label_studio.predictor import Predictor
+from mal_client.types import LabelOptions
+from PIL import Image
+
+from deploy.demo.baselines import box_filled
+from mal_train.core.errors import BadImage
+from mal_train.core.masks.rle import decode_mask
+from mal_train.core.settings import Branch
+from tests.mal_client.fake_server import SHA, FakeServer, serving
+from tests.mal_client.integrations.http_app import running
+from tests.mal_client.integrations.label_studio.rle_pack import decode_brush
+from tests.mal_client.integrations.label_studio.test_regions import CONFIG, region
+
+WIDTH, HEIGHT = 640, 480
+VERSION = f"fake-{SHA[:12]}-student"
+
+
+class Shelf:
+    """Pictures by address."""
+
+    def __init__(self) -> None:
+        picture = Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        self.asked: list[str] = []
+        self._pictures = {"/data/upload/1/a.png": picture, "/data/upload/1/turned.png": picture}
+        self._exif = {"/data/upload/1/turned.png": exif}
+
+    def read(self, address: str) -> bytes:
+        """The picture's file."""
+        self.asked.append(address)
+        if address not in self._pictures:
+            raise BadImage(f"{address}: not on the shelf", "IMAGE_NOT_FOUND")
+        buffer = io.BytesIO()
+        self._pictures[address].save(buffer, format="PNG", exif=self._exif.get(address, Image.Exif()))
+        return buffer.getvalue()
+
+
+class Backend:
+    """The application, and what stands behind it."""
+
+    def __init__(self, fake: FakeServer, client: Client, shelf: Shelf, http: httpx2.Client) -> None:
+        self.fake, self.client, self.shelf, self.http = fake, client, shelf, http
+
+    def predict(self, *tasks: dict[str, Any], context: Any = None, config: str = CONFIG) -> Any:
+        """The body of an answer to Label Studio's request."""
+        body = {"tasks": list(tasks), "project": "1.1764098131", "label_config": config}
+        answer = self.http.post("/predict", json=body | {"params": {"login": None, "context": context}})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["results"]
+
+
+@contextmanager
+def backend_at(address: str, fake: FakeServer, **more: Any) -> Iterator[Backend]:
+    """Our backend for a labelling server at an address; the rest is given to `build_app`."""
+    shelf = Shelf()
+    with Client(address, timeout_s=20) as client:
+        predictor = Predictor(client, shelf, LabelOptions(threshold=0.4), tolerance_px=0.5)
+        with running(build_app(predictor, **more)) as ours, httpx2.Client(base_url=ours, timeout=60) as http:
+            yield Backend(fake, client, shelf, http)
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    fake = FakeServer()
+    with serving(fake) as address, backend_at(address, fake) as found:
+        yield found
+
+
+def task(number: int = 1, photo: str = "/data/upload/1/a.png", **more: Any) -> dict[str, Any]:
+    return {"id": number, "project": 1, "data": {"photo": photo}, "annotations": [], "predictions": [], **more}
+
+
+def annotated(*regions: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"result": list(regions), "was_cancelled": False, "updated_at": "2026-01-02T00:00:00Z", **more}
+
+
+def test_a_drawn_rectangle_becomes_its_mask(backend: Backend) -> None:
+    (found,) = backend.predict(task(), context={"result": [region()]})
+    (made,) = found["result"]
+    assert (found["score"], found["model_version"]) == (0.75, VERSION)
+    assert (made["id"], made["type"], made["value"]["brushlabels"]) == ("gyqsvQ4tvz-mask", "brushlabels", ["cup"])
+    expected = decode_mask(box_filled((160.0, 240.0, 80.0, 48.0), (HEIGHT, WIDTH)))
+    assert (decode_brush(made["value"]["rle"], HEIGHT, WIDTH) == expected).all()
+    assert backend.fake.label_requests[0].options.threshold == 0.4
+
+
+def test_a_batch_answers_each_task_from_its_own_rectangles(backend: Backend) -> None:
+    old = annotated(region(id="old"), updated_at="2025-01-01T00:00:00Z")
+    skipped = annotated(region(id="skipped"), was_cancelled=True, updated_at="2026-05-05T00:00:00Z")
+    found = backend.predict(
+        task(1, annotations=[annotated(region(id="a"), region(id="b", x=0.0)), old, skipped]),
+        task(2),
+        task(3, predictions=[annotated(region(id="c"))]),
+        task(4, photo="/gone.png", annotations=[annotated(region())]),
+    )
+    assert [row["id"] for row in found[0]["result"]] == ["a-mask", "b-mask"]
+    assert found[1] == [], "no prediction is stored for a task without rectangles"
+    assert [row["id"] for row in found[2]["result"]] == ["c-mask"]
+    assert found[3] == {"error": "/gone.png: not on the shelf"}
+    assert len(backend.fake.label_requests) == 2, "one call a picture, however many rectangles"
+
+
+def test_rectangles_that_cannot_be_answered_are_logged_and_the_others_are(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    regions = [region(id="a", rotation=10), region(id="b"), region(id="c", x=150.0)]
+    (found,) = backend.predict(task(7, annotations=[annotated(*regions)]))
+    assert [row["id"] for row in found["result"]] == ["b-mask"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "mal_client.label_studio"]
+    assert len(lines) == 2
+    assert "task 7: no mask: region 'a': the rectangle is turned by 10 degrees" in lines[0]
+    assert "region 'c'" in lines[1]
+
+
+@pytest.mark.parametrize("photo", ["/data/upload/1/turned.png", 5])
+def test_a_task_whose_picture_cannot_be_used_has_no_prediction(backend: Backend, photo: Any) -> None:
+    (found,) = backend.predict(task(photo=photo, annotations=[annotated(region())]))
+    assert set(found) == {"error"}
+    assert not backend.fake.label_requests
+
+
+def test_other_regions_and_other_tools_are_left_alone(backend: Backend) -> None:
+    brush = {"type": "brushlabels", "from_name": "mask", "value": {}}
+    (found,) = backend.predict(task(annotations=[annotated(brush, region(from_name="elsewhere"))]))
+    assert found == []
+    assert backend.shelf.asked == []
+
+
+def test_a_class_that_the_brush_lacks_is_told_before_the_picture_is_fetched(backend: Backend) -> None:
+    (found,) = backend.predict(task(annotations=[annotated(region(rectanglelabels=["plate"]))]))
+    assert "'mask' does not offer plate" in found["error"]
+    assert backend.shelf.asked == []
+
+
+def test_health_setup_and_versions_name_the_weights(backend: Backend) -> None:
+    assert backend.http.get("/health").json()["status"] == "UP"
+    setup = {"project": "1.1764098131", "schema": CONFIG, "hostname": "http://localhost:8080", "access_token": "x"}
+    assert backend.http.post("/setup", json=setup).json() == {"model_version": VERSION}
+    assert backend.http.get("/versions").json() == {"versions": [VERSION]}
+
+
+def test_the_version_is_that_of_the_network_that_answers(backend: Backend) -> None:
+    options = LabelOptions(branch=Branch.TEACHER)
+    version = Predictor(backend.client, backend.shelf, options, tolerance_px=0.0).model_version()
+    assert version == f"{VERSION.rpartition('-')[0]}-teacher"
+    with pytest.raises(RequestRefused, match="'dogs' is not served"):
+        Predictor(backend.client, backend.shelf, LabelOptions(model="dogs"), tolerance_px=0.0).model_version()
+
+
+def test_what_the_project_calls_in_passing_is_answered(backend: Backend) -> None:
+    assert [backend.http.post(path, json={}).status_code for path in ("/webhook", "/train", "/delete")] == [200] * 3
+
+
+def test_a_project_without_boxes_cannot_be_connected(backend: Backend) -> None:
+    refused = backend.http.post("/setup", json={"schema": "<View><Image name='a' value='$b'/></View>"})
+    assert (refused.status_code, "no boxes are drawn" in refused.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"label_config": "<View>"}'])
+def test_a_request_that_is_none_is_refused_and_the_next_is_answered(backend: Backend, content: bytes) -> None:
+    assert backend.http.post("/predict", content=content).status_code == 400
+    assert backend.predict(task()) == [[]]
+
+
+def test_a_request_larger_than_the_bound_is_refused_with_the_remedy_and_the_next_is_answered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with serving(FakeServer()) as address, backend_at(address, FakeServer(), max_request_bytes=4096) as backend:
+        for body in (b" " * 4097, iter([b" " * 3000] * 2)):  # with its length stated, and in chunks
+            refused = backend.http.post("/predict", content=body)
+            assert (refused.status_code, "choose fewer tasks" in refused.json()["error"]) == (413, True)
+        assert "/predict: a request of more than 4096 bytes" in caplog.text
+        assert backend.predict(task()) == [[]]
+
+
+def test_what_the_protocol_does_not_have_is_refused_as_json(backend: Backend) -> None:
+    for method, path, status in (("GET", "/predict", 405), ("POST", "/nothing", 404)):
+        refused = backend.http.request(method, path)
+        assert (refused.status_code, list(refused.json())) == (status, ["error"])
+
+
+def test_health_is_answered_while_every_thread_for_requests_is_busy(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(backend.shelf, "read", lambda _: gate.wait(60) and Shelf().read("/data/upload/1/a.png"))
+    body = {"tasks": [task(annotations=[annotated(region())])], "label_config": CONFIG}
+    answers: list[int] = []
+
+    def ask() -> None:
+        answers.append(backend.http.post("/predict", json=body, timeout=120).status_code)
+
+    callers = [threading.Thread(target=ask) for _ in range(REQUESTS_AT_ONCE + 2)]
+    for caller in callers:
+        caller.start()
+    try:
+        assert backend.http.get("/health").status_code == 200
+        assert answers == []
+    finally:
+        gate.set()
+        for caller in callers:
+            caller.join()
+    assert answers == [200] * len(callers)
+
+
+def test_requests_beyond_what_is_held_are_told_to_come_back_and_those_here_are_answered(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, here = threading.Event(), threading.Semaphore(0)
+    inner = web.BaseRequest.read
+
+    async def noticed(request: web.BaseRequest) -> bytes:
+        content = await inner(request)
+        here.release()
+        return content
+
+    monkeypatch.setattr(web.BaseRequest, "read", noticed)
+    monkeypatch.setattr(backend.shelf, "read", lambda _: gate.wait(60) and Shelf().read("/data/upload/1/a.png"))
+    body = {"tasks": [task(annotations=[annotated(region())])], "label_config": CONFIG}
+    limits = httpx2.Limits(max_connections=REQUESTS_HELD + 1)
+    answers: list[int] = []
+    with httpx2.Client(base_url=backend.http.base_url, timeout=120, limits=limits) as http:
+
+        def ask() -> None:
+            answers.append(http.post("/predict", json=body).status_code)
+
+        callers = [threading.Thread(target=ask) for _ in range(REQUESTS_HELD)]
+        for caller in callers:
+            caller.start()
+        try:
+            for _ in callers:
+                assert here.acquire(timeout=60)
+            for method, path in (("POST", "/predict"), ("POST", "/setup"), ("GET", "/versions")):
+                refused = http.request(method, path)
+                assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (503, True)
+                assert f"{REQUESTS_HELD} requests are here already" in refused.json()["error"]
+            assert http.get("/health").status_code == 200
+        finally:
+            gate.set()
+            for caller in callers:
+                caller.join()
+    assert answers == [200] * REQUESTS_HELD
+    assert backend.predict(task()) == [[]]
+
+
+def test_senders_that_never_finish_do_not_keep_their_places(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_client.integrations.label_studio.app.RECEIVE_S", 0.01)
+    url = backend.http.base_url
+    for path in ("/predict", "/setup"):
+        for _ in range(REQUESTS_HELD):
+            with socket.create_connection((url.host, url.port), timeout=60) as connection:
+                connection.sendall(f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n".encode())
+                assert connection.recv(12) == b"HTTP/1.1 408"
+    monkeypatch.undo()
+    assert backend.predict(task()) == [[]]
+
+
+def test_a_lost_labelling_server_is_said_and_stores_nothing() -> None:
+    with ExitStack() as stack:
+        with serving(FakeServer()) as address:
+            backend = stack.enter_context(backend_at(address, FakeServer()))
+            assert backend.http.get("/health").status_code == 200
+        body = {"tasks": [task(annotations=[annotated(region())])], "label_config": CONFIG}
+        assert backend.http.get("/health").status_code == 503
+        refused = backend.http.post("/predict", json=body)
+        assert (refused.status_code, "unavailable" in refused.json()["error"]) == (503, True)
+
+
+def test_credentials_are_asked_for_where_they_are_set_and_health_is_free() -> None:
+    with serving(FakeServer()) as address, backend_at(address, FakeServer(), credentials="studio:secret") as backend:
+        assert backend.http.get("/health").status_code == 200
+        assert backend.http.get("/versions").status_code == 401
+        for shown, status in (("studio:secret", 200), ("studio:wrong", 401)):
+            packed = base64.b64encode(shown.encode()).decode()
+            assert backend.http.get("/versions", headers={"Authorization": f"Basic {packed}"}).status_code == status
+        assert backend.http.get("/versions", headers={"Authorization": "Basic ###"}).status_code == 401
+
+
+def test_the_command_is_open_to_other_machines_only_with_credentials(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["label-studio", "--server", "127.0.0.1:1", "--host", "0.0.0.0", "--port", "0"]) == 2
+    assert "give --credentials-file" in capsys.readouterr().err

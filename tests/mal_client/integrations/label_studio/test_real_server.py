@@ -1,0 +1,297 @@
+"""A real Label Studio, a real labelling server, our ML backend between them, and an annotator's browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import yaml
+from mal_client.cli.main import main
+from mal_client.client import Client
+from mal_client.integrations.label_studio.regions import percent_of_box, read_rectangle
+from mal_client.types import BoxXywh
+from numpy.typing import NDArray
+from PIL import Image
+
+from deploy.demo.baselines import box_filled
+from mal_train.core.masks.polygons import fill
+from mal_train.core.masks.rle import iou
+from tests.mal_client.integrations.label_studio.label_studio_tools import Tools, needs_browser, needs_label_studio
+from tests.mal_client.integrations.label_studio.rle_pack import decode_brush
+from tests.paths import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+EMAIL, PASSWORD, TOKEN = "annotator@example.org", "a long password", "0123456789abcdef0123456789abcdef01234567"
+START_S = 400
+"""Without the data folder that `make tools-labelstudio` makes, Label Studio makes its database first: minutes."""
+
+STOP_S = 60
+
+WIDTH, HEIGHT = 640, 480
+BOXES: list[BoxXywh] = [(120.0, 90.0, 200.0, 180.0), (380.0, 220.0, 180.0, 200.0)]
+BOX_TOOL = (
+    '<Image name="image" value="$image"/><RectangleLabels name="box" toName="image" smart="true" opacity="0.02">'
+    '<Label value="thing" background="orange"/></RectangleLabels>'
+)
+BRUSHES = (
+    f'<View>{BOX_TOOL}<BrushLabels name="mask" toName="image" smart="false">'
+    '<Label value="thing" background="deeppink"/></BrushLabels></View>'
+)
+POLYGONS = (
+    f'<View>{BOX_TOOL}<PolygonLabels name="outline" toName="image" smart="false">'
+    '<Label value="thing" background="deeppink"/></PolygonLabels></View>'
+)
+
+
+@pytest.fixture(scope="module")
+def tools() -> Tools:
+    needs_browser()
+    return needs_label_studio()
+
+
+def picture(folder: Path) -> Path:
+    """Two bright discs on noise."""
+    rng = np.random.default_rng(4)
+    pixels = rng.integers(0, 90, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+    rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
+    for (x, y, w, h), colour in zip(BOXES, ((240, 210, 120), (120, 200, 240)), strict=True):
+        inside = ((columns - x - w / 2) / (w / 2.4)) ** 2 + ((rows - y - h / 2) / (h / 2.4)) ** 2 <= 1
+        pixels[inside] = colour
+    path = folder / "scene.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def started(command: list[str], log: Path, pattern: str, env: Mapping[str, str]) -> Iterator[str]:
+    """Runs a command until the end of the block; what its output showed of the pattern."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
+        try:
+            for _ in range(10 * START_S):
+                found = re.search(pattern, log.read_text(errors="replace"))
+                if found:
+                    break
+                assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+                time.sleep(0.1)
+            else:
+                raise AssertionError(f"not up after {START_S} s: {log.read_text(errors='replace')[-3000:]}")
+            yield found.group(1)
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@dataclass
+class Studio:
+    """A running Label Studio with our backend."""
+
+    address: str
+    backend: str
+    labelling: str
+    scene: Path
+    http: httpx2.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.http = httpx2.Client(base_url=self.address, headers={"Authorization": f"Token {TOKEN}"}, timeout=120)
+
+    def call(self, method: str, path: str, **more: Any) -> Any:
+        """The body of an answer that must be good."""
+        answer = self.http.request(method, path, **more)
+        assert answer.is_success, f"{path}: {answer.status_code} {answer.text[:500]}"
+        return answer.json() if answer.content else None
+
+    def project(self, config: str) -> tuple[int, int]:
+        """(project, its only task), connected to the backend."""
+        project = self.call("POST", "/api/projects/", json={"title": "masks", "label_config": config})["id"]
+        files = {"file": ("scene.png", self.scene.read_bytes(), "image/png")}
+        self.call("POST", f"/api/projects/{project}/import", files=files)
+        body = {"url": self.backend, "title": "mal", "project": project, "is_interactive": True}
+        assert self.call("POST", "/api/ml/", json=body)["state"] == "CO"
+        return project, self.call("GET", f"/api/tasks/?project={project}")["tasks"][0]["id"]
+
+    def masks(self, boxes: list[BoxXywh]) -> list[NDArray[np.bool_]]:
+        """What the labelling server itself answers."""
+        with Client(self.labelling) as client:
+            return [label.mask for label in client.label_image(self.scene, boxes)]
+
+    def predicted(self, project: int, task: int) -> list[dict[str, Any]]:
+        """The regions of the prediction that Label Studio stores for a batch of its own."""
+        chosen = {"selectedItems": {"all": False, "included": [task]}}
+        self.call("POST", f"/api/dm/actions?id=retrieve_tasks_predictions&project={project}", json=chosen)
+        (prediction,) = self.call("GET", f"/api/predictions/?task={task}")
+        regions: list[dict[str, Any]] = prediction["result"]
+        return regions
+
+
+@pytest.fixture(scope="module")
+def studio(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    folder = tmp_path_factory.mktemp("studio")
+    settings = {"checkpoint": "builtin", "gpu_ids": [], "precision": "float32", "listen": {"port": 0}}
+    (folder / "server.yaml").write_text(yaml.safe_dump({**settings, "drain_delay_s": 0.0}))
+    if tools.empty_data.exists():
+        shutil.copytree(tools.empty_data, folder / "data")
+    ours = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # Label Studio refuses backends on this machine unless told; it would also report home.
+    theirs = os.environ | {"USE_DEFAULT_BANNED_SUBNETS": "false", "COLLECT_ANALYTICS": "false", "PYTHONUNBUFFERED": "1"}
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    run = "import sys; from mal_server.cli import main; sys.exit(main(sys.argv[1:]))"
+    serve = [sys.executable, "-c", run, "serve", "-c", str(folder / "server.yaml")]
+    annotate = [str(tools.label_studio), "start", "--no-browser", "--data-dir", str(folder / "data"), "-p", str(port)]
+    annotate += ["--internal-host", "127.0.0.1", "--username", EMAIL, "--password", PASSWORD, "--user-token", TOKEN]
+    with (
+        started(serve, folder / "serve.log", r"(127\.0\.0\.1:\d+)", env=ours) as labelling,
+        started([*annotate, "--enable-legacy-api-token"], folder / "studio.log", "(Quit the server)", env=theirs),
+    ):
+        # What an account's page hands out; our calls below use the older kind.
+        made = httpx2.post(f"{address}/api/token/", headers={"Authorization": f"Token {TOKEN}"}, timeout=120)
+        (folder / "key").write_text(made.json()["token"])
+        connect = [sys.executable, "-m", "mal_client.cli.main", "label-studio", "--server", labelling, "--port", "0"]
+        connect += ["--label-studio", address, "--api-key-file", str(folder / "key")]
+        with started(connect, folder / "backend.log", r"on (http://\S+)", env=ours) as backend:
+            found = Studio(address, backend, labelling, picture(folder))
+            yield found
+            found.http.close()
+
+
+def test_a_rectangle_drawn_in_the_browser_becomes_the_servers_mask(
+    studio: Studio, tools: Tools, tmp_path: Path
+) -> None:
+    project, task = studio.project(BRUSHES)
+    asked = {"host": studio.address, "email": EMAIL, "password": PASSWORD, "project": project, "task": task}
+    asked |= {"chromium": needs_browser(), "box": BOXES[0], "width": WIDTH, "pictures": str(tmp_path)}
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    driver = [
+        str(tools.python),
+        str(ROOT / "tests/mal_client/integrations/label_studio/drive_label_studio.py"),
+        str(tmp_path / "asked.json"),
+    ]
+    finished = subprocess.run(driver, check=True, timeout=300, capture_output=True, text=True)
+    kept = os.environ.get("MAL_KEEP_PICTURES")
+    if kept:
+        shutil.copytree(tmp_path, kept, dirs_exist_ok=True)
+
+    (asked_of_us,) = json.loads(finished.stdout)["asked"]
+    rectangle = read_rectangle(json.loads(asked_of_us)["context"]["result"][0])
+    assert iou(box_filled(rectangle.box, (HEIGHT, WIDTH)), box_filled(BOXES[0], (HEIGHT, WIDTH))) > 0.8
+    (annotation,) = studio.call("GET", f"/api/tasks/{task}/annotations/")
+    regions = {region["type"]: region for region in annotation["result"]}
+    (expected,) = studio.masks([rectangle.box])
+    assert expected.any()
+    found = decode_brush(regions["brushlabels"]["value"]["rle"], HEIGHT, WIDTH)
+    assert (found == expected).all()
+    # A box without a mask in it would give 0.6; edges over dark noise differ by less than what counts as changed.
+    assert _painted(tmp_path, expected, rectangle.box) > 0.8
+
+
+def _painted(folder: Path, mask: NDArray[np.bool_], box: BoxXywh) -> float:
+    """IoU of the mask and the pixels that differ between the pictures before and after, inside the box's outline."""
+    before, after = (
+        np.asarray(Image.open(folder / name).convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BOX), dtype=int)
+        for name in ("before.png", "suggested.png")
+    )
+    x, y, w, h = box
+    inside = np.s_[round(y) + 4 : round(y + h) - 4, round(x) + 4 : round(x + w) - 4]
+    changed = (np.abs(after - before).max(axis=2) > 24)[inside]
+    return float((changed & mask[inside]).sum() / (changed | mask[inside]).sum())
+
+
+def rectangles() -> list[dict[str, Any]]:
+    """Regions as an annotation holds them."""
+    names = ("x", "y", "width", "height")
+    return [
+        {
+            "id": f"r{at}",
+            "from_name": "box",
+            "to_name": "image",
+            "type": "rectanglelabels",
+            "original_width": WIDTH,
+            "original_height": HEIGHT,
+            "image_rotation": 0,
+            "value": dict(zip(names, percent_of_box(box, (WIDTH, HEIGHT)), strict=True))
+            | {"rotation": 0, "rectanglelabels": ["thing"]},
+        }
+        for at, box in enumerate(BOXES)
+    ]
+
+
+def test_a_batch_of_annotated_tasks_becomes_brush_predictions(studio: Studio) -> None:
+    project, task = studio.project(BRUSHES)
+    studio.call("POST", f"/api/tasks/{task}/annotations/", json={"result": rectangles()})
+    regions = studio.predicted(project, task)
+    found = [decode_brush(region["value"]["rle"], HEIGHT, WIDTH) for region in regions]
+    assert [region["id"] for region in regions] == ["r0-mask", "r1-mask"]
+    assert all((one == expected).all() for one, expected in zip(found, studio.masks(BOXES), strict=True))
+
+
+def test_a_project_with_polygons_gets_polygons(studio: Studio) -> None:
+    project, task = studio.project(POLYGONS)
+    studio.call("POST", f"/api/tasks/{task}/annotations/", json={"result": rectangles()})
+    regions = studio.predicted(project, task)
+    assert {region["type"] for region in regions} == {"polygonlabels"}
+    for at, expected in enumerate(studio.masks(BOXES)):
+        parts = [np.array(r["value"]["points"]) for r in regions if r["id"].startswith(f"r{at}-mask")]
+        filled = fill([part * [WIDTH, HEIGHT] / 100 for part in parts], HEIGHT, WIDTH)
+        assert (filled & expected).sum() / (filled | expected).sum() > 0.9
+
+
+def test_the_worst_masks_of_a_labelled_file_are_imported_as_tasks_with_their_masks(
+    studio: Studio, tmp_path: Path
+) -> None:
+    picture_name = studio.scene.name
+    rows = [{"id": at, "image_id": 1, "category_id": 1, "bbox": list(box)} for at, box in enumerate(BOXES, start=1)]
+    image = {"id": 1, "file_name": picture_name, "width": WIDTH, "height": HEIGHT}
+    coco = {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "thing"}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(coco))
+    with Client(studio.labelling) as client:
+        client.label_dataset(tmp_path / "boxes.json", studio.scene.parent, tmp_path / "masks.json")
+    # The picture lies on Label Studio before its tasks do.
+    _, upload = studio.project(BRUSHES)
+    address = studio.call("GET", f"/api/tasks/{upload}")["data"]["image"]
+    asked = ["review", "--annotations", str(tmp_path / "masks.json"), "--images", str(studio.scene.parent)]
+    asked += ["--label-studio", str(tmp_path / "tasks.json"), "--picture-prefix", address.removesuffix(picture_name)]
+    assert main(asked) == 0
+
+    config = (tmp_path / "tasks.config.xml").read_text()
+    made = studio.call("POST", "/api/projects/", json={"title": "review", "label_config": config})["id"]
+    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    said = studio.call("POST", f"/api/projects/{made}/import", json=tasks)
+    assert (said["task_count"], said["prediction_count"]) == (1, 1)
+    (task,) = studio.call("GET", f"/api/tasks/?project={made}")["tasks"]
+    assert task["data"]["image"] == address
+    assert studio.http.get(address).content == studio.scene.read_bytes()
+    (prediction,) = studio.call("GET", f"/api/predictions/?task={task['id']}")
+    assert prediction["result"] == tasks[0]["predictions"][0]["result"]
+    kinds = {
+        kind: [r for r in prediction["result"] if r["type"] == kind] for kind in ("rectanglelabels", "brushlabels")
+    }
+    order = [BOXES.index(read_rectangle(region).box) for region in kinds["rectanglelabels"]]
+    assert sorted(order) == [0, 1]
+    found = [decode_brush(region["value"]["rle"], HEIGHT, WIDTH) for region in kinds["brushlabels"]]
+    expected = studio.masks(BOXES)
+    assert all((one == expected[at]).all() for one, at in zip(found, order, strict=True))

@@ -1,0 +1,106 @@
+"""Claims about the worst masks as tasks for Label Studio and annotations for CVAT."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from mal_client.cli.main import main
+from mal_client.integrations.label_studio.label_config import read_label_config
+from mal_client.integrations.label_studio.regions import read_rectangle
+
+from deploy.demo.baselines import box_filled
+from mal_train.core.masks.rle import decode_mask
+from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset
+from tests.mal_client.integrations.cvat.test_job import decoded
+from tests.mal_client.integrations.label_studio.rle_pack import decode_brush
+from tests.mal_client.review.test_queue import with_scores
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return with_scores(tmp_path)
+
+
+def exported(dataset: Dataset, *more: str) -> tuple[Any, ElementTree.Element]:
+    """(Label Studio's tasks, CVAT's annotations) of the worst four: 103 failed, 104, 101, 102."""
+    given = ["review", "--annotations", str(dataset.json_path), "--images", str(dataset.images_dir), "--worst", "4"]
+    files = ["--label-studio", str(dataset.folder / "tasks.json"), "--cvat", str(dataset.folder / "cvat")]
+    assert main([*given, *files, *more]) == 0
+    root = ElementTree.fromstring((dataset.folder / "cvat" / "annotations.xml").read_text())
+    return json.loads((dataset.folder / "tasks.json").read_text()), root
+
+
+def expected(dataset: Dataset, annotation: int) -> Any:
+    row = next(row for row in dataset.coco["annotations"] if row["id"] == annotation)
+    return decode_mask(box_filled(tuple(map(float, row["bbox"])), (HEIGHT, WIDTH)))  # type: ignore[arg-type]
+
+
+def test_label_studio_gets_a_task_a_picture_the_worst_first(dataset: Dataset) -> None:
+    tasks, _ = exported(dataset, "--picture-prefix", "/data/local-files/?d=set/")
+    assert [task["data"]["review_rank"] for task in tasks] == [1, 2, 3]
+    assert tasks[0]["data"]["image"] == "/data/local-files/?d=set/picture_1.png"
+    assert tasks[0]["data"]["reasons"] == "1: it is gone; 4: low score"
+    regions = {row["id"]: row for task in tasks for row in task["predictions"][0]["result"]}
+    assert sorted(regions) == ["1-box", "2-box", "2-mask", "3-box", "3-mask", "4-box", "4-mask"], "103 has no mask"
+    assert (decode_brush(regions["2-mask"]["value"]["rle"], HEIGHT, WIDTH) == expected(dataset, 104)).all()
+    assert read_rectangle(regions["2-box"]).box == tuple(dataset.coco["annotations"][4]["bbox"])
+    assert tasks[2]["predictions"][0]["score"] == 0.2
+
+
+def test_the_configuration_beside_the_tasks_takes_their_regions(dataset: Dataset) -> None:
+    tasks, _ = exported(dataset)
+    config = read_label_config((dataset.folder / "tasks.config.xml").read_text())
+    for region in tasks[0]["predictions"][0]["result"]:
+        assert region["to_name"] in config.pictures
+        assert region["from_name"] in {*config.boxes, config.masks["image"].name}
+    assert config.boxes["box"].labels == config.masks["image"].labels == ("cup",)
+
+
+def test_cvat_gets_boxes_and_masks_of_the_same_pixels(dataset: Dataset) -> None:
+    _, root = exported(dataset)
+    assert [image.get("name") for image in root.iter("image")] == ["picture_1.png", "picture_2.png", "picture_0.png"]
+    masks = list(root.iter("mask"))
+    assert [mask.get("group_id") for mask in masks] == ["4", "2", "3"]
+    numbers = [[int(mask.get(key, "")) for key in ("left", "top", "width", "height")] for mask in masks]
+    for mask, (left, top, width, height), annotation in zip(masks, numbers, (102, 104, 101), strict=True):
+        runs = [int(run) for run in re.split(", ", mask.get("rle", ""))]
+        points = [*runs, left, top, left + width - 1, top + height - 1]
+        assert (decoded(points, HEIGHT, WIDTH) == expected(dataset, annotation)).all()
+    box = next(root.iter("box"))
+    assert [float(box.get(key, "")) for key in ("xtl", "ytl", "xbr", "ybr")] == [2.0, 2.0, 12.0, 11.0]
+    assert json.loads((dataset.folder / "cvat" / "labels.json").read_text())[0]["name"] == "cup"
+    listed = (dataset.folder / "cvat" / "images.txt").read_text().splitlines()
+    assert listed[0] == str(dataset.images_dir / "picture_1.png")
+
+
+def test_sizes_that_the_file_does_not_state_are_read_from_the_pictures(dataset: Dataset) -> None:
+    for image in dataset.coco["images"]:
+        del image["width"], image["height"]
+    dataset.save()
+    tasks, root = exported(dataset)
+    assert tasks[0]["predictions"][0]["result"][0]["original_width"] == WIDTH
+    assert next(root.iter("image")).get("height") == str(HEIGHT)
+
+
+def test_annotations_without_an_image_are_left_out_and_counted(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset.coco["annotations"][3]["image_id"] = 77
+    dataset.save()
+    tasks, _ = exported(dataset)
+    assert "1 annotations have no image in the file and are left out" in capsys.readouterr().out
+    assert tasks[0]["data"]["review_rank"] == 2
+
+
+def test_masks_that_are_polygons_in_the_file_are_exported_too(dataset: Dataset) -> None:
+    dataset.coco["annotations"][4]["segmentation"] = [[3, 3, 9, 3, 9, 8, 3, 8]]
+    dataset.save()
+    tasks, _ = exported(dataset)
+    region = next(row for task in tasks for row in task["predictions"][0]["result"] if row["id"] == "2-mask")
+    found = decode_brush(region["value"]["rle"], HEIGHT, WIDTH)
+    assert found.sum() == 30
+    assert np.array_equal(np.argwhere(found)[0], [3, 3])

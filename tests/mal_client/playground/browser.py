@@ -1,0 +1,187 @@
+"""The playground in headless Chromium: starts it, draws with the mouse, reads what the screen shows."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# As root, and in containers, Chromium's own sandbox does not start; the page under test is ours.
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+)
+WAIT_MS = 120_000
+
+Box = tuple[float, float, float, float]
+
+
+def find_browser() -> str:
+    """The system's Chromium (`MAL_CHROMIUM` or one on the path); skips the test where there is none."""
+    found = next(filter(None, (os.environ.get("MAL_CHROMIUM"), *map(shutil.which, BROWSERS))), None)
+    if found is None:
+        pytest.skip("no Chromium here; `apt-get install chromium`, or MAL_CHROMIUM=PATH")
+    return found
+
+
+@contextmanager
+def launched() -> Iterator[Browser]:
+    """A browser of its own."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here; `make test-browser` installs it")
+    executable = find_browser()
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def command(address: str) -> Iterator[str]:
+    """`mal-client playground` as a process of its own; the address that it prints."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "mal_client.cli.main",
+            "playground",
+            "--server",
+            address,
+            "--port",
+            "0",
+            "--timeout",
+            "20",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().removeprefix("playground: ").strip()
+    finally:
+        process.terminate()
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+
+
+class Screen:
+    """One page as somebody before it uses it. Points and boxes are in px of the image, shown as a whole (Fit)."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.size_wh = (0, 0)
+        page.set_default_timeout(WAIT_MS)
+
+    def open(self, *paths: Path) -> None:
+        """Chooses files, and waits for the last one."""
+        self.page.set_input_files("#files", [str(path) for path in paths])
+        self.page.wait_for_function(
+            "name => document.querySelector('#image').selectedOptions[0]?.text === name", arg=paths[-1].name
+        )
+        with Image.open(paths[-1]) as picture:
+            self.size_wh = picture.size
+
+    def scale(self) -> float:
+        """Px of the screen for one of the image."""
+        return float(self.page.locator("#zoom").inner_text().split()[0]) / 100
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point of the image is on the screen."""
+        corner, scale = self._corner(), self.scale()
+        area = self._area()
+        return area["x"] + corner[0] + x * scale, area["y"] + corner[1] + y * scale
+
+    def drag(self, start: Sequence[float], end: Sequence[float], **options: Any) -> None:
+        """Presses the mouse at one point of the image and lets it go at another."""
+        mouse = self.page.mouse
+        middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
+        mouse.move(*self.at(*start))
+        mouse.down(**options)
+        mouse.move(*self.at(*middle))
+        mouse.move(*self.at(*end))
+        mouse.up(**options)
+
+    def draw(self, box: Box) -> None:
+        """Draws a box from its top left corner."""
+        x, y, w, h = box
+        self.drag((x, y), (x + w, y + h))
+
+    def click(self, x: float, y: float) -> None:
+        """Clicks on a point of the image."""
+        self.page.mouse.click(*self.at(x, y))
+
+    def wait_for(self, status: str) -> None:
+        """Waits until the line over the list says this."""
+        self.page.wait_for_function("text => document.querySelector('#status').textContent === text", arg=status)
+
+    def rows(self) -> list[str]:
+        """The list of boxes, as text."""
+        return [text.replace("\n", " ") for text in self.page.locator("#list li").all_inner_texts()]
+
+    def numbers(self) -> list[float]:
+        """x, y, width, height of the selected box, once what was done before is drawn."""
+        self.page.evaluate("() => new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+        return [float(self.page.locator(f"#box-{name}").input_value()) for name in "xywh"]
+
+    def mask(self) -> NDArray[np.bool_]:
+        """(H, W): where the masks on the screen are, from two pictures of it: with them and without."""
+        self.page.locator("#show-boxes").uncheck()
+        with_masks = self._picture()
+        self.page.locator("#show-masks").uncheck()
+        without = self._picture()
+        self.page.locator("#show-masks").check()
+        self.page.locator("#show-boxes").check()
+        return np.asarray((with_masks != without).any(axis=2))
+
+    def image(self) -> NDArray[np.uint8]:
+        """(H, W, 3): the picture on the screen without boxes and masks."""
+        self.page.locator("#show-boxes").uncheck()
+        self.page.locator("#show-masks").uncheck()
+        picture = self._picture()
+        self.page.locator("#show-masks").check()
+        self.page.locator("#show-boxes").check()
+        return picture
+
+    def _picture(self) -> NDArray[np.uint8]:
+        """The pixels of the image as they are on the screen: the middle of each square that shows one."""
+        self._settle()
+        shot = self.page.screenshot(clip=self._area())
+        pixels = np.asarray(Image.open(io.BytesIO(shot)).convert("RGB"))
+        scale = int(self.scale())
+        assert scale == self.scale() >= 1, "choose an image that is shown by a whole factor"
+        (left, top), (width, height) = self._corner(), self.size_wh
+        rows = int(top) + scale * np.arange(height) + scale // 2
+        columns = int(left) + scale * np.arange(width) + scale // 2
+        return np.asarray(pixels[rows][:, columns])
+
+    def _settle(self) -> None:
+        """Two frames: what changed is drawn."""
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def _area(self) -> Any:
+        return self.page.locator("#stage").bounding_box()
+
+    def _corner(self) -> tuple[float, float]:
+        area, scale, (width, height) = self._area(), self.scale(), self.size_wh
+        # As the page places it: in the middle, on a whole pixel (JavaScript rounds halves up).
+        return (
+            float(np.floor((area["width"] - width * scale) / 2 + 0.5)),
+            float(np.floor((area["height"] - height * scale) / 2 + 0.5)),
+        )

@@ -1,0 +1,255 @@
+"""The playground's pictures and labels, against the real server around a predictor without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+from mal_client.playground.image_store import ImageStore
+from PIL import Image
+
+from mal_server.server import MalServer
+from mal_train.core.masks.images import ImageHeader, decode_image
+from tests.mal_client.playground.playground_page import (
+    BOX_IN_CORNER,
+    DISC,
+    HeldAfterFirst,
+    Page,
+    asking,
+    kernel,
+    lines_of,
+    playground,
+    refusal,
+    sent,
+    visit,
+)
+from tests.mal_client.test_against_server import served
+from tests.mal_server.fakes import DISC_BOX, DISC_PNG, SHA256, encoded, serving
+
+HEADER = ImageHeader((1, 1))
+
+
+def test_a_picture_above_the_servers_limits_is_refused_before_it_is_sent_on() -> None:
+    async def send(page: Page) -> list[tuple[int, dict[str, Any]]]:
+        async def pieces() -> AsyncIterator[bytes]:
+            for _ in range(40):
+                yield bytes(100_000)
+
+        wide = encoded(np.zeros((2, 300, 3), np.uint8))
+        contents: list[Any] = [bytes(1024 * 1024), pieces(), wide]
+        return [await refusal(page.post("/api/images", data=content)) for content in contents]
+
+    limits = {"max_request_bytes": 1024 * 1024, "max_side": 200}
+    for status, error in visit(send, limits=limits):
+        assert (status, error["reason"]) == (413, "IMAGE_TOO_LARGE")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", DISC_PNG[:30]])
+def test_what_is_no_picture_is_refused_with_its_reason(content: bytes) -> None:
+    status, error = visit(lambda page: refusal(page.post("/api/images", data=content)))
+    assert status == 400
+    assert error["reason"] in {"IMAGE_FORMAT", "IMAGE_DECODE_FAILED"}
+    assert error["message"].startswith("image: ")
+
+
+def turned_jpeg() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(DISC, "JPEG", exif=exif.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("content", "browser_shows_it"),
+    [
+        (encoded(DISC, "JPEG"), True),
+        (turned_jpeg(), False),
+        (encoded(DISC, "TIFF"), False),
+        (DISC_PNG, False),
+    ],
+    ids=["jpeg", "turned", "tiff", "png"],
+)
+def test_the_page_shows_the_pixels_that_the_network_sees(content: bytes, browser_shows_it: bool) -> None:
+    async def look(page: Page) -> tuple[dict[str, Any], bytes]:
+        async with page.post("/api/images", data=content) as answer:
+            known = await answer.json()
+        async with page.get(f"/api/images/{known['sha256']}/pixels") as answer:
+            return known, await answer.read()
+
+    known, png = visit(look)
+    assert (known["width"], known["height"], known["browser_shows_it"]) == (60, 40, browser_shows_it)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), decode_image(content))
+
+
+def test_a_picture_that_is_not_there_is_asked_for_again() -> None:
+    status, error = visit(lambda page: refusal(page.post(f"/api/images/{'0' * 64}/labels", json=asking(DISC_BOX))))
+    assert (status, error["reason"]) == (404, "IMAGE_UNKNOWN")
+
+
+def test_pictures_that_were_used_longest_ago_go_first() -> None:
+    store = ImageStore(30)
+    first, second = store.add(bytes(10), HEADER), store.add(bytes(11), HEADER)
+    store.get(first.sha256)
+    third = store.add(bytes(15), HEADER)
+    assert [store.get(image.sha256) is not None for image in (first, second, third)] == [True, False, True]
+    store.add(bytes(15), HEADER)
+    assert store.get(first.sha256) is not None
+    only = store.add(bytes(100), HEADER)
+    assert [store.get(image.sha256) is not None for image in (first, third, only)] == [False, False, True]
+
+
+def test_each_box_gets_the_kernels_mask() -> None:
+    async def ask(page: Page) -> dict[str, dict[str, Any]]:
+        return await lines_of(
+            page, await sent(page), asking(DISC_BOX, BOX_IN_CORNER, (-9, 0, 40.5, 40), agreement=True)
+        )
+
+    found = visit(ask, max_batch_size=2)
+    for key, box in [("b0", DISC_BOX), ("b1", BOX_IN_CORNER), ("b2", (-9.0, 0.0, 40.5, 40.0))]:
+        expected = kernel(box, agreement=True)
+        assert found[key]["rle"] == expected.rle.to_coco()
+        assert found[key]["score"] == expected.score
+        assert found[key]["agreement"] == expected.agreement
+        assert found[key]["flags"] == [str(flag) for flag in expected.flags]
+        assert found[key]["model"]["checkpoint_sha256"] == SHA256
+
+
+def test_a_box_with_a_threshold_of_its_own_is_labelled_with_it_and_the_others_with_the_images() -> None:
+    async def ask(page: Page) -> dict[str, dict[str, Any]]:
+        body = asking(DISC_BOX, DISC_BOX, DISC_BOX, thresholds={1: 0.03}, threshold=0.95)
+        return await lines_of(page, await sent(page), body)
+
+    found = visit(ask)
+    assert found["b0"]["rle"] == found["b2"]["rle"] == kernel(DISC_BOX, threshold=0.95).rle.to_coco()
+    assert found["b1"]["rle"] == kernel(DISC_BOX, threshold=0.03).rle.to_coco()
+    assert found["b0"]["rle"] != found["b1"]["rle"]
+
+
+@pytest.mark.parametrize("box", [(0, 0, 0, 5), (900, 0, 5, 5), (None, 1, 2, 3), (1, 2, 3), ("a", 1, 2, 3)])
+def test_a_bad_box_is_an_error_of_its_own_and_does_not_number_boxes(box: Any) -> None:
+    async def ask(page: Page) -> dict[str, dict[str, Any]]:
+        return await lines_of(page, await sent(page), asking(DISC_BOX, box))
+
+    found = visit(ask)
+    assert found["b0"]["rle"] == kernel(DISC_BOX).rle.to_coco()
+    assert found["b1"]["error"]["reason"] == "BAD_BOX"
+    assert not found["b1"]["error"]["message"].startswith("box ")
+
+
+def test_the_next_edit_sends_the_pictures_name_to_the_labelling_server_too() -> None:
+    async def ask() -> tuple[float | None, int]:
+        async with serving() as running, playground(running.server.address) as page:
+            name = await sent(page, encoded(DISC, "BMP"))
+            for _ in range(3):
+                found = await lines_of(page, name, asking(DISC_BOX))
+            hits = running.server.registry.get_sample_value("mal_image_cache_hits_total")
+        return hits, len(found["b0"]["rle"]["counts"])
+
+    hits, length = asyncio.run(ask())
+    assert hits == 2
+    assert length > 0
+
+
+def test_the_chosen_model_answers_and_is_the_files_provenance() -> None:
+    async def ask(page: Page) -> list[Any]:
+        async with page.get("/api/server", params={"model": "disc"}) as answer:
+            server = await answer.json()
+        unknown = await refusal(page.get("/api/server", params={"model": "cup"}))
+        name = await sent(page)
+        found = await lines_of(page, name, asking(DISC_BOX, model="disc"))
+        wrong = await lines_of(page, name, asking(DISC_BOX, model="cup"))
+        body = {"images": [], "annotations": [], "options": {"model": "disc"}}
+        async with page.post("/api/coco", json=body) as answer:
+            file = await answer.json()
+        return [
+            [server["models"], server["branches"], server["can_agree"]],
+            unknown[1]["reason"],
+            found["b0"]["model"]["name"],
+            wrong["b0"]["error"]["code"],
+            file,
+        ]
+
+    models, unknown, answered, wrong, file = visit(ask)
+    assert (models, unknown, answered, wrong) == (
+        [["disc"], ["student", "teacher", "mixed"], True],
+        "MODEL_NOT_FOUND",
+        "disc",
+        "INVALID_ARGUMENT",
+    )
+    assert file["mask_auto_labeler"]["model"] == "disc"
+
+
+def test_masks_come_before_the_last_batch_is_done() -> None:
+    predictor = HeldAfterFirst()
+
+    async def ask(page: Page) -> tuple[str, int]:
+        name = await sent(page)
+        predictor.warm = len(predictor.batches)
+        async with page.post(f"/api/images/{name}/labels", json=asking(DISC_BOX, BOX_IN_CORNER)) as answer:
+            first = json.loads(await answer.content.readline())
+            predictor.released.set()
+            return first["id"], len((await answer.text()).splitlines())
+
+    assert visit(ask, predictor, max_batch_size=1) == ("b0", 2)
+
+
+def test_a_page_that_goes_away_ends_its_call() -> None:
+    predictor, servers = HeldAfterFirst(), list[MalServer]()
+
+    async def leave(page: Page) -> int:
+        name = await sent(page)
+        before = predictor.warm = len(predictor.batches)
+        answer = await page.post(f"/api/images/{name}/labels", json=asking(*[DISC_BOX] * 200))
+        await answer.content.readline()
+        answer.close()
+        # The second batch is held at the device, if it got there at all; what waits behind it is dropped.
+        while servers[0].waiting:
+            await asyncio.sleep(0.005)
+        predictor.released.set()
+        await lines_of(page, name, asking(BOX_IN_CORNER))
+        return len(predictor.batches) - before
+
+    assert visit(leave, predictor, servers=servers, max_batch_size=1) in (2, 3)  # of 201
+
+
+def test_a_server_that_goes_down_is_the_error_of_every_box_that_is_open() -> None:
+    async def through_a_server_that_ends() -> list[dict[str, Any]]:
+        async with AsyncExitStack() as stack:
+            with served() as address:
+                page = await stack.enter_async_context(playground(address, timeout_s=2.0))
+                name = await sent(page)
+            return list((await lines_of(page, name, asking(DISC_BOX, BOX_IN_CORNER))).values())
+
+    lines = asyncio.run(through_a_server_that_ends())
+    assert len(lines) == 2
+    assert {line["error"]["code"] for line in lines} <= {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[]",
+        b"[" * 100_000,
+        {"boxes": 3, "options": {}},
+        {"boxes": [{"id": 3, "box": []}], "options": {}},
+        {"boxes": [{"id": "a", "box": []}, {"id": "a", "box": []}], "options": {}},
+        {"boxes": [], "options": {"branch": "both"}},
+        {"boxes": [], "options": {"flip": 1}},
+        {"boxes": [], "options": {"threshold": "high"}},
+        {"boxes": [{"id": "a", "box": []}], "options": {"threshold": 1.5}},
+        {"boxes": [{"id": str(at), "box": []} for at in range(10_001)], "options": {}},
+    ],
+)
+def test_a_malformed_call_is_refused(body: Any) -> None:
+    async def ask(page: Page) -> tuple[int, dict[str, Any]]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await refusal(page.post(f"/api/images/{await sent(page)}/labels", data=data))
+
+    status, error = visit(ask)
+    assert (status, error["code"]) == (400, "INVALID_ARGUMENT")

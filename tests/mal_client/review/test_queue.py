@@ -1,0 +1,164 @@
+"""Claims about the review queue."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mal_client.cli.main import main
+from mal_client.review.queue import By, review_queue, write_worst
+from PIL import Image
+from pycocotools.coco import COCO
+
+from deploy.demo.baselines import box_filled
+from mal_train.core.coco.annotations import read_coco
+from mal_train.core.errors import ConfigError
+from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
+
+SCORES = [0.9, 0.2, 0.5, 0.95, 0.0, 0.5]
+"""Of annotations 100 to 105; 102 and 105 are tied."""
+
+
+def with_scores(folder: Path) -> Dataset:
+    """A labelled file: masks fill their boxes, 103 failed, 101 has flags."""
+    dataset = make_dataset(folder)
+    for row, score in zip(dataset.coco["annotations"], SCORES, strict=True):
+        mask = box_filled(tuple(map(float, row["bbox"])), (HEIGHT, WIDTH))  # type: ignore[arg-type]
+        row |= {"segmentation": mask.to_coco(), "score": score, "agreement": 1 - score, "flags": []}
+    rows = dataset.coco["annotations"]
+    rows[1]["flags"] = ["MULTI_PART", "BOX_CLIPPED"]
+    rows[3] |= {"error": {"reason": "IMAGE_NOT_FOUND", "message": "it is gone"}, "score": 0.0}
+    dataset.save()
+    return dataset
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return with_scores(tmp_path)
+
+
+def truth_of(dataset: Dataset, shifts: dict[int, float]) -> Path:
+    """True masks: the boxes, moved to the right by some px."""
+    rows = []
+    for row in dataset.coco["annotations"]:
+        x, y, w, h = row["bbox"]
+        mask = box_filled((x + shifts.get(row["id"], 0.0), y, w, h), (HEIGHT, WIDTH))
+        rows.append({**row, "segmentation": mask.to_coco()})
+        rows[-1].pop("error", None)
+    path = dataset.folder / "truth.json"
+    path.write_text(json.dumps({**dataset.coco, "annotations": rows}))
+    return path
+
+
+def ids(queue: Any) -> list[int]:
+    return [item.row["id"] for item in queue.worst]
+
+
+def test_failed_ones_come_first_then_the_lowest_score_and_ties_stay_in_the_order_of_the_file(dataset: Dataset) -> None:
+    queue = review_queue(dataset.json_path)
+    assert ids(queue) == [103, 104, 101, 102, 105, 100]
+    assert [item.rank for item in queue.worst] == [1, 2, 3, 4, 5, 6]
+    assert (queue.masks, queue.failed, queue.left_out) == (5, 1, 0)
+    assert queue.worst[0].reasons == ["it is gone"]
+    assert queue.worst[2].reasons == ["the mask falls into parts", "the box left the image and was cut to it"]
+
+
+def test_the_order_by_agreement_is_there_on_request(dataset: Dataset) -> None:
+    assert ids(review_queue(dataset.json_path, by=By.AGREEMENT, count=3)) == [103, 100, 102]
+
+
+def test_crowds_and_masks_without_a_score_are_left_out_and_counted(dataset: Dataset) -> None:
+    dataset.coco["annotations"][1]["iscrowd"] = 1
+    del dataset.coco["annotations"][2]["score"]
+    dataset.save()
+    queue = review_queue(dataset.json_path)
+    assert ids(queue) == [103, 104, 105, 100]
+    assert queue.left_out == 2
+
+
+def test_a_file_that_was_never_labelled_is_refused_with_the_remedy(tmp_path: Path, dataset: Dataset) -> None:
+    for row in dataset.coco["annotations"]:
+        del row["agreement"]
+        row.pop("error", None)
+    dataset.save()
+    with pytest.raises(ConfigError, match=r"carries an agreement \(label with --agreement\)"):
+        review_queue(dataset.json_path, by=By.AGREEMENT)
+
+
+def test_with_ground_truth_the_orders_are_measured(dataset: Dataset) -> None:
+    # The two lowest scores have bad masks, the highest a perfect one.
+    truth = truth_of(dataset, {104: 8.0, 101: 6.0, 102: 2.0, 105: 3.0})
+    queue = review_queue(dataset.json_path, truth=truth)
+    score, agreement = queue.qualities
+    assert (score.by, score.count, score.bad_count) == (By.SCORE, 5, 2)
+    assert score.spearman == pytest.approx(0.975, abs=0.01)
+    assert (score.bad_in_worst_tenth, score.bad_in_worst_fifth) == (0.25, 0.5)
+    assert agreement.spearman is not None
+    assert score.spearman is not None
+    assert agreement.spearman == pytest.approx(-score.spearman)
+    assert agreement.bad_in_worst_fifth == 0
+    by_id = {item.row["id"]: item.iou for item in queue.worst}
+    assert by_id[100] == 1
+    assert by_id[103] is None
+    assert by_id[104] == pytest.approx(2 / 18, abs=0.01)
+
+
+def test_a_file_without_a_true_mask_of_these_annotations_is_no_ground_truth(dataset: Dataset, tmp_path: Path) -> None:
+    boxes = [{**row, "segmentation": []} for row in dataset.coco["annotations"]]
+    truth = tmp_path / "boxes.json"
+    truth.write_text(json.dumps({**dataset.coco, "annotations": boxes}))
+    with pytest.raises(ConfigError, match=r"boxes\.json: holds no true mask of an annotation of .*; give the file"):
+        review_queue(dataset.json_path, truth=truth)
+
+
+def test_the_worst_are_exported_as_a_coco_file_in_their_order(dataset: Dataset) -> None:
+    output = dataset.folder / "worst.json"
+    write_worst(review_queue(dataset.json_path, count=3), dataset.json_path, output)
+    raw = json.loads(output.read_text())
+    assert [(row["id"], row["review_rank"]) for row in raw["annotations"]] == [(103, 1), (104, 2), (101, 3)]
+    assert [row["id"] for row in raw["images"]] == [1, 2, 3]
+    assert raw["annotations"][2]["mine"] == "note 101"
+    assert all(row.problem is None for row in read_coco(output).annotations)
+    assert len(COCO(str(output)).getAnnIds()) == 3
+
+
+def test_the_command_writes_a_page_with_a_picture_of_each_and_what_its_order_is_worth(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dataset.images_dir / "picture_2.png").unlink()
+    page, queue, worst = (dataset.folder / name for name in ("page.html", "queue.json", "worst.json"))
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir), "--worst", "5"]
+    files = ["--report", str(page), "--output", str(queue), "--export", str(worst)]
+    assert main(["review", *given, *files, "--ground-truth", str(truth_of(dataset, {104: 8.0}))]) == 0
+    printed = capsys.readouterr().out
+    assert "5 masks, 1 without a mask" in printed
+    assert "order by score: Spearman" in printed
+    assert printed.partition("the worst:\n")[2].splitlines()[:5] == [
+        "  1. annotation 103, picture_1.png: no mask; it is gone",
+        "  2. annotation 104, picture_2.png: score 0.00",
+        "  3. annotation 101, picture_0.png: score 0.20; the mask falls into parts; the box left the image and was cut "
+        "to it",
+        "  4. annotation 102, picture_1.png: score 0.50",
+        "  5. annotation 105, picture_2.png: score 0.50",
+    ]
+    assert [row["annotation_id"] for row in json.loads(queue.read_text())["worst"]] == [103, 104, 101, 102, 105]
+    text = page.read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(pictures) == 3, "two of the five lie on the image that is gone"
+    first = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[1]))))
+    assert (first == (255, 214, 0)).all(axis=2).any(), "the box is drawn"
+    assert "2 of them are not shown: their pictures cannot be read." in text
+    assert "What the order is worth" in text
+    assert "the mask falls into parts" in text
+
+
+def test_an_annotation_whose_image_is_not_in_the_file_stays_in_the_queue(dataset: Dataset) -> None:
+    dataset.coco["annotations"][3]["image_id"] = 77
+    dataset.save()
+    queue = review_queue(dataset.json_path)
+    assert ids(queue)[0] == 103
+    assert "  1. annotation 103, no image: no mask" in "\n".join(queue.lines())

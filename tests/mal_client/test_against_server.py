@@ -1,0 +1,321 @@
+"""Claims about the client and the real server together, around a predictor without a network."""
+
+import asyncio
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mal_client.client import AsyncClient, Client
+from mal_client.errors import ServerUnavailable
+from mal_client.types import BoxLabel, DatasetResult, LabelOptions, Progress
+from numpy.typing import NDArray
+from PIL import Image
+
+from mal_server.config.model_config import ModelPlan
+from mal_server.models.loader import Loaded
+from mal_server.server import MalServer
+from mal_train.core.coco.annotations import read_coco
+from mal_train.core.errors import BadImage
+from mal_train.core.masks.images import read_image
+from mal_train.core.metrics.evaluator import Evaluator
+from mal_train.kernel.labeler.labeler import Crop, Label, Probability, RunOptions
+from tests.mal_client.datasets import Dataset, make_dataset, with_masks
+from tests.mal_server.fakes import DISC_BOX, BrightPredictor, bright_disc, config_of, loaded, queued_items
+
+DISC = bright_disc()
+BOXES = [DISC_BOX, (-5.0, 0.0, 40.0, 40.0), (20.0, 10.0, 8.5, 9.25), (0.0, 0.0, 60.0, 40.0)]
+
+
+@contextmanager
+def served(
+    predictor: BrightPredictor | None = None,
+    load: Callable[[ModelPlan], Loaded] | None = None,
+    servers: list[MalServer] | None = None,
+    **settings: Any,
+) -> Iterator[str]:
+    """The real server in a thread of its own, as a client sees it; killed without grace at the end.
+
+    Args:
+        servers: gets the server, for a test that has to know what waits in it.
+    """
+    used = predictor or BrightPredictor()
+    config = config_of(**settings)
+    address: Future[str] = Future()
+    over = threading.Event()
+
+    async def live() -> None:
+        server = MalServer(config, load or (lambda plan: loaded(plan, used)))
+        if servers is not None:
+            servers.append(server)
+        try:
+            await server.start()
+            if load is not None:
+                address.set_result(server.address)
+            await server.load()
+            if load is None:
+                address.set_result(server.address)
+            await asyncio.to_thread(over.wait)
+        finally:
+            await server.stop(0)
+
+    thread = threading.Thread(target=asyncio.run, args=(live(),))
+    thread.start()
+    try:
+        yield address.result(120)
+    finally:
+        over.set()
+        thread.join(120)
+
+
+class HeldLater(BrightPredictor):
+    """Runs so many batches once `hold_after` has said how many; the others wait until nobody reaches the server."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._most = 10**6
+        self._released = threading.Event()
+
+    def hold_after(self, batches: int) -> None:
+        """Counts from now on: the self-test of the server is over."""
+        self._most = len(self.batches) + batches
+
+    def release_when_closed(self, address: str) -> None:
+        """Blocks until the address takes no connection."""
+        host, _, port = address.rpartition(":")
+        while True:
+            try:
+                socket.create_connection((host, int(port)), 60).close()
+            except OSError:
+                break
+            time.sleep(0.005)
+        self._released.set()
+
+    def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
+        if len(self.batches) >= self._most:
+            self._released.wait(120)
+        return super().predict(crops, options)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return with_masks(make_dataset(tmp_path, images=6))
+
+
+def label(address: str, dataset: Dataset, **more: Any) -> DatasetResult:
+    with Client(address, timeout_s=30) as client:
+        return client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output, **more)
+
+
+def test_the_client_gives_the_kernels_masks_bit_for_bit() -> None:
+    expected = BrightPredictor().label(DISC, BOXES, RunOptions(agreement=True))
+    with served(max_batch_size=2) as address, Client(address, timeout_s=30) as client:
+        found = client.label_image(DISC, BOXES, LabelOptions(agreement=True))
+    for ours, theirs in zip(expected, found, strict=True):
+        assert isinstance(ours, Label)
+        assert ours.rle == theirs.rle
+        assert (ours.score, ours.area, ours.mask_box) == (theirs.score, theirs.area, theirs.mask_box)
+        assert (ours.flags, ours.agreement) == (theirs.flags, theirs.agreement)
+
+
+def test_the_asyncio_client_gives_the_same() -> None:
+    async def ask(address: str) -> list[list[BoxLabel]]:
+        async with AsyncClient(address, timeout_s=30) as client:
+            return await asyncio.gather(*(client.label_image(DISC, [box]) for box in BOXES))
+
+    with served() as address:
+        asked = asyncio.run(ask(address))
+        with Client(address, timeout_s=30) as client:
+            assert [one[0].rle for one in asked] == [one.rle for one in client.label_image(DISC, BOXES)]
+
+
+def test_small_requests_of_several_clients_share_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the device is busy with one box, those of eight more clients gather: they go as one batch."""
+    gate, queued = threading.Event(), queued_items(monkeypatch)
+
+    def ask(address: str) -> int:
+        with Client(address, timeout_s=30) as client:
+            timing = client.label_image(DISC, [DISC_BOX])[0].timing
+        return 0 if timing is None else timing.batch_size
+
+    predictor = BrightPredictor(gate=gate)
+    gate.set()  # for the warm-up
+    with served(predictor, max_batch_size=8) as address, ThreadPoolExecutor(9) as pool:
+        gate.clear()
+        predictor.batches.clear()
+        first = pool.submit(ask, address)
+        wait_until(lambda: bool(predictor.batches))
+        others = [pool.submit(ask, address) for _ in range(8)]
+        wait_until(lambda: sum(queued) == 9)
+        gate.set()
+        assert (first.result(), [other.result() for other in others]) == (1, [8] * 8)
+
+
+def wait_until(holds: Callable[[], bool], at_most_s: float = 120) -> None:
+    deadline = time.monotonic() + at_most_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)
+
+
+def test_a_data_set_gets_the_kernels_masks_in_its_own_order(dataset: Dataset) -> None:
+    with served(limits={"max_items_in_flight": 3}) as address:
+        result = label(address, dataset)
+    assert (result.labelled, result.failed) == (12, ())
+    kernel = BrightPredictor()
+    files = {row["id"]: row["file_name"] for row in dataset.coco["images"]}
+    written = json.loads(dataset.output.read_text())["annotations"]
+    assert [row["id"] for row in written] == [row["id"] for row in dataset.coco["annotations"]]
+    for row in written:
+        expected = kernel.label(read_image(dataset.images_dir / files[row["image_id"]]), [row["bbox"]])[0]
+        assert isinstance(expected, Label)
+        assert row["segmentation"] == expected.rle.to_coco()
+
+
+def test_each_bad_input_is_an_error_of_its_own_and_the_rest_goes_on(dataset: Dataset) -> None:
+    folder = dataset.images_dir
+    (folder / "picture_0.png").unlink()
+    (folder / "picture_1.png").write_bytes((folder / "picture_1.png").read_bytes()[:200])
+    (folder / "picture_2.png").write_bytes(b"")
+    (folder / "picture_3.png").write_text("no picture")
+    rows = dataset.coco["annotations"]
+    rows[8]["bbox"] = [0, 0, 0, 5]
+    rows[9]["bbox"] = [1e9, 0, 5, 5]
+    rows[10]["bbox"] = [-5, -5, 20, 20]
+    rows[11]["category_id"] = 77
+    dataset.save()
+    with served() as address:
+        result = label(address, dataset)
+    assert result.labelled == 1
+    reasons = {row.annotation_id: row.error.reason for row in result.failed}
+    assert reasons == {
+        **dict.fromkeys((100, 101), "IMAGE_NOT_FOUND"),
+        **dict.fromkeys((102, 103, 104, 105), "IMAGE_DECODE_FAILED"),
+        **dict.fromkeys((106, 107), "IMAGE_FORMAT"),
+        **dict.fromkeys((108, 109), "BAD_BOX"),
+        111: "CATEGORY_UNKNOWN",
+    }
+    assert "BOX_CLIPPED" in dataset.labelled()[110]["flags"]
+    messages = {row.annotation_id: row.error.message for row in result.failed}
+    assert messages[106].startswith("picture_3.png: ")
+    assert messages[108].startswith("annotation 108: ")
+
+
+def test_a_server_that_is_killed_and_comes_back_costs_nothing(dataset: Dataset) -> None:
+    port = 0
+    done = threading.Event()
+    results: list[DatasetResult] = []
+    seen = threading.Event()
+
+    def work(address: str) -> None:
+        results.append(label(address, dataset, on_progress=lambda _: seen.set()))
+        done.set()
+
+    predictor = HeldLater()
+    with served(predictor, max_batch_size=1) as address:
+        port = int(address.rpartition(":")[2])
+        predictor.hold_after(11)
+        job = threading.Thread(target=work, args=(address,))
+        job.start()
+        assert seen.wait(120)
+        threading.Thread(target=predictor.release_when_closed, args=(address,)).start()
+    assert not done.is_set(), "killed too late to prove anything"
+    with served(listen={"port": port}):
+        job.join(120)
+    assert results
+    assert (results[0].labelled, results[0].failed) == (12, ())
+
+
+def test_a_server_killed_for_good_leaves_what_was_answered(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_client.bulk.stream.FIRST_PAUSE_S", 0.01)
+    results: list[DatasetResult] = []
+    seen = threading.Event()
+    predictor = HeldLater()
+    with served(predictor, max_batch_size=1) as address:
+        predictor.hold_after(11)
+        job = threading.Thread(target=lambda: results.append(label(address, dataset, on_progress=lambda _: seen.set())))
+        job.start()
+        assert seen.wait(120)
+        threading.Thread(target=predictor.release_when_closed, args=(address,)).start()
+    job.join(120)
+    assert results[0].labelled >= 2
+    assert results[0].labelled + len(results[0].failed) == 12
+    assert {row.error.reason for row in results[0].failed} == {"SERVER_LOST"}
+    assert len(dataset.labelled()) == 12
+
+
+def test_the_client_waits_for_a_server_that_still_loads(dataset: Dataset) -> None:
+    started = threading.Event()
+
+    def load(plan: ModelPlan) -> Loaded:
+        started.wait(20)
+        return loaded(plan, BrightPredictor())
+
+    with served(load=load) as address:
+        threading.Timer(2.5, started.set).start()
+        assert label(address, dataset).labelled == 12
+
+
+def test_a_full_queue_is_waited_for(dataset: Dataset) -> None:
+    with served(BrightPredictor(wait_s=0.02), max_batch_size=1, max_queue_crops=2, limits={"max_boxes": 2}) as address:
+        result = label(address, dataset)
+    assert (result.labelled, result.failed) == (12, ())
+
+
+def test_the_servers_limits_hold_before_anything_is_sent(dataset: Dataset) -> None:
+    noise: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
+    with served(limits={"max_request_bytes": 1024 * 1024}) as address, Client(address, timeout_s=30) as client:
+        with pytest.raises(BadImage, match="the server's limit"):
+            client.label_image(noise, BOXES)
+        Image.fromarray(noise).save(dataset.images_dir / "picture_0.png")
+        result = client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output)
+    assert {row.error.reason for row in result.failed} == {"IMAGE_TOO_LARGE"}
+    assert result.labelled == 10
+
+
+def test_an_image_between_256_kib_and_grpcs_default_limit_and_one_above_it_go_through() -> None:
+    with served() as address, Client(address, timeout_s=30) as client:
+        for side in (400, 1400):
+            noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(noise).save(buffer, "PNG", compress_level=0)
+            assert client.label_image(buffer.getvalue(), [(10, 10, 50, 50)])[0].ok
+
+
+def test_an_evaluation_gives_the_evaluators_figures(dataset: Dataset) -> None:
+    dataset.coco["annotations"][0]["iscrowd"] = 1
+    dataset.save()
+    coco = read_coco(dataset.json_path)
+    evaluator, kernel = Evaluator(coco.category_names), BrightPredictor()
+    for row in coco.annotations:
+        image = read_image(dataset.images_dir / coco.images[row.image_id].file_name)  # type: ignore[index]
+        found = kernel.label(image, [row.box_xywh])[0]
+        assert isinstance(found, Label)
+        evaluator.add(row, found.rle, found.score, image_hw=image.shape[:2])
+    expected = evaluator.report()
+    seen: list[Progress] = []
+    with served() as address, Client(address, timeout_s=30) as client:
+        found_here = client.evaluate(dataset.json_path, dataset.images_dir, on_progress=seen.append)
+    assert found_here.overall.miou == pytest.approx(expected.miou.overall, abs=1e-12)
+    assert found_here.ap_at_1 == pytest.approx(expected.ap_at_1)
+    assert found_here.ap_at_score == pytest.approx(expected.ap_at_score)
+    assert found_here.score == expected.score
+    assert found_here.categories == expected.categories
+    assert found_here.skipped == expected.skipped_by_reason
+    assert sorted(row.annotation_id for row in found_here.worst) == list(range(101, 112))
+    assert seen[-1].images_done == 6
+
+
+def test_nobody_there_is_said_within_seconds(dataset: Dataset) -> None:
+    with served() as address:
+        pass
+    with pytest.raises(ServerUnavailable, match=address):
+        label(address, dataset)

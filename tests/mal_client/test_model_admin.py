@@ -1,0 +1,126 @@
+"""`mal-client models` and requests that name a model, against the real server round stand-ins."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mal.v1 import model_pb2, types_pb2
+from mal_client.cli import main
+from mal_client.client import Client
+from mal_client.dataset.provenance import provenance_of
+from mal_client.errors import RequestRefused
+from mal_client.transport.serialization import labeling_messages
+from mal_client.types import LabelOptions
+
+from mal_train.core.settings import Branch
+from tests.mal_client.test_against_server import served
+from tests.mal_server.fakes import DISC_BOX, DISC_PNG, BrightPredictor, loaded
+
+MODELS = [{"name": name, "checkpoint": f"{name}.malckpt"} for name in ("cats", "dogs")]
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with served(checkpoint=None, models=MODELS) as found:
+        yield found
+
+
+def test_the_models_are_listed_loaded_and_unloaded(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["models", "list", "--server", address]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["cats", "default"], ["dogs", "serving"]]
+    assert main.main(["models", "load", "dogs", "--server", address]) == 0
+    assert "dogs: abababababab answers" in capsys.readouterr().out
+    assert main.main(["models", "unload", "dogs", "--server", address]) == 0
+    capsys.readouterr()
+    assert main.main(["models", "list", "--json", "--server", address]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["branches"]) == ("cats", ["student", "teacher", "mixed"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["load", "dog"], "did you mean 'dogs'"),
+        (["load", "dogs", "--from", "trained/a.malckpt"], "folder 'trained'"),
+        (["load", "dogs", "--from", "a.malckpt"], "FOLDER/PATH is needed"),
+        (["unload", "cats"], "replaced, not unloaded"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    address: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["models", *arguments, "--server", address]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_the_named_model_says_what_it_can_run() -> None:
+    predictor = BrightPredictor()
+    with (
+        served(
+            load=lambda plan: loaded(plan, predictor, has_teacher=plan.name == "cats"), checkpoint=None, models=MODELS
+        ) as address,
+        Client(address) as client,
+    ):
+        info = client.server_info()
+        assert info.for_options(LabelOptions(agreement=True, branch=Branch.TEACHER)).model.name == "cats"
+        assert info.for_options(LabelOptions(model="dogs", branch=Branch.STUDENT)).branches == (Branch.STUDENT,)
+        with pytest.raises(
+            RequestRefused, match=r"branch: mixed; .* model 'dogs' holds the student alone; leave --branch"
+        ):
+            info.for_options(LabelOptions(model="dogs", branch=Branch.MIXED))
+        with pytest.raises(RequestRefused, match=r"agreement: true; .* model 'dogs' holds the student alone") as caught:
+            info.for_options(LabelOptions(model="dogs", agreement=True))
+        assert [violation.field for violation in caught.value.violations] == ["agreement"]
+        with pytest.raises(RequestRefused, match="'dog' is not served"):
+            info.for_options(LabelOptions(model="dog", agreement=True))
+
+
+def test_a_request_names_its_model(address: str) -> None:
+    with Client(address) as client:
+        (label,) = client.label_image(DISC_PNG, [DISC_BOX], LabelOptions(model="dogs"))
+        assert label.model is not None
+        assert label.model.name == "dogs"
+        info = client.server_info()
+        assert (info.model.name, info.of_model("dogs").model.name) == ("cats", "dogs")
+        with pytest.raises(RequestRefused, match="there are cats, dogs"):
+            info.of_model("mice")
+
+
+def test_a_data_set_is_labelled_by_the_model_that_was_named(address: str, tmp_path: Path) -> None:
+    (tmp_path / "disc.png").write_bytes(DISC_PNG)
+    rows = {
+        "images": [{"id": 1, "file_name": "disc.png", "width": 60, "height": 40}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": list(DISC_BOX)}],
+        "categories": [{"id": 1, "name": "disc"}],
+    }
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    with Client(address) as client:
+        named = LabelOptions(model="dogs")
+        result = client.label_dataset(tmp_path / "in.json", tmp_path, tmp_path / "out.json", named)
+    assert result.model is not None
+    assert (result.labelled, result.model.name) == (1, "dogs")
+
+
+@pytest.mark.parametrize(
+    ("branch", "options", "words"),
+    [
+        (types_pb2.BRANCH_STUDENT, LabelOptions(), ""),
+        (types_pb2.BRANCH_TEACHER, LabelOptions(branch=Branch.STUDENT), ""),
+        (types_pb2.BRANCH_TEACHER, LabelOptions(), " for one pass of the student, not for this: branch teacher"),
+        (
+            types_pb2.BRANCH_STUDENT,
+            LabelOptions(flip=True, resolve_overlaps=True),
+            " for one pass of the student, not for this: a mirrored pass, contested pixels shared out",
+        ),
+    ],
+)
+def test_a_labelled_file_says_whether_its_scores_were_calibrated_for_labels_made_so(
+    branch: types_pb2.Branch.ValueType, options: LabelOptions, words: str
+) -> None:
+    model = model_pb2.ModelInfo(ref=types_pb2.ModelRef(name="cats", branch=branch), score_calibrated=True)
+    info = labeling_messages.server_info(model_pb2.GetServerInfoResponse(model=model))
+    assert provenance_of(info, options)["score"] == f"expected IoU, calibrated{words}"

@@ -1,0 +1,93 @@
+"""LabelImage and GetServerInfo through a real channel, around a predictor without a network: what is answered."""
+
+from mal.v1 import labeling_pb2, model_pb2, types_pb2
+
+from mal_train.kernel.labeler.labeler import Label
+from tests.mal_server.calls import mask_of, with_server
+from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, bright_disc, label, label_request
+
+
+def test_the_mask_is_the_kernels_own() -> None:
+    predictor = BrightPredictor()
+    (result,) = with_server(lambda running: label(running, label_request(DISC_BOX)), predictor)
+    (own,) = predictor.label(bright_disc(), [DISC_BOX])
+    assert isinstance(own, Label)
+    code = result.masks[0].coco_rle
+    assert (code.height, code.width, code.counts) == (own.rle.height, own.rle.width, own.rle.counts)
+    assert (result.score, result.area_px) == (own.score, own.area)
+    assert (result.mask_box.x, result.mask_box.width) == (own.mask_box or (0, 0, 0))[0:3:2]
+    assert mask_of(result)[20, 30]
+    assert not mask_of(result)[9, 19]
+
+
+def test_an_answer_says_which_weights_made_it_and_where_the_time_went() -> None:
+    async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
+        call = running.labeling.LabelImage(label_request(DISC_BOX, branch=types_pb2.BRANCH_TEACHER))
+        return [answer async for answer in call]
+
+    (answer,) = with_server(work, BrightPredictor(wait_s=0.02))
+    assert (answer.model.name, answer.model.branch) == ("disc", types_pb2.BRANCH_TEACHER)
+    assert len(answer.model.checkpoint_sha256) == 64
+    assert answer.timing.batch_size == 1
+    assert answer.timing.infer.ToMilliseconds() >= 20
+    assert answer.timing.decode.ToMicroseconds() > 0
+    assert answer.timing.finish.ToMicroseconds() > 0
+
+
+def test_a_large_request_streams_one_message_for_each_batch() -> None:
+    async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
+        return [answer async for answer in running.labeling.LabelImage(label_request(*[DISC_BOX] * 20))]
+
+    answers = with_server(work, max_batch_size=8)
+    assert [answer.timing.batch_size for answer in answers] == [8, 8, 4]
+    assert sorted(result.instance_id for answer in answers for result in answer.results) == list(range(20))
+
+
+def test_a_request_without_boxes_gets_one_empty_answer() -> None:
+    async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
+        return [answer async for answer in running.labeling.LabelImage(label_request())]
+
+    (answer,) = with_server(work)
+    assert len(answer.results) == 0
+    assert answer.model.name == "disc"
+
+
+def test_options_reach_the_network_and_the_threshold() -> None:
+    async def work(running: Running) -> tuple[types_pb2.InstanceResult, types_pb2.InstanceResult]:
+        request = label_request(DISC_BOX, branch=types_pb2.BRANCH_MIXED, compute_agreement=True, flip_test=True)
+        (asked,) = await label(running, request)
+        (low,) = await label(running, label_request(DISC_BOX, threshold=0.01))
+        return asked, low
+
+    predictor = BrightPredictor()
+    asked, low = with_server(work, predictor)
+    options = predictor.batches[0][0]
+    assert (str(options.branch), options.agreement, options.flip) == ("mixed", True, True)
+    assert asked.HasField("agreement")
+    assert not low.HasField("agreement")
+    assert low.area_px == 24 * 24 > asked.area_px
+    assert types_pb2.MASK_FLAG_FULL_BOX in low.flags
+    assert types_pb2.MASK_FLAG_LOW_AGREEMENT in asked.flags
+
+
+def test_the_servers_branch_answers_where_a_request_names_none() -> None:
+    predictor = BrightPredictor()
+    with_server(lambda running: label(running, label_request(DISC_BOX)), predictor, branch="teacher")
+    assert str(predictor.batches[0][0].branch) == "teacher"
+
+
+def test_server_info_tells_model_and_limits() -> None:
+    async def work(running: Running) -> model_pb2.GetServerInfoResponse:
+        answer: model_pb2.GetServerInfoResponse = await running.model.GetServerInfo(model_pb2.GetServerInfoRequest())
+        return answer
+
+    info = with_server(work, branch="mixed", model_name="discs", limits={"max_boxes": 77})
+    assert (info.model.ref.name, info.model.ref.branch) == ("discs", types_pb2.BRANCH_MIXED)
+    assert (info.model.arch, info.model.crop_size) == ("bright/1", 16)
+    assert info.model.mask_thresholds.large == 0.5
+    assert not info.model.score_calibrated
+    assert list(info.model.branches) == [types_pb2.BRANCH_STUDENT, types_pb2.BRANCH_TEACHER, types_pb2.BRANCH_MIXED]
+    assert [(c.category_id, c.name) for c in info.model.categories] == [(7, "disc"), (2, "")]
+    assert (info.limits.max_boxes, info.limits.max_request_bytes) == (77, 32 * 1024 * 1024)
+    assert (list(info.devices), info.precision) == (["cpu"], "float32")
+    assert info.version

@@ -1,0 +1,105 @@
+"""LabelImages: a stream of items, each answered once, in any order."""
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+from mal.v1 import labeling_pb2, model_pb2
+
+from mal_train.core.masks.rle import Rle
+from mal_train.kernel.labeler.labeler import Label
+from tests.mal_server.calls import bulk, collect, fields_of, reason_of, until, waiting, with_server
+from tests.mal_server.fakes import (
+    DISC_BOX,
+    BrightPredictor,
+    Running,
+    label_request,
+)
+
+
+def test_every_item_of_a_stream_is_answered_once_and_errors_are_its_own() -> None:
+    good = label_request(DISC_BOX, (0, 0, -1, 1))
+    requests = [good, label_request(DISC_BOX, content=b"no picture"), label_request(DISC_BOX, threshold=3.0), good]
+    found = with_server(lambda running: bulk(running, *requests))
+    assert sorted(found) == [f"item {i}" for i in range(4)]
+    assert [found[f"item {i}"].status.code for i in range(4)] == [0, 3, 3, 0]
+    assert reason_of(found["item 1"].status) == "IMAGE_FORMAT"
+    assert fields_of(found["item 2"].status) == ["request.options.threshold"]
+    assert [len(found[f"item {i}"].response.results) for i in range(4)] == [2, 0, 0, 2]
+
+
+def test_a_whole_item_comes_in_one_message() -> None:
+    found = with_server(lambda running: bulk(running, label_request(*[DISC_BOX] * 20)), max_batch_size=8)
+    response = found["item 0"].response
+    assert len(response.results) == 20
+    assert response.timing.batch_size == 8
+
+
+def test_a_long_item_id_is_refused_as_an_item() -> None:
+    async def work(running: Running) -> Any:
+        async def stream() -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+            yield labeling_pb2.LabelImagesRequest(item_id="é" * 200, request=label_request(DISC_BOX))
+
+        return [answer async for answer in running.labeling.LabelImages(stream())]
+
+    (answer,) = with_server(work)
+    assert fields_of(answer.status) == ["item_id"]
+    assert answer.item_id == "é" * 128
+
+
+def test_a_stream_reads_no_further_than_its_window() -> None:
+    gate = threading.Event()
+    sent: list[int] = []
+
+    async def work(running: Running) -> int:
+        async def stream() -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+            for index in range(40):
+                sent.append(index)
+                yield labeling_pb2.LabelImagesRequest(item_id=str(index), request=label_request(DISC_BOX))
+
+        call = running.labeling.LabelImages(stream())
+        answers = asyncio.create_task(collect(call))
+        await until(lambda: running.predictor.batches and len(sent) > 3)
+        await until(lambda: sum(size for _, size in running.predictor.batches) + waiting(running) >= 3)
+        for _ in range(50):  # the server has time for others, and would have had it for further items
+            await running.model.ListModels(model_pb2.ListModelsRequest())
+        started = running.predictor.batches[0][1] + waiting(running)
+        gate.set()
+        assert len(await answers) == 40
+        return started
+
+    assert with_server(work, BrightPredictor(gate=gate), limits={"max_items_in_flight": 3}) == 3
+
+
+def test_items_finish_in_any_order() -> None:
+    gate = threading.Event()
+
+    async def work(running: Running) -> list[str]:
+        async def stream() -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+            yield labeling_pb2.LabelImagesRequest(item_id="slow", request=label_request(*[DISC_BOX] * 40))
+            yield labeling_pb2.LabelImagesRequest(item_id="refused", request=label_request(content=b""))
+
+        found = []
+        async for answer in running.labeling.LabelImages(stream()):
+            found.append(answer.item_id)
+            gate.set()
+        return found
+
+    assert with_server(work, BrightPredictor(gate=gate), max_batch_size=4) == ["refused", "slow"]
+
+
+class LongWinded(BrightPredictor):
+    """Its masks take 100 kB each."""
+
+    def finish(self, crop: Any, probability: Any, **options: Any) -> Label:
+        label = super().finish(crop, probability, **options)
+        return dataclasses.replace(label, rle=Rle(label.rle.height, label.rle.width, bytes(100_000)))
+
+
+def test_an_item_whose_answer_is_too_large_says_so() -> None:
+    requests = [label_request(*[DISC_BOX] * 11), label_request(DISC_BOX)]
+    found = with_server(lambda running: bulk(running, *requests), LongWinded(), limits={"max_response_bytes": 1 << 20})
+    assert fields_of(found["item 0"].status) == ["request.instances"]
+    assert len(found["item 1"].response.results) == 1

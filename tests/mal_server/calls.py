@@ -1,0 +1,113 @@
+"""Calls of a served fake, and what their answers and errors say."""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from mal.v1 import labeling_pb2, model_pb2, types_pb2
+from PIL import Image
+
+from mal_train.core.masks import rle
+from mal_train.core.masks.polygons import fill
+from mal_train.core.masks.rle import Rle, decode_mask
+from tests.mal_server.fakes import (
+    BrightPredictor,
+    Running,
+    serving,
+)
+
+Work = Callable[[Running], Awaitable[Any]]
+
+
+def with_server(work: Work, predictor: BrightPredictor | None = None, **settings: Any) -> Any:
+    async def run() -> Any:
+        async with serving(predictor, **settings) as running:
+            return await asyncio.wait_for(work(running), 60)
+
+    return asyncio.run(run())
+
+
+def refusal(
+    call: Callable[[Running], Awaitable[Any]], predictor: BrightPredictor | None = None, **settings: Any
+) -> Any:
+    """(code, status with details, trailers) of a call that must fail; the server must answer after it."""
+
+    async def work(running: Running) -> Any:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call(running)
+        await running.model.GetServerInfo(model_pb2.GetServerInfoRequest())
+        return raised.value
+
+    error = with_server(work, predictor, **settings)
+    return error.code(), status_details(error), dict(error.trailing_metadata())
+
+
+def status_details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
+    """The rich status; an empty one when gRPC itself refused."""
+    trailers: dict[str, Any] = dict(error.trailing_metadata())  # type: ignore[arg-type]
+    return status_pb2.Status.FromString(trailers.get("grpc-status-details-bin", b""))
+
+
+def reason_of(status: status_pb2.Status) -> str:
+    info = error_details_pb2.ErrorInfo()
+    return next((info.reason for detail in status.details if detail.Unpack(info)), "")
+
+
+def fields_of(status: status_pb2.Status) -> list[str]:
+    bad = error_details_pb2.BadRequest()
+    return [violation.field for detail in status.details if detail.Unpack(bad) for violation in bad.field_violations]
+
+
+def mask_of(result: types_pb2.InstanceResult) -> Any:
+    code = result.masks[0].coco_rle
+    return decode_mask(Rle(code.height, code.width, code.counts))
+
+
+def decoded(mask: types_pb2.Mask) -> Rle:
+    """The run-length code of a mask as a client of any language would read it from its message."""
+    if mask.HasField("coco_rle"):
+        return Rle(mask.coco_rle.height, mask.coco_rle.width, mask.coco_rle.counts)
+    if mask.HasField("uncompressed_rle"):
+        runs = mask.uncompressed_rle
+        return rle.encode_runs(list(runs.counts), runs.height, runs.width)
+    if mask.HasField("polygons"):
+        rings = [np.reshape(ring.points, (-1, 2)) for ring in mask.polygons.rings]
+        return rle.encode_mask(fill(rings, mask.polygons.height, mask.polygons.width))
+    png = mask.png
+    with Image.open(io.BytesIO(png.content)) as picture:
+        return rle.encode_region(np.asarray(picture), png.y, png.x, (png.height, png.width))
+
+
+def items(
+    *requests: labeling_pb2.LabelImageRequest,
+) -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+    async def stream() -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+        for index, request in enumerate(requests):
+            yield labeling_pb2.LabelImagesRequest(item_id=f"item {index}", request=request)
+
+    return stream()
+
+
+async def bulk(running: Running, *requests: labeling_pb2.LabelImageRequest) -> dict[str, Any]:
+    answers = [answer async for answer in running.labeling.LabelImages(items(*requests))]
+    assert len(answers) == len({answer.item_id for answer in answers})
+    return {answer.item_id: answer for answer in answers}
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Waits for it, however slow the machine is; the test's own time limit ends what never comes."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+async def collect(call: Any) -> list[Any]:
+    return [answer async for answer in call]
+
+
+def waiting(running: Running) -> int:
+    return running.server.waiting

@@ -1,0 +1,236 @@
+"""Memory that evaluations share: what counts into it, who ends when it is full, and until when it is held."""
+
+import asyncio
+import json
+import math
+import threading
+import tracemalloc
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from mal.v1 import evaluation_pb2
+
+from mal_server.api.serialization.evaluation_messages import read_evaluate_options, read_records
+from mal_server.api.serialization.labeling_messages import Call
+from mal_server.errors import MemoryFull
+from mal_server.evaluation.dataset_reader import Dataset, memory_of, read_dataset
+from mal_server.inference.allowed_dirs import Roots
+from mal_server.scheduling.memory_quota import Budget, Share
+from mal_server.scheduling.priority import Priority
+from mal_train.core.metrics.evaluator import Evaluator
+from mal_train.core.settings import Branch
+from tests.mal_server.calls import reason_of, status_details
+from tests.mal_server.evaluation.served_datasets import Request, data, each, on_server, run, written
+from tests.mal_server.evaluation.test_run import SCENES, options_of, scenes
+from tests.mal_server.fakes import BrightPredictor, serving
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return written(tmp_path / "sets")
+
+
+def test_evaluations_share_the_memory_for_what_they_hold_and_the_next_one_is_told_to_come_back(folder: Path) -> None:
+    """The first one holds a data set; the second has no room beside it, and has it afterwards."""
+    gate = threading.Event()
+    text = (folder / "truth.json").read_text()
+    (folder / "truth.json").write_text(text + " " * (2**17 - len(text)))
+
+    async def work() -> tuple[str, bool, int]:
+        async with serving(BrightPredictor(gate=gate), max_evaluation_bytes=2**20, **data(folder)) as running:
+            first = asyncio.create_task(run(running, [on_server()]))
+            while not running.predictor.batches:
+                await asyncio.sleep(0.001)
+            with pytest.raises(grpc.aio.AioRpcError, match="max_evaluation_bytes") as raised:
+                await run(running, [on_server()])
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            trailers: Any = raised.value.trailing_metadata()
+            pushback = dict(trailers).get("grpc-retry-pushback-ms")
+            gate.set()
+            await first
+            _, again = await run(running, [on_server()])
+            return reason_of(status_details(raised.value)), bool(pushback), again.images
+
+    assert asyncio.run(work()) == ("MEMORY_FULL", True, 6)
+
+
+def test_what_an_evaluation_has_measured_counts_and_one_that_it_leaves_no_room_for_goes_on_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mal_train.core.metrics.evaluator.MEMORY_OF_A_PAIR", 2**20)
+    over = asyncio.Event()
+
+    async def held(messages: Sequence[Request]) -> AsyncIterator[Request]:
+        for message in messages:
+            yield message
+        await over.wait()
+
+    async def work() -> tuple[str, int, int]:
+        async with serving(max_evaluation_bytes=2**20) as running:
+            first = aiter(running.evaluation.Evaluate(held([options_of(), scenes()[0]])))
+            await anext(first)  # its first image is measured
+            with pytest.raises(grpc.aio.AioRpcError, match="max_evaluation_bytes") as raised:
+                await run(running, [options_of(), *scenes()])
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            over.set()
+            rest = [answer async for answer in first]
+            _, again = await run(running, [options_of(), *scenes()])
+            return reason_of(status_details(raised.value)), rest[-1].result.images, again.images
+
+    assert asyncio.run(asyncio.wait_for(work(), 60)) == ("MEMORY_FULL", 1, len(SCENES))
+
+
+def test_a_data_set_that_a_thread_still_reads_counts_though_its_caller_has_gone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gate, over = threading.Event(), threading.Event(), threading.Event()
+    leave = Share.__exit__
+
+    def slow(*args: Any) -> Dataset:
+        begun.set()
+        gate.wait(30)
+        return read_dataset(*args)
+
+    def left(share: Share, *error: Any) -> None:
+        leave(share, *error)
+        over.set()
+
+    async def fits(running: Any) -> bool:
+        try:
+            return bool((await run(running, [on_server()]))[1].images)
+        except grpc.aio.AioRpcError as error:
+            if reason_of(status_details(error)) != "MEMORY_FULL":
+                raise
+            return False
+
+    async def work() -> None:
+        async with serving(max_evaluation_bytes=2**20, **data(folder)) as running:
+            gone = asyncio.create_task(run(running, [on_server()]))
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+            gone.cancel()
+            while not over.is_set():
+                await asyncio.sleep(0.001)
+            try:
+                assert not await fits(running)
+            finally:
+                gate.set()
+            while not await fits(running):
+                await asyncio.sleep(0.001)
+
+    text = (folder / "truth.json").read_text()
+    (folder / "truth.json").write_text(text + " " * (2**17 - len(text)))
+    monkeypatch.setattr("mal_server.api.service.read_dataset", slow)
+    monkeypatch.setattr(Share, "__exit__", left)
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_a_data_set_is_looked_for_before_its_records_are_read(folder: Path) -> None:
+    """The caller still sends, and is told."""
+
+    async def work() -> str:
+        answered = asyncio.Event()
+
+        async def messages() -> AsyncIterator[Request]:
+            yield on_server("sets/none.json")
+            await answered.wait()
+
+        async with serving(**data(folder)) as running:
+            try:
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await asyncio.wait_for(anext(aiter(running.evaluation.Evaluate(messages()))), 30)
+            finally:
+                answered.set()
+            return reason_of(status_details(raised.value))
+
+    assert asyncio.run(work()) == "FILE_NOT_FOUND"
+
+
+def test_a_data_set_of_short_rows_takes_no_more_memory_than_is_counted_for_it(tmp_path: Path) -> None:
+    ids = range(3000)
+    triangle = {"category_id": 1, "bbox": [1, 1, 8, 8], "segmentation": [[1, 1, 9, 1, 9, 9]]}
+    images = [{"id": n, "file_name": f"{n}.png"} for n in ids[:300]]
+    rows = [{"id": n, "image_id": n // 10, **triangle} for n in ids]
+    content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "truth.json").write_text(json.dumps(content, separators=(",", ":")))
+    folders = Roots({"sets": tmp_path}, "data_folders")
+    options = read_evaluate_options(on_server(), Call(Branch.STUDENT, Priority.BATCH, math.inf))
+    tracemalloc.start()
+    try:
+        truths = list(read_dataset(folders, "sets/truth.json", "sets").truths(options.job, 10, {}))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(truths) == 300
+    assert most <= memory_of(folders, "sets/truth.json")
+
+
+def test_records_that_are_brought_back_count_as_they_come() -> None:
+    budget = Budget(10, "max_evaluation_bytes")
+    options = read_evaluate_options(on_server(resume_token=b"t"), Call(Branch.STUDENT, Priority.BATCH, math.inf))
+    messages = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(at), record=b"123")) for at in range(4)]
+    with budget.share() as alone:
+        assert len(asyncio.run(read_records(each(messages), options, alone.take))) == 4  # 16 bytes, nobody else
+        with budget.share() as late, pytest.raises(MemoryFull, match="16 of 10 bytes"):
+            asyncio.run(read_records(each(messages), options, late.take))
+        assert budget.held == 16
+    with budget.share() as one, budget.share() as other:
+        one.take(4)
+        with pytest.raises(MemoryFull, match="needs 8"):
+            asyncio.run(read_records(each(messages), options, other.take))
+        assert budget.held == 8
+    assert budget.held == 0
+
+
+def test_of_two_evaluations_that_fill_the_memory_the_later_one_ends() -> None:
+    budget = Budget(10, "max_evaluation_bytes")
+    with budget.share() as first, budget.share() as later:
+        first.take(6)
+        later.take(4)
+        first.take(1)
+        with pytest.raises(MemoryFull, match="7 of 10 bytes"):
+            later.take(1)
+    assert budget.held == 0
+    with budget.share() as next_one:
+        next_one.take(11)
+        assert budget.held == 11
+
+
+def test_memory_is_held_while_a_thread_makes_the_report_of_a_caller_who_has_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, gate, over = threading.Event(), threading.Event(), threading.Event()
+    budgets: list[Budget] = []
+    leave = Share.__exit__
+
+    def made(*args: Any) -> Budget:
+        budgets.append(Budget(*args))
+        return budgets[-1]
+
+    def report(self: Evaluator) -> None:
+        begun.set()
+        assert gate.wait(60)
+
+    def left(self: Share, *args: Any) -> None:
+        leave(self, *args)
+        over.set()
+
+    monkeypatch.setattr("mal_server.api.service.Budget", made)
+    monkeypatch.setattr(Evaluator, "report", report)
+    monkeypatch.setattr(Share, "__exit__", left)
+
+    async def work() -> None:
+        async with serving() as running:
+            call = asyncio.create_task(run(running, [options_of(), *scenes()[:1]]))
+            assert await asyncio.to_thread(begun.wait, 60)
+            call.cancel()
+            assert await asyncio.to_thread(over.wait, 60)
+            assert budgets[0].held > 0
+            gate.set()
+            while budgets[0].held:
+                await asyncio.sleep(0.005)
+
+    asyncio.run(asyncio.wait_for(work(), 60))

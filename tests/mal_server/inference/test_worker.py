@@ -1,0 +1,57 @@
+"""A worker on a device that is too small: every crop is answered once, none by another's map."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from mal_server.inference.worker import Worker
+from mal_train.core.errors import DeviceError, OutOfDeviceMemory
+from mal_train.kernel.labeler.labeler import Crop, Probability, RunOptions
+from tests.mal_server.fakes import BrightPredictor
+
+
+def crops_of(predictor: BrightPredictor, count: int) -> list[Crop]:
+    """Crops of different brightness, so that a mixed-up answer is seen."""
+    images = [np.full((20, 20, 3), 10 * i, np.uint8) for i in range(count)]
+    return [crop for image in images for crop in predictor.prepare(image, [(0, 0, 20, 20)]) if isinstance(crop, Crop)]
+
+
+def run(predictor: BrightPredictor, count: int) -> list[Probability | Exception]:
+    worker = Worker(predictor, "cpu")
+    found = asyncio.run(worker.run(RunOptions(), crops_of(predictor, count)))
+    worker.close()
+    return found
+
+
+@pytest.mark.parametrize("fits", range(1, 17))
+def test_a_batch_that_does_not_fit_is_split_until_it_does(fits: int) -> None:
+    predictor = BrightPredictor(fits=fits)
+    found = run(predictor, 16)
+    assert [x.prob[0, 0] for x in found if isinstance(x, Probability)] == pytest.approx(np.arange(16) * 10 / 255)
+    assert sum(size for _, size in predictor.batches if size <= fits) == 16
+
+
+def test_a_single_crop_that_does_not_fit_fails_alone() -> None:
+    assert [type(x) for x in run(BrightPredictor(fits=0), 3)] == [OutOfDeviceMemory] * 3
+
+
+def test_another_error_of_the_device_concerns_the_batch() -> None:
+    with pytest.raises(DeviceError, match="on fire"):
+        run(BrightPredictor(error=DeviceError("on fire")), 3)
+
+
+def test_batches_run_beside_the_event_loop() -> None:
+    gate = threading.Event()
+    predictor = BrightPredictor(gate=gate)
+
+    async def work() -> int:
+        worker = Worker(predictor, "cpu")
+        task = asyncio.create_task(worker.run(RunOptions(), crops_of(predictor, 1)))
+        while not predictor.batches:
+            await asyncio.sleep(0.001)  # the loop lives while the batch waits
+        gate.set()
+        return len(await task)
+
+    assert asyncio.run(work()) == 1

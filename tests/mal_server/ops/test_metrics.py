@@ -1,0 +1,219 @@
+"""What an operator sees: figures, log lines, reflection."""
+
+import asyncio
+import io
+import json
+import logging
+import threading
+import urllib.request
+from typing import Any
+
+import grpc
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from mal.v1 import labeling_pb2, model_pb2
+
+from mal_server.config.server import default_config
+from mal_server.ops.logging import JsonFormatter, TextFormatter
+from mal_server.ops.metrics import Metrics, MetricsPort
+from mal_server.server import SERVICES
+from mal_train.core.errors import ConfigError, DeviceError
+from tests.mal_server.fakes import DISC_BOX, SHA256, BrightPredictor, Running, label, label_request, serving
+
+
+def read(address: str) -> dict[str, float]:
+    """The figures by name and labels."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+async def failed(call: Any) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    return raised.value
+
+
+def figures_after(work: Any, predictor: BrightPredictor | None = None, **settings: Any) -> dict[str, float]:
+    async def run() -> dict[str, float]:
+        async with serving(predictor, metrics={"port": 0}, **settings) as running:
+            await asyncio.wait_for(work(running), 30)
+            return await asyncio.to_thread(read, running.server.metrics_address)
+
+    return asyncio.run(run())
+
+
+def test_the_figures_tell_what_was_done() -> None:
+    async def work(running: Running) -> None:
+        await label(running, label_request(DISC_BOX, (-5, 0, 30, 30)))
+        await failed(label(running, label_request(DISC_BOX, content=b"no picture")))
+        await failed(label(running, label_request(DISC_BOX, threshold=7)))
+        item = labeling_pb2.LabelImagesRequest(request=label_request(DISC_BOX, content=b"no picture"))
+        assert [answer.status.code async for answer in running.labeling.LabelImages(iter([item]))] == [3]
+
+    found = figures_after(work)
+    method = "mal.v1.LabelingService/LabelImage"
+    expected = {
+        f'grpc_server_handled_total{{code="OK",method="{method}"}}': 1,
+        f'grpc_server_handled_total{{code="INVALID_ARGUMENT",method="{method}"}}': 2,
+        f'grpc_server_handling_seconds_count{{method="{method}"}}': 3,
+        'mal_rejected_total{reason="IMAGE_FORMAT"}': 2,
+        'mal_rejected_total{reason="BAD_REQUEST"}': 1,
+        "mal_batch_crops_count": 1,
+        "mal_batch_crops_sum": 2,
+        "mal_queue_crops": 0,
+        "mal_queue_bytes": 0,
+        'mal_queue_seconds_count{priority="interactive"}': 1,
+        'mal_stage_seconds_count{stage="decode"}': 1,
+        'mal_stage_seconds_count{stage="infer"}': 1,
+        'mal_stage_seconds_count{stage="finish"}': 1,
+        'mal_masks_total{flag="NONE"}': 1,
+        'mal_masks_total{flag="BOX_CLIPPED"}': 1,
+        f'mal_model_info{{branch="student",name="disc",sha256="{SHA256}"}}': 1,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_the_queue_and_what_was_given_up_are_counted() -> None:
+    gate = threading.Event()
+
+    async def work(running: Running) -> None:
+        calls = [asyncio.create_task(label(running, label_request(*[DISC_BOX] * 4))) for _ in range(2)]
+        while not running.predictor.batches or running.server.waiting < 6:
+            await asyncio.sleep(0.001)
+        before = await asyncio.to_thread(read, running.server.metrics_address)
+        assert before["mal_queue_crops"] == 6
+        assert before["mal_queue_bytes"] > 6 * 3 * 16**2
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        while running.server.waiting:
+            await asyncio.sleep(0.001)
+        gate.set()
+        await label(running, label_request(DISC_BOX))
+
+    found = figures_after(work, BrightPredictor(gate=gate), max_batch_size=2)
+    assert found['mal_dropped_total{reason="cancelled_queue"}'] == 6
+    assert found['mal_dropped_total{reason="cancelled_device"}'] == 2
+
+
+def test_figures_are_shown_only_when_asked_for() -> None:
+    async def work() -> str:
+        async with serving() as running:
+            return running.server.metrics_address
+
+    assert asyncio.run(work()) == ""
+
+
+def test_a_port_for_figures_that_is_in_use_is_a_clear_error() -> None:
+    port = MetricsPort(Metrics(), "127.0.0.1", 0)
+    try:
+        with pytest.raises(ConfigError, match=r"metrics: cannot listen on 127\.0\.0\.1:\d+"):
+            MetricsPort(Metrics(), "127.0.0.1", port.port)
+    finally:
+        port.close()
+
+
+def logged(form: logging.Formatter, work: Any, predictor: BrightPredictor | None = None) -> list[str]:
+    """The lines of the server's log."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(form)
+    logger = logging.getLogger("mal_server")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel("INFO")
+
+    async def run() -> None:
+        async with serving(predictor) as running:
+            await work(running)
+
+    try:
+        asyncio.run(run())
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return stream.getvalue().splitlines()
+
+
+async def one_of_each(running: Running) -> None:
+    call = running.model.GetServerInfo(model_pb2.GetServerInfoRequest(), metadata=(("x-request-id", "my-id-7"),))
+    await call
+    assert ("x-request-id", "my-id-7") in tuple(await call.trailing_metadata())
+    error = await failed(label(running, label_request(DISC_BOX, content=b"no picture")))
+    trailers: Any = error.trailing_metadata()
+    (given,) = [value for key, value in trailers if key == "x-request-id"]
+    assert len(given) == 16
+
+
+def test_every_call_is_one_line_that_machines_can_read() -> None:
+    first, second = (json.loads(line) for line in logged(JsonFormatter(), one_of_each))
+    assert first["time"].endswith("Z")
+    assert first | {"time": "", "took_ms": 0} == {
+        "time": "",
+        "level": "INFO",
+        "logger": "mal_server.api.interceptors",
+        "message": "call",
+        "method": "mal.v1.ModelService/GetServerInfo",
+        "code": "OK",
+        "took_ms": 0,
+        "request_id": "my-id-7",
+    }
+    assert (second["code"], second["reason"]) == ("INVALID_ARGUMENT", "IMAGE_FORMAT")
+
+
+def test_every_call_is_one_line_that_people_can_read() -> None:
+    first, second = logged(TextFormatter(), one_of_each)
+    assert " call method=mal.v1.ModelService/GetServerInfo code=OK took_ms=" in first
+    assert first.endswith(" request_id=my-id-7")
+    assert second.endswith(" reason=IMAGE_FORMAT")
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, "two words", 'a"b'])
+def test_a_request_id_that_could_spoil_the_log_is_replaced(given: str) -> None:
+    async def work(running: Running) -> None:
+        metadata = (("x-request-id", given),)
+        await running.model.GetServerInfo(model_pb2.GetServerInfoRequest(), metadata=metadata)
+
+    (line,) = logged(JsonFormatter(), work)
+    assert len(json.loads(line)["request_id"]) == 16
+
+
+def test_the_trace_of_an_unexpected_error_is_part_of_its_line() -> None:
+    async def work(running: Running) -> None:
+        await label(running, label_request(DISC_BOX))
+
+    lines = [json.loads(line) for line in logged(JsonFormatter(), work, BrightPredictor(error=DeviceError("on fire")))]
+    (trace,) = [line["trace"] for line in lines if "trace" in line]
+    assert "DeviceError: on fire" in trace
+
+
+async def listed(channel: grpc.aio.Channel) -> set[str]:
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    return {service.name async for answer in call for service in answer.list_services_response.service}
+
+
+def test_reflection_tells_every_service() -> None:
+    async def work() -> set[str]:
+        async with serving() as running:
+            return await listed(running.channel)
+
+    others = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert asyncio.run(work()) == {*SERVICES[1:], *others}
+
+
+def test_reflection_can_be_switched_off_and_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAL_TEST_TOKEN", "0123456789abcdef")
+    tokens = [{"name": "a", "token": "env:MAL_TEST_TOKEN", "scopes": ["label"]}]
+
+    async def code(**settings: Any) -> grpc.StatusCode:
+        async with serving(**settings) as running:
+            return (await failed(listed(running.channel))).code()
+
+    assert asyncio.run(code(reflection=False)) is grpc.StatusCode.UNIMPLEMENTED
+    assert asyncio.run(code(tokens=tokens)) is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_default_settings_show_no_figures() -> None:
+    assert "  port: null" in default_config()

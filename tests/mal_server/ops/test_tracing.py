@@ -1,0 +1,89 @@
+"""Claims about the spans of a call, as an exporter in memory gets them."""
+
+import asyncio
+import sys
+from typing import Any
+
+import grpc
+import pytest
+from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from mal_server.ops.tracing import Tracing
+from mal_server.server import MalServer
+from mal_train.core.errors import ConfigError
+from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label_request, loaded
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+
+
+def spans_of(*boxes: tuple[float, float, float, float], threshold: float | None = None) -> list[ReadableSpan]:
+    """Spans of one LabelImage call and one GetServerInfo call, with a parent that the caller names."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+
+    async def work() -> None:
+        server = MalServer(config_of(), lambda plan: loaded(plan, BrightPredictor(wait_s=0.02)), Tracing(provider))
+        await server.start()
+        await server.load()
+        try:
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                parent = (("traceparent", f"00-{TRACE_ID}-b7ad6b7169203331-01"),)
+                labeling: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
+                model: Any = model_pb2_grpc.ModelServiceStub(channel)
+                call = labeling.LabelImage(label_request(*boxes, threshold=threshold), metadata=parent)
+                try:
+                    async for _ in call:
+                        pass
+                except grpc.aio.AioRpcError:
+                    assert threshold is not None
+                await model.GetServerInfo(model_pb2.GetServerInfoRequest())
+        finally:
+            await server.stop(0)
+
+    asyncio.run(work())
+    return list(exporter.get_finished_spans())
+
+
+def seconds(span: ReadableSpan) -> float:
+    assert span.start_time is not None
+    assert span.end_time is not None
+    return (span.end_time - span.start_time) / 1e9
+
+
+def test_a_call_has_a_span_under_its_callers_and_each_stage_one_under_that() -> None:
+    spans = {span.name: span for span in spans_of(DISC_BOX)}
+    whole = spans["/mal.v1.LabelingService/LabelImage"]
+    call = whole.get_span_context()
+    assert call is not None
+    assert f"{call.trace_id:032x}" == TRACE_ID
+    for name in ("decode", "queue", "infer", "finish"):
+        parent = spans[name].parent
+        assert parent is not None
+        assert parent.span_id == call.span_id
+    infer = spans["infer"]
+    assert 0.02 <= seconds(infer) <= seconds(whole)
+    assert infer.attributes is not None
+    assert infer.attributes["mal.batch_crops"] == 1
+    assert "/mal.v1.ModelService/GetServerInfo" in spans
+
+
+def test_a_refused_call_has_a_span_with_its_status() -> None:
+    spans = {span.name: span for span in spans_of(DISC_BOX, threshold=7.0)}
+    attributes = spans["/mal.v1.LabelingService/LabelImage"].attributes
+    assert attributes is not None
+    assert attributes["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert "infer" not in spans
+
+
+def test_tracing_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.instrumentation.grpc", None)
+    with pytest.raises(ConfigError, match=r"mask-auto-labeler\[tracing\]"):
+        MalServer(config_of(tracing=True))
+
+
+def test_tracing_is_off_unless_asked_for() -> None:
+    assert not config_of().tracing

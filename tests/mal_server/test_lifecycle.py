@@ -1,0 +1,373 @@
+"""Loading, serving, draining, stopping; ports and signals. In this process, around a fake model."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
+
+from mal_server.config.model_config import ModelPlan
+from mal_server.models.loader import Loaded
+from mal_server.server import SERVICES, MalServer, serve
+from mal_train.core.errors import ConfigError, DeviceError, DeviceLost, WrongKey
+from tests.mal_server.calls import reason_of, status_details
+from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label, label_request, loaded, serving
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LIMIT_S = 120.0
+
+
+async def health_of(channel: grpc.aio.Channel) -> set[Any]:
+    """The states of all services; one, when they agree."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    return {(await stub.Check(health_pb2.HealthCheckRequest(service=service))).status for service in SERVICES}
+
+
+async def refused(channel: grpc.aio.Channel) -> None:
+    """Waits until the server takes no new calls."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    with suppress(grpc.aio.AioRpcError):
+        while True:
+            await stub.Check(health_pb2.HealthCheckRequest())
+            await asyncio.sleep(0.001)
+
+
+def loading_with(predictor: BrightPredictor, gate: threading.Event | None = None) -> Callable[[ModelPlan], Loaded]:
+    def load(plan: ModelPlan) -> Loaded:
+        if gate is not None:
+            gate.wait(LIMIT_S)
+        return loaded(plan, predictor)
+
+    return load
+
+
+def test_health_says_serving_only_when_the_model_is_loaded_and_warm() -> None:
+    gate, predictor = threading.Event(), BrightPredictor()
+
+    async def work() -> None:
+        server = MalServer(config_of(), loading_with(predictor, gate))
+        await server.start()
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            assert await health_of(channel) == {NOT_SERVING}
+            loading = asyncio.create_task(server.load())
+            stub: Any = model_pb2_grpc.ModelServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await stub.GetServerInfo(model_pb2.GetServerInfoRequest())
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert reason_of(status_details(raised.value)) == "LOADING"
+            assert await health_of(channel) == {NOT_SERVING}
+            gate.set()
+            await loading
+            assert await health_of(channel) == {SERVING}
+            assert len(predictor.batches) == 1
+        await server.stop(0)
+
+    asyncio.run(work())
+
+
+def test_every_worker_is_warmed_up_before_it_serves() -> None:
+    first, second = BrightPredictor(), BrightPredictor()
+
+    async def work() -> None:
+        server = MalServer(config_of(), lambda plan: loaded(plan, first, second))
+        await server.start()
+        await server.load()
+        await server.stop(0)
+
+    asyncio.run(work())
+    assert len(first.batches) == len(second.batches) == 1
+
+
+class NotANumber(BrightPredictor):
+    def predict(self, crops: Any, options: Any = None) -> Any:
+        found = super().predict(crops, options)
+        for probability in found:
+            probability.prob[:] = float("nan")
+        return found
+
+
+def test_a_network_that_gives_no_numbers_is_never_served() -> None:
+    async def work() -> None:
+        server = MalServer(config_of(), loading_with(NotANumber()))
+        await server.start()
+        try:
+            await server.load()
+        finally:
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                assert await health_of(channel) == {NOT_SERVING}
+            await server.stop(0)
+
+    with pytest.raises(DeviceError, match="not finite"):
+        asyncio.run(work())
+
+
+def test_draining_says_not_serving_and_still_answers() -> None:
+    async def work() -> None:
+        async with serving() as running:
+            await running.server.drain()
+            assert await health_of(running.channel) == {NOT_SERVING}
+            assert len(await label(running, label_request(DISC_BOX))) == 1
+
+    asyncio.run(work())
+
+
+def test_stopping_lets_running_calls_finish_and_refuses_new_ones() -> None:
+    gate = threading.Event()
+
+    async def work() -> tuple[int, grpc.StatusCode]:
+        async with serving(BrightPredictor(gate=gate), max_batch_size=2) as running:
+            call = asyncio.create_task(label(running, label_request(*[DISC_BOX] * 6)))
+            while not running.predictor.batches:
+                await asyncio.sleep(0.001)
+            stopping = asyncio.create_task(running.server.stop(600))
+            await refused(running.channel)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await label(running, label_request(DISC_BOX))
+            gate.set()
+            results = await call
+            await stopping
+            return len(results), raised.value.code()
+
+    assert asyncio.run(asyncio.wait_for(work(), LIMIT_S)) == (6, grpc.StatusCode.UNAVAILABLE)
+
+
+def test_calls_that_outlast_the_grace_period_are_ended() -> None:
+    gate = threading.Event()
+
+    async def work() -> grpc.StatusCode:
+        async with serving(BrightPredictor(gate=gate)) as running:
+            call = asyncio.create_task(label(running, label_request(DISC_BOX)))
+            while not running.predictor.batches:
+                await asyncio.sleep(0.001)
+            stopping = asyncio.create_task(running.server.stop(0.05))
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call
+            gate.set()
+            await stopping
+            return raised.value.code()
+
+    assert asyncio.run(asyncio.wait_for(work(), LIMIT_S)) in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+def test_a_port_in_use_is_a_clear_error() -> None:
+    async def work() -> None:
+        async with serving() as running:
+            port = int(running.server.address.rpartition(":")[2])
+            await MalServer(config_of(listen={"port": port}), loading_with(BrightPredictor())).start()
+
+    with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:\d+; the port is in use"):
+        asyncio.run(work())
+
+
+def test_a_server_that_never_started_does_not_say_that_it_stopped(caplog: pytest.LogCaptureFixture) -> None:
+    def load(plan: ModelPlan) -> Loaded:
+        raise WrongKey("the key does not open it")
+
+    async def work() -> None:
+        async with serving() as running:
+            port = int(running.server.address.rpartition(":")[2])
+            await serve(config_of(listen={"port": port}), load=load)
+
+    caplog.set_level("INFO")
+    with pytest.raises(ConfigError, match="the port is in use"):
+        asyncio.run(work())
+    assert "stopped" not in caplog.messages
+    with pytest.raises(WrongKey):
+        asyncio.run(serve(config_of(), load=load))
+    assert "stopped" in caplog.messages
+
+
+def test_two_servers_on_port_0_get_different_ports() -> None:
+    async def work() -> tuple[str, str]:
+        async with serving() as one, serving() as two:
+            return one.server.address, two.server.address
+
+    one, two = asyncio.run(work())
+    assert one != two
+    assert not one.endswith(":0")
+
+
+def served_until(signal_number: int, tmp_path: Path, **settings: Any) -> tuple[int, str, str]:
+    """Runs `serve`, sends a signal while a call is in flight; (results of the call, address, its file afterwards)."""
+    gate, port_file = threading.Event(), tmp_path / "address"
+    port_file.write_text("stale\n")
+    predictor = BrightPredictor()
+
+    async def client(ended: asyncio.Event) -> tuple[int, str]:
+        while not port_file.exists() or port_file.read_text() == "stale\n":
+            await asyncio.sleep(0.005)
+        address = port_file.read_text().strip()
+        predictor.batches.clear()
+        predictor.gate = gate
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
+            call = asyncio.create_task(count(stub.LabelImage(label_request(*[DISC_BOX] * 3))))
+            while not predictor.batches:
+                await asyncio.sleep(0.001)
+            os.kill(os.getpid(), signal_number)
+            await refused(channel)
+            assert not ended.is_set()
+            gate.set()
+            return await call, address
+
+    async def work() -> tuple[int, str]:
+        ended = asyncio.Event()
+        task = asyncio.create_task(client(ended))
+        await serve(config_of(**settings), port_file=port_file, load=loading_with(predictor))
+        ended.set()
+        return await task
+
+    count_, address = asyncio.run(asyncio.wait_for(work(), LIMIT_S))
+    return count_, address, port_file.read_text() if port_file.exists() else ""
+
+
+async def count(call: Any) -> int:
+    return sum([len(answer.results) async for answer in call])
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_after_its_running_calls(
+    signal_number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, address, left = served_until(signal_number, tmp_path, drain_delay_s=0.01)
+    assert results == 3
+    assert left == ""
+    line = next(line for line in capsys.readouterr().out.splitlines() if "serving" in line)
+    assert line == f"mal-server: serving disc on {address} (bright/1, student, cpu, float32)"
+
+
+def test_an_interrupt_from_the_keyboard_skips_the_drain_delay(tmp_path: Path) -> None:
+    assert served_until(signal.SIGINT, tmp_path, drain_delay_s=600)[0] == 3
+
+
+def test_a_signal_while_loading_ends_the_server() -> None:
+    gate, begun = threading.Event(), threading.Event()
+
+    def load(plan: ModelPlan) -> Loaded:
+        begun.set()
+        gate.wait(LIMIT_S)
+        return loaded(plan, BrightPredictor())
+
+    async def work() -> None:
+        task = asyncio.create_task(serve(config_of(), load=load))
+        await asyncio.to_thread(begun.wait)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await task
+        gate.set()
+
+    asyncio.run(asyncio.wait_for(work(), LIMIT_S))
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: Path) -> None:
+    def load(plan: ModelPlan) -> Loaded:
+        raise WrongKey("the key does not open it")
+
+    port_file = tmp_path / "address"
+    with pytest.raises(WrongKey):
+        asyncio.run(serve(config_of(), port_file=port_file, load=load))
+    assert not port_file.exists()
+
+
+class Counting(BrightPredictor):
+    """Counts the pictures that it cuts."""
+
+    cut = 0
+
+    def prepare(self, image: Any, boxes: Any, *, first: int = 0) -> Any:
+        found = super().prepare(image, boxes, first=first)
+        self.cut += 1
+        return found
+
+
+def test_a_lost_device_ends_the_server_at_once_and_every_call_with_unavailable(tmp_path: Path) -> None:
+    port_file, gate, predictor = tmp_path / "address", threading.Event(), Counting()
+
+    async def client() -> tuple[list[Any], set[Any]]:
+        while not port_file.exists():
+            await asyncio.sleep(0.005)
+        async with grpc.aio.insecure_channel(port_file.read_text().strip()) as channel:
+            stub: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
+            watched: Any = health_pb2_grpc.HealthStub(channel)
+            watch = watched.Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == SERVING
+            predictor.gate, predictor.error = gate, DeviceLost("CUDA error: an illegal memory access")
+            item = labeling_pb2.LabelImagesRequest(request=label_request(DISC_BOX))
+            calls = [count(stub.LabelImage(label_request(*[DISC_BOX] * 4))) for _ in range(3)]
+            calls.append(drained(stub.LabelImages(iter([item]))))
+            before = predictor.cut
+            tasks = [asyncio.create_task(call) for call in calls]
+            # All four are there: one at the device, the others behind it.
+            while len(predictor.batches) < 2 or predictor.cut < before + len(calls):
+                await asyncio.sleep(0.001)
+            gate.set()
+            status = (await watch.read()).status
+            watch.cancel()
+            return await asyncio.gather(*tasks, return_exceptions=True), {status}
+
+    async def work() -> tuple[list[Any], set[Any]]:
+        task = asyncio.create_task(client())
+        with pytest.raises(DeviceLost, match="illegal memory access"):
+            await serve(
+                config_of(max_batch_size=2, grace_s=600, threads=1), port_file=port_file, load=loading_with(predictor)
+            )
+        return await task
+
+    errors, states = asyncio.run(asyncio.wait_for(work(), LIMIT_S))
+    assert states == {NOT_SERVING}
+    assert [error.code() for error in errors] == [grpc.StatusCode.UNAVAILABLE] * 4
+    assert {reason_of(status_details(error)) for error in errors} == {"DEVICE_LOST"}
+    assert len(predictor.batches) == 2  # the warm-up, and the one that failed
+    assert DeviceLost.exit_code == 1
+    assert not port_file.exists()
+
+
+async def drained(call: Any) -> int:
+    return len([answer async for answer in call])
+
+
+@pytest.mark.parametrize("is_serving", [False, True], ids=["at-the-start", "by-LoadModel"])
+def test_a_checkpoint_that_is_still_being_read_does_not_hold_up_the_end(tmp_path: Path, is_serving: bool) -> None:
+    gate, reading, port_file = threading.Event(), threading.Event(), tmp_path / "address"
+    plans: list[ModelPlan] = []
+
+    def load(plan: ModelPlan) -> Loaded:
+        plans.append(plan)
+        if len(plans) > is_serving:
+            reading.set()
+            gate.wait()
+        return loaded(plan, BrightPredictor())
+
+    async def ask_for_another() -> grpc.StatusCode:
+        while not port_file.exists():
+            await asyncio.sleep(0.005)
+        async with grpc.aio.insecure_channel(port_file.read_text().strip()) as channel:
+            stub: Any = model_pb2_grpc.ModelServiceStub(channel)
+            code: grpc.StatusCode = await stub.LoadModel(model_pb2.LoadModelRequest(name="disc")).code()
+            return code
+
+    async def end() -> None:
+        await asyncio.to_thread(reading.wait)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    async def work() -> grpc.StatusCode | None:
+        asking = asyncio.create_task(ask_for_another()) if is_serving else None
+        ending = asyncio.create_task(end())
+        await serve(config_of(grace_s=0.1), port_file=port_file, load=load)
+        await ending
+        return None if asking is None else await asking
+
+    try:
+        # The gate is shut: if anything waited for the thread, this would not end.
+        code = asyncio.run(work())
+    finally:
+        gate.set()
+    assert code in ({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE} if is_serving else {None})

@@ -1,0 +1,129 @@
+"""`mal-train inference` and `evaluate` on a detector's boxes, as people run them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from mal_train.cli import main
+from mal_train.core.metrics.coco_ap import AP_NAMES
+from tests.mal_train.core.metrics.ground_truths import plain_pycocotools
+from tests.mal_train.test_cli import checkpoint, inference_spec, labels_of, spec_file
+from tests.scenes import write_scenes
+
+__all__ = ["checkpoint"]
+
+
+def write_detections(folder: Path, annotations: Path) -> Path:
+    """Boxes near the true ones, one of them twice, with scores; no ids."""
+    rng = np.random.default_rng(0)
+    rows = json.loads(annotations.read_text())["annotations"]
+    found = [
+        {
+            "image_id": row["image_id"],
+            "category_id": row["category_id"],
+            "bbox": [float(v + d) for v, d in zip(row["bbox"], rng.integers(-2, 3, 4), strict=True)],
+            "score": round(float(rng.random()), 3),
+        }
+        for row in [*rows, rows[0]]
+    ]
+    path = folder / "detections.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_detections_get_masks_and_keep_their_scores(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=3)
+    detections = write_detections(tmp_path, scenes[0])
+    spec = inference_spec(tmp_path, checkpoint, scenes, box_inputs=str(detections))
+    assert main(["inference", "-e", spec]) == 0
+    given = json.loads(detections.read_text())
+    rows = labels_of(tmp_path)
+    assert list(rows) == [1, 2, 3, 4, 5, 6, 7]
+    for row, detection in zip(rows.values(), given, strict=True):
+        assert {key: row[key] for key in detection} == detection
+        assert (row["mask_score"] > 0) == (row["area"] > 0)
+    assert any(row["mask_score"] > 0 for row in rows.values())
+    # COCO's own loader takes the rows as results.
+    COCO(str(scenes[0])).loadRes(list(rows.values()))
+
+
+def test_a_detection_without_a_mask_still_counts_among_the_boxes(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=3)
+    detections = write_detections(tmp_path, scenes[0])
+    lost = json.loads(scenes[0].read_text())["images"][0]["file_name"]
+    spec = spec_file(
+        tmp_path,
+        dataset={"val_ann_path": str(scenes[0]), "val_img_dir": str(scenes[1])},
+        evaluate={"checkpoint": str(checkpoint), "precision": "float32", "box_inputs": str(detections)},
+    )
+    figures = []
+    for is_there in (True, False):
+        if not is_there:
+            (scenes[1] / lost).unlink()
+        assert main(["evaluate", "-e", spec]) == (0 if is_there else 3)
+        figures.append(json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text()))
+    whole, partly = figures
+    assert {name: partly[f"{name}_bbox"] for name in AP_NAMES} == {name: whole[f"{name}_bbox"] for name in AP_NAMES}
+    assert partly["detections"] < whole["detections"]
+    assert partly["skipped_by_reason"] == {"IMAGE_NOT_FOUND": whole["detections"] - partly["detections"]}
+
+
+def test_figures_of_boxes_and_masks_are_those_of_pycocotools(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=3)
+    detections = write_detections(tmp_path, scenes[0])
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes, box_inputs=str(detections))]) == 0
+    made = list(labels_of(tmp_path).values())
+    spec = spec_file(
+        tmp_path,
+        dataset={"val_ann_path": str(scenes[0]), "val_img_dir": str(scenes[1])},
+        evaluate={"checkpoint": str(checkpoint), "precision": "float32", "box_inputs": str(detections)},
+    )
+    assert main(["evaluate", "-e", spec]) == 0
+    figures = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
+    truth = json.loads(scenes[0].read_text())
+    for number, row in enumerate(truth["annotations"], start=1):
+        row["id"] = number  # pycocotools takes an annotation with id 0 for unmatched
+        row["area"] = float(mask_area(row["segmentation"]))
+    for kind in ("bbox", "segm"):
+        results = [{key: row[key] for key in ("image_id", "category_id", "score", *FORM[kind])} for row in made]
+        expected: dict[str, Any] = {
+            name: None if value < 0 else value
+            for name, value in zip(AP_NAMES, plain_pycocotools(truth, results, kind), strict=True)
+        }
+        assert {name: figures[f"{name}_{kind}"] for name in AP_NAMES} == expected
+    assert 0 < figures["AP_bbox"] < 1
+    assert figures["detections"] == 7
+    assert "7 detections with a mask" in capsys.readouterr().out
+
+
+FORM = {"bbox": ("bbox",), "segm": ("segmentation",)}
+
+
+def mask_area(code: dict[str, Any]) -> int:
+    from mal_train.core.masks import rle
+
+    return rle.area(rle.Rle.from_coco(code))
+
+
+def test_detections_without_a_mask_are_counted_by_reason(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=3)
+    detections = write_detections(tmp_path, scenes[0])
+    rows = json.loads(detections.read_text())
+    rows[0]["image_id"], rows[1]["score"], rows[2]["bbox"] = 99, None, [500, 500, 9, 9]
+    detections.write_text(json.dumps(rows))
+    (scenes[1] / "2.png").unlink()
+    spec = spec_file(
+        tmp_path,
+        dataset={"val_ann_path": str(scenes[0]), "val_img_dir": str(scenes[1])},
+        evaluate={"checkpoint": str(checkpoint), "precision": "float32", "box_inputs": str(detections)},
+    )
+    assert main(["evaluate", "-e", spec]) == 3
+    figures = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
+    assert figures["skipped_by_reason"] == {"IMAGE_NOT_FOUND": 2, "BAD_SCORE": 1, "BAD_BOX": 1, "IMAGE_UNKNOWN": 1}
+    assert figures["detections"] == 2

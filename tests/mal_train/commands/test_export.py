@@ -1,0 +1,220 @@
+"""mal-train export, files of one network, and the model in the package."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from mal_train.cli import main
+from mal_train.commands import export
+from mal_train.commands.label import open_labelling
+from mal_train.config.spec import Spec
+from mal_train.core.console import Screen
+from mal_train.core.errors import ConfigError
+from mal_train.core.settings import Branch, LabelerConfig
+from mal_train.kernel.checkpoint import builtin
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint, sha256_of
+from mal_train.kernel.checkpoint.lineage import NOT_STATED
+from mal_train.kernel.convert.pretrained import load_pretrained
+from mal_train.kernel.labeler.labeler import load_labeler
+from mal_train.kernel.networks.network import MalNetwork, ModelConfig
+from tests.scenes import write_scenes
+
+MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=4, mask_head_out_channel=4)
+X, BRANCH = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(4)), torch.tensor([0, 2])
+
+
+@pytest.fixture
+def network() -> MalNetwork:
+    torch.manual_seed(3)
+    both = MalNetwork(MICRO).eval()
+    with torch.no_grad():
+        for parameter in both.teacher.parameters():
+            parameter.mul_(1.1)
+    return both
+
+
+@pytest.fixture
+def trained(tmp_path: Path, network: MalNetwork) -> Path:
+    path = tmp_path / "trained.malckpt"
+    save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(crop_size=64), network.state_dict()), None)
+    return path
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_the_named_network_is_exported_and_answers_as_it_did(
+    tmp_path: Path, network: MalNetwork, trained: Path, which: str
+) -> None:
+    out = tmp_path / "small.malckpt"
+    overrides = [f"evaluate.checkpoint={trained}", f"evaluate.use_teacher_test={which == 'teacher'}"]
+    assert main(["export", "-o", str(out), "--licence", "Apache-2.0", *overrides]) == 0
+    assert trained.stat().st_size / out.stat().st_size > 3
+    loaded = load_checkpoint(out, None)
+    assert {tensor.dtype for tensor in loaded.weights.values()} == {torch.float32}
+    assert (loaded.provenance["network"], loaded.provenance["licence"]) == (which, "Apache-2.0")
+    labeler, _ = load_labeler(out, precision="float32")
+    with torch.inference_mode():
+        before = network.logits(X, BRANCH, Branch(which))
+        after = labeler.network.logits(X, BRANCH, Branch.STUDENT)
+    assert torch.allclose(before, after, rtol=0.02, atol=0.02)
+    assert not torch.equal(before, after)
+
+
+def test_the_mean_of_two_checkpoints_is_written(tmp_path: Path, network: MalNetwork, trained: Path) -> None:
+    doubled = {name: weight * 3 for name, weight in network.state_dict().items()}
+    other, out = tmp_path / "other.malckpt", tmp_path / "mean.malckpt"
+    save_checkpoint(other, Checkpoint(MICRO, LabelerConfig(crop_size=64), doubled), None)
+    assert main(["export", "-o", str(out), "--average", str(other), f"evaluate.checkpoint={trained}"]) == 0
+    written = load_checkpoint(out, None)
+    for name, weight in written.weights.items():
+        assert torch.allclose(weight, 2 * network.state_dict()[name], rtol=1e-3, atol=1e-6)
+    assert written.provenance["mean_of_checkpoints"] == 2
+
+
+def test_a_mean_tells_of_all_its_sources_and_all_their_licences(
+    tmp_path: Path, network: MalNetwork, trained: Path
+) -> None:
+    known = {"tool": "mine", "starting_weights": "a", "starting_weights_licence": "Apache-2.0", "steps": 10}
+    bare = {"tool": "mine", "starting_weights": "b", "starting_weights_licence": NOT_STATED, "steps": 20}
+    paths = [tmp_path / "known.malckpt", tmp_path / "bare.malckpt"]
+    for path, provenance in zip(paths, (known, bare), strict=True):
+        save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), network.state_dict(), [], provenance), None)
+    out = tmp_path / "mean.malckpt"
+    assert main(["export", "-o", str(out), "--average", str(paths[1]), f"evaluate.checkpoint={paths[0]}"]) == 0
+    written = load_checkpoint(out, None).provenance
+    assert [(source["checkpoint"], source["steps"], source["sha256"]) for source in written["sources"]] == [
+        (path.name, steps, sha256_of(path)) for path, steps in zip(paths, (10, 20), strict=True)
+    ]
+    assert written["starting_weights_licence"] == f"Apache-2.0 and {NOT_STATED}"
+    assert (written["starting_weights"], written["tool"]) == ("a and b", "mine")
+    assert "steps" not in written
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stays"),
+    [([], True), (["dataset.test_crop_size=96"], False), (["evaluate.use_teacher_test=true"], False)],
+)
+def test_a_calibration_goes_along_only_with_what_it_was_fitted_to(
+    tmp_path: Path, network: MalNetwork, overrides: list[str], stays: bool
+) -> None:
+    source, out = tmp_path / "fitted.malckpt", tmp_path / "small.malckpt"
+    config = LabelerConfig(crop_size=64, calibration=((0.0, 0.0), (1.0, 1.0)))
+    save_checkpoint(source, Checkpoint(MICRO, config, network.state_dict()), None)
+    assert main(["export", "-o", str(out), f"evaluate.checkpoint={source}", *overrides]) == 0
+    header = read_header(out, None).content
+    assert header is not None
+    assert (header.labeler.calibration is not None) == stays
+
+
+def test_networks_that_count_their_batches_are_exported(tmp_path: Path) -> None:
+    model = ModelConfig("fan_tiny_12_p16_224", mask_head_hidden_channel=4, mask_head_out_channel=4)
+    fan, out = tmp_path / "fan.malckpt", tmp_path / "small.malckpt"
+    weights = MalNetwork(model).state_dict()
+    save_checkpoint(fan, Checkpoint(model, LabelerConfig(crop_size=64), weights), None)
+    assert main(["export", "-o", str(out), f"evaluate.checkpoint={fan}", "--average", str(fan)]) == 0
+    counts = {
+        name: tensor for name, tensor in load_checkpoint(out, None).weights.items() if tensor.dtype is torch.int64
+    }
+    assert counts
+    assert all(torch.equal(count, weights[name]) for name, count in counts.items())
+
+
+def test_the_mean_of_two_architectures_is_refused(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=4)
+    other = tmp_path / "other.malckpt"
+    save_checkpoint(other, Checkpoint(model, LabelerConfig(crop_size=64), MalNetwork(model).state_dict()), None)
+    out = tmp_path / "mean.malckpt"
+    assert main(["export", "-o", str(out), "--average", str(other), f"evaluate.checkpoint={trained}"]) == 2
+    assert "another network" in capsys.readouterr().err
+
+
+def test_asking_a_file_of_one_network_for_the_other_is_refused(tmp_path: Path, trained: Path) -> None:
+    out = tmp_path / "small.malckpt"
+    assert main(["export", "-o", str(out), f"evaluate.checkpoint={trained}"]) == 0
+    labeler, _ = load_labeler(out)
+    assert not labeler.network.has_teacher
+    for which in (Branch.TEACHER, Branch.MIXED):
+        with pytest.raises(ConfigError, match="holds the student alone"):
+            labeler.network.logits(X, BRANCH, which)
+
+
+def test_thresholds_and_calibration_are_fitted_to_what_is_written(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations, images = write_scenes(tmp_path / "scenes", images=40)
+    out = tmp_path / "small.malckpt"
+    overrides = [
+        f"evaluate.checkpoint={trained}",
+        f"dataset.val_ann_path={annotations}",
+        f"dataset.val_img_dir={images}",
+        "dataset.test_crop_size=96",
+        "train.test_margin_rate=[0.2]",
+        "evaluate.precision=float32",
+    ]
+    assert main(["export", "-o", str(out), *overrides]) == 0
+    assert "80 masks compared" in capsys.readouterr().out
+    header = read_header(out, None).content
+    assert header is not None
+    assert (header.labeler.crop_size, header.labeler.margin_rate) == (96, 0.2)
+    assert header.labeler.calibration is not None
+    assert 0 < header.provenance["validation"]["mIoU"] < 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.use_mixed_model_test=true", "one network is exported"),
+        ("dataset.test_crop_size=100", "positive multiple of 16"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    out = tmp_path / "small.malckpt"
+    assert main(["export", "-o", str(out), f"evaluate.checkpoint={trained}", override]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_builtin_names_the_file_in_the_package_and_other_names_themselves() -> None:
+    assert builtin.resolve("some/file.malckpt") == Path("some/file.malckpt")
+    path = builtin.resolve(builtin.BUILTIN)
+    assert path.is_file()
+    assert path.stat().st_size <= 20_000_000
+
+
+def test_the_model_in_the_package_is_shown_with_what_its_card_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sha256_of(builtin.resolve(builtin.BUILTIN)) == builtin.SHA256
+    assert main(["inspect", "builtin"]) == 0
+    assert "starting_weights_licence: Apache-2.0" in capsys.readouterr().out
+    content = read_header(builtin.resolve("builtin"), None).content
+    assert content is not None
+    assert load_pretrained(MalNetwork(content.model), "builtin").origin.licence == "Apache-2.0"
+
+
+@pytest.mark.parametrize("task", ["evaluate", "inference"])
+def test_labels_name_the_weights_that_made_them_though_the_file_has_moved_on(
+    trained: Path, task: Literal["evaluate", "inference"]
+) -> None:
+    sha256 = sha256_of(trained)
+    labelling = open_labelling(Spec.model_validate({task: {"checkpoint": str(trained)}}), task, Screen.silent())
+    trained.write_bytes(b"the next one of the same name")
+    assert labelling.provenance()["checkpoint_sha256"] == sha256
+
+
+def test_a_mean_names_the_files_that_were_read_though_they_have_moved_on(
+    tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_and_move_on(path: Path, *args: Any, **options: Any) -> Checkpoint:
+        read = load_checkpoint(path, *args, **options)
+        path.write_bytes(b"the next one of the same name")
+        return read
+
+    monkeypatch.setattr(export, "load_checkpoint", load_and_move_on)
+    sha256, other, out = sha256_of(trained), tmp_path / "other.malckpt", tmp_path / "mean.malckpt"
+    other.write_bytes(trained.read_bytes())
+    assert main(["export", "-o", str(out), "--average", str(other), f"evaluate.checkpoint={trained}"]) == 0
+    assert [source["sha256"] for source in load_checkpoint(out, None).provenance["sources"]] == [sha256, sha256]

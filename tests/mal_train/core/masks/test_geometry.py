@@ -1,0 +1,169 @@
+"""Crop arithmetic: the published geometry, its inverse, and boxes at the edges."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mal_train.core.errors import BadBox
+from mal_train.core.masks import geometry
+from mal_train.core.masks.geometry import Region, Window
+from mal_train.core.settings import Compat
+from tests.reference import fixture
+
+BOXES = st.tuples(
+    st.floats(-50, 150), st.floats(-50, 150), st.floats(0.3, 200), st.floats(0.3, 200)
+)  # against an image of 100 x 120 px
+
+
+def test_test_windows_equal_the_published_ones() -> None:
+    rows = json.loads(fixture("d_ext_boxes.json").read_text())
+    for row in rows:
+        window = geometry.test_window(tuple(row["bbox_xywh"]), row["margin_rate"])
+        assert list(window) == row["ext"], row
+        assert (window.height, window.width) == (row["ext_h"], row["ext_w"])
+
+
+def test_random_margins_and_windows_equal_the_published_ones() -> None:
+    rows = json.loads(fixture("d_ext_boxes_random.json").read_text())
+    for row in rows:
+        low, high = row["margin_rate"]
+        margins = geometry.margins_from(np.array(row["u"]), np.array(row["g"]), (low, high))
+        assert margins == pytest.approx(row["margins"], abs=1e-12)
+        x0, y0, x1, y1 = row["bbox_xyxy_f32"]
+        assert list(geometry.train_window((x0, y0, x1 - x0, y1 - y0), margins)) == row["ext"], row
+
+
+@pytest.mark.parametrize("image", ["33x47", "60x80", "97x131"])
+@pytest.mark.parametrize("margin", ["0.0", "0.6"])
+def test_crops_and_box_masks_equal_the_published_ones(image: str, margin: str) -> None:
+    data = np.load(fixture(f"d_crop_{image}_m{margin}.npz"))
+    pixels = data["image"]
+    for box, ext, crop, box_mask in zip(data["bbox_xywh"], data["ext"], data["crop"], data["boxmask"], strict=True):
+        x, y, w, h = (float(v) for v in box)
+        box_xywh = (x, y, w, h)
+        window = geometry.test_window(box_xywh, float(margin))
+        assert list(window) == ext.tolist()
+        np.testing.assert_array_equal(geometry.resize_crop(geometry.cut(pixels, window), crop.shape[0]), crop)
+        mine = geometry.box_mask_in_window(box_xywh, window, pixels.shape[:2], crop.shape[0], Compat.TAO)
+        np.testing.assert_array_equal(mine, box_mask)
+
+
+def test_wrapped_windows_equal_the_published_ones() -> None:
+    data = np.load(fixture("d_wrapcrop.npz"))
+    for index, box in enumerate(data["boxes"]):
+        np.testing.assert_array_equal(geometry.cut(data["img"], Window(*box.tolist())), data[f"out{index}"])
+
+
+def test_window_wider_than_twice_the_image_repeats_it() -> None:
+    image = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    assert geometry.cut(image, Window(-4, 0, 5, 1)).tolist() == [[2, 0, 1, 2, 0, 1, 2, 0, 1]]
+
+
+WINDOWS = st.builds(
+    lambda x, y, w, h: Window(x, y, x + w, y + h),
+    *[st.integers(-30, 30)] * 2,
+    *[st.integers(1, 60)] * 2,
+)
+
+
+@given(WINDOWS, st.tuples(st.integers(1, 12), st.integers(1, 12)), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_a_window_anywhere_shows_the_pixels_that_indexing_modulo_the_size_gives(
+    window: Window, image_hw: tuple[int, int], is_rgb: bool
+) -> None:
+    height, width = image_hw
+    shape = (height, width, 3) if is_rgb else (height, width)
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    rows, columns = np.arange(window.y0, window.y1) % height, np.arange(window.x0, window.x1) % width
+    due = image[rows[:, None], columns[None, :]]
+    found = geometry.cut(image, window)
+    np.testing.assert_array_equal(found, due)
+    assert found.dtype == np.uint8
+
+
+@given(BOXES)
+@settings(max_examples=300, deadline=None)
+def test_every_box_is_refused_or_lies_inside_after_the_check(box: tuple[float, float, float, float]) -> None:
+    try:
+        (x, y, w, h), clipped = geometry.check_box(box, (100, 120))
+    except BadBox:
+        x0, y0 = max(box[0], 0), max(box[1], 0)
+        x1, y1 = min(box[0] + box[2], 120), min(box[1] + box[3], 100)
+        assert x1 <= x0 or y1 <= y0 or (x1 - x0) * (y1 - y0) < 1.0
+        return
+    assert x >= 0
+    assert y >= 0
+    assert x + w <= 120 + 1e-9
+    assert y + h <= 100 + 1e-9
+    assert clipped == ((x, y, w, h) != box)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (math.nan, 0, 5, 5),
+        (0, math.inf, 5, 5),
+        (0, 0, 0, 5),
+        (0, 0, 5, -1),
+        (200, 0, 5, 5),
+        (-5, -5, 5, 5),
+        (1e9, 1e9, 1e9, 1e9),
+        (5, 5, 0.5, 0.5),
+        (1, 2, 3),
+    ],
+)
+def test_boxes_that_no_mask_can_answer_are_named_and_refused(box: tuple[float, ...]) -> None:
+    with pytest.raises(BadBox, match="box 7"):
+        geometry.check_box(box, (100, 120), "box 7")
+
+
+def test_a_huge_box_is_clipped_to_the_whole_image() -> None:
+    assert geometry.check_box((-1e9, -1e9, 2e9, 2e9), (100, 120)) == ((0.0, 0.0, 120.0, 100.0), True)
+
+
+@pytest.mark.parametrize(
+    ("box", "region"),
+    [
+        ((0.0, 0.0, 4.0, 4.0), Region(0, 0, 4, 4)),
+        ((0.5, 0.5, 1.0, 1.0), Region(0, 0, 1, 1)),  # centre 0.5 lies on the edge and belongs
+        ((0.51, 0.0, 1.0, 1.0), Region(1, 0, 2, 1)),
+        ((0.4, 0.0, 1.2, 1.0), Region(0, 0, 2, 1)),
+        ((96.0, 116.0, 4.0, 4.0), Region(96, 116, 100, 120)),
+    ],
+)
+def test_a_pixel_belongs_to_the_box_when_its_centre_does(
+    box: tuple[float, float, float, float], region: Region
+) -> None:
+    assert geometry.box_pixels(box, (120, 100)) == region
+
+
+def test_paste_undoes_crop_for_boxes_over_the_edge() -> None:
+    rng = np.random.default_rng(3)
+    smooth = np.add.outer(np.linspace(0, 0.5, 90), np.linspace(0, 0.5, 70)).astype(np.float32)
+    image = (smooth * 255).astype(np.uint8)
+    for _ in range(50):
+        x, y = rng.uniform(-10, 50, 2)
+        inside, _ = geometry.check_box((x, y, *rng.uniform(15, 60, 2)), (90, 70))
+        window = geometry.test_window(inside, 0.6)
+        region = geometry.box_pixels(inside, (90, 70))
+        crop = geometry.resize_crop(geometry.cut(image, window), 128).astype(np.float32) / np.float32(255)
+        back = geometry.paste(crop, window, region)
+        expected = smooth[region.row0 : region.row1, region.col0 : region.col1]
+        assert back.shape == expected.shape
+        # Wrapped neighbours bleed over at most one source pixel at the border.
+        assert np.abs(back - expected)[2:-2, 2:-2].max() < 0.02
+
+
+def test_wrapped_box_mask_repeats_the_box_and_the_plain_one_does_not() -> None:
+    box, window = (0.0, 0.0, 10.0, 10.0), Window(-10, 0, 20, 10)
+    plain = geometry.box_mask_in_window(box, window, (10, 20), 30, Compat.NONE)
+    wrapped = geometry.box_mask_in_window(box, window, (10, 20), 30, Compat.NONE, wrap=True)
+    assert plain[15].tolist() == [0] * 10 + [1] * 10 + [0] * 10
+    assert wrapped[15].tolist() == [0] * 10 + [1] * 10 + [0] * 10
+    wide = Window(-20, 0, 20, 10)
+    assert geometry.box_mask_in_window(box, wide, (10, 20), 40, Compat.NONE, wrap=True)[5, :10].tolist() == [1] * 10
+    assert not geometry.box_mask_in_window(box, wide, (10, 20), 40, Compat.NONE)[5, :20].any()

@@ -1,0 +1,40 @@
+"""The contact sheet as one picture."""
+
+import numpy as np
+import pytest
+
+from mal_train.core.report.board import CELL, contact_sheet_picture
+
+
+def patch(height: int, width: int, colour: tuple[int, int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    return np.full((height, width, 3), colour, dtype=np.uint8)
+
+
+def places(sheet: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], colour: tuple[int, int, int]) -> tuple[int, int]:
+    rows, columns = np.nonzero((np.abs(sheet.astype(int) - colour) < 3).all(axis=2))
+    return int(rows.mean()), int(columns.mean())
+
+
+def test_pictures_stand_in_reading_order_and_fit_their_cells() -> None:
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    shapes = [(10, 500), (500, 10), (3, 3)]
+    pictures = [(patch(*shape, colour), "IoU 0.1") for shape, colour in zip(shapes, colours, strict=True)]
+    sheet = contact_sheet_picture(pictures, columns=2)
+    red, green, blue = (places(sheet, colour) for colour in colours)
+    assert red[0] == pytest.approx(green[0], abs=CELL // 2)
+    assert red[1] < green[1]
+    assert blue[0] > red[0]
+    assert blue[1] < CELL
+    assert np.count_nonzero((np.abs(sheet.astype(int) - (0, 0, 250)) < 3).all(axis=2)) == CELL * CELL
+
+
+def test_captions_are_written_under_their_pictures() -> None:
+    with_text = contact_sheet_picture([(patch(9, 9, (9, 9, 9)), "IoU 0.10")], "epoch 1")
+    without = contact_sheet_picture([(patch(9, 9, (9, 9, 9)), "")])
+    changed = np.nonzero((with_text != without).any(axis=(1, 2)))[0]
+    assert changed.min() < 20
+    assert changed.max() > CELL
+
+
+def test_nothing_to_show_is_a_sheet_all_the_same() -> None:
+    assert contact_sheet_picture([]).ndim == 3

@@ -1,0 +1,90 @@
+"""The table of backbones: names, sizes, crop sizes, licences."""
+
+import pytest
+import timm
+import torch
+
+from mal_train.core.errors import ConfigError
+from mal_train.kernel.convert.pretrained import UNKNOWN_ARCH_LICENCE, published_licence
+from mal_train.kernel.networks.backbones import BACKBONES, backbone_size, build_backbone, check_crop_size, own_crop_size
+
+
+@pytest.mark.parametrize(
+    ("arch", "millions"),
+    [
+        ("vit-deit-tiny/16", 5.5),
+        ("vit-deit-small/16", 21.7),
+        ("vit-deit-base/16", 85.8),
+        ("vit-deit-base-distilled/16", 85.8),
+        ("vit-deit-iii-base-224/16", 85.8),
+        ("vit-dino-small/16", 21.7),
+        ("vit-dino-base/16", 85.8),
+        ("vit-mocov3-base/16", 85.8),
+        ("vit-mae-base/16", 85.8),
+        ("vit-mae-large/16", 303.3),
+        ("vit-mae-huge/14", 630.8),
+    ],
+)
+def test_published_backbones_have_the_published_number_of_parameters(arch: str, millions: float) -> None:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_backbone(arch).parameters())
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.parametrize("arch", sorted(arch for arch, row in BACKBONES.items() if row.pretrained))
+def test_timm_knows_the_weights_of_a_row_and_their_licence(arch: str) -> None:
+    name = BACKBONES[arch].pretrained
+    assert name is not None
+    config = timm.models.get_pretrained_cfg(name)
+    assert config is not None
+    assert (config.license or "").casefold() == (BACKBONES[arch].licence or "").casefold()
+    with torch.device("meta"):
+        theirs, ours = timm.create_model(name, pretrained=False).state_dict(), build_backbone(arch).state_dict()
+    theirs["reg_token"] = theirs.pop("dist_token", torch.empty(0))
+    strange = {key for key in ours if key not in theirs or ours[key].shape != theirs[key].shape}
+    stem = {key for key in ours if key.startswith("patch_embed.")}
+    assert strange == (stem if arch.endswith("-convstem") else set())
+
+
+def test_an_unknown_arch_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'vit-deit-small/16'"):
+        backbone_size("vit-diet-small/16")
+
+
+@pytest.mark.parametrize("arch", sorted(BACKBONES))
+def test_every_row_takes_crops_of_its_patch_size(arch: str) -> None:
+    check_crop_size(arch, 14 * BACKBONES[arch].patch)
+    with pytest.raises(ConfigError, match=r"crop_size: .* multiple of"):
+        check_crop_size(arch, 14 * BACKBONES[arch].patch + 1)
+
+
+@pytest.mark.parametrize("arch", sorted(BACKBONES))
+def test_a_rows_own_crop_fits_its_patches(arch: str) -> None:
+    size = own_crop_size(arch)
+    check_crop_size(arch, size)
+    assert size == (504 if BACKBONES[arch].patch == 14 else 512)
+
+
+@pytest.mark.parametrize("arch", sorted(BACKBONES))
+def test_every_row_has_the_stages_that_can_be_frozen(arch: str) -> None:
+    with torch.device("meta"):
+        network = build_backbone(arch)
+    assert any(True for _ in network.get_submodule("patch_embed").parameters())
+    assert all(any(True for _ in block.parameters()) for block in network.get_submodule("blocks").children())
+
+
+def test_the_crop_size_of_the_others_is_refused_for_the_patches_of_huge_with_what_fits() -> None:
+    with pytest.raises(ConfigError, match="take 504 or 518"):
+        check_crop_size("vit-mae-huge/14", 512)
+
+
+@pytest.mark.parametrize(
+    ("arch", "licence"),
+    [
+        ("vit-dino-small/16", "Apache-2.0"),
+        ("vit-mocov3-base/16", "CC-BY-NC-4.0"),
+        ("vit-micro/16", UNKNOWN_ARCH_LICENCE),
+    ],
+)
+def test_the_licence_of_a_rows_weights_is_told(arch: str, licence: str) -> None:
+    assert published_licence(arch) == licence

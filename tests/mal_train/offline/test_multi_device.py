@@ -1,0 +1,127 @@
+"""Labelling on two devices, here the CPU twice, a process each."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mal_train.commands.evaluate import evaluate
+from mal_train.commands.inference import inference
+from mal_train.config.spec import Spec, load_spec
+from mal_train.core.coco.annotations import by_image, read_coco
+from mal_train.core.console import Screen
+from mal_train.core.errors import ConfigError, LostProcess
+from mal_train.core.settings import LabelerConfig
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.networks.network import MalNetwork
+from mal_train.offline import multi_device
+from mal_train.offline.multi_device import label_on
+from tests.networks import spread_network
+from tests.scenes import write_scenes
+
+CONFIG = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
+CPU = torch.device("cpu")
+
+
+def awkward(coco: dict[str, Any]) -> None:
+    """A crowd, a box that cannot be labelled, an image without a file, one without boxes, an annotation nowhere."""
+    rows = coco["annotations"]
+    rows[1]["iscrowd"] = 1
+    rows[3]["bbox"] = [1000, 1000, 5, 5]
+    coco["images"].append({"id": 50, "file_name": "gone.png", "width": 10, "height": 10})
+    rows.append({**rows[0], "id": 500, "image_id": 50})
+    coco["images"].append({"id": 51, "file_name": "0.png", "width": 96, "height": 80})
+    rows.append({**rows[0], "id": 501, "image_id": 99})
+
+
+@pytest.fixture(scope="module")
+def network() -> MalNetwork:
+    return spread_network()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_scenes(tmp_path_factory.mktemp("scenes"), images=7, change=awkward)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(network: MalNetwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "model.malckpt"
+    weights = dict(network.state_dict())
+    save_checkpoint(path, Checkpoint(network.config, CONFIG, weights, [{"id": 1, "name": "ellipse"}], {}), None)
+    return path
+
+
+def spec_of(checkpoint: Path, scenes: tuple[Path, Path], results: Path, processes: int) -> Spec:
+    overrides = [f"results_dir='{results}'", f"inference.ann_path='{scenes[0]}'", f"inference.img_dir='{scenes[1]}'"]
+    overrides += [f"dataset.val_ann_path='{scenes[0]}'", f"dataset.val_img_dir='{scenes[1]}'"]
+    for task in ("evaluate", "inference"):
+        overrides += [
+            f"{task}.checkpoint='{checkpoint}'",
+            f"{task}.num_gpus={processes}",
+            f"{task}.gpu_ids=[]",
+            f"{task}.precision=float32",
+        ]
+    return load_spec(None, overrides)
+
+
+def test_two_processes_write_the_bytes_of_one(checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path) -> None:
+    one, two = (inference(spec_of(checkpoint, scenes, tmp_path / str(n), n), Screen.silent()) for n in (1, 2))
+    assert one.path.read_bytes() == two.path.read_bytes()
+    assert (one.labelled, one.failed) == (two.labelled, two.failed)
+    ids = [row["id"] for row in json.loads(two.path.read_text())["annotations"]]
+    assert ids == [row["id"] for row in json.loads(scenes[0].read_text())["annotations"]]
+    assert one.labelled == 12
+    flags = [row.get("flags") for row in json.loads(two.path.read_text())["annotations"]]
+    assert flags.count([]) > 6, "masks that are neither empty nor full tell something"
+
+
+@pytest.mark.slow  # each process imports torch anew
+def test_two_processes_measure_what_one_does(checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path) -> None:
+    reports = [evaluate(spec_of(checkpoint, scenes, tmp_path / str(n), n), Screen.silent()) for n in (1, 2)]
+    assert reports[0] == reports[1]
+    files = [(tmp_path / name / "evaluate/results.json").read_bytes() for name in "12"]
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_more_processes_than_images_are_none_too_many(
+    network: MalNetwork, scenes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multi_device, "CHUNK", 1)
+    rows = list(by_image(read_coco(scenes[0])))[:1]
+    labeler = Labeler(network, CONFIG, precision="float32")
+    found = list(label_on([CPU] * 3, labeler, rows, scenes[1], precision="float32"))
+    alone = list(label_on([CPU], labeler, rows, scenes[1], precision="float32"))
+    assert found == alone
+    assert len(found) == 1
+
+
+def test_a_killed_process_is_an_error_and_leaves_none_behind(
+    network: MalNetwork, scenes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[Any] = []
+    inbox = multi_device._Inbox
+
+    def with_one_killed(workers: Any) -> Any:
+        held.extend(workers)
+        workers[1].process.kill()
+        return inbox(workers)
+
+    monkeypatch.setattr(multi_device, "_Inbox", with_one_killed)
+    rows = list(by_image(read_coco(scenes[0])))
+    with pytest.raises(LostProcess, match=r"has gone \(exit code -9\); nothing was written"):
+        list(label_on([CPU] * 2, Labeler(network, CONFIG), rows, scenes[1], precision="float32"))
+    assert [worker.process.is_alive() for worker in held] == [False, False]
+
+
+def test_what_no_process_could_do_is_said_before_any_starts(
+    checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path
+) -> None:
+    spec = spec_of(checkpoint, scenes, tmp_path, 2)
+    half = spec.model_copy(update={"inference": spec.inference.model_copy(update={"precision": "float16"})})
+    with pytest.raises(ConfigError, match="float16 on a CPU"):
+        inference(half, Screen.silent())

@@ -1,0 +1,378 @@
+"""`mal-train` as people run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from pycocotools import mask as coco_mask
+
+from mal_train.cli import main
+from mal_train.config.spec import Spec, load_spec
+from mal_train.core.coco.annotations import read_coco
+from mal_train.core.masks.images import read_image
+from mal_train.core.settings import Branch, Compat, LabelerConfig
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mal_train.kernel.convert.tao_import import from_tao
+from mal_train.kernel.labeler.labeler import Label, Labeler, RunOptions, load_labeler
+from mal_train.kernel.networks.network import MalNetwork, ModelConfig
+from mal_train.offline.dataset_labeler import label_boxes
+from tests.mal_train.kernel.published import NVLABS, TAO, TAO6_FAN_HYBRID, state_dict
+from tests.paths import ROOT
+from tests.reference import fixture
+from tests.scenes import write_scenes
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random small network; its masks mean nothing, but they are neither empty nor full."""
+    torch.manual_seed(0)
+    model = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=8)
+    network = MalNetwork(model)
+    network.reset_teacher()
+    path = tmp_path_factory.mktemp("model") / "micro.malckpt"
+    config = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
+    save_checkpoint(path, Checkpoint(model, config, network.state_dict(), [{"id": 1, "name": "ellipse"}]), None)
+    return path
+
+
+def spec_file(folder: Path, **sections: Any) -> str:
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump({"results_dir": str(folder / "results"), **sections}))
+    return str(path)
+
+
+def inference_spec(folder: Path, checkpoint: Path, scenes: tuple[Path, Path], **more: Any) -> str:
+    section = {
+        "checkpoint": str(checkpoint),
+        "ann_path": str(scenes[0]),
+        "img_dir": str(scenes[1]),
+        "precision": "float32",
+        **more,
+    }
+    return spec_file(folder, inference=section)
+
+
+def labels_of(folder: Path) -> dict[Any, dict[str, Any]]:
+    written = json.loads((folder / "results" / "inference" / "instances_val2017_mal.json").read_text())
+    return {row["id"]: row for row in written["annotations"]}
+
+
+def test_inference_gives_every_box_the_mask_that_the_labeler_gives(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=3, masks=False)
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes, batch_size=4)]) == 0
+    labels = labels_of(tmp_path)
+    coco = read_coco(scenes[0])
+    assert list(labels) == [annotation.id for annotation in coco.annotations]
+    labeler, _ = load_labeler(checkpoint, precision="float32")
+    for annotation in coco.annotations:
+        image = read_image(scenes[1] / f"{annotation.image_id}.png")
+        (expected,) = labeler.label(image, [annotation.box_xywh])
+        assert isinstance(expected, Label)
+        assert labels[annotation.id]["segmentation"] == expected.rle.to_coco()
+        assert labels[annotation.id]["score"] == expected.score
+        assert labels[annotation.id]["bbox"] == list(annotation.box_xywh)
+
+
+def test_what_fails_is_listed_and_the_rest_is_labelled(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(coco: dict[str, Any]) -> None:
+        rows = coco["annotations"]
+        rows[0]["bbox"] = [500, 500, 10, 10]
+        rows[1]["bbox"] = [1, 2, "x", 4]
+        rows[2]["iscrowd"] = 1
+        rows[3]["category_id"] = 77
+        coco["images"][2]["file_name"] = "gone.png"
+
+    scenes = write_scenes(tmp_path / "scenes", images=5, masks=False, change=spoil)
+    (scenes[1] / "3.png").write_bytes((scenes[1] / "3.png").read_bytes()[:100])
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes)]) == 3
+    rows = labels_of(tmp_path)
+    reasons = {key: row["error"]["reason"] for key, row in rows.items() if "error" in row}
+    assert reasons == {
+        0: "BAD_BOX",
+        1: "BAD_BOX",
+        11: "CATEGORY_UNKNOWN",
+        20: "IMAGE_NOT_FOUND",
+        21: "IMAGE_NOT_FOUND",
+        30: "IMAGE_DECODE_FAILED",
+        31: "IMAGE_DECODE_FAILED",
+    }
+    assert rows[10]["flags"] == ["CROWD"]
+    assert all("counts" in rows[key]["segmentation"] for key in (40, 41))
+    printed = capsys.readouterr()
+    # One line a picture, however many boxes it has.
+    assert printed.err.count("no mask: ") + 2 * printed.err.count("no mask for 2 boxes: ") == len(reasons)
+    assert "2 boxes without a mask: IMAGE_NOT_FOUND" in printed.out
+    status = [json.loads(line) for line in (tmp_path / "results/inference/status.json").read_text().splitlines()]
+    assert [line["status"] for line in status] == ["STARTED", "RUNNING", "SUCCESS"]
+
+
+def test_each_picture_is_decoded_once(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+
+    def counted(path: Path, **options: Any) -> Any:
+        opened.append(path)
+        return read_image(path, **options)
+
+    monkeypatch.setattr("mal_train.offline.dataset_labeler.read_image", counted)
+    scenes = write_scenes(tmp_path / "scenes", images=4, masks=False)
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes)]) == 0
+    assert len(opened) == 4
+
+
+def test_inference_compares_with_the_masks_of_the_file_when_asked(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2)
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes, load_mask=True)]) == 0
+    assert "4 masks compared" in capsys.readouterr().out
+    truth = {row["id"]: row["segmentation"] for row in json.loads(scenes[0].read_text())["annotations"]}
+    for key, row in labels_of(tmp_path).items():
+        iou = coco_mask.iou([truth[key]], [row["segmentation"]], [0])[0, 0]
+        assert row["iou"] == pytest.approx(iou)
+
+
+def test_evaluate_prints_a_table_and_writes_its_figures(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations, images = write_scenes(tmp_path / "scenes", images=3)
+    spec = spec_file(
+        tmp_path,
+        dataset={"val_ann_path": str(annotations), "val_img_dir": str(images)},
+        evaluate={"checkpoint": str(checkpoint), "precision": "float32"},
+    )
+    figures = {}
+    for name, overrides in (
+        ("student", []),
+        ("mixed", ["evaluate.use_mixed_model_test=true", "evaluate.use_teacher_test=true"]),
+        ("flip", ["evaluate.use_flip_test=true"]),
+    ):
+        assert main(["evaluate", "-e", spec, *overrides]) == 0
+        figures[name] = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
+    assert "6 masks compared" in capsys.readouterr().out
+    assert figures["student"]["branch"] == "student"
+    assert figures["mixed"]["branch"] == "mixed"
+    assert figures["mixed"]["mIoU"] == pytest.approx(figures["student"]["mIoU"], abs=1e-3)
+    assert figures["flip"]["mIoU"] != figures["student"]["mIoU"]
+    assert figures["student"]["count"] == 6
+
+
+def test_a_published_checkpoint_labels_as_its_own_code_did(tmp_path: Path) -> None:
+    torch.save({"state_dict": state_dict(TAO), "tao_model": "mal"}, tmp_path / "published.pth")
+    ours = tmp_path / "ours.malckpt"
+    overrides = ["dataset.crop_size=224", "compat=tao", "train.mask_thres=[0.1]", "train.test_margin_rate=[0.6,0.6]"]
+    assert main(["import", str(tmp_path / "published.pth"), "-o", str(ours), *overrides]) == 0
+    scenes = (fixture("k_e2e_boxes.json"), fixture("k_e2e_images"))
+    assert main(["inference", "-e", inference_spec(tmp_path, ours, scenes)]) == 0
+    found = labels_of(tmp_path)
+    published = json.loads(fixture("k_e2e_labels.json").read_text())
+    rows = published["annotations"] if isinstance(published, dict) else published
+    assert len(rows) == 20
+    for row in rows:
+        a, b = (coco_mask.decode(code).astype(bool) for code in (row["segmentation"], found[row["id"]]["segmentation"]))
+        assert np.count_nonzero(a != b) <= 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "arch"), [(NVLABS, "vit-deit-tiny/16-convstem"), (TAO6_FAN_HYBRID, "fan_tiny_8_p4_hybrid")]
+)
+def test_import_reads_the_older_layouts_and_names_their_backbone(tmp_path: Path, layout: str, arch: str) -> None:
+    torch.save({"state_dict": state_dict(layout)}, tmp_path / "published.pth")
+    assert main(["import", str(tmp_path / "published.pth"), "-o", str(tmp_path / "ours.malckpt")]) == 0
+    assert load_checkpoint(tmp_path / "ours.malckpt", None).model == ModelConfig(arch)
+
+
+def test_import_takes_only_what_has_an_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": state_dict(TAO)}, tmp_path / "published.pth")
+    for override, part in (
+        ("train.lr=1", "train.lr: has no effect on an import"),
+        ("model.arch=vit-deit-base/16", "does not fit"),
+        ("dataset.crop_size=100", "multiple"),
+    ):
+        target = tmp_path / "out.malckpt"
+        assert main(["import", str(tmp_path / "published.pth"), override, "-o", str(target)]) == 2
+        assert part in capsys.readouterr().err
+        assert not target.exists()
+
+
+def test_import_seals_for_a_recipient_and_inspect_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": state_dict(TAO)}, tmp_path / "published.pth")
+    identity, target = tmp_path / "key.txt", tmp_path / "out.malckpt"
+    assert main(["keygen", "-o", str(identity)]) == 0
+    recipient = capsys.readouterr().out.splitlines()[-1]
+    assert main(["import", str(tmp_path / "published.pth"), "-o", str(target), f"encryption_key={recipient}"]) == 0
+    assert main(["inspect", str(target)]) == 0
+    assert "vit-deit-tiny/16" not in capsys.readouterr().out
+    assert main(["inspect", str(target), "--key", f"file:{identity}"]) == 0
+    assert "vit-deit-tiny/16" in capsys.readouterr().out
+    assert main(["inspect", str(target), "--key", identity.read_text().splitlines()[-1]]) == 2
+    assert main(["keygen", "-o", str(identity)]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "-e", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["train", "-e", "SPEC", "train.batchsize=2"], "did you mean train.batch_size?"),
+        (["train", "-e", "SPEC"], "dataset.train_ann_path: not given"),
+        (["evaluate", "-e", "SPEC"], "dataset.val_ann_path: not given"),
+        (["inference", "-e", "SPEC", "inference.ann_path=gone.json"], "gone.json; no such file"),
+        (["inspect", "gone.malckpt"], "gone.malckpt"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
+) -> None:
+    spec = spec_file(tmp_path)
+    assert main([spec if argument == "SPEC" else argument for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert part in printed.err
+    assert printed.err.splitlines()[-1].startswith("mal-train: ")
+    assert "Traceback" not in printed.err
+
+
+def test_a_rank_that_is_no_number_hides_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "first")
+    assert main(["train", "-e", spec_file(tmp_path)]) == 2
+    assert "dataset.train_ann_path: not given" in capsys.readouterr().err
+
+
+def test_a_failed_task_says_so_in_its_status(tmp_path: Path) -> None:
+    assert main(["evaluate", "-e", spec_file(tmp_path)]) == 2
+    status = (tmp_path / "results" / "evaluate" / "status.json").read_text().splitlines()
+    assert json.loads(status[-1])["status"] == "FAILURE"
+    assert "dataset.val_ann_path" in json.loads(status[-1])["message"]
+
+
+def test_a_place_that_cannot_be_written_is_exit_code_4(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("a file")
+    assert main(["inference", "-e", spec_file(tmp_path)]) == 4
+
+
+def test_argparse_errors_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["train"], ["traain"], ["default-spec", "--fast"], ["train", "-e", "a.yaml", "--fast"], []):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    assert "--fast" in capsys.readouterr().err
+
+
+def test_the_default_spec_is_complete_and_starts_from_free_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["default-spec"]) == 0
+    text = capsys.readouterr().out
+    written = yaml.safe_load(text)
+    changed = ["model.arch=vit-deit-small/16", "train.pretrained_model_path=deit_small_patch16_224.fb_in1k"]
+    assert written == yaml.safe_load(yaml.safe_dump(load_spec(None, changed).model_dump(mode="json")))
+    for name, field in Spec.model_fields.items():
+        assert name in written
+        assert field.description is None or f"# {field.description.splitlines()[0]}" in text
+
+
+@pytest.mark.parametrize("name", [[], ["tao"]])
+def test_a_spec_with_changes_is_whole_commented_and_says_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: list[str]
+) -> None:
+    changes = ["train.lr=3e-5", "dataset.crop_size=224", "train.margin_rate=[0,1]", "encryption_key=env:MAL_KEY"]
+    assert main(["default-spec", *name, *changes]) == 0
+    text = capsys.readouterr().out
+    plain = tmp_path / "plain.yaml"
+    assert main(["default-spec", *name, "-o", str(plain)]) == 0
+    path = tmp_path / "changed.yaml"
+    path.write_text(text)
+    assert load_spec(path, []) == load_spec(plain, changes)
+    assert yaml.safe_load(text).keys() == yaml.safe_load(plain.read_text()).keys()
+    assert text.startswith(f"# mal-train default-spec {(name or ['default'])[0]} train.lr=3e-5 ")
+    assert text.count("# ") > 70
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["train.lr=fast"], "train.lr"),
+        (["train.batchsize=2"], "did you mean train.batch_size?"),
+        (["train.num_epochs=1", "train.validation_interval=2"], "validation_interval 2 is more than num_epochs 1"),
+        (["encryption_key=hunter2"], "shows in the process list"),
+        (["tao", "demo2"], "not a spec"),
+    ],
+)
+def test_changes_that_are_not_valid_print_no_spec(
+    capsys: pytest.CaptureFixture[str], words: list[str], part: str
+) -> None:
+    assert main(["default-spec", *words]) == 2
+    printed = capsys.readouterr()
+    assert part in printed.err
+    assert printed.out == ""
+
+
+def test_the_tao_spec_is_the_documented_one(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    assert main(["default-spec", "tao", "-o", str(path)]) == 0
+    spec = load_spec(path, [])
+    assert (spec.compat, spec.model.arch, spec.train.lr) == ("tao", "vit-mae-base/16", 1.5e-6)
+    assert main(["default-spec", "-o", str(path)]) == 4
+
+
+def test_without_torch_one_line_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    paths = f"{tmp_path}{os.pathsep}{ROOT}"
+    result = subprocess.run(
+        [sys.executable, "-m", "mal_train.cli", "inference", "-e", spec_file(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'  (no module named torch)"
+    ]
+
+
+def test_a_resume_checkpoint_labels_too(tmp_path: Path, checkpoint: Path) -> None:
+    whole = load_checkpoint(checkpoint, None)
+    resume = tmp_path / "resume.malckpt"
+    save_checkpoint(
+        resume, Checkpoint(whole.model, whole.labeler, whole.weights, kind="resume", training={"epoch": 1}), None
+    )
+    scenes = write_scenes(tmp_path / "scenes", images=1, masks=False)
+    assert main(["inference", "-e", inference_spec(tmp_path, resume, scenes)]) == 0
+    assert len(labels_of(tmp_path)) == 2
+
+
+def test_teacher_mixed_and_flip_answer_as_published(tmp_path: Path) -> None:
+    foreign = from_tao(state_dict(TAO), "published")
+    network = MalNetwork(foreign.model)
+    network.load_state_dict(foreign.weights)
+    config = LabelerConfig(crop_size=224, margin_rate=0.6, compat=Compat.TAO)
+    labeler = Labeler(network, config, precision="float32")
+    coco = read_coco(fixture("k_e2e_boxes.json"))
+    first = coco.annotations[:4]
+    image_dir = fixture("k_e2e_images")
+    published = json.loads(fixture("k_e2e_variants.json").read_text())
+    for name, options in (
+        ("teacher", RunOptions(branch=Branch.TEACHER)),
+        ("mixed", RunOptions(branch=Branch.MIXED)),
+        ("flip", RunOptions(flip=True)),
+        ("flip_mixed", RunOptions(branch=Branch.MIXED, flip=True)),
+    ):
+        answers = label_boxes(
+            labeler,
+            [(coco.images[100], first)],
+            image_dir,
+            lambda _annotation, crop, probability: labeler.finish(crop, probability),
+            options=options,
+        )
+        for (_, label), row in zip(answers, published[name], strict=True):
+            assert isinstance(label, Label)
+            a, b = (coco_mask.decode(code).astype(bool) for code in (label.rle.to_coco(), row))
+            assert np.count_nonzero(a != b) <= 4

@@ -1,0 +1,129 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mal_train.core.coco.annotations import by_image, read_coco
+from mal_train.core.errors import ConfigError
+from mal_train.core.masks.images import read_image
+from mal_train.core.settings import LabelerConfig, calibrated
+from mal_train.kernel.labeler.labeler import Label, Labeler
+from mal_train.training.calibration import FEWEST, fit_calibration, held_out
+from mal_train.training.validation import Validator
+from tests.networks import spread_network
+from tests.scenes import write_scenes
+
+
+def overconfident(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    iou = rng.uniform(0.1, 0.95, count)
+    return np.clip(0.6 + 0.4 * iou + rng.normal(0, 0.05, count), 0.01, 1.0), iou
+
+
+def test_the_map_takes_the_bias_away_and_keeps_the_order() -> None:
+    scores, ious = overconfident(2000, 0)
+    fresh, truth = overconfident(2000, 1)
+    knots = fit_calibration(scores, ious)
+    assert knots is not None
+    mapped = np.array([calibrated(float(s), knots) for s in fresh])
+    assert abs(fresh.mean() - truth.mean()) > 0.2
+    assert abs(mapped.mean() - truth.mean()) < 0.02
+    order = np.argsort(fresh)
+    assert (np.diff(mapped[order]) >= 0).all()
+    below_one = fresh[order] < 0.999
+    assert (np.diff(mapped[order][below_one]) > 0).mean() > 0.9
+
+
+def test_scores_that_rank_the_wrong_way_give_one_rising_line() -> None:
+    scores = np.linspace(0.5, 0.9, 200)
+    knots = fit_calibration(scores, 1.0 - scores)
+    assert knots is not None
+    assert len(knots) == 3
+    assert knots[1] == pytest.approx((0.7, 0.3), abs=1e-6)
+
+
+@pytest.mark.parametrize("score", [0.5, 1.0])
+def test_one_score_for_all_still_gives_a_map(score: float) -> None:
+    knots = fit_calibration([score] * 100, [0.4] * 100)
+    assert knots is not None
+    assert calibrated(score, knots) == pytest.approx(0.4)
+    LabelerConfig(calibration=knots)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_fit_is_a_valid_setting(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(FEWEST, 400))
+    knots = fit_calibration(rng.choice([rng.random(count), np.round(rng.random(count), 1)]), rng.random(count))
+    if knots is not None:
+        config = LabelerConfig(calibration=knots)
+        assert LabelerConfig.from_dict(config.to_dict()) == config
+
+
+def test_too_few_instances_fit_nothing_and_empty_masks_do_not_count() -> None:
+    scores, ious = overconfident(FEWEST - 1, 0)
+    assert fit_calibration(scores, ious) is None
+    assert fit_calibration(np.append(scores, [0.0] * 50), np.append(ious, [0.0] * 50)) is None
+    assert held_out(*overconfident(FEWEST + 5, 0), list(range(FEWEST + 5))) is None
+
+
+def test_an_instance_is_mapped_without_its_own_image() -> None:
+    scores, ious = overconfident(300, 0)
+    images = [n // 3 for n in range(300)]
+    before = held_out(scores, ious, images)
+    changed = ious.copy()
+    changed[:3] = 1.0 - changed[:3]
+    after = held_out(scores, changed, images)
+    assert before is not None
+    assert after is not None
+    assert np.array_equal(before[:3], after[:3])
+    assert not np.array_equal(before[3:6], after[3:6])
+
+
+@pytest.mark.parametrize(
+    "knots",
+    [
+        ((0.0, 0.0),),
+        ((0.1, 0.0), (1.0, 1.0)),
+        ((0.0, 0.0), (0.9, 1.0)),
+        ((0.0, 0.0), (0.5, 0.6), (1.0, 0.5)),
+        ((0.0, 0.0), (1.0, 1.2)),
+        ((0.0, 0.0), (float("nan"), 0.5), (1.0, 1.0)),
+    ],
+)
+def test_points_that_are_no_rising_map_are_refused(knots: tuple[tuple[float, float], ...]) -> None:
+    with pytest.raises(ConfigError, match="calibration"):
+        LabelerConfig(calibration=knots)
+
+
+def test_settings_of_a_checkpoint_without_a_calibration_are_read() -> None:
+    data = LabelerConfig(crop_size=64).to_dict()
+    del data["calibration"]
+    assert LabelerConfig.from_dict(data) == LabelerConfig(crop_size=64)
+
+
+def test_validation_fits_the_score_and_reports_held_out_figures(tmp_path: Path) -> None:
+    annotations, images = write_scenes(tmp_path, images=80)
+    coco = read_coco(annotations)
+    network = spread_network()
+    raw = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
+    validator = Validator(coco, images, 8, fit_thresholds=False, precision="float32", device="cpu")
+    plain = validator.run(network, raw)
+    fitted = replace(validator, fit_calibration=True).run(network, raw)
+    assert plain.config == raw
+    assert fitted.config.calibration is not None
+    again = replace(validator, fit_calibration=True).run(network, fitted.config)
+    assert again.config == fitted.config
+    assert plain.report.score.bias is not None
+    assert fitted.report.score.bias is not None
+    assert abs(fitted.report.score.bias) < min(0.03, abs(plain.report.score.bias))
+    assert fitted.report.miou == plain.report.miou
+    row, boxes = next(iter(by_image(coco)))
+    picture = read_image(images / row.file_name)
+    before = Labeler(network, raw, precision="float32").label(picture, [boxes[0].box_xywh])[0]
+    after = Labeler(network, fitted.config, precision="float32").label(picture, [boxes[0].box_xywh])[0]
+    assert isinstance(before, Label)
+    assert isinstance(after, Label)
+    assert after.score == calibrated(before.score, fitted.config.calibration)
+    assert replace(after, score=before.score) == before

@@ -1,0 +1,134 @@
+"""Going on from any step gives the weights of a run that was never stopped, bit for bit."""
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mal_train.commands.train import train
+from mal_train.core.console import Screen
+from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, sha256_of
+from mal_train.training.checkpoints import LATEST
+from tests.mal_train.training.runs import assert_same, plain_mean_field, spec_of
+from tests.scenes import write_scenes
+
+SEED = 20260
+EPOCHS = 4
+
+
+@pytest.fixture(autouse=True)
+def _plain_mean_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_mean_field(monkeypatch)
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    """Weights of student and teacher, and the optimiser's moments."""
+    checkpoint = load_checkpoint(path, None)
+    assert checkpoint.training is not None
+    moments = {
+        f"{name}-{key}": value
+        for name, state in checkpoint.training["optimizer_states"][0]["state"].items()
+        for key, value in state.items()
+    }
+    return {**checkpoint.weights, **moments}
+
+
+@pytest.mark.parametrize(
+    ("count", "accumulate"), [(4, 1), (3, 2), pytest.param(32, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_going_on_at_a_random_step_is_as_if_never_stopped(count: int, accumulate: int, tmp_path: Path) -> None:
+    # 17 boxes in batches of 2: the last batch of an epoch is a small one; 36 batches in all.
+    def without_one(coco: dict[str, list[object]]) -> None:
+        del coco["annotations"][-1]
+
+    scenes = {
+        "train": write_scenes(tmp_path / "train", images=9, masks=False, seed=1, change=without_one),
+        "val": write_scenes(tmp_path / "val", images=2, seed=2),
+    }
+    common = (f"train.num_epochs={EPOCHS}", "train.batch_size=2", f"train.accum_grad_batches={accumulate}")
+    by_step = ("train.checkpoint_interval_unit=step", "train.checkpoint_interval=1")
+    # Pictures of a validation take longer than the steps: in the long form only, that nothing of theirs is left behind.
+    validated = count > 4
+    train(spec_of(scenes, tmp_path / "whole", *common, *by_step, validate=validated), Screen.silent())
+    files = sorted(path for path in (tmp_path / "whole" / "train").glob("model_*"))
+    steps = EPOCHS * -(-9 // accumulate)
+    assert len(files) == steps
+    expected = state_of(files[-1])
+    stops = sorted(random.Random(SEED).sample(range(steps - 1), count))
+    same = 0
+    for stop in stops:
+        resume = f"train.resume_training_checkpoint_path='{files[stop]}'"
+        again = train(spec_of(scenes, tmp_path / str(stop), *common, resume, validate=validated), Screen.silent())
+        assert again.checkpoint.name == files[-1].name
+        assert (tmp_path / str(stop) / "train" / LATEST).exists()
+        assert_same(expected, state_of(again.checkpoint))
+        same += 1
+    print(
+        f"bitwise equal {same} of {count}: seed {SEED}, stopped after steps {[stop + 1 for stop in stops]} of {steps}"
+    )
+    assert same == count
+
+
+class WatchedScreen(Screen):
+    """Notes where bars begin and how far they come."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.is_terminal = True
+        self.bars: list[Any] = []
+
+    def bar(self, total: int, initial: int, unit: str) -> Any:
+        self.bars.append(super().bar(total, initial, unit))
+        return self.bars[-1]
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_the_bar_of_a_run_that_goes_on_begins_where_the_other_stopped(stop: int, tmp_path: Path) -> None:
+    scenes = {"train": write_scenes(tmp_path / "train", images=3, masks=False, seed=1)}
+    common = ("train.batch_size=2", "train.num_epochs=3")
+    by_step = ("train.checkpoint_interval=1", "train.checkpoint_interval_unit=step")
+    train(spec_of(scenes, tmp_path / "whole", *common, *by_step), Screen.silent())
+    (file,) = (tmp_path / "whole" / "train").glob(f"model_*_step_{stop:05}.malckpt")
+    screen = WatchedScreen()
+    resume = f"train.resume_training_checkpoint_path='{file}'"
+    train(spec_of(scenes, tmp_path / "rest", *common, resume), screen)
+    (bar,) = screen.bars
+    # Three batches an epoch.
+    assert (bar.initial, bar.n, bar.total) == (stop, 9, 9)
+
+
+def test_steps_between_checkpoints_count_over_epochs(tmp_path: Path) -> None:
+    scenes = {"train": write_scenes(tmp_path / "train", images=3, masks=False, seed=1)}
+    spec = spec_of(
+        scenes,
+        tmp_path,
+        "train.batch_size=2",
+        "train.num_epochs=3",
+        "train.checkpoint_interval=4",
+        "train.checkpoint_interval_unit=step",
+    )
+    train(spec, Screen.silent())
+    names = sorted(path.name for path in (tmp_path / "train").glob("model_*"))
+    # Three steps an epoch: inside the second one, and at the end.
+    assert names == [
+        "model_epoch_001_step_00004.malckpt",
+        "model_epoch_002_step_00008.malckpt",
+        "model_epoch_002_step_00009.malckpt",
+    ]
+
+
+def test_a_run_that_goes_on_still_tells_what_it_started_from(tmp_path: Path) -> None:
+    scenes = {"train": write_scenes(tmp_path / "train", images=2, masks=False, seed=1)}
+    by_step = ("train.checkpoint_interval=1", "train.checkpoint_interval_unit=step")
+    donor = train(spec_of(scenes, tmp_path / "donor", "train.num_epochs=1"), Screen.silent()).checkpoint
+    start = f"train.pretrained_model_path='{donor}'"
+    train(spec_of(scenes, tmp_path / "whole", "train.num_epochs=2", *by_step, start), Screen.silent())
+    (file,) = (tmp_path / "whole" / "train").glob("model_*_step_00001.malckpt")
+    resume = f"train.resume_training_checkpoint_path='{file}'"
+    rest = train(spec_of(scenes, tmp_path / "rest", "train.num_epochs=2", resume), Screen.silent()).checkpoint
+    told = load_checkpoint(rest, None).provenance
+    assert (told["starting_weights"], told["steps"]) == (donor.name, 2)
+    assert [(step["starting_weights"], step["sha256"]) for step in told["lineage"]] == [("random", sha256_of(donor))]

@@ -1,0 +1,76 @@
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from mal_train.core.console import Screen
+from mal_train.core.errors import OutputError
+from mal_train.training.progress import Progress
+from mal_train.training.run_files import METRIC_COLUMNS, MetricsFile, StatusFile
+
+
+def test_a_status_line_keeps_the_figures_of_earlier_ones(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path)
+    status.write("RUNNING", "a", kpi={"train_loss": 1.0}, progress={"epoch": 1})
+    status.write("RUNNING", "b", kpi={"mIoU": 0.5})
+    status.write("SUCCESS", "c")
+    lines = [json.loads(line) for line in status.path.read_text().splitlines()]
+    assert [line.get("epoch") for line in lines] == [1, None, None]
+    assert lines[-1]["kpi"] == {"train_loss": 1.0, "mIoU": 0.5}
+    assert {"date", "time", "status", "verbosity", "message"} <= lines[-1].keys()
+
+
+def test_a_status_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"status\.json"):
+        StatusFile(tmp_path / "nowhere").write("STARTED", "a")
+
+
+def test_a_run_that_goes_on_keeps_the_rows_before_it(tmp_path: Path) -> None:
+    for append in (False, True):
+        metrics = MetricsFile(tmp_path, append=append)
+        metrics.add("train", 1, 10, {"loss": 0.5, "mIoU": None})
+        metrics.close()
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 3
+    assert lines[1] == lines[2] == "train,1,10,,0.5" + "," * (len(METRIC_COLUMNS) - 5)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_without_a_terminal_a_line_comes_now_and_then_with_rate_and_time_left() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(Screen(stream), clock)
+    trainer: Any = SimpleNamespace(num_training_batches=100, max_epochs=2, current_epoch=0)
+    module: Any = SimpleNamespace()
+    progress.on_train_start(trainer, module)
+    progress.on_train_batch_start(trainer, module, None, 0)
+    clock.now = 500.0  # the first batch compiles
+    for batch in range(42):
+        progress.on_train_batch_end(trainer, module, None, None, batch)
+        clock.now += 2.0
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("epoch 1/2, batch 16/200, 2.00 s/batch, 06:08 left")
+    assert len(lines) == 2
+
+
+def test_a_run_that_goes_on_amid_an_epoch_counts_from_there() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(Screen(stream), clock)
+    trainer: Any = SimpleNamespace(num_training_batches=100, max_epochs=3, current_epoch=1)
+    progress.on_train_start(trainer, module := cast(Any, SimpleNamespace()))
+    for batch in range(40, 57):
+        progress.on_train_batch_start(trainer, module, None, batch)
+        clock.now += 2.0
+        progress.on_train_batch_end(trainer, module, None, None, batch)
+    (line,) = stream.getvalue().splitlines()
+    # 156 of 300 are done, 16 of them here; those at two seconds a batch.
+    assert line.startswith("epoch 2/3, batch 156/300, 2.00 s/batch, 04:48 left")

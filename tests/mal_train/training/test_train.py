@@ -1,0 +1,281 @@
+"""Whole training runs of a very small network, through the same function as the command."""
+
+import csv
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mal_train.commands.common import task_folder
+from mal_train.commands.train import TrainResult, train
+from mal_train.config.spec import Spec
+from mal_train.core.console import Screen
+from mal_train.core.errors import BadDataset, ConfigError, NonFiniteTraining, OutputError, Truncated, WrongKey
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
+from mal_train.kernel.checkpoint.keys import generate_identity, parse_key, write_identity
+from mal_train.training import module as training_module
+from mal_train.training.checkpoints import LATEST, Terminated, newest_checkpoint, point_latest_to
+from tests.mal_train.training.runs import assert_same, plain_mean_field, spec_of, statuses, weights
+from tests.scenes import write_scenes
+
+
+@pytest.fixture(autouse=True)
+def _plain_mean_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_mean_field(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    folder = tmp_path_factory.mktemp("scenes")
+    return {
+        "train": write_scenes(folder / "train", images=4, masks=False, seed=1),
+        "val": write_scenes(folder / "val", images=3, seed=2),
+    }
+
+
+def run(spec: Spec) -> TrainResult:
+    return train(spec, Screen())
+
+
+def rows(results: Path) -> list[dict[str, str]]:
+    with (results / "train" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_checkpoints_curves_and_a_status(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    result = run(spec_of(scenes, tmp_path, "train.checkpoint_interval=2", validate=True))
+    folder = tmp_path / "train"
+    names = sorted(path.name for path in folder.glob("*.malckpt"))
+    assert names == [LATEST, "model_epoch_001_step_00004.malckpt", "model_epoch_002_step_00006.malckpt"]
+    assert (folder / LATEST).resolve() == result.checkpoint == folder / "model_epoch_002_step_00006.malckpt"
+    assert statuses(tmp_path)[0] == "STARTED"
+    assert statuses(tmp_path)[-1] == "SUCCESS"
+    assert statuses(tmp_path).count("SUCCESS") == 1
+    kinds = [(row["kind"], row["epoch"]) for row in rows(tmp_path)]
+    assert kinds == [("train", "1"), ("val", "1"), ("train", "2"), ("val", "2"), ("train", "3"), ("val", "3")]
+    assert result.report is not None
+    assert float(rows(tmp_path)[-1]["mIoU"]) == pytest.approx(result.report.miou.overall, abs=1e-5)
+    assert list(folder.glob("events.out.tfevents.*"))
+    saved = load_checkpoint(result.checkpoint, None)
+    assert saved.categories == [{"id": 1, "name": "ellipse"}]
+    assert saved.provenance["epochs"] == 3
+    assert saved.kind == "resume"
+    for _, value in saved.weights.items():
+        assert torch.isfinite(value).all()
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    first, again, other = (
+        weights(run(spec_of(scenes, tmp_path / name, f"train.seed={seed}")).checkpoint)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert_same(first, again)
+    assert not torch.equal(first["student.roi_head.mlp1.weight"], other["student.roi_head.mlp1.weight"])
+
+
+def test_a_run_that_goes_on_at_an_epochs_end_ends_with_the_same_weights(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    whole = run(spec_of(scenes, tmp_path / "whole", validate=True)).checkpoint
+    first = tmp_path / "whole" / "train" / "model_epoch_000_step_00002.malckpt"
+    rest = run(
+        spec_of(scenes, tmp_path / "rest", f"train.resume_training_checkpoint_path='{first}'", validate=True)
+    ).checkpoint
+    assert rest.name == whole.name
+    assert_same(weights(whole), weights(rest))
+
+
+def test_sigterm_saves_inside_the_epoch_and_the_same_command_goes_on(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(spec_of(scenes, tmp_path / "whole")).checkpoint
+    step = training_module.MalModule.training_step
+
+    def killed_in_the_second_epoch(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    spec = spec_of(scenes, tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module.MalModule, "training_step", killed_in_the_second_epoch)
+        with pytest.raises(Terminated) as caught:
+            run(spec)
+    assert caught.value.exit_code == 143
+    assert newest_checkpoint(tmp_path / "cut" / "train") == tmp_path / "cut/train/model_epoch_001_step_00003.malckpt"
+    assert statuses(tmp_path / "cut")[-1] == "FAILURE"
+    assert_same(weights(whole), weights(run(spec).checkpoint))
+    assert threading.current_thread() is threading.main_thread()
+
+
+def test_a_finished_run_has_nothing_left_to_do(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    spec = spec_of(scenes, tmp_path)
+    before = weights(run(spec).checkpoint)
+    after = run(spec)
+    assert_same(before, weights(after.checkpoint))
+    assert statuses(tmp_path)[-1] == "SUCCESS"
+
+
+def test_two_small_batches_make_the_step_of_one_large(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    # lr is per sample and per batch, as in TAO; plain sums of one step are compared, with equal halves.
+    common = ["model.vit_dpr=0", "train.num_epochs=1", "train.warmup_epochs=0", "train.checkpoint_interval=1"]
+    large = run(spec_of(scenes, tmp_path / "a", *common, "train.batch_size=8", "train.lr=1e-4")).checkpoint
+    halves = run(
+        spec_of(scenes, tmp_path / "b", *common, "train.batch_size=4", "train.accum_grad_batches=2", "train.lr=2e-4")
+    ).checkpoint
+    assert large.name == halves.name == "model_epoch_000_step_00001.malckpt"
+    a, b = weights(large), weights(halves)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-4)
+
+
+def test_fitted_thresholds_travel_in_the_checkpoint(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    fitted = load_checkpoint(run(spec_of(scenes, tmp_path / "a", validate=True)).checkpoint, None)
+    given = load_checkpoint(
+        run(spec_of(scenes, tmp_path / "b", "train.fit_thresholds=false", validate=True)).checkpoint, None
+    )
+    published = spec_of(scenes, tmp_path / "c", "compat=tao")
+    assert given.labeler.mask_thres == (0.1, 0.1, 0.1)
+    assert fitted.labeler.mask_thres != given.labeler.mask_thres
+    assert not published.fits_thresholds
+
+
+def test_checkpoints_are_sealed_for_the_recipient(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    identity = tmp_path / "key.txt"
+    recipient = write_identity(identity)
+    short = ["train.num_epochs=1", f"encryption_key={recipient}"]
+    result = run(spec_of(scenes, tmp_path / "run", *short))
+    with pytest.raises(WrongKey):
+        load_checkpoint(result.checkpoint, None)
+    key = parse_key(f"file:{identity}", purpose="decryption", where="yaml")
+    assert isinstance(load_checkpoint(result.checkpoint, key), Checkpoint)
+    with pytest.raises(ConfigError, match="decryption_key: not given"):
+        run(spec_of(scenes, tmp_path / "run", *short))
+    run(spec_of(scenes, tmp_path / "run", *short, f"decryption_key='file:{identity}'", "train.num_epochs=2"))
+
+
+def test_another_architecture_does_not_go_on(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    run(spec_of(scenes, tmp_path, "train.num_epochs=1"))
+    with pytest.raises(ConfigError, match=r"mask_head_num_convs 4, the spec says 5"):
+        run(spec_of(scenes, tmp_path, "model.mask_head_num_convs=5"))
+    assert statuses(tmp_path)[-1] == "FAILURE"
+
+
+def test_gradients_that_are_not_finite_are_left_out_and_then_stop_training(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = training_module.MalModule.training_step
+
+    def broken_from_step(first: int, last: int) -> Any:
+        def broken(self: Any, batch: Any, batch_idx: int) -> Tensor:
+            loss = step(self, batch, batch_idx)
+            seen = self.seen = getattr(self, "seen", -1) + 1
+            return loss * float("nan") if first <= seen < last else loss
+
+        return broken
+
+    monkeypatch.setattr(training_module.MalModule, "training_step", broken_from_step(1, 3))
+    result = run(spec_of(scenes, tmp_path / "some"))
+    assert result.skipped_steps == 2
+    monkeypatch.setattr(training_module.MalModule, "training_step", broken_from_step(2, 99))
+    with pytest.raises(NonFiniteTraining) as caught:
+        run(spec_of(scenes, tmp_path / "all", "train.num_epochs=9"))
+    assert caught.value.exit_code == 5
+    kept = newest_checkpoint(tmp_path / "all" / "train")
+    assert kept is not None
+    assert all(torch.isfinite(value).all() for value in weights(kept).values())
+
+
+def test_a_picture_that_cannot_be_read_does_not_stop_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations, images = write_scenes(tmp_path / "scenes", images=4)
+    (images / "2.png").write_bytes(b"no picture")
+    run(spec_of({"train": (annotations, images)}, tmp_path, "train.num_epochs=1"))
+    assert capsys.readouterr().err.count("not trained on: ") == 1
+
+
+def test_too_many_unreadable_pictures_stop_training(tmp_path: Path) -> None:
+    annotations, images = write_scenes(tmp_path / "scenes", images=6)
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(b"no picture")
+    scenes = {"train": (annotations, images)}
+    for workers in (0, 1):
+        with pytest.raises(BadDataset, match=r"^\d of 6 training pictures cannot be read"):
+            run(spec_of(scenes, tmp_path, f"dataset.num_workers_per_gpu={workers}"))
+
+
+def test_nothing_but_our_own_lines_is_printed(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(spec_of(scenes, tmp_path, "train.num_epochs=1"))
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    starts = ("training on", "no CUDA", "starting from", "checkpoints will", "no validation", "wrote")
+    assert [line for line in printed.err.splitlines() if not line.startswith(starts)] == []
+
+
+def test_the_experiment_is_written_down_without_its_key(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    _, secret = generate_identity()
+    run(spec_of(scenes, tmp_path, "train.num_epochs=1").model_copy(update={"encryption_key": secret}))
+    for path in (tmp_path / "train").iterdir():
+        assert secret.encode() not in path.read_bytes()
+
+
+def test_the_newest_checkpoint_is_found_without_its_link(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("model_epoch_002_step_00030", "model_epoch_010_step_00110", "model_epoch_010_step_00099"):
+        (tmp_path / f"{name}.malckpt").write_text(name)
+    assert newest_checkpoint(tmp_path) == tmp_path / "model_epoch_010_step_00110.malckpt"
+    point_latest_to(tmp_path / "model_epoch_002_step_00030.malckpt")
+    assert newest_checkpoint(tmp_path) == tmp_path / "model_epoch_002_step_00030.malckpt"
+
+
+# A flipped bit in a file that is not sealed shows only where it breaks the file's layout.
+@pytest.mark.parametrize(
+    ("damage", "sealed"), [("cut", False), ("empty", False), ("cut", True), ("empty", True), ("flipped", True)]
+)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    damage: str, sealed: bool, scenes: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = []
+    if sealed:
+        recipient = write_identity(tmp_path / "key.txt")
+        keys = [f"encryption_key={recipient}", f"decryption_key='file:{tmp_path / 'key.txt'}'"]
+    spec = spec_of(scenes, tmp_path, "train.num_epochs=2", *keys)
+    path = run(spec).checkpoint
+    key = parse_key(f"file:{tmp_path / 'key.txt'}", purpose="decryption", where="yaml") if sealed else None
+    whole = load_checkpoint(path, key).weights
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.write_bytes({"cut": content[:-1000], "flipped": flipped, "empty": b""}[damage])
+    capsys.readouterr()
+    again = run(spec).checkpoint
+    assert f"{path}" in next(line for line in capsys.readouterr().err.splitlines() if "the one before" in line)
+    assert again == path
+    assert_same(dict(whole), dict(load_checkpoint(again, key).weights))
+
+
+def test_with_no_whole_checkpoint_left_nothing_is_begun_anew(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    spec = spec_of(scenes, tmp_path, "train.num_epochs=1")
+    path = run(spec).checkpoint
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(Truncated):
+        run(spec)
+
+
+def test_two_runs_do_not_write_into_one_folder(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    spec = spec_of(scenes, tmp_path, "train.num_epochs=1")
+    with task_folder(spec, "train"), pytest.raises(OutputError, match="another run is writing there"):
+        run(spec)
+    run(spec)
