@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 import numpy as np
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc, types_pb2
-from mal_client.dataset.journal import ledger_path
+from mal_client.dataset.journal import journal_path
 from PIL import Image
 
 from deploy.demo.baselines import box_filled
@@ -160,7 +160,7 @@ def measure(folder: Path, port: str, count: int) -> dict[str, float]:
     whole_s = time.perf_counter() - start
 
     killed = label(folder, port, "killed.json")
-    ledger = ledger_path(folder / "killed.json")
+    ledger = journal_path(folder / "killed.json")
     half = 110 * count
     while not ledger.exists() or ledger.stat().st_size < half:
         time.sleep(0.02)
@@ -185,7 +185,7 @@ def measure(folder: Path, port: str, count: int) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Speed and memory of bulk labelling.")
+    parser = argparse.ArgumentParser(description="Speed and memory of bulk labeling.")
     parser.add_argument("--boxes", type=int, default=40_000, help="annotations in the file (default %(default)d)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)

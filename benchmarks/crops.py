@@ -15,7 +15,7 @@ from benchmarks.subjects import SIZES, random_labeler, subjects
 from benchmarks.timing import Table, in_turn
 from mal_server.inference.worker import Worker
 from mal_train.core.masks.images import decode_image
-from mal_train.kernel.labeler.labeler import Crop, Labeler, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction, PredictOptions
 
 ARCHS = ("vit-deit-tiny/16", "vit-deit-small/16", "vit-deit-base/16")
 SIDES = (224, 512)
@@ -34,8 +34,8 @@ def cpu_s_a_crop(labeler: Labeler) -> float:
     worker, crops = Worker(labeler, "cpu", lambda: torch.set_num_threads(1)), crops_for(labeler)
 
     def run() -> None:
-        found = asyncio.run(worker.run(RunOptions(), crops))
-        if len(found) != BATCH or not all(isinstance(one, Probability) for one in found):
+        found = asyncio.run(worker.run(PredictOptions(), crops))
+        if len(found) != BATCH or not all(isinstance(one, Prediction) for one in found):
             raise RuntimeError("a crop was not answered")
 
     try:

@@ -13,7 +13,7 @@ from benchmarks.subjects import SIZES, Subject, object_map, random_labeler, subj
 from benchmarks.timing import Table, in_turn
 from mal_train.core.masks import geometry
 from mal_train.core.masks.images import decode_image
-from mal_train.kernel.labeler.labeler import Crop, Labeler, Probability
+from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction
 
 BOXES, SIDE = 10, 512
 MOST_MS = {"640x480": 8.0, "12 Mpix": 25.0}
@@ -33,7 +33,7 @@ def stages(labeler: Labeler, pictures: list[Subject], rounds: int) -> dict[str, 
     images = [decode_image(one.content) for one in pictures]
     cut = [crops(labeler, one) for one in pictures]
     windows = [geometry.cut(image, crop.window) for image, found in zip(images, cut, strict=True) for crop in found]
-    maps = [Probability(object_map(SIDE, seed)) for seed in range(BOXES)]
+    maps = [Prediction(object_map(SIDE, seed)) for seed in range(BOXES)]
 
     def prepare() -> None:
         for image, one in zip(images, pictures, strict=True):

@@ -24,7 +24,7 @@ unfold_mean_field: Callable[..., Tensor] = runpy.run_path(str(ORACLE))["unfold_m
 
 
 def crops(num: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Smooth colours with some noise, a blurred start, and a box over the middle of each crop."""
+    """Smooth colors with some noise, a blurred start, and a box over the middle of each crop."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(num, 4, side // 8, side // 8, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")

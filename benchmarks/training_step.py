@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.timing import Table
 from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.data.datamodule import Batch
-from mal_train.kernel.networks.network import MalNetwork, ModelConfig, normalise
+from mal_train.kernel.networks.network import MalNetwork, ModelConfig, normalize
 from mal_train.losses.crf import MeanField
 from mal_train.training.module import LossSettings, MalModule
-from mal_train.training.optimizer import OptimiserSettings
+from mal_train.training.optimizer import OptimizerSettings
 from mal_train.training.schedule import CosineSchedule
 from mal_train.training.trainer import quiet
 
@@ -50,8 +50,8 @@ class Watch(lightning.Callback):
         network: MalNetwork = module.network
         network.student.zero_grad(set_to_none=True)
         with trainer.strategy.precision_plugin.forward_context():
-            student = network.logits(normalise(batch.student_NHWC), batch.branch_N, Branch.STUDENT)
-            network.logits(normalise(batch.teacher_NHWC), batch.branch_N, Branch.TEACHER)
+            student = network.logits(normalize(batch.student_NHWC), batch.branch_N, Branch.STUDENT)
+            network.logits(normalize(batch.teacher_NHWC), batch.branch_N, Branch.TEACHER)
         torch.autograd.backward(student.sum())
         floor = time.process_time() - ended
         if batch_idx >= WARM_UP:
@@ -97,7 +97,7 @@ def measure(side: int, count: int, steps: int) -> tuple[float, float]:
         schedule=CosineSchedule(1e-4, 1e-6, 0.0, 1.0),
         losses=LossSettings(mil_steps=0, crf_steps=0, logit_weight=0.01),
         mean_field=MeanField(),
-        optimiser=OptimiserSettings(),
+        optimizer=OptimizerSettings(),
         teacher_momentum=0.996,
         seed=0,
         num_images=count,

@@ -22,7 +22,7 @@ from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import decode_image
 from mal_train.core.settings import Branch, Compat, network_branch
 from mal_train.kernel.labeler.labeler import Label, Labeler
-from mal_train.kernel.networks.network import MalNetwork, normalise
+from mal_train.kernel.networks.network import MalNetwork, normalize
 
 ARCH, SIDE, BOXES = "vit-deit-tiny/16", 512, 10
 LEAST = {"640x480": 1.6, "12 Mpix": 3.0}
@@ -53,7 +53,7 @@ def plain_mask(network: MalNetwork, content: bytes, box: Box, threshold: float) 
     inside[region.row0 : region.row1, region.col0 : region.col1] = 1
     branch = torch.from_numpy(network_branch([geometry.box_area(box)], Compat.NONE))
     with torch.inference_mode():
-        logits = network.logits(normalise(torch.from_numpy(crop[None].copy())), branch, Branch.STUDENT)
+        logits = network.logits(normalize(torch.from_numpy(crop[None].copy())), branch, Branch.STUDENT)
         prob = torch.nn.functional.interpolate(logits, size=(SIDE, SIDE), mode="bilinear")[0, 0].sigmoid().numpy()
     pasted = cv2.resize(prob, (window.width, window.height), interpolation=cv2.INTER_LINEAR)
     whole = np.zeros((height, width), np.float32)

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mal_server.ops import logging
-from mal_server.scheduling.left_behind import leave
+from mal_server.scheduling.left_behind import exit_process
+from mal_train.core.command_line import add_common_options
 from mal_train.core.errors import ConfigError, MalError
 from mal_train.core.threads import wait_passively
 
@@ -34,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command != "serve":
         return _exit_code(args)
     try:
-        return leave(_exit_code(args))
+        return exit_process(_exit_code(args))
     # Whatever it is, threads that are still at work do not keep the process: as the interpreter would end it, but now.
     except Exception:
         traceback.print_exc()
-        return leave(1)
+        return exit_process(1)
 
 
 def _exit_code(args: argparse.Namespace) -> int:
@@ -117,10 +118,10 @@ def _undisturbed() -> Iterator[list[int]]:
 
 def _health(args: argparse.Namespace) -> int:
     from mal_server.config.server import load_config  # noqa: PLC0415
-    from mal_server.ops.health_probe import Probe, probe_of  # noqa: PLC0415
+    from mal_server.ops.health_probe import HealthProbe, probe_of  # noqa: PLC0415
 
     papers = (args.tls_ca, args.tls_name, args.client_cert, args.client_key)
-    probe = Probe(args.address, args.service, args.timeout, *papers)
+    probe = HealthProbe(args.address, args.service, args.timeout, *papers)
     if args.config is not None:
         probe = probe_of(load_config(args.config).listen, probe)
     elif not probe.address:
@@ -133,6 +134,7 @@ def _health(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="mal-server", description="Serves a sealed checkpoint over gRPC.")
+    add_common_options(top)
     commands = top.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until SIGTERM or Ctrl-C")
     _add_settings(serve)

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from mal_train.core.errors import DeviceError, InputError, MalError
 
 
-class RequestRefused(InputError):
+class InvalidRequest(InputError):
     """A request breaks the contract. `violations` are pairs (path of the field, what is wrong with it)."""
 
     def __init__(self, violations: Sequence[tuple[str, str]]) -> None:
@@ -34,35 +34,35 @@ class RequestRefused(InputError):
         self.violations = tuple(violations)
 
 
-class UnknownCaller(InputError):
+class Unauthenticated(InputError):
     """A call whose caller is not known."""
 
 
-class NotAllowed(InputError):
+class PermissionDenied(InputError):
     """A call whose caller is known and may not make it."""
 
 
-class ComeBack(MalError):
+class Retryable(MalError):
     """The same call may succeed later. `reason` says in one word why not now, `retry_after_s` when to try again."""
 
     reason = "NOT_NOW"
     retry_after_s = 1.0
 
 
-class NotReady(ComeBack):
+class NotReady(Retryable):
     """No model is loaded yet."""
 
     reason = "LOADING"
 
 
-class MemoryFull(ComeBack):
+class MemoryFull(Retryable):
     """Other calls hold the memory that this one needs, for minutes perhaps."""
 
     reason = "MEMORY_FULL"
     retry_after_s = 30.0
 
 
-class NotThere(InputError):
+class NotFound(InputError):
     """What a request names is not here. `reason` says in one word what is missing."""
 
     def __init__(self, message: str, reason: str) -> None:
@@ -70,28 +70,28 @@ class NotThere(InputError):
         self.reason = reason
 
 
-class UnknownModel(NotThere):
+class UnknownModel(NotFound):
     """A name under which nothing is served."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "MODEL_NOT_FOUND")
 
 
-class NoSuchFile(NotThere):
+class NoSuchFile(NotFound):
     """A folder or a file that a request names. `reason` is FOLDER_NOT_FOUND, CHECKPOINT_NOT_FOUND or FILE_NOT_FOUND."""
 
     def __init__(self, message: str, reason: str = "FILE_NOT_FOUND") -> None:
         super().__init__(message, reason)
 
 
-class ImageNotCached(NotThere):
+class ImageNotCached(NotFound):
     """A picture that the server holds no more, or never held; its sender sends it again."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "IMAGE_NOT_CACHED")
 
 
-class NotNow(MalError):
+class FailedPrecondition(MalError):
     """A request that does not fit the state of the server. `reason` says why in one word."""
 
     def __init__(self, message: str, reason: str) -> None:
@@ -99,11 +99,11 @@ class NotNow(MalError):
         self.reason = reason
 
 
-class ModelRefused(NotNow):
+class ModelRejected(FailedPrecondition):
     """A model could not be put into service or taken out of it; what was served goes on."""
 
 
-class TokenStale(NotNow):
+class ResumeTokenStale(FailedPrecondition):
     """An evaluation cannot go on where it broke off."""
 
     def __init__(self, message: str) -> None:

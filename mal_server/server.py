@@ -13,7 +13,6 @@ ones are answered UNAVAILABLE, and `serve` raises, so that a supervisor starts a
 
 import asyncio
 import gc
-import importlib.metadata
 import logging
 import math
 import os
@@ -31,21 +30,21 @@ from mal_server.api.interceptors import CallInterceptor
 from mal_server.api.service import EvaluationService, LabelingService, ModelService
 from mal_server.config.server import ServerConfig
 from mal_server.config.tokens import TokenSetting
-from mal_server.inference.allowed_dirs import Roots
-from mal_server.inference.image_store import ImageCache, Pictures
+from mal_server.inference.allowed_dirs import AllowedDirs
+from mal_server.inference.image_store import ImageCache, ImageStore
 from mal_server.models.loader import ModelInfo, load_model
-from mal_server.models.registry import Load, Models
+from mal_server.models.registry import Load, ModelRegistry
 from mal_server.ops.metrics import Metrics, MetricsPort
 from mal_server.ops.tracing import Tracing
-from mal_server.scheduling.cpu_pool import CpuPool
+from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.security.auth import read_resume_key, read_tokens
 from mal_server.security.tls import server_credentials
 from mal_train.core.errors import ConfigError, DeviceLost, OutputError
 from mal_train.core.net import is_loopback
+from mal_train.core.version import distribution_version
 
 log = logging.getLogger(__name__)
 
-DISTRIBUTION = "mask-auto-labeler"
 MAX_STREAMS = 1000
 """Calls at once on one connection; further ones wait at the client.
 
@@ -85,7 +84,7 @@ class MalServer:
     def __init__(self, config: ServerConfig, load: Load = load_model, tracing: Tracing | None = None) -> None:
         self._config = config
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._pool = CpuPool(config.threads or os.cpu_count() or 1, patience_s=config.batch_patience_s)
+        self._pool = PriorityThreadPool(config.threads or os.cpu_count() or 1, patience_s=config.batch_patience_s)
         self._metrics = Metrics()
         self._tracing = Tracing() if tracing is None and config.tracing else tracing
         if self._tracing is not None:
@@ -93,9 +92,11 @@ class MalServer:
         self._resume_key = read_resume_key(config.resume_key)
         cache = ImageCache(config.image_cache_bytes)
         self._metrics.watch_cache(lambda: cache.size_bytes)
-        folders = self._folders = Roots({folder.name: folder.path for folder in config.data_folders}, "data_folders")
-        pictures = Pictures(cache, folders, config.limits.images().max_bytes, self._metrics)
-        self._models = Models(
+        folders = self._folders = AllowedDirs(
+            {folder.name: folder.path for folder in config.data_folders}, "data_folders"
+        )
+        pictures = ImageStore(cache, folders, config.limits.images().max_bytes, self._metrics)
+        self._models = ModelRegistry(
             config,
             load,
             pool=self._pool,
@@ -228,7 +229,9 @@ class MalServer:
         evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(
             EvaluationService(self._models, self._config, self._folders, self._resume_key), server
         )
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._models, self._config, version()), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(self._models, self._config, distribution_version()), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._config.reflection:
             names = (*SERVICES[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -306,14 +309,6 @@ async def serve(
         _remove(port_file)
         if is_started:
             log.info("stopped")
-
-
-def version() -> str:
-    """The distribution's version; "unknown" when it runs from a folder that was never installed."""
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _catch_signals() -> tuple[asyncio.Event, asyncio.Event, asyncio.Event]:

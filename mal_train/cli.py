@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from mal_train.core.atomic_io import stdout_fault
+from mal_train.core.command_line import add_common_options
 from mal_train.core.errors import ConfigError, MalError, OutputError
 from mal_train.core.threads import wait_passively
 from mal_train.distributed.env import world_of
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         return _without_output(error)
-    except Exception:  # the last line of defence of a command: whatever it is, exit code 1 and the trace
+    except Exception:  # the last line of defense of a command: whatever it is, exit code 1 and the trace
         traceback.print_exc()
         return MalError.exit_code
 
@@ -86,7 +87,7 @@ def _without_output(error: OSError) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from mal_train.config.spec import load_spec
-    from mal_train.core.console import Screen
+    from mal_train.core.console import Console
     from mal_train.training.run_files import note_failure
 
     spec = load_spec(arguments.spec, arguments.overrides)
@@ -100,7 +101,7 @@ def _train(arguments: argparse.Namespace) -> int:
         tie_to_parent()
     from mal_train.commands.train import train
 
-    result = train(spec, Screen())
+    result = train(spec, Console())
     if not world.is_first:
         return 0
     if result.report is not None:
@@ -112,9 +113,9 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from mal_train.commands.evaluate import evaluate
     from mal_train.config.spec import load_spec
-    from mal_train.core.console import Screen
+    from mal_train.core.console import Console
 
-    report = evaluate(load_spec(arguments.spec, arguments.overrides), Screen())
+    report = evaluate(load_spec(arguments.spec, arguments.overrides), Console())
     print(report.table())
     return SOME_FAILED if any(row.reason not in _INNOCENT for row in report.skipped) else 0
 
@@ -122,9 +123,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _inference(arguments: argparse.Namespace) -> int:
     from mal_train.commands.inference import inference
     from mal_train.config.spec import load_spec
-    from mal_train.core.console import Screen
+    from mal_train.core.console import Console
 
-    result = inference(load_spec(arguments.spec, arguments.overrides), Screen())
+    result = inference(load_spec(arguments.spec, arguments.overrides), Console())
     if result.report is not None:
         print(result.report.table())
     for reason, count in result.failed.most_common():
@@ -134,19 +135,19 @@ def _inference(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     from mal_train.commands.convert import import_checkpoint
-    from mal_train.core.console import Screen
+    from mal_train.core.console import Console
 
-    import_checkpoint(arguments.file, arguments.output, arguments.overrides, Screen())
+    import_checkpoint(arguments.file, arguments.output, arguments.overrides, Console())
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from mal_train.commands.export import export
     from mal_train.config.spec import load_spec
-    from mal_train.core.console import Screen
+    from mal_train.core.console import Console
 
     spec = load_spec(arguments.spec, arguments.overrides)
-    report = export(spec, arguments.output, Screen(), licence=arguments.licence, average_with=arguments.average or ())
+    report = export(spec, arguments.output, Console(), license=arguments.license, average_with=arguments.average or ())
     if report is not None:
         print(report.table())
     return 0
@@ -224,6 +225,7 @@ def _spec_text(name: str, overrides: list[str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mal-train", description="Masks from boxes: train, evaluate, label.")
+    add_common_options(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(
@@ -262,13 +264,13 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("-o", "--output", type=Path, required=True, help="the .malckpt to write")
 
     exporting = add(
-        "export", _export, "Write evaluate.checkpoint small, for labelling: one network, float16.", overrides=True
+        "export", _export, "Write evaluate.checkpoint small, for labeling: one network, float16.", overrides=True
     )
     exporting.add_argument("-e", "--experiment_spec", dest="spec", type=Path, help="YAML spec; its data are fitted to")
     exporting.add_argument(
         "--average", type=Path, action="append", metavar="FILE", help="a checkpoint to average it with; may be repeated"
     )
-    exporting.add_argument("--licence", metavar="SPDX", help="of these weights, to be written into the file")
+    exporting.add_argument("--license", metavar="SPDX", help="of these weights, to be written into the file")
     exporting.add_argument("-o", "--output", type=Path, required=True, help="the .malckpt to write")
 
     keygen = add("keygen", _keygen, "Make an age identity to seal checkpoints with, and print its recipient.")

@@ -22,7 +22,7 @@ def write_scenes(
         folder: made if missing.
         images: how many.
         masks: whether annotations carry their mask.
-        seed: of positions and colours.
+        seed: of positions and colors.
         change: may edit the COCO object before it is written.
     """
     rng = np.random.default_rng(seed)
@@ -33,12 +33,12 @@ def write_scenes(
     for number in range(images):
         picture = rng.integers(0, 60, (80, 96, 3)).astype(np.uint8)
         for side in range(2):
-            centre = np.array([22 + 50 * side, 40]) + rng.integers(-2, 3, 2)
+            center = np.array([22 + 50 * side, 40]) + rng.integers(-2, 3, 2)
             radii = rng.integers(12, 20, 2)
-            inside = ((columns - centre[0]) / radii[0]) ** 2 + ((rows - centre[1]) / radii[1]) ** 2 <= 1
+            inside = ((columns - center[0]) / radii[0]) ** 2 + ((rows - center[1]) / radii[1]) ** 2 <= 1
             picture[inside] = rng.integers(150, 256, 3)
             code = encode_mask(inside)
-            x0, y0 = (int(centre[k] - radii[k]) for k in range(2))
+            x0, y0 = (int(center[k] - radii[k]) for k in range(2))
             coco["annotations"].append(
                 {
                     "id": 10 * number + side,

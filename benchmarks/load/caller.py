@@ -5,7 +5,7 @@
 With `starts_by` in the plan it says that it is ready (REPORT.ready) and waits for that file, which holds the moment.
 A plan's calls are closed (each client sends when it has its answer) or open (sent by a schedule, whatever becomes of
 them).
-Requests leave serialised, and nothing is drawn or encoded meanwhile.
+Requests leave serialized, and nothing is drawn or encoded meanwhile.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 from mal.v1 import labeling_pb2, types_pb2
-from mal_client.errors import is_broken_off
+from mal_client.errors import is_disconnect
 
 from benchmarks.load.deck import Picture, load_deck
 from benchmarks.load.figures import ClientReport, Sample
@@ -253,7 +253,7 @@ class Caller:
             except grpc.aio.AioRpcError as error:
                 details: Any = dict(trailers_of(error))
                 code, status = error.code().name, status_pb2.Status.FromString(details.get(DETAILS_KEY, b""))
-                is_broken = is_broken_off(error)
+                is_broken = is_disconnect(error)
             retry_s = retry_of(status)
             if code == "OK" and not (again_s and plan.retries):
                 return ask.sample(code, plan.kind)

@@ -33,7 +33,7 @@ class Picture:
     counts: tuple[bytes, ...] | None
 
     def request(self, places: Sequence[int], ids: Sequence[int], options: types_pb2.LabelOptions) -> bytes:
-        """A serialised LabelImageRequest for some of the boxes. Serialised, so that clients cost little."""
+        """A serialized LabelImageRequest for some of the boxes. Serialized, so that clients cost little."""
         instances = []
         for place, one in zip(places, ids, strict=True):
             x, y, width, height = self.boxes[place]

@@ -120,7 +120,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return sorted(values)[min(max(place, 0), len(values) - 1)]
 
 
-def summarise(samples: Iterable[Sample], begin: float, end: float, kind: str = "") -> Summary:
+def summarize(samples: Iterable[Sample], begin: float, end: float, kind: str = "") -> Summary:
     """The figures of the calls that were due in [begin, end); of one kind, or of all.
 
     Rates count the boxes of calls that *ended* in that time: what was due in it may end after it.

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.load.caller import Plan
 from benchmarks.load.deck import Picture, draw_deck, save_deck, with_answers
-from benchmarks.load.figures import ClientReport, Sample, Summary, summarise, table
+from benchmarks.load.figures import ClientReport, Sample, Summary, summarize, table
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0
@@ -225,7 +225,7 @@ def measure(args: argparse.Namespace, folder: Path, address: str) -> dict[str, S
         reports = load.wait(args.seconds + 300)
     begin, samples = load.start_at, samples_of(reports)
     print(f"clients' own CPU: {sum(report.cpu_s for report in reports):.1f} s", file=sys.stderr)
-    return {kind: summarise(samples, begin, begin + args.seconds, kind) for kind in sorted({p.kind for p in plans})}
+    return {kind: summarize(samples, begin, begin + args.seconds, kind) for kind in sorted({p.kind for p in plans})}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from benchmarks.load.figures import percentile
 from benchmarks.load.loop_watch import SLOW_S, LoopWatch
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
-from mal_server.models.loader import Loaded
+from mal_server.models.loader import LoadedModel
 from mal_server.ops import logging
 from mal_server.server import serve
 from mal_train.core.errors import DeviceLost
@@ -35,7 +35,7 @@ from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import decode_image
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import apply_overrides, validate
-from mal_train.kernel.labeler.labeler import Crop, Label, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions
 from tests.mal_server.fakes import BrightPredictor, loaded
 
 CROP_SIZE = 32
@@ -62,7 +62,7 @@ class StandIn(BrightPredictor):
         """The next batch finds no device any more."""
         self._lives = 0
 
-    def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
+    def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
         """Brightness against the crop's mean as probability; raises DeviceLost once its lives are spent."""
         if self._lives is not None:
             if self._lives <= 0:
@@ -70,7 +70,7 @@ class StandIn(BrightPredictor):
             self._lives -= 1
         found = super().predict(crops, options)
         self.batches.clear()  # the memory of a long run must stay flat
-        return [Probability(np.clip(one.prob - one.prob.mean() + np.float32(0.5), 0, 1)) for one in found]
+        return [Prediction(np.clip(one.prob - one.prob.mean() + np.float32(0.5), 0, 1)) for one in found]
 
 
 def right_masks(content: bytes, boxes: Sequence[Box], crop_size: int = CROP_SIZE) -> list[bytes]:
@@ -106,7 +106,7 @@ async def run(config: ServerConfig, port_file: Path, report: Path | None, predic
     watch = LoopWatch()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, predictor.lose)
 
-    def load(plan: ModelPlan) -> Loaded:
+    def load(plan: ModelPlan) -> LoadedModel:
         return loaded(plan, predictor)
 
     if report is None:

@@ -22,10 +22,10 @@ from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 from mal_client.blocking_client import Client
 from mal_client.errors import CallCancelled
 from mal_client.images.image_input import encode
-from mal_client.transport.client_base import Endpoint
+from mal_client.transport.client_base import ClientBase
 from mal_client.transport.image_call import checked_boxes
 from mal_client.types import (
-    AS_SERVED,
+    SERVER_DEFAULTS,
     BoxLabel,
     LabelOptions,
     ServerInfo,
@@ -65,7 +65,7 @@ def _in_thread(
     return run
 
 
-class AsyncClient(Endpoint):
+class AsyncClient(ClientBase):
     """asyncio client of one server; use it inside one event loop, as an async context manager.
 
     >>> async with AsyncClient("localhost:50051") as client:  # doctest: +SKIP
@@ -110,7 +110,7 @@ class AsyncClient(Endpoint):
         self,
         image: ImageInput,
         boxes: ArrayLike | Sequence[Sequence[float]],
-        options: LabelOptions = AS_SERVED,
+        options: LabelOptions = SERVER_DEFAULTS,
         *,
         timeout_s: float | None = None,
     ) -> list[BoxLabel]:
@@ -124,7 +124,7 @@ class AsyncClient(Endpoint):
         self,
         image: ImageInput,
         boxes: ArrayLike | Sequence[Sequence[float]],
-        options: LabelOptions = AS_SERVED,
+        options: LabelOptions = SERVER_DEFAULTS,
         *,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[BoxLabel]:

@@ -15,11 +15,11 @@ from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_client.errors import CallCancelled
 from mal_client.images.image_input import encode
-from mal_client.transport.client_base import Endpoint
+from mal_client.transport.client_base import ClientBase
 from mal_client.transport.image_call import checked_boxes
 from mal_client.types import (
-    AS_SERVED,
-    WHOLE_FILE,
+    DEFAULT_DATASET_OPTIONS,
+    SERVER_DEFAULTS,
     BoxLabel,
     DatasetOptions,
     DatasetResult,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mal_client.types import ImageInput
 
 
-class Client(Endpoint):
+class Client(ClientBase):
     """Blocking client of one server; usable from several threads and as a context manager.
 
     >>> with Client("localhost:50051") as client:  # doctest: +SKIP
@@ -88,14 +88,14 @@ class Client(Endpoint):
         self,
         image: ImageInput,
         boxes: ArrayLike | Sequence[Sequence[float]],
-        options: LabelOptions = AS_SERVED,
+        options: LabelOptions = SERVER_DEFAULTS,
         *,
         timeout_s: float | None = None,
     ) -> list[BoxLabel]:
         """One answer for each box, in the order of the boxes.
 
         Args:
-            image: uint8 array (H, W, 3) RGB or (H, W) grey, Pillow picture, path, or the bytes of an encoded file.
+            image: uint8 array (H, W, 3) RGB or (H, W) gray, Pillow picture, path, or the bytes of an encoded file.
             boxes: (N, 4) x, y, width, height in px of the stored image.
             options: how boxes become masks.
             timeout_s: deadline of this call instead of the client's.
@@ -110,7 +110,7 @@ class Client(Endpoint):
         self,
         image: ImageInput,
         boxes: ArrayLike | Sequence[Sequence[float]],
-        options: LabelOptions = AS_SERVED,
+        options: LabelOptions = SERVER_DEFAULTS,
         *,
         timeout_s: float | None = None,
     ) -> Iterator[BoxLabel]:
@@ -134,8 +134,8 @@ class Client(Endpoint):
         coco_json: Path | str,
         images_dir: Path | str,
         output_json: Path | str,
-        options: LabelOptions = AS_SERVED,
-        how: DatasetOptions = WHOLE_FILE,
+        options: LabelOptions = SERVER_DEFAULTS,
+        how: DatasetOptions = DEFAULT_DATASET_OPTIONS,
         *,
         on_progress: Callable[[Progress], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
@@ -153,7 +153,7 @@ class Client(Endpoint):
             images_dir: the folder that `file_name` is relative to.
             output_json: where the COCO file with masks goes.
             options: how boxes become masks.
-            how: which annotations are labelled and how they are written; by default every mask is made anew.
+            how: which annotations are labeled and how they are written; by default every mask is made anew.
             on_progress: called after each answered image, from the calling thread.
             on_notice: told in a sentence what the user should know, for example that an unfinished run goes on.
 
@@ -163,7 +163,7 @@ class Client(Endpoint):
             ConfigError: an unfinished run was another job: other input, checkpoint or options.
             ServerUnavailable, ServerFailed, RequestRefused, CallCancelled: the server was lost for good.
         """
-        # Imported here: a dataset job brings OpenCV and pycocotools, which labelling single images need not wait for.
+        # Imported here: a dataset job brings OpenCV and pycocotools, which labeling single images need not wait for.
         from mal_client.dataset.run import label_dataset  # noqa: PLC0415
 
         return label_dataset(
@@ -181,7 +181,7 @@ class Client(Endpoint):
         self,
         coco_json: Path | str,
         images_dir: Path | str,
-        options: LabelOptions = AS_SERVED,
+        options: LabelOptions = SERVER_DEFAULTS,
         *,
         worst_count: int = 100,
         on_progress: Callable[[Progress], None] | None = None,
@@ -221,7 +221,7 @@ class Client(Endpoint):
         self,
         annotations: str,
         images: str,
-        options: LabelOptions = AS_SERVED,
+        options: LabelOptions = SERVER_DEFAULTS,
         *,
         worst_count: int = 100,
         on_progress: Callable[[Progress], None] | None = None,

@@ -51,7 +51,7 @@ class CallCancelled(ClientError):
     """The call, or the client that made it, was closed before the answer came."""
 
 
-class ServerFailed(ClientError):
+class ServerError(ClientError):
     """The server failed inside, or broke the contract."""
 
 
@@ -67,7 +67,7 @@ class FieldViolation:
     description: str
 
 
-class RequestRefused(InputError):
+class InvalidRequest(InputError):
     """The request as a whole is refused.
 
     Attributes:
@@ -134,24 +134,24 @@ def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) 
         why = f"it says to come back in {details.retry_after_s:g} s"
     if code is grpc.StatusCode.UNAUTHENTICATED:
         fields += "; the client shows the one of --token-file (token)"
-    refused = RequestRefused(f"{address}: request refused: {text}{fields}", details.reason, details.violations)
+    refused = InvalidRequest(f"{address}: request refused: {text}{fields}", details.reason, details.violations)
     known: dict[grpc.StatusCode, MalError] = {
         grpc.StatusCode.UNAVAILABLE: ServerUnavailable(f"{address}: the server is unavailable ({text}); {why}"),
         grpc.StatusCode.DEADLINE_EXCEEDED: CallTimedOut(
             f"{address}: no complete answer within {within}; check the address, or allow more time"
         ),
         grpc.StatusCode.CANCELLED: CallCancelled(f"{address}: the call was cancelled before its answer came ({text})"),
-        grpc.StatusCode.RESOURCE_EXHAUSTED: RequestRefused(
+        grpc.StatusCode.RESOURCE_EXHAUSTED: InvalidRequest(
             f"{address}: a message is larger than one side accepts ({text}); send a smaller or compressed image, or "
             "raise the server's message limit",
             "MESSAGE_TOO_LARGE",
         ),
-        grpc.StatusCode.UNIMPLEMENTED: RequestRefused(
+        grpc.StatusCode.UNIMPLEMENTED: InvalidRequest(
             f"{address}: the server does not know this call ({text}); check that it is a mal-server of this version"
         ),
         **dict.fromkeys(_REFUSALS, refused),
     }
-    return known.get(code, ServerFailed(f"{address}: the server failed: {code.name}: {text}"))
+    return known.get(code, ServerError(f"{address}: the server failed: {code.name}: {text}"))
 
 
 _REFUSALS = frozenset(
@@ -173,16 +173,16 @@ def rpc_code(error: grpc.RpcError) -> grpc.StatusCode:
     return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
 
 
-def is_broken_off(error: grpc.RpcError) -> bool:
+def is_disconnect(error: grpc.RpcError) -> bool:
     """Whether a failed call says nothing of its request, so that it may be sent again.
 
     UNAVAILABLE; CANCELLED, with which a server that closes may end calls that no handler of it has seen; and a stream
     that ended without a word of the server's own. Whoever cancelled the call itself must not ask.
     """
-    return rpc_code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) or is_cut_short(error)
+    return rpc_code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) or is_truncated(error)
 
 
-def is_cut_short(error: grpc.RpcError) -> bool:
+def is_truncated(error: grpc.RpcError) -> bool:
     """Whether a call's stream ended without trailers, as behind a proxy whose server died in the middle of it.
 
     nginx resets the stream, which gRPC reports as INTERNAL; HAProxy ends and resets it, which is UNKNOWN or CANCELLED.

@@ -9,7 +9,7 @@ import grpc
 from mal.v1 import model_pb2, model_pb2_grpc
 
 from mal_client.errors import from_rpc_error
-from mal_client.transport.base import Link
+from mal_client.transport.base import Transport
 from mal_client.transport.serialization import labeling_messages
 from mal_client.types import ModelInfo, ModelRef, ModelStatus
 from mal_train.core.settings import Branch
@@ -30,7 +30,7 @@ class ModelAdmin:
     was served goes on.
     """
 
-    def __init__(self, client: Link) -> None:
+    def __init__(self, client: Transport) -> None:
         self._client = client
         self._stub = model_pb2_grpc.ModelServiceStub(client.open_channel())
 

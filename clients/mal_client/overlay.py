@@ -1,4 +1,4 @@
-"""A labelled image as a picture, for notebooks: masks tinted and outlined, boxes, scores. Sends nothing."""
+"""A labeled image as a picture, for notebooks: masks tinted and outlined, boxes, scores. Sends nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mal_client.images.image_input import encode
-from mal_train.core.atomic_io import replacing
+from mal_train.core.atomic_io import atomic_write
 from mal_train.core.masks.images import RgbImage, decode_image, encode_png
 from mal_train.core.report.overlays import Drawn, draw_labels
 
@@ -32,12 +32,12 @@ class Overlay:
 
     def save(self, path: Path | str) -> None:
         """Writes it as a PNG file. Raises OutputError."""
-        with replacing(Path(path)) as file:
+        with atomic_write(Path(path)) as file:
             file.write(self._repr_png_())
 
 
 def overlay(image: ImageInput, labels: Sequence[BoxLabel], max_side: int = 1280) -> Overlay:
-    """The image with what it was labelled with, shrunk to max_side px where it is larger.
+    """The image with what it was labeled with, shrunk to max_side px where it is larger.
 
     >>> overlay("street.jpg", client.label_image("street.jpg", boxes))  # doctest: +SKIP
 

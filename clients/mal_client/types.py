@@ -6,22 +6,22 @@ Knows nothing of gRPC. Each group of values has a file of its own, and those imp
 from __future__ import annotations
 
 from mal_client.results.dataset import (
+    DEFAULT_DATASET_OPTIONS,
     FAILED_LISTED,
-    WHOLE_FILE,
     DatasetOptions,
     DatasetResult,
     FailedAnnotation,
-    Only,
     Progress,
+    RowFilter,
 )
 from mal_client.results.evaluation import Evaluation, Figures, GroupMiou, MeasuredInstance
-from mal_client.results.labels import AS_SERVED, BoxLabel, BoxXywh, ImageInput, LabelOptions, ModelRef, Timing
+from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, BoxXywh, ImageInput, LabelOptions, ModelRef, Timing
 from mal_client.results.server_info import ModelInfo, ModelStatus, ServerInfo, ServerLimits
 
 __all__ = [
-    "AS_SERVED",
+    "DEFAULT_DATASET_OPTIONS",
     "FAILED_LISTED",
-    "WHOLE_FILE",
+    "SERVER_DEFAULTS",
     "BoxLabel",
     "BoxXywh",
     "DatasetOptions",
@@ -36,8 +36,8 @@ __all__ = [
     "ModelInfo",
     "ModelRef",
     "ModelStatus",
-    "Only",
     "Progress",
+    "RowFilter",
     "ServerInfo",
     "ServerLimits",
     "Timing",

@@ -22,7 +22,7 @@ from types import FrameType
 
 from mal_client.client import Client
 from mal_client.review.pages import worst_cards
-from mal_client.types import AS_SERVED, DatasetResult, LabelOptions
+from mal_client.types import SERVER_DEFAULTS, DatasetResult, LabelOptions
 
 from deploy.demo.commands import DemoFailed, command_output, run_command, say, start_server
 from deploy.demo.page import report_page, write_overlays
@@ -95,7 +95,7 @@ def run_demo(out: Path, size: Size, *, check_margin: bool) -> int:
     """
     stages = Stages()
     _fresh_folder(out)
-    with stages.stage("Photographs", "labelled by the model in the package; nothing has been trained yet"):
+    with stages.stage("Photographs", "labeled by the model in the package; nothing has been trained yet"):
         photographs = label_photographs(out)
     with stages.stage("Scenes", f"{size.train} to train on (boxes only), {size.heldout} held out, in {out / 'data'}"):
         scenes = write_scenes(out / "data", size)
@@ -109,8 +109,8 @@ def run_demo(out: Path, size: Size, *, check_margin: bool) -> int:
     try:
         with Client(server.address) as client:
             with stages.stage("Label", f"{size.heldout} held-out images through gRPC"):
-                labelled = client.label_dataset(scenes.heldout_boxes, scenes.heldout.images, out / "labels.json")
-                _check_all_labelled(labelled)
+                labeled = client.label_dataset(scenes.heldout_boxes, scenes.heldout.images, out / "labels.json")
+                _check_all_labeled(labeled)
             with stages.stage("Evaluate", "the served masks against the true ones, through the Evaluate RPC"):
                 evaluation = client.evaluate(scenes.heldout.annotations, scenes.heldout.images, worst_count=10_000)
                 if evaluation.failed_count or evaluation.overall.miou is None:
@@ -118,8 +118,8 @@ def run_demo(out: Path, size: Size, *, check_margin: bool) -> int:
                 references = measure_baselines(scenes.heldout)
             with stages.stage("Page", f"overlays and {out / 'report.html'}"):
                 coco = read_coco(scenes.heldout.annotations)
-                cards = worst_cards(client, evaluation, coco, scenes.heldout.images, AS_SERVED, count=CLOSE_UPS)
-                pictures = write_overlays(out / "overlays", labelled.output, scenes.heldout.images)
+                cards = worst_cards(client, evaluation, coco, scenes.heldout.images, SERVER_DEFAULTS, count=CLOSE_UPS)
+                pictures = write_overlays(out / "overlays", labeled.output, scenes.heldout.images)
                 metrics = out / "train" / "metrics.csv"
                 page = report_page(
                     metrics,
@@ -146,7 +146,7 @@ def label_photographs(out: Path) -> list[Card]:
     server = start_server(out, "builtin", {})
     try:
         with Client(server.address) as client:
-            labelled = client.label_dataset(
+            labeled = client.label_dataset(
                 photographs.annotations,
                 photographs.images,
                 out / "photographs.json",
@@ -155,8 +155,8 @@ def label_photographs(out: Path) -> list[Card]:
             )
     finally:
         server.stop()
-    _check_all_labelled(labelled)
-    return write_overlays(out / "overlays", labelled.output, photographs.images)
+    _check_all_labeled(labeled)
+    return write_overlays(out / "overlays", labeled.output, photographs.images)
 
 
 def train(out: Path, scenes: Scenes, overrides: Sequence[str]) -> Path:
@@ -209,10 +209,10 @@ def conclude(out: Path, miou: float, references: dict[str, float], stages: Stage
     return 0
 
 
-def _check_all_labelled(result: DatasetResult) -> None:
+def _check_all_labeled(result: DatasetResult) -> None:
     if result.failed:
         raise DemoFailed(f"{len(result.failed)} boxes got no mask; the first: {result.failed[0].error}")
-    say(f"      {result.labelled} masks in {result.output} (COCO)")
+    say(f"      {result.labeled} masks in {result.output} (COCO)")
 
 
 def _next_commands(out: Path) -> str:

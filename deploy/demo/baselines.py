@@ -15,7 +15,7 @@ _CLUSTERING_PIXELS = 5000
 
 
 def box_filled(box_xywh: Box, image_hw: tuple[int, int]) -> Rle:
-    """Every pixel whose centre lies in the box.
+    """Every pixel whose center lies in the box.
 
     >>> rle.area(box_filled((1, 1, 3, 2), (6, 6)))
     6
@@ -25,7 +25,7 @@ def box_filled(box_xywh: Box, image_hw: tuple[int, int]) -> Rle:
 
 
 def ellipse(box_xywh: Box, image_hw: tuple[int, int]) -> Rle:
-    """The largest axis-parallel ellipse in the box: every pixel whose centre lies in it.
+    """The largest axis-parallel ellipse in the box: every pixel whose center lies in it.
 
     >>> rle.decode_mask(ellipse((0, 0, 4, 4), (4, 4))).sum(axis=0).tolist()
     [2, 4, 4, 2]
@@ -37,7 +37,7 @@ def ellipse(box_xywh: Box, image_hw: tuple[int, int]) -> Rle:
     return _encoded(across[None, :] ** 2 + down[:, None] ** 2 <= 1.0, region, image_hw)
 
 
-def colour_clustering(
+def color_clustering(
     image_rgb: NDArray[np.uint8],
     box_xywh: Box,
     *,
@@ -45,17 +45,17 @@ def colour_clustering(
     ratio: float = 0.7,
     margin_rate: float = 0.6,
 ) -> Rle:
-    """Pixels of the box whose colour is not one of its surroundings.
+    """Pixels of the box whose color is not one of its surroundings.
 
-    k-means of the CIELAB colours of the window; a colour is foreground when its share of the box's pixels exceeds
+    k-means of the CIELAB colors of the window; a color is foreground when its share of the box's pixels exceeds
     `ratio` times its share of the margin's. Deterministic. The whole box where there is no margin to learn from, or
-    where no colour stands out. (Of 2-means of the box, 2-means seeded with the margin, and this with 4, 8 and 16
+    where no color stands out. (Of 2-means of the box, 2-means seeded with the margin, and this with 4, 8 and 16
     clusters, this one with 16 did best on real photographs.)
 
     Args:
         image_rgb: (H, W, 3) uint8.
         box_xywh: the box.
-        clusters: colours.
+        clusters: colors.
         ratio: see above; smaller keeps more.
         margin_rate: the window is that of `geometry.test_window`, cut to the image.
     """
@@ -64,23 +64,23 @@ def colour_clustering(
     pixels, inside = _window_pixels(image_rgb, geometry.test_window(box_xywh, margin_rate), region)
     if min(np.count_nonzero(inside), np.count_nonzero(~inside)) < clusters:
         return _encoded(_ones(region), region, image_hw)
-    colours = cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB).reshape(-1, 3).astype(np.float32)
-    nearest = _nearest_cluster(colours, clusters).reshape(inside.shape)
+    colors = cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB).reshape(-1, 3).astype(np.float32)
+    nearest = _nearest_cluster(colors, clusters).reshape(inside.shape)
     share_inside = np.bincount(nearest[inside], minlength=clusters) / np.count_nonzero(inside)
     share_margin = np.bincount(nearest[~inside], minlength=clusters) / np.count_nonzero(~inside)
     mask = (share_inside > ratio * share_margin)[nearest[inside]].reshape(_ones(region).shape)
     return _encoded(mask if mask.any() else _ones(region), region, image_hw)
 
 
-def _nearest_cluster(colours: NDArray[np.float32], clusters: int) -> NDArray[np.int64]:
-    """Cluster number (N,) of colours (N, 3), by k-means on at most a few thousand of them."""
-    sample = np.ascontiguousarray(colours[:: max(len(colours) // _CLUSTERING_PIXELS, 1)])
+def _nearest_cluster(colors: NDArray[np.float32], clusters: int) -> NDArray[np.int64]:
+    """Cluster number (N,) of colors (N, 3), by k-means on at most a few thousand of them."""
+    sample = np.ascontiguousarray(colors[:: max(len(colors) // _CLUSTERING_PIXELS, 1)])
     # Starting from bands of brightness makes the result repeatable; OpenCV's own start draws from a shared generator.
     start = np.empty((len(sample), 1), dtype=np.int32)
     start[np.argsort(sample.sum(axis=1), kind="stable"), 0] = np.arange(len(sample)) * clusters // len(sample)
     stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 10, 0.5)
-    centres = np.asarray(cv2.kmeans(sample, clusters, start, stop, 1, cv2.KMEANS_USE_INITIAL_LABELS)[2])
-    distance = (centres**2).sum(axis=1) - 2 * colours @ centres.T
+    centers = np.asarray(cv2.kmeans(sample, clusters, start, stop, 1, cv2.KMEANS_USE_INITIAL_LABELS)[2])
+    distance = (centers**2).sum(axis=1) - 2 * colors @ centers.T
     return np.asarray(distance.argmin(axis=1), dtype=np.int64)
 
 

@@ -19,7 +19,7 @@ WHOLE_PICTURES = 8
 
 
 def write_overlays(folder: Path, labels: Path, images: Path) -> list[Card]:
-    """Draws the labelled file over its pictures, one PNG each; cards of the first few."""
+    """Draws the labeled file over its pictures, one PNG each; cards of the first few."""
     folder.mkdir(exist_ok=True)
     cards: list[Card] = []
     for info, rows in by_image(read_coco(labels)):

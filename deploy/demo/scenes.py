@@ -40,7 +40,7 @@ class Scenes:
     watch: CocoSplit
     heldout: CocoSplit
     heldout_boxes: Path
-    """The held-out annotations without their masks: what a user would send to be labelled."""
+    """The held-out annotations without their masks: what a user would send to be labeled."""
 
 
 def write_scenes(folder: Path, size: Size) -> Scenes:
@@ -57,12 +57,12 @@ def write_scenes(folder: Path, size: Size) -> Scenes:
 
 
 def measure_baselines(split: CocoSplit) -> dict[str, float]:
-    """Mean IoU of what needs no training: each box filled, the ellipse in it, and colours that its margin lacks."""
+    """Mean IoU of what needs no training: each box filled, the ellipse in it, and colors that its margin lacks."""
     coco = read_coco(split.annotations)
     methods: dict[str, Callable[[RgbImage, Box], Rle]] = {
         "box filled": lambda image, box: baselines.box_filled(box, (image.shape[0], image.shape[1])),
         "ellipse in the box": lambda image, box: baselines.ellipse(box, (image.shape[0], image.shape[1])),
-        "colour clustering in the box": baselines.colour_clustering,
+        "color clustering in the box": baselines.color_clustering,
     }
     ious: dict[str, list[float]] = {name: [] for name in methods}
     for info, rows in by_image(coco):

@@ -1,7 +1,7 @@
 """Draws small scenes with boxes and writes them as a COCO set: the world of the demo and of the end-to-end tests.
 
-Textured objects of seven shapes lie over a textured background. All surfaces of a scene show the same two colours, so
-colour tells little and texture much; objects overlap and leave the image. Training files hold boxes only. No torch.
+Textured objects of seven shapes lie over a textured background. All surfaces of a scene show the same two colors, so
+color tells little and texture much; objects overlap and leave the image. Training files hold boxes only. No torch.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from mal_train.core.errors import OutputError
 from mal_train.core.masks.rle import encode_mask
 
 Field = NDArray[np.float32]
-"""A texture's pattern (H, W) in [0, 1]: 0 shows the surface's first colour and 1 its last."""
+"""A texture's pattern (H, W) in [0, 1]: 0 shows the surface's first color and 1 its last."""
 
 TINT = 6.0
-"""How far the colours of one surface lie from the scene's, standard deviation of each channel of 255."""
+"""How far the colors of one surface lie from the scene's, standard deviation of each channel of 255."""
 
-GREY = np.array([0.299, 0.587, 0.114])
+GRAY = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in brightness (ITU-R BT.601)."""
 
 _SUBPIXEL_BITS = 4
@@ -119,7 +119,7 @@ def write_split(
             # The name's bytes make the splits differ without a table of offsets.
             scene = draw_scene(np.random.default_rng([seed, *name.encode(), index]), settings)
             file_name = f"{index + 1:05d}.jpg"
-            # Full chroma: halved, as is usual, it would blur textures whose colours differ in hue alone.
+            # Full chroma: halved, as is usual, it would blur textures whose colors differ in hue alone.
             Image.fromarray(scene.image).save(split.images / file_name, quality=95, subsampling=0)
             rows.add(scene, file_name, masks)
     except OSError as error:
@@ -161,24 +161,24 @@ class _Rows:
 
 
 def _palette(rng: np.random.Generator) -> Field:
-    """The two RGB colours (2, 3) of a scene in [0, 255], far enough apart, in grey too, to make a pattern visible."""
+    """The two RGB colors (2, 3) of a scene in [0, 255], far enough apart, in gray too, to make a pattern visible."""
     while True:
-        colours = rng.uniform(30, 225, size=(2, 3)).astype(np.float32)
-        difference = colours[0] - colours[1]
-        if np.linalg.norm(difference) < 170 and abs(difference @ GREY) > 40:
-            return colours
+        colors = rng.uniform(30, 225, size=(2, 3)).astype(np.float32)
+        difference = colors[0] - colors[1]
+        if np.linalg.norm(difference) < 170 and abs(difference @ GRAY) > 40:
+            return colors
 
 
 def _surface(
     rng: np.random.Generator, hw: tuple[int, int], palette: Field, textures: Sequence[Callable[..., Field]]
 ) -> Field:
-    """A full image (H, W, 3) float32 of one texture in the palette's colours, with light and grain of its own."""
+    """A full image (H, W, 3) float32 of one texture in the palette's colors, with light and grain of its own."""
     pattern = textures[int(rng.integers(len(textures)))](rng, hw)
     first, second = palette + rng.normal(0.0, TINT, size=(2, 3))
-    colour = first + pattern[..., None] * (second - first)
+    color = first + pattern[..., None] * (second - first)
     light = 1.0 + 0.25 * (_smooth_noise(rng, hw, 60.0) - 0.5)
     grain = rng.normal(0.0, 6.0, size=(*hw, 3))
-    return np.asarray(colour * light[..., None] + grain, dtype=np.float32)
+    return np.asarray(color * light[..., None] + grain, dtype=np.float32)
 
 
 def _smooth_noise(rng: np.random.Generator, hw: tuple[int, int], scale_px: float, stretch: float = 1.0) -> Field:
@@ -248,9 +248,9 @@ def _fibres(rng: np.random.Generator, hw: tuple[int, int]) -> Field:
 
 
 def _spread(noise: NDArray[Any]) -> Field:
-    """Stretch noise so that both colours of the surface are seen about equally."""
-    centred = (noise - noise.mean()) / (noise.std() + 1e-6)
-    return np.asarray(0.5 + 0.5 * np.tanh(1.2 * centred), dtype=np.float32)
+    """Stretch noise so that both colors of the surface are seen about equally."""
+    centered = (noise - noise.mean()) / (noise.std() + 1e-6)
+    return np.asarray(0.5 + 0.5 * np.tanh(1.2 * centered), dtype=np.float32)
 
 
 OBJECT_TEXTURES: tuple[Callable[..., Field], ...] = (_stripes, _checks, _dots, _zigzag)
@@ -337,9 +337,9 @@ def _coverage(rng: np.random.Generator, settings: SceneSettings, vertices: NDArr
     """Coverage (H, W) in [0, 1] of one outline, turned, squeezed and placed at random; and its whole area in px²."""
     turn, squeeze = _rotation(rng.uniform(0, 2 * np.pi)), rng.uniform(0.55, 1.0)
     radius = np.exp(rng.uniform(np.log(settings.min_radius), np.log(settings.max_radius)))
-    # Centres may lie a little outside the image: some objects are cut by its edge.
-    centre = np.array([rng.uniform(-0.03, 1.03) * settings.width, rng.uniform(-0.03, 1.03) * settings.height])
-    points = ((vertices * [1.0, squeeze]) @ turn) * radius + centre
+    # Centers may lie a little outside the image: some objects are cut by its edge.
+    center = np.array([rng.uniform(-0.03, 1.03) * settings.width, rng.uniform(-0.03, 1.03) * settings.height])
+    points = ((vertices * [1.0, squeeze]) @ turn) * radius + center
     x, y = points.T
     area = 0.5 * abs(float(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1))))
     canvas = np.zeros((settings.height, settings.width), dtype=np.uint8)

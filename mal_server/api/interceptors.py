@@ -12,9 +12,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from mal_server.api.serialization.status import DOMAIN, reason_of, retry_after, status_of
-from mal_server.errors import NotAllowed, RequestRefused, UnknownCaller
+from mal_server.errors import InvalidRequest, PermissionDenied, Unauthenticated
 from mal_server.ops.metrics import Metrics
-from mal_server.security.auth import Access
+from mal_server.security.auth import TokenAuthenticator
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         metrics: counts calls.
     """
 
-    def __init__(self, access: Access, metrics: Metrics) -> None:
+    def __init__(self, access: TokenAuthenticator, metrics: Metrics) -> None:
         self._access = access
         self._metrics = metrics
 
@@ -49,7 +49,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         metadata = tuple(handler_call_details.invocation_metadata or ())
         try:
             caller = self._access.caller(method, metadata)
-        except (UnknownCaller, NotAllowed) as error:
+        except (Unauthenticated, PermissionDenied) as error:
             return _refusing(_Call(method, _request_id(metadata), "", self._metrics), error)
         if handler is None or not method.startswith(f"/{DOMAIN}."):
             return handler
@@ -91,13 +91,13 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         try:
             return deserialize(data)
         except DecodeError:
-            return RequestRefused([("", f"{len(data)} bytes that are no message of this method")])
+            return InvalidRequest([("", f"{len(data)} bytes that are no message of this method")])
 
     return read
 
 
 def _readable(request: Any) -> Any:
-    if isinstance(request, RequestRefused):
+    if isinstance(request, InvalidRequest):
         raise request
     return request
 

@@ -16,17 +16,17 @@ from mal_server.api.serialization.status import reason_of, status_of
 from mal_server.config.limits import Limits
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
-from mal_server.errors import NoSuchFile, RequestRefused
+from mal_server.errors import InvalidRequest, NoSuchFile
 from mal_server.evaluation.dataset_reader import memory_of, read_dataset
-from mal_server.evaluation.resume_tokens import Records, Truth
+from mal_server.evaluation.resume_tokens import GroundTruth, ResumeTokens
 from mal_server.evaluation.run import Evaluation
-from mal_server.inference.allowed_dirs import Roots
-from mal_server.models.pinned import Leases
-from mal_server.models.registry import Models
-from mal_server.models.served_model import Serving
+from mal_server.inference.allowed_dirs import AllowedDirs
+from mal_server.models.pinned import PinnedModels
+from mal_server.models.registry import ModelRegistry
+from mal_server.models.served_model import ServedModel
 from mal_server.ops.metrics import Metrics
-from mal_server.scheduling.background import in_step
-from mal_server.scheduling.memory_quota import Budget, Share
+from mal_server.scheduling.background import run_in_thread
+from mal_server.scheduling.memory_quota import MemoryQuota, Reservation
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import JsonId
 from mal_train.core.errors import DeviceLost
@@ -38,7 +38,7 @@ Response = TypeVar("Response")
 class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
     """Boxes in, masks out."""
 
-    def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, models: ModelRegistry, limits: Limits, metrics: Metrics) -> None:
         self._models = models
         self._limits = limits
         self._metrics = metrics
@@ -47,7 +47,7 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
         self, request: labeling_pb2.LabelImageRequest, context: Any
     ) -> AsyncGenerator[labeling_pb2.LabelImageResponse, None]:
         """One message for each finished batch of this request."""
-        with Leases(self._models) as leases:
+        with PinnedModels(self._models) as leases:
             serving = leases.get(request.options.model)
             job = labeling_messages.read_job(request, self._limits, _call(serving, Priority.INTERACTIVE, context))
             model = labeling_messages.write_model_ref(serving.info, job.options.branch)
@@ -61,17 +61,17 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
         """One message for each item, in the order in which they finish."""
         self._models.check_ready()
         window = self._limits.max_items_in_flight
-        with Leases(self._models) as leases:
+        with PinnedModels(self._models) as leases:
             answer = partial(self._item, leases, context)
-            async with aclosing(answered(request_iterator, answer, window)) as answers:
+            async with aclosing(bounded_map(request_iterator, answer, window)) as answers:
                 async for found in answers:
                     yield found
 
     async def _item(
-        self, leases: Leases, context: Any, item: labeling_pb2.LabelImagesRequest
+        self, leases: PinnedModels, context: Any, item: labeling_pb2.LabelImagesRequest
     ) -> labeling_pb2.LabelImagesResponse:
         try:
-            checks = labeling_messages.Checks()
+            checks = labeling_messages.Violations()
             labeling_messages.check_item_id(item.item_id, checks)
             checks.raise_if_any()
             serving = leases.get(item.request.options.model)
@@ -92,18 +92,18 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
         if size > self._limits.max_response_bytes:
             limit = self._limits.max_response_bytes
             text = f"the masks of this item take {size} bytes and max_response_bytes is {limit}; use LabelImage for it"
-            raise RequestRefused([("request.instances", text)])
+            raise InvalidRequest([("request.instances", text)])
 
 
 class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
     """Holds a served model against ground truth."""
 
-    def __init__(self, models: Models, config: ServerConfig, folders: Roots, resume_key: bytes) -> None:
+    def __init__(self, models: ModelRegistry, config: ServerConfig, folders: AllowedDirs, resume_key: bytes) -> None:
         self._models = models
         self._limits = config.limits
         self._folders = folders
         self._resume_key = resume_key
-        self._memory = Budget(config.max_evaluation_bytes, "max_evaluation_bytes")
+        self._memory = MemoryQuota(config.max_evaluation_bytes, "max_evaluation_bytes")
 
     async def Evaluate(
         self, request_iterator: AsyncIterator[evaluation_pb2.EvaluateRequest], context: Any
@@ -111,16 +111,16 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         """Progress after each image, then one result."""
         self._models.check_ready()
         first = await anext(request_iterator, evaluation_pb2.EvaluateRequest())
-        with Leases(self._models) as leases, self._memory.share() as memory:
+        with PinnedModels(self._models) as leases, self._memory.share() as memory:
             serving = leases.get(first.options.label.model)
             options = evaluation_messages.read_evaluate_options(first, _call(serving, Priority.BATCH, context))
-            records = Records(self._resume_key, serving.info, options.run, options.answer)
+            records = ResumeTokens(self._resume_key, serving.info, options.run, options.answer)
             if options.resume_token:
                 records.check(options.resume_token)
             options, truths = await self._truths(options, request_iterator, memory)
             run = Evaluation(serving.pipeline, serving.pool, options.category_names, records, memory.take)
             window = self._limits.max_items_in_flight
-            async with aclosing(answered(truths, run.label, window, in_order=True)) as outcomes:
+            async with aclosing(bounded_map(truths, run.label, window, in_order=True)) as outcomes:
                 async for outcome in outcomes:
                     await run.count(outcome)
                     record = await run.record_of(outcome) if options.want_records else b""
@@ -136,8 +136,8 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         self,
         options: evaluation_messages.EvaluateOptions,
         requests: AsyncIterator[evaluation_pb2.EvaluateRequest],
-        memory: Share,
-    ) -> tuple[evaluation_messages.EvaluateOptions, AsyncIterator[Truth]]:
+        memory: Reservation,
+    ) -> tuple[evaluation_messages.EvaluateOptions, AsyncIterator[GroundTruth]]:
         """The images: those that follow, or those of a data set here, whose names and number the options then have."""
         if options.dataset is None:
             return options, evaluation_messages.read_truths(requests, options, self._limits)
@@ -145,20 +145,20 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         memory.take(await asyncio.to_thread(memory_of, self._folders, options.dataset[0]))
         records = await evaluation_messages.read_records(requests, options, memory.take)
         # Both in a thread: a file of a million rows takes seconds, in which everybody else is to be answered.
-        reading = in_step(self._read_dataset, options, options.dataset, records)
+        reading = run_in_thread(self._read_dataset, options, options.dataset, records)
         memory.outlast(reading)
         names, truths = await asyncio.wrap_future(reading)
         return replace(options, category_names=names, images_total=len(truths)), _each(truths)
 
     def _read_dataset(
         self, options: evaluation_messages.EvaluateOptions, where: tuple[str, str], records: Mapping[str, bytes]
-    ) -> tuple[Mapping[JsonId, str], list[Truth]]:
+    ) -> tuple[Mapping[JsonId, str], list[GroundTruth]]:
         data = read_dataset(self._folders, *where)
         data.check_records(records)
         return data.category_names, list(data.truths(options.job, self._limits.max_boxes, records))
 
 
-async def _each(truths: Sequence[Truth]) -> AsyncGenerator[Truth, None]:
+async def _each(truths: Sequence[GroundTruth]) -> AsyncGenerator[GroundTruth, None]:
     for truth in truths:
         yield truth
 
@@ -166,12 +166,12 @@ async def _each(truths: Sequence[Truth]) -> AsyncGenerator[Truth, None]:
 class ModelService(model_pb2_grpc.ModelServiceServicer):
     """Tells about the served models and changes them."""
 
-    def __init__(self, models: Models, config: ServerConfig, version: str) -> None:
+    def __init__(self, models: ModelRegistry, config: ServerConfig, version: str) -> None:
         self._models = models
         self._config = config
         self._version = version
         self._folders = {folder.name: folder for folder in config.model_folders}
-        self._roots = Roots({folder.name: folder.path for folder in config.model_folders}, "model_folders")
+        self._roots = AllowedDirs({folder.name: folder.path for folder in config.model_folders}, "model_folders")
 
     async def GetServerInfo(
         self, request: model_pb2.GetServerInfoRequest, context: Any
@@ -206,13 +206,13 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         return self._config.plan_from(self._folders[request.folder], path, request.name, branch)
 
 
-def _call(serving: Serving, priority: Priority, context: Any) -> labeling_messages.Call:
+def _call(serving: ServedModel, priority: Priority, context: Any) -> labeling_messages.CallDefaults:
     left_s = context.time_remaining()
     deadline = math.inf if left_s is None else asyncio.get_running_loop().time() + left_s
-    return labeling_messages.Call(serving.info.branch, priority, deadline, serving.info.branches)
+    return labeling_messages.CallDefaults(serving.info.branch, priority, deadline, serving.info.branches)
 
 
-async def answered(
+async def bounded_map(
     requests: AsyncIterator[Request],
     answer: Callable[[Request], Coroutine[Any, Any, Response]],
     window: int,

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from mal_server.errors import RequestRefused, TokenStale
-from mal_server.evaluation.resume_tokens import Fault, Truth
+from mal_server.errors import InvalidRequest, ResumeTokenStale
+from mal_server.evaluation.resume_tokens import GroundTruth, ItemFailure
 from mal_server.evaluation.run import REFUSED
-from mal_server.inference.allowed_dirs import Roots
-from mal_server.inference.image_store import OnDisk
-from mal_server.inference.pipeline import Job
+from mal_server.inference.allowed_dirs import AllowedDirs
+from mal_server.inference.image_store import FileImage
+from mal_server.inference.pipeline import LabelRequest
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, by_image, read_coco
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.geometry import Box
@@ -21,7 +21,7 @@ MEMORY_OF_A_BYTE = 13
 """Memory that a file's rows take while it is read, for each byte of it: 6.1 with run lengths, 7.4 with polygons,
 11.5 with triangles of small integers and no spaces."""
 
-MakeJob = Callable[[OnDisk, tuple[int, int] | None, tuple[int, ...], tuple[Box, ...]], Job]
+MakeJob = Callable[[FileImage, tuple[int, int] | None, tuple[int, ...], tuple[Box, ...]], LabelRequest]
 """(picture, width and height, ids, boxes) → what labels them."""
 
 
@@ -49,12 +49,12 @@ class Dataset:
         """Raises TokenStale where records are of images that the data set has not, or has no more."""
         unknown = set(records) - {image.file_name for image, _ in by_image(self.coco)}
         if unknown:
-            raise TokenStale(
+            raise ResumeTokenStale(
                 f"the evaluation cannot go on: {len(unknown)} of {len(records)} records are of images that the data "
                 f"set on the server does not have with objects, such as {min(unknown)!r}; begin anew, without records"
             )
 
-    def truths(self, make_job: MakeJob, max_boxes: int, records: Mapping[str, bytes]) -> Iterator[Truth]:
+    def truths(self, make_job: MakeJob, max_boxes: int, records: Mapping[str, bytes]) -> Iterator[GroundTruth]:
         """The images that have objects, in the order of the file; `records` by file name."""
         category_ids = self._category_ids()
         own_ids = all(isinstance(row.id, int) for row in self.coco.annotations)
@@ -73,17 +73,17 @@ class Dataset:
 
     def _truth(
         self, image: ImageInfo, rows: tuple[Annotation, ...], make_job: MakeJob, max_boxes: int, record: bytes
-    ) -> Truth:
+    ) -> GroundTruth:
         asked = {row.id: row for row in rows if _is_measured(row)}
         if len(asked) > max_boxes:
             message = f"{len(asked)} boxes; the limit max_boxes is {max_boxes}"
-            return Truth(image.file_name, rows, None, Fault(REFUSED, message))
-        picture = OnDisk(
+            return GroundTruth(image.file_name, rows, None, ItemFailure(REFUSED, message))
+        picture = FileImage(
             self.folder, str(PurePosixPath(self.below) / image.file_name) if self.below else image.file_name
         )
         ids = tuple(key for key in asked if isinstance(key, int))
         job = make_job(picture, image.size_wh, ids, tuple(row.box_xywh for row in asked.values()))
-        return Truth(image.file_name, rows, job, None, record)
+        return GroundTruth(image.file_name, rows, job, None, record)
 
     def _category_ids(self) -> dict[JsonId, JsonId]:
         ids = list(self.coco.category_names)
@@ -92,7 +92,7 @@ class Dataset:
         return {value: place for place, value in enumerate(ids, start=1)}
 
 
-def memory_of(folders: Roots, annotations: str) -> int:
+def memory_of(folders: AllowedDirs, annotations: str) -> int:
     """Bytes that a data set will take when it is read; for threads.
 
     Raises:
@@ -102,7 +102,7 @@ def memory_of(folders: Roots, annotations: str) -> int:
     return MEMORY_OF_A_BYTE * _size_of(_annotations_path(folders, annotations))
 
 
-def read_dataset(folders: Roots, annotations: str, images: str) -> Dataset:
+def read_dataset(folders: AllowedDirs, annotations: str, images: str) -> Dataset:
     """Reads the COCO file; for threads.
 
     Args:
@@ -123,11 +123,11 @@ def read_dataset(folders: Roots, annotations: str, images: str) -> Dataset:
     except BadDataset as error:
         # The caller knows the file by its name here, not by where the folder lies.
         text = str(error).replace(str(path), annotations)
-        raise RequestRefused([("options.dataset.annotations", text)]) from None
+        raise InvalidRequest([("options.dataset.annotations", text)]) from None
     return Dataset(coco, image_folder, image_below)
 
 
-def _annotations_path(folders: Roots, annotations: str) -> Path:
+def _annotations_path(folders: AllowedDirs, annotations: str) -> Path:
     folder, _, below = annotations.partition("/")
     return folders.path(folder, below, "options.dataset.annotations")
 
@@ -135,7 +135,7 @@ def _annotations_path(folders: Roots, annotations: str) -> Path:
 def _size_of(path: Path) -> int:
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
-        raise RequestRefused([("options.dataset.annotations", f"{size} bytes; at most {MAX_FILE_BYTES}")])
+        raise InvalidRequest([("options.dataset.annotations", f"{size} bytes; at most {MAX_FILE_BYTES}")])
     return size
 
 

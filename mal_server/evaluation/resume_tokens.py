@@ -13,27 +13,27 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from mal_server.errors import RequestRefused, TokenStale
-from mal_server.inference.image_store import Handle, OnDisk, Picture, Sent
-from mal_server.inference.pipeline import AnswerOptions, Job
+from mal_server.errors import InvalidRequest, ResumeTokenStale
+from mal_server.inference.image_store import CachedImage, FileImage, InlineImage, Picture
+from mal_server.inference.pipeline import LabelRequest, OutputOptions
 from mal_server.models.loader import ModelInfo
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.rle import Rle
-from mal_train.kernel.labeler.labeler import RunOptions
+from mal_train.kernel.labeler.labeler import PredictOptions
 
 CODE_BYTES = 32
 FORM = 2
 """Changed with the layout of records, so that older ones are stale and not misread."""
 
 
-class Measured(NamedTuple):
+class InstanceScore(NamedTuple):
     """A mask and what its labeler claims for it."""
 
     rle: Rle
     score: float
 
 
-class Fault(NamedTuple):
+class ItemFailure(NamedTuple):
     """Why there is none."""
 
     reason: str
@@ -41,7 +41,7 @@ class Fault(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """One image of an evaluation.
 
     Attributes:
@@ -54,25 +54,25 @@ class Truth:
 
     item_id: str
     annotations: tuple[Annotation, ...]
-    job: Job | None
-    fault: Fault | None = None
+    job: LabelRequest | None
+    fault: ItemFailure | None = None
     record: bytes = b""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SampleResult:
     """What became of an image: masks by instance id, or the fault that concerns all of it.
 
     `is_final`: measuring it again would end the same; not so where a device failed.
     """
 
-    truth: Truth
-    answers: Mapping[JsonId | None, Measured | Fault]
-    fault: Fault | None
+    truth: GroundTruth
+    answers: Mapping[JsonId | None, InstanceScore | ItemFailure]
+    fault: ItemFailure | None
     is_final: bool = True
 
 
-class Records:
+class ResumeTokens:
     """Seals and opens the records of one evaluation.
 
     Args:
@@ -82,7 +82,7 @@ class Records:
         answer: how its output becomes masks.
     """
 
-    def __init__(self, key: bytes, info: ModelInfo, run: RunOptions, answer: AnswerOptions) -> None:
+    def __init__(self, key: bytes, info: ModelInfo, run: PredictOptions, answer: OutputOptions) -> None:
         decides = {
             "form": FORM,
             "sha256": info.sha256,
@@ -98,12 +98,12 @@ class Records:
     def check(self, token: bytes) -> None:
         """Raises TokenStale when an evaluation with this token cannot go on in this one."""
         if not hmac.compare_digest(token, self.token):
-            raise TokenStale(
+            raise ResumeTokenStale(
                 "the evaluation cannot go on: weights, branch, options or number format are others now, or this server "
                 "does not know the key of its records (resume_key keeps it over a restart); begin anew"
             )
 
-    def seal(self, outcome: Outcome) -> bytes:
+    def seal(self, outcome: SampleResult) -> bytes:
         """The record of an image; empty where there is nothing to go on with."""
         if outcome.truth.job is None or not outcome.is_final:
             return b""
@@ -111,43 +111,43 @@ class Records:
         body = _bytes_of({"fault": outcome.fault, "answers": answers})
         return self._code(outcome.truth, outcome.truth.job, body) + body
 
-    def open(self, truth: Truth) -> Outcome:
+    def open(self, truth: GroundTruth) -> SampleResult:
         """What was measured on an image. Raises RequestRefused for a record of something else."""
         body = truth.record[CODE_BYTES:]
         code = b"" if truth.job is None else self._code(truth, truth.job, body)
         if not hmac.compare_digest(truth.record[:CODE_BYTES], code):
             text = f"image {truth.item_id!r}: not a record of this image, its boxes and this evaluation"
-            raise RequestRefused([("image.record", text)])
+            raise InvalidRequest([("image.record", text)])
         found = json.loads(body)
         answers = {row[0]: _answer(row[1:]) for row in found["answers"]}
-        return Outcome(truth, answers, Fault(*found["fault"]) if found["fault"] else None)
+        return SampleResult(truth, answers, ItemFailure(*found["fault"]) if found["fault"] else None)
 
-    def _code(self, truth: Truth, job: Job, body: bytes) -> bytes:
+    def _code(self, truth: GroundTruth, job: LabelRequest, body: bytes) -> bytes:
         identity = _bytes_of([truth.item_id, _identity(job.picture), job.instance_ids, job.boxes, len(body)])
         return hmac.digest(self._key, identity + b"\n" + body, "sha256")
 
 
 def _identity(picture: Picture) -> str:
     """The same for the same content; a file on the server's disk is taken at its name."""
-    if isinstance(picture, OnDisk):
+    if isinstance(picture, FileImage):
         return f"file:{picture.folder}/{picture.path}"
-    if isinstance(picture, Handle):
+    if isinstance(picture, CachedImage):
         return f"sha256:{picture.sha256}"
-    assert isinstance(picture, Sent)
+    assert isinstance(picture, InlineImage)
     return f"sha256:{hashlib.sha256(picture.content).hexdigest()}"
 
 
-def _row(found: Measured | Fault) -> list[Any]:
-    if isinstance(found, Fault):
+def _row(found: InstanceScore | ItemFailure) -> list[Any]:
+    if isinstance(found, ItemFailure):
         return [found.reason, found.message]
     return [found.rle.height, found.rle.width, found.rle.counts.decode("ascii"), found.score]
 
 
-def _answer(row: list[Any]) -> Measured | Fault:
+def _answer(row: list[Any]) -> InstanceScore | ItemFailure:
     if len(row) == 2:
-        return Fault(*row)
+        return ItemFailure(*row)
     height, width, counts, score = row
-    return Measured(Rle(height, width, counts.encode("ascii")), score)
+    return InstanceScore(Rle(height, width, counts.encode("ascii")), score)
 
 
 def _bytes_of(value: object) -> bytes:

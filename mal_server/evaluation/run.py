@@ -1,6 +1,6 @@
 """One Evaluate call: labels images and holds the masks against their ground truth. Knows nothing of gRPC.
 
-Images are labelled side by side but counted in order of arrival, so that the same stream always gives the same report.
+Images are labeled side by side but counted in order of arrival, so that the same stream always gives the same report.
 """
 
 import asyncio
@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
-from mal_server.errors import ImageNotCached, NotThere, RequestRefused
-from mal_server.evaluation.resume_tokens import Fault, Measured, Outcome, Records, Truth
-from mal_server.inference.pipeline import Answer, Pipeline
-from mal_server.scheduling.batcher import Overloaded
-from mal_server.scheduling.cpu_pool import CpuPool
+from mal_server.errors import ImageNotCached, InvalidRequest, NotFound
+from mal_server.evaluation.resume_tokens import GroundTruth, InstanceScore, ItemFailure, ResumeTokens, SampleResult
+from mal_server.inference.pipeline import InstanceResult, Pipeline
+from mal_server.scheduling.batcher import QueueFull
+from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import Annotation, JsonId, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
@@ -43,9 +43,9 @@ class Evaluation:
     def __init__(
         self,
         pipeline: Pipeline,
-        pool: CpuPool,
+        pool: PriorityThreadPool,
         category_names: Mapping[JsonId, str],
-        records: Records,
+        records: ResumeTokens,
         take: Callable[[int], None],
     ) -> None:
         self.records = records
@@ -68,29 +68,31 @@ class Evaluation:
         """Mean IoU so far; None before the first object."""
         return self._evaluator.running_miou
 
-    async def label(self, truth: Truth) -> Outcome:
+    async def label(self, truth: GroundTruth) -> SampleResult:
         """Labels one image; waits its turn while the queue is full, since the evaluation's window bounds what waits."""
         if truth.record:
             return self.records.open(truth)
         if truth.job is None:
-            return Outcome(truth, {}, truth.fault)
+            return SampleResult(truth, {}, truth.fault)
         while True:
             try:
                 part = await self._pipeline.label_whole(truth.job)
-            except Overloaded as error:
+            except QueueFull as error:
                 await asyncio.sleep(error.retry_after_s)
             except ImageNotCached:  # its sender can mend that, and must know
                 raise
-            except (BadImage, NotThere) as error:
-                return Outcome(truth, {}, Fault(error.reason, str(error)))
-            except RequestRefused as error:  # a path that leads out of its folder
-                return Outcome(truth, {}, Fault(REFUSED, str(error)))
+            except (BadImage, NotFound) as error:
+                return SampleResult(truth, {}, ItemFailure(error.reason, str(error)))
+            except InvalidRequest as error:  # a path that leads out of its folder
+                return SampleResult(truth, {}, ItemFailure(REFUSED, str(error)))
             else:
-                answers: dict[JsonId | None, Measured | Fault] = {a.instance_id: _measured(a) for a in part.answers}
+                answers: dict[JsonId | None, InstanceScore | ItemFailure] = {
+                    a.instance_id: _measured(a) for a in part.answers
+                }
                 is_final = not any(isinstance(answer.outcome, DeviceError) for answer in part.answers)
-                return Outcome(truth, answers, None, is_final)
+                return SampleResult(truth, answers, None, is_final)
 
-    async def count(self, outcome: Outcome) -> None:
+    async def count(self, outcome: SampleResult) -> None:
         """Adds one image's answers to the figures; to be called in order of arrival, one at a time.
 
         Raises:
@@ -100,7 +102,7 @@ class Evaluation:
         await self._in_pool(self._count, outcome)
         self._take(self._evaluator.memory - before + MEMORY_OF_AN_IMAGE + len(outcome.truth.item_id))
 
-    async def record_of(self, outcome: Outcome) -> bytes:
+    async def record_of(self, outcome: SampleResult) -> bytes:
         """The sealed record of an image; empty where there is none."""
         return outcome.truth.record or await self._in_pool(self.records.seal, outcome)
 
@@ -111,10 +113,10 @@ class Evaluation:
     async def _in_pool(self, work: Callable[..., Result], *args: object) -> Result:
         return await self._pool.run(Priority.BATCH, work, *args)
 
-    def _count(self, outcome: Outcome) -> None:
+    def _count(self, outcome: SampleResult) -> None:
         truth, fault = outcome.truth, outcome.fault
         if truth.item_id in self._seen:
-            fault = Fault(Reason.REPEATED, f"image {truth.item_id!r}: given before; the first one counts")
+            fault = ItemFailure(Reason.REPEATED, f"image {truth.item_id!r}: given before; the first one counts")
         self._seen.add(truth.item_id)
         self.item_ids.append(truth.item_id)
         self.skipped_images += fault is not None
@@ -129,10 +131,10 @@ class Evaluation:
                 self._add(annotation, outcome.answers.get(annotation.id))
             answered.add(annotation.id)
 
-    def _add(self, annotation: Annotation, answer: Measured | Fault | None) -> None:
-        if isinstance(answer, Measured):
+    def _add(self, annotation: Annotation, answer: InstanceScore | ItemFailure | None) -> None:
+        if isinstance(answer, InstanceScore):
             self._evaluator.add(annotation, answer.rle, answer.score)
-        elif isinstance(answer, Fault):
+        elif isinstance(answer, ItemFailure):
             self._evaluator.skip(annotation, *answer)
         elif annotation.reason is None and not annotation.iscrowd and not annotation.raw.get("segmentation"):
             message = f"annotation {annotation.id!r}: has no segmentation"
@@ -141,9 +143,11 @@ class Evaluation:
             self._evaluator.add(annotation, None, 0.0)
 
 
-def _measured(answer: Answer) -> Measured | Fault:
+def _measured(answer: InstanceResult) -> InstanceScore | ItemFailure:
     label = answer.outcome
-    return Measured(label.rle, label.score) if isinstance(label, Label) else Fault(_reason(label), str(label))
+    return (
+        InstanceScore(label.rle, label.score) if isinstance(label, Label) else ItemFailure(_reason(label), str(label))
+    )
 
 
 def _reason(error: BadBox | DeviceError) -> str:

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from mal_server.errors import NoSuchFile, RequestRefused
+from mal_server.errors import InvalidRequest, NoSuchFile
 
 MAX_PATH_CHARS = 4096
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """What to say after an unknown name: the one that was probably meant, and all that there are."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
@@ -26,7 +26,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return (f"; did you mean {close[0]!r}?" if close else "") + listed
 
 
-class Roots:
+class AllowedDirs:
     """Folders by name.
 
     Args:
@@ -58,7 +58,7 @@ class Roots:
         folder = self._folders.get(name)
         if folder is None:
             raise NoSuchFile(
-                f"folder {name!r}: not among the server's {self._setting}{nearest(name, self.names)}",
+                f"folder {name!r}: not among the server's {self._setting}{suggest(name, self.names)}",
                 "FOLDER_NOT_FOUND",
             )
         _check_form(below, field)
@@ -91,7 +91,7 @@ class Roots:
 
 def _check_form(below: str, field: str) -> None:
     if "\0" in below or len(below) > MAX_PATH_CHARS:
-        raise RequestRefused([(field, f"a path has at most {MAX_PATH_CHARS} characters and no NUL")])
+        raise InvalidRequest([(field, f"a path has at most {MAX_PATH_CHARS} characters and no NUL")])
     parts = below.split("/")
     if below and (below.startswith("/") or any(part in {"", ".", ".."} for part in parts)):
-        raise RequestRefused([(field, f"{below!r}; give a relative path without empty, '.' or '..' parts")])
+        raise InvalidRequest([(field, f"{below!r}; give a relative path without empty, '.' or '..' parts")])

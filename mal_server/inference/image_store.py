@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from mal_server.errors import ImageNotCached, NoSuchFile
-from mal_server.inference.allowed_dirs import Roots
+from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.ops.metrics import Metrics
 from mal_train.core.errors import BadImage
 
@@ -22,7 +22,7 @@ ENTRY_BYTES = 256
 
 
 @dataclass(frozen=True)
-class Sent:
+class InlineImage:
     """Bytes that came with the request; `keep`: a later request may name them by their hash."""
 
     content: bytes
@@ -30,21 +30,21 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Handle:
+class CachedImage:
     """Bytes that came before, by their SHA-256 in lower-case hex."""
 
     sha256: str
 
 
 @dataclass(frozen=True)
-class OnDisk:
+class FileImage:
     """A file: the name of a folder in the settings, and the path below it."""
 
     folder: str
     path: str
 
 
-Picture: TypeAlias = Sent | Handle | OnDisk
+Picture: TypeAlias = InlineImage | CachedImage | FileImage
 
 
 class ImageCache:
@@ -90,7 +90,7 @@ class ImageCache:
             return content
 
 
-class Pictures:
+class ImageStore:
     """Gives the bytes of pictures.
 
     Args:
@@ -100,19 +100,19 @@ class Pictures:
         metrics: counts hits and misses.
     """
 
-    def __init__(self, cache: ImageCache, folders: Roots, max_file_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, cache: ImageCache, folders: AllowedDirs, max_file_bytes: int, metrics: Metrics) -> None:
         self._cache = cache
         self._folders = folders
         self._max_file_bytes = max_file_bytes
         self._metrics = metrics
 
-    def held(self, picture: Sent | Handle) -> bytes:
+    def held(self, picture: InlineImage | CachedImage) -> bytes:
         """The bytes that memory holds; takes microseconds.
 
         Raises:
             ImageNotCached: it was never sent, or is held no more.
         """
-        if isinstance(picture, Sent):
+        if isinstance(picture, InlineImage):
             return picture.content
         content = self._cache.get(picture.sha256)
         self._metrics.looked_up(found=content is not None)
@@ -120,7 +120,7 @@ class Pictures:
             raise ImageNotCached(f"image {picture.sha256[:12]}…: not held by this server; send its content")
         return content
 
-    def read(self, picture: OnDisk) -> bytes:
+    def read(self, picture: FileImage) -> bytes:
         """The bytes of a file; for threads.
 
         Raises:
@@ -142,5 +142,5 @@ class Pictures:
 
     def was_read(self, picture: Picture) -> None:
         """The picture turned out to be one: it is kept where its request wants that."""
-        if isinstance(picture, Sent) and picture.keep:
+        if isinstance(picture, InlineImage) and picture.keep:
             self._cache.put(picture.content)

@@ -3,8 +3,8 @@
     job → decode, prepare (CPU pool) → batcher (device) → finish (CPU pool) → Part, Part, …
 
 A small job is decoded and cut in one step. Others come in steps, so that a thread can go to whoever ranks first, and
-hold a `Room` for their pixels from the decoding to the last cut. One `Part` comes out for each finished batch that held
-crops of the job. A job leaves no other state behind.
+hold a `MemoryLimiter` for their pixels from the decoding to the last cut. One `PartialResult` comes out for each
+finished batch that held crops of the job. A job leaves no other state behind.
 """
 
 import asyncio
@@ -17,26 +17,26 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from mal_server.inference.image_store import OnDisk, Picture, Pictures
+from mal_server.inference.image_store import FileImage, ImageStore, Picture
 from mal_server.inference.worker import Predictor
 from mal_server.ops.metrics import Metrics
-from mal_server.scheduling.background import once_done
-from mal_server.scheduling.batcher import Batcher, Expired, Share
-from mal_server.scheduling.cpu_pool import CpuPool, Room
+from mal_server.scheduling.background import when_done
+from mal_server.scheduling.batcher import Batcher, BatchSlice, DeadlineExceeded
+from mal_server.scheduling.cpu_pool import MemoryLimiter, PriorityThreadPool
 from mal_server.scheduling.priority import Priority
 from mal_train.core.errors import BadBox, BadImage, DeviceError, DeviceLost
 from mal_train.core.masks.encodings import EncodedMask, encode
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import ImageLimits, RgbImage, decode_image, stored_size
 from mal_train.core.settings import MaskFormat
-from mal_train.kernel.labeler.labeler import Crop, Label, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions
 
 Result = TypeVar("Result")
-CropBatcher = Batcher[RunOptions, Crop, Probability]
+CropBatcher = Batcher[PredictOptions, Crop, Prediction]
 
 
 @dataclass(frozen=True)
-class AnswerOptions:
+class OutputOptions:
     """How a probability map becomes an answer; crops may share a batch whatever these are.
 
     Attributes:
@@ -54,7 +54,7 @@ class AnswerOptions:
     resolve_overlaps: bool = False
 
 
-AS_CHECKPOINT_SAYS = AnswerOptions()
+AS_CHECKPOINT_SAYS = OutputOptions()
 
 PREPARED_AT_ONCE = 8
 """Boxes that are cut, and masks that are finished, before the thread may go to somebody else."""
@@ -67,7 +67,7 @@ DECODING_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Job:
+class LabelRequest:
     """A checked request.
 
     Attributes:
@@ -85,14 +85,14 @@ class Job:
     expected_wh: tuple[int, int] | None
     instance_ids: tuple[int, ...]
     boxes: tuple[Box, ...]
-    options: RunOptions
-    answer: AnswerOptions = AS_CHECKPOINT_SAYS
+    options: PredictOptions
+    answer: OutputOptions = AS_CHECKPOINT_SAYS
     priority: Priority = Priority.INTERACTIVE
     deadline: float = math.inf
 
 
 @dataclass(frozen=True)
-class Answer:
+class InstanceResult:
     """What became of one instance: a label, or the error that concerns it alone; the mask in each wanted format."""
 
     instance_id: int
@@ -112,17 +112,17 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartialResult:
     """Some of a job's answers."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[InstanceResult, ...]
     timing: Timing
 
 
-def joined(parts: Sequence[Part]) -> Part:
+def merge(parts: Sequence[PartialResult]) -> PartialResult:
     """All of a job's parts as one: times of device and finish add up, the longest wait and the largest batch count."""
     times = [part.timing for part in parts]
-    return Part(
+    return PartialResult(
         tuple(answer for part in parts for answer in part.answers),
         Timing(
             queue_s=max(t.queue_s for t in times),
@@ -152,11 +152,11 @@ class Pipeline:
         self,
         predictor: Predictor,
         batcher: CropBatcher,
-        pool: CpuPool,
-        pictures: Pictures,
+        pool: PriorityThreadPool,
+        pictures: ImageStore,
         limits: ImageLimits,
         *,
-        room: Room,
+        room: MemoryLimiter,
         crop_size: int,
         metrics: Metrics,
     ) -> None:
@@ -169,7 +169,7 @@ class Pipeline:
         self._crop_bytes = 3 * crop_size**2
         self._metrics = metrics
 
-    async def label(self, job: Job) -> AsyncGenerator[Part, None]:
+    async def label(self, job: LabelRequest) -> AsyncGenerator[PartialResult, None]:
         """Parts that together answer every instance once; at least one part, also for a job without boxes.
 
         Raises:
@@ -179,7 +179,7 @@ class Pipeline:
             NotThere, RequestRefused: it is not here, or its name is none.
             DeviceLost: the device works no more.
         """
-        content = None if isinstance(job.picture, OnDisk) else self._pictures.held(job.picture)
+        content = None if isinstance(job.picture, FileImage) else self._pictures.held(job.picture)
         # A file on disk takes no memory while its boxes wait.
         size_bytes = len(content or b"") + len(job.boxes) * self._crop_bytes
         with self._batcher.admit(
@@ -188,20 +188,20 @@ class Pipeline:
             entries, decode_s = await self._opened(job, content)
             self._metrics.decoded(decode_s)
             bad = tuple(
-                Answer(instance_id, entry)
+                InstanceResult(instance_id, entry)
                 for instance_id, entry in zip(job.instance_ids, entries, strict=True)
                 if isinstance(entry, BadBox)
             )
             good = [index for index, entry in enumerate(entries) if isinstance(entry, Crop)]
             crops = [entry for entry in entries if isinstance(entry, Crop)]
             if not crops:
-                yield Part(bad, Timing(decode_s=decode_s))
+                yield PartialResult(bad, Timing(decode_s=decode_s))
                 return
-            held: list[Share[Probability]] = []
+            held: list[BatchSlice[Prediction]] = []
             async for share in ticket.submit(job.options, crops):
                 if job.deadline <= asyncio.get_running_loop().time():
                     self._metrics.dropped("deadline_encoding", len(share.indices))
-                    raise Expired("the deadline passed before the masks were encoded")
+                    raise DeadlineExceeded("the deadline passed before the masks were encoded")
                 if job.answer.resolve_overlaps:
                     # Whose a pixel is can be said once all have answered.
                     held.append(share)
@@ -211,37 +211,37 @@ class Pipeline:
                 self._count(answers, finish_s)
                 timing = Timing(share.queue_s, decode_s, share.run_s, finish_s, share.batch_size)
                 self._metrics.part_done(timing)
-                yield Part((*bad, *answers), timing)
+                yield PartialResult((*bad, *answers), timing)
                 bad = ()
             if held:
                 ids = [job.instance_ids[index] for index in good]
                 answers, finish_s = await self._cpu(job, self._finish_together, job, ids, crops, held)
                 self._count(answers, finish_s)
                 waits = [Timing(share.queue_s, decode_s, share.run_s, 0.0, share.batch_size) for share in held]
-                timing = joined([Part((), wait) for wait in waits]).timing
-                yield Part((*bad, *answers), replace(timing, finish_s=finish_s))
+                timing = merge([PartialResult((), wait) for wait in waits]).timing
+                yield PartialResult((*bad, *answers), replace(timing, finish_s=finish_s))
 
-    async def label_whole(self, job: Job) -> Part:
+    async def label_whole(self, job: LabelRequest) -> PartialResult:
         """All parts of a job as one."""
         async with aclosing(self.label(job)) as parts:
-            return joined([part async for part in parts])
+            return merge([part async for part in parts])
 
-    def _count(self, answers: Sequence[Answer], finish_s: float) -> None:
+    def _count(self, answers: Sequence[InstanceResult], finish_s: float) -> None:
         self._metrics.finished(finish_s)
         for answer in answers:
             if isinstance(answer.outcome, Label):
-                self._metrics.labelled(answer.outcome.flags)
+                self._metrics.labeled(answer.outcome.flags)
 
-    async def _opened(self, job: Job, content: bytes | None) -> tuple[list[Crop | BadBox], float]:
+    async def _opened(self, job: LabelRequest, content: bytes | None) -> tuple[list[Crop | BadBox], float]:
         """Every box's crop, or what is wrong with it, and the time that threads took for it."""
         opened = await self._cpu(job, self._open, job, content)
         if isinstance(opened, _Large):
             return await self._opened_in_steps(job, opened)
         return opened
 
-    def _open(self, job: Job, content: bytes | None) -> "tuple[list[Crop | BadBox], float] | _Large":
+    def _open(self, job: LabelRequest, content: bytes | None) -> "tuple[list[Crop | BadBox], float] | _Large":
         started = time.perf_counter()
-        if isinstance(job.picture, OnDisk):
+        if isinstance(job.picture, FileImage):
             content = self._pictures.read(job.picture)
         content = content or b""
         pixels = self._pixels(content)
@@ -258,12 +258,12 @@ class Pipeline:
             return 0
         return width * height if width * height <= self._limits.max_pixels else 0
 
-    def _decode(self, job: Job, content: bytes) -> RgbImage:
+    def _decode(self, job: LabelRequest, content: bytes) -> RgbImage:
         image = decode_image(content, expected_wh=job.expected_wh, limits=self._limits)
         self._pictures.was_read(job.picture)
         return image
 
-    async def _opened_in_steps(self, job: Job, large: "_Large") -> tuple[list[Crop | BadBox], float]:
+    async def _opened_in_steps(self, job: LabelRequest, large: "_Large") -> tuple[list[Crop | BadBox], float]:
         held = await self._room.take(large.pixels * DECODING_BYTES, job.priority)
         step: Future[Any] | None = None
         took_s = 0.0
@@ -287,11 +287,11 @@ class Pipeline:
             return entries, took_s
         finally:
             # A caller may have gone while a thread is still at the picture: it takes its memory until then.
-            once_done(step, held.give_back)
+            when_done(step, held.give_back)
 
     async def _finish(
-        self, job: Job, ids: Sequence[int], crops: Sequence[Crop], share: Share[Probability]
-    ) -> tuple[list[Answer], float]:
+        self, job: LabelRequest, ids: Sequence[int], crops: Sequence[Crop], share: BatchSlice[Prediction]
+    ) -> tuple[list[InstanceResult], float]:
         """The share's outcomes as answers, and the CPU seconds that this took."""
         work = [(id_, crops[i], x) for id_, i, x in zip(ids, share.indices, share.outcomes, strict=True)]
         size = min(-(-len(work) // self._pool.threads), PREPARED_AT_ONCE)
@@ -299,32 +299,36 @@ class Pipeline:
         done = await asyncio.gather(*(self._cpu(job, _timed, self._finish_each, job, piece) for piece in pieces))
         return [answer for answers, _ in done for answer in answers], sum(seconds for _, seconds in done)
 
-    def _finish_each(self, job: Job, work: Sequence[tuple[int, Crop, Probability | Exception]]) -> list[Answer]:
+    def _finish_each(
+        self, job: LabelRequest, work: Sequence[tuple[int, Crop, Prediction | Exception]]
+    ) -> list[InstanceResult]:
         return [self._finish_one(job, *one) for one in work]
 
-    def _finish_one(self, job: Job, instance_id: int, crop: Crop, outcome: Probability | Exception) -> Answer:
+    def _finish_one(
+        self, job: LabelRequest, instance_id: int, crop: Crop, outcome: Prediction | Exception
+    ) -> InstanceResult:
         if isinstance(outcome, DeviceError) and not isinstance(outcome, DeviceLost):
-            return Answer(instance_id, outcome)
+            return InstanceResult(instance_id, outcome)
         if isinstance(outcome, Exception):
             raise outcome
         how = job.answer
         label = self._predictor.finish(
             crop, outcome, threshold=how.threshold, min_component_area_px=how.min_component_area_px
         )
-        return Answer(instance_id, label, encode(label.rle, how.formats, how.polygon_tolerance_px))
+        return InstanceResult(instance_id, label, encode(label.rle, how.formats, how.polygon_tolerance_px))
 
     def _finish_together(
-        self, job: Job, ids: Sequence[int], crops: Sequence[Crop], shares: Sequence[Share[Probability]]
-    ) -> tuple[list[Answer], float]:
+        self, job: LabelRequest, ids: Sequence[int], crops: Sequence[Crop], shares: Sequence[BatchSlice[Prediction]]
+    ) -> tuple[list[InstanceResult], float]:
         """All of a job's answers, in the order of its boxes: each contested pixel goes to one of them."""
         started = time.perf_counter()
         how = job.answer
         outcomes = dict(pair for share in shares for pair in zip(share.indices, share.outcomes, strict=True))
-        answers: dict[int, Answer] = {}
-        claimed: list[tuple[int, Probability]] = []
+        answers: dict[int, InstanceResult] = {}
+        claimed: list[tuple[int, Prediction]] = []
         for index, outcome in sorted(outcomes.items()):
             if isinstance(outcome, DeviceError) and not isinstance(outcome, DeviceLost):
-                answers[index] = Answer(ids[index], outcome)
+                answers[index] = InstanceResult(ids[index], outcome)
             elif isinstance(outcome, Exception):
                 raise outcome
             else:
@@ -335,10 +339,10 @@ class Pipeline:
             min_component_area_px=how.min_component_area_px,
         )
         for (index, _), label in zip(claimed, labels, strict=True):
-            answers[index] = Answer(ids[index], label, encode(label.rle, how.formats, how.polygon_tolerance_px))
+            answers[index] = InstanceResult(ids[index], label, encode(label.rle, how.formats, how.polygon_tolerance_px))
         return [answers[index] for index in sorted(answers)], time.perf_counter() - started
 
-    async def _cpu(self, job: Job, work: Callable[..., Result], *args: Any) -> Result:
+    async def _cpu(self, job: LabelRequest, work: Callable[..., Result], *args: Any) -> Result:
         return await self._pool.run(job.priority, work, *args)
 
 

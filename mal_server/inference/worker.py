@@ -8,7 +8,7 @@ from typing import Protocol
 from mal_train.core.errors import BadBox
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import RgbImage
-from mal_train.kernel.labeler.labeler import Crop, Label, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions
 from mal_train.kernel.labeler.oom import predict_split
 
 
@@ -19,14 +19,14 @@ class Predictor(Protocol):
         """A crop, or the reason why there is none, for each box, in order; errors count boxes from `first`."""
         ...
 
-    def predict(self, crops: Sequence[Crop], options: RunOptions) -> list[Probability]:
+    def predict(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
         """Foreground probabilities, in order; raises OutOfDeviceMemory when a smaller batch may fit."""
         ...
 
     def finish(
         self,
         crop: Crop,
-        probability: Probability,
+        probability: Prediction,
         *,
         threshold: float | None = None,
         min_component_area_px: int = 0,
@@ -36,7 +36,7 @@ class Predictor(Protocol):
 
     def finish_together(
         self,
-        answers: Sequence[tuple[Crop, Probability]],
+        answers: Sequence[tuple[Crop, Prediction]],
         *,
         threshold: float | None = None,
         min_component_area_px: int = 0,
@@ -59,7 +59,7 @@ class Worker:
         self.name = name
         self._thread = ThreadPoolExecutor(1, f"device-{name}", initializer=on_start)
 
-    async def run(self, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
+    async def run(self, options: PredictOptions, crops: Sequence[Crop]) -> list[Prediction | Exception]:
         """Probabilities in order; OutOfDeviceMemory in the place of a crop that does not fit the device even alone.
 
         Raises:
@@ -72,5 +72,5 @@ class Worker:
         """Lets the thread end once its batch is done."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _predict(self, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
+    def _predict(self, options: PredictOptions, crops: Sequence[Crop]) -> list[Prediction | Exception]:
         return [*predict_split(self.predictor.predict, crops, options)]

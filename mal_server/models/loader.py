@@ -53,7 +53,7 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model on its devices.
 
     Attributes:
@@ -71,7 +71,7 @@ class Loaded:
     batch_sizes: tuple[int, ...] = ()
 
 
-def load_model(plan: ModelPlan) -> Loaded:
+def load_model(plan: ModelPlan) -> LoadedModel:
     """Opens a checkpoint once and puts its network on every device.
 
     Raises:
@@ -100,7 +100,7 @@ def load_model(plan: ModelPlan) -> Loaded:
         Worker(labeler, device, _thread_setting(len(devices)) if device == "cpu" else None)
         for labeler, device in zip(labelers, devices, strict=True)
     )
-    return Loaded(
+    return LoadedModel(
         info,
         workers,
         # Against itself it would say nothing.

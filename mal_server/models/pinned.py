@@ -3,16 +3,16 @@
 from types import TracebackType
 from typing import Self
 
-from mal_server.models.registry import Models
-from mal_server.models.served_model import Serving
+from mal_server.models.registry import ModelRegistry
+from mal_server.models.served_model import ServedModel
 
 
-class Leases:
+class PinnedModels:
     """The models that one call uses: the same ones from first use to its end. A context manager."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: ModelRegistry) -> None:
         self._models = models
-        self._held: dict[str, Serving] = {}
+        self._held: dict[str, ServedModel] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -24,8 +24,8 @@ class Leases:
             self._models.give_back(serving)
         self._held.clear()
 
-    def get(self, name: str) -> Serving:
-        """The model of a name, "" = the default one. Errors as `Models.current`."""
+    def get(self, name: str) -> ServedModel:
+        """The model of a name, "" = the default one. Errors as `ModelRegistry.current`."""
         asked = name or self._models.default  # one model under both, whatever is switched between two items
         known = self._held.get(asked)
         if known is None:

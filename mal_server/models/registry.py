@@ -16,15 +16,15 @@ from functools import partial
 
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
-from mal_server.errors import ModelRefused, NotReady, SelfTestFailed, UnknownModel
-from mal_server.inference.allowed_dirs import nearest
-from mal_server.inference.image_store import Pictures
-from mal_server.models.loader import Loaded, ModelInfo, free_memory
-from mal_server.models.served_model import OnLost, Serving
-from mal_server.models.warmup import prove
+from mal_server.errors import ModelRejected, NotReady, SelfTestFailed, UnknownModel
+from mal_server.inference.allowed_dirs import suggest
+from mal_server.inference.image_store import ImageStore
+from mal_server.models.loader import LoadedModel, ModelInfo, free_memory
+from mal_server.models.served_model import OnLost, ServedModel
+from mal_server.models.warmup import warm_up_and_verify
 from mal_server.ops.metrics import Metrics
-from mal_server.scheduling.cpu_pool import CpuPool, Room
-from mal_server.scheduling.left_behind import in_thread
+from mal_server.scheduling.cpu_pool import MemoryLimiter, PriorityThreadPool
+from mal_server.scheduling.left_behind import run_in_daemon_thread
 from mal_train.core.errors import (
     Altered,
     CheckpointError,
@@ -39,13 +39,13 @@ from mal_train.core.errors import (
 
 log = logging.getLogger(__name__)
 
-Load = Callable[[ModelPlan], Loaded]
+Load = Callable[[ModelPlan], LoadedModel]
 OnChange = Callable[[str, bool], Awaitable[None]]
 """Told the name of a model and whether it answers now."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class ModelEntry:
     """What there is to say of a model in memory."""
 
     info: ModelInfo
@@ -54,7 +54,7 @@ class Entry:
     is_default: bool
 
 
-class Models:
+class ModelRegistry:
     """The models of one server; used from one event loop.
 
     Args:
@@ -72,8 +72,8 @@ class Models:
         config: ServerConfig,
         load: Load,
         *,
-        pool: CpuPool,
-        pictures: Pictures,
+        pool: PriorityThreadPool,
+        pictures: ImageStore,
         metrics: Metrics,
         on_lost: OnLost,
         on_change: OnChange,
@@ -81,7 +81,7 @@ class Models:
         self._config = config
         self._load = load
         self._pool = pool
-        self._room = Room(config.max_decoded_bytes, patience_s=config.batch_patience_s)
+        self._room = MemoryLimiter(config.max_decoded_bytes, patience_s=config.batch_patience_s)
         self._pictures = pictures
         self._metrics = metrics
         self._on_lost = on_lost
@@ -91,17 +91,17 @@ class Models:
         """Name of the model that answers where none is named."""
         self.lost: DeviceLost | None = None
         """Set once a device is gone; nothing answers any more."""
-        self._serving: dict[str, Serving] = {}
-        self._retiring: set[Serving] = set()
+        self._serving: dict[str, ServedModel] = {}
+        self._retiring: set[ServedModel] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._is_ready = False
         self._one_load = asyncio.Lock()
         metrics.watch_queue(self._waiting_crops, self._waiting_bytes)
 
     async def start(self) -> None:
-        """Loads what the settings name; nothing answers before all of it does. Raises as `load` and `prove` do."""
+        """Loads the configured models; none serves before all are ready. Raises the errors of `load`."""
         for plan in self._config.plans:
-            loaded = await in_thread(partial(self._load, plan))
+            loaded = await run_in_daemon_thread(partial(self._load, plan))
             self._serving[plan.name] = self._made(loaded)
             await self._prove(loaded)
         self._is_ready = True
@@ -116,7 +116,7 @@ class Models:
         if not self._is_ready:
             raise NotReady("the model is still loading")
 
-    def current(self, name: str = "") -> Serving:
+    def current(self, name: str = "") -> ServedModel:
         """The model that new calls get under a name; "" = the default.
 
         Raises:
@@ -126,7 +126,7 @@ class Models:
         self.check_ready()
         found = self._serving.get(name or self.default)
         if found is None:
-            raise UnknownModel(f"model {name!r} is not served here{nearest(name, self._serving)}")
+            raise UnknownModel(f"model {name!r} is not served here{suggest(name, self._serving)}")
         return found
 
     def infos(self) -> list[ModelInfo]:
@@ -134,18 +134,18 @@ class Models:
         self.check_ready()
         return [entry.info for entry in self.entries() if not entry.is_retiring]
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[ModelEntry]:
         """Every model in memory: the default one, the others, then those that are being given up."""
         named = sorted(self._serving.items(), key=lambda pair: pair[0] != self.default)
-        found = [Entry(one.info, one.calls, False, name == self.default) for name, one in named]
-        return found + [Entry(one.info, one.calls, True, False) for one in self._retiring]
+        found = [ModelEntry(one.info, one.calls, False, name == self.default) for name, one in named]
+        return found + [ModelEntry(one.info, one.calls, True, False) for one in self._retiring]
 
     def plan(self, name: str) -> ModelPlan:
         """What the settings say of a model. Raises UnknownModel."""
         known = self._plans.get(name)
         if known is None:
             raise UnknownModel(
-                f"model {name!r}: the settings name no checkpoint for it{nearest(name, self._plans)}; give folder and "
+                f"model {name!r}: the settings name no checkpoint for it{suggest(name, self._plans)}; give folder and "
                 "path"
             )
         return known
@@ -173,7 +173,7 @@ class Models:
         async with self._one_load:
             serving = self.current(name)
             if not name or name == self.default:
-                raise ModelRefused(
+                raise ModelRejected(
                     f"model {serving.info.name!r} answers requests that name none; it can be replaced, not unloaded",
                     "MODEL_IS_DEFAULT",
                 )
@@ -185,13 +185,13 @@ class Models:
             log.info("unloaded model=%s sha256=%s", name, serving.info.sha256)
             return serving.info
 
-    def take(self, name: str) -> Serving:
+    def take(self, name: str) -> ServedModel:
         """As `current`, and holds it until `give_back`."""
         serving = self.current(name)
         serving.calls += 1
         return serving
 
-    def give_back(self, serving: Serving) -> None:
+    def give_back(self, serving: ServedModel) -> None:
         """One call less holds it."""
         serving.calls -= 1
         self._close_if_idle(serving)
@@ -218,7 +218,7 @@ class Models:
             self.check_ready()
             old = self._serving.get(plan.name)
             if old is None and len(self._serving) >= self._config.max_models:
-                raise ModelRefused(
+                raise ModelRejected(
                     f"{len(self._serving)} models are served and max_models is {self._config.max_models}; unload one "
                     "first, or replace one",
                     "TOO_MANY_MODELS",
@@ -236,9 +236,9 @@ class Models:
             )
             return new.info, before
 
-    async def _loaded(self, plan: ModelPlan) -> Serving:
+    async def _loaded(self, plan: ModelPlan) -> ServedModel:
         try:
-            loaded = await in_thread(partial(self._load, plan))
+            loaded = await run_in_daemon_thread(partial(self._load, plan))
             try:
                 await self._prove(loaded)
             except BaseException:  # the threads of what is not served must not stay
@@ -250,20 +250,20 @@ class Models:
         except (MalError, OSError) as error:
             log.warning("not loaded model=%s error=%s", plan.name, error)
             asyncio.get_running_loop().run_in_executor(None, free_memory)
-            raise ModelRefused(
+            raise ModelRejected(
                 f"model {plan.name!r} was not loaded, what was served goes on: {error}", _why(error)
             ) from None
         return self._made(loaded)
 
-    async def _prove(self, loaded: Loaded) -> None:
+    async def _prove(self, loaded: LoadedModel) -> None:
         try:
-            await prove(loaded)
+            await warm_up_and_verify(loaded)
         except DeviceLost as error:
             await self._on_lost(error)
             raise
 
-    def _made(self, loaded: Loaded) -> Serving:
-        return Serving(
+    def _made(self, loaded: LoadedModel) -> ServedModel:
+        return ServedModel(
             loaded,
             self._config,
             pool=self._pool,
@@ -273,19 +273,19 @@ class Models:
             on_lost=self._on_lost,
         )
 
-    def _retire(self, serving: Serving) -> None:
+    def _retire(self, serving: ServedModel) -> None:
         serving.is_retired = True
         self._retiring.add(serving)
         self._close_if_idle(serving)
 
-    def _close_if_idle(self, serving: Serving) -> None:
+    def _close_if_idle(self, serving: ServedModel) -> None:
         if serving.is_retired and not serving.calls:
             self._retiring.discard(serving)
             task = asyncio.ensure_future(self._end(serving))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    async def _end(self, serving: Serving) -> None:
+    async def _end(self, serving: ServedModel) -> None:
         name, sha256 = serving.info.name, serving.info.sha256
         await serving.close()
         del serving

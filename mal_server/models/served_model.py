@@ -7,20 +7,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from mal_server.config.server import ServerConfig
-from mal_server.inference.image_store import Pictures
+from mal_server.inference.image_store import ImageStore
 from mal_server.inference.pipeline import CropBatcher, Pipeline
 from mal_server.inference.worker import Worker
-from mal_server.models.loader import Loaded
+from mal_server.models.loader import LoadedModel
 from mal_server.ops.metrics import Metrics
 from mal_server.scheduling.batcher import Batcher
-from mal_server.scheduling.cpu_pool import CpuPool, Room
+from mal_server.scheduling.cpu_pool import MemoryLimiter, PriorityThreadPool
 from mal_train.core.errors import DeviceLost
-from mal_train.kernel.labeler.labeler import Crop, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
 
 OnLost = Callable[[DeviceLost], Awaitable[None]]
 
 
-class Serving:
+class ServedModel:
     """A model that answers, or that finishes what it has.
 
     Attributes:
@@ -33,12 +33,12 @@ class Serving:
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         config: ServerConfig,
         *,
-        pool: CpuPool,
-        room: Room,
-        pictures: Pictures,
+        pool: PriorityThreadPool,
+        room: MemoryLimiter,
+        pictures: ImageStore,
         metrics: Metrics,
         on_lost: OnLost,
     ) -> None:
@@ -74,7 +74,9 @@ class Serving:
         for worker in self._workers:
             worker.close()
 
-    async def _run(self, worker: Worker, options: RunOptions, crops: Sequence[Crop]) -> list[Probability | Exception]:
+    async def _run(
+        self, worker: Worker, options: PredictOptions, crops: Sequence[Crop]
+    ) -> list[Prediction | Exception]:
         """A batcher's runner."""
         try:
             return await worker.run(options, crops)

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from mal_server.errors import SelfTestFailed
 from mal_server.inference.worker import Predictor, Worker
-from mal_server.models.loader import Loaded
-from mal_server.scheduling.left_behind import in_thread
+from mal_server.models.loader import LoadedModel
+from mal_server.scheduling.left_behind import run_in_daemon_thread
 from mal_train.core.errors import DeviceLost
 from mal_train.core.masks.geometry import Box, resize_crop
 from mal_train.core.settings import Compat, LabelerConfig
-from mal_train.kernel.labeler.labeler import Crop, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
 
 MAX_MEAN_DIFFERENCE: Final = 0.05
 """Between the served number format and float32, mean over a crop's probabilities; random DeiTs: 0.002 in bfloat16."""
@@ -37,7 +37,7 @@ BOXES: Final[tuple[Box, ...]] = (
 
 
 def picture() -> NDArray[np.uint8]:
-    """(192, 256, 3) uint8: ellipses of several colours on a gradient."""
+    """(192, 256, 3) uint8: ellipses of several colors on a gradient."""
     y, x = np.mgrid[:192, :256]
     image = np.stack([x // 2, y // 2, (x + y) // 4], axis=2).astype(np.uint8)
     for index, (left, top, width, height) in enumerate(BOXES):
@@ -46,7 +46,7 @@ def picture() -> NDArray[np.uint8]:
     return image
 
 
-async def prove(loaded: Loaded) -> None:
+async def warm_up_and_verify(loaded: LoadedModel) -> None:
     """Warms every worker up and tests it.
 
     Raises:
@@ -54,7 +54,10 @@ async def prove(loaded: Loaded) -> None:
         DeviceLost: a device broke down for good under the test.
     """
     config = loaded.info.labeler
-    every, plain = RunOptions(loaded.info.branch, agreement=loaded.info.has_teacher), RunOptions(loaded.info.branch)
+    every, plain = (
+        PredictOptions(loaded.info.branch, agreement=loaded.info.has_teacher),
+        PredictOptions(loaded.info.branch),
+    )
     crops = _crops(loaded.workers[0].predictor)
     small = crops if loaded.small_side is None else [_shrunk(crop, loaded.small_side) for crop in crops]
     due_small = await _expected(loaded.reference, small, every)
@@ -69,20 +72,20 @@ async def prove(loaded: Loaded) -> None:
 
 
 async def _expected(
-    reference: Predictor | None, crops: Sequence[Crop], options: RunOptions
-) -> Sequence[Probability | None]:
+    reference: Predictor | None, crops: Sequence[Crop], options: PredictOptions
+) -> Sequence[Prediction | None]:
     if reference is None:
         return [None] * len(crops)
     # Passes in float32 on the CPU take long: a server that is to end does not wait for them.
-    return await in_thread(partial(reference.predict, crops, options))
+    return await run_in_daemon_thread(partial(reference.predict, crops, options))
 
 
 async def _prove_worker(
     worker: Worker,
     config: LabelerConfig,
-    options: RunOptions,
+    options: PredictOptions,
     crops: Sequence[Crop],
-    expected: Sequence[Probability | None],
+    expected: Sequence[Prediction | None],
 ) -> None:
     try:
         outcomes = await worker.run(options, crops)
@@ -145,7 +148,7 @@ def _slack_px(config: LabelerConfig, crop: Crop) -> float:
     return 1.0 + 2.0 * max(window.x1 - window.x0, window.y1 - window.y0) / len(crop.pixels)
 
 
-def _check_label(name: str, predictor: Predictor, crop: Crop, outcome: Probability, config: LabelerConfig) -> None:
+def _check_label(name: str, predictor: Predictor, crop: Crop, outcome: Prediction, config: LabelerConfig) -> None:
     # So low a threshold that the mask reaches as far as it can.
     label = predictor.finish(crop, outcome, threshold=1e-6)
     height, width = crop.image_hw

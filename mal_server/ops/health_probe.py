@@ -8,7 +8,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mal_server.config.listen import Listen
-from mal_server.security.tls_check import check_shown, rehearse
+from mal_server.security.tls_check import check_shown, verify_handshake
 from mal_train.core.errors import ConfigError
 
 PORTS = range(1, 65536)
@@ -23,7 +23,7 @@ EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 @dataclass(frozen=True)
-class Probe:
+class HealthProbe:
     """A question to a server.
 
     Attributes:
@@ -103,7 +103,7 @@ def _check_address(address: str) -> None:
     raise ConfigError(f"health: {address!r}; HOST:PORT is needed, for example 127.0.0.1:50051")
 
 
-def probe_of(listen: Listen, given: Probe) -> Probe:
+def probe_of(listen: Listen, given: HealthProbe) -> HealthProbe:
     """A question to the server that listens so. What is given wins: its address, where it is not empty, and its papers.
 
     The server's own certificate is trusted as it lies there, under the name that it bears. Where the server asks for a
@@ -116,7 +116,7 @@ def probe_of(listen: Listen, given: Probe) -> Probe:
     if listen.tls_certificate is None or listen.tls_key is None:
         return found
     if found.tls_ca is None:
-        name = rehearse(listen.tls_certificate, listen.tls_key)
+        name = verify_handshake(listen.tls_certificate, listen.tls_key)
         found = replace(found, tls_ca=listen.tls_certificate, tls_name=found.tls_name or name)
     if listen.tls_client_ca is None or found.client_cert is not None:
         return found

@@ -100,7 +100,7 @@ class Metrics:
         if self.on_part is not None:
             self.on_part(timing)
 
-    def labelled(self, flags: Sequence[str]) -> None:
+    def labeled(self, flags: Sequence[str]) -> None:
         """A mask was made."""
         for flag in flags or (NO_FLAG,):
             self._masks.labels(flag).inc()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-def in_step(work: Callable[..., Result], *args: Any) -> "Future[Result]":
+def run_in_thread(work: Callable[..., Result], *args: Any) -> "Future[Result]":
     """Runs `work(*args)` as `asyncio.to_thread` does, and tells when it has really ended.
 
     A future that is cancelled before its thread has begun is skipped; after that it cannot be cancelled.
@@ -22,7 +22,7 @@ def in_step(work: Callable[..., Result], *args: Any) -> "Future[Result]":
     return step
 
 
-def once_done(step: "Future[Any] | None", act: Callable[[], None]) -> None:
+def when_done(step: "Future[Any] | None", act: Callable[[], None]) -> None:
     """Acts in this loop when the step has ended; at once where there is none."""
     if step is None or step.done():
         act()

@@ -3,7 +3,7 @@
 import math
 
 
-class Company:
+class BatchDelayer:
     """Who may be about to bring items: requests in preparation, and callers who were just answered and may come again.
 
     Callers in a closed loop come back within moments of their answer, so a batch that starts without them would leave

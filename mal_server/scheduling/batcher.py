@@ -1,8 +1,8 @@
 """Groups the work of many requests into batches for few runners. Pure asyncio; knows nothing of images, models or gRPC.
 
-A request takes a `Ticket` for its number of items before it spends anything on them (or is refused: `Overloaded`),
-submits the items under a key, and receives one `Share` for each finished batch that held some of them. Items share a
-batch exactly when their keys are equal. A runner that is busy lets batches fill by themselves; an idle one waits for
+A request takes an `Admission` for its number of items before it spends anything on them (or is refused: `QueueFull`),
+submits the items under a key, and receives one `BatchSlice` for each finished batch that held some of them. Items share
+a batch exactly when their keys are equal. A runner that is busy lets batches fill by themselves; an idle one waits for
 company only while some may come (`company`), and at most `max_delay_s`: a lone caller does not wait at all.
 
     ticket = batcher.admit(2)  →  ticket.submit(key, [a, b])  →  lane of that key  →  runner  →  Share, Share, …
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
-from mal_server.scheduling.batch_delayer import Company
+from mal_server.scheduling.batch_delayer import BatchDelayer
 from mal_server.scheduling.priority import Priority
-from mal_server.scheduling.request_queue import Debt, Entry, Lane
-from mal_server.scheduling.throughput import Pace
+from mal_server.scheduling.request_queue import FairnessCredit, QueuedItem, RequestQueue
+from mal_server.scheduling.throughput import Throughput
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -38,7 +38,7 @@ TIMER_SLACK_S = 1e-4
 """Event loops may call a timer a little early; a batch that is due this soon is due."""
 
 
-class Overloaded(Exception):
+class QueueFull(Exception):
     """Too much is waiting; after `retry_after_s` there should be room, by the measured speed."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -46,11 +46,11 @@ class Overloaded(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Expired(Exception):
+class DeadlineExceeded(Exception):
     """The caller's deadline has passed, so the work was not begun or not finished."""
 
 
-class Observer(Protocol):
+class BatchObserver(Protocol):
     """Is told what happens."""
 
     def batch_ended(self, size: int, took_s: float) -> None:
@@ -66,7 +66,7 @@ class Observer(Protocol):
         """
 
 
-class Nobody:
+class NullObserver:
     """An observer that looks away."""
 
     def batch_ended(self, size: int, took_s: float) -> None:
@@ -80,7 +80,7 @@ class Nobody:
 
 
 @dataclass(frozen=True)
-class Share(Generic[R]):
+class BatchSlice(Generic[R]):
     """One request's part of one finished batch.
 
     Attributes:
@@ -98,7 +98,7 @@ class Share(Generic[R]):
     batch_size: int
 
 
-class Ticket(Generic[K, T, R]):
+class Admission(Generic[K, T, R]):
     """One request's room for `waiting` items; a context manager that gives back on leaving what is still held.
 
     Attributes:
@@ -110,8 +110,8 @@ class Ticket(Generic[K, T, R]):
         self, batcher: "Batcher[K, T, R]", count: int, item_bytes: float, priority: Priority, deadline: float
     ) -> None:
         self._batcher = batcher
-        self._shares: asyncio.Queue[Share[R]] = asyncio.Queue()
-        self._lane: Lane[Ticket[K, T, R], T] | None = None
+        self._shares: asyncio.Queue[BatchSlice[R]] = asyncio.Queue()
+        self._lane: RequestQueue[Admission[K, T, R], T] | None = None
         self._submitted = 0
         self._answered = 0
         self._cause = "cancelled"
@@ -128,9 +128,11 @@ class Ticket(Generic[K, T, R]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Anything else that ends the request early is answered: nobody's work is lost.
-        self.close(was_left=kind is not None and issubclass(kind, asyncio.CancelledError | GeneratorExit | Expired))
+        self.close(
+            was_left=kind is not None and issubclass(kind, asyncio.CancelledError | GeneratorExit | DeadlineExceeded)
+        )
 
-    async def submit(self, key: K, items: Sequence[T]) -> AsyncGenerator[Share[R], None]:
+    async def submit(self, key: K, items: Sequence[T]) -> AsyncGenerator[BatchSlice[R], None]:
         """Runs the items, at most as many as were admitted, and yields shares as their batches finish; works once."""
         self._batcher.enqueue(self, key, items)
         left = len(items)
@@ -139,7 +141,7 @@ class Ticket(Generic[K, T, R]):
             left -= len(share.indices)
             yield share
 
-    def join(self, lane: "Lane[Ticket[K, T, R], T]", count: int) -> None:
+    def join(self, lane: "RequestQueue[Admission[K, T, R], T]", count: int) -> None:
         """Takes its place in a lane, and gives back the room held beyond `count` items."""
         if self._lane is not None or count > self.waiting:
             raise ValueError(f"a ticket for {self.waiting} items takes at most so many, once; got {count}")
@@ -158,7 +160,7 @@ class Ticket(Generic[K, T, R]):
         """Ends what still waits, since the deadline has passed."""
         self._cause = "deadline"
         self._batcher.observer.dropped("deadline_queue", self.waiting)
-        self.fail(Expired("the deadline passed while the boxes waited for the device"))
+        self.fail(DeadlineExceeded("the deadline passed while the boxes waited for the device"))
 
     def fail(self, error: Exception) -> None:
         """Answers everything that waits in a lane with an error."""
@@ -167,9 +169,9 @@ class Ticket(Generic[K, T, R]):
             return
         self.leave(count)
         indices = tuple(range(self._submitted - count, self._submitted))
-        self.deliver(Share(indices, (error,) * count, queue_s=0.0, run_s=0.0, batch_size=0))
+        self.deliver(BatchSlice(indices, (error,) * count, queue_s=0.0, run_s=0.0, batch_size=0))
 
-    def deliver(self, share: Share[R]) -> None:
+    def deliver(self, share: BatchSlice[R]) -> None:
         """Takes a finished share; harmless when nobody waits for it any more."""
         if self.is_open:
             self._shares.put_nowait(share)
@@ -222,25 +224,25 @@ class Batcher(Generic[K, T, R]):
         max_waiting: int,
         max_bytes: float = math.inf,
         patience_s: float = 0.0,
-        observer: Observer | None = None,
+        observer: BatchObserver | None = None,
     ) -> None:
         self._idle = list(runners)
-        self._pace = Pace(len(runners), max_batch_size)
+        self._pace = Throughput(len(runners), max_batch_size)
         self._max_batch_size = max_batch_size
         self._max_delay_s = max_delay_s
         self._max_waiting = max_waiting
         self._max_bytes = max_bytes
         self._patience_s = patience_s
-        self._debt = Debt(max_batch_size, is_first_come_first_served=patience_s == 0.0)
-        self._lanes: dict[K, Lane[Ticket[K, T, R], T]] = {}
-        self._tickets: set[Ticket[K, T, R]] = set()
+        self._debt = FairnessCredit(max_batch_size, is_first_come_first_served=patience_s == 0.0)
+        self._lanes: dict[K, RequestQueue[Admission[K, T, R], T]] = {}
+        self._tickets: set[Admission[K, T, R]] = set()
         self._waiting = dict.fromkeys(Priority, 0)
         self._bytes = 0.0
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.Handle | None = None
         self._broken: Exception | None = None
-        self.company = Company(max_delay_s)
-        self.observer: Observer = observer or Nobody()
+        self.company = BatchDelayer(max_delay_s)
+        self.observer: BatchObserver = observer or NullObserver()
 
     @property
     def waiting(self) -> int:
@@ -259,7 +261,7 @@ class Batcher(Generic[K, T, R]):
         size_bytes: float = 0.0,
         priority: Priority = Priority.INTERACTIVE,
         deadline: float = math.inf,
-    ) -> Ticket[K, T, R]:
+    ) -> Admission[K, T, R]:
         """Room for `count` items.
 
         Args:
@@ -278,40 +280,40 @@ class Batcher(Generic[K, T, R]):
         left_s = deadline - asyncio.get_running_loop().time()
         if left_s <= 0:
             self.observer.dropped("deadline_entry", count)
-            raise Expired("the deadline passed before the work began")
+            raise DeadlineExceeded("the deadline passed before the work began")
         if self.waiting + count > self._max_waiting:
-            raise Overloaded(
+            raise QueueFull(
                 f"{self.waiting} boxes wait for the device and {count} more would pass the limit of "
                 f"{self._max_waiting}",
                 self._retry_after_s(count),
             )
         if self.waiting and self._bytes + size_bytes > self._max_bytes:
-            raise Overloaded(
+            raise QueueFull(
                 f"what waits for the device holds {self._bytes / 1e6:.0f} MB and {size_bytes / 1e6:.0f} MB more would "
                 f"pass the limit of {self._max_bytes / 1e6:.0f} MB",
                 self._retry_after_s(count),
             )
         if self._wait_s(priority) > left_s:
-            raise Overloaded(
+            raise QueueFull(
                 f"{self.waiting} boxes wait for the device, about {self._wait_s(priority):.1f} s of work, and the "
                 f"deadline is in {left_s:.1f} s",
                 self._retry_after_s(count),
             )
         self._waiting[priority] += count
         self._bytes += size_bytes
-        ticket = Ticket(self, count, size_bytes / count, priority, deadline)
+        ticket = Admission(self, count, size_bytes / count, priority, deadline)
         self._tickets.add(ticket)
         self.company.arrives()
         return ticket
 
-    def enqueue(self, ticket: Ticket[K, T, R], key: K, items: Sequence[T]) -> None:
+    def enqueue(self, ticket: Admission[K, T, R], key: K, items: Sequence[T]) -> None:
         """Puts a ticket's items into their lane and gives back the room that it held beyond them."""
         if self._broken is not None:
             raise self._broken
-        lane = self._lanes.setdefault(key, Lane(self._patience_s))
+        lane = self._lanes.setdefault(key, RequestQueue(self._patience_s))
         ticket.join(lane, len(items))
         now = asyncio.get_running_loop().time()
-        lane.queues[ticket.priority].extend(Entry(ticket, index, item, now) for index, item in enumerate(items))
+        lane.queues[ticket.priority].extend(QueuedItem(ticket, index, item, now) for index, item in enumerate(items))
         self.company.settles()
         if lane.live >= self._max_batch_size:
             self._pump()
@@ -323,7 +325,7 @@ class Batcher(Generic[K, T, R]):
         self._waiting[priority] -= count
         self._bytes = self._bytes - size_bytes if self.waiting else 0.0
 
-    def forget(self, ticket: Ticket[K, T, R], *, is_settled: bool) -> None:
+    def forget(self, ticket: Admission[K, T, R], *, is_settled: bool) -> None:
         """The ticket is closed, after or without having brought its items."""
         self._tickets.discard(ticket)
         self.company.leaves(ticket, asyncio.get_running_loop().time())
@@ -368,12 +370,12 @@ class Batcher(Generic[K, T, R]):
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
-    def _take(self, lane: Lane[Ticket[K, T, R], T]) -> list[Entry[Ticket[K, T, R], T]]:
+    def _take(self, lane: RequestQueue[Admission[K, T, R], T]) -> list[QueuedItem[Admission[K, T, R], T]]:
         """The next batch of a lane."""
         now = asyncio.get_running_loop().time()
         return lane.take(self._max_batch_size, now, self._debt, self._others_bulk_rank(lane))
 
-    def _others_bulk_rank(self, lane: Lane[Ticket[K, T, R], T]) -> float:
+    def _others_bulk_rank(self, lane: RequestQueue[Admission[K, T, R], T]) -> float:
         """Of the BATCH items in all lanes but this, from when on the first goes ahead of what is submitted then."""
         return min((other.bulk_rank() for other in self._lanes.values() if other is not lane), default=math.inf)
 
@@ -408,7 +410,7 @@ class Batcher(Generic[K, T, R]):
             found.append((due, rank, key))
         return found
 
-    async def _run(self, runner: "Runner[K, T, R]", key: K, entries: list[Entry[Ticket[K, T, R], T]]) -> None:
+    async def _run(self, runner: "Runner[K, T, R]", key: K, entries: list[QueuedItem[Admission[K, T, R], T]]) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
@@ -421,14 +423,14 @@ class Batcher(Generic[K, T, R]):
         except Exception as error:
             outcomes = [error] * len(entries)
         took = loop.time() - started
-        shares: dict[Ticket[K, T, R], list[tuple[Entry[Ticket[K, T, R], T], R | Exception]]] = {}
+        shares: dict[Admission[K, T, R], list[tuple[QueuedItem[Admission[K, T, R], T], R | Exception]]] = {}
         for entry, outcome in zip(entries, outcomes, strict=True):
             shares.setdefault(entry.ticket, []).append((entry, outcome))
         for ticket, pairs in shares.items():
             queue_s = started - min(entry.since for entry, _ in pairs)
             self.observer.waited(ticket.priority.value, queue_s)
             ticket.deliver(
-                Share(
+                BatchSlice(
                     indices=tuple(entry.index for entry, _ in pairs),
                     outcomes=tuple(outcome for _, outcome in pairs),
                     queue_s=queue_s,

@@ -39,7 +39,7 @@ class _Step(Generic[Result]):
             self.future.set_exception(error)
 
 
-class CpuPool:
+class PriorityThreadPool:
     """Threads for steps of CPU work.
 
     Args:
@@ -114,10 +114,10 @@ class CpuPool:
                 self._threads.submit(self._take)
 
 
-class Held:
-    """Some bytes of a `Room`."""
+class MemoryLease:
+    """Some bytes of a `MemoryLimiter`."""
 
-    def __init__(self, room: "Room", priority: Priority, size: int) -> None:
+    def __init__(self, room: "MemoryLimiter", priority: Priority, size: int) -> None:
         self._room = room
         self._priority = priority
         self._size = size
@@ -140,14 +140,14 @@ class _Waiter:
     granted: "asyncio.Future[None]"
 
 
-class Room:
+class MemoryLimiter:
     """Bytes that may be held at a time, on one event loop.
 
     A request that is larger than all of it, or than what BATCH may hold, is granted when nothing else (of BATCH) is.
 
     Args:
         size: all bytes; BATCH holds at most half of them.
-        patience_s: as for `CpuPool`.
+        patience_s: as for `PriorityThreadPool`.
     """
 
     def __init__(self, size: int, *, patience_s: float = 0.0) -> None:
@@ -162,7 +162,7 @@ class Room:
         """Bytes held now."""
         return sum(self._held.values())
 
-    async def take(self, size: int, priority: Priority) -> Held:
+    async def take(self, size: int, priority: Priority) -> MemoryLease:
         """Waits for its turn; what it returns must be given back."""
         loop = asyncio.get_running_loop()
         waiter = _Waiter(loop.time() + self._patience_s[priority], size, loop.create_future())
@@ -177,7 +177,7 @@ class Room:
                 self._waiting[priority].remove(waiter)
                 self._grant()  # it may have stood before others
             raise
-        return Held(self, priority, size)
+        return MemoryLease(self, priority, size)
 
     def give_back(self, priority: Priority, size: int) -> None:
         """Bytes are free again."""

@@ -1,7 +1,7 @@
 """Threads that the end of the server does not wait for: loading a checkpoint takes long and cannot be stopped.
 
-A process that ends while such a thread runs must leave by `leave`: the interpreter would wait for a device's thread,
-and be torn down around one that is in the middle of torch's C++ code.
+A process that ends while such a thread runs must leave by `exit_process`: the interpreter would wait for a device's
+thread, and be torn down around one that is in the middle of torch's C++ code.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ PATIENCE_S = 2.0
 """For threads that are about to end by themselves."""
 
 
-async def in_thread(work: Callable[[], Result]) -> Result:
+async def run_in_daemon_thread(work: Callable[[], Result]) -> Result:
     """As `asyncio.to_thread`, in a thread of its own that neither the event loop nor the interpreter waits for."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()
@@ -50,7 +50,7 @@ async def in_thread(work: Callable[[], Result]) -> Result:
     return await future
 
 
-def leave(exit_code: int) -> int:
+def exit_process(exit_code: int) -> int:
     """The exit code; where threads are still at work, ends the process with it at once, with its output written."""
     until = time.monotonic() + PATIENCE_S
     ours = [one for one in threading.enumerate() if one.name == NAME or one.name.startswith(DEVICE)]

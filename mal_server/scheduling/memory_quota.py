@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from mal_server.errors import MemoryFull
-from mal_server.scheduling.background import once_done
+from mal_server.scheduling.background import when_done
 
 
-class Budget:
+class MemoryQuota:
     """Bytes for all calls; used from one event loop.
 
     Args:
@@ -26,14 +26,14 @@ class Budget:
         self._name = name
         self.held = 0
         """Bytes held now."""
-        self._holders: dict[Share, None] = {}
+        self._holders: dict[Reservation, None] = {}
         """Shares that hold something, the first one first."""
 
-    def share(self) -> "Share":
+    def share(self) -> "Reservation":
         """What one call holds; a context manager that gives it back."""
-        return Share(self)
+        return Reservation(self)
 
-    def _take(self, share: "Share", size: int) -> None:
+    def _take(self, share: "Reservation", size: int) -> None:
         first = next(iter(self._holders), share)
         if first is not share and self.held + size > self._size:
             raise MemoryFull(
@@ -43,15 +43,15 @@ class Budget:
         self._holders[share] = None
         self.held += size
 
-    def _give_back(self, share: "Share") -> None:
+    def _give_back(self, share: "Reservation") -> None:
         self._holders.pop(share, None)
         self.held -= share.own
 
 
-class Share:
-    """What one call holds of a `Budget`."""
+class Reservation:
+    """What one call holds of a `MemoryQuota`."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: MemoryQuota) -> None:
         self._budget = budget
         self.own = 0
         """Bytes that it holds."""
@@ -63,7 +63,7 @@ class Share:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        once_done(self._step, self._give_back)
+        when_done(self._step, self._give_back)
 
     def outlast(self, step: "Future[Any]") -> None:
         """Holds everything until this step has ended, though the call may be over: its thread fills the memory on."""

@@ -1,8 +1,8 @@
 """The order of what waits for a batch: people first, and bulk work that is passed too long is owed a part.
 
 INTERACTIVE items go ahead, whatever else waits. Only where they alone would keep the device busy, BATCH items that
-waited `patience_s` longer than they get a quarter of it (`Debt`): bulk work never starves, and a long queue of it never
-keeps people waiting. Told the time; asks no clock, and starts nothing.
+waited `patience_s` longer than they get a quarter of it (`FairnessCredit`): bulk work never starves, and a long queue
+of it never keeps people waiting. Told the time; asks no clock, and starts nothing.
 """
 
 import math
@@ -12,11 +12,11 @@ from typing import Generic, Protocol, TypeVar
 
 from mal_server.scheduling.priority import Priority
 
-PEOPLE_FOR_ONE = 3
+INTERACTIVE_PER_BATCH = 3
 """INTERACTIVE items that pass BATCH ones which waited their patience, for each of these that goes: a quarter."""
 
 
-class Waiter(Protocol):
+class QueueClient(Protocol):
     """Who brought items."""
 
     @property
@@ -34,12 +34,12 @@ class Waiter(Protocol):
         """So many of its items wait no more."""
 
 
-C = TypeVar("C", bound=Waiter)
+C = TypeVar("C", bound=QueueClient)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry(Generic[C, T]):
+class QueuedItem(Generic[C, T]):
     """An item that waits: whose, its place among theirs, and since which loop time."""
 
     ticket: C
@@ -48,7 +48,7 @@ class Entry(Generic[C, T]):
     since: float
 
 
-class Debt:
+class FairnessCredit:
     """What is owed to BATCH items that waited their patience and were passed by INTERACTIVE ones all the same.
 
     Args:
@@ -57,7 +57,7 @@ class Debt:
     """
 
     def __init__(self, batch_size: int, *, is_first_come_first_served: bool) -> None:
-        self._most = batch_size * PEOPLE_FOR_ONE
+        self._most = batch_size * INTERACTIVE_PER_BATCH
         self._passed = 0
         self._is_free = is_first_come_first_served
 
@@ -68,7 +68,7 @@ class Debt:
             count: BATCH items.
             is_oldest: no others wait longer; what is owed is owed to those.
         """
-        return self._is_free or (is_oldest and self._passed >= count * PEOPLE_FOR_ONE)
+        return self._is_free or (is_oldest and self._passed >= count * INTERACTIVE_PER_BATCH)
 
     def passed(self) -> None:
         """An INTERACTIVE item went ahead of a BATCH item whose turn it was."""
@@ -76,14 +76,14 @@ class Debt:
 
     def ran(self) -> None:
         """The BATCH item that waited longest went, whatever it went ahead of."""
-        self._passed = max(self._passed - PEOPLE_FOR_ONE, 0)
+        self._passed = max(self._passed - INTERACTIVE_PER_BATCH, 0)
 
 
-class Lane(Generic[C, T]):
+class RequestQueue(Generic[C, T]):
     """Items of one key by priority, oldest first. Those that nobody waits for stay until met, and count as nothing."""
 
     def __init__(self, patience_s: float) -> None:
-        self.queues: dict[Priority, deque[Entry[C, T]]] = {priority: deque() for priority in Priority}
+        self.queues: dict[Priority, deque[QueuedItem[C, T]]] = {priority: deque() for priority in Priority}
         self.live = 0
         self._patience_s = patience_s
 
@@ -112,7 +112,7 @@ class Lane(Generic[C, T]):
         queue = self.queues[Priority.INTERACTIVE]
         return queue[0].since if queue else math.inf
 
-    def rank(self, debt: Debt, batch_size: int, others_bulk_rank: float) -> tuple[bool, float, float]:
+    def rank(self, debt: FairnessCredit, batch_size: int, others_bulk_rank: float) -> tuple[bool, float, float]:
         """Lower goes first; after `clean`, and only with live items.
 
         BATCH items that may not go ahead of people come behind all of these, in their own order.
@@ -127,7 +127,7 @@ class Lane(Generic[C, T]):
             heads.append((not may_pass, bulk_rank, bulk[0].since))
         return min(heads)
 
-    def take(self, count: int, now: float, debt: Debt, others_bulk_rank: float) -> list[Entry[C, T]]:
+    def take(self, count: int, now: float, debt: FairnessCredit, others_bulk_rank: float) -> list[QueuedItem[C, T]]:
         """Removes and returns the first `count` live items, and counts who passed whom, in other lanes too.
 
         Args:
@@ -136,7 +136,7 @@ class Lane(Generic[C, T]):
             debt: of all lanes.
             others_bulk_rank: the least `bulk_rank` of the other lanes.
         """
-        taken: list[Entry[C, T]] = []
+        taken: list[QueuedItem[C, T]] = []
         while self.live and len(taken) < count:
             self.clean(now)
             people, bulk = self.queues[Priority.INTERACTIVE], self.queues[Priority.BATCH]

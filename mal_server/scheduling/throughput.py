@@ -9,7 +9,7 @@ RATE_WEIGHT = 0.2
 """Weight of the newest batch in the running mean of items per second."""
 
 
-class Pace:
+class Throughput:
     """A running mean of items per second and of the time of a batch.
 
     Args:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mal_server.config.tokens import Scope, TokenSetting
-from mal_server.errors import NotAllowed, UnknownCaller
+from mal_server.errors import PermissionDenied, Unauthenticated
 from mal_train.core.errors import ConfigError
 
 MAX_TOKEN_BYTES = 4096
@@ -38,7 +38,7 @@ SCOPES: Mapping[str, Scope] = {
 
 
 @dataclass(frozen=True)
-class Grant:
+class TokenScopes:
     """One token. `digest` is the SHA-256 of its text; equal lengths make the comparison's time say nothing."""
 
     name: str
@@ -46,7 +46,7 @@ class Grant:
     scopes: frozenset[Scope]
 
 
-class Access:
+class TokenAuthenticator:
     """Decides about calls.
 
     Args:
@@ -54,7 +54,7 @@ class Access:
         is_private: nobody else reaches the server, so that without tokens its callers may change the models, too.
     """
 
-    def __init__(self, grants: Iterable[Grant] = (), *, is_private: bool = False) -> None:
+    def __init__(self, grants: Iterable[TokenScopes] = (), *, is_private: bool = False) -> None:
         self._grants = tuple(grants)
         self._is_private = is_private
 
@@ -63,7 +63,7 @@ class Access:
         """Of the known tokens, in the order of the settings."""
         return tuple(grant.name for grant in self._grants)
 
-    def adopt(self, other: "Access") -> bool:
+    def adopt(self, other: "TokenAuthenticator") -> bool:
         """Knows the other's tokens from now on, and no others; whether that changes anything.
 
         Calls that were let in before are not ended.
@@ -88,41 +88,41 @@ class Access:
         needed = next((scope for prefix, scope in SCOPES.items() if method.startswith(prefix)), None)
         if not self._grants:
             if needed == "admin" and not self._is_private:
-                raise NotAllowed(
+                raise PermissionDenied(
                     f"{method.removeprefix('/')} needs the scope 'admin', and a server that other machines reach gives "
                     "it by token alone; put tokens into its settings"
                 )
             return ""
         grant = self._grant(metadata)
         if needed is not None and not grant.scopes & {needed, "admin"}:
-            raise NotAllowed(
+            raise PermissionDenied(
                 f"token {grant.name!r} lacks the scope {needed!r} that {method.removeprefix('/')} needs; it has "
                 f"{', '.join(sorted(grant.scopes))}"
             )
         return grant.name
 
-    def _grant(self, metadata: Iterable[tuple[str, str | bytes]]) -> Grant:
+    def _grant(self, metadata: Iterable[tuple[str, str | bytes]]) -> TokenScopes:
         header = next((value for key, value in metadata if key == "authorization"), None)
         if header is None:
-            raise UnknownCaller("no token; send the metadata 'authorization: Bearer <token>'")
+            raise Unauthenticated("no token; send the metadata 'authorization: Bearer <token>'")
         kind, _, token = (header if isinstance(header, str) else header.decode("latin-1")).partition(" ")
         digest = hashlib.sha256(token.strip().encode()).digest()
         # Every token is compared, also after a match: the time must not tell which one came close.
         found = [grant for grant in self._grants if hmac.compare_digest(grant.digest, digest)]
         if kind.lower() != "bearer" or not found:
-            raise UnknownCaller("the token is not known to this server")
+            raise Unauthenticated("the token is not known to this server")
         return found[0]
 
 
-def read_tokens(settings: Sequence[TokenSetting], *, is_private: bool = False) -> Access:
-    """The configured tokens; `is_private` as in `Access`.
+def read_tokens(settings: Sequence[TokenSetting], *, is_private: bool = False) -> TokenAuthenticator:
+    """The configured tokens; `is_private` as in `TokenAuthenticator`.
 
     Raises:
         ConfigError: a file or variable that is missing, a token that is too short, holds blanks or stands twice; the
             message never holds the token.
     """
     grants = [
-        Grant(
+        TokenScopes(
             one.name,
             hashlib.sha256(_read_secret(one.token, f"tokens: {one.name!r} ({one.token})").encode()).digest(),
             frozenset(one.scopes),
@@ -133,7 +133,7 @@ def read_tokens(settings: Sequence[TokenSetting], *, is_private: bool = False) -
     for grant in grants:
         if names[grant.digest] != grant.name:
             raise ConfigError(f"tokens: {names[grant.digest]!r} and {grant.name!r} are the same token")
-    return Access(grants, is_private=is_private)
+    return TokenAuthenticator(grants, is_private=is_private)
 
 
 def read_resume_key(setting: str | None) -> bytes:

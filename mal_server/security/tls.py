@@ -17,7 +17,7 @@ from mal_train.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-Stamp = tuple[tuple[int, int, int], ...]
+FileStamp = tuple[tuple[int, int, int], ...]
 """Device-independent signs that a file is another one: inode, size, time of change."""
 
 
@@ -29,7 +29,7 @@ def server_credentials(listen: Listen) -> grpc.ServerCredentials | None:
     """
     if listen.tls_certificate is None or listen.tls_key is None:
         return None
-    papers = Papers(listen, listen.tls_certificate, listen.tls_key)
+    papers = CertificateReloader(listen, listen.tls_certificate, listen.tls_key)
     return grpc.dynamic_ssl_server_credentials(
         papers.first,
         papers.changed,  # type: ignore[arg-type]  # the stubs do not know of None, gRPC's documentation does
@@ -37,7 +37,7 @@ def server_credentials(listen: Listen) -> grpc.ServerCredentials | None:
     )
 
 
-class Papers:
+class CertificateReloader:
     """The certificate, key and client authorities as they lie on disk.
 
     Args:
@@ -71,7 +71,7 @@ class Papers:
         log.info("certificate renewed from %s", self._certificate)
         return found
 
-    def _stamp(self) -> Stamp:
+    def _stamp(self) -> FileStamp:
         found = []
         for path in filter(None, (self._certificate, self._key, self._authority)):
             try:
@@ -103,18 +103,18 @@ def server_context(certificate: Path, key: Path, client_ca: Path | None) -> ssl.
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(
             f"listen.tls_certificate, listen.tls_key: {certificate} and {key} are no PEM certificate "
-            f"with its unencrypted private key ({why(error)})"
+            f"with its unencrypted private key ({explain(error)})"
         ) from None
     if client_ca is not None:
         try:
             context.load_verify_locations(client_ca)
         except (ssl.SSLError, OSError) as error:
-            raise ConfigError(f"listen.tls_client_ca: {client_ca} holds no PEM certificate ({why(error)})") from None
+            raise ConfigError(f"listen.tls_client_ca: no PEM certificate in {client_ca} ({explain(error)})") from None
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
-def why(error: OSError) -> str:
+def explain(error: OSError) -> str:
     """What TLS or the disk says, without where in its source."""
     told = error.reason if isinstance(error, ssl.SSLError) else error.strerror
     return str(told or error)

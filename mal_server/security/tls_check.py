@@ -9,11 +9,11 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-from mal_server.security.tls import server_context, why
+from mal_server.security.tls import explain, server_context
 from mal_train.core.errors import ConfigError
 
 
-def rehearse(certificate: Path, key: Path) -> str:
+def verify_handshake(certificate: Path, key: Path) -> str:
     """The first name in the certificate, as a client would have to call the server: a host's, else an address.
 
     Raises:
@@ -42,7 +42,7 @@ def check_shown(certificate: Path, key: Path, client_ca: Path, shown: Path, show
         client.load_cert_chain(shown, shown_key, password=lambda: b"encrypted keys do not work")
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(
-            f"{shown}, {shown_key}: no PEM certificate with its unencrypted private key ({why(error)})"
+            f"{shown}, {shown_key}: no PEM certificate with its unencrypted private key ({explain(error)})"
         ) from None
     try:
         _handshake(server_context(certificate, key, client_ca), client)
@@ -77,4 +77,4 @@ def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str, Any]
 
 
 def _told(error: ssl.SSLError) -> str:
-    return error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else why(error)
+    return error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else explain(error)

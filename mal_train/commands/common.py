@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ import torch
 
 from mal_train.config.network import NetworkConfig
 from mal_train.config.spec import Spec
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import dump
@@ -121,7 +120,7 @@ def keys_of(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | None]:
     return seal_with, open_with
 
 
-def choose_devices(gpus: tuple[int, ...], processes: int, screen: Screen) -> list[torch.device]:
+def choose_devices(gpus: tuple[int, ...], processes: int, screen: Console) -> list[torch.device]:
     """The device of each process: the GPUs that were asked for; the CPU for none, and, with one line, without CUDA.
 
     Raises:
@@ -146,14 +145,6 @@ def train_crop_size(spec: Spec) -> int:
 def labeler_config(spec: Spec) -> LabelerConfig:
     """What the checkpoint will say about crops and thresholds, before any fit."""
     return spec.labeler_config(own_crop_size(spec.model.arch))
-
-
-def version() -> str:
-    """Version of the installed distribution; "0" where the code runs without being installed."""
-    try:
-        return metadata.version("mask-auto-labeler")
-    except metadata.PackageNotFoundError:
-        return "0"
 
 
 def existing_file(text: str | None, field: str) -> Path:

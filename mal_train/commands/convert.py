@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mal_train.commands.common import existing_file, keys_of, model_config, version
+from mal_train.commands.common import existing_file, keys_of, model_config
 from mal_train.config.spec import Spec, load_spec
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
+from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.convert.tao_import import read_tao_checkpoint
 from mal_train.kernel.networks.backbones import check_crop_size, own_crop_size
@@ -21,7 +22,7 @@ TAKEN = ("dataset.crop_size", "train.test_margin_rate", "train.mask_thres", "com
 NOT_TAKEN = ("model.frozen_stages", "model.teacher_momentum")
 
 
-def import_checkpoint(source: str, target: Path, overrides: list[str], screen: Screen) -> Path:
+def import_checkpoint(source: str, target: Path, overrides: list[str], screen: Console) -> Path:
     """Reads a published checkpoint (weights only, no code runs) and writes it in our format.
 
     Args:
@@ -46,7 +47,7 @@ def import_checkpoint(source: str, target: Path, overrides: list[str], screen: S
     _check_fits(model, foreign.weights, source)
     seal_with, _ = keys_of(spec)
     provenance: dict[str, Any] = {
-        "tool": f"mask-auto-labeler {version()}",
+        "tool": f"mask-auto-labeler {distribution_version()}",
         "imported_from": Path(source).name,
     }
     seal = save_checkpoint(target, Checkpoint(model, labeler, foreign.weights, [], provenance), seal_with)

@@ -13,7 +13,7 @@ from mal_train.core.metrics.miou import Figures
 from mal_train.core.metrics.report import Skipped
 from mal_train.core.report.page import shown
 from mal_train.kernel.labeler.labeler import Label
-from mal_train.offline.dataset_labeler import Failure
+from mal_train.offline.dataset_labeler import LabelFailure
 
 KINDS: tuple[Kind, ...] = ("bbox", "segm")
 
@@ -49,7 +49,7 @@ class DetectionReport:
 
 
 def compare_detections(
-    truth: CocoFile, detections: CocoFile, answers: Iterable[tuple[Annotation, Label | Failure]]
+    truth: CocoFile, detections: CocoFile, answers: Iterable[tuple[Annotation, Label | LabelFailure]]
 ) -> DetectionReport:
     """Figures of detections and of the masks made for them.
 
@@ -68,7 +68,7 @@ def compare_detections(
     lost = [row for row in detections.annotations if row.image_id is None or row.image_id not in truth.images]
     skipped += [Skipped(row.id, row.image_id, str(row.reason), row.problem or "") for row in lost]
     for annotation, label in answers:
-        if isinstance(label, Failure):
+        if isinstance(label, LabelFailure):
             skipped.append(Skipped(annotation.id, annotation.image_id, label.reason, label.message))
         if annotation.problem is None:
             results.append(_result(annotation, label))
@@ -81,7 +81,7 @@ def compare_detections(
     return DetectionReport(len(masked), figures, tuple(skipped))
 
 
-def _result(annotation: Annotation, label: Label | Failure) -> dict[str, Any]:
+def _result(annotation: Annotation, label: Label | LabelFailure) -> dict[str, Any]:
     """A detection as a row of COCO's results; with its mask where it got one."""
     row = {
         "image_id": annotation.image_id,
@@ -89,7 +89,7 @@ def _result(annotation: Annotation, label: Label | Failure) -> dict[str, Any]:
         "bbox": list(annotation.box_xywh),
         "score": float(annotation.raw["score"]),
     }
-    return row if isinstance(label, Failure) else {**row, "segmentation": label.rle}
+    return row if isinstance(label, LabelFailure) else {**row, "segmentation": label.rle}
 
 
 def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) -> dict[str, Any] | None:

@@ -4,23 +4,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mal_train.commands.common import existing_file, existing_folder, task_folder
 from mal_train.commands.detections import DetectionReport, compare_detections
-from mal_train.commands.label import open_labelling
+from mal_train.commands.label import open_labeling
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, read_coco
 from mal_train.core.coco.detections import read_detections
 from mal_train.core.coco.output import write_json_atomic
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.kernel.labeler.labeler import Label, dtype_on
-from mal_train.offline.dataset_labeler import Failure, Row
+from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.training.run_files import figures_of
 from mal_train.training.validation import add_answer, evaluator_of, has_masks
 
-Answer = tuple[Annotation, Label | Failure]
+Answer = tuple[Annotation, Label | LabelFailure]
 
 
-def evaluate(spec: Spec, screen: Screen) -> EvaluationReport | DetectionReport:
+def evaluate(spec: Spec, screen: Console) -> EvaluationReport | DetectionReport:
     """Measures evaluate.checkpoint and writes results.json into the task's folder.
 
     With evaluate.box_inputs the prompts are a detector's boxes, and the figures COCO's of boxes and masks.
@@ -40,9 +40,9 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport | DetectionReport:
         prompts = coco
         if settings.box_inputs:
             prompts = read_detections(existing_file(settings.box_inputs, "evaluate.box_inputs"), coco)
-        labelling = open_labelling(spec, "evaluate", screen)
+        labeling = open_labeling(spec, "evaluate", screen)
         rows = list(by_image(prompts))
-        labels = labelling.labels(rows, image_dir)
+        labels = labeling.labels(rows, image_dir)
         with screen.bar(len(prompts.annotations), 0, "box") as bar:
             answers = _counted(labels, bar.update)
             report: EvaluationReport | DetectionReport
@@ -50,9 +50,9 @@ def evaluate(spec: Spec, screen: Screen) -> EvaluationReport | DetectionReport:
                 report = compare_detections(coco, prompts, answers)
             else:
                 report = _compare(coco, rows, answers)
-        dtype = dtype_on(labelling.devices[0], labelling.labeler.config, settings.precision)
+        dtype = dtype_on(labeling.devices[0], labeling.labeler.config, settings.precision)
         result = {
-            **labelling.provenance(),
+            **labeling.provenance(),
             "annotations": str(ann_path),
             **({"box_inputs": settings.box_inputs} if settings.box_inputs else {}),
             "precision": str(dtype).removeprefix("torch."),

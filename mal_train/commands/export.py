@@ -18,14 +18,14 @@ from mal_train.commands.common import (
 )
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import read_coco
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.lineage import mean_of
-from mal_train.kernel.labeler.labeler import RunOptions
+from mal_train.kernel.labeler.labeler import PredictOptions
 from mal_train.kernel.networks.backbones import check_crop_size
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.training.run_files import figures_of, one_line
@@ -33,7 +33,7 @@ from mal_train.training.validation import Validator, has_masks
 
 
 def export(
-    spec: Spec, target: Path, screen: Screen, *, licence: str | None = None, average_with: Sequence[Path] = ()
+    spec: Spec, target: Path, screen: Console, *, license: str | None = None, average_with: Sequence[Path] = ()
 ) -> EvaluationReport | None:
     """Writes the network that evaluate.use_teacher_test names, as the only one, in float16.
 
@@ -42,7 +42,7 @@ def export(
     stay, and the calibration where it is of the same network, crop and margin.
     `average_with` names more checkpoints of the same network: what is written is the mean of all of them, which helps
     where one was trained on from the other (Wortsman et al., "Model soups", ICML 2022).
-    `licence` of the weights is written into it, too: starting weights from a bare file do not state theirs.
+    `license` of the weights is written into it, too: starting weights from a bare file do not state theirs.
 
     Returns:
         Figures of what was written, where there were masks to compare with.
@@ -73,8 +73,8 @@ def export(
     report = None
     behind = mean_of(files) if average_with else files[0][2]
     provenance = {**behind, "network": which, "weights_stored_as": "float16"}
-    if licence is not None:
-        provenance["licence"] = licence
+    if license is not None:
+        provenance["licence"] = license
     if spec.dataset.val_ann_path:
         validation = _validator(spec, screen).run(network, config)
         config, report = validation.config, validation.report
@@ -131,7 +131,7 @@ def _labeler_config(spec: Spec, stored: LabelerConfig) -> LabelerConfig:
     return dataclasses.replace(stored, crop_size=asked.crop_size, margin_rate=margin_rate, score=score)
 
 
-def _validator(spec: Spec, screen: Screen) -> Validator:
+def _validator(spec: Spec, screen: Console) -> Validator:
     path = existing_file(spec.dataset.val_ann_path, "dataset.val_ann_path")
     coco = read_coco(path)
     if not has_masks(coco):
@@ -145,5 +145,5 @@ def _validator(spec: Spec, screen: Screen) -> Validator:
         precision=spec.evaluate.precision,
         device=str(choose_devices(spec.evaluate.gpus, spec.evaluate.num_gpus, screen)[0]),
         threads=worker_threads(),
-        options=RunOptions(flip=spec.evaluate.use_flip_test),
+        options=PredictOptions(flip=spec.evaluate.use_flip_test),
     )

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from mal_train.commands.common import existing_file, existing_folder, task_folder
-from mal_train.commands.label import open_labelling
+from mal_train.commands.label import open_labeling
 from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import check_writable
 from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, by_image, read_coco
 from mal_train.core.coco.detections import read_detections, with_detector_scores
-from mal_train.core.coco.output import answer_fields, error_fields, labelled_file, write_json_atomic
-from mal_train.core.console import Screen
+from mal_train.core.coco.output import answer_fields, error_fields, labeled_file, write_json_atomic
+from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.kernel.labeler.labeler import Label
-from mal_train.offline.dataset_labeler import Failure
+from mal_train.offline.dataset_labeler import LabelFailure
 from mal_train.training.run_files import figures_of
 from mal_train.training.validation import add_answer
 
@@ -28,22 +28,22 @@ Answers = dict[JsonId, dict[str, Any]]
 
 @dataclass(frozen=True)
 class InferenceResult:
-    """How labelling a file went.
+    """How labeling a file went.
 
     Attributes:
         path: the file that was written.
-        labelled: boxes with a mask (an empty one counts).
+        labeled: boxes with a mask (an empty one counts).
         failed: boxes without one, by reason.
         report: figures against the file's own masks, where inference.load_mask asked for them.
     """
 
     path: Path
-    labelled: int
+    labeled: int
     failed: Counter[str]
     report: EvaluationReport | None
 
 
-def inference(spec: Spec, screen: Screen) -> InferenceResult:
+def inference(spec: Spec, screen: Console) -> InferenceResult:
     """Gives every box of inference.ann_path a mask and writes inference.label_dump_path.
 
     With inference.box_inputs the boxes are a detector's; ann_path then names the images and categories.
@@ -61,29 +61,29 @@ def inference(spec: Spec, screen: Screen) -> InferenceResult:
         if settings.box_inputs:
             coco = read_detections(existing_file(settings.box_inputs, "inference.box_inputs"), coco)
         image_dir = existing_folder(settings.img_dir, "inference.img_dir")
-        labelling = open_labelling(spec, "inference", screen)
+        labeling = open_labeling(spec, "inference", screen)
         evaluator = Evaluator(coco.category_names) if settings.load_mask else None
         answers: Answers = {}
         with screen.bar(len(coco.annotations), 0, "box") as bar:
-            for annotation, label in labelling.labels(list(by_image(coco)), image_dir):
+            for annotation, label in labeling.labels(list(by_image(coco)), image_dir):
                 bar.update()
                 if annotation.id is not None:
                     answers[annotation.id] = _fields(annotation, label, with_iou=settings.load_mask)
                 if evaluator is not None:
                     add_answer(evaluator, annotation, label)
         failed = _failures(coco, answers, screen)
-        written = labelled_file(coco, answers, labelling.provenance())
+        written = labeled_file(coco, answers, labeling.provenance())
         write_json_atomic(path, with_detector_scores(written, coco) if settings.box_inputs else written)
-        labelled = sum("error" not in fields for fields in answers.values())
+        labeled = sum("error" not in fields for fields in answers.values())
         report = None if evaluator is None else evaluator.report()
-        text = f"{labelled} boxes labelled, {failed.total()} failed"
+        text = f"{labeled} boxes labeled, {failed.total()} failed"
         status.write("RUNNING", f"{text}.", kpi=None if report is None else figures_of(report))
         screen.say(f"wrote {path}: {text}")
-    return InferenceResult(path, labelled, failed, report)
+    return InferenceResult(path, labeled, failed, report)
 
 
-def _fields(annotation: Annotation, label: Label | Failure, *, with_iou: bool) -> dict[str, Any]:
-    if isinstance(label, Failure):
+def _fields(annotation: Annotation, label: Label | LabelFailure, *, with_iou: bool) -> dict[str, Any]:
+    if isinstance(label, LabelFailure):
         return error_fields(label.reason, label.message)
     fields = answer_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
     segmentation = annotation.raw.get("segmentation")
@@ -94,7 +94,7 @@ def _fields(annotation: Annotation, label: Label | Failure, *, with_iou: bool) -
     return fields
 
 
-def _failures(coco: CocoFile, answers: Answers, screen: Screen) -> Counter[str]:
+def _failures(coco: CocoFile, answers: Answers, screen: Console) -> Counter[str]:
     """Says why boxes have no mask, in the order of the file, and counts them by reason."""
     failed: Counter[str] = Counter()
     messages: Counter[str] = Counter()

@@ -7,22 +7,23 @@ from typing import Any, Literal
 
 import torch
 
-from mal_train.commands.common import checkpoint_file, choose_devices, keys_of, version, worker_threads
+from mal_train.commands.common import checkpoint_file, choose_devices, keys_of, worker_threads
 from mal_train.config.labeling import EvaluateConfig, InferenceConfig
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import Annotation
-from mal_train.core.console import Screen
-from mal_train.core.settings import Branch, LabelerConfig, Manner
+from mal_train.core.console import Console
+from mal_train.core.settings import Branch, LabelerConfig, ScoreBasis
+from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint
-from mal_train.kernel.labeler.labeler import Label, Labeler, RunOptions, load_labeler
+from mal_train.kernel.labeler.labeler import Label, Labeler, PredictOptions, load_labeler
 from mal_train.kernel.networks.precision import Precision, resolve
-from mal_train.offline.dataset_labeler import Failure, Row
+from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.multi_device import label_on
-from mal_train.offline.tta import Passes
+from mal_train.offline.tta import TtaOptions
 
 
 @dataclass(frozen=True)
-class Labelling:
+class Labeling:
     """A checkpoint that is ready to label as a section of the spec says.
 
     Attributes:
@@ -37,10 +38,12 @@ class Labelling:
     checkpoint: Checkpoint
     labeler: Labeler
     devices: list[torch.device]
-    passes: Passes
+    passes: TtaOptions
     _section: EvaluateConfig | InferenceConfig
 
-    def labels(self, rows: Sequence[Row], image_dir: Path) -> Generator[tuple[Annotation, Label | Failure], None, None]:
+    def labels(
+        self, rows: Sequence[Row], image_dir: Path
+    ) -> Generator[tuple[Annotation, Label | LabelFailure], None, None]:
         """Every box that is no crowd, in the order of `rows`, with its label or why there is none; see `label_on`."""
         return label_on(
             self.devices,
@@ -56,11 +59,11 @@ class Labelling:
     def provenance(self) -> dict[str, Any]:
         """What made a label: the tool, the checkpoint by name and content, its settings, and what was done with it."""
         options, passes = self.passes.options, self.passes
-        manner = Manner(
-            options.branch, options.flip, passes.margins, passes.share_out, refined_edges=passes.refine_edges
+        manner = ScoreBasis(
+            options.branch, options.flip, passes.margins, passes.resolve_overlaps, refined_edges=passes.refine_edges
         )
         return {
-            "tool": f"mask-auto-labeler {version()}",
+            "tool": f"mask-auto-labeler {distribution_version()}",
             "checkpoint": self.path.name,
             "checkpoint_sha256": self.checkpoint.sha256,
             "model": self.checkpoint.model.to_dict(),
@@ -69,12 +72,12 @@ class Labelling:
             "branch": str(options.branch),
             "flip": options.flip,
             "margins": list(passes.margins),
-            "resolve_overlaps": passes.share_out,
+            "resolve_overlaps": passes.resolve_overlaps,
             "refine_edges": passes.refine_edges,
         }
 
 
-def open_labelling(spec: Spec, task: Literal["evaluate", "inference"], screen: Screen) -> Labelling:
+def open_labeling(spec: Spec, task: Literal["evaluate", "inference"], screen: Console) -> Labeling:
     """The checkpoint of a task's section, on the devices that it names; says so when the file is not encrypted.
 
     Where there are several devices, each gets its own labeler in a process of its own (`labeling.parallel`), and this
@@ -97,7 +100,7 @@ def open_labelling(spec: Spec, task: Literal["evaluate", "inference"], screen: S
         screen.say(f"{path}: not encrypted")
     for line in _outvoted(spec, labeler.config):
         screen.say(line)
-    return Labelling(path, content, labeler, devices, _passes_of(section), section)
+    return Labeling(path, content, labeler, devices, _passes_of(section), section)
 
 
 def _outvoted(spec: Spec, used: LabelerConfig) -> list[str]:
@@ -116,11 +119,14 @@ def _outvoted(spec: Spec, used: LabelerConfig) -> list[str]:
     ]
 
 
-def _passes_of(section: EvaluateConfig | InferenceConfig) -> Passes:
+def _passes_of(section: EvaluateConfig | InferenceConfig) -> TtaOptions:
     """What is done for a label; the mean of both networks comes before the teacher, and that before the student."""
     branch = Branch.TEACHER if section.use_teacher_test else Branch.STUDENT
     if section.use_mixed_model_test:
         branch = Branch.MIXED
-    return Passes(
-        RunOptions(branch, flip=section.use_flip_test), section.margins, section.resolve_overlaps, section.refine_edges
+    return TtaOptions(
+        PredictOptions(branch, flip=section.use_flip_test),
+        section.margins,
+        section.resolve_overlaps,
+        section.refine_edges,
     )

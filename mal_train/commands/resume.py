@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mal_train.commands.common import existing_file, keys_of
 from mal_train.config.spec import Spec
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint
@@ -13,7 +13,7 @@ from mal_train.kernel.networks.network import ModelConfig
 from mal_train.training.checkpoints import newest_checkpoint, newest_whole
 
 
-def checkpoint_to_resume(spec: Spec, folder: Path, screen: Screen) -> Path | None:
+def checkpoint_to_resume(spec: Spec, folder: Path, screen: Console) -> Path | None:
     """The file that was named, else the newest whole one in the folder; None starts anew.
 
     Raises:

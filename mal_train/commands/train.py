@@ -19,41 +19,41 @@ from mal_train.commands.common import (
     model_config,
     task_folder,
     train_crop_size,
-    version,
     worker_threads,
 )
 from mal_train.commands.resume import check_same_network, checkpoint_to_resume, taken_up
 from mal_train.commands.training_report import write_training_report
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import CocoFile, read_coco
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, LostProcess
 from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.version import distribution_version
 from mal_train.data.annotations import TrainingBoxes, select_boxes
 from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataModule, LoaderSettings
 from mal_train.distributed.env import world_of
-from mal_train.distributed.process_group import Followed, Ranks, joined
+from mal_train.distributed.process_group import Followed, ProcessGroup, init_process_group
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, read_header
 from mal_train.kernel.checkpoint.keys import DecryptionKey
-from mal_train.kernel.checkpoint.lineage import Origin
+from mal_train.kernel.checkpoint.lineage import Lineage
 from mal_train.kernel.convert.pretrained import load_pretrained
 from mal_train.kernel.networks.backbones import check_crop_size
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.kernel.networks.precision import Precision
 from mal_train.losses.crf import MeanField
-from mal_train.training.callbacks import Records, Validate
+from mal_train.training.callbacks import MetricsCallback, ValidationCallback
 from mal_train.training.checkpoints import (
     LATEST,
     Checkpoints,
     Position,
-    Preempt,
+    PreemptionHandler,
     SealedCheckpointIO,
     newest_checkpoint,
 )
 from mal_train.training.module import LossSettings, MalModule
-from mal_train.training.optimizer import OptimiserSettings, freeze_stages
-from mal_train.training.panels import Board
+from mal_train.training.optimizer import OptimizerSettings, freeze_stages
+from mal_train.training.panels import ContactSheet
 from mal_train.training.progress import Progress
 from mal_train.training.run_files import MetricsFile, StatusFile, duration
 from mal_train.training.schedule import CosineSchedule
@@ -68,7 +68,7 @@ class TrainResult:
     Attributes:
         checkpoint: the last file.
         report: figures of the last validation; None without one.
-        skipped_steps: optimiser steps left out because their gradient was not finite.
+        skipped_steps: optimizer steps left out because their gradient was not finite.
     """
 
     checkpoint: Path
@@ -76,7 +76,7 @@ class TrainResult:
     skipped_steps: int
 
 
-def train(spec: Spec, screen: Screen) -> TrainResult:
+def train(spec: Spec, screen: Console) -> TrainResult:
     """Trains from boxes; leaves sealed checkpoints, metrics.csv, status.json, boards and report.html in its folder.
 
     Goes on from train.resume_training_checkpoint_path, or from the newest checkpoint in the folder where there is one.
@@ -95,10 +95,10 @@ def train(spec: Spec, screen: Screen) -> TrainResult:
             if world.is_first:
                 folder, status = stack.enter_context(task_folder(spec, "train"))
             else:
-                screen = Screen.silent()
+                screen = Console.silent()
             devices = choose_devices(spec.train.gpus, spec.train.num_gpus, screen)
             check_strategy(spec.strategy, devices)
-            ranks = stack.enter_context(joined(world, cuda=devices[0].type == "cuda"))
+            ranks = stack.enter_context(init_process_group(world, cuda=devices[0].type == "cuda"))
             return _train(spec, screen, folder, status, devices=devices, ranks=ranks)
     except LostProcess as error:
         if world.is_first:
@@ -107,7 +107,13 @@ def train(spec: Spec, screen: Screen) -> TrainResult:
 
 
 def _train(
-    spec: Spec, screen: Screen, folder: Path, status: StatusFile | None, *, devices: list[torch.device], ranks: Ranks
+    spec: Spec,
+    screen: Console,
+    folder: Path,
+    status: StatusFile | None,
+    *,
+    devices: list[torch.device],
+    ranks: ProcessGroup,
 ) -> TrainResult:
     began = time.monotonic()
     seal_with, open_with = keys_of(spec)
@@ -130,7 +136,7 @@ def _train(
     device = devices[ranks.world.local_rank]
     data = BoxDataModule(
         boxes,
-        Cropping(train_crop_size(spec), spec.train.margin_rate, spec.compat, spec.train.colour_augmentation),
+        Cropping(train_crop_size(spec), spec.train.margin_rate, spec.compat, spec.train.color_augmentation),
         LoaderSettings(
             spec.train.batch_size,
             spec.dataset.num_workers_per_gpu,
@@ -144,9 +150,9 @@ def _train(
     def resumed(checkpoint: Checkpoint, position: Position) -> None:
         nonlocal origin
         check_same_network(checkpoint, network.config, resume)
-        origin = Origin.stored(checkpoint.provenance)
+        origin = Lineage.stored(checkpoint.provenance)
         module.labeler_config = taken_up(spec, module.labeler_config, checkpoint.labeler)
-        data.go_on_from(position.epochs, position.batches)
+        data.resume_from(position.epochs, position.batches)
 
     checkpoints = Checkpoints(
         folder,
@@ -155,15 +161,15 @@ def _train(
         by_step=spec.train.checkpoint_interval_unit == "step",
         ranks=ranks,
     )
-    preempt = Preempt(checkpoints)
+    preempt = PreemptionHandler(checkpoints)
     callbacks: list[lightning.Callback] = []
-    validate: Validate | None = None
+    validate: ValidationCallback | None = None
     io = SealedCheckpointIO(describe, resumed, seal_with=seal_with, open_with=open_with)
     settings = _fit_settings(spec)
     with ExitStack() as stack:
         if status is not None:
             metrics = stack.enter_context(closing(MetricsFile(folder, append=resume is not None)))
-            records = Records(metrics, status)
+            records = MetricsCallback(metrics, status)
             validate = _validation(spec, device, folder, records, screen)
             callbacks = [Progress(screen), records, *([validate] if validate is not None else [])]
             status.write("RUNNING", "Starting Training Loop.")
@@ -180,7 +186,7 @@ def _train(
         facts = [
             ("boxes", boxes.summary()),
             ("starting weights", str(resume) if resume is not None else origin.starting_weights),
-            ("licence of the starting weights", origin.licence),
+            ("license of the starting weights", origin.license),
             ("device", f"{ranks.size} x {device.type}, {trainer.precision}"),
             ("epochs and steps", f"{spec.train.num_epochs} epochs, {module.global_step} steps"),
             ("steps left out", f"{module.steps_skipped} whose gradient was not finite"),
@@ -196,7 +202,9 @@ def _train(
     )
 
 
-def _begin(spec: Spec, folder: Path, ranks: Ranks, screen: Screen) -> tuple[CocoFile, TrainingBoxes, Path | None, int]:
+def _begin(
+    spec: Spec, folder: Path, ranks: ProcessGroup, screen: Console
+) -> tuple[CocoFile, TrainingBoxes, Path | None, int]:
     """What all processes must agree on: the boxes, the checkpoint to go on from, the seed.
 
     Rank 0 looks first, so that what is wrong with the files is said once.
@@ -236,8 +244,8 @@ def _fit_settings(spec: Spec) -> FitSettings:
 
 
 def build_network(
-    spec: Spec, resume: Path | None, open_with: DecryptionKey | None, screen: Screen
-) -> tuple[MalNetwork, Origin]:
+    spec: Spec, resume: Path | None, open_with: DecryptionKey | None, screen: Console
+) -> tuple[MalNetwork, Lineage]:
     """The network with its starting weights, and where these come from.
 
     A resumed run takes both from its checkpoint later, so nothing is read here for it.
@@ -245,7 +253,7 @@ def build_network(
     check_crop_size(spec.model.arch, train_crop_size(spec))
     check_crop_size(spec.model.arch, labeler_config(spec).crop_size)
     network = MalNetwork(model_config(spec.model))
-    origin = Origin("random", "none")
+    origin = Lineage("random", "none")
     source = spec.train.pretrained_model_path
     if resume is not None:
         screen.say(f"going on from {resume}")
@@ -253,7 +261,7 @@ def build_network(
         report = load_pretrained(network, source, _key_if_sealed(source, open_with))
         screen.say(str(report))
         origin = report.origin
-        screen.say(f"licence of these weights: {origin.licence}")
+        screen.say(f"license of these weights: {origin.license}")
     else:
         screen.say("starting from random weights; train.pretrained_model_path gives better ones")
     frozen = freeze_stages(network, spec.model.frozen_stages)
@@ -263,7 +271,13 @@ def build_network(
 
 
 def build_module(
-    spec: Spec, network: MalNetwork, boxes: TrainingBoxes, seed: int, screen: Screen, *, ranks: Ranks | None = None
+    spec: Spec,
+    network: MalNetwork,
+    boxes: TrainingBoxes,
+    seed: int,
+    screen: Console,
+    *,
+    ranks: ProcessGroup | None = None,
 ) -> MalModule:
     """The training module that the spec describes."""
     section = spec.train
@@ -291,7 +305,7 @@ def build_module(
             low=section.crf_value_low_thres,
             high=section.crf_value_high_thres,
         ),
-        optimiser=OptimiserSettings(
+        optimizer=OptimizerSettings(
             betas=section.betas,
             eps=section.optim_eps,
             weight_decay=section.wd,
@@ -302,7 +316,7 @@ def build_module(
         seed=seed,
         num_images=len(boxes.paths),
         learns_from_masks=bool(boxes.masks),
-        masks_are_guesses=section.supervision == "pseudo",
+        uses_pseudo_labels=section.supervision == "pseudo",
         say=screen.say,
         ranks=ranks,
     )
@@ -316,7 +330,7 @@ def _key_if_sealed(source: str, open_with: DecryptionKey | None) -> DecryptionKe
     return open_with
 
 
-def _training_boxes(spec: Spec, screen: Screen) -> tuple[CocoFile, TrainingBoxes]:
+def _training_boxes(spec: Spec, screen: Console) -> tuple[CocoFile, TrainingBoxes]:
     coco = read_coco(existing_file(spec.dataset.train_ann_path, "dataset.train_ann_path"))
     boxes = select_boxes(
         coco,
@@ -331,7 +345,9 @@ def _training_boxes(spec: Spec, screen: Screen) -> tuple[CocoFile, TrainingBoxes
     return coco, boxes
 
 
-def _validation(spec: Spec, device: torch.device, folder: Path, records: Records, screen: Screen) -> Validate | None:
+def _validation(
+    spec: Spec, device: torch.device, folder: Path, records: MetricsCallback, screen: Console
+) -> ValidationCallback | None:
     """Validation, where there is something to validate with."""
     if not spec.dataset.val_ann_path:
         screen.say("no validation: dataset.val_ann_path is not given")
@@ -355,17 +371,19 @@ def _validation(spec: Spec, device: torch.device, folder: Path, records: Records
         threads=worker_threads(),
     )
     size = spec.train.board_size
-    board = Board(folder, coco, image_dir, size, records.add_picture) if size else None
-    return Validate(validator, spec.train.validation_interval, records, screen.say, board=board)
+    board = ContactSheet(folder, coco, image_dir, size, records.add_picture) if size else None
+    return ValidationCallback(validator, spec.train.validation_interval, records, screen.say, board=board)
 
 
-def _validating(validate: Validate | None) -> str:
+def _validating(validate: ValidationCallback | None) -> str:
     return "nothing for validation" if validate is None else f"{duration(validate.seconds)} for validation"
 
 
-def _provenance(origin: Origin, supervision: str, module: MalModule, validate: Validate | None) -> dict[str, Any]:
+def _provenance(
+    origin: Lineage, supervision: str, module: MalModule, validate: ValidationCallback | None
+) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "tool": f"mask-auto-labeler {version()}",
+        "tool": f"mask-auto-labeler {distribution_version()}",
         **origin.told(),
         "epochs": module.current_epoch + 1,
         "steps": module.global_step,

@@ -9,7 +9,7 @@ from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import write_text
 from mal_train.core.coco.annotations import CocoFile, JsonId
 from mal_train.core.masks import rle
-from mal_train.core.metrics.evaluator import Compared
+from mal_train.core.metrics.evaluator import InstanceComparison
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.metrics.score_quality import BAD_IOU
 from mal_train.core.report.charts import Point, line_chart, thinned
@@ -40,7 +40,7 @@ def write_training_report(
     Args:
         folder: of the run; its metrics.csv gives the curves.
         spec: what was asked for; secrets are left out.
-        facts: (what, figure) of the run: data, weights and their licence, durations.
+        facts: (what, figure) of the run: data, weights and their license, durations.
         validated: None where nothing was validated.
 
     Raises:
@@ -89,7 +89,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Html:
     ]
     if validations:
         charts += [line_chart(ious, "step", "mIoU"), line_chart(aps, "step", "AP")]
-    return section("Curves", side_by_side(*charts), "From metrics.csv; losses are means of neighbouring steps.")
+    return section("Curves", side_by_side(*charts), "From metrics.csv; losses are means of neighboring steps.")
 
 
 _MIOU = {"all": "", "small": "_small", "medium": "_medium", "large": "_large"}
@@ -125,7 +125,7 @@ def _validation_sections(validated: Validated) -> list[Html]:
 
 
 def failures_by_category(
-    compared: Sequence[Compared], names: Mapping[JsonId, str]
+    compared: Sequence[InstanceComparison], names: Mapping[JsonId, str]
 ) -> list[tuple[str, int, int, float, int]]:
     """(category, masks, IoU < 0.5, their share, empty ones), most failures first; categories without masks are absent.
 
@@ -148,7 +148,7 @@ def failures_by_category(
     return sorted(rows, key=lambda row: (-row[2], -row[3], row[0]))
 
 
-def _cards(compared: Sequence[Compared], coco: CocoFile, image_dir: Path) -> list[Card]:
+def _cards(compared: Sequence[InstanceComparison], coco: CocoFile, image_dir: Path) -> list[Card]:
     return [
         Card(png_data_uri(entry.picture), entry.title, entry.detail) for entry in close_ups(compared, coco, image_dir)
     ]

@@ -34,7 +34,7 @@ class DatasetConfig(Strict):
         ),
     )
     test_crop_size: int | None = Field(
-        default=None, ge=1, description="Side of the crop in validation and labelling; null: crop_size."
+        default=None, ge=1, description="Side of the crop in validation and labeling; null: crop_size."
     )
     num_workers_per_gpu: int = Field(
         default=2, ge=0, description="Processes that prepare training crops; 0: the main process."

@@ -36,7 +36,7 @@ class Devices(Strict):
 
 
 class OneMachine(Devices):
-    """Where labelling runs."""
+    """Where labeling runs."""
 
     num_nodes: int = Field(
         default=1, ge=1, description="Machines; 1, for several share a file through mal-client label --server A,B."

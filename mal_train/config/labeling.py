@@ -1,4 +1,4 @@
-"""Sections `evaluate` and `inference`: what is labelled, by which checkpoint, and with how many passes."""
+"""Sections `evaluate` and `inference`: what is labeled, by which checkpoint, and with how many passes."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class _Passes(OneMachine):
-    """How a box is labelled where time matters less than the mask."""
+    """How a box is labeled where time matters less than the mask."""
 
     use_mixed_model_test: bool = Field(
         default=False, description="Mean of student and teacher; wins over use_teacher_test."
@@ -27,7 +27,7 @@ class _Passes(OneMachine):
     )
     refine_edges: bool = Field(
         default=False,
-        description="Move the edges of masks to where the colours change; 0.1 s of CPU a box at crop 224, "
+        description="Move the edges of masks to where the colors change; 0.1 s of CPU a box at crop 224, "
         "150 MB a thread at crop 512.",
     )
 

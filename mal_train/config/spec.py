@@ -41,7 +41,7 @@ class Spec(Strict):
     """The whole file."""
 
     compat: Compat = Field(
-        default=Compat.NONE, description="tao: reproduce the published behaviour where ours differs on purpose."
+        default=Compat.NONE, description="tao: reproduce the published behavior where ours differs on purpose."
     )
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         default="auto",

@@ -30,7 +30,7 @@ class TrainConfig(Devices):
         default=1, ge=1, description="Epochs or steps between checkpoints; the end always writes one."
     )
     checkpoint_interval_unit: Literal["epoch", "step"] = Field(
-        default="epoch", description="What checkpoint_interval counts: passes over the boxes, or optimiser steps."
+        default="epoch", description="What checkpoint_interval counts: passes over the boxes, or optimizer steps."
     )
     validation_interval: int = Field(default=1, ge=1, description="Epochs between validations.")
     board_size: int = Field(
@@ -51,12 +51,12 @@ class TrainConfig(Devices):
     use_amp: bool = Field(
         default=True, description="Mixed precision where the device is fast at it; losses in float32."
     )
-    optim_type: Literal["adamw"] = Field(default="adamw", description="Optimiser.")
+    optim_type: Literal["adamw"] = Field(default="adamw", description="Optimizer.")
     optim_momentum: BelowOne = Field(default=0.9, description="First beta, unless optim_betas is given.")
     optim_betas: tuple[BelowOne, BelowOne] | None = Field(
         default=None, description="Both betas; null: [optim_momentum, 0.9]."
     )
-    optim_eps: float = Field(default=1e-8, gt=0.0, description="Epsilon of the optimiser.")
+    optim_eps: float = Field(default=1e-8, gt=0.0, description="Epsilon of the optimizer.")
     lr: float = Field(
         default=1.5e-6, ge=0.0, description="Learning rate per sample: the peak is lr * batch_size * num_gpus."
     )
@@ -71,15 +71,15 @@ class TrainConfig(Devices):
     margin_rate: tuple[Margin, Margin] = Field(
         default=(0.0, 1.2), description="Range of the random growth of a training box."
     )
-    colour_augmentation: bool = Field(
+    color_augmentation: bool = Field(
         default=True,
-        description="Jitter, grey and blur what the student sees; false where fine texture tells objects apart.",
+        description="Jitter, gray and blur what the student sees; false where fine texture tells objects apart.",
     )
     test_margin_rate: tuple[Margin, ...] = Field(
         default=(0.6, 0.6),
         min_length=1,
         max_length=2,
-        description="Growth of a box in validation and labelling; the first counts.",
+        description="Growth of a box in validation and labeling; the first counts.",
     )
     mask_thres: tuple[Threshold, ...] = Field(
         default=(0.1,),
@@ -106,8 +106,8 @@ class TrainConfig(Devices):
     loss_logit_weight: float | None = Field(
         default=None, ge=0.0, description="Weight of what holds logits within [-8, 8]; null: 0.01, 0 under compat tao."
     )
-    crf_zeta: float = Field(default=0.1, gt=0.0, description="Colour bandwidth of the mean field, in normalised RGB.")
-    crf_kernel_size: int = Field(default=3, ge=3, description="Side of its neighbourhood; odd.")
+    crf_zeta: float = Field(default=0.1, gt=0.0, description="Color bandwidth of the mean field, in normalized RGB.")
+    crf_kernel_size: int = Field(default=3, ge=3, description="Side of its neighborhood; odd.")
     crf_num_iter: int = Field(default=100, ge=0, description="Its iterations.")
     crf_size_ratio: int = Field(default=1, ge=1, description="Its grid, as a multiple of the logits' grid.")
     crf_value_high_thres: Threshold = Field(default=0.9, description="Upper clamp of its marginals.")
@@ -124,7 +124,7 @@ class TrainConfig(Devices):
     @classmethod
     def _odd(cls, value: int) -> int:
         if value % 2 == 0:
-            raise ValueError("the neighbourhood needs a centre: an odd number")
+            raise ValueError("the neighborhood needs a center: an odd number")
         return value
 
     @model_validator(mode="after")
@@ -144,7 +144,7 @@ class TrainConfig(Devices):
 
     @property
     def betas(self) -> tuple[float, float]:
-        """The optimiser's betas: `optim_betas` where given, else `optim_momentum` and TAO's 0.9."""
+        """The optimizer's betas: `optim_betas` where given, else `optim_momentum` and TAO's 0.9."""
         return self.optim_betas if self.optim_betas is not None else (self.optim_momentum, 0.9)
 
     @property

@@ -28,7 +28,7 @@ _REMEDY = {
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the block ends well.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder. A symbolic link is followed.
@@ -57,7 +57,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: Path) -> None:
-    """Says before hours of work what `replacing` would say after them; a disk may still fill up in between.
+    """Says before hours of work what `atomic_write` would say after them; a disk may still fill up in between.
 
     Raises:
         OutputError: the path is a folder, its folder is missing or may not be written to.
@@ -83,8 +83,8 @@ def stdout_fault(error: OSError) -> int | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file by `replacing`."""
-    with replacing(path) as file:
+    """Writes a UTF-8 file by `atomic_write`."""
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 

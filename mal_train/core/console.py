@@ -12,7 +12,7 @@ class _Nowhere(io.StringIO):
         return len(text)
 
 
-class Screen:
+class Console:
     """Prints lines above the bar, where there is one. Everything for people goes to stderr; results go to stdout."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -21,7 +21,7 @@ class Screen:
         self.is_terminal = self.stream.isatty()
 
     @classmethod
-    def silent(cls) -> "Screen":
+    def silent(cls) -> "Console":
         """A screen that nobody sees: one process of several speaks for all."""
         return cls(_Nowhere())
 

@@ -97,7 +97,7 @@ def network_branch(area: ArrayLike, compat: Compat) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Manner:
+class ScoreBasis:
     """How labels are made, as far as their score depends on it; as it stands: one pass of the student, nothing else.
 
     Attributes:
@@ -107,7 +107,7 @@ class Manner:
         shared_out: contested pixels go to one of their boxes.
         threshold: the one for all sizes instead of the checkpoint's; None for these.
         min_component_area_px: smaller parts are taken out of masks.
-        refined_edges: edges are moved to where the colours change.
+        refined_edges: edges are moved to where the colors change.
     """
 
     branch: Branch = Branch.STUDENT
@@ -128,13 +128,13 @@ class Manner:
             "contested pixels shared out": self.shared_out,
             f"threshold {self.threshold}": self.threshold is not None,
             f"parts under {self.min_component_area_px} px left out": self.min_component_area_px > 0,
-            "edges moved to the colours": self.refined_edges,
+            "edges moved to the colors": self.refined_edges,
         }
         return [words for words, does in differs.items() if does]
 
 
 def score_meaning(
-    manner: Manner, *, calibrated: bool, fitted_with_flip: bool = False, kind: ScoreKind | None = None
+    manner: ScoreBasis, *, calibrated: bool, fitted_with_flip: bool = False, kind: ScoreKind | None = None
 ) -> str:
     """What a score is, in the words of files that carry labels.
 
@@ -202,7 +202,7 @@ class LabelerConfig:
         if self.calibration is not None:
             _check_knots(self.calibration)
 
-    def score_meaning(self, manner: Manner = Manner()) -> str:
+    def score_meaning(self, manner: ScoreBasis = ScoreBasis()) -> str:
         """What the score of a label is that was made so, for files that carry labels."""
         if manner.margins == (self.margin_rate,):
             manner = replace(manner, margins=())

@@ -1,6 +1,6 @@
 """One box of a picture → what the student and the teacher see of it. Pillow and numpy; every draw comes from `rng`.
 
-Both views share the crop and the flip; only the student's colours are disturbed (§2.4 of the method).
+Both views share the crop and the flip; only the student's colors are disturbed (§2.4 of the method).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from mal_train.core.settings import Compat
 
 FLIP_SHARE = 0.5
 JITTER_SHARE = 0.5
-GREY_SHARE = 0.2
+GRAY_SHARE = 0.2
 BLUR_SHARE = 0.5
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
 HALF = 127
@@ -45,13 +45,13 @@ class Cropping:
         size: side of the crop in px.
         margin_rate: range of the random growth of the box.
         compat: clip rule of the box mask; under `tao` it also wraps with the picture.
-        colours: whether the student's colours are disturbed.
+        colors: whether the student's colors are disturbed.
     """
 
     size: int
     margin_rate: tuple[float, float]
     compat: Compat
-    colours: bool = True
+    colors: bool = True
 
 
 def make_views(
@@ -77,16 +77,16 @@ def make_views(
         clean, box_mask = clean[:, ::-1], box_mask[:, ::-1]
         own = None if own is None else np.ascontiguousarray(own[:, ::-1])
     clean = np.ascontiguousarray(clean)
-    student = disturb(clean, rng) if cropping.colours else clean
+    student = color_jitter(clean, rng) if cropping.colors else clean
     return Views(student, clean, np.ascontiguousarray(box_mask), own)
 
 
-def disturb(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Colour jitter, greyscale and blur, each with its own probability; (H, W, 3) uint8 in and out."""
+def color_jitter(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Color jitter, grayscale and blur, each with its own probability; (H, W, 3) uint8 in and out."""
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if rng.random() < JITTER_SHARE:
         picture = _jitter(picture, rng)
-    if rng.random() < GREY_SHARE:
+    if rng.random() < GRAY_SHARE:
         picture = picture.convert("L").convert("RGB")
     if rng.random() < BLUR_SHARE:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR_RADIUS)))
@@ -112,8 +112,8 @@ def _jitter(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def shift_hue(picture: Image.Image, turn: float) -> Image.Image:
-    """The RGB picture with its hues turned by `turn` of the colour circle, −0.5 … 0.5."""
+    """The RGB picture with its hues turned by `turn` of the color circle, −0.5 … 0.5."""
     hue, saturation, value = picture.convert("HSV").split()
-    # A byte overflows where the colour circle closes; the shift is cut to whole steps as torchvision does.
+    # A byte overflows where the color circle closes; the shift is cut to whole steps as torchvision does.
     turned = np.asarray(hue) + np.uint8(int(turn * 255) % 256)
     return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")

@@ -76,7 +76,7 @@ class Sample(NamedTuple):
     mask_weight: float = 1.0
 
 
-class Place(NamedTuple):
+class SampleIndex(NamedTuple):
     """Which box in which epoch, and the weight of its batch's loss."""
 
     epoch: int
@@ -97,13 +97,13 @@ class BoxDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def __getitem__(self, key: tuple[int, int] | Place) -> Sample:
+    def __getitem__(self, key: tuple[int, int] | SampleIndex) -> Sample:
         """The sample of box `index` in `epoch`; another box in its place where its picture cannot be read.
 
         Raises:
             BadDataset: the pictures of REPLACEMENTS boxes in a row cannot be read.
         """
-        epoch, index, weight = Place(*key)
+        epoch, index, weight = SampleIndex(*key)
         rng = np.random.default_rng([self.seed, epoch, index])
         bad: list[str] = []
         for _ in range(REPLACEMENTS):
@@ -136,7 +136,7 @@ class BoxDataset(Dataset[Sample]):
         return image
 
 
-class EpochOrder(Sampler[Place]):
+class EpochOrder(Sampler[SampleIndex]):
     """One process's places of every epoch; the trainer calls `set_epoch` before each epoch.
 
     The order of `epoch_order` is cut into stretches of `batch_size` boxes for each process, and a process takes its
@@ -169,12 +169,12 @@ class EpochOrder(Sampler[Place]):
         whole, rest = divmod(len(self.boxes), self.batch_size * self.size)
         return whole * self.batch_size + (max(1, self._share(rest)[1]) if rest else 0)
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[SampleIndex]:
         epoch, skip = self.epoch, self.skip
         self.skip = 0
         return itertools.islice(self._places(epoch), skip, None)
 
-    def _places(self, epoch: int) -> Iterator[Place]:
+    def _places(self, epoch: int) -> Iterator[SampleIndex]:
         order = epoch_order(self.boxes, self.seed, epoch)
         stretch = self.batch_size * self.size
         for start in range(0, len(order), stretch):
@@ -185,7 +185,7 @@ class EpochOrder(Sampler[Place]):
             mine = members[first : first + count] if count else members[:1]
             # Gradients are averaged over processes; so weighted, the average is the mean over the stretch.
             weight = count * self.size / len(members)
-            yield from (Place(epoch, int(index), weight) for index in mine)
+            yield from (SampleIndex(epoch, int(index), weight) for index in mine)
 
     def _share(self, count: int) -> tuple[int, int]:
         """Where this process's part of `count` boxes starts, and its length; parts differ by one box at most."""
@@ -224,7 +224,7 @@ class BoxDataModule(lightning.LightningDataModule):
         self.settings = settings
         self._order = EpochOrder(boxes, settings.seed, settings.batch_size, settings.rank, settings.size)
 
-    def go_on_from(self, epoch: int, batches: int) -> None:
+    def resume_from(self, epoch: int, batches: int) -> None:
         """Begin with this epoch, and leave out its first batches: a run that was cut off has trained on them.
 
         Lightning opens the loader of a resumed run before it says which epoch it is.

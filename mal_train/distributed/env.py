@@ -21,7 +21,7 @@ _SLURM_SHELLS = ("bash", "interactive")
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedEnv:
     """The processes of one training, and this one's place among them.
 
     Attributes:
@@ -62,7 +62,7 @@ class World:
             )
 
 
-def world_of(environment: Mapping[str, str] = os.environ) -> World:
+def world_of(environment: Mapping[str, str] = os.environ) -> DistributedEnv:
     """This process's place.
 
     torchrun and `mal-train` set RANK, LOCAL_RANK and WORLD_SIZE; srun sets SLURM_PROCID, SLURM_LOCALID and
@@ -72,7 +72,7 @@ def world_of(environment: Mapping[str, str] = os.environ) -> World:
         ConfigError: a variable is missing or no number.
     """
     if LAUNCHED in environment or "TORCHELASTIC_RUN_ID" in environment:
-        return World(
+        return DistributedEnv(
             rank=number_in(environment, "RANK"),
             size=number_in(environment, "WORLD_SIZE"),
             local_rank=number_in(environment, "LOCAL_RANK"),
@@ -86,7 +86,7 @@ def world_of(environment: Mapping[str, str] = os.environ) -> World:
         and number_in(environment, "SLURM_NTASKS", 1) > 1
         and environment.get("SLURM_JOB_NAME") not in _SLURM_SHELLS
     ):
-        return World(
+        return DistributedEnv(
             rank=number_in(environment, "SLURM_PROCID"),
             size=number_in(environment, "SLURM_NTASKS"),
             local_rank=number_in(environment, "SLURM_LOCALID"),
@@ -95,7 +95,7 @@ def world_of(environment: Mapping[str, str] = os.environ) -> World:
             address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_NODELIST", "127.0.0.1")),
             port=number_in(environment, "MASTER_PORT", 15000 + number_in(environment, "SLURM_JOB_ID", 0) % 10000),
         )
-    return World()
+    return DistributedEnv()
 
 
 def first_host(nodelist: str) -> str:

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from torch import Tensor, distributed, nn
 
 from mal_train.core.errors import LostProcess, MalError
-from mal_train.distributed.env import World
+from mal_train.distributed.env import DistributedEnv
 
 PATIENCE = timedelta(hours=2)
 """How long one process waits for another that lives: as long as rank 0 may take to validate or to write."""
@@ -27,15 +27,15 @@ class Followed(SystemExit):
     """Ends a process whose reason rank 0 tells."""
 
 
-class Ranks:
+class ProcessGroup:
     """The processes of a training, of which this is one; also for a process that is alone.
 
     Args:
         world: who this one is; None: the only one.
     """
 
-    def __init__(self, world: World | None = None) -> None:
-        self.world = world = world or World()
+    def __init__(self, world: DistributedEnv | None = None) -> None:
+        self.world = world = world or DistributedEnv()
         self.rank = world.rank
         self.size = world.size
         self.is_first = world.is_first
@@ -100,7 +100,7 @@ class Ranks:
 
 
 @contextmanager
-def joined(world: World, *, cuda: bool) -> Iterator[Ranks]:
+def init_process_group(world: DistributedEnv, *, cuda: bool) -> Iterator[ProcessGroup]:
     """Meets the other processes and stays with them inside the block; nothing to do for a process that is alone.
 
     Args:
@@ -111,7 +111,7 @@ def joined(world: World, *, cuda: bool) -> Iterator[Ranks]:
         LostProcess: the others did not come, or one has gone.
     """
     if world.size == 1:
-        yield Ranks(world)
+        yield ProcessGroup(world)
         return
     with lost_process():
         distributed.init_process_group(
@@ -121,7 +121,7 @@ def joined(world: World, *, cuda: bool) -> Iterator[Ranks]:
             world_size=world.size,
             timeout=PATIENCE,
         )
-    yield Ranks(world)
+    yield ProcessGroup(world)
     # Not after an error: taking leave of a process that has gone can wait for ever.
     distributed.destroy_process_group()
 
@@ -148,7 +148,7 @@ class Launched(ClusterEnvironment):
         world: who this process is.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: DistributedEnv) -> None:
         super().__init__()
         self._world = world
 

@@ -39,7 +39,7 @@ class SealedFSDP(FSDPStrategy):
         )
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Opens the file in every process, and keeps of weights and optimiser what belongs to this one."""
+        """Opens the file in every process, and keeps of weights and optimizer what belongs to this one."""
         del weights_only
         assert self.model is not None
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path)
@@ -51,11 +51,11 @@ class SealedFSDP(FSDPStrategy):
         )
         with whole:
             self.model.load_state_dict(checkpoint.pop("state_dict"))
-            for optimiser, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
                 by_name = FullyShardedDataParallel.rekey_optim_state_dict(
                     state, OptimStateKeyType.PARAM_NAME, self.model
                 )
-                optimiser.load_state_dict(
-                    FullyShardedDataParallel.optim_state_dict_to_load(self.model, optimiser, by_name)
+                optimizer.load_state_dict(
+                    FullyShardedDataParallel.optim_state_dict_to_load(self.model, optimizer, by_name)
                 )
         return checkpoint

@@ -1,8 +1,8 @@
-"""Self-training target: mean field on the colours of the crop, and the loss against it. Knows no network, no schedule.
+"""Self-training target: mean field on the colors of the crop, and the loss against it. Knows no network, no schedule.
 
-Letters: N crops, H rows, W columns, P = H·W pixels, T taps (half of a symmetric window, without its centre).
+Letters: N crops, H rows, W columns, P = H·W pixels, T taps (half of a symmetric window, without its center).
 M is the flat layout: for each crop its P pixels in row order and a gap, with one more gap before the first crop.
-In it every neighbour is a fixed distance away, so a tap is a shifted view and nothing is unfolded or padded.
+In it every neighbor is a fixed distance away, so a tap is a shifted view and nothing is unfolded or padded.
 """
 
 import functools
@@ -30,19 +30,19 @@ _GUARD = 1e-6
 """Published guard against 0/0 in x = a¹ / (10⁻⁶ + a⁰ + a¹). It decides pixels, so it is part of the result."""
 
 _LEAST_WEIGHT = 1e-30
-"""Colour weights below vanish in a float32 sum anyway; as denormals they would slow some processors down."""
+"""Color weights below vanish in a float32 sum anyway; as denormals they would slow some processors down."""
 
 
 def crf_loss(prob_NHW: Tensor, target_NHW: Tensor) -> Tensor:
     """Dice distance (N,) float32 between prob (N, H, W) and the refined mask (N, H, W), which carries no gradient.
 
-    prob is not cut to the box, so foreground outside it is penalised here too. Source: MAL, section 3.4.
+    prob is not cut to the box, so foreground outside it is penalized here too. Source: MAL, section 3.4.
     """
     return dice_distance(prob_NHW, target_NHW.detach())
 
 
 class MeanField:
-    """Binary mask that agrees with the colours around each pixel: the target of the CRF loss.
+    """Binary mask that agrees with the colors around each pixel: the target of the CRF loss.
 
     Source: MAL (Lan et al., CVPR 2023), section 3.4, as its published code runs it: no unary term after the start.
     With x the foreground probability, b the box mask and K_ij = exp(−‖f_i − f_j‖² / 2ζ²) over a k×k window,
@@ -55,13 +55,13 @@ class MeanField:
         z ← clip(ΣKz + log b − log(1 + 10⁻⁶·exp(−ΣKv)), logit low, logit high)   with   v = log(1 − x).
 
     The last logarithm is the guard 10⁻⁶. Where a window holds both sides of a weak edge the products fall below it, and
-    without it flat images and windows of 5×5 get other masks; so v is carried along. Neighbours outside the image weigh
+    without it flat images and windows of 5×5 get other masks; so v is carried along. Neighbors outside the image weigh
     0. As K_ij = K_ji, half of the weights is kept. Logarithms are to base 2 inside, which has the faster exponential.
     Runs without gradients, in float32 also under autocast, on the device of its inputs; on a CPU in one thread.
 
     Args:
         kernel_size: side of the window in pixels, odd, at least 3.
-        zeta: colour bandwidth ζ > 0, in units of the guide image.
+        zeta: color bandwidth ζ > 0, in units of the guide image.
         num_iter: iterations, at least 0. All are run: single pixels still creep after 300, so no fixed point ends it.
         low: lower bound of x, 0 < low < high.
         high: upper bound of x, low < high < 1.
@@ -72,7 +72,7 @@ class MeanField:
         ConfigError: an argument is out of range, or compiled=True without a compiler.
 
     >>> guide = torch.zeros(1, 3, 1, 6)
-    >>> guide[..., 3:] = 1.0  # two flat areas; the weak start in the middle of each takes the colour area over
+    >>> guide[..., 3:] = 1.0  # two flat areas; the weak start in the middle of each takes the color area over
     >>> prob, box_mask = torch.tensor([[[0.6, 0.6, 0.4, 0.1, 0.6, 0.1]]]), torch.ones(1, 1, 6)
     >>> MeanField(num_iter=10, compiled=False)(guide, prob, box_mask).int().tolist()
     [[[1, 1, 1, 0, 0, 0]]]
@@ -113,7 +113,7 @@ class MeanField:
         A crop's mask depends on nothing else in the batch, also when another crop holds NaN.
 
         Args:
-            guide_NCHW: (N, C, H, W) colours, in the units of zeta (ImageNet-normalised for the published default).
+            guide_NCHW: (N, C, H, W) colors, in the units of zeta (ImageNet-normalized for the published default).
             prob_NHW: (N, H, W) foreground probability, 0..1. NaN counts as 0.
             box_mask_NHW: (N, H, W), 0..1, any dtype; a fraction adds its logarithm to the logit in each iteration.
         """
@@ -123,7 +123,7 @@ class MeanField:
             box_mask_NHW = box_mask_NHW.float()
             start_NHW = torch.nan_to_num(prob_NHW.float() * box_mask_NHW, nan=0.0).clamp(self.low, self.high)
             fixed = _Fixed(
-                weight_TM=_colour_weights(guide_NCHW.float(), grid, self.zeta),
+                weight_TM=_color_weights(guide_NCHW.float(), grid, self.zeta),
                 # −1e30 for log 0: minus infinity times a weight of 0 would be NaN.
                 log_box_M=grid.lay_out(box_mask_NHW.log2().clamp(min=-1e30)),
             )
@@ -199,7 +199,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 class _Rule(NamedTuple):
-    """What a compiled step is specialised on.
+    """What a compiled step is specialized on.
 
     shifts: distance of each tap in M; gap: places at both ends that no step writes; low, high: bounds of the logit.
     """
@@ -240,7 +240,7 @@ class _Grid(NamedTuple):
 
     @property
     def shifts(self) -> tuple[int, ...]:
-        """Distance of each tap's neighbour in M."""
+        """Distance of each tap's neighbor in M."""
         return tuple(dy * self.width + dx for dy, dx in self.taps)
 
     @property
@@ -249,7 +249,7 @@ class _Grid(NamedTuple):
         return -(-max(self.shifts) // 16) * 16
 
     def zeros(self, like: Tensor) -> Tensor:
-        """(M,) float32 on the device of `like`. The zeros in the gaps stay harmless: they weigh 0 as neighbours."""
+        """(M,) float32 on the device of `like`. The zeros in the gaps stay harmless: they weigh 0 as neighbors."""
         return like.new_zeros(self.gap + self.num * (self.height * self.width + self.gap), dtype=torch.float32)
 
     def images(self, values_M: Tensor) -> Tensor:
@@ -265,8 +265,8 @@ class _Grid(NamedTuple):
         return values_M
 
 
-def _colour_weights(guide_NCHW: Tensor, grid: _Grid, zeta: float) -> Tensor:
-    """(T, M) float32 weights K of each pixel and its later neighbours, 0 where the neighbour is outside the image."""
+def _color_weights(guide_NCHW: Tensor, grid: _Grid, zeta: float) -> Tensor:
+    """(T, M) float32 weights K of each pixel and its later neighbors, 0 where the neighbor is outside the image."""
     height, width = grid.height, grid.width
     weight_TM = torch.stack([grid.zeros(guide_NCHW)] * len(grid.taps))
     for tap, (dy, dx) in enumerate(grid.taps):
@@ -275,7 +275,7 @@ def _colour_weights(guide_NCHW: Tensor, grid: _Grid, zeta: float) -> Tensor:
             here = guide_NCHW[:, :, : height - dy, left:right]
             there = guide_NCHW[:, :, dy:, left + dx : right + dx]
             weight = torch.exp((there - here).square_().sum(1).mul_(-0.5 / zeta**2))
-            # Written so that NaN becomes 0: a broken crop must not reach its neighbours through the gap.
+            # Written so that NaN becomes 0: a broken crop must not reach its neighbors through the gap.
             weight = torch.where(weight > _LEAST_WEIGHT, weight, 0.0)
             grid.images(weight_TM[tap])[:, : height - dy, left:right] = weight
     return weight_TM

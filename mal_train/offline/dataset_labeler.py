@@ -15,7 +15,7 @@ from typing import TypeVar
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.core.masks.images import RgbImage, read_image
-from mal_train.kernel.labeler.labeler import Crop, Labeler, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction, PredictOptions
 from mal_train.kernel.labeler.oom import predict_split
 
 Item = TypeVar("Item")
@@ -27,7 +27,7 @@ IMAGES_AHEAD = 4
 
 
 @dataclass(frozen=True)
-class Failure:
+class LabelFailure:
     """Why a box has no answer: a reason to sort by and a sentence to read."""
 
     reason: str
@@ -35,7 +35,7 @@ class Failure:
 
 
 Row = tuple[ImageInfo, Sequence[Annotation]]
-Finish = Callable[[Annotation, Crop, Probability], Result]
+Finish = Callable[[Annotation, Crop, Prediction], Result]
 
 
 def label_boxes(
@@ -44,10 +44,10 @@ def label_boxes(
     image_dir: Path,
     finish: Finish[Result],
     *,
-    options: RunOptions | None = None,
+    options: PredictOptions | None = None,
     batch_size: int = 8,
     threads: int = 2,
-) -> Generator[tuple[Annotation, Result | Failure], None, None]:
+) -> Generator[tuple[Annotation, Result | LabelFailure], None, None]:
     """Every box that is no crowd, in the order of `rows`, with what `finish` made of it or why there is nothing.
 
     Args:
@@ -60,13 +60,13 @@ def label_boxes(
         threads: worker threads, ≥ 1.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
-        decoded = map_ahead(pool, lambda row: _decode(row, image_dir), rows, threads + IMAGES_AHEAD)
-        prepared = map_ahead(pool, lambda part: _prepare(labeler, *part), _chunks(decoded), 2 * threads + 2)
-        predicted = _predict(labeler, itertools.chain.from_iterable(prepared), options or RunOptions(), batch_size)
-        yield from map_ahead(pool, lambda part: _finish(finish, *part), predicted, 2 * batch_size + threads)
+        decoded = prefetch_map(pool, lambda row: _decode(row, image_dir), rows, threads + IMAGES_AHEAD)
+        prepared = prefetch_map(pool, lambda part: _prepare(labeler, *part), _chunks(decoded), 2 * threads + 2)
+        predicted = _predict(labeler, itertools.chain.from_iterable(prepared), options or PredictOptions(), batch_size)
+        yield from prefetch_map(pool, lambda part: _finish(finish, *part), predicted, 2 * batch_size + threads)
 
 
-def map_ahead(
+def prefetch_map(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
     """`map` in order, with at most `ahead` items begun but not yet taken. What is begun is cancelled on the way out."""
@@ -83,9 +83,9 @@ def map_ahead(
             future.cancel()
 
 
-_Decoded = tuple[RgbImage | Failure | None, Sequence[Annotation]]
-_Prepared = tuple[Annotation, Crop | Failure]
-_Predicted = tuple[Annotation, tuple[Crop, Probability] | Failure]
+_Decoded = tuple[RgbImage | LabelFailure | None, Sequence[Annotation]]
+_Prepared = tuple[Annotation, Crop | LabelFailure]
+_Predicted = tuple[Annotation, tuple[Crop, Prediction] | LabelFailure]
 
 
 def _decode(row: Row, image_dir: Path) -> _Decoded:
@@ -94,11 +94,11 @@ def _decode(row: Row, image_dir: Path) -> _Decoded:
     if all(annotation.problem is not None for annotation in wanted):
         return None, wanted
     if image.problem is not None:
-        return Failure(str(Reason.IMAGE_UNUSABLE), image.problem), wanted
+        return LabelFailure(str(Reason.IMAGE_UNUSABLE), image.problem), wanted
     try:
         return read_image(image_dir / image.file_name, expected_wh=image.size_wh), wanted
     except BadImage as error:
-        return Failure(error.reason, str(error)), wanted
+        return LabelFailure(error.reason, str(error)), wanted
 
 
 def _chunks(decoded: Iterable[_Decoded]) -> Iterator[_Decoded]:
@@ -107,25 +107,27 @@ def _chunks(decoded: Iterable[_Decoded]) -> Iterator[_Decoded]:
             yield image, annotations[start : start + CHUNK]
 
 
-def _prepare(labeler: Labeler, image: RgbImage | Failure | None, annotations: Sequence[Annotation]) -> list[_Prepared]:
+def _prepare(
+    labeler: Labeler, image: RgbImage | LabelFailure | None, annotations: Sequence[Annotation]
+) -> list[_Prepared]:
     found: list[_Prepared] = []
     for annotation in annotations:
         if annotation.problem is not None or image is None:
-            found.append((annotation, Failure(str(annotation.reason), annotation.problem or "")))
-        elif isinstance(image, Failure):
+            found.append((annotation, LabelFailure(str(annotation.reason), annotation.problem or "")))
+        elif isinstance(image, LabelFailure):
             found.append((annotation, image))
         else:
             crop = labeler.prepare(image, [annotation.box_xywh])[0]
             if isinstance(crop, BadBox):
                 text = str(crop).removeprefix("box 0: ")
-                found.append((annotation, Failure(str(Reason.BAD_BOX), f"annotation {annotation.id!r}: {text}")))
+                found.append((annotation, LabelFailure(str(Reason.BAD_BOX), f"annotation {annotation.id!r}: {text}")))
             else:
                 found.append((annotation, crop))
     return found
 
 
 def _predict(
-    labeler: Labeler, prepared: Iterable[_Prepared], options: RunOptions, batch_size: int
+    labeler: Labeler, prepared: Iterable[_Prepared], options: PredictOptions, batch_size: int
 ) -> Iterator[_Predicted]:
     waiting: list[_Prepared] = []
     crops = 0
@@ -138,29 +140,29 @@ def _predict(
     yield from _predict_all(labeler, waiting, options)
 
 
-def _predict_all(labeler: Labeler, waiting: Sequence[_Prepared], options: RunOptions) -> Iterator[_Predicted]:
+def _predict_all(labeler: Labeler, waiting: Sequence[_Prepared], options: PredictOptions) -> Iterator[_Predicted]:
     """Answers in order; failures keep their places between the crops of the batch."""
     answers = iter(_predict_crops(labeler, [crop for _, crop in waiting if isinstance(crop, Crop)], options))
     for annotation, crop in waiting:
-        if isinstance(crop, Failure):
+        if isinstance(crop, LabelFailure):
             yield annotation, crop
             continue
         answer = next(answers)
-        yield annotation, answer if isinstance(answer, Failure) else (crop, answer)
+        yield annotation, answer if isinstance(answer, LabelFailure) else (crop, answer)
 
 
-def _predict_crops(labeler: Labeler, crops: Sequence[Crop], options: RunOptions) -> list[Probability | Failure]:
+def _predict_crops(labeler: Labeler, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction | LabelFailure]:
     """Probabilities in order, or why there are none; other errors of the device concern all crops of the batch."""
     try:
         found = predict_split(labeler.predict, crops, options)
     except DeviceError as error:
-        return [Failure("DEVICE_FAILED", str(error)) for _ in crops]
-    return [Failure("OUT_OF_MEMORY", str(x)) if isinstance(x, OutOfDeviceMemory) else x for x in found]
+        return [LabelFailure("DEVICE_FAILED", str(error)) for _ in crops]
+    return [LabelFailure("OUT_OF_MEMORY", str(x)) if isinstance(x, OutOfDeviceMemory) else x for x in found]
 
 
 def _finish(
-    finish: Finish[Result], annotation: Annotation, predicted: tuple[Crop, Probability] | Failure
-) -> tuple[Annotation, Result | Failure]:
-    if isinstance(predicted, Failure):
+    finish: Finish[Result], annotation: Annotation, predicted: tuple[Crop, Prediction] | LabelFailure
+) -> tuple[Annotation, Result | LabelFailure]:
+    if isinstance(predicted, LabelFailure):
         return annotation, predicted
     return annotation, finish(annotation, *predicted)

@@ -1,9 +1,9 @@
-"""Moves the edge of a mask to where the colours change: pixel-adaptive refinement, in a narrow band alone.
+"""Moves the edge of a mask to where the colors change: pixel-adaptive refinement, in a narrow band alone.
 
-Each pixel becomes the mean of neighbours near and far, weighed by how alike their colours are, a few times over.
+Each pixel becomes the mean of neighbors near and far, weighed by how alike their colors are, a few times over.
 Without the band it would also fill or empty what the network was right about. Pure; knows no network and no files.
 
-Letters: H rows, W columns, C = 3 colours, K neighbours of a pixel.
+Letters: H rows, W columns, C = 3 colors, K neighbors of a pixel.
 Source: Araslanov and Roth, "Single-stage semantic segmentation from image labels", CVPR 2020 (PAMR).
 """
 
@@ -17,22 +17,22 @@ from numpy.typing import NDArray
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 DISTANCES = (1, 2, 4, 8, 12, 24)
-"""How far the eight neighbours of each ring are away, px."""
-NUM_NEIGHBOURS = 8 * len(DISTANCES)
+"""How far the eight neighbors of each ring are away, px."""
+NUM_NEIGHBORS = 8 * len(DISTANCES)
 ITERATIONS = 10
 SHARPNESS = 0.1
-"""Two colours are alike where they differ by less than this share of the deviation round the pixel."""
+"""Two colors are alike where they differ by less than this share of the deviation round the pixel."""
 BAND_SHARE = 1 / 75
 """How far an edge may move, as a share of the crop's side: 3 px at 224."""
 
 _LEAST_DEVIATION = 1e-6
-"""Added to deviations (of colours 0..255), so that flat areas weigh all their pixels alike."""
+"""Added to deviations (of colors 0..255), so that flat areas weigh all their pixels alike."""
 
 
 def refine_edges(
     prob_HW: NDArray[np.float32], pixels_HWC: NDArray[np.uint8], box_mask_HW: NDArray[np.uint8], threshold: float
 ) -> NDArray[np.float32]:
-    """Foreground probability (H, W) whose edge at `threshold` follows the colours; far from that edge as it was.
+    """Foreground probability (H, W) whose edge at `threshold` follows the colors; far from that edge as it was.
 
     Args:
         prob_HW: of the network.
@@ -51,13 +51,13 @@ def refine_edges(
     band_HW = _edge_band(prob_HW > threshold)
     if not band_HW.any():
         return prob_HW
-    weight_KHW = _colour_weights(pixels_HWC)
+    weight_KHW = _color_weights(pixels_HWC)
     box_HW = box_mask_HW.astype(np.float32)
     refined_HW, product_HW = prob_HW * box_HW, np.empty_like(prob_HW)
     for _ in range(ITERATIONS):
         mean_HW = np.zeros_like(prob_HW)
-        for weight_HW, neighbour_HW in zip(weight_KHW, _neighbours(refined_HW), strict=True):
-            mean_HW += np.multiply(weight_HW, neighbour_HW, out=product_HW)
+        for weight_HW, neighbor_HW in zip(weight_KHW, _neighbors(refined_HW), strict=True):
+            mean_HW += np.multiply(weight_HW, neighbor_HW, out=product_HW)
         refined_HW = mean_HW * box_HW
     return np.where(band_HW, refined_HW, prob_HW)
 
@@ -70,28 +70,28 @@ def _edge_band(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return np.asarray(cv2.dilate(pixels_HW, disc) != cv2.erode(pixels_HW, disc))
 
 
-def _colour_weights(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(K, H, W) weights of each pixel's neighbours, 1 together."""
-    colour_HWC = pixels_HWC.astype(np.int32)
-    total_HWC, squares_HWC = np.zeros_like(colour_HWC), np.zeros_like(colour_HWC)
-    for neighbour_HWC in _neighbours(colour_HWC):
-        total_HWC += neighbour_HWC
-        squares_HWC += np.square(neighbour_HWC)
+def _color_weights(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(K, H, W) weights of each pixel's neighbors, 1 together."""
+    color_HWC = pixels_HWC.astype(np.int32)
+    total_HWC, squares_HWC = np.zeros_like(color_HWC), np.zeros_like(color_HWC)
+    for neighbor_HWC in _neighbors(color_HWC):
+        total_HWC += neighbor_HWC
+        squares_HWC += np.square(neighbor_HWC)
     # Whole numbers below 2³¹: no rounding makes a flat area look less than flat.
-    spread_HWC = NUM_NEIGHBOURS * squares_HWC - np.square(total_HWC)
-    deviation_HWC = np.sqrt(spread_HWC / (NUM_NEIGHBOURS * (NUM_NEIGHBOURS - 1)), dtype=np.float64)
-    per_colour_HWC = (1.0 / (SHARPNESS * deviation_HWC + _LEAST_DEVIATION)).astype(np.float32)
-    weight_KHW = np.empty((NUM_NEIGHBOURS, *pixels_HWC.shape[:2]), np.float32)
-    for weight_HW, neighbour_HWC in zip(weight_KHW, _neighbours(colour_HWC), strict=True):
-        distance_HWC = np.abs(neighbour_HWC - colour_HWC) * per_colour_HWC
+    spread_HWC = NUM_NEIGHBORS * squares_HWC - np.square(total_HWC)
+    deviation_HWC = np.sqrt(spread_HWC / (NUM_NEIGHBORS * (NUM_NEIGHBORS - 1)), dtype=np.float64)
+    per_color_HWC = (1.0 / (SHARPNESS * deviation_HWC + _LEAST_DEVIATION)).astype(np.float32)
+    weight_KHW = np.empty((NUM_NEIGHBORS, *pixels_HWC.shape[:2]), np.float32)
+    for weight_HW, neighbor_HWC in zip(weight_KHW, _neighbors(color_HWC), strict=True):
+        distance_HWC = np.abs(neighbor_HWC - color_HWC) * per_color_HWC
         np.negative(distance_HWC.mean(axis=2), out=weight_HW)
-    # A pixel unlike all its neighbours, on flat ground, would otherwise have weights of 0 alone.
+    # A pixel unlike all its neighbors, on flat ground, would otherwise have weights of 0 alone.
     np.exp(weight_KHW - weight_KHW.max(axis=0), out=weight_KHW)
     return np.asarray(weight_KHW / weight_KHW.sum(axis=0))
 
 
-def _neighbours(values: NDArray[Scalar]) -> Iterator[NDArray[Scalar]]:
-    """(H, W[, C]) arrays that hold, at each pixel, its K neighbours one after the other; the border goes on outside."""
+def _neighbors(values: NDArray[Scalar]) -> Iterator[NDArray[Scalar]]:
+    """(H, W[, C]) arrays that hold, at each pixel, its K neighbors one after the other; the border goes on outside."""
     height, width = values.shape[:2]
     reach = max(DISTANCES)
     wide = np.pad(values, ((reach, reach), (reach, reach), *[(0, 0)] * (values.ndim - 2)), mode="edge")

@@ -21,10 +21,10 @@ from mal_train.core.errors import LostProcess, MalError
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.labeler.labeler import Label, Labeler
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
-from mal_train.offline.dataset_labeler import Failure, Row
-from mal_train.offline.tta import Passes, label_images
+from mal_train.offline.dataset_labeler import LabelFailure, Row
+from mal_train.offline.tta import TtaOptions, label_images
 
-Answer = tuple[JsonId | None, Label | Failure]
+Answer = tuple[JsonId | None, Label | LabelFailure]
 
 CHUNK = 16
 """Answers in one message."""
@@ -41,7 +41,7 @@ class _Part:
     precision: str
     rows: Sequence[Row]
     image_dir: Path
-    passes: Passes
+    passes: TtaOptions
     batch_size: int
     threads: int
     torch_threads: int
@@ -54,10 +54,10 @@ def label_on(
     image_dir: Path,
     *,
     precision: str,
-    passes: Passes | None = None,
+    passes: TtaOptions | None = None,
     batch_size: int = 8,
     threads: int = 2,
-) -> Generator[tuple[Annotation, Label | Failure], None, None]:
+) -> Generator[tuple[Annotation, Label | LabelFailure], None, None]:
     """Every box that is no crowd, in the order of `rows`, with its label or why there is none.
 
     Args:
@@ -72,10 +72,12 @@ def label_on(
 
     Raises:
         LostProcess: one of the processes was killed.
-        MalError: what one of them met and could not answer with a `Failure`.
+        MalError: what one of them met and could not answer with a `LabelFailure`.
     """
     if len(devices) == 1:
-        yield from label_images(labeler, rows, image_dir, passes or Passes(), batch_size=batch_size, threads=threads)
+        yield from label_images(
+            labeler, rows, image_dir, passes or TtaOptions(), batch_size=batch_size, threads=threads
+        )
         return
     weights = save({name: value.contiguous() for name, value in labeler.network.weights().items()})
     parts = [
@@ -87,7 +89,7 @@ def label_on(
             precision,
             rows[number :: len(devices)],
             image_dir,
-            passes or Passes(),
+            passes or TtaOptions(),
             batch_size,
             max(1, threads // len(devices)),
             torch.get_num_threads(),

@@ -72,7 +72,7 @@ def held_out(scores: ArrayLike, ious: ArrayLike, images: Sequence[Hashable]) -> 
 
 
 def _rising(groups: Sequence[tuple[float, float, float]]) -> list[tuple[float, float]]:
-    """Pools neighbours of (weight, score, IoU) until the IoUs rise: (mean score, mean IoU) of each pool.
+    """Pools neighbors of (weight, score, IoU) until the IoUs rise: (mean score, mean IoU) of each pool.
 
     >>> _rising([(1, 0.2, 0.1), (1, 0.4, 0.5), (1, 0.6, 0.3)])
     [(0.2, 0.1), (0.5, 0.4)]

@@ -10,15 +10,15 @@ import torch
 from mal_train.core.masks.images import RgbImage
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.training.module import MalModule
-from mal_train.training.panels import Board
+from mal_train.training.panels import ContactSheet
 from mal_train.training.run_files import MetricsFile, StatusFile, duration, figures_of, one_line
 from mal_train.training.validation import Validated, Validation, Validator
 
 ROW_EVERY = 10
-"""Optimiser steps that share a row of metrics.csv: reading a loss makes the device wait."""
+"""Optimizer steps that share a row of metrics.csv: reading a loss makes the device wait."""
 
 
-class Validate(lightning.Callback):
+class ValidationCallback(lightning.Callback):
     """Runs the validator at the end of an epoch, every few epochs and after the last one.
 
     Args:
@@ -38,10 +38,10 @@ class Validate(lightning.Callback):
         self,
         validator: Validator,
         interval: int,
-        records: "Records",
+        records: "MetricsCallback",
         say: Callable[[str], None],
         *,
-        board: Board | None = None,
+        board: ContactSheet | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._validator = validator
@@ -85,7 +85,7 @@ class Validate(lightning.Callback):
         self.seconds += self._clock() - began
 
 
-class Records(lightning.Callback):
+class MetricsCallback(lightning.Callback):
     """Keeps metrics.csv, TensorBoard and status.json up to date.
 
     Args:

@@ -15,7 +15,7 @@ import lightning
 from lightning.fabric.plugins import CheckpointIO
 
 from mal_train.core.errors import Altered, CheckpointError, MalError, OutputError, Truncated
-from mal_train.distributed.process_group import Ranks
+from mal_train.distributed.process_group import ProcessGroup
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey
 
@@ -109,7 +109,7 @@ class Checkpoints(lightning.Callback):
         folder: where to.
         interval: epochs or steps between two.
         say: prints a line for people.
-        by_step: whether `interval` counts optimiser steps.
+        by_step: whether `interval` counts optimizer steps.
         ranks: the processes that train together; the first one writes, and all must take part.
         written: the newest file of this run; None before the first.
     """
@@ -118,7 +118,7 @@ class Checkpoints(lightning.Callback):
     interval: int
     say: Callable[[str], None]
     by_step: bool = False
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: ProcessGroup = field(default_factory=ProcessGroup)
     written: Path | None = None
 
     def on_train_batch_end(
@@ -151,11 +151,11 @@ class Checkpoints(lightning.Callback):
 
 
 def is_between_steps(trainer: lightning.Trainer, batch_idx: int) -> bool:
-    """Whether a batch ended an optimiser step inside an epoch: half a step cannot be kept."""
+    """Whether a batch ended an optimizer step inside an epoch: half a step cannot be kept."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
 
 
-class Preempt(lightning.Callback):
+class PreemptionHandler(lightning.Callback):
     """Ends training on SIGTERM: after the step at hand, with a checkpoint of that moment.
 
     It is enough that one of several processes gets the signal. Under SLURM, SIGUSR1 (sbatch --signal) means the same.
@@ -200,7 +200,7 @@ class Preempt(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes and raises, when asked to; only between optimiser steps."""
+        """Writes and raises, when asked to; only between optimizer steps."""
         del pl_module, outputs, batch
         if is_between_steps(trainer, batch_idx):
             self._end_if_asked(trainer)

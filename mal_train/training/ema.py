@@ -1,11 +1,11 @@
-"""The teacher follows the student: one fused update after every optimiser step."""
+"""The teacher follows the student: one fused update after every optimizer step."""
 
 import torch
 from torch import nn
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Teacher ← momentum · teacher + (1 − momentum) · student, parameter by parameter; buffers are copied.
 
     Args:

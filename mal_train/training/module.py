@@ -1,7 +1,7 @@
 """Wires network, losses, schedule and teacher into Lightning. The arithmetic lives in step, schedule and teacher.
 
 Lightning brings the loop, mixed precision, gradient accumulation and resuming. What a step needs beyond the weights and
-the optimiser's state (its rate, loss weights, random numbers) follows from its number, so that nothing else is saved.
+the optimizer's state (its rate, loss weights, random numbers) follows from its number, so that nothing else is saved.
 """
 
 import math
@@ -17,13 +17,13 @@ from torch import Tensor
 from mal_train.core.errors import BadDataset, NonFiniteTraining
 from mal_train.core.settings import Branch, Compat, LabelerConfig
 from mal_train.data.datamodule import Batch
-from mal_train.distributed.process_group import Ranks
-from mal_train.kernel.networks.network import MalNetwork, normalise
+from mal_train.distributed.process_group import ProcessGroup
+from mal_train.kernel.networks.network import MalNetwork, normalize
 from mal_train.losses.crf import MeanField
-from mal_train.training.ema import follow
-from mal_train.training.optimizer import OptimiserSettings, build_optimiser, set_rate
+from mal_train.training.ema import update_ema
+from mal_train.training.optimizer import OptimizerSettings, build_optimizer, set_rate
 from mal_train.training.schedule import CosineSchedule, ramp
-from mal_train.training.step import LossWeights, StepLosses, guessed_losses, mixed_losses, step_losses
+from mal_train.training.step import LossWeights, StepLosses, mixed_losses, pseudo_label_losses, step_losses
 
 NON_FINITE_LIMIT = 10
 """Steps in a row with a non-finite gradient after which training stops."""
@@ -53,7 +53,7 @@ class MalModule(lightning.LightningModule):
         schedule: learning rate by step.
         losses: weights and ramps.
         mean_field: refines masks into targets for the student.
-        optimiser: AdamW's settings.
+        optimizer: AdamW's settings.
         teacher_momentum: share of the teacher that stays at every step.
         seed: of the network's random numbers (stochastic depth), ≥ 0.
         learns_from_masks: whether any sample carries a mask, for those who watch.
@@ -71,28 +71,28 @@ class MalModule(lightning.LightningModule):
         schedule: CosineSchedule,
         losses: LossSettings,
         mean_field: MeanField,
-        optimiser: OptimiserSettings,
+        optimizer: OptimizerSettings,
         teacher_momentum: float,
         seed: int,
         num_images: int,
         learns_from_masks: bool = False,
-        masks_are_guesses: bool = False,
+        uses_pseudo_labels: bool = False,
         say: Callable[[str], None] = print,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or ProcessGroup()
         self.network = network
         self.labeler_config = labeler_config
         self.schedule = schedule
         self.losses = losses
         self.mean_field = mean_field
-        self.optimiser_settings = optimiser
+        self.optimizer_settings = optimizer
         self.teacher_momentum = teacher_momentum
         self.seed = seed
         self.num_images = num_images
         self.learns_from_masks = learns_from_masks
-        self.masks_are_guesses = masks_are_guesses
+        self.uses_pseudo_labels = uses_pseudo_labels
         self.say = say
         self.last_losses: StepLosses | None = None
         self.steps_skipped = 0
@@ -106,13 +106,13 @@ class MalModule(lightning.LightningModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in an epoch."""
+        """Optimizer steps in an epoch."""
         batches = int(self.trainer.num_training_batches)
         return max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW."""
-        return build_optimiser(self.network, self.optimiser_settings, fused=self.trainer.precision != "16-mixed")
+        return build_optimizer(self.network, self.optimizer_settings, fused=self.trainer.precision != "16-mixed")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Moves the pixels; the size branches stay on the CPU."""
@@ -128,15 +128,15 @@ class MalModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Both networks forward, and the losses that the batch's boxes and masks ask for."""
         del batch_idx
-        student_view = normalise(batch.student_NHWC)
-        teacher_view = normalise(batch.teacher_NHWC)
+        student_view = normalize(batch.student_NHWC)
+        teacher_view = normalize(batch.teacher_NHWC)
         student = self.network.logits(student_view, batch.branch_N, Branch.STUDENT)
         weights = self.loss_weights(self.global_step)
         teacher = None
         if weights.crf > 0.0:  # nothing else asks for its answer
             teacher = self.network.logits(teacher_view, batch.branch_N, Branch.TEACHER)
         with torch.autocast(self.device.type, enabled=False):
-            # The jittered view's colours are not the object's: ours steers by the clean one.
+            # The jittered view's colors are not the object's: ours steers by the clean one.
             guide = student_view if self.compat is Compat.TAO else teacher_view
 
             def of_boxes(which: Tensor | slice) -> StepLosses:
@@ -153,8 +153,8 @@ class MalModule(lightning.LightningModule):
 
             if batch.mask_MHW is None or batch.masked_M is None or batch.mask_weight_M is None:
                 losses = of_boxes(slice(None))
-            elif self.masks_are_guesses:
-                losses = guessed_losses(
+            elif self.uses_pseudo_labels:
+                losses = pseudo_label_losses(
                     student,
                     batch.mask_MHW,
                     batch.masked_M,
@@ -169,7 +169,7 @@ class MalModule(lightning.LightningModule):
         return losses.total * batch.weight
 
     def loss_weights(self, step: int) -> LossWeights:
-        """Weights of an optimiser step."""
+        """Weights of an optimizer step."""
         settings, length = self.losses, self.steps_per_epoch
         return LossWeights(
             settings.mil_weight * ramp(step, settings.mil_steps, length, self.compat),
@@ -200,11 +200,11 @@ class MalModule(lightning.LightningModule):
             )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The optimiser's step, then the teacher's."""
+        """The optimizer's step, then the teacher's."""
         super().optimizer_step(*args, **kwargs)
         if not self._skipped_in_a_row:
             self.ranks.average_buffers(self.network.student)
-            follow(self.network.teacher, self.network.student, self.teacher_momentum)
+            update_ema(self.network.teacher, self.network.student, self.teacher_momentum)
 
     def _note_bad_images(self, here: tuple[str, ...]) -> None:
         """Counts what any process could not read, so that all agree when it is too much."""

@@ -12,7 +12,7 @@ from mal_train.kernel.networks.network import MalNetwork, MaskNetwork
 
 
 @dataclass(frozen=True)
-class OptimiserSettings:
+class OptimizerSettings:
     """AdamW and its groups.
 
     Attributes:
@@ -30,11 +30,11 @@ class OptimiserSettings:
     head_lr_mult: float = 1.0
 
 
-def build_optimiser(network: MalNetwork, settings: OptimiserSettings, *, fused: bool = True) -> torch.optim.AdamW:
+def build_optimizer(network: MalNetwork, settings: OptimizerSettings, *, fused: bool = True) -> torch.optim.AdamW:
     """AdamW over what the student may learn, in as few groups as the settings need.
 
     Each group carries `lr_scale`; whoever sets the rate multiplies by it. The rate itself starts at 0. `fused` is the
-    faster kernel; with it a gradient scaler leaves the unscaling to the optimiser, too late to look at gradients.
+    faster kernel; with it a gradient scaler leaves the unscaling to the optimizer, too late to look at gradients.
     """
     members: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in network.student.named_parameters():
@@ -50,9 +50,9 @@ def build_optimiser(network: MalNetwork, settings: OptimiserSettings, *, fused: 
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
 
 
-def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group its share of the rate."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
 
 

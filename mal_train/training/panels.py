@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mal_train.core.atomic_io import replacing
+from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import CocoFile, JsonId
 from mal_train.core.errors import BadImage, OutputError
 from mal_train.core.masks.images import RgbImage, encode_png, read_image
-from mal_train.core.metrics.evaluator import Compared
+from mal_train.core.metrics.evaluator import InstanceComparison
 from mal_train.core.report.board import CELL, contact_sheet_picture
 from mal_train.core.report.overlays import draw_close_up
 
@@ -22,7 +22,9 @@ class CloseUp:
     detail: str
 
 
-def close_ups(compared: Sequence[Compared], coco: CocoFile, image_dir: Path, *, side: int = 240) -> list[CloseUp]:
+def close_ups(
+    compared: Sequence[InstanceComparison], coco: CocoFile, image_dir: Path, *, side: int = 240
+) -> list[CloseUp]:
     """Pictures `side` px long, in the order given; each image is read once.
 
     A mask whose image has become unreadable since it was compared gets no picture.
@@ -53,13 +55,13 @@ def close_ups(compared: Sequence[Compared], coco: CocoFile, image_dir: Path, *, 
     return [found[place] for place in sorted(found)]
 
 
-def typical(compared: Sequence[Compared], count: int) -> Sequence[Compared]:
+def typical(compared: Sequence[InstanceComparison], count: int) -> Sequence[InstanceComparison]:
     """The `count` masks round the median IoU of masks sorted by IoU."""
     start = max(0, (len(compared) - count) // 2)
     return compared[start : start + count]
 
 
-class Board:
+class ContactSheet:
     """Shows the worst masks of each validation: boards/epoch_EEE.png (epochs counted from 1) and TensorBoard.
 
     Args:
@@ -67,7 +69,7 @@ class Board:
         coco: the validation file.
         image_dir: folder of its images.
         count: masks on a board, ≥ 1.
-        events: gets the same picture, by name and optimiser step.
+        events: gets the same picture, by name and optimizer step.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Board:
         self._count = count
         self._events = events
 
-    def show(self, compared: Sequence[Compared], epoch: int, step: int) -> Path | None:
+    def show(self, compared: Sequence[InstanceComparison], epoch: int, step: int) -> Path | None:
         """Draws the first `count` of masks sorted by IoU; None where there is nothing to draw.
 
         Raises:
@@ -100,7 +102,7 @@ class Board:
             self._folder.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self._folder}: cannot be made: {error.strerror}") from error
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(encode_png(sheet))
         self._events("val/worst_first", sheet, step)
         return path

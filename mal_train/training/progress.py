@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 from tqdm import tqdm
 
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.training.module import MalModule
 
 LINE_EVERY_S = 30.0
@@ -21,7 +21,7 @@ class Progress(lightning.Callback):
         clock: seconds, monotonic.
     """
 
-    def __init__(self, screen: Screen, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, screen: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._screen = screen
         self._clock = clock
         self._bar: tqdm[Any] | None = None

@@ -1,4 +1,4 @@
-"""Learning rate and loss weights as functions of the optimiser step. Plain numbers: no torch, no state to save.
+"""Learning rate and loss weights as functions of the optimizer step. Plain numbers: no torch, no state to save.
 
 `compat: tao` keeps two oddities of the published loop: the rate lags a step behind (the first step runs at the peak),
 and the losses ramp up during epoch 0 only, jumping to full weight at epoch 1.
@@ -42,7 +42,7 @@ class CosineSchedule:
         return self.floor + (self.peak - self.floor) * 0.5 * (1.0 + math.cos(math.pi * self.num_wave * done))
 
     def at_step(self, step: int, steps_per_epoch: int, compat: Compat) -> float:
-        """Rate of optimiser step number `step`, counted from 0 over the whole training.
+        """Rate of optimizer step number `step`, counted from 0 over the whole training.
 
         Ours: the first step has a small rate, the last one the floor. `tao`: the first step has the peak, and each
         later one the rate of the moment before the step before it.
@@ -53,7 +53,7 @@ class CosineSchedule:
 
 
 def ramp(step: int, length: int, steps_per_epoch: int, compat: Compat) -> float:
-    """Share in [0, 1] of a loss's weight at optimiser step `step`; it reaches 1 after `length` steps.
+    """Share in [0, 1] of a loss's weight at optimizer step `step`; it reaches 1 after `length` steps.
 
     Ours starts above 0 and runs over the whole training; `tao` starts at 0 and ends with epoch 0.
     """

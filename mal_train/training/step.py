@@ -55,7 +55,7 @@ def step_losses(
     Args:
         student_N1HW: the student's logits; gradients flow through these alone.
         teacher_N1HW: the teacher's; None where the mean-field loss has no weight, which leaves that loss out.
-        guide_N3SS: normalised picture whose colours steer the mean field.
+        guide_N3SS: normalized picture whose colors steer the mean field.
         box_mask_NSS: the box on the crop, 0/1, any number type.
         refine: the mean field; sees the mean of both networks' probabilities.
         weights: of this step.
@@ -87,7 +87,7 @@ def step_losses(
     return StepLosses(mil + crf + logit, mil, crf, logit, none)
 
 
-def guessed_losses(
+def pseudo_label_losses(
     student_N1HW: Tensor,
     mask_MSS: Tensor,
     masked_M: Tensor,
@@ -150,7 +150,7 @@ def _against_mask(student_N1HW: Tensor, mask_MSS: Tensor, masked_M: Tensor) -> t
 
 
 def resize(x_NCHW: Tensor, side: torch.Size) -> Tensor:
-    """Bilinear, half-pixel centres, no antialias: how the published code brings pictures to the logits' grid."""
+    """Bilinear, half-pixel centers, no antialias: how the published code brings pictures to the logits' grid."""
     if x_NCHW.shape[-2:] == side:
         return x_NCHW
     return functional.interpolate(x_NCHW, size=tuple(side), mode="bilinear", align_corners=False)

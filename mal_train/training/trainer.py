@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from mal_train.core.errors import BadDataset, ConfigError, OutOfDeviceMemory, OutputError
 from mal_train.core.settings import Compat
 from mal_train.data.datamodule import BoxDataModule, no_shared_memory
-from mal_train.distributed.process_group import PATIENCE, Followed, Launched, Ranks, lost_process
+from mal_train.distributed.process_group import PATIENCE, Followed, Launched, ProcessGroup, lost_process
 from mal_train.distributed.sharding import SealedFSDP
 from mal_train.kernel.networks.precision import Precision, resolve
 from mal_train.training.checkpoints import SealedCheckpointIO
@@ -99,7 +99,7 @@ def build_trainer(
     )
 
 
-def _strategy(name: str, module: MalModule, ranks: Ranks) -> Strategy | str:
+def _strategy(name: str, module: MalModule, ranks: ProcessGroup) -> Strategy | str:
     if name == "fsdp":
         return SealedFSDP(module.network, Launched(ranks.world), PATIENCE)
     if ranks.size == 1:

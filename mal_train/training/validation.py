@@ -10,12 +10,12 @@ import numpy as np
 from mal_train.core.coco.annotations import Annotation, CocoFile, by_image
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
-from mal_train.core.metrics.evaluator import Compared, Evaluator
+from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.settings import LabelerConfig
-from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Prediction, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork
-from mal_train.offline.dataset_labeler import Failure, Row, label_boxes
+from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
 from mal_train.training.calibration import fit_calibration, held_out
 from mal_train.training.thresholds import best_thresholds, iou_curve
 
@@ -36,7 +36,7 @@ class Validation:
 
     report: EvaluationReport
     config: LabelerConfig
-    compared: Sequence[Compared] = ()
+    compared: Sequence[InstanceComparison] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Validator:
     device: str
     fit_calibration: bool = False
     threads: int = 2
-    options: RunOptions = dataclasses.field(default_factory=RunOptions)
+    options: PredictOptions = dataclasses.field(default_factory=PredictOptions)
 
     def run(
         self,
@@ -94,7 +94,7 @@ class Validator:
             config = dataclasses.replace(config, mask_thres=found)
             labeler = Labeler(network, config, device=self.device, precision=self.precision)
         for annotation, pair in kept:
-            add_answer(evaluator, annotation, pair if isinstance(pair, Failure) else labeler.finish(*pair))
+            add_answer(evaluator, annotation, pair if isinstance(pair, LabelFailure) else labeler.finish(*pair))
             on_box()
         for annotation, label in self._answers(labeler, rest):
             add_answer(evaluator, annotation, label)
@@ -103,7 +103,7 @@ class Validator:
             config = _calibrate(evaluator, config, with_flip=self.options.flip)
         return Validation(evaluator.report(), config, evaluator.compared)
 
-    def _answers(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, Label | Failure]]:
+    def _answers(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
         return label_boxes(
             labeler,
             rows,
@@ -116,7 +116,7 @@ class Validator:
 
     def _predict(
         self, labeler: Labeler, rows: Sequence[Row]
-    ) -> Iterator[tuple[Annotation, tuple[Crop, Probability] | Failure]]:
+    ) -> Iterator[tuple[Annotation, tuple[Crop, Prediction] | LabelFailure]]:
         return label_boxes(
             labeler,
             rows,
@@ -130,7 +130,7 @@ class Validator:
 
 
 def evaluator_of(coco: CocoFile, rows: Sequence[Row]) -> Evaluator:
-    """An evaluator that knows the file's crowds, which are neither labelled nor counted."""
+    """An evaluator that knows the file's crowds, which are neither labeled nor counted."""
     evaluator = Evaluator(coco.category_names)
     for image, annotations in rows:
         for annotation in annotations:
@@ -161,12 +161,12 @@ def _split_for_fit(rows: Sequence[Row], crop_size: int) -> tuple[list[Row], list
 
 
 def _curves(
-    kept: Sequence[tuple[Annotation, tuple[Crop, Probability] | Failure]], config: LabelerConfig
+    kept: Sequence[tuple[Annotation, tuple[Crop, Prediction] | LabelFailure]], config: LabelerConfig
 ) -> tuple[list[float], list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]]:
     areas, curves = [], []
     for annotation, pair in kept:
         segmentation = annotation.raw.get("segmentation")
-        if isinstance(pair, Failure) or not segmentation:
+        if isinstance(pair, LabelFailure) or not segmentation:
             continue
         crop, probability = pair
         try:
@@ -189,9 +189,9 @@ def _calibrate(evaluator: Evaluator, config: LabelerConfig, *, with_flip: bool) 
     return dataclasses.replace(config, calibration=knots, calibrated_with_flip=with_flip)
 
 
-def add_answer(evaluator: Evaluator, annotation: Annotation, label: Label | Failure) -> None:
+def add_answer(evaluator: Evaluator, annotation: Annotation, label: Label | LabelFailure) -> None:
     """Compares an answer with its ground truth, or notes why there is none."""
-    if isinstance(label, Failure):
+    if isinstance(label, LabelFailure):
         evaluator.skip(annotation, label.reason, label.message)
     else:
         evaluator.add(annotation, label.rle, label.score)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.load.caller import Plan
-from benchmarks.load.figures import Sample, Summary, summarise
+from benchmarks.load.figures import Sample, Summary, summarize
 from benchmarks.load.run import Server, loading, samples_of, shared, stand_in
 from tests.chaos.conftest import FORM, TIMED, Form
 
@@ -40,7 +40,7 @@ class Seen:
 
     def of(self, kind: str = "") -> Summary:
         """The figures of one kind of client."""
-        return summarise(self.samples, self.begin, self.begin + self.seconds, kind)
+        return summarize(self.samples, self.begin, self.begin + self.seconds, kind)
 
 
 def queued_crops(metrics: str) -> float:

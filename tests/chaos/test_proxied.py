@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.load.caller import Plan
 from benchmarks.load.run import ROOT, Server, loading, samples_of, stand_in
-from mal_server.ops.health_probe import Probe
+from mal_server.ops.health_probe import HealthProbe
 from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
 
@@ -44,7 +44,7 @@ def proxied(proxy: str, folder: Path, servers: list[Server]) -> Iterator[str]:
     process = subprocess.Popen(command_of(proxy, config))
     try:
         until = time.monotonic() + 60
-        while Probe(f"127.0.0.1:{port}").ask() != "SERVING":
+        while HealthProbe(f"127.0.0.1:{port}").ask() != "SERVING":
             assert process.poll() is None, f"the proxy ended with {process.returncode}"
             assert time.monotonic() < until, "the proxy did not come up"
             time.sleep(0.05)

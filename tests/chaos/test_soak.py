@@ -27,7 +27,7 @@ from mal.v1 import labeling_pb2, labeling_pb2_grpc, types_pb2
 from benchmarks.load.caller import LABEL_IMAGE, Plan
 from benchmarks.load.deck import Picture, load_deck
 from benchmarks.load.run import ROOT, START_S, environment, loading, samples_of, wait_for_address
-from mal_server.ops.health_probe import Probe
+from mal_server.ops.health_probe import HealthProbe
 from tests.chaos.conftest import FORM, Form
 from tests.chaos.test_hostile import corpus, mutant
 from tests.chaos.test_load import free_port, queued_crops
@@ -349,7 +349,7 @@ def test_under_all_faults_at_random_nothing_is_lost_and_nothing_comes_twice(
         faults.wait_for(lambda: all(one.is_up for one in servers), "a server did not come back")
         job.finish()
         faults.wait_for(lambda: queued_crops(f"127.0.0.1:{metrics}") == 0, "crops wait that nobody waits for")
-        health = [Probe(address).ask() for address in addresses]
+        health = [HealthProbe(address).ask() for address in addresses]
         for server in servers:
             server.end()
     growth_mib, more_files = _grown(faults.rss_mib), _grown(faults.files)

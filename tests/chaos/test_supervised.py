@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.load.caller import Plan
 from benchmarks.load.run import ROOT, environment, loading, samples_of, wait_for_address
-from mal_server.ops.health_probe import Probe
+from mal_server.ops.health_probe import HealthProbe
 from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
 
@@ -45,7 +45,7 @@ class Supervised:
 
     def health(self) -> str:
         """As `mal-server health` says."""
-        return Probe(self.address, timeout_s=1.0).ask().partition(" ")[0]
+        return HealthProbe(self.address, timeout_s=1.0).ask().partition(" ")[0]
 
     def seconds_until_serving(self) -> float:
         """From now on."""

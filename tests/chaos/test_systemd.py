@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from benchmarks.load.run import ROOT, environment
-from mal_server.ops.health_probe import Probe
+from mal_server.ops.health_probe import HealthProbe
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key, write_identity
@@ -217,7 +217,7 @@ class Unit:
 
     def serves(self) -> bool:
         try:
-            return Probe(self.address_file.read_text().strip(), timeout_s=5.0).ask() == "SERVING"
+            return HealthProbe(self.address_file.read_text().strip(), timeout_s=5.0).ask() == "SERVING"
         except FileNotFoundError:
             return False
 

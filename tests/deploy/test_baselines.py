@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deploy.demo.baselines import box_filled, colour_clustering, ellipse
+from deploy.demo.baselines import box_filled, color_clustering, ellipse
 from mal_train.core.masks import geometry, rle
 
 FRAME = (40, 60)
@@ -37,7 +37,7 @@ def test_masks_lie_in_the_box_by_the_clip_rule(box: Any) -> None:
     if not region.is_empty:
         allowed[region.row0 : region.row1, region.col0 : region.col1] = True
     assert (rle.decode_mask(box_filled(box, FRAME)) == allowed).all()
-    for mask in (ellipse(box, FRAME), colour_clustering(noise(), box)):
+    for mask in (ellipse(box, FRAME), color_clustering(noise(), box)):
         assert not (rle.decode_mask(mask) & ~allowed).any()
 
 
@@ -51,21 +51,21 @@ def test_ellipse_of_a_clipped_box_keeps_the_shape_of_the_whole() -> None:
     assert (cut[:20, :25] == whole[15:35, 15:40]).all()
 
 
-def test_colour_clustering_finds_an_object_that_differs_in_colour() -> None:
+def test_color_clustering_finds_an_object_that_differs_in_color() -> None:
     image, disc = disc_on_grass()
-    found = colour_clustering(image, (20, 10, 21, 21))
+    found = color_clustering(image, (20, 10, 21, 21))
     assert rle.iou(found, rle.encode_mask(disc)) > 0.95
 
 
-def test_colour_clustering_is_repeatable() -> None:
-    assert colour_clustering(noise(3), (10, 10, 30, 20)) == colour_clustering(noise(3), (10, 10, 30, 20))
+def test_color_clustering_is_repeatable() -> None:
+    assert color_clustering(noise(3), (10, 10, 30, 20)) == color_clustering(noise(3), (10, 10, 30, 20))
 
 
 @pytest.mark.parametrize("box", [(0, 0, 60, 40), (5, 5, 2, 2), (-100, -100, 400, 400)])
-def test_colour_clustering_without_margin_or_pixels_is_the_box(box: Any) -> None:
-    assert colour_clustering(noise(), box) == box_filled(box, FRAME)
+def test_color_clustering_without_margin_or_pixels_is_the_box(box: Any) -> None:
+    assert color_clustering(noise(), box) == box_filled(box, FRAME)
 
 
-def test_colour_clustering_of_one_colour_is_the_box() -> None:
+def test_color_clustering_of_one_color_is_the_box() -> None:
     box = (10.0, 10.0, 20.0, 20.0)
-    assert colour_clustering(np.full((*FRAME, 3), 90, dtype=np.uint8), box) == box_filled(box, FRAME)
+    assert color_clustering(np.full((*FRAME, 3), 90, dtype=np.uint8), box) == box_filled(box, FRAME)

@@ -49,18 +49,18 @@ def test_box_is_tight_around_the_visible_part() -> None:
             assert one.box_xywh() == rle.to_box(rle.encode_mask(one.visible))
 
 
-def test_a_filled_box_is_right_above_half_and_colour_alone_does_not_find_the_objects() -> None:
-    ious: dict[str, list[float]] = {"box": [], "ellipse": [], "colour": []}
+def test_a_filled_box_is_right_above_half_and_color_alone_does_not_find_the_objects() -> None:
+    ious: dict[str, list[float]] = {"box": [], "ellipse": [], "color": []}
     for scene in scenes(25):
         for one in scene.objects:
             truth, box, hw = rle.encode_mask(one.visible), one.box_xywh(), scene.image.shape[:2]
             ious["box"].append(rle.iou(baselines.box_filled(box, (hw[0], hw[1])), truth))
             ious["ellipse"].append(rle.iou(baselines.ellipse(box, (hw[0], hw[1])), truth))
-            ious["colour"].append(rle.iou(baselines.colour_clustering(scene.image, box), truth))
+            ious["color"].append(rle.iou(baselines.color_clustering(scene.image, box), truth))
     means = {name: float(np.mean(values)) for name, values in ious.items()}
     assert means["box"] >= 0.55
     assert max(means.values()) <= 0.70
-    assert means["colour"] < means["ellipse"]
+    assert means["color"] < means["ellipse"]
 
 
 def test_training_split_holds_boxes_and_no_segmentation(tmp_path: Path) -> None:

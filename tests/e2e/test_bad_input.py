@@ -30,7 +30,7 @@ from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 WIDTH, HEIGHT = 160, 120
 SECRET = "correct-horse-battery"
 
-FINE = {"good.jpg", "cmyk.jpg", "grey16.png", "alpha.png", "animated.webp", "exif_as_stored.jpg"}
+FINE = {"good.jpg", "cmyk.jpg", "gray16.png", "alpha.png", "animated.webp", "exif_as_stored.jpg"}
 REFUSED = {
     "truncated.jpg": "IMAGE_DECODE_FAILED",
     "zero.jpg": "IMAGE_DECODE_FAILED",
@@ -74,7 +74,7 @@ def draw(folder: Path) -> None:
     (folder / "text.jpg").write_text("this is not a picture\n" * 20)
     (folder / "folder.jpg").mkdir()
     picture.convert("CMYK").save(folder / "cmyk.jpg")
-    Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257).save(folder / "grey16.png")
+    Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257).save(folder / "gray16.png")
     picture.convert("RGBA").save(folder / "alpha.png")
     for name in ("animated.gif", "animated.webp"):
         picture.save(folder / name, save_all=True, append_images=[other])
@@ -113,7 +113,7 @@ def dataset() -> dict[str, Any]:
         {**good, "id": "image", "image_id": 999},
         {**good, "id": "crowd", **crowd},
     ]
-    categories = [{"id": 1, "name": "thing", "colour": "red"}]
+    categories = [{"id": 1, "name": "thing", "color": "red"}]
     return {"images": images, "annotations": rows, "categories": categories, "project": {"owner": "us"}}
 
 
@@ -204,7 +204,7 @@ def test_a_result_that_cannot_be_written_is_known_before_the_work(
     def worked(*_: Any, **__: Any) -> None:
         raise AssertionError("began to work")
 
-    monkeypatch.setattr("mal_train.commands.inference.open_labelling", worked)
+    monkeypatch.setattr("mal_train.commands.inference.open_labeling", worked)
     assert infer(place, f"inference.label_dump_path={place / name}") == OutputError.exit_code
     assert str(place / name) in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ from PIL import Image
 from skimage import data
 
 from benchmarks.load.run import ROOT
-from mal_server.ops.health_probe import Probe
+from mal_server.ops.health_probe import HealthProbe
 from mal_train.kernel.checkpoint.builtin import BUILTIN, resolve
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key, write_identity
@@ -110,7 +110,7 @@ class Service:
         return subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
     def is_serving(self) -> bool:
-        return Probe(self.address, timeout_s=1.0).ask() == "SERVING"
+        return HealthProbe(self.address, timeout_s=1.0).ask() == "SERVING"
 
     def mask(self) -> bytes:
         """Of a portrait, as run lengths."""

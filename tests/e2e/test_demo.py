@@ -36,12 +36,12 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_and_labelling_saw_no_mask(out: Path) -> None:
+def test_training_and_labeling_saw_no_mask(out: Path) -> None:
     for name in ("train.json", "heldout_boxes.json"):
         assert "segmentation" not in (out / "data" / name).read_text()
 
 
-def test_photographs_are_labelled_by_the_model_in_the_package_before_anything_is_trained(out: Path) -> None:
+def test_photographs_are_labeled_by_the_model_in_the_package_before_anything_is_trained(out: Path) -> None:
     asked = json.loads((out / "data" / "photographs.json").read_text())["annotations"]
     labels = json.loads((out / "photographs.json").read_text())["annotations"]
     assert [row["id"] for row in labels] == [row["id"] for row in asked]
@@ -53,7 +53,7 @@ def test_photographs_are_labelled_by_the_model_in_the_package_before_anything_is
     assert "Photographs" in (out / "report.html").read_text()
 
 
-def test_every_held_out_box_is_labelled_in_a_file_that_pycocotools_loads(out: Path) -> None:
+def test_every_held_out_box_is_labeled_in_a_file_that_pycocotools_loads(out: Path) -> None:
     asked = json.loads((out / "data" / "heldout_boxes.json").read_text())["annotations"]
     labels = COCO(str(out / "labels.json"))
     assert sorted(labels.anns) == sorted(row["id"] for row in asked)

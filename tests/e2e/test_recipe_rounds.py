@@ -102,16 +102,16 @@ def test_four_rounds_through_the_commands_in_the_recipes_comments(
     exported = Path("round1.malckpt")
     assert load_checkpoint(exported, None).provenance["network"] == "teacher"
     values = {"BOXES.json": str(rounds.train_file), "IMAGES": str(rounds.train_images)}
-    labelled = rounds.run("inference", second, *filled(inference, values)) / "inference" / "round1.json"
-    rows = json.loads(labelled.read_text())["annotations"]
+    labeled = rounds.run("inference", second, *filled(inference, values)) / "inference" / "round1.json"
+    rows = json.loads(labeled.read_text())["annotations"]
     assert len(rows) == 24
     assert all(row["segmentation"] for row in rows)
-    round2 = rounds.run("train", second, labels=labelled) / "train" / latest
+    round2 = rounds.run("train", second, labels=labeled) / "train" / latest
 
     again = filled(inference, {**values, "round1.malckpt": str(round2), "round1.json": "round2.json"})
-    labelled = rounds.run("inference", third, *again) / "inference" / "round2.json"
-    round3 = rounds.run("train", third, pretrained=round2, labels=labelled) / "train" / latest
-    round4 = rounds.run("train", fourth, pretrained=round3, labels=labelled) / "train" / latest
+    labeled = rounds.run("inference", third, *again) / "inference" / "round2.json"
+    round3 = rounds.run("train", third, pretrained=round2, labels=labeled) / "train" / latest
+    round4 = rounds.run("train", fourth, pretrained=round3, labels=labeled) / "train" / latest
 
     (mean,) = commands_in(fourth)
     rounds.run("export", fourth, *filled(mean, {"ROUND4.malckpt": str(round4), "ROUND3.malckpt": str(round3)}))
@@ -131,7 +131,7 @@ def test_a_recipe_for_gpus_trains_evaluates_and_labels_a_few_scenes_on_the_cpu(t
     results = rounds.run("evaluate", recipe, f"evaluate.checkpoint='{checkpoint}'")
     figures = json.loads((results / "evaluate" / "results.json").read_text())
     assert figures["count"] == 60
-    labelled = rounds.run(
+    labeled = rounds.run(
         "inference",
         recipe,
         f"inference.checkpoint='{checkpoint}'",
@@ -139,6 +139,6 @@ def test_a_recipe_for_gpus_trains_evaluates_and_labels_a_few_scenes_on_the_cpu(t
         f"inference.img_dir='{rounds.train_images}'",
         "inference.label_dump_path=labels.json",
     )
-    rows = json.loads((labelled / "inference" / "labels.json").read_text())["annotations"]
+    rows = json.loads((labeled / "inference" / "labels.json").read_text())["annotations"]
     assert len(rows) == 24
     assert all(row["segmentation"] for row in rows)

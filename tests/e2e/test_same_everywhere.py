@@ -21,7 +21,7 @@ from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.masks.images import read_image
 from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from mal_train.kernel.labeler.labeler import Label, Labeler, RunOptions, load_labeler
+from mal_train.kernel.labeler.labeler import Label, Labeler, PredictOptions, load_labeler
 from mal_train.kernel.networks.network import MalNetwork
 from tests.networks import spread_network
 
@@ -51,7 +51,7 @@ def _network_with_real_masks(folder: Path) -> tuple[MalNetwork, LabelerConfig]:
             mask_thres=(middle, middle, middle),
             calibration=((0.0, 0.0), (0.55, 0.3), (0.7, 0.45), (1.0, 0.95)),
         )
-        labels = [label for _, label in _labelled(Labeler(network, config, precision="float32"), folder)]
+        labels = [label for _, label in _labeled(Labeler(network, config, precision="float32"), folder)]
         if sum(bool(label.area) and "FULL_BOX" not in label.flags for label in labels) >= 0.95 * len(labels):
             return network, config
     pytest.fail("none of the random networks gives masks that mean something on these scenes")
@@ -67,11 +67,11 @@ def _middle(labeler: Labeler, folder: Path) -> float:
     return float(np.median(values))
 
 
-def _labelled(labeler: Labeler, folder: Path, options: RunOptions | None = None) -> Iterator[tuple[int, Label]]:
+def _labeled(labeler: Labeler, folder: Path, options: PredictOptions | None = None) -> Iterator[tuple[int, Label]]:
     """(annotation id, label) of every box of the set."""
     for image, annotations in by_image(read_coco(folder / "scenes.json")):
         pixels = read_image(folder / "scenes" / image.file_name)
-        labels = labeler.label(pixels, [a.box_xywh for a in annotations], options or RunOptions(), batch_size=3)
+        labels = labeler.label(pixels, [a.box_xywh for a in annotations], options or PredictOptions(), batch_size=3)
         for annotation, label in zip(annotations, labels, strict=True):
             assert isinstance(label, Label)
             yield int(str(annotation.id)), label
@@ -109,9 +109,9 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def by_the_library(scenes: Path, options: RunOptions | None = None) -> dict[int, Label]:
+def by_the_library(scenes: Path, options: PredictOptions | None = None) -> dict[int, Label]:
     labeler, _ = load_labeler(scenes / "model.malckpt", precision="float32")
-    return dict(_labelled(labeler, scenes, options))
+    return dict(_labeled(labeler, scenes, options))
 
 
 def test_masks_are_byte_equal_in_library_inference_and_service(scenes: Path, server: str) -> None:
@@ -146,7 +146,7 @@ def test_masks_are_byte_equal_in_library_inference_and_service(scenes: Path, ser
 
 
 def test_branches_and_agreement_are_the_same_through_the_service(scenes: Path, server: str) -> None:
-    library = by_the_library(scenes, RunOptions(Branch.MIXED, agreement=True, flip=True))
+    library = by_the_library(scenes, PredictOptions(Branch.MIXED, agreement=True, flip=True))
     arguments = ["--annotations", str(scenes / "scenes.json"), "--images", str(scenes / "scenes")]
     output = scenes / "mixed.json"
     options = ["--branch", "mixed", "--agreement", "--flip", "--output", str(output)]

@@ -39,7 +39,7 @@ def filled_in(folder: Path, scenes: int) -> tuple[str, Path]:
 
 
 def all_three(folder: Path, overrides: list[str], scenes: int) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
-    """Runs the tasks: (figures of evaluate, labelled rows, boxes that were given)."""
+    """Runs the tasks: (figures of evaluate, labeled rows, boxes that were given)."""
     spec, annotations = filled_in(folder, scenes)
     for task in ("train", "evaluate", "inference"):
         assert main([task, "-e", spec, *overrides]) == 0, task

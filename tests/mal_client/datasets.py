@@ -37,7 +37,7 @@ class Dataset:
         """Writes the JSON file again."""
         self.json_path.write_text(json.dumps(self.coco))
 
-    def labelled(self) -> dict[Any, dict[str, Any]]:
+    def labeled(self) -> dict[Any, dict[str, Any]]:
         """The rows of the output by id."""
         return {row["id"]: row for row in json.loads(self.output.read_text())["annotations"]}
 

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mal_server.config.model_config import ModelPlan
-from mal_server.models.loader import Loaded
+from mal_server.models.loader import LoadedModel
 from mal_server.server import MalServer
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.errors import BadImage
 from mal_train.core.masks.images import read_image
 from mal_train.core.metrics.evaluator import Evaluator
-from mal_train.kernel.labeler.labeler import Crop, Label, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, bright_disc, config_of, loaded, queued_items
 
@@ -38,7 +38,7 @@ BOXES = [DISC_BOX, (-5.0, 0.0, 40.0, 40.0), (20.0, 10.0, 8.5, 9.25), (0.0, 0.0, 
 @contextmanager
 def served(
     predictor: BrightPredictor | None = None,
-    load: Callable[[ModelPlan], Loaded] | None = None,
+    load: Callable[[ModelPlan], LoadedModel] | None = None,
     servers: list[MalServer] | None = None,
     **settings: Any,
 ) -> Iterator[str]:
@@ -99,7 +99,7 @@ class HeldLater(BrightPredictor):
             time.sleep(0.005)
         self._released.set()
 
-    def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
+    def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
         if len(self.batches) >= self._most:
             self._released.wait(120)
         return super().predict(crops, options)
@@ -116,7 +116,7 @@ def label(address: str, dataset: Dataset, **more: Any) -> DatasetResult:
 
 
 def test_the_client_gives_the_kernels_masks_bit_for_bit() -> None:
-    expected = BrightPredictor().label(DISC, BOXES, RunOptions(agreement=True))
+    expected = BrightPredictor().label(DISC, BOXES, PredictOptions(agreement=True))
     with served(max_batch_size=2) as address, Client(address, timeout_s=30) as client:
         found = client.label_image(DISC, BOXES, LabelOptions(agreement=True))
     for ours, theirs in zip(expected, found, strict=True):
@@ -169,7 +169,7 @@ def wait_until(holds: Callable[[], bool], at_most_s: float = 120) -> None:
 def test_a_data_set_gets_the_kernels_masks_in_its_own_order(dataset: Dataset) -> None:
     with served(limits={"max_items_in_flight": 3}) as address:
         result = label(address, dataset)
-    assert (result.labelled, result.failed) == (12, ())
+    assert (result.labeled, result.failed) == (12, ())
     kernel = BrightPredictor()
     files = {row["id"]: row["file_name"] for row in dataset.coco["images"]}
     written = json.loads(dataset.output.read_text())["annotations"]
@@ -194,7 +194,7 @@ def test_each_bad_input_is_an_error_of_its_own_and_the_rest_goes_on(dataset: Dat
     dataset.save()
     with served() as address:
         result = label(address, dataset)
-    assert result.labelled == 1
+    assert result.labeled == 1
     reasons = {row.annotation_id: row.error.reason for row in result.failed}
     assert reasons == {
         **dict.fromkeys((100, 101), "IMAGE_NOT_FOUND"),
@@ -203,7 +203,7 @@ def test_each_bad_input_is_an_error_of_its_own_and_the_rest_goes_on(dataset: Dat
         **dict.fromkeys((108, 109), "BAD_BOX"),
         111: "CATEGORY_UNKNOWN",
     }
-    assert "BOX_CLIPPED" in dataset.labelled()[110]["flags"]
+    assert "BOX_CLIPPED" in dataset.labeled()[110]["flags"]
     messages = {row.annotation_id: row.error.message for row in result.failed}
     assert messages[106].startswith("picture_3.png: ")
     assert messages[108].startswith("annotation 108: ")
@@ -231,7 +231,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(dataset: Dataset) 
     with served(listen={"port": port}):
         job.join(120)
     assert results
-    assert (results[0].labelled, results[0].failed) == (12, ())
+    assert (results[0].labeled, results[0].failed) == (12, ())
 
 
 def test_a_server_killed_for_good_leaves_what_was_answered(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,28 +246,28 @@ def test_a_server_killed_for_good_leaves_what_was_answered(dataset: Dataset, mon
         assert seen.wait(120)
         threading.Thread(target=predictor.release_when_closed, args=(address,)).start()
     job.join(120)
-    assert results[0].labelled >= 2
-    assert results[0].labelled + len(results[0].failed) == 12
+    assert results[0].labeled >= 2
+    assert results[0].labeled + len(results[0].failed) == 12
     assert {row.error.reason for row in results[0].failed} == {"SERVER_LOST"}
-    assert len(dataset.labelled()) == 12
+    assert len(dataset.labeled()) == 12
 
 
 def test_the_client_waits_for_a_server_that_still_loads(dataset: Dataset) -> None:
     started = threading.Event()
 
-    def load(plan: ModelPlan) -> Loaded:
+    def load(plan: ModelPlan) -> LoadedModel:
         started.wait(20)
         return loaded(plan, BrightPredictor())
 
     with served(load=load) as address:
         threading.Timer(2.5, started.set).start()
-        assert label(address, dataset).labelled == 12
+        assert label(address, dataset).labeled == 12
 
 
 def test_a_full_queue_is_waited_for(dataset: Dataset) -> None:
     with served(BrightPredictor(wait_s=0.02), max_batch_size=1, max_queue_crops=2, limits={"max_boxes": 2}) as address:
         result = label(address, dataset)
-    assert (result.labelled, result.failed) == (12, ())
+    assert (result.labeled, result.failed) == (12, ())
 
 
 def test_the_servers_limits_hold_before_anything_is_sent(dataset: Dataset) -> None:
@@ -278,7 +278,7 @@ def test_the_servers_limits_hold_before_anything_is_sent(dataset: Dataset) -> No
         Image.fromarray(noise).save(dataset.images_dir / "picture_0.png")
         result = client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output)
     assert {row.error.reason for row in result.failed} == {"IMAGE_TOO_LARGE"}
-    assert result.labelled == 10
+    assert result.labeled == 10
 
 
 def test_an_image_between_256_kib_and_grpcs_default_limit_and_one_above_it_go_through() -> None:

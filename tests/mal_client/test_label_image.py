@@ -1,4 +1,4 @@
-"""Claims about labelling one image, blocking and asyncio."""
+"""Claims about labeling one image, blocking and asyncio."""
 
 import asyncio
 import io
@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from mal_client.client import AsyncClient, Client
-from mal_client.errors import CallCancelled, CallTimedOut, RequestRefused, ServerFailed, ServerUnavailable
+from mal_client.errors import CallCancelled, CallTimedOut, InvalidRequest, ServerError, ServerUnavailable
 from mal_client.transport.image_call import MOST_CUT_SHORT
 from mal_client.types import BoxLabel, LabelOptions
 from PIL import Image
@@ -149,7 +149,7 @@ def test_a_file_is_sent_as_it_is_stored(fake: FakeServer, client: Client, tmp_pa
     ],
 )
 def test_what_is_no_image_is_refused_with_a_word_for_people(client: Client, image: object) -> None:
-    with pytest.raises((BadImage, RequestRefused)) as caught:
+    with pytest.raises((BadImage, InvalidRequest)) as caught:
         client.label_image(image, BOXES)  # type: ignore[arg-type]
     assert len(str(caught.value)) > 20
 
@@ -158,7 +158,7 @@ def test_what_is_no_image_is_refused_with_a_word_for_people(client: Client, imag
 def test_what_is_no_list_of_boxes_is_refused_before_anything_is_sent(
     fake: FakeServer, client: Client, boxes: object
 ) -> None:
-    with pytest.raises(RequestRefused, match="x, y, width, height"):
+    with pytest.raises(InvalidRequest, match="x, y, width, height"):
         client.label_image(PIXELS, boxes)  # type: ignore[arg-type]
     assert not fake.label_requests
 
@@ -265,7 +265,7 @@ def test_a_call_that_servers_behind_a_proxy_may_die_of_is_given_up_before_it_has
         with (
             serving(fake) as server,
             cutting(server, Cut.RESET_FIRST, 99, after=1) as address,
-            pytest.raises(ServerFailed, match=r"3 times the call ended .*, with 3 boxes unanswered; .* look into"),
+            pytest.raises(ServerError, match=r"3 times the call ended .*, with 3 boxes unanswered; .* look into"),
         ):
             way(address)
         assert len(fake.label_requests) == MOST_CUT_SHORT
@@ -285,7 +285,7 @@ def test_asking_what_is_served_outlives_cuts_and_ends_when_they_do_not(cut: Cut)
         with (
             cutting(server, cut, 99) as address,
             Client(address) as client,
-            pytest.raises((ServerFailed, CallCancelled), match=r"RST_STREAM|removed"),
+            pytest.raises((ServerError, CallCancelled), match=r"RST_STREAM|removed"),
         ):
             client.server_info()
 
@@ -295,7 +295,7 @@ def test_an_internal_error_of_the_servers_own_is_not_sent_again() -> None:
     with (
         serving(fake) as address,
         Client(address, timeout_s=20) as client,
-        pytest.raises(ServerFailed, match="told to break"),
+        pytest.raises(ServerError, match="told to break"),
     ):
         client.label_image(PIXELS, BOXES)
     assert fake.calls.count("LabelImage") == 1
@@ -371,7 +371,7 @@ def test_an_answer_that_leaves_a_box_out_is_an_error_and_no_endless_wait() -> No
     with (
         serving(FakeServer(Faults(leave_out={1}))) as address,
         Client(address, timeout_s=20) as client,
-        pytest.raises(ServerFailed, match="1 boxes unanswered"),
+        pytest.raises(ServerError, match="1 boxes unanswered"),
     ):
         client.label_image(PIXELS, BOXES)
 
@@ -432,7 +432,7 @@ def test_something_that_is_no_mal_server_is_named_as_such() -> None:
     other = grpc.server(futures.ThreadPoolExecutor(1))
     port = other.add_insecure_port("127.0.0.1:0")
     other.start()
-    with Client(f"127.0.0.1:{port}") as client, pytest.raises(RequestRefused, match="check that it is a mal-server"):
+    with Client(f"127.0.0.1:{port}") as client, pytest.raises(InvalidRequest, match="check that it is a mal-server"):
         client.server_info()
     other.stop(None).wait()
 

@@ -9,7 +9,7 @@ from mal.v1 import model_pb2, types_pb2
 from mal_client.cli import main
 from mal_client.client import Client
 from mal_client.dataset.provenance import provenance_of
-from mal_client.errors import RequestRefused
+from mal_client.errors import InvalidRequest
 from mal_client.transport.serialization import labeling_messages
 from mal_client.types import LabelOptions
 
@@ -69,13 +69,13 @@ def test_the_named_model_says_what_it_can_run() -> None:
         assert info.for_options(LabelOptions(agreement=True, branch=Branch.TEACHER)).model.name == "cats"
         assert info.for_options(LabelOptions(model="dogs", branch=Branch.STUDENT)).branches == (Branch.STUDENT,)
         with pytest.raises(
-            RequestRefused, match=r"branch: mixed; .* model 'dogs' holds the student alone; leave --branch"
+            InvalidRequest, match=r"branch: mixed; .* model 'dogs' holds the student alone; leave --branch"
         ):
             info.for_options(LabelOptions(model="dogs", branch=Branch.MIXED))
-        with pytest.raises(RequestRefused, match=r"agreement: true; .* model 'dogs' holds the student alone") as caught:
+        with pytest.raises(InvalidRequest, match=r"agreement: true; .* model 'dogs' holds the student alone") as caught:
             info.for_options(LabelOptions(model="dogs", agreement=True))
         assert [violation.field for violation in caught.value.violations] == ["agreement"]
-        with pytest.raises(RequestRefused, match="'dog' is not served"):
+        with pytest.raises(InvalidRequest, match="'dog' is not served"):
             info.for_options(LabelOptions(model="dog", agreement=True))
 
 
@@ -86,11 +86,11 @@ def test_a_request_names_its_model(address: str) -> None:
         assert label.model.name == "dogs"
         info = client.server_info()
         assert (info.model.name, info.of_model("dogs").model.name) == ("cats", "dogs")
-        with pytest.raises(RequestRefused, match="there are cats, dogs"):
+        with pytest.raises(InvalidRequest, match="there are cats, dogs"):
             info.of_model("mice")
 
 
-def test_a_data_set_is_labelled_by_the_model_that_was_named(address: str, tmp_path: Path) -> None:
+def test_a_data_set_is_labeled_by_the_model_that_was_named(address: str, tmp_path: Path) -> None:
     (tmp_path / "disc.png").write_bytes(DISC_PNG)
     rows = {
         "images": [{"id": 1, "file_name": "disc.png", "width": 60, "height": 40}],
@@ -102,7 +102,7 @@ def test_a_data_set_is_labelled_by_the_model_that_was_named(address: str, tmp_pa
         named = LabelOptions(model="dogs")
         result = client.label_dataset(tmp_path / "in.json", tmp_path, tmp_path / "out.json", named)
     assert result.model is not None
-    assert (result.labelled, result.model.name) == (1, "dogs")
+    assert (result.labeled, result.model.name) == (1, "dogs")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_data_set_is_labelled_by_the_model_that_was_named(address: str, tmp_pa
         ),
     ],
 )
-def test_a_labelled_file_says_whether_its_scores_were_calibrated_for_labels_made_so(
+def test_a_labeled_file_says_whether_its_scores_were_calibrated_for_labels_made_so(
     branch: types_pb2.Branch.ValueType, options: LabelOptions, words: str
 ) -> None:
     model = model_pb2.ModelInfo(ref=types_pb2.ModelRef(name="cats", branch=branch), score_calibrated=True)

@@ -20,13 +20,13 @@ from PIL import Image
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
 from mal_server.inference.worker import Worker
-from mal_server.models.loader import Loaded, ModelInfo
+from mal_server.models.loader import LoadedModel, ModelInfo
 from mal_server.scheduling.batcher import Batcher
 from mal_server.server import MalServer
 from mal_train.core.errors import OutOfDeviceMemory
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import validate
-from mal_train.kernel.labeler.labeler import Crop, Labeler, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction, PredictOptions
 
 Result = TypeVar("Result")
 
@@ -52,13 +52,13 @@ class BrightPredictor(Labeler):
         error: Exception | None = None,
     ) -> None:
         self.config = LabelerConfig(crop_size=16, mask_thres=(0.5, 0.5, 0.5))
-        self.batches: list[tuple[RunOptions, int]] = []
+        self.batches: list[tuple[PredictOptions, int]] = []
         self.wait_s = wait_s
         self.fits = fits
         self.gate = gate
         self.error = error
 
-    def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
+    def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
         self.batches.append((options, len(crops)))
         if self.gate is not None:
             self.gate.wait(120)
@@ -68,7 +68,7 @@ class BrightPredictor(Labeler):
         if len(crops) > self.fits:
             raise OutOfDeviceMemory(f"{len(crops)} crops do not fit")
         maps = [crop.pixels.mean(axis=2, dtype=np.float32) / np.float32(255) for crop in crops]
-        return [Probability(prob, prob, 1 - prob) if options.agreement else Probability(prob) for prob in maps]
+        return [Prediction(prob, prob, 1 - prob) if options.agreement else Prediction(prob) for prob in maps]
 
 
 def queued_items(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -135,7 +135,9 @@ def config_of(**settings: Any) -> ServerConfig:
     return validate(ServerConfig, data)
 
 
-def loaded(plan: ModelPlan, *predictors: BrightPredictor, sha256: str = SHA256, has_teacher: bool = True) -> Loaded:
+def loaded(
+    plan: ModelPlan, *predictors: BrightPredictor, sha256: str = SHA256, has_teacher: bool = True
+) -> LoadedModel:
     info = ModelInfo(
         name=plan.name,
         sha256=sha256,
@@ -147,7 +149,7 @@ def loaded(plan: ModelPlan, *predictors: BrightPredictor, sha256: str = SHA256, 
         precision="float32",
         has_teacher=has_teacher,
     )
-    return Loaded(info, tuple(Worker(predictor, "cpu") for predictor in predictors))
+    return LoadedModel(info, tuple(Worker(predictor, "cpu") for predictor in predictors))
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_server.config.model_config import ModelPlan
-from mal_server.models.loader import Loaded
+from mal_server.models.loader import LoadedModel
 from mal_server.server import SERVICES, MalServer, serve
 from mal_train.core.errors import ConfigError, DeviceError, DeviceLost, WrongKey
 from tests.mal_server.calls import reason_of, status_details
@@ -41,8 +41,8 @@ async def refused(channel: grpc.aio.Channel) -> None:
             await asyncio.sleep(0.001)
 
 
-def loading_with(predictor: BrightPredictor, gate: threading.Event | None = None) -> Callable[[ModelPlan], Loaded]:
-    def load(plan: ModelPlan) -> Loaded:
+def loading_with(predictor: BrightPredictor, gate: threading.Event | None = None) -> Callable[[ModelPlan], LoadedModel]:
+    def load(plan: ModelPlan) -> LoadedModel:
         if gate is not None:
             gate.wait(LIMIT_S)
         return loaded(plan, predictor)
@@ -169,7 +169,7 @@ def test_a_port_in_use_is_a_clear_error() -> None:
 
 
 def test_a_server_that_never_started_does_not_say_that_it_stopped(caplog: pytest.LogCaptureFixture) -> None:
-    def load(plan: ModelPlan) -> Loaded:
+    def load(plan: ModelPlan) -> LoadedModel:
         raise WrongKey("the key does not open it")
 
     async def work() -> None:
@@ -252,7 +252,7 @@ def test_an_interrupt_from_the_keyboard_skips_the_drain_delay(tmp_path: Path) ->
 def test_a_signal_while_loading_ends_the_server() -> None:
     gate, begun = threading.Event(), threading.Event()
 
-    def load(plan: ModelPlan) -> Loaded:
+    def load(plan: ModelPlan) -> LoadedModel:
         begun.set()
         gate.wait(LIMIT_S)
         return loaded(plan, BrightPredictor())
@@ -268,7 +268,7 @@ def test_a_signal_while_loading_ends_the_server() -> None:
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: Path) -> None:
-    def load(plan: ModelPlan) -> Loaded:
+    def load(plan: ModelPlan) -> LoadedModel:
         raise WrongKey("the key does not open it")
 
     port_file = tmp_path / "address"
@@ -339,7 +339,7 @@ def test_a_checkpoint_that_is_still_being_read_does_not_hold_up_the_end(tmp_path
     gate, reading, port_file = threading.Event(), threading.Event(), tmp_path / "address"
     plans: list[ModelPlan] = []
 
-    def load(plan: ModelPlan) -> Loaded:
+    def load(plan: ModelPlan) -> LoadedModel:
         plans.append(plan)
         if len(plans) > is_serving:
             reading.set()

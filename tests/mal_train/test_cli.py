@@ -20,7 +20,7 @@ from mal_train.core.masks.images import read_image
 from mal_train.core.settings import Branch, Compat, LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.convert.tao_import import from_tao
-from mal_train.kernel.labeler.labeler import Label, Labeler, RunOptions, load_labeler
+from mal_train.kernel.labeler.labeler import Label, Labeler, PredictOptions, load_labeler
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.offline.dataset_labeler import label_boxes
 from tests.mal_train.kernel.published import NVLABS, TAO, TAO6_FAN_HYBRID, state_dict
@@ -80,7 +80,7 @@ def test_inference_gives_every_box_the_mask_that_the_labeler_gives(tmp_path: Pat
         assert labels[annotation.id]["bbox"] == list(annotation.box_xywh)
 
 
-def test_what_fails_is_listed_and_the_rest_is_labelled(
+def test_what_fails_is_listed_and_the_rest_is_labeled(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def spoil(coco: dict[str, Any]) -> None:
@@ -360,10 +360,10 @@ def test_teacher_mixed_and_flip_answer_as_published(tmp_path: Path) -> None:
     image_dir = fixture("k_e2e_images")
     published = json.loads(fixture("k_e2e_variants.json").read_text())
     for name, options in (
-        ("teacher", RunOptions(branch=Branch.TEACHER)),
-        ("mixed", RunOptions(branch=Branch.MIXED)),
-        ("flip", RunOptions(flip=True)),
-        ("flip_mixed", RunOptions(branch=Branch.MIXED, flip=True)),
+        ("teacher", PredictOptions(branch=Branch.TEACHER)),
+        ("mixed", PredictOptions(branch=Branch.MIXED)),
+        ("flip", PredictOptions(flip=True)),
+        ("flip_mixed", PredictOptions(branch=Branch.MIXED, flip=True)),
     ):
         answers = label_boxes(
             labeler,

@@ -15,15 +15,15 @@ from typing import Final
 import grpc
 from mal.v1 import labeling_pb2_grpc
 
-from mal_client.bulk.stream import BulkCall, ItemAnswer
-from mal_client.bulk.work_queue import Item, WorkPool
-from mal_client.errors import CallTimedOut, ServerFailed, ServerUnavailable, rpc_details, rpc_text
+from mal_client.bulk.stream import BulkStream, ItemResult
+from mal_client.bulk.work_queue import WorkItem, WorkQueue
+from mal_client.errors import CallTimedOut, ServerError, ServerUnavailable, rpc_details, rpc_text
 from mal_client.images.image_input import EncodedImage
-from mal_client.transport.base import Link
+from mal_client.transport.base import Transport
 from mal_client.types import LabelOptions
 from mal_train.core.errors import MalError
 
-LOST = (ServerUnavailable, CallTimedOut, ServerFailed)
+LOST = (ServerUnavailable, CallTimedOut, ServerError)
 """What ends one server's part of a job and leaves the rest to the others."""
 
 _WAITING_ANSWERS: Final = 64
@@ -32,7 +32,7 @@ _LOOK_EVERY_S: Final = 0.25
 OnNotice = Callable[[str], None]
 
 
-class ServersLost(Exception):
+class AllServersLost(Exception):
     """No server is left; carries the last one's error. For the job that runs the fleet, which knows what it has."""
 
     def __init__(self, fault: MalError) -> None:
@@ -40,7 +40,7 @@ class ServersLost(Exception):
         self.fault = fault
 
 
-class Fleet:
+class MultiServerDispatcher:
     """Several servers at work on one pool.
 
     Args:
@@ -54,9 +54,9 @@ class Fleet:
 
     def __init__(
         self,
-        servers: Sequence[tuple[Link, int]],
-        pool: WorkPool,
-        load: Callable[[Item], EncodedImage],
+        servers: Sequence[tuple[Transport, int]],
+        pool: WorkQueue,
+        load: Callable[[WorkItem], EncodedImage],
         options: LabelOptions,
         on_notice: OnNotice,
     ) -> None:
@@ -64,11 +64,11 @@ class Fleet:
         self._on_notice = on_notice
         self._over = threading.Event()
         # Bounded: when answers cannot be written as fast as they come, servers wait.
-        self._arrived: queue.Queue[ItemAnswer | _Ended | _Notice] = queue.Queue(_WAITING_ANSWERS)
+        self._arrived: queue.Queue[ItemResult | _Ended | _Notice] = queue.Queue(_WAITING_ANSWERS)
         self._lines = [
-            _Line(
+            _ServerThread(
                 client,
-                BulkCall(
+                BulkStream(
                     address=client.address,
                     pool=pool,
                     load=load,
@@ -81,7 +81,7 @@ class Fleet:
             for client, max_items in servers
         ]
 
-    def answers(self) -> Generator[ItemAnswer, None, None]:
+    def answers(self) -> Generator[ItemResult, None, None]:
         """Every item's answer once, as they come. Closing the generator ends all streams.
 
         Raises:
@@ -100,10 +100,10 @@ class Fleet:
             for thread in threads:
                 thread.join()
 
-    def _collect(self, running: int) -> Iterator[ItemAnswer]:
+    def _collect(self, running: int) -> Iterator[ItemResult]:
         while running:
             got = self._arrived.get()
-            if isinstance(got, ItemAnswer):
+            if isinstance(got, ItemResult):
                 yield got
                 continue
             if isinstance(got, _Notice):
@@ -117,11 +117,11 @@ class Fleet:
             with self._pool.changed:
                 is_work_left = not self._pool.done
             if is_work_left and not running:
-                raise ServersLost(got.fault)
+                raise AllServersLost(got.fault)
             if is_work_left:
                 self._on_notice(f"{got.fault}; {running} of {len(self._lines)} servers go on")
 
-    def _serve(self, line: _Line) -> None:
+    def _serve(self, line: _ServerThread) -> None:
         fault: Exception | None = None
         try:
             while not line.call.done and not self._over.is_set():
@@ -132,13 +132,13 @@ class Fleet:
         line.call.close()
         self._deliver(_Ended(fault))
 
-    def _pause(self, client: Link, pause_s: float) -> None:
+    def _pause(self, client: Transport, pause_s: float) -> None:
         while pause_s > 0 and not self._over.wait(min(pause_s, _LOOK_EVERY_S)):
             pause_s -= _LOOK_EVERY_S
             # Tells whether the client was closed meanwhile.
             client.pause(0)
 
-    def _deliver(self, got: ItemAnswer | _Ended | _Notice) -> None:
+    def _deliver(self, got: ItemResult | _Ended | _Notice) -> None:
         while not self._over.is_set():
             try:
                 self._arrived.put(got, timeout=_LOOK_EVERY_S)
@@ -161,17 +161,17 @@ class _Notice:
     text: str
 
 
-class _Line:
+class _ServerThread:
     """One server with the state of its streams."""
 
-    def __init__(self, client: Link, call: BulkCall) -> None:
+    def __init__(self, client: Transport, call: BulkStream) -> None:
         self.client = client
         self.call = call
         self._stream: grpc.Call | None = None
         self._is_missed = False
         """Its connection was lost, which was said, and it has not answered since."""
 
-    def stream(self, deliver: Callable[[ItemAnswer | _Notice], None], *, has_others: bool) -> float:
+    def stream(self, deliver: Callable[[ItemResult | _Notice], None], *, has_others: bool) -> float:
         """Runs one stream to its end; seconds to wait before the next, if one is needed."""
         stub = labeling_pb2_grpc.LabelingServiceStub(self.client.open_channel())
         stream = self._stream = stub.LabelImages(self.call.requests())

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 import grpc
 from mal.v1 import labeling_pb2
 
-from mal_client.bulk.work_queue import Item, WorkPool
+from mal_client.bulk.work_queue import WorkItem, WorkQueue
 from mal_client.errors import (
     RESPONSE_TOO_LARGE,
     CallTimedOut,
     ItemError,
     ModelChanged,
-    ServerFailed,
+    ServerError,
     ServerUnavailable,
     from_rpc_error,
-    is_broken_off,
+    is_disconnect,
     item_error,
     rpc_details,
 )
@@ -42,15 +42,15 @@ LONGEST_PAUSE_S = 8.0
 
 
 @dataclass(frozen=True)
-class ItemAnswer:
+class ItemResult:
     """What became of (some of) an item's boxes; a whole item's failure stands in `error` for all of its boxes."""
 
-    item: Item
+    item: WorkItem
     labels: dict[int, BoxLabel] = field(default_factory=dict)
     error: ItemError | None = None
 
 
-class BulkCall:
+class BulkStream:
     """State of one server's part of a job, over as many streams as it takes.
 
     Use: open a stream over `requests()`, pass each message to `absorb`; when the stream closes call `ended`, when it
@@ -70,9 +70,9 @@ class BulkCall:
         self,
         *,
         address: str,
-        pool: WorkPool,
-        load: Callable[[Item], EncodedImage],
-        fail: Callable[[ItemAnswer], None],
+        pool: WorkQueue,
+        load: Callable[[WorkItem], EncodedImage],
+        fail: Callable[[ItemResult], None],
         options: LabelOptions,
         max_items: int,
         silence_s: float,
@@ -87,7 +87,7 @@ class BulkCall:
         self._clock = pool.clock
         self._changed = pool.changed
         self._generation = 0
-        self._in_flight: dict[str, tuple[Item, int]] = {}
+        self._in_flight: dict[str, tuple[WorkItem, int]] = {}
         self._fault: Exception | None = None
         self._breaks = 0
         self._breaking_since: float | None = None
@@ -111,7 +111,7 @@ class BulkCall:
             self._waiting_since = self._clock()
         return self._requests(generation)
 
-    def absorb(self, response: labeling_pb2.LabelImagesResponse) -> list[ItemAnswer]:
+    def absorb(self, response: labeling_pb2.LabelImagesResponse) -> list[ItemResult]:
         """What one message settles for good.
 
         Raises:
@@ -122,13 +122,13 @@ class BulkCall:
             self._breaks, self._breaking_since, self._waiting_since = 0, None, self._clock()
             taken = self._in_flight.pop(response.item_id, None)
             if taken is None:
-                raise ServerFailed(
+                raise ServerError(
                     f"{self._address}: answered item {response.item_id!r} twice or unasked; client and server do not "
                     "fit each other"
                 )
             try:
                 answers = self._settle(taken[0], response)
-            except ServerFailed:
+            except ServerError:
                 # Another server may do better.
                 self._pool.give_back([taken[0]])
                 raise
@@ -167,7 +167,7 @@ class BulkCall:
                     f"{self._address}: no answer for {self._silence_s:g} s; look whether the server is alive, or allow "
                     "more time"
                 ) from error
-            if not is_broken_off(error):
+            if not is_disconnect(error):
                 raise from_rpc_error(self._address, error, None) from error
             self._breaks += 1
             self._breaking_since = self._clock() if self._breaking_since is None else self._breaking_since
@@ -198,7 +198,7 @@ class BulkCall:
                 return
             yield labeling_messages.bulk_request(item.item_id, image, item.boxes, self._options)
 
-    def _next(self, generation: int) -> Item | None:
+    def _next(self, generation: int) -> WorkItem | None:
         with self._changed:
             while generation == self._generation and not self._pool.done:
                 pause_s: float | None = None
@@ -220,7 +220,7 @@ class BulkCall:
         size = sum(size for _, size in self._in_flight.values())
         return len(self._in_flight) < self._max_items and (not self._in_flight or size < MAX_BYTES_IN_FLIGHT)
 
-    def _weigh(self, generation: int, item: Item, size: int) -> bool:
+    def _weigh(self, generation: int, item: WorkItem, size: int) -> bool:
         with self._changed:
             if generation != self._generation:
                 # The stream broke while the file was read; the item already waits for the next one.
@@ -228,27 +228,27 @@ class BulkCall:
             self._in_flight[item.item_id] = (item, size)
             return True
 
-    def _fail_locally(self, generation: int, item: Item, fault: BadImage) -> None:
+    def _fail_locally(self, generation: int, item: WorkItem, fault: BadImage) -> None:
         with self._changed:
             if generation != self._generation:
                 return
             del self._in_flight[item.item_id]
         # Outside the lock: whoever takes it may be busy.
-        self._fail(ItemAnswer(item, error=ItemError("INVALID_ARGUMENT", fault.reason, str(fault))))
+        self._fail(ItemResult(item, error=ItemError("INVALID_ARGUMENT", fault.reason, str(fault))))
         with self._changed:
             self._pool.settle()
 
-    def _settle(self, item: Item, response: labeling_pb2.LabelImagesResponse) -> list[ItemAnswer]:
+    def _settle(self, item: WorkItem, response: labeling_pb2.LabelImagesResponse) -> list[ItemResult]:
         error = item_error(response.status)
         if error is not None:
             if self._send_again(item, item.boxes, error.retry_after_s) or self._send_halves(item, error):
                 return []
-            return [ItemAnswer(item, error=error)]
+            return [ItemResult(item, error=error)]
         self._check_model(labeling_messages.model_ref(response.response.model))
         try:
             labels = dict(labeling_messages.box_labels(response.response, item.boxes))
         except KeyError as unasked:
-            raise ServerFailed(
+            raise ServerError(
                 f"{self._address}: item {item.item_id!r} came with an answer to box {unasked}, which was not asked"
             ) from None
         left_out = ItemError("INTERNAL", "NOT_ANSWERED", "the server left this box out of its answer; see its log")
@@ -260,15 +260,15 @@ class BulkCall:
             for key in again:
                 del labels[key]
         settled = replace(item, boxes={key: item.boxes[key] for key in labels})
-        return [ItemAnswer(settled, labels)] if labels else []
+        return [ItemResult(settled, labels)] if labels else []
 
-    def _send_again(self, item: Item, boxes: dict[int, BoxXywh], wait_s: float | None) -> bool:
+    def _send_again(self, item: WorkItem, boxes: dict[int, BoxXywh], wait_s: float | None) -> bool:
         if wait_s is None or item.resends >= MAX_RESENDS:
             return False
         self._pool.send_again([replace(item, boxes=boxes, resends=item.resends + 1)], wait_s)
         return True
 
-    def _send_halves(self, item: Item, error: ItemError) -> bool:
+    def _send_halves(self, item: WorkItem, error: ItemError) -> bool:
         """An item whose masks do not fit into one message goes in two parts."""
         if error.reason != RESPONSE_TOO_LARGE or len(item.boxes) < 2:
             return False

@@ -16,7 +16,7 @@ from mal_client.types import BoxXywh, ModelRef
 
 
 @dataclass(frozen=True)
-class Item:
+class WorkItem:
     """One image and some of its boxes; `boxes` by the caller's keys, `item_id` unique among what is on its way.
 
     Attributes:
@@ -31,7 +31,7 @@ class Item:
 
 
 @dataclass
-class WorkPool:
+class WorkQueue:
     """Items of a job. Hold `changed` round every call.
 
     Attributes:
@@ -41,11 +41,11 @@ class WorkPool:
         changed: guards the pool and is notified whenever something in it changes.
     """
 
-    items: Iterator[Item]
+    items: Iterator[WorkItem]
     clock: Callable[[], float] = time.monotonic
     model: ModelRef | None = None
     changed: threading.Condition = field(default_factory=threading.Condition)
-    _again: deque[Item] = field(default_factory=deque)
+    _again: deque[WorkItem] = field(default_factory=deque)
     _not_before: float = 0.0
     _on_their_way: int = 0
     _is_exhausted: bool = False
@@ -55,7 +55,7 @@ class WorkPool:
         """Everything is settled."""
         return self._is_exhausted and not self._again and not self._on_their_way
 
-    def take(self) -> Item | None:
+    def take(self) -> WorkItem | None:
         """An item to send now; None when there is none (see `wait_s`), or none any more (see `done`)."""
         if self._again and self.clock() >= self._not_before:
             self._on_their_way += 1
@@ -78,20 +78,20 @@ class WorkPool:
         self._on_their_way -= 1
         self.changed.notify_all()
 
-    def give_back(self, items: Iterable[Item]) -> None:
+    def give_back(self, items: Iterable[WorkItem]) -> None:
         """Items on their way that their stream will not answer; they come first."""
         back = list(items)
         self._on_their_way -= len(back)
         self._again.extendleft(reversed(back))
         self.changed.notify_all()
 
-    def send_again(self, parts: Iterable[Item], after_s: float = 0.0) -> None:
+    def send_again(self, parts: Iterable[WorkItem], after_s: float = 0.0) -> None:
         """Adds items, to be sent after a while."""
         self._again.extend(parts)
         self._not_before = max(self._not_before, self.clock() + after_s)
         self.changed.notify_all()
 
-    def unanswered(self) -> Iterator[Item]:
+    def unanswered(self) -> Iterator[WorkItem]:
         """What is left when the job is given up and no stream is open any more."""
         yield from self._again
         yield from self.items

@@ -31,7 +31,7 @@ def add_check(commands: Commands[argparse.ArgumentParser]) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     # Imported here, as below: what only this verb needs, the others do not wait for.
     from mal_client.dataset_check.check import check_dataset  # noqa: PLC0415
-    from mal_client.dataset_check.report import Level  # noqa: PLC0415
+    from mal_client.dataset_check.report import Severity  # noqa: PLC0415
 
     with ProgressDisplay("check", counts_boxes=False) as display:
         report = check_dataset(
@@ -42,9 +42,9 @@ def _check(arguments: argparse.Namespace) -> int:
         )
     print("\n".join(report.lines()))
     _write(report, arguments)
-    if report.count(Level.FATAL):
+    if report.count(Severity.FATAL):
         return REFUSED
-    return SOME_FAILED if report.count(Level.ERROR) else 0
+    return SOME_FAILED if report.count(Severity.ERROR) else 0
 
 
 def _write(report: CheckReport, arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`mal-client convert` and `export`: boxes of other formats into a COCO file, masks of a labelled file out of it."""
+"""`mal-client convert` and `export`: boxes of other formats into a COCO file, masks of a labeled file out of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mal_client.cli.common import SOME_FAILED, Commands, add_data, add_verb, lis
 from mal_train.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mal_client.formats.boxes import Converted, Fault
+    from mal_client.formats.boxes import ConversionResult, RowError
 
 LISTED = 5
 
@@ -41,7 +41,7 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     """The verb and its arguments."""
-    export = add_verb(commands, "export", "write the masks of a labelled COCO file for labelme, YOLO or FiftyOne")
+    export = add_verb(commands, "export", "write the masks of a labeled COCO file for labelme, YOLO or FiftyOne")
     export.set_defaults(run=_export)
     export.add_argument("--to", choices=["labelme", "yolo-seg", "fiftyone"], required=True, help="the format")
     add_data(export, "COCO file with masks")
@@ -75,7 +75,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     return SOME_FAILED
 
 
-def _converted(arguments: argparse.Namespace) -> Converted:
+def _converted(arguments: argparse.Namespace) -> ConversionResult:
     from mal_client.formats import (  # noqa: PLC0415 - as above
         boxes,
         csv_boxes,
@@ -134,7 +134,7 @@ def _export(arguments: argparse.Namespace) -> int:
     return SOME_FAILED if export.faults else 0
 
 
-def _print_faults(faults: Sequence[Fault]) -> None:
+def _print_faults(faults: Sequence[RowError]) -> None:
     for reason, count in Counter(fault.reason for fault in faults).most_common():
         print(f"mal-client: {count} not taken over: {reason}", file=sys.stderr)
     for fault in faults[:LISTED]:

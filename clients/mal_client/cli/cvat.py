@@ -25,7 +25,7 @@ from mal_client.dataset.progress import ProgressDisplay
 from mal_train.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mal_client.integrations.cvat.task_plan import Plan, Refusal
+    from mal_client.integrations.cvat.task_plan import SkippedShape, TaskPlan
 
 LISTED = 5
 
@@ -91,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return SOME_FAILED if result.refusals else 0
 
 
-def _summary(plan: Plan) -> str:
+def _summary(plan: TaskPlan) -> str:
     frames = len({target.frame for target in plan.targets})
     labels = Counter(target.shape["label_id"] for target in plan.targets)
     by_label = ", ".join(f"label {label}: {count}" for label, count in labels.items())
@@ -101,7 +101,7 @@ def _summary(plan: Plan) -> str:
     )
 
 
-def _tell(refusals: tuple[Refusal, ...] | list[Refusal], ledger: Path | None) -> None:
+def _tell(refusals: tuple[SkippedShape, ...] | list[SkippedShape], ledger: Path | None) -> None:
     from mal_train.core.atomic_io import write_text  # noqa: PLC0415
 
     for refusal in refusals[:LISTED]:

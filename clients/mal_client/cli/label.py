@@ -21,7 +21,7 @@ from mal_client.cli.common import (
 )
 from mal_client.dataset.progress import JsonLog, ProgressDisplay
 from mal_client.dataset.shards import Shard
-from mal_client.types import DatasetOptions, DatasetResult, Only
+from mal_client.types import DatasetOptions, DatasetResult, RowFilter
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import MaskFormat
 
@@ -55,7 +55,7 @@ def add_label(commands: Commands[argparse.ArgumentParser]) -> None:
 def add_merge(commands: Commands[argparse.ArgumentParser]) -> None:
     """The verb and its arguments."""
     merge = add_verb(
-        commands, "merge", "join the parts that label --shard has labelled; needs neither server nor images"
+        commands, "merge", "join the parts that label --shard has labeled; needs neither server nor images"
     )
     merge.set_defaults(run=_merge)
     merge.add_argument("--annotations", type=Path, required=True, metavar="IN.json", help="as the parts were given it")
@@ -68,7 +68,7 @@ def add_merge(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
-        choices=[str(only) for only in Only if only is not Only.ALL],
+        choices=[str(only) for only in RowFilter if only is not RowFilter.ALL],
         help="label only annotations without a mask, those that were flagged, or those of --ids, and copy the others; "
         "by default all masks are made anew, and the old ones stay in the input file alone",
     )
@@ -119,7 +119,7 @@ def _label(arguments: argparse.Namespace) -> int:
     if isinstance(display, JsonLog):
         display.result(result)
     elif shard is not None:
-        print(f"part {shard}: {result.labelled} annotations labelled, {result.failed_count} failed")
+        print(f"part {shard}: {result.labeled} annotations labeled, {result.failed_count} failed")
         _print_unfinished(result)
     else:
         _print_result(result)
@@ -137,8 +137,8 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _how(arguments: argparse.Namespace) -> DatasetOptions:
-    only = Only.ALL if arguments.only is None else Only(arguments.only)
-    if (only is Only.IDS) != (arguments.ids is not None):
+    only = RowFilter.ALL if arguments.only is None else RowFilter(arguments.only)
+    if (only is RowFilter.IDS) != (arguments.ids is not None):
         raise ConfigError("--only ids and --ids FILE belong together; give both or neither")
     ids = frozenset() if arguments.ids is None else _read_ids(arguments.ids)
     return DatasetOptions(
@@ -175,7 +175,7 @@ def _read_id(path: Path, line: str) -> int | float | str:
 
 def _print_result(result: DatasetResult) -> None:
     copied = f", {result.copied} copied" if result.copied else ""
-    print(f"{result.output}: {result.labelled} annotations labelled{copied}, {result.failed_count} failed")
+    print(f"{result.output}: {result.labeled} annotations labeled{copied}, {result.failed_count} failed")
     for row in result.failed[:LISTED]:
         print(f"  {row.error}", file=sys.stderr)
     if result.errors_file is not None:

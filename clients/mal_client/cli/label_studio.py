@@ -59,7 +59,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         # Imported here: they need what an extra brings.
         from mal_client.integrations.label_studio.app import build_app  # noqa: PLC0415
-        from mal_client.integrations.label_studio.images import Pictures  # noqa: PLC0415
+        from mal_client.integrations.label_studio.images import ImageFetcher  # noqa: PLC0415
         from mal_client.integrations.label_studio.predictor import Predictor  # noqa: PLC0415
         from mal_client.web import bound, until_interrupted  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -73,7 +73,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             f"--host {arguments.host}: is reached from other machines, which would all get masks of what the access "
             "token opens; give --credentials-file, whose USER:PASSWORD Label Studio then shows, or listen on 127.0.0.1"
         )
-    pictures = Pictures(
+    pictures = ImageFetcher(
         arguments.label_studio,
         _word(arguments.api_key_file, "--api-key-file"),
         arguments.local_files,

@@ -22,9 +22,10 @@ from mal_client.cli.models import add_models
 from mal_client.cli.playground import add_playground
 from mal_client.cli.review import add_review
 from mal_client.types import ServerInfo
-from mal_client.version import client_version
 from mal_train.core.atomic_io import stdout_fault
+from mal_train.core.command_line import add_common_options
 from mal_train.core.errors import MalError, OutputError
+from mal_train.core.version import distribution_version
 
 INTERRUPTED = 130
 
@@ -62,6 +63,7 @@ def _way_on(arguments: argparse.Namespace) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mal-client", description="Masks from boxes, by a mal-server.")
+    add_common_options(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_label(commands)
     add_merge(commands)
@@ -94,7 +96,7 @@ def _described(info: ServerInfo) -> str:
     return json.dumps(
         {
             "server_version": info.version,
-            "client_version": client_version(),
+            "client_version": distribution_version(),
             "model": info.model.name,
             "checkpoint_sha256": info.model.checkpoint_sha256,
             "branch": str(info.model.branch),

@@ -1,4 +1,4 @@
-"""`mal-client review`: the masks of a labelled file to look at first, as text, page, JSON, COCO file and tasks."""
+"""`mal-client review`: the masks of a labeled file to look at first, as text, page, JSON, COCO file and tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCAL_FILES = "/data/local-files/?d="
 
 def add_review(commands: Commands[argparse.ArgumentParser]) -> None:
     """The verb and its arguments."""
-    review = add_verb(commands, "review", "put the masks of a labelled file in the order to look at; needs no server")
+    review = add_verb(commands, "review", "put the masks of a labeled file in the order to look at; needs no server")
     review.set_defaults(run=_review)
     add_data(review, "COCO file with masks, as mal-client label writes it")
     review.add_argument("--by", choices=["score", "agreement"], default="score", help="the order (default: score)")
@@ -44,11 +44,11 @@ def add_review(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _review(arguments: argparse.Namespace) -> int:
     # Imported here, as below: what only this verb needs, the others do not wait for.
-    from mal_client.review.queue import By, review_queue, write_worst  # noqa: PLC0415
+    from mal_client.review.queue import SortBy, review_queue, write_worst  # noqa: PLC0415
     from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
 
     count = max(0, arguments.worst)
-    queue = review_queue(arguments.annotations, by=By(arguments.by), count=count, truth=arguments.ground_truth)
+    queue = review_queue(arguments.annotations, by=SortBy(arguments.by), count=count, truth=arguments.ground_truth)
     print("\n".join(queue.lines()))
     if arguments.output is not None:
         write_json_atomic(arguments.output, queue.to_dict())
@@ -70,12 +70,12 @@ def _review(arguments: argparse.Namespace) -> int:
 
 def _export_to_tools(worst: Sequence[QueueItem], arguments: argparse.Namespace) -> None:
     from mal_client.images.image_files import ImageFiles  # noqa: PLC0415
-    from mal_client.review.queue import by_picture, category_names  # noqa: PLC0415
+    from mal_client.review.queue import by_image, category_names  # noqa: PLC0415
 
     if arguments.label_studio is None and arguments.cvat is None:
         return
     names, files = category_names(arguments.annotations), ImageFiles(arguments.images)
-    pictures = by_picture(worst)
+    pictures = by_image(worst)
     without = len(worst) - sum(len(items) for items in pictures.values())
     left_out = f"; {without} annotations have no image in the file and are left out" if without else ""
     if arguments.label_studio is not None:

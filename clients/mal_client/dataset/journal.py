@@ -31,7 +31,7 @@ Answer = Mapping[str, Any]
 """`{"label": …}`, or `{"failed": …}`, which a later run asks again."""
 
 
-def ledger_path(output_json: Path) -> Path:
+def journal_path(output_json: Path) -> Path:
     """Where a job keeps its answers: `out.json.ledger` beside `out.json`, whatever link leads there."""
     target = Path(os.path.realpath(output_json))
     return target.with_name(f"{target.name}.ledger")
@@ -57,7 +57,7 @@ class LedgerReader:
         first = next(_good_lines(self._file), None)
         if first is None or not isinstance(first[2], dict):
             os.close(self._file)
-            raise ConfigError(f"{path}: no ledger of a labelling job, or a damaged one; label that part again")
+            raise ConfigError(f"{path}: no ledger of a labeling job, or a damaged one; label that part again")
         self.manifest: dict[str, Any] = first[2]
 
     def __enter__(self) -> Self:
@@ -80,7 +80,7 @@ class LedgerReader:
         return _answer(self._file, offset, length)
 
 
-class Ledger:
+class Journal:
     """Answers by the place of their annotation; one process at a time. A context manager that ends its lock.
 
     Args:

@@ -6,21 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from mal_client.dataset.journal import Answer
-from mal_client.dataset.output import refuse_same_file, write_labelled
+from mal_client.dataset.output import refuse_same_file, write_labeled
 from mal_client.dataset.plan import read_work
-from mal_client.dataset.run import what_is_asked
+from mal_client.dataset.run import job_fingerprint
 from mal_client.dataset.shards import ShardLedgers
-from mal_client.types import WHOLE_FILE, DatasetOptions, DatasetResult, ModelRef
+from mal_client.types import DEFAULT_DATASET_OPTIONS, DatasetOptions, DatasetResult, ModelRef
 from mal_train.core.atomic_io import check_writable
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import Branch
 
 
-def merge_shards(coco_json: Path, output_json: Path, shards: int, how: DatasetOptions = WHOLE_FILE) -> DatasetResult:
-    """Writes the labelled file from the ledgers of all parts, and deletes those. Needs neither server nor images.
+def merge_shards(
+    coco_json: Path, output_json: Path, shards: int, how: DatasetOptions = DEFAULT_DATASET_OPTIONS
+) -> DatasetResult:
+    """Writes the labeled file from the ledgers of all parts, and deletes those. Needs neither server nor images.
 
     Args:
-        coco_json: the annotations that were labelled.
+        coco_json: the annotations that were labeled.
         output_json: the output that the parts were given.
         shards: number of parts.
         how: which annotations, as the parts were given it; how masks are written is settled here.
@@ -28,12 +30,12 @@ def merge_shards(coco_json: Path, output_json: Path, shards: int, how: DatasetOp
     Raises:
         ConfigError: a part is missing, incomplete or of another job.
         BadDataset: the file is unusable as a whole.
-        OutputError: the disk, or a part is still being labelled; an older output is intact.
+        OutputError: the disk, or a part is still being labeled; an older output is intact.
     """
     check_writable(output_json)
     refuse_same_file(coco_json, output_json)
     work = read_work(coco_json, how)
-    asked = what_is_asked(work, how)
+    asked = job_fingerprint(work, how)
     with ShardLedgers(output_json, shards, work.head.count) as ledgers:
         different = [
             f"{key} was {ledgers.manifest.get(key)!r} and is {value!r}"
@@ -51,7 +53,7 @@ def merge_shards(coco_json: Path, output_json: Path, shards: int, how: DatasetOp
                 raise LookupError(f"row {at} has no answer")
             return answer
 
-        result = write_labelled(work, answer_at, output_json, made, how)
+        result = write_labeled(work, answer_at, output_json, made, how)
         ledgers.remove()
     model = ModelRef(made["model"], made["checkpoint_sha256"], Branch(made["branch"]))
     return replace(result, model=model)

@@ -1,4 +1,4 @@
-"""Writes the labelled COCO file: answers laid over the user's rows, masks in the wanted form, failures beside it.
+"""Writes the labeled COCO file: answers laid over the user's rows, masks in the wanted form, failures beside it.
 
 Knows nothing of servers: a single run and a merge of shards write through here, and so write the same bytes.
 """
@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mal_client.dataset.plan import Plan, Work
+from mal_client.dataset.plan import DatasetPlan, RowAction
 from mal_client.errors import ItemError
 from mal_client.types import FAILED_LISTED, DatasetOptions, DatasetResult, FailedAnnotation
-from mal_train.core.atomic_io import replacing
+from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import Annotation, ImageInfo
-from mal_train.core.coco.output import error_fields, labelled_row
+from mal_train.core.coco.output import error_fields, labeled_row
 from mal_train.core.coco.stream import write_changed
 from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.masks.encodings import encode_bitmap, to_polygons, to_runs
@@ -53,14 +53,14 @@ def masks_dir(output_json: Path) -> Path:
     return output_json.with_name(f"{output_json.stem}.masks")
 
 
-def write_labelled(
-    work: Work,
+def write_labeled(
+    work: DatasetPlan,
     answer_at: Callable[[int], Answer],
     output_json: Path,
     provenance: Mapping[str, Any],
     how: DatasetOptions,
 ) -> DatasetResult:
-    """Writes the labelled file and the list of failures.
+    """Writes the labeled file and the list of failures.
 
     Args:
         work: the rows.
@@ -74,27 +74,27 @@ def write_labelled(
     """
     images, listed = work.head.images, errors_path(output_json)
     masks = _MaskWriter(output_json, how)
-    labelled = 0
+    labeled = 0
     with ExitStack() as finish:
         errors = _Errors(listed, finish)
 
         def change(at: int, row: Any, annotation: Annotation) -> Any:
-            nonlocal labelled
+            nonlocal labeled
             plan = work.plans[at]
-            if plan == Plan.FAULTY:
+            if plan == RowAction.FAULTY:
                 fault = ItemError("INVALID_ARGUMENT", str(annotation.reason), annotation.problem or "")
-            elif plan != Plan.ASK:
-                return labelled_row(row, annotation, images, None, is_kept=plan == Plan.KEEP)
+            elif plan != RowAction.ASK:
+                return labeled_row(row, annotation, images, None, is_kept=plan == RowAction.KEEP)
             else:
                 answer = answer_at(at)
                 if "label" in answer:
-                    labelled += 1
-                    return masks.labelled(at, labelled_row(row, annotation, images, answer["label"]))
+                    labeled += 1
+                    return masks.labeled(at, labeled_row(row, annotation, images, answer["label"]))
                 fault = _about_row(ItemError(*answer["failed"]), annotation)
             errors.add(_failed(annotation, images, fault))
             # The words of a faulty row are found again by whoever reads it.
-            fields = None if plan == Plan.FAULTY else error_fields(fault.reason or fault.code, fault.message)
-            return masks.failed(labelled_row(row, annotation, images, fields))
+            fields = None if plan == RowAction.FAULTY else error_fields(fault.reason or fault.code, fault.message)
+            return masks.failed(labeled_row(row, annotation, images, fields))
 
         write_changed(work.head, output_json, change, {**provenance, **masks.provenance()})
     if not errors.count:
@@ -102,8 +102,8 @@ def write_labelled(
     return DatasetResult(
         output=output_json,
         errors_file=listed if errors.count else None,
-        labelled=labelled,
-        copied=work.head.count - labelled - errors.count,
+        labeled=labeled,
+        copied=work.head.count - labeled - errors.count,
         failed=tuple(errors.first),
         failed_count=errors.count,
         masks_dir=masks_dir(output_json) if how.mask_format is MaskFormat.PNG else None,
@@ -123,8 +123,8 @@ class _MaskWriter:
             return {}
         return {"polygon_tolerance_px": self._how.polygon_tolerance_px, "polygon_holes": "bridged"}
 
-    def labelled(self, at: int, row: Any) -> Any:
-        """A row that was labelled, at its place in the file."""
+    def labeled(self, at: int, row: Any) -> Any:
+        """A row that was labeled, at its place in the file."""
         code = Rle.from_coco(row["segmentation"])
         changed = {**row, **self._forms(code)}
         if self._how.mask_format is MaskFormat.PNG:
@@ -183,7 +183,7 @@ class _Errors:
         if len(self.first) < FAILED_LISTED:
             self.first.append(failed)
         if self._file is None:
-            self._file = self._on_success.enter_context(replacing(self._path))
+            self._file = self._on_success.enter_context(atomic_write(self._path))
         self._file.write(json.dumps(failed.to_dict()).encode() + b"\n")
 
 

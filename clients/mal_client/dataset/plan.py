@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mal_client.bulk.work_queue import Item
-from mal_client.types import DatasetOptions, Only
+from mal_client.bulk.work_queue import WorkItem
+from mal_client.types import DatasetOptions, RowFilter
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import ConfigError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LISTED = 5
 
 
-class Plan(IntEnum):
+class RowAction(IntEnum):
     """What becomes of a row."""
 
     ASK = 0
@@ -36,13 +36,13 @@ class Plan(IntEnum):
 
 
 @dataclass(frozen=True)
-class Work:
+class DatasetPlan:
     """The rows of a file by their place.
 
     Attributes:
         head: the file without its annotations.
         images: in file order.
-        plans: a `Plan` for each row.
+        plans: a `RowAction` for each row.
         boxes: x, y, w, h of each row, one after the other; px.
         image_at: place of each row's image in `images`; -1 without one.
     """
@@ -59,19 +59,19 @@ class Work:
 
     def asked_places(self) -> Iterator[tuple[int, int]]:
         """(place, place of its image) of each row to label."""
-        return ((at, self.image_at[at]) for at, plan in enumerate(self.plans) if plan == Plan.ASK)
+        return ((at, self.image_at[at]) for at, plan in enumerate(self.plans) if plan == RowAction.ASK)
 
     def remaining(
         self, is_answered: Callable[[int], bool], has_image: Callable[[int], bool] | None = None
-    ) -> Remaining:
+    ) -> PendingRows:
         """What is left of the rows to label; `has_image` tells by its place whether an image takes part."""
-        places = np.flatnonzero(np.frombuffer(self.plans, dtype=np.uint8) == Plan.ASK)
+        places = np.flatnonzero(np.frombuffer(self.plans, dtype=np.uint8) == RowAction.ASK)
         image_at = np.frombuffer(self.image_at, dtype=np.int32)
         if has_image is not None:
             takes_part = np.fromiter(map(has_image, range(len(self.images))), dtype=np.bool_)
             places = places[takes_part[image_at[places]]] if len(places) else places
         open_places = np.fromiter((at for at in places.tolist() if not is_answered(at)), dtype=np.int64)
-        return Remaining(
+        return PendingRows(
             work=self,
             places=open_places[np.argsort(image_at[open_places], kind="stable")],
             boxes_left=np.bincount(image_at[open_places], minlength=len(self.images)).astype(np.int32),
@@ -81,7 +81,7 @@ class Work:
 
 
 @dataclass
-class Remaining:
+class PendingRows:
     """Rows that wait for an answer, image by image.
 
     Attributes:
@@ -92,7 +92,7 @@ class Remaining:
         images_total: images of those.
     """
 
-    work: Work
+    work: DatasetPlan
     places: np.ndarray[tuple[int], np.dtype[np.int64]]
     boxes_left: np.ndarray[tuple[int], np.dtype[np.int32]]
     asked: np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -102,7 +102,7 @@ class Remaining:
         """Images with unanswered boxes."""
         return int(np.count_nonzero(self.boxes_left))
 
-    def items(self, max_boxes: int) -> Iterator[Item]:
+    def items(self, max_boxes: int) -> Iterator[WorkItem]:
         """One item for each image, or several for one with more boxes than the server takes."""
         if not len(self.places):
             return
@@ -114,13 +114,13 @@ class Remaining:
             name = str(image_at[start])
             for part, first in enumerate(range(start, end, max_boxes)):
                 keys = self.places[first : min(end, first + max_boxes)].tolist()
-                yield Item(
+                yield WorkItem(
                     name if part == 0 else f"{name}.part{part}",
                     {at: (boxes[4 * at], boxes[4 * at + 1], boxes[4 * at + 2], boxes[4 * at + 3]) for at in keys},
                 )
 
 
-def read_work(coco_json: Path, how: DatasetOptions) -> Work:
+def read_work(coco_json: Path, how: DatasetOptions) -> DatasetPlan:
     """Scans a COCO file.
 
     Raises:
@@ -133,7 +133,7 @@ def read_work(coco_json: Path, how: DatasetOptions) -> Work:
     in_file = {image_id: at for at, image_id in enumerate(head.images)}
     place = [in_file.get(image_id, -1) for image_id in gathered.met]
     image_at = array("i", (place[nth] if nth >= 0 else -1 for nth in gathered.image_nth))
-    return Work(head, list(head.images.values()), gathered.plans, gathered.boxes, image_at)
+    return DatasetPlan(head, list(head.images.values()), gathered.plans, gathered.boxes, image_at)
 
 
 @dataclass
@@ -159,21 +159,21 @@ class _Gathered:
             listed = ", ".join(map(repr, unknown[:LISTED]))
             raise ConfigError(f"ids: {listed} ({len(unknown)} in all) not among the annotation ids of the file")
 
-    def _plan(self, row: Annotation) -> Plan:
+    def _plan(self, row: Annotation) -> RowAction:
         if not self._is_wanted(row, self.how.ids):
-            return Plan.KEEP
+            return RowAction.KEEP
         if row.problem is not None:
-            return Plan.FAULTY
-        return Plan.CROWD if row.iscrowd else Plan.ASK
+            return RowAction.FAULTY
+        return RowAction.CROWD if row.iscrowd else RowAction.ASK
 
     def _is_wanted(self, row: Annotation, ids: Collection[JsonId]) -> bool:
         if row.id is None:
-            return self.how.only in (Only.ALL, Only.MISSING)
-        if self.how.only is Only.MISSING:
+            return self.how.only in (RowFilter.ALL, RowFilter.MISSING)
+        if self.how.only is RowFilter.MISSING:
             return not has_mask(row)
-        if self.how.only is Only.FLAGGED:
+        if self.how.only is RowFilter.FLAGGED:
             return "error" in row.raw or (bool(row.raw.get("flags")) and not row.iscrowd)
-        if self.how.only is Only.IDS:
+        if self.how.only is RowFilter.IDS:
             if row.id in ids:
                 self.found_ids.add(row.id)
             return row.id in ids

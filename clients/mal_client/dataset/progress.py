@@ -143,11 +143,11 @@ class JsonLog:
         self._write("notice", message=text)
 
     def result(self, result: DatasetResult) -> None:
-        """How a labelling job ended."""
+        """How a labeling job ended."""
         self._write(
             "done",
             output=str(result.output),
-            labelled=result.labelled,
+            labeled=result.labeled,
             copied=result.copied,
             failed=result.failed_count,
             errors_file=None if result.errors_file is None else str(result.errors_file),

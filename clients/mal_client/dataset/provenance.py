@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mal_client.types import LabelOptions, ModelRef, ServerInfo
-from mal_client.version import client_version
+from mal_train.core.version import distribution_version
 
 
 def answering_model(info: ServerInfo, options: LabelOptions) -> ModelRef:
@@ -15,7 +15,7 @@ def answering_model(info: ServerInfo, options: LabelOptions) -> ModelRef:
 
 
 def provenance_of(info: ServerInfo, options: LabelOptions) -> dict[str, Any]:
-    """The entry of a labelled file, and what servers that share a job must agree in."""
+    """The entry of a labeled file, and what servers that share a job must agree in."""
     model = answering_model(info, options)
     return {
         "model": model.name,
@@ -31,5 +31,5 @@ def provenance_of(info: ServerInfo, options: LabelOptions) -> dict[str, Any]:
         "score": info.score_meaning(options),
         "precision": info.precision,
         "server_version": info.version,
-        "client_version": client_version(),
+        "client_version": distribution_version(),
     }

@@ -12,21 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mal_client.bulk.dispatcher import Fleet, OnNotice, ServersLost
-from mal_client.bulk.stream import ItemAnswer
-from mal_client.bulk.work_queue import WorkPool
-from mal_client.dataset.journal import Answer, Ledger, ledger_path
-from mal_client.dataset.output import refuse_same_file, write_labelled
-from mal_client.dataset.plan import Plan, Work, read_work
+from mal_client.bulk.dispatcher import AllServersLost, MultiServerDispatcher, OnNotice
+from mal_client.bulk.stream import ItemResult
+from mal_client.bulk.work_queue import WorkQueue
+from mal_client.dataset.journal import Answer, Journal, journal_path
+from mal_client.dataset.output import refuse_same_file, write_labeled
+from mal_client.dataset.plan import DatasetPlan, RowAction, read_work
 from mal_client.dataset.provenance import answering_model, provenance_of
 from mal_client.dataset.shards import SHARD_KEY, Shard
 from mal_client.errors import CallTimedOut, ItemError, ServerUnavailable
 from mal_client.images.image_files import ImageFiles
 from mal_client.images.image_input import EncodedImage, not_found, read_file
-from mal_client.transport.base import Link
+from mal_client.transport.base import Transport
 from mal_client.transport.image_call import check_image_size
 from mal_client.types import (
-    WHOLE_FILE,
+    DEFAULT_DATASET_OPTIONS,
     BoxLabel,
     DatasetOptions,
     DatasetResult,
@@ -45,13 +45,13 @@ OnProgress = Callable[[Progress], None]
 
 
 def label_dataset(
-    clients: Sequence[Link],
+    clients: Sequence[Transport],
     coco_json: Path,
     images_dir: Path | str,
     output_json: Path,
     options: LabelOptions,
     *,
-    how: DatasetOptions = WHOLE_FILE,
+    how: DatasetOptions = DEFAULT_DATASET_OPTIONS,
     shard: Shard | None = None,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
@@ -82,13 +82,13 @@ def label_dataset(
     servers = _servers(clients, options, tell)
     provenance = provenance_of(servers[0][1], options)
     manifest = _manifest(work, images, how, provenance)
-    path = ledger_path(output_json)
+    path = journal_path(output_json)
     if shard is not None:
-        manifest, path = {**manifest, SHARD_KEY: str(shard)}, shard.ledger_path(output_json)
-    with Ledger(path, work.head.count, manifest, restart=how.restart) as ledger, ExitStack() as cleanup:
+        manifest, path = {**manifest, SHARD_KEY: str(shard)}, shard.journal_path(output_json)
+    with Journal(path, work.head.count, manifest, restart=how.restart) as ledger, ExitStack() as cleanup:
         if shard is None:
             cleanup.callback(_remove_if_empty, ledger)
-        job = _Job(work, ledger, on_progress, shard)
+        job = _DatasetRun(work, ledger, on_progress, shard)
         if ledger.label_count:
             again = f", {job.failed_before} failed and are asked again" if job.failed_before else ""
             answered = f"{ledger.label_count} of {job.asked} boxes are answered{again}"
@@ -99,7 +99,7 @@ def label_dataset(
         model = answering_model(servers[0][1], options)
         if shard is not None:
             return _shard_result(job, path, model, unanswered, is_final=is_final)
-        result = write_labelled(work, lambda at: job.answer(at, unanswered), output_json, provenance, how)
+        result = write_labeled(work, lambda at: job.answer(at, unanswered), output_json, provenance, how)
         if is_final:
             ledger.remove()
         return replace(result, model=model, is_final=is_final)
@@ -120,10 +120,12 @@ def image_loader(images: ImageFiles, limits: ServerLimits) -> Callable[[ImageInf
     return load
 
 
-class _Job:
+class _DatasetRun:
     """What is known so far: answers in the ledger, and what counts for progress. Rows are named by their place."""
 
-    def __init__(self, work: Work, ledger: Ledger, on_progress: OnProgress | None, shard: Shard | None = None) -> None:
+    def __init__(
+        self, work: DatasetPlan, ledger: Journal, on_progress: OnProgress | None, shard: Shard | None = None
+    ) -> None:
         self.work = work
         self.ledger = ledger
         self.rest = work.remaining(ledger.has_label, shard.has_image if shard is not None else None)
@@ -134,13 +136,13 @@ class _Job:
         self._images_open = self.rest.images_open()
         self._images_before = self.rest.images_total - self._images_open
         # What was found when the file was read is done; the parts of a shared job leave it to whoever merges them.
-        self._faulty = work.plans.count(Plan.FAULTY) if shard is None else 0
+        self._faulty = work.plans.count(RowAction.FAULTY) if shard is None else 0
         # Boxes that failed in an unfinished run are asked again, and count as failed until that answer comes: a job
         # that ends before has no better one.
         self.failed_before = sum(map(ledger.has_failure, map(int, self.rest.places)))
         self._failed = self._faulty + self.failed_before
 
-    def take(self, answer: ItemAnswer) -> None:
+    def take(self, answer: ItemResult) -> None:
         """Stores what an item's boxes got."""
         image = self.work.image_of(answer.item.item_id)
         about_image = None if answer.error is None else _about_image(answer.error, image)
@@ -171,7 +173,7 @@ class _Job:
         done = self._faulty + self.asked - int(self.rest.boxes_left.sum()) + self.failed_before
         return Progress(total - self._images_open, total, done, self._failed, images_before=self._images_before)
 
-    def _count(self, answer: ItemAnswer) -> None:
+    def _count(self, answer: ItemResult) -> None:
         place = int(answer.item.item_id.partition(".")[0])
         self.rest.boxes_left[place] -= len(answer.item.boxes)
         self._images_open -= not self.rest.boxes_left[place]
@@ -179,9 +181,9 @@ class _Job:
             self._on_progress(self.progress())
 
 
-def _servers(clients: Sequence[Link], options: LabelOptions, tell: OnNotice) -> list[tuple[Link, ServerInfo]]:
+def _servers(clients: Sequence[Transport], options: LabelOptions, tell: OnNotice) -> list[tuple[Transport, ServerInfo]]:
     """The servers that answer, all with the same model and settings."""
-    servers: list[tuple[Link, ServerInfo]] = []
+    servers: list[tuple[Transport, ServerInfo]] = []
     faults: list[ServerUnavailable | CallTimedOut] = []
     for client in clients:
         try:
@@ -205,24 +207,26 @@ def _servers(clients: Sequence[Link], options: LabelOptions, tell: OnNotice) -> 
     return servers
 
 
-def _shard_result(job: _Job, path: Path, model: ModelRef, unanswered: ItemError, *, is_final: bool) -> DatasetResult:
+def _shard_result(
+    job: _DatasetRun, path: Path, model: ModelRef, unanswered: ItemError, *, is_final: bool
+) -> DatasetResult:
     """What one part of a job has come to; what failed is listed when the parts are merged."""
     outcomes = [job.answer(at, unanswered) for at in job.rest.asked.tolist()]
-    labelled = sum("label" in outcome for outcome in outcomes)
+    labeled = sum("label" in outcome for outcome in outcomes)
     return DatasetResult(
         output=path,
         errors_file=None,
-        labelled=labelled,
+        labeled=labeled,
         copied=0,
         model=model,
-        failed_count=len(outcomes) - labelled,
+        failed_count=len(outcomes) - labeled,
         is_final=is_final,
     )
 
 
 def _label_rest(
-    job: _Job,
-    servers: Sequence[tuple[Link, ServerInfo]],
+    job: _DatasetRun,
+    servers: Sequence[tuple[Transport, ServerInfo]],
     load: Callable[[ImageInfo], EncodedImage],
     options: LabelOptions,
     tell: OnNotice,
@@ -231,10 +235,10 @@ def _label_rest(
     if not len(job.rest.places):
         return None
     limits = [info.limits for _, info in servers]
-    pool = WorkPool(
+    pool = WorkQueue(
         job.rest.items(max(1, min(limit.max_boxes for limit in limits))), model=answering_model(servers[0][1], options)
     )
-    fleet = Fleet(
+    fleet = MultiServerDispatcher(
         [(client, info.limits.max_items_in_flight) for client, info in servers],
         pool,
         lambda item: load(job.work.image_of(item.item_id)),
@@ -245,7 +249,7 @@ def _label_rest(
         with closing(fleet.answers()) as answers:
             for answer in answers:
                 job.take(answer)
-    except ServersLost as lost:
+    except AllServersLost as lost:
         if not job.ledger.label_count:
             raise lost.fault from lost
         return ItemError("UNAVAILABLE", "SERVER_LOST", f"not answered before the server was lost: {lost.fault}")
@@ -269,17 +273,19 @@ def _about_image(error: ItemError, image: ImageInfo) -> ItemError:
     return replace(error, message=f"{image.file_name}: {error.message.removeprefix('image: ')}")
 
 
-def _remove_if_empty(ledger: Ledger) -> None:
+def _remove_if_empty(ledger: Journal) -> None:
     """A run that ended before its first answer leaves nothing behind."""
     if not ledger.label_count:
         ledger.remove()
 
 
-def what_is_asked(work: Work, how: DatasetOptions) -> dict[str, Any]:
+def job_fingerprint(work: DatasetPlan, how: DatasetOptions) -> dict[str, Any]:
     """Which boxes of which file a job labels."""
     return {"input_sha256": work.head.sha256, "only": str(how.only), "ids": sorted(map(repr, how.ids))}
 
 
-def _manifest(work: Work, images: ImageFiles, how: DatasetOptions, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(
+    work: DatasetPlan, images: ImageFiles, how: DatasetOptions, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
     """What the answers of a job depend on; `update_bbox` and the like only change how they are written."""
-    return {**what_is_asked(work, how), "images": images.name, **provenance}
+    return {**job_fingerprint(work, how), "images": images.name, **provenance}

@@ -1,6 +1,6 @@
 """Shares one job among processes that know nothing of each other, and joins what they answered.
 
-A shard is every so-manieth image of the file, labelled into a ledger of its own beside the output; when all ledgers are
+A shard is every so-manieth image of the file, labeled into a ledger of its own beside the output; when all ledgers are
 full, one process writes the file from them, with the bytes that a single run would have written. Nobody coordinates:
 a job array needs a folder that all processes see, and nothing else.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mal_client.dataset.journal import NOWHERE, Answer, LedgerReader, ledger_path
+from mal_client.dataset.journal import NOWHERE, Answer, LedgerReader, journal_path
 from mal_train.core.errors import ConfigError
 
 SHARD_KEY = "shard"
@@ -50,12 +50,12 @@ class Shard:
         return cls(int(found[1]), int(found[2]))
 
     def has_image(self, place: int) -> bool:
-        """Whether the image at this place in the file belongs to it; neighbours go to different parts."""
+        """Whether the image at this place in the file belongs to it; neighbors go to different parts."""
         return place % self.count == self.index
 
-    def ledger_path(self, output_json: Path) -> Path:
+    def journal_path(self, output_json: Path) -> Path:
         """Where its answers are kept: `out.json.ledger.3-of-16` beside `out.json`."""
-        path = ledger_path(output_json)
+        path = journal_path(output_json)
         return path.with_name(f"{path.name}.{self.index}-of-{self.count}")
 
 
@@ -72,17 +72,17 @@ class ShardLedgers:
 
     Raises:
         ConfigError: a part is missing, or the parts are not of one job.
-        OutputError: a part is still being labelled.
+        OutputError: a part is still being labeled.
     """
 
     def __init__(self, output_json: Path, count: int, rows: int) -> None:
         self._shards = [Shard(index, count) for index in range(count)]
-        self._paths = [shard.ledger_path(output_json) for shard in self._shards]
+        self._paths = [shard.journal_path(output_json) for shard in self._shards]
         missing = [str(shard) for shard, path in zip(self._shards, self._paths, strict=True) if not path.is_file()]
         if missing:
             others = ", and so for the others" if len(missing) > 1 else ""
             raise ConfigError(
-                f"{output_json}: {_listed('part', missing)} not labelled yet; run mal-client label with this "
+                f"{output_json}: {_listed('part', missing)} not labeled yet; run mal-client label with this "
                 f"--output and --shard {missing[0]}{others}"
             )
         _allow_open_files(count)

@@ -1,6 +1,6 @@
 """Looks at a data set before any server does: what would fail, what would surprise, what there is. Sends nothing.
 
-The rules are those that labelling applies, so what this report calls an error is what `label` would list as failed.
+The rules are those that labeling applies, so what this report calls an error is what `label` would list as failed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Final
 
-from mal_client.dataset_check.report import CheckReport, Level
+from mal_client.dataset_check.report import CheckReport, Severity
 from mal_client.images.image_files import ImageFiles
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
 from mal_train.core.coco.stream import CocoHead, scan_coco
@@ -63,19 +63,19 @@ def check_dataset(
 
 def _note_ids(report: CheckReport, head: CocoHead) -> None:
     for image_id in head.repeated_images:
-        report.note("DUPLICATE_IMAGE_ID", Level.FATAL, "an image id stands more than once", f"image {image_id!r}")
+        report.note("DUPLICATE_IMAGE_ID", Severity.FATAL, "an image id stands more than once", f"image {image_id!r}")
     for annotation_id in head.repeated_annotations:
         report.note(
             "DUPLICATE_ANNOTATION_ID",
-            Level.FATAL,
+            Severity.FATAL,
             "an annotation id stands more than once",
             f"annotation {annotation_id!r}",
         )
     for text in head.notes:
-        report.note("ROW_UNUSABLE", Level.WARNING, "a row of images or categories that cannot be used", text)
+        report.note("ROW_UNUSABLE", Severity.WARNING, "a row of images or categories that cannot be used", text)
     for image in head.images.values():
         if image.problem is not None:
-            report.note(str(Reason.IMAGE_UNUSABLE), Level.ERROR, "an image row that cannot be used", image.problem)
+            report.note(str(Reason.IMAGE_UNUSABLE), Severity.ERROR, "an image row that cannot be used", image.problem)
 
 
 def _note_categories(report: CheckReport, head: CocoHead) -> None:
@@ -83,13 +83,13 @@ def _note_categories(report: CheckReport, head: CocoHead) -> None:
     for name, count in names.items():
         if count > 1:
             ids = ", ".join(str(key) for key, value in head.category_names.items() if value == name)
-            report.note("CATEGORY_NAMED_TWICE", Level.WARNING, "categories of one name", f"{name}: ids {ids}")
+            report.note("CATEGORY_NAMED_TWICE", Severity.WARNING, "categories of one name", f"{name}: ids {ids}")
     ids_used = sorted(key for key in head.category_names if isinstance(key, int))
     for low, high in pairwise(ids_used):
         if high > low + 1:
             report.note(
                 "CATEGORY_ID_GAP",
-                Level.NOTE,
+                Severity.NOTE,
                 "ids that no category has; some tools take ids for places",
                 _gap(low, high),
             )
@@ -122,7 +122,7 @@ class _Files:
     def note_unlisted(self) -> None:
         """Pictures that no row names; after `look`."""
         for name in self._images.unlisted(self._names):
-            self._report.note("FILE_NOT_LISTED", Level.NOTE, "a picture that no row of images names", name)
+            self._report.note("FILE_NOT_LISTED", Severity.NOTE, "a picture that no row of images names", name)
 
     def _look_at(self, image: ImageInfo) -> tuple[tuple[int, int], int, int] | BadImage | None:
         if image.problem is not None:
@@ -147,12 +147,12 @@ class _Files:
     def _take(self, image: ImageInfo, found: tuple[tuple[int, int], int, int] | BadImage | None) -> None:
         if image.file_name in self._names:
             text = f"image {image.id!r}: {image.file_name}"
-            self._report.note("FILE_NAMED_TWICE", Level.WARNING, "two image rows name the same file", text)
+            self._report.note("FILE_NAMED_TWICE", Severity.WARNING, "two image rows name the same file", text)
         self._names.add(image.file_name)
         if found is None or isinstance(found, BadImage):
             self.sizes[image.id] = None
             if found is not None:
-                self._report.note(found.reason, Level.ERROR, _IMAGE_MEANINGS.get(found.reason, ""), str(found))
+                self._report.note(found.reason, Severity.ERROR, _IMAGE_MEANINGS.get(found.reason, ""), str(found))
             return
         size_wh, orientation, frames = found
         self._report.image_sizes[f"{size_wh[0]} × {size_wh[1]}"] += 1
@@ -161,13 +161,16 @@ class _Files:
         if orientation != 1:
             self._report.note(
                 "EXIF_ORIENTATION",
-                Level.WARNING,
+                Severity.WARNING,
                 "viewers turn the picture, boxes and masks refer to the stored pixels",
                 f"{image.file_name}: EXIF orientation {orientation}",
             )
         if frames > 1:
             self._report.note(
-                "SEVERAL_FRAMES", Level.WARNING, "only the first frame is used", f"{image.file_name}: {frames} frames"
+                "SEVERAL_FRAMES",
+                Severity.WARNING,
+                "only the first frame is used",
+                f"{image.file_name}: {frames} frames",
             )
 
 
@@ -198,18 +201,18 @@ class _Rows:
             self._with_boxes.add(row.image_id)
         if row.problem is not None:
             if row.reason is not Reason.IMAGE_UNUSABLE:
-                self._report.note(str(row.reason), Level.ERROR, "an annotation that cannot be used", row.problem)
+                self._report.note(str(row.reason), Severity.ERROR, "an annotation that cannot be used", row.problem)
             return
         if row.category_id is not None:
             self._report.by_category[self._head.category_names[row.category_id]] += 1
         if row.iscrowd:
-            self._report.note("CROWD", Level.NOTE, "copied through unlabelled", f"annotation {row.id!r}")
+            self._report.note("CROWD", Severity.NOTE, "copied through unlabeled", f"annotation {row.id!r}")
             return
         # 64 bits of hash: a million boxes that differ collide with a chance of 1 in 30 million.
         mark = hash((row.image_id, row.category_id, row.box_xywh))
         if mark in self._met:
             text = f"annotation {row.id!r} on image {row.image_id!r}"
-            self._report.note("DUPLICATE_BOX", Level.WARNING, "same image, class and box as one before", text)
+            self._report.note("DUPLICATE_BOX", Severity.WARNING, "same image, class and box as one before", text)
         self._met.add(mark)
         self._take_box(row)
 
@@ -217,10 +220,10 @@ class _Rows:
         """What shows only at the end."""
         for name, count in self._report.by_category.items():
             if not count:
-                self._report.note("CATEGORY_UNUSED", Level.NOTE, "a category without annotations", name)
+                self._report.note("CATEGORY_UNUSED", Severity.NOTE, "a category without annotations", name)
         for image in self._head.images.values():
             if image.id not in self._with_boxes:
-                self._report.note("IMAGE_WITHOUT_BOXES", Level.NOTE, "an image without annotations", image.file_name)
+                self._report.note("IMAGE_WITHOUT_BOXES", Severity.NOTE, "an image without annotations", image.file_name)
 
     def _take_box(self, row: Annotation) -> None:
         image = None if row.image_id is None else self._head.images.get(row.image_id)
@@ -233,15 +236,15 @@ class _Rows:
             (_, _, w, h), was_clipped = check_box(row.box_xywh, (size_wh[1], size_wh[0]), name)
         except BadBox as fault:
             kind, meaning = _fault_of_box(row.box_xywh)
-            self._report.note(kind, Level.ERROR, meaning, str(fault))
+            self._report.note(kind, Severity.ERROR, meaning, str(fault))
             return
         shown = "[" + ", ".join(f"{value:g}" for value in row.box_xywh) + "]"
         if was_clipped:
             text = f"{name}: {shown} on an image of {size_wh[0]}x{size_wh[1]} px"
-            self._report.note("BOX_CLIPPED", Level.WARNING, "a box that leaves its image and is cut to it", text)
+            self._report.note("BOX_CLIPPED", Severity.WARNING, "a box that leaves its image and is cut to it", text)
         if min(w, h) <= SMALL_SIDE_PX:
             text = f"{name}: {shown}"
-            self._report.note("BOX_SMALL", Level.WARNING, f"a side of at most {SMALL_SIDE_PX:g} px", text)
+            self._report.note("BOX_SMALL", Severity.WARNING, f"a side of at most {SMALL_SIDE_PX:g} px", text)
         self._report.boxes_by_size[SIZE_NAMES[size_class(w * h)]] += 1
         self._report.box_sides[math.floor(math.log2(math.sqrt(w * h)))] += 1
 

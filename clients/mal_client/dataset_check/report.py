@@ -25,7 +25,7 @@ NO_FAULT: Final = "no fault found"
 _COMMON_SIZES: Final = 12
 
 
-class Level(StrEnum):
+class Severity(StrEnum):
     """How bad a finding is."""
 
     FATAL = "fatal"
@@ -33,16 +33,16 @@ class Level(StrEnum):
     ERROR = "error"
     """What it concerns gets no mask."""
     WARNING = "warning"
-    """Labelled, but look whether it is meant so."""
+    """Labeled, but look whether it is meant so."""
     NOTE = "note"
     """Good to know."""
 
 
 @dataclass
-class Finding:
+class Issue:
     """One kind of finding: how often, and the first few in words."""
 
-    level: Level
+    level: Severity
     meaning: str
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -66,26 +66,26 @@ class CheckReport:
     file: Path
     images: int = 0
     annotations: int = 0
-    findings: dict[str, Finding] = field(default_factory=dict)
+    findings: dict[str, Issue] = field(default_factory=dict)
     boxes_by_size: Counter[str] = field(default_factory=Counter)
     box_sides: Counter[int] = field(default_factory=Counter)
     image_sizes: Counter[str] = field(default_factory=Counter)
     by_category: Counter[str] = field(default_factory=Counter)
 
-    def note(self, kind: str, level: Level, meaning: str, example: str) -> None:
+    def note(self, kind: str, level: Severity, meaning: str, example: str) -> None:
         """Counts a finding."""
-        finding = self.findings.setdefault(kind, Finding(level, meaning))
+        finding = self.findings.setdefault(kind, Issue(level, meaning))
         finding.count += 1
         if len(finding.examples) < EXAMPLES:
             finding.examples.append(example)
 
-    def count(self, level: Level) -> int:
+    def count(self, level: Severity) -> int:
         """Findings of a level."""
         return sum(finding.count for finding in self.findings.values() if finding.level is level)
 
-    def sorted_findings(self) -> list[tuple[str, Finding]]:
+    def sorted_findings(self) -> list[tuple[str, Issue]]:
         """Worst level first, then the most frequent."""
-        order = list(Level)
+        order = list(Severity)
         return sorted(self.findings.items(), key=lambda item: (order.index(item[1].level), -item[1].count))
 
     def side_histogram(self) -> dict[str, int]:
@@ -101,7 +101,7 @@ class CheckReport:
             "file": str(self.file),
             "images": self.images,
             "annotations": self.annotations,
-            "counts": {str(level): self.count(level) for level in Level},
+            "counts": {str(level): self.count(level) for level in Severity},
             "findings": [
                 {
                     "kind": kind,

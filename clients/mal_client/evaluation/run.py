@@ -13,14 +13,14 @@ from mal_client.bulk.dispatcher import OnNotice
 from mal_client.dataset.run import OnProgress
 from mal_client.evaluation.checkpoint import EvaluationRecords
 from mal_client.evaluation.sources import LocalPass, ServerPass
-from mal_client.evaluation.stream import EvaluationPass, Patience
-from mal_client.transport.base import Link
+from mal_client.evaluation.stream import EvaluationPass, RetryBudget
+from mal_client.transport.base import Transport
 from mal_client.types import Evaluation, LabelOptions
 from mal_train.core.coco.annotations import read_coco
 
 
 def evaluate(
-    client: Link,
+    client: Transport,
     coco_json: Path,
     images_dir: Path | str,
     options: LabelOptions,
@@ -41,7 +41,7 @@ def evaluate(
 
 
 def evaluate_on_server(
-    client: Link,
+    client: Transport,
     annotations: str,
     images: str,
     options: LabelOptions,
@@ -59,13 +59,13 @@ def evaluate_on_server(
 
 
 def _finished(
-    client: Link, run: EvaluationPass, on_progress: OnProgress | None, on_notice: OnNotice | None
+    client: Transport, run: EvaluationPass, on_progress: OnProgress | None, on_notice: OnNotice | None
 ) -> Evaluation:
     """Streams until there is a result; what earlier streams measured is brought back in the next one."""
     if len(run.records) and on_notice is not None:
         measured = f"{len(run.records)} image{'s are' if len(run.records) > 1 else ' is'} measured"
         on_notice(f"{run.records.path}: going on with an unfinished evaluation; {measured}")
-    patience = Patience(client.timeout_s)
+    patience = RetryBudget(client.timeout_s)
     while True:
         pause_s = run.stream(client, on_progress, on_notice, patience)
         if run.result is not None:

@@ -12,7 +12,7 @@ from mal.v1 import evaluation_pb2
 
 from mal_client.dataset.run import image_loader
 from mal_client.evaluation.checkpoint import EvaluationRecords
-from mal_client.evaluation.stream import EvaluationPass, Silence
+from mal_client.evaluation.stream import EvaluationPass, IdleTimeout
 from mal_client.images.image_files import ImageFiles
 from mal_client.transport.serialization import evaluation_messages
 from mal_client.types import LabelOptions, MeasuredInstance, ServerLimits
@@ -33,7 +33,7 @@ class ServerPass(EvaluationPass):
     def _begin(self) -> None:
         """Nothing of an earlier stream is left to put back: the server opens the data set anew."""
 
-    def _requests(self, silence: Silence) -> Iterator[evaluation_pb2.EvaluateRequest]:
+    def _requests(self, silence: IdleTimeout) -> Iterator[evaluation_pb2.EvaluateRequest]:
         token = self.records.token
         yield evaluation_messages.evaluate_dataset(self._options, self._names, self._worst_count, token)
         for item_id, record in self.records.items() if token else ():
@@ -80,7 +80,7 @@ class LocalPass(EvaluationPass):
         self._skipped = self._coco.problem_counts() + self._not_sent
         self._images_skipped = 0
 
-    def _requests(self, silence: Silence) -> Iterator[evaluation_pb2.EvaluateRequest]:
+    def _requests(self, silence: IdleTimeout) -> Iterator[evaluation_pb2.EvaluateRequest]:
         # No window of our own: the server reads only so many images ahead, and gRPC then stops asking for more.
         names = self._coco.category_names
         categories = {key: names[category_id] for category_id, key in self._category_keys.items()}

@@ -17,9 +17,9 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc
 
 from mal_client.bulk.dispatcher import OnNotice, watchdog
 from mal_client.dataset.run import OnProgress
-from mal_client.errors import CallTimedOut, ServerFailed, from_rpc_error, is_broken_off, rpc_details
+from mal_client.errors import CallTimedOut, ServerError, from_rpc_error, is_disconnect, rpc_details
 from mal_client.evaluation.checkpoint import EvaluationRecords
-from mal_client.transport.base import Link
+from mal_client.transport.base import Transport
 from mal_client.transport.serialization import evaluation_messages, labeling_messages
 from mal_client.types import Evaluation, LabelOptions, MeasuredInstance, Progress
 from mal_train.core.coco.annotations import JsonId, Reason
@@ -30,11 +30,11 @@ STALE = "RESUME_TOKEN_STALE"
 
 RESTART_PAUSE_S = 2.0
 
-MAX_STARTS = 5
+MAX_ATTEMPTS = 5
 """How many streams without a new image there may be before the evaluation is given up."""
 
 
-class Silence:
+class IdleTimeout:
     """How long nothing has moved in either direction."""
 
     def __init__(self, limit_s: float) -> None:
@@ -50,10 +50,10 @@ class Silence:
         return time.monotonic() - self._since > self._limit_s
 
 
-class Patience:
+class RetryBudget:
     """Whether another stream is tried after those that brought no new image.
 
-    `MAX_STARTS` of them are enough. Those on which the server said when to come back do not count: it is alive, and
+    `MAX_ATTEMPTS` of them are enough. Those on which the server said when to come back do not count: it is alive, and
     they end by the clock, once such answers alone have come for `limit_s`.
     """
 
@@ -69,7 +69,7 @@ class Patience:
             self._starts, self._asked_since = 0, None
         if asked_s is None:
             self._starts, self._asked_since = self._starts + 1, None
-            return self._starts >= MAX_STARTS
+            return self._starts >= MAX_ATTEMPTS
         now = self._clock()
         self._asked_since = now if self._asked_since is None else self._asked_since
         return now - self._asked_since > self._limit_s
@@ -94,7 +94,7 @@ class EvaluationPass(ABC):
         self._fault: Exception | None = None
 
     def stream(
-        self, client: Link, on_progress: OnProgress | None, on_notice: OnNotice | None, patience: Patience
+        self, client: Transport, on_progress: OnProgress | None, on_notice: OnNotice | None, patience: RetryBudget
     ) -> float:
         """Runs one stream; when it brought no result, seconds to wait before another start.
 
@@ -102,7 +102,7 @@ class EvaluationPass(ABC):
             MalError: the failure is final, or patience is over.
         """
         known = len(self.records)
-        silence = Silence(client.timeout_s)
+        silence = IdleTimeout(client.timeout_s)
         self._images_before = 0
         self._begin()
         stub = evaluation_pb2_grpc.EvaluationServiceStub(client.open_channel())
@@ -129,14 +129,14 @@ class EvaluationPass(ABC):
                 self.records.clear()
                 return 0.0
             asked_s = rpc_details(error).retry_after_s
-            if not is_broken_off(error) or patience.is_over(asked_s, has_new=len(self.records) > known):
+            if not is_disconnect(error) or patience.is_over(asked_s, has_new=len(self.records) > known):
                 raise from_rpc_error(client.address, error, None) from error
             return asked_s or RESTART_PAUSE_S
         finally:
             stream.cancel()  # type: ignore[no-untyped-call]
         if self.result is None and patience.is_over(None, has_new=len(self.records) > known):
-            raise ServerFailed(
-                f"{client.address}: ended the evaluation {MAX_STARTS} times without a result; see its log"
+            raise ServerError(
+                f"{client.address}: ended the evaluation {MAX_ATTEMPTS} times without a result; see its log"
             )
         return RESTART_PAUSE_S
 
@@ -185,7 +185,7 @@ class EvaluationPass(ABC):
         """Before each stream."""
 
     @abstractmethod
-    def _requests(self, silence: Silence) -> Iterator[evaluation_pb2.EvaluateRequest]:
+    def _requests(self, silence: IdleTimeout) -> Iterator[evaluation_pb2.EvaluateRequest]:
         """What is sent on one stream, from its first message on."""
 
     def _all_skipped(self, result: evaluation_pb2.EvaluateResult) -> dict[str, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mal_client.images.image_files import PICTURES
-from mal_train.core.atomic_io import replacing
+from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.masks.images import read_header
@@ -22,7 +22,7 @@ BAD_ROW = "BAD_ROW"
 
 
 @dataclass(frozen=True)
-class Fault:
+class RowError:
     """Something that was not taken over. `where` is a file, with a line behind a colon where there is one."""
 
     where: str
@@ -35,7 +35,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class BoxRow:
+class BoxRecord:
     """One box as a reader found it.
 
     Attributes:
@@ -60,11 +60,11 @@ class BoxRow:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
     """A COCO file in memory, and what could not be taken over."""
 
     coco: dict[str, Any]
-    faults: list[Fault]
+    faults: list[RowError]
 
     @property
     def boxes(self) -> int:
@@ -73,8 +73,8 @@ class Converted:
 
 
 def to_coco(
-    rows: Iterable[BoxRow | Fault], images_dir: Path, categories: Iterable[str] = (), pictures: Iterable[str] = ()
-) -> Converted:
+    rows: Iterable[BoxRecord | RowError], images_dir: Path, categories: Iterable[str] = (), pictures: Iterable[str] = ()
+) -> ConversionResult:
     """A COCO file of boxes. Every row is in it, or among the faults.
 
     Args:
@@ -84,17 +84,17 @@ def to_coco(
         pictures: file names of images that are in the set even without a box.
     """
     maker = _Maker(images_dir)
-    taken: list[tuple[BoxRow, dict[str, Any]]] = []
-    faults: list[Fault] = []
+    taken: list[tuple[BoxRecord, dict[str, Any]]] = []
+    faults: list[RowError] = []
     for name in pictures:
         fault = maker.add_picture(name, str(images_dir / name))
         if fault is not None:
             faults.append(fault)
     for row in rows:
-        made = row if isinstance(row, Fault) else maker.annotation(row)
-        if isinstance(made, Fault):
+        made = row if isinstance(row, RowError) else maker.annotation(row)
+        if isinstance(made, RowError):
             faults.append(made)
-        elif isinstance(row, BoxRow):
+        elif isinstance(row, BoxRecord):
             taken.append((row, made))
     ordered = list(dict.fromkeys(categories))
     ordered += sorted({row.category for row, _ in taken} - set(ordered))
@@ -107,17 +107,17 @@ def to_coco(
         "annotations": annotations,
         "categories": [{"id": at, "name": name} for name, at in ids.items()],
     }
-    return Converted(coco, faults)
+    return ConversionResult(coco, faults)
 
 
-def write_converted(converted: Converted, output_json: Path) -> Path | None:
+def write_converted(converted: ConversionResult, output_json: Path) -> Path | None:
     """Writes the COCO file, and the faults beside it where there are any; the path of their list."""
     listed = output_json.with_name(f"{output_json.stem}.errors.jsonl")
     write_json_atomic(output_json, converted.coco)
     if not converted.faults:
         listed.unlink(missing_ok=True)
         return None
-    with replacing(listed) as file:
+    with atomic_write(listed) as file:
         file.writelines(json.dumps(fault.to_dict()).encode() + b"\n" for fault in converted.faults)
     return listed
 
@@ -136,7 +136,7 @@ def picture_names(images_dir: Path) -> list[str]:
     return found
 
 
-def numbers(texts: Iterable[str], names: Iterable[str], where: str) -> tuple[float, ...] | Fault:
+def numbers(texts: Iterable[str], names: Iterable[str], where: str) -> tuple[float, ...] | RowError:
     """Finite numbers, or the fault that names the first one that is none."""
     found = []
     for text, name in zip(texts, names, strict=True):
@@ -145,7 +145,7 @@ def numbers(texts: Iterable[str], names: Iterable[str], where: str) -> tuple[flo
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            return Fault(where, BAD_ROW, f"{where}: {name} {text!r}; a finite number is needed")
+            return RowError(where, BAD_ROW, f"{where}: {name} {text!r}; a finite number is needed")
         found.append(value)
     return tuple(found)
 
@@ -166,7 +166,7 @@ class _Maker:
         self._images_dir = images_dir
         self._faulty: dict[str, str] = {}
 
-    def add_picture(self, name: str, where: str) -> Fault | None:
+    def add_picture(self, name: str, where: str) -> RowError | None:
         if name in self.images:
             return None
         if name not in self._faulty:
@@ -180,9 +180,9 @@ class _Maker:
             else:
                 self.images[name] = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
                 return None
-        return Fault(where, "BAD_IMAGE", f"{where}: {self._faulty[name]}")
+        return RowError(where, "BAD_IMAGE", f"{where}: {self._faulty[name]}")
 
-    def annotation(self, row: BoxRow) -> dict[str, Any] | Fault:
+    def annotation(self, row: BoxRecord) -> dict[str, Any] | RowError:
         fault = self.add_picture(row.file_name, row.where)
         if fault is not None:
             return fault
@@ -191,14 +191,16 @@ class _Maker:
         if row.stated_wh is not None and row.stated_wh != size_wh:
             stated = f"stated as {row.stated_wh[0]}x{row.stated_wh[1]} px but stored as {size_wh[0]}x{size_wh[1]}"
             turned = "; it looks rotated by EXIF" if row.stated_wh == size_wh[::-1] else ""
-            return Fault(row.where, "IMAGE_SIZE_MISMATCH", f"{row.where}: {row.file_name} is {stated}{turned}")
+            return RowError(row.where, "IMAGE_SIZE_MISMATCH", f"{row.where}: {row.file_name} is {stated}{turned}")
         scale = size_wh if row.is_share else (1, 1)
         if row.is_share and not all(-0.001 <= value <= 1.001 for value in (*row.xyxy, *row.polygon)):
             text = f"{list(row.xyxy)}; shares of width and height in [0, 1] are needed, not pixels"
-            return Fault(row.where, BAD_ROW, f"{row.where}: {text}")
+            return RowError(row.where, BAD_ROW, f"{row.where}: {text}")
         x0, y0, x1, y1 = (value * scale[at % 2] for at, value in enumerate(row.xyxy))
         if x1 <= x0 or y1 <= y0:
-            return Fault(row.where, BAD_ROW, f"{row.where}: box from {x0:g}, {y0:g} to {x1:g}, {y1:g} px holds nothing")
+            return RowError(
+                row.where, BAD_ROW, f"{row.where}: box from {x0:g}, {y0:g} to {x1:g}, {y1:g} px holds nothing"
+            )
         box = [x0, y0, x1 - x0, y1 - y0]
         made: dict[str, Any] = {"image_id": image["id"], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
         if row.polygon:

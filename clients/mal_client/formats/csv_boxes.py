@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from mal_client.formats.boxes import BAD_ROW, BoxRow, Fault, numbers
+from mal_client.formats.boxes import BAD_ROW, BoxRecord, RowError, numbers
 from mal_train.core.errors import BadDataset
 
 FILE: Final = ("file_name", "filename", "file", "image", "image_name", "image_path", "path")
@@ -21,7 +21,7 @@ SIZES: Final = (("x", "bbox_x", "left", "x_min", "xmin"), ("y", "bbox_y", "top",
 DEFAULT_CATEGORY: Final = "object"
 
 
-def read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[BoxRow | Fault]:
+def read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[BoxRecord | RowError]:
     """Boxes in px, in the order of the file.
 
     Needed are a column of file names and either left, top, right, bottom or x, y, width, height, by one of the names
@@ -74,19 +74,19 @@ class _Places:
         self._box = [at for at in box if at is not None]
         self._names = [header[at] for at in self._box]
 
-    def read(self, row: list[str], where: str) -> BoxRow | Fault:
+    def read(self, row: list[str], where: str) -> BoxRecord | RowError:
         if len(row) != self._width:
-            return Fault(where, BAD_ROW, f"{where}: {len(row)} columns; {self._width} are needed")
+            return RowError(where, BAD_ROW, f"{where}: {len(row)} columns; {self._width} are needed")
         found = numbers((row[at] for at in self._box), self._names, where)
-        if isinstance(found, Fault):
+        if isinstance(found, RowError):
             return found
         file_name = row[self._file or 0].strip()
         if not file_name:
-            return Fault(where, BAD_ROW, f"{where}: no file name")
+            return RowError(where, BAD_ROW, f"{where}: no file name")
         a, b, c, d = found
         xyxy = (a, b, c, d) if self._is_corners else (a, b, a + c, b + d)
         category = DEFAULT_CATEGORY if self._category is None else row[self._category].strip() or DEFAULT_CATEGORY
-        return BoxRow(where, file_name, category, xyxy)
+        return BoxRecord(where, file_name, category, xyxy)
 
 
 def _one_of(header: list[str], names: Sequence[str]) -> int | None:

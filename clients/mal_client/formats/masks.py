@@ -1,4 +1,4 @@
-"""The masks of a labelled COCO file, image by image, for the writers of foreign formats beside this file."""
+"""The masks of a labeled COCO file, image by image, for the writers of foreign formats beside this file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mal_client.formats.boxes import Fault
+from mal_client.formats.boxes import RowError
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, by_image, read_coco
 from mal_train.core.errors import BadDataset, OutputError
 from mal_train.core.masks.encodings import to_polygons
@@ -17,7 +17,7 @@ from mal_train.core.masks.rle import Rle, from_segmentation
 
 @dataclass(frozen=True)
 class MaskRow:
-    """One labelled object.
+    """One labeled object.
 
     Attributes:
         row: as the file holds it.
@@ -46,11 +46,11 @@ class Export:
 
     written: int = 0
     crowds: int = 0
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[RowError] = field(default_factory=list)
 
 
 class MaskFile:
-    """A labelled COCO file.
+    """A labeled COCO file.
 
     Args:
         path: the file.
@@ -76,7 +76,7 @@ class MaskFile:
             size_wh = image.size_wh
             if image.problem is not None or size_wh is None:
                 text = image.problem or f"image {image.id!r}: the file does not state its width and height"
-                self.export.faults.append(Fault(image.file_name, "IMAGE_UNUSABLE", text))
+                self.export.faults.append(RowError(image.file_name, "IMAGE_UNUSABLE", text))
                 continue
             found = [self._mask_row(row, size_wh) for row in rows]
             kept = [row for row in found if row is not None]
@@ -89,7 +89,7 @@ class MaskFile:
             return None
         error = row.raw.get("error")
         if row.problem is not None or row.category_id is None or error:
-            self._leave_out(row, row.problem or f"annotation {row.id!r}: was not labelled ({error})")
+            self._leave_out(row, row.problem or f"annotation {row.id!r}: was not labeled ({error})")
             return None
         try:
             rle = from_segmentation(row.raw.get("segmentation"), size_wh[1], size_wh[0], f"annotation {row.id!r}")
@@ -104,7 +104,7 @@ class MaskFile:
         return MaskRow(dict(row.raw), self.names[place], place, rle, rings)
 
     def _leave_out(self, row: Annotation, text: str) -> None:
-        self.export.faults.append(Fault(f"annotation {row.id!r}", str(row.reason or "NO_MASK"), text))
+        self.export.faults.append(RowError(f"annotation {row.id!r}", str(row.reason or "NO_MASK"), text))
 
 
 class LabelFiles:
@@ -140,7 +140,7 @@ class LabelFiles:
         """Counts the rows of a picture, for whose labels there is no file, as left out."""
         self._export.written -= len(rows)
         self._export.faults.append(
-            Fault(image.file_name, reason, f"{image.file_name}: {text.removeprefix(f'{image.file_name}: ')}")
+            RowError(image.file_name, reason, f"{image.file_name}: {text.removeprefix(f'{image.file_name}: ')}")
         )
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from mal_client.formats.boxes import BAD_ROW, BoxRow, Fault, annotation_files, numbers
+from mal_client.formats.boxes import BAD_ROW, BoxRecord, RowError, annotation_files, numbers
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 KEPT = ("pose", "truncated", "difficult", "occluded")
 
 
-def read_voc(labels_dir: Path, pictures: Sequence[str], *, zero_based: bool = False) -> Iterator[BoxRow | Fault]:
+def read_voc(labels_dir: Path, pictures: Sequence[str], *, zero_based: bool = False) -> Iterator[BoxRecord | RowError]:
     """Boxes of all XML files below a folder, file by file.
 
     Args:
@@ -31,7 +31,7 @@ def read_voc(labels_dir: Path, pictures: Sequence[str], *, zero_based: bool = Fa
         try:
             root = ElementTree.fromstring(path.read_bytes())
         except (OSError, ElementTree.ParseError) as error:
-            yield Fault(relative, "BAD_FILE", f"{relative}: no XML that can be read ({error})")
+            yield RowError(relative, "BAD_FILE", f"{relative}: no XML that can be read ({error})")
             continue
         stated = (root.findtext("filename") or "").strip()
         found = by_name.get(stated) or by_name.get(path.stem) or []
@@ -39,7 +39,7 @@ def read_voc(labels_dir: Path, pictures: Sequence[str], *, zero_based: bool = Fa
             text = (
                 f"several pictures have its name: {', '.join(found)}" if found else f"no picture {stated or path.stem}"
             )
-            yield Fault(relative, "BAD_IMAGE", f"{relative}: {text}")
+            yield RowError(relative, "BAD_IMAGE", f"{relative}: {text}")
             continue
         for at, node in enumerate(root.iter("object"), start=1):
             yield _read_object(node, f"{relative}:object {at}", found[0], _size_of(root), zero_based=zero_based)
@@ -47,18 +47,18 @@ def read_voc(labels_dir: Path, pictures: Sequence[str], *, zero_based: bool = Fa
 
 def _read_object(
     node: ElementTree.Element, where: str, picture: str, stated_wh: tuple[int, int] | None, *, zero_based: bool
-) -> BoxRow | Fault:
+) -> BoxRecord | RowError:
     name = (node.findtext("name") or "").strip()
     if not name:
-        return Fault(where, BAD_ROW, f"{where}: has no name")
+        return RowError(where, BAD_ROW, f"{where}: has no name")
     found = numbers((node.findtext(f"bndbox/{corner}") or "" for corner in CORNERS), CORNERS, where)
-    if isinstance(found, Fault):
+    if isinstance(found, RowError):
         return found
     x0, y0, x1, y1 = found
     if not zero_based:
         x0, y0 = x0 - 1, y0 - 1
     extra: dict[str, Any] = {key: node.findtext(key) for key in KEPT if node.findtext(key) is not None}
-    return BoxRow(where, picture, name, (x0, y0, x1, y1), stated_wh=stated_wh, extra=extra)
+    return BoxRecord(where, picture, name, (x0, y0, x1, y1), stated_wh=stated_wh, extra=extra)
 
 
 def _size_of(root: ElementTree.Element) -> tuple[int, int] | None:

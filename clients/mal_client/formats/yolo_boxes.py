@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mal_client.formats.boxes import BAD_ROW, BoxRow, Fault, annotation_files, numbers
+from mal_client.formats.boxes import BAD_ROW, BoxRecord, RowError, annotation_files, numbers
 from mal_train.core.errors import ConfigError
 
 BOX_NUMBERS = 4
@@ -14,7 +14,7 @@ BOX_NUMBERS = 4
 
 def read_yolo(
     labels_dir: Path, pictures: Sequence[str], names: Sequence[str], names_file: Path
-) -> Iterator[BoxRow | Fault]:
+) -> Iterator[BoxRecord | RowError]:
     """Boxes of all text files below a folder, file by file.
 
     A row is `class cx cy w h`, with a confidence behind it or not (kept as `score`), or `class x0 y0 x1 y1 …`, an
@@ -37,7 +37,7 @@ def read_yolo(
         found = by_stem.get(str(relative.with_suffix("")), [])
         if len(found) != 1:
             text = f"several pictures have its name: {', '.join(found)}" if found else "no picture has its name"
-            yield Fault(str(relative), "BAD_IMAGE", f"{relative}: {text}")
+            yield RowError(str(relative), "BAD_IMAGE", f"{relative}: {text}")
             continue
         yield from _read_file(path, str(relative), found[0], names, names_file)
 
@@ -82,33 +82,33 @@ def _yaml_names(text: str, path: Path) -> list[str]:
 
 def _read_file(
     path: Path, relative: str, picture: str, names: Sequence[str], names_file: Path
-) -> Iterator[BoxRow | Fault]:
+) -> Iterator[BoxRecord | RowError]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        yield Fault(relative, "BAD_FILE", f"{relative}: cannot be read ({error})")
+        yield RowError(relative, "BAD_FILE", f"{relative}: cannot be read ({error})")
         return
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where, cells = f"{relative}:{number}", line.split()
             if not cells[0].isdecimal() or int(cells[0]) >= len(names):
                 upto = f"a number from 0 to {len(names) - 1} is needed, for {names_file} names {len(names)}"
-                yield Fault(where, BAD_ROW, f"{where}: class {cells[0]!r}; {upto}")
+                yield RowError(where, BAD_ROW, f"{where}: class {cells[0]!r}; {upto}")
                 continue
             yield _read_row(cells, where, picture, names[int(cells[0])])
 
 
-def _read_row(cells: list[str], where: str, picture: str, category: str) -> BoxRow | Fault:
+def _read_row(cells: list[str], where: str, picture: str, category: str) -> BoxRecord | RowError:
     found = numbers(cells[1:], (f"number {at}" for at in range(1, len(cells))), where)
-    if isinstance(found, Fault):
+    if isinstance(found, RowError):
         return found
     if len(found) in (BOX_NUMBERS, BOX_NUMBERS + 1):
         cx, cy, w, h = found[:BOX_NUMBERS]
         extra = {"score": found[BOX_NUMBERS]} if len(found) > BOX_NUMBERS else {}
         xyxy = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        return BoxRow(where, picture, category, xyxy, is_share=True, extra=extra)
+        return BoxRecord(where, picture, category, xyxy, is_share=True, extra=extra)
     if len(found) < 6 or len(found) % 2:
         text = "class cx cy w h, or class x0 y0 x1 y1 x2 y2 … is needed"
-        return Fault(where, BAD_ROW, f"{where}: {len(found)} numbers behind the class; {text}")
+        return RowError(where, BAD_ROW, f"{where}: {len(found)} numbers behind the class; {text}")
     xs, ys = found[0::2], found[1::2]
-    return BoxRow(where, picture, category, (min(xs), min(ys), max(xs), max(ys)), is_share=True, polygon=found)
+    return BoxRecord(where, picture, category, (min(xs), min(ys), max(xs), max(ys)), is_share=True, polygon=found)

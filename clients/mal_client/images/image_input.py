@@ -14,7 +14,7 @@ from mal_train.core.errors import BadImage
 if TYPE_CHECKING:
     from mal_client.types import ImageInput
 
-# Modes that PNG stores as they are; the server's decoder then applies its one rule to alpha, grey and 16 bits.
+# Modes that PNG stores as they are; the server's decoder then applies its one rule to alpha, gray and 16 bits.
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 
 
@@ -30,7 +30,7 @@ class EncodedImage:
 def encode(image: ImageInput) -> EncodedImage:
     """The bytes to send.
 
-    A uint8 array (H, W, 3) RGB or (H, W) grey and a Pillow picture become a lossless PNG; a path's file and bytes are
+    A uint8 array (H, W, 3) RGB or (H, W) gray and a Pillow picture become a lossless PNG; a path's file and bytes are
     sent as they are, so the server decodes exactly what is stored.
 
     Raises:
@@ -63,8 +63,8 @@ def not_found(path: Path, error: OSError | ValueError) -> BadImage:
 
 
 def _encode_array(pixels: np.ndarray[Any, Any]) -> EncodedImage:
-    is_grey, is_rgb = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[2] == 3
-    if pixels.dtype != np.uint8 or not (is_grey or is_rgb) or not pixels.size:
+    is_gray, is_rgb = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[2] == 3
+    if pixels.dtype != np.uint8 or not (is_gray or is_rgb) or not pixels.size:
         raise BadImage(
             f"image: {pixels.dtype} array of shape {pixels.shape}; uint8 of shape (H, W, 3) RGB or (H, W) is needed",
             "IMAGE_FORMAT",

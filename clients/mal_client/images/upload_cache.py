@@ -15,18 +15,18 @@ MIN_BYTES = 4096
 """Smaller files are sent each time: a hash would save nothing that anybody feels."""
 
 
-class Handles:
+class UploadCache:
     """What one server was sent; safe in threads."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, image: EncodedImage) -> Handle | None:
+    def of(self, image: EncodedImage) -> UploadedImage | None:
         """The picture's handle; None for one that is not worth it. Hashes the file: about a millisecond a megabyte."""
         if len(image.content) < MIN_BYTES:
             return None
-        return Handle(self, hashlib.sha256(image.content).hexdigest())
+        return UploadedImage(self, hashlib.sha256(image.content).hexdigest())
 
     def knows(self, sha256: str) -> bool:
         """The server was sent this picture and has not said since that it does not hold it."""
@@ -47,10 +47,10 @@ class Handles:
             self._known.pop(sha256, None)
 
 
-class Handle:
+class UploadedImage:
     """One picture at one server."""
 
-    def __init__(self, handles: Handles, sha256: str) -> None:
+    def __init__(self, handles: UploadCache, sha256: str) -> None:
         self._handles = handles
         self.sha256 = sha256
 

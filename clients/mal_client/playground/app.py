@@ -1,6 +1,6 @@
 """The playground's web application: its pages, and five calls that put mal_client behind HTTP.
 
-    GET  /api/server               what the labelling server serves
+    GET  /api/server               what the labeling server serves
     POST /api/images               the bytes of a picture → its name here, its size
     GET  /api/images/NAME/pixels   the picture as the network sees it, PNG
     POST /api/images/NAME/labels   boxes → one JSON line each, as masks are finished
@@ -100,7 +100,7 @@ class Playground:
         return answer
 
     async def server(self, request: web.Request) -> web.StreamResponse:
-        """The labelling server, asked anew, as seen by who uses the model of the query; without one, the default."""
+        """The labeling server, asked anew, as seen by who uses the model of the query; without one, the default."""
         self._info = await self._client.server_info()
         seen = self._info.of_model(request.query.get("model"))
         return web.json_response(server_json(self._client.address, seen))
@@ -132,7 +132,7 @@ class Playground:
         )
 
     async def pixels(self, request: web.Request) -> web.StreamResponse:
-        """The picture, stored orientation and all, through the decoder that the labelling server uses."""
+        """The picture, stored orientation and all, through the decoder that the labeling server uses."""
         image = self._image(request)
         limits = (await self._known()).limits
         allowed = ImageLimits(limits.max_image_bytes, limits.max_pixels, limits.max_side)
@@ -232,7 +232,7 @@ def _error(status: HTTPStatus, error: ItemError) -> web.Response:
 
 
 async def _body(request: web.Request, info: ServerInfo) -> bytes:
-    """The bytes of a picture, at most what the labelling server takes."""
+    """The bytes of a picture, at most what the labeling server takes."""
     check_image_size(request.content_length or 0, info.limits)
     content = bytearray()
     async for piece in request.content.iter_any():

@@ -11,7 +11,7 @@ from mal_client.dataset.provenance import provenance_of
 from mal_client.playground.schema import BadRequest, Json, member, read_box
 from mal_client.types import LabelOptions, ServerInfo
 from mal_train.core.coco.annotations import JsonId, parse_coco
-from mal_train.core.coco.output import answer_fields, error_fields, labelled_file
+from mal_train.core.coco.output import answer_fields, error_fields, labeled_file
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.rle import Rle, area
 
@@ -23,12 +23,12 @@ def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
 
     `body`: `{"images": [{"file_name", "width", "height"}], "annotations": [{"image", "box", "category", "threshold",
     "answer"}]}`, where `image` is a place in `images` and `answer` a line that this server wrote for the box, or null.
-    Boxes without a mask keep their row and say why. A box that was labelled with another threshold or by other weights
+    Boxes without a mask keep their row and say why. A box that was labeled with another threshold or by other weights
     than the file's provenance says carries its own `threshold` or `checkpoint_sha256`.
 
     Args:
         body: what the page sent.
-        info: the labelling server's word on itself, for the provenance.
+        info: the labeling server's word on itself, for the provenance.
         options: the page's options, for the same.
 
     Raises:
@@ -60,8 +60,8 @@ def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
         "annotations": rows,
         "categories": [{"id": key, "name": name} for name, key in categories.items()],
     }
-    labelled = labelled_file(parse_coco(raw), answers, provenance_of(info, options))
-    return json.dumps(labelled).encode() + b"\n"
+    labeled = labeled_file(parse_coco(raw), answers, provenance_of(info, options))
+    return json.dumps(labeled).encode() + b"\n"
 
 
 def _image(row: Any, image_id: int) -> Json:

@@ -1,4 +1,4 @@
-"""One call of the page, passed on to the labelling server: every box answered with one line, as soon as it can be."""
+"""One call of the page, passed on to the labeling server: every box answered with one line, as soon as it can be."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def answer_boxes(client: AsyncClient, image: bytes, request: LabelRequest,
     """Writes exactly one line for each box; a call that fails is the error of those that had no answer by then.
 
     Args:
-        client: of the labelling server.
+        client: of the labeling server.
         image: the encoded picture.
         request: what the page asked.
         write: is awaited for each line, one at a time; while it waits for a slow page, the server's stream waits too.

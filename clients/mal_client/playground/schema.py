@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mal_client.errors import CallCancelled, CallTimedOut, ItemError, RequestRefused, ServerUnavailable
+from mal_client.errors import CallCancelled, CallTimedOut, InvalidRequest, ItemError, ServerUnavailable
 from mal_client.review.queue import FLAG_MEANINGS
 from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ModelRef, ServerInfo
 from mal_train.core.errors import BadImage, ConfigError, InputError, MalError
@@ -40,7 +40,7 @@ class LabelRequest:
 
     Attributes:
         options: for the whole image.
-        groups: boxes by the options that they are to be labelled with, one group for each threshold.
+        groups: boxes by the options that they are to be labeled with, one group for each threshold.
     """
 
     options: LabelOptions
@@ -124,7 +124,7 @@ def failure(error: MalError) -> ItemError:
         (InputError, "INVALID_ARGUMENT"),
     )
     code = next((name for kind, name in codes if isinstance(error, kind)), "INTERNAL")
-    reason = error.reason if isinstance(error, BadImage | RequestRefused) else ""
+    reason = error.reason if isinstance(error, BadImage | InvalidRequest) else ""
     return ItemError(code, reason, str(error))
 
 
@@ -134,7 +134,7 @@ def model_json(model: ModelRef) -> Json:
 
 
 def server_json(address: str, info: ServerInfo) -> Json:
-    """What the page shows of the labelling server, and what it has to keep to."""
+    """What the page shows of the labeling server, and what it has to keep to."""
     return {
         "address": address,
         "version": info.version,

@@ -1,7 +1,7 @@
 """Who may talk to the playground: the browser that was given its address, and only from the playground's own pages.
 
 A page on a local port is reachable by every web page that the user has open and by every account of the machine, and
-it can spend the user's token for the labelling server. Three locks, each enough against one of them:
+it can spend the user's token for the labeling server. Three locks, each enough against one of them:
 
 - **Host**: a name that an attacker lets point to 127.0.0.1 (DNS rebinding) is not among the allowed ones. Addresses in
   numbers cannot be rebound; on a loopback socket only those of this machine pass.

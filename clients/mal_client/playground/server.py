@@ -48,7 +48,7 @@ async def serve(
     """Serves the page until SIGINT, SIGTERM or `stop`.
 
     Args:
-        client: of the labelling server; closed by the caller.
+        client: of the labeling server; closed by the caller.
         listen: where.
         tell: told the address, key included, and what the user should know.
         open_browser: also open it.
@@ -58,7 +58,7 @@ async def serve(
         ConfigError: the port cannot be bound.
     """
     guard = Guard(secrets.token_urlsafe(24), frozenset(map(str.lower, listen.allowed_hosts)), listen.is_loopback)
-    # A page that goes away cancels its handler, and with it the call to the labelling server.
+    # A page that goes away cancels its handler, and with it the call to the labeling server.
     async with bound(build_app(client, guard), listen.host, listen.port, cancel_gone=True) as address:
         url = f"{address}/?{KEY_FIELD}={guard.key}"
         await _say(client, listen, url, tell)

@@ -20,8 +20,8 @@ FAILED_LISTED = 1000
 """Failed annotations that a result holds; a million of them would fill the memory."""
 
 
-class Only(StrEnum):
-    """Which annotations of a file are labelled; the others are copied as they are."""
+class RowFilter(StrEnum):
+    """Which annotations of a file are labeled; the others are copied as they are."""
 
     ALL = "all"
     """Every one; masks that the input holds stay in the input alone."""
@@ -35,12 +35,12 @@ class Only(StrEnum):
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """What of a COCO file is labelled and how it is written.
+    """What of a COCO file is labeled and how it is written.
 
     Attributes:
         only: which annotations.
-        ids: their ids, for `Only.IDS`.
-        update_bbox: also set the box of each labelled annotation to the tight box of its mask.
+        ids: their ids, for `RowFilter.IDS`.
+        update_bbox: also set the box of each labeled annotation to the tight box of its mask.
         restart: throw away the answers of an unfinished run instead of going on from them.
         mask_format: how masks are written; masks that are kept stay as they are. POLYGONS: a hole is joined to its
             outline by a bridge of no width, and an empty mask stays a run-length code, since COCO's polygons have
@@ -49,7 +49,7 @@ class DatasetOptions:
         polygon_tolerance_px: how far polygons may run beside the mask's edge, to have fewer points; 0 = exact.
     """
 
-    only: Only = Only.ALL
+    only: RowFilter = RowFilter.ALL
     ids: frozenset[JsonId] = frozenset()
     update_bbox: bool = False
     restart: bool = False
@@ -61,11 +61,11 @@ class DatasetOptions:
             raise ConfigError(f"polygon_tolerance_px: {self.polygon_tolerance_px}; it must be 0 px or more")
         if self.polygon_tolerance_px and self.mask_format is not MaskFormat.POLYGONS:
             raise ConfigError(f"polygon_tolerance_px: has no meaning for masks as {self.mask_format}; choose polygons")
-        if (self.only is Only.IDS) != bool(self.ids):
+        if (self.only is RowFilter.IDS) != bool(self.ids):
             raise ConfigError(f"ids: {len(self.ids)} given with only={self.only}; the two belong together")
 
 
-WHOLE_FILE = DatasetOptions()
+DEFAULT_DATASET_OPTIONS = DatasetOptions()
 """Every annotation, made anew."""
 
 
@@ -113,13 +113,13 @@ class FailedAnnotation:
 
 @dataclass(frozen=True)
 class DatasetResult:
-    """What a labelling job left behind.
+    """What a labeling job left behind.
 
     Attributes:
         output: the COCO file with masks.
         errors_file: one JSON line for each failed annotation; None when there are none.
-        labelled: annotations that got a mask, in this run or in the unfinished one before it.
-        copied: annotations copied through unlabelled on purpose (crowd regions, or masks that were kept).
+        labeled: annotations that got a mask, in this run or in the unfinished one before it.
+        copied: annotations copied through unlabeled on purpose (crowd regions, or masks that were kept).
         failed: the first FAILED_LISTED annotations that could not be answered; the errors file lists all.
         model: which weights answered.
         failed_count: how many could not be answered.
@@ -129,7 +129,7 @@ class DatasetResult:
 
     output: Path
     errors_file: Path | None
-    labelled: int
+    labeled: int
     copied: int
     failed: tuple[FailedAnnotation, ...] = field(default=())
     model: ModelRef | None = None

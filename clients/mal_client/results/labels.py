@@ -1,4 +1,4 @@
-"""Boxes in, masks out: how a box is to be labelled, and its answer. A mask stays encoded until asked for."""
+"""Boxes in, masks out: how a box is to be labeled, and its answer. A mask stays encoded until asked for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mal_train.core.masks.rle import Rle
 
 ImageInput: TypeAlias = "NDArray[np.uint8] | Image.Image | Path | str | bytes"
-"""(H, W, 3) RGB or (H, W) grey, a picture, where its file lies, or that file's bytes."""
+"""(H, W, 3) RGB or (H, W) gray, a picture, where its file lies, or that file's bytes."""
 
 BoxXywh = tuple[float, float, float, float]
 """x, y, width, height in px of the stored image."""
@@ -61,7 +61,7 @@ class LabelOptions:
             raise ConfigError(f"threshold: {self.threshold}; a probability between 0 and 1 is needed, both excluded")
 
 
-AS_SERVED = LabelOptions()
+SERVER_DEFAULTS = LabelOptions()
 """Everything as the server and its checkpoint set it."""
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mal_client.errors import FieldViolation, RequestRefused
-from mal_client.results.labels import AS_SERVED, LabelOptions, ModelRef
-from mal_train.core.settings import Branch, Manner, can_compare, score_meaning
+from mal_client.errors import FieldViolation, InvalidRequest
+from mal_client.results.labels import SERVER_DEFAULTS, LabelOptions, ModelRef
+from mal_train.core.settings import Branch, ScoreBasis, can_compare, score_meaning
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class ServerInfo:
     models: tuple[ModelInfo, ...] = ()
     data_folders: tuple[str, ...] = ()
 
-    def score_meaning(self, options: LabelOptions = AS_SERVED) -> str:
+    def score_meaning(self, options: LabelOptions = SERVER_DEFAULTS) -> str:
         """What the score of a label is that was asked for so, for files that carry labels."""
-        manner = Manner(
+        manner = ScoreBasis(
             options.branch or self.model.branch,
             options.flip,
             shared_out=options.resolve_overlaps,
@@ -125,13 +125,13 @@ class ServerInfo:
         found = next((info for info in self.models if info.model.name == name), None)
         if found is None:
             served = ", ".join(info.model.name for info in self.models) or self.model.name
-            raise RequestRefused(f"model {name!r} is not served; there are {served}", "MODEL_NOT_FOUND")
+            raise InvalidRequest(f"model {name!r} is not served; there are {served}", "MODEL_NOT_FOUND")
         return replace(self, **vars(found))
 
 
-def _takes_both(info: ServerInfo, option: str, value: str) -> RequestRefused:
+def _takes_both(info: ServerInfo, option: str, value: str) -> InvalidRequest:
     text = (
         f"it takes both networks, and model {info.model.name!r} holds the {' and the '.join(info.branches)} alone; "
         f"leave --{option} out, or serve a checkpoint of both networks"
     )
-    return RequestRefused(f"{option}: {value}; {text}", violations=(FieldViolation(option, text),))
+    return InvalidRequest(f"{option}: {value}; {text}", violations=(FieldViolation(option, text),))

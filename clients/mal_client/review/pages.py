@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.errors import RequestRefused
+from mal_client.errors import InvalidRequest
 from mal_client.images.image_files import ImageFiles
 from mal_client.review.queue import FLAG_MEANINGS, QueueItem, ReviewQueue
 from mal_client.types import BoxLabel, Evaluation, LabelOptions, MeasuredInstance
@@ -45,7 +45,7 @@ def worst_cards(
             path = files.path(file_name)
             image = read_image(path)
             labels = client.label_image(path, [row.box for _, row in wanted], options)
-        except (BadImage, RequestRefused):
+        except (BadImage, InvalidRequest):
             continue
         for (place, row), label in zip(wanted, labels, strict=True):
             cards[place] = _card(image, row, label, segmentations.get(row.annotation_id))

@@ -1,4 +1,4 @@
-"""Which masks of a labelled file to look at first, why, and how well that order finds bad ones. Needs no server.
+"""Which masks of a labeled file to look at first, why, and how well that order finds bad ones. Needs no server.
 
 Worst first by score: failed annotations, then the least certain. The order by agreement is there on request; where
 ground truth is given, both are measured against it.
@@ -48,10 +48,10 @@ FLAG_MEANINGS: Final[Mapping[str, str]] = {
     "MULTI_PART": "the mask falls into parts",
     "CROWD": "a region of many objects, copied through",
 }
-"""What the flags of a labelled file say, for people."""
+"""What the flags of a labeled file say, for people."""
 
 
-class By(StrEnum):
+class SortBy(StrEnum):
     """What the order goes by."""
 
     SCORE = "score"
@@ -64,7 +64,7 @@ class QueueItem:
 
     Attributes:
         rank: place in the queue, from 1.
-        row: as the labelled file holds it.
+        row: as the labeled file holds it.
         image: its image.
         box: x, y, w, h in px.
         key: what the order goes by; NO_MASK without a mask.
@@ -91,7 +91,7 @@ class QueueItem:
         flags = self.row.get("flags")
         return [FLAG_MEANINGS.get(flag, flag) for flag in flags] if isinstance(flags, list) else []
 
-    def line(self, by: By) -> str:
+    def line(self, by: SortBy) -> str:
         """For a terminal: which annotation, its image, what it got, and why."""
         got = "no mask" if self.key == NO_MASK else f"{by} {self.key:.2f}"
         why = "".join(f"; {reason}" for reason in self.reasons)
@@ -111,7 +111,7 @@ class OrderQuality:
         bad_in_worst_fifth: the same for 20 %.
     """
 
-    by: By
+    by: SortBy
     count: int
     bad_count: int
     spearman: float | None
@@ -125,7 +125,7 @@ class OrderQuality:
 
 @dataclass
 class ReviewQueue:
-    """The queue of a labelled file.
+    """The queue of a labeled file.
 
     Attributes:
         by: what the order goes by.
@@ -137,7 +137,7 @@ class ReviewQueue:
         qualities: of each order that the file allows, where ground truth was given.
     """
 
-    by: By
+    by: SortBy
     masks: int = 0
     failed: int = 0
     left_out: int = 0
@@ -186,11 +186,13 @@ class ReviewQueue:
         return lines + [f"  {item.rank}. {item.line(self.by)}" for item in self.worst[:LISTED]]
 
 
-def review_queue(labelled_json: Path, *, by: By = By.SCORE, count: int = 100, truth: Path | None = None) -> ReviewQueue:
-    """Reads a labelled file twice, and keeps its `count` worst rows alone.
+def review_queue(
+    labeled_json: Path, *, by: SortBy = SortBy.SCORE, count: int = 100, truth: Path | None = None
+) -> ReviewQueue:
+    """Reads a labeled file twice, and keeps its `count` worst rows alone.
 
     Args:
-        labelled_json: what `mal-client label` wrote.
+        labeled_json: what `mal-client label` wrote.
         by: the order.
         count: how many of the worst to keep.
         truth: a COCO file with the true masks of the same annotation ids.
@@ -201,15 +203,15 @@ def review_queue(labelled_json: Path, *, by: By = By.SCORE, count: int = 100, tr
     """
     sizes = {
         row["id"]: (row["height"], row["width"])
-        for row in read_member(labelled_json, "images")
+        for row in read_member(labeled_json, "images")
         if isinstance(row, dict) and isinstance(row.get("id"), JsonId) and {"width", "height"} <= row.keys()
     }
-    keys = _Keys(ReviewQueue(by), None if truth is None else _Truth(truth), sizes)
-    head = scan_coco(labelled_json, keys.take)
+    keys = _SortKeys(ReviewQueue(by), None if truth is None else _Truth(truth), sizes)
+    head = scan_coco(labeled_json, keys.take)
     queue = keys.queue
     if not queue.masks and not queue.failed:
-        missing = "an agreement (label with --agreement)" if by is By.AGREEMENT else "a score (label it first)"
-        raise ConfigError(f"{labelled_json}: no annotation carries {missing}")
+        missing = "an agreement (label with --agreement)" if by is SortBy.AGREEMENT else "a score (label it first)"
+        raise ConfigError(f"{labeled_json}: no annotation carries {missing}")
     places = keys.worst(count)
     wanted = {int(place): rank for rank, place in enumerate(places, start=1)}
     kept: dict[int, QueueItem] = {}
@@ -218,18 +220,18 @@ def review_queue(labelled_json: Path, *, by: By = By.SCORE, count: int = 100, tr
         if at in wanted:
             kept[wanted[at]] = keys.item(wanted[at], at, row, head)
 
-    scan_coco(labelled_json, keep)
+    scan_coco(labeled_json, keep)
     queue.worst = [kept[rank] for rank in sorted(kept)]
     queue.qualities = keys.qualities()
     if truth is not None and queue.masks and not queue.qualities:
         raise ConfigError(
-            f"{truth}: holds no true mask of an annotation of {labelled_json}, by its id and image; give the file with "
+            f"{truth}: holds no true mask of an annotation of {labeled_json}, by its id and image; give the file with "
             "the true masks of these annotations, or leave it out"
         )
     return queue
 
 
-def write_worst(queue: ReviewQueue, labelled_json: Path, output: Path) -> None:
+def write_worst(queue: ReviewQueue, labeled_json: Path, output: Path) -> None:
     """The worst as a COCO file of their own, in their order, for any tool that reads COCO.
 
     Each row gets a `review_rank`. Images are those that have a row.
@@ -238,14 +240,14 @@ def write_worst(queue: ReviewQueue, labelled_json: Path, output: Path) -> None:
     write_json_atomic(
         output,
         {
-            "images": [row for row in read_member(labelled_json, "images") if _has_id(row, images)],
+            "images": [row for row in read_member(labeled_json, "images") if _has_id(row, images)],
             "annotations": [{**item.row, "review_rank": item.rank} for item in queue.worst],
-            "categories": list(read_member(labelled_json, "categories")),
+            "categories": list(read_member(labeled_json, "categories")),
         },
     )
 
 
-def by_picture(items: Sequence[QueueItem]) -> dict[str, list[QueueItem]]:
+def by_image(items: Sequence[QueueItem]) -> dict[str, list[QueueItem]]:
     """The items by the file name of their image, in the order of the queue; those without an image are left out."""
     found: dict[str, list[QueueItem]] = {}
     for item in items:
@@ -266,9 +268,9 @@ def frame_size(item: QueueItem, files: ImageFiles) -> tuple[int, int]:
     return read_header(read_file(path), str(path)).size_wh
 
 
-def category_names(labelled_json: Path) -> dict[object, str]:
+def category_names(labeled_json: Path) -> dict[object, str]:
     """Names of a file's categories by id."""
-    rows = (row for row in read_member(labelled_json, "categories") if isinstance(row, dict))
+    rows = (row for row in read_member(labeled_json, "categories") if isinstance(row, dict))
     return {row.get("id"): str(row.get("name", row.get("id"))) for row in rows}
 
 
@@ -294,7 +296,7 @@ class _Truth:
             self._rows[row.id] = (row.image_id, row.raw.get("segmentation"))
 
 
-class _Keys:
+class _SortKeys:
     """The order of a file, a few bytes a row."""
 
     def __init__(self, queue: ReviewQueue, truth: _Truth | None, sizes: Mapping[Any, tuple[Any, Any]]) -> None:
@@ -302,7 +304,7 @@ class _Keys:
         self._sizes = sizes
         self._truth = truth
         self._keys = array("d")
-        self._measured: dict[By, tuple[list[float], list[float]]] = {by: ([], []) for by in By}
+        self._measured: dict[SortBy, tuple[list[float], list[float]]] = {by: ([], []) for by in SortBy}
 
     def take(self, _: int, row: Annotation) -> None:
         """Notes one annotation."""
@@ -366,7 +368,7 @@ class _Keys:
                 ious.append(found)
 
 
-def _key(row: Annotation, by: By) -> float | None:
+def _key(row: Annotation, by: SortBy) -> float | None:
     """What orders a row; None for one that does not belong into the queue."""
     if row.iscrowd:
         return None

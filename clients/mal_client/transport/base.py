@@ -9,7 +9,7 @@ import grpc
 from mal_client.results.server_info import ServerInfo
 
 
-class Link(Protocol):
+class Transport(Protocol):
     """One server; `Client` is one. Usable from several threads.
 
     Attributes:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.errors import CallCancelled, from_rpc_error, is_cut_short
-from mal_client.images.upload_cache import Handles
+from mal_client.errors import CallCancelled, from_rpc_error, is_truncated
+from mal_client.images.upload_cache import UploadCache
 from mal_client.results.labels import BoxXywh, LabelOptions
 from mal_client.results.server_info import ServerInfo, ServerLimits
 from mal_client.transport.channel import Connection
@@ -30,7 +30,7 @@ MAX_INFO_CUTS = 3
 """How often it is asked for again after a stream that was cut short, which gRPC does not do itself."""
 
 
-class Endpoint:
+class ClientBase:
     """What both clients know of their server: where it is, its limits, and which pictures it has seen."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Endpoint:
         self.timeout_s = timeout_s
         self._connection = Connection(address, tls, tls_ca, client_cert, client_key, token)
         self._limits: ServerLimits | None = None
-        self._handles = Handles()
+        self._handles = UploadCache()
         self._start()
 
     def _start(self) -> None:
@@ -84,7 +84,7 @@ class Endpoint:
 
     def _info_broke(self, error: grpc.RpcError, breaks: int) -> None:
         """Returns where the description may be asked for again after so many failures; raises what they mean if not."""
-        if not is_cut_short(error) or breaks > MAX_INFO_CUTS:
+        if not is_truncated(error) or breaks > MAX_INFO_CUTS:
             raise from_rpc_error(self.address, error, self._info_timeout_s) from error
 
     def _closed_error(self) -> CallCancelled:

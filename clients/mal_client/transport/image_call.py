@@ -16,16 +16,16 @@ from mal.v1 import labeling_pb2
 from numpy.typing import ArrayLike
 
 from mal_client.errors import (
-    RequestRefused,
-    ServerFailed,
+    InvalidRequest,
+    ServerError,
     from_rpc_error,
-    is_broken_off,
-    is_cut_short,
+    is_disconnect,
+    is_truncated,
     rpc_code,
     rpc_details,
 )
 from mal_client.images.image_input import EncodedImage
-from mal_client.images.upload_cache import Handle
+from mal_client.images.upload_cache import UploadedImage
 from mal_client.transport.serialization import labeling_messages
 from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ServerLimits
 from mal_train.core.errors import BadImage
@@ -39,7 +39,7 @@ PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 gRPC makes attempts of its own each time; a server that is started anew takes some seconds."""
 
 MOST_CUT_SHORT = 3
-"""How often a call may be cut short behind a proxy (`is_cut_short`) with nothing new in between before it is given up:
+"""How often a call may be cut short behind a proxy (`is_truncated`) with nothing new in between before it is given up:
 each time a server got it and died, maybe of it, and the next try would take the next one down. A refusal in between is
 nothing new."""
 
@@ -57,7 +57,7 @@ def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]
     if table.size == 0:
         return []
     if table.ndim != 2 or table.shape[1] != 4:
-        raise RequestRefused(
+        raise InvalidRequest(
             f"boxes: shape {table.shape}; a list of x, y, width, height is needed, for example [[10, 20, 50, 80]]",
             "BAD_BOXES",
         )
@@ -90,7 +90,7 @@ class ImageCall:
         options: LabelOptions,
         limits: ServerLimits,
         timeout_s: float | None,
-        handle: Handle | None = None,
+        handle: UploadedImage | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_image_size(len(image.content), limits)
@@ -144,7 +144,7 @@ class ImageCall:
                 del self._pending[index]
                 final.append(label)
         except KeyError as error:
-            raise ServerFailed(
+            raise ServerError(
                 f"{self._address}: answered box {error} twice or unasked; client and server do not fit each other"
             ) from None
         if final:
@@ -160,7 +160,7 @@ class ImageCall:
             ServerFailed: it closed although boxes that were sent had no answer.
         """
         if self._sent:
-            raise ServerFailed(
+            raise ServerError(
                 f"{self._address}: the answer ended with {len(self._sent)} boxes unanswered; look into the server's log"
             )
         return self._allowed(self._asked_wait_s) if self._pending else 0.0
@@ -170,7 +170,7 @@ class ImageCall:
 
         Raises:
             ServerFailed: cut short too often.
-            MalError: the failure is final: the call was not broken off (`is_broken_off`), or it was UNAVAILABLE before
+            MalError: the failure is final: the call was not broken off (`is_disconnect`), or it was UNAVAILABLE before
                 any answer and the server did not say when to come back, or the pauses are used up, or the deadline
                 would pass.
         """
@@ -178,14 +178,14 @@ class ImageCall:
             # Evicted, or another server behind the same address: the next request carries the picture itself.
             self._handle.forget()
             return 0.0
-        self._cuts += is_cut_short(error)
+        self._cuts += is_truncated(error)
         if self._cuts >= MOST_CUT_SHORT:
-            raise ServerFailed(
+            raise ServerError(
                 f"{self._address}: {self._cuts} times the call ended without a word of the server's, with "
                 f"{len(self._pending)} boxes unanswered; servers may have died of this picture or these boxes: look "
                 "into their logs before it is sent again"
             ) from error
-        if is_broken_off(error):
+        if is_disconnect(error):
             wait_s = rpc_details(error).retry_after_s
             # Before the first answer gRPC itself has tried again, but only after UNAVAILABLE.
             may_again = self._has_answers or rpc_code(error) is not grpc.StatusCode.UNAVAILABLE

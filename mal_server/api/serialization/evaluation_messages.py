@@ -1,4 +1,4 @@
-"""Evaluation messages to domain types and back; starts nothing. What they share with labelling stands in `codec`."""
+"""Evaluation messages to domain types and back; starts nothing. What they share with labeling stands in `codec`."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from mal.v1 import evaluation_pb2, types_pb2
 
 from mal_server.api.serialization.labeling_messages import (
-    Call,
-    Checks,
+    CallDefaults,
+    Violations,
     check_item_id,
     read_box,
     read_image_source,
@@ -15,11 +15,11 @@ from mal_server.api.serialization.labeling_messages import (
     read_options,
 )
 from mal_server.config.limits import Limits
-from mal_server.errors import RequestRefused
-from mal_server.evaluation.resume_tokens import Fault, Truth
+from mal_server.errors import InvalidRequest
+from mal_server.evaluation.resume_tokens import GroundTruth, ItemFailure
 from mal_server.evaluation.run import REFUSED, Evaluation
 from mal_server.inference.image_store import Picture
-from mal_server.inference.pipeline import AnswerOptions, Job
+from mal_server.inference.pipeline import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.geometry import Box
@@ -27,7 +27,7 @@ from mal_train.core.metrics.coco_ap import AP_NAMES
 from mal_train.core.metrics.miou import Figures
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.settings import SIZE_NAMES
-from mal_train.kernel.labeler.labeler import RunOptions
+from mal_train.kernel.labeler.labeler import PredictOptions
 
 MAX_WORST = 10_000
 MAX_RECORDS_BYTES = 1024 * 1024 * 1024
@@ -61,8 +61,8 @@ class EvaluateOptions:
         resume_token: of the evaluation that is to go on; empty = none.
     """
 
-    run: RunOptions
-    answer: AnswerOptions
+    run: PredictOptions
+    answer: OutputOptions
     priority: Priority
     deadline: float
     category_names: Mapping[JsonId, str]
@@ -72,14 +72,16 @@ class EvaluateOptions:
     want_records: bool
     resume_token: bytes
 
-    def job(self, picture: Picture, wh: tuple[int, int] | None, ids: tuple[int, ...], boxes: tuple[Box, ...]) -> Job:
+    def job(
+        self, picture: Picture, wh: tuple[int, int] | None, ids: tuple[int, ...], boxes: tuple[Box, ...]
+    ) -> LabelRequest:
         """What labels an image of this evaluation."""
-        return Job(picture, wh, ids, boxes, self.run, self.answer, self.priority, self.deadline)
+        return LabelRequest(picture, wh, ids, boxes, self.run, self.answer, self.priority, self.deadline)
 
 
-def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: Call) -> EvaluateOptions:
+def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: CallDefaults) -> EvaluateOptions:
     """The first message; raises RequestRefused when it is none or breaks the contract."""
-    checks = Checks()
+    checks = Violations()
     if request.WhichOneof("message") != "options":
         checks.add("options", "the first message must hold the options")
     options = request.options
@@ -130,37 +132,39 @@ async def read_records(
     size = 0
     async for request in requests:
         if request.WhichOneof("message") != "image" or not request.image.record:
-            raise RequestRefused([("image.record", "with a data set on the server, only records may follow")])
+            raise InvalidRequest([("image.record", "with a data set on the server, only records may follow")])
         if not options.resume_token:
-            raise RequestRefused([("options.resume_token", "records were sent, and no token that they belong to")])
+            raise InvalidRequest([("options.resume_token", "records were sent, and no token that they belong to")])
         own = len(request.image.record) + len(request.image.item_id)
         hold(own)
         found[request.image.item_id] = request.image.record
         size += own
         if size > MAX_RECORDS_BYTES:
-            raise RequestRefused([("image.record", f"more than {MAX_RECORDS_BYTES} bytes of records")])
+            raise InvalidRequest([("image.record", f"more than {MAX_RECORDS_BYTES} bytes of records")])
     return found
 
 
 async def read_truths(
     requests: AsyncIterator[evaluation_pb2.EvaluateRequest], options: EvaluateOptions, limits: Limits
-) -> AsyncIterator[Truth]:
+) -> AsyncIterator[GroundTruth]:
     """The images of an evaluation, numbered as they come; raises RequestRefused for a message that holds none."""
     place = 0
     async for request in requests:
         if request.WhichOneof("message") != "image":
-            raise RequestRefused([("image", "every message after the first must hold an image")])
+            raise InvalidRequest([("image", "every message after the first must hold an image")])
         yield read_truth(request.image, place, options, limits)
         place += 1
 
 
-def read_truth(image: evaluation_pb2.EvaluateImage, place: int, options: EvaluateOptions, limits: Limits) -> Truth:
+def read_truth(
+    image: evaluation_pb2.EvaluateImage, place: int, options: EvaluateOptions, limits: Limits
+) -> GroundTruth:
     """An image with ground truth. What breaks the contract is a fault of this image alone."""
-    checks = Checks()
+    checks = Violations()
     check_item_id(image.item_id, checks, "image.item_id")
     picture, expected_wh = read_image_source(image.image, checks, "image.image")
     annotations = tuple(_read_annotation(one, place) for one in image.ground_truth)
-    # Of two objects with one id the evaluator counts the first, so only that one is labelled.
+    # Of two objects with one id the evaluator counts the first, so only that one is labeled.
     wanted: dict[int, types_pb2.Instance] = {}
     for one in image.ground_truth:
         if not one.is_crowd:
@@ -168,9 +172,9 @@ def read_truth(image: evaluation_pb2.EvaluateImage, place: int, options: Evaluat
     ids, boxes = read_instances(list(wanted.values()), limits, checks, "image.ground_truth")
     try:
         checks.raise_if_any()
-    except RequestRefused as error:
-        return Truth(image.item_id, annotations, None, Fault(REFUSED, str(error)))
-    return Truth(image.item_id, annotations, options.job(picture, expected_wh, ids, boxes), None, image.record)
+    except InvalidRequest as error:
+        return GroundTruth(image.item_id, annotations, None, ItemFailure(REFUSED, str(error)))
+    return GroundTruth(image.item_id, annotations, options.job(picture, expected_wh, ids, boxes), None, image.record)
 
 
 def write_progress(run: Evaluation, options: EvaluateOptions, record: bytes) -> evaluation_pb2.EvaluateResponse:

@@ -13,16 +13,16 @@ from mal.v1 import labeling_pb2, types_pb2
 
 from mal_server.api.serialization.status import status_of
 from mal_server.config.limits import Limits
-from mal_server.errors import RequestRefused
-from mal_server.inference.image_store import Handle, OnDisk, Picture, Sent
-from mal_server.inference.pipeline import Answer, AnswerOptions, Job, Part, Timing
+from mal_server.errors import InvalidRequest
+from mal_server.inference.image_store import CachedImage, FileImage, InlineImage, Picture
+from mal_server.inference.pipeline import InstanceResult, LabelRequest, OutputOptions, PartialResult, Timing
 from mal_server.models.loader import ModelInfo
 from mal_server.scheduling.priority import Priority
 from mal_train.core.masks.encodings import EncodedMask, Polygons, Runs
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, MaskFormat, can_compare
-from mal_train.kernel.labeler.labeler import Label, RunOptions
+from mal_train.kernel.labeler.labeler import Label, PredictOptions
 
 MAX_VIOLATIONS = 20
 """Listed of one request; one is enough to refuse it, and trailers must stay small."""
@@ -45,7 +45,7 @@ _FORMATS = {
 _WIRE_BRANCHES = {branch: value for value, branch in _BRANCHES.items()}
 
 
-class Checks:
+class Violations:
     """Collects what is wrong with a request, each under its field's path."""
 
     def __init__(self) -> None:
@@ -59,14 +59,14 @@ class Checks:
     def raise_if_any(self) -> None:
         """Raises RequestRefused when something was noted."""
         if self._found:
-            raise RequestRefused(self._found)
+            raise InvalidRequest(self._found)
 
 
 _ALONE = "the served checkpoint holds the student alone"
 
 
 @dataclass(frozen=True)
-class Call:
+class CallDefaults:
     """What a job takes from the call that it came with, where its own options say nothing.
 
     Attributes:
@@ -82,37 +82,39 @@ class Call:
     branches: tuple[Branch, ...] = tuple(Branch)
 
 
-def read_job(request: labeling_pb2.LabelImageRequest, limits: Limits, call: Call, path: str = "") -> Job:
+def read_job(
+    request: labeling_pb2.LabelImageRequest, limits: Limits, call: CallDefaults, path: str = ""
+) -> LabelRequest:
     """A request as a job; `path` goes before field names in messages.
 
     Raises:
         RequestRefused: lists the fields that break the contract.
     """
-    checks = Checks()
+    checks = Violations()
     picture, expected_wh = read_image_source(request.image, checks, f"{path}image")
     ids, boxes = read_instances(request.instances, limits, checks, f"{path}instances")
     options, answer, priority = read_options(request.options, call, checks, f"{path}options")
     checks.raise_if_any()
-    if isinstance(picture, Sent) and priority is Priority.INTERACTIVE:
-        picture = Sent(picture.content, keep=True)  # bulk streams show each picture once
-    return Job(picture, expected_wh, ids, boxes, options, answer, priority, call.deadline)
+    if isinstance(picture, InlineImage) and priority is Priority.INTERACTIVE:
+        picture = InlineImage(picture.content, keep=True)  # bulk streams show each picture once
+    return LabelRequest(picture, expected_wh, ids, boxes, options, answer, priority, call.deadline)
 
 
 def read_image_source(
-    source: types_pb2.ImageSource, checks: Checks, path: str
+    source: types_pb2.ImageSource, checks: Violations, path: str
 ) -> tuple[Picture, tuple[int, int] | None]:
     """Where the picture comes from, and the (width, height) that the source states, if any."""
     kind = source.WhichOneof("source")
-    picture: Picture = Sent(source.content)
+    picture: Picture = InlineImage(source.content)
     if kind is None:
         checks.add(f"{path}.content", "missing; send the encoded file")
     elif kind == "content_sha256":
-        picture = Handle(source.content_sha256)
+        picture = CachedImage(source.content_sha256)
         if not re.fullmatch(r"[0-9a-f]{64}", source.content_sha256):
             checks.add(f"{path}.content_sha256", "it must be the 64 lower-case hex digits of a SHA-256")
     elif kind == "uri":
         folder, _, below = source.uri.partition("/")
-        picture = OnDisk(folder, below)
+        picture = FileImage(folder, below)
         if not folder or not below:
             checks.add(
                 f"{path}.uri", "it must be FOLDER/PATH, a folder of GetServerInfoResponse.data_folders and a path"
@@ -124,7 +126,7 @@ def read_image_source(
 
 
 def read_instances(
-    instances: Sequence[types_pb2.Instance], limits: Limits, checks: Checks, path: str
+    instances: Sequence[types_pb2.Instance], limits: Limits, checks: Violations, path: str
 ) -> tuple[tuple[int, ...], tuple[Box, ...]]:
     """Ids and boxes, in order. What the numbers of a box say is judged later, box by box."""
     if len(instances) > limits.max_boxes:
@@ -147,8 +149,8 @@ def read_box(box: types_pb2.Box) -> Box:
 
 
 def read_options(
-    options: types_pb2.LabelOptions, call: Call, checks: Checks, path: str
-) -> tuple[RunOptions, AnswerOptions, Priority]:
+    options: types_pb2.LabelOptions, call: CallDefaults, checks: Violations, path: str
+) -> tuple[PredictOptions, OutputOptions, Priority]:
     """How the network runs, how its answers are written, and who goes first."""
     branch = read_branch(options.branch, checks, f"{path}.branch") or call.branch
     if options.priority != types_pb2.PRIORITY_UNSPECIFIED and options.priority not in _PRIORITIES:
@@ -159,10 +161,10 @@ def read_options(
     if options.compute_agreement and not can_compare(call.branches):
         checks.add(f"{path}.compute_agreement", f"true; {_ALONE}")
     answer = read_answer_options(options, checks, path)
-    return RunOptions(branch, agreement=options.compute_agreement, flip=options.flip_test), answer, priority
+    return PredictOptions(branch, agreement=options.compute_agreement, flip=options.flip_test), answer, priority
 
 
-def read_answer_options(options: types_pb2.LabelOptions, checks: Checks, path: str) -> AnswerOptions:
+def read_answer_options(options: types_pb2.LabelOptions, checks: Violations, path: str) -> OutputOptions:
     """How probabilities become masks and how those are written."""
     threshold = options.threshold if options.HasField("threshold") else None
     if threshold is not None and not 0.0 < threshold < 1.0:
@@ -178,7 +180,7 @@ def read_answer_options(options: types_pb2.LabelOptions, checks: Checks, path: s
     if len(set(options.formats)) != len(options.formats):
         checks.add(f"{path}.formats", "a format stands twice")
     formats = tuple(_FORMATS[form] for form in options.formats if form in _FORMATS) or (MaskFormat.RLE,)
-    return AnswerOptions(
+    return OutputOptions(
         threshold,
         options.min_component_area_px,
         formats,
@@ -187,28 +189,28 @@ def read_answer_options(options: types_pb2.LabelOptions, checks: Checks, path: s
     )
 
 
-def read_branch(branch: "types_pb2.Branch.ValueType", checks: Checks, path: str) -> Branch | None:
+def read_branch(branch: "types_pb2.Branch.ValueType", checks: Violations, path: str) -> Branch | None:
     """The branch that a field names; None where it says nothing."""
     if branch != types_pb2.BRANCH_UNSPECIFIED and branch not in _BRANCHES:
         checks.add(path, f"{branch}; this server knows student, teacher and mixed")
     return _BRANCHES.get(branch)
 
 
-def check_item_id(item_id: str, checks: Checks, path: str = "item_id") -> None:
+def check_item_id(item_id: str, checks: Violations, path: str = "item_id") -> None:
     """Notes an item id that is too long to echo."""
     size = len(item_id.encode())
     if size > MAX_ITEM_ID_BYTES:
         checks.add(path, f"{size} bytes; at most {MAX_ITEM_ID_BYTES}")
 
 
-def write_part(part: Part, model: types_pb2.ModelRef) -> labeling_pb2.LabelImageResponse:
+def write_part(part: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImageResponse:
     """A part of the answers of a job."""
     return labeling_pb2.LabelImageResponse(
         results=[_write_answer(answer) for answer in part.answers], model=model, timing=_write_timing(part.timing)
     )
 
 
-def write_item(item_id: str, part: Part, model: types_pb2.ModelRef) -> labeling_pb2.LabelImagesResponse:
+def write_item(item_id: str, part: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImagesResponse:
     """The answer of a bulk item."""
     return labeling_pb2.LabelImagesResponse(item_id=item_id, response=write_part(part, model))
 
@@ -229,7 +231,7 @@ def write_model_ref(info: ModelInfo, branch: Branch) -> types_pb2.ModelRef:
     return types_pb2.ModelRef(name=info.name, checkpoint_sha256=info.sha256, branch=_WIRE_BRANCHES[branch])
 
 
-def _write_answer(answer: Answer) -> types_pb2.InstanceResult:
+def _write_answer(answer: InstanceResult) -> types_pb2.InstanceResult:
     label = answer.outcome
     if not isinstance(label, Label):
         return types_pb2.InstanceResult(instance_id=answer.instance_id, status=status_of(label))

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 from mal.v1 import model_pb2, types_pb2
 
-from mal_server.api.serialization.labeling_messages import Checks, read_branch, write_branches, write_model_ref
+from mal_server.api.serialization.labeling_messages import Violations, read_branch, write_branches, write_model_ref
 from mal_server.config.model_config import MAX_NAME_CHARS, NAME_RULE, is_name
 from mal_server.config.server import ServerConfig
 from mal_server.models.loader import ModelInfo
-from mal_server.models.registry import Entry
+from mal_server.models.registry import ModelEntry
 from mal_train.core.settings import Branch
 
 
 def read_load(request: model_pb2.LoadModelRequest) -> Branch | None:
     """Checks the form of a request to load; the branch that it names, if any. Raises RequestRefused."""
-    checks = Checks()
+    checks = Violations()
     check_model_name(request.name, checks)
     if bool(request.folder) != bool(request.path):
         checks.add("path", "give folder and path, or neither to read the model's own checkpoint anew")
@@ -25,13 +25,13 @@ def read_load(request: model_pb2.LoadModelRequest) -> Branch | None:
 
 def read_unload(request: model_pb2.UnloadModelRequest) -> str:
     """The name of the model to give up. Raises RequestRefused."""
-    checks = Checks()
+    checks = Violations()
     check_model_name(request.name, checks)
     checks.raise_if_any()
     return request.name
 
 
-def check_model_name(name: str, checks: Checks) -> None:
+def check_model_name(name: str, checks: Violations) -> None:
     """Notes a name that no model can have."""
     if not name:
         checks.add("name", "missing")
@@ -83,7 +83,7 @@ def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
     )
 
 
-def write_models(entries: Sequence[Entry]) -> model_pb2.ListModelsResponse:
+def write_models(entries: Sequence[ModelEntry]) -> model_pb2.ListModelsResponse:
     """Every model in memory."""
     return model_pb2.ListModelsResponse(
         models=[

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from mal_server.errors import ComeBack, NotAllowed, NotNow, NotThere, RequestRefused, UnknownCaller
-from mal_server.scheduling.batcher import Expired, Overloaded
+from mal_server.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, Retryable, Unauthenticated
+from mal_server.scheduling.batcher import DeadlineExceeded, QueueFull
 from mal_train.core.errors import BadBox, BadImage, DeviceLost, OutOfDeviceMemory
 
 log = logging.getLogger(__name__)
@@ -70,27 +70,27 @@ def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
     """Code and details of an error that the contract names."""
     known: tuple[int, tuple[Message, ...]] | None = None
     match error:
-        case UnknownCaller():
+        case Unauthenticated():
             known = code_pb2.UNAUTHENTICATED, (_info("NO_TOKEN"),)
-        case NotAllowed():
+        case PermissionDenied():
             known = code_pb2.PERMISSION_DENIED, (_info("MISSING_SCOPE"),)
-        case RequestRefused(violations=violations):
+        case InvalidRequest(violations=violations):
             known = code_pb2.INVALID_ARGUMENT, (_bad_request(violations),)
         case BadImage(reason=reason):
             known = code_pb2.INVALID_ARGUMENT, (_info(reason),)
         case BadBox():
             known = code_pb2.INVALID_ARGUMENT, (_info("BAD_BOX"),)
-        case Overloaded(retry_after_s=seconds):
+        case QueueFull(retry_after_s=seconds):
             known = code_pb2.UNAVAILABLE, (_info("QUEUE_FULL"), _retry(seconds))
-        case ComeBack(reason=reason, retry_after_s=seconds):
+        case Retryable(reason=reason, retry_after_s=seconds):
             known = code_pb2.UNAVAILABLE, (_info(reason), _retry(seconds))
         case DeviceLost():
             known = code_pb2.UNAVAILABLE, (_info("DEVICE_LOST"), _retry(RESTART_RETRY_S))
-        case NotThere(reason=reason):
+        case NotFound(reason=reason):
             known = code_pb2.NOT_FOUND, (_info(reason),)
-        case NotNow(reason=reason):
+        case FailedPrecondition(reason=reason):
             known = code_pb2.FAILED_PRECONDITION, (_info(reason),)
-        case Expired():
+        case DeadlineExceeded():
             known = code_pb2.DEADLINE_EXCEEDED, (_info("EXPIRED"),)
         case OutOfDeviceMemory():
             known = code_pb2.INTERNAL, (_info("OUT_OF_MEMORY"),)

@@ -83,7 +83,7 @@ class Annotation:
         category_id: likewise.
         box_xywh: the user's numbers, finite unless `problem` is set (else `NO_BOX` or what could be read). Whether the
             box is positive and meets its image is for `geometry.check_box` to say.
-        iscrowd: a region of many objects: never trained on, never counted, copied through when labelling.
+        iscrowd: a region of many objects: never trained on, never counted, copied through when labeling.
         raw: the row itself, unknown fields included; {} where the row is no object.
         problem: the first fault found, as a sentence that names the row; None when there is none.
         reason: the kind of that fault.

@@ -51,17 +51,17 @@ def read_detections(path: Path, coco: CocoFile) -> CocoFile:
     return dataclasses.replace(coco, raw={**coco.raw, "annotations": rows}, annotations=annotations)
 
 
-def with_detector_scores(labelled: Mapping[str, Any], detections: CocoFile) -> dict[str, Any]:
-    """A `labelled_file` of detections with `score` as the detector gave it and the mask's own as `mask_score`."""
+def with_detector_scores(labeled: Mapping[str, Any], detections: CocoFile) -> dict[str, Any]:
+    """A `labeled_file` of detections with `score` as the detector gave it and the mask's own as `mask_score`."""
     rows = []
-    for row, annotation in zip(labelled["annotations"], detections.annotations, strict=True):
+    for row, annotation in zip(labeled["annotations"], detections.annotations, strict=True):
         if not isinstance(row, dict) or "score" not in row:
             rows.append(row)
             continue
         kept = {key: value for key, value in row.items() if key != "score"}
         own = {"score": annotation.raw["score"]} if "score" in annotation.raw else {}
         rows.append({**kept, **own, MASK_SCORE: row["score"]})
-    return {**labelled, "annotations": rows}
+    return {**labeled, "annotations": rows}
 
 
 def _numbered(rows: list[Any], name: str) -> list[Any]:

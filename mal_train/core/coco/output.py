@@ -1,4 +1,4 @@
-"""Labelled COCO files: what a label adds to its row, and a file that is written whole or not at all."""
+"""Labeled COCO files: what a label adds to its row, and a file that is written whole or not at all."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mal_train.core.atomic_io import replacing
+from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, called
 from mal_train.core.masks.rle import encode_region
 
 PROVENANCE_KEY = "mask_auto_labeler"
-"""Top-level key of a labelled file that says what made its masks."""
+"""Top-level key of a labeled file that says what made its masks."""
 
 _CHUNK = 2000
 
@@ -44,7 +44,7 @@ def error_fields(reason: str, message: str) -> dict[str, Any]:
     return {"error": {"reason": str(reason), "message": message}}
 
 
-def labelled_file(
+def labeled_file(
     coco: CocoFile,
     answers: Mapping[JsonId, Mapping[str, Any]],
     provenance: Mapping[str, Any] | None = None,
@@ -52,19 +52,19 @@ def labelled_file(
 ) -> dict[str, Any]:
     """The user's file with masks: every row in its place, every field and the box as given, answers laid over.
 
-    A labelled row gets `answer_fields`, whose `area` is that of the mask. A row that failed, or had a fault when it
+    A labeled row gets `answer_fields`, whose `area` is that of the mask. A row that failed, or had a fault when it
     was read, keeps its fields and gets `error`, score 0, area 0 and, where the image size is known, an empty mask, so
     that COCO tools still load the file and worst-first order shows it first. A row without any answer counts as
     failed (NOT_ANSWERED): nothing is skipped in silence. Crowd rows are copied with the flag CROWD.
 
     Args:
-        coco: the file that was labelled.
+        coco: the file that was labeled.
         answers: by annotation id, `answer_fields` or `error_fields`.
         provenance: what made the masks; stored under `PROVENANCE_KEY`, in place of an earlier one.
         keep: ids whose rows are copied as they are (masks that the user wants to keep).
     """
     rows = [
-        labelled_row(
+        labeled_row(
             row,
             annotation,
             coco.images,
@@ -73,14 +73,14 @@ def labelled_file(
         )
         for row, annotation in zip(coco.raw["annotations"], coco.annotations, strict=True)
     ]
-    labelled = {**coco.raw, "annotations": rows}
-    labelled.pop(PROVENANCE_KEY, None)
+    labeled = {**coco.raw, "annotations": rows}
+    labeled.pop(PROVENANCE_KEY, None)
     if provenance is not None:
-        labelled[PROVENANCE_KEY] = dict(provenance)
-    return labelled
+        labeled[PROVENANCE_KEY] = dict(provenance)
+    return labeled
 
 
-def labelled_row(
+def labeled_row(
     row: Any,
     annotation: Annotation,
     images: Mapping[JsonId, ImageInfo],
@@ -88,7 +88,7 @@ def labelled_row(
     *,
     is_kept: bool = False,
 ) -> Any:
-    """One row of `labelled_file`: `row` as the file holds it and `annotation` as it was read.
+    """One row of `labeled_file`: `row` as the file holds it and `annotation` as it was read.
 
     Args:
         row: what stands in the file, of any type.
@@ -118,7 +118,7 @@ def write_json_atomic(path: Path, obj: Mapping[str, Any]) -> None:
     Raises:
         OutputError: folder missing, no permission, disk full; the old file is intact and no temporary file stays.
     """
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         for piece in _json_pieces(obj):
             file.write(piece.encode("ascii"))
         file.write(b"\n")

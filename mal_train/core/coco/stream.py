@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from mal_train.core.atomic_io import replacing
+from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import (
     Annotation,
     ImageInfo,
@@ -126,7 +126,7 @@ def scan_coco(path: Path, take: Take, *, allow_repeated_ids: bool = False) -> Co
 def write_changed(head: CocoHead, output: Path, change: Change, provenance: Mapping[str, Any]) -> None:
     """Writes the scanned file anew with every annotation passed through `change`; all else as it is.
 
-    The text is that of `coco.write_json_atomic(output, coco.labelled_file(...))`.
+    The text is that of `coco.write_json_atomic(output, coco.labeled_file(...))`.
 
     Args:
         head: what `scan_coco` gave.
@@ -139,7 +139,7 @@ def write_changed(head: CocoHead, output: Path, change: Change, provenance: Mapp
         BadDataset: the input is no longer the file that was scanned; an older output is intact.
     """
     stream = _ObjectStream(head.path)
-    with replacing(output) as file:
+    with atomic_write(output) as file:
         lead = b"{"
         for key, value in stream.members():
             if key == PROVENANCE_KEY:

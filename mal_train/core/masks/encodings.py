@@ -47,7 +47,7 @@ class PngCrop:
         y: row likewise.
         crop_width: columns of the crop; 0 for an empty mask.
         crop_height: rows likewise.
-        content: 1-bit greyscale PNG, white is mask; no bytes for an empty mask.
+        content: 1-bit grayscale PNG, white is mask; no bytes for an empty mask.
     """
 
     height: int
@@ -102,7 +102,7 @@ def decode(mask: EncodedMask) -> Rle:
 
 
 def encode_bitmap(mask_bool: NDArray[np.bool_]) -> bytes:
-    """1-bit greyscale PNG of a mask (h, w), white is mask."""
+    """1-bit grayscale PNG of a mask (h, w), white is mask."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(mask_bool)).save(buffer, format="PNG")
     return buffer.getvalue()

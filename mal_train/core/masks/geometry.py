@@ -75,7 +75,7 @@ def check_box(box_xywh: Sequence[float], image_hw: tuple[int, int], name: str = 
         raise BadBox(f"{name}: [{x:g}, {y:g}, {w:g}, {h:g}] lies wholly outside its {width}x{height} px image")
     if x0 == x and y0 == y and x1 == x + w and y1 == y + h:
         if w * h < 1.0:
-            raise BadBox(f"{name}: {w:g} x {h:g} px; less than 1 px² cannot be labelled")
+            raise BadBox(f"{name}: {w:g} x {h:g} px; less than 1 px² cannot be labeled")
         return (x, y, w, h), False
     if (x1 - x0) * (y1 - y0) < 1.0:
         raise BadBox(f"{name}: [{x:g}, {y:g}, {w:g}, {h:g}]: less than 1 px² lies inside its {width}x{height} px image")
@@ -147,7 +147,7 @@ def margins_from(
 def cut(image: Pixels, window: Window) -> Pixels:
     """Pixels of a window (h, w[, C]); outside the image it repeats periodically.
 
-    Wrap, not pad: the mean field compares neighbouring pixels, and a made-up border would spoil the refined mask.
+    Wrap, not pad: the mean field compares neighboring pixels, and a made-up border would spoil the refined mask.
     """
     height, width = image.shape[:2]
     inside = image[max(window.y0, 0) : min(window.y1, height), max(window.x0, 0) : min(window.x1, width)]
@@ -168,7 +168,7 @@ def resize_crop(pixels: Pixels, size: int) -> Pixels:
 
 
 def box_pixels(box_xywh: Box, image_hw: tuple[int, int]) -> Region:
-    """Pixels whose centres lie in the box: columns ceil(x − ½) … ceil(x + w − ½) − 1, rows likewise.
+    """Pixels whose centers lie in the box: columns ceil(x − ½) … ceil(x + w − ½) − 1, rows likewise.
 
     >>> box_pixels((0.6, 0.0, 2.0, 1.4), (10, 10))
     Region(col0=1, row0=0, col1=3, row1=1)
@@ -200,7 +200,7 @@ def box_mask_in_window(
         window: the crop it belongs to.
         image_hw: height and width of the image.
         size: side of the crop.
-        compat: clip rule: pixel centres (none) or inclusive truncated corners (tao).
+        compat: clip rule: pixel centers (none) or inclusive truncated corners (tao).
         wrap: whether periodic copies of the box count as box, as the published training does.
     """
     region = (inclusive_pixels if compat is Compat.TAO else box_pixels)(box_xywh, image_hw)

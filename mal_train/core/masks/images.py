@@ -59,7 +59,7 @@ def decode_image(
 ) -> RgbImage:
     """RGB pixels (H, W, 3) uint8 of an encoded JPEG, PNG, WebP, BMP or TIFF; of several frames the first.
 
-    Grey becomes three equal channels, CMYK is converted, alpha is dropped (the colour under it stays), 16-bit grey
+    Gray becomes three equal channels, CMYK is converted, alpha is dropped (the color under it stays), 16-bit gray
     keeps its upper byte.
 
     Args:
@@ -125,7 +125,7 @@ def read_header(data: bytes, name: str = "image") -> ImageHeader:
 
 
 def encode_png(image: RgbImage) -> bytes:
-    """Lossless PNG bytes of an RGB (H, W, 3) or grey (H, W) uint8 array."""
+    """Lossless PNG bytes of an RGB (H, W, 3) or gray (H, W) uint8 array."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
@@ -191,12 +191,12 @@ def _orientation(picture: Image.Image) -> int:
 
 def _to_rgb(picture: Image.Image) -> RgbImage:
     if picture.mode.startswith("I;16") or picture.mode == "I":
-        # Pillow would clip 16-bit grey at 255; the upper byte keeps the picture.
+        # Pillow would clip 16-bit gray at 255; the upper byte keeps the picture.
         wide = np.asarray(picture)
         if picture.mode == "I":
             wide = np.minimum(wide.astype(np.uint32), 65535)
-        grey = (wide >> 8).astype(np.uint8)
-        return np.ascontiguousarray(np.repeat(grey[:, :, None], 3, axis=2))
+        gray = (wide >> 8).astype(np.uint8)
+        return np.ascontiguousarray(np.repeat(gray[:, :, None], 3, axis=2))
     if picture.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; convert to 8 bits a channel")
     if picture.mode == "P" and "transparency" in picture.info:

@@ -1,7 +1,7 @@
 """Masks as polygon rings on the corners of pixels, holes told apart, and back.
 
-A ring runs along pixel edges, so filling it by the rule "a pixel belongs to it when its centre lies inside" gives the
-mask back exactly. OpenCV follows contours through pixel CENTRES, which loses half a pixel all round; here it follows
+A ring runs along pixel edges, so filling it by the rule "a pixel belongs to it when its center lies inside" gives the
+mask back exactly. OpenCV follows contours through pixel CENTERS, which loses half a pixel all round; here it follows
 them on a grid of half pixels, and each half pixel stands for the corner next to it.
 """
 
@@ -59,7 +59,7 @@ def rings_of(patch: MaskPatch, tolerance_px: float = 0.0) -> list[Ring]:
 
 
 def fill(rings: Sequence[NDArray[np.generic]], height: int, width: int) -> NDArray[np.bool_]:
-    """(height, width) bool: the pixels whose centres lie inside an odd number of rings (N, 2) x, y in px.
+    """(height, width) bool: the pixels whose centers lie inside an odd number of rings (N, 2) x, y in px.
 
     Holes need no mark: a pixel in a hole lies inside two rings. Parts outside the frame are cut off.
 

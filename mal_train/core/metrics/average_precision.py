@@ -17,7 +17,7 @@ THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
 RECALLS: Floats = np.linspace(0.0, 1.0, 101)
 AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 """Area ranges in px², both ends inclusive: all, small, medium, large."""
-MOST = 100
+MAX_DETS = 100
 """Detections of a class in an image that count, best first."""
 
 _AT_ONCE = 1 << 20
@@ -60,7 +60,7 @@ class _Matched:
     truths: NDArray[np.int64]
 
 
-def twelve_figures(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[float, ...]:
+def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[float, ...]:
     """COCO's twelve in pycocotools' order; −1 where no truth speaks for one.
 
     Args:
@@ -75,17 +75,17 @@ def twelve_figures(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[f
     # Axes as pycocotools has them: its means add up in this order.
     shape = len(THRESHOLDS), len(RECALLS), len(categories), len(AREAS)
     precision = np.full(shape, -1.0)
-    recall = {most: np.full((len(THRESHOLDS), len(categories), len(AREAS)), -1.0) for most in (1, 10, MOST)}
+    recall = {most: np.full((len(THRESHOLDS), len(categories), len(AREAS)), -1.0) for most in (1, 10, MAX_DETS)}
     for k, category in enumerate(categories):
         for a in range(len(AREAS)):
             _accumulate(of_category[category], a, precision[:, :, k, a], {m: r[:, k, a] for m, r in recall.items()})
-    best = recall[MOST]
+    best = recall[MAX_DETS]
     return (
         _mean(precision[..., 0]),
         _mean(precision[[0], ..., 0]),
         _mean(precision[[5], ..., 0]),
         *(_mean(precision[..., a]) for a in (1, 2, 3)),
-        *(_mean(recall[most][..., 0]) for most in (1, 10, MOST)),
+        *(_mean(recall[most][..., 0]) for most in (1, 10, MAX_DETS)),
         *(_mean(best[..., a]) for a in (1, 2, 3)),
     )
 
@@ -110,10 +110,10 @@ def _accumulate(matched: Sequence[_Matched], area: int, precision: Floats, recal
         for most in (1, 10):
             recall[most][:] = np.count_nonzero((found & counts)[:, rank < most], axis=1) / truths
     if not order.size:
-        precision[:], recall[MOST][:] = 0.0, 0.0
+        precision[:], recall[MAX_DETS][:] = 0.0, 0.0
         return
     reached = true / truths
-    recall[MOST][:] = reached[:, -1]
+    recall[MAX_DETS][:] = reached[:, -1]
     exact = true / (false + true + np.spacing(1))
     envelope = np.maximum.accumulate(exact[:, ::-1], axis=1)[:, ::-1]
     for t in range(len(THRESHOLDS)):
@@ -123,7 +123,7 @@ def _accumulate(matched: Sequence[_Matched], area: int, precision: Floats, recal
 
 def _match_all(groups: Sequence[Group], scores: Sequence[Floats]) -> list[_Matched]:
     """Every group matched, in order; groups of one shape together."""
-    orders = [np.argsort(-score, kind="stable")[:MOST] for score in scores]
+    orders = [np.argsort(-score, kind="stable")[:MAX_DETS] for score in scores]
     by_shape: dict[tuple[int, int], list[int]] = {}
     for number, (group, order) in enumerate(zip(groups, orders, strict=True)):
         by_shape.setdefault((order.size, group.crowd.size), []).append(number)

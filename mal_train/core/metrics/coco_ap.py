@@ -11,7 +11,7 @@ from mal_train.core.coco.annotations import JsonId, id_order
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
-from mal_train.core.metrics.average_precision import Floats, Group, twelve_figures
+from mal_train.core.metrics.average_precision import Floats, Group, coco_summary
 from mal_train.core.metrics.miou import Figures
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl")
@@ -35,7 +35,7 @@ class ApInput:
             scores: "one" sets every score to 1, so that the order of images and rows decides ties.
         """
         used = self.scores if scores == "score" else [np.ones_like(score) for score in self.scores]
-        values = twelve_figures(self.groups, used)
+        values = coco_summary(self.groups, used)
         return {name: None if value < 0 else value for name, value in zip(AP_NAMES, values, strict=True)}
 
 
@@ -53,7 +53,7 @@ def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kin
     `area` of the ground truth as it stands, else its mask (segm) or box (bbox).
 
     Args:
-        truth: a COCO object; images need width and height only where masks are polygons; iscrowd is honoured.
+        truth: a COCO object; images need width and height only where masks are polygons; iscrowd is honored.
         results: COCO results: image_id, category_id, score and segmentation (run lengths or polygons) or bbox. A
             segmentation may also be an `Rle` that was read before.
         kind: whether masks or boxes are compared.

@@ -28,7 +28,7 @@ MEMORY_OF_A_SKIPPED = 350
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class InstanceComparison:
     """One compared mask with its run-length codes: what a picture of it needs."""
 
     row: InstanceIoU
@@ -56,7 +56,7 @@ class Evaluator:
     def __init__(self, category_names: Mapping[JsonId, str]) -> None:
         self.skipped: list[Skipped] = []
         self._names = dict(category_names)
-        self._pairs: list[Compared] = []
+        self._pairs: list[InstanceComparison] = []
         self._crowds: list[_Crowd] = []
         self._frames: dict[JsonId, tuple[int, int]] = {}
         self._seen: set[tuple[JsonId | None, JsonId]] = set()
@@ -119,11 +119,11 @@ class Evaluator:
         area, box = rle.area(truth), box_area(annotation.box_xywh)
         row = InstanceIoU(annotation_id, image_id, category_id, iou, float(score), area, box)
         self._iou_sum += iou
-        self._pairs.append(Compared(row, truth, prediction))
+        self._pairs.append(InstanceComparison(row, truth, prediction))
         self.memory += MEMORY_OF_A_PAIR + len(truth.counts) + len(prediction.counts)
 
     @property
-    def compared(self) -> list[Compared]:
+    def compared(self) -> list[InstanceComparison]:
         """The compared masks, lowest IoU first; equal ones in id order."""
         return sorted(
             self._pairs,
@@ -205,7 +205,7 @@ class Evaluator:
             message += f", and its region cannot be read ({fault})"
         self.skip(annotation, Reason.CROWD, message)
 
-    def _as_coco(self, pairs: Sequence[Compared]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _as_coco(self, pairs: Sequence[InstanceComparison]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         truth, results = [], []
         for number, pair in enumerate(pairs):
             where = {"image_id": pair.row.image_id, "category_id": pair.row.category_id}
@@ -238,7 +238,7 @@ class Evaluator:
 
 
 def evaluate_labels(truth: CocoFile, labels: CocoFile, *, ap: bool = True) -> EvaluationReport:
-    """Compares a labelled file with the ground truth that has the same annotation ids.
+    """Compares a labeled file with the ground truth that has the same annotation ids.
 
     Labels that carry `error` or no readable mask are skipped with their reason; labels without a ground truth too.
     A label without `score` counts with score 1.

@@ -18,7 +18,7 @@ MIN_IN_BIN = 3
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 300, 66, 44, 14, 14
 
-_COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
+_COLORS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
 
 
 def calibration_plot(pairs: Sequence[Point]) -> Html:
@@ -49,13 +49,13 @@ def line_chart(series: Mapping[str, Sequence[Point]], x_name: str, y_name: str) 
     clean = {name: points for name, points in clean.items() if points}
     everything = [point for points in clean.values() for point in points] or [(0.0, 0.0), (1.0, 1.0)]
     chart = _Chart(_span([x for x, _ in everything]), _span([0.0, *(y for _, y in everything)]), x_name, y_name)
-    colours = [_COLOURS[at % len(_COLOURS)] for at in range(len(clean))]
-    body = "".join(chart.line(points, colour) for points, colour in zip(clean.values(), colours, strict=True))
-    return chart.svg(body, f"{y_name} over {x_name}") + legend(list(zip(clean, colours, strict=True)))
+    colors = [_COLORS[at % len(_COLORS)] for at in range(len(clean))]
+    body = "".join(chart.line(points, color) for points, color in zip(clean.values(), colors, strict=True))
+    return chart.svg(body, f"{y_name} over {x_name}") + legend(list(zip(clean, colors, strict=True)))
 
 
 def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
-    """At most `most` points of a curve: means of equal runs of neighbours, so that a trend stays and noise shrinks.
+    """At most `most` points of a curve: means of equal runs of neighbors, so that a trend stays and noise shrinks.
 
     >>> thinned([(0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0)], most=2)
     [(0.5, 2.0), (2.5, 6.0)]
@@ -83,14 +83,14 @@ class _Chart:
         low, high = self._y_range
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
 
-    def line(self, points: Sequence[Point], colour: str, *, dashed: bool = False) -> Html:
+    def line(self, points: Sequence[Point], color: str, *, dashed: bool = False) -> Html:
         """A polyline; a dot where there is one point, of which a polyline would show nothing."""
         if len(points) == 1:
             ((x, y),) = points
-            return f'<circle cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="4" fill="{colour}"/>'
+            return f'<circle cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="4" fill="{color}"/>'
         path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
         dash = ' stroke-dasharray="4 4"' if dashed else ""
-        return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
+        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>'
 
     def svg(self, body: Html, label: str) -> Html:
         """The plot with its axes."""

@@ -14,15 +14,15 @@ from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import RgbImage, encode_png
 from mal_train.core.masks.rle import Rle, decode_mask
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 """Red, green, blue."""
 
-MASK: Colour = (255, 64, 129)
-TRUTH: Colour = (64, 224, 255)
-BOX: Colour = (255, 214, 0)
+MASK: Color = (255, 64, 129)
+TRUTH: Color = (64, 224, 255)
+BOX: Color = (255, 214, 0)
 
-# Neighbouring objects get colours that are far apart, for colour-blind readers too (Okabe and Ito's palette).
-PALETTE: tuple[Colour, ...] = (
+# Neighboring objects get colors that are far apart, for color-blind readers too (Okabe and Ito's palette).
+PALETTE: tuple[Color, ...] = (
     (230, 159, 0),
     (86, 180, 233),
     (0, 158, 115),
@@ -47,15 +47,15 @@ class Drawn:
 
 
 def draw_labels(image: RgbImage, objects: Sequence[Drawn], max_side: int = 1280) -> RgbImage:
-    """The whole image with every object in a colour of its own, shrunk to `max_side` px where it is larger."""
+    """The whole image with every object in a color of its own, shrunk to `max_side` px where it is larger."""
     height, width = image.shape[:2]
     scale = min(1.0, max_side / max(height, width))
     canvas = _resized(image, scale)
     for at, drawn in enumerate(objects):
-        colour = PALETTE[at % len(PALETTE)]
+        color = PALETTE[at % len(PALETTE)]
         if drawn.rle is not None:
-            canvas = _with_mask(canvas, _resized_mask(decode_mask(drawn.rle), canvas.shape[:2]), colour)
-        _draw_box(canvas, drawn.box_xywh, (0.0, 0.0), scale, colour)
+            canvas = _with_mask(canvas, _resized_mask(decode_mask(drawn.rle), canvas.shape[:2]), color)
+        _draw_box(canvas, drawn.box_xywh, (0.0, 0.0), scale, color)
     # Texts last, or later objects would cover them.
     for at, drawn in enumerate(objects):
         if np.isfinite(drawn.box_xywh).all():
@@ -112,11 +112,11 @@ def _resized_mask(mask: NDArray[np.bool_], size_hw: tuple[int, ...]) -> NDArray[
     return np.asarray(resized, dtype=np.uint8)
 
 
-def _with_mask(canvas: RgbImage, mask: NDArray[np.uint8], colour: Colour) -> RgbImage:
+def _with_mask(canvas: RgbImage, mask: NDArray[np.uint8], color: Color) -> RgbImage:
     tinted = canvas.astype(np.float32)
-    tinted[mask > 0] += TINT * (np.asarray(colour, dtype=np.float32) - tinted[mask > 0])
+    tinted[mask > 0] += TINT * (np.asarray(color, dtype=np.float32) - tinted[mask > 0])
     drawn = np.ascontiguousarray(tinted.round(), dtype=np.uint8)
-    cv2.drawContours(drawn, _contours(mask), -1, colour, 2, cv2.LINE_AA)
+    cv2.drawContours(drawn, _contours(mask), -1, color, 2, cv2.LINE_AA)
     return drawn
 
 
@@ -126,16 +126,16 @@ def _contours(mask: NDArray[np.uint8]) -> Sequence[NDArray[np.int32]]:
     return contours  # type: ignore[return-value]
 
 
-def _draw_box(canvas: RgbImage, box_xywh: Box, origin_xy: tuple[float, float], scale: float, colour: Colour) -> None:
+def _draw_box(canvas: RgbImage, box_xywh: Box, origin_xy: tuple[float, float], scale: float, color: Color) -> None:
     if not np.isfinite(box_xywh).all():
         return
     x, y, w, h = box_xywh
     corners = np.array([[x, y], [x + w, y + h]]) - origin_xy
     (x0, y0), (x1, y1) = np.clip(np.round(corners * scale), -(10**4), 10**4).astype(int).tolist()
-    cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), colour, 1)
+    cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), color, 1)
 
 
-def _draw_text(canvas: RgbImage, text: str, at_xy: tuple[int, int], colour: Colour) -> None:
+def _draw_text(canvas: RgbImage, text: str, at_xy: tuple[int, int], color: Color) -> None:
     if not text:
         return
     font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.42
@@ -143,4 +143,4 @@ def _draw_text(canvas: RgbImage, text: str, at_xy: tuple[int, int], colour: Colo
     x, y = min(at_xy[0], max(0, canvas.shape[1] - width)), at_xy[1]
     # A dark plate keeps it readable on any picture.
     cv2.rectangle(canvas, (x, y - height - 2), (x + width, y + below - 2), (24, 24, 24), cv2.FILLED)
-    cv2.putText(canvas, text, (x, y), font, size, colour, 1, cv2.LINE_AA)
+    cv2.putText(canvas, text, (x, y), font, size, color, 1, cv2.LINE_AA)

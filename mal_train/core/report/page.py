@@ -123,13 +123,13 @@ def contact_sheet(cards: Sequence[Card]) -> Html:
 
 
 def legend(keys: Sequence[tuple[str, str]]) -> Html:
-    """What colours mean: (name, CSS colour) in a line."""
-    items = "".join(f'<span class="key" style="background:{colour}"></span>{escape(name)}' for name, colour in keys)
+    """What colors mean: (name, CSS color) in a line."""
+    items = "".join(f'<span class="key" style="background:{color}"></span>{escape(name)}' for name, color in keys)
     return f'<div class="soft">{items}</div>'
 
 
 def overlay_legend() -> Html:
-    """What the colours of `overlays.draw_close_up` mean."""
+    """What the colors of `overlays.draw_close_up` mean."""
     keys = [("mask", "rgb(255, 64, 129)"), ("true mask", "rgb(64, 224, 255)"), ("box", "rgb(255, 214, 0)")]
     return f"<p>{legend(keys)}</p>"
 

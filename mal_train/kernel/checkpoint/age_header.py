@@ -22,7 +22,7 @@ _SCRYPT = re.compile(rb"-> scrypt [A-Za-z0-9+/]{22} (?P<work>[1-9][0-9]{0,2})")
 
 
 @dataclass(frozen=True)
-class Seal:
+class SealInfo:
     """How a file is sealed: all that can be known of it without a key.
 
     Attributes:
@@ -45,10 +45,10 @@ class Seal:
         return f"sealed for {self.recipients} recipient{'s' if self.recipients != 1 else ''}"
 
 
-NOT_SEALED = Seal("none")
+NOT_SEALED = SealInfo("none")
 
 
-def read_seal(file: BinaryIO, name: str = "file") -> Seal:
+def read_seal(file: BinaryIO, name: str = "file") -> SealInfo:
     """How the stream, at its start, is sealed. Reads 64 KiB at most.
 
     Raises:
@@ -69,7 +69,7 @@ def read_seal(file: BinaryIO, name: str = "file") -> Seal:
         return _passphrase_seal(stanzas, header_bytes, name)
     # Writers add a stanza of noise, "<random>-grease", so that readers stay tolerant; it opens nothing.
     wrapped = [line for line in stanzas if not line.split(b" ")[1].endswith(b"-grease")]
-    return Seal("recipients", recipients=len(wrapped), header_bytes=header_bytes)
+    return SealInfo("recipients", recipients=len(wrapped), header_bytes=header_bytes)
 
 
 def _header_lines(head: bytes, name: str) -> list[bytes]:
@@ -104,7 +104,7 @@ def _is_start(rest: bytes, prefix: bytes, pattern: re.Pattern[bytes]) -> bool:
     return pattern.fullmatch(rest + filler) is not None or pattern.fullmatch(rest.rstrip(b" ")) is not None
 
 
-def _passphrase_seal(stanzas: list[bytes], header_bytes: int, name: str) -> Seal:
+def _passphrase_seal(stanzas: list[bytes], header_bytes: int, name: str) -> SealInfo:
     match = _SCRYPT.fullmatch(stanzas[0])
     if len(stanzas) != 1 or match is None:
         raise WrongKey(f"{name}: its passphrase header is damaged (it must stand alone and state a work factor)")
@@ -114,4 +114,4 @@ def _passphrase_seal(stanzas: list[bytes], header_bytes: int, name: str) -> Seal
             f"{name}: its passphrase header asks for scrypt 2^{work_factor}; more than 2^{MAX_WORK_FACTOR} is refused, "
             "because it takes gigabytes of memory"
         )
-    return Seal("passphrase", work_factor=work_factor, header_bytes=header_bytes)
+    return SealInfo("passphrase", work_factor=work_factor, header_bytes=header_bytes)

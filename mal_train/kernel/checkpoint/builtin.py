@@ -1,4 +1,4 @@
-"""The model that comes with the package, so that photographs can be labelled without training one first.
+"""The model that comes with the package, so that photographs can be labeled without training one first.
 
 A checkpoint may be named `builtin` wherever a file of one may: `resolve` is the only place that knows.
 Its card, mal_train/kernel/assets/README.md, says what it was trained on and what it gets wrong. Imports no torch.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mal_train.core.errors import Altered, CheckpointError, ConfigError, NonFiniteTraining, Truncated, UnknownLayout
 from mal_train.core.settings import LabelerConfig
-from mal_train.kernel.checkpoint.age_header import Seal
+from mal_train.kernel.checkpoint.age_header import SealInfo
 from mal_train.kernel.checkpoint.encrypted_file import SealedFile, padding, write_sealed
 from mal_train.kernel.checkpoint.json_tree import Tree, from_json, to_json
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey
@@ -52,7 +52,7 @@ class Checkpoint:
         weights: "student.…" and "teacher.…" → tensor; on the CPU after loading, and float32 there where they lay as
             float16. A file of the student alone serves its answer and no other (`MalNetwork.load`).
         categories: of the training annotations, as their COCO file has them.
-        provenance: where it comes from (versions, licence of the starting weights, figures, …); `tree.Tree`s.
+        provenance: where it comes from (versions, license of the starting weights, figures, …); `tree.Tree`s.
         kind: `resume` has a training state, `weights` has none.
         training: everything else that training needs to go on.
         seal: how the file was sealed, after loading; `seal.how == "none"` is to be told to the user.
@@ -66,7 +66,7 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     kind: Kind = "weights"
     training: TrainingState | None = None
-    seal: Seal | None = field(default=None, compare=False)
+    seal: SealInfo | None = field(default=None, compare=False)
     sha256: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -117,11 +117,11 @@ class CheckpointHeader:
     """
 
     file_bytes: int
-    seal: Seal
+    seal: SealInfo
     content: CheckpointSummary | None
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint, key: EncryptionKey | None) -> Seal:
+def save_checkpoint(path: Path, checkpoint: Checkpoint, key: EncryptionKey | None) -> SealInfo:
     """Write the file, all or nothing, and tell how it was sealed; tell the user when that is "none".
 
     Tensors go to disk one at a time: besides them it takes some MiB, and a copy of a tensor only where it lies on a

@@ -28,9 +28,9 @@ from typing import Self
 
 import pyrage
 
-from mal_train.core.atomic_io import replacing
+from mal_train.core.atomic_io import atomic_write
 from mal_train.core.errors import Altered, ConfigError, Truncated, WrongKey
-from mal_train.kernel.checkpoint.age_header import MAX_WORK_FACTOR, Seal, read_seal
+from mal_train.kernel.checkpoint.age_header import MAX_WORK_FACTOR, SealInfo, read_seal
 from mal_train.kernel.checkpoint.age_streams import CountingSink, HashedFile, KeepingFile, KeptError, PartsReader, Sink
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey, Passphrase
 
@@ -55,7 +55,7 @@ def padding(size: int) -> int:
     return -size % CHUNK
 
 
-def write_sealed(path: Path, parts: Iterable[memoryview], key: EncryptionKey | None) -> Seal:
+def write_sealed(path: Path, parts: Iterable[memoryview], key: EncryptionKey | None) -> SealInfo:
     """Write `parts`, one after the other, to `path`: sealed by `key`, bare without one. All or nothing.
 
     The old file stays until the new one is complete and on disk. To recipients the parts stream, one in memory at a
@@ -65,7 +65,7 @@ def write_sealed(path: Path, parts: Iterable[memoryview], key: EncryptionKey | N
         OutputError: disk full, no permission, folder missing. The old file is intact and no temporary one is left.
         ConfigError: the machine is so fast that the library picks a work factor that readers refuse.
     """
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         if key is None:
             for part in parts:
                 file.write(part)

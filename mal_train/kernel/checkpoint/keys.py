@@ -50,11 +50,11 @@ class Passphrase:
         return "Passphrase(…)"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a passphrase is never serialised; pass the form (file:… or env:…) and read it again")
+        raise TypeError("a passphrase is never serialized; pass the form (file:… or env:…) and read it again")
 
 
 class _Key:
-    """What both kinds of key share: they are told apart by form alone, and they neither copy nor serialise."""
+    """What both kinds of key share: they are told apart by form alone, and they neither copy nor serialize."""
 
     __slots__ = ()
     form: str
@@ -66,7 +66,7 @@ class _Key:
         return self
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a key is never serialised; pass the form (file:… or env:…) and read it again")
+        raise TypeError("a key is never serialized; pass the form (file:… or env:…) and read it again")
 
 
 @dataclass(frozen=True, repr=False, slots=True)

@@ -159,7 +159,7 @@ class TensorFileReader:
         if not self._complete or self._targets:
             raise Truncated(f"{self._name}: the end of the file is missing")
         for name, tensor in self.tensors.items():
-            # Any other byte than 0 and 1 in a bool tensor is undefined behaviour in the code that computes with it.
+            # Any other byte than 0 and 1 in a bool tensor is undefined behavior in the code that computes with it.
             if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
                 raise Altered(f"{self._name}: tensor {name} is of bool and holds other values")
 

@@ -21,7 +21,7 @@ from mal_train.core.errors import ConfigError, UnknownLayout
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
-from mal_train.kernel.checkpoint.lineage import NOT_STATED, Origin
+from mal_train.kernel.checkpoint.lineage import NOT_STATED, Lineage
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.convert.torch_weights import read_weight_file
 from mal_train.kernel.networks.backbones import BACKBONES
@@ -32,7 +32,7 @@ PREFIXES = ("", "backbone.", "module.", "model.", "encoder.", "module.base_encod
 """What published files of backbones put before timm's names."""
 PART_OF_THE_ANSWER = re.compile(r"blocks\.|pos_embed\.|dist_token$|reg_token$|norm_pre\.|fc_norm\.")
 """Tensors that may neither lack nor be left over: with them or without, the backbone is another network."""
-UNKNOWN_ARCH_LICENCE = "none known: no weights are published for it, or their licence is not stated"
+UNKNOWN_ARCH_LICENSE = "none known: no weights are published for it, or their license is not stated"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PretrainedReport:
         resampled: those of them that had another grid or patch size.
         missing: not in the source; still random.
         left_over: in the source, without a place here (an ImageNet classifier, for example).
-        origin: names and licences behind it. A `.malckpt` tells of those that it came from; another local file cannot.
+        origin: names and licenses behind it. A `.malckpt` tells of those that it came from; another local file cannot.
     """
 
     source: str
@@ -53,7 +53,7 @@ class PretrainedReport:
     resampled: tuple[str, ...]
     missing: tuple[str, ...]
     left_over: tuple[str, ...]
-    origin: Origin
+    origin: Lineage
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {len(self.loaded)} tensors loaded"]
@@ -105,13 +105,13 @@ def load_pretrained(network: MalNetwork, source: str, key: DecryptionKey | None 
     return PretrainedReport(source, tuple(fitted), tuple(resampled), missing, left_over, origin)
 
 
-def published_licence(source: str) -> str:
-    """SPDX name of the licence of the weights of a timm name, or of those published for an arch of ours."""
+def published_license(source: str) -> str:
+    """SPDX name of the license of the weights of a timm name, or of those published for an arch of ours."""
     if source in BACKBONES:
-        return BACKBONES[source].licence or UNKNOWN_ARCH_LICENCE
+        return BACKBONES[source].license or UNKNOWN_ARCH_LICENSE
     config = timm.models.get_pretrained_cfg(_checked_timm_name(source))
-    licence = (config.license if config else None) or "not stated by timm"
-    return {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC-BY-NC-4.0", "mit": "MIT"}.get(licence, licence)
+    license = (config.license if config else None) or "not stated by timm"
+    return {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC-BY-NC-4.0", "mit": "MIT"}.get(license, license)
 
 
 def _is_file(source: str) -> bool:
@@ -119,21 +119,21 @@ def _is_file(source: str) -> bool:
     return path.suffix in FILE_SUFFIXES or len(path.parts) > 1 or path.is_file()
 
 
-def _read(source: str, key: DecryptionKey | None) -> tuple[dict[str, Tensor], Origin]:
+def _read(source: str, key: DecryptionKey | None) -> tuple[dict[str, Tensor], Lineage]:
     """Weights, and where they come from, of one reading: the file may be another one a moment later."""
     if source in BACKBONES:
-        return _download(_published_name(source)), Origin(source, published_licence(source))
+        return _download(_published_name(source)), Lineage(source, published_license(source))
     if not _is_file(source):
-        return _download(_checked_timm_name(source)), Origin(source, published_licence(source))
+        return _download(_checked_timm_name(source)), Lineage(source, published_license(source))
     path = builtin.resolve(source)
     if path.suffix == ".malckpt":
         read = load_checkpoint(path, key, weights_only_kind=True)
         provenance = builtin.completed(read.sha256, read.provenance)
-        return dict(read.weights), Origin.from_checkpoint(path, read.sha256, provenance)
+        return dict(read.weights), Lineage.from_checkpoint(path, read.sha256, provenance)
     tensors = read_weight_file(path)
     if any(name.startswith("student.") for name in tensors):
         tensors = from_tao(tensors, source).weights
-    return tensors, Origin(path.name, NOT_STATED)
+    return tensors, Lineage(path.name, NOT_STATED)
 
 
 def _published_name(arch: str) -> str:

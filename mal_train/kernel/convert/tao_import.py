@@ -1,4 +1,4 @@
-"""Reads the published code's checkpoints into our names and settings. The layout is recognised from names and shapes.
+"""Reads the published code's checkpoints into our names and settings. The layout is recognized from names and shapes.
 
 Read here: the ViT of TAO 6.25 to 7.0, which has one 16×16 patch convolution; the ViT of NVlabs and of TAO up to 6.0,
 which has a convolutional stem; FAN of TAO up to 6.0. Such files hold no settings beside the weights: what shapes
@@ -44,7 +44,7 @@ class ForeignCheckpoint:
         layout: whose names and shapes these were, for people.
         model: the network its shapes describe.
         weights: `student.…` and `teacher.…` → float32 tensor: exactly the names that `MalNetwork(model)` has.
-        dropped: names in the file that take no part in labelling, such as the classifier's.
+        dropped: names in the file that take no part in labeling, such as the classifier's.
         teacher_copied: the file has no teacher; it is a copy of the student.
     """
 

@@ -8,7 +8,7 @@ PART_SHARE = 0.01
 _PARTS_SIDE = 512
 
 
-def without_specks(mask_bool: NDArray[np.bool_], min_area_px: int) -> NDArray[np.bool_]:
+def remove_small_regions(mask_bool: NDArray[np.bool_], min_area_px: int) -> NDArray[np.bool_]:
     """The mask (h, w) without its parts of fewer than min_area_px pixels.
 
     The largest part always stays, however small: a small object is no speck. Of equally large ones the first in

@@ -30,10 +30,10 @@ from mal_train.core.settings import (
 )
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
-from mal_train.kernel.labeler.components import has_second_part, without_specks
-from mal_train.kernel.labeler.overlaps import Claim, share_out
+from mal_train.kernel.labeler.components import has_second_part, remove_small_regions
+from mal_train.kernel.labeler.overlaps import MaskClaim, assign_pixels
 from mal_train.kernel.labeler.scoring import score_of
-from mal_train.kernel.networks.network import MalNetwork, normalise, probabilities
+from mal_train.kernel.networks.network import MalNetwork, normalize, probabilities
 from mal_train.kernel.networks.precision import Precision, resolve
 
 ProbMap = NDArray[np.float32]
@@ -58,7 +58,7 @@ class Crop:
     Attributes:
         pixels: (S, S, 3) uint8 RGB.
         box_xywh: the caller's box, unchanged.
-        box_inside: the part of it inside the image, which is what gets labelled.
+        box_inside: the part of it inside the image, which is what gets labeled.
         window: the image window that the pixels show.
         image_hw: height and width of the image in px.
         area: px² of box_inside; decides the network's size branch and the threshold.
@@ -78,7 +78,7 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class PredictOptions:
     """How the network is run. Crops may share a batch exactly when these are equal.
 
     Attributes:
@@ -93,7 +93,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Probability:
+class Prediction:
     """Foreground probability (S, S) float32 of one crop; student's and teacher's own maps when agreement was asked."""
 
     prob: ProbMap
@@ -175,7 +175,7 @@ class Labeler:
         """
         return [self._prepare_one(image, box, f"box {index}") for index, box in enumerate(boxes, start=first)]
 
-    def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:
+    def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:
         """Foreground probabilities of crops of any images, in order; maps have the side of their crops.
 
         Raises:
@@ -203,7 +203,7 @@ class Labeler:
     def finish(
         self,
         crop: Crop,
-        probability: Probability,
+        probability: Prediction,
         *,
         threshold: float | None = None,
         min_component_area_px: int = 0,
@@ -218,44 +218,44 @@ class Labeler:
                 (`parts.without_specks`), before score, area, box, agreement and flags are made.
         """
         claim = self.claim(crop, probability, threshold=threshold)
-        mask = without_specks(claim.mask, min_component_area_px)
+        mask = remove_small_regions(claim.mask, min_component_area_px)
         agreement = self._agreement(crop, probability, claim.region, claim.limit, min_component_area_px)
         return self.answer(crop, claim, mask, agreement, min_component_area_px)
 
     def finish_together(
         self,
-        answers: Sequence[tuple[Crop, Probability]],
+        answers: Sequence[tuple[Crop, Prediction]],
         *,
         threshold: float | None = None,
         min_component_area_px: int = 0,
     ) -> list[Label]:
-        """`finish` of boxes of one image, except that no pixel is in two masks (`overlaps.share_out`).
+        """`finish` of boxes of one image, except that no pixel is in two masks (`overlaps.resolve_overlaps`).
 
         Specks are taken out of what each box is left with. Agreement is that of the masks before they were shared out.
         """
         claims = [self.claim(crop, probability, threshold=threshold) for crop, probability in answers]
-        kept = share_out(claims, answers[0][0].image_hw) if answers else []
+        kept = assign_pixels(claims, answers[0][0].image_hw) if answers else []
         return [
             self.answer(
                 crop,
                 claim,
-                without_specks(mask, min_component_area_px),
+                remove_small_regions(mask, min_component_area_px),
                 self._agreement(crop, probability, claim.region, claim.limit, min_component_area_px),
                 min_component_area_px,
             )
             for (crop, probability), claim, mask in zip(answers, claims, kept, strict=True)
         ]
 
-    def claim(self, crop: Crop, probability: Probability, *, threshold: float | None = None) -> Claim:
+    def claim(self, crop: Crop, probability: Prediction, *, threshold: float | None = None) -> MaskClaim:
         """What a box claims of its image before anything is cut from it; `threshold` as in `finish`."""
         limit = self.config.mask_thres[int(size_class(crop.area))] if threshold is None else threshold
         region = self._region(crop)
-        return Claim(region, self._values(crop, probability.prob, region), limit)
+        return MaskClaim(region, self._values(crop, probability.prob, region), limit)
 
     def answer(
         self,
         crop: Crop,
-        claim: Claim,
+        claim: MaskClaim,
         mask: NDArray[np.bool_],
         agreement: float | None = None,
         min_component_area_px: int = 0,
@@ -279,7 +279,7 @@ class Labeler:
         self,
         image: RgbImage,
         boxes: Sequence[Sequence[float]],
-        options: RunOptions = RunOptions(),
+        options: PredictOptions = PredictOptions(),
         *,
         threshold: float | None = None,
         batch_size: int = 8,
@@ -287,7 +287,7 @@ class Labeler:
         """A label, or the reason why there is none, for each box (x, y, width, height px) of an image, in order."""
         entries = self.prepare(image, boxes)
         crops = [entry for entry in entries if isinstance(entry, Crop)]
-        found: list[Probability] = []
+        found: list[Prediction] = []
         for start in range(0, len(crops), batch_size):
             found += self.predict(crops[start : start + batch_size], options)
         answers = iter([self.finish(crop, prob, threshold=threshold) for crop, prob in zip(crops, found, strict=True)])
@@ -305,12 +305,12 @@ class Labeler:
         users_box = (x, y, w, h) if clipped else inside
         return Crop(pixels, users_box, inside, window, image_hw, geometry.box_area(inside))
 
-    def _predict_batch(self, crops: Sequence[Crop], options: RunOptions) -> list[Probability]:
+    def _predict_batch(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
         areas = [crop.area for crop in crops]
         branch = torch.from_numpy(network_branch(areas, self.config.compat))
         stacked = torch.from_numpy(np.stack([crop.pixels for crop in crops])).to(self.device, non_blocking=True)
         with torch.inference_mode(), self._autocast():
-            x = normalise(stacked)
+            x = normalize(stacked)
             wanted = {options.branch} | ({Branch.STUDENT, Branch.TEACHER} if options.agreement else set())
             if Branch.MIXED in wanted:
                 wanted |= {Branch.STUDENT, Branch.TEACHER}
@@ -320,9 +320,9 @@ class Labeler:
             maps = {which: probabilities(z.float(), x.shape[-1]).cpu().numpy() for which, z in logits.items()}
         main = maps[options.branch]
         if not options.agreement:
-            return [Probability(prob) for prob in main]
+            return [Prediction(prob) for prob in main]
         students, teachers = maps[Branch.STUDENT], maps[Branch.TEACHER]
-        return [Probability(*triple) for triple in zip(main, students, teachers, strict=True)]
+        return [Prediction(*triple) for triple in zip(main, students, teachers, strict=True)]
 
     def _logits(self, x: torch.Tensor, branch: torch.Tensor, which: Branch, flip: bool) -> torch.Tensor:
         logits = self.network.logits(x, branch, which).float()
@@ -353,12 +353,12 @@ class Labeler:
         return geometry.paste(prob, crop.window, region)
 
     def _agreement(
-        self, crop: Crop, probability: Probability, region: Region, limit: float, min_component_area_px: int
+        self, crop: Crop, probability: Prediction, region: Region, limit: float, min_component_area_px: int
     ) -> float | None:
         if probability.student is None or probability.teacher is None:
             return None
         a, b = (
-            without_specks(self._values(crop, prob, region) > limit, min_component_area_px)
+            remove_small_regions(self._values(crop, prob, region) > limit, min_component_area_px)
             for prob in (probability.student, probability.teacher)
         )
         union = np.count_nonzero(a | b)

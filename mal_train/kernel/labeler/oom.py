@@ -1,19 +1,19 @@
-"""Runs a batch that may not fit the device, in halves where it does not. Shared by bulk labelling and the server."""
+"""Runs a batch that may not fit the device, in halves where it does not. Shared by bulk labeling and the server."""
 
 import logging
 from collections.abc import Callable, Sequence
 
 from mal_train.core.errors import OutOfDeviceMemory
-from mal_train.kernel.labeler.labeler import Crop, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
 
 log = logging.getLogger(__name__)
 
-Predict = Callable[[Sequence[Crop], RunOptions], Sequence[Probability]]
+Predict = Callable[[Sequence[Crop], PredictOptions], Sequence[Prediction]]
 
 
 def predict_split(
-    predict: Predict, crops: Sequence[Crop], options: RunOptions
-) -> list[Probability | OutOfDeviceMemory]:
+    predict: Predict, crops: Sequence[Crop], options: PredictOptions
+) -> list[Prediction | OutOfDeviceMemory]:
     """Probabilities in order; the error in the place of a crop that does not fit the device even alone.
 
     Raises:

@@ -22,7 +22,7 @@ _EDGE = 1e-5
 
 
 @dataclass(frozen=True)
-class Claim:
+class MaskClaim:
     """What one box claims.
 
     Attributes:
@@ -42,7 +42,7 @@ class Claim:
         return claimed
 
 
-def share_out(claims: Sequence[Claim], image_hw: tuple[int, int]) -> list[NDArray[np.bool_]]:
+def assign_pixels(claims: Sequence[MaskClaim], image_hw: tuple[int, int]) -> list[NDArray[np.bool_]]:
     """The pixels (rows, columns) of each claim that it keeps; no pixel of the picture is kept twice.
 
     A pixel goes to the claim with the highest `logit − SIZE_WEIGHT · log(claimed pixels)`; the earlier one of equals.

@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mal_train.core.settings import STABILITY_LOGITS, ScoreKind
-from mal_train.kernel.labeler.components import without_specks
-from mal_train.kernel.labeler.overlaps import Claim
+from mal_train.kernel.labeler.components import remove_small_regions
+from mal_train.kernel.labeler.overlaps import MaskClaim
 
 
-def score_of(kind: ScoreKind, claim: Claim, mask: NDArray[np.bool_], min_component_area_px: int = 0) -> float:
+def score_of(kind: ScoreKind, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int = 0) -> float:
     """The score of a mask that is not empty; see `ScoreKind`.
 
     Args:
@@ -24,16 +24,16 @@ def score_of(kind: ScoreKind, claim: Claim, mask: NDArray[np.bool_], min_compone
     return _mean_probability(claim, mask)
 
 
-def _stability(claim: Claim, mask: NDArray[np.bool_], min_component_area_px: int) -> float:
+def _stability(claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int) -> float:
     high, low = (_moved(claim.limit, logits) for logits in (STABILITY_LOGITS, -STABILITY_LOGITS))
     kept = int(np.count_nonzero((claim.values > high) & mask))
     # What the mask gave away to others, and specks with what surrounds them, are no doubt of its own.
-    wider = mask | (without_specks(claim.values > low, min_component_area_px) & ~claim.mask)
+    wider = mask | (remove_small_regions(claim.values > low, min_component_area_px) & ~claim.mask)
     # One more of each: 0 is the score of the empty mask alone.
     return (kept + 1) / (int(np.count_nonzero(wider)) + 1)
 
 
-def _mean_probability(claim: Claim, mask: NDArray[np.bool_]) -> float:
+def _mean_probability(claim: MaskClaim, mask: NDArray[np.bool_]) -> float:
     # NumPy, not OpenCV: its sum depends on where the array happens to lie in memory, in the last digit.
     total = float(np.where(mask, claim.values, np.float32(0)).sum(dtype=np.float64))
     return min(max(total / int(np.count_nonzero(mask)), 0.0), 1.0)

@@ -30,11 +30,11 @@ class BackboneSize(Protocol):
         """Name in timm of the weights published for it, None where timm has none."""
 
     @property
-    def licence(self) -> str | None:
-        """SPDX name of the licence of the weights published for it, None where none are or it is not stated."""
+    def license(self) -> str | None:
+        """SPDX name of the license of the weights published for it, None where none are or it is not stated."""
 
     def build(self, drop_path: float) -> nn.Module:
-        """A module from normalised crops (N, 3, S, S) to the feature map (N, C, S / P, S / P).
+        """A module from normalized crops (N, 3, S, S) to the feature map (N, C, S / P, S / P).
 
         It has children `patch_embed` and `blocks` (a sequence), which `model.frozen_stages` counts.
         """
@@ -53,29 +53,29 @@ HUGE = VitSize(1280, 32, 16, patch=14, grid=16)
 NVLABS: dict[str, Any] = {"stem": "conv", "resample": "by_factor"}
 
 BACKBONES: dict[str, BackboneSize] = {
-    "vit-deit-tiny/16": replace(TINY, pretrained="deit_tiny_patch16_224.fb_in1k", licence=DEIT),
-    "vit-deit-small/16": replace(SMALL, pretrained="deit_small_patch16_224.fb_in1k", licence=DEIT),
-    "vit-deit-base/16": replace(BASE, pretrained="deit_base_patch16_224.fb_in1k", licence=DEIT),
+    "vit-deit-tiny/16": replace(TINY, pretrained="deit_tiny_patch16_224.fb_in1k", license=DEIT),
+    "vit-deit-small/16": replace(SMALL, pretrained="deit_small_patch16_224.fb_in1k", license=DEIT),
+    "vit-deit-base/16": replace(BASE, pretrained="deit_base_patch16_224.fb_in1k", license=DEIT),
     "vit-deit-base-distilled/16": replace(
-        BASE, variant="distilled", pretrained="deit_base_distilled_patch16_224.fb_in1k", licence=DEIT
+        BASE, variant="distilled", pretrained="deit_base_distilled_patch16_224.fb_in1k", license=DEIT
     ),
     "vit-deit-iii-base-224/16": replace(
-        BASE, variant="deit3", pretrained="deit3_base_patch16_224.fb_in22k_ft_in1k", licence=DEIT
+        BASE, variant="deit3", pretrained="deit3_base_patch16_224.fb_in22k_ft_in1k", license=DEIT
     ),
-    "vit-dino-small/16": replace(SMALL, pretrained="vit_small_patch16_224.dino", licence=DINO),
-    "vit-dino-base/16": replace(BASE, pretrained="vit_base_patch16_224.dino", licence=DINO),
-    "vit-mocov3-base/16": replace(BASE, licence=FOR_RESEARCH),
-    "vit-mae-base/16": replace(BASE, pretrained="vit_base_patch16_224.mae", licence=FOR_RESEARCH),
-    "vit-mae-large/16": replace(LARGE, pretrained="vit_large_patch16_224.mae", licence=FOR_RESEARCH),
-    "vit-mae-huge/14": replace(HUGE, pretrained="vit_huge_patch14_224.mae", licence=FOR_RESEARCH),
+    "vit-dino-small/16": replace(SMALL, pretrained="vit_small_patch16_224.dino", license=DINO),
+    "vit-dino-base/16": replace(BASE, pretrained="vit_base_patch16_224.dino", license=DINO),
+    "vit-mocov3-base/16": replace(BASE, license=FOR_RESEARCH),
+    "vit-mae-base/16": replace(BASE, pretrained="vit_base_patch16_224.mae", license=FOR_RESEARCH),
+    "vit-mae-large/16": replace(LARGE, pretrained="vit_large_patch16_224.mae", license=FOR_RESEARCH),
+    "vit-mae-huge/14": replace(HUGE, pretrained="vit_huge_patch14_224.mae", license=FOR_RESEARCH),
     # NVlabs' networks, and TAO's up to 6.0: published weights fill everything but the stem, which starts random.
-    "vit-deit-tiny/16-convstem": replace(TINY, **NVLABS, pretrained="deit_tiny_patch16_224.fb_in1k", licence=DEIT),
-    "vit-deit-small/16-convstem": replace(SMALL, **NVLABS, pretrained="deit_small_patch16_224.fb_in1k", licence=DEIT),
-    "vit-mae-base/16-convstem": replace(BASE, **NVLABS, pretrained="vit_base_patch16_224.mae", licence=FOR_RESEARCH),
-    "vit-mae-large/16-convstem": replace(LARGE, **NVLABS, pretrained="vit_large_patch16_224.mae", licence=FOR_RESEARCH),
+    "vit-deit-tiny/16-convstem": replace(TINY, **NVLABS, pretrained="deit_tiny_patch16_224.fb_in1k", license=DEIT),
+    "vit-deit-small/16-convstem": replace(SMALL, **NVLABS, pretrained="deit_small_patch16_224.fb_in1k", license=DEIT),
+    "vit-mae-base/16-convstem": replace(BASE, **NVLABS, pretrained="vit_base_patch16_224.mae", license=FOR_RESEARCH),
+    "vit-mae-large/16-convstem": replace(LARGE, **NVLABS, pretrained="vit_large_patch16_224.mae", license=FOR_RESEARCH),
     # Built for huge's patches of 14 px, the published stem steps by 16 all the same.
     "vit-mae-huge/16-convstem": replace(
-        HUGE, **NVLABS, patch=16, pretrained="vit_huge_patch14_224.mae", licence=FOR_RESEARCH
+        HUGE, **NVLABS, patch=16, pretrained="vit_huge_patch14_224.mae", license=FOR_RESEARCH
     ),
     "fan_tiny_12_p16_224": FanSize(192, 12, 4),
     "fan_small_12_p16_224": FanSize(384, 12, 8),
@@ -101,7 +101,7 @@ def backbone_size(arch: str) -> BackboneSize:
 
 
 def build_backbone(arch: str, drop_path: float = 0.0) -> nn.Module:
-    """A randomly initialised backbone, see `BackboneSize.build`.
+    """A randomly initialized backbone, see `BackboneSize.build`.
 
     Args:
         arch: a row of the table; ConfigError otherwise.

@@ -39,7 +39,7 @@ class FanSize:
         heads: attention heads, over tokens and over channels.
         hybrid: depths of the two ConvNeXt stages that take the plain stem's place; None for the plain one.
         pretrained: None: timm has no weights of this family.
-        licence: None: the published weights' is not stated.
+        license: None: the published weights' is not stated.
     """
 
     width: int
@@ -47,7 +47,7 @@ class FanSize:
     heads: int
     hybrid: tuple[int, int] | None = None
     pretrained: str | None = None
-    licence: str | None = None
+    license: str | None = None
 
     @property
     def patch(self) -> int:
@@ -55,7 +55,7 @@ class FanSize:
         return PATCH
 
     def build(self, drop_path: float = 0.0) -> "Fan":
-        """A randomly initialised network; `drop_path` as in `backbones.build_backbone`."""
+        """A randomly initialized network; `drop_path` as in `backbones.build_backbone`."""
         return Fan(self, drop_path)
 
 

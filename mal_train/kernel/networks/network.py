@@ -1,4 +1,4 @@
-"""MalNetwork: a student and a teacher that turn normalised crops into mask logits. Tensors in, tensors out.
+"""MalNetwork: a student and a teacher that turn normalized crops into mask logits. Tensors in, tensors out.
 
 A logit is the dot product of a filter K, one for each crop, with a feature vector V at each pixel. The mask head that
 gives V runs on the feature map at half, single or double resolution for small, medium and large boxes. Knows nothing
@@ -84,10 +84,10 @@ class ModelConfig:
         return cls(**data)
 
 
-def normalise(images_NHWC: Tensor) -> Tensor:
+def normalize(images_NHWC: Tensor) -> Tensor:
     """Crops uint8 (N, S, S, 3), RGB, as float32 (N, 3, S, S) with ImageNet's mean and deviation taken out.
 
-    The only normalisation in the repository: training and labelling must agree on it to the bit.
+    The only normalization in the repository: training and labeling must agree on it to the bit.
     """
     mean = torch.tensor(IMAGE_MEAN, device=images_NHWC.device).view(3, 1, 1)
     std = torch.tensor(IMAGE_STD, device=images_NHWC.device).view(3, 1, 1)
@@ -120,10 +120,10 @@ class MaskNetwork(nn.Module):
         )
 
     def forward(self, x_NCHW: Tensor, branch_N: Tensor) -> Tensor:
-        """Logits float32 (N, 1, 4h, 4w) of normalised crops (N, 3, S, S).
+        """Logits float32 (N, 1, 4h, 4w) of normalized crops (N, 3, S, S).
 
         Args:
-            x_NCHW: what `normalise` gives. ConfigError if S is no multiple of the patch size.
+            x_NCHW: what `normalize` gives. ConfigError if S is no multiple of the patch size.
             branch_N: int64 size branch of each crop, 0 small, 1 medium, 2 large; −1 belongs to none and gets logits 0
                 (`mal_train.core.settings.network_branch`). Best on the CPU: its values steer the control flow.
                 Without effect under `not_adjust_scale`.

@@ -38,7 +38,7 @@ class VitSize:
         resample: how another crop size gets its positions: `antialias`, or `by_factor` as NVlabs and TAO up to 6.0
             do it (`Vit._pos_embed`).
         pretrained: timm's name of the weights published for it, None where timm has none.
-        licence: SPDX name of the licence of the weights published for it, None where none are or it is not stated.
+        license: SPDX name of the license of the weights published for it, None where none are or it is not stated.
     """
 
     width: int
@@ -50,10 +50,10 @@ class VitSize:
     variant: Literal["plain", "distilled", "deit3"] = "plain"
     resample: Literal["antialias", "by_factor"] = "antialias"
     pretrained: str | None = None
-    licence: str | None = None
+    license: str | None = None
 
     def build(self, drop_path: float = 0.0) -> "Vit":
-        """A randomly initialised network; `drop_path` as in `backbones.build_backbone`."""
+        """A randomly initialized network; `drop_path` as in `backbones.build_backbone`."""
         return Vit(self, drop_path)
 
 

@@ -13,7 +13,7 @@ import pytest
 from mal_client.client import Client
 from mal_client.dataset.run import label_dataset
 from mal_client.errors import ServerUnavailable
-from mal_client.types import AS_SERVED, DatasetResult, Progress
+from mal_client.types import SERVER_DEFAULTS, DatasetResult, Progress
 
 from mal_train.core.errors import ConfigError
 from tests.mal_client.datasets import Dataset, make_dataset
@@ -26,7 +26,7 @@ def label(dataset: Dataset, *fakes: FakeServer, also: tuple[str, ...] = ()) -> t
         addresses = [stack.enter_context(serving(fake)) for fake in fakes]
         clients = [stack.enter_context(Client(address, timeout_s=20)) for address in [*addresses, *also]]
         result = label_dataset(
-            clients, dataset.json_path, dataset.images_dir, dataset.output, AS_SERVED, on_notice=notices.append
+            clients, dataset.json_path, dataset.images_dir, dataset.output, SERVER_DEFAULTS, on_notice=notices.append
         )
     return result, notices
 
@@ -54,7 +54,7 @@ def test_a_server_that_dies_under_load_loses_nothing(tmp_path: Path, monkeypatch
     dying, living = FakeServer(Faults(kill_after=5)), FakeServer(Faults(hold_after=0))
     with once(lambda: len(dying.item_ids) == 5, living.released.set):
         result, notices = label(dataset, dying, living)
-    assert (result.labelled, result.failed, result.is_final) == (80, (), True)
+    assert (result.labeled, result.failed, result.is_final) == (80, (), True)
     assert len(dying.item_ids) == 5
     assert sorted({*dying.item_ids, *living.item_ids}, key=int) == [str(at) for at in range(40)]
     lost, *given_up = notices
@@ -69,7 +69,7 @@ def test_a_lost_connection_and_the_return_of_the_server_are_said_once_each(
     monkeypatch.setattr("mal_client.bulk.stream.FIRST_PAUSE_S", 0.001)
     # Three breaks before any answer on their streams: one absence.
     result, notices = label(make_dataset(tmp_path, images=10), FakeServer(Faults(break_after=0, breaks=3)))
-    assert result.labelled == 20
+    assert result.labeled == 20
     assert [notice.partition(": ")[2].partition(" (")[0] for notice in notices] == ["connection lost", "is back"]
     assert "others" not in notices[0]
 
@@ -88,10 +88,10 @@ def test_a_server_whose_port_closes_under_load_loses_nothing(tmp_path: Path) -> 
 
         # It leaves with answers given and others owed.
         with once(lambda: len(leaving.item_ids) == 2 and len(leaving.received) > 2, leave):
-            result = label_dataset(clients, dataset.json_path, dataset.images_dir, dataset.output, AS_SERVED)
+            result = label_dataset(clients, dataset.json_path, dataset.images_dir, dataset.output, SERVER_DEFAULTS)
         for client in clients:
             client.close()
-    assert (result.labelled, result.failed) == (80, ())
+    assert (result.labeled, result.failed) == (80, ())
     assert left.is_set()
 
 
@@ -132,13 +132,13 @@ def test_a_server_process_that_is_killed_under_load_loses_nothing(tmp_path: Path
             dataset.json_path,
             dataset.images_dir,
             dataset.output,
-            AS_SERVED,
+            SERVER_DEFAULTS,
             on_progress=kill_half_way,
             on_notice=notices.append,
         )
         for client in clients:
             client.close()
-    assert (result.labelled, result.failed, result.is_final) == (120, (), True)
+    assert (result.labeled, result.failed, result.is_final) == (120, (), True)
     assert [notice for notice in notices if notice.startswith(f"{there}: connection lost")] == notices[:1]
     assert dataset.output.read_bytes() == expected
 
@@ -149,14 +149,14 @@ def test_when_all_are_lost_the_answers_stay_and_the_rest_is_listed(
     monkeypatch.setattr("mal_client.bulk.stream.FIRST_PAUSE_S", 0.001)
     dataset = make_dataset(tmp_path, images=20)
     result, _ = label(dataset, *(FakeServer(Faults(kill_after=3, delay_s=0.005)) for _ in range(2)))
-    assert (result.labelled, result.failed_count, result.is_final) == (12, 28, False)
-    assert label(dataset, FakeServer())[0].labelled == 40
+    assert (result.labeled, result.failed_count, result.is_final) == (12, 28, False)
+    assert label(dataset, FakeServer())[0].labeled == 40
 
 
 def test_a_server_that_is_not_there_at_the_start_is_named_and_done_without(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     result, notices = label(dataset, FakeServer(), also=("127.0.0.1:9",))
-    assert result.labelled == 6
+    assert result.labeled == 6
     assert "127.0.0.1:9" in notices[0]
     assert "1 of 2 servers begin" in notices[0]
 
@@ -178,7 +178,7 @@ def test_an_item_whose_masks_do_not_fit_into_a_message_goes_in_smaller_parts(tmp
     dataset = make_dataset(tmp_path, images=2, boxes=7)
     fake = FakeServer(limits=Limits(boxes_in_an_answer=2))
     result, _ = label(dataset, fake)
-    assert (result.labelled, result.failed) == (14, ())
+    assert (result.labeled, result.failed) == (14, ())
     too_large = FakeServer(limits=Limits(boxes_in_an_answer=0))
     result, _ = label(dataset, too_large)
     assert {row.error.reason for row in result.failed} == {"RESPONSE_TOO_LARGE"}

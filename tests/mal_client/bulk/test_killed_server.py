@@ -119,6 +119,6 @@ def test_a_bulk_job_goes_on_with_what_is_unanswered(tmp_path: Path) -> None:
         result: DatasetResult = client.label_dataset(
             dataset.json_path, dataset.images_dir, dataset.output, on_progress=lambda _: came.set()
         )
-    assert (result.labelled, result.failed) == (10, ())
+    assert (result.labeled, result.failed) == (10, ())
     again = [key for keys in asked for key in keys]
     assert len(again) == len(set(again)) < 10

@@ -40,10 +40,10 @@ def arguments(command: str, address: str, dataset: Dataset, *more: str) -> list[
 
 def test_label_writes_the_file_and_exits_0(address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments("label", address, dataset, "--agreement", "--branch", "mixed", "--threshold", "0.3")) == 0
-    assert len(dataset.labelled()) == 6
-    assert dataset.labelled()[100]["agreement"] == 0.5
+    assert len(dataset.labeled()) == 6
+    assert dataset.labeled()[100]["agreement"] == 0.5
     printed = capsys.readouterr()
-    assert "6 annotations labelled, 0 failed" in printed.out
+    assert "6 annotations labeled, 0 failed" in printed.out
     assert "label: 3/3 images, 6 boxes, 0 failed" in printed.err
 
 
@@ -55,7 +55,7 @@ def test_failed_items_are_listed_beside_the_output_and_exit_3(
     listed = (dataset.folder / "out.errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["annotation_id"] for line in listed] == [102, 103]
     assert "all 2 failures are listed in" in capsys.readouterr().err
-    assert len(dataset.labelled()) == 6
+    assert len(dataset.labeled()) == 6
     dataset.coco["annotations"].pop()
     for row in dataset.coco["annotations"][3:]:
         row["image_id"] = dataset.coco["annotations"][0]["image_id"]
@@ -96,7 +96,7 @@ def test_only_the_ids_of_a_file_on_two_servers_with_a_log_for_programs(
         both = ["--server", f"{address},{other}", "--only", "ids", "--ids", str(wanted), "--log", "json"]
         assert main(arguments("label", address, dataset, *both, "--format", "uncompressed", "--update-bbox")) == 0
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert (events[-1]["event"], events[-1]["labelled"], events[-1]["copied"]) == ("done", 2, 4)
+    assert (events[-1]["event"], events[-1]["labeled"], events[-1]["copied"]) == ("done", 2, 4)
     assert {event["event"] for event in events} == {"progress", "done"}
 
 

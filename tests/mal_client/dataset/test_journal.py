@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mal_client.dataset.journal import Ledger, ledger_path
+from mal_client.dataset.journal import Journal, journal_path
 
 from mal_train.core.errors import ConfigError, OutputError
 
@@ -13,8 +13,8 @@ LABEL = {"label": {"score": 0.5, "name": "é"}}
 FAILED = {"failed": ["INTERNAL", "OUT_OF_MEMORY", "box 3: too large"]}
 
 
-def opened(folder: Path, job: dict[str, Any] | None = None, **more: Any) -> Ledger:
-    return Ledger(folder / "out.json.ledger", 5, JOB if job is None else job, **more)
+def opened(folder: Path, job: dict[str, Any] | None = None, **more: Any) -> Journal:
+    return Journal(folder / "out.json.ledger", 5, JOB if job is None else job, **more)
 
 
 def written(folder: Path) -> bytes:
@@ -66,7 +66,7 @@ def test_another_job_is_refused_by_what_differs_and_left_alone(tmp_path: Path) -
     before = written(tmp_path)
     with pytest.raises(ConfigError, match=r"input was 'aa' and is 'bb'.*--restart"):
         opened(tmp_path, JOB | {"input": "bb"})
-    assert ledger_path(tmp_path / "out.json").read_bytes() == before
+    assert journal_path(tmp_path / "out.json").read_bytes() == before
     with opened(tmp_path, JOB | {"input": "bb"}, restart=True) as ledger:
         assert ledger.label_count == 0
 
@@ -79,7 +79,7 @@ def test_only_one_run_at_a_time(tmp_path: Path) -> None:
 
 def test_a_link_to_the_output_leads_to_the_same_ledger(tmp_path: Path) -> None:
     (tmp_path / "link.json").symlink_to(tmp_path / "out.json")
-    assert ledger_path(tmp_path / "link.json") == ledger_path(tmp_path / "out.json")
+    assert journal_path(tmp_path / "link.json") == journal_path(tmp_path / "out.json")
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:

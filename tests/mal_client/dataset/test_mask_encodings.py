@@ -1,4 +1,4 @@
-"""Claims about the forms in which masks stand in a labelled file."""
+"""Claims about the forms in which masks stand in a labeled file."""
 
 import json
 from pathlib import Path

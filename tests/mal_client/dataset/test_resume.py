@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from mal_client.cli.main import main
-from mal_client.dataset.journal import Ledger, ledger_path
+from mal_client.dataset.journal import Journal, journal_path
 
 from tests.mal_client.datasets import Dataset, make_dataset
 from tests.mal_client.fake_server import FakeServer, Faults, Limits, serving
@@ -87,7 +87,7 @@ def test_a_killed_run_loses_nothing_and_repeats_at_most_its_window(tmp_path: Pat
     expected = undisturbed(dataset)
     asked = killed_until_done(FakeServer(Faults(delay_s=0.004), Limits(max_items_in_flight=WINDOW)), dataset, kills, 11)
     assert dataset.output.read_bytes() == expected
-    assert not ledger_path(dataset.output).exists()
+    assert not journal_path(dataset.output).exists()
     assert len(asked) == 2 * (images - 1)
     # Two boxes an image; one more window for answers on their way through the client.
     assert asked.total() - len(asked) <= 2 * 2 * WINDOW * kills
@@ -220,6 +220,6 @@ def test_two_runs_side_by_side_in_one_folder_do_not_disturb_each_other(tmp_path:
 
 def test_two_runs_do_not_write_one_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = make_dataset(tmp_path)
-    with serving(FakeServer()) as address, Ledger(ledger_path(dataset.output), 6, {}):
+    with serving(FakeServer()) as address, Journal(journal_path(dataset.output), 6, {}):
         assert main(command(address, dataset)) == 4
     assert "another run is writing this output" in capsys.readouterr().err

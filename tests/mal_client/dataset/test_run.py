@@ -1,4 +1,4 @@
-"""Claims about labelling a whole COCO file."""
+"""Claims about labeling a whole COCO file."""
 
 import asyncio
 import json
@@ -8,10 +8,10 @@ from typing import Any
 import grpc
 import pytest
 from mal_client.client import AsyncClient, Client
-from mal_client.dataset.journal import ledger_path
+from mal_client.dataset.journal import journal_path
 from mal_client.dataset.output import errors_path
-from mal_client.errors import CallCancelled, CallTimedOut, ModelChanged, RequestRefused, ServerUnavailable
-from mal_client.types import DatasetOptions, DatasetResult, LabelOptions, Only, Progress
+from mal_client.errors import CallCancelled, CallTimedOut, InvalidRequest, ModelChanged, ServerUnavailable
+from mal_client.types import DatasetOptions, DatasetResult, LabelOptions, Progress, RowFilter
 from pycocotools.coco import COCO
 
 from mal_train.core.errors import BadDataset, ConfigError, OutputError
@@ -42,7 +42,7 @@ def test_nothing_is_lost_when_a_proxy_cuts_the_streams_short(dataset: Dataset, c
     ):
         result = client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output)
     assert fake.calls.count("LabelImages") == 3
-    assert (result.labelled, result.failed) == (6, ())
+    assert (result.labeled, result.failed) == (6, ())
 
 
 def test_every_annotation_gets_its_mask_in_the_users_order_with_the_users_fields(dataset: Dataset) -> None:
@@ -54,7 +54,7 @@ def test_every_annotation_gets_its_mask_in_the_users_order_with_the_users_fields
         assert row["area"] == area(Rle.from_coco(row["segmentation"])) == asked["bbox"][2] * asked["bbox"][3]
         assert (row["score"], row["flags"]) == (0.75, ["FULL_BOX"])
     assert written["info"] == {"note": "kept"}
-    assert (result.labelled, result.failed, result.errors_file) == (6, (), None)
+    assert (result.labeled, result.failed, result.errors_file) == (6, (), None)
 
 
 def test_pycocotools_loads_the_output(dataset: Dataset) -> None:
@@ -80,8 +80,8 @@ def test_ids_of_any_json_type_come_back_as_they_were(dataset: Dataset) -> None:
         row["image_id"] = "first"
     dataset.save()
     result = label(FakeServer(), dataset)
-    assert result.labelled == 6
-    assert set(dataset.labelled()) == {row["id"] for row in dataset.coco["annotations"]}
+    assert result.labeled == 6
+    assert set(dataset.labeled()) == {row["id"] for row in dataset.coco["annotations"]}
 
 
 @pytest.mark.parametrize("breaks", [1, 3])
@@ -93,7 +93,7 @@ def test_nothing_is_lost_when_the_stream_breaks_in_the_middle(
     dataset = make_dataset(tmp_path, images=12)
     fake = FakeServer(Faults(break_after=break_after, breaks=breaks))
     result = label(fake, dataset)
-    assert (result.labelled, result.failed) == (24, ())
+    assert (result.labeled, result.failed) == (24, ())
     assert fake.calls.count("LabelImages") == breaks + 1
     assert sorted(fake.item_ids, key=int) == [str(at) for at in range(12)], "answered items are not sent again"
 
@@ -104,14 +104,14 @@ def test_nothing_is_lost_when_a_closing_server_cancels_the_stream(
     monkeypatch.setattr("mal_client.bulk.stream.FIRST_PAUSE_S", 0.01)
     fake = FakeServer(Faults(break_after=2, breaks=1, break_code=grpc.StatusCode.CANCELLED))
     result = label(fake, make_dataset(tmp_path, images=6))
-    assert (result.labelled, result.failed) == (12, ())
+    assert (result.labeled, result.failed) == (12, ())
     assert fake.calls.count("LabelImages") == 2
 
 
 def test_an_item_that_the_server_wants_again_is_sent_again(dataset: Dataset) -> None:
     fake = FakeServer(Faults(retry_items={"1": 2}, retry_boxes={4: 1}))
     result = label(fake, dataset)
-    assert (result.labelled, result.failed) == (6, ())
+    assert (result.labeled, result.failed) == (6, ())
     assert sorted(fake.item_ids) == ["0", "1", "1", "1", "2", "2"]
     assert [one.instance_id for one in fake.label_requests[-1].instances] in ([4], [2, 3])
 
@@ -128,7 +128,7 @@ def test_the_window_bounds_what_is_unanswered(tmp_path: Path) -> None:
 def test_an_image_with_more_boxes_than_the_server_takes_comes_in_parts(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, images=2, boxes=5)
     fake = FakeServer(limits=Limits(max_boxes=2))
-    assert label(fake, dataset).labelled == 10
+    assert label(fake, dataset).labeled == 10
     assert sorted(len(request.instances) for request in fake.label_requests) == [1, 1, 2, 2, 2, 2]
 
 
@@ -136,14 +136,14 @@ def test_a_missing_or_broken_image_fails_its_boxes_and_the_rest_goes_on(dataset:
     (dataset.images_dir / "picture_0.png").unlink()
     (dataset.images_dir / "picture_1.png").write_text("no picture")
     result = label(FakeServer(), dataset)
-    assert result.labelled == 2
+    assert result.labeled == 2
     assert [row.error.reason for row in result.failed] == ["IMAGE_NOT_FOUND"] * 2 + ["IMAGE_FORMAT"] * 2
     assert result.errors_file == errors_path(dataset.output)
     lines = [json.loads(line) for line in result.errors_file.read_text().splitlines()]
     assert [line["annotation_id"] for line in lines] == [100, 101, 102, 103]
     assert "picture_0.png" in lines[0]["message"]
     assert lines[2]["message"].startswith("picture_1.png: ")
-    row = dataset.labelled()[100]
+    row = dataset.labeled()[100]
     assert row["error"]["reason"] == "IMAGE_NOT_FOUND"
     assert (row["score"], row["mine"]) == (0.0, "note 100")
 
@@ -152,7 +152,7 @@ def test_when_every_image_is_missing_every_box_is_listed(dataset: Dataset) -> No
     for image in dataset.images_dir.iterdir():
         image.unlink()
     result = label(FakeServer(), dataset)
-    assert (result.labelled, len(result.failed)) == (0, 6)
+    assert (result.labeled, len(result.failed)) == (0, 6)
 
 
 def test_an_image_of_another_size_than_stated_fails(dataset: Dataset) -> None:
@@ -168,7 +168,7 @@ def test_a_bad_box_is_named_by_its_annotation(dataset: Dataset) -> None:
     dataset.coco["annotations"][5]["image_id"] = 99
     dataset.save()
     result = label(FakeServer(), dataset)
-    assert result.labelled == 3
+    assert result.labeled == 3
     by_id = {row.annotation_id: row.error for row in result.failed}
     assert {key: error.reason for key, error in by_id.items()} == {
         103: "BAD_BOX",
@@ -182,8 +182,8 @@ def test_crowd_regions_are_copied_and_flagged(dataset: Dataset) -> None:
     dataset.coco["annotations"][0]["iscrowd"] = 1
     dataset.save()
     result = label(FakeServer(), dataset)
-    assert (result.labelled, result.copied, len(result.failed)) == (5, 1, 0)
-    assert dataset.labelled()[100]["flags"] == ["CROWD"]
+    assert (result.labeled, result.copied, len(result.failed)) == (5, 1, 0)
+    assert dataset.labeled()[100]["flags"] == ["CROWD"]
 
 
 def test_only_missing_keeps_masks_and_takes_up_what_failed_before(dataset: Dataset) -> None:
@@ -191,13 +191,13 @@ def test_only_missing_keeps_masks_and_takes_up_what_failed_before(dataset: Datas
     dataset.coco["annotations"][0]["segmentation"] = kept
     dataset.coco["annotations"][1] |= {"segmentation": kept, "error": {"reason": "SERVER_LOST"}}
     dataset.save()
-    result = label(FakeServer(), dataset, how=DatasetOptions(only=Only.MISSING))
-    assert (result.labelled, result.copied) == (5, 1)
-    assert dataset.labelled()[100] == dataset.coco["annotations"][0]
-    assert dataset.labelled()[101]["segmentation"] != kept
-    assert "error" not in dataset.labelled()[101]
+    result = label(FakeServer(), dataset, how=DatasetOptions(only=RowFilter.MISSING))
+    assert (result.labeled, result.copied) == (5, 1)
+    assert dataset.labeled()[100] == dataset.coco["annotations"][0]
+    assert dataset.labeled()[101]["segmentation"] != kept
+    assert "error" not in dataset.labeled()[101]
     label(FakeServer(), dataset)
-    assert dataset.labelled()[100]["segmentation"] != kept
+    assert dataset.labeled()[100]["segmentation"] != kept
 
 
 @pytest.mark.parametrize("rows", ["annotations", "images"])
@@ -225,35 +225,35 @@ def test_only_what_an_earlier_run_flagged_is_made_anew(dataset: Dataset) -> None
     dataset.coco["annotations"][2]["error"] = {"reason": "SERVER_LOST"}
     dataset.save()
     fake = FakeServer()
-    assert label(fake, dataset, how=DatasetOptions(only=Only.FLAGGED)).labelled == 2
+    assert label(fake, dataset, how=DatasetOptions(only=RowFilter.FLAGGED)).labeled == 2
     assert [one.instance_id for request in fake.label_requests for one in request.instances] == [1, 2]
-    assert dataset.labelled()[100] == dataset.coco["annotations"][0]
+    assert dataset.labeled()[100] == dataset.coco["annotations"][0]
 
 
-def test_only_the_ids_that_were_named_are_labelled(dataset: Dataset) -> None:
-    result = label(FakeServer(), dataset, how=DatasetOptions(Only.IDS, frozenset({105, 101})))
-    assert (result.labelled, result.copied) == (2, 4)
-    assert "segmentation" not in dataset.labelled()[100]
+def test_only_the_ids_that_were_named_are_labeled(dataset: Dataset) -> None:
+    result = label(FakeServer(), dataset, how=DatasetOptions(RowFilter.IDS, frozenset({105, 101})))
+    assert (result.labeled, result.copied) == (2, 4)
+    assert "segmentation" not in dataset.labeled()[100]
     with pytest.raises(ConfigError, match="7"):
-        label(FakeServer(), dataset, how=DatasetOptions(Only.IDS, frozenset({105, 7})))
+        label(FakeServer(), dataset, how=DatasetOptions(RowFilter.IDS, frozenset({105, 7})))
 
 
 def test_boxes_follow_their_masks_when_asked(dataset: Dataset) -> None:
     dataset.coco["annotations"][0]["bbox"] = [-4, 2.25, 10, 8.5]
     dataset.save()
     label(FakeServer(), dataset, how=DatasetOptions(update_bbox=True))
-    assert dataset.labelled()[100]["bbox"] == [0, 2, 6, 9]
+    assert dataset.labeled()[100]["bbox"] == [0, 2, 6, 9]
     label(FakeServer(), dataset)
-    assert dataset.labelled()[100]["bbox"] == [-4, 2.25, 10, 8.5]
+    assert dataset.labeled()[100]["bbox"] == [-4, 2.25, 10, 8.5]
 
 
 def test_uncompressed_run_lengths_say_the_same(dataset: Dataset) -> None:
     dataset.coco["annotations"][5]["bbox"] = [500, 500, 5, 5]
     dataset.save()
     label(FakeServer(), dataset)
-    compressed = dataset.labelled()
+    compressed = dataset.labeled()
     label(FakeServer(), dataset, how=DatasetOptions(mask_format=MaskFormat.UNCOMPRESSED, update_bbox=True))
-    for key, row in dataset.labelled().items():
+    for key, row in dataset.labeled().items():
         assert isinstance(row["segmentation"]["counts"], list)
         assert Rle.from_coco(row["segmentation"]) == Rle.from_coco(compressed[key]["segmentation"])
 
@@ -262,7 +262,7 @@ def test_no_annotations_give_a_file_without_annotations(dataset: Dataset) -> Non
     dataset.coco["annotations"] = []
     dataset.save()
     fake = FakeServer()
-    assert label(fake, dataset).labelled == 0
+    assert label(fake, dataset).labeled == 0
     assert json.loads(dataset.output.read_text())["annotations"] == []
     assert "LabelImages" not in fake.calls
 
@@ -273,12 +273,12 @@ def test_a_server_lost_for_good_leaves_what_was_answered_and_lists_the_rest(
     monkeypatch.setattr("mal_client.bulk.stream.FIRST_PAUSE_S", 0.001)
     dataset = make_dataset(tmp_path, images=6)
     result = label(FakeServer(Faults(kill_after=4)), dataset)
-    assert (result.labelled, len(result.failed)) == (8, 4)
+    assert (result.labeled, len(result.failed)) == (8, 4)
     assert {row.error.reason for row in result.failed} == {"SERVER_LOST"}
     assert not result.is_final
     fake = FakeServer()
     again = label(fake, dataset)
-    assert (again.labelled, again.failed, again.is_final) == (12, (), True)
+    assert (again.labeled, again.failed, again.is_final) == (12, (), True)
     assert sorted(fake.item_ids) == ["4", "5"], "answers of the first run are not asked again"
 
 
@@ -321,7 +321,7 @@ def test_an_older_output_and_its_errors_are_replaced_only_by_a_finished_run(data
     ]
     label(FakeServer(), dataset)
     assert not errors_path(dataset.output).exists()
-    assert not ledger_path(dataset.output).exists()
+    assert not journal_path(dataset.output).exists()
 
 
 def test_progress_ends_with_everything_done(dataset: Dataset) -> None:
@@ -338,20 +338,20 @@ def test_boxes_that_are_faulty_in_the_file_count_as_done_and_failed(dataset: Dat
     dataset.save()
     result = label(FakeServer(), dataset, on_progress=seen.append)
     last = seen[-1]
-    assert (last.boxes_done, last.boxes_failed) == (result.labelled + result.failed_count, 1) == (6, 1)
+    assert (last.boxes_done, last.boxes_failed) == (result.labeled + result.failed_count, 1) == (6, 1)
 
 
 def test_what_failed_in_an_unfinished_run_counts_until_it_is_answered_anew(dataset: Dataset) -> None:
     seen: list[Progress] = []
     notices: list[str] = []
     first = label(FakeServer(Faults(retry_items={"0": 10**6}, bad_boxes={4})), dataset)
-    assert (first.labelled, first.failed_count, first.is_final) == (3, 3, False)
+    assert (first.labeled, first.failed_count, first.is_final) == (3, 3, False)
     one_by_one = Limits(max_items_in_flight=1)
     last = label(FakeServer(limits=one_by_one), dataset, on_progress=seen.append, on_notice=notices.append)
     assert "3 of 6 boxes are answered, 1 failed and are asked again" in notices[0]
     assert [(row.images_done, row.boxes_done, row.boxes_failed) for row in seen] == [(2, 6, 1), (3, 6, 0)]
     assert [row.images_before for row in seen] == [1, 1]
-    assert (last.labelled, last.failed_count) == (6, 0)
+    assert (last.labeled, last.failed_count) == (6, 0)
 
 
 def test_the_file_that_was_handed_in_is_no_output(dataset: Dataset) -> None:
@@ -374,7 +374,7 @@ def test_the_asyncio_client_labels_a_data_set_while_the_loop_goes_on(dataset: Da
                 if ticks == enough:
                     fake.released.set()
                 await asyncio.sleep(0.005)
-            assert (await job).labelled == 6
+            assert (await job).labeled == 6
         return ticks
 
     with serving(fake) as address:
@@ -414,6 +414,6 @@ def test_a_refused_stream_is_no_reason_to_try_again(dataset: Dataset) -> None:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "not you")
 
     fake = Refusing()
-    with pytest.raises(RequestRefused, match="not you"):
+    with pytest.raises(InvalidRequest, match="not you"):
         label(fake, dataset)
     assert fake.calls.count("LabelImages") == 1

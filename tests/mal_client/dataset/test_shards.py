@@ -68,7 +68,7 @@ def test_a_missing_part_is_named(dataset: Dataset, capsys: pytest.CaptureFixture
         label(address, dataset, "--shard", "1/3")
     assert merge(dataset, 3) == 2
     said = capsys.readouterr().err
-    assert "parts 0/3, 2/3 not labelled yet" in said
+    assert "parts 0/3, 2/3 not labeled yet" in said
     assert "--shard 0/3, and so for the others" in said
     assert not dataset.output.exists()
 
@@ -112,10 +112,10 @@ def test_a_file_that_was_changed_since_is_refused(dataset: Dataset, capsys: pyte
     assert "its parts are of another job: input_sha256 was" in capsys.readouterr().err
 
 
-def test_a_part_that_is_still_being_labelled_is_waited_for(dataset: Dataset) -> None:
+def test_a_part_that_is_still_being_labeled_is_waited_for(dataset: Dataset) -> None:
     with serving(FakeServer()) as address:
         label(address, dataset, "--shard", "0/1")
-    with Shard(0, 1).ledger_path(dataset.output).open("rb") as held:
+    with Shard(0, 1).journal_path(dataset.output).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another run is writing this output"):
             merge_shards(dataset.json_path, dataset.output, 1)

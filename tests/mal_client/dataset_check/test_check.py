@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mal_client.cli.main import main
 from mal_client.dataset_check.check import check_dataset
-from mal_client.dataset_check.report import CheckReport, Level
+from mal_client.dataset_check.report import CheckReport, Severity
 from PIL import Image
 
 from mal_train.core.errors import BadDataset
@@ -47,7 +47,7 @@ def test_missing_broken_and_wrong_files_are_told_apart(dataset: Dataset) -> None
     report = checked(dataset)
     assert found(report) == {"IMAGE_NOT_FOUND": 1, "IMAGE_DECODE_FAILED": 1, "IMAGE_FORMAT": 1}
     assert "picture_1.png" in report.findings["IMAGE_DECODE_FAILED"].examples[0]
-    assert report.count(Level.ERROR) == 3
+    assert report.count(Severity.ERROR) == 3
 
 
 def test_headers_alone_do_not_show_a_file_that_is_cut_off(dataset: Dataset) -> None:
@@ -69,10 +69,10 @@ def test_pictures_that_viewers_turn_and_animations_are_warned_of(dataset: Datase
     report = checked(dataset)
     assert found(report) == {"EXIF_ORIENTATION": 1, "SEVERAL_FRAMES": 1, "FILE_NOT_LISTED": 2}
     assert report.findings["EXIF_ORIENTATION"].examples == ["turned.jpg: EXIF orientation 6"]
-    assert report.count(Level.ERROR) == 0
+    assert report.count(Severity.ERROR) == 0
 
 
-def test_boxes_are_judged_as_labelling_would(dataset: Dataset) -> None:
+def test_boxes_are_judged_as_labeling_would(dataset: Dataset) -> None:
     rows = dataset.coco["annotations"]
     boxes = [[500, 500, 5, 5], [1, 2, 0, 5], [-3, 2, 10, 10], [5, 5, 1.5, 9], [2, 2, 8, 8], [2, 2, 8, 8]]
     for row, box in zip(rows, boxes, strict=True):
@@ -88,8 +88,8 @@ def test_boxes_are_judged_as_labelling_would(dataset: Dataset) -> None:
     with serving(FakeServer()) as address:
         given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
         assert main(["label", "--server", address, *given, "--output", str(dataset.output)]) == 3
-    failed = [row["id"] for row in dataset.labelled().values() if "error" in row]
-    assert len(failed) == report.count(Level.ERROR)
+    failed = [row["id"] for row in dataset.labeled().values() if "error" in row]
+    assert len(failed) == report.count(Severity.ERROR)
 
 
 def test_boxes_are_held_against_the_file_when_the_row_states_no_size(dataset: Dataset) -> None:
@@ -130,7 +130,7 @@ def test_clashing_ids_are_fatal_and_the_rest_is_still_looked_at(
     dataset.coco["images"][1]["id"] = 1
     (dataset.images_dir / "picture_2.png").unlink()
     report = checked(dataset)
-    assert report.count(Level.FATAL) == 2
+    assert report.count(Severity.FATAL) == 2
     assert "IMAGE_NOT_FOUND" in report.findings
     assert main(["check", "--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]) == 2
     assert "DUPLICATE_ANNOTATION_ID" in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_gaps_and_names_of_categories_are_told(dataset: Dataset) -> None:
     report = checked(dataset)
     assert report.findings["CATEGORY_ID_GAP"].examples == ["2", "4 to 6"]
     assert report.findings["CATEGORY_NAMED_TWICE"].examples == ["cup: ids 1, 3"]
-    assert report.count(Level.ERROR) == 0
+    assert report.count(Severity.ERROR) == 0
 
 
 def test_a_category_id_that_stands_twice_is_told(dataset: Dataset) -> None:

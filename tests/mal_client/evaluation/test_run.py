@@ -9,9 +9,9 @@ import pytest
 from mal_client.client import Client
 from mal_client.errors import CallTimedOut, ServerUnavailable
 from mal_client.evaluation.report_page import evaluation_sections
-from mal_client.evaluation.stream import MAX_STARTS, Patience
+from mal_client.evaluation.stream import MAX_ATTEMPTS, RetryBudget
 from mal_client.review.pages import worst_cards
-from mal_client.types import AS_SERVED, Evaluation, LabelOptions, Progress
+from mal_client.types import SERVER_DEFAULTS, Evaluation, LabelOptions, Progress
 
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.report.page import build_report
@@ -128,22 +128,22 @@ def test_a_broken_stream_starts_the_evaluation_anew(dataset: Dataset, monkeypatc
 
 
 def test_a_server_that_says_when_to_come_back_is_asked_again_however_often(dataset: Dataset) -> None:
-    fake = FakeServer(Faults(unavailable=2 * MAX_STARTS, pushback_ms=1))
+    fake = FakeServer(Faults(unavailable=2 * MAX_ATTEMPTS, pushback_ms=1))
     assert evaluate(fake, dataset).images == 3
-    assert fake.calls.count("Evaluate") == 2 * MAX_STARTS + 1
+    assert fake.calls.count("Evaluate") == 2 * MAX_ATTEMPTS + 1
 
 
 def test_what_a_busy_server_says_is_told_once_patience_is_over(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mal_client.evaluation.run.Patience", lambda _: Patience(0.0))
+    monkeypatch.setattr("mal_client.evaluation.run.RetryBudget", lambda _: RetryBudget(0.0))
     with pytest.raises(ServerUnavailable, match=r"told to be unavailable\); it says to come back in 0\.001 s"):
         evaluate(FakeServer(Faults(unavailable=10**6, pushback_ms=1)), dataset)
 
 
 def test_patience_with_a_server_that_says_when_to_come_back_ends_by_the_clock_alone() -> None:
     now = [0.0]
-    patience = Patience(60.0, lambda: now[0])
+    patience = RetryBudget(60.0, lambda: now[0])
 
     def is_over_at(at: float, *, has_new: bool = False) -> bool:
         now[0] = at
@@ -184,7 +184,9 @@ def test_progress_is_told(dataset: Dataset) -> None:
 def test_the_report_shows_the_worst_masks_first_and_needs_no_other_file(dataset: Dataset) -> None:
     with serving(FakeServer()) as address, Client(address, timeout_s=20) as client:
         evaluation = client.evaluate(dataset.json_path, dataset.images_dir)
-        cards = worst_cards(client, evaluation, read_coco(dataset.json_path), dataset.images_dir, AS_SERVED, count=4)
+        cards = worst_cards(
+            client, evaluation, read_coco(dataset.json_path), dataset.images_dir, SERVER_DEFAULTS, count=4
+        )
     assert [card.title for card in cards] == [f"IoU {row.iou:.2f} · score 0.90" for row in evaluation.worst[:4]]
     assert sorted(row.iou for row in evaluation.worst) == [row.iou for row in evaluation.worst]
     page = build_report("Evaluation", evaluation_sections(evaluation, cards))

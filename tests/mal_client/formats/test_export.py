@@ -29,8 +29,8 @@ TOOLS = os.environ.get("MAL_EXPORT_TOOLS", sys.executable)
 
 
 @pytest.fixture
-def labelled(tmp_path: Path) -> Dataset:
-    """A labelled file: a ring with an island, a square, an empty mask, a failed row, a crowd region."""
+def labeled(tmp_path: Path) -> Dataset:
+    """A labeled file: a ring with an island, a square, an empty mask, a failed row, a crowd region."""
     dataset = make_dataset(tmp_path)
     square, empty = np.zeros((HEIGHT, WIDTH), bool), np.zeros((HEIGHT, WIDTH), bool)
     square[4:9, 20:30] = True
@@ -68,19 +68,19 @@ def overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     return iou(encode_mask(a), encode_mask(b))
 
 
-def test_what_has_no_mask_is_told(labelled: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
-    export(labelled, "labelme")
+def test_what_has_no_mask_is_told(labeled: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    export(labeled, "labelme")
     told = capsys.readouterr()
     assert "3 masks, 1 crowd regions left out, 2 failed" in told.out
     assert "annotation 103: its mask is empty" in told.err
-    assert "annotation 104: was not labelled" in told.err
+    assert "annotation 104: was not labeled" in told.err
 
 
-def test_labelme_polygons_fill_to_the_mask_with_parts_in_one_group(labelled: Dataset) -> None:
-    folder = export(labelled, "labelme")
+def test_labelme_polygons_fill_to_the_mask_with_parts_in_one_group(labeled: Dataset) -> None:
+    folder = export(labeled, "labelme")
     assert sorted(path.name for path in folder.iterdir()) == ["picture_0.json", "picture_1.json", "picture_2.json"]
     content = json.loads((folder / "picture_0.json").read_text())
-    assert (folder / content["imagePath"]).resolve() == (labelled.images_dir / "picture_0.png").resolve()
+    assert (folder / content["imagePath"]).resolve() == (labeled.images_dir / "picture_0.png").resolve()
     assert (content["imageHeight"], content["imageWidth"]) == (HEIGHT, WIDTH)
     first, second, third = content["shapes"]
     assert (first["label"], first["shape_type"], first["flags"]) == ("cup: large", "polygon", {"MULTI_PART": True})
@@ -90,8 +90,8 @@ def test_labelme_polygons_fill_to_the_mask_with_parts_in_one_group(labelled: Dat
     assert third["description"] == "score 0.750"
 
 
-def test_labelme_masks_are_the_pixels(labelled: Dataset) -> None:
-    folder = export(labelled, "labelme", "--shape", "mask")
+def test_labelme_masks_are_the_pixels(labeled: Dataset) -> None:
+    folder = export(labeled, "labelme", "--shape", "mask")
     shape = json.loads((folder / "picture_0.json").read_text())["shapes"][0]
     (x0, y0), (x1, y1) = shape["points"]
     with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as picture:
@@ -101,8 +101,8 @@ def test_labelme_masks_are_the_pixels(labelled: Dataset) -> None:
     np.testing.assert_array_equal(frame, ring())
 
 
-def test_yolo_rows_fill_to_the_mask_and_classes_are_numbered(labelled: Dataset) -> None:
-    folder = export(labelled, "yolo-seg")
+def test_yolo_rows_fill_to_the_mask_and_classes_are_numbered(labeled: Dataset) -> None:
+    folder = export(labeled, "yolo-seg")
     assert (folder / "data.yaml").read_text().endswith('names:\n  0: "ant"\n  1: "cup: large"\n')
     first, second = (folder / "labels" / "picture_0.txt").read_text().splitlines()
     assert first.split()[0] == second.split()[0] == "1"
@@ -114,29 +114,29 @@ def test_yolo_rows_fill_to_the_mask_and_classes_are_numbered(labelled: Dataset) 
 
 @pytest.mark.parametrize(("form", "below", "suffix"), [("labelme", "", "json"), ("yolo-seg", "labels", "txt")])
 def test_pictures_whose_labels_would_share_a_name_are_told(
-    labelled: Dataset, capsys: pytest.CaptureFixture[str], form: str, below: str, suffix: str
+    labeled: Dataset, capsys: pytest.CaptureFixture[str], form: str, below: str, suffix: str
 ) -> None:
-    labelled.coco["images"][1]["file_name"] = "picture_0.jpg"
-    labelled.save()
-    folder = export(labelled, form) / below
+    labeled.coco["images"][1]["file_name"] = "picture_0.jpg"
+    labeled.save()
+    folder = export(labeled, form) / below
     assert sorted(path.name for path in folder.iterdir()) == [f"picture_0.{suffix}", f"picture_2.{suffix}"]
     assert "picture_0.jpg: its labels would have the same name as those of picture_0.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["labelme", "yolo-seg"])
 @pytest.mark.parametrize("name", ["../outside.png", "{folder}/outside.png", "a/../../../outside.png", "."])
-def test_no_file_name_leads_out_of_the_output(labelled: Dataset, form: str, name: str) -> None:
-    labelled.coco["images"][0]["file_name"] = name.format(folder=labelled.folder)
-    labelled.save()
-    before = {path for path in labelled.folder.rglob("*") if path.is_file()}
-    target = export(labelled, form)
-    made = {path for path in labelled.folder.rglob("*") if path.is_file()} - before
+def test_no_file_name_leads_out_of_the_output(labeled: Dataset, form: str, name: str) -> None:
+    labeled.coco["images"][0]["file_name"] = name.format(folder=labeled.folder)
+    labeled.save()
+    before = {path for path in labeled.folder.rglob("*") if path.is_file()}
+    target = export(labeled, form)
+    made = {path for path in labeled.folder.rglob("*") if path.is_file()} - before
     assert {path for path in made if not path.is_relative_to(target)} == set()
     assert {path.stem for path in made if path.suffix != ".yaml"} == {"picture_1", "picture_2"}
 
 
-def test_a_tolerance_that_is_none_is_refused(labelled: Dataset) -> None:
-    given = ["--annotations", str(labelled.json_path), "--images", str(labelled.images_dir), "--output", "x"]
+def test_a_tolerance_that_is_none_is_refused(labeled: Dataset) -> None:
+    given = ["--annotations", str(labeled.json_path), "--images", str(labeled.images_dir), "--output", "x"]
     assert main(["export", "--to", "yolo-seg", *given, "--polygon-tolerance", "-1"]) == 2
 
 
@@ -164,8 +164,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize(("shape", "least"), [("mask", 1.0), ("polygon", 0.75)])
-def test_labelme_reads_its_files(labelled: Dataset, shape: str, least: float) -> None:
-    folder = export(labelled, "labelme", "--shape", shape)
+def test_labelme_reads_its_files(labeled: Dataset, shape: str, least: float) -> None:
+    folder = export(labeled, "labelme", "--shape", shape)
     found = in_tool("labelme", LABELME, folder / "picture_0.json", HEIGHT, WIDTH)
     assert {one["label"] for one in found} == {"cup: large"}
     parts = [np.array(one["mask"], bool) for one in found[:-1]]
@@ -192,9 +192,9 @@ print(json.dumps(found))
 """
 
 
-def test_ultralytics_reads_its_files(labelled: Dataset) -> None:
-    folder = export(labelled, "yolo-seg")
-    (folder / "images").symlink_to(labelled.images_dir)
+def test_ultralytics_reads_its_files(labeled: Dataset) -> None:
+    folder = export(labeled, "yolo-seg")
+    (folder / "images").symlink_to(labeled.images_dir)
     found = in_tool("ultralytics", ULTRALYTICS, folder / "images")
     assert found["picture_0.png"]["classes"] == [1.0, 1.0]
     assert found["picture_2.png"]["masks"] == []
@@ -218,10 +218,10 @@ print(json.dumps(found))
 """
 
 
-def test_fiftyones_file_has_the_masks_with_their_tight_boxes_and_what_was_asked(labelled: Dataset) -> None:
-    asked = [float(v) for v in labelled.coco["annotations"][0]["bbox"]]
-    found = json.loads((export(labelled, "fiftyone") / "labels.json").read_text())
-    assert [image["file_name"] for image in found["images"]] == [row["file_name"] for row in labelled.coco["images"]]
+def test_fiftyones_file_has_the_masks_with_their_tight_boxes_and_what_was_asked(labeled: Dataset) -> None:
+    asked = [float(v) for v in labeled.coco["annotations"][0]["bbox"]]
+    found = json.loads((export(labeled, "fiftyone") / "labels.json").read_text())
+    assert [image["file_name"] for image in found["images"]] == [row["file_name"] for row in labeled.coco["images"]]
     first = found["annotations"][0]
     assert (first["id"], first["annotation_id"], first["score"], first["flags"]) == (1, 100, 0.75, ["MULTI_PART"])
     assert first["prompt_box"] == asked
@@ -235,11 +235,11 @@ def test_fiftyones_file_has_the_masks_with_their_tight_boxes_and_what_was_asked(
 
 
 @pytest.mark.slow
-def test_fiftyones_own_reader_takes_the_exported_file_exactly(labelled: Dataset) -> None:
+def test_fiftyones_own_reader_takes_the_exported_file_exactly(labeled: Dataset) -> None:
     # A box that FiftyOne rounds to other pixels than those of the mask.
-    labelled.coco["annotations"][0]["bbox"] = [3.6, 2.6, 9.7, 9.7]
-    labelled.save()
-    first, second = in_tool("fiftyone", FIFTYONE, export(labelled, "fiftyone") / "labels.json")
+    labeled.coco["annotations"][0]["bbox"] = [3.6, 2.6, 9.7, 9.7]
+    labeled.save()
+    first, second = in_tool("fiftyone", FIFTYONE, export(labeled, "fiftyone") / "labels.json")
     assert (first["label"], first["score"], first["flags"]) == ("cup: large", 0.75, ["MULTI_PART"])
     square = np.zeros((HEIGHT, WIDTH), bool)
     square[4:9, 20:30] = True
@@ -253,21 +253,21 @@ def test_fiftyones_own_reader_takes_the_exported_file_exactly(labelled: Dataset)
 
 @pytest.mark.parametrize("form", ["yolo-seg", "fiftyone"])
 def test_a_pattern_of_pictures_is_refused_where_the_format_knows_folders_alone(
-    labelled: Dataset, form: str, capsys: pytest.CaptureFixture[str]
+    labeled: Dataset, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--annotations", str(labelled.json_path), "--image-glob", str(labelled.images_dir / "*.png")]
-    assert main(["export", "--to", form, *given, "--output", str(labelled.folder / form)]) == 2
+    given = ["--annotations", str(labeled.json_path), "--image-glob", str(labeled.images_dir / "*.png")]
+    assert main(["export", "--to", form, *given, "--output", str(labeled.folder / form)]) == 2
     assert "finds pictures by their folder" in capsys.readouterr().err
 
 
 def test_labelme_finds_pictures_by_a_pattern_and_tells_those_that_it_lacks(
-    labelled: Dataset, capsys: pytest.CaptureFixture[str]
+    labeled: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    deep = labelled.folder / "deep" / "er"
+    deep = labeled.folder / "deep" / "er"
     deep.mkdir(parents=True)
-    (labelled.images_dir / "picture_0.png").rename(deep / "picture_0.png")
-    given = ["--annotations", str(labelled.json_path), "--image-glob", str(labelled.folder / "deep" / "**" / "*.png")]
-    target = labelled.folder / "labelme"
+    (labeled.images_dir / "picture_0.png").rename(deep / "picture_0.png")
+    given = ["--annotations", str(labeled.json_path), "--image-glob", str(labeled.folder / "deep" / "**" / "*.png")]
+    target = labeled.folder / "labelme"
     assert main(["export", "--to", "labelme", *given, "--output", str(target)]) == 3
     content = json.loads((target / "picture_0.json").read_text())
     assert (target / content["imagePath"]).resolve() == deep / "picture_0.png"
@@ -278,17 +278,17 @@ def test_labelme_finds_pictures_by_a_pattern_and_tells_those_that_it_lacks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["rle", "polygons"])
-def test_fiftyones_own_reader_takes_a_labelled_file_as_it_is(labelled: Dataset, form: str) -> None:
+def test_fiftyones_own_reader_takes_a_labeled_file_as_it_is(labeled: Dataset, form: str) -> None:
     """Its importer's reader, without the database that a data set of FiftyOne lies in."""
     if form == "polygons":
-        for row in labelled.coco["annotations"][:3]:
+        for row in labeled.coco["annotations"][:3]:
             lines = bridged(to_polygons(Rle.from_coco(row["segmentation"])).rings)
             row["segmentation"] = [line.ravel().tolist() for line in lines]
-    for row, mask in zip(labelled.coco["annotations"], [ring()] * 2, strict=False):
+    for row, mask in zip(labeled.coco["annotations"], [ring()] * 2, strict=False):
         rows, columns = np.nonzero(mask)
         row["bbox"] = [int(columns.min()), int(rows.min()), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
-    labelled.save()
-    first, _ = in_tool("fiftyone", FIFTYONE, labelled.json_path)
+    labeled.save()
+    first, _ = in_tool("fiftyone", FIFTYONE, labeled.json_path)
     assert (first["label"], first["score"], first["flags"]) == ("cup: large", 0.75, ["MULTI_PART"])
     frame = np.zeros((HEIGHT, WIDTH), bool)
     x, y = (round(value * side) for value, side in zip(first["box"][:2], (WIDTH, HEIGHT), strict=True))

@@ -55,4 +55,4 @@ def test_label_takes_a_pattern(tmp_path: Path) -> None:
     command = ["label", "--annotations", str(dataset.json_path), "--output", str(dataset.output)]
     with serving(FakeServer()) as address:
         assert main([*command, "--server", address, "--image-glob", f"{tmp_path}/**/*.png"]) == 0
-    assert all(row["area"] for row in dataset.labelled().values())
+    assert all(row["area"] for row in dataset.labeled().values())

@@ -14,7 +14,7 @@ from mal_client.client import AsyncClient
 from mal_client.playground.app import build_app
 from mal_client.playground.security import Guard
 
-from mal_train.kernel.labeler.labeler import Label, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Label, Prediction, PredictOptions
 from tests.mal_client.test_against_server import served
 from tests.mal_server.fakes import DISC_PNG, BrightPredictor, bright_disc
 
@@ -75,7 +75,7 @@ async def refusal(answer_of: Any) -> tuple[int, dict[str, Any]]:
 
 
 def kernel(box: tuple[float, ...], *, threshold: float | None = None, **options: Any) -> Label:
-    found = BrightPredictor().label(DISC, [box], RunOptions(**options), threshold=threshold)[0]
+    found = BrightPredictor().label(DISC, [box], PredictOptions(**options), threshold=threshold)[0]
     assert isinstance(found, Label)
     return found
 
@@ -87,7 +87,7 @@ class HeldAfterFirst(BrightPredictor):
         super().__init__()
         self.released = threading.Event()
 
-    def predict(self, crops: Any, options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
+    def predict(self, crops: Any, options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
         if len(self.batches) > self.warm:
             self.released.wait(120)
         return super().predict(crops, options)

@@ -119,7 +119,7 @@ def test_each_box_gets_the_kernels_mask() -> None:
         assert found[key]["model"]["checkpoint_sha256"] == SHA256
 
 
-def test_a_box_with_a_threshold_of_its_own_is_labelled_with_it_and_the_others_with_the_images() -> None:
+def test_a_box_with_a_threshold_of_its_own_is_labeled_with_it_and_the_others_with_the_images() -> None:
     async def ask(page: Page) -> dict[str, dict[str, Any]]:
         body = asking(DISC_BOX, DISC_BOX, DISC_BOX, thresholds={1: 0.03}, threshold=0.95)
         return await lines_of(page, await sent(page), body)
@@ -141,7 +141,7 @@ def test_a_bad_box_is_an_error_of_its_own_and_does_not_number_boxes(box: Any) ->
     assert not found["b1"]["error"]["message"].startswith("box ")
 
 
-def test_the_next_edit_sends_the_pictures_name_to_the_labelling_server_too() -> None:
+def test_the_next_edit_sends_the_pictures_name_to_the_labeling_server_too() -> None:
     async def ask() -> tuple[float | None, int]:
         async with serving() as running, playground(running.server.address) as page:
             name = await sent(page, encoded(DISC, "BMP"))

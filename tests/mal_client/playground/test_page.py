@@ -195,7 +195,7 @@ def test_the_error_of_a_box_stands_at_that_box_and_goes_when_the_box_is_mended(
     assert screen.page.locator(".fault").count() == 0
 
 
-def test_boxes_outlive_a_server_that_goes_away_and_are_labelled_when_it_is_back(
+def test_boxes_outlive_a_server_that_goes_away_and_are_labeled_when_it_is_back(
     browser: Browser, folder: Path, tmp_path: Path, picture: Path
 ) -> None:
     with server_command(folder, tmp_path / "port") as (_, where):
@@ -399,7 +399,7 @@ def test_a_file_that_is_no_picture_is_named_and_the_others_are_opened(
     assert screen.page.locator("#image option").all_inner_texts() == ["0.png"]
 
 
-def test_a_turned_photograph_is_shown_and_labelled_as_it_is_stored(
+def test_a_turned_photograph_is_shown_and_labeled_as_it_is_stored(
     screen: Screen, tmp_path: Path, picture: Path, address: str
 ) -> None:
     exif = Image.Exif()
@@ -492,7 +492,7 @@ def test_no_control_is_cut_off_and_the_page_does_not_scroll_sideways(screen: Scr
     assert cut == []
 
 
-def test_the_list_stays_where_it_is_while_boxes_are_selected_and_labelled(screen: Screen, picture: Path) -> None:
+def test_the_list_stays_where_it_is_while_boxes_are_selected_and_labeled(screen: Screen, picture: Path) -> None:
     screen.open(picture)
     place = screen.page.locator("#list").bounding_box()
     screen.draw(LEFT)

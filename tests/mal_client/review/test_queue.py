@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mal_client.cli.main import main
-from mal_client.review.queue import By, review_queue, write_worst
+from mal_client.review.queue import SortBy, review_queue, write_worst
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -24,7 +24,7 @@ SCORES = [0.9, 0.2, 0.5, 0.95, 0.0, 0.5]
 
 
 def with_scores(folder: Path) -> Dataset:
-    """A labelled file: masks fill their boxes, 103 failed, 101 has flags."""
+    """A labeled file: masks fill their boxes, 103 failed, 101 has flags."""
     dataset = make_dataset(folder)
     for row, score in zip(dataset.coco["annotations"], SCORES, strict=True):
         mask = box_filled(tuple(map(float, row["bbox"])), (HEIGHT, WIDTH))  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def test_failed_ones_come_first_then_the_lowest_score_and_ties_stay_in_the_order
 
 
 def test_the_order_by_agreement_is_there_on_request(dataset: Dataset) -> None:
-    assert ids(review_queue(dataset.json_path, by=By.AGREEMENT, count=3)) == [103, 100, 102]
+    assert ids(review_queue(dataset.json_path, by=SortBy.AGREEMENT, count=3)) == [103, 100, 102]
 
 
 def test_crowds_and_masks_without_a_score_are_left_out_and_counted(dataset: Dataset) -> None:
@@ -80,13 +80,13 @@ def test_crowds_and_masks_without_a_score_are_left_out_and_counted(dataset: Data
     assert queue.left_out == 2
 
 
-def test_a_file_that_was_never_labelled_is_refused_with_the_remedy(tmp_path: Path, dataset: Dataset) -> None:
+def test_a_file_that_was_never_labeled_is_refused_with_the_remedy(tmp_path: Path, dataset: Dataset) -> None:
     for row in dataset.coco["annotations"]:
         del row["agreement"]
         row.pop("error", None)
     dataset.save()
     with pytest.raises(ConfigError, match=r"carries an agreement \(label with --agreement\)"):
-        review_queue(dataset.json_path, by=By.AGREEMENT)
+        review_queue(dataset.json_path, by=SortBy.AGREEMENT)
 
 
 def test_with_ground_truth_the_orders_are_measured(dataset: Dataset) -> None:
@@ -94,7 +94,7 @@ def test_with_ground_truth_the_orders_are_measured(dataset: Dataset) -> None:
     truth = truth_of(dataset, {104: 8.0, 101: 6.0, 102: 2.0, 105: 3.0})
     queue = review_queue(dataset.json_path, truth=truth)
     score, agreement = queue.qualities
-    assert (score.by, score.count, score.bad_count) == (By.SCORE, 5, 2)
+    assert (score.by, score.count, score.bad_count) == (SortBy.SCORE, 5, 2)
     assert score.spearman == pytest.approx(0.975, abs=0.01)
     assert (score.bad_in_worst_tenth, score.bad_in_worst_fifth) == (0.25, 0.5)
     assert agreement.spearman is not None

@@ -10,7 +10,7 @@ from mal.v1 import model_pb2
 from mal_server import cli
 from mal_server.api.serialization.model_messages import read_load, read_unload
 from mal_server.config.server import ServerConfig, default_config, load_config
-from mal_server.errors import RequestRefused
+from mal_server.errors import InvalidRequest
 from mal_train.core.errors import ConfigError
 from mal_train.core.yaml_config import validate
 
@@ -112,9 +112,9 @@ def test_one_rule_says_what_a_model_may_be_called(name: str) -> None:
     for settings in ({"model_name": name}, {"models": [{"name": name, "checkpoint": "a"}]}):
         with pytest.raises(ConfigError, match="name"):
             validate(ServerConfig, settings)
-    with pytest.raises(RequestRefused, match="name"):
+    with pytest.raises(InvalidRequest, match="name"):
         read_load(model_pb2.LoadModelRequest(name=name))
-    with pytest.raises(RequestRefused, match="name"):
+    with pytest.raises(InvalidRequest, match="name"):
         read_unload(model_pb2.UnloadModelRequest(name=name))
 
 

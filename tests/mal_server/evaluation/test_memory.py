@@ -14,11 +14,11 @@ import pytest
 from mal.v1 import evaluation_pb2
 
 from mal_server.api.serialization.evaluation_messages import read_evaluate_options, read_records
-from mal_server.api.serialization.labeling_messages import Call
+from mal_server.api.serialization.labeling_messages import CallDefaults
 from mal_server.errors import MemoryFull
 from mal_server.evaluation.dataset_reader import Dataset, memory_of, read_dataset
-from mal_server.inference.allowed_dirs import Roots
-from mal_server.scheduling.memory_quota import Budget, Share
+from mal_server.inference.allowed_dirs import AllowedDirs
+from mal_server.scheduling.memory_quota import MemoryQuota, Reservation
 from mal_server.scheduling.priority import Priority
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.settings import Branch
@@ -87,14 +87,14 @@ def test_a_data_set_that_a_thread_still_reads_counts_though_its_caller_has_gone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, gate, over = threading.Event(), threading.Event(), threading.Event()
-    leave = Share.__exit__
+    leave = Reservation.__exit__
 
     def slow(*args: Any) -> Dataset:
         begun.set()
         gate.wait(30)
         return read_dataset(*args)
 
-    def left(share: Share, *error: Any) -> None:
+    def left(share: Reservation, *error: Any) -> None:
         leave(share, *error)
         over.set()
 
@@ -124,7 +124,7 @@ def test_a_data_set_that_a_thread_still_reads_counts_though_its_caller_has_gone(
     text = (folder / "truth.json").read_text()
     (folder / "truth.json").write_text(text + " " * (2**17 - len(text)))
     monkeypatch.setattr("mal_server.api.service.read_dataset", slow)
-    monkeypatch.setattr(Share, "__exit__", left)
+    monkeypatch.setattr(Reservation, "__exit__", left)
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
@@ -156,8 +156,8 @@ def test_a_data_set_of_short_rows_takes_no_more_memory_than_is_counted_for_it(tm
     rows = [{"id": n, "image_id": n // 10, **triangle} for n in ids]
     content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "a"}]}
     (tmp_path / "truth.json").write_text(json.dumps(content, separators=(",", ":")))
-    folders = Roots({"sets": tmp_path}, "data_folders")
-    options = read_evaluate_options(on_server(), Call(Branch.STUDENT, Priority.BATCH, math.inf))
+    folders = AllowedDirs({"sets": tmp_path}, "data_folders")
+    options = read_evaluate_options(on_server(), CallDefaults(Branch.STUDENT, Priority.BATCH, math.inf))
     tracemalloc.start()
     try:
         truths = list(read_dataset(folders, "sets/truth.json", "sets").truths(options.job, 10, {}))
@@ -169,8 +169,10 @@ def test_a_data_set_of_short_rows_takes_no_more_memory_than_is_counted_for_it(tm
 
 
 def test_records_that_are_brought_back_count_as_they_come() -> None:
-    budget = Budget(10, "max_evaluation_bytes")
-    options = read_evaluate_options(on_server(resume_token=b"t"), Call(Branch.STUDENT, Priority.BATCH, math.inf))
+    budget = MemoryQuota(10, "max_evaluation_bytes")
+    options = read_evaluate_options(
+        on_server(resume_token=b"t"), CallDefaults(Branch.STUDENT, Priority.BATCH, math.inf)
+    )
     messages = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(at), record=b"123")) for at in range(4)]
     with budget.share() as alone:
         assert len(asyncio.run(read_records(each(messages), options, alone.take))) == 4  # 16 bytes, nobody else
@@ -186,7 +188,7 @@ def test_records_that_are_brought_back_count_as_they_come() -> None:
 
 
 def test_of_two_evaluations_that_fill_the_memory_the_later_one_ends() -> None:
-    budget = Budget(10, "max_evaluation_bytes")
+    budget = MemoryQuota(10, "max_evaluation_bytes")
     with budget.share() as first, budget.share() as later:
         first.take(6)
         later.take(4)
@@ -203,24 +205,24 @@ def test_memory_is_held_while_a_thread_makes_the_report_of_a_caller_who_has_gone
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begun, gate, over = threading.Event(), threading.Event(), threading.Event()
-    budgets: list[Budget] = []
-    leave = Share.__exit__
+    budgets: list[MemoryQuota] = []
+    leave = Reservation.__exit__
 
-    def made(*args: Any) -> Budget:
-        budgets.append(Budget(*args))
+    def made(*args: Any) -> MemoryQuota:
+        budgets.append(MemoryQuota(*args))
         return budgets[-1]
 
     def report(self: Evaluator) -> None:
         begun.set()
         assert gate.wait(60)
 
-    def left(self: Share, *args: Any) -> None:
+    def left(self: Reservation, *args: Any) -> None:
         leave(self, *args)
         over.set()
 
-    monkeypatch.setattr("mal_server.api.service.Budget", made)
+    monkeypatch.setattr("mal_server.api.service.MemoryQuota", made)
     monkeypatch.setattr(Evaluator, "report", report)
-    monkeypatch.setattr(Share, "__exit__", left)
+    monkeypatch.setattr(Reservation, "__exit__", left)
 
     async def work() -> None:
         async with serving() as running:

@@ -18,8 +18,8 @@ from mal_client.client import Client
 from mal_client.evaluation.checkpoint import EvaluationRecords
 
 from mal_server.api.serialization.evaluation_messages import read_evaluate_options, read_records
-from mal_server.api.serialization.labeling_messages import Call
-from mal_server.errors import RequestRefused
+from mal_server.api.serialization.labeling_messages import CallDefaults
+from mal_server.errors import InvalidRequest
 from mal_server.evaluation.dataset_reader import Dataset
 from mal_server.scheduling.priority import Priority
 from mal_train.core.errors import ConfigError
@@ -181,7 +181,7 @@ def test_a_token_is_stale_under_other_options(change: dict[str, Any]) -> None:
 
 
 def test_records_that_no_token_came_with_are_refused_at_the_first() -> None:
-    options = read_evaluate_options(on_server(), Call(Branch.STUDENT, Priority.BATCH, math.inf))
+    options = read_evaluate_options(on_server(), CallDefaults(Branch.STUDENT, Priority.BATCH, math.inf))
     records = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(place), record=b"x")) for place in range(9)]
     read: list[Request] = []
     held: list[int] = []
@@ -191,7 +191,7 @@ def test_records_that_no_token_came_with_are_refused_at_the_first() -> None:
             read.append(record)
             yield record
 
-    with pytest.raises(RequestRefused, match=r"options\.resume_token"):
+    with pytest.raises(InvalidRequest, match=r"options\.resume_token"):
         asyncio.run(read_records(messages(), options, held.append))
     assert len(read) == 1
     assert not held

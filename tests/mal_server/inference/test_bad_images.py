@@ -52,8 +52,8 @@ REFUSED = {
 
 READ = {
     "CMYK JPEG": saved(DISC.convert("CMYK"), "JPEG", quality=95),
-    "16-bit grey PNG": saved(Image.fromarray(bright_disc()[:, :, 0].astype(np.uint16) * 257), "PNG"),
-    "grey JPEG": saved(DISC.convert("L"), "JPEG", quality=95),
+    "16-bit gray PNG": saved(Image.fromarray(bright_disc()[:, :, 0].astype(np.uint16) * 257), "PNG"),
+    "gray JPEG": saved(DISC.convert("L"), "JPEG", quality=95),
     "alpha PNG": saved(DISC.convert("RGBA"), "PNG"),
     "palette PNG": saved(DISC.convert("P"), "PNG"),
     "WebP": saved(DISC, "WEBP", lossless=True),
@@ -72,7 +72,7 @@ def answers_of(*requests: labeling_pb2.LabelImageRequest) -> list[labeling_pb2.L
     return asyncio.run(work())
 
 
-def test_each_bad_picture_has_its_reason_and_the_good_one_after_it_is_labelled() -> None:
+def test_each_bad_picture_has_its_reason_and_the_good_one_after_it_is_labeled() -> None:
     requests = [label_request(DISC_BOX, content=content) for content, _ in REFUSED.values()]
     *refused, good = answers_of(*requests, label_request(DISC_BOX))
     assert {name: reason_of(answer.status) for name, answer in zip(REFUSED, refused, strict=True)} == {

@@ -19,7 +19,7 @@ from mal_server import cli
 from mal_server.config.server import load_config
 from mal_server.models import loader
 from mal_server.models.loader import load_model, warm_up_sizes
-from mal_server.models.warmup import MAX_MEAN_DIFFERENCE, prove
+from mal_server.models.warmup import MAX_MEAN_DIFFERENCE, warm_up_and_verify
 from mal_server.server import MalServer
 from mal_train.core.errors import CheckpointError, DeviceError, DeviceLost
 from mal_train.core.settings import LabelerConfig
@@ -186,7 +186,7 @@ def test_a_real_network_in_bfloat16_passes_its_test_with_room(folder: Path) -> N
     config = load_config(folder / "server.yaml", ["precision=bfloat16", "max_batch_size=4"])
     model = load_model(config.plans[0])
     assert model.batch_sizes == (1,)
-    asyncio.run(prove(model))
+    asyncio.run(warm_up_and_verify(model))
     assert model.reference is not None
     crops = [
         c
@@ -200,9 +200,9 @@ def test_a_real_network_in_bfloat16_passes_its_test_with_room(folder: Path) -> N
 
 
 def _plain() -> Any:
-    from mal_train.kernel.labeler.labeler import RunOptions
+    from mal_train.kernel.labeler.labeler import PredictOptions
 
-    return RunOptions()
+    return PredictOptions()
 
 
 def test_a_checkpoint_that_is_written_to_while_it_is_read_is_refused(

@@ -8,7 +8,7 @@ import pytest
 
 from mal_server.inference.worker import Worker
 from mal_train.core.errors import DeviceError, OutOfDeviceMemory
-from mal_train.kernel.labeler.labeler import Crop, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
 from tests.mal_server.fakes import BrightPredictor
 
 
@@ -18,9 +18,9 @@ def crops_of(predictor: BrightPredictor, count: int) -> list[Crop]:
     return [crop for image in images for crop in predictor.prepare(image, [(0, 0, 20, 20)]) if isinstance(crop, Crop)]
 
 
-def run(predictor: BrightPredictor, count: int) -> list[Probability | Exception]:
+def run(predictor: BrightPredictor, count: int) -> list[Prediction | Exception]:
     worker = Worker(predictor, "cpu")
-    found = asyncio.run(worker.run(RunOptions(), crops_of(predictor, count)))
+    found = asyncio.run(worker.run(PredictOptions(), crops_of(predictor, count)))
     worker.close()
     return found
 
@@ -29,7 +29,7 @@ def run(predictor: BrightPredictor, count: int) -> list[Probability | Exception]
 def test_a_batch_that_does_not_fit_is_split_until_it_does(fits: int) -> None:
     predictor = BrightPredictor(fits=fits)
     found = run(predictor, 16)
-    assert [x.prob[0, 0] for x in found if isinstance(x, Probability)] == pytest.approx(np.arange(16) * 10 / 255)
+    assert [x.prob[0, 0] for x in found if isinstance(x, Prediction)] == pytest.approx(np.arange(16) * 10 / 255)
     assert sum(size for _, size in predictor.batches if size <= fits) == 16
 
 
@@ -48,7 +48,7 @@ def test_batches_run_beside_the_event_loop() -> None:
 
     async def work() -> int:
         worker = Worker(predictor, "cpu")
-        task = asyncio.create_task(worker.run(RunOptions(), crops_of(predictor, 1)))
+        task = asyncio.create_task(worker.run(PredictOptions(), crops_of(predictor, 1)))
         while not predictor.batches:
             await asyncio.sleep(0.001)  # the loop lives while the batch waits
         gate.set()

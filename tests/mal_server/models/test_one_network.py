@@ -7,12 +7,12 @@ import pytest
 import torch
 from mal.v1 import types_pb2
 
-from mal_server.api.serialization.labeling_messages import Call, Checks, read_options
+from mal_server.api.serialization.labeling_messages import CallDefaults, Violations, read_options
 from mal_server.api.serialization.model_messages import write_model_info
 from mal_server.config.server import load_config
-from mal_server.errors import RequestRefused
-from mal_server.models.loader import Loaded, load_model
-from mal_server.models.warmup import prove
+from mal_server.errors import InvalidRequest
+from mal_server.models.loader import LoadedModel, load_model
+from mal_server.models.warmup import warm_up_and_verify
 from mal_server.scheduling.priority import Priority
 from mal_train.cli import main
 from mal_train.core.errors import ConfigError
@@ -31,18 +31,21 @@ def one_network(tmp_path: Path) -> Path:
     return alone
 
 
-def load(*overrides: str) -> Loaded:
+def load(*overrides: str) -> LoadedModel:
     return load_model(load_config(None, ["gpu_ids=[]", "precision=float32", *overrides]).plans[0])
 
 
 def refused(options: types_pb2.LabelOptions, *, has_teacher: bool) -> str:
-    checks = Checks()
+    checks = Violations()
     read_options(
-        options, Call(Branch.STUDENT, Priority.BATCH, 0.0, branches_of(has_teacher=has_teacher)), checks, "options"
+        options,
+        CallDefaults(Branch.STUDENT, Priority.BATCH, 0.0, branches_of(has_teacher=has_teacher)),
+        checks,
+        "options",
     )
     try:
         checks.raise_if_any()
-    except RequestRefused as error:
+    except InvalidRequest as error:
         return str(error.violations)
     return ""
 
@@ -65,7 +68,7 @@ def test_one_network_is_loaded_and_proven(one_network: Path) -> None:
     loaded = load(f"checkpoint={one_network}")
     assert not loaded.info.has_teacher
     assert list(write_model_info(loaded.info).branches) == [types_pb2.BRANCH_STUDENT]
-    asyncio.run(prove(loaded))
+    asyncio.run(warm_up_and_verify(loaded))
 
 
 def test_it_cannot_be_served_as_a_teacher(one_network: Path) -> None:
@@ -77,4 +80,4 @@ def test_without_a_word_the_model_in_the_package_is_served() -> None:
     loaded = load()
     assert loaded.info.name == "builtin"
     assert loaded.info.sha256 == load("checkpoint=builtin", "model_name=mine").info.sha256
-    asyncio.run(prove(loaded))
+    asyncio.run(warm_up_and_verify(loaded))

@@ -16,11 +16,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc, types_pb2
 
 from mal_server.config.model_config import ModelPlan
-from mal_server.models.loader import Loaded
-from mal_server.models.pinned import Leases
+from mal_server.models.loader import LoadedModel
+from mal_server.models.pinned import PinnedModels
 from mal_server.server import MalServer, health_name
 from mal_train.core.errors import Altered, DeviceLost, MalError, OutOfDeviceMemory, Truncated, UnknownLayout, WrongKey
-from mal_train.kernel.labeler.labeler import Probability
+from mal_train.kernel.labeler.labeler import Prediction
 from tests.mal_server.calls import reason_of, status_details
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label_request, loaded
 
@@ -42,7 +42,7 @@ class Shop:
         self.gate: threading.Event | None = None
         self.next: BrightPredictor | Exception | None = None
 
-    def load(self, plan: ModelPlan) -> Loaded:
+    def load(self, plan: ModelPlan) -> LoadedModel:
         self.plans.append(plan)
         if self.gate is not None:
             self.gate.wait(30)
@@ -311,7 +311,7 @@ class Wrong(BrightPredictor):
         self._change = change
 
     def predict(self, crops: Any, options: Any = None) -> Any:
-        return [Probability(self._change(one.prob)) for one in super().predict(crops, options)]
+        return [Prediction(self._change(one.prob)) for one in super().predict(crops, options)]
 
 
 class Careless(BrightPredictor):
@@ -336,9 +336,9 @@ class Careless(BrightPredictor):
 )
 def test_a_model_that_fails_its_test_is_never_served(predictor: BrightPredictor, said: str) -> None:
     class Comparing(Shop):
-        def load(self, plan: ModelPlan) -> Loaded:
+        def load(self, plan: ModelPlan) -> LoadedModel:
             found = super().load(plan)
-            return Loaded(found.info, found.workers, reference=BrightPredictor())
+            return LoadedModel(found.info, found.workers, reference=BrightPredictor())
 
     async def work(talk: Talk) -> tuple[Any, ...]:
         talk.shop.next = predictor
@@ -399,7 +399,7 @@ def test_a_model_whose_unloader_leaves_is_still_given_up_in_order(monkeypatch: p
     monkeypatch.setattr(MalServer, "_model_changed", slow)
 
     async def work(talk: Talk) -> list[tuple[str, str, int, bool]]:
-        with Leases(talk.server._models) as leases:
+        with PinnedModels(talk.server._models) as leases:
             leases.get("dogs")
             call = asyncio.ensure_future(talk.unload("dogs"))
             await told.wait()
@@ -413,7 +413,7 @@ def test_a_model_whose_unloader_leaves_is_still_given_up_in_order(monkeypatch: p
 def test_the_default_model_is_one_for_a_stream_by_either_name() -> None:
     async def work(talk: Talk) -> bool:
         models = talk.server._models
-        with Leases(models) as leases:
+        with PinnedModels(models) as leases:
             first = leases.get("")
             await talk.load("cats")
             return leases.get("cats") is first

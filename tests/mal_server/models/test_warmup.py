@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mal_server.errors import SelfTestFailed
-from mal_server.models.loader import Loaded, small_side
-from mal_server.models.warmup import prove
+from mal_server.models.loader import LoadedModel, small_side
+from mal_server.models.warmup import warm_up_and_verify
 from mal_server.scheduling import left_behind
-from mal_train.kernel.labeler.labeler import Crop, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
 from tests.mal_server.fakes import BrightPredictor, config_of, loaded
 
 SIDE, SMALL = 16, 8
@@ -28,7 +28,7 @@ class Seen(BrightPredictor):
         self.runs: list[Run] = []
         self._wrong_at, self._which = wrong_at, which
 
-    def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
+    def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
         side = len(crops[0].pixels)
         self.runs.append((len(crops), side, options.agreement))
         found = super().predict(crops, options)
@@ -41,7 +41,7 @@ class Seen(BrightPredictor):
         ]
 
 
-def model(worker: BrightPredictor, reference: BrightPredictor | None, device: str = "cpu", *sizes: int) -> Loaded:
+def model(worker: BrightPredictor, reference: BrightPredictor | None, device: str = "cpu", *sizes: int) -> LoadedModel:
     plain = loaded(config_of().plans[0], worker)
     info = dataclasses.replace(plain.info, devices=(device,))
     return dataclasses.replace(plain, info=info, reference=reference, small_side=SMALL, batch_sizes=sizes)
@@ -49,14 +49,14 @@ def model(worker: BrightPredictor, reference: BrightPredictor | None, device: st
 
 def test_on_a_cpu_the_reference_runs_small_crops_alone_and_the_worker_one_of_the_served_size() -> None:
     worker, reference = Seen(), Seen()
-    asyncio.run(prove(model(worker, reference, "cpu", 1)))
+    asyncio.run(warm_up_and_verify(model(worker, reference, "cpu", 1)))
     assert reference.runs == [(4, SMALL, True)]
     assert worker.runs == [(4, SMALL, True), (1, SIDE, False)]
 
 
 def test_on_a_gpu_the_reference_runs_one_crop_of_the_served_size_too() -> None:
     worker, reference = Seen(), Seen()
-    asyncio.run(prove(model(worker, reference, "cuda:0", 1, 2, 8)))
+    asyncio.run(warm_up_and_verify(model(worker, reference, "cuda:0", 1, 2, 8)))
     assert reference.runs == [(4, SMALL, True), (1, SIDE, False)]
     assert worker.runs == [(4, SMALL, True), (1, SIDE, False), (2, SIDE, False), (8, SIDE, False)]
 
@@ -66,7 +66,7 @@ def test_the_end_of_the_server_does_not_wait_for_the_reference() -> None:
     reference.gate = gate
 
     async def work() -> None:
-        proving = asyncio.create_task(prove(model(Seen(), reference)))
+        proving = asyncio.create_task(warm_up_and_verify(model(Seen(), reference)))
         while not reference.runs:
             await asyncio.sleep(0.001)
         proving.cancel()
@@ -91,7 +91,7 @@ def test_the_end_of_the_server_does_not_wait_for_the_reference() -> None:
 )
 def test_a_wrong_map_of_any_network_and_size_is_found(worker: Seen, said: str) -> None:
     with pytest.raises(SelfTestFailed, match=said):
-        asyncio.run(prove(model(worker, BrightPredictor(), "cuda:0", 1)))
+        asyncio.run(warm_up_and_verify(model(worker, BrightPredictor(), "cuda:0", 1)))
 
 
 @pytest.mark.parametrize(

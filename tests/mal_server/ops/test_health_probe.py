@@ -19,8 +19,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from mal_server import cli
 from mal_server.config.listen import Listen
-from mal_server.ops.health_probe import Probe, probe_of
-from mal_server.security.tls_check import rehearse
+from mal_server.ops.health_probe import HealthProbe, probe_of
+from mal_server.security.tls_check import verify_handshake
 from mal_train.core.errors import ConfigError
 from tests.mal_server.fakes import Running, config_of, serving
 from tests.mal_server.security.test_auth import TOKENS, Papers, tokens  # noqa: F401  # a fixture
@@ -261,7 +261,7 @@ def test_a_certificate_that_no_client_accepts_is_named(
     listening = Listening(tmp_path)
     spoil(listening)
     with pytest.raises(ConfigError, match=said):
-        rehearse(tmp_path / "cert.pem", tmp_path / "key.pem")
+        verify_handshake(tmp_path / "cert.pem", tmp_path / "key.pem")
 
 
 def test_a_probe_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_probe_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> Non
     listening.asks_for_papers_of(listening.authority)
     listening.settings["tls_probe_certificate"] = listening.settings["tls_certificate"]  # without its key
     with pytest.raises(ConfigError, match=r"cert\.pem: no PEM certificate with its unencrypted private key"):
-        probe_of(config_of(listen=listening.settings).listen, Probe(""))
+        probe_of(config_of(listen=listening.settings).listen, HealthProbe(""))
 
 
 def test_a_probe_certificate_without_anybody_who_asks_for_it_is_refused(tmp_path: Path) -> None:
@@ -280,11 +280,11 @@ def test_a_probe_certificate_without_anybody_who_asks_for_it_is_refused(tmp_path
 
 def test_the_address_is_the_one_that_this_machine_reaches() -> None:
     def address(host: str, **more: Any) -> str:
-        return probe_of(Listen(host=host, allow_plaintext=True, **more), Probe("")).address
+        return probe_of(Listen(host=host, allow_plaintext=True, **more), HealthProbe("")).address
 
     assert [address(host) for host in ("0.0.0.0", "::", "::1", "10.0.0.7", "mal.example.org")] == [
         *("127.0.0.1:50051", "[::1]:50051", "[::1]:50051", "10.0.0.7:50051", "mal.example.org:50051")
     ]
     with pytest.raises(ConfigError, match="0 takes a free port"):
         address("127.0.0.1", port=0)
-    assert probe_of(Listen(port=0), Probe("127.0.0.1:7")).address == "127.0.0.1:7"
+    assert probe_of(Listen(port=0), HealthProbe("127.0.0.1:7")).address == "127.0.0.1:7"

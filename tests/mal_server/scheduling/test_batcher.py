@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from mal_server.scheduling.batcher import Batcher, Expired, Nobody, Overloaded, Share
+from mal_server.scheduling.batcher import Batcher, BatchSlice, DeadlineExceeded, NullObserver, QueueFull
 from mal_server.scheduling.priority import Priority
 from tests.mal_server.fakes import run_in_no_time
 
-Shares = list[Share[str]]
+Shares = list[BatchSlice[str]]
 
 
 class Runner:
@@ -258,7 +258,7 @@ def test_a_full_queue_refuses_with_the_time_it_needs() -> None:
         running = asyncio.create_task(submit(batcher, "k", *"abcd"))
         queued = asyncio.create_task(submit(batcher, "k", *"efghijkl"))
         await asyncio.sleep(0.5)
-        with pytest.raises(Overloaded) as refused:
+        with pytest.raises(QueueFull) as refused:
             batcher.admit(6)
         await asyncio.gather(running, queued)
         batcher.admit(8)
@@ -316,7 +316,7 @@ def test_nothing_is_left_behind_by_many_cancelled_callers() -> None:
     assert answers(shares) == {0: "k:still"}
 
 
-class Counting(Nobody):
+class Counting(NullObserver):
     """Keeps what was dropped."""
 
     def __init__(self) -> None:
@@ -477,7 +477,7 @@ def test_a_bulk_job_that_waited_its_patience_is_passed_by_three_more_and_no_furt
         async with asyncio.TaskGroup() as group:
             group.create_task(submit_as(batcher, Priority.INTERACTIVE, "first"))
             group.create_task(submit_as(batcher, Priority.BATCH, "bulk", after_s=0.5))
-            for i in range(10):  # one a second: without ageing, bulk would come last
+            for i in range(10):  # one a second: without aging, bulk would come last
                 group.create_task(submit_as(batcher, Priority.INTERACTIVE, f"i{i}", after_s=0.6 + i * 0.9))
 
     run_in_no_time(work())
@@ -512,7 +512,7 @@ def test_what_is_past_its_deadline_is_never_run() -> None:
     (late,) = run_in_no_time(work())
     assert runner.batches == [["a", "a"]]
     assert late.indices == (0, 1, 2)
-    assert all(isinstance(outcome, Expired) for outcome in late.outcomes)
+    assert all(isinstance(outcome, DeadlineExceeded) for outcome in late.outcomes)
     assert observer.drops == {"deadline_queue": 3}
 
 
@@ -522,18 +522,18 @@ def test_what_comes_after_its_deadline_is_refused_at_the_entry() -> None:
     async def work() -> None:
         await submit_as(sorted_batcher(Runner(), observer=observer), Priority.INTERACTIVE, "a", within_s=0.0)
 
-    with pytest.raises(Expired):
+    with pytest.raises(DeadlineExceeded):
         run_in_no_time(work())
     assert observer.drops == {"deadline_entry": 1}
 
 
 def test_what_could_not_be_ready_in_time_is_refused_at_once() -> None:
-    async def work() -> Overloaded:
+    async def work() -> QueueFull:
         batcher = sorted_batcher(Runner(takes_s=1.0))
         await submit_as(batcher, Priority.INTERACTIVE, "a", "a")  # measured: a batch takes 1 s
         bulk = asyncio.create_task(submit_as(batcher, Priority.INTERACTIVE, *["b"] * 20))
         await asyncio.sleep(0.1)
-        with pytest.raises(Overloaded, match=r"the deadline is in 3\.0 s") as raised:
+        with pytest.raises(QueueFull, match=r"the deadline is in 3\.0 s") as raised:
             await submit_as(batcher, Priority.INTERACTIVE, "late", within_s=3.0)
         await submit_as(batcher, Priority.INTERACTIVE, "patient", within_s=30.0)
         await bulk
@@ -550,7 +550,7 @@ def test_what_waits_is_bounded_in_bytes() -> None:
             group.create_task(submit_as(batcher, Priority.BATCH, *"bcd", size_bytes=900, after_s=0.5))
             await asyncio.sleep(0.6)
             assert batcher.waiting_bytes == pytest.approx(900)
-            with pytest.raises(Overloaded, match="pass the limit of 0 MB"):
+            with pytest.raises(QueueFull, match="pass the limit of 0 MB"):
                 batcher.admit(1, size_bytes=200)
             await asyncio.sleep(1.0)  # "b" runs
             assert batcher.waiting_bytes == pytest.approx(600)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mal_server.scheduling.cpu_pool import CpuPool, Held, Room
+from mal_server.scheduling.cpu_pool import MemoryLease, MemoryLimiter, PriorityThreadPool
 from mal_server.scheduling.priority import Priority
 from tests.mal_server.fakes import run_in_no_time
 
@@ -23,7 +23,7 @@ class Stage:
     def __init__(self, threads: int, patience_s: float) -> None:
         self.now = 0.0
         self.ran: list[str] = []
-        self.pool = CpuPool(threads, patience_s=patience_s, clock=lambda: self.now)
+        self.pool = PriorityThreadPool(threads, patience_s=patience_s, clock=lambda: self.now)
         self._go = threading.Event()
         begun = [threading.Event() for _ in range(threads)]
         self._held = [self.pool.submit(PERSON, self._hold, event) for event in begun]
@@ -100,7 +100,7 @@ def test_bulk_steps_leave_the_last_of_several_threads_to_people() -> None:
         begun[number].set()
         go.wait(LIMIT_S)
 
-    pool = CpuPool(3)
+    pool = PriorityThreadPool(3)
     try:
         bulk = [pool.submit(BULK, holds, number) for number in range(3)]
         assert all(event.wait(LIMIT_S) for event in begun[:2])
@@ -124,9 +124,9 @@ def test_shutting_down_cancels_what_waits() -> None:
 class Asker:
     """Takes room in tasks; tells who got it, in which order."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: MemoryLimiter) -> None:
         self.room = room
-        self.got: dict[str, Held] = {}
+        self.got: dict[str, MemoryLease] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
     async def asks(self, name: str, size: int, priority: Priority, after_s: float = 0.0) -> None:
@@ -146,7 +146,7 @@ class Asker:
 
 def with_room(size: int, work: Callable[[Asker], Any], patience_s: float = 2.0) -> None:
     async def run() -> None:
-        asker = Asker(Room(size, patience_s=patience_s))
+        asker = Asker(MemoryLimiter(size, patience_s=patience_s))
         await work(asker)
         for name in [*asker.tasks, *asker.tasks]:
             if name in asker.got:  # whoever still waits gets its turn by this

@@ -9,7 +9,7 @@ import pytest
 
 from mal_server.scheduling.batcher import Batcher
 from mal_server.scheduling.priority import Priority
-from mal_train.kernel.labeler.labeler import Crop, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
 from tests.mal_server.calls import bulk
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, bright_disc, encoded, label, label_request, serving
 
@@ -26,7 +26,7 @@ class Stepwise(BrightPredictor):
         self.permits = threading.Semaphore(0)
         self.is_stepwise = False
 
-    def predict(self, crops: Sequence[Crop], options: RunOptions = RunOptions()) -> list[Probability]:  # noqa: B008
+    def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
         if self.is_stepwise:
             self.begun.append([crop.image_hw for crop in crops])
             assert self.permits.acquire(timeout=LIMIT_S)

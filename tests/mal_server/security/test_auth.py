@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 from mal_client.cli import main
 from mal_client.client import AsyncClient, Client
-from mal_client.errors import RequestRefused
+from mal_client.errors import InvalidRequest
 from mal_client.transport.channel import Connection
 
 from mal_server.config.tokens import TokenSetting
@@ -293,7 +293,7 @@ def test_the_clients_bring_certificate_and_token(papers: Papers, tokens: list[di
     def blocking(address: str) -> None:
         with Client(address, **known, token=TOKENS["label"]) as client:
             assert len(client.label_image(DISC_PNG, [DISC_BOX])) == 1
-        with Client(address, **known) as client, pytest.raises(RequestRefused, match="no token"):
+        with Client(address, **known) as client, pytest.raises(InvalidRequest, match="no token"):
             client.label_image(DISC_PNG, [DISC_BOX])
 
     async def work() -> None:

@@ -15,7 +15,7 @@ import pytest
 import trustme
 from mal.v1 import model_pb2, model_pb2_grpc
 
-from mal_server.security.tls import Papers
+from mal_server.security.tls import CertificateReloader
 from mal_server.server import serve
 from mal_train.core.errors import ConfigError
 from tests.mal_server.calls import reason_of, status_details
@@ -130,7 +130,7 @@ def test_a_certificate_that_cannot_be_used_leaves_the_one_before_and_is_logged_o
 def test_files_that_did_not_change_are_not_read_again(tmp_path: Path) -> None:
     Authority(tmp_path).issue()
     listen = config_of(listen=listening(tmp_path)).listen
-    papers = Papers(listen, tmp_path / "cert.pem", tmp_path / "key.pem")
+    papers = CertificateReloader(listen, tmp_path / "cert.pem", tmp_path / "key.pem")
     assert papers.changed() is None
     Authority(tmp_path).issue()
     assert papers.changed() is not None

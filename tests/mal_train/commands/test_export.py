@@ -8,9 +8,9 @@ import torch
 
 from mal_train.cli import main
 from mal_train.commands import export
-from mal_train.commands.label import open_labelling
+from mal_train.commands.label import open_labeling
 from mal_train.config.spec import Spec
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.kernel.checkpoint import builtin
@@ -48,7 +48,7 @@ def test_the_named_network_is_exported_and_answers_as_it_did(
 ) -> None:
     out = tmp_path / "small.malckpt"
     overrides = [f"evaluate.checkpoint={trained}", f"evaluate.use_teacher_test={which == 'teacher'}"]
-    assert main(["export", "-o", str(out), "--licence", "Apache-2.0", *overrides]) == 0
+    assert main(["export", "-o", str(out), "--license", "Apache-2.0", *overrides]) == 0
     assert trained.stat().st_size / out.stat().st_size > 3
     loaded = load_checkpoint(out, None)
     assert {tensor.dtype for tensor in loaded.weights.values()} == {torch.float32}
@@ -72,7 +72,7 @@ def test_the_mean_of_two_checkpoints_is_written(tmp_path: Path, network: MalNetw
     assert written.provenance["mean_of_checkpoints"] == 2
 
 
-def test_a_mean_tells_of_all_its_sources_and_all_their_licences(
+def test_a_mean_tells_of_all_its_sources_and_all_their_licenses(
     tmp_path: Path, network: MalNetwork, trained: Path
 ) -> None:
     known = {"tool": "mine", "starting_weights": "a", "starting_weights_licence": "Apache-2.0", "steps": 10}
@@ -189,10 +189,10 @@ def test_builtin_names_the_file_in_the_package_and_other_names_themselves() -> N
 def test_the_model_in_the_package_is_shown_with_what_its_card_says(capsys: pytest.CaptureFixture[str]) -> None:
     assert sha256_of(builtin.resolve(builtin.BUILTIN)) == builtin.SHA256
     assert main(["inspect", "builtin"]) == 0
-    assert "starting_weights_licence: Apache-2.0" in capsys.readouterr().out
+    assert "starting_weights_license: Apache-2.0" in capsys.readouterr().out
     content = read_header(builtin.resolve("builtin"), None).content
     assert content is not None
-    assert load_pretrained(MalNetwork(content.model), "builtin").origin.licence == "Apache-2.0"
+    assert load_pretrained(MalNetwork(content.model), "builtin").origin.license == "Apache-2.0"
 
 
 @pytest.mark.parametrize("task", ["evaluate", "inference"])
@@ -200,9 +200,9 @@ def test_labels_name_the_weights_that_made_them_though_the_file_has_moved_on(
     trained: Path, task: Literal["evaluate", "inference"]
 ) -> None:
     sha256 = sha256_of(trained)
-    labelling = open_labelling(Spec.model_validate({task: {"checkpoint": str(trained)}}), task, Screen.silent())
+    labeling = open_labeling(Spec.model_validate({task: {"checkpoint": str(trained)}}), task, Console.silent())
     trained.write_bytes(b"the next one of the same name")
-    assert labelling.provenance()["checkpoint_sha256"] == sha256
+    assert labeling.provenance()["checkpoint_sha256"] == sha256
 
 
 def test_a_mean_names_the_files_that_were_read_though_they_have_moved_on(

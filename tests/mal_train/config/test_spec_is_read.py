@@ -17,7 +17,7 @@ from mal_train.commands.inference import inference
 from mal_train.commands.spec_table import fields_of
 from mal_train.commands.train import train
 from mal_train.config.spec import Spec, load_spec
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.yaml_config import Strict
 from tests.mal_train.training.runs import SMALL, plain_mean_field
@@ -73,7 +73,7 @@ def read_fields(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         plain_mean_field(patch)
         patch.setattr(Strict, "__getattribute__", watched, raising=False)
         for task in (train, evaluate, inference):
-            task(spec, Screen.silent())
+            task(spec, Console.silent())
     return seen
 
 

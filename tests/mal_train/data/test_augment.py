@@ -5,7 +5,7 @@ from torchvision.transforms import functional as published
 
 from mal_train.core.settings import Compat
 from mal_train.data import augment
-from mal_train.data.augment import Cropping, disturb, make_views, shift_hue
+from mal_train.data.augment import Cropping, color_jitter, make_views, shift_hue
 
 
 @pytest.fixture
@@ -68,16 +68,16 @@ def test_only_the_published_mask_wraps_round_with_the_picture() -> None:
 
 def test_shares_of_the_disturbances_are_the_published_ones(picture: np.ndarray) -> None:
     rng = np.random.default_rng(0)
-    results = [disturb(picture, rng) for _ in range(400)]
+    results = [color_jitter(picture, rng) for _ in range(400)]
     same = np.mean([np.array_equal(result, picture) for result in results])
-    grey = np.mean([bool((np.ptp(result, axis=2) == 0).all()) for result in results])
+    gray = np.mean([bool((np.ptp(result, axis=2) == 0).all()) for result in results])
     assert same == pytest.approx(0.5 * 0.8 * 0.5, abs=0.07)
-    assert grey == pytest.approx(0.2, abs=0.06)
+    assert gray == pytest.approx(0.2, abs=0.06)
 
 
-def test_without_colour_augmentation_the_student_sees_what_the_teacher_sees() -> None:
+def test_without_color_augmentation_the_student_sees_what_the_teacher_sees() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    plain = Cropping(32, (0.0, 1.2), Compat.NONE, colours=False)
+    plain = Cropping(32, (0.0, 1.2), Compat.NONE, colors=False)
     for seed in range(8):
         views = make_views(picture, (10.0, 10.0, 40.0, 30.0), plain, np.random.default_rng(seed))
         np.testing.assert_array_equal(views.student, views.teacher)

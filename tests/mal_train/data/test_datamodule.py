@@ -85,8 +85,8 @@ def test_a_run_that_goes_on_sees_the_rest_of_the_epoch(boxes: TrainingBoxes) -> 
 
     settings = LoaderSettings(batch_size=4, num_workers=0, seed=0)
     whole, rest = BoxDataModule(boxes, CROPPING, settings), BoxDataModule(boxes, CROPPING, settings)
-    whole.go_on_from(epoch=5, batches=0)
-    rest.go_on_from(epoch=5, batches=1)
+    whole.resume_from(epoch=5, batches=0)
+    rest.resume_from(epoch=5, batches=1)
     expected = student_views(whole)[1:]
     found = student_views(rest)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

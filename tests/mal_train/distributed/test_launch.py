@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mal_train.core.errors import ConfigError
-from mal_train.distributed.env import LAUNCHED, World, first_host, world_of
+from mal_train.distributed.env import LAUNCHED, DistributedEnv, first_host, world_of
 from mal_train.distributed.launch import run_ranks
 from tests.paths import ROOT
 
@@ -120,8 +120,8 @@ def test_a_machine_that_is_no_number_is_refused() -> None:
 
 
 def test_a_process_alone_is_its_own_world() -> None:
-    assert world_of({}) == World()
-    assert world_of({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}) == World()
+    assert world_of({}) == DistributedEnv()
+    assert world_of({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}) == DistributedEnv()
 
 
 def test_torchrun_and_ourselves_say_who_is_who() -> None:
@@ -134,7 +134,7 @@ def test_torchrun_and_ourselves_say_who_is_who() -> None:
         "MASTER_PORT": "7",
     }
     for mark, launcher in (("TORCHELASTIC_RUN_ID", "torchrun"), (LAUNCHED, "mal-train")):
-        assert world_of({mark: "1", **told}) == World(5, 8, 1, 2, launcher, "a", 7)  # type: ignore[arg-type]
+        assert world_of({mark: "1", **told}) == DistributedEnv(5, 8, 1, 2, launcher, "a", 7)  # type: ignore[arg-type]
 
 
 def test_slurm_says_who_is_who() -> None:
@@ -146,9 +146,9 @@ def test_slurm_says_who_is_who() -> None:
         "SLURM_NODELIST": "gpu[07-08]",
         "SLURM_JOB_ID": "1234567",
     }
-    assert world_of(told) == World(3, 4, 1, 1, "SLURM", "gpu07", 19567)
+    assert world_of(told) == DistributedEnv(3, 4, 1, 1, "SLURM", "gpu07", 19567)
     assert world_of({**told, "MASTER_ADDR": "b", "MASTER_PORT": "9"}).address == "b"
-    assert world_of({**told, "SLURM_JOB_NAME": "bash"}) == World()
+    assert world_of({**told, "SLURM_JOB_NAME": "bash"}) == DistributedEnv()
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_a_launcher_that_says_half_is_refused() -> None:
 
 def test_a_world_of_another_size_than_the_spec_says_is_refused() -> None:
     with pytest.raises(ConfigError, match="makes 4 processes, but torchrun started 2"):
-        World(size=2, launcher="torchrun").check(2, 2)
-    World(size=4).check(2, 2)
+        DistributedEnv(size=2, launcher="torchrun").check(2, 2)
+    DistributedEnv(size=4).check(2, 2)
     with pytest.raises(ConfigError, match=r"more than train\.num_gpus 2 processes"):
-        World(rank=3, size=4, local_rank=3, launcher="SLURM").check(2, 2)
+        DistributedEnv(rank=3, size=4, local_rank=3, launcher="SLURM").check(2, 2)
     assert os.environ.get(LAUNCHED) is None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mal_train.commands.train import train
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.data.datamodule import BoxDataset
 from mal_train.training import module as training_module
 from mal_train.training.checkpoints import LATEST, newest_checkpoint
@@ -51,7 +51,7 @@ def newest(results: Path) -> Path:
 def test_two_processes_make_the_steps_of_one_with_twice_the_batch(scenes: Scenes, tmp_path: Path) -> None:
     # The rate grows with the number of processes as it does with the batch: both runs have the same.
     common = ("model.vit_dpr=0", "train.num_epochs=2")
-    one = train(spec_of(scenes, tmp_path / "one", *common, "train.batch_size=4"), Screen.silent()).checkpoint
+    one = train(spec_of(scenes, tmp_path / "one", *common, "train.batch_size=4"), Console.silent()).checkpoint
     assert train_together(overrides_of(scenes, tmp_path / "two", *common, "train.batch_size=2"), tmp_path) == [0, 0]
     assert newest(tmp_path / "two").name == one.name == "model_epoch_001_step_00006.malckpt"
     a, b = weights(one), weights(newest(tmp_path / "two"))
@@ -193,7 +193,7 @@ def test_a_drawn_seed_is_drawn_once_for_all(scenes: Scenes, tmp_path: Path, monk
 
 def test_the_curve_shows_the_mean_of_all_processes(scenes: Scenes, tmp_path: Path) -> None:
     common = ("model.vit_dpr=0", "train.num_epochs=1")
-    train(spec_of(scenes, tmp_path / "one", *common, "train.batch_size=12"), Screen.silent())
+    train(spec_of(scenes, tmp_path / "one", *common, "train.batch_size=12"), Console.silent())
     assert train_together(overrides_of(scenes, tmp_path / "two", *common, "train.batch_size=6"), tmp_path) == [0, 0]
     losses = [
         float((tmp_path / name / "train/metrics.csv").read_text().splitlines()[1].split(",")[4])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mal_train.commands.train import train
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from tests.mal_train.training.runs import assert_same, plain_mean_field, spec_of, weights
 from tests.scenes import write_scenes
@@ -16,7 +16,7 @@ def test_fsdp_without_gpus_is_refused_before_anything_is_read(tmp_path: Path) ->
     if torch.cuda.is_available():
         pytest.skip("this machine has GPUs")
     with pytest.raises(ConfigError, match="fsdp shares the networks between GPUs, and there are none here; use ddp"):
-        train(spec_of({}, tmp_path, "strategy=fsdp"), Screen.silent())
+        train(spec_of({}, tmp_path, "strategy=fsdp"), Console.silent())
 
 
 @pytest.mark.gpu
@@ -26,12 +26,12 @@ def test_fsdp_of_one_process_seals_and_goes_on(tmp_path: Path, monkeypatch: pyte
     plain_mean_field(monkeypatch)
     scenes = {"train": write_scenes(tmp_path / "train", images=4, masks=False, seed=1)}
     common = ("strategy=fsdp", "model.vit_dpr=0")
-    whole = train(spec_of(scenes, tmp_path / "whole", *common), Screen.silent()).checkpoint
+    whole = train(spec_of(scenes, tmp_path / "whole", *common), Console.silent()).checkpoint
     first = tmp_path / "whole" / "train" / "model_epoch_000_step_00002.malckpt"
     resume = f"train.resume_training_checkpoint_path='{first}'"
-    rest = train(spec_of(scenes, tmp_path / "rest", *common, resume), Screen.silent()).checkpoint
+    rest = train(spec_of(scenes, tmp_path / "rest", *common, resume), Console.silent()).checkpoint
     assert_same(weights(whole), weights(rest))
     # The same network as one process without sharding trains, up to rounding on the way.
-    alone = weights(train(spec_of(scenes, tmp_path / "alone", "model.vit_dpr=0"), Screen.silent()).checkpoint)
+    alone = weights(train(spec_of(scenes, tmp_path / "alone", "model.vit_dpr=0"), Console.silent()).checkpoint)
     for name, value in weights(whole).items():
         torch.testing.assert_close(value, alone[name], rtol=0, atol=2e-3)

@@ -38,6 +38,6 @@ def state_dict(layout: str) -> dict[str, Tensor]:
 
 
 def smooth_input(seed: int, crops: int, side: int) -> Tensor:
-    """The normalised crops float32 (N, 3, S, S) that went into the stored forwards."""
+    """The normalized crops float32 (N, 3, S, S) that went into the stored forwards."""
     crops_NCHW: Any = _recipe().smooth_input(seed, crops, side, side)
     return torch.from_numpy(crops_NCHW)

@@ -28,12 +28,12 @@ class Crops(NamedTuple):
     box_mask: Tensor
 
 
-def random_crops(seed: int, num: int = 2, height: int = 12, width: int = 20, colour_range: float = 0.3) -> Crops:
-    """Crops whose colours differ by about colour_range · (1 to 3) ζ, with a box each whose border may be fractional."""
+def random_crops(seed: int, num: int = 2, height: int = 12, width: int = 20, color_range: float = 0.3) -> Crops:
+    """Crops whose colors differ by about color_range · (1 to 3) ζ, with a box each whose border may be fractional."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(num, 3, 2, 3, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
-    guide = colour_range * (smooth + 0.3 * torch.randn(num, 3, height, width, generator=generator))
+    guide = color_range * (smooth + 0.3 * torch.randn(num, 3, height, width, generator=generator))
     box_mask = torch.zeros(num, height, width)
     box_mask[:, height // 8 : height - height // 8, width // 6 : width - width // 6] = 1
     box_mask[:, height // 2, width // 6] = 0.25
@@ -132,7 +132,7 @@ def assert_equal_but_for_ties(masks: torch.Tensor, marginals: torch.Tensor) -> N
     width=st.integers(1, 33),
     kernel_size=st.sampled_from([3, 5, 7]),
     num_iter=st.integers(0, 12),
-    colour_range=st.sampled_from([0.0, 0.02, 0.3, 3.0]),
+    color_range=st.sampled_from([0.0, 0.02, 0.3, 3.0]),
     bounds=st.sampled_from([(0.1, 0.9), (0.05, 0.8), (0.001, 0.99)]),
 )
 def test_plain_masks_equal_the_oracle(
@@ -143,10 +143,10 @@ def test_plain_masks_equal_the_oracle(
     width: int,
     kernel_size: int,
     num_iter: int,
-    colour_range: float,
+    color_range: float,
     bounds: tuple[float, float],
 ) -> None:
-    crops = random_crops(seed, num, height, width, colour_range)
+    crops = random_crops(seed, num, height, width, color_range)
     low, high = bounds
     masks = MeanField(kernel_size, 0.1, num_iter, low, high, compiled=False)(*crops)
     marginals = unfold_marginals(*crops, kernel_size=kernel_size, num_iter=num_iter, low=low, high=high)
@@ -161,12 +161,12 @@ def test_plain_masks_equal_the_oracle(
     height=st.integers(1, 24),
     kernel_size=st.sampled_from([3, 5]),
     num_iter=st.integers(0, 15),
-    colour_range=st.sampled_from([0.0, 0.02, 0.3, 3.0]),
+    color_range=st.sampled_from([0.0, 0.02, 0.3, 3.0]),
 )
 def test_compiled_masks_equal_the_oracle_and_the_plain_ones(
-    *, seed: int, num: int, height: int, kernel_size: int, num_iter: int, colour_range: float
+    *, seed: int, num: int, height: int, kernel_size: int, num_iter: int, color_range: float
 ) -> None:
-    crops = random_crops(seed, num, height, WIDTH, colour_range)
+    crops = random_crops(seed, num, height, WIDTH, color_range)
     masks = MeanField(kernel_size, num_iter=num_iter, compiled=True)(*crops)
     assert torch.equal(masks, MeanField(kernel_size, num_iter=num_iter, compiled=False)(*crops))
     assert_equal_but_for_ties(masks, unfold_marginals(*crops, kernel_size=kernel_size, num_iter=num_iter))
@@ -206,7 +206,7 @@ def test_a_crop_gets_the_same_mask_alone_and_in_any_batch_and_place(compiled: bo
 
 
 @pytest.mark.parametrize("compiled", COMPILED)
-def test_nan_in_one_crop_does_not_reach_its_neighbours(compiled: bool) -> None:
+def test_nan_in_one_crop_does_not_reach_its_neighbors(compiled: bool) -> None:
     crops = random_crops(4, num=3, height=16, width=WIDTH)
     field = MeanField(num_iter=30, compiled=compiled)
     expected = field(*crops)
@@ -230,7 +230,7 @@ def test_mask_is_empty_outside_the_box() -> None:
     assert not bool(masks[crops.box_mask == 0].any())
 
 
-def test_colours_do_not_reach_round_the_borders_of_a_row() -> None:
+def test_colors_do_not_reach_round_the_borders_of_a_row() -> None:
     guide = torch.zeros(1, 3, 4, 8)
     prob = torch.full((1, 4, 8), 0.45)
     prob[..., 7] = 0.9  # would win over column 0 of the next row if rows were joined

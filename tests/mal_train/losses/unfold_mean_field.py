@@ -1,4 +1,4 @@
-"""The mean field as published, in probability space with unfolded neighbourhoods: slow, plain, the oracle of ours."""
+"""The mean field as published, in probability space with unfolded neighborhoods: slow, plain, the oracle of ours."""
 
 import torch
 from torch import Tensor
@@ -35,19 +35,19 @@ def unfold_marginals(
     high: float = 0.9,
 ) -> Tensor:
     """Foreground marginals (N, H, W) after the iterations. Logarithms are taken before unfolding: the faster order."""
-    num, colours, height, width = guide_NCHW.shape
+    num, colors, height, width = guide_NCHW.shape
     pixels, pad = height * width, kernel_size // 2
-    # +10, so that the zeros of the padding are far away in colour: K = 0 outside the image.
+    # +10, so that the zeros of the padding are far away in color: K = 0 outside the image.
     guide = guide_NCHW.float() + 10
-    window = F.unfold(guide, kernel_size, padding=pad).view(num, colours, kernel_size**2, pixels)
-    distance = (window - guide.view(num, colours, 1, pixels)).square().sum(1, keepdim=True)
+    window = F.unfold(guide, kernel_size, padding=pad).view(num, colors, kernel_size**2, pixels)
+    distance = (window - guide.view(num, colors, 1, pixels)).square().sum(1, keepdim=True)
     weight = torch.exp(distance / (-2 * zeta**2))
     box_mask = box_mask_NHW.float().flatten(1)
     x = (prob_NHW.float().flatten(1) * box_mask).clamp(low, high)
     for _ in range(num_iter):
         logs = torch.stack([x, 1 - x], 1).log().view(num, 2, height, width)
-        neighbours = F.unfold(logs, kernel_size, padding=pad).view(num, 2, kernel_size**2, pixels)
-        products = (neighbours * weight).sum(2).exp()
+        neighbors = F.unfold(logs, kernel_size, padding=pad).view(num, 2, kernel_size**2, pixels)
+        products = (neighbors * weight).sum(2).exp()
         foreground, background = products[:, 0] * box_mask, products[:, 1]
         x = (foreground / (1e-6 + background + foreground)).clamp(low, high)
     return x.view(num, height, width)

@@ -9,9 +9,9 @@ import torch
 from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, read_coco
 from mal_train.core.errors import DeviceError, OutOfDeviceMemory
 from mal_train.core.settings import LabelerConfig
-from mal_train.kernel.labeler.labeler import Crop, Labeler, Probability, RunOptions
+from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
-from mal_train.offline.dataset_labeler import Failure, label_boxes, map_ahead
+from mal_train.offline.dataset_labeler import LabelFailure, label_boxes, prefetch_map
 from tests.scenes import write_scenes
 
 
@@ -25,14 +25,14 @@ class Counting(Labeler):
         self.fault = fault
         self.batches: list[int] = []
 
-    def predict(self, crops: Sequence[Crop], options: RunOptions | None = None) -> list[Probability]:
+    def predict(self, crops: Sequence[Crop], options: PredictOptions | None = None) -> list[Prediction]:
         if len(crops) > self.fits:
             raise self.fault(f"{len(crops)} crops")
         self.batches.append(len(crops))
-        return [Probability(np.full((16, 16), crop.area, np.float32)) for crop in crops]
+        return [Prediction(np.full((16, 16), crop.area, np.float32)) for crop in crops]
 
 
-def area(_annotation: Annotation, crop: Crop, probability: Probability) -> float:
+def area(_annotation: Annotation, crop: Crop, probability: Prediction) -> float:
     assert probability.prob[0, 0] == np.float32(crop.area)
     return crop.area
 
@@ -54,7 +54,7 @@ def test_answers_come_in_order_and_batches_mix_images(coco: tuple[CocoFile, Path
 def test_a_batch_that_does_not_fit_is_halved(coco: tuple[CocoFile, Path]) -> None:
     labeler = Counting(fits=3)
     answers = list(label_boxes(labeler, by_image(coco[0]), coco[1], area, batch_size=8))
-    assert not any(isinstance(value, Failure) for _, value in answers)
+    assert not any(isinstance(value, LabelFailure) for _, value in answers)
     assert labeler.batches == [2, 2, 2, 2, 2]
 
 
@@ -63,7 +63,7 @@ def test_what_the_device_cannot_do_fails_for_the_boxes_concerned(
     coco: tuple[CocoFile, Path], fault: type[DeviceError], reason: str
 ) -> None:
     answers = list(label_boxes(Counting(fits=0, fault=fault), by_image(coco[0]), coco[1], area))
-    assert {value.reason for _, value in answers if isinstance(value, Failure)} == {reason}
+    assert {value.reason for _, value in answers if isinstance(value, LabelFailure)} == {reason}
     assert len(answers) == len(coco[0].annotations)
 
 
@@ -76,7 +76,7 @@ def test_giving_up_early_leaves_nothing_running(coco: tuple[CocoFile, Path]) -> 
 def test_only_so_many_items_are_begun_ahead() -> None:
     begun: list[int] = []
     with ThreadPoolExecutor(1) as pool:
-        results = map_ahead(pool, lambda value: value * value, (begun.append(n) or n for n in range(100)), 4)  # type: ignore[func-returns-value]
+        results = prefetch_map(pool, lambda value: value * value, (begun.append(n) or n for n in range(100)), 4)  # type: ignore[func-returns-value]
         assert next(results) == 0
         assert len(begun) <= 4
         assert list(results) == [n * n for n in range(1, 100)]

@@ -1,4 +1,4 @@
-"""Edges that follow the colours, against a form of the same that visits every pixel."""
+"""Edges that follow the colors, against a form of the same that visits every pixel."""
 
 import math
 import statistics
@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 
 def around(row: int, column: int, height: int, width: int) -> list[tuple[int, int]]:
-    """The pixel's neighbours; those outside are the nearest inside."""
+    """The pixel's neighbors; those outside are the nearest inside."""
     steps = [(dy, dx) for d in DISTANCES for dy in (-d, 0, d) for dx in (-d, 0, d) if (dy, dx) != (0, 0)]
     return [(min(max(row + dy, 0), height - 1), min(max(column + dx, 0), width - 1)) for dy, dx in steps]
 
@@ -30,10 +30,10 @@ def refined_pixel_by_pixel(prob: Array, pixels: Array, box_mask: Array) -> Array
         for column in range(width):
             alike = [0.0] * len(around(row, column, height, width))
             for channel in range(3):
-                colours = [int(pixels[y, x, channel]) for y, x in around(row, column, height, width)]
-                unit = SHARPNESS * statistics.stdev(colours) + 1e-6
+                colors = [int(pixels[y, x, channel]) for y, x in around(row, column, height, width)]
+                unit = SHARPNESS * statistics.stdev(colors) + 1e-6
                 here = int(pixels[row, column, channel])
-                alike = [part - abs(colour - here) / unit / 3 for part, colour in zip(alike, colours, strict=True)]
+                alike = [part - abs(color - here) / unit / 3 for part, color in zip(alike, colors, strict=True)]
             total = sum(math.exp(part) for part in alike)
             weights[row, column] = [math.exp(part) / total for part in alike]
     for _ in range(ITERATIONS):
@@ -45,12 +45,12 @@ def refined_pixel_by_pixel(prob: Array, pixels: Array, box_mask: Array) -> Array
     return now
 
 
-@pytest.mark.parametrize("grey", [False, True])
-def test_within_the_band_it_is_the_mean_of_pixels_of_like_colours(grey: bool) -> None:
+@pytest.mark.parametrize("gray", [False, True])
+def test_within_the_band_it_is_the_mean_of_pixels_of_like_colors(gray: bool) -> None:
     rng = np.random.default_rng(7)
     pixels = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
     pixels[:, :5] //= 8
-    if grey:
+    if gray:
         pixels[:, :, 1:] = 90  # two channels without any difference
     prob = rng.random((9, 12), dtype=np.float32) * np.float32(0.3)
     prob[:, 6] += np.float32(0.7)  # with a band of one pixel to each side
@@ -104,7 +104,7 @@ def test_a_crop_of_512_takes_the_memory_that_the_option_tells_of() -> None:
     assert "150 MB a thread at crop 512" in str(EvaluateConfig.model_fields["refine_edges"].description)
 
 
-def test_the_edge_ends_where_the_colour_does() -> None:
+def test_the_edge_ends_where_the_color_does() -> None:
     for seen in (110, 112, 114):
         prob = np.full((224, 224), 0.1, np.float32)
         prob[:, seen:] = 0.9

@@ -1,4 +1,4 @@
-"""Labelling on two devices, here the CPU twice, a process each."""
+"""Labeling on two devices, here the CPU twice, a process each."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from mal_train.commands.evaluate import evaluate
 from mal_train.commands.inference import inference
 from mal_train.config.spec import Spec, load_spec
 from mal_train.core.coco.annotations import by_image, read_coco
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, LostProcess
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def awkward(coco: dict[str, Any]) -> None:
-    """A crowd, a box that cannot be labelled, an image without a file, one without boxes, an annotation nowhere."""
+    """A crowd, a box that cannot be labeled, an image without a file, one without boxes, an annotation nowhere."""
     rows = coco["annotations"]
     rows[1]["iscrowd"] = 1
     rows[3]["bbox"] = [1000, 1000, 5, 5]
@@ -69,19 +69,19 @@ def spec_of(checkpoint: Path, scenes: tuple[Path, Path], results: Path, processe
 
 
 def test_two_processes_write_the_bytes_of_one(checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path) -> None:
-    one, two = (inference(spec_of(checkpoint, scenes, tmp_path / str(n), n), Screen.silent()) for n in (1, 2))
+    one, two = (inference(spec_of(checkpoint, scenes, tmp_path / str(n), n), Console.silent()) for n in (1, 2))
     assert one.path.read_bytes() == two.path.read_bytes()
-    assert (one.labelled, one.failed) == (two.labelled, two.failed)
+    assert (one.labeled, one.failed) == (two.labeled, two.failed)
     ids = [row["id"] for row in json.loads(two.path.read_text())["annotations"]]
     assert ids == [row["id"] for row in json.loads(scenes[0].read_text())["annotations"]]
-    assert one.labelled == 12
+    assert one.labeled == 12
     flags = [row.get("flags") for row in json.loads(two.path.read_text())["annotations"]]
     assert flags.count([]) > 6, "masks that are neither empty nor full tell something"
 
 
 @pytest.mark.slow  # each process imports torch anew
 def test_two_processes_measure_what_one_does(checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path) -> None:
-    reports = [evaluate(spec_of(checkpoint, scenes, tmp_path / str(n), n), Screen.silent()) for n in (1, 2)]
+    reports = [evaluate(spec_of(checkpoint, scenes, tmp_path / str(n), n), Console.silent()) for n in (1, 2)]
     assert reports[0] == reports[1]
     files = [(tmp_path / name / "evaluate/results.json").read_bytes() for name in "12"]
     assert files[0] == files[1]
@@ -124,4 +124,4 @@ def test_what_no_process_could_do_is_said_before_any_starts(
     spec = spec_of(checkpoint, scenes, tmp_path, 2)
     half = spec.model_copy(update={"inference": spec.inference.model_copy(update={"precision": "float16"})})
     with pytest.raises(ConfigError, match="float16 on a CPU"):
-        inference(half, Screen.silent())
+        inference(half, Console.silent())

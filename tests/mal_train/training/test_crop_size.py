@@ -6,13 +6,13 @@ import torch
 from mal_train.commands.common import labeler_config, train_crop_size
 from mal_train.commands.train import build_network
 from mal_train.config.spec import load_spec
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.kernel.networks.network import MalNetwork
 
 
 @pytest.mark.parametrize(
-    ("overrides", "trained", "labelled"),
+    ("overrides", "trained", "labeled"),
     [
         ([], 512, 512),
         (["model.arch=vit-mae-huge/14"], 504, 504),
@@ -22,22 +22,22 @@ from mal_train.kernel.networks.network import MalNetwork
         (["dataset.crop_size=160", "dataset.test_crop_size=224"], 160, 224),
     ],
 )
-def test_a_crop_size_that_is_not_given_is_the_backbones_own(overrides: list[str], trained: int, labelled: int) -> None:
+def test_a_crop_size_that_is_not_given_is_the_backbones_own(overrides: list[str], trained: int, labeled: int) -> None:
     spec = load_spec(None, overrides)
-    assert (train_crop_size(spec), labeler_config(spec).crop_size) == (trained, labelled)
+    assert (train_crop_size(spec), labeler_config(spec).crop_size) == (trained, labeled)
 
 
 @pytest.mark.parametrize("field", ["crop_size", "test_crop_size"])
 def test_huge_refuses_a_given_crop_that_its_patches_do_not_fit_and_names_the_nearest(field: str) -> None:
     spec = load_spec(None, ["model.arch=vit-mae-huge/14", f"dataset.{field}=512"])
     with pytest.raises(ConfigError, match=r"crop_size: 512 px; vit-mae-huge/14 .* 14 px.*take 504 or 518"):
-        build_network(spec, None, None, Screen.silent())
+        build_network(spec, None, None, Console.silent())
 
 
 def test_huge_trains_with_its_own_crop() -> None:
     spec = load_spec(None, ["model.arch=vit-mae-huge/14"])
     with torch.device("meta"):
-        network, _ = build_network(spec, None, None, Screen.silent())
+        network, _ = build_network(spec, None, None, Console.silent())
         side = train_crop_size(spec)
         logits = network.student(torch.zeros(3, 3, side, side), torch.tensor([0, 1, 2], device="cpu"))
     assert isinstance(network, MalNetwork)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mal_train.commands.train import train
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.distributed.env import world_of
 from mal_train.training import module as training_module
 from mal_train.training.checkpoints import newest_checkpoint
@@ -45,7 +45,7 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_alone(
     capfd: pytest.CaptureFixture[str] = request.getfixturevalue("capfd")
     step = training_module.MalModule.training_step
 
-    def signalled(self: Any, batch: Any, batch_idx: int) -> Tensor:
+    def signaled(self: Any, batch: Any, batch_idx: int) -> Tensor:
         if self.global_step == 1 and self.ranks.rank == size - 1:
             os.killpg(0, number)
         return step(self, batch, batch_idx)
@@ -63,7 +63,7 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_alone(
 
     cut = overrides_of(scenes, tmp_path, "train.batch_size=1", "dataset.num_workers_per_gpu=2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_module.MalModule, "training_step", signalled)
+        patch.setattr(training_module.MalModule, "training_step", signaled)
         patch.setattr("mal_train.commands.train.world_of", in_one_group)
         assert train_together(cut, tmp_path, size) == [143 if number is signal.SIGTERM else 130] * size
     err = capfd.readouterr().err
@@ -149,7 +149,7 @@ def test_cudnn_is_set_as_the_spec_says_while_training_runs(
 
     monkeypatch.setattr(training_module.MalModule, "training_step", watched)
     switches = [f"train.cudnn.benchmark={benchmark}".lower(), f"train.cudnn.deterministic={deterministic}".lower()]
-    train(spec_of(scenes, tmp_path, "train.num_epochs=1", *switches), Screen.silent())
+    train(spec_of(scenes, tmp_path, "train.num_epochs=1", *switches), Console.silent())
     assert set(seen) == {(benchmark, deterministic)}
     assert (backend.benchmark, backend.deterministic) == before
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mal_train.commands.train import train
 from mal_train.config.spec import load_spec
 from mal_train.core.coco.annotations import read_coco
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset
 from mal_train.core.settings import Compat
 from mal_train.data.annotations import Supervision, TrainingBoxes, select_boxes
@@ -105,7 +105,7 @@ def test_training_learns_from_masks(supervision: str, tmp_path: Path, monkeypatc
     paths = [f"results_dir='{tmp_path}'", f"dataset.train_ann_path='{annotations}'"]
     paths += [f"dataset.train_img_dir='{images}'", "train.num_epochs=12", "train.lr=5e-4"]
     spec = load_spec(None, [*SMALL, *paths, f"train.supervision={supervision}", "train.checkpoint_interval=12"])
-    train(spec, Screen())
+    train(spec, Console())
     with (tmp_path / "train" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["loss_mask"]) for row in rows]

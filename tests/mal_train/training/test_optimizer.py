@@ -3,8 +3,8 @@ import torch
 
 from mal_train.core.settings import Branch
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
-from mal_train.training.ema import follow
-from mal_train.training.optimizer import OptimiserSettings, build_optimiser, freeze_stages, set_rate
+from mal_train.training.ema import update_ema
+from mal_train.training.optimizer import OptimizerSettings, build_optimizer, freeze_stages, set_rate
 
 
 @pytest.fixture
@@ -13,13 +13,13 @@ def network() -> MalNetwork:
     return MalNetwork(ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=8))
 
 
-def train_once(network: MalNetwork, settings: OptimiserSettings, rate: float = 1e-3) -> torch.optim.Optimizer:
-    optimiser = build_optimiser(network, settings)
-    set_rate(optimiser, rate)
+def train_once(network: MalNetwork, settings: OptimizerSettings, rate: float = 1e-3) -> torch.optim.Optimizer:
+    optimizer = build_optimizer(network, settings)
+    set_rate(optimizer, rate)
     loss = network.logits(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]), Branch.STUDENT).square().mean()
     loss.backward()  # type: ignore[no-untyped-call]
-    optimiser.step()
-    return optimiser
+    optimizer.step()
+    return optimizer
 
 
 def changed(before: dict[str, torch.Tensor], network: MalNetwork) -> set[str]:
@@ -31,16 +31,16 @@ def copied(network: MalNetwork) -> dict[str, torch.Tensor]:
 
 
 def test_heads_learn_at_their_own_rate(network: MalNetwork) -> None:
-    optimiser = build_optimiser(network, OptimiserSettings(head_lr_mult=5.0))
-    set_rate(optimiser, 2.0)
-    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    optimizer = build_optimizer(network, OptimizerSettings(head_lr_mult=5.0))
+    set_rate(optimizer, 2.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in network.student.named_parameters():
         assert rates[id(parameter)] == (2.0 if name.startswith("backbone.") else 10.0)
 
 
 def test_norms_and_biases_can_be_spared_the_decay(network: MalNetwork) -> None:
-    optimiser = build_optimiser(network, OptimiserSettings(weight_decay=0.1, decay_norm_bias=False))
-    decays = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    optimizer = build_optimizer(network, OptimizerSettings(weight_decay=0.1, decay_norm_bias=False))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for parameter in network.student.parameters():
         assert decays[id(parameter)] == (0.1 if parameter.ndim > 1 else 0.0)
 
@@ -48,7 +48,7 @@ def test_norms_and_biases_can_be_spared_the_decay(network: MalNetwork) -> None:
 def test_frozen_stages_stay_as_they_are(network: MalNetwork) -> None:
     assert freeze_stages(network, [0, 2, 99, -1]) == ["patch_embed", "blocks.1"]
     before = copied(network)
-    train_once(network, OptimiserSettings())
+    train_once(network, OptimizerSettings())
     names = changed(before, network)
     assert any(name.startswith("student.backbone.blocks.0.") for name in names)
     assert "student.backbone.cls_token" in names
@@ -57,14 +57,14 @@ def test_frozen_stages_stay_as_they_are(network: MalNetwork) -> None:
 
 def test_no_gradient_reaches_the_teacher(network: MalNetwork) -> None:
     before = copied(network)
-    train_once(network, OptimiserSettings())
+    train_once(network, OptimizerSettings())
     assert all(name.startswith("student.") for name in changed(before, network))
 
 
-def test_the_teacher_moves_a_little_towards_the_student(network: MalNetwork) -> None:
-    train_once(network, OptimiserSettings(), rate=0.1)
+def test_the_teacher_moves_a_little_toward_the_student(network: MalNetwork) -> None:
+    train_once(network, OptimizerSettings(), rate=0.1)
     before = [parameter.clone() for parameter in network.teacher.parameters()]
-    follow(network.teacher, network.student, 0.9)
+    update_ema(network.teacher, network.student, 0.9)
     for old, new, student in zip(before, network.teacher.parameters(), network.student.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * student.detach())
 
@@ -72,7 +72,7 @@ def test_the_teacher_moves_a_little_towards_the_student(network: MalNetwork) -> 
 def test_buffers_of_the_student_are_copied() -> None:
     student, teacher = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     student(torch.randn(8, 3))
-    follow(teacher, student, 0.996)
+    update_ema(teacher, student, 0.996)
     assert student.running_mean is not None
     assert teacher.running_mean is not None
     torch.testing.assert_close(teacher.running_mean, student.running_mean)

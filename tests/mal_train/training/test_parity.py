@@ -10,10 +10,10 @@ from torch import nn
 
 from mal_train.core.settings import Branch, Compat, network_branch
 from mal_train.kernel.convert.tao_import import from_tao
-from mal_train.kernel.networks.network import MalNetwork, normalise
+from mal_train.kernel.networks.network import MalNetwork, normalize
 from mal_train.losses.crf import MeanField
-from mal_train.training.ema import follow
-from mal_train.training.optimizer import OptimiserSettings, build_optimiser, set_rate
+from mal_train.training.ema import update_ema
+from mal_train.training.optimizer import OptimizerSettings, build_optimizer, set_rate
 from mal_train.training.schedule import CosineSchedule, ramp
 from mal_train.training.step import LossWeights, step_losses
 from tests.mal_train.kernel.published import NVLABS, TAO, state_dict
@@ -42,19 +42,19 @@ def test_the_teacher_follows_as_published() -> None:
         for count in (1, 3):
             student, teacher = (_linear(arrays, name) for name in ("student", "teacher"))
             for _ in range(count):
-                follow(teacher, student, float(momentum))
+                update_ema(teacher, student, float(momentum))
             for name, parameter in teacher.named_parameters():
                 wanted = torch.from_numpy(arrays[f"m{momentum}_n{count}_{name}"])
                 torch.testing.assert_close(parameter.data, wanted, rtol=0, atol=1e-6)
 
 
-def test_the_optimiser_has_the_published_group_and_settings() -> None:
+def test_the_optimizer_has_the_published_group_and_settings() -> None:
     published = json.loads(fixture("i_param_groups_vit_tiny.json").read_text())
     foreign = from_tao(state_dict(TAO), "det")
     network = MalNetwork(foreign.model)
-    optimiser = build_optimiser(network, OptimiserSettings())
-    assert len(optimiser.param_groups) == published["n_groups"] == 1
-    group = optimiser.param_groups[0]
+    optimizer = build_optimizer(network, OptimizerSettings())
+    assert len(optimizer.param_groups) == published["n_groups"] == 1
+    group = optimizer.param_groups[0]
     for name in ("betas", "eps", "weight_decay"):
         assert list(np.atleast_1d(group[name])) == list(np.atleast_1d(published["group0"][name]))
     # The published group also holds the teacher and the classifier, which get no gradient.
@@ -73,11 +73,11 @@ def test_training_steps_change_the_weights_as_published(name: str, layout: str, 
     network = MalNetwork(foreign.model)
     network.load_state_dict(foreign.weights)
     network.eval()
-    optimiser = build_optimiser(network, OptimiserSettings())
+    optimizer = build_optimizer(network, OptimizerSettings())
     schedule = CosineSchedule(2e-4, 4e-5, 1, 10)
     boxes = arrays["bboxes"]
     branch = torch.from_numpy(network_branch((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), Compat.TAO))
-    view = normalise(torch.from_numpy(arrays["image_u8"]))
+    view = normalize(torch.from_numpy(arrays["image_u8"]))
     box_mask = torch.from_numpy(arrays["mask"])[:, 0]
 
     for k in range(2 if "step1_loss" in arrays else 1):
@@ -101,11 +101,11 @@ def test_training_steps_change_the_weights_as_published(name: str, layout: str, 
         assert rate == pytest.approx(float(arrays[f"step{k}_lr"]), rel=1e-12)
         after = schedule.at_step(step + 1, STEPS_PER_EPOCH, Compat.TAO)
         assert after == pytest.approx(float(arrays[f"step{k}_lr_after"]), rel=1e-12)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         losses.total.backward()  # type: ignore[no-untyped-call]
-        set_rate(optimiser, rate)
-        optimiser.step()
-        follow(network.teacher, network.student, 0.996)
+        set_rate(optimizer, rate)
+        optimizer.step()
+        update_ema(network.teacher, network.student, 0.996)
         _check_parameters(network, arrays, k, ON_A_KINK if (name, k) == ("nv_s45", 1) else CLOSE)
 
 

@@ -11,7 +11,7 @@ import torch
 from mal_train.commands.train import train
 from mal_train.config.spec import load_spec
 from mal_train.core.coco.annotations import read_coco
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.masks import rle
 from mal_train.core.settings import Compat
 from mal_train.data.annotations import TrainingBoxes, guess_weight, select_boxes
@@ -19,7 +19,7 @@ from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataset, collate
 from mal_train.losses.crf import MeanField
 from mal_train.losses.mask import mask_loss
-from mal_train.training.step import LossWeights, StepLosses, guessed_losses, step_losses
+from mal_train.training.step import LossWeights, StepLosses, pseudo_label_losses, step_losses
 from tests.mal_train.training.runs import SMALL
 from tests.scenes import write_scenes
 
@@ -98,7 +98,7 @@ def test_guesses_add_to_the_loss_of_all_boxes_each_by_its_weight() -> None:
     boxes = StepLosses(*(torch.tensor(value) for value in (5.0, 2.0, 3.0, 0.0, 0.0)))
     mask = torch.zeros(2, 8, 8)
     mask[:, 2:6, 2:6] = 1
-    both = guessed_losses(
+    both = pseudo_label_losses(
         logits, mask, torch.tensor([0, 2]), mask_weight_M=torch.tensor([1.5, 0.5]), weight=4.0, boxes=boxes
     )
     each = mask_loss(logits[[0, 2], 0], mask)
@@ -143,7 +143,7 @@ def test_a_loss_of_weight_zero_makes_no_nan_of_a_logit_that_overflowed() -> None
     assert torch.isfinite(gradient).all()
 
 
-def test_a_second_round_trains_from_a_labelled_file(tmp_path: Path) -> None:
+def test_a_second_round_trains_from_a_labeled_file(tmp_path: Path) -> None:
     annotations, images = write_scenes(tmp_path, change=scored)
     spec = load_spec(
         None,
@@ -156,7 +156,7 @@ def test_a_second_round_trains_from_a_labelled_file(tmp_path: Path) -> None:
             "train.loss_crf_weight=0",
         ],
     )
-    result = train(spec, Screen())
+    result = train(spec, Console())
     assert result.checkpoint.is_file()
     lines = (tmp_path / "out" / "train" / "metrics.csv").read_text().splitlines()
     columns = lines[0].split(",")

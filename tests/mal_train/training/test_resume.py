@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mal_train.commands.train import train
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, sha256_of
 from mal_train.training.checkpoints import LATEST
 from tests.mal_train.training.runs import assert_same, plain_mean_field, spec_of
@@ -25,7 +25,7 @@ def _plain_mean_field(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state_of(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of student and teacher, and the optimiser's moments."""
+    """Weights of student and teacher, and the optimizer's moments."""
     checkpoint = load_checkpoint(path, None)
     assert checkpoint.training is not None
     moments = {
@@ -52,7 +52,7 @@ def test_going_on_at_a_random_step_is_as_if_never_stopped(count: int, accumulate
     by_step = ("train.checkpoint_interval_unit=step", "train.checkpoint_interval=1")
     # Pictures of a validation take longer than the steps: in the long form only, that nothing of theirs is left behind.
     validated = count > 4
-    train(spec_of(scenes, tmp_path / "whole", *common, *by_step, validate=validated), Screen.silent())
+    train(spec_of(scenes, tmp_path / "whole", *common, *by_step, validate=validated), Console.silent())
     files = sorted(path for path in (tmp_path / "whole" / "train").glob("model_*"))
     steps = EPOCHS * -(-9 // accumulate)
     assert len(files) == steps
@@ -61,7 +61,7 @@ def test_going_on_at_a_random_step_is_as_if_never_stopped(count: int, accumulate
     same = 0
     for stop in stops:
         resume = f"train.resume_training_checkpoint_path='{files[stop]}'"
-        again = train(spec_of(scenes, tmp_path / str(stop), *common, resume, validate=validated), Screen.silent())
+        again = train(spec_of(scenes, tmp_path / str(stop), *common, resume, validate=validated), Console.silent())
         assert again.checkpoint.name == files[-1].name
         assert (tmp_path / str(stop) / "train" / LATEST).exists()
         assert_same(expected, state_of(again.checkpoint))
@@ -72,7 +72,7 @@ def test_going_on_at_a_random_step_is_as_if_never_stopped(count: int, accumulate
     assert same == count
 
 
-class WatchedScreen(Screen):
+class WatchedScreen(Console):
     """Notes where bars begin and how far they come."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ def test_the_bar_of_a_run_that_goes_on_begins_where_the_other_stopped(stop: int,
     scenes = {"train": write_scenes(tmp_path / "train", images=3, masks=False, seed=1)}
     common = ("train.batch_size=2", "train.num_epochs=3")
     by_step = ("train.checkpoint_interval=1", "train.checkpoint_interval_unit=step")
-    train(spec_of(scenes, tmp_path / "whole", *common, *by_step), Screen.silent())
+    train(spec_of(scenes, tmp_path / "whole", *common, *by_step), Console.silent())
     (file,) = (tmp_path / "whole" / "train").glob(f"model_*_step_{stop:05}.malckpt")
     screen = WatchedScreen()
     resume = f"train.resume_training_checkpoint_path='{file}'"
@@ -110,7 +110,7 @@ def test_steps_between_checkpoints_count_over_epochs(tmp_path: Path) -> None:
         "train.checkpoint_interval=4",
         "train.checkpoint_interval_unit=step",
     )
-    train(spec, Screen.silent())
+    train(spec, Console.silent())
     names = sorted(path.name for path in (tmp_path / "train").glob("model_*"))
     # Three steps an epoch: inside the second one, and at the end.
     assert names == [
@@ -123,12 +123,12 @@ def test_steps_between_checkpoints_count_over_epochs(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_still_tells_what_it_started_from(tmp_path: Path) -> None:
     scenes = {"train": write_scenes(tmp_path / "train", images=2, masks=False, seed=1)}
     by_step = ("train.checkpoint_interval=1", "train.checkpoint_interval_unit=step")
-    donor = train(spec_of(scenes, tmp_path / "donor", "train.num_epochs=1"), Screen.silent()).checkpoint
+    donor = train(spec_of(scenes, tmp_path / "donor", "train.num_epochs=1"), Console.silent()).checkpoint
     start = f"train.pretrained_model_path='{donor}'"
-    train(spec_of(scenes, tmp_path / "whole", "train.num_epochs=2", *by_step, start), Screen.silent())
+    train(spec_of(scenes, tmp_path / "whole", "train.num_epochs=2", *by_step, start), Console.silent())
     (file,) = (tmp_path / "whole" / "train").glob("model_*_step_00001.malckpt")
     resume = f"train.resume_training_checkpoint_path='{file}'"
-    rest = train(spec_of(scenes, tmp_path / "rest", "train.num_epochs=2", resume), Screen.silent()).checkpoint
+    rest = train(spec_of(scenes, tmp_path / "rest", "train.num_epochs=2", resume), Console.silent()).checkpoint
     told = load_checkpoint(rest, None).provenance
     assert (told["starting_weights"], told["steps"]) == (donor.name, 2)
     assert [(step["starting_weights"], step["sha256"]) for step in told["lineage"]] == [("random", sha256_of(donor))]

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import OutputError
 from mal_train.training.progress import Progress
 from mal_train.training.run_files import METRIC_COLUMNS, MetricsFile, StatusFile
@@ -48,7 +48,7 @@ class Clock:
 
 def test_without_a_terminal_a_line_comes_now_and_then_with_rate_and_time_left() -> None:
     stream, clock = io.StringIO(), Clock()
-    progress = Progress(Screen(stream), clock)
+    progress = Progress(Console(stream), clock)
     trainer: Any = SimpleNamespace(num_training_batches=100, max_epochs=2, current_epoch=0)
     module: Any = SimpleNamespace()
     progress.on_train_start(trainer, module)
@@ -64,7 +64,7 @@ def test_without_a_terminal_a_line_comes_now_and_then_with_rate_and_time_left() 
 
 def test_a_run_that_goes_on_amid_an_epoch_counts_from_there() -> None:
     stream, clock = io.StringIO(), Clock()
-    progress = Progress(Screen(stream), clock)
+    progress = Progress(Console(stream), clock)
     trainer: Any = SimpleNamespace(num_training_batches=100, max_epochs=3, current_epoch=1)
     progress.on_train_start(trainer, module := cast(Any, SimpleNamespace()))
     for batch in range(40, 57):

@@ -24,7 +24,7 @@ from mal_train.commands.train import TrainResult, train
 from mal_train.commands.training_report import failures_by_category
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import read_coco
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, MalError, NonFiniteTraining, OutOfDeviceMemory, OutputError
 from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator
@@ -55,7 +55,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
 
 
 def run(spec: Spec) -> TrainResult:
-    return train(spec, Screen())
+    return train(spec, Console())
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,10 @@ def test_every_validation_leaves_a_board_of_its_worst_masks(watched: Path) -> No
     assert boards == ["epoch_001.png", "epoch_002.png", "epoch_003.png"]
     with Image.open(watched / "boards" / "epoch_003.png") as board:
         sheet = np.asarray(board)
-    # Four pictures in one row, each with the mask's colour and the box's.
+    # Four pictures in one row, each with the mask's color and the box's.
     assert sheet.shape == (248, 830, 3)
-    for colour in ((64, 224, 255), (255, 214, 0)):
-        assert (np.abs(sheet.astype(int) - colour).sum(axis=2) < 30).any()
+    for color in ((64, 224, 255), (255, 214, 0)):
+        assert (np.abs(sheet.astype(int) - color).sum(axis=2) < 30).any()
 
 
 def test_tensorboard_shows_the_same_figures_as_the_csv_and_the_boards(watched: Path) -> None:
@@ -113,7 +113,7 @@ def test_the_page_at_the_end_stands_alone_and_holds_every_section(watched: Path)
     ]
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "<script" not in page
-    assert "licence of the starting weights" in page
+    assert "license of the starting weights" in page
     assert page.count("<polyline") >= 6
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures) == 12

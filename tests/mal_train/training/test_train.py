@@ -14,7 +14,7 @@ from torch import Tensor
 from mal_train.commands.common import task_folder
 from mal_train.commands.train import TrainResult, train
 from mal_train.config.spec import Spec
-from mal_train.core.console import Screen
+from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, NonFiniteTraining, OutputError, Truncated, WrongKey
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import generate_identity, parse_key, write_identity
@@ -39,7 +39,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
 
 
 def run(spec: Spec) -> TrainResult:
-    return train(spec, Screen())
+    return train(spec, Console())
 
 
 def rows(results: Path) -> list[dict[str, str]]:

@@ -16,23 +16,31 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from mal_client.client import Client
-from mal_client.dataset.journal import Ledger
+from mal_client.dataset.journal import Journal
 from mal_client.dataset.provenance import provenance_of
 from mal_client.integrations.cvat.mask_encoding import mask_points
-from mal_client.integrations.cvat.task_plan import Json, LabelMap, Plan, Refusal, Target, first_free_group, make_plan
+from mal_client.integrations.cvat.task_plan import (
+    Json,
+    LabelMap,
+    SkippedShape,
+    Target,
+    TaskPlan,
+    first_free_group,
+    make_plan,
+)
 from mal_client.types import BoxLabel, LabelOptions, Progress
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.errors import BadImage, InputError
 from mal_train.core.masks.images import read_header
 
 FRAMES_AT_ONCE: Final = 4
-"""Frames that are fetched and labelled side by side."""
+"""Frames that are fetched and labeled side by side."""
 
 MASKS_A_CALL: Final = 50
 """Masks of one call to CVAT, whose own work a call is mostly."""
 
 
-class Site(Protocol):
+class CvatClient(Protocol):
     """A task on a CVAT server. `name` tells it from all others."""
 
     @property
@@ -78,15 +86,15 @@ class JobResult:
             else was at work on the task.
     """
 
-    plan: Plan
+    plan: TaskPlan
     written: int = 0
     already: int = 0
-    refusals: list[Refusal] = field(default_factory=list)
+    refusals: list[SkippedShape] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
 
 def label_task(
-    site: Site,
+    site: CvatClient,
     client: Client,
     ledger_file: Path,
     options: LabelOptions,
@@ -101,7 +109,7 @@ def label_task(
         ConfigError: the ledger is that of another job, or a label name is unknown.
         RequestRefused: the server does not serve what the options ask for.
         OutputError: the ledger cannot be written, or another run is at work on it.
-        ClientError: the labelling server was lost; what was done stays done.
+        ClientError: the labeling server was lost; what was done stays done.
     """
     before = site.annotations()
     kept = ledger_file.with_name(f"{ledger_file.name}.before.json")
@@ -111,7 +119,7 @@ def label_task(
     made_by = provenance_of(client.server_info().for_options(options), options)
     manifest = {"task": site.name, "rectangles": plan.digest(), **made_by}
     result = JobResult(plan, refusals=list(plan.refusals))
-    with Ledger(ledger_file, len(plan.targets), manifest, restart=restart) as ledger:
+    with Journal(ledger_file, len(plan.targets), manifest, restart=restart) as ledger:
         if not kept.exists() or restart:
             write_json_atomic(kept, before)
         _Run(site, client, ledger, options=options, result=result, before=before).work(on_progress)
@@ -119,7 +127,7 @@ def label_task(
     return result
 
 
-def plan_of(site: Site, annotations: Json, renamed: Mapping[str, str] | None, first_group: int) -> Plan:
+def plan_of(site: CvatClient, annotations: Json, renamed: Mapping[str, str] | None, first_group: int) -> TaskPlan:
     """What a task asks for; changes nothing."""
     return make_plan(annotations, LabelMap(site.labels(), renamed or {}), site.deleted_frames(), first_group)
 
@@ -127,9 +135,9 @@ def plan_of(site: Site, annotations: Json, renamed: Mapping[str, str] | None, fi
 class _Run:
     def __init__(
         self,
-        site: Site,
+        site: CvatClient,
         client: Client,
-        ledger: Ledger,
+        ledger: Journal,
         *,
         options: LabelOptions,
         result: JobResult,
@@ -194,7 +202,7 @@ class _Run:
         fresh: dict[int, dict[str, Any]] = {}
         for at, target, answer in answers:
             if isinstance(answer, str):
-                self._result.refusals.append(Refusal(target.key, target.frame, answer))
+                self._result.refusals.append(SkippedShape(target.key, target.frame, answer))
                 fresh[at] = {"failed": answer}
             elif "sent" in answer or _identity(answer) in self._there:
                 self._result.already += 1

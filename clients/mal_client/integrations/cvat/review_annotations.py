@@ -1,4 +1,4 @@
-"""The worst masks of a labelled file for CVAT: a list of pictures, labels, and annotations in "CVAT for images 1.1"."""
+"""The worst masks of a labeled file for CVAT: a list of pictures, labels, and annotations in "CVAT for images 1.1"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from mal_client.images.image_files import ImageFiles
 from mal_client.integrations.cvat.mask_encoding import mask_points
-from mal_client.review.queue import QueueItem, by_picture, frame_size
+from mal_client.review.queue import QueueItem, by_image, frame_size
 from mal_train.core.atomic_io import write_text
 from mal_train.core.masks.rle import area
 
@@ -27,7 +27,7 @@ def review_xml(items: Sequence[QueueItem], names: Mapping[object, str], files: I
     """
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
-    for at, (name, rows) in enumerate(by_picture(items).items()):
+    for at, (name, rows) in enumerate(by_image(items).items()):
         width, height = frame_size(rows[0], files)
         size = {"width": str(width), "height": str(height)}
         image = ElementTree.SubElement(root, "image", {"id": str(at), "name": name, **size})
@@ -45,7 +45,7 @@ def write_review_annotations(
     write_text(folder / "annotations.xml", review_xml(items, names, files))
     labels = [{"name": name, "type": "any", "attributes": []} for name in sorted(set(names.values()))]
     write_text(folder / "labels.json", json.dumps(labels, indent=1) + "\n")
-    write_text(folder / "images.txt", "".join(f"{files.path(name)}\n" for name in by_picture(items)))
+    write_text(folder / "images.txt", "".join(f"{files.path(name)}\n" for name in by_image(items)))
 
 
 def _add(image: ElementTree.Element, item: QueueItem, label: str, size_wh: tuple[int, int]) -> None:

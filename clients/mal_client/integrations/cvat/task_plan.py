@@ -36,7 +36,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class SkippedShape:
     """A rectangle that gets no mask, and why."""
 
     key: str
@@ -45,7 +45,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """Everything that a task asks for.
 
     Attributes:
@@ -55,7 +55,7 @@ class Plan:
     """
 
     targets: tuple[Target, ...]
-    refusals: tuple[Refusal, ...]
+    refusals: tuple[SkippedShape, ...]
     other: int
 
     def digest(self) -> str:
@@ -115,7 +115,7 @@ def first_free_group(annotations: Mapping[str, Any]) -> int:
 
 def make_plan(
     annotations: Mapping[str, Any], labels: LabelMap, deleted_frames: Collection[int], first_group: int
-) -> Plan:
+) -> TaskPlan:
     """What the annotations of a task ask for.
 
     Rectangles of tracks count on their key frames, where somebody placed them, and not while they are outside. CVAT
@@ -123,7 +123,7 @@ def make_plan(
     """
     shapes, tracks = annotations.get("shapes", []), annotations.get("tracks", [])
     targets: list[Target] = []
-    refusals: list[Refusal] = []
+    refusals: list[SkippedShape] = []
     other = len(annotations.get("tags", []))
     rows = [*_of_shapes(shapes), *_of_tracks(tracks, first_group)]
     for key, row in rows:
@@ -133,7 +133,7 @@ def make_plan(
         reason = _refusal(row, deleted_frames)
         label = labels.mask_label(row["label_id"])
         if reason is not None or isinstance(label, str):
-            refusals.append(Refusal(key, row["frame"], reason if reason is not None else str(label)))
+            refusals.append(SkippedShape(key, row["frame"], reason if reason is not None else str(label)))
             continue
         x0, y0, x1, y1 = map(float, row["points"])
         shape = {
@@ -148,7 +148,7 @@ def make_plan(
         }
         targets.append(Target(key, row["frame"], (x0, y0, x1 - x0, y1 - y0), shape))
     targets.sort(key=lambda target: target.frame)
-    return Plan(tuple(targets), tuple(refusals), other)
+    return TaskPlan(tuple(targets), tuple(refusals), other)
 
 
 def _of_shapes(shapes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Json]]:

@@ -94,10 +94,10 @@ class _Backend:
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def health(self, _: web.Request) -> web.StreamResponse:
-        """Whether the labelling server answers."""
+        """Whether the labeling server answers."""
         version = await self._version_in_time()
         if version is None:
-            return web.json_response({"error": "the labelling server does not answer"}, status=503)
+            return web.json_response({"error": "the labeling server does not answer"}, status=503)
         return web.json_response({"status": "UP", "model_class": "MaskAutoLabeler", "model_version": version})
 
     async def setup(self, request: web.Request) -> web.StreamResponse:

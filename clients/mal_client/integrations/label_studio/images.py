@@ -31,7 +31,7 @@ MOST_REDIRECTS: Final = 5
 """Label Studio sends one for a picture of a storage, to that storage's address."""
 
 
-class Pictures:
+class ImageFetcher:
     """Pictures by the address that a task holds. Usable from several threads; close it at the end.
 
     Args:

@@ -1,4 +1,4 @@
-"""Reads a project's labelling configuration: where boxes are drawn, where masks go, which field holds the picture."""
+"""Reads a project's labeling configuration: where boxes are drawn, where masks go, which field holds the picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MASKS: Final = {"BrushLabels": "brushlabels", "PolygonLabels": "polygonlabels"}
 
 @dataclass(frozen=True)
 class Control:
-    """A tool of the labelling page.
+    """A tool of the labeling page.
 
     Attributes:
         name: as regions refer to it (`from_name`).
@@ -33,7 +33,7 @@ class Control:
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """What of a labelling configuration concerns boxes and masks.
+    """What of a labeling configuration concerns boxes and masks.
 
     Attributes:
         boxes: tools that draw boxes, by name.
@@ -56,7 +56,7 @@ class LabelConfig:
         tool = self.masks.get(to_name)
         if tool is None:
             raise ConfigError(
-                f"labelling configuration: nothing takes masks of the picture {to_name!r}; add "
+                f"labeling configuration: nothing takes masks of the picture {to_name!r}; add "
                 f'<BrushLabels name="mask" toName="{to_name}"> with the classes of the boxes'
             )
         known = tuple(label for label in labels if label in tool.labels)
@@ -65,7 +65,7 @@ class LabelConfig:
         if not known:
             shown = ", ".join(labels) or "a box without a label"
             raise ConfigError(
-                f"labelling configuration: {tool.name!r} does not offer {shown}; its labels are "
+                f"labeling configuration: {tool.name!r} does not offer {shown}; its labels are "
                 f"{', '.join(tool.labels) or 'none'}; give it those of the boxes"
             )
         return tool, known
@@ -80,7 +80,7 @@ def read_label_config(xml: str) -> LabelConfig:
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
-        raise ConfigError(f"labelling configuration: not readable as XML ({error})") from None
+        raise ConfigError(f"labeling configuration: not readable as XML ({error})") from None
     pictures = {
         tag.get("name", ""): tag.get("value", "").removeprefix("$")
         for tag in root.iter("Image")
@@ -92,7 +92,7 @@ def read_label_config(xml: str) -> LabelConfig:
         masks.setdefault(control.to_name, control)
     if not boxes:
         raise ConfigError(
-            "labelling configuration: no boxes are drawn on a picture in it; it needs <Image> with "
+            "labeling configuration: no boxes are drawn on a picture in it; it needs <Image> with "
             'value="$..." and <RectangleLabels> with its toName'
         )
     return LabelConfig(boxes, masks, pictures)

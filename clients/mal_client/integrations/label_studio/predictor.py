@@ -24,12 +24,12 @@ from mal_train.core.errors import ConfigError, InputError
 from mal_train.core.masks.images import read_header
 
 TASKS_AT_ONCE: Final = 4
-"""Tasks of one request that are labelled side by side, so that their boxes may share batches on the server."""
+"""Tasks of one request that are labeled side by side, so that their boxes may share batches on the server."""
 
 _log = logging.getLogger("mal_client.label_studio")
 
 
-class PictureSource(Protocol):
+class ImageSource(Protocol):
     """Where the pictures of tasks come from."""
 
     def read(self, address: str) -> bytes:
@@ -54,16 +54,16 @@ class TaskAnswer:
 
 
 class Predictor:
-    """Answers prediction requests with one labelling server.
+    """Answers prediction requests with one labeling server.
 
     Args:
-        client: of the labelling server.
+        client: of the labeling server.
         pictures: where the tasks' pictures come from.
         options: how boxes become masks.
         tolerance_px: see `regions.mask_regions`.
     """
 
-    def __init__(self, client: Client, pictures: PictureSource, options: LabelOptions, *, tolerance_px: float) -> None:
+    def __init__(self, client: Client, pictures: ImageSource, options: LabelOptions, *, tolerance_px: float) -> None:
         self._client = client
         self._pictures = pictures
         self._options = options
@@ -80,7 +80,7 @@ class Predictor:
         Raises:
             ConfigError: the project's configuration has no place for boxes or masks.
             InputError: the request is not one of Label Studio's.
-            ClientError: the labelling server is not there.
+            ClientError: the labeling server is not there.
         """
         config = read_label_config(str(request.get("label_config", "")))
         tasks = request.get("tasks")

@@ -1,4 +1,4 @@
-"""The worst masks of a labelled file as tasks for Label Studio: a picture each, boxes and masks as its prediction."""
+"""The worst masks of a labeled file as tasks for Label Studio: a picture each, boxes and masks as its prediction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xml.sax.saxutils import quoteattr
 from mal_client.images.image_files import ImageFiles
 from mal_client.integrations.label_studio.brush import encode_brush
 from mal_client.integrations.label_studio.regions import Json, percent_of_box
-from mal_client.review.queue import QueueItem, by_picture, frame_size
+from mal_client.review.queue import QueueItem, by_image, frame_size
 from mal_train.core.atomic_io import write_text
 
 BOX_TOOL: Final = "box"
@@ -20,7 +20,7 @@ PICTURE: Final = "image"
 
 
 def review_config(names: Sequence[str]) -> str:
-    """A labelling configuration that takes the tasks: boxes, and brushes that edit the masks.
+    """A labeling configuration that takes the tasks: boxes, and brushes that edit the masks.
 
     >>> "<Label value='cup'/>" in review_config(["cup"]).replace('"', "'")
     True
@@ -47,7 +47,7 @@ def review_tasks(
     Raises:
         BadImage: a picture whose size neither the file nor the folder tells.
     """
-    return [_task(rows, names, files, f"{picture_prefix}{name}") for name, rows in by_picture(items).items()]
+    return [_task(rows, names, files, f"{picture_prefix}{name}") for name, rows in by_image(items).items()]
 
 
 def write_review_tasks(

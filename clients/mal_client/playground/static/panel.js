@@ -84,7 +84,7 @@ export class Panel {
     const line = byId("server");
     const text = server
       ? `${server.address} · ${server.model.name} · ${server.arch} · ${server.devices.join(", ")}`
-      : "No labelling server";
+      : "No labeling server";
     if (line.textContent === text) return;
     line.textContent = text;
     line.title = server ? `checkpoint ${server.model.checkpoint_sha256}\nscore: ${server.score_meaning}` : "";
@@ -182,12 +182,12 @@ export class Panel {
   #fillRow(row, image, box) {
     const state = this.#session.state(image, box);
     row.button.setAttribute("aria-pressed", String(image.selected === box.id));
-    const shown = JSON.stringify([state, box.number, box.category, box.colour, box.threshold, state === "labelled" ? brief(box.answer) : box.fault]);
+    const shown = JSON.stringify([state, box.number, box.category, box.color, box.threshold, state === "labeled" ? brief(box.answer) : box.fault]);
     if (row.shown === shown) return;
     row.shown = shown;
     row.item.dataset.state = state;
     const swatch = element("span", "swatch");
-    swatch.style.background = `rgb(${box.colour.join(" ")})`;
+    swatch.style.background = `rgb(${box.color.join(" ")})`;
     row.button.replaceChildren(swatch, element("span", "name", `${box.number} · ${box.category}`), ...this.#chips(state, box));
     row.item.querySelector(".fault")?.remove();
     if (state === "failed") row.item.append(this.#fault(box));
@@ -222,9 +222,9 @@ export class Panel {
 
   #summary(image) {
     if (image === null || !image.boxes.length) return "No boxes yet.";
-    const count = { labelled: 0, failed: 0, waiting: 0 };
+    const count = { labeled: 0, failed: 0, waiting: 0 };
     image.boxes.forEach((box) => count[this.#session.state(image, box)]++);
-    const parts = [`${count.labelled} of ${image.boxes.length} with a mask`];
+    const parts = [`${count.labeled} of ${image.boxes.length} with a mask`];
     if (count.waiting) parts.push(`${count.waiting} waiting`);
     if (count.failed) parts.push(`${count.failed} failed`);
     return parts.join(" · ");

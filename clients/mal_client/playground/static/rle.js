@@ -43,25 +43,25 @@ export function maskRegion(rle, maskBox) {
 const LARGEST_LAYER = 8_000_000;
 const TINT = 105;
 
-/** A canvas with the mask in a colour [r, g, b], its rim opaque, and where to draw it; masks that are huge lose detail. */
-export function maskLayer(region, colour) {
+/** A canvas with the mask in a color [r, g, b], its rim opaque, and where to draw it; masks that are huge lose detail. */
+export function maskLayer(region, color) {
   const step = Math.ceil(Math.sqrt((region.width * region.height) / LARGEST_LAYER));
   const width = Math.ceil(region.width / step);
   const height = Math.ceil(region.height / step);
   const isMask = (column, row) =>
     column >= 0 && row >= 0 && column < width && row < height && region.bits[row * step * region.width + column * step];
-  const pixels = new ImageData(width, height);
+  const pixels = new Imagedata(width, height);
   for (let row = 0; row < height; row++) {
     for (let column = 0; column < width; column++) {
       if (!isMask(column, row)) continue;
       const isInner =
         isMask(column - 1, row) && isMask(column + 1, row) && isMask(column, row - 1) && isMask(column, row + 1);
-      pixels.data.set([...colour, isInner ? TINT : 255], 4 * (row * width + column));
+      pixels.data.set([...color, isInner ? TINT : 255], 4 * (row * width + column));
     }
   }
   const canvas = document.createElement("canvas");
   canvas.width = width;
   canvas.height = height;
-  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  canvas.getContext("2d").putImagedata(pixels, 0, 0);
   return { canvas, x: region.x, y: region.y, width: width * step, height: height * step };
 }

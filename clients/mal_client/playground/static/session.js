@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import { sameBox } from "./geometry.js";
 import { maskLayer, maskRegion } from "./rle.js";
 
-/** Colours that are far apart for colour-blind readers too (Okabe and Ito). */
+/** Colors that are far apart for color-blind readers too (Okabe and Ito). */
 export const PALETTE = [
   [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167],
 ];
@@ -149,7 +149,7 @@ export class Session extends EventTarget {
   addBox(rect) {
     this.remember();
     const number = this.#nextBox++;
-    const box = { id: `b${number}`, number: 0, colour: PALETTE[(number - 1) % PALETTE.length], rect, category: this.category, threshold: null };
+    const box = { id: `b${number}`, number: 0, color: PALETTE[(number - 1) % PALETTE.length], rect, category: this.category, threshold: null };
     this.current.boxes.push(box);
     this.current.selected = box.id;
     this.#edited();
@@ -242,10 +242,10 @@ export class Session extends EventTarget {
     return JSON.stringify([image.sha256, box.rect, model, branch, flip, agreement, box.threshold ?? image.threshold]);
   }
 
-  /** "labelled", "failed" or "waiting"; a waiting box may still show the mask that it had. */
+  /** "labeled", "failed" or "waiting"; a waiting box may still show the mask that it had. */
   state(image, box) {
     const key = this.#key(image, box);
-    if (box.answer && box.answerKey === key) return "labelled";
+    if (box.answer && box.answerKey === key) return "labeled";
     return box.faultKey === key ? "failed" : "waiting";
   }
 
@@ -254,7 +254,7 @@ export class Session extends EventTarget {
     image.timer = setTimeout(() => this.#relabel(image), delay);
   }
 
-  /** Labels again what could not be labelled. */
+  /** Labels again what could not be labeled. */
   retry() {
     for (const image of this.images) {
       image.boxes.forEach((box) => (box.faultKey = null));
@@ -369,7 +369,7 @@ export class Session extends EventTarget {
   async coco() {
     const annotations = this.images.flatMap((image, at) =>
       image.boxes.map((box) => {
-        const answer = { labelled: box.answer, failed: { error: box.fault } }[this.state(image, box)] ?? null;
+        const answer = { labeled: box.answer, failed: { error: box.fault } }[this.state(image, box)] ?? null;
         const threshold = box.threshold ?? image.threshold;
         return { image: at, box: box.rect, category: box.category, threshold, answer };
       }),
@@ -390,7 +390,7 @@ export class Session extends EventTarget {
 }
 
 function snapshot(image) {
-  const boxes = image.boxes.map(({ id, colour, rect, category, threshold }) => ({ id, colour, rect, category, threshold }));
+  const boxes = image.boxes.map(({ id, color, rect, category, threshold }) => ({ id, color, rect, category, threshold }));
   return { boxes, selected: image.selected };
 }
 
@@ -398,7 +398,7 @@ function snapshot(image) {
 function take(box, key, answer) {
   if (box.answer !== answer) {
     const region = maskRegion(answer.rle, answer.mask_box);
-    box.layer = region && maskLayer(region, box.colour);
+    box.layer = region && maskLayer(region, box.color);
   }
   Object.assign(box, { answer, answerKey: key, fault: null, faultKey: null });
 }

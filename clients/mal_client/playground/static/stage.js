@@ -173,7 +173,7 @@ export class Stage {
       // A box that failed has no mask; the one that it had before is of another question.
       if (!box.layer || state === "failed") continue;
       const { canvas, x, y, width, height } = box.layer;
-      context.globalAlpha = state === "labelled" ? 1 : 0.4;
+      context.globalAlpha = state === "labeled" ? 1 : 0.4;
       context.drawImage(canvas, corner.x + x * scale, corner.y + y * scale, width * scale, height * scale);
     }
     context.globalAlpha = 1;
@@ -182,15 +182,15 @@ export class Stage {
   #drawBoxes(image, corner, scale) {
     image.boxes.forEach((box, at) => {
       const isSelected = box.id === image.selected;
-      const colour = `rgb(${box.colour.join(" ")})`;
-      const isDashed = this.#session.state(image, box) !== "labelled";
-      this.#drawRect(box.rect, corner, scale, colour, { isDashed, isThick: isSelected });
-      this.#drawNumber(String(at + 1), box, corner, scale, colour);
+      const color = `rgb(${box.color.join(" ")})`;
+      const isDashed = this.#session.state(image, box) !== "labeled";
+      this.#drawRect(box.rect, corner, scale, color, { isDashed, isThick: isSelected });
+      this.#drawNumber(String(at + 1), box, corner, scale, color);
       if (isSelected) this.#drawHandles(box.rect, corner, scale);
     });
   }
 
-  #drawRect([x, y, w, h], corner, scale, colour, { isDashed = false, isThick = false } = {}) {
+  #drawRect([x, y, w, h], corner, scale, color, { isDashed = false, isThick = false } = {}) {
     const context = this.#context;
     const at = [corner.x + x * scale, corner.y + y * scale, w * scale, h * scale];
     context.lineWidth = isThick ? 5 : 3.5;
@@ -199,12 +199,12 @@ export class Stage {
     context.strokeRect(...at);
     context.lineWidth = isThick ? 2.5 : 1.5;
     context.setLineDash(isDashed ? [6, 4] : []);
-    context.strokeStyle = colour;
+    context.strokeStyle = color;
     context.strokeRect(...at);
     context.setLineDash([]);
   }
 
-  #drawNumber(text, box, corner, scale, colour) {
+  #drawNumber(text, box, corner, scale, color) {
     const context = this.#context;
     const [x, y] = [corner.x + box.rect[0] * scale, corner.y + box.rect[1] * scale];
     context.font = "600 12px system-ui, sans-serif";
@@ -213,7 +213,7 @@ export class Stage {
     const top = y >= 18 ? y - 18 : y;
     context.fillStyle = "rgb(0 0 0 / .8)";
     context.fillRect(x - 1, top, width + 4, 18);
-    context.fillStyle = colour;
+    context.fillStyle = color;
     context.fillRect(x - 1, top, 4, 18);
     context.fillStyle = "#fff";
     context.fillText(text, x + 7, top + 13);

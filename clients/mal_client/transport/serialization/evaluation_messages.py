@@ -1,4 +1,4 @@
-"""Evaluation messages to the client's own types and back. What they share with labelling stands in `codec`."""
+"""Evaluation messages to the client's own types and back. What they share with labeling stands in `codec`."""
 
 from __future__ import annotations
 

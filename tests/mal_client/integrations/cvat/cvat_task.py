@@ -17,7 +17,7 @@ LABELS: list[Json] = [
         "type": "any",
         "color": "#fa3253",
         "attributes": [
-            {"id": 1, "name": "colour", "mutable": False, "input_type": "text", "default_value": "", "values": [""]}
+            {"id": 1, "name": "color", "mutable": False, "input_type": "text", "default_value": "", "values": [""]}
         ],
         "sublabels": [],
     },
@@ -28,7 +28,7 @@ LABELS: list[Json] = [
         "type": "mask",
         "color": "#34d1b7",
         "attributes": [
-            {"id": 5, "name": "colour", "mutable": False, "input_type": "text", "default_value": "", "values": [""]}
+            {"id": 5, "name": "color", "mutable": False, "input_type": "text", "default_value": "", "values": [""]}
         ],
         "sublabels": [],
     },
@@ -112,7 +112,7 @@ class TaskInMemory:
         return [(WIDTH, HEIGHT)] * 6
 
     def frame(self, number: int) -> bytes:
-        """A grey picture."""
+        """A gray picture."""
         return encoded(number, self.size_wh, self.orientation)
 
     def create(self, shapes: Sequence[Json]) -> None:
@@ -140,6 +140,6 @@ def encoded(number: int, size_wh: tuple[int, int] = (WIDTH, HEIGHT), orientation
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
-    grey = np.full((size_wh[1], size_wh[0], 3), 40 * number % 256, dtype=np.uint8)
-    Image.fromarray(grey).save(buffer, format="PNG", exif=exif)
+    gray = np.full((size_wh[1], size_wh[0], 3), 40 * number % 256, dtype=np.uint8)
+    Image.fromarray(gray).save(buffer, format="PNG", exif=exif)
     return buffer.getvalue()

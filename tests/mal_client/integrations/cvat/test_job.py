@@ -130,7 +130,7 @@ def test_a_call_that_breaks_loses_nothing_and_repeats_nothing(
     assert len(fake.label_requests) == asked, "the masks were in the ledger"
 
 
-def test_a_lost_labelling_server_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_labeling_server_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mal_client.integrations.cvat.job.FRAMES_AT_ONCE", 1)
     monkeypatch.setattr("mal_client.integrations.cvat.job.MASKS_A_CALL", 1)
     task = the_task()

@@ -109,8 +109,8 @@ def test_the_command_looks_first_then_writes_then_has_nothing_to_do(
     http, address = server
     http.task.content["shapes"].append(rectangle(8, 5, [5.0, 4.0, 15.0, 12.0], rotation=7.0))
     (tmp_path / "token").write_text(TOKEN + "\n")
-    with serving(FakeServer()) as labelling:
-        given = ["cvat", "--server", labelling, "--cvat", address, "--task", "7"]
+    with serving(FakeServer()) as labeling:
+        given = ["cvat", "--server", labeling, "--cvat", address, "--task", "7"]
         given += ["--cvat-token-file", str(tmp_path / "token"), "--ledger", str(tmp_path / "ledger")]
         assert main([*given, "--dry-run"]) == 3
         assert "5 rectangles on 3 frames would get a mask (label 11: 5), 1 cannot" in capsys.readouterr().out

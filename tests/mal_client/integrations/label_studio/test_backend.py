@@ -1,4 +1,4 @@
-"""Claims about the ML backend for Label Studio, over HTTP, with a stand-in labelling server and stand-in pictures."""
+"""Claims about the ML backend for Label Studio, over HTTP, with a stand-in labeling server and stand-in pictures."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from mal_client.cli.main import main
 from mal_client.client import Client
-from mal_client.errors import RequestRefused
+from mal_client.errors import InvalidRequest
 from mal_client.integrations.label_studio.app import REQUESTS_AT_ONCE, REQUESTS_HELD, build_app
 from mal_client.integrations.label_studio.predictor import Predictor
 from mal_client.types import LabelOptions
@@ -70,7 +70,7 @@ class Backend:
 
 @contextmanager
 def backend_at(address: str, fake: FakeServer, **more: Any) -> Iterator[Backend]:
-    """Our backend for a labelling server at an address; the rest is given to `build_app`."""
+    """Our backend for a labeling server at an address; the rest is given to `build_app`."""
     shelf = Shelf()
     with Client(address, timeout_s=20) as client:
         predictor = Predictor(client, shelf, LabelOptions(threshold=0.4), tolerance_px=0.5)
@@ -162,7 +162,7 @@ def test_the_version_is_that_of_the_network_that_answers(backend: Backend) -> No
     options = LabelOptions(branch=Branch.TEACHER)
     version = Predictor(backend.client, backend.shelf, options, tolerance_px=0.0).model_version()
     assert version == f"{VERSION.rpartition('-')[0]}-teacher"
-    with pytest.raises(RequestRefused, match="'dogs' is not served"):
+    with pytest.raises(InvalidRequest, match="'dogs' is not served"):
         Predictor(backend.client, backend.shelf, LabelOptions(model="dogs"), tolerance_px=0.0).model_version()
 
 
@@ -274,7 +274,7 @@ def test_senders_that_never_finish_do_not_keep_their_places(backend: Backend, mo
     assert backend.predict(task()) == [[]]
 
 
-def test_a_lost_labelling_server_is_said_and_stores_nothing() -> None:
+def test_a_lost_labeling_server_is_said_and_stores_nothing() -> None:
     with ExitStack() as stack:
         with serving(FakeServer()) as address:
             backend = stack.enter_context(backend_at(address, FakeServer()))

@@ -1,4 +1,4 @@
-"""A real Label Studio, a real labelling server, our ML backend between them, and an annotator's browser."""
+"""A real Label Studio, a real labeling server, our ML backend between them, and an annotator's browser."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def picture(folder: Path) -> Path:
     rng = np.random.default_rng(4)
     pixels = rng.integers(0, 90, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
-    for (x, y, w, h), colour in zip(BOXES, ((240, 210, 120), (120, 200, 240)), strict=True):
+    for (x, y, w, h), color in zip(BOXES, ((240, 210, 120), (120, 200, 240)), strict=True):
         inside = ((columns - x - w / 2) / (w / 2.4)) ** 2 + ((rows - y - h / 2) / (h / 2.4)) ** 2 <= 1
-        pixels[inside] = colour
+        pixels[inside] = color
     path = folder / "scene.png"
     Image.fromarray(pixels).save(path)
     return path
@@ -112,7 +112,7 @@ class Studio:
 
     address: str
     backend: str
-    labelling: str
+    labeling: str
     scene: Path
     http: httpx2.Client = field(init=False)
 
@@ -135,8 +135,8 @@ class Studio:
         return project, self.call("GET", f"/api/tasks/?project={project}")["tasks"][0]["id"]
 
     def masks(self, boxes: list[BoxXywh]) -> list[NDArray[np.bool_]]:
-        """What the labelling server itself answers."""
-        with Client(self.labelling) as client:
+        """What the labeling server itself answers."""
+        with Client(self.labeling) as client:
             return [label.mask for label in client.label_image(self.scene, boxes)]
 
     def predicted(self, project: int, task: int) -> list[dict[str, Any]]:
@@ -165,16 +165,16 @@ def studio(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     annotate = [str(tools.label_studio), "start", "--no-browser", "--data-dir", str(folder / "data"), "-p", str(port)]
     annotate += ["--internal-host", "127.0.0.1", "--username", EMAIL, "--password", PASSWORD, "--user-token", TOKEN]
     with (
-        started(serve, folder / "serve.log", r"(127\.0\.0\.1:\d+)", env=ours) as labelling,
+        started(serve, folder / "serve.log", r"(127\.0\.0\.1:\d+)", env=ours) as labeling,
         started([*annotate, "--enable-legacy-api-token"], folder / "studio.log", "(Quit the server)", env=theirs),
     ):
         # What an account's page hands out; our calls below use the older kind.
         made = httpx2.post(f"{address}/api/token/", headers={"Authorization": f"Token {TOKEN}"}, timeout=120)
         (folder / "key").write_text(made.json()["token"])
-        connect = [sys.executable, "-m", "mal_client.cli.main", "label-studio", "--server", labelling, "--port", "0"]
+        connect = [sys.executable, "-m", "mal_client.cli.main", "label-studio", "--server", labeling, "--port", "0"]
         connect += ["--label-studio", address, "--api-key-file", str(folder / "key")]
         with started(connect, folder / "backend.log", r"on (http://\S+)", env=ours) as backend:
-            found = Studio(address, backend, labelling, picture(folder))
+            found = Studio(address, backend, labeling, picture(folder))
             yield found
             found.http.close()
 
@@ -260,7 +260,7 @@ def test_a_project_with_polygons_gets_polygons(studio: Studio) -> None:
         assert (filled & expected).sum() / (filled | expected).sum() > 0.9
 
 
-def test_the_worst_masks_of_a_labelled_file_are_imported_as_tasks_with_their_masks(
+def test_the_worst_masks_of_a_labeled_file_are_imported_as_tasks_with_their_masks(
     studio: Studio, tmp_path: Path
 ) -> None:
     picture_name = studio.scene.name
@@ -268,7 +268,7 @@ def test_the_worst_masks_of_a_labelled_file_are_imported_as_tasks_with_their_mas
     image = {"id": 1, "file_name": picture_name, "width": WIDTH, "height": HEIGHT}
     coco = {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "thing"}]}
     (tmp_path / "boxes.json").write_text(json.dumps(coco))
-    with Client(studio.labelling) as client:
+    with Client(studio.labeling) as client:
         client.label_dataset(tmp_path / "boxes.json", studio.scene.parent, tmp_path / "masks.json")
     # The picture lies on Label Studio before its tasks do.
     _, upload = studio.project(BRUSHES)

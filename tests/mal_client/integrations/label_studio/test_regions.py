@@ -1,4 +1,4 @@
-"""Claims about Label Studio's rectangles, masks and labelling configurations."""
+"""Claims about Label Studio's rectangles, masks and labeling configurations."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mal_train.core.coco.annotations import Reason, by_image, id_order, parse_coco, read_coco
-from mal_train.core.coco.output import labelled_file
+from mal_train.core.coco.output import labeled_file
 from mal_train.core.errors import BadDataset
 from tests.mal_train.core.coco.coco_rows import dataset, only, row
 from tests.reference import shared
@@ -192,7 +192,7 @@ class TestRows:
             usable = annotation.id is not None and all(map(math.isfinite, annotation.box_xywh))
             assert usable or annotation.problem is not None
             assert (annotation.problem is None) == (annotation.reason is None)
-        json.dumps(labelled_file(coco, {}))
+        json.dumps(labeled_file(coco, {}))
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(st.lists(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()))

@@ -8,7 +8,7 @@ import pytest
 
 from mal_train.core.coco.annotations import CocoFile, JsonId, Reason, parse_coco
 from mal_train.core.coco.detections import read_detections, with_detector_scores
-from mal_train.core.coco.output import answer_fields, error_fields, labelled_file
+from mal_train.core.coco.output import answer_fields, error_fields, labeled_file
 from mal_train.core.errors import BadDataset
 from tests.mal_train.core.coco.coco_rows import dataset
 
@@ -73,7 +73,7 @@ def test_what_is_no_list_is_refused(tmp_path: Path, content: Any, part: str) -> 
 def test_both_scores_stand_in_the_output(tmp_path: Path) -> None:
     found = read(tmp_path, [detection(score=0.25), detection(score=0.75), detection(score="x"), None])
     answers: dict[JsonId, dict[str, Any]] = {1: answer_fields({}, 5, 0.9), 2: error_fields("IMAGE_NOT_FOUND", "gone")}
-    out = with_detector_scores(labelled_file(found, answers), found)
+    out = with_detector_scores(labeled_file(found, answers), found)
     assert [(row["score"], row["mask_score"]) for row in out["annotations"][:3]] == [
         (0.25, 0.9),
         (0.75, 0.0),

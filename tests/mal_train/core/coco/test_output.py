@@ -14,22 +14,22 @@ import pytest
 from pycocotools.coco import COCO
 
 from mal_train.core.coco.annotations import CocoFile, parse_coco, read_coco
-from mal_train.core.coco.output import PROVENANCE_KEY, answer_fields, error_fields, labelled_file, write_json_atomic
+from mal_train.core.coco.output import PROVENANCE_KEY, answer_fields, error_fields, labeled_file, write_json_atomic
 from mal_train.core.errors import OutputError
 from mal_train.core.masks import rle
 from tests.mal_train.core.coco.coco_rows import dataset, row
 from tests.reference import shared
 
 
-class TestLabelledFile:
+class TestLabeledFile:
     answer = answer_fields({"size": [48, 64], "counts": "abc"}, 12, 0.5, ["BOX_CLIPPED"])
 
-    def labelled(self, raw: dict[str, Any], answers: dict[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
-        return labelled_file(parse_coco(raw), answers or {}, **options)
+    def labeled(self, raw: dict[str, Any], answers: dict[Any, Any] | None = None, **options: Any) -> dict[str, Any]:
+        return labeled_file(parse_coco(raw), answers or {}, **options)
 
     def test_fields_and_box_of_the_user_stay_and_area_is_that_of_the_mask(self) -> None:
         raw = dataset(row(bbox=[123.45, 2, 10, 20], area=200, note={"a": 1}), info={"by": "me"}, extra=[1])
-        out = self.labelled(raw, {1: self.answer})
+        out = self.labeled(raw, {1: self.answer})
         assert out["info"] == {"by": "me"}
         assert out["extra"] == [1]
         assert out["annotations"] == [
@@ -49,18 +49,18 @@ class TestLabelledFile:
 
     def test_order_is_that_of_the_file_whatever_the_order_of_answers(self) -> None:
         raw = dataset(row("b"), row("a"), row(3))
-        out = self.labelled(raw, {3: self.answer, "a": self.answer, "b": self.answer})
+        out = self.labeled(raw, {3: self.answer, "a": self.answer, "b": self.answer})
         assert [r["id"] for r in out["annotations"]] == ["b", "a", 3]
 
     def test_input_is_not_changed(self) -> None:
         raw = dataset(row(), row(2, iscrowd=1), row(3, bbox=None))
         before = json.dumps(raw)
-        self.labelled(raw, {1: self.answer}, provenance={"a": 1})
+        self.labeled(raw, {1: self.answer}, provenance={"a": 1})
         assert json.dumps(raw) == before
 
     def test_failed_row_keeps_its_fields_and_gets_the_error_and_an_empty_mask(self) -> None:
         raw = dataset(row(note="mine", segmentation=[[1, 1, 2, 2, 3, 1]]))
-        (out,) = self.labelled(raw, {1: error_fields("IMAGE_NOT_FOUND", "a.png: no such file")})["annotations"]
+        (out,) = self.labeled(raw, {1: error_fields("IMAGE_NOT_FOUND", "a.png: no such file")})["annotations"]
         assert out["error"] == {"reason": "IMAGE_NOT_FOUND", "message": "a.png: no such file"}
         assert out["note"] == "mine"
         assert (out["area"], out["score"]) == (0.0, 0.0)
@@ -69,53 +69,53 @@ class TestLabelledFile:
 
     def test_failed_row_of_an_image_of_unknown_size_has_no_mask(self) -> None:
         raw = dataset(row(segmentation=[[1, 1, 2, 2, 3, 1]]), images=[{"id": 1, "file_name": "a.png"}])
-        (out,) = self.labelled(raw, {1: error_fields("IMAGE_NOT_FOUND", "")})["annotations"]
+        (out,) = self.labeled(raw, {1: error_fields("IMAGE_NOT_FOUND", "")})["annotations"]
         assert "segmentation" not in out
 
     def test_row_with_a_problem_carries_it(self) -> None:
-        (out,) = self.labelled(dataset(row(bbox=[1, 2])))["annotations"]
+        (out,) = self.labeled(dataset(row(bbox=[1, 2])))["annotations"]
         assert out["error"]["reason"] == "BAD_BOX"
         assert out["bbox"] == [1, 2]
 
     def test_row_without_any_answer_is_reported_not_passed_over(self) -> None:
-        (out,) = self.labelled(dataset(row()))["annotations"]
+        (out,) = self.labeled(dataset(row()))["annotations"]
         assert out["error"]["reason"] == "NOT_ANSWERED"
 
     def test_kept_rows_are_copied_as_they_are(self) -> None:
         raw = dataset(row(segmentation=[[1, 1, 2, 2, 3, 1]], score=0.1))
-        assert self.labelled(raw, keep={1})["annotations"] == raw["annotations"]
+        assert self.labeled(raw, keep={1})["annotations"] == raw["annotations"]
 
     def test_crowd_is_copied_through_and_flagged(self) -> None:
         raw = dataset(row(iscrowd=1, segmentation={"size": [1, 1], "counts": [1]}))
-        (out,) = self.labelled(raw)["annotations"]
+        (out,) = self.labeled(raw)["annotations"]
         assert out == {**raw["annotations"][0], "flags": ["CROWD"]}
 
     def test_leavings_of_an_earlier_run_do_not_stand_beside_the_new_answer(self) -> None:
         raw = dataset(row(error={"reason": "X", "message": ""}, agreement=0.5, score=0.9, flags=["FULL_BOX"]))
-        (out,) = self.labelled(raw, {1: self.answer})["annotations"]
+        (out,) = self.labeled(raw, {1: self.answer})["annotations"]
         assert "error" not in out
         assert "agreement" not in out
         assert out["flags"] == ["BOX_CLIPPED"]
 
     def test_entries_that_are_no_rows_stay_where_they_were(self) -> None:
-        out = self.labelled(dataset(None, row(), 5), {1: self.answer})
+        out = self.labeled(dataset(None, row(), 5), {1: self.answer})
         assert out["annotations"][0] is None
         assert out["annotations"][2] == 5
 
     def test_provenance_replaces_that_of_an_earlier_run(self) -> None:
         raw = dataset(**{PROVENANCE_KEY: {"old": True}})
-        assert PROVENANCE_KEY not in self.labelled(raw)
-        assert self.labelled(raw, provenance={"branch": "student"})[PROVENANCE_KEY] == {"branch": "student"}
+        assert PROVENANCE_KEY not in self.labeled(raw)
+        assert self.labeled(raw, provenance={"branch": "student"})[PROVENANCE_KEY] == {"branch": "student"}
 
     def test_agreement_is_written_when_there_is_one(self) -> None:
         assert answer_fields({}, 1, 0.5, agreement=0.25)["agreement"] == 0.25
         assert "agreement" not in answer_fields({}, 1, 0.5)
 
-    def test_pycocotools_loads_labelled_failed_and_crowd_rows(self, tmp_path: Path) -> None:
+    def test_pycocotools_loads_labeled_failed_and_crowd_rows(self, tmp_path: Path) -> None:
         label = answer_fields(rle.encode_region(np.ones((2, 2), dtype=np.bool_), 0, 0, (48, 64)).to_coco(), 4, 0.5)
         raw = dataset(row(1), row(2, bbox=None), row(3, iscrowd=1, segmentation=[[1, 1, 5, 5, 9, 1]]))
         path = tmp_path / "out.json"
-        write_json_atomic(path, self.labelled(raw, {1: label}))
+        write_json_atomic(path, self.labeled(raw, {1: label}))
         coco = COCO(str(path))
         assert [int(coco.annToMask(coco.anns[n]).sum()) for n in (1, 2)] == [4, 0]
         assert coco.annToMask(coco.anns[3]).any()
@@ -196,7 +196,7 @@ class TestWriting:
             write_json_atomic(tmp_path / "x.json", {})
         assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
 
-    def test_unserialisable_value_leaves_the_old_file_and_no_scrap(self, tmp_path: Path) -> None:
+    def test_unserializable_value_leaves_the_old_file_and_no_scrap(self, tmp_path: Path) -> None:
         path = tmp_path / "x.json"
         path.write_text("old")
         with pytest.raises(TypeError):
@@ -205,9 +205,9 @@ class TestWriting:
         assert list(tmp_path.iterdir()) == [path]
 
 
-def test_labelling_every_real_box_keeps_every_row() -> None:
+def test_labeling_every_real_box_keeps_every_row() -> None:
     coco: CocoFile = read_coco(shared("data", "coco_val_dev", "annotations.json"))
-    out = labelled_file(coco, {a.id: answer_fields({}, 1, 0.5) for a in coco.annotations if a.id and not a.iscrowd})
+    out = labeled_file(coco, {a.id: answer_fields({}, 1, 0.5) for a in coco.annotations if a.id and not a.iscrowd})
     assert [r["id"] for r in out["annotations"]] == [a.id for a in coco.annotations]
     assert sum(r.get("flags") == ["CROWD"] for r in out["annotations"]) == 4
     assert not any("error" in r for r in out["annotations"])

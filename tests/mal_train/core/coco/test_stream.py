@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mal_train.core.coco import stream
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, parse_coco, read_coco
-from mal_train.core.coco.output import answer_fields, labelled_file, labelled_row, write_json_atomic
+from mal_train.core.coco.output import answer_fields, labeled_file, labeled_row, write_json_atomic
 from mal_train.core.coco.stream import scan_coco, write_changed
 from mal_train.core.errors import BadDataset, OutputError
 
@@ -78,11 +78,11 @@ def test_the_written_file_is_that_of_the_writer_of_whole_files(tmp_path: Path, w
     raw = small(**({"mask_auto_labeler": {"old": 1}} if with_old_provenance else {}))
     path = written(tmp_path / "in.json", raw)
     answers: dict[JsonId, Any] = {at: answer_fields({"size": [30, 40], "counts": "x"}, 3, 0.5) for at in range(4)}
-    write_json_atomic(tmp_path / "whole.json", labelled_file(read_coco(path), answers, {"by": "test"}))
+    write_json_atomic(tmp_path / "whole.json", labeled_file(read_coco(path), answers, {"by": "test"}))
     head, _ = scanned(path)
 
     def change(at: int, row: Any, annotation: Annotation) -> Any:
-        return labelled_row(row, annotation, head.images, answers.get(at))
+        return labeled_row(row, annotation, head.images, answers.get(at))
 
     write_changed(head, tmp_path / "out.json", change, {"by": "test"})
     assert (tmp_path / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()

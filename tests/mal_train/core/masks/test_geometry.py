@@ -129,13 +129,13 @@ def test_a_huge_box_is_clipped_to_the_whole_image() -> None:
     ("box", "region"),
     [
         ((0.0, 0.0, 4.0, 4.0), Region(0, 0, 4, 4)),
-        ((0.5, 0.5, 1.0, 1.0), Region(0, 0, 1, 1)),  # centre 0.5 lies on the edge and belongs
+        ((0.5, 0.5, 1.0, 1.0), Region(0, 0, 1, 1)),  # center 0.5 lies on the edge and belongs
         ((0.51, 0.0, 1.0, 1.0), Region(1, 0, 2, 1)),
         ((0.4, 0.0, 1.2, 1.0), Region(0, 0, 2, 1)),
         ((96.0, 116.0, 4.0, 4.0), Region(96, 116, 100, 120)),
     ],
 )
-def test_a_pixel_belongs_to_the_box_when_its_centre_does(
+def test_a_pixel_belongs_to_the_box_when_its_center_does(
     box: tuple[float, float, float, float], region: Region
 ) -> None:
     assert geometry.box_pixels(box, (120, 100)) == region
@@ -154,7 +154,7 @@ def test_paste_undoes_crop_for_boxes_over_the_edge() -> None:
         back = geometry.paste(crop, window, region)
         expected = smooth[region.row0 : region.row1, region.col0 : region.col1]
         assert back.shape == expected.shape
-        # Wrapped neighbours bleed over at most one source pixel at the border.
+        # Wrapped neighbors bleed over at most one source pixel at the border.
         assert np.abs(back - expected)[2:-2, 2:-2].max() < 0.02
 
 

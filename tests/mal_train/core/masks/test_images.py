@@ -75,7 +75,7 @@ def test_every_mode_becomes_three_channels() -> None:
         assert image.flags.c_contiguous
 
 
-def test_sixteen_bit_grey_keeps_its_upper_byte() -> None:
+def test_sixteen_bit_gray_keeps_its_upper_byte() -> None:
     wide = np.full((4, 5), 300, dtype=np.uint16)
     wide[0, 0] = 65535
     image = decode_image(encoded(Image.fromarray(wide), "PNG"))
@@ -83,7 +83,7 @@ def test_sixteen_bit_grey_keeps_its_upper_byte() -> None:
     assert image[0, 0].tolist() == [255, 255, 255]
 
 
-def test_alpha_is_dropped_and_the_colour_under_it_stays() -> None:
+def test_alpha_is_dropped_and_the_color_under_it_stays() -> None:
     picture = Image.new("RGBA", (3, 3), (200, 10, 20, 0))
     assert decode_image(encoded(picture, "PNG"))[0, 0].tolist() == [200, 10, 20]
 
@@ -208,7 +208,7 @@ def test_a_jpeg_that_calls_itself_a_set_of_pictures_is_counted_too() -> None:
 
 
 @pytest.mark.parametrize("value", [0, 255, 256, 40_000, 65_535])
-def test_16_bit_grey_keeps_its_upper_byte(value: int) -> None:
-    grey = Image.fromarray(np.full((4, 4), value, np.uint16))
+def test_16_bit_gray_keeps_its_upper_byte(value: int) -> None:
+    gray = Image.fromarray(np.full((4, 4), value, np.uint16))
     for form in ("PNG", "TIFF"):
-        assert set(decode_image(encoded(grey, form)).ravel()) == {value >> 8}
+        assert set(decode_image(encoded(gray, form)).ravel()) == {value >> 8}

@@ -97,10 +97,10 @@ def test_no_part_and_no_hole_is_lost_to_a_tolerance(seed: int, tolerance_px: flo
     assert all(len(ring.points) >= 3 for ring in fewer)
 
 
-def test_slanted_lines_are_filled_by_pixel_centres() -> None:
+def test_slanted_lines_are_filled_by_pixel_centers() -> None:
     triangle = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
     expected = [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    # Centres on the slanted line itself belong to it from the left, as in a half-open range.
+    # Centers on the slanted line itself belong to it from the left, as in a half-open range.
     assert fill([triangle], 4, 4).astype(int).tolist() == expected
 
 

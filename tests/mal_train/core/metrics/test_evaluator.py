@@ -12,7 +12,7 @@ import pytest
 
 from deploy.demo.baselines import box_filled, ellipse
 from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, parse_coco, read_coco
-from mal_train.core.coco.output import answer_fields, error_fields, labelled_file
+from mal_train.core.coco.output import answer_fields, error_fields, labeled_file
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
 from mal_train.core.metrics.coco_ap import AP_NAMES, coco_ap
@@ -102,7 +102,7 @@ class TestAnchors:
         assert list(report.ap_at_1.values()) == ones
         assert list(coco_ap(coco.raw, results, "one").values()) == ones
 
-    def test_comparing_a_labelled_file_gives_the_same_report(self) -> None:
+    def test_comparing_a_labeled_file_gives_the_same_report(self) -> None:
         coco = val_dev()
         rows = [a for a in coco.annotations if not a.iscrowd and a.id is not None][:60]
         masks = {a.id: box_filled(a.box_xywh, frame_of(coco, a)) for a in rows}
@@ -110,7 +110,7 @@ class TestAnchors:
         evaluator = Evaluator(coco.category_names)
         for annotation in rows:
             evaluator.add(annotation, masks[annotation.id], 0.5)
-        report = evaluate_labels(coco, parse_coco(labelled_file(coco, answers)), ap=False)
+        report = evaluate_labels(coco, parse_coco(labeled_file(coco, answers)), ap=False)
         assert report.miou == evaluator.report(ap=False).miou
         assert report.skipped_by_reason == {"NOT_ANSWERED": 562, "CROWD": 4}
 

@@ -6,21 +6,21 @@ import pytest
 from mal_train.core.report.board import CELL, contact_sheet_picture
 
 
-def patch(height: int, width: int, colour: tuple[int, int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    return np.full((height, width, 3), colour, dtype=np.uint8)
+def patch(height: int, width: int, color: tuple[int, int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    return np.full((height, width, 3), color, dtype=np.uint8)
 
 
-def places(sheet: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], colour: tuple[int, int, int]) -> tuple[int, int]:
-    rows, columns = np.nonzero((np.abs(sheet.astype(int) - colour) < 3).all(axis=2))
+def places(sheet: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], color: tuple[int, int, int]) -> tuple[int, int]:
+    rows, columns = np.nonzero((np.abs(sheet.astype(int) - color) < 3).all(axis=2))
     return int(rows.mean()), int(columns.mean())
 
 
 def test_pictures_stand_in_reading_order_and_fit_their_cells() -> None:
-    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     shapes = [(10, 500), (500, 10), (3, 3)]
-    pictures = [(patch(*shape, colour), "IoU 0.1") for shape, colour in zip(shapes, colours, strict=True)]
+    pictures = [(patch(*shape, color), "IoU 0.1") for shape, color in zip(shapes, colors, strict=True)]
     sheet = contact_sheet_picture(pictures, columns=2)
-    red, green, blue = (places(sheet, colour) for colour in colours)
+    red, green, blue = (places(sheet, color) for color in colors)
     assert red[0] == pytest.approx(green[0], abs=CELL // 2)
     assert red[1] < green[1]
     assert blue[0] > red[0]

@@ -12,7 +12,7 @@ from mal_train.core.report.charts import calibration_plot, line_chart
 from mal_train.core.report.overlays import BOX, CONTEXT, MASK, TRUTH, Drawn, draw_close_up, draw_labels, png_data_uri
 from mal_train.core.report.page import Card, build_report, contact_sheet, section, table
 
-GREY = np.full((60, 80, 3), 128, dtype=np.uint8)
+GRAY = np.full((60, 80, 3), 128, dtype=np.uint8)
 BOX_XYWH = (20.0, 10.0, 30.0, 20.0)
 
 
@@ -21,8 +21,8 @@ def disc() -> NDArray[np.bool_]:
     return np.asarray((rows - 20) ** 2 + (columns - 35) ** 2 < 64)
 
 
-def has(picture: NDArray[np.uint8], colour: tuple[int, int, int]) -> bool:
-    return bool((np.abs(picture.astype(int) - colour).sum(axis=2) < 30).any())
+def has(picture: NDArray[np.uint8], color: tuple[int, int, int]) -> bool:
+    return bool((np.abs(picture.astype(int) - color).sum(axis=2) < 30).any())
 
 
 def test_text_from_outside_cannot_become_markup() -> None:
@@ -74,13 +74,13 @@ def test_a_scatter_of_many_masks_stays_small() -> None:
 def test_a_close_up_shows_mask_truth_and_box_at_the_asked_size() -> None:
     mask = encode_mask(disc())
     other = encode_mask(np.roll(disc(), 6, axis=1))
-    picture = draw_close_up(GREY, BOX_XYWH, mask, other, side=240)
+    picture = draw_close_up(GRAY, BOX_XYWH, mask, other, side=240)
     assert max(picture.shape) == 240
-    assert all(has(picture, colour) for colour in (MASK, TRUTH, BOX))
+    assert all(has(picture, color) for color in (MASK, TRUTH, BOX))
 
 
 def test_a_close_up_without_a_mask_shows_the_box_alone() -> None:
-    picture = draw_close_up(GREY, BOX_XYWH, None)
+    picture = draw_close_up(GRAY, BOX_XYWH, None)
     assert has(picture, BOX)
     assert not has(picture, MASK)
 
@@ -98,15 +98,15 @@ def test_a_close_up_without_a_mask_shows_the_box_alone() -> None:
 )
 def test_odd_boxes_are_drawn_without_a_fault(box: tuple[float, float, float, float]) -> None:
     empty = encode_mask(np.zeros((60, 80), dtype=bool))
-    assert draw_close_up(GREY, box, empty).size
-    assert draw_labels(GREY, [Drawn(empty, box, "none")]).shape == GREY.shape
+    assert draw_close_up(GRAY, box, empty).size
+    assert draw_labels(GRAY, [Drawn(empty, box, "none")]).shape == GRAY.shape
 
 
 def test_the_image_itself_is_not_drawn_upon() -> None:
-    before = GREY.copy()
-    draw_labels(GREY, [Drawn(encode_mask(disc()), BOX_XYWH, "cup 0.91")])
-    draw_close_up(GREY, BOX_XYWH, encode_mask(disc()))
-    np.testing.assert_array_equal(GREY, before)
+    before = GRAY.copy()
+    draw_labels(GRAY, [Drawn(encode_mask(disc()), BOX_XYWH, "cup 0.91")])
+    draw_close_up(GRAY, BOX_XYWH, encode_mask(disc()))
+    np.testing.assert_array_equal(GRAY, before)
 
 
 def test_a_large_image_is_shrunk() -> None:
@@ -116,9 +116,9 @@ def test_a_large_image_is_shrunk() -> None:
 
 
 def test_a_close_up_shows_some_of_the_surroundings() -> None:
-    picture = draw_close_up(GREY, BOX_XYWH, None, side=int(30 * (1 + 2 * CONTEXT)) + 1)
+    picture = draw_close_up(GRAY, BOX_XYWH, None, side=int(30 * (1 + 2 * CONTEXT)) + 1)
     assert picture.shape[1] >= 50
 
 
 def test_a_picture_becomes_text_for_a_page() -> None:
-    assert png_data_uri(GREY).startswith("data:image/png;base64,iVBOR")
+    assert png_data_uri(GRAY).startswith("data:image/png;base64,iVBOR")

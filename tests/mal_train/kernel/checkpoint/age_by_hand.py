@@ -55,7 +55,7 @@ def _base64(data: bytes) -> bytes:
 
 
 def header(passphrase: str, *, work_factor: bytes = b"1", file_key: bytes = bytes(16), extra: bytes = b"") -> bytes:
-    """The header with its MAC. `work_factor` is written as given, honoured when small; `extra` follows."""
+    """The header with its MAC. `work_factor` is written as given, honored when small; `extra` follows."""
     salt = b"sixteen byte sal"
     n = 2 ** int(work_factor) if work_factor.isdigit() and 0 < int(work_factor) <= 10 else 2
     key = hashlib.scrypt(passphrase.encode(), salt=b"age-encryption.org/v1/scrypt" + salt, n=n, r=8, p=1, dklen=32)

@@ -139,7 +139,7 @@ def test_secrets_show_in_no_repr_and_leave_in_no_pickle(tmp_path: Path) -> None:
         assert recipient not in shown
         assert "file" in repr(key)
         assert copy.deepcopy(key) is key
-        with pytest.raises(TypeError, match="never serialised"):
+        with pytest.raises(TypeError, match="never serialized"):
             key.__reduce_ex__(4)
 
 

@@ -15,7 +15,7 @@ from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.lineage import NOT_STATED
 from mal_train.kernel.convert import pretrained
-from mal_train.kernel.convert.pretrained import load_pretrained, published_licence
+from mal_train.kernel.convert.pretrained import load_pretrained, published_license
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from tests.reference import shared
 
@@ -89,7 +89,7 @@ def test_safetensors_files_load(tmp_path: Path) -> None:
     ours = network()
     report = load_pretrained(ours, str(tmp_path / "a.safetensors"))
     assert same(ours, backbone())
-    assert (report.origin.starting_weights, report.origin.licence) == ("a.safetensors", NOT_STATED)
+    assert (report.origin.starting_weights, report.origin.license) == ("a.safetensors", NOT_STATED)
 
 
 def test_another_grid_of_positions_is_resampled_and_told(tmp_path: Path) -> None:
@@ -184,14 +184,14 @@ def test_a_checkpoint_of_ours_fills_heads_too(tmp_path: Path) -> None:
     report = load_pretrained(ours, str(path))
     assert report.missing == report.left_over == ()
     assert torch.equal(ours.student.roi_head.mlp1.weight, donor.student.roi_head.mlp1.weight)
-    assert report.origin.licence == "Apache-2.0"
+    assert report.origin.license == "Apache-2.0"
 
 
 def test_the_origin_names_the_weights_that_were_read_though_the_file_has_moved_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "latest.malckpt"
-    first, second = ({"starting_weights_licence": licence} for licence in ("Apache-2.0", "MIT"))
+    first, second = ({"starting_weights_licence": license} for license in ("Apache-2.0", "MIT"))
     save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), network().state_dict(), [], first), None)
     sha256 = load_checkpoint(path, None).sha256
 
@@ -266,5 +266,5 @@ def test_a_missing_file_is_a_mistake_of_the_setting() -> None:
         ("vit-mae-base/16", "CC-BY-NC-4.0"),
     ],
 )
-def test_the_licence_of_starting_weights_is_known_by_their_name(source: str, licence: str) -> None:
-    assert published_licence(source) == licence
+def test_the_license_of_starting_weights_is_known_by_their_name(source: str, license: str) -> None:
+    assert published_license(source) == license

@@ -94,7 +94,7 @@ def test_base_is_called_by_taos_default_name() -> None:
 
 
 @pytest.mark.parametrize("layout", [published.NVLABS, published.TAO6])
-def test_the_older_stem_is_recognised_and_read(layout: str) -> None:
+def test_the_older_stem_is_recognized_and_read(layout: str) -> None:
     found = from_tao(published.state_dict(layout), "old.pth")
     assert found.model == ModelConfig("vit-deit-tiny/16-convstem")
     assert found.dropped == ()
@@ -113,7 +113,7 @@ def test_an_older_stem_of_another_depth_is_refused_with_the_rows_that_have_it() 
     ("layout", "arch"),
     [(published.TAO6_FAN, "fan_tiny_12_p16_224"), (published.TAO6_FAN_HYBRID, "fan_tiny_8_p4_hybrid")],
 )
-def test_fan_is_recognised_and_read_but_for_its_class_token(layout: str, arch: str) -> None:
+def test_fan_is_recognized_and_read_but_for_its_class_token(layout: str, arch: str) -> None:
     found = from_tao(published.state_dict(layout), "fan.pth")
     assert found.model == ModelConfig(arch)
     assert set(found.weights) == set(MalNetwork(found.model).state_dict())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mal_train.kernel.labeler.components import has_second_part, without_specks
+from mal_train.kernel.labeler.components import has_second_part, remove_small_regions
 
 
 def parts_of(*sizes: int) -> NDArray[np.bool_]:
@@ -29,19 +29,19 @@ def parts_of(*sizes: int) -> NDArray[np.bool_]:
 )
 def test_parts_below_the_limit_go_and_the_largest_stays(sizes: tuple[int, ...], least_px: int, left: int) -> None:
     mask = parts_of(*sizes)
-    kept = without_specks(mask, least_px)
+    kept = remove_small_regions(mask, least_px)
     assert np.count_nonzero(kept) == left
     assert not (kept & ~mask).any()
 
 
 def test_pixels_that_touch_at_a_corner_are_one_part() -> None:
     mask = np.eye(6, dtype=bool)
-    np.testing.assert_array_equal(without_specks(mask, 5), mask)
+    np.testing.assert_array_equal(remove_small_regions(mask, 5), mask)
 
 
 def test_an_empty_mask_stays_empty() -> None:
-    assert not without_specks(np.zeros((4, 5), bool), 10).any()
-    assert without_specks(np.zeros((0, 0), bool), 10).shape == (0, 0)
+    assert not remove_small_regions(np.zeros((4, 5), bool), 10).any()
+    assert remove_small_regions(np.zeros((0, 0), bool), 10).shape == (0, 0)
 
 
 def test_a_part_of_one_percent_is_a_second_part() -> None:

@@ -12,9 +12,9 @@ import torch
 from mal_train.core.errors import BadBox, ConfigError, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.rle import Rle
-from mal_train.core.settings import Branch, Compat, LabelerConfig, Manner, ScoreKind
+from mal_train.core.settings import Branch, Compat, LabelerConfig, ScoreBasis, ScoreKind
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Probability, RunOptions, load_labeler
+from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Prediction, PredictOptions, load_labeler
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig, probabilities
 from tests.networks import spread_network
 from tests.reference import fixture
@@ -34,9 +34,9 @@ def labels_of(answers: list[Label | BadBox]) -> list[Label]:
     return [answer for answer in answers if isinstance(answer, Label)]
 
 
-def random_probability(crop: Crop, seed: int = 0) -> Probability:
+def random_probability(crop: Crop, seed: int = 0) -> Prediction:
     size = crop.pixels.shape[0]
-    return Probability(np.random.default_rng(seed).random((size, size), dtype=np.float32))
+    return Prediction(np.random.default_rng(seed).random((size, size), dtype=np.float32))
 
 
 @pytest.mark.parametrize("name", ["f_paste_crop64_s22", "f_paste_crop128_s21"])
@@ -56,7 +56,7 @@ def test_masks_equal_the_published_ones_for_given_logits(name: str) -> None:
         assert isinstance(crop, Crop)
         assert list(crop.window) == data["ext"][index].tolist()
         theirs = rle.decode_mask(Rle.from_coco(expected[index]["segmentation"]))
-        mine = rle.decode_mask(ours.finish(crop, Probability(prob)).rle)
+        mine = rle.decode_mask(ours.finish(crop, Prediction(prob)).rle)
         assert np.count_nonzero(mine != theirs) <= 4, index
 
 
@@ -76,7 +76,7 @@ def test_the_mask_stays_inside_the_box() -> None:
         (crop,) = ours.prepare(IMAGE, [box])
         assert isinstance(crop, Crop)
         size = crop.pixels.shape[0]
-        full = ours.finish(crop, Probability(np.ones((size, size), np.float32)))
+        full = ours.finish(crop, Prediction(np.ones((size, size), np.float32)))
         region = geometry.box_pixels(crop.box_inside, (90, 140))
         frame = np.zeros((90, 140), bool)
         frame[region.row0 : region.row1, region.col0 : region.col1] = True
@@ -91,7 +91,7 @@ def test_score_area_and_box_describe_the_mask() -> None:
     assert isinstance(crop, Crop)
     prob = np.zeros((64, 64), np.float32)
     prob[20:44, 16:48] = 0.8
-    label = ours.finish(crop, Probability(prob))
+    label = ours.finish(crop, Prediction(prob))
     mask = rle.decode_mask(label.rle)
     assert label.area == np.count_nonzero(mask) > 0
     assert 0.5 < label.score < 1.0
@@ -111,7 +111,7 @@ def scored(middle: float, rim: float, **config: Any) -> float:
     prob = np.zeros((64, 64), np.float32)
     prob[16:48, 16:48] = rim
     prob[24:40, 24:40] = middle
-    return ours.finish(crop, Probability(prob)).score
+    return ours.finish(crop, Prediction(prob)).score
 
 
 def test_a_score_is_the_share_that_stays_when_the_threshold_moves_by_two_logits() -> None:
@@ -127,7 +127,7 @@ def test_a_speck_that_is_all_a_box_is_left_with_scores_at_most_one() -> None:
     ours = labeler(LabelerConfig(64, 0.6, (0.5, 0.5, 0.5)))
     (crop,) = ours.prepare(IMAGE, [(40, 20, 64, 48)])
     assert isinstance(crop, Crop)
-    claim = ours.claim(crop, Probability(np.zeros((64, 64), np.float32)))
+    claim = ours.claim(crop, Prediction(np.zeros((64, 64), np.float32)))
     values = np.zeros_like(claim.values)
     values[10:30, 10:30] = values[40:43, 40:43] = 0.95
     kept = np.zeros_like(claim.mask)
@@ -149,17 +149,17 @@ FITTED = LabelerConfig(margin_rate=0.4, calibration=((0.0, 0.0), (1.0, 1.0)))
 @pytest.mark.parametrize(
     ("manner", "words"),
     [
-        (Manner(margins=(0.4,)), None),
-        (Manner(margins=(0.2, 0.4)), "margins 0.2, 0.4"),
-        (Manner(branch=Branch.MIXED), "branch mixed"),
-        (Manner(flip=True), "a mirrored pass"),
-        (Manner(shared_out=True), "contested pixels shared out"),
-        (Manner(threshold=0.3), "threshold 0.3"),
-        (Manner(min_component_area_px=9), "parts under 9 px left out"),
-        (Manner(refined_edges=True), "edges moved to the colours"),
+        (ScoreBasis(margins=(0.4,)), None),
+        (ScoreBasis(margins=(0.2, 0.4)), "margins 0.2, 0.4"),
+        (ScoreBasis(branch=Branch.MIXED), "branch mixed"),
+        (ScoreBasis(flip=True), "a mirrored pass"),
+        (ScoreBasis(shared_out=True), "contested pixels shared out"),
+        (ScoreBasis(threshold=0.3), "threshold 0.3"),
+        (ScoreBasis(min_component_area_px=9), "parts under 9 px left out"),
+        (ScoreBasis(refined_edges=True), "edges moved to the colors"),
     ],
 )
-def test_a_calibration_is_not_claimed_for_labels_made_in_another_way(manner: Manner, words: str | None) -> None:
+def test_a_calibration_is_not_claimed_for_labels_made_in_another_way(manner: ScoreBasis, words: str | None) -> None:
     told = FITTED.score_meaning(manner)
     exact = "expected IoU, calibrated"
     assert told == (exact if words is None else f"{exact} for one pass of the student, not for this: {words}")
@@ -169,7 +169,7 @@ def test_a_calibration_is_not_claimed_for_labels_made_in_another_way(manner: Man
 def test_a_calibration_of_mirrored_answers_is_for_these_alone() -> None:
     mirrored = dataclasses.replace(FITTED, calibrated_with_flip=True)
     assert LabelerConfig.from_dict(mirrored.to_dict()) == mirrored
-    assert mirrored.score_meaning(Manner(flip=True)) == "expected IoU, calibrated"
+    assert mirrored.score_meaning(ScoreBasis(flip=True)) == "expected IoU, calibrated"
     assert "not for this: no mirrored pass" in mirrored.score_meaning()
 
 
@@ -186,7 +186,7 @@ def test_an_empty_mask_is_flagged_and_scores_zero() -> None:
     ours = labeler()
     (crop,) = ours.prepare(IMAGE, [(40, 20, 64, 48)])
     assert isinstance(crop, Crop)
-    label = ours.finish(crop, Probability(np.zeros((64, 64), np.float32)))
+    label = ours.finish(crop, Prediction(np.zeros((64, 64), np.float32)))
     assert (label.area, label.score, label.mask_box, label.flags) == (0, 0.0, None, ("EMPTY_MASK",))
 
 
@@ -196,7 +196,7 @@ def test_two_separate_parts_are_flagged() -> None:
     assert isinstance(crop, Crop)
     prob = np.zeros((64, 64), np.float32)
     prob[15:30, 15:30] = prob[40:50, 40:50] = 0.9
-    assert "MULTI_PART" in ours.finish(crop, Probability(prob)).flags
+    assert "MULTI_PART" in ours.finish(crop, Prediction(prob)).flags
 
 
 def test_specks_are_gone_before_score_area_box_flags_and_agreement() -> None:
@@ -207,9 +207,9 @@ def test_specks_are_gone_before_score_area_box_flags_and_agreement() -> None:
     clean[15:30, 15:30] = 0.9
     specked = clean.copy()
     specked[44:49, 44:49] = 0.5
-    with_speck = ours.finish(crop, Probability(specked, specked, clean))
-    without = ours.finish(crop, Probability(specked, specked, clean), min_component_area_px=100)
-    alone = ours.finish(crop, Probability(clean, clean, clean))
+    with_speck = ours.finish(crop, Prediction(specked, specked, clean))
+    without = ours.finish(crop, Prediction(specked, specked, clean), min_component_area_px=100)
+    alone = ours.finish(crop, Prediction(clean, clean, clean))
     assert "MULTI_PART" in with_speck.flags
     assert with_speck.area > without.area
     assert without == alone
@@ -224,7 +224,7 @@ def test_a_tiny_box_is_flagged() -> None:
 def test_the_threshold_follows_the_size_class_unless_given() -> None:
     ours = labeler(LabelerConfig(crop_size=64, mask_thres=(0.2, 0.5, 0.8)))
     crops = ours.prepare(IMAGE, [(0, 0, 32, 32), (0, 0, 32.1, 32), (0, 0, 140, 90)])
-    half = Probability(np.full((64, 64), 0.6, np.float32))
+    half = Prediction(np.full((64, 64), 0.6, np.float32))
     areas = [ours.finish(crop, half).area > 0 for crop in crops if isinstance(crop, Crop)]
     assert areas == [True, True, False]
     assert isinstance(crops[2], Crop)
@@ -245,9 +245,9 @@ def test_masks_do_not_depend_on_the_batch_in_float32() -> None:
 def test_agreement_is_the_iou_of_student_and_teacher() -> None:
     ours = labeler()
     crops = [crop for crop in ours.prepare(IMAGE, BOXES) if isinstance(crop, Crop)]
-    students = ours.predict(crops, RunOptions(Branch.STUDENT))
-    teachers = ours.predict(crops, RunOptions(Branch.TEACHER))
-    asked = ours.predict(crops, RunOptions(Branch.STUDENT, agreement=True))
+    students = ours.predict(crops, PredictOptions(Branch.STUDENT))
+    teachers = ours.predict(crops, PredictOptions(Branch.TEACHER))
+    asked = ours.predict(crops, PredictOptions(Branch.STUDENT, agreement=True))
     for crop, student, teacher, both in zip(crops, students, teachers, asked, strict=True):
         label = ours.finish(crop, both)
         a, b = ours.finish(crop, student), ours.finish(crop, teacher)
@@ -264,9 +264,9 @@ def test_mixed_is_the_mean_of_logits_and_flip_is_symmetric() -> None:
         Crop(np.concatenate([c.pixels[:, :32], c.pixels[:, 31::-1]], axis=1), *list(vars(c).values())[1:])
         for c in crops
     ]
-    for found in ours.predict(symmetric, RunOptions(flip=True)):
+    for found in ours.predict(symmetric, PredictOptions(flip=True)):
         np.testing.assert_allclose(found.prob, found.prob[:, ::-1], atol=1e-5)
-    asked = ours.predict(crops, RunOptions(Branch.MIXED, agreement=True))
+    asked = ours.predict(crops, PredictOptions(Branch.MIXED, agreement=True))
     for found in asked:
         assert found.student is not None
         assert found.teacher is not None
@@ -371,7 +371,7 @@ def test_passes_give_every_crop_its_own_map_in_order(monkeypatch: pytest.MonkeyP
     crops = [crop for crop in labeler.prepare(pixels, boxes) if isinstance(crop, Crop)]
     passes, inner = list[int](), labeler._predict_batch
 
-    def counted(crops: Any, options: RunOptions) -> Any:
+    def counted(crops: Any, options: PredictOptions) -> Any:
         passes.append(len(crops))
         return inner(crops, options)
 

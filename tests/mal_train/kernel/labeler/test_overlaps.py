@@ -3,18 +3,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mal_train.core.masks.geometry import Region
-from mal_train.kernel.labeler.overlaps import Claim, share_out
+from mal_train.kernel.labeler.overlaps import MaskClaim, assign_pixels
 
 HW = (12, 16)
 
 
-def claim(region: Region, value: float, limit: float = 0.5) -> Claim:
-    return Claim(region, np.full((region.row1 - region.row0, region.col1 - region.col0), value, np.float32), limit)
+def claim(region: Region, value: float, limit: float = 0.5) -> MaskClaim:
+    return MaskClaim(region, np.full((region.row1 - region.row0, region.col1 - region.col0), value, np.float32), limit)
 
 
 def test_the_plate_keeps_its_pixels_and_the_table_loses_them() -> None:
     table, plate = claim(Region(0, 0, 16, 12), 0.9), claim(Region(4, 4, 8, 8), 0.8)
-    kept = share_out([table, plate], HW)
+    kept = assign_pixels([table, plate], HW)
     assert kept[1].all()
     assert not kept[0][4:8, 4:8].any()
     assert kept[0].sum() == 12 * 16 - 16
@@ -22,20 +22,20 @@ def test_the_plate_keeps_its_pixels_and_the_table_loses_them() -> None:
 
 def test_of_two_alike_the_surer_claim_wins() -> None:
     doubtful, sure = claim(Region(0, 0, 6, 4), 0.6), claim(Region(3, 0, 9, 4), 0.95)
-    kept = share_out([doubtful, sure], HW)
+    kept = assign_pixels([doubtful, sure], HW)
     assert not kept[0][:, 3:].any()
     assert kept[1].all()
 
 
 def test_an_uncontested_mask_stays_as_it_is_even_below_one_half() -> None:
     alone = claim(Region(2, 1, 7, 9), 0.2, limit=0.1)
-    assert share_out([alone], HW)[0].all()
+    assert assign_pixels([alone], HW)[0].all()
 
 
 def test_certain_probabilities_and_empty_regions_do_no_harm() -> None:
-    nothing = Claim(Region(5, 5, 5, 5), np.zeros((0, 0), np.float32), 0.5)
-    backwards = Claim(Region(9, 3, 5, 3), np.zeros((0, 0), np.float32), 0.5)
-    kept = share_out([claim(Region(0, 0, 4, 4), 1.0), nothing, backwards, claim(Region(0, 0, 4, 4), 1.0)], HW)
+    nothing = MaskClaim(Region(5, 5, 5, 5), np.zeros((0, 0), np.float32), 0.5)
+    backwards = MaskClaim(Region(9, 3, 5, 3), np.zeros((0, 0), np.float32), 0.5)
+    kept = assign_pixels([claim(Region(0, 0, 4, 4), 1.0), nothing, backwards, claim(Region(0, 0, 4, 4), 1.0)], HW)
     assert kept[0].all()
     assert not kept[3].any()
     assert kept[1].size == 0
@@ -49,9 +49,9 @@ def test_no_pixel_is_kept_twice_and_every_claimed_one_once(seed: int, number: in
     for _ in range(number):
         (c0, c1), (r0, r1) = np.sort(rng.integers(0, HW[1] + 1, 2)), np.sort(rng.integers(0, HW[0] + 1, 2))
         values = rng.random((r1 - r0, c1 - c0), dtype=np.float32)
-        claims.append(Claim(Region(int(c0), int(r0), int(c1), int(r1)), values, 0.4))
+        claims.append(MaskClaim(Region(int(c0), int(r0), int(c1), int(r1)), values, 0.4))
     times_kept, claimed = np.zeros(HW, int), np.zeros(HW, bool)
-    for one, kept in zip(claims, share_out(claims, HW), strict=True):
+    for one, kept in zip(claims, assign_pixels(claims, HW), strict=True):
         part = np.s_[one.region.row0 : one.region.row1, one.region.col0 : one.region.col1]
         assert not (kept & ~one.mask).any()
         times_kept[part] += kept

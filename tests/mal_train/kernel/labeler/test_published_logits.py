@@ -8,7 +8,7 @@ from mal_train.core.masks.images import read_image
 from mal_train.core.settings import Compat, LabelerConfig, network_branch
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.labeler.labeler import Crop, Labeler
-from mal_train.kernel.networks.network import MalNetwork, normalise
+from mal_train.kernel.networks.network import MalNetwork, normalize
 from tests.mal_train.kernel.published import TAO, state_dict
 from tests.reference import fixture
 
@@ -31,7 +31,7 @@ def test_crops_windows_and_logits_of_a_files_boxes_agree_with_the_published_run(
         assert isinstance(crop, Crop)
         crops.append(crop)
     assert [list(crop.window) for crop in crops] == windows
-    x = normalise(torch.from_numpy(np.stack([crop.pixels for crop in crops])))
+    x = normalize(torch.from_numpy(np.stack([crop.pixels for crop in crops])))
     branch = torch.from_numpy(network_branch([crop.area for crop in crops], Compat.TAO))
     with torch.inference_mode():
         logits = network.logits(x, branch)

@@ -1,11 +1,11 @@
-"""The table of backbones: names, sizes, crop sizes, licences."""
+"""The table of backbones: names, sizes, crop sizes, licenses."""
 
 import pytest
 import timm
 import torch
 
 from mal_train.core.errors import ConfigError
-from mal_train.kernel.convert.pretrained import UNKNOWN_ARCH_LICENCE, published_licence
+from mal_train.kernel.convert.pretrained import UNKNOWN_ARCH_LICENSE, published_license
 from mal_train.kernel.networks.backbones import BACKBONES, backbone_size, build_backbone, check_crop_size, own_crop_size
 
 
@@ -32,12 +32,12 @@ def test_published_backbones_have_the_published_number_of_parameters(arch: str, 
 
 
 @pytest.mark.parametrize("arch", sorted(arch for arch, row in BACKBONES.items() if row.pretrained))
-def test_timm_knows_the_weights_of_a_row_and_their_licence(arch: str) -> None:
+def test_timm_knows_the_weights_of_a_row_and_their_license(arch: str) -> None:
     name = BACKBONES[arch].pretrained
     assert name is not None
     config = timm.models.get_pretrained_cfg(name)
     assert config is not None
-    assert (config.license or "").casefold() == (BACKBONES[arch].licence or "").casefold()
+    assert (config.license or "").casefold() == (BACKBONES[arch].license or "").casefold()
     with torch.device("meta"):
         theirs, ours = timm.create_model(name, pretrained=False).state_dict(), build_backbone(arch).state_dict()
     theirs["reg_token"] = theirs.pop("dist_token", torch.empty(0))
@@ -83,8 +83,8 @@ def test_the_crop_size_of_the_others_is_refused_for_the_patches_of_huge_with_wha
     [
         ("vit-dino-small/16", "Apache-2.0"),
         ("vit-mocov3-base/16", "CC-BY-NC-4.0"),
-        ("vit-micro/16", UNKNOWN_ARCH_LICENCE),
+        ("vit-micro/16", UNKNOWN_ARCH_LICENSE),
     ],
 )
-def test_the_licence_of_a_rows_weights_is_told(arch: str, licence: str) -> None:
-    assert published_licence(arch) == licence
+def test_the_license_of_a_rows_weights_is_told(arch: str, license: str) -> None:
+    assert published_license(arch) == license

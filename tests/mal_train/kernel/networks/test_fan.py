@@ -11,7 +11,7 @@ from mal_train.kernel.convert.pretrained import load_pretrained
 from mal_train.kernel.networks.backbones import BACKBONES, build_backbone
 from mal_train.kernel.networks.fan import FanSize
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
-from mal_train.training.ema import follow
+from mal_train.training.ema import update_ema
 from tests.mal_train.kernel import published
 
 SMALLEST = FanSize(16, 2, 2)
@@ -80,7 +80,7 @@ def test_the_teacher_follows_the_running_statistics_and_never_makes_its_own(monk
     assert torch.equal(ours.teacher.get_buffer(name), before)
     ours.logits(x, branch_N)
     assert not torch.equal(ours.student.get_buffer(name), before)
-    follow(ours.teacher, ours.student, 0.996)
+    update_ema(ours.teacher, ours.student, 0.996)
     assert torch.equal(ours.teacher.get_buffer(name), ours.student.get_buffer(name))
 
 

@@ -18,7 +18,7 @@ from mal_train.kernel.networks.network import (
     MalNetwork,
     MaskNetwork,
     ModelConfig,
-    normalise,
+    normalize,
     probabilities,
 )
 from tests.mal_train.kernel import published
@@ -249,10 +249,10 @@ def test_mask_head_starts_kaiming_normal_by_fan_out_with_zero_biases() -> None:
         assert not convolution.bias.any()
 
 
-def test_normalise_takes_imagenets_mean_and_deviation_out() -> None:
+def test_normalize_takes_imagenets_mean_and_deviation_out() -> None:
     image = torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8)
     expected = [(v / 255 - m) / s for v, m, s in zip((0, 128, 255), IMAGE_MEAN, IMAGE_STD, strict=True)]
-    out = normalise(image)
+    out = normalize(image)
     assert out.shape == (1, 3, 1, 1)
     assert out.dtype == torch.float32
     np.testing.assert_allclose(out.flatten().numpy(), expected, rtol=1e-6)

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
 from mal_train.core.errors import ConfigError
-from mal_train.kernel.checkpoint.lineage import Origin
+from mal_train.kernel.checkpoint.lineage import Lineage
 from mal_train.kernel.convert import pretrained
 from mal_train.kernel.networks import backbones, vit
 from mal_train.kernel.networks.backbones import backbone_size, build_backbone
@@ -39,7 +39,7 @@ def test_a_variant_is_timms_network_with_its_extra_tokens_dropped(
         for name, parameter in donor.named_parameters():
             if name.endswith(("_token", "gamma")):
                 torch.nn.init.normal_(parameter)
-    monkeypatch.setattr(pretrained, "_read", lambda source, key: (donor.state_dict(), Origin(source, "Apache-2.0")))
+    monkeypatch.setattr(pretrained, "_read", lambda source, key: (donor.state_dict(), Lineage(source, "Apache-2.0")))
     ours = MalNetwork(ModelConfig(arch, mask_head_hidden_channel=4, mask_head_out_channel=4)).eval()
     report = pretrained.load_pretrained(ours, arch)
     assert not any(name.startswith("backbone.") for name in report.missing)

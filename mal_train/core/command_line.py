@@ -1,0 +1,54 @@
+"""Options that all three commands share: the version, shell completion, and old names of renamed options."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mal_train.core.version import distribution_version
+
+COMPLETION_PIP_LINE = "pip install 'mask-auto-labeler[completion]'"
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+class RenamedOption(argparse.Action):
+    """Refuses an option under its old name and states the new one.
+
+    >>> parser = argparse.ArgumentParser(prog="tool")
+    >>> _ = parser.add_argument("--licence", action=RenamedOption, new="--license")
+    >>> parser.parse_args(["--licence", "MIT"])
+    Traceback (most recent call last):
+    SystemExit: 2
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, new: str, **_: Any) -> None:
+        # "?": the old option may have taken a value or none.
+        super().__init__(
+            option_strings, argparse.SUPPRESS, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+        self._new = new
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Ends the command with exit code 2."""
+        parser.error(f"{self.option_strings[0]} has a new name: {self._new}")
+
+
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: object, *__: object) -> NoReturn:
+        try:
+            import shtab  # noqa: PLC0415 (an extra)
+        except ModuleNotFoundError:
+            parser.error(f"--print-completion needs shtab: {COMPLETION_PIP_LINE}")
+        print(shtab.complete(parser, str(shell)))
+        parser.exit()
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--version` and `--print-completion` to the top parser of a command."""
+    parser.add_argument("--version", action="version", version=f"%(prog)s {distribution_version()}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=SHELLS,
+        default=argparse.SUPPRESS,
+        help="print a completion script for this shell and exit",
+    )
