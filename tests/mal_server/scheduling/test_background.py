@@ -10,7 +10,7 @@ from pathlib import Path
 
 LEAVING = """
 import atexit, sys, threading
-from mal_server import left_behind
+from mal_server.scheduling import left_behind
 
 atexit.register(lambda: print("the interpreter ended"))
 begun, ends = threading.Event(), threading.Event()
@@ -34,14 +34,14 @@ def left(script: str) -> tuple[int, str, str]:
 
 def test_a_thread_that_never_ends_does_not_keep_the_process_and_what_was_said_is_out() -> None:
     # The interpreter itself would wait for it for ever.
-    code, out, err = left("left_behind.PATIENCE_S = 0.0\nsys.exit(left_behind.leave(7))")
+    code, out, err = left("left_behind.PATIENCE_S = 0.0\nsys.exit(left_behind.exit_process(7))")
     assert (code, out) == (7, "said\n")
     assert "left while a checkpoint was being loaded" in err
 
 
 def test_a_thread_that_is_about_to_end_is_waited_for_and_the_process_ends_as_others_do() -> None:
     code, out, err = left(
-        "left_behind.PATIENCE_S = 200.0\nthreading.Timer(0.1, ends.set).start()\nsys.exit(left_behind.leave(7))"
+        "left_behind.PATIENCE_S = 200.0\nthreading.Timer(0.1, ends.set).start()\nsys.exit(left_behind.exit_process(7))"
     )
     assert (code, out, err) == (7, "said\nthe interpreter ended\n", "")
 

@@ -267,7 +267,7 @@ def test_a_sighup_while_packages_are_imported_waits_until_the_server_listens(tmp
     (tmp_path / "server.yaml").write_text("gpu_ids: []\ndrain_delay_s: 0\nlisten: {port: 0}\n")
     code = (
         "import os, signal, sys\n"
-        "from mal_server import cli, config\n"
+        "from mal_server import cli\nfrom mal_server.config import server as config\n"
         "signals, inner = iter([signal.SIGHUP, signal.SIGTERM]), config.load_config\n"
         "def reading(*arguments):\n"
         "    os.kill(os.getpid(), next(signals))\n"

@@ -25,7 +25,7 @@ from tests.scenes import write_scenes
 
 NO_CHOICE = {"evaluate.num_nodes": 2, "inference.num_nodes": 2}
 """Fields of TAO that may hold one value here, each with another value, which must be refused."""
-SHOWS_ALL = {"strictyaml.py": None, "config.py": {"without_secrets", "load_spec"}}
+SHOWS_ALL = {"yaml_config.py": None, "spec.py": {"without_secrets", "load_spec"}}
 """What reads every field only to write the spec down: whole files, or functions of one."""
 
 
