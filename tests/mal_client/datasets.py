@@ -53,7 +53,7 @@ def make_dataset(folder: Path, images: int = 3, boxes: int = 2) -> Dataset:
         "categories": [{"id": 1, "name": "cup"}],
     }
     for at in range(images):
-        name = f"picture_{at}.png"
+        name = f"image_{at}.png"
         pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / name)
         coco["images"].append({"id": at + 1, "file_name": name, "width": WIDTH, "height": HEIGHT})

@@ -182,10 +182,10 @@ def test_a_data_set_gets_the_kernels_masks_in_its_own_order(dataset: Dataset) ->
 
 def test_each_bad_input_is_an_error_of_its_own_and_the_rest_goes_on(dataset: Dataset) -> None:
     folder = dataset.images_dir
-    (folder / "picture_0.png").unlink()
-    (folder / "picture_1.png").write_bytes((folder / "picture_1.png").read_bytes()[:200])
-    (folder / "picture_2.png").write_bytes(b"")
-    (folder / "picture_3.png").write_text("no picture")
+    (folder / "image_0.png").unlink()
+    (folder / "image_1.png").write_bytes((folder / "image_1.png").read_bytes()[:200])
+    (folder / "image_2.png").write_bytes(b"")
+    (folder / "image_3.png").write_text("no picture")
     rows = dataset.coco["annotations"]
     rows[8]["bbox"] = [0, 0, 0, 5]
     rows[9]["bbox"] = [1e9, 0, 5, 5]
@@ -205,7 +205,7 @@ def test_each_bad_input_is_an_error_of_its_own_and_the_rest_goes_on(dataset: Dat
     }
     assert "BOX_CLIPPED" in dataset.labeled()[110]["flags"]
     messages = {row.annotation_id: row.error.message for row in result.failed}
-    assert messages[106].startswith("picture_3.png: ")
+    assert messages[106].startswith("image_3.png: ")
     assert messages[108].startswith("annotation 108: ")
 
 
@@ -275,7 +275,7 @@ def test_the_servers_limits_hold_before_anything_is_sent(dataset: Dataset) -> No
     with served(limits={"max_request_bytes": 1024 * 1024}) as address, Client(address, timeout_s=30) as client:
         with pytest.raises(BadImage, match="the server's limit"):
             client.label_image(noise, BOXES)
-        Image.fromarray(noise).save(dataset.images_dir / "picture_0.png")
+        Image.fromarray(noise).save(dataset.images_dir / "image_0.png")
         result = client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output)
     assert {row.error.reason for row in result.failed} == {"IMAGE_TOO_LARGE"}
     assert result.labeled == 10

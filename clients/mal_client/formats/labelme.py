@@ -52,7 +52,7 @@ def write_labelme(masks: MaskFile, pictures: ImageFiles, folder: Path, shape: Sh
             "flags": {},
             "shapes": [one for group, row in enumerate(rows, start=1) for one in _shapes(row, group, shape)],
             "imagePath": os.path.relpath(picture, path.parent),
-            "imagedata": None,
+            "imageData": None,
             "imageHeight": image.height,
             "imageWidth": image.width,
         }

@@ -50,7 +50,7 @@ def test_label_writes_the_file_and_exits_0(address: str, dataset: Dataset, capsy
 def test_failed_items_are_listed_beside_the_output_and_exit_3(
     address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (dataset.images_dir / "picture_1.png").unlink()
+    (dataset.images_dir / "image_1.png").unlink()
     assert main(arguments("label", address, dataset)) == 3
     listed = (dataset.folder / "out.errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["annotation_id"] for line in listed] == [102, 103]

@@ -83,7 +83,7 @@ def _asked(fake: FakeServer) -> Counter[int]:
 )
 def test_a_killed_run_loses_nothing_and_repeats_at_most_its_window(tmp_path: Path, images: int, kills: int) -> None:
     dataset = make_dataset(tmp_path, images=images)
-    (dataset.images_dir / "picture_3.png").unlink()
+    (dataset.images_dir / "image_3.png").unlink()
     expected = undisturbed(dataset)
     asked = killed_until_done(FakeServer(Faults(delay_s=0.004), Limits(max_items_in_flight=WINDOW)), dataset, kills, 11)
     assert dataset.output.read_bytes() == expected

@@ -133,16 +133,16 @@ def test_an_image_with_more_boxes_than_the_server_takes_comes_in_parts(tmp_path:
 
 
 def test_a_missing_or_broken_image_fails_its_boxes_and_the_rest_goes_on(dataset: Dataset) -> None:
-    (dataset.images_dir / "picture_0.png").unlink()
-    (dataset.images_dir / "picture_1.png").write_text("no picture")
+    (dataset.images_dir / "image_0.png").unlink()
+    (dataset.images_dir / "image_1.png").write_text("no picture")
     result = label(FakeServer(), dataset)
     assert result.labeled == 2
     assert [row.error.reason for row in result.failed] == ["IMAGE_NOT_FOUND"] * 2 + ["IMAGE_FORMAT"] * 2
     assert result.errors_file == errors_path(dataset.output)
     lines = [json.loads(line) for line in result.errors_file.read_text().splitlines()]
     assert [line["annotation_id"] for line in lines] == [100, 101, 102, 103]
-    assert "picture_0.png" in lines[0]["message"]
-    assert lines[2]["message"].startswith("picture_1.png: ")
+    assert "image_0.png" in lines[0]["message"]
+    assert lines[2]["message"].startswith("image_1.png: ")
     row = dataset.labeled()[100]
     assert row["error"]["reason"] == "IMAGE_NOT_FOUND"
     assert (row["score"], row["mine"]) == (0.0, "note 100")
@@ -326,7 +326,7 @@ def test_an_older_output_and_its_errors_are_replaced_only_by_a_finished_run(data
 
 def test_progress_ends_with_everything_done(dataset: Dataset) -> None:
     seen: list[Progress] = []
-    (dataset.images_dir / "picture_0.png").unlink()
+    (dataset.images_dir / "image_0.png").unlink()
     label(FakeServer(), dataset, on_progress=seen.append)
     last = seen[-1]
     assert (last.images_done, last.images_total, last.boxes_done, last.boxes_failed) == (3, 3, 6, 2)

@@ -17,7 +17,7 @@ from tests.mal_client.fake_server import FakeServer, Faults, serving
 def dataset(tmp_path: Path) -> Dataset:
     """Seven images, of which one is missing, one has a crowd region and one a row that is faulty."""
     dataset = make_dataset(tmp_path, images=7)
-    (dataset.images_dir / "picture_2.png").unlink()
+    (dataset.images_dir / "image_2.png").unlink()
     dataset.coco["annotations"][0]["iscrowd"] = 1
     dataset.coco["annotations"][7]["bbox"] = "none"
     dataset.coco["annotations"][9]["bbox"] = [500, 2, 5, 5]

@@ -46,12 +46,12 @@ def test_missing_broken_and_wrong_files_are_told_apart(dataset: Dataset) -> None
     pictures[2].write_text("no picture")
     report = checked(dataset)
     assert found(report) == {"IMAGE_NOT_FOUND": 1, "IMAGE_DECODE_FAILED": 1, "IMAGE_FORMAT": 1}
-    assert "picture_1.png" in report.findings["IMAGE_DECODE_FAILED"].examples[0]
+    assert "image_1.png" in report.findings["IMAGE_DECODE_FAILED"].examples[0]
     assert report.count(Severity.ERROR) == 3
 
 
 def test_headers_alone_do_not_show_a_file_that_is_cut_off(dataset: Dataset) -> None:
-    picture = dataset.images_dir / "picture_1.png"
+    picture = dataset.images_dir / "image_1.png"
     picture.write_bytes(picture.read_bytes()[:-400])
     dataset.coco["images"][0]["width"] = WIDTH + 1
     assert found(checked(dataset, decode=False)) == {"IMAGE_SIZE_MISMATCH": 1}
@@ -106,7 +106,7 @@ def test_rows_that_belong_nowhere_crowds_and_gaps_are_listed(dataset: Dataset) -
     rows[2]["bbox"] = None
     rows[3]["iscrowd"] = 1
     dataset.coco["categories"].append({"id": 7, "name": "plate"})
-    dataset.coco["images"].append({"id": 50, "file_name": "picture_0.png", "width": WIDTH, "height": HEIGHT})
+    dataset.coco["images"].append({"id": 50, "file_name": "image_0.png", "width": WIDTH, "height": HEIGHT})
     report = checked(dataset)
     assert found(report) == {
         "FILE_NAMED_TWICE": 1,
@@ -128,7 +128,7 @@ def test_clashing_ids_are_fatal_and_the_rest_is_still_looked_at(
 ) -> None:
     dataset.coco["annotations"][1]["id"] = 100
     dataset.coco["images"][1]["id"] = 1
-    (dataset.images_dir / "picture_2.png").unlink()
+    (dataset.images_dir / "image_2.png").unlink()
     report = checked(dataset)
     assert report.count(Severity.FATAL) == 2
     assert "IMAGE_NOT_FOUND" in report.findings

@@ -38,7 +38,7 @@ def test_the_figures_of_the_server_come_back_with_the_ids_of_the_file(dataset: D
     assert evaluation.ap_at_score["AP"] is None
     assert evaluation.score.bias == pytest.approx(0.4)
     assert {row.annotation_id for row in evaluation.worst} == {100, 101, 102, 103, 104, 105}
-    assert evaluation.worst[0].file_name == "picture_0.png"
+    assert evaluation.worst[0].file_name == "image_0.png"
     assert evaluation.model.checkpoint_sha256 == SHA
     json.dumps(evaluation.to_dict())
     assert "mIoU" in evaluation.table()
@@ -78,13 +78,13 @@ def test_ids_that_are_no_integers_are_mapped_there_and_back(dataset: Dataset) ->
 
 
 def test_what_cannot_be_measured_is_counted_by_reason(dataset: Dataset) -> None:
-    (dataset.images_dir / "picture_0.png").unlink()
+    (dataset.images_dir / "image_0.png").unlink()
     rows = dataset.coco["annotations"]
     rows[2]["segmentation"] = []
     rows[3]["segmentation"] = [[1, 2, 3]]
     rows[4]["iscrowd"] = 1
     rows[5]["bbox"] = "broken"
-    dataset.coco["images"].append({"id": 9, "file_name": "picture_1.png", "width": 40, "height": 30})
+    dataset.coco["images"].append({"id": 9, "file_name": "image_1.png", "width": 40, "height": 30})
     rows.append(rows[1] | {"id": 200, "image_id": 9})
     dataset.save()
     evaluation = evaluate(FakeServer(), dataset)

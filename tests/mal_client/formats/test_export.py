@@ -78,10 +78,10 @@ def test_what_has_no_mask_is_told(labeled: Dataset, capsys: pytest.CaptureFixtur
 
 def test_labelme_polygons_fill_to_the_mask_with_parts_in_one_group(labeled: Dataset) -> None:
     folder = export(labeled, "labelme")
-    assert sorted(path.name for path in folder.iterdir()) == ["picture_0.json", "picture_1.json", "picture_2.json"]
-    content = json.loads((folder / "picture_0.json").read_text())
-    assert (folder / content["imagePath"]).resolve() == (labeled.images_dir / "picture_0.png").resolve()
-    assert (content["imageHeight"], content["imageWidth"]) == (HEIGHT, WIDTH)
+    assert sorted(path.name for path in folder.iterdir()) == ["image_0.json", "image_1.json", "image_2.json"]
+    content = json.loads((folder / "image_0.json").read_text())
+    assert (folder / content["imagePath"]).resolve() == (labeled.images_dir / "image_0.png").resolve()
+    assert (content["imageHeight"], content["imageWidth"], content["imageData"]) == (HEIGHT, WIDTH, None)
     first, second, third = content["shapes"]
     assert (first["label"], first["shape_type"], first["flags"]) == ("cup: large", "polygon", {"MULTI_PART": True})
     assert [shape["group_id"] for shape in content["shapes"]] == [1, 1, None]
@@ -92,7 +92,7 @@ def test_labelme_polygons_fill_to_the_mask_with_parts_in_one_group(labeled: Data
 
 def test_labelme_masks_are_the_pixels(labeled: Dataset) -> None:
     folder = export(labeled, "labelme", "--shape", "mask")
-    shape = json.loads((folder / "picture_0.json").read_text())["shapes"][0]
+    shape = json.loads((folder / "image_0.json").read_text())["shapes"][0]
     (x0, y0), (x1, y1) = shape["points"]
     with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as picture:
         pixels = np.asarray(picture)
@@ -104,23 +104,23 @@ def test_labelme_masks_are_the_pixels(labeled: Dataset) -> None:
 def test_yolo_rows_fill_to_the_mask_and_classes_are_numbered(labeled: Dataset) -> None:
     folder = export(labeled, "yolo-seg")
     assert (folder / "data.yaml").read_text().endswith('names:\n  0: "ant"\n  1: "cup: large"\n')
-    first, second = (folder / "labels" / "picture_0.txt").read_text().splitlines()
+    first, second = (folder / "labels" / "image_0.txt").read_text().splitlines()
     assert first.split()[0] == second.split()[0] == "1"
     line = np.reshape([float(value) for value in first.split()[1:]], (-1, 2)) * [WIDTH, HEIGHT]
     np.testing.assert_array_equal(fill([np.rint(line)], HEIGHT, WIDTH), ring())
     np.testing.assert_allclose(line, np.rint(line), atol=1e-4)
-    assert (folder / "labels" / "picture_2.txt").read_text() == ""
+    assert (folder / "labels" / "image_2.txt").read_text() == ""
 
 
 @pytest.mark.parametrize(("form", "below", "suffix"), [("labelme", "", "json"), ("yolo-seg", "labels", "txt")])
 def test_pictures_whose_labels_would_share_a_name_are_told(
     labeled: Dataset, capsys: pytest.CaptureFixture[str], form: str, below: str, suffix: str
 ) -> None:
-    labeled.coco["images"][1]["file_name"] = "picture_0.jpg"
+    labeled.coco["images"][1]["file_name"] = "image_0.jpg"
     labeled.save()
     folder = export(labeled, form) / below
-    assert sorted(path.name for path in folder.iterdir()) == [f"picture_0.{suffix}", f"picture_2.{suffix}"]
-    assert "picture_0.jpg: its labels would have the same name as those of picture_0.png" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == [f"image_0.{suffix}", f"image_2.{suffix}"]
+    assert "image_0.jpg: its labels would have the same name as those of image_0.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["labelme", "yolo-seg"])
@@ -132,7 +132,7 @@ def test_no_file_name_leads_out_of_the_output(labeled: Dataset, form: str, name:
     target = export(labeled, form)
     made = {path for path in labeled.folder.rglob("*") if path.is_file()} - before
     assert {path for path in made if not path.is_relative_to(target)} == set()
-    assert {path.stem for path in made if path.suffix != ".yaml"} == {"picture_1", "picture_2"}
+    assert {path.stem for path in made if path.suffix != ".yaml"} == {"image_1", "image_2"}
 
 
 def test_a_tolerance_that_is_none_is_refused(labeled: Dataset) -> None:
@@ -166,7 +166,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize(("shape", "least"), [("mask", 1.0), ("polygon", 0.75)])
 def test_labelme_reads_its_files(labeled: Dataset, shape: str, least: float) -> None:
     folder = export(labeled, "labelme", "--shape", shape)
-    found = in_tool("labelme", LABELME, folder / "picture_0.json", HEIGHT, WIDTH)
+    found = in_tool("labelme", LABELME, folder / "image_0.json", HEIGHT, WIDTH)
     assert {one["label"] for one in found} == {"cup: large"}
     parts = [np.array(one["mask"], bool) for one in found[:-1]]
     # labelme's own filling also takes in the pixels under its lines, which is much of a ring of 20 px.
@@ -196,10 +196,10 @@ def test_ultralytics_reads_its_files(labeled: Dataset) -> None:
     folder = export(labeled, "yolo-seg")
     (folder / "images").symlink_to(labeled.images_dir)
     found = in_tool("ultralytics", ULTRALYTICS, folder / "images")
-    assert found["picture_0.png"]["classes"] == [1.0, 1.0]
-    assert found["picture_2.png"]["masks"] == []
+    assert found["image_0.png"]["classes"] == [1.0, 1.0]
+    assert found["image_2.png"]["masks"] == []
     # cv2.fillPoly also takes in the pixels under the lines: bridges become one pixel wide and edges half a pixel.
-    assert overlap(np.array(found["picture_0.png"]["masks"][0], bool), ring()) > 0.7
+    assert overlap(np.array(found["image_0.png"]["masks"][0], bool), ring()) > 0.7
 
 
 FIFTYONE = """
@@ -265,15 +265,15 @@ def test_labelme_finds_pictures_by_a_pattern_and_tells_those_that_it_lacks(
 ) -> None:
     deep = labeled.folder / "deep" / "er"
     deep.mkdir(parents=True)
-    (labeled.images_dir / "picture_0.png").rename(deep / "picture_0.png")
+    (labeled.images_dir / "image_0.png").rename(deep / "image_0.png")
     given = ["--annotations", str(labeled.json_path), "--image-glob", str(labeled.folder / "deep" / "**" / "*.png")]
     target = labeled.folder / "labelme"
     assert main(["export", "--to", "labelme", *given, "--output", str(target)]) == 3
-    content = json.loads((target / "picture_0.json").read_text())
-    assert (target / content["imagePath"]).resolve() == deep / "picture_0.png"
-    assert [path.name for path in target.iterdir()] == ["picture_0.json"]
+    content = json.loads((target / "image_0.json").read_text())
+    assert (target / content["imagePath"]).resolve() == deep / "image_0.png"
+    assert [path.name for path in target.iterdir()] == ["image_0.json"]
     told = capsys.readouterr()
-    assert "picture_1.png: no file that the pattern finds ends in it" in told.err
+    assert "image_1.png: no file that the pattern finds ends in it" in told.err
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_label_takes_a_pattern(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     deeper = dataset.images_dir / "deeper"
     deeper.mkdir()
-    (dataset.images_dir / "picture_1.png").rename(deeper / "picture_1.png")
+    (dataset.images_dir / "image_1.png").rename(deeper / "image_1.png")
     command = ["label", "--annotations", str(dataset.json_path), "--output", str(dataset.output)]
     with serving(FakeServer()) as address:
         assert main([*command, "--server", address, "--image-glob", f"{tmp_path}/**/*.png"]) == 0

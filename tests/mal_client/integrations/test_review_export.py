@@ -42,7 +42,7 @@ def expected(dataset: Dataset, annotation: int) -> Any:
 def test_label_studio_gets_a_task_a_picture_the_worst_first(dataset: Dataset) -> None:
     tasks, _ = exported(dataset, "--picture-prefix", "/data/local-files/?d=set/")
     assert [task["data"]["review_rank"] for task in tasks] == [1, 2, 3]
-    assert tasks[0]["data"]["image"] == "/data/local-files/?d=set/picture_1.png"
+    assert tasks[0]["data"]["image"] == "/data/local-files/?d=set/image_1.png"
     assert tasks[0]["data"]["reasons"] == "1: it is gone; 4: low score"
     regions = {row["id"]: row for task in tasks for row in task["predictions"][0]["result"]}
     assert sorted(regions) == ["1-box", "2-box", "2-mask", "3-box", "3-mask", "4-box", "4-mask"], "103 has no mask"
@@ -62,7 +62,7 @@ def test_the_configuration_beside_the_tasks_takes_their_regions(dataset: Dataset
 
 def test_cvat_gets_boxes_and_masks_of_the_same_pixels(dataset: Dataset) -> None:
     _, root = exported(dataset)
-    assert [image.get("name") for image in root.iter("image")] == ["picture_1.png", "picture_2.png", "picture_0.png"]
+    assert [image.get("name") for image in root.iter("image")] == ["image_1.png", "image_2.png", "image_0.png"]
     masks = list(root.iter("mask"))
     assert [mask.get("group_id") for mask in masks] == ["4", "2", "3"]
     numbers = [[int(mask.get(key, "")) for key in ("left", "top", "width", "height")] for mask in masks]
@@ -74,7 +74,7 @@ def test_cvat_gets_boxes_and_masks_of_the_same_pixels(dataset: Dataset) -> None:
     assert [float(box.get(key, "")) for key in ("xtl", "ytl", "xbr", "ybr")] == [2.0, 2.0, 12.0, 11.0]
     assert json.loads((dataset.folder / "cvat" / "labels.json").read_text())[0]["name"] == "cup"
     listed = (dataset.folder / "cvat" / "images.txt").read_text().splitlines()
-    assert listed[0] == str(dataset.images_dir / "picture_1.png")
+    assert listed[0] == str(dataset.images_dir / "image_1.png")
 
 
 def test_sizes_that_the_file_does_not_state_are_read_from_the_pictures(dataset: Dataset) -> None:

@@ -129,7 +129,7 @@ def test_the_worst_are_exported_as_a_coco_file_in_their_order(dataset: Dataset) 
 def test_the_command_writes_a_page_with_a_picture_of_each_and_what_its_order_is_worth(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (dataset.images_dir / "picture_2.png").unlink()
+    (dataset.images_dir / "image_2.png").unlink()
     page, queue, worst = (dataset.folder / name for name in ("page.html", "queue.json", "worst.json"))
     given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir), "--worst", "5"]
     files = ["--report", str(page), "--output", str(queue), "--export", str(worst)]
@@ -138,12 +138,12 @@ def test_the_command_writes_a_page_with_a_picture_of_each_and_what_its_order_is_
     assert "5 masks, 1 without a mask" in printed
     assert "order by score: Spearman" in printed
     assert printed.partition("the worst:\n")[2].splitlines()[:5] == [
-        "  1. annotation 103, picture_1.png: no mask; it is gone",
-        "  2. annotation 104, picture_2.png: score 0.00",
-        "  3. annotation 101, picture_0.png: score 0.20; the mask falls into parts; the box left the image and was cut "
+        "  1. annotation 103, image_1.png: no mask; it is gone",
+        "  2. annotation 104, image_2.png: score 0.00",
+        "  3. annotation 101, image_0.png: score 0.20; the mask falls into parts; the box left the image and was cut "
         "to it",
-        "  4. annotation 102, picture_1.png: score 0.50",
-        "  5. annotation 105, picture_2.png: score 0.50",
+        "  4. annotation 102, image_1.png: score 0.50",
+        "  5. annotation 105, image_2.png: score 0.50",
     ]
     assert [row["annotation_id"] for row in json.loads(queue.read_text())["worst"]] == [103, 104, 101, 102, 105]
     text = page.read_text()

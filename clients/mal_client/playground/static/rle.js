@@ -50,7 +50,7 @@ export function maskLayer(region, color) {
   const height = Math.ceil(region.height / step);
   const isMask = (column, row) =>
     column >= 0 && row >= 0 && column < width && row < height && region.bits[row * step * region.width + column * step];
-  const pixels = new Imagedata(width, height);
+  const pixels = new ImageData(width, height);
   for (let row = 0; row < height; row++) {
     for (let column = 0; column < width; column++) {
       if (!isMask(column, row)) continue;
@@ -62,6 +62,6 @@ export function maskLayer(region, color) {
   const canvas = document.createElement("canvas");
   canvas.width = width;
   canvas.height = height;
-  canvas.getContext("2d").putImagedata(pixels, 0, 0);
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
   return { canvas, x: region.x, y: region.y, width: width * step, height: height * step };
 }
