@@ -40,7 +40,21 @@ WORDS = {
 }
 EXEMPT_LINE = "former name"
 EXEMPT = ("CHANGELOG.md", "LICENSE", "tests/repository/prose.py", "tests/repository/test_prose.py", "docs/experiments/")
-SUFFIXES = {".cfg", ".conf", ".css", ".html", ".js", ".md", ".proto", ".py", ".service", ".sh", ".toml", ".yaml", ".yml"}
+SUFFIXES = {
+    ".cfg",
+    ".conf",
+    ".css",
+    ".html",
+    ".js",
+    ".md",
+    ".proto",
+    ".py",
+    ".service",
+    ".sh",
+    ".toml",
+    ".yaml",
+    ".yml",
+}
 NAMES = {"Dockerfile", "Makefile", "run"}
 
 # A letter before or after makes another word; an underscore does not, so names are read as words.
