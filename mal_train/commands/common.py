@@ -127,7 +127,7 @@ def choose_devices(gpus: tuple[int, ...], processes: int, screen: Console) -> li
         ConfigError: there are GPUs, but not those.
     """
     if gpus and not torch.cuda.is_available():
-        screen.say("no CUDA on this machine: working on the CPU" + (f", {processes} times" if processes > 1 else ""))
+        screen.print("no CUDA on this machine: working on the CPU" + (f", {processes} times" if processes > 1 else ""))
         gpus = ()
     if not gpus:
         return [torch.device("cpu")] * processes

@@ -51,7 +51,7 @@ def import_checkpoint(source: str, target: Path, overrides: list[str], screen: C
         "imported_from": Path(source).name,
     }
     seal = save_checkpoint(target, Checkpoint(model, labeler, foreign.weights, [], provenance), seal_with)
-    screen.say(f"wrote {target}: {model.arch}, {len(foreign.weights)} tensors, encryption: {seal.how}")
+    screen.print(f"wrote {target}: {model.arch}, {len(foreign.weights)} tensors, encryption: {seal.how}")
     return target
 
 

@@ -43,8 +43,8 @@ def evaluate(spec: Spec, screen: Console) -> EvaluationReport | DetectionReport:
         labeling = open_labeling(spec, "evaluate", screen)
         rows = list(by_image(prompts))
         labels = labeling.labels(rows, image_dir)
-        with screen.bar(len(prompts.annotations), 0, "box") as bar:
-            answers = _counted(labels, bar.update)
+        with screen.progress(len(prompts.annotations), "box") as bar:
+            answers = _counted(labels, bar.advance)
             report: EvaluationReport | DetectionReport
             if settings.box_inputs:
                 report = compare_detections(coco, prompts, answers)
@@ -61,7 +61,7 @@ def evaluate(spec: Spec, screen: Console) -> EvaluationReport | DetectionReport:
         write_json_atomic(folder / "results.json", result)
         kpi = figures_of(report) if isinstance(report, EvaluationReport) else report.figures
         status.write("RUNNING", "Test metrics generated.", kpi=kpi)
-        screen.say(f"wrote {folder / 'results.json'}")
+        screen.print(f"wrote {folder / 'results.json'}")
     return report
 
 

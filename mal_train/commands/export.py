@@ -78,18 +78,20 @@ def export(
     if spec.dataset.val_ann_path:
         validation = _validator(spec, screen).run(network, config)
         config, report = validation.config, validation.report
-        screen.say(one_line(report))
+        screen.print(one_line(report))
         provenance["validation"] = figures_of(report)
         provenance.pop("validation_mIoU", None)  # that was of the network, crop and thresholds of training
     elif _was_fitted_to_another(checkpoint, config, which, is_mean=bool(average_with)):
         config = dataclasses.replace(config, calibration=None, calibrated_with_flip=False)
-        screen.say(
+        screen.print(
             f"calibration: left out; it was fitted to the student of {source} at its own crop and margin, not to what "
             "is written. dataset.val_ann_path fits one"
         )
     written = dataclasses.replace(checkpoint, labeler=config, weights=stored, provenance=provenance, seal=None)
     seal = save_checkpoint(target, written, seal_with)
-    screen.say(f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {seal.how}")
+    screen.print(
+        f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {seal.how}"
+    )
     return report
 
 

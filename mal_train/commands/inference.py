@@ -64,9 +64,9 @@ def inference(spec: Spec, screen: Console) -> InferenceResult:
         labeling = open_labeling(spec, "inference", screen)
         evaluator = Evaluator(coco.category_names) if settings.load_mask else None
         answers: Answers = {}
-        with screen.bar(len(coco.annotations), 0, "box") as bar:
+        with screen.progress(len(coco.annotations), "box") as bar:
             for annotation, label in labeling.labels(list(by_image(coco)), image_dir):
-                bar.update()
+                bar.advance()
                 if annotation.id is not None:
                     answers[annotation.id] = _fields(annotation, label, with_iou=settings.load_mask)
                 if evaluator is not None:
@@ -78,7 +78,7 @@ def inference(spec: Spec, screen: Console) -> InferenceResult:
         report = None if evaluator is None else evaluator.report()
         text = f"{labeled} boxes labeled, {failed.total()} failed"
         status.write("RUNNING", f"{text}.", kpi=None if report is None else figures_of(report))
-        screen.say(f"wrote {path}: {text}")
+        screen.print(f"wrote {path}: {text}")
     return InferenceResult(path, labeled, failed, report)
 
 
@@ -108,7 +108,7 @@ def _failures(coco: CocoFile, answers: Answers, screen: Console) -> Counter[str]
             messages[annotation.problem] += 1
     # One bad picture fails all of its boxes; it is said once.
     for message, count in messages.items():
-        screen.say(f"no mask{f' for {count} boxes' if count > 1 else ''}: {message}")
+        screen.print(f"no mask{f' for {count} boxes' if count > 1 else ''}: {message}")
     for note in coco.notes:
-        screen.say(note)
+        screen.print(note)
     return failed

@@ -97,9 +97,9 @@ def open_labeling(spec: Spec, task: Literal["evaluate", "inference"], screen: Co
     _, open_with = keys_of(spec)
     labeler, content = load_labeler(path, key=open_with, device=device, precision=precision)
     if content.seal is not None and content.seal.how == "none":
-        screen.say(f"{path}: not encrypted")
+        screen.print(f"{path}: not encrypted")
     for line in _outvoted(spec, labeler.config):
-        screen.say(line)
+        screen.print(line)
     return Labeling(path, content, labeler, devices, _passes_of(section), section)
 
 

@@ -28,7 +28,7 @@ def checkpoint_to_resume(spec: Spec, folder: Path, screen: Console) -> Path | No
         raise ConfigError(
             f"decryption_key: not given; it is needed to go on from {path} (an age recipient can only seal)"
         )
-    return path if given is not None else newest_whole(folder, open_with, screen.say)
+    return path if given is not None else newest_whole(folder, open_with, screen.print)
 
 
 def check_same_network(checkpoint: Checkpoint, wanted: ModelConfig, path: Path | None) -> None:

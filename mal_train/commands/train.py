@@ -122,7 +122,7 @@ def _train(
     network, origin = build_network(spec, resume, open_with, screen)
     module = build_module(spec, network, boxes, seed, screen, ranks=ranks)
     if seal_with is None:
-        screen.say("checkpoints will not be encrypted; set encryption_key to seal them")
+        screen.print("checkpoints will not be encrypted; set encryption_key to seal them")
 
     def describe() -> Checkpoint:
         return Checkpoint(
@@ -157,7 +157,7 @@ def _train(
     checkpoints = Checkpoints(
         folder,
         spec.train.checkpoint_interval,
-        screen.say,
+        screen.print,
         by_step=spec.train.checkpoint_interval_unit == "step",
         ranks=ranks,
     )
@@ -181,7 +181,7 @@ def _train(
     if status is not None:
         status.write("RUNNING", "Training loop complete.")
     if checkpoints.written is None:
-        screen.say(f"{resume}: has trained {spec.train.num_epochs} epochs already; raise train.num_epochs to go on")
+        screen.print(f"{resume}: has trained {spec.train.num_epochs} epochs already; raise train.num_epochs to go on")
     elif status is not None:
         facts = [
             ("boxes", boxes.summary()),
@@ -194,7 +194,7 @@ def _train(
             ("time of this run", f"{duration(time.monotonic() - began)}, of it {_validating(validate)}"),
         ]
         page = write_training_report(folder, spec, facts, None if validate is None else validate.validated)
-        screen.say(f"wrote {page}")
+        screen.print(f"wrote {page}")
     return TrainResult(
         newest_checkpoint(folder) or folder / LATEST,
         None if validate is None else validate.last_report,
@@ -256,17 +256,17 @@ def build_network(
     origin = Lineage("random", "none")
     source = spec.train.pretrained_model_path
     if resume is not None:
-        screen.say(f"going on from {resume}")
+        screen.print(f"going on from {resume}")
     elif source:
         report = load_pretrained(network, source, _key_if_sealed(source, open_with))
-        screen.say(str(report))
+        screen.print(str(report))
         origin = report.origin
-        screen.say(f"license of these weights: {origin.license}")
+        screen.print(f"license of these weights: {origin.license}")
     else:
-        screen.say("starting from random weights; train.pretrained_model_path gives better ones")
+        screen.print("starting from random weights; train.pretrained_model_path gives better ones")
     frozen = freeze_stages(network, spec.model.frozen_stages)
     if frozen:
-        screen.say(f"not learning: {', '.join(frozen)}")
+        screen.print(f"not learning: {', '.join(frozen)}")
     return network, origin
 
 
@@ -317,7 +317,7 @@ def build_module(
         num_images=len(boxes.paths),
         learns_from_masks=bool(boxes.masks),
         uses_pseudo_labels=section.supervision == "pseudo",
-        say=screen.say,
+        say=screen.print,
         ranks=ranks,
     )
 
@@ -341,7 +341,7 @@ def _training_boxes(spec: Spec, screen: Console) -> tuple[CocoFile, TrainingBoxe
         supervision=spec.train.supervision,
         name=spec.dataset.train_ann_path,
     )
-    screen.say(boxes.summary())
+    screen.print(boxes.summary())
     return coco, boxes
 
 
@@ -350,15 +350,15 @@ def _validation(
 ) -> ValidationCallback | None:
     """Validation, where there is something to validate with."""
     if not spec.dataset.val_ann_path:
-        screen.say("no validation: dataset.val_ann_path is not given")
+        screen.print("no validation: dataset.val_ann_path is not given")
         return None
     coco = read_coco(existing_file(spec.dataset.val_ann_path, "dataset.val_ann_path"))
     image_dir = existing_folder(spec.dataset.val_img_dir, "dataset.val_img_dir")
     if not spec.dataset.load_mask:
-        screen.say("no validation: dataset.load_mask is false")
+        screen.print("no validation: dataset.load_mask is false")
         return None
     if not has_masks(coco):
-        screen.say(f"no validation: no annotation of {spec.dataset.val_ann_path} has a mask")
+        screen.print(f"no validation: no annotation of {spec.dataset.val_ann_path} has a mask")
         return None
     validator = Validator(
         coco=coco,
@@ -372,7 +372,7 @@ def _validation(
     )
     size = spec.train.board_size
     board = ContactSheet(folder, coco, image_dir, size, records.add_picture) if size else None
-    return ValidationCallback(validator, spec.train.validation_interval, records, screen.say, board=board)
+    return ValidationCallback(validator, spec.train.validation_interval, records, screen.print, board=board)
 
 
 def _validating(validate: ValidationCallback | None) -> str:

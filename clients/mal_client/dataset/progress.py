@@ -1,4 +1,4 @@
-"""Shows how far a job is: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Reports the progress of a job on a COCO file: a bar or lines for users, JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -8,42 +8,40 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TextIO
-
-from tqdm import tqdm
+from typing import Any, Final, Self, TextIO
 
 from mal_client.types import DatasetResult, Progress
+from mal_train.core.console import Console, ProgressBar
 
-LINE_EVERY_S = 5.0
-JUMP_EVERY_S = 0.1
+LINE_EVERY_S: Final = 5.0
 
 
 class ProgressDisplay:
-    """Context manager; call it with each `Progress`.
+    """Progress bar on a terminal, or one line every `LINE_EVERY_S` seconds elsewhere.
+
+    A context manager; call it with each `Progress`.
 
     Args:
-        what: the job in a word, for example "label".
-        stream: where to write; the bar appears when it is a terminal.
+        label: name of the job, for example "label".
+        stream: the output, stderr by default.
         clock: monotonic seconds.
         counts_boxes: False for a job on images alone.
     """
 
     def __init__(
         self,
-        what: str,
+        label: str,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         *,
         counts_boxes: bool = True,
     ) -> None:
-        self._what = what
-        self._counts_boxes = counts_boxes
-        # A job whose stderr was closed (`2>&-`) has none at all.
-        self._stream = stream or sys.stderr or io.StringIO()
+        self._label = label
+        self._console = Console(stream)
         self._clock = clock
-        self._started = self._last_line = clock()
-        self._bar: tqdm[Any] | None = None
-        self._last_jump = clock()
+        self._counts_boxes = counts_boxes
+        self.bar: ProgressBar | None = None
+        self._images_before: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -51,70 +49,39 @@ class ProgressDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def __call__(self, progress: Progress) -> None:
-        """Shows the state, at most one plain line in LINE_EVERY_S seconds, and always the last."""
-        if self._stream.isatty():
-            self._show_bar(progress)
-            return
-        is_last = progress.images_done >= progress.images_total
-        if is_last or self._clock() - self._last_line >= LINE_EVERY_S:
-            self._last_line = self._clock()
-            print(self._line(progress), file=self._stream, flush=True)
+        """Shows the state of the job."""
+        if self.bar is None:
+            self.bar = self._console.progress(
+                progress.images_total, "image", self._label, line_every_s=LINE_EVERY_S, clock=self._clock
+            )
+        if progress.images_before != self._images_before:
+            # The first image of this run also opens the connection; those of an earlier run cost nothing.
+            self._images_before = progress.images_before
+            self.bar.restart_rate(progress.images_done)
+        self.bar.update(progress.images_done, _boxes(progress) if self._counts_boxes else "")
 
     def notice(self, text: str) -> None:
-        """Says something once."""
-        tqdm.write(f"mal-client: {text}", file=self._stream)
-
-    def _show_bar(self, progress: Progress) -> None:
-        if self._bar is None:
-            self._bar = tqdm(
-                total=progress.images_total,
-                initial=progress.images_before,
-                desc=self._what,
-                unit="image",
-                file=self._stream,
-            )
-        if self._counts_boxes:
-            self._bar.set_postfix_str(_boxes(progress), refresh=False)
-        self._jump(self._bar, progress.images_before - self._bar.initial)
-        self._bar.update(progress.images_done - self._bar.n)
-
-    def _jump(self, bar: tqdm[Any], images: float) -> None:
-        """Moves the bar over what an unfinished run left, which is not to count into its rate."""
-        bar.initial += images
-        bar.n += images
-        bar.last_print_n += images
-        if images and self._clock() - self._last_jump >= JUMP_EVERY_S:
-            self._last_jump = self._clock()
-            bar.refresh()
-
-    def _line(self, progress: Progress) -> str:
-        passed_s = max(1e-9, self._clock() - self._started)
-        rate = (progress.images_done - progress.images_before) / passed_s
-        left_s = (progress.images_total - progress.images_done) / rate if rate > 0 else 0.0
-        boxes = f" {_boxes(progress)}," if self._counts_boxes else ""
-        return (
-            f"{self._what}: {progress.images_done}/{progress.images_total} images,{boxes} "
-            f"{rate:.1f} images/s, {left_s:.0f} s left"
-        )
+        """Prints one message."""
+        self._console.print(f"mal-client: {text}")
 
 
 class JsonLog:
-    """As `ProgressDisplay`, for programs: one JSON object a line, each with an `event`.
+    """Counterpart of `ProgressDisplay` for programs: one JSON object a line, each with an `event`.
 
     Args:
-        stream: where to write.
+        stream: the output, stderr by default.
         clock: monotonic seconds.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = stream or sys.stderr or io.StringIO()
         self._clock = clock
-        self._started = clock()
-        self._last_line = -LINE_EVERY_S
+        self._started_at = clock()
+        self._last_line_s = -LINE_EVERY_S
 
     def __enter__(self) -> Self:
         return self
@@ -126,10 +93,10 @@ class JsonLog:
             self._write("stopped", error=type(error).__name__, message=str(error))
 
     def __call__(self, progress: Progress) -> None:
-        """The state: at most one line in LINE_EVERY_S seconds, and always the last."""
-        passed_s = self._clock() - self._started
-        if progress.images_done >= progress.images_total or passed_s - self._last_line >= LINE_EVERY_S:
-            self._last_line = passed_s
+        """Writes the state of the job, at most every `LINE_EVERY_S` seconds, and always the last one."""
+        elapsed_s = self._clock() - self._started_at
+        if progress.images_done >= progress.images_total or elapsed_s - self._last_line_s >= LINE_EVERY_S:
+            self._last_line_s = elapsed_s
             self._write(
                 "progress",
                 images_done=progress.images_done,
@@ -139,11 +106,11 @@ class JsonLog:
             )
 
     def notice(self, text: str) -> None:
-        """Something that is said once."""
+        """Writes one message."""
         self._write("notice", message=text)
 
     def result(self, result: DatasetResult) -> None:
-        """How a labeling job ended."""
+        """Writes the result of a labeling job."""
         self._write(
             "done",
             output=str(result.output),
@@ -154,8 +121,8 @@ class JsonLog:
             final=result.is_final,
         )
 
-    def _write(self, event: str, **what: Any) -> None:
-        line = {"event": event, "seconds": round(self._clock() - self._started, 3), **what}
+    def _write(self, event: str, **fields: Any) -> None:
+        line = {"event": event, "seconds": round(self._clock() - self._started_at, 3), **fields}
         print(json.dumps(line), file=self._stream, flush=True)
 
 

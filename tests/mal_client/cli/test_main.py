@@ -257,9 +257,9 @@ def test_without_a_terminal_progress_is_plain_lines_now_and_then() -> None:
             now[0] = float(done)
             display(Progress(done, 20, 2 * done, 1))
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "label: 5/20 images, 10 boxes, 1 failed, 1.0 images/s, 15 s left"
+    assert lines[0] == "label: image 6/20, 1.00 s/image, 00:14 left, 12 boxes, 1 failed"
     assert len(lines) == 4
-    assert lines[-1].startswith("label: 20/20 images")
+    assert lines[-1].startswith("label: image 20/20,")
 
 
 class Terminal(io.StringIO):
@@ -274,7 +274,7 @@ def test_what_an_unfinished_run_left_does_not_count_into_the_rate() -> None:
             display(Progress(before, 1000, before, 0, images_before=before))
         now[0] = 10.0
         display(Progress(820, 1000, 820, 0, images_before=800))
-    assert stream.getvalue() == "evaluate: 820/1000 images, 820 boxes, 0 failed, 2.0 images/s, 90 s left\n"
+    assert stream.getvalue() == "evaluate: image 820/1000, 2.00 image/s, 01:30 left, 820 boxes, 0 failed\n"
 
 
 def test_the_bar_jumps_over_what_an_unfinished_run_left() -> None:
@@ -282,7 +282,8 @@ def test_the_bar_jumps_over_what_an_unfinished_run_left() -> None:
     for before in range(1, 801):
         display(Progress(before, 1000, before, 0, images_before=before))
     display(Progress(803, 1000, 803, 0, images_before=800))
-    bar = display._bar
+    assert display.bar is not None
+    bar = display.bar._bar
     assert bar is not None
     assert (bar.n, bar.initial, bar.total) == (803, 800, 1000)
     display(Progress(1, 1000, 1, 0, images_before=1))  # the stream broke, and everything is brought back again

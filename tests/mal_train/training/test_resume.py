@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mal_train.commands.train import train
-from mal_train.core.console import Console
+from mal_train.core.console import Console, ProgressBar
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, sha256_of
 from mal_train.training.checkpoints import LATEST
 from tests.mal_train.training.runs import assert_same, plain_mean_field, spec_of
@@ -78,11 +78,14 @@ class WatchedScreen(Console):
     def __init__(self) -> None:
         super().__init__(io.StringIO())
         self.is_terminal = True
-        self.bars: list[Any] = []
+        self.bars: list[ProgressBar] = []
+        self.first_batches: list[int] = []
 
-    def bar(self, total: int, initial: int, unit: str) -> Any:
-        self.bars.append(super().bar(total, initial, unit))
-        return self.bars[-1]
+    def progress(self, total: int, unit: str, label: str = "", **options: Any) -> ProgressBar:
+        bar = super().progress(total, unit, label, **options)
+        self.first_batches.append(options["initial"])
+        self.bars.append(bar)
+        return bar
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4])
@@ -97,7 +100,7 @@ def test_the_bar_of_a_run_that_goes_on_begins_where_the_other_stopped(stop: int,
     train(spec_of(scenes, tmp_path / "rest", *common, resume), screen)
     (bar,) = screen.bars
     # Three batches an epoch.
-    assert (bar.initial, bar.n, bar.total) == (stop, 9, 9)
+    assert (screen.first_batches, bar.done, bar.total) == ([stop], 9, 9)
 
 
 def test_steps_between_checkpoints_count_over_epochs(tmp_path: Path) -> None:
