@@ -27,11 +27,24 @@ from mal_train.core.errors import DeviceError, InputError, MalError
 
 
 class InvalidRequest(InputError):
-    """A request breaks the contract. `violations` are pairs (path of the field, what is wrong with it)."""
+    """A request breaks the contract.
+
+    Attributes:
+        violations: pairs (path of the field, problem).
+        reason: short code for clients; empty where the fields say it all.
+    """
+
+    reason = ""
 
     def __init__(self, violations: Sequence[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{field}: {text}" for field, text in violations))
         self.violations = tuple(violations)
+
+
+class ResponseTooLarge(InvalidRequest):
+    """The masks of one item do not fit into one message; the same item with fewer boxes may."""
+
+    reason = "RESPONSE_TOO_LARGE"
 
 
 class Unauthenticated(InputError):

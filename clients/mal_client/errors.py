@@ -116,10 +116,7 @@ def item_error(status: status_pb2.Status) -> ItemError | None:
         return None
     details = _read_details(status)
     message = status.message or "the server gave no reason"
-    # Violations carry no reason; the limit that the server names tells this one from other bad fields.
-    too_large = any("max_response_bytes" in violation.description for violation in details.violations)
-    reason = details.reason or (RESPONSE_TOO_LARGE if too_large else "")
-    return ItemError(_code_name(status.code), reason, message, details.retry_after_s)
+    return ItemError(_code_name(status.code), details.reason, message, details.retry_after_s)
 
 
 def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) -> MalError:

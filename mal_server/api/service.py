@@ -16,7 +16,7 @@ from mal_server.api.serialization.status import reason_of, status_of
 from mal_server.config.limits import Limits
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
-from mal_server.errors import InvalidRequest, NoSuchFile
+from mal_server.errors import NoSuchFile, ResponseTooLarge
 from mal_server.evaluation.dataset_reader import memory_of, read_dataset
 from mal_server.evaluation.resume_tokens import GroundTruth, ResumeTokens
 from mal_server.evaluation.run import Evaluation
@@ -92,7 +92,7 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
         if size > self._limits.max_response_bytes:
             limit = self._limits.max_response_bytes
             text = f"the masks of this item take {size} bytes and max_response_bytes is {limit}; use LabelImage for it"
-            raise InvalidRequest([("request.instances", text)])
+            raise ResponseTooLarge([("request.instances", text)])
 
 
 class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):

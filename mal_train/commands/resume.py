@@ -7,6 +7,7 @@ from mal_train.commands.common import existing_file, keys_of
 from mal_train.config.spec import Spec
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
+from mal_train.core.fingerprint import differences
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint
 from mal_train.kernel.networks.network import ModelConfig
@@ -38,11 +39,8 @@ def check_same_network(checkpoint: Checkpoint, wanted: ModelConfig, path: Path |
             f"train.resume_training_checkpoint_path: {path} holds weights only; give it as train.pretrained_model_path"
         )
     if checkpoint.model != wanted:
-        has, asked = checkpoint.model.to_dict(), wanted.to_dict()
-        different = ", ".join(
-            f"{name} {has[name]!r}, the spec says {asked[name]!r}" for name in has if has[name] != asked[name]
-        )
-        raise ConfigError(f"{path}: trained with model.{different}; make them agree or choose another results_dir")
+        different = "; ".join(f"model.{text}" for text in differences(checkpoint.model.to_dict(), wanted.to_dict()))
+        raise ConfigError(f"{path}: trained with {different}; make them agree or choose another results_dir")
 
 
 def taken_up(spec: Spec, asked: LabelerConfig, stored: LabelerConfig) -> LabelerConfig:

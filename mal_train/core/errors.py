@@ -48,7 +48,19 @@ class BadImage(InputError):
 
 
 class BadBox(InputError):
-    """A box that no mask can answer."""
+    """A box for which no mask can be made.
+
+    Args:
+        problem: the value, the rule and the remedy.
+        box: names the box at the start of the message, for example "box 3"; empty where the context names it.
+
+    Attributes:
+        problem: the message without the name of the box.
+    """
+
+    def __init__(self, problem: str, box: str = "") -> None:
+        super().__init__(f"{box}: {problem}" if box else problem)
+        self.problem = problem
 
 
 class BadDataset(InputError):

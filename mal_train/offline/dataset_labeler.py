@@ -119,8 +119,8 @@ def _prepare(
         else:
             crop = labeler.prepare(image, [annotation.box_xywh])[0]
             if isinstance(crop, BadBox):
-                text = str(crop).removeprefix("box 0: ")
-                found.append((annotation, LabelFailure(str(Reason.BAD_BOX), f"annotation {annotation.id!r}: {text}")))
+                message = f"annotation {annotation.id!r}: {crop.problem}"
+                found.append((annotation, LabelFailure(str(Reason.BAD_BOX), message)))
             else:
                 found.append((annotation, crop))
     return found

@@ -247,10 +247,7 @@ class FakeServer(
         if self._count_down(self.faults.retry_items, item.item_id):
             return labeling_pb2.LabelImagesResponse(item_id=item.item_id, status=_retry_status())
         if len(item.request.instances) > self.limits.boxes_in_an_answer:
-            status = _status(code_pb2.INVALID_ARGUMENT, "request.instances: too many masks")
-            bad = error_details_pb2.BadRequest()
-            bad.field_violations.add(field="request.instances", description="… and max_response_bytes is 7; …")
-            status.details.add().Pack(bad)
+            status = _status(code_pb2.INVALID_ARGUMENT, "request.instances: too many masks", "RESPONSE_TOO_LARGE")
             return labeling_pb2.LabelImagesResponse(item_id=item.item_id, status=status)
         try:
             results = self._results(item.request)
@@ -267,19 +264,19 @@ class FakeServer(
     def _results(self, request: labeling_pb2.LabelImageRequest) -> list[types_pb2.InstanceResult]:
         wanted = (request.image.expected_width, request.image.expected_height)
         image = decode_image(request.image.content, expected_wh=wanted if all(wanted) else None)
-        results = [self._result(at, one, image.shape[:2]) for at, one in enumerate(request.instances)]
+        results = [self._result(one, image.shape[:2]) for one in request.instances]
         return [result for result in results if result.instance_id not in self.faults.leave_out]
 
-    def _result(self, at: int, one: types_pb2.Instance, image_hw: tuple[int, int]) -> types_pb2.InstanceResult:
+    def _result(self, one: types_pb2.Instance, image_hw: tuple[int, int]) -> types_pb2.InstanceResult:
         key = one.instance_id
         if self._count_down(self.faults.retry_boxes, key):
             return types_pb2.InstanceResult(instance_id=key, status=_retry_status())
         try:
-            geometry.check_box(_xywh(one.box), image_hw, f"box {at}")
+            geometry.check_box(_xywh(one.box), image_hw)
             if key in self.faults.bad_boxes:
-                raise BadBox(f"box {at}: told to fail")
+                raise BadBox("configured to fail")
         except BadBox as error:
-            status = _status(code_pb2.INVALID_ARGUMENT, str(error), "BAD_BOX")
+            status = _status(code_pb2.INVALID_ARGUMENT, error.problem, "BAD_BOX")
             return types_pb2.InstanceResult(instance_id=key, status=status)
         mask = box_filled(_xywh(one.box), image_hw)
         x, y, w, h = rle.to_box(mask) or (0.0, 0.0, 0.0, 0.0)

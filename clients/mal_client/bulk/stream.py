@@ -272,12 +272,7 @@ class BulkStream:
         """An item whose masks do not fit into one message goes in two parts."""
         if error.reason != RESPONSE_TOO_LARGE or len(item.boxes) < 2:
             return False
-        keys = list(item.boxes)
-        halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
-        self._pool.send_again(
-            replace(item, item_id=f"{item.item_id}.{at}", boxes={key: item.boxes[key] for key in half})
-            for at, half in enumerate(halves)
-        )
+        self._pool.send_again(item.split())
         return True
 
     def _check_model(self, model: ModelRef) -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mal_client.types import BoxXywh, ModelRef
 
@@ -20,7 +20,8 @@ class WorkItem:
     """One image and some of its boxes; `boxes` by the caller's keys, `item_id` unique among what is on its way.
 
     Attributes:
-        item_id: what stands before the first dot is the caller's name for it; parts of an item get a suffix.
+        item_id: `KEY`, or `KEY.PART` for a part of an item that was split; parts may be split again. KEY is the
+            caller's name and has no dot.
         boxes: by the caller's keys.
         resends: how often it was sent again on the server's word.
     """
@@ -28,6 +29,20 @@ class WorkItem:
     item_id: str
     boxes: dict[int, BoxXywh]
     resends: int = 0
+
+    @property
+    def key(self) -> str:
+        """The caller's name for the item, the same for all of its parts."""
+        return self.item_id.partition(".")[0]
+
+    def split(self) -> list[WorkItem]:
+        """Two parts with half of the boxes each."""
+        keys = list(self.boxes)
+        middle = len(keys) // 2
+        return [
+            replace(self, item_id=f"{self.item_id}.{part}", boxes={key: self.boxes[key] for key in half})
+            for part, half in enumerate((keys[:middle], keys[middle:]))
+        ]
 
 
 @dataclass

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.fingerprint import differences
 
 SYNC_EVERY_S: Final = 5.0
 """A power cut costs at most the answers of so many seconds."""
@@ -269,13 +270,9 @@ def _refuse_other_job(path: Path, found: Any, wanted: Mapping[str, Any]) -> None
     """Raises ConfigError naming what differs."""
     known: dict[str, Any] = json.loads(json.dumps(dict(wanted)))
     earlier = found if isinstance(found, dict) else {}
-    different = [
-        f"{key} was {earlier.get(key)!r} and is {known.get(key)!r}"
-        for key in {**earlier, **known}
-        if earlier.get(key) != known.get(key)
-    ]
+    different = differences(earlier, known)
     if different:
         raise ConfigError(
-            f"{path}: holds the answers of an unfinished run that was another job: {'; '.join(different)}. Finish that "
-            "one, or give --restart (restart=True) to throw its answers away"
+            f"{path}: holds the results of an unfinished run of another job: {'; '.join(different)}; finish that run, "
+            "or give --restart (restart=True) to discard its results"
         )

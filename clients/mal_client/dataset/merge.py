@@ -13,6 +13,7 @@ from mal_client.dataset.shards import ShardLedgers
 from mal_client.types import DEFAULT_DATASET_OPTIONS, DatasetOptions, DatasetResult, ModelRef
 from mal_train.core.atomic_io import check_writable
 from mal_train.core.errors import ConfigError
+from mal_train.core.fingerprint import differences
 from mal_train.core.settings import Branch
 
 
@@ -37,11 +38,7 @@ def merge_shards(
     work = read_work(coco_json, how)
     asked = job_fingerprint(work, how)
     with ShardLedgers(output_json, shards, work.head.count) as ledgers:
-        different = [
-            f"{key} was {ledgers.manifest.get(key)!r} and is {value!r}"
-            for key, value in asked.items()
-            if ledgers.manifest.get(key) != value
-        ]
+        different = differences({key: ledgers.manifest.get(key) for key in asked}, asked)
         if different:
             raise ConfigError(f"{output_json}: its parts are of another job: {'; '.join(different)}")
         ledgers.refuse_gaps(work.asked_places())

@@ -6,7 +6,6 @@ Knows nothing of servers: a single run and a merge of shards write through here,
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,7 +16,7 @@ from mal_client.dataset.plan import DatasetPlan, RowAction
 from mal_client.errors import ItemError
 from mal_client.types import FAILED_LISTED, DatasetOptions, DatasetResult, FailedAnnotation
 from mal_train.core.atomic_io import atomic_write
-from mal_train.core.coco.annotations import Annotation, ImageInfo
+from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.coco.output import error_fields, labeled_row
 from mal_train.core.coco.stream import write_changed
 from mal_train.core.errors import ConfigError, OutputError
@@ -194,6 +193,7 @@ def _failed(annotation: Annotation, images: Mapping[Any, ImageInfo], error: Item
 
 
 def _about_row(error: ItemError, row: Annotation) -> ItemError:
-    """The server counts the boxes of a request; the file has annotation ids."""
-    found = re.match(r"box -?[0-9]+: ", error.message)
-    return error if found is None else replace(error, message=f"annotation {row.id!r}: {error.message[found.end() :]}")
+    """Adds the annotation id to the error of a box; the server sends it without a name."""
+    if error.reason != Reason.BAD_BOX:
+        return error
+    return replace(error, message=f"annotation {row.id!r}: {error.message}")

@@ -53,9 +53,9 @@ class DatasetPlan:
     boxes: array[float]
     image_at: array[int]
 
-    def image_of(self, item_id: str) -> ImageInfo:
-        """The image of an item, or of a part of one."""
-        return self.images[int(item_id.partition(".")[0])]
+    def image_of(self, item: WorkItem) -> ImageInfo:
+        """Returns the image of an item; the key of an item is the index of its image."""
+        return self.images[int(item.key)]
 
     def asked_places(self) -> Iterator[tuple[int, int]]:
         """(place, place of its image) of each row to label."""

@@ -40,6 +40,7 @@ from mal_train.core.atomic_io import check_writable
 from mal_train.core.coco.annotations import ImageInfo
 from mal_train.core.coco.output import answer_fields
 from mal_train.core.errors import ConfigError
+from mal_train.core.fingerprint import differences
 
 OnProgress = Callable[[Progress], None]
 
@@ -144,7 +145,7 @@ class _DatasetRun:
 
     def take(self, answer: ItemResult) -> None:
         """Stores what an item's boxes got."""
-        image = self.work.image_of(answer.item.item_id)
+        image = self.work.image_of(answer.item)
         about_image = None if answer.error is None else _about_image(answer.error, image)
         found: dict[int, Answer] = {}
         for at in answer.item.boxes:
@@ -174,7 +175,7 @@ class _DatasetRun:
         return Progress(total - self._images_open, total, done, self._failed, images_before=self._images_before)
 
     def _count(self, answer: ItemResult) -> None:
-        place = int(answer.item.item_id.partition(".")[0])
+        place = int(answer.item.key)
         self.rest.boxes_left[place] -= len(answer.item.boxes)
         self._images_open -= not self.rest.boxes_left[place]
         if self._on_progress is not None:
@@ -196,9 +197,7 @@ def _servers(clients: Sequence[Transport], options: LabelOptions, tell: OnNotice
         tell(f"{silent}; {len(servers)} of {len(clients)} servers begin")
     first, *others = [(client.address, provenance_of(info, options)) for client, info in servers]
     for address, provenance in others:
-        different = [
-            f"{key}: {provenance[key]!r}, not {value!r}" for key, value in first[1].items() if provenance[key] != value
-        ]
+        different = differences(provenance, first[1])
         if different:
             raise ConfigError(
                 f"{address}: serves something else than {first[0]} ({'; '.join(different)}), so their masks would not "
@@ -241,7 +240,7 @@ def _label_rest(
     fleet = MultiServerDispatcher(
         [(client, info.limits.max_items_in_flight) for client, info in servers],
         pool,
-        lambda item: load(job.work.image_of(item.item_id)),
+        lambda item: load(job.work.image_of(item)),
         options,
         tell,
     )

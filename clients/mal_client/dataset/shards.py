@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from mal_client.dataset.journal import NOWHERE, Answer, LedgerReader, journal_path
 from mal_train.core.errors import ConfigError
+from mal_train.core.fingerprint import differences
 
 SHARD_KEY = "shard"
 """Of a ledger's manifest: which part of the job it holds."""
@@ -134,11 +135,7 @@ class ShardLedgers:
         if shard != str(self._shards[file_at]):
             raise ConfigError(f"{reader.path}: is part {shard} of a job, not {self._shards[file_at]}")
         self.manifest = self.manifest or manifest
-        different = [
-            f"{key} is {manifest.get(key)!r}, not {self.manifest.get(key)!r}"
-            for key in {**self.manifest, **manifest}
-            if manifest.get(key) != self.manifest.get(key)
-        ]
+        different = differences(manifest, self.manifest)
         if different:
             raise ConfigError(
                 f"{reader.path}: is of another job than {self._paths[0].name}: {'; '.join(different)}. Label that part "

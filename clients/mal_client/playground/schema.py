@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,9 +108,8 @@ def label_line(key: str, label: BoxLabel) -> Json:
 
 
 def error_json(error: ItemError) -> Json:
-    """An error as the page shows it, beside its box: without the box's number in the call."""
-    message = re.sub(r"^box -?[0-9]+: ", "", error.message)
-    return {"code": error.code, "reason": error.reason, "message": message}
+    """Returns an error as JSON; the page shows it next to its box."""
+    return {"code": error.code, "reason": error.reason, "message": error.message}
 
 
 def failure(error: MalError) -> ItemError:

@@ -25,6 +25,7 @@ from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.coco.stream import CocoHead, read_member, scan_coco
 from mal_train.core.errors import BadDataset, ConfigError
+from mal_train.core.masks.flags import FLAG_DESCRIPTIONS
 from mal_train.core.masks.images import read_header
 from mal_train.core.masks.rle import Rle, from_segmentation, iou
 from mal_train.core.metrics.score_quality import bad_in_worst, spearman
@@ -40,15 +41,10 @@ LISTED: Final = 5
 """As many of the worst are named on a terminal."""
 
 FLAG_MEANINGS: Final[Mapping[str, str]] = {
-    "BOX_CLIPPED": "the box left the image and was cut to it",
-    "EMPTY_MASK": "no pixel reached the threshold",
-    "FULL_BOX": "the mask fills its box: the object was hardly separated from what surrounds it",
-    "TOO_SMALL": "a side of the box is at most 2 px; the mask is little more than a guess",
-    "LOW_AGREEMENT": "the two networks drew different masks",
-    "MULTI_PART": "the mask falls into parts",
+    **{str(flag): text for flag, text in FLAG_DESCRIPTIONS.items()},
     "CROWD": "a region of many objects, copied through",
 }
-"""What the flags of a labeled file say, for people."""
+"""What each flag of a labeled file means, as text for users."""
 
 
 class SortBy(StrEnum):

@@ -40,7 +40,9 @@ def status_of(error: Exception) -> status_pb2.Status:
     known = _known(error)
     if known is not None:
         code, details = known
-        return _status(code, str(error), *details)
+        # The result of a box carries its instance_id, so the message needs no other name for it.
+        message = error.problem if isinstance(error, BadBox) else str(error)
+        return _status(code, message, *details)
     text = f"the server failed; its log says why under error id {_logged(error)}"
     return _status(code_pb2.INTERNAL, text, _info(UNEXPECTED))
 
@@ -74,8 +76,8 @@ def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
             known = code_pb2.UNAUTHENTICATED, (_info("NO_TOKEN"),)
         case PermissionDenied():
             known = code_pb2.PERMISSION_DENIED, (_info("MISSING_SCOPE"),)
-        case InvalidRequest(violations=violations):
-            known = code_pb2.INVALID_ARGUMENT, (_bad_request(violations),)
+        case InvalidRequest(violations=violations, reason=reason):
+            known = code_pb2.INVALID_ARGUMENT, (_bad_request(violations), *([_info(reason)] if reason else []))
         case BadImage(reason=reason):
             known = code_pb2.INVALID_ARGUMENT, (_info(reason),)
         case BadBox():

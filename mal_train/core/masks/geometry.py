@@ -66,19 +66,19 @@ def check_box(box_xywh: Sequence[float], image_hw: tuple[int, int], name: str = 
     """
     height, width = image_hw
     if len(box_xywh) != 4 or not all(math.isfinite(v) for v in box_xywh):
-        raise BadBox(f"{name}: {list(box_xywh)}; four finite numbers x, y, width, height are needed")
+        raise BadBox(f"{list(box_xywh)}; four finite numbers x, y, width, height are needed", name)
     x, y, w, h = (float(v) for v in box_xywh)
     if w <= 0 or h <= 0:
-        raise BadBox(f"{name}: {w:g} x {h:g} px; width and height must be positive (boxes are x, y, width, height)")
+        raise BadBox(f"{w:g} x {h:g} px; width and height must be positive (boxes are x, y, width, height)", name)
     x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     if x1 <= x0 or y1 <= y0:
-        raise BadBox(f"{name}: [{x:g}, {y:g}, {w:g}, {h:g}] lies wholly outside its {width}x{height} px image")
+        raise BadBox(f"[{x:g}, {y:g}, {w:g}, {h:g}] lies wholly outside its {width}x{height} px image", name)
     if x0 == x and y0 == y and x1 == x + w and y1 == y + h:
         if w * h < 1.0:
-            raise BadBox(f"{name}: {w:g} x {h:g} px; less than 1 px² cannot be labeled")
+            raise BadBox(f"{w:g} x {h:g} px; less than 1 px² cannot be labeled", name)
         return (x, y, w, h), False
     if (x1 - x0) * (y1 - y0) < 1.0:
-        raise BadBox(f"{name}: [{x:g}, {y:g}, {w:g}, {h:g}]: less than 1 px² lies inside its {width}x{height} px image")
+        raise BadBox(f"[{x:g}, {y:g}, {w:g}, {h:g}]: less than 1 px² lies inside its {width}x{height} px image", name)
     return (x0, y0, x1 - x0, y1 - y0), True
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mal_train.core.errors import BadBox, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.masks import geometry, rle
+from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import Box, Region, Window
 from mal_train.core.masks.images import RgbImage
 from mal_train.core.masks.rle import Rle
@@ -112,8 +113,7 @@ class Label:
         area: mask pixels.
         mask_box: tight box of the mask; None when it is empty.
         agreement: IoU of student's and teacher's masks, when asked.
-        flags: any of BOX_CLIPPED, EMPTY_MASK, FULL_BOX, TOO_SMALL (a side of at most 2 px), LOW_AGREEMENT (IoU below
-            0.8), MULTI_PART (a second connected part holds at least 1 % of the mask).
+        flags: properties to check; see `FLAG_DESCRIPTIONS`.
     """
 
     rle: Rle
@@ -121,7 +121,7 @@ class Label:
     area: int
     mask_box: Box | None
     agreement: float | None
-    flags: tuple[str, ...]
+    flags: tuple[Flag, ...]
 
 
 class Labeler:
@@ -397,15 +397,15 @@ def build_labeler(
     return Labeler(network, checkpoint.labeler, device=device, precision=precision)
 
 
-def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | None) -> tuple[str, ...]:
+def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | None) -> tuple[Flag, ...]:
     box = geometry.box_pixels(crop.box_inside, crop.image_hw)
     box_count = 0 if box.is_empty else (box.col1 - box.col0) * (box.row1 - box.row0)
     found = {
-        "BOX_CLIPPED": crop.was_clipped,
-        "EMPTY_MASK": area == 0,
-        "FULL_BOX": area > 0 and area >= box_count,
-        "TOO_SMALL": min(crop.box_inside[2:]) <= TINY_SIDE_PX,
-        "LOW_AGREEMENT": agreement is not None and agreement < LOW_AGREEMENT_IOU,
-        "MULTI_PART": area > 0 and has_second_part(mask),
+        Flag.BOX_CLIPPED: crop.was_clipped,
+        Flag.EMPTY_MASK: area == 0,
+        Flag.FULL_BOX: area > 0 and area >= box_count,
+        Flag.TOO_SMALL: min(crop.box_inside[2:]) <= TINY_SIDE_PX,
+        Flag.LOW_AGREEMENT: agreement is not None and agreement < LOW_AGREEMENT_IOU,
+        Flag.MULTI_PART: area > 0 and has_second_part(mask),
     }
     return tuple(name for name, is_set in found.items() if is_set)

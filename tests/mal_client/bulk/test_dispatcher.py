@@ -169,7 +169,7 @@ def test_without_any_server_it_is_an_error(tmp_path: Path) -> None:
 def test_servers_that_serve_different_things_are_refused_before_any_work(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     fakes = FakeServer(), FakeServer(limits=Limits(precision="bfloat16"))
-    with pytest.raises(ConfigError, match="precision: 'bfloat16', not 'float32'"):
+    with pytest.raises(ConfigError, match="precision 'bfloat16' instead of 'float32'"):
         label(dataset, *fakes)
     assert all("LabelImages" not in fake.calls for fake in fakes)
 

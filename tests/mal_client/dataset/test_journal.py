@@ -64,7 +64,7 @@ def test_a_damaged_line_is_not_believed(tmp_path: Path, flip: int) -> None:
 
 def test_another_job_is_refused_by_what_differs_and_left_alone(tmp_path: Path) -> None:
     before = written(tmp_path)
-    with pytest.raises(ConfigError, match=r"input was 'aa' and is 'bb'.*--restart"):
+    with pytest.raises(ConfigError, match=r"input 'aa' instead of 'bb'.*--restart"):
         opened(tmp_path, JOB | {"input": "bb"})
     assert journal_path(tmp_path / "out.json").read_bytes() == before
     with opened(tmp_path, JOB | {"input": "bb"}, restart=True) as ledger:

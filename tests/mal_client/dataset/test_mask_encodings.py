@@ -37,8 +37,8 @@ class Drawn(FakeServer):
         super().__init__()
         self.code = encode_mask(mask)
 
-    def _result(self, at: int, one: types_pb2.Instance, image_hw: tuple[int, int]) -> types_pb2.InstanceResult:
-        result = super()._result(at, one, image_hw)
+    def _result(self, one: types_pb2.Instance, image_hw: tuple[int, int]) -> types_pb2.InstanceResult:
+        result = super()._result(one, image_hw)
         if result.masks:
             result.masks[0].coco_rle.counts = self.code.counts
             result.area_px = area(self.code)

@@ -103,7 +103,7 @@ def test_another_input_or_other_options_are_refused_unless_told(
     fake = FakeServer()
     with serving(fake) as address:
         assert main(command(address, dataset, "--threshold", "0.4")) == 2
-        assert "thresholds was [0.1, 0.2, 0.3] and is [0.4, 0.4, 0.4]" in capsys.readouterr().err
+        assert "thresholds [0.1, 0.2, 0.3] instead of [0.4, 0.4, 0.4]" in capsys.readouterr().err
         unchanged = dataset.json_path.read_bytes()
         dataset.coco["annotations"][0]["mine"] = "changed"
         dataset.save()
@@ -123,7 +123,7 @@ def test_another_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(command(address, dataset)) == 3
     with serving(FakeServer(limits=Limits(precision="bfloat16"))) as address:
         assert main(command(address, dataset)) == 2
-    assert "precision was 'float32' and is 'bfloat16'" in capsys.readouterr().err
+    assert "precision 'float32' instead of 'bfloat16'" in capsys.readouterr().err
 
 
 def test_other_weights_are_refused_by_their_digest(

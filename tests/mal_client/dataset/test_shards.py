@@ -100,7 +100,7 @@ def test_parts_of_different_jobs_are_not_joined(dataset: Dataset, capsys: pytest
         label(address, dataset, "--shard", "0/2")
         label(address, dataset, "--shard", "1/2", "--threshold", "0.7")
     assert merge(dataset, 2) == 2
-    assert "thresholds is [0.7, 0.7, 0.7], not [0.1, 0.2, 0.3]" in capsys.readouterr().err
+    assert "thresholds [0.7, 0.7, 0.7] instead of [0.1, 0.2, 0.3]" in capsys.readouterr().err
 
 
 def test_a_file_that_was_changed_since_is_refused(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_a_file_that_was_changed_since_is_refused(dataset: Dataset, capsys: pyte
     dataset.coco["info"] = {"note": "changed"}
     dataset.save()
     assert merge(dataset, 1) == 2
-    assert "its parts are of another job: input_sha256 was" in capsys.readouterr().err
+    assert "input_sha256" in capsys.readouterr().err
 
 
 def test_a_part_that_is_still_being_labeled_is_waited_for(dataset: Dataset) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mal_client.cli.main import main
-from mal_client.review.queue import SortBy, review_queue, write_worst
+from mal_client.review.queue import FLAG_MEANINGS, SortBy, review_queue, write_worst
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -64,7 +64,7 @@ def test_failed_ones_come_first_then_the_lowest_score_and_ties_stay_in_the_order
     assert [item.rank for item in queue.worst] == [1, 2, 3, 4, 5, 6]
     assert (queue.masks, queue.failed, queue.left_out) == (5, 1, 0)
     assert queue.worst[0].reasons == ["it is gone"]
-    assert queue.worst[2].reasons == ["the mask falls into parts", "the box left the image and was cut to it"]
+    assert queue.worst[2].reasons == [FLAG_MEANINGS["MULTI_PART"], FLAG_MEANINGS["BOX_CLIPPED"]]
 
 
 def test_the_order_by_agreement_is_there_on_request(dataset: Dataset) -> None:
@@ -140,8 +140,7 @@ def test_the_command_writes_a_page_with_a_picture_of_each_and_what_its_order_is_
     assert printed.partition("the worst:\n")[2].splitlines()[:5] == [
         "  1. annotation 103, image_1.png: no mask; it is gone",
         "  2. annotation 104, image_2.png: score 0.00",
-        "  3. annotation 101, image_0.png: score 0.20; the mask falls into parts; the box left the image and was cut "
-        "to it",
+        "  3. annotation 101, image_0.png: score 0.20; the mask has several parts; the box was clipped to the image",
         "  4. annotation 102, image_1.png: score 0.50",
         "  5. annotation 105, image_2.png: score 0.50",
     ]
@@ -153,7 +152,7 @@ def test_the_command_writes_a_page_with_a_picture_of_each_and_what_its_order_is_
     assert (first == (255, 214, 0)).all(axis=2).any(), "the box is drawn"
     assert "2 of them are not shown: their pictures cannot be read." in text
     assert "What the order is worth" in text
-    assert "the mask falls into parts" in text
+    assert FLAG_MEANINGS["MULTI_PART"] in text
 
 
 def test_an_annotation_whose_image_is_not_in_the_file_stays_in_the_queue(dataset: Dataset) -> None:

@@ -102,4 +102,5 @@ def test_an_item_whose_answer_is_too_large_says_so() -> None:
     requests = [label_request(*[DISC_BOX] * 11), label_request(DISC_BOX)]
     found = with_server(lambda running: bulk(running, *requests), LongWinded(), limits={"max_response_bytes": 1 << 20})
     assert fields_of(found["item 0"].status) == ["request.instances"]
+    assert reason_of(found["item 0"].status) == "RESPONSE_TOO_LARGE"
     assert len(found["item 1"].response.results) == 1

@@ -163,7 +163,7 @@ def test_checkpoints_are_sealed_for_the_recipient(scenes: dict[str, tuple[Path, 
 
 def test_another_architecture_does_not_go_on(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     run(spec_of(scenes, tmp_path, "train.num_epochs=1"))
-    with pytest.raises(ConfigError, match=r"mask_head_num_convs 4, the spec says 5"):
+    with pytest.raises(ConfigError, match=r"mask_head_num_convs 4 instead of 5"):
         run(spec_of(scenes, tmp_path, "model.mask_head_num_convs=5"))
     assert statuses(tmp_path)[-1] == "FAILURE"
 
