@@ -1,6 +1,6 @@
-"""Runs a bulk job on one or several servers at once: a thread each, one shared pool of work, answers on one thread.
+"""Runs a bulk job on one or several servers: one thread a server, one shared queue, results in one thread.
 
-A server that is lost gives back what it had not answered and the others take it up. Knows nothing of COCO.
+The items of a server that is lost go to the others. Knows nothing of COCO.
 """
 
 from __future__ import annotations
@@ -23,193 +23,230 @@ from mal_client.transport.base import Transport
 from mal_client.types import LabelOptions
 from mal_train.core.errors import MalError
 
-LOST = (ServerUnavailable, CallTimedOut, ServerError)
-"""What ends one server's part of a job and leaves the rest to the others."""
+LOST: Final = (ServerUnavailable, CallTimedOut, ServerError)
+"""Errors that end the share of one server and leave its items to the others."""
 
-_WAITING_ANSWERS: Final = 64
-_LOOK_EVERY_S: Final = 0.25
+MAX_PENDING_EVENTS: Final = 64
+POLL_S: Final = 0.25
 
 OnNotice = Callable[[str], None]
 
 
 class AllServersLost(Exception):
-    """No server is left; carries the last one's error. For the job that runs the fleet, which knows what it has."""
+    """Items are left and no server is; the caller decides what becomes of the results so far.
 
-    def __init__(self, fault: MalError) -> None:
-        super().__init__(str(fault))
-        self.fault = fault
+    Attributes:
+        error: that of the last server.
+    """
+
+    def __init__(self, error: MalError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True)
+class _Notice:
+    """Message for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class _Stopped:
+    """End of a server's thread; with the error that ended it, if any."""
+
+    error: Exception | None
+
+
+_Event = ItemResult | _Notice | _Stopped
 
 
 class MultiServerDispatcher:
-    """Several servers at work on one pool.
+    """Distributes the items of a queue to several servers.
 
     Args:
-        servers: a client for each, and how many unanswered items it takes.
-        pool: the work.
-        load: reads an item's image.
-        options: how boxes become masks.
-        on_notice: told, from the thread of `answers`, when a connection is lost and when the server is back, and when
-            it is given up and others go on.
+        servers: a client for each server, and its limit of items in flight.
+        work: items of the job.
+        load: reads the image of an item.
+        options: label options.
+        on_notice: receives messages for the user in the thread that iterates over `results`: a connection is lost, a
+            server is back, a server is given up.
     """
 
     def __init__(
         self,
         servers: Sequence[tuple[Transport, int]],
-        pool: WorkQueue,
+        work: WorkQueue,
         load: Callable[[WorkItem], EncodedImage],
         options: LabelOptions,
         on_notice: OnNotice,
     ) -> None:
-        self._pool = pool
+        self._work = work
         self._on_notice = on_notice
-        self._over = threading.Event()
-        # Bounded: when answers cannot be written as fast as they come, servers wait.
-        self._arrived: queue.Queue[ItemResult | _Ended | _Notice] = queue.Queue(_WAITING_ANSWERS)
-        self._lines = [
+        self._stop = threading.Event()
+        # Bounded: when results are not written as fast as they arrive, the servers wait.
+        self._events: queue.Queue[_Event] = queue.Queue(MAX_PENDING_EVENTS)
+        self._threads = [
             _ServerThread(
                 client,
                 BulkStream(
                     address=client.address,
-                    pool=pool,
+                    queue=work,
                     load=load,
-                    fail=self._deliver,
+                    on_failure=self._deliver,
                     options=options,
                     max_items=max_items,
-                    silence_s=client.timeout_s,
+                    idle_timeout_s=client.timeout_s,
                 ),
+                self._deliver,
+                self._stop,
+                has_others=len(servers) > 1,
             )
             for client, max_items in servers
         ]
 
-    def answers(self) -> Generator[ItemResult, None, None]:
-        """Every item's answer once, as they come. Closing the generator ends all streams.
+    def results(self) -> Generator[ItemResult, None, None]:
+        """Yields each final result once, as it arrives. Closing the generator ends all streams.
 
         Raises:
-            ServersLost: work is left and no server.
-            MalError: a fault that other servers would share; the first one counts.
+            AllServersLost: items are left and no server is.
+            MalError: the first error that other servers would share.
         """
-        threads = [threading.Thread(target=self._serve, args=(line,), daemon=True) for line in self._lines]
-        for thread in threads:
+        for thread in self._threads:
             thread.start()
         try:
-            yield from self._collect(len(threads))
+            yield from self._results()
         finally:
-            self._over.set()
-            for line in self._lines:
-                line.cancel()
-            for thread in threads:
+            self._stop.set()
+            for thread in self._threads:
+                thread.cancel()
+            for thread in self._threads:
                 thread.join()
 
-    def _collect(self, running: int) -> Iterator[ItemResult]:
+    def _results(self) -> Iterator[ItemResult]:
+        running = len(self._threads)
         while running:
-            got = self._arrived.get()
-            if isinstance(got, ItemResult):
-                yield got
-                continue
-            if isinstance(got, _Notice):
-                self._on_notice(got.text)
-                continue
-            running -= 1
-            if got.fault is None:
-                continue
-            if not isinstance(got.fault, LOST):
-                raise got.fault
-            with self._pool.changed:
-                is_work_left = not self._pool.done
-            if is_work_left and not running:
-                raise AllServersLost(got.fault)
-            if is_work_left:
-                self._on_notice(f"{got.fault}; {running} of {len(self._lines)} servers go on")
+            event = self._events.get()
+            if isinstance(event, ItemResult):
+                yield event
+            elif isinstance(event, _Notice):
+                self._on_notice(event.text)
+            else:
+                running -= 1
+                self._check(event.error, running)
 
-    def _serve(self, line: _ServerThread) -> None:
-        fault: Exception | None = None
-        try:
-            while not line.call.done and not self._over.is_set():
-                self._pause(line.client, line.stream(self._deliver, has_others=len(self._lines) > 1))
-        except Exception as caught:
-            # Whatever it is, the thread of `answers` raises it.
-            fault = caught
-        line.call.close()
-        self._deliver(_Ended(fault))
+    def _check(self, error: Exception | None, running: int) -> None:
+        """Raises the error of a stopped thread, unless other servers can finish the job or it is finished."""
+        if error is None:
+            return
+        if not isinstance(error, LOST):
+            raise error
+        if self._work.done:
+            return
+        if not running:
+            raise AllServersLost(error)
+        self._on_notice(f"{error}; continuing with {running} of {len(self._threads)} servers")
 
-    def _pause(self, client: Transport, pause_s: float) -> None:
-        while pause_s > 0 and not self._over.wait(min(pause_s, _LOOK_EVERY_S)):
-            pause_s -= _LOOK_EVERY_S
-            # Tells whether the client was closed meanwhile.
-            client.pause(0)
-
-    def _deliver(self, got: ItemResult | _Ended | _Notice) -> None:
-        while not self._over.is_set():
+    def _deliver(self, event: _Event) -> None:
+        while not self._stop.is_set():
             try:
-                self._arrived.put(got, timeout=_LOOK_EVERY_S)
+                self._events.put(event, timeout=POLL_S)
             except queue.Full:
                 continue
             return
 
 
-class _Ended:
-    """A server's thread is over, for good reason or bad."""
+class _ServerThread(threading.Thread):
+    """Runs the streams of one server, one after another, until the job is done or the server is lost."""
 
-    def __init__(self, fault: Exception | None) -> None:
-        self.fault = fault
+    def __init__(
+        self,
+        client: Transport,
+        stream: BulkStream,
+        deliver: Callable[[_Event], None],
+        stop: threading.Event,
+        *,
+        has_others: bool,
+    ) -> None:
+        super().__init__(name=f"mal-client-bulk-{client.address}", daemon=True)
+        self._client = client
+        self._stream = stream
+        self._deliver = deliver
+        self._stop_event = stop  # threading.Thread has a `_stop` of its own
+        self._has_others = has_others
+        self._call: grpc.Call | None = None
+        self._is_away = False
+        """The user was told that the connection is lost, and no response has arrived since."""
 
-
-@dataclass(frozen=True)
-class _Notice:
-    """What the user should know."""
-
-    text: str
-
-
-class _ServerThread:
-    """One server with the state of its streams."""
-
-    def __init__(self, client: Transport, call: BulkStream) -> None:
-        self.client = client
-        self.call = call
-        self._stream: grpc.Call | None = None
-        self._is_missed = False
-        """Its connection was lost, which was said, and it has not answered since."""
-
-    def stream(self, deliver: Callable[[ItemResult | _Notice], None], *, has_others: bool) -> float:
-        """Runs one stream to its end; seconds to wait before the next, if one is needed."""
-        stub = labeling_pb2_grpc.LabelingServiceStub(self.client.open_channel())
-        stream = self._stream = stub.LabelImages(self.call.requests())
+    def run(self) -> None:
+        """Runs the thread."""
+        error: Exception | None = None
         try:
-            with watchdog(self.call.is_silent, stream.cancel):
-                for response in stream:
-                    if self._is_missed:
-                        self._is_missed = False
-                        deliver(_Notice(f"{self.client.address}: is back"))
-                    for answer in self.call.absorb(response):
-                        deliver(answer)
-            self.call.ended()
+            while not self._stream.done and not self._stop_event.is_set():
+                self._pause(self._run_stream())
+        except Exception as caught:
+            # Any error is raised again in the thread that iterates over `results`.
+            error = caught
+        self._stream.close()
+        self._deliver(_Stopped(error))
+
+    def cancel(self) -> None:
+        """Ends the current stream, if one runs."""
+        self._stream.close()
+        if self._call is not None:
+            self._call.cancel()  # type: ignore[no-untyped-call]
+
+    def _run_stream(self) -> float:
+        """Runs one stream to its end; returns the seconds to wait before the next one."""
+        stub = labeling_pb2_grpc.LabelingServiceStub(self._client.open_channel())
+        call = self._call = stub.LabelImages(self._stream.requests())
+        if self._stop_event.is_set():  # after the last `cancel`, perhaps
+            call.cancel()
+        try:
+            with watchdog(self._stream.is_silent, call.cancel):
+                for response in call:
+                    self._on_response(self._stream.on_response(response))
+            self._stream.on_end()
         except grpc.RpcError as error:
-            # Asked first: what it owes is the others' as soon as `broke` is called, and they may be quick.
-            is_all_done = self.call.done
-            pause_s = self.call.broke(error)
-            # One that says when to come back is there.
-            if rpc_details(error).retry_after_s is None and not self._is_missed and not is_all_done:
-                self._is_missed = True
-                others = "; what it owes goes to the others" if has_others else ""
-                deliver(
-                    _Notice(f"{self.client.address}: connection lost ({rpc_text(error)}){others}; it is tried again")
-                )
-            return pause_s
+            return self._on_error(error)
         finally:
             self.cancel()
         return 0.0
 
-    def cancel(self) -> None:
-        """Ends the stream that runs, if one does."""
-        self.call.close()
-        if self._stream is not None:
-            self._stream.cancel()  # type: ignore[no-untyped-call]
+    def _on_response(self, result: ItemResult | None) -> None:
+        if self._is_away:
+            self._is_away = False
+            self._deliver(_Notice(f"{self._client.address}: connected again"))
+        if result is not None:
+            self._deliver(result)
+
+    def _on_error(self, error: grpc.RpcError) -> float:
+        # Read first: `on_error` hands the items to other servers, which may settle them at once.
+        is_done = self._stream.done
+        pause_s = self._stream.on_error(error)
+        # A server that sends RetryInfo is alive.
+        if rpc_details(error).retry_after_s is None and not self._is_away and not is_done:
+            self._is_away = True
+            others = "; other servers take its items" if self._has_others else ""
+            self._deliver(_Notice(f"{self._client.address}: connection lost ({rpc_text(error)}){others}; retrying"))
+        return pause_s
+
+    def _pause(self, pause_s: float) -> None:
+        while pause_s > 0 and not self._stop_event.wait(min(pause_s, POLL_S)):
+            pause_s -= POLL_S
+            # Raises CallCancelled when the client was closed meanwhile.
+            self._client.pause(0)
 
 
 @contextmanager
 def watchdog(is_silent: Callable[[], bool], cancel: Callable[[], object], every_s: float = 0.5) -> Iterator[None]:
-    """Cancels a stream that has gone silent: waiting for a message knows no time limit of its own."""
+    """Cancels a stream that is silent, because gRPC waits for the next message without a limit.
+
+    Args:
+        is_silent: called every `every_s` seconds in a thread of its own.
+        cancel: ends the stream.
+        every_s: seconds between two checks.
+    """
     over = threading.Event()
 
     def watch() -> None:

@@ -245,13 +245,13 @@ def _label_rest(
         tell,
     )
     try:
-        with closing(fleet.answers()) as answers:
+        with closing(fleet.results()) as answers:
             for answer in answers:
                 job.take(answer)
     except AllServersLost as lost:
         if not job.ledger.label_count:
-            raise lost.fault from lost
-        return ItemError("UNAVAILABLE", "SERVER_LOST", f"not answered before the server was lost: {lost.fault}")
+            raise lost.error from lost
+        return ItemError("UNAVAILABLE", "SERVER_LOST", f"not answered before the server was lost: {lost.error}")
     return None
 
 
