@@ -201,7 +201,7 @@ class _ServerThread(threading.Thread):
         stub = labeling_pb2_grpc.LabelingServiceStub(self._client.open_channel())
         call = self._call = stub.LabelImages(self._stream.requests())
         if self._stop_event.is_set():  # after the last `cancel`, perhaps
-            call.cancel()
+            call.cancel()  # type: ignore[no-untyped-call]
         try:
             with watchdog(self._stream.is_silent, call.cancel):
                 for response in call:
