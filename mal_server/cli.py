@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mal_server.ops import logging
-from mal_server.scheduling.left_behind import exit_process
+from mal_server.scheduling.background import exit_process
 from mal_train.core.command_line import add_common_options
 from mal_train.core.errors import ConfigError, MalError
 from mal_train.core.threads import wait_passively

@@ -84,7 +84,7 @@ class MalServer:
     def __init__(self, config: ServerConfig, load: Load = load_model, tracing: Tracing | None = None) -> None:
         self._config = config
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._pool = PriorityThreadPool(config.threads or os.cpu_count() or 1, patience_s=config.batch_patience_s)
+        self._pool = PriorityThreadPool(config.threads or os.cpu_count() or 1, batch_aging_s=config.batch_aging_s)
         self._metrics = Metrics()
         self._tracing = Tracing() if tracing is None and config.tracing else tracing
         if self._tracing is not None:

@@ -111,14 +111,14 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         """Progress after each image, then one result."""
         self._models.check_ready()
         first = await anext(request_iterator, evaluation_pb2.EvaluateRequest())
-        with PinnedModels(self._models) as leases, self._memory.share() as memory:
+        with PinnedModels(self._models) as leases, self._memory.reserve() as memory:
             serving = leases.get(first.options.label.model)
             options = evaluation_messages.read_evaluate_options(first, _call(serving, Priority.BATCH, context))
             records = ResumeTokens(self._resume_key, serving.info, options.run, options.answer)
             if options.resume_token:
                 records.check(options.resume_token)
             options, truths = await self._truths(options, request_iterator, memory)
-            run = Evaluation(serving.pipeline, serving.pool, options.category_names, records, memory.take)
+            run = Evaluation(serving.pipeline, serving.pool, options.category_names, records, memory.grow)
             window = self._limits.max_items_in_flight
             async with aclosing(bounded_map(truths, run.label, window, in_order=True)) as outcomes:
                 async for outcome in outcomes:
@@ -129,7 +129,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
                     yield evaluation_messages.write_progress(run, options, record)
             model = labeling_messages.write_model_ref(serving.info, options.run.branch)
             report = run.report()
-            memory.outlast(report)
+            memory.hold_until(report)
             yield evaluation_messages.write_result(await asyncio.wrap_future(report), run, options, model)
 
     async def _truths(
@@ -142,11 +142,11 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         if options.dataset is None:
             return options, evaluation_messages.read_truths(requests, options, self._limits)
         # Before the records: who has no room for the data set need not have sent them.
-        memory.take(await asyncio.to_thread(memory_of, self._folders, options.dataset[0]))
-        records = await evaluation_messages.read_records(requests, options, memory.take)
+        memory.grow(await asyncio.to_thread(memory_of, self._folders, options.dataset[0]))
+        records = await evaluation_messages.read_records(requests, options, memory.grow)
         # Both in a thread: a file of a million rows takes seconds, in which everybody else is to be answered.
         reading = run_in_thread(self._read_dataset, options, options.dataset, records)
-        memory.outlast(reading)
+        memory.hold_until(reading)
         names, truths = await asyncio.wrap_future(reading)
         return replace(options, category_names=names, images_total=len(truths)), _each(truths)
 

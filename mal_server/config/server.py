@@ -29,6 +29,11 @@ from mal_train.core.settings import Branch
 from mal_train.core.yaml_config import Strict, apply_overrides, dump, load_yaml, parse_value, validate
 from mal_train.kernel.checkpoint.builtin import BUILTIN
 
+RETIRED = {
+    "batch_patience_s": "renamed to batch_aging_s",  # former name
+}
+"""Former settings and what replaced them."""
+
 
 class ServerConfig(Strict):
     """Everything that `mal-server serve` can be told."""
@@ -110,14 +115,14 @@ class ServerConfig(Strict):
         description="Memory that waiting requests may hold: encoded images and 3 * crop_size^2 bytes a box. Requests "
         "beyond are refused\nlikewise; one that comes to an empty queue is always taken.",
     )
-    batch_patience_s: float = Field(
+    batch_aging_s: float = Field(
         default=2.0,
         ge=0.0,
         le=3600.0,
-        description="INTERACTIVE crops go into the next batch, ahead of BATCH ones (bulk streams, evaluations). Where "
-        "they alone would keep\nthe device busy, BATCH crops that waited this much longer get a quarter of it. In the "
-        "turns on the CPU, which take milliseconds,\nand in those for max_decoded_bytes, they go ahead then. 0: first "
-        "come, first served.",
+        description="Age at which BATCH work (bulk streams, evaluations) counts against newer INTERACTIVE work. "
+        "INTERACTIVE crops always\ngo into the next batch; if they keep the device busy, BATCH crops that waited this "
+        "much longer get a quarter of it.\nCPU tasks and waits for max_decoded_bytes take milliseconds and go by age "
+        "alone. 0: first come, first served.",
     )
     threads: int = Field(
         default=0, ge=0, le=1024, description="Threads that decode, crop and encode; 0 = one for each CPU core."
@@ -277,7 +282,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ServerConfi
                 "decryption_key: a secret on the command line can be read by every user of the machine; give file:PATH "
                 "or env:NAME"
             )
-    return validate(ServerConfig, data, source=str(path or "command line"))
+    return validate(ServerConfig, data, source=str(path or "command line"), retired=RETIRED)
 
 
 def default_config() -> str:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from mal_server.errors import ImageNotCached, InvalidRequest, NotFound
 from mal_server.evaluation.resume_tokens import GroundTruth, InstanceScore, ItemFailure, ResumeTokens, SampleResult
 from mal_server.inference.pipeline import InstanceResult, Pipeline
-from mal_server.scheduling.batcher import QueueFull
+from mal_server.scheduling.admission import QueueFull
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import Annotation, JsonId, Reason

@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 from mal_server.inference.image_store import FileImage, ImageStore, Picture
 from mal_server.inference.worker import Predictor
 from mal_server.ops.metrics import Metrics
+from mal_server.scheduling.admission import BatchSlice, DeadlineExceeded
 from mal_server.scheduling.background import when_done
-from mal_server.scheduling.batcher import Batcher, BatchSlice, DeadlineExceeded
-from mal_server.scheduling.cpu_pool import MemoryLimiter, PriorityThreadPool
+from mal_server.scheduling.batcher import Batcher
+from mal_server.scheduling.cpu_pool import PriorityThreadPool
+from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_server.scheduling.priority import Priority
 from mal_train.core.errors import BadBox, BadImage, DeviceError, DeviceLost
 from mal_train.core.masks.encodings import EncodedMask, encode
@@ -143,7 +145,7 @@ class Pipeline:
         pool: threads for CPU work.
         pictures: gives the bytes.
         limits: what is refused before it is decoded.
-        room: for decoded pictures.
+        memory_limiter: for decoded images.
         crop_size: side of a crop in px.
         metrics: counts.
     """
@@ -156,14 +158,14 @@ class Pipeline:
         pictures: ImageStore,
         limits: ImageLimits,
         *,
-        room: MemoryLimiter,
+        memory_limiter: MemoryLimiter,
         crop_size: int,
         metrics: Metrics,
     ) -> None:
         self._predictor = predictor
         self._batcher = batcher
         self._pool = pool
-        self._room = room
+        self._memory_limiter = memory_limiter
         self._pictures = pictures
         self._limits = limits
         self._crop_bytes = 3 * crop_size**2
@@ -264,7 +266,7 @@ class Pipeline:
         return image
 
     async def _opened_in_steps(self, job: LabelRequest, large: "_Large") -> tuple[list[Crop | BadBox], float]:
-        held = await self._room.take(large.pixels * DECODING_BYTES, job.priority)
+        held = await self._memory_limiter.acquire(large.pixels * DECODING_BYTES, job.priority)
         step: Future[Any] | None = None
         took_s = 0.0
 
@@ -287,7 +289,7 @@ class Pipeline:
             return entries, took_s
         finally:
             # A caller may have gone while a thread is still at the picture: it takes its memory until then.
-            when_done(step, held.give_back)
+            when_done(step, held.release)
 
     async def _finish(
         self, job: LabelRequest, ids: Sequence[int], crops: Sequence[Crop], share: BatchSlice[Prediction]

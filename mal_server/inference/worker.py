@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from mal_server.scheduling.background import DEVICE_THREAD_PREFIX
 from mal_train.core.errors import BadBox
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import RgbImage
@@ -57,7 +58,7 @@ class Worker:
     def __init__(self, predictor: Predictor, name: str, on_start: Callable[[], None] | None = None) -> None:
         self.predictor = predictor
         self.name = name
-        self._thread = ThreadPoolExecutor(1, f"device-{name}", initializer=on_start)
+        self._thread = ThreadPoolExecutor(1, f"{DEVICE_THREAD_PREFIX}{name}", initializer=on_start)
 
     async def run(self, options: PredictOptions, crops: Sequence[Crop]) -> list[Prediction | Exception]:
         """Probabilities in order; OutOfDeviceMemory in the place of a crop that does not fit the device even alone.

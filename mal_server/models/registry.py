@@ -23,8 +23,9 @@ from mal_server.models.loader import LoadedModel, ModelInfo, free_memory
 from mal_server.models.served_model import OnLost, ServedModel
 from mal_server.models.warmup import warm_up_and_verify
 from mal_server.ops.metrics import Metrics
-from mal_server.scheduling.cpu_pool import MemoryLimiter, PriorityThreadPool
-from mal_server.scheduling.left_behind import run_in_daemon_thread
+from mal_server.scheduling.background import run_in_daemon_thread
+from mal_server.scheduling.cpu_pool import PriorityThreadPool
+from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import (
     Altered,
     CheckpointError,
@@ -81,7 +82,7 @@ class ModelRegistry:
         self._config = config
         self._load = load
         self._pool = pool
-        self._room = MemoryLimiter(config.max_decoded_bytes, patience_s=config.batch_patience_s)
+        self._room = MemoryLimiter(config.max_decoded_bytes, batch_aging_s=config.batch_aging_s)
         self._pictures = pictures
         self._metrics = metrics
         self._on_lost = on_lost
@@ -200,7 +201,7 @@ class ModelRegistry:
         """A device is gone: everything that waits, and whatever comes, is answered with the error."""
         self.lost = error
         for serving in (*self._serving.values(), *self._retiring):
-            serving.batcher.break_off(error)
+            serving.batcher.fail_all(error)
 
     @property
     def waiting(self) -> int:

@@ -13,7 +13,8 @@ from mal_server.inference.worker import Worker
 from mal_server.models.loader import LoadedModel
 from mal_server.ops.metrics import Metrics
 from mal_server.scheduling.batcher import Batcher
-from mal_server.scheduling.cpu_pool import MemoryLimiter, PriorityThreadPool
+from mal_server.scheduling.cpu_pool import PriorityThreadPool
+from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import DeviceLost
 from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
 
@@ -54,7 +55,7 @@ class ServedModel:
             max_delay_s=config.max_queue_delay_ms / 1000,
             max_waiting=config.max_queue_crops,
             max_bytes=config.max_queue_bytes,
-            patience_s=config.batch_patience_s,
+            batch_aging_s=config.batch_aging_s,
             observer=metrics,
         )
         self.pipeline = Pipeline(
@@ -63,7 +64,7 @@ class ServedModel:
             pool,
             pictures,
             config.limits.images(),
-            room=room,
+            memory_limiter=room,
             crop_size=loaded.info.labeler.crop_size,
             metrics=metrics,
         )

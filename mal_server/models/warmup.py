@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mal_server.errors import SelfTestFailed
 from mal_server.inference.worker import Predictor, Worker
 from mal_server.models.loader import LoadedModel
-from mal_server.scheduling.left_behind import run_in_daemon_thread
+from mal_server.scheduling.background import run_in_daemon_thread
 from mal_train.core.errors import DeviceLost
 from mal_train.core.masks.geometry import Box, resize_crop
 from mal_train.core.settings import Compat, LabelerConfig

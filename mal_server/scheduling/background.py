@@ -1,46 +1,98 @@
-"""Work in threads, which goes on when its caller has gone: what it holds is given back once it has ended."""
+"""Work in threads that outlives its caller: resources it uses are released only once it has ended.
+
+    run_in_thread         a thread of the loop's pool; `when_done` releases what the work used
+    run_in_daemon_thread  a thread that shutdown does not wait for: loading a checkpoint takes minutes
+
+A process with such a thread, or with a device's thread, ends by `exit_process`. The interpreter would wait for a
+device's thread forever, and crash if it finalized while another one runs torch's C++ code.
+"""
 
 import asyncio
 import contextvars
+import logging
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
+log = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
+
+DAEMON_THREAD = "mal-load"
+"""Name of every thread of `run_in_daemon_thread`."""
+
+DEVICE_THREAD_PREFIX = "device-"
+
+JOIN_TIMEOUT_S = 2.0
+"""Time that `exit_process` gives threads to end by themselves."""
 
 
 def run_in_thread(work: Callable[..., Result], *args: Any) -> "Future[Result]":
-    """Runs `work(*args)` as `asyncio.to_thread` does, and tells when it has really ended.
+    """Runs `work(*args)` as `asyncio.to_thread` does; the future is done only when the thread has left the work.
 
     A future that is cancelled before its thread has begun is skipped; after that it cannot be cancelled.
     """
-    step: Future[Result] = Future()
-    call = partial(contextvars.copy_context().run, work, *args)
-    asyncio.get_running_loop().run_in_executor(None, _settle, step, call)
-    return step
+    future: Future[Result] = Future()
+    asyncio.get_running_loop().run_in_executor(None, _settle, future, _in_this_context(work, *args))
+    return future
 
 
-def when_done(step: "Future[Any] | None", act: Callable[[], None]) -> None:
-    """Acts in this loop when the step has ended; at once where there is none."""
-    if step is None or step.done():
-        act()
+def when_done(future: "Future[Any] | None", callback: Callable[[], None]) -> None:
+    """Calls `callback` in this event loop when the future is done; at once if there is none."""
+    if future is None or future.done():
+        callback()
         return
     loop = asyncio.get_running_loop()
-
-    def later(_: "Future[Any]") -> None:
-        with suppress(RuntimeError):  # the loop, and all that it counted, is gone
-            loop.call_soon_threadsafe(act)
-
-    step.add_done_callback(later)
+    future.add_done_callback(lambda _: _call_in(loop, callback))
 
 
-def _settle(step: "Future[Result]", call: Callable[[], Result]) -> None:
-    if not step.set_running_or_notify_cancel():
+async def run_in_daemon_thread(work: Callable[[], Result]) -> Result:
+    """Runs `work()` in a thread of its own that neither the event loop nor the interpreter waits for."""
+    future: Future[Result] = Future()
+    threading.Thread(target=_settle, args=(future, _in_this_context(work)), name=DAEMON_THREAD, daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
+def exit_process(exit_code: int) -> int:
+    """Returns the exit code if no such thread is left; otherwise ends the process with it at once, output flushed."""
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    threads = [
+        thread
+        for thread in threading.enumerate()
+        if thread.name == DAEMON_THREAD or thread.name.startswith(DEVICE_THREAD_PREFIX)
+    ]
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0.0))
+    running = [thread.name for thread in threads if thread.is_alive()]
+    if running:
+        log.warning("exiting with threads still running: %s", ", ".join(running))
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    return exit_code
+
+
+def _in_this_context(work: Callable[..., Result], *args: Any) -> Callable[[], Result]:
+    return partial(contextvars.copy_context().run, work, *args)
+
+
+def _settle(future: "Future[Result]", work: Callable[[], Result]) -> None:
+    if not future.set_running_or_notify_cancel():
         return
     try:
-        step.set_result(call())
-    # As any executor: what the work raises belongs to whoever waits for it.
+        future.set_result(work())
+    # As in any executor: what the work raises belongs to the caller that awaits it.
     except BaseException as error:
-        step.set_exception(error)
+        future.set_exception(error)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and its counters with it
+        loop.call_soon_threadsafe(callback)

@@ -1,45 +1,52 @@
-"""Who may be about to bring work: whether waiting may fill a batch that is not full. Told the time; asks no clock."""
+"""Predicts whether more requests are about to arrive, so that an idle device may wait for a fuller batch.
+
+Reads no clock: the batcher passes the time.
+"""
 
 import math
 
 
 class BatchDelayer:
-    """Who may be about to bring items: requests in preparation, and callers who were just answered and may come again.
+    """Tracks requests that may soon add items: those being prepared, and clients that may send their next one.
 
-    Callers in a closed loop come back within moments of their answer, so a batch that starts without them would leave
-    them to the next one. A newcomer counts as the one of them who was answered first.
+    A client in a closed loop sends its next request right after an answer; a batch that starts without it leaves it to
+    the one after. The client of a new request is unknown, so it counts as the one that has been expected for longest.
 
     Args:
-        patience_s: how long after its request is over a caller is expected back.
+        return_window_s: time after the end of a request in which its client is expected to send the next one.
     """
 
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._preparing = 0
+    def __init__(self, return_window_s: float) -> None:
+        self._return_window_s = return_window_s
+        self._preparing: set[object] = set()
         self._answered: dict[object, float] = {}
-        """Request → when its caller is no longer expected; math.inf while its answer is being written."""
+        """Answered request → time until which its client is expected; math.inf while the answer is being written.
 
-    def arrives(self) -> None:
-        """A request was admitted and is being prepared."""
-        self._preparing += 1
+        Closed requests are in order of that time.
+        """
+
+    def on_admit(self, request: object) -> None:
+        """Records a request whose items are being prepared."""
+        self._preparing.add(request)
         if self._answered:
             del self._answered[next(iter(self._answered))]
 
-    def settles(self) -> None:
-        """A request in preparation brought its items, or will bring none."""
-        self._preparing -= 1
+    def on_submit(self, request: object) -> None:
+        """Records that the items of a request are in the queue."""
+        self._preparing.discard(request)
 
-    def answers(self, request: object) -> None:
-        """All items of a request are done."""
+    def on_answer(self, request: object) -> None:
+        """Records that all items of a request have finished."""
         self._answered[request] = math.inf
 
-    def leaves(self, request: object, now: float) -> None:
-        """A request is over."""
+    def on_close(self, request: object, now: float) -> None:
+        """Records the end of a request, answered or not."""
+        self._preparing.discard(request)
         if self._answered.pop(request, None) is not None:
-            self._answered[request] = now + self._patience_s
+            self._answered[request] = now + self._return_window_s
 
-    def expected_until(self, now: float) -> float:
-        """When nobody will be expected any more, unless something happens before; at most `now` when nobody is."""
+    def wait_until(self, now: float) -> float:
+        """Returns the time until which more items may arrive; at most `now` if none are expected."""
         while self._answered and next(iter(self._answered.values())) <= now:
             del self._answered[next(iter(self._answered))]
         if self._preparing:

@@ -1,30 +1,30 @@
-"""Groups the work of many requests into batches for few runners. Pure asyncio; knows nothing of images, models or gRPC.
+"""Groups items of many requests into device batches. Pure asyncio; knows nothing of images, models or gRPC.
 
-A request takes an `Admission` for its number of items before it spends anything on them (or is refused: `QueueFull`),
-submits the items under a key, and receives one `BatchSlice` for each finished batch that held some of them. Items share
-a batch exactly when their keys are equal. A runner that is busy lets batches fill by themselves; an idle one waits for
-company only while some may come (`company`), and at most `max_delay_s`: a lone caller does not wait at all.
+The life of a request, all of it counted here:
 
-    ticket = batcher.admit(2)  →  ticket.submit(key, [a, b])  →  lane of that key  →  runner  →  Share, Share, …
+    admit     reserves capacity for its items before anything is spent on them, or raises QueueFull → Admission
+    enqueue   puts its prepared items into the queue of their key; only equal keys share a batch
+    dispatch  an idle runner takes the next batch: full at once, else when no more items are expected, and after
+              `max_delay_s` at the latest, so a single client is not delayed. A busy runner lets batches fill
+    deliver   each batch yields one BatchSlice to every request with items in it, in the request's own queue of slices
+    close     releases what is left: never run if still queued, discarded if running
 
-Who goes first is decided in `lanes`: INTERACTIVE items go into the very next batch, BATCH ones never starve. What is
-too much is refused with the time to come back, by the speed so far (`pace`).
+A caller that is cancelled, a deadline that passes and an error of a runner affect their own request or batch only.
 
-A closed ticket (its caller was cancelled, or left) is skipped when batches are formed, and so is one whose deadline has
-passed. Nothing that a caller does, and no error of a runner, stops the others: shares go into a queue of the ticket's
-own, read or not.
+Elsewhere: `RequestQueue` orders items (INTERACTIVE first, BATCH never starves), `BatchDelayer` predicts arrivals,
+`Throughput` estimates when a refused caller should retry.
 """
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
+from mal_server.scheduling.admission import Admission, BatchSlice, DeadlineExceeded, QueueFull
 from mal_server.scheduling.batch_delayer import BatchDelayer
+from mal_server.scheduling.batch_observer import BatchObserver, NullObserver
 from mal_server.scheduling.priority import Priority
-from mal_server.scheduling.request_queue import FairnessCredit, QueuedItem, RequestQueue
+from mal_server.scheduling.request_queue import FairnessCredit, QueuedItem, RequestQueue, SortKey
 from mal_server.scheduling.throughput import Throughput
 
 K = TypeVar("K", bound=Hashable)
@@ -32,187 +32,23 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Runner = Callable[[K, Sequence[T]], Awaitable[Sequence[R | Exception]]]
-"""Runs one batch; gives a result or an error for each item, in order. What it raises counts for every item."""
+"""Runs one batch; returns a result or an error for each item, in order. An exception it raises fails every item."""
 
 TIMER_SLACK_S = 1e-4
-"""Event loops may call a timer a little early; a batch that is due this soon is due."""
-
-
-class QueueFull(Exception):
-    """Too much is waiting; after `retry_after_s` there should be room, by the measured speed."""
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class DeadlineExceeded(Exception):
-    """The caller's deadline has passed, so the work was not begun or not finished."""
-
-
-class BatchObserver(Protocol):
-    """Is told what happens."""
-
-    def batch_ended(self, size: int, took_s: float) -> None:
-        """A batch of `size` items ran."""
-
-    def waited(self, priority: str, seconds: float) -> None:
-        """The longest wait of a request's items in one batch."""
-
-    def dropped(self, reason: str, crops: int) -> None:
-        """Items that nobody waits for any more: the cause (cancelled, deadline) and where they were.
-
-        At the entry, in the queue, on the device (they ran for nothing), or before the encoding of their results.
-        """
-
-
-class NullObserver:
-    """An observer that looks away."""
-
-    def batch_ended(self, size: int, took_s: float) -> None:
-        """Nothing."""
-
-    def waited(self, priority: str, seconds: float) -> None:
-        """Nothing."""
-
-    def dropped(self, reason: str, crops: int) -> None:
-        """Nothing."""
-
-
-@dataclass(frozen=True)
-class BatchSlice(Generic[R]):
-    """One request's part of one finished batch.
-
-    Attributes:
-        indices: places of the outcomes among the submitted items.
-        outcomes: a result, or the error of that item.
-        queue_s: longest wait of these items before the batch started.
-        run_s: time of the whole batch.
-        batch_size: items in the whole batch, other requests' included.
-    """
-
-    indices: tuple[int, ...]
-    outcomes: tuple[R | Exception, ...]
-    queue_s: float
-    run_s: float
-    batch_size: int
-
-
-class Admission(Generic[K, T, R]):
-    """One request's room for `waiting` items; a context manager that gives back on leaving what is still held.
-
-    Attributes:
-        waiting: items that are not yet running; 0 once the ticket is closed.
-        deadline: loop time after which nobody waits for them.
-    """
-
-    def __init__(
-        self, batcher: "Batcher[K, T, R]", count: int, item_bytes: float, priority: Priority, deadline: float
-    ) -> None:
-        self._batcher = batcher
-        self._shares: asyncio.Queue[BatchSlice[R]] = asyncio.Queue()
-        self._lane: RequestQueue[Admission[K, T, R], T] | None = None
-        self._submitted = 0
-        self._answered = 0
-        self._cause = "cancelled"
-        self._item_bytes = item_bytes
-        self.waiting = count
-        self.priority = priority
-        self.deadline = deadline
-        self.is_open = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Anything else that ends the request early is answered: nobody's work is lost.
-        self.close(
-            was_left=kind is not None and issubclass(kind, asyncio.CancelledError | GeneratorExit | DeadlineExceeded)
-        )
-
-    async def submit(self, key: K, items: Sequence[T]) -> AsyncGenerator[BatchSlice[R], None]:
-        """Runs the items, at most as many as were admitted, and yields shares as their batches finish; works once."""
-        self._batcher.enqueue(self, key, items)
-        left = len(items)
-        while left:
-            share = await self._shares.get()
-            left -= len(share.indices)
-            yield share
-
-    def join(self, lane: "RequestQueue[Admission[K, T, R], T]", count: int) -> None:
-        """Takes its place in a lane, and gives back the room held beyond `count` items."""
-        if self._lane is not None or count > self.waiting:
-            raise ValueError(f"a ticket for {self.waiting} items takes at most so many, once; got {count}")
-        self.leave(self.waiting - count)
-        self._lane, self._submitted = lane, count
-        lane.live += count
-
-    def leave(self, count: int) -> None:
-        """Gives back the room of `count` items."""
-        self.waiting -= count
-        self._batcher.leave(self.priority, count, count * self._item_bytes)
-        if self._lane is not None:
-            self._lane.live -= count
-
-    def expire(self) -> None:
-        """Ends what still waits, since the deadline has passed."""
-        self._cause = "deadline"
-        self._batcher.observer.dropped("deadline_queue", self.waiting)
-        self.fail(DeadlineExceeded("the deadline passed while the boxes waited for the device"))
-
-    def fail(self, error: Exception) -> None:
-        """Answers everything that waits in a lane with an error."""
-        count = self.waiting
-        if self._lane is None or not count:
-            return
-        self.leave(count)
-        indices = tuple(range(self._submitted - count, self._submitted))
-        self.deliver(BatchSlice(indices, (error,) * count, queue_s=0.0, run_s=0.0, batch_size=0))
-
-    def deliver(self, share: BatchSlice[R]) -> None:
-        """Takes a finished share; harmless when nobody waits for it any more."""
-        if self.is_open:
-            self._shares.put_nowait(share)
-            self._answered += len(share.indices)
-            if self._answered == self._submitted:
-                self._batcher.company.answers(self)
-        else:
-            self._batcher.observer.dropped(f"{self._cause}_device", len(share.indices))
-
-    def close(self, *, was_left: bool = False) -> None:
-        """Forgets what the ticket still holds; its items that run already finish and are thrown away."""
-        if not self.is_open:
-            return
-        self.is_open = False
-        if self.deadline <= asyncio.get_running_loop().time():
-            self._cause = "deadline"
-        unread = 0
-        while not self._shares.empty():
-            unread += len(self._shares.get_nowait().indices)
-        if was_left:
-            self._drop("entry" if self._lane is None else "queue", self.waiting)
-            self._drop("encoding", unread)
-        self.leave(self.waiting)
-        self._batcher.forget(self, is_settled=self._lane is not None)
-
-    def _drop(self, place: str, count: int) -> None:
-        if count:
-            self._batcher.observer.dropped(f"{self._cause}_{place}", count)
+"""Event loops may fire a timer slightly early; a batch due within this time is due."""
 
 
 class Batcher(Generic[K, T, R]):
-    """See the module. To be used from one event loop.
+    """Counts, queues and runs the items of all requests of one model; used from one event loop.
 
     Args:
         runners: each runs one batch at a time.
         max_batch_size: items in a batch.
-        max_delay_s: longest wait for company while a runner is idle and some may come.
-        max_waiting: items that are admitted and not yet running.
-        max_bytes: memory that they may hold; a request that comes to an empty queue may hold more.
-        patience_s: how much longer BATCH items may wait than INTERACTIVE ones; 0: first come, first served.
-        observer: is told what happens.
+        max_delay_s: longest time that an idle runner waits for a fuller batch while more items are expected.
+        max_waiting: items admitted and not yet started.
+        max_bytes: memory that they may hold; a request that comes to an empty queue may exceed it.
+        batch_aging_s: time after which BATCH items are guaranteed a quarter of the device; 0: first come, first served.
+        observer: receives events for metrics.
     """
 
     def __init__(
@@ -223,36 +59,37 @@ class Batcher(Generic[K, T, R]):
         max_delay_s: float,
         max_waiting: int,
         max_bytes: float = math.inf,
-        patience_s: float = 0.0,
+        batch_aging_s: float = 0.0,
         observer: BatchObserver | None = None,
     ) -> None:
-        self._idle = list(runners)
-        self._pace = Throughput(len(runners), max_batch_size)
         self._max_batch_size = max_batch_size
         self._max_delay_s = max_delay_s
         self._max_waiting = max_waiting
         self._max_bytes = max_bytes
-        self._patience_s = patience_s
-        self._debt = FairnessCredit(max_batch_size, is_first_come_first_served=patience_s == 0.0)
-        self._lanes: dict[K, RequestQueue[Admission[K, T, R], T]] = {}
-        self._tickets: set[Admission[K, T, R]] = set()
+        self._batch_aging_s = batch_aging_s
+        self._observer: BatchObserver = observer or NullObserver()
+
+        self._open: set[Admission[K, T, R]] = set()
         self._waiting = dict.fromkeys(Priority, 0)
-        self._bytes = 0.0
+        self._waiting_bytes = 0.0
+        self._queues: dict[K, RequestQueue[Admission[K, T, R], T]] = {}
+        self._credit = FairnessCredit(max_batch_size, is_first_come_first_served=batch_aging_s == 0.0)
+        self._delayer = BatchDelayer(return_window_s=max_delay_s)
+        self._throughput = Throughput(len(runners), max_batch_size)
+        self._idle = list(runners)
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.Handle | None = None
-        self._broken: Exception | None = None
-        self.company = BatchDelayer(max_delay_s)
-        self.observer: BatchObserver = observer or NullObserver()
+        self._failure: Exception | None = None
 
     @property
     def waiting(self) -> int:
-        """Items that are admitted and not yet running."""
+        """Items admitted and not yet started."""
         return sum(self._waiting.values())
 
     @property
     def waiting_bytes(self) -> float:
-        """Memory that they were admitted with."""
-        return self._bytes
+        """Memory that they hold, as admitted."""
+        return self._waiting_bytes
 
     def admit(
         self,
@@ -262,189 +99,270 @@ class Batcher(Generic[K, T, R]):
         priority: Priority = Priority.INTERACTIVE,
         deadline: float = math.inf,
     ) -> Admission[K, T, R]:
-        """Room for `count` items.
+        """Reserves capacity for a request.
 
         Args:
             count: items, ≥ 1.
-            size_bytes: memory that all of them will hold while they wait.
-            priority: who goes first.
-            deadline: loop time after which nobody waits for them.
+            size_bytes: memory that all of them hold while they wait.
+            priority: of all of them.
+            deadline: loop time from which they are not worth running.
 
         Raises:
-            Overloaded: there is no room, or what waits already takes longer than the deadline allows.
-            Expired: the deadline has passed.
-            Exception: what `break_off` was given.
+            QueueFull: no capacity is left, or the items ahead take longer than the deadline allows.
+            DeadlineExceeded: the deadline has passed.
+            Exception: the argument of `fail_all`, after it was called.
         """
-        if self._broken is not None:
-            raise self._broken
-        left_s = deadline - asyncio.get_running_loop().time()
-        if left_s <= 0:
-            self.observer.dropped("deadline_entry", count)
-            raise DeadlineExceeded("the deadline passed before the work began")
-        if self.waiting + count > self._max_waiting:
-            raise QueueFull(
-                f"{self.waiting} boxes wait for the device and {count} more would pass the limit of "
-                f"{self._max_waiting}",
-                self._retry_after_s(count),
-            )
-        if self.waiting and self._bytes + size_bytes > self._max_bytes:
-            raise QueueFull(
-                f"what waits for the device holds {self._bytes / 1e6:.0f} MB and {size_bytes / 1e6:.0f} MB more would "
-                f"pass the limit of {self._max_bytes / 1e6:.0f} MB",
-                self._retry_after_s(count),
-            )
-        if self._wait_s(priority) > left_s:
-            raise QueueFull(
-                f"{self.waiting} boxes wait for the device, about {self._wait_s(priority):.1f} s of work, and the "
-                f"deadline is in {left_s:.1f} s",
-                self._retry_after_s(count),
-            )
+        if self._failure is not None:
+            raise self._failure
+        remaining_s = deadline - asyncio.get_running_loop().time()
+        if remaining_s <= 0:
+            self._observer.dropped("deadline_entry", count)
+            raise DeadlineExceeded("the deadline passed before the request started")
+        problem = self._capacity_problem(count, size_bytes, priority, remaining_s)
+        if problem:
+            excess = max(self.waiting + count - self._max_waiting, self.waiting / 2)
+            raise QueueFull(problem, self._throughput.retry_after_s(excess))
         self._waiting[priority] += count
-        self._bytes += size_bytes
-        ticket = Admission(self, count, size_bytes / count, priority, deadline)
-        self._tickets.add(ticket)
-        self.company.arrives()
-        return ticket
+        self._waiting_bytes += size_bytes
+        admission = Admission(self, count, item_bytes=size_bytes / count, priority=priority, deadline=deadline)
+        self._open.add(admission)
+        self._delayer.on_admit(admission)
+        return admission
 
-    def enqueue(self, ticket: Admission[K, T, R], key: K, items: Sequence[T]) -> None:
-        """Puts a ticket's items into their lane and gives back the room that it held beyond them."""
-        if self._broken is not None:
-            raise self._broken
-        lane = self._lanes.setdefault(key, RequestQueue(self._patience_s))
-        ticket.join(lane, len(items))
-        now = asyncio.get_running_loop().time()
-        lane.queues[ticket.priority].extend(QueuedItem(ticket, index, item, now) for index, item in enumerate(items))
-        self.company.settles()
-        if lane.live >= self._max_batch_size:
-            self._pump()
+    def _capacity_problem(self, count: int, size_bytes: float, priority: Priority, remaining_s: float) -> str:
+        """Returns why a request cannot be admitted, or an empty string."""
+        if self.waiting + count > self._max_waiting:
+            return f"queue full: {self.waiting} boxes wait, {count} more exceed the limit of {self._max_waiting}"
+        if self.waiting and self._waiting_bytes + size_bytes > self._max_bytes:
+            return (
+                f"queue full: waiting requests hold {self._waiting_bytes / 1e6:.0f} MB, {size_bytes / 1e6:.0f} MB more "
+                f"exceed the limit of {self._max_bytes / 1e6:.0f} MB"
+            )
+        ahead = self.waiting if priority is Priority.BATCH else self._waiting[Priority.INTERACTIVE]
+        wait_s = self._throughput.wait_s(ahead)
+        if wait_s > remaining_s:
+            return f"queue too long: about {wait_s:.1f} s of work is ahead, the deadline is in {remaining_s:.1f} s"
+        return ""
+
+    def enqueue(self, admission: Admission[K, T, R], key: K, items: Sequence[T]) -> None:
+        """Queues a request's items and releases the capacity that it does not need; called by `Admission.submit`."""
+        if self._failure is not None:
+            raise self._failure
+        if admission.queue is not None or len(items) > admission.waiting:
+            raise ValueError(f"submit: {len(items)} items; an admission takes at most {admission.waiting} items, once")
+        self._release(admission, admission.waiting - len(items))
+        queue = self._queues.setdefault(key, RequestQueue(self._batch_aging_s))
+        queue.add(admission, items, asyncio.get_running_loop().time())
+        admission.queue, admission.unanswered = queue, len(items)
+        self._delayer.on_submit(admission)
+        if queue.size >= self._max_batch_size:
+            self._dispatch()
         else:
-            self._pump_soon()
+            self._schedule_dispatch()
 
-    def leave(self, priority: Priority, count: int, size_bytes: float) -> None:
-        """Items wait no more: they run, or were given up."""
-        self._waiting[priority] -= count
-        self._bytes = self._bytes - size_bytes if self.waiting else 0.0
+    def _release(self, admission: Admission[K, T, R], count: int) -> None:
+        """Frees the capacity of items that started or never will."""
+        admission.waiting -= count
+        self._waiting[admission.priority] -= count
+        # Exactly 0 when nothing waits: rounding errors must not add up.
+        self._waiting_bytes = self._waiting_bytes - count * admission.item_bytes if self.waiting else 0.0
 
-    def forget(self, ticket: Admission[K, T, R], *, is_settled: bool) -> None:
-        """The ticket is closed, after or without having brought its items."""
-        self._tickets.discard(ticket)
-        self.company.leaves(ticket, asyncio.get_running_loop().time())
-        if not is_settled:
-            self.company.settles()
-            self._pump_soon()  # others may have waited for this one's company
+    def _schedule_dispatch(self) -> None:
+        """Dispatches after all callbacks that are ready now: they may add items to the same batch."""
+        self._cancel_timer()
+        self._timer = asyncio.get_running_loop().call_soon(self._dispatch)
 
-    def break_off(self, error: Exception) -> None:
-        """Answers everything that waits, and whatever comes from now on, with an error."""
-        self._broken = error
-        for ticket in tuple(self._tickets):
-            ticket.fail(error)
+    def _dispatch(self) -> None:
+        """Starts every batch that is due on the idle runners, then sets a timer for the next one."""
+        self._cancel_timer()
+        loop = asyncio.get_running_loop()
+        while self._idle:
+            now = loop.time()
+            ready = self._ready_queues(now)
+            if not ready:
+                return
+            next_queue = self._pick_queue(ready, now)
+            if next_queue.due > now + TIMER_SLACK_S:
+                self._timer = loop.call_at(next_queue.due, self._dispatch)
+                return
+            self._start_batch(next_queue.key, now)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ready_queues(self, now: float) -> list["_ReadyQueue[K]"]:
+        """Returns the queues with items, each with the time at which its next batch is due and its sort key."""
+        for key, queue in list(self._queues.items()):
+            self._drop_expired(queue, now)
+            if not queue.size:
+                del self._queues[key]
+        no_more_from = self._delayer.wait_until(now)
+        ready = []
+        for key, queue in self._queues.items():
+            oldest = queue.oldest_arrival()
+            is_full = queue.size >= self._max_batch_size
+            due = oldest if is_full else min(oldest + self._max_delay_s, no_more_from)
+            sort_key = queue.sort_key(self._credit, self._max_batch_size, self._other_batch_arrival(key))
+            ready.append(_ReadyQueue(due, sort_key, key, queue.has(Priority.INTERACTIVE)))
+        return ready
+
+    def _pick_queue(self, ready: Sequence["_ReadyQueue[K]"], now: float) -> "_ReadyQueue[K]":
+        """Returns the queue of the next batch: of those that are due the first by sort key, else the next one due.
+
+        INTERACTIVE items do not wait for a fuller batch while the device would start one with only BATCH items.
+        """
+        soon = now + TIMER_SLACK_S
+        first = min(ready, key=lambda queue: (max(queue.due, soon), queue.sort_key))
+        if first.due <= soon and not first.has_interactive:
+            interactive = [queue for queue in ready if queue.has_interactive and queue.sort_key < first.sort_key]
+            if interactive:
+                return min(interactive, key=lambda queue: queue.sort_key)._replace(due=now)
+        return first
+
+    def _other_batch_arrival(self, key: K) -> float:
+        """Returns the least effective arrival of BATCH items in the queues of other keys."""
+        others = (queue for other, queue in self._queues.items() if other != key)
+        return min((queue.effective_arrival(Priority.BATCH) for queue in others), default=math.inf)
+
+    def _start_batch(self, key: K, now: float) -> None:
+        queue, other_batch_arrival = self._queues[key], self._other_batch_arrival(key)
+        batch: _Batch[K, T, R] = []
+        while len(batch) < self._max_batch_size:
+            self._drop_expired(queue, now)
+            if not queue.size:
+                break
+            item = queue.pop(self._credit, other_batch_arrival)
+            self._release(item.client, 1)
+            batch.append(item)
+        task = asyncio.get_running_loop().create_task(self._run(self._idle.pop(), key, batch))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _run(self, runner: "Runner[K, T, R]", key: K, batch: "_Batch[K, T, R]") -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        outcomes: Sequence[R | Exception]
+        try:
+            outcomes = await runner(key, [item.item for item in batch])
+            if len(outcomes) != len(batch):
+                raise RuntimeError(f"runner: {len(outcomes)} results for {len(batch)} items")
+            self._throughput.record(len(batch), loop.time() - started)
+            self._observer.batch_ended(len(batch), loop.time() - started)
+        # An error of a runner belongs to this batch alone: its requests receive it, and the next batch runs.
+        except Exception as error:
+            outcomes = [error] * len(batch)
+        run_s = loop.time() - started
+        for admission, batch_slice in _slices(batch, outcomes, started, run_s):
+            self._observer.waited(admission.priority.value, batch_slice.queue_s)
+            self._deliver(admission, batch_slice)
+        self._idle.append(runner)
+        self._dispatch()
+
+    def _deliver(self, admission: Admission[K, T, R], batch_slice: BatchSlice[R]) -> None:
+        count = len(batch_slice.indices)
+        if not admission.is_open:
+            self._observer.dropped(f"{admission.drop_cause}_device", count)
+            return
+        admission.slices.put_nowait(batch_slice)
+        admission.unanswered -= count
+        if not admission.unanswered:
+            self._delayer.on_answer(admission)
+
+    def _drop_expired(self, queue: RequestQueue[Admission[K, T, R], T], now: float) -> None:
+        for admission in queue.expired(now):
+            admission.drop_cause = "deadline"
+            self._observer.dropped("deadline_queue", admission.waiting)
+            self._fail(admission, DeadlineExceeded("the deadline passed while the boxes waited for the device"))
+
+    def _fail(self, admission: Admission[K, T, R], error: Exception) -> None:
+        """Delivers an error for every item that is still queued."""
+        indices = admission.queue.remove(admission) if admission.queue is not None else ()
+        if indices:
+            self._release(admission, len(indices))
+            outcomes = (error,) * len(indices)
+            self._deliver(admission, BatchSlice(indices, outcomes, queue_s=0.0, run_s=0.0, batch_size=0))
+
+    def fail_all(self, error: Exception) -> None:
+        """Fails every queued item and every later request with `error`; running batches finish."""
+        self._failure = error
+        for admission in tuple(self._open):
+            self._fail(admission, error)
+
+    def close(self, admission: Admission[K, T, R], *, cancelled: bool) -> None:
+        """Ends a request; called by `Admission.close`."""
+        if not admission.is_open:
+            return
+        admission.is_open = False
+        self._open.discard(admission)
+        now = asyncio.get_running_loop().time()
+        if admission.deadline <= now:
+            admission.drop_cause = "deadline"
+        if cancelled:
+            self._count_dropped(admission, "entry" if admission.queue is None else "queue", admission.waiting)
+            self._count_dropped(admission, "encoding", _unread(admission.slices))
+        self._release(admission, admission.waiting)
+        self._delayer.on_close(admission, now)
+        if admission.queue is not None:
+            admission.queue.remove(admission)
+        else:
+            self._schedule_dispatch()  # a batch may have waited for its items
+
+    def _count_dropped(self, admission: Admission[K, T, R], stage: str, count: int) -> None:
+        if count:
+            self._observer.dropped(f"{admission.drop_cause}_{stage}", count)
 
     async def idle(self) -> None:
         """Returns when no batch is running."""
         while self._running:
             await asyncio.wait(self._running)
 
-    def _pump_soon(self) -> None:
-        """Pumps once everything that is ready in the loop now has had its turn: it may bring company."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_soon(self._pump)
 
-    def _pump(self) -> None:
-        """Starts every batch that is due on the runners that are idle, and wakes up when the next one will be."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        loop = asyncio.get_running_loop()
-        while self._idle:
-            due_at, key = self._next_lane(loop.time())
-            if key is None:
-                return
-            if due_at > loop.time() + TIMER_SLACK_S:
-                self._timer = loop.call_at(due_at, self._pump)
-                return
-            entries = self._take(self._lanes[key])
-            if not entries:  # their deadlines passed this very moment
-                continue
-            task = loop.create_task(self._run(self._idle.pop(), key, entries))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+_Batch: TypeAlias = list[QueuedItem[Admission[K, T, R], T]]
 
-    def _take(self, lane: RequestQueue[Admission[K, T, R], T]) -> list[QueuedItem[Admission[K, T, R], T]]:
-        """The next batch of a lane."""
-        now = asyncio.get_running_loop().time()
-        return lane.take(self._max_batch_size, now, self._debt, self._others_bulk_rank(lane))
 
-    def _others_bulk_rank(self, lane: RequestQueue[Admission[K, T, R], T]) -> float:
-        """Of the BATCH items in all lanes but this, from when on the first goes ahead of what is submitted then."""
-        return min((other.bulk_rank() for other in self._lanes.values() if other is not lane), default=math.inf)
+class _ReadyQueue(NamedTuple, Generic[K]):
+    """A queue with items.
 
-    def _next_lane(self, now: float) -> tuple[float, K | None]:
-        """When the next batch is due, and its key: a full lane at once, others when no company will come in time.
+    Attributes:
+        due: loop time at which its next batch should start.
+        sort_key: of its first item.
+        key: of its items.
+        has_interactive: whether some are INTERACTIVE.
+    """
 
-        Of several that are due the one whose first item ranks first. INTERACTIVE items do not wait for company while a
-        device that is about to run BATCH ones alone could run them.
-        """
-        lanes = self._due(now)
-        if not lanes:
-            return 0.0, None
-        due, rank, key = min(lanes, key=lambda lane: (max(lane[0], now + TIMER_SLACK_S), lane[1]))
-        if due <= now + TIMER_SLACK_S and not self._lanes[key].queues[Priority.INTERACTIVE]:
-            people = [lane for lane in lanes if self._lanes[lane[2]].queues[Priority.INTERACTIVE] and lane[1] < rank]
-            if people:
-                return now, min(people, key=lambda lane: lane[1])[2]
-        return due, key
+    due: float
+    sort_key: SortKey
+    key: K
+    has_interactive: bool
 
-    def _due(self, now: float) -> list[tuple[float, tuple[bool, float, float], K]]:
-        """(when it is due, its rank, its key) of each lane with live items."""
-        for key, lane in list(self._lanes.items()):
-            lane.clean(now)
-            if not lane.live:
-                del self._lanes[key]
-        found = []
-        expected_until = self.company.expected_until(now)
-        for key, lane in self._lanes.items():
-            is_full = lane.live >= self._max_batch_size
-            due = lane.since() if is_full else min(lane.since() + self._max_delay_s, expected_until)
-            rank = lane.rank(self._debt, self._max_batch_size, self._others_bulk_rank(lane))
-            found.append((due, rank, key))
-        return found
 
-    async def _run(self, runner: "Runner[K, T, R]", key: K, entries: list[QueuedItem[Admission[K, T, R], T]]) -> None:
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        try:
-            outcomes = await runner(key, [entry.item for entry in entries])
-            if len(outcomes) != len(entries):
-                raise RuntimeError(f"a runner gave {len(outcomes)} results for {len(entries)} items")
-            self._pace.ran(len(entries), loop.time() - started)
-            self.observer.batch_ended(len(entries), loop.time() - started)
-        # Whatever a runner raises belongs to this batch alone: its callers get it, and the next batch runs.
-        except Exception as error:
-            outcomes = [error] * len(entries)
-        took = loop.time() - started
-        shares: dict[Admission[K, T, R], list[tuple[QueuedItem[Admission[K, T, R], T], R | Exception]]] = {}
-        for entry, outcome in zip(entries, outcomes, strict=True):
-            shares.setdefault(entry.ticket, []).append((entry, outcome))
-        for ticket, pairs in shares.items():
-            queue_s = started - min(entry.since for entry, _ in pairs)
-            self.observer.waited(ticket.priority.value, queue_s)
-            ticket.deliver(
-                BatchSlice(
-                    indices=tuple(entry.index for entry, _ in pairs),
-                    outcomes=tuple(outcome for _, outcome in pairs),
-                    queue_s=queue_s,
-                    run_s=took,
-                    batch_size=len(entries),
-                )
-            )
-        self._idle.append(runner)
-        self._pump()
+def _slices(
+    batch: "_Batch[K, T, R]", outcomes: Sequence[R | Exception], started: float, run_s: float
+) -> list[tuple[Admission[K, T, R], BatchSlice[R]]]:
+    """Splits a finished batch by request."""
+    by_request: dict[Admission[K, T, R], list[tuple[QueuedItem[Admission[K, T, R], T], R | Exception]]] = {}
+    for item, outcome in zip(batch, outcomes, strict=True):
+        by_request.setdefault(item.client, []).append((item, outcome))
+    return [
+        (
+            admission,
+            BatchSlice(
+                indices=tuple(item.index for item, _ in pairs),
+                outcomes=tuple(outcome for _, outcome in pairs),
+                queue_s=started - min(item.arrival for item, _ in pairs),
+                run_s=run_s,
+                batch_size=len(batch),
+            ),
+        )
+        for admission, pairs in by_request.items()
+    ]
 
-    def _wait_s(self, priority: Priority) -> float:
-        """Time of what goes ahead of a new request."""
-        return self._pace.wait_s(self.waiting if priority is Priority.BATCH else self._waiting[Priority.INTERACTIVE])
 
-    def _retry_after_s(self, count: int) -> float:
-        """Time to work off what is too many, or half of what waits, whichever is more."""
-        return self._pace.retry_after_s(max(self.waiting + count - self._max_waiting, self.waiting / 2))
+def _unread(slices: "asyncio.Queue[BatchSlice[R]]") -> int:
+    """Empties a queue of slices and returns the number of their items."""
+    count = 0
+    while not slices.empty():
+        count += len(slices.get_nowait().indices)
+    return count

@@ -1,7 +1,7 @@
-"""Bytes that calls of one kind may hold together; whoever comes too late is refused, not kept waiting.
+"""Bounds the memory of long calls: a call that would exceed the limit is refused, not delayed.
 
-Unlike `cpu.Room`, in which short steps wait their turn: what is counted here is held as long as a call runs, and one
-that waited for it would hold what it has read already. Knows nothing of what the bytes are.
+Unlike `MemoryLimiter`: this memory is held until its call ends, and a call that waited for more would go on holding
+what it has. Knows nothing of what the bytes are.
 """
 
 from concurrent.futures import Future
@@ -13,49 +13,49 @@ from mal_server.scheduling.background import when_done
 
 
 class MemoryQuota:
-    """Bytes for all calls; used from one event loop.
+    """Bytes that calls may hold together; used from one event loop.
 
     Args:
-        size: all of them. The call that has held some for longest may hold more: what one call may hold is bounded
-            elsewhere, and hours of its work are not lost to one that came after it.
-        name: of the setting that says so.
+        limit: bytes. The call that has held some for longest may exceed it: its own size is bounded elsewhere, and a
+            later call must not cost it hours of work.
+        setting: name of the setting that holds the limit, for messages.
     """
 
-    def __init__(self, size: int, name: str) -> None:
-        self._size = size
-        self._name = name
-        self.held = 0
+    def __init__(self, limit: int, setting: str) -> None:
+        self._limit = limit
+        self._setting = setting
+        self.used = 0
         """Bytes held now."""
         self._holders: dict[Reservation, None] = {}
-        """Shares that hold something, the first one first."""
+        """Reservations that hold something, the first one first."""
 
-    def share(self) -> "Reservation":
-        """What one call holds; a context manager that gives it back."""
+    def reserve(self) -> "Reservation":
+        """Returns an empty reservation; a context manager that releases it."""
         return Reservation(self)
 
-    def _take(self, share: "Reservation", size: int) -> None:
-        first = next(iter(self._holders), share)
-        if first is not share and self.held + size > self._size:
+    def _grow(self, reservation: "Reservation", size: int) -> None:
+        oldest = next(iter(self._holders), reservation)
+        if oldest is not reservation and self.used + size > self._limit:
             raise MemoryFull(
-                f"{self.held - share.own} of {self._size} bytes ({self._name}) are held by other evaluations that are "
-                f"under way, and this one needs {share.own + size}; come back when one of them is done"
+                f"{self._setting}: other calls hold {self.used - reservation.size} of {self._limit} bytes, this one "
+                f"needs {reservation.size + size}; retry when one of them has ended"
             )
-        self._holders[share] = None
-        self.held += size
+        self._holders[reservation] = None
+        self.used += size
 
-    def _give_back(self, share: "Reservation") -> None:
-        self._holders.pop(share, None)
-        self.held -= share.own
+    def _release(self, reservation: "Reservation") -> None:
+        self._holders.pop(reservation, None)
+        self.used -= reservation.size
 
 
 class Reservation:
-    """What one call holds of a `MemoryQuota`."""
+    """Bytes that one call holds of a `MemoryQuota`."""
 
-    def __init__(self, budget: MemoryQuota) -> None:
-        self._budget = budget
-        self.own = 0
-        """Bytes that it holds."""
-        self._step: Future[Any] | None = None
+    def __init__(self, quota: MemoryQuota) -> None:
+        self._quota = quota
+        self.size = 0
+        """Bytes held."""
+        self._future: Future[Any] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -63,17 +63,17 @@ class Reservation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        when_done(self._step, self._give_back)
+        when_done(self._future, self._release)
 
-    def outlast(self, step: "Future[Any]") -> None:
-        """Holds everything until this step has ended, though the call may be over: its thread fills the memory on."""
-        self._step = step
+    def grow(self, size: int) -> None:
+        """Holds `size` bytes more. Raises MemoryFull if other calls, an older one among them, hold too many."""
+        self._quota._grow(self, size)
+        self.size += size
 
-    def take(self, size: int) -> None:
-        """Holds so many bytes more. Raises MemoryFull where others hold too much for that, one since before this."""
-        self._budget._take(self, size)
-        self.own += size
+    def hold_until(self, future: "Future[Any]") -> None:
+        """Keeps the bytes until `future` is done, even if the call ends before: its thread still uses them."""
+        self._future = future
 
-    def _give_back(self) -> None:
-        self._budget._give_back(self)
-        self.own = 0
+    def _release(self) -> None:
+        self._quota._release(self)
+        self.size = 0

@@ -1,10 +1,10 @@
-"""Who goes first, in every queue of the server."""
+"""Request priorities, the same in every queue of the server."""
 
 from enum import Enum
 
 
 class Priority(Enum):
-    """Who goes first."""
+    """Priority of a request: INTERACTIVE for single images, BATCH for bulk streams and evaluations."""
 
     INTERACTIVE = "interactive"
     BATCH = "batch"

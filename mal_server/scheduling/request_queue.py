@@ -1,37 +1,35 @@
-"""The order of what waits for a batch: people first, and bulk work that is passed too long is owed a part.
+"""Orders queued items: INTERACTIVE first; BATCH items that have waited too long are guaranteed a quarter of the device.
 
-INTERACTIVE items go ahead, whatever else waits. Only where they alone would keep the device busy, BATCH items that
-waited `patience_s` longer than they get a quarter of it (`FairnessCredit`): bulk work never starves, and a long queue
-of it never keeps people waiting. Told the time; asks no clock, and starts nothing.
+An INTERACTIVE item goes ahead of every BATCH item, however long that one has waited. Each time it passes one that has
+aged (waited `batch_aging_s` longer than itself), BATCH earns a third of an item of credit and spends it on going first.
+So BATCH work never starves under constant INTERACTIVE load, and never delays it by more than its quarter.
+
+Reads no clock and counts nothing beyond its own items: the batcher passes the time and starts batches.
 """
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from itertools import chain, takewhile
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from mal_server.scheduling.priority import Priority
 
 INTERACTIVE_PER_BATCH = 3
-"""INTERACTIVE items that pass BATCH ones which waited their patience, for each of these that goes: a quarter."""
+"""INTERACTIVE items that pass aged BATCH items for each of those that goes first: a quarter of the device."""
 
 
 class QueueClient(Protocol):
-    """Who brought items."""
+    """The request that items belong to; compared by identity."""
 
     @property
-    def waiting(self) -> int:
-        """Items that are not yet running; 0 when nobody waits for them any more."""
+    def priority(self) -> Priority:
+        """Priority of all its items."""
 
     @property
     def deadline(self) -> float:
-        """Loop time after which nobody waits for them."""
-
-    def expire(self) -> None:
-        """Ends what still waits, since the deadline has passed."""
-
-    def leave(self, count: int) -> None:
-        """So many of its items wait no more."""
+        """Loop time from which its items are not worth running."""
 
 
 C = TypeVar("C", bound=QueueClient)
@@ -40,118 +38,146 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class QueuedItem(Generic[C, T]):
-    """An item that waits: whose, its place among theirs, and since which loop time."""
+    """One item: its request, its index among that request's items, and the loop time at which it was queued."""
 
-    ticket: C
+    client: C
     index: int
     item: T
-    since: float
+    arrival: float
+
+
+class SortKey(NamedTuple):
+    """Orders queues by their first items; the smallest goes first.
+
+    Attributes:
+        yields_to_interactive: a BATCH item without the credit to go ahead of INTERACTIVE ones.
+        effective_arrival: arrival, `batch_aging_s` later for BATCH.
+        arrival: decides between equal ones, as with infinite aging.
+    """
+
+    yields_to_interactive: bool
+    effective_arrival: float
+    arrival: float
 
 
 class FairnessCredit:
-    """What is owed to BATCH items that waited their patience and were passed by INTERACTIVE ones all the same.
+    """Credit, in INTERACTIVE items, that aged BATCH items earn by being passed and spend on going first.
 
     Args:
-        batch_size: items of a full batch; no more than that is ever owed.
-        is_first_come_first_served: nothing is ever passed.
+        batch_size: items in a full batch; the credit never exceeds one such batch.
+        is_first_come_first_served: BATCH needs no credit.
     """
 
     def __init__(self, batch_size: int, *, is_first_come_first_served: bool) -> None:
-        self._most = batch_size * INTERACTIVE_PER_BATCH
-        self._passed = 0
-        self._is_free = is_first_come_first_served
+        self._limit = batch_size * INTERACTIVE_PER_BATCH
+        self._credit = 0
+        self._is_first_come_first_served = is_first_come_first_served
 
-    def allows(self, count: int, *, is_oldest: bool) -> bool:
-        """Whether so many may go ahead of INTERACTIVE items that came later.
+    def may_preempt(self, count: int, *, is_oldest: bool) -> bool:
+        """Returns whether BATCH items may go ahead of INTERACTIVE ones that arrived after they had aged.
 
         Args:
-            count: BATCH items.
-            is_oldest: no others wait longer; what is owed is owed to those.
+            count: number of BATCH items.
+            is_oldest: no other BATCH item has waited longer; only the oldest may use the credit.
         """
-        return self._is_free or (is_oldest and self._passed >= count * INTERACTIVE_PER_BATCH)
+        if self._is_first_come_first_served:
+            return True
+        return is_oldest and self._credit >= count * INTERACTIVE_PER_BATCH
 
-    def passed(self) -> None:
-        """An INTERACTIVE item went ahead of a BATCH item whose turn it was."""
-        self._passed = min(self._passed + 1, self._most)
+    def earn(self) -> None:
+        """Records that an INTERACTIVE item passed an aged BATCH item."""
+        self._credit = min(self._credit + 1, self._limit)
 
-    def ran(self) -> None:
-        """The BATCH item that waited longest went, whatever it went ahead of."""
-        self._passed = max(self._passed - INTERACTIVE_PER_BATCH, 0)
+    def spend(self) -> None:
+        """Records that the oldest BATCH item started, with or without passing anything."""
+        self._credit = max(self._credit - INTERACTIVE_PER_BATCH, 0)
 
 
 class RequestQueue(Generic[C, T]):
-    """Items of one key by priority, oldest first. Those that nobody waits for stay until met, and count as nothing."""
+    """Items that may share a batch: by priority, first come first served within each.
 
-    def __init__(self, patience_s: float) -> None:
-        self.queues: dict[Priority, deque[QueuedItem[C, T]]] = {priority: deque() for priority in Priority}
-        self.live = 0
-        self._patience_s = patience_s
+    Args:
+        batch_aging_s: time by which BATCH items count as having arrived later.
+    """
 
-    def clean(self, now: float) -> None:
-        """Removes what nobody waits for from the front; ends tickets whose deadline has passed."""
-        for queue in self.queues.values():
-            while queue:
-                ticket = queue[0].ticket
-                if ticket.waiting and ticket.deadline <= now:
-                    ticket.expire()
-                if ticket.waiting:
-                    break
-                queue.popleft()
+    def __init__(self, batch_aging_s: float) -> None:
+        self.size = 0
+        """Queued items."""
+        self._aging_s = {Priority.INTERACTIVE: 0.0, Priority.BATCH: batch_aging_s}
+        self._requests: dict[Priority, OrderedDict[C, deque[QueuedItem[C, T]]]] = {p: OrderedDict() for p in Priority}
 
-    def since(self) -> float:
-        """Since when the first item waits; after `clean`, and only with live items."""
-        return min(queue[0].since for queue in self.queues.values() if queue)
+    def add(self, client: C, items: Iterable[T], now: float) -> None:
+        """Appends all items of a request; a request adds its items once."""
+        queued = deque(QueuedItem(client, index, item, now) for index, item in enumerate(items))
+        if queued:
+            self._requests[client.priority][client] = queued
+            self.size += len(queued)
 
-    def bulk_rank(self) -> float:
-        """From when on the first BATCH item goes ahead of what is submitted then; after `clean`."""
-        queue = self.queues[Priority.BATCH]
-        return queue[0].since + self._patience_s if queue else math.inf
+    def remove(self, client: C) -> tuple[int, ...]:
+        """Removes what is left of a request; returns the indices of its items, none if nothing is."""
+        items = self._requests[client.priority].pop(client, ())
+        self.size -= len(items)
+        return tuple(item.index for item in items)
 
-    def people_rank(self) -> float:
-        """Since when the first INTERACTIVE item waits; after `clean`."""
-        queue = self.queues[Priority.INTERACTIVE]
-        return queue[0].since if queue else math.inf
+    def expired(self, now: float) -> list[C]:
+        """Returns the requests at the front whose deadline has passed; those behind are met when they go first."""
+        fronts = (takewhile(lambda client: client.deadline <= now, clients) for clients in self._requests.values())
+        return list(chain.from_iterable(fronts))
 
-    def rank(self, debt: FairnessCredit, batch_size: int, others_bulk_rank: float) -> tuple[bool, float, float]:
-        """Lower goes first; after `clean`, and only with live items.
+    def has(self, priority: Priority) -> bool:
+        """Returns whether an item of this priority is queued."""
+        return bool(self._requests[priority])
 
-        BATCH items that may not go ahead of people come behind all of these, in their own order.
-        """
-        people, bulk = self.queues[Priority.INTERACTIVE], self.queues[Priority.BATCH]
-        heads: list[tuple[bool, float, float]] = []
-        if people:
-            heads.append((False, people[0].since, people[0].since))
-        if bulk:
-            bulk_rank = self.bulk_rank()
-            may_pass = debt.allows(min(batch_size, self.live), is_oldest=bulk_rank <= others_bulk_rank)
-            heads.append((not may_pass, bulk_rank, bulk[0].since))
-        return min(heads)
+    def oldest_arrival(self) -> float:
+        """Returns when the oldest item was queued; math.inf if the queue is empty."""
+        return min(map(self._arrival, Priority))
 
-    def take(self, count: int, now: float, debt: FairnessCredit, others_bulk_rank: float) -> list[QueuedItem[C, T]]:
-        """Removes and returns the first `count` live items, and counts who passed whom, in other lanes too.
+    def effective_arrival(self, priority: Priority) -> float:
+        """Returns the arrival of the oldest item of a priority, `batch_aging_s` later for BATCH; math.inf if none."""
+        return self._arrival(priority) + self._aging_s[priority]
+
+    def sort_key(self, credit: FairnessCredit, batch_size: int, other_batch_arrival: float) -> SortKey:
+        """Returns the key of the item that goes first; the queue must not be empty.
 
         Args:
-            count: at most so many.
-            now: loop time.
-            debt: of all lanes.
-            others_bulk_rank: the least `bulk_rank` of the other lanes.
+            credit: shared by all queues.
+            batch_size: items in a full batch: going first means a whole batch.
+            other_batch_arrival: least effective arrival of BATCH items in the other queues.
         """
-        taken: list[QueuedItem[C, T]] = []
-        while self.live and len(taken) < count:
-            self.clean(now)
-            people, bulk = self.queues[Priority.INTERACTIVE], self.queues[Priority.BATCH]
-            people_rank, bulk_rank = self.people_rank(), self.bulk_rank()
-            is_oldest = bulk_rank <= others_bulk_rank
-            if bulk and (not people or (bulk_rank < people_rank and debt.allows(1, is_oldest=is_oldest))):
-                entry = bulk.popleft()
-                if is_oldest:
-                    debt.ran()
-            elif not people:
-                break
-            else:
-                entry = people.popleft()
-                if min(bulk_rank, others_bulk_rank) < people_rank:
-                    debt.passed()
-            entry.ticket.leave(1)
-            taken.append(entry)
-        return taken
+        is_oldest = self.effective_arrival(Priority.BATCH) <= other_batch_arrival
+        may_preempt = credit.may_preempt(min(batch_size, self.size), is_oldest=is_oldest)
+        return min(
+            SortKey(
+                priority is Priority.BATCH and not may_preempt,
+                self.effective_arrival(priority),
+                self._arrival(priority),
+            )
+            for priority in Priority
+            if self.has(priority)
+        )
+
+    def pop(self, credit: FairnessCredit, other_batch_arrival: float) -> QueuedItem[C, T]:
+        """Removes and returns the item that goes first, and updates the credit; arguments as for `sort_key`."""
+        requests = self._requests[self._next_priority(credit, other_batch_arrival)]
+        client, items = next(iter(requests.items()))
+        item = items.popleft()
+        if not items:
+            del requests[client]
+        self.size -= 1
+        return item
+
+    def _next_priority(self, credit: FairnessCredit, other_batch_arrival: float) -> Priority:
+        """Returns the priority of the next item to start, and updates the credit accordingly."""
+        interactive, batch = map(self.effective_arrival, (Priority.INTERACTIVE, Priority.BATCH))
+        is_oldest = batch <= other_batch_arrival
+        if self.has(Priority.INTERACTIVE) and not (batch < interactive and credit.may_preempt(1, is_oldest=is_oldest)):
+            if min(batch, other_batch_arrival) < interactive:
+                credit.earn()
+            return Priority.INTERACTIVE
+        if is_oldest:
+            credit.spend()
+        return Priority.BATCH
+
+    def _arrival(self, priority: Priority) -> float:
+        oldest = next(iter(self._requests[priority].values()), None)
+        return oldest[0].arrival if oldest else math.inf

@@ -1,4 +1,4 @@
-"""Calls of a served fake, and what their answers and errors say."""
+"""Calls of a server with a fake predictor, and readers of its responses and errors."""
 
 import asyncio
 import io
@@ -35,7 +35,7 @@ def with_server(work: Work, predictor: BrightPredictor | None = None, **settings
 def refusal(
     call: Callable[[Running], Awaitable[Any]], predictor: BrightPredictor | None = None, **settings: Any
 ) -> Any:
-    """(code, status with details, trailers) of a call that must fail; the server must answer after it."""
+    """Returns (code, rich status, trailers) of a call that must fail; asserts that the server still responds."""
 
     async def work(running: Running) -> Any:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -48,7 +48,7 @@ def refusal(
 
 
 def status_details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
-    """The rich status; an empty one when gRPC itself refused."""
+    """Returns the rich status of an error; an empty one if gRPC itself rejected the call."""
     trailers: dict[str, Any] = dict(error.trailing_metadata())  # type: ignore[arg-type]
     return status_pb2.Status.FromString(trailers.get("grpc-status-details-bin", b""))
 
@@ -69,7 +69,7 @@ def mask_of(result: types_pb2.InstanceResult) -> Any:
 
 
 def decoded(mask: types_pb2.Mask) -> Rle:
-    """The run-length code of a mask as a client of any language would read it from its message."""
+    """Returns the run-length encoding of a mask message, read by its field comments alone."""
     if mask.HasField("coco_rle"):
         return Rle(mask.coco_rle.height, mask.coco_rle.width, mask.coco_rle.counts)
     if mask.HasField("uncompressed_rle"):
@@ -79,8 +79,8 @@ def decoded(mask: types_pb2.Mask) -> Rle:
         rings = [np.reshape(ring.points, (-1, 2)) for ring in mask.polygons.rings]
         return rle.encode_mask(fill(rings, mask.polygons.height, mask.polygons.width))
     png = mask.png
-    with Image.open(io.BytesIO(png.content)) as picture:
-        return rle.encode_region(np.asarray(picture), png.y, png.x, (png.height, png.width))
+    with Image.open(io.BytesIO(png.content)) as image:
+        return rle.encode_region(np.asarray(image), png.y, png.x, (png.height, png.width))
 
 
 def items(
@@ -94,19 +94,19 @@ def items(
 
 
 async def bulk(running: Running, *requests: labeling_pb2.LabelImageRequest) -> dict[str, Any]:
-    answers = [answer async for answer in running.labeling.LabelImages(items(*requests))]
-    assert len(answers) == len({answer.item_id for answer in answers})
-    return {answer.item_id: answer for answer in answers}
+    responses = [response async for response in running.labeling.LabelImages(items(*requests))]
+    assert len(responses) == len({response.item_id for response in responses})
+    return {response.item_id: response for response in responses}
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Waits for it, however slow the machine is; the test's own time limit ends what never comes."""
+    """Waits for a condition without a time limit of its own: slow machines pass, and the test's timeout applies."""
     while not condition():
         await asyncio.sleep(0.001)
 
 
 async def collect(call: Any) -> list[Any]:
-    return [answer async for answer in call]
+    return [response async for response in call]
 
 
 def waiting(running: Running) -> int:

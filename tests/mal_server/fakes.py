@@ -1,4 +1,4 @@
-"""Cheap stand-ins: a predictor without a network, a clock without waiting, a server in this process."""
+"""Test doubles: a predictor without a network, an event loop with a fake clock, a server in this process."""
 
 import asyncio
 import io
@@ -34,12 +34,12 @@ SHA256 = "ab" * 32
 
 
 class BrightPredictor(Labeler):
-    """The real kernel around a network that calls bright pixels foreground.
+    """The real labeler around a network that labels bright pixels as foreground.
 
     Args:
-        wait_s: time of a batch.
-        fits: crops that fit the device; more are out of memory.
-        gate: a batch waits for it.
+        wait_s: duration of a batch.
+        fits: crops that fit on the device; more raise OutOfDeviceMemory.
+        gate: each batch waits for it.
         error: raised for every batch.
     """
 
@@ -72,27 +72,27 @@ class BrightPredictor(Labeler):
 
 
 def queued_items(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets the number of items of each request that is ready for a batch, from now on; admission comes long before."""
-    queued, inner = list[int](), Batcher.enqueue
+    """Returns a list that receives the number of items of each request when it is queued, from now on."""
+    queued, enqueue = list[int](), Batcher.enqueue
 
-    def noticed(batcher: Any, ticket: Any, key: Any, items: Any) -> None:
-        inner(batcher, ticket, key, items)
+    def recorded(batcher: Any, admission: Any, key: Any, items: Any) -> None:
+        enqueue(batcher, admission, key, items)
         queued.append(len(items))
 
-    monkeypatch.setattr(Batcher, "enqueue", noticed)
+    monkeypatch.setattr(Batcher, "enqueue", recorded)
     return queued
 
 
 def bright_disc(height: int = 40, width: int = 60) -> NDArray[np.uint8]:
-    """A bright disc of radius 12 px in the middle of a dark image, RGB."""
+    """Returns an RGB image (height, width, 3) uint8: a bright disc of radius 12 px in the center, dark elsewhere."""
     y, x = np.mgrid[:height, :width]
     disc = (y - height / 2 + 0.5) ** 2 + (x - width / 2 + 0.5) ** 2 < 144
     return np.repeat(np.where(disc, 230, 20).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def encoded(image: NDArray[np.uint8], form: str = "PNG", **options: Any) -> bytes:
+def encoded(image: NDArray[np.uint8], image_format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, form, **options)
+    Image.fromarray(image).save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
@@ -106,7 +106,7 @@ def label_request(
     ids: Sequence[int] | None = None,
     **options: Any,
 ) -> labeling_pb2.LabelImageRequest:
-    """A request with ids 0, 1, … unless given."""
+    """Returns a request; its instance ids are 0, 1, … unless given."""
     return labeling_pb2.LabelImageRequest(
         image=types_pb2.ImageSource(content=content),
         instances=[
@@ -119,7 +119,7 @@ def label_request(
 
 @dataclass(frozen=True)
 class Running:
-    """A served fake and stubs that talk to it."""
+    """A server with a fake predictor, and stubs connected to it."""
 
     server: MalServer
     predictor: BrightPredictor
@@ -130,7 +130,7 @@ class Running:
 
 
 def config_of(**settings: Any) -> ServerConfig:
-    """Settings for a server on a free port."""
+    """Returns settings for a server on a free port without GPUs."""
     data = {"checkpoint": "disc.malckpt", "gpu_ids": [], "listen": {"port": 0}, "drain_delay_s": 0.0, **settings}
     return validate(ServerConfig, data)
 
@@ -154,14 +154,14 @@ def loaded(
 
 @asynccontextmanager
 async def serving(predictor: BrightPredictor | None = None, **settings: Any) -> AsyncIterator[Running]:
-    """A server in this process; stopped without grace at the end."""
+    """Runs a server in this process; stops it without a grace period."""
     predictor = predictor or BrightPredictor()
     config = config_of(**settings)
     server = MalServer(config, lambda plan: loaded(plan, predictor))
     await server.start()
     gate, predictor.gate = predictor.gate, None
     error, predictor.error = predictor.error, None
-    fits, predictor.fits = predictor.fits, 10_000  # a device on which no crop fits would not pass the self-test
+    fits, predictor.fits = predictor.fits, 10_000  # the self-test fails on a device that fits no crop
     await server.load()
     predictor.gate, predictor.error, predictor.fits = gate, error, fits
     predictor.batches.clear()
@@ -182,13 +182,13 @@ async def serving(predictor: BrightPredictor | None = None, **settings: Any) -> 
 
 
 async def label(running: Running, request: labeling_pb2.LabelImageRequest) -> list[types_pb2.InstanceResult]:
-    """All results of a call, in order of their ids."""
-    results = [result async for answer in running.labeling.LabelImage(request) for result in answer.results]
+    """Calls LabelImage and returns all results in order of their ids."""
+    results = [result async for response in running.labeling.LabelImage(request) for result in response.results]
     return sorted(results, key=lambda result: result.instance_id)
 
 
-class _JumpingSelector(selectors.DefaultSelector):
-    """Where a loop would wait, its clock jumps."""
+class _FakeClockSelector(selectors.DefaultSelector):
+    """Advances the clock instead of waiting."""
 
     now = 0.0
 
@@ -196,23 +196,23 @@ class _JumpingSelector(selectors.DefaultSelector):
         ready = super().select(0)
         if not ready:
             if timeout is None:
-                raise RuntimeError("nothing will ever happen in this loop")
+                raise RuntimeError("deadlock: the event loop has no timer and no ready callback")
             self.now += timeout
         return ready
 
 
-class JumpingLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes only by waiting, and then at once."""
+class FakeClockLoop(asyncio.SelectorEventLoop):
+    """An event loop on a fake clock that advances only, and instantly, when the loop would wait."""
 
     def __init__(self) -> None:
-        self._clock = _JumpingSelector()
+        self._clock = _FakeClockSelector()
         super().__init__(self._clock)
 
     def time(self) -> float:
         return self._clock.now
 
 
-def run_in_no_time(work: Coroutine[Any, Any, Result]) -> Result:
-    """Runs a coroutine on a JumpingLoop."""
-    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+def run_on_fake_clock(work: Coroutine[Any, Any, Result]) -> Result:
+    """Runs a coroutine on a FakeClockLoop."""
+    with asyncio.Runner(loop_factory=FakeClockLoop) as runner:
         return runner.run(work)

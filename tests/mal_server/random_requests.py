@@ -1,4 +1,4 @@
-"""Requests of any content that the messages can hold."""
+"""Hypothesis strategies for requests with any content that the messages can hold."""
 
 from hypothesis import strategies as st
 

@@ -22,7 +22,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from mal_server.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, Retryable, Unauthenticated
-from mal_server.scheduling.batcher import DeadlineExceeded, QueueFull
+from mal_server.scheduling.admission import DeadlineExceeded, QueueFull
 from mal_train.core.errors import BadBox, BadImage, DeviceLost, OutOfDeviceMemory
 
 log = logging.getLogger(__name__)

@@ -125,3 +125,8 @@ def test_the_longest_name_is_taken_everywhere_and_one_made_of_a_files_name_is_on
     made = validate(ServerConfig, {"checkpoint": f"results/my model (2) {'x' * 99}.malckpt"}).plans[0].name
     assert made == ("my-model-2-" + "x" * 99)[:64]
     assert read_unload(model_pb2.UnloadModelRequest(name=made)) == made
+
+
+def test_a_former_setting_is_refused_with_its_new_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch_aging_s"):
+        load_config(written(tmp_path, "batch_patience_s: 2.0"))  # former name

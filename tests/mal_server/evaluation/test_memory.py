@@ -174,31 +174,31 @@ def test_records_that_are_brought_back_count_as_they_come() -> None:
         on_server(resume_token=b"t"), CallDefaults(Branch.STUDENT, Priority.BATCH, math.inf)
     )
     messages = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(at), record=b"123")) for at in range(4)]
-    with budget.share() as alone:
-        assert len(asyncio.run(read_records(each(messages), options, alone.take))) == 4  # 16 bytes, nobody else
-        with budget.share() as late, pytest.raises(MemoryFull, match="16 of 10 bytes"):
-            asyncio.run(read_records(each(messages), options, late.take))
-        assert budget.held == 16
-    with budget.share() as one, budget.share() as other:
-        one.take(4)
+    with budget.reserve() as alone:
+        assert len(asyncio.run(read_records(each(messages), options, alone.grow))) == 4  # 16 bytes, nobody else
+        with budget.reserve() as late, pytest.raises(MemoryFull, match="16 of 10 bytes"):
+            asyncio.run(read_records(each(messages), options, late.grow))
+        assert budget.used == 16
+    with budget.reserve() as one, budget.reserve() as other:
+        one.grow(4)
         with pytest.raises(MemoryFull, match="needs 8"):
-            asyncio.run(read_records(each(messages), options, other.take))
-        assert budget.held == 8
-    assert budget.held == 0
+            asyncio.run(read_records(each(messages), options, other.grow))
+        assert budget.used == 8
+    assert budget.used == 0
 
 
 def test_of_two_evaluations_that_fill_the_memory_the_later_one_ends() -> None:
     budget = MemoryQuota(10, "max_evaluation_bytes")
-    with budget.share() as first, budget.share() as later:
-        first.take(6)
-        later.take(4)
-        first.take(1)
+    with budget.reserve() as first, budget.reserve() as later:
+        first.grow(6)
+        later.grow(4)
+        first.grow(1)
         with pytest.raises(MemoryFull, match="7 of 10 bytes"):
-            later.take(1)
-    assert budget.held == 0
-    with budget.share() as next_one:
-        next_one.take(11)
-        assert budget.held == 11
+            later.grow(1)
+    assert budget.used == 0
+    with budget.reserve() as next_one:
+        next_one.grow(11)
+        assert budget.used == 11
 
 
 def test_memory_is_held_while_a_thread_makes_the_report_of_a_caller_who_has_gone(
@@ -230,9 +230,9 @@ def test_memory_is_held_while_a_thread_makes_the_report_of_a_caller_who_has_gone
             assert await asyncio.to_thread(begun.wait, 60)
             call.cancel()
             assert await asyncio.to_thread(over.wait, 60)
-            assert budgets[0].held > 0
+            assert budgets[0].used > 0
             gate.set()
-            while budgets[0].held:
+            while budgets[0].used:
                 await asyncio.sleep(0.005)
 
     asyncio.run(asyncio.wait_for(work(), 60))

@@ -11,7 +11,7 @@ import pytest
 from mal_server.errors import SelfTestFailed
 from mal_server.models.loader import LoadedModel, small_side
 from mal_server.models.warmup import warm_up_and_verify
-from mal_server.scheduling import left_behind
+from mal_server.scheduling import background
 from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
 from tests.mal_server.fakes import BrightPredictor, config_of, loaded
 
@@ -75,7 +75,7 @@ def test_the_end_of_the_server_does_not_wait_for_the_reference() -> None:
 
     asyncio.run(work())
     try:
-        assert any(thread.name == left_behind.NAME for thread in threading.enumerate())
+        assert any(thread.name == background.DAEMON_THREAD for thread in threading.enumerate())
     finally:
         gate.set()
 

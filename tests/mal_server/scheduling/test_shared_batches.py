@@ -1,4 +1,4 @@
-"""Several callers on one device: batches that they share, and what those who leave give back."""
+"""Several clients on one device: shared batches, and the capacity that cancelled calls release."""
 
 import asyncio
 import threading
@@ -42,7 +42,7 @@ def test_eight_clients_with_one_box_each_share_batches(queued: list[int]) -> Non
         return [size for sizes in await asyncio.gather(*clients) for size in sizes]
 
     sizes = with_server(work, BrightPredictor(gate=gate))
-    # What came while the first batch ran is the second one.
+    # Requests that arrive while the first batch runs form the second one.
     first = min(sizes)
     assert sorted(sizes) in ([first] * first + [8 - first] * (8 - first), [8] * 8)
 
@@ -68,18 +68,18 @@ def test_boxes_of_different_images_in_one_batch_get_their_own_masks(queued: list
     assert (there.mask_box.x - here.mask_box.x, there.area_px) == (12, here.area_px)
 
 
-def test_a_client_that_leaves_does_not_stall_the_others() -> None:
+def test_cancelled_calls_do_not_stall_others() -> None:
     gate = threading.Event()
 
     async def work(running: Running) -> list[types_pb2.InstanceResult]:
-        leaving = running.labeling.LabelImage(label_request(*[DISC_BOX] * 3))
-        reader = asyncio.create_task(leaving.read())
+        cancelled = running.labeling.LabelImage(label_request(*[DISC_BOX] * 3))
+        reader = asyncio.create_task(cancelled.read())
         while not running.predictor.batches:
             await asyncio.sleep(0.001)
         queued = [running.labeling.LabelImage(label_request(*[DISC_BOX] * 3)) for _ in range(10)]
         readers = [asyncio.create_task(call.read()) for call in queued]
         await until(lambda: waiting(running) == 30)
-        for call in (leaving, *queued):
+        for call in (cancelled, *queued):
             call.cancel()
         await asyncio.gather(reader, *readers, return_exceptions=True)
         await until(lambda: waiting(running) == 0)
@@ -92,7 +92,7 @@ def test_a_client_that_leaves_does_not_stall_the_others() -> None:
     assert [size for _, size in predictor.batches] == [3, 1]
 
 
-def test_a_call_past_its_deadline_is_dropped() -> None:
+def test_a_queued_call_past_its_deadline_never_runs() -> None:
     gate = threading.Event()
 
     async def work(running: Running) -> grpc.StatusCode:
@@ -113,7 +113,7 @@ def test_a_call_past_its_deadline_is_dropped() -> None:
     assert [size for _, size in predictor.batches] == [1, 1]
 
 
-def test_a_client_that_leaves_a_stream_frees_its_work() -> None:
+def test_cancelling_a_stream_removes_its_queued_items() -> None:
     gate = threading.Event()
 
     async def work(running: Running) -> list[int]:
@@ -130,8 +130,8 @@ def test_a_client_that_leaves_a_stream_frees_its_work() -> None:
     assert with_server(work, BrightPredictor(gate=gate), max_batch_size=2) == [2, 1]
 
 
-def test_a_large_request_that_is_cancelled_gives_its_room_in_the_queue_back() -> None:
-    """Through the whole path: with it waiting a second one is refused, and taken once the first one has left."""
+def test_cancelling_a_large_request_releases_its_queue_capacity() -> None:
+    """Over gRPC: a second large request is refused while the first one waits, and accepted once that is cancelled."""
     gate = threading.Event()
     large = label_request(*[DISC_BOX] * 40)
 
@@ -150,8 +150,8 @@ def test_a_large_request_that_is_cancelled_gives_its_room_in_the_queue_back() ->
         await until(lambda: waiting(running) == 40)
         gate.set()
         await blocker
-        found = len(await second)
-        return reason_of(status_details(raised.value)), found, [size for _, size in running.predictor.batches]
+        results = len(await second)
+        return reason_of(status_details(raised.value)), results, [size for _, size in running.predictor.batches]
 
     settings: dict[str, Any] = {"max_queue_crops": 40, "max_batch_size": 40, "limits": {"max_boxes": 40}}
     assert with_server(work, BrightPredictor(gate=gate), **settings) == ("QUEUE_FULL", 40, [1, 40])

@@ -1,0 +1,34 @@
+"""Events of the batcher, for metrics."""
+
+from typing import Protocol
+
+
+class BatchObserver(Protocol):
+    """Receives events for metrics."""
+
+    def batch_ended(self, size: int, took_s: float) -> None:
+        """Records a batch of `size` items that succeeded."""
+
+    def waited(self, priority: str, seconds: float) -> None:
+        """Records the longest wait of a request's items in one batch."""
+
+    def dropped(self, reason: str, crops: int) -> None:
+        """Records items whose results nobody reads.
+
+        Args:
+            reason: cause (cancelled, deadline) and stage: entry, queue, device (they ran in vain) or encoding.
+            crops: number of items.
+        """
+
+
+class NullObserver:
+    """Ignores all events."""
+
+    def batch_ended(self, size: int, took_s: float) -> None:
+        """Does nothing."""
+
+    def waited(self, priority: str, seconds: float) -> None:
+        """Does nothing."""
+
+    def dropped(self, reason: str, crops: int) -> None:
+        """Does nothing."""

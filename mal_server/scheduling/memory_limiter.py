@@ -1,0 +1,103 @@
+"""Bounds the memory of short tasks: a task that would exceed the limit waits for others to release theirs.
+
+Waiting tasks go in order of arrival; BATCH ones count as arriving `batch_aging_s` later and hold at most half of the
+memory. `MemoryQuota` is for memory that is held for minutes: it refuses instead.
+"""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+from mal_server.scheduling.priority import Priority
+
+
+class MemoryLease:
+    """Bytes that one task holds of a `MemoryLimiter`."""
+
+    def __init__(self, limiter: "MemoryLimiter", priority: Priority, size: int) -> None:
+        self._limiter = limiter
+        self._priority = priority
+        self._size = size
+
+    def shrink(self, size: int) -> None:
+        """Releases all but `size` bytes; never acquires more."""
+        excess = max(self._size - size, 0)
+        self._size -= excess
+        self._limiter.release(self._priority, excess)
+
+    def release(self) -> None:
+        """Releases all bytes; further calls have no effect."""
+        self.shrink(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiter:
+    priority: Priority
+    effective_arrival: float
+    size: int
+    granted: "asyncio.Future[None]"
+
+
+class MemoryLimiter:
+    """Bytes that tasks may hold together; used from one event loop.
+
+    A task that needs more than the limit, or more than BATCH may hold, runs when no other (BATCH) task holds any.
+
+    Args:
+        limit: bytes; BATCH holds at most half of them.
+        batch_aging_s: time by which BATCH tasks count as arriving later.
+    """
+
+    def __init__(self, limit: int, *, batch_aging_s: float = 0.0) -> None:
+        self._limit = limit
+        self._batch_limit = limit // 2
+        self._aging_s = {Priority.INTERACTIVE: 0.0, Priority.BATCH: batch_aging_s}
+        self._used = dict.fromkeys(Priority, 0)
+        self._waiting: dict[Priority, deque[_Waiter]] = {priority: deque() for priority in Priority}
+
+    @property
+    def used(self) -> int:
+        """Bytes held now."""
+        return sum(self._used.values())
+
+    async def acquire(self, size: int, priority: Priority) -> MemoryLease:
+        """Waits until `size` bytes are free; the caller must release the lease."""
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(priority, loop.time() + self._aging_s[priority], size, loop.create_future())
+        self._waiting[priority].append(waiter)
+        self._grant()
+        try:
+            await waiter.granted
+        except asyncio.CancelledError:
+            if waiter.granted.done() and not waiter.granted.cancelled():
+                self.release(priority, size)  # granted in the same iteration of the loop
+            else:
+                self._waiting[priority].remove(waiter)
+                self._grant()  # others may have waited behind it
+            raise
+        return MemoryLease(self, priority, size)
+
+    def release(self, priority: Priority, size: int) -> None:
+        """Frees bytes and grants them to waiting tasks; called by leases."""
+        self._used[priority] -= size
+        self._grant()
+
+    def _grant(self) -> None:
+        while (waiter := self._next_waiter()) is not None:
+            self._waiting[waiter.priority].popleft()
+            self._used[waiter.priority] += waiter.size
+            waiter.granted.set_result(None)
+
+    def _next_waiter(self) -> _Waiter | None:
+        """Returns the waiter that may start now: the first one, or the one behind if BATCH has used up its half."""
+        heads = [queue[0] for queue in self._waiting.values() if queue]
+        for waiter in sorted(heads, key=lambda waiter: waiter.effective_arrival):
+            is_batch = waiter.priority is Priority.BATCH
+            if is_batch and not _fits(waiter.size, self._used[Priority.BATCH], self._batch_limit):
+                continue
+            return waiter if _fits(waiter.size, self.used, self._limit) else None
+        return None
+
+
+def _fits(size: int, used: int, limit: int) -> bool:
+    return used == 0 or used + size <= limit
