@@ -14,6 +14,7 @@ from typing import Final
 from aiohttp import web
 
 from mal_train.core.errors import ConfigError
+from mal_train.core.net import format_address
 
 SHUTDOWN_S: Final = 2.0
 """How long calls under way may take after the end was asked for."""
@@ -43,8 +44,7 @@ async def bound(app: web.Application, host: str, port: int, *, cancel_gone: bool
             raise ConfigError(
                 f"--host {host} --port {port}: cannot listen there ({said}); give another port, or --port 0 for any"
             ) from None
-        shown = f"[{host}]" if ":" in host else host
-        yield f"http://{shown}:{runner.addresses[0][1]}"
+        yield f"http://{format_address(host, runner.addresses[0][1])}"
     finally:
         await runner.cleanup()
 

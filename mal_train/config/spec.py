@@ -16,6 +16,7 @@ from mal_train.config.labeling import EvaluateConfig, InferenceConfig
 from mal_train.config.network import NetworkConfig
 from mal_train.config.training import TrainConfig
 from mal_train.core.errors import ConfigError
+from mal_train.core.secrets import is_secret_reference
 from mal_train.core.settings import Compat, LabelerConfig
 from mal_train.core.yaml_config import Strict, apply_overrides, load_yaml, validate
 
@@ -139,7 +140,7 @@ REDACTED = "<not written down>"
 def _public_form(key: str | None) -> str | None:
     if key is None or key in {"", "null"}:
         return None
-    if key.startswith(("file:", "env:")) or re.fullmatch(r"age1[02-9ac-hj-np-z]{58}", key):
+    if is_secret_reference(key) or re.fullmatch(r"age1[02-9ac-hj-np-z]{58}", key):
         return key
     return REDACTED
 

@@ -15,13 +15,13 @@ import torch
 import yaml
 from mal_client.cli import main as client_cli
 from mal_client.images.image_files import ImageFiles
-from mal_client.transport.channel import checked_address
 from PIL import Image
 from pycocotools.coco import COCO
 
 from mal_train import cli as train_cli
 from mal_train.core import atomic_io
 from mal_train.core.errors import BadDataset, ConfigError, OutputError
+from mal_train.core.net import check_address
 from mal_train.core.settings import Compat, LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key
@@ -324,7 +324,7 @@ def test_a_command_whose_output_is_closed_still_works(place: Path, monkeypatch: 
 @pytest.mark.parametrize("address", ["127.0.0.1:99999999", "127.0.0.1:0", "http://127.0.0.1:50051", "nowhere", ""])
 def test_an_address_that_grpc_would_misread_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="server address"):
-        checked_address(address)
+        check_address(address, "server address")
 
 
 def test_a_missing_image_folder_is_one_error_and_not_one_for_each_box(place: Path) -> None:

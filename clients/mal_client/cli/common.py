@@ -11,7 +11,7 @@ from typing import Any
 
 from mal_client.client import DEFAULT_TIMEOUT_S, AsyncClient, Client
 from mal_client.types import LabelOptions
-from mal_train.core.errors import ConfigError
+from mal_train.core.secrets import read_secret_file
 from mal_train.core.settings import Branch
 
 SOME_FAILED = 3
@@ -138,13 +138,8 @@ def seconds(text: str) -> float:
 
 
 def read_word(path: Path, name: str) -> str:
-    """The secret that a file holds; `name` is the argument that named it. Raises ConfigError."""
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise ConfigError(f"{name} {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{name} {path}: holds characters that no token has") from None
+    """Returns the secret in a file, without surrounding white space. Raises as `read_secret_file`."""
+    return read_secret_file(path, name).strip()
 
 
 def _client(arguments: argparse.Namespace, address: str) -> Client:

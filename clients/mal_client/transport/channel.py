@@ -10,7 +10,9 @@ import grpc.aio
 
 from mal_client.transport.auth import Bearer, aio_bearers
 from mal_train.core.errors import ConfigError
-from mal_train.core.net import is_loopback
+from mal_train.core.net import check_address, is_local_address
+from mal_train.core.pem import PemBlock, read_pem
+from mal_train.core.secrets import is_token
 
 RETRY_BUFFER_BYTES = 128 * 1024 * 1024
 """At least the largest message. gRPC drops its retry policy in silence for calls above 256 KiB otherwise."""
@@ -39,14 +41,6 @@ SERVICE_CONFIG: dict[str, Any] = {
 }
 
 
-CERTIFICATE = "CERTIFICATE"
-PRIVATE_KEY = "PRIVATE KEY"
-"""How the first lines of PEM blocks end."""
-
-PORTS = range(1, 65536)
-"""gRPC would take a larger number modulo 65536 and call somebody else."""
-
-
 def channel_options() -> list[tuple[str, Any]]:
     """Options for a sync or asyncio channel."""
     return [
@@ -62,22 +56,6 @@ def channel_options() -> list[tuple[str, Any]]:
         # Despite its name, how long one attempt to connect may take (20 s otherwise).
         ("grpc.min_reconnect_backoff_ms", 10_000),
     ]
-
-
-def checked_address(address: str) -> str:
-    """The address as gRPC takes it: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
-
-    Raises:
-        ConfigError: no port.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not (port.isdigit() or address.startswith(("unix:", "dns:", "ipv4:", "ipv6:"))):
-        raise ConfigError(f"server address {address!r}: HOST:PORT is needed, for example localhost:50051")
-    if port.isdigit() and int(port) not in PORTS and not address.startswith("unix:"):
-        raise ConfigError(f"server address {address!r}: a port is a number from {PORTS[0]} to {PORTS[-1]}")
-    if address.startswith(("http://", "https://")):
-        raise ConfigError(f"server address {address!r}: no URL but HOST:PORT is needed, for example localhost:50051")
-    return address
 
 
 @dataclass(frozen=True)
@@ -102,16 +80,16 @@ class Connection:
 
     def __post_init__(self) -> None:
         """Raises ConfigError where the parts do not go together."""
-        checked_address(self.address)
+        check_address(self.address, "server address")
         if self.client_key is not None and self.client_cert is None:
             raise ConfigError(f"client_key {self.client_key}: give the certificate that it belongs to as client_cert")
         if self.client_cert is not None and not self.is_encrypted:
             raise ConfigError(f"client_cert {self.client_cert}: is only shown with TLS; give tls_ca, or set tls")
         if self.token is None:
             return
-        if not self.token or not all("!" <= character <= "~" for character in self.token):
+        if not is_token(self.token):
             raise ConfigError("token: it must be one word of printable ASCII characters")
-        if not self.is_encrypted and not _is_this_machine(self.address):
+        if not self.is_encrypted and not is_local_address(self.address):
             raise ConfigError(
                 f"{self.address}: without TLS everybody on the way could read the token; give tls_ca, or set tls"
             )
@@ -140,30 +118,11 @@ class Connection:
 
     def _credentials(self) -> grpc.ChannelCredentials:
         key_file = self.client_cert if self.client_key is None else self.client_key
-        authority = _read_pem(self.tls_ca, "tls_ca", CERTIFICATE)
-        chain = _read_pem(self.client_cert, "client_cert", CERTIFICATE)
-        key = _read_pem(key_file, "client_key", PRIVATE_KEY)
+        authority = _read_pem(self.tls_ca, "tls_ca", "certificate")
+        chain = _read_pem(self.client_cert, "client_cert", "certificate")
+        key = _read_pem(key_file, "client_key", "private key")
         return grpc.ssl_channel_credentials(authority, key, chain)
 
 
-def _is_this_machine(address: str) -> bool:
-    if address.startswith("unix:"):
-        return True
-    return is_loopback(
-        address.rpartition(":")[0].rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").strip("[]")
-    )
-
-
-def _read_pem(path: Path | str | None, name: str, needed: str) -> bytes | None:
-    """The file, which holds at least one block of the kind that is needed: gRPC says of others that nobody is there."""
-    if path is None:
-        return None
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None
-    if b"-----BEGIN " not in data:
-        raise ConfigError(f"{name}: {path} is no PEM file")
-    if f"{needed}-----".encode() not in data:
-        raise ConfigError(f"{name}: {path} holds no {needed.lower()}; give the PEM file that does")
-    return data
+def _read_pem(path: Path | str | None, name: str, block: PemBlock) -> bytes | None:
+    return None if path is None else read_pem(path, name, block)

@@ -21,11 +21,11 @@ from typing import Any, Literal, NoReturn, Self, overload
 import pyrage
 
 from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.secrets import is_secret_reference, read_secret
 
 Purpose = Literal["encryption", "decryption"]
 Where = Literal["yaml", "command line", "environment"]
 
-MAX_KEY_BYTES = 64 * 1024
 RECIPIENT_PREFIX = "age1"
 IDENTITY_PREFIX = "AGE-SECRET-KEY-1"
 PUBLISHED_PASSPHRASES = frozenset({"nvidia_tao", "nvidia_tlt", "tlt_encode"})
@@ -170,14 +170,8 @@ def write_identity(path: Path) -> str:
 
 def _content(text: str, setting: str, where: Where) -> tuple[str, str]:
     """(name of the form, what stands behind it)."""
-    if text.startswith("file:"):
-        return "file", _read_key_file(Path(text.removeprefix("file:")).expanduser(), setting)
-    if text.startswith("env:"):
-        name = text.removeprefix("env:")
-        value = os.environ.get(name)
-        if not value:
-            raise ConfigError(f"{setting}: environment variable {name} is not set or empty")
-        return "env", value
+    if is_secret_reference(text):
+        return text.partition(":")[0], read_secret(text, setting)
     if text.startswith(RECIPIENT_PREFIX):
         return where, text
     if where == "command line":
@@ -188,21 +182,6 @@ def _content(text: str, setting: str, where: Where) -> tuple[str, str]:
     if where == "yaml":
         log.warning("%s: a secret stands in clear in the YAML file; file:PATH or env:NAME keeps it out", setting)
     return where, text
-
-
-def _read_key_file(path: Path, setting: str) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_KEY_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{setting}: file {path} cannot be read: {error.strerror}") from None
-    if len(data) > MAX_KEY_BYTES:
-        raise ConfigError(f"{setting}: file {path} is larger than {MAX_KEY_BYTES} bytes; that is no key file")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        # `from None`: the decoder's error carries the bytes.
-        raise ConfigError(f"{setting}: file {path} is not text; give an age identity or a passphrase") from None
 
 
 def _identity(line: str, setting: str, source: str) -> Any:

@@ -17,6 +17,7 @@ from PIL import Image
 from mal_client.client import Client
 from mal_client.integrations.cvat.mask_encoding import mask_points
 from mal_train.core.errors import InputError
+from mal_train.core.secrets import read_secret_file
 
 
 class BoxToMask:
@@ -67,5 +68,5 @@ def create(server: str, token_file: str = "", tls_ca: str = "") -> BoxToMask:
         token_file: file with the token that it asks for; empty: none.
         tls_ca: PEM file of the authority that signed its certificate; empty: no encryption.
     """
-    token = Path(token_file).read_text(encoding="ascii").strip() if token_file else None
+    token = read_secret_file(Path(token_file), "token_file").strip() if token_file else None
     return BoxToMask(Client(server, token=token, tls_ca=tls_ca or None))

@@ -20,6 +20,7 @@ from mal_client.client import Client
 from mal_client.errors import ClientError
 from mal_client.types import BoxXywh
 from mal_train.core.errors import InputError
+from mal_train.core.secrets import read_secret_file
 
 SERVER = "MAL_SERVER"
 TOKEN_FILE = "MAL_TOKEN_FILE"
@@ -30,7 +31,7 @@ TLS_CA = "MAL_TLS_CA"
 def init_context(context: Any) -> None:
     """Opens the channel to the server that MAL_SERVER names."""
     token_file = os.environ.get(TOKEN_FILE)
-    token = None if not token_file else Path(token_file).read_text(encoding="ascii").strip()
+    token = None if not token_file else read_secret_file(Path(token_file), TOKEN_FILE).strip()
     context.user_data.client = Client(os.environ[SERVER], token=token, tls_ca=os.environ.get(TLS_CA))
 
 

@@ -104,7 +104,7 @@ def test_environment_variable_holds_the_same_forms(monkeypatch: pytest.MonkeyPat
         (b"", "neither recipients, nor an identity"),
         (b"\n\n", "neither recipients, nor an identity"),
         (b"first line\nsecond line\n", "neither recipients, nor an identity"),
-        (b"\xff\xfe\x00", "is not text"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         (b"x" * 70_000, "larger than 65536 bytes"),
         (b"AGE-SECRET-KEY-1QQQQ\n", "no valid age identity"),
         (b"AGE-SECRET-KEY-1QQQQ\nand a stray line\n", "no valid age identity"),

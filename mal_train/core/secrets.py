@@ -1,0 +1,75 @@
+"""Reads secrets from files and environment variables. No error message contains a secret.
+
+Settings hold a reference instead of the secret itself:
+
+    file:PATH    the content of a UTF-8 file
+    env:NAME     the value of an environment variable
+"""
+
+import os
+from pathlib import Path
+
+from mal_train.core.errors import ConfigError
+
+MAX_SECRET_BYTES = 64 * 1024
+_SCHEMES = ("file:", "env:")
+
+
+def is_secret_reference(text: str) -> bool:
+    """Returns True for `file:PATH` and `env:NAME`.
+
+    >>> is_secret_reference("env:MAL_TOKEN"), is_secret_reference("hunter2")
+    (True, False)
+    """
+    return text.startswith(_SCHEMES)
+
+
+def read_secret(reference: str, name: str) -> str:
+    """Returns the text that `file:PATH` or `env:NAME` refers to, including its white space.
+
+    Args:
+        reference: `~` in a path is the home folder.
+        name: setting or option that holds the reference; begins every message.
+
+    Raises:
+        ConfigError: the variable is unset or empty, or as `read_secret_file`.
+        ValueError: not a reference, see `is_secret_reference`.
+    """
+    scheme, _, target = reference.partition(":")
+    if scheme == "file":
+        return read_secret_file(Path(target).expanduser(), name)
+    if scheme != "env":
+        raise ValueError(f"{name}: not a file:PATH or env:NAME reference")
+    value = os.environ.get(target)
+    if not value:
+        raise ConfigError(f"{name}: environment variable {target} is not set or empty")
+    return value
+
+
+def read_secret_file(path: Path, name: str) -> str:
+    """Returns the text of a file, including its white space.
+
+    Raises:
+        ConfigError: the file cannot be read, exceeds `MAX_SECRET_BYTES` or is not UTF-8 text.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_SECRET_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{name}: {path}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_SECRET_BYTES:
+        raise ConfigError(f"{name}: {path}: larger than {MAX_SECRET_BYTES} bytes; this is not a secret")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        # `from None`: the decoder's error holds the bytes.
+        raise ConfigError(f"{name}: {path}: not UTF-8 text") from None
+
+
+def is_token(text: str) -> bool:
+    """Returns True for one word of printable ASCII, the form of a bearer token.
+
+    >>> is_token("s3cret"), is_token("two words"), is_token("")
+    (True, False, False)
+    """
+    return bool(text) and all("!" <= character <= "~" for character in text)
