@@ -1,4 +1,4 @@
-"""The command `mal-server`: reads its arguments, calls, turns errors into exit codes. Imports torch only to serve."""
+"""Defines the command `mal-server`: options, dispatch and exit codes. Imports torch only to serve."""
 
 import argparse
 import asyncio
@@ -26,9 +26,9 @@ SERVER_PACKAGES = frozenset(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command and returns its exit code.
 
-    Exit codes: 0 done, 1 unexpected, a lost device, or no healthy server; 2 usage or settings, 4 disk or permission.
+    0 done; 1 unexpected error, lost device or unhealthy server; 2 usage, settings or checkpoint; 4 disk or permission.
     """
     args = parser().parse_args(argv)
     wait_passively()
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _exit_code(args)
     try:
         return exit_process(_exit_code(args))
-    # Whatever it is, threads that are still at work do not keep the process: as the interpreter would end it, but now.
+    # Any error ends the process now, as the interpreter would, but without waiting for running threads.
     except Exception:
         traceback.print_exc()
         return exit_process(1)
@@ -54,7 +54,7 @@ def _exit_code(args: argparse.Namespace) -> int:
         print(f"mal-server: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        # Before the server catches signals itself: torch takes seconds to import.
+        # Only before the server installs its signal handlers: importing torch takes seconds.
         print("mal-server: interrupted", file=sys.stderr)
         return 130
 
@@ -62,11 +62,11 @@ def _exit_code(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.command == "serve":
         return _serve(args)
-    # Imported here, as below, so that a missing extra is one line and not a trace.
-    from mal_server.config.server import default_config, load_config  # noqa: PLC0415
+    # Imported here, as below, so that a missing extra is reported in one line instead of a trace.
+    from mal_server.config.server import default_config, json_schema, load_config  # noqa: PLC0415
 
     if args.command == "default-config":
-        print(default_config(), end="")
+        print(json_schema() + "\n" if args.json_schema else default_config(), end="")
         return 0
     if args.command == "health":
         return _health(args)
@@ -78,33 +78,33 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    with _undisturbed() as hangups:
+    with _deferring_hangups() as hangups:
         from mal_server.config.server import load_config  # noqa: PLC0415
 
         config = load_config(args.config, args.overrides)
-        from mal_server.server import serve  # noqa: PLC0415
+        from mal_server.lifecycle import serve  # noqa: PLC0415
 
         logging.set_up(args.log_level, args.log_format, sys.stderr)
         asyncio.run(
             serve(
                 config,
                 port_file=args.port_file,
-                reread=lambda: load_config(args.config, args.overrides),
-                was_asked=lambda: bool(hangups),
+                reload_config=lambda: load_config(args.config, args.overrides),
+                reload_at_start=lambda: bool(hangups),
             )
         )
     return 0
 
 
 @contextmanager
-def _undisturbed() -> Iterator[list[int]]:
-    """While packages are imported; `serve` lets the collector and SIGHUP in, once it can make use of them.
+def _deferring_hangups() -> Iterator[list[int]]:
+    """Records SIGHUP and disables the garbage collector while packages are imported; `serve` takes both over.
 
-    Nothing of what imports make is garbage, and to walk through it again and again is a quarter of the start. SIGHUP
-    would end the process, left to itself, which systemd takes for a clean end.
+    Imports create no garbage, and collecting it takes a quarter of the start time. The default action of SIGHUP ends
+    the process, which systemd takes for a clean exit.
 
     Yields:
-        The SIGHUPs that came.
+        The SIGHUPs received so far.
     """
     hangups = list[int]()
     before = signal.signal(signal.SIGHUP, lambda number, _: hangups.append(number))
@@ -120,20 +120,20 @@ def _health(args: argparse.Namespace) -> int:
     from mal_server.config.server import load_config  # noqa: PLC0415
     from mal_server.ops.health_probe import HealthProbe, probe_of  # noqa: PLC0415
 
-    papers = (args.tls_ca, args.tls_name, args.client_cert, args.client_key)
-    probe = HealthProbe(args.address, args.service, args.timeout, *papers)
+    tls = (args.tls_ca, args.tls_name, args.client_cert, args.client_key)
+    probe = HealthProbe(args.address, args.service, args.timeout, *tls)
     if args.config is not None:
         probe = probe_of(load_config(args.config).listen, probe)
     elif not probe.address:
-        raise ConfigError("health: whom? Give HOST:PORT, or the server's settings with -c FILE")
-    found = probe.ask()
-    print(f"{probe.address}: {found}")
-    return 0 if found == "SERVING" else 1
+        raise ConfigError("health: no address; give HOST:PORT or -c FILE")
+    state = probe.check()
+    print(f"{probe.address}: {state}")
+    return 0 if state == "SERVING" else 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog="mal-server", description="Serves a sealed checkpoint over gRPC.")
+    """Returns the parser of the command line."""
+    top = argparse.ArgumentParser(prog="mal-server", description="Serves checkpoints over gRPC.")
     add_common_options(top)
     commands = top.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until SIGTERM or Ctrl-C")
@@ -142,33 +142,49 @@ def parser() -> argparse.ArgumentParser:
         "--port-file",
         type=Path,
         metavar="FILE",
-        help="write host:port there once the server answers; removed at the end",
+        help="write HOST:PORT to FILE once the server is ready; removed at exit",
     )
     serve.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
-    serve.add_argument("--log-format", choices=("text", "json"), default="text", help="of the log on stderr")
-    check = commands.add_parser("check", help="say what serve would do, or what is wrong; opens no port")
+    serve.add_argument("--log-format", choices=("text", "json"), default="text", help="format of the log on stderr")
+    check = commands.add_parser("check", help="validate settings, files and devices without serving; opens no port")
     _add_settings(check)
-    health = commands.add_parser("health", help="ask a running server; exit code 0 when it is SERVING, 1 when not")
-    health.add_argument("address", nargs="?", default="", metavar="HOST:PORT", help="without: what -c says")
+    health = commands.add_parser("health", help="check a running server; exit code 0 if it is SERVING, 1 if not")
+    health.add_argument(
+        "address", nargs="?", default="", metavar="HOST:PORT", help="default: the address in the settings of -c"
+    )
     health.add_argument(
         "-c",
         "--config",
         type=Path,
         metavar="FILE",
-        help="the server's settings (YAML): where it listens, its certificate, and what to show it",
+        help="the server's settings (YAML), from which address, certificate and client certificate are taken",
     )
-    health.add_argument("--service", default="", metavar="NAME", help="e.g. mal.v1.LabelingService; default: all of it")
+    health.add_argument(
+        "--service", default="", metavar="NAME", help="e.g. mal.v1.LabelingService; default: the server as a whole"
+    )
     health.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds (default %(default)g)")
     health.add_argument(
-        "--tls-ca", type=Path, metavar="CA.pem", help="authority to trust; neither it nor -c: plaintext"
+        "--tls-ca", type=Path, metavar="CA.pem", help="authority to trust; without it and -c: plaintext"
     )
-    health.add_argument("--tls-name", metavar="NAME", help="name in the server's certificate, if not HOST")
-    health.add_argument("--client-cert", type=Path, metavar="CERT.pem", help="certificate to show, with its key")
-    health.add_argument("--client-key", type=Path, metavar="KEY.pem", help="its private key, in a file of its own")
-    commands.add_parser("default-config", help="print every setting with its default and its meaning")
+    health.add_argument(
+        "--tls-name", metavar="NAME", help="name that the server's certificate must be valid for; default: HOST"
+    )
+    health.add_argument("--client-cert", type=Path, metavar="CERT.pem", help="client certificate (mTLS), with its key")
+    health.add_argument(
+        "--client-key", type=Path, metavar="KEY.pem", help="private key of the client certificate, if in another file"
+    )
+    default_config = commands.add_parser("default-config", help="print every setting with its default and meaning")
+    default_config.add_argument(
+        "--json-schema",
+        action="store_true",
+        help="print the JSON Schema of the settings instead; save it as FILE and begin the YAML file with "
+        "'# yaml-language-server: $schema=FILE', so that editors complete and check it",
+    )
     return top
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings (YAML); without: the defaults")
-    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file's")
+    command.add_argument(
+        "-c", "--config", type=Path, metavar="FILE", help="settings (YAML); default: the built-in defaults"
+    )
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file")

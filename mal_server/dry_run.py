@@ -1,4 +1,4 @@
-"""`mal-server check`: everything that `serve` does before it opens the port, without a device's memory or a port."""
+"""Implements `mal-server check`: the checks of `serve` before it opens its port, without a port or device memory."""
 
 from collections.abc import Iterator
 
@@ -16,28 +16,28 @@ from mal_train.kernel.networks.precision import resolve
 
 
 def check(config: ServerConfig) -> Iterator[str]:
-    """Lines that say what `serve` would do with these settings, each once it is known to work.
+    """Yields one line for each part of the settings, after it has passed its check.
 
-    The checkpoint is opened, verified to its last byte and built into a network in main memory.
+    Each checkpoint is read, verified to its last byte and built into a network in main memory.
 
     Raises:
-        ConfigError: a certificate, a token, a key, a GPU or a precision that does not exist here.
-        CheckpointError: the file cannot be used; its message says why.
+        ConfigError: a certificate, token, key, folder, GPU or precision is not available.
+        CheckpointError: a checkpoint is unusable.
     """
     read_tokens(config.tokens)
     encryption = "plaintext" if server_credentials(config.listen) is None else "TLS"
     if config.listen.tls_client_ca is not None:
         encryption = "TLS with client certificates"
-    callers = ", ".join(f"{token.name} ({', '.join(token.scopes)})" for token in config.tokens)
-    yield f"listen: {config.listen.host}, port {config.listen.port or 'any free one'}, {encryption}"
-    yield f"callers: {callers or 'everybody who reaches the port'}"
+    clients = ", ".join(f"{token.name} ({', '.join(token.scopes)})" for token in config.tokens)
+    yield f"listen: {config.listen.host}, port {config.listen.port or 'any free port'}, {encryption}"
+    yield f"clients: {clients or 'every client that reaches the port'}"
     metrics = config.metrics
-    yield f"metrics: {'not shown' if metrics.port is None else f'http://{metrics.host}:{metrics.port}/metrics'}"
+    yield f"metrics: {'not served' if metrics.port is None else f'http://{metrics.host}:{metrics.port}/metrics'}"
     read_resume_key(config.resume_key)
     for data in config.data_folders:
         if not data.path.is_dir():
             raise ConfigError(f"data_folders: {data.name!r}: {data.path}: no such folder")
-        yield f"data folder {data.name}: {data.path}, readable by everybody who may label"
+        yield f"data folder {data.name}: {data.path}, readable by every client with the scope label"
     for plan in config.plans:
         yield from _check_model(plan)
     for folder in config.model_folders:

@@ -1,24 +1,25 @@
-"""Errors that only a server can have; mal_server.api.serialization.status gives them, and all others, their status.
+"""Errors of the server; `api.serialization.status` maps these and all others to gRPC statuses.
 
     MalError
     ├── InputError
-    │   ├── RequestRefused    fields of a request break the contract; nothing was started
-    │   ├── UnknownCaller     a call shows no token, or one that is not known
-    │   ├── NotAllowed        its token lacks the method's scope
-    │   └── NotThere          what a request names is not here
-    │       ├── UnknownModel  a name under which nothing is served
-    │       ├── NoSuchFile    a folder or a file
-    │       └── ImageNotCached  a picture that was sent before, or never
-    ├── ComeBack              the same call may succeed later
-    │   ├── NotReady          the model is not loaded yet
-    │   └── MemoryFull        other calls hold the memory that this one needs
-    ├── NotNow                the request is well-formed and does not fit the state of the server
-    │   ├── ModelRefused      a model could not be put into service or taken out of it; what was served goes on
-    │   └── TokenStale        an evaluation cannot go on where it broke off
+    │   ├── InvalidRequest      INVALID_ARGUMENT     fields of a request break the contract; nothing was started
+    │   ├── Unauthenticated     UNAUTHENTICATED      no token, or an unknown one
+    │   ├── PermissionDenied    PERMISSION_DENIED    the token lacks the scope of the method
+    │   └── NotFound            NOT_FOUND            a request names something that is not here
+    │       ├── UnknownModel                         a model
+    │       ├── NoSuchFile                           a folder or file
+    │       └── ImageNotCached                       an image that was evicted, or never sent
+    ├── Retryable               UNAVAILABLE          the same call may succeed later
+    │   ├── NotReady                                 the models are not loaded yet
+    │   └── MemoryFull                               other calls hold the memory that this one needs
+    ├── FailedPrecondition      FAILED_PRECONDITION  the request does not fit the state of the server
+    │   ├── ModelRejected                            a model cannot be put into or taken out of service
+    │   └── ResumeTokenStale                         an evaluation cannot resume from this token
     └── DeviceError
-        └── SelfTestFailed    a model gives no sensible answer to a picture whose answer is known
+        └── SelfTestFailed      (none)               a model gives wrong results; the cause of a ModelRejected
 
-`Overloaded` stays in the batcher, which knows of nothing else.
+`scheduling.batcher` defines QueueFull (UNAVAILABLE) and DeadlineExceeded (DEADLINE_EXCEEDED), since it imports no other
+part of the server.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from mal_train.core.errors import DeviceError, InputError, MalError
 
 
 class InvalidRequest(InputError):
-    """A request breaks the contract.
+    """A request that breaks the contract.
 
     Attributes:
         violations: pairs (path of the field, problem).
@@ -48,35 +49,35 @@ class ResponseTooLarge(InvalidRequest):
 
 
 class Unauthenticated(InputError):
-    """A call whose caller is not known."""
+    """A call without a known token."""
 
 
 class PermissionDenied(InputError):
-    """A call whose caller is known and may not make it."""
+    """A call whose token lacks the scope of the method."""
 
 
 class Retryable(MalError):
-    """The same call may succeed later. `reason` says in one word why not now, `retry_after_s` when to try again."""
+    """A call that may succeed later. `reason` is that of its ErrorInfo, `retry_after_s` the delay before a retry."""
 
     reason = "NOT_NOW"
     retry_after_s = 1.0
 
 
 class NotReady(Retryable):
-    """No model is loaded yet."""
+    """The models are not loaded yet."""
 
     reason = "LOADING"
 
 
 class MemoryFull(Retryable):
-    """Other calls hold the memory that this one needs, for minutes perhaps."""
+    """Other calls hold the memory that this one needs, possibly for minutes."""
 
     reason = "MEMORY_FULL"
     retry_after_s = 30.0
 
 
 class NotFound(InputError):
-    """What a request names is not here. `reason` says in one word what is missing."""
+    """Something that a request names is not here. `reason` is that of its ErrorInfo."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -84,7 +85,7 @@ class NotFound(InputError):
 
 
 class UnknownModel(NotFound):
-    """A name under which nothing is served."""
+    """A name of no served model."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "MODEL_NOT_FOUND")
@@ -98,14 +99,14 @@ class NoSuchFile(NotFound):
 
 
 class ImageNotCached(NotFound):
-    """A picture that the server holds no more, or never held; its sender sends it again."""
+    """An image that is not in the cache; the client sends it again."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "IMAGE_NOT_CACHED")
 
 
 class FailedPrecondition(MalError):
-    """A request that does not fit the state of the server. `reason` says why in one word."""
+    """A request that does not fit the state of the server. `reason` is that of its ErrorInfo."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -113,15 +114,15 @@ class FailedPrecondition(MalError):
 
 
 class ModelRejected(FailedPrecondition):
-    """A model could not be put into service or taken out of it; what was served goes on."""
+    """A model that cannot be put into or taken out of service; served models are unchanged."""
 
 
 class ResumeTokenStale(FailedPrecondition):
-    """An evaluation cannot go on where it broke off."""
+    """A resume token that does not fit the request or the served model."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "RESUME_TOKEN_STALE")
 
 
 class SelfTestFailed(DeviceError):
-    """A model on its device does not answer the test picture as it should."""
+    """A model that gives wrong results on the synthetic image."""

@@ -29,7 +29,7 @@ from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
 from mal_server.models.loader import LoadedModel
 from mal_server.ops import logging
-from mal_server.server import serve
+from mal_server.lifecycle import serve
 from mal_train.core.errors import DeviceLost
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import decode_image

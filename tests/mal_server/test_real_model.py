@@ -1,4 +1,4 @@
-"""A sealed checkpoint of a small real network, served in this process and by the command `mal-server`."""
+"""An encrypted checkpoint of a small real network, served in this process and by the command `mal-server`."""
 
 import asyncio
 import logging
@@ -47,7 +47,7 @@ IMAGES = [scene(seed) for seed in range(4)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sealed checkpoint whose masks are neither empty nor full, its identity, and a configuration."""
+    """Creates an encrypted checkpoint whose masks are neither empty nor full, its identity, and settings."""
     path = tmp_path_factory.mktemp("served")
     torch.manual_seed(0)
     model = ModelConfig("vit-micro/16", mask_head_num_convs=1, mask_head_hidden_channel=8, mask_head_out_channel=8)
@@ -76,25 +76,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def codes_of_the_kernel(folder: Path) -> list[list[bytes]]:
     key = parse_key(f"file:{folder / 'identity.txt'}", purpose="decryption", where="yaml")
     labeler, _ = load_labeler(folder / "micro.malckpt", key=key, precision="float32")
-    found = [labeler.label(image, BOXES) for image in IMAGES]
-    return [[one.rle.counts for one in labels if isinstance(one, Label)] for labels in found]
+    labels_of_images = [labeler.label(image, BOXES) for image in IMAGES]
+    return [[label.rle.counts for label in labels if isinstance(label, Label)] for labels in labels_of_images]
 
 
 async def codes_of_the_server(address: str) -> list[list[bytes]]:
-    """All images at once, so that their crops share batches."""
+    """Labels all images at once, so that their crops share batches."""
 
-    async def one(stub: Any, image: NDArray[np.uint8]) -> list[bytes]:
+    async def label(stub: Any, image: NDArray[np.uint8]) -> list[bytes]:
         call = stub.LabelImage(label_request(*BOXES, content=encoded(image)))
-        results = [result async for answer in call for result in answer.results]
+        results = [result async for response in call for result in response.results]
         results.sort(key=lambda result: result.instance_id)
         return [result.masks[0].coco_rle.counts for result in results]
 
     async with grpc.aio.insecure_channel(address) as channel:
         stub: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
-        return list(await asyncio.gather(*(one(stub, image) for image in IMAGES)))
+        return list(await asyncio.gather(*(label(stub, image) for image in IMAGES)))
 
 
-def test_masks_of_the_server_are_byte_equal_to_the_kernels_in_mixed_batches(folder: Path) -> None:
+def test_the_servers_masks_are_byte_equal_to_the_kernels_in_mixed_batches(folder: Path) -> None:
     async def work() -> tuple[list[list[bytes]], model_pb2.GetServerInfoResponse]:
         server = MalServer(load_config(folder / "server.yaml", ["max_queue_delay_ms=50.0"]))
         await server.start()
@@ -114,38 +114,39 @@ def test_masks_of_the_server_are_byte_equal_to_the_kernels_in_mixed_batches(fold
     assert [(c.category_id, c.name) for c in info.model.categories] == [(3, "cat")]
 
 
-def test_a_wrong_key_is_reported_before_anything_is_served(folder: Path, tmp_path: Path) -> None:
+def test_a_wrong_key_is_reported_at_load(folder: Path, tmp_path: Path) -> None:
     write_identity(tmp_path / "other.txt")
     with pytest.raises(WrongKey):
         load_model(load_config(folder / "server.yaml", [f"decryption_key=file:{tmp_path / 'other.txt'}"]).plans[0])
 
 
 def test_a_missing_checkpoint_is_named(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.malckpt: no such file"):
+    with pytest.raises(ConfigError, match=r"^checkpoint: nothing\.malckpt: "):
         load_model(load_config(folder / "server.yaml", ["checkpoint=nothing.malckpt"]).plans[0])
 
 
-def test_without_cuda_the_cpu_is_taken_and_one_line_says_so(
+def test_without_cuda_the_cpu_is_used_and_one_line_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_devices((0, 1)) == ("cpu",)
-    assert capsys.readouterr().out.splitlines() == ["mal-server: no CUDA on this machine; using the CPU"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "CUDA" in line
     assert pick_devices(()) == ("cpu",)
     assert capsys.readouterr().out == ""
 
 
-def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_devices((1, 0)) == ("cuda:1", "cuda:0")
-    with pytest.raises(ConfigError, match=r"\[2\] not on this machine; it has 2"):
+    with pytest.raises(ConfigError, match=r"^gpu_ids: \[2\].* 2 GPUs"):
         pick_devices((0, 2))
 
 
 @contextmanager
 def command(folder: Path, port_file: Path, *overrides: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """`mal-server serve` as a process of its own, and its address once it serves."""
+    """Runs `mal-server serve` in its own process; yields it and its address once it serves."""
     line = "import sys; from mal_server.cli import main; sys.exit(main())"
     arguments = ["serve", "-c", str(folder / "server.yaml"), "--port-file", str(port_file), *overrides]
     process = subprocess.Popen(
@@ -159,7 +160,7 @@ def command(folder: Path, port_file: Path, *overrides: str) -> Iterator[tuple["s
         until = time.monotonic() + 90
         while not port_file.exists():
             assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < until, "the server did not come up"
+            assert time.monotonic() < until, "the server did not start"
             time.sleep(0.02)
         yield process, port_file.read_text().strip()
     finally:
@@ -167,7 +168,7 @@ def command(folder: Path, port_file: Path, *overrides: str) -> Iterator[tuple["s
         process.communicate()
 
 
-def test_the_command_serves_and_ends_with_0_on_sigterm_after_its_calls(
+def test_the_command_finishes_its_calls_on_sigterm_and_exits_with_0(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
@@ -177,23 +178,23 @@ def test_the_command_serves_and_ends_with_0_on_sigterm_after_its_calls(
             assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
             port = address.rpartition(":")[2]
             assert cli.main(["serve", "-c", str(folder / "server.yaml"), f"listen.port={port}"]) == 2
-            assert f"cannot listen on {address}; the port is in use" in capsys.readouterr().err
+            error = capsys.readouterr().err
+            assert "listen: " in error
+            assert address in error
             stub: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
-            answers = stub.LabelImage(label_request(*BOXES * 25, content=encoded(IMAGES[0])))
-            got = len(next(answers).results)
+            responses = stub.LabelImage(label_request(*BOXES * 25, content=encoded(IMAGES[0])))
+            results = len(next(responses).results)
             process.send_signal(signal.SIGTERM)
-            got += sum(len(answer.results) for answer in answers)
+            results += sum(len(response.results) for response in responses)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, got) == (0, 100)
+    assert (process.returncode, results) == (0, 100)
     assert f"mal-server: serving micro on {address} (vit-micro/16, student, cpu, float32)" in out
     assert "method=mal.v1.LabelingService/LabelImage code=OK" in err
     assert "AGE-SECRET-KEY" not in out + err
     assert not (tmp_path / "address").exists()
 
 
-def test_a_server_killed_mid_call_is_an_error_for_the_client_and_loses_nothing_that_came(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_client_of_a_killed_server_gets_an_error_and_keeps_earlier_results(folder: Path, tmp_path: Path) -> None:
     with (
         command(folder, tmp_path / "address", "max_batch_size=1") as (process, address),
         grpc.insecure_channel(address) as channel,
@@ -204,47 +205,49 @@ def test_a_server_killed_mid_call_is_an_error_for_the_client_and_loses_nothing_t
         def items() -> Iterator[labeling_pb2.LabelImagesRequest]:
             request = label_request(*BOXES, content=encoded(IMAGES[0]))
             yield labeling_pb2.LabelImagesRequest(item_id="1", request=request)
-            # The call is under way until the server has gone.
+            # Keeps the call open until the server is gone.
             killed.wait()
 
-        answers = stub.LabelImages(items(), timeout=120)
-        got: list[labeling_pb2.LabelImagesResponse] = [next(answers)]
+        call = stub.LabelImages(items(), timeout=120)
+        responses: list[labeling_pb2.LabelImagesResponse] = [next(call)]
         process.kill()
         with pytest.raises(grpc.RpcError) as raised:
-            got += list(answers)
+            responses += list(call)
         killed.set()
     code = raised.value.code()
     assert code is grpc.StatusCode.UNAVAILABLE
-    assert [(answer.item_id, len(answer.response.results)) for answer in got] == [("1", len(BOXES))]
+    assert [(response.item_id, len(response.response.results)) for response in responses] == [("1", len(BOXES))]
 
 
-def test_check_says_what_would_be_served(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_address_devices_and_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "-c", str(folder / "server.yaml"), "listen.port=50051"]) == 0
-    said = capsys.readouterr().out
-    assert said.splitlines()[:4] == [
+    output = capsys.readouterr().out
+    assert output.splitlines()[:4] == [
         "listen: 127.0.0.1, port 50051, plaintext",
-        "callers: everybody who reaches the port",
-        "metrics: not shown",
+        "clients: every client that reaches the port",
+        "metrics: not served",
         "devices: cpu in float32",
     ]
-    assert "model: micro, vit-micro/16, crop 64 px, branch student, " in said
-    assert f"sha256 {sha256_of(folder / 'micro.malckpt')}" in said
+    assert "model: micro, vit-micro/16, crop 64 px, branch student, " in output
+    assert f"sha256 {sha256_of(folder / 'micro.malckpt')}" in output
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "named"),
     [
-        ("checkpoint=nothing.malckpt", "nothing.malckpt: no such file"),
+        ("checkpoint=nothing.malckpt", "checkpoint: nothing.malckpt"),
         ("decryption_key=env:MAL_NO_SUCH", "MAL_NO_SUCH"),
-        ("listen.tls_client_ca=ca.pem", "without listen.tls_certificate"),
-        ("precision=float16", "float16 on a CPU"),
-        ("tokens=[{name: a, token: 'file:/none', scopes: [label]}]", "cannot be read"),
-        ("max_batch_size=0", "max_batch_size"),
+        ("listen.tls_client_ca=ca.pem", "listen.tls_client_ca"),
+        ("precision=float16", "float16"),
+        ("tokens=[{name: a, token: 'file:/none', scopes: [label]}]", "tokens: 'a': /none"),
+        ("max_batch_size=0", "max_batch_size: 0"),
     ],
 )
-def test_check_says_what_is_wrong(folder: Path, capsys: pytest.CaptureFixture[str], override: str, said: str) -> None:
+def test_check_names_the_wrong_setting(
+    folder: Path, capsys: pytest.CaptureFixture[str], override: str, named: str
+) -> None:
     assert cli.main(["check", "-c", str(folder / "server.yaml"), override]) == 2
-    assert said in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
 def test_check_reads_the_checkpoint_to_its_last_byte(folder: Path, tmp_path: Path) -> None:
