@@ -48,7 +48,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method: str = handler_call_details.method
         metadata = tuple(handler_call_details.invocation_metadata or ())
         try:
-            caller = self._access.caller(method, metadata)
+            caller = self._access.authenticate(method, metadata)
         except (Unauthenticated, PermissionDenied) as error:
             return _refusing(_Call(method, _request_id(metadata), "", self._metrics), error)
         if handler is None or not method.startswith(f"/{DOMAIN}."):

@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to workers on their devices. Knows nothing of requests or of gRPC."""
+"""Loads a checkpoint from disk into workers on their devices. Knows nothing of requests or gRPC."""
 
 import gc
 import os
@@ -22,18 +22,18 @@ from mal_train.kernel.networks.backbones import backbone_size
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What clients may know of a model.
+    """Facts about a model that clients can read.
 
     Attributes:
         name: on this server.
         sha256: of the checkpoint file, hex.
         arch: backbone.
         labeler: crop, margin, thresholds.
-        categories: as in the COCO file it was trained on.
-        branch: answers where a request names none.
-        devices: torch names, one a worker.
+        categories: as in the COCO file that the model was trained on.
+        branch: used for requests that name none.
+        devices: torch device of each worker.
         precision: number format of the network.
-        has_teacher: whether the checkpoint holds both networks; a file of one answers as the student alone.
+        has_teacher: the checkpoint holds student and teacher; otherwise it serves as the student only.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ModelInfo:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """What may be asked of it."""
+        """Branches that requests may name."""
         return branches_of(has_teacher=self.has_teacher)
 
 
@@ -57,11 +57,11 @@ class LoadedModel:
     """A model on its devices.
 
     Attributes:
-        info: what it is.
-        workers: one a device, or several on the CPU.
-        reference: the same weights in float32 on the CPU, for the self-test; None: there is nothing to compare with.
-        small_side: of the crops in which every network is compared with the reference, px; None: as they are served.
-        batch_sizes: of the warm-up with crops as they are served, beyond the few crops of the self-test.
+        info: facts about the model.
+        workers: one for each GPU, or several on the CPU.
+        reference: the same weights in float32 on the CPU, for the self-test; None: the workers are such themselves.
+        small_side: side in px of the crops on which every network is compared with the reference; None: crop_size.
+        batch_sizes: batches of full-size crops that the warm-up runs after the self-test.
     """
 
     info: ModelInfo
@@ -72,18 +72,18 @@ class LoadedModel:
 
 
 def load_model(plan: ModelPlan) -> LoadedModel:
-    """Opens a checkpoint once and puts its network on every device.
+    """Reads a checkpoint once and puts its network on every device.
 
     Raises:
-        ConfigError: a key, a GPU or a precision that does not exist here.
-        CheckpointError: the file cannot be used; its message says why.
-        OutOfDeviceMemory: the weights do not fit beside what is on the device already.
+        ConfigError: the key, GPU, precision or branch is not available.
+        CheckpointError: the file is unusable.
+        OutOfDeviceMemory: the weights do not fit into the free memory of a device.
     """
     checkpoint, sha256 = read_checkpoint(plan)
     devices = pick_devices(plan.gpu_ids, plan.cpu_workers)
     reference = build_labeler(checkpoint, precision="float32")
     if plan.branch not in branches_of(has_teacher=reference.network.has_teacher):
-        raise ConfigError(f"branch: {plan.branch}; {plan.checkpoint} holds the student alone, serve that")
+        raise ConfigError(f"branch: {plan.branch}; {plan.checkpoint} holds only the student; set branch: student")
     labelers = [_on_device(checkpoint, reference, device, plan.precision) for device in devices]
     info = ModelInfo(
         name=plan.name,
@@ -103,7 +103,7 @@ def load_model(plan: ModelPlan) -> LoadedModel:
     return LoadedModel(
         info,
         workers,
-        # Against itself it would say nothing.
+        # A float32 worker on the CPU needs no comparison with itself.
         None if all(_is_reference(labeler) for labeler in labelers) else reference,
         small_side(info.arch, reference.config.crop_size),
         warm_up_sizes(labelers[0], plan.max_batch_size),
@@ -111,33 +111,35 @@ def load_model(plan: ModelPlan) -> LoadedModel:
 
 
 def read_checkpoint(plan: ModelPlan) -> tuple[Checkpoint, str]:
-    """The checkpoint, verified to its last byte, and the SHA-256 of its file. Errors as `load_model`."""
+    """Returns a checkpoint, verified to its last byte, and the SHA-256 of its file. Raises as `load_model`."""
     path = _existing(plan.checkpoint)
     key = parse_key(plan.decryption_key, purpose="decryption", where="yaml")
     before = path.stat()
     checkpoint = load_checkpoint(path, key, weights_only_kind=True)
     after = path.stat()
     if before.st_ino == after.st_ino and (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
-        raise CheckpointError(f"{path}: was written to while it was read; load it again once it is complete")
-    # Of the bytes that were read, whatever stands in the place of the file by now: answers name the checkpoint by it.
+        raise CheckpointError(f"{path}: changed while it was read; load it again once it is complete")
+    # The hash of the bytes that were read, even if the path refers to another file by now.
     return checkpoint, checkpoint.sha256
 
 
 def small_side(arch: str, crop_size: int) -> int:
-    """Side in px of the self-test's small crops: about a quarter of what is served, four patches at least.
+    """Returns the side in px of the self-test's small crops: about a quarter of the served crops, four patches or more.
 
-    In a ViT a crop of a quarter of the side takes a sixteenth of the time. What differs between number formats and
-    devices shows in it as well.
+    With a quarter of the side a ViT takes a sixteenth of the time, and faults of a number format or device still show.
+
+    >>> small_side("vit-deit-base/16", 512)
+    128
     """
     patch = backbone_size(arch).patch
     return min(crop_size, max(crop_size // (4 * patch), 4) * patch)
 
 
 def warm_up_sizes(labeler: Labeler, max_batch_size: int) -> tuple[int, ...]:
-    """Batch sizes whose kernels and memory the first callers should not wait for.
+    """Returns the batch sizes to run before the first request: powers of two up to `max_batch_size`.
 
-    On a CPU a single crop: the first batch of another size takes an eighth more CPU time than the next ones
-    (ViT-tiny in bfloat16), and running it beforehand would take all of it.
+    On a CPU only 1: the first batch of another size takes an eighth longer than the next ones (ViT-tiny in bfloat16),
+    which is less than a warm-up batch takes.
     """
     if labeler.device.type == "cpu":
         return (1,)
@@ -146,21 +148,21 @@ def warm_up_sizes(labeler: Labeler, max_batch_size: int) -> tuple[int, ...]:
 
 
 def pick_devices(gpu_ids: Sequence[int], cpu_workers: int = 1) -> tuple[str, ...]:
-    """Torch device names; the CPU for no ids, and, with one printed line, where the machine has no CUDA."""
+    """Returns torch device names. Without ids, or without CUDA (which prints a line), they are `cpu`."""
     if not gpu_ids:
         return ("cpu",) * cpu_workers
     if not torch.cuda.is_available():
         print("mal-server: no CUDA on this machine; using the CPU", flush=True)
         return ("cpu",) * cpu_workers
     count = torch.cuda.device_count()
-    missing = [i for i in gpu_ids if i >= count]
+    missing = [gpu_id for gpu_id in gpu_ids if gpu_id >= count]
     if missing:
-        raise ConfigError(f"gpu_ids: {missing} not on this machine; it has {count} GPUs, numbered from 0")
-    return tuple(f"cuda:{i}" for i in gpu_ids)
+        raise ConfigError(f"gpu_ids: {missing} not available; this machine has {count} GPUs, numbered from 0")
+    return tuple(f"cuda:{gpu_id}" for gpu_id in gpu_ids)
 
 
 def free_memory() -> None:
-    """Gives back what a model that nobody holds any more had taken; takes some milliseconds."""
+    """Frees the memory of models without references; takes some milliseconds."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -168,7 +170,7 @@ def free_memory() -> None:
 
 def _on_device(checkpoint: Checkpoint, reference: Labeler, device: str, precision: str) -> Labeler:
     if device == "cpu":
-        # Weights are only read: workers on the CPU share those of the reference.
+        # Workers on the CPU share the weights of the reference, since none writes to them.
         return Labeler(reference.network, checkpoint.labeler, device=device, precision=precision)
     try:
         return build_labeler(checkpoint, device=device, precision=precision)
@@ -181,16 +183,19 @@ def _is_reference(labeler: Labeler) -> bool:
 
 
 def _thread_setting(workers: int) -> Callable[[], None] | None:
-    """To be called on a CPU worker's thread: its part of the cores. A single worker keeps torch's own choice."""
+    """Returns a function that limits torch to an equal part of the cores, to be called on each CPU worker's thread.
+
+    A single worker keeps torch's default.
+    """
     if workers == 1:
         return None
-    share = max(1, len(os.sched_getaffinity(0)) // workers)
-    return lambda: torch.set_num_threads(share)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    return lambda: torch.set_num_threads(threads)
 
 
 def _existing(path: Path) -> Path:
     path = builtin.resolve(path)
     if not path.is_file():
         raise ConfigError(f"checkpoint: {path}: no such file")
-    # A link such as …_latest may be set anew at any moment; what it means now is what is read.
+    # A link such as …_latest may change at any moment, so it is resolved once.
     return path.resolve()

@@ -1,4 +1,4 @@
-"""The models that one call uses. What it found first it keeps, so that a switch of models never splits its answers."""
+"""Pins the models that one call uses, so that all results of a call come from the same checkpoint."""
 
 from types import TracebackType
 from typing import Self
@@ -8,26 +8,27 @@ from mal_server.models.served_model import ServedModel
 
 
 class PinnedModels:
-    """The models that one call uses: the same ones from first use to its end. A context manager."""
+    """A context manager that holds each model from its first use in a call to the end of the call."""
 
-    def __init__(self, models: ModelRegistry) -> None:
-        self._models = models
-        self._held: dict[str, ServedModel] = {}
+    def __init__(self, registry: ModelRegistry) -> None:
+        self._registry = registry
+        self._pinned: dict[str, ServedModel] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for serving in self._held.values():
-            self._models.give_back(serving)
-        self._held.clear()
+        for model in self._pinned.values():
+            self._registry.release(model)
+        self._pinned.clear()
 
     def get(self, name: str) -> ServedModel:
-        """The model of a name, "" = the default one. Errors as `ModelRegistry.current`."""
-        asked = name or self._models.default  # one model under both, whatever is switched between two items
-        known = self._held.get(asked)
-        if known is None:
-            known = self._held[asked] = self._models.take(asked)
-        return known
+        """Returns the model of a name; "" is the default. Raises the errors of `ModelRegistry.get`."""
+        # The default model is one entry under both of its names, even if it is replaced between two items.
+        key = name or self._registry.default
+        model = self._pinned.get(key)
+        if model is None:
+            model = self._pinned[key] = self._registry.acquire(key)
+        return model

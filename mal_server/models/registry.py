@@ -1,11 +1,10 @@
-"""Which models answer: loaded, proven, switched to at once, and given up when their last call is done.
+"""Loads, replaces and unloads the models of a server. Knows nothing of gRPC or of requests.
 
-    load    a checkpoint is read, put on its devices and proven beside what answers
-    switch  one assignment: calls that look from now on get the new model
-    retire  the old one finishes the calls that hold it, then its memory goes back
+    load    reads a checkpoint, puts it on its devices and verifies it, while the previous model keeps serving
+    switch  one assignment: calls that acquire the model from now on get the new one
+    drain   the previous model finishes its calls, then releases its memory
 
-A call looks when it first needs a model and keeps to what it found until it ends (`leases`), so that its answers belong
-together. Knows nothing of gRPC and nothing of what a request says.
+A call keeps each model that it has acquired until it ends (see `pinned`), so all its results come from one checkpoint.
 """
 
 import asyncio
@@ -42,16 +41,23 @@ log = logging.getLogger(__name__)
 
 Load = Callable[[ModelPlan], LoadedModel]
 OnChange = Callable[[str, bool], Awaitable[None]]
-"""Told the name of a model and whether it answers now."""
+"""Called with the name of a model and whether it is served from now on."""
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """What there is to say of a model in memory."""
+    """The state of a model in memory.
+
+    Attributes:
+        info: static facts about the model.
+        users: number of calls that hold it.
+        is_draining: no new call gets it.
+        is_default: serves requests that name no model.
+    """
 
     info: ModelInfo
-    calls: int
-    is_retiring: bool
+    users: int
+    is_draining: bool
     is_default: bool
 
 
@@ -59,13 +65,17 @@ class ModelRegistry:
     """The models of one server; used from one event loop.
 
     Args:
-        config: queue and batch settings, the number of models.
-        load: reads a checkpoint; runs in a thread.
+        config: queue, batch and model settings.
+        load: loads a model; runs in a thread.
         pool: threads for CPU work.
-        pictures: gives the bytes of pictures.
+        images: resolves image references of requests.
         metrics: counts.
         on_lost: called when a device is lost.
-        on_change: called after a model began or ceased to answer.
+        on_change: called after a model was put into or taken out of service.
+
+    Attributes:
+        default: name of the model for requests that name none.
+        lost: set once a device is lost; nothing is served from then on.
     """
 
     def __init__(
@@ -74,7 +84,7 @@ class ModelRegistry:
         load: Load,
         *,
         pool: PriorityThreadPool,
-        pictures: ImageStore,
+        images: ImageStore,
         metrics: Metrics,
         on_lost: OnLost,
         on_change: OnChange,
@@ -83,166 +93,164 @@ class ModelRegistry:
         self._load = load
         self._pool = pool
         self._room = MemoryLimiter(config.max_decoded_bytes, batch_aging_s=config.batch_aging_s)
-        self._pictures = pictures
+        self._images = images
         self._metrics = metrics
         self._on_lost = on_lost
         self._on_change = on_change
         self._plans = {plan.name: plan for plan in config.plans}
         self.default = config.plans[0].name
-        """Name of the model that answers where none is named."""
         self.lost: DeviceLost | None = None
-        """Set once a device is gone; nothing answers any more."""
         self._serving: dict[str, ServedModel] = {}
-        self._retiring: set[ServedModel] = set()
+        self._draining: set[ServedModel] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._is_ready = False
-        self._one_load = asyncio.Lock()
+        self._load_lock = asyncio.Lock()
         metrics.watch_queue(self._waiting_crops, self._waiting_bytes)
 
     async def start(self) -> None:
-        """Loads the configured models; none serves before all are ready. Raises the errors of `load`."""
+        """Loads the configured models; none is served before all are ready. Raises the errors of `load`."""
         for plan in self._config.plans:
             loaded = await run_in_daemon_thread(partial(self._load, plan))
-            self._serving[plan.name] = self._made(loaded)
-            await self._prove(loaded)
+            self._serving[plan.name] = self._build(loaded)
+            await self._verify(loaded)
         self._is_ready = True
-        self._tell_metrics()
+        self._update_metrics()
         for name in self._serving:
             await self._on_change(name, True)
 
     def check_ready(self) -> None:
-        """Raises NotReady before `start` has ended, and DeviceLost once a device is gone."""
+        """Raises NotReady until `start` has finished, and DeviceLost once a device is lost."""
         if self.lost is not None:
             raise self.lost
         if not self._is_ready:
-            raise NotReady("the model is still loading")
+            raise NotReady("the models are still loading")
 
-    def current(self, name: str = "") -> ServedModel:
-        """The model that new calls get under a name; "" = the default.
+    def get(self, name: str = "") -> ServedModel:
+        """Returns the model that new calls of a name get; "" is the default.
 
         Raises:
             NotReady, DeviceLost: as `check_ready`.
-            UnknownModel: nothing is served under it.
+            UnknownModel: no model is served under this name.
         """
         self.check_ready()
-        found = self._serving.get(name or self.default)
-        if found is None:
+        model = self._serving.get(name or self.default)
+        if model is None:
             raise UnknownModel(f"model {name!r} is not served here{suggest(name, self._serving)}")
-        return found
+        return model
+
+    def acquire(self, name: str) -> ServedModel:
+        """Returns the model like `get` and keeps it in memory until `release`."""
+        model = self.get(name)
+        model.users += 1
+        return model
+
+    def release(self, model: ServedModel) -> None:
+        """Ends one `acquire`; a draining model without users releases its memory."""
+        model.users -= 1
+        self._close_if_unused(model)
 
     def infos(self) -> list[ModelInfo]:
-        """Every model that answers, the default one first. Raises as `check_ready`."""
+        """Returns every served model, the default first. Raises as `check_ready`."""
         self.check_ready()
-        return [entry.info for entry in self.entries() if not entry.is_retiring]
+        return [entry.info for entry in self.entries() if not entry.is_draining]
 
     def entries(self) -> list[ModelEntry]:
-        """Every model in memory: the default one, the others, then those that are being given up."""
-        named = sorted(self._serving.items(), key=lambda pair: pair[0] != self.default)
-        found = [ModelEntry(one.info, one.calls, False, name == self.default) for name, one in named]
-        return found + [ModelEntry(one.info, one.calls, True, False) for one in self._retiring]
+        """Returns every model in memory: the default, the other served ones, then the draining ones."""
+        served = sorted(self._serving.items(), key=lambda item: item[0] != self.default)
+        return [
+            *(ModelEntry(model.info, model.users, False, name == self.default) for name, model in served),
+            *(ModelEntry(model.info, model.users, True, False) for model in self._draining),
+        ]
 
     def plan(self, name: str) -> ModelPlan:
-        """What the settings say of a model. Raises UnknownModel."""
-        known = self._plans.get(name)
-        if known is None:
+        """Returns the plan that the settings define for a name. Raises UnknownModel."""
+        plan = self._plans.get(name)
+        if plan is None:
             raise UnknownModel(
                 f"model {name!r}: the settings name no checkpoint for it{suggest(name, self._plans)}; give folder and "
                 "path"
             )
-        return known
+        return plan
 
     async def load(self, plan: ModelPlan) -> tuple[ModelInfo, ModelInfo | None]:
-        """Puts a checkpoint into service under the plan's name; (what answers now, what answered before).
+        """Loads a checkpoint, verifies it and serves it under the plan's name; returns (new model, replaced model).
 
-        A caller that is cancelled does not stop it.
+        Continues if its caller is cancelled.
 
         Raises:
             NotReady: the server itself is still loading.
-            ModelRefused: it could not be loaded, or fails its test; what answered before goes on.
-            DeviceLost: a device broke down for good under the test.
+            ModelRejected: the model cannot be loaded or fails its self-test; the previous one stays in service.
+            DeviceLost: a device failed for good during the self-test.
         """
         self.check_ready()
         return await asyncio.shield(asyncio.ensure_future(self._switch(plan)))
 
     async def unload(self, name: str) -> ModelInfo:
-        """Gives no new call to a model, and its memory back when its last call is done.
+        """Takes a model out of service; it releases its memory when its last call ends.
 
         Raises:
-            UnknownModel: nothing is served under this name.
-            ModelRefused: it is the default one.
+            UnknownModel: no model is served under this name.
+            ModelRejected: it is the default model.
         """
-        async with self._one_load:
-            serving = self.current(name)
+        async with self._load_lock:
+            model = self.get(name)
             if not name or name == self.default:
                 raise ModelRejected(
-                    f"model {serving.info.name!r} answers requests that name none; it can be replaced, not unloaded",
-                    "MODEL_IS_DEFAULT",
+                    f"model {model.info.name!r} is the default; it can be replaced, not unloaded", "MODEL_IS_DEFAULT"
                 )
             del self._serving[name]
-            self._tell_metrics()
-            # Before anything is awaited: a caller who leaves here must not leave a model that nobody lists or closes.
-            self._retire(serving)
+            self._update_metrics()
+            # Before any await: if the caller is cancelled there, the model must still be listed and closed.
+            self._drain(model)
             await self._on_change(name, False)
-            log.info("unloaded model=%s sha256=%s", name, serving.info.sha256)
-            return serving.info
+            log.info("unloaded model=%s sha256=%s", name, model.info.sha256)
+            return model.info
 
-    def take(self, name: str) -> ServedModel:
-        """As `current`, and holds it until `give_back`."""
-        serving = self.current(name)
-        serving.calls += 1
-        return serving
-
-    def give_back(self, serving: ServedModel) -> None:
-        """One call less holds it."""
-        serving.calls -= 1
-        self._close_if_idle(serving)
-
-    def break_off(self, error: DeviceLost) -> None:
-        """A device is gone: everything that waits, and whatever comes, is answered with the error."""
+    def fail_all(self, error: DeviceLost) -> None:
+        """Fails all queued and all future work with the error, after a device was lost."""
         self.lost = error
-        for serving in (*self._serving.values(), *self._retiring):
-            serving.batcher.fail_all(error)
+        for model in self._in_memory():
+            model.batcher.fail_all(error)
 
     @property
     def waiting(self) -> int:
-        """Crops that wait for a device."""
+        """Number of crops that wait for a device."""
         return int(self._waiting_crops())
 
     async def close(self) -> None:
-        """Waits for running batches and ends all threads; for the end of the server."""
+        """Waits for running batches and ends all threads, at the end of the server."""
         await asyncio.gather(*self._closing)
-        for serving in (*self._serving.values(), *self._retiring):
-            await serving.close()
+        for model in self._in_memory():
+            await model.close()
 
     async def _switch(self, plan: ModelPlan) -> tuple[ModelInfo, ModelInfo | None]:
-        async with self._one_load:
+        async with self._load_lock:
             self.check_ready()
             old = self._serving.get(plan.name)
             if old is None and len(self._serving) >= self._config.max_models:
                 raise ModelRejected(
-                    f"{len(self._serving)} models are served and max_models is {self._config.max_models}; unload one "
-                    "first, or replace one",
+                    f"max_models: {len(self._serving)} of {self._config.max_models} models are served; unload or "
+                    "replace one",
                     "TOO_MANY_MODELS",
                 )
-            new = await self._loaded(plan)
-            # The switch: nothing waits between these lines, so every call gets one model or the other.
+            new = await self._load_and_verify(plan)
+            # The switch: no await between these lines, so every call gets either the old or the new model.
             self._serving[plan.name] = new
-            self._tell_metrics()
+            self._update_metrics()
             if old is not None:
-                self._retire(old)
+                self._drain(old)
             await self._on_change(plan.name, True)
-            before = None if old is None else old.info
-            log.info(
-                "loaded model=%s sha256=%s replaced=%s", plan.name, new.info.sha256, before.sha256 if before else "-"
-            )
-            return new.info, before
+            replaced = None if old is None else old.info
+            sha256 = "-" if replaced is None else replaced.sha256
+            log.info("loaded model=%s sha256=%s replaced=%s", plan.name, new.info.sha256, sha256)
+            return new.info, replaced
 
-    async def _loaded(self, plan: ModelPlan) -> ServedModel:
+    async def _load_and_verify(self, plan: ModelPlan) -> ServedModel:
         try:
             loaded = await run_in_daemon_thread(partial(self._load, plan))
             try:
-                await self._prove(loaded)
-            except BaseException:  # the threads of what is not served must not stay
+                await self._verify(loaded)
+            except BaseException:  # a rejected model, or a cancelled load, must leave no threads
                 for worker in loaded.workers:
                     worker.close()
                 raise
@@ -252,60 +260,63 @@ class ModelRegistry:
             log.warning("not loaded model=%s error=%s", plan.name, error)
             asyncio.get_running_loop().run_in_executor(None, free_memory)
             raise ModelRejected(
-                f"model {plan.name!r} was not loaded, what was served goes on: {error}", _why(error)
+                f"model {plan.name!r} was not loaded; served models are unchanged: {error}", _reason_of(error)
             ) from None
-        return self._made(loaded)
+        return self._build(loaded)
 
-    async def _prove(self, loaded: LoadedModel) -> None:
+    async def _verify(self, loaded: LoadedModel) -> None:
         try:
             await warm_up_and_verify(loaded)
         except DeviceLost as error:
             await self._on_lost(error)
             raise
 
-    def _made(self, loaded: LoadedModel) -> ServedModel:
+    def _build(self, loaded: LoadedModel) -> ServedModel:
         return ServedModel(
             loaded,
             self._config,
             pool=self._pool,
             room=self._room,
-            pictures=self._pictures,
+            images=self._images,
             metrics=self._metrics,
             on_lost=self._on_lost,
         )
 
-    def _retire(self, serving: ServedModel) -> None:
-        serving.is_retired = True
-        self._retiring.add(serving)
-        self._close_if_idle(serving)
+    def _drain(self, model: ServedModel) -> None:
+        model.is_draining = True
+        self._draining.add(model)
+        self._close_if_unused(model)
 
-    def _close_if_idle(self, serving: ServedModel) -> None:
-        if serving.is_retired and not serving.calls:
-            self._retiring.discard(serving)
-            task = asyncio.ensure_future(self._end(serving))
+    def _close_if_unused(self, model: ServedModel) -> None:
+        if model.is_draining and not model.users:
+            self._draining.discard(model)
+            task = asyncio.ensure_future(self._close(model))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    async def _end(self, serving: ServedModel) -> None:
-        name, sha256 = serving.info.name, serving.info.sha256
-        await serving.close()
-        del serving
+    async def _close(self, model: ServedModel) -> None:
+        name, sha256 = model.info.name, model.info.sha256
+        await model.close()
+        # The last reference, so that the memory can be freed.
+        del model
         await asyncio.to_thread(free_memory)
         log.info("released model=%s sha256=%s", name, sha256)
 
+    def _in_memory(self) -> tuple[ServedModel, ...]:
+        return *self._serving.values(), *self._draining
+
     def _waiting_crops(self) -> float:
-        return sum(one.batcher.waiting for one in (*self._serving.values(), *self._retiring))
+        return sum(model.batcher.waiting for model in self._in_memory())
 
     def _waiting_bytes(self) -> float:
-        return sum(one.batcher.waiting_bytes for one in (*self._serving.values(), *self._retiring))
+        return sum(model.batcher.waiting_bytes for model in self._in_memory())
 
-    def _tell_metrics(self) -> None:
-        infos = [one.info for one in self._serving.values()]
-        self._metrics.serves((info.name, info.sha256, str(info.branch)) for info in infos)
+    def _update_metrics(self) -> None:
+        infos = [model.info for model in self._serving.values()]
+        self._metrics.set_models((info.name, info.sha256, str(info.branch)) for info in infos)
 
 
-def _why(error: MalError | OSError) -> str:
-    """Reason of a refusal."""
+def _reason_of(error: MalError | OSError) -> str:
     reasons: tuple[tuple[type[Exception], str], ...] = (
         (WrongKey, "WRONG_KEY"),
         (Truncated, "TRUNCATED"),
@@ -317,4 +328,4 @@ def _why(error: MalError | OSError) -> str:
         (SelfTestFailed, "SELF_TEST_FAILED"),
         (OSError, "CHECKPOINT"),
     )
-    return next((reason for kind, reason in reasons if isinstance(error, kind)), "NOT_LOADED")
+    return next((reason for error_type, reason in reasons if isinstance(error, error_type)), "NOT_LOADED")

@@ -1,7 +1,4 @@
-"""One model at work: its batcher, its workers and its pipeline, from what was loaded to the end of its threads.
-
-Which models there are, and which of them answers, is decided in `models`.
-"""
+"""One model in service: its workers, batcher and pipeline. The registry decides which models are served."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -22,14 +19,15 @@ OnLost = Callable[[DeviceLost], Awaitable[None]]
 
 
 class ServedModel:
-    """A model that answers, or that finishes what it has.
+    """A model that serves calls, or finishes its last ones.
 
     Attributes:
-        info: what it is.
-        pipeline: from a job to its labels.
+        info: static facts about the model.
+        batcher: groups crops of all calls into device batches.
+        pipeline: turns a request into labels.
         pool: threads for CPU work.
-        calls: how many hold it.
-        is_retired: new calls get another one, or none.
+        users: number of calls that hold the model.
+        is_draining: no new call gets the model.
     """
 
     def __init__(
@@ -39,14 +37,14 @@ class ServedModel:
         *,
         pool: PriorityThreadPool,
         room: MemoryLimiter,
-        pictures: ImageStore,
+        images: ImageStore,
         metrics: Metrics,
         on_lost: OnLost,
     ) -> None:
         self.info = loaded.info
         self.pool = pool
-        self.calls = 0
-        self.is_retired = False
+        self.users = 0
+        self.is_draining = False
         self._on_lost = on_lost
         self._workers = loaded.workers
         self.batcher: CropBatcher = Batcher(
@@ -62,7 +60,7 @@ class ServedModel:
             loaded.workers[0].predictor,
             self.batcher,
             pool,
-            pictures,
+            images,
             config.limits.images(),
             memory_limiter=room,
             crop_size=loaded.info.labeler.crop_size,
@@ -78,7 +76,7 @@ class ServedModel:
     async def _run(
         self, worker: Worker, options: PredictOptions, crops: Sequence[Crop]
     ) -> list[Prediction | Exception]:
-        """A batcher's runner."""
+        """Runs one batch on a worker, for the batcher."""
         try:
             return await worker.run(options, crops)
         except DeviceLost as error:

@@ -1,10 +1,10 @@
-"""Whether a model on its devices answers as it should, before anybody gets it; warms it up on the way.
+"""Warms a model up and verifies its results before it is served.
 
-A drawn picture with four boxes, one of each size class and one over the edge, goes through every worker: as small crops
-through each network, and as crops of the size that is served in batches of the warm-up's sizes. Probabilities must be
-numbers in [0, 1], and masks must lie in their boxes. Those of the small crops must be those of the same weights in
-float32 on the CPU; on a GPU, whose kernels are others for other sizes, those of a large crop too. That finds damaged
-weights, a number format that overflows, a device that computes wrongly and settings that do not fit.
+Every worker labels a synthetic image with four boxes, one of each size class and one over the edge: as small crops
+through each network, and as full-size crops in batches of the warm-up's sizes. Probabilities must be in [0, 1], and
+masks must lie in their boxes. Probabilities of the small crops must match those of the same weights in float32 on the
+CPU; on a GPU, which uses other kernels for other sizes, also those of a full-size crop. This detects damaged weights,
+overflow of a number format, a faulty device and inconsistent settings.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from mal_train.core.settings import Compat, LabelerConfig
 from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
 
 MAX_MEAN_DIFFERENCE: Final = 0.05
-"""Between the served number format and float32, mean over a crop's probabilities; random DeiTs: 0.002 in bfloat16."""
+"""Largest mean difference of a crop's probabilities from float32; randomly initialized DeiTs: 0.002 in bfloat16."""
 
 BOXES: Final[tuple[Box, ...]] = (
     (100.0, 20.0, 150.0, 160.0),
@@ -33,11 +33,11 @@ BOXES: Final[tuple[Box, ...]] = (
     (60.0, 40.0, 70.0, 60.0),
     (-20.0, 120.0, 90.0, 90.0),
 )
-"""The first one is large: its size branch takes the network most time and memory."""
+"""x, y, w, h in px. The first is large, the size class that takes most time and memory."""
 
 
-def picture() -> NDArray[np.uint8]:
-    """(192, 256, 3) uint8: ellipses of several colors on a gradient."""
+def synthetic_image() -> NDArray[np.uint8]:
+    """Returns (192, 256, 3) uint8: ellipses of several colors on a gradient."""
     y, x = np.mgrid[:192, :256]
     image = np.stack([x // 2, y // 2, (x + y) // 4], axis=2).astype(np.uint8)
     for index, (left, top, width, height) in enumerate(BOXES):
@@ -47,28 +47,27 @@ def picture() -> NDArray[np.uint8]:
 
 
 async def warm_up_and_verify(loaded: LoadedModel) -> None:
-    """Warms every worker up and tests it.
+    """Warms up and verifies every worker.
 
     Raises:
-        SelfTestFailed: says which worker gave what.
-        DeviceLost: a device broke down for good under the test.
+        SelfTestFailed: names the worker, the crop and the fault.
+        DeviceLost: a device failed for good.
     """
     config = loaded.info.labeler
-    every, plain = (
-        PredictOptions(loaded.info.branch, agreement=loaded.info.has_teacher),
-        PredictOptions(loaded.info.branch),
-    )
+    all_networks = PredictOptions(loaded.info.branch, agreement=loaded.info.has_teacher)
+    as_served = PredictOptions(loaded.info.branch)
     crops = _crops(loaded.workers[0].predictor)
-    small = crops if loaded.small_side is None else [_shrunk(crop, loaded.small_side) for crop in crops]
-    due_small = await _expected(loaded.reference, small, every)
-    is_elsewhere = any(device != "cpu" for device in loaded.info.devices)
-    due_large = await _expected(loaded.reference if is_elsewhere and loaded.batch_sizes else None, crops[:1], plain)
+    small = crops if loaded.small_side is None else [_resized(crop, loaded.small_side) for crop in crops]
+    expected_small = await _expected(loaded.reference, small, all_networks)
+    uses_gpu = any(device != "cpu" for device in loaded.info.devices)
+    large_reference = loaded.reference if uses_gpu and loaded.batch_sizes else None
+    (expected_large,) = await _expected(large_reference, crops[:1], as_served)
     for worker in loaded.workers:
-        await _prove_worker(worker, config, every, small, due_small)
+        await _verify_worker(worker, config, all_networks, small, expected_small)
         for size in loaded.batch_sizes:
-            many = [crops[index % len(crops)] for index in range(size)]
-            due = [due_large[0] if index % len(crops) == 0 else None for index in range(size)]
-            await _prove_worker(worker, config, plain, many, due)
+            batch = [crops[index % len(crops)] for index in range(size)]
+            expected = [expected_large if index % len(crops) == 0 else None for index in range(size)]
+            await _verify_worker(worker, config, as_served, batch, expected)
 
 
 async def _expected(
@@ -76,11 +75,11 @@ async def _expected(
 ) -> Sequence[Prediction | None]:
     if reference is None:
         return [None] * len(crops)
-    # Passes in float32 on the CPU take long: a server that is to end does not wait for them.
+    # In a daemon thread: a server that stops does not wait for float32 on the CPU, which is slow.
     return await run_in_daemon_thread(partial(reference.predict, crops, options))
 
 
-async def _prove_worker(
+async def _verify_worker(
     worker: Worker,
     config: LabelerConfig,
     options: PredictOptions,
@@ -88,37 +87,42 @@ async def _prove_worker(
     expected: Sequence[Prediction | None],
 ) -> None:
     try:
-        outcomes = await worker.run(options, crops)
+        results = await worker.run(options, crops)
     except DeviceLost:
         raise
-    # Whatever else the network raises on a good crop, a wrong shape or a kernel that does not exist, is its failure.
+    # Any other error of the network on a valid crop, such as a wrong shape or a missing kernel, fails the self-test.
     except Exception as error:
-        raise SelfTestFailed(f"{worker.name}: the self-test ended with {type(error).__name__}: {error}") from error
-    for place, (crop, outcome, wanted) in enumerate(zip(crops, outcomes, expected, strict=True)):
-        name = f"{worker.name}: self-test, crop {place} of {len(crops)}"
-        if isinstance(outcome, Exception):
-            raise SelfTestFailed(f"{name}: {outcome}")
-        maps = [outcome.prob, *(m for m in (outcome.student, outcome.teacher) if m is not None)]
-        for which, values in zip(("answer", "student", "teacher"), maps, strict=False):
-            _check_map(f"{name}, {which}", values, crop)
-        if wanted is not None:
-            pairs = ((outcome.prob, wanted.prob), (outcome.student, wanted.student), (outcome.teacher, wanted.teacher))
-            for which, (got, due) in zip(("answer", "student", "teacher"), pairs, strict=True):
-                if got is not None and due is not None:
-                    _check_agreement(f"{name}, {which}", got, due)
-        _check_label(name, worker.predictor, crop, outcome, config)
+        raise SelfTestFailed(f"{worker.name}: the self-test raised {type(error).__name__}: {error}") from error
+    for index, (crop, result, reference) in enumerate(zip(crops, results, expected, strict=True)):
+        name = f"{worker.name}: self-test, crop {index} of {len(crops)}"
+        if isinstance(result, Exception):
+            raise SelfTestFailed(f"{name}: {result}")
+        _check_maps(name, result, reference, crop)
+        _check_label(name, worker.predictor, crop, result, config)
+
+
+def _check_maps(name: str, result: Prediction, reference: Prediction | None, crop: Crop) -> None:
+    """Checks every probability map of a prediction, and compares it with the reference if both have it."""
+    for field, label in (("prob", "result"), ("student", "student"), ("teacher", "teacher")):
+        values = getattr(result, field)
+        if values is None:
+            continue
+        _check_map(f"{name}, {label}", values, crop)
+        expected = None if reference is None else getattr(reference, field)
+        if expected is not None:
+            _check_agreement(f"{name}, {label}", values, expected)
 
 
 def _crops(predictor: Predictor) -> list[Crop]:
     crops = []
-    for entry in predictor.prepare(picture(), BOXES):
-        if not isinstance(entry, Crop):
-            raise SelfTestFailed(f"self-test: a good box was refused: {entry}")
-        crops.append(entry)
+    for crop in predictor.prepare(synthetic_image(), BOXES):
+        if not isinstance(crop, Crop):
+            raise SelfTestFailed(f"self-test: a valid box was refused: {crop}")
+        crops.append(crop)
     return crops
 
 
-def _shrunk(crop: Crop, side: int) -> Crop:
+def _resized(crop: Crop, side: int) -> Crop:
     return dataclasses.replace(crop, pixels=resize_crop(crop.pixels, side))
 
 
@@ -126,31 +130,31 @@ def _check_map(name: str, values: NDArray[np.float32], crop: Crop) -> None:
     if values.shape != crop.pixels.shape[:2]:
         raise SelfTestFailed(f"{name}: a map of {values.shape} for a crop of {crop.pixels.shape[:2]}")
     if not np.isfinite(values).all():
-        raise SelfTestFailed(f"{name}: the network gives probabilities that are not finite")
+        raise SelfTestFailed(f"{name}: probabilities that are not finite")
     if values.min() < 0.0 or values.max() > 1.0:
         raise SelfTestFailed(f"{name}: probabilities between {values.min():.3g} and {values.max():.3g}")
 
 
-def _check_agreement(name: str, got: NDArray[np.float32], due: NDArray[np.float32]) -> None:
-    difference = float(np.abs(got - due).mean())
+def _check_agreement(name: str, values: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+    difference = float(np.abs(values - expected).mean())
     if difference > MAX_MEAN_DIFFERENCE:
         raise SelfTestFailed(
-            f"{name}: probabilities differ from float32 on the CPU by {difference:.3f} on average; at most "
-            f"{MAX_MEAN_DIFFERENCE} is a matter of the number format. Try precision: float32, or another device"
+            f"{name}: probabilities differ from float32 on the CPU by {difference:.3f} on average; a number format "
+            f"explains at most {MAX_MEAN_DIFFERENCE}; try precision: float32, or another device"
         )
 
 
 def _slack_px(config: LabelerConfig, crop: Crop) -> float:
-    """How far a mask may reach over its box: by rounding, and under compat: tao by the blur of two crop pixels."""
+    """Returns how many px a mask may extend beyond its box: 1 for rounding, under compat: tao two crop pixels more."""
     if config.compat is not Compat.TAO:
         return 1.0
     window = crop.window
     return 1.0 + 2.0 * max(window.x1 - window.x0, window.y1 - window.y0) / len(crop.pixels)
 
 
-def _check_label(name: str, predictor: Predictor, crop: Crop, outcome: Prediction, config: LabelerConfig) -> None:
-    # So low a threshold that the mask reaches as far as it can.
-    label = predictor.finish(crop, outcome, threshold=1e-6)
+def _check_label(name: str, predictor: Predictor, crop: Crop, result: Prediction, config: LabelerConfig) -> None:
+    # The low threshold gives the largest possible mask.
+    label = predictor.finish(crop, result, threshold=1e-6)
     height, width = crop.image_hw
     if (label.rle.height, label.rle.width) != (height, width):
         raise SelfTestFailed(
@@ -164,4 +168,4 @@ def _check_label(name: str, predictor: Predictor, crop: Crop, outcome: Predictio
     mask_x, mask_y, mask_w, mask_h = label.mask_box
     slack = _slack_px(config, crop)
     if mask_x < x - slack or mask_y < y - slack or mask_x + mask_w > x + w + slack or mask_y + mask_h > y + h + slack:
-        raise SelfTestFailed(f"{name}: the mask {label.mask_box} leaves its box {crop.box_inside}")
+        raise SelfTestFailed(f"{name}: the mask {label.mask_box} extends beyond its box {crop.box_inside}")

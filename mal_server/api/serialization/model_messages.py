@@ -89,8 +89,8 @@ def write_models(entries: Sequence[ModelEntry]) -> model_pb2.ListModelsResponse:
         models=[
             model_pb2.ModelStatus(
                 model=write_model_info(entry.info),
-                state=model_pb2.MODEL_STATE_RETIRING if entry.is_retiring else model_pb2.MODEL_STATE_SERVING,
-                calls=entry.calls,
+                state=model_pb2.MODEL_STATE_RETIRING if entry.is_draining else model_pb2.MODEL_STATE_SERVING,
+                calls=entry.users,
                 is_default=entry.is_default,
             )
             for entry in entries

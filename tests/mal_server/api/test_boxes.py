@@ -7,7 +7,7 @@ import pytest
 from google.rpc import code_pb2
 from mal.v1 import types_pb2
 
-from mal_server.models.warmup import picture
+from mal_server.models.warmup import synthetic_image
 from tests.mal_server.calls import reason_of, with_server
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, label, label_request
 
@@ -74,5 +74,5 @@ class OutOfRoom(BrightPredictor):
     """Fits crops in its self-test, none afterwards."""
 
     def predict(self, crops: Any, options: Any = None) -> Any:
-        self.fits = 10_000 if crops[0].image_hw == picture().shape[:2] else 0
+        self.fits = 10_000 if crops[0].image_hw == synthetic_image().shape[:2] else 0
         return super().predict(crops, options)

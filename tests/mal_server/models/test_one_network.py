@@ -1,4 +1,4 @@
-"""Checkpoints that hold the student alone: what may be asked of them, and the model in the package."""
+"""Checkpoints that hold only the student, among them the built-in model."""
 
 import asyncio
 from pathlib import Path
@@ -35,16 +35,16 @@ def load(*overrides: str) -> LoadedModel:
     return load_model(load_config(None, ["gpu_ids=[]", "precision=float32", *overrides]).plans[0])
 
 
-def refused(options: types_pb2.LabelOptions, *, has_teacher: bool) -> str:
-    checks = Violations()
+def violations_of(options: types_pb2.LabelOptions, *, has_teacher: bool) -> str:
+    violations = Violations()
     read_options(
         options,
         CallDefaults(Branch.STUDENT, Priority.BATCH, 0.0, branches_of(has_teacher=has_teacher)),
-        checks,
+        violations,
         "options",
     )
     try:
-        checks.raise_if_any()
+        violations.raise_if_any()
     except InvalidRequest as error:
         return str(error.violations)
     return ""
@@ -58,25 +58,25 @@ def refused(options: types_pb2.LabelOptions, *, has_teacher: bool) -> str:
         (types_pb2.LabelOptions(compute_agreement=True), "options.compute_agreement"),
     ],
 )
-def test_what_takes_two_networks_is_refused_of_one(options: types_pb2.LabelOptions, field: str) -> None:
-    assert field in refused(options, has_teacher=False)
-    assert not refused(options, has_teacher=True)
-    assert not refused(types_pb2.LabelOptions(branch=types_pb2.BRANCH_STUDENT, flip_test=True), has_teacher=False)
+def test_options_that_need_both_networks_are_refused_for_one(options: types_pb2.LabelOptions, field: str) -> None:
+    assert field in violations_of(options, has_teacher=False)
+    assert not violations_of(options, has_teacher=True)
+    assert not violations_of(types_pb2.LabelOptions(branch=types_pb2.BRANCH_STUDENT, flip_test=True), has_teacher=False)
 
 
-def test_one_network_is_loaded_and_proven(one_network: Path) -> None:
+def test_a_student_alone_is_loaded_and_verified(one_network: Path) -> None:
     loaded = load(f"checkpoint={one_network}")
     assert not loaded.info.has_teacher
     assert list(write_model_info(loaded.info).branches) == [types_pb2.BRANCH_STUDENT]
     asyncio.run(warm_up_and_verify(loaded))
 
 
-def test_it_cannot_be_served_as_a_teacher(one_network: Path) -> None:
-    with pytest.raises(ConfigError, match="holds the student alone"):
+def test_a_student_alone_cannot_be_served_as_a_teacher(one_network: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^branch: teacher; .*alone\.malckpt"):
         load(f"checkpoint={one_network}", "branch=teacher")
 
 
-def test_without_a_word_the_model_in_the_package_is_served() -> None:
+def test_the_default_settings_serve_the_built_in_model() -> None:
     loaded = load()
     assert loaded.info.name == "builtin"
     assert loaded.info.sha256 == load("checkpoint=builtin", "model_name=mine").info.sha256

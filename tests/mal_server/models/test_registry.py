@@ -1,4 +1,4 @@
-"""Several models in one server: which answers, how one takes the place of another, and what a failure leaves behind."""
+"""Several models in one server: selection, replacement, unloading, and failures that leave the others unchanged."""
 
 import asyncio
 import gc
@@ -27,17 +27,18 @@ from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label_r
 HEALTH = health_pb2.HealthCheckResponse
 
 
-class Shop:
-    """Gives a fresh stand-in for each load, or what it was told to.
+class FakeLoader:
+    """Returns a new `BrightPredictor` for each load, or `next`.
 
     Attributes:
-        made: weak references to every predictor so far, in order, so that its release can be seen.
+        predictors: weak references to all predictors so far, in order, which show their release.
+        plans: arguments of all loads so far.
         gate: the next loads wait for it.
-        next: made in the place of a plain stand-in, or raised.
+        next: predictor or error of the next load.
     """
 
     def __init__(self) -> None:
-        self.made: list[weakref.ref[BrightPredictor]] = []
+        self.predictors: list[weakref.ref[BrightPredictor]] = []
         self.plans: list[ModelPlan] = []
         self.gate: threading.Event | None = None
         self.next: BrightPredictor | Exception | None = None
@@ -46,44 +47,45 @@ class Shop:
         self.plans.append(plan)
         if self.gate is not None:
             self.gate.wait(30)
-        found, self.next = self.next or BrightPredictor(), None
-        if isinstance(found, Exception):
-            raise found
-        self.made.append(weakref.ref(found))
-        return loaded(plan, found, sha256=f"{len(self.made):02x}" * 32)
+        predictor, self.next = self.next or BrightPredictor(), None
+        if isinstance(predictor, Exception):
+            raise predictor
+        self.predictors.append(weakref.ref(predictor))
+        return loaded(plan, predictor, sha256=f"{len(self.predictors):02x}" * 32)
 
-    def predictor(self, nth: int) -> BrightPredictor:
-        found = self.made[nth]()
-        assert found is not None
-        return found
+    def predictor(self, index: int) -> BrightPredictor:
+        predictor = self.predictors[index]()
+        assert predictor is not None
+        return predictor
 
 
-class Talk:
-    """Stubs on one server."""
+class Session:
+    """Stubs of all services of one server."""
 
-    def __init__(self, server: MalServer, channel: Any, shop: Shop) -> None:
-        self.server, self.shop = server, shop
+    def __init__(self, server: MalServer, channel: Any, loader: FakeLoader) -> None:
+        self.server, self.loader = server, loader
         self.labeling: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
         self.model: Any = model_pb2_grpc.ModelServiceStub(channel)
         self.health: Any = health_pb2_grpc.HealthStub(channel)
 
-    async def answered_by(self, model: str = "") -> tuple[str, int]:
-        """(name, number of the load) of the model that answers a call now."""
-        refs = [answer.model async for answer in self.labeling.LabelImage(label_request(DISC_BOX, model=model))]
+    async def used_model(self, model: str = "") -> tuple[str, int]:
+        """Returns (name, number of the load) of the model that serves a new call."""
+        refs = [response.model async for response in self.labeling.LabelImage(label_request(DISC_BOX, model=model))]
         return refs[0].name, int(refs[0].checkpoint_sha256[:2], 16)
 
-    async def load(self, name: str, **where: Any) -> model_pb2.LoadModelResponse:
-        found: model_pb2.LoadModelResponse = await self.model.LoadModel(model_pb2.LoadModelRequest(name=name, **where))
-        return found
+    async def load(self, name: str, **fields: Any) -> model_pb2.LoadModelResponse:
+        request = model_pb2.LoadModelRequest(name=name, **fields)
+        response: model_pb2.LoadModelResponse = await self.model.LoadModel(request)
+        return response
 
     async def unload(self, name: str) -> None:
         await self.model.UnloadModel(model_pb2.UnloadModelRequest(name=name))
 
     async def listed(self) -> list[tuple[str, str, int, bool]]:
-        found = await self.model.ListModels(model_pb2.ListModelsRequest())
+        response = await self.model.ListModels(model_pb2.ListModelsRequest())
         return [
-            (one.model.ref.name, model_pb2.ModelState.Name(one.state)[12:], one.calls, one.is_default)
-            for one in found.models
+            (entry.model.ref.name, model_pb2.ModelState.Name(entry.state)[12:], entry.calls, entry.is_default)
+            for entry in response.models
         ]
 
     async def health_of(self, model: str) -> Any:
@@ -91,196 +93,197 @@ class Talk:
 
 
 @asynccontextmanager
-async def talking(shop: Shop | None = None, **settings: Any) -> AsyncIterator[Talk]:
-    """A server of stand-ins under the names cats (the default) and dogs."""
-    shop = shop or Shop()
+async def open_session(loader: FakeLoader | None = None, **settings: Any) -> AsyncIterator[Session]:
+    """Starts a server of fake models with the names cats (the default) and dogs."""
+    loader = loader or FakeLoader()
     models = [{"name": name, "checkpoint": f"{name}.malckpt"} for name in ("cats", "dogs")]
-    server = MalServer(config_of(**{"checkpoint": None, "models": models, **settings}), shop.load)
+    server = MalServer(config_of(**{"checkpoint": None, "models": models, **settings}), loader.load)
     await server.start()
     try:
         await server.load()
         async with grpc.aio.insecure_channel(server.address) as channel:
-            yield Talk(server, channel, shop)
+            yield Session(server, channel, loader)
     finally:
         await server.stop(0)
 
 
-def talk(work: Callable[[Talk], Awaitable[Any]], shop: Shop | None = None, **settings: Any) -> Any:
+def with_server(work: Callable[[Session], Awaitable[Any]], loader: FakeLoader | None = None, **settings: Any) -> Any:
     async def run() -> Any:
-        async with talking(shop, **settings) as found:
-            return await asyncio.wait_for(work(found), 60)
+        async with open_session(loader, **settings) as session:
+            return await asyncio.wait_for(work(session), 60)
 
     return asyncio.run(run())
 
 
 async def refused(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str, str]:
-    """(code, reason, message) of a call that must fail."""
+    """Returns (code, reason, message) of a call that must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call
     return raised.value.code(), reason_of(status_details(raised.value)), raised.value.details() or ""
 
 
-async def until(is_so: Callable[[], bool]) -> None:
-    while not is_so():
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
         await asyncio.sleep(0.001)
 
 
-def test_a_request_says_which_model_answers_and_the_first_is_the_default() -> None:
-    async def work(talk: Talk) -> list[tuple[str, int]]:
-        return [await talk.answered_by(name) for name in ("", "cats", "dogs")]
+def test_a_request_selects_its_model_and_the_first_is_the_default() -> None:
+    async def work(session: Session) -> list[tuple[str, int]]:
+        return [await session.used_model(name) for name in ("", "cats", "dogs")]
 
-    assert talk(work) == [("cats", 1), ("cats", 1), ("dogs", 2)]
+    assert with_server(work) == [("cats", 1), ("cats", 1), ("dogs", 2)]
 
 
-def test_the_items_of_a_stream_may_go_to_different_models() -> None:
-    async def work(talk: Talk) -> dict[str, str]:
+def test_items_of_one_stream_may_use_different_models() -> None:
+    async def work(session: Session) -> dict[str, str]:
         names = ("dogs", "cats", "", "mice")
         items = [
             labeling_pb2.LabelImagesRequest(item_id=name, request=label_request(DISC_BOX, model=name)) for name in names
         ]
-        answers = [answer async for answer in talk.labeling.LabelImages(iter(items))]
-        return {one.item_id: one.response.model.name or reason_of(one.status) for one in answers}
+        responses = [response async for response in session.labeling.LabelImages(iter(items))]
+        return {item.item_id: item.response.model.name or reason_of(item.status) for item in responses}
 
-    assert talk(work) == {"dogs": "dogs", "cats": "cats", "": "cats", "mice": "MODEL_NOT_FOUND"}
+    assert with_server(work) == {"dogs": "dogs", "cats": "cats", "": "cats", "mice": "MODEL_NOT_FOUND"}
 
 
-def test_an_unknown_model_is_not_found_and_the_nearest_is_named() -> None:
-    code, reason, message = talk(lambda talk: refused(talk.answered_by("cat")))
+def test_an_unknown_model_is_not_found_and_the_closest_name_is_suggested() -> None:
+    code, reason, message = with_server(lambda session: refused(session.used_model("cat")))
     assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
-    assert "did you mean 'cats'? there are cats, dogs" in message.replace(";", "")
+    assert "'cats'" in message
+    assert "cats, dogs" in message
 
 
-def test_the_server_lists_its_models_the_default_first() -> None:
-    async def work(talk: Talk) -> tuple[list[str], str, Any]:
-        info = await talk.model.GetServerInfo(model_pb2.GetServerInfoRequest())
-        return [model.ref.name for model in info.models], info.model.ref.name, await talk.listed()
+def test_the_server_lists_the_default_model_first() -> None:
+    async def work(session: Session) -> tuple[list[str], str, Any]:
+        info = await session.model.GetServerInfo(model_pb2.GetServerInfoRequest())
+        return [model.ref.name for model in info.models], info.model.ref.name, await session.listed()
 
-    names, default, listed = talk(work)
+    names, default, listed = with_server(work)
     assert (names, default) == (["cats", "dogs"], "cats")
     assert listed == [("cats", "SERVING", 0, True), ("dogs", "SERVING", 0, False)]
 
 
-def test_health_tells_of_each_model() -> None:
-    async def work(talk: Talk) -> list[Any]:
-        found = [await talk.health_of("cats"), await talk.health_of("dogs")]
-        await talk.unload("dogs")
-        return [*found, await talk.health_of("cats"), await talk.health_of("dogs")]
+def test_each_model_has_a_health_state() -> None:
+    async def work(session: Session) -> list[Any]:
+        before = [await session.health_of("cats"), await session.health_of("dogs")]
+        await session.unload("dogs")
+        return [*before, await session.health_of("cats"), await session.health_of("dogs")]
 
-    assert talk(work) == [HEALTH.SERVING, HEALTH.SERVING, HEALTH.SERVING, HEALTH.SERVICE_UNKNOWN]
+    assert with_server(work) == [HEALTH.SERVING, HEALTH.SERVING, HEALTH.SERVING, HEALTH.SERVICE_UNKNOWN]
 
 
-def test_nothing_is_ready_before_every_model_is() -> None:
-    shop = Shop()
+def test_no_model_is_served_before_all_are_loaded() -> None:
+    loader = FakeLoader()
 
     async def work() -> None:
         models = [{"name": name, "checkpoint": "x"} for name in ("cats", "dogs")]
-        server = MalServer(config_of(checkpoint=None, models=models), shop.load)
+        server = MalServer(config_of(checkpoint=None, models=models), loader.load)
         await server.start()
         async with grpc.aio.insecure_channel(server.address) as channel:
-            found = Talk(server, channel, shop)
+            session = Session(server, channel, loader)
             loading = asyncio.create_task(server.load())
-            await until(lambda: len(shop.made) == 1)
-            shop.gate = threading.Event()
-            await until(lambda: len(shop.plans) == 2)
-            assert await found.health_of("cats") == HEALTH.NOT_SERVING
-            assert (await refused(found.answered_by("cats")))[1] == "LOADING"
-            shop.gate.set()
+            await until(lambda: len(loader.predictors) == 1)
+            loader.gate = threading.Event()
+            await until(lambda: len(loader.plans) == 2)
+            assert await session.health_of("cats") == HEALTH.NOT_SERVING
+            assert (await refused(session.used_model("cats")))[1] == "LOADING"
+            loader.gate.set()
             await loading
-            assert await found.health_of("cats") == HEALTH.SERVING
+            assert await session.health_of("cats") == HEALTH.SERVING
         await server.stop(0)
 
     asyncio.run(asyncio.wait_for(work(), 30))
 
 
-def test_a_call_that_began_before_the_switch_ends_on_the_old_model_and_later_ones_get_the_new() -> None:
-    async def work(talk: Talk) -> tuple[Any, ...]:
-        old, gate = talk.shop.predictor(0), threading.Event()
+def test_a_call_from_before_the_switch_ends_on_the_old_model_and_later_calls_get_the_new() -> None:
+    async def work(session: Session) -> tuple[Any, ...]:
+        old, gate = session.loader.predictor(0), threading.Event()
         old.gate, warm = gate, len(old.batches)
-        early = asyncio.create_task(talk.answered_by())
+        early = asyncio.create_task(session.used_model())
         await until(lambda: len(old.batches) > warm)
-        answer = await talk.load("cats")
-        late = await talk.answered_by()
-        during = await talk.listed()
+        response = await session.load("cats")
+        late = await session.used_model()
+        during = await session.listed()
         gate.set()
-        return answer, late, during, await early
+        return response, late, during, await early
 
-    answer, late, during, early = talk(work)
-    assert (answer.replaced.checkpoint_sha256[:2], answer.model.ref.checkpoint_sha256[:2]) == ("01", "03")
+    response, late, during, early = with_server(work)
+    assert (response.replaced.checkpoint_sha256[:2], response.model.ref.checkpoint_sha256[:2]) == ("01", "03")
     assert (early, late) == (("cats", 1), ("cats", 3))
     assert during == [("cats", "SERVING", 0, True), ("dogs", "SERVING", 0, False), ("cats", "RETIRING", 1, False)]
 
 
-def test_a_stream_keeps_to_the_model_that_it_began_with() -> None:
-    async def work(talk: Talk) -> list[int]:
-        stream = talk.labeling.LabelImages()
-        found = []
-        for place in range(3):
-            if place == 1:
-                await talk.load("cats")
-            await stream.write(labeling_pb2.LabelImagesRequest(item_id=str(place), request=label_request(DISC_BOX)))
-            found.append(int((await stream.read()).response.model.checkpoint_sha256[:2], 16))
+def test_a_stream_keeps_its_model_after_a_switch() -> None:
+    async def work(session: Session) -> list[int]:
+        stream = session.labeling.LabelImages()
+        loads = []
+        for index in range(3):
+            if index == 1:
+                await session.load("cats")
+            await stream.write(labeling_pb2.LabelImagesRequest(item_id=str(index), request=label_request(DISC_BOX)))
+            loads.append(int((await stream.read()).response.model.checkpoint_sha256[:2], 16))
         await stream.done_writing()
-        return [*found, (await talk.answered_by())[1]]
+        return [*loads, (await session.used_model())[1]]
 
-    assert talk(work) == [1, 1, 1, 3]
+    assert with_server(work) == [1, 1, 1, 3]
 
 
-def test_the_old_models_memory_is_released_when_its_last_call_is_done() -> None:
-    async def work(talk: Talk) -> tuple[bool, bool]:
-        gate = talk.shop.predictor(0).gate = threading.Event()
-        warm = len(talk.shop.predictor(0).batches)
-        early = asyncio.create_task(talk.answered_by())
-        await until(lambda: len(talk.shop.predictor(0).batches) > warm)
-        await talk.load("cats")
+def test_a_replaced_model_is_released_when_its_last_call_ends() -> None:
+    async def work(session: Session) -> tuple[bool, bool]:
+        gate = session.loader.predictor(0).gate = threading.Event()
+        warm = len(session.loader.predictor(0).batches)
+        early = asyncio.create_task(session.used_model())
+        await until(lambda: len(session.loader.predictor(0).batches) > warm)
+        await session.load("cats")
         gc.collect()
-        held = talk.shop.made[0]() is not None
+        held = session.loader.predictors[0]() is not None
         gate.set()
         await early
         for _ in range(1000):
-            if talk.shop.made[0]() is None:
+            if session.loader.predictors[0]() is None:
                 break
             await asyncio.sleep(0.01)
             gc.collect()
-        return held, talk.shop.made[0]() is None
+        return held, session.loader.predictors[0]() is None
 
-    assert talk(work) == (True, True)
+    assert with_server(work) == (True, True)
 
 
-def test_a_hundred_calls_under_way_lose_nothing_while_models_are_switched() -> None:
-    async def work(talk: Talk) -> list[int]:
-        over, count = False, 0
+def test_a_hundred_calls_all_succeed_while_models_are_switched() -> None:
+    async def work(session: Session) -> list[int]:
+        is_over, count = False, 0
 
         async def caller() -> list[int]:
             nonlocal count
-            found = []
-            while not over:
-                found.append((await talk.answered_by())[1])
+            loads = []
+            while not is_over:
+                loads.append((await session.used_model())[1])
                 count += 1
-            return found
+            return loads
 
-        async def answered(more: int) -> None:
-            most = count + more
-            await until(lambda: count >= most)
+        async def until_more(calls: int) -> None:
+            goal = count + calls
+            await until(lambda: count >= goal)
 
         callers = [asyncio.create_task(caller()) for _ in range(8)]
-        await answered(1)
+        await until_more(1)
         while count < 100:
-            await talk.load("cats")
-            # Of so many calls of eight callers at least one began after the switch.
-            await answered(16)
-        over = True
+            await session.load("cats")
+            # Of 16 calls by eight clients, at least one started after the switch.
+            await until_more(16)
+        is_over = True
         rows = await asyncio.gather(*callers)
         for row in rows:
-            assert row == sorted(row), "a call after the switch was answered by the model before it"
+            assert row == sorted(row), "a call after a switch used the model from before it"
         return [number for row in rows for number in row]
 
-    numbers = talk(work)
+    numbers = with_server(work)
     assert len(numbers) >= 100
     assert len(set(numbers)) >= 3
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"),
+    ("error", "reason"),
     [
         (WrongKey("no"), "WRONG_KEY"),
         (Truncated("cut"), "TRUNCATED"),
@@ -290,149 +293,148 @@ def test_a_hundred_calls_under_way_lose_nothing_while_models_are_switched() -> N
         (PermissionError(13, "denied"), "CHECKPOINT"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_loaded_leaves_the_old_model_and_says_why(
-    fault: MalError | OSError, reason: str
+def test_a_checkpoint_that_cannot_be_loaded_leaves_the_old_model_in_service(
+    error: MalError | OSError, reason: str
 ) -> None:
-    async def work(talk: Talk) -> tuple[Any, ...]:
-        talk.shop.next = fault
-        return (*(await refused(talk.load("cats"))), await talk.answered_by(), await talk.health_of("cats"))
+    async def work(session: Session) -> tuple[Any, ...]:
+        session.loader.next = error
+        return (*(await refused(session.load("cats"))), await session.used_model(), await session.health_of("cats"))
 
-    code, found, message, answered, health = talk(work)
-    assert (code, found) == (grpc.StatusCode.FAILED_PRECONDITION, reason)
-    assert str(fault) in message
-    assert (answered, health) == (("cats", 1), HEALTH.SERVING)
+    code, actual, message, used, health = with_server(work)
+    assert (code, actual) == (grpc.StatusCode.FAILED_PRECONDITION, reason)
+    assert str(error) in message
+    assert (used, health) == (("cats", 1), HEALTH.SERVING)
 
 
-class Wrong(BrightPredictor):
-    """Answers as `change` makes of the right map."""
+class WrongPredictor(BrightPredictor):
+    """Returns the right maps after `change`."""
 
     def __init__(self, change: Callable[[Any], Any]) -> None:
         super().__init__()
         self._change = change
 
     def predict(self, crops: Any, options: Any = None) -> Any:
-        return [Prediction(self._change(one.prob)) for one in super().predict(crops, options)]
+        return [Prediction(self._change(prediction.prob)) for prediction in super().predict(crops, options)]
 
 
-class Careless(BrightPredictor):
-    """Its masks leave their boxes."""
+class UnclippedPredictor(BrightPredictor):
+    """Returns masks that extend beyond their boxes."""
 
     def finish(self, crop: Any, probability: Any, **options: Any) -> Any:
-        whole = type(crop)(**{**vars(crop), "box_inside": (0.0, 0.0, *map(float, reversed(crop.image_hw)))})
-        return super().finish(whole, probability, **options)
+        unclipped = type(crop)(**{**vars(crop), "box_inside": (0.0, 0.0, *map(float, reversed(crop.image_hw)))})
+        return super().finish(unclipped, probability, **options)
 
 
 @pytest.mark.parametrize(
-    ("predictor", "said"),
+    ("predictor", "fault"),
     [
-        (Wrong(lambda m: m * np.float32("nan")), "not finite"),
-        (Wrong(lambda m: m + 2), "probabilities between"),
-        (Wrong(lambda m: 1 - m), "differ from float32 on the CPU"),
-        (Wrong(lambda m: m[:8]), "a map of (8, 16)"),
-        (Careless(), "leaves its box"),
+        (WrongPredictor(lambda m: m * np.float32("nan")), "finite"),
+        (WrongPredictor(lambda m: m + 2), "between 2"),
+        (WrongPredictor(lambda m: 1 - m), "float32"),
+        (WrongPredictor(lambda m: m[:8]), "(8, 16)"),
+        (UnclippedPredictor(), "mask"),
         (BrightPredictor(error=RuntimeError("no such kernel")), "no such kernel"),
-        (BrightPredictor(fits=0), "do not fit"),
+        (BrightPredictor(fits=0), "fit"),
     ],
 )
-def test_a_model_that_fails_its_test_is_never_served(predictor: BrightPredictor, said: str) -> None:
-    class Comparing(Shop):
+def test_a_model_that_fails_its_self_test_is_never_served(predictor: BrightPredictor, fault: str) -> None:
+    class LoaderWithReference(FakeLoader):
         def load(self, plan: ModelPlan) -> LoadedModel:
-            found = super().load(plan)
-            return LoadedModel(found.info, found.workers, reference=BrightPredictor())
+            model = super().load(plan)
+            return LoadedModel(model.info, model.workers, reference=BrightPredictor())
 
-    async def work(talk: Talk) -> tuple[Any, ...]:
-        talk.shop.next = predictor
-        return (*(await refused(talk.load("cats"))), await talk.answered_by())
+    async def work(session: Session) -> tuple[Any, ...]:
+        session.loader.next = predictor
+        return (*(await refused(session.load("cats"))), await session.used_model())
 
-    code, reason, message, answered = talk(work, Comparing())
-    assert (code, reason, answered) == (grpc.StatusCode.FAILED_PRECONDITION, "SELF_TEST_FAILED", ("cats", 1))
-    assert said in message
+    code, reason, message, used = with_server(work, LoaderWithReference())
+    assert (code, reason, used) == (grpc.StatusCode.FAILED_PRECONDITION, "SELF_TEST_FAILED", ("cats", 1))
+    assert fault in message
 
 
-def test_a_caller_that_leaves_does_not_stop_the_load() -> None:
-    async def work(talk: Talk) -> tuple[str, int]:
-        gate = talk.shop.gate = threading.Event()
-        before = len(talk.shop.plans)
-        call = asyncio.create_task(talk.load("cats"))
-        await until(lambda: len(talk.shop.plans) > before)
+def test_a_cancelled_call_does_not_stop_the_load() -> None:
+    async def work(session: Session) -> tuple[str, int]:
+        gate = session.loader.gate = threading.Event()
+        before = len(session.loader.plans)
+        call = asyncio.create_task(session.load("cats"))
+        await until(lambda: len(session.loader.plans) > before)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         gate.set()
-        while (found := await talk.answered_by())[1] == 1:
+        while (used := await session.used_model())[1] == 1:
             await asyncio.sleep(0.01)
-        return found
+        return used
 
-    assert talk(work) == ("cats", 3)
-
-
-def test_a_device_lost_under_the_test_of_a_new_model_ends_the_server() -> None:
-    async def work(talk: Talk) -> tuple[str, str, bool]:
-        talk.shop.next = BrightPredictor(error=DeviceLost("an illegal memory access"))
-        first = await refused(talk.load("cats"))
-        second = await refused(talk.answered_by())
-        return first[1], second[1], talk.server.lost.is_set()
-
-    assert talk(work) == ("DEVICE_LOST", "DEVICE_LOST", True)
+    assert with_server(work) == ("cats", 3)
 
 
-def test_a_model_can_be_unloaded_but_not_the_default() -> None:
-    async def work(talk: Talk) -> tuple[Any, ...]:
-        default = await refused(talk.unload("cats"))
-        await talk.unload("dogs")
-        return default[1], (await refused(talk.answered_by("dogs")))[1], (await refused(talk.unload("dogs")))[1]
+def test_a_device_lost_during_a_self_test_stops_the_server() -> None:
+    async def work(session: Session) -> tuple[str, str, bool]:
+        session.loader.next = BrightPredictor(error=DeviceLost("an illegal memory access"))
+        first = await refused(session.load("cats"))
+        second = await refused(session.used_model())
+        return first[1], second[1], session.server.lost.is_set()
 
-    assert talk(work) == ("MODEL_IS_DEFAULT", "MODEL_NOT_FOUND", "MODEL_NOT_FOUND")
+    assert with_server(work) == ("DEVICE_LOST", "DEVICE_LOST", True)
 
 
-def test_a_model_whose_unloader_leaves_is_still_given_up_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    told, left = asyncio.Event(), asyncio.Event()
+def test_every_model_but_the_default_can_be_unloaded() -> None:
+    async def work(session: Session) -> tuple[Any, ...]:
+        default = await refused(session.unload("cats"))
+        await session.unload("dogs")
+        return default[1], (await refused(session.used_model("dogs")))[1], (await refused(session.unload("dogs")))[1]
 
-    async def slow(self: MalServer, name: str, answers: bool) -> None:
-        if answers:
+    assert with_server(work) == ("MODEL_IS_DEFAULT", "MODEL_NOT_FOUND", "MODEL_NOT_FOUND")
+
+
+def test_a_cancelled_unload_still_drains_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    called, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def slow(self: MalServer, name: str, is_served: bool) -> None:
+        if is_served:
             return
-        told.set()
+        called.set()
         try:
             await asyncio.Event().wait()
         finally:
-            left.set()
+            cancelled.set()
 
-    monkeypatch.setattr(MalServer, "_model_changed", slow)
+    monkeypatch.setattr(MalServer, "_on_model_change", slow)
 
-    async def work(talk: Talk) -> list[tuple[str, str, int, bool]]:
-        with PinnedModels(talk.server._models) as leases:
-            leases.get("dogs")
-            call = asyncio.ensure_future(talk.unload("dogs"))
-            await told.wait()
+    async def work(session: Session) -> list[tuple[str, str, int, bool]]:
+        with PinnedModels(session.server._models) as pinned:
+            pinned.get("dogs")
+            call = asyncio.ensure_future(session.unload("dogs"))
+            await called.wait()
             call.cancel()
-            await left.wait()
-            return await talk.listed()
+            await cancelled.wait()
+            return await session.listed()
 
-    assert talk(work) == [("cats", "SERVING", 0, True), ("dogs", "RETIRING", 1, False)]
-
-
-def test_the_default_model_is_one_for_a_stream_by_either_name() -> None:
-    async def work(talk: Talk) -> bool:
-        models = talk.server._models
-        with PinnedModels(models) as leases:
-            first = leases.get("")
-            await talk.load("cats")
-            return leases.get("cats") is first
-
-    assert talk(work)
+    assert with_server(work) == [("cats", "SERVING", 0, True), ("dogs", "RETIRING", 1, False)]
 
 
-def test_the_metrics_name_the_models_that_answer() -> None:
-    async def work(talk: Talk) -> set[str]:
-        await talk.unload("dogs")
-        await talk.load("cats")
-        samples = [s for family in talk.server.registry.collect() for s in family.samples]
+def test_a_stream_gets_one_default_model_under_both_of_its_names() -> None:
+    async def work(session: Session) -> bool:
+        with PinnedModels(session.server._models) as pinned:
+            first = pinned.get("")
+            await session.load("cats")
+            return pinned.get("cats") is first
+
+    assert with_server(work)
+
+
+def test_the_metrics_name_the_served_models() -> None:
+    async def work(session: Session) -> set[str]:
+        await session.unload("dogs")
+        await session.load("cats")
+        samples = [s for family in session.server.registry.collect() for s in family.samples]
         return {s.labels["name"] + s.labels["sha256"][:2] for s in samples if s.name == "mal_model_info"}
 
-    assert talk(work) == {"cats03"}
+    assert with_server(work) == {"cats03"}
 
 
 class TestFolders:
-    """What LoadModel takes from the server's disk."""
+    """LoadModel with checkpoints from folders of the server."""
 
     @pytest.fixture
     def folders(self, tmp_path: Path) -> dict[str, Any]:
@@ -447,17 +449,19 @@ class TestFolders:
             ]
         }
 
-    def test_a_file_of_a_folder_is_loaded_with_the_folders_key(self, folders: dict[str, Any], tmp_path: Path) -> None:
-        async def work(talk: Talk) -> tuple[Any, ...]:
-            await talk.load("mice", folder="trained", path="in.malckpt", branch=types_pb2.BRANCH_TEACHER)
-            return talk.shop.plans[-1], await talk.answered_by("mice")
+    def test_a_checkpoint_in_a_folder_is_loaded_with_the_folders_key(
+        self, folders: dict[str, Any], tmp_path: Path
+    ) -> None:
+        async def work(session: Session) -> tuple[Any, ...]:
+            await session.load("mice", folder="trained", path="in.malckpt", branch=types_pb2.BRANCH_TEACHER)
+            return session.loader.plans[-1], await session.used_model("mice")
 
-        plan, answered = talk(work, **folders)
+        plan, used = with_server(work, **folders)
         assert plan.checkpoint == tmp_path / "trained" / "old" / "a.malckpt"
-        assert (plan.decryption_key, str(plan.branch), answered[0]) == ("file:identity.txt", "teacher", "mice")
+        assert (plan.decryption_key, str(plan.branch), used[0]) == ("file:identity.txt", "teacher", "mice")
 
     @pytest.mark.parametrize(
-        ("folder", "path", "found"),
+        ("folder", "path", "reason"),
         [
             ("trained", "none.malckpt", "CHECKPOINT_NOT_FOUND"),
             ("trained", "out.malckpt", "CHECKPOINT_NOT_FOUND"),
@@ -470,23 +474,23 @@ class TestFolders:
             ("train", "old/a.malckpt", "FOLDER_NOT_FOUND"),
         ],
     )
-    def test_nothing_outside_of_the_folders_is_loaded(
-        self, folders: dict[str, Any], folder: str, path: str, found: str
+    def test_only_checkpoints_inside_the_folders_are_loaded(
+        self, folders: dict[str, Any], folder: str, path: str, reason: str
     ) -> None:
-        async def work(talk: Talk) -> tuple[Any, ...]:
-            before = len(talk.shop.plans)
-            code, reason, _ = await refused(talk.load("mice", folder=folder, path=path))
-            return reason or code.name, len(talk.shop.plans) - before
+        async def work(session: Session) -> tuple[Any, ...]:
+            before = len(session.loader.plans)
+            code, actual, _ = await refused(session.load("mice", folder=folder, path=path))
+            return actual or code.name, len(session.loader.plans) - before
 
-        assert talk(work, **folders) == (found, 0)
+        assert with_server(work, **folders) == (reason, 0)
 
-    def test_more_models_than_allowed_are_refused(self, folders: dict[str, Any]) -> None:
-        async def work(talk: Talk) -> str:
-            return (await refused(talk.load("mice", folder="trained", path="old/a.malckpt")))[1]
+    def test_a_model_beyond_max_models_is_refused(self, folders: dict[str, Any]) -> None:
+        async def work(session: Session) -> str:
+            return (await refused(session.load("mice", folder="trained", path="old/a.malckpt")))[1]
 
-        assert talk(work, max_models=2, **folders) == "TOO_MANY_MODELS"
+        assert with_server(work, max_models=2, **folders) == "TOO_MANY_MODELS"
 
     def test_a_name_without_a_checkpoint_needs_a_folder(self) -> None:
-        code, reason, message = talk(lambda talk: refused(talk.load("dog")))
+        code, reason, message = with_server(lambda session: refused(session.load("dog")))
         assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
-        assert "did you mean 'dogs'" in message
+        assert "'dogs'" in message

@@ -1,4 +1,4 @@
-"""What the self-test of a model runs, and what it finds."""
+"""The self-test of a model: the batches that it runs and the faults that it detects."""
 
 import asyncio
 import dataclasses
@@ -17,28 +17,28 @@ from tests.mal_server.fakes import BrightPredictor, config_of, loaded
 
 SIDE, SMALL = 16, 8
 Run = tuple[int, int, bool]
-"""Crops of a batch, their side in px, whether both networks run."""
+"""Crops of a batch, their side in px, True if both networks run."""
 
 
-class Seen(BrightPredictor):
-    """Remembers its batches; in crops of the side `wrong_at`, the map or that of one network is turned round."""
+class RecordingPredictor(BrightPredictor):
+    """Records its batches; inverts the field `wrong_field` of predictions for crops of the side `wrong_side`."""
 
-    def __init__(self, wrong_at: int = 0, which: str = "prob") -> None:
+    def __init__(self, wrong_side: int = 0, wrong_field: str = "prob") -> None:
         super().__init__()
         self.runs: list[Run] = []
-        self._wrong_at, self._which = wrong_at, which
+        self._wrong_side, self._wrong_field = wrong_side, wrong_field
 
     def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
         side = len(crops[0].pixels)
         self.runs.append((len(crops), side, options.agreement))
-        found = super().predict(crops, options)
-        if side != self._wrong_at:
-            return found
-        changed = [(one, getattr(one, self._which)) for one in found]
-        return [
-            one if old is None else dataclasses.replace(one, **{self._which: np.float32(1) - old})
-            for one, old in changed
-        ]
+        predictions = super().predict(crops, options)
+        return predictions if side != self._wrong_side else list(map(self._inverted, predictions))
+
+    def _inverted(self, prediction: Prediction) -> Prediction:
+        values = getattr(prediction, self._wrong_field)
+        if values is None:
+            return prediction
+        return dataclasses.replace(prediction, **{self._wrong_field: np.float32(1) - values})
 
 
 def model(worker: BrightPredictor, reference: BrightPredictor | None, device: str = "cpu", *sizes: int) -> LoadedModel:
@@ -47,31 +47,31 @@ def model(worker: BrightPredictor, reference: BrightPredictor | None, device: st
     return dataclasses.replace(plain, info=info, reference=reference, small_side=SMALL, batch_sizes=sizes)
 
 
-def test_on_a_cpu_the_reference_runs_small_crops_alone_and_the_worker_one_of_the_served_size() -> None:
-    worker, reference = Seen(), Seen()
+def test_on_a_cpu_the_reference_runs_only_small_crops_and_the_worker_one_full_size_crop() -> None:
+    worker, reference = RecordingPredictor(), RecordingPredictor()
     asyncio.run(warm_up_and_verify(model(worker, reference, "cpu", 1)))
     assert reference.runs == [(4, SMALL, True)]
     assert worker.runs == [(4, SMALL, True), (1, SIDE, False)]
 
 
-def test_on_a_gpu_the_reference_runs_one_crop_of_the_served_size_too() -> None:
-    worker, reference = Seen(), Seen()
+def test_on_a_gpu_the_reference_also_runs_one_full_size_crop() -> None:
+    worker, reference = RecordingPredictor(), RecordingPredictor()
     asyncio.run(warm_up_and_verify(model(worker, reference, "cuda:0", 1, 2, 8)))
     assert reference.runs == [(4, SMALL, True), (1, SIDE, False)]
     assert worker.runs == [(4, SMALL, True), (1, SIDE, False), (2, SIDE, False), (8, SIDE, False)]
 
 
-def test_the_end_of_the_server_does_not_wait_for_the_reference() -> None:
-    gate, reference = threading.Event(), Seen()
+def test_a_cancelled_self_test_does_not_wait_for_the_reference() -> None:
+    gate, reference = threading.Event(), RecordingPredictor()
     reference.gate = gate
 
     async def work() -> None:
-        proving = asyncio.create_task(warm_up_and_verify(model(Seen(), reference)))
+        verifying = asyncio.create_task(warm_up_and_verify(model(RecordingPredictor(), reference)))
         while not reference.runs:
             await asyncio.sleep(0.001)
-        proving.cancel()
+        verifying.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await proving
+            await verifying
 
     asyncio.run(work())
     try:
@@ -81,16 +81,16 @@ def test_the_end_of_the_server_does_not_wait_for_the_reference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("worker", "said"),
+    ("worker", "fault"),
     [
-        (Seen(SMALL), "crop 0 of 4, answer: probabilities differ from float32"),
-        (Seen(SMALL, "student"), "student: probabilities differ"),
-        (Seen(SMALL, "teacher"), "teacher: probabilities differ"),
-        (Seen(SIDE), "crop 0 of 1, answer: probabilities differ"),
+        (RecordingPredictor(SMALL), "crop 0 of 4, result: .* float32"),
+        (RecordingPredictor(SMALL, "student"), "crop 0 of 4, student: .* float32"),
+        (RecordingPredictor(SMALL, "teacher"), "crop 0 of 4, teacher: .* float32"),
+        (RecordingPredictor(SIDE), "crop 0 of 1, result: .* float32"),
     ],
 )
-def test_a_wrong_map_of_any_network_and_size_is_found(worker: Seen, said: str) -> None:
-    with pytest.raises(SelfTestFailed, match=said):
+def test_a_wrong_map_of_any_network_and_size_is_detected(worker: RecordingPredictor, fault: str) -> None:
+    with pytest.raises(SelfTestFailed, match=fault):
         asyncio.run(warm_up_and_verify(model(worker, BrightPredictor(), "cuda:0", 1)))
 
 
@@ -105,5 +105,7 @@ def test_a_wrong_map_of_any_network_and_size_is_found(worker: Seen, said: str) -
         ("vit-demo/8", 96, 32),
     ],
 )
-def test_small_crops_fit_the_patches_and_are_a_quarter_of_the_served_ones(arch: str, crop_size: int, side: int) -> None:
+def test_small_crops_are_whole_patches_and_about_a_quarter_of_the_served_side(
+    arch: str, crop_size: int, side: int
+) -> None:
     assert small_side(arch, crop_size) == side
