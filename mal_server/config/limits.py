@@ -1,4 +1,4 @@
-"""What a request must keep to: a section of the server's settings, and what of it the decoder of pictures is told."""
+"""Section `limits` of the server's settings: bounds of one request."""
 
 from pydantic import Field
 
@@ -7,11 +7,11 @@ from mal_train.core.yaml_config import Strict
 
 MIB = 1024 * 1024
 MESSAGE_OVERHEAD = 64 * 1024
-"""Bytes of a request that are kept for its boxes and options when the image limit is derived from the message limit."""
+"""Bytes of a request reserved for boxes and options; the rest is the limit of its encoded image."""
 
 
 class Limits(Strict):
-    """What a request must keep to; clients read it from GetServerInfo."""
+    """Bounds of one request; clients read them from GetServerInfo."""
 
     max_request_bytes: int = Field(
         default=32 * MIB, ge=MIB, le=1024 * MIB, description="Largest message from a client, in bytes."
@@ -30,9 +30,10 @@ class Limits(Strict):
         default=8,
         ge=1,
         le=1024,
-        description="Unanswered images of one bulk or evaluation stream; no further one is read until one is answered.",
+        description="Images of one bulk or evaluation stream that are processed at once; the server reads the next one "
+        "after it\nhas answered one.",
     )
 
     def images(self) -> ImageLimits:
-        """What the decoder refuses."""
+        """Returns the limits of the image decoder."""
         return ImageLimits(self.max_request_bytes - MESSAGE_OVERHEAD, self.max_pixels, self.max_side)

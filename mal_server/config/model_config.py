@@ -1,4 +1,4 @@
-"""Which checkpoints the settings let the server load, and what loading one takes. Reads no file."""
+"""Settings of models and folders, and the `ModelPlan` that the loader receives. Reads no file."""
 
 import re
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from mal_train.core.yaml_config import Strict
 
 MAX_NAME_CHARS = 64
 NAME = r"^[\w.@-]+$"
-"""Names that are safe in logs and metric labels. No path is made of one: `..` is among them."""
+"""Names that are safe in logs and metric labels. They include `..`, so no path is made of one."""
 
 NAME_RULE = f"a name has 1 to {MAX_NAME_CHARS} letters, digits and characters of '._@-'"
 
@@ -22,12 +22,16 @@ PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def is_name(text: str) -> bool:
-    """Whether a model may have this name."""
+    """Returns True for a valid model name, see `NAME_RULE`.
+
+    >>> is_name("cats-2"), is_name("two words")
+    (True, False)
+    """
     return len(text) <= MAX_NAME_CHARS and re.fullmatch(NAME[1:-1], text) is not None
 
 
 def name_from(checkpoint: Path) -> str:
-    """A model's name where the settings give none: the file's, without its suffix and with "-" for what names have not.
+    """Returns the default name of a model: the file name without suffix, "-" for each run of invalid characters.
 
     >>> name_from(Path("results/my model (2).malckpt"))
     'my-model-2'
@@ -36,7 +40,7 @@ def name_from(checkpoint: Path) -> str:
 
 
 class ModelSetting(Strict):
-    """One of several models. What is null is as the server's own setting of that name says."""
+    """One of several models. Fields left null inherit the server-wide setting of the same name."""
 
     name: ModelName
     checkpoint: Path
@@ -56,7 +60,7 @@ class ModelFolder(Strict):
 
 
 class DataFolder(Strict):
-    """A folder whose files requests may name."""
+    """A folder whose files requests may refer to."""
 
     name: ModelName
     path: Path
@@ -64,17 +68,17 @@ class DataFolder(Strict):
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """All that loading one model takes.
+    """Everything needed to load one model.
 
     Attributes:
-        name: in answers and requests.
-        checkpoint: the file.
-        decryption_key: as in the settings; None = not encrypted.
-        branch: answers where a request names none.
-        precision: number format of the network.
-        gpu_ids: one worker each; () = CPU.
-        cpu_workers: workers where the CPU is used.
-        max_batch_size: crops in one device batch; what the warm-up goes up to.
+        name: in requests and responses.
+        checkpoint: path of the file.
+        decryption_key: as in the settings; None: not encrypted.
+        branch: used for requests that name none.
+        precision: number format of the network, or auto.
+        gpu_ids: one worker for each; (): CPU.
+        cpu_workers: number of workers on the CPU.
+        max_batch_size: crops in one device batch; the warm-up runs batches up to this size.
     """
 
     name: str

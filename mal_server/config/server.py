@@ -1,13 +1,14 @@
-"""The server's YAML: every setting, its default, its range and its meaning. Reads no checkpoint, opens no port.
+"""Defines the server's settings: name, default, range and meaning of each. Reads no checkpoint and opens no port.
 
-Sections, and the entries of lists, stand with the part of the server that they are for: `listening`, `limits`, `plans`,
-and the tokens in `access`.
+Sections and the entries of lists are defined in `listen`, `limits`, `model_config` and `tokens`.
 """
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -25,9 +26,12 @@ from mal_server.config.model_config import (
 )
 from mal_server.config.tokens import TokenSetting
 from mal_train.core.errors import ConfigError
+from mal_train.core.secrets import is_secret_reference
 from mal_train.core.settings import Branch
 from mal_train.core.yaml_config import Strict, apply_overrides, dump, load_yaml, parse_value, validate
 from mal_train.kernel.checkpoint.builtin import BUILTIN
+
+T = TypeVar("T")
 
 RETIRED = {
     "batch_patience_s": "renamed to batch_aging_s",  # former name
@@ -36,84 +40,84 @@ RETIRED = {
 
 
 class ServerConfig(Strict):
-    """Everything that `mal-server serve` can be told."""
+    """Settings of `mal-server serve`."""
 
     checkpoint: Path | None = Field(
         default=None,
-        description="Sealed checkpoint (.malckpt) to serve, of either kind; seen from the working folder. builtin: the "
-        "model in\nthe package, for photographs. null: `models` says what is served, or builtin where it says nothing.",
+        description="Checkpoint (.malckpt) to serve, of kind weights or resume; relative to the working folder. "
+        "builtin: the model\nin the package, for photographs. null: `models`, or builtin if that is empty.",
     )
     decryption_key: str | None = Field(
         default=None,
         repr=False,
-        description="Opens the checkpoint: file:PATH or env:NAME of an age identity or a passphrase. null: it is not "
-        "encrypted.",
+        description="Key that opens the checkpoint: file:PATH or env:NAME of an age identity or a passphrase. null: "
+        "not encrypted.",
     )
     model_name: ModelName | None = Field(
         default=None,
-        description="The model's name in answers: at most 64 letters, digits and characters of '._@-'. null: the "
-        "checkpoint's\nfile name without its suffix, with '-' for other characters.",
+        description="Name of the model in responses: at most 64 letters, digits and characters of '._@-'. null: the "
+        "file name of\nthe checkpoint without its suffix, with '-' for other characters.",
     )
     branch: Branch = Field(
         default=Branch.STUDENT,
-        description="Network that answers requests which name none: student, teacher or mixed.",
+        description="Network for requests that name none: student, teacher or mixed.",
     )
     models: tuple[ModelSetting, ...] = Field(
         default=(),
         repr=False,
-        description="Several models at once, in the place of checkpoint, decryption_key and model_name; the first one "
-        "answers\nrequests that name none. Entries such as\n"
+        description="Several models, instead of checkpoint, decryption_key and model_name. Requests that name no model "
+        "use the first.\nEntries such as\n"
         "  - {name: cats, checkpoint: cats.malckpt, decryption_key: file:identity.txt, branch: teacher,\n"
         "     precision: auto, gpu_ids: [0], cpu_workers: 1}\n"
-        "name and checkpoint are needed; the others fall back to the settings of the same name here. Each model has\n"
-        "its own queue and its own workers; those of one GPU share it.",
+        "name and checkpoint are required; fields left null inherit the server-wide setting of that name. Each model\n"
+        "has its own queue and workers; workers on the same GPU share it.",
     )
     model_folders: tuple[ModelFolder, ...] = Field(
         default=(),
         repr=False,
-        description="Folders whose checkpoints `mal-client models load` may put into service while the server runs;\n"
-        "[] = only those named above may be read anew. Entries such as\n"
+        description="Folders with checkpoints that `mal-client models load` may load while the server runs; [] = only "
+        "the\ncheckpoints named above may be reloaded. Entries such as\n"
         "  - {name: trained, path: results, decryption_key: file:identity.txt}",
     )
     max_models: int = Field(
-        default=8, ge=1, le=1024, description="Models at once; loading one under a new name beyond is refused."
+        default=8, ge=1, le=1024, description="Models served at once; loading one more under a new name is refused."
     )
     gpu_ids: GpuIds = Field(
         default=(0,),
-        description="GPUs, one worker each; [] = CPU. On a machine without CUDA the CPU is used and a line says so.",
+        description="GPUs, one worker each; [] = CPU. Without CUDA the server prints a line and uses the CPU.",
     )
     cpu_workers: int = Field(
         default=1,
         ge=1,
         le=256,
-        description="Workers where the CPU is used; they share the weights, and each takes its part of the cores. More "
-        "than one pays\nwhere a single crop cannot keep all cores busy.",
+        description="Workers on the CPU. They share the weights and divide the cores among them. More than one is "
+        "faster if a single\ncrop cannot keep all cores busy.",
     )
     precision: PrecisionName = Field(
         default="auto",
-        description="Number format of the network. auto: bfloat16 where the device is fast at it, else float32.",
+        description="Number format of the network. auto: bfloat16 on devices that compute it fast, else float32.",
     )
     max_batch_size: int = Field(default=16, ge=1, le=1024, description="Crops in one device batch.")
     max_queue_delay_ms: float = Field(
         default=5.0,
         ge=0.0,
         le=1000.0,
-        description="How long an idle device waits at most for more crops before it runs a batch that is not full, in "
-        "ms.\nIt waits only while others prepare a request or were just answered: a lone caller never does. A busy "
-        "device's\nbatches fill by themselves.",
+        description="Longest time, in ms, that an idle device waits for more crops before it runs a batch that is not "
+        "full.\nA single client never pays this delay; it applies only while more requests are expected. Batches of a "
+        "busy\ndevice fill up without it.",
     )
     max_queue_crops: int = Field(
         default=2048,
         ge=1,
         le=1_000_000,
-        description="Boxes that may wait for a device; requests beyond are refused (UNAVAILABLE) with the time to come "
-        "back.\nEach takes up to 3 * crop_size^2 bytes of memory. At least limits.max_boxes.",
+        description="Boxes that may wait for a device; further requests are refused (UNAVAILABLE) with a retry delay. "
+        "Each takes up to\n3 * crop_size^2 bytes of memory. At least limits.max_boxes.",
     )
     max_queue_bytes: int = Field(
         default=2048 * MIB,
         ge=MIB,
-        description="Memory that waiting requests may hold: encoded images and 3 * crop_size^2 bytes a box. Requests "
-        "beyond are refused\nlikewise; one that comes to an empty queue is always taken.",
+        description="Memory for waiting requests, in bytes: encoded images and 3 * crop_size^2 for each box. Further "
+        "requests are\nrefused likewise; an empty queue accepts a request of any size.",
     )
     batch_aging_s: float = Field(
         default=2.0,
@@ -130,120 +134,129 @@ class ServerConfig(Strict):
     max_decoded_bytes: int = Field(
         default=1024 * MIB,
         ge=MIB,
-        description="Memory for decoded pictures whose boxes are being cut: 8 bytes a pixel while one is decoded, 3 "
-        "after that.\nRequests beyond wait their turn; BATCH ones get half of it. A larger picture is decoded when no "
-        "other is.\nPictures up to 2 million pixels with up to 8 boxes are not counted: each thread holds one.",
+        description="Memory for decoded images that are being cropped, in bytes: 8 for each pixel during decoding, 3 "
+        "afterwards. Further\nrequests wait; BATCH requests may use half of it. An image that exceeds it alone is "
+        "decoded when no other is.\nImages of up to 2 million pixels with up to 8 boxes are not counted: each thread "
+        "holds one.",
     )
     image_cache_bytes: int = Field(
         default=256 * MIB,
         ge=0,
-        description="Memory for pictures that LabelImage calls sent, so that a caller who moves a box sends a hash "
-        "instead; 0: none.\nWhoever knows a picture's whole SHA-256 gets masks of it. mal_image_cache_hits_total and "
-        "mal_image_cache_misses_total\ntell whether it is large enough.",
+        description="Memory for encoded images of LabelImage calls, in bytes, so that a client which moves a box sends "
+        "a hash instead of\nthe image; 0: no cache. A client that knows the SHA-256 of an image gets masks of it. Many "
+        "mal_image_cache_misses_total\nbeside mal_image_cache_hits_total mean that it is too small.",
     )
     data_folders: tuple[DataFolder, ...] = Field(
         default=(),
-        description="Folders on this machine whose files requests may name instead of sending them (ImageSource.uri);\n"
-        "[] = none. Everybody who may label gets masks of every picture in them. Entries such as\n"
+        description="Folders on this machine with images that requests may refer to instead of sending them\n"
+        "(ImageSource.uri); [] = none. Every client with the scope label gets masks of every image in them. Entries "
+        "such as\n"
         "  - {name: photos, path: /srv/photos}",
     )
     max_evaluation_bytes: int = Field(
         default=4096 * MIB,
         ge=MIB,
-        description="Memory that evaluations hold together: for data sets read here (thirteen times the annotations' "
-        "file), for\nrecords that callers bring back, and for what was measured (about 5 KB an object). One that needs "
-        "more while others\nhold too much is refused, or ends (UNAVAILABLE), and goes on later from its records; the "
-        "one\nthat began first is taken.",
+        description="Memory for all evaluations together, in bytes: datasets read on the server (thirteen times the "
+        "annotation file),\nresume tokens of clients, and results (about 5 KB for each object). An evaluation that "
+        "exceeds it is refused\nor ended (UNAVAILABLE) and can resume later; the one that started first continues.",
     )
     resume_key: str | None = Field(
         default=None,
         repr=False,
-        description="Secret (file:PATH or env:NAME, 16 or more characters) that seals the records with which an\n"
-        "evaluation goes on after a break. null: one of this process alone, so that none outlives a restart.",
+        description="Secret (file:PATH or env:NAME, 16 or more characters) that seals resume tokens of evaluations.\n"
+        "null: a random one, so that an evaluation cannot resume after a restart of the server.",
     )
     drain_delay_s: float = Field(
         default=5.0,
         ge=0.0,
         le=3600.0,
-        description="After SIGTERM: how long calls are still accepted while health says NOT_SERVING, so that load "
-        "balancers notice.\nAn interrupt from the keyboard (SIGINT) skips it.",
+        description="Seconds after SIGTERM during which new calls are accepted while health is NOT_SERVING, so that "
+        "load balancers\nnotice. SIGINT (Ctrl-C) skips it.",
     )
     grace_s: float = Field(
         default=30.0,
         ge=0.0,
         le=3600.0,
-        description="After that: how long running calls may take to finish before they are cancelled.",
+        description="Seconds after that for running calls to finish before they are cancelled.",
     )
     tokens: tuple[TokenSetting, ...] = Field(
         default=(),
         repr=False,
-        description="Who may call; [] = everybody who reaches the port. Entries such as\n"
+        description="Bearer tokens of clients; [] = every client that reaches the port is served. Entries such as\n"
         "  - {name: annotators, token: file:/run/secrets/annotators, scopes: [label]}\n"
-        "token is file:PATH or env:NAME of 16 or more characters; scopes are label, evaluate, and admin, which holds "
-        "both.\nHealth checks need none. A token is a password: without TLS the network can read it.",
+        "token is file:PATH or env:NAME of 16 or more characters; scopes are label, evaluate, and admin, which "
+        "includes both.\nHealth checks need no token. A token is a password: without TLS the network can read it.",
     )
     token_reload_s: float = Field(
         default=30.0,
         ge=0.0,
         le=86400.0,
-        description="How often the tokens' files are read anew, in seconds; 0: only on SIGHUP, which also takes up "
-        "this\nfile's `tokens`. A file that cannot be used is logged, and what counted before goes on.",
+        description="Interval in seconds at which token files are reloaded; 0: only on SIGHUP, which also reloads "
+        "`tokens` from this\nfile. An invalid token file is logged; the previous tokens stay in force.",
     )
     reflection: bool = Field(
         default=True,
-        description="Whether tools such as grpcurl may ask which calls exist. With tokens, any of them opens it.",
+        description="Serves gRPC reflection, with which tools such as grpcurl list the methods. With tokens, it "
+        "requires any one of them.",
     )
     tracing: bool = Field(
         default=False,
-        description="Whether spans of calls and their stages go to OpenTelemetry, to where its own variables say\n"
-        "(OTEL_EXPORTER_OTLP_ENDPOINT); needs the extra `tracing`.",
+        description="Exports spans of calls and their stages by OpenTelemetry, to the endpoint in its variable\n"
+        "OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `tracing`.",
     )
-    listen: Listen = Field(default_factory=Listen, description="Where the server listens.")
-    metrics: MetricsListen = Field(default_factory=MetricsListen, description="Figures for monitoring.")
-    limits: Limits = Field(default_factory=Limits, description="What requests must keep to.")
+    listen: Listen = Field(default_factory=Listen, description="Address and encryption of the gRPC port.")
+    metrics: MetricsListen = Field(default_factory=MetricsListen, description="Address of the metrics port.")
+    limits: Limits = Field(default_factory=Limits, description="Bounds of one request.")
 
     @model_validator(mode="after")
-    def _a_full_request_fits(self) -> Self:
+    def _check_queue(self) -> Self:
         if self.max_queue_crops < self.limits.max_boxes:
             raise ValueError(
-                f"max_queue_crops: {self.max_queue_crops} is below limits.max_boxes ({self.limits.max_boxes}): a "
+                f"max_queue_crops: {self.max_queue_crops} is below limits.max_boxes ({self.limits.max_boxes}), so a "
                 "request of full size could never be accepted; raise it or lower limits.max_boxes"
             )
-        for where, ids in (
-            ("gpu_ids", self.gpu_ids),
-            *((f"models {m.name!r}: gpu_ids", m.gpu_ids) for m in self.models),
-        ):
-            if ids is not None and len(set(ids)) != len(ids):
-                raise ValueError(f"{where}: {list(ids)} names a GPU twice")
-        if self.resume_key is not None and not self.resume_key.startswith(("file:", "env:")):
-            raise ValueError("resume_key: give file:PATH or env:NAME; the secret itself does not belong into this file")
-        for field_name in ("tokens", "models", "model_folders", "data_folders"):
-            names = [entry.name for entry in getattr(self, field_name)]
-            if len(set(names)) != len(names):
-                raise ValueError(f"{field_name}: a name stands twice")
         return self
 
     @model_validator(mode="after")
-    def _something_is_served(self) -> Self:
-        alone = [name for name in ("checkpoint", "decryption_key", "model_name") if getattr(self, name) is not None]
-        if self.models and alone:
-            raise ValueError(f"{alone[0]}: models are given, so it belongs into one of their entries")
+    def _check_duplicates(self) -> Self:
+        for path, ids in (
+            ("gpu_ids", self.gpu_ids),
+            *((f"models {model.name!r}: gpu_ids", model.gpu_ids) for model in self.models),
+        ):
+            for gpu_id in _duplicates(ids or ()):
+                raise ValueError(f"{path}: GPU {gpu_id} is listed more than once")
+        for field_name in ("tokens", "models", "model_folders", "data_folders"):
+            for name in _duplicates([entry.name for entry in getattr(self, field_name)]):
+                raise ValueError(f"{field_name}: the name {name!r} is used more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_resume_key(self) -> Self:
+        if self.resume_key is not None and not is_secret_reference(self.resume_key):
+            raise ValueError("resume_key: a secret in the settings file; give file:PATH or env:NAME")
+        return self
+
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        for name in ("checkpoint", "decryption_key", "model_name"):
+            if self.models and getattr(self, name) is not None:
+                raise ValueError(f"{name}: given together with models; move it to an entry of models")
         if len(self.models) > self.max_models:
-            raise ValueError(f"models: {len(self.models)} entries, and max_models is {self.max_models}")
+            raise ValueError(f"models: {len(self.models)} entries exceed max_models ({self.max_models}); raise it")
         return self
 
     @property
     def plans(self) -> tuple[ModelPlan, ...]:
-        """What is to be served from the start; the first one is the default."""
+        """Models to serve from the start; the first one is the default."""
         if self.models:
             return tuple(map(self._plan, self.models))
         checkpoint = self.checkpoint or Path(BUILTIN)
         return (self._plan_of(self.model_name or name_from(checkpoint), checkpoint, self.decryption_key),)
 
     def plan_from(self, folder: ModelFolder, checkpoint: Path, name: str, branch: Branch | None) -> ModelPlan:
-        """What a file of a folder is loaded with; what the settings say of a model of this name holds for it too."""
-        known = next((model for model in self.models if model.name == name), None)
-        base = self._plan_of(name, checkpoint, folder.decryption_key) if known is None else self._plan(known)
+        """Returns the plan for a checkpoint in a folder. Settings of a model with this name apply to it too."""
+        model = next((model for model in self.models if model.name == name), None)
+        base = self._plan_of(name, checkpoint, folder.decryption_key) if model is None else self._plan(model)
         return replace(base, checkpoint=checkpoint, decryption_key=folder.decryption_key, branch=branch or base.branch)
 
     def _plan(self, model: ModelSetting) -> ModelPlan:
@@ -269,29 +282,46 @@ class ServerConfig(Strict):
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ServerConfig:
-    """The settings in a YAML file (None: all defaults), `a.b=c` overrides applied.
+    """Returns the settings of a YAML file (None: all defaults) with `a.b=c` overrides applied.
 
     Raises:
-        ConfigError: names the field, the value, the rule and the nearest valid name.
+        ConfigError: an invalid field, value or override; names the field, the value, the rule and the nearest field.
     """
     data = apply_overrides({} if path is None else load_yaml(path), overrides)
     for override in overrides:
         name, _, value = override.partition("=")
-        if any(not secret.startswith(("file:", "env:")) for secret in _keys_in(name, value)):
+        if not all(map(is_secret_reference, _decryption_keys(name, value))):
             raise ConfigError(
-                "decryption_key: a secret on the command line can be read by every user of the machine; give file:PATH "
+                "decryption_key: a secret on the command line is visible to every user of the machine; give file:PATH "
                 "or env:NAME"
             )
     return validate(ServerConfig, data, source=str(path or "command line"), retired=RETIRED)
 
 
 def default_config() -> str:
-    """A commented YAML file with every setting at its default, which serves the model in the package."""
+    """Returns a commented YAML file with every setting at its default, which serves the model in the package."""
     return dump(ServerConfig(checkpoint=Path(BUILTIN)))
 
 
-def _keys_in(name: str, value: str) -> Iterator[str]:
-    """Every decryption_key that an override holds, also inside of a list."""
+def json_schema() -> str:
+    """Returns the JSON Schema of the settings, with which editors complete and check the YAML file."""
+    schema = ServerConfig.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Settings of mal-server"
+    return json.dumps(schema, indent=2)
+
+
+def _duplicates(values: Sequence[T]) -> list[T]:
+    """Returns each value that occurs more than once.
+
+    >>> _duplicates([3, 1, 3])
+    [3]
+    """
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def _decryption_keys(name: str, value: str) -> Iterator[str]:
+    """Yields every decryption_key in an override, also those in entries of a list."""
     if name == "decryption_key":
         yield value
     elif name in {"models", "model_folders"}:

@@ -1,10 +1,11 @@
-"""Section `tokens` of the server's settings: the bearer tokens that clients may present, and their scopes."""
+"""Section `tokens` of the server's settings: bearer tokens of clients and their scopes. Reads no file."""
 
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from mal_server.config.model_config import ModelName
+from mal_train.core.secrets import is_secret_reference
 from mal_train.core.yaml_config import Strict
 
 Scope = Literal["label", "evaluate", "admin"]
@@ -18,7 +19,7 @@ class TokenSetting(Strict):
     scopes: tuple[Scope, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _secret_stays_elsewhere(self) -> Self:
-        if not self.token.startswith(("file:", "env:")):
-            raise ValueError("token: give file:PATH or env:NAME; the token itself does not belong into this file")
+    def _check_reference(self) -> Self:
+        if not is_secret_reference(self.token):
+            raise ValueError("token: a secret in the settings file; give file:PATH or env:NAME")
         return self

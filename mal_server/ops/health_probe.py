@@ -1,4 +1,4 @@
-"""`mal-server health`: asks a running server how it is, for supervisors and containers without another tool."""
+"""Implements `mal-server health`: one health check of a running server, for supervisors and containers."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,32 +8,32 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mal_server.config.listen import Listen
-from mal_server.security.tls_check import check_shown, verify_handshake
+from mal_server.security.tls_check import verify_client_certificate, verify_handshake
 from mal_train.core.errors import ConfigError
-
-PORTS = range(1, 65536)
+from mal_train.core.net import check_address, format_address, host_of
+from mal_train.core.pem import read_pem
 
 SERVICE = "mal.v1.LabelingService"
 
 HUNG_UP = ("Socket closed", "Connection reset", "Broken pipe")
-"""How gRPC says that the other end took the connection and closed it."""
+"""Texts with which gRPC reports a connection that the other end accepted and closed."""
 
 EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Addresses to listen on that nobody can call → the one of this machine."""
+"""Addresses that a server can listen on but a client cannot call -> the loopback address of the same family."""
 
 
 @dataclass(frozen=True)
 class HealthProbe:
-    """A question to a server.
+    """A health check of one server.
 
     Attributes:
         address: HOST:PORT.
-        service: full name, for example mal.v1.LabelingService; empty = the whole server.
-        timeout_s: how long to wait for the answer.
-        tls_ca: PEM file of the authority to trust; None = plaintext.
-        tls_name: name in the server's certificate, where it is not the address's host.
-        client_cert: PEM file with the certificate to show.
-        client_key: PEM file of its private key; None = in the same file.
+        service: full name, for example mal.v1.LabelingService; empty: the server as a whole.
+        timeout_s: deadline of the call.
+        tls_ca: PEM file of the trusted authority; None: plaintext.
+        tls_name: name that the server's certificate must be valid for; None: the host of `address`.
+        client_cert: PEM file of the client certificate (mTLS).
+        client_key: PEM file of its private key; None: `client_cert` holds it too.
     """
 
     address: str
@@ -44,98 +44,93 @@ class HealthProbe:
     client_cert: Path | None = None
     client_key: Path | None = None
 
-    def ask(self) -> str:
-        """SERVING or NOT_SERVING as the server says; SERVICE_UNKNOWN or UNREACHABLE with why, and the remedy.
+    def check(self) -> str:
+        """Returns SERVING, NOT_SERVING, or SERVICE_UNKNOWN or UNREACHABLE with the reason and the remedy.
 
         Raises:
-            ConfigError: an address without a port, or a file that cannot be read.
+            ConfigError: the address has no port, or a file cannot be read.
         """
-        _check_address(self.address)
+        check_address(self.address, "health")
         with self._channel() as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             try:
-                answer = stub.Check(health_pb2.HealthCheckRequest(service=self.service), timeout=self.timeout_s)
+                response = stub.Check(health_pb2.HealthCheckRequest(service=self.service), timeout=self.timeout_s)
             except grpc.RpcError as error:
                 call: Any = error
                 if call.code() is grpc.StatusCode.NOT_FOUND:
-                    return self._unknown()
-                return f"UNREACHABLE ({call.code().name}: {call.details()}){self._hint(call)}"
-        if answer.status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
-            return self._unknown()
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+                    return self._unknown_service()
+                return f"UNREACHABLE ({call.code().name}: {call.details()}){self._tls_hint(call)}"
+        # The server answers so for a model that was unloaded.
+        if response.status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            return self._unknown_service()
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
-    def _unknown(self) -> str:
-        """A model that was unloaded is answered so, too."""
+    def _unknown_service(self) -> str:
         return (
-            f"SERVICE_UNKNOWN (--service {self.service}: the server has none of that name; leave --service out to ask "
-            f"about all of it, or name {SERVICE}, or {SERVICE}/MODEL with a model of `mal-client models list`)"
+            f"SERVICE_UNKNOWN (--service {self.service}: the server has no such service; leave --service out to check "
+            f"the server as a whole, or give {SERVICE}, or {SERVICE}/MODEL with a model of `mal-client models list`)"
         )
 
-    def _hint(self, call: Any) -> str:
-        """A server with TLS takes a plaintext connection and closes it: nothing else says that it is there."""
-        is_hung_up = call.code() is grpc.StatusCode.UNAVAILABLE and any(words in call.details() for words in HUNG_UP)
+    def _tls_hint(self, call: Any) -> str:
+        """Returns the remedy for a plaintext check of a TLS server, which accepts the connection and closes it."""
+        is_hung_up = call.code() is grpc.StatusCode.UNAVAILABLE and any(text in call.details() for text in HUNG_UP)
         if self.tls_ca is not None or not is_hung_up:
             return ""
         return (
-            "; somebody listens there and closes the connection, as a server with TLS does: give --tls-ca CA.pem, or "
-            "-c FILE with the server's settings"
+            "; the server closed the connection, as a TLS server does: give --tls-ca CA.pem, or -c FILE with the "
+            "server's settings"
         )
 
     def _channel(self) -> grpc.Channel:
         if self.client_key is not None and self.client_cert is None:
-            raise ConfigError("--client-key: give the certificate, too (--client-cert)")
+            raise ConfigError(f"--client-key: {self.client_key} without its certificate; give --client-cert too")
         if self.tls_ca is None:
             if self.client_cert is not None or self.tls_name is not None:
-                raise ConfigError("--client-cert, --tls-name: they need --tls-ca; without it nothing is encrypted")
+                raise ConfigError("--client-cert, --tls-name: used with TLS only; give --tls-ca too")
             return grpc.insecure_channel(self.address)
-        shown = None if self.client_cert is None else _read(self.client_cert)
-        key = shown if self.client_key is None else _read(self.client_key)
-        credentials = grpc.ssl_channel_credentials(_read(self.tls_ca), key, shown)
+        chain = key = None
+        if self.client_cert is not None:
+            chain = read_pem(self.client_cert, "--client-cert", "certificate")
+            key = read_pem(self.client_key or self.client_cert, "--client-key", "private key")
+        credentials = grpc.ssl_channel_credentials(read_pem(self.tls_ca, "--tls-ca", "certificate"), key, chain)
         options = [] if self.tls_name is None else [("grpc.ssl_target_name_override", self.tls_name)]
         return grpc.secure_channel(self.address, credentials, options=options)
 
 
-def _check_address(address: str) -> None:
-    """Where no port is given gRPC would take 443, and one that is too large modulo 65536."""
-    host, _, port = address.rpartition(":")
-    if address.startswith("unix:") or (host and port.isdecimal() and int(port) in PORTS):
-        return
-    raise ConfigError(f"health: {address!r}; HOST:PORT is needed, for example 127.0.0.1:50051")
-
-
 def probe_of(listen: Listen, given: HealthProbe) -> HealthProbe:
-    """A question to the server that listens so. What is given wins: its address, where it is not empty, and its papers.
+    """Returns a health check of the server with these settings. An address, name or file in `given` takes precedence.
 
-    The server's own certificate is trusted as it lies there, under the name that it bears. Where the server asks for a
-    client's, `listen.tls_probe_certificate` is shown, or the server's own.
+    The probe trusts the server's certificate file itself and verifies that the certificate is valid today for
+    `listen.tls_probe_name`, by default for the host that it calls. If the server requires client certificates, the
+    probe presents `listen.tls_probe_certificate`, by default the server's own.
 
     Raises:
-        ConfigError: `listen.port` is 0 and no address is given, or a file cannot be used for what it is there for.
+        ConfigError: `listen.port` is 0 and `given` has no address, or a TLS file fails its check.
     """
-    found = replace(given, address=given.address or _own_address(listen))
+    probe = replace(given, address=given.address or _own_address(listen))
     if listen.tls_certificate is None or listen.tls_key is None:
-        return found
-    if found.tls_ca is None:
-        name = verify_handshake(listen.tls_certificate, listen.tls_key)
-        found = replace(found, tls_ca=listen.tls_certificate, tls_name=found.tls_name or name)
-    if listen.tls_client_ca is None or found.client_cert is not None:
-        return found
-    shown, key = listen.tls_probe_certificate, listen.tls_probe_certificate
-    if shown is None or key is None:
-        shown, key = listen.tls_certificate, listen.tls_key
-    check_shown(listen.tls_certificate, listen.tls_key, listen.tls_client_ca, shown, key)
-    return replace(found, client_cert=shown, client_key=key)
+        return probe
+    name = given.tls_name or listen.tls_probe_name or _default_name(listen, given.address)
+    probe = replace(probe, tls_name=name)
+    if probe.tls_ca is None:
+        verify_handshake(listen.tls_certificate, listen.tls_key, name)
+        probe = replace(probe, tls_ca=listen.tls_certificate)
+    if listen.tls_client_ca is None or probe.client_cert is not None:
+        return probe
+    client_cert, client_key = listen.tls_certificate, listen.tls_key
+    if listen.tls_probe_certificate is not None:
+        client_cert = client_key = listen.tls_probe_certificate
+    verify_client_certificate(listen.tls_certificate, listen.tls_key, listen.tls_client_ca, client_cert, client_key)
+    return replace(probe, client_cert=client_cert, client_key=client_key)
 
 
 def _own_address(listen: Listen) -> str:
     if listen.port == 0:
-        raise ConfigError("listen.port: 0 takes a free port, which these settings do not tell; give HOST:PORT, too")
-    host = EVERY_INTERFACE.get(listen.host, listen.host)
-    return f"[{host}]:{listen.port}" if ":" in host else f"{host}:{listen.port}"
+        raise ConfigError("listen.port: 0 takes a free port, which the settings do not contain; give HOST:PORT too")
+    return format_address(EVERY_INTERFACE.get(listen.host, listen.host), listen.port)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+def _default_name(listen: Listen, given_address: str) -> str:
+    if given_address:
+        return host_of(given_address) or "localhost"
+    return "localhost" if listen.host in EVERY_INTERFACE else listen.host

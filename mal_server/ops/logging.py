@@ -1,6 +1,6 @@
-"""How log lines look: text for people, or one JSON object a line for collectors. Both show the same fields.
+"""Formats log lines as text or as one JSON object each, with the same fields.
 
-A line's fields travel in `extra={"fields": {...}}`; no caller puts pixels, keys or tokens there.
+Callers pass fields in `extra={"fields": {...}}`; never pixels, keys or tokens.
 """
 
 import json
@@ -12,28 +12,28 @@ Form = Literal["text", "json"]
 
 
 def set_up(level: str, form: Form, stream: TextIO) -> None:
-    """Sends the log of the whole process to `stream`."""
+    """Writes the log of the process to `stream`."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level, handlers=[handler])
 
 
 class TextFormatter(logging.Formatter):
-    """`time=… level=… logger=… message field=value …`."""
+    """Formats `time=… level=… logger=… message field=value …`."""
 
     def __init__(self) -> None:
         super().__init__("time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line without a trace."""
+        """Returns the line without its traceback."""
         return " ".join([super().formatMessage(record), *(f"{k}={v}" for k, v in _fields(record).items())])
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line; `time` is UTC, ISO 8601, to the millisecond; a trace goes under `trace`."""
+    """Formats one JSON object; `time` is UTC, ISO 8601, in milliseconds; a traceback goes under `trace`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Returns the line."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",

@@ -1,21 +1,21 @@
-"""Counts what the server does, in a Prometheus registry of its own, and shows it on a port of its own when asked to.
+"""Counts events of the server in its own Prometheus registry, and serves them on a separate port if configured.
 
-    grpc_server_handled_total{method,code}      calls that ended
-    grpc_server_handling_seconds{method}        time from their start to their end
-    mal_queue_crops                             crops that are admitted and not yet running
-    mal_queue_bytes                             memory that they hold, as admitted
-    mal_queue_seconds{priority}                 a request's longest wait for a batch
+    grpc_server_handled_total{method,code}      finished calls
+    grpc_server_handling_seconds{method}        duration of a call
+    mal_queue_crops                             admitted crops that do not run yet
+    mal_queue_bytes                             memory of admitted requests
+    mal_queue_seconds{priority}                 longest wait of a request for a batch
     mal_batch_crops                             crops in a device batch
-    mal_stage_seconds{stage}                    decode: one request · infer: one batch · finish: one request's share
-    mal_rejected_total{reason}                  calls and bulk items that were refused, by the reason in their status
-    mal_dropped_total{reason}                   admitted crops that nobody waits for any more
-    mal_masks_total{flag}                       masks by flag; NONE: masks without one
-    mal_image_cache_hits_total, …_misses_total  requests that named a picture by its handle
-    mal_image_cache_bytes                       memory of the pictures held
-    mal_model_info{name,sha256,branch}          1 for each model that answers
-    process_*                                   CPU, memory, files and start of this process
+    mal_stage_seconds{stage}                    decode: one request · infer: one batch · finish: one partial result
+    mal_rejected_total{reason}                  failed calls and bulk items, by the reason in their status
+    mal_dropped_total{reason}                   admitted crops whose call was cancelled or expired
+    mal_masks_total{flag}                       masks by flag; NONE: masks without a flag
+    mal_image_cache_hits_total, …_misses_total  requests with the SHA-256 of an image
+    mal_image_cache_bytes                       memory of the cached images
+    mal_model_info{name,sha256,branch}          1 for each served model
+    process_*                                   CPU, memory, files and start time of this process
 
-Always counted, which costs microseconds a request; knows nothing of gRPC's objects.
+Counting costs microseconds for each request and is always on. Knows nothing of gRPC.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +24,7 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from mal_train.core.errors import ConfigError
+from mal_train.core.net import format_address
 
 TIMES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -38,110 +39,125 @@ class _HttpServer(Protocol):
 
 
 class Metrics:
-    """The figures of one server."""
+    """Metrics of one server.
 
-    def __init__(self) -> None:
-        self.on_part: Callable[[object], None] | None = None
+    Args:
+        on_timing: also receives the `Timing` of each partial result, for tracing.
+    """
+
+    def __init__(self, on_timing: Callable[[object], None] | None = None) -> None:
+        self._on_timing = on_timing
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self._handled = Counter("grpc_server_handled", "Calls that ended.", ["method", "code"], registry=registry)
+        self._handled = Counter("grpc_server_handled", "Finished calls.", ["method", "code"], registry=registry)
         self._handling = Histogram(
-            "grpc_server_handling_seconds", "Time of a call.", ["method"], buckets=TIMES_S, registry=registry
+            "grpc_server_handling_seconds", "Duration of a call.", ["method"], buckets=TIMES_S, registry=registry
         )
-        self._queue_crops = Gauge("mal_queue_crops", "Crops admitted and not yet running.", registry=registry)
-        self._queue_bytes = Gauge("mal_queue_bytes", "Memory that they hold.", registry=registry)
+        self._queue_crops = Gauge("mal_queue_crops", "Admitted crops that do not run yet.", registry=registry)
+        self._queue_bytes = Gauge("mal_queue_bytes", "Memory of admitted requests.", registry=registry)
         self._queue = Histogram(
             "mal_queue_seconds", "Wait for a batch.", ["priority"], buckets=TIMES_S, registry=registry
         )
         self._batch = Histogram("mal_batch_crops", "Crops in a device batch.", buckets=SIZES, registry=registry)
         self._stage = Histogram("mal_stage_seconds", "Time in a stage.", ["stage"], buckets=TIMES_S, registry=registry)
-        self._rejected = Counter("mal_rejected", "Refused calls and items.", ["reason"], registry=registry)
-        self._dropped = Counter("mal_dropped", "Admitted crops that nobody waits for.", ["reason"], registry=registry)
+        self._rejected = Counter("mal_rejected", "Failed calls and items.", ["reason"], registry=registry)
+        self._dropped = Counter(
+            "mal_dropped", "Admitted crops whose call was cancelled or expired.", ["reason"], registry=registry
+        )
         self._masks = Counter("mal_masks", "Masks by flag.", ["flag"], registry=registry)
-        self._cache_hits = Counter("mal_image_cache_hits", "Handles of pictures that were held.", registry=registry)
-        self._cache_misses = Counter("mal_image_cache_misses", "Handles of pictures that were not.", registry=registry)
-        self._cache_bytes = Gauge("mal_image_cache_bytes", "Memory of the pictures held.", registry=registry)
+        self._cache_hits = Counter(
+            "mal_image_cache_hits", "Requests with the SHA-256 of a cached image.", registry=registry
+        )
+        self._cache_misses = Counter(
+            "mal_image_cache_misses", "Requests with the SHA-256 of an image that is not cached.", registry=registry
+        )
+        self._cache_bytes = Gauge("mal_image_cache_bytes", "Memory of the cached images.", registry=registry)
         self._model = Gauge(
-            "mal_model_info", "1 for each model that answers.", ["name", "sha256", "branch"], registry=registry
+            "mal_model_info", "1 for each served model.", ["name", "sha256", "branch"], registry=registry
         )
 
     def call_ended(self, method: str, code: str, took_s: float) -> None:
-        """A call came to its end with a status code."""
+        """Counts a finished call."""
         self._handled.labels(method, code).inc()
         self._handling.labels(method).observe(took_s)
 
     def rejected(self, reason: str) -> None:
-        """A call or an item was answered with an error that has a reason."""
+        """Counts a call or an item that failed with a reason."""
         self._rejected.labels(reason).inc()
 
     def batch_ended(self, size: int, took_s: float) -> None:
-        """A device batch ran."""
+        """Counts a device batch."""
         self._batch.observe(size)
         self._stage.labels("infer").observe(took_s)
 
     def waited(self, priority: str, seconds: float) -> None:
-        """A request's crops left the queue."""
+        """Records the longest wait of a request's crops in the queue."""
         self._queue.labels(priority).observe(seconds)
 
     def dropped(self, reason: str, crops: int) -> None:
-        """Crops left the server without an answer."""
+        """Counts crops that left the server without a result."""
         self._dropped.labels(reason).inc(crops)
 
     def decoded(self, seconds: float) -> None:
-        """A request's image was decoded and cut."""
+        """Records the time to decode an image and crop its boxes."""
         self._stage.labels("decode").observe(seconds)
 
     def finished(self, seconds: float) -> None:
-        """A share of a request was turned into masks."""
+        """Records the time to turn a partial result into masks."""
         self._stage.labels("finish").observe(seconds)
 
     def part_done(self, timing: object) -> None:
-        """Some of a request's answers are ready; `timing` is theirs. Counts nothing: tells whoever follows calls."""
-        if self.on_part is not None:
-            self.on_part(timing)
+        """Passes the `Timing` of a partial result on to `on_timing`; counts nothing."""
+        if self._on_timing is not None:
+            self._on_timing(timing)
 
     def labeled(self, flags: Sequence[str]) -> None:
-        """A mask was made."""
+        """Counts a mask."""
         for flag in flags or (NO_FLAG,):
             self._masks.labels(flag).inc()
 
     def looked_up(self, *, found: bool) -> None:
-        """A request named a picture by its handle."""
+        """Counts a request with the SHA-256 of an image."""
         (self._cache_hits if found else self._cache_misses).inc()
 
     def watch_cache(self, size_bytes: Callable[[], float]) -> None:
-        """Reads the cache's size whenever the figures are read."""
+        """Sets the function that returns the size of the image cache."""
         self._cache_bytes.set_function(size_bytes)
 
     def watch_queue(self, crops: Callable[[], float], size_bytes: Callable[[], float]) -> None:
-        """Reads the queue's state whenever the figures are read."""
+        """Sets the functions that return the number of waiting crops and their memory."""
         self._queue_crops.set_function(crops)
         self._queue_bytes.set_function(size_bytes)
 
-    def serves(self, models: Iterable[tuple[str, str, str]]) -> None:
-        """These models (name, SHA-256, branch) answer from now on."""
+    def set_models(self, models: Iterable[tuple[str, str, str]]) -> None:
+        """Sets the served models, each (name, SHA-256, branch)."""
         self._model.clear()
         for labels in models:
             self._model.labels(*labels).set(1)
 
 
 class MetricsPort:
-    """Shows the figures on http://host:port/metrics, from a thread of its own.
+    """Serves metrics on http://host:port/metrics in its own thread.
+
+    Attributes:
+        port: the real port if 0 was given.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be bound.
     """
 
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
         try:
             server, self._thread = start_http_server(port, host, metrics.registry)
         except OSError as error:
-            raise ConfigError(f"metrics: cannot listen on {host}:{port}: {error.strerror}") from None
+            raise ConfigError(
+                f"metrics: cannot listen on {format_address(host, port)}: {error.strerror}; choose another metrics.port"
+            ) from None
         self._server: _HttpServer = server
         self.port = self._server.server_port
 
     def close(self) -> None:
-        """Stops showing them."""
+        """Stops serving and ends the thread."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -26,7 +26,7 @@ from tests.mal_server.calls import bulk
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, label, label_request, serving
 from tests.mal_server.inference.test_bad_images import READ, REFUSED, saved
 from tests.mal_server.random_requests import REQUESTS
-from tests.mal_server.security.test_auth import NOTHING, Papers, calls_of, outcomes, reached
+from tests.mal_server.security.test_auth import NOTHING, Certificates, calls_of, outcomes, reached
 
 Say = Callable[..., None]
 
@@ -146,8 +146,8 @@ def test_no_request_is_a_fault_of_the_server_and_each_round_ends_with_a_right_an
 
 
 @pytest.fixture(scope="module")
-def papers(tmp_path_factory: pytest.TempPathFactory) -> Papers:
-    return Papers(tmp_path_factory.mktemp("papers"))
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("papers"))
 
 
 @pytest.fixture
@@ -165,13 +165,13 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_callers_without_the_right_papers_reach_no_handler(
-    papers: Papers, monkeypatch: pytest.MonkeyPatch, entries: list[str], form: Form, say: Say
+    papers: Certificates, monkeypatch: pytest.MonkeyPatch, entries: list[str], form: Form, say: Say
 ) -> None:
     monkeypatch.setenv("MAL_TEST_LABEL", "label-0123456789abcdef")
     tokens = [{"name": "label", "token": "env:MAL_TEST_LABEL", "scopes": ["label"]}]
     known = {"tls_ca": papers.authority}
     strangers: list[dict[str, Any]] = [
-        {"tls_ca": papers.stranger, "client_cert": papers.client},
+        {"tls_ca": papers.other_authority, "client_cert": papers.client},
         {**known, "client_cert": papers.expired},
         {**known, "client_cert": papers.foreign},
         known,

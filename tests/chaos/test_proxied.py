@@ -44,7 +44,7 @@ def proxied(proxy: str, folder: Path, servers: list[Server]) -> Iterator[str]:
     process = subprocess.Popen(command_of(proxy, config))
     try:
         until = time.monotonic() + 60
-        while HealthProbe(f"127.0.0.1:{port}").ask() != "SERVING":
+        while HealthProbe(f"127.0.0.1:{port}").check() != "SERVING":
             assert process.poll() is None, f"the proxy ended with {process.returncode}"
             assert time.monotonic() < until, "the proxy did not come up"
             time.sleep(0.05)

@@ -349,7 +349,7 @@ def test_under_all_faults_at_random_nothing_is_lost_and_nothing_comes_twice(
         faults.wait_for(lambda: all(one.is_up for one in servers), "a server did not come back")
         job.finish()
         faults.wait_for(lambda: queued_crops(f"127.0.0.1:{metrics}") == 0, "crops wait that nobody waits for")
-        health = [HealthProbe(address).ask() for address in addresses]
+        health = [HealthProbe(address).check() for address in addresses]
         for server in servers:
             server.end()
     growth_mib, more_files = _grown(faults.rss_mib), _grown(faults.files)

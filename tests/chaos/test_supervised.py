@@ -45,7 +45,7 @@ class Supervised:
 
     def health(self) -> str:
         """As `mal-server health` says."""
-        return HealthProbe(self.address, timeout_s=1.0).ask().partition(" ")[0]
+        return HealthProbe(self.address, timeout_s=1.0).check().partition(" ")[0]
 
     def seconds_until_serving(self) -> float:
         """From now on."""

@@ -217,7 +217,7 @@ class Unit:
 
     def serves(self) -> bool:
         try:
-            return HealthProbe(self.address_file.read_text().strip(), timeout_s=5.0).ask() == "SERVING"
+            return HealthProbe(self.address_file.read_text().strip(), timeout_s=5.0).check() == "SERVING"
         except FileNotFoundError:
             return False
 

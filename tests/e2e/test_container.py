@@ -110,7 +110,7 @@ class Service:
         return subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
     def is_serving(self) -> bool:
-        return HealthProbe(self.address, timeout_s=1.0).ask() == "SERVING"
+        return HealthProbe(self.address, timeout_s=1.0).check() == "SERVING"
 
     def mask(self) -> bytes:
         """Of a portrait, as run lengths."""

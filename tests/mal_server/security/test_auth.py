@@ -1,4 +1,4 @@
-"""Who gets in: certificates, tokens and their scopes, seen through real channels. Refused calls reach no handler."""
+"""Certificates, tokens and scopes over real channels. Refused calls reach no handler."""
 
 import asyncio
 import datetime
@@ -38,23 +38,23 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 Calls = dict[str, Callable[[], Awaitable[Any]]]
 
 
-def calls_of(channel: grpc.aio.Channel, token: str | None, kind: str = "Bearer") -> Calls:
-    """A call of each service, with a token or none."""
-    metadata = () if token is None else (("authorization", f"{kind} {token}"),)
+def calls_of(channel: grpc.aio.Channel, token: str | None, scheme: str = "Bearer") -> Calls:
+    """Returns a call of each service, with a token or none."""
+    metadata = () if token is None else (("authorization", f"{scheme} {token}"),)
     labeling: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
     evaluation: Any = evaluation_pb2_grpc.EvaluationServiceStub(channel)
     model: Any = model_pb2_grpc.ModelServiceStub(channel)
     health: Any = health_pb2_grpc.HealthStub(channel)
 
     async def label() -> list[Any]:
-        return [answer async for answer in labeling.LabelImage(label_request(DISC_BOX), metadata=metadata)]
+        return [response async for response in labeling.LabelImage(label_request(DISC_BOX), metadata=metadata)]
 
     async def bulk() -> list[Any]:
-        return [answer async for answer in labeling.LabelImages(iter(()), metadata=metadata)]
+        return [response async for response in labeling.LabelImages(iter(()), metadata=metadata)]
 
     async def evaluate() -> list[Any]:
         first = evaluation_pb2.EvaluateRequest(options=evaluation_pb2.EvaluateOptions())
-        return [answer async for answer in evaluation.Evaluate(iter([first]), metadata=metadata)]
+        return [response async for response in evaluation.Evaluate(iter([first]), metadata=metadata)]
 
     return {
         "label": label,
@@ -66,15 +66,15 @@ def calls_of(channel: grpc.aio.Channel, token: str | None, kind: str = "Bearer")
 
 
 async def outcomes(calls: Calls) -> dict[str, str]:
-    """ "OK", or the reason of the refusal (its code where it has none), of each call."""
-    found = {}
+    """Returns "OK", the reason of the error or, without one, its code, for each call."""
+    results = {}
     for name, call in calls.items():
         try:
             await call()
-            found[name] = "OK"
+            results[name] = "OK"
         except grpc.aio.AioRpcError as error:
-            found[name] = reason_of(status_details(error)) or error.code().name
-    return found
+            results[name] = reason_of(status_details(error)) or error.code().name
+    return results
 
 
 EVERYTHING = dict.fromkeys(("label", "bulk", "evaluate", "info", "health"), "OK")
@@ -82,7 +82,7 @@ NOTHING = {**dict.fromkeys(("label", "bulk", "evaluate", "info"), "NO_TOKEN"), "
 
 
 @pytest.mark.parametrize(
-    ("token", "kind", "expected"),
+    ("token", "scheme", "expected"),
     [
         (None, "Bearer", NOTHING),
         ("wrong-0123456789abcdef", "Bearer", NOTHING),
@@ -95,19 +95,19 @@ NOTHING = {**dict.fromkeys(("label", "bulk", "evaluate", "info"), "NO_TOKEN"), "
         (TOKENS["evaluate"], "Bearer", {**EVERYTHING, "label": "MISSING_SCOPE", "bulk": "MISSING_SCOPE"}),
     ],
 )
-def test_a_token_opens_what_its_scopes_say(
-    tokens: list[dict[str, Any]], token: str | None, kind: str, expected: dict[str, str]
+def test_a_token_allows_the_methods_of_its_scopes(
+    tokens: list[dict[str, Any]], token: str | None, scheme: str, expected: dict[str, str]
 ) -> None:
     async def work() -> dict[str, str]:
         async with serving(tokens=tokens) as running:
-            found = await outcomes(calls_of(running.channel, token, kind))
+            results = await outcomes(calls_of(running.channel, token, scheme))
             assert len(running.predictor.batches) == (expected["label"] == "OK")
-            return found
+            return results
 
     assert asyncio.run(work()) == expected
 
 
-def test_without_tokens_everybody_is_served() -> None:
+def test_without_tokens_every_client_is_served() -> None:
     async def work() -> dict[str, str]:
         async with serving() as running:
             return await outcomes(calls_of(running.channel, None))
@@ -115,7 +115,7 @@ def test_without_tokens_everybody_is_served() -> None:
     assert asyncio.run(work()) == EVERYTHING
 
 
-def test_the_codes_tell_a_missing_token_from_a_missing_scope(tokens: list[dict[str, Any]]) -> None:
+def test_a_missing_token_and_a_missing_scope_have_different_codes(tokens: list[dict[str, Any]]) -> None:
     async def work() -> list[grpc.StatusCode]:
         codes = []
         async with serving(tokens=tokens) as running:
@@ -128,80 +128,87 @@ def test_the_codes_tell_a_missing_token_from_a_missing_scope(tokens: list[dict[s
     assert asyncio.run(work()) == [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED]
 
 
-def test_tokens_come_from_files_too(tmp_path: Path) -> None:
+def test_a_token_is_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("0123456789abcdef\n")
-    access = read_tokens([TokenSetting(name="a", token=f"file:{path}", scopes=("label",))])
-    assert access.caller("/mal.v1.LabelingService/LabelImage", [("authorization", "Bearer 0123456789abcdef")]) == "a"
+    authenticator = read_tokens([TokenSetting(name="a", token=f"file:{path}", scopes=("label",))])
+    header = [("authorization", "Bearer 0123456789abcdef")]
+    assert authenticator.authenticate("/mal.v1.LabelingService/LabelImage", header) == "a"
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "rule"),
     [
-        ("short", "16 to 4096 characters"),
-        ("", "16 to 4096 characters"),
-        ("two words of 16 chars", "one word of printable ASCII"),
-        ("0123456789abcdef\x07", "one word of printable ASCII"),
-        ("0123456789äbcdef", "one word of printable ASCII"),
-        ("x" * 5000, "16 to 4096 characters"),
+        ("short", "16 to 4096"),
+        ("", "16 to 4096"),
+        ("x" * 5000, "16 to 4096"),
+        ("two words of 16 chars", "ASCII"),
+        ("0123456789abcdef\x07", "ASCII"),
+        ("0123456789äbcdef", "ASCII"),
     ],
 )
-def test_a_token_that_cannot_be_used_is_refused_and_not_shown(tmp_path: Path, text: str, said: str) -> None:
+def test_an_invalid_token_is_refused_and_not_shown(tmp_path: Path, text: str, rule: str) -> None:
     path = tmp_path / "secret"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=said) as raised:
+    with pytest.raises(ConfigError) as raised:
         read_tokens([TokenSetting(name="a", token=f"file:{path}", scopes=("label",))])
-    assert not text or text not in str(raised.value)
+    message = str(raised.value)
+    assert message.startswith(f"tokens: 'a': file:{path}: ")
+    assert rule in message
+    assert not text or text not in message
 
 
-@pytest.mark.parametrize(("token", "said"), [("file:/none", "No such file"), ("env:MAL_NONE", "no such variable")])
-def test_a_token_that_is_not_there_is_named(token: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+@pytest.mark.parametrize("token", ["file:/none", "env:MAL_NONE"])
+def test_a_missing_token_source_is_named(token: str) -> None:
+    with pytest.raises(ConfigError) as raised:
         read_tokens([TokenSetting(name="a", token=token, scopes=("label",))])
+    assert str(raised.value).startswith("tokens: 'a': ")
+    assert token.partition(":")[2] in str(raised.value)
 
 
 def test_one_token_under_two_names_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("0123456789abcdef")
-    with pytest.raises(ConfigError, match="'a' and 'b' are the same"):
+    with pytest.raises(ConfigError, match="tokens: 'a' and 'b'"):
         read_tokens([TokenSetting(name=name, token=f"file:{path}", scopes=("label",)) for name in "ab"])
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "field", "remedy"),
     [
-        ({"tokens": [{"name": "a", "token": "hunter2hunter2hunter2", "scopes": ["label"]}]}, "file:PATH or env:NAME"),
-        ({"tokens": [{"name": "a", "token": "env:A", "scopes": ["root"]}]}, "scopes"),
-        ({"tokens": [{"name": "a", "token": "env:A", "scopes": []}]}, "scopes"),
-        (
-            {"tokens": [{"name": "a", "token": "env:A"}]},
-            r"tokens\[0\].scopes: required, .*; it takes label, evaluate, admin$",
-        ),
-        ({"tokens": [{"token": "env:A", "scopes": ["label"]}]}, r"tokens\[0\].name: required, but not given$"),
-        ({"listen": {"host": "0.0.0.0"}}, "^listen.host: '0.0.0.0' is"),
-        ({"tokens": [{"name": "a", "token": "env:A", "scopes": ["label"]}] * 2}, "a name stands twice"),
-        ({"listen": {"tls_certificate": "a.pem"}}, "give both or neither"),
-        ({"listen": {"tls_client_ca": "a.pem"}}, "without listen.tls_certificate"),
+        ({"tokens": [{"name": "a", "token": "hunter2hunter2hunter2", "scopes": ["label"]}]}, "tokens[0]", "env:NAME"),
+        ({"tokens": [{"name": "a", "token": "env:A", "scopes": ["root"]}]}, "tokens[0].scopes[0]", "'admin'"),
+        ({"tokens": [{"name": "a", "token": "env:A", "scopes": []}]}, "tokens[0].scopes", "1"),
+        ({"tokens": [{"name": "a", "token": "env:A"}]}, "tokens[0].scopes", "label, evaluate, admin"),
+        ({"tokens": [{"token": "env:A", "scopes": ["label"]}]}, "tokens[0].name", ""),
+        ({"listen": {"host": "0.0.0.0"}}, "listen.host", "allow_plaintext"),
+        ({"tokens": [{"name": "a", "token": "env:A", "scopes": ["label"]}] * 2}, "tokens", "'a'"),
+        ({"listen": {"tls_certificate": "a.pem"}}, "listen.tls_certificate", "listen.tls_key"),
+        ({"listen": {"tls_client_ca": "a.pem"}}, "listen.tls_client_ca", "listen.tls_certificate"),
+        ({"listen": {"tls_probe_name": "a.org"}}, "listen.tls_probe_name", "listen.tls_certificate"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as raised:
+def test_a_setting_that_contradicts_another_is_refused(settings: dict[str, Any], field: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as raised:
         config_of(**settings)
-    assert "hunter2" not in str(raised.value)
+    message = str(raised.value)
+    assert message.startswith((f"{field}: ", f"{field}, "))
+    assert remedy in message
+    assert "hunter2" not in message
 
 
-def test_with_a_certificate_other_hosts_are_allowed() -> None:
+def test_with_a_certificate_every_host_is_allowed() -> None:
     listen = {"host": "0.0.0.0", "tls_certificate": "a.pem", "tls_key": "b.pem"}
     assert config_of(listen=listen).listen.host == "0.0.0.0"
 
 
-class Papers:
-    """Certificates in a folder: the authority's, the server's (127.0.0.1), a client's, and an expired client's."""
+class Certificates:
+    """Certificates in a folder: of the authority, the server (127.0.0.1), a client, and clients to refuse."""
 
     def __init__(self, folder: Path) -> None:
         authority = trustme.CA()
         self.authority = self._write(folder / "ca.pem", authority.cert_pem)
-        self.stranger = self._write(folder / "other.pem", trustme.CA().cert_pem)
+        self.other_authority = self._write(folder / "other.pem", trustme.CA().cert_pem)
         server = authority.issue_cert("127.0.0.1")
         self.certificate = self._write(folder / "server.pem", *server.cert_chain_pems)
         self.key = self._write(folder / "server.key", server.private_key_pem)
@@ -218,14 +225,14 @@ class Papers:
         return path
 
     def listen(self, *, mutual: bool) -> dict[str, Any]:
-        """The server's settings."""
+        """Returns the section `listen` of the server's settings."""
         client_ca = {"tls_client_ca": str(self.authority)} if mutual else {}
         return {"port": 0, "tls_certificate": str(self.certificate), "tls_key": str(self.key), **client_ca}
 
 
 @pytest.fixture(scope="module")
-def papers(tmp_path_factory: pytest.TempPathFactory) -> Papers:
-    return Papers(tmp_path_factory.mktemp("papers"))
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @asynccontextmanager
@@ -237,67 +244,74 @@ async def reached(address: str, **options: Any) -> AsyncIterator[grpc.aio.Channe
         await channel.close(None)
 
 
-def codes_of(listen: dict[str, Any], ways: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Outcomes of the calls by each way to connect, of one server."""
+def outcomes_of(listen: dict[str, Any], connections: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Returns the outcomes of the calls over each connection to one server."""
 
     async def work() -> list[dict[str, str]]:
-        found = []
+        results = []
         async with serving(listen=listen) as running:
-            for way in ways:
-                async with reached(running.server.address, **way) as channel:
+            for options in connections:
+                async with reached(running.server.address, **options) as channel:
                     calls = calls_of(channel, None)
-                    # Health has no retries to wait for; whoever gets through the handshake may label as well.
-                    found.append(await asyncio.wait_for(outcomes({"health": calls["health"]}), 30))
-                    if found[-1]["health"] == "OK":
-                        found[-1] |= await asyncio.wait_for(outcomes({"label": calls["label"]}), 30)
-        return found
+                    # Health calls are not retried, so a refused handshake ends at once.
+                    results.append(await asyncio.wait_for(outcomes({"health": calls["health"]}), 30))
+                    if results[-1]["health"] == "OK":
+                        results[-1] |= await asyncio.wait_for(outcomes({"label": calls["label"]}), 30)
+        return results
 
     return asyncio.run(work())
 
 
-def test_tls_serves_those_who_trust_the_certificate_and_nobody_else(papers: Papers) -> None:
-    ways: list[dict[str, Any]] = [{"tls_ca": papers.authority}, {"tls_ca": papers.stranger}, {"tls": True}, {}]
-    trusting, *others = codes_of(papers.listen(mutual=False), ways)
+def test_tls_serves_only_clients_that_trust_the_authority(certificates: Certificates) -> None:
+    connections: list[dict[str, Any]] = [
+        *({"tls_ca": certificates.authority}, {"tls_ca": certificates.other_authority}),
+        *({"tls": True}, {}),
+    ]
+    trusting, *others = outcomes_of(certificates.listen(mutual=False), connections)
     assert set(trusting.values()) == {"OK"}
     assert [set(other.values()) for other in others] == [{"UNAVAILABLE"}] * 3
 
 
-def test_mutual_tls_serves_only_clients_with_a_valid_certificate_of_the_authority(papers: Papers) -> None:
-    known = {"tls_ca": papers.authority}
-    shown = [{**known, "client_cert": path} for path in (papers.client, papers.expired, papers.foreign)]
-    valid, *others = codes_of(papers.listen(mutual=True), [*shown, known])
+def test_mutual_tls_serves_only_clients_with_a_valid_certificate_of_the_authority(certificates: Certificates) -> None:
+    known = {"tls_ca": certificates.authority}
+    files = (certificates.client, certificates.expired, certificates.foreign)
+    connections = [*({**known, "client_cert": path} for path in files), known]
+    valid, *others = outcomes_of(certificates.listen(mutual=True), connections)
     assert set(valid.values()) == {"OK"}
     assert [set(other.values()) for other in others] == [{"UNAVAILABLE"}] * 3
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("name", "file"),
     [
-        ({"tls_certificate": "none.pem"}, "listen.tls_certificate: none.pem cannot be read"),
-        ({"tls_key": "expired.pem"}, "no PEM certificate with its unencrypted private key"),
-        ({"tls_certificate": "server.key"}, "no PEM certificate with its unencrypted private key"),
-        ({"tls_client_ca": "server.key"}, "holds no PEM certificate"),
+        ("tls_certificate", "none.pem"),
+        ("tls_certificate", "server.key"),
+        ("tls_key", "expired.pem"),
+        ("tls_client_ca", "server.key"),
     ],
 )
-def test_papers_that_cannot_be_used_are_named(
-    papers: Papers, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], said: str
+def test_an_unusable_tls_file_is_named_with_its_setting(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, name: str, file: str
 ) -> None:
-    monkeypatch.chdir(papers.key.parent)
-    with pytest.raises(ConfigError, match=said):
-        MalServer(config_of(listen={**papers.listen(mutual=True), **change}))
+    monkeypatch.chdir(certificates.key.parent)
+    with pytest.raises(ConfigError) as raised:
+        MalServer(config_of(listen={**certificates.listen(mutual=True), name: file}))
+    assert f"listen.{name}: " in str(raised.value)
+    assert file in str(raised.value)
 
 
-def test_the_clients_bring_certificate_and_token(papers: Papers, tokens: list[dict[str, Any]]) -> None:
-    known: dict[str, Any] = {"tls_ca": papers.authority, "client_cert": papers.client}
+def test_both_clients_present_certificate_and_token(certificates: Certificates, tokens: list[dict[str, Any]]) -> None:
+    known: dict[str, Any] = {"tls_ca": certificates.authority, "client_cert": certificates.client}
 
     def blocking(address: str) -> None:
         with Client(address, **known, token=TOKENS["label"]) as client:
             assert len(client.label_image(DISC_PNG, [DISC_BOX])) == 1
-        with Client(address, **known) as client, pytest.raises(InvalidRequest, match="no token"):
+        with Client(address, **known) as client, pytest.raises(InvalidRequest) as raised:
             client.label_image(DISC_PNG, [DISC_BOX])
+        assert raised.value.reason == "NO_TOKEN"
 
     async def work() -> None:
-        async with serving(listen=papers.listen(mutual=True), tokens=tokens) as running:
+        async with serving(listen=certificates.listen(mutual=True), tokens=tokens) as running:
             await asyncio.to_thread(blocking, running.server.address)
             async with AsyncClient(running.server.address, **known, token=TOKENS["label"]) as client:
                 assert len(await client.label_image(DISC_PNG, [DISC_BOX])) == 1
@@ -305,7 +319,7 @@ def test_the_clients_bring_certificate_and_token(papers: Papers, tokens: list[di
     asyncio.run(work())
 
 
-def test_a_token_also_works_at_the_near_end_of_a_tunnel(tokens: list[dict[str, Any]]) -> None:
+def test_a_token_works_without_tls_on_loopback(tokens: list[dict[str, Any]]) -> None:
     async def work() -> None:
         async with serving(BrightPredictor(), tokens=tokens) as running:
             async with AsyncClient(running.server.address, token=TOKENS["label"]) as client:
@@ -317,38 +331,39 @@ def test_a_token_also_works_at_the_near_end_of_a_tunnel(tokens: list[dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "named"),
     [
-        ({"token": "abc"}, "could read the token"),
-        ({"token": "a b", "tls": True}, "one word"),
-        ({"token": "", "tls": True}, "one word"),
-        ({"client_cert": "a.pem"}, "only shown with TLS"),
-        ({"client_key": "a.pem", "tls": True}, "give the certificate"),
-        ({"tls_ca": "none.pem"}, "tls_ca: none.pem cannot be read"),
-        ({"tls_ca": __file__}, "is no PEM file"),
+        ({"token": "abc"}, ("token", "tls_ca")),
+        ({"token": "a b", "tls": True}, ("token",)),
+        ({"token": "", "tls": True}, ("token",)),
+        ({"client_cert": "a.pem"}, ("client_cert", "a.pem", "tls_ca")),
+        ({"client_key": "a.pem", "tls": True}, ("client_key", "a.pem", "client_cert")),
+        ({"tls_ca": "none.pem"}, ("tls_ca", "none.pem")),
+        ({"tls_ca": __file__}, ("tls_ca", __file__)),
     ],
 )
-def test_a_client_says_what_is_wrong_with_its_papers(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_client_names_the_option_that_is_wrong(options: dict[str, Any], named: Sequence[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
         Client("example.org:50051", **options)
+    assert [name for name in named if name not in str(raised.value)] == []
 
 
-def test_a_pem_file_of_another_kind_is_named_before_anybody_is_called(papers: Papers) -> None:
-    with pytest.raises(ConfigError, match=r"tls_ca: .*server\.key holds no certificate"):
-        Client("localhost:1", tls_ca=papers.key)
-    with pytest.raises(ConfigError, match=r"client_key: .* holds no private key"):
-        Client("localhost:1", tls_ca=papers.authority, client_cert=papers.authority)
+def test_a_pem_file_without_the_needed_block_is_named_before_any_call(certificates: Certificates) -> None:
+    with pytest.raises(ConfigError, match=r"^tls_ca: .*server\.key"):
+        Client("localhost:1", tls_ca=certificates.key)
+    with pytest.raises(ConfigError, match=r"^client_key: .*ca\.pem"):
+        Client("localhost:1", tls_ca=certificates.authority, client_cert=certificates.authority)
 
 
-def test_the_command_line_brings_them_too(
-    papers: Papers, tokens: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_line_passes_certificate_and_token(
+    certificates: Certificates, tokens: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "token"
     path.write_text(TOKENS["label"] + "\n")
 
     async def work() -> tuple[int, int]:
-        async with serving(listen=papers.listen(mutual=True), tokens=tokens) as running:
-            known = ["--tls-ca", str(papers.authority), "--client-cert", str(papers.client)]
+        async with serving(listen=certificates.listen(mutual=True), tokens=tokens) as running:
+            known = ["--tls-ca", str(certificates.authority), "--client-cert", str(certificates.client)]
             line = ["info", "--server", running.server.address, *known]
             return (
                 await asyncio.to_thread(main.main, [*line, "--token-file", str(path)]),
@@ -361,18 +376,18 @@ def test_the_command_line_brings_them_too(
     assert "--token-file" in captured.err
 
 
-def test_the_remedy_for_a_missing_token_and_for_a_foreign_authority_is_the_option_to_give(
-    papers: Papers, tokens: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+def test_a_missing_token_and_an_untrusted_authority_name_their_option(
+    certificates: Certificates, tokens: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def work() -> list[int]:
-        async with serving(listen=papers.listen(mutual=False), tokens=tokens) as running:
+        async with serving(listen=certificates.listen(mutual=False), tokens=tokens) as running:
             line = ["info", "--server", running.server.address, "--tls-ca"]
             return [
-                await asyncio.to_thread(main.main, [*line, str(papers.authority)]),
-                await asyncio.to_thread(main.main, [*line, str(papers.stranger)]),
+                await asyncio.to_thread(main.main, [*line, str(certificates.authority)]),
+                await asyncio.to_thread(main.main, [*line, str(certificates.other_authority)]),
             ]
 
     assert asyncio.run(work()) == [2, 1]
     without_token, untrusted = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mal-client:")]
-    assert without_token.endswith("the client shows the one of --token-file (token)")
-    assert untrusted.endswith("give that one with --tls-ca (tls_ca)")
+    assert "--token-file" in without_token
+    assert "--tls-ca" in untrusted

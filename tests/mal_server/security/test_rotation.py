@@ -1,4 +1,4 @@
-"""Certificates and tokens that change while the server runs: new ones count, unusable ones leave those before."""
+"""Certificates and tokens that change while the server runs: valid ones take effect, invalid ones are ignored."""
 
 import asyncio
 import logging
@@ -15,8 +15,8 @@ import pytest
 import trustme
 from mal.v1 import model_pb2, model_pb2_grpc
 
+from mal_server.lifecycle import serve
 from mal_server.security.tls import CertificateReloader
-from mal_server.server import serve
 from mal_train.core.errors import ConfigError
 from tests.mal_server.calls import reason_of, status_details
 from tests.mal_server.fakes import BrightPredictor, config_of, loaded, serving
@@ -26,7 +26,7 @@ OLD, NEW = "old-0123456789abcdef", "new-0123456789abcdef"
 
 
 class Authority:
-    """One that issues the server's certificate into a folder."""
+    """A certificate authority that writes the server's certificate into a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,20 +38,21 @@ class Authority:
         return path
 
     def issue(self) -> None:
-        papers = self._ca.issue_cert("127.0.0.1")
-        (self.folder / "key.pem").write_bytes(papers.private_key_pem.bytes())
-        (self.folder / "cert.pem").write_bytes(b"".join(part.bytes() for part in papers.cert_chain_pems))
+        certificate = self._ca.issue_cert("127.0.0.1")
+        (self.folder / "key.pem").write_bytes(certificate.private_key_pem.bytes())
+        (self.folder / "cert.pem").write_bytes(b"".join(part.bytes() for part in certificate.cert_chain_pems))
 
 
 def listening(folder: Path) -> dict[str, Any]:
     return {"port": 0, "tls_certificate": str(folder / "cert.pem"), "tls_key": str(folder / "key.pem")}
 
 
-async def greeted(address: str, authority: Path) -> str:
+async def connect(address: str, authority: Path) -> str:
+    """Returns the outcome of a call over a new connection."""
     async with reached(address, tls_ca=authority) as channel:
         stub: Any = model_pb2_grpc.ModelServiceStub(channel)
-        found = await outcomes({"info": lambda: stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=20)})
-        return found["info"]
+        results = await outcomes({"info": lambda: stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=20)})
+        return results["info"]
 
 
 def test_a_renewed_certificate_serves_new_connections_without_a_restart(tmp_path: Path) -> None:
@@ -61,12 +62,12 @@ def test_a_renewed_certificate_serves_new_connections_without_a_restart(tmp_path
     async def work() -> list[str]:
         async with serving(listen=listening(tmp_path)) as running:
             address = running.server.address
-            before = await greeted(address, first.trust("first"))
+            before = await connect(address, first.trust("first"))
             second.issue()
             return [
                 before,
-                await greeted(address, second.trust("second")),
-                await greeted(address, first.trust("first")),
+                await connect(address, second.trust("second")),
+                await connect(address, first.trust("first")),
             ]
 
     assert asyncio.run(work()) == ["OK", "OK", "UNAVAILABLE"]
@@ -87,30 +88,29 @@ def test_a_connection_outlives_the_renewal(tmp_path: Path) -> None:
 
                 before = await outcomes({"info": call})
                 second.issue()
-                await greeted(address, second.trust("second"))
+                await connect(address, second.trust("second"))
                 return [before["info"], (await outcomes({"info": call}))["info"]]
 
     assert asyncio.run(work()) == ["OK", "OK"]
 
 
-def foreign_key(folder: Path) -> None:
-    """The key of another certificate."""
+def use_key_of_another_certificate(folder: Path) -> None:
     Authority(folder.parent / "other").issue()
     (folder.parent / "other" / "key.pem").rename(folder / "key.pem")
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "break_files",
     [
         lambda folder: (folder / "cert.pem").write_text("no certificate"),
         lambda folder: (folder / "cert.pem").unlink(),
-        foreign_key,
+        use_key_of_another_certificate,
     ],
 )
-def test_a_certificate_that_cannot_be_used_leaves_the_one_before_and_is_logged_once(
-    tmp_path: Path, spoil: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
+def test_an_unusable_certificate_is_logged_once_and_the_previous_one_stays_in_force(
+    tmp_path: Path, break_files: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "papers"
+    folder = tmp_path / "certificates"
     folder.mkdir()
     (tmp_path / "other").mkdir()
     first = Authority(folder)
@@ -119,25 +119,27 @@ def test_a_certificate_that_cannot_be_used_leaves_the_one_before_and_is_logged_o
 
     async def work() -> list[str]:
         async with serving(listen=listening(folder)) as running:
-            spoil(folder)
-            return [await greeted(running.server.address, trusted) for _ in range(3)]
+            break_files(folder)
+            return [await connect(running.server.address, trusted) for _ in range(3)]
 
     with caplog.at_level(logging.ERROR, "mal_server.security.tls"):
         assert asyncio.run(work()) == ["OK"] * 3
-    assert len([record for record in caplog.records if "not renewed" in record.getMessage()]) == 1
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
 
 
-def test_files_that_did_not_change_are_not_read_again(tmp_path: Path) -> None:
+def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
     Authority(tmp_path).issue()
     listen = config_of(listen=listening(tmp_path)).listen
-    papers = CertificateReloader(listen, tmp_path / "cert.pem", tmp_path / "key.pem")
-    assert papers.changed() is None
+    reloader = CertificateReloader(listen, tmp_path / "cert.pem", tmp_path / "key.pem")
+    assert reloader.reload_if_changed() is None
     Authority(tmp_path).issue()
-    assert papers.changed() is not None
-    assert papers.changed() is None
+    assert reloader.reload_if_changed() is not None
+    assert reloader.reload_if_changed() is None
 
 
-async def let_in(address: str, token: str) -> str:
+async def call_with(address: str, token: str) -> str:
+    """Returns "OK", or the reason why a call with this token is refused."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub: Any = model_pb2_grpc.ModelServiceStub(channel)
         try:
@@ -152,24 +154,24 @@ def tokens_at(path: Path) -> list[dict[str, Any]]:
     return [{"name": "a", "token": f"file:{path}", "scopes": ["label"]}]
 
 
-def test_a_token_that_was_replaced_in_its_file_counts_and_the_old_one_does_not(tmp_path: Path) -> None:
+def test_a_new_token_in_a_file_replaces_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text(OLD)
 
     async def work() -> list[Any]:
         async with serving(tokens=tokens_at(path)) as running:
             address = running.server.address
-            before = [await let_in(address, token) for token in (OLD, NEW)]
+            before = [await call_with(address, token) for token in (OLD, NEW)]
             path.write_text(NEW)
             changed = await running.server.reload_tokens()
             again = await running.server.reload_tokens()
-            return [before, [await let_in(address, token) for token in (OLD, NEW)], changed, again]
+            return [before, [await call_with(address, token) for token in (OLD, NEW)], changed, again]
 
     assert asyncio.run(work()) == [["OK", "NO_TOKEN"], ["NO_TOKEN", "OK"], True, False]
 
 
 @pytest.mark.parametrize("text", ["", "short", None])
-def test_a_token_file_that_cannot_be_used_leaves_the_tokens_before(tmp_path: Path, text: str | None) -> None:
+def test_an_unusable_token_file_leaves_the_previous_tokens_in_force(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "token"
     path.write_text(OLD)
 
@@ -180,25 +182,25 @@ def test_a_token_file_that_cannot_be_used_leaves_the_tokens_before(tmp_path: Pat
                 path.write_text(text)
             with pytest.raises(ConfigError, match="tokens: 'a'"):
                 await running.server.reload_tokens()
-            return await let_in(running.server.address, OLD)
+            return await call_with(running.server.address, OLD)
 
     assert asyncio.run(work()) == "OK"
 
 
-def test_tokens_never_vanish_altogether(tmp_path: Path) -> None:
+def test_a_reload_that_removes_every_token_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text(OLD)
 
     async def work() -> str:
         async with serving(tokens=tokens_at(path)) as running:
-            with pytest.raises(ConfigError, match="let everybody in"):
+            with pytest.raises(ConfigError, match=r"^tokens: "):
                 await running.server.reload_tokens(())
-            return await let_in(running.server.address, NEW)
+            return await call_with(running.server.address, NEW)
 
     assert asyncio.run(work()) == "NO_TOKEN"
 
 
-def test_sighup_takes_up_the_tokens_of_the_settings_and_names_what_needs_a_restart(
+def test_sighup_reloads_the_tokens_and_names_settings_that_need_a_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new, port_file = tmp_path / "old", tmp_path / "new", tmp_path / "address"
@@ -211,26 +213,30 @@ def test_sighup_takes_up_the_tokens_of_the_settings_and_names_what_needs_a_resta
         while not port_file.exists():
             await asyncio.sleep(0.005)
         address = port_file.read_text().strip()
-        found = [await let_in(address, OLD)]
+        results = [await call_with(address, OLD)]
         os.kill(os.getpid(), signal.SIGHUP)
-        while await let_in(address, NEW) != "OK":
+        while await call_with(address, NEW) != "OK":
             await asyncio.sleep(0.01)
-        found.append(await let_in(address, OLD))
+        results.append(await call_with(address, OLD))
         os.kill(os.getpid(), signal.SIGTERM)
-        return found
+        return results
 
     async def work() -> list[str]:
         task = asyncio.create_task(client())
         predictor = BrightPredictor()
-        await serve(config, port_file=port_file, load=lambda plan: loaded(plan, predictor), reread=lambda: changed)
+        await serve(
+            config, port_file=port_file, load=lambda plan: loaded(plan, predictor), reload_config=lambda: changed
+        )
         return await task
 
-    with caplog.at_level(logging.INFO, "mal_server.server"):
+    with caplog.at_level(logging.INFO, "mal_server.lifecycle"):
         assert asyncio.run(asyncio.wait_for(work(), 30)) == ["OK", "NO_TOKEN"]
-    assert "need a restart: max_batch_size" in caplog.text
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "max_batch_size" in warning.getMessage()
+    assert "tokens" not in warning.getMessage()
 
 
-def test_a_sighup_while_the_model_loads_ends_nothing_and_counts_once_it_serves(tmp_path: Path) -> None:
+def test_a_sighup_during_loading_takes_effect_once_the_server_serves(tmp_path: Path) -> None:
     old, new, port_file = tmp_path / "old", tmp_path / "new", tmp_path / "address"
     old.write_text(OLD)
     new.write_text(NEW)
@@ -242,28 +248,28 @@ def test_a_sighup_while_the_model_loads_ends_nothing_and_counts_once_it_serves(t
     async def client() -> None:
         while not port_file.exists():
             await asyncio.sleep(0.005)
-        while await let_in(port_file.read_text().strip(), NEW) != "OK":
+        while await call_with(port_file.read_text().strip(), NEW) != "OK":
             await asyncio.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def work() -> None:
         task = asyncio.create_task(client())
         config = config_of(tokens=tokens_at(old))
-        await serve(config, port_file=port_file, load=load, reread=lambda: config_of(tokens=tokens_at(new)))
+        await serve(config, port_file=port_file, load=load, reload_config=lambda: config_of(tokens=tokens_at(new)))
         await task
 
-    # Should the server not listen yet, this one is told instead of ended.
-    heard: list[int] = []
-    before = signal.signal(signal.SIGHUP, lambda number, frame: heard.append(number))
+    # If the server had no handler yet, this one would get the signal instead of ending the process.
+    missed: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, frame: missed.append(number))
     try:
         asyncio.run(asyncio.wait_for(work(), 30))
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert heard == []
+    assert missed == []
 
 
-def test_a_sighup_while_packages_are_imported_waits_until_the_server_listens(tmp_path: Path) -> None:
-    """It comes with the first reading of the settings; the second one, which it asks for, ends the server."""
+def test_a_sighup_during_imports_is_handled_once_the_server_serves(tmp_path: Path) -> None:
+    """SIGHUP arrives with the first read of the settings. The second read, which it causes, ends the server."""
     (tmp_path / "server.yaml").write_text("gpu_ids: []\ndrain_delay_s: 0\nlisten: {port: 0}\n")
     code = (
         "import os, signal, sys\n"
@@ -280,28 +286,28 @@ def test_a_sighup_while_packages_are_imported_waits_until_the_server_listens(tmp
     assert (done.returncode, "draining" in done.stderr) == (0, True), done.stderr
 
 
-def test_an_unexpected_error_of_a_reload_is_logged_and_the_next_one_works(
+def test_an_unexpected_error_in_a_reload_is_logged_and_the_next_reload_works(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new, port_file = tmp_path / "old", tmp_path / "new", tmp_path / "address"
     old.write_text(OLD)
     new.write_text(NEW)
-    rereads: list[str] = []
+    reads: list[str] = []
 
-    def reread() -> Any:
-        rereads.append("asked")
-        if len(rereads) == 1:
-            raise RuntimeError("nobody thought of this")
+    def reload_config() -> Any:
+        reads.append("read")
+        if len(reads) == 1:
+            raise RuntimeError("unforeseen")
         return config_of(tokens=tokens_at(new))
 
     async def client() -> str:
         while not port_file.exists():
             await asyncio.sleep(0.005)
         os.kill(os.getpid(), signal.SIGHUP)
-        while "nobody thought of this" not in caplog.text:
+        while "unforeseen" not in caplog.text:
             await asyncio.sleep(0.005)
         os.kill(os.getpid(), signal.SIGHUP)
-        while await let_in(port_file.read_text().strip(), NEW) != "OK":
+        while await call_with(port_file.read_text().strip(), NEW) != "OK":
             await asyncio.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         return "renewed"
@@ -310,9 +316,8 @@ def test_an_unexpected_error_of_a_reload_is_logged_and_the_next_one_works(
         task = asyncio.create_task(client())
         predictor = BrightPredictor()
         config = config_of(tokens=tokens_at(old))
-        await serve(config, port_file=port_file, load=lambda plan: loaded(plan, predictor), reread=reread)
+        await serve(config, port_file=port_file, load=lambda plan: loaded(plan, predictor), reload_config=reload_config)
         return await task
 
-    with caplog.at_level(logging.ERROR, "mal_server.server"):
+    with caplog.at_level(logging.ERROR, "mal_server.lifecycle"):
         assert asyncio.run(asyncio.wait_for(work(), 60)) == "renewed"
-    assert "those before go on" in caplog.text
