@@ -27,9 +27,9 @@ from benchmarks.load.figures import percentile
 from benchmarks.load.loop_watch import SLOW_S, LoopWatch
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
+from mal_server.lifecycle import serve
 from mal_server.models.loader import LoadedModel
 from mal_server.ops import logging
-from mal_server.lifecycle import serve
 from mal_train.core.errors import DeviceLost
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import decode_image

@@ -92,7 +92,7 @@ class ModelRegistry:
         self._config = config
         self._load = load
         self._pool = pool
-        self._room = MemoryLimiter(config.max_decoded_bytes, batch_aging_s=config.batch_aging_s)
+        self._memory_limiter = MemoryLimiter(config.max_decoded_bytes, batch_aging_s=config.batch_aging_s)
         self._images = images
         self._metrics = metrics
         self._on_lost = on_lost
@@ -276,7 +276,7 @@ class ModelRegistry:
             loaded,
             self._config,
             pool=self._pool,
-            room=self._room,
+            memory_limiter=self._memory_limiter,
             images=self._images,
             metrics=self._metrics,
             on_lost=self._on_lost,

@@ -36,7 +36,7 @@ class ServedModel:
         config: ServerConfig,
         *,
         pool: PriorityThreadPool,
-        room: MemoryLimiter,
+        memory_limiter: MemoryLimiter,
         images: ImageStore,
         metrics: Metrics,
         on_lost: OnLost,
@@ -62,7 +62,7 @@ class ServedModel:
             pool,
             images,
             config.limits.images(),
-            memory_limiter=room,
+            memory_limiter=memory_limiter,
             crop_size=loaded.info.labeler.crop_size,
             metrics=metrics,
         )

@@ -1,4 +1,4 @@
-"""docs/admin.md: its table of knobs knows every number that the settings hold, and figures that the server shows."""
+"""docs/admin.md: its table of settings has every number in the settings and names metrics that exist."""
 
 import re
 from collections.abc import Iterator
@@ -11,43 +11,43 @@ from tests.paths import ROOT
 
 PAGE = (ROOT / "docs" / "admin.md").read_text(encoding="utf-8")
 PORT = "listen.port"
-"""A number that nobody turns by a figure."""
+"""A number without a metric."""
 
 
 def settings(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted name, type) of every setting."""
+    """Yields (dotted name, type) of every setting."""
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from settings(kind, f"{before}{name}.")
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from settings(annotation, f"{before}{name}.")
         else:
-            yield before + name, kind
+            yield before + name, annotation
 
 
-def knobs() -> dict[str, str]:
-    """Setting → the column that tells by which figure it is turned."""
-    table = PAGE.partition("## Which knob")[2].partition("\n## ")[0]
-    found: dict[str, str] = {}
-    for row in re.findall(r"^\|(.*)\|$", table, re.MULTILINE):
+def table() -> dict[str, str]:
+    """Returns setting → the column with the metric to tune it by."""
+    text = PAGE.partition("## Which knob")[2].partition("\n## ")[0]
+    metrics: dict[str, str] = {}
+    for row in re.findall(r"^\|(.*)\|$", text, re.MULTILINE):
         # A "|" between backticks belongs to an expression.
-        first, *_, figure = re.split(r"\|(?=(?:[^`]*`[^`]*`)*[^`]*$)", row)
-        found |= dict.fromkeys(re.findall(r"`([^`]+)`", first), figure)
-    return found
+        first, *_, metric = re.split(r"\|(?=(?:[^`]*`[^`]*`)*[^`]*$)", row)
+        metrics |= dict.fromkeys(re.findall(r"`([^`]+)`", first), metric)
+    return metrics
 
 
-def test_every_number_of_the_settings_is_a_knob_of_the_table() -> None:
-    numbers = {name for name, kind in settings(ServerConfig) if kind in (int, float)}
+def test_every_number_in_the_settings_is_in_the_table() -> None:
+    numbers = {name for name, annotation in settings(ServerConfig) if annotation in (int, float)}
     assert len(numbers) > 15
-    assert numbers - {PORT} <= knobs().keys()
+    assert numbers - {PORT} <= table().keys()
 
 
 def test_the_table_names_settings_that_exist() -> None:
-    assert knobs().keys() <= {name for name, _ in settings(ServerConfig)}
+    assert table().keys() <= {name for name, _ in settings(ServerConfig)}
 
 
-def test_each_knob_has_a_figure_and_those_of_the_server_exist() -> None:
-    named = {setting: set().union(*map(used, re.findall(r"`([^`]+)`", figure))) for setting, figure in knobs().items()}
-    assert all(figure.strip() for figure in knobs().values())
+def test_each_setting_in_the_table_has_a_metric_and_those_of_the_server_exist() -> None:
+    named = {setting: set().union(*map(used, re.findall(r"`([^`]+)`", metric))) for setting, metric in table().items()}
+    assert all(metric.strip() for metric in table().values())
     shown = exported() | {"mal_batch_crops", "mal_queue_seconds", "mal_stage_seconds", "grpc_server_handling_seconds"}
     assert set().union(*named.values()) <= shown
-    assert len([setting for setting, figures in named.items() if figures]) > 15
+    assert len([setting for setting, metrics in named.items() if metrics]) > 15

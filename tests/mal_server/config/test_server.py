@@ -1,18 +1,21 @@
-"""The server's settings: what is written is what counts, and what is wrong is named."""
+"""The server's settings: defaults, overrides, names of wrong fields, and their JSON Schema."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema  # type: ignore[import-untyped]
 import pytest
+import yaml
 from mal.v1 import model_pb2
 
 from mal_server import cli
 from mal_server.api.serialization.model_messages import read_load, read_unload
-from mal_server.config.server import ServerConfig, default_config, load_config
+from mal_server.config.server import ServerConfig, default_config, json_schema, load_config
 from mal_server.errors import InvalidRequest
 from mal_train.core.errors import ConfigError
-from mal_train.core.yaml_config import validate
+from mal_train.core.yaml_config import field_paths, validate
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -21,7 +24,7 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_the_default_file_is_valid_and_says_the_defaults(tmp_path: Path) -> None:
+def test_the_default_file_is_valid_and_holds_the_defaults(tmp_path: Path) -> None:
     config = load_config(written(tmp_path, default_config()))
     assert config == ServerConfig(checkpoint=Path("builtin"))
     assert config.plans == load_config(None).plans
@@ -35,37 +38,37 @@ def test_every_setting_of_the_default_file_has_a_comment_above_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "named"),
     [
-        ("checkpoint: a\ngpu_id: [0]", "did you mean gpu_ids"),
+        ("checkpoint: a\ngpu_id: [0]", "gpu_ids"),
         ("checkpoint: a\nport: 1", "listen.port"),
         ("checkpoint: a\nlisten: {port: 70000}", "listen.port: 70000"),
         ("checkpoint: a\nlisten: {host: 0.0.0.0}", "allow_plaintext"),
         ("checkpoint: a\nlisten: {host: example.org}", "allow_plaintext"),
         ("checkpoint: a\nbranch: pupil", "branch"),
         ("checkpoint: a\nmax_batch_size: '8'", "max_batch_size"),
-        ("checkpoint: a\nmax_queue_crops: 10", "max_queue_crops: 10 is below limits.max_boxes"),
-        ("checkpoint: a\ngpu_ids: [0, 0]", "names a GPU twice"),
+        ("checkpoint: a\nmax_queue_crops: 10", "limits.max_boxes (1000)"),
+        ("checkpoint: a\ngpu_ids: [0, 0]", "gpu_ids: GPU 0"),
         ("checkpoint: a\ndrain_delay_s: .nan", "drain_delay_s"),
     ],
 )
-def test_a_wrong_setting_is_named_with_its_rule(tmp_path: Path, text: str, said: str) -> None:
+def test_a_wrong_setting_is_named_with_its_rule(tmp_path: Path, text: str, named: str) -> None:
     with pytest.raises(ConfigError, match=r"server\.yaml") as raised:
         load_config(written(tmp_path, text))
-    assert said in str(raised.value)
+    assert named in str(raised.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-def test_loopback_needs_no_permission(tmp_path: Path, host: str) -> None:
+def test_loopback_hosts_need_no_allow_plaintext(tmp_path: Path, host: str) -> None:
     assert load_config(written(tmp_path, f"checkpoint: a\nlisten: {{host: '{host}'}}")).listen.host == host
 
 
-def test_other_addresses_work_when_plaintext_is_allowed(tmp_path: Path) -> None:
+def test_other_hosts_are_accepted_with_allow_plaintext(tmp_path: Path) -> None:
     text = "checkpoint: a\nlisten: {host: 0.0.0.0, allow_plaintext: true}"
     assert load_config(written(tmp_path, text)).listen.host == "0.0.0.0"
 
 
-def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
     config = load_config(written(tmp_path, "checkpoint: a\nlisten: {port: 1}"), ["listen.port=0", "gpu_ids=[]"])
     assert (config.listen.port, config.gpu_ids) == (0, ())
 
@@ -84,14 +87,41 @@ def test_the_model_is_named_after_its_file(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, "checkpoint: a\nmodel_name: dogs")).plans[0].name == "dogs"
 
 
-def test_a_wrong_setting_ends_the_command_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_settings_file_ends_the_command_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["serve", "-c", str(tmp_path / "none.yaml")]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "none.yaml" in capsys.readouterr().err
 
 
 def test_default_config_prints_a_valid_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["default-config"]) == 0
     load_config(written(tmp_path, capsys.readouterr().out))
+
+
+def test_the_json_schema_accepts_the_default_file_and_refuses_wrong_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["default-config", "--json-schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    default = yaml.safe_load(default_config())
+    assert list(validator.iter_errors(default)) == []
+    for wrong in ({"gpu_id": [0]}, {"max_batch_size": 0}, {"listen": {"port": "a"}}, {"branch": "pupil"}):
+        assert list(validator.iter_errors({**default, **wrong})), wrong
+
+
+def test_the_json_schema_describes_every_setting() -> None:
+    schema = json.loads(json_schema())
+    sections = [schema, *(schema["$defs"][name] for name in ("Listen", "MetricsListen", "Limits"))]
+    fields = {name: field for section in sections for name, field in section["properties"].items()}
+    assert {path.rpartition(".")[2] for path in field_paths(ServerConfig)} <= fields.keys()
+    assert [name for name, field in fields.items() if not ({"description", "$ref"} & field.keys())] == []
+
+
+def test_the_help_of_the_json_schema_has_the_line_for_editors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["default-config", "--help"])
+    assert "# yaml-language-server: $schema=FILE" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("missing", ["torch", "grpc_health"])
@@ -108,7 +138,7 @@ def test_without_the_server_extra_the_command_prints_the_pip_line(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["a/b", "two words", "x" * 65, "a\n", ""])
-def test_one_rule_says_what_a_model_may_be_called(name: str) -> None:
+def test_settings_and_requests_refuse_the_same_model_names(name: str) -> None:
     for settings in ({"model_name": name}, {"models": [{"name": name, "checkpoint": "a"}]}):
         with pytest.raises(ConfigError, match="name"):
             validate(ServerConfig, settings)
@@ -118,7 +148,7 @@ def test_one_rule_says_what_a_model_may_be_called(name: str) -> None:
         read_unload(model_pb2.UnloadModelRequest(name=name))
 
 
-def test_the_longest_name_is_taken_everywhere_and_one_made_of_a_files_name_is_one() -> None:
+def test_settings_and_requests_accept_the_longest_name_and_names_made_from_files() -> None:
     name = "Ä_1.@-" + "x" * 58
     assert validate(ServerConfig, {"model_name": name}).plans[0].name == name
     assert read_unload(model_pb2.UnloadModelRequest(name=name)) == name
