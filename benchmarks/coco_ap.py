@@ -18,8 +18,8 @@ from pycocotools.cocoeval import COCOeval
 from benchmarks.timing import Table, in_turn
 from deploy.demo.baselines import ellipse
 from mal_train.core.masks import rle
-from mal_train.core.metrics.coco_ap import Kind, ap_input
-from mal_train.core.metrics.miou import Figures
+from mal_train.core.metrics.coco_ap import IouType, ap_input
+from mal_train.core.metrics.miou import CocoMetrics
 
 IMAGES, CLASSES, INSTANCES = 5_000, 80, 36_000
 HW = (480, 640)
@@ -66,15 +66,15 @@ def by_pycocotools(truth: dict[str, Any], results: list[dict[str, Any]], kind: s
 
 
 def _forms(
-    kind: Kind, read: Inputs, raw: Inputs, text: str, found: dict[str, Figures | list[float]]
+    kind: IouType, read: Inputs, raw: Inputs, text: str, found: dict[str, CocoMetrics | list[float]]
 ) -> dict[str, Callable[[], None]]:
     """What is measured; each leaves its figures in `found`."""
 
     def ours() -> None:
-        found["ours"] = ap_input(read[0], read[1], kind).figures()
+        found["ours"] = ap_input(read[0], read[1], kind).metrics()
 
     def checked() -> None:
-        found["checked"] = ap_input(raw[0], raw[1], kind).figures()
+        found["checked"] = ap_input(raw[0], raw[1], kind).metrics()
 
     def theirs() -> None:
         truth, results = json.loads(text)
@@ -83,7 +83,7 @@ def _forms(
     return {"ours": ours, "checked": checked, "pycocotools": theirs}
 
 
-def _numbers(figures: Figures | list[float]) -> list[float]:
+def _numbers(figures: CocoMetrics | list[float]) -> list[float]:
     values = figures.values() if isinstance(figures, dict) else figures
     return [-1.0 if value is None else value for value in values]
 
@@ -96,7 +96,7 @@ def main() -> int:
     """Prints the table."""
     table = Table("coco_ap", f"COCO AP of {INSTANCES} instances, CPU seconds, ours against pycocotools")
     truth, both = data_set()
-    kinds: tuple[Kind, ...] = ("segm", "bbox")
+    kinds: tuple[IouType, ...] = ("segm", "bbox")
     for kind in kinds:
         if kind == "segm":
             # With a box beside the mask, pycocotools would take the box's area for the mask's.
@@ -107,7 +107,7 @@ def main() -> int:
         # As evaluation hands them over: masks that were read, and checked, before.
         read_truth = {**truth, "annotations": [_with_mask(row) for row in truth["annotations"]]}
         read_results = [_with_mask(row) for row in results]
-        found: dict[str, Figures | list[float]] = {}
+        found: dict[str, CocoMetrics | list[float]] = {}
         seconds = in_turn(_forms(kind, (read_truth, read_results), (truth, results), copy, found), rounds=1)
         began = time.process_time()
         json.loads(copy)

@@ -117,7 +117,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     report = evaluate(load_spec(arguments.spec, arguments.overrides), Console())
     print(report.table())
-    return SOME_FAILED if any(row.reason not in _INNOCENT for row in report.skipped) else 0
+    return SOME_FAILED if any(row.reason not in _INNOCENT for row in report.skipped_rows) else 0
 
 
 def _inference(arguments: argparse.Namespace) -> int:

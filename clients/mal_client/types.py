@@ -14,7 +14,7 @@ from mal_client.results.dataset import (
     Progress,
     RowFilter,
 )
-from mal_client.results.evaluation import Evaluation, Figures, GroupMiou, MeasuredInstance
+from mal_client.results.evaluation import CocoMetrics, Evaluation, GroupMiou, MeasuredInstance
 from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, BoxXywh, ImageInput, LabelOptions, ModelRef, Timing
 from mal_client.results.server_info import ModelInfo, ModelStatus, ServerInfo, ServerLimits
 
@@ -24,11 +24,11 @@ __all__ = [
     "SERVER_DEFAULTS",
     "BoxLabel",
     "BoxXywh",
+    "CocoMetrics",
     "DatasetOptions",
     "DatasetResult",
     "Evaluation",
     "FailedAnnotation",
-    "Figures",
     "GroupMiou",
     "ImageInput",
     "LabelOptions",

@@ -1,9 +1,9 @@
-"""What became of an image of an evaluation, and its sealed form, which a caller may bring back to go on after a break.
+"""Records of measured images, sealed by the server and kept by the client, so that a broken evaluation can be resumed.
 
-The server keeps nothing of an evaluation when its stream ends: its callers do. A record holds masks and scores of one
-image, and a code (HMAC-SHA-256) over it, the image's identity, its boxes and everything that decides what the network
-answers. So what comes back was measured here with these weights and options, or it is refused. The key is the server's:
-`resume_key` in the settings lets records outlive a restart and move between servers; else each process has its own.
+The server keeps nothing of an evaluation after its stream ends. A record has the masks and scores of one image and an
+HMAC-SHA-256 over them, the identity of the image, its boxes, and everything that decides the output of the network. So
+the server accepts only records that it measured itself with the same weights and options. By default each process has
+its own key; with the setting `resume_key`, records survive a restart and can move between servers.
 """
 
 import hashlib
@@ -21,20 +21,21 @@ from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.rle import Rle
 from mal_train.kernel.labeler.labeler import PredictOptions
 
-CODE_BYTES = 32
-FORM = 2
-"""Changed with the layout of records, so that older ones are stale and not misread."""
+MAC_BYTES = 32
+LAYOUT = 2
+"""Version of the layout of records. It is part of the token, so that records of another layout are stale. The names of
+keys below are part of it as well."""
 
 
 class InstanceScore(NamedTuple):
-    """A mask and what its labeler claims for it."""
+    """The mask of one object and its score."""
 
     rle: Rle
     score: float
 
 
 class ItemFailure(NamedTuple):
-    """Why there is none."""
+    """Reason and message of an image or an object that has no mask."""
 
     reason: str
     message: str
@@ -45,30 +46,34 @@ class GroundTruth:
     """One image of an evaluation.
 
     Attributes:
-        item_id: the caller's name for it.
-        annotations: its objects, crowds included; `image_id` is the image's place in the evaluation.
-        job: labels the objects that are no crowds; None when the image itself is refused.
-        fault: that refusal.
-        record: what an earlier evaluation measured, sealed; empty = none.
+        item_id: the client's name for it.
+        annotations: its objects, crowd regions included; `image_id` is the index of the image in the evaluation.
+        request: labels the objects that are not crowd regions; None when the image is refused.
+        failure: why the image is refused.
+        record: sealed record of an earlier evaluation; empty = none.
     """
 
     item_id: str
     annotations: tuple[Annotation, ...]
-    job: LabelRequest | None
-    fault: ItemFailure | None = None
+    request: LabelRequest | None
+    failure: ItemFailure | None = None
     record: bytes = b""
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What became of an image: masks by instance id, or the fault that concerns all of it.
+    """The result of one image.
 
-    `is_final`: measuring it again would end the same; not so where a device failed.
+    Attributes:
+        truth: the image.
+        scores: mask and score, or failure, by instance id.
+        failure: the failure of the image itself; None where it was labeled.
+        is_final: labeling the image again would give the same result; False where a device failed.
     """
 
     truth: GroundTruth
-    answers: Mapping[JsonId | None, InstanceScore | ItemFailure]
-    fault: ItemFailure | None
+    scores: Mapping[JsonId | None, InstanceScore | ItemFailure]
+    failure: ItemFailure | None
     is_final: bool = True
 
 
@@ -76,79 +81,83 @@ class ResumeTokens:
     """Seals and opens the records of one evaluation.
 
     Args:
-        key: the server's.
-        info: the model.
-        run: how the network runs.
-        answer: how its output becomes masks.
+        key: secret of the server.
+        info: the evaluated model.
+        predict: options of the network.
+        output: options by which probabilities become masks.
+
+    Attributes:
+        token: equal for equal weights, options and keys, and only for those.
     """
 
-    def __init__(self, key: bytes, info: ModelInfo, run: PredictOptions, answer: OutputOptions) -> None:
-        decides = {
-            "form": FORM,
+    def __init__(self, key: bytes, info: ModelInfo, predict: PredictOptions, output: OutputOptions) -> None:
+        inputs = {
+            "form": LAYOUT,
             "sha256": info.sha256,
             "precision": info.precision,
-            "run": asdict(run),
-            # All of it but what is about writing masks down, which records have their own way of.
-            "answer": asdict(replace(answer, formats=(), polygon_tolerance_px=0.0)),
+            "run": asdict(predict),
+            # Without the options of encoding: records always store run-length codes.
+            "answer": asdict(replace(output, formats=(), polygon_tolerance_px=0.0)),
         }
-        self.token = hmac.digest(key, b"token" + _bytes_of(decides), "sha256")
-        """The same for the same weights, options and key, and for nothing else."""
+        self.token = hmac.digest(key, b"token" + _to_json(inputs), "sha256")
         self._key = hmac.digest(key, b"records" + self.token, "sha256")
 
     def check(self, token: bytes) -> None:
-        """Raises TokenStale when an evaluation with this token cannot go on in this one."""
+        """Raises ResumeTokenStale when this evaluation cannot resume the one that the token belongs to."""
         if not hmac.compare_digest(token, self.token):
             raise ResumeTokenStale(
-                "the evaluation cannot go on: weights, branch, options or number format are others now, or this server "
-                "does not know the key of its records (resume_key keeps it over a restart); begin anew"
+                "resume_token: weights, branch, options or number format have changed, or the server was restarted "
+                "without resume_key; start the evaluation again without a token"
             )
 
-    def seal(self, outcome: SampleResult) -> bytes:
-        """The record of an image; empty where there is nothing to go on with."""
-        if outcome.truth.job is None or not outcome.is_final:
+    def seal(self, sample: SampleResult) -> bytes:
+        """Returns the record of an image; empty where labeling it again may give another result."""
+        if sample.truth.request is None or not sample.is_final:
             return b""
-        answers = [[key, *_row(found)] for key, found in outcome.answers.items()]
-        body = _bytes_of({"fault": outcome.fault, "answers": answers})
-        return self._code(outcome.truth, outcome.truth.job, body) + body
+        scores = [[key, *_to_row(score)] for key, score in sample.scores.items()]
+        body = _to_json({"fault": sample.failure, "answers": scores})
+        return self._mac(sample.truth, sample.truth.request, body) + body
 
     def open(self, truth: GroundTruth) -> SampleResult:
-        """What was measured on an image. Raises RequestRefused for a record of something else."""
-        body = truth.record[CODE_BYTES:]
-        code = b"" if truth.job is None else self._code(truth, truth.job, body)
-        if not hmac.compare_digest(truth.record[:CODE_BYTES], code):
-            text = f"image {truth.item_id!r}: not a record of this image, its boxes and this evaluation"
-            raise InvalidRequest([("image.record", text)])
-        found = json.loads(body)
-        answers = {row[0]: _answer(row[1:]) for row in found["answers"]}
-        return SampleResult(truth, answers, ItemFailure(*found["fault"]) if found["fault"] else None)
+        """Reads the record of an image. Raises InvalidRequest for a record of another image or evaluation."""
+        body = truth.record[MAC_BYTES:]
+        mac = b"" if truth.request is None else self._mac(truth, truth.request, body)
+        if not hmac.compare_digest(truth.record[:MAC_BYTES], mac):
+            problem = f"image {truth.item_id!r}: the record belongs to another image, other boxes or another evaluation"
+            raise InvalidRequest([("image.record", problem)])
+        content = json.loads(body)
+        scores = {row[0]: _from_row(row[1:]) for row in content["answers"]}
+        return SampleResult(truth, scores, ItemFailure(*content["fault"]) if content["fault"] else None)
 
-    def _code(self, truth: GroundTruth, job: LabelRequest, body: bytes) -> bytes:
-        identity = _bytes_of([truth.item_id, _identity(job.picture), job.instance_ids, job.boxes, len(body)])
+    def _mac(self, truth: GroundTruth, request: LabelRequest, body: bytes) -> bytes:
+        identity = _to_json(
+            [truth.item_id, _image_identity(request.picture), request.instance_ids, request.boxes, len(body)]
+        )
         return hmac.digest(self._key, identity + b"\n" + body, "sha256")
 
 
-def _identity(picture: Picture) -> str:
-    """The same for the same content; a file on the server's disk is taken at its name."""
-    if isinstance(picture, FileImage):
-        return f"file:{picture.folder}/{picture.path}"
-    if isinstance(picture, CachedImage):
-        return f"sha256:{picture.sha256}"
-    assert isinstance(picture, InlineImage)
-    return f"sha256:{hashlib.sha256(picture.content).hexdigest()}"
+def _image_identity(image: Picture) -> str:
+    """Returns the hash of the content; for a file on the server its path, since its content is not read."""
+    if isinstance(image, FileImage):
+        return f"file:{image.folder}/{image.path}"
+    if isinstance(image, CachedImage):
+        return f"sha256:{image.sha256}"
+    assert isinstance(image, InlineImage)
+    return f"sha256:{hashlib.sha256(image.content).hexdigest()}"
 
 
-def _row(found: InstanceScore | ItemFailure) -> list[Any]:
-    if isinstance(found, ItemFailure):
-        return [found.reason, found.message]
-    return [found.rle.height, found.rle.width, found.rle.counts.decode("ascii"), found.score]
+def _to_row(score: InstanceScore | ItemFailure) -> list[Any]:
+    if isinstance(score, ItemFailure):
+        return [score.reason, score.message]
+    return [score.rle.height, score.rle.width, score.rle.counts.decode("ascii"), score.score]
 
 
-def _answer(row: list[Any]) -> InstanceScore | ItemFailure:
+def _from_row(row: list[Any]) -> InstanceScore | ItemFailure:
     if len(row) == 2:
         return ItemFailure(*row)
     height, width, counts, score = row
     return InstanceScore(Rle(height, width, counts.encode("ascii")), score)
 
 
-def _bytes_of(value: object) -> bytes:
+def _to_json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()

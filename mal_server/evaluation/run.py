@@ -1,6 +1,6 @@
-"""One Evaluate call: labels images and holds the masks against their ground truth. Knows nothing of gRPC.
+"""One Evaluate call: labels images and compares the masks with their ground truth. Knows nothing of gRPC.
 
-Images are labeled side by side but counted in order of arrival, so that the same stream always gives the same report.
+Images are labeled concurrently but counted in order of arrival, so that the same stream always gives the same report.
 """
 
 import asyncio
@@ -22,22 +22,26 @@ from mal_train.kernel.labeler.labeler import Label
 
 Result = TypeVar("Result")
 
-REFUSED = "REQUEST_REFUSED"
-"""Reason under which the objects of an image are counted whose message breaks the contract."""
+REQUEST_REFUSED = "REQUEST_REFUSED"
+"""Reason under which the objects of an image are counted if its message breaks the contract."""
 
 MEMORY_OF_AN_IMAGE = 400
-"""Bytes that an image takes beside its name: in the list of names, among those seen, and its frame."""
+"""Bytes of an image beside its name: in the list of names, in the set of known names, and for its size."""
 
 
-class Evaluation:
-    """Collects one call's figures.
+class EvaluationRun:
+    """Collects the metrics of one call.
 
     Args:
-        pipeline: labels.
+        pipeline: labels the images.
         pool: threads for comparing masks.
-        category_names: by id, in the order of the report.
-        records: seals what was measured, and opens what an earlier evaluation measured.
-        take: told how many bytes more are held; raises where there is no room for them.
+        category_names: names by id, in the order of the report.
+        tokens: seals the records of this evaluation and opens those of the evaluation that it resumes.
+        reserve: receives the number of additional bytes held; raises where there is no memory for them.
+
+    Attributes:
+        item_ids: names of the images so far, in order of arrival; an annotation's image_id is an index of this list.
+        skipped_images: images that could not be measured.
     """
 
     def __init__(
@@ -45,22 +49,21 @@ class Evaluation:
         pipeline: Pipeline,
         pool: PriorityThreadPool,
         category_names: Mapping[JsonId, str],
-        records: ResumeTokens,
-        take: Callable[[int], None],
+        tokens: ResumeTokens,
+        reserve: Callable[[int], None],
     ) -> None:
-        self.records = records
-        self._take = take
+        self.tokens = tokens
+        self.item_ids: list[str] = []
+        self.skipped_images = 0
+        self._reserve = reserve
         self._pipeline = pipeline
         self._pool = pool
         self._evaluator = Evaluator(category_names)
-        self.item_ids: list[str] = []
-        """Names of the images so far, in order of arrival; an annotation's image_id is a place in this list."""
-        self.skipped_images = 0
-        self._seen: set[str] = set()
+        self._known_ids: set[str] = set()
 
     @property
     def instances(self) -> int:
-        """Objects measured so far."""
+        """Number of objects measured so far."""
         return self._evaluator.count
 
     @property
@@ -69,73 +72,83 @@ class Evaluation:
         return self._evaluator.running_miou
 
     async def label(self, truth: GroundTruth) -> SampleResult:
-        """Labels one image; waits its turn while the queue is full, since the evaluation's window bounds what waits."""
+        """Labels one image, or opens its record. Waits while the queue is full.
+
+        The window of the evaluation bounds how many images wait. An image that cannot be labeled is a failure of the
+        sample.
+
+        Raises:
+            ImageNotCached: the client must send the image itself.
+            DeviceLost: no image can be labeled any more.
+            InvalidRequest: the record belongs to another image or evaluation.
+        """
         if truth.record:
-            return self.records.open(truth)
-        if truth.job is None:
-            return SampleResult(truth, {}, truth.fault)
+            return self.tokens.open(truth)
+        if truth.request is None:
+            return SampleResult(truth, {}, truth.failure)
         while True:
             try:
-                part = await self._pipeline.label_whole(truth.job)
+                result = await self._pipeline.label_whole(truth.request)
             except QueueFull as error:
                 await asyncio.sleep(error.retry_after_s)
-            except ImageNotCached:  # its sender can mend that, and must know
+            except ImageNotCached:  # a failure of the call: the client can send the image again
                 raise
             except (BadImage, NotFound) as error:
                 return SampleResult(truth, {}, ItemFailure(error.reason, str(error)))
             except InvalidRequest as error:  # a path that leads out of its folder
-                return SampleResult(truth, {}, ItemFailure(REFUSED, str(error)))
+                return SampleResult(truth, {}, ItemFailure(REQUEST_REFUSED, str(error)))
             else:
-                answers: dict[JsonId | None, InstanceScore | ItemFailure] = {
-                    a.instance_id: _measured(a) for a in part.answers
+                scores: dict[JsonId | None, InstanceScore | ItemFailure] = {
+                    one.instance_id: _score_of(one) for one in result.answers
                 }
-                is_final = not any(isinstance(answer.outcome, DeviceError) for answer in part.answers)
-                return SampleResult(truth, answers, None, is_final)
+                is_final = not any(isinstance(one.outcome, DeviceError) for one in result.answers)
+                return SampleResult(truth, scores, None, is_final)
 
-    async def count(self, outcome: SampleResult) -> None:
-        """Adds one image's answers to the figures; to be called in order of arrival, one at a time.
+    async def count(self, sample: SampleResult) -> None:
+        """Adds one image to the metrics. Call it in order of arrival, one image at a time.
 
         Raises:
-            MemoryFull: other evaluations hold the memory that this one needs to go on.
+            MemoryFull: other evaluations hold the memory that this one needs.
         """
         before = self._evaluator.memory
-        await self._in_pool(self._count, outcome)
-        self._take(self._evaluator.memory - before + MEMORY_OF_AN_IMAGE + len(outcome.truth.item_id))
+        await self._in_pool(self._count, sample)
+        self._reserve(self._evaluator.memory - before + MEMORY_OF_AN_IMAGE + len(sample.truth.item_id))
 
-    async def record_of(self, outcome: SampleResult) -> bytes:
-        """The sealed record of an image; empty where there is none."""
-        return outcome.truth.record or await self._in_pool(self.records.seal, outcome)
+    async def record_of(self, sample: SampleResult) -> bytes:
+        """Returns the sealed record of an image; empty where it has none."""
+        return sample.truth.record or await self._in_pool(self.tokens.seal, sample)
 
     def report(self) -> "Future[EvaluationReport]":
-        """All figures, once a thread has made them; it goes on at them though nobody may wait any more."""
+        """Computes the report in a thread, which finishes even if the call is cancelled meanwhile."""
         return self._pool.submit(Priority.BATCH, self._evaluator.report)
 
-    async def _in_pool(self, work: Callable[..., Result], *args: object) -> Result:
-        return await self._pool.run(Priority.BATCH, work, *args)
+    async def _in_pool(self, function: Callable[..., Result], *args: object) -> Result:
+        return await self._pool.run(Priority.BATCH, function, *args)
 
-    def _count(self, outcome: SampleResult) -> None:
-        truth, fault = outcome.truth, outcome.fault
-        if truth.item_id in self._seen:
-            fault = ItemFailure(Reason.REPEATED, f"image {truth.item_id!r}: given before; the first one counts")
-        self._seen.add(truth.item_id)
+    def _count(self, sample: SampleResult) -> None:
+        truth, failure = sample.truth, sample.failure
+        if truth.item_id in self._known_ids:
+            message = f"image {truth.item_id!r}: used more than once; the first one counts"
+            failure = ItemFailure(Reason.REPEATED, message)
+        self._known_ids.add(truth.item_id)
         self.item_ids.append(truth.item_id)
-        self.skipped_images += fault is not None
-        answered: set[JsonId | None] = set()
+        self.skipped_images += failure is not None
+        counted: set[JsonId | None] = set()
         for annotation in truth.annotations:
-            if fault is not None:
-                self._evaluator.skip(annotation, *fault)
-            elif annotation.id in answered:
-                message = f"annotation {annotation.id!r}: given before; the first one counts"
+            if failure is not None:
+                self._evaluator.skip(annotation, *failure)
+            elif annotation.id in counted:
+                message = f"annotation {annotation.id!r}: used more than once; the first one counts"
                 self._evaluator.skip(annotation, Reason.REPEATED, message)
             else:
-                self._add(annotation, outcome.answers.get(annotation.id))
-            answered.add(annotation.id)
+                self._add(annotation, sample.scores.get(annotation.id))
+            counted.add(annotation.id)
 
-    def _add(self, annotation: Annotation, answer: InstanceScore | ItemFailure | None) -> None:
-        if isinstance(answer, InstanceScore):
-            self._evaluator.add(annotation, answer.rle, answer.score)
-        elif isinstance(answer, ItemFailure):
-            self._evaluator.skip(annotation, *answer)
+    def _add(self, annotation: Annotation, score: InstanceScore | ItemFailure | None) -> None:
+        if isinstance(score, InstanceScore):
+            self._evaluator.add(annotation, score.rle, score.score)
+        elif isinstance(score, ItemFailure):
+            self._evaluator.skip(annotation, *score)
         elif annotation.reason is None and not annotation.iscrowd and not annotation.raw.get("segmentation"):
             message = f"annotation {annotation.id!r}: has no segmentation"
             self._evaluator.skip(annotation, Reason.NO_GROUND_TRUTH, message)
@@ -143,14 +156,13 @@ class Evaluation:
             self._evaluator.add(annotation, None, 0.0)
 
 
-def _measured(answer: InstanceResult) -> InstanceScore | ItemFailure:
-    label = answer.outcome
-    return (
-        InstanceScore(label.rle, label.score) if isinstance(label, Label) else ItemFailure(_reason(label), str(label))
-    )
-
-
-def _reason(error: BadBox | DeviceError) -> str:
-    if isinstance(error, BadBox):
-        return Reason.BAD_BOX
-    return "OUT_OF_MEMORY" if isinstance(error, OutOfDeviceMemory) else "DEVICE_FAILED"
+def _score_of(result: InstanceResult) -> InstanceScore | ItemFailure:
+    match result.outcome:
+        case Label() as label:
+            return InstanceScore(label.rle, label.score)
+        case BadBox() as error:
+            return ItemFailure(Reason.BAD_BOX, error.problem)
+        case OutOfDeviceMemory() as error:
+            return ItemFailure("OUT_OF_MEMORY", str(error))
+        case error:
+            return ItemFailure("DEVICE_FAILED", str(error))

@@ -8,14 +8,15 @@ from typing import Any
 from mal_train.core.coco.annotations import Annotation, CocoFile, Reason
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
-from mal_train.core.metrics.coco_ap import AP_NAMES, Kind, coco_ap
-from mal_train.core.metrics.miou import Figures
+from mal_train.core.metrics.average_precision import AP_NAMES
+from mal_train.core.metrics.coco_ap import IouType, coco_ap
+from mal_train.core.metrics.miou import CocoMetrics
 from mal_train.core.metrics.report import Skipped
-from mal_train.core.report.page import shown
+from mal_train.core.report.page import format_metric
 from mal_train.kernel.labeler.labeler import Label
 from mal_train.offline.dataset_labeler import LabelFailure
 
-KINDS: tuple[Kind, ...] = ("bbox", "segm")
+KINDS: tuple[IouType, ...] = ("bbox", "segm")
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,26 @@ class DetectionReport:
         count: detections that got a mask. Among the boxes, those without one count too.
         figures: AP_bbox … ARl_bbox of the boxes, AP_segm … ARl_segm of the masks in them; None where no instance
             speaks for one.
-        skipped: detections without a mask, and ground truth that cannot be compared.
+        skipped_rows: detections without a mask, and ground truth that cannot be compared.
     """
 
     count: int
-    figures: Figures
-    skipped: tuple[Skipped, ...]
+    figures: CocoMetrics
+    skipped_rows: tuple[Skipped, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        reasons = Counter(row.reason for row in self.skipped)
+        reasons = Counter(row.reason for row in self.skipped_rows)
         return {"detections": self.count, **self.figures, "skipped_by_reason": dict(reasons.most_common())}
 
     def table(self) -> str:
         """The figures for a terminal."""
         lines = [f"{self.count} detections with a mask", "", f"{'':<12}{'boxes':>8}{'masks':>8}"]
         for name in AP_NAMES:
-            lines.append(f"{name:<12}" + "".join(f"{shown(self.figures[f'{name}_{kind}']):>8}" for kind in KINDS))
-        counts = Counter(row.reason for row in self.skipped)
+            lines.append(
+                f"{name:<12}" + "".join(f"{format_metric(self.figures[f'{name}_{kind}']):>8}" for kind in KINDS)
+            )
+        counts = Counter(row.reason for row in self.skipped_rows)
         lines += ["", *(f"not counted: {count} {reason}" for reason, count in counts.most_common())]
         return "\n".join(lines).rstrip()
 
@@ -73,7 +76,7 @@ def compare_detections(
         if annotation.problem is None:
             results.append(_result(annotation, label))
     masked = [row for row in results if "segmentation" in row]
-    figures: Figures = {}
+    figures: CocoMetrics = {}
     for kind in KINDS:
         of_kind = masked if kind == "segm" else results
         found = coco_ap({"images": images, "annotations": rows}, of_kind, "score", kind)

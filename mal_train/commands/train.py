@@ -390,5 +390,5 @@ def _provenance(
         "supervision": supervision,
     }
     if validate is not None and validate.last_report is not None:
-        found["validation_mIoU"] = validate.last_report.miou.overall
+        found["validation_mIoU"] = validate.last_report.overall.miou
     return found

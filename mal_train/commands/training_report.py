@@ -10,10 +10,9 @@ from mal_train.core.atomic_io import write_text
 from mal_train.core.coco.annotations import CocoFile, JsonId
 from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import InstanceComparison
-from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.metrics.score_quality import BAD_IOU
-from mal_train.core.report.charts import Point, line_chart, thinned
-from mal_train.core.report.evaluation import Measured, evaluation_sections
+from mal_train.core.report.charts import Point, downsample, line_chart
+from mal_train.core.report.evaluation import evaluation_sections
 from mal_train.core.report.overlays import png_data_uri
 from mal_train.core.report.page import Card, Html, build_report, contact_sheet, folded, section, side_by_side, table
 from mal_train.core.yaml_config import dump
@@ -48,7 +47,7 @@ def write_training_report(
     """
     sections = [section("The run", table(["what", ""], facts)), _curves(read_metrics(folder))]
     if validated is None:
-        sections.append(section("Figures", "", "There was no validation: no file with masks was given."))
+        sections.append(section("Metrics", "", "There was no validation: no file with masks was given."))
     else:
         sections += _validation_sections(validated)
     sections.append(_settings(spec))
@@ -57,27 +56,9 @@ def write_training_report(
     return path
 
 
-def measured(report: EvaluationReport) -> Measured:
-    """A report as the pages show it."""
-    return Measured(
-        count=report.miou.count,
-        images=None,
-        miou=report.miou.overall,
-        by_size={name: (report.miou.count_by_size[name], value) for name, value in report.miou.by_size.items()},
-        class_miou=report.miou.class_mean,
-        share_good=report.share_good,
-        ap_at_1=report.ap_at_1,
-        ap_at_score=report.ap_at_score,
-        score=report.score,
-        categories=report.categories,
-        skipped=report.skipped_by_reason,
-        pairs=[(row.score, row.iou) for row in report.worst_first],
-    )
-
-
 def _curves(rows: Sequence[Mapping[str, Any]]) -> Html:
     train = [row for row in rows if row["kind"] == "train"]
-    losses = {name: thinned(_points(train, column)) for column, name in _LOSSES.items()}
+    losses = {name: downsample(_points(train, column)) for column, name in _LOSSES.items()}
     # A loss that is off all the time says nothing.
     losses = {name: points for name, points in losses.items() if any(y != 0.0 for _, y in points)}
     validations = [row for row in rows if row["kind"] == "val"]
@@ -85,7 +66,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Html:
     aps = {name: _points(validations, name) for name in ("AP@1", "AP@score")}
     charts = [
         line_chart(losses, "step", "loss"),
-        line_chart({"learning rate": thinned(_points(train, "lr"))}, "step", "learning rate"),
+        line_chart({"learning rate": downsample(_points(train, "lr"))}, "step", "learning rate"),
     ]
     if validations:
         charts += [line_chart(ious, "step", "mIoU"), line_chart(aps, "step", "AP")]
@@ -107,7 +88,7 @@ def _validation_sections(validated: Validated) -> list[Html]:
         f"Of the last validation, student network. Thresholds: small {small:g}, medium {medium:g}, large {large:g}; "
         f"score: {config.score_meaning()}."
     )
-    sections = evaluation_sections(measured(found.report), note, _cards(found.compared[:WORST], coco, image_dir))
+    sections = evaluation_sections(found.report, note, _cards(found.compared[:WORST], coco, image_dir))
     usual = _cards(typical(found.compared, TYPICAL), coco, image_dir)
     if usual:
         sections.append(section("Typical masks", contact_sheet(usual), "Those round the median IoU."))

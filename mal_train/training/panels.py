@@ -9,7 +9,7 @@ from mal_train.core.coco.annotations import CocoFile, JsonId
 from mal_train.core.errors import BadImage, OutputError
 from mal_train.core.masks.images import RgbImage, encode_png, read_image
 from mal_train.core.metrics.evaluator import InstanceComparison
-from mal_train.core.report.board import CELL, contact_sheet_picture
+from mal_train.core.report.board import CELL, contact_sheet_image
 from mal_train.core.report.overlays import draw_close_up
 
 
@@ -96,7 +96,7 @@ class ContactSheet:
         if not pictures:
             return None
         heading = f"epoch {epoch}, step {step}: lowest IoU first. pink: mask, cyan: true mask, yellow: box"
-        sheet = contact_sheet_picture([(entry.picture, entry.title.replace("·", "-")) for entry in pictures], heading)
+        sheet = contact_sheet_image([(entry.picture, entry.title.replace("·", "-")) for entry in pictures], heading)
         path = self._folder / f"epoch_{epoch:03d}.png"
         try:
             self._folder.mkdir(exist_ok=True)

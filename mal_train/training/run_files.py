@@ -158,9 +158,9 @@ def read_metrics(folder: Path) -> list[dict[str, float | str]]:
 def figures_of(report: EvaluationReport) -> dict[str, float | None]:
     """The figures that curves and status.json carry, by name; mIoU is the mean over instances."""
     return {
-        "mIoU": report.miou.overall,
-        **{f"mIoU_{name}": value for name, value in report.miou.by_size.items()},
-        "mIoU_class": report.miou.class_mean,
+        "mIoU": report.overall.miou,
+        **{f"mIoU_{name}": group.miou for name, group in report.by_size.items()},
+        "mIoU_class": report.class_miou,
         "AP@1": report.ap_at_1.get("AP"),
         "AP@score": report.ap_at_score.get("AP"),
     }
@@ -170,8 +170,8 @@ def one_line(report: EvaluationReport) -> str:
     """The figures as one line for people."""
     shown = [f"{name} {value:.3f}" for name, value in figures_of(report).items() if value is not None]
     text = ", ".join(shown) or "no mask could be compared"
-    skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped_by_reason.items())
-    return f"{text} over {report.miou.count} masks" + (f"; not counted: {skipped}" if skipped else "")
+    skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped.items())
+    return f"{text} over {report.overall.count} masks" + (f"; not counted: {skipped}" if skipped else "")
 
 
 def duration(seconds: float) -> str:

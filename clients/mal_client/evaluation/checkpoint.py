@@ -1,7 +1,8 @@
-"""What a server has measured so far in an evaluation, sealed by it, so that a broken one goes on instead of anew.
+"""The records of an unfinished evaluation, so that it can be resumed.
 
-In memory a record outlives a broken stream; in a file also the end of this process. Whether the server takes it back is
-the server's word: it does not after its weights or the options changed, nor after a restart without `resume_key`.
+A record is what the server measured on one image, sealed by the server. In memory the records survive a broken stream;
+in a file they also survive the end of this process. The server rejects them after its weights or the options have
+changed, and after a restart without `resume_key`.
 """
 
 from __future__ import annotations
@@ -11,34 +12,44 @@ import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mal_client.dataset.journal import locked
 from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.fingerprint import differences
 
-WHAT = "mal-client evaluation records"
+FILE_TYPE = "mal-client evaluation records"
 
 
-class EvaluationRecords:
-    """Records by image, and the token that they belong to.
+class _Record(NamedTuple):
+    content_sha256: str
+    data: bytes
+
+
+class EvaluationCheckpoint:
+    """Records by item id, and the token of their evaluation.
 
     Args:
-        path: JSON lines, appended as records come, and held against other processes until `close`; None = memory alone.
-        job: what is measured and how; a file of another job is refused.
+        path: a file of JSON lines, to which records are appended; locked against other processes until `close`. None:
+            records are kept in memory only.
+        job: settings and inputs of the evaluation; a file of another job is refused.
+
+    Attributes:
+        token: the server's token for the records; empty without records.
 
     Raises:
-        ConfigError: the file is of another job, or none of ours.
-        OutputError: another process is at work on it, or it cannot be written.
+        ConfigError: the file belongs to another job, or is not a file of records.
+        OutputError: another process uses the file, or it cannot be written.
     """
 
     def __init__(self, path: Path | None, job: dict[str, Any]) -> None:
         self.token = b""
         self.path = path
         self._job = job
-        self._records: dict[str, tuple[str, bytes]] = {}
+        self._records: dict[str, _Record] = {}
         self._file: int | None = None
         if path is not None:
-            self._file = locked(path, "another evaluation keeps its records there; wait for it, or name another file")
+            self._file = locked(path, "another evaluation uses this file; wait for it to end, or name another file")
             with ExitStack() as unlock:
                 unlock.callback(self.close)
                 self._read(path)
@@ -47,35 +58,46 @@ class EvaluationRecords:
     def __len__(self) -> int:
         return len(self._records)
 
-    def get(self, item_id: str, content: str = "") -> bytes:
-        """The record of an image; empty when there is none, or when the image's content is another one now."""
-        known, record = self._records.get(item_id, ("", b""))
-        return record if known == content else b""
+    def get(self, item_id: str, content_sha256: str = "") -> bytes:
+        """Returns the record of an image; empty where there is none, or the content of the image has changed."""
+        record = self._records.get(item_id)
+        return record.data if record is not None and record.content_sha256 == content_sha256 else b""
 
     def items(self) -> list[tuple[str, bytes]]:
-        """(image, record) of all."""
-        return [(item_id, record) for item_id, (_, record) in self._records.items()]
+        """Returns (item id, record) of every record."""
+        return [(item_id, record.data) for item_id, record in self._records.items()]
 
-    def add(self, token: bytes, item_id: str, record: bytes, content: str = "") -> None:
-        """Keeps a record. `content`: SHA-256 of the image's file, where this side has it."""
-        if not record or self._records.get(item_id) == (content, record):
+    def add(self, token: bytes, item_id: str, data: bytes, content_sha256: str = "") -> None:
+        """Adds a record; a new token discards the records of the old one.
+
+        Args:
+            token: the server's token for the record.
+            item_id: id of the image.
+            data: the record; empty data is ignored.
+            content_sha256: SHA-256 of the image's file; empty where the file is on the server.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        record = _Record(content_sha256, data)
+        if not data or self._records.get(item_id) == record:
             return
         if self.token != token:
             self.clear()
             self.token = token
-            self._append({"what": WHAT, "job": self._job, "token": _text(token)})
-        self._records[item_id] = (content, record)
-        self._append({"item": item_id, "content": content, "record": _text(record)})
+            self._append({"what": FILE_TYPE, "job": self._job, "token": _to_text(token)})
+        self._records[item_id] = record
+        self._append({"item": item_id, "content": content_sha256, "record": _to_text(data)})
 
     def clear(self) -> None:
-        """Forgets everything: the server takes none of it back."""
+        """Discards every record and the token."""
         self.token = b""
         self._records.clear()
         if self._file is not None:
             os.ftruncate(self._file, 0)
 
     def close(self) -> None:
-        """Ends the lock. A file with records stays for a later run, an empty one does not."""
+        """Releases the file; deletes it if it is empty."""
         if self._file is None:
             return
         if self.path is not None and os.fstat(self._file).st_size == 0:
@@ -86,12 +108,12 @@ class EvaluationRecords:
     def _append(self, row: dict[str, Any]) -> None:
         if self._file is None:
             return
-        # A newline first: the last line of a run that was killed may be cut.
-        data = b"\n" + json.dumps(row).encode()
+        # A newline first: the last line of a killed process may be incomplete.
+        line = b"\n" + json.dumps(row).encode()
         try:
             os.lseek(self._file, 0, os.SEEK_END)
-            while data:
-                data = data[os.write(self._file, data) :]
+            while line:
+                line = line[os.write(self._file, line) :]
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
 
@@ -100,46 +122,43 @@ class EvaluationRecords:
             lines = path.read_bytes().split(b"\n")
         except OSError as error:
             raise OutputError(f"{path}: cannot be read: {error.strerror}") from error
-        rows = [row for row in map(_parsed, lines) if row is not None]
-        if any(lines) and (not rows or rows[0].get("what") != WHAT):
-            raise ConfigError(f"{path}: holds no records of an evaluation; name another file")
-        for row in rows:
+        rows = [row for row in map(_parse_line, lines) if row is not None]
+        if any(lines) and (not rows or rows[0].get("what") != FILE_TYPE):
+            raise ConfigError(f"{path}: not a file of evaluation records; name another file")
+        for number, row in enumerate(rows, start=1):
             try:
-                self._take(path, row)
+                self._read_row(path, row)
             except (KeyError, TypeError, ValueError):
-                text = json.dumps(row)
-                raise ConfigError(
-                    f"{path}: holds a line that is no record of an evaluation: {text[:80]}; delete the file or name "
-                    "another"
-                ) from None
+                raise ConfigError(f"{path}: entry {number} is malformed; delete the file or name another one") from None
 
-    def _take(self, path: Path, row: dict[str, Any]) -> None:
+    def _read_row(self, path: Path, row: dict[str, Any]) -> None:
         if "what" in row:
-            if row.get("job") != self._job:
+            different = differences(row["job"], self._job)
+            if different:
                 raise ConfigError(
-                    f"{path}: holds the records of another evaluation (other annotations, images or options); "
-                    "delete it or name another file"
+                    f"{path}: has the records of another evaluation: {'; '.join(different)}; delete the file or name "
+                    "another one"
                 )
-            self.token = _bytes(row, "token")
+            self.token = _read_bytes(row, "token")
         elif self.token:
-            self._records[_string(row, "item")] = (_string(row, "content"), _bytes(row, "record"))
+            self._records[_read_string(row, "item")] = _Record(_read_string(row, "content"), _read_bytes(row, "record"))
 
 
-def _text(data: bytes) -> str:
+def _to_text(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _string(row: dict[str, Any], key: str) -> str:
+def _read_string(row: dict[str, Any], key: str) -> str:
     if not isinstance(row[key], str):
         raise TypeError(key)
     return str(row[key])
 
 
-def _bytes(row: dict[str, Any], key: str) -> bytes:
-    return base64.b64decode(_string(row, key), validate=True)
+def _read_bytes(row: dict[str, Any], key: str) -> bytes:
+    return base64.b64decode(_read_string(row, key), validate=True)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parse_line(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:

@@ -1,11 +1,11 @@
-"""The sections of a page on an evaluation by a server; mal_train.core.report makes and joins them."""
+"""The sections of a page about an evaluation by a server."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mal_train.core.report import evaluation as measured_page
+from mal_train.core.report import evaluation as core_page
 from mal_train.core.report.page import Card, Html
 
 if TYPE_CHECKING:
@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 
 
 def evaluation_sections(evaluation: Evaluation, cards: Sequence[Card] = ()) -> list[Html]:
-    """The usual sections of an evaluation; `cards` show its worst masks, lowest IoU first.
+    """Returns the sections of an evaluation.
 
-    The plot shows what `evaluation.worst` lists, so ask for as many as there are (10 000 at most).
+    The plot shows the instances in `evaluation.worst`; request 10 000 of them (`worst_count`) to plot most data sets
+    completely.
+
+    Args:
+        evaluation: the result.
+        cards: images of the worst masks, lowest IoU first.
     """
     model = evaluation.model
     weights = f"Checkpoint {model.checkpoint_sha256[:16]}…, {model.branch} network."
-    return measured_page.evaluation_sections(evaluation.measured(), weights, cards)
+    return core_page.evaluation_sections(evaluation, weights, cards)

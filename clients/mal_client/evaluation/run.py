@@ -1,22 +1,25 @@
-"""Measures a served model on images with ground truth: the client streams them, or names a data set on the server.
-
-A stream that breaks is started anew; what the server measured before is brought back in the next one.
-"""
+"""Evaluates a served model on images with ground truth: a local data set, or one on the server."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from typing import Any
+
+from mal.v1 import evaluation_pb2
 
 from mal_client.bulk.dispatcher import OnNotice
 from mal_client.dataset.run import OnProgress
-from mal_client.evaluation.checkpoint import EvaluationRecords
-from mal_client.evaluation.sources import LocalPass, ServerPass
-from mal_client.evaluation.stream import EvaluationPass, RetryBudget
+from mal_client.evaluation.checkpoint import EvaluationCheckpoint
+from mal_client.evaluation.sources import LocalDataset, ServerDataset
+from mal_client.evaluation.stream import EvaluationSource, EvaluationStream, RetryBudget
 from mal_client.transport.base import Transport
+from mal_client.transport.serialization import evaluation_messages, labeling_messages
 from mal_client.types import Evaluation, LabelOptions
 from mal_train.core.coco.annotations import read_coco
+from mal_train.core.settings import SIZE_NAMES
 
 
 def evaluate(
@@ -30,14 +33,14 @@ def evaluate(
     on_notice: OnNotice | None = None,
     resume: Path | None = None,
 ) -> Evaluation:
-    """See `Client.evaluate`."""
+    """Evaluates on a local data set; see `Client.evaluate`."""
     coco = read_coco(coco_json)
-    limits = client.server_info().limits
+    source = LocalDataset(
+        coco, images_dir, options=options, worst_count=worst_count, limits=client.server_info().limits
+    )
     sha256 = hashlib.sha256(coco_json.read_bytes()).hexdigest()
     job = {"annotations_sha256": sha256, "images": str(images_dir), "options": repr(options)}
-    with closing(EvaluationRecords(resume, job)) as records:
-        run = LocalPass(coco, images_dir, options=options, worst_count=worst_count, limits=limits, records=records)
-        return _finished(client, run, on_progress, on_notice)
+    return _evaluate(client, source, job=job, on_progress=on_progress, on_notice=on_notice, resume=resume)
 
 
 def evaluate_on_server(
@@ -51,25 +54,52 @@ def evaluate_on_server(
     on_notice: OnNotice | None = None,
     resume: Path | None = None,
 ) -> Evaluation:
-    """See `Client.evaluate_on_server`."""
+    """Evaluates on a data set on the server; see `Client.evaluate_on_server`."""
+    source = ServerDataset(annotations, images, options, worst_count)
     job = {"on_server": [annotations, images], "options": repr(options)}
-    with closing(EvaluationRecords(resume, job)) as records:
-        run = ServerPass(annotations, images, options, worst_count, records)
-        return _finished(client, run, on_progress, on_notice)
+    return _evaluate(client, source, job=job, on_progress=on_progress, on_notice=on_notice, resume=resume)
 
 
-def _finished(
-    client: Transport, run: EvaluationPass, on_progress: OnProgress | None, on_notice: OnNotice | None
+def _evaluate(
+    client: Transport,
+    source: EvaluationSource,
+    *,
+    job: dict[str, Any],
+    on_progress: OnProgress | None,
+    on_notice: OnNotice | None,
+    resume: Path | None,
 ) -> Evaluation:
-    """Streams until there is a result; what earlier streams measured is brought back in the next one."""
-    if len(run.records) and on_notice is not None:
-        measured = f"{len(run.records)} image{'s are' if len(run.records) > 1 else ' is'} measured"
-        on_notice(f"{run.records.path}: going on with an unfinished evaluation; {measured}")
-    patience = RetryBudget(client.timeout_s)
-    while True:
-        pause_s = run.stream(client, on_progress, on_notice, patience)
-        if run.result is not None:
-            found = run.evaluation(run.result)
-            run.records.clear()
-            return found
-        client.pause(pause_s)
+    with closing(EvaluationCheckpoint(resume, job)) as checkpoint:
+        if len(checkpoint) and on_notice is not None:
+            on_notice(
+                f"{checkpoint.path}: resuming an unfinished evaluation; images measured so far: {len(checkpoint)}"
+            )
+        stream = EvaluationStream(client, source, checkpoint, on_progress=on_progress, on_notice=on_notice)
+        evaluation = _evaluation_of(stream.run(RetryBudget(client.timeout_s)), source)
+        checkpoint.clear()
+    return evaluation
+
+
+def _evaluation_of(result: evaluation_pb2.EvaluateResult, source: EvaluationSource) -> Evaluation:
+    """Returns the server's metrics with the ids of the data set, and with the objects that were not sent."""
+    skipped = Counter(source.skipped)
+    skipped.update({row.reason: row.instances for row in result.skipped})
+    return Evaluation(
+        images=result.images,
+        images_skipped=result.images_skipped + source.images_skipped,
+        overall=evaluation_messages.group_miou(result.overall),
+        by_size={name: evaluation_messages.group_miou(getattr(result, name)) for name in SIZE_NAMES},
+        class_miou=result.class_miou if result.HasField("class_miou") else None,
+        share_good=result.share_good if result.HasField("share_good") else None,
+        empty_ground_truth=result.empty_ground_truth,
+        ap_at_1=evaluation_messages.coco_metrics(result.ap_at_one),
+        ap_at_score=evaluation_messages.coco_metrics(result.ap_at_score),
+        score=evaluation_messages.score_quality(result.score),
+        categories=tuple(
+            evaluation_messages.category_row(row, source.category_id(row.category.category_id))
+            for row in result.categories
+        ),
+        skipped=dict(skipped.most_common()),
+        worst=tuple(map(source.instance, result.worst)),
+        model=labeling_messages.model_ref(result.model),
+    )

@@ -1,8 +1,11 @@
-"""One evaluation by a server, whatever it measures: the stream, what comes back on it, and when it is given up.
+"""Streams an evaluation to a server until a stream ends with a result.
 
-The server keeps nothing of an evaluation whose stream broke; it seals what it measured on each image and gives it to
-this side, which brings it back in the next stream (`EvaluationRecords`). What is sent is decided in
-`evaluation_sources`.
+    EvaluationSource   names the requests of one stream, and maps its results to the ids of the data set (`sources`)
+    EvaluationStream   sends the requests, stores the records that come back, and opens another stream after a failure
+    RetryBudget        decides how many more streams may fail; IdleTimeout ends a stream on which nothing moves
+
+The server keeps nothing of a broken stream. It sends a sealed record of each image, which the next stream sends back
+(`EvaluationCheckpoint`), so that no image is labeled twice.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import grpc
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc
@@ -18,187 +22,220 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc
 from mal_client.bulk.dispatcher import OnNotice, watchdog
 from mal_client.dataset.run import OnProgress
 from mal_client.errors import CallTimedOut, ServerError, from_rpc_error, is_disconnect, rpc_details
-from mal_client.evaluation.checkpoint import EvaluationRecords
+from mal_client.evaluation.checkpoint import EvaluationCheckpoint
 from mal_client.transport.base import Transport
-from mal_client.transport.serialization import evaluation_messages, labeling_messages
-from mal_client.types import Evaluation, LabelOptions, MeasuredInstance, Progress
+from mal_client.types import MeasuredInstance, Progress
 from mal_train.core.coco.annotations import JsonId, Reason
-from mal_train.core.metrics.report import CategoryRow
-from mal_train.core.settings import SIZE_NAMES
+from mal_train.core.errors import MalError
 
-STALE = "RESUME_TOKEN_STALE"
+RESUME_TOKEN_STALE = "RESUME_TOKEN_STALE"
 
-RESTART_PAUSE_S = 2.0
+RETRY_PAUSE_S = 2.0
+"""Pause before another stream, where the server does not state one."""
 
 MAX_ATTEMPTS = 5
-"""How many streams without a new image there may be before the evaluation is given up."""
+"""Consecutive streams without a new image after which the evaluation fails."""
 
 
 class IdleTimeout:
-    """How long nothing has moved in either direction."""
+    """Expires when no message is sent or received for `limit_s` seconds."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._since = time.monotonic()
+        self._last_reset = time.monotonic()
 
-    def heard(self) -> None:
-        """Something moved."""
-        self._since = time.monotonic()
+    def reset(self) -> None:
+        """Restarts the timeout; call it for each message."""
+        self._last_reset = time.monotonic()
 
-    def is_over(self) -> bool:
-        """It lasts too long."""
-        return time.monotonic() - self._since > self._limit_s
+    @property
+    def is_expired(self) -> bool:
+        """No message for longer than the limit."""
+        return time.monotonic() - self._last_reset > self._limit_s
 
 
 class RetryBudget:
-    """Whether another stream is tried after those that brought no new image.
+    """Limits the failures of consecutive streams that bring no new image.
 
-    `MAX_ATTEMPTS` of them are enough. Those on which the server said when to come back do not count: it is alive, and
-    they end by the clock, once such answers alone have come for `limit_s`.
+    MAX_ATTEMPTS failures exhaust it. A failure for which the server states when to retry does not count, since the
+    server is alive; such failures exhaust the budget once there is nothing else for `limit_s` seconds.
     """
 
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit_s = limit_s
         self._clock = clock
-        self._starts = 0
-        self._asked_since: float | None = None
+        self._failures = 0
+        self._busy_since: float | None = None
 
-    def is_over(self, asked_s: float | None, *, has_new: bool) -> bool:
-        """After a stream without a result. `asked_s`: the server's word; `has_new`: it brought an image."""
-        if has_new:
-            self._starts, self._asked_since = 0, None
-        if asked_s is None:
-            self._starts, self._asked_since = self._starts + 1, None
-            return self._starts >= MAX_ATTEMPTS
+    def spend(self, retry_after_s: float | None, *, has_progress: bool) -> bool:
+        """Counts the failure of a stream; returns False when no further stream may follow.
+
+        Args:
+            retry_after_s: pause that the server states; None where it states none.
+            has_progress: the stream brought a new image.
+        """
+        if has_progress:
+            self._failures, self._busy_since = 0, None
+        if retry_after_s is None:
+            self._failures, self._busy_since = self._failures + 1, None
+            return self._failures < MAX_ATTEMPTS
         now = self._clock()
-        self._asked_since = now if self._asked_since is None else self._asked_since
-        return now - self._asked_since > self._limit_s
+        if self._busy_since is None:
+            self._busy_since = now
+        return now - self._busy_since <= self._limit_s
 
 
-class EvaluationPass(ABC):
-    """What local data sets and those on the server share: the stream, what comes back, and the records."""
+class EvaluationSource(ABC):
+    """The images of an evaluation.
 
-    def __init__(self, options: LabelOptions, worst_count: int, records: EvaluationRecords) -> None:
-        self.result: evaluation_pb2.EvaluateResult | None = None
-        self.records = records
-        self._options = options
-        self._worst_count = worst_count
-        self._images_total = 0
-        self._before = dict(records.items())
-        """What an earlier run measured, by image."""
-        self._images_before = 0
-        self._contents: dict[str, str] = {}
-        """SHA-256 of each image's file that this side read."""
-        self._skipped: Counter[str] = Counter()
-        self._images_skipped = 0
-        self._fault: Exception | None = None
+    Attributes:
+        images_total: number of images; 0 where only the server knows it.
+        images_skipped: images of the current stream that could not be read here.
+        skipped: objects that were not sent, by reason.
+        failure: the exception that ended the requests of the current stream; None where they are complete.
+    """
 
-    def stream(
-        self, client: Transport, on_progress: OnProgress | None, on_notice: OnNotice | None, patience: RetryBudget
-    ) -> float:
-        """Runs one stream; when it brought no result, seconds to wait before another start.
+    def __init__(self) -> None:
+        self.images_total = 0
+        self.images_skipped = 0
+        self.skipped: Counter[str] = Counter()
+        self.failure: Exception | None = None
+
+    @abstractmethod
+    def requests(
+        self, checkpoint: EvaluationCheckpoint, idle_timeout: IdleTimeout
+    ) -> Iterator[evaluation_pb2.EvaluateRequest]:
+        """Yields the requests of one stream, with the records of the checkpoint; resets the counters of skipped images.
+
+        Runs in a thread of gRPC.
+        """
+
+    def content_sha256(self, item_id: str) -> str:
+        """Returns the SHA-256 of the image's file; empty where the file is on the server."""
+        return ""
+
+    def category_id(self, wire_id: int) -> JsonId:
+        """Returns the category id in the data set."""
+        return wire_id
+
+    @abstractmethod
+    def instance(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
+        """Returns a row of the result with the ids of the data set."""
+
+
+class _Failure(NamedTuple):
+    """A stream that ended without a result and may be retried."""
+
+    error: MalError
+    retry_after_s: float | None
+
+
+class EvaluationStream:
+    """Evaluate calls for one source, one after another, until one returns a result.
+
+    Args:
+        client: the server.
+        source: the images.
+        checkpoint: gets the records; those that it has are sent again.
+        on_progress: called after each image.
+        on_notice: called with a message for the user.
+    """
+
+    def __init__(
+        self,
+        client: Transport,
+        source: EvaluationSource,
+        checkpoint: EvaluationCheckpoint,
+        *,
+        on_progress: OnProgress | None = None,
+        on_notice: OnNotice | None = None,
+    ) -> None:
+        self._client = client
+        self._source = source
+        self._checkpoint = checkpoint
+        self._on_progress = on_progress
+        self._on_notice = on_notice
+        self._previous = dict(checkpoint.items())
+        """Records of an earlier process, by item id."""
+        self._images_resumed = 0
+
+    def run(self, budget: RetryBudget) -> evaluation_pb2.EvaluateResult:
+        """Streams until there is a result.
 
         Raises:
-            MalError: the failure is final, or patience is over.
+            MalError: a failure that a retry cannot fix, or the budget is exhausted.
         """
-        known = len(self.records)
-        silence = IdleTimeout(client.timeout_s)
-        self._images_before = 0
-        self._begin()
-        stub = evaluation_pb2_grpc.EvaluationServiceStub(client.open_channel())
-        stream = stub.Evaluate(self._requests(silence))
+        while True:
+            known = len(self._checkpoint)
+            outcome = self._stream_once()
+            if isinstance(outcome, evaluation_pb2.EvaluateResult):
+                return outcome
+            if outcome is None:
+                continue
+            if not budget.spend(outcome.retry_after_s, has_progress=len(self._checkpoint) > known):
+                raise outcome.error
+            self._client.pause(outcome.retry_after_s or RETRY_PAUSE_S)
+
+    def _stream_once(self) -> evaluation_pb2.EvaluateResult | _Failure | None:
+        """Runs one stream; None: it must be repeated without the records, which the server rejected."""
+        idle_timeout = IdleTimeout(self._client.timeout_s)
+        self._images_resumed = 0
+        stub = evaluation_pb2_grpc.EvaluationServiceStub(self._client.open_channel())
+        stream = stub.Evaluate(self._source.requests(self._checkpoint, idle_timeout))
+        result: evaluation_pb2.EvaluateResult | None = None
         try:
-            with watchdog(silence.is_over, stream.cancel):
+            with watchdog(lambda: idle_timeout.is_expired, stream.cancel):
                 for response in stream:
-                    silence.heard()
-                    self._take(response, on_progress)
+                    idle_timeout.reset()
+                    if response.HasField("result"):
+                        result = response.result
+                    else:
+                        self._take_progress(response.progress)
         except grpc.RpcError as error:
-            if self._fault is not None:
-                raise self._fault from None
-            if silence.is_over():
-                raise CallTimedOut(
-                    f"{client.address}: no sign of the evaluation for {client.timeout_s:g} s; look whether the server "
-                    "is alive, or allow more time"
-                ) from error
-            if rpc_details(error).reason == STALE and self.records.token:
-                if on_notice is not None:
-                    on_notice(
-                        f"{client.address}: does not take back what was measured before (its weights, its resume_key "
-                        "or the options are others now): everything is measured anew"
-                    )
-                self.records.clear()
-                return 0.0
-            asked_s = rpc_details(error).retry_after_s
-            if not is_disconnect(error) or patience.is_over(asked_s, has_new=len(self.records) > known):
-                raise from_rpc_error(client.address, error, None) from error
-            return asked_s or RESTART_PAUSE_S
+            return self._failure_of(error, idle_timeout)
         finally:
             stream.cancel()  # type: ignore[no-untyped-call]
-        if self.result is None and patience.is_over(None, has_new=len(self.records) > known):
-            raise ServerError(
-                f"{client.address}: ended the evaluation {MAX_ATTEMPTS} times without a result; see its log"
-            )
-        return RESTART_PAUSE_S
+        if result is None:
+            message = f"{self._client.address}: the evaluation ended without a result; see the log of the server"
+            return _Failure(ServerError(message), None)
+        return result
 
-    def evaluation(self, result: evaluation_pb2.EvaluateResult) -> Evaluation:
-        """The server's figures, with the ids of the file and with what this side could not send."""
-        return Evaluation(
-            images=result.images,
-            images_skipped=result.images_skipped + self._images_skipped,
-            overall=evaluation_messages.group_miou(result.overall),
-            by_size={name: evaluation_messages.group_miou(getattr(result, name)) for name in SIZE_NAMES},
-            class_miou=result.class_miou if result.HasField("class_miou") else None,
-            share_good=result.share_good if result.HasField("share_good") else None,
-            empty_ground_truth=result.empty_ground_truth,
-            ap_at_1=evaluation_messages.coco_figures(result.ap_at_one),
-            ap_at_score=evaluation_messages.coco_figures(result.ap_at_score),
-            score=evaluation_messages.score_quality(result.score),
-            categories=tuple(map(self._category, result.categories)),
-            skipped=self._all_skipped(result),
-            worst=tuple(map(self._measured, result.worst)),
-            model=labeling_messages.model_ref(result.model),
-        )
+    def _failure_of(self, error: grpc.RpcError, idle_timeout: IdleTimeout) -> _Failure | None:
+        """Returns a failure that may be retried, or None after discarding stale records; raises any other one."""
+        if self._source.failure is not None:
+            raise self._source.failure from None
+        address, details = self._client.address, rpc_details(error)
+        if idle_timeout.is_expired:
+            raise CallTimedOut(
+                f"{address}: no message of the evaluation for {self._client.timeout_s:g} s; check that the server is "
+                "alive, or raise the timeout"
+            ) from error
+        if details.reason == RESUME_TOKEN_STALE and self._checkpoint.token:
+            if self._on_notice is not None:
+                self._on_notice(
+                    f"{address}: rejects the earlier records, because its weights, its resume_key or the options have "
+                    "changed; the evaluation starts again"
+                )
+            self._checkpoint.clear()
+            return None
+        final_error = from_rpc_error(address, error, None)
+        final_error.__cause__ = error
+        if not is_disconnect(error):
+            raise final_error
+        return _Failure(final_error, details.retry_after_s)
 
-    def _take(self, response: evaluation_pb2.EvaluateResponse, on_progress: OnProgress | None) -> None:
-        if response.HasField("result"):
-            self.result = response.result
-            return
-        progress = response.progress
-        self._images_before += bool(progress.record) and self._before.get(progress.item_id) == progress.record
-        self.records.add(
-            progress.resume_token, progress.item_id, progress.record, self._contents.get(progress.item_id, "")
-        )
-        if on_progress is not None:
-            on_progress(
+    def _take_progress(self, progress: evaluation_pb2.EvaluateProgress) -> None:
+        item_id, source = progress.item_id, self._source
+        self._images_resumed += bool(progress.record) and self._previous.get(item_id) == progress.record
+        self._checkpoint.add(progress.resume_token, item_id, progress.record, source.content_sha256(item_id))
+        if self._on_progress is not None:
+            self._on_progress(
                 Progress(
-                    images_done=progress.images_done + self._images_skipped,
-                    images_total=self._images_total or progress.images_total,
+                    images_done=progress.images_done + source.images_skipped,
+                    images_total=source.images_total or progress.images_total,
                     boxes_done=progress.instances_done,
-                    boxes_failed=self._skipped.total() - self._skipped[Reason.CROWD],
+                    boxes_failed=source.skipped.total() - source.skipped[Reason.CROWD],
                     running_miou=progress.running_miou if progress.HasField("running_miou") else None,
-                    images_before=self._images_before,
+                    images_before=self._images_resumed,
                 )
             )
-
-    @abstractmethod
-    def _begin(self) -> None:
-        """Before each stream."""
-
-    @abstractmethod
-    def _requests(self, silence: IdleTimeout) -> Iterator[evaluation_pb2.EvaluateRequest]:
-        """What is sent on one stream, from its first message on."""
-
-    def _all_skipped(self, result: evaluation_pb2.EvaluateResult) -> dict[str, int]:
-        counts = Counter(self._skipped)
-        counts.update({row.reason: row.instances for row in result.skipped})
-        return dict(counts.most_common())
-
-    def _category(self, row: evaluation_pb2.CategoryFigures) -> CategoryRow:
-        return evaluation_messages.category_row(row, self._category_id(row.category.category_id))
-
-    def _category_id(self, key: int) -> JsonId:
-        return key
-
-    @abstractmethod
-    def _measured(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
-        """A row of the result under the data set's own names."""

@@ -29,7 +29,7 @@ from mal_train.core.masks.flags import FLAG_DESCRIPTIONS
 from mal_train.core.masks.images import read_header
 from mal_train.core.masks.rle import Rle, from_segmentation, iou
 from mal_train.core.metrics.score_quality import bad_in_worst, spearman
-from mal_train.core.report.page import shown
+from mal_train.core.report.page import format_metric
 
 BAD_IOU: Final = 0.5
 """A mask below is bad: as in COCO's AP50, it would not count as found."""
@@ -172,9 +172,9 @@ class ReviewQueue:
         ]
         lines += [f"{count:>8}  {flag:<16}{FLAG_MEANINGS.get(flag, '')}" for flag, count in self.flags.most_common()]
         lines += [
-            f"order by {quality.by}: Spearman {shown(quality.spearman)} with IoU on {quality.count} masks; of "
-            f"{quality.bad_count} with IoU < {BAD_IOU:g} the worst 10 % hold {shown(quality.bad_in_worst_tenth)}, the "
-            f"worst 20 % {shown(quality.bad_in_worst_fifth)}"
+            f"order by {quality.by}: Spearman {format_metric(quality.spearman)} with IoU on {quality.count} masks; of "
+            f"{quality.bad_count} with IoU < {BAD_IOU:g} the worst 10 % hold "
+            f"{format_metric(quality.bad_in_worst_tenth)}, the worst 20 % {format_metric(quality.bad_in_worst_fifth)}"
             for quality in self.qualities
         ]
         if self.worst:

@@ -1,4 +1,7 @@
-"""Evaluation messages to domain types and back; starts nothing. What they share with labeling stands in `codec`."""
+"""Converts evaluation messages to domain types and back, and validates them. Pure functions, no calls.
+
+Functions shared with labeling are in `labeling_messages`.
+"""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,15 +20,16 @@ from mal_server.api.serialization.labeling_messages import (
 from mal_server.config.limits import Limits
 from mal_server.errors import InvalidRequest
 from mal_server.evaluation.resume_tokens import GroundTruth, ItemFailure
-from mal_server.evaluation.run import REFUSED, Evaluation
+from mal_server.evaluation.run import REQUEST_REFUSED, EvaluationRun
 from mal_server.inference.image_store import Picture
 from mal_server.inference.pipeline import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.geometry import Box
-from mal_train.core.metrics.coco_ap import AP_NAMES
-from mal_train.core.metrics.miou import Figures
-from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.metrics.average_precision import AP_NAMES
+from mal_train.core.metrics.miou import CocoMetrics, GroupMiou
+from mal_train.core.metrics.report import CategoryRow, EvaluationReport
+from mal_train.core.metrics.score_quality import ScoreQuality
 from mal_train.core.settings import SIZE_NAMES
 from mal_train.kernel.labeler.labeler import PredictOptions
 
@@ -46,23 +50,23 @@ _AP_FIELDS = dict(
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The first message of an evaluation.
+    """The options of an evaluation, from the first message of its stream.
 
     Attributes:
-        run: how the network runs.
-        answer: how probabilities become masks; they are written in no format.
-        priority: who goes first.
-        deadline: event-loop time.
-        category_names: by id, in the order of the report.
-        images_total: as announced; 0 = unknown.
-        worst_count: instances to list, lowest IoU first.
-        dataset: names of annotations and images on the server; None: images follow.
-        want_records: each image's record is sent.
-        resume_token: of the evaluation that is to go on; empty = none.
+        predict: options of the network.
+        output: options by which probabilities become masks; `formats` is empty.
+        priority: priority of its crops.
+        deadline: of the call, in event-loop time.
+        category_names: names by id, in the order of the report.
+        images_total: number of images, as announced; 0 = unknown.
+        worst_count: number of instances to list, lowest IoU first.
+        dataset: (annotations, images) of a data set on the server; None: the stream has the images.
+        want_records: send the record of each image with its progress.
+        resume_token: token of the evaluation to resume; empty = none.
     """
 
-    run: PredictOptions
-    answer: OutputOptions
+    predict: PredictOptions
+    output: OutputOptions
     priority: Priority
     deadline: float
     category_names: Mapping[JsonId, str]
@@ -72,40 +76,44 @@ class EvaluateOptions:
     want_records: bool
     resume_token: bytes
 
-    def job(
-        self, picture: Picture, wh: tuple[int, int] | None, ids: tuple[int, ...], boxes: tuple[Box, ...]
+    def label_request(
+        self, image: Picture, expected_wh: tuple[int, int] | None, ids: tuple[int, ...], boxes: tuple[Box, ...]
     ) -> LabelRequest:
-        """What labels an image of this evaluation."""
-        return LabelRequest(picture, wh, ids, boxes, self.run, self.answer, self.priority, self.deadline)
+        """Returns the request that labels one image of the evaluation."""
+        return LabelRequest(image, expected_wh, ids, boxes, self.predict, self.output, self.priority, self.deadline)
 
 
-def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: CallDefaults) -> EvaluateOptions:
-    """The first message; raises RequestRefused when it is none or breaks the contract."""
-    checks = Violations()
+def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, defaults: CallDefaults) -> EvaluateOptions:
+    """Reads the first message of an evaluation.
+
+    Raises:
+        InvalidRequest: the message has no options, or fields that break the contract.
+    """
+    violations = Violations()
     if request.WhichOneof("message") != "options":
-        checks.add("options", "the first message must hold the options")
+        violations.add("options", "the first message must have the options")
     options = request.options
-    run, answer, priority = read_options(options.label, call, checks, "options.label")
+    predict, output, priority = read_options(options.label, defaults, violations, "options.label")
     if options.images_total < 0:
-        checks.add("options.images_total", f"{options.images_total}; it must be 0 (unknown) or more")
+        violations.add("options.images_total", f"{options.images_total}; it must be 0 (unknown) or more")
     if not 0 <= options.worst_count <= MAX_WORST:
-        checks.add("options.worst_count", f"{options.worst_count}; it must lie between 0 and {MAX_WORST}")
+        violations.add("options.worst_count", f"{options.worst_count}; it must lie between 0 and {MAX_WORST}")
     names: dict[JsonId, str] = {c.category_id: c.name or str(c.category_id) for c in options.categories}
     if len(names) != len(options.categories):
-        checks.add("options.categories", "a category_id stands twice")
+        violations.add("options.categories", "a category_id is used more than once")
     dataset = None
     if options.HasField("dataset"):
         dataset = (options.dataset.annotations, options.dataset.images)
         if not all(dataset):
-            checks.add("options.dataset", "annotations and images are both needed, each FOLDER/PATH")
+            violations.add("options.dataset", "annotations and images are both required, each as FOLDER/PATH")
         if names or options.images_total:
-            checks.add("options.dataset", "the data set brings its own categories and images")
-    checks.raise_if_any()
+            violations.add("options.dataset", "leave categories and images_total unset: the data set defines them")
+    violations.raise_if_any()
     return EvaluateOptions(
-        run=run,
-        answer=replace(answer, formats=()),
+        predict=predict,
+        output=replace(output, formats=()),
         priority=priority,
-        deadline=call.deadline,
+        deadline=defaults.deadline,
         category_names=names,
         images_total=options.images_total,
         worst_count=options.worst_count,
@@ -116,69 +124,74 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, call: CallDef
 
 
 async def read_records(
-    requests: AsyncIterator[evaluation_pb2.EvaluateRequest], options: EvaluateOptions, hold: Callable[[int], None]
+    requests: AsyncIterator[evaluation_pb2.EvaluateRequest], options: EvaluateOptions, reserve: Callable[[int], None]
 ) -> dict[str, bytes]:
-    """The records that a caller brings for images of a data set on the server, by item id.
+    """Reads the records of images of a data set on the server, by item id.
 
     Args:
         requests: the messages after the first.
-        options: the first one.
-        hold: told how many bytes more are held; may raise.
+        options: from the first message.
+        reserve: receives the number of additional bytes held; may raise.
 
     Raises:
-        RequestRefused: a message that holds none, one without a token in the options, or more than fits into memory.
+        InvalidRequest: a message without a record, no token in the options, or more than MAX_RECORDS_BYTES.
     """
-    found: dict[str, bytes] = {}
-    size = 0
+    records: dict[str, bytes] = {}
+    total = 0
     async for request in requests:
         if request.WhichOneof("message") != "image" or not request.image.record:
-            raise InvalidRequest([("image.record", "with a data set on the server, only records may follow")])
+            raise InvalidRequest([("image.record", "missing; with options.dataset, send only records")])
         if not options.resume_token:
-            raise InvalidRequest([("options.resume_token", "records were sent, and no token that they belong to")])
-        own = len(request.image.record) + len(request.image.item_id)
-        hold(own)
-        found[request.image.item_id] = request.image.record
-        size += own
-        if size > MAX_RECORDS_BYTES:
-            raise InvalidRequest([("image.record", f"more than {MAX_RECORDS_BYTES} bytes of records")])
-    return found
+            raise InvalidRequest([("options.resume_token", "missing; records need the token of their evaluation")])
+        size = len(request.image.record) + len(request.image.item_id)
+        reserve(size)
+        records[request.image.item_id] = request.image.record
+        total += size
+        if total > MAX_RECORDS_BYTES:
+            raise InvalidRequest([("image.record", f"records take more than {MAX_RECORDS_BYTES} bytes")])
+    return records
 
 
-async def read_truths(
+async def read_ground_truths(
     requests: AsyncIterator[evaluation_pb2.EvaluateRequest], options: EvaluateOptions, limits: Limits
 ) -> AsyncIterator[GroundTruth]:
-    """The images of an evaluation, numbered as they come; raises RequestRefused for a message that holds none."""
-    place = 0
+    """Reads the images of an evaluation, numbered in order of arrival.
+
+    Raises:
+        InvalidRequest: a message without an image.
+    """
+    index = 0
     async for request in requests:
         if request.WhichOneof("message") != "image":
-            raise InvalidRequest([("image", "every message after the first must hold an image")])
-        yield read_truth(request.image, place, options, limits)
-        place += 1
+            raise InvalidRequest([("image", "every message after the first must have an image")])
+        yield read_ground_truth(request.image, index, options, limits)
+        index += 1
 
 
-def read_truth(
-    image: evaluation_pb2.EvaluateImage, place: int, options: EvaluateOptions, limits: Limits
+def read_ground_truth(
+    image: evaluation_pb2.EvaluateImage, index: int, options: EvaluateOptions, limits: Limits
 ) -> GroundTruth:
-    """An image with ground truth. What breaks the contract is a fault of this image alone."""
-    checks = Violations()
-    check_item_id(image.item_id, checks, "image.item_id")
-    picture, expected_wh = read_image_source(image.image, checks, "image.image")
-    annotations = tuple(_read_annotation(one, place) for one in image.ground_truth)
-    # Of two objects with one id the evaluator counts the first, so only that one is labeled.
-    wanted: dict[int, types_pb2.Instance] = {}
+    """Reads an image with ground truth. Fields that break the contract become the failure of this image alone."""
+    violations = Violations()
+    check_item_id(image.item_id, violations, "image.item_id")
+    source, expected_wh = read_image_source(image.image, violations, "image.image")
+    annotations = tuple(_read_annotation(one, index) for one in image.ground_truth)
+    # The evaluator counts the first of several objects with one id, so only that one is labeled.
+    instances: dict[int, types_pb2.Instance] = {}
     for one in image.ground_truth:
         if not one.is_crowd:
-            wanted.setdefault(one.instance.instance_id, one.instance)
-    ids, boxes = read_instances(list(wanted.values()), limits, checks, "image.ground_truth")
+            instances.setdefault(one.instance.instance_id, one.instance)
+    ids, boxes = read_instances(list(instances.values()), limits, violations, "image.ground_truth")
     try:
-        checks.raise_if_any()
+        violations.raise_if_any()
     except InvalidRequest as error:
-        return GroundTruth(image.item_id, annotations, None, ItemFailure(REFUSED, str(error)))
-    return GroundTruth(image.item_id, annotations, options.job(picture, expected_wh, ids, boxes), None, image.record)
+        return GroundTruth(image.item_id, annotations, None, ItemFailure(REQUEST_REFUSED, str(error)))
+    request = options.label_request(source, expected_wh, ids, boxes)
+    return GroundTruth(image.item_id, annotations, request, None, image.record)
 
 
-def write_progress(run: Evaluation, options: EvaluateOptions, record: bytes) -> evaluation_pb2.EvaluateResponse:
-    """How far an evaluation is; with the last image's record where they are wanted."""
+def write_progress(run: EvaluationRun, options: EvaluateOptions, record: bytes) -> evaluation_pb2.EvaluateResponse:
+    """Writes the progress of an evaluation after its last image, with the record of that image if requested."""
     return evaluation_pb2.EvaluateResponse(
         progress=evaluation_pb2.EvaluateProgress(
             images_done=len(run.item_ids),
@@ -186,55 +199,34 @@ def write_progress(run: Evaluation, options: EvaluateOptions, record: bytes) -> 
             instances_done=run.instances,
             running_miou=run.running_miou,
             item_id=run.item_ids[-1],
-            resume_token=run.records.token if options.want_records else b"",
+            resume_token=run.tokens.token if options.want_records else b"",
             record=record,
         )
     )
 
 
 def write_result(
-    report: EvaluationReport, run: Evaluation, options: EvaluateOptions, model: types_pb2.ModelRef
+    report: EvaluationReport, run: EvaluationRun, options: EvaluateOptions, model: types_pb2.ModelRef
 ) -> evaluation_pb2.EvaluateResponse:
-    """The figures of an evaluation."""
-    miou, score = report.miou, report.score
-    sizes = {
-        name: evaluation_pb2.GroupMiou(instances=miou.count_by_size[name], miou=miou.by_size[name])
-        for name in SIZE_NAMES
-    }
+    """Writes the metrics of an evaluation."""
+    groups = {name: _write_group(report.by_size[name]) for name in SIZE_NAMES}
     return evaluation_pb2.EvaluateResponse(
         result=evaluation_pb2.EvaluateResult(
             images=len(run.item_ids) - run.skipped_images,
             images_skipped=run.skipped_images,
-            overall=evaluation_pb2.GroupMiou(instances=miou.count, miou=miou.overall),
-            small=sizes["small"],
-            medium=sizes["medium"],
-            large=sizes["large"],
-            class_miou=miou.class_mean,
+            overall=_write_group(report.overall),
+            small=groups["small"],
+            medium=groups["medium"],
+            large=groups["large"],
+            class_miou=report.class_miou,
             share_good=report.share_good,
             empty_ground_truth=report.empty_ground_truth,
-            ap_at_one=_write_coco_figures(report.ap_at_1),
-            ap_at_score=_write_coco_figures(report.ap_at_score),
-            score=evaluation_pb2.ScoreQuality(
-                mean_score=score.mean_score,
-                bias=score.bias,
-                calibration_error=score.calibration_error,
-                rank_correlation=score.spearman,
-                bad_instances=score.bad_count,
-                bad_in_worst_fifth=score.bad_in_worst_fifth,
-            ),
-            categories=[
-                evaluation_pb2.CategoryFigures(
-                    category=types_pb2.Category(category_id=_integer(row.category_id), name=row.name),
-                    instances=row.count,
-                    miou=row.miou,
-                    share_good=row.share_good,
-                    mean_score=row.mean_score,
-                )
-                for row in report.categories
-            ],
+            ap_at_one=write_coco_metrics(report.ap_at_1),
+            ap_at_score=write_coco_metrics(report.ap_at_score),
+            score=_write_score_quality(report.score),
+            categories=[_write_category(row) for row in report.categories],
             skipped=[
-                evaluation_pb2.SkippedCount(reason=reason, instances=count)
-                for reason, count in report.skipped_by_reason.items()
+                evaluation_pb2.SkippedCount(reason=reason, instances=count) for reason, count in report.skipped.items()
             ],
             worst=[
                 evaluation_pb2.InstanceIou(
@@ -243,27 +235,53 @@ def write_result(
                     iou=row.iou,
                     score=row.score,
                 )
-                for row in report.worst_first[: options.worst_count]
+                for row in report.worst[: options.worst_count]
             ],
             model=model,
         )
     )
 
 
-def _read_annotation(one: evaluation_pb2.GroundTruth, place: int) -> Annotation:
+def write_coco_metrics(metrics: CocoMetrics) -> evaluation_pb2.CocoFigures:
+    """Writes COCO's metrics; None stays unset."""
+    return evaluation_pb2.CocoFigures(**{_AP_FIELDS[name]: value for name, value in metrics.items()})
+
+
+def _read_annotation(one: evaluation_pb2.GroundTruth, image_index: int) -> Annotation:
     raw: dict[str, object] = {}
     if one.HasField("mask"):
         raw["segmentation"] = {"size": [one.mask.height, one.mask.width], "counts": one.mask.counts}
     instance = one.instance
-    return Annotation(instance.instance_id, place, one.category_id, read_box(instance.box), one.is_crowd, raw)
+    return Annotation(instance.instance_id, image_index, one.category_id, read_box(instance.box), one.is_crowd, raw)
 
 
-def _write_coco_figures(figures: Figures) -> evaluation_pb2.CocoFigures:
-    return evaluation_pb2.CocoFigures(**{_AP_FIELDS[name]: value for name, value in figures.items()})
+def _write_group(group: GroupMiou) -> evaluation_pb2.GroupMiou:
+    return evaluation_pb2.GroupMiou(instances=group.count, miou=group.miou)
+
+
+def _write_score_quality(score: ScoreQuality) -> evaluation_pb2.ScoreQuality:
+    return evaluation_pb2.ScoreQuality(
+        mean_score=score.mean_score,
+        bias=score.bias,
+        calibration_error=score.calibration_error,
+        rank_correlation=score.spearman,
+        bad_instances=score.bad_count,
+        bad_in_worst_fifth=score.bad_in_worst_fifth,
+    )
+
+
+def _write_category(row: CategoryRow) -> evaluation_pb2.CategoryFigures:
+    return evaluation_pb2.CategoryFigures(
+        category=types_pb2.Category(category_id=_integer(row.category_id), name=row.name),
+        instances=row.count,
+        miou=row.miou,
+        share_good=row.share_good,
+        mean_score=row.mean_score,
+    )
 
 
 def _integer(value: JsonId) -> int:
-    """An id that this server made or read as an integer."""
+    """Narrows an id to int: in an evaluation by a server all ids are integers."""
     if not isinstance(value, int):
-        raise TypeError(f"{value!r} is no integer")
+        raise TypeError(f"{value!r} is not an integer")
     return value

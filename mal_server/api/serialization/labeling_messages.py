@@ -1,6 +1,7 @@
-"""Proto messages to domain types and back: only this file and its two sisters touch both. Checks; starts nothing.
+"""Converts labeling messages to domain types and back, and validates them. Pure functions, no calls.
 
-`codec_evaluation` and `codec_model` hold what only those services need.
+Only the modules of this package know both messages and domain types; `evaluation_messages` and `model_messages` import
+the shared functions from here.
 """
 
 import re
@@ -25,7 +26,7 @@ from mal_train.core.settings import Branch, MaskFormat, can_compare
 from mal_train.kernel.labeler.labeler import Label, PredictOptions
 
 MAX_VIOLATIONS = 20
-"""Listed of one request; one is enough to refuse it, and trailers must stay small."""
+"""Violations reported for one request; gRPC trailers must stay small."""
 
 MAX_ITEM_ID_BYTES = 256
 MAX_TOLERANCE_PX = 1000.0
@@ -46,34 +47,34 @@ _WIRE_BRANCHES = {branch: value for value, branch in _BRANCHES.items()}
 
 
 class Violations:
-    """Collects what is wrong with a request, each under its field's path."""
+    """Violations of the contract by one request, each under the path of its field."""
 
     def __init__(self) -> None:
         self._found: list[tuple[str, str]] = []
 
-    def add(self, field: str, text: str) -> None:
-        """Notes a violation."""
+    def add(self, field: str, problem: str) -> None:
+        """Adds a violation; ignores it once MAX_VIOLATIONS are known."""
         if len(self._found) < MAX_VIOLATIONS:
-            self._found.append((field, text))
+            self._found.append((field, problem))
 
     def raise_if_any(self) -> None:
-        """Raises RequestRefused when something was noted."""
+        """Raises InvalidRequest with all violations, if there are any."""
         if self._found:
             raise InvalidRequest(self._found)
 
 
-_ALONE = "the served checkpoint holds the student alone"
+_STUDENT_ONLY = "the served checkpoint has only the student network"
 
 
 @dataclass(frozen=True)
 class CallDefaults:
-    """What a job takes from the call that it came with, where its own options say nothing.
+    """Defaults of one call for options that a request leaves unset.
 
     Attributes:
-        branch: the served model's default.
-        priority: the method's default.
-        deadline: event-loop time.
-        branches: those that the served model can run.
+        branch: default of the served model.
+        priority: default of the method.
+        deadline: of the call, in event-loop time.
+        branches: branches that the served model can run.
     """
 
     branch: Branch
@@ -82,103 +83,105 @@ class CallDefaults:
     branches: tuple[Branch, ...] = tuple(Branch)
 
 
-def read_job(
-    request: labeling_pb2.LabelImageRequest, limits: Limits, call: CallDefaults, path: str = ""
+def read_label_request(
+    request: labeling_pb2.LabelImageRequest, limits: Limits, defaults: CallDefaults, path: str = ""
 ) -> LabelRequest:
-    """A request as a job; `path` goes before field names in messages.
+    """Reads a request; `path` precedes the names of its fields in violations.
 
     Raises:
-        RequestRefused: lists the fields that break the contract.
+        InvalidRequest: fields that break the contract.
     """
-    checks = Violations()
-    picture, expected_wh = read_image_source(request.image, checks, f"{path}image")
-    ids, boxes = read_instances(request.instances, limits, checks, f"{path}instances")
-    options, answer, priority = read_options(request.options, call, checks, f"{path}options")
-    checks.raise_if_any()
-    if isinstance(picture, InlineImage) and priority is Priority.INTERACTIVE:
-        picture = InlineImage(picture.content, keep=True)  # bulk streams show each picture once
-    return LabelRequest(picture, expected_wh, ids, boxes, options, answer, priority, call.deadline)
+    violations = Violations()
+    source, expected_wh = read_image_source(request.image, violations, f"{path}image")
+    ids, boxes = read_instances(request.instances, limits, violations, f"{path}instances")
+    predict, output, priority = read_options(request.options, defaults, violations, f"{path}options")
+    violations.raise_if_any()
+    if isinstance(source, InlineImage) and priority is Priority.INTERACTIVE:
+        source = InlineImage(source.content, keep=True)  # a bulk stream sends each image once, so caching is useless
+    return LabelRequest(source, expected_wh, ids, boxes, predict, output, priority, defaults.deadline)
 
 
 def read_image_source(
-    source: types_pb2.ImageSource, checks: Violations, path: str
+    message: types_pb2.ImageSource, violations: Violations, path: str
 ) -> tuple[Picture, tuple[int, int] | None]:
-    """Where the picture comes from, and the (width, height) that the source states, if any."""
-    kind = source.WhichOneof("source")
-    picture: Picture = InlineImage(source.content)
-    if kind is None:
-        checks.add(f"{path}.content", "missing; send the encoded file")
-    elif kind == "content_sha256":
-        picture = CachedImage(source.content_sha256)
-        if not re.fullmatch(r"[0-9a-f]{64}", source.content_sha256):
-            checks.add(f"{path}.content_sha256", "it must be the 64 lower-case hex digits of a SHA-256")
-    elif kind == "uri":
-        folder, _, below = source.uri.partition("/")
-        picture = FileImage(folder, below)
-        if not folder or not below:
-            checks.add(
-                f"{path}.uri", "it must be FOLDER/PATH, a folder of GetServerInfoResponse.data_folders and a path"
-            )
-    width, height = source.expected_width, source.expected_height
+    """Reads the source of the encoded image, and the expected (width, height) in px; None where it is not checked."""
+    source: Picture = InlineImage(message.content)
+    match message.WhichOneof("source"):
+        case None:
+            violations.add(f"{path}.content", "missing; send the encoded file")
+        case "content_sha256":
+            source = CachedImage(message.content_sha256)
+            if not re.fullmatch(r"[0-9a-f]{64}", message.content_sha256):
+                violations.add(f"{path}.content_sha256", "it must be the 64 lower-case hex digits of a SHA-256")
+        case "uri":
+            folder, _, relative_path = message.uri.partition("/")
+            source = FileImage(folder, relative_path)
+            if not folder or not relative_path:
+                violations.add(
+                    f"{path}.uri", "it must be FOLDER/PATH, with a FOLDER of GetServerInfoResponse.data_folders"
+                )
+    width, height = message.expected_width, message.expected_height
     if width < 0 or height < 0 or (width == 0) != (height == 0):
-        checks.add(f"{path}.expected_width", f"{width}x{height}; set width and height, both > 0, or neither")
-    return picture, ((width, height) if width > 0 and height > 0 else None)
+        violations.add(f"{path}.expected_width", f"{width}x{height}; set width and height, both > 0, or neither")
+    return source, ((width, height) if width > 0 and height > 0 else None)
 
 
 def read_instances(
-    instances: Sequence[types_pb2.Instance], limits: Limits, checks: Violations, path: str
+    instances: Sequence[types_pb2.Instance], limits: Limits, violations: Violations, path: str
 ) -> tuple[tuple[int, ...], tuple[Box, ...]]:
-    """Ids and boxes, in order. What the numbers of a box say is judged later, box by box."""
+    """Reads ids and boxes, in order. The numbers of a box are checked later: a bad box fails alone."""
     if len(instances) > limits.max_boxes:
-        checks.add(path, f"{len(instances)} boxes; the limit max_boxes is {limits.max_boxes}")
+        violations.add(path, f"{len(instances)} boxes; max_boxes is {limits.max_boxes}")
         return (), ()
     seen: set[int] = set()
     for index, instance in enumerate(instances):
         if not instance.HasField("box"):
-            checks.add(f"{path}[{index}].box", "missing")
+            violations.add(f"{path}[{index}].box", "missing")
         if instance.instance_id in seen:
-            checks.add(f"{path}[{index}].instance_id", f"{instance.instance_id} stands twice in the request")
+            violations.add(f"{path}[{index}].instance_id", f"{instance.instance_id} is used more than once")
         seen.add(instance.instance_id)
     boxes = tuple(read_box(instance.box) for instance in instances)
     return tuple(instance.instance_id for instance in instances), boxes
 
 
 def read_box(box: types_pb2.Box) -> Box:
-    """x, y, width, height, unchecked."""
+    """Reads x, y, width, height in px, without checking them."""
     return (box.x, box.y, box.width, box.height)
 
 
 def read_options(
-    options: types_pb2.LabelOptions, call: CallDefaults, checks: Violations, path: str
+    options: types_pb2.LabelOptions, defaults: CallDefaults, violations: Violations, path: str
 ) -> tuple[PredictOptions, OutputOptions, Priority]:
-    """How the network runs, how its answers are written, and who goes first."""
-    branch = read_branch(options.branch, checks, f"{path}.branch") or call.branch
+    """Reads the options of the network, the options of its output, and the priority."""
+    branch = read_branch(options.branch, violations, f"{path}.branch") or defaults.branch
     if options.priority != types_pb2.PRIORITY_UNSPECIFIED and options.priority not in _PRIORITIES:
-        checks.add(f"{path}.priority", f"{options.priority}; this server knows interactive and batch")
-    priority = _PRIORITIES.get(options.priority, call.priority)
-    if branch not in call.branches:
-        checks.add(f"{path}.branch", f"{branch}; {_ALONE}")
-    if options.compute_agreement and not can_compare(call.branches):
-        checks.add(f"{path}.compute_agreement", f"true; {_ALONE}")
-    answer = read_answer_options(options, checks, path)
-    return PredictOptions(branch, agreement=options.compute_agreement, flip=options.flip_test), answer, priority
+        violations.add(f"{path}.priority", f"{options.priority}; this server knows interactive and batch")
+    priority = _PRIORITIES.get(options.priority, defaults.priority)
+    if branch not in defaults.branches:
+        violations.add(f"{path}.branch", f"{branch}; {_STUDENT_ONLY}")
+    if options.compute_agreement and not can_compare(defaults.branches):
+        violations.add(f"{path}.compute_agreement", f"true; {_STUDENT_ONLY}")
+    output = read_output_options(options, violations, path)
+    return PredictOptions(branch, agreement=options.compute_agreement, flip=options.flip_test), output, priority
 
 
-def read_answer_options(options: types_pb2.LabelOptions, checks: Violations, path: str) -> OutputOptions:
-    """How probabilities become masks and how those are written."""
+def read_output_options(options: types_pb2.LabelOptions, violations: Violations, path: str) -> OutputOptions:
+    """Reads the options by which probabilities become masks, and masks are encoded."""
     threshold = options.threshold if options.HasField("threshold") else None
     if threshold is not None and not 0.0 < threshold < 1.0:
-        checks.add(f"{path}.threshold", f"{threshold}; it must lie between 0 and 1")
+        violations.add(f"{path}.threshold", f"{threshold}; it must lie between 0 and 1")
     if not 0.0 <= options.polygon_tolerance_px <= MAX_TOLERANCE_PX:
         limit = f"it must lie between 0 and {MAX_TOLERANCE_PX:g} px"
-        checks.add(f"{path}.polygon_tolerance_px", f"{options.polygon_tolerance_px}; {limit}")
+        violations.add(f"{path}.polygon_tolerance_px", f"{options.polygon_tolerance_px}; {limit}")
     if options.min_component_area_px < 0:
-        checks.add(f"{path}.min_component_area_px", f"{options.min_component_area_px}; it must be 0 or more")
+        violations.add(f"{path}.min_component_area_px", f"{options.min_component_area_px}; it must be 0 or more")
     unknown = [form for form in options.formats if form not in _FORMATS]
     if unknown:
-        checks.add(f"{path}.formats", f"{unknown[0]}; this server knows coco_rle, uncompressed_rle, polygons and png")
+        violations.add(
+            f"{path}.formats", f"{unknown[0]}; this server knows coco_rle, uncompressed_rle, polygons and png"
+        )
     if len(set(options.formats)) != len(options.formats):
-        checks.add(f"{path}.formats", "a format stands twice")
+        violations.add(f"{path}.formats", "a format is named more than once")
     formats = tuple(_FORMATS[form] for form in options.formats if form in _FORMATS) or (MaskFormat.RLE,)
     return OutputOptions(
         threshold,
@@ -189,55 +192,62 @@ def read_answer_options(options: types_pb2.LabelOptions, checks: Violations, pat
     )
 
 
-def read_branch(branch: "types_pb2.Branch.ValueType", checks: Violations, path: str) -> Branch | None:
-    """The branch that a field names; None where it says nothing."""
+def read_branch(branch: "types_pb2.Branch.ValueType", violations: Violations, path: str) -> Branch | None:
+    """Reads a branch; None where it is unspecified or unknown."""
     if branch != types_pb2.BRANCH_UNSPECIFIED and branch not in _BRANCHES:
-        checks.add(path, f"{branch}; this server knows student, teacher and mixed")
+        violations.add(path, f"{branch}; this server knows student, teacher and mixed")
     return _BRANCHES.get(branch)
 
 
-def check_item_id(item_id: str, checks: Violations, path: str = "item_id") -> None:
-    """Notes an item id that is too long to echo."""
+def check_item(item: labeling_pb2.LabelImagesRequest) -> None:
+    """Raises InvalidRequest for an item id that is too long."""
+    violations = Violations()
+    check_item_id(item.item_id, violations, "item_id")
+    violations.raise_if_any()
+
+
+def check_item_id(item_id: str, violations: Violations, path: str) -> None:
+    """Adds a violation for an item id that is too long to echo."""
     size = len(item_id.encode())
     if size > MAX_ITEM_ID_BYTES:
-        checks.add(path, f"{size} bytes; at most {MAX_ITEM_ID_BYTES}")
+        violations.add(path, f"{size} bytes; at most {MAX_ITEM_ID_BYTES}")
 
 
-def write_part(part: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImageResponse:
-    """A part of the answers of a job."""
+def write_response(result: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImageResponse:
+    """Writes some of the results of a request."""
     return labeling_pb2.LabelImageResponse(
-        results=[_write_answer(answer) for answer in part.answers], model=model, timing=_write_timing(part.timing)
+        results=[_write_result(one) for one in result.answers], model=model, timing=_write_timing(result.timing)
     )
 
 
-def write_item(item_id: str, part: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImagesResponse:
-    """The answer of a bulk item."""
-    return labeling_pb2.LabelImagesResponse(item_id=item_id, response=write_part(part, model))
+def write_item(item_id: str, result: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImagesResponse:
+    """Writes the results of a bulk item."""
+    return labeling_pb2.LabelImagesResponse(item_id=item_id, response=write_response(result, model))
 
 
 def write_item_error(item_id: str, status: status_pb2.Status) -> labeling_pb2.LabelImagesResponse:
-    """What is wrong with a bulk item; an id that is too long is cut."""
+    """Writes the error of a bulk item; an id that is too long is truncated."""
     echoed = item_id.encode()[:MAX_ITEM_ID_BYTES].decode(errors="ignore")
     return labeling_pb2.LabelImagesResponse(item_id=echoed, status=status)
 
 
 def write_branches(branches: Iterable[Branch]) -> list["types_pb2.Branch.ValueType"]:
-    """The branches that a model can run."""
+    """Writes the branches that a model can run."""
     return [_WIRE_BRANCHES[branch] for branch in branches]
 
 
 def write_model_ref(info: ModelInfo, branch: Branch) -> types_pb2.ModelRef:
-    """Which weights answer."""
+    """Writes the name, the checkpoint and the branch of the model that labels."""
     return types_pb2.ModelRef(name=info.name, checkpoint_sha256=info.sha256, branch=_WIRE_BRANCHES[branch])
 
 
-def _write_answer(answer: InstanceResult) -> types_pb2.InstanceResult:
-    label = answer.outcome
+def _write_result(result: InstanceResult) -> types_pb2.InstanceResult:
+    label = result.outcome
     if not isinstance(label, Label):
-        return types_pb2.InstanceResult(instance_id=answer.instance_id, status=status_of(label))
+        return types_pb2.InstanceResult(instance_id=result.instance_id, status=status_of(label))
     return types_pb2.InstanceResult(
-        instance_id=answer.instance_id,
-        masks=[_write_mask(mask) for mask in answer.masks],
+        instance_id=result.instance_id,
+        masks=[_write_mask(mask) for mask in result.masks],
         score=label.score,
         agreement=label.agreement,
         area_px=label.area,

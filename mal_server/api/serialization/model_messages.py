@@ -1,4 +1,4 @@
-"""Requests to change the served models, and what clients may know of the server, as messages."""
+"""Converts messages about the served models and the server to domain types and back. Pure functions, no calls."""
 
 from collections.abc import Sequence
 
@@ -13,36 +13,36 @@ from mal_train.core.settings import Branch
 
 
 def read_load(request: model_pb2.LoadModelRequest) -> Branch | None:
-    """Checks the form of a request to load; the branch that it names, if any. Raises RequestRefused."""
-    checks = Violations()
-    check_model_name(request.name, checks)
+    """Checks a request to load a model and returns its branch; None where it names none. Raises InvalidRequest."""
+    violations = Violations()
+    check_model_name(request.name, violations)
     if bool(request.folder) != bool(request.path):
-        checks.add("path", "give folder and path, or neither to read the model's own checkpoint anew")
-    branch = read_branch(request.branch, checks, "branch")
-    checks.raise_if_any()
+        violations.add("path", "give folder and path, or neither to reload the configured checkpoint")
+    branch = read_branch(request.branch, violations, "branch")
+    violations.raise_if_any()
     return branch
 
 
 def read_unload(request: model_pb2.UnloadModelRequest) -> str:
-    """The name of the model to give up. Raises RequestRefused."""
-    checks = Violations()
-    check_model_name(request.name, checks)
-    checks.raise_if_any()
+    """Returns the name of the model to unload. Raises InvalidRequest."""
+    violations = Violations()
+    check_model_name(request.name, violations)
+    violations.raise_if_any()
     return request.name
 
 
-def check_model_name(name: str, checks: Violations) -> None:
-    """Notes a name that no model can have."""
+def check_model_name(name: str, violations: Violations) -> None:
+    """Adds a violation for a name that no model can have."""
     if not name:
-        checks.add("name", "missing")
+        violations.add("name", "missing")
     elif not is_name(name):
-        checks.add("name", f"{name[:MAX_NAME_CHARS]!r}; {NAME_RULE}")
+        violations.add("name", f"{name[:MAX_NAME_CHARS]!r}; {NAME_RULE}")
 
 
 def write_server_info(
     infos: Sequence[ModelInfo], config: ServerConfig, version: str
 ) -> model_pb2.GetServerInfoResponse:
-    """What the server serves, the default model first, and what it accepts."""
+    """Writes the served models, the default one first, and the limits of requests."""
     limits, images = config.limits, config.limits.images()
     models = [write_model_info(info) for info in infos]
     return model_pb2.GetServerInfoResponse(
@@ -66,7 +66,7 @@ def write_server_info(
 
 
 def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
-    """What clients may know of a model."""
+    """Writes the description of a model."""
     small, medium, large = info.labeler.mask_thres
     return model_pb2.ModelInfo(
         ref=write_model_ref(info, info.branch),
@@ -84,7 +84,7 @@ def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
 
 
 def write_models(entries: Sequence[ModelEntry]) -> model_pb2.ListModelsResponse:
-    """Every model in memory."""
+    """Writes every model in memory with its state."""
     return model_pb2.ListModelsResponse(
         models=[
             model_pb2.ModelStatus(
@@ -99,13 +99,13 @@ def write_models(entries: Sequence[ModelEntry]) -> model_pb2.ListModelsResponse:
 
 
 def write_loaded(info: ModelInfo, replaced: ModelInfo | None) -> model_pb2.LoadModelResponse:
-    """What answers now, and what answered before."""
-    before = None if replaced is None else write_model_ref(replaced, replaced.branch)
-    return model_pb2.LoadModelResponse(model=write_model_info(info), replaced=before)
+    """Writes the model that serves now, and the one that it replaced."""
+    previous = None if replaced is None else write_model_ref(replaced, replaced.branch)
+    return model_pb2.LoadModelResponse(model=write_model_info(info), replaced=previous)
 
 
 def write_unloaded(info: ModelInfo) -> model_pb2.UnloadModelResponse:
-    """What was given up."""
+    """Writes the model that was unloaded."""
     return model_pb2.UnloadModelResponse(model=write_model_ref(info, info.branch))
 
 

@@ -1,17 +1,18 @@
-"""Statuses of errors. The only file that maps an error to a gRPC status code.
+"""Maps exceptions to gRPC statuses; the only module that does.
 
-    UNAUTHENTICATED    UnknownCaller (reason NO_TOKEN)
-    PERMISSION_DENIED  NotAllowed (reason MISSING_SCOPE)
-    INVALID_ARGUMENT   RequestRefused (BadRequest: field paths) · BadImage (reason IMAGE_…) · BadBox (reason BAD_BOX)
-    UNAVAILABLE        NotReady · Overloaded · MemoryFull; with RetryInfo and the trailer grpc-retry-pushback-ms
-                       DeviceLost (reason DEVICE_LOST); with RetryInfo: the supervisor starts a new process
-    NOT_FOUND          NotThere (reasons MODEL_NOT_FOUND, FILE_NOT_FOUND, …)
-    FAILED_PRECONDITION  NotNow (reasons WRONG_KEY, SELF_TEST_FAILED, RESUME_TOKEN_STALE, …)
-    DEADLINE_EXCEEDED  Expired (reason EXPIRED)
-    INTERNAL           OutOfDeviceMemory (reason OUT_OF_MEMORY) · everything else: the trace goes to the log under an
-                       id, the client gets the id
+    UNAUTHENTICATED      Unauthenticated (reason NO_TOKEN)
+    PERMISSION_DENIED    PermissionDenied (reason MISSING_SCOPE)
+    INVALID_ARGUMENT     InvalidRequest (BadRequest with field paths; reason RESPONSE_TOO_LARGE where that is why)
+                         BadImage (reason IMAGE_…) · BadBox (reason BAD_BOX)
+    UNAVAILABLE          NotReady · QueueFull · MemoryFull, with RetryInfo and the trailer grpc-retry-pushback-ms
+                         DeviceLost (reason DEVICE_LOST), with RetryInfo: the supervisor restarts the process
+    NOT_FOUND            NotFound (reasons MODEL_NOT_FOUND, FILE_NOT_FOUND, …)
+    FAILED_PRECONDITION  FailedPrecondition (reasons WRONG_KEY, SELF_TEST_FAILED, RESUME_TOKEN_STALE, …)
+    DEADLINE_EXCEEDED    DeadlineExceeded (reason EXPIRED)
+    INTERNAL             OutOfDeviceMemory (reason OUT_OF_MEMORY) · every other exception (reason UNEXPECTED): the
+                         traceback is logged under an error id, and the client receives only the id
 
-Calls that fail and single boxes and items that fail inside a successful call share this mapping.
+The mapping holds for calls, and for single boxes and items that fail inside a successful call.
 """
 
 import logging
@@ -32,23 +33,23 @@ ID_NOTE = "error id "
 RESTART_RETRY_S = 5.0
 UNEXPECTED = "UNEXPECTED"
 MAX_MESSAGE_CHARS = 2000
-"""Trailers must stay small (gRPC's default limit for all metadata is 8 KiB)."""
+"""Keeps trailers small: gRPC's default limit for all metadata is 8 KiB."""
 
 
 def status_of(error: Exception) -> status_pb2.Status:
-    """What a client is told about an error; an unexpected one is logged with its trace under an id."""
+    """Returns the status of an error; logs an unexpected one with its traceback under an error id."""
     known = _known(error)
     if known is not None:
         code, details = known
         # The result of a box carries its instance_id, so the message needs no other name for it.
         message = error.problem if isinstance(error, BadBox) else str(error)
         return _status(code, message, *details)
-    text = f"the server failed; its log says why under error id {_logged(error)}"
-    return _status(code_pb2.INTERNAL, text, _info(UNEXPECTED))
+    message = f"internal error; the server's log has the cause under error id {_logged(error)}"
+    return _status(code_pb2.INTERNAL, message, _info(UNEXPECTED))
 
 
 def reason_of(error: Exception) -> str:
-    """The short reason that `status_of` gives with an error, for counting."""
+    """Returns the reason in the status of an error, for metrics; BAD_REQUEST where the status has only field paths."""
     known = _known(error)
     details = known[1] if known is not None else ()
     reasons = [detail.reason for detail in details if isinstance(detail, error_details_pb2.ErrorInfo)]
@@ -58,7 +59,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _logged(error: Exception) -> str:
-    """The id under which an error stands in the log; once, however many crops of a batch it concerns."""
+    """Logs an error once, however many crops of a batch it concerns, and returns its id in the log."""
     for note in getattr(error, "__notes__", ()):
         if note.startswith(ID_NOTE):
             return str(note.removeprefix(ID_NOTE))
@@ -69,7 +70,7 @@ def _logged(error: Exception) -> str:
 
 
 def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
-    """Code and details of an error that the contract names."""
+    """Returns code and details of an error of the contract; None for an unexpected one."""
     known: tuple[int, tuple[Message, ...]] | None = None
     match error:
         case Unauthenticated():
@@ -100,19 +101,23 @@ def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
 
 
 def _status(code: int, message: str, *details: Message) -> status_pb2.Status:
-    status = status_pb2.Status(code=code, message=_shortened(message))
+    status = status_pb2.Status(code=code, message=_truncated(message))
     for detail in details:
         status.details.add().Pack(detail)
     return status
 
 
-def _shortened(message: str) -> str:
+def _truncated(message: str) -> str:
     return message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 1] + "…"
 
 
 def _bad_request(violations: Sequence[tuple[str, str]]) -> error_details_pb2.BadRequest:
-    found = [error_details_pb2.BadRequest.FieldViolation(field=field, description=text) for field, text in violations]
-    return error_details_pb2.BadRequest(field_violations=found)
+    return error_details_pb2.BadRequest(
+        field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(field=field, description=problem)
+            for field, problem in violations
+        ]
+    )
 
 
 def _info(reason: str) -> error_details_pb2.ErrorInfo:

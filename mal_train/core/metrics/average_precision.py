@@ -1,7 +1,7 @@
-"""COCO's matching and averages on plain arrays: the arithmetic of pycocotools' COCOeval, many groups at a time.
+"""COCO's matching and averaging on plain arrays: the arithmetic of pycocotools' COCOeval, vectorized over groups.
 
-pycocotools matches each class of each image by itself in Python, once for every area range; here all groups of one
-shape go through the same loop together. The results are the same numbers: test_coco_ap.py.
+pycocotools matches each category of each image separately in Python, once for every area range; this module matches all
+groups of one shape in the same loop. The results are the same numbers (tests: test_coco_ap.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,22 +18,25 @@ RECALLS: Floats = np.linspace(0.0, 1.0, 101)
 AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 """Area ranges in px², both ends inclusive: all, small, medium, large."""
 MAX_DETS = 100
-"""Detections of a class in an image that count, best first."""
+"""Detections of a category in an image that count, highest score first."""
 
-_AT_ONCE = 1 << 20
+AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl")
+"""COCO's twelve metrics in pycocotools' order, under the names of the published code (§6.2)."""
+
+_MAX_ELEMENTS = 1 << 20
 """Elements of the largest array of a batch of groups."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Detections and truths of one class in one image.
+    """Detections and ground truths of one category in one image.
 
     Attributes:
-        category: number of the class.
+        category: index of the category.
         det_areas: (D,) px².
         truth_areas: (G,) px².
-        crowd: (G,) truths that forgive any number of detections and are never missed.
-        iou: (D, G); for a crowd the share of the detection that lies in it.
+        crowd: (G,) crowd regions: they match any number of detections and are never counted as missed.
+        iou: (D, G); for a crowd region, the share of the detection inside it.
     """
 
     category: int
@@ -45,13 +48,13 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class _Matched:
-    """A group after matching: D ≤ MOST detections best first, for A area ranges and T thresholds.
+    """A group after matching: D ≤ MAX_DETS detections, highest score first, for A area ranges and T thresholds.
 
     Attributes:
-        scores: (D,), falling.
-        found: (A, T, D) has a truth of its own.
-        ignored: (A, T, D) counts neither way.
-        truths: (A,) truths that count.
+        scores: (D,), descending.
+        found: (A, T, D) detections with a ground truth of their own.
+        ignored: (A, T, D) detections that count neither as true nor as false.
+        truths: (A,) number of ground truths that count.
     """
 
     scores: Floats
@@ -61,18 +64,18 @@ class _Matched:
 
 
 def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[float, ...]:
-    """COCO's twelve in pycocotools' order; −1 where no truth speaks for one.
+    """Computes COCO's twelve metrics in pycocotools' order; −1 where no ground truth defines one.
 
     Args:
-        groups: in order of category, and within one of image.
-        scores: (D,) of each group's detections; those with equal scores count in the order given.
+        groups: in order of category, then of image.
+        scores: (D,) of each group's detections; detections with equal scores keep the given order.
     """
     matched = _match_all(groups, scores)
     categories = list(dict.fromkeys(group.category for group in groups))
     of_category: dict[int, list[_Matched]] = {category: [] for category in categories}
     for group, found in zip(groups, matched, strict=True):
         of_category[group.category].append(found)
-    # Axes as pycocotools has them: its means add up in this order.
+    # The axes of pycocotools: the order of summation decides the last bits of the means.
     shape = len(THRESHOLDS), len(RECALLS), len(categories), len(AREAS)
     precision = np.full(shape, -1.0)
     recall = {most: np.full((len(THRESHOLDS), len(categories), len(AREAS)), -1.0) for most in (1, 10, MAX_DETS)}
@@ -96,7 +99,7 @@ def _mean(values: Floats) -> float:
 
 
 def _accumulate(matched: Sequence[_Matched], area: int, precision: Floats, recall: dict[int, Floats]) -> None:
-    """Fills precision (T, R) at each recall and, by number of detections, the recall (T,) of one class."""
+    """Fills precision (T, R) at each recall and, by maximum of detections, the recall (T,) of one category."""
     truths = sum(int(group.truths[area]) for group in matched)
     if not truths:
         return
@@ -105,7 +108,7 @@ def _accumulate(matched: Sequence[_Matched], area: int, precision: Floats, recal
     counts = ~np.concatenate([group.ignored[area] for group in matched], axis=1)[:, order]
     true = np.cumsum(found & counts, axis=1, dtype=np.float64)
     false = np.cumsum(~found & counts, axis=1, dtype=np.float64)
-    if area == 0:  # the only range with figures at fewer detections
+    if area == 0:  # the only range with metrics at fewer detections
         rank = np.concatenate([np.arange(group.scores.size) for group in matched])[order]
         for most in (1, 10):
             recall[most][:] = np.count_nonzero((found & counts)[:, rank < most], axis=1) / truths
@@ -117,44 +120,44 @@ def _accumulate(matched: Sequence[_Matched], area: int, precision: Floats, recal
     exact = true / (false + true + np.spacing(1))
     envelope = np.maximum.accumulate(exact[:, ::-1], axis=1)[:, ::-1]
     for t in range(len(THRESHOLDS)):
-        at = np.searchsorted(reached[t], RECALLS, side="left")
-        precision[t] = np.where(at < order.size, envelope[t][np.minimum(at, order.size - 1)], 0.0)
+        index = np.searchsorted(reached[t], RECALLS, side="left")
+        precision[t] = np.where(index < order.size, envelope[t][np.minimum(index, order.size - 1)], 0.0)
 
 
 def _match_all(groups: Sequence[Group], scores: Sequence[Floats]) -> list[_Matched]:
-    """Every group matched, in order; groups of one shape together."""
+    """Matches every group, groups of one shape together; returns them in the given order."""
     orders = [np.argsort(-score, kind="stable")[:MAX_DETS] for score in scores]
     by_shape: dict[tuple[int, int], list[int]] = {}
     for number, (group, order) in enumerate(zip(groups, orders, strict=True)):
         by_shape.setdefault((order.size, group.crowd.size), []).append(number)
     matched: dict[int, _Matched] = {}
     for (detections, truths), numbers in by_shape.items():
-        each = len(AREAS) * len(THRESHOLDS) * max(detections, truths, 1)
-        for part in _parts(numbers, max(1, _AT_ONCE // each)):
-            batch = [groups[number] for number in part]
-            rows = [orders[number] for number in part]
+        elements = len(AREAS) * len(THRESHOLDS) * max(detections, truths, 1)
+        for chunk in _chunks(numbers, max(1, _MAX_ELEMENTS // elements)):
+            batch = [groups[number] for number in chunk]
+            rows = [orders[number] for number in chunk]
             found, ignored, counted = _match(
                 np.stack([group.iou[order] for group, order in zip(batch, rows, strict=True)]),
                 np.stack([group.det_areas[order] for group, order in zip(batch, rows, strict=True)]),
                 np.stack([group.truth_areas for group in batch]),
                 np.stack([group.crowd for group in batch]),
             )
-            for at, number in enumerate(part):
+            for index, number in enumerate(chunk):
                 sorted_scores = scores[number][orders[number]]
-                matched[number] = _Matched(sorted_scores, found[at], ignored[at], counted[at])
+                matched[number] = _Matched(sorted_scores, found[index], ignored[index], counted[index])
     return [matched[number] for number in range(len(groups))]
 
 
-def _parts(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def _chunks(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(numbers), size):
         yield numbers[start : start + size]
 
 
 def _match(iou: Floats, det_areas: Floats, truth_areas: Floats, crowd: Bools) -> tuple[Bools, Bools, NDArray[np.int64]]:
-    """Greedy matching of N groups at once, best detection first: found, ignored (N, A, T, D), truths (N, A).
+    """Matches N groups greedily, highest score first; returns found, ignored (N, A, T, D) and truths (N, A).
 
-    A detection takes the free truth of highest IoU at or above the threshold, the last one of equals, and one that is
-    to be ignored only where no other fits.
+    A detection takes the free ground truth of highest IoU at or above the threshold, the last one of equal IoU, and an
+    ignored one only where no other fits.
 
     Args:
         iou: (N, D, G).
@@ -188,7 +191,7 @@ def _match(iou: Floats, det_areas: Floats, truth_areas: Floats, crowd: Bools) ->
         hit = own | (spare.max(axis=3) >= 0.0)
         found[..., d] = hit
         ignored[..., d] = np.where(hit, ~own, ignored[..., d])
-        # A crowd stays free for others.
+        # A crowd region stays free for other detections.
         taken = hit & ~crowd[index[0], chosen]
         free[(*index, chosen)] &= ~taken
     return found, ignored, counted

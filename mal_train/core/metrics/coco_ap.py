@@ -1,4 +1,4 @@
-"""COCO's twelve figures, of masks or of boxes: the numbers that pycocotools computes, in a fraction of its time."""
+"""COCO's twelve metrics of masks or boxes: the numbers that pycocotools computes, in a fraction of its time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,28 +11,26 @@ from mal_train.core.coco.annotations import JsonId, id_order
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
-from mal_train.core.metrics.average_precision import Floats, Group, coco_summary
-from mal_train.core.metrics.miou import Figures
-
-AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl")
-"""COCO's twelve figures in pycocotools' order, under the names of the published code (§6.2)."""
+from mal_train.core.metrics.average_precision import AP_NAMES, Floats, Group, coco_summary
+from mal_train.core.metrics.miou import CocoMetrics
 
 Scores = Literal["one", "score"]
-Kind = Literal["segm", "bbox"]
+IouType = Literal["segm", "bbox"]
+"""Overlap of masks or of boxes; pycocotools' iouType."""
 
 
 @dataclass(frozen=True, eq=False)
 class ApInput:
-    """Detections and ground truth with their overlaps, from which figures come for any scores."""
+    """Detections and ground truth with their overlaps; gives the metrics for any scores."""
 
     groups: Sequence[Group]
     scores: Sequence[Floats]
 
-    def figures(self, scores: Scores = "score") -> Figures:
-        """The twelve by the names of AP_NAMES; None where no instance speaks for one.
+    def metrics(self, scores: Scores = "score") -> CocoMetrics:
+        """Computes the metrics of AP_NAMES; None where no instance defines one.
 
         Args:
-            scores: "one" sets every score to 1, so that the order of images and rows decides ties.
+            scores: "one" sets every score to 1; ties are then decided by the order of images and rows.
         """
         used = self.scores if scores == "score" else [np.ones_like(score) for score in self.scores]
         values = coco_summary(self.groups, used)
@@ -40,39 +38,42 @@ class ApInput:
 
 
 def coco_ap(
-    truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], scores: Scores = "score", kind: Kind = "segm"
-) -> Figures:
-    """COCO's twelve figures, by the names of AP_NAMES; see `ap_input` and `ApInput.figures`."""
-    return ap_input(truth, results, kind).figures(scores)
+    truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    scores: Scores = "score",
+    iou_type: IouType = "segm",
+) -> CocoMetrics:
+    """Computes COCO's twelve metrics by the names of AP_NAMES; see `ap_input` and `ApInput.metrics`."""
+    return ap_input(truth, results, iou_type).metrics(scores)
 
 
-def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Kind = "segm") -> ApInput:
-    """Overlaps of results with the ground truth of their class and image.
+def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType = "segm") -> ApInput:
+    """Computes the overlaps of results with the ground truth of their category and image.
 
-    Ids may be of any JSON type; images and classes count in id order, rows in file order. Size classes follow the
-    `area` of the ground truth as it stands, else its mask (segm) or box (bbox).
+    Ids may be of any JSON type; images and categories are ordered by id, rows as in the file. Size classes follow the
+    `area` of the ground truth where it is given, else the area of its mask (segm) or box (bbox).
 
     Args:
         truth: a COCO object; images need width and height only where masks are polygons; iscrowd is honored.
         results: COCO results: image_id, category_id, score and segmentation (run lengths or polygons) or bbox. A
-            segmentation may also be an `Rle` that was read before.
-        kind: whether masks or boxes are compared.
+            segmentation may also be an `Rle`.
+        iou_type: compare masks (segm) or boxes (bbox).
 
     Raises:
-        BadDataset: a mask that is malformed, or a result for an image that the ground truth lacks.
+        BadDataset: a malformed mask, or a result for an image that is not in the ground truth.
     """
     images = {image["id"]: image for image in truth["images"]}
-    # A class without ground truth has no AP, so its detections cannot matter.
+    # A category without ground truth has no AP, so its detections are ignored.
     known = {row["category_id"] for row in truth["annotations"]}
     pairs: dict[tuple[JsonId, JsonId], tuple[list[_Shape], list[_Shape]]] = {}
-    for what, rows, side in (("annotation", truth["annotations"], 1), ("result", results, 0)):
+    for row_type, rows, side in (("annotation", truth["annotations"], 1), ("result", results, 0)):
         for number, row in enumerate(rows, start=1):
             if row["category_id"] not in known:
                 continue
-            name = f"{what} {number}"
+            name = f"{row_type} {number}"
             if row["image_id"] not in images:
                 raise BadDataset(f"{name}: image_id {row['image_id']!r} is not among the images of the ground truth")
-            shape = _shape(row, images[row["image_id"]], name, kind, is_truth=bool(side))
+            shape = _shape(row, images[row["image_id"]], name, iou_type, is_truth=bool(side))
             pairs.setdefault((row["category_id"], row["image_id"]), ([], []))[side].append(shape)
     numbers = {category: n for n, category in enumerate(sorted(known, key=id_order))}
     keys = sorted(pairs, key=lambda key: (numbers[key[0]], id_order(key[1])))
@@ -82,32 +83,32 @@ def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kin
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """A mask or a box as pycocotools' overlap takes it, with what else decides its matches."""
+    """A mask or a box in the form of pycocotools' `iou`, with the other values that decide its matches."""
 
-    form: Any
+    coco_form: Any
     area: float
     score: float
     is_crowd: bool
 
 
-def _shape(row: Mapping[str, Any], image: Mapping[str, Any], name: str, kind: Kind, *, is_truth: bool) -> _Shape:
-    form: Any
-    if kind == "segm":
+def _shape(row: Mapping[str, Any], image: Mapping[str, Any], name: str, iou_type: IouType, *, is_truth: bool) -> _Shape:
+    coco_form: Any
+    if iou_type == "segm":
         code = _code(row.get("segmentation"), image, name)
-        form, area = code.to_coco(), float(rle.area(code))
+        coco_form, area = code.to_coco(), float(rle.area(code))
     else:
-        form = [float(value) for value in row["bbox"]]
-        area = form[2] * form[3]
+        coco_form = [float(value) for value in row["bbox"]]
+        area = coco_form[2] * coco_form[3]
     if is_truth:
-        return _Shape(form, float(row.get("area", area)), 0.0, bool(row.get("iscrowd", 0)))
-    return _Shape(form, area, float(row.get("score", 1.0)), False)
+        return _Shape(coco_form, float(row.get("area", area)), 0.0, bool(row.get("iscrowd", 0)))
+    return _Shape(coco_form, area, float(row.get("score", 1.0)), False)
 
 
 def _group(category: int, detections: Sequence[_Shape], truths: Sequence[_Shape]) -> Group:
     crowd = [truth.is_crowd for truth in truths]
     iou = np.zeros((len(detections), len(truths)))
     if detections and truths:
-        iou[:] = coco_mask.iou([d.form for d in detections], [t.form for t in truths], list(map(int, crowd)))
+        iou[:] = coco_mask.iou([d.coco_form for d in detections], [t.coco_form for t in truths], list(map(int, crowd)))
     return Group(
         category,
         np.array([detection.area for detection in detections], dtype=np.float64),

@@ -1,10 +1,11 @@
-"""Holds masks against ground truth, one instance at a time and in any order.
+"""Compares masks with ground truth, one instance at a time and in any order.
 
-Fed by training's validation, `mal-train evaluate`, the server and offline comparison of two files; all get the same
-report for the same masks.
+Training's validation, `mal-train evaluate`, the server and the offline comparison of two files use it, so all of them
+report the same metrics for the same masks.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,14 +23,14 @@ from mal_train.core.metrics.report import GOOD_IOU, CategoryRow, EvaluationRepor
 from mal_train.core.metrics.score_quality import score_quality
 
 MEMORY_OF_A_PAIR = 4300
-"""Bytes that a compared mask takes beside its two codes: 800 kept, up to 3 400 more while the figures are made."""
+"""Bytes of a compared mask without its two run-length codes: 800 kept, up to 3 400 more while the report is made."""
 MEMORY_OF_A_SKIPPED = 350
-"""Bytes that a row which is not counted takes beside the sentence that says why, and a crowd beside its code."""
+"""Bytes of a skipped row without its message, and of a crowd region without its run-length code."""
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceComparison:
-    """One compared mask with its run-length codes: what a picture of it needs."""
+    """A compared mask with the run-length codes of prediction and ground truth, for drawing it."""
 
     row: InstanceIoU
     truth: Rle
@@ -44,13 +45,18 @@ class _Crowd:
 
 
 class Evaluator:
-    """Collects masks and their ground truth one by one; keeps run-length codes, never decoded masks.
+    """Collects masks with their ground truth and computes the report; keeps run-length codes, never decoded masks.
 
-    An annotation counts once (its id within its image). Rows without a usable ground truth, crowds and rows without a
-    prediction are not counted, and `skipped` says so for each. Crowds still forgive detections in AP, as in COCO.
+    An annotation counts once (its id within its image). Rows without a usable ground truth, crowd regions and rows
+    without a prediction are not counted; each is listed in `skipped`. Detections in crowd regions are ignored in AP, as
+    in COCO.
 
     Args:
-        category_names: names by category id, in table order (`CocoFile.category_names`).
+        category_names: names by category id, in the order of the report (`CocoFile.category_names`).
+
+    Attributes:
+        skipped: rows that were not counted, in order of arrival.
+        memory: bytes that the added rows take, including the computation of the report.
     """
 
     def __init__(self, category_names: Mapping[JsonId, str]) -> None:
@@ -62,16 +68,15 @@ class Evaluator:
         self._seen: set[tuple[JsonId | None, JsonId]] = set()
         self._iou_sum = 0.0
         self.memory = 0
-        """Bytes that what was added so far takes, the making of its report included."""
 
     @property
     def count(self) -> int:
-        """Instances compared so far."""
+        """Number of instances compared so far."""
         return len(self._pairs)
 
     @property
     def running_miou(self) -> float | None:
-        """Mean IoU so far."""
+        """Mean IoU so far; None before the first instance."""
         return self._iou_sum / len(self._pairs) if self._pairs else None
 
     def add(
@@ -86,31 +91,36 @@ class Evaluator:
 
         Args:
             annotation: ground truth; polygons or run lengths in `annotation.raw["segmentation"]`.
-            prediction: the mask in the whole image; None = none was made, which is skipped, not counted as wrong (an
-                empty mask is an answer and counts).
-            score: finite; what the labeler claims for the mask.
-            image_hw: height and width of the image, needed only for crowds given as polygons, where no prediction
-                says the size.
+            prediction: the mask in the frame of the image; None = no mask was made: the row is skipped, not counted as
+                wrong. An empty mask counts.
+            score: score of the mask, finite.
+            image_hw: height and width of the image, needed only for crowd regions given as polygons, where no
+                prediction has the size.
+
+        Raises:
+            ValueError: the score is not finite.
         """
         if not math.isfinite(score):
-            raise ValueError(f"annotation {annotation.id!r}: score {score}; a finite number is needed")
+            raise ValueError(f"annotation {annotation.id!r}: score {score}; it must be finite")
         if annotation.reason is not None:
             self.skip(annotation, annotation.reason, annotation.problem or "")
             return
         annotation_id, image_id, category_id = annotation.id, annotation.image_id, annotation.category_id
         if annotation_id is None or image_id is None or category_id is None:
-            self.skip(annotation, Reason.BAD_ID, "annotation, image and category need an id")
+            self.skip(annotation, Reason.BAD_ID, "annotation, image and category must have an id")
             return
         key = (image_id, annotation_id)
         if key in self._seen:
-            self.skip(annotation, Reason.REPEATED, f"annotation {annotation.id!r}: given before; the first one counts")
+            self.skip(
+                annotation, Reason.REPEATED, f"annotation {annotation.id!r}: used more than once; the first one counts"
+            )
             return
         self._seen.add(key)
         if annotation.iscrowd:
             self._add_crowd(annotation, image_id, category_id, image_hw)
             return
         if prediction is None:
-            self.skip(annotation, Reason.NOT_ANSWERED, f"annotation {annotation.id!r}: no mask was made")
+            self.skip(annotation, Reason.NOT_ANSWERED, f"annotation {annotation.id!r}: has no predicted mask")
             return
         truth = self._truth(annotation, image_id, (prediction.height, prediction.width))
         if truth is None:
@@ -124,7 +134,7 @@ class Evaluator:
 
     @property
     def compared(self) -> list[InstanceComparison]:
-        """The compared masks, lowest IoU first; equal ones in id order."""
+        """The compared masks, lowest IoU first; masks of equal IoU in id order."""
         return sorted(
             self._pairs,
             key=lambda pair: (pair.row.iou, id_order(pair.row.image_id), id_order(pair.row.annotation_id)),
@@ -132,65 +142,71 @@ class Evaluator:
 
     @property
     def rows(self) -> list[InstanceIoU]:
-        """What was compared so far, in order of arrival."""
+        """The compared masks without their codes, in order of arrival."""
         return [pair.row for pair in self._pairs]
 
     def rescore(self, scores: Iterable[float]) -> None:
-        """Gives the compared masks other scores, in the order of `rows`."""
+        """Replaces the scores of the compared masks, in the order of `rows`."""
         self._pairs = [
             replace(pair, row=replace(pair.row, score=float(score)))
             for pair, score in zip(self._pairs, scores, strict=True)
         ]
 
     def skip(self, annotation: Annotation, reason: str, message: str) -> None:
-        """Notes a row that cannot be counted, such as one whose image cannot be read."""
+        """Records a row that cannot be counted, for example because its image cannot be read."""
         self.skipped.append(Skipped(annotation.id, annotation.image_id, str(reason), message))
         self.memory += MEMORY_OF_A_SKIPPED + len(message)
 
     def report(self, *, ap: bool = True) -> EvaluationReport:
-        """The report over what was added so far, whatever the order it came in.
+        """Computes the report over all added rows; it does not depend on their order.
 
         Args:
-            ap: also compute COCO's figures, by far the slowest part.
+            ap: also compute COCO's metrics, by far the slowest part.
         """
         pairs = sorted(self._pairs, key=lambda pair: (id_order(pair.row.image_id), id_order(pair.row.annotation_id)))
         rows = [pair.row for pair in pairs]
-        # What lies over what is the slow part, and the same for both.
+        # Computed once for both: the overlaps are the slow part.
         overlaps = ap_input(*self._as_coco(pairs)) if ap else None
         scores, ious = [row.score for row in rows], [row.iou for row in rows]
+        miou = mean_iou(rows)
         return EvaluationReport(
-            miou=mean_iou(rows),
+            images=None,
+            overall=miou.overall,
+            by_size=miou.by_size,
+            class_miou=miou.class_mean,
+            class_miou_by_box_size=miou.class_mean_by_box_size,
             share_good=mean_or_none(np.asarray(ious) > GOOD_IOU),
             empty_ground_truth=sum(row.area == 0 for row in rows),
-            ap_at_1={} if overlaps is None else overlaps.figures("one"),
-            ap_at_score={} if overlaps is None else overlaps.figures("score"),
+            ap_at_1={} if overlaps is None else overlaps.metrics("one"),
+            ap_at_score={} if overlaps is None else overlaps.metrics("score"),
             score=score_quality(scores, ious),
             categories=self._category_rows(rows),
-            worst_first=tuple(sorted(rows, key=lambda row: row.iou)),
-            skipped=tuple(self.skipped),
+            worst=tuple(sorted(rows, key=lambda row: row.iou)),
+            skipped=dict(Counter(row.reason for row in self.skipped).most_common()),
+            skipped_rows=tuple(self.skipped),
         )
 
     def _truth(self, annotation: Annotation, image_id: JsonId, frame: tuple[int, int]) -> Rle | None:
-        """The ground-truth mask on the frame (height, width) of its prediction; None after noting why there is none."""
+        """Reads the ground-truth mask in the frame (height, width) of its prediction; None after skipping the row."""
         name = f"annotation {annotation.id!r}"
         segmentation = annotation.raw.get("segmentation")
         known = self._frames.setdefault(image_id, frame)
         if known != frame:
-            message = f"{name}: a mask of {frame[1]}x{frame[0]} px on an image of {known[1]}x{known[0]} px"
+            message = f"{name}: mask of {frame[1]}x{frame[0]} px; its image has {known[1]}x{known[0]} px"
             self.skip(annotation, Reason.FRAME_MISMATCH, message)
         elif segmentation is None or segmentation == []:
             self.skip(annotation, Reason.NO_GROUND_TRUTH, f"{name}: has no segmentation")
         else:
             try:
                 return rle.from_segmentation(segmentation, *frame, name)
-            except BadDataset as fault:
-                self.skip(annotation, Reason.BAD_GROUND_TRUTH, str(fault))
+            except BadDataset as error:
+                self.skip(annotation, Reason.BAD_GROUND_TRUTH, str(error))
         return None
 
     def _add_crowd(
         self, annotation: Annotation, image_id: JsonId, category_id: JsonId, image_hw: tuple[int, int] | None
     ) -> None:
-        message = f"annotation {annotation.id!r}: crowds are never counted"
+        message = f"annotation {annotation.id!r}: crowd regions are not counted"
         segmentation = annotation.raw.get("segmentation")
         try:
             region = None
@@ -201,21 +217,21 @@ class Evaluator:
             if region is not None:
                 self._crowds.append(_Crowd(image_id, category_id, region))
                 self.memory += MEMORY_OF_A_SKIPPED + len(region.counts)
-        except BadDataset as fault:
-            message += f", and its region cannot be read ({fault})"
+        except BadDataset as error:
+            message += f", and this one cannot be read ({error})"
         self.skip(annotation, Reason.CROWD, message)
 
     def _as_coco(self, pairs: Sequence[InstanceComparison]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         truth, results = [], []
         for number, pair in enumerate(pairs):
-            where = {"image_id": pair.row.image_id, "category_id": pair.row.category_id}
-            truth.append({**where, "id": number, "segmentation": pair.truth, "area": pair.row.area})
-            results.append({**where, "segmentation": pair.prediction, "score": pair.row.score})
+            ids = {"image_id": pair.row.image_id, "category_id": pair.row.category_id}
+            truth.append({**ids, "id": number, "segmentation": pair.truth, "area": pair.row.area})
+            results.append({**ids, "segmentation": pair.prediction, "score": pair.row.score})
         for crowd in self._crowds:
-            # A region of another frame than its image's masks cannot be laid over them.
+            # A crowd region of another frame cannot be compared with the masks of its image.
             if self._frames.get(crowd.image_id) == (crowd.region.height, crowd.region.width):
-                where = {"image_id": crowd.image_id, "category_id": crowd.category_id}
-                truth.append({**where, "id": len(truth), "segmentation": crowd.region, "iscrowd": 1})
+                ids = {"image_id": crowd.image_id, "category_id": crowd.category_id}
+                truth.append({**ids, "id": len(truth), "segmentation": crowd.region, "iscrowd": 1})
         images = [{"id": image_id} for image_id in self._frames]
         return {"images": images, "annotations": truth}, results
 
@@ -238,10 +254,10 @@ class Evaluator:
 
 
 def evaluate_labels(truth: CocoFile, labels: CocoFile, *, ap: bool = True) -> EvaluationReport:
-    """Compares a labeled file with the ground truth that has the same annotation ids.
+    """Compares the annotations of a labeled file with those of the same ids in a ground-truth file.
 
-    Labels that carry `error` or no readable mask are skipped with their reason; labels without a ground truth too.
-    A label without `score` counts with score 1.
+    Labels with `error`, without a readable mask or without ground truth are skipped with their reason. A label without
+    `score` counts with score 1.
     """
     evaluator = Evaluator(truth.category_names)
     by_id = {label.id: label for label in labels.annotations if label.id is not None}
@@ -263,21 +279,21 @@ def _add_label(
     evaluator: Evaluator, annotation: Annotation, label: Annotation, image_hw: tuple[int, int] | None
 ) -> None:
     name = f"annotation {label.id!r}"
-    error, segmentation, score = (label.raw.get(key) for key in ("error", "segmentation", "score"))
-    if error is not None or segmentation is None:
-        reason = error.get("reason") if isinstance(error, dict) else None
-        evaluator.skip(annotation, str(reason or Reason.NOT_ANSWERED), f"{name}: no mask was made")
+    failure, segmentation, score = (label.raw.get(key) for key in ("error", "segmentation", "score"))
+    if failure is not None or segmentation is None:
+        reason = failure.get("reason") if isinstance(failure, dict) else None
+        evaluator.skip(annotation, str(reason or Reason.NOT_ANSWERED), f"{name}: has no predicted mask")
         return
     score = 1.0 if score is None else score
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        evaluator.skip(annotation, Reason.NOT_ANSWERED, f"{name}: score {score!r}; a finite number is needed")
+        evaluator.skip(annotation, Reason.NOT_ANSWERED, f"{name}: score {score!r}; it must be a finite number")
         return
     try:
         if image_hw is not None:
             mask = rle.from_segmentation(segmentation, *image_hw, name)
         else:
             mask = Rle.from_coco(segmentation, name)
-    except BadDataset as fault:
-        evaluator.skip(annotation, Reason.NOT_ANSWERED, str(fault))
+    except BadDataset as error:
+        evaluator.skip(annotation, Reason.NOT_ANSWERED, str(error))
         return
     evaluator.add(annotation, mask, float(score), image_hw=image_hw)

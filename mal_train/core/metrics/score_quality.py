@@ -1,4 +1,4 @@
-"""What a score is worth for finding bad masks: bias, calibration, rank correlation, and what the worst-scored hold."""
+"""Quality of a score as a predictor of IoU: bias, calibration, rank correlation, bad masks among the worst-scored."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ WORST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class ScoreQuality:
-    """What the score is worth for finding bad masks.
+    """Quality of a score for finding bad masks.
 
     Attributes:
         mean_score: mean over instances.
@@ -34,7 +34,7 @@ class ScoreQuality:
 
 
 def score_quality(scores: ArrayLike, ious: ArrayLike) -> ScoreQuality:
-    """How far scores (N,) can be trusted to find the masks with a low IoU (N,)."""
+    """Computes how well scores (N,) find the masks with a low IoU (N,)."""
     score, iou = np.asarray(scores, dtype=np.float64), np.asarray(ious, dtype=np.float64)
     mean_score, miou = mean_or_none(score), mean_or_none(iou)
     return ScoreQuality(
@@ -48,7 +48,7 @@ def score_quality(scores: ArrayLike, ious: ArrayLike) -> ScoreQuality:
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
-    """Rank correlation in [-1, 1], ties by mean rank; None for fewer than two values or a constant.
+    """Computes the rank correlation in [-1, 1], ties by mean rank; None for fewer than two values or a constant.
 
     >>> round(spearman([1, 2, 3, 4], [10, 20, 40, 30]), 6)
     0.8
@@ -62,7 +62,9 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
 
 
 def calibration_error(scores: ArrayLike, ious: ArrayLike, bins: int = 10) -> float | None:
-    """Expected calibration error: |mean score − mean IoU| per equal-width score bin over [0, 1], weighted by size.
+    """Computes the expected calibration error.
+
+    It is |mean score − mean IoU| of each equal-width score bin over [0, 1], weighted by the size of the bin.
 
     >>> round(calibration_error([0.9, 0.9], [0.5, 0.9]), 6)
     0.2
@@ -75,9 +77,9 @@ def calibration_error(scores: ArrayLike, ious: ArrayLike, bins: int = 10) -> flo
 
 
 def bad_in_worst(scores: ArrayLike, is_bad: ArrayLike, share: float) -> float | None:
-    """Share of the bad ones that lie in the worst-scored `share` of all; None when none is bad.
+    """Computes the share of bad masks among the worst-scored `share` of all masks; None when no mask is bad.
 
-    Those tied at the border count by the part of them that fits, so that the answer does not depend on the order.
+    Masks tied at the border count in proportion to how many of them fit, so the result does not depend on the order.
 
     >>> bad_in_worst([0.1, 0.2, 0.3, 0.4, 0.5], [True, False, True, False, False], 0.2)
     0.5

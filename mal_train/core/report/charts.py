@@ -1,4 +1,4 @@
-"""Charts of a page as plain SVG: curves over a common axis, and a score against what it claims."""
+"""Draws the charts of a page as plain SVG: curves over a common axis, and a calibration plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mal_train.core.report.page import Html, legend
 Point = tuple[float, float]
 
 MAX_POINTS = 2000
-"""Dots in a scatter plot; a page of a million dots opens nowhere."""
+"""Dots in a scatter plot; browsers cannot show a page with a million dots."""
 
 BINS = 10
 MIN_IN_BIN = 3
@@ -22,7 +22,7 @@ _COLORS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
 
 
 def calibration_plot(pairs: Sequence[Point]) -> Html:
-    """Score against IoU: a dot a mask, the mean IoU of each tenth of the score, and the diagonal of a perfect score.
+    """Draws score against IoU: a dot for each mask, the mean IoU of each tenth of the score, and the ideal diagonal.
 
     Args:
         pairs: (score, IoU), each in [0, 1].
@@ -37,54 +37,54 @@ def calibration_plot(pairs: Sequence[Point]) -> Html:
         f'<g fill="var(--a)" fill-opacity="0.3">{dots}</g>{diagonal}'
         f'{chart.line(means, "var(--b)")}<g fill="var(--b)">{marks}</g>'
     )
-    keys = [("a mask", "var(--a)"), ("mean of each tenth", "var(--b)"), ("perfect score", "var(--soft)")]
+    keys = [("one mask", "var(--a)"), ("mean of each tenth", "var(--b)"), ("perfect score", "var(--soft)")]
     return chart.svg(body, f"score against IoU of {len(pairs)} masks") + legend(keys)
 
 
 def line_chart(series: Mapping[str, Sequence[Point]], x_name: str, y_name: str) -> Html:
-    """Curves over a common axis, for example a training's loss and mIoU by step; points with NaN are left out."""
+    """Draws curves over a common axis, for example loss and mIoU by step; omits points with NaN or infinity."""
     clean = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
     }
     clean = {name: points for name, points in clean.items() if points}
-    everything = [point for points in clean.values() for point in points] or [(0.0, 0.0), (1.0, 1.0)]
-    chart = _Chart(_span([x for x, _ in everything]), _span([0.0, *(y for _, y in everything)]), x_name, y_name)
-    colors = [_COLORS[at % len(_COLORS)] for at in range(len(clean))]
+    all_points = [point for points in clean.values() for point in points] or [(0.0, 0.0), (1.0, 1.0)]
+    chart = _Chart(_span([x for x, _ in all_points]), _span([0.0, *(y for _, y in all_points)]), x_name, y_name)
+    colors = [_COLORS[index % len(_COLORS)] for index in range(len(clean))]
     body = "".join(chart.line(points, color) for points, color in zip(clean.values(), colors, strict=True))
     return chart.svg(body, f"{y_name} over {x_name}") + legend(list(zip(clean, colors, strict=True)))
 
 
-def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
-    """At most `most` points of a curve: means of equal runs of neighbors, so that a trend stays and noise shrinks.
+def downsample(points: Sequence[Point], max_points: int = 400) -> list[Point]:
+    """Reduces a curve to at most `max_points` means of consecutive points, which keeps the trend and reduces noise.
 
-    >>> thinned([(0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0)], most=2)
+    >>> downsample([(0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0)], max_points=2)
     [(0.5, 2.0), (2.5, 6.0)]
     """
     clean = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    run = max(1, math.ceil(len(clean) / most))
-    groups = [clean[at : at + run] for at in range(0, len(clean), run)]
+    run = max(1, math.ceil(len(clean) / max_points))
+    groups = [clean[start : start + run] for start in range(0, len(clean), run)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 class _Chart:
-    """Axes of a plot: from data to px, ticks, names."""
+    """The axes of a plot: scale from data to px, ticks, names."""
 
     def __init__(self, x_range: Point, y_range: Point, x_name: str, y_name: str) -> None:
         self._x_range, self._y_range = x_range, y_range
         self._x_name, self._y_name = x_name, y_name
 
     def x(self, value: float) -> float:
-        """Px from the left."""
+        """Returns the distance from the left edge in px."""
         low, high = self._x_range
         return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Px from the top."""
+        """Returns the distance from the top edge in px."""
         low, high = self._y_range
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
 
     def line(self, points: Sequence[Point], color: str, *, dashed: bool = False) -> Html:
-        """A polyline; a dot where there is one point, of which a polyline would show nothing."""
+        """Returns a polyline; for a single point a dot, since a polyline of one point is invisible."""
         if len(points) == 1:
             ((x, y),) = points
             return f'<circle cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="4" fill="{color}"/>'
@@ -93,7 +93,7 @@ class _Chart:
         return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>'
 
     def svg(self, body: Html, label: str) -> Html:
-        """The plot with its axes."""
+        """Returns the plot with its axes."""
         ticks = "".join(self._x_tick(value) for value in _ticks(*self._x_range))
         ticks += "".join(self._y_tick(value) for value in _ticks(*self._y_range))
         middle = (HEIGHT - BOTTOM + TOP) / 2
@@ -124,7 +124,7 @@ class _Chart:
 
 
 def _bin_means(pairs: Sequence[Point]) -> list[Point]:
-    """Mean (score, IoU) of each equal-width score bin that holds enough masks to speak of a mean."""
+    """Returns the mean (score, IoU) of each equal-width score bin with at least MIN_IN_BIN masks."""
     bins: list[list[Point]] = [[] for _ in range(BINS)]
     for score, iou in pairs:
         bins[min(BINS - 1, max(0, int(score * BINS)))].append((score, iou))
@@ -141,10 +141,10 @@ def _span(values: Sequence[float]) -> Point:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers inside the range."""
+    """Returns four to eight round numbers inside the range."""
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [round(at * step, 12) for at in range(first, last + 1)]
+    return [round(number * step, 12) for number in range(first, last + 1)]

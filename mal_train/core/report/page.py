@@ -1,7 +1,7 @@
-"""One self-contained HTML page from figures and pictures: no script, no font, no file beside it.
+"""Builds a self-contained HTML page of metrics and images: no scripts, no fonts, no other files.
 
-Every function takes data and gives a piece of HTML; `build_report` puts pieces into a page. All text from outside is
-escaped here, so callers pass it as it is.
+Each function takes data and returns a piece of HTML; `build_report` joins pieces into a page. All text is escaped here;
+callers pass it unescaped.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Html = str
 
-BAR = 240
-"""Px of the longest bar of a histogram."""
+BAR_PX = 240
+"""Width of the longest bar of a histogram."""
 
 _STYLE = """
 :root { --bg: #fff; --fg: #1c2024; --soft: #60646c; --line: #d9dce1; --panel: #f6f7f9;
@@ -46,15 +46,15 @@ summary { cursor: pointer; }
 
 @dataclass(frozen=True)
 class Card:
-    """One picture of a contact sheet. `picture` is a data URI (`overlays.png_data_uri`)."""
+    """One image of a contact sheet; `image_uri` is a data URI (`overlays.png_data_uri`)."""
 
-    picture: str
+    image_uri: str
     title: str
     detail: str = ""
 
 
 def build_report(title: str, sections: Sequence[Html], subtitle: str = "") -> Html:
-    """The page. `sections` come from the functions below."""
+    """Returns the page with the given sections; `subtitle` is shown below the title."""
     head = f"<h1>{escape(title)}</h1>" + (f'<p class="soft">{escape(subtitle)}</p>' if subtitle else "")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -66,18 +66,18 @@ def build_report(title: str, sections: Sequence[Html], subtitle: str = "") -> Ht
 
 
 def section(heading: str, body: Html, note: str = "") -> Html:
-    """A heading, a sentence under it, and what belongs to it."""
+    """Returns a section: a heading, a note below it, and the body."""
     under = f'<p class="soft">{escape(note)}</p>' if note else ""
     return f"<section><h2>{escape(heading)}</h2>{under}{body}</section>"
 
 
 def side_by_side(*pieces: Html) -> Html:
-    """Pieces in a row that wraps on narrow screens."""
+    """Returns pieces in a row, which wraps on narrow screens."""
     return '<div class="row">' + "".join(f"<div>{piece}</div>" for piece in pieces) + "</div>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str | float | int | None]]) -> Html:
-    """A table; numbers stand right, floats with three decimals, None is a dash.
+    """Returns a table: numbers are right-aligned, floats have three decimals, None is a dash.
 
     >>> "0.500" in table(["name", "IoU"], [["cup", 0.5]])
     True
@@ -88,19 +88,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str | float | int | Non
 
 
 def category_table(categories: Sequence[CategoryRow], count: int = 20) -> Html:
-    """The classes with the lowest mean IoU."""
+    """Returns a table of the `count` categories with the lowest mean IoU."""
     lowest = sorted(categories, key=lambda row: row.miou)[:count]
     return table(
-        ["classes, lowest mIoU first", "masks", "mIoU", "IoU > 0.75", "mean score"],
+        ["categories, lowest mIoU first", "masks", "mIoU", "IoU > 0.75", "mean score"],
         [[row.name or str(row.category_id), row.count, row.miou, row.share_good, row.mean_score] for row in lowest],
     )
 
 
 def bars(counts: Mapping[str, int]) -> Html:
-    """A histogram: a row a bin, in the order given, with its count and a bar."""
-    scale = BAR / max(1, max(counts.values(), default=1))
+    """Returns a histogram: one row for each bin, in the given order, with its count and a bar."""
+    scale = BAR_PX / max(1, max(counts.values(), default=1))
     rows = "".join(
-        f'<tr><td>{escape(name)}</td><td class="n">{count}</td><td><svg width="{BAR}" height="12" role="img" '
+        f'<tr><td>{escape(name)}</td><td class="n">{count}</td><td><svg width="{BAR_PX}" height="12" role="img" '
         f'aria-label="{count}"><rect width="{scale * count:.1f}" height="12" fill="var(--a)"/></svg></td></tr>'
         for name, count in counts.items()
     )
@@ -108,39 +108,39 @@ def bars(counts: Mapping[str, int]) -> Html:
 
 
 def folded(summary: str, text: str) -> Html:
-    """Plain text that opens on a click."""
+    """Returns plain text that is collapsed until the user clicks on the summary."""
     return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def contact_sheet(cards: Sequence[Card]) -> Html:
-    """Pictures in a grid, in the order given."""
-    figures = "".join(
-        f'<figure><img src="{escape(card.picture)}" alt="{escape(card.title)}" loading="lazy"><figcaption>'
+    """Returns images in a grid, in the given order."""
+    items = "".join(
+        f'<figure><img src="{escape(card.image_uri)}" alt="{escape(card.title)}" loading="lazy"><figcaption>'
         f'{escape(card.title)}<span class="soft">{escape(card.detail)}</span></figcaption></figure>'
         for card in cards
     )
-    return f'<div class="sheet">{figures}</div>'
+    return f'<div class="sheet">{items}</div>'
 
 
 def legend(keys: Sequence[tuple[str, str]]) -> Html:
-    """What colors mean: (name, CSS color) in a line."""
+    """Returns a legend of (name, CSS color) in one line."""
     items = "".join(f'<span class="key" style="background:{color}"></span>{escape(name)}' for name, color in keys)
     return f'<div class="soft">{items}</div>'
 
 
 def overlay_legend() -> Html:
-    """What the colors of `overlays.draw_close_up` mean."""
+    """Returns the legend of the colors of `overlays.draw_close_up`."""
     keys = [("mask", "rgb(255, 64, 129)"), ("true mask", "rgb(64, 224, 255)"), ("box", "rgb(255, 214, 0)")]
     return f"<p>{legend(keys)}</p>"
 
 
-def shown(value: float | None) -> str:
-    """A figure for people; a dash where there is none."""
+def format_metric(value: float | None) -> str:
+    """Formats a metric with three decimals; None is a dash."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def _cell(value: str | float | int | None) -> Html:
     if isinstance(value, str):
         return f"<td>{escape(value)}</td>"
-    text = str(value) if isinstance(value, int) else shown(value)
+    text = str(value) if isinstance(value, int) else format_metric(value)
     return f'<td class="n">{text}</td>'

@@ -1,4 +1,4 @@
-"""Claims about measuring a served model from here."""
+"""Evaluations of a served model by the client."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def evaluate(fake: FakeServer, dataset: Dataset, timeout_s: float = 20, **more: 
         return client.evaluate(dataset.json_path, dataset.images_dir, **more)
 
 
-def test_the_figures_of_the_server_come_back_with_the_ids_of_the_file(dataset: Dataset) -> None:
+def test_the_metrics_of_the_server_come_with_the_ids_of_the_file(dataset: Dataset) -> None:
     evaluation = evaluate(FakeServer(), dataset)
     assert (evaluation.images, evaluation.overall.count) == (3, 6)
     assert evaluation.overall.miou == pytest.approx(0.5)
@@ -45,7 +45,7 @@ def test_the_figures_of_the_server_come_back_with_the_ids_of_the_file(dataset: D
 
 
 @pytest.mark.parametrize("cut", Cut)
-def test_a_stream_that_a_proxy_cuts_short_is_begun_again(dataset: Dataset, cut: Cut) -> None:
+def test_a_stream_that_a_proxy_truncates_is_started_again(dataset: Dataset, cut: Cut) -> None:
     fake = FakeServer()
     with serving(fake) as server, cutting(server, cut, 1, after=1) as address, Client(address) as client:
         evaluation = client.evaluate(dataset.json_path, dataset.images_dir)
@@ -53,7 +53,7 @@ def test_a_stream_that_a_proxy_cuts_short_is_begun_again(dataset: Dataset, cut: 
     assert (evaluation.images, evaluation.overall.count) == (3, 6)
 
 
-def test_the_options_and_the_number_of_images_go_first(dataset: Dataset) -> None:
+def test_the_first_message_has_the_options_and_the_number_of_images(dataset: Dataset) -> None:
     fake = FakeServer()
     evaluate(fake, dataset, options=LabelOptions(threshold=0.4), worst_count=2)
     options = fake.evaluate_options
@@ -62,7 +62,7 @@ def test_the_options_and_the_number_of_images_go_first(dataset: Dataset) -> None
     assert [(row.category_id, row.name) for row in options.categories] == [(1, "cup")]
 
 
-def test_ids_that_are_no_integers_are_mapped_there_and_back(dataset: Dataset) -> None:
+def test_ids_that_are_not_integers_are_mapped_to_the_wire_and_back(dataset: Dataset) -> None:
     dataset.coco["categories"] = [{"id": "cup", "name": "cup"}, {"id": 1, "name": "pot"}]
     for at, row in enumerate(dataset.coco["annotations"]):
         row["id"] = f"box-{at}"
@@ -77,7 +77,7 @@ def test_ids_that_are_no_integers_are_mapped_there_and_back(dataset: Dataset) ->
     assert {row.annotation_id for row in evaluation.worst} == {f"box-{at}" for at in range(6)}
 
 
-def test_what_cannot_be_measured_is_counted_by_reason(dataset: Dataset) -> None:
+def test_rows_that_cannot_be_measured_are_counted_by_reason(dataset: Dataset) -> None:
     (dataset.images_dir / "image_0.png").unlink()
     rows = dataset.coco["annotations"]
     rows[2]["segmentation"] = []
@@ -98,7 +98,7 @@ def test_what_cannot_be_measured_is_counted_by_reason(dataset: Dataset) -> None:
     assert (evaluation.overall.count, evaluation.images_skipped, evaluation.failed_count) == (1, 1, 5)
 
 
-def test_rows_of_images_without_any_true_mask_are_counted_though_nothing_is_sent(dataset: Dataset) -> None:
+def test_rows_of_images_without_a_ground_truth_mask_are_counted_but_not_sent(dataset: Dataset) -> None:
     for row in dataset.coco["annotations"]:
         row["segmentation"] = []
     dataset.coco["annotations"][0]["iscrowd"] = 1
@@ -110,7 +110,7 @@ def test_rows_of_images_without_any_true_mask_are_counted_though_nothing_is_sent
     assert (evaluation.overall.count, evaluation.failed_count) == (0, 5)
 
 
-def test_crowd_regions_go_along_and_are_no_failure(dataset: Dataset) -> None:
+def test_crowd_regions_are_sent_and_are_not_failures(dataset: Dataset) -> None:
     dataset.coco["annotations"][0]["iscrowd"] = 1
     dataset.save()
     fake = FakeServer()
@@ -119,54 +119,64 @@ def test_crowd_regions_go_along_and_are_no_failure(dataset: Dataset) -> None:
     assert (evaluation.skipped, evaluation.failed_count) == ({"CROWD": 1}, 0)
 
 
-def test_a_broken_stream_starts_the_evaluation_anew(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mal_client.evaluation.stream.RESTART_PAUSE_S", 0.01)
+def test_a_broken_stream_is_started_again(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_client.evaluation.stream.RETRY_PAUSE_S", 0.01)
     evaluation = evaluate(FakeServer(Faults(break_after=1, breaks=2)), dataset)
     assert (evaluation.images, evaluation.overall.count) == (3, 6)
     with pytest.raises(ServerUnavailable):
         evaluate(FakeServer(Faults(break_after=1, breaks=5)), dataset)
 
 
-def test_a_server_that_says_when_to_come_back_is_asked_again_however_often(dataset: Dataset) -> None:
+def test_retries_that_the_server_asks_for_do_not_count_as_attempts(dataset: Dataset) -> None:
     fake = FakeServer(Faults(unavailable=2 * MAX_ATTEMPTS, pushback_ms=1))
     assert evaluate(fake, dataset).images == 3
     assert fake.calls.count("Evaluate") == 2 * MAX_ATTEMPTS + 1
 
 
-def test_what_a_busy_server_says_is_told_once_patience_is_over(
+def test_a_busy_server_fails_the_evaluation_once_the_retry_budget_is_exhausted(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mal_client.evaluation.run.RetryBudget", lambda _: RetryBudget(0.0))
-    with pytest.raises(ServerUnavailable, match=r"told to be unavailable\); it says to come back in 0\.001 s"):
+    with pytest.raises(ServerUnavailable, match=r"0\.001 s"):
         evaluate(FakeServer(Faults(unavailable=10**6, pushback_ms=1)), dataset)
 
 
-def test_patience_with_a_server_that_says_when_to_come_back_ends_by_the_clock_alone() -> None:
+def test_retries_that_the_server_asks_for_exhaust_the_budget_only_by_time() -> None:
     now = [0.0]
-    patience = RetryBudget(60.0, lambda: now[0])
+    budget = RetryBudget(60.0, lambda: now[0])
 
-    def is_over_at(at: float, *, has_new: bool = False) -> bool:
-        now[0] = at
-        return patience.is_over(5.0, has_new=has_new)
+    def may_retry_at(time_s: float, *, has_progress: bool = False) -> bool:
+        now[0] = time_s
+        return budget.spend(5.0, has_progress=has_progress)
 
-    assert not any(is_over_at(at) for at in range(0, 61, 5))
-    assert not is_over_at(61, has_new=True)
-    assert not is_over_at(121)
-    assert is_over_at(122)
+    assert all(may_retry_at(time_s) for time_s in range(0, 61, 5))
+    assert may_retry_at(61, has_progress=True)
+    assert may_retry_at(121)
+    assert not may_retry_at(122)
 
 
-def test_a_silent_server_ends_the_evaluation(dataset: Dataset) -> None:
+def test_failures_without_progress_exhaust_the_budget_after_the_last_attempt() -> None:
+    budget = RetryBudget(60.0)
+    assert all(budget.spend(None, has_progress=False) for _ in range(MAX_ATTEMPTS - 1))
+    assert budget.spend(None, has_progress=True)
+    assert all(budget.spend(None, has_progress=False) for _ in range(MAX_ATTEMPTS - 2))
+    assert not budget.spend(None, has_progress=False)
+
+
+def test_a_server_that_sends_nothing_ends_the_evaluation(dataset: Dataset) -> None:
     class Silent(FakeServer):
         def Evaluate(self, request_iterator: Any, context: Any) -> Any:
             self.released.wait()
             yield from ()
 
-    with pytest.raises(CallTimedOut, match="no sign of the evaluation for 2 s"):
+    with pytest.raises(CallTimedOut, match="2 s"):
         evaluate(Silent(), dataset, timeout_s=2.0)
 
 
-def test_a_crowd_region_is_no_failure_in_the_progress_either(dataset: Dataset) -> None:
-    for row in dataset.coco["annotations"][:2]:  # the first image: a crowd region, and an object without a true mask
+def test_a_crowd_region_is_not_a_failure_in_the_progress(dataset: Dataset) -> None:
+    for row in dataset.coco["annotations"][
+        :2
+    ]:  # the first image: a crowd region, and an object without a ground-truth mask
         row["segmentation"] = []
     dataset.coco["annotations"][0]["iscrowd"] = 1
     dataset.save()
@@ -175,13 +185,13 @@ def test_a_crowd_region_is_no_failure_in_the_progress_either(dataset: Dataset) -
     assert seen[-1].boxes_failed == evaluation.failed_count == 1
 
 
-def test_progress_is_told(dataset: Dataset) -> None:
+def test_progress_is_reported_after_each_image(dataset: Dataset) -> None:
     seen: list[Progress] = []
     evaluate(FakeServer(), dataset, on_progress=seen.append)
     assert [(row.images_done, row.images_total) for row in seen] == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_the_report_shows_the_worst_masks_first_and_needs_no_other_file(dataset: Dataset) -> None:
+def test_the_report_is_one_file_and_shows_the_worst_masks_first(dataset: Dataset) -> None:
     with serving(FakeServer()) as address, Client(address, timeout_s=20) as client:
         evaluation = client.evaluate(dataset.json_path, dataset.images_dir)
         cards = worst_cards(

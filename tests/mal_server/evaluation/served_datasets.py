@@ -1,4 +1,4 @@
-"""A data set below a folder of the server, for tests of evaluations that name it, and what such an evaluation says."""
+"""A data set below a data folder of the server, and calls that evaluate it."""
 
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -19,19 +19,19 @@ async def each(messages: Sequence[Request]) -> AsyncIterator[Request]:
 
 
 async def run(running: Any, messages: Sequence[Request]) -> tuple[list[Any], Any]:
-    """(progress messages, result)"""
+    """Returns (progress messages, result) of an evaluation."""
     answers = [answer async for answer in running.evaluation.Evaluate(each(messages))]
     return [answer.progress for answer in answers[:-1]], answers[-1].result
 
 
 def written(root: Path) -> Path:
-    """The scenes of test_evaluate as a COCO file `truth.json` and `images` in a new folder, which is returned."""
+    """Writes the scenes of `test_run` into a new folder, as `truth.json` and `images`; returns the folder."""
     (root / "images").mkdir(parents=True)
     rows = []
-    for place, (image, objects) in enumerate(SCENES):
-        Image.fromarray(image).save(root / "images" / f"{place}.png")
+    for index, (image, objects) in enumerate(SCENES):
+        Image.fromarray(image).save(root / "images" / f"{index}.png")
         for instance_id, box, category_id, mask in objects:
-            row = {"id": instance_id, "image_id": place, "category_id": category_id, "bbox": box}
+            row = {"id": instance_id, "image_id": index, "category_id": category_id, "bbox": box}
             rows.append({**row, "segmentation": mask.to_coco(), "iscrowd": 0})
     images = [{"id": n, "file_name": f"{n}.png", "width": 120, "height": 90} for n in range(len(SCENES))]
     categories = [{"id": key, "name": name} for key, name in NAMES.items()]

@@ -1,4 +1,4 @@
-"""Memory that evaluations share: what counts into it, who ends when it is full, and until when it is held."""
+"""Memory that evaluations share: which bytes count, which evaluation fails when it is full, and how long it is held."""
 
 import asyncio
 import json
@@ -33,8 +33,8 @@ def folder(tmp_path: Path) -> Path:
     return written(tmp_path / "sets")
 
 
-def test_evaluations_share_the_memory_for_what_they_hold_and_the_next_one_is_told_to_come_back(folder: Path) -> None:
-    """The first one holds a data set; the second has no room beside it, and has it afterwards."""
+def test_an_evaluation_without_memory_is_refused_with_a_time_to_retry(folder: Path) -> None:
+    """The first evaluation holds a data set; the second one fits only after it."""
     gate = threading.Event()
     text = (folder / "truth.json").read_text()
     (folder / "truth.json").write_text(text + " " * (2**17 - len(text)))
@@ -57,7 +57,7 @@ def test_evaluations_share_the_memory_for_what_they_hold_and_the_next_one_is_tol
     assert asyncio.run(work()) == ("MEMORY_FULL", True, 6)
 
 
-def test_what_an_evaluation_has_measured_counts_and_one_that_it_leaves_no_room_for_goes_on_after_it(
+def test_measured_images_count_as_memory_and_the_refused_evaluation_succeeds_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mal_train.core.metrics.evaluator.MEMORY_OF_A_PAIR", 2**20)
@@ -71,7 +71,7 @@ def test_what_an_evaluation_has_measured_counts_and_one_that_it_leaves_no_room_f
     async def work() -> tuple[str, int, int]:
         async with serving(max_evaluation_bytes=2**20) as running:
             first = aiter(running.evaluation.Evaluate(held([options_of(), scenes()[0]])))
-            await anext(first)  # its first image is measured
+            await anext(first)  # the first image is measured
             with pytest.raises(grpc.aio.AioRpcError, match="max_evaluation_bytes") as raised:
                 await run(running, [options_of(), *scenes()])
             assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -83,7 +83,7 @@ def test_what_an_evaluation_has_measured_counts_and_one_that_it_leaves_no_room_f
     assert asyncio.run(asyncio.wait_for(work(), 60)) == ("MEMORY_FULL", 1, len(SCENES))
 
 
-def test_a_data_set_that_a_thread_still_reads_counts_though_its_caller_has_gone(
+def test_a_data_set_that_a_thread_still_reads_counts_after_its_call_is_cancelled(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, gate, over = threading.Event(), threading.Event(), threading.Event()
@@ -128,8 +128,8 @@ def test_a_data_set_that_a_thread_still_reads_counts_though_its_caller_has_gone(
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
-def test_a_data_set_is_looked_for_before_its_records_are_read(folder: Path) -> None:
-    """The caller still sends, and is told."""
+def test_a_missing_data_set_is_reported_before_its_records_are_read(folder: Path) -> None:
+    """The client is still sending when the error arrives."""
 
     async def work() -> str:
         answered = asyncio.Event()
@@ -149,7 +149,7 @@ def test_a_data_set_is_looked_for_before_its_records_are_read(folder: Path) -> N
     assert asyncio.run(work()) == "FILE_NOT_FOUND"
 
 
-def test_a_data_set_of_short_rows_takes_no_more_memory_than_is_counted_for_it(tmp_path: Path) -> None:
+def test_a_data_set_of_short_rows_takes_no_more_memory_than_estimated(tmp_path: Path) -> None:
     ids = range(3000)
     triangle = {"category_id": 1, "bbox": [1, 1, 8, 8], "segmentation": [[1, 1, 9, 1, 9, 9]]}
     images = [{"id": n, "file_name": f"{n}.png"} for n in ids[:300]]
@@ -160,7 +160,7 @@ def test_a_data_set_of_short_rows_takes_no_more_memory_than_is_counted_for_it(tm
     options = read_evaluate_options(on_server(), CallDefaults(Branch.STUDENT, Priority.BATCH, math.inf))
     tracemalloc.start()
     try:
-        truths = list(read_dataset(folders, "sets/truth.json", "sets").truths(options.job, 10, {}))
+        truths = list(read_dataset(folders, "sets/truth.json", "sets").ground_truths(options.label_request, 10, {}))
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -168,14 +168,15 @@ def test_a_data_set_of_short_rows_takes_no_more_memory_than_is_counted_for_it(tm
     assert most <= memory_of(folders, "sets/truth.json")
 
 
-def test_records_that_are_brought_back_count_as_they_come() -> None:
+def test_records_count_as_memory_as_they_arrive() -> None:
     budget = MemoryQuota(10, "max_evaluation_bytes")
     options = read_evaluate_options(
         on_server(resume_token=b"t"), CallDefaults(Branch.STUDENT, Priority.BATCH, math.inf)
     )
     messages = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(at), record=b"123")) for at in range(4)]
     with budget.reserve() as alone:
-        assert len(asyncio.run(read_records(each(messages), options, alone.grow))) == 4  # 16 bytes, nobody else
+        # 16 bytes: a single evaluation may exceed the quota.
+        assert len(asyncio.run(read_records(each(messages), options, alone.grow))) == 4
         with budget.reserve() as late, pytest.raises(MemoryFull, match="16 of 10 bytes"):
             asyncio.run(read_records(each(messages), options, late.grow))
         assert budget.used == 16
@@ -187,7 +188,7 @@ def test_records_that_are_brought_back_count_as_they_come() -> None:
     assert budget.used == 0
 
 
-def test_of_two_evaluations_that_fill_the_memory_the_later_one_ends() -> None:
+def test_of_two_evaluations_that_fill_the_memory_the_later_one_fails() -> None:
     budget = MemoryQuota(10, "max_evaluation_bytes")
     with budget.reserve() as first, budget.reserve() as later:
         first.grow(6)
@@ -201,7 +202,7 @@ def test_of_two_evaluations_that_fill_the_memory_the_later_one_ends() -> None:
         assert budget.used == 11
 
 
-def test_memory_is_held_while_a_thread_makes_the_report_of_a_caller_who_has_gone(
+def test_memory_is_held_while_a_thread_computes_the_report_of_a_cancelled_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begun, gate, over = threading.Event(), threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""The Evaluate call: the same figures as the evaluator in this process, and every fault counted."""
+"""The Evaluate call: the same metrics as an evaluator in this process, and every failure counted."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -99,27 +99,27 @@ def evaluate(
 
 def own_report() -> EvaluationReport:
     predictor, evaluator = BrightPredictor(), Evaluator(NAMES)
-    for place, (image, objects) in enumerate(SCENES):
+    for index, (image, objects) in enumerate(SCENES):
         labels = predictor.label(image, [box for _, box, _, _ in objects])
         for (instance_id, box, category_id, mask), label in zip(objects, labels, strict=True):
             assert isinstance(label, Label)
             raw = {"segmentation": mask.to_coco()}
-            evaluator.add(Annotation(instance_id, place, category_id, box, False, raw), label.rle, label.score)
+            evaluator.add(Annotation(instance_id, index, category_id, box, False, raw), label.rle, label.score)
     return evaluator.report()
 
 
-def test_the_figures_equal_those_of_the_evaluator_in_this_process() -> None:
+def test_the_metrics_equal_those_of_an_evaluator_in_this_process() -> None:
     _, result = evaluate(options_of(), *scenes())
     own = own_report()
-    assert own.miou.overall is not None
-    assert 0.3 < own.miou.overall < 0.99
-    assert result.overall.miou == own.miou.overall
+    assert own.overall.miou is not None
+    assert 0.3 < own.overall.miou < 0.99
+    assert result.overall.miou == own.overall.miou
     assert (result.images, result.overall.instances, result.images_skipped) == (6, 18, 0)
-    assert [result.small.instances, result.medium.instances, result.large.instances] == list(
-        own.miou.count_by_size.values()
-    )
-    assert result.medium.HasField("miou") == (own.miou.by_size["medium"] is not None)
-    assert result.class_miou == own.miou.class_mean
+    assert [result.small.instances, result.medium.instances, result.large.instances] == [
+        group.count for group in own.by_size.values()
+    ]
+    assert result.medium.HasField("miou") == (own.by_size["medium"].miou is not None)
+    assert result.class_miou == own.class_miou
     assert (result.ap_at_one.ap, result.ap_at_one.ar_max100) == (own.ap_at_1["AP"], own.ap_at_1["ARmax100"])
     assert (result.ap_at_score.ap50, result.ap_at_score.ap75) == (own.ap_at_score["AP50"], own.ap_at_score["AP75"])
     assert result.ap_at_one.HasField("ap_large") == (own.ap_at_1["APl"] is not None)
@@ -129,12 +129,12 @@ def test_the_figures_equal_those_of_the_evaluator_in_this_process() -> None:
         (row.category_id, row.name, row.miou) for row in own.categories
     ]
     assert [(row.item_id, row.instance_id, row.iou) for row in result.worst] == [
-        (f"scene {row.image_id}", row.annotation_id, row.iou) for row in own.worst_first[:4]
+        (f"scene {row.image_id}", row.annotation_id, row.iou) for row in own.worst[:4]
     ]
     assert result.model.name == "disc"
 
 
-def test_progress_comes_after_each_image() -> None:
+def test_progress_is_sent_after_each_image() -> None:
     progress, result = evaluate(options_of(images_total=6), *scenes())
     assert [step.images_done for step in progress] == [1, 2, 3, 4, 5, 6]
     assert [step.images_total for step in progress] == [6] * 6
@@ -142,18 +142,18 @@ def test_progress_comes_after_each_image() -> None:
     assert progress[-1].running_miou == pytest.approx(result.overall.miou)
 
 
-def test_the_report_does_not_depend_on_which_image_is_ready_first() -> None:
+def test_the_report_does_not_depend_on_the_order_in_which_images_finish() -> None:
     _, one = evaluate(options_of(), *scenes(), limits={"max_items_in_flight": 1})
     _, many = evaluate(options_of(), *scenes(), max_batch_size=2, limits={"max_items_in_flight": 6})
     assert one == many
 
 
-def test_every_fault_is_counted_by_its_reason_and_the_rest_goes_on() -> None:
+def test_every_failure_is_counted_by_its_reason_and_the_evaluation_continues() -> None:
     image, objects = SCENES[0]
     content, (first, second, third) = encoded(image), objects
     messages = [
         message_of("good", content, [truth_of(*first)]),
-        message_of("no picture", b"text", [truth_of(*first), truth_of(*second)]),
+        message_of("no image", b"text", [truth_of(*first), truth_of(*second)]),
         message_of("good", content, [truth_of(*third)]),
         message_of(
             "bad box", content, [truth_of(5, (0, 0, -1, 5), 3, None), truth_of(*second), truth_of(5, *second[1:])]
@@ -178,14 +178,14 @@ def test_every_fault_is_counted_by_its_reason_and_the_rest_goes_on() -> None:
     assert (result.overall.instances, result.images, result.images_skipped) == (4, 7, 3)
 
 
-def test_nothing_to_measure_is_a_result_without_figures() -> None:
+def test_an_evaluation_without_images_has_a_result_without_metrics() -> None:
     _, result = evaluate(options_of())
     assert (result.images, result.overall.instances) == (0, 0)
     assert not result.overall.HasField("miou")
     assert not result.ap_at_one.HasField("ap")
 
 
-def test_a_full_queue_makes_an_evaluation_wait_not_fail() -> None:
+def test_an_evaluation_waits_while_the_queue_is_full() -> None:
     predictor = BrightPredictor(wait_s=0.01)
     _, result = evaluate(
         options_of(), *scenes(), predictor=predictor, max_batch_size=1, max_queue_crops=3, limits={"max_boxes": 3}

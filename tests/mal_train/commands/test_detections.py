@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from mal_train.cli import main
-from mal_train.core.metrics.coco_ap import AP_NAMES
+from mal_train.core.metrics.average_precision import AP_NAMES
 from tests.mal_train.core.metrics.ground_truths import plain_pycocotools
 from tests.mal_train.test_cli import checkpoint, inference_spec, labels_of, spec_file
 from tests.scenes import write_scenes

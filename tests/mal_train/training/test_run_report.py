@@ -104,9 +104,9 @@ def test_the_page_at_the_end_stands_alone_and_holds_every_section(watched: Path)
     assert headings == [
         "The run",
         "Curves",
-        "Figures",
-        "Is the score worth something?",
-        "Worst masks first",
+        "Metrics",
+        "Quality of the score",
+        "Worst masks",
         "Typical masks",
         "Failures by category",
         "Settings",

@@ -59,7 +59,7 @@ def test_a_run_leaves_checkpoints_curves_and_a_status(scenes: dict[str, tuple[Pa
     kinds = [(row["kind"], row["epoch"]) for row in rows(tmp_path)]
     assert kinds == [("train", "1"), ("val", "1"), ("train", "2"), ("val", "2"), ("train", "3"), ("val", "3")]
     assert result.report is not None
-    assert float(rows(tmp_path)[-1]["mIoU"]) == pytest.approx(result.report.miou.overall, abs=1e-5)
+    assert float(rows(tmp_path)[-1]["mIoU"]) == pytest.approx(result.report.overall.miou, abs=1e-5)
     assert list(folder.glob("events.out.tfevents.*"))
     saved = load_checkpoint(result.checkpoint, None)
     assert saved.categories == [{"id": 1, "name": "ellipse"}]

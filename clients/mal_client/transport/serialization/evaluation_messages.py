@@ -1,4 +1,7 @@
-"""Evaluation messages to the client's own types and back. What they share with labeling stands in `codec`."""
+"""Converts evaluation messages to the client's types and back. Pure functions.
+
+Functions shared with labeling are in `labeling_messages`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from mal.v1 import evaluation_pb2, types_pb2
 
 from mal_client.images.image_input import EncodedImage
 from mal_client.transport.serialization.labeling_messages import coco_rle, image_source, instance, label_options
-from mal_client.types import BoxXywh, Figures, GroupMiou, LabelOptions
+from mal_client.types import BoxXywh, CocoMetrics, GroupMiou, LabelOptions
 from mal_train.core.coco.annotations import JsonId
+from mal_train.core.metrics.average_precision import AP_NAMES
 from mal_train.core.metrics.report import CategoryRow
 from mal_train.core.metrics.score_quality import ScoreQuality
 
@@ -21,7 +25,15 @@ if TYPE_CHECKING:
 def evaluate_options(
     options: LabelOptions, categories: Mapping[int, str], images_total: int, worst_count: int, token: bytes = b""
 ) -> evaluation_pb2.EvaluateRequest:
-    """First message of an evaluation; `categories` are names by wire id, `token` is that of one that goes on."""
+    """Writes the first message of an evaluation.
+
+    Args:
+        options: options of labeling.
+        categories: names by id on the wire.
+        images_total: number of images that follow.
+        worst_count: number of instances to list, lowest IoU first.
+        token: token of the evaluation to resume; empty = none.
+    """
     return evaluation_pb2.EvaluateRequest(
         options=evaluation_pb2.EvaluateOptions(
             label=label_options(options),
@@ -37,7 +49,7 @@ def evaluate_options(
 def evaluate_dataset(
     options: LabelOptions, names: tuple[str, str], worst_count: int, token: bytes = b""
 ) -> evaluation_pb2.EvaluateRequest:
-    """First message of an evaluation of a data set on the server: (annotations, images), each FOLDER/PATH."""
+    """Writes the first message of an evaluation of a data set on the server: (annotations, images) as FOLDER/PATH."""
     annotations, images = names
     return evaluation_pb2.EvaluateRequest(
         options=evaluation_pb2.EvaluateOptions(
@@ -57,7 +69,7 @@ def evaluate_image(
     sha256: str | None = None,
     record: bytes = b"",
 ) -> evaluation_pb2.EvaluateRequest:
-    """One image of an evaluation; with its `record`, its hash stands for its content."""
+    """Writes one image of an evaluation; with `sha256`, the hash replaces the content."""
     source = image_source(image, sha256)
     return evaluation_pb2.EvaluateRequest(
         image=evaluation_pb2.EvaluateImage(item_id=item_id, image=source, ground_truth=truths, record=record)
@@ -65,45 +77,35 @@ def evaluate_image(
 
 
 def evaluate_record(item_id: str, record: bytes) -> evaluation_pb2.EvaluateRequest:
-    """What an earlier stream measured on an image of a data set on the server."""
+    """Writes the record of an image of a data set on the server."""
     return evaluation_pb2.EvaluateRequest(image=evaluation_pb2.EvaluateImage(item_id=item_id, record=record))
 
 
-def ground_truth(key: int, box: BoxXywh, category_id: int, rle: Rle, is_crowd: bool) -> evaluation_pb2.GroundTruth:
-    """One annotated object under the wire's ids."""
+def ground_truth(
+    instance_id: int, box: BoxXywh, category_id: int, rle: Rle, is_crowd: bool
+) -> evaluation_pb2.GroundTruth:
+    """Writes one annotated object; the ids are those on the wire."""
     return evaluation_pb2.GroundTruth(
-        instance=instance(key, box), category_id=category_id, mask=coco_rle(rle), is_crowd=is_crowd
+        instance=instance(instance_id, box), category_id=category_id, mask=coco_rle(rle), is_crowd=is_crowd
     )
 
 
 def group_miou(group: evaluation_pb2.GroupMiou) -> GroupMiou:
-    """Mean IoU of a group."""
+    """Reads the mean IoU of a group."""
     return GroupMiou(group.instances, group.miou if group.HasField("miou") else None)
 
 
-def coco_figures(figures: evaluation_pb2.CocoFigures) -> Figures:
-    """The twelve figures by COCO's short names; None where unset."""
-    return {short: getattr(figures, wire) if figures.HasField(wire) else None for short, wire in _FIGURES.items()}  # type: ignore[arg-type]
-
-
-_FIGURES = {
-    "AP": "ap",
-    "AP50": "ap50",
-    "AP75": "ap75",
-    "APs": "ap_small",
-    "APm": "ap_medium",
-    "APl": "ap_large",
-    "ARmax1": "ar_max1",
-    "ARmax10": "ar_max10",
-    "ARmax100": "ar_max100",
-    "ARs": "ar_small",
-    "ARm": "ar_medium",
-    "ARl": "ar_large",
-}
+def coco_metrics(metrics: evaluation_pb2.CocoFigures) -> CocoMetrics:
+    """Reads COCO's metrics by the names of AP_NAMES; None where unset."""
+    fields = (field.name for field in evaluation_pb2.CocoFigures.DESCRIPTOR.fields)
+    return {
+        name: getattr(metrics, field) if metrics.HasField(field) else None  # type: ignore[arg-type]
+        for name, field in zip(AP_NAMES, fields, strict=True)
+    }
 
 
 def score_quality(score: evaluation_pb2.ScoreQuality) -> ScoreQuality:
-    """What the score is worth; None where unset."""
+    """Reads the quality of the score; None where unset."""
     return ScoreQuality(
         mean_score=score.mean_score if score.HasField("mean_score") else None,
         bias=score.bias if score.HasField("bias") else None,
@@ -115,7 +117,7 @@ def score_quality(score: evaluation_pb2.ScoreQuality) -> ScoreQuality:
 
 
 def category_row(row: evaluation_pb2.CategoryFigures, category_id: JsonId) -> CategoryRow:
-    """The figures of a category, under the id that the data set's file gives it."""
+    """Reads the metrics of a category; `category_id` is its id in the data set."""
     return CategoryRow(
         category_id=category_id,
         name=row.category.name,

@@ -1,4 +1,7 @@
-"""Wire messages to the client's own types and back: only this file and `codec_evaluation` know both. Pure functions."""
+"""Converts labeling and model messages to the client's types and back. Pure functions.
+
+Only the modules of this package know both messages and the client's types.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ _BRANCH_FROM_WIRE = {wire: branch for branch, wire in _BRANCH_TO_WIRE.items()}
 def label_request(
     image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions, sha256: str | None = None
 ) -> labeling_pb2.LabelImageRequest:
-    """One image and its boxes; the keys of `boxes` become the instance ids. `sha256`: sent in the picture's place."""
+    """Writes one image and its boxes; the keys of `boxes` become instance ids. `sha256` replaces the encoded image."""
     return labeling_pb2.LabelImageRequest(
         image=image_source(image, sha256),
         instances=[instance(key, box) for key, box in boxes.items()],
@@ -49,12 +52,12 @@ def label_request(
 def bulk_request(
     item_id: str, image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions
 ) -> labeling_pb2.LabelImagesRequest:
-    """One item of a bulk stream."""
+    """Writes one item of a bulk stream."""
     return labeling_pb2.LabelImagesRequest(item_id=item_id, request=label_request(image, boxes, options))
 
 
 def image_source(image: EncodedImage, sha256: str | None = None) -> types_pb2.ImageSource:
-    """The picture of a request, or its hash where the server holds it."""
+    """Writes the encoded image, or its hash if the server has it in its cache."""
     source = types_pb2.ImageSource(expected_width=image.width, expected_height=image.height)
     if sha256 is None:
         source.content = image.content
@@ -64,16 +67,16 @@ def image_source(image: EncodedImage, sha256: str | None = None) -> types_pb2.Im
 
 
 def instance(instance_id: int, box: BoxXywh) -> types_pb2.Instance:
-    """One box under its id."""
+    """Writes one box with its id."""
     x, y, width, height = box
     return types_pb2.Instance(instance_id=instance_id, box=types_pb2.Box(x=x, y=y, width=width, height=height))
 
 
 def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
-    """Unset stays unset, so that the server's and the checkpoint's settings hold.
+    """Writes the options of labeling; unset options stay unset, so that the server's or the checkpoint's values apply.
 
-    No `formats`: the run-length code is the smallest on the wire, and the other forms are made from it here, by the
-    functions that the server uses.
+    `formats` is always unset: run-length codes are the smallest on the wire, and the client converts them to other
+    formats with the functions that the server uses.
     """
     branch = types_pb2.BRANCH_UNSPECIFIED if options.branch is None else _BRANCH_TO_WIRE[options.branch]
     return types_pb2.LabelOptions(
@@ -88,17 +91,17 @@ def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
 
 
 def coco_rle(rle: Rle) -> types_pb2.CocoRle:
-    """A mask for the wire."""
+    """Writes a mask."""
     return types_pb2.CocoRle(height=rle.height, width=rle.width, counts=rle.counts)
 
 
 def box_labels(
     response: labeling_pb2.LabelImageResponse, boxes: Mapping[int, BoxXywh]
 ) -> Iterable[tuple[int, BoxLabel]]:
-    """(instance id, answer) for each result of a message. `boxes`: what was asked, by instance id.
+    """Yields (instance id, label) for each result of a message; `boxes` are those of the request, by instance id.
 
     Raises:
-        KeyError: the id of something that was not asked.
+        KeyError: a result has an instance id that is not in `boxes`.
     """
     model = model_ref(response.model)
     times = _timing(response.timing)
@@ -107,12 +110,12 @@ def box_labels(
 
 
 def model_ref(ref: types_pb2.ModelRef) -> ModelRef:
-    """Which weights answered; a branch that this version does not know reads as the student."""
+    """Reads the weights that made a result; a branch unknown to this version reads as the student."""
     return ModelRef(ref.name, ref.checkpoint_sha256, _BRANCH_FROM_WIRE.get(ref.branch, Branch.STUDENT))
 
 
 def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
-    """One model of a server; branches that this version does not know are left out."""
+    """Reads the description of a model; omits branches unknown to this version."""
     return ModelInfo(
         model=model_ref(model.ref),
         arch=model.arch,
@@ -129,19 +132,19 @@ def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
 
 
 def model_status(status: model_pb2.ModelStatus) -> ModelStatus:
-    """Where a model of a server stands."""
+    """Reads the state of a model in the server's memory."""
     is_retiring = status.state == model_pb2.MODEL_STATE_RETIRING
     return ModelStatus(model_info(status.model), status.calls, is_retiring, status.is_default)
 
 
 def load_request(name: str, folder: str, path: str, branch: Branch | None) -> model_pb2.LoadModelRequest:
-    """Which checkpoint is to answer under which name."""
+    """Writes a request to load a checkpoint under a name."""
     wire = types_pb2.BRANCH_UNSPECIFIED if branch is None else _BRANCH_TO_WIRE[branch]
     return model_pb2.LoadModelRequest(name=name, folder=folder, path=path, branch=wire)
 
 
 def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
-    """The server's description of itself."""
+    """Reads the description of a server."""
     limits, default = response.limits, model_info(response.model)
     return ServerInfo(
         version=response.version,
@@ -172,7 +175,7 @@ def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
 
 
 def flag_name(flag: int) -> str:
-    """BOX_CLIPPED for MASK_FLAG_BOX_CLIPPED; FLAG_<number> for one of a newer server."""
+    """Returns the name of a flag, without its prefix; FLAG_<number> for a flag of a newer server."""
     try:
         return types_pb2.MaskFlag.Name(flag).removeprefix("MASK_FLAG_")  # type: ignore[arg-type]
     except ValueError:
@@ -183,7 +186,7 @@ def _box_label(result: types_pb2.InstanceResult, box: BoxXywh, model: ModelRef, 
     index = result.instance_id
     error = item_error(result.status)
     if error is None and not any(mask.HasField("coco_rle") for mask in result.masks):
-        error = ItemError("UNIMPLEMENTED", "MASK_FORMAT", "the answer holds no run-length mask; update the client")
+        error = ItemError("UNIMPLEMENTED", "MASK_FORMAT", "the result has no run-length code; update the client")
     if error is not None:
         return BoxLabel(index, box, error=error, model=model, timing=timing)
     return BoxLabel(
@@ -201,7 +204,7 @@ def _box_label(result: types_pb2.InstanceResult, box: BoxXywh, model: ModelRef, 
 
 
 def _rle(code: types_pb2.CocoRle) -> Rle:
-    # Imported here: it brings OpenCV and pycocotools, which would double the time to import the client.
+    # Imported late: it loads OpenCV and pycocotools, which would double the time to import the client.
     from mal_train.core.masks.rle import Rle  # noqa: PLC0415
 
     return Rle(code.height, code.width, code.counts)

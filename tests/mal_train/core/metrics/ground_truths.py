@@ -1,4 +1,4 @@
-"""Ground truth of one line, and the real subset, for tests of figures."""
+"""Builders of ground truth, and the real subset, for tests of metrics."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Evaluation figures against pycocotools, the published outputs and the anchors of the real subset."""
+"""Evaluation metrics against pycocotools, the published outputs and the anchors of the real subset."""
 
 import json
 import math
@@ -15,7 +15,8 @@ from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, parse_
 from mal_train.core.coco.output import answer_fields, error_fields, labeled_file
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
-from mal_train.core.metrics.coco_ap import AP_NAMES, coco_ap
+from mal_train.core.metrics.average_precision import AP_NAMES
+from mal_train.core.metrics.coco_ap import coco_ap
 from mal_train.core.metrics.evaluator import Evaluator, evaluate_labels
 from mal_train.core.metrics.miou import class_mean
 from tests.mal_train.core.metrics.ground_truths import frame_of, plain_pycocotools, square, truth_of, val_dev
@@ -24,8 +25,9 @@ from tests.reference import fixture, shared
 
 class TestAgainstThePublishedOutputs:
     @pytest.mark.parametrize(("metrics", "predictions"), [("s21", "crop128_s21"), ("s22", "crop64_s22")])
-    def test_ious_and_class_balanced_figures_agree(self, metrics: str, predictions: str) -> None:
-        # The published size figures are right only for a batch of one: with more, each IoU goes to every class.
+    def test_ious_and_class_balanced_metrics_agree(self, metrics: str, predictions: str) -> None:
+        # The published code computes metrics by size correctly only for a batch of one: with more, each IoU counts for
+        # every class.
         expected = json.loads(fixture(f"g_miou_{metrics}.json").read_text())
         labels = {row["id"]: row for row in json.loads(fixture(f"f_paste_{predictions}.json").read_text())}
         evaluator = Evaluator({1: "a", 2: "b", 3: "c", 4: "d"})
@@ -35,10 +37,10 @@ class TestAgainstThePublishedOutputs:
             evaluator.add(annotation, Rle.from_coco(label["segmentation"]), 1.0)
         report = evaluator.report(ap=False)
 
-        by_id = {row.annotation_id: row.iou for row in report.worst_first}
+        by_id = {row.annotation_id: row.iou for row in report.worst}
         assert [by_id[label] for label in labels] == pytest.approx(expected["bs1"]["ious"], abs=1e-6)
-        assert report.miou.class_mean == pytest.approx(expected["bs1"]["mIoU"], abs=1e-6)
-        ours = list(report.miou.class_mean_by_box_size.values())
+        assert report.class_miou == pytest.approx(expected["bs1"]["mIoU"], abs=1e-6)
+        ours = list(report.class_miou_by_box_size.values())
         assert ours == pytest.approx(expected["bs1"]["area_mIoU"], abs=1e-6)
 
     def test_mean_of_class_means_and_pair_ious_agree(self) -> None:
@@ -52,7 +54,7 @@ class TestAgainstThePublishedOutputs:
 
 
 class TestAnchors:
-    """The figures that the two trivial labelers have on the real subset."""
+    """The metrics of the two trivial labelers on the real subset."""
 
     @pytest.mark.parametrize(
         ("baseline", "overall", "by_size", "ap", "ap50"),
@@ -67,22 +69,26 @@ class TestAnchors:
         coco = val_dev()
         evaluator = Evaluator(coco.category_names)
         rows = list(coco.annotations)
-        # Any order must do: answers of a server come as they are finished.
+        # Any order must work: a server returns results in the order in which they finish.
         random.Random(3).shuffle(rows)
         for annotation in rows:
             frame = frame_of(coco, annotation)
             evaluator.add(annotation, None if annotation.iscrowd else baseline(annotation.box_xywh, frame), 0.5)
         report = evaluator.report()
-        assert report.miou.overall == pytest.approx(overall, abs=5e-4)
-        assert list(report.miou.by_size.values()) == pytest.approx(by_size, abs=5e-4)
-        assert report.miou.count_by_size == {"small": 246, "medium": 218, "large": 158}
+        assert report.overall.miou == pytest.approx(overall, abs=5e-4)
+        assert [group.miou for group in report.by_size.values()] == pytest.approx(by_size, abs=5e-4)
+        assert {name: group.count for name, group in report.by_size.items()} == {
+            "small": 246,
+            "medium": 218,
+            "large": 158,
+        }
         assert report.ap_at_1["AP"] == pytest.approx(ap, abs=5e-4)
         assert report.ap_at_1["AP50"] == pytest.approx(ap50, abs=5e-4)
-        # A constant score is as good as none.
+        # A constant score is equal to no score.
         assert report.ap_at_score == report.ap_at_1
-        assert report.skipped_by_reason == {"CROWD": 4}
+        assert report.skipped == {"CROWD": 4}
 
-    def test_all_figures_are_those_of_plain_pycocotools(self) -> None:
+    def test_all_metrics_equal_those_of_pycocotools(self) -> None:
         coco = val_dev()
         rng = np.random.default_rng(5)
         evaluator = Evaluator(coco.category_names)
@@ -92,8 +98,8 @@ class TestAnchors:
             score = float(rng.random())
             evaluator.add(annotation, mask, score)
             if not annotation.iscrowd:
-                where = {"image_id": annotation.image_id, "category_id": annotation.category_id}
-                results.append({**where, "segmentation": mask.to_coco(), "score": score})
+                ids = {"image_id": annotation.image_id, "category_id": annotation.category_id}
+                results.append({**ids, "segmentation": mask.to_coco(), "score": score})
         report = evaluator.report()
         expected = plain_pycocotools(coco.raw, results)
         assert list(report.ap_at_score.values()) == expected
@@ -102,7 +108,7 @@ class TestAnchors:
         assert list(report.ap_at_1.values()) == ones
         assert list(coco_ap(coco.raw, results, "one").values()) == ones
 
-    def test_comparing_a_labeled_file_gives_the_same_report(self) -> None:
+    def test_a_labeled_file_gives_the_same_report_as_its_masks(self) -> None:
         coco = val_dev()
         rows = [a for a in coco.annotations if not a.iscrowd and a.id is not None][:60]
         masks = {a.id: box_filled(a.box_xywh, frame_of(coco, a)) for a in rows}
@@ -111,28 +117,33 @@ class TestAnchors:
         for annotation in rows:
             evaluator.add(annotation, masks[annotation.id], 0.5)
         report = evaluate_labels(coco, parse_coco(labeled_file(coco, answers)), ap=False)
-        assert report.miou == evaluator.report(ap=False).miou
-        assert report.skipped_by_reason == {"NOT_ANSWERED": 562, "CROWD": 4}
+        expected = evaluator.report(ap=False)
+        assert (report.overall, report.by_size, report.class_miou) == (
+            expected.overall,
+            expected.by_size,
+            expected.class_miou,
+        )
+        assert report.skipped == {"NOT_ANSWERED": 562, "CROWD": 4}
 
 
 class TestEvaluator:
-    def test_nothing_added_gives_a_report_without_figures(self) -> None:
+    def test_an_evaluator_without_instances_gives_a_report_without_metrics(self) -> None:
         report = Evaluator({}).report()
-        assert report.miou.count == 0
-        assert report.miou.overall is None
+        assert report.overall.count == 0
+        assert report.overall.miou is None
         assert report.ap_at_1 == dict.fromkeys(AP_NAMES)
         assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["mIoU"] is None
         assert report.table().startswith("0 masks compared")
 
-    def test_report_does_not_depend_on_the_order_of_feeding(self) -> None:
+    def test_report_does_not_depend_on_the_order_of_the_instances(self) -> None:
         rng = np.random.default_rng(0)
-        fed = []
+        instances = []
         for number in range(40):
             true, found = rng.integers(0, 20, 2)
             annotation = truth_of(number, square(int(true), 5, 9), image_id=f"i{number % 7}", category_id=number % 3)
-            fed.append((annotation, square(int(found), 5, 9), float(rng.random())))
+            instances.append((annotation, square(int(found), 5, 9), float(rng.random())))
         reports = []
-        for order in (fed, fed[::-1]):
+        for order in (instances, instances[::-1]):
             evaluator = Evaluator({0: "a", 1: "b", 2: "c"})
             for item in order:
                 evaluator.add(*item)
@@ -164,52 +175,52 @@ class TestEvaluator:
             ),
         ],
     )
-    def test_row_that_cannot_be_counted_is_skipped_once_with_its_reason(
+    def test_a_row_that_cannot_be_counted_is_skipped_once_with_its_reason(
         self, annotation: Annotation, prediction: Rle | None, reason: Reason
     ) -> None:
         evaluator = Evaluator({1: "cup"})
         evaluator.add(annotation, prediction, 0.5)
         evaluator.add(truth_of("good", square(3, 3, 5), image_id="other"), square(3, 3, 5), 0.5)
         report = evaluator.report()
-        assert report.miou.count == 1
-        assert report.miou.overall == 1.0
-        assert report.skipped_by_reason == {str(reason): 1}
+        assert report.overall.count == 1
+        assert report.overall.miou == 1.0
+        assert report.skipped == {str(reason): 1}
         assert report.to_dict()["skipped"][0]["message"]
 
-    def test_second_answer_for_an_annotation_is_not_counted(self) -> None:
+    def test_a_second_mask_of_an_annotation_is_not_counted(self) -> None:
         evaluator = Evaluator({1: "cup"})
         for side in (4, 2):
             evaluator.add(truth_of(1, square(0, 0, 4)), square(0, 0, side), 0.5)
         evaluator.add(truth_of(1, square(0, 0, 4), image_id=2), square(0, 0, 4), 0.5)
         report = evaluator.report(ap=False)
-        assert (report.miou.count, report.miou.overall) == (2, 1.0)
-        assert report.skipped_by_reason == {"REPEATED": 1}
+        assert (report.overall.count, report.overall.miou) == (2, 1.0)
+        assert report.skipped == {"REPEATED": 1}
 
-    def test_mask_of_another_frame_than_its_image_is_not_counted(self) -> None:
+    def test_a_mask_of_another_size_than_its_image_is_not_counted(self) -> None:
         evaluator = Evaluator({1: "cup"})
         evaluator.add(truth_of(1, square(0, 0, 4)), square(0, 0, 4), 0.5)
         evaluator.add(truth_of(2, square(0, 0, 4, (50, 50))), square(0, 0, 4, (50, 50)), 0.5)
-        assert evaluator.report().skipped_by_reason == {"FRAME_MISMATCH": 1}
+        assert evaluator.report().skipped == {"FRAME_MISMATCH": 1}
 
-    def test_empty_prediction_is_an_answer_and_counts_as_wrong(self) -> None:
+    def test_an_empty_prediction_counts_as_wrong(self) -> None:
         evaluator = Evaluator({1: "cup"})
         evaluator.add(truth_of(1, square(0, 0, 4)), rle.encode_mask(np.zeros((40, 60))), 0.0)
         report = evaluator.report()
-        assert (report.miou.overall, report.ap_at_1["AP"]) == (0.0, 0.0)
+        assert (report.overall.miou, report.ap_at_1["AP"]) == (0.0, 0.0)
 
-    def test_empty_ground_truth_counts_with_zero_and_is_told(self) -> None:
+    def test_an_empty_ground_truth_counts_with_zero_and_is_reported(self) -> None:
         evaluator = Evaluator({1: "cup"})
         nothing = rle.encode_mask(np.zeros((40, 60)))
         evaluator.add(truth_of(1, nothing), nothing, 0.0)
         report = evaluator.report()
-        assert (report.miou.overall, report.empty_ground_truth) == (0.0, 1)
+        assert (report.overall.miou, report.empty_ground_truth) == (0.0, 1)
 
-    def test_score_that_is_no_number_is_a_bug_of_the_caller(self) -> None:
+    def test_a_score_that_is_not_finite_raises(self) -> None:
         with pytest.raises(ValueError, match="score nan"):
             Evaluator({}).add(truth_of(1, None), None, math.nan)
 
     @pytest.mark.parametrize("as_polygon", [False, True])
-    def test_crowd_forgives_a_detection_as_in_coco(self, as_polygon: bool) -> None:
+    def test_a_detection_in_a_crowd_region_is_ignored_as_in_coco(self, as_polygon: bool) -> None:
         polygon = [[29.0, 9.0, 51.0, 9.0, 51.0, 31.0, 29.0, 31.0]]
         segmentation = polygon if as_polygon else square(9, 29, 22).to_coco()
         aps = []
@@ -225,14 +236,14 @@ class TestEvaluator:
         assert aps[1] is not None
         assert aps[0] > aps[1]
 
-    def test_unreadable_crowd_is_skipped_as_a_crowd_that_says_so(self) -> None:
+    def test_an_unreadable_crowd_region_is_skipped_with_the_cause(self) -> None:
         evaluator = Evaluator({1: "cup"})
         evaluator.add(truth_of(1, None, iscrowd=1, segmentation={"size": [4, 4], "counts": "?"}), None, 0.0)
-        (row,) = evaluator.report().skipped
+        (row,) = evaluator.report().skipped_rows
         assert row.reason == "CROWD"
-        assert "cannot be read" in row.message
+        assert len(row.message) > len("annotation 1: crowd regions are not counted")
 
-    def test_category_rows_keep_the_order_of_the_data_set_and_leave_out_absent_ones(self) -> None:
+    def test_category_rows_keep_the_order_of_the_data_set_and_omit_absent_categories(self) -> None:
         evaluator = Evaluator({"b": "mug", "a": "cup", "c": "jug"})
         evaluator.add(truth_of(1, square(0, 0, 4), category_id="a"), square(0, 0, 4), 0.75)
         evaluator.add(truth_of(2, square(9, 0, 4), category_id="b"), square(20, 0, 4), 0.25)
@@ -242,15 +253,15 @@ class TestEvaluator:
             ("cup", 1, 1.0, 1.0, 0.75),
         ]
 
-    def test_worst_first_lists_every_instance_by_iou(self) -> None:
+    def test_worst_lists_every_instance_by_iou(self) -> None:
         evaluator = Evaluator({1: "cup"})
         for number, side in enumerate((8, 2, 5)):
             evaluator.add(truth_of(number, square(0, 0, 8)), square(0, 0, side), 0.5)
         report = evaluator.report()
-        assert [row.annotation_id for row in report.worst_first] == [1, 2, 0]
+        assert [row.annotation_id for row in report.worst] == [1, 2, 0]
         assert [row["annotation_id"] for row in report.to_dict(worst=2)["worst_first"]] == [1, 2]
 
-    def test_report_is_json_and_table_names_the_figures(self) -> None:
+    def test_the_report_is_json_and_its_table_names_the_metrics(self) -> None:
         evaluator = Evaluator({1: "cup"})
         evaluator.add(truth_of(1, square(0, 0, 8)), square(0, 0, 7), 0.5)
         evaluator.add(truth_of(2, square(0, 0, 8)), None, 0.5)
@@ -281,18 +292,18 @@ class TestEvaluateLabels:
             ({"segmentation": square(0, 0, 8).to_coco(), "score": math.nan}, "NOT_ANSWERED"),
         ],
     )
-    def test_label_that_cannot_be_compared_is_counted_by_reason(self, label: Any, reason: str) -> None:
+    def test_a_label_that_cannot_be_compared_is_counted_by_reason(self, label: Any, reason: str) -> None:
         report = evaluate_labels(*self.files(label))
-        assert report.miou.count == 0
-        assert report.skipped_by_reason == {reason: 1}
+        assert report.overall.count == 0
+        assert report.skipped == {reason: 1}
 
-    def test_label_without_score_counts_with_one(self) -> None:
+    def test_a_label_without_score_counts_with_score_one(self) -> None:
         report = evaluate_labels(*self.files({"segmentation": square(0, 0, 8).to_coco()}))
-        assert (report.miou.overall, report.score.mean_score) == (1.0, 1.0)
+        assert (report.overall.miou, report.score.mean_score) == (1.0, 1.0)
 
-    def test_label_without_ground_truth_is_told(self) -> None:
+    def test_a_label_without_ground_truth_is_counted_by_reason(self) -> None:
         truth, labels = self.files({"id": 2, "segmentation": square(0, 0, 8).to_coco()})
-        assert evaluate_labels(truth, labels).skipped_by_reason == {"NOT_ANSWERED": 1, "NO_GROUND_TRUTH": 1}
+        assert evaluate_labels(truth, labels).skipped == {"NOT_ANSWERED": 1, "NO_GROUND_TRUTH": 1}
 
 
 def test_polygons_of_the_real_set_have_full_iou_with_themselves(tmp_path: Path) -> None:
@@ -304,13 +315,13 @@ def test_polygons_of_the_real_set_have_full_iou_with_themselves(tmp_path: Path) 
         own = rle.from_segmentation(annotation.raw["segmentation"], *frame)
         evaluator.add(annotation, own, 1.0)
     report = evaluator.report()
-    assert report.miou.overall == 1.0
+    assert report.overall.miou == 1.0
     assert report.ap_at_1["AP"] == pytest.approx(1.0)
 
 
-def test_an_evaluation_and_its_report_take_no_more_memory_than_they_say() -> None:
-    """Each object in an image of its own, which takes most."""
-    Evaluator({1: "a"}).report()  # what it imports is no part of it
+def test_an_evaluation_and_its_report_take_no_more_memory_than_estimated() -> None:
+    """Each object is in an image of its own, the case that takes most memory."""
+    Evaluator({1: "a"}).report()  # its imports do not count
     count, codes = 1500, [ellipse((at, at, 20.0 + at, 30.0), (90, 120)) for at in range(40)]
     tracemalloc.start()
     try:

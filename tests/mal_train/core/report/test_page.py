@@ -1,4 +1,4 @@
-"""Claims about the page and its pictures."""
+"""The page, its charts and its images."""
 
 import math
 import re
@@ -21,11 +21,11 @@ def disc() -> NDArray[np.bool_]:
     return np.asarray((rows - 20) ** 2 + (columns - 35) ** 2 < 64)
 
 
-def has(picture: NDArray[np.uint8], color: tuple[int, int, int]) -> bool:
-    return bool((np.abs(picture.astype(int) - color).sum(axis=2) < 30).any())
+def has(image: NDArray[np.uint8], color: tuple[int, int, int]) -> bool:
+    return bool((np.abs(image.astype(int) - color).sum(axis=2) < 30).any())
 
 
-def test_text_from_outside_cannot_become_markup() -> None:
+def test_text_cannot_become_markup() -> None:
     evil = "<script>alert(1)</script>"
     page = build_report(
         evil,
@@ -40,25 +40,25 @@ def test_text_from_outside_cannot_become_markup() -> None:
     assert ' onerror="' not in page
 
 
-def test_a_page_is_whole_without_anything_to_say() -> None:
+def test_a_page_without_data_is_complete() -> None:
     page = build_report("Empty", [calibration_plot([]), line_chart({}, "step", "loss"), contact_sheet([])])
     assert page.startswith("<!doctype html>")
     assert page.rstrip().endswith("</html>")
     assert "nan" not in page.lower().replace("nance", "")
 
 
-def test_points_of_a_curve_stay_inside_the_picture() -> None:
+def test_points_of_a_curve_stay_inside_the_chart() -> None:
     chart = line_chart({"loss": [(0, 5.0), (10, math.nan), (20, 1e6), (30, -3.0)]}, "step", "loss")
     for x, y in re.findall(r"([\d.]+),([\d.]+)", chart):
         assert 0 <= float(x) <= 460
         assert 0 <= float(y) <= 300
 
 
-def test_a_constant_curve_is_drawn_too() -> None:
+def test_a_constant_curve_is_drawn() -> None:
     assert "<polyline" in line_chart({"mIoU": [(5, 0.0), (9, 0.0)]}, "step", "mIoU")
 
 
-def test_a_run_with_one_validation_shows_its_figure_as_a_dot() -> None:
+def test_a_curve_of_one_point_is_drawn_as_a_dot() -> None:
     chart = line_chart({"mIoU": [(8, 0.6)], "loss": [(0, 0.5), (8, 0.2)]}, "step", "value")
     (dot,) = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4" fill="var\(--a\)"/>', chart)
     end = re.findall(r"([\d.]+),([\d.]+)", chart)[-1]
@@ -66,23 +66,23 @@ def test_a_run_with_one_validation_shows_its_figure_as_a_dot() -> None:
     assert float(dot[1]) < float(end[1])
 
 
-def test_a_scatter_of_many_masks_stays_small() -> None:
+def test_a_scatter_plot_of_many_masks_stays_small() -> None:
     pairs = [(at / 1e5, 0.5) for at in range(100_000)]
     assert len(calibration_plot(pairs)) < 200_000
 
 
-def test_a_close_up_shows_mask_truth_and_box_at_the_asked_size() -> None:
+def test_a_close_up_shows_mask_truth_and_box_at_the_requested_size() -> None:
     mask = encode_mask(disc())
     other = encode_mask(np.roll(disc(), 6, axis=1))
-    picture = draw_close_up(GRAY, BOX_XYWH, mask, other, side=240)
-    assert max(picture.shape) == 240
-    assert all(has(picture, color) for color in (MASK, TRUTH, BOX))
+    image = draw_close_up(GRAY, BOX_XYWH, mask, other, side=240)
+    assert max(image.shape) == 240
+    assert all(has(image, color) for color in (MASK, TRUTH, BOX))
 
 
-def test_a_close_up_without_a_mask_shows_the_box_alone() -> None:
-    picture = draw_close_up(GRAY, BOX_XYWH, None)
-    assert has(picture, BOX)
-    assert not has(picture, MASK)
+def test_a_close_up_without_a_mask_shows_only_the_box() -> None:
+    image = draw_close_up(GRAY, BOX_XYWH, None)
+    assert has(image, BOX)
+    assert not has(image, MASK)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def test_a_close_up_without_a_mask_shows_the_box_alone() -> None:
         (3.2, 4.7, 0.4, 0.4),
     ],
 )
-def test_odd_boxes_are_drawn_without_a_fault(box: tuple[float, float, float, float]) -> None:
+def test_unusual_boxes_are_drawn_without_an_error(box: tuple[float, float, float, float]) -> None:
     empty = encode_mask(np.zeros((60, 80), dtype=bool))
     assert draw_close_up(GRAY, box, empty).size
     assert draw_labels(GRAY, [Drawn(empty, box, "none")]).shape == GRAY.shape
 
 
-def test_the_image_itself_is_not_drawn_upon() -> None:
+def test_drawing_does_not_change_the_image() -> None:
     before = GRAY.copy()
     draw_labels(GRAY, [Drawn(encode_mask(disc()), BOX_XYWH, "cup 0.91")])
     draw_close_up(GRAY, BOX_XYWH, encode_mask(disc()))
@@ -115,10 +115,10 @@ def test_a_large_image_is_shrunk() -> None:
     assert draw_labels(large, [Drawn(mask, (0.0, 0.0, 3000.0, 300.0))], max_side=600).shape == (60, 600, 3)
 
 
-def test_a_close_up_shows_some_of_the_surroundings() -> None:
-    picture = draw_close_up(GRAY, BOX_XYWH, None, side=int(30 * (1 + 2 * CONTEXT)) + 1)
-    assert picture.shape[1] >= 50
+def test_a_close_up_shows_the_surroundings_of_the_box() -> None:
+    image = draw_close_up(GRAY, BOX_XYWH, None, side=int(30 * (1 + 2 * CONTEXT)) + 1)
+    assert image.shape[1] >= 50
 
 
-def test_a_picture_becomes_text_for_a_page() -> None:
+def test_an_image_becomes_a_data_uri() -> None:
     assert png_data_uri(GRAY).startswith("data:image/png;base64,iVBOR")

@@ -1,0 +1,57 @@
+"""Maps a stream of requests to a stream of responses, a bounded number at a time. Knows nothing of gRPC."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+async def bounded_map(
+    requests: AsyncIterator[Request],
+    handle: Callable[[Request], Coroutine[Any, Any, Response]],
+    max_in_flight: int,
+    *,
+    in_order: bool = False,
+) -> AsyncGenerator[Response, None]:
+    """Handles up to `max_in_flight` requests concurrently and reads no further ahead.
+
+    Yields responses as they complete, or in the order of the requests. The first exception of `requests` or `handle`
+    ends the stream. Closing the generator cancels the requests in flight.
+    """
+    reading: asyncio.Task[Request | None] | None = None
+    running: deque[asyncio.Task[Response]] = deque()
+    is_exhausted = False
+    try:
+        while running or not is_exhausted:
+            if not is_exhausted and reading is None and len(running) < max_in_flight:
+                reading = asyncio.create_task(_next(requests))
+            awaited = {running[0]} if in_order and running else set(running)
+            await asyncio.wait(awaited | ({reading} if reading else set()), return_when=asyncio.FIRST_COMPLETED)
+            if reading is not None and reading.done():
+                request, reading = reading.result(), None
+                if request is None:
+                    is_exhausted = True
+                else:
+                    running.append(asyncio.create_task(handle(request)))
+            for task in awaited:
+                if task.done():
+                    running.remove(task)
+                    yield task.result()
+    finally:
+        unfinished: list[asyncio.Task[Any]] = [*running, *([reading] if reading else [])]
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)
+
+
+async def each(items: Iterable[Request]) -> AsyncGenerator[Request, None]:
+    """Yields the items as an asynchronous stream."""
+    for item in items:
+        yield item
+
+
+async def _next(requests: AsyncIterator[Request]) -> Request | None:
+    return await anext(requests, None)
