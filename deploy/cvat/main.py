@@ -1,4 +1,4 @@
-"""Where nuclio looks for its two functions."""
+"""Entry point of the nuclio function."""
 
 from mal_client.integrations.cvat.nuclio import handler, init_context
 

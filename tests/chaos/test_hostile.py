@@ -146,8 +146,8 @@ def test_no_request_is_a_fault_of_the_server_and_each_round_ends_with_a_right_an
 
 
 @pytest.fixture(scope="module")
-def papers(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("papers"))
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture
@@ -164,16 +164,16 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_callers_without_the_right_papers_reach_no_handler(
-    papers: Certificates, monkeypatch: pytest.MonkeyPatch, entries: list[str], form: Form, say: Say
+def test_calls_without_a_valid_certificate_and_token_reach_no_handler(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, entries: list[str], form: Form, say: Say
 ) -> None:
     monkeypatch.setenv("MAL_TEST_LABEL", "label-0123456789abcdef")
     tokens = [{"name": "label", "token": "env:MAL_TEST_LABEL", "scopes": ["label"]}]
-    known = {"tls_ca": papers.authority}
+    known = {"tls_ca": certificates.authority}
     strangers: list[dict[str, Any]] = [
-        {"tls_ca": papers.other_authority, "client_cert": papers.client},
-        {**known, "client_cert": papers.expired},
-        {**known, "client_cert": papers.foreign},
+        {"tls_ca": certificates.other_authority, "client_cert": certificates.client},
+        {**known, "client_cert": certificates.expired},
+        {**known, "client_cert": certificates.foreign},
         known,
         {},
     ]
@@ -182,24 +182,24 @@ def test_callers_without_the_right_papers_reach_no_handler(
     async def work() -> tuple[Counter[str], Counter[str], int, dict[str, str]]:
         refused: Counter[str] = Counter()
         shown: Counter[str] = Counter()
-        async with serving(listen=papers.listen(mutual=True), tokens=tokens) as running:
+        async with serving(listen=certificates.listen(mutual=True), tokens=tokens) as running:
             for _ in range(rounds):
                 for way in strangers:
                     async with reached(running.server.address, **way) as channel:
                         calls = calls_of(channel, "label-0123456789abcdef")
                         refused.update((await outcomes({"label": calls["label"]})).values())
-                async with reached(running.server.address, **known, client_cert=papers.client) as channel:
+                async with reached(running.server.address, **known, client_cert=certificates.client) as channel:
                     for token in (None, "", "wrong-0123456789abcdef", "label-0123456789abcde"):
                         found = await outcomes(calls_of(channel, token))
                         assert found == NOTHING
                         shown.update(found.values())
             before = len(entries)
-            async with reached(running.server.address, **known, client_cert=papers.client) as channel:
+            async with reached(running.server.address, **known, client_cert=certificates.client) as channel:
                 valid = await outcomes({"label": calls_of(channel, "label-0123456789abcdef")["label"]})
         return refused, shown, before, valid
 
     refused, shown, before, valid = asyncio.run(asyncio.wait_for(work(), 600))
-    say("papers", rounds=rounds, handshakes=dict(refused), tokens=dict(shown), handler_entries=before)
+    say("certificates", rounds=rounds, handshakes=dict(refused), tokens=dict(shown), handler_entries=before)
     assert refused == {"UNAVAILABLE": rounds * len(strangers)}
     assert before == 0
     assert (valid, len(entries)) == ({"label": "OK"}, 1)

@@ -1,4 +1,4 @@
-"""What deploy/ holds is what its tools accept, names what exists, and fits the server's own settings."""
+"""Files in deploy/: their tools accept them, and their names and times match the server and its settings."""
 
 import json
 import re
@@ -25,7 +25,7 @@ KUBERNETES_VERSION = "1.31"
 
 
 def run(tool: str, *arguments: str, cwd: Path = DEPLOY) -> str:
-    """The output of a tool that must be content; skips where it is not installed."""
+    """Returns the output of a tool that must succeed; skips the test if it is not installed."""
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed (Debian: prometheus, haproxy, nginx-light)")
     done = subprocess.run([tool, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
@@ -37,7 +37,7 @@ def test_prometheus_accepts_its_configuration_and_the_rules() -> None:
     assert "10 rules found" in run("promtool", "check", "config", "prometheus.yml", cwd=MONITORING)
 
 
-def test_each_alert_fires_for_what_it_is_made_for() -> None:
+def test_each_alert_fires_on_its_condition() -> None:
     run("promtool", "test", "rules", "alerts.test.yml", cwd=MONITORING)
 
 
@@ -48,11 +48,11 @@ def alerts() -> list[dict[str, Any]]:
 
 def test_each_alert_is_tested() -> None:
     tested = yaml.safe_load((MONITORING / "alerts.test.yml").read_text())["tests"]
-    fired = {one["alertname"] for test in tested for one in test["alert_rule_test"] if one["exp_alerts"]}
+    fired = {rule["alertname"] for test in tested for rule in test["alert_rule_test"] if rule["exp_alerts"]}
     assert fired == {alert["alert"] for alert in alerts()}
 
 
-def test_each_alert_has_its_runbook() -> None:
+def test_each_alert_has_a_runbook() -> None:
     guide = (ROOT / "docs" / "admin.md").read_text()
     for alert in alerts():
         assert f"### {alert['alert']}\n" in guide
@@ -60,63 +60,62 @@ def test_each_alert_has_its_runbook() -> None:
 
 
 def exported() -> set[str]:
-    """Every series that the server shows; "up" is Prometheus' own."""
+    """Returns every series that the server exports, and "up" of Prometheus itself."""
     metrics = Metrics()
     metrics.call_ended("m", "OK", 0.1)
     names = {"up"}
     for family in metrics.registry.collect():
-        kinds = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
-        names |= {family.name + end for end in kinds.get(family.type, ("",))}
+        suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+        names |= {family.name + suffix for suffix in suffixes.get(family.type, ("",))}
     return names
 
 
 def used(expression: str) -> set[str]:
-    """Names of series in an expression: what is neither a label, a word of PromQL, nor a Grafana variable."""
+    """Returns the names of series in an expression, without labels, PromQL keywords and Grafana variables."""
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"|\b(?:by|on|without)\s*\([^)]*\)", " ", expression)
     return set(re.findall(r"\b(?:up|(?:mal|grpc|process)_\w+)\b", bare))
 
 
-def test_alerts_ask_for_series_that_exist() -> None:
-    asked = set().union(*(used(alert["expr"]) for alert in alerts()))
-    assert len(asked) >= 8
-    assert asked <= exported()
+def test_alerts_use_series_that_exist() -> None:
+    series = set().union(*(used(alert["expr"]) for alert in alerts()))
+    assert len(series) >= 8
+    assert series <= exported()
 
 
-def test_the_dashboard_asks_for_series_that_exist() -> None:
+def test_the_dashboard_uses_series_that_exist_and_shows_every_metric() -> None:
     dashboard = json.loads((MONITORING / "grafana.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert all(used(expression) for expression in expressions)
-    asked = set().union(*map(used, expressions))
-    assert asked <= exported()
-    # Every figure that the server counts has its place on the board.
+    series = set().union(*map(used, expressions))
+    assert series <= exported()
     ours = {name for name in exported() if name.startswith("mal_") and name.endswith(("_total", "_bucket"))}
     assert {name.removesuffix("_bucket") for name in ours} <= {
-        re.sub("_(bucket|sum|count)$", "", name) for name in asked
+        re.sub("_(bucket|sum|count)$", "", name) for name in series
     }
 
 
-def test_a_series_that_does_not_exist_would_be_seen() -> None:
+def test_a_missing_series_is_detected() -> None:
     assert used('sum by (reason) (rate(mal_gone_total{reason="x"}[5m]))') == {"mal_gone_total"}
     assert "mal_gone_total" not in exported()
 
 
 def manifests() -> dict[str, Any]:
-    return {one["kind"]: one for one in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
+    return {manifest["kind"]: manifest for manifest in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
 
 
 @pytest.mark.parametrize("kind", ["ConfigMap", "Service", "Deployment", "PodDisruptionBudget"])
-def test_kubernetes_knows_every_field_of_the_manifests(kind: str) -> None:
+def test_kubernetes_accepts_every_field_of_the_manifests(kind: str) -> None:
     kubernetes_validate.validate(manifests()[kind], KUBERNETES_VERSION, strict=True)
 
 
-def test_a_wrong_field_of_a_manifest_is_seen() -> None:
+def test_a_wrong_field_of_a_manifest_is_detected() -> None:
     broken = manifests()["Deployment"]
     broken["spec"]["replica"] = 3
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(broken, KUBERNETES_VERSION, strict=True)
 
 
-def test_the_manifests_serve_with_settings_that_the_server_takes_on_the_ports_that_are_probed() -> None:
+def test_the_manifests_have_valid_settings_and_probe_their_ports() -> None:
     settings = yaml.safe_load(manifests()["ConfigMap"]["data"]["server.yaml"])
     config = validate(ServerConfig, settings, source="kubernetes.yaml")
     pod = manifests()["Deployment"]["spec"]["template"]["spec"]
@@ -130,7 +129,7 @@ def test_the_manifests_serve_with_settings_that_the_server_takes_on_the_ports_th
     assert manifests()["Service"]["spec"]["clusterIP"] == "None"
 
 
-def test_the_image_runs_a_command_line_that_the_program_takes_and_not_as_root(tmp_path: Path) -> None:
+def test_the_image_runs_a_valid_command_line_as_an_unprivileged_user(tmp_path: Path) -> None:
     parser = dockerfile_parse.DockerfileParser(path=str(tmp_path))
     parser.content = (DEPLOY / "container" / "Dockerfile").read_text()
     steps = {step["instruction"]: step["value"] for step in parser.structure}
@@ -138,7 +137,7 @@ def test_the_image_runs_a_command_line_that_the_program_takes_and_not_as_root(tm
     serve = cli.parser().parse_args(json.loads(steps["CMD"]))
     assert serve.command == "serve"
     options, _, line = steps["HEALTHCHECK"].partition("CMD ")
-    assert asks_by_the_settings(json.loads(line), serve.config)
+    assert is_health_check_with(json.loads(line), serve.config)
     assert int(re.findall(r"--timeout=(\d+)s", options)[0]) > cli.parser().parse_args(json.loads(line)[1:]).timeout
     assert steps["USER"] == "10001:10001"
     assert steps["STOPSIGNAL"] == "SIGTERM"
@@ -148,17 +147,17 @@ def test_the_image_runs_a_command_line_that_the_program_takes_and_not_as_root(tm
     assert {name for names in copied for name in names} == kept
 
 
-def asks_by_the_settings(line: list[str], config: Path) -> bool:
-    """Whether it is `mal-server health` with these settings and nothing else."""
+def is_health_check_with(line: list[str], config: Path) -> bool:
+    """Returns True for `mal-server health` with these settings and no other argument."""
     program, *arguments = line
     args = cli.parser().parse_args(arguments)
     return (program, args.command, args.config, args.address) == ("mal-server", "health", config, "")
 
 
-def test_the_probe_for_tls_in_the_manifests_comment_is_one_and_asks_by_the_settings() -> None:
+def test_the_tls_probe_in_the_comment_of_the_manifest_is_valid() -> None:
     text = (DEPLOY / "kubernetes.yaml").read_text()
     (line,) = re.findall(r"^ *# +(exec: .*)$", text, re.MULTILINE)
-    (numbers,) = re.findall(r"^ *# and (.*), since", text, re.MULTILINE)
+    (numbers,) = re.findall(r"^ *# and set (.*), since", text, re.MULTILINE)
     probe = yaml.safe_load(line) | yaml.safe_load("{" + numbers + "}")
     deployment = manifests()["Deployment"]
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
@@ -167,17 +166,17 @@ def test_the_probe_for_tls_in_the_manifests_comment_is_one_and_asks_by_the_setti
         container[name] |= probe
     kubernetes_validate.validate(deployment, KUBERNETES_VERSION, strict=True)
     serve = cli.parser().parse_args(container["args"])
-    assert asks_by_the_settings(probe["exec"]["command"], serve.config)
+    assert is_health_check_with(probe["exec"]["command"], serve.config)
     assert probe["timeoutSeconds"] > cli.parser().parse_args(probe["exec"]["command"][1:]).timeout
 
 
 @pytest.mark.parametrize("name", ["mal-server.service", "supervisord.conf"])
-def test_the_health_line_of_the_other_files_is_one(name: str) -> None:
-    (line,) = re.findall(r"How it is: +(?:\S*/)?(mal-server health -c \S+)", (DEPLOY / name).read_text())
-    assert asks_by_the_settings(line.split(), Path("/etc/mal-server/server.yaml"))
+def test_the_health_check_of_the_other_files_is_valid(name: str) -> None:
+    (line,) = re.findall(r"Health check: +(?:\S*/)?(mal-server health -c \S+)", (DEPLOY / name).read_text())
+    assert is_health_check_with(line.split(), Path("/etc/mal-server/server.yaml"))
 
 
-def test_compose_starts_a_new_container_after_every_end_but_a_wanted_one() -> None:
+def test_compose_restarts_the_container_unless_it_was_stopped() -> None:
     service = yaml.safe_load((DEPLOY / "container" / "compose.yaml").read_text())["services"]["mal-server"]
     config = ServerConfig(checkpoint=Path("a"))
     assert service["restart"] == "unless-stopped"
@@ -186,7 +185,7 @@ def test_compose_starts_a_new_container_after_every_end_but_a_wanted_one() -> No
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
 
 
-def test_supervisord_restarts_after_every_end_but_a_wanted_one_and_waits_for_the_drain() -> None:
+def test_supervisord_restarts_the_server_unless_it_was_stopped_and_waits_for_the_drain() -> None:
     settings = ConfigParser(inline_comment_prefixes=(" ;",))
     settings.read(DEPLOY / "supervisord.conf")
     program = settings["program:mal-server"]

@@ -1,4 +1,4 @@
-"""The systemd unit: systemd understands it, and what it runs is a command that exists."""
+"""The systemd unit: systemd accepts it, and its command line is valid."""
 
 import re
 import shutil
@@ -25,13 +25,13 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_unit_runs_a_command_line_that_the_program_takes() -> None:
+def test_the_unit_runs_a_valid_command_line() -> None:
     (line,) = re.findall(rf"^ExecStart={PROGRAM} (.*)$", UNIT.read_text(), re.MULTILINE)
     args = cli.parser().parse_args(line.split())
     assert (args.command, str(args.config)) == ("serve", "/etc/mal-server/server.yaml")
 
 
-def test_systemd_waits_longer_than_the_server_drains() -> None:
+def test_systemd_waits_until_the_server_has_drained() -> None:
     config = ServerConfig(checkpoint=Path("a"))
     (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", UNIT.read_text(), re.MULTILINE)
     assert int(seconds) > config.drain_delay_s + config.grace_s

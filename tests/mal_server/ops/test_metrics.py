@@ -1,4 +1,4 @@
-"""What an operator sees: figures, log lines, reflection."""
+"""Metrics, log lines and reflection."""
 
 import asyncio
 import io
@@ -22,9 +22,9 @@ from tests.mal_server.fakes import DISC_BOX, SHA256, BrightPredictor, Running, l
 
 
 def read(address: str) -> dict[str, float]:
-    """The figures by name and labels."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-        lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    """Returns the metrics by name and labels."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+        lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
@@ -34,7 +34,7 @@ async def failed(call: Any) -> grpc.aio.AioRpcError:
     return raised.value
 
 
-def figures_after(work: Any, predictor: BrightPredictor | None = None, **settings: Any) -> dict[str, float]:
+def metrics_after(work: Any, predictor: BrightPredictor | None = None, **settings: Any) -> dict[str, float]:
     async def run() -> dict[str, float]:
         async with serving(predictor, metrics={"port": 0}, **settings) as running:
             await asyncio.wait_for(work(running), 30)
@@ -43,15 +43,15 @@ def figures_after(work: Any, predictor: BrightPredictor | None = None, **setting
     return asyncio.run(run())
 
 
-def test_the_figures_tell_what_was_done() -> None:
+def test_the_metrics_count_calls_batches_and_masks() -> None:
     async def work(running: Running) -> None:
         await label(running, label_request(DISC_BOX, (-5, 0, 30, 30)))
-        await failed(label(running, label_request(DISC_BOX, content=b"no picture")))
+        await failed(label(running, label_request(DISC_BOX, content=b"no image")))
         await failed(label(running, label_request(DISC_BOX, threshold=7)))
-        item = labeling_pb2.LabelImagesRequest(request=label_request(DISC_BOX, content=b"no picture"))
-        assert [answer.status.code async for answer in running.labeling.LabelImages(iter([item]))] == [3]
+        item = labeling_pb2.LabelImagesRequest(request=label_request(DISC_BOX, content=b"no image"))
+        assert [response.status.code async for response in running.labeling.LabelImages(iter([item]))] == [3]
 
-    found = figures_after(work)
+    metrics = metrics_after(work)
     method = "mal.v1.LabelingService/LabelImage"
     expected = {
         f'grpc_server_handled_total{{code="OK",method="{method}"}}': 1,
@@ -71,10 +71,10 @@ def test_the_figures_tell_what_was_done() -> None:
         'mal_masks_total{flag="BOX_CLIPPED"}': 1,
         f'mal_model_info{{branch="student",name="disc",sha256="{SHA256}"}}': 1,
     }
-    assert {name: found.get(name) for name in expected} == expected
+    assert {name: metrics.get(name) for name in expected} == expected
 
 
-def test_the_queue_and_what_was_given_up_are_counted() -> None:
+def test_the_metrics_count_waiting_and_dropped_crops() -> None:
     gate = threading.Event()
 
     async def work(running: Running) -> None:
@@ -92,12 +92,12 @@ def test_the_queue_and_what_was_given_up_are_counted() -> None:
         gate.set()
         await label(running, label_request(DISC_BOX))
 
-    found = figures_after(work, BrightPredictor(gate=gate), max_batch_size=2)
-    assert found['mal_dropped_total{reason="cancelled_queue"}'] == 6
-    assert found['mal_dropped_total{reason="cancelled_device"}'] == 2
+    metrics = metrics_after(work, BrightPredictor(gate=gate), max_batch_size=2)
+    assert metrics['mal_dropped_total{reason="cancelled_queue"}'] == 6
+    assert metrics['mal_dropped_total{reason="cancelled_device"}'] == 2
 
 
-def test_figures_are_shown_only_when_asked_for() -> None:
+def test_metrics_are_served_only_if_configured() -> None:
     async def work() -> str:
         async with serving() as running:
             return running.server.metrics_address
@@ -105,17 +105,17 @@ def test_figures_are_shown_only_when_asked_for() -> None:
     assert asyncio.run(work()) == ""
 
 
-def test_a_port_for_figures_that_is_in_use_is_a_clear_error() -> None:
+def test_a_metrics_port_in_use_is_named() -> None:
     port = MetricsPort(Metrics(), "127.0.0.1", 0)
     try:
-        with pytest.raises(ConfigError, match=r"metrics: cannot listen on 127\.0\.0\.1:\d+"):
+        with pytest.raises(ConfigError, match=r"^metrics: .*127\.0\.0\.1:\d+"):
             MetricsPort(Metrics(), "127.0.0.1", port.port)
     finally:
         port.close()
 
 
 def logged(form: logging.Formatter, work: Any, predictor: BrightPredictor | None = None) -> list[str]:
-    """The lines of the server's log."""
+    """Returns the log lines of a server."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(form)
@@ -140,13 +140,13 @@ async def one_of_each(running: Running) -> None:
     call = running.model.GetServerInfo(model_pb2.GetServerInfoRequest(), metadata=(("x-request-id", "my-id-7"),))
     await call
     assert ("x-request-id", "my-id-7") in tuple(await call.trailing_metadata())
-    error = await failed(label(running, label_request(DISC_BOX, content=b"no picture")))
+    error = await failed(label(running, label_request(DISC_BOX, content=b"no image")))
     trailers: Any = error.trailing_metadata()
-    (given,) = [value for key, value in trailers if key == "x-request-id"]
-    assert len(given) == 16
+    (request_id,) = [value for key, value in trailers if key == "x-request-id"]
+    assert len(request_id) == 16
 
 
-def test_every_call_is_one_line_that_machines_can_read() -> None:
+def test_every_call_is_one_line_of_json() -> None:
     first, second = (json.loads(line) for line in logged(JsonFormatter(), one_of_each))
     assert first["time"].endswith("Z")
     assert first | {"time": "", "took_ms": 0} == {
@@ -162,24 +162,24 @@ def test_every_call_is_one_line_that_machines_can_read() -> None:
     assert (second["code"], second["reason"]) == ("INVALID_ARGUMENT", "IMAGE_FORMAT")
 
 
-def test_every_call_is_one_line_that_people_can_read() -> None:
+def test_every_call_is_one_line_of_text() -> None:
     first, second = logged(TextFormatter(), one_of_each)
     assert " call method=mal.v1.ModelService/GetServerInfo code=OK took_ms=" in first
     assert first.endswith(" request_id=my-id-7")
     assert second.endswith(" reason=IMAGE_FORMAT")
 
 
-@pytest.mark.parametrize("given", ["", "x" * 65, "two words", 'a"b'])
-def test_a_request_id_that_could_spoil_the_log_is_replaced(given: str) -> None:
+@pytest.mark.parametrize("request_id", ["", "x" * 65, "two words", 'a"b'])
+def test_a_request_id_that_could_break_the_log_format_is_replaced(request_id: str) -> None:
     async def work(running: Running) -> None:
-        metadata = (("x-request-id", given),)
+        metadata = (("x-request-id", request_id),)
         await running.model.GetServerInfo(model_pb2.GetServerInfoRequest(), metadata=metadata)
 
     (line,) = logged(JsonFormatter(), work)
     assert len(json.loads(line)["request_id"]) == 16
 
 
-def test_the_trace_of_an_unexpected_error_is_part_of_its_line() -> None:
+def test_the_traceback_of_an_unexpected_error_is_part_of_its_line() -> None:
     async def work(running: Running) -> None:
         await label(running, label_request(DISC_BOX))
 
@@ -191,10 +191,10 @@ def test_the_trace_of_an_unexpected_error_is_part_of_its_line() -> None:
 async def listed(channel: grpc.aio.Channel) -> set[str]:
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
-    return {service.name async for answer in call for service in answer.list_services_response.service}
+    return {service.name async for response in call for service in response.list_services_response.service}
 
 
-def test_reflection_tells_every_service() -> None:
+def test_reflection_lists_every_service() -> None:
     async def work() -> set[str]:
         async with serving() as running:
             return await listed(running.channel)
@@ -203,7 +203,7 @@ def test_reflection_tells_every_service() -> None:
     assert asyncio.run(work()) == {*SERVICES[1:], *others}
 
 
-def test_reflection_can_be_switched_off_and_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reflection_can_be_disabled_and_requires_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAL_TEST_TOKEN", "0123456789abcdef")
     tokens = [{"name": "a", "token": "env:MAL_TEST_TOKEN", "scopes": ["label"]}]
 
@@ -215,5 +215,5 @@ def test_reflection_can_be_switched_off_and_asks_for_a_token(monkeypatch: pytest
     assert asyncio.run(code(tokens=tokens)) is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_the_default_settings_show_no_figures() -> None:
+def test_the_default_settings_serve_no_metrics() -> None:
     assert "  port: null" in default_config()

@@ -1,4 +1,4 @@
-"""Claims about the spans of a call, as an exporter in memory gets them."""
+"""Spans of calls, collected by an exporter in memory."""
 
 import asyncio
 import sys
@@ -20,7 +20,7 @@ TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 
 
 def spans_of(*boxes: tuple[float, float, float, float], threshold: float | None = None) -> list[ReadableSpan]:
-    """Spans of one LabelImage call and one GetServerInfo call, with a parent that the caller names."""
+    """Returns the spans of one LabelImage call under a client's span and one GetServerInfo call."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -54,18 +54,18 @@ def seconds(span: ReadableSpan) -> float:
     return (span.end_time - span.start_time) / 1e9
 
 
-def test_a_call_has_a_span_under_its_callers_and_each_stage_one_under_that() -> None:
+def test_a_call_has_a_span_under_its_clients_and_each_stage_one_under_that() -> None:
     spans = {span.name: span for span in spans_of(DISC_BOX)}
-    whole = spans["/mal.v1.LabelingService/LabelImage"]
-    call = whole.get_span_context()
-    assert call is not None
-    assert f"{call.trace_id:032x}" == TRACE_ID
+    call = spans["/mal.v1.LabelingService/LabelImage"]
+    context = call.get_span_context()
+    assert context is not None
+    assert f"{context.trace_id:032x}" == TRACE_ID
     for name in ("decode", "queue", "infer", "finish"):
         parent = spans[name].parent
         assert parent is not None
-        assert parent.span_id == call.span_id
+        assert parent.span_id == context.span_id
     infer = spans["infer"]
-    assert 0.02 <= seconds(infer) <= seconds(whole)
+    assert 0.02 <= seconds(infer) <= seconds(call)
     assert infer.attributes is not None
     assert infer.attributes["mal.batch_crops"] == 1
     assert "/mal.v1.ModelService/GetServerInfo" in spans
@@ -79,11 +79,11 @@ def test_a_refused_call_has_a_span_with_its_status() -> None:
     assert "infer" not in spans
 
 
-def test_tracing_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_without_its_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.instrumentation.grpc", None)
     with pytest.raises(ConfigError, match=r"mask-auto-labeler\[tracing\]"):
         MalServer(config_of(tracing=True))
 
 
-def test_tracing_is_off_unless_asked_for() -> None:
+def test_tracing_is_off_by_default() -> None:
     assert not config_of().tracing
