@@ -63,7 +63,7 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
             model = models.get(request.options.model)
             defaults = _call_defaults(model, Priority.INTERACTIVE, context)
             label_request = labeling_messages.read_label_request(request, self._limits, defaults)
-            model_ref = labeling_messages.write_model_ref(model.info, label_request.options.branch)
+            model_ref = labeling_messages.write_model_ref(model.info, label_request.predict_options.branch)
             async with aclosing(model.pipeline.label(label_request)) as partial_results:
                 async for partial_result in partial_results:
                     yield labeling_messages.write_response(partial_result, model_ref)
@@ -95,8 +95,8 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
             model = models.get(item.request.options.model)
             defaults = _call_defaults(model, Priority.BATCH, context)
             label_request = labeling_messages.read_label_request(item.request, self._limits, defaults, "request.")
-            model_ref = labeling_messages.write_model_ref(model.info, label_request.options.branch)
-            result = await model.pipeline.label_whole(label_request)
+            model_ref = labeling_messages.write_model_ref(model.info, label_request.predict_options.branch)
+            result = await model.pipeline.label_merged(label_request)
             response = labeling_messages.write_item(item.item_id, result, model_ref)
             self._check_size(response.ByteSize())
         except DeviceLost:  # no later item can be labeled either

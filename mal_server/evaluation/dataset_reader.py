@@ -9,7 +9,7 @@ from mal_server.evaluation.resume_tokens import GroundTruth, ItemFailure
 from mal_server.evaluation.run import REQUEST_REFUSED
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.inference.image_store import FileImage
-from mal_server.inference.pipeline import LabelRequest
+from mal_server.inference.requests import LabelRequest
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, by_image, read_coco
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.geometry import Box

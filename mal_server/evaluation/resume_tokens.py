@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from mal_server.errors import InvalidRequest, ResumeTokenStale
-from mal_server.inference.image_store import CachedImage, FileImage, InlineImage, Picture
-from mal_server.inference.pipeline import LabelRequest, OutputOptions
+from mal_server.inference.image_store import CachedImage, FileImage, ImageSource, InlineImage
+from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.models.loader import ModelInfo
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.rle import Rle
@@ -131,12 +131,12 @@ class ResumeTokens:
 
     def _mac(self, truth: GroundTruth, request: LabelRequest, body: bytes) -> bytes:
         identity = _to_json(
-            [truth.item_id, _image_identity(request.picture), request.instance_ids, request.boxes, len(body)]
+            [truth.item_id, _image_identity(request.image), request.instance_ids, request.boxes, len(body)]
         )
         return hmac.digest(self._key, identity + b"\n" + body, "sha256")
 
 
-def _image_identity(image: Picture) -> str:
+def _image_identity(image: ImageSource) -> str:
     """Returns the hash of the content; for a file on the server its path, since its content is not read."""
     if isinstance(image, FileImage):
         return f"file:{image.folder}/{image.path}"

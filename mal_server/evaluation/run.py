@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from mal_server.errors import ImageNotCached, InvalidRequest, NotFound
 from mal_server.evaluation.resume_tokens import GroundTruth, InstanceScore, ItemFailure, ResumeTokens, SampleResult
-from mal_server.inference.pipeline import InstanceResult, Pipeline
+from mal_server.inference.pipeline import Pipeline
+from mal_server.inference.requests import InstanceResult
 from mal_server.scheduling.admission import QueueFull
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.priority import Priority
@@ -88,7 +89,7 @@ class EvaluationRun:
             return SampleResult(truth, {}, truth.failure)
         while True:
             try:
-                result = await self._pipeline.label_whole(truth.request)
+                result = await self._pipeline.label_merged(truth.request)
             except QueueFull as error:
                 await asyncio.sleep(error.retry_after_s)
             except ImageNotCached:  # a failure of the call: the client can send the image again
@@ -99,9 +100,9 @@ class EvaluationRun:
                 return SampleResult(truth, {}, ItemFailure(REQUEST_REFUSED, str(error)))
             else:
                 scores: dict[JsonId | None, InstanceScore | ItemFailure] = {
-                    one.instance_id: _score_of(one) for one in result.answers
+                    one.instance_id: _score_of(one) for one in result.results
                 }
-                is_final = not any(isinstance(one.outcome, DeviceError) for one in result.answers)
+                is_final = not any(isinstance(one.outcome, DeviceError) for one in result.results)
                 return SampleResult(truth, scores, None, is_final)
 
     async def count(self, sample: SampleResult) -> None:

@@ -1,9 +1,8 @@
-"""Files that requests may name: those below folders of the server's settings, and no others. Knows nothing of gRPC.
+"""Files that requests may name: only those in configured folders. Knows nothing of gRPC.
 
-A request gives a folder by its name in the settings and a path below it. Neither ".." nor a link leads out. For
-pictures (`open`) no race between look and use does either: what was opened is asked where it lies before a byte of it
-is read. Checkpoints and annotation files are opened later, by the path that was found: who can write into their folders
-is trusted.
+A request gives a folder's configured name and a path relative to it. Neither ".." nor a symbolic link leads outside.
+`open` also excludes races between check and use: it checks the location of the open file before reading it. `path`
+does not, since checkpoints and annotation files are opened later: write access to their folders implies trust.
 """
 
 import difflib
@@ -19,11 +18,17 @@ MAX_PATH_CHARS = 4096
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """What to say after an unknown name: the one that was probably meant, and all that there are."""
+    """Returns the end of an error message for an unknown name: the closest known one, and all of them.
+
+    >>> suggest("foto", ["photos", "scans"])
+    "; did you mean 'photos'? available: photos, scans"
+    """
     names = list(known)
+    if not names:
+        return "; none is available"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    listed = f"; there are {', '.join(names)}" if names else "; there are none"
-    return (f"; did you mean {close[0]!r}?" if close else "") + listed
+    meant = f" did you mean {close[0]!r}?" if close else ""
+    return f";{meant} available: {', '.join(names)}"
 
 
 class AllowedDirs:
@@ -31,7 +36,7 @@ class AllowedDirs:
 
     Args:
         folders: name in requests → folder.
-        setting: what the settings call them, for messages.
+        setting: the setting that lists them, for messages.
     """
 
     def __init__(self, folders: Mapping[str, Path], setting: str) -> None:
@@ -40,58 +45,63 @@ class AllowedDirs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the folders, in the order of the settings."""
+        """Names of the folders, in configured order."""
         return tuple(self._folders)
 
-    def path(self, name: str, below: str, field: str = "path") -> Path:
-        """The file or folder below the folder `name`, its links followed.
+    def path(self, name: str, relative_path: str, field: str = "path") -> Path:
+        """Returns the resolved path of a file or folder.
 
         Args:
             name: of the folder.
-            below: relative path with "/" between its parts; "" = the folder itself.
+            relative_path: parts joined by "/"; "": the folder itself.
             field: of the request, for messages.
 
         Raises:
-            RequestRefused: a path that is none or that leads out of the folder.
-            NoSuchFile: no folder of this name, or nothing there.
+            InvalidRequest: the path is absolute, too long, or has empty, "." or ".." parts.
+            NoSuchFile: no folder has this name, or nothing in it has this path.
         """
-        folder = self._folders.get(name)
-        if folder is None:
-            raise NoSuchFile(
-                f"folder {name!r}: not among the server's {self._setting}{suggest(name, self.names)}",
-                "FOLDER_NOT_FOUND",
-            )
-        _check_form(below, field)
-        root = Path(os.path.realpath(folder))
+        root = self._root(name)
+        _check_form(relative_path, field)
         try:
-            found = Path(os.path.realpath(root / below, strict=True))
+            resolved = Path(os.path.realpath(root / relative_path, strict=True))
         except (OSError, ValueError, RuntimeError):
-            raise NoSuchFile(f"{name}/{below}: no such file on the server") from None
-        if not found.is_relative_to(root):
-            # A link that leads out answers as nothing does, so that nobody learns what lies elsewhere.
-            raise NoSuchFile(f"{name}/{below}: no such file on the server")
-        return found
+            raise _not_found(name, relative_path) from None
+        if not resolved.is_relative_to(root):
+            # The same error as for a missing file: a client learns nothing about files elsewhere.
+            raise _not_found(name, relative_path)
+        return resolved
 
-    def open(self, name: str, below: str, field: str = "path") -> BinaryIO:
-        """A regular file, opened for reading. Errors as `path`."""
-        root = Path(os.path.realpath(self._folders.get(name, Path())))
-        path = self.path(name, below, field)
+    def open(self, name: str, relative_path: str, field: str = "path") -> BinaryIO:
+        """Opens a regular file for reading; arguments and errors as `path`."""
+        root = self._root(name)
+        path = self.path(name, relative_path, field)
         try:
-            # Not blocking: a pipe that somebody put there must not hold up a thread for ever.
+            # Non-blocking: opening a named pipe would block the thread forever.
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
-            raise NoSuchFile(f"{name}/{below}: no such file on the server") from None
+            raise _not_found(name, relative_path) from None
         file = os.fdopen(descriptor, "rb")
-        opened_at = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not opened_at.is_relative_to(root):
+        location = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not location.is_relative_to(root):
             file.close()
-            raise NoSuchFile(f"{name}/{below}: no such file on the server")
+            raise _not_found(name, relative_path)
         return file
 
+    def _root(self, name: str) -> Path:
+        folder = self._folders.get(name)
+        if folder is None:
+            hint = suggest(name, self.names)
+            raise NoSuchFile(f"folder {name!r}: not in the server's {self._setting}{hint}", "FOLDER_NOT_FOUND")
+        return Path(os.path.realpath(folder))
 
-def _check_form(below: str, field: str) -> None:
-    if "\0" in below or len(below) > MAX_PATH_CHARS:
-        raise InvalidRequest([(field, f"a path has at most {MAX_PATH_CHARS} characters and no NUL")])
-    parts = below.split("/")
-    if below and (below.startswith("/") or any(part in {"", ".", ".."} for part in parts)):
-        raise InvalidRequest([(field, f"{below!r}; give a relative path without empty, '.' or '..' parts")])
+
+def _not_found(name: str, relative_path: str) -> NoSuchFile:
+    return NoSuchFile(f"{name}/{relative_path}: no such file on the server")
+
+
+def _check_form(relative_path: str, field: str) -> None:
+    if "\0" in relative_path or len(relative_path) > MAX_PATH_CHARS:
+        raise InvalidRequest([(field, f"{len(relative_path)} characters; at most {MAX_PATH_CHARS}, without NUL")])
+    parts = relative_path.split("/")
+    if relative_path and any(part in {"", ".", ".."} for part in parts):
+        raise InvalidRequest([(field, f"{relative_path!r}; give a relative path without empty, '.' or '..' parts")])

@@ -1,9 +1,11 @@
-"""Where a request's picture comes from: it was sent, it was sent before, or it lies below a folder of the settings.
+"""Sources of a request's image, and the store that returns its encoded bytes.
 
-    Sent → its bytes        Handle → the cache, or ImageNotCached        OnDisk → read when its turn has come
+    InlineImage  bytes in the request
+    CachedImage  the SHA-256 of bytes that an earlier request sent; ImageNotCached if they are gone
+    FileImage    a file in one of the server's folders, read when its request is prepared
 
-Pictures that interactive calls send are kept, longest unused first to go, within a fixed number of bytes: whoever moves
-a box then sends a hash in its place. An entry is found by its whole SHA-256 alone, and nothing lists entries.
+The cache holds images of interactive requests, so that a client that moves a box sends a hash instead of the image. It
+finds entries only by their complete hash and never lists them.
 """
 
 import hashlib
@@ -17,13 +19,13 @@ from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.ops.metrics import Metrics
 from mal_train.core.errors import BadImage
 
-ENTRY_BYTES = 256
-"""Counted for each entry beside its content: what Python itself takes for it."""
+ENTRY_OVERHEAD_BYTES = 256
+"""Memory of a cache entry beside its content."""
 
 
 @dataclass(frozen=True)
 class InlineImage:
-    """Bytes that came with the request; `keep`: a later request may name them by their hash."""
+    """Bytes in the request; `keep`: cached once decoded."""
 
     content: bytes
     keep: bool = False
@@ -31,43 +33,43 @@ class InlineImage:
 
 @dataclass(frozen=True)
 class CachedImage:
-    """Bytes that came before, by their SHA-256 in lower-case hex."""
+    """Bytes of an earlier request, by their SHA-256 in lower-case hex."""
 
     sha256: str
 
 
 @dataclass(frozen=True)
 class FileImage:
-    """A file: the name of a folder in the settings, and the path below it."""
+    """A file: the name of a configured folder, and a path relative to it."""
 
     folder: str
     path: str
 
 
-Picture: TypeAlias = InlineImage | CachedImage | FileImage
+ImageSource: TypeAlias = InlineImage | CachedImage | FileImage
 
 
 class ImageCache:
-    """Encoded pictures by SHA-256, the longest unused first to go; safe in threads.
+    """Least-recently-used cache of encoded images by SHA-256; thread-safe.
 
     Args:
-        max_bytes: of contents and of what holding them takes; 0 = nothing is kept.
+        max_bytes: limit of contents and overhead; 0 disables the cache.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._entries: OrderedDict[str, bytes] = OrderedDict()
-        self._bytes = 0
+        self._size_bytes = 0
         self._lock = threading.Lock()
 
     @property
     def size_bytes(self) -> int:
-        """What is held now; never more than the limit."""
-        return self._bytes
+        """Memory held now; never above the limit."""
+        return self._size_bytes
 
     def put(self, content: bytes) -> None:
-        """Keeps a picture, unless it alone passes the limit."""
-        size = len(content) + ENTRY_BYTES
+        """Adds an image, unless it alone exceeds the limit."""
+        size = len(content) + ENTRY_OVERHEAD_BYTES
         if size > self._max_bytes:
             return
         sha256 = hashlib.sha256(content).hexdigest()
@@ -75,14 +77,14 @@ class ImageCache:
             if sha256 in self._entries:
                 self._entries.move_to_end(sha256)
                 return
-            while self._bytes + size > self._max_bytes:
-                _, gone = self._entries.popitem(last=False)
-                self._bytes -= len(gone) + ENTRY_BYTES
+            while self._size_bytes + size > self._max_bytes:
+                _, evicted = self._entries.popitem(last=False)
+                self._size_bytes -= len(evicted) + ENTRY_OVERHEAD_BYTES
             self._entries[sha256] = content
-            self._bytes += size
+            self._size_bytes += size
 
     def get(self, sha256: str) -> bytes | None:
-        """The picture, which counts as used now; None when it is not held."""
+        """Returns an image and marks it as used; None if it is not cached."""
         with self._lock:
             content = self._entries.get(sha256)
             if content is not None:
@@ -91,13 +93,13 @@ class ImageCache:
 
 
 class ImageStore:
-    """Gives the bytes of pictures.
+    """Returns the encoded bytes of image sources.
 
     Args:
-        cache: of what was sent before.
-        folders: that requests may name.
-        max_file_bytes: of a file on disk.
-        metrics: counts hits and misses.
+        cache: images of earlier requests.
+        folders: folders that requests may name.
+        max_file_bytes: limit of a file's size.
+        metrics: counts cache hits and misses.
     """
 
     def __init__(self, cache: ImageCache, folders: AllowedDirs, max_file_bytes: int, metrics: Metrics) -> None:
@@ -106,30 +108,31 @@ class ImageStore:
         self._max_file_bytes = max_file_bytes
         self._metrics = metrics
 
-    def held(self, picture: InlineImage | CachedImage) -> bytes:
-        """The bytes that memory holds; takes microseconds.
+    def get(self, source: InlineImage | CachedImage) -> bytes:
+        """Returns bytes from memory, in microseconds.
 
         Raises:
-            ImageNotCached: it was never sent, or is held no more.
+            ImageNotCached: the image was never sent, or has been evicted.
         """
-        if isinstance(picture, InlineImage):
-            return picture.content
-        content = self._cache.get(picture.sha256)
+        if isinstance(source, InlineImage):
+            return source.content
+        content = self._cache.get(source.sha256)
         self._metrics.looked_up(found=content is not None)
         if content is None:
-            raise ImageNotCached(f"image {picture.sha256[:12]}…: not held by this server; send its content")
+            raise ImageNotCached(f"image {source.sha256[:12]}…: not in the cache; send its content")
         return content
 
-    def read(self, picture: FileImage) -> bytes:
-        """The bytes of a file; for threads.
+    def read(self, source: FileImage) -> bytes:
+        """Reads a file; blocks, so call it from a thread.
 
         Raises:
-            RequestRefused, NoSuchFile: the path is none, or leads nowhere.
+            InvalidRequest: the path is invalid.
+            NoSuchFile: the folder or the file does not exist.
             BadImage: the file is too large or cannot be read.
         """
-        name = f"{picture.folder}/{picture.path}"
+        name = f"{source.folder}/{source.path}"
         try:
-            with self._folders.open(picture.folder, picture.path, "image.uri") as file:
+            with self._folders.open(source.folder, source.path, "image.uri") as file:
                 content = file.read(self._max_file_bytes + 1)
         except NoSuchFile as error:
             reason = "IMAGE_NOT_FOUND" if error.reason == "FILE_NOT_FOUND" else error.reason
@@ -137,10 +140,10 @@ class ImageStore:
         except OSError as error:
             raise BadImage(f"{name}: cannot be read ({error.strerror})", "IMAGE_NOT_FOUND") from None
         if len(content) > self._max_file_bytes:
-            raise BadImage(f"{name}: more than {self._max_file_bytes} bytes, which is the limit", "IMAGE_TOO_LARGE")
+            raise BadImage(f"{name}: larger than the limit of {self._max_file_bytes} bytes", "IMAGE_TOO_LARGE")
         return content
 
-    def was_read(self, picture: Picture) -> None:
-        """The picture turned out to be one: it is kept where its request wants that."""
-        if isinstance(picture, InlineImage) and picture.keep:
-            self._cache.put(picture.content)
+    def on_decoded(self, source: ImageSource) -> None:
+        """Caches an image that proved decodable, if its request asks for that."""
+        if isinstance(source, InlineImage) and source.keep:
+            self._cache.put(source.content)

@@ -1,4 +1,4 @@
-"""Runs batches of crops on one device, on a thread of its own. Knows nothing of requests or of gRPC."""
+"""Runs batches of crops on one device, in a thread of its own. Knows nothing of requests or gRPC."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -14,45 +14,47 @@ from mal_train.kernel.labeler.oom import predict_split
 
 
 class Predictor(Protocol):
-    """What the server needs of a `Labeler`; tests put cheap ones in its place."""
+    """The part of `Labeler` that the server uses; tests substitute a fake."""
 
     def prepare(self, image: RgbImage, boxes: Sequence[Box], *, first: int = 0) -> list[Crop | BadBox]:
-        """A crop, or the reason why there is none, for each box, in order; errors count boxes from `first`."""
+        """Returns a crop or an error for each box, in order; errors number the boxes from `first`."""
         ...
 
     def predict(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
-        """Foreground probabilities, in order; raises OutOfDeviceMemory when a smaller batch may fit."""
+        """Returns foreground probabilities, in order. Raises OutOfDeviceMemory if a smaller batch may fit."""
         ...
 
     def finish(
         self,
         crop: Crop,
-        probability: Prediction,
+        prediction: Prediction,
+        /,
         *,
         threshold: float | None = None,
         min_component_area_px: int = 0,
     ) -> Label:
-        """Mask, score and flags in image pixels."""
+        """Returns the mask in image pixels, its score and flags."""
         ...
 
     def finish_together(
         self,
-        answers: Sequence[tuple[Crop, Prediction]],
+        predictions: Sequence[tuple[Crop, Prediction]],
+        /,
         *,
         threshold: float | None = None,
         min_component_area_px: int = 0,
     ) -> list[Label]:
-        """The same for boxes of one image, each contested pixel given to one of them."""
+        """Returns labels for boxes of one image; each contested pixel is assigned to one of them."""
         ...
 
 
 class Worker:
-    """One device. `run` is a batcher's runner.
+    """One device; `run` is a runner of the batcher.
 
     Args:
-        predictor: does the work; only this worker calls its `predict`.
-        name: the device, for logs and thread names.
-        on_start: called once on the worker's own thread.
+        predictor: only this worker calls its `predict`.
+        name: of the device, for logs and thread names.
+        on_start: called once in the worker's thread.
     """
 
     def __init__(self, predictor: Predictor, name: str, on_start: Callable[[], None] | None = None) -> None:
@@ -61,16 +63,16 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, f"{DEVICE_THREAD_PREFIX}{name}", initializer=on_start)
 
     async def run(self, options: PredictOptions, crops: Sequence[Crop]) -> list[Prediction | Exception]:
-        """Probabilities in order; OutOfDeviceMemory in the place of a crop that does not fit the device even alone.
+        """Returns probabilities in order; OutOfDeviceMemory for a crop that does not fit on the device even alone.
 
         Raises:
-            DeviceLost: the device works no more.
-            DeviceError: the device failed otherwise.
+            DeviceLost: the device failed for good.
+            DeviceError: the batch failed otherwise.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._predict, options, crops)
 
     def close(self) -> None:
-        """Lets the thread end once its batch is done."""
+        """Ends the thread after its running batch."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _predict(self, options: PredictOptions, crops: Sequence[Crop]) -> list[Prediction | Exception]:

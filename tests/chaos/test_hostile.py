@@ -24,7 +24,7 @@ from mal_train.core.masks.images import decode_image
 from tests.chaos.conftest import FORM, Form
 from tests.mal_server.calls import bulk
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, label, label_request, serving
-from tests.mal_server.inference.test_bad_images import READ, REFUSED, saved
+from tests.mal_server.inference.test_bad_images import ACCEPTED, REFUSED, saved
 from tests.mal_server.random_requests import REQUESTS
 from tests.mal_server.security.test_auth import NOTHING, Certificates, calls_of, outcomes, reached
 
@@ -39,7 +39,7 @@ def corpus() -> list[bytes]:
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
     sound = [saved(picture, form) for form in FORMS]
-    return [*sound, *READ.values(), *(content for content, _ in REFUSED.values() if content)]
+    return [*sound, *ACCEPTED.values(), *(content for content, _ in REFUSED.values() if content)]
 
 
 def mutant(chance: random.Random, seeds: list[bytes]) -> bytes:

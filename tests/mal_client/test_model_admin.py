@@ -86,7 +86,7 @@ def test_a_request_names_its_model(address: str) -> None:
         assert label.model.name == "dogs"
         info = client.server_info()
         assert (info.model.name, info.of_model("dogs").model.name) == ("cats", "dogs")
-        with pytest.raises(InvalidRequest, match="there are cats, dogs"):
+        with pytest.raises(InvalidRequest, match="cats, dogs"):
             info.of_model("mice")
 
 

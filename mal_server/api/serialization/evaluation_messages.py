@@ -21,8 +21,8 @@ from mal_server.config.limits import Limits
 from mal_server.errors import InvalidRequest
 from mal_server.evaluation.resume_tokens import GroundTruth, ItemFailure
 from mal_server.evaluation.run import REQUEST_REFUSED, EvaluationRun
-from mal_server.inference.image_store import Picture
-from mal_server.inference.pipeline import LabelRequest, OutputOptions
+from mal_server.inference.image_store import ImageSource
+from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.geometry import Box
@@ -77,7 +77,7 @@ class EvaluateOptions:
     resume_token: bytes
 
     def label_request(
-        self, image: Picture, expected_wh: tuple[int, int] | None, ids: tuple[int, ...], boxes: tuple[Box, ...]
+        self, image: ImageSource, expected_wh: tuple[int, int] | None, ids: tuple[int, ...], boxes: tuple[Box, ...]
     ) -> LabelRequest:
         """Returns the request that labels one image of the evaluation."""
         return LabelRequest(image, expected_wh, ids, boxes, self.predict, self.output, self.priority, self.deadline)

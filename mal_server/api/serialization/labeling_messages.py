@@ -15,8 +15,8 @@ from mal.v1 import labeling_pb2, types_pb2
 from mal_server.api.serialization.status import status_of
 from mal_server.config.limits import Limits
 from mal_server.errors import InvalidRequest
-from mal_server.inference.image_store import CachedImage, FileImage, InlineImage, Picture
-from mal_server.inference.pipeline import InstanceResult, LabelRequest, OutputOptions, PartialResult, Timing
+from mal_server.inference.image_store import CachedImage, FileImage, ImageSource, InlineImage
+from mal_server.inference.requests import InstanceResult, LabelRequest, OutputOptions, PartialResult, Timing
 from mal_server.models.loader import ModelInfo
 from mal_server.scheduling.priority import Priority
 from mal_train.core.masks.encodings import EncodedMask, Polygons, Runs
@@ -103,9 +103,9 @@ def read_label_request(
 
 def read_image_source(
     message: types_pb2.ImageSource, violations: Violations, path: str
-) -> tuple[Picture, tuple[int, int] | None]:
+) -> tuple[ImageSource, tuple[int, int] | None]:
     """Reads the source of the encoded image, and the expected (width, height) in px; None where it is not checked."""
-    source: Picture = InlineImage(message.content)
+    source: ImageSource = InlineImage(message.content)
     match message.WhichOneof("source"):
         case None:
             violations.add(f"{path}.content", "missing; send the encoded file")
@@ -216,7 +216,7 @@ def check_item_id(item_id: str, violations: Violations, path: str) -> None:
 def write_response(result: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImageResponse:
     """Writes some of the results of a request."""
     return labeling_pb2.LabelImageResponse(
-        results=[_write_result(one) for one in result.answers], model=model, timing=_write_timing(result.timing)
+        results=[_write_result(one) for one in result.results], model=model, timing=_write_timing(result.timing)
     )
 
 

@@ -1,4 +1,4 @@
-"""A caller that goes away ends the work on the CPU too, which no thread can be made to stop."""
+"""Cancelling a call ends its CPU work, although a running thread cannot be interrupted."""
 
 import asyncio
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from mal_server.inference.pipeline import PREPARED_AT_ONCE
+from mal_server.inference.preparation import BOXES_PER_TASK
 from mal_train.core.errors import BadBox
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import RgbImage
@@ -14,26 +14,26 @@ from mal_train.kernel.labeler.labeler import Crop
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, label, label_request, serving
 
 
-class SlowlyCut(BrightPredictor):
-    """Counts the boxes that it cuts; once armed, the first ones wait for `go`."""
+class BlockedPredictor(BrightPredictor):
+    """Counts the boxes that it cuts; once armed, cutting blocks until `gate_cut` is set."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cut = 0
-        self.armed = False
-        self.begun = threading.Event()
-        self.go = threading.Event()
+        self.boxes_cut = 0
+        self.is_armed = False
+        self.started = threading.Event()
+        self.gate_cut = threading.Event()
 
     def prepare(self, image: RgbImage, boxes: Sequence[Sequence[float]], *, first: int = 0) -> list[Crop | BadBox]:
-        if self.armed:
-            self.cut += len(boxes)
-            self.begun.set()
-            self.go.wait(20)
+        if self.is_armed:
+            self.boxes_cut += len(boxes)
+            self.started.set()
+            self.gate_cut.wait(20)
         return super().prepare(image, boxes, first=first)
 
 
 async def until_counted(running: Running, code: str) -> None:
-    """Waits until the server has seen a call end so."""
+    """Waits until the metrics count a call that ended with this code."""
     while not any(
         sample.name == "grpc_server_handled_total" and code in sample.labels.values() and sample.value
         for metric in running.server.registry.collect()
@@ -42,30 +42,30 @@ async def until_counted(running: Running, code: str) -> None:
         await asyncio.sleep(0.005)
 
 
-def test_a_caller_that_goes_away_stops_the_cutting_of_its_boxes() -> None:
-    predictor = SlowlyCut()
+def test_cancelling_a_call_stops_the_cutting_of_its_boxes() -> None:
+    predictor = BlockedPredictor()
 
     async def work() -> int:
         async with serving(predictor, threads=1) as running:
-            predictor.armed = True
+            predictor.is_armed = True
             call = running.labeling.LabelImage(label_request(*[DISC_BOX] * 800))
-            answer = asyncio.ensure_future(call.read())
-            await asyncio.to_thread(predictor.begun.wait, 20)
+            reading = asyncio.ensure_future(call.read())
+            await asyncio.to_thread(predictor.started.wait, 20)
             call.cancel()
             await asyncio.wait_for(until_counted(running, "CANCELLED"), 20)
-            predictor.go.set()
-            # The only thread is free for this one: not before 800 boxes were cut, otherwise.
+            predictor.gate_cut.set()
+            # The only thread is free for this call without cutting all 800 boxes first.
             await label(running, label_request(DISC_BOX))
             with pytest.raises(asyncio.CancelledError):
-                await answer
-            return predictor.cut
+                await reading
+            return predictor.boxes_cut
 
-    assert asyncio.run(work()) == PREPARED_AT_ONCE + 1
+    assert asyncio.run(work()) == BOXES_PER_TASK + 1
 
 
-def test_boxes_that_are_cut_in_pieces_keep_their_numbers_and_their_order() -> None:
+def test_boxes_cut_in_several_tasks_keep_their_numbers_and_order() -> None:
     bad: Box = (0.0, 0.0, -1.0, 5.0)
-    boxes = [DISC_BOX, bad, *[DISC_BOX] * (2 * PREPARED_AT_ONCE), bad]
+    boxes = [DISC_BOX, bad, *[DISC_BOX] * (2 * BOXES_PER_TASK), bad]
 
     async def work() -> list[int]:
         async with serving() as running:

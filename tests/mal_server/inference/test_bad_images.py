@@ -1,4 +1,4 @@
-"""Pictures that are none, lie, or come in unusual forms: each is one clear answer, and the server goes on."""
+"""Invalid, deceptive and unusual image files: each gets one clear status, and the server stays available."""
 
 import asyncio
 import io
@@ -16,18 +16,18 @@ from tests.mal_server.calls import bulk, reason_of
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, bright_disc, encoded, label_request, serving
 
 
-def chunk(kind: bytes, data: bytes, length: int | None = None) -> bytes:
+def chunk(chunk_type: bytes, data: bytes, length: int | None = None) -> bytes:
     size = struct.pack(">I", len(data) if length is None else length)
-    return size + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return size + chunk_type + data + struct.pack(">I", zlib.crc32(chunk_type + data))
 
 
 def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
 
 
-def saved(picture: Image.Image, form: str, **options: Any) -> bytes:
+def saved(image: Image.Image, image_format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
@@ -39,7 +39,7 @@ EXIF_ROTATED = saved(
 
 REFUSED = {
     "zero bytes": (b"", "IMAGE_DECODE_FAILED"),
-    "text named .jpg": (b"this is no picture\n" * 20, "IMAGE_FORMAT"),
+    "text named .jpg": (b"not an image file\n" * 20, "IMAGE_FORMAT"),
     "truncated JPEG": (JPEG[: len(JPEG) * 9 // 10], "IMAGE_DECODE_FAILED"),
     "truncated PNG": (DISC_PNG[: len(DISC_PNG) // 2], "IMAGE_DECODE_FAILED"),
     "PNG of 900 Mpix": (png_header(30_000, 30_000) + chunk(b"IDAT", b""), "IMAGE_TOO_LARGE"),
@@ -50,7 +50,7 @@ REFUSED = {
     ),
 }
 
-READ = {
+ACCEPTED = {
     "CMYK JPEG": saved(DISC.convert("CMYK"), "JPEG", quality=95),
     "16-bit gray PNG": saved(Image.fromarray(bright_disc()[:, :, 0].astype(np.uint16) * 257), "PNG"),
     "gray JPEG": saved(DISC.convert("L"), "JPEG", quality=95),
@@ -63,37 +63,37 @@ READ = {
 }
 
 
-def answers_of(*requests: labeling_pb2.LabelImageRequest) -> list[labeling_pb2.LabelImagesResponse]:
+def responses_of(*requests: labeling_pb2.LabelImageRequest) -> list[labeling_pb2.LabelImagesResponse]:
     async def work() -> list[labeling_pb2.LabelImagesResponse]:
         async with serving() as running:
-            found = await asyncio.wait_for(bulk(running, *requests), 60)
-            return [found[f"item {i}"] for i in range(len(requests))]
+            responses = await asyncio.wait_for(bulk(running, *requests), 60)
+            return [responses[f"item {i}"] for i in range(len(requests))]
 
     return asyncio.run(work())
 
 
-def test_each_bad_picture_has_its_reason_and_the_good_one_after_it_is_labeled() -> None:
+def test_each_invalid_image_has_its_reason_and_the_valid_one_after_them_is_labeled() -> None:
     requests = [label_request(DISC_BOX, content=content) for content, _ in REFUSED.values()]
-    *refused, good = answers_of(*requests, label_request(DISC_BOX))
-    assert {name: reason_of(answer.status) for name, answer in zip(REFUSED, refused, strict=True)} == {
+    *refused, good = responses_of(*requests, label_request(DISC_BOX))
+    assert {name: reason_of(response.status) for name, response in zip(REFUSED, refused, strict=True)} == {
         name: reason for name, (_, reason) in REFUSED.items()
     }
-    assert all(answer.status.code == code_pb2.INVALID_ARGUMENT for answer in refused)
+    assert all(response.status.code == code_pb2.INVALID_ARGUMENT for response in refused)
     assert good.response.results[0].area_px > 300
 
 
-def test_unusual_pictures_give_the_mask_of_the_plain_one() -> None:
-    answers = answers_of(*(label_request(DISC_BOX, content=content) for content in READ.values()))
-    areas = {name: answer.response.results[0].area_px for name, answer in zip(READ, answers, strict=True)}
-    plain = answers_of(label_request(DISC_BOX))[0].response.results[0].area_px
-    assert areas == dict.fromkeys(READ, pytest.approx(plain, rel=0.05))
+def test_unusual_formats_give_the_same_mask_as_the_plain_image() -> None:
+    responses = responses_of(*(label_request(DISC_BOX, content=content) for content in ACCEPTED.values()))
+    areas = {name: item.response.results[0].area_px for name, item in zip(ACCEPTED, responses, strict=True)}
+    plain = responses_of(label_request(DISC_BOX))[0].response.results[0].area_px
+    assert areas == dict.fromkeys(ACCEPTED, pytest.approx(plain, rel=0.05))
 
 
-def test_an_exif_rotated_picture_is_taken_as_it_is_stored() -> None:
+def test_exif_rotation_is_not_applied() -> None:
     stored, rotated = label_request(DISC_BOX, content=EXIF_ROTATED), label_request(DISC_BOX, content=EXIF_ROTATED)
     stored.image.expected_width, stored.image.expected_height = 60, 40
     rotated.image.expected_width, rotated.image.expected_height = 40, 60
-    good, bad = answers_of(stored, rotated)
+    good, bad = responses_of(stored, rotated)
     assert (good.response.results[0].masks[0].coco_rle.height, good.status.code) == (40, 0)
     assert reason_of(bad.status) == "IMAGE_SIZE_MISMATCH"
     assert "EXIF" in bad.status.message

@@ -1,4 +1,4 @@
-"""Pictures by hash and by name: what is kept, what is bounded, and that nothing outside of the folders is ever read."""
+"""Images by hash and by file name: the cache and its bound, and files outside the folders, which are never read."""
 
 import asyncio
 import hashlib
@@ -14,22 +14,22 @@ import pytest
 from mal.v1 import labeling_pb2, model_pb2, types_pb2
 from mal_client.client import AsyncClient
 
-from mal_server.inference.image_store import ENTRY_BYTES, ImageCache
+from mal_server.inference.image_store import ENTRY_OVERHEAD_BYTES, ImageCache
 from tests.mal_server.calls import fields_of, reason_of, status_details, with_server
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, bright_disc, encoded, label, label_request, serving
 
 SHA256 = hashlib.sha256(DISC_PNG).hexdigest()
 
 
-def by(**source: Any) -> labeling_pb2.LabelImageRequest:
-    """A request for the disc with another source of its picture."""
+def request_for(**source: Any) -> labeling_pb2.LabelImageRequest:
+    """Returns a request for the disc with another image source."""
     request = label_request(DISC_BOX)
     request.image.CopyFrom(types_pb2.ImageSource(**source))
     return request
 
 
-async def outcome(running: Running, request: labeling_pb2.LabelImageRequest) -> str:
-    """OK, or the reason, the field at fault or the code of the refusal."""
+async def outcome_of(running: Running, request: labeling_pb2.LabelImageRequest) -> str:
+    """Returns OK, or the reason, the field or else the code of the error."""
     try:
         await label(running, request)
     except grpc.aio.AioRpcError as error:
@@ -38,118 +38,124 @@ async def outcome(running: Running, request: labeling_pb2.LabelImageRequest) -> 
     return "OK"
 
 
-def figure(running: Running, name: str) -> float:
+def metric(running: Running, name: str) -> float:
     value = running.server.registry.get_sample_value(name)
     assert value is not None
     return value
 
 
-def test_a_picture_that_was_sent_is_found_by_its_hash() -> None:
+def test_an_image_that_was_sent_is_found_by_its_hash() -> None:
     async def work(running: Running) -> tuple[bool, float, float]:
-        (sent,) = await label(running, label_request(DISC_BOX))
-        (named,) = await label(running, by(content_sha256=SHA256))
+        (inline,) = await label(running, label_request(DISC_BOX))
+        (cached,) = await label(running, request_for(content_sha256=SHA256))
         return (
-            sent == named,
-            figure(running, "mal_image_cache_hits_total"),
-            figure(running, "mal_image_cache_misses_total"),
+            inline == cached,
+            metric(running, "mal_image_cache_hits_total"),
+            metric(running, "mal_image_cache_misses_total"),
         )
 
     assert with_server(work) == (True, 1, 0)
 
 
-def test_a_hash_that_is_not_held_is_not_found_and_counted() -> None:
+def test_an_unknown_hash_is_refused_and_counted_as_a_miss() -> None:
     async def work(running: Running) -> tuple[str, float]:
-        return await outcome(running, by(content_sha256=SHA256)), figure(running, "mal_image_cache_misses_total")
+        return await outcome_of(running, request_for(content_sha256=SHA256)), metric(
+            running, "mal_image_cache_misses_total"
+        )
 
     assert with_server(work) == ("IMAGE_NOT_CACHED", 1)
 
 
 @pytest.mark.parametrize("part", [SHA256[:63], SHA256.upper(), SHA256 + "0", "", "x" * 64])
-def test_a_part_of_a_hash_opens_nothing(part: str) -> None:
+def test_only_a_complete_hash_is_accepted(part: str) -> None:
     async def work(running: Running) -> str:
         await label(running, label_request(DISC_BOX))
-        return await outcome(running, by(content_sha256=part))
+        return await outcome_of(running, request_for(content_sha256=part))
 
     assert with_server(work) == "image.content_sha256"
 
 
-def test_what_is_no_picture_is_not_kept() -> None:
+def test_an_image_that_cannot_be_decoded_is_not_cached() -> None:
     async def work(running: Running) -> tuple[str, str, float]:
         junk = b"GIF89a" + bytes(100)
-        first = await outcome(running, label_request(DISC_BOX, content=junk))
+        first = await outcome_of(running, label_request(DISC_BOX, content=junk))
         sha256 = hashlib.sha256(junk).hexdigest()
-        return first, await outcome(running, by(content_sha256=sha256)), figure(running, "mal_image_cache_bytes")
+        return (
+            first,
+            await outcome_of(running, request_for(content_sha256=sha256)),
+            metric(running, "mal_image_cache_bytes"),
+        )
 
     assert with_server(work) == ("IMAGE_FORMAT", "IMAGE_NOT_CACHED", 0)
 
 
-def test_bulk_streams_use_handles_and_fill_no_cache() -> None:
+def test_bulk_streams_read_the_cache_but_do_not_fill_it() -> None:
     async def work(running: Running) -> tuple[str, str]:
         async def bulk(request: labeling_pb2.LabelImageRequest) -> str:
             items = iter([labeling_pb2.LabelImagesRequest(item_id="a", request=request)])
-            (answer,) = [one async for one in running.labeling.LabelImages(items)]
-            return reason_of(answer.status) or "OK"
+            (response,) = [response async for response in running.labeling.LabelImages(items)]
+            return reason_of(response.status) or "OK"
 
         await bulk(label_request(DISC_BOX))
-        before = await bulk(by(content_sha256=SHA256))
+        before = await bulk(request_for(content_sha256=SHA256))
         await label(running, label_request(DISC_BOX))
-        return before, await bulk(by(content_sha256=SHA256))
+        return before, await bulk(request_for(content_sha256=SHA256))
 
     assert with_server(work) == ("IMAGE_NOT_CACHED", "OK")
 
 
-def test_the_cache_can_be_switched_off_and_says_so() -> None:
+def test_the_cache_can_be_disabled_and_server_info_shows_it() -> None:
     async def work(running: Running) -> tuple[str, int]:
         await label(running, label_request(DISC_BOX))
         info = await running.model.GetServerInfo(model_pb2.GetServerInfoRequest())
-        return await outcome(running, by(content_sha256=SHA256)), info.limits.image_cache_bytes
+        return await outcome_of(running, request_for(content_sha256=SHA256)), info.limits.image_cache_bytes
 
     assert with_server(work, image_cache_bytes=0) == ("IMAGE_NOT_CACHED", 0)
 
 
-def test_the_longest_unused_picture_goes_first() -> None:
-    cache = ImageCache(3 * (100 + ENTRY_BYTES))
-    pictures = [bytes([nth]) * 100 for nth in range(4)]
-    for content in pictures[:3]:
+def test_the_least_recently_used_image_is_evicted_first() -> None:
+    cache = ImageCache(3 * (100 + ENTRY_OVERHEAD_BYTES))
+    images = [bytes([index]) * 100 for index in range(4)]
+    for content in images[:3]:
         cache.put(content)
-    assert cache.get(hashlib.sha256(pictures[0]).hexdigest()) == pictures[0]
-    cache.put(pictures[3])
-    held = [cache.get(hashlib.sha256(content).hexdigest()) is not None for content in pictures]
-    assert held == [True, False, True, True]
+    assert cache.get(hashlib.sha256(images[0]).hexdigest()) == images[0]
+    cache.put(images[3])
+    cached = [cache.get(hashlib.sha256(content).hexdigest()) is not None for content in images]
+    assert cached == [True, False, True, True]
 
 
-def test_the_cache_never_holds_more_than_its_limit_whatever_several_threads_put_into_it() -> None:
-    limit, most, random_of = 50_000, 0, random.Random(7)
+def test_the_cache_never_exceeds_its_limit_with_several_threads() -> None:
+    limit, peak, rng = 50_000, 0, random.Random(7)
     cache = ImageCache(limit)
-    sizes = [random_of.randrange(1, 60_000) for _ in range(400)]
+    sizes = [rng.randrange(1, 60_000) for _ in range(400)]
 
-    def fill(part: list[int]) -> None:
-        nonlocal most
-        for size in part:
+    def fill(sizes: list[int]) -> None:
+        nonlocal peak
+        for size in sizes:
             cache.put(os.urandom(size))
-            most = max(most, cache.size_bytes)
+            peak = max(peak, cache.size_bytes)
 
-    threads = [threading.Thread(target=fill, args=(sizes[nth::4],)) for nth in range(4)]
+    threads = [threading.Thread(target=fill, args=(sizes[index::4],)) for index in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert limit / 2 < most <= limit
+    assert limit / 2 < peak <= limit
 
 
-def test_the_client_names_a_picture_that_it_sent_and_sends_it_again_when_it_is_gone() -> None:
-    pictures = [encoded(bright_disc() ^ np.uint8(nth), "BMP") for nth in range(2)]
-    assert all(len(content) > 4096 for content in pictures)
+def test_the_client_sends_a_hash_and_the_image_again_once_it_is_evicted() -> None:
+    images = [encoded(bright_disc() ^ np.uint8(index), "BMP") for index in range(2)]
+    assert all(len(content) > 4096 for content in images)
 
     async def work() -> tuple[list[bool], float, float]:
-        # Room for one of the two pictures.
-        async with serving(image_cache_bytes=len(pictures[0]) + ENTRY_BYTES) as running:
+        # Capacity for one of the two images.
+        async with serving(image_cache_bytes=len(images[0]) + ENTRY_OVERHEAD_BYTES) as running:
             async with AsyncClient(running.server.address) as client:
-                answers = [(await client.label_image(pictures[nth], [DISC_BOX]))[0] for nth in (0, 0, 1, 0, 0)]
+                labels = [(await client.label_image(images[index], [DISC_BOX]))[0] for index in (0, 0, 1, 0, 0)]
             return (
-                [answer.ok for answer in answers],
-                figure(running, "mal_image_cache_hits_total"),
-                figure(running, "mal_image_cache_misses_total"),
+                [label.ok for label in labels],
+                metric(running, "mal_image_cache_hits_total"),
+                metric(running, "mal_image_cache_misses_total"),
             )
 
     assert asyncio.run(work()) == ([True] * 5, 2, 1)
@@ -160,11 +166,11 @@ class TestFolders:
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
-        """Photos, and beside them what nobody may see."""
+        """Returns a folder with images; files beside it must stay unreadable."""
         inside = tmp_path / "photos"
         (inside / "deep").mkdir(parents=True)
         (inside / "deep" / "disc.png").write_bytes(DISC_PNG)
-        (inside / "text.png").write_text("no picture")
+        (inside / "text.png").write_text("not an image")
         (tmp_path / "secret.png").write_bytes(DISC_PNG)
         (tmp_path / "photos2").mkdir()
         (tmp_path / "photos2" / "secret.png").write_bytes(DISC_PNG)
@@ -176,7 +182,7 @@ class TestFolders:
         return inside
 
     @pytest.mark.parametrize(
-        ("uri", "found"),
+        ("uri", "expected"),
         [
             ("photos/deep/disc.png", "OK"),
             ("photos/link_in.png", "OK"),
@@ -207,27 +213,32 @@ class TestFolders:
             ("photos/deep\\..\\..\\secret.png", "IMAGE_NOT_FOUND"),
         ],
     )
-    def test_only_files_below_the_folders_are_read(self, folder: Path, uri: str, found: str) -> None:
+    def test_only_files_in_the_folders_are_read(self, folder: Path, uri: str, expected: str) -> None:
         folders = [{"name": "photos", "path": str(folder)}]
-        assert with_server(lambda running: outcome(running, by(uri=uri)), data_folders=folders) == found
+        assert with_server(lambda running: outcome_of(running, request_for(uri=uri)), data_folders=folders) == expected
 
-    def test_without_folders_nothing_on_the_server_is_read(self, folder: Path) -> None:
-        assert with_server(lambda running: outcome(running, by(uri="photos/deep/disc.png"))) == "FOLDER_NOT_FOUND"
+    def test_without_folders_no_file_is_read(self, folder: Path) -> None:
+        assert (
+            with_server(lambda running: outcome_of(running, request_for(uri="photos/deep/disc.png")))
+            == "FOLDER_NOT_FOUND"
+        )
 
     def test_a_file_above_the_limit_is_refused(self, folder: Path) -> None:
         (folder / "large.png").write_bytes(bytes(2 << 20))
         folders = [{"name": "photos", "path": str(folder)}]
         limits = {"max_request_bytes": 1 << 20}
-        found = with_server(
-            lambda running: outcome(running, by(uri="photos/large.png")), data_folders=folders, limits=limits
+        outcome = with_server(
+            lambda running: outcome_of(running, request_for(uri="photos/large.png")),
+            data_folders=folders,
+            limits=limits,
         )
-        assert found == "IMAGE_TOO_LARGE"
+        assert outcome == "IMAGE_TOO_LARGE"
 
-    def test_a_refusal_tells_nothing_of_where_the_folder_lies(self, folder: Path) -> None:
+    def test_an_error_does_not_reveal_the_location_of_the_folder(self, folder: Path) -> None:
         async def work(running: Running) -> str:
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await label(running, by(uri="photos/link_out.png"))
+                await label(running, request_for(uri="photos/link_out.png"))
             return raised.value.details() or ""
 
-        said = with_server(work, data_folders=[{"name": "photos", "path": str(folder)}])
-        assert str(folder.parent) not in said
+        message = with_server(work, data_folders=[{"name": "photos", "path": str(folder)}])
+        assert str(folder.parent) not in message

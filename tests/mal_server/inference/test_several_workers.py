@@ -1,4 +1,4 @@
-"""Several workers behind one queue, of stand-ins and of a sealed network; a real checkpoint replaces another."""
+"""Several workers behind one queue, with fake and real networks; one encrypted checkpoint replaces another."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ from tests.mal_server.test_real_model import codes_of_the_kernel, codes_of_the_s
 
 @asynccontextmanager
 async def workers(*predictors: BrightPredictor, **settings: Any) -> AsyncIterator[tuple[MalServer, Any]]:
-    """A server with a worker for each predictor; their self-tests are forgotten."""
+    """Runs a server with a worker for each predictor; batches of the self-test are not recorded."""
     server = MalServer(config_of(**settings), lambda plan: loaded(plan, *predictors))
     await server.start()
     await server.load()
@@ -49,27 +49,28 @@ async def workers(*predictors: BrightPredictor, **settings: Any) -> AsyncIterato
         await server.stop(0)
 
 
-async def asked(stub: Any, boxes: int = 1) -> str:
-    """ "OK", or the reason of the first box's or the call's failure."""
+async def outcome_of(stub: Any, boxes: int = 1) -> str:
+    """Returns OK, or the reason of the first failed box or of the failed call."""
     try:
-        results = [r async for answer in stub.LabelImage(label_request(*[DISC_BOX] * boxes)) for r in answer.results]
+        call = stub.LabelImage(label_request(*[DISC_BOX] * boxes))
+        results = [result async for response in call for result in response.results]
     except grpc.aio.AioRpcError as error:
         return reason_of(status_details(error))
-    return next((reason_of(r.status) or "FAILED" for r in results if r.status.code), "OK")
+    return next((reason_of(result.status) or "FAILED" for result in results if result.status.code), "OK")
 
 
 def in_time(work: Callable[[], Any]) -> Any:
     return asyncio.run(asyncio.wait_for(work(), 60))
 
 
-def test_two_workers_run_their_batches_at_once() -> None:
+def test_two_workers_run_batches_in_parallel() -> None:
     first, second = BrightPredictor(gate=None), BrightPredictor(gate=None)
 
     async def work() -> str:
         async with workers(first, second, max_batch_size=2) as (_, stub):
             first.gate, second.gate = threading.Event(), threading.Event()
-            call = asyncio.create_task(asked(stub, boxes=4))
-            while not (first.batches and second.batches):  # neither has finished; both have begun
+            call = asyncio.create_task(outcome_of(stub, boxes=4))
+            while not (first.batches and second.batches):  # both have started, neither has finished
                 await asyncio.sleep(0.001)
             first.gate.set()
             second.gate.set()
@@ -79,48 +80,48 @@ def test_two_workers_run_their_batches_at_once() -> None:
     assert [size for _, size in first.batches + second.batches] == [2, 2]
 
 
-def test_a_worker_that_is_busy_does_not_hold_up_the_others() -> None:
-    slow, quick = BrightPredictor(), BrightPredictor()
+def test_a_busy_worker_does_not_delay_the_others() -> None:
+    slow, fast = BrightPredictor(), BrightPredictor()
 
     async def work() -> list[str]:
-        async with workers(slow, quick, max_batch_size=1) as (_, stub):
-            slow.gate, quick.gate = threading.Event(), threading.Event()
-            stuck = asyncio.create_task(asked(stub, boxes=2))
-            while not (slow.batches and quick.batches):
+        async with workers(slow, fast, max_batch_size=1) as (_, stub):
+            slow.gate, fast.gate = threading.Event(), threading.Event()
+            blocked = asyncio.create_task(outcome_of(stub, boxes=2))
+            while not (slow.batches and fast.batches):
                 await asyncio.sleep(0.001)
-            quick.gate.set()
-            answers = [await asked(stub) for _ in range(20)]
+            fast.gate.set()
+            outcomes = [await outcome_of(stub) for _ in range(20)]
             slow.gate.set()
-            return [*answers, await stuck]
+            return [*outcomes, await blocked]
 
     assert in_time(work) == ["OK"] * 21
-    assert (len(slow.batches), len(quick.batches)) == (1, 21)
+    assert (len(slow.batches), len(fast.batches)) == (1, 21)
 
 
-def test_a_batch_that_fails_on_one_worker_fails_its_own_callers_alone() -> None:
+def test_a_failing_batch_fails_only_its_own_calls() -> None:
     bad, good = BrightPredictor(), BrightPredictor()
 
     async def work() -> list[str]:
         async with workers(bad, good, max_batch_size=1, max_queue_delay_ms=0) as (server, stub):
             bad.error = DeviceError("a kernel failed")
-            found = [await asked(stub) for _ in range(6)]
+            outcomes = [await outcome_of(stub) for _ in range(6)]
             assert not server.lost.is_set()
-            return found
+            return outcomes
 
-    found = in_time(work)
-    assert found.count("OK") == len(good.batches)
-    assert found.count("UNEXPECTED") == len(bad.batches)
+    outcomes = in_time(work)
+    assert outcomes.count("OK") == len(good.batches)
+    assert outcomes.count("UNEXPECTED") == len(bad.batches)
     assert len(good.batches) + len(bad.batches) == 6
 
 
-def test_one_lost_device_ends_the_whole_server_with_the_calls_of_the_other_too() -> None:
+def test_one_lost_device_ends_the_server_and_the_calls_of_all_devices() -> None:
     lost, fine = BrightPredictor(), BrightPredictor()
 
     async def work() -> list[str]:
         async with workers(lost, fine, max_batch_size=1) as (server, stub):
             lost.gate, fine.gate = threading.Event(), threading.Event()
             lost.error = DeviceLost("an illegal memory access")
-            calls = [asyncio.create_task(asked(stub)) for _ in range(4)]
+            calls = [asyncio.create_task(outcome_of(stub)) for _ in range(4)]
             while not (lost.batches and fine.batches):
                 await asyncio.sleep(0.001)
             lost.gate.set()
@@ -128,25 +129,25 @@ def test_one_lost_device_ends_the_whole_server_with_the_calls_of_the_other_too()
             fine.gate.set()
             return sorted(await asyncio.gather(*calls))
 
-    found = in_time(work)
-    assert found.count("DEVICE_LOST") >= 3  # what waited and what the lost one ran; the other's batch may still end
+    outcomes = in_time(work)
+    assert outcomes.count("DEVICE_LOST") >= 3  # the queued calls and the one on the lost device; the other may finish
     assert len(fine.batches) == 1
 
 
 @pytest.mark.parametrize("fits", [1, 3, 7, 16])
-def test_workers_that_are_too_small_for_their_batches_answer_every_box_once(fits: int) -> None:
+def test_workers_too_small_for_their_batches_label_every_box_once(fits: int) -> None:
     first, second = BrightPredictor(fits=10_000), BrightPredictor(fits=10_000)
 
     async def work() -> str:
         async with workers(first, second, max_batch_size=16) as (_, stub):
             first.fits = second.fits = fits
-            return await asked(stub, boxes=50)
+            return await outcome_of(stub, boxes=50)
 
     assert in_time(work) == "OK"
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "most", "sizes"),
+    ("device", "dtype", "max_batch_size", "sizes"),
     [
         ("cpu", torch.float32, 16, (1,)),
         ("cpu", torch.bfloat16, 16, (1,)),
@@ -155,14 +156,14 @@ def test_workers_that_are_too_small_for_their_batches_answer_every_box_once(fits
     ],
 )
 def test_the_warm_up_runs_the_batch_sizes_that_will_be_used(
-    device: str, dtype: torch.dtype, most: int, sizes: tuple[int, ...]
+    device: str, dtype: torch.dtype, max_batch_size: int, sizes: tuple[int, ...]
 ) -> None:
     labeler = Labeler(MalNetwork(ModelConfig("vit-micro/16")), LabelerConfig(crop_size=64), precision="float32")
     labeler.device, labeler.dtype = torch.device(device), dtype
-    assert warm_up_sizes(labeler, most) == sizes
+    assert warm_up_sizes(labeler, max_batch_size) == sizes
 
 
-def test_workers_on_the_cpu_share_their_weights_and_give_the_kernels_masks(folder: Path) -> None:  # noqa: F811
+def test_cpu_workers_share_weights_and_return_the_same_masks_as_the_labeler(folder: Path) -> None:  # noqa: F811
     config = load_config(folder / "server.yaml", ["cpu_workers=2", "max_batch_size=3"])
     model = load_model(config.plans[0])
     first, second = (worker.predictor for worker in model.workers)
@@ -182,7 +183,7 @@ def test_workers_on_the_cpu_share_their_weights_and_give_the_kernels_masks(folde
     assert in_time(work) == codes_of_the_kernel(folder)
 
 
-def test_a_real_network_in_bfloat16_passes_its_test_with_room(folder: Path) -> None:  # noqa: F811
+def test_a_bfloat16_network_passes_the_self_test_with_a_wide_margin(folder: Path) -> None:  # noqa: F811
     config = load_config(folder / "server.yaml", ["precision=bfloat16", "max_batch_size=4"])
     model = load_model(config.plans[0])
     assert model.batch_sizes == (1,)
@@ -205,7 +206,7 @@ def _plain() -> Any:
     return PredictOptions()
 
 
-def test_a_checkpoint_that_is_written_to_while_it_is_read_is_refused(
+def test_a_checkpoint_modified_while_it_is_read_is_refused(
     folder: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -221,11 +222,11 @@ def test_a_checkpoint_that_is_written_to_while_it_is_read_is_refused(
         return checkpoint
 
     monkeypatch.setattr(loader, "load_checkpoint", touched)
-    with pytest.raises(CheckpointError, match="written to while it was read"):
+    with pytest.raises(CheckpointError, match=r"written\.malckpt"):
         loader.read_checkpoint(plan)
 
 
-def test_a_sealed_checkpoint_of_a_folder_replaces_the_served_one_and_a_damaged_one_does_not(
+def test_a_valid_encrypted_checkpoint_replaces_the_served_one_and_a_damaged_one_does_not(
     folder: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -234,7 +235,7 @@ def test_a_sealed_checkpoint_of_a_folder_replaces_the_served_one_and_a_damaged_o
     content[-100] ^= 1
     (tmp_path / "altered.malckpt").write_bytes(content)
     (tmp_path / "cut.malckpt").write_bytes(content[:-5000])
-    (tmp_path / "text.malckpt").write_text("no checkpoint")
+    (tmp_path / "text.malckpt").write_text("not a checkpoint")
     key = f"file:{folder / 'identity.txt'}"
     folders = (
         f"model_folders=[{{name: mine, path: {tmp_path}, decryption_key: '{key}'}}, {{name: open, path: {tmp_path}}}]"
@@ -248,13 +249,13 @@ def test_a_sealed_checkpoint_of_a_folder_replaces_the_served_one_and_a_damaged_o
             async with grpc.aio.insecure_channel(server.address) as channel:
                 stub: Any = model_pb2_grpc.ModelServiceStub(channel)
 
-                async def load(where: str, name: str) -> str:
-                    request = model_pb2.LoadModelRequest(name="micro", folder=where, path=f"{name}.malckpt")
+                async def load(folder_name: str, name: str) -> str:
+                    request = model_pb2.LoadModelRequest(name="micro", folder=folder_name, path=f"{name}.malckpt")
                     try:
-                        answer = await stub.LoadModel(request)
+                        response = await stub.LoadModel(request)
                     except grpc.aio.AioRpcError as error:
                         return reason_of(status_details(error))
-                    return str(answer.model.ref.checkpoint_sha256)
+                    return str(response.model.ref.checkpoint_sha256)
 
                 failed = [await load("mine", name) for name in ("altered", "cut", "text")]
                 failed.append(await load("open", "good"))
@@ -271,7 +272,7 @@ def test_a_sealed_checkpoint_of_a_folder_replaces_the_served_one_and_a_damaged_o
     assert (loaded_sha, is_same) == (sha256, True)
 
 
-def test_check_says_what_several_models_and_folders_are(
+def test_check_lists_all_models_and_folders(
     folder: Path,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -282,10 +283,10 @@ def test_check_says_what_several_models_and_folders_are(
     text += f"model_folders: [{{name: mine, path: {folder}}}]\ndata_folders: [{{name: photos, path: {tmp_path}}}]\n"
     (tmp_path / "server.yaml").write_text(text)
     assert cli.main(["check", "-c", str(tmp_path / "server.yaml")]) == 0
-    said = capsys.readouterr().out
-    assert "model: a, vit-micro/16" in said
-    assert "model: b, vit-micro/16, crop 64 px, branch teacher" in said
-    assert "model folder mine" in said
-    assert "1 checkpoint\n" in said
-    assert "data folder photos" in said
+    output = capsys.readouterr().out
+    assert "model: a, vit-micro/16" in output
+    assert "model: b, vit-micro/16, crop 64 px, branch teacher" in output
+    assert "model folder mine" in output
+    assert "1 checkpoint\n" in output
+    assert "data folder photos" in output
     assert cli.main(["check", "-c", str(tmp_path / "server.yaml"), "data_folders=[{name: x, path: /none}]"]) == 2

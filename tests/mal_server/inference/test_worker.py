@@ -1,4 +1,4 @@
-"""A worker on a device that is too small: every crop is answered once, none by another's map."""
+"""A worker whose device is too small for its batches: each crop gets its own result, once."""
 
 import asyncio
 import threading
@@ -13,23 +13,23 @@ from tests.mal_server.fakes import BrightPredictor
 
 
 def crops_of(predictor: BrightPredictor, count: int) -> list[Crop]:
-    """Crops of different brightness, so that a mixed-up answer is seen."""
+    """Returns crops of different brightness, so that swapped results are detected."""
     images = [np.full((20, 20, 3), 10 * i, np.uint8) for i in range(count)]
     return [crop for image in images for crop in predictor.prepare(image, [(0, 0, 20, 20)]) if isinstance(crop, Crop)]
 
 
 def run(predictor: BrightPredictor, count: int) -> list[Prediction | Exception]:
     worker = Worker(predictor, "cpu")
-    found = asyncio.run(worker.run(PredictOptions(), crops_of(predictor, count)))
+    results = asyncio.run(worker.run(PredictOptions(), crops_of(predictor, count)))
     worker.close()
-    return found
+    return results
 
 
 @pytest.mark.parametrize("fits", range(1, 17))
 def test_a_batch_that_does_not_fit_is_split_until_it_does(fits: int) -> None:
     predictor = BrightPredictor(fits=fits)
-    found = run(predictor, 16)
-    assert [x.prob[0, 0] for x in found if isinstance(x, Prediction)] == pytest.approx(np.arange(16) * 10 / 255)
+    results = run(predictor, 16)
+    assert [x.prob[0, 0] for x in results if isinstance(x, Prediction)] == pytest.approx(np.arange(16) * 10 / 255)
     assert sum(size for _, size in predictor.batches if size <= fits) == 16
 
 
@@ -37,12 +37,12 @@ def test_a_single_crop_that_does_not_fit_fails_alone() -> None:
     assert [type(x) for x in run(BrightPredictor(fits=0), 3)] == [OutOfDeviceMemory] * 3
 
 
-def test_another_error_of_the_device_concerns_the_batch() -> None:
-    with pytest.raises(DeviceError, match="on fire"):
-        run(BrightPredictor(error=DeviceError("on fire")), 3)
+def test_other_device_errors_fail_the_batch() -> None:
+    with pytest.raises(DeviceError, match="kernel"):
+        run(BrightPredictor(error=DeviceError("kernel failed")), 3)
 
 
-def test_batches_run_beside_the_event_loop() -> None:
+def test_a_running_batch_does_not_block_the_event_loop() -> None:
     gate = threading.Event()
     predictor = BrightPredictor(gate=gate)
 
@@ -50,7 +50,7 @@ def test_batches_run_beside_the_event_loop() -> None:
         worker = Worker(predictor, "cpu")
         task = asyncio.create_task(worker.run(PredictOptions(), crops_of(predictor, 1)))
         while not predictor.batches:
-            await asyncio.sleep(0.001)  # the loop lives while the batch waits
+            await asyncio.sleep(0.001)  # runs only if the loop is not blocked
         gate.set()
         return len(await task)
 

@@ -1,0 +1,160 @@
+"""First stage of the pipeline: decodes a request's image and cuts a crop for each box, on the CPU pool.
+
+A small request is one CPU task. A larger one takes several, so that others may run in between, and holds memory of a
+`MemoryLimiter` from decoding to its last crop.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from mal_server.inference.image_store import FileImage, ImageStore
+from mal_server.inference.requests import InstanceResult, LabelRequest
+from mal_server.inference.worker import Predictor
+from mal_server.scheduling.background import when_done
+from mal_server.scheduling.cpu_pool import PriorityThreadPool
+from mal_server.scheduling.memory_limiter import MemoryLimiter
+from mal_train.core.errors import BadBox, BadImage
+from mal_train.core.masks.images import ImageLimits, RgbImage, decode_image, stored_size
+from mal_train.kernel.labeler.labeler import Crop
+
+Result = TypeVar("Result")
+
+BOXES_PER_TASK = 8
+"""Boxes cut, or masks finished, by one CPU task."""
+
+MAX_SMALL_PIXELS = 2_000_000
+"""Largest image of a small request. Small ones need no memory limit: each thread decodes one at a time."""
+
+DECODE_BYTES_PER_PIXEL = 8
+"""Peak while decoding: four of Pillow, and three or four of the converted array. The array keeps three."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The outcome for every box of a request.
+
+    Attributes:
+        crops: of the valid boxes, in their order.
+        crop_ids: instance id of each crop.
+        failed: errors of the other boxes.
+        decode_s: CPU seconds.
+    """
+
+    crops: list[Crop]
+    crop_ids: list[int]
+    failed: tuple[InstanceResult, ...]
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class _LargeImage:
+    encoded: bytes
+    pixels: int
+
+
+class CropPreparer:
+    """Prepares requests for the device.
+
+    Args:
+        predictor: cuts crops.
+        pool: threads for CPU work.
+        images: reads image files, and keeps decodable images that a request asks to keep.
+        limits: larger images are refused before they are decoded.
+        memory_limiter: for decoded images, shared by all models.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        pool: PriorityThreadPool,
+        images: ImageStore,
+        limits: ImageLimits,
+        memory_limiter: MemoryLimiter,
+    ) -> None:
+        self._predictor = predictor
+        self._pool = pool
+        self._images = images
+        self._limits = limits
+        self._memory_limiter = memory_limiter
+
+    async def prepare(self, request: LabelRequest, encoded: bytes | None) -> Prepared:
+        """Returns the crops of a request; `encoded` is None for a file on disk.
+
+        Raises:
+            BadImage: the image cannot be used.
+            NotFound, InvalidRequest: the file does not exist, or its path is invalid.
+        """
+        small = await self._pool.run(request.priority, self._prepare_small, request, encoded)
+        crops, decode_s = await self._prepare_large(request, small) if isinstance(small, _LargeImage) else small
+        outcomes = list(zip(request.instance_ids, crops, strict=True))
+        return Prepared(
+            crops=[crop for crop in crops if isinstance(crop, Crop)],
+            crop_ids=[id_ for id_, crop in outcomes if isinstance(crop, Crop)],
+            failed=tuple(InstanceResult(id_, error) for id_, error in outcomes if isinstance(error, BadBox)),
+            decode_s=decode_s,
+        )
+
+    def _prepare_small(
+        self, request: LabelRequest, encoded: bytes | None
+    ) -> tuple[list[Crop | BadBox], float] | _LargeImage:
+        """Reads, decodes and cuts; returns early, with the bytes read, if the request needs several tasks."""
+        started = time.perf_counter()
+        if isinstance(request.image, FileImage):
+            encoded = self._images.read(request.image)
+        encoded = encoded or b""
+        pixels = self._pixels_to_decode(encoded)
+        if pixels > MAX_SMALL_PIXELS or len(request.boxes) > BOXES_PER_TASK:
+            return _LargeImage(encoded, pixels)
+        image = self._decode(request, encoded)
+        return self._predictor.prepare(image, request.boxes), time.perf_counter() - started
+
+    async def _prepare_large(self, request: LabelRequest, large: _LargeImage) -> tuple[list[Crop | BadBox], float]:
+        lease = await self._memory_limiter.acquire(large.pixels * DECODE_BYTES_PER_PIXEL, request.priority)
+        task: Future[Any] | None = None
+        cpu_s = 0.0
+
+        async def run(work: Callable[..., Result], *args: Any) -> Result:
+            nonlocal task, cpu_s
+            task = future = self._pool.submit(request.priority, timed, work, *args)
+            result: Result
+            result, seconds = await asyncio.wrap_future(future)
+            cpu_s += seconds
+            return result
+
+        try:
+            image = await run(self._decode, request, large.encoded)
+            lease.shrink(image.nbytes)
+            crops: list[Crop | BadBox] = []
+            while len(crops) < len(request.boxes):
+                first = len(crops)
+                boxes = request.boxes[first : first + BOXES_PER_TASK]
+                crops += await run(partial(self._predictor.prepare, first=first), image, boxes)
+            return crops, cpu_s
+        finally:
+            # A cancelled caller leaves while a thread still uses the image.
+            when_done(task, lease.release)
+
+    def _pixels_to_decode(self, encoded: bytes) -> int:
+        """Returns the pixels that decoding produces; 0 if the image will be refused."""
+        try:
+            width, height = stored_size(encoded)
+        except BadImage:
+            return 0
+        return width * height if width * height <= self._limits.max_pixels else 0
+
+    def _decode(self, request: LabelRequest, encoded: bytes) -> RgbImage:
+        image = decode_image(encoded, expected_wh=request.expected_wh, limits=self._limits)
+        self._images.on_decoded(request.image)
+        return image
+
+
+def timed(work: Callable[..., Result], *args: Any) -> tuple[Result, float]:
+    """Returns the result of `work(*args)` and the seconds that it took."""
+    started = time.perf_counter()
+    result = work(*args)
+    return result, time.perf_counter() - started

@@ -1,0 +1,105 @@
+"""Requests and results of the pipeline. Knows nothing of gRPC or protos."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mal_server.inference.image_store import ImageSource
+from mal_server.scheduling.priority import Priority
+from mal_train.core.errors import BadBox, DeviceError
+from mal_train.core.masks.encodings import EncodedMask
+from mal_train.core.masks.geometry import Box
+from mal_train.core.settings import MaskFormat
+from mal_train.kernel.labeler.labeler import Label, PredictOptions
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Postprocessing of probabilities into masks; requests share a batch whatever these are.
+
+    Attributes:
+        threshold: in (0, 1); None: the checkpoint's threshold for the size class.
+        min_component_area_px: smaller connected components are removed, except the largest; 0: none.
+        formats: encodings of each mask.
+        polygon_tolerance_px: of polygons.
+        resolve_overlaps: assigns each pixel that several boxes of the request claim to one of them.
+    """
+
+    threshold: float | None = None
+    min_component_area_px: int = 0
+    formats: tuple[MaskFormat, ...] = (MaskFormat.RLE,)
+    polygon_tolerance_px: float = 0.0
+    resolve_overlaps: bool = False
+
+
+DEFAULT_OUTPUT_OPTIONS = OutputOptions()
+
+
+@dataclass(frozen=True)
+class LabelRequest:
+    """A validated request.
+
+    Attributes:
+        image: source of the encoded image.
+        expected_wh: (width, height) px that the boxes refer to, if stated.
+        instance_ids: the client's ids, unique.
+        boxes: x, y, width, height px, in the order of the ids; any floats, NaN included.
+        predict_options: options of the network; only requests with equal ones share a batch.
+        output_options: postprocessing.
+        priority: in every queue.
+        deadline: event-loop time from which nobody reads the result.
+    """
+
+    image: ImageSource
+    expected_wh: tuple[int, int] | None
+    instance_ids: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    predict_options: PredictOptions
+    output_options: OutputOptions = DEFAULT_OUTPUT_OPTIONS
+    priority: Priority = Priority.INTERACTIVE
+    deadline: float = math.inf
+
+
+@dataclass(frozen=True)
+class InstanceResult:
+    """The label of one instance, or an error that concerns it alone, and its mask in each requested format."""
+
+    instance_id: int
+    outcome: Label | BadBox | DeviceError
+    masks: tuple[EncodedMask, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each stage, and the size of the device batch (0: no crop reached a device)."""
+
+    queue_s: float = 0.0
+    decode_s: float = 0.0
+    infer_s: float = 0.0
+    finish_s: float = 0.0
+    batch_size: int = 0
+
+
+@dataclass(frozen=True)
+class PartialResult:
+    """Results of some instances of a request."""
+
+    results: tuple[InstanceResult, ...]
+    timing: Timing
+
+
+def merge(partials: Sequence[PartialResult]) -> PartialResult:
+    """Returns the partial results of one request as one."""
+    results = tuple(result for partial in partials for result in partial.results)
+    return PartialResult(results, merge_timings([partial.timing for partial in partials]))
+
+
+def merge_timings(timings: Sequence[Timing]) -> Timing:
+    """Returns the sums of device and finish times, the longest queueing and decoding time and the largest batch."""
+    return Timing(
+        queue_s=max(timing.queue_s for timing in timings),
+        decode_s=max(timing.decode_s for timing in timings),
+        infer_s=sum(timing.infer_s for timing in timings),
+        finish_s=sum(timing.finish_s for timing in timings),
+        batch_size=max(timing.batch_size for timing in timings),
+    )
