@@ -16,7 +16,7 @@ from benchmarks.subjects import SIZES, Subject, random_labeler, subjects
 from benchmarks.timing import Table, in_turn
 from mal_train.core.coco.annotations import Annotation, ImageInfo
 from mal_train.core.masks.images import decode_image
-from mal_train.core.settings import Branch, network_branch
+from mal_train.core.settings import Branch, network_size_class
 from mal_train.kernel.labeler.labeler import Crop, Label, Labeler
 from mal_train.kernel.networks.network import normalize
 from mal_train.offline.dataset_labeler import Row, label_boxes
@@ -40,7 +40,7 @@ def bare_batches(labeler: Labeler, pictures: list[Subject]) -> list[tuple[torch.
     for one in pictures:
         crops = [crop for crop in labeler.prepare(decode_image(one.content), one.boxes) if isinstance(crop, Crop)]
         pixels = torch.from_numpy(np.stack([crop.pixels for crop in crops]))
-        branch = network_branch([crop.area for crop in crops], labeler.config.compat)
+        branch = network_size_class([crop.area for crop in crops], labeler.config.compat)
         found.append((normalize(pixels), torch.from_numpy(branch)))
     return found
 

@@ -35,7 +35,7 @@ def training_boxes(folder: Path) -> TrainingBoxes:
         image_of_box=np.repeat(np.arange(PICTURES), BOXES),
         boxes_xywh=np.array([box for one in pictures for box in one.boxes], np.float64),
         total=PICTURES * BOXES,
-        refused=Counter(),
+        excluded=Counter(),
     )
 
 
@@ -44,7 +44,7 @@ def samples_per_second(boxes: TrainingBoxes, side: int, batches: int) -> float:
     cropping = Cropping(side, (0.0, 1.2), Compat.NONE)
     loader = BoxDataModule(boxes, cropping, LoaderSettings(BATCH, num_workers=0, seed=0)).train_dataloader()
     began = time.process_time()
-    made = sum(len(batch.branch_N) for batch in itertools.islice(loader, batches))
+    made = sum(len(batch.size_class_N) for batch in itertools.islice(loader, batches))
     return made / (time.process_time() - began)
 
 

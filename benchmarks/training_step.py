@@ -50,8 +50,8 @@ class Watch(lightning.Callback):
         network: MalNetwork = module.network
         network.student.zero_grad(set_to_none=True)
         with trainer.strategy.precision_plugin.forward_context():
-            student = network.logits(normalize(batch.student_NHWC), batch.branch_N, Branch.STUDENT)
-            network.logits(normalize(batch.teacher_NHWC), batch.branch_N, Branch.TEACHER)
+            student = network.logits(normalize(batch.student_NHWC), batch.size_class_N, Branch.STUDENT)
+            network.logits(normalize(batch.teacher_NHWC), batch.size_class_N, Branch.TEACHER)
         torch.autograd.backward(student.sum())
         floor = time.process_time() - ended
         if batch_idx >= WARM_UP:

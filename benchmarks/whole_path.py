@@ -20,7 +20,7 @@ from benchmarks.timing import Table, in_turn
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import decode_image
-from mal_train.core.settings import Branch, Compat, network_branch
+from mal_train.core.settings import Branch, Compat, network_size_class
 from mal_train.kernel.labeler.labeler import Label, Labeler
 from mal_train.kernel.networks.network import MalNetwork, normalize
 
@@ -51,7 +51,7 @@ def plain_mask(network: MalNetwork, content: bytes, box: Box, threshold: float) 
     inside = np.zeros((height, width), np.uint8)
     region = geometry.box_pixels(box, (height, width))
     inside[region.row0 : region.row1, region.col0 : region.col1] = 1
-    branch = torch.from_numpy(network_branch([geometry.box_area(box)], Compat.NONE))
+    branch = torch.from_numpy(network_size_class([geometry.box_area(box)], Compat.NONE))
     with torch.inference_mode():
         logits = network.logits(normalize(torch.from_numpy(crop[None].copy())), branch, Branch.STUDENT)
         prob = torch.nn.functional.interpolate(logits, size=(SIDE, SIDE), mode="bilinear")[0, 0].sigmoid().numpy()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
-from mal_train.core.atomic_io import stdout_fault
+from mal_train.core.atomic_io import stdout_exit_code
 from mal_train.core.command_line import add_common_options
 from mal_train.core.errors import ConfigError, MalError, OutputError
 from mal_train.core.threads import wait_passively
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _without_output(error: OSError) -> int:
-    lost = stdout_fault(error)
+    lost = stdout_exit_code(error)
     if lost is None:
         traceback.print_exception(error)
         return MalError.exit_code

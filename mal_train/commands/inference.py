@@ -12,7 +12,7 @@ from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import check_writable
 from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, by_image, read_coco
 from mal_train.core.coco.detections import read_detections, with_detector_scores
-from mal_train.core.coco.output import answer_fields, error_fields, labeled_file, write_json_atomic
+from mal_train.core.coco.output import error_fields, label_fields, labeled_file, write_json_atomic
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
@@ -85,7 +85,7 @@ def inference(spec: Spec, screen: Console) -> InferenceResult:
 def _fields(annotation: Annotation, label: Label | LabelFailure, *, with_iou: bool) -> dict[str, Any]:
     if isinstance(label, LabelFailure):
         return error_fields(label.reason, label.message)
-    fields = answer_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
+    fields = label_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
     segmentation = annotation.raw.get("segmentation")
     if with_iou and segmentation:
         with contextlib.suppress(BadDataset):  # an unreadable mask of the file is told with the figures

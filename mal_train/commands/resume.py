@@ -46,7 +46,7 @@ def check_same_network(checkpoint: Checkpoint, wanted: ModelConfig, path: Path |
 def taken_up(spec: Spec, asked: LabelerConfig, stored: LabelerConfig) -> LabelerConfig:
     """The settings that the spec asks for, with what was fitted so far; but no map of scores of another kind."""
     thresholds = stored.mask_thres if spec.fits_thresholds else asked.mask_thres
-    is_fitted = spec.fits_calibration and stored.score_kind is asked.score_kind
+    is_fitted = spec.fits_calibration and stored.score_type is asked.score_type
     fit = stored if is_fitted else asked
     return dataclasses.replace(
         asked, mask_thres=thresholds, calibration=fit.calibration, calibrated_with_flip=fit.calibrated_with_flip

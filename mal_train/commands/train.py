@@ -143,7 +143,7 @@ def _train(
             seed,
             pin_memory=device.type == "cuda",
             rank=ranks.rank,
-            size=ranks.size,
+            world_size=ranks.size,
         ),
     )
 

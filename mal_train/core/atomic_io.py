@@ -1,6 +1,7 @@
-"""Files that are the old ones or the new ones, whatever happens in between: the one way results reach the disk.
+"""Writes files atomically: after a crash at any point, a file has either its old or its new content.
 
-Source of the protocol: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.
+All results are written through this module. Source of the protocol: Pillai et al., "All File Systems Are Not
+Created Equal", OSDI 2014.
 """
 
 import errno
@@ -15,7 +16,7 @@ from typing import BinaryIO
 from mal_train.core.errors import OutputError
 
 PIPE_CLOSED = 141
-"""Exit code of a command whose output nobody reads any more (`| head`), as a shell counts it."""
+"""Exit code of a command whose standard output was closed by its reader (`| head`): 128 + SIGPIPE."""
 
 _BUFFER = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,19 +24,19 @@ _REMEDY = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
     errno.EFBIG: "raise the file size limit",
-    errno.ENOENT: "make its folder first",
+    errno.ENOENT: "create its folder first",
 }
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends well.
+    """Yields a new file that replaces `path` when the block ends without an error.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder. A symbolic link is followed.
+    Writes a temporary file in the same folder, syncs and renames it, and syncs the folder. Follows symbolic links.
 
     Raises:
-        OutputError: for any OSError within (folder missing, no permission, disk full); the old file is intact and the
-            temporary one is removed.
+        OutputError: any OSError in the block (folder missing, no permission, disk full). The old file is unchanged and
+            the temporary file is removed.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -50,31 +51,32 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             remove_on_error.pop_all()
         _sync_folder(target.parent)
     except OSError as error:
-        remedy = _REMEDY.get(error.errno or 0, "choose a place that can be written to")
+        remedy = _REMEDY.get(error.errno or 0, "choose a writable location")
         raise OutputError(
-            f"{path}: not written ({error.strerror or error}); {remedy}. A file that was there before is unchanged"
+            f"{path}: not written ({error.strerror or error}); {remedy}. An existing file is unchanged"
         ) from error
 
 
 def check_writable(path: Path) -> None:
-    """Says before hours of work what `atomic_write` would say after them; a disk may still fill up in between.
+    """Checks before long work that `atomic_write` can write `path`. The disk may still fill up later.
 
     Raises:
-        OutputError: the path is a folder, its folder is missing or may not be written to.
+        OutputError: the path is a folder, or its folder is missing or not writable.
     """
     folder = Path(os.path.realpath(path)).parent
     if path.is_dir():
-        raise OutputError(f"{path}: is a folder; give the name of a file")
+        raise OutputError(f"{path}: is a folder; give a file name")
     if not folder.is_dir():
-        raise OutputError(f"{path}: its folder does not exist; make it first")
+        raise OutputError(f"{path}: its folder does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: its folder may not be written to; choose a place that can be written to")
+        raise OutputError(f"{path}: its folder is not writable; choose a writable location")
 
 
-def stdout_fault(error: OSError) -> int | None:
-    """Exit code when standard output takes no more: 141 its reader has gone, 4 the disk is full; None: another fault.
+def stdout_exit_code(error: OSError) -> int | None:
+    """Returns the exit code for an error on standard output: 141 closed by its reader, 4 disk full, None another error.
 
-    What is left to print goes nowhere then: Python would complain once more when it closes the stream.
+    For 141 and 4, redirects standard output to /dev/null: otherwise Python reports the error again at exit, when it
+    flushes the stream.
     """
     if error.errno not in (errno.EPIPE, *_DISK_FULL):
         return None

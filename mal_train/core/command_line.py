@@ -1,4 +1,4 @@
-"""Options that all three commands share: the version, shell completion, and old names of renamed options."""
+"""Provides the options that all three commands share: version, shell completion, and renamed options."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 class RenamedOption(argparse.Action):
-    """Refuses an option under its old name and states the new one.
+    """Option that is refused under its former name with a message that gives the new name.
 
     >>> parser = argparse.ArgumentParser(prog="tool")
     >>> _ = parser.add_argument("--licence", action=RenamedOption, new="--license")

@@ -1,45 +1,52 @@
-"""Every error that the project raises on purpose. No gRPC in it: mal_server.api.interceptors alone knows status codes.
+"""Defines every error that the project raises on purpose.
 
-    MalError
-    ├── InputError            what the caller gave is at fault; the rest of the work goes on
-    │   ├── BadImage          bytes that are no picture we read, too large, or of another size than stated
-    │   ├── BadBox            NaN, empty, or wholly outside its image
-    │   └── BadDataset        a COCO file that cannot be used as a whole
-    ├── ConfigError           a spec, a setting, a flag or an override
-    ├── CheckpointError       a checkpoint that cannot be used
-    │   ├── WrongKey          the key does not open it, none was given, or its header is damaged
-    │   ├── Truncated         its end is missing
-    │   ├── Altered           its content was changed after it was sealed
-    │   └── UnknownLayout     a schema or a weight layout that this version does not read
-    ├── DeviceError           the device failed under a batch; ours, not the caller's
-    │   ├── OutOfDeviceMemory one crop alone does not fit
-    │   └── DeviceLost        it fails every batch from now on, until the process starts anew
-    ├── LostProcess           another process of the same work has gone
-    ├── OutputError           disk full, no permission, another run writes there
-    └── NonFiniteTraining     loss or weights stopped being numbers
+    MalError                    1  root of the tree
+    ├── InputError              2  the caller: one input is unusable, the rest of the work continues
+    │   ├── BadImage            2  bytes that do not decode, exceed a limit or differ from the stated size
+    │   ├── BadBox              2  a box that is not finite, is empty or lies outside its image
+    │   └── BadDataset          2  a COCO file or a row's mask that cannot be read
+    ├── ConfigError             2  the user: a spec, a setting, a flag or an override
+    ├── CheckpointError         2  the user: a checkpoint that cannot be used
+    │   ├── WrongKey            2  the key does not decrypt the file, is missing, or the key header is damaged
+    │   ├── Truncated           2  the end of the file is missing
+    │   ├── Altered             2  the content differs from what was encrypted
+    │   └── UnknownLayout       2  the schema or the weight layout is not supported by this version
+    ├── DeviceError             1  this process: the device failed on a batch
+    │   ├── OutOfDeviceMemory   1  one crop alone does not fit into device memory
+    │   └── DeviceLost          1  every batch fails until the process restarts
+    ├── LostProcess             1  another process of the same job exited
+    ├── OutputError             4  the machine: disk full, no permission, or another run writes the same output
+    └── NonFiniteTraining       5  the data or the settings: losses or weights are no longer finite
 
-A message names the thing, the value, the rule and the remedy. `exit_code` is what a command returns for it.
+The number is the exit code of a command that ends with the error; the text names the party at fault. An error that is
+not in this tree is a bug and also exits with 1. Messages name the thing, its value, the rule and the remedy. No class
+knows a gRPC status: `mal_server.api.interceptors` maps errors to statuses.
 """
 
 from typing import ClassVar
 
 
 class MalError(Exception):
-    """Root of the tree; catching it catches what the project foresaw and nothing else."""
+    """Root of the tree.
+
+    Attributes:
+        exit_code: exit code of a command that ends with this error.
+    """
 
     exit_code: ClassVar[int] = 1
 
 
 class InputError(MalError):
-    """The caller's data is at fault."""
+    """An input of the caller that is unusable. Exit code 2."""
 
     exit_code = 2
 
 
 class BadImage(InputError):
-    """An image that cannot be used.
+    """An image that is unusable. The caller's fault; exit code 2.
 
-    `reason` is one of IMAGE_DECODE_FAILED, IMAGE_FORMAT, IMAGE_TOO_LARGE, IMAGE_SIZE_MISMATCH, IMAGE_NOT_FOUND.
+    Attributes:
+        reason: IMAGE_DECODE_FAILED, IMAGE_FORMAT, IMAGE_TOO_LARGE, IMAGE_SIZE_MISMATCH or IMAGE_NOT_FOUND.
     """
 
     def __init__(self, message: str, reason: str = "IMAGE_DECODE_FAILED") -> None:
@@ -48,7 +55,7 @@ class BadImage(InputError):
 
 
 class BadBox(InputError):
-    """A box for which no mask can be made.
+    """A box that has no mask: not finite, empty, or outside its image. The caller's fault; exit code 2.
 
     Args:
         problem: the value, the rule and the remedy.
@@ -64,60 +71,60 @@ class BadBox(InputError):
 
 
 class BadDataset(InputError):
-    """A COCO file that cannot be used as a whole."""
+    """A COCO file, or the mask of one of its rows, that cannot be read. The caller's fault; exit code 2."""
 
 
 class ConfigError(MalError):
-    """A setting is unknown, of the wrong type or out of range."""
+    """A setting that is unknown, of the wrong type or out of range. The user's fault; exit code 2."""
 
     exit_code = 2
 
 
 class CheckpointError(MalError):
-    """A checkpoint cannot be used."""
+    """A checkpoint that cannot be used. Exit code 2."""
 
     exit_code = 2
 
 
 class WrongKey(CheckpointError):
-    """The key does not open the file, or the part that holds the key is damaged."""
+    """A key that does not decrypt the file, or a damaged key header. The user's fault; exit code 2."""
 
 
 class Truncated(CheckpointError):
-    """The end of the file is missing."""
+    """A file without its end, for example an incomplete copy. The file's fault; exit code 2."""
 
 
 class Altered(CheckpointError):
-    """The content differs from what was sealed."""
+    """A file whose content differs from what was encrypted. The file's fault; exit code 2."""
 
 
 class UnknownLayout(CheckpointError):
-    """A schema version or a layout of weights that this version does not read."""
+    """A schema version or a weight layout that this version does not support. Exit code 2."""
 
 
 class DeviceError(MalError):
-    """The device failed while it worked on a batch."""
+    """A failure of the device during a batch. Not the caller's fault; exit code 1."""
 
 
 class OutOfDeviceMemory(DeviceError):
-    """One crop alone does not fit into the device's memory."""
+    """One crop that does not fit into device memory even alone. Not the caller's fault; exit code 1."""
 
 
 class DeviceLost(DeviceError):
-    """The device's state is damaged for as long as this process lives; every further batch would fail too."""
+    """A device that fails every batch until this process restarts. Not the caller's fault; exit code 1."""
 
 
 class LostProcess(MalError):
-    """Another process that works on the same thing has gone; its own message, if it had time for one, tells why."""
+    """The exit of another process of the same job; that process reports the cause. Exit code 1."""
 
 
 class OutputError(MalError):
-    """A result could not be written."""
+    """A result that cannot be written: disk full, no permission, output in use. Exit code 4."""
 
     exit_code = 4
 
 
 class NonFiniteTraining(MalError):
-    """Losses or weights stopped being finite numbers."""
+    """Losses or weights that are no longer finite numbers. Exit code 5."""
 
     exit_code = 5

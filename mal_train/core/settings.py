@@ -1,6 +1,6 @@
-"""How boxes become masks: the settings that travel inside a checkpoint, and the size classes. No torch.
+"""Defines the settings that turn boxes into masks, as checkpoints store them, and the size classes of boxes.
 
-A label depends on the weights and on what stands here, and on nothing else.
+A label depends on the image, the box, the weights and these settings only. Imports no torch.
 """
 
 from collections.abc import Iterable
@@ -15,22 +15,22 @@ from numpy.typing import ArrayLike, NDArray
 from mal_train.core.errors import ConfigError
 
 Knots = tuple[tuple[float, float], ...]
-"""A map of [0, 1] into itself as points joined by lines: (from, to), both rising."""
+"""Piecewise linear map from [0, 1] to [0, 1]: points (x, y), x strictly rising, y not falling."""
 
 SIZE_NAMES = ("small", "medium", "large")
 SIZE_BOUNDS = (32.0**2, 96.0**2)
-"""Upper bounds in px² of small and medium, inclusive: (0, 32²], (32², 96²], above (COCO's classes)."""
+"""Upper bounds of small and medium in px², inclusive: (0, 32²], (32², 96²], larger (the size classes of COCO)."""
 
 
 class Compat(StrEnum):
-    """`tao` reproduces the published implementation where ours differs on purpose."""
+    """Compatibility mode: `tao` reproduces the published implementation where this one differs on purpose."""
 
     NONE = "none"
     TAO = "tao"
 
 
 class Branch(StrEnum):
-    """Which network answers; `mixed` is the mean of the two logit maps."""
+    """Network that predicts: `mixed` averages the logit maps of student and teacher."""
 
     STUDENT = "student"
     TEACHER = "teacher"
@@ -38,34 +38,34 @@ class Branch(StrEnum):
 
 
 def branches_of(*, has_teacher: bool) -> tuple[Branch, ...]:
-    """The branches that a checkpoint can run: all of them where it holds both networks, else the student alone."""
+    """Returns the branches that a checkpoint can run: all with a teacher, otherwise the student only."""
     return tuple(Branch) if has_teacher else (Branch.STUDENT,)
 
 
 def can_compare(branches: Iterable[Branch]) -> bool:
-    """Whether agreement can be measured where these branches run: it takes the masks of both networks."""
+    """Returns True if `branches` allow agreement to be measured, which needs the masks of both networks."""
     return Branch.MIXED in branches
 
 
 class MaskFormat(StrEnum):
-    """How a mask is written down."""
+    """Encoding of a mask."""
 
     RLE = "rle"
-    """COCO's compressed run lengths, as pycocotools writes them; lossless and the smallest."""
+    """Compressed run lengths of COCO, as pycocotools writes them; lossless, the smallest encoding."""
     UNCOMPRESSED = "uncompressed"
-    """The same run lengths as plain numbers; lossless, several times larger."""
+    """The same run lengths as integers; lossless, several times larger."""
     POLYGONS = "polygons"
-    """Closed lines on pixel corners, holes included; lossless at a tolerance of 0 px."""
+    """Closed polygons on pixel corners, holes included; lossless at a tolerance of 0 px."""
     PNG = "png"
-    """The tight crop as a 1-bit picture; lossless."""
+    """Tight crop of the mask as a 1-bit PNG; lossless."""
 
 
-class ScoreKind(StrEnum):
-    """What a score is made of before any calibration.
+class ScoreType(StrEnum):
+    """Measure that a score is computed from, before calibration.
 
-    `stability`: pixels whose logit is STABILITY_LOGITS above the threshold's, as a share of those that are not as far
-    below it: how little the mask depends on where it was cut. `probability`: mean foreground probability over the mask,
-    the published score. Measured in docs/quality.md: stability ranks masks better, above all where thresholds are low.
+    `stability`: pixels above the threshold + STABILITY_LOGITS divided by pixels above the threshold − STABILITY_LOGITS
+    (logits): how little the mask depends on the exact threshold. `probability`: mean foreground probability over the
+    mask, the published score. docs/quality.md has measurements: stability ranks masks better, most at low thresholds.
     """
 
     STABILITY = "stability"
@@ -73,10 +73,11 @@ class ScoreKind(StrEnum):
 
 
 STABILITY_LOGITS = 2.0
+"""Distance in logits by which `ScoreType.STABILITY` moves the threshold up and down."""
 
 
 def size_class(area: ArrayLike) -> NDArray[np.int64]:
-    """Class 0, 1, 2 (small, medium, large) of areas in px², any shape. Every positive area belongs to one.
+    """Returns the size class 0, 1 or 2 (small, medium, large) of each positive area in px²; any shape.
 
     >>> size_class([1024.0, 1024.5, 9216.0, 9217.0]).tolist()
     [0, 1, 1, 2]
@@ -84,84 +85,91 @@ def size_class(area: ArrayLike) -> NDArray[np.int64]:
     return np.searchsorted(np.asarray(SIZE_BOUNDS), np.asarray(area, dtype=np.float64), side="left").astype(np.int64)
 
 
-def network_branch(area: ArrayLike, compat: Compat) -> NDArray[np.int64]:
-    """Size branch of the network for box areas in px²: `size_class`, except −1 under `tao` for exactly 32² and 96².
+def network_size_class(area: ArrayLike, compat: Compat) -> NDArray[np.int64]:
+    """Returns the size class that the network uses for box areas in px²: `size_class`, with one exception under `tao`.
 
-    Those the published network leaves to none of its three strict intervals: −1 means no branch and zero logits.
+    The published network has three open intervals, so areas of exactly 32² and 96² belong to none: −1, zero logits.
     """
     area_array = np.asarray(area, dtype=np.float64)
-    branch = size_class(area_array)
+    classes = size_class(area_array)
     if compat is Compat.TAO:
-        branch = np.where(np.isin(area_array, SIZE_BOUNDS), -1, branch)
-    return branch
+        classes = np.where(np.isin(area_array, SIZE_BOUNDS), -1, classes)
+    return classes
 
 
 @dataclass(frozen=True)
 class ScoreBasis:
-    """How labels are made, as far as their score depends on it; as it stands: one pass of the student, nothing else.
+    """Options of a prediction that change its scores. The default is one pass of the student with no extras.
 
     Attributes:
-        branch: which network answers.
-        flip: its map is averaged with that of the mirrored crop.
-        margins: the growths of the box that maps are averaged over; () for the checkpoint's one.
-        shared_out: contested pixels go to one of their boxes.
-        threshold: the one for all sizes instead of the checkpoint's; None for these.
-        min_component_area_px: smaller parts are taken out of masks.
-        refined_edges: edges are moved to where the colors change.
+        branch: network that predicts.
+        flip: average with the prediction for the mirrored crop.
+        margins: box margins to average over; () uses the checkpoint's margin.
+        overlaps_resolved: each contested pixel is assigned to one of its boxes.
+        threshold: one threshold for all sizes; None uses the checkpoint's three.
+        min_component_area_px: mask components smaller than this are removed.
+        refined_edges: mask edges are moved to color edges.
     """
 
     branch: Branch = Branch.STUDENT
     flip: bool = False
     margins: tuple[float, ...] = ()
-    shared_out: bool = False
+    overlaps_resolved: bool = False
     threshold: float | None = None
     min_component_area_px: int = 0
     refined_edges: bool = False
 
-    def beside(self, fitted_with_flip: bool) -> list[str]:
-        """What of it is otherwise than in the answers that a calibration was fitted to, in words."""
+    def differences(self, calibrated_with_flip: bool) -> list[str]:
+        """Describes each option that differs from the predictions that the calibration was fitted on."""
+        margins = ", ".join(f"{margin:g}" for margin in self.margins)
         differs = {
             f"branch {self.branch}": self.branch is not Branch.STUDENT,
-            "a mirrored pass": self.flip and not fitted_with_flip,
-            "no mirrored pass": fitted_with_flip and not self.flip,
-            f"margins {', '.join(f'{margin:g}' for margin in self.margins)}": bool(self.margins),
-            "contested pixels shared out": self.shared_out,
+            "a mirrored pass": self.flip and not calibrated_with_flip,
+            "no mirrored pass": calibrated_with_flip and not self.flip,
+            f"margins {margins}": bool(self.margins),
+            "overlaps resolved": self.overlaps_resolved,
             f"threshold {self.threshold}": self.threshold is not None,
-            f"parts under {self.min_component_area_px} px left out": self.min_component_area_px > 0,
-            "edges moved to the colors": self.refined_edges,
+            f"components under {self.min_component_area_px} px removed": self.min_component_area_px > 0,
+            "edges refined": self.refined_edges,
         }
-        return [words for words, does in differs.items() if does]
+        return [description for description, is_different in differs.items() if is_different]
 
 
 def score_meaning(
-    manner: ScoreBasis, *, calibrated: bool, fitted_with_flip: bool = False, kind: ScoreKind | None = None
+    basis: ScoreBasis,
+    *,
+    calibrated: bool,
+    calibrated_with_flip: bool = False,
+    score_type: ScoreType | None = None,
 ) -> str:
-    """What a score is, in the words of files that carry labels.
+    """Returns the description of a score that labeled files carry.
 
     Args:
-        manner: how the labels are made.
-        calibrated: whether a map from scores to expected IoU is applied.
-        fitted_with_flip: whether that map was fitted to answers averaged with their mirror image.
-        kind: None where it is not known, as to a client.
+        basis: options of the prediction.
+        calibrated: a calibration maps scores to expected IoU.
+        calibrated_with_flip: the calibration was fitted on predictions averaged with the mirrored crop.
+        score_type: measure behind the score; None if unknown, as it is to a client.
 
-    >>> score_meaning(Manner(), calibrated=True)
+    >>> score_meaning(ScoreBasis(), calibrated=True)
     'expected IoU, calibrated'
-    >>> score_meaning(Manner(flip=True), calibrated=True)
-    'expected IoU, calibrated for one pass of the student, not for this: a mirrored pass'
+    >>> score_meaning(ScoreBasis(flip=True), calibrated=True)
+    'expected IoU, calibrated for one pass of the student, not for: a mirrored pass'
     """
     if calibrated:
-        beside = manner.beside(fitted_with_flip)
-        fit = "two passes, one of them mirrored," if fitted_with_flip else "one pass"
-        return "expected IoU, calibrated" + (
-            f" for {fit} of the student, not for this: {', '.join(beside)}" if beside else ""
-        )
-    either = "stability of the mask (under compat tao and of older checkpoints, mean foreground probability)"
-    meanings = {ScoreKind.STABILITY: "stability of the mask", ScoreKind.PROBABILITY: "mean foreground probability"}
-    return f"{either if kind is None else meanings[kind]}, not calibrated"
+        differences = ", ".join(basis.differences(calibrated_with_flip))
+        passes = "two passes (one mirrored)" if calibrated_with_flip else "one pass"
+        caveat = f" for {passes} of the student, not for: {differences}" if differences else ""
+        return f"expected IoU, calibrated{caveat}"
+    meanings = {
+        None: "stability of the mask (mean foreground probability with compat tao and in older checkpoints)",
+        ScoreType.STABILITY: "stability of the mask",
+        ScoreType.PROBABILITY: "mean foreground probability",
+    }
+    return f"{meanings[score_type]}, not calibrated"
 
 
 def calibrated(score: float, knots: Knots) -> float:
-    """The value at `score` of the map through `knots`.
+    """Returns the value at `score` of the piecewise linear map through `knots`.
 
     >>> calibrated(0.5, ((0.0, 0.0), (1.0, 0.8)))
     0.4
@@ -171,17 +179,18 @@ def calibrated(score: float, knots: Knots) -> float:
 
 @dataclass(frozen=True)
 class LabelerConfig:
-    """What turns a box into a crop and a probability map into a mask.
+    """Settings that turn a box into a crop and a probability map into a mask; part of every checkpoint.
 
     Attributes:
-        crop_size: side in px of the square network input; a multiple of the backbone's patch size.
-        margin_rate: the window is the box grown by half of this on every side (of the half extent); 0.6 in TAO.
-        mask_thres: thresholds in (0, 1) for small, medium and large boxes; mask is where the probability is above.
+        crop_size: side of the square network input in px; a multiple of the backbone's patch size.
+        margin_rate: growth of the crop window: half of this rate times the half extent of the box, on each side; 0.6
+            in TAO.
+        mask_thres: thresholds in (0, 1) for small, medium and large boxes; a pixel above its threshold is foreground.
         compat: see `Compat`.
-        calibration: map from the score to expected IoU, fitted on masks for the student's answer with these settings;
-            None: the score is as it was made.
-        score: what it is made of; under `compat: tao` always the probability.
-        calibrated_with_flip: whether the answers that it was fitted to were averaged with their mirror image.
+        calibration: map from the score to expected IoU, fitted on masks of the student with these settings; None
+            leaves scores as measured.
+        score: measure behind the score; `compat: tao` always uses the probability.
+        calibrated_with_flip: the calibration was fitted on predictions averaged with the mirrored crop.
     """
 
     crop_size: int = 512
@@ -189,7 +198,7 @@ class LabelerConfig:
     mask_thres: tuple[float, float, float] = (0.1, 0.1, 0.1)
     compat: Compat = Compat.NONE
     calibration: Knots | None = None
-    score: ScoreKind = ScoreKind.STABILITY
+    score: ScoreType = ScoreType.STABILITY
     calibrated_with_flip: bool = False
 
     def __post_init__(self) -> None:
@@ -202,24 +211,24 @@ class LabelerConfig:
         if self.calibration is not None:
             _check_knots(self.calibration)
 
-    def score_meaning(self, manner: ScoreBasis = ScoreBasis()) -> str:
-        """What the score of a label is that was made so, for files that carry labels."""
-        if manner.margins == (self.margin_rate,):
-            manner = replace(manner, margins=())
+    def score_meaning(self, basis: ScoreBasis = ScoreBasis()) -> str:
+        """Returns the description of the scores of predictions with these options, for files that carry labels."""
+        if basis.margins == (self.margin_rate,):
+            basis = replace(basis, margins=())
         return score_meaning(
-            manner,
+            basis,
             calibrated=self.calibration is not None,
-            fitted_with_flip=self.calibrated_with_flip,
-            kind=self.score_kind,
+            calibrated_with_flip=self.calibrated_with_flip,
+            score_type=self.score_type,
         )
 
     @property
-    def score_kind(self) -> ScoreKind:
-        """What scores are made of: `score`, but for `compat: tao`."""
-        return ScoreKind.PROBABILITY if self.compat is Compat.TAO else self.score
+    def score_type(self) -> ScoreType:
+        """Measure behind the scores: `score`, except with `compat: tao`."""
+        return ScoreType.PROBABILITY if self.compat is Compat.TAO else self.score
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form kept in checkpoints."""
+        """Returns the JSON object that checkpoints store."""
         return {
             "crop_size": self.crop_size,
             "margin_rate": self.margin_rate,
@@ -232,7 +241,7 @@ class LabelerConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LabelerConfig":
-        """Inverse of `to_dict`; checkpoints from before there was a choice have no calibration, and the probability."""
+        """Reads `to_dict`. Checkpoints without a score or a calibration predate both and use the probability."""
         small, medium, large = (float(t) for t in data["mask_thres"])
         knots = data.get("calibration")
         return cls(
@@ -241,7 +250,7 @@ class LabelerConfig:
             (small, medium, large),
             Compat(data["compat"]),
             None if knots is None else tuple((float(x), float(y)) for x, y in knots),
-            ScoreKind(data.get("score", ScoreKind.PROBABILITY)),
+            ScoreType(data.get("score", ScoreType.PROBABILITY)),
             bool(data.get("calibrated_with_flip", False)),
         )
 

@@ -1,12 +1,12 @@
-"""How threads of numeric libraries wait for each other. To be called before torch is imported."""
+"""Sets the wait policy of the threads of numeric libraries. Call it before torch is imported."""
 
 import os
 
 
 def wait_passively() -> None:
-    """Let OpenMP's threads sleep at barriers instead of spinning, unless the environment says otherwise.
+    """Makes OpenMP threads sleep at barriers instead of spinning, unless OMP_WAIT_POLICY is set.
 
-    Spinning assumes cores of one's own. With one other busy process on a machine of two cores it made training eight
-    times slower (0.33 against 2.62 steps/s of the demo's recipe), and a loader process is such a one.
+    Spinning assumes dedicated cores. On a machine with two cores, one other busy process (a loader process, for
+    example) made training eight times slower: 0.33 instead of 2.62 steps/s with the recipe of the demo.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

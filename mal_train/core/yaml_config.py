@@ -1,7 +1,13 @@
-"""Reads YAML into pydantic models and says exactly what is wrong with it. Knows nothing of training or serving.
+"""Reads YAML into pydantic models; errors name the field, its value and the rule. Independent of training and serving.
 
-Both commands' settings come through here: `load_yaml`, then `apply_overrides` for `a.b=c` arguments, then `validate`.
-`dump` writes a model back as YAML, each field under its description.
+The settings of both commands are read in three steps: `load_yaml`, `apply_overrides` for `a.b=c` arguments, `validate`.
+`dump` writes a model as YAML, with the description of each field as a comment.
+
+A field that was renamed or removed belongs into the `retired` map of its model, so that files with the former name get
+an error with the remedy instead of a guess:
+
+    RETIRED = {"batch_wait_ms": renamed("max_batch_wait_ms"), "models[].gpu": renamed("models[].gpu_ids")}
+    validate(ServerConfig, data, source=str(path), retired=RETIRED)
 """
 
 import difflib
@@ -25,20 +31,22 @@ Model = TypeVar("Model", bound=BaseModel)
 
 MAX_YAML_BYTES = 1 << 20
 MAX_SHOWN = 60
-"""Characters of a wrong value that a message repeats."""
+"""Maximum number of characters of an invalid value that a message repeats."""
+
+_LIST_INDEX = re.compile(r"\[\d+\]")
 
 
 class Strict(BaseModel):
-    """Base of every section: unknown fields, wrong types, NaN and infinity are errors, and a section never changes."""
+    """Base of every section: immutable; rejects unknown fields, wrong types, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-4` is a number, a date stays text, a field given twice is an error."""
+    """YAML loader in which `1e-4` is a number, a date is text, and a duplicate field is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A dict of the node; raises ConstructorError when a field stands in it twice."""
+        """Returns the node as a dict; raises ConstructorError for a duplicate field."""
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -65,7 +73,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_value(text: str) -> Any:
-    """The value that `text` has in YAML: `3`, `1e-4`, `true`, `[0.1, 0.2]`, `null`, a plain string.
+    """Parses one YAML value: `3`, `1e-4`, `true`, `[0.1, 0.2]`, `null`, a plain string.
 
     >>> parse_value("1e-4"), parse_value("[1, 2]"), parse_value("vit/16")
     (0.0001, [1, 2], 'vit/16')
@@ -74,7 +82,11 @@ def parse_value(text: str) -> Any:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Content of a YAML file whose top level is a mapping; an empty file is an empty mapping. ConfigError otherwise."""
+    """Loads a YAML file with a mapping at the top level; an empty file gives an empty mapping.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, larger than MAX_YAML_BYTES, not YAML, or not a mapping.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -82,25 +94,30 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > MAX_YAML_BYTES:
-        raise ConfigError(f"{path}: {len(data)} bytes; a settings file has at most {MAX_YAML_BYTES}")
+        raise ConfigError(f"{path}: {len(data)} bytes; the limit is {MAX_YAML_BYTES} bytes")
     try:
         content = parse_value(data.decode("utf-8"))
     except (UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}; the top level must be fields such as 'train:'")
+        raise ConfigError(
+            f"{path}: the top level is a {type(content).__name__}; it must be a mapping with fields such as 'train:'"
+        )
     return content
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `data` with every `a.b=c` applied in order; c is read as YAML. ConfigError when it has no such form.
+    """Returns a copy of `data` with each `a.b=c` applied in order; c is parsed as YAML.
 
     >>> apply_overrides({"train": {"lr": 1.0, "seed": 3}}, ["train.lr=2e-4", "model.arch=x"])
     {'train': {'lr': 0.0002, 'seed': 3}, 'model': {'arch': 'x'}}
+
+    Raises:
+        ConfigError: an override is not of the form `a.b=c`, c is not YAML, or `a` is a value instead of a section.
     """
     result = _copied(data)
     for override in overrides:
@@ -110,7 +127,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             is_file = override.endswith((".yaml", ".yml"))
             raise ConfigError(
                 f"{override!r}: an override has the form section.field=value, e.g. train.lr=1e-4 or listen.port=50052"
-                + ("; the file is named with -c (mal-server) or -e (mal-train)" if is_file else "")
+                + ("; give a file with -c (mal-server) or -e (mal-train)" if is_file else "")
             )
         try:
             value = parse_value(text)
@@ -131,16 +148,18 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 def validate(
     model_cls: type[Model], data: Mapping[str, Any], *, source: str = "", retired: Mapping[str, str] | None = None
 ) -> Model:
-    """The model that `data` describes.
+    """Builds the model that `data` describes.
 
     Args:
-        model_cls: a `Strict` model, its sections `Strict` models too.
-        data: as `load_yaml` and `apply_overrides` give it. A section that is null counts as left out.
-        source: named at the start of a message, e.g. the file.
-        retired: field path → why it does not exist here; said instead of the nearest valid name.
+        model_cls: a `Strict` model whose sections are `Strict` models too.
+        data: result of `load_yaml` and `apply_overrides`. A null section counts as absent.
+        source: prefix of messages, e.g. the file.
+        retired: path of each removed or renamed field → the rest of the message, usually from `renamed`. `models[].a`
+            stands for field a of every entry of the list `models`.
 
     Raises:
-        ConfigError: names every wrong field, its value and the rule, and for an unknown one the nearest valid name.
+        ConfigError: lists every invalid field with its value and the rule; for an unknown field, the text in `retired`
+            or else the nearest valid name.
     """
     plain = _without_null_sections(data, model_cls)
     try:
@@ -148,14 +167,19 @@ def validate(
         return model_cls.model_validate_json(json.dumps(plain))
     except (TypeError, ValueError) as error:
         if not isinstance(error, ValidationError):
-            raise ConfigError(f"{_prefix(source)}only text, numbers, lists and mappings: {error}") from None
+            raise ConfigError(f"{_prefix(source)}a value is not text, a number, a list or a mapping: {error}") from None
         lines = [_explain(detail, model_cls, retired or {}) for detail in error.errors(include_url=False)]
         unique = list(dict.fromkeys(lines))
         raise ConfigError(_prefix(source) + "; ".join(unique)) from None
 
 
+def renamed(new_path: str) -> str:
+    """Returns the text of a `retired` map for a field that has a new name."""
+    return f"renamed to {new_path}"
+
+
 def field_paths(model_cls: type[BaseModel], before: str = "") -> Iterator[str]:
-    """Dotted path of every field that holds a value, in order of declaration; sections themselves are left out."""
+    """Yields the dotted path of every field that holds a value, in order of declaration, without the sections."""
     for name, field in model_cls.model_fields.items():
         section = _section_of(field.annotation)
         if section is None:
@@ -165,7 +189,12 @@ def field_paths(model_cls: type[BaseModel], before: str = "") -> Iterator[str]:
 
 
 def dump(model: BaseModel, *, comments: bool = True) -> str:
-    """YAML of a model that `load_yaml` + `validate` read back to an equal one, each field under its description."""
+    """Returns a model as YAML that `load_yaml` and `validate` read back to an equal model.
+
+    Args:
+        model: the model.
+        comments: write the description of each field above it.
+    """
     return "\n".join(_dump_lines(model, "", comments)) + "\n"
 
 
@@ -198,7 +227,7 @@ def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section_of(annotation: object) -> type[BaseModel] | None:
-    """The model class in an annotation such as `Section` or `Section | None`."""
+    """Returns the model class in an annotation such as `Section` or `Section | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
@@ -209,12 +238,12 @@ def _section_of(annotation: object) -> type[BaseModel] | None:
 
 
 def _entry_of(annotation: object) -> type[BaseModel] | None:
-    """The model class of the entries of a list such as `tuple[Entry, ...]`."""
+    """Returns the model class of the entries of a list such as `tuple[Entry, ...]`."""
     return next((entry for entry in map(_section_of, typing.get_args(annotation)) if entry is not None), None)
 
 
 def _field_at(loc: Sequence[int | str], model_cls: type[BaseModel]) -> FieldInfo | None:
-    """The field that a place in the data belongs to; None where it is no field."""
+    """Returns the field at a location in the data; None if there is no such field."""
     section: type[BaseModel] | None = model_cls
     field: FieldInfo | None = None
     for name in loc:
@@ -226,18 +255,18 @@ def _field_at(loc: Sequence[int | str], model_cls: type[BaseModel]) -> FieldInfo
 
 
 def _choices(field: FieldInfo | None) -> list[str]:
-    """What a field, or each entry of its list, may be, where that is one of a few words."""
+    """Returns the allowed values of a field, or of the entries of its list, if they are a Literal or a StrEnum."""
     annotation = None if field is None else field.annotation
-    kinds = [annotation, *typing.get_args(annotation)]
-    words = next((kind for kind in kinds if typing.get_origin(kind) is typing.Literal), None)
-    if words is not None:
-        return [str(word) for word in typing.get_args(words)]
-    enum = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum)), None)
-    return [] if enum is None else [str(word) for word in enum]
+    candidates = [annotation, *typing.get_args(annotation)]
+    literal = next((each for each in candidates if typing.get_origin(each) is typing.Literal), None)
+    if literal is not None:
+        return [str(choice) for choice in typing.get_args(literal)]
+    enum = next((each for each in candidates if isinstance(each, type) and issubclass(each, StrEnum)), None)
+    return [] if enum is None else [str(choice) for choice in enum]
 
 
 def _without_null_sections(data: Mapping[str, Any], model_cls: type[BaseModel]) -> dict[str, Any]:
-    """`train:` with nothing under it means the defaults of that section."""
+    """Removes null sections: `train:` with no fields stands for the defaults of that section."""
     result: dict[str, Any] = {}
     for key, value in data.items():
         field = model_cls.model_fields.get(key) if isinstance(key, str) else None
@@ -253,29 +282,30 @@ def _without_null_sections(data: Mapping[str, Any], model_cls: type[BaseModel]) 
 
 def _explain(detail: ErrorDetails, model_cls: type[BaseModel], retired: Mapping[str, str]) -> str:
     path = _location(detail)
-    kind = detail["type"]
-    if kind == "extra_forbidden":
-        if path in retired:
-            return f"{path}: {retired[path]}"
+    error_type = detail["type"]
+    if error_type == "extra_forbidden":
+        retired_text = retired.get(_LIST_INDEX.sub("[]", path))
+        if retired_text is not None:
+            return f"{path}: {retired_text}"
         names = list(field_paths(model_cls))
         nearest = _suggestion_in_entry(path, model_cls) if "[" in path else _suggestion(path, names)
         return f"{path}: unknown field{nearest}"
-    if kind == "missing":
+    if error_type == "missing":
         choices = _choices(_field_at(detail["loc"], model_cls))
         return f"{path}: required, but not given" + (f"; it takes {', '.join(choices)}" if choices else "")
     rule = detail["msg"].removeprefix("Value error, ")
     rule = rule[:1].lower() + rule[1:]
     rule = rule.replace("input should", "it must").replace("an object", "a section with fields")
-    if not path:  # a rule about several fields names them itself
+    if not path:  # a rule about several fields names them
         return rule
-    if kind == "value_error" and isinstance(detail["input"], dict):
+    if error_type == "value_error" and isinstance(detail["input"], dict):
         return rule if rule.startswith(f"{path}.") else f"{path}: {rule}"
     value = "<not shown>" if _is_secret(model_cls, path) else _shown(detail["input"])
     return f"{path}: {value}; {rule}"
 
 
 def _is_secret(model_cls: type[BaseModel], path: str) -> bool:
-    """Whether the field was declared with `repr=False`: its value then stays out of messages."""
+    """Returns True for a field declared with `repr=False`, whose value is kept out of messages."""
     name, _, rest = path.partition(".")
     name = name.partition("[")[0]
     field = model_cls.model_fields.get(name)
@@ -301,7 +331,7 @@ def _shown(value: object) -> str:
 
 
 def _suggestion_in_entry(path: str, model_cls: type[BaseModel]) -> str:
-    """Nearest valid name for a field of an entry of a list, `models[0].branhc`."""
+    """Suggests a valid name for a misspelled field of a list entry, `models[0].branhc`."""
     entry: type[BaseModel] | None = model_cls
     *owners, name = path.split(".")
     for owner in owners:
@@ -309,11 +339,11 @@ def _suggestion_in_entry(path: str, model_cls: type[BaseModel]) -> str:
         entry = None if field is None else _section_of(field.annotation) or _entry_of(field.annotation)
     names = [] if entry is None else list(entry.model_fields)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return f"; an entry has {', '.join(names)}" + (f"; did you mean {close[0]}?" if close else "")
+    return f"; fields of an entry: {', '.join(names)}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _suggestion(path: str, valid_paths: Sequence[str]) -> str:
-    """Nearest valid name: one of this section, then the same name in another section, then any that resembles it."""
+    """Suggests a valid name: first of the same section, then the same name elsewhere, then the most similar name."""
     section, _, name = path.rpartition(".")
     start = f"{section}." if section else ""
     siblings = {p.removeprefix(start).split(".")[0] for p in valid_paths if p.startswith(start)}

@@ -1,21 +1,22 @@
-"""From a COCO file to the boxes one trains on, and their order. Opens a picture only to learn an unstated size.
+"""Selects the boxes of a COCO file to train on and orders them for each epoch. Decodes images only for missing sizes.
 
-Boxes are kept in arrays, not objects: a million of them cross into the loader's processes for nothing.
+Boxes are stored in arrays instead of objects, so that loader processes share a million of them without copies.
 """
 
 import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
-from mal_train.core.coco.box_filter import training_refusal
+from mal_train.core.coco.box_filter import training_exclusion
 from mal_train.core.coco.detections import MASK_SCORE
 from mal_train.core.errors import BadBox, BadDataset, BadImage
 from mal_train.core.masks import rle
@@ -25,28 +26,28 @@ from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Compat
 
 Supervision = Literal["box", "mask", "auto", "pseudo"]
-"""What is learned from: boxes alone, masks alone, masks where there are any and boxes for the rest, or the boxes of
-all and beside them masks that an earlier model guessed."""
+"""Training target: `box` ignores masks, `mask` excludes boxes without a mask, `auto` uses masks where there are any and
+boxes for the rest, `pseudo` uses all boxes and weighs masks of an earlier model by `pseudo_label_weight`."""
 
-WINDOW_IMAGES = 64
-"""Images whose boxes are mixed with each other: few enough to stay decoded, many enough for a good shuffle."""
-WINDOW_BYTES = 128 << 20
-"""Decoded bytes of these images, at most (one image alone may be larger)."""
+SHUFFLE_IMAGES = 64
+"""Images whose boxes are shuffled together: few enough to keep them decoded, enough for a good shuffle."""
+SHUFFLE_BYTES = 128 << 20
+"""Maximum decoded size of these images in bytes; a single larger image forms a group of its own."""
 
 
 @dataclass(frozen=True)
 class TrainingBoxes:
-    """What there is to train on.
+    """Boxes to train on.
 
     Attributes:
-        paths: one picture file for each image that has a box.
+        paths: image files; only images with a box.
         size_wh: (images, 2) int64, width and height in px.
         image_of_box: (boxes,) int64 index into `paths`.
         boxes_xywh: (boxes, 4) float64, inside their images.
-        total: annotations in the file.
-        refused: how many are not trained on, by reason.
-        masks: the mask of each box, None where it has none; empty where masks are not used.
-        mask_weights: (boxes,) float32, how much each mask counts, 1 on average; None: all alike.
+        total: number of annotations in the file.
+        excluded: number of annotations that are not trained on, by reason.
+        masks: mask of each box, None for a box without one; empty if masks are not used.
+        mask_weights: (boxes,) float32 weight of each mask, 1 on average; None for equal weights.
     """
 
     paths: tuple[Path, ...]
@@ -54,7 +55,7 @@ class TrainingBoxes:
     image_of_box: NDArray[np.int64]
     boxes_xywh: NDArray[np.float64]
     total: int
-    refused: Counter[str]
+    excluded: Counter[str]
     masks: tuple[Rle | None, ...] = ()
     mask_weights: NDArray[np.float32] | None = None
 
@@ -62,37 +63,36 @@ class TrainingBoxes:
         return len(self.image_of_box)
 
     def box(self, index: int) -> Box:
-        """Box number `index` as x, y, width, height."""
+        """Returns box `index` as x, y, width, height."""
         x, y, w, h = (float(v) for v in self.boxes_xywh[index])
         return x, y, w, h
 
     def digest(self) -> str:
-        """Names what there is to train on: equal exactly where boxes, their order and their masks are."""
-        found = hashlib.sha256(json.dumps([path.name for path in self.paths]).encode())
+        """Returns a SHA-256 that is equal only for equal image names, boxes, box order and masks."""
+        sha256 = hashlib.sha256(json.dumps([path.name for path in self.paths]).encode())
         for array in (self.size_wh, self.image_of_box, self.boxes_xywh):
-            found.update(array.tobytes())
+            sha256.update(array.tobytes())
         for mask in self.masks:
-            found.update(b"-" if mask is None else mask.counts)
-        return found.hexdigest()
+            sha256.update(b"-" if mask is None else mask.counts)
+        return sha256.hexdigest()
 
     def summary(self) -> str:
-        """One line for people: what is kept, and what is not and why."""
+        """Returns one line for the log: the number of boxes, and the excluded annotations by reason."""
         text = f"training on {len(self)} of {self.total} boxes in {len(self.paths)} images"
         if self.masks:
-            text += f", {sum(mask is not None for mask in self.masks)} of them with their masks"
-        if self.refused:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.refused.most_common())
-            text += f"; left out: {reasons}"
+            text += f", {sum(mask is not None for mask in self.masks)} with masks"
+        if self.excluded:
+            text += f"; excluded: {_counts(self.excluded)}"
         return text
 
 
 def read_training_boxes(
     ann_path: Path, image_dir: Path, *, min_area: float, max_area: float, compat: Compat
 ) -> TrainingBoxes:
-    """The boxes of a COCO file that `training_refusal` lets through, areas in px² strictly between the bounds.
+    """Reads a COCO file and selects its boxes; see `select_boxes`.
 
     Raises:
-        BadDataset: the file is refused as a whole, or nothing is left to train on.
+        BadDataset: the file is rejected, or no box is left to train on.
     """
     return select_boxes(
         read_coco(ann_path), image_dir, min_area=min_area, max_area=max_area, compat=compat, name=str(ann_path)
@@ -109,117 +109,174 @@ def select_boxes(
     supervision: Supervision = "box",
     name: str = "dataset",
 ) -> TrainingBoxes:
-    """`read_training_boxes` of a file already in memory, with masks as `supervision` says.
+    """Selects the boxes that `training_exclusion` accepts, with masks according to `supervision`.
 
-    `box` leaves masks alone, `auto` takes those that can be read, `mask` leaves out boxes without one, and `pseudo`
-    weighs those that can be read by `guess_weight`.
+    Args:
+        coco: the file.
+        image_dir: folder that its file names are relative to.
+        min_area: exclusive lower bound of the box area in px².
+        max_area: exclusive upper bound in px².
+        compat: rule of the filter.
+        supervision: training target.
+        name: name of the file in messages.
+
+    Raises:
+        BadDataset: no box is left to train on.
     """
-    refused: Counter[str] = Counter()
-    paths: list[Path] = []
-    sizes: list[tuple[int, int]] = []
-    image_of_box: list[int] = []
-    boxes: list[Box] = []
-    masks: list[Rle | None] = []
-    weights: list[float] = []
-    seen = 0
+    selection = _Selection(_BoxRule(min_area, max_area, compat, supervision))
+    n_rows_with_image = 0
     for image, annotations in by_image(coco):
-        seen += len(annotations)
-        if not annotations:
-            continue
-        size = _usable_size(image, image_dir)
-        if size is None:
-            refused[str(Reason.IMAGE_UNUSABLE)] += len(annotations)
-            continue
-        kept: list[Box] = []
-        for annotation in annotations:
-            try:
-                inside, _ = check_box(annotation.box_xywh, (size[1], size[0]))
-            except BadBox:
-                inside = None
-            reason = training_refusal(annotation, inside, size, min_area=min_area, max_area=max_area, compat=compat)
-            if reason is None and inside is None:
-                reason = Reason.BAD_BOX
-            mask = None if supervision == "box" or reason is not None else _mask(annotation, size)
-            if reason is None and supervision == "mask" and mask is None:
-                reason = Reason.NO_GROUND_TRUTH
-            if reason is not None or inside is None:
-                refused[str(reason)] += 1
-            else:
-                kept.append(inside)
-                masks.append(mask)
-                # Beside a detector's score stands the mask's own.
-                score = annotation.raw.get(MASK_SCORE, annotation.raw.get("score"))
-                weights.append(guess_weight(score, mask, inside))
-        if kept:
-            image_of_box += [len(paths)] * len(kept)
-            boxes += kept
-            paths.append(image_dir / image.file_name)
-            sizes.append(size)
-    # Rows that name no known image appear with no image at all.
-    if len(coco.annotations) > seen:
-        refused[str(Reason.IMAGE_UNKNOWN)] += len(coco.annotations) - seen
-    if not boxes:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in refused.most_common()) or "it holds none"
+        n_rows_with_image += len(annotations)
+        if annotations:
+            selection.add_image(image, annotations, image_dir)
+    n_rows_without_image = len(coco.annotations) - n_rows_with_image
+    if n_rows_without_image:
+        selection.excluded[str(Reason.IMAGE_UNKNOWN)] += n_rows_without_image
+    if not selection.boxes:
+        reasons = _counts(selection.excluded) or "it has no annotations"
         raise BadDataset(
             f"{name}: no box to train on ({reasons}); check dataset.train_img_dir, min_obj_size and max_obj_size"
         )
-    return TrainingBoxes(
-        tuple(paths),
-        np.asarray(sizes, dtype=np.int64),
-        np.asarray(image_of_box, dtype=np.int64),
-        np.asarray(boxes, dtype=np.float64),
-        len(coco.annotations),
-        refused,
-        () if supervision == "box" else tuple(masks),
-        _on_average_one(weights) if supervision == "pseudo" else None,
-    )
+    return selection.to_boxes(len(coco.annotations))
 
 
-def guess_weight(score: object, mask: Rle | None, box_inside: Box) -> float:
-    """How far a guessed mask is to be trusted, in [0, 1]: its score times how tightly it fills its box.
+class _SelectedBox(NamedTuple):
+    box_inside: Box
+    mask: Rle | None
+    mask_weight: float
 
-    Tightness is the IoU of the mask's own tight box with the given one, which is the one thing known for certain.
-    A mask without a score (a finite number) counts by its tightness alone; no mask, or an empty one, has weight 0.
+
+@dataclass(frozen=True)
+class _BoxRule:
+    """Rule that selects single boxes; the fields are arguments of `select_boxes`."""
+
+    min_area: float
+    max_area: float
+    compat: Compat
+    supervision: Supervision
+
+    def apply(self, annotation: Annotation, size_wh: tuple[int, int]) -> _SelectedBox | Reason:
+        """Returns the clipped box with its mask, or the reason for which it is excluded."""
+        box_inside = _clipped(annotation, size_wh)
+        reason = training_exclusion(
+            annotation, box_inside, size_wh, min_area=self.min_area, max_area=self.max_area, compat=self.compat
+        )
+        if reason is not None:
+            return reason
+        if box_inside is None:
+            return Reason.BAD_BOX
+        mask = None if self.supervision == "box" else _mask(annotation, size_wh)
+        if mask is None and self.supervision == "mask":
+            return Reason.NO_GROUND_TRUTH
+        # A row of detections has the detector's score in `score` and that of the mask in `mask_score`.
+        score = annotation.raw.get(MASK_SCORE, annotation.raw.get("score"))
+        return _SelectedBox(box_inside, mask, pseudo_label_weight(score, mask, box_inside))
+
+
+@dataclass
+class _Selection:
+    """Boxes selected so far."""
+
+    rule: _BoxRule
+    paths: list[Path] = field(default_factory=list)
+    sizes_wh: list[tuple[int, int]] = field(default_factory=list)
+    image_of_box: list[int] = field(default_factory=list)
+    boxes: list[_SelectedBox] = field(default_factory=list)
+    excluded: Counter[str] = field(default_factory=Counter)
+
+    def add_image(self, image: ImageInfo, annotations: Sequence[Annotation], image_dir: Path) -> None:
+        """Adds the selected boxes of an image, and the image if there is one; counts the others by reason."""
+        size_wh = _usable_size(image, image_dir)
+        if size_wh is None:
+            self.excluded[str(Reason.IMAGE_UNUSABLE)] += len(annotations)
+            return
+        n_before = len(self.boxes)
+        for annotation in annotations:
+            selected = self.rule.apply(annotation, size_wh)
+            if isinstance(selected, Reason):
+                self.excluded[str(selected)] += 1
+            else:
+                self.boxes.append(selected)
+                self.image_of_box.append(len(self.paths))
+        if len(self.boxes) > n_before:
+            self.paths.append(image_dir / image.file_name)
+            self.sizes_wh.append(size_wh)
+
+    def to_boxes(self, total: int) -> TrainingBoxes:
+        """Returns the selection as arrays; `total` is the number of annotations in the file."""
+        supervision = self.rule.supervision
+        weights = [box.mask_weight for box in self.boxes]
+        return TrainingBoxes(
+            tuple(self.paths),
+            np.asarray(self.sizes_wh, dtype=np.int64),
+            np.asarray(self.image_of_box, dtype=np.int64),
+            np.asarray([box.box_inside for box in self.boxes], dtype=np.float64),
+            total,
+            self.excluded,
+            () if supervision == "box" else tuple(box.mask for box in self.boxes),
+            _with_mean_one(weights) if supervision == "pseudo" else None,
+        )
+
+
+def pseudo_label_weight(score: object, mask: Rle | None, box_inside: Box) -> float:
+    """Returns the weight of a pseudo label in [0, 1]: its score times the IoU of its tight box with the given box.
+
+    The given box is the only ground truth, so a mask that does not fill it is less trustworthy. A mask without a finite
+    score is weighted by the IoU alone; a missing or empty mask has weight 0.
     """
-    tight = None if mask is None else rle.to_box(mask)
-    if tight is None:
+    tight_box = None if mask is None else rle.to_box(mask)
+    if tight_box is None:
         return 0.0
-    trust = float(score) if isinstance(score, int | float) and math.isfinite(score) else 1.0
-    return min(max(trust, 0.0), 1.0) * box_iou(tight, box_inside)
+    confidence = float(score) if isinstance(score, int | float) and math.isfinite(score) else 1.0
+    return min(max(confidence, 0.0), 1.0) * box_iou(tight_box, box_inside)
 
 
-def _on_average_one(weights: list[float]) -> NDArray[np.float32]:
-    """The weights scaled so that those above 0 have the mean 1: the loss's size then says nothing of the guesses'."""
+def _with_mean_one(weights: list[float]) -> NDArray[np.float32]:
+    """Scales weights so that the positive ones have mean 1; the size of the loss is then independent of the scores."""
     array = np.asarray(weights, dtype=np.float64)
-    known = array > 0.0
-    return (array / array[known].mean() if known.any() else array).astype(np.float32)
+    is_positive = array > 0.0
+    return (array / array[is_positive].mean() if is_positive.any() else array).astype(np.float32)
 
 
 def epoch_order(boxes: TrainingBoxes, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Every box index once, in an order that depends on seed and epoch alone.
+    """Returns a permutation of the box indices that depends only on `seed` and `epoch`.
 
-    Images are shuffled and taken in windows; the boxes of a window are shuffled together. A batch thus mixes images,
-    and a loader that keeps one window decoded opens every picture once.
+    Images are shuffled and split into groups; the boxes of a group are shuffled together. Batches thus mix images, and
+    a loader that keeps one group decoded opens every image once.
     """
     rng = np.random.default_rng([seed, epoch])
-    by_picture = np.argsort(boxes.image_of_box, kind="stable")
-    starts = np.searchsorted(boxes.image_of_box[by_picture], np.arange(len(boxes.paths) + 1))
+    by_image_index = np.argsort(boxes.image_of_box, kind="stable")
+    starts = np.searchsorted(boxes.image_of_box[by_image_index], np.arange(len(boxes.paths) + 1))
     decoded_bytes = 3 * boxes.size_wh.prod(axis=1)
     parts: list[NDArray[np.int64]] = []
-    window: list[NDArray[np.int64]] = []
-    held = 0
+    group: list[NDArray[np.int64]] = []
+    group_bytes = 0
     for image in rng.permutation(len(boxes.paths)):
-        if window and (len(window) == WINDOW_IMAGES or held + decoded_bytes[image] > WINDOW_BYTES):
-            parts.append(rng.permutation(np.concatenate(window)))
-            window, held = [], 0
-        window.append(by_picture[starts[image] : starts[image + 1]])
-        held += int(decoded_bytes[image])
-    parts.append(rng.permutation(np.concatenate(window)))
+        if group and (len(group) == SHUFFLE_IMAGES or group_bytes + decoded_bytes[image] > SHUFFLE_BYTES):
+            parts.append(rng.permutation(np.concatenate(group)))
+            group, group_bytes = [], 0
+        group.append(by_image_index[starts[image] : starts[image + 1]])
+        group_bytes += int(decoded_bytes[image])
+    parts.append(rng.permutation(np.concatenate(group)))
     return np.concatenate(parts)
 
 
+def _counts(excluded: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in excluded.most_common())
+
+
+def _clipped(annotation: Annotation, size_wh: tuple[int, int]) -> Box | None:
+    """Returns the part of the box inside the image; None if `check_box` rejects it."""
+    width, height = size_wh
+    try:
+        box_inside, _ = check_box(annotation.box_xywh, (height, width))
+    except BadBox:
+        return None
+    return box_inside
+
+
 def _mask(annotation: Annotation, size_wh: tuple[int, int]) -> Rle | None:
-    """The annotation's mask; None where it has none, an empty one or one that cannot be read."""
+    """Returns the mask of the annotation; None if it is missing, empty or cannot be read."""
     segmentation = annotation.raw.get("segmentation")
     if not segmentation:
         return None
@@ -231,7 +288,7 @@ def _mask(annotation: Annotation, size_wh: tuple[int, int]) -> Rle | None:
 
 
 def _usable_size(image: ImageInfo, image_dir: Path) -> tuple[int, int] | None:
-    """Width and height; None where the row has a problem or there is no such file."""
+    """Returns width and height; None if the row is invalid or the file is missing or cannot be decoded."""
     if image.problem is not None or not (image_dir / image.file_name).is_file():
         return None
     if image.size_wh is not None:

@@ -1,8 +1,11 @@
-"""One box of a picture → what the student and the teacher see of it. Pillow and numpy; every draw comes from `rng`.
+"""Cuts the views of student and teacher around one box, with Pillow and numpy; all random numbers come from `rng`.
 
-Both views share the crop and the flip; only the student's colors are disturbed (§2.4 of the method).
+Both views share the crop and the flip; only the student's view gets color augmentation (§2.4 of the method).
+
+Letters: H, W image size; S crop size; C = 3 channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,20 +18,23 @@ from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.images import RgbImage
 from mal_train.core.settings import Compat
 
-FLIP_SHARE = 0.5
-JITTER_SHARE = 0.5
-GRAY_SHARE = 0.2
-BLUR_SHARE = 0.5
+FLIP_PROB = 0.5
+JITTER_PROB = 0.5
+GRAY_PROB = 0.2
+BLUR_PROB = 0.5
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
-HALF = 127
+MASK_THRESHOLD = 127
 BLUR_RADIUS = (0.1, 2.0)
 
 
 class Views(NamedTuple):
-    """A training sample before it becomes a tensor; S is the crop size.
+    """Training sample as arrays.
 
-    `student` and `teacher` are (S, S, 3) uint8 RGB, `box_mask` is (S, S) uint8 with values 0 and 1, and so
-    is `mask`, the object's own where it is known.
+    Attributes:
+        student: (S, S, 3) uint8 RGB.
+        teacher: (S, S, 3) uint8 RGB.
+        box_mask: (S, S) uint8, 0 and 1.
+        mask: mask of the object, (S, S) uint8, 0 and 1; None if it is unknown.
     """
 
     student: NDArray[np.uint8]
@@ -39,13 +45,13 @@ class Views(NamedTuple):
 
 @dataclass(frozen=True)
 class Cropping:
-    """How a training crop is taken.
+    """Settings of training crops.
 
     Attributes:
         size: side of the crop in px.
-        margin_rate: range of the random growth of the box.
-        compat: clip rule of the box mask; under `tao` it also wraps with the picture.
-        colors: whether the student's colors are disturbed.
+        margin_rate: range of the random margin rate of the box.
+        compat: clip rule of the box mask; under `tao` the box mask also wraps around with the image.
+        colors: apply color augmentation to the student's view.
     """
 
     size: int
@@ -55,65 +61,76 @@ class Cropping:
 
 
 def make_views(
-    image: RgbImage,
+    image_HWC: RgbImage,
     box_inside: Box,
     cropping: Cropping,
     rng: np.random.Generator,
-    mask: NDArray[np.bool_] | None = None,
+    mask_HW: NDArray[np.bool_] | None = None,
 ) -> Views:
-    """Both views and the box mask of a box that lies inside its picture (H, W, 3), and its mask (H, W) where given."""
-    image_hw = (image.shape[0], image.shape[1])
+    """Cuts both views, the box mask and the mask of one object.
+
+    Args:
+        image_HWC: uint8 RGB.
+        box_inside: box in px, inside the image.
+        cropping: settings of the crop.
+        rng: source of the margins, the flip and the color augmentation.
+        mask_HW: mask of the object, if it is known.
+    """
+    image_hw = (image_HWC.shape[0], image_HWC.shape[1])
     window = geometry.train_window(box_inside, geometry.random_margins(rng, cropping.margin_rate))
-    clean = geometry.resize_crop(geometry.cut(image, window), cropping.size)
-    box_mask = geometry.box_mask_in_window(
+    crop_SSC = geometry.resize_crop(geometry.cut(image_HWC, window), cropping.size)
+    box_mask_SS = geometry.box_mask_in_window(
         box_inside, window, image_hw, cropping.size, cropping.compat, wrap=cropping.compat is Compat.TAO
     )
-    own = None
-    if mask is not None:
-        # Where the picture repeats in the margin so does the object; only the one in the box is meant.
-        pixels = geometry.resize_crop(geometry.cut(mask.astype(np.uint8) * 255, window), cropping.size)
-        own = (pixels > HALF).astype(np.uint8) * box_mask
-    if rng.random() < FLIP_SHARE:
-        clean, box_mask = clean[:, ::-1], box_mask[:, ::-1]
-        own = None if own is None else np.ascontiguousarray(own[:, ::-1])
-    clean = np.ascontiguousarray(clean)
-    student = color_jitter(clean, rng) if cropping.colors else clean
-    return Views(student, clean, np.ascontiguousarray(box_mask), own)
+    object_mask_SS = None if mask_HW is None else _object_mask(mask_HW, window, box_mask_SS)
+    if rng.random() < FLIP_PROB:
+        crop_SSC, box_mask_SS = crop_SSC[:, ::-1], box_mask_SS[:, ::-1]
+        object_mask_SS = None if object_mask_SS is None else np.ascontiguousarray(object_mask_SS[:, ::-1])
+    teacher_SSC = np.ascontiguousarray(crop_SSC)
+    student_SSC = color_jitter(teacher_SSC, rng) if cropping.colors else teacher_SSC
+    return Views(student_SSC, teacher_SSC, np.ascontiguousarray(box_mask_SS), object_mask_SS)
 
 
-def color_jitter(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Color jitter, grayscale and blur, each with its own probability; (H, W, 3) uint8 in and out."""
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    if rng.random() < JITTER_SHARE:
-        picture = _jitter(picture, rng)
-    if rng.random() < GRAY_SHARE:
-        picture = picture.convert("L").convert("RGB")
-    if rng.random() < BLUR_SHARE:
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR_RADIUS)))
-    return np.asarray(picture)
+def _object_mask(
+    mask_HW: NDArray[np.bool_], window: geometry.Window, box_mask_SS: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Cuts the mask of an object. The box mask removes the copies of the object where the crop wraps around."""
+    mask_SS = geometry.resize_crop(geometry.cut(mask_HW.astype(np.uint8) * 255, window), box_mask_SS.shape[0])
+    return (mask_SS > MASK_THRESHOLD).astype(np.uint8) * box_mask_SS
 
 
-def _jitter(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast, saturation and hue in random order, with torchvision's meaning of each factor."""
+def color_jitter(image_HWC: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Applies color jitter, grayscale and blur to a uint8 RGB image, each with its own probability."""
+    image = Image.fromarray(np.ascontiguousarray(image_HWC))
+    if rng.random() < JITTER_PROB:
+        image = _jitter(image, rng)
+    if rng.random() < GRAY_PROB:
+        image = image.convert("L").convert("RGB")
+    if rng.random() < BLUR_PROB:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR_RADIUS)))
+    return np.asarray(image)
+
+
+def _jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Changes brightness, contrast, saturation and hue in random order; factors as in torchvision's ColorJitter."""
     brightness, contrast, saturation = (
         1.0 + rng.uniform(-spread, spread) for spread in (BRIGHTNESS, CONTRAST, SATURATION)
     )
     hue = rng.uniform(-HUE, HUE)
-    for step in rng.permutation(4):
-        if step == 0:
-            picture = ImageEnhance.Brightness(picture).enhance(brightness)
-        elif step == 1:
-            picture = ImageEnhance.Contrast(picture).enhance(contrast)
-        elif step == 2:
-            picture = ImageEnhance.Color(picture).enhance(saturation)
-        else:
-            picture = shift_hue(picture, hue)
-    return picture
+    operations: tuple[Callable[[Image.Image], Image.Image], ...] = (
+        lambda image: ImageEnhance.Brightness(image).enhance(brightness),
+        lambda image: ImageEnhance.Contrast(image).enhance(contrast),
+        lambda image: ImageEnhance.Color(image).enhance(saturation),
+        lambda image: shift_hue(image, hue),
+    )
+    for index in rng.permutation(len(operations)):
+        image = operations[index](image)
+    return image
 
 
-def shift_hue(picture: Image.Image, turn: float) -> Image.Image:
-    """The RGB picture with its hues turned by `turn` of the color circle, −0.5 … 0.5."""
-    hue, saturation, value = picture.convert("HSV").split()
-    # A byte overflows where the color circle closes; the shift is cut to whole steps as torchvision does.
-    turned = np.asarray(hue) + np.uint8(int(turn * 255) % 256)
-    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+def shift_hue(image: Image.Image, shift: float) -> Image.Image:
+    """Rotates the hues of an RGB image by `shift` of the color circle, −0.5 … 0.5."""
+    hue, saturation, value = image.convert("HSV").split()
+    # uint8 overflow closes the color circle; the shift is truncated to whole steps as torchvision does.
+    shifted_hue = np.asarray(hue) + np.uint8(int(shift * 255) % 256)
+    return Image.merge("HSV", (Image.fromarray(shifted_hue), saturation, value)).convert("RGB")

@@ -1,8 +1,10 @@
-"""Feeds training: boxes in an order set by seed and epoch, cut in loader processes, collated into uint8 batches.
+"""Loads training batches: cuts samples in loader processes and collates them into uint8 batches.
 
-What a sample looks like depends on (seed, epoch, index) alone, not on which process makes it or what came before: a
-run that goes on at an epoch's start sees what an undisturbed one would have seen. Several training processes share each
-stretch of the order, so that together they see what one process with a batch as large would see.
+A sample depends only on (seed, epoch, box index), not on the process that cuts it or on earlier samples, so a resumed
+run sees the same samples as an uninterrupted one. Training processes split each global batch, so that together they see
+the same boxes as one process with a batch of that size.
+
+Letters: N samples of a batch, M of them with a mask, H = W = crop size, C channels.
 """
 
 import itertools
@@ -23,32 +25,37 @@ from mal_train.core.errors import BadDataset, BadImage, OutputError
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
 from mal_train.core.masks.images import RgbImage, read_image
-from mal_train.core.settings import network_branch
-from mal_train.data.annotations import WINDOW_BYTES, TrainingBoxes, epoch_order
+from mal_train.core.settings import network_size_class
+from mal_train.data.annotations import SHUFFLE_BYTES, TrainingBoxes, epoch_order
 from mal_train.data.augment import Cropping, Views, make_views
 
-CACHE_BYTES = WINDOW_BYTES + WINDOW_BYTES // 2
-"""Decoded pictures that a loader process keeps: one window of the order and the start of the next."""
+CACHE_BYTES = SHUFFLE_BYTES + SHUFFLE_BYTES // 2
+"""Maximum bytes of decoded images in a loader process: one shuffle group and the start of the next."""
 SHARED_MEMORY = "/dev/shm"
-"""Through which loader processes hand over batches."""
-REPLACEMENTS = 16
-"""Other boxes tried in the place of one whose picture cannot be read."""
+"""File system through which loader processes pass batches."""
+MAX_REPLACEMENTS = 16
+"""Maximum number of boxes tried for one sample, while their images cannot be read."""
 
 
 class Batch(NamedTuple):
-    """N samples; S is the crop size.
+    """N collated samples.
 
-    student_NHWC and teacher_NHWC are uint8 RGB, box_mask_NHW uint8 with values 0 and 1. branch_N (int64 size branch)
-    stays on the CPU, where it steers the network. bad_images names pictures that could not be read, with the reason.
-    mask_MHW (uint8, 0 and 1) are the masks of the M samples that masked_M (int64) counts, and mask_weight_M (float32)
-    how much each counts; None without any. weight is the factor of the whole batch's loss: 1, but where several
-    processes share an epoch's last stretch unevenly.
+    Attributes:
+        student_NHWC: uint8 RGB.
+        teacher_NHWC: uint8 RGB.
+        box_mask_NHW: uint8, 0 and 1.
+        size_class_N: int64 size class of each box; stays on the CPU, where the network selects its filters.
+        bad_images: one message per image that could not be read.
+        mask_MHW: uint8 masks, 0 and 1; None if no sample has one.
+        masked_M: int64 indices of the samples with a mask.
+        mask_weight_M: float32 weight of each mask.
+        weight: factor of the loss of the batch; 1 unless processes split the last global batch of an epoch unevenly.
     """
 
     student_NHWC: Tensor
     teacher_NHWC: Tensor
     box_mask_NHW: Tensor
-    branch_N: Tensor
+    size_class_N: Tensor
     bad_images: tuple[str, ...]
     mask_MHW: Tensor | None = None
     masked_M: Tensor | None = None
@@ -56,7 +63,7 @@ class Batch(NamedTuple):
     weight: float = 1.0
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its pixels on `device`."""
+        """Returns the batch with its pixels and mask weights on `device`."""
         return self._replace(
             student_NHWC=self.student_NHWC.to(device, non_blocking=True),
             teacher_NHWC=self.teacher_NHWC.to(device, non_blocking=True),
@@ -67,17 +74,17 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One box, cut."""
+    """Crop of one box, before collation."""
 
     views: Views
-    branch: int
-    bad_images: tuple[str, ...]
+    size_class: int
+    bad_images: tuple[str, ...] = ()
     weight: float = 1.0
     mask_weight: float = 1.0
 
 
 class SampleIndex(NamedTuple):
-    """Which box in which epoch, and the weight of its batch's loss."""
+    """Index of a sample: epoch, box, and the weight of the loss of its batch."""
 
     epoch: int
     box: int
@@ -85,7 +92,7 @@ class SampleIndex(NamedTuple):
 
 
 class BoxDataset(Dataset[Sample]):
-    """Cuts the sample of (epoch, index). Every process that holds a copy keeps its own few decoded pictures."""
+    """Dataset that cuts the sample of (epoch, box). Each process has its own cache of decoded images."""
 
     def __init__(self, boxes: TrainingBoxes, cropping: Cropping, seed: int) -> None:
         self.boxes = boxes
@@ -98,29 +105,34 @@ class BoxDataset(Dataset[Sample]):
         return len(self.boxes)
 
     def __getitem__(self, key: tuple[int, int] | SampleIndex) -> Sample:
-        """The sample of box `index` in `epoch`; another box in its place where its picture cannot be read.
+        """Returns the sample of a box in an epoch; if its image cannot be read, that of a random other box.
 
         Raises:
-            BadDataset: the pictures of REPLACEMENTS boxes in a row cannot be read.
+            BadDataset: the images of MAX_REPLACEMENTS boxes in a row cannot be read.
         """
         epoch, index, weight = SampleIndex(*key)
         rng = np.random.default_rng([self.seed, epoch, index])
-        bad: list[str] = []
-        for _ in range(REPLACEMENTS):
+        bad_images: list[str] = []
+        for _ in range(MAX_REPLACEMENTS):
             try:
                 image = self._image(int(self.boxes.image_of_box[index]))
             except BadImage as error:
-                bad.append(str(error))
+                bad_images.append(str(error))
                 index = int(rng.integers(len(self.boxes)))
                 continue
-            box = self.boxes.box(index)
-            branch = int(network_branch(box_area(box), self.cropping.compat))
-            code = self.boxes.masks[index] if self.boxes.masks else None
-            mask = None if code is None else rle.decode_mask(code)
-            weights = self.boxes.mask_weights
-            mask_weight = 1.0 if weights is None else float(weights[index])
-            return Sample(make_views(image, box, self.cropping, rng, mask), branch, tuple(bad), weight, mask_weight)
-        raise BadDataset(f"{REPLACEMENTS} pictures in a row cannot be read, the last: {bad[-1]}")
+            return self._cut(image, index, rng)._replace(bad_images=tuple(bad_images), weight=weight)
+        raise BadDataset(f"{MAX_REPLACEMENTS} images in a row cannot be read; the last: {bad_images[-1]}")
+
+    def _cut(self, image: RgbImage, index: int, rng: np.random.Generator) -> Sample:
+        box = self.boxes.box(index)
+        encoded_mask = self.boxes.masks[index] if self.boxes.masks else None
+        mask = None if encoded_mask is None else rle.decode_mask(encoded_mask)
+        weights = self.boxes.mask_weights
+        return Sample(
+            make_views(image, box, self.cropping, rng, mask),
+            int(network_size_class(box_area(box), self.cropping.compat)),
+            mask_weight=1.0 if weights is None else float(weights[index]),
+        )
 
     def _image(self, index: int) -> RgbImage:
         image = self._decoded.get(index)
@@ -137,73 +149,76 @@ class BoxDataset(Dataset[Sample]):
 
 
 class EpochOrder(Sampler[SampleIndex]):
-    """One process's places of every epoch; the trainer calls `set_epoch` before each epoch.
+    """Sampler of one process; the trainer calls `set_epoch` before each epoch.
 
-    The order of `epoch_order` is cut into stretches of `batch_size` boxes for each process, and a process takes its
-    part of each: no box twice, none left out. The last stretch may give one process a box less than another, or none;
-    that one gets a box of the stretch whose loss counts 0, because all must take part in every step. Within a stretch
-    the boxes go by picture, so that few processes open the same one; the step's gradient is the stretch's either way.
+    `epoch_order` is split into global batches of `batch_size` boxes per process, and each process takes its slice of
+    every global batch: each box is used exactly once. In the last global batch a process may have one box fewer than
+    another, or none; it then gets a box with loss weight 0, because every process must take part in every step. The
+    boxes of a global batch are sorted by image, so that few processes open the same image; the gradient of a step does
+    not depend on that order.
 
     Args:
-        boxes: all there are.
-        seed: of the order.
-        batch_size: boxes that one process takes at a time.
-        rank: of this process.
-        size: number of processes.
+        boxes: all boxes.
+        seed: seed of the order.
+        batch_size: boxes per step and process.
+        rank: rank of this process.
+        world_size: number of processes.
     """
 
-    def __init__(self, boxes: TrainingBoxes, seed: int, batch_size: int = 1, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self, boxes: TrainingBoxes, seed: int, batch_size: int = 1, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.boxes = boxes
         self.seed = seed
         self.batch_size = batch_size
         self.rank = rank
-        self.size = size
+        self.world_size = world_size
         self.epoch = 0
         self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Number of the epoch that the next iteration belongs to."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.boxes), self.batch_size * self.size)
-        return whole * self.batch_size + (max(1, self._share(rest)[1]) if rest else 0)
+        n_full, remainder = divmod(len(self.boxes), self.batch_size * self.world_size)
+        return n_full * self.batch_size + (max(1, self._rank_slice(remainder)[1]) if remainder else 0)
 
     def __iter__(self) -> Iterator[SampleIndex]:
         epoch, skip = self.epoch, self.skip
         self.skip = 0
-        return itertools.islice(self._places(epoch), skip, None)
+        return itertools.islice(self._samples(epoch), skip, None)
 
-    def _places(self, epoch: int) -> Iterator[SampleIndex]:
+    def _samples(self, epoch: int) -> Iterator[SampleIndex]:
         order = epoch_order(self.boxes, self.seed, epoch)
-        stretch = self.batch_size * self.size
-        for start in range(0, len(order), stretch):
-            members = order[start : start + stretch]
-            if self.size > 1:
-                members = members[np.argsort(self.boxes.image_of_box[members], kind="stable")]
-            first, count = self._share(len(members))
-            mine = members[first : first + count] if count else members[:1]
-            # Gradients are averaged over processes; so weighted, the average is the mean over the stretch.
-            weight = count * self.size / len(members)
-            yield from (SampleIndex(epoch, int(index), weight) for index in mine)
+        global_batch_size = self.batch_size * self.world_size
+        for start in range(0, len(order), global_batch_size):
+            global_batch = order[start : start + global_batch_size]
+            if self.world_size > 1:
+                global_batch = global_batch[np.argsort(self.boxes.image_of_box[global_batch], kind="stable")]
+            first, count = self._rank_slice(len(global_batch))
+            local_batch = global_batch[first : first + count] if count else global_batch[:1]
+            # Gradients are averaged over processes; with this weight the average is the mean over the global batch.
+            weight = count * self.world_size / len(global_batch)
+            yield from (SampleIndex(epoch, int(index), weight) for index in local_batch)
 
-    def _share(self, count: int) -> tuple[int, int]:
-        """Where this process's part of `count` boxes starts, and its length; parts differ by one box at most."""
-        start = count * self.rank // self.size
-        return start, count * (self.rank + 1) // self.size - start
+    def _rank_slice(self, count: int) -> tuple[int, int]:
+        """Returns the start and length of this process's slice of `count` boxes; lengths differ by one at most."""
+        start = count * self.rank // self.world_size
+        return start, count * (self.rank + 1) // self.world_size - start
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How batches are made.
+    """Settings of the data loader of one training process.
 
     Attributes:
-        batch_size: boxes in a batch of one process; the last one of an epoch may be smaller.
-        num_workers: loader processes of each process; 0 works in the main one.
-        seed: of order and augmentation, ≥ 0.
-        pin_memory: page-locked batches, for CUDA.
-        rank: of this training process.
-        size: number of training processes.
+        batch_size: boxes per batch; the last batch of an epoch may be smaller.
+        num_workers: number of loader processes; 0 loads in the training process.
+        seed: seed of order and augmentation, at least 0.
+        pin_memory: put batches into page-locked memory, for CUDA.
+        rank: rank of this training process.
+        world_size: number of training processes.
     """
 
     batch_size: int
@@ -211,29 +226,29 @@ class LoaderSettings:
     seed: int
     pin_memory: bool = False
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
 
 class BoxDataModule(lightning.LightningDataModule):
-    """The training loader, as Lightning wants it."""
+    """Lightning data module of the training set."""
 
     def __init__(self, boxes: TrainingBoxes, cropping: Cropping, settings: LoaderSettings) -> None:
         super().__init__()
         self.boxes = boxes
         self.cropping = cropping
         self.settings = settings
-        self._order = EpochOrder(boxes, settings.seed, settings.batch_size, settings.rank, settings.size)
+        self._order = EpochOrder(boxes, settings.seed, settings.batch_size, settings.rank, settings.world_size)
 
     def resume_from(self, epoch: int, batches: int) -> None:
-        """Begin with this epoch, and leave out its first batches: a run that was cut off has trained on them.
+        """Sets the first epoch and skips its first `batches`, which the interrupted run has trained on.
 
-        Lightning opens the loader of a resumed run before it says which epoch it is.
+        Needed because Lightning opens the loader of a resumed run before it sets the epoch.
         """
         self._order.set_epoch(epoch)
         self._order.skip = batches * self.settings.batch_size
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Batches of one epoch after the other."""
+        """Returns the loader; each iteration is one epoch."""
         return DataLoader(
             BoxDataset(self.boxes, self.cropping, self.settings.seed),
             sampler=self._order,
@@ -242,31 +257,31 @@ class BoxDataModule(lightning.LightningDataModule):
             persistent_workers=self.settings.num_workers > 0,
             pin_memory=self.settings.pin_memory,
             collate_fn=collate,
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=ignore_shutdown_signals,
         )
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """SIGTERM and Ctrl-C reach whole groups of processes; the trainer needs its loader to end the step at hand."""
+def ignore_shutdown_signals(worker: int) -> None:
+    """Ignores SIGTERM and SIGINT, which reach all processes of a group; the trainer needs its loader to end a step."""
     del worker
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stacks samples of one crop size; in a loader process into shared memory.
+    """Stacks samples of one crop size; in a loader process, in shared memory.
 
     Raises:
         OutputError: shared memory is full.
     """
     batch = _stack(samples)
     if get_worker_info() is not None:
-        # Here and not on the way out, where torch would print a trace, drop the batch, and let the trainer wait for it.
-        _share([tensor for tensor in batch if isinstance(tensor, Tensor)])
+        # Done here because a failure in the queue of torch prints a trace and drops the batch, and the trainer hangs.
+        _move_to_shared_memory([tensor for tensor in batch if isinstance(tensor, Tensor)])
     return batch
 
 
-def _share(tensors: list[Tensor]) -> None:
+def _move_to_shared_memory(tensors: list[Tensor]) -> None:
     try:
         for tensor in tensors:
             tensor.share_memory_()  # type: ignore[no-untyped-call]
@@ -274,15 +289,15 @@ def _share(tensors: list[Tensor]) -> None:
         if "shared memory" not in str(error):
             raise
         needed = sum(tensor.nbytes for tensor in tensors)
-        raise no_shared_memory(f"where a batch takes {needed}") from error
+        raise shared_memory_error(f"a batch needs {needed} bytes") from error
 
 
-def no_shared_memory(need: str) -> OutputError:
-    """What to say when loader processes have no room left."""
+def shared_memory_error(need: str) -> OutputError:
+    """Returns the error for full shared memory; `need` states what needs it."""
     free = shutil.disk_usage(SHARED_MEMORY).free
     return OutputError(
-        f"{SHARED_MEMORY}: full, {free} bytes are free {need}; give it more room (docker: --shm-size=4g), or set "
-        "dataset.num_workers_per_gpu to 0, which needs none"
+        f"{SHARED_MEMORY}: full; {free} bytes are free and {need}; enlarge it (docker: --shm-size=4g) or set "
+        "dataset.num_workers_per_gpu to 0"
     )
 
 
@@ -292,8 +307,8 @@ def _stack(samples: list[Sample]) -> Batch:
         torch.from_numpy(np.stack([sample.views.student for sample in samples])),
         torch.from_numpy(np.stack([sample.views.teacher for sample in samples])),
         torch.from_numpy(np.stack([sample.views.box_mask for sample in samples])),
-        torch.tensor([sample.branch for sample in samples], dtype=torch.int64),
-        tuple(text for sample in samples for text in sample.bad_images),
+        torch.tensor([sample.size_class for sample in samples], dtype=torch.int64),
+        tuple(message for sample in samples for message in sample.bad_images),
         torch.from_numpy(np.stack([mask for _, mask in masked])) if masked else None,
         torch.tensor([n for n, _ in masked], dtype=torch.int64) if masked else None,
         torch.tensor([samples[n].mask_weight for n, _ in masked], dtype=torch.float32) if masked else None,

@@ -130,11 +130,11 @@ class MalModule(lightning.LightningModule):
         del batch_idx
         student_view = normalize(batch.student_NHWC)
         teacher_view = normalize(batch.teacher_NHWC)
-        student = self.network.logits(student_view, batch.branch_N, Branch.STUDENT)
+        student = self.network.logits(student_view, batch.size_class_N, Branch.STUDENT)
         weights = self.loss_weights(self.global_step)
         teacher = None
         if weights.crf > 0.0:  # nothing else asks for its answer
-            teacher = self.network.logits(teacher_view, batch.branch_N, Branch.TEACHER)
+            teacher = self.network.logits(teacher_view, batch.size_class_N, Branch.TEACHER)
         with torch.autocast(self.device.type, enabled=False):
             # The jittered view's colors are not the object's: ours steers by the clean one.
             guide = student_view if self.compat is Compat.TAO else teacher_view

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from mal_train.core.errors import BadDataset, ConfigError, OutOfDeviceMemory, OutputError
 from mal_train.core.settings import Compat
-from mal_train.data.datamodule import BoxDataModule, no_shared_memory
+from mal_train.data.datamodule import BoxDataModule, shared_memory_error
 from mal_train.distributed.process_group import PATIENCE, Followed, Launched, ProcessGroup, lost_process
 from mal_train.distributed.sharding import SealedFSDP
 from mal_train.kernel.networks.precision import Precision, resolve
@@ -144,7 +144,7 @@ def fit(
         if not _is_full(error):
             raise
         # Files of ours have said so themselves by now.
-        raise no_shared_memory("where the loader processes keep their locks") from error
+        raise shared_memory_error("where the loader processes keep their locks") from error
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -110,11 +110,15 @@ def test_a_data_set_is_labeled_by_the_model_that_was_named(address: str, tmp_pat
     [
         (types_pb2.BRANCH_STUDENT, LabelOptions(), ""),
         (types_pb2.BRANCH_TEACHER, LabelOptions(branch=Branch.STUDENT), ""),
-        (types_pb2.BRANCH_TEACHER, LabelOptions(), " for one pass of the student, not for this: branch teacher"),
+        (
+            types_pb2.BRANCH_TEACHER,
+            LabelOptions(),
+            " for one pass of the student, not for: branch teacher",
+        ),
         (
             types_pb2.BRANCH_STUDENT,
             LabelOptions(flip=True, resolve_overlaps=True),
-            " for one pass of the student, not for this: a mirrored pass, contested pixels shared out",
+            " for one pass of the student, not for: a mirrored pass, overlaps resolved",
         ),
     ],
 )

@@ -22,7 +22,7 @@ from mal_client.cli.models import add_models
 from mal_client.cli.playground import add_playground
 from mal_client.cli.review import add_review
 from mal_client.types import ServerInfo
-from mal_train.core.atomic_io import stdout_fault
+from mal_train.core.atomic_io import stdout_exit_code
 from mal_train.core.command_line import add_common_options
 from mal_train.core.errors import MalError, OutputError
 from mal_train.core.version import distribution_version
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # as it is after `>&-`
             sys.stdout.flush()
     except OSError as error:
-        lost = stdout_fault(error)
+        lost = stdout_exit_code(error)
         if lost is None:
             raise
         if lost == OutputError.exit_code:

@@ -18,10 +18,10 @@ from mal_client.types import FAILED_LISTED, DatasetOptions, DatasetResult, Faile
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.coco.output import error_fields, labeled_row
-from mal_train.core.coco.stream import write_changed
+from mal_train.core.coco.stream import write_transformed
 from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.masks.encodings import encode_bitmap, to_polygons, to_runs
-from mal_train.core.masks.polygons import bridged
+from mal_train.core.masks.polygons import merge_holes
 from mal_train.core.masks.rle import Rle, decode_mask, to_box
 from mal_train.core.settings import MaskFormat
 
@@ -83,7 +83,7 @@ def write_labeled(
             if plan == RowAction.FAULTY:
                 fault = ItemError("INVALID_ARGUMENT", str(annotation.reason), annotation.problem or "")
             elif plan != RowAction.ASK:
-                return labeled_row(row, annotation, images, None, is_kept=plan == RowAction.KEEP)
+                return labeled_row(row, annotation, images, None, keep_existing=plan == RowAction.KEEP)
             else:
                 answer = answer_at(at)
                 if "label" in answer:
@@ -95,7 +95,7 @@ def write_labeled(
             fields = None if plan == RowAction.FAULTY else error_fields(fault.reason or fault.code, fault.message)
             return masks.failed(labeled_row(row, annotation, images, fields))
 
-        write_changed(work.head, output_json, change, {**provenance, **masks.provenance()})
+        write_transformed(work.head, output_json, change, {**provenance, **masks.provenance()})
     if not errors.count:
         listed.unlink(missing_ok=True)
     return DatasetResult(
@@ -146,7 +146,7 @@ class _MaskWriter:
             runs = to_runs(code)
             return {"segmentation": {"size": [runs.height, runs.width], "counts": list(runs.counts)}}
         if self._how.mask_format is MaskFormat.POLYGONS:
-            lines = bridged(to_polygons(code, self._how.polygon_tolerance_px).rings)
+            lines = merge_holes(to_polygons(code, self._how.polygon_tolerance_px).rings)
             # No list of polygons says "empty" to COCO's tools; an empty mask stays a run-length code.
             return {"segmentation": [line.ravel().tolist() for line in lines]} if lines else {}
         return {}

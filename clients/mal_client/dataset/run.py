@@ -38,7 +38,7 @@ from mal_client.types import (
 )
 from mal_train.core.atomic_io import check_writable
 from mal_train.core.coco.annotations import ImageInfo
-from mal_train.core.coco.output import answer_fields
+from mal_train.core.coco.output import label_fields
 from mal_train.core.errors import ConfigError
 from mal_train.core.fingerprint import differences
 
@@ -258,7 +258,7 @@ def _label_rest(
 def _fields(label: BoxLabel) -> dict[str, Any]:
     if label.rle is None:
         raise ValueError(f"box {label.index}: neither mask nor error")
-    return answer_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
+    return label_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
 
 
 def _parts(error: ItemError) -> list[str]:

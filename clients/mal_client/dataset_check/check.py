@@ -62,9 +62,9 @@ def check_dataset(
 
 
 def _note_ids(report: CheckReport, head: CocoHead) -> None:
-    for image_id in head.repeated_images:
+    for image_id in head.repeated_image_ids:
         report.note("DUPLICATE_IMAGE_ID", Severity.FATAL, "an image id stands more than once", f"image {image_id!r}")
-    for annotation_id in head.repeated_annotations:
+    for annotation_id in head.repeated_annotation_ids:
         report.note(
             "DUPLICATE_ANNOTATION_ID",
             Severity.FATAL,

@@ -14,7 +14,7 @@ from mal_client.formats.masks import LabelFiles, MaskFile, MaskRow, write_bytes
 from mal_client.images.image_files import ImageFiles
 from mal_train.core.errors import BadImage
 from mal_train.core.masks.encodings import to_png
-from mal_train.core.masks.polygons import bridged
+from mal_train.core.masks.polygons import merge_holes
 
 VERSION = "5.5.0"
 """Of labelme, whose form this is; shapes of type mask are read since 5.2."""
@@ -74,6 +74,6 @@ def _shapes(row: MaskRow, group: int, shape: Shape) -> Iterator[dict[str, Any]]:
         corners = [[crop.x, crop.y], [crop.x + crop.crop_width - 1, crop.y + crop.crop_height - 1]]
         yield {**common, "points": corners, "mask": base64.b64encode(crop.content).decode()}
         return
-    lines = bridged(row.rings)
+    lines = merge_holes(row.rings)
     for line in lines:
         yield {**common, "points": line.tolist(), "group_id": group if len(lines) > 1 else None, "mask": None}

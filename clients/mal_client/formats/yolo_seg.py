@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mal_client.formats.masks import LabelFiles, MaskFile, write_bytes
-from mal_train.core.masks.polygons import one_line
+from mal_train.core.masks.polygons import single_polygon
 
 
 def write_yolo(masks: MaskFile, images_dir: Path, folder: Path) -> None:
@@ -28,7 +28,7 @@ def write_yolo(masks: MaskFile, images_dir: Path, folder: Path) -> None:
             continue
         size = np.array([image.width, image.height], dtype=np.float64)
         lines = [
-            " ".join([str(row.category_at), *(f"{value:.8g}" for value in (one_line(row.rings) / size).ravel())])
+            " ".join([str(row.category_at), *(f"{value:.8g}" for value in (single_polygon(row.rings) / size).ravel())])
             for row in rows
         ]
         write_bytes(path, "".join(f"{line}\n" for line in lines).encode())

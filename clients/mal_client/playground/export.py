@@ -11,7 +11,7 @@ from mal_client.dataset.provenance import provenance_of
 from mal_client.playground.schema import BadRequest, Json, member, read_box
 from mal_client.types import LabelOptions, ServerInfo
 from mal_train.core.coco.annotations import JsonId, parse_coco
-from mal_train.core.coco.output import answer_fields, error_fields, labeled_file
+from mal_train.core.coco.output import error_fields, label_fields, labeled_file
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.rle import Rle, area
 
@@ -97,7 +97,7 @@ def _answer(answer: Mapping[str, Any], image: Json, name: str) -> dict[str, Any]
     if (rle.height, rle.width) != (image["height"], image["width"]):
         raise BadRequest(f"{name}: a mask of {rle.width}x{rle.height} px on {image['width']}x{image['height']} px")
     agreement = answer.get("agreement")
-    return answer_fields(
+    return label_fields(
         rle.to_coco(),
         area(rle),
         _share(answer, "score", name),

@@ -90,11 +90,13 @@ class ServerInfo:
         manner = ScoreBasis(
             options.branch or self.model.branch,
             options.flip,
-            shared_out=options.resolve_overlaps,
+            overlaps_resolved=options.resolve_overlaps,
             threshold=options.threshold,
             min_component_area_px=options.min_component_area_px,
         )
-        return score_meaning(manner, calibrated=self.score_calibrated, fitted_with_flip=self.score_calibrated_with_flip)
+        return score_meaning(
+            manner, calibrated=self.score_calibrated, calibrated_with_flip=self.score_calibrated_with_flip
+        )
 
     @property
     def known_branches(self) -> tuple[Branch, ...]:

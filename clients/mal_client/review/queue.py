@@ -23,7 +23,7 @@ from mal_client.images.image_input import read_file
 from mal_client.types import BoxXywh
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
 from mal_train.core.coco.output import write_json_atomic
-from mal_train.core.coco.stream import CocoHead, read_member, scan_coco
+from mal_train.core.coco.stream import CocoHead, read_list, scan_coco
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.masks.flags import FLAG_DESCRIPTIONS
 from mal_train.core.masks.images import read_header
@@ -199,7 +199,7 @@ def review_queue(
     """
     sizes = {
         row["id"]: (row["height"], row["width"])
-        for row in read_member(labeled_json, "images")
+        for row in read_list(labeled_json, "images")
         if isinstance(row, dict) and isinstance(row.get("id"), JsonId) and {"width", "height"} <= row.keys()
     }
     keys = _SortKeys(ReviewQueue(by), None if truth is None else _Truth(truth), sizes)
@@ -236,9 +236,9 @@ def write_worst(queue: ReviewQueue, labeled_json: Path, output: Path) -> None:
     write_json_atomic(
         output,
         {
-            "images": [row for row in read_member(labeled_json, "images") if _has_id(row, images)],
+            "images": [row for row in read_list(labeled_json, "images") if _has_id(row, images)],
             "annotations": [{**item.row, "review_rank": item.rank} for item in queue.worst],
-            "categories": list(read_member(labeled_json, "categories")),
+            "categories": list(read_list(labeled_json, "categories")),
         },
     )
 
@@ -266,7 +266,7 @@ def frame_size(item: QueueItem, files: ImageFiles) -> tuple[int, int]:
 
 def category_names(labeled_json: Path) -> dict[object, str]:
     """Names of a file's categories by id."""
-    rows = (row for row in read_member(labeled_json, "categories") if isinstance(row, dict))
+    rows = (row for row in read_list(labeled_json, "categories") if isinstance(row, dict))
     return {row.get("id"): str(row.get("name", row.get("id"))) for row in rows}
 
 

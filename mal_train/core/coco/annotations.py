@@ -1,7 +1,7 @@
-"""COCO files on the way in: read, and checked row by row.
+"""Reads COCO files and checks them row by row. Reads no pixels.
 
-Knows nothing of pixels. A file is refused as a whole only when its rows cannot be told apart (not JSON, a list missing,
-an id used twice); every other fault belongs to one row, which stays in its place and says what is wrong with it.
+A file is rejected only if its rows cannot be identified: not JSON, a list is missing, an id is used twice. Every other
+error concerns one row, which keeps its index and carries the description of the error.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,17 +19,19 @@ from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import MAX_PIXELS
 
 JsonId = int | float | str
-"""An id as JSON holds it; 1 and "1" are different ids."""
+"""Id as JSON represents it; 1 and "1" are different ids."""
 
 NO_BOX: Final[Box] = (math.nan, math.nan, math.nan, math.nan)
-"""Stands where a row holds no readable box."""
+"""Placeholder for a row without a readable box."""
 
-_REQUIRED = ("images", "annotations", "categories")
-_LISTED = 5
+REQUIRED_LISTS: Final = ("images", "annotations", "categories")
+
+_MAX_LISTED_IDS: Final = 5
+_MAX_SHOWN_CHARS: Final = 80
 
 
 class Reason(StrEnum):
-    """Why a row gets no mask, is not trained on or is not counted; written into files and reports."""
+    """Reason for which a row gets no mask, is not trained on or is not counted; written into files and reports."""
 
     NOT_AN_OBJECT = "NOT_AN_OBJECT"
     BAD_ID = "BAD_ID"
@@ -55,10 +58,10 @@ class ImageInfo:
 
     Attributes:
         id: as in the file.
-        file_name: path below the image folder; "" where `problem` says that it is missing.
-        width: px, None where the file does not say (the picture itself then does).
-        height: likewise.
-        problem: what makes the row unusable, as a sentence; None when nothing does.
+        file_name: path relative to the image folder; "" if it is missing (see `problem`).
+        width: in px; None if the file does not state it (the image itself is read then).
+        height: in px; None as for `width`.
+        problem: description of what makes the row unusable; None for a usable row.
     """
 
     id: JsonId
@@ -69,24 +72,24 @@ class ImageInfo:
 
     @property
     def size_wh(self) -> tuple[int, int] | None:
-        """(width, height) in px; None where the file leaves one of them out."""
+        """(width, height) in px; None if the file omits one of them."""
         return None if self.width is None or self.height is None else (self.width, self.height)
 
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One row of `annotations`, with or without a fault.
+    """One row of `annotations`, valid or not.
 
     Attributes:
-        id: as in the file; None where it is missing or no id.
-        image_id: likewise.
-        category_id: likewise.
-        box_xywh: the user's numbers, finite unless `problem` is set (else `NO_BOX` or what could be read). Whether the
-            box is positive and meets its image is for `geometry.check_box` to say.
-        iscrowd: a region of many objects: never trained on, never counted, copied through when labeling.
-        raw: the row itself, unknown fields included; {} where the row is no object.
-        problem: the first fault found, as a sentence that names the row; None when there is none.
-        reason: the kind of that fault.
+        id: as in the file; None if it is missing or not an id.
+        image_id: as in the file; None as for `id`.
+        category_id: as in the file; None as for `id`.
+        box_xywh: the user's numbers. Finite unless `problem` is set, in which case it is `NO_BOX` or what was read.
+            `geometry.check_box` checks that the box is positive and intersects its image.
+        iscrowd: the row is a region of many objects: never trained on, never counted, copied when labeling.
+        raw: the row itself with unknown fields; {} if the row is not an object.
+        problem: description of the first error, which names the row; None for a valid row.
+        reason: machine-readable reason of `problem`.
     """
 
     id: JsonId | None
@@ -104,11 +107,11 @@ class CocoFile:
     """A COCO file in memory.
 
     Attributes:
-        raw: the whole JSON object; nothing in it is changed by this module.
+        raw: the complete JSON object, unchanged.
         images: by id, in file order.
-        annotations: one for each row of raw["annotations"], in that order.
+        annotations: one per row of raw["annotations"], in that order.
         categories: the rows of raw["categories"] that are objects.
-        notes: faults of `images` and `categories` rows that no annotation can carry, one sentence each.
+        notes: one sentence per invalid row of `images` and `categories`, which no annotation can carry.
     """
 
     raw: dict[str, Any]
@@ -119,7 +122,7 @@ class CocoFile:
 
     @property
     def category_names(self) -> dict[JsonId, str]:
-        """Names by id, in file order; the id itself where a row has no name."""
+        """Category names by id, in file order; the id itself for a row without a name."""
         names: dict[JsonId, str] = {}
         for row in self.categories:
             category_id = _id_of(row, "id")
@@ -128,12 +131,12 @@ class CocoFile:
         return names
 
     def problem_counts(self) -> Counter[str]:
-        """Number of annotations with a fault, by reason."""
+        """Returns the number of invalid annotations by reason."""
         return Counter(str(row.reason) for row in self.annotations if row.reason is not None)
 
 
 def read_coco(path: Path) -> CocoFile:
-    """Reads a COCO annotation file whole; see `parse_coco`.
+    """Reads a COCO annotation file into memory; see `parse_coco`.
 
     Raises:
         BadDataset: from `read_json` or `parse_coco`.
@@ -142,27 +145,26 @@ def read_coco(path: Path) -> CocoFile:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Reads a JSON file in UTF-8, UTF-16 or UTF-32.
 
     Raises:
-        BadDataset: no such file, not readable, or not JSON (UTF-8, UTF-16 or UTF-32).
+        BadDataset: the file is missing, unreadable or not JSON.
     """
     try:
         content = path.read_bytes()
-    except OSError as fault:
-        raise BadDataset(f"{path}: cannot be read ({fault.strerror}); give the path of a COCO JSON file") from fault
+    except OSError as error:
+        raise BadDataset(f"{path}: cannot be read ({error.strerror}); give the path of a COCO JSON file") from error
     try:
-        raw = json.loads(content)
+        return json.loads(content)
     except RecursionError:
-        raise BadDataset(f"{path}: nested too deeply to be a COCO file") from None
-    except ValueError as fault:
-        detail = "empty file" if not content.strip() else str(fault)
-        raise BadDataset(f"{path}: not JSON ({detail}); a COCO annotation file is needed") from fault
-    return raw
+        raise BadDataset(f"{path}: nested too deeply for a COCO file") from None
+    except ValueError as error:
+        detail = "empty file" if not content.strip() else str(error)
+        raise BadDataset(f"{path}: not JSON ({detail}); give a COCO annotation file") from error
 
 
 def parse_coco(raw: Any, name: str = "dataset") -> CocoFile:
-    """Checks every row of a parsed COCO file and loses none.
+    """Checks every row of a parsed COCO file; invalid rows are kept with their error.
 
     >>> coco = parse_coco({"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 3, "name": "cup"}],
     ...                    "annotations": [{"id": "a", "image_id": 1, "category_id": 3, "bbox": [0, 0, 4, 4]},
@@ -171,37 +173,42 @@ def parse_coco(raw: Any, name: str = "dataset") -> CocoFile:
     [None, 'annotation "b": image_id 2 is not among the images of the file']
 
     Args:
-        raw: what `json.loads` gave.
-        name: how messages call the file.
+        raw: result of `json.loads`.
+        name: name of the file in messages.
 
     Raises:
-        BadDataset: not an object, a missing or wrong top-level list, or an annotation id or image id used twice.
+        BadDataset: not an object, a required list is missing or not a list, or an annotation or image id is repeated.
     """
     if not isinstance(raw, dict):
         hint = " (a list is a COCO results file)" if isinstance(raw, list) else ""
-        raise BadDataset(f"{name}: holds {kind(raw)}{hint}; an object with {', '.join(_REQUIRED)} is needed")
-    missing = [key for key in _REQUIRED if key not in raw]
+        raise BadDataset(f"{name}: holds {json_type(raw)}{hint}; it must be an object with {', '.join(REQUIRED_LISTS)}")
+    missing = [key for key in REQUIRED_LISTS if key not in raw]
     if missing:
-        raise BadDataset(f"{name}: has no {', '.join(map(repr, missing))}; a COCO file needs {', '.join(_REQUIRED)}")
-    for key in _REQUIRED:
+        raise BadDataset(missing_lists(name, missing))
+    for key in REQUIRED_LISTS:
         if not isinstance(raw[key], list):
-            raise BadDataset(f"{name}: {key!r} is {kind(raw[key])}; it must be a list")
-    _refuse_duplicates(raw["images"], f"{name}: image id")
-    _refuse_duplicates(raw["annotations"], f"{name}: annotation id")
+            raise BadDataset(f"{name}: {key!r} is {json_type(raw[key])}; it must be a list")
+    _check_unique_ids(raw["images"], f"{name}: image id")
+    _check_unique_ids(raw["annotations"], f"{name}: annotation id")
 
     notes: list[str] = []
-    images = read_images(raw["images"], notes)
+    images = dict(read_images(raw["images"], notes))
     categories = [row for row in raw["categories"] if isinstance(row, dict)]
     known_categories = category_ids(raw["categories"], notes)
-    annotations = [read_annotation(row, at, images, known_categories) for at, row in enumerate(raw["annotations"])]
+    annotations = [read_annotation(row, n, images, known_categories) for n, row in enumerate(raw["annotations"])]
     return CocoFile(raw, images, annotations, categories, tuple(notes))
 
 
-def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
-    """Every image once, in file order, with its annotations in file order, those with a problem included.
+def missing_lists(name: str, missing: Sequence[str]) -> str:
+    """Returns the message for a file without some of the required lists."""
+    return f"{name}: has no {', '.join(map(repr, missing))}; a COCO file needs {', '.join(REQUIRED_LISTS)}"
 
-    An image without annotations comes with an empty list. Annotations of an unknown image belong to no image and do
-    not appear: `annotations` of the file has them, with their problem.
+
+def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
+    """Yields every image with its annotations, valid or not, both in file order.
+
+    An image without annotations has an empty list. Annotations of an unknown image are not yielded; they are in
+    `CocoFile.annotations`, with their problem.
     """
     rows: dict[JsonId, list[Annotation]] = {image_id: [] for image_id in coco.images}
     for annotation in coco.annotations:
@@ -212,12 +219,12 @@ def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
 
 
 def id_order(value: JsonId) -> tuple[bool, float, str]:
-    """Sort key for ids of mixed types: numbers by value, then strings."""
+    """Returns the sort key of an id: numbers by value, then strings."""
     return (True, 0.0, value) if isinstance(value, str) else (False, value, "")
 
 
 def is_id(value: object) -> bool:
-    """Whether a JSON value can be an id: a string or a finite number."""
+    """Returns True if a JSON value can be an id: a string or a finite number."""
     if isinstance(value, bool):
         return False
     return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
@@ -228,61 +235,64 @@ def _id_of(row: Mapping[str, Any], key: str) -> JsonId | None:
     return value if is_id(value) else None
 
 
-def _refuse_duplicates(rows: Sequence[Any], what: str) -> None:
+def _check_unique_ids(rows: Sequence[Any], name: str) -> None:
     seen: set[JsonId] = set()
-    twice: dict[JsonId, None] = {}
+    repeated: dict[JsonId, None] = {}
     for row in rows:
         row_id = _id_of(row, "id") if isinstance(row, dict) else None
         if row_id is not None:
-            note_id(row_id, seen, twice)
-    refuse_repeated(twice, what)
+            record_id(row_id, seen, repeated)
+    reject_duplicate_ids(repeated, name)
 
 
-def note_id(row_id: JsonId, seen: set[JsonId], twice: dict[JsonId, None]) -> None:
-    """Adds an id to `seen`, or to `twice` when it is there already."""
+def record_id(row_id: JsonId, seen: set[JsonId], repeated: dict[JsonId, None]) -> None:
+    """Adds an id to `seen`, and to `repeated` if it was in `seen` before."""
     if row_id in seen:
-        twice[row_id] = None
+        repeated[row_id] = None
     seen.add(row_id)
 
 
-def refuse_repeated(repeated: Iterable[JsonId], what: str) -> None:
-    """Raises BadDataset when there are ids that stand more than once; lists the first few."""
-    twice = list(repeated)
-    if twice:
-        listed = ", ".join(_shown(value) for value in twice[:_LISTED])
-        more = f" and {len(twice) - _LISTED} more" if len(twice) > _LISTED else ""
-        raise BadDataset(f"{what} {listed}{more} used more than once; ids must be unique, so renumber them")
+def reject_duplicate_ids(repeated: Collection[JsonId], name: str) -> None:
+    """Raises BadDataset if `repeated` is not empty; the message begins with `name` and lists the first ids."""
+    if repeated:
+        listed = ", ".join(_as_json(value) for value in islice(repeated, _MAX_LISTED_IDS))
+        n_more = len(repeated) - _MAX_LISTED_IDS
+        more = f" and {n_more} more" if n_more > 0 else ""
+        raise BadDataset(f"{name} {listed}{more} used more than once; ids must be unique: renumber them")
 
 
-def read_images(rows: Iterable[Any], notes: list[str]) -> dict[JsonId, ImageInfo]:
-    """The rows of `images` by id; `notes` takes a sentence for each that has none."""
-    images: dict[JsonId, ImageInfo] = {}
-    for at, row in enumerate(rows):
+def read_images(rows: Iterable[Any], notes: list[str]) -> Iterator[tuple[JsonId, ImageInfo]]:
+    """Yields (id, image) of each row of `images`; appends a sentence to `notes` for each row without an id."""
+    for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            notes.append(f"images[{at}]: {kind(row)}; an object is needed")
+            notes.append(f"images[{index}]: {json_type(row)}; it must be an object")
             continue
         image_id = _id_of(row, "id")
         if image_id is None:
-            notes.append(f"images[{at}]: id {_shown(row.get('id'))}; a number or a string is needed")
+            notes.append(f"images[{index}]: id {_as_json(row.get('id'))}; it must be a number or a string")
             continue
-        images[image_id] = _read_image_row(row, image_id)
-    return images
+        yield image_id, _read_image(row, image_id)
 
 
-def _read_image_row(row: Mapping[str, Any], image_id: JsonId) -> ImageInfo:
+def _read_image(row: Mapping[str, Any], image_id: JsonId) -> ImageInfo:
     file_name = row.get("file_name")
-    width, height = (_side(row.get(key)) for key in ("width", "height"))
-    called = f"image {_shown(image_id)}"
-    problem = None
-    if not isinstance(file_name, str) or not file_name or "\0" in file_name:
-        problem = f"{called}: file_name {_shown(file_name)}; the path of the picture below the image folder is needed"
+    if not isinstance(file_name, str) or "\0" in file_name:
         file_name = ""
+    width, height = (_side(row.get(key)) for key in ("width", "height"))
+    problem = _image_problem(row, file_name, width, height)
+    message = None if problem is None else f"image {_as_json(image_id)}: {problem}"
+    return ImageInfo(image_id, file_name, width, height, message)
+
+
+def _image_problem(row: Mapping[str, Any], file_name: str, width: int | None, height: int | None) -> str | None:
+    if not file_name:
+        return f"file_name {_as_json(row.get('file_name'))}; it must be the path of the image in the image folder"
     for key, side in (("width", width), ("height", height)):
-        if side is None and row.get(key) is not None and problem is None:
-            problem = f"{called}: {key} {_shown(row[key])}; a whole number of pixels is needed, or none at all"
-    if width is not None and height is not None and width * height > MAX_PIXELS and problem is None:
-        problem = f"{called}: {width} x {height} px; the limit is {MAX_PIXELS} px in all"
-    return ImageInfo(image_id, file_name, width, height, problem)
+        if side is None and row.get(key) is not None:
+            return f"{key} {_as_json(row[key])}; it must be a whole number of pixels, or absent"
+    if width is not None and height is not None and width * height > MAX_PIXELS:
+        return f"{width} x {height} px; the limit is {MAX_PIXELS} px"
+    return None
 
 
 def _side(value: object) -> int | None:
@@ -292,100 +302,100 @@ def _side(value: object) -> int | None:
 
 
 def category_ids(rows: Iterable[Any], notes: list[str]) -> set[JsonId]:
-    """The ids of `categories`; `notes` takes a sentence for each row without one, or with one used before."""
+    """Returns the ids of `categories`; appends a sentence to `notes` for each row with a missing or repeated id."""
     ids: set[JsonId] = set()
-    for at, row in enumerate(rows):
+    for index, row in enumerate(rows):
         category_id = _id_of(row, "id") if isinstance(row, dict) else None
         if category_id is None:
-            notes.append(f"categories[{at}]: no id that is a number or a string")
+            notes.append(f"categories[{index}]: no id that is a number or a string")
         elif category_id in ids:
-            notes.append(f"categories[{at}]: id {_shown(category_id)} used before; the first one counts")
+            notes.append(f"categories[{index}]: id {_as_json(category_id)} is repeated; the first row is used")
         else:
             ids.add(category_id)
     return ids
 
 
 def read_annotation(
-    row: Any, at: int, images: Mapping[JsonId, ImageInfo], known_categories: Collection[JsonId]
+    row: Any, index: int, images: Mapping[JsonId, ImageInfo], known_categories: Collection[JsonId]
 ) -> Annotation:
-    """Row `at` of `annotations` with the first fault that is found in it."""
+    """Parses row `index` of `annotations`; records the first error found in it."""
     if not isinstance(row, dict):
-        problem = f"annotations[{at}]: {kind(row)}; an object is needed"
+        problem = f"annotations[{index}]: {json_type(row)}; it must be an object"
         return Annotation(None, None, None, NO_BOX, False, {}, problem, Reason.NOT_AN_OBJECT)
     annotation_id, image_id, category_id = (_id_of(row, key) for key in ("id", "image_id", "category_id"))
-    box, box_fault = _read_box(row)
-    crowd = row.get("iscrowd", 0)
-    fault: tuple[Reason, str] | None = None
+    box, box_error = _read_box(row)
+    iscrowd = row.get("iscrowd", 0) in (1, True)
+    error: tuple[Reason, str] | None = None
     if annotation_id is None:
-        fault = Reason.BAD_ID, f"id {_shown(row.get('id'))}; a number or a string is needed"
+        error = Reason.BAD_ID, f"id {_as_json(row.get('id'))}; it must be a number or a string"
     elif image_id is None or image_id not in images:
-        fault = Reason.IMAGE_UNKNOWN, _unknown_image(row, images)
+        error = Reason.IMAGE_UNKNOWN, _unknown_image(row, images)
     elif (image_problem := images[image_id].problem) is not None:
-        fault = Reason.IMAGE_UNUSABLE, image_problem
+        error = Reason.IMAGE_UNUSABLE, image_problem
     elif category_id is None or category_id not in known_categories:
-        fault = (
-            Reason.CATEGORY_UNKNOWN,
-            f"category_id {_shown(row.get('category_id'))} is not among the categories of the file",
-        )
-    elif box_fault is not None:
-        fault = Reason.BAD_BOX, box_fault
-    elif crowd not in (0, 1, None):
-        fault = Reason.BAD_ISCROWD, f"iscrowd {_shown(crowd)}; 0 or 1 is needed"
-    if fault is None:
-        return Annotation(annotation_id, image_id, category_id, box, crowd in (1, True), row)
-    reason, text = fault
-    problem = f"{f'annotations[{at}]' if annotation_id is None else called(annotation_id)}: {text}"
-    return Annotation(annotation_id, image_id, category_id, box, crowd in (1, True), row, problem, reason)
+        shown = _as_json(row.get("category_id"))
+        error = Reason.CATEGORY_UNKNOWN, f"category_id {shown} is not among the categories of the file"
+    elif box_error is not None:
+        error = Reason.BAD_BOX, box_error
+    elif row.get("iscrowd", 0) not in (0, 1, None):
+        error = Reason.BAD_ISCROWD, f"iscrowd {_as_json(row['iscrowd'])}; it must be 0 or 1"
+    if error is None:
+        return Annotation(annotation_id, image_id, category_id, box, iscrowd, row)
+    reason, text = error
+    name = f"annotations[{index}]" if annotation_id is None else row_name(annotation_id)
+    return Annotation(annotation_id, image_id, category_id, box, iscrowd, row, f"{name}: {text}", reason)
 
 
 def _unknown_image(row: Mapping[str, Any], images: Mapping[JsonId, ImageInfo]) -> str:
     value = row.get("image_id")
-    message = f"image_id {_shown(value)} is not among the images of the file"
+    message = f"image_id {_as_json(value)} is not among the images of the file"
     if isinstance(value, str) and value.isdecimal() and len(value) < 19 and int(value) in images:
-        message += f" (there is an image {int(value)}, a number: the types must be the same)"
+        message += f" (image {int(value)} exists as a number; the JSON types must match)"
     elif isinstance(value, int) and str(value) in images:
-        message += f' (there is an image "{value}", a string: the types must be the same)'
+        message += f' (image "{value}" exists as a string; the JSON types must match)'
     return message
 
 
 def _read_box(row: Mapping[str, Any]) -> tuple[Box, str | None]:
-    box = row.get("bbox")
-    rule = "four finite numbers x, y, width, height are needed"
-    if box is None:
-        return NO_BOX, f"has no bbox; {rule}"
-    if not isinstance(box, list) or len(box) != 4:
-        return NO_BOX, f"bbox {_shown(box)}; {rule}"
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in box):
-        return NO_BOX, f"bbox {_shown(box)}; {rule}"
+    """Returns the box and a description of what is wrong with it; None for a finite box."""
+    value = row.get("bbox")
+    rule = "it must be four finite numbers x, y, width, height"
+    if value is None:
+        return NO_BOX, f"bbox is missing; {rule}"
+    error = f"bbox {_as_json(value)}; {rule}"
+    if not isinstance(value, list) or len(value) != 4:
+        return NO_BOX, error
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in value):
+        return NO_BOX, error
     try:
-        x, y, w, h = (float(value) for value in box)
+        x, y, w, h = (float(number) for number in value)
     except OverflowError:
-        return NO_BOX, f"bbox {_shown(box)}; {rule}"
-    return (x, y, w, h), None if all(map(math.isfinite, (x, y, w, h))) else f"bbox {_shown(box)}; {rule}"
+        return NO_BOX, error
+    return (x, y, w, h), None if all(map(math.isfinite, (x, y, w, h))) else error
 
 
-def called(annotation_id: object) -> str:
-    """How messages call a row: `annotation "a"`."""
-    return f"annotation {_shown(annotation_id)}"
+def row_name(annotation_id: object) -> str:
+    """Returns the name of a row in messages: `annotation "a"`."""
+    return f"annotation {_as_json(annotation_id)}"
 
 
-def _shown(value: object) -> str:
-    """A value as JSON, cut where it would flood a message."""
+def _as_json(value: object) -> str:
+    """Returns a value as JSON, shortened to _MAX_SHOWN_CHARS characters."""
     try:
         text = json.dumps(value)
     except ValueError:
-        # An integer of thousands of digits has no decimal form in Python.
+        # Python limits the conversion of an integer to text to 4300 digits.
         text = "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 3]}..."
 
 
-def kind(value: object) -> str:
-    """What a JSON value is, in words."""
+def json_type(value: object) -> str:
+    """Returns the JSON type of a value in words."""
     return {
         dict: "an object",
         list: "a list",
         str: "a string",
-        bool: "true or false",
+        bool: "a boolean",
         int: "a number",
         float: "a number",
     }.get(type(value), "null")

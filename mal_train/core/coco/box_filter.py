@@ -1,4 +1,4 @@
-"""Which boxes are trained on: the published rule, and ours."""
+"""Selects the boxes to train on, by the published rule or by the rule of this project."""
 
 import math
 
@@ -8,18 +8,19 @@ from mal_train.core.settings import Compat
 
 
 def tao_keeps(box_xywh: Box, image_wh: tuple[int, int], min_area: float, max_area: float) -> bool:
-    """Whether the published data set keeps a box: inside its image, both sides over 2 px, area strictly between.
+    """Returns True if the published data set keeps a box: inside its image, sides above 2 px, area within the bounds.
 
-    Areas in px². Training uses (min_obj_size, max_obj_size), all else (0, 1e9); what it drops vanishes (§2.1).
+    Bounds are exclusive, in px². Training uses (min_obj_size, max_obj_size), everything else (0, 1e9); the published
+    data set discards other boxes silently (§2.1).
 
     >>> tao_keeps((10, 10, 2.01, 30), (100, 80), 0, 1e9), tao_keeps((90, 70, 10.5, 5), (100, 80), 0, 1e9)
     (True, False)
     """
-    return tao_refusal(box_xywh, image_wh, min_area, max_area) is None
+    return tao_exclusion(box_xywh, image_wh, min_area, max_area) is None
 
 
-def tao_refusal(box_xywh: Box, image_wh: tuple[int, int], min_area: float, max_area: float) -> Reason | None:
-    """Why `tao_keeps` says no; None when it says yes."""
+def tao_exclusion(box_xywh: Box, image_wh: tuple[int, int], min_area: float, max_area: float) -> Reason | None:
+    """Returns the reason for which the published data set discards a box; None if it keeps the box."""
     x, y, w, h = box_xywh
     width, height = image_wh
     if not all(map(math.isfinite, box_xywh)):
@@ -31,7 +32,7 @@ def tao_refusal(box_xywh: Box, image_wh: tuple[int, int], min_area: float, max_a
     return Reason.BOX_TOO_LARGE if w * h >= max_area else None
 
 
-def training_refusal(
+def training_exclusion(
     annotation: Annotation,
     clipped_box_xywh: Box | None,
     image_wh: tuple[int, int],
@@ -40,25 +41,25 @@ def training_refusal(
     max_area: float,
     compat: Compat,
 ) -> Reason | None:
-    """Why a box is not trained on; None when it is. Crowd and rows with a problem never are.
+    """Returns the reason for which a box is not trained on; None if it is. Always excludes crowd and invalid rows.
 
-    Under `tao` the published filter decides on the user's box. Else boxes are clipped instead of dropped: only the
-    area of what lies inside the image counts, strictly between min_area and max_area, px².
+    Under `tao` the published filter is applied to the user's box. Otherwise boxes are clipped instead of discarded, and
+    the area inside the image must lie within the bounds.
 
     Args:
         annotation: the row.
-        clipped_box_xywh: its box cut to the image (`geometry.check_box`); None where that refused it.
+        clipped_box_xywh: its box clipped to the image by `geometry.check_box`; None if that raised BadBox.
         image_wh: width and height of the image.
-        min_area: exclusive lower bound, px².
-        max_area: exclusive upper bound, px².
-        compat: whose rule.
+        min_area: exclusive lower bound in px².
+        max_area: exclusive upper bound in px².
+        compat: rule to apply.
     """
     if annotation.reason is not None:
         return annotation.reason
     if annotation.iscrowd:
         return Reason.CROWD
     if compat is Compat.TAO:
-        return tao_refusal(annotation.box_xywh, image_wh, min_area, max_area)
+        return tao_exclusion(annotation.box_xywh, image_wh, min_area, max_area)
     if clipped_box_xywh is None:
         return Reason.BAD_BOX
     area = clipped_box_xywh[2] * clipped_box_xywh[3]

@@ -1,4 +1,4 @@
-"""Labeled COCO files: what a label adds to its row, and a file that is written whole or not at all."""
+"""Builds labeled COCO files and writes them atomically."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -8,30 +8,30 @@ from typing import Any
 import numpy as np
 
 from mal_train.core.atomic_io import atomic_write
-from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, called
+from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, row_name
 from mal_train.core.masks.rle import encode_region
 
 PROVENANCE_KEY = "mask_auto_labeler"
-"""Top-level key of a labeled file that says what made its masks."""
+"""Top-level key of a labeled file with the provenance of its masks."""
 
-_CHUNK = 2000
+_ROWS_PER_CHUNK = 2000
 
 
-def answer_fields(
+def label_fields(
     segmentation: Mapping[str, Any],
     area: float,
     score: float,
     flags: Sequence[str] = (),
     agreement: float | None = None,
 ) -> dict[str, Any]:
-    """Fields that a label adds to its annotation, the same whoever made it.
+    """Returns the fields that a label adds to its annotation, in the client and in local inference.
 
     Args:
-        segmentation: COCO run-length code, `Rle.to_coco()`.
-        area: mask pixels.
+        segmentation: COCO run-length encoding, `Rle.to_coco()`.
+        area: number of mask pixels.
         score: in [0, 1].
         flags: names such as BOX_CLIPPED.
-        agreement: IoU of student and teacher in [0, 1], written when it was asked for.
+        agreement: IoU of the masks of student and teacher in [0, 1]; None omits the field.
     """
     fields = {"segmentation": dict(segmentation), "area": float(area), "score": float(score), "flags": list(flags)}
     if agreement is not None:
@@ -40,36 +40,36 @@ def answer_fields(
 
 
 def error_fields(reason: str, message: str) -> dict[str, Any]:
-    """Fields that a box without a label gets: `error` with a reason to sort by and a sentence to read."""
+    """Returns the fields of a box without a label: `error` with a machine-readable reason and a message."""
     return {"error": {"reason": str(reason), "message": message}}
 
 
 def labeled_file(
     coco: CocoFile,
-    answers: Mapping[JsonId, Mapping[str, Any]],
+    results: Mapping[JsonId, Mapping[str, Any]],
     provenance: Mapping[str, Any] | None = None,
     keep: Collection[JsonId] = (),
 ) -> dict[str, Any]:
-    """The user's file with masks: every row in its place, every field and the box as given, answers laid over.
+    """Returns the user's file with masks. Keeps the order of rows, unknown fields and the boxes as given.
 
-    A labeled row gets `answer_fields`, whose `area` is that of the mask. A row that failed, or had a fault when it
-    was read, keeps its fields and gets `error`, score 0, area 0 and, where the image size is known, an empty mask, so
-    that COCO tools still load the file and worst-first order shows it first. A row without any answer counts as
-    failed (NOT_ANSWERED): nothing is skipped in silence. Crowd rows are copied with the flag CROWD.
+    A labeled row gets `label_fields`; its `area` is the area of the mask. A failed or invalid row keeps its fields and
+    gets `error`, score 0, area 0 and, if the image size is known, an empty mask: COCO tools can load the file, and
+    the row comes first when sorted by score. A row without a result counts as failed (NOT_ANSWERED), so no row is
+    skipped silently. Crowd rows are copied with the flag CROWD.
 
     Args:
         coco: the file that was labeled.
-        answers: by annotation id, `answer_fields` or `error_fields`.
-        provenance: what made the masks; stored under `PROVENANCE_KEY`, in place of an earlier one.
-        keep: ids whose rows are copied as they are (masks that the user wants to keep).
+        results: `label_fields` or `error_fields` by annotation id.
+        provenance: origin of the masks, stored under `PROVENANCE_KEY`; replaces the entry of an earlier run.
+        keep: ids of rows to copy unchanged unless there is a result (existing masks that the user keeps).
     """
     rows = [
         labeled_row(
             row,
             annotation,
             coco.images,
-            None if annotation.id is None else answers.get(annotation.id),
-            is_kept=annotation.id is not None and annotation.id in keep,
+            None if annotation.id is None else results.get(annotation.id),
+            keep_existing=annotation.id is not None and annotation.id in keep,
         )
         for row, annotation in zip(coco.raw["annotations"], coco.annotations, strict=True)
     ]
@@ -84,39 +84,39 @@ def labeled_row(
     row: Any,
     annotation: Annotation,
     images: Mapping[JsonId, ImageInfo],
-    answer: Mapping[str, Any] | None,
+    result: Mapping[str, Any] | None,
     *,
-    is_kept: bool = False,
+    keep_existing: bool = False,
 ) -> Any:
-    """One row of `labeled_file`: `row` as the file holds it and `annotation` as it was read.
+    """Returns one row of `labeled_file`.
 
     Args:
-        row: what stands in the file, of any type.
-        annotation: the same, read.
-        images: of the file, by id.
-        answer: `answer_fields` or `error_fields`; None when there is none.
-        is_kept: copied as it is unless there is an answer.
+        row: JSON value of the row, of any type.
+        annotation: the parsed row.
+        images: images of the file, by id.
+        result: `label_fields` or `error_fields`; None if there is no result.
+        keep_existing: copy the row unchanged if there is no result.
     """
     if not isinstance(row, dict):
         return row
-    if answer is None and is_kept:
+    if result is None and keep_existing:
         return row
-    if answer is None and annotation.problem is None and annotation.iscrowd:
+    if result is None and annotation.problem is None and annotation.iscrowd:
         return {**row, "flags": [str(Reason.CROWD)]}
-    if answer is None:
-        missing = Reason.NOT_ANSWERED, f"{called(annotation.id)}: no label was made"
+    if result is None:
+        missing = Reason.NOT_ANSWERED, f"{row_name(annotation.id)}: no label was made"
         reason, text = missing if annotation.problem is None else (str(annotation.reason), annotation.problem)
-        answer = error_fields(reason, text)
-    return _answered(images, row, annotation, answer)
+        result = error_fields(reason, text)
+    return _with_result(images, row, annotation, result)
 
 
 def write_json_atomic(path: Path, obj: Mapping[str, Any]) -> None:
-    """Writes an object as JSON so that the file is the old one or the new one, whatever happens in between.
+    """Writes an object as JSON, atomically.
 
-    NaN in the user's own fields is written as they gave it (Python and pycocotools read it).
+    NaN in the user's fields is written as NaN, which Python and pycocotools read.
 
     Raises:
-        OutputError: folder missing, no permission, disk full; the old file is intact and no temporary file stays.
+        OutputError: folder missing, no permission, disk full. The old file is unchanged and no temporary file remains.
     """
     with atomic_write(path) as file:
         for piece in _json_pieces(obj):
@@ -125,31 +125,31 @@ def write_json_atomic(path: Path, obj: Mapping[str, Any]) -> None:
 
 
 def _json_pieces(obj: Mapping[str, Any]) -> Iterator[str]:
-    """JSON text of an object in pieces: one string of a million annotations would double the memory."""
+    """Yields an object as JSON text in pieces; a single string for a million annotations would double the memory."""
     yield "{"
-    for at, (key, value) in enumerate(obj.items()):
-        yield f"{', ' if at else ''}{json.dumps(str(key))}: "
+    for index, (key, value) in enumerate(obj.items()):
+        yield f"{', ' if index else ''}{json.dumps(str(key))}: "
         if not isinstance(value, list):
             yield json.dumps(value)
             continue
         yield "["
-        for start in range(0, len(value), _CHUNK):
-            yield (", " if start else "") + json.dumps(value[start : start + _CHUNK])[1:-1]
+        for start in range(0, len(value), _ROWS_PER_CHUNK):
+            yield (", " if start else "") + json.dumps(value[start : start + _ROWS_PER_CHUNK])[1:-1]
         yield "]"
     yield "}"
 
 
-def _answered(
+def _with_result(
     images: Mapping[JsonId, ImageInfo], row: Mapping[str, Any], annotation: Annotation, fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    # What an earlier run left must not stand beside this run's answer.
-    answered = {key: value for key, value in row.items() if key not in ("error", "score", "flags", "agreement")}
-    answered.setdefault("iscrowd", 0)
+    # Remove the result of an earlier run.
+    labeled = {key: value for key, value in row.items() if key not in ("error", "score", "flags", "agreement")}
+    labeled.setdefault("iscrowd", 0)
     if "error" not in fields:
-        return {**answered, **fields}
+        return {**labeled, **fields}
     image = images.get(annotation.image_id) if annotation.image_id is not None else None
-    answered.pop("segmentation", None)
+    labeled.pop("segmentation", None)
     if image is not None and image.width is not None and image.height is not None:
-        nothing = np.zeros((0, 0), dtype=np.bool_)
-        answered["segmentation"] = encode_region(nothing, 0, 0, (image.height, image.width)).to_coco()
-    return {**answered, "area": 0.0, "score": 0.0, "flags": [], **fields}
+        empty = np.zeros((0, 0), dtype=np.bool_)
+        labeled["segmentation"] = encode_region(empty, 0, 0, (image.height, image.width)).to_coco()
+    return {**labeled, "area": 0.0, "score": 0.0, "flags": [], **fields}

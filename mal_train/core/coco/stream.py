@@ -1,11 +1,9 @@
-"""COCO files read and written row by row, for files that would not fit into memory as objects.
+"""Reads and writes COCO files row by row, for files that do not fit into memory.
 
-The rules about rows are those of `coco`; what stands here is how to pass through a file with one row in memory at a
-time. A scan notes which bytes it read, so that a later pass notices a file that was changed in between.
+Rows are checked by the rules of `coco.annotations`. A scan returns the SHA-256 of the file, so that a later pass can
+detect a change in between.
 """
 
-import codecs
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,27 +13,23 @@ from typing import Any, Final
 
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import (
+    REQUIRED_LISTS,
     Annotation,
     ImageInfo,
     JsonId,
     category_ids,
-    kind,
-    note_id,
+    json_type,
+    missing_lists,
     read_annotation,
     read_images,
-    refuse_repeated,
+    record_id,
+    reject_duplicate_ids,
 )
+from mal_train.core.coco.json_reader import JsonMemberReader, skip_rows
 from mal_train.core.coco.output import PROVENANCE_KEY
 from mal_train.core.errors import BadDataset
 
-MAX_VALUE_CHARS: Final = 1 << 28
-"""Longest single value, for example one row; beyond it the file counts as broken rather than being read whole."""
-
-_READ_BYTES: Final = 1 << 20
-_ROWS_A_PIECE: Final = 500
-_SPACE: Final = " \t\n\r"
-_ENDS: Final = frozenset(_SPACE + ",]}:")
-_LISTS: Final = ("images", "annotations", "categories")
+_ROWS_PER_WRITE: Final = 500
 
 
 @dataclass(frozen=True)
@@ -43,14 +37,14 @@ class CocoHead:
     """A COCO file without its annotations.
 
     Attributes:
-        path: where it lies.
-        sha256: of its bytes, 64 hex digits.
+        path: path of the file.
+        sha256: SHA-256 of its bytes, 64 hex digits.
         images: by id, in file order.
-        category_names: by id, in file order; the id itself where a row has no name.
-        count: rows of `annotations`.
-        repeated_images: image ids that stand more than once.
-        repeated_annotations: annotation ids that do.
-        notes: faults of `images` and `categories` rows, one sentence each.
+        category_names: by id, in file order; the id itself for a row without a name.
+        count: number of rows in `annotations`.
+        repeated_image_ids: image ids that are used more than once.
+        repeated_annotation_ids: annotation ids that are used more than once.
+        notes: one sentence per invalid row of `images` and `categories`.
     """
 
     path: Path
@@ -58,304 +52,184 @@ class CocoHead:
     images: dict[JsonId, ImageInfo]
     category_names: dict[JsonId, str]
     count: int
-    repeated_images: tuple[JsonId, ...] = ()
-    repeated_annotations: tuple[JsonId, ...] = ()
+    repeated_image_ids: tuple[JsonId, ...] = ()
+    repeated_annotation_ids: tuple[JsonId, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-Take = Callable[[int, Annotation], None]
-"""Gets the place of a row in `annotations` and what was read there."""
+OnAnnotation = Callable[[int, Annotation], None]
+"""Callback with the index of a row in `annotations` and the parsed row."""
 
-Change = Callable[[int, Any, Annotation], Any]
-"""Gets a place, the row as the file holds it and as it was read; gives the row to write."""
+RowTransform = Callable[[int, Any, Annotation], Any]
+"""Function from the index of a row, the JSON value of the row and the parsed row to the JSON value to write."""
 
 
-def scan_coco(path: Path, take: Take, *, allow_repeated_ids: bool = False) -> CocoHead:
-    """Reads the file, hands every annotation to `take` in file order and keeps none.
+def scan_coco(path: Path, on_annotation: OnAnnotation, *, allow_repeated_ids: bool = False) -> CocoHead:
+    """Parses the file and passes every annotation to `on_annotation` in file order, without keeping any.
 
-    Read once, or twice where `annotations` stands before `images` or `categories`.
+    Reads the file once, or twice if `annotations` precedes `images` or `categories`.
 
     Args:
         path: the file.
-        take: gets each annotation.
-        allow_repeated_ids: note them instead of refusing the file; for reports about it.
+        on_annotation: receives each annotation.
+        allow_repeated_ids: record repeated ids instead of rejecting the file, for reports about it.
 
     Raises:
-        BadDataset: as `coco.read_coco`; `take` may have been called by then.
+        BadDataset: as `read_coco`; `on_annotation` may have been called before.
     """
-    head = _Head()
-    stream = _ObjectStream(path)
-    found = set()
-    taken = False
-    count = 0
-    for key, value in stream.members():
-        if key in _LISTS:
-            if not isinstance(value, Iterator):
-                raise BadDataset(f"{path}: {key!r} is {kind(value)}; it must be a list")
-            found.add(key)
-        if key == "images":
-            head.take_images(value)
-        elif key == "categories":
-            head.take_categories(list(value))
-        elif key == "annotations" and found == set(_LISTS):
-            count, taken = head.take_annotations(value, take), True
-    missing = [key for key in _LISTS if key not in found]
-    if missing:
-        raise BadDataset(f"{path}: has no {', '.join(map(repr, missing))}; a COCO file needs {', '.join(_LISTS)}")
+    head = _HeadBuilder(path)
+    reader = JsonMemberReader(path)
+    for key, value in reader.members():
+        head.add_member(key, value, on_annotation)
+    head.check_complete()
     if not allow_repeated_ids:
-        refuse_repeated(head.repeated_images, f"{path}: image id")
-    if not taken:
-        stream = _ObjectStream(path)
-        for key, value in stream.members():
+        reject_duplicate_ids(head.repeated_image_ids, f"{path}: image id")
+    if head.count is None:
+        reader = JsonMemberReader(path)
+        for key, value in reader.members():
             if key == "annotations":
-                count = head.take_annotations(value, take)
+                head.add_annotations(value, on_annotation)
     if not allow_repeated_ids:
-        refuse_repeated(head.repeated_annotations, f"{path}: annotation id")
-    return CocoHead(
-        path,
-        stream.sha256(),
-        head.images,
-        head.category_names,
-        count,
-        tuple(head.repeated_images),
-        tuple(head.repeated_annotations),
-        tuple(head.notes),
-    )
+        reject_duplicate_ids(head.repeated_annotation_ids, f"{path}: annotation id")
+    return head.build(reader.sha256())
 
 
-def write_changed(head: CocoHead, output: Path, change: Change, provenance: Mapping[str, Any]) -> None:
-    """Writes the scanned file anew with every annotation passed through `change`; all else as it is.
+def write_transformed(head: CocoHead, output: Path, transform: RowTransform, provenance: Mapping[str, Any]) -> None:
+    """Writes a copy of the scanned file in which every annotation is replaced by the result of `transform`.
 
-    The text is that of `coco.write_json_atomic(output, coco.labeled_file(...))`.
+    The bytes equal those of `write_json_atomic(output, labeled_file(...))`.
 
     Args:
-        head: what `scan_coco` gave.
+        head: result of `scan_coco`.
         output: the file to write; may be the input itself.
-        change: called for each annotation, in file order.
-        provenance: stored under `PROVENANCE_KEY`, in place of an earlier one.
+        transform: called for each annotation, in file order.
+        provenance: stored under `PROVENANCE_KEY`; replaces the entry of an earlier run.
 
     Raises:
-        OutputError: folder missing, no permission, disk full; an older output is intact.
-        BadDataset: the input is no longer the file that was scanned; an older output is intact.
+        OutputError: folder missing, no permission, disk full; an existing output is unchanged.
+        BadDataset: the input changed after the scan; an existing output is unchanged.
     """
-    stream = _ObjectStream(head.path)
+    reader = JsonMemberReader(head.path)
     with atomic_write(output) as file:
-        lead = b"{"
-        for key, value in stream.members():
+        separator = b"{"
+        for key, value in reader.members():
             if key == PROVENANCE_KEY:
-                _drain(value)
+                skip_rows(value)
                 continue
-            file.write(lead + _encoded(key) + b": ")
-            lead = b", "
+            file.write(separator + _encoded(key) + b": ")
+            separator = b", "
             if not isinstance(value, Iterator):
                 file.write(_encoded(value))
                 continue
-            rows = _changed_rows(head, value, change) if key == "annotations" else value
-            file.write(b"[")
-            between = b""
-            while piece := list(islice(rows, _ROWS_A_PIECE)):
-                file.write(between + _encoded(piece)[1:-1])
-                between = b", "
-            file.write(b"]")
-        file.write(lead + _encoded(PROVENANCE_KEY) + b": " + _encoded(dict(provenance)) + b"}\n")
-        if stream.sha256() != head.sha256:
-            raise BadDataset(f"{head.path}: was changed while the job ran; start the job again")
+            rows = _transformed_rows(head, value, transform) if key == "annotations" else value
+            for piece in _encoded_list(rows):
+                file.write(piece)
+        file.write(separator + _encoded(PROVENANCE_KEY) + b": " + _encoded(dict(provenance)) + b"}\n")
+        if reader.sha256() != head.sha256:
+            raise BadDataset(f"{head.path}: changed while the job ran; start the job again")
 
 
-def read_member(path: Path, name: str) -> Iterator[Any]:
-    """The rows of one top-level list, as the file holds them; none when there is no such list.
+def read_list(path: Path, name: str) -> Iterator[Any]:
+    """Yields the JSON values of one top-level list; nothing if there is no such list.
 
     Raises:
-        BadDataset: the file cannot be read.
+        BadDataset: the file is unreadable or not a JSON object.
     """
-    for key, value in _ObjectStream(path).members():
+    for key, value in JsonMemberReader(path).members():
         if key == name and isinstance(value, Iterator):
             yield from value
 
 
-class _Head:
-    """What a scan gathers."""
+class _HeadBuilder:
+    """Collector of the fields of a `CocoHead` during a scan.
 
-    def __init__(self) -> None:
-        self.images: dict[JsonId, ImageInfo] = {}
-        self.category_names: dict[JsonId, str] = {}
-        self.notes: list[str] = []
-        self.repeated_images: dict[JsonId, None] = {}
-        self.repeated_annotations: dict[JsonId, None] = {}
-
-    def take_images(self, rows: Iterator[Any]) -> None:
-        for row in rows:
-            for image_id, image in read_images([row], self.notes).items():
-                if image_id in self.images:
-                    self.repeated_images[image_id] = None
-                self.images[image_id] = image
-
-    def take_categories(self, rows: list[Any]) -> None:
-        known = category_ids(rows, self.notes)
-        for row in rows:
-            if isinstance(row, dict) and isinstance(row.get("id"), JsonId) and row["id"] in known:
-                self.category_names.setdefault(row["id"], str(row.get("name", row["id"])))
-
-    def take_annotations(self, rows: Iterator[Any], take: Take) -> int:
-        seen: set[JsonId] = set()
-        count = 0
-        for count, row in enumerate(rows, start=1):
-            annotation = read_annotation(row, count - 1, self.images, self.category_names)
-            if annotation.id is not None:
-                note_id(annotation.id, seen, self.repeated_annotations)
-            take(count - 1, annotation)
-        return count
-
-
-class _ObjectStream:
-    """The members of a JSON object in a file; the rows of a member that is a list come one at a time."""
+    Attributes:
+        count: number of annotations; None until they have been read.
+        repeated_image_ids: keys in order of the first repetition.
+        repeated_annotation_ids: keys in order of the first repetition.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.count: int | None = None
+        self.repeated_image_ids: dict[JsonId, None] = {}
+        self.repeated_annotation_ids: dict[JsonId, None] = {}
         self._path = path
-        self._hash = hashlib.sha256()
-        self._scan = json.JSONDecoder().raw_decode
-        self._buffer = ""
-        self._at = 0
-        self._dropped = 0
-        self._is_whole = False
-        self._chunks = self._read()
+        self._images: dict[JsonId, ImageInfo] = {}
+        self._category_names: dict[JsonId, str] = {}
+        self._notes: list[str] = []
+        self._lists: set[str] = set()
 
-    def sha256(self) -> str:
-        """Of the bytes; known when all members were read."""
-        return self._hash.hexdigest()
-
-    def members(self) -> Iterator[tuple[str, Any]]:
-        """(name, value); a list is an iterator over its rows, which must be used up before the next member is asked.
-
-        Raises:
-            BadDataset: not readable, not JSON, no object, or a name that stands twice.
-        """
-        names = set()
-        first = self._peek()
-        if first != "{":
-            # Small or wrong, so that its kind can be told.
-            value = self._value()
-            hint = " (a list is a COCO results file)" if isinstance(value, list) else ""
-            raise BadDataset(f"{self._path}: holds {kind(value)}{hint}; an object with {', '.join(_LISTS)} is needed")
-        for _ in self._entries("{", "}"):
-            name = self._value()
-            if not isinstance(name, str) or name in names:
-                raise self._broken("a name that stands once was expected")
-            names.add(name)
-            self._expect(":")
-            if self._peek() == "[":
-                rows = self._rows()
-                yield name, rows
-                _drain(rows)
-            else:
-                yield name, self._value()
-        if self._peek():
-            raise self._broken("extra data")
-
-    def _rows(self) -> Iterator[Any]:
-        for _ in self._entries("[", "]"):
-            yield self._value()
-
-    def _entries(self, opening: str, closing: str) -> Iterator[None]:
-        """Stops at each entry of a list or an object; the caller reads it."""
-        self._expect(opening)
-        if self._peek() == closing:
-            self._at += 1
+    def add_member(self, key: str, value: Any, on_annotation: OnAnnotation) -> None:
+        """Adds a top-level member; skips `annotations` that precede one of the other two lists."""
+        if key not in REQUIRED_LISTS:
             return
-        while True:
-            yield
-            mark = self._peek()
-            self._at += 1
-            if mark == closing:
-                return
-            if mark != ",":
-                raise self._broken(f"',' or '{closing}' was expected")
+        if not isinstance(value, Iterator):
+            raise BadDataset(f"{self._path}: {key!r} is {json_type(value)}; it must be a list")
+        self._lists.add(key)
+        if key == "images":
+            self._add_images(value)
+        elif key == "categories":
+            self._add_categories(list(value))
+        elif len(self._lists) == len(REQUIRED_LISTS):
+            self.add_annotations(value, on_annotation)
 
-    def _value(self) -> Any:
-        self._peek()
-        while True:
-            try:
-                value, end = self._scan(self._buffer, self._at)
-            except ValueError as fault:
-                if self._is_whole or len(self._buffer) - self._at > MAX_VALUE_CHARS:
-                    raise self._broken(
-                        str(fault) if isinstance(fault, ValueError) else "a value was expected"
-                    ) from None
-            except RecursionError:
-                raise BadDataset(f"{self._path}: nested too deeply to be a COCO file") from None
-            else:
-                # A number at the end of what was read so far may go on ("1.5e" of "1.5e3" reads as 1.5).
-                if self._is_whole or self._buffer[end : end + 1] in _ENDS:
-                    self._at = end
-                    return value
-            self._fill()
+    def check_complete(self) -> None:
+        """Raises BadDataset if a required list is missing."""
+        missing = [key for key in REQUIRED_LISTS if key not in self._lists]
+        if missing:
+            raise BadDataset(missing_lists(str(self._path), missing))
 
-    def _peek(self) -> str:
-        """Skips white space; the next character, "" at the end of the file."""
-        while True:
-            while self._at < len(self._buffer):
-                mark = self._buffer[self._at]
-                if mark not in _SPACE:
-                    return mark
-                self._at += 1
-            if self._is_whole:
-                return ""
-            self._fill()
+    def add_annotations(self, rows: Iterator[Any], on_annotation: OnAnnotation) -> None:
+        """Parses the rows and passes each to `on_annotation`."""
+        seen: set[JsonId] = set()
+        self.count = 0
+        for index, row in enumerate(rows):
+            annotation = read_annotation(row, index, self._images, self._category_names)
+            if annotation.id is not None:
+                record_id(annotation.id, seen, self.repeated_annotation_ids)
+            on_annotation(index, annotation)
+            self.count = index + 1
 
-    def _expect(self, mark: str) -> None:
-        if self._peek() != mark:
-            raise self._broken(f"{mark!r} was expected")
-        self._at += 1
+    def build(self, sha256: str) -> CocoHead:
+        """Returns the collected head."""
+        return CocoHead(
+            self._path,
+            sha256,
+            self._images,
+            self._category_names,
+            self.count or 0,
+            tuple(self.repeated_image_ids),
+            tuple(self.repeated_annotation_ids),
+            tuple(self._notes),
+        )
 
-    def _fill(self) -> None:
-        """Reads on: at least as much as is waiting, so that a long value is tried a few times only."""
-        pieces = [self._buffer[self._at :]]
-        wanted = max(1, len(pieces[0]))
-        while wanted > 0:
-            piece = next(self._chunks, None)
-            if piece is None:
-                self._is_whole = True
-                break
-            pieces.append(piece)
-            wanted -= len(piece)
-        self._dropped += self._at
-        self._buffer, self._at = "".join(pieces), 0
+    def _add_images(self, rows: Iterator[Any]) -> None:
+        # One list over all rows, so that messages carry the index of the row.
+        for image_id, image in read_images(rows, self._notes):
+            if image_id in self._images:
+                self.repeated_image_ids[image_id] = None
+            self._images[image_id] = image
 
-    def _read(self) -> Iterator[str]:
-        decoder: codecs.IncrementalDecoder | None = None
-        try:
-            with self._path.open("rb") as file:
-                while chunk := file.read(_READ_BYTES):
-                    self._hash.update(chunk)
-                    if decoder is None:
-                        # The encodings that json.loads knows, told by the first bytes.
-                        decoder = codecs.getincrementaldecoder(json.detect_encoding(chunk))("surrogatepass")
-                    yield decoder.decode(chunk)
-                if decoder is not None:
-                    yield decoder.decode(b"", final=True)
-        except OSError as fault:
-            raise BadDataset(
-                f"{self._path}: cannot be read ({fault.strerror}); give the path of a COCO JSON file"
-            ) from fault
-        except UnicodeDecodeError as fault:
-            raise BadDataset(f"{self._path}: not JSON ({fault}); a COCO annotation file is needed") from fault
-
-    def _broken(self, why: str) -> BadDataset:
-        where = "empty file" if not self._dropped and not self._buffer.strip() else f"{why}, near character "
-        where += "" if where == "empty file" else str(self._dropped + self._at)
-        return BadDataset(f"{self._path}: not JSON ({where}); a COCO annotation file is needed")
+    def _add_categories(self, rows: list[Any]) -> None:
+        known = category_ids(rows, self._notes)
+        for row in rows:
+            if isinstance(row, dict) and isinstance(row.get("id"), JsonId) and row["id"] in known:
+                self._category_names.setdefault(row["id"], str(row.get("name", row["id"])))
 
 
-def _changed_rows(head: CocoHead, rows: Iterator[Any], change: Change) -> Iterator[Any]:
-    for at, row in enumerate(rows):
-        yield change(at, row, read_annotation(row, at, head.images, head.category_names))
+def _transformed_rows(head: CocoHead, rows: Iterator[Any], transform: RowTransform) -> Iterator[Any]:
+    for index, row in enumerate(rows):
+        yield transform(index, row, read_annotation(row, index, head.images, head.category_names))
+
+
+def _encoded_list(rows: Iterator[Any]) -> Iterator[bytes]:
+    yield b"["
+    separator = b""
+    while chunk := list(islice(rows, _ROWS_PER_WRITE)):
+        yield separator + _encoded(chunk)[1:-1]
+        separator = b", "
+    yield b"]"
 
 
 def _encoded(value: Any) -> bytes:
     return json.dumps(value).encode("ascii")
-
-
-def _drain(rows: Any) -> None:
-    if isinstance(rows, Iterator):
-        for _ in rows:
-            pass

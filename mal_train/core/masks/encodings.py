@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from mal_train.core.errors import BadImage
-from mal_train.core.masks.polygons import Ring, fill, rings_of
+from mal_train.core.masks.polygons import Ring, fill, to_rings
 from mal_train.core.masks.rle import Rle, decode_patch, encode_mask, encode_region, encode_runs, run_lengths
 from mal_train.core.settings import MaskFormat
 
@@ -63,7 +63,7 @@ EncodedMask = Rle | Runs | Polygons | PngCrop
 
 
 def encode(rle: Rle, formats: Iterable[MaskFormat], tolerance_px: float = 0.0) -> tuple[EncodedMask, ...]:
-    """The mask in each of the formats, in their order; `tolerance_px` is that of `polygons.rings_of`."""
+    """The mask in each of the formats, in their order; `tolerance_px` is that of `polygons.to_rings`."""
     return tuple(_encode_one(rle, form, tolerance_px) for form in formats)
 
 
@@ -73,8 +73,8 @@ def to_runs(rle: Rle) -> Runs:
 
 
 def to_polygons(rle: Rle, tolerance_px: float = 0.0) -> Polygons:
-    """Rings, as `polygons.rings_of` makes them."""
-    return Polygons(rle.height, rle.width, tuple(rings_of(decode_patch(rle), tolerance_px)))
+    """Rings, as `polygons.to_rings` makes them."""
+    return Polygons(rle.height, rle.width, tuple(to_rings(decode_patch(rle), tolerance_px)))
 
 
 def to_png(rle: Rle) -> PngCrop:

@@ -34,7 +34,7 @@ class Ring:
     is_hole: bool = False
 
 
-def rings_of(patch: MaskPatch, tolerance_px: float = 0.0) -> list[Ring]:
+def to_rings(patch: MaskPatch, tolerance_px: float = 0.0) -> list[Ring]:
     """Rings of a mask: one for each 8-connected part, behind it one for each 4-connected hole; [] for an empty mask.
 
     Args:
@@ -76,7 +76,7 @@ def fill(rings: Sequence[NDArray[np.generic]], height: int, width: int) -> NDArr
     return inside
 
 
-def bridged(rings: Sequence[Ring]) -> list[Points]:
+def merge_holes(rings: Sequence[Ring]) -> list[Points]:
     """One closed line for each outer ring, its holes joined to it by bridges that are walked there and back.
 
     For formats without holes (COCO polygons, YOLO): a bridge has no width, so readers that fill by parity, pycocotools
@@ -91,9 +91,9 @@ def bridged(rings: Sequence[Ring]) -> list[Points]:
     return [_joined(outline, holes) for outline, holes in parts]
 
 
-def one_line(rings: Sequence[Ring]) -> Points:
+def single_polygon(rings: Sequence[Ring]) -> Points:
     """All parts and holes as a single closed line, for formats with one polygon an object (YOLO); see `bridged`."""
-    first, *others = bridged(rings)
+    first, *others = merge_holes(rings)
     return _joined(first, others)
 
 

@@ -26,7 +26,7 @@ from mal_train.core.settings import (
     Compat,
     LabelerConfig,
     calibrated,
-    network_branch,
+    network_size_class,
     size_class,
 )
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
@@ -108,7 +108,7 @@ class Label:
 
     Attributes:
         rle: the mask in the whole image.
-        score: the mask's stability (`ScoreKind`), in [0, 1], or the expected IoU where the checkpoint carries a
+        score: the mask's stability (`ScoreType`), in [0, 1], or the expected IoU where the checkpoint carries a
             calibration; 0 for an empty mask.
         area: mask pixels.
         mask_box: tight box of the mask; None when it is empty.
@@ -263,7 +263,7 @@ class Labeler:
         """The label of a box that gets these of its claimed pixels (rows, columns of the claim's region)."""
         code = rle.encode_region(mask, claim.region.row0, claim.region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
-        score = score_of(self.config.score_kind, claim, mask, min_component_area_px) if area else 0.0
+        score = score_of(self.config.score_type, claim, mask, min_component_area_px) if area else 0.0
         if self.config.calibration is not None:
             score = calibrated(score, self.config.calibration)
         return Label(
@@ -307,7 +307,7 @@ class Labeler:
 
     def _predict_batch(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
         areas = [crop.area for crop in crops]
-        branch = torch.from_numpy(network_branch(areas, self.config.compat))
+        branch = torch.from_numpy(network_size_class(areas, self.config.compat))
         stacked = torch.from_numpy(np.stack([crop.pixels for crop in crops])).to(self.device, non_blocking=True)
         with torch.inference_mode(), self._autocast():
             x = normalize(stacked)

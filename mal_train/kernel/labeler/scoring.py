@@ -5,13 +5,13 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.settings import STABILITY_LOGITS, ScoreKind
+from mal_train.core.settings import STABILITY_LOGITS, ScoreType
 from mal_train.kernel.labeler.components import remove_small_regions
 from mal_train.kernel.labeler.overlaps import MaskClaim
 
 
-def score_of(kind: ScoreKind, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int = 0) -> float:
-    """The score of a mask that is not empty; see `ScoreKind`.
+def score_of(kind: ScoreType, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int = 0) -> float:
+    """The score of a mask that is not empty; see `ScoreType`.
 
     Args:
         kind: what it is made of.
@@ -19,7 +19,7 @@ def score_of(kind: ScoreKind, claim: MaskClaim, mask: NDArray[np.bool_], min_com
         mask: the claimed pixels (rows, columns) that the box got.
         min_component_area_px: specks below it were taken out of the mask.
     """
-    if kind is ScoreKind.STABILITY:
+    if kind is ScoreType.STABILITY:
         return _stability(claim, mask, min_component_area_px)
     return _mean_probability(claim, mask)
 

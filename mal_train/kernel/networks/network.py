@@ -125,7 +125,7 @@ class MaskNetwork(nn.Module):
         Args:
             x_NCHW: what `normalize` gives. ConfigError if S is no multiple of the patch size.
             branch_N: int64 size branch of each crop, 0 small, 1 medium, 2 large; −1 belongs to none and gets logits 0
-                (`mal_train.core.settings.network_branch`). Best on the CPU: its values steer the control flow.
+                (`mal_train.core.settings.network_size_class`). Best on the CPU: its values steer the control flow.
                 Without effect under `not_adjust_scale`.
         """
         side, height = x_NCHW.shape[-1], x_NCHW.shape[-2]

@@ -176,7 +176,8 @@ def test_gaps_and_names_of_categories_are_told(dataset: Dataset) -> None:
 def test_a_category_id_that_stands_twice_is_told(dataset: Dataset) -> None:
     dataset.coco["categories"].append({"id": 1, "name": "plate"})
     finding = checked(dataset).findings["ROW_UNUSABLE"]
-    assert finding.examples == ["categories[1]: id 1 used before; the first one counts"]
+    (example,) = finding.examples
+    assert example.startswith("categories[1]: id 1 ")
 
 
 def test_pictures_that_no_row_names_are_listed_in_folders_and_patterns(dataset: Dataset) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mal_train.core.masks.encodings import to_polygons
-from mal_train.core.masks.polygons import bridged, fill
+from mal_train.core.masks.polygons import fill, merge_holes
 from mal_train.core.masks.rle import Rle, decode_mask, encode_mask, iou
 from tests.mal_client.dataset.test_mask_encodings import ring
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
@@ -282,7 +282,7 @@ def test_fiftyones_own_reader_takes_a_labeled_file_as_it_is(labeled: Dataset, fo
     """Its importer's reader, without the database that a data set of FiftyOne lies in."""
     if form == "polygons":
         for row in labeled.coco["annotations"][:3]:
-            lines = bridged(to_polygons(Rle.from_coco(row["segmentation"])).rings)
+            lines = merge_holes(to_polygons(Rle.from_coco(row["segmentation"])).rings)
             row["segmentation"] = [line.ravel().tolist() for line in lines]
     for row, mask in zip(labeled.coco["annotations"], [ring()] * 2, strict=False):
         rows, columns = np.nonzero(mask)

@@ -195,7 +195,7 @@ def test_an_override_leaves_the_data_it_was_given_alone() -> None:
 
 
 def test_a_file_without_its_option_is_told_from_an_override() -> None:
-    with pytest.raises(ConfigError, match=r"'server\.yaml': an override has the form .*; the file is named with -c"):
+    with pytest.raises(ConfigError, match=r"server\.yaml.* -c "):
         apply_overrides({}, ["server.yaml"])
 
 

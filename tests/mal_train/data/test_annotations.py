@@ -22,7 +22,7 @@ def read(path: Path, image_dir: Path, **changes: Any) -> TrainingBoxes:
 
 def test_the_published_filter_keeps_the_published_boxes(tmp_path: Path) -> None:
     published = json.loads(fixture("l_filter.json").read_text())
-    (tmp_path / "a.png").write_bytes(b"never opened")
+    (tmp_path / "a.png").write_bytes(b"not an image")
     coco = {
         "images": [{"id": 1, "file_name": "a.png", "width": published["width"], "height": published["height"]}],
         "categories": [{"id": 1, "name": "x"}],
@@ -36,16 +36,16 @@ def test_the_published_filter_keeps_the_published_boxes(tmp_path: Path) -> None:
     assert [boxes.box(n) for n in range(len(boxes))] == kept
 
 
-def test_boxes_over_the_edge_are_clipped_not_dropped(tmp_path: Path) -> None:
-    def over_the_edge(coco: dict[str, Any]) -> None:
+def test_boxes_beyond_the_image_edge_are_clipped_not_discarded(tmp_path: Path) -> None:
+    def exceed_the_image(coco: dict[str, Any]) -> None:
         coco["annotations"][0]["bbox"] = [-10, -10, 40, 40]
 
-    boxes = read(*write_scenes(tmp_path, images=1, change=over_the_edge))
+    boxes = read(*write_scenes(tmp_path, images=1, change=exceed_the_image))
     assert boxes.box(0) == (0.0, 0.0, 30.0, 30.0)
 
 
-def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
-    def spoil(coco: dict[str, Any]) -> None:
+def test_excluded_boxes_are_counted_by_reason(tmp_path: Path) -> None:
+    def damage(coco: dict[str, Any]) -> None:
         rows = coco["annotations"]
         rows[0]["iscrowd"] = 1
         rows[1]["bbox"] = [0, 0, 3, 3]
@@ -53,42 +53,44 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
         rows[3]["image_id"] = 99
         coco["images"][2]["file_name"] = "gone.png"
 
-    boxes = read(*write_scenes(tmp_path, change=spoil), min_area=100.0)
+    boxes = read(*write_scenes(tmp_path, change=damage), min_area=100.0)
     assert len(boxes) == 2
-    assert dict(boxes.refused) == {
+    assert dict(boxes.excluded) == {
         "CROWD": 1,
         "BOX_TOO_SMALL": 1,
         "BAD_BOX": 1,
         "IMAGE_UNKNOWN": 1,
         "IMAGE_UNUSABLE": 2,
     }
-    assert "training on 2 of 8 boxes in 1 images" in boxes.summary()
+    summary = boxes.summary()
+    assert "2 of 8 boxes" in summary
+    assert "2 IMAGE_UNUSABLE" in summary
 
 
-def test_nothing_to_train_on_says_why(tmp_path: Path) -> None:
-    with pytest.raises(BadDataset, match=r"no box to train on .*8 BOX_TOO_SMALL"):
+def test_a_file_without_usable_boxes_is_rejected_with_the_reasons(tmp_path: Path) -> None:
+    with pytest.raises(BadDataset, match=r"8 BOX_TOO_SMALL.*min_obj_size"):
         read(*write_scenes(tmp_path), min_area=1e6)
 
 
-def test_a_size_that_the_file_leaves_out_is_read_from_the_picture(tmp_path: Path) -> None:
-    def forget(coco: dict[str, Any]) -> None:
+def test_a_missing_image_size_is_read_from_the_image(tmp_path: Path) -> None:
+    def remove_sizes(coco: dict[str, Any]) -> None:
         for image in coco["images"]:
             del image["width"], image["height"]
 
-    assert read(*write_scenes(tmp_path, change=forget)).size_wh.tolist() == [[96, 80]] * 4
+    assert read(*write_scenes(tmp_path, change=remove_sizes)).size_wh.tolist() == [[96, 80]] * 4
 
 
-def test_every_box_comes_once_an_epoch_in_an_order_of_its_own(tmp_path: Path) -> None:
+def test_every_epoch_is_a_different_permutation_of_the_boxes(tmp_path: Path) -> None:
     boxes = read(*write_scenes(tmp_path, images=10))
-    first, again, second = (epoch_order(boxes, 7, epoch) for epoch in (0, 0, 1))
+    first, repeated, second = (epoch_order(boxes, 7, epoch) for epoch in (0, 0, 1))
     assert sorted(first) == list(range(len(boxes)))
-    assert first.tolist() == again.tolist()
+    assert first.tolist() == repeated.tolist()
     assert first.tolist() != second.tolist()
     assert first.tolist() != epoch_order(boxes, 8, 0).tolist()
 
 
-def test_boxes_of_an_image_stay_close_enough_to_keep_it_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(annotations, "WINDOW_IMAGES", 8)
+def test_the_boxes_of_an_image_are_close_in_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotations, "SHUFFLE_IMAGES", 8)
     count, per_image = 200, 5
     boxes = TrainingBoxes(
         tuple(Path(f"{n}.png") for n in range(count)),
@@ -101,12 +103,12 @@ def test_boxes_of_an_image_stay_close_enough_to_keep_it_decoded(monkeypatch: pyt
     order = epoch_order(boxes, 0, 0)
     assert sorted(order) == list(range(len(boxes)))
     images = boxes.image_of_box[order]
-    reach = [np.ptp(np.flatnonzero(images == image)) for image in range(count)]
-    assert max(reach) < 8 * per_image
+    spans = [np.ptp(np.flatnonzero(images == image)) for image in range(count)]
+    assert max(spans) < 8 * per_image
 
 
-def test_large_pictures_make_smaller_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(annotations, "WINDOW_BYTES", 3 * 1000 * 1000 * 2)
+def test_large_images_form_smaller_shuffle_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotations, "SHUFFLE_BYTES", 3 * 1000 * 1000 * 2)
     boxes = TrainingBoxes(
         tuple(Path(f"{n}.png") for n in range(20)),
         np.full((20, 2), 1000),

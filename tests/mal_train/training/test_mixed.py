@@ -44,8 +44,8 @@ def test_each_supervision_keeps_its_boxes_and_their_masks(tmp_path: Path) -> Non
     assert [code is None for code in auto.masks] == [False, True] * 4
     assert len(mask) == 4
     assert None not in mask.masks
-    assert mask.refused == {"NO_GROUND_TRUTH": 4}
-    assert "4 of them with their masks" in auto.summary()
+    assert mask.excluded == {"NO_GROUND_TRUTH": 4}
+    assert "4 with masks" in auto.summary()
 
 
 def test_without_any_mask_there_is_nothing_to_learn_from_masks(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mal_train.core.settings import Branch, Compat, network_branch
+from mal_train.core.settings import Branch, Compat, network_size_class
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.networks.network import MalNetwork, normalize
 from mal_train.losses.crf import MeanField
@@ -76,7 +76,7 @@ def test_training_steps_change_the_weights_as_published(name: str, layout: str, 
     optimizer = build_optimizer(network, OptimizerSettings())
     schedule = CosineSchedule(2e-4, 4e-5, 1, 10)
     boxes = arrays["bboxes"]
-    branch = torch.from_numpy(network_branch((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), Compat.TAO))
+    branch = torch.from_numpy(network_size_class((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), Compat.TAO))
     view = normalize(torch.from_numpy(arrays["image_u8"]))
     box_mask = torch.from_numpy(arrays["mask"])[:, 0]
 

@@ -14,7 +14,7 @@ from mal_train.core.coco.annotations import read_coco
 from mal_train.core.console import Console
 from mal_train.core.masks import rle
 from mal_train.core.settings import Compat
-from mal_train.data.annotations import TrainingBoxes, guess_weight, select_boxes
+from mal_train.data.annotations import TrainingBoxes, pseudo_label_weight, select_boxes
 from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataset, collate
 from mal_train.losses.crf import MeanField
@@ -41,22 +41,22 @@ def test_a_guess_counts_by_its_score_and_how_tightly_it_fills_its_box() -> None:
     half = np.zeros((20, 20), bool)
     half[5:15, 5:10] = True
     code = rle.encode_mask(half)
-    assert guess_weight(0.8, code, (5.0, 5.0, 5.0, 10.0)) == pytest.approx(0.8)
-    assert guess_weight(0.8, code, (5.0, 5.0, 10.0, 10.0)) == pytest.approx(0.4)
-    assert guess_weight(None, code, (5.0, 5.0, 10.0, 10.0)) == pytest.approx(0.5)
-    assert guess_weight(7, code, (5.0, 5.0, 5.0, 10.0)) == 1.0
+    assert pseudo_label_weight(0.8, code, (5.0, 5.0, 5.0, 10.0)) == pytest.approx(0.8)
+    assert pseudo_label_weight(0.8, code, (5.0, 5.0, 10.0, 10.0)) == pytest.approx(0.4)
+    assert pseudo_label_weight(None, code, (5.0, 5.0, 10.0, 10.0)) == pytest.approx(0.5)
+    assert pseudo_label_weight(7, code, (5.0, 5.0, 5.0, 10.0)) == 1.0
 
 
 @pytest.mark.parametrize("mask", [None, np.zeros((20, 20), bool)])
 def test_no_mask_is_no_guess(mask: np.ndarray[Any, Any] | None) -> None:
-    assert guess_weight(0.9, None if mask is None else rle.encode_mask(mask), (5.0, 5.0, 5.0, 5.0)) == 0.0
+    assert pseudo_label_weight(0.9, None if mask is None else rle.encode_mask(mask), (5.0, 5.0, 5.0, 5.0)) == 0.0
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, True, "0.9", [0.9]])
 def test_what_is_no_score_leaves_the_tightness_alone(score: object) -> None:
     square = np.zeros((20, 20), bool)
     square[5:15, 5:15] = True
-    assert guess_weight(score, rle.encode_mask(square), (5.0, 5.0, 10.0, 10.0)) == 1.0
+    assert pseudo_label_weight(score, rle.encode_mask(square), (5.0, 5.0, 10.0, 10.0)) == 1.0
 
 
 def test_a_detections_guess_counts_by_the_score_of_its_mask(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from mal_train.commands.resume import taken_up
 from mal_train.config.spec import Spec
-from mal_train.core.settings import LabelerConfig, ScoreKind
+from mal_train.core.settings import LabelerConfig, ScoreType
 
 ASKED = LabelerConfig(crop_size=64)
 FITTED = LabelerConfig(32, 0.2, (0.2, 0.3, 0.4), calibration=((0.0, 0.1), (1.0, 0.9)))
@@ -15,7 +15,7 @@ def test_a_run_that_goes_on_keeps_what_was_fitted_and_nothing_else() -> None:
 
 
 def test_a_map_of_another_kind_of_score_is_not_kept() -> None:
-    older = LabelerConfig(calibration=FITTED.calibration, score=ScoreKind.PROBABILITY)
+    older = LabelerConfig(calibration=FITTED.calibration, score=ScoreType.PROBABILITY)
     assert taken_up(Spec(), ASKED, older).calibration is None
 
 

@@ -18,7 +18,7 @@ from mal_client.integrations.label_studio.label_config import BOXES, Control
 from mal_client.types import BoxLabel, BoxXywh
 from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.masks.images import ImageHeader
-from mal_train.core.masks.polygons import bridged
+from mal_train.core.masks.polygons import merge_holes
 
 DIGITS: Final = 6
 """Decimals of a pixel that are kept: binary fractions of percents would miss whole and half pixels otherwise."""
@@ -132,7 +132,7 @@ def mask_regions(
         values: list[Json] = [{"format": "rle", "rle": encode_brush(label.rle)}]
     else:
         size = np.array([label.rle.width, label.rle.height])
-        lines = bridged(label.to_polygons(tolerance_px))
+        lines = merge_holes(label.to_polygons(tolerance_px))
         values = [{"points": (line * 100.0 / size).tolist(), "closed": True} for line in lines]
     return [
         _region(label, tool, f"{region_id}-{part}" if part else region_id, value | {tool.kind: list(labels)})

@@ -1,4 +1,4 @@
-"""A detector's results list as boxes."""
+"""Results lists of a detector as input."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from mal_train.core.coco.annotations import CocoFile, JsonId, Reason, parse_coco
 from mal_train.core.coco.detections import read_detections, with_detector_scores
-from mal_train.core.coco.output import answer_fields, error_fields, labeled_file
+from mal_train.core.coco.output import error_fields, label_fields, labeled_file
 from mal_train.core.errors import BadDataset
 from tests.mal_train.core.coco.coco_rows import dataset
 
@@ -25,7 +25,7 @@ def read(folder: Path, rows: Any) -> CocoFile:
     return read_detections(path, COCO)
 
 
-def test_rows_take_the_place_of_the_annotations(tmp_path: Path) -> None:
+def test_rows_replace_the_annotations(tmp_path: Path) -> None:
     found = read(tmp_path, [detection(note="mine")])
     (row,) = found.annotations
     assert (row.box_xywh, row.problem, row.raw["note"]) == ((1, 2, 10, 20), None, "mine")
@@ -33,14 +33,14 @@ def test_rows_take_the_place_of_the_annotations(tmp_path: Path) -> None:
     assert found.raw["info"] == {"by": "me"}
 
 
-def test_ids_follow_the_order_of_the_list_and_spare_given_ones(tmp_path: Path) -> None:
+def test_new_ids_follow_list_order_and_skip_existing_ids(tmp_path: Path) -> None:
     rows = [detection(), detection(id=2), detection(), detection(id="a"), detection()]
     for _ in range(2):
         assert [row.id for row in read(tmp_path, rows).annotations] == [1, 2, 3, "a", 4]
 
 
-def test_an_id_that_stands_twice_refuses_the_list(tmp_path: Path) -> None:
-    with pytest.raises(BadDataset, match="id 5 used more than once"):
+def test_a_repeated_id_rejects_the_list(tmp_path: Path) -> None:
+    with pytest.raises(BadDataset, match=r"detections\.json: id 5 "):
         read(tmp_path, [detection(id=5), detection(id=5)])
 
 
@@ -59,21 +59,21 @@ def test_an_id_that_stands_twice_refuses_the_list(tmp_path: Path) -> None:
         (7, Reason.NOT_AN_OBJECT),
     ],
 )
-def test_a_faulty_row_keeps_its_place_and_says_why(tmp_path: Path, row: Any, reason: Reason) -> None:
+def test_an_invalid_row_keeps_its_index_and_reason(tmp_path: Path, row: Any, reason: Reason) -> None:
     found = read(tmp_path, [row, detection()])
     assert [annotation.reason for annotation in found.annotations] == [reason, None]
 
 
-@pytest.mark.parametrize(("content", "part"), [({"a": 1}, "give its path as ann_path"), (3, "results list is needed")])
-def test_what_is_no_list_is_refused(tmp_path: Path, content: Any, part: str) -> None:
-    with pytest.raises(BadDataset, match=part):
+@pytest.mark.parametrize(("content", "named"), [({"a": 1}, "ann_path"), (3, "a number")])
+def test_a_file_that_is_not_a_list_is_rejected(tmp_path: Path, content: Any, named: str) -> None:
+    with pytest.raises(BadDataset, match=named):
         read(tmp_path, content)
 
 
-def test_both_scores_stand_in_the_output(tmp_path: Path) -> None:
+def test_the_output_contains_both_scores(tmp_path: Path) -> None:
     found = read(tmp_path, [detection(score=0.25), detection(score=0.75), detection(score="x"), None])
-    answers: dict[JsonId, dict[str, Any]] = {1: answer_fields({}, 5, 0.9), 2: error_fields("IMAGE_NOT_FOUND", "gone")}
-    out = with_detector_scores(labeled_file(found, answers), found)
+    results: dict[JsonId, dict[str, Any]] = {1: label_fields({}, 5, 0.9), 2: error_fields("IMAGE_NOT_FOUND", "gone")}
+    out = with_detector_scores(labeled_file(found, results), found)
     assert [(row["score"], row["mask_score"]) for row in out["annotations"][:3]] == [
         (0.25, 0.9),
         (0.75, 0.0),

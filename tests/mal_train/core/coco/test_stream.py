@@ -1,4 +1,4 @@
-"""Claims about COCO files that are passed through row by row."""
+"""Reading and rewriting COCO files row by row."""
 
 import hashlib
 import json
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mal_train.core.coco import stream
-from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, parse_coco, read_coco
-from mal_train.core.coco.output import answer_fields, labeled_file, labeled_row, write_json_atomic
-from mal_train.core.coco.stream import scan_coco, write_changed
+from mal_train.core.coco import json_reader
+from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason, parse_coco, read_coco
+from mal_train.core.coco.output import label_fields, labeled_file, labeled_row, write_json_atomic
+from mal_train.core.coco.stream import CocoHead, read_list, scan_coco, write_transformed
 from mal_train.core.errors import BadDataset, OutputError
 
 
@@ -21,9 +21,9 @@ def small(**more: Any) -> dict[str, Any]:
         {"id": at, "image_id": 1, "category_id": 1, "bbox": [at, 0, 4.5e0, 4], "note": "ä\u2028"} for at in range(7)
     ]
     return {
-        "info": {"made": "by hand", "n": [1, -2.5e-3, None, True]},
+        "info": {"source": "test", "n": [1, -2.5e-3, None, True]},
         "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}, {"id": "b", "file_name": "b.png"}],
-        "annotations": [*rows, {"id": 99, "image_id": 5, "category_id": 1, "bbox": [0, 0, 1, 1]}, "no row", 1.5e3],
+        "annotations": [*rows, {"id": 99, "image_id": 5, "category_id": 1, "bbox": [0, 0, 1, 1]}, "not a row", 1.5e3],
         "categories": [{"id": 1, "name": "cup"}],
         "licenses": [],
         "scale": 1.25,
@@ -31,12 +31,12 @@ def small(**more: Any) -> dict[str, Any]:
     }
 
 
-def written(path: Path, raw: Any, **how: Any) -> Path:
-    path.write_text(json.dumps(raw, **how))
+def write(path: Path, raw: Any, **options: Any) -> Path:
+    path.write_text(json.dumps(raw, **options))
     return path
 
 
-def scanned(path: Path) -> tuple[stream.CocoHead, list[Annotation]]:
+def scan(path: Path) -> tuple[CocoHead, list[Annotation]]:
     rows: list[Annotation] = []
     head = scan_coco(path, lambda _, row: rows.append(row))
     return head, rows
@@ -44,19 +44,19 @@ def scanned(path: Path) -> tuple[stream.CocoHead, list[Annotation]]:
 
 @pytest.mark.parametrize("read_bytes", [1, 3, 17, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_rows_are_read_as_by_the_reader_of_whole_files_wherever_the_text_is_cut(
+def test_rows_equal_those_of_read_coco_for_any_read_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int, indent: int | None
 ) -> None:
-    monkeypatch.setattr(stream, "_READ_BYTES", read_bytes)
-    path = written(tmp_path / "in.json", small(), indent=indent, ensure_ascii=False)
-    whole = read_coco(path)
+    monkeypatch.setattr(json_reader, "_READ_BYTES", read_bytes)
+    path = write(tmp_path / "in.json", small(), indent=indent, ensure_ascii=False)
+    expected = read_coco(path)
     if read_bytes < 4:
-        # The encoding is told by the first four bytes.
+        # The encoding is detected from the first four bytes.
         monkeypatch.setattr(json, "detect_encoding", lambda _: "utf-8")
-    head, rows = scanned(path)
-    assert rows == whole.annotations
-    assert head.images == whole.images
-    assert (head.category_names, head.count) == (whole.category_names, len(rows))
+    head, rows = scan(path)
+    assert rows == expected.annotations
+    assert head.images == expected.images
+    assert (head.category_names, head.count) == (expected.category_names, len(rows))
     assert head.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -64,28 +64,28 @@ def test_rows_are_read_as_by_the_reader_of_whole_files_wherever_the_text_is_cut(
 def test_every_encoding_of_json_is_read(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "in.json"
     path.write_bytes(json.dumps(small(), ensure_ascii=False).encode(encoding))
-    assert scanned(path)[1] == parse_coco(small()).annotations
+    assert scan(path)[1] == parse_coco(small()).annotations
 
 
-def test_lists_may_stand_in_any_order(tmp_path: Path) -> None:
+def test_lists_may_be_in_any_order(tmp_path: Path) -> None:
     raw = small()
-    path = written(tmp_path / "in.json", {key: raw[key] for key in reversed(raw)})
-    assert scanned(path)[1] == parse_coco(raw).annotations
+    path = write(tmp_path / "in.json", {key: raw[key] for key in reversed(raw)})
+    assert scan(path)[1] == parse_coco(raw).annotations
 
 
 @pytest.mark.parametrize("with_old_provenance", [False, True])
-def test_the_written_file_is_that_of_the_writer_of_whole_files(tmp_path: Path, with_old_provenance: bool) -> None:
+def test_the_written_file_equals_that_of_write_json_atomic(tmp_path: Path, with_old_provenance: bool) -> None:
     raw = small(**({"mask_auto_labeler": {"old": 1}} if with_old_provenance else {}))
-    path = written(tmp_path / "in.json", raw)
-    answers: dict[JsonId, Any] = {at: answer_fields({"size": [30, 40], "counts": "x"}, 3, 0.5) for at in range(4)}
-    write_json_atomic(tmp_path / "whole.json", labeled_file(read_coco(path), answers, {"by": "test"}))
-    head, _ = scanned(path)
+    path = write(tmp_path / "in.json", raw)
+    results: dict[JsonId, Any] = {at: label_fields({"size": [30, 40], "counts": "x"}, 3, 0.5) for at in range(4)}
+    write_json_atomic(tmp_path / "expected.json", labeled_file(read_coco(path), results, {"by": "test"}))
+    head, _ = scan(path)
 
-    def change(at: int, row: Any, annotation: Annotation) -> Any:
-        return labeled_row(row, annotation, head.images, answers.get(at))
+    def transform(index: int, row: Any, annotation: Annotation) -> Any:
+        return labeled_row(row, annotation, head.images, results.get(index))
 
-    write_changed(head, tmp_path / "out.json", change, {"by": "test"})
-    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    write_transformed(head, tmp_path / "out.json", transform, {"by": "test"})
+    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "expected.json").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -110,28 +110,28 @@ def test_the_written_file_is_that_of_the_writer_of_whole_files(tmp_path: Path, w
         "\udcff{}",
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path: Path, text: str) -> None:
+def test_an_unusable_file_is_rejected_by_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(BadDataset, match=r"broken\.json"):
-        scanned(path)
+        scan(path)
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(BadDataset, match=r"absent\.json"):
-        scanned(tmp_path / "absent.json")
+        scan(tmp_path / "absent.json")
 
 
-def test_a_file_that_changed_since_its_scan_is_noticed_and_an_old_output_stays(tmp_path: Path) -> None:
-    path = written(tmp_path / "in.json", small())
-    head, _ = scanned(path)
+def test_a_file_that_changed_after_its_scan_is_detected_and_an_old_output_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.json", small())
+    head, _ = scan(path)
     (tmp_path / "out.json").write_text("old")
-    written(path, small(scale=2))
-    with pytest.raises(BadDataset, match="changed while"):
-        write_changed(head, tmp_path / "out.json", lambda _at, row, _annotation: row, {})
+    write(path, small(scale=2))
+    with pytest.raises(BadDataset, match=r"in\.json"):
+        write_transformed(head, tmp_path / "out.json", lambda _index, row, _annotation: row, {})
     assert (tmp_path / "out.json").read_text() == "old"
     with pytest.raises(OutputError):
-        write_changed(head, tmp_path / "no" / "out.json", lambda _at, row, _annotation: row, {})
+        write_transformed(head, tmp_path / "no" / "out.json", lambda _index, row, _annotation: row, {})
 
 
 JSON = st.recursive(
@@ -142,33 +142,70 @@ JSON = st.recursive(
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.lists(JSON, max_size=5), more=st.dictionaries(st.text(), JSON, max_size=4), read=st.integers(4, 60))
-def test_any_json_passes_through_unchanged(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], more: dict[str, Any], read: int
+@given(
+    rows=st.lists(JSON, max_size=5), more=st.dictionaries(st.text(), JSON, max_size=4), read_bytes=st.integers(4, 60)
+)
+def test_any_json_is_copied_unchanged(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], more: dict[str, Any], read_bytes: int
 ) -> None:
     folder = tmp_path_factory.mktemp("json")
-    # Ids may not repeat; everything else may be anything.
+    # Ids may not repeat.
     rows = [row for row in rows if not (isinstance(row, dict) and "id" in row)]
     raw = {**more, "images": [], "categories": [], "annotations": rows}
-    path = written(folder / "in.json", raw)
+    path = write(folder / "in.json", raw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "_READ_BYTES", read)
-        head, _ = scanned(path)
-        write_changed(head, folder / "out.json", lambda _at, row, _annotation: row, {"by": 1})
+        patch.setattr(json_reader, "_READ_BYTES", read_bytes)
+        head, _ = scan(path)
+        write_transformed(head, folder / "out.json", lambda _index, row, _annotation: row, {"by": 1})
     expected = {key: value for key, value in raw.items() if key != "mask_auto_labeler"}
     assert json.loads((folder / "out.json").read_text()) == {**expected, "mask_auto_labeler": {"by": 1}}
 
 
-def test_a_report_may_look_at_a_file_with_repeated_ids(tmp_path: Path) -> None:
+def test_a_non_finite_number_is_the_error_of_its_row_alone(tmp_path: Path) -> None:
+    raw = small()
+    raw["annotations"][0]["bbox"][0] = float("nan")
+    raw["annotations"][1]["bbox"][0] = float("-inf")
+    _, rows = scan(write(tmp_path / "in.json", raw))
+    assert [row.reason for row in rows[:3]] == [Reason.BAD_BOX, Reason.BAD_BOX, None]
+
+
+def test_lone_surrogates_and_large_integers_are_kept(tmp_path: Path) -> None:
+    rows = ["\ud800x", 10**40, -(2**63) - 1, 2**64]
+    path = write(tmp_path / "in.json", {"annotations": rows})
+    assert list(read_list(path, "annotations")) == rows
+
+
+def test_a_member_is_found_by_its_exact_name(tmp_path: Path) -> None:
+    raw = {"annotations.item": [1], "info": {"annotations": [2]}, "annotations": [3]}
+    assert list(read_list(write(tmp_path / "in.json", raw), "annotations")) == [3]
+
+
+def test_a_value_over_the_length_limit_is_rejected_before_the_rest_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_reader, "_READ_BYTES", 64)
+    monkeypatch.setattr(json_reader, "MAX_VALUE_CHARS", 1000)
+    path = write(tmp_path / "in.json", {"annotations": ["x" * 999]})
+    assert list(read_list(path, "annotations")) == ["x" * 999]
+    # The missing quote would otherwise be reported only at the end of the file.
+    path.write_text('{"annotations": ["' + "x" * 100_000)
+    with pytest.raises(BadDataset, match=r"in\.json"):
+        list(read_list(path, "annotations"))
+
+
+def test_repeated_ids_can_be_reported_instead_of_rejected(tmp_path: Path) -> None:
     raw = small(images=[{"id": 1, "file_name": "a"}] * 2, categories=[{"id": 1}, {"id": [1]}])
     raw["annotations"] = [{"id": "x", "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}] * 3
-    head = scan_coco(written(tmp_path / "in.json", raw), lambda *_: None, allow_repeated_ids=True)
-    assert (head.repeated_images, head.repeated_annotations, head.count) == ((1,), ("x",), 3)
-    assert head.notes == ("categories[1]: no id that is a number or a string",)
+    head = scan_coco(write(tmp_path / "in.json", raw), lambda *_: None, allow_repeated_ids=True)
+    assert (head.repeated_image_ids, head.repeated_annotation_ids, head.count) == ((1,), ("x",), 3)
+    (note,) = head.notes
+    assert note.startswith("categories[1]: ")
 
 
-def test_image_rows_are_those_of_the_whole_reader(tmp_path: Path) -> None:
-    raw = small(images=[{"id": 1}, "no row", {"id": None}, {"id": 2, "file_name": "c.png", "width": 1.5}])
-    head, _ = scanned(written(tmp_path / "in.json", raw))
+def test_image_rows_and_notes_equal_those_of_parse_coco(tmp_path: Path) -> None:
+    raw = small(images=[{"id": 1}, "not a row", {"id": None}, {"id": 2, "file_name": "c.png", "width": 1.5}])
+    head, _ = scan(write(tmp_path / "in.json", raw))
     assert head.images == parse_coco(raw).images
+    assert head.notes == parse_coco(raw).notes
+    assert [note.split(":")[0] for note in head.notes] == ["images[1]", "images[2]"]
     assert isinstance(head.images[1], ImageInfo)

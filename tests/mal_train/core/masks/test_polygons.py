@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from mal_train.core.masks import rle
-from mal_train.core.masks.polygons import Ring, bridged, fill, rings_of
+from mal_train.core.masks.polygons import Ring, fill, merge_holes, to_rings
 from mal_train.core.masks.rle import decode_patch, encode_mask
 from tests.mal_train.core.masks.random_masks import random_mask
 
@@ -16,7 +16,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def rings(mask: NDArray[np.bool_], tolerance_px: float = 0.0) -> list[Ring]:
-    return rings_of(decode_patch(encode_mask(mask)), tolerance_px)
+    return to_rings(decode_patch(encode_mask(mask)), tolerance_px)
 
 
 def filled(found: list[Ring], like: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -44,7 +44,7 @@ def test_rings_without_tolerance_give_the_mask_back_exactly(seed: int) -> None:
 @settings(max_examples=300, deadline=None)
 def test_pycocotools_reads_bridged_rings_as_the_mask_with_its_holes(seed: int) -> None:
     mask = random_mask(seed)
-    polygons = [line.ravel().astype(float).tolist() for line in bridged(rings(mask))]
+    polygons = [line.ravel().astype(float).tolist() for line in merge_holes(rings(mask))]
     if not polygons:
         assert not mask.any()
         return
@@ -75,7 +75,7 @@ def test_a_rectangle_has_four_points_on_pixel_corners() -> None:
 
 def test_an_empty_mask_has_no_rings() -> None:
     assert rings(np.zeros((4, 4), bool)) == []
-    assert bridged([]) == []
+    assert merge_holes([]) == []
 
 
 @pytest.mark.parametrize(("tolerance_px", "most_points"), [(1.0, 90), (1.5, 40), (3.0, 20)])

@@ -12,7 +12,7 @@ import pytest
 
 from deploy.demo.baselines import box_filled, ellipse
 from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, parse_coco, read_coco
-from mal_train.core.coco.output import answer_fields, error_fields, labeled_file
+from mal_train.core.coco.output import error_fields, label_fields, labeled_file
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
 from mal_train.core.metrics.average_precision import AP_NAMES
@@ -112,7 +112,7 @@ class TestAnchors:
         coco = val_dev()
         rows = [a for a in coco.annotations if not a.iscrowd and a.id is not None][:60]
         masks = {a.id: box_filled(a.box_xywh, frame_of(coco, a)) for a in rows}
-        answers = {a.id: answer_fields(masks[a.id].to_coco(), 1, 0.5) for a in rows if a.id is not None}
+        answers = {a.id: label_fields(masks[a.id].to_coco(), 1, 0.5) for a in rows if a.id is not None}
         evaluator = Evaluator(coco.category_names)
         for annotation in rows:
             evaluator.add(annotation, masks[annotation.id], 0.5)

@@ -12,7 +12,7 @@ import torch
 from mal_train.core.errors import BadBox, ConfigError, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.rle import Rle
-from mal_train.core.settings import Branch, Compat, LabelerConfig, ScoreBasis, ScoreKind
+from mal_train.core.settings import Branch, Compat, LabelerConfig, ScoreBasis, ScoreType
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Prediction, PredictOptions, load_labeler
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig, probabilities
@@ -138,7 +138,7 @@ def test_a_speck_that_is_all_a_box_is_left_with_scores_at_most_one() -> None:
 
 def test_files_say_which_score_they_carry() -> None:
     assert "stability" in LabelerConfig().score_meaning()
-    for config in (LabelerConfig(score=ScoreKind.PROBABILITY), LabelerConfig(compat=Compat.TAO)):
+    for config in (LabelerConfig(score=ScoreType.PROBABILITY), LabelerConfig(compat=Compat.TAO)):
         assert config.score_meaning() == "mean foreground probability, not calibrated"
     assert FITTED.score_meaning() == "expected IoU, calibrated"
 
@@ -153,16 +153,16 @@ FITTED = LabelerConfig(margin_rate=0.4, calibration=((0.0, 0.0), (1.0, 1.0)))
         (ScoreBasis(margins=(0.2, 0.4)), "margins 0.2, 0.4"),
         (ScoreBasis(branch=Branch.MIXED), "branch mixed"),
         (ScoreBasis(flip=True), "a mirrored pass"),
-        (ScoreBasis(shared_out=True), "contested pixels shared out"),
+        (ScoreBasis(overlaps_resolved=True), "overlaps resolved"),
         (ScoreBasis(threshold=0.3), "threshold 0.3"),
-        (ScoreBasis(min_component_area_px=9), "parts under 9 px left out"),
-        (ScoreBasis(refined_edges=True), "edges moved to the colors"),
+        (ScoreBasis(min_component_area_px=9), "components under 9 px removed"),
+        (ScoreBasis(refined_edges=True), "edges refined"),
     ],
 )
 def test_a_calibration_is_not_claimed_for_labels_made_in_another_way(manner: ScoreBasis, words: str | None) -> None:
     told = FITTED.score_meaning(manner)
     exact = "expected IoU, calibrated"
-    assert told == (exact if words is None else f"{exact} for one pass of the student, not for this: {words}")
+    assert told == (exact if words is None else f"{exact} for one pass of the student, not for: {words}")
     assert LabelerConfig().score_meaning(manner) == LabelerConfig().score_meaning()
 
 
@@ -170,16 +170,16 @@ def test_a_calibration_of_mirrored_answers_is_for_these_alone() -> None:
     mirrored = dataclasses.replace(FITTED, calibrated_with_flip=True)
     assert LabelerConfig.from_dict(mirrored.to_dict()) == mirrored
     assert mirrored.score_meaning(ScoreBasis(flip=True)) == "expected IoU, calibrated"
-    assert "not for this: no mirrored pass" in mirrored.score_meaning()
+    assert "not for: no mirrored pass" in mirrored.score_meaning()
 
 
 def test_under_tao_and_in_old_checkpoints_a_score_is_the_mean_probability() -> None:
-    for config in ({"score": ScoreKind.PROBABILITY}, {"compat": Compat.TAO}):
+    for config in ({"score": ScoreType.PROBABILITY}, {"compat": Compat.TAO}):
         assert scored(0.8, 0.8, **config) == pytest.approx(0.79, abs=0.02)
     written = LabelerConfig(crop_size=64).to_dict()
-    assert LabelerConfig.from_dict(written).score is ScoreKind.STABILITY
+    assert LabelerConfig.from_dict(written).score is ScoreType.STABILITY
     del written["score"]
-    assert LabelerConfig.from_dict(written).score is ScoreKind.PROBABILITY
+    assert LabelerConfig.from_dict(written).score is ScoreType.PROBABILITY
 
 
 def test_an_empty_mask_is_flagged_and_scores_zero() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.masks.images import read_image
-from mal_train.core.settings import Compat, LabelerConfig, network_branch
+from mal_train.core.settings import Compat, LabelerConfig, network_size_class
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.labeler.labeler import Crop, Labeler
 from mal_train.kernel.networks.network import MalNetwork, normalize
@@ -32,7 +32,7 @@ def test_crops_windows_and_logits_of_a_files_boxes_agree_with_the_published_run(
         crops.append(crop)
     assert [list(crop.window) for crop in crops] == windows
     x = normalize(torch.from_numpy(np.stack([crop.pixels for crop in crops])))
-    branch = torch.from_numpy(network_branch([crop.area for crop in crops], Compat.TAO))
+    branch = torch.from_numpy(network_size_class([crop.area for crop in crops], Compat.TAO))
     with torch.inference_mode():
         logits = network.logits(x, branch)
     np.testing.assert_allclose(logits.numpy(), expected, atol=1e-3, rtol=0)

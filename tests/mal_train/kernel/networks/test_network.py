@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mal_train.core.errors import ConfigError
-from mal_train.core.settings import Branch, Compat, network_branch
+from mal_train.core.settings import Branch, Compat, network_size_class
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.networks.heads import resize
 from mal_train.kernel.networks.network import (
@@ -69,7 +69,7 @@ def test_logits_agree_with_the_published_forward(layout: str, name: str) -> None
     with np.load(fixture(f"e_forward_{layout}_{name}.npz")) as stored:
         box_xyxy, expected = stored["bboxes"], stored["seg"]
     area = (box_xyxy[:, 2] - box_xyxy[:, 0]) * (box_xyxy[:, 3] - box_xyxy[:, 1])
-    branch_N = torch.from_numpy(network_branch(area, Compat.TAO))
+    branch_N = torch.from_numpy(network_size_class(area, Compat.TAO))
     with torch.inference_mode():
         logits = tao_network.logits(published.smooth_input(seed, number, side), branch_N)
     assert logits.dtype == torch.float32
@@ -86,7 +86,7 @@ def test_what_lies_between_crops_and_logits_agrees_with_the_published_forward(la
     x = published.smooth_input(seed, number, side)
     np.testing.assert_allclose(x.flatten()[[0, 1000, -1]].numpy(), values, atol=1e-6, rtol=0)
     area = (box_xyxy[:, 2] - box_xyxy[:, 0]) * (box_xyxy[:, 3] - box_xyxy[:, 1])
-    branches = network_branch(area, Compat.TAO).tolist()
+    branches = network_size_class(area, Compat.TAO).tolist()
     first = branches.index(min(branches))  # the published code works through the sizes, and kept the first that came
     with torch.inference_mode():
         feat = student.backbone(x)

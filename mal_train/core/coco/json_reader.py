@@ -1,0 +1,194 @@
+"""Reads the members of a JSON object from a file, lists row by row, with one row in memory at a time.
+
+The values are exactly those of `json.loads`. ijson 3.6 (yajl2_c) iterates a list 1.5 times faster (2.2 s instead of
+3.4 s of CPU time for 300 000 rows with polygons, 94 MB) but does not keep that promise: it rejects NaN and integers
+above 64 bits, replaces lone surrogates by "?", and cannot tell a member "annotations.item" from a row of "annotations".
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from mal_train.core.coco.annotations import REQUIRED_LISTS, json_type
+from mal_train.core.errors import BadDataset
+
+MAX_VALUE_CHARS: Final = 1 << 28
+"""Maximum length of a single value, for example one row; a longer value is treated as invalid JSON."""
+
+_READ_BYTES: Final = 1 << 20
+_SPACE: Final = " \t\n\r"
+_VALUE_ENDS: Final = frozenset(_SPACE + ",]}:")
+
+
+class JsonMemberReader:
+    """Reader of the members of one JSON object; a single pass over the file.
+
+    Args:
+        path: file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._text = _TextBuffer(path)
+        self._decode = json.JSONDecoder().raw_decode
+
+    def sha256(self) -> str:
+        """Returns the SHA-256 of the file's bytes as 64 hex digits. Call it after the last member."""
+        return self._text.sha256()
+
+    def members(self) -> Iterator[tuple[str, Any]]:
+        """Yields (name, value) in file order; the value of a list is an iterator over its rows.
+
+        Use up that iterator before the next member; the reader skips the remaining rows otherwise.
+
+        Raises:
+            BadDataset: the file is unreadable, not JSON, not an object, or repeats a name.
+        """
+        if self._text.peek() != "{":
+            value = self._value()
+            hint = " (a list is a COCO results file)" if isinstance(value, list) else ""
+            raise BadDataset(
+                f"{self._path}: holds {json_type(value)}{hint}; it must be an object with {', '.join(REQUIRED_LISTS)}"
+            )
+        names = set()
+        for _ in self._entries("{", "}"):
+            name = self._value()
+            if not isinstance(name, str) or name in names:
+                raise self._text.error("expected a unique member name")
+            names.add(name)
+            self._text.expect(":")
+            if self._text.peek() == "[":
+                rows = self._rows()
+                yield name, rows
+                skip_rows(rows)
+            else:
+                yield name, self._value()
+        if self._text.peek():
+            raise self._text.error("extra data")
+
+    def _rows(self) -> Iterator[Any]:
+        for _ in self._entries("[", "]"):
+            yield self._value()
+
+    def _entries(self, opening: str, closing: str) -> Iterator[None]:
+        """Yields at the start of each entry of a list or an object; the caller reads the entry."""
+        self._text.expect(opening)
+        if self._text.peek() == closing:
+            self._text.expect(closing)
+            return
+        while True:
+            yield
+            separator = self._text.peek()
+            if separator == closing:
+                self._text.expect(closing)
+                return
+            if separator != ",":
+                raise self._text.error(f"expected ',' or '{closing}'")
+            self._text.expect(",")
+
+    def _value(self) -> Any:
+        text = self._text
+        text.peek()
+        while True:
+            try:
+                value, end = self._decode(text.buffer, text.position)
+            except ValueError as error:
+                if text.at_end or len(text.buffer) - text.position > MAX_VALUE_CHARS:
+                    raise text.error(str(error)) from None
+            except RecursionError:
+                raise BadDataset(f"{self._path}: nested too deeply for a COCO file") from None
+            else:
+                # A number at the end of the buffer may continue ("1.5e" of "1.5e3" decodes as 1.5).
+                if text.at_end or text.buffer[end : end + 1] in _VALUE_ENDS:
+                    text.position = end
+                    return value
+            text.fill()
+
+
+class _TextBuffer:
+    """Window over the decoded text of a file.
+
+    Attributes:
+        buffer: text read so far and not yet dropped.
+        position: index of the next character in `buffer`.
+        at_end: `buffer` holds the rest of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.buffer = ""
+        self.position = 0
+        self.at_end = False
+        self._path = path
+        self._hash = hashlib.sha256()
+        self._dropped_chars = 0
+        self._chunks = self._decoded_chunks()
+
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def peek(self) -> str:
+        """Skips white space and returns the next character, "" at the end of the file."""
+        while True:
+            while self.position < len(self.buffer):
+                char = self.buffer[self.position]
+                if char not in _SPACE:
+                    return char
+                self.position += 1
+            if self.at_end:
+                return ""
+            self.fill()
+
+    def expect(self, char: str) -> None:
+        """Consumes the next character, which must be `char`."""
+        if self.peek() != char:
+            raise self.error(f"expected {char!r}")
+        self.position += 1
+
+    def fill(self) -> None:
+        """Drops the consumed text and at least doubles the rest, so that a long value is decoded only a few times."""
+        pieces = [self.buffer[self.position :]]
+        missing = max(1, len(pieces[0]))
+        while missing > 0:
+            piece = next(self._chunks, None)
+            if piece is None:
+                self.at_end = True
+                break
+            pieces.append(piece)
+            missing -= len(piece)
+        self._dropped_chars += self.position
+        self.buffer, self.position = "".join(pieces), 0
+
+    def error(self, message: str) -> BadDataset:
+        """Returns the error for invalid JSON at the current position."""
+        is_empty = not self._dropped_chars and not self.buffer.strip()
+        detail = "empty file" if is_empty else f"{message}, near character {self._dropped_chars + self.position}"
+        return BadDataset(f"{self._path}: not JSON ({detail}); give a COCO annotation file")
+
+    def _decoded_chunks(self) -> Iterator[str]:
+        decoder: codecs.IncrementalDecoder | None = None
+        try:
+            with self._path.open("rb") as file:
+                while chunk := file.read(_READ_BYTES):
+                    self._hash.update(chunk)
+                    if decoder is None:
+                        # The encodings that json.loads accepts, detected from the first bytes.
+                        decoder = codecs.getincrementaldecoder(json.detect_encoding(chunk))("surrogatepass")
+                    yield decoder.decode(chunk)
+                if decoder is not None:
+                    yield decoder.decode(b"", final=True)
+        except OSError as error:
+            raise BadDataset(
+                f"{self._path}: cannot be read ({error.strerror}); give the path of a COCO JSON file"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise BadDataset(f"{self._path}: not JSON ({error}); give a COCO annotation file") from error
+
+
+def skip_rows(value: Any) -> None:
+    """Reads the remaining rows of a member's value; does nothing for a value that is not a list."""
+    if isinstance(value, Iterator):
+        for _ in value:
+            pass
