@@ -37,7 +37,7 @@ def check(config: ServerConfig) -> Iterator[str]:
     for data in config.data_folders:
         if not data.path.is_dir():
             raise ConfigError(f"data_folders: {data.name!r}: {data.path}: no such folder")
-        yield f"data folder {data.name}: {data.path}, readable by every client with the scope label"
+        yield f"data folder {data.name}: {data.path}, readable by every client that may label"
     for plan in config.plans:
         yield from _check_model(plan)
     for folder in config.model_folders:

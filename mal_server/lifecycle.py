@@ -19,6 +19,7 @@ from mal_server.config.tokens import TokenSetting
 from mal_server.models.loader import load_model
 from mal_server.models.registry import Load
 from mal_server.server import MalServer
+from mal_train.core.atomic_io import write_text
 from mal_train.core.errors import ConfigError, OutputError
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,8 @@ class ServerRun:
         if not loading.done():
             return False
         infos = loading.result()
-        _write(self._port_file, self._server.address)
+        if self._port_file is not None:
+            write_text(self._port_file, self._server.address + "\n")
         for info in infos:
             print(
                 f"mal-server: serving {info.name} on {self._server.address} ({info.arch}, {info.branch}, "
@@ -219,18 +221,6 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(event.wait(), None if seconds == math.inf else seconds)
     except TimeoutError:
         return
-
-
-def _write(path: Path | None, text: str) -> None:
-    """Writes a small file atomically."""
-    if path is None:
-        return
-    part = path.with_name(f".{path.name}.tmp")
-    try:
-        part.write_text(text + "\n", encoding="ascii")
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: the address cannot be written: {error.strerror}") from error
 
 
 def _remove(path: Path | None) -> None:

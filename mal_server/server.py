@@ -116,19 +116,19 @@ class MalServer:
             ConfigError: the address cannot be bound.
         """
         listen = self._config.listen
-        wanted = format_address(listen.host, listen.port)
+        address = format_address(listen.host, listen.port)
         for service in (*SERVICES, *(health_name(plan.name) for plan in self._config.plans)):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             if self._credentials is None:
-                bound = self._server.add_insecure_port(wanted)
+                bound = self._server.add_insecure_port(address)
             else:
-                bound = self._server.add_secure_port(wanted, self._credentials)
+                bound = self._server.add_secure_port(address, self._credentials)
         except RuntimeError:
             bound = 0
         if bound == 0:
             raise ConfigError(
-                f"listen: cannot listen on {wanted}; the port is in use, or the address is not of this machine; choose "
+                f"listen: cannot listen on {address}; the port is in use, or this machine lacks the address; choose "
                 "another listen.port (0 takes a free one)"
             )
         self.address = format_address(listen.host, bound)

@@ -31,7 +31,7 @@ class Limits(Strict):
         ge=1,
         le=1024,
         description="Images of one bulk or evaluation stream that are processed at once; the server reads the next one "
-        "after it\nhas answered one.",
+        "after\none has finished.",
     )
 
     def images(self) -> ImageLimits:

@@ -149,7 +149,7 @@ class ServerConfig(Strict):
     data_folders: tuple[DataFolder, ...] = Field(
         default=(),
         description="Folders on this machine with images that requests may refer to instead of sending them\n"
-        "(ImageSource.uri); [] = none. Every client with the scope label gets masks of every image in them. Entries "
+        "(ImageSource.uri); [] = none. Every client that may label gets masks of every image in them. Entries "
         "such as\n"
         "  - {name: photos, path: /srv/photos}",
     )

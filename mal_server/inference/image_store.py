@@ -117,7 +117,7 @@ class ImageStore:
         if isinstance(source, InlineImage):
             return source.content
         content = self._cache.get(source.sha256)
-        self._metrics.looked_up(found=content is not None)
+        self._metrics.cache_looked_up(hit=content is not None)
         if content is None:
             raise ImageNotCached(f"image {source.sha256[:12]}…: not in the cache; send its content")
         return content

@@ -60,7 +60,7 @@ class HealthProbe:
                 if call.code() is grpc.StatusCode.NOT_FOUND:
                     return self._unknown_service()
                 return f"UNREACHABLE ({call.code().name}: {call.details()}){self._tls_hint(call)}"
-        # The server answers so for a model that was unloaded.
+        # The state of a model that was unloaded.
         if response.status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             return self._unknown_service()
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
@@ -97,20 +97,20 @@ class HealthProbe:
         return grpc.secure_channel(self.address, credentials, options=options)
 
 
-def probe_of(listen: Listen, given: HealthProbe) -> HealthProbe:
-    """Returns a health check of the server with these settings. An address, name or file in `given` takes precedence.
+def probe_of(listen: Listen, options: HealthProbe) -> HealthProbe:
+    """Returns a health check of the server with these settings. An address, name or file in `options` takes precedence.
 
     The probe trusts the server's certificate file itself and verifies that the certificate is valid today for
     `listen.tls_probe_name`, by default for the host that it calls. If the server requires client certificates, the
     probe presents `listen.tls_probe_certificate`, by default the server's own.
 
     Raises:
-        ConfigError: `listen.port` is 0 and `given` has no address, or a TLS file fails its check.
+        ConfigError: `listen.port` is 0 and `options` has no address, or a TLS file fails its check.
     """
-    probe = replace(given, address=given.address or _own_address(listen))
+    probe = replace(options, address=options.address or _own_address(listen))
     if listen.tls_certificate is None or listen.tls_key is None:
         return probe
-    name = given.tls_name or listen.tls_probe_name or _default_name(listen, given.address)
+    name = options.tls_name or listen.tls_probe_name or _default_name(listen, options.address)
     probe = replace(probe, tls_name=name)
     if probe.tls_ca is None:
         verify_handshake(listen.tls_certificate, listen.tls_key, name)
@@ -130,7 +130,7 @@ def _own_address(listen: Listen) -> str:
     return format_address(EVERY_INTERFACE.get(listen.host, listen.host), listen.port)
 
 
-def _default_name(listen: Listen, given_address: str) -> str:
-    if given_address:
-        return host_of(given_address) or "localhost"
+def _default_name(listen: Listen, address: str) -> str:
+    if address:
+        return host_of(address) or "localhost"
     return "localhost" if listen.host in EVERY_INTERFACE else listen.host

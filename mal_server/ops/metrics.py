@@ -116,9 +116,9 @@ class Metrics:
         for flag in flags or (NO_FLAG,):
             self._masks.labels(flag).inc()
 
-    def looked_up(self, *, found: bool) -> None:
+    def cache_looked_up(self, *, hit: bool) -> None:
         """Counts a request with the SHA-256 of an image."""
-        (self._cache_hits if found else self._cache_misses).inc()
+        (self._cache_hits if hit else self._cache_misses).inc()
 
     def watch_cache(self, size_bytes: Callable[[], float]) -> None:
         """Sets the function that returns the size of the image cache."""

@@ -129,7 +129,8 @@ def read_tokens(settings: Sequence[TokenSetting], *, is_private: bool = False) -
             two entries hold the same token. The message never contains the token.
     """
     tokens = [
-        TokenScopes(one.name, _digest_of(one.token, f"tokens: {one.name!r}"), frozenset(one.scopes)) for one in settings
+        TokenScopes(setting.name, _digest_of(setting.token, f"tokens: {setting.name!r}"), frozenset(setting.scopes))
+        for setting in settings
     ]
     first_names: dict[bytes, str] = {}
     for token in tokens:
