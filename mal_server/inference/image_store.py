@@ -8,9 +8,6 @@ The cache holds images of interactive requests, so that a client that moves a bo
 finds entries only by their complete hash and never lists them.
 """
 
-import hashlib
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,6 +15,7 @@ from mal_server.errors import ImageNotCached, NoSuchFile
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.ops.metrics import Metrics
 from mal_train.core.errors import BadImage
+from mal_train.core.lru import LruCache, sha256_of
 
 ENTRY_OVERHEAD_BYTES = 256
 """Memory of a cache entry beside its content."""
@@ -57,39 +55,20 @@ class ImageCache:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[str, bytes] = OrderedDict()
-        self._size_bytes = 0
-        self._lock = threading.Lock()
+        self._images = LruCache[bytes](max_bytes)
 
     @property
     def size_bytes(self) -> int:
         """Memory held now; never above the limit."""
-        return self._size_bytes
+        return self._images.size_bytes
 
     def put(self, content: bytes) -> None:
         """Adds an image, unless it alone exceeds the limit."""
-        size = len(content) + ENTRY_OVERHEAD_BYTES
-        if size > self._max_bytes:
-            return
-        sha256 = hashlib.sha256(content).hexdigest()
-        with self._lock:
-            if sha256 in self._entries:
-                self._entries.move_to_end(sha256)
-                return
-            while self._size_bytes + size > self._max_bytes:
-                _, evicted = self._entries.popitem(last=False)
-                self._size_bytes -= len(evicted) + ENTRY_OVERHEAD_BYTES
-            self._entries[sha256] = content
-            self._size_bytes += size
+        self._images.put(sha256_of(content), content, len(content) + ENTRY_OVERHEAD_BYTES)
 
     def get(self, sha256: str) -> bytes | None:
         """Returns an image and marks it as used; None if it is not cached."""
-        with self._lock:
-            content = self._entries.get(sha256)
-            if content is not None:
-                self._entries.move_to_end(sha256)
-            return content
+        return self._images.get(sha256)
 
 
 class ImageStore:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from collections import OrderedDict
-
 from mal_client.images.image_input import EncodedImage
+from mal_train.core.lru import LruCache, sha256_of
 
-REMEMBERED = 512
-"""Pictures; the longest unused is forgotten first, and then simply sent again."""
+ENTRY_BYTES = 256
+"""Memory of one entry."""
+
+MAX_BYTES = 512 * ENTRY_BYTES
+"""Limit of all entries; an image whose entry was evicted is sent again."""
 
 MIN_BYTES = 4096
 """Smaller files are sent each time: a hash would save nothing that anybody feels."""
@@ -19,32 +19,25 @@ class UploadCache:
     """What one server was sent; safe in threads."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, None] = OrderedDict()
-        self._lock = threading.Lock()
+        self._known = LruCache[bool](MAX_BYTES)
 
     def of(self, image: EncodedImage) -> UploadedImage | None:
         """The picture's handle; None for one that is not worth it. Hashes the file: about a millisecond a megabyte."""
         if len(image.content) < MIN_BYTES:
             return None
-        return UploadedImage(self, hashlib.sha256(image.content).hexdigest())
+        return UploadedImage(self, sha256_of(image.content))
 
     def knows(self, sha256: str) -> bool:
         """The server was sent this picture and has not said since that it does not hold it."""
-        with self._lock:
-            return sha256 in self._known
+        return sha256 in self._known
 
     def note(self, sha256: str) -> None:
         """The server has it now."""
-        with self._lock:
-            self._known[sha256] = None
-            self._known.move_to_end(sha256)
-            while len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
+        self._known.put(sha256, True, ENTRY_BYTES)
 
     def forget(self, sha256: str) -> None:
         """The server does not hold it."""
-        with self._lock:
-            self._known.pop(sha256, None)
+        self._known.discard(sha256)
 
 
 class UploadedImage:
