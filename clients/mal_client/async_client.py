@@ -1,7 +1,7 @@
-"""`AsyncClient`: boxes in, masks out, over one channel to one server, inside an event loop.
+"""`AsyncClient`: masks from boxes, by asyncio calls over one channel to one server.
 
-It drives the same `ImageCall` as the blocking client; what stands twice is only `for` against `async for`. Jobs on
-whole data sets block on files, so they exist once, on the blocking client, which runs in a thread here.
+It shares `ImageCall`, the rules of retries, with the blocking client. Jobs on datasets block on files, so only the
+blocking client implements them; `AsyncClient` runs one in a thread.
 """
 
 from __future__ import annotations
@@ -24,12 +24,7 @@ from mal_client.errors import CallCancelled
 from mal_client.images.image_input import encode
 from mal_client.transport.client_base import ClientBase
 from mal_client.transport.image_call import checked_boxes
-from mal_client.types import (
-    SERVER_DEFAULTS,
-    BoxLabel,
-    LabelOptions,
-    ServerInfo,
-)
+from mal_client.types import SERVER_DEFAULTS, BoxLabel, LabelOptions, ServerInfo
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -37,26 +32,26 @@ if TYPE_CHECKING:
     from mal_client.types import ImageInput
 
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 
 def _in_thread(
-    job: Callable[Concatenate[Client, Arguments], Answer],
-) -> Callable[Concatenate[AsyncClient, Arguments], Coroutine[Any, Any, Answer]]:
-    """A blocking client's job for the asyncio client: in a thread of its own, with a client of its own.
+    method: Callable[Concatenate[Client, Arguments], Result],
+) -> Callable[Concatenate[AsyncClient, Arguments], Coroutine[Any, Any, Result]]:
+    """Makes a coroutine of a job of the blocking client, which runs in a thread, on a client of its own.
 
-    What the job calls is called from that thread.
+    The callbacks of the job are called in that thread.
     """
 
-    @functools.wraps(job)
-    async def run(self: AsyncClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+    @functools.wraps(method)
+    async def run(self: AsyncClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with Client(**dataclasses.asdict(self._connection), timeout_s=self.timeout_s) as client:
-            running = asyncio.ensure_future(asyncio.to_thread(job, client, *args, **kwargs))
+            running = asyncio.ensure_future(asyncio.to_thread(method, client, *args, **kwargs))
             try:
                 return await asyncio.shield(running)
             except asyncio.CancelledError:
-                # A thread cannot be cancelled: closing its client ends its calls, and we wait for it to notice.
+                # A thread cannot be cancelled: closing its client ends its calls, and the job ends soon after.
                 client.close()
                 with contextlib.suppress(CallCancelled):
                     await running
@@ -66,18 +61,32 @@ def _in_thread(
 
 
 class AsyncClient(ClientBase):
-    """asyncio client of one server; use it inside one event loop, as an async context manager.
+    """asyncio client of one server, for one event loop. An asynchronous context manager that closes the channel.
 
     >>> async with AsyncClient("localhost:50051") as client:  # doctest: +SKIP
     ...     labels = await client.label_image("street.jpg", [[10, 20, 50, 80]])
 
-    Arguments and errors as `Client`.
+    Run calls side by side with `asyncio.gather`; the server batches the boxes of all of them.
+
+    Args:
+        address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
+        timeout_s: deadline of one image in seconds, 300 by default. For a job on a dataset: seconds without a response
+            after which the server counts as lost.
+        tls: encrypt the connection and trust the public authorities that gRPC knows.
+        tls_ca: PEM file of the authority to trust instead; implies `tls`.
+        client_cert: PEM file of the client's certificate and its chain (mTLS).
+        client_key: PEM file of the private key; None reads it from `client_cert`.
+        token: bearer token of every call. Without TLS it is sent to a server on this machine only.
+
+    Raises:
+        ConfigError: the address has no port, or the token would be sent unencrypted. A file that cannot be read raises
+            it when the channel opens, with the first call or `async with`.
     """
 
     def _start(self) -> None:
-        # No channel yet: it belongs to the loop that it is made in.
+        # No channel yet: it belongs to the loop in which it is created.
         self._channel: grpc.aio.Channel | None = None
-        self._closed = False
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         self._open_channel()
@@ -88,23 +97,36 @@ class AsyncClient(ClientBase):
     ) -> None:
         await self.close()
 
+    def __repr__(self) -> str:
+        return f"<AsyncClient {self.address}{' (closed)' if self.is_closed else ''}>"
+
+    @property
+    def is_closed(self) -> bool:
+        """True after `close`; every call raises `CallCancelled` then."""
+        return self._is_closed
+
     async def close(self) -> None:
-        """Ends the channel and the calls under way."""
-        self._closed = True
+        """Closes the channel and cancels running calls. May be called again."""
+        self._is_closed = True
         if self._channel is not None:
             await self._channel.close(None)
 
     async def server_info(self) -> ServerInfo:
-        """As `Client.server_info`."""
+        """Returns version, models and limits of the server.
+
+        Raises:
+            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: no answer.
+            InvalidRequest: the token is missing or unknown, or the address is not that of a mal-server.
+        """
         stub = cast("model_pb2_grpc.ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(self._open_channel()))
         request = model_pb2.GetServerInfoRequest()
-        breaks = 0
+        failures = 0
         while True:
             try:
-                return self._told(await stub.GetServerInfo(request, timeout=self._info_timeout_s))
+                return self._keep_info(await stub.GetServerInfo(request, timeout=self._info_timeout_s))
             except grpc.RpcError as error:
-                breaks += 1
-                self._info_broke(error, breaks)
+                failures += 1
+                self._check_info_retry(error, failures)
 
     async def label_image(
         self,
@@ -114,7 +136,23 @@ class AsyncClient(ClientBase):
         *,
         timeout_s: float | None = None,
     ) -> list[BoxLabel]:
-        """As `Client.label_image`."""
+        """Labels the boxes of one image.
+
+        Args:
+            image: uint8 array (H, W, 3) RGB or (H, W) gray, Pillow image, path of an image file, or its bytes. Arrays
+                and Pillow images are sent as PNG, files and bytes unchanged; EXIF orientation is not applied.
+            boxes: (N, 4) x, y, width, height in px of the stored image; x, y is the upper left corner. N may be 0.
+            options: label options; by default those of the server.
+            timeout_s: deadline of this call in seconds, instead of the client's.
+
+        Returns:
+            N labels in the order of the boxes. A box that fails has `error` set and no mask; it does not fail others.
+
+        Raises:
+            BadImage: the image cannot be read, or exceeds the server's limit; nothing was sent.
+            InvalidRequest: `boxes` has another shape, or the server refuses image or options.
+            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: no complete result.
+        """
         return sorted(
             [label async for label in self.stream_image(image, boxes, options, timeout_s=timeout_s)],
             key=attrgetter("index"),
@@ -128,12 +166,22 @@ class AsyncClient(ClientBase):
         *,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[BoxLabel]:
-        """As `Client.stream_image`; close it (`contextlib.aclosing`) to end the call early."""
-        asked = checked_boxes(boxes)
+        """Labels the boxes of one image; yields each label as its batch finishes.
+
+        >>> async with contextlib.aclosing(client.stream_image("street.jpg", boxes)) as labels:  # doctest: +SKIP
+        ...     async for label in labels:
+        ...         print(label.index, label.ok)
+
+        Args and errors are those of `label_image`; errors are raised by the iterator.
+
+        Yields:
+            N labels in any order; `label.index` is the index of the box. Close the generator to cancel the call.
+        """
+        checked = checked_boxes(boxes)
         limits = self._limits or (await self.server_info()).limits
-        # Encoding, reading and hashing take milliseconds to seconds; the loop has other things to do.
+        # Reading, encoding and hashing take milliseconds to seconds, which would block the loop.
         encoded = await asyncio.to_thread(encode, image)
-        call = await asyncio.to_thread(self._image_call, encoded, asked, options, limits, timeout_s)
+        call = await asyncio.to_thread(self._image_call, encoded, checked, options, limits, timeout_s)
         while not call.done:
             stub = cast(
                 "labeling_pb2_grpc.LabelingServiceAsyncStub",
@@ -148,9 +196,9 @@ class AsyncClient(ClientBase):
             except grpc.RpcError as error:
                 pause_s = call.broke(error)
             except asyncio.CancelledError:
-                # Of ours, or gRPC's asyncio tells so that the server ended the call.
+                # Either our task was cancelled, or gRPC reports in this way that the server ended the call.
                 task = asyncio.current_task()
-                if self._closed or task is None or task.cancelling():
+                if self._is_closed or task is None or task.cancelling():
                     raise
                 pause_s = call.broke(_ended_by_server())
             finally:
@@ -159,9 +207,10 @@ class AsyncClient(ClientBase):
 
     label_dataset = _in_thread(Client.label_dataset)
     evaluate = _in_thread(Client.evaluate)
+    evaluate_on_server = _in_thread(Client.evaluate_on_server)
 
     def _open_channel(self) -> grpc.aio.Channel:
-        if self._closed:
+        if self._is_closed:
             raise self._closed_error()
         if self._channel is None:
             self._channel = self._connection.open_aio()
@@ -169,5 +218,5 @@ class AsyncClient(ClientBase):
 
 
 def _ended_by_server() -> grpc.RpcError:
-    nothing = grpc.aio.Metadata()
-    return grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, nothing, nothing, "the server ended the call", "")
+    metadata = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, metadata, metadata, "the server ended the call", "")

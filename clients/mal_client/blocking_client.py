@@ -1,4 +1,4 @@
-"""`Client`: boxes in, masks out, over one channel to one server, for callers who wait."""
+"""`Client`: masks from boxes, by blocking calls over one channel to one server."""
 
 from __future__ import annotations
 
@@ -37,23 +37,29 @@ if TYPE_CHECKING:
 
 
 class Client(ClientBase):
-    """Blocking client of one server; usable from several threads and as a context manager.
+    """Blocking client of one server, for use in several threads. A context manager that closes the channel.
+
+    The channel connects with the first call and reconnects by itself. Keep one client for many calls: it reuses the
+    connection, and sends the SHA-256 of an image in place of its bytes where the server has it already.
 
     >>> with Client("localhost:50051") as client:  # doctest: +SKIP
-    ...     for label in client.label_image("street.jpg", [[10, 20, 50, 80]]):
-    ...         print(label.score, label.mask.sum())
+    ...     for label in client.label_image("street.jpg", [[10, 20, 50, 80], [70, 20, 40, 40]]):
+    ...         print(label.index, label.score, label.mask.sum())
+    0 0.91 2214
+    1 0.87 1039
 
     Args:
         address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
-        timeout_s: deadline in seconds of one image's call; for a dataset job, how long the server may stay silent.
-        tls: encrypt, and trust the public authorities that gRPC knows.
-        tls_ca: PEM file of the authority to trust instead; means `tls`.
-        client_cert: PEM file of the certificate to show (mTLS).
-        client_key: PEM file of its private key; None: it stands in `client_cert`.
-        token: shown with every call; without TLS only to a server on this machine.
+        timeout_s: deadline of one image in seconds, 300 by default. For a job on a dataset: seconds without a response
+            after which the server counts as lost.
+        tls: encrypt the connection and trust the public authorities that gRPC knows.
+        tls_ca: PEM file of the authority to trust instead; implies `tls`.
+        client_cert: PEM file of the client's certificate and its chain (mTLS).
+        client_key: PEM file of the private key; None reads it from `client_cert`.
+        token: bearer token of every call. Without TLS it is sent to a server on this machine only.
 
     Raises:
-        ConfigError: an address without a port, files that cannot be read, a token that would travel in clear.
+        ConfigError: the address has no port, a file cannot be read, or the token would be sent unencrypted.
     """
 
     def _start(self) -> None:
@@ -68,21 +74,38 @@ class Client(ClientBase):
     ) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"<Client {self.address}{' (closed)' if self.is_closed else ''}>"
+
+    @property
+    def is_closed(self) -> bool:
+        """True after `close`; every call raises `CallCancelled` then."""
+        return self._closed.is_set()
+
     def close(self) -> None:
-        """Ends the channel; calls under way in other threads end with `CallCancelled`."""
+        """Closes the channel; calls that run in other threads end with `CallCancelled`. May be called again."""
         self._closed.set()
         self._channel.close()
 
     def server_info(self) -> ServerInfo:
-        """What the server serves and accepts."""
+        """Returns version, models and limits of the server.
+
+        >>> client.server_info().model  # doctest: +SKIP
+        ModelRef(name='default', checkpoint_sha256='3b1f…', branch=<Branch.TEACHER: 'teacher'>)
+
+        Raises:
+            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: no answer.
+            InvalidRequest: the token is missing or unknown, or the address is not that of a mal-server.
+        """
         stub = model_pb2_grpc.ModelServiceStub(self.open_channel())
-        breaks = 0
+        failures = 0
         while True:
             try:
-                return self._told(stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=self._info_timeout_s))
+                response = stub.GetServerInfo(model_pb2.GetServerInfoRequest(), timeout=self._info_timeout_s)
+                return self._keep_info(response)
             except grpc.RpcError as error:
-                breaks += 1
-                self._info_broke(error, breaks)
+                failures += 1
+                self._check_info_retry(error, failures)
 
     def label_image(
         self,
@@ -92,17 +115,26 @@ class Client(ClientBase):
         *,
         timeout_s: float | None = None,
     ) -> list[BoxLabel]:
-        """One answer for each box, in the order of the boxes.
+        """Labels the boxes of one image.
+
+        >>> labels = client.label_image("street.jpg", [[10, 20, 50, 80]])  # doctest: +SKIP
+        >>> labels[0].mask.shape, labels[0].mask.dtype  # doctest: +SKIP
+        ((480, 640), dtype('bool'))
 
         Args:
-            image: uint8 array (H, W, 3) RGB or (H, W) gray, Pillow picture, path, or the bytes of an encoded file.
-            boxes: (N, 4) x, y, width, height in px of the stored image.
-            options: how boxes become masks.
-            timeout_s: deadline of this call instead of the client's.
+            image: uint8 array (H, W, 3) RGB or (H, W) gray, Pillow image, path of an image file, or its bytes. Arrays
+                and Pillow images are sent as PNG, files and bytes unchanged; EXIF orientation is not applied.
+            boxes: (N, 4) x, y, width, height in px of the stored image; x, y is the upper left corner. N may be 0.
+            options: label options; by default those of the server.
+            timeout_s: deadline of this call in seconds, instead of the client's.
+
+        Returns:
+            N labels in the order of the boxes. A box that fails has `error` set and no mask; it does not fail others.
 
         Raises:
-            BadImage, RequestRefused: the input is at fault as a whole. A bad box only fails its own answer.
-            ServerUnavailable, CallTimedOut, ServerFailed, CallCancelled: no complete answer.
+            BadImage: the image cannot be read, or exceeds the server's limit; nothing was sent.
+            InvalidRequest: `boxes` has another shape, or the server refuses image or options.
+            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: no complete result.
         """
         return sorted(self.stream_image(image, boxes, options, timeout_s=timeout_s), key=attrgetter("index"))
 
@@ -114,7 +146,16 @@ class Client(ClientBase):
         *,
         timeout_s: float | None = None,
     ) -> Iterator[BoxLabel]:
-        """As `label_image`, but answers come as their batches finish, in any order; `index` says which box."""
+        """Labels the boxes of one image; yields each label as its batch finishes.
+
+        >>> for label in client.stream_image("street.jpg", boxes):  # doctest: +SKIP
+        ...     print(label.index, label.ok)
+
+        Args and errors are those of `label_image`; errors are raised by the iterator.
+
+        Yields:
+            N labels in any order; `label.index` is the index of the box. Close the iterator to cancel the call.
+        """
         call = self._image_call(encode(image), checked_boxes(boxes), options, self._known_limits(), timeout_s)
         while not call.done:
             stub = labeling_pb2_grpc.LabelingServiceStub(self.open_channel())
@@ -135,35 +176,45 @@ class Client(ClientBase):
         images_dir: Path | str,
         output_json: Path | str,
         options: LabelOptions = SERVER_DEFAULTS,
-        how: DatasetOptions = DEFAULT_DATASET_OPTIONS,
+        dataset_options: DatasetOptions = DEFAULT_DATASET_OPTIONS,
         *,
         on_progress: Callable[[Progress], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> DatasetResult:
-        """Labels the annotations of a COCO file and writes the file with masks; memory holds neither pixels nor masks.
+        """Labels the annotations of a COCO file and writes the file with masks.
 
-        The output appears when the job has run to its end. Until then a ledger beside it (`out.json.ledger`) keeps
-        the answers: a run that was killed goes on there when the same job is started again, and ends with the same
-        bytes. What failed keeps its fields, gets an `error`, and is listed in the result and in an errors file beside
-        the output. When the server is lost for good after some answers came, those are written and the rest is listed
-        as failed; the ledger then stays for the next run. `mal_client.dataset.run.label_dataset` takes several servers.
+        >>> result = client.label_dataset("boxes.json", "images", "masks.json")  # doctest: +SKIP
+        >>> result.labeled, result.failed_count  # doctest: +SKIP
+        (8003, 0)
+
+        Memory holds neither pixels nor masks. The output appears when the job is finished. Until then a journal beside
+        it, `masks.json.ledger`, keeps the results: a killed run resumes when the same job is started again, and ends
+        with the same bytes. A failed annotation keeps its fields, gets an `error`, and is listed in the result and in
+        `masks.errors.jsonl`. When the server is lost after some results arrived, those are written, the rest is listed
+        as failed, and the journal stays for the next run.
+
+        `mal_client.dataset.run.label_dataset` does the same with several servers.
 
         Args:
-            coco_json: the annotations.
-            images_dir: the folder that `file_name` is relative to.
-            output_json: where the COCO file with masks goes.
-            options: how boxes become masks.
-            how: which annotations are labeled and how they are written; by default every mask is made anew.
-            on_progress: called after each answered image, from the calling thread.
-            on_notice: told in a sentence what the user should know, for example that an unfinished run goes on.
+            coco_json: the annotations; `bbox` is x, y, width, height in px.
+            images_dir: the folder that `file_name` is relative to, or a glob pattern such as `photos/**/*.jpg`.
+            output_json: the COCO file with masks.
+            options: label options; by default those of the server.
+            dataset_options: which annotations are labeled, and how they are written. By default all are labeled, and
+                existing masks are replaced.
+            on_progress: called after each result, in the calling thread.
+            on_notice: receives messages for the user in the calling thread, for example that the run resumes.
 
         Raises:
-            BadDataset: the file is unusable as a whole, for example by duplicate ids; nothing was sent.
+            BadDataset: the file as a whole is unusable, for example because an id is used twice; nothing was sent.
             OutputError: the output cannot be written, or another run is writing it; an older output is intact.
-            ConfigError: an unfinished run was another job: other input, checkpoint or options.
-            ServerUnavailable, ServerFailed, RequestRefused, CallCancelled: the server was lost for good.
+            ConfigError: the unfinished run was another job: other input, checkpoint or options.
+            InvalidRequest: the server refuses the options.
+            ServerUnavailable, CallTimedOut, ServerError: the server was lost before any result arrived.
+            ModelChanged: the server switched to other weights; start again with `restart=True`.
+            CallCancelled: the client was closed.
         """
-        # Imported here: a dataset job brings OpenCV and pycocotools, which labeling single images need not wait for.
+        # Imported here: a dataset job loads OpenCV and pycocotools, which callers with single images need not wait for.
         from mal_client.dataset.run import label_dataset  # noqa: PLC0415
 
         return label_dataset(
@@ -172,7 +223,7 @@ class Client(ClientBase):
             Path(images_dir),
             Path(output_json),
             options,
-            how=how,
+            dataset_options=dataset_options,
             on_progress=on_progress,
             on_notice=on_notice,
         )
@@ -188,20 +239,28 @@ class Client(ClientBase):
         on_notice: Callable[[str], None] | None = None,
         resume: Path | None = None,
     ) -> Evaluation:
-        """Measures the served model against the masks of a COCO file; the server does the comparing.
+        """Evaluates the served model on a COCO file with masks; the server labels the boxes and compares.
+
+        >>> evaluation = client.evaluate("val.json", "images")  # doctest: +SKIP
+        >>> evaluation.overall.miou  # doctest: +SKIP
+        0.813
 
         Args:
-            coco_json: annotations with true masks.
+            coco_json: annotations with ground-truth masks.
             images_dir: the folder that `file_name` is relative to.
-            options: how boxes become masks.
-            worst_count: how many of the instances with the lowest IoU to list in the report; at most 10 000.
-            on_progress: called as images are done, from the calling thread.
-            on_notice: told, likewise, that an unfinished run goes on, or that the server takes nothing of it back.
-            resume: a file that keeps what was measured, so that a run that was killed goes on; removed at the end.
+            options: label options; by default those of the server.
+            worst_count: number of instances with the lowest IoU in the result, from 0 to 10 000.
+            on_progress: called as images finish, in the calling thread.
+            on_notice: receives messages for the user in the calling thread, for example that the run resumes.
+            resume: file that keeps the measurements of an unfinished run for the next one, which deletes it at the end;
+                None keeps them in memory.
 
         Raises:
-            BadDataset: the file is unusable as a whole; nothing was sent.
-            ServerUnavailable, ServerFailed, RequestRefused, CallCancelled: the server was lost for good.
+            BadDataset: the file as a whole is unusable; nothing was sent.
+            ConfigError: `resume` belongs to another evaluation.
+            OutputError: `resume` cannot be written, or another run holds it.
+            InvalidRequest: the server refuses the options.
+            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the server was lost.
         """
         # Imported here for the same reason as in label_dataset.
         from mal_client.evaluation.run import evaluate  # noqa: PLC0415
@@ -228,16 +287,21 @@ class Client(ClientBase):
         on_notice: Callable[[str], None] | None = None,
         resume: Path | None = None,
     ) -> Evaluation:
-        """As `evaluate`, for a COCO file and images in the server's `data_folders`: nothing large travels.
+        """Evaluates as `evaluate` does, on a COCO file and images in the server's `data_folders`; sends no image.
 
         Args:
             annotations: FOLDER/PATH of the COCO file on the server.
-            images: FOLDER/PATH or FOLDER that its file names are relative to.
-            options: how boxes become masks.
-            worst_count: as in `evaluate`; the instances carry the file name in the place of an image id, and no box.
-            on_progress: called as images are done, from the calling thread.
-            on_notice: told, likewise, that an unfinished run goes on, or that the server takes nothing of it back.
+            images: FOLDER or FOLDER/PATH that its file names are relative to.
+            options: label options; by default those of the server.
+            worst_count: as in `evaluate`; the instances have the file name for an image id, and no box.
+            on_progress: called as images finish, in the calling thread.
+            on_notice: receives messages for the user in the calling thread.
             resume: as in `evaluate`.
+
+        Raises:
+            ConfigError, OutputError: as in `evaluate`.
+            InvalidRequest: a folder or file does not exist, or the server refuses the options.
+            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the server was lost.
         """
         # Imported here for the same reason as in label_dataset.
         from mal_client.evaluation.run import evaluate_on_server  # noqa: PLC0415
@@ -254,16 +318,16 @@ class Client(ClientBase):
         )
 
     def open_channel(self) -> grpc.Channel:
-        """The channel, for jobs that drive their own streams. Raises CallCancelled when the client is closed."""
-        if self._closed.is_set():
+        """Returns the channel, for jobs that run their own streams. Raises CallCancelled when the client is closed."""
+        if self.is_closed:
             raise self._closed_error()
         return self._channel
 
+    def pause(self, pause_s: float) -> None:
+        """Waits before a retry. Raises CallCancelled when the client is closed meanwhile."""
+        # Not time.sleep: close() in another thread ends the wait.
+        if self._closed.wait(pause_s):
+            raise CallCancelled(f"{self.address}: the client was closed while its call waited for a retry")
+
     def _known_limits(self) -> ServerLimits:
         return self._limits or self.server_info().limits
-
-    def pause(self, pause_s: float) -> None:
-        """Waits before something is sent again. Raises CallCancelled when the client is closed meanwhile."""
-        # Not time.sleep: close() from another thread ends the wait.
-        if self._closed.wait(pause_s):
-            raise CallCancelled(f"{self.address}: the client was closed while its call waited to be sent again")

@@ -1,4 +1,9 @@
-"""`Client` and `AsyncClient`, gathered here under one name for callers."""
+"""The public API: `Client` and `AsyncClient`.
+
+>>> from mal_client.client import Client
+>>> with Client("localhost:50051") as client:  # doctest: +SKIP
+...     labels = client.label_image("street.jpg", [[10, 20, 50, 80]])
+"""
 
 from mal_client.async_client import AsyncClient
 from mal_client.blocking_client import Client

@@ -1,20 +1,25 @@
-"""What a call of the client may raise, in the caller's words; turns gRPC statuses into these errors.
+"""Errors of the client, and their translation from gRPC statuses.
 
     MalError
-    ├── ClientError               a call did not end well
-    │   ├── ServerUnavailable     nobody answers there, or the server is loading, draining or full
-    │   ├── CallTimedOut          no answer within the deadline
-    │   ├── CallCancelled         the call or its client was closed before the answer
-    │   ├── ServerFailed          the server answered with its own fault, or with something that is no answer
+    ├── ClientError               a call did not end with a result
+    │   ├── ServerUnavailable     no server answers, or it is loading, draining or full
+    │   ├── CallTimedOut          no complete result before the deadline
+    │   ├── CallCancelled         the call or its client was closed before the result arrived
+    │   ├── ServerError           the server failed, or sent what the protocol does not allow
     │   └── ModelChanged          other weights answered in the middle of a job
-    └── InputError
-        └── RequestRefused        the server (or the client, before sending) refuses the request; names the fields
+    ├── InputError                the caller's data is at fault
+    │   ├── InvalidRequest        the server, or the client before sending, refuses the request; names the fields
+    │   ├── BadImage              the image cannot be read or sent
+    │   └── BadDataset            the COCO file as a whole is unusable
+    ├── ConfigError               an option of the client or of a job is invalid
+    └── OutputError               a result cannot be written
 
-A box or an image that fails inside a request that succeeds is no exception: see `ItemError` on the result.
+`MalError`, `InputError`, `BadImage`, `BadDataset`, `ConfigError` and `OutputError` are defined in
+`mal_train.core.errors`. A box or an image that fails inside a request raises nothing: its result has an `ItemError`.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -22,21 +27,39 @@ from google.rpc import error_details_pb2, status_pb2
 
 from mal_train.core.errors import InputError, MalError
 
-DETAILS_KEY = "grpc-status-details-bin"
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
+DETAILS_KEY: Final = "grpc-status-details-bin"
+PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 
-CUT_SHORT = ("RST_STREAM", "Stream removed")
-"""gRPC's words for a stream that ended without a status (1.62 and 1.85 both have them)."""
+TRUNCATED_TEXTS: Final = ("RST_STREAM", "Stream removed")
+"""Texts of gRPC for a stream that ended without a status, in 1.62 as in 1.85."""
 
-UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
-"""OpenSSL's word, which gRPC passes on, for a server's certificate that no trusted authority has signed."""
+UNTRUSTED_TEXT: Final = "CERTIFICATE_VERIFY_FAILED"
+"""Text of OpenSSL, in gRPC's message, for a server certificate that no trusted authority has signed."""
 
-RESPONSE_TOO_LARGE = "RESPONSE_TOO_LARGE"
-"""Reason of an item whose masks do not fit into one message; fewer boxes at a time may."""
+RESPONSE_TOO_LARGE: Final = "RESPONSE_TOO_LARGE"
+"""Reason of an item whose masks exceed one message; fewer boxes at a time may fit."""
+
+MESSAGE_TOO_LARGE: Final = "MESSAGE_TOO_LARGE"
+"""Reason of a request or a response that exceeds a message limit of gRPC."""
+
+_REFUSALS: Final = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.ALREADY_EXISTS,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+_TRUNCATED: Final = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
 
 
 class ClientError(MalError):
-    """A call to the server did not end well."""
+    """A call to the server did not end with a result."""
 
 
 class ServerUnavailable(ClientError):
@@ -44,24 +67,24 @@ class ServerUnavailable(ClientError):
 
 
 class CallTimedOut(ClientError):
-    """No complete answer within the deadline."""
+    """No complete result arrived before the deadline."""
 
 
 class CallCancelled(ClientError):
-    """The call, or the client that made it, was closed before the answer came."""
+    """The call, or the client that made it, was closed before the result arrived."""
 
 
 class ServerError(ClientError):
-    """The server failed inside, or broke the contract."""
+    """The server failed, or sent what the protocol does not allow."""
 
 
 class ModelChanged(ClientError):
-    """The server switched to other weights in the middle of a job, so its answers do not belong together."""
+    """The server switched to other weights in the middle of a job, so its masks do not belong together."""
 
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """One field of the request and the rule that it breaks."""
+    """A field of the request, and the rule that its value breaks."""
 
     field: str
     description: str
@@ -71,8 +94,8 @@ class InvalidRequest(InputError):
     """The request as a whole is refused.
 
     Attributes:
-        reason: short code, for example IMAGE_DECODE_FAILED; empty where none was given.
-        violations: the fields at fault, where the refusal names them.
+        reason: code such as IMAGE_DECODE_FAILED; empty when the server sent none.
+        violations: the invalid fields, when the refusal names them.
     """
 
     def __init__(self, message: str, reason: str = "", violations: tuple[FieldViolation, ...] = ()) -> None:
@@ -83,13 +106,13 @@ class InvalidRequest(InputError):
 
 @dataclass(frozen=True)
 class ItemError:
-    """Why one box, image or dataset item has no mask.
+    """Failure of one box, image or item of a dataset.
 
     Attributes:
-        code: gRPC status name, for example INVALID_ARGUMENT.
-        reason: short code, for example IMAGE_DECODE_FAILED; empty where none was given.
-        message: for people; names the thing, the value, the rule and the remedy.
-        retry_after_s: the server's word that the same item may succeed after this many seconds; None when it will not.
+        code: name of the gRPC status, for example INVALID_ARGUMENT.
+        reason: code such as IMAGE_DECODE_FAILED; empty when the server sent none.
+        message: text for users, with the value, the rule and the remedy.
+        retry_after_s: seconds after which the same item may succeed; None when a retry cannot help.
     """
 
     code: str
@@ -103,7 +126,7 @@ class ItemError:
 
 @dataclass(frozen=True)
 class StatusDetails:
-    """The parts of google.rpc details that this client acts on."""
+    """Details of a status that the client acts on; see google.rpc.error_details."""
 
     reason: str = ""
     violations: tuple[FieldViolation, ...] = ()
@@ -111,7 +134,7 @@ class StatusDetails:
 
 
 def item_error(status: status_pb2.Status) -> ItemError | None:
-    """The error of an item's status; None when it is OK."""
+    """Returns the error in the status of an item; None when the status is OK."""
     if status.code == 0:
         return None
     details = _read_details(status)
@@ -120,80 +143,82 @@ def item_error(status: status_pb2.Status) -> ItemError | None:
 
 
 def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) -> MalError:
-    """The exception to raise for a failed call to `address`; `timeout_s` is the deadline that the call had."""
+    """Returns the exception to raise for a failed call.
+
+    Args:
+        address: of the server.
+        error: of gRPC.
+        timeout_s: deadline of the call in seconds; None without one.
+    """
+    code, text = rpc_code(error), rpc_text(error)
+    if code in _REFUSALS:
+        return _refusal(address, error)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ServerUnavailable(f"{address}: the server is unavailable ({text}); {_remedy(error)}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        limit = "the deadline" if timeout_s is None else f"{timeout_s:g} s"
+        return CallTimedOut(f"{address}: no complete result within {limit}; check the address, or raise the timeout")
+    if code is grpc.StatusCode.CANCELLED:
+        return CallCancelled(f"{address}: the call was cancelled before its result arrived ({text})")
+    return ServerError(f"{address}: the server failed: {code.name}: {text}")
+
+
+def _refusal(address: str, error: grpc.RpcError) -> InvalidRequest:
     code, text, details = rpc_code(error), rpc_text(error), rpc_details(error)
-    within = "the deadline" if timeout_s is None else f"{timeout_s:g} s"
-    fields = "".join(f"; {v.field}: {v.description}" for v in details.violations if v.description not in text)
-    why = "check the address, that mal-server runs there, and that both or neither use TLS"
-    if UNTRUSTED in text:
-        why = "its certificate is of no authority that is trusted here; give that one with --tls-ca (tls_ca)"
-    if details.retry_after_s is not None:  # it is there, and has said why
-        why = f"it says to come back in {details.retry_after_s:g} s"
-    if code is grpc.StatusCode.UNAUTHENTICATED:
-        fields += "; the client shows the one of --token-file (token)"
-    refused = InvalidRequest(f"{address}: request refused: {text}{fields}", details.reason, details.violations)
-    known: dict[grpc.StatusCode, MalError] = {
-        grpc.StatusCode.UNAVAILABLE: ServerUnavailable(f"{address}: the server is unavailable ({text}); {why}"),
-        grpc.StatusCode.DEADLINE_EXCEEDED: CallTimedOut(
-            f"{address}: no complete answer within {within}; check the address, or allow more time"
-        ),
-        grpc.StatusCode.CANCELLED: CallCancelled(f"{address}: the call was cancelled before its answer came ({text})"),
-        grpc.StatusCode.RESOURCE_EXHAUSTED: InvalidRequest(
-            f"{address}: a message is larger than one side accepts ({text}); send a smaller or compressed image, or "
-            "raise the server's message limit",
-            "MESSAGE_TOO_LARGE",
-        ),
-        grpc.StatusCode.UNIMPLEMENTED: InvalidRequest(
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return InvalidRequest(
+            f"{address}: a message exceeds the limit of client or server ({text}); send a smaller or compressed image, "
+            "or raise the server's message limit",
+            MESSAGE_TOO_LARGE,
+        )
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return InvalidRequest(
             f"{address}: the server does not know this call ({text}); check that it is a mal-server of this version"
-        ),
-        **dict.fromkeys(_REFUSALS, refused),
-    }
-    return known.get(code, ServerError(f"{address}: the server failed: {code.name}: {text}"))
+        )
+    fields = "".join(f"; {v.field}: {v.description}" for v in details.violations if v.description not in text)
+    remedy = "; check the token (--token-file, token=)" if code is grpc.StatusCode.UNAUTHENTICATED else ""
+    return InvalidRequest(f"{address}: request refused: {text}{fields}{remedy}", details.reason, details.violations)
 
 
-_REFUSALS = frozenset(
-    {
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.NOT_FOUND,
-        grpc.StatusCode.FAILED_PRECONDITION,
-        grpc.StatusCode.OUT_OF_RANGE,
-        grpc.StatusCode.PERMISSION_DENIED,
-        grpc.StatusCode.UNAUTHENTICATED,
-        grpc.StatusCode.ALREADY_EXISTS,
-    }
-)
+def _remedy(error: grpc.RpcError) -> str:
+    retry_after_s = rpc_details(error).retry_after_s
+    if retry_after_s is not None:
+        return f"try again in {retry_after_s:g} s"
+    if UNTRUSTED_TEXT in rpc_text(error):
+        return "no trusted authority has signed its certificate; give the authority with --tls-ca (tls_ca=)"
+    return "check the address, that mal-server runs there, and that both or neither use TLS"
 
 
 def rpc_code(error: grpc.RpcError) -> grpc.StatusCode:
-    """Status of a failed call; UNKNOWN for an error that carries none."""
+    """Returns the status of a failed call; UNKNOWN for an error without one."""
     code = error.code() if callable(getattr(error, "code", None)) else None
     return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
 
 
 def is_disconnect(error: grpc.RpcError) -> bool:
-    """Whether a failed call says nothing of its request, so that it may be sent again.
+    """Returns whether a call failed for a reason unrelated to its request, so that the request may be sent again.
 
-    UNAVAILABLE; CANCELLED, with which a server that closes may end calls that no handler of it has seen; and a stream
-    that ended without a word of the server's own. Whoever cancelled the call itself must not ask.
+    That is UNAVAILABLE; CANCELLED, with which a closing server may end calls that no handler has seen; and a truncated
+    stream. Do not use it for a call that the caller itself has cancelled.
     """
     return rpc_code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) or is_truncated(error)
 
 
 def is_truncated(error: grpc.RpcError) -> bool:
-    """Whether a call's stream ended without trailers, as behind a proxy whose server died in the middle of it.
+    """Returns whether a stream ended without trailers, as behind a proxy whose server died in the middle of a call.
 
     nginx resets the stream, which gRPC reports as INTERNAL; HAProxy ends and resets it, which is UNKNOWN or CANCELLED.
-    What mal-server itself means by these comes in trailers.
+    mal-server sends trailers with these statuses.
     """
     return (
-        rpc_code(error) in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
+        rpc_code(error) in _TRUNCATED
         and not _trailers(error)
-        and any(words in rpc_text(error) for words in CUT_SHORT)
+        and any(text in rpc_text(error) for text in TRUNCATED_TEXTS)
     )
 
 
 def rpc_details(error: grpc.RpcError) -> StatusDetails:
-    """Reason, field violations and retry time of a failed call, from its trailers."""
+    """Returns reason, field violations and retry time from the trailers of a failed call."""
     trailers = _trailers(error)
     details = StatusDetails()
     packed = trailers.get(DETAILS_KEY)
@@ -201,12 +226,17 @@ def rpc_details(error: grpc.RpcError) -> StatusDetails:
         try:
             details = _read_details(status_pb2.Status.FromString(packed))
         except DecodeError:
-            # A proxy mangled the trailer; the status code and text still stand.
+            # A proxy damaged the trailer; status code and text are still valid.
             details = StatusDetails()
-    pushback = _seconds(trailers.get(PUSHBACK_KEY))
-    if details.retry_after_s is None and pushback is not None:
-        details = StatusDetails(details.reason, details.violations, pushback)
-    return details
+    pushback_s = _pushback_s(trailers.get(PUSHBACK_KEY))
+    return replace(details, retry_after_s=pushback_s) if details.retry_after_s is None else details
+
+
+def rpc_text(error: grpc.RpcError) -> str:
+    """Returns the message of a failed call."""
+    read = getattr(error, "details", None)
+    text = read() if callable(read) else None
+    return str(text) if text else "no details"
 
 
 def _read_details(status: status_pb2.Status) -> StatusDetails:
@@ -234,16 +264,10 @@ def _trailers(error: grpc.RpcError) -> dict[str, Any]:
     return {str(key): value for key, value in metadata or ()}
 
 
-def rpc_text(error: grpc.RpcError) -> str:
-    """A failed call's own words."""
-    read = getattr(error, "details", None)
-    text = read() if callable(read) else None
-    return str(text) if text else "no details"
-
-
-def _seconds(pushback: Any) -> float | None:
+def _pushback_s(text: Any) -> float | None:
+    """Parses gRPC's pushback in milliseconds; a negative value forbids a retry."""
     try:
-        milliseconds = int(pushback)
+        milliseconds = int(text)
     except (TypeError, ValueError):
         return None
     return milliseconds / 1000 if milliseconds >= 0 else None

@@ -1,4 +1,4 @@
-"""Looks at the models of a server and changes them; needs the scope `admin` where the server has tokens."""
+"""Lists, loads and unloads the models of a server; needs the scope `admin` when the server has tokens."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ from mal_client.types import ModelInfo, ModelRef, ModelStatus
 from mal_train.core.settings import Branch
 
 LOAD_TIMEOUT_S = 900.0
-"""Reading, warming up and testing a large checkpoint on a CPU takes minutes."""
+"""Default deadline of a load: reading, warming up and testing a large checkpoint takes minutes on a CPU."""
 
-Answer = TypeVar("Answer")
+Response = TypeVar("Response")
 
 
 class ModelAdmin:
-    """The models of one server.
+    """Administration of the models of one server.
+
+    >>> with Client("localhost:50051", token=token) as client:  # doctest: +SKIP
+    ...     ModelAdmin(client).load("default", folder="trained", path="model_epoch_010.malckpt")
 
     Args:
         client: of the server.
 
-    Every method raises the client's errors; a load that fails is `RequestRefused` with the server's reason, and what
-    was served goes on.
+    Every method raises `InvalidRequest` when the server refuses the call, with the server's reason, and `ClientError`
+    when no answer arrives. A failed load leaves the served models unchanged.
     """
 
     def __init__(self, client: Transport) -> None:
         self._client = client
         self._stub = model_pb2_grpc.ModelServiceStub(client.open_channel())
 
-    def listed(self) -> list[ModelStatus]:
-        """Every model in the server's memory, the default one first."""
+    def list_models(self) -> list[ModelStatus]:
+        """Returns the models in the server's memory, the default one first."""
         timeout_s = self._client.timeout_s
-        answer = self._asked(lambda: self._stub.ListModels(model_pb2.ListModelsRequest(), timeout=timeout_s))
-        return [labeling_messages.model_status(status) for status in answer.models]
+        response = self._call(lambda: self._stub.ListModels(model_pb2.ListModelsRequest(), timeout=timeout_s))
+        return [labeling_messages.model_status(status) for status in response.models]
 
     def load(
         self,
@@ -49,31 +52,32 @@ class ModelAdmin:
         *,
         timeout_s: float = LOAD_TIMEOUT_S,
     ) -> tuple[ModelInfo, ModelRef | None]:
-        """Puts a checkpoint into service; (what answers now, what answered under this name before).
+        """Loads a checkpoint and serves it.
 
         Args:
-            name: under which it answers; one that is served is replaced without a gap.
-            folder: one of the server's `model_folders`; "" = the checkpoint that its settings name is read anew.
-            path: of the checkpoint below the folder.
-            branch: which network answers requests that name none.
-            timeout_s: the load goes on at the server when it takes longer.
+            name: of the model; a served model of this name is replaced without interruption.
+            folder: one of the server's `model_folders`; "" loads the checkpoint in the server's settings again.
+            path: of the checkpoint, relative to the folder.
+            branch: network that answers requests without a branch; None uses the server's default.
+            timeout_s: deadline of the call in seconds; the server finishes a load that takes longer.
+
+        Returns:
+            The model that is served, and the one that it replaced, if any.
         """
         request = labeling_messages.load_request(name, folder, path, branch)
-        answer = self._asked(lambda: self._stub.LoadModel(request, timeout=timeout_s))
-        return labeling_messages.model_info(answer.model), labeling_messages.model_ref(
-            answer.replaced
-        ) if answer.HasField("replaced") else None
+        response = self._call(lambda: self._stub.LoadModel(request, timeout=timeout_s))
+        replaced = labeling_messages.model_ref(response.replaced) if response.HasField("replaced") else None
+        return labeling_messages.model_info(response.model), replaced
 
     def unload(self, name: str) -> ModelRef:
-        """Takes a model out of service; its memory is freed when its last call is done."""
+        """Takes a model out of service and returns it; its memory is freed when its last call ends."""
         request = model_pb2.UnloadModelRequest(name=name)
         timeout_s = self._client.timeout_s
-        return labeling_messages.model_ref(
-            self._asked(lambda: self._stub.UnloadModel(request, timeout=timeout_s)).model
-        )
+        response = self._call(lambda: self._stub.UnloadModel(request, timeout=timeout_s))
+        return labeling_messages.model_ref(response.model)
 
-    def _asked(self, call: Callable[[], Answer]) -> Answer:
+    def _call(self, send: Callable[[], Response]) -> Response:
         try:
-            return call()
+            return send()
         except grpc.RpcError as error:
             raise from_rpc_error(self._client.address, error, None) from error

@@ -1,4 +1,4 @@
-"""A labeled image as a picture, for notebooks: masks tinted and outlined, boxes, scores. Sends nothing."""
+"""Draws labels over an image, for notebooks: tinted and outlined masks, boxes, scores. Sends nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Overlay:
-    """A picture that notebooks show when it is the last thing in a cell.
+    """Image that a notebook shows when it is the last expression of a cell.
 
     Attributes:
         pixels: (H, W, 3) uint8 RGB.
@@ -27,22 +27,27 @@ class Overlay:
     pixels: RgbImage
 
     def _repr_png_(self) -> bytes:
-        """What notebooks ask for."""
+        """Returns the image as PNG, for IPython's display protocol."""
         return encode_png(self.pixels)
 
     def save(self, path: Path | str) -> None:
-        """Writes it as a PNG file. Raises OutputError."""
+        """Writes the image as a PNG file. Raises OutputError."""
         with atomic_write(Path(path)) as file:
             file.write(self._repr_png_())
 
 
 def overlay(image: ImageInput, labels: Sequence[BoxLabel], max_side: int = 1280) -> Overlay:
-    """The image with what it was labeled with, shrunk to max_side px where it is larger.
+    """Returns the image with its labels drawn over it.
 
     >>> overlay("street.jpg", client.label_image("street.jpg", boxes))  # doctest: +SKIP
 
+    Args:
+        image: as in `Client.label_image`.
+        labels: of this image.
+        max_side: larger images are shrunk to this number of px on their longer side.
+
     Raises:
-        BadImage: it cannot be read.
+        BadImage: the image cannot be read.
     """
     pixels = decode_image(encode(image).content)
     objects = [Drawn(label.rle, label.box, f"{label.score:.2f}" if label.ok else "no mask") for label in labels]

@@ -1,6 +1,6 @@
-"""What the client takes and gives: plain frozen values, gathered here under one name for callers.
+"""Arguments and results of the client: frozen dataclasses, all importable from here.
 
-Knows nothing of gRPC. Each group of values has a file of its own, and those import nothing of this one.
+Knows nothing of gRPC. The modules of `mal_client.results` define them and do not import this one.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class _ServerThread(threading.Thread):
         self._has_others = has_others
         self._call: grpc.Call | None = None
         self._is_away = False
-        """The user was told that the connection is lost, and no response has arrived since."""
+        """The notice of a lost connection was delivered, and no response has arrived since."""
 
     def run(self) -> None:
         """Runs the thread."""

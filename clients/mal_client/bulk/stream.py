@@ -58,7 +58,7 @@ class ItemResult:
 
 
 class _Outcome(NamedTuple):
-    """What one response means: a final result, parts to send again, or both."""
+    """Consequence of one response: a final result, parts to send again, or both."""
 
     result: ItemResult | None
     again: tuple[WorkItem, ...] = ()
@@ -106,7 +106,7 @@ class BulkStream:
 
     @property
     def done(self) -> bool:
-        """Whether every item of the job is settled, here and at the other servers."""
+        """True when every item of the job is settled, here and at the other servers."""
         return self._queue.done
 
     def is_silent(self) -> bool:

@@ -101,7 +101,7 @@ class WorkQueue:
 
     @property
     def done(self) -> bool:
-        """Whether every item is settled."""
+        """True when every item is settled."""
         with self._changed:
             return self._is_done()
 

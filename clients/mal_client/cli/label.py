@@ -111,7 +111,7 @@ def _label(arguments: argparse.Namespace) -> int:
             arguments.images,
             arguments.output,
             options_of(arguments),
-            how=how,
+            dataset_options=how,
             shard=shard,
             on_progress=display,
             on_notice=display.notice,

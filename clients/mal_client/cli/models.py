@@ -41,7 +41,7 @@ def add_models(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     with client_of(arguments) as client:
-        rows = ModelAdmin(client).listed()
+        rows = ModelAdmin(client).list_models()
     if arguments.json:
         print(json.dumps([_described(row) for row in rows], indent=2))
         return 0

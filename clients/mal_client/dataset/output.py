@@ -1,6 +1,6 @@
-"""Writes the labeled COCO file: answers laid over the user's rows, masks in the wanted form, failures beside it.
+"""Writes the labeled COCO file: results merged into the user's rows, masks in the chosen format, failures beside it.
 
-Knows nothing of servers: a single run and a merge of shards write through here, and so write the same bytes.
+Knows nothing of servers: a single run and a merge of shards both write through here, and so write the same bytes.
 """
 
 from __future__ import annotations
@@ -26,148 +26,151 @@ from mal_train.core.masks.rle import Rle, decode_mask, to_box
 from mal_train.core.settings import MaskFormat
 
 if TYPE_CHECKING:
-    from mal_client.dataset.journal import Answer
+    from mal_client.dataset.journal import RowResult
 
 MASK_FILE = "mask_file"
-"""Field of a row whose mask is also a PNG file: its path from the folder of the COCO file."""
+"""Field of a row whose mask is also a PNG file: its path relative to the folder of the COCO file."""
 
 
 def errors_path(output_json: Path) -> Path:
-    """Where a job's failures are listed: `out.errors.jsonl` beside `out.json`."""
+    """Returns the list of failures of a job: `out.errors.jsonl` beside `out.json`."""
     return output_json.with_name(f"{output_json.stem}.errors.jsonl")
 
 
 def refuse_same_file(coco_json: Path, output_json: Path) -> None:
-    """The file that was handed in is never written to: masks and boxes in it would be gone.
+    """Protects the input file, whose masks and boxes an output would replace.
 
     Raises:
-        ConfigError: the output is that very file, by whatever path.
+        ConfigError: the output is the input file, by whatever path.
     """
     if output_json.exists() and coco_json.exists() and output_json.samefile(coco_json):
-        raise ConfigError(f"output {output_json}: is the annotations' file itself, which stays as it is; name another")
+        raise ConfigError(f"output {output_json}: is the annotation file itself; choose another file")
 
 
 def masks_dir(output_json: Path) -> Path:
-    """Where a job's PNG masks go: the folder `out.masks` beside `out.json`."""
+    """Returns the folder of the PNG masks of a job: `out.masks` beside `out.json`."""
     return output_json.with_name(f"{output_json.stem}.masks")
 
 
 def write_labeled(
-    work: DatasetPlan,
-    answer_at: Callable[[int], Answer],
+    plan: DatasetPlan,
+    result_of: Callable[[int], RowResult],
     output_json: Path,
     provenance: Mapping[str, Any],
-    how: DatasetOptions,
+    options: DatasetOptions,
 ) -> DatasetResult:
     """Writes the labeled file and the list of failures.
 
     Args:
-        work: the rows.
-        answer_at: `{"label": fields}` or `{"failed": [code, reason, message]}` for the place of a row to label.
+        plan: the rows.
+        result_of: `{"label": fields}` or `{"failed": [code, reason, message]}` by the index of a row to label.
         output_json: the file.
         provenance: what made the masks.
-        how: how they are written.
+        options: how masks and boxes are written.
 
     Raises:
-        OutputError: the disk; the old file is intact.
+        OutputError: the disk is full, for example; the old file is intact.
     """
-    images, listed = work.head.images, errors_path(output_json)
-    masks = _MaskWriter(output_json, how)
+    images, failures = plan.head.images, errors_path(output_json)
+    masks = _MaskWriter(output_json, options)
     labeled = 0
-    with ExitStack() as finish:
-        errors = _Errors(listed, finish)
+    with ExitStack() as on_success:
+        errors = _ErrorsFile(failures, on_success)
 
-        def change(at: int, row: Any, annotation: Annotation) -> Any:
+        def change(index: int, row: Any, annotation: Annotation) -> Any:
             nonlocal labeled
-            plan = work.plans[at]
-            if plan == RowAction.FAULTY:
-                fault = ItemError("INVALID_ARGUMENT", str(annotation.reason), annotation.problem or "")
-            elif plan != RowAction.ASK:
-                return labeled_row(row, annotation, images, None, keep_existing=plan == RowAction.KEEP)
-            else:
-                answer = answer_at(at)
-                if "label" in answer:
-                    labeled += 1
-                    return masks.labeled(at, labeled_row(row, annotation, images, answer["label"]))
-                fault = _about_row(ItemError(*answer["failed"]), annotation)
-            errors.add(_failed(annotation, images, fault))
-            # The words of a faulty row are found again by whoever reads it.
-            fields = None if plan == RowAction.FAULTY else error_fields(fault.reason or fault.code, fault.message)
+            action = plan.actions[index]
+            if action in (RowAction.COPY, RowAction.COPY_CROWD):
+                return labeled_row(row, annotation, images, None, keep_existing=action == RowAction.COPY)
+            if action == RowAction.REPORT:
+                error = ItemError("INVALID_ARGUMENT", str(annotation.reason), annotation.problem or "")
+                errors.add(_failed(annotation, images, error))
+                return masks.failed(labeled_row(row, annotation, images, None))
+            result = result_of(index)
+            if "label" in result:
+                labeled += 1
+                return masks.labeled(index, labeled_row(row, annotation, images, result["label"]))
+            error = _name_row(ItemError(*result["failed"]), annotation)
+            errors.add(_failed(annotation, images, error))
+            fields = error_fields(error.reason or error.code, error.message)
             return masks.failed(labeled_row(row, annotation, images, fields))
 
-        write_transformed(work.head, output_json, change, {**provenance, **masks.provenance()})
+        write_transformed(plan.head, output_json, change, {**provenance, **masks.provenance()})
     if not errors.count:
-        listed.unlink(missing_ok=True)
+        failures.unlink(missing_ok=True)
     return DatasetResult(
         output=output_json,
-        errors_file=listed if errors.count else None,
+        errors_file=failures if errors.count else None,
         labeled=labeled,
-        copied=work.head.count - labeled - errors.count,
+        copied=plan.head.count - labeled - errors.count,
         failed=tuple(errors.first),
         failed_count=errors.count,
-        masks_dir=masks_dir(output_json) if how.mask_format is MaskFormat.PNG else None,
+        masks_dir=masks_dir(output_json) if options.mask_format is MaskFormat.PNG else None,
     )
 
 
 class _MaskWriter:
-    """Puts the mask of a row into the form that was asked for."""
+    """Converts the masks of rows to the format of the options."""
 
-    def __init__(self, output_json: Path, how: DatasetOptions) -> None:
-        self._how = how
+    def __init__(self, output_json: Path, options: DatasetOptions) -> None:
+        self._options = options
         self._folder = masks_dir(output_json)
 
     def provenance(self) -> dict[str, Any]:
-        """What a reader of the file must know of its masks."""
-        if self._how.mask_format is not MaskFormat.POLYGONS:
+        """Returns what a reader of the file must know of its masks."""
+        if self._options.mask_format is not MaskFormat.POLYGONS:
             return {}
-        return {"polygon_tolerance_px": self._how.polygon_tolerance_px, "polygon_holes": "bridged"}
+        return {"polygon_tolerance_px": self._options.polygon_tolerance_px, "polygon_holes": "bridged"}
 
-    def labeled(self, at: int, row: Any) -> Any:
-        """A row that was labeled, at its place in the file."""
-        code = Rle.from_coco(row["segmentation"])
-        changed = {**row, **self._forms(code)}
-        if self._how.mask_format is MaskFormat.PNG:
-            changed[MASK_FILE] = self._write_png(_file_name(at, row.get("id")), code)
-        box = to_box(code) if self._how.update_bbox else None
+    def labeled(self, index: int, row: Any) -> Any:
+        """Returns a labeled row with its mask converted."""
+        rle = Rle.from_coco(row["segmentation"])
+        changed = {**row, **self._converted(rle)}
+        if self._options.mask_format is MaskFormat.PNG:
+            changed[MASK_FILE] = self._write_png(_file_name(index, row.get("id")), rle)
+        box = to_box(rle) if self._options.update_bbox else None
         # An empty mask has no box; the user's is better than none.
         return changed if box is None else {**changed, "bbox": list(box)}
 
     def failed(self, row: Any) -> Any:
-        """A row that failed; it may hold an empty mask."""
+        """Returns a failed row, which may hold an empty mask, with that mask converted."""
         if not isinstance(row, dict):
             return row
-        # A picture that an earlier run wrote is not this run's answer.
+        # The PNG mask of an earlier run is not a result of this one.
         kept = {key: value for key, value in row.items() if key != MASK_FILE}
-        code = kept.get("segmentation")
-        return {**kept, **self._forms(Rle.from_coco(code))} if isinstance(code, dict) else kept
+        segmentation = kept.get("segmentation")
+        if not isinstance(segmentation, dict):
+            return kept
+        return {**kept, **self._converted(Rle.from_coco(segmentation))}
 
-    def _forms(self, code: Rle) -> dict[str, Any]:
-        if self._how.mask_format is MaskFormat.UNCOMPRESSED:
-            runs = to_runs(code)
+    def _converted(self, rle: Rle) -> dict[str, Any]:
+        if self._options.mask_format is MaskFormat.UNCOMPRESSED:
+            runs = to_runs(rle)
             return {"segmentation": {"size": [runs.height, runs.width], "counts": list(runs.counts)}}
-        if self._how.mask_format is MaskFormat.POLYGONS:
-            lines = merge_holes(to_polygons(code, self._how.polygon_tolerance_px).rings)
-            # No list of polygons says "empty" to COCO's tools; an empty mask stays a run-length code.
+        if self._options.mask_format is MaskFormat.POLYGONS:
+            lines = merge_holes(to_polygons(rle, self._options.polygon_tolerance_px).rings)
+            # COCO's tools know no empty list of polygons; an empty mask stays run-length encoded.
             return {"segmentation": [line.ravel().tolist() for line in lines]} if lines else {}
         return {}
 
-    def _write_png(self, name: str, code: Rle) -> str:
+    def _write_png(self, name: str, rle: Rle) -> str:
+        path = self._folder / name
         try:
             self._folder.mkdir(exist_ok=True)
-            (self._folder / name).write_bytes(encode_bitmap(decode_mask(code)))
+            path.write_bytes(encode_bitmap(decode_mask(rle)))
         except OSError as error:
-            raise OutputError(f"{self._folder / name}: not written ({error.strerror}); free some space") from error
+            raise OutputError(f"{path}: not written ({error.strerror}); free some space") from error
         return f"{self._folder.name}/{name}"
 
 
-def _file_name(at: int, annotation_id: object) -> str:
-    """By the id where that is a number; other ids may not be file names, their rows go by their place."""
+def _file_name(index: int, annotation_id: object) -> str:
+    """Returns a file name from a numeric id; other ids may not be file names, so their rows go by their index."""
     is_number = isinstance(annotation_id, int) and not isinstance(annotation_id, bool)
-    return f"{annotation_id}.png" if is_number else f"row_{at}.png"
+    return f"{annotation_id}.png" if is_number else f"row_{index}.png"
 
 
-class _Errors:
-    """The list of failures: all into the errors file, which is made with the first one, the first ones in memory."""
+class _ErrorsFile:
+    """Failures of a job: all in a file, which is created with the first one, and the first ones in memory."""
 
     def __init__(self, path: Path, on_success: ExitStack) -> None:
         self.count = 0
@@ -177,7 +180,7 @@ class _Errors:
         self._file: BinaryIO | None = None
 
     def add(self, failed: FailedAnnotation) -> None:
-        """Lists one more."""
+        """Appends one failure."""
         self.count += 1
         if len(self.first) < FAILED_LISTED:
             self.first.append(failed)
@@ -192,7 +195,7 @@ def _failed(annotation: Annotation, images: Mapping[Any, ImageInfo], error: Item
     return FailedAnnotation(shown_id, annotation.raw.get("image_id"), None if image is None else image.file_name, error)
 
 
-def _about_row(error: ItemError, row: Annotation) -> ItemError:
+def _name_row(error: ItemError, row: Annotation) -> ItemError:
     """Adds the annotation id to the error of a box; the server sends it without a name."""
     if error.reason != Reason.BAD_BOX:
         return error

@@ -1,21 +1,24 @@
-"""What made the masks of a file: enough to make them again."""
+"""Provenance of a labeled file: everything that is needed to make its masks again."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mal_client.types import LabelOptions, ModelRef, ServerInfo
+from mal_client.types import DatasetOptions, LabelOptions, ModelRef, ServerInfo
 from mal_train.core.version import distribution_version
+
+if TYPE_CHECKING:
+    from mal_client.dataset.plan import DatasetPlan
 
 
 def answering_model(info: ServerInfo, options: LabelOptions) -> ModelRef:
-    """Which weights and network answer these options."""
+    """Returns the weights and the branch that answer requests with these options."""
     return info.model if options.branch is None else replace(info.model, branch=options.branch)
 
 
 def provenance_of(info: ServerInfo, options: LabelOptions) -> dict[str, Any]:
-    """The entry of a labeled file, and what servers that share a job must agree in."""
+    """Returns the `mask_auto_labeler` entry of a labeled file; all servers of a job must agree in it."""
     model = answering_model(info, options)
     return {
         "model": model.name,
@@ -33,3 +36,11 @@ def provenance_of(info: ServerInfo, options: LabelOptions) -> dict[str, Any]:
         "server_version": info.version,
         "client_version": distribution_version(),
     }
+
+
+def job_fingerprint(plan: DatasetPlan, options: DatasetOptions) -> dict[str, Any]:
+    """Returns the part of a job's manifest that tells which rows of which file are labeled.
+
+    Options that change only how the file is written, such as `update_bbox`, have no part in it.
+    """
+    return {"input_sha256": plan.head.sha256, "only": str(options.only), "ids": sorted(map(repr, options.ids))}

@@ -1,12 +1,12 @@
-"""Labels a whole COCO file through bulk streams: every annotation answered, or listed with the reason why not.
+"""Labels a COCO file through bulk streams: every annotation gets a mask, or is listed with the reason for its failure.
 
-The client reads files and passes their bytes on; only the server decodes. Answers go to a ledger on disk as they come
-and from there into the output, so memory holds neither pixels nor masks, and a killed run is taken up where it ended.
+The client reads image files and sends their bytes; only the server decodes. Results go to a journal on disk as they
+arrive and from there into the output: memory holds neither pixels nor masks, and a killed run resumes where it ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 
 from mal_client.bulk.dispatcher import AllServersLost, MultiServerDispatcher, OnNotice
 from mal_client.bulk.stream import ItemResult
-from mal_client.bulk.work_queue import WorkQueue
-from mal_client.dataset.journal import Answer, Journal, journal_path
+from mal_client.bulk.work_queue import WorkItem, WorkQueue
+from mal_client.dataset.journal import Journal, RowResult, journal_path
 from mal_client.dataset.output import refuse_same_file, write_labeled
-from mal_client.dataset.plan import DatasetPlan, RowAction, read_work
-from mal_client.dataset.provenance import answering_model, provenance_of
+from mal_client.dataset.plan import DatasetPlan, RowAction, read_plan
+from mal_client.dataset.provenance import answering_model, job_fingerprint, provenance_of
+from mal_client.dataset.servers import reachable_servers
 from mal_client.dataset.shards import SHARD_KEY, Shard
-from mal_client.errors import CallTimedOut, ItemError, ServerUnavailable
+from mal_client.errors import ItemError
 from mal_client.images.image_files import ImageFiles
 from mal_client.images.image_input import EncodedImage, not_found, read_file
 from mal_client.transport.base import Transport
@@ -31,7 +32,6 @@ from mal_client.types import (
     DatasetOptions,
     DatasetResult,
     LabelOptions,
-    ModelRef,
     Progress,
     ServerInfo,
     ServerLimits,
@@ -39,8 +39,6 @@ from mal_client.types import (
 from mal_train.core.atomic_io import check_writable
 from mal_train.core.coco.annotations import ImageInfo
 from mal_train.core.coco.output import label_fields
-from mal_train.core.errors import ConfigError
-from mal_train.core.fingerprint import differences
 
 OnProgress = Callable[[Progress], None]
 
@@ -52,62 +50,66 @@ def label_dataset(
     output_json: Path,
     options: LabelOptions,
     *,
-    how: DatasetOptions = DEFAULT_DATASET_OPTIONS,
+    dataset_options: DatasetOptions = DEFAULT_DATASET_OPTIONS,
     shard: Shard | None = None,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
 ) -> DatasetResult:
-    """See `Client.label_dataset`; here the work is shared by the servers of several clients.
+    """Labels a COCO file as `Client.label_dataset` does, on the servers of several clients.
 
     Args:
         clients: one for each server.
         coco_json: the annotations.
-        images_dir: the folder that `file_name` is relative to, or a pattern (`ImageFiles`).
+        images_dir: the folder that `file_name` is relative to, or a pattern (see `ImageFiles`).
         output_json: the file with masks.
-        options: how boxes become masks.
-        how: which annotations, and how they are written.
-        shard: label this part alone and write no file: the answers stay in a ledger for `merge_shards`.
-        on_progress: called after each answered image.
-        on_notice: told what the user should know.
+        options: label options.
+        dataset_options: which annotations are labeled, and how they are written.
+        shard: label this shard alone and write no file; the results stay in a journal for `merge_shards`.
+        on_progress: called after each result.
+        on_notice: receives messages for the user.
 
     Raises:
-        ConfigError: the servers do not serve the same; an unfinished run was another job; or the output is the
-            annotations' file.
-        RequestRefused: a server does not serve what the options ask for.
+        ConfigError: the servers differ, an unfinished run was another job, or the output is the annotation file.
+        InvalidRequest: a server does not serve what the options ask for.
+        BadDataset, OutputError, ClientError: as `Client.label_dataset`.
     """
-    tell = on_notice or (lambda _: None)
+    notify = on_notice or (lambda _: None)
     check_writable(output_json)
     refuse_same_file(coco_json, output_json)
     images = ImageFiles(images_dir)
-    work = read_work(coco_json, how)
-    servers = _servers(clients, options, tell)
-    provenance = provenance_of(servers[0][1], options)
-    manifest = _manifest(work, images, how, provenance)
+    plan = read_plan(coco_json, dataset_options)
+    servers = reachable_servers(clients, options, notify)
+    info = servers[0][1]
+    provenance = provenance_of(info, options)
+    manifest = {**job_fingerprint(plan, dataset_options), "images": images.name, **provenance}
     path = journal_path(output_json)
     if shard is not None:
         manifest, path = {**manifest, SHARD_KEY: str(shard)}, shard.journal_path(output_json)
-    with Journal(path, work.head.count, manifest, restart=how.restart) as ledger, ExitStack() as cleanup:
+    with Journal(path, plan.head.count, manifest, restart=dataset_options.restart) as journal, ExitStack() as cleanup:
         if shard is None:
-            cleanup.callback(_remove_if_empty, ledger)
-        job = _DatasetRun(work, ledger, on_progress, shard)
-        if ledger.label_count:
-            again = f", {job.failed_before} failed and are asked again" if job.failed_before else ""
-            answered = f"{ledger.label_count} of {job.asked} boxes are answered{again}"
-            tell(f"{path}: going on with an unfinished run; {answered}")
-        fault = _label_rest(job, servers, image_loader(images, servers[0][1].limits), options, tell)
-        unanswered = fault or ItemError("INTERNAL", "NOT_ANSWERED", "no label was made")
-        is_final = fault is None and not job.refused
-        model = answering_model(servers[0][1], options)
+            cleanup.callback(_remove_if_empty, journal)
+        run = _DatasetRun(plan, journal, on_progress, shard)
+        if journal.label_count:
+            notify(f"{path}: {run.resume_message()}")
+        lost = _label_pending(run, servers, image_loader(images, info.limits), options, notify)
+        missing = lost or ItemError("INTERNAL", "NOT_ANSWERED", "no label was made")
+        is_final = lost is None and not run.unavailable
         if shard is not None:
-            return _shard_result(job, path, model, unanswered, is_final=is_final)
-        result = write_labeled(work, lambda at: job.answer(at, unanswered), output_json, provenance, how)
-        if is_final:
-            ledger.remove()
-        return replace(result, model=model, is_final=is_final)
+            result = run.shard_result(missing)
+        else:
+            result = write_labeled(
+                plan, lambda index: run.result(index, missing), output_json, provenance, dataset_options
+            )
+            if is_final:
+                journal.remove()
+        return replace(result, model=answering_model(info, options), is_final=is_final)
 
 
 def image_loader(images: ImageFiles, limits: ServerLimits) -> Callable[[ImageInfo], EncodedImage]:
-    """Reads an image's file as it is stored; BadImage for one that is missing or that the server would not take."""
+    """Returns a function that reads the file of an image as it is stored.
+
+    It raises BadImage for a file that is missing or that exceeds the server's limit.
+    """
 
     def load(image: ImageInfo) -> EncodedImage:
         path = images.path(image.file_name)
@@ -122,136 +124,135 @@ def image_loader(images: ImageFiles, limits: ServerLimits) -> Callable[[ImageInf
 
 
 class _DatasetRun:
-    """What is known so far: answers in the ledger, and what counts for progress. Rows are named by their place."""
+    """Results of one run: keeps them in the journal and counts progress. Rows go by their index in the file.
+
+    A row that failed in an earlier run is tried again, and counts as done and failed until its new result arrives.
+
+    Attributes:
+        pending: rows that need a label.
+        unavailable: errors of rows that a later run may label; they are not in the journal.
+    """
 
     def __init__(
-        self, work: DatasetPlan, ledger: Journal, on_progress: OnProgress | None, shard: Shard | None = None
+        self, plan: DatasetPlan, journal: Journal, on_progress: OnProgress | None, shard: Shard | None
     ) -> None:
-        self.work = work
-        self.ledger = ledger
-        self.rest = work.remaining(ledger.has_label, shard.has_image if shard is not None else None)
-        self.asked = len(self.rest.asked)
-        self.refused: dict[int, ItemError] = {}
-        """Rows that the server wanted again too often: failed, but not for good."""
+        self.plan = plan
+        self.pending = plan.pending(journal.has_label, None if shard is None else shard.has_image)
+        self.unavailable: dict[int, ItemError] = {}
+        self._journal = journal
         self._on_progress = on_progress
-        self._images_open = self.rest.images_open()
-        self._images_before = self.rest.images_total - self._images_open
-        # What was found when the file was read is done; the parts of a shared job leave it to whoever merges them.
-        self._faulty = work.plans.count(RowAction.FAULTY) if shard is None else 0
-        # Boxes that failed in an unfinished run are asked again, and count as failed until that answer comes: a job
-        # that ends before has no better one.
-        self.failed_before = sum(map(ledger.has_failure, map(int, self.rest.places)))
-        self._failed = self._faulty + self.failed_before
+        self._images_open = self.pending.images_open()
+        self._images_before = self.pending.images_total - self._images_open
+        self._retried = sum(map(journal.has_failure, self.pending.indices.tolist()))
+        # Rows with an error in the file are done; a shard leaves them to the merge.
+        reported = plan.actions.count(RowAction.REPORT) if shard is None else 0
+        self._boxes_failed = reported + self._retried
+        self._boxes_done = self._boxes_failed + len(self.pending.to_label) - len(self.pending.indices)
 
-    def take(self, answer: ItemResult) -> None:
-        """Stores what an item's boxes got."""
-        image = self.work.image_of(answer.item)
-        about_image = None if answer.error is None else _about_image(answer.error, image)
-        found: dict[int, Answer] = {}
-        for at in answer.item.boxes:
-            was_failed = self.ledger.has_failure(at)
-            self.failed_before -= was_failed
-            self._failed -= was_failed
-            error = about_image or answer.labels[at].error
+    @property
+    def has_results(self) -> bool:
+        """True when any row has a label, of this run or an earlier one."""
+        return self._journal.label_count > 0
+
+    def resume_message(self) -> str:
+        """Returns the message for a run that continues an earlier one."""
+        retried = f", {self._retried} failed and are tried again" if self._retried else ""
+        return (
+            f"resuming an unfinished run; {self._journal.label_count} of {len(self.pending.to_label)} boxes are "
+            f"labeled{retried}"
+        )
+
+    def add(self, result: ItemResult) -> None:
+        """Keeps the result of an item and reports progress."""
+        image_error = None if result.error is None else _name_image(result.error, self.plan.image_of(result.item))
+        entries: dict[int, RowResult] = {}
+        for index in result.item.boxes:
+            error = image_error or result.labels[index].error
+            self._count_box(index, is_failed=error is not None)
             if error is None:
-                found[at] = {"label": _fields(answer.labels[at])}
-                continue
-            self._failed += 1
-            if error.code == "UNAVAILABLE":
-                self.refused[at] = error
+                entries[index] = {"label": _fields(result.labels[index])}
+            elif error.code == "UNAVAILABLE":
+                self.unavailable[index] = error
             else:
-                found[at] = {"failed": [error.code, error.reason, error.message]}
-        self.ledger.append(found)
-        self._count(answer)
-
-    def answer(self, at: int, unanswered: ItemError) -> Answer:
-        """What became of a row; `unanswered` where nothing did."""
-        return self.ledger.answer(at) or {"failed": _parts(self.refused.get(at, unanswered))}
-
-    def progress(self) -> Progress:
-        """How far the job is, with what an unfinished run left."""
-        total = self.rest.images_total
-        done = self._faulty + self.asked - int(self.rest.boxes_left.sum()) + self.failed_before
-        return Progress(total - self._images_open, total, done, self._failed, images_before=self._images_before)
-
-    def _count(self, answer: ItemResult) -> None:
-        place = int(answer.item.key)
-        self.rest.boxes_left[place] -= len(answer.item.boxes)
-        self._images_open -= not self.rest.boxes_left[place]
+                entries[index] = _failure(error)
+        self._journal.append(entries)
+        self._count_image(int(result.item.key), len(result.item.boxes))
         if self._on_progress is not None:
-            self._on_progress(self.progress())
+            self._on_progress(self._progress())
+
+    def result(self, index: int, missing: ItemError) -> RowResult:
+        """Returns the result of a row; a failure with the error `missing` when it has none."""
+        return self._journal.result(index) or _failure(self.unavailable.get(index, missing))
+
+    def shard_result(self, missing: ItemError) -> DatasetResult:
+        """Returns the summary of a shard; its failures are listed when the shards are merged."""
+        to_label = self.pending.to_label.tolist()
+        labeled = sum("label" in self.result(index, missing) for index in to_label)
+        return DatasetResult(
+            output=self._journal.path,
+            errors_file=None,
+            labeled=labeled,
+            copied=0,
+            failed_count=len(to_label) - labeled,
+        )
+
+    def _count_box(self, index: int, *, is_failed: bool) -> None:
+        if self._journal.has_failure(index):
+            self._boxes_failed -= 1
+        else:
+            self._boxes_done += 1
+        self._boxes_failed += is_failed
+
+    def _count_image(self, index: int, boxes: int) -> None:
+        self.pending.boxes_left[index] -= boxes
+        self._images_open -= not self.pending.boxes_left[index]
+
+    def _progress(self) -> Progress:
+        total = self.pending.images_total
+        return Progress(
+            images_done=total - self._images_open,
+            images_total=total,
+            boxes_done=self._boxes_done,
+            boxes_failed=self._boxes_failed,
+            images_before=self._images_before,
+        )
 
 
-def _servers(clients: Sequence[Transport], options: LabelOptions, tell: OnNotice) -> list[tuple[Transport, ServerInfo]]:
-    """The servers that answer, all with the same model and settings."""
-    servers: list[tuple[Transport, ServerInfo]] = []
-    faults: list[ServerUnavailable | CallTimedOut] = []
-    for client in clients:
-        try:
-            servers.append((client, client.server_info().for_options(options)))
-        except (ServerUnavailable, CallTimedOut) as fault:
-            faults.append(fault)
-    if not servers:
-        raise faults[0]
-    for silent in faults:
-        tell(f"{silent}; {len(servers)} of {len(clients)} servers begin")
-    first, *others = [(client.address, provenance_of(info, options)) for client, info in servers]
-    for address, provenance in others:
-        different = differences(provenance, first[1])
-        if different:
-            raise ConfigError(
-                f"{address}: serves something else than {first[0]} ({'; '.join(different)}), so their masks would not "
-                "belong together; give servers of one checkpoint, version and precision"
-            )
-    return servers
-
-
-def _shard_result(
-    job: _DatasetRun, path: Path, model: ModelRef, unanswered: ItemError, *, is_final: bool
-) -> DatasetResult:
-    """What one part of a job has come to; what failed is listed when the parts are merged."""
-    outcomes = [job.answer(at, unanswered) for at in job.rest.asked.tolist()]
-    labeled = sum("label" in outcome for outcome in outcomes)
-    return DatasetResult(
-        output=path,
-        errors_file=None,
-        labeled=labeled,
-        copied=0,
-        model=model,
-        failed_count=len(outcomes) - labeled,
-        is_final=is_final,
-    )
-
-
-def _label_rest(
-    job: _DatasetRun,
+def _label_pending(
+    run: _DatasetRun,
     servers: Sequence[tuple[Transport, ServerInfo]],
     load: Callable[[ImageInfo], EncodedImage],
     options: LabelOptions,
-    tell: OnNotice,
+    on_notice: OnNotice,
 ) -> ItemError | None:
-    """Labels what is not answered yet; when the servers are lost after some answers came, what to say of the rest."""
-    if not len(job.rest.places):
+    """Labels the pending rows.
+
+    Returns:
+        The error of the rows without a result when all servers were lost after some results arrived; else None.
+    """
+    if not len(run.pending.indices):
         return None
-    limits = [info.limits for _, info in servers]
-    pool = WorkQueue(
-        job.rest.items(max(1, min(limit.max_boxes for limit in limits))), model=answering_model(servers[0][1], options)
-    )
-    fleet = MultiServerDispatcher(
+    max_boxes = max(1, min(info.limits.max_boxes for _, info in servers))
+    model = answering_model(servers[0][1], options)
+
+    def load_item(item: WorkItem) -> EncodedImage:
+        return load(run.plan.image_of(item))
+
+    dispatcher = MultiServerDispatcher(
         [(client, info.limits.max_items_in_flight) for client, info in servers],
-        pool,
-        lambda item: load(job.work.image_of(item)),
+        WorkQueue(run.pending.items(max_boxes), model=model),
+        load_item,
         options,
-        tell,
+        on_notice,
     )
     try:
-        with closing(fleet.results()) as answers:
-            for answer in answers:
-                job.take(answer)
+        with closing(dispatcher.results()) as results:
+            for result in results:
+                run.add(result)
     except AllServersLost as lost:
-        if not job.ledger.label_count:
+        if not run.has_results:
             raise lost.error from lost
-        return ItemError("UNAVAILABLE", "SERVER_LOST", f"not answered before the server was lost: {lost.error}")
+        return ItemError("UNAVAILABLE", "SERVER_LOST", f"no result before the server was lost: {lost.error}")
     return None
 
 
@@ -261,30 +262,18 @@ def _fields(label: BoxLabel) -> dict[str, Any]:
     return label_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
 
 
-def _parts(error: ItemError) -> list[str]:
-    return [error.code, error.reason, error.message]
+def _failure(error: ItemError) -> RowResult:
+    return {"failed": [error.code, error.reason, error.message]}
 
 
-def _about_image(error: ItemError, image: ImageInfo) -> ItemError:
-    """The server knows no file names; its word is about "image"."""
+def _name_image(error: ItemError, image: ImageInfo) -> ItemError:
+    """Adds the file name to the error of an image; the server, which does not know it, writes "image"."""
     if image.file_name in error.message:
         return error
     return replace(error, message=f"{image.file_name}: {error.message.removeprefix('image: ')}")
 
 
-def _remove_if_empty(ledger: Journal) -> None:
-    """A run that ended before its first answer leaves nothing behind."""
-    if not ledger.label_count:
-        ledger.remove()
-
-
-def job_fingerprint(work: DatasetPlan, how: DatasetOptions) -> dict[str, Any]:
-    """Which boxes of which file a job labels."""
-    return {"input_sha256": work.head.sha256, "only": str(how.only), "ids": sorted(map(repr, how.ids))}
-
-
-def _manifest(
-    work: DatasetPlan, images: ImageFiles, how: DatasetOptions, provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the answers of a job depend on; `update_bbox` and the like only change how they are written."""
-    return {**job_fingerprint(work, how), "images": images.name, **provenance}
+def _remove_if_empty(journal: Journal) -> None:
+    """Deletes the journal of a run that ended before its first label."""
+    if not journal.label_count:
+        journal.remove()

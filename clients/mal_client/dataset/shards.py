@@ -1,14 +1,13 @@
-"""Shares one job among processes that know nothing of each other, and joins what they answered.
+"""Splits one job among processes that do not communicate, and reads their journals as one.
 
-A shard is every so-manieth image of the file, labeled into a ledger of its own beside the output; when all ledgers are
-full, one process writes the file from them, with the bytes that a single run would have written. Nobody coordinates:
-a job array needs a folder that all processes see, and nothing else.
+Shard i of n holds every n-th image, starting with the i-th. Each process labels its shard into a journal beside the
+output; when all journals are complete, one process writes the file from them, byte for byte as a single run would. A
+job array needs a folder that all processes share, and nothing else.
 """
 
 from __future__ import annotations
 
 import re
-import resource
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,84 +17,93 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mal_client.dataset.journal import NOWHERE, Answer, LedgerReader, journal_path
+from mal_client.dataset.journal import NO_ROW, JournalReader, RowResult, journal_path
 from mal_train.core.errors import ConfigError
 from mal_train.core.fingerprint import differences
 
+resource: Any = None
+try:
+    import resource
+except ModuleNotFoundError:
+    resource = None  # Windows, which has no such limit
+
 SHARD_KEY = "shard"
-"""Of a ledger's manifest: which part of the job it holds."""
+"""Key of the shard in the manifest of a journal."""
 
 LISTED = 10
+SPARE_FILES = 256
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` (from 0) of `count`."""
+    """Shard `index` (from 0) of `count`."""
 
     index: int
     count: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
-            raise ConfigError(f"shard {self}: the parts of {self.count} are numbered from 0 to {self.count - 1}")
+            raise ConfigError(f"shard {self}: index {self.index}; it must be from 0 to {self.count - 1}")
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """From `3/16`. Raises ConfigError."""
-        found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
-        if found is None:
-            raise ConfigError(f"shard {text!r}: PART/PARTS is needed, for example 0/16 to 15/16")
-        return cls(int(found[1]), int(found[2]))
+        """Parses INDEX/COUNT. Raises ConfigError.
 
-    def has_image(self, place: int) -> bool:
-        """Whether the image at this place in the file belongs to it; neighbors go to different parts."""
-        return place % self.count == self.index
+        >>> Shard.parse("3/16")
+        Shard(index=3, count=16)
+        """
+        match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+        if match is None:
+            raise ConfigError(f"shard {text!r}; INDEX/COUNT is needed, from 0/16 to 15/16 for 16 shards")
+        return cls(int(match[1]), int(match[2]))
+
+    def has_image(self, index: int) -> bool:
+        """Returns whether the image at this index of the file belongs to the shard."""
+        return index % self.count == self.index
 
     def journal_path(self, output_json: Path) -> Path:
-        """Where its answers are kept: `out.json.ledger.3-of-16` beside `out.json`."""
+        """Returns the journal of the shard: `out.json.ledger.3-of-16` beside `out.json`."""
         path = journal_path(output_json)
         return path.with_name(f"{path.name}.{self.index}-of-{self.count}")
 
 
-class ShardLedgers:
-    """The ledgers of all parts of a job, read as one. A context manager that holds them while it is open.
+class ShardJournals:
+    """Journals of all shards of a job, read as one and locked meanwhile. A context manager.
 
     Args:
-        output_json: what the parts were made for.
-        count: number of parts.
-        rows: annotations of the file.
+        output_json: output of the job.
+        count: number of shards.
+        rows: number of annotations of the file.
 
     Attributes:
-        manifest: of the job, the same in all ledgers.
+        manifest: of the job, without the shard; the same in all journals.
 
     Raises:
-        ConfigError: a part is missing, or the parts are not of one job.
-        OutputError: a part is still being labeled.
+        ConfigError: a shard is missing, or the journals belong to different jobs.
+        OutputError: a shard is being labeled.
     """
 
     def __init__(self, output_json: Path, count: int, rows: int) -> None:
         self._shards = [Shard(index, count) for index in range(count)]
-        self._paths = [shard.journal_path(output_json) for shard in self._shards]
-        missing = [str(shard) for shard, path in zip(self._shards, self._paths, strict=True) if not path.is_file()]
+        paths = [shard.journal_path(output_json) for shard in self._shards]
+        missing = [str(shard) for shard, path in zip(self._shards, paths, strict=True) if not path.is_file()]
         if missing:
-            others = ", and so for the others" if len(missing) > 1 else ""
             raise ConfigError(
-                f"{output_json}: {_listed('part', missing)} not labeled yet; run mal-client label with this "
-                f"--output and --shard {missing[0]}{others}"
+                f"{output_json}: no results of {_listed(missing)}; run mal-client label with this --output and "
+                f"--shard {missing[0]}"
             )
         _allow_open_files(count)
-        self._files: list[LedgerReader] = []
-        self._file_at = array("i", [NOWHERE]) * rows
-        self._offsets = array("q", [NOWHERE]) * rows
+        self._readers: list[JournalReader] = []
+        self._reader_index = array("i", [NO_ROW]) * rows
+        self._offsets = array("q", [NO_ROW]) * rows
         self._lengths = array("i", [0]) * rows
         self.manifest: dict[str, Any] = {}
         with ExitStack() as stack:
-            for at, path in enumerate(self._paths):
-                self._files.append(stack.enter_context(LedgerReader(path)))
-                self._read(at)
+            for shard, path in zip(self._shards, paths, strict=True):
+                self._read(shard, stack.enter_context(JournalReader(path)))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -106,55 +114,59 @@ class ShardLedgers:
     ) -> None:
         self._stack.close()
 
-    def answer(self, at: int) -> Answer | None:
-        """The answer for a place; None when there is none."""
-        if self._file_at[at] == NOWHERE:
-            return None
-        return self._files[self._file_at[at]].answer(self._offsets[at], self._lengths[at])
+    def result(self, index: int) -> RowResult:
+        """Returns the result of a row, which must have one."""
+        if self._reader_index[index] == NO_ROW:
+            raise LookupError(f"row {index} has no result")
+        return self._readers[self._reader_index[index]].result(self._offsets[index], self._lengths[index])
 
-    def refuse_gaps(self, asked: Iterable[tuple[int, int]]) -> None:
-        """Raises ConfigError naming the parts that have not answered all of their boxes.
+    def refuse_gaps(self, rows_to_label: Iterable[tuple[int, int]]) -> None:
+        """Raises ConfigError with the shards that lack results.
 
         Args:
-            asked: (place of the annotation, place of its image) for each that must have an answer.
+            rows_to_label: (index, index of its image) of each row that must have a result.
         """
-        gaps = Counter(image % len(self._shards) for at, image in asked if self._file_at[at] == NOWHERE)
+        gaps = Counter(
+            image % len(self._shards) for index, image in rows_to_label if self._reader_index[index] == NO_ROW
+        )
         if gaps:
-            names = [f"{self._shards[part]} ({count} boxes)" for part, count in sorted(gaps.items())]
-            raise ConfigError(f"{_listed('part', names)} not complete: run mal-client label for it again")
+            names = [f"{self._shards[shard]} ({count} boxes)" for shard, count in sorted(gaps.items())]
+            raise ConfigError(f"incomplete: {_listed(names)}; run the mal-client label command of each again")
 
     def remove(self) -> None:
-        """Deletes the ledgers: the file is written."""
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+        """Deletes the journals of a job whose file is written."""
+        for reader in self._readers:
+            reader.remove()
 
-    def _read(self, file_at: int) -> None:
-        reader = self._files[file_at]
+    def _read(self, shard: Shard, reader: JournalReader) -> None:
         manifest = dict(reader.manifest)
-        shard = manifest.pop(SHARD_KEY, None)
-        if shard != str(self._shards[file_at]):
-            raise ConfigError(f"{reader.path}: is part {shard} of a job, not {self._shards[file_at]}")
+        found = manifest.pop(SHARD_KEY, None)
+        if found != str(shard):
+            raise ConfigError(f"{reader.path}: holds shard {found}, not {shard}")
         self.manifest = self.manifest or manifest
         different = differences(manifest, self.manifest)
         if different:
             raise ConfigError(
-                f"{reader.path}: is of another job than {self._paths[0].name}: {'; '.join(different)}. Label that part "
-                "again with --restart"
+                f"{reader.path}: belongs to another job than {self._readers[0].path.name}: {'; '.join(different)}; "
+                "label that shard again with --restart"
             )
-        for at, offset, length in reader.places():
-            self._file_at[at], self._offsets[at], self._lengths[at] = file_at, offset, length
+        for index, offset, length in reader.lines():
+            self._reader_index[index] = len(self._readers)
+            self._offsets[index], self._lengths[index] = offset, length
+        self._readers.append(reader)
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises this process's limit where so many ledgers at once would exceed it; the usual one is 1024."""
+    """Raises the limit of open files of this process, which is often 1024, to hold all journals open at once."""
+    if resource is None:
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 256
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
-        )
+    needed = count + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def _listed(what: str, names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{what}{'s' if len(names) > 1 else ''} {', '.join(names[:LISTED])}{more}"
+    return f"shard{'s' if len(names) > 1 else ''} {', '.join(names[:LISTED])}{more}"

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mal_client.dataset.journal import locked
 from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.fingerprint import differences
+from mal_train.core.locked_file import LockedFile
 
 FILE_TYPE = "mal-client evaluation records"
 
@@ -47,9 +46,9 @@ class EvaluationCheckpoint:
         self.path = path
         self._job = job
         self._records: dict[str, _Record] = {}
-        self._file: int | None = None
+        self._file: LockedFile | None = None
         if path is not None:
-            self._file = locked(path, "another evaluation uses this file; wait for it to end, or name another file")
+            self._file = LockedFile(path, "in use by another evaluation; wait for it to end, or name another file")
             with ExitStack() as unlock:
                 unlock.callback(self.close)
                 self._read(path)
@@ -94,15 +93,15 @@ class EvaluationCheckpoint:
         self.token = b""
         self._records.clear()
         if self._file is not None:
-            os.ftruncate(self._file, 0)
+            self._file.truncate(0)
 
     def close(self) -> None:
         """Releases the file; deletes it if it is empty."""
         if self._file is None:
             return
-        if self.path is not None and os.fstat(self._file).st_size == 0:
-            self.path.unlink(missing_ok=True)
-        os.close(self._file)
+        if self._file.size == 0:
+            self._file.remove()
+        self._file.close()
         self._file = None
 
     def _append(self, row: dict[str, Any]) -> None:
@@ -111,9 +110,7 @@ class EvaluationCheckpoint:
         # A newline first: the last line of a killed process may be incomplete.
         line = b"\n" + json.dumps(row).encode()
         try:
-            os.lseek(self._file, 0, os.SEEK_END)
-            while line:
-                line = line[os.write(self._file, line) :]
+            self._file.write_at(self._file.size, line)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
 

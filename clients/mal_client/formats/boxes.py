@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mal_client.images.image_files import PICTURES
+from mal_client.images.image_files import IMAGE_SUFFIXES
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.errors import BadDataset, BadImage
@@ -129,10 +129,10 @@ def picture_names(images_dir: Path) -> list[str]:
     found = sorted(
         path.relative_to(images_dir).as_posix()
         for path in images_dir.rglob("*")
-        if path.suffix.lower() in PICTURES and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
     )
     if not found:
-        raise BadDataset(f"{images_dir}: holds no picture ({', '.join(sorted(PICTURES))})")
+        raise BadDataset(f"{images_dir}: holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Where the pictures of a COCO file lie: below one folder, or anywhere among the files that a pattern finds."""
+"""Finds the image files of a COCO file: in one folder, or anywhere among the files that a pattern matches."""
 
 from __future__ import annotations
 
@@ -12,75 +12,80 @@ from mal_train.core.errors import BadDataset, BadImage
 
 LISTED = 3
 
-PICTURES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-"""Endings, in small letters, of the files that are read (`mal_train.core.masks.images.FORMATS`)."""
+IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+"""Lower-case suffixes of the formats that are read (`mal_train.core.masks.images.FORMATS`)."""
 
 
 class ImageFiles:
-    """The pictures by the file names of their rows.
+    """Image files by the file names of a COCO file.
 
-    A pattern such as `photos/**/*.jpg` (`**`: any folders) is looked up once. A row's file name then means the one
-    file that ends in it, folder for folder: `a.jpg` finds `photos/2021/a.jpg`, and so does `2021/a.jpg`.
+    A pattern such as `photos/**/*.jpg` (`**` matches any folders) is expanded once. A file name then refers to the only
+    match that ends in it, folder by folder: both `a.jpg` and `2021/a.jpg` find `photos/2021/a.jpg`.
 
     Args:
-        where: a folder, or a pattern.
+        folder_or_pattern: a folder, or a glob pattern.
 
     Attributes:
-        name: what it is, for messages and ledgers.
+        name: absolute path or pattern, for messages and journals.
 
     Raises:
-        BadDataset: no such folder, or a pattern that finds no file: every image would be missing.
+        BadDataset: the folder does not exist, or the pattern matches no file.
     """
 
-    def __init__(self, where: Path | str) -> None:
-        self._folder: Path | None = Path(where)
+    def __init__(self, folder_or_pattern: Path | str) -> None:
+        self._folder: Path | None = Path(folder_or_pattern)
         self._by_name: dict[str, list[str]] = {}
-        self.name = os.path.realpath(where)
+        self.name = os.path.realpath(folder_or_pattern)
         if self._folder.is_dir():
             return
-        if not glob.has_magic(str(where)):
-            raise BadDataset(f"{where}: no such folder; give the one that the file names of the annotations start at")
+        if not glob.has_magic(str(folder_or_pattern)):
+            raise BadDataset(
+                f"{folder_or_pattern}: no such folder; give the folder that the file names of the annotations are "
+                "relative to"
+            )
         self._folder = None
-        for found in sorted(glob.iglob(str(where), recursive=True)):
-            if os.path.isfile(found):
-                self._by_name.setdefault(os.path.basename(found), []).append(found)
+        for path in sorted(glob.iglob(str(folder_or_pattern), recursive=True)):
+            if os.path.isfile(path):
+                self._by_name.setdefault(os.path.basename(path), []).append(path)
         if not self._by_name:
-            raise BadDataset(f"{where}: no file fits this pattern; quote it, so that the shell leaves it alone")
+            raise BadDataset(
+                f"{folder_or_pattern}: the pattern matches no file; check it, and quote it to protect it from the shell"
+            )
 
     @property
     def is_folder(self) -> bool:
-        """Whether a folder was given, and no pattern."""
+        """True for a folder, False for a pattern."""
         return self._folder is not None
 
     def path(self, file_name: str) -> Path:
-        """The file of a row, which may not exist where a folder was given.
+        """Returns the path of an image; in a folder, the file may be missing.
 
         Raises:
-            BadImage: a pattern finds none that ends in this name, or several (reason IMAGE_NOT_FOUND).
+            BadImage: no match of the pattern ends in this name, or several do (reason IMAGE_NOT_FOUND).
         """
         if self._folder is not None:
             return self._folder / file_name
         parts = PurePosixPath(file_name).parts
-        found = [path for path in self._by_name.get(parts[-1], ()) if Path(path).parts[-len(parts) :] == parts]
-        if len(found) == 1:
-            return Path(found[0])
-        listed = ", ".join(found[:LISTED]) + (f" and {len(found) - LISTED} more" if len(found) > LISTED else "")
-        text = f"several files end in it: {listed}" if found else "no file that the pattern finds ends in it"
-        raise BadImage(f"{file_name}: {text}", "IMAGE_NOT_FOUND")
+        matches = [path for path in self._by_name.get(parts[-1], ()) if Path(path).parts[-len(parts) :] == parts]
+        if len(matches) == 1:
+            return Path(matches[0])
+        more = f" and {len(matches) - LISTED} more" if len(matches) > LISTED else ""
+        problem = f"{len(matches)} files end in it: {', '.join(matches[:LISTED])}{more}; add folders to the file name"
+        raise BadImage(f"{file_name}: {problem if matches else 'no file of the pattern ends in it'}", "IMAGE_NOT_FOUND")
 
     def unlisted(self, file_names: Collection[str]) -> Iterator[str]:
-        """Files with the ending of a picture that none of the rows' names means, in the order of their names."""
+        """Yields the image files that no file name refers to, in alphabetical order."""
         named = set(file_names)
         if self._folder is None:
             paths = sorted(path for paths in self._by_name.values() for path in paths)
             suffixes = {PurePosixPath(name).parts for name in named}
-            yield from (path for path in paths if not _ends_in(Path(path).parts, suffixes) and _is_picture(path))
+            yield from (path for path in paths if not _ends_in(Path(path).parts, suffixes) and _is_image(path))
             return
         for folder, inner, files in os.walk(self._folder):
             inner.sort()
             for name in sorted(files):
                 path = os.path.relpath(os.path.join(folder, name), self._folder)
-                if path not in named and _is_picture(path):
+                if path not in named and _is_image(path):
                     yield path
 
 
@@ -88,5 +93,5 @@ def _ends_in(parts: tuple[str, ...], suffixes: Collection[tuple[str, ...]]) -> b
     return any(parts[start:] in suffixes for start in range(len(parts)))
 
 
-def _is_picture(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in PICTURES
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES

@@ -1,4 +1,4 @@
-"""Turns what callers hold (array, picture, path, bytes) into the encoded bytes that are sent. Decodes nothing."""
+"""Encodes the caller's image (array, Pillow image, path or bytes) for a request. Decodes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An encoded file and the size in px that the boxes refer to; (0, 0) when the caller stated none."""
+    """Bytes of an image file, and its size in px when the caller knows it, else (0, 0)."""
 
     content: bytes
     width: int = 0
@@ -28,13 +28,14 @@ class EncodedImage:
 
 
 def encode(image: ImageInput) -> EncodedImage:
-    """The bytes to send.
+    """Returns the bytes to send.
 
-    A uint8 array (H, W, 3) RGB or (H, W) gray and a Pillow picture become a lossless PNG; a path's file and bytes are
-    sent as they are, so the server decodes exactly what is stored.
+    Arrays, uint8 (H, W, 3) RGB or (H, W) gray, and Pillow images become a lossless PNG; files and bytes are sent
+    unchanged, so the server decodes exactly what is stored.
 
     Raises:
-        BadImage: a missing file, an array of another shape or type, or something that is no image.
+        BadImage: the file is missing (reason IMAGE_NOT_FOUND), the array has another shape or dtype (IMAGE_FORMAT), or
+            the argument has another type.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         return EncodedImage(bytes(image))
@@ -43,12 +44,12 @@ def encode(image: ImageInput) -> EncodedImage:
     if isinstance(image, np.ndarray):
         return _encode_array(image)
     if hasattr(image, "save") and hasattr(image, "mode") and hasattr(image, "size"):
-        return _encode_picture(image)
-    raise BadImage(f"image: {type(image).__name__}; give a uint8 array, a Pillow picture, a path or encoded bytes")
+        return _encode_pillow(image)
+    raise BadImage(f"image: {type(image).__name__}; a uint8 array, a Pillow image, a path or encoded bytes is needed")
 
 
 def read_file(path: Path) -> bytes:
-    """The file's bytes. Raises BadImage, reason IMAGE_NOT_FOUND, when it cannot be read."""
+    """Returns the bytes of a file. Raises BadImage, reason IMAGE_NOT_FOUND, when it cannot be read."""
     try:
         return path.read_bytes()
     # ValueError: a name with a NUL character.
@@ -57,7 +58,7 @@ def read_file(path: Path) -> bytes:
 
 
 def not_found(path: Path, error: OSError | ValueError) -> BadImage:
-    """The error for an image file that cannot be opened."""
+    """Returns the error for an image file that cannot be opened."""
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return BadImage(f"{path}: cannot be read ({reason}); check the image folder and the file name", "IMAGE_NOT_FOUND")
 
@@ -69,17 +70,17 @@ def _encode_array(pixels: np.ndarray[Any, Any]) -> EncodedImage:
             f"image: {pixels.dtype} array of shape {pixels.shape}; uint8 of shape (H, W, 3) RGB or (H, W) is needed",
             "IMAGE_FORMAT",
         )
-    # Imported here: it brings Pillow, which callers with files or bytes need not wait for.
+    # Imported here: it loads Pillow, which callers with files or bytes do not need.
     from mal_train.core.masks.images import encode_png  # noqa: PLC0415
 
     return EncodedImage(encode_png(np.ascontiguousarray(pixels)), pixels.shape[1], pixels.shape[0])
 
 
-def _encode_picture(picture: Any) -> EncodedImage:
-    if picture.mode == "F":
-        raise BadImage("image: floating-point pixels have no agreed range; convert to 8 bits a channel", "IMAGE_FORMAT")
+def _encode_pillow(image: Any) -> EncodedImage:
+    if image.mode == "F":
+        raise BadImage("image: mode F has no defined range of values; convert it to 8 bits per channel", "IMAGE_FORMAT")
     # "I" holds what older Pillow reads from 16-bit files; as RGB it would be clipped at 255.
-    stored = picture if picture.mode in _PNG_MODES else picture.convert("I;16" if picture.mode == "I" else "RGB")
+    stored = image if image.mode in _PNG_MODES else image.convert("I;16" if image.mode == "I" else "RGB")
     buffer = io.BytesIO()
     stored.save(buffer, format="PNG", compress_level=1)
     width, height = stored.size

@@ -1,4 +1,4 @@
-"""Which pictures a server was sent and may still hold, so that the next call names them by their hash."""
+"""Remembers which images a server has received, so that the next call sends their SHA-256 in place of their bytes."""
 
 from __future__ import annotations
 
@@ -12,50 +12,38 @@ MAX_BYTES = 512 * ENTRY_BYTES
 """Limit of all entries; an image whose entry was evicted is sent again."""
 
 MIN_BYTES = 4096
-"""Smaller files are sent each time: a hash would save nothing that anybody feels."""
+"""Smaller files are always sent: a hash would save too little."""
 
 
 class UploadCache:
-    """What one server was sent; safe in threads."""
+    """SHA-256 of the images that one server has received; safe in threads."""
 
     def __init__(self) -> None:
         self._known = LruCache[bool](MAX_BYTES)
 
-    def of(self, image: EncodedImage) -> UploadedImage | None:
-        """The picture's handle; None for one that is not worth it. Hashes the file: about a millisecond a megabyte."""
+    def entry(self, image: EncodedImage) -> UploadedImage | None:
+        """Returns the entry of an image; None when the image is too small. Hashing takes about 1 ms/MB."""
         if len(image.content) < MIN_BYTES:
             return None
-        return UploadedImage(self, sha256_of(image.content))
-
-    def knows(self, sha256: str) -> bool:
-        """The server was sent this picture and has not said since that it does not hold it."""
-        return sha256 in self._known
-
-    def note(self, sha256: str) -> None:
-        """The server has it now."""
-        self._known.put(sha256, True, ENTRY_BYTES)
-
-    def forget(self, sha256: str) -> None:
-        """The server does not hold it."""
-        self._known.discard(sha256)
+        return UploadedImage(self._known, sha256_of(image.content))
 
 
 class UploadedImage:
-    """One picture at one server."""
+    """Entry of one image in the cache of one server."""
 
-    def __init__(self, handles: UploadCache, sha256: str) -> None:
-        self._handles = handles
+    def __init__(self, known: LruCache[bool], sha256: str) -> None:
+        self._known = known
         self.sha256 = sha256
 
     @property
     def is_known(self) -> bool:
-        """The server may still hold the picture."""
-        return self._handles.knows(self.sha256)
+        """True when the server has received the image and has not reported it missing since."""
+        return self.sha256 in self._known
 
-    def note(self) -> None:
-        """The server answered for it, so it holds it."""
-        self._handles.note(self.sha256)
+    def add(self) -> None:
+        """Notes that the server has the image, because it answered for it."""
+        self._known.put(self.sha256, True, ENTRY_BYTES)
 
-    def forget(self) -> None:
-        """The server does not hold it."""
-        self._handles.forget(self.sha256)
+    def discard(self) -> None:
+        """Notes that the server does not have the image."""
+        self._known.discard(self.sha256)

@@ -1,4 +1,4 @@
-"""Jobs on whole COCO files: what of the file is asked for, how far a job is, what it left behind."""
+"""Options, progress and result of a job on a COCO file."""
 
 from __future__ import annotations
 
@@ -17,36 +17,40 @@ if TYPE_CHECKING:
     from mal_train.core.coco.annotations import JsonId
 
 FAILED_LISTED = 1000
-"""Failed annotations that a result holds; a million of them would fill the memory."""
+"""Limit of failed annotations in a result; the errors file lists all of them."""
 
 
 class RowFilter(StrEnum):
-    """Which annotations of a file are labeled; the others are copied as they are."""
+    """Selects the annotations to label; the others are copied unchanged."""
 
     ALL = "all"
-    """Every one; masks that the input holds stay in the input alone."""
+    """All annotations; existing masks are replaced."""
     MISSING = "missing"
-    """Those without a mask, and those that failed before."""
+    """Annotations without a mask, and those that failed in an earlier run."""
     FLAGGED = "flagged"
-    """Those that an earlier run flagged, and those that failed before."""
+    """Annotations that an earlier run flagged, and those that failed in it."""
     IDS = "ids"
-    """Those of `DatasetOptions.ids`."""
+    """Annotations in `DatasetOptions.ids`."""
 
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """What of a COCO file is labeled and how it is written.
+    """Selection of annotations, and the form in which they are written.
 
     Attributes:
-        only: which annotations.
-        ids: their ids, for `RowFilter.IDS`.
-        update_bbox: also set the box of each labeled annotation to the tight box of its mask.
-        restart: throw away the answers of an unfinished run instead of going on from them.
-        mask_format: how masks are written; masks that are kept stay as they are. POLYGONS: a hole is joined to its
-            outline by a bridge of no width, and an empty mask stays a run-length code, since COCO's polygons have
-            neither holes nor emptiness. PNG: 1-bit files of the image's size in a folder beside the output, named by
-            `mask_file`; `segmentation` stays a run-length code, so that the file stays a COCO file.
-        polygon_tolerance_px: how far polygons may run beside the mask's edge, to have fewer points; 0 = exact.
+        only: which annotations are labeled.
+        ids: annotation ids for `RowFilter.IDS`.
+        update_bbox: set the box of each labeled annotation to the tight box of its mask.
+        restart: discard the results of an unfinished run instead of resuming it.
+        mask_format: format of new masks; copied masks stay unchanged. POLYGONS: a hole is joined to its outline by a
+            bridge of no width, and an empty mask stays run-length encoded, because COCO polygons have neither holes
+            nor an empty form. PNG: a 1-bit file of the image's size in a folder beside the output, named in
+            `mask_file`; `segmentation` stays run-length encoded, so that the file stays a COCO file.
+        polygon_tolerance_px: greatest distance in px of a simplified polygon from the mask's edge; 0 keeps it exact.
+
+    Raises:
+        ConfigError: a tolerance that is negative, not finite or without POLYGONS; `ids` without `RowFilter.IDS` or the
+            reverse.
     """
 
     only: RowFilter = RowFilter.ALL
@@ -58,28 +62,31 @@ class DatasetOptions:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.polygon_tolerance_px < math.inf:
-            raise ConfigError(f"polygon_tolerance_px: {self.polygon_tolerance_px}; it must be 0 px or more")
+            raise ConfigError(f"polygon_tolerance_px: {self.polygon_tolerance_px}; it must be 0 or more pixels")
         if self.polygon_tolerance_px and self.mask_format is not MaskFormat.POLYGONS:
-            raise ConfigError(f"polygon_tolerance_px: has no meaning for masks as {self.mask_format}; choose polygons")
+            raise ConfigError(
+                f"polygon_tolerance_px: {self.polygon_tolerance_px} with mask_format {self.mask_format}; it needs "
+                f"mask_format {MaskFormat.POLYGONS}"
+            )
         if (self.only is RowFilter.IDS) != bool(self.ids):
-            raise ConfigError(f"ids: {len(self.ids)} given with only={self.only}; the two belong together")
+            raise ConfigError(f"ids: {len(self.ids)} with only={self.only}; give ids and only={RowFilter.IDS} together")
 
 
 DEFAULT_DATASET_OPTIONS = DatasetOptions()
-"""Every annotation, made anew."""
+"""Labels every annotation and replaces existing masks."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a bulk job is; images and boxes that could not be answered count as done.
+    """Progress of a job. Failed images and boxes count as done.
 
     Attributes:
-        images_done: of this run and of the unfinished one before it.
+        images_done: by this run and by the unfinished one before it.
         images_total: of the job.
-        boxes_done: with those that failed.
-        boxes_failed: could not be answered.
-        running_miou: of an evaluation, so far.
-        images_before: how many of `images_done` an unfinished run had left: they say nothing of this one's speed.
+        boxes_done: by both runs, with the failed ones.
+        boxes_failed: of `boxes_done`.
+        running_miou: mean IoU of an evaluation so far, in [0, 1]; None for other jobs.
+        images_before: those of `images_done` that an unfinished run had done; they say nothing about this run's rate.
     """
 
     images_done: int
@@ -92,7 +99,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class FailedAnnotation:
-    """An annotation without an answer. `annotation_id` and `image_id` are those of the COCO file, of any JSON type."""
+    """An annotation that failed. `annotation_id` and `image_id` are those of the COCO file, of any JSON type."""
 
     annotation_id: Any
     image_id: Any
@@ -100,7 +107,7 @@ class FailedAnnotation:
     error: ItemError
 
     def to_dict(self) -> dict[str, Any]:
-        """One line of the errors file."""
+        """Returns the annotation as a line of the errors file."""
         return {
             "annotation_id": self.annotation_id,
             "image_id": self.image_id,
@@ -113,18 +120,18 @@ class FailedAnnotation:
 
 @dataclass(frozen=True)
 class DatasetResult:
-    """What a labeling job left behind.
+    """Result of a labeling job.
 
     Attributes:
-        output: the COCO file with masks.
+        output: the COCO file with masks; for a shard, its journal.
         errors_file: one JSON line for each failed annotation; None when there are none.
-        labeled: annotations that got a mask, in this run or in the unfinished one before it.
-        copied: annotations copied through unlabeled on purpose (crowd regions, or masks that were kept).
-        failed: the first FAILED_LISTED annotations that could not be answered; the errors file lists all.
-        model: which weights answered.
-        failed_count: how many could not be answered.
-        is_final: False when the server was lost: the same job run again goes on with what is missing.
-        masks_dir: folder of the PNG masks, where those were asked for.
+        labeled: number of annotations with a mask, from this run and from the unfinished one before it.
+        copied: number of annotations that were not to be labeled (crowd regions, or not selected).
+        failed: the first `FAILED_LISTED` annotations that failed; the errors file lists all.
+        model: the weights that answered.
+        failed_count: number of annotations that failed.
+        is_final: False when the server was lost; the same job started again labels what is missing.
+        masks_dir: folder of the PNG masks; None for other formats.
     """
 
     output: Path

@@ -1,4 +1,4 @@
-"""Boxes in, masks out: how a box is to be labeled, and its answer. A mask stays encoded until asked for."""
+"""Options of a labeling request, and the label of a box. Masks are decoded on access."""
 
 from __future__ import annotations
 
@@ -21,27 +21,30 @@ if TYPE_CHECKING:
     from mal_train.core.masks.rle import Rle
 
 ImageInput: TypeAlias = "NDArray[np.uint8] | Image.Image | Path | str | bytes"
-"""(H, W, 3) RGB or (H, W) gray, a picture, where its file lies, or that file's bytes."""
+"""uint8 array (H, W, 3) RGB or (H, W) gray, Pillow image, path of an image file, or its bytes."""
 
 BoxXywh = tuple[float, float, float, float]
-"""x, y, width, height in px of the stored image."""
+"""x, y, width, height in px of the stored image; x, y is the upper left corner."""
 
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """How boxes become masks; the defaults are the server's and the checkpoint's own settings.
+    """Options of a labeling request. The defaults are the settings of the server and its checkpoint.
 
     Attributes:
-        branch: which network answers; None = the server's branch.
-        threshold: probability in (0, 1) above which a pixel is mask, for boxes of every size; None = the checkpoint's
-            three thresholds by size.
-        agreement: also measure the IoU of the two networks' masks. Doubles the work on the device.
-        flip: average each map with that of the mirrored crop. Doubles the work on the device.
-        min_component_area_px: connected parts of fewer pixels are taken out of each mask, the largest excepted, before
-            score, area, box, flags and agreement are made; 0 = none.
-        model: name of the model that answers; None = the server's default.
-        resolve_overlaps: give each pixel that several boxes of an image claim to one, the smaller and surer one.
-            Done among the boxes of one request: give all boxes of an image together.
+        branch: network that answers; None uses the server's default branch.
+        threshold: probability in (0, 1) above which a pixel belongs to the mask; None uses the three thresholds of the
+            checkpoint, by box size.
+        agreement: also return the IoU of the masks of student and teacher. Doubles the work on the device.
+        flip: average each probability map with that of the mirrored crop. Doubles the work on the device.
+        min_component_area_px: remove connected components below this number of pixels from each mask, except the
+            largest one, before score, area, box, flags and agreement are computed; 0 removes none.
+        model: name of the served model that answers; None uses the server's default model.
+        resolve_overlaps: assign each pixel in the masks of several boxes to one of them; smaller masks and higher
+            probabilities win. Applies to the boxes of one request: send all boxes of an image together.
+
+    Raises:
+        ConfigError: `threshold` or `min_component_area_px` is out of range.
     """
 
     branch: Branch | None = None
@@ -54,20 +57,18 @@ class LabelOptions:
 
     def __post_init__(self) -> None:
         if self.min_component_area_px < 0:
-            raise ConfigError(
-                f"min_component_area_px: {self.min_component_area_px}; it must be 0 (none) or more pixels"
-            )
+            raise ConfigError(f"min_component_area_px: {self.min_component_area_px}; it must be 0 or more pixels")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
-            raise ConfigError(f"threshold: {self.threshold}; a probability between 0 and 1 is needed, both excluded")
+            raise ConfigError(f"threshold: {self.threshold}; it must be a probability above 0 and below 1")
 
 
 SERVER_DEFAULTS = LabelOptions()
-"""Everything as the server and its checkpoint set it."""
+"""Uses the settings of the server and its checkpoint."""
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Which weights answered; `checkpoint_sha256` is that of the server's checkpoint file."""
+    """Weights that made a mask; `checkpoint_sha256` is the hex digest of the server's checkpoint file."""
 
     name: str
     checkpoint_sha256: str
@@ -76,7 +77,7 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the server spent the time of one message, in seconds; `batch_size` in crops, other callers' included."""
+    """Seconds that the server spent on one response, by stage; `batch_size` counts crops, also of other clients."""
 
     queue_s: float
     decode_s: float
@@ -87,21 +88,26 @@ class Timing:
 
 @dataclass(frozen=True)
 class BoxLabel:
-    """The answer for one box.
+    """Label of one box: its mask with score and flags, or its error.
+
+    >>> if label.ok:  # doctest: +SKIP
+    ...     print(label.score, label.mask.sum())
+    ... else:
+    ...     print(label.error)
 
     Attributes:
-        index: place of the box in the call, from 0.
-        box: the box as it was sent.
-        rle: the mask, run-length encoded at image size; None where `error` says why there is none.
-        score: how sure the model is of the mask, in [0, 1]: its stability or, calibrated, the expected IoU; 0 for an
-            empty mask.
-        agreement: IoU in [0, 1] of the two networks' masks; None unless it was asked for.
-        area: mask pixels.
-        mask_box: tight box of the mask; None for an empty one.
-        flags: what to look at, for example BOX_CLIPPED, EMPTY_MASK, FULL_BOX, MULTI_PART.
-        error: why this box has no mask; None when it has one.
-        model: which weights answered; None where the box never reached them.
-        timing: of the message that brought this answer.
+        index: index of the box in the call, from 0.
+        box: x, y, width, height in px, as sent.
+        rle: the mask, run-length encoded at image size; None when `error` is set.
+        score: confidence in [0, 1]: stability of the mask or, for a calibrated checkpoint, its expected IoU (see
+            `ServerInfo.score_meaning`); 0 for an empty mask.
+        agreement: IoU in [0, 1] of the masks of student and teacher; None unless requested.
+        area: number of mask pixels.
+        mask_box: tight box of the mask, x, y, width, height in px; None for an empty mask.
+        flags: properties to check, for example BOX_CLIPPED, EMPTY_MASK, FULL_BOX, MULTI_PART.
+        error: reason for the missing mask; None when there is one.
+        model: the weights that answered; None when the box did not reach them.
+        timing: of the response with this label.
     """
 
     index: int
@@ -118,51 +124,50 @@ class BoxLabel:
 
     @property
     def ok(self) -> bool:
-        """Whether there is a mask (it may be empty; see `flags`)."""
+        """True when the box has a mask, which may be empty (see `flags`)."""
         return self.error is None
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """The mask (H, W) bool, decoded anew at each access.
+        """The mask (H, W) bool, at the size of the stored image; decoded at each access.
 
         Raises:
-            ValueError: the box has none; look at `error` first. So do the other forms below.
+            ValueError: the box has no mask (see `error`). The other forms raise it, too.
         """
-        # Here and below: imported late, for it brings OpenCV and pycocotools, which a caller who only wants codes need
-        # not wait for.
+        # Imported on access: it loads OpenCV and pycocotools, which callers that keep the codes do not need.
         from mal_train.core.masks.rle import decode_mask  # noqa: PLC0415
 
-        return decode_mask(self._code())
+        return decode_mask(self._mask_rle())
 
     @property
     def polygons(self) -> tuple[Ring, ...]:
-        """Closed lines along the edges of the mask's pixels; `points` (N, 2) x, y in px, `is_hole`. () when empty.
+        """Exact outlines of the mask: closed rings with `points` (N, 2) x, y in px, and `is_hole`; () when it is empty.
 
-        A hole stands behind the ring that it lies in. Exactly the mask: see `to_polygons` for fewer points.
+        A hole follows the ring that contains it. `to_polygons` gives fewer points.
         """
         return self.to_polygons(0.0)
 
     def to_polygons(self, tolerance_px: float) -> tuple[Ring, ...]:
-        """As `polygons`, with lines that may run up to tolerance_px beside the mask's edge, to have fewer points."""
+        """Returns `polygons`, simplified by at most `tolerance_px` px of distance from the mask's edge."""
         from mal_train.core.masks.encodings import to_polygons  # noqa: PLC0415
 
-        return to_polygons(self._code(), tolerance_px).rings
+        return to_polygons(self._mask_rle(), tolerance_px).rings
 
     @property
     def png(self) -> bytes:
-        """A 1-bit PNG file of the image's size, white is mask."""
+        """The mask as a 1-bit PNG file of the image's size; white is mask."""
         from mal_train.core.masks.encodings import encode_bitmap  # noqa: PLC0415
 
         return encode_bitmap(self.mask)
 
     @property
     def png_crop(self) -> PngCrop:
-        """A 1-bit PNG of the mask's tight box, and where that lies."""
+        """The mask as a 1-bit PNG file of its tight box, with the position of that box."""
         from mal_train.core.masks.encodings import to_png  # noqa: PLC0415
 
-        return to_png(self._code())
+        return to_png(self._mask_rle())
 
-    def _code(self) -> Rle:
+    def _mask_rle(self) -> Rle:
         if self.rle is None:
             raise ValueError(f"box {self.index} has no mask: {self.error}; check .ok or .error first")
         return self.rle

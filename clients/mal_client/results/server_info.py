@@ -1,4 +1,4 @@
-"""What a server says of itself: the models that it serves, and what requests must keep to."""
+"""Description of a server: its models and the limits of its requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mal_train.core.settings import Branch, ScoreBasis, can_compare, score_meani
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What requests must keep to: bytes, boxes an image, pixels, and unanswered items of one stream."""
+    """Limits of requests: bytes of messages and files, boxes and pixels of an image, items in flight on one stream."""
 
     max_request_bytes: int
     max_response_bytes: int
@@ -25,9 +25,20 @@ class ServerLimits:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One model of a server; `categories` maps its class ids to names.
+    """One served model.
 
-    `branches`: those that it can run; empty where an older server does not say.
+    Attributes:
+        model: name and weights.
+        arch: name of the backbone.
+        crop_size: side of the network's input in px.
+        margin_rate: margin around a box, as a fraction of its size.
+        mask_thresholds: probabilities in (0, 1) for small, medium and large boxes.
+        categories: names by class id.
+        devices: that run it.
+        precision: of its arithmetic, for example float32.
+        score_calibrated: scores are expected IoUs, by a map fitted to one pass of the student.
+        score_calibrated_with_flip: that map was fitted to the mean with a mirrored pass.
+        branches: networks that it can run; empty when an older server does not report them.
     """
 
     model: ModelRef
@@ -45,12 +56,12 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model in a server's memory.
+    """State of a model in a server's memory.
 
     Attributes:
-        info: what it is.
-        calls: how many use it right now.
-        is_retiring: it was replaced or unloaded and finishes the calls that it has.
+        info: the model.
+        calls: number of calls that use it.
+        is_retiring: it was replaced or unloaded, and only finishes its calls.
         is_default: it answers requests that name no model.
     """
 
@@ -62,11 +73,13 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server serves and accepts. The fields about a model are those of the default one.
+    """Description of a server. The fields of `ModelInfo` describe its default model.
 
-    `categories` maps the model's class ids to names. `score_calibrated`: scores are expected IoUs, by a map fitted to
-    one pass of the student or, with `score_calibrated_with_flip`, to its mean with a mirrored pass. `branches`: those
-    that the model can run; empty where an older server does not say.
+    Attributes:
+        version: of the server.
+        limits: of requests.
+        models: all served models.
+        data_folders: names of the folders that `Client.evaluate_on_server` may use.
     """
 
     version: str
@@ -86,7 +99,7 @@ class ServerInfo:
     data_folders: tuple[str, ...] = ()
 
     def score_meaning(self, options: LabelOptions = SERVER_DEFAULTS) -> str:
-        """What the score of a label is that was asked for so, for files that carry labels."""
+        """Returns a description of the score of labels with these options, for files that hold labels."""
         manner = ScoreBasis(
             options.branch or self.model.branch,
             options.flip,
@@ -100,40 +113,42 @@ class ServerInfo:
 
     @property
     def known_branches(self) -> tuple[Branch, ...]:
-        """The branches that the model can run; all of them where the server does not say."""
+        """Branches that the model can run; all branches when an older server does not report them."""
         return self.branches or tuple(Branch)
 
     def for_options(self, options: LabelOptions) -> ServerInfo:
-        """The same server as seen by requests with these options; asked before any work, since every image would fail.
+        """Returns the description with the model of these options as the default one.
+
+        Jobs call it before any work, since every image would fail.
 
         Raises:
-            RequestRefused: the model that they name is not served, or cannot answer so.
+            InvalidRequest: the model is not served, or cannot run the branch or the agreement.
         """
-        seen = self.of_model(options.model)
-        if options.branch is not None and options.branch not in seen.known_branches:
-            raise _takes_both(seen, "branch", str(options.branch))
-        if options.agreement and not can_compare(seen.known_branches):
-            raise _takes_both(seen, "agreement", "true")
-        return seen
+        info = self.of_model(options.model)
+        if options.branch is not None and options.branch not in info.known_branches:
+            raise _both_branches_error(info, "branch", str(options.branch))
+        if options.agreement and not can_compare(info.known_branches):
+            raise _both_branches_error(info, "agreement", "true")
+        return info
 
     def of_model(self, name: str | None) -> ServerInfo:
-        """The same server as seen by requests that name a model; None = the default one.
+        """Returns the description with the named model as the default one; None keeps the server's default.
 
         Raises:
-            RequestRefused: nothing is served under this name.
+            InvalidRequest: the model is not served (reason MODEL_NOT_FOUND).
         """
         if name is None:
             return self
-        found = next((info for info in self.models if info.model.name == name), None)
-        if found is None:
+        match = next((info for info in self.models if info.model.name == name), None)
+        if match is None:
             served = ", ".join(info.model.name for info in self.models) or self.model.name
-            raise InvalidRequest(f"model {name!r} is not served; there are {served}", "MODEL_NOT_FOUND")
-        return replace(self, **vars(found))
+            raise InvalidRequest(f"model {name!r}: not served; choose one of {served}", "MODEL_NOT_FOUND")
+        return replace(self, **vars(match))
 
 
-def _takes_both(info: ServerInfo, option: str, value: str) -> InvalidRequest:
+def _both_branches_error(info: ServerInfo, option: str, value: str) -> InvalidRequest:
     text = (
-        f"it takes both networks, and model {info.model.name!r} holds the {' and the '.join(info.branches)} alone; "
-        f"leave --{option} out, or serve a checkpoint of both networks"
+        f"it needs student and teacher, and model {info.model.name!r} has only the {' and the '.join(info.branches)}; "
+        f"omit {option} (--{option}), or serve a checkpoint with both networks"
     )
     return InvalidRequest(f"{option}: {value}; {text}", violations=(FieldViolation(option, text),))

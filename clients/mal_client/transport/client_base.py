@@ -48,7 +48,7 @@ class ClientBase:
         self.timeout_s = timeout_s
         self._connection = Connection(address, tls, tls_ca, client_cert, client_key, token)
         self._limits: ServerLimits | None = None
-        self._handles = UploadCache()
+        self._uploads = UploadCache()
         self._start()
 
     def _start(self) -> None:
@@ -69,22 +69,22 @@ class ClientBase:
             options=options,
             limits=limits,
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,
-            handle=self._handles.of(encoded),
+            upload=self._uploads.entry(encoded),
         )
 
     @property
     def _info_timeout_s(self) -> float:
         return min(self.timeout_s, INFO_TIMEOUT_S)
 
-    def _told(self, answer: model_pb2.GetServerInfoResponse) -> ServerInfo:
-        """The server's description of itself, whose limits are kept for the calls that follow."""
-        info = labeling_messages.server_info(answer)
+    def _keep_info(self, response: model_pb2.GetServerInfoResponse) -> ServerInfo:
+        """Returns the description of the server and keeps its limits for the calls that follow."""
+        info = labeling_messages.server_info(response)
         self._limits = info.limits
         return info
 
-    def _info_broke(self, error: grpc.RpcError, breaks: int) -> None:
-        """Returns where the description may be asked for again after so many failures; raises what they mean if not."""
-        if not is_truncated(error) or breaks > MAX_INFO_CUTS:
+    def _check_info_retry(self, error: grpc.RpcError, failures: int) -> None:
+        """Raises the error of a failed description, unless the stream was truncated and few attempts failed so far."""
+        if not is_truncated(error) or failures > MAX_INFO_CUTS:
             raise from_rpc_error(self.address, error, self._info_timeout_s) from error
 
     def _closed_error(self) -> CallCancelled:

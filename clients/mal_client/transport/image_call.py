@@ -90,7 +90,7 @@ class ImageCall:
         options: LabelOptions,
         limits: ServerLimits,
         timeout_s: float | None,
-        handle: UploadedImage | None = None,
+        upload: UploadedImage | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_image_size(len(image.content), limits)
@@ -100,8 +100,8 @@ class ImageCall:
         self._max_boxes = max(1, limits.max_boxes)
         self._timeout_s = timeout_s
         self._clock = clock
-        self._handle = handle if limits.image_cache_bytes > 0 else None
-        self._sent_by_handle = False
+        self._upload = upload if limits.image_cache_bytes > 0 else None
+        self._is_sent_as_hash = False
         self._deadline = None if timeout_s is None else clock() + timeout_s
         self._pending = dict(enumerate(boxes))
         self._sent: dict[int, BoxXywh] = {}
@@ -125,8 +125,8 @@ class ImageCall:
         first = list(self._pending)[: self._max_boxes]
         self._sent = {index: self._pending[index] for index in first}
         self._asked_wait_s = 0.0
-        self._sent_by_handle = self._handle is not None and self._handle.is_known
-        sha256 = self._handle.sha256 if self._handle is not None and self._sent_by_handle else None
+        self._is_sent_as_hash = self._upload is not None and self._upload.is_known
+        sha256 = self._upload.sha256 if self._upload is not None and self._is_sent_as_hash else None
         return labeling_messages.label_request(self._image, self._sent, self._options, sha256)
 
     def absorb(self, response: labeling_pb2.LabelImageResponse) -> list[BoxLabel]:
@@ -149,8 +149,8 @@ class ImageCall:
             ) from None
         if final:
             self._has_answers, self._breaks, self._cuts = True, 0, 0
-        if self._handle is not None:
-            self._handle.note()
+        if self._upload is not None:
+            self._upload.add()
         return final
 
     def ended(self) -> float:
@@ -174,9 +174,9 @@ class ImageCall:
                 any answer and the server did not say when to come back, or the pauses are used up, or the deadline
                 would pass.
         """
-        if self._sent_by_handle and self._handle is not None and rpc_details(error).reason == NOT_CACHED:
+        if self._is_sent_as_hash and self._upload is not None and rpc_details(error).reason == NOT_CACHED:
             # Evicted, or another server behind the same address: the next request carries the picture itself.
-            self._handle.forget()
+            self._upload.discard()
             return 0.0
         self._cuts += is_truncated(error)
         if self._cuts >= MOST_CUT_SHORT:

@@ -1,4 +1,4 @@
-"""Claims about the forms in which masks stand in a labeled file."""
+"""Claims about the mask formats of a labeled file."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.mal_client.fake_server import FakeServer, serving
 
 
 def ring() -> NDArray[np.bool_]:
-    """A thick ring and an island beside it: two parts, one hole."""
+    """Returns the mask of a thick ring and an island beside it: two parts, one hole."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     distance = (y - 15) ** 2 + (x - 15) ** 2
     mask: NDArray[np.bool_] = (distance < 100) & (distance > 25)
@@ -30,18 +30,18 @@ def ring() -> NDArray[np.bool_]:
     return mask
 
 
-class Drawn(FakeServer):
-    """Answers every box with the same picture."""
+class FixedMaskServer(FakeServer):
+    """Answers every box with the same mask."""
 
     def __init__(self, mask: NDArray[np.bool_]) -> None:
         super().__init__()
-        self.code = encode_mask(mask)
+        self.rle = encode_mask(mask)
 
     def _result(self, one: types_pb2.Instance, image_hw: tuple[int, int]) -> types_pb2.InstanceResult:
         result = super()._result(one, image_hw)
         if result.masks:
-            result.masks[0].coco_rle.counts = self.code.counts
-            result.area_px = area(self.code)
+            result.masks[0].coco_rle.counts = self.rle.counts
+            result.area_px = area(self.rle)
         return result
 
 
@@ -50,11 +50,11 @@ def dataset(tmp_path: Path) -> Dataset:
     return make_dataset(tmp_path)
 
 
-def written(dataset: Dataset, mask: NDArray[np.bool_], how: DatasetOptions) -> dict[str, Any]:
-    with serving(Drawn(mask)) as address, Client(address, timeout_s=20) as client:
-        client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output, how=how)
-    found: dict[str, Any] = json.loads(dataset.output.read_text())
-    return found
+def written(dataset: Dataset, mask: NDArray[np.bool_], options: DatasetOptions) -> dict[str, Any]:
+    with serving(FixedMaskServer(mask)) as address, Client(address, timeout_s=20) as client:
+        client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output, dataset_options=options)
+    output: dict[str, Any] = json.loads(dataset.output.read_text())
+    return output
 
 
 def read_by_pycocotools(dataset: Dataset, annotation_id: int = 100) -> NDArray[np.bool_]:
@@ -62,22 +62,22 @@ def read_by_pycocotools(dataset: Dataset, annotation_id: int = 100) -> NDArray[n
     return np.asarray(coco.annToMask(coco.loadAnns([annotation_id])[0])).astype(bool)
 
 
-@pytest.mark.parametrize("form", list(MaskFormat))
-def test_pycocotools_reads_the_same_mask_from_every_form_holes_included(dataset: Dataset, form: MaskFormat) -> None:
-    written(dataset, ring(), DatasetOptions(mask_format=form))
+@pytest.mark.parametrize("mask_format", list(MaskFormat))
+def test_pycocotools_reads_the_same_mask_from_every_format(dataset: Dataset, mask_format: MaskFormat) -> None:
+    written(dataset, ring(), DatasetOptions(mask_format=mask_format))
     np.testing.assert_array_equal(read_by_pycocotools(dataset), ring())
 
 
 def test_polygons_are_one_list_of_numbers_for_each_part(dataset: Dataset) -> None:
-    found = written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.POLYGONS))
-    segmentation = found["annotations"][0]["segmentation"]
+    output = written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.POLYGONS))
+    segmentation = output["annotations"][0]["segmentation"]
     assert len(segmentation) == 2
     assert all(isinstance(value, int | float) for polygon in segmentation for value in polygon)
-    assert found["mask_auto_labeler"]["polygon_holes"] == "bridged"
-    assert found["mask_auto_labeler"]["polygon_tolerance_px"] == 0.0
+    assert output["mask_auto_labeler"]["polygon_holes"] == "bridged"
+    assert output["mask_auto_labeler"]["polygon_tolerance_px"] == 0.0
 
 
-def test_a_tolerance_makes_polygons_shorter_and_is_written_down(dataset: Dataset) -> None:
+def test_a_tolerance_shortens_polygons_and_is_recorded(dataset: Dataset) -> None:
     exact = written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.POLYGONS))
     thin = written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.POLYGONS, polygon_tolerance_px=1.0))
     assert len(str(thin["annotations"])) < 0.8 * len(str(exact["annotations"]))
@@ -86,35 +86,35 @@ def test_a_tolerance_makes_polygons_shorter_and_is_written_down(dataset: Dataset
     assert np.count_nonzero(mask & ring()) / np.count_nonzero(mask | ring()) > 0.85
 
 
-def test_an_empty_mask_stays_a_run_length_code_among_polygons(dataset: Dataset) -> None:
+def test_an_empty_mask_is_run_length_encoded_among_polygons(dataset: Dataset) -> None:
     empty = np.zeros((HEIGHT, WIDTH), bool)
-    found = written(dataset, empty, DatasetOptions(mask_format=MaskFormat.POLYGONS))
-    assert Rle.from_coco(found["annotations"][0]["segmentation"]) == encode_mask(empty)
+    output = written(dataset, empty, DatasetOptions(mask_format=MaskFormat.POLYGONS))
+    assert Rle.from_coco(output["annotations"][0]["segmentation"]) == encode_mask(empty)
     assert not read_by_pycocotools(dataset).any()
 
 
-def test_png_masks_lie_beside_the_file_and_each_row_names_its_own(dataset: Dataset) -> None:
+def test_png_masks_are_files_beside_the_output_that_their_rows_name(dataset: Dataset) -> None:
     dataset.coco["annotations"][3]["id"] = "../../box"
     dataset.coco["annotations"][4]["bbox"] = [0, 0, -1, 3]
     dataset.save()
-    found = written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.PNG))
-    rows = found["annotations"]
+    output = written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.PNG))
+    rows = output["annotations"]
     names = [row.get("mask_file") for row in rows]
     assert names == [f"out.masks/{name}.png" for name in (100, 101, 102, "row_3")] + [None, "out.masks/105.png"]
     assert sorted(path.name for path in masks_dir(dataset.output).iterdir()) == sorted(
         name.removeprefix("out.masks/") for name in names if name
     )
-    with Image.open(dataset.folder / names[3]) as picture:
-        assert picture.mode == "1"
-        np.testing.assert_array_equal(np.asarray(picture), ring())
+    with Image.open(dataset.folder / names[3]) as image:
+        assert image.mode == "1"
+        np.testing.assert_array_equal(np.asarray(image), ring())
 
 
 @pytest.mark.parametrize("tolerance_px", [-1.0, float("nan"), float("inf")])
-def test_a_tolerance_that_is_none_is_refused(tolerance_px: float) -> None:
-    with pytest.raises(ConfigError, match="0 px or more"):
+def test_an_invalid_tolerance_is_refused(tolerance_px: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^polygon_tolerance_px: {tolerance_px}"):
         DatasetOptions(mask_format=MaskFormat.POLYGONS, polygon_tolerance_px=tolerance_px)
 
 
 def test_a_tolerance_without_polygons_is_refused() -> None:
-    with pytest.raises(ConfigError, match="choose polygons"):
+    with pytest.raises(ConfigError, match=r"^polygon_tolerance_px: .*rle"):
         DatasetOptions(polygon_tolerance_px=1.0)

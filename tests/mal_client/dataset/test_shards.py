@@ -1,6 +1,6 @@
-"""Claims about a job that is shared among processes: the parts, and the file that is made of them."""
+"""Claims about a job that is split among processes: the shards, and the file that is merged from them."""
 
-import fcntl
+import re
 from pathlib import Path
 
 import pytest
@@ -9,13 +9,14 @@ from mal_client.dataset.merge import merge_shards
 from mal_client.dataset.shards import Shard
 
 from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.locked_file import LockedFile
 from tests.mal_client.datasets import Dataset, make_dataset
 from tests.mal_client.fake_server import FakeServer, Faults, serving
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    """Seven images, of which one is missing, one has a crowd region and one a row that is faulty."""
+    """Seven images: one file is missing, one image has a crowd region, one has a row without a box."""
     dataset = make_dataset(tmp_path, images=7)
     (dataset.images_dir / "image_2.png").unlink()
     dataset.coco["annotations"][0]["iscrowd"] = 1
@@ -30,50 +31,50 @@ def label(address: str, dataset: Dataset, *more: str, output: Path | None = None
     return main(["label", "--server", address, *given, "--output", str(output or dataset.output), *more])
 
 
-def merge(dataset: Dataset, parts: int, *more: str) -> int:
+def merge(dataset: Dataset, shards: int, *more: str) -> int:
     given = ["--annotations", str(dataset.json_path), "--output", str(dataset.output)]
-    return main(["merge", *given, "--shards", str(parts), *more])
+    return main(["merge", *given, "--shards", str(shards), *more])
 
 
-def ledgers(dataset: Dataset) -> list[str]:
+def journals(dataset: Dataset) -> list[str]:
     return sorted(path.name for path in dataset.folder.glob("out.json.ledger*"))
 
 
-@pytest.mark.parametrize("parts", [1, 3, 11])
+@pytest.mark.parametrize("shards", [1, 3, 11])
 @pytest.mark.parametrize("form", [[], ["--format", "polygons", "--update-bbox"]])
-def test_the_merged_file_has_the_bytes_of_a_single_run(dataset: Dataset, parts: int, form: list[str]) -> None:
-    whole = dataset.folder / "whole.json"
+def test_the_merged_file_has_the_bytes_of_a_single_run(dataset: Dataset, shards: int, form: list[str]) -> None:
+    single = dataset.folder / "single.json"
     with serving(FakeServer()) as address:
-        assert label(address, dataset, *form, output=whole) == 3
-        for part in reversed(range(parts)):
-            assert label(address, dataset, "--shard", f"{part}/{parts}") in (0, 3)
+        assert label(address, dataset, *form, output=single) == 3
+        for shard in reversed(range(shards)):
+            assert label(address, dataset, "--shard", f"{shard}/{shards}") in (0, 3)
     assert not dataset.output.exists()
-    assert merge(dataset, parts, *form) == 3
-    assert dataset.output.read_bytes() == whole.read_bytes()
+    assert merge(dataset, shards, *form) == 3
+    assert dataset.output.read_bytes() == single.read_bytes()
     errors = (dataset.folder / "out.errors.jsonl").read_bytes()
-    assert errors == (dataset.folder / "whole.errors.jsonl").read_bytes()
-    assert ledgers(dataset) == []
+    assert errors == (dataset.folder / "single.errors.jsonl").read_bytes()
+    assert journals(dataset) == []
 
 
-def test_every_image_is_sent_by_one_part(dataset: Dataset) -> None:
+def test_every_image_is_sent_by_one_shard(dataset: Dataset) -> None:
     fake = FakeServer()
     with serving(fake) as address:
-        for part in range(3):
-            label(address, dataset, "--shard", f"{part}/3")
+        for shard in range(3):
+            label(address, dataset, "--shard", f"{shard}/3")
     assert sorted(fake.item_ids, key=int) == ["0", "1", "3", "4", "5", "6"]
 
 
-def test_a_missing_part_is_named(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_shards_are_named(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(FakeServer()) as address:
         label(address, dataset, "--shard", "1/3")
     assert merge(dataset, 3) == 2
-    said = capsys.readouterr().err
-    assert "parts 0/3, 2/3 not labeled yet" in said
-    assert "--shard 0/3, and so for the others" in said
+    message = capsys.readouterr().err
+    assert "0/3, 2/3" in message
+    assert "--shard 0/3" in message
     assert not dataset.output.exists()
 
 
-def test_a_part_that_was_cut_short_is_named_and_can_be_taken_up(
+def test_an_incomplete_shard_is_named_and_can_be_resumed(
     dataset: Dataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mal_client.bulk.stream.FIRST_PAUSE_S", 0.01)
@@ -82,20 +83,20 @@ def test_a_part_that_was_cut_short_is_named_and_can_be_taken_up(
         label(address, dataset, "--shard", "0/2")
     with serving(FakeServer(Faults(kill_after=1))) as address:
         assert label(address, dataset, "--shard", "1/2") == 3
-    assert "run the same command again" in capsys.readouterr().err
+    capsys.readouterr()
     assert merge(dataset, 2) == 2
-    assert "part 1/2 (3 boxes) not complete" in capsys.readouterr().err
+    assert "1/2 (3 boxes)" in capsys.readouterr().err
     fake = FakeServer()
     with serving(fake) as address:
         label(address, dataset, "--shard", "1/2")
         assert len(fake.item_ids) == 2
-        whole = dataset.folder / "whole.json"
-        label(address, dataset, output=whole)
+        single = dataset.folder / "single.json"
+        label(address, dataset, output=single)
     assert merge(dataset, 2) == 3
-    assert dataset.output.read_bytes() == whole.read_bytes()
+    assert dataset.output.read_bytes() == single.read_bytes()
 
 
-def test_parts_of_different_jobs_are_not_joined(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_of_different_jobs_are_not_merged(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(FakeServer()) as address:
         label(address, dataset, "--shard", "0/2")
         label(address, dataset, "--shard", "1/2", "--threshold", "0.7")
@@ -103,7 +104,7 @@ def test_parts_of_different_jobs_are_not_joined(dataset: Dataset, capsys: pytest
     assert "thresholds [0.7, 0.7, 0.7] instead of [0.1, 0.2, 0.3]" in capsys.readouterr().err
 
 
-def test_a_file_that_was_changed_since_is_refused(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_annotation_file_that_changed_since_is_refused(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(FakeServer()) as address:
         label(address, dataset, "--shard", "0/1")
     dataset.coco["info"] = {"note": "changed"}
@@ -112,22 +113,21 @@ def test_a_file_that_was_changed_since_is_refused(dataset: Dataset, capsys: pyte
     assert "input_sha256" in capsys.readouterr().err
 
 
-def test_a_part_that_is_still_being_labeled_is_waited_for(dataset: Dataset) -> None:
+def test_a_shard_that_is_being_labeled_cannot_be_merged(dataset: Dataset) -> None:
     with serving(FakeServer()) as address:
         label(address, dataset, "--shard", "0/1")
-    with Shard(0, 1).journal_path(dataset.output).open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another run is writing this output"):
-            merge_shards(dataset.json_path, dataset.output, 1)
+    journal = Shard(0, 1).journal_path(dataset.output)
+    with LockedFile(journal), pytest.raises(OutputError, match=journal.name):
+        merge_shards(dataset.json_path, dataset.output, 1)
 
 
 @pytest.mark.parametrize("text", ["3", "3/3", "-1/3", "a/b", "0/0", "1/2/3"])
-def test_a_shard_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="shard"):
+def test_an_invalid_shard_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"shard '?{text}"):
         Shard.parse(text)
 
 
-def test_how_the_file_is_written_is_for_the_merge_to_say(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_the_output_are_refused_for_a_shard(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(FakeServer()) as address:
         assert label(address, dataset, "--shard", "0/2", "--format", "polygons") == 2
-    assert "give them to mal-client merge" in capsys.readouterr().err
+    assert {"--format", "mal-client", "merge"} <= set(re.split("[ ,:;\n]+", capsys.readouterr().err))

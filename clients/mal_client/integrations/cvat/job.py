@@ -174,7 +174,7 @@ class _Run:
         known: list[tuple[int, Target, Json | str]] = [
             (at, target, dict(answer["label"]))
             for at, target in group
-            if self._ledger.has_label(at) and (answer := self._ledger.answer(at)) is not None
+            if self._ledger.has_label(at) and (answer := self._ledger.result(at)) is not None
         ]
         if not asked:
             return known

@@ -155,7 +155,7 @@ def test_other_rectangles_or_weights_are_refused_unless_told(client: Client, tmp
     task = the_task()
     run(task, client, tmp_path)
     task.content["shapes"][0]["points"] = [6.0, 4.0, 15.0, 12.0]
-    with pytest.raises(ConfigError, match="rectangles was"):
+    with pytest.raises(ConfigError, match="rectangles"):
         run(task, client, tmp_path)
     result = run(task, client, tmp_path, restart=True)
     assert (result.written, result.already) == (1, 4), "masks that are there already are not written twice"
