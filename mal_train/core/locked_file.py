@@ -28,6 +28,7 @@ IN_USE: Final = "another run is writing this output; wait for it, or choose anot
 # msvcrt locks bytes, and nobody else may read those; its offsets have 31 bits. No file is expected to reach this one.
 _LOCKED_OFFSET: Final = 2**31 - 2
 _O_BINARY: Final = getattr(os, "O_BINARY", 0)
+IS_WINDOWS: Final = os.name == "nt"
 
 
 class LockedFile:
@@ -95,7 +96,7 @@ class LockedFile:
         try:
             self.path.unlink(missing_ok=True)
         except PermissionError:
-            if os.name != "nt":
+            if not IS_WINDOWS:
                 raise
             # Windows deletes no open file.
             self._is_removed_on_close = True

@@ -1,4 +1,4 @@
-"""A relay that cuts answers short as proxies do whose server died in the middle of a call: no trailers, no status."""
+"""TCP relay that truncates responses as a proxy does when its server dies in a call: no trailers, no status."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ INTERNAL_ERROR, CANCEL = 2, 8
 
 
 class Cut(Enum):
-    """Where and how an answer ends."""
+    """Position and form of the truncation."""
 
-    RESET_FIRST = "reset before any of it"
-    RESET = "reset behind its first message, as nginx does"
-    END = "ended with its first message and then reset, as HAProxy does"
+    RESET_FIRST = "reset before the response"
+    RESET = "reset after the first message, as nginx does"
+    END = "ended with the first message and then reset, as HAProxy does"
 
 
 @contextmanager
 def cutting(address: str, cut: Cut, count: int, *, after: int = 0) -> Iterator[str]:
-    """The address of a relay before `address`, host:port, which cuts the first `count` answers behind `after` whole."""
+    """Runs a relay in front of `address`, host:port; yields its address.
+
+    The first `after` responses pass complete; the next `count` are truncated.
+    """
     host, _, port = address.rpartition(":")
     due = [False] * after + [True] * count
     opened: list[socket.socket] = []
@@ -49,8 +52,8 @@ def cutting(address: str, cut: Cut, count: int, *, after: int = 0) -> Iterator[s
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             accepting.join()
-            for one in opened:
-                one.close()
+            for connection in opened:
+                connection.close()
 
 
 def _pass_on(source: socket.socket, target: socket.socket) -> None:
@@ -63,24 +66,24 @@ def _pass_on(source: socket.socket, target: socket.socket) -> None:
 
 
 def _cut(server: socket.socket, client: socket.socket, cut: Cut, due: list[bool]) -> None:
-    """Passes all frames on, also those behind a cut: both sides' tables of headers must stay the same."""
+    """Forwards all frames, also those of truncated streams: the header tables of both sides must stay equal."""
     seen: set[int] = set()
     try:
         with server.makefile("rb") as frames:
             while len(head := frames.read(FRAME_HEAD_BYTES)) == FRAME_HEAD_BYTES:
                 frame = bytearray(head + frames.read(int.from_bytes(head[:3], "big")))
-                kind, stream = head[3], int.from_bytes(head[5:], "big")
-                if kind == (HEADERS if cut is Cut.RESET_FIRST else DATA) and stream not in seen:
+                frame_type, stream = head[3], int.from_bytes(head[5:], "big")
+                if frame_type == (HEADERS if cut is Cut.RESET_FIRST else DATA) and stream not in seen:
                     seen.add(stream)
                     if due and due.pop(0):
-                        frame = _shortened(frame, stream, cut)
+                        frame = _truncated(frame, stream, cut)
                 client.sendall(frame)
         client.shutdown(socket.SHUT_WR)
     except OSError:  # one side is gone
         return
 
 
-def _shortened(frame: bytearray, stream: int, cut: Cut) -> bytearray:
+def _truncated(frame: bytearray, stream: int, cut: Cut) -> bytearray:
     reset = struct.pack(">BHBBII", 0, 4, RST_STREAM, 0, stream, CANCEL if cut is Cut.END else INTERNAL_ERROR)
     if cut is Cut.END:
         frame[4] |= END_STREAM

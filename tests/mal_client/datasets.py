@@ -1,4 +1,4 @@
-"""Small COCO data sets on disk for the client's tests."""
+"""Small COCO datasets on disk for the client's tests."""
 
 import json
 from dataclasses import dataclass
@@ -20,30 +20,30 @@ class Dataset:
 
     @property
     def json_path(self) -> Path:
-        """The annotations."""
+        """Path of the annotations."""
         return self.folder / "in.json"
 
     @property
     def images_dir(self) -> Path:
-        """The pictures."""
+        """Folder of the image files."""
         return self.folder / "images"
 
     @property
     def output(self) -> Path:
-        """Where results go."""
+        """Path of the labeled file."""
         return self.folder / "out.json"
 
     def save(self) -> None:
-        """Writes the JSON file again."""
+        """Writes `coco` to the annotation file."""
         self.json_path.write_text(json.dumps(self.coco))
 
     def labeled(self) -> dict[Any, dict[str, Any]]:
-        """The rows of the output by id."""
+        """Returns the rows of the output by id."""
         return {row["id"]: row for row in json.loads(self.output.read_text())["annotations"]}
 
 
 def make_dataset(folder: Path, images: int = 3, boxes: int = 2) -> Dataset:
-    """`images` PNG files with `boxes` boxes each; annotation ids 100, 101, …, of which no mask is known."""
+    """Creates `images` PNG files with `boxes` boxes each; annotation ids 100, 101, …, without masks."""
     rng = np.random.default_rng(7)
     (folder / "images").mkdir()
     coco: dict[str, Any] = {
@@ -52,17 +52,17 @@ def make_dataset(folder: Path, images: int = 3, boxes: int = 2) -> Dataset:
         "annotations": [],
         "categories": [{"id": 1, "name": "cup"}],
     }
-    for at in range(images):
-        name = f"image_{at}.png"
+    for index in range(images):
+        name = f"image_{index}.png"
         pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / name)
-        coco["images"].append({"id": at + 1, "file_name": name, "width": WIDTH, "height": HEIGHT})
+        coco["images"].append({"id": index + 1, "file_name": name, "width": WIDTH, "height": HEIGHT})
         for box in range(boxes):
             annotation_id = 100 + len(coco["annotations"])
             coco["annotations"].append(
                 {
                     "id": annotation_id,
-                    "image_id": at + 1,
+                    "image_id": index + 1,
                     "category_id": 1,
                     "bbox": [1 + box, 2, 10, 8 + box],
                     "iscrowd": 0,

@@ -1,4 +1,4 @@
-"""A server that answers box-filled masks in process, and goes wrong exactly as it is told to."""
+"""Fake server in the test process: answers with box-filled masks, and fails as configured."""
 
 from __future__ import annotations
 
@@ -30,50 +30,55 @@ from mal_train.core.masks.images import decode_image
 
 SHA = "ab" * 32
 MAX_MESSAGE = 64 * 1024 * 1024
+UNAVAILABLE_TEXT = "configured to be unavailable"
+BREAK_TEXT = "configured to break"
 
 
 @dataclass
 class Faults:
-    """What goes wrong. Counters count down; 0 = never (again)."""
+    """Faults to inject. Counters count down to 0, which means none."""
 
     unavailable: int = 0
-    """Calls refused before anything is read."""
+    """Calls that are refused before a request is read."""
     pushback_ms: int | None = None
-    """Sent with those refusals."""
+    """Retry pushback of these refusals."""
     break_after: int = -1
-    """Answers after which a stream is broken, once for each of `breaks`."""
+    """Responses after which a stream fails, once for each of `breaks`."""
     breaks: int = 0
     break_code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
     batch: int = 0
     """Boxes in each message of LabelImage; 0 = all in one."""
     retry_boxes: dict[int, int] = field(default_factory=dict)
-    """Instance id → how often it is answered "send again"."""
+    """Number of responses with RetryInfo by instance id."""
     retry_items: dict[str, int] = field(default_factory=dict)
+    """Number of responses with RetryInfo by item id."""
     bad_boxes: set[int] = field(default_factory=set)
+    """Instance ids that fail with BAD_BOX."""
     delay_s: float = 0.0
     hold_after: int = -1
-    """Messages of a LabelImage call, items of a LabelImages one, after which nothing comes until `released`."""
+    """Responses of a call after which it waits for `released`."""
     reverse: bool = False
-    """Last item first, of those that wait (with delay_s some do); last box first."""
+    """Answer the last of the waiting items first (use it with delay_s), and the last box first."""
     leave_out: set[int] = field(default_factory=set)
+    """Instance ids without a result."""
     shas: list[str] = field(default_factory=list)
-    """Checkpoints that answer the next items; afterwards SHA."""
+    """Checkpoints of the next items, before `SHA`."""
     kill_after: int = -1
-    """Bulk answers, over all streams, after which nothing works any more."""
+    """Bulk responses, over all streams, after which every call fails."""
 
 
 @dataclass
 class Limits:
-    """What GetServerInfo publishes."""
+    """Limits and properties in the response of GetServerInfo."""
 
     max_boxes: int = 100
     max_image_bytes: int = 32 * 1024 * 1024
     max_items_in_flight: int = 4
-    boxes_in_an_answer: int = 10**6
-    """Items with more get the word that their masks do not fit into one message."""
+    boxes_per_response: int = 10**6
+    """Larger items fail with RESPONSE_TOO_LARGE."""
     precision: str = "float32"
     branches: Sequence[types_pb2.Branch.ValueType] = ()
-    """That the model says it can run; () = an older server, which does not say."""
+    """Branches of the model; () as an older server, which does not report them."""
 
 
 class FakeServer(
@@ -81,7 +86,7 @@ class FakeServer(
     model_pb2_grpc.ModelServiceServicer,
     evaluation_pb2_grpc.EvaluationServiceServicer,
 ):
-    """Answers every box with itself as mask; keeps what it was asked."""
+    """Answers every box with itself as its mask; records the requests."""
 
     def __init__(self, faults: Faults | None = None, limits: Limits | None = None) -> None:
         self.faults = faults or Faults()
@@ -89,19 +94,19 @@ class FakeServer(
         self.calls: list[str] = []
         self.label_requests: list[labeling_pb2.LabelImageRequest] = []
         self.item_ids: list[str] = []
-        """Of answered items."""
+        """Ids of answered items."""
         self.received: list[str] = []
-        """Items that were read, answered or not."""
+        """Ids of received items, answered or not."""
         self.released = threading.Event()
-        """Ends what `Faults.hold_after` began; set at the end of `serving`, too."""
-        self.most_unanswered = 0
+        """Ends the wait of `Faults.hold_after`; set at the end of `serving`, too."""
+        self.max_in_flight = 0
         self.evaluated: list[evaluation_pb2.EvaluateImage] = []
         self.evaluate_options: evaluation_pb2.EvaluateOptions | None = None
-        self._answered = 0
+        self._answered_items = 0
         self._lock = threading.Lock()
 
     def GetServerInfo(self, request: model_pb2.GetServerInfoRequest, context: Any) -> model_pb2.GetServerInfoResponse:
-        """The fake's description."""
+        """Returns the description of the fake."""
         self.calls.append("GetServerInfo")
         return model_pb2.GetServerInfoResponse(
             version="1.2.3",
@@ -128,26 +133,26 @@ class FakeServer(
         )
 
     def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> model_pb2.ListModelsResponse:
-        """Not this fake's matter."""
+        """Is not implemented."""
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
         raise AssertionError("abort returned")
 
     def LoadModel(self, request: model_pb2.LoadModelRequest, context: Any) -> model_pb2.LoadModelResponse:
-        """Not this fake's matter."""
+        """Is not implemented."""
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
         raise AssertionError("abort returned")
 
     def UnloadModel(self, request: model_pb2.UnloadModelRequest, context: Any) -> model_pb2.UnloadModelResponse:
-        """Not this fake's matter."""
+        """Is not implemented."""
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
         raise AssertionError("abort returned")
 
     def LabelImage(
         self, request: labeling_pb2.LabelImageRequest, context: Any
     ) -> Iterator[labeling_pb2.LabelImageResponse]:
-        """Batches of the size that the faults ask for."""
+        """Streams results in batches of `Faults.batch` boxes."""
         self.calls.append("LabelImage")
-        self._refuse_if_told(context)
+        self._refuse_if_configured(context)
         self.label_requests.append(request)
         time.sleep(self.faults.delay_s)
         try:
@@ -157,9 +162,9 @@ class FakeServer(
         if self.faults.reverse:
             results.reverse()
         size = self.faults.batch or max(1, len(results))
-        for at, start in enumerate(range(0, len(results), size)):
-            self._break_if_told(context, at)
-            if not self._goes_on(context, at):
+        for sent, start in enumerate(range(0, len(results), size)):
+            self._break_if_configured(context, sent)
+            if not self._wait_for_release(context, sent):
                 return
             yield labeling_pb2.LabelImageResponse(
                 results=results[start : start + size],
@@ -170,29 +175,29 @@ class FakeServer(
     def LabelImages(
         self, request_iterator: Iterator[labeling_pb2.LabelImagesRequest], context: Any
     ) -> Iterator[labeling_pb2.LabelImagesResponse]:
-        """Reads as fast as it can, so that only the client's window bounds what is unanswered."""
+        """Reads as fast as possible, so that only the client's window limits the items in flight."""
         self.calls.append("LabelImages")
-        self._refuse_if_told(context)
+        self._refuse_if_configured(context)
         waiting: queue.Queue[labeling_pb2.LabelImagesRequest | None]
         waiting = queue.LifoQueue() if self.faults.reverse else queue.Queue()
         reader = threading.Thread(target=self._drain, args=(request_iterator, waiting), daemon=True)
         reader.start()
-        yield from self._answers(waiting, context)
+        yield from self._responses(waiting, context)
 
     def Evaluate(
         self, request_iterator: Iterator[evaluation_pb2.EvaluateRequest], context: Any
     ) -> Iterator[evaluation_pb2.EvaluateResponse]:
-        """Counts; an instance's IoU is that of its box with its mask."""
+        """Evaluates each instance by the IoU of its box with its mask."""
         self.calls.append("Evaluate")
-        self._refuse_if_told(context)
+        self._refuse_if_configured(context)
         self.evaluated = []
         measured: list[evaluation_pb2.InstanceIou] = []
         skipped = 0
-        for at, request in enumerate(request_iterator):
-            if at == 0:
+        for images_done, request in enumerate(request_iterator):
+            if images_done == 0:
                 self.evaluate_options = request.options
                 continue
-            self._break_if_told(context, at - 1)
+            self._break_if_configured(context, images_done - 1)
             self.evaluated.append(request.image)
             for truth in request.image.ground_truth:
                 if truth.is_crowd:
@@ -206,7 +211,7 @@ class FakeServer(
                     )
                 )
             yield evaluation_pb2.EvaluateResponse(
-                progress=evaluation_pb2.EvaluateProgress(images_done=at, instances_done=len(measured))
+                progress=evaluation_pb2.EvaluateProgress(images_done=images_done, instances_done=len(measured))
             )
         measured.sort(key=lambda row: row.iou)
         mean = sum(row.iou for row in measured) / max(1, len(measured))
@@ -223,30 +228,30 @@ class FakeServer(
             )
         )
 
-    def _answers(
+    def _responses(
         self, waiting: queue.Queue[labeling_pb2.LabelImagesRequest | None], context: Any
     ) -> Iterator[labeling_pb2.LabelImagesResponse]:
         sent = 0
         time.sleep(self.faults.delay_s)
         while (item := waiting.get()) is not None:
             time.sleep(self.faults.delay_s)
-            if not self._goes_on(context, sent):
+            if not self._wait_for_release(context, sent):
                 return
-            self.most_unanswered = max(self.most_unanswered, waiting.qsize() + 1)
-            self._break_if_told(context, sent)
+            self.max_in_flight = max(self.max_in_flight, waiting.qsize() + 1)
+            self._break_if_configured(context, sent)
             self.item_ids.append(item.item_id)
             self.label_requests.append(item.request)
             yield self._item(item)
             sent += 1
-            self._answered += 1
-            if self._answered == self.faults.kill_after:
+            self._answered_items += 1
+            if self._answered_items == self.faults.kill_after:
                 self.faults.unavailable = 10**6
-                _abort(context, _status(code_pb2.UNAVAILABLE, "the machine is gone"))
+                _abort(context, _status(code_pb2.UNAVAILABLE, "the server is killed"))
 
     def _item(self, item: labeling_pb2.LabelImagesRequest) -> labeling_pb2.LabelImagesResponse:
         if self._count_down(self.faults.retry_items, item.item_id):
             return labeling_pb2.LabelImagesResponse(item_id=item.item_id, status=_retry_status())
-        if len(item.request.instances) > self.limits.boxes_in_an_answer:
+        if len(item.request.instances) > self.limits.boxes_per_response:
             status = _status(code_pb2.INVALID_ARGUMENT, "request.instances: too many masks", "RESPONSE_TOO_LARGE")
             return labeling_pb2.LabelImagesResponse(item_id=item.item_id, status=status)
         try:
@@ -262,23 +267,23 @@ class FakeServer(
         )
 
     def _results(self, request: labeling_pb2.LabelImageRequest) -> list[types_pb2.InstanceResult]:
-        wanted = (request.image.expected_width, request.image.expected_height)
-        image = decode_image(request.image.content, expected_wh=wanted if all(wanted) else None)
-        results = [self._result(one, image.shape[:2]) for one in request.instances]
+        expected = (request.image.expected_width, request.image.expected_height)
+        image = decode_image(request.image.content, expected_wh=expected if all(expected) else None)
+        results = [self._result(instance, image.shape[:2]) for instance in request.instances]
         return [result for result in results if result.instance_id not in self.faults.leave_out]
 
-    def _result(self, one: types_pb2.Instance, image_hw: tuple[int, int]) -> types_pb2.InstanceResult:
-        key = one.instance_id
+    def _result(self, instance: types_pb2.Instance, image_hw: tuple[int, int]) -> types_pb2.InstanceResult:
+        key = instance.instance_id
         if self._count_down(self.faults.retry_boxes, key):
             return types_pb2.InstanceResult(instance_id=key, status=_retry_status())
         try:
-            geometry.check_box(_xywh(one.box), image_hw)
+            geometry.check_box(_xywh(instance.box), image_hw)
             if key in self.faults.bad_boxes:
                 raise BadBox("configured to fail")
         except BadBox as error:
             status = _status(code_pb2.INVALID_ARGUMENT, error.problem, "BAD_BOX")
             return types_pb2.InstanceResult(instance_id=key, status=status)
-        mask = box_filled(_xywh(one.box), image_hw)
+        mask = box_filled(_xywh(instance.box), image_hw)
         x, y, w, h = rle.to_box(mask) or (0.0, 0.0, 0.0, 0.0)
         return types_pb2.InstanceResult(
             instance_id=key,
@@ -292,28 +297,28 @@ class FakeServer(
             flags=[types_pb2.MASK_FLAG_FULL_BOX],
         )
 
-    def _refuse_if_told(self, context: Any) -> None:
+    def _refuse_if_configured(self, context: Any) -> None:
         with self._lock:
-            told = self.faults.unavailable > 0
-            self.faults.unavailable -= told
-        if told:
+            is_refused = self.faults.unavailable > 0
+            self.faults.unavailable -= is_refused
+        if is_refused:
             trailers = []
             if self.faults.pushback_ms is not None:
                 trailers = [("grpc-retry-pushback-ms", str(self.faults.pushback_ms))]
             context.set_trailing_metadata(tuple(trailers))
-            context.abort(grpc.StatusCode.UNAVAILABLE, "told to be unavailable")
+            context.abort(grpc.StatusCode.UNAVAILABLE, UNAVAILABLE_TEXT)
 
-    def _goes_on(self, context: Any, answered: int) -> bool:
-        """Waits where it is told to; whether anybody is there afterwards."""
+    def _wait_for_release(self, context: Any, answered: int) -> bool:
+        """Waits for `released` if configured; returns whether the client is still connected."""
         if not 0 <= self.faults.hold_after <= answered:
             return True
         self.released.wait()
         return bool(context.is_active())
 
-    def _break_if_told(self, context: Any, answered: int) -> None:
+    def _break_if_configured(self, context: Any, answered: int) -> None:
         if self.faults.breaks > 0 and answered >= self.faults.break_after:
             self.faults.breaks -= 1
-            context.abort(self.faults.break_code, "told to break")
+            context.abort(self.faults.break_code, BREAK_TEXT)
 
     def _drain(self, requests: Iterator[labeling_pb2.LabelImagesRequest], waiting: queue.Queue[Any]) -> None:
         try:
@@ -321,7 +326,7 @@ class FakeServer(
                 waiting.put(request)
                 self.received.append(request.item_id)
         except grpc.RpcError:
-            # The stream is over; what was read is all there is.
+            # The stream has ended.
             pass
         waiting.put(None)
 
@@ -334,7 +339,7 @@ class FakeServer(
 
 @contextmanager
 def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
-    """Runs the fake, on a free port unless one is given; gives its address."""
+    """Runs the fake, on a free port unless one is given; yields its address."""
     grpc_server = grpc.server(
         futures.ThreadPoolExecutor(8),
         options=[("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)],
@@ -354,7 +359,7 @@ def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
 
 @contextmanager
 def once(condition: Callable[[], object], act: Callable[[], object]) -> Iterator[None]:
-    """Acts, in a thread of its own, as soon as the condition holds; not at all where it never does."""
+    """Calls `act` in a thread as soon as the condition holds; never if it does not hold within the block."""
     over = threading.Event()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Claims about the client and the real server together, around a predictor without a network."""
+"""Claims about client and server together, with a predictor that needs no network."""
 
 import asyncio
 import io
@@ -42,18 +42,21 @@ def served(
     servers: list[MalServer] | None = None,
     **settings: Any,
 ) -> Iterator[str]:
-    """The real server in a thread of its own, as a client sees it; killed without grace at the end.
+    """Runs the server in a thread and yields its address; kills it without a grace period at the end.
 
     Args:
-        servers: gets the server, for a test that has to know what waits in it.
+        predictor: makes the masks; a `BrightPredictor` by default.
+        load: loads a model; the address is yielded before it is called then.
+        servers: receives the server, for tests that read its state.
+        settings: of the server.
     """
-    used = predictor or BrightPredictor()
+    model_predictor = predictor or BrightPredictor()
     config = config_of(**settings)
     address: Future[str] = Future()
     over = threading.Event()
 
-    async def live() -> None:
-        server = MalServer(config, load or (lambda plan: loaded(plan, used)))
+    async def serve() -> None:
+        server = MalServer(config, load or (lambda plan: loaded(plan, model_predictor)))
         if servers is not None:
             servers.append(server)
         try:
@@ -67,7 +70,7 @@ def served(
         finally:
             await server.stop(0)
 
-    thread = threading.Thread(target=asyncio.run, args=(live(),))
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     try:
         yield address.result(120)
@@ -76,20 +79,20 @@ def served(
         thread.join(120)
 
 
-class HeldLater(BrightPredictor):
-    """Runs so many batches once `hold_after` has said how many; the others wait until nobody reaches the server."""
+class HoldingPredictor(BrightPredictor):
+    """Runs a number of batches after `hold_after`; further ones wait until the server is unreachable."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._most = 10**6
+        self._max_batches = 10**6
         self._released = threading.Event()
 
     def hold_after(self, batches: int) -> None:
-        """Counts from now on: the self-test of the server is over."""
-        self._most = len(self.batches) + batches
+        """Sets the number of batches from now on, behind those of the warm-up."""
+        self._max_batches = len(self.batches) + batches
 
     def release_when_closed(self, address: str) -> None:
-        """Blocks until the address takes no connection."""
+        """Releases the batches once the address accepts no connection."""
         host, _, port = address.rpartition(":")
         while True:
             try:
@@ -100,7 +103,7 @@ class HeldLater(BrightPredictor):
         self._released.set()
 
     def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
-        if len(self.batches) >= self._most:
+        if len(self.batches) >= self._max_batches:
             self._released.wait(120)
         return super().predict(crops, options)
 
@@ -115,30 +118,30 @@ def label(address: str, dataset: Dataset, **more: Any) -> DatasetResult:
         return client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output, **more)
 
 
-def test_the_client_gives_the_kernels_masks_bit_for_bit() -> None:
+def test_the_client_returns_exactly_the_masks_of_the_labeler() -> None:
     expected = BrightPredictor().label(DISC, BOXES, PredictOptions(agreement=True))
     with served(max_batch_size=2) as address, Client(address, timeout_s=30) as client:
-        found = client.label_image(DISC, BOXES, LabelOptions(agreement=True))
-    for ours, theirs in zip(expected, found, strict=True):
+        results = client.label_image(DISC, BOXES, LabelOptions(agreement=True))
+    for ours, theirs in zip(expected, results, strict=True):
         assert isinstance(ours, Label)
         assert ours.rle == theirs.rle
         assert (ours.score, ours.area, ours.mask_box) == (theirs.score, theirs.area, theirs.mask_box)
         assert (ours.flags, ours.agreement) == (theirs.flags, theirs.agreement)
 
 
-def test_the_asyncio_client_gives_the_same() -> None:
+def test_the_asyncio_client_returns_the_same_masks() -> None:
     async def ask(address: str) -> list[list[BoxLabel]]:
         async with AsyncClient(address, timeout_s=30) as client:
             return await asyncio.gather(*(client.label_image(DISC, [box]) for box in BOXES))
 
     with served() as address:
-        asked = asyncio.run(ask(address))
+        results = asyncio.run(ask(address))
         with Client(address, timeout_s=30) as client:
-            assert [one[0].rle for one in asked] == [one.rle for one in client.label_image(DISC, BOXES)]
+            assert [labels[0].rle for labels in results] == [label.rle for label in client.label_image(DISC, BOXES)]
 
 
 def test_small_requests_of_several_clients_share_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the device is busy with one box, those of eight more clients gather: they go as one batch."""
+    """The boxes of eight clients that arrive while the device is busy form one batch."""
     gate, queued = threading.Event(), queued_items(monkeypatch)
 
     def ask(address: str) -> int:
@@ -159,14 +162,14 @@ def test_small_requests_of_several_clients_share_batches(monkeypatch: pytest.Mon
         assert (first.result(), [other.result() for other in others]) == (1, [8] * 8)
 
 
-def wait_until(holds: Callable[[], bool], at_most_s: float = 120) -> None:
-    deadline = time.monotonic() + at_most_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
 
 
-def test_a_data_set_gets_the_kernels_masks_in_its_own_order(dataset: Dataset) -> None:
+def test_a_dataset_gets_the_masks_of_the_labeler_in_its_own_order(dataset: Dataset) -> None:
     with served(limits={"max_items_in_flight": 3}) as address:
         result = label(address, dataset)
     assert (result.labeled, result.failed) == (12, ())
@@ -180,12 +183,12 @@ def test_a_data_set_gets_the_kernels_masks_in_its_own_order(dataset: Dataset) ->
         assert row["segmentation"] == expected.rle.to_coco()
 
 
-def test_each_bad_input_is_an_error_of_its_own_and_the_rest_goes_on(dataset: Dataset) -> None:
+def test_each_bad_input_fails_alone_with_its_own_reason(dataset: Dataset) -> None:
     folder = dataset.images_dir
     (folder / "image_0.png").unlink()
     (folder / "image_1.png").write_bytes((folder / "image_1.png").read_bytes()[:200])
     (folder / "image_2.png").write_bytes(b"")
-    (folder / "image_3.png").write_text("no picture")
+    (folder / "image_3.png").write_text("not an image")
     rows = dataset.coco["annotations"]
     rows[8]["bbox"] = [0, 0, 0, 5]
     rows[9]["bbox"] = [1e9, 0, 5, 5]
@@ -209,7 +212,7 @@ def test_each_bad_input_is_an_error_of_its_own_and_the_rest_goes_on(dataset: Dat
     assert messages[108].startswith("annotation 108: ")
 
 
-def test_a_server_that_is_killed_and_comes_back_costs_nothing(dataset: Dataset) -> None:
+def test_no_result_is_lost_when_the_server_is_killed_and_restarted(dataset: Dataset) -> None:
     port = 0
     done = threading.Event()
     results: list[DatasetResult] = []
@@ -219,7 +222,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(dataset: Dataset) 
         results.append(label(address, dataset, on_progress=lambda _: seen.set()))
         done.set()
 
-    predictor = HeldLater()
+    predictor = HoldingPredictor()
     with served(predictor, max_batch_size=1) as address:
         port = int(address.rpartition(":")[2])
         predictor.hold_after(11)
@@ -227,18 +230,18 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(dataset: Dataset) 
         job.start()
         assert seen.wait(120)
         threading.Thread(target=predictor.release_when_closed, args=(address,)).start()
-    assert not done.is_set(), "killed too late to prove anything"
+    assert not done.is_set(), "the job ended before the server was killed"
     with served(listen={"port": port}):
         job.join(120)
     assert results
     assert (results[0].labeled, results[0].failed) == (12, ())
 
 
-def test_a_server_killed_for_good_leaves_what_was_answered(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_kept_when_the_server_is_killed_for_good(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mal_client.bulk.stream.FIRST_PAUSE_S", 0.01)
     results: list[DatasetResult] = []
     seen = threading.Event()
-    predictor = HeldLater()
+    predictor = HoldingPredictor()
     with served(predictor, max_batch_size=1) as address:
         predictor.hold_after(11)
         job = threading.Thread(target=lambda: results.append(label(address, dataset, on_progress=lambda _: seen.set())))
@@ -252,7 +255,7 @@ def test_a_server_killed_for_good_leaves_what_was_answered(dataset: Dataset, mon
     assert len(dataset.labeled()) == 12
 
 
-def test_the_client_waits_for_a_server_that_still_loads(dataset: Dataset) -> None:
+def test_the_client_waits_while_the_server_loads(dataset: Dataset) -> None:
     started = threading.Event()
 
     def load(plan: ModelPlan) -> LoadedModel:
@@ -264,24 +267,25 @@ def test_the_client_waits_for_a_server_that_still_loads(dataset: Dataset) -> Non
         assert label(address, dataset).labeled == 12
 
 
-def test_a_full_queue_is_waited_for(dataset: Dataset) -> None:
+def test_the_client_waits_while_the_queue_is_full(dataset: Dataset) -> None:
     with served(BrightPredictor(wait_s=0.02), max_batch_size=1, max_queue_crops=2, limits={"max_boxes": 2}) as address:
         result = label(address, dataset)
     assert (result.labeled, result.failed) == (12, ())
 
 
-def test_the_servers_limits_hold_before_anything_is_sent(dataset: Dataset) -> None:
+def test_the_limits_of_the_server_are_checked_before_sending(dataset: Dataset) -> None:
     noise: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
     with served(limits={"max_request_bytes": 1024 * 1024}) as address, Client(address, timeout_s=30) as client:
-        with pytest.raises(BadImage, match="the server's limit"):
+        with pytest.raises(BadImage) as caught:
             client.label_image(noise, BOXES)
+        assert caught.value.reason == "IMAGE_TOO_LARGE"
         Image.fromarray(noise).save(dataset.images_dir / "image_0.png")
         result = client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output)
     assert {row.error.reason for row in result.failed} == {"IMAGE_TOO_LARGE"}
     assert result.labeled == 10
 
 
-def test_an_image_between_256_kib_and_grpcs_default_limit_and_one_above_it_go_through() -> None:
+def test_images_below_and_above_the_default_message_limit_of_grpc_are_labeled() -> None:
     with served() as address, Client(address, timeout_s=30) as client:
         for side in (400, 1400):
             noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -290,7 +294,7 @@ def test_an_image_between_256_kib_and_grpcs_default_limit_and_one_above_it_go_th
             assert client.label_image(buffer.getvalue(), [(10, 10, 50, 50)])[0].ok
 
 
-def test_an_evaluation_gives_the_evaluators_figures(dataset: Dataset) -> None:
+def test_an_evaluation_returns_the_metrics_of_the_evaluator(dataset: Dataset) -> None:
     dataset.coco["annotations"][0]["iscrowd"] = 1
     dataset.save()
     coco = read_coco(dataset.json_path)
@@ -303,18 +307,18 @@ def test_an_evaluation_gives_the_evaluators_figures(dataset: Dataset) -> None:
     expected = evaluator.report()
     seen: list[Progress] = []
     with served() as address, Client(address, timeout_s=30) as client:
-        found_here = client.evaluate(dataset.json_path, dataset.images_dir, on_progress=seen.append)
-    assert found_here.overall.miou == pytest.approx(expected.overall.miou, abs=1e-12)
-    assert found_here.ap_at_1 == pytest.approx(expected.ap_at_1)
-    assert found_here.ap_at_score == pytest.approx(expected.ap_at_score)
-    assert found_here.score == expected.score
-    assert found_here.categories == expected.categories
-    assert found_here.skipped == expected.skipped
-    assert sorted(row.annotation_id for row in found_here.worst) == list(range(101, 112))
+        evaluation = client.evaluate(dataset.json_path, dataset.images_dir, on_progress=seen.append)
+    assert evaluation.overall.miou == pytest.approx(expected.overall.miou, abs=1e-12)
+    assert evaluation.ap_at_1 == pytest.approx(expected.ap_at_1)
+    assert evaluation.ap_at_score == pytest.approx(expected.ap_at_score)
+    assert evaluation.score == expected.score
+    assert evaluation.categories == expected.categories
+    assert evaluation.skipped == expected.skipped
+    assert sorted(row.annotation_id for row in evaluation.worst) == list(range(101, 112))
     assert seen[-1].images_done == 6
 
 
-def test_nobody_there_is_said_within_seconds(dataset: Dataset) -> None:
+def test_an_unreachable_server_is_reported_with_its_address(dataset: Dataset) -> None:
     with served() as address:
         pass
     with pytest.raises(ServerUnavailable, match=address):

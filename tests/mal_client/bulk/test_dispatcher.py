@@ -176,9 +176,9 @@ def test_servers_with_different_settings_are_refused_before_any_work(tmp_path: P
 
 def test_an_item_whose_masks_exceed_a_message_is_split(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, images=2, boxes=7)
-    fake = FakeServer(limits=Limits(boxes_in_an_answer=2))
+    fake = FakeServer(limits=Limits(boxes_per_response=2))
     result, _ = label(dataset, fake)
     assert (result.labeled, result.failed) == (14, ())
-    too_large = FakeServer(limits=Limits(boxes_in_an_answer=0))
+    too_large = FakeServer(limits=Limits(boxes_per_response=0))
     result, _ = label(dataset, too_large)
     assert {row.error.reason for row in result.failed} == {"RESPONSE_TOO_LARGE"}

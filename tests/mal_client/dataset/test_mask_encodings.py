@@ -37,8 +37,8 @@ class FixedMaskServer(FakeServer):
         super().__init__()
         self.rle = encode_mask(mask)
 
-    def _result(self, one: types_pb2.Instance, image_hw: tuple[int, int]) -> types_pb2.InstanceResult:
-        result = super()._result(one, image_hw)
+    def _result(self, instance: types_pb2.Instance, image_hw: tuple[int, int]) -> types_pb2.InstanceResult:
+        result = super()._result(instance, image_hw)
         if result.masks:
             result.masks[0].coco_rle.counts = self.rle.counts
             result.area_px = area(self.rle)

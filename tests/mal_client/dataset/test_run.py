@@ -122,7 +122,7 @@ def test_the_window_limits_the_items_in_flight(tmp_path: Path) -> None:
     # The server answers once it has three items; a fourth before the first response would be counted.
     with once(lambda: len(fake.received) >= 3, fake.released.set):
         label(fake, dataset)
-    assert fake.most_unanswered == 3
+    assert fake.max_in_flight == 3
 
 
 def test_an_image_with_more_boxes_than_the_limit_is_sent_in_parts(tmp_path: Path) -> None:

@@ -160,9 +160,9 @@ def test_other_rectangles_or_weights_are_refused_unless_told(client: Client, tmp
     result = run(task, client, tmp_path, restart=True)
     assert (result.written, result.already) == (1, 4), "masks that are there already are not written twice"
     for options, words in (
-        (LabelOptions(threshold=0.5), r"thresholds was .* and is \[0\.5, 0\.5, 0\.5\]"),
-        (LabelOptions(min_component_area_px=9), "min_component_area_px was 0 and is 9"),
-        (LabelOptions(resolve_overlaps=True), "resolve_overlaps was False and is True"),
+        (LabelOptions(threshold=0.5), r"thresholds .*\[0\.5, 0\.5, 0\.5\]"),
+        (LabelOptions(min_component_area_px=9), "min_component_area_px"),
+        (LabelOptions(resolve_overlaps=True), "resolve_overlaps"),
     ):
         with pytest.raises(ConfigError, match=words):
             label_task(task, client, tmp_path / "task-7.ledger", options)
