@@ -190,17 +190,17 @@ class AsyncClient(ClientBase):
             stream = stub.LabelImage(call.request(), timeout=call.time_left())
             try:
                 async for response in stream:
-                    for label in call.absorb(response):
+                    for label in call.on_response(response):
                         yield label
-                pause_s = call.ended()
+                pause_s = call.on_end()
             except grpc.RpcError as error:
-                pause_s = call.broke(error)
+                pause_s = call.on_error(error)
             except asyncio.CancelledError:
                 # Either our task was cancelled, or gRPC reports in this way that the server ended the call.
                 task = asyncio.current_task()
                 if self._is_closed or task is None or task.cancelling():
                     raise
-                pause_s = call.broke(_ended_by_server())
+                pause_s = call.on_error(_ended_by_server())
             finally:
                 stream.cancel()
             await asyncio.sleep(pause_s)

@@ -162,10 +162,10 @@ class Client(ClientBase):
             stream = stub.LabelImage(call.request(), timeout=call.time_left())
             try:
                 for response in stream:
-                    yield from call.absorb(response)
-                pause_s = call.ended()
+                    yield from call.on_response(response)
+                pause_s = call.on_end()
             except grpc.RpcError as error:
-                pause_s = call.broke(error)
+                pause_s = call.on_error(error)
             finally:
                 stream.cancel()  # type: ignore[no-untyped-call]
             self.pause(pause_s)

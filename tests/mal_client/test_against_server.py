@@ -130,12 +130,12 @@ def test_the_client_returns_exactly_the_masks_of_the_labeler() -> None:
 
 
 def test_the_asyncio_client_returns_the_same_masks() -> None:
-    async def ask(address: str) -> list[list[BoxLabel]]:
+    async def send(address: str) -> list[list[BoxLabel]]:
         async with AsyncClient(address, timeout_s=30) as client:
             return await asyncio.gather(*(client.label_image(DISC, [box]) for box in BOXES))
 
     with served() as address:
-        results = asyncio.run(ask(address))
+        results = asyncio.run(send(address))
         with Client(address, timeout_s=30) as client:
             assert [labels[0].rle for labels in results] == [label.rle for label in client.label_image(DISC, BOXES)]
 
@@ -144,7 +144,7 @@ def test_small_requests_of_several_clients_share_batches(monkeypatch: pytest.Mon
     """The boxes of eight clients that arrive while the device is busy form one batch."""
     gate, queued = threading.Event(), queued_items(monkeypatch)
 
-    def ask(address: str) -> int:
+    def send(address: str) -> int:
         with Client(address, timeout_s=30) as client:
             timing = client.label_image(DISC, [DISC_BOX])[0].timing
         return 0 if timing is None else timing.batch_size
@@ -154,9 +154,9 @@ def test_small_requests_of_several_clients_share_batches(monkeypatch: pytest.Mon
     with served(predictor, max_batch_size=8) as address, ThreadPoolExecutor(9) as pool:
         gate.clear()
         predictor.batches.clear()
-        first = pool.submit(ask, address)
+        first = pool.submit(send, address)
         wait_until(lambda: bool(predictor.batches))
-        others = [pool.submit(ask, address) for _ in range(8)]
+        others = [pool.submit(send, address) for _ in range(8)]
         wait_until(lambda: sum(queued) == 9)
         gate.set()
         assert (first.result(), [other.result() for other in others]) == (1, [8] * 8)
@@ -301,9 +301,9 @@ def test_an_evaluation_returns_the_metrics_of_the_evaluator(dataset: Dataset) ->
     evaluator, kernel = Evaluator(coco.category_names), BrightPredictor()
     for row in coco.annotations:
         image = read_image(dataset.images_dir / coco.images[row.image_id].file_name)  # type: ignore[index]
-        found = kernel.label(image, [row.box_xywh])[0]
-        assert isinstance(found, Label)
-        evaluator.add(row, found.rle, found.score, image_hw=image.shape[:2])
+        expected_label = kernel.label(image, [row.box_xywh])[0]
+        assert isinstance(expected_label, Label)
+        evaluator.add(row, expected_label.rle, expected_label.score, image_hw=image.shape[:2])
     expected = evaluator.report()
     seen: list[Progress] = []
     with served() as address, Client(address, timeout_s=30) as client:

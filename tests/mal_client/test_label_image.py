@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mal_client.client import AsyncClient, Client
 from mal_client.errors import CallCancelled, CallTimedOut, InvalidRequest, ServerError, ServerUnavailable
-from mal_client.transport.image_call import MOST_CUT_SHORT
+from mal_client.transport.image_call import MAX_TRUNCATED
 from mal_client.types import BoxLabel, LabelOptions
 from PIL import Image
 
@@ -41,14 +41,14 @@ def client(fake: FakeServer) -> Iterator[Client]:
 def label_both_ways(fake: FakeServer, boxes: list[list[float]], image: object = PIXELS) -> list[list[BoxLabel]]:
     """Returns the labels of the blocking and of the asyncio client."""
 
-    async def ask(address: str) -> list[BoxLabel]:
+    async def send(address: str) -> list[BoxLabel]:
         async with AsyncClient(address, timeout_s=20) as client:
             return await client.label_image(image, boxes)  # type: ignore[arg-type]
 
     with serving(fake) as address:
         with Client(address, timeout_s=20) as client:
             blocking = client.label_image(image, boxes)  # type: ignore[arg-type]
-        return [blocking, asyncio.run(ask(address))]
+        return [blocking, asyncio.run(send(address))]
 
 
 def test_labels_are_in_the_order_of_the_boxes_whatever_the_order_of_batches() -> None:
@@ -152,7 +152,9 @@ def test_a_file_is_sent_unchanged(fake: FakeServer, client: Client, tmp_path: Pa
 def test_an_invalid_image_is_refused_with_a_reason(client: Client, image: object) -> None:
     with pytest.raises((BadImage, InvalidRequest)) as caught:
         client.label_image(image, BOXES)  # type: ignore[arg-type]
-    assert caught.value.reason in {"IMAGE_FORMAT", "IMAGE_NOT_FOUND", "IMAGE_DECODE_FAILED"}
+    error = caught.value
+    assert isinstance(error, BadImage | InvalidRequest)
+    assert error.reason in {"IMAGE_FORMAT", "IMAGE_NOT_FOUND", "IMAGE_DECODE_FAILED"}
 
 
 @pytest.mark.parametrize("boxes", [[1, 2, 3, 4], [[1, 2, 3]], "box", [[1, 2, 3, 4], [1, 2]], [["a", 1, 2, 3]]])
@@ -220,19 +222,19 @@ def test_after_a_broken_stream_only_pending_boxes_are_sent_again() -> None:
 
 
 def test_the_asyncio_client_recovers_from_a_broken_stream() -> None:
-    async def ask(address: str) -> list[BoxLabel]:
+    async def send(address: str) -> list[BoxLabel]:
         async with AsyncClient(address, timeout_s=20) as client:
             return await client.label_image(PIXELS, BOXES)
 
     with serving(FakeServer(Faults(batch=1, break_after=1, breaks=2))) as address:
-        assert [label.area for label in asyncio.run(ask(address))] == [80, 16, 400]
+        assert [label.area for label in asyncio.run(send(address))] == [80, 16, 400]
 
 
 @pytest.mark.parametrize("cut", Cut)
 def test_a_call_that_a_proxy_truncates_is_sent_again(cut: Cut) -> None:
     """The status is INTERNAL or UNKNOWN, which gRPC itself does not retry."""
 
-    async def ask(address: str) -> list[BoxLabel]:
+    async def send(address: str) -> list[BoxLabel]:
         async with AsyncClient(address, timeout_s=60) as client:
             return await client.label_image(PIXELS, BOXES)
 
@@ -240,7 +242,7 @@ def test_a_call_that_a_proxy_truncates_is_sent_again(cut: Cut) -> None:
     with serving(blocking) as server, cutting(server, cut, 2, after=1) as address, Client(address) as client:
         assert [label.area for label in client.label_image(PIXELS, BOXES)] == [80, 16, 400]
     with serving(loop) as server, cutting(server, cut, 2, after=1) as address:
-        assert [label.area for label in asyncio.run(ask(address))] == [80, 16, 400]
+        assert [label.area for label in asyncio.run(send(address))] == [80, 16, 400]
     for fake in (blocking, loop):
         sent = [len(request.instances) for request in fake.label_requests]
         if cut is Cut.RESET_FIRST:
@@ -252,15 +254,15 @@ def test_a_call_that_a_proxy_truncates_is_sent_again(cut: Cut) -> None:
 
 
 def test_a_call_is_given_up_after_three_truncated_streams_in_a_row() -> None:
-    def ask(address: str) -> None:
+    def send(address: str) -> None:
         with Client(address) as client:
             client.label_image(PIXELS, BOXES)
 
-    async def ask_asyncio(address: str) -> None:
+    async def send_asyncio(address: str) -> None:
         async with AsyncClient(address) as client:
             await client.label_image(PIXELS, BOXES)
 
-    for run in (ask, lambda address: asyncio.run(ask_asyncio(address))):
+    for run in (send, lambda address: asyncio.run(send_asyncio(address))):
         fake = FakeServer()
         with (
             serving(fake) as server,
@@ -268,12 +270,12 @@ def test_a_call_is_given_up_after_three_truncated_streams_in_a_row() -> None:
             pytest.raises(ServerError, match=r"127\.0\.0\.1:\d+: 3 .*3 boxes"),
         ):
             run(address)
-        assert len(fake.label_requests) == MOST_CUT_SHORT
+        assert len(fake.label_requests) == MAX_TRUNCATED
 
 
 @pytest.mark.parametrize("cut", Cut)
 def test_server_info_recovers_from_truncated_streams_and_gives_up_in_the_end(cut: Cut) -> None:
-    async def ask(address: str) -> str:
+    async def send(address: str) -> str:
         async with AsyncClient(address) as client:
             return (await client.server_info()).arch
 
@@ -281,7 +283,7 @@ def test_server_info_recovers_from_truncated_streams_and_gives_up_in_the_end(cut
         with cutting(server, cut, 2) as address, Client(address) as client:
             assert client.server_info().arch == "box-filler"
         with cutting(server, cut, 2) as address:
-            assert asyncio.run(ask(address)) == "box-filler"
+            assert asyncio.run(send(address)) == "box-filler"
         with (
             cutting(server, cut, 99) as address,
             Client(address) as client,
@@ -308,7 +310,7 @@ def test_a_call_that_a_closing_server_cancels_is_sent_again(break_after: int) ->
     def closing() -> FakeServer:
         return FakeServer(Faults(batch=1, break_after=break_after, breaks=1, break_code=grpc.StatusCode.CANCELLED))
 
-    async def ask(address: str) -> list[BoxLabel]:
+    async def send(address: str) -> list[BoxLabel]:
         async with AsyncClient(address, timeout_s=20) as client:
             return await client.label_image(PIXELS, BOXES)
 
@@ -316,7 +318,7 @@ def test_a_call_that_a_closing_server_cancels_is_sent_again(break_after: int) ->
     with serving(blocking) as address, Client(address, timeout_s=20) as client:
         assert [label.area for label in client.label_image(PIXELS, BOXES)] == [80, 16, 400]
     with serving(loop) as address:
-        assert [label.area for label in asyncio.run(ask(address))] == [80, 16, 400]
+        assert [label.area for label in asyncio.run(send(address))] == [80, 16, 400]
     for fake in (blocking, loop):
         assert [len(request.instances) for request in fake.label_requests] == [3, 3 - break_after]
 
@@ -336,7 +338,7 @@ def test_a_cancelled_call_is_given_up_when_the_next_pause_would_pass_the_deadlin
 
 
 def test_a_call_that_the_caller_cancels_is_not_sent_again() -> None:
-    async def ask(address: str, fake: FakeServer) -> None:
+    async def send(address: str, fake: FakeServer) -> None:
         async with AsyncClient(address, timeout_s=20) as client:
             task = asyncio.create_task(client.label_image(PIXELS, BOXES))
             while not fake.label_requests:
@@ -347,7 +349,7 @@ def test_a_call_that_the_caller_cancels_is_not_sent_again() -> None:
 
     fake = FakeServer(Faults(hold_after=0))
     with serving(fake) as address:
-        asyncio.run(ask(address, fake))
+        asyncio.run(send(address, fake))
     assert len(fake.label_requests) == 1
 
 
@@ -405,14 +407,14 @@ def test_an_address_where_no_server_listens_fails_before_the_deadline() -> None:
     """A call that waits for its deadline would raise `CallTimedOut`."""
     address = f"127.0.0.1:{_free_port()}"
 
-    async def ask() -> None:
+    async def send() -> None:
         async with AsyncClient(address) as client:
             await client.label_image(PIXELS, BOXES)
 
     with Client(address) as client, pytest.raises(ServerUnavailable, match=address):
         client.label_image(PIXELS, BOXES)
     with pytest.raises(ServerUnavailable, match=address):
-        asyncio.run(ask())
+        asyncio.run(send())
 
 
 def test_a_silent_server_times_out_at_the_deadline_with_its_address() -> None:

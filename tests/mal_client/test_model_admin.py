@@ -22,8 +22,8 @@ MODELS = [{"name": name, "checkpoint": f"{name}.malckpt"} for name in ("cats", "
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    with served(checkpoint=None, models=MODELS) as found:
-        yield found
+    with served(checkpoint=None, models=MODELS) as server_address:
+        yield server_address
 
 
 def test_models_are_listed_loaded_and_unloaded(address: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ class WorkItem:
         item_id: `KEY`, or `KEY.PART` for a part of an item that was split; parts may be split again. KEY is the
             caller's name and has no dot. Unique among the items in flight.
         boxes: boxes by the caller's keys.
-        resends: number of times that the server asked for the item again.
+        resends: number of times that the item was sent again because of RetryInfo.
     """
 
     item_id: str

@@ -193,8 +193,8 @@ class Journal:
         if first is None:
             self._file.truncate(0)
             return 0
-        _, end, found = first
-        _refuse_other_job(self.path, found, manifest)
+        _, end, actual = first
+        _refuse_other_job(self.path, actual, manifest)
         for start, line_end, (index, result) in lines:
             end = line_end
             self._note(JournalLine(index, start, end - start), is_failed="failed" in result)
@@ -240,11 +240,11 @@ def _content(line: bytes) -> Any:
     return json.loads(line[9:])
 
 
-def _refuse_other_job(path: Path, found: Any, expected: Mapping[str, Any]) -> None:
+def _refuse_other_job(path: Path, actual: Any, expected: Mapping[str, Any]) -> None:
     """Raises ConfigError with the differences between two manifests."""
     # Through JSON, which makes lists of tuples.
     known: dict[str, Any] = json.loads(json.dumps(dict(expected)))
-    different = differences(found if isinstance(found, dict) else {}, known)
+    different = differences(actual if isinstance(actual, dict) else {}, known)
     if different:
         raise ConfigError(
             f"{path}: holds the results of an unfinished run of another job: {'; '.join(different)}; finish that run, "

@@ -140,9 +140,9 @@ class ShardJournals:
 
     def _read(self, shard: Shard, reader: JournalReader) -> None:
         manifest = dict(reader.manifest)
-        found = manifest.pop(SHARD_KEY, None)
-        if found != str(shard):
-            raise ConfigError(f"{reader.path}: holds shard {found}, not {shard}")
+        actual = manifest.pop(SHARD_KEY, None)
+        if actual != str(shard):
+            raise ConfigError(f"{reader.path}: holds shard {actual}, not {shard}")
         self.manifest = self.manifest or manifest
         different = differences(manifest, self.manifest)
         if different:

@@ -1,4 +1,4 @@
-"""What a job needs of a blocking client: the way to one server, without the calls that start jobs."""
+"""Interface to one server that jobs need of a blocking client; it has none of the methods that start jobs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from mal_client.results.server_info import ServerInfo
 
 
 class Transport(Protocol):
-    """One server; `Client` is one. Usable from several threads.
+    """Connection to one server, safe in threads; `Client` implements it.
 
     Attributes:
-        address: of the server, for sentences.
-        timeout_s: how long the server may stay silent.
+        address: of the server, for messages.
+        timeout_s: seconds without a response after which the server counts as lost.
     """
 
     address: str
     timeout_s: float
 
     def server_info(self) -> ServerInfo:
-        """What the server serves and accepts. Raises ClientError."""
+        """Returns version, models and limits of the server. Raises ClientError."""
 
     def open_channel(self) -> grpc.Channel:
-        """The channel. Raises CallCancelled when the client is closed."""
+        """Returns the channel. Raises CallCancelled when the client is closed."""
 
     def pause(self, pause_s: float) -> None:
-        """Waits before something is sent again. Raises CallCancelled when the client is closed meanwhile."""
+        """Waits before a retry. Raises CallCancelled when the client is closed meanwhile."""

@@ -1,4 +1,4 @@
-"""What the blocking and the asyncio client share: one server's address, connection, limits, and what it was sent."""
+"""Base class of the blocking and the asyncio client: address, connection, limits and cache of uploads."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from mal_client.images.image_input import EncodedImage
 
 DEFAULT_TIMEOUT_S = 300.0
-"""Deadline of one image: 300 boxes take minutes on a CPU. An address where nobody listens fails within seconds."""
+"""Deadline of one image: 300 boxes take minutes on a CPU. An address where no server listens fails in seconds."""
 
 INFO_TIMEOUT_S = 30.0
-"""Deadline for the server's description of itself, which needs no device."""
+"""Deadline of `server_info`, which needs no device."""
 
-MAX_INFO_CUTS = 3
-"""How often it is asked for again after a stream that was cut short, which gRPC does not do itself."""
+MAX_INFO_RETRIES = 3
+"""Number of retries of `server_info` after truncated streams, which gRPC itself does not retry."""
 
 
 class ClientBase:
-    """What both clients know of their server: where it is, its limits, and which pictures it has seen."""
+    """State of a client that does not depend on the kind of its channel."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class ClientBase:
         self._start()
 
     def _start(self) -> None:
-        """Makes what the kind of client needs besides."""
+        """Initializes the state of the subclass."""
 
     def _image_call(
         self,
@@ -84,8 +84,8 @@ class ClientBase:
 
     def _check_info_retry(self, error: grpc.RpcError, failures: int) -> None:
         """Raises the error of a failed description, unless the stream was truncated and few attempts failed so far."""
-        if not is_truncated(error) or failures > MAX_INFO_CUTS:
+        if not is_truncated(error) or failures > MAX_INFO_RETRIES:
             raise from_rpc_error(self.address, error, self._info_timeout_s) from error
 
     def _closed_error(self) -> CallCancelled:
-        return CallCancelled(f"{self.address}: this client is closed; open a new one")
+        return CallCancelled(f"{self.address}: the client is closed; create a new one")

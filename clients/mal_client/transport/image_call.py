@@ -1,8 +1,7 @@
-"""One image's call without any transport: what to send next, which answers are new, whether to try again.
+"""One image's call, without any transport: the next request, the new labels, and the decision on a retry.
 
-The blocking and the asyncio client drive this same object, so that the rules of re-sending exist once. gRPC itself
-retries a call that failed before its first message; after that it never does, and what is unanswered is sent again
-from here.
+The blocking and the asyncio client drive the same object, so that the rules of retries exist once. gRPC itself retries
+a call that failed before its first response; after that it never does, and the pending boxes are sent again from here.
 """
 
 from __future__ import annotations
@@ -32,23 +31,28 @@ from mal_train.core.errors import BadImage
 
 NOT_CACHED = "IMAGE_NOT_CACHED"
 MAX_RESENDS = 5
-"""How often one box is sent again on the server's word before its last error stands."""
+"""Number of times that one box is sent again because its error has RetryInfo; then the error is final."""
 
 PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Before the unanswered boxes of a call that broke in the middle are sent again, each time that brings nothing new.
-gRPC makes attempts of its own each time; a server that is started anew takes some seconds."""
+"""Pauses before the pending boxes of a broken call are sent again, one for each failure without a new label.
 
-MOST_CUT_SHORT = 3
-"""How often a call may be cut short behind a proxy (`is_truncated`) with nothing new in between before it is given up:
-each time a server got it and died, maybe of it, and the next try would take the next one down. A refusal in between is
-nothing new."""
+gRPC makes attempts of its own each time; a server that restarts takes some seconds."""
+
+MAX_TRUNCATED = 3
+"""Number of truncated streams (`is_truncated`) without a new label between them after which a call is given up.
+
+Each time a server received the call and died, maybe because of it, and the next attempt would end the next server. A
+refusal between them does not restart the count."""
 
 
 def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]:
-    """Boxes x, y, w, h as floats; NaN and empty ones pass, since the server answers each for itself.
+    """Returns boxes x, y, w, h as floats. NaN and empty boxes pass, since the server refuses each one for itself.
+
+    >>> checked_boxes([[1, 2, 3, 4]])
+    [(1.0, 2.0, 3.0, 4.0)]
 
     Raises:
-        RequestRefused: not a list of four numbers each.
+        InvalidRequest: `boxes` is not a list of four numbers each (reason BAD_BOXES).
     """
     try:
         table = np.asarray(boxes, dtype=np.float64)
@@ -58,14 +62,14 @@ def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]
         return []
     if table.ndim != 2 or table.shape[1] != 4:
         raise InvalidRequest(
-            f"boxes: shape {table.shape}; a list of x, y, width, height is needed, for example [[10, 20, 50, 80]]",
+            f"boxes: shape {table.shape}; (N, 4) x, y, width, height is needed, for example [[10, 20, 50, 80]]",
             "BAD_BOXES",
         )
     return [(float(x), float(y), float(w), float(h)) for x, y, w, h in table]
 
 
 def check_image_size(size_bytes: int, limits: ServerLimits, name: str = "image") -> None:
-    """Raises BadImage, reason IMAGE_TOO_LARGE, for a file that the server would not accept."""
+    """Raises BadImage, reason IMAGE_TOO_LARGE, for a file that exceeds the server's limit."""
     if size_bytes > limits.max_image_bytes:
         raise BadImage(
             f"{name}: {size_bytes} bytes; the server's limit is {limits.max_image_bytes}; compress or shrink it, or "
@@ -75,10 +79,23 @@ def check_image_size(size_bytes: int, limits: ServerLimits, name: str = "image")
 
 
 class ImageCall:
-    """What is still unanswered of one image, and until when.
+    """State of the call for one image: the pending boxes, the retries and the deadline.
 
-    Use: while not `done`: send `request()` with deadline `time_left()`, pass each message to `absorb`, then wait as
-    long as `ended()` (the stream closed) or `broke(error)` (it failed) says.
+    Use: until `done`, start a stream with `request()` and the deadline `time_left()`, pass each response to
+    `on_response`, then wait for the seconds that `on_end` (the stream closed) or `on_error` (it failed) returns.
+
+    Args:
+        address: of the server, for messages.
+        image: the file to send.
+        boxes: x, y, w, h in px.
+        options: label options.
+        limits: of the server.
+        timeout_s: deadline of the call in seconds; None for none.
+        upload: entry of the image in the cache of uploads; None sends its bytes each time.
+        clock: monotonic seconds.
+
+    Raises:
+        BadImage: the file exceeds the server's limit.
     """
 
     def __init__(
@@ -106,109 +123,111 @@ class ImageCall:
         self._pending = dict(enumerate(boxes))
         self._sent: dict[int, BoxXywh] = {}
         self._resends: dict[int, int] = {}
-        self._has_answers = False
+        self._has_labels = False
         self._breaks = 0
-        self._cuts = 0
-        self._asked_wait_s = 0.0
+        self._truncated = 0
+        self._retry_after_s = 0.0
 
     @property
     def done(self) -> bool:
-        """Every box has its answer."""
+        """True when every box has its final label."""
         return not self._pending
 
     def time_left(self) -> float | None:
-        """Seconds until the deadline, at least a millisecond; None without one."""
+        """Returns the seconds until the deadline, at least a millisecond; None without a deadline."""
         return None if self._deadline is None else max(0.001, self._deadline - self._clock())
 
     def request(self) -> labeling_pb2.LabelImageRequest:
-        """The unanswered boxes, at most as many as the server takes in one call."""
-        first = list(self._pending)[: self._max_boxes]
-        self._sent = {index: self._pending[index] for index in first}
-        self._asked_wait_s = 0.0
+        """Returns a request for the pending boxes, at most as many as the server accepts in one call."""
+        indices = list(self._pending)[: self._max_boxes]
+        self._sent = {index: self._pending[index] for index in indices}
+        self._retry_after_s = 0.0
         self._is_sent_as_hash = self._upload is not None and self._upload.is_known
         sha256 = self._upload.sha256 if self._upload is not None and self._is_sent_as_hash else None
         return labeling_messages.label_request(self._image, self._sent, self._options, sha256)
 
-    def absorb(self, response: labeling_pb2.LabelImageResponse) -> list[BoxLabel]:
-        """The final answers of one message; a box that the server wants again stays pending.
+    def on_response(self, response: labeling_pb2.LabelImageResponse) -> list[BoxLabel]:
+        """Takes one response; returns its final labels. A box whose error has RetryInfo stays pending.
 
         Raises:
-            ServerFailed: an answer to something that was not asked, or a second one to the same box.
+            ServerError: a result for a box that was not sent, or a second one for the same box.
         """
         final = []
         try:
             for index, label in labeling_messages.box_labels(response, self._sent):
                 del self._sent[index]
-                if self._wanted_again(label):
+                if self._is_retried(label):
                     continue
                 del self._pending[index]
                 final.append(label)
-        except KeyError as error:
+        except KeyError as key:
             raise ServerError(
-                f"{self._address}: answered box {error} twice or unasked; client and server do not fit each other"
+                f"{self._address}: a result for box {key}, which is not pending; check that client and server have "
+                "compatible versions"
             ) from None
         if final:
-            self._has_answers, self._breaks, self._cuts = True, 0, 0
+            self._has_labels, self._breaks, self._truncated = True, 0, 0
         if self._upload is not None:
             self._upload.add()
         return final
 
-    def ended(self) -> float:
-        """Seconds to wait before the next request, after a stream that closed without an error.
+    def on_end(self) -> float:
+        """Notes that the stream closed without an error; returns the seconds to wait before the next request.
 
         Raises:
-            ServerFailed: it closed although boxes that were sent had no answer.
+            ServerError: the response lacks boxes that were sent.
         """
         if self._sent:
             raise ServerError(
-                f"{self._address}: the answer ended with {len(self._sent)} boxes unanswered; look into the server's log"
+                f"{self._address}: the response ended without results for {len(self._sent)} boxes; see the server's log"
             )
-        return self._allowed(self._asked_wait_s) if self._pending else 0.0
+        return self._until_deadline(self._retry_after_s) if self._pending else 0.0
 
-    def broke(self, error: grpc.RpcError) -> float:
-        """Seconds to wait before the unanswered boxes are sent again, after a call that failed, uncancelled here.
+    def on_error(self, error: grpc.RpcError) -> float:
+        """Notes that the stream failed; returns the seconds to wait before the pending boxes are sent again.
+
+        Do not pass the error of a call that the caller cancelled.
 
         Raises:
-            ServerFailed: cut short too often.
-            MalError: the failure is final: the call was not broken off (`is_disconnect`), or it was UNAVAILABLE before
-                any answer and the server did not say when to come back, or the pauses are used up, or the deadline
-                would pass.
+            ServerError: `MAX_TRUNCATED` streams were truncated.
+            MalError: the failure is final. It is no disconnect (`is_disconnect`); or it is UNAVAILABLE without a retry
+                time before the first label, which gRPC itself has retried; or the pauses are used up; or the next one
+                would pass the deadline.
         """
         if self._is_sent_as_hash and self._upload is not None and rpc_details(error).reason == NOT_CACHED:
-            # Evicted, or another server behind the same address: the next request carries the picture itself.
+            # Evicted, or another server at the same address: the next request has the bytes.
             self._upload.discard()
             return 0.0
-        self._cuts += is_truncated(error)
-        if self._cuts >= MOST_CUT_SHORT:
+        self._truncated += is_truncated(error)
+        if self._truncated >= MAX_TRUNCATED:
             raise ServerError(
-                f"{self._address}: {self._cuts} times the call ended without a word of the server's, with "
-                f"{len(self._pending)} boxes unanswered; servers may have died of this picture or these boxes: look "
-                "into their logs before it is sent again"
+                f"{self._address}: {self._truncated} truncated streams, {len(self._pending)} boxes pending; this image "
+                "or its boxes may crash the servers: see their logs before you send it again"
             ) from error
         if is_disconnect(error):
             wait_s = rpc_details(error).retry_after_s
-            # Before the first answer gRPC itself has tried again, but only after UNAVAILABLE.
-            may_again = self._has_answers or rpc_code(error) is not grpc.StatusCode.UNAVAILABLE
-            if wait_s is None and may_again and self._breaks < len(PAUSES_S):
+            # Before the first label gRPC itself has retried, but only after UNAVAILABLE.
+            may_retry = self._has_labels or rpc_code(error) is not grpc.StatusCode.UNAVAILABLE
+            if wait_s is None and may_retry and self._breaks < len(PAUSES_S):
                 wait_s = PAUSES_S[self._breaks]
                 self._breaks += 1
-            if wait_s is not None and self._in_time(wait_s):
+            if wait_s is not None and self._is_in_time(wait_s):
                 return wait_s
         raise from_rpc_error(self._address, error, self._timeout_s) from error
 
-    def _wanted_again(self, label: BoxLabel) -> bool:
+    def _is_retried(self, label: BoxLabel) -> bool:
         if label.error is None or label.error.retry_after_s is None:
             return False
         resends = self._resends.get(label.index, 0) + 1
-        if resends > MAX_RESENDS or not self._in_time(label.error.retry_after_s):
+        if resends > MAX_RESENDS or not self._is_in_time(label.error.retry_after_s):
             return False
         self._resends[label.index] = resends
-        self._asked_wait_s = max(self._asked_wait_s, label.error.retry_after_s)
+        self._retry_after_s = max(self._retry_after_s, label.error.retry_after_s)
         return True
 
-    def _in_time(self, wait_s: float) -> bool:
+    def _is_in_time(self, wait_s: float) -> bool:
         return self._deadline is None or self._clock() + wait_s < self._deadline
 
-    def _allowed(self, wait_s: float) -> float:
-        left = self.time_left()
-        return wait_s if left is None else min(wait_s, left)
+    def _until_deadline(self, wait_s: float) -> float:
+        left_s = self.time_left()
+        return wait_s if left_s is None else min(wait_s, left_s)

@@ -100,14 +100,14 @@ def test_the_asyncio_client_sends_the_pending_boxes_to_the_next_server() -> None
     arrived = threading.Event()
     labels: list[BoxLabel] = []
 
-    async def ask(address: str) -> None:
+    async def send(address: str) -> None:
         async with AsyncClient(address, timeout_s=60) as client:
             async for label in client.stream_image(PIXELS, BOXES):
                 labels.append(label)
                 arrived.set()
 
     with killed_after(arrived, batch=3, hold_after=1) as (address, resent):
-        asyncio.run(ask(address))
+        asyncio.run(send(address))
     assert has_one_label_each(labels)
     assert set(resent[0]) < set(range(12))
 

@@ -1,4 +1,4 @@
-"""Claims about labeling a whole COCO file."""
+"""Claims about labeling a COCO file."""
 
 import asyncio
 import json
