@@ -31,7 +31,7 @@ import torch
 from mal.v1 import labeling_pb2, types_pb2
 
 from benchmarks.load.caller import LABEL_IMAGE, Plan
-from benchmarks.load.deck import Picture, draw_deck, save_deck
+from benchmarks.load.deck import DeckImage, draw_deck, save_deck
 from benchmarks.load.run import ROOT, Server, environment, loading, shared, stand_in, wait_for_address
 from benchmarks.load.stand_in import StandIn
 from mal_train.core.masks.images import decode_image
@@ -89,7 +89,7 @@ def write_checkpoint(path: Path, arch: str, crop_size: int) -> None:
     save_checkpoint(path, Checkpoint(network.config, LabelerConfig(crop_size=crop_size), weights, []), None)
 
 
-def in_process(labeler: Labeler, deck: list[Picture], seconds: float) -> Span:
+def in_process(labeler: Labeler, deck: list[DeckImage], seconds: float) -> Span:
     """Labels whole pictures for at least so long."""
     wall, cpu, crops = time.perf_counter(), time.process_time(), 0
     for picture in itertools.cycle(deck):

@@ -25,8 +25,8 @@ from google.rpc import error_details_pb2, status_pb2
 from mal.v1 import labeling_pb2, types_pb2
 from mal_client.errors import is_disconnect
 
-from benchmarks.load.deck import Picture, load_deck
-from benchmarks.load.figures import ClientReport, Sample
+from benchmarks.load.deck import DeckImage, load_deck
+from benchmarks.load.summary import ClientReport, Sample
 
 LABEL_IMAGE = "/mal.v1.LabelingService/LabelImage"
 LABEL_IMAGES = "/mal.v1.LabelingService/LabelImages"
@@ -80,7 +80,7 @@ class Ask:
     """One request under way: the boxes that still have no answer, by id."""
 
     name: str
-    picture: Picture
+    picture: DeckImage
     places: dict[int, int]
     boxes: int
     due: float
@@ -141,7 +141,7 @@ def trailers_of(error: grpc.aio.AioRpcError) -> list[tuple[str, Any]]:
 class Caller:
     """The clients of one plan."""
 
-    def __init__(self, plan: Plan, deck: Sequence[Picture], ready_file: Path) -> None:
+    def __init__(self, plan: Plan, deck: Sequence[DeckImage], ready_file: Path) -> None:
         self._plan = plan
         self._ready_file = ready_file
         self._deck = deck

@@ -23,7 +23,7 @@ Expect = Callable[[bytes, Sequence[Box]], Sequence[bytes]]
 
 
 @dataclass(frozen=True)
-class Picture:
+class DeckImage:
     """An encoded picture, its size, its boxes, and the COCO counts of the right masks where they are known."""
 
     content: bytes
@@ -52,7 +52,7 @@ class Picture:
         return self.counts is None or rle.counts == self.counts[place]
 
 
-def draw_deck(pictures: int, boxes: int, seed: int, size: tuple[int, int] = (640, 480)) -> list[Picture]:
+def draw_deck(pictures: int, boxes: int, seed: int, size: tuple[int, int] = (640, 480)) -> list[DeckImage]:
     """Scenes of (width, height) px as JPEGs, `boxes` boxes each: the objects' own ones, then random ones."""
     width, height = size
     settings = SceneSettings(width=width, height=height, min_objects=3, max_objects=8)
@@ -66,17 +66,17 @@ def draw_deck(pictures: int, boxes: int, seed: int, size: tuple[int, int] = (640
         while len(found) < boxes:
             w, h = (float(v) for v in rng.uniform(24, (width / 2, height / 2)))
             found.append((float(rng.uniform(0, width - w)), float(rng.uniform(0, height - h)), w, h))
-        deck.append(Picture(buffer.getvalue(), width, height, tuple(found), None))
+        deck.append(DeckImage(buffer.getvalue(), width, height, tuple(found), None))
     return deck
 
 
-def with_answers(deck: Sequence[Picture], expect: Expect) -> list[Picture]:
+def with_answers(deck: Sequence[DeckImage], expect: Expect) -> list[DeckImage]:
     """The deck with the right masks. Raises ValueError where two boxes of the deck have one mask: a mix-up would pass.
 
     An empty mask proves nothing either.
     """
     full = [
-        Picture(one.content, one.width, one.height, one.boxes, tuple(expect(one.content, one.boxes))) for one in deck
+        DeckImage(one.content, one.width, one.height, one.boxes, tuple(expect(one.content, one.boxes))) for one in deck
     ]
     every = [counts for one in full for counts in one.counts or ()]
     if len(set(every)) != len(every):
@@ -84,7 +84,7 @@ def with_answers(deck: Sequence[Picture], expect: Expect) -> list[Picture]:
     return full
 
 
-def save_deck(deck: Sequence[Picture], folder: Path) -> None:
+def save_deck(deck: Sequence[DeckImage], folder: Path) -> None:
     """Writes the deck for client processes."""
     rows = []
     for at, one in enumerate(deck):
@@ -94,11 +94,11 @@ def save_deck(deck: Sequence[Picture], folder: Path) -> None:
     (folder / "deck.json").write_text(json.dumps(rows))
 
 
-def load_deck(folder: Path) -> list[Picture]:
+def load_deck(folder: Path) -> list[DeckImage]:
     """Reads what `save_deck` wrote."""
     deck = []
     for at, row in enumerate(json.loads((folder / "deck.json").read_text())):
         counts = None if row["counts"] is None else tuple(value.encode("ascii") for value in row["counts"])
         boxes = tuple((x, y, w, h) for x, y, w, h in row["boxes"])
-        deck.append(Picture((folder / f"{at}.jpg").read_bytes(), row["width"], row["height"], boxes, counts))
+        deck.append(DeckImage((folder / f"{at}.jpg").read_bytes(), row["width"], row["height"], boxes, counts))
     return deck

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load.caller import Plan
-from benchmarks.load.deck import Picture, draw_deck, save_deck, with_answers
-from benchmarks.load.figures import ClientReport, Sample, Summary, summarize, table
+from benchmarks.load.deck import DeckImage, draw_deck, save_deck, with_answers
+from benchmarks.load.summary import ClientReport, Sample, Summary, summarize, table
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0
@@ -173,7 +173,7 @@ def shared(plan: Plan, processes: int) -> list[Plan]:
     ]
 
 
-def stand_in_deck(folder: Path, pictures: int = 16, boxes: int = 8, seed: int = 1) -> list[Picture]:
+def stand_in_deck(folder: Path, pictures: int = 16, boxes: int = 8, seed: int = 1) -> list[DeckImage]:
     """A deck for the stand-in, with the right masks, saved."""
     from benchmarks.load.stand_in import right_masks  # noqa: PLC0415  brings torch, which clients go without
 

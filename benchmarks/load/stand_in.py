@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.load.figures import percentile
 from benchmarks.load.loop_watch import SLOW_S, LoopWatch
+from benchmarks.load.summary import percentile
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
 from mal_server.lifecycle import serve

@@ -1,7 +1,7 @@
-"""Load and faults, each in a short form (`make test`) and a full one (`make chaos`, which sets MAL_CHAOS=full).
+"""Load and fault tests, each in a short form (`make test`) and a full one (`make chaos`, which sets MAL_CHAOS=full).
 
-Every test prints what it measured, with its seed; `make chaos` shows the lines. The short form claims nothing that
-depends on the machine's speed: it may run beside anything. The full form claims times too, and wants a quiet machine.
+Every test prints its measurements and its seed; `make chaos` shows them. The short form asserts nothing that depends on
+the speed of the machine. The full form also asserts times and needs an otherwise idle machine.
 """
 
 import os
@@ -21,21 +21,21 @@ SEED = int(os.environ.get("MAL_CHAOS_SEED", "20261125"))
 
 @dataclass(frozen=True)
 class Form:
-    """Which form runs, and the seed of everything random in it."""
+    """The form that runs, and the seed of all its random choices."""
 
     is_full: bool
     seed: int
 
     def pick(self, short: T, full: T) -> T:
-        """The figure of this form."""
+        """Returns the value for this form."""
         return full if self.is_full else short
 
 
 FORM = Form(os.environ.get("MAL_CHAOS") == "full", SEED)
 LIMIT_S = FORM.pick(900, 1500)
-"""Of one test. Servers are started as processes, which takes a busy machine long."""
+"""Time limit of one test; starting server processes takes long on a busy machine."""
 
-TIMED = pytest.mark.skipif(not FORM.is_full, reason="claims a time; `make chaos` takes it on a quiet machine")
+TIMED = pytest.mark.skipif(not FORM.is_full, reason="asserts a time; run `make chaos` on an idle machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,11 +50,11 @@ def form() -> Form:
 
 
 @pytest.fixture(scope="session")
-def say() -> Callable[..., None]:
-    """Prints a row's figures."""
+def record() -> Callable[..., None]:
+    """Prints the measurements of a test."""
 
-    def show(row: str, **figures: object) -> None:
-        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+    def show(row: str, **values: object) -> None:
+        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         print(f"\nchaos {row} [{'full' if FORM.is_full else 'short'}, seed {FORM.seed}]: {shown}")
 
     return show
@@ -62,7 +62,7 @@ def say() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def deck_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, boxes and their right masks."""
+    """Returns a folder with images, boxes and their expected masks."""
     folder = tmp_path_factory.mktemp("deck")
     stand_in_deck(folder, seed=FORM.seed)
     return folder

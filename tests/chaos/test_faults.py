@@ -1,4 +1,4 @@
-"""Callers who leave, devices that are too small, servers that are told to end: nothing accepted is lost or wrong."""
+"""Cancelled calls, devices that are too small, servers that shut down: no accepted call is lost or answered wrongly."""
 
 import asyncio
 import random
@@ -17,19 +17,19 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.load.caller import Plan
-from benchmarks.load.deck import Picture, load_deck
+from benchmarks.load.deck import DeckImage, load_deck
 from benchmarks.load.run import ROOT, environment, loading, samples_of, wait_for_address
 from benchmarks.load.stand_in import StandIn
 from tests.chaos.conftest import Form
 from tests.mal_server.calls import bulk
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, label, label_request, serving
 
-Say = Callable[..., None]
+Record = Callable[..., None]
 
 QUEUED, CANCELLED, BATCH = 200, 190, 16
 
 
-def test_cancelled_calls_free_the_device(form: Form, say: Say) -> None:
+def test_cancelled_calls_release_the_device(form: Form, record: Record) -> None:
     gate, predictor = threading.Event(), BrightPredictor()
 
     async def code_of(call: Any) -> tuple[str, float]:
@@ -57,28 +57,28 @@ def test_cancelled_calls_free_the_device(form: Form, say: Say) -> None:
             freed_s = time.monotonic() - began
             gate.set()
             await busy
-            found = await asyncio.gather(*ends)
-            told_s = max(at for _, at in found) - began
-            return Counter(code for code, _ in found), freed_s, told_s
+            outcomes = await asyncio.gather(*ends)
+            noticed_s = max(at for _, at in outcomes) - began
+            return Counter(code for code, _ in outcomes), freed_s, noticed_s
 
-    codes, freed_s, told_s = asyncio.run(asyncio.wait_for(work(), 120))
+    codes, freed_s, noticed_s = asyncio.run(asyncio.wait_for(work(), 120))
     ran = sum(size for _, size in predictor.batches) - 1
-    say(
+    record(
         "cancel",
         queued=QUEUED,
         cancelled=CANCELLED,
         reached_the_device=ran - (QUEUED - CANCELLED),
         freed_ms=freed_s * 1000,
-        told_ms=told_s * 1000,
+        noticed_ms=noticed_s * 1000,
     )
     assert codes == {"OK": QUEUED - CANCELLED, "CANCELLED": CANCELLED}
     assert ran - (QUEUED - CANCELLED) <= BATCH
     if form.is_full:
-        assert told_s < 0.1
+        assert noticed_s < 0.1
         assert freed_s < 0.5
 
 
-def test_a_storm_of_cancelled_calls_is_survived(form: Form, say: Say) -> None:
+def test_the_server_survives_a_burst_of_cancelled_calls(form: Form, record: Record) -> None:
     count = form.pick(500, 20_000)
 
     async def work() -> tuple[float, int]:
@@ -96,45 +96,47 @@ def test_a_storm_of_cancelled_calls_is_survived(form: Form, say: Say) -> None:
             return took_s, sum(size for _, size in running.predictor.batches)
 
     took_s, ran = asyncio.run(asyncio.wait_for(work(), 600))
-    say("cancel storm", calls=count, seconds=took_s, crops_run=ran)
+    record("cancel burst", calls=count, seconds=took_s, crops_run=ran)
     assert ran <= count + 1
 
 
-def test_a_device_too_small_for_its_batches_gives_every_right_mask(form: Form, deck_folder: Path, say: Say) -> None:
+def test_a_device_too_small_for_its_batches_returns_correct_masks(
+    form: Form, deck_folder: Path, record: Record
+) -> None:
     deck = load_deck(deck_folder)[: form.pick(3, 16)]
-    answered = 0
+    labeled = 0
 
     async def work(fits: int) -> int:
         async with serving(StandIn(fits=fits), max_batch_size=16) as running:
-            return sum(await asyncio.gather(*(right_answers(running, picture) for picture in deck)))
+            return sum(await asyncio.gather(*(correct_masks(running, image) for image in deck)))
 
     for fits in range(1, 17):
-        found = asyncio.run(work(fits))
-        answered += found
-        assert found == sum(len(picture.boxes) for picture in deck), f"{fits} crops fit"
-    say("out of memory", fits="1..16", boxes=answered, wrong=0)
+        correct = asyncio.run(work(fits))
+        labeled += correct
+        assert correct == sum(len(image.boxes) for image in deck), f"{fits} crops fit"
+    record("out of memory", fits="1..16", boxes=labeled, wrong=0)
 
 
-async def right_answers(running: Running, picture: Picture) -> int:
-    request = label_request(*picture.boxes, content=picture.content)
+async def correct_masks(running: Running, image: DeckImage) -> int:
+    request = label_request(*image.boxes, content=image.content)
     results = await label(running, request)
-    return sum(picture.is_right(place, result) for place, result in enumerate(results))
+    return sum(image.is_right(index, result) for index, result in enumerate(results))
 
 
-def test_a_crop_that_never_fits_fails_alone_in_a_stream(say: Say) -> None:
+def test_a_crop_that_never_fits_fails_alone_in_a_stream(record: Record) -> None:
     async def work() -> Counter[int]:
         async with serving(StandIn()) as running:
-            running.predictor.fits = 0  # not before: a device without room for one crop fails its warm-up
-            answers = await bulk(running, *[label_request(DISC_BOX) for _ in range(20)])
-            return Counter(result.status.code for answer in answers.values() for result in answer.response.results)
+            running.predictor.fits = 0  # only now: the warm-up fails on a device that fits no crop
+            items = await bulk(running, *[label_request(DISC_BOX) for _ in range(20)])
+            return Counter(result.status.code for item in items.values() for result in item.response.results)
 
     codes = asyncio.run(work())
-    say("out of memory at one crop", codes=dict(codes))
+    record("out of memory at one crop", codes=dict(codes))
     assert codes == {grpc.StatusCode.INTERNAL.value[0]: 20}
 
 
 def start(folder: Path, *arguments: str) -> "tuple[subprocess.Popen[bytes], str]":
-    """A stand-in server that logs every call, and its address."""
+    """Starts a stand-in server that logs every call; returns it and its address."""
     port_file = folder / "port"
     command = [sys.executable, "-m", "benchmarks.load.stand_in", "--port-file", str(port_file), "--log-level", "INFO"]
     with (folder / "log").open("w") as log:
@@ -145,17 +147,17 @@ def start(folder: Path, *arguments: str) -> "tuple[subprocess.Popen[bytes], str]
 
 
 def first_not_serving(address: str) -> float:
-    """When health first said NOT_SERVING; the stream must say it before it ends."""
+    """Returns the time of the first NOT_SERVING of a health stream; it must come before the stream ends."""
     with grpc.insecure_channel(address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
-        for answer in stub.Watch(health_pb2.HealthCheckRequest()):
-            if answer.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+        for response in stub.Watch(health_pb2.HealthCheckRequest()):
+            if response.status == health_pb2.HealthCheckResponse.NOT_SERVING:
                 return time.monotonic()
-    raise AssertionError("health never said NOT_SERVING")
+    raise AssertionError("health: the stream ended without NOT_SERVING")
 
 
 def drained(folder: Path, deck: Path, seed: int, delay_s: float) -> dict[str, Any]:
-    """One SIGTERM under load: what clients and the server's log say."""
+    """Sends SIGTERM under load; returns what the clients and the server's log recorded."""
     folder.mkdir()
     process, address = start(folder, "--batch-ms", "20", f"drain_delay_s={delay_s}", "grace_s=30.0")
     try:
@@ -170,9 +172,9 @@ def drained(folder: Path, deck: Path, seed: int, delay_s: float) -> dict[str, An
                 time.sleep(0.01)
             time.sleep(random.Random(seed).uniform(0.0, 0.7))
             process.send_signal(signal.SIGTERM)
-            told = time.monotonic()
+            signaled = time.monotonic()
             code = process.wait(60)
-            ended_s = time.monotonic() - told
+            ended_s = time.monotonic() - signaled
             samples = samples_of(load.wait(120))
             watch.join(10)
     finally:
@@ -192,20 +194,20 @@ def drained(folder: Path, deck: Path, seed: int, delay_s: float) -> dict[str, An
     }
 
 
-def test_a_server_that_is_told_to_end_answers_what_it_accepted(
-    form: Form, deck_folder: Path, tmp_path: Path, say: Say
+def test_a_draining_server_completes_every_accepted_call(
+    form: Form, deck_folder: Path, tmp_path: Path, record: Record
 ) -> None:
-    # In the short form so long that health is heard before the first refusal on any machine.
+    # Long in the short form, so that even a slow client sees health change before the first refusal.
     delay_s = form.pick(5.0, 0.3)
-    runs = [drained(tmp_path / str(at), deck_folder, form.seed + at, delay_s) for at in range(form.pick(1, 50))]
+    runs = [drained(tmp_path / str(n), deck_folder, form.seed + n, delay_s) for n in range(form.pick(1, 50))]
     lost = sum(sum(run["logged"].values()) - run["answered"] for run in runs)
     slowest = max(run["ended_s"] for run in runs)
-    say("drain", repeats=len(runs), answered=sum(run["answered"] for run in runs), lost=lost, slowest_s=slowest)
+    record("drain", repeats=len(runs), answered=sum(run["answered"] for run in runs), lost=lost, slowest_s=slowest)
     for run in runs:
         assert run["exit"] == 0
-        # Every call that reached a handler ended with OK there, and arrived with all its masks at the client.
+        # Every call that reached a handler ended with OK, and its client received all masks.
         assert run["logged"] == {"OK": run["answered"]}
-        # CANCELLED: gRPC took the call off the wire as the server closed, and no handler ever saw it.
+        # CANCELLED: gRPC received the call while the server closed; it reached no handler.
         assert set(run["others"]) <= {"UNAVAILABLE", "CANCELLED"}
         assert run["wrong"] == 0
         assert run["not_serving"] < run["first_refused"]
@@ -213,27 +215,27 @@ def test_a_server_that_is_told_to_end_answers_what_it_accepted(
         assert slowest < 31
 
 
-def test_callers_leave_in_every_way_and_the_rest_get_their_masks(form: Form, deck_folder: Path, say: Say) -> None:
-    """Cancelled before and after the first message, past the deadline, half a stream: beside calls that are checked."""
+def test_aborted_calls_of_every_kind_do_not_affect_the_others(form: Form, deck_folder: Path, record: Record) -> None:
+    """Aborts: cancelled at once or later, past the deadline, half a stream, a truncated image. Masks are checked."""
     deck, chance = load_deck(deck_folder), random.Random(form.seed)
     seconds = form.pick(1.0, 60.0)
     counts: Counter[str] = Counter()
 
-    async def rude(running: Running) -> None:
-        picture = chance.choice(deck)
-        request = label_request(*picture.boxes, content=picture.content)
-        way = chance.choice(("cancel at once", "cancel later", "deadline", "half a stream", "no picture"))
-        counts[way] += 1
+    async def aborted(running: Running) -> None:
+        image = chance.choice(deck)
+        request = label_request(*image.boxes, content=image.content)
+        kind = chance.choice(("cancel at once", "cancel later", "deadline", "half a stream", "truncated image"))
+        counts[kind] += 1
         try:
-            if way == "half a stream":
+            if kind == "half a stream":
                 call = running.labeling.LabelImages(iter([]))
                 call.cancel()
                 return
-            if way == "no picture":
-                request.image.content = picture.content[: chance.randrange(1, len(picture.content))]
-            call = running.labeling.LabelImage(request, timeout=0.02 if way == "deadline" else None)
-            if way.startswith("cancel"):
-                await asyncio.sleep(0 if way == "cancel at once" else chance.uniform(0, 0.1))
+            if kind == "truncated image":
+                request.image.content = image.content[: chance.randrange(1, len(image.content))]
+            call = running.labeling.LabelImage(request, timeout=0.02 if kind == "deadline" else None)
+            if kind.startswith("cancel"):
+                await asyncio.sleep(0 if kind == "cancel at once" else chance.uniform(0, 0.1))
                 call.cancel()
             async for _ in call:
                 pass
@@ -241,18 +243,23 @@ def test_callers_leave_in_every_way_and_the_rest_get_their_masks(form: Form, dec
             return
 
     async def work() -> tuple[int, int]:
-        right = asked = 0
+        correct = requested = 0
         async with serving(StandIn(batch_s=0.005), max_batch_size=8) as running:
             until = time.monotonic() + seconds
             while time.monotonic() < until:
-                pictures = chance.choices(deck, k=4)
-                rudes = [asyncio.create_task(rude(running)) for _ in range(8)]
-                right += sum(await asyncio.gather(*(right_answers(running, picture) for picture in pictures)))
-                asked += sum(len(picture.boxes) for picture in pictures)
-                await asyncio.gather(*rudes)
+                images = chance.choices(deck, k=4)
+                aborts = [asyncio.create_task(aborted(running)) for _ in range(8)]
+                correct += sum(await asyncio.gather(*(correct_masks(running, image) for image in images)))
+                requested += sum(len(image.boxes) for image in images)
+                await asyncio.gather(*aborts)
             assert running.server.waiting == 0
-        return right, asked
+        return correct, requested
 
-    right, asked = asyncio.run(asyncio.wait_for(work(), 600))
-    say("rude callers", right=right, asked=asked, **{key.replace(" ", "_"): n for key, n in counts.items()})
-    assert right == asked > 0
+    correct, requested = asyncio.run(asyncio.wait_for(work(), 600))
+    record(
+        "aborted calls",
+        correct=correct,
+        requested=requested,
+        aborts=dict(counts),
+    )
+    assert correct == requested > 0

@@ -1,4 +1,4 @@
-"""Hostile pictures and requests by the thousand: each a clear answer, quickly, in little memory; refused callers."""
+"""Malformed images and requests by the thousand: each gets a clear status, fast, with little memory."""
 
 import asyncio
 import os
@@ -28,22 +28,22 @@ from tests.mal_server.inference.test_bad_images import ACCEPTED, REFUSED, saved
 from tests.mal_server.random_requests import REQUESTS
 from tests.mal_server.security.test_auth import NOTHING, Certificates, calls_of, outcomes, reached
 
-Say = Callable[..., None]
+Record = Callable[..., None]
 
-FORMS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_S = 2.0
 
 
 def corpus() -> list[bytes]:
-    """Sound files of every format and mode, and the named bad ones."""
+    """Returns valid files of every format and mode, and the invalid ones of test_bad_images."""
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
-    sound = [saved(picture, form) for form in FORMS]
-    return [*sound, *ACCEPTED.values(), *(content for content, _ in REFUSED.values() if content)]
+    image = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    valid = [saved(image, image_format) for image_format in FORMATS]
+    return [*valid, *ACCEPTED.values(), *(content for content, _ in REFUSED.values() if content)]
 
 
 def mutant(chance: random.Random, seeds: list[bytes]) -> bytes:
-    """A file that was cut, overwritten, doubled, crossed with another, or given a forged length."""
+    """Returns a file with random edits: overwritten, truncated, repeated, spliced, or with a forged length."""
     data = bytearray(chance.choice(seeds))
     for _ in range(chance.randint(1, 4)):
         at = chance.randrange(len(data)) if data else 0
@@ -69,9 +69,9 @@ def rss_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def test_mutated_pictures_are_read_or_refused_quickly_in_little_memory(form: Form, say: Say) -> None:
+def test_mutated_images_are_decoded_or_refused_fast_with_little_memory(form: Form, record: Record) -> None:
     chance, seeds, count = random.Random(form.seed), corpus(), form.pick(2000, 100_000)
-    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     slowest, before = 0.0, rss_mib()
     for _ in range(count):
         data = mutant(chance, seeds)
@@ -80,30 +80,30 @@ def test_mutated_pictures_are_read_or_refused_quickly_in_little_memory(form: For
             image = decode_image(data)
             assert image.ndim == 3
             assert image.dtype == np.uint8
-            found["read"] += 1
+            outcomes["decoded"] += 1
         except BadImage as error:
-            found[error.reason] += 1
+            outcomes[error.reason] += 1
         slowest = max(slowest, time.thread_time() - began)
     growth = rss_mib() - before
-    say("hostile pictures", cases=count, growth_mib=growth, slowest_ms=slowest * 1000, **found)
-    assert sum(found.values()) == count
-    assert found["read"] > 0
+    record("mutated images", cases=count, growth_mib=growth, slowest_ms=slowest * 1000, **outcomes)
+    assert sum(outcomes.values()) == count
+    assert outcomes["decoded"] > 0
     assert growth <= 256
     assert slowest <= MAX_S
 
 
-def test_no_mutated_picture_is_a_fault_of_the_server(form: Form, say: Say) -> None:
+def test_no_mutated_image_causes_a_server_error(form: Form, record: Record) -> None:
     chance, seeds, count = random.Random(form.seed + 1), corpus(), form.pick(200, 5000)
 
     async def work() -> Counter[int]:
         async with serving(max_batch_size=16) as running:
             requests = [label_request(DISC_BOX, content=mutant(chance, seeds)) for _ in range(count)]
-            answers = await bulk(running, *requests)
+            items = await bulk(running, *requests)
             assert len(await label(running, label_request(DISC_BOX))) == 1
-            return Counter(answer.status.code for answer in answers.values())
+            return Counter(item.status.code for item in items.values())
 
     codes = asyncio.run(asyncio.wait_for(work(), 600))
-    say("hostile pictures, served", cases=count, codes=dict(codes))
+    record("mutated images, served", cases=count, codes=dict(codes))
     assert set(codes) <= {code_pb2.OK, code_pb2.INVALID_ARGUMENT}
     assert sum(codes.values()) == count
 
@@ -117,9 +117,9 @@ def hostile_round(
     running: Running, loop: asyncio.AbstractEventLoop, seen: Counter[int], requests: Any, junk: Any
 ) -> None:
     async def work() -> None:
-        for answer in (await bulk(running, *requests)).values():
-            seen[answer.status.code] += 1
-            seen.update(result.status.code for result in answer.response.results)
+        for item in (await bulk(running, *requests)).values():
+            seen[item.status.code] += 1
+            seen.update(result.status.code for result in item.response.results)
         path = "/mal.v1.LabelingService/LabelImage"
         call: Any = running.channel.unary_stream(path)(junk)
         try:
@@ -132,7 +132,7 @@ def hostile_round(
     asyncio.run_coroutine_threadsafe(work(), loop).result(120)
 
 
-def test_no_request_is_a_fault_of_the_server_and_each_round_ends_with_a_right_answer(form: Form, say: Say) -> None:
+def test_no_random_request_causes_a_server_error_or_breaks_the_next_call(form: Form, record: Record) -> None:
     seen: Counter[int] = Counter()
 
     async def work() -> None:
@@ -140,7 +140,7 @@ def test_no_request_is_a_fault_of_the_server_and_each_round_ends_with_a_right_an
             await asyncio.to_thread(hostile_round, running, asyncio.get_running_loop(), seen)
 
     asyncio.run(work())
-    say("hostile requests", cases=ROUNDS * 21, codes=dict(seen))
+    record("random requests", cases=ROUNDS * 21, codes=dict(seen))
     assert set(seen) <= {code_pb2.OK, code_pb2.INVALID_ARGUMENT}
     assert sum(seen.values()) >= ROUNDS * 20
 
@@ -152,7 +152,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture
 def entries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One entry for each call that reached a handler."""
+    """Returns a list that receives an entry for each call that reaches a handler."""
     found: list[str] = []
     inner = LabelingService.LabelImage
 
@@ -165,7 +165,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_calls_without_a_valid_certificate_and_token_reach_no_handler(
-    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, entries: list[str], form: Form, say: Say
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, entries: list[str], form: Form, record: Record
 ) -> None:
     monkeypatch.setenv("MAL_TEST_LABEL", "label-0123456789abcdef")
     tokens = [{"name": "label", "token": "env:MAL_TEST_LABEL", "scopes": ["label"]}]
@@ -199,7 +199,7 @@ def test_calls_without_a_valid_certificate_and_token_reach_no_handler(
         return refused, shown, before, valid
 
     refused, shown, before, valid = asyncio.run(asyncio.wait_for(work(), 600))
-    say("certificates", rounds=rounds, handshakes=dict(refused), tokens=dict(shown), handler_entries=before)
+    record("certificates", rounds=rounds, handshakes=dict(refused), tokens=dict(shown), handler_entries=before)
     assert refused == {"UNAVAILABLE": rounds * len(strangers)}
     assert before == 0
     assert (valid, len(entries)) == ({"label": "OK"}, 1)

@@ -1,4 +1,4 @@
-"""Three servers behind the proxies whose configurations we ship, one of them killed under load: nothing is lost."""
+"""Three servers behind each shipped proxy configuration; one is killed under load and no call is lost."""
 
 import re
 import shutil
@@ -17,13 +17,13 @@ from mal_server.ops.health_probe import HealthProbe
 from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
 
-Say = Callable[..., None]
+Record = Callable[..., None]
 
 PROXIES = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
 
 
 def command_of(proxy: str, config: Path) -> list[str]:
-    """Runs a proxy in the foreground."""
+    """Returns the command that runs a proxy in the foreground."""
     if proxy == "haproxy":
         return ["haproxy", "-db", "-f", str(config)]
     return ["nginx", "-c", str(config), "-g", f"daemon off; pid {config.parent}/nginx.pid;"]
@@ -31,7 +31,7 @@ def command_of(proxy: str, config: Path) -> list[str]:
 
 @contextmanager
 def proxied(proxy: str, folder: Path, servers: list[Server]) -> Iterator[str]:
-    """The shipped configuration with these servers' addresses and a free port."""
+    """Runs a proxy with the shipped configuration, changed to these servers' addresses and a free port."""
     if shutil.which(proxy) is None:
         pytest.skip(f"{proxy} is not installed (Debian: haproxy, nginx-light)")
     port = free_port()
@@ -46,7 +46,7 @@ def proxied(proxy: str, folder: Path, servers: list[Server]) -> Iterator[str]:
         until = time.monotonic() + 60
         while HealthProbe(f"127.0.0.1:{port}").check() != "SERVING":
             assert process.poll() is None, f"the proxy ended with {process.returncode}"
-            assert time.monotonic() < until, "the proxy did not come up"
+            assert time.monotonic() < until, "the proxy did not start"
             time.sleep(0.05)
         yield f"127.0.0.1:{port}"
     finally:
@@ -56,11 +56,11 @@ def proxied(proxy: str, folder: Path, servers: list[Server]) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("proxy", sorted(PROXIES))
-def test_one_of_three_servers_dies_behind_a_proxy_and_nothing_is_lost(
-    proxy: str, form: Form, deck_folder: Path, tmp_path: Path, say: Say
+def test_killing_one_of_three_servers_behind_a_proxy_loses_no_call(
+    proxy: str, form: Form, deck_folder: Path, tmp_path: Path, record: Record
 ) -> None:
     with ExitStack() as stack:
-        # Answers of several messages: the one that dies is in the middle of some.
+        # Several messages per response: the killed server is in the middle of some.
         settings = ("--batch-ms", "20", "max_batch_size=2")
         servers = [stack.enter_context(stand_in(tmp_path, *settings, name=f"s{i}")) for i in range(3)]
         address = stack.enter_context(proxied(proxy, tmp_path, servers))
@@ -69,17 +69,17 @@ def test_one_of_three_servers_dies_behind_a_proxy_and_nothing_is_lost(
             time.sleep(max(load.start_at - time.monotonic(), 0) + 1.0)
             servers[0].process.send_signal(signal.SIGKILL)
             samples = samples_of(load.wait(900))
-        shares = [server.cpu_s() for server in servers[1:]]
+        cpu_s = [server.cpu_s() for server in servers[1:]]
     tries = sum(one.tries for one in samples)
-    say(f"{proxy}, one of three killed", calls=len(samples), tries=tries, others_cpu_s=shares)
+    record(f"{proxy}, one of three killed", calls=len(samples), tries=tries, others_cpu_s=cpu_s)
     assert len(samples) == plan.calls
     assert {(one.code, one.right, one.wrong) for one in samples} == {("OK", 8, 0)}
 
 
-def test_clients_of_several_servers_move_on_when_one_dies(
-    form: Form, deck_folder: Path, tmp_path: Path, say: Say
+def test_clients_with_several_addresses_fail_over_when_one_server_is_killed(
+    form: Form, deck_folder: Path, tmp_path: Path, record: Record
 ) -> None:
-    """Without a proxy: each client knows both addresses."""
+    """Without a proxy: each client has both addresses."""
     with ExitStack() as stack:
         servers = [stack.enter_context(stand_in(tmp_path, "--batch-ms", "20", name=f"s{i}")) for i in range(2)]
         addresses = ",".join(server.address for server in servers)
@@ -89,6 +89,6 @@ def test_clients_of_several_servers_move_on_when_one_dies(
             servers[0].process.send_signal(signal.SIGKILL)
             samples = samples_of(load.wait(900))
     tries = sum(one.tries for one in samples)
-    say("one of two killed", calls=len(samples), tries=tries)
+    record("one of two killed", calls=len(samples), tries=tries)
     assert len(samples) == plan.calls
     assert {(one.code, one.right, one.wrong) for one in samples} == {("OK", 2, 0)}

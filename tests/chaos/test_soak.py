@@ -1,7 +1,7 @@
-"""Everything at once, for as long as one likes: servers that die, freeze, drain and lose their device; nothing is lost.
+"""A soak test with all faults at once: servers are killed, frozen, drained and lose their device; no call is lost.
 
-Meanwhile callers leave in every way, send hostile pictures and bytes, and a bulk job is killed and taken up again. One
-of the servers never ends: it tells what a long life leaves behind. MAL_SOAK_S sets the length in seconds: an hour is
+Meanwhile clients abort calls and send malformed images and bytes, and a bulk job is killed and resumed. One server runs
+to the end and shows leaks. MAL_SOAK_S sets the duration in seconds; for an hour:
 `MAL_CHAOS=full MAL_SOAK_S=3600 pytest -s tests/chaos/test_soak.py`.
 """
 
@@ -25,47 +25,47 @@ import pytest
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, types_pb2
 
 from benchmarks.load.caller import LABEL_IMAGE, Plan
-from benchmarks.load.deck import Picture, load_deck
+from benchmarks.load.deck import DeckImage, load_deck
 from benchmarks.load.run import ROOT, START_S, environment, loading, samples_of, wait_for_address
 from mal_server.ops.health_probe import HealthProbe
 from tests.chaos.conftest import FORM, Form
 from tests.chaos.test_hostile import corpus, mutant
 from tests.chaos.test_load import free_port, queued_crops
 
-Say = Callable[..., None]
+Record = Callable[..., None]
 
 SECONDS = float(os.environ.get("MAL_SOAK_S", FORM.pick(15, 300)))
 PAUSE_S = FORM.pick(0.3, 3.0)
-"""At most, between two faults."""
-MORTALS = 2
+"""Longest pause between two faults."""
+VICTIMS = 2
 CLIENTS, BOXES = 6, 4
 JOB_IMAGES = 40
 GROWTH_MIB = 20
-"""Of a server that lives on, from the second quarter of its life to the last; as the leak test allows."""
+"""Limit of the growth of the long-lived server, from the second quarter of the run to the last."""
 
-pytestmark = pytest.mark.slow  # servers are started again and again, and each imports torch
+pytestmark = pytest.mark.slow  # many server starts, and each imports torch
 
 
 @dataclass
-class Tended:
-    """A stand-in server that is started again whenever it ends, at the same address.
+class RestartedServer:
+    """A stand-in server that is restarted at the same address whenever it ends.
 
     Attributes:
-        folder: of its files.
-        address: its own host of this machine, so that no connection of another process can take its port meanwhile.
+        folder: for its files.
+        address: on a loopback host of its own, so that no other connection takes its port between restarts.
         arguments: of the stand-in.
-        ends: (exit code that the fault before is known to have, exit code), one for each end.
-        due: exit code that it is bound to end with, once a fault is done to it.
+        exits: (expected exit code, exit code) of each exit.
+        expected_exit: exit code that the last fault causes; None without a fault.
     """
 
     folder: Path
     address: str
     arguments: Sequence[str] = ()
-    ends: list[tuple[int | None, int]] = field(default_factory=list)
-    due: int | None = None
+    exits: list[tuple[int | None, int]] = field(default_factory=list)
+    expected_exit: int | None = None
 
     def start(self) -> None:
-        """Does not wait for it."""
+        """Starts the process without waiting for it."""
         self.port_file.unlink(missing_ok=True)
         host, _, port = self.address.rpartition(":")
         command = [sys.executable, "-m", "benchmarks.load.stand_in", "--port-file", str(self.port_file)]
@@ -85,59 +85,59 @@ class Tended:
 
     @property
     def is_up(self) -> bool:
-        """It serves, and nothing will end it soon."""
-        return self.due is None and self.process.poll() is None and self.port_file.exists()
+        """True while it serves and no fault is pending."""
+        return self.expected_exit is None and self.process.poll() is None and self.port_file.exists()
 
-    def tend(self) -> None:
-        """Starts it again where it has ended."""
+    def restart_if_ended(self) -> None:
+        """Restarts the process if it has ended."""
         code = self.process.poll()
         if code is not None:
-            self.ends.append((self.due, code))
-            self.due = None
+            self.exits.append((self.expected_exit, code))
+            self.expected_exit = None
             self.start()
 
-    def end(self) -> None:
-        """For good, by SIGTERM."""
+    def stop(self) -> None:
+        """Ends the process by SIGTERM, without a restart."""
         self.process.send_signal(signal.SIGTERM)
-        self.ends.append((0, self.process.wait(120)))
+        self.exits.append((0, self.process.wait(120)))
 
     def rss_mib(self) -> float:
-        """Resident memory."""
+        """Returns the resident memory."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def files(self) -> int:
-        """Open ones, sockets among them."""
+        """Returns the number of open files, sockets included."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
 
-class Job:
-    """`mal-client label` on the deck's pictures, over and over; each output is held against the right masks."""
+class BulkJob:
+    """`mal-client label` on the deck's images, repeated; each output is compared with the expected masks."""
 
     def __init__(self, folder: Path, deck_folder: Path, addresses: Sequence[str]) -> None:
         self._folder = folder
         self._deck = load_deck(deck_folder)
         images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
-        for at in range(JOB_IMAGES):
-            picture = self._deck[at % len(self._deck)]
-            size = {"width": picture.width, "height": picture.height}
-            images.append({"id": at, "file_name": f"{at % len(self._deck)}.jpg", **size})
-            for box in picture.boxes:
-                row = {"id": len(annotations), "image_id": at, "category_id": 1, "bbox": box, "iscrowd": 0}
+        for index in range(JOB_IMAGES):
+            image = self._image(index)
+            size = {"width": image.width, "height": image.height}
+            images.append({"id": index, "file_name": f"{index % len(self._deck)}.jpg", **size})
+            for box in image.boxes:
+                row = {"id": len(annotations), "image_id": index, "category_id": 1, "bbox": box, "iscrowd": 0}
                 annotations.append({**row, "area": box[2] * box[3]})
         content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
-        self._wanted = [counts.decode() for at in range(JOB_IMAGES) for counts in self._picture(at).counts or ()]
+        self._expected = [counts.decode() for n in range(JOB_IMAGES) for counts in self._image(n).counts or ()]
         (folder / "boxes.json").write_text(json.dumps(content))
         data = ["--annotations", str(folder / "boxes.json"), "--images", str(deck_folder)]
         run = "import sys; from mal_client.cli.main import main; sys.exit(main())"
         self._command = [sys.executable, "-c", run, "label", "--server", ",".join(addresses), *data, "--log", "json"]
         self.done = 0
         self.kills = 0
-        self.wrong: list[str] = []
+        self.errors: list[str] = []
         self._start()
 
-    def _picture(self, at: int) -> Picture:
-        return self._deck[at % len(self._deck)]
+    def _image(self, index: int) -> DeckImage:
+        return self._deck[index % len(self._deck)]
 
     @property
     def _output(self) -> Path:
@@ -150,84 +150,84 @@ class Job:
             )
 
     def kill(self) -> None:
-        """By SIGKILL; the same command goes on where it was."""
+        """Kills the process and starts the same command, which resumes."""
         self.process.kill()
         self.process.wait()
         self.kills += 1
         self._start()
 
-    def tend(self) -> None:
-        """Looks at the output of one that has ended, and starts the next."""
+    def repeat_if_ended(self) -> None:
+        """Checks the output of a run that has ended and starts the next."""
         if self.process.poll() is not None:
             self._check()
             self.done += 1
             self._start()
 
     def finish(self) -> None:
-        """Lets the last one come to its end."""
+        """Waits for the last run and checks its output."""
         self.process.wait(600)
         self._check()
         self.done += 1
 
     def _check(self) -> None:
         if self.process.returncode != 0:
-            self.wrong.append(f"job {self.done} ended with {self.process.returncode}")
+            self.errors.append(f"job {self.done} ended with {self.process.returncode}")
             return
         rows = json.loads(self._output.read_text())["annotations"]
-        if [row["id"] for row in rows] != list(range(len(self._wanted))):
-            self.wrong.append(f"job {self.done}: {len(rows)} rows for {len(self._wanted)} boxes, or in another order")
-        found = [row.get("segmentation", {}).get("counts") for row in rows]
-        bad = sum(one != right for one, right in zip(found, self._wanted, strict=False))
+        if [row["id"] for row in rows] != list(range(len(self._expected))):
+            self.errors.append(f"job {self.done}: {len(rows)} rows for {len(self._expected)} boxes, or wrong order")
+        actual = [row.get("segmentation", {}).get("counts") for row in rows]
+        bad = sum(mask != expected for mask, expected in zip(actual, self._expected, strict=False))
         if bad:
-            self.wrong.append(f"job {self.done}: {bad} masks are wrong or missing")
+            self.errors.append(f"job {self.done}: {bad} masks are wrong or missing")
         self._output.unlink()
 
 
-class Rude:
-    """Callers that leave, and callers that send what is no picture or no request."""
+class BadClients:
+    """Clients that abort calls, and clients that send invalid images or requests."""
 
-    WAYS = ("cancel at once", "cancel later", "deadline", "half a stream", "cut picture", "mutant", "junk")
+    KINDS = ("cancel at once", "cancel later", "deadline", "half a stream", "truncated image", "mutant", "junk")
 
-    def __init__(self, chance: random.Random, deck: Sequence[Picture]) -> None:
+    def __init__(self, chance: random.Random, deck: Sequence[DeckImage]) -> None:
         self._chance = chance
         self._deck = deck
         self._corpus = corpus()
         self.codes: Counter[str] = Counter()
 
     def burst(self, address: str) -> None:
-        """A dozen calls on a connection of their own, which then goes."""
+        """Makes a dozen calls on a connection of its own and closes it."""
         with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-            calls = [self._call(channel, self._chance.choice(self.WAYS)) for _ in range(12)]
+            calls = [self._call(channel, self._chance.choice(self.KINDS)) for _ in range(12)]
             time.sleep(self._chance.uniform(0, 0.1))
-            for call, leaves in calls:
-                if leaves:
+            for call, is_aborted in calls:
+                if is_aborted:
                     call.cancel()
                 self.codes[_end_of(call)] += 1
 
-    def _call(self, channel: grpc.Channel, way: str) -> tuple[Any, bool]:
-        """The call, and whether its caller will leave."""
+    def _call(self, channel: grpc.Channel, kind: str) -> tuple[Any, bool]:
+        """Starts a call; returns it and whether its client will cancel it."""
         stub: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
-        picture = self._chance.choice(self._deck)
-        if way == "junk":
+        image = self._chance.choice(self._deck)
+        if kind == "junk":
             return channel.unary_stream(LABEL_IMAGE, None, None)(self._chance.randbytes(200)), False
-        if way == "half a stream":
-            item = labeling_pb2.LabelImagesRequest(item_id="1", request=self._request(picture))
+        if kind == "half a stream":
+            item = labeling_pb2.LabelImagesRequest(item_id="1", request=self._request(image))
             return stub.LabelImages(iter([item])), True
-        request = self._request(picture)
-        if way == "cut picture":
-            request.image.content = picture.content[: self._chance.randrange(1, len(picture.content))]
-        if way == "mutant":
+        request = self._request(image)
+        if kind == "truncated image":
+            request.image.content = image.content[: self._chance.randrange(1, len(image.content))]
+        if kind == "mutant":
             request.image.content = mutant(self._chance, self._corpus)
             request.image.ClearField("expected_width")
             request.image.ClearField("expected_height")
-        call = stub.LabelImage(request, timeout=0.02 if way == "deadline" else 60)
-        if way == "cancel at once":
+        call = stub.LabelImage(request, timeout=0.02 if kind == "deadline" else 60)
+        if kind == "cancel at once":
             call.cancel()
-        return call, way == "cancel later"
+        return call, kind == "cancel later"
 
-    def _request(self, picture: Picture) -> labeling_pb2.LabelImageRequest:
-        places = list(range(len(picture.boxes)))
-        return labeling_pb2.LabelImageRequest.FromString(picture.request(places, places, types_pb2.LabelOptions()))
+    def _request(self, image: DeckImage) -> labeling_pb2.LabelImageRequest:
+        indices = list(range(len(image.boxes)))
+        return labeling_pb2.LabelImageRequest.FromString(image.request(indices, indices, types_pb2.LabelOptions()))
 
 
 def _end_of(call: Any) -> str:
@@ -242,119 +242,126 @@ def _end_of(call: Any) -> str:
     return "OK"
 
 
-class Faults:
-    """Does one fault after the other.
+class FaultInjector:
+    """Injects one fault after another.
 
     Args:
-        chance: of everything.
-        witness: the server that never ends.
-        mortals: those that do.
+        chance: random choices.
+        survivor: the server that runs to the end.
+        victims: the servers that faults end.
         job: the bulk job.
-        rude: the callers without manners.
+        clients: abort calls and send invalid requests.
     """
 
-    def __init__(self, chance: random.Random, witness: Tended, mortals: Sequence[Tended], job: Job, rude: Rude) -> None:
+    def __init__(
+        self,
+        chance: random.Random,
+        survivor: RestartedServer,
+        victims: Sequence[RestartedServer],
+        job: BulkJob,
+        clients: BadClients,
+    ) -> None:
         self._chance = chance
-        self._witness = witness
-        self._mortals = mortals
+        self._survivor = survivor
+        self._victims = victims
         self._job = job
-        self._rude = rude
+        self._clients = clients
         self.done: Counter[str] = Counter()
         self.rss_mib: list[float] = []
         self.files: list[int] = []
 
     def kinds(self, until: float) -> Iterator[str]:
-        """Each once, in a random order, then any, until the time is over."""
-        every = ["kill", "drain", "lose the device", "freeze", "reload", "rude callers", "kill the job"]
+        """Yields each kind once in random order, then random kinds until the time is over."""
+        every = ["kill", "drain", "lose the device", "freeze", "reload", "bad clients", "kill the job"]
         yield from self._chance.sample(every, len(every))
         while time.monotonic() < until:
             yield self._chance.choice(every)
 
-    def do(self, kind: str) -> None:
-        """One fault, once there is a server for it."""
+    def inject(self, kind: str) -> None:
+        """Injects a fault as soon as a server is up for it."""
         ends = {"kill": (signal.SIGKILL, -9), "drain": (signal.SIGTERM, 0), "lose the device": (signal.SIGUSR2, 1)}
         if kind in ends:
             number, code = ends[kind]
-            server = self._chance.choice(self._those_up())
-            server.due = code
+            server = self._chance.choice(self._victims_up())
+            server.expected_exit = code
             server.process.send_signal(number)
             if kind == "lose the device":
-                self._rude.burst(server.address)  # it is noticed by the next batch
+                self._clients.burst(server.address)  # the next batch detects it
         elif kind == "freeze":
-            server = self._chance.choice([self._witness, *self._those_up()])
+            server = self._chance.choice([self._survivor, *self._victims_up()])
             server.process.send_signal(signal.SIGSTOP)
             time.sleep(self._chance.uniform(0.05, PAUSE_S))
             server.process.send_signal(signal.SIGCONT)
         elif kind == "reload":
-            self._chance.choice([self._witness, *self._those_up()]).process.send_signal(signal.SIGHUP)
-        elif kind == "rude callers":
-            self._rude.burst(self._witness.address)
+            self._chance.choice([self._survivor, *self._victims_up()]).process.send_signal(signal.SIGHUP)
+        elif kind == "bad clients":
+            self._clients.burst(self._survivor.address)
         else:
             self._job.kill()
         self.done[kind] += 1
 
-    def rest(self, seconds: float) -> None:
-        """Keeps everything going for so long, and looks at the witness."""
+    def run(self, seconds: float) -> None:
+        """Restarts what ended, for this long, and records the survivor's memory and files."""
         until = time.monotonic() + seconds
         while True:
-            for server in (self._witness, *self._mortals):
-                server.tend()
-            self._job.tend()
-            self.rss_mib.append(self._witness.rss_mib())
-            self.files.append(self._witness.files())
+            for server in (self._survivor, *self._victims):
+                server.restart_if_ended()
+            self._job.repeat_if_ended()
+            self.rss_mib.append(self._survivor.rss_mib())
+            self.files.append(self._survivor.files())
             if time.monotonic() >= until:
                 return
             time.sleep(0.1)
 
-    def wait_for(self, holds: Callable[[], object], what: str) -> None:
-        """Keeps everything going until it is so."""
+    def wait_for(self, holds: Callable[[], object], message: str) -> None:
+        """Runs until a condition holds; fails with the message after START_S."""
         until = time.monotonic() + START_S
         while not holds():
-            assert time.monotonic() < until, what
-            self.rest(0.1)
+            assert time.monotonic() < until, message
+            self.run(0.1)
 
-    def _those_up(self) -> list[Tended]:
-        self.wait_for(lambda: any(one.is_up for one in self._mortals), "no server came up again")
-        return [one for one in self._mortals if one.is_up]
+    def _victims_up(self) -> list[RestartedServer]:
+        self.wait_for(lambda: any(one.is_up for one in self._victims), "no server restarted")
+        return [one for one in self._victims if one.is_up]
 
 
-# On the function: a module's mark would yield to the limit that every test of this folder gets.
+# On the function: the limit that conftest.py adds to every test takes precedence over a module's mark.
 @pytest.mark.timeout(SECONDS + 1200)
-def test_under_all_faults_at_random_nothing_is_lost_and_nothing_comes_twice(
-    form: Form, deck_folder: Path, tmp_path: Path, say: Say
+def test_no_call_is_lost_or_answered_twice_under_random_faults(
+    form: Form, deck_folder: Path, tmp_path: Path, record: Record
 ) -> None:
     chance, metrics = random.Random(form.seed), free_port()
-    # Batches that do not fit the device are part of every day.
+    # Some batches do not fit on the device.
     arguments = ("--log-level", "ERROR", "--batch-ms", "20", "--fits", "6", "max_batch_size=16", "drain_delay_s=0.2")
-    witness = Tended(tmp_path, f"127.0.0.1:{free_port()}", (*arguments, f"metrics.port={metrics}"))
-    mortals = [Tended(tmp_path, f"127.0.0.{at + 2}:{free_port()}", arguments) for at in range(MORTALS)]
-    servers = [witness, *mortals]
+    survivor = RestartedServer(tmp_path, f"127.0.0.1:{free_port()}", (*arguments, f"metrics.port={metrics}"))
+    victims = [RestartedServer(tmp_path, f"127.0.0.{n + 2}:{free_port()}", arguments) for n in range(VICTIMS)]
+    servers = [survivor, *victims]
     addresses = [one.address for one in servers]
     with ExitStack() as stack:
         for server in servers:
             server.start()
-            stack.callback(lambda one: ended(one.process), server)
+            stack.callback(lambda one: kill(one.process), server)
         for server in servers:
             wait_for_address(server.process, server.port_file)
-        job = Job(tmp_path, deck_folder, addresses)
-        stack.callback(lambda: ended(job.process))
-        rude = Rude(chance, load_deck(deck_folder))
-        faults = Faults(chance, witness, mortals, job, rude)
+        job = BulkJob(tmp_path, deck_folder, addresses)
+        stack.callback(lambda: kill(job.process))
+        clients = BadClients(chance, load_deck(deck_folder))
+        faults = FaultInjector(chance, survivor, victims, job, clients)
         plan = Plan(",".join(addresses), clients=CLIENTS, seconds=SECONDS, boxes=BOXES, retries=True, seed=form.seed)
         with loading([plan], deck_folder) as load:
             for kind in faults.kinds(load.start_at + SECONDS):
-                faults.do(kind)
-                faults.rest(chance.uniform(0, PAUSE_S))
+                faults.inject(kind)
+                faults.run(chance.uniform(0, PAUSE_S))
             samples = samples_of(load.wait(SECONDS + 600))
-        faults.wait_for(lambda: all(one.is_up for one in servers), "a server did not come back")
+        faults.wait_for(lambda: all(one.is_up for one in servers), "a server did not restart")
         job.finish()
-        faults.wait_for(lambda: queued_crops(f"127.0.0.1:{metrics}") == 0, "crops wait that nobody waits for")
+        faults.wait_for(lambda: queued_crops(f"127.0.0.1:{metrics}") == 0, "abandoned crops are still queued")
         health = [HealthProbe(address).check() for address in addresses]
         for server in servers:
-            server.end()
-    growth_mib, more_files = _grown(faults.rss_mib), _grown(faults.files)
+            server.stop()
+    growth_mib, more_files = _growth(faults.rss_mib), _growth(faults.files)
     logs = {server.address: server.log.read_text() for server in servers}
-    say(
+    record(
         "soak",
         seconds=SECONDS,
         calls=len(samples),
@@ -362,30 +369,30 @@ def test_under_all_faults_at_random_nothing_is_lost_and_nothing_comes_twice(
         jobs=job.done,
         growth_mib=growth_mib,
         more_files=more_files,
-        ends=sum(len(one.ends) for one in mortals) - MORTALS,
+        restarts=sum(len(one.exits) for one in victims) - VICTIMS,
         **{kind.replace(" ", "_"): count for kind, count in sorted(faults.done.items())},
-        rude=dict(rude.codes),
+        client_codes=dict(clients.codes),
     )
     assert {(one.code, one.right, one.wrong) for one in samples} == {("OK", BOXES, 0)}
-    assert (job.wrong, job.done > 0, job.kills) == ([], True, faults.done["kill the job"])
+    assert (job.errors, job.done > 0, job.kills) == ([], True, faults.done["kill the job"])
     assert health == ["SERVING"] * len(servers)
     for server in servers:
-        assert all(due == code for due, code in server.ends), (server.ends, logs[server.address])
-        # gRPC logs a traceback of its own where a call is cancelled before its handler begins; none goes through ours.
+        assert all(expected == code for expected, code in server.exits), (server.exits, logs[server.address])
+        # gRPC itself logs a traceback for a call cancelled before its handler starts; none may contain our files.
         assert f'File "{ROOT}' not in logs[server.address]
-    assert len(witness.ends) == 1
-    assert set(rude.codes) <= {"OK", "INVALID_ARGUMENT", "CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE"}
+    assert len(survivor.exits) == 1
+    assert set(clients.codes) <= {"OK", "INVALID_ARGUMENT", "CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE"}
     assert growth_mib <= GROWTH_MIB
-    assert more_files <= CLIENTS + MORTALS + 2
+    assert more_files <= CLIENTS + VICTIMS + 2
 
 
-def ended(process: "subprocess.Popen[bytes]") -> None:
-    """Whatever it is at."""
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kills a process and waits for it."""
     process.kill()
     process.wait()
 
 
-def _grown(seen: Sequence[float]) -> float:
-    """From the second quarter of what was seen to the last, by their medians."""
-    quarter = len(seen) // 4
-    return statistics.median(seen[-quarter:]) - statistics.median(seen[quarter : 2 * quarter])
+def _growth(values: Sequence[float]) -> float:
+    """Returns the median of the last quarter minus the median of the second."""
+    quarter = len(values) // 4
+    return statistics.median(values[-quarter:]) - statistics.median(values[quarter : 2 * quarter])

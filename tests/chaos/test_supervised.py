@@ -1,4 +1,4 @@
-"""A real supervisor brings the server back after kill -9 and after a lost device; patient clients lose nothing."""
+"""supervisord restarts the server after kill -9 and after a lost device; retrying clients lose no call."""
 
 import os
 import random
@@ -20,21 +20,21 @@ from mal_server.ops.health_probe import HealthProbe
 from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
 
-Say = Callable[..., None]
+Record = Callable[..., None]
 
 CONF = ROOT / "deploy" / "supervisord.conf"
 
 
 @dataclass
 class Supervised:
-    """A server under supervisord, by the very file that we ship."""
+    """A server under supervisord with the shipped configuration."""
 
     supervisor: "subprocess.Popen[bytes]"
     address: str
     folder: Path
 
     def pid(self) -> int:
-        """The server's process now; waits for one."""
+        """Returns the id of the server process; waits until there is one."""
         until = time.monotonic() + 120
         while time.monotonic() < until:
             children = Path(f"/proc/{self.supervisor.pid}/task/{self.supervisor.pid}/children").read_text().split()
@@ -44,25 +44,25 @@ class Supervised:
         raise AssertionError("supervisord started no new process")
 
     def health(self) -> str:
-        """As `mal-server health` says."""
+        """Returns the status that `mal-server health` prints."""
         return HealthProbe(self.address, timeout_s=1.0).check().partition(" ")[0]
 
     def seconds_until_serving(self) -> float:
-        """From now on."""
+        """Waits until the server is SERVING; returns the seconds that took."""
         began = time.monotonic()
         while self.health() != "SERVING":
-            assert time.monotonic() < began + 120, "the server did not come back"
+            assert time.monotonic() < began + 120, "the server did not restart"
             time.sleep(0.02)
         return time.monotonic() - began
 
     def ends(self) -> list[str]:
-        """How processes ended, as supervisord's log says."""
+        """Returns the exit of each server process, from supervisord's log."""
         return re.findall(r"exited: mal-server \((.*?)\)", (self.folder / "supervisord.log").read_text())
 
 
 @contextmanager
 def supervised(folder: Path, *arguments: str) -> Iterator[Supervised]:
-    """Only paths and the command line of the shipped file are others here."""
+    """Runs the shipped configuration; only its paths and the command differ."""
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.load.stand_in", "--port-file", str(folder / "port")]
     line = " ".join([*command, *arguments, f"listen.port={port}"])
@@ -79,8 +79,8 @@ def supervised(folder: Path, *arguments: str) -> Iterator[Supervised]:
         process.wait(90)
 
 
-def test_a_killed_server_comes_back_and_nothing_is_lost(
-    form: Form, deck_folder: Path, tmp_path: Path, say: Say
+def test_a_killed_server_restarts_and_no_call_is_lost(
+    form: Form, deck_folder: Path, tmp_path: Path, record: Record
 ) -> None:
     chance, kills = random.Random(form.seed), form.pick(1, 50)
     down: list[float] = []
@@ -89,14 +89,14 @@ def test_a_killed_server_comes_back_and_nothing_is_lost(
         with loading([plan], deck_folder) as load:
             time.sleep(max(load.start_at - time.monotonic(), 0))
             for _ in range(kills):
-                # The device alone takes half a second for the calls of the short form: the kill is in the middle.
+                # The calls of the short form take the device half a second: the kill interrupts them.
                 time.sleep(chance.uniform(0.1, form.pick(0.4, 0.6)))
                 os.kill(server.pid(), signal.SIGKILL)
                 assert server.health() != "SERVING"
                 down.append(server.seconds_until_serving())
             samples = samples_of(load.wait(1200))
     tries = sum(one.tries for one in samples)
-    say(
+    record(
         "kill -9", kills=kills, calls=len(samples), tries=tries, longest_down_s=max(down), mean_down_s=sum(down) / kills
     )
     assert len(samples) == plan.calls
@@ -105,18 +105,18 @@ def test_a_killed_server_comes_back_and_nothing_is_lost(
     assert server.ends()[:kills] == ["terminated by SIGKILL; not expected"] * kills
 
 
-@pytest.mark.slow  # several lives, each with a start of its own
+@pytest.mark.slow  # several server starts
 def test_a_lost_device_ends_the_process_and_the_supervisor_starts_a_new_one(
-    form: Form, deck_folder: Path, tmp_path: Path, say: Say
+    form: Form, deck_folder: Path, tmp_path: Path, record: Record
 ) -> None:
     lives, calls = 20, form.pick(20, 600)
-    # One client with one box each: every call is a batch. Warm-up and self-test take some of the lives.
+    # One client with one box: every call is a batch. Warm-up and self-test use some of the batches.
     with supervised(tmp_path, "--batch-ms", "1", "--lives", str(lives)) as server:
         plan = Plan(server.address, clients=1, seconds=3600.0, calls=calls, retries=True, seed=form.seed)
         with loading([plan], deck_folder) as load:
             samples = samples_of(load.wait(1200))
         ends = server.ends()
-    say("device lost", calls=len(samples), restarts=len(ends), tries=sum(one.tries for one in samples))
+    record("device lost", calls=len(samples), restarts=len(ends), tries=sum(one.tries for one in samples))
     assert {(one.code, one.right, one.wrong) for one in samples} == {("OK", 1, 0)}
     assert len(samples) == calls
     assert len(ends) >= calls // lives

@@ -1,8 +1,8 @@
-"""systemd runs the shipped unit: a killed server comes back, one that is stopped drains, hopeless ones are left alone.
+"""The shipped unit under systemd: a killed server restarts, a stopped one drains, a failing one is not restarted.
 
-A user's manager is started for these tests alone, in a cgroup and a runtime folder of its own; no unit but ours is in
-its sight. The unit is the file that we ship: paths are others, and of its lines only those are left out that
-`LEFT_OUT` names, or that belong to the sandbox and are refused by this manager.
+These tests start a user manager of their own, in its own cgroup and runtime folder, which sees no other units. The unit
+is the shipped file with other paths; the only lines removed are those of `REMOVED_LINES` and sandbox options that this
+manager refuses.
 """
 
 import os
@@ -28,34 +28,34 @@ from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key, write_identity
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
-Say = Callable[..., None]
+Record = Callable[..., None]
 
 UNIT = ROOT / "deploy" / "mal-server.service"
 SYSTEMD = Path("/lib/systemd/systemd")
 BOOTED = Path("/run/systemd/system")
-"""systemd refuses to be any user's manager where this folder is missing."""
+"""systemd refuses to run as a user manager without this folder."""
 SCOPE = f"mal-test-{os.getpid()}"
-"""Of the manager's cgroup: what it starts and ends lies below, and it takes charge of nobody else's processes."""
-HOME_OF_STATE = "/var/lib"
-"""The sandbox shows the unit no /tmp, and in a container no /run, but its own."""
-PATIENCE_S = 240.0
-"""For each thing that is bound to happen, however busy the machine is."""
+"""Name of the manager's cgroup, which contains only its own processes."""
+STATE_PARENT = "/var/lib"
+"""Parent of the test's folder: the sandbox hides /tmp from the unit, and in a container /run too."""
+WAIT_TIMEOUT_S = 240.0
+"""Time limit of each awaited event; large enough for a busy machine."""
 
-LEFT_OUT = {
-    "DynamicUser=yes": "only the system's manager makes users",
-    "StateDirectory=mal-server": "a user's manager makes it where users keep their settings",
-    "LoadCredential=identity:/etc/mal-server/identity.txt": "mounted where a user's services do not see it",
-    "ProtectHome=yes": "the test's Python may lie in a home folder",
+REMOVED_LINES = {
+    "DynamicUser=yes": "only the system manager creates users",
+    "StateDirectory=mal-server": "a user manager creates it in the user's configuration folder",
+    "LoadCredential=identity:/etc/mal-server/identity.txt": "mounted where user services cannot see it",
+    "ProtectHome=yes": "the test's Python may be in a home folder",
 }
 SANDBOX = re.compile(
     r"(CapabilityBoundingSet|AmbientCapabilities|Protect\w+|Restrict\w+|NoNewPrivileges|LockPersonality|RemoveIPC"
     r"|SystemCall\w+)="
 )
-"""What a manager inside a container may be unable to do: mounts that it would have to change are not its own."""
+"""Options that a manager in a container may refuse, because it cannot change the mounts."""
 
 
 def own_cgroup() -> Path | None:
-    """This process's folder in the hierarchy that systemd keeps its books in; None where there is none to write to."""
+    """Returns this process's folder in systemd's cgroup hierarchy; None if there is no writable one."""
     lines = Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []
     paths = {name: path for _, name, path in (line.split(":", 2) for line in lines)}
     for mount, name in (("", ""), ("unified", ""), ("systemd", "name=systemd")):
@@ -65,35 +65,35 @@ def own_cgroup() -> Path | None:
     return None
 
 
-def trouble() -> str:
-    """Why no manager can be started here; empty where one can."""
+def skip_reason() -> str:
+    """Returns why no manager can be started here; empty if one can."""
     if not SYSTEMD.exists() or shutil.which("systemctl") is None:
         return "systemd is not installed"
     if os.geteuid() != 0:
-        return "needs root: a manager of the test's own needs a cgroup of its own"
+        return "needs root to create a cgroup"
     if any(path.is_relative_to(hidden) for path in (ROOT, Path(sys.prefix)) for hidden in ("/tmp", "/var/tmp")):
-        return "the unit has a /tmp of its own, and in this one lies the program"
-    return "" if own_cgroup() is not None else "no cgroup can be made here"
+        return "the program is in /tmp, which the unit cannot see"
+    return "" if own_cgroup() is not None else "cannot create a cgroup"
 
 
-TROUBLE = trouble()
+SKIP_REASON = skip_reason()
 pytestmark = [
     pytest.mark.slow,  # several starts, each of which imports torch
-    pytest.mark.skipif(bool(TROUBLE), reason=TROUBLE or "a manager can be started"),
+    pytest.mark.skipif(bool(SKIP_REASON), reason=SKIP_REASON or "not skipped"),
 ]
 
 
-def wait_for(holds: Callable[[], object], what: str) -> None:
-    """Until it is so."""
-    until = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < until, f"{what} did not happen within {PATIENCE_S:g} s"
+def wait_for(condition: Callable[[], object], event: str) -> None:
+    """Waits until a condition holds; fails after WAIT_TIMEOUT_S."""
+    until = time.monotonic() + WAIT_TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < until, f"{event} did not happen within {WAIT_TIMEOUT_S:g} s"
         time.sleep(0.05)
 
 
 @contextmanager
 def booted_by_systemd() -> Iterator[None]:
-    """For as long as a manager takes to start, this machine looks as if systemd had booted it."""
+    """Creates the folder that marks a machine booted by systemd; a manager checks it when it starts."""
     if BOOTED.exists():
         yield
         return
@@ -106,7 +106,7 @@ def booted_by_systemd() -> Iterator[None]:
 
 @contextmanager
 def cgroup() -> Iterator[Path]:
-    """A cgroup of our own below this process's; what was made of it in other hierarchies goes, too."""
+    """Creates a cgroup below this process's and removes it at the end, in every hierarchy."""
     own = own_cgroup()
     assert own is not None
     folder = own / SCOPE
@@ -115,17 +115,17 @@ def cgroup() -> Iterator[Path]:
         yield folder
     finally:
         for top in Path("/sys/fs/cgroup").rglob(SCOPE):
-            for below in sorted(top.rglob("*/"), reverse=True):
-                below.rmdir()
+            for child in sorted(top.rglob("*/"), reverse=True):
+                child.rmdir()
             top.rmdir()
 
 
 @dataclass
 class Manager:
-    """systemd as a user's manager that knows the units of one folder.
+    """systemd as a user manager that reads the units of one folder.
 
     Attributes:
-        folder: of its units, and of all that they read and write.
+        folder: holds its units and their files.
     """
 
     folder: Path
@@ -140,17 +140,17 @@ class Manager:
         }
 
     def ctl(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """`systemctl`, whatever comes of it."""
+        """Runs `systemctl`; does not check its exit code."""
         command = ["systemctl", "--user", "--no-pager", *arguments]
         return subprocess.run(command, env=self.variables, capture_output=True, text=True, check=False)
 
     def add(self, name: str, lines: Sequence[str]) -> None:
-        """A unit's file."""
+        """Adds or replaces a unit file."""
         (self.folder / "units" / name).write_text("\n".join([*lines, ""]))
         self.ctl("daemon-reload")
 
-    def can(self, line: str) -> bool:
-        """Whether a service with this line starts."""
+    def supports(self, line: str) -> bool:
+        """Returns whether a service with this line starts."""
         lines = ["[Unit]", "StartLimitIntervalSec=0", "[Service]", "Type=oneshot", line, "ExecStart=/bin/true"]
         self.add("can.service", lines)
         return self.ctl("start", "can.service").returncode == 0
@@ -159,45 +159,45 @@ class Manager:
 @pytest.fixture(scope="module")
 def manager() -> Iterator[Manager]:
     with ExitStack() as stack:
-        yield started_manager(Manager(Path(tempfile.mkdtemp(prefix="mal-test-", dir=HOME_OF_STATE))), stack)
+        yield start_manager(Manager(Path(tempfile.mkdtemp(prefix="mal-test-", dir=STATE_PARENT))), stack)
 
 
-def started_manager(found: Manager, stack: ExitStack) -> Manager:
-    """It ends, and all that belongs to it goes, with the stack; skips where systemd refuses."""
-    stack.callback(shutil.rmtree, found.folder)
-    (found.folder / "run").mkdir(mode=0o700)
-    (found.folder / "units").mkdir()
-    for name in ("basic.target", "default.target"):  # systemd's own would start what else users have
-        (found.folder / "units" / name).write_text("[Unit]\nDefaultDependencies=no\n")
+def start_manager(manager: Manager, stack: ExitStack) -> Manager:
+    """Starts a manager; the stack stops it and removes its files. Skips if systemd refuses to run."""
+    stack.callback(shutil.rmtree, manager.folder)
+    (manager.folder / "run").mkdir(mode=0o700)
+    (manager.folder / "units").mkdir()
+    for name in ("basic.target", "default.target"):  # systemd's own targets would start other user units
+        (manager.folder / "units" / name).write_text("[Unit]\nDefaultDependencies=no\n")
     procs = stack.enter_context(cgroup()) / "cgroup.procs"
     with booted_by_systemd():
         joins = f'echo $$ > "{procs}" && exec {SYSTEMD} --user'
-        process = subprocess.Popen(["sh", "-c", joins], env=found.variables)
-        stack.callback(process.wait, PATIENCE_S)
+        process = subprocess.Popen(["sh", "-c", joins], env=manager.variables)
+        stack.callback(process.wait, WAIT_TIMEOUT_S)
         stack.callback(process.terminate)
         wait_for(
-            lambda: process.poll() is not None or found.ctl("show-environment").returncode == 0, "a manager's start"
+            lambda: process.poll() is not None or manager.ctl("show-environment").returncode == 0, "a manager's start"
         )
     if process.poll() is not None:
-        pytest.skip(f"systemd ended with {process.returncode}: it can be no manager here")
-    return found
+        pytest.skip(f"systemd ended with {process.returncode}: it cannot run as a manager here")
+    return manager
 
 
 @pytest.fixture(scope="module")
-def refused(manager: Manager, say: Say) -> list[str]:
-    """Lines of the unit's sandbox that this manager cannot do."""
+def refused(manager: Manager, record: Record) -> list[str]:
+    """Returns the sandbox lines of the unit that this manager refuses."""
     lines = [line for line in UNIT.read_text().splitlines() if SANDBOX.match(line)]
-    found = [line for line in lines if not manager.can(line)]
-    say("systemd's sandbox", tried_here=len(lines) - len(found), left_out=found)
-    return found
+    refused = [line for line in lines if not manager.supports(line)]
+    record("systemd's sandbox", tested=len(lines) - len(refused), removed=refused)
+    return refused
 
 
 @dataclass
 class Unit:
-    """The shipped unit, in the manager's hands."""
+    """The shipped unit, installed in the manager."""
 
     manager: Manager
-    left_out: list[str]
+    removed_lines: list[str]
 
     name = UNIT.name
 
@@ -210,7 +210,7 @@ class Unit:
         return (self.manager.folder / "log").read_text()
 
     def shown(self, *names: str) -> tuple[str, ...]:
-        """Properties as `systemctl show` prints them."""
+        """Returns properties as `systemctl show` prints them."""
         return tuple(
             self.manager.ctl("show", "--value", "--property", name, self.name).stdout.strip() for name in names
         )
@@ -222,40 +222,40 @@ class Unit:
             return False
 
     def kill(self) -> None:
-        """By SIGKILL, and waits until systemd has seen it."""
+        """Kills the main process and waits until systemd has noticed."""
         (pid,) = self.shown("MainPID")
         os.kill(int(pid), signal.SIGKILL)
-        wait_for(lambda: self.shown("MainPID") != (pid,), "the notice of a process's end")
+        wait_for(lambda: self.shown("MainPID") != (pid,), "systemd's notice of the exit")
 
 
 @pytest.fixture
 def unit(manager: Manager, refused: list[str]) -> Iterator[Unit]:
-    """The unit, its sealed checkpoint and its configuration; stopped and forgotten at the end."""
+    """Installs the unit, an encrypted checkpoint and the configuration; stops the unit at the end."""
     folder = manager.folder
-    places = {
+    paths = {
         "/opt/mask-auto-labeler/bin": str(Path(sys.executable).parent),
         "/etc/mal-server": str(folder),
         "/run/mal-server": str(folder / "run" / "mal-server"),
         "/var/lib/mal-server": str(folder),
     }
-    kept, left_out = list[str](), list[str]()
+    kept, removed = list[str](), list[str]()
     for line in UNIT.read_text().splitlines():
-        (left_out if line in LEFT_OUT or line in refused else kept).append(line)
-    text = re.sub("|".join(places), lambda found: places[found[0]], "\n".join(kept))
-    ours = [
+        (removed if line in REMOVED_LINES or line in refused else kept).append(line)
+    text = re.sub("|".join(paths), lambda match: paths[match[0]], "\n".join(kept))
+    test_lines = [
         f"Environment=PYTHONPATH={environment()['PYTHONPATH']}",
         *(f"Standard{name}=append:{folder / 'log'}" for name in ("Output", "Error")),
     ]
-    manager.add(UNIT.name, [*text.replace("[Service]", "\n".join(["[Service]", *ours])).splitlines()])
+    manager.add(UNIT.name, [*text.replace("[Service]", "\n".join(["[Service]", *test_lines])).splitlines()])
     write_settings(folder)
     (folder / "log").write_text("")
-    yield Unit(manager, left_out)
+    yield Unit(manager, removed)
     manager.ctl("stop", UNIT.name)
     manager.ctl("reset-failed", UNIT.name)
 
 
 def write_settings(folder: Path) -> None:
-    """As the unit's head tells: a sealed checkpoint, its identity, and a configuration that names both."""
+    """Writes what the unit's header asks for: an encrypted checkpoint, its identity and a configuration."""
     model = ModelConfig("vit-micro/16", mask_head_num_convs=1, mask_head_hidden_channel=8, mask_head_out_channel=8)
     weights = {name: tensor.detach() for name, tensor in MalNetwork(model).state_dict().items()}
     (folder / "identity.txt").unlink(missing_ok=True)
@@ -271,37 +271,37 @@ def write_settings(folder: Path) -> None:
     (folder / "server.yaml").write_text(yaml.safe_dump(settings))
 
 
-def test_the_unit_that_is_tried_is_the_shipped_one_but_for_what_is_said(unit: Unit, refused: list[str]) -> None:
+def test_the_tested_unit_is_the_shipped_one_except_for_the_removed_lines(unit: Unit, refused: list[str]) -> None:
     shipped = UNIT.read_text().splitlines()
-    assert unit.left_out == [line for line in shipped if line in LEFT_OUT or line in refused]
-    assert set(LEFT_OUT) <= set(shipped)
-    tried = unit.manager.ctl("cat", unit.name).stdout.splitlines()
+    assert unit.removed_lines == [line for line in shipped if line in REMOVED_LINES or line in refused]
+    assert set(REMOVED_LINES) <= set(shipped)
+    tested = unit.manager.ctl("cat", unit.name).stdout.splitlines()
     for start in ("Type", "Restart", "KillSignal", "TimeoutStopSec", "StartLimit", "ExecReload", "RuntimeDirectory"):
         lines = [line for line in shipped if line.startswith(start)]
         assert lines, start
-        assert [line for line in tried if line.startswith(start)] == lines
+        assert [line for line in tested if line.startswith(start)] == lines
 
 
-def test_a_killed_server_is_started_again_and_one_that_is_stopped_drains(unit: Unit, say: Say) -> None:
+def test_a_killed_server_restarts_and_a_stopped_one_drains(unit: Unit, record: Record) -> None:
     assert unit.manager.ctl("start", unit.name).returncode == 0
     wait_for(unit.serves, "the first start")
     (before,) = unit.shown("NRestarts")
     unit.kill()
     began = time.monotonic()
     wait_for(unit.serves, "the start after a kill")
-    say("systemd", down_s=time.monotonic() - began)
+    record("systemd", down_s=time.monotonic() - began)
     assert unit.shown("NRestarts", "ActiveState") == (str(int(before) + 1), "active")
     assert unit.manager.ctl("reload", unit.name).returncode == 0
     wait_for(lambda: "tokens reloaded" in unit.log, "a reload of the tokens")
     began = time.monotonic()
     unit.manager.ctl("stop", unit.name)
-    say("systemd", stop_s=time.monotonic() - began)
+    record("systemd", stop_s=time.monotonic() - began)
     assert unit.shown("Result", "ActiveState", "ExecMainStatus") == ("success", "inactive", "0")
     assert "draining" in unit.log
     assert not unit.address_file.exists()
 
 
-def test_a_server_whose_settings_are_wrong_is_not_started_again(unit: Unit) -> None:
+def test_a_server_with_invalid_settings_is_not_restarted(unit: Unit) -> None:
     (unit.manager.folder / "server.yaml").write_text("checkpoint: nothing.malckpt\nlisten: {port: 0}\n")
     unit.manager.ctl("start", unit.name)
     wait_for(lambda: unit.shown("ActiveState") == ("failed",), "the end of a server that cannot serve")
@@ -309,7 +309,7 @@ def test_a_server_whose_settings_are_wrong_is_not_started_again(unit: Unit) -> N
     assert "nothing.malckpt" in unit.log
 
 
-def test_a_server_that_dies_at_once_is_given_up(unit: Unit) -> None:
+def test_a_server_that_keeps_dying_is_not_restarted_forever(unit: Unit) -> None:
     (allowed,) = re.findall(r"^StartLimitBurst=(\d+)$", UNIT.read_text(), re.MULTILINE)
     unit.manager.ctl("start", unit.name)
     for _ in range(int(allowed)):
