@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Writes the Python stubs beside the .proto files; `generate.sh --check` fails when the committed ones differ, and
-# `generate.sh --tools` only makes the environment of the tools.
+# Generates the Python stubs next to the .proto files. `generate.sh --check` fails if the committed stubs differ;
+# `generate.sh --tools` only creates the environment of the tools.
 #
-# First buf looks at the .proto files: their style, and whether callers of the last committed state (baseline.txtpb) could
-# still talk to this one. What is new joins the baseline. `generate.sh --break` takes over a breaking change all the same.
+# First, buf checks the style of the .proto files, and their compatibility with the last committed state
+# (baseline.txtpb). Compatible changes are added to the baseline; `generate.sh --break` accepts an incompatible change.
 #
-# The tools are pinned to the oldest grpcio that clients may run: newer stubs refuse older runtimes, and annotation tools
-# pin old ones. They live in their own environment (.venv-protos, or $PROTOS_VENV), made on the first call.
+# The tools are pinned to the oldest supported grpcio: newer stubs refuse older runtimes, and annotation tools pin old
+# versions. They are installed into their own environment (.venv-protos, or $PROTOS_VENV) on the first call.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 here=$PWD
@@ -40,21 +40,21 @@ buf() { "$venv/bin/buf" "$@"; }
 
 "${protoc[@]}" --include_imports --include_source_info -o "$scratch/image.binpb" "$here"/mal/v1/*.proto
 buf lint "$scratch/image.binpb" --config buf.yaml || {
-    echo "the .proto files break the style that buf.yaml asks for" >&2
+    echo "protos: the .proto files violate the style in buf.yaml" >&2
     exit 1
 }
 if [ "$mode" != --break ]; then
     buf breaking "$scratch/image.binpb" --against baseline.txtpb --config buf.yaml || {
-        echo "callers of the last committed state would break; if that is meant, run protos/generate.sh --break" >&2
+        echo "protos: incompatible with baseline.txtpb; if that is intended, run protos/generate.sh --break" >&2
         exit 1
     }
 fi
 buf build "$scratch/image.binpb" --exclude-source-info -o "$scratch/now.binpb"
-# As messages: the layout of the text differs from one build of buf to the next.
+# Compares messages, since the layout of the text differs between builds of buf.
 buf build baseline.txtpb -o "$scratch/baseline.binpb" 2>/dev/null || true
 if ! cmp -s "$scratch/now.binpb" "$scratch/baseline.binpb"; then
     if [ "$mode" = --check ]; then
-        echo "baseline.txtpb does not hold what the .proto files say: run protos/generate.sh" >&2
+        echo "protos: baseline.txtpb is out of date; run protos/generate.sh" >&2
         exit 1
     fi
     buf build "$scratch/now.binpb" -o baseline.txtpb
@@ -62,18 +62,18 @@ fi
 
 PATH="$venv/bin:$PATH" "${protoc[@]}" \
     --python_out="$out" --grpc_python_out="$out" --mypy_out="quiet:$out" --mypy_grpc_out="quiet:$out" "$here"/mal/v1/*.proto
-rm "$out"/mal/v1/types_pb2_grpc.*  # it holds no service
+rm "$out"/mal/v1/types_pb2_grpc.*  # types.proto has no service
 
 if [ "$out" != "$here" ]; then
     for stub in "$out"/mal/v1/*_pb2*; do
         diff -u "$here/mal/v1/$(basename "$stub")" "$stub" || {
-            echo "$(basename "$stub") is not what its .proto says: run protos/generate.sh" >&2
+            echo "protos: $(basename "$stub") is out of date; run protos/generate.sh" >&2
             exit 1
         }
     done
     if [ "$(ls "$here"/mal/v1/*_pb2* | wc -l)" -ne "$(ls "$out"/mal/v1/*_pb2* | wc -l)" ]; then
-        echo "stubs without a .proto are left over in protos/mal/v1: delete them" >&2
+        echo "protos: protos/mal/v1 has stubs without a .proto; delete them" >&2
         exit 1
     fi
-    echo "the .proto files keep to buf.yaml and to the baseline, and the stubs agree with them"
+    echo "protos: style, baseline and stubs are up to date"
 fi

@@ -1,4 +1,4 @@
-"""The check of the .proto files notices what it is there for."""
+"""The check of the .proto files rejects incompatible, badly styled and stale files."""
 
 import os
 import shutil
@@ -29,27 +29,27 @@ def check(protos: Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "cause"),
     [
-        ("optional double threshold = 2;", "optional float threshold = 2;", "callers of the last committed state"),
-        ("  bool flip_test = 4;\n", "", "callers of the last committed state"),
-        ("  // Who goes first. It changes no mask.\n", "", "should have a non-empty comment"),
-        ("  PRIORITY_BATCH = 2;", "  BATCH = 2;", "break the style"),
+        ("optional double threshold = 2;", "optional float threshold = 2;", "--break"),
+        ("  bool flip_test = 4;\n", "", "--break"),
+        ("  // Priority of the crops; it does not change any mask.\n", "", "should have a non-empty comment"),
+        ("  PRIORITY_BATCH = 2;", "  BATCH = 2;", "buf.yaml"),
         (
             "  bool flip_test = 4;\n",
             "  bool flip_test = 4;\n  // New.\n  bool fresh = 99;\n",
-            "baseline.txtpb does not hold",
+            "baseline.txtpb",
         ),
     ],
 )
-def test_a_careless_change_is_told(protos: Path, old: str, new: str, told: str) -> None:
+def test_a_careless_change_fails_the_check_with_its_cause(protos: Path, old: str, new: str, cause: str) -> None:
     types = protos / "mal" / "v1" / "types.proto"
     text = types.read_text()
     assert old in text
     types.write_text(text.replace(old, new))
     code, output = check(protos)
     assert code == 1
-    assert told in output
+    assert cause in output
 
 
 def test_the_committed_files_pass(protos: Path) -> None:

@@ -6,7 +6,7 @@ from mal.v1 import evaluation_pb2 as mal_dot_v1_dot_evaluation__pb2
 
 
 class EvaluationServiceStub(object):
-    """Compares the served model's masks with ground truth.
+    """Compares the masks of a served model with ground truth.
     """
 
     def __init__(self, channel):
@@ -23,15 +23,15 @@ class EvaluationServiceStub(object):
 
 
 class EvaluationServiceServicer(object):
-    """Compares the served model's masks with ground truth.
+    """Compares the masks of a served model with ground truth.
     """
 
     def Evaluate(self, request_iterator, context):
-        """The first message holds the options, every further one an image; with EvaluateOptions.dataset there are none but
-        those that an evaluation which goes on has records of. The client half-closes after its last image.
-        Progress messages come as images are done, then exactly one result as the last message. An image or an instance
-        that cannot be used is counted in EvaluateResult.skipped and does not end the call. The server stops reading while
-        ServerLimits.max_items_in_flight images are unanswered.
+        """The first message has the options, every further message an image. With EvaluateOptions.dataset no images follow,
+        except for the records of an evaluation that is resumed. The client half-closes after its last image.
+        The server sends a progress message for each finished image, then exactly one result as the last message. An image
+        or an instance that cannot be measured is counted in EvaluateResult.skipped and does not end the call. The server
+        stops reading while ServerLimits.max_items_in_flight images are unanswered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -53,7 +53,7 @@ def add_EvaluationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EvaluationService(object):
-    """Compares the served model's masks with ground truth.
+    """Compares the masks of a served model with ground truth.
     """
 
     @staticmethod

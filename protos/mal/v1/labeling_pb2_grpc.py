@@ -32,18 +32,19 @@ class LabelingServiceServicer(object):
     """
 
     def LabelImage(self, request, context):
-        """Labels the boxes of one image. One message comes back for each finished device batch that held crops of this
-        request, so a small request is answered by one message and a large one shows its first masks early. Boxes that
-        cannot be used are answered in the first message.
+        """Labels the boxes of one image. The server sends one message for each finished device batch with crops of this
+        request: a small request gets one message, and the first masks of a large request arrive early. The errors of boxes
+        that cannot be labeled are in the first message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LabelImages(self, request_iterator, context):
-        """Labels many images. Each item is answered by exactly one message, in any order; what is wrong with one item is said
-        in its status and the stream goes on. The server stops reading while ServerLimits.max_items_in_flight items of the
-        stream are unanswered.
+        """Labels many images. Each item gets exactly one message, in any order; an error of one item is its status, and the
+        stream continues. The server stops reading while ServerLimits.max_items_in_flight items of the stream are
+        unanswered. An item whose masks exceed ServerLimits.max_response_bytes gets INVALID_ARGUMENT with reason
+        RESPONSE_TOO_LARGE; send it with fewer boxes at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -6,11 +6,11 @@ from mal.v1 import model_pb2 as mal_dot_v1_dot_model__pb2
 
 
 class ModelServiceStub(object):
-    """Tells about the served models, and changes them while the server runs.
+    """Describes the served models, and changes them while the server runs.
 
-    With tokens, LoadModel and UnloadModel need the scope `admin`; without tokens they work only where the server listens
-    on its own machine alone. Checkpoints and their keys come from folders in the server's settings; neither a path
-    outside of them nor a key ever travels in a request.
+    With tokens, LoadModel and UnloadModel require the scope `admin`; without tokens they work only if the server listens
+    on loopback addresses only. Checkpoints and their keys come from folders in the server's settings; a request never
+    has a path outside of them, nor a key.
     """
 
     def __init__(self, channel):
@@ -42,42 +42,42 @@ class ModelServiceStub(object):
 
 
 class ModelServiceServicer(object):
-    """Tells about the served models, and changes them while the server runs.
+    """Describes the served models, and changes them while the server runs.
 
-    With tokens, LoadModel and UnloadModel need the scope `admin`; without tokens they work only where the server listens
-    on its own machine alone. Checkpoints and their keys come from folders in the server's settings; neither a path
-    outside of them nor a key ever travels in a request.
+    With tokens, LoadModel and UnloadModel require the scope `admin`; without tokens they work only if the server listens
+    on loopback addresses only. Checkpoints and their keys come from folders in the server's settings; a request never
+    has a path outside of them, nor a key.
     """
 
     def GetServerInfo(self, request, context):
-        """The served models, the limits of requests, the devices. Answered also while draining.
+        """Returns the served models, the limits of requests and the devices. Also available while the server drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Every model in memory: those that answer, and those that were replaced or unloaded and still finish calls.
+        """Returns every model in memory: those that serve, and those that were replaced or unloaded and still finish calls.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a checkpoint beside what is served, opens, warms up and tests it, and then switches to it at once: calls that
-        began before finish on the model they began with, calls that begin later get the new one. Answered after the
-        switch. When anything fails, what was served goes on and the status says why: FAILED_PRECONDITION with reason
-        WRONG_KEY, TRUNCATED, ALTERED, UNKNOWN_LAYOUT, CHECKPOINT, SETTINGS, OUT_OF_MEMORY, SELF_TEST_FAILED or
-        TOO_MANY_MODELS; NOT_FOUND with reason MODEL_NOT_FOUND, FOLDER_NOT_FOUND or CHECKPOINT_NOT_FOUND. One load runs at
-        a time, others wait for it; a load goes on when its caller leaves.
+        """Loads a checkpoint while the served models stay in service, warms it up and verifies it, then switches to it
+        atomically: earlier calls finish on the model they started with, later calls get the new one. Returns after the
+        switch. On failure the served models stay, with FAILED_PRECONDITION and reason WRONG_KEY, TRUNCATED, ALTERED,
+        UNKNOWN_LAYOUT, CHECKPOINT, SETTINGS, OUT_OF_MEMORY, SELF_TEST_FAILED or TOO_MANY_MODELS; or NOT_FOUND with reason
+        MODEL_NOT_FOUND, FOLDER_NOT_FOUND or CHECKPOINT_NOT_FOUND. One load runs at a time; further loads wait. A load
+        continues when its call is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Stops giving a model to new calls; its memory is freed once the calls that it has are finished. The default model
-        cannot be unloaded (FAILED_PRECONDITION, reason MODEL_IS_DEFAULT), only replaced.
+        """Stops serving a model to new calls; its memory is freed after its last call. The default model can only be
+        replaced, not unloaded (FAILED_PRECONDITION, reason MODEL_IS_DEFAULT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,11 +114,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """Tells about the served models, and changes them while the server runs.
+    """Describes the served models, and changes them while the server runs.
 
-    With tokens, LoadModel and UnloadModel need the scope `admin`; without tokens they work only where the server listens
-    on its own machine alone. Checkpoints and their keys come from folders in the server's settings; neither a path
-    outside of them nor a key ever travels in a request.
+    With tokens, LoadModel and UnloadModel require the scope `admin`; without tokens they work only if the server listens
+    on loopback addresses only. Checkpoints and their keys come from folders in the server's settings; a request never
+    has a path outside of them, nor a key.
     """
 
     @staticmethod
