@@ -1,4 +1,4 @@
-"""Interceptor of every call: asks for a token, turns errors into statuses, logs one line a call."""
+"""The interceptor of every call: authenticates it, turns exceptions into statuses, and logs one line."""
 
 import asyncio
 import logging
@@ -27,15 +27,15 @@ GRPC_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Asks for tokens and wraps the handlers of our services; gRPC's own (health, reflection) pass unwrapped.
+    """Authenticates every call and wraps the handlers of mal.v1; does not wrap gRPC's own (health, reflection).
 
     Args:
-        access: decides who may call.
+        authenticator: checks tokens and scopes.
         metrics: counts calls.
     """
 
-    def __init__(self, access: TokenAuthenticator, metrics: Metrics) -> None:
-        self._access = access
+    def __init__(self, authenticator: TokenAuthenticator, metrics: Metrics) -> None:
+        self._authenticator = authenticator
         self._metrics = metrics
 
     async def intercept_service(
@@ -43,40 +43,40 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The handler of the method, guarded: no error but a cancellation leaves it without a status of ours."""
+        """Returns the handler of the method, wrapped so that every exception except a cancellation gets a status."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
         metadata = tuple(handler_call_details.invocation_metadata or ())
         try:
-            caller = self._access.authenticate(method, metadata)
+            caller = self._authenticator.authenticate(method, metadata)
         except (Unauthenticated, PermissionDenied) as error:
-            return _refusing(_Call(method, _request_id(metadata), "", self._metrics), error)
+            return _rejecting_handler(_Call(method, _request_id(metadata), "", self._metrics), error)
         if handler is None or not method.startswith(f"/{DOMAIN}."):
             return handler
         call = _Call(method, _request_id(metadata), caller, self._metrics)
-        codecs = {
-            "request_deserializer": _tolerant(handler.request_deserializer),
+        serializers = {
+            "request_deserializer": _catch_decode_error(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if not handler.response_streaming:
-            return grpc.unary_unary_rpc_method_handler(_guard_unary(call, handler.unary_unary), **codecs)
+            return grpc.unary_unary_rpc_method_handler(_guard_unary(call, handler.unary_unary), **serializers)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                _guard_stream(call, handler.stream_stream, _readable_all), **codecs
+                _guard_stream(call, handler.stream_stream, _checked_stream), **serializers
             )
-        return grpc.unary_stream_rpc_method_handler(_guard_stream(call, handler.unary_stream, _readable), **codecs)
+        return grpc.unary_stream_rpc_method_handler(_guard_stream(call, handler.unary_stream, _checked), **serializers)
 
 
 def _request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str:
-    """The caller's own id where it is harmless in a log, else a new one."""
+    """Returns the request id of the client if it is safe to log, otherwise a new one."""
     given = next((value for key, value in metadata if key == ID_KEY), "")
     if isinstance(given, str) and 0 < len(given) <= MAX_ID_CHARS and given.replace("-", "").isalnum():
         return given
     return uuid.uuid4().hex[:16]
 
 
-def _refusing(call: "_Call", error: Exception) -> Any:
-    """A handler that ends the call at once. Streaming on both sides, whatever the method is: so nothing is read."""
+def _rejecting_handler(call: "_Call", error: Exception) -> Any:
+    """Returns a handler that aborts the call. It is streaming on both sides for every method, so no request is read."""
 
     async def refuse(requests: AsyncIterator[Any], context: Any) -> None:
         await call.abort(context, error)
@@ -84,59 +84,59 @@ def _refusing(call: "_Call", error: Exception) -> Any:
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Gives bytes that are no such message as the error that they are: raised in here, gRPC would answer UNKNOWN."""
+def _catch_decode_error(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Returns a malformed message as an exception object: raised here, it would become UNKNOWN in gRPC."""
 
     def read(data: bytes) -> Any:
         try:
             return deserialize(data)
         except DecodeError:
-            return InvalidRequest([("", f"{len(data)} bytes that are no message of this method")])
+            return InvalidRequest([("", f"{len(data)} bytes; not a valid message of this method")])
 
     return read
 
 
-def _readable(request: Any) -> Any:
+def _checked(request: Any) -> Any:
     if isinstance(request, InvalidRequest):
         raise request
     return request
 
 
-async def _readable_all(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
-        yield _readable(request)
+        yield _checked(request)
 
 
 def _guard_unary(call: "_Call", inner: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
         call.begin(context)
         try:
-            answer = await inner(_readable(request), context)
+            response = await inner(_checked(request), context)
         except asyncio.CancelledError:
             call.end("CANCELLED")
             raise
-        # The one place where errors become statuses.
+        # The only place where exceptions become statuses.
         except Exception as error:
             await call.abort(context, error)
         call.end("OK")
-        return answer
+        return response
 
     return guarded
 
 
 def _guard_stream(
-    call: "_Call", inner: Callable[[Any, Any], AsyncGenerator[Any, None]], readable: Callable[[Any], Any]
+    call: "_Call", inner: Callable[[Any, Any], AsyncGenerator[Any, None]], check: Callable[[Any], Any]
 ) -> Callable[[Any, Any], Any]:
     async def guarded(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         call.begin(context)
         try:
-            async with aclosing(inner(readable(request), context)) as answers:
-                async for answer in answers:
-                    yield answer
+            async with aclosing(inner(check(request), context)) as responses:
+                async for response in responses:
+                    yield response
         except (asyncio.CancelledError, GeneratorExit):
             call.end("CANCELLED")
             raise
-        # The one place where errors become statuses.
+        # The only place where exceptions become statuses.
         except Exception as error:
             await call.abort(context, error)
         call.end("OK")
@@ -145,7 +145,7 @@ def _guard_stream(
 
 
 class _Call:
-    """One call's count, log line and end. Its id goes back in the trailers, so that people can name the line."""
+    """Metrics, log line and status of one call. The trailers have its request id, so users can find the line."""
 
     def __init__(self, method: str, request_id: str, caller: str, metrics: Metrics) -> None:
         self._method = method.removeprefix("/")
@@ -158,9 +158,9 @@ class _Call:
         context.set_trailing_metadata(((ID_KEY, self._id),))
 
     def end(self, code: str, reason: str = "") -> None:
-        took_s = time.perf_counter() - self._started
-        self._metrics.call_ended(self._method, code, took_s)
-        fields: dict[str, object] = {"method": self._method, "code": code, "took_ms": round(took_s * 1000, 1)}
+        duration_s = time.perf_counter() - self._started
+        self._metrics.call_ended(self._method, code, duration_s)
+        fields: dict[str, object] = {"method": self._method, "code": code, "took_ms": round(duration_s * 1000, 1)}
         fields |= {"request_id": self._id, **({"caller": self._caller} if self._caller else {})}
         log.info("call", extra={"fields": {**fields, **({"reason": reason} if reason else {})}})
 

@@ -326,7 +326,7 @@ def test_a_call_that_a_closing_server_cancels_is_sent_again(break_after: int) ->
 def test_a_cancelled_call_is_given_up_when_the_next_pause_would_pass_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mal_client.transport.image_call.PAUSES_S", (0.0, 0.0, 1000.0, 0.0))
+    monkeypatch.setattr("mal_client.transport.image_call.RETRY_PAUSES_S", (0.0, 0.0, 1000.0, 0.0))
     fake = FakeServer(Faults(break_after=0, breaks=10**6, break_code=grpc.StatusCode.CANCELLED))
     with (
         serving(fake) as address,

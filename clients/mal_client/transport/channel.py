@@ -1,4 +1,4 @@
-"""How a channel is opened: encryption, token, message sizes, reconnecting, and the retries that gRPC itself makes."""
+"""Opens channels: encryption, token, message sizes, reconnection, and gRPC's own retries."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,23 +8,23 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from mal_client.transport.auth import Bearer, aio_bearers
+from mal_client.transport.auth import BearerTokenInterceptor, aio_interceptors
 from mal_train.core.errors import ConfigError
 from mal_train.core.net import check_address, is_local_address
 from mal_train.core.pem import PemBlock, read_pem
 from mal_train.core.secrets import is_token
 
 RETRY_BUFFER_BYTES = 128 * 1024 * 1024
-"""At least the largest message. gRPC drops its retry policy in silence for calls above 256 KiB otherwise."""
+"""At least the size of the largest message: gRPC silently disables retries of calls above it (default 256 KiB)."""
 
 MAX_RECEIVE_BYTES = 256 * 1024 * 1024
-"""Masks of one bulk item come in one message; gRPC's default of 4 MiB would cut large images off."""
+"""All masks of one bulk item are in one message, which exceeds gRPC's default of 4 MiB for large images."""
 
 SERVICE_CONFIG: dict[str, Any] = {
     "methodConfig": [
         {
-            # Not the bulk streams: they re-send unanswered items themselves, and gRPC would hold every file they
-            # sent in its buffer until the first answer.
+            # Not the streams of LabelImages and Evaluate: they resend items themselves, and gRPC would buffer every
+            # sent file until the first response.
             "name": [
                 {"service": "mal.v1.LabelingService", "method": "LabelImage"},
                 {"service": "mal.v1.ModelService"},
@@ -42,33 +42,33 @@ SERVICE_CONFIG: dict[str, Any] = {
 
 
 def channel_options() -> list[tuple[str, Any]]:
-    """Options for a sync or asyncio channel."""
+    """Returns the options of a blocking or asyncio channel."""
     return [
-        # Sizes are checked against the server's published limits before sending.
+        # Unlimited: the client checks sizes against the server's limits before it sends.
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.enable_retries", 1),
         ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
-        # gRPC's own values (1 s growing to 2 min) leave a client waiting long after the server is back.
+        # gRPC's defaults (1 s, growing to 2 min) would delay the client long after a server restart.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 3000),
-        # Despite its name, how long one attempt to connect may take (20 s otherwise).
+        # Despite its name, the timeout of one connection attempt (default 20 s).
         ("grpc.min_reconnect_backoff_ms", 10_000),
     ]
 
 
 @dataclass(frozen=True)
 class Connection:
-    """How one server is reached.
+    """Address and credentials of one server.
 
     Attributes:
         address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
-        tls: encrypt, and trust the public authorities that gRPC knows.
-        tls_ca: PEM file of the authority to trust instead; means `tls`.
-        client_cert: PEM file of the certificate that this client shows (mTLS), with the chain above it.
-        client_key: PEM file of its private key; None: it stands in `client_cert`.
-        token: shown with every call.
+        tls: encrypt, and trust the public certificate authorities of gRPC.
+        tls_ca: PEM file of the certificate authority to trust instead; implies `tls`.
+        client_cert: PEM file of the client certificate with its chain, for mTLS.
+        client_key: PEM file of the private key of `client_cert`; None: the key is in `client_cert`.
+        token: sent with every call.
     """
 
     address: str
@@ -79,37 +79,37 @@ class Connection:
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where the parts do not go together."""
+        """Raises ConfigError for a malformed address or token, or options that contradict each other."""
         check_address(self.address, "server address")
         if self.client_key is not None and self.client_cert is None:
-            raise ConfigError(f"client_key {self.client_key}: give the certificate that it belongs to as client_cert")
+            raise ConfigError(f"client_key {self.client_key}: no client_cert; give the certificate of this key")
         if self.client_cert is not None and not self.is_encrypted:
-            raise ConfigError(f"client_cert {self.client_cert}: is only shown with TLS; give tls_ca, or set tls")
+            raise ConfigError(f"client_cert {self.client_cert}: requires TLS; give tls_ca, or set tls")
         if self.token is None:
             return
         if not is_token(self.token):
             raise ConfigError("token: it must be one word of printable ASCII characters")
         if not self.is_encrypted and not is_local_address(self.address):
             raise ConfigError(
-                f"{self.address}: without TLS everybody on the way could read the token; give tls_ca, or set tls"
+                f"{self.address}: a token requires TLS, or it could be read on the network; give tls_ca, or set tls"
             )
 
     @property
     def is_encrypted(self) -> bool:
-        """Whether the channel uses TLS."""
+        """True if the channel uses TLS."""
         return self.tls or self.tls_ca is not None
 
     def open(self) -> grpc.Channel:
-        """A blocking channel. Raises ConfigError for files that cannot be read."""
+        """Opens a blocking channel. Raises ConfigError for files that cannot be read."""
         if self.is_encrypted:
             channel = grpc.secure_channel(self.address, self._credentials(), options=channel_options())
         else:
             channel = grpc.insecure_channel(self.address, options=channel_options())
-        return channel if self.token is None else grpc.intercept_channel(channel, Bearer(self.token))
+        return channel if self.token is None else grpc.intercept_channel(channel, BearerTokenInterceptor(self.token))
 
     def open_aio(self) -> grpc.aio.Channel:
-        """A channel of the running event loop; errors as `open`."""
-        interceptors = aio_bearers(self.token) if self.token is not None else ()
+        """Opens a channel on the running event loop. Raises ConfigError for files that cannot be read."""
+        interceptors = aio_interceptors(self.token) if self.token is not None else ()
         if self.is_encrypted:
             return grpc.aio.secure_channel(
                 self.address, self._credentials(), options=channel_options(), interceptors=interceptors

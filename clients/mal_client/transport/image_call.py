@@ -33,7 +33,7 @@ NOT_CACHED = "IMAGE_NOT_CACHED"
 MAX_RESENDS = 5
 """Number of times that one box is sent again because its error has RetryInfo; then the error is final."""
 
-PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+RETRY_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Pauses before the pending boxes of a broken call are sent again, one for each failure without a new label.
 
 gRPC makes attempts of its own each time; a server that restarts takes some seconds."""
@@ -124,7 +124,7 @@ class ImageCall:
         self._sent: dict[int, BoxXywh] = {}
         self._resends: dict[int, int] = {}
         self._has_labels = False
-        self._breaks = 0
+        self._failures = 0
         self._truncated = 0
         self._retry_after_s = 0.0
 
@@ -166,7 +166,7 @@ class ImageCall:
                 "compatible versions"
             ) from None
         if final:
-            self._has_labels, self._breaks, self._truncated = True, 0, 0
+            self._has_labels, self._failures, self._truncated = True, 0, 0
         if self._upload is not None:
             self._upload.add()
         return final
@@ -208,9 +208,9 @@ class ImageCall:
             wait_s = rpc_details(error).retry_after_s
             # Before the first label gRPC itself has retried, but only after UNAVAILABLE.
             may_retry = self._has_labels or rpc_code(error) is not grpc.StatusCode.UNAVAILABLE
-            if wait_s is None and may_retry and self._breaks < len(PAUSES_S):
-                wait_s = PAUSES_S[self._breaks]
-                self._breaks += 1
+            if wait_s is None and may_retry and self._failures < len(RETRY_PAUSES_S):
+                wait_s = RETRY_PAUSES_S[self._failures]
+                self._failures += 1
             if wait_s is not None and self._is_in_time(wait_s):
                 return wait_s
         raise from_rpc_error(self._address, error, self._timeout_s) from error

@@ -1,4 +1,4 @@
-"""Boxes that no mask can answer, that leave their image, or that find no memory: each for itself."""
+"""Boxes that cannot be labeled, extend beyond their image, or do not fit into memory: each fails alone."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.mal_server.fakes import DISC_BOX, BrightPredictor, label, label_reque
 
 
 @pytest.mark.parametrize(
-    ("box", "text"),
+    ("box", "named"),
     [
         ((float("nan"), 0, 5, 5), "nan"),
         ((0, 0, float("inf"), 5), "inf"),
@@ -24,17 +24,17 @@ from tests.mal_server.fakes import DISC_BOX, BrightPredictor, label, label_reque
         ((1e9, 1e9, 1e9, 1e9), ""),
     ],
 )
-def test_a_bad_box_fails_alone(box: tuple[float, float, float, float], text: str) -> None:
+def test_a_bad_box_fails_alone(box: tuple[float, float, float, float], named: str) -> None:
     bad, good = with_server(lambda running: label(running, label_request(box, DISC_BOX)))
     assert bad.status.code == code_pb2.INVALID_ARGUMENT
     assert reason_of(bad.status) == "BAD_BOX"
-    assert text in bad.status.message.lower()
+    assert named in bad.status.message.lower()
     assert len(bad.masks) == 0
     assert good.status.code == code_pb2.OK
     assert good.area_px > 300
 
 
-def test_only_bad_boxes_still_get_an_answer_each() -> None:
+def test_a_request_with_only_bad_boxes_has_a_result_for_each() -> None:
     results = with_server(lambda running: label(running, label_request((0, 0, 0, 0), (0, 0, -1, 1))))
     assert [reason_of(result.status) for result in results] == ["BAD_BOX", "BAD_BOX"]
 
@@ -63,15 +63,15 @@ def test_one_crop_out_of_memory_fails_alone() -> None:
         lambda running: label(running, label_request(DISC_BOX, DISC_BOX)), BrightPredictor(fits=1), max_batch_size=8
     )
     assert [result.status.code for result in results] == [code_pb2.OK, code_pb2.OK]
-    results = with_server(lambda running: label(running, label_request(DISC_BOX, (0, 0, -1, 1))), OutOfRoom())
+    results = with_server(lambda running: label(running, label_request(DISC_BOX, (0, 0, -1, 1))), OutOfMemory())
     assert [(r.status.code, reason_of(r.status)) for r in results] == [
         (code, oom),
         (code_pb2.INVALID_ARGUMENT, "BAD_BOX"),
     ]
 
 
-class OutOfRoom(BrightPredictor):
-    """Fits crops in its self-test, none afterwards."""
+class OutOfMemory(BrightPredictor):
+    """A predictor whose device has memory for its self-test, and for no crop afterwards."""
 
     def predict(self, crops: Any, options: Any = None) -> Any:
         self.fits = 10_000 if crops[0].image_hw == synthetic_image().shape[:2] else 0

@@ -1,4 +1,4 @@
-"""The forms in which masks leave the server, and what is done to them on request."""
+"""The encodings of masks, and the options that change masks."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def ring_png() -> bytes:
     return encoded(image)
 
 
-def test_masks_come_in_every_asked_format_in_order_and_are_the_same_mask() -> None:
+def test_masks_have_every_requested_format_in_order_and_are_equal() -> None:
     request = label_request(DISC_BOX, content=ring_png(), formats=ALL_FORMATS)
     (found,) = with_server(lambda running: label(running, request))
     assert [mask.WhichOneof("encoding") for mask in found.masks] == ["png", "polygons", "uncompressed_rle", "coco_rle"]
@@ -33,12 +33,12 @@ def test_masks_come_in_every_asked_format_in_order_and_are_the_same_mask() -> No
     assert [ring.is_hole for ring in found.masks[1].polygons.rings] == [False, True]
 
 
-def test_no_format_means_the_compressed_code() -> None:
+def test_without_formats_masks_are_compressed_run_lengths() -> None:
     (found,) = with_server(lambda running: label(running, label_request(DISC_BOX)))
     assert [mask.WhichOneof("encoding") for mask in found.masks] == ["coco_rle"]
 
 
-def test_a_tolerance_thins_polygons_and_nothing_else() -> None:
+def test_a_tolerance_reduces_only_the_points_of_polygons() -> None:
     async def work(running: Running) -> list[types_pb2.InstanceResult]:
         return [
             *await label(running, label_request(DISC_BOX, formats=ALL_FORMATS)),
@@ -52,26 +52,26 @@ def test_a_tolerance_thins_polygons_and_nothing_else() -> None:
     assert exact == thin
 
 
-def test_specks_are_taken_out_on_request() -> None:
+def test_small_parts_are_removed_on_request() -> None:
     image = bright_disc()
     image[2:9, 2:9] = 230
-    ask: dict[str, Any] = {"content": encoded(image)}
+    fields: dict[str, Any] = {"content": encoded(image)}
 
     async def work(running: Running) -> list[types_pb2.InstanceResult]:
         return [
-            *await label(running, label_request((0, 0, 60, 40), **ask)),
-            *await label(running, label_request((0, 0, 60, 40), **ask, min_component_area_px=90)),
+            *await label(running, label_request((0, 0, 60, 40), **fields)),
+            *await label(running, label_request((0, 0, 60, 40), **fields, min_component_area_px=90)),
         ]
 
-    all_of_it, without = with_server(work)
-    assert types_pb2.MASK_FLAG_MULTI_PART in all_of_it.flags
+    complete, without = with_server(work)
+    assert types_pb2.MASK_FLAG_MULTI_PART in complete.flags
     assert types_pb2.MASK_FLAG_MULTI_PART not in without.flags
-    assert without.area_px == rle.area(decoded(without.masks[0])) < all_of_it.area_px
+    assert without.area_px == rle.area(decoded(without.masks[0])) < complete.area_px
 
 
-def test_contested_pixels_go_to_one_instance_on_request() -> None:
-    whole, part, beside = (0, 0, 60, 40), (20, 10, 10, 20), (1000, 1000, 5, 5)
-    asked: list[dict[str, Any]] = [
+def test_overlapping_pixels_are_assigned_to_one_instance_on_request() -> None:
+    large, small_box, outside = (0, 0, 60, 40), (20, 10, 10, 20), (1000, 1000, 5, 5)
+    requested: list[dict[str, Any]] = [
         {},
         {"resolve_overlaps": True},
         {"resolve_overlaps": True, "compute_agreement": True},
@@ -79,8 +79,8 @@ def test_contested_pixels_go_to_one_instance_on_request() -> None:
 
     async def work(running: Running) -> list[list[types_pb2.InstanceResult]]:
         return [
-            await label(running, label_request(whole, part, beside, content=encoded(bright_disc()), **options))
-            for options in asked
+            await label(running, label_request(large, small_box, outside, content=encoded(bright_disc()), **options))
+            for options in requested
         ]
 
     plain, shared, compared = with_server(work)

@@ -1,4 +1,4 @@
-"""A caller without stubs: everything it knows comes from the server's reflection, as with grpcurl."""
+"""A client without stubs, which uses the server's reflection, as grpcurl does."""
 
 import asyncio
 import base64
@@ -14,31 +14,31 @@ from mal_train.core.masks.rle import Rle, area
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, serving
 
 
-def asked(address: str, service: str, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of a method as JSON, by descriptors that the server gave."""
+def call(address: str, service: str, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the responses of a method as JSON, decoded with descriptors from the server."""
     with grpc.insecure_channel(address) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         found = DescriptorPool(database).FindServiceByName(service).FindMethodByName(method)
         message = ParseDict(request, GetMessageClass(found.input_type)())
         open_call = channel.unary_stream if found.server_streaming else channel.unary_unary
-        call = open_call(
+        method_call = open_call(
             f"/{service}/{method}",
             request_serializer=lambda sent: sent.SerializeToString(),
             response_deserializer=GetMessageClass(found.output_type).FromString,
         )
-        answers: Any = call(message, timeout=20)
-        return [MessageToDict(one) for one in (answers if found.server_streaming else [answers])]
+        responses: Any = method_call(message, timeout=20)
+        return [MessageToDict(one) for one in (responses if found.server_streaming else [responses])]
 
 
 def with_server(service: str, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
     async def work() -> list[dict[str, Any]]:
         async with serving() as running:
-            return await asyncio.to_thread(asked, running.server.address, service, method, request)
+            return await asyncio.to_thread(call, running.server.address, service, method, request)
 
     return asyncio.run(work())
 
 
-def test_a_caller_without_stubs_labels_an_image() -> None:
+def test_a_client_without_stubs_labels_an_image() -> None:
     x, y, width, height = DISC_BOX
     request = {
         "image": {"content": base64.b64encode(DISC_PNG).decode()},
@@ -53,6 +53,6 @@ def test_a_caller_without_stubs_labels_an_image() -> None:
     assert area(code) == int(result["areaPx"]) > 0
 
 
-def test_a_caller_without_stubs_asks_what_is_served() -> None:
+def test_a_client_without_stubs_reads_the_server_info() -> None:
     (info,) = with_server("mal.v1.ModelService", "GetServerInfo", {})
     assert (info["model"]["ref"]["name"], info["devices"]) == ("disc", ["cpu"])

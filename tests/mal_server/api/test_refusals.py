@@ -1,4 +1,4 @@
-"""Calls that are refused as a whole, or fail inside: which status, which details, what the log says."""
+"""Rejected and failed calls: status, details and log."""
 
 import asyncio
 import threading
@@ -62,14 +62,14 @@ def test_all_wrong_fields_are_named_at_once() -> None:
     assert fields_of(status) == ["instances[1].instance_id", "options.threshold"]
 
 
-def test_a_rotated_picture_is_an_error_and_no_shifted_mask() -> None:
+def test_a_rotated_image_is_an_error_and_gives_no_shifted_mask() -> None:
     request = label_request(DISC_BOX)
     request.image.expected_width, request.image.expected_height = 40, 60
     code, status, _ = refusal(lambda running: label(running, request))
     assert (code, reason_of(status)) == (grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_SIZE_MISMATCH")
 
 
-def test_a_full_queue_is_unavailable_with_the_time_to_come_back() -> None:
+def test_a_full_queue_is_unavailable_with_a_time_to_retry() -> None:
     gate = threading.Event()
 
     async def call(running: Running) -> None:
@@ -93,7 +93,9 @@ def test_a_full_queue_is_unavailable_with_the_time_to_come_back() -> None:
     assert int(trailers["grpc-retry-pushback-ms"]) == retry.retry_delay.ToMilliseconds() > 0
 
 
-def test_an_unexpected_error_is_an_id_for_the_client_and_a_trace_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unexpected_error_is_an_id_for_the_client_and_a_traceback_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     predictor = BrightPredictor(error=ZeroDivisionError("secret detail"))
     code, status, _ = refusal(lambda running: label(running, label_request(DISC_BOX)), predictor)
     assert (code, reason_of(status)) == (grpc.StatusCode.INTERNAL, "UNEXPECTED")
@@ -103,7 +105,9 @@ def test_an_unexpected_error_is_an_id_for_the_client_and_a_trace_in_the_log(capl
     assert record.exc_info is not None
 
 
-def test_a_device_that_fails_on_a_batch_is_logged_once_and_told_box_by_box(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_device_that_fails_on_a_batch_is_logged_once_and_reported_for_each_box(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     predictor = BrightPredictor(error=DeviceError("the card is on fire"))
     results = with_server(lambda running: label(running, label_request(*[DISC_BOX] * 3, (0, 0, 0, 0))), predictor)
     assert [result.status.code for result in results] == [code_pb2.INTERNAL] * 3 + [code_pb2.INVALID_ARGUMENT]
@@ -124,7 +128,7 @@ def test_a_message_above_the_limit_is_the_only_resource_exhausted() -> None:
 @pytest.mark.parametrize(
     "method", ["LabelingService/LabelImage", "LabelingService/LabelImages", "ModelService/GetServerInfo"]
 )
-def test_bytes_that_are_no_message_are_an_invalid_argument(method: str, data: bytes) -> None:
+def test_a_malformed_message_is_an_invalid_argument(method: str, data: bytes) -> None:
     async def call(running: Running) -> None:
         path = f"/mal.v1.{method}"
         if method.endswith("Info"):
@@ -140,7 +144,7 @@ def test_bytes_that_are_no_message_are_an_invalid_argument(method: str, data: by
 
 @given(st.lists(REQUESTS, min_size=20, max_size=20))
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_no_request_is_a_fault_of_the_server(requests: list[labeling_pb2.LabelImageRequest]) -> None:
+def test_no_request_causes_an_internal_error(requests: list[labeling_pb2.LabelImageRequest]) -> None:
     answers = with_server(lambda running: bulk(running, *requests)).values()
     inner = {result.status.code for answer in answers for result in answer.response.results}
     assert {answer.status.code for answer in answers} | inner <= {code_pb2.OK, code_pb2.INVALID_ARGUMENT}

@@ -1,4 +1,4 @@
-"""LabelImage and GetServerInfo through a real channel, around a predictor without a network: what is answered."""
+"""LabelImage and GetServerInfo over a real channel, with a predictor that has no network."""
 
 from mal.v1 import labeling_pb2, model_pb2, types_pb2
 
@@ -7,7 +7,7 @@ from tests.mal_server.calls import mask_of, with_server
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, bright_disc, label, label_request
 
 
-def test_the_mask_is_the_kernels_own() -> None:
+def test_the_mask_equals_that_of_the_labeler() -> None:
     predictor = BrightPredictor()
     (result,) = with_server(lambda running: label(running, label_request(DISC_BOX)), predictor)
     (own,) = predictor.label(bright_disc(), [DISC_BOX])
@@ -20,7 +20,7 @@ def test_the_mask_is_the_kernels_own() -> None:
     assert not mask_of(result)[9, 19]
 
 
-def test_an_answer_says_which_weights_made_it_and_where_the_time_went() -> None:
+def test_a_response_has_its_weights_and_its_durations() -> None:
     async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
         call = running.labeling.LabelImage(label_request(DISC_BOX, branch=types_pb2.BRANCH_TEACHER))
         return [answer async for answer in call]
@@ -43,7 +43,7 @@ def test_a_large_request_streams_one_message_for_each_batch() -> None:
     assert sorted(result.instance_id for answer in answers for result in answer.results) == list(range(20))
 
 
-def test_a_request_without_boxes_gets_one_empty_answer() -> None:
+def test_a_request_without_boxes_gets_one_empty_response() -> None:
     async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
         return [answer async for answer in running.labeling.LabelImage(label_request())]
 
@@ -55,28 +55,28 @@ def test_a_request_without_boxes_gets_one_empty_answer() -> None:
 def test_options_reach_the_network_and_the_threshold() -> None:
     async def work(running: Running) -> tuple[types_pb2.InstanceResult, types_pb2.InstanceResult]:
         request = label_request(DISC_BOX, branch=types_pb2.BRANCH_MIXED, compute_agreement=True, flip_test=True)
-        (asked,) = await label(running, request)
+        (compared,) = await label(running, request)
         (low,) = await label(running, label_request(DISC_BOX, threshold=0.01))
-        return asked, low
+        return compared, low
 
     predictor = BrightPredictor()
-    asked, low = with_server(work, predictor)
+    compared, low = with_server(work, predictor)
     options = predictor.batches[0][0]
     assert (str(options.branch), options.agreement, options.flip) == ("mixed", True, True)
-    assert asked.HasField("agreement")
+    assert compared.HasField("agreement")
     assert not low.HasField("agreement")
-    assert low.area_px == 24 * 24 > asked.area_px
+    assert low.area_px == 24 * 24 > compared.area_px
     assert types_pb2.MASK_FLAG_FULL_BOX in low.flags
-    assert types_pb2.MASK_FLAG_LOW_AGREEMENT in asked.flags
+    assert types_pb2.MASK_FLAG_LOW_AGREEMENT in compared.flags
 
 
-def test_the_servers_branch_answers_where_a_request_names_none() -> None:
+def test_a_request_without_a_branch_uses_the_branch_of_the_server() -> None:
     predictor = BrightPredictor()
     with_server(lambda running: label(running, label_request(DISC_BOX)), predictor, branch="teacher")
     assert str(predictor.batches[0][0].branch) == "teacher"
 
 
-def test_server_info_tells_model_and_limits() -> None:
+def test_server_info_has_the_model_and_the_limits() -> None:
     async def work(running: Running) -> model_pb2.GetServerInfoResponse:
         answer: model_pb2.GetServerInfoResponse = await running.model.GetServerInfo(model_pb2.GetServerInfoRequest())
         return answer

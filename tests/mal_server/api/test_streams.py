@@ -1,4 +1,4 @@
-"""LabelImages: a stream of items, each answered once, in any order."""
+"""LabelImages: a stream of items, each with one response, in any order."""
 
 import asyncio
 import dataclasses
@@ -19,9 +19,9 @@ from tests.mal_server.fakes import (
 )
 
 
-def test_every_item_of_a_stream_is_answered_once_and_errors_are_its_own() -> None:
+def test_every_item_of_a_stream_has_one_response_with_its_own_errors() -> None:
     good = label_request(DISC_BOX, (0, 0, -1, 1))
-    requests = [good, label_request(DISC_BOX, content=b"no picture"), label_request(DISC_BOX, threshold=3.0), good]
+    requests = [good, label_request(DISC_BOX, content=b"no image"), label_request(DISC_BOX, threshold=3.0), good]
     found = with_server(lambda running: bulk(running, *requests))
     assert sorted(found) == [f"item {i}" for i in range(4)]
     assert [found[f"item {i}"].status.code for i in range(4)] == [0, 3, 3, 0]
@@ -30,14 +30,14 @@ def test_every_item_of_a_stream_is_answered_once_and_errors_are_its_own() -> Non
     assert [len(found[f"item {i}"].response.results) for i in range(4)] == [2, 0, 0, 2]
 
 
-def test_a_whole_item_comes_in_one_message() -> None:
+def test_all_results_of_an_item_are_in_one_message() -> None:
     found = with_server(lambda running: bulk(running, label_request(*[DISC_BOX] * 20)), max_batch_size=8)
     response = found["item 0"].response
     assert len(response.results) == 20
     assert response.timing.batch_size == 8
 
 
-def test_a_long_item_id_is_refused_as_an_item() -> None:
+def test_a_long_item_id_is_an_error_of_its_item() -> None:
     async def work(running: Running) -> Any:
         async def stream() -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
             yield labeling_pb2.LabelImagesRequest(item_id="é" * 200, request=label_request(DISC_BOX))
@@ -63,7 +63,7 @@ def test_a_stream_reads_no_further_than_its_window() -> None:
         answers = asyncio.create_task(collect(call))
         await until(lambda: running.predictor.batches and len(sent) > 3)
         await until(lambda: sum(size for _, size in running.predictor.batches) + waiting(running) >= 3)
-        for _ in range(50):  # the server has time for others, and would have had it for further items
+        for _ in range(50):  # other calls are served meanwhile, so further items could have been read
             await running.model.ListModels(model_pb2.ListModelsRequest())
         started = running.predictor.batches[0][1] + waiting(running)
         gate.set()
@@ -90,17 +90,17 @@ def test_items_finish_in_any_order() -> None:
     assert with_server(work, BrightPredictor(gate=gate), max_batch_size=4) == ["refused", "slow"]
 
 
-class LongWinded(BrightPredictor):
-    """Its masks take 100 kB each."""
+class LargeMasks(BrightPredictor):
+    """A predictor whose masks take 100 kB each."""
 
     def finish(self, crop: Any, probability: Any, **options: Any) -> Label:
         label = super().finish(crop, probability, **options)
         return dataclasses.replace(label, rle=Rle(label.rle.height, label.rle.width, bytes(100_000)))
 
 
-def test_an_item_whose_answer_is_too_large_says_so() -> None:
+def test_an_item_whose_masks_exceed_a_message_has_the_reason_response_too_large() -> None:
     requests = [label_request(*[DISC_BOX] * 11), label_request(DISC_BOX)]
-    found = with_server(lambda running: bulk(running, *requests), LongWinded(), limits={"max_response_bytes": 1 << 20})
+    found = with_server(lambda running: bulk(running, *requests), LargeMasks(), limits={"max_response_bytes": 1 << 20})
     assert fields_of(found["item 0"].status) == ["request.instances"]
     assert reason_of(found["item 0"].status) == "RESPONSE_TOO_LARGE"
     assert len(found["item 1"].response.results) == 1
