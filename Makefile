@@ -12,7 +12,7 @@ help:
 	@echo "make test    the whole test suite"
 	@echo "make test-browser  the page in Chromium, which the system has to have"
 	@echo "make chaos   load and faults in full, with figures"
-	@echo "make check   format, lint, types, generated files"
+	@echo "make check   format, lint, types, spelling, prose, generated files"
 	@echo "make protos  regenerate the gRPC stubs"
 	@echo "make bench   the speed figures, as ratios; also into bench.json"
 
@@ -54,6 +54,8 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python -m tests.repository.prose
 	PYTHON=$(PYTHON) protos/generate.sh --check
 
 protos:
