@@ -1,6 +1,6 @@
 """Draws the image at the top of the README: photographs with their boxes, and the same with the built-in model's masks.
 
-    python -m deploy.demo.before_after docs/images/before-after.jpg
+Usage: python -m deploy.demo.before_after docs/images/before-after.jpg
 """
 
 import sys
@@ -38,7 +38,8 @@ def main(output: Path) -> None:
 def _pair(labeler: Labeler, image: RgbImage, boxes: list[tuple[float, float, float, float]]) -> list[RgbImage]:
     """The image with its boxes, and with boxes and masks."""
     labels = labeler.label(image, boxes)
-    masks = [Drawn(label.rle if isinstance(label, Label) else None, box) for label, box in zip(labels, boxes, strict=True)]
+    rles = [label.rle if isinstance(label, Label) else None for label in labels]
+    masks = [Drawn(rle, box) for rle, box in zip(rles, boxes, strict=True)]
     return [draw_labels(image, [Drawn(None, box) for box in boxes]), draw_labels(image, masks)]
 
 

@@ -1,4 +1,4 @@
-"""Runs the project's own commands, as a user would, and ends what it started."""
+"""Runs the project's commands as a user would, and ends the processes that it started."""
 
 import dataclasses
 import json
@@ -16,23 +16,23 @@ SERVER_STOP_S = 30.0
 
 
 class DemoFailed(MalError):
-    """A step of the demo did not do what it should."""
+    """A step of the demo failed."""
 
 
 def say(text: str) -> None:
-    """One or more lines, at once: the commands that the demo runs write to the same terminal."""
+    """Prints at once: the commands that the demo runs write to the same terminal."""
     print(text, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunningServer:
-    """A `mal-server` of ours: its process and where it listens."""
+    """A `mal-server` process and its address."""
 
     process: subprocess.Popen[bytes]
     address: str
 
     def stop(self) -> None:
-        """SIGTERM, by process id, and wait; SIGKILL should it not end."""
+        """Sends SIGTERM and waits; sends SIGKILL after `SERVER_STOP_S`."""
         say("\nStopping the server.")
         _end(self.process)
 
@@ -41,12 +41,12 @@ def start_server(out: Path, name: str, settings: Mapping[str, str]) -> RunningSe
     """Starts `mal-server serve` on a free port and waits until it serves.
 
     Args:
-        out: where its settings, its log and its address go.
-        name: of these files.
-        settings: of the server; what they leave out is at its default.
+        out: folder of its settings, log and address files.
+        name: stem of these files.
+        settings: settings of the server; others keep their defaults.
 
     Raises:
-        DemoFailed: it ended, or did not serve in time; the message has the end of its log.
+        DemoFailed: it ended, or did not serve in time; the message holds the end of its log.
     """
     config, port_file, log_file = (out / f"{name}.{suffix}" for suffix in ("yaml", "address", "log"))
     # JSON strings are YAML strings, whatever the path holds.
@@ -63,7 +63,7 @@ def start_server(out: Path, name: str, settings: Mapping[str, str]) -> RunningSe
                 raise DemoFailed(f"the server did not start; the end of {log_file}:\n{_tail(log_file)}")
             time.sleep(0.1)
     except BaseException:
-        # Also on Ctrl-C: the server must not outlive a demo that has not yet got hold of it.
+        # Also on Ctrl-C: the caller does not hold the server yet.
         _end(process)
         raise
     address = port_file.read_text(encoding="ascii").strip()
@@ -72,10 +72,10 @@ def start_server(out: Path, name: str, settings: Mapping[str, str]) -> RunningSe
 
 
 def run_command(name: str, *arguments: str) -> None:
-    """Runs one of our commands with its output visible; ends it when the demo is interrupted.
+    """Runs a command with its output visible; ends it when the demo is interrupted.
 
     Raises:
-        DemoFailed: it is not installed, or ended with another code than 0.
+        DemoFailed: it is not installed, or its exit code is not 0.
     """
     say("      " + " ".join((name, *arguments[:3], "…")))
     process = subprocess.Popen([_script(name), *arguments])
@@ -86,11 +86,11 @@ def run_command(name: str, *arguments: str) -> None:
         _end(process)
         raise
     if code:
-        raise DemoFailed(f"{name} {arguments[0]} ended with exit code {code}; its last lines above say why")
+        raise DemoFailed(f"{name} {arguments[0]} ended with exit code {code}; see its last lines above")
 
 
 def command_output(name: str, *arguments: str) -> str:
-    """What one of our commands prints. Raises DemoFailed with its error output where it fails."""
+    """Returns the standard output of a command; raises DemoFailed with its error output if it fails."""
     done = subprocess.run([_script(name), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise DemoFailed(f"{name} {arguments[0]}: {done.stderr.strip()}")
@@ -98,7 +98,7 @@ def command_output(name: str, *arguments: str) -> str:
 
 
 def _script(name: str) -> str:
-    """A command of this environment, not one that happens to be on the PATH."""
+    """Returns the path of a command in this environment, whatever is on the PATH."""
     path = Path(sys.executable).parent / name
     if not path.exists():
         raise DemoFailed(f"{path}: not installed; run `make demo`, which installs it")

@@ -1,7 +1,7 @@
-"""What the demo shows: masks drawn over their pictures, and one page of figures, curves and pictures."""
+"""Output of the demo: images with their masks, and one page of metrics, curves and images."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mal_client.evaluation.report_page import evaluation_sections
@@ -15,11 +15,11 @@ from mal_train.core.report.charts import line_chart
 from mal_train.core.report.overlays import Drawn, draw_labels, png_data_uri
 from mal_train.core.report.page import Card, build_report, contact_sheet, section, table
 
-WHOLE_PICTURES = 8
+OVERLAYS = 8
 
 
 def write_overlays(folder: Path, labels: Path, images: Path) -> list[Card]:
-    """Draws the labeled file over its pictures, one PNG each; cards of the first few."""
+    """Draws the masks of a labeled file over its images, one PNG each; returns cards of the first few."""
     folder.mkdir(exist_ok=True)
     cards: list[Card] = []
     for info, rows in by_image(read_coco(labels)):
@@ -35,7 +35,7 @@ def write_overlays(folder: Path, labels: Path, images: Path) -> list[Card]:
             ],
         )
         Image.fromarray(drawn).save(folder / Path(info.file_name).with_suffix(".png").name)
-        if len(cards) < WHOLE_PICTURES:
+        if len(cards) < OVERLAYS:
             masks = f"{len(rows)} mask{'s' * (len(rows) != 1)}, each with its score"
             cards.append(Card(png_data_uri(drawn), info.file_name, masks))
     return cards
@@ -44,15 +44,15 @@ def write_overlays(folder: Path, labels: Path, images: Path) -> list[Card]:
 def report_page(
     metrics: Path,
     evaluation: Evaluation,
-    references: dict[str, float],
+    references: Mapping[str, float],
     *,
     photographs: Sequence[Card],
     worst: Sequence[Card],
-    pictures: Sequence[Card],
+    overlays: Sequence[Card],
     durations: Sequence[tuple[str, float]],
 ) -> str:
-    """The page: what was done, the figures beside the baselines, the curve, the pictures."""
-    figures = [("served masks, trained on boxes only", evaluation.overall.miou), *references.items()]
+    """Returns the page: metrics beside the references, the training curve, images, durations."""
+    rows = [("served model, trained on boxes of scenes", evaluation.overall.miou), *references.items()]
     curve, losses = _curves(metrics)
     last = max((step for step, _ in curve), default=0.0)
     flat = {name: [(0.0, value), (last, value)] for name, value in references.items()}
@@ -60,20 +60,22 @@ def report_page(
         section(
             "Photographs",
             contact_sheet(photographs),
-            "By the model in the package, which learned from boxes of other photographs. The boxes were drawn by hand.",
+            "Masks of the built-in model, which learned from boxes of other photographs. The boxes were drawn by hand.",
         ),
         section(
-            "Masks on held-out scenes", contact_sheet(pictures), "From the server, as they are; the rest: overlays/."
+            "Masks on held-out scenes",
+            contact_sheet(overlays),
+            "Results of the server; all images: overlays/.",
         ),
         section(
-            "Against what needs no training",
-            table(["method", f"mIoU of {evaluation.overall.count} held-out masks"], figures),
+            "Comparison",
+            table(["method", f"mIoU of {evaluation.overall.count} held-out masks"], rows),
         ),
         section(
-            "How it learned",
-            line_chart({"watched scenes": curve, **flat}, "step", "mIoU")
+            "Training",
+            line_chart({"validation scenes": curve, **flat}, "step", "mIoU")
             + line_chart({"multiple-instance loss": losses[0], "mean-field loss": losses[1]}, "step", "loss, weighted"),
-            "The watched scenes are neither trained on nor held out; their masks draw this curve and do nothing else.",
+            "The validation scenes are neither trained on nor held out; their masks are used for this curve alone.",
         ),
         *evaluation_sections(evaluation, worst),
         section("Time", table(["stage", "seconds"], [[name, round(seconds, 1)] for name, seconds in durations])),
@@ -82,7 +84,7 @@ def report_page(
 
 
 def _curves(metrics: Path) -> tuple[list[tuple[float, float]], tuple[list[tuple[float, float]], ...]]:
-    """(step, mIoU) of the validations, and (step, loss) of both losses."""
+    """Returns (step, mIoU) of the validations, and (step, loss) of both losses."""
     with metrics.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     miou = [(float(row["step"]), float(row["mIoU"])) for row in rows if row["kind"] == "val" and row["mIoU"]]

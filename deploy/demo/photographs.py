@@ -41,7 +41,7 @@ BOXES: dict[str, tuple[tuple[str, Box], ...]] = {
 
 
 def write_photographs(folder: Path) -> CocoSplit:
-    """Writes the pictures as PNG and `photographs.json`, a COCO file of their boxes.
+    """Writes the images as PNG and `photographs.json`, a COCO file of their boxes.
 
     Raises:
         ConfigError: scikit-image is not installed.

@@ -1,4 +1,4 @@
-"""What the demo trains on and measures itself against: synthetic scenes, and masks of theirs that need no training."""
+"""Data of the demo: synthetic scenes, and baselines that need no training."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ SEED = 7
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much of everything. `overrides` are fields of the training spec that a shorter demo replaces."""
+    """Number of images in each part; `overrides` are fields of the training spec that a shorter demo replaces."""
 
     train: int
     watch: int
@@ -28,23 +28,23 @@ class Size:
     overrides: tuple[str, ...] = ()
 
 
-FULL = Size(train=300, watch=24, heldout=60)
+FULL = Size(train=100, watch=24, heldout=60)
 QUICK = Size(train=8, watch=2, heldout=4, overrides=("train.num_epochs=1", "train.checkpoint_interval=1"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """The three parts of the set. Only the boxes of `train` teach; `watch` gives the curve, `heldout` the figures."""
+    """Parts of the dataset: boxes of `train` to learn from, `watch` for the curve, `heldout` for the metrics."""
 
     train: CocoSplit
     watch: CocoSplit
     heldout: CocoSplit
     heldout_boxes: Path
-    """The held-out annotations without their masks: what a user would send to be labeled."""
+    """The held-out annotations without masks: the input of a labeling job."""
 
 
 def write_scenes(folder: Path, size: Size) -> Scenes:
-    """Writes the COCO set; the file to train on and the file to label hold no segmentation."""
+    """Writes the COCO dataset; the files to train on and to label hold no segmentation."""
     train_split = write_split(folder, "train", size.train, SEED, masks=False)
     watch = write_split(folder, "watch", size.watch, SEED, masks=True)
     heldout = write_split(folder, "heldout", size.heldout, SEED, masks=True)
@@ -57,7 +57,7 @@ def write_scenes(folder: Path, size: Size) -> Scenes:
 
 
 def measure_baselines(split: CocoSplit) -> dict[str, float]:
-    """Mean IoU of what needs no training: each box filled, the ellipse in it, and colors that its margin lacks."""
+    """Returns the mean IoU of each baseline: box filled, ellipse in the box, colors that are absent around the box."""
     coco = read_coco(split.annotations)
     methods: dict[str, Callable[[RgbImage, Box], Rle]] = {
         "box filled": lambda image, box: baselines.box_filled(box, (image.shape[0], image.shape[1])),

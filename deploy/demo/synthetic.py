@@ -34,7 +34,7 @@ _SUBPIXEL_BITS = 4
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """What scenes look like; sizes in px.
+    """Appearance of scenes; sizes in px.
 
     Attributes:
         width, height: of the image.

@@ -12,7 +12,7 @@ from typing import Any, Final, Self, TextIO
 
 from tqdm import tqdm
 
-LINE_EVERY_S: Final = 30.0
+LINE_EVERY_S: Final = 10.0
 DETAILS_EVERY_S: Final = 0.5
 REDRAW_EVERY_S: Final = 0.1
 

@@ -12,7 +12,7 @@ from mal_train.training.module import MalModule
 
 
 class Progress(lightning.Callback):
-    """Progress bar of training, or one line every 30 s where the console is no terminal.
+    """Progress bar of training, or one line every 10 s where the console is no terminal.
 
     Args:
         console: the output.

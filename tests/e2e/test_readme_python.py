@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from skimage import data
 
+from deploy.demo.photographs import write_photographs
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,7 +41,7 @@ def test_the_python_block_prints_what_the_readme_shows(
 ) -> None:
     code, shown = re.findall(r"```python\n(.*?)```\s*```\n(.*?)```", README, flags=re.DOTALL)[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 8
-    Image.fromarray(np.asarray(data.coffee())).save(tmp_path / "coffee.png")
+    (write_photographs(tmp_path).images / "coffee.png").rename(tmp_path / "coffee.png")
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with redirect_stdout(printed):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,12 @@ def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.Compl
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the commands of an environment that holds the wheel and what it requires."""
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT, cwd=folder)
+    # A copy, because setuptools writes into the tree that it builds from.
+    shutil.copytree(
+        ROOT, folder / "tree", ignore=shutil.ignore_patterns(".git", ".venv*", "build", "demo_out", "*.egg-info")
+    )
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder]
+    run(*build, folder / "tree", cwd=folder)
     run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     (wheel,) = folder.glob("*.whl")
     constraints = ROOT / "constraints.txt"
