@@ -218,9 +218,9 @@ def conclude(
     """Prints the results, the files and the next commands; returns the exit code."""
     say("\nMean IoU on held-out scenes")
     for name, value in references.items():
-        say(f"  {name:<39}{value:.3f}")
+        say(f"  {name:<42}{value:.3f}")
     difference = miou - best_baseline
-    say(f"  {TRAINED:<39}{miou:.3f}   {difference:+.3f} against the best baseline")
+    say(f"  {TRAINED:<42}{miou:.3f}   {difference:+.3f} against the best baseline")
     say(
         f"\nWritten in {stages.total_s:.0f} s:\n"
         f"  {out / 'report.html'}   the page: curve, metrics, worst masks first\n"
