@@ -31,7 +31,7 @@ def peak_mib() -> float:
 
 def step(what: str, path: Path, key_text: str | None, mib: int) -> None:
     """One save or load, here; prints seconds and MiB beside the tensors."""
-    key = parse_key(key_text, purpose="encryption", where="environment")
+    key = parse_key(key_text, purpose="encryption", source="environment")
     base = peak_mib()
     if what == "save":
         count = TENSOR_MIB << 18
@@ -41,7 +41,7 @@ def step(what: str, path: Path, key_text: str | None, mib: int) -> None:
         save_checkpoint(path, checkpoint, key)
     else:
         start, start_cpu = time.perf_counter(), time.process_time()
-        load_checkpoint(path, key.opens if key else None)
+        load_checkpoint(path, key.decryption_key if key else None)
     print(time.perf_counter() - start, time.process_time() - start_cpu, peak_mib() - base - mib)
 
 

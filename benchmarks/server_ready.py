@@ -25,7 +25,7 @@ def write_checkpoint(folder: Path) -> Path:
     labeler = random_labeler(ARCH, SIDE)
     weights = {name: tensor.detach() for name, tensor in labeler.network.state_dict().items()}
     recipient = write_identity(folder / "identity")
-    key = parse_key(recipient, purpose="encryption", where="environment")
+    key = parse_key(recipient, purpose="encryption", source="environment")
     path = folder / "model.malckpt"
     save_checkpoint(path, Checkpoint(labeler.network.config, labeler.config, weights), key)
     return path

@@ -43,7 +43,7 @@ def check(config: ServerConfig) -> Iterator[str]:
     for folder in config.model_folders:
         if not folder.path.is_dir():
             raise ConfigError(f"model_folders: {folder.name!r}: {folder.path}: no such folder")
-        parse_key(folder.decryption_key, purpose="decryption", where="yaml")
+        parse_key(folder.decryption_key, purpose="decryption", source="yaml")
         files = sum(1 for _ in folder.path.rglob("*.malckpt"))
         yield f"model folder {folder.name}: {folder.path}, {files} checkpoint{'s' * (files != 1)}"
 

@@ -158,12 +158,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from mal_train.kernel.checkpoint.checkpoint import read_header, sha256_of
     from mal_train.kernel.checkpoint.keys import parse_key
 
-    key = parse_key(arguments.key, purpose="decryption", where="command line")
+    key = parse_key(arguments.key, purpose="decryption", source="command line")
     path = builtin.resolve(arguments.file)
     header = read_header(path, key)
-    seal = header.seal
+    seal = header.encryption
     print(f"file        {path}, {header.file_bytes} bytes")
-    print(f"encryption  {seal.how}")
+    print(f"encryption  {seal.mode}")
     content = header.content
     if content is None:
         print("content     sealed; --key env:NAME or --key file:PATH shows it")
@@ -173,7 +173,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     print(f"model       {json.dumps(content.model.to_dict())}")
     print(f"labeler     {json.dumps(content.labeler.to_dict())}")
     print(f"categories  {len(content.categories)}")
-    for field, value in builtin.completed(sha256_of(path), content.provenance).items():
+    for field, value in builtin.with_card(sha256_of(path), content.provenance).items():
         print(f"            {field}: {value}")
     return 0
 

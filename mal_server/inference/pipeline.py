@@ -183,7 +183,7 @@ class Pipeline:
             index: outcome for index, outcome in sorted(outcomes.items()) if not isinstance(outcome, DeviceError)
         }
         options = request.output_options
-        labels = self._predictor.finish_together(
+        labels = self._predictor.finish_without_overlaps(
             [(prepared.crops[index], prediction) for index, prediction in predictions.items()],
             threshold=options.threshold,
             min_component_area_px=options.min_component_area_px,

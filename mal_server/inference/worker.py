@@ -36,7 +36,7 @@ class Predictor(Protocol):
         """Returns the mask in image pixels, its score and flags."""
         ...
 
-    def finish_together(
+    def finish_without_overlaps(
         self,
         predictions: Sequence[tuple[Crop, Prediction]],
         /,

@@ -113,9 +113,9 @@ def load_model(plan: ModelPlan) -> LoadedModel:
 def read_checkpoint(plan: ModelPlan) -> tuple[Checkpoint, str]:
     """Returns a checkpoint, verified to its last byte, and the SHA-256 of its file. Raises as `load_model`."""
     path = _existing(plan.checkpoint)
-    key = parse_key(plan.decryption_key, purpose="decryption", where="yaml")
+    key = parse_key(plan.decryption_key, purpose="decryption", source="yaml")
     before = path.stat()
-    checkpoint = load_checkpoint(path, key, weights_only_kind=True)
+    checkpoint = load_checkpoint(path, key, skip_training_state=True)
     after = path.stat()
     if before.st_ino == after.st_ino and (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise CheckpointError(f"{path}: changed while it was read; load it again once it is complete")

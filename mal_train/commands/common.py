@@ -17,7 +17,7 @@ from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import dump
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey, parse_key
-from mal_train.kernel.networks.backbones import own_crop_size
+from mal_train.kernel.networks.backbones import default_crop_size
 from mal_train.kernel.networks.network import ModelConfig
 from mal_train.training.run_files import StatusFile
 
@@ -113,10 +113,10 @@ def keys_of(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | None]:
 
     The command line has refused secrets before (`config.load_spec`), so a secret found here stands in the file.
     """
-    seal_with = parse_key(spec.encryption_key, purpose="encryption", where="yaml")
-    open_with = parse_key(spec.decryption_key, purpose="decryption", where="yaml")
+    seal_with = parse_key(spec.encryption_key, purpose="encryption", source="yaml")
+    open_with = parse_key(spec.decryption_key, purpose="decryption", source="yaml")
     if open_with is None and seal_with is not None:
-        open_with = seal_with.opens
+        open_with = seal_with.decryption_key
     return seal_with, open_with
 
 
@@ -139,12 +139,12 @@ def choose_devices(gpus: tuple[int, ...], processes: int, screen: Console) -> li
 
 def train_crop_size(spec: Spec) -> int:
     """Side in px of the crops to train on."""
-    return spec.dataset.crop_size or own_crop_size(spec.model.arch)
+    return spec.dataset.crop_size or default_crop_size(spec.model.arch)
 
 
 def labeler_config(spec: Spec) -> LabelerConfig:
     """What the checkpoint will say about crops and thresholds, before any fit."""
-    return spec.labeler_config(own_crop_size(spec.model.arch))
+    return spec.labeler_config(default_crop_size(spec.model.arch))
 
 
 def existing_file(text: str | None, field: str) -> Path:

@@ -15,7 +15,7 @@ from mal_train.core.errors import ConfigError
 from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.convert.tao_import import read_tao_checkpoint
-from mal_train.kernel.networks.backbones import check_crop_size, own_crop_size
+from mal_train.kernel.networks.backbones import check_crop_size, default_crop_size
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
 TAKEN = ("dataset.crop_size", "train.test_margin_rate", "train.mask_thres", "compat", "encryption_key")
@@ -42,7 +42,7 @@ def import_checkpoint(source: str, target: Path, overrides: list[str], screen: C
     spec = load_spec(None, overrides)
     foreign = read_tao_checkpoint(existing_file(source, "FILE"))
     model = dataclasses.replace(foreign.model, **_model_overrides(spec, names))
-    labeler = spec.labeler_config(own_crop_size(model.arch))
+    labeler = spec.labeler_config(default_crop_size(model.arch))
     check_crop_size(model.arch, labeler.crop_size)
     _check_fits(model, foreign.weights, source)
     seal_with, _ = keys_of(spec)
@@ -51,7 +51,7 @@ def import_checkpoint(source: str, target: Path, overrides: list[str], screen: C
         "imported_from": Path(source).name,
     }
     seal = save_checkpoint(target, Checkpoint(model, labeler, foreign.weights, [], provenance), seal_with)
-    screen.print(f"wrote {target}: {model.arch}, {len(foreign.weights)} tensors, encryption: {seal.how}")
+    screen.print(f"wrote {target}: {model.arch}, {len(foreign.weights)} tensors, encryption: {seal.mode}")
     return target
 
 

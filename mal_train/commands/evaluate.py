@@ -12,7 +12,7 @@ from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.metrics.report import EvaluationReport
-from mal_train.kernel.labeler.labeler import Label, dtype_on
+from mal_train.kernel.labeler.labeler import Label, compute_dtype
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.training.run_files import figures_of
 from mal_train.training.validation import add_answer, evaluator_of, has_masks
@@ -50,7 +50,7 @@ def evaluate(spec: Spec, screen: Console) -> EvaluationReport | DetectionReport:
                 report = compare_detections(coco, prompts, answers)
             else:
                 report = _compare(coco, rows, answers)
-        dtype = dtype_on(labeling.devices[0], labeling.labeler.config, settings.precision)
+        dtype = compute_dtype(labeling.devices[0], labeling.labeler.config, settings.precision)
         result = {
             **labeling.provenance(),
             "annotations": str(ann_path),

@@ -24,7 +24,7 @@ from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mal_train.kernel.checkpoint.lineage import mean_of
+from mal_train.kernel.checkpoint.lineage import average_provenance
 from mal_train.kernel.labeler.labeler import PredictOptions
 from mal_train.kernel.networks.backbones import check_crop_size
 from mal_train.kernel.networks.network import MalNetwork
@@ -55,12 +55,12 @@ def export(
         raise ConfigError("evaluate.use_mixed_model_test: one network is exported; set it to false")
     seal_with, open_with = keys_of(spec)
     source = checkpoint_file(settings.checkpoint, "evaluate.checkpoint")
-    checkpoint = load_checkpoint(source, open_with, weights_only_kind=True)
+    checkpoint = load_checkpoint(source, open_with, skip_training_state=True)
     which = "teacher" if settings.use_teacher_test else "student"
     networks = [_one_network(checkpoint, which, source)]
     files = [_file(source, checkpoint)]
     for path in average_with:
-        other = load_checkpoint(existing_file(str(path), "--average"), open_with, weights_only_kind=True)
+        other = load_checkpoint(existing_file(str(path), "--average"), open_with, skip_training_state=True)
         if other.model != checkpoint.model:
             raise ConfigError(f"--average: {path} is of another network than {source}; their mean would be neither")
         networks.append(_one_network(other, which, path))
@@ -71,7 +71,7 @@ def export(
     network = MalNetwork(checkpoint.model)
     network.load({name: tensor.float() for name, tensor in stored.items()})
     report = None
-    behind = mean_of(files) if average_with else files[0][2]
+    behind = average_provenance(files) if average_with else files[0][2]
     provenance = {**behind, "network": which, "weights_stored_as": "float16"}
     if license is not None:
         provenance["licence"] = license
@@ -87,10 +87,10 @@ def export(
             f"calibration: left out; it was fitted to the student of {source} at its own crop and margin, not to what "
             "is written. dataset.val_ann_path fits one"
         )
-    written = dataclasses.replace(checkpoint, labeler=config, weights=stored, provenance=provenance, seal=None)
+    written = dataclasses.replace(checkpoint, labeler=config, weights=stored, provenance=provenance, encryption=None)
     seal = save_checkpoint(target, written, seal_with)
     screen.print(
-        f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {seal.how}"
+        f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {seal.mode}"
     )
     return report
 
@@ -104,7 +104,7 @@ def _was_fitted_to_another(checkpoint: Checkpoint, config: LabelerConfig, which:
 
 def _file(path: Path, checkpoint: Checkpoint) -> tuple[Path, str, Mapping[str, Any]]:
     """A source with its SHA-256 and what it says of itself."""
-    return path, checkpoint.sha256, builtin.completed(checkpoint.sha256, checkpoint.provenance)
+    return path, checkpoint.sha256, builtin.with_card(checkpoint.sha256, checkpoint.provenance)
 
 
 def _one_network(checkpoint: Checkpoint, which: str, path: Path) -> dict[str, Tensor]:

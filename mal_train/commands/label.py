@@ -18,7 +18,7 @@ from mal_train.kernel.checkpoint.checkpoint import Checkpoint
 from mal_train.kernel.labeler.labeler import Label, Labeler, PredictOptions, load_labeler
 from mal_train.kernel.networks.precision import Precision, resolve
 from mal_train.offline.dataset_labeler import LabelFailure, Row
-from mal_train.offline.multi_device import label_on
+from mal_train.offline.multi_device import label_on_devices
 from mal_train.offline.tta import TtaOptions
 
 
@@ -44,14 +44,14 @@ class Labeling:
     def labels(
         self, rows: Sequence[Row], image_dir: Path
     ) -> Generator[tuple[Annotation, Label | LabelFailure], None, None]:
-        """Every box that is no crowd, in the order of `rows`, with its label or why there is none; see `label_on`."""
-        return label_on(
+        """Yields every annotation that is not a crowd with its label or failure; see `label_on_devices`."""
+        return label_on_devices(
             self.devices,
             self.labeler,
             rows,
             image_dir,
             precision=self._section.precision,
-            passes=self.passes,
+            tta=self.passes,
             batch_size=self._section.batch_size,
             threads=worker_threads(),
         )
@@ -96,7 +96,7 @@ def open_labeling(spec: Spec, task: Literal["evaluate", "inference"], screen: Co
     path = checkpoint_file(section.checkpoint, f"{task}.checkpoint")
     _, open_with = keys_of(spec)
     labeler, content = load_labeler(path, key=open_with, device=device, precision=precision)
-    if content.seal is not None and content.seal.how == "none":
+    if content.encryption is not None and content.encryption.mode == "none":
         screen.print(f"{path}: not encrypted")
     for line in _outvoted(spec, labeler.config):
         screen.print(line)

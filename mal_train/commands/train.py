@@ -150,7 +150,7 @@ def _train(
     def resumed(checkpoint: Checkpoint, position: Position) -> None:
         nonlocal origin
         check_same_network(checkpoint, network.config, resume)
-        origin = Lineage.stored(checkpoint.provenance)
+        origin = Lineage.from_provenance(checkpoint.provenance)
         module.labeler_config = taken_up(spec, module.labeler_config, checkpoint.labeler)
         data.resume_from(position.epochs, position.batches)
 
@@ -260,7 +260,7 @@ def build_network(
     elif source:
         report = load_pretrained(network, source, _key_if_sealed(source, open_with))
         screen.print(str(report))
-        origin = report.origin
+        origin = report.lineage
         screen.print(f"license of these weights: {origin.license}")
     else:
         screen.print("starting from random weights; train.pretrained_model_path gives better ones")
@@ -325,7 +325,7 @@ def build_module(
 def _key_if_sealed(source: str, open_with: DecryptionKey | None) -> DecryptionKey | None:
     """Published starting weights may lie bare beside checkpoints that are sealed."""
     path = Path(source)
-    if path.suffix != ".malckpt" or not path.is_file() or read_header(path, None).seal.how == "none":
+    if path.suffix != ".malckpt" or not path.is_file() or read_header(path, None).encryption.mode == "none":
         return None
     return open_with
 
@@ -384,7 +384,7 @@ def _provenance(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         "tool": f"mask-auto-labeler {distribution_version()}",
-        **origin.told(),
+        **origin.to_provenance(),
         "epochs": module.current_epoch + 1,
         "steps": module.global_step,
         "supervision": supervision,

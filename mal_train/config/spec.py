@@ -78,14 +78,14 @@ class Spec(Strict):
         own: str | None = getattr(self, task).results_dir
         return Path(own) if own else Path(self.results_dir) / task
 
-    def labeler_config(self, own_crop_size: int) -> LabelerConfig:
+    def labeler_config(self, default_crop_size: int) -> LabelerConfig:
         """What the checkpoint will say about crops and thresholds, before any fit.
 
         Args:
-            own_crop_size: px, where the spec gives no size of the crop: the backbone's, or an older checkpoint's.
+            default_crop_size: px, where the spec gives no size of the crop: the backbone's, or an older checkpoint's.
         """
         return LabelerConfig(
-            crop_size=self.dataset.test_crop_size or self.dataset.crop_size or own_crop_size,
+            crop_size=self.dataset.test_crop_size or self.dataset.crop_size or default_crop_size,
             margin_rate=self.train.test_margin_rate[0],
             mask_thres=self.train.thresholds,
             compat=self.compat,

@@ -1,7 +1,7 @@
-"""Labels the boxes of many images with one Labeler: threads decode, crop and finish while the device predicts.
+"""Labels the boxes of many images with one Labeler. Threads decode, crop and finish while the device predicts.
 
-Validation, `mal-train evaluate` and `mal-train inference` all run through `label_boxes`. Each picture is decoded once,
-crops of different pictures share batches, and what fails is answered with its reason while the rest goes on.
+Validation, `mal-train evaluate` and `mal-train inference` use `label_boxes`. Each image is decoded once, and crops of
+different images share batches. An item that fails yields a `LabelFailure`; the others continue.
 """
 
 import itertools
@@ -21,14 +21,19 @@ from mal_train.kernel.labeler.oom import predict_split
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CHUNK = 8
-"""Boxes of one image that are cropped by one task."""
+BOXES_PER_TASK = 8
+"""Boxes of one image that one task crops."""
 IMAGES_AHEAD = 4
 
 
 @dataclass(frozen=True)
 class LabelFailure:
-    """Why a box has no answer: a reason to sort by and a sentence to read."""
+    """The failure to label one box.
+
+    Attributes:
+        reason: machine-readable reason, such as BAD_BOX.
+        message: sentence for users.
+    """
 
     reason: str
     message: str
@@ -48,116 +53,116 @@ def label_boxes(
     batch_size: int = 8,
     threads: int = 2,
 ) -> Generator[tuple[Annotation, Result | LabelFailure], None, None]:
-    """Every box that is no crowd, in the order of `rows`, with what `finish` made of it or why there is nothing.
+    """Yields every annotation that is not a crowd, in the order of `rows`, with the result of `finish` or a failure.
 
     Args:
         labeler: predicts on the calling thread.
-        rows: images with their annotations, as `coco.by_image` gives them.
-        image_dir: folder that the file names start at.
-        finish: called on a worker thread with the annotation, its crop and its probability map.
-        options: branch, flip, agreement; None: the student's answer.
+        rows: images with their annotations, from `annotations.by_image`.
+        image_dir: folder that file names are relative to.
+        finish: called on a worker thread with an annotation, its crop and its prediction.
+        options: options of the forward pass; None: the student, once.
         batch_size: crops in a batch, ≥ 1.
         threads: worker threads, ≥ 1.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
         decoded = prefetch_map(pool, lambda row: _decode(row, image_dir), rows, threads + IMAGES_AHEAD)
-        prepared = prefetch_map(pool, lambda part: _prepare(labeler, *part), _chunks(decoded), 2 * threads + 2)
+        prepared = prefetch_map(pool, lambda task: _prepare(labeler, *task), _tasks(decoded), 2 * threads + 2)
         predicted = _predict(labeler, itertools.chain.from_iterable(prepared), options or PredictOptions(), batch_size)
-        yield from prefetch_map(pool, lambda part: _finish(finish, *part), predicted, 2 * batch_size + threads)
+        yield from prefetch_map(pool, lambda item: _finish(finish, *item), predicted, 2 * batch_size + threads)
 
 
 def prefetch_map(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """`map` in order, with at most `ahead` items begun but not yet taken. What is begun is cancelled on the way out."""
-    begun: deque[Future[Result]] = deque()
+    """Yields `function(item)` in order, with at most `ahead` items in progress. Cancels them if the caller stops."""
+    pending: deque[Future[Result]] = deque()
     try:
         for item in items:
-            begun.append(pool.submit(function, item))
-            if len(begun) >= ahead:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+            pending.append(pool.submit(function, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        for future in begun:
+        for future in pending:
             future.cancel()
 
 
 _Decoded = tuple[RgbImage | LabelFailure | None, Sequence[Annotation]]
+"""An image with its annotations; None for an image that no annotation needs."""
 _Prepared = tuple[Annotation, Crop | LabelFailure]
 _Predicted = tuple[Annotation, tuple[Crop, Prediction] | LabelFailure]
 
 
 def _decode(row: Row, image_dir: Path) -> _Decoded:
     image, annotations = row
-    wanted = [annotation for annotation in annotations if not annotation.iscrowd]
-    if all(annotation.problem is not None for annotation in wanted):
-        return None, wanted
+    instances = [annotation for annotation in annotations if not annotation.iscrowd]
+    if all(annotation.problem is not None for annotation in instances):
+        return None, instances
     if image.problem is not None:
-        return LabelFailure(str(Reason.IMAGE_UNUSABLE), image.problem), wanted
+        return LabelFailure(str(Reason.IMAGE_UNUSABLE), image.problem), instances
     try:
-        return read_image(image_dir / image.file_name, expected_wh=image.size_wh), wanted
+        return read_image(image_dir / image.file_name, expected_wh=image.size_wh), instances
     except BadImage as error:
-        return LabelFailure(error.reason, str(error)), wanted
+        return LabelFailure(error.reason, str(error)), instances
 
 
-def _chunks(decoded: Iterable[_Decoded]) -> Iterator[_Decoded]:
+def _tasks(decoded: Iterable[_Decoded]) -> Iterator[_Decoded]:
+    """Splits the annotations of each image into tasks of BOXES_PER_TASK."""
     for image, annotations in decoded:
-        for start in range(0, len(annotations), CHUNK):
-            yield image, annotations[start : start + CHUNK]
+        for start in range(0, len(annotations), BOXES_PER_TASK):
+            yield image, annotations[start : start + BOXES_PER_TASK]
 
 
 def _prepare(
     labeler: Labeler, image: RgbImage | LabelFailure | None, annotations: Sequence[Annotation]
 ) -> list[_Prepared]:
-    found: list[_Prepared] = []
-    for annotation in annotations:
-        if annotation.problem is not None or image is None:
-            found.append((annotation, LabelFailure(str(annotation.reason), annotation.problem or "")))
-        elif isinstance(image, LabelFailure):
-            found.append((annotation, image))
-        else:
-            crop = labeler.prepare(image, [annotation.box_xywh])[0]
-            if isinstance(crop, BadBox):
-                message = f"annotation {annotation.id!r}: {crop.problem}"
-                found.append((annotation, LabelFailure(str(Reason.BAD_BOX), message)))
-            else:
-                found.append((annotation, crop))
-    return found
+    return [(annotation, _crop(labeler, image, annotation)) for annotation in annotations]
+
+
+def _crop(labeler: Labeler, image: RgbImage | LabelFailure | None, annotation: Annotation) -> Crop | LabelFailure:
+    if annotation.problem is not None or image is None:
+        return LabelFailure(str(annotation.reason), annotation.problem or "")
+    if isinstance(image, LabelFailure):
+        return image
+    (crop,) = labeler.prepare(image, [annotation.box_xywh])
+    if isinstance(crop, BadBox):
+        return LabelFailure(str(Reason.BAD_BOX), f"annotation {annotation.id!r}: {crop.problem}")
+    return crop
 
 
 def _predict(
     labeler: Labeler, prepared: Iterable[_Prepared], options: PredictOptions, batch_size: int
 ) -> Iterator[_Predicted]:
-    waiting: list[_Prepared] = []
-    crops = 0
+    batch: list[_Prepared] = []
+    crop_count = 0
     for annotation, crop in prepared:
-        waiting.append((annotation, crop))
-        crops += isinstance(crop, Crop)
-        if crops == batch_size:
-            yield from _predict_all(labeler, waiting, options)
-            waiting, crops = [], 0
-    yield from _predict_all(labeler, waiting, options)
+        batch.append((annotation, crop))
+        crop_count += isinstance(crop, Crop)
+        if crop_count == batch_size:
+            yield from _predict_batch(labeler, batch, options)
+            batch, crop_count = [], 0
+    yield from _predict_batch(labeler, batch, options)
 
 
-def _predict_all(labeler: Labeler, waiting: Sequence[_Prepared], options: PredictOptions) -> Iterator[_Predicted]:
-    """Answers in order; failures keep their places between the crops of the batch."""
-    answers = iter(_predict_crops(labeler, [crop for _, crop in waiting if isinstance(crop, Crop)], options))
-    for annotation, crop in waiting:
+def _predict_batch(labeler: Labeler, batch: Sequence[_Prepared], options: PredictOptions) -> Iterator[_Predicted]:
+    """Yields the predictions of a batch in order. Failures keep their position between the crops."""
+    predictions = iter(_predict_crops(labeler, [crop for _, crop in batch if isinstance(crop, Crop)], options))
+    for annotation, crop in batch:
         if isinstance(crop, LabelFailure):
             yield annotation, crop
             continue
-        answer = next(answers)
-        yield annotation, answer if isinstance(answer, LabelFailure) else (crop, answer)
+        prediction = next(predictions)
+        yield annotation, prediction if isinstance(prediction, LabelFailure) else (crop, prediction)
 
 
 def _predict_crops(labeler: Labeler, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction | LabelFailure]:
-    """Probabilities in order, or why there are none; other errors of the device concern all crops of the batch."""
+    """Returns predictions in order. A device error other than lack of memory fails every crop of the batch."""
     try:
-        found = predict_split(labeler.predict, crops, options)
+        predictions = predict_split(labeler.predict, crops, options)
     except DeviceError as error:
         return [LabelFailure("DEVICE_FAILED", str(error)) for _ in crops]
-    return [LabelFailure("OUT_OF_MEMORY", str(x)) if isinstance(x, OutOfDeviceMemory) else x for x in found]
+    return [LabelFailure("OUT_OF_MEMORY", str(p)) if isinstance(p, OutOfDeviceMemory) else p for p in predictions]
 
 
 def _finish(

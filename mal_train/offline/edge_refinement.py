@@ -1,10 +1,10 @@
-"""Moves the edge of a mask to where the colors change: pixel-adaptive refinement, in a narrow band alone.
+"""Moves the edges of a mask to color edges: pixel-adaptive mask refinement, limited to a narrow band.
 
-Each pixel becomes the mean of neighbors near and far, weighed by how alike their colors are, a few times over.
-Without the band it would also fill or empty what the network was right about. Pure; knows no network and no files.
+A few times over, each pixel becomes the mean of near and far neighbors, weighted by the similarity of their colors.
+Outside the band, refinement would also change areas that the network got right. Pure; knows no network and no files.
 
 Letters: H rows, W columns, C = 3 colors, K neighbors of a pixel.
-Source: Araslanov and Roth, "Single-stage semantic segmentation from image labels", CVPR 2020 (PAMR).
+Source: Araslanov and Roth, "Single-stage semantic segmentation from image labels", CVPR 2020 (arXiv 2005.08104), PAMR.
 """
 
 from collections.abc import Iterator
@@ -17,33 +17,33 @@ from numpy.typing import NDArray
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 DISTANCES = (1, 2, 4, 8, 12, 24)
-"""How far the eight neighbors of each ring are away, px."""
+"""Distance in px of the eight neighbors of each ring."""
 NUM_NEIGHBORS = 8 * len(DISTANCES)
 ITERATIONS = 10
 SHARPNESS = 0.1
-"""Two colors are alike where they differ by less than this share of the deviation round the pixel."""
+"""Color differences are divided by this share of the local standard deviation; larger quotients weigh little."""
 BAND_SHARE = 1 / 75
-"""How far an edge may move, as a share of the crop's side: 3 px at 224."""
+"""Distance that an edge may move, as a share of the crop size: 3 px at 224."""
 
-_LEAST_DEVIATION = 1e-6
-"""Added to deviations (of colors 0..255), so that flat areas weigh all their pixels alike."""
+_MIN_DEVIATION = 1e-6
+"""Added to standard deviations (of colors 0..255), so that all pixels of a flat area weigh the same."""
 
 
 def refine_edges(
     prob_HW: NDArray[np.float32], pixels_HWC: NDArray[np.uint8], box_mask_HW: NDArray[np.uint8], threshold: float
 ) -> NDArray[np.float32]:
-    """Foreground probability (H, W) whose edge at `threshold` follows the colors; far from that edge as it was.
+    """Returns foreground probability (H, W) whose edge at `threshold` follows the colors. Only pixels near it change.
 
     Args:
-        prob_HW: of the network.
-        pixels_HWC: the crop it belongs to.
-        box_mask_HW: the box on the crop, 0 or 1. Within the band nothing outside it stays foreground.
-        threshold: where the mask will be cut, in (0, 1).
+        prob_HW: foreground probability from the network, float32 in [0, 1].
+        pixels_HWC: the crop, uint8 RGB.
+        box_mask_HW: the box on the crop, uint8 0 or 1. Within the band, no pixel outside the box stays foreground.
+        threshold: threshold of the mask, in (0, 1).
 
     >>> pixels = np.zeros((3, 75, 3), np.uint8)
     >>> pixels[:, 40:] = 200  # the object's edge
     >>> prob = np.full((3, 75), 0.1, np.float32)
-    >>> prob[:, 41:] = 0.9  # seen one pixel too late
+    >>> prob[:, 41:] = 0.9  # the predicted edge, one pixel off
     >>> refined = refine_edges(prob, pixels, np.ones((3, 75), np.uint8), 0.5)
     >>> int((refined[1] > 0.5).argmax())
     40
@@ -63,7 +63,7 @@ def refine_edges(
 
 
 def _edge_band(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels that lie within the reach of `BAND_SHARE` of the mask's edge, at least one to each side."""
+    """Returns the pixels within `BAND_SHARE` of the mask's edge, at least one on each side, as bool (H, W)."""
     radius = max(1, round(max(mask_HW.shape) * BAND_SHARE))
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     pixels_HW = mask_HW.astype(np.uint8)
@@ -71,7 +71,7 @@ def _edge_band(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _color_weights(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(K, H, W) weights of each pixel's neighbors, 1 together."""
+    """Returns the weights (K, H, W) float32 of each pixel's neighbors; they sum to 1."""
     color_HWC = pixels_HWC.astype(np.int32)
     total_HWC, squares_HWC = np.zeros_like(color_HWC), np.zeros_like(color_HWC)
     for neighbor_HWC in _neighbors(color_HWC):
@@ -80,23 +80,23 @@ def _color_weights(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
     # Whole numbers below 2³¹: no rounding makes a flat area look less than flat.
     spread_HWC = NUM_NEIGHBORS * squares_HWC - np.square(total_HWC)
     deviation_HWC = np.sqrt(spread_HWC / (NUM_NEIGHBORS * (NUM_NEIGHBORS - 1)), dtype=np.float64)
-    per_color_HWC = (1.0 / (SHARPNESS * deviation_HWC + _LEAST_DEVIATION)).astype(np.float32)
+    per_color_HWC = (1.0 / (SHARPNESS * deviation_HWC + _MIN_DEVIATION)).astype(np.float32)
     weight_KHW = np.empty((NUM_NEIGHBORS, *pixels_HWC.shape[:2]), np.float32)
     for weight_HW, neighbor_HWC in zip(weight_KHW, _neighbors(color_HWC), strict=True):
         distance_HWC = np.abs(neighbor_HWC - color_HWC) * per_color_HWC
         np.negative(distance_HWC.mean(axis=2), out=weight_HW)
-    # A pixel unlike all its neighbors, on flat ground, would otherwise have weights of 0 alone.
+    # Subtracting the maximum keeps a pixel that differs from all its neighbors from having only zero weights.
     np.exp(weight_KHW - weight_KHW.max(axis=0), out=weight_KHW)
     return np.asarray(weight_KHW / weight_KHW.sum(axis=0))
 
 
 def _neighbors(values: NDArray[Scalar]) -> Iterator[NDArray[Scalar]]:
-    """(H, W[, C]) arrays that hold, at each pixel, its K neighbors one after the other; the border goes on outside."""
+    """Yields K arrays (H, W[, C]) that hold one neighbor of each pixel. Border pixels are repeated outside."""
     height, width = values.shape[:2]
     reach = max(DISTANCES)
-    wide = np.pad(values, ((reach, reach), (reach, reach), *[(0, 0)] * (values.ndim - 2)), mode="edge")
+    padded = np.pad(values, ((reach, reach), (reach, reach), *[(0, 0)] * (values.ndim - 2)), mode="edge")
     for distance in DISTANCES:
         for dy in (-distance, 0, distance):
             for dx in (-distance, 0, distance):
                 if dy or dx:
-                    yield wide[reach + dy : reach + dy + height, reach + dx : reach + dx + width]
+                    yield padded[reach + dy : reach + dy + height, reach + dx : reach + dx + width]

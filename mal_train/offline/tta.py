@@ -1,7 +1,7 @@
-"""Labels the boxes of many images from several views of each, and lets the instances of an image share out its pixels.
+"""Labels the boxes of many images with test-time augmentation and post-processing, for evaluation and inference.
 
-What costs several passes or needs the whole image is done here, for `mal-train evaluate` and `mal-train inference`;
-with neither asked for, this is `bulk.label_boxes` and nothing else.
+Does what takes several passes over an image (margins) or all of its boxes (overlaps). With neither, it is the same as
+`dataset_labeler.label_boxes`.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from mal_train.offline.edge_refinement import refine_edges
 
 @dataclass(frozen=True)
 class TtaOptions:
-    """How much is done for a label.
+    """Test-time augmentation and post-processing.
 
     Attributes:
-        options: branch, mirror image, agreement (agreement is not asked for here).
-        margins: a pass for each, with this growth of the box, and their logits averaged; (): one with the checkpoint's.
-        resolve_overlaps: whether a pixel that several instances claim goes to one of them (`assign_pixels`).
-        refine_edges: whether edges are moved to where the colors change (`edges.refine_edges`), in each pass.
+        options: branch and flip of each pass; agreement is not supported here.
+        margins: margin rates of the passes, whose logits are averaged; (): one pass with the checkpoint's margin.
+        resolve_overlaps: assigns each pixel that several instances of an image claim to one of them (`assign_pixels`).
+        refine_edges: moves mask edges to color edges in each pass (`edge_refinement.refine_edges`).
     """
 
     options: PredictOptions = dataclasses.field(default_factory=PredictOptions)
@@ -41,92 +41,93 @@ class TtaOptions:
     refine_edges: bool = False
 
 
-Claimed = tuple[Crop, MaskClaim]
+CropClaim = tuple[Crop, MaskClaim]
 
 
 def label_images(
-    labeler: Labeler, rows: Sequence[Row], image_dir: Path, passes: TtaOptions, *, batch_size: int, threads: int
+    labeler: Labeler, rows: Sequence[Row], image_dir: Path, tta: TtaOptions, *, batch_size: int, threads: int
 ) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
-    """Every box that is no crowd, in the order of `rows`, with its label or why there is none.
+    """Yields every annotation that is not a crowd, in the order of `rows`, with its label or the reason of its failure.
 
     Args:
         labeler: predicts on the calling thread.
-        rows: images with their annotations, as `coco.by_image` gives them.
-        image_dir: folder that the file names start at.
-        passes: what is done for a label.
+        rows: images with their annotations, from `annotations.by_image`.
+        image_dir: folder that file names are relative to.
+        tta: test-time augmentation and post-processing.
         batch_size: crops in a batch, ≥ 1.
         threads: worker threads of each pass, ≥ 1.
 
     Raises:
         ConfigError: several margins under `compat: tao`, where the labeled region depends on the margin.
     """
-    if len(passes.margins) > 1 and labeler.config.compat is Compat.TAO:
-        raise ConfigError("margins: several of them cannot be averaged under compat: tao; give one")
+    if len(tta.margins) > 1 and labeler.config.compat is Compat.TAO:
+        raise ConfigError(f"margins: {tta.margins}; compat: tao supports one margin only")
     with ExitStack() as stack:
-        views = []
-        for margin in passes.margins or (labeler.config.margin_rate,):
-            view = labeler.with_margin(margin)
-            pairs = label_boxes(
-                view,
+        passes = []
+        for margin in tta.margins or (labeler.config.margin_rate,):
+            pass_labeler = labeler.with_margin(margin)
+            claims = label_boxes(
+                pass_labeler,
                 rows,
                 image_dir,
-                partial(_claimed, view, passes.refine_edges),
-                options=passes.options,
+                partial(_claim, pass_labeler, tta.refine_edges),
+                options=tta.options,
                 batch_size=batch_size,
                 threads=threads,
             )
-            views.append(stack.enter_context(closing(pairs)))
-        found = (_together(answers) for answers in zip(*views, strict=True))
-        if not passes.resolve_overlaps:
-            for annotation, claimed in found:
-                yield annotation, _label(labeler, claimed)
+            passes.append(stack.enter_context(closing(claims)))
+        merged = (_average(claims) for claims in zip(*passes, strict=True))
+        if not tta.resolve_overlaps:
+            for annotation, claim in merged:
+                yield annotation, _label(labeler, claim)
             return
-        for _, of_image in itertools.groupby(found, key=lambda pair: pair[0].image_id):
-            yield from _shared_out(labeler, list(of_image))
+        for _, claims_of_image in itertools.groupby(merged, key=lambda pair: pair[0].image_id):
+            yield from _label_without_overlaps(labeler, list(claims_of_image))
 
 
-def _together(
-    answers: Sequence[tuple[Annotation, Claimed | LabelFailure]],
-) -> tuple[Annotation, Claimed | LabelFailure]:
-    """One claim of several views of the same box: their mean logit. One view that failed fails the box."""
-    annotation, first = answers[0]
-    for _, other in answers:
-        if isinstance(other, LabelFailure):
-            return annotation, other
-    if isinstance(first, LabelFailure) or len(answers) == 1:
+def _average(
+    claims: Sequence[tuple[Annotation, CropClaim | LabelFailure]],
+) -> tuple[Annotation, CropClaim | LabelFailure]:
+    """Averages the logits of one box over the passes. The box fails if one pass fails."""
+    annotation, first = claims[0]
+    for _, claim in claims:
+        if isinstance(claim, LabelFailure):
+            return annotation, claim
+    if isinstance(first, LabelFailure) or len(claims) == 1:
         return annotation, first
-    crop, claim = first
-    values = [other[1].values for _, other in answers if not isinstance(other, LabelFailure)]
-    mean = np.mean([logits(value) for value in values], axis=0, dtype=np.float32)
-    return annotation, (crop, dataclasses.replace(claim, values=(1.0 / (1.0 + np.exp(-mean))).astype(np.float32)))
+    crop, first_claim = first
+    probs = [claim[1].values for _, claim in claims if not isinstance(claim, LabelFailure)]
+    mean = np.mean([logits(prob) for prob in probs], axis=0, dtype=np.float32)
+    prob = (1.0 / (1.0 + np.exp(-mean))).astype(np.float32)
+    return annotation, (crop, dataclasses.replace(first_claim, values=prob))
 
 
-def _shared_out(
-    labeler: Labeler, found: Sequence[tuple[Annotation, Claimed | LabelFailure]]
+def _label_without_overlaps(
+    labeler: Labeler, claims: Sequence[tuple[Annotation, CropClaim | LabelFailure]]
 ) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
-    claimed = [pair for _, pair in found if not isinstance(pair, LabelFailure)]
-    kept = iter(assign_pixels([claim for _, claim in claimed], claimed[0][0].image_hw) if claimed else [])
-    for annotation, pair in found:
-        if isinstance(pair, LabelFailure):
-            yield annotation, pair
+    valid = [claim for _, claim in claims if not isinstance(claim, LabelFailure)]
+    masks = iter(assign_pixels([claim for _, claim in valid], valid[0][0].image_hw) if valid else [])
+    for annotation, claim in claims:
+        if isinstance(claim, LabelFailure):
+            yield annotation, claim
         else:
-            yield annotation, labeler.answer(*pair, next(kept))
+            yield annotation, labeler.label_from_mask(*claim, next(masks))
 
 
-def _label(labeler: Labeler, claimed: Claimed | LabelFailure) -> Label | LabelFailure:
-    return claimed if isinstance(claimed, LabelFailure) else labeler.answer(*claimed, claimed[1].mask)
+def _label(labeler: Labeler, claim: CropClaim | LabelFailure) -> Label | LabelFailure:
+    return claim if isinstance(claim, LabelFailure) else labeler.label_from_mask(*claim, claim[1].mask)
 
 
-def _claimed(view: Labeler, edges_move: bool, _annotation: Annotation, crop: Crop, probability: Prediction) -> Claimed:
-    if edges_move:
-        probability = Prediction(_with_moved_edges(view, crop, probability.prob))
-    # The pixels are no longer needed, and they are most of what a crop weighs.
-    return dataclasses.replace(crop, pixels=crop.pixels[:0]), view.claim(crop, probability)
+def _claim(labeler: Labeler, refine: bool, _annotation: Annotation, crop: Crop, prediction: Prediction) -> CropClaim:
+    if refine:
+        prediction = Prediction(_with_refined_edges(labeler, crop, prediction.prob))
+    # Frees the pixels: they are no longer needed and make up most of a crop.
+    return dataclasses.replace(crop, pixels=crop.pixels[:0]), labeler.claim(crop, prediction)
 
 
-def _with_moved_edges(
-    view: Labeler, crop: Crop, prob: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+def _with_refined_edges(
+    labeler: Labeler, crop: Crop, prob_HW: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    config = view.config
-    box_mask = box_mask_in_window(crop.box_inside, crop.window, crop.image_hw, prob.shape[0], config.compat)
-    return refine_edges(prob, crop.pixels, box_mask, config.mask_thres[int(size_class(crop.area))])
+    config = labeler.config
+    box_mask_HW = box_mask_in_window(crop.box_inside, crop.window, crop.image_hw, prob_HW.shape[0], config.compat)
+    return refine_edges(prob_HW, crop.pixels, box_mask_HW, config.mask_thres[int(size_class(crop.area))])

@@ -259,7 +259,7 @@ def write_settings(folder: Path) -> None:
     model = ModelConfig("vit-micro/16", mask_head_num_convs=1, mask_head_hidden_channel=8, mask_head_out_channel=8)
     weights = {name: tensor.detach() for name, tensor in MalNetwork(model).state_dict().items()}
     (folder / "identity.txt").unlink(missing_ok=True)
-    key = parse_key(write_identity(folder / "identity.txt"), purpose="encryption", where="command line")
+    key = parse_key(write_identity(folder / "identity.txt"), purpose="encryption", source="command line")
     save_checkpoint(folder / "micro.malckpt", Checkpoint(model, LabelerConfig(crop_size=64), weights, []), key)
     settings = {
         "checkpoint": str(folder / "micro.malckpt"),

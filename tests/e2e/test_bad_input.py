@@ -294,7 +294,7 @@ def _sealed(place: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     if not path.exists():
         config = ModelConfig("vit-micro/16", mask_head_num_convs=1, mask_head_hidden_channel=8, mask_head_out_channel=8)
         weights = {name: tensor.detach() for name, tensor in MalNetwork(config).state_dict().items()}
-        key = parse_key("env:MAL_TEST_KEY", purpose="encryption", where="yaml")
+        key = parse_key("env:MAL_TEST_KEY", purpose="encryption", source="yaml")
         assert SECRET not in repr(key)
         save_checkpoint(path, Checkpoint(config, LabelerConfig(crop_size=32), weights, []), key)
     return path.read_bytes()

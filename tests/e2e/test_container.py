@@ -129,7 +129,7 @@ def write_files(folder: Path) -> None:
     (folder / "models").mkdir()
     recipient = write_identity(folder / "identity.txt")
     os.chown(folder / "identity.txt", USER, USER)
-    key = parse_key(recipient, purpose="encryption", where="command line")
+    key = parse_key(recipient, purpose="encryption", source="command line")
     save_checkpoint(folder / "models" / "mal.malckpt", load_checkpoint(resolve(BUILTIN), None), key)
     settings = {
         "checkpoint": "/models/mal.malckpt",

@@ -48,7 +48,7 @@ def all_three(folder: Path, overrides: list[str], scenes: int) -> tuple[dict[str
     for task in ("train", "evaluate", "inference"):
         last = (folder / "results" / task / "status.json").read_text().splitlines()[-1]
         assert json.loads(last)["status"] == "SUCCESS"
-    key = parse_key(f"file:{folder / 'key.txt'}", purpose="decryption", where="yaml")
+    key = parse_key(f"file:{folder / 'key.txt'}", purpose="decryption", source="yaml")
     saved = load_checkpoint(folder / "results" / "train" / "mal_model_latest.malckpt", key)
     assert saved.model.arch == ("vit-micro/16" if overrides else "vit-mae-base/16")
     return figures, labels["annotations"], len(json.loads(annotations.read_text())["annotations"])

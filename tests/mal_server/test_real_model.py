@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     middle = float(np.median([found.prob for found in draft.predict(crops)]))
     config = LabelerConfig(crop_size=64, mask_thres=(middle, middle, middle))
     recipient = write_identity(path / "identity.txt")
-    key = parse_key(recipient, purpose="encryption", where="command line")
+    key = parse_key(recipient, purpose="encryption", source="command line")
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     save_checkpoint(path / "micro.malckpt", Checkpoint(model, config, weights, [{"id": 3, "name": "cat"}]), key)
     settings = {
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def codes_of_the_kernel(folder: Path) -> list[list[bytes]]:
-    key = parse_key(f"file:{folder / 'identity.txt'}", purpose="decryption", where="yaml")
+    key = parse_key(f"file:{folder / 'identity.txt'}", purpose="decryption", source="yaml")
     labeler, _ = load_labeler(folder / "micro.malckpt", key=key, precision="float32")
     labels_of_images = [labeler.label(image, BOXES) for image in IMAGES]
     return [[label.rle.counts for label in labels if isinstance(label, Label)] for labels in labels_of_images]

@@ -1,6 +1,7 @@
-"""Streams that the age library reads from and writes to, which keep the errors that it would make text of.
+"""Adapts files and buffers to the streams of the age library, `pyrage`, and preserves their exceptions.
 
-The library is `pyrage`; whoever calls it looks into `KeptError` for what really happened.
+The library turns an exception of a stream into text. The adapters record the exception in a `StreamError`, so that the
+caller can raise the original. They are called once for every 8 KiB: some hundred thousand times for a gigabyte.
 """
 
 import hashlib
@@ -10,14 +11,14 @@ from typing import BinaryIO, Protocol
 
 
 class Sink(Protocol):
-    """Takes content in order. What it gathers may be used only after `SealedFile.read_into` has returned."""
+    """Receives content in order. Nothing of it may be used before `EncryptedFile.read_into` has returned."""
 
-    def write(self, part: bytes, /) -> object:
-        """Take the next bytes."""
+    def write(self, data: bytes, /) -> object:
+        """Receives the next bytes."""
 
 
-class KeptError:
-    """Remembers what was raised within `with kept:`. The library flattens errors of its streams into text."""
+class StreamError:
+    """Records the first exception that is raised within `with stream_error:`."""
 
     error: BaseException | None = None
 
@@ -29,84 +30,81 @@ class KeptError:
         self.error = self.error or error
 
 
-class PartsReader:
-    """A readable stream over buffers, in the small steps in which the library reads."""
+class BufferReader:
+    """A readable stream over a sequence of buffers."""
 
-    def __init__(self, parts: Iterable[memoryview], kept: KeptError) -> None:
-        self._parts: Iterator[memoryview] = iter(parts)
-        self._kept = kept
-        self._part = memoryview(b"")
-        self._at = 0
+    def __init__(self, buffers: Iterable[memoryview], stream_error: StreamError) -> None:
+        self._buffers: Iterator[memoryview] = iter(buffers)
+        self._stream_error = stream_error
+        self._buffer = memoryview(b"")
+        self._position = 0
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes; none at the end."""
-        while self._at == len(self._part):
-            with self._kept:
-                part = next(self._parts, None)
-            if part is None:
+        """Returns up to `size` bytes; none at the end."""
+        while self._position == len(self._buffer):
+            with self._stream_error:
+                buffer = next(self._buffers, None)
+            if buffer is None:
                 return b""
-            self._part, self._at = part, 0
-        piece = bytes(self._part[self._at : self._at + size])
-        self._at += len(piece)
-        return piece
+            self._buffer, self._position = buffer, 0
+        data = bytes(self._buffer[self._position : self._position + size])
+        self._position += len(data)
+        return data
 
 
-class KeepingFile:
-    """A file for the library to write, whose errors are remembered."""
+class FileWriter:
+    """A writable stream over a file."""
 
-    def __init__(self, file: BinaryIO, kept: KeptError) -> None:
+    def __init__(self, file: BinaryIO, stream_error: StreamError) -> None:
         self._file = file
-        self._kept = kept
+        self._stream_error = stream_error
 
     def write(self, data: bytes) -> int:
-        """As the file does."""
-        with self._kept:
+        """Writes to the file."""
+        with self._stream_error:
             return self._file.write(data)
 
     def flush(self) -> None:
-        """Left to `replacing`, which syncs once."""
+        """Does nothing: `atomic_write` flushes and syncs once."""
 
 
-class HashedFile:
-    """A file for the library to read, whose bytes are hashed and whose errors are remembered.
+class HashingReader:
+    """A readable stream over a file that hashes every byte read."""
 
-    The library reads and writes 8 KiB at a time: what happens here happens a hundred thousand times a gigabyte.
-    """
-
-    def __init__(self, file: BinaryIO, digest: "hashlib._Hash", kept: KeptError) -> None:
-        self._read, self._update, self._kept = file.read, digest.update, kept
+    def __init__(self, file: BinaryIO, digest: "hashlib._Hash", stream_error: StreamError) -> None:
+        self._read, self._update, self._stream_error = file.read, digest.update, stream_error
 
     def read(self, size: int) -> bytes:
-        """As the file does."""
+        """Reads from the file."""
         try:
-            part = self._read(size)
-        # Whatever it is: the library would make text of it.
+            data = self._read(size)
+        # Every exception: the library would turn it into text.
         except BaseException as error:
-            self._kept.error = self._kept.error or error
+            self._stream_error.error = self._stream_error.error or error
             raise
-        self._update(part)
-        return part
+        self._update(data)
+        return data
 
 
-class CountingSink:
-    """A writable stream that counts: every byte that arrives belongs to a chunk that has verified."""
+class CountingWriter:
+    """A writable stream over a sink that counts bytes. The library writes only chunks that it has verified."""
 
-    def __init__(self, sink: Sink, kept: KeptError) -> None:
+    def __init__(self, sink: Sink, stream_error: StreamError) -> None:
         self._sink = sink
-        self._kept = kept
+        self._stream_error = stream_error
         self.count = 0
 
-    def write(self, part: bytes) -> int:
-        """Pass on."""
+    def write(self, data: bytes) -> int:
+        """Writes to the sink."""
         try:
-            self._sink.write(part)
-        # Whatever it is: the library would make text of it.
+            self._sink.write(data)
+        # Every exception: the library would turn it into text.
         except BaseException as error:
-            self._kept.error = self._kept.error or error
+            self._stream_error.error = self._stream_error.error or error
             raise
-        size = len(part)
+        size = len(data)
         self.count += size
         return size
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: no byte is held back."""

@@ -1,7 +1,7 @@
-"""The model that comes with the package, so that photographs can be labeled without training one first.
+"""Finds the model that comes with the package, which labels photographs without any training.
 
-A checkpoint may be named `builtin` wherever a file of one may: `resolve` is the only place that knows.
-Its card, mal_train/kernel/assets/README.md, says what it was trained on and what it gets wrong. Imports no torch.
+Wherever a checkpoint file may be named, `builtin` names this model; `resolve` is the only place that knows. Its model
+card is mal_train/kernel/assets/README.md. Imports no torch.
 """
 
 from collections.abc import Mapping
@@ -20,23 +20,23 @@ CARD: Mapping[str, str] = {
     "starting_weights": "deit_tiny_patch16_224.fb_in1k, through small-cpu, -round2, -round3 and -round4",
     "starting_weights_licence": "Apache-2.0",
 }
-"""What the card knows and the file itself does not: it was written before a checkpoint told of those behind it."""
+"""Provenance that the file itself lacks: it was written before checkpoints recorded their lineage."""
 
 
 def resolve(checkpoint: str | Path) -> Path:
-    """The file that `checkpoint` names: itself, or the model in the package for `builtin`.
+    """Returns the path of a checkpoint; for `builtin`, that of the model in the package.
 
     Raises:
-        ConfigError: the package was installed without it.
+        ConfigError: the installed package lacks the model.
     """
     if str(checkpoint) != BUILTIN:
         return Path(checkpoint)
     path = Path(str(resources.files("mal_train.kernel.assets").joinpath(FILE)))
     if not path.is_file():
-        raise ConfigError(f"checkpoint: builtin: {path} is not there; install the package anew, or name a file")
+        raise ConfigError(f"checkpoint: builtin: {path} does not exist; reinstall the package or name a file")
     return path
 
 
-def completed(sha256: str, provenance: Mapping[str, V]) -> dict[str, V | str]:
-    """A checkpoint's provenance; for the model in the package, with what its card says beside it."""
+def with_card(sha256: str, provenance: Mapping[str, V]) -> dict[str, V | str]:
+    """Returns a checkpoint's provenance, completed from `CARD` if the checkpoint is the built-in model."""
     return {**provenance, **CARD} if sha256 == SHA256 else dict(provenance)

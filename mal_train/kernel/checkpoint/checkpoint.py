@@ -1,14 +1,15 @@
-"""The `.malckpt` file: the whole contract between the trainer and whoever labels. Weights, settings, categories.
+"""Saves and loads `.malckpt` files: weights, settings and categories, all that training hands over to labeling.
 
-    age v1 file, or bare when no key was given      `sealed`
+    age v1 file, or plain without a key             `encrypted_file`
       safetensors                                   `tensorfile`
         student.* teacher.*                         weights
         training/NNNNN/…                            tensors of the training state, in a `resume` file
-        __metadata__                                strings: schema, requires, kind; and as JSON (`tree`): model,
+        __metadata__                                strings: schema, requires, kind; and as JSON (`json_tree`): model,
                                                     labeler, categories, provenance, training
 
-No pickle is read or written: such a file can hold wrong numbers, but it cannot run anything. A recipient is public, so
-a file sealed for one may come from anybody; pin its SHA-256 (`sha256_of`), or seal by a passphrase, where that matters.
+No pickle is read or written: a file can hold wrong numbers, but it cannot run code. Encryption authenticates the
+content but, with a recipient, not its author: recipients are public keys. Where authorship matters, pin the SHA-256
+(`sha256_of`) or encrypt with a passphrase. User documentation calls an encrypted checkpoint "sealed".
 """
 
 import hashlib
@@ -22,41 +23,41 @@ from torch import Tensor
 
 from mal_train.core.errors import Altered, CheckpointError, ConfigError, NonFiniteTraining, Truncated, UnknownLayout
 from mal_train.core.settings import LabelerConfig
-from mal_train.kernel.checkpoint.age_header import SealInfo
-from mal_train.kernel.checkpoint.encrypted_file import SealedFile, padding, write_sealed
+from mal_train.kernel.checkpoint.age_header import EncryptionInfo
+from mal_train.kernel.checkpoint.encrypted_file import EncryptedFile, chunk_padding, write_encrypted
 from mal_train.kernel.checkpoint.json_tree import Tree, from_json, to_json
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey
-from mal_train.kernel.checkpoint.tensorfile import FILLER, MAX_JSON, Head, TensorFileReader, parts
+from mal_train.kernel.checkpoint.tensorfile import MAX_JSON, PADDING_NAME, TensorFileHeader, TensorFileReader, serialize
 from mal_train.kernel.networks.network import ModelConfig
 
 SCHEMA = "mal-ckpt/1"
 REQUIRES = "mask-auto-labeler 0.1"
-"""The first version that reads this schema; it stands in the file, so that an older one can name it."""
+"""First version that reads this schema. Files state it, so that an older version can name it in its error."""
 WEIGHT_PREFIXES = ("student.", "teacher.")
 TRAINING_PREFIX = "training/"
-FINITE_STEP = 1 << 22
-"""Elements looked at in one go."""
+FINITE_CHECK_CHUNK = 1 << 22
+"""Elements checked for NaN and infinity at a time, which bounds the memory of the check."""
 
 Kind: TypeAlias = Literal["weights", "resume"]
 TrainingState: TypeAlias = dict[str, Tree]
-"""Lightning's dict without the weights: optimizer_states, loops, lr_schedulers, callbacks, …; see `tree.Tree`."""
+"""Lightning's dict without the weights: optimizer_states, loops, lr_schedulers, callbacks, …"""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a `.malckpt` holds.
+    """The content of a `.malckpt` file.
 
     Attributes:
-        model: shape of the network.
-        labeler: how boxes become masks.
-        weights: "student.…" and "teacher.…" → tensor; on the CPU after loading, and float32 there where they lay as
-            float16. A file of the student alone serves its answer and no other (`MalNetwork.load`).
-        categories: of the training annotations, as their COCO file has them.
-        provenance: where it comes from (versions, license of the starting weights, figures, …); `tree.Tree`s.
+        model: architecture of the network.
+        labeler: settings that turn boxes into masks.
+        weights: "student.…" and "teacher.…" → tensor. Loaded weights are on the CPU; those stored as float16 are
+            converted to float32. A file may hold the student alone (`MalNetwork.load`).
+        categories: categories of the training annotations, as in their COCO file.
+        provenance: versions, license of the starting weights, metrics and more, as JSON-like trees.
         kind: `resume` has a training state, `weights` has none.
-        training: everything else that training needs to go on.
-        seal: how the file was sealed, after loading; `seal.how == "none"` is to be told to the user.
-        sha256: of the file as it was read, hex, after loading; as `sha256_of` where nobody has written to it since.
+        training: the training state.
+        encryption: encryption of the loaded file; None if not loaded. Users should be warned of `mode == "none"`.
+        sha256: SHA-256 of the loaded file as it was read, in hex; equals `sha256_of` unless the file has changed since.
     """
 
     model: ModelConfig
@@ -66,33 +67,33 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     kind: Kind = "weights"
     training: TrainingState | None = None
-    seal: SealInfo | None = field(default=None, compare=False)
+    encryption: EncryptionInfo | None = field(default=None, compare=False)
     sha256: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if (self.kind == "resume") != (self.training is not None):
             raise CheckpointError(
-                f"checkpoint of kind {self.kind!r}: 'resume' has a training state, 'weights' has none"
+                f"checkpoint of kind {self.kind!r}: 'resume' needs a training state, 'weights' may have none"
             )
         for name in self.weights:
             if not name.startswith(WEIGHT_PREFIXES):
-                raise CheckpointError(f"weight {name!r}: names start with 'student.' or 'teacher.'")
+                raise CheckpointError(f"weight {name!r}: the name must start with 'student.' or 'teacher.'")
 
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """What stands in a checkpoint beside its tensors.
+    """The content of a checkpoint without its tensors.
 
     Attributes:
-        schema: format of the content.
-        requires: first version of this project that reads it.
+        schema: version of the file format.
+        requires: first version of this project that reads the format.
         kind: see `Checkpoint`.
         model: see `Checkpoint`.
         labeler: see `Checkpoint`.
         categories: see `Checkpoint`.
         provenance: see `Checkpoint`.
-        tensors: how many, training state included.
-        tensor_bytes: their size.
+        tensors: number of tensors, including the training state.
+        tensor_bytes: total size of the tensors.
     """
 
     schema: str
@@ -108,34 +109,34 @@ class CheckpointSummary:
 
 @dataclass(frozen=True)
 class CheckpointHeader:
-    """What `inspect` shows.
+    """The description of a checkpoint that `mal-train inspect` prints.
 
     Attributes:
         file_bytes: size on disk.
-        seal: how it is sealed.
-        content: None for a sealed file when no key was given.
+        encryption: encryption of the file.
+        content: None for an encrypted file that is read without a key.
     """
 
     file_bytes: int
-    seal: SealInfo
+    encryption: EncryptionInfo
     content: CheckpointSummary | None
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint, key: EncryptionKey | None) -> SealInfo:
-    """Write the file, all or nothing, and tell how it was sealed; tell the user when that is "none".
+def save_checkpoint(path: Path, checkpoint: Checkpoint, key: EncryptionKey | None) -> EncryptionInfo:
+    """Writes a checkpoint atomically and returns its encryption. Callers should warn users of mode "none".
 
-    Tensors go to disk one at a time: besides them it takes some MiB, and a copy of a tensor only where it lies on a
-    device or is not contiguous. A passphrase needs about twice the file in memory.
+    Tensors are written one at a time: beside the checkpoint this takes some MiB, and a copy of a tensor that is on a
+    device or not contiguous. A passphrase takes about twice the file size in memory.
 
     Raises:
-        NonFiniteTraining: a weight is NaN or infinite. Nothing is written; a good older file stays.
-        CheckpointError: the training state or the provenance holds something that the format does not know.
+        NonFiniteTraining: a weight is NaN or infinite. Nothing is written; an older file stays.
+        CheckpointError: the training state or the provenance holds a value that the format cannot store.
         OutputError: disk full, no permission, folder missing. The old file is intact.
-        ConfigError: see `sealed.write_sealed`.
+        ConfigError: see `encrypted_file.write_encrypted`.
     """
     for name, tensor in checkpoint.weights.items():
         if not _all_finite(tensor):
-            raise NonFiniteTraining(f"{path}: weight {name} holds NaN or infinity; not written, the older file stays")
+            raise NonFiniteTraining(f"{path}: weight {name} holds NaN or infinity; the file is not written")
     tensors: dict[str, Tensor] = dict(checkpoint.weights)
     metadata = {
         "schema": SCHEMA,
@@ -148,32 +149,33 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, key: EncryptionKey | Non
     }
     if checkpoint.training is not None:
         metadata["training"] = to_json(checkpoint.training, "training", tensors, TRAINING_PREFIX)
-    return write_sealed(path, parts(tensors, metadata, padding), key)
+    return write_encrypted(path, serialize(tensors, metadata, chunk_padding), key)
 
 
-def load_checkpoint(path: Path, key: DecryptionKey | None, *, weights_only_kind: bool = False) -> Checkpoint:
-    """Read a file of either kind. Nothing of it is handed out before its last byte has verified.
+def load_checkpoint(path: Path, key: DecryptionKey | None, *, skip_training_state: bool = False) -> Checkpoint:
+    """Loads a checkpoint of either kind, after its last byte is authenticated.
 
     Args:
         path: the file.
-        key: None for a file that is not encrypted, and only for such.
-        weights_only_kind: pass over the training state: the result has kind `weights`, and a resume file then takes no
-            more memory than its weights.
+        key: None for a plain file, and only for one.
+        skip_training_state: loads the weights alone: the result has kind `weights`, and a resume file takes no more
+            memory than its weights.
 
     Raises:
-        WrongKey, Truncated, Altered: see `sealed.SealedFile.read_into`. A file that is not encrypted has no seal that
-            could break: of its damages only those of form are found.
-        UnknownLayout: not a file of ours, or of a schema that this version does not read; it names the one that does.
-        CheckpointError: the file cannot be read, or a weight in it is NaN or infinite.
+        WrongKey, Truncated, Altered: see `EncryptedFile.read_into`. A plain file is not authenticated: only damage to
+            its structure is detected.
+        UnknownLayout: not a checkpoint of this project, or of a schema that this version does not read.
+        CheckpointError: the file cannot be read, or a weight is NaN or infinite.
     """
 
-    def wanted(head: Head) -> set[str]:
-        return {e.name for e in head.entries if e.name != FILLER and not (weights_only_kind and _is_training(e.name))}
+    def select(header: TensorFileHeader) -> set[str]:
+        names = {entry.name for entry in header.entries if entry.name != PADDING_NAME}
+        return {name for name in names if not (skip_training_state and _is_training(name))}
 
     with _open(path) as file:
-        settings, tensors = _read(file, key, wanted)
-        seal, sha256 = file.seal, file.sha256()
-    # float16 is a way to lie on disk: everybody computes from float32.
+        settings, tensors = _read(file, key, select)
+        encryption, sha256 = file.encryption, file.sha256()
+    # float16 is a storage format only: all computation starts from float32.
     weights = {
         name: tensor.float() if tensor.dtype is torch.float16 else tensor
         for name, tensor in tensors.items()
@@ -181,9 +183,9 @@ def load_checkpoint(path: Path, key: DecryptionKey | None, *, weights_only_kind:
     }
     for name, tensor in weights.items():
         if not _all_finite(tensor):
-            raise CheckpointError(f"{path}: weight {name} holds NaN or infinity; train it again or take an older file")
+            raise CheckpointError(f"{path}: weight {name} holds NaN or infinity; train again or use an older file")
     training = None
-    if settings.kind == "resume" and not weights_only_kind:
+    if settings.kind == "resume" and not skip_training_state:
         training = _training_state(settings.training_json, tensors, path)
     return Checkpoint(
         model=settings.model,
@@ -193,28 +195,31 @@ def load_checkpoint(path: Path, key: DecryptionKey | None, *, weights_only_kind:
         provenance=settings.provenance,
         kind="weights" if training is None else "resume",
         training=training,
-        seal=seal,
+        encryption=encryption,
         sha256=sha256,
     )
 
 
 def read_header(path: Path, key: DecryptionKey | None) -> CheckpointHeader:
-    """What `inspect` shows. With a key the whole file is verified, and only its settings are kept in memory.
+    """Returns the description of a checkpoint. Its tensors are verified, but not kept in memory.
+
+    Args:
+        path: the file.
+        key: None leaves `content` of an encrypted file None. The key is ignored for a plain file.
 
     Raises:
-        As `load_checkpoint`, but a sealed file without a key is no error: what can be known without one is given. A
-        key is passed over where the file is not encrypted; `seal` says that it is not.
+        CheckpointError: as `load_checkpoint`.
     """
     with _open(path) as file:
-        if file.seal.how == "none":
+        if file.encryption.mode == "none":
             key = None
         elif key is None:
-            return CheckpointHeader(file.file_bytes, file.seal, None)
-        settings, _ = _read(file, key, lambda head: ())
-        entries = [entry for entry in settings.head.entries if entry.name != FILLER]
+            return CheckpointHeader(file.file_bytes, file.encryption, None)
+        settings, _ = _read(file, key, lambda header: ())
+        entries = [entry for entry in settings.header.entries if entry.name != PADDING_NAME]
         summary = CheckpointSummary(
             schema=SCHEMA,
-            requires=settings.head.metadata.get("requires", ""),
+            requires=settings.header.metadata.get("requires", ""),
             kind=settings.kind,
             model=settings.model,
             labeler=settings.labeler,
@@ -223,11 +228,11 @@ def read_header(path: Path, key: DecryptionKey | None) -> CheckpointHeader:
             tensors=len(entries),
             tensor_bytes=sum(entry.size for entry in entries),
         )
-        return CheckpointHeader(file.file_bytes, file.seal, summary)
+        return CheckpointHeader(file.file_bytes, file.encryption, summary)
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of the file as it lies on disk, in hex: names a checkpoint in answers and manifests.
+    """Returns the SHA-256 of the file on disk, in hex. It identifies a checkpoint in results and manifests.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -241,9 +246,9 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The metadata, read and checked."""
+    """The validated metadata."""
 
-    head: Head
+    header: TensorFileHeader
     kind: Kind
     model: ModelConfig
     labeler: LabelerConfig
@@ -253,88 +258,89 @@ class _Settings:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, in steps that keep the memory it takes small."""
+    """Returns True if no element is NaN or infinite."""
     if not tensor.is_floating_point():
         return True
     flat = tensor.detach().reshape(-1)
-    steps = (flat[at : at + FINITE_STEP] for at in range(0, flat.numel(), FINITE_STEP))
-    # A finite sum proves it with no temporary; a sum that overflowed proves nothing and is looked at again.
-    return all(bool(step.sum().isfinite()) or bool(step.isfinite().all()) for step in steps)
+    chunks = (flat[start : start + FINITE_CHECK_CHUNK] for start in range(0, flat.numel(), FINITE_CHECK_CHUNK))
+    # A finite sum proves it without a temporary; an infinite sum may be an overflow of finite elements.
+    return all(bool(chunk.sum().isfinite()) or bool(chunk.isfinite().all()) for chunk in chunks)
 
 
 def _is_training(name: str) -> bool:
     return name.startswith(TRAINING_PREFIX)
 
 
-def _open(path: Path) -> SealedFile:
+def _open(path: Path) -> EncryptedFile:
     try:
-        return SealedFile(path)
+        return EncryptedFile(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _read(
-    file: SealedFile, key: DecryptionKey | None, wanted: Callable[[Head], Container[str]]
+    file: EncryptedFile, key: DecryptionKey | None, select: Callable[[TensorFileHeader], Container[str]]
 ) -> tuple[_Settings, dict[str, Tensor]]:
-    """Settings and the wanted tensors, after the last byte has verified."""
-    if file.seal.how == "none":
+    """Returns the settings and the selected tensors, after the last byte is authenticated."""
+    if file.encryption.mode == "none":
         _refuse_foreign(file)
     name = str(file.path)
-    found: list[_Settings] = []
+    settings: list[_Settings] = []
 
-    def choose(head: Head) -> Container[str]:
-        found.append(_settings(head, name))
-        return wanted(head)
+    def check_and_select(header: TensorFileHeader) -> Container[str]:
+        settings.append(_parse_settings(header, name))
+        return select(header)
 
-    reader = TensorFileReader(name, file.content_bytes, choose)
+    reader = TensorFileReader(name, file.content_bytes, check_and_select)
     try:
         file.read_into(reader, key)
     except OSError as error:
         raise CheckpointError(f"{name}: cannot be read: {error.strerror}") from error
     reader.finish()
-    return found[0], reader.tensors
+    return settings[0], reader.tensors
 
 
-def _refuse_foreign(file: SealedFile) -> None:
-    """A bare file must look like safetensors; say what else it looks like. Nothing of it is interpreted."""
-    start = file.head(512)
+def _refuse_foreign(file: EncryptedFile) -> None:
+    """Raises an error that names the format of a plain file that is not safetensors. Nothing of it is interpreted."""
+    start = file.first_bytes(512)
     if start.startswith((b"PK\x03\x04", b"\x80")) or start[257:262] == b"ustar":
         raise UnknownLayout(
-            f"{file.path}: looks like a pickled PyTorch file, which is not opened here; "
-            "`mal-train import` turns checkpoints of known layouts into .malckpt"
+            f"{file.path}: a pickled PyTorch file, which could run code and is not read; "
+            "`mal-train import` converts checkpoints of known layouts to .malckpt"
         )
     if start.startswith(b"-----BEGIN AGE"):
-        raise UnknownLayout(f"{file.path}: an armored age file; only the binary form is read (`age` without -a)")
+        raise UnknownLayout(f"{file.path}: an armored age file; only the binary format is read (`age` without -a)")
     if len(start) < 9:
         raise Truncated(f"{file.path}: {len(start)} bytes; the end of the file is missing")
     if start[8:9] != b"{" or int.from_bytes(start[:8], "little") > MAX_JSON:
         raise UnknownLayout(f"{file.path}: neither an age file nor safetensors; not a checkpoint of this project")
 
 
-def _settings(head: Head, name: str) -> _Settings:
-    """The metadata, every field of it checked; and every tensor has a place."""
-    _check_schema(head.metadata, name)
-    for entry in head.entries:
-        if not entry.name.startswith((*WEIGHT_PREFIXES, TRAINING_PREFIX)) and entry.name != FILLER:
-            raise UnknownLayout(f"{name}: tensor {entry.name!r} is neither a weight nor of the training state")
+def _parse_settings(header: TensorFileHeader, name: str) -> _Settings:
+    """Validates the metadata and the names of the tensors."""
+    _check_schema(header.metadata, name)
+    for entry in header.entries:
+        if not entry.name.startswith((*WEIGHT_PREFIXES, TRAINING_PREFIX)) and entry.name != PADDING_NAME:
+            raise UnknownLayout(f"{name}: tensor {entry.name!r} belongs to neither the weights nor the training state")
     try:
-        kind = cast(Kind, head.metadata["kind"])
+        kind = cast(Kind, header.metadata["kind"])
         model, labeler, categories, provenance = (
-            from_json(head.metadata[part], {}) for part in ("model", "labeler", "categories", "provenance")
+            from_json(header.metadata[part], {}) for part in ("model", "labeler", "categories", "provenance")
         )
     except KeyError as error:
-        raise Altered(f"{name}: {error} is missing from its settings") from None
+        raise Altered(f"{name}: {error} is missing from the settings") from None
     except ValueError as error:
-        raise Altered(f"{name}: its settings are damaged: {error}") from None
+        raise Altered(f"{name}: the settings are damaged: {error}") from None
     if kind not in ("weights", "resume") or not isinstance(categories, list) or not isinstance(provenance, dict):
-        raise Altered(f"{name}: its kind, categories or provenance are not what they should be")
+        raise Altered(f"{name}: kind, categories or provenance are of the wrong type or value")
     try:
-        shape, masks = ModelConfig.from_dict(model), LabelerConfig.from_dict(labeler)
+        model_config, labeler_config = ModelConfig.from_dict(model), LabelerConfig.from_dict(labeler)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnknownLayout(
-            f"{name}: its model or labeler settings are not known to this version ({error}); it may need a newer one"
+            f"{name}: this version does not know its model or labeler settings ({error}); use a newer version"
         ) from error
-    return _Settings(head, kind, shape, masks, categories, provenance, head.metadata.get("training", ""))
+    training_json = header.metadata.get("training", "")
+    return _Settings(header, kind, model_config, labeler_config, categories, provenance, training_json)
 
 
 def _check_schema(metadata: Mapping[str, str], name: str) -> None:
@@ -343,8 +349,8 @@ def _check_schema(metadata: Mapping[str, str], name: str) -> None:
         raise UnknownLayout(f"{name}: safetensors without a schema; not a checkpoint of this project")
     if schema != SCHEMA:
         raise UnknownLayout(
-            f"{name}: schema {schema!r}; this version reads {SCHEMA!r}. "
-            f"It takes {metadata.get('requires', 'the version that wrote it')} or newer"
+            f"{name}: schema {schema!r}; this version reads {SCHEMA!r}; "
+            f"use {metadata.get('requires', 'the version that wrote it')} or newer"
         )
 
 
@@ -352,7 +358,7 @@ def _training_state(text: str, tensors: Mapping[str, Tensor], path: Path) -> Tra
     try:
         training = from_json(text, tensors)
     except ValueError as error:
-        raise Altered(f"{path}: its training state is damaged: {error}") from None
+        raise Altered(f"{path}: the training state is damaged: {error}") from None
     if not isinstance(training, dict):
-        raise Altered(f"{path}: its training state is no dict")
+        raise Altered(f"{path}: the training state is not a dict")
     return training

@@ -1,20 +1,21 @@
-"""Streams bytes into and out of age v1 files. Knows keys and files, and nothing of tensors; `checkpoint` does those.
+"""Streams bytes into and out of age v1 files. Knows keys and files, nothing of tensors; `checkpoint` knows those.
 
-    "age-encryption.org/v1"                          one line
-    "-> X25519 …" or "-> scrypt …"                   the file key, wrapped once for each recipient or by a passphrase
-    "--- …"                                          HMAC over all of the above
-    16 bytes nonce, then chunks of 64 KiB + 16       ChaCha20-Poly1305; a flag marks the last one
+    header   "age-encryption.org/v1"                 one line
+             "-> X25519 …" or "-> scrypt …"          the file key, wrapped for each recipient or by a passphrase
+             "--- …"                                 HMAC of the lines above
+    payload  16 bytes nonce                          followed by
+             chunks of 64 KiB + 16 bytes             ChaCha20-Poly1305; a flag marks the last chunk
 
-The library (`pyrage`) does all cryptography. The header is read first (`age_header`), so that a hostile file can make
-the library neither parse a huge header nor derive a key with gigabytes of memory. Three failures are told apart:
+The library (`pyrage`) does all cryptography. `age_header` checks the header first, so that a hostile file can make the
+library neither parse a huge header nor derive a key with gigabytes of memory. A file fails in one of three ways:
 
-    WrongKey    the header does not open: wrong key, no key, a passphrase for a file with recipients, a damaged header
+    WrongKey    the header cannot be decrypted: wrong key, no key, wrong type of key, or a damaged header
     Truncated   the end is missing
-    Altered     a chunk is not what was sealed
+    Altered     a chunk fails authentication
 
-A cut inside a chunk looks, to the cipher, like an altered one. Therefore a writer pads its content to whole chunks
-(`padding`), and an incomplete last chunk then shows a cut.
-Format: https://age-encryption.org/v1 (C2SP). Recipients stream; a passphrase works in memory, as the library offers it.
+The cipher cannot distinguish a chunk that was cut short from one that was altered. A writer therefore pads its content
+to full chunks (`chunk_padding`); an incomplete last chunk then means a truncated file.
+Format: https://age-encryption.org/v1 (C2SP). Recipients stream; passphrases work in memory, as the library offers it.
 """
 
 import hashlib
@@ -30,8 +31,15 @@ import pyrage
 
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.errors import Altered, ConfigError, Truncated, WrongKey
-from mal_train.kernel.checkpoint.age_header import MAX_WORK_FACTOR, SealInfo, read_seal
-from mal_train.kernel.checkpoint.age_streams import CountingSink, HashedFile, KeepingFile, KeptError, PartsReader, Sink
+from mal_train.kernel.checkpoint.age_header import MAX_WORK_FACTOR, EncryptionInfo, read_encryption_info
+from mal_train.kernel.checkpoint.age_streams import (
+    BufferReader,
+    CountingWriter,
+    FileWriter,
+    HashingReader,
+    Sink,
+    StreamError,
+)
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey, Passphrase
 
 CHUNK = 64 * 1024
@@ -41,67 +49,67 @@ NONCE = 16
 BUFFER = 1024 * 1024
 
 _HEADER_ERRORS = ("Decryption failed", "Header", "No matching keys", "Unknown age format", "Excessive work")
-"""How the library's messages begin when the header does not open; the others come from the chunks."""
+"""Beginnings of the library's messages about the header; all other messages are about chunks."""
 _LAST_CHUNK_MISSING = "age file is truncated"
 _CHUNK_FAILED = "decryption error"
 
 
-def padding(size: int) -> int:
-    """Bytes to add to `size` so that the content fills whole chunks.
+def chunk_padding(size: int) -> int:
+    """Returns the number of bytes to add to `size` so that the content fills whole chunks.
 
-    >>> padding(65_536), padding(65_537), padding(1)
+    >>> chunk_padding(65_536), chunk_padding(65_537), chunk_padding(1)
     (0, 65535, 65535)
     """
     return -size % CHUNK
 
 
-def write_sealed(path: Path, parts: Iterable[memoryview], key: EncryptionKey | None) -> SealInfo:
-    """Write `parts`, one after the other, to `path`: sealed by `key`, bare without one. All or nothing.
+def write_encrypted(path: Path, buffers: Iterable[memoryview], key: EncryptionKey | None) -> EncryptionInfo:
+    """Writes the concatenated buffers to `path` and returns the encryption; without a key the file is plain.
 
-    The old file stays until the new one is complete and on disk. To recipients the parts stream, one in memory at a
-    time; for a passphrase the library needs the content whole, and its result beside it.
+    The write is atomic: an old file stays until the new one is complete and on disk. With recipients, one buffer at a
+    time is in memory; with a passphrase, the complete content and its ciphertext are.
 
     Raises:
-        OutputError: disk full, no permission, folder missing. The old file is intact and no temporary one is left.
-        ConfigError: the machine is so fast that the library picks a work factor that readers refuse.
+        OutputError: disk full, no permission, folder missing. The old file is intact and no temporary file is left.
+        ConfigError: on this machine the library picks a scrypt work factor above the limit of readers.
     """
     with atomic_write(path) as file:
         if key is None:
-            for part in parts:
-                file.write(part)
+            for buffer in buffers:
+                file.write(buffer)
         elif key.passphrase is not None:
-            file.write(_seal_by_passphrase(b"".join(parts), key.passphrase))
+            file.write(_encrypt_with_passphrase(b"".join(buffers), key.passphrase))
         else:
-            kept = KeptError()
+            stream = StreamError()
             try:
-                pyrage.encrypt_io(PartsReader(parts, kept), KeepingFile(file, kept), list(key.recipients))
+                pyrage.encrypt_io(BufferReader(buffers, stream), FileWriter(file, stream), list(key.recipients))
             except pyrage.EncryptError:
-                if kept.error is not None:
-                    raise kept.error from None
+                if stream.error is not None:
+                    raise stream.error from None
                 raise
-    with SealedFile(path) as written:
-        return written.seal
+    with EncryptedFile(path) as written:
+        return written.encryption
 
 
 def check_encryption_key(key: EncryptionKey | None) -> None:
-    """Seal nothing with `key`, once, so that a passphrase this machine cannot use is refused at the start of a run.
+    """Encrypts an empty message, so that a passphrase this machine cannot use is refused at the start of a run.
 
-    Takes a few seconds and up to 1 GiB for a passphrase, no time for recipients.
+    Takes a few seconds and up to 1 GiB of memory for a passphrase, nothing for recipients.
 
     Raises:
-        ConfigError: see `write_sealed`.
+        ConfigError: see `write_encrypted`.
     """
     if key is not None and key.passphrase is not None:
-        _seal_by_passphrase(b"", key.passphrase)
+        _encrypt_with_passphrase(b"", key.passphrase)
 
 
-class SealedFile:
-    """A file open for reading, sealed or bare: `seal` tells how, `read_into` streams its content.
+class EncryptedFile:
+    """A file open for reading, encrypted or plain. `encryption` describes it and `read_into` streams its content.
 
-    Raises when opened:
-        FileNotFoundError, PermissionError: as `open` does.
+    Raises on construction:
+        OSError: as `open` does.
         WrongKey: the age header is malformed, over 64 KiB, or asks for more than scrypt 2^20.
-        Truncated: the file ends within its header, or holds no bytes at all.
+        Truncated: the file is empty or ends within its header.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,7 +120,7 @@ class SealedFile:
             self.file_bytes = os.fstat(self._file.fileno()).st_size
             if self.file_bytes == 0:
                 raise Truncated(f"{path}: the file is empty")
-            self.seal = read_seal(self._file, name=str(path))
+            self.encryption = read_encryption_info(self._file, name=str(path))
             close_on_error.pop_all()
 
     def __enter__(self) -> Self:
@@ -125,110 +133,110 @@ class SealedFile:
 
     @property
     def content_bytes(self) -> int:
-        """Bytes of content that a file of this size holds, before any is read; negative if it lacks even a tag."""
-        if self.seal.how == "none":
+        """Content size of a complete file of this size, in bytes; negative if the file has no room for one tag."""
+        if self.encryption.mode == "none":
             return self.file_bytes
-        payload = self.file_bytes - self.seal.header_bytes - NONCE
+        payload = self.file_bytes - self.encryption.header_bytes - NONCE
         chunks = max(1, -(-payload // (CHUNK + TAG)))
         return payload - chunks * TAG
 
-    def head(self, size: int) -> bytes:
-        """The first bytes of the file as it lies there, to say what a foreign one looks like."""
+    def first_bytes(self, size: int) -> bytes:
+        """Returns the first bytes on disk, by which foreign formats are recognized."""
         self._file.seek(0)
         return self._file.read(size)
 
     def sha256(self) -> str:
-        """Of the bytes of the file, as `read_into` read them, hex. To be asked for once it has returned."""
+        """Returns the SHA-256 of the file as the last `read_into` read it, in hex. Call it once that has returned."""
         return self._hash.hexdigest()
 
     def read_into(self, sink: Sink, key: DecryptionKey | None) -> None:
-        """Stream the whole content into `sink`. Only when this returns has the last chunk verified.
+        """Streams the content into `sink`. The content is authenticated only when this returns.
 
         Args:
-            sink: gets every byte in order; what it raises comes out unchanged.
-            key: must be None for a bare file and must not be None for a sealed one.
+            sink: receives every byte in order; its exceptions propagate unchanged.
+            key: None for a plain file, and only for one.
 
         Raises:
-            WrongKey: the key does not open the file; or one was given and the file is not sealed, which may mean that
-                somebody replaced it.
+            WrongKey: the key does not decrypt the file, or a key was given for a plain file, which may have been
+                replaced.
             Truncated: the end is missing.
-            Altered: a chunk is not what was sealed.
+            Altered: a chunk fails authentication.
         """
         self._hash = hashlib.sha256()
         self._file.seek(0)
-        if self.seal.how == "none":
-            self._read_bare(sink, key)
+        if self.encryption.mode == "none":
+            self._read_plain(sink, key)
             return
         if key is None:
-            raise WrongKey(f"{self.path}: {self.seal}; give decryption_key (file:PATH or env:NAME)")
-        if self.file_bytes < self.seal.header_bytes + NONCE + TAG:
-            raise Truncated(f"{self.path}: the file ends right after its key header")
-        if self.seal.how == "passphrase":
+            raise WrongKey(f"{self.path}: {self.encryption}; give decryption_key (file:PATH or env:NAME)")
+        if self.file_bytes < self.encryption.header_bytes + NONCE + TAG:
+            raise Truncated(f"{self.path}: the file ends right after its header")
+        if self.encryption.mode == "passphrase":
             self._read_by_passphrase(sink, key)
         else:
             self._read_by_identity(sink, key)
 
-    def _read_bare(self, sink: Sink, key: DecryptionKey | None) -> None:
+    def _read_plain(self, sink: Sink, key: DecryptionKey | None) -> None:
         if key is not None:
             raise WrongKey(
-                f"{self.path}: a key was given, but the file is not encrypted; it may have been replaced. "
-                "To use it as it is, give no key"
+                f"{self.path}: a key was given, but the file is not encrypted and may have been replaced; to use it "
+                "anyway, give no key"
             )
-        while part := self._file.read(BUFFER):
-            self._hash.update(part)
-            sink.write(part)
+        while data := self._file.read(BUFFER):
+            self._hash.update(data)
+            sink.write(data)
 
     def _read_by_passphrase(self, sink: Sink, key: DecryptionKey) -> None:
         if key.passphrase is None:
-            raise WrongKey(f"{self.path}: {self.seal}; the given key is an identity, give the passphrase")
-        sealed = self._file.read()
-        self._hash.update(sealed)
+            raise WrongKey(f"{self.path}: {self.encryption}; the key is an identity; give the passphrase")
+        ciphertext = self._file.read()
+        self._hash.update(ciphertext)
         try:
-            content = pyrage.passphrase.decrypt(sealed, key.passphrase.reveal())
+            content = pyrage.passphrase.decrypt(ciphertext, key.passphrase.reveal())
         except pyrage.DecryptError as error:
-            said = str(error)
-            if not said.startswith(_HEADER_ERRORS):
-                raise self._payload_failure(None, said) from None
-            if said.startswith("Excessive work"):
-                raise WrongKey(f"{self.path}: {self.seal}; that is too much work for this machine") from None
-            raise WrongKey(f"{self.path}: the passphrase does not open it, or its key header is damaged") from None
-        del sealed  # what the sink makes of the content needs the room
+            message = str(error)
+            if not message.startswith(_HEADER_ERRORS):
+                raise self._payload_error(None, message) from None
+            if message.startswith("Excessive work"):
+                raise WrongKey(f"{self.path}: {self.encryption}; too much work for this machine") from None
+            raise WrongKey(f"{self.path}: wrong passphrase, or the header is damaged") from None
+        del ciphertext  # the sink needs the memory
         sink.write(content)
 
     def _read_by_identity(self, sink: Sink, key: DecryptionKey) -> None:
         if not key.identities:
-            raise WrongKey(f"{self.path}: {self.seal}; a passphrase does not open it, give the identity")
-        kept = KeptError()
-        counted = CountingSink(sink, kept)
+            raise WrongKey(f"{self.path}: {self.encryption}; the key is a passphrase; give the identity")
+        stream = StreamError()
+        writer = CountingWriter(sink, stream)
         try:
-            pyrage.decrypt_io(HashedFile(self._file, self._hash, kept), counted, list(key.identities))
+            pyrage.decrypt_io(HashingReader(self._file, self._hash, stream), writer, list(key.identities))
         except (pyrage.DecryptError, OSError) as error:
-            if kept.error is not None:
-                raise kept.error from None
+            if stream.error is not None:
+                raise stream.error from None
             if isinstance(error, OSError):
-                raise self._payload_failure(counted.count, str(error)) from None
-            raise WrongKey(f"{self.path}: the identity does not open it, or its key header is damaged") from None
-        self._hash.update(self._file.read())  # nothing, unless the library leaves bytes behind the last chunk unread
+                raise self._payload_error(writer.count, str(error)) from None
+            raise WrongKey(f"{self.path}: wrong identity, or the header is damaged") from None
+        self._hash.update(self._file.read())  # empty, unless the library leaves bytes after the last chunk unread
 
-    def _payload_failure(self, verified_bytes: int | None, said: str) -> Truncated | Altered:
-        """Truncated when only the last chunk failed and it is incomplete, or when it is no last chunk; else Altered."""
-        payload = self.file_bytes - self.seal.header_bytes - NONCE
+    def _payload_error(self, verified_bytes: int | None, message: str) -> Truncated | Altered:
+        """Returns Truncated if the last chunk is missing, or if it alone failed and is incomplete; else Altered."""
+        payload = self.file_bytes - self.encryption.header_bytes - NONCE
         last = (payload - 1) // (CHUNK + TAG)
         failed = last if verified_bytes is None else verified_bytes // CHUNK
-        cut_inside = said == _CHUNK_FAILED and failed == last and payload % (CHUNK + TAG) != 0
-        if said == _LAST_CHUNK_MISSING or cut_inside:
-            return Truncated(f"{self.path}: the end of the file is missing; copy or make it again")
-        where = "its content" if verified_bytes is None else f"chunk {failed + 1} of {last + 1}"
-        return Altered(f"{self.path}: {where} is not what was sealed; do not use the file")
+        cut_inside = message == _CHUNK_FAILED and failed == last and payload % (CHUNK + TAG) != 0
+        if message == _LAST_CHUNK_MISSING or cut_inside:
+            return Truncated(f"{self.path}: the end of the file is missing; copy or create it again")
+        part = "the content" if verified_bytes is None else f"chunk {failed + 1} of {last + 1}"
+        return Altered(f"{self.path}: {part} fails authentication; the file was altered, do not use it")
 
 
-def _seal_by_passphrase(content: bytes, passphrase: Passphrase) -> bytes:
-    sealed: bytes = pyrage.passphrase.encrypt(content, passphrase.reveal())
+def _encrypt_with_passphrase(content: bytes, passphrase: Passphrase) -> bytes:
+    ciphertext: bytes = pyrage.passphrase.encrypt(content, passphrase.reveal())
     try:
-        read_seal(io.BytesIO(sealed))
+        read_encryption_info(io.BytesIO(ciphertext))
     except WrongKey:
         raise ConfigError(
-            f"encryption_key: this machine is so fast that its passphrase files ask for more than scrypt "
-            f"2^{MAX_WORK_FACTOR}, which readers refuse; use a recipient (age1…) instead"
+            f"encryption_key: on this machine the age library picks a scrypt work factor above 2^{MAX_WORK_FACTOR}, "
+            "which readers refuse; use a recipient (age1…) instead"
         ) from None
-    return sealed
+    return ciphertext

@@ -1,13 +1,14 @@
-"""Turns what a user wrote for a key into what seals or opens a checkpoint. Knows nothing of files that are sealed.
+"""Parses the settings `encryption_key` and `decryption_key` into keys. Knows nothing of encrypted files.
 
-Forms (the same ones for `encryption_key` and `decryption_key`):
+Both settings accept these forms:
 
-    age1…        an age recipient: public, seals only
-    file:PATH    a file: recipients, an identity as `age-keygen` writes it, or a passphrase on one line
-    env:NAME     the same three, from an environment variable
-    other text   a passphrase in clear: accepted from YAML with a warning, refused on the command line
+    age1…        an age recipient: a public key, which can only encrypt
+    file:PATH    a file with recipients, an identity as `age-keygen` writes it, or a passphrase on one line
+    env:NAME     the same three in an environment variable
+    other text   a passphrase in plain text: accepted from YAML with a warning, refused on the command line
 
-Whoever trains needs only recipients; whoever serves needs the identity. Secrets appear in no repr, message or pickle.
+Training needs only a recipient; serving needs the identity, the private key. Secrets appear in no repr, message or
+pickle.
 Format of identities and recipients: https://age-encryption.org/v1, "The X25519 recipient type".
 """
 
@@ -24,18 +25,18 @@ from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.secrets import is_secret_reference, read_secret
 
 Purpose = Literal["encryption", "decryption"]
-Where = Literal["yaml", "command line", "environment"]
+KeySource = Literal["yaml", "command line", "environment"]
 
 RECIPIENT_PREFIX = "age1"
 IDENTITY_PREFIX = "AGE-SECRET-KEY-1"
 PUBLISHED_PASSPHRASES = frozenset({"nvidia_tao", "nvidia_tlt", "tlt_encode"})
-"""Keys that public sample specs carry; everybody has them."""
+"""Passphrases printed in public sample specs, which are therefore no secrets."""
 
 log = logging.getLogger(__name__)
 
 
 class Passphrase:
-    """A passphrase that shows itself to nobody but the one who calls `reveal`."""
+    """A passphrase whose text is available from `reveal` only."""
 
     __slots__ = ("_text",)
 
@@ -43,115 +44,115 @@ class Passphrase:
         self._text = text
 
     def reveal(self) -> str:
-        """The text itself, for the library that derives the key from it."""
+        """Returns the text, from which the age library derives the key."""
         return self._text
 
     def __repr__(self) -> str:
         return "Passphrase(…)"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a passphrase is never serialized; pass the form (file:… or env:…) and read it again")
+        raise TypeError("a passphrase cannot be serialized; pass its setting (file:… or env:…) and parse that again")
 
 
 class _Key:
-    """What both kinds of key share: they are told apart by form alone, and they neither copy nor serialize."""
+    """Base of both keys: they show their description only, and can be neither copied nor serialized."""
 
     __slots__ = ()
-    form: str
+    description: str
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.form})"
+        return f"{type(self).__name__}({self.description})"
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a key is never serialized; pass the form (file:… or env:…) and read it again")
+        raise TypeError("a key cannot be serialized; pass its setting (file:… or env:…) and parse that again")
 
 
 @dataclass(frozen=True, repr=False, slots=True)
 class DecryptionKey(_Key):
-    """Opens sealed files: X25519 identities, or one passphrase.
+    """A key that decrypts files: X25519 identities, or one passphrase.
 
     Attributes:
-        form: how it was given ("file: identity", "yaml: passphrase", …); never the secret.
+        description: source and type, such as "file: identity" or "yaml: passphrase"; never the secret.
         identities: `pyrage.x25519.Identity` objects; empty for a passphrase.
-        passphrase: set when it is one.
+        passphrase: None for identities.
     """
 
-    form: str
+    description: str
     identities: tuple[Any, ...] = ()
     passphrase: Passphrase | None = None
 
 
 @dataclass(frozen=True, repr=False, slots=True)
 class EncryptionKey(_Key):
-    """Seals files: to X25519 recipients, or by a passphrase.
+    """A key that encrypts files: X25519 recipients, or one passphrase.
 
     Attributes:
-        form: how it was given; never the secret.
+        description: source and type; never the secret.
         recipients: `pyrage.x25519.Recipient` objects; empty for a passphrase.
-        passphrase: set when it is one.
-        opens: the key that opens what this one seals; None for bare recipients, where only the identity's owner can.
+        passphrase: None for recipients.
+        decryption_key: the matching key; None if only recipients were given, which cannot decrypt.
     """
 
-    form: str
+    description: str
     recipients: tuple[Any, ...] = ()
     passphrase: Passphrase | None = None
-    opens: DecryptionKey | None = None
+    decryption_key: DecryptionKey | None = None
 
 
 @overload
-def parse_key(text: str | None, *, purpose: Literal["encryption"], where: Where) -> EncryptionKey | None: ...
+def parse_key(text: str | None, *, purpose: Literal["encryption"], source: KeySource) -> EncryptionKey | None: ...
 @overload
-def parse_key(text: str | None, *, purpose: Literal["decryption"], where: Where) -> DecryptionKey | None: ...
-def parse_key(text: str | None, *, purpose: Purpose, where: Where) -> EncryptionKey | DecryptionKey | None:
-    """The key that `text` means in one of the forms above; None for None or an empty text (no encryption).
+def parse_key(text: str | None, *, purpose: Literal["decryption"], source: KeySource) -> DecryptionKey | None: ...
+def parse_key(text: str | None, *, purpose: Purpose, source: KeySource) -> EncryptionKey | DecryptionKey | None:
+    """Parses one of the forms above. Returns None, for no encryption, if `text` is None or empty.
 
     Args:
-        text: what stands in the spec, the flag or the variable.
-        purpose: "encryption" takes recipients, an identity (its own recipient is meant) or a passphrase; "decryption"
-            an identity or a passphrase.
-        where: where the text was found. On the command line a secret in clear is refused: every user of the machine
-            can read it in the process list.
+        text: value of the setting, option or variable.
+        purpose: "encryption" accepts recipients, an identity (for its own recipient) or a passphrase; "decryption"
+            accepts an identity or a passphrase.
+        source: origin of the text. The command line may not hold a secret, because the process list shows it to every
+            user of the machine.
 
     Raises:
-        ConfigError: missing file or variable, malformed key, a recipient given for decryption, a secret in clear on
-            the command line. The message holds the form, never the text.
+        ConfigError: missing file or variable, malformed key, a recipient given for decryption, or a secret on the
+            command line. The message never contains the text.
     """
     if not text:
         return None
     setting = f"{purpose}_key"
-    source, content = _content(text, setting, where)
+    origin, content = _content(text, setting, source)
     lines = [line.strip() for line in content.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if any(line.startswith(IDENTITY_PREFIX) for line in lines):
-        identities = tuple(_identity(line, setting, source) for line in lines)
-        opens = DecryptionKey(f"{source}: identity", identities)
+        identities = tuple(_identity(line, setting, origin) for line in lines)
+        key = DecryptionKey(f"{origin}: identity", identities)
         if purpose == "decryption":
-            return opens
-        return EncryptionKey(opens.form, tuple(identity.to_public() for identity in identities), opens=opens)
+            return key
+        recipients = tuple(identity.to_public() for identity in identities)
+        return EncryptionKey(key.description, recipients, decryption_key=key)
     if lines and all(line.startswith(RECIPIENT_PREFIX) for line in lines):
         if purpose == "decryption":
             raise ConfigError(
-                f"{setting}: a recipient (age1…) can only seal; give the identity that belongs to it, "
-                "by file:PATH or env:NAME"
+                f"{setting}: a recipient (age1…) can only encrypt; give the matching identity as file:PATH or env:NAME"
             )
-        return EncryptionKey(f"{source}: recipient", tuple(_recipient(line, setting, source) for line in lines))
-    return _passphrase_key(content, purpose, setting, source)
+        return EncryptionKey(f"{origin}: recipient", tuple(_recipient(line, setting, origin) for line in lines))
+    return _passphrase_key(content, purpose, setting, origin)
 
 
 def generate_identity() -> tuple[str, str]:
-    """A fresh pair (recipient "age1…", identity "AGE-SECRET-KEY-1…"). The second is a secret: keep it out of logs."""
+    """Generates a key pair: the recipient "age1…" and the identity "AGE-SECRET-KEY-1…". Never log the identity."""
     identity = pyrage.x25519.Identity.generate()
     return str(identity.to_public()), str(identity)
 
 
 def write_identity(path: Path) -> str:
-    """Write a fresh identity to `path` as `age-keygen` would (mode 0600) and return its recipient.
+    """Writes a new identity to `path` in the format of `age-keygen`, with mode 0600, and returns its recipient.
 
     Raises:
-        OutputError: the file exists (a key is never overwritten: its checkpoints would be lost) or cannot be written.
+        OutputError: the file cannot be written, or exists: overwriting an identity would lose its checkpoints.
     """
     recipient, secret = generate_identity()
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -162,56 +163,56 @@ def write_identity(path: Path) -> str:
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError:
-        raise OutputError(f"{path}: exists; an identity is never overwritten, choose another name") from None
+        raise OutputError(f"{path}: already exists; an identity is never overwritten, choose another name") from None
     except OSError as error:
-        raise OutputError(f"{path}: the identity could not be written: {error.strerror}") from error
+        raise OutputError(f"{path}: the identity cannot be written: {error.strerror}") from error
     return recipient
 
 
-def _content(text: str, setting: str, where: Where) -> tuple[str, str]:
-    """(name of the form, what stands behind it)."""
+def _content(text: str, setting: str, source: KeySource) -> tuple[str, str]:
+    """Returns the origin of the key ("file", "env" or `source`) and its text."""
     if is_secret_reference(text):
         return text.partition(":")[0], read_secret(text, setting)
     if text.startswith(RECIPIENT_PREFIX):
-        return where, text
-    if where == "command line":
+        return source, text
+    if source == "command line":
         raise ConfigError(
-            f"{setting}: a secret on the command line can be read by every user of the machine; "
+            f"{setting}: a secret on the command line is visible to every user of the machine; "
             "give file:PATH, env:NAME or a recipient age1…"
         )
-    if where == "yaml":
-        log.warning("%s: a secret stands in clear in the YAML file; file:PATH or env:NAME keeps it out", setting)
-    return where, text
+    if source == "yaml":
+        log.warning("%s: the YAML file holds a secret in plain text; use file:PATH or env:NAME instead", setting)
+    return source, text
 
 
-def _identity(line: str, setting: str, source: str) -> Any:
+def _identity(line: str, setting: str, origin: str) -> Any:
     try:
         return pyrage.x25519.Identity.from_str(line)
     except pyrage.IdentityError:
         raise ConfigError(
-            f"{setting} ({source}): a line is no valid age identity; expected AGE-SECRET-KEY-1… as age-keygen writes it"
+            f"{setting} ({origin}): invalid age identity; expected AGE-SECRET-KEY-1… as age-keygen writes it"
         ) from None
 
 
-def _recipient(line: str, setting: str, source: str) -> Any:
+def _recipient(line: str, setting: str, origin: str) -> Any:
     try:
         return pyrage.x25519.Recipient.from_str(line)
     except pyrage.RecipientError:
         raise ConfigError(
-            f"{setting} ({source}): not a valid age X25519 recipient; expected age1 and 58 more characters"
+            f"{setting} ({origin}): invalid age X25519 recipient; expected age1 and 58 more characters"
         ) from None
 
 
-def _passphrase_key(content: str, purpose: Purpose, setting: str, source: str) -> EncryptionKey | DecryptionKey:
+def _passphrase_key(content: str, purpose: Purpose, setting: str, origin: str) -> EncryptionKey | DecryptionKey:
     text = content.rstrip("\r\n")
     if not text.strip() or "\n" in text or "\r" in text:
         raise ConfigError(
-            f"{setting} ({source}): neither recipients, nor an identity, nor a passphrase on one line; "
-            "`age-keygen -o FILE` makes an identity"
+            f"{setting} ({origin}): neither recipients, nor an identity, nor a passphrase on one line; "
+            "`age-keygen -o FILE` creates an identity"
         )
     if text in PUBLISHED_PASSPHRASES:
-        log.warning("%s: this passphrase is printed in public sample specs; it protects nothing", setting)
-    opens = DecryptionKey(f"{source}: passphrase", passphrase=Passphrase(text))
+        log.warning("%s: this passphrase is printed in public sample specs and protects nothing", setting)
+    key = DecryptionKey(f"{origin}: passphrase", passphrase=Passphrase(text))
     if purpose == "decryption":
-        return opens
-    return EncryptionKey(opens.form, passphrase=opens.passphrase, opens=opens)
+        return key
+    return EncryptionKey(key.description, passphrase=key.passphrase, decryption_key=key)

@@ -1,9 +1,9 @@
-"""Named tensors as a stream of safetensors bytes, and back, one tensor at a time. Knows nothing of keys or settings.
+"""Streams named tensors as safetensors bytes and back, one tensor at a time. Knows nothing of keys or settings.
 
     u64 little-endian length | JSON: {name: dtype, shape, data_offsets}, "__metadata__": {str: str} | tensor bytes
 
-The library (`safetensors`) reads and writes such files whole; this streams them, so that a sealed gigabyte takes no
-second one. What is written here the library reads, and the other way round: test_checkpoint.py.
+The library (`safetensors`) reads and writes complete files; streaming saves a second copy in memory when the file is
+encrypted. Both read what the other writes (test_checkpoint.py).
 Format: https://github.com/huggingface/safetensors, "Format". Hosts are little-endian (x86-64, arm64).
 """
 
@@ -22,11 +22,11 @@ from mal_train.kernel.checkpoint.json_tree import parse
 
 LENGTH_BYTES = 8
 MAX_JSON = 100_000_000
-"""The format's own limit for the JSON part, in bytes."""
-FILLER = "padding"
-"""Name of up to seven bytes that bring the tensors' total to a multiple of 8; passed over when read."""
+"""Limit of the format for its JSON header, in bytes."""
+PADDING_NAME = "padding"
+"""Name of the tensor of up to 7 bytes that brings the total size of the tensors to a multiple of 8; readers skip it."""
 MAX_ELEMENTS = 1 << 48
-"""Beyond any file; keeps a forged shape from overflowing the allocator."""
+"""Exceeds any file; a limit for forged shapes, which could overflow the allocator."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -47,8 +47,8 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A row of the table: the tensor's bytes are start … end of what follows the JSON part."""
+class TensorEntry:
+    """A row of the header. The bytes of the tensor are start … end of the data that follows the header."""
 
     name: str
     dtype: torch.dtype
@@ -58,144 +58,154 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor in bytes."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
-class Head:
-    """The JSON part, checked: rows in the order of their bytes, without holes or overlaps."""
+class TensorFileHeader:
+    """The validated JSON header. Entries are in the order of their bytes, without gaps or overlaps."""
 
     metadata: Mapping[str, str]
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorEntry, ...]
 
 
-def parts(
+def serialize(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], padding: Callable[[int], int]
 ) -> Iterator[memoryview]:
-    """The bytes of the file, in order; each part may be dropped when the next is asked for.
+    """Yields the bytes of the file in order. A buffer may be dropped when the next one is requested.
 
     Args:
-        tensors: dense ones, on any device, contiguous or not.
-        metadata: free strings.
-        padding: bytes to add to a content of that many, a multiple of 8 each time that is; they go as blanks behind
-            the JSON, which the format allows.
+        tensors: dense tensors on any device, contiguous or not.
+        metadata: arbitrary strings.
+        padding: returns the number of bytes to add to a content of the given size, a multiple of 8 if that is one. They
+            are written as blanks after the JSON, which the format allows.
 
     Raises:
-        CheckpointError: a dtype or layout the format does not know, or more than 100 MB of JSON.
+        CheckpointError: a dtype or layout that the format lacks, or more than 100 MB of JSON.
     """
-    # Widest elements first, and a total that 8 divides: every tensor then lies aligned, as the format's readers want.
+    # Widest elements first, and a total divisible by 8: every tensor is then aligned, as readers of the format expect.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
+    end = 0
     for name in order:
-        table[name] = _row(name, tensors[name], at)
-        at = table[name]["data_offsets"][1]
-    filler = -at % 8
-    if filler:
-        table[FILLER] = {"dtype": "U8", "shape": [filler], "data_offsets": [at, at + filler]}
+        table[name] = _row(name, tensors[name], end)
+        end = table[name]["data_offsets"][1]
+    alignment = -end % 8
+    if alignment:
+        table[PADDING_NAME] = {"dtype": "U8", "shape": [alignment], "data_offsets": [end, end + alignment]}
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    text += b" " * padding(LENGTH_BYTES + len(text) + at + filler)
+    text += b" " * padding(LENGTH_BYTES + len(text) + end + alignment)
     if len(text) > MAX_JSON:
-        raise CheckpointError(f"settings and training state take {len(text)} B of JSON; the format holds {MAX_JSON} B")
+        raise CheckpointError(f"settings and training state: {len(text)} B of JSON; the format allows {MAX_JSON} B")
     yield memoryview(struct.pack("<Q", len(text)) + text)
     for name in order:
         yield _bytes_of(tensors[name].detach().cpu().contiguous())
-    yield memoryview(bytes(filler))
+    yield memoryview(bytes(alignment))
 
 
 class TensorFileReader:
-    """Takes the bytes in order and fills tensors, which it allocates when the JSON part has come.
+    """A sink that receives the bytes of a file in order and fills tensors with them.
 
-    Nothing may be used before `finish`, which is called when the seal has verified the last byte.
+    Tensors are allocated once the header is complete. They may be used only after `finish`, which the caller calls when
+    the last byte is authenticated.
 
     Attributes:
-        tensors: the chosen ones by name.
+        tensors: the selected tensors by name.
     """
 
-    def __init__(self, name: str, content_bytes: int, choose: Callable[[Head], Container[str]]) -> None:
-        """Prepare to read.
+    def __init__(self, name: str, content_bytes: int, select: Callable[[TensorFileHeader], Container[str]]) -> None:
+        """Prepares to read.
 
         Args:
-            name: of the file, for messages.
-            content_bytes: how many bytes will come if nothing is missing; no more than that is ever allocated.
-            choose: gets the JSON part, may refuse it by raising, and names the tensors to keep.
+            name: name of the file in error messages.
+            content_bytes: size of the complete content; no more than that is ever allocated.
+            select: receives the header and returns the names of the tensors to keep, or raises to refuse the file.
         """
         self.tensors: dict[str, Tensor] = {}
         self._name = name
         self._content_bytes = content_bytes
-        self._choose = choose
-        self._start = bytearray()
-        self._json_end = LENGTH_BYTES
+        self._select = select
+        self._header = bytearray()
+        self._header_end = LENGTH_BYTES
         self._complete = False
         self._targets: list[tuple[int, memoryview | None]] = []
-        self._at = 0
+        self._position = 0
 
-    def write(self, part: bytes) -> None:
-        """Take the next bytes; UnknownLayout, Truncated or Altered as soon as the JSON part shows it."""
-        size = len(part)
-        if self._targets and (target := self._targets[-1][1]) is not None and self._at + size < len(target):
-            # Nearly all calls end here, and there are a hundred thousand a gigabyte.
-            target[self._at : self._at + size] = part
-            self._at += size
+    def write(self, data: bytes, /) -> None:
+        """Receives the next bytes.
+
+        Raises:
+            UnknownLayout, Truncated, Altered: as soon as the header is complete.
+        """
+        size = len(data)
+        if self._targets and (target := self._targets[-1][1]) is not None and self._position + size < len(target):
+            # The fast path of nearly all calls; a gigabyte takes a hundred thousand.
+            target[self._position : self._position + size] = data
+            self._position += size
             return
-        data = memoryview(part)
+        rest = memoryview(data)
         if not self._complete:
-            data = self._take_json(data)
-        while data and self._targets:
+            rest = self._read_header(rest)
+        while rest and self._targets:
             size, target = self._targets[-1]
-            count = min(size - self._at, len(data))
+            count = min(size - self._position, len(rest))
             if target is not None:
-                target[self._at : self._at + count] = data[:count]
-            self._at += count
-            data = data[count:]
-            if self._at == size:
+                target[self._position : self._position + count] = rest[:count]
+            self._position += count
+            rest = rest[count:]
+            if self._position == size:
                 self._targets.pop()
-                self._at = 0
+                self._position = 0
 
     def finish(self) -> None:
-        """To be called when all bytes have come and verified. Truncated unless they filled every tensor."""
+        """Checks the tensors after the last byte.
+
+        Raises:
+            Truncated: a tensor is incomplete.
+            Altered: a bool tensor holds values other than 0 and 1.
+        """
         if not self._complete or self._targets:
             raise Truncated(f"{self._name}: the end of the file is missing")
         for name, tensor in self.tensors.items():
-            # Any other byte than 0 and 1 in a bool tensor is undefined behavior in the code that computes with it.
+            # A bool tensor with other bytes than 0 and 1 is undefined behavior in the code that computes with it.
             if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
-                raise Altered(f"{self._name}: tensor {name} is of bool and holds other values")
+                raise Altered(f"{self._name}: tensor {name} is of dtype bool and holds values other than 0 and 1")
 
-    def _take_json(self, data: memoryview) -> memoryview:
-        """Gather the JSON part and prepare the tensors; returns what follows it in `data`."""
-        while data and len(self._start) < self._json_end:
-            count = self._json_end - len(self._start)
-            self._start += data[:count]
+    def _read_header(self, data: memoryview) -> memoryview:
+        """Collects the header and allocates the tensors; returns the bytes of `data` that follow the header."""
+        while data and len(self._header) < self._header_end:
+            count = self._header_end - len(self._header)
+            self._header += data[:count]
             data = data[count:]
-            if self._json_end == len(self._start) == LENGTH_BYTES:
-                self._json_end += self._json_length(int.from_bytes(self._start, "little"))
-        if len(self._start) == self._json_end:
-            head = _parse_head(bytes(self._start[LENGTH_BYTES:]), self._name)
-            self._start.clear()
-            self._prepare(head)
+            if self._header_end == len(self._header) == LENGTH_BYTES:
+                self._header_end += self._json_length(int.from_bytes(self._header, "little"))
+        if len(self._header) == self._header_end:
+            header = _parse_header(bytes(self._header[LENGTH_BYTES:]), self._name)
+            self._header.clear()
+            self._allocate(header)
             self._complete = True
         return data
 
     def _json_length(self, length: int) -> int:
         if not 2 <= length <= MAX_JSON:
-            raise UnknownLayout(f"{self._name}: its content is not safetensors; not a checkpoint of this project")
+            raise UnknownLayout(f"{self._name}: the content is not safetensors; not a checkpoint of this project")
         if LENGTH_BYTES + length > self._content_bytes:
             raise Truncated(f"{self._name}: the end of the file is missing")
         return length
 
-    def _prepare(self, head: Head) -> None:
-        wanted = self._choose(head)
-        expected = self._json_end + (head.entries[-1].end if head.entries else 0)
+    def _allocate(self, header: TensorFileHeader) -> None:
+        selected = self._select(header)
+        expected = self._header_end + (header.entries[-1].end if header.entries else 0)
         if expected > self._content_bytes:
             missing = expected - self._content_bytes
             raise Truncated(f"{self._name}: the end of the file is missing ({missing} bytes)")
         if expected < self._content_bytes:
-            raise Altered(f"{self._name}: {self._content_bytes - expected} bytes follow its last tensor")
-        for entry in reversed(head.entries):
+            raise Altered(f"{self._name}: {self._content_bytes - expected} bytes follow the last tensor")
+        for entry in reversed(header.entries):
             target = None
-            if entry.name in wanted:
+            if entry.name in selected:
                 self.tensors[entry.name] = torch.empty(entry.shape, dtype=entry.dtype)
                 target = _bytes_of(self.tensors[entry.name])
             if entry.size:
@@ -204,49 +214,53 @@ class TensorFileReader:
 
 def _row(name: str, tensor: Tensor, start: int) -> dict[str, Any]:
     if tensor.dtype not in _DTYPE_NAMES or tensor.layout is not torch.strided or tensor.is_meta:
-        raise CheckpointError(f"tensor {name}: {tensor.dtype}, {tensor.layout}; a checkpoint holds plain dense ones")
+        raise CheckpointError(
+            f"tensor {name}: {tensor.dtype}, {tensor.layout}; a checkpoint holds dense tensors of standard dtypes"
+        )
     end = start + tensor.numel() * tensor.element_size()
     return {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor; writing to it writes to the tensor."""
+    """Returns the memory of a contiguous CPU tensor as a writable view."""
     return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
-def _parse_head(text: bytes, name: str) -> Head:
+def _parse_header(text: bytes, name: str) -> TensorFileHeader:
     if not text.startswith(b"{"):
-        raise UnknownLayout(f"{name}: its content is not safetensors; not a checkpoint of this project")
+        raise UnknownLayout(f"{name}: the content is not safetensors; not a checkpoint of this project")
     try:
         table = parse(text)
         metadata = table.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("the metadata are not all strings")
-        return Head(metadata, _entries(table))
+            raise ValueError("metadata are not all strings")
+        return TensorFileHeader(metadata, _entries(table))
     except ValueError as error:
-        raise Altered(f"{name}: its table of tensors is damaged: {error}") from None
+        raise Altered(f"{name}: the header is damaged: {error}") from None
 
 
-def _entries(table: dict[str, Any]) -> tuple[Entry, ...]:
+def _entries(table: dict[str, Any]) -> tuple[TensorEntry, ...]:
     entries = []
     for name, row in table.items():
         if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets")
         dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ValueError(f"tensor {name!r} is of dtype {dtype!r}")
+            raise ValueError(f"tensor {name!r} has dtype {dtype!r}")
         if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-            raise ValueError(f"tensor {name!r} has a shape or offsets that are no counts")
-        entries.append(Entry(name, _DTYPES[dtype], tuple(shape), *offsets))
+            raise ValueError(f"tensor {name!r} has an invalid shape or invalid offsets")
+        entries.append(TensorEntry(name, _DTYPES[dtype], tuple(shape), *offsets))
     entries.sort(key=lambda entry: (entry.start, entry.end))
-    at = 0
+    end = 0
     for entry in entries:
-        if entry.start != at or entry.size != math.prod(entry.shape) * entry.dtype.itemsize:
-            raise ValueError(f"tensor {entry.name!r} does not follow the one before, or its size is not its shape's")
-        # A side of 0 counts as 1 here: the strides of an empty tensor are products of the other sides.
+        if entry.start != end or entry.size != math.prod(entry.shape) * entry.dtype.itemsize:
+            raise ValueError(
+                f"tensor {entry.name!r} does not follow the tensor before it, or its size does not match its shape"
+            )
+        # A side of 0 counts as 1: the strides of an empty tensor are products of its other sides.
         if math.prod(max(side, 1) for side in entry.shape) > MAX_ELEMENTS:
             raise ValueError(f"tensor {entry.name!r} has shape {entry.shape}")
-        at = entry.end
+        end = entry.end
     return tuple(entries)
 
 

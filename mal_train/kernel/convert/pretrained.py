@@ -1,7 +1,7 @@
-"""Fills a network with starting weights: timm's by name, a local file, or one of our checkpoints, and says what fitted.
+"""Loads starting weights into a network: timm's by name, a local file, or a checkpoint. Reports what was loaded.
 
-The blocks of the backbone must fit exactly: weights of another architecture would load in part and train badly in
-silence. A stem, a position table and heads may be missing; the report names them.
+The blocks of the backbone must match exactly: weights of another architecture would load partially and silently train
+badly. Stem, position table and heads may be missing; the report names them.
 """
 
 import difflib
@@ -29,31 +29,31 @@ from mal_train.kernel.networks.network import MalNetwork
 
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".malckpt")
 PREFIXES = ("", "backbone.", "module.", "model.", "encoder.", "module.base_encoder.")
-"""What published files of backbones put before timm's names."""
-PART_OF_THE_ANSWER = re.compile(r"blocks\.|pos_embed\.|dist_token$|reg_token$|norm_pre\.|fc_norm\.")
-"""Tensors that may neither lack nor be left over: with them or without, the backbone is another network."""
-UNKNOWN_ARCH_LICENSE = "none known: no weights are published for it, or their license is not stated"
+"""Prefixes of timm's names in published files of backbones."""
+REQUIRED = re.compile(r"blocks\.|pos_embed\.|dist_token$|reg_token$|norm_pre\.|fc_norm\.")
+"""Tensors that may be neither missing nor unexpected: a backbone with or without them is another network."""
+UNKNOWN_ARCH_LICENSE = "unknown: no weights are published for it, or their license is not stated"
 
 
 @dataclass(frozen=True)
 class PretrainedReport:
-    """What became of starting weights. Names are those of the student.
+    """The result of loading starting weights. Names are those of the student.
 
     Attributes:
-        source: as the user gave it.
-        loaded: filled from the source, the resampled ones included.
-        resampled: those of them that had another grid or patch size.
-        missing: not in the source; still random.
-        left_over: in the source, without a place here (an ImageNet classifier, for example).
-        origin: names and licenses behind it. A `.malckpt` tells of those that it came from; another local file cannot.
+        source: the source as given by the user.
+        loaded: tensors loaded from the source, including resampled ones.
+        resampled: loaded tensors that had another grid or patch size.
+        missing: tensors that the source lacks; they stay random.
+        unused: tensors of the source that the network lacks, for example an ImageNet classifier.
+        lineage: names and licenses of the weights and their ancestors, as far as the source states them.
     """
 
     source: str
     loaded: tuple[str, ...]
     resampled: tuple[str, ...]
     missing: tuple[str, ...]
-    left_over: tuple[str, ...]
-    origin: Lineage
+    unused: tuple[str, ...]
+    lineage: Lineage
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {len(self.loaded)} tensors loaded"]
@@ -63,50 +63,44 @@ class PretrainedReport:
             groups = Counter(
                 ".".join(name.split(".")[: 2 if name.startswith("backbone.") else 1]) for name in self.missing
             )
-            parts.append("starting random: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
-        if self.left_over:
-            parts.append(f"left over: {', '.join(self.left_over[:4])}" + (" …" if len(self.left_over) > 4 else ""))
+            parts.append("random: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
+        if self.unused:
+            parts.append(f"unused: {', '.join(self.unused[:4])}" + (" …" if len(self.unused) > 4 else ""))
         return "; ".join(parts)
 
 
 def load_pretrained(network: MalNetwork, source: str, key: DecryptionKey | None = None) -> PretrainedReport:
-    """Fill the student from `source`; the teacher becomes its copy.
+    """Loads `source` into the student and copies the student to the teacher.
 
     Args:
-        network: changed in place, and only if everything fits.
-        source: a timm name such as `deit_small_patch16_224.fb_in1k` (downloaded through timm, kept in its cache) or an
-            arch of ours for its published weights; a file of a backbone or of a TAO checkpoint (`.pt`, `.pth`,
+        network: changed in place, and only if the weights match.
+        source: a timm name such as `deit_small_patch16_224.fb_in1k` (downloaded through timm, kept in its cache), or a
+            name of `BACKBONES` for its published weights; a file of a backbone or a TAO checkpoint (`.pt`, `.pth`,
             `.ckpt`, `.bin`, `.safetensors`); a `.malckpt`; or `builtin` for the model in the package.
-        key: opens a sealed `.malckpt`.
+        key: decrypts an encrypted `.malckpt`.
 
     Raises:
         ConfigError: no such file or name, no connection, or weights of another architecture.
-        UnknownLayout: nothing in the source fits by name.
-        CheckpointError: a `.malckpt` that cannot be opened.
+        UnknownLayout: no name in the source matches.
+        CheckpointError: a `.malckpt` that cannot be loaded.
     """
-    wanted = network.student.state_dict()
-    tensors, origin = _read(source, key)
-    found = _student_names(tensors, source)
-    if "backbone.reg_token" in wanted and "backbone.dist_token" in found:
-        found["backbone.reg_token"] = found.pop("backbone.dist_token")
-    fitted: dict[str, Tensor] = {}
-    resampled: list[str] = []
-    for name, target in wanted.items():
-        if name not in found:
-            continue
-        fitted[name] = _fit(name, found[name], target, source)
-        if found[name].shape != target.shape:
-            resampled.append(name)
-    missing = tuple(name for name in wanted if name not in fitted)
-    left_over = tuple(name.removeprefix("backbone.") for name in found if name not in wanted)
-    _check_same_architecture(network.config.arch, fitted, missing, left_over, source)
-    network.student.load_state_dict(fitted, strict=False)
+    targets = network.student.state_dict()
+    tensors, lineage = _read(source, key)
+    given = _student_names(tensors, source)
+    if "backbone.reg_token" in targets and "backbone.dist_token" in given:
+        given["backbone.reg_token"] = given.pop("backbone.dist_token")
+    loaded = {name: _fit(name, given[name], target, source) for name, target in targets.items() if name in given}
+    resampled = tuple(name for name in loaded if given[name].shape != targets[name].shape)
+    missing = tuple(name for name in targets if name not in loaded)
+    unused = tuple(name.removeprefix("backbone.") for name in given if name not in targets)
+    _check_same_architecture(network.config.arch, loaded, missing, unused, source)
+    network.student.load_state_dict(loaded, strict=False)
     network.reset_teacher()
-    return PretrainedReport(source, tuple(fitted), tuple(resampled), missing, left_over, origin)
+    return PretrainedReport(source, tuple(loaded), resampled, missing, unused, lineage)
 
 
 def published_license(source: str) -> str:
-    """SPDX name of the license of the weights of a timm name, or of those published for an arch of ours."""
+    """Returns the SPDX name of the license of the weights of a timm name or of a name of `BACKBONES`."""
     if source in BACKBONES:
         return BACKBONES[source].license or UNKNOWN_ARCH_LICENSE
     config = timm.models.get_pretrained_cfg(_checked_timm_name(source))
@@ -120,16 +114,16 @@ def _is_file(source: str) -> bool:
 
 
 def _read(source: str, key: DecryptionKey | None) -> tuple[dict[str, Tensor], Lineage]:
-    """Weights, and where they come from, of one reading: the file may be another one a moment later."""
+    """Returns weights and lineage from a single read of the file, which may be replaced at any time."""
     if source in BACKBONES:
         return _download(_published_name(source)), Lineage(source, published_license(source))
     if not _is_file(source):
         return _download(_checked_timm_name(source)), Lineage(source, published_license(source))
     path = builtin.resolve(source)
     if path.suffix == ".malckpt":
-        read = load_checkpoint(path, key, weights_only_kind=True)
-        provenance = builtin.completed(read.sha256, read.provenance)
-        return dict(read.weights), Lineage.from_checkpoint(path, read.sha256, provenance)
+        checkpoint = load_checkpoint(path, key, skip_training_state=True)
+        provenance = builtin.with_card(checkpoint.sha256, checkpoint.provenance)
+        return dict(checkpoint.weights), Lineage.from_checkpoint(path, checkpoint.sha256, provenance)
     tensors = read_weight_file(path)
     if any(name.startswith("student.") for name in tensors):
         tensors = from_tao(tensors, source).weights
@@ -140,7 +134,7 @@ def _published_name(arch: str) -> str:
     name = BACKBONES[arch].pretrained
     if name is None:
         raise ConfigError(
-            f"pretrained weights {arch!r}: timm has none for this arch; give a file of them, or train from random"
+            f"pretrained weights {arch!r}: timm has none for this arch; give a file, or train from random weights"
         )
     return name
 
@@ -152,66 +146,65 @@ def _checked_timm_name(source: str) -> str:
         source, [*BACKBONES, *timm.list_pretrained("*vit*"), *timm.list_pretrained("deit*")], 1
     )
     hint = f"did you mean {near[0]!r}? " if near else ""
+    known = sorted({size.pretrained for size in BACKBONES.values() if size.pretrained})
     raise ConfigError(
         f"pretrained weights {source!r}: neither a file nor a timm model with published weights; {hint}"
-        f"For our backbones: {', '.join(sorted({size.pretrained for size in BACKBONES.values() if size.pretrained}))}"
+        f"timm models of the backbones: {', '.join(known)}"
     )
 
 
 def _download(name: str) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
-    except OSError as error:  # What both of timm's download paths raise on no connection, no permission, no space.
+    except OSError as error:  # raised by both download paths of timm without connection, permission or disk space
         raise ConfigError(
-            f"pretrained weights {name}: the download failed ({error}); fetch the file on a machine with a connection "
-            "and give its path"
+            f"pretrained weights {name}: the download failed ({error}); download the file elsewhere and give its path"
         ) from error
     return weights
 
 
 def _student_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors under the names of our student: a whole MAL network, or a backbone with or without a prefix."""
+    """Returns the tensors under the student's names, from a complete network or a backbone with or without a prefix."""
     student = {name.removeprefix("student."): t for name, t in tensors.items() if name.startswith("student.")}
     if student:
         return student
     for prefix in sorted(PREFIXES, key=len, reverse=True):
         if any(f"{prefix}blocks.0.attn.{first}.weight" in tensors for first in ("qkv", "q")):
             return {f"backbone.{name.removeprefix(prefix)}": tensor for name, tensor in tensors.items()}
-    some = ", ".join(list(tensors)[:3])
-    raise UnknownLayout(f"pretrained weights {source}: nothing in it fits our backbones; it begins with {some}")
+    first = ", ".join(list(tensors)[:3])
+    raise UnknownLayout(f"pretrained weights {source}: no name matches a backbone; it begins with {first}")
 
 
 def _fit(name: str, tensor: Tensor, target: Tensor, source: str) -> Tensor:
-    """`tensor` in the shape of `target`; only position table and patch convolution may differ."""
+    """Returns `tensor` in the shape of `target`. Only the position table and the patch convolution are resampled."""
     if tensor.shape == target.shape:
         return tensor
     if name == "backbone.pos_embed" and tensor.shape[2:] == target.shape[2:]:
         side = math.isqrt(target.shape[1])
         extra = target.shape[1] - side * side  # positions of the class and distillation tokens
-        own = math.isqrt(max(tensor.shape[1] - extra, 0))
-        if own and tensor.shape[1] == extra + own * own:
-            table: Tensor = resample_abs_pos_embed(tensor.float(), [side, side], [own, own], num_prefix_tokens=extra)
+        old_side = math.isqrt(max(tensor.shape[1] - extra, 0))
+        if old_side and tensor.shape[1] == extra + old_side * old_side:
+            table: Tensor = resample_abs_pos_embed(
+                tensor.float(), [side, side], [old_side, old_side], num_prefix_tokens=extra
+            )
             return table
     if name == "backbone.patch_embed.proj.weight" and tensor.shape[:2] == target.shape[:2]:
         kernel: Tensor = resample_patch_embed(tensor.float(), list(target.shape[2:]))
         return kernel
     raise ConfigError(
         f"pretrained weights {source}: {name} has shape {tuple(tensor.shape)} instead of {tuple(target.shape)}; "
-        "they belong to another model.arch, or to other settings of the mask head"
+        "use weights of the same model.arch and the same settings of the mask head"
     )
 
 
 def _check_same_architecture(
-    arch: str, fitted: Mapping[str, Tensor], missing: tuple[str, ...], left_over: tuple[str, ...], source: str
+    arch: str, loaded: Mapping[str, Tensor], missing: tuple[str, ...], unused: tuple[str, ...], source: str
 ) -> None:
-    lacking = [name for name in missing if PART_OF_THE_ANSWER.match(name.removeprefix("backbone."))]
-    surplus = [name for name in left_over if PART_OF_THE_ANSWER.match(name)]
-    if lacking or surplus:
-        what = f"lacks {lacking[0]}" if lacking else f"holds {surplus[0]}"
-        raise ConfigError(
-            f"pretrained weights {source}: {what}, which {arch} has{'' if lacking else ' not'}; choose the weights of "
-            "the same architecture"
-        )
-    broken = [name for name, tensor in fitted.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise ConfigError(f"pretrained weights {source}: {broken[0]} holds NaN or infinity; the file is no use")
+    absent = [name for name in missing if REQUIRED.match(name.removeprefix("backbone."))]
+    unexpected = [name for name in unused if REQUIRED.match(name)]
+    if absent or unexpected:
+        difference = f"{absent[0]} is missing" if absent else f"{unexpected[0]} is unexpected"
+        raise ConfigError(f"pretrained weights {source}: {difference} for {arch}; use weights of the same architecture")
+    non_finite = [name for name, tensor in loaded.items() if not bool(torch.isfinite(tensor).all())]
+    if non_finite:
+        raise ConfigError(f"pretrained weights {source}: {non_finite[0]} holds NaN or infinity; use another file")

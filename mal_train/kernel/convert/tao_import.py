@@ -1,8 +1,8 @@
-"""Reads the published code's checkpoints into our names and settings. The layout is recognized from names and shapes.
+"""Converts checkpoints of TAO and NVlabs to the names and settings of this project.
 
-Read here: the ViT of TAO 6.25 to 7.0, which has one 16×16 patch convolution; the ViT of NVlabs and of TAO up to 6.0,
-which has a convolutional stem; FAN of TAO up to 6.0. Such files hold no settings beside the weights: what shapes
-cannot tell (crop size, thresholds, `not_adjust_scale`) the importer takes from the user.
+The layout is recognized from names and shapes. There are three: the ViT of TAO 6.25 to 7.0, with one 16×16 patch
+convolution; the ViT of NVlabs and of TAO up to 6.0, with a convolutional stem; and FAN of TAO up to 6.0. The files hold
+no settings: the user gives those that shapes do not determine (crop size, thresholds, `not_adjust_scale`).
 """
 
 import re
@@ -21,10 +21,10 @@ from mal_train.kernel.networks.fan import FanSize
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.kernel.networks.vit import VitSize
 
-NO_PART = re.compile(r"backbone\.head\.")
-"""TAO leaves the backbone's ImageNet classifier in its checkpoints; no mask depends on it."""
-NO_PART_OF_FAN = re.compile(r"backbone\.(head\.|cls_token$|cls_attn_blocks\.\d+\.(attn\.|mlp\.|gamma2$))")
-"""In FAN, no mask depends on the class token either (`fan.Fan`)."""
+UNUSED = re.compile(r"backbone\.head\.")
+"""Tensors that no mask depends on: TAO keeps the ImageNet classifier of the backbone in its checkpoints."""
+UNUSED_IN_FAN = re.compile(r"backbone\.(head\.|cls_token$|cls_attn_blocks\.\d+\.(attn\.|mlp\.|gamma2$))")
+"""FAN's tensors that no mask depends on; its class token is one of them (`fan.Fan`)."""
 
 BACKBONE = r"student\.backbone\."
 LINEAR_STEM = "student.backbone.patch_embed.proj.weight"
@@ -33,19 +33,19 @@ CONV_STEM = "student.backbone.patch_embed.proj.0.0.weight"
 MASK_HEAD = "student.mask_head.convs.0.conv.weight"
 _Shape: TypeAlias = dict[str, int]
 TAO_ARCHS = ("vit-deit-tiny/16", "vit-deit-small/16", "vit-mae-base/16", "vit-mae-large/16", "vit-mae-huge/14")
-"""Names that TAO documents; of several rows of one shape, such as DeiT-base and MAE-base, a checkpoint gets these."""
+"""Backbones that TAO documents. They take precedence over others of the same shape, as MAE-base over DeiT-base."""
 
 
 @dataclass(frozen=True)
-class ForeignCheckpoint:
-    """A published checkpoint in our terms.
+class ImportedCheckpoint:
+    """A converted checkpoint.
 
     Attributes:
-        layout: whose names and shapes these were, for people.
-        model: the network its shapes describe.
-        weights: `student.…` and `teacher.…` → float32 tensor: exactly the names that `MalNetwork(model)` has.
-        dropped: names in the file that take no part in labeling, such as the classifier's.
-        teacher_copied: the file has no teacher; it is a copy of the student.
+        layout: name of the recognized layout, for messages.
+        model: architecture that the shapes describe.
+        weights: `student.…` and `teacher.…` → float32 tensor, with exactly the names of `MalNetwork(model)`.
+        dropped: names in the file that no mask depends on, such as the classifier's.
+        teacher_copied: True if the file has no teacher, so that the teacher is a copy of the student.
     """
 
     layout: str
@@ -55,57 +55,57 @@ class ForeignCheckpoint:
     teacher_copied: bool = False
 
     def __str__(self) -> str:
-        dropped = f"; left out: {', '.join(self.dropped)}" if self.dropped else ""
-        teacher = "; no teacher in it, the student stands for both" if self.teacher_copied else ""
+        dropped = f"; dropped: {', '.join(self.dropped)}" if self.dropped else ""
+        teacher = "; no teacher: copied from the student" if self.teacher_copied else ""
         return f"layout of {self.layout}, {self.model.arch}, {len(self.weights)} tensors{dropped}{teacher}"
 
 
-def read_tao_checkpoint(path: Path) -> ForeignCheckpoint:
-    """Read a checkpoint of TAO or NVlabs: Lightning's dict or a bare state dict; no code in it is run.
+def read_tao_checkpoint(path: Path) -> ImportedCheckpoint:
+    """Reads a checkpoint of TAO or NVlabs, a Lightning dict or a plain state dict. Runs no code from it.
 
-    Stem, width, depth and patch size name the backbone; the number of heads follows from it. DeiT-base and MAE-base
-    are one network: such a file is called `vit-mae-base/16`, TAO's default.
+    Stem, width, depth and patch size identify the backbone, and with it the number of heads. DeiT-base and MAE-base are
+    the same network; such a file is read as `vit-mae-base/16`, TAO's default.
 
     Raises:
         ConfigError: the file cannot be read.
-        UnknownLayout: another layout, named where it is known; a network of a size that is not in our table; tensors
-            missing, left over, or of the wrong shape.
+        UnknownLayout: another layout; a backbone that is not in the table; tensors missing, unexpected or of the wrong
+            shape.
     """
     return from_tao(read_weight_file(path), str(path))
 
 
-def from_tao(tensors: Mapping[str, Tensor], name: str) -> ForeignCheckpoint:
-    """As `read_tao_checkpoint`, from tensors already read; `name` stands in messages."""
-    layout = _layout_of(tensors, name)
-    model = _model_of(tensors, layout, name)
-    taking_part = [key for key in tensors if _takes_part(key, layout)]
-    ours = {_our_name(key): tensors[key] for key in taking_part}
-    dropped = tuple(key for key in tensors if key not in taking_part)
-    teacher_copied = not any(key.startswith("teacher.") for key in ours)
+def from_tao(tensors: Mapping[str, Tensor], name: str) -> ImportedCheckpoint:
+    """Converts tensors that are already read; see `read_tao_checkpoint`. `name` names the file in messages."""
+    layout = _detect_layout(tensors, name)
+    model = _detect_model(tensors, layout, name)
+    used = [key for key in tensors if _is_used(key, layout)]
+    renamed = {_rename(key): tensors[key] for key in used}
+    dropped = tuple(key for key in tensors if key not in used)
+    teacher_copied = not any(key.startswith("teacher.") for key in renamed)
     if teacher_copied:
-        ours |= {key.replace("student.", "teacher.", 1): tensor.clone() for key, tensor in ours.items()}
-    _check_fits(ours, model, layout, name)
-    weights = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in ours.items()}
-    return ForeignCheckpoint(layout.name, model, weights, dropped, teacher_copied)
+        renamed |= {key.replace("student.", "teacher.", 1): tensor.clone() for key, tensor in renamed.items()}
+    _check_complete(renamed, model, layout, name)
+    weights = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in renamed.items()}
+    return ImportedCheckpoint(layout.name, model, weights, dropped, teacher_copied)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """One way of publishing a MAL network.
+    """A layout of published checkpoints.
 
     Attributes:
-        name: for people.
-        mark: a tensor of four dimensions that only this layout has.
-        shape_of: the tensors → what tells its backbones apart.
-        shape_of_row: a row of the table → the same, None for a row of another layout.
-        no_part: names, after the network's, on which no mask depends.
+        name: name in messages.
+        mark: name of a tensor of four dimensions that identifies the layout.
+        shape_of: maps the tensors to the sizes that identify a backbone of this layout.
+        shape_of_row: maps a row of the table to the same sizes; None for a row of another layout.
+        unused: names within a network that no mask depends on.
     """
 
     name: str
     mark: str
     shape_of: Callable[[Mapping[str, Tensor]], _Shape]
     shape_of_row: Callable[[BackboneSize], _Shape | None]
-    no_part: re.Pattern[str] = NO_PART
+    unused: re.Pattern[str] = UNUSED
 
 
 def _linear_shape(tensors: Mapping[str, Tensor]) -> _Shape:
@@ -151,50 +151,50 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
 
 
 LAYOUTS = (
-    # First: FAN's plain stem has a tensor of the name that marks the other convolutional stem.
-    _Layout("FAN of TAO up to 6.0", FAN_POSITIONS, _fan_shape, _fan_shape_of_row, NO_PART_OF_FAN),
+    # FAN first: its plain stem has a tensor of the name that marks the other convolutional stem.
+    _Layout("FAN of TAO up to 6.0", FAN_POSITIONS, _fan_shape, _fan_shape_of_row, UNUSED_IN_FAN),
     _Layout("TAO 6.25 to 7.0", LINEAR_STEM, _linear_shape, _linear_shape_of_row),
     _Layout("NVlabs and TAO up to 6.0", CONV_STEM, _conv_shape, _conv_shape_of_row),
 )
 
 
-def _takes_part(key: str, layout: _Layout) -> bool:
+def _is_used(key: str, layout: _Layout) -> bool:
     network, _, rest = key.partition(".")
-    return network in {"student", "teacher"} and not layout.no_part.match(rest)
+    return network in {"student", "teacher"} and not layout.unused.match(rest)
 
 
-def _our_name(key: str) -> str:
-    """Ours for their name: the published code wraps the convolutions of its head, and ends its stem in stage 3."""
+def _rename(key: str) -> str:
+    """Returns the name in `MalNetwork`: the published head wraps its convolutions, and its stem ends in stage 3."""
     key = re.sub(r"\.mask_head\.convs\.(\d+)\.conv\.", r".mask_head.convs.\1.", key)
     return key.replace(".patch_embed.proj.3.3.", ".patch_embed.proj.4.")
 
 
-def _layout_of(tensors: Mapping[str, Tensor], name: str) -> _Layout:
+def _detect_layout(tensors: Mapping[str, Tensor], name: str) -> _Layout:
     def has(pattern: str) -> bool:
         return any(re.search(pattern, key) for key in tensors)
 
     if not has(r"^student\.") and has(r"blocks\.0\.attn\.q(kv)?\.weight"):
-        raise UnknownLayout(
-            f"{name}: looks like the weights of a backbone alone; give it as train.pretrained_model_path"
-        )
-    found = [layout for layout in LAYOUTS if layout.mark in tensors and tensors[layout.mark].ndim == 4]
+        raise UnknownLayout(f"{name}: weights of a backbone only; give it as train.pretrained_model_path")
+    matching = [layout for layout in LAYOUTS if layout.mark in tensors and tensors[layout.mark].ndim == 4]
     head = tensors.get(MASK_HEAD)
-    if not found or head is None or head.ndim != 4:
-        some = ", ".join(list(tensors)[:3])
-        lacking = MASK_HEAD if found else " or ".join(layout.mark for layout in LAYOUTS)
-        raise UnknownLayout(f"{name}: not a MAL checkpoint of TAO or NVlabs: no {lacking}; it begins with {some}")
-    return found[0]
+    if not matching or head is None or head.ndim != 4:
+        first = ", ".join(list(tensors)[:3])
+        missing = MASK_HEAD if matching else " or ".join(layout.mark for layout in LAYOUTS)
+        raise UnknownLayout(
+            f"{name}: not a MAL checkpoint of TAO or NVlabs; {missing} is missing, it begins with {first}"
+        )
+    return matching[0]
 
 
-def _model_of(tensors: Mapping[str, Tensor], layout: _Layout, name: str) -> ModelConfig:
+def _detect_model(tensors: Mapping[str, Tensor], layout: _Layout, name: str) -> ModelConfig:
     shape = layout.shape_of(tensors)
     convs = _count(tensors, r"student\.mask_head\.convs\.(\d+)\.")
     known = {arch: layout.shape_of_row(row) for arch, row in BACKBONES.items()}
     rows = [arch for arch in known if known[arch] == shape]
     if not rows:
-        what = ", ".join(f"{part} {value}" for part, value in shape.items())
+        sizes = ", ".join(f"{part} {value}" for part, value in shape.items())
         raise UnknownLayout(
-            f"{name}: a backbone in the layout of {layout.name}, {what}; none of that shape is known: "
+            f"{name}: layout of {layout.name} with {sizes}; no backbone of this shape is known, only "
             f"{', '.join(arch for arch in known if known[arch])}"
         )
     out = len(tensors.get(f"student.mask_head.convs.{convs - 1}.conv.weight", ()))
@@ -208,19 +208,19 @@ def _model_of(tensors: Mapping[str, Tensor], layout: _Layout, name: str) -> Mode
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    return len({found[1] for key in tensors if (found := re.match(pattern, key))})
+    return len({match[1] for key in tensors if (match := re.match(pattern, key))})
 
 
-def _check_fits(ours: Mapping[str, Tensor], model: ModelConfig, layout: _Layout, name: str) -> None:
+def _check_complete(weights: Mapping[str, Tensor], model: ModelConfig, layout: _Layout, name: str) -> None:
     with torch.device("meta"):
         expected = {key: tuple(tensor.shape) for key, tensor in MalNetwork(model).state_dict().items()}
-    faults = [f"{key} is missing" for key in expected if key not in ours]
-    faults += [f"{key} is not part of {model.arch}" for key in ours if key not in expected]
-    faults += [
-        f"{key} has shape {tuple(ours[key].shape)} instead of {shape}"
+    differences = [f"{key} is missing" for key in expected if key not in weights]
+    differences += [f"{key} is not part of {model.arch}" for key in weights if key not in expected]
+    differences += [
+        f"{key} has shape {tuple(weights[key].shape)} instead of {shape}"
         for key, shape in expected.items()
-        if key in ours and tuple(ours[key].shape) != shape
+        if key in weights and tuple(weights[key].shape) != shape
     ]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UnknownLayout(f"{name}: almost the layout of {layout.name}, but {'; '.join(faults[:3])}{more}")
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UnknownLayout(f"{name}: almost the layout of {layout.name}, but {'; '.join(differences[:3])}{more}")

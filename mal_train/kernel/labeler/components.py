@@ -1,20 +1,20 @@
-"""The connected parts of a mask: which of them are specks, and whether there are several worth a look. 8-connected."""
+"""Finds connected components of masks, with 8-connectivity: removes small ones and detects masks in several parts."""
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-PART_SHARE = 0.01
-_PARTS_SIDE = 512
+SECOND_COMPONENT_SHARE = 0.01
+"""Least share of the mask's pixels for `has_second_component`."""
+_MAX_SIDE_PX = 512
 
 
 def remove_small_regions(mask_bool: NDArray[np.bool_], min_area_px: int) -> NDArray[np.bool_]:
-    """The mask (h, w) without its parts of fewer than min_area_px pixels.
+    """Returns the mask (h, w) without connected components of fewer than min_area_px pixels.
 
-    The largest part always stays, however small: a small object is no speck. Of equally large ones the first in
-    reading order stays.
+    The largest component is always kept (on a tie the first in reading order), so that a small object does not vanish.
 
-    >>> without_specks(np.array([[1, 1, 0, 1], [1, 1, 0, 0]], dtype=bool), 2).astype(int).tolist()
+    >>> remove_small_regions(np.array([[1, 1, 0, 1], [1, 1, 0, 0]], dtype=bool), 2).astype(int).tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0]]
     """
     if min_area_px <= 1 or not mask_bool.size:
@@ -23,17 +23,20 @@ def remove_small_regions(mask_bool: NDArray[np.bool_], min_area_px: int) -> NDAr
     if count <= 2:
         return mask_bool
     areas = stats[:, cv2.CC_STAT_AREA]
-    stays = areas >= min_area_px
-    stays[1 + int(np.argmax(areas[1:]))] = True
-    stays[0] = False
-    kept: NDArray[np.bool_] = stays[labels]
-    return kept
+    is_kept = areas >= min_area_px
+    is_kept[1 + int(np.argmax(areas[1:]))] = True
+    is_kept[0] = False
+    result: NDArray[np.bool_] = is_kept[labels]
+    return result
 
 
-def has_second_part(mask_bool: NDArray[np.bool_]) -> bool:
-    """Whether a second part holds PART_SHARE of the mask (h, w), seen at most _PARTS_SIDE px wide."""
-    stride = -(-max(mask_bool.shape) // _PARTS_SIDE)
-    seen = np.ascontiguousarray(mask_bool[::stride, ::stride]).view(np.uint8)
-    count, _, stats, _ = cv2.connectedComponentsWithStats(seen, connectivity=8)
+def has_second_component(mask_bool: NDArray[np.bool_]) -> bool:
+    """Returns True if a second component holds at least SECOND_COMPONENT_SHARE of the mask (h, w).
+
+    Masks with a side above 512 px are subsampled first.
+    """
+    stride = -(-max(mask_bool.shape) // _MAX_SIDE_PX)
+    sampled = np.ascontiguousarray(mask_bool[::stride, ::stride]).view(np.uint8)
+    count, _, stats, _ = cv2.connectedComponentsWithStats(sampled, connectivity=8)
     areas = np.sort(stats[1:count, cv2.CC_STAT_AREA])
-    return areas.size > 1 and int(areas[-2]) >= PART_SHARE * int(areas.sum())
+    return areas.size > 1 and int(areas[-2]) >= SECOND_COMPONENT_SHARE * int(areas.sum())

@@ -1,7 +1,16 @@
-"""A label is finish(crop, predict(prepare(image, box))): the one implementation that everything else feeds.
+"""Labels boxes: crop → probabilities → mask. The one implementation for validation, `mal-train` and the server.
 
-Training's validation, `mal-train inference` and the server all call these three. `prepare` and `finish` are CPU work
-for thread pools, `predict` belongs on the thread of its device; the object holds no state between calls.
+    labeler, checkpoint = load_labeler(Path("model.malckpt"), device="cuda")
+
+    crops = labeler.prepare(image, boxes)             # CPU: image (H, W, 3) uint8 RGB; boxes (x, y, w, h) in px
+    predictions = labeler.predict(crops)              # device: foreground probability (S, S) float32 of each crop
+    labels = [labeler.finish(crop, prediction)        # CPU: mask, score and flags in image coordinates
+              for crop, prediction in zip(crops, predictions)]
+
+    labels = labeler.label(image, boxes)              # the three steps in one call
+
+`prepare` returns a `BadBox` for a box that cannot be labeled; leave it out before `predict`. A labeler holds no state
+between calls: `prepare` and `finish` may run on any thread, `predict` runs on one thread per device.
 """
 
 import contextlib
@@ -31,9 +40,9 @@ from mal_train.core.settings import (
 )
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
-from mal_train.kernel.labeler.components import has_second_part, remove_small_regions
+from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
 from mal_train.kernel.labeler.overlaps import MaskClaim, assign_pixels
-from mal_train.kernel.labeler.scoring import score_of
+from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.networks.network import MalNetwork, normalize, probabilities
 from mal_train.kernel.networks.precision import Precision, resolve
 
@@ -42,27 +51,27 @@ ProbMap = NDArray[np.float32]
 LOW_AGREEMENT_IOU = 0.8
 TINY_SIDE_PX = 2.0
 
-PIXELS_A_PASS = 4 * 512**2
-"""Of one or two cores: more leaves the caches (ViT-small, 512 px, bfloat16: 545 ms a crop by four, 610 by eight, 630 by
-sixteen), less does not fill the matrix kernels."""
+CPU_PIXELS_PER_PASS = 4 * 512**2
+"""Pixels in one forward pass on one or two CPU cores. More exceed the caches (ViT-small, 512 px, bfloat16: 545 ms per
+crop for 4 crops, 610 for 8, 630 for 16); fewer do not fill the matrix kernels."""
 
 CUDA_ERROR = "CUDA error:"
-"""Begins the message of errors of the CUDA runtime: nearly all of them make each later call of the process fail too."""
+"""Prefix of CUDA runtime errors. After nearly all of them every later call of the process fails too."""
 CUDA_OUT_OF_MEMORY = "CUDA error: out of memory"
-"""The exception: the device stays usable."""
+"""The exception to that: the device stays usable."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A box ready for the network: its pixels and the way back.
+    """The network's input for one box, and the geometry that maps its output back to the image.
 
     Attributes:
         pixels: (S, S, 3) uint8 RGB.
         box_xywh: the caller's box, unchanged.
-        box_inside: the part of it inside the image, which is what gets labeled.
-        window: the image window that the pixels show.
+        box_inside: the box clipped to the image, as x, y, w, h; this is the box that is labeled.
+        window: image region that the pixels show; it may extend beyond the image.
         image_hw: height and width of the image in px.
-        area: px² of box_inside; decides the network's size branch and the threshold.
+        area: area of box_inside in px²; selects the size class of the network and the threshold.
     """
 
     pixels: NDArray[np.uint8]
@@ -74,18 +83,18 @@ class Crop:
 
     @property
     def was_clipped(self) -> bool:
-        """The caller's box left its image."""
+        """True if the caller's box extends beyond the image."""
         return self.box_inside != self.box_xywh
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How the network is run. Crops may share a batch exactly when these are equal.
+    """Options of a forward pass. Crops share a batch only if their options are equal.
 
     Attributes:
         branch: student, teacher, or the mean of their logits.
-        agreement: also run the other network, so that `finish` can give the IoU of student and teacher.
-        flip: average the logits with those of the mirrored crop.
+        agreement: also runs the other network, so that `finish` can compute the IoU of student and teacher.
+        flip: averages the logits with those of the mirrored crop.
     """
 
     branch: Branch = Branch.STUDENT
@@ -95,7 +104,13 @@ class PredictOptions:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Foreground probability (S, S) float32 of one crop; student's and teacher's own maps when agreement was asked."""
+    """The network's output for one crop.
+
+    Attributes:
+        prob: foreground probability (S, S) float32, in [0, 1], of the requested branch.
+        student: the student's map, if `PredictOptions.agreement` is set.
+        teacher: the teacher's map, if `PredictOptions.agreement` is set.
+    """
 
     prob: ProbMap
     student: ProbMap | None = None
@@ -104,15 +119,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Label:
-    """The answer for one box.
+    """The result for one box.
 
     Attributes:
-        rle: the mask in the whole image.
-        score: the mask's stability (`ScoreType`), in [0, 1], or the expected IoU where the checkpoint carries a
-            calibration; 0 for an empty mask.
-        area: mask pixels.
-        mask_box: tight box of the mask; None when it is empty.
-        agreement: IoU of student's and teacher's masks, when asked.
+        rle: mask of the full image.
+        score: in [0, 1]: the expected IoU if the checkpoint carries a calibration, else the mask's `ScoreType`; 0 for
+            an empty mask.
+        area: pixels in the mask.
+        mask_box: tight box of the mask as x, y, w, h; None for an empty mask.
+        agreement: IoU of the student's and the teacher's mask; None unless requested.
         flags: properties to check; see `FLAG_DESCRIPTIONS`.
     """
 
@@ -128,11 +143,11 @@ class Labeler:
     """Labels boxes with one network on one device.
 
     Args:
-        network: weights of student and teacher; moved to the device and set to evaluation.
-        config: crop, thresholds, clip rule.
-        device: torch device name.
-        precision: number format of the network; `auto` is float32 under `compat: tao`. Masks are byte-equal across
-            batch sizes only in float32 on a CPU.
+        network: weights of student and teacher; moved to the device and switched to evaluation mode.
+        config: crop size, thresholds, clip rule and calibration.
+        device: torch device.
+        precision: dtype of the forward pass; `auto` is float32 under `compat: tao`. Masks are identical for every batch
+            size only in float32 on a CPU.
     """
 
     def __init__(
@@ -144,51 +159,37 @@ class Labeler:
         precision: Precision | str = Precision.AUTO,
     ) -> None:
         self.device = torch.device(device)
-        self.dtype = dtype_on(self.device, config, precision)
+        self.dtype = compute_dtype(self.device, config, precision)
         self.config = config
         self.network = network.to(self.device).eval()
 
-    @property
-    def runs_crops_alone(self) -> bool:
-        """Whether `predict` runs one crop a pass, however many it is given."""
-        return self.device.type == "cpu" and self.dtype is torch.float32
-
-    def crops_a_pass(self, side: int) -> int:
-        """How many crops of `side` px go through the network together, however many `predict` is given."""
-        if self.device.type != "cpu":
-            return sys.maxsize
-        if self.runs_crops_alone:
-            # The reference: matrix kernels round differently for other batch sizes, and a mask must not depend on who
-            # shares its batch.
-            return 1
-        return max(PIXELS_A_PASS * max(torch.get_num_threads(), 2) // 2 // side**2, 1)
-
-    def with_margin(self, margin_rate: float) -> "Labeler":
-        """The same network with another growth of the boxes."""
-        config = dataclasses.replace(self.config, margin_rate=margin_rate)
-        return Labeler(self.network, config, device=self.device, precision=str(self.dtype).removeprefix("torch."))
-
     def prepare(self, image: RgbImage, boxes: Sequence[Sequence[float]], *, first: int = 0) -> list[Crop | BadBox]:
-        """One crop, or the reason why there is none, for each box (x, y, width, height px), in order.
+        """Cuts a crop for each box, in order.
 
-        `image` is (H, W, 3) uint8 RGB. `first`: how errors count the first box, where a request comes in pieces.
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            boxes: x, y, width, height in px of the image.
+            first: index of the first box in error messages, for requests that arrive in pieces.
+
+        Returns:
+            A crop for each box, or the `BadBox` that says why the box cannot be labeled.
         """
         return [self._prepare_one(image, box, f"box {index}") for index, box in enumerate(boxes, start=first)]
 
     def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:
-        """Foreground probabilities of crops of any images, in order; maps have the side of their crops.
+        """Runs the network on crops of any images. Returns one prediction for each crop, in order.
 
         Raises:
-            OutOfDeviceMemory: the batch does not fit; a smaller one may.
-            DeviceLost: no batch will ever run here again, for example after an illegal memory access.
+            OutOfDeviceMemory: the batch does not fit; a smaller one may (`oom.predict_split`).
+            DeviceLost: no further batch can run in this process, for example after an illegal memory access.
             DeviceError: any other failure of the device.
         """
         if not crops:
             return []
         try:
-            size = min(self.crops_a_pass(len(crops[0].pixels)), len(crops))
-            parts = [self._predict_batch(crops[i : i + size], options) for i in range(0, len(crops), size)]
-            return [probability for part in parts for probability in part]
+            size = min(self.max_crops_per_pass(len(crops[0].pixels)), len(crops))
+            passes = [self._predict_batch(crops[i : i + size], options) for i in range(0, len(crops), size)]
+            return [prediction for batch in passes for prediction in batch]
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(
                 f"a batch of {len(crops)} crops does not fit into {self.device}: {error}"
@@ -197,62 +198,99 @@ class Labeler:
             if str(error).startswith(CUDA_OUT_OF_MEMORY):
                 raise OutOfDeviceMemory(f"a batch of {len(crops)} crops does not fit into {self.device}") from error
             if str(error).startswith(CUDA_ERROR):
-                raise DeviceLost(f"{self.device} is lost, start the process anew: {error}") from error
+                raise DeviceLost(f"{self.device} is lost; restart the process: {error}") from error
             raise DeviceError(f"{self.device} failed on a batch of {len(crops)} crops: {error}") from error
 
     def finish(
         self,
         crop: Crop,
-        probability: Prediction,
+        prediction: Prediction,
         *,
         threshold: float | None = None,
         min_component_area_px: int = 0,
     ) -> Label:
-        """Mask, score and flags in image pixels.
+        """Returns the label of one box: mask, score and flags in image coordinates.
 
         Args:
-            crop: from `prepare`.
-            probability: its answer from `predict`.
-            threshold: in (0, 1); replaces the one of the box's size class.
-            min_component_area_px: connected parts with fewer pixels are taken out of the mask, the largest excepted
-                (`parts.without_specks`), before score, area, box, agreement and flags are made.
+            crop: returned by `prepare`.
+            prediction: returned by `predict` for this crop.
+            threshold: in (0, 1); replaces the threshold of the box's size class.
+            min_component_area_px: connected components with fewer pixels are removed from the mask, except the largest
+                (`remove_small_regions`), before score, area, box, agreement and flags are computed.
         """
-        claim = self.claim(crop, probability, threshold=threshold)
+        claim = self.claim(crop, prediction, threshold=threshold)
         mask = remove_small_regions(claim.mask, min_component_area_px)
-        agreement = self._agreement(crop, probability, claim.region, claim.limit, min_component_area_px)
-        return self.answer(crop, claim, mask, agreement, min_component_area_px)
+        agreement = self._agreement(crop, prediction, claim, min_component_area_px)
+        return self.label_from_mask(crop, claim, mask, agreement, min_component_area_px)
 
-    def finish_together(
+    def finish_without_overlaps(
         self,
-        answers: Sequence[tuple[Crop, Prediction]],
+        pairs: Sequence[tuple[Crop, Prediction]],
         *,
         threshold: float | None = None,
         min_component_area_px: int = 0,
     ) -> list[Label]:
-        """`finish` of boxes of one image, except that no pixel is in two masks (`overlaps.resolve_overlaps`).
+        """Returns the labels of all boxes of one image, with each pixel in at most one mask (`assign_pixels`).
 
-        Specks are taken out of what each box is left with. Agreement is that of the masks before they were shared out.
+        Small components are removed after pixels are assigned. Agreement is computed from the masks before that.
+
+        Args:
+            pairs: crop and prediction of each box.
+            threshold: see `finish`.
+            min_component_area_px: see `finish`.
         """
-        claims = [self.claim(crop, probability, threshold=threshold) for crop, probability in answers]
-        kept = assign_pixels(claims, answers[0][0].image_hw) if answers else []
+        claims = [self.claim(crop, prediction, threshold=threshold) for crop, prediction in pairs]
+        masks = assign_pixels(claims, pairs[0][0].image_hw) if pairs else []
         return [
-            self.answer(
+            self.label_from_mask(
                 crop,
                 claim,
                 remove_small_regions(mask, min_component_area_px),
-                self._agreement(crop, probability, claim.region, claim.limit, min_component_area_px),
+                self._agreement(crop, prediction, claim, min_component_area_px),
                 min_component_area_px,
             )
-            for (crop, probability), claim, mask in zip(answers, claims, kept, strict=True)
+            for (crop, prediction), claim, mask in zip(pairs, claims, masks, strict=True)
         ]
 
-    def claim(self, crop: Crop, probability: Prediction, *, threshold: float | None = None) -> MaskClaim:
-        """What a box claims of its image before anything is cut from it; `threshold` as in `finish`."""
+    def label(
+        self,
+        image: RgbImage,
+        boxes: Sequence[Sequence[float]],
+        options: PredictOptions = PredictOptions(),
+        *,
+        threshold: float | None = None,
+        batch_size: int = 8,
+    ) -> list[Label | BadBox]:
+        """Labels boxes of one image: `prepare`, `predict` and `finish` in one call.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            boxes: x, y, width, height in px of the image.
+            options: options of the forward pass.
+            threshold: see `finish`.
+            batch_size: crops in a batch, ≥ 1.
+
+        Returns:
+            A label for each box in order, or the `BadBox` that says why there is none.
+        """
+        prepared = self.prepare(image, boxes)
+        crops = [crop for crop in prepared if isinstance(crop, Crop)]
+        predictions: list[Prediction] = []
+        for start in range(0, len(crops), batch_size):
+            predictions += self.predict(crops[start : start + batch_size], options)
+        labels = iter([self.finish(crop, p, threshold=threshold) for crop, p in zip(crops, predictions, strict=True)])
+        return [next(labels) if isinstance(crop, Crop) else crop for crop in prepared]
+
+    def claim(self, crop: Crop, prediction: Prediction, *, threshold: float | None = None) -> MaskClaim:
+        """Maps a prediction to image pixels, before small components and overlaps are removed.
+
+        The first half of `finish`, for callers that combine several predictions or several boxes.
+        """
         limit = self.config.mask_thres[int(size_class(crop.area))] if threshold is None else threshold
         region = self._region(crop)
-        return MaskClaim(region, self._values(crop, probability.prob, region), limit)
+        return MaskClaim(region, self._paste(crop, prediction.prob, region), limit)
 
-    def answer(
+    def label_from_mask(
         self,
         crop: Crop,
         claim: MaskClaim,
@@ -260,10 +298,18 @@ class Labeler:
         agreement: float | None = None,
         min_component_area_px: int = 0,
     ) -> Label:
-        """The label of a box that gets these of its claimed pixels (rows, columns of the claim's region)."""
+        """Returns the label for a mask. The second half of `finish`.
+
+        Args:
+            crop: the box's crop.
+            claim: the box's claim.
+            mask: (rows, columns) bool, in the claim's region; a subset of `claim.mask`.
+            agreement: IoU of student and teacher.
+            min_component_area_px: limit below which components were removed from the mask.
+        """
         code = rle.encode_region(mask, claim.region.row0, claim.region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
-        score = score_of(self.config.score_type, claim, mask, min_component_area_px) if area else 0.0
+        score = mask_score(self.config.score_type, claim, mask, min_component_area_px) if area else 0.0
         if self.config.calibration is not None:
             score = calibrated(score, self.config.calibration)
         return Label(
@@ -275,23 +321,20 @@ class Labeler:
             flags=_flags(crop, mask, area, agreement),
         )
 
-    def label(
-        self,
-        image: RgbImage,
-        boxes: Sequence[Sequence[float]],
-        options: PredictOptions = PredictOptions(),
-        *,
-        threshold: float | None = None,
-        batch_size: int = 8,
-    ) -> list[Label | BadBox]:
-        """A label, or the reason why there is none, for each box (x, y, width, height px) of an image, in order."""
-        entries = self.prepare(image, boxes)
-        crops = [entry for entry in entries if isinstance(entry, Crop)]
-        found: list[Prediction] = []
-        for start in range(0, len(crops), batch_size):
-            found += self.predict(crops[start : start + batch_size], options)
-        answers = iter([self.finish(crop, prob, threshold=threshold) for crop, prob in zip(crops, found, strict=True)])
-        return [next(answers) if isinstance(entry, Crop) else entry for entry in entries]
+    def with_margin(self, margin_rate: float) -> "Labeler":
+        """Returns a labeler that shares the network and crops with another margin around the box."""
+        config = dataclasses.replace(self.config, margin_rate=margin_rate)
+        return Labeler(self.network, config, device=self.device, precision=str(self.dtype).removeprefix("torch."))
+
+    def max_crops_per_pass(self, crop_size: int) -> int:
+        """Returns the number of crops of `crop_size` px in one forward pass. `predict` splits larger batches."""
+        if self.device.type != "cpu":
+            return sys.maxsize
+        if self.dtype is torch.float32:
+            # The reference: matrix kernels round differently for other batch sizes, and a mask must not depend on the
+            # other crops of its batch.
+            return 1
+        return max(CPU_PIXELS_PER_PASS * max(torch.get_num_threads(), 2) // 2 // crop_size**2, 1)
 
     def _prepare_one(self, image: RgbImage, box: Sequence[float], name: str) -> Crop | BadBox:
         image_hw = (image.shape[0], image.shape[1])
@@ -302,33 +345,35 @@ class Labeler:
         window = geometry.test_window(inside, self.config.margin_rate)
         pixels = geometry.resize_crop(geometry.cut(image, window), self.config.crop_size)
         x, y, w, h = (float(v) for v in box)
-        users_box = (x, y, w, h) if clipped else inside
-        return Crop(pixels, users_box, inside, window, image_hw, geometry.box_area(inside))
+        original = (x, y, w, h) if clipped else inside
+        return Crop(pixels, original, inside, window, image_hw, geometry.box_area(inside))
 
     def _predict_batch(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
-        areas = [crop.area for crop in crops]
-        branch = torch.from_numpy(network_size_class(areas, self.config.compat))
-        stacked = torch.from_numpy(np.stack([crop.pixels for crop in crops])).to(self.device, non_blocking=True)
+        size_class_N = torch.from_numpy(network_size_class([crop.area for crop in crops], self.config.compat))
+        crops_NHWC = torch.from_numpy(np.stack([crop.pixels for crop in crops])).to(self.device, non_blocking=True)
         with torch.inference_mode(), self._autocast():
-            x = normalize(stacked)
-            wanted = {options.branch} | ({Branch.STUDENT, Branch.TEACHER} if options.agreement else set())
-            if Branch.MIXED in wanted:
-                wanted |= {Branch.STUDENT, Branch.TEACHER}
-            logits = {which: self._logits(x, branch, which, options.flip) for which in wanted - {Branch.MIXED}}
-            if Branch.MIXED in wanted:
+            x_NCHW = normalize(crops_NHWC)
+            needed = {options.branch} | ({Branch.STUDENT, Branch.TEACHER} if options.agreement else set())
+            if Branch.MIXED in needed:
+                needed |= {Branch.STUDENT, Branch.TEACHER}
+            logits = {
+                branch: self._logits(x_NCHW, size_class_N, branch, options.flip) for branch in needed - {Branch.MIXED}
+            }
+            if Branch.MIXED in needed:
                 logits[Branch.MIXED] = (logits[Branch.STUDENT] + logits[Branch.TEACHER]) / 2
-            maps = {which: probabilities(z.float(), x.shape[-1]).cpu().numpy() for which, z in logits.items()}
-        main = maps[options.branch]
+            side = x_NCHW.shape[-1]
+            probs = {branch: probabilities(z.float(), side).cpu().numpy() for branch, z in logits.items()}
         if not options.agreement:
-            return [Prediction(prob) for prob in main]
-        students, teachers = maps[Branch.STUDENT], maps[Branch.TEACHER]
-        return [Prediction(*triple) for triple in zip(main, students, teachers, strict=True)]
+            return [Prediction(prob) for prob in probs[options.branch]]
+        maps = zip(probs[options.branch], probs[Branch.STUDENT], probs[Branch.TEACHER], strict=True)
+        return [Prediction(prob, student, teacher) for prob, student, teacher in maps]
 
-    def _logits(self, x: torch.Tensor, branch: torch.Tensor, which: Branch, flip: bool) -> torch.Tensor:
-        logits = self.network.logits(x, branch, which).float()
+    def _logits(self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, branch: Branch, flip: bool) -> torch.Tensor:
+        logits_N1HW = self.network.logits(x_NCHW, size_class_N, branch).float()
         if flip:
-            logits = (logits + self.network.logits(x.flip(-1), branch, which).float().flip(-1)) / 2
-        return logits
+            mirrored_N1HW = self.network.logits(x_NCHW.flip(-1), size_class_N, branch).float().flip(-1)
+            logits_N1HW = (logits_N1HW + mirrored_N1HW) / 2
+        return logits_N1HW
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.dtype is torch.float32:
@@ -342,33 +387,33 @@ class Labeler:
             return Region(max(window.x0, 0), max(window.y0, 0), min(window.x1, width), min(window.y1, height))
         return geometry.box_pixels(crop.box_inside, crop.image_hw)
 
-    def _values(self, crop: Crop, prob: ProbMap, region: Region) -> ProbMap:
+    def _paste(self, crop: Crop, prob: ProbMap, region: Region) -> ProbMap:
         if region.is_empty:
             return np.zeros((max(region.row1 - region.row0, 0), max(region.col1 - region.col0, 0)), np.float32)
         if self.config.compat is Compat.TAO:
-            # The published code cuts at the box on the crop's grid, not in the image; the edge is blurred on the way.
+            # The published code clips to the box on the crop's grid, not in the image, so pasting blurs the edge.
             prob = prob * geometry.box_mask_in_window(
                 crop.box_inside, crop.window, crop.image_hw, prob.shape[0], Compat.TAO
             ).astype(np.float32)
         return geometry.paste(prob, crop.window, region)
 
     def _agreement(
-        self, crop: Crop, probability: Prediction, region: Region, limit: float, min_component_area_px: int
+        self, crop: Crop, prediction: Prediction, claim: MaskClaim, min_component_area_px: int
     ) -> float | None:
-        if probability.student is None or probability.teacher is None:
+        if prediction.student is None or prediction.teacher is None:
             return None
-        a, b = (
-            remove_small_regions(self._values(crop, prob, region) > limit, min_component_area_px)
-            for prob in (probability.student, probability.teacher)
+        student, teacher = (
+            remove_small_regions(self._paste(crop, prob, claim.region) > claim.limit, min_component_area_px)
+            for prob in (prediction.student, prediction.teacher)
         )
-        union = np.count_nonzero(a | b)
-        return float(np.count_nonzero(a & b) / union) if union else 1.0
+        union = np.count_nonzero(student | teacher)
+        return float(np.count_nonzero(student & teacher) / union) if union else 1.0
 
 
-def dtype_on(device: torch.device, config: LabelerConfig, precision: Precision | str) -> torch.dtype:
-    """The number format in which a labeler of these settings computes; ConfigError for float16 on a CPU."""
+def compute_dtype(device: torch.device, config: LabelerConfig, precision: Precision | str) -> torch.dtype:
+    """Returns the dtype of a labeler's forward pass; raises ConfigError for float16 on a CPU."""
     if config.compat is Compat.TAO and precision == Precision.AUTO:
-        precision = Precision.FLOAT32  # whoever asks for the published numbers wants their digits, too
+        precision = Precision.FLOAT32  # the published numbers need the published precision
     return resolve(precision, device)
 
 
@@ -379,33 +424,33 @@ def load_labeler(
     device: str | torch.device = "cpu",
     precision: Precision | str = Precision.AUTO,
 ) -> tuple[Labeler, Checkpoint]:
-    """A labeler from a sealed checkpoint, and the checkpoint itself (categories, provenance).
+    """Loads a checkpoint; returns its labeler and the checkpoint, which holds categories and provenance.
 
     Raises:
-        CheckpointError: see `mal_train.kernel.checkpoint.checkpoint.load_checkpoint`.
+        CheckpointError: see `load_checkpoint`.
     """
-    # An optimizer's state in a resume file is never held.
-    checkpoint = load_checkpoint(path, key, weights_only_kind=True)
+    # Never loads the optimizer's state of a resume file.
+    checkpoint = load_checkpoint(path, key, skip_training_state=True)
     return build_labeler(checkpoint, device=device, precision=precision), checkpoint
 
 
 def build_labeler(
     checkpoint: Checkpoint, *, device: str | torch.device = "cpu", precision: Precision | str = Precision.AUTO
 ) -> Labeler:
-    """A labeler with a checkpoint's weights; on the CPU they are those of the checkpoint itself, not a copy."""
-    network = MalNetwork.of(checkpoint.model, checkpoint.weights)
+    """Returns a labeler with a checkpoint's weights. On the CPU it shares them with the checkpoint."""
+    network = MalNetwork.from_weights(checkpoint.model, checkpoint.weights)
     return Labeler(network, checkpoint.labeler, device=device, precision=precision)
 
 
 def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | None) -> tuple[Flag, ...]:
     box = geometry.box_pixels(crop.box_inside, crop.image_hw)
-    box_count = 0 if box.is_empty else (box.col1 - box.col0) * (box.row1 - box.row0)
-    found = {
+    box_pixel_count = 0 if box.is_empty else (box.col1 - box.col0) * (box.row1 - box.row0)
+    conditions = {
         Flag.BOX_CLIPPED: crop.was_clipped,
         Flag.EMPTY_MASK: area == 0,
-        Flag.FULL_BOX: area > 0 and area >= box_count,
+        Flag.FULL_BOX: area > 0 and area >= box_pixel_count,
         Flag.TOO_SMALL: min(crop.box_inside[2:]) <= TINY_SIDE_PX,
         Flag.LOW_AGREEMENT: agreement is not None and agreement < LOW_AGREEMENT_IOU,
-        Flag.MULTI_PART: area > 0 and has_second_part(mask),
+        Flag.MULTI_PART: area > 0 and has_second_component(mask),
     }
-    return tuple(name for name, is_set in found.items() if is_set)
+    return tuple(name for name, is_set in conditions.items() if is_set)

@@ -1,4 +1,4 @@
-"""Runs a batch that may not fit the device, in halves where it does not. Shared by bulk labeling and the server."""
+"""Halves a batch that does not fit into device memory, until it fits. Shared by offline labeling and the server."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,19 +14,19 @@ Predict = Callable[[Sequence[Crop], PredictOptions], Sequence[Prediction]]
 def predict_split(
     predict: Predict, crops: Sequence[Crop], options: PredictOptions
 ) -> list[Prediction | OutOfDeviceMemory]:
-    """Probabilities in order; the error in the place of a crop that does not fit the device even alone.
+    """Returns a prediction for each crop in order, or the error of a crop that does not fit even alone.
 
     Raises:
-        DeviceError: the device failed otherwise.
+        DeviceError: the device failed for another reason.
     """
     try:
         return list(predict(crops, options))
     except OutOfDeviceMemory as error:
         message = str(error)
-    # Outside of the except block: there the traceback would keep the failed batch's tensors on the device.
+    # Outside the except block: inside, the traceback would keep the failed batch's tensors on the device.
     if len(crops) == 1:
         log.error("out of memory on a single crop: %s", message)
         return [OutOfDeviceMemory(message)]
     half = (len(crops) + 1) // 2
-    log.warning("out of memory on %d crops; trying %d at a time", len(crops), half)
+    log.warning("out of memory on %d crops; retrying with %d at a time", len(crops), half)
     return predict_split(predict, crops[:half], options) + predict_split(predict, crops[half:], options)

@@ -1,4 +1,4 @@
-"""How sure a mask is, before any calibration: one number in (0, 1] from what its box claimed. Numpy only."""
+"""Scores a mask from its probabilities, before any calibration: one number in (0, 1]. NumPy only."""
 
 import math
 
@@ -10,14 +10,14 @@ from mal_train.kernel.labeler.components import remove_small_regions
 from mal_train.kernel.labeler.overlaps import MaskClaim
 
 
-def score_of(kind: ScoreType, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int = 0) -> float:
-    """The score of a mask that is not empty; see `ScoreType`.
+def mask_score(kind: ScoreType, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int = 0) -> float:
+    """Returns the score of a non-empty mask.
 
     Args:
-        kind: what it is made of.
-        claim: of the mask's box.
-        mask: the claimed pixels (rows, columns) that the box got.
-        min_component_area_px: specks below it were taken out of the mask.
+        kind: definition of the score.
+        claim: claim of the mask's box.
+        mask: (rows, columns) bool: the pixels of the claim that belong to the mask.
+        min_component_area_px: limit below which components were removed from the mask.
     """
     if kind is ScoreType.STABILITY:
         return _stability(claim, mask, min_component_area_px)
@@ -25,24 +25,28 @@ def score_of(kind: ScoreType, claim: MaskClaim, mask: NDArray[np.bool_], min_com
 
 
 def _stability(claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int) -> float:
-    high, low = (_moved(claim.limit, logits) for logits in (STABILITY_LOGITS, -STABILITY_LOGITS))
-    kept = int(np.count_nonzero((claim.values > high) & mask))
-    # What the mask gave away to others, and specks with what surrounds them, are no doubt of its own.
-    wider = mask | (remove_small_regions(claim.values > low, min_component_area_px) & ~claim.mask)
-    # One more of each: 0 is the score of the empty mask alone.
-    return (kept + 1) / (int(np.count_nonzero(wider)) + 1)
+    """IoU of the masks at thresholds STABILITY_LOGITS above and below the actual one.
+
+    The stability score of Kirillov et al., "Segment anything", 2023, with a symmetric offset.
+    """
+    high, low = (_shift_logit(claim.limit, logits) for logits in (STABILITY_LOGITS, -STABILITY_LOGITS))
+    inner = int(np.count_nonzero((claim.values > high) & mask))
+    # Pixels assigned to other boxes and small components with their surroundings say nothing of this mask's stability.
+    outer = mask | (remove_small_regions(claim.values > low, min_component_area_px) & ~claim.mask)
+    # Adding 1 to both reserves the score 0 for empty masks.
+    return (inner + 1) / (int(np.count_nonzero(outer)) + 1)
 
 
 def _mean_probability(claim: MaskClaim, mask: NDArray[np.bool_]) -> float:
-    # NumPy, not OpenCV: its sum depends on where the array happens to lie in memory, in the last digit.
+    # NumPy, not OpenCV: the last digit of OpenCV's sum depends on the memory alignment of the array.
     total = float(np.where(mask, claim.values, np.float32(0)).sum(dtype=np.float64))
     return min(max(total / int(np.count_nonzero(mask)), 0.0), 1.0)
 
 
-def _moved(probability: float, logits: float) -> float:
-    """The probability whose logit is larger by that much.
+def _shift_logit(probability: float, logits: float) -> float:
+    """Returns the probability whose logit is larger by `logits`.
 
-    >>> round(_moved(0.5, 2.0), 4)
+    >>> round(_shift_logit(0.5, 2.0), 4)
     0.8808
     """
     odds = probability / (1.0 - probability) * math.exp(logits)

@@ -1,7 +1,7 @@
-"""The FAN family of backbones: attention over tokens, then attention over channels in place of a plain MLP.
+"""The FAN family of backbones: attention over tokens, then attention over channels instead of a plain MLP.
 
-Zhou et al., "Understanding the robustness in vision transformers", 2022 (arXiv 2204.12451), as TAO up to 6.0 uses it:
-the map of its patch tokens. Its members are rows of `mal_train.kernel.networks.backbones`.
+Its members are rows of `backbones`. The output is the map of patch tokens, as in TAO up to 6.0.
+Source: Zhou et al., "Understanding the robustness in vision transformers", 2022 (arXiv 2204.12451), section 3.
 
 Letters: N crops, S crop side in px, h = w = S / 16, L = h·w tokens, C width, H heads, D = C / H.
 """
@@ -19,12 +19,12 @@ from torch.nn import functional
 from mal_train.kernel.networks.vit import attention
 
 PATCH = 16
-"""Both stems step by 16 px."""
+"""Stride of both stems in px."""
 MLP_RATIO = 4
 CLASS_BLOCKS = 2
 HYBRID_WIDTHS = (128, 256)
 FREQUENCIES = 32
-"""Entries of the position code for each of the two directions."""
+"""Entries of the position encoding for each of the two directions."""
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -37,9 +37,9 @@ class FanSize:
         width: C, channels of a token; a multiple of `heads`, and of 8 with the plain stem.
         depth: number of blocks.
         heads: attention heads, over tokens and over channels.
-        hybrid: depths of the two ConvNeXt stages that take the plain stem's place; None for the plain one.
-        pretrained: None: timm has no weights of this family.
-        license: None: the published weights' is not stated.
+        hybrid: depths of the two ConvNeXt stages of the hybrid stem; None for the plain stem.
+        pretrained: always None: timm has no weights of this family.
+        license: always None: none is stated for the published weights.
     """
 
     width: int
@@ -51,20 +51,20 @@ class FanSize:
 
     @property
     def patch(self) -> int:
-        """Px of the crop to a step of the feature map."""
+        """Stride of the feature map in px of the crop."""
         return PATCH
 
     def build(self, drop_path: float = 0.0) -> "Fan":
-        """A randomly initialized network; `drop_path` as in `backbones.build_backbone`."""
+        """Builds a randomly initialized network; `drop_path` as in `backbones.build_backbone`."""
         return Fan(self, drop_path)
 
 
 class Fan(nn.Module):
-    """Stem, sine positions, blocks, and what the two class-attention blocks do to patch tokens.
+    """Stem, sine positions, blocks, and the parts of the two class-attention blocks that change patch tokens.
 
-    There the published network lets a class token look at the patches; a patch sees neither it nor the others, and the
-    class token is dropped in the end. So only the norms and scales of those blocks exist here. Crops of any size: no
-    learned position table.
+    In the published class-attention blocks a class token attends to the patches, but patches attend to nothing, and the
+    class token is dropped at the end. Only the norms and scales of these blocks are therefore built. Crops may have any
+    size, because there is no learned position table.
     """
 
     def __init__(self, size: FanSize, drop_path: float = 0.0) -> None:
@@ -81,7 +81,7 @@ class Fan(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Feature map (N, C, h, w), stored channels-last, of crops (N, 3, S, S)."""
+        """Returns the feature map (N, C, h, w), in memory format channels-last, of crops (N, 3, S, S)."""
         map_NCHW = self.patch_embed(x_NCHW)
         map_NCHW = map_NCHW + self.pos_embed(map_NCHW)
         grid = (map_NCHW.shape[2], map_NCHW.shape[3])
@@ -95,7 +95,7 @@ class Fan(nn.Module):
 
 
 class PlainStem(nn.Module):
-    """Four 3×3 convolutions of stride 2, each with BatchNorm, GELU between them."""
+    """Four 3×3 convolutions of stride 2, each with BatchNorm, and GELU in between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -107,13 +107,13 @@ class PlainStem(nn.Module):
         self.proj = nn.Sequential(*stages[:-1])
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, C, h, w)."""
+        """Maps crops (N, 3, S, S) to (N, C, h, w)."""
         out: Tensor = self.proj(x_NCHW)
         return out
 
 
 class HybridStem(nn.Module):
-    """The first two stages of a ConvNeXt (Liu et al., 2022), which step by 8, and a 2×2 convolution of stride 2."""
+    """The first two stages of ConvNeXt (Liu et al., 2022, arXiv 2201.03545), of stride 8, and a 2×2 convolution."""
 
     def __init__(self, width: int, depths: tuple[int, int]) -> None:
         super().__init__()
@@ -121,13 +121,13 @@ class HybridStem(nn.Module):
         self.proj = nn.Conv2d(HYBRID_WIDTHS[1], width, 2, stride=2)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, C, h, w)."""
+        """Maps crops (N, 3, S, S) to (N, C, h, w)."""
         out: Tensor = self.proj(self.backbone(x_NCHW))
         return out
 
 
 class TwoStages(nn.Module):
-    """(N, 3, S, S) → (N, 256, S / 8, S / 8)."""
+    """ConvNeXt stem of stride 4 and two stages, the second of stride 2."""
 
     def __init__(self, depths: tuple[int, int]) -> None:
         super().__init__()
@@ -137,13 +137,13 @@ class TwoStages(nn.Module):
         self.stages = nn.Sequential(Stage(first, depths[0], nn.Identity()), Stage(second, depths[1], halving))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, 256, S / 8, S / 8)."""
+        """Maps crops (N, 3, S, S) to (N, 256, S / 8, S / 8)."""
         out: Tensor = self.stages(self.stem(x_NCHW))
         return out
 
 
 class Stage(nn.Module):
-    """A change of width and resolution, and blocks."""
+    """A ConvNeXt stage: a change of width and resolution, followed by blocks."""
 
     def __init__(self, width: int, depth: int, downsample: nn.Module) -> None:
         super().__init__()
@@ -151,37 +151,38 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*(ConvNextBlock(width) for _ in range(depth)))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, width, ·, ·)."""
+        """Maps (N, ·, h, w) to (N, width, ·, ·)."""
         out: Tensor = self.blocks(self.downsample(x_NCHW))
         return out
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each place of a map (N, C, h, w)."""
+    """LayerNorm over the channels of each pixel of a map (N, C, h, w)."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """The shape of the input."""
+        """Keeps the shape of the input."""
         return super().forward(x_NCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class UnbiasedChannelNorm(ChannelNorm):
-    """As `ChannelNorm`, but the variance divides by C − 1: the published code takes this way for channels-last maps.
+    """A `ChannelNorm` whose variance is divided by C − 1, as in the published code for channels-last maps.
 
-    All its maps are, after the stem's norm. At 128 channels it moves the features by 1 % of their deviation.
+    All of its maps after the norm of the stem are channels-last. At 128 channels this changes the features by 1 % of
+    their standard deviation.
     """
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """The shape of the input."""
+        """Keeps the shape of the input."""
         variance, mean = torch.var_mean(x_NCHW, dim=1, keepdim=True)
         out: Tensor = (x_NCHW - mean) * torch.rsqrt(variance + self.eps)
         return out * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class ConvNextBlock(nn.Module):
-    """x + γ · MLP(norm(7×7 convolution in each channel)), the MLP by 1×1 convolutions."""
+    """x + γ · MLP(norm(7×7 depthwise convolution of x)); the MLP consists of 1×1 convolutions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -196,21 +197,21 @@ class ConvNextBlock(nn.Module):
         )
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """The shape of the input."""
+        """Keeps the shape of the input."""
         hidden = functional.gelu(self.mlp["fc1"](self.norm(self.conv_dw(x_NCHW))))
         change: Tensor = self.mlp["fc2"](hidden)
         return x_NCHW + self.gamma[:, None, None] * change
 
 
 class SinePositions(nn.Module):
-    """Sines and cosines of a place's two coordinates in (0, 2π], through a learned 1×1 convolution."""
+    """Sines and cosines of a pixel's coordinates, scaled to (0, 2π], followed by a learned 1×1 convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.token_projection = nn.Conv2d(2 * FREQUENCIES, width, 1)
 
     def forward(self, map_NCHW: Tensor) -> Tensor:
-        """(1, C, h, w)."""
+        """Returns the encoding (1, C, h, w) for a map (N, C, h, w)."""
         height, width = map_NCHW.shape[-2:]
         rows, columns = (self._waves(length, map_NCHW.device) for length in (height, width))
         both = torch.cat(
@@ -222,10 +223,10 @@ class SinePositions(nn.Module):
 
     @staticmethod
     def _waves(length: int, device: torch.device) -> Tensor:
-        """(length, 32): sine and cosine of 16 frequencies in turn, from 1 falling to about 1e-4."""
-        place = torch.arange(1, length + 1, device=device, dtype=torch.float32) / (length + 1e-6) * (2.0 * math.pi)
+        """Returns (length, 32) float32: sine and cosine, alternating, of 16 frequencies from 1 down to about 1e-4."""
+        position = torch.arange(1, length + 1, device=device, dtype=torch.float32) / (length + 1e-6) * (2.0 * math.pi)
         octave = torch.arange(FREQUENCIES // 2, device=device, dtype=torch.float32) * 2.0 / FREQUENCIES
-        angle = place[:, None] / 10_000.0**octave
+        angle = position[:, None] / 10_000.0**octave
         return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
 
 
@@ -243,14 +244,14 @@ class FanBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, tokens_NLC: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(N, L, C); `grid` is (h, w)."""
+        """Maps tokens (N, L, C) to (N, L, C); `grid` is (h, w)."""
         tokens_NLC = tokens_NLC + self.drop_path(self.gamma1 * self.attn(self.norm1(tokens_NLC)))
         change: Tensor = self.drop_path(self.gamma2 * self.mlp(self.norm2(tokens_NLC), grid))
         return tokens_NLC + change
 
 
 class TokenAttention(nn.Module):
-    """Multi-head self-attention with separate queries."""
+    """Multi-head self-attention with separate layers for queries and for keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -260,7 +261,7 @@ class TokenAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens_NLC: Tensor) -> Tensor:
-        """(N, L, C)."""
+        """Maps tokens (N, L, C) to (N, L, C)."""
         q_NHLD = self.q(tokens_NLC).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k_NHLD, v_NHLD = self.kv(tokens_NLC).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out: Tensor = self.proj(attention(q_NHLD, k_NHLD, v_NHLD).transpose(1, 2).flatten(2))
@@ -268,10 +269,10 @@ class TokenAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Channels weighted by how their query agrees with where a head looks, times what a convolutional MLP says.
+    """A convolutional MLP whose output channels are multiplied by learned gates.
 
-    For each head: gate g = τ · sigmoid(softmax(Q)ᵀ · mean over channels of softmax(X)), one number a channel, both
-    softmaxes over the tokens.
+    The gates of a head are g = τ · sigmoid(softmax(Q)ᵀ · mean over channels of softmax(X)), one number per channel;
+    both softmaxes are over the tokens.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -283,16 +284,16 @@ class ChannelAttention(nn.Module):
         self.q = nn.Linear(width, width)
 
     def forward(self, tokens_NLC: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(N, L, C)."""
+        """Maps tokens (N, L, C) to (N, L, C)."""
         q_NLHD = self.q(tokens_NLC).unflatten(2, (self.heads, -1)).softmax(1)
-        looks_NLH = tokens_NLC.view_as(q_NLHD).softmax(1).mean(3)
-        gate_NHD = torch.einsum("nlhd,nlh->nhd", q_NLHD, looks_NLH).sigmoid() * self.temperature[:, :, 0]
+        weight_NLH = tokens_NLC.view_as(q_NLHD).softmax(1).mean(3)
+        gate_NHD = torch.einsum("nlhd,nlh->nhd", q_NLHD, weight_NLH).sigmoid() * self.temperature[:, :, 0]
         out: Tensor = self.norm_v(self.mlp_v(tokens_NLC, grid)) * gate_NHD.flatten(1)[:, None]
         return out
 
 
 class ConvMlp(nn.Module):
-    """fc2(u + γ · two 3×3 convolutions in each channel of u), u = fc1(x)."""
+    """fc2(u + γ · DepthwisePair(u)) with u = fc1(x)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -303,14 +304,14 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, tokens_NLC: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(N, L, C)."""
+        """Maps tokens (N, L, C) to (N, L, C)."""
         hidden_NLC = self.fc1(tokens_NLC)
         out: Tensor = self.fc2(hidden_NLC + self.gamma * self.dwconv(hidden_NLC, grid))
         return out
 
 
 class DepthwisePair(nn.Module):
-    """3×3 convolution in each channel, GELU, BatchNorm, and another."""
+    """Two 3×3 depthwise convolutions, with GELU and BatchNorm in between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -319,14 +320,14 @@ class DepthwisePair(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width)
 
     def forward(self, tokens_NLC: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(N, L, C)."""
+        """Maps tokens (N, L, C) to (N, L, C)."""
         map_NCHW = tokens_NLC.view(len(tokens_NLC), *grid, -1).permute(0, 3, 1, 2)
         out: Tensor = self.conv2(self.bn(functional.gelu(self.conv1(map_NCHW))))
         return out.flatten(2).transpose(1, 2)
 
 
 class ClassBlock(nn.Module):
-    """What a class-attention block does to a patch token: x ← x + γ₁ · norm(x), then x ← 2 · norm(x)."""
+    """The effect of a class-attention block on a patch token: x ← x + γ₁ · norm(x), then x ← 2 · norm(x)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -335,6 +336,6 @@ class ClassBlock(nn.Module):
         self.norm2 = LayerNorm(width)
 
     def forward(self, tokens_NLC: Tensor) -> Tensor:
-        """(N, L, C)."""
+        """Maps tokens (N, L, C) to (N, L, C)."""
         out: Tensor = 2.0 * self.norm2(tokens_NLC + self.gamma1 * self.norm1(tokens_NLC))
         return out

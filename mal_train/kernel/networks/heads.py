@@ -1,6 +1,7 @@
-"""The two heads on a backbone's feature map: the mask head gives pixels (V), the RoI head the one filter (K) for them.
+"""The two heads on a backbone's feature map: the mask head computes pixel features V, the RoI head one filter K.
 
-Letters: N crops, C backbone width, D output width shared by both heads, h w feature grid.
+Letters: N crops, C backbone width, D output width shared by both heads, h × w feature grid.
+Source: Lan et al., "Vision transformers are good mask auto-labelers", 2023 (arXiv 2301.03992), section 3.
 """
 
 import itertools
@@ -9,21 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 UPSAMPLE_BEFORE = 3
-"""The published head upsamples before its fourth convolution; a shorter one before its last."""
+"""Index of the convolution before which the published head upsamples; a shorter head upsamples before its last one."""
 
 
 def resize(map_NCHW: Tensor, ratio: float) -> Tensor:
-    """Bilinear, without antialias or aligned corners, to floor(side · ratio), at least 1. A ratio of 1 is free."""
+    """Resizes (N, C, h, w) bilinearly to sides floor(side · ratio), at least 1. No antialias, no aligned corners."""
     if ratio == 1.0:
         return map_NCHW
     if min(map_NCHW.shape[-2:]) * ratio < 1.0:
         return functional.interpolate(map_NCHW, size=(1, 1), mode="bilinear")
-    # By factor, not by size: on odd grids the two sample at different places, and the published code goes by factor.
+    # By factor, not by size: for odd sides the sampling points differ, and the published code resizes by factor.
     return functional.interpolate(map_NCHW, scale_factor=ratio, mode="bilinear")
 
 
 class MaskHead(nn.Module):
-    """3×3 convolutions, each followed by ReLU (also the last, so pixels are ≥ 0), with one upsampling in between."""
+    """3×3 convolutions with one upsampling in between. Each is followed by ReLU, also the last: features are ≥ 0."""
 
     def __init__(self, in_channels: int, hidden: int, out: int, num_convs: int, scale_ratio: float) -> None:
         super().__init__()
@@ -40,18 +41,18 @@ class MaskHead(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, feat_NCHW: Tensor) -> Tensor:
-        """(N, D, floor(h·scale_ratio), floor(w·scale_ratio)), all ≥ 0."""
+        """Returns pixel features (N, D, floor(h·scale_ratio), floor(w·scale_ratio)), all ≥ 0, of a map (N, C, h, w)."""
         x = feat_NCHW
         for i, convolution in enumerate(self.convs):
             if i == self.upsample_before:
                 x = resize(x, self.scale_ratio)
-            # In place is safe: ReLU's gradient needs its result only, and a convolution's needs its input only.
+            # In place is safe: the gradient of ReLU needs only its output, that of a convolution only its input.
             x = convolution(x).relu_()
         return x
 
 
 class RoiHead(nn.Module):
-    """The filter of a crop, from the mean of its feature map."""
+    """Two linear layers with ReLU in between, on the spatial mean of the feature map: one filter for each crop."""
 
     def __init__(self, in_channels: int, out: int) -> None:
         super().__init__()
@@ -59,6 +60,6 @@ class RoiHead(nn.Module):
         self.mlp2 = nn.Linear(out, out)
 
     def forward(self, feat_NCHW: Tensor) -> Tensor:
-        """(N, D)."""
+        """Returns filters (N, D) of a map (N, C, h, w)."""
         out: Tensor = self.mlp2(self.mlp1(feat_NCHW.mean((2, 3))).relu())
         return out

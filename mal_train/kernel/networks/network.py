@@ -1,11 +1,12 @@
-"""MalNetwork: a student and a teacher that turn normalized crops into mask logits. Tensors in, tensors out.
+"""MalNetwork: a student and a teacher that map normalized crops to mask logits. Tensors in, tensors out.
 
-A logit is the dot product of a filter K, one for each crop, with a feature vector V at each pixel. The mask head that
-gives V runs on the feature map at half, single or double resolution for small, medium and large boxes. Knows nothing
-of boxes, images, files or training; `pretrained` and `foreign` fill it, `mal_train.kernel.labeler.labeler` runs it.
+A logit is the dot product of the crop's filter K with the feature vector V of a pixel. The mask head computes V from
+the feature map, resized by 0.5, 1 or 2 for small, medium and large boxes. Knows nothing of boxes, images, files or
+training: `pretrained` and `tao_import` load weights into it, `labeler` runs it.
 
 Letters: N crops, S crop side in px, h = w = S / patch, C backbone width, D width of both heads' outputs.
-Source: Lan et al., "Vision transformers are good mask auto-labelers", 2023, and its public implementations.
+Source: Lan et al., "Vision transformers are good mask auto-labelers", 2023 (arXiv 2301.03992), section 3, and
+its public implementations.
 """
 
 import copy
@@ -24,27 +25,27 @@ from mal_train.kernel.networks.heads import MaskHead, RoiHead, resize
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-BRANCH_SCALE = (0.5, 1.0, 2.0)
-"""Resolution of the mask head's input, relative to the feature map, for branches 0, 1, 2 (small, medium, large)."""
-NO_TEACHER = "{}: this checkpoint holds the student alone; ask for the student, without agreement"
+SIZE_CLASS_SCALE = (0.5, 1.0, 2.0)
+"""Side of the mask head's input relative to the feature map, for size classes 0, 1, 2 (small, medium, large)."""
+NO_TEACHER = "{}: this checkpoint holds the student only; use branch student, without agreement"
 LOGITS_PER_PATCH = 4
-"""The logit map has 4h × 4w entries whatever the branch: a quarter of the crop side for patches of 16 px."""
+"""The logit map has 4h × 4w entries for every size class: a quarter of the crop side for patches of 16 px."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes the network; travels in the checkpoint beside the weights.
+    """The architecture of the network; stored in the checkpoint with the weights.
 
     Attributes:
-        arch: a row of `mal_train.kernel.networks.backbones.BACKBONES`.
+        arch: name of a row of `backbones.BACKBONES`.
         mask_head_num_convs: 3×3 convolutions in the mask head, ≥ 1.
-        mask_head_hidden_channel: width between them, ≥ 1.
-        mask_head_out_channel: D, width of pixel features and filters, ≥ 1.
+        mask_head_hidden_channel: channels between them, ≥ 1.
+        mask_head_out_channel: D, channels of pixel features and filters, ≥ 1.
         mask_scale_ratio_pre: upsampling before the mask head, ≥ 1.
         mask_scale_ratio: upsampling inside the mask head, > 0.
-        not_adjust_scale: True gives every box the same resolution; the logit map then has the side
+        not_adjust_scale: if True, the scale does not depend on the size class; the logit map then has the side
             4 · mask_scale_ratio_pre · mask_scale_ratio · h instead of 4h, as in the published code.
-        vit_dpr: stochastic depth rate of the last block, in [0, 1); acts in training and on the student only.
+        vit_dpr: stochastic depth rate of the last block, in [0, 1); applies to the student in training only.
     """
 
     arch: str
@@ -72,22 +73,22 @@ class ModelConfig:
             raise ConfigError(f"model.vit_dpr: {self.vit_dpr}; it must lie in [0, 1)")
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form kept in checkpoints."""
+        """Returns the JSON form that checkpoints store."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ModelConfig":
-        """Inverse of `to_dict`; ConfigError on a field that this version does not know."""
+        """Inverse of `to_dict`; raises ConfigError for a field that this version does not know."""
         unknown = sorted(set(data) - set(cls.__dataclass_fields__))
         if unknown or "arch" not in data:
-            raise ConfigError(f"model settings {sorted(data)}: 'arch' is needed, and {unknown} are not known")
+            raise ConfigError(f"model settings {sorted(data)}: 'arch' is required; unknown fields: {unknown}")
         return cls(**data)
 
 
 def normalize(images_NHWC: Tensor) -> Tensor:
-    """Crops uint8 (N, S, S, 3), RGB, as float32 (N, 3, S, S) with ImageNet's mean and deviation taken out.
+    """Normalizes crops uint8 (N, S, S, 3) RGB to float32 (N, 3, S, S) with ImageNet's mean and standard deviation.
 
-    The only normalization in the repository: training and labeling must agree on it to the bit.
+    The only normalization in the repository: training and labeling must agree to the bit.
     """
     mean = torch.tensor(IMAGE_MEAN, device=images_NHWC.device).view(3, 1, 1)
     std = torch.tensor(IMAGE_STD, device=images_NHWC.device).view(3, 1, 1)
@@ -96,18 +97,19 @@ def normalize(images_NHWC: Tensor) -> Tensor:
 
 
 def probabilities(logits_N1HW: Tensor, size: int) -> Tensor:
-    """Foreground probability float32 (N, size, size): the logits, upsampled bilinearly, through a sigmoid."""
+    """Returns foreground probability float32 (N, size, size): sigmoid of bilinearly upsampled logits (N, 1, h, w)."""
     upsampled_NHW = functional.interpolate(logits_N1HW.float(), size=(size, size), mode="bilinear")[:, 0]
     if upsampled_NHW.requires_grad or upsampled_NHW.device.type != "cpu":
         return upsampled_NHW.sigmoid()
-    # Crop by crop: how threads share a tensor decides which entries take the vector path, which rounds otherwise.
+    # One crop at a time: vectorized and scalar code round differently, and the split of a tensor between threads
+    # decides which entries take the scalar code.
     for crop_HW in upsampled_NHW:
         crop_HW.sigmoid_()
     return upsampled_NHW
 
 
 class MaskNetwork(nn.Module):
-    """Backbone, mask head and RoI head of one of the two networks."""
+    """Backbone, mask head and RoI head: one of the two networks."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -119,62 +121,61 @@ class MaskNetwork(nn.Module):
             width, config.mask_head_hidden_channel, out, config.mask_head_num_convs, config.mask_scale_ratio
         )
 
-    def forward(self, x_NCHW: Tensor, branch_N: Tensor) -> Tensor:
-        """Logits float32 (N, 1, 4h, 4w) of normalized crops (N, 3, S, S).
+    def forward(self, x_NCHW: Tensor, size_class_N: Tensor) -> Tensor:
+        """Returns logits float32 (N, 1, 4h, 4w) of normalized crops (N, 3, S, S).
 
         Args:
-            x_NCHW: what `normalize` gives. ConfigError if S is no multiple of the patch size.
-            branch_N: int64 size branch of each crop, 0 small, 1 medium, 2 large; −1 belongs to none and gets logits 0
-                (`mal_train.core.settings.network_size_class`). Best on the CPU: its values steer the control flow.
-                Without effect under `not_adjust_scale`.
+            x_NCHW: crops from `normalize`; ConfigError unless S is a multiple of the patch size.
+            size_class_N: int64, 0 small, 1 medium, 2 large; −1 yields logits 0 (`settings.network_size_class`). Keep it
+                on the CPU: its values control the flow. Ignored if `not_adjust_scale` is set.
         """
         side, height = x_NCHW.shape[-1], x_NCHW.shape[-2]
         check_crop_size(self.config.arch, side)
         if side != height:
-            raise ConfigError(f"crop of {side} x {height} px; the network takes square ones")
+            raise ConfigError(f"crop: {side} x {height} px; it must be square")
         feat_NCHW = self.backbone(x_NCHW)
         filter_ND = self.roi_head(feat_NCHW)
         if self.config.not_adjust_scale:
             return resize(self._dot(feat_NCHW, filter_ND, self.config.mask_scale_ratio_pre), 4.0)
-        return self._by_branch(feat_NCHW, filter_ND, branch_N.tolist())
+        return self._by_size_class(feat_NCHW, filter_ND, size_class_N.tolist())
 
-    def _by_branch(self, feat_NCHW: Tensor, filter_ND: Tensor, branches: list[int]) -> Tensor:
-        size = tuple(LOGITS_PER_PATCH * side for side in feat_NCHW.shape[-2:])
-        groups = [[n for n, branch in enumerate(branches) if branch == wanted] for wanted in range(len(BRANCH_SCALE))]
+    def _by_size_class(self, feat_NCHW: Tensor, filter_ND: Tensor, size_classes: list[int]) -> Tensor:
+        size_hw = tuple(LOGITS_PER_PATCH * side for side in feat_NCHW.shape[-2:])
+        groups = [[n for n, c in enumerate(size_classes) if c == index] for index in range(len(SIZE_CLASS_SCALE))]
         parts: list[Tensor] = []
-        for scale, members in zip(BRANCH_SCALE, groups, strict=True):
+        for scale, members in zip(SIZE_CLASS_SCALE, groups, strict=True):
             if not members:
                 continue
-            everything = len(members) == len(branches)
-            feat = feat_NCHW if everything else feat_NCHW[members]
-            kernel = filter_ND if everything else filter_ND[members]
+            is_full_batch = len(members) == len(size_classes)
+            feat = feat_NCHW if is_full_batch else feat_NCHW[members]
+            kernel = filter_ND if is_full_batch else filter_ND[members]
             part = self._dot(feat, kernel, self.config.mask_scale_ratio_pre * scale)
-            if part.shape[-2:] != size:
-                part = functional.interpolate(part, size=size, mode="bilinear")
-            if everything:
+            if part.shape[-2:] != size_hw:
+                part = functional.interpolate(part, size=size_hw, mode="bilinear")
+            if is_full_batch:
                 return part
             parts.append(part)
-        # Zero times the filters, not plain zeros: a batch that belongs to no branch still has a backward pass.
-        logits_N1HW = (0.0 * filter_ND.float().sum(1))[:, None, None, None].expand(-1, 1, *size)
+        # Zero times the filters, not plain zeros: a batch of size class −1 only must still have a backward pass.
+        logits_N1HW = (0.0 * filter_ND.float().sum(1))[:, None, None, None].expand(-1, 1, *size_hw)
         if not parts:
             return logits_N1HW
         order = torch.tensor([n for members in groups for n in members], device=logits_N1HW.device)
         return logits_N1HW.index_copy(0, order, torch.cat(parts))
 
     def _dot(self, feat_NCHW: Tensor, filter_ND: Tensor, scale: float) -> Tensor:
-        """K·V, float32 (N, 1, ·, ·)."""
+        """Returns K·V, float32 (N, 1, ·, ·), with V computed from the feature map resized by `scale`."""
         pixels_NDHW = self.mask_head(resize(feat_NCHW, scale))
         if len(pixels_NDHW) == 1:
-            # One crop as a linear layer: the batched product of a single bfloat16 matrix is 16 times slower on a CPU.
+            # A linear layer for one crop: on a CPU, torch.bmm of a single bfloat16 matrix is 16 times slower.
             return functional.linear(pixels_NDHW.permute(0, 2, 3, 1), filter_ND).permute(0, 3, 1, 2).float()
         product_N1P = torch.bmm(filter_ND[:, None], pixels_NDHW.flatten(2))
         return product_N1P.view(-1, 1, *pixels_NDHW.shape[-2:]).float()
 
 
 class MalNetwork(nn.Module):
-    """The student, which learns by gradient, and the teacher, its moving average.
+    """The student, trained by gradient descent, and the teacher, the moving average of its weights.
 
-    Weights are named `student.…` and `teacher.…`, with `backbone`, `roi_head` and `mask_head` below each.
+    Weights are named `student.…` and `teacher.…`, each with `backbone`, `roi_head` and `mask_head`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -186,10 +187,11 @@ class MalNetwork(nn.Module):
         self.has_teacher = True
 
     @classmethod
-    def of(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> "MalNetwork":
-        """A network that takes these very tensors as its weights: nothing is drawn, nothing copied.
+    def from_weights(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> "MalNetwork":
+        """Builds a network for inference that shares its weights with the given tensors, without a copy.
 
-        To label with: whoever trains it changes them. RuntimeError as `load`.
+        Raises:
+            RuntimeError: see `load`.
         """
         with torch.device("meta"):
             network = cls(config)
@@ -197,14 +199,16 @@ class MalNetwork(nn.Module):
         return network
 
     def load(self, weights: Mapping[str, Tensor], *, assign: bool = False) -> None:
-        """Fill from the weights of a checkpoint: of both networks, or of the student alone.
+        """Loads the weights of a checkpoint: of both networks, or of the student only.
 
-        A network of the student alone answers as the student; `logits` refuses the rest. RuntimeError where names or
-        shapes do not fit.
+        Without a teacher, `logits` refuses all branches except student.
 
         Args:
-            weights: copied into those that are there.
-            assign: they take the place of those that are there instead.
+            weights: name → tensor.
+            assign: uses the tensors themselves instead of copying them.
+
+        Raises:
+            RuntimeError: names or shapes do not match.
         """
         self.has_teacher = any(name.startswith("teacher.") for name in weights)
         if self.has_teacher:
@@ -212,11 +216,11 @@ class MalNetwork(nn.Module):
             return
         students = {name.removeprefix("student."): weight for name, weight in weights.items()}
         self.student.load_state_dict(students, assign=assign)
-        # One copy in memory; nothing may train it.
+        # Shares memory with the student; a network without a teacher is never trained.
         self.teacher = self.student
 
     def weights(self) -> dict[str, Tensor]:
-        """What `load` takes: of both networks, or of the student where there is no other."""
+        """Returns the weights of both networks, or of the student if there is no teacher. Inverse of `load`."""
         return {
             name: weight
             for name, weight in self.state_dict().items()
@@ -224,30 +228,30 @@ class MalNetwork(nn.Module):
         }
 
     def train(self, mode: bool = True) -> "MalNetwork":
-        """Training mode of the student; the teacher never drops anything and stays in evaluation mode."""
+        """Sets the mode of the student; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     @torch.no_grad()
     def reset_teacher(self) -> None:
-        """Make the teacher a copy of the student again, after the student was filled from elsewhere."""
+        """Copies the student's weights to the teacher."""
         self.teacher.load_state_dict(self.student.state_dict())
 
-    def logits(self, x_NCHW: Tensor, branch_N: Tensor, which: Branch = Branch.STUDENT) -> Tensor:
-        """Logits float32 (N, 1, 4h, 4w) as `MaskNetwork.forward`; gradients reach the student only.
+    def logits(self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch = Branch.STUDENT) -> Tensor:
+        """Returns logits float32 (N, 1, 4h, 4w) of one branch; see `MaskNetwork.forward`. The teacher has no gradients.
 
-        `mixed` is the mean of both logit maps. In float32 on a CPU the last bits of a logit depend on how many crops
-        share the batch and on the number of threads, because matrix products block their sums by size.
+        `mixed` is the mean of both logit maps. In float32 on a CPU the last bits depend on batch size and number of
+        threads, because matrix products split their sums by size.
         """
-        if which is Branch.STUDENT:
-            return self._student(x_NCHW, branch_N)
+        if branch is Branch.STUDENT:
+            return self._student(x_NCHW, size_class_N)
         if not self.has_teacher:
-            raise ConfigError(NO_TEACHER.format(f"branch {which}"))
+            raise ConfigError(NO_TEACHER.format(f"branch {branch}"))
         with torch.no_grad():
-            teacher: Tensor = self.teacher(x_NCHW, branch_N)
-        return teacher if which is Branch.TEACHER else (self._student(x_NCHW, branch_N) + teacher) / 2
+            teacher: Tensor = self.teacher(x_NCHW, size_class_N)
+        return teacher if branch is Branch.TEACHER else (self._student(x_NCHW, size_class_N) + teacher) / 2
 
-    def _student(self, x_NCHW: Tensor, branch_N: Tensor) -> Tensor:
-        logits_N1HW: Tensor = self.student(x_NCHW, branch_N)
+    def _student(self, x_NCHW: Tensor, size_class_N: Tensor) -> Tensor:
+        logits_N1HW: Tensor = self.student(x_NCHW, size_class_N)
         return logits_N1HW

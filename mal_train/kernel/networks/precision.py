@@ -1,4 +1,4 @@
-"""Which number format a device computes in: one rule for training, inference and the server."""
+"""Chooses the dtype of the forward pass: one rule for training, inference and the server."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +9,7 @@ from mal_train.core.errors import ConfigError
 
 
 class Precision(StrEnum):
-    """`auto` takes bfloat16 where the device is fast at it, else float32."""
+    """Dtype of the forward pass. `auto` is bfloat16 on devices with fast bfloat16 kernels, else float32."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -18,10 +18,10 @@ class Precision(StrEnum):
 
 
 def resolve(precision: Precision | str, device: torch.device) -> torch.dtype:
-    """The dtype that `precision` means on a device.
+    """Returns the torch dtype of a precision on a device.
 
     Raises:
-        ConfigError: float16 on a CPU, where torch has no fast kernels for it.
+        ConfigError: float16 on a CPU, for which torch has no fast kernels.
     """
     precision = Precision(precision)
     if precision is Precision.AUTO:
@@ -37,7 +37,7 @@ def resolve(precision: Precision | str, device: torch.device) -> torch.dtype:
 
 def _is_fast_at_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8  # Ampere brought bf16 tensor cores
+        return torch.cuda.get_device_capability(device)[0] >= 8  # Ampere introduced bfloat16 tensor cores
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,9 +1,10 @@
-"""The ViT family of backbones: a network that turns a crop into one feature vector a patch.
+"""The ViT family of backbones: maps a crop to one feature vector per patch.
 
-Its members are rows of `mal_train.kernel.networks.backbones`. Knows nothing of masks, teachers or files.
+Its members are rows of `backbones`. Knows nothing of masks, teachers or files.
 
 Letters: N crops, S crop side in px, P patch side in px, h = w = S / P, C width, H heads, D = C / H,
-L tokens: h·w, one class token, and one distillation token where there is one.
+L tokens: h·w patches, one class token and, in the distilled variant, one distillation token.
+Source: Dosovitskiy et al., "An image is worth 16x16 words", 2021 (arXiv 2010.11929), section 3.1.
 """
 
 import math
@@ -28,17 +29,17 @@ class VitSize:
         width: C, channels of a token; a multiple of `heads`.
         depth: number of transformer blocks.
         heads: attention heads.
-        patch: P, side of a patch in px. A crop side must be a multiple of it.
-        grid: side of the learned position table in patches; other crop sizes resample it.
-        stem: `linear` is one P×P convolution, as published DeiT and MAE weights have it; `conv` is log2(P) 3×3
-            convolutions of stride 2, which learn faster from scratch and fit no published weights.
-        variant: `plain`; `distilled` has a second extra token, with a position of its own (Touvron et al., "Training
+        patch: P, side of a patch in px. The crop size must be a multiple of it.
+        grid: side of the learned position table in patches; it is resampled for other crop sizes.
+        stem: `linear` is one P×P convolution, as in the published DeiT and MAE weights; `conv` is log2(P) 3×3
+            convolutions of stride 2 (`ConvStem`), which train faster from scratch but match no published weights.
+        variant: `plain`; `distilled` has a distillation token with its own position (Touvron et al., "Training
             data-efficient image transformers", 2021); `deit3` has a learned scale at the end of each half of a block
             and no position for the class token (Touvron et al., "DeiT III", 2022).
-        resample: how another crop size gets its positions: `antialias`, or `by_factor` as NVlabs and TAO up to 6.0
-            do it (`Vit._pos_embed`).
-        pretrained: timm's name of the weights published for it, None where timm has none.
-        license: SPDX name of the license of the weights published for it, None where none are or it is not stated.
+        resample: method to resample the position table: `antialias`, or `by_factor` as in NVlabs and TAO up to 6.0
+            (`_positions_by_factor`).
+        pretrained: timm's name of its published weights; None if timm has none.
+        license: SPDX name of the license of its published weights; None if there are no weights or none is stated.
     """
 
     width: int
@@ -53,15 +54,15 @@ class VitSize:
     license: str | None = None
 
     def build(self, drop_path: float = 0.0) -> "Vit":
-        """A randomly initialized network; `drop_path` as in `backbones.build_backbone`."""
+        """Builds a randomly initialized network; `drop_path` as in `backbones.build_backbone`."""
         return Vit(self, drop_path)
 
 
 class ConvStem(PatchEmbed):
     """Patch embedding by 3×3 convolutions of stride 2, each with GroupNorm and GELU, and a 1×1 convolution.
 
-    Xiao et al., "Early convolutions help transformers see better", 2021; GroupNorm instead of BatchNorm, so that a
-    crop's features depend on no other crop and the teacher has no running statistics to follow.
+    Xiao et al., "Early convolutions help transformers see better", 2021 (arXiv 2106.14881), with GroupNorm instead of
+    BatchNorm: the features of a crop do not depend on its batch, and the teacher has no running statistics.
     """
 
     def __init__(self, *, patch_size: int, in_chans: int, embed_dim: int, **rest: Any) -> None:
@@ -69,8 +70,8 @@ class ConvStem(PatchEmbed):
         halvings = patch_size.bit_length() - 1
         if 2**halvings != patch_size or embed_dim % 2 ** (halvings - 1):
             raise ConfigError(
-                f"conv stem: patch {patch_size}, width {embed_dim}; the patch must be a power of two, "
-                "and half of it must divide the width"
+                f"conv stem: patch {patch_size}, width {embed_dim}; patch must be a power of two, and width a multiple "
+                "of patch / 2"
             )
         stages: list[nn.Module] = []
         channels = in_chans
@@ -79,19 +80,19 @@ class ConvStem(PatchEmbed):
             convolution = nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False)
             stages.append(nn.Sequential(convolution, nn.GroupNorm(1, wider, eps=1e-6), nn.GELU()))
             channels = wider
-        # add_module, not assignment: the base class declares one convolution.
+        # add_module, not assignment: the base class declares `proj` as one convolution.
         self.add_module("proj", nn.Sequential(*stages, nn.Conv2d(embed_dim, embed_dim, 1)))
 
 
-SCORES_THAT_FIT_THE_CACHE = 1 << 20
-"""Attention scores (N·H·L²) up to which one batched product beats a loop over crops and heads, in bfloat16 on a CPU."""
+MAX_CACHED_SCORES = 1 << 20
+"""Attention scores (N·H·L²) up to which one batched product is faster than a loop, in bfloat16 on a CPU."""
 
 
 def attention(q_NHLD: Tensor, k_NHLD: Tensor, v_NHLD: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√D)·v, (N, H, L, D).
+    """Returns softmax(q·kᵀ/√D)·v, (N, H, L, D), for q, k and v of the same shape.
 
-    torch's fused kernel, except in bfloat16 on a CPU: there it is no faster than in float32, and plain products take
-    a third of its time, with or without gradients.
+    Uses torch's fused kernel, except in bfloat16 on a CPU: there the kernel is no faster than in float32, and plain
+    matrix products take a third of its time, with or without gradients.
     """
     if q_NHLD.device.type != "cpu" or q_NHLD.dtype != torch.bfloat16:
         return functional.scaled_dot_product_attention(q_NHLD, k_NHLD, v_NHLD)
@@ -99,18 +100,18 @@ def attention(q_NHLD: Tensor, k_NHLD: Tensor, v_NHLD: Tensor) -> Tensor:
     q = (q_NHLD * depth**-0.5).reshape(crops * heads, tokens, depth)
     k = k_NHLD.reshape(crops * heads, tokens, depth)
     v = v_NHLD.reshape(crops * heads, tokens, depth)
-    if crops * heads * tokens**2 <= SCORES_THAT_FIT_THE_CACHE:
+    if crops * heads * tokens**2 <= MAX_CACHED_SCORES:
         return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).view_as(q_NHLD)
     each = [torch.mm(torch.mm(a, b.t()).softmax(-1), c) for a, b, c in zip(q, k, v, strict=True)]
     return torch.stack(each).view_as(q_NHLD)
 
 
-LAYER_SCALE_START = 1e-6
-"""Start of DeiT III's learned scales."""
+LAYER_SCALE_INIT = 1e-6
+"""Initial value of DeiT III's learned scales."""
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with timm's names for its weights."""
+    """Multi-head self-attention; its weights have timm's names."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -119,14 +120,14 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens_NLC: Tensor, **_unused: object) -> Tensor:
-        """(N, L, C). timm's block also hands over an attention mask, which this network never has."""
+        """Maps tokens (N, L, C) to (N, L, C). timm's block also passes an attention mask, which is always None."""
         qkv = self.qkv(tokens_NLC).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out: Tensor = self.proj(attention(*qkv.unbind(0)).transpose(1, 2).flatten(2))
         return out
 
 
 class VitBlock(Block):
-    """timm's transformer block around our attention."""
+    """timm's transformer block with `SelfAttention`."""
 
     def __init__(self, dim: int, num_heads: int, **rest: Any) -> None:
         super().__init__(dim, num_heads, **rest)
@@ -134,10 +135,10 @@ class VitBlock(Block):
 
 
 class Vit(VisionTransformer):
-    """A plain ViT whose output is the map of its patch tokens.
+    """A ViT whose output is the map of its patch tokens.
 
-    MLP ratio 4, biases in qkv, LayerNorm eps 1e-6, a class token, a learned position table. The class token and the
-    distillation token take part in attention and are dropped at the end, as the published method does.
+    MLP ratio 4, biases in qkv, LayerNorm eps 1e-6, a class token and a learned position table. The class token and the
+    distillation token take part in attention and are dropped at the end, as in the published method.
     """
 
     def __init__(self, size: VitSize, drop_path: float = 0.0) -> None:
@@ -153,25 +154,25 @@ class Vit(VisionTransformer):
             block_fn=VitBlock,
             embed_layer=ConvStem if size.stem == "conv" else PatchEmbed,
             dynamic_img_size=True,
-            # timm's register token is what a distillation token is: one more token, with a position.
+            # A distillation token is the same as timm's register token: one more token with a position.
             reg_tokens=1 if size.variant == "distilled" else 0,
             no_embed_class=size.variant == "deit3",
-            init_values=LAYER_SCALE_START if size.variant == "deit3" else None,
+            init_values=LAYER_SCALE_INIT if size.variant == "deit3" else None,
         )
         self.patch = size.patch
         self.by_factor = size.resample == "by_factor"
 
     def forward(self, x_NCHW: Tensor) -> Tensor:  # type: ignore[override]  # timm's takes an attention mask too
-        """Feature map (N, C, h, w) of crops (N, 3, S, S) after the final LayerNorm.
+        """Returns the feature map (N, C, h, w) of crops (N, 3, S, S), after the final LayerNorm.
 
-        Stored channels-last, as the tokens lie in memory: the convolutions of the mask head take it without a copy.
+        Its memory format is channels-last, like that of the tokens, so the mask head needs no copy.
         """
         grid = x_NCHW.shape[-1] // self.patch
         tokens_NLC = self.forward_features(x_NCHW)[:, self.num_prefix_tokens :]
         return tokens_NLC.view(x_NCHW.shape[0], grid, grid, -1).permute(0, 3, 1, 2)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """(N, h, w, C) → tokens (N, L, C): class token in front, positions added."""
+        """Maps patches (N, h, w, C) to tokens (N, L, C): prepends the class token and adds positions."""
         if not self.by_factor:
             return super()._pos_embed(x)
         assert self.cls_token is not None
@@ -184,9 +185,9 @@ class Vit(VisionTransformer):
 
 
 def _positions_by_factor(table_1LC: Tensor, side: int) -> Tensor:
-    """The position table of side² patches: bicubic, without antialias, sampled at (side + 0.1) / its own side.
+    """Resamples a position table (1, L, C) to side² patches: bicubic, no antialias, by (side + 0.1) / its own side.
 
-    The 0.1 kept the published code's output from losing a row to rounding; the sampling points move with it.
+    The published code adds 0.1 so that rounding does not lose a row; this also shifts the sampling points.
     """
     own = math.isqrt(table_1LC.shape[1])
     map_1CHW = table_1LC.view(1, own, own, -1).permute(0, 3, 1, 2)

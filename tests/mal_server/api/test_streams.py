@@ -93,8 +93,8 @@ def test_items_finish_in_any_order() -> None:
 class LargeMasks(BrightPredictor):
     """A predictor whose masks take 100 kB each."""
 
-    def finish(self, crop: Any, probability: Any, **options: Any) -> Label:
-        label = super().finish(crop, probability, **options)
+    def finish(self, crop: Any, prediction: Any, **options: Any) -> Label:
+        label = super().finish(crop, prediction, **options)
         return dataclasses.replace(label, rle=Rle(label.rle.height, label.rle.width, bytes(100_000)))
 
 

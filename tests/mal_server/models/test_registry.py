@@ -320,9 +320,9 @@ class WrongPredictor(BrightPredictor):
 class UnclippedPredictor(BrightPredictor):
     """Returns masks that extend beyond their boxes."""
 
-    def finish(self, crop: Any, probability: Any, **options: Any) -> Any:
+    def finish(self, crop: Any, prediction: Any, **options: Any) -> Any:
         unclipped = type(crop)(**{**vars(crop), "box_inside": (0.0, 0.0, *map(float, reversed(crop.image_hw)))})
-        return super().finish(unclipped, probability, **options)
+        return super().finish(unclipped, prediction, **options)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_the_model_in_the_package_is_shown_with_what_its_card_says(capsys: pytes
     assert "starting_weights_license: Apache-2.0" in capsys.readouterr().out
     content = read_header(builtin.resolve("builtin"), None).content
     assert content is not None
-    assert load_pretrained(MalNetwork(content.model), "builtin").origin.license == "Apache-2.0"
+    assert load_pretrained(MalNetwork(content.model), "builtin").lineage.license == "Apache-2.0"
 
 
 @pytest.mark.parametrize("task", ["evaluate", "inference"])

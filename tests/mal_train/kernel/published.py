@@ -1,4 +1,4 @@
-"""The published networks as the reference material has them: names, shapes, and the weights behind its outputs."""
+"""The published networks of the reference material: names, shapes, and the weights that produced its outputs."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def _recipe() -> ModuleType:
 
 
 def state_dict(layout: str) -> dict[str, Tensor]:
-    """The weights of a published network under its own names."""
+    """Returns the weights of a published network under its own names."""
     recipe = _recipe()
     shapes: dict[str, tuple[list[int], str]] = json.loads(fixture(layout).read_text())["state_dict"]
     return {
@@ -38,6 +38,6 @@ def state_dict(layout: str) -> dict[str, Tensor]:
 
 
 def smooth_input(seed: int, crops: int, side: int) -> Tensor:
-    """The normalized crops float32 (N, 3, S, S) that went into the stored forwards."""
+    """Returns the normalized crops float32 (N, 3, S, S) of the stored forward passes."""
     crops_NCHW: Any = _recipe().smooth_input(seed, crops, side, side)
     return torch.from_numpy(crops_NCHW)

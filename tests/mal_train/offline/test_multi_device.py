@@ -1,4 +1,4 @@
-"""Labeling on two devices, here the CPU twice, a process each."""
+"""Labeling on several devices (here the CPU, more than once) with one process each."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline import multi_device
-from mal_train.offline.multi_device import label_on
+from mal_train.offline.multi_device import label_on_devices
 from tests.networks import spread_network
 from tests.scenes import write_scenes
 
@@ -26,8 +26,8 @@ CONFIG = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
 CPU = torch.device("cpu")
 
 
-def awkward(coco: dict[str, Any]) -> None:
-    """A crowd, a box that cannot be labeled, an image without a file, one without boxes, an annotation nowhere."""
+def add_invalid_rows(coco: dict[str, Any]) -> None:
+    """Adds a crowd, a box outside its image, missing files, an image without boxes, and an unknown image id."""
     rows = coco["annotations"]
     rows[1]["iscrowd"] = 1
     rows[3]["bbox"] = [1000, 1000, 5, 5]
@@ -44,7 +44,7 @@ def network() -> MalNetwork:
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_scenes(tmp_path_factory.mktemp("scenes"), images=7, change=awkward)
+    return write_scenes(tmp_path_factory.mktemp("scenes"), images=7, change=add_invalid_rows)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def spec_of(checkpoint: Path, scenes: tuple[Path, Path], results: Path, processe
     return load_spec(None, overrides)
 
 
-def test_two_processes_write_the_bytes_of_one(checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_processes_write_the_same_file_as_one(checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path) -> None:
     one, two = (inference(spec_of(checkpoint, scenes, tmp_path / str(n), n), Console.silent()) for n in (1, 2))
     assert one.path.read_bytes() == two.path.read_bytes()
     assert (one.labeled, one.failed) == (two.labeled, two.failed)
@@ -76,11 +76,13 @@ def test_two_processes_write_the_bytes_of_one(checkpoint: Path, scenes: tuple[Pa
     assert ids == [row["id"] for row in json.loads(scenes[0].read_text())["annotations"]]
     assert one.labeled == 12
     flags = [row.get("flags") for row in json.loads(two.path.read_text())["annotations"]]
-    assert flags.count([]) > 6, "masks that are neither empty nor full tell something"
+    assert flags.count([]) > 6, "the test needs masks that are neither empty nor full"
 
 
-@pytest.mark.slow  # each process imports torch anew
-def test_two_processes_measure_what_one_does(checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.slow  # each process imports torch
+def test_two_processes_report_the_same_metrics_as_one(
+    checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path
+) -> None:
     reports = [evaluate(spec_of(checkpoint, scenes, tmp_path / str(n), n), Console.silent()) for n in (1, 2)]
     assert reports[0] == reports[1]
     files = [(tmp_path / name / "evaluate/results.json").read_bytes() for name in "12"]
@@ -88,40 +90,40 @@ def test_two_processes_measure_what_one_does(checkpoint: Path, scenes: tuple[Pat
 
 
 @pytest.mark.slow
-def test_more_processes_than_images_are_none_too_many(
+def test_more_processes_than_images_are_supported(
     network: MalNetwork, scenes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(multi_device, "CHUNK", 1)
+    monkeypatch.setattr(multi_device, "RESULTS_PER_MESSAGE", 1)
     rows = list(by_image(read_coco(scenes[0])))[:1]
     labeler = Labeler(network, CONFIG, precision="float32")
-    found = list(label_on([CPU] * 3, labeler, rows, scenes[1], precision="float32"))
-    alone = list(label_on([CPU], labeler, rows, scenes[1], precision="float32"))
-    assert found == alone
-    assert len(found) == 1
+    several = list(label_on_devices([CPU] * 3, labeler, rows, scenes[1], precision="float32"))
+    single = list(label_on_devices([CPU], labeler, rows, scenes[1], precision="float32"))
+    assert several == single
+    assert len(several) == 1
 
 
-def test_a_killed_process_is_an_error_and_leaves_none_behind(
+def test_a_killed_process_is_an_error_and_the_others_are_ended(
     network: MalNetwork, scenes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held: list[Any] = []
+    started: list[Any] = []
     inbox = multi_device._Inbox
 
-    def with_one_killed(workers: Any) -> Any:
-        held.extend(workers)
+    def inbox_of_killed_worker(workers: Any) -> Any:
+        started.extend(workers)
         workers[1].process.kill()
         return inbox(workers)
 
-    monkeypatch.setattr(multi_device, "_Inbox", with_one_killed)
+    monkeypatch.setattr(multi_device, "_Inbox", inbox_of_killed_worker)
     rows = list(by_image(read_coco(scenes[0])))
-    with pytest.raises(LostProcess, match=r"has gone \(exit code -9\); nothing was written"):
-        list(label_on([CPU] * 2, Labeler(network, CONFIG), rows, scenes[1], precision="float32"))
-    assert [worker.process.is_alive() for worker in held] == [False, False]
+    with pytest.raises(LostProcess, match=r"cpu.*-9"):
+        list(label_on_devices([CPU] * 2, Labeler(network, CONFIG), rows, scenes[1], precision="float32"))
+    assert [worker.process.is_alive() for worker in started] == [False, False]
 
 
-def test_what_no_process_could_do_is_said_before_any_starts(
+def test_an_unsupported_precision_is_refused_before_any_process_starts(
     checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path
 ) -> None:
     spec = spec_of(checkpoint, scenes, tmp_path, 2)
     half = spec.model_copy(update={"inference": spec.inference.model_copy(update={"precision": "float16"})})
-    with pytest.raises(ConfigError, match="float16 on a CPU"):
+    with pytest.raises(ConfigError, match="float16"):
         inference(half, Console.silent())

@@ -154,7 +154,7 @@ def test_checkpoints_are_sealed_for_the_recipient(scenes: dict[str, tuple[Path, 
     result = run(spec_of(scenes, tmp_path / "run", *short))
     with pytest.raises(WrongKey):
         load_checkpoint(result.checkpoint, None)
-    key = parse_key(f"file:{identity}", purpose="decryption", where="yaml")
+    key = parse_key(f"file:{identity}", purpose="decryption", source="yaml")
     assert isinstance(load_checkpoint(result.checkpoint, key), Checkpoint)
     with pytest.raises(ConfigError, match="decryption_key: not given"):
         run(spec_of(scenes, tmp_path / "run", *short))
@@ -251,7 +251,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
         keys = [f"encryption_key={recipient}", f"decryption_key='file:{tmp_path / 'key.txt'}'"]
     spec = spec_of(scenes, tmp_path, "train.num_epochs=2", *keys)
     path = run(spec).checkpoint
-    key = parse_key(f"file:{tmp_path / 'key.txt'}", purpose="decryption", where="yaml") if sealed else None
+    key = parse_key(f"file:{tmp_path / 'key.txt'}", purpose="decryption", source="yaml") if sealed else None
     whole = load_checkpoint(path, key).weights
     content = path.read_bytes()
     middle = len(content) // 2

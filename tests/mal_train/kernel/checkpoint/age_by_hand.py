@@ -1,4 +1,4 @@
-"""A second, slow writer of the age v1 format, from its specification: makes the files that no library would write.
+"""A second, slow writer of the age v1 format, from its specification. It also writes files that no library would write.
 
 Passphrase files only, with a work factor of 2^1, so that a file costs milliseconds. Never for real secrets.
 Sources: C2SP age.md; RFC 8439 (ChaCha20-Poly1305), RFC 5869 (HKDF).
@@ -32,8 +32,8 @@ def _block(key: bytes, counter: int, nonce: bytes) -> bytes:
     return struct.pack("<16I", *((a + b) & MASK for a, b in zip(x, start, strict=True)))
 
 
-def seal_chunk(key: bytes, nonce: bytes, plain: bytes) -> bytes:
-    """ChaCha20-Poly1305 without associated data."""
+def encrypt_chunk(key: bytes, nonce: bytes, plain: bytes) -> bytes:
+    """Encrypts with ChaCha20-Poly1305 without associated data."""
     stream = b"".join(_block(key, 1 + i, nonce) for i in range(-(-len(plain) // 64)))[: len(plain)]
     cipher = (int.from_bytes(plain, "little") ^ int.from_bytes(stream, "little")).to_bytes(len(plain), "little")
     one_time = _block(key, 0, nonce)
@@ -55,26 +55,28 @@ def _base64(data: bytes) -> bytes:
 
 
 def header(passphrase: str, *, work_factor: bytes = b"1", file_key: bytes = bytes(16), extra: bytes = b"") -> bytes:
-    """The header with its MAC. `work_factor` is written as given, honored when small; `extra` follows."""
+    """Returns a header with MAC. `work_factor` is written as given and used if small; `extra` follows the stanza."""
     salt = b"sixteen byte sal"
     n = 2 ** int(work_factor) if work_factor.isdigit() and 0 < int(work_factor) <= 10 else 2
     key = hashlib.scrypt(passphrase.encode(), salt=b"age-encryption.org/v1/scrypt" + salt, n=n, r=8, p=1, dklen=32)
     stanza = b"-> scrypt " + _base64(salt) + b" " + work_factor + b"\n"
-    text = b"age-encryption.org/v1\n" + stanza + _base64(seal_chunk(key, bytes(12), file_key)) + b"\n" + extra + b"---"
+    text = (
+        b"age-encryption.org/v1\n" + stanza + _base64(encrypt_chunk(key, bytes(12), file_key)) + b"\n" + extra + b"---"
+    )
     return text + b" " + _base64(hmac.digest(_hkdf(file_key, b"", b"header"), text, "sha256")) + b"\n"
 
 
-def payload(parts: Sequence[bytes], *, last: int | None = None, file_key: bytes = bytes(16)) -> bytes:
-    """Nonce and chunks as given, of any length; chunk number `last` (the final one if None) carries the last flag."""
+def payload(chunks: Sequence[bytes], *, last: int | None = None, file_key: bytes = bytes(16)) -> bytes:
+    """Returns nonce and chunks of any length. Chunk number `last` (default: the final one) has the last flag."""
     nonce = b"nonce of payload"
     key = _hkdf(file_key, nonce, b"payload")
-    final = len(parts) - 1 if last is None else last
+    final = len(chunks) - 1 if last is None else last
     return nonce + b"".join(
-        seal_chunk(key, i.to_bytes(11, "big") + bytes([i == final]), part) for i, part in enumerate(parts)
+        encrypt_chunk(key, i.to_bytes(11, "big") + bytes([i == final]), chunk) for i, chunk in enumerate(chunks)
     )
 
 
-def seal(content: bytes, passphrase: str) -> bytes:
-    """A correct file."""
-    parts = [content[at : at + CHUNK] for at in range(0, len(content), CHUNK)] or [b""]
-    return header(passphrase) + payload(parts)
+def encrypt(content: bytes, passphrase: str) -> bytes:
+    """Encrypts a valid file."""
+    chunks = [content[at : at + CHUNK] for at in range(0, len(content), CHUNK)] or [b""]
+    return header(passphrase) + payload(chunks)

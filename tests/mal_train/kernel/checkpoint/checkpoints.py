@@ -1,4 +1,4 @@
-"""Checkpoints to write and read: small weights of every kind, a training state, files by hand."""
+"""Small checkpoints for tests: weights of every dtype, a training state, and files assembled by hand."""
 
 import json
 import math
@@ -14,12 +14,14 @@ import torch
 from mal_train.core.settings import Compat, LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.networks.network import ModelConfig
-from tests.mal_train.kernel.checkpoint.key_pair import OPENS, SEALS
+from tests.mal_train.kernel.checkpoint.key_pair import DECRYPTION_KEY, ENCRYPTION_KEY
 
 MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=8)
 LABELER = LabelerConfig(crop_size=64, mask_thres=(0.1, 0.2, 0.3), compat=Compat.TAO)
 CATEGORIES = [{"id": 7, "name": "Ἰχθύς", "supercategory": "animal"}, {"id": "x", "name": "y"}]
-KEYS = pytest.mark.parametrize(("seals", "opens"), [(SEALS, OPENS), (None, None)], ids=["sealed", "bare"])
+KEYS = pytest.mark.parametrize(
+    ("encryption_key", "decryption_key"), [(ENCRYPTION_KEY, DECRYPTION_KEY), (None, None)], ids=["encrypted", "plain"]
+)
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -51,7 +53,7 @@ def training() -> dict[str, Any]:
     }
 
 
-def whole(**changes: Any) -> Checkpoint:
+def weights_checkpoint(**changes: Any) -> Checkpoint:
     given: dict[str, Any] = {
         "model": MICRO,
         "labeler": LABELER,
@@ -62,17 +64,17 @@ def whole(**changes: Any) -> Checkpoint:
     return Checkpoint(**(given | changes))
 
 
-def resume(**changes: Any) -> Checkpoint:
-    return whole(kind="resume", training=training(), **changes)
+def resume_checkpoint(**changes: Any) -> Checkpoint:
+    return weights_checkpoint(kind="resume", training=training(), **changes)
 
 
-def same(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+        return isinstance(b, dict) and list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
     return type(a) is type(b) and (a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b)))
 
 
@@ -82,6 +84,6 @@ def raw(table: dict[str, Any] | bytes, data: bytes = b"") -> bytes:
 
 
 def metadata(path: Path, **changes: str) -> dict[str, str]:
-    save_checkpoint(path, whole(), None)
+    save_checkpoint(path, weights_checkpoint(), None)
     with safetensors.safe_open(path, "pt") as file:
         return {**file.metadata(), **changes}

@@ -1,4 +1,4 @@
-"""Damaged and contradictory checkpoint files: told apart, and nothing unverified comes out."""
+"""Damaged and inconsistent checkpoint files raise distinct errors, and no unverified content is returned."""
 
 import gc
 import itertools
@@ -18,37 +18,37 @@ from mal_train.core.errors import (
     WrongKey,
 )
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, read_header, save_checkpoint
-from tests.mal_train.kernel.checkpoint.checkpoints import metadata, raw, resume, whole
-from tests.mal_train.kernel.checkpoint.key_pair import OPENS, SEALS, identity_key
+from tests.mal_train.kernel.checkpoint.checkpoints import metadata, raw, resume_checkpoint, weights_checkpoint
+from tests.mal_train.kernel.checkpoint.key_pair import DECRYPTION_KEY, ENCRYPTION_KEY, identity_key
 
 
-@pytest.mark.parametrize("reads", [load_checkpoint, read_header])
-def test_wrong_key_truncation_and_alteration_are_told_apart(tmp_path: Path, reads: Callable[..., object]) -> None:
+@pytest.mark.parametrize("read", [load_checkpoint, read_header])
+def test_wrong_key_truncation_and_alteration_are_different_errors(tmp_path: Path, read: Callable[..., object]) -> None:
     path = tmp_path / "a"
-    save_checkpoint(path, whole(weights={"student.w": torch.randn(100_000)}), SEALS)
+    save_checkpoint(path, weights_checkpoint(weights={"student.w": torch.randn(100_000)}), ENCRYPTION_KEY)
     good = path.read_bytes()
     with pytest.raises(WrongKey):
-        reads(path, identity_key()[1])
+        read(path, identity_key()[1])
     path.write_bytes(good[:-1])
     with pytest.raises(Truncated):
-        reads(path, OPENS)
+        read(path, DECRYPTION_KEY)
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(Altered):
-        reads(path, OPENS)
+        read(path, DECRYPTION_KEY)
 
 
-def failure(path: Path) -> type[CheckpointError] | None:
+def load_error(path: Path) -> type[CheckpointError] | None:
     try:
-        load_checkpoint(path, OPENS)
+        load_checkpoint(path, DECRYPTION_KEY)
     except CheckpointError as error:
         return type(error)
     return None
 
 
-def test_damaged_file_hands_out_nothing(tmp_path: Path) -> None:
-    """Of 500 random flips and cuts none loads, and no tensor of a refused file is reachable."""
+def test_a_damaged_file_returns_no_tensor(tmp_path: Path) -> None:
+    """Of 500 random flips and cuts none loads, and no tensor of a refused file stays reachable."""
     path = tmp_path / "a"
-    save_checkpoint(path, whole(weights={"student.w": torch.full((50_000,), 0.5)}), SEALS)
+    save_checkpoint(path, weights_checkpoint(weights={"student.w": torch.full((50_000,), 0.5)}), ENCRYPTION_KEY)
     good = path.read_bytes()
     rng = random.Random(0)
     found = set()
@@ -56,31 +56,31 @@ def test_damaged_file_hands_out_nothing(tmp_path: Path) -> None:
         at = rng.randrange(len(good))
         flipped = good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :]
         path.write_bytes(flipped if trial % 2 else good[:at])
-        found.add(failure(path))
+        found.add(load_error(path))
     gc.collect()
     assert found == {WrongKey, Truncated, Altered}
     assert not [o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (50_000,)]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_cut_bare_file_is_truncated(tmp_path: Path, fraction: float) -> None:
+def test_a_cut_plain_file_is_truncated(tmp_path: Path, fraction: float) -> None:
     path = tmp_path / "a"
-    save_checkpoint(path, whole(weights={"student.w": torch.randn(50_000)}), None)
+    save_checkpoint(path, weights_checkpoint(weights={"student.w": torch.randn(50_000)}), None)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     with pytest.raises(Truncated):
         load_checkpoint(path, None)
 
 
-def test_bytes_after_a_bare_file_are_an_alteration(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "a", whole(), None)
+def test_bytes_after_a_plain_file_are_an_alteration(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", weights_checkpoint(), None)
     with (tmp_path / "a").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(Altered, match="1 bytes follow its last tensor"):
+    with pytest.raises(Altered, match="1 bytes"):
         load_checkpoint(tmp_path / "a", None)
 
 
-def test_flipped_bits_in_the_table_of_a_bare_file_never_do_worse_than_an_error(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "a", resume(), None)
+def test_flipped_bits_in_the_header_of_a_plain_file_raise_at_most_a_checkpoint_error(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", resume_checkpoint(), None)
     good = (tmp_path / "a").read_bytes()
     length = len(good[8 : 8 + int.from_bytes(good[:8], "little")].rstrip())
     rng = random.Random(2)
@@ -114,30 +114,30 @@ def test_flipped_bits_in_the_table_of_a_bare_file_never_do_worse_than_an_error(t
         {"student.a": 5},
     ],
 )
-def test_table_that_contradicts_itself_is_refused(tmp_path: Path, rows: dict[str, Any]) -> None:
+def test_an_inconsistent_header_is_refused(tmp_path: Path, rows: dict[str, Any]) -> None:
     (tmp_path / "a").write_bytes(raw({"__metadata__": metadata(tmp_path / "b"), **rows}, bytes(8)))
     with pytest.raises(Altered):
         load_checkpoint(tmp_path / "a", None)
 
 
-def test_table_that_promises_terabytes_allocates_nothing(tmp_path: Path) -> None:
+def test_a_header_that_claims_terabytes_allocates_nothing(tmp_path: Path) -> None:
     rows = {"student.a": {"dtype": "U8", "shape": [2**42], "data_offsets": [0, 2**42]}}
     (tmp_path / "a").write_bytes(raw({"__metadata__": metadata(tmp_path / "b"), **rows}, bytes(8)))
     with pytest.raises(Truncated):
         load_checkpoint(tmp_path / "a", None)
 
 
-def test_flag_with_other_values_than_true_and_false_is_refused(tmp_path: Path) -> None:
+def test_a_bool_tensor_with_other_values_is_refused(tmp_path: Path) -> None:
     rows = {"student.a": {"dtype": "BOOL", "shape": [2], "data_offsets": [0, 2]}}
     (tmp_path / "a").write_bytes(raw({"__metadata__": metadata(tmp_path / "b"), **rows}, b"\x01\x02"))
-    with pytest.raises(Altered, match="is of bool"):
+    with pytest.raises(Altered, match=r"student\.a"):
         load_checkpoint(tmp_path / "a", None)
 
 
 def test_unknown_schema_names_the_version_that_reads_it(tmp_path: Path) -> None:
     changed = metadata(tmp_path / "b", schema="mal-ckpt/9", requires="mask-auto-labeler 4.2")
     (tmp_path / "a").write_bytes(raw({"__metadata__": changed}))
-    with pytest.raises(UnknownLayout, match=r"'mal-ckpt/9'.*'mal-ckpt/1'.*mask-auto-labeler 4\.2 or newer"):
+    with pytest.raises(UnknownLayout, match=r"mal-ckpt/9.*mal-ckpt/1.*mask-auto-labeler 4\.2"):
         read_header(tmp_path / "a", None)
 
 
@@ -157,9 +157,7 @@ def test_unknown_schema_names_the_version_that_reads_it(tmp_path: Path) -> None:
         ({"kind": "resume", "training": "[]"}, Altered),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(
-    tmp_path: Path, changes: dict[str, str], error: type[CheckpointError]
-) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path, changes: dict[str, str], error: type[CheckpointError]) -> None:
     (tmp_path / "a").write_bytes(raw({"__metadata__": metadata(tmp_path / "b", **changes)}))
     with pytest.raises(error):
         load_checkpoint(tmp_path / "a", None)
@@ -169,11 +167,11 @@ def test_missing_setting_is_named(tmp_path: Path) -> None:
     given = metadata(tmp_path / "b")
     del given["labeler"]
     (tmp_path / "a").write_bytes(raw({"__metadata__": given}))
-    with pytest.raises(Altered, match="'labeler' is missing"):
+    with pytest.raises(Altered, match="labeler"):
         load_checkpoint(tmp_path / "a", None)
 
 
-def test_tensor_that_belongs_nowhere_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_of_neither_weights_nor_training_state_is_refused(tmp_path: Path) -> None:
     rows = {"optimizer.a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
     (tmp_path / "a").write_bytes(raw({"__metadata__": metadata(tmp_path / "b"), **rows}, b"x"))
     with pytest.raises(UnknownLayout, match=r"optimizer\.a"):

@@ -1,4 +1,4 @@
-"""Trees of values and tensors survive JSON; anything else is refused by its place."""
+"""Trees of values and tensors survive JSON; errors name the path of any other value."""
 
 import math
 from collections import OrderedDict
@@ -29,7 +29,7 @@ TREES = st.recursive(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal in value and in type, all the way down."""
+    """Returns True if both trees are equal in values and types."""
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
@@ -43,11 +43,11 @@ def same(a: Any, b: Any) -> bool:
 
 @settings(max_examples=150, deadline=None)
 @given(tree=TREES)
-def test_any_tree_comes_back_with_its_types_and_order(tree: Any) -> None:
+def test_a_tree_survives_a_round_trip_with_its_types_and_order(tree: Any) -> None:
     assert same(from_json(to_json(tree, "tree"), {}), tree)
 
 
-def test_tensors_keep_their_place_and_names_never_collide() -> None:
+def test_tensors_keep_their_position_and_their_names_never_collide() -> None:
     tensors: dict[str, Tensor] = {}
     text = to_json({1: torch.tensor(1), "1": torch.tensor(2), "$t": torch.tensor(3)}, "state", tensors, "training/")
     assert len(tensors) == 3
@@ -56,7 +56,7 @@ def test_tensors_keep_their_place_and_names_never_collide() -> None:
     assert {key: int(value) for key, value in back.items()} == {1: 1, "1": 2, "$t": 3}
 
 
-def test_numbers_that_json_lacks_come_back() -> None:
+def test_numbers_that_json_lacks_survive_a_round_trip() -> None:
     back = from_json(to_json([math.nan, math.inf, -math.inf, -0.0, 2**100], "tree"), {})
     assert math.isnan(back[0])
     assert back[1:3] == [math.inf, -math.inf]
@@ -64,18 +64,18 @@ def test_numbers_that_json_lacks_come_back() -> None:
     assert back[4] == 2**100
 
 
-def test_subclasses_come_back_plain() -> None:
+def test_subclasses_are_decoded_as_plain_types() -> None:
     assert same(from_json(to_json(OrderedDict(a=1), "tree"), {}), {"a": 1})
 
 
 @pytest.mark.parametrize("value", [b"bytes", {1, 2}, object(), Path(), 1j, len])
-def test_other_types_are_refused_by_their_place(value: object) -> None:
-    with pytest.raises(CheckpointError, match=r"^training\.callbacks\.0\.x: a .* cannot be stored"):
+def test_the_error_names_the_path_of_a_value_of_another_type(value: object) -> None:
+    with pytest.raises(CheckpointError, match=r"^training\.callbacks\.0\.x: "):
         to_json({"callbacks": [{"x": value}]}, "training", {})
 
 
-def test_tensor_is_refused_where_none_may_be() -> None:
-    with pytest.raises(CheckpointError, match=r"^provenance\.x: a torch\.Tensor cannot be stored"):
+def test_a_tensor_is_refused_where_none_is_allowed() -> None:
+    with pytest.raises(CheckpointError, match=r"^provenance\.x: .*torch\.Tensor"):
         to_json({"x": torch.tensor(1)}, "provenance")
 
 
@@ -99,6 +99,6 @@ def test_tensor_is_refused_where_none_may_be() -> None:
         "9" * 5000,
     ],
 )
-def test_text_that_was_not_written_here_is_refused(text: str) -> None:
+def test_invalid_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         from_json(text, {})

@@ -1,4 +1,4 @@
-"""Starting weights: what fits is loaded and told, what belongs to another network is refused."""
+"""Starting weights: matching tensors are loaded and reported, weights of another network are refused."""
 
 from functools import partial
 from pathlib import Path
@@ -36,22 +36,22 @@ def save(path: Path, content: object) -> str:
     return str(path)
 
 
-def same(ours: MalNetwork, weights: dict[str, Tensor]) -> bool:
+def equals(ours: MalNetwork, weights: dict[str, Tensor]) -> bool:
     found = ours.student.backbone.state_dict()
     return all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
 
-def test_the_deit_file_fills_the_backbone_and_leaves_its_classifier() -> None:
+def test_the_deit_file_loads_into_the_backbone_except_its_classifier() -> None:
     ours = network(config=ModelConfig("vit-deit-tiny/16"))
     path = shared("weights", "deit_tiny_patch16_224.pt")
     report = load_pretrained(ours, str(path))
     assert len(report.loaded) == 150
-    assert report.left_over == ("head.weight", "head.bias")
+    assert report.unused == ("head.weight", "head.bias")
     assert {name.split(".")[0] for name in report.missing} == {"roi_head", "mask_head"}
-    assert "150 tensors loaded; starting random: roi_head (4), mask_head (8); left over: head.weight" in str(report)
+    assert all(part in str(report) for part in ("150 tensors", "roi_head (4), mask_head (8)", "head.weight"))
 
 
-def test_the_teacher_follows_the_loaded_student(tmp_path: Path) -> None:
+def test_the_teacher_is_a_copy_of_the_loaded_student(tmp_path: Path) -> None:
     ours = network()
     load_pretrained(ours, save(tmp_path / "a.pt", backbone()))
     for student, teacher in zip(ours.student.parameters(), ours.teacher.parameters(), strict=True):
@@ -61,26 +61,26 @@ def test_the_teacher_follows_the_loaded_student(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.", "module.base_encoder.", "model."])
 @pytest.mark.parametrize("wrap", [False, True])
-def test_prefixes_and_wrappers_of_published_backbones_are_seen_through(tmp_path: Path, prefix: str, wrap: bool) -> None:
+def test_prefixes_and_wrappers_of_published_backbones_are_removed(tmp_path: Path, prefix: str, wrap: bool) -> None:
     weights = {f"{prefix}{name}": tensor for name, tensor in backbone().items()}
     ours = network()
     load_pretrained(ours, save(tmp_path / "a.pth", {"model": weights} if wrap else weights))
-    assert same(ours, backbone())
+    assert equals(ours, backbone())
 
 
-def test_a_moco_checkpoint_fills_the_backbone_from_its_base_encoder(tmp_path: Path) -> None:
+def test_the_base_encoder_of_a_moco_checkpoint_loads_into_the_backbone(tmp_path: Path) -> None:
     weights = {f"module.base_encoder.{name}": tensor for name, tensor in backbone().items()}
     weights |= {f"module.momentum_encoder.{name}": tensor + 1.0 for name, tensor in backbone().items()}
     weights["module.predictor.0.weight"] = torch.zeros(4, 4)
     ours = network()
     content = {"epoch": 300, "arch": "vit_base", "state_dict": weights, "optimizer": {"state": {}}}
     report = load_pretrained(ours, save(tmp_path / "vit-b-300ep.pth.tar", content))
-    assert same(ours, backbone())
-    assert "module.predictor.0.weight" in report.left_over
+    assert equals(ours, backbone())
+    assert "module.predictor.0.weight" in report.unused
 
 
-def test_an_arch_whose_weights_timm_lacks_asks_for_a_file() -> None:
-    with pytest.raises(ConfigError, match="timm has none for this arch; give a file"):
+def test_an_arch_without_timm_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match="vit-mocov3-base/16"):
         load_pretrained(network(), "vit-mocov3-base/16")
 
 
@@ -88,11 +88,11 @@ def test_safetensors_files_load(tmp_path: Path) -> None:
     save_file(backbone(), tmp_path / "a.safetensors")
     ours = network()
     report = load_pretrained(ours, str(tmp_path / "a.safetensors"))
-    assert same(ours, backbone())
-    assert (report.origin.starting_weights, report.origin.license) == ("a.safetensors", NOT_STATED)
+    assert equals(ours, backbone())
+    assert (report.lineage.starting_weights, report.lineage.license) == ("a.safetensors", NOT_STATED)
 
 
-def test_another_grid_of_positions_is_resampled_and_told(tmp_path: Path) -> None:
+def test_a_position_table_of_another_grid_is_resampled_and_reported(tmp_path: Path) -> None:
     weights = backbone()
     weights["pos_embed"] = torch.cat([weights["pos_embed"][:, :1], torch.full((1, 36, 48), 0.5)], dim=1)
     ours = network()
@@ -102,7 +102,7 @@ def test_another_grid_of_positions_is_resampled_and_told(tmp_path: Path) -> None
     torch.testing.assert_close(table.detach()[:, 1:], torch.full((1, 64, 48), 0.5))
 
 
-def test_another_patch_size_is_resampled_and_told(tmp_path: Path) -> None:
+def test_a_patch_convolution_of_another_size_is_resampled_and_reported(tmp_path: Path) -> None:
     weights = backbone()
     weights["patch_embed.proj.weight"] = torch.zeros(48, 3, 8, 8)
     assert load_pretrained(network(), save(tmp_path / "a.pt", weights)).resampled == (
@@ -110,20 +110,20 @@ def test_another_patch_size_is_resampled_and_told(tmp_path: Path) -> None:
     )
 
 
-def test_a_conv_stem_keeps_its_random_start_under_weights_of_a_linear_one(tmp_path: Path) -> None:
+def test_a_conv_stem_stays_random_with_weights_of_a_linear_stem(tmp_path: Path) -> None:
     ours = network(config=ModelConfig("vit-demo/8"))
     torch.manual_seed(3)
     donor = timm.models.VisionTransformer(img_size=96, patch_size=8, embed_dim=192, depth=4, num_heads=3, num_classes=0)
     report = load_pretrained(ours, save(tmp_path / "a.pt", donor.state_dict()))
     assert any(name.startswith("backbone.patch_embed.proj.0") for name in report.missing)
-    assert report.left_over == ("patch_embed.proj.weight", "patch_embed.proj.bias")
+    assert report.unused == ("patch_embed.proj.weight", "patch_embed.proj.bias")
 
 
 def test_weights_of_another_width_are_refused_and_change_nothing(tmp_path: Path) -> None:
     path = save(tmp_path / "a.pt", backbone())
     ours = network(config=ModelConfig("vit-deit-tiny/16"))
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    with pytest.raises(ConfigError, match=r"has shape .* belong to another model.arch"):
+    with pytest.raises(ConfigError, match=r"model\.arch"):
         load_pretrained(ours, path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
 
@@ -146,35 +146,35 @@ def _distilled(weights: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        (_deeper, "holds blocks.2"),
-        (_shallower, "lacks backbone.blocks.1"),
-        (_layer_scale, "holds blocks.0.ls1.gamma"),
-        (_distilled, "holds dist_token"),
+        (_deeper, r"blocks\.2"),
+        (_shallower, r"backbone\.blocks\.1"),
+        (_layer_scale, r"blocks\.0\.ls1\.gamma"),
+        (_distilled, "dist_token"),
     ],
 )
-def test_weights_of_another_architecture_are_refused(tmp_path: Path, change: object, message: str) -> None:
+def test_weights_of_another_architecture_are_refused(tmp_path: Path, change: object, named: str) -> None:
     weights = backbone()
     assert callable(change)
     change(weights)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=named):
         load_pretrained(network(), save(tmp_path / "a.pt", weights))
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused(tmp_path: Path) -> None:
     weights = backbone()
     weights["norm.weight"][3] = float("nan")
-    with pytest.raises(ConfigError, match=r"norm.weight holds NaN"):
+    with pytest.raises(ConfigError, match=r"norm\.weight"):
         load_pretrained(network(), save(tmp_path / "a.pt", weights))
 
 
-def test_loading_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UnknownLayout, match=r"nothing in it fits our backbones; it begins with layer1\.weight"):
+def test_a_file_without_matching_names_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownLayout, match=r"layer1\.weight"):
         load_pretrained(network(), save(tmp_path / "resnet.pt", {"layer1.weight": torch.zeros(1)}))
 
 
-def test_a_checkpoint_of_ours_fills_heads_too(tmp_path: Path) -> None:
+def test_a_malckpt_also_loads_into_the_heads(tmp_path: Path) -> None:
     donor = network(9)
     path = tmp_path / "donor.malckpt"
     settings = LabelerConfig(crop_size=64)
@@ -182,12 +182,12 @@ def test_a_checkpoint_of_ours_fills_heads_too(tmp_path: Path) -> None:
     save_checkpoint(path, Checkpoint(MICRO, settings, donor.state_dict(), [], provenance), None)
     ours = network()
     report = load_pretrained(ours, str(path))
-    assert report.missing == report.left_over == ()
+    assert report.missing == report.unused == ()
     assert torch.equal(ours.student.roi_head.mlp1.weight, donor.student.roi_head.mlp1.weight)
-    assert report.origin.license == "Apache-2.0"
+    assert report.lineage.license == "Apache-2.0"
 
 
-def test_the_origin_names_the_weights_that_were_read_though_the_file_has_moved_on(
+def test_the_lineage_names_the_weights_read_even_if_the_file_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "latest.malckpt"
@@ -195,17 +195,17 @@ def test_the_origin_names_the_weights_that_were_read_though_the_file_has_moved_o
     save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), network().state_dict(), [], first), None)
     sha256 = load_checkpoint(path, None).sha256
 
-    def load_and_move_on(*args: Any, **options: Any) -> Checkpoint:
-        read = load_checkpoint(*args, **options)
+    def load_and_replace(*args: Any, **options: Any) -> Checkpoint:
+        loaded = load_checkpoint(*args, **options)
         save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), network(9).state_dict(), [], second), None)
-        return read
+        return loaded
 
-    monkeypatch.setattr(pretrained, "load_checkpoint", load_and_move_on)
-    origin = load_pretrained(network(), str(path)).origin
-    assert origin.lineage[-1] == {"checkpoint": path.name, "sha256": sha256, **first}
+    monkeypatch.setattr(pretrained, "load_checkpoint", load_and_replace)
+    lineage = load_pretrained(network(), str(path)).lineage
+    assert lineage.ancestors[-1] == {"checkpoint": path.name, "sha256": sha256, **first}
 
 
-def test_a_checkpoint_of_tao_fills_heads_too(tmp_path: Path) -> None:
+def test_a_checkpoint_of_tao_also_loads_into_the_heads(tmp_path: Path) -> None:
     donor = network(9)
     weights = {
         name.replace(".weight", ".conv.weight").replace(".bias", ".conv.bias")
@@ -222,12 +222,12 @@ def test_a_checkpoint_of_tao_fills_heads_too(tmp_path: Path) -> None:
 def test_heads_of_another_width_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "donor.malckpt"
     save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(crop_size=64), network().state_dict(), [], {}), None)
-    with pytest.raises(ConfigError, match="settings of the mask head"):
+    with pytest.raises(ConfigError, match="mask head"):
         load_pretrained(network(config=ModelConfig("vit-micro/16", mask_head_hidden_channel=16)), str(path))
 
 
-def test_a_timm_name_goes_through_timms_own_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    # timm reads a file in place of the hub: its name check, construction and loading are the real ones.
+def test_a_timm_name_is_loaded_by_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    # timm reads a file instead of the hub: name check, construction and loading are the real ones.
     overlay = {"file": str(shared("weights", "deit_tiny_patch16_224.pt"))}
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, pretrained_cfg_overlay=overlay))
     ours = network(config=ModelConfig("vit-deit-tiny/16"))
@@ -238,27 +238,27 @@ def test_a_timm_name_goes_through_timms_own_loading(monkeypatch: pytest.MonkeyPa
     assert load_pretrained(ours, "vit-deit-tiny/16").loaded == report.loaded
 
 
-def test_a_failed_download_says_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_a_configuration_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object, **_kwargs: object) -> None:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(ConfigError, match=r"no route to host.*give its path"):
+    with pytest.raises(ConfigError, match="no route to host"):
         load_pretrained(network(config=ModelConfig("vit-deit-tiny/16")), "deit_tiny_patch16_224.fb_in1k")
 
 
-def test_a_name_that_timm_lacks_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'deit_small_patch16_224"):
+def test_the_error_of_an_unknown_timm_name_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="deit_small_patch16_224"):
         load_pretrained(network(), "deit_smal_patch16_224")
 
 
-def test_a_missing_file_is_a_mistake_of_the_setting() -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+def test_a_missing_file_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"weights/absent\.pt"):
         load_pretrained(network(), "weights/absent.pt")
 
 
 @pytest.mark.parametrize(
-    ("source", "licence"),
+    ("source", "license"),
     [
         ("deit_tiny_patch16_224.fb_in1k", "Apache-2.0"),
         ("vit_base_patch16_224.mae", "CC-BY-NC-4.0"),

@@ -1,6 +1,6 @@
-"""The weights published for each row, in the layout of timm's networks: a file of them fills the whole backbone.
+"""Published weights of each backbone, in the layout of timm, load into the complete backbone.
 
-The values are random: names, shapes and where each tensor goes are what is proven.
+The values are random: the tests prove names, shapes and the destination of each tensor.
 """
 
 from dataclasses import replace
@@ -20,10 +20,10 @@ from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.kernel.networks.vit import VitSize
 
 DEPTH = 1
-"""Blocks of each network here: the others have the same names and shapes, and the real huge one is 2.5 GB."""
+"""Blocks of each network in these tests. More blocks have the same names and shapes; the huge network takes 2.5 GB."""
 CLASSIFIERS = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
 MOCO = {"vit-mocov3-base/16": "vit_base_patch16_224"}
-"""Facebook's file, which timm does not have, holds a plain ViT-B under this prefix."""
+"""Backbones whose published file timm lacks. It holds a plain ViT-B with the prefix MOCO_PREFIX."""
 MOCO_PREFIX = "module.base_encoder."
 VITS = sorted(
     arch
@@ -33,7 +33,7 @@ VITS = sorted(
 
 
 def published_file(arch: str, path: Path) -> dict[str, Tensor]:
-    """Write what is published for `arch`, cut to DEPTH blocks, to `path`; the weights under timm's names."""
+    """Writes a file like the published one of `arch` with DEPTH blocks; returns its weights under timm's names."""
     name = BACKBONES[arch].pretrained or MOCO[arch]
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in timm.create_model(name, depth=DEPTH).state_dict().items()}
@@ -50,26 +50,26 @@ def published_file(arch: str, path: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("arch", VITS)
-def test_a_published_file_fills_the_backbone_and_leaves_nothing_but_its_classifier(
+def test_a_published_file_loads_into_the_complete_backbone(
     arch: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = cast(VitSize, BACKBONES[arch])
-    # A table of another grid, as one fitted to a larger crop would be: it has to be resampled from the published one.
+    # A larger grid, as for a larger crop: the position table must be resampled from the published one.
     monkeypatch.setitem(backbones.BACKBONES, arch, replace(row, depth=DEPTH, grid=row.grid + 2))
     ours = MalNetwork(ModelConfig(arch, mask_head_num_convs=1, mask_head_hidden_channel=4, mask_head_out_channel=4))
     weights = published_file(arch, tmp_path / f"published{suffix}")
     report = load_pretrained(ours, str(tmp_path / f"published{suffix}"))
 
     assert not any(name.startswith("backbone.") for name in report.missing)
-    assert set(report.left_over) <= CLASSIFIERS
+    assert set(report.unused) <= CLASSIFIERS
     assert report.resampled == ("backbone.pos_embed",)
-    found = ours.student.backbone.state_dict()
-    found["dist_token"] = found.pop("reg_token", torch.empty(0))
+    loaded = ours.student.backbone.state_dict()
+    loaded["dist_token"] = loaded.pop("reg_token", torch.empty(0))
     for name in weights.keys() - CLASSIFIERS - {"pos_embed"}:
-        assert torch.equal(found[name], weights[name]), name
+        assert torch.equal(loaded[name], weights[name]), name
     extra = weights["pos_embed"].shape[1] - row.grid**2
-    assert found["pos_embed"].shape[1] == extra + (row.grid + 2) ** 2
-    assert torch.equal(found["pos_embed"][:, :extra], weights["pos_embed"][:, :extra])
+    assert loaded["pos_embed"].shape[1] == extra + (row.grid + 2) ** 2
+    assert torch.equal(loaded["pos_embed"][:, :extra], weights["pos_embed"][:, :extra])
 
 
 SHAPES = {
@@ -93,11 +93,11 @@ SHAPES = {
     "fan_base_16_p4_hybrid": (448, 16, 8, 16),
     "fan_large_16_p4_hybrid": (480, 22, 10, 16),
 }
-"""Width, blocks, heads and patch of the published networks, by the names that are their own and not ours."""
+"""Width, depth, heads and patch size of the published networks."""
 
 
 @pytest.mark.parametrize("arch", sorted(SHAPES))
-def test_a_row_has_the_published_width_depth_heads_and_patch_and_gives_a_map_of_them(arch: str) -> None:
+def test_a_backbone_has_the_published_width_depth_heads_and_patch_size(arch: str) -> None:
     width, depth, heads, patch = SHAPES[arch]
     row = BACKBONES[arch]
     assert (row.width, row.patch) == (width, patch)

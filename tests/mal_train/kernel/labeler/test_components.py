@@ -1,22 +1,22 @@
-"""Which connected parts of a mask count as specks."""
+"""Removal of small components, and detection of a second one."""
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mal_train.kernel.labeler.components import has_second_part, remove_small_regions
+from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
 
 
-def parts_of(*sizes: int) -> NDArray[np.bool_]:
-    """A row for each size, so many pixels long."""
+def mask_with_components(*sizes: int) -> NDArray[np.bool_]:
+    """Returns a mask with one row of pixels for each size."""
     mask = np.zeros((2 * len(sizes), max(sizes)), bool)
-    for at, size in enumerate(sizes):
-        mask[2 * at, :size] = True
+    for index, size in enumerate(sizes):
+        mask[2 * index, :size] = True
     return mask
 
 
 @pytest.mark.parametrize(
-    ("sizes", "least_px", "left"),
+    ("sizes", "min_area_px", "remaining"),
     [
         ((20, 3, 5), 0, 28),
         ((20, 3, 5), 1, 28),
@@ -27,14 +27,16 @@ def parts_of(*sizes: int) -> NDArray[np.bool_]:
         ((4,), 100, 4),
     ],
 )
-def test_parts_below_the_limit_go_and_the_largest_stays(sizes: tuple[int, ...], least_px: int, left: int) -> None:
-    mask = parts_of(*sizes)
-    kept = remove_small_regions(mask, least_px)
-    assert np.count_nonzero(kept) == left
+def test_components_below_the_limit_are_removed_except_the_largest(
+    sizes: tuple[int, ...], min_area_px: int, remaining: int
+) -> None:
+    mask = mask_with_components(*sizes)
+    kept = remove_small_regions(mask, min_area_px)
+    assert np.count_nonzero(kept) == remaining
     assert not (kept & ~mask).any()
 
 
-def test_pixels_that_touch_at_a_corner_are_one_part() -> None:
+def test_pixels_that_touch_at_a_corner_are_one_component() -> None:
     mask = np.eye(6, dtype=bool)
     np.testing.assert_array_equal(remove_small_regions(mask, 5), mask)
 
@@ -44,6 +46,6 @@ def test_an_empty_mask_stays_empty() -> None:
     assert remove_small_regions(np.zeros((0, 0), bool), 10).shape == (0, 0)
 
 
-def test_a_part_of_one_percent_is_a_second_part() -> None:
-    assert has_second_part(parts_of(98, 1))
-    assert not has_second_part(parts_of(100, 1))
+def test_a_component_of_one_percent_counts_as_a_second_one() -> None:
+    assert has_second_component(mask_with_components(98, 1))
+    assert not has_second_component(mask_with_components(100, 1))

@@ -1,3 +1,5 @@
+"""Each contested pixel is assigned to one box of its image."""
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ def claim(region: Region, value: float, limit: float = 0.5) -> MaskClaim:
     return MaskClaim(region, np.full((region.row1 - region.row0, region.col1 - region.col0), value, np.float32), limit)
 
 
-def test_the_plate_keeps_its_pixels_and_the_table_loses_them() -> None:
+def test_contested_pixels_go_to_the_smaller_mask() -> None:
     table, plate = claim(Region(0, 0, 16, 12), 0.9), claim(Region(4, 4, 8, 8), 0.8)
     kept = assign_pixels([table, plate], HW)
     assert kept[1].all()
@@ -20,22 +22,22 @@ def test_the_plate_keeps_its_pixels_and_the_table_loses_them() -> None:
     assert kept[0].sum() == 12 * 16 - 16
 
 
-def test_of_two_alike_the_surer_claim_wins() -> None:
-    doubtful, sure = claim(Region(0, 0, 6, 4), 0.6), claim(Region(3, 0, 9, 4), 0.95)
-    kept = assign_pixels([doubtful, sure], HW)
+def test_of_two_equal_sizes_the_higher_probability_wins() -> None:
+    low, high = claim(Region(0, 0, 6, 4), 0.6), claim(Region(3, 0, 9, 4), 0.95)
+    kept = assign_pixels([low, high], HW)
     assert not kept[0][:, 3:].any()
     assert kept[1].all()
 
 
-def test_an_uncontested_mask_stays_as_it_is_even_below_one_half() -> None:
+def test_an_uncontested_mask_is_unchanged_even_below_one_half() -> None:
     alone = claim(Region(2, 1, 7, 9), 0.2, limit=0.1)
     assert assign_pixels([alone], HW)[0].all()
 
 
-def test_certain_probabilities_and_empty_regions_do_no_harm() -> None:
-    nothing = MaskClaim(Region(5, 5, 5, 5), np.zeros((0, 0), np.float32), 0.5)
-    backwards = MaskClaim(Region(9, 3, 5, 3), np.zeros((0, 0), np.float32), 0.5)
-    kept = assign_pixels([claim(Region(0, 0, 4, 4), 1.0), nothing, backwards, claim(Region(0, 0, 4, 4), 1.0)], HW)
+def test_probabilities_of_one_and_empty_regions_are_accepted() -> None:
+    empty = MaskClaim(Region(5, 5, 5, 5), np.zeros((0, 0), np.float32), 0.5)
+    inverted = MaskClaim(Region(9, 3, 5, 3), np.zeros((0, 0), np.float32), 0.5)
+    kept = assign_pixels([claim(Region(0, 0, 4, 4), 1.0), empty, inverted, claim(Region(0, 0, 4, 4), 1.0)], HW)
     assert kept[0].all()
     assert not kept[3].any()
     assert kept[1].size == 0
@@ -43,7 +45,7 @@ def test_certain_probabilities_and_empty_regions_do_no_harm() -> None:
 
 @given(st.integers(0, 10_000), st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
-def test_no_pixel_is_kept_twice_and_every_claimed_one_once(seed: int, number: int) -> None:
+def test_every_claimed_pixel_is_assigned_exactly_once(seed: int, number: int) -> None:
     rng = np.random.default_rng(seed)
     claims = []
     for _ in range(number):

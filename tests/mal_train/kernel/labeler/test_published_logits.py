@@ -1,4 +1,4 @@
-"""The whole way from a file's boxes to logits, against the published end-to-end run."""
+"""Boxes of a file to logits, compared with the published end-to-end run."""
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from tests.mal_train.kernel.published import TAO, state_dict
 from tests.reference import fixture
 
 
-def test_crops_windows_and_logits_of_a_files_boxes_agree_with_the_published_run() -> None:
-    foreign = from_tao(state_dict(TAO), "published")
-    network = MalNetwork(foreign.model).eval()
-    network.load_state_dict(foreign.weights)
+def test_windows_and_logits_equal_those_of_the_published_run() -> None:
+    imported = from_tao(state_dict(TAO), "published")
+    network = MalNetwork(imported.model).eval()
+    network.load_state_dict(imported.weights)
     labeler = Labeler(network, LabelerConfig(crop_size=224, margin_rate=0.6, compat=Compat.TAO), precision="float32")
     coco = read_coco(fixture("k_e2e_boxes.json"))
     boxes = {annotation.id: annotation for annotation in coco.annotations}
@@ -32,7 +32,7 @@ def test_crops_windows_and_logits_of_a_files_boxes_agree_with_the_published_run(
         crops.append(crop)
     assert [list(crop.window) for crop in crops] == windows
     x = normalize(torch.from_numpy(np.stack([crop.pixels for crop in crops])))
-    branch = torch.from_numpy(network_size_class([crop.area for crop in crops], Compat.TAO))
+    size_class_N = torch.from_numpy(network_size_class([crop.area for crop in crops], Compat.TAO))
     with torch.inference_mode():
-        logits = network.logits(x, branch)
+        logits = network.logits(x, size_class_N)
     np.testing.assert_allclose(logits.numpy(), expected, atol=1e-3, rtol=0)

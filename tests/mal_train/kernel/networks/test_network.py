@@ -1,4 +1,4 @@
-"""Parity with the published forward, the size branches, and what student and teacher may do to each other."""
+"""The network: parity with the published forward pass, size classes, student and teacher."""
 
 import functools
 
@@ -12,9 +12,9 @@ from mal_train.core.settings import Branch, Compat, network_size_class
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.networks.heads import resize
 from mal_train.kernel.networks.network import (
-    BRANCH_SCALE,
     IMAGE_MEAN,
     IMAGE_STD,
+    SIZE_CLASS_SCALE,
     MalNetwork,
     MaskNetwork,
     ModelConfig,
@@ -37,7 +37,7 @@ def crops(number: int, side: int = 64, seed: int = 1) -> Tensor:
 
 
 CROPS = {"crop128_s1": (1, 3, 128), "crop224_s2": (2, 3, 224), "crop512_s5": (5, 2, 512), "areaborder": (6, 4, 128)}
-"""Stored forwards: seed, number and side of the crops."""
+"""Stored forward passes: seed, number and side of the crops."""
 LAYOUTS = {
     "tao_vit_deit_tiny16": published.TAO,
     "nv_vit_deit_tiny16": published.NVLABS,
@@ -49,9 +49,9 @@ LAYOUTS = {
 
 @functools.cache
 def published_network(name: str) -> MalNetwork:
-    found = from_tao(published.state_dict(LAYOUTS[name]), "reference")
-    network = MalNetwork(found.model).eval()
-    network.load_state_dict(found.weights)
+    imported = from_tao(published.state_dict(LAYOUTS[name]), "reference")
+    network = MalNetwork(imported.model).eval()
+    network.load_state_dict(imported.weights)
     return network
 
 
@@ -62,23 +62,23 @@ def tao_network() -> MalNetwork:
 
 @pytest.mark.parametrize("name", sorted(CROPS))
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_logits_agree_with_the_published_forward(layout: str, name: str) -> None:
+def test_logits_agree_with_the_published_forward_pass(layout: str, name: str) -> None:
     if name == "areaborder" and layout.startswith("tao6"):
         return  # TAO 6.0 has no such file.
     tao_network, (seed, number, side) = published_network(layout), CROPS[name]
     with np.load(fixture(f"e_forward_{layout}_{name}.npz")) as stored:
         box_xyxy, expected = stored["bboxes"], stored["seg"]
     area = (box_xyxy[:, 2] - box_xyxy[:, 0]) * (box_xyxy[:, 3] - box_xyxy[:, 1])
-    branch_N = torch.from_numpy(network_size_class(area, Compat.TAO))
+    size_class_N = torch.from_numpy(network_size_class(area, Compat.TAO))
     with torch.inference_mode():
-        logits = tao_network.logits(published.smooth_input(seed, number, side), branch_N)
+        logits = tao_network.logits(published.smooth_input(seed, number, side), size_class_N)
     assert logits.dtype == torch.float32
     np.testing.assert_allclose(logits.numpy(), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", sorted(set(CROPS) - {"areaborder"}))
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_what_lies_between_crops_and_logits_agrees_with_the_published_forward(layout: str, name: str) -> None:
+def test_intermediate_features_agree_with_the_published_forward_pass(layout: str, name: str) -> None:
     student, (seed, number, side) = published_network(layout).student, CROPS[name]
     with np.load(fixture(f"e_forward_{layout}_{name}.npz")) as stored:
         expected = {part: stored[part] for part in ("roi", "feat_tokens", "spatial_feat_c8", "maskfeat0_c8")}
@@ -86,36 +86,36 @@ def test_what_lies_between_crops_and_logits_agrees_with_the_published_forward(la
     x = published.smooth_input(seed, number, side)
     np.testing.assert_allclose(x.flatten()[[0, 1000, -1]].numpy(), values, atol=1e-6, rtol=0)
     area = (box_xyxy[:, 2] - box_xyxy[:, 0]) * (box_xyxy[:, 3] - box_xyxy[:, 1])
-    branches = network_size_class(area, Compat.TAO).tolist()
-    first = branches.index(min(branches))  # the published code works through the sizes, and kept the first that came
+    size_classes = network_size_class(area, Compat.TAO).tolist()
+    first = size_classes.index(min(size_classes))  # the published run stored the first crop of the smallest size class
     with torch.inference_mode():
         feat = student.backbone(x)
-        pixels = student.mask_head(resize(feat[[first]], BRANCH_SCALE[branches[first]]))
-        found = {
+        pixels = student.mask_head(resize(feat[[first]], SIZE_CLASS_SCALE[size_classes[first]]))
+        actual = {
             "roi": student.roi_head(feat),
-            # The class token and two of patches. Nothing reads it at the end, and our FAN does not even make it there.
+            # The class token and two patch tokens. The class token is unused, and this FAN never computes it.
             "feat_tokens": feat.flatten(2).transpose(1, 2)[:, :2],
             "spatial_feat_c8": feat[:, :8],
             "maskfeat0_c8": pixels[:, :8],
         }
     expected["feat_tokens"] = expected["feat_tokens"][:, 1:]
     for part, value in expected.items():
-        np.testing.assert_allclose(found[part].numpy(), value, atol=1e-3, rtol=0, err_msg=part)
+        np.testing.assert_allclose(actual[part].numpy(), value, atol=1e-3, rtol=0, err_msg=part)
 
 
-def test_bfloat16_stays_near_float32(tao_network: MalNetwork) -> None:
-    x, branch_N = published.smooth_input(2, 3, 224), torch.tensor([0, 1, 2])
+def test_bfloat16_is_close_to_float32(tao_network: MalNetwork) -> None:
+    x, size_class_N = published.smooth_input(2, 3, 224), torch.tensor([0, 1, 2])
     with torch.inference_mode():
-        exact = tao_network.logits(x, branch_N)
+        exact = tao_network.logits(x, size_class_N)
         with torch.autocast("cpu", torch.bfloat16):
-            rough = tao_network.logits(x, branch_N)
-    assert rough.dtype == torch.float32
-    # The published network moves by 0.26 at most between the two formats, at a deviation of 2.8.
-    assert float((rough - exact).abs().max()) < 0.4
-    assert float((rough - exact).abs().mean()) < 0.04
+            approximate = tao_network.logits(x, size_class_N)
+    assert approximate.dtype == torch.float32
+    # The logits of the published network differ by at most 0.26 between both dtypes, at a standard deviation of 2.8.
+    assert float((approximate - exact).abs().max()) < 0.4
+    assert float((approximate - exact).abs().mean()) < 0.04
 
 
-def test_a_box_of_no_branch_gets_logits_of_zero() -> None:
+def test_a_box_of_no_size_class_has_logits_of_zero() -> None:
     network = micro()
     logits = network.logits(crops(3), torch.tensor([-1, 1, -1]))
     assert not logits[0].any()
@@ -123,25 +123,25 @@ def test_a_box_of_no_branch_gets_logits_of_zero() -> None:
     assert logits[1].any()
 
 
-def test_a_batch_of_no_branch_can_still_be_trained_on() -> None:
+def test_a_batch_of_no_size_class_has_a_backward_pass() -> None:
     network = micro().train()
     loss = network.logits(crops(2), torch.tensor([-1, -1])).sum()
     (gradient,) = torch.autograd.grad(loss, network.student.roi_head.mlp2.weight)
     assert not gradient.any()
 
 
-def test_mixed_branches_answer_each_crop_as_its_own_branch_does() -> None:
+def test_a_batch_of_mixed_size_classes_equals_separate_batches() -> None:
     network, x = micro(), crops(5)
-    branches = [2, 0, 1, 1, 0]
+    size_classes = [2, 0, 1, 1, 0]
     with torch.inference_mode():
-        together = network.logits(x, torch.tensor(branches))
-        alone = [network.logits(x[i : i + 1], torch.tensor([branch])) for i, branch in enumerate(branches)]
+        together = network.logits(x, torch.tensor(size_classes))
+        alone = [network.logits(x[i : i + 1], torch.tensor([index])) for i, index in enumerate(size_classes)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
-def test_branches_differ() -> None:
+def test_size_classes_have_different_logits() -> None:
     network, x = micro(), crops(1)
-    small, medium, large = (network.logits(x, torch.tensor([branch])) for branch in range(3))
+    small, medium, large = (network.logits(x, torch.tensor([index])) for index in range(3))
     assert not torch.allclose(small, medium, atol=1e-3)
     assert not torch.allclose(medium, large, atol=1e-3)
 
@@ -149,7 +149,9 @@ def test_branches_differ() -> None:
 @pytest.mark.parametrize("convs", [1, 2, 3, 5])
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 3.0])
 @pytest.mark.parametrize("before", [1, 2])
-def test_any_mask_head_gives_a_map_of_a_quarter_of_the_crop(convs: int, ratio: float, before: int) -> None:
+def test_the_logit_map_has_a_quarter_of_the_crop_size_for_every_mask_head(
+    convs: int, ratio: float, before: int
+) -> None:
     config = ModelConfig(
         "vit-micro/16",
         mask_head_num_convs=convs,
@@ -186,18 +188,18 @@ def test_the_published_default_without_size_adjustment_is_the_medium_branch_inte
         torch.testing.assert_close(fixing.logits(x, medium), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("side", "near"), [(100, "96 or 112"), (8, "take 16"), (0, "take 16"), (250, "240 or 256")])
-def test_a_crop_that_is_no_multiple_of_the_patch_is_refused_with_the_nearest_sizes(side: int, near: str) -> None:
+@pytest.mark.parametrize(("side", "near"), [(100, "96 or 112"), (8, "16"), (0, "16"), (250, "240 or 256")])
+def test_the_error_of_a_crop_size_names_the_nearest_multiples_of_the_patch(side: int, near: str) -> None:
     with pytest.raises(ConfigError, match=near):
         micro().logits(torch.zeros(1, 3, side, side), torch.tensor([1]))
 
 
 def test_a_crop_that_is_not_square_is_refused() -> None:
-    with pytest.raises(ConfigError, match="square"):
+    with pytest.raises(ConfigError, match=r"32 x 64|64 x 32"):
         micro().logits(torch.zeros(1, 3, 32, 64), torch.tensor([1]))
 
 
-def test_teacher_starts_as_a_copy_of_the_student_with_its_own_memory() -> None:
+def test_the_teacher_starts_as_a_copy_of_the_student_with_its_own_memory() -> None:
     network = micro()
     for ours, theirs in zip(network.student.parameters(), network.teacher.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -207,18 +209,18 @@ def test_teacher_starts_as_a_copy_of_the_student_with_its_own_memory() -> None:
 def test_gradients_reach_the_student_and_never_the_teacher() -> None:
     network = micro().train()
     loss = network.logits(crops(3), torch.tensor([0, 1, 2]), Branch.MIXED).square().mean()
-    # Raises where a parameter takes no part.
+    # Raises for a parameter without gradient.
     assert all(gradient.any() for gradient in torch.autograd.grad(loss, list(network.student.parameters())))
     assert not any(p.requires_grad for p in network.teacher.parameters())
     assert not network.logits(crops(1), torch.tensor([1]), Branch.TEACHER).requires_grad
 
 
-def test_teacher_stays_in_evaluation_mode_while_the_student_drops_paths() -> None:
+def test_the_teacher_stays_in_evaluation_mode_while_the_student_drops_paths() -> None:
     network = MalNetwork(ModelConfig("vit-micro/16", vit_dpr=0.5)).train()
-    x, branch_N = crops(4), torch.tensor([1, 1, 1, 1])
+    x, size_class_N = crops(4), torch.tensor([1, 1, 1, 1])
     torch.manual_seed(0)
-    teacher = [network.logits(x, branch_N, Branch.TEACHER) for _ in range(2)]
-    student = [network.logits(x, branch_N) for _ in range(4)]
+    teacher = [network.logits(x, size_class_N, Branch.TEACHER) for _ in range(2)]
+    student = [network.logits(x, size_class_N) for _ in range(4)]
     assert torch.equal(*teacher)
     assert any(not torch.equal(student[0], other) for other in student[1:])
 
@@ -227,18 +229,18 @@ def test_mixed_is_the_mean_of_both_logit_maps() -> None:
     network = micro()
     with torch.no_grad():
         network.teacher.roi_head.mlp2.weight.mul_(-0.5)
-    x, branch_N = crops(2), torch.tensor([1, 2])
-    both = [network.logits(x, branch_N, which) for which in (Branch.STUDENT, Branch.TEACHER)]
-    torch.testing.assert_close(network.logits(x, branch_N, Branch.MIXED), (both[0] + both[1]) / 2)
+    x, size_class_N = crops(2), torch.tensor([1, 2])
+    both = [network.logits(x, size_class_N, branch) for branch in (Branch.STUDENT, Branch.TEACHER)]
+    torch.testing.assert_close(network.logits(x, size_class_N, Branch.MIXED), (both[0] + both[1]) / 2)
 
 
-def test_weights_are_named_after_their_network_and_part() -> None:
+def test_weights_are_named_by_network_and_module() -> None:
     names = {".".join(name.split(".")[:2]) for name in micro().state_dict()}
     parts = ("backbone", "roi_head", "mask_head")
     assert names == {f"{network}.{part}" for network in ("student", "teacher") for part in parts}
 
 
-def test_mask_head_starts_kaiming_normal_by_fan_out_with_zero_biases() -> None:
+def test_the_mask_head_is_initialized_kaiming_normal_by_fan_out_with_zero_biases() -> None:
     torch.manual_seed(0)
     head = MaskNetwork(ModelConfig("vit-micro/16")).mask_head
     for convolution in head.convs:
@@ -249,7 +251,7 @@ def test_mask_head_starts_kaiming_normal_by_fan_out_with_zero_biases() -> None:
         assert not convolution.bias.any()
 
 
-def test_normalize_takes_imagenets_mean_and_deviation_out() -> None:
+def test_normalize_uses_imagenets_mean_and_standard_deviation() -> None:
     image = torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8)
     expected = [(v / 255 - m) / s for v, m, s in zip((0, 128, 255), IMAGE_MEAN, IMAGE_STD, strict=True)]
     out = normalize(image)
@@ -280,7 +282,7 @@ def test_probabilities_carry_gradients() -> None:
     torch.testing.assert_close(gradient.sum(), torch.tensor(2 * 64 * 0.25))
 
 
-def test_settings_survive_the_checkpoint_form() -> None:
+def test_model_config_survives_a_round_trip() -> None:
     config = ModelConfig("vit-micro/16", 3, 32, 16, 2, 1.5, True, 0.1)
     assert ModelConfig.from_dict(config.to_dict()) == config
 
@@ -308,34 +310,36 @@ def test_a_setting_out_of_range_is_refused_by_name(field: str, value: float) -> 
 
 
 @pytest.mark.parametrize("arch", ["vit-micro/16", "fan_tiny_8_p4_hybrid"])
-def test_a_network_of_given_weights_is_the_one_that_they_were_copied_into_and_copies_none(arch: str) -> None:
+def test_from_weights_shares_memory_with_the_given_tensors(arch: str) -> None:
     config = ModelConfig(arch, mask_head_hidden_channel=16, mask_head_out_channel=12)
     source = micro(3, config)
     weights = source.weights()
-    network = MalNetwork.of(config, weights).eval()
+    network = MalNetwork.from_weights(config, weights).eval()
     named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     assert {name: tensor.data_ptr() for name, tensor in named.items()} == {n: w.data_ptr() for n, w in weights.items()}
     assert not any(parameter.requires_grad for parameter in network.teacher.parameters())
-    x, branch_N = crops(2), torch.tensor([0, 2])
+    x, size_class_N = crops(2), torch.tensor([0, 2])
     with torch.inference_mode():
-        for which in Branch:
-            assert torch.equal(network.logits(x, branch_N, which), source.logits(x, branch_N, which))
+        for branch in Branch:
+            assert torch.equal(network.logits(x, size_class_N, branch), source.logits(x, size_class_N, branch))
 
 
-def test_a_network_of_the_students_weights_alone_answers_as_the_student() -> None:
+def test_a_network_without_a_teacher_supports_the_student_branch_only() -> None:
     source = micro()
-    network = MalNetwork.of(MICRO, {n: w.double() for n, w in source.weights().items() if n.startswith("student.")})
+    network = MalNetwork.from_weights(
+        MICRO, {n: w.double() for n, w in source.weights().items() if n.startswith("student.")}
+    )
     with torch.inference_mode():
-        x, branch_N = crops(1), torch.tensor([1])
-        assert torch.equal(network.eval().logits(x, branch_N), source.logits(x, branch_N))
-        with pytest.raises(ConfigError, match="student alone"):
-            network.logits(x, branch_N, Branch.TEACHER)
+        x, size_class_N = crops(1), torch.tensor([1])
+        assert torch.equal(network.eval().logits(x, size_class_N), source.logits(x, size_class_N))
+        with pytest.raises(ConfigError, match="branch teacher"):
+            network.logits(x, size_class_N, Branch.TEACHER)
 
 
-def test_a_network_of_weights_that_do_not_fit_is_refused() -> None:
+def test_weights_of_other_names_or_shapes_are_refused() -> None:
     weights = micro().weights()
     name = next(iter(weights))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        MalNetwork.of(MICRO, {**weights, name: torch.zeros(3)})
+        MalNetwork.from_weights(MICRO, {**weights, name: torch.zeros(3)})
     with pytest.raises(RuntimeError, match="Missing key"):
-        MalNetwork.of(MICRO, {n: w for n, w in weights.items() if n != name})
+        MalNetwork.from_weights(MICRO, {n: w for n, w in weights.items() if n != name})

@@ -1,4 +1,4 @@
-"""The ViT family: its variants against timm's, the two stems, and our attention against torch's."""
+"""The ViT family: its variants compared with timm's, both stems, and attention compared with torch's."""
 
 from dataclasses import replace
 from typing import cast
@@ -26,10 +26,10 @@ from mal_train.kernel.networks.vit import Vit, VitSize, attention
         ("vit-deit-iii-base-224/16", "deit3_base_patch16_224"),
     ],
 )
-def test_a_variant_is_timms_network_with_its_extra_tokens_dropped(
+def test_a_variant_equals_timms_network_without_its_extra_tokens(
     arch: str, theirs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two blocks tell everything, and fit in a test's time.
+    # Two blocks cover all code and keep the test fast.
     size = replace(cast(VitSize, backbone_size(arch)), depth=2)
     monkeypatch.setitem(backbones.BACKBONES, arch, size)
     torch.manual_seed(0)
@@ -52,14 +52,14 @@ def test_a_variant_is_timms_network_with_its_extra_tokens_dropped(
 
 @pytest.mark.parametrize("stem", ["linear", "conv"])
 @pytest.mark.parametrize("patch", [8, 16])
-def test_both_stems_give_one_vector_a_patch(stem: str, patch: int) -> None:
+def test_both_stems_give_one_vector_per_patch(stem: str, patch: int) -> None:
     size = VitSize(32, 1, 2, patch=patch, grid=4, stem="conv" if stem == "conv" else "linear")
     network = Vit(size).eval()
     assert network(torch.zeros(2, 3, 4 * patch, 4 * patch)).shape == (2, 32, 4, 4)
     assert network(torch.zeros(2, 3, 6 * patch, 6 * patch)).shape == (2, 32, 6, 6)
 
 
-def test_a_crops_features_depend_on_no_other_crop_of_the_batch() -> None:
+def test_features_of_a_crop_do_not_depend_on_its_batch() -> None:
     torch.manual_seed(0)
     network = build_backbone("vit-demo/8").eval()
     x = torch.randn(3, 3, 48, 48)
@@ -68,13 +68,13 @@ def test_a_crops_features_depend_on_no_other_crop_of_the_batch() -> None:
 
 
 def test_a_conv_stem_needs_a_patch_that_is_a_power_of_two() -> None:
-    with pytest.raises(ConfigError, match="power of two"):
+    with pytest.raises(ConfigError, match="patch 12"):
         Vit(VitSize(48, 1, 3, patch=12, stem="conv"))
 
 
 @pytest.mark.parametrize("fits_cache", [True, False])
-def test_attention_in_bfloat16_agrees_with_torchs_own(monkeypatch: pytest.MonkeyPatch, fits_cache: bool) -> None:
-    monkeypatch.setattr(vit, "SCORES_THAT_FIT_THE_CACHE", 1 << 20 if fits_cache else 0)
+def test_attention_in_bfloat16_agrees_with_torch(monkeypatch: pytest.MonkeyPatch, fits_cache: bool) -> None:
+    monkeypatch.setattr(vit, "MAX_CACHED_SCORES", 1 << 20 if fits_cache else 0)
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 17, 16).bfloat16().unbind(0)
     expected = functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
@@ -82,20 +82,20 @@ def test_attention_in_bfloat16_agrees_with_torchs_own(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("fits_cache", [True, False])
-def test_attention_in_bfloat16_has_torchs_gradients(monkeypatch: pytest.MonkeyPatch, fits_cache: bool) -> None:
-    monkeypatch.setattr(vit, "SCORES_THAT_FIT_THE_CACHE", 1 << 20 if fits_cache else 0)
+def test_gradients_of_attention_in_bfloat16_agree_with_torch(monkeypatch: pytest.MonkeyPatch, fits_cache: bool) -> None:
+    monkeypatch.setattr(vit, "MAX_CACHED_SCORES", 1 << 20 if fits_cache else 0)
     torch.manual_seed(0)
     inputs = torch.randn(3, 2, 3, 17, 16)
     ours = inputs.bfloat16().requires_grad_()
     exact = inputs.clone().requires_grad_()
-    found = attention(*ours.unbind(0)).float().square().sum()
+    loss = attention(*ours.unbind(0)).float().square().sum()
     q, k, v = exact.unbind(0)
     expected = functional.scaled_dot_product_attention(q, k, v).square().sum()
-    (ours_grad,), (exact_grad,) = torch.autograd.grad(found, ours), torch.autograd.grad(expected, exact)
+    (ours_grad,), (exact_grad,) = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, exact)
     torch.testing.assert_close(ours_grad.float(), exact_grad, atol=0.06, rtol=0.06)
 
 
-def test_attention_in_float32_is_torchs_own() -> None:
+def test_attention_in_float32_is_that_of_torch() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 17, 16).unbind(0)
     assert torch.equal(attention(q, k, v), functional.scaled_dot_product_attention(q, k, v))

@@ -1,0 +1,128 @@
+"""Encodes the messages between `multi_device` and its worker processes as JSON.
+
+A worker decodes untrusted images. Its messages are therefore data only: nothing that it sends is unpickled. Numbers
+keep their exact value: JSON text holds the shortest form of a float that reads back equal.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mal_train.core import errors
+from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
+from mal_train.core.errors import MalError
+from mal_train.core.masks.flags import Flag
+from mal_train.core.masks.rle import Rle
+from mal_train.core.settings import Branch, LabelerConfig
+from mal_train.kernel.labeler.labeler import Label, PredictOptions
+from mal_train.kernel.networks.network import ModelConfig
+from mal_train.offline.dataset_labeler import LabelFailure, Row
+from mal_train.offline.tta import TtaOptions
+
+Result = tuple[JsonId | None, Label | LabelFailure]
+"""An annotation's id and its label, or the reason why there is none."""
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """The work of one process, except for the network's weights.
+
+    Attributes:
+        model: architecture of the network.
+        labeler: settings of the labeler.
+        device: torch device.
+        precision: see `Labeler`.
+        rows: images with their annotations; crowds, unknown fields and raw rows are not sent.
+        image_dir: folder that file names are relative to.
+        tta: test-time augmentation and post-processing.
+        batch_size: crops in a batch.
+        threads: worker threads of `label_images`.
+        torch_threads: threads of a torch operator.
+    """
+
+    model: ModelConfig
+    labeler: LabelerConfig
+    device: str
+    precision: str
+    rows: Sequence[Row]
+    image_dir: Path
+    tta: TtaOptions
+    batch_size: int
+    threads: int
+    torch_threads: int
+
+
+def encode_job(job: WorkerJob) -> bytes:
+    """Encodes a job."""
+    message = {field.name: getattr(job, field.name) for field in fields(job)}
+    rows = [[asdict(image), [_to_json(a) for a in annotations if not a.iscrowd]] for image, annotations in job.rows]
+    message |= {
+        "model": job.model.to_dict(),
+        "labeler": job.labeler.to_dict(),
+        "rows": rows,
+        "image_dir": str(job.image_dir),
+        "tta": asdict(job.tta),
+    }
+    return json.dumps(message).encode()
+
+
+def decode_job(data: bytes) -> WorkerJob:
+    """Inverse of `encode_job`."""
+    message = json.loads(data)
+    tta = message["tta"]
+    options = PredictOptions(**{**tta["options"], "branch": Branch(tta["options"]["branch"])})
+    message |= {
+        "model": ModelConfig.from_dict(message["model"]),
+        "labeler": LabelerConfig.from_dict(message["labeler"]),
+        "rows": [(ImageInfo(**image), [_from_json(a) for a in annotations]) for image, annotations in message["rows"]],
+        "image_dir": Path(message["image_dir"]),
+        "tta": TtaOptions(**{**tta, "options": options, "margins": tuple(tta["margins"])}),
+    }
+    return WorkerJob(**message)
+
+
+def encode_results(results: Sequence[Result]) -> bytes:
+    """Encodes results; their order is kept."""
+    return json.dumps({"results": [[name, _result_to_json(result)] for name, result in results]}).encode()
+
+
+def encode_error(error: MalError) -> bytes:
+    """Encodes an error that ends a worker."""
+    return json.dumps({"error": type(error).__name__, "message": str(error)}).encode()
+
+
+def decode_results(data: bytes) -> list[Result]:
+    """Inverse of `encode_results`; raises the error of `encode_error`."""
+    message = json.loads(data)
+    if "error" in message:
+        error = getattr(errors, message["error"], MalError)
+        raise error(message["message"])
+    return [(name, _result_from_json(result)) for name, result in message["results"]]
+
+
+def _to_json(annotation: Annotation) -> dict[str, Any]:
+    names = ("id", "image_id", "category_id", "box_xywh", "iscrowd", "problem", "reason")
+    return {name: getattr(annotation, name) for name in names}
+
+
+def _from_json(message: dict[str, Any]) -> Annotation:
+    reason = None if message["reason"] is None else Reason(message["reason"])
+    return Annotation(**{**message, "box_xywh": tuple(message["box_xywh"]), "reason": reason, "raw": {}})
+
+
+def _result_to_json(result: Label | LabelFailure) -> dict[str, Any]:
+    if isinstance(result, LabelFailure):
+        return asdict(result)
+    values = {field.name: getattr(result, field.name) for field in fields(result)}
+    return {**values, "rle": result.rle.to_coco()}
+
+
+def _result_from_json(message: dict[str, Any]) -> Label | LabelFailure:
+    if "rle" not in message:
+        return LabelFailure(**message)
+    height, width = message["rle"]["size"]
+    mask_box = None if message["mask_box"] is None else tuple(message["mask_box"])
+    code = Rle(height, width, message["rle"]["counts"].encode("ascii"))
+    return Label(**{**message, "rle": code, "mask_box": mask_box, "flags": tuple(map(Flag, message["flags"]))})
