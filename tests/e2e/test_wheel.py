@@ -39,7 +39,17 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(
         ROOT, folder / "tree", ignore=shutil.ignore_patterns(".git", ".venv*", "build", "demo_out", "*.egg-info")
     )
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder]
+    build: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+    ]
     run(*build, folder / "tree", cwd=folder)
     run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     (wheel,) = folder.glob("*.whl")
