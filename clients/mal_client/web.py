@@ -1,6 +1,6 @@
-"""The life of a web application of this machine: bind, say where, serve until a signal or an event ends it.
+"""Binds and runs a local web application until a signal or an event stops it.
 
-Knows nothing of what is served. Needs aiohttp, which the extras `playground` and `labelstudio` bring.
+Knows nothing of the application. Needs aiohttp, which the extras `playground` and `labelstudio` install.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from mal_train.core.errors import ConfigError
 from mal_train.core.net import format_address
 
 SHUTDOWN_S: Final = 2.0
-"""How long calls under way may take after the end was asked for."""
+"""Seconds that running requests get to finish after a shutdown was requested."""
 
 
 @asynccontextmanager
-async def bound(app: web.Application, host: str, port: int, *, cancel_gone: bool = False) -> AsyncIterator[str]:
-    """Serves an application inside the block; gives its address, such as http://127.0.0.1:8765.
+async def bound(
+    app: web.Application, host: str, port: int, *, cancel_on_disconnect: bool = False
+) -> AsyncIterator[str]:
+    """Serves an application inside the block; yields its URL, such as http://127.0.0.1:8765.
 
     Args:
-        app: it belongs to this block and is cleaned up at its end.
+        app: the application; the block owns it and cleans it up at its end.
         host: address to listen on.
-        port: 0 lets the system choose.
-        cancel_gone: cancel the handler of a caller who has gone away.
+        port: port to listen on; 0 lets the system choose.
+        cancel_on_disconnect: cancel the handler of a request when its client disconnects.
 
     Raises:
-        ConfigError: nobody can listen there.
+        ConfigError: the address cannot be bound.
     """
-    runner = web.AppRunner(app, handler_cancellation=cancel_gone, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(app, handler_cancellation=cancel_on_disconnect, access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     try:
         try:
             await web.TCPSite(runner, host, port).start()
-        # OverflowError: a port beyond 65535.
+        # OverflowError: a port above 65535.
         except (OSError, OverflowError) as error:
-            said = getattr(error, "strerror", None) or error
+            cause = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"--host {host} --port {port}: cannot listen there ({said}); give another port, or --port 0 for any"
+                f"--host {host} --port {port}: cannot listen ({cause}); give another port, or --port 0 for a free one"
             ) from None
         yield f"http://{format_address(host, runner.addresses[0][1])}"
     finally:
@@ -50,9 +52,9 @@ async def bound(app: web.Application, host: str, port: int, *, cancel_gone: bool
 
 
 async def until_interrupted() -> None:
-    """Waits for SIGINT or SIGTERM, which from then on do nothing else."""
-    over = asyncio.Event()
+    """Waits for SIGINT or SIGTERM, and replaces their default actions from then on."""
+    interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, over.set)
-    await over.wait()
+        loop.add_signal_handler(number, interrupted.set)
+    await interrupted.wait()

@@ -31,7 +31,7 @@ def test_models_are_listed_loaded_and_unloaded(address: str, capsys: pytest.Capt
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["cats", "default"], ["dogs", "serving"]]
     assert main.main(["models", "load", "dogs", "--server", address]) == 0
-    assert "dogs: abababababab answers" in capsys.readouterr().out
+    assert {"dogs:", "abababababab"} <= set(capsys.readouterr().out.split())
     assert main.main(["models", "unload", "dogs", "--server", address]) == 0
     capsys.readouterr()
     assert main.main(["models", "list", "--json", "--server", address]) == 0

@@ -1,4 +1,4 @@
-"""`mal-client check`: what a data set is like, before any server sees it."""
+"""The command `mal-client check`: reports the problems of a dataset without contacting a server."""
 
 from __future__ import annotations
 
@@ -6,30 +6,38 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.cli.common import SOME_FAILED, Commands, add_data, add_verb
+from mal_client.cli.common import EXIT_SOME_FAILED, Commands, add_command, add_dataset_options
 from mal_client.dataset.progress import ProgressDisplay
 from mal_client.types import Progress
+from mal_train.core.errors import InputError
 
 if TYPE_CHECKING:
     from mal_client.dataset_check.report import CheckReport
 
-REFUSED = 2
-
 
 def add_check(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The verb and its arguments."""
-    check = add_verb(commands, "check", "look for faults of a data set; needs no server")
+    """Adds the command and its options."""
+    check = add_command(commands, "check", "report the problems of a dataset; needs no server")
     check.set_defaults(run=_check)
-    add_data(check)
-    check.add_argument("--output", type=Path, metavar="REPORT.json", help="also write the findings as JSON")
-    check.add_argument("--report", type=Path, metavar="PAGE.html", help="also write one page with histograms")
+    add_dataset_options(check)
     check.add_argument(
-        "--headers-only", action="store_true", help="do not decode pixels: much faster, misses files that are cut off"
+        "--output", type=Path, metavar="REPORT.json", help="also write the issues as JSON (default: not written)"
+    )
+    check.add_argument(
+        "--report",
+        type=Path,
+        metavar="PAGE.html",
+        help="also write an HTML page with the issues and histograms (default: not written)",
+    )
+    check.add_argument(
+        "--headers-only",
+        action="store_true",
+        help="read only the headers of the images: much faster, but truncated files pass (default: decode all pixels)",
     )
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    # Imported here, as below: what only this verb needs, the others do not wait for.
+    # Imported here: the other commands do not need these modules and start faster without them.
     from mal_client.dataset_check.check import check_dataset  # noqa: PLC0415
     from mal_client.dataset_check.report import Severity  # noqa: PLC0415
 
@@ -43,8 +51,8 @@ def _check(arguments: argparse.Namespace) -> int:
     print("\n".join(report.lines()))
     _write(report, arguments)
     if report.count(Severity.FATAL):
-        return REFUSED
-    return SOME_FAILED if report.count(Severity.ERROR) else 0
+        return InputError.exit_code
+    return EXIT_SOME_FAILED if report.count(Severity.ERROR) else 0
 
 
 def _write(report: CheckReport, arguments: argparse.Namespace) -> None:
@@ -54,7 +62,7 @@ def _write(report: CheckReport, arguments: argparse.Namespace) -> None:
 
     if arguments.output is not None:
         write_json_atomic(arguments.output, report.to_dict())
-        print(f"findings: {arguments.output}")
+        print(f"issues: {arguments.output}")
     if arguments.report is not None:
-        write_text(arguments.report, build_report("Data set", report.sections(), str(arguments.annotations)))
+        write_text(arguments.report, build_report("Dataset", report.sections(), str(arguments.annotations)))
         print(f"report: {arguments.report}")

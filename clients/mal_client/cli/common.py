@@ -1,4 +1,4 @@
-"""Arguments that several verbs of `mal-client` share, and what is made of them."""
+"""Options that several commands of `mal-client` share, and the objects that are built from their values."""
 
 from __future__ import annotations
 
@@ -14,101 +14,152 @@ from mal_client.types import LabelOptions
 from mal_train.core.secrets import read_secret_file
 from mal_train.core.settings import Branch
 
-SOME_FAILED = 3
-"""Exit code of a job that ran to its end, with failures."""
+EXIT_SOME_FAILED = 3
+"""Exit code of a command that finished although some items failed."""
+
+LISTED = 5
+"""Failures that a command prints; its errors file lists all of them."""
 
 Commands = argparse._SubParsersAction  # argparse has no public name for it
-PROSE = argparse.RawDescriptionHelpFormatter
 
 
-def add_verb(commands: Commands[argparse.ArgumentParser], name: str, description: str) -> argparse.ArgumentParser:
-    """A parser for one verb.
+def add_command(commands: Commands[argparse.ArgumentParser], name: str, description: str) -> argparse.ArgumentParser:
+    """Adds the parser of one command.
 
-    Its default `goes_on` tells from the arguments whether an interrupted run keeps what it has for the next one.
+    Its default `can_resume` maps the arguments to whether the next run continues an interrupted one.
     """
     parser = commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
-    parser.set_defaults(goes_on=lambda _: False)
+    parser.set_defaults(can_resume=lambda _: False)
     return parser
 
 
-def add_connection(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Where the server is and how to reach it."""
+def add_connection_options(parser: argparse.ArgumentParser, *, allow_several: bool = False) -> None:
+    """Adds the address of the server and the credentials for it."""
     parser.add_argument(
         "--server",
         required=True,
-        metavar="HOST:PORT[,...]" if several else "HOST:PORT",
-        help="where mal-server listens" + (", or several that share the work" if several else ""),
+        metavar="HOST:PORT[,...]" if allow_several else "HOST:PORT",
+        help="address of mal-server" + ("; several addresses share the work" if allow_several else ""),
     )
     parser.add_argument(
         "--timeout",
-        type=seconds,
+        type=positive_seconds,
         default=DEFAULT_TIMEOUT_S,
         metavar="S",
-        help="seconds without any answer after which the server counts as lost (default %(default)g)",
+        help="seconds without a response after which the server counts as lost; above 0 (default: %(default)g)",
     )
-    parser.add_argument("--tls", action="store_true", help="encrypt, trusting the public authorities")
-    parser.add_argument("--tls-ca", type=Path, metavar="CA.pem", help="encrypt, trusting this authority alone")
-    parser.add_argument("--client-cert", type=Path, metavar="CERT.pem", help="certificate to show the server")
-    parser.add_argument("--client-key", type=Path, metavar="KEY.pem", help="its key, if not in the same file")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the token that the server asks for")
+    parser.add_argument(
+        "--tls",
+        action="store_true",
+        help="encrypt the connection and verify the server with the public certificate authorities (default: no TLS)",
+    )
+    parser.add_argument(
+        "--tls-ca",
+        type=Path,
+        metavar="CA.pem",
+        help="encrypt the connection and verify the server with this certificate authority only",
+    )
+    parser.add_argument("--client-cert", type=Path, metavar="CERT.pem", help="client certificate for mutual TLS")
+    parser.add_argument(
+        "--client-key",
+        type=Path,
+        metavar="KEY.pem",
+        help="private key of the client certificate (default: the file of --client-cert)",
+    )
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="file with the bearer token for the server (default: no token)"
+    )
 
 
-def client_of(arguments: argparse.Namespace) -> Client:
-    """The client that `add_connection`'s arguments describe."""
-    return _client(arguments, arguments.server)
+def make_client(arguments: argparse.Namespace) -> Client:
+    """Builds the client that the connection options describe."""
+    return Client(arguments.server, **_client_arguments(arguments))
 
 
-def async_client_of(arguments: argparse.Namespace) -> AsyncClient:
-    """The same for an event loop."""
-    return AsyncClient(arguments.server, **_how(arguments))
+def make_async_client(arguments: argparse.Namespace) -> AsyncClient:
+    """Builds the asyncio client that the connection options describe."""
+    return AsyncClient(arguments.server, **_client_arguments(arguments))
 
 
 @contextmanager
-def clients_of(arguments: argparse.Namespace) -> Iterator[list[Client]]:
-    """A client for each of several servers; closed at the end."""
+def make_clients(arguments: argparse.Namespace) -> Iterator[list[Client]]:
+    """Builds a client for each address of `--server`, and closes them at the end of the block."""
     with ExitStack() as stack:
         addresses = [address.strip() for address in arguments.server.split(",") if address.strip()]
-        yield [stack.enter_context(_client(arguments, address)) for address in addresses or [arguments.server]]
+        shared = _client_arguments(arguments)
+        yield [stack.enter_context(Client(address, **shared)) for address in addresses or [arguments.server]]
 
 
-def add_data(parser: argparse.ArgumentParser, what: str = "COCO file with boxes") -> None:
-    """The data set; `what` its annotations are."""
-    parser.add_argument("--annotations", type=Path, required=True, metavar="IN.json", help=what)
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--images", type=Path, metavar="DIR", help="folder that its file names start at")
-    where.add_argument(
+def add_dataset_options(parser: argparse.ArgumentParser, content: str = "COCO file with boxes") -> None:
+    """Adds the annotation file, described by `content`, and the location of its images."""
+    parser.add_argument("--annotations", type=Path, required=True, metavar="IN.json", help=content)
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder that the file names of the annotations are relative to"
+    )
+    images.add_argument(
         "--image-glob",
         dest="images",
         metavar="PATTERN",
-        help="instead: the pictures lie among the files of this pattern, for example 'photos/**/*.jpg' (quoted; ** "
-        "means any folders), and a file name means the one file that ends in it",
+        help="alternative to --images: pattern of the image files, for example 'photos/**/*.jpg' (quoted; ** matches "
+        "any folders); each file name of the annotations must be the end of exactly one path",
     )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """How boxes become masks."""
-    parser.add_argument("--branch", choices=[str(branch) for branch in Branch], help="network (default: the server's)")
-    parser.add_argument("--model", metavar="NAME", help="model that answers (default: the server's)")
-    parser.add_argument("--threshold", type=float, metavar="P", help="mask above this probability, for all sizes")
-    parser.add_argument("--agreement", action="store_true", help="also measure how far the two networks agree")
-    parser.add_argument("--flip", action="store_true", help="average each map with its mirrored run")
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that control how boxes become masks."""
+    parser.add_argument(
+        "--branch",
+        choices=[str(branch) for branch in Branch],
+        help="network that predicts the masks; mixed: mean of both (default: the server's setting)",
+    )
+    parser.add_argument("--model", metavar="NAME", help="name of the model (default: the server's default model)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="mask threshold for boxes of every size, a probability between 0 and 1, both excluded (default: the "
+        "checkpoint's thresholds by size class)",
+    )
+    parser.add_argument(
+        "--agreement",
+        action="store_true",
+        help="also measure the IoU of the student's and the teacher's mask; doubles the work (default: off)",
+    )
+    parser.add_argument(
+        "--flip",
+        action="store_true",
+        help="average each probability map with that of the mirrored crop; doubles the work (default: off)",
+    )
     parser.add_argument(
         "--resolve-overlaps",
         action="store_true",
-        help="give each pixel that several boxes of an image claim to one of them",
+        help="assign each pixel that several masks of an image contain to one of them (default: off)",
     )
     parser.add_argument(
         "--min-component-area",
         type=int,
         default=0,
         metavar="PX",
-        help="take connected parts of fewer pixels out of each mask, the largest excepted, before score, area and "
-        "flags are made (default: none)",
+        help="remove connected components of fewer pixels from each mask, except its largest; 0 or more (default: "
+        "%(default)d, removes none)",
     )
 
 
-def options_of(arguments: argparse.Namespace) -> LabelOptions:
-    """What `add_options`'s arguments say."""
+def add_polygon_tolerance(parser: argparse.ArgumentParser, default: float = 0.0) -> None:
+    """Adds the largest distance between a polygon and the edge of its mask."""
+    parser.add_argument(
+        "--polygon-tolerance",
+        type=float,
+        default=default,
+        metavar="PX",
+        help="largest distance in pixels between a polygon and the edge of its mask; larger values give fewer points; "
+        "0 or more (default: %(default)g, 0 is exact)",
+    )
+
+
+def make_label_options(arguments: argparse.Namespace) -> LabelOptions:
+    """Builds the labeling options from the values of `add_label_options`."""
     branch = None if arguments.branch is None else Branch(arguments.branch)
     return LabelOptions(
         branch,
@@ -121,38 +172,34 @@ def options_of(arguments: argparse.Namespace) -> LabelOptions:
     )
 
 
-def listed_in(count: int, path: Path) -> str:
-    """Where all failures of a job can be read."""
-    return f"mal-client: {'the failure is' if count == 1 else f'all {count} failures are'} listed in {path}"
+def failures_message(count: int, path: Path) -> str:
+    """Returns the line that names the errors file of a command."""
+    return f"mal-client: {count} {'failure' if count == 1 else 'failures'}; see {path}"
 
 
-def seconds(text: str) -> float:
-    """A positive number of seconds."""
+def positive_seconds(text: str) -> float:
+    """Parses a positive number of seconds."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text}: a positive number of seconds is needed")
+        raise argparse.ArgumentTypeError(f"{text}; expected a number of seconds above 0")
     return value
 
 
-def read_word(path: Path, name: str) -> str:
-    """Returns the secret in a file, without surrounding white space. Raises as `read_secret_file`."""
-    return read_secret_file(path, name).strip()
+def read_secret(path: Path, option: str) -> str:
+    """Returns the token or password in a file, without surrounding white space. Raises as `read_secret_file`."""
+    return read_secret_file(path, option).strip()
 
 
-def _client(arguments: argparse.Namespace, address: str) -> Client:
-    return Client(address, **_how(arguments))
-
-
-def _how(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of either client."""
+def _client_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the keyword arguments that both client classes accept."""
     return {
         "timeout_s": arguments.timeout,
         "tls": arguments.tls,
         "tls_ca": arguments.tls_ca,
         "client_cert": arguments.client_cert,
         "client_key": arguments.client_key,
-        "token": None if arguments.token_file is None else read_word(arguments.token_file, "--token-file"),
+        "token": None if arguments.token_file is None else read_secret(arguments.token_file, "--token-file"),
     }

@@ -1,4 +1,4 @@
-"""`mal-client convert` and `export`: boxes of other formats into a COCO file, masks of a labeled file out of it."""
+"""The commands `mal-client convert` (other box formats to COCO) and `export` (labeled COCO to other mask formats)."""
 
 from __future__ import annotations
 
@@ -9,73 +9,87 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.cli.common import SOME_FAILED, Commands, add_data, add_verb, listed_in
+from mal_client.cli.common import (
+    EXIT_SOME_FAILED,
+    LISTED,
+    Commands,
+    add_command,
+    add_dataset_options,
+    add_polygon_tolerance,
+    failures_message,
+)
 from mal_train.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mal_client.formats.boxes import ConversionResult, RowError
 
-LISTED = 5
-
 
 def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The verb and its arguments."""
-    convert = add_verb(commands, "convert", "make a COCO file of a folder of images and boxes in CSV, YOLO or VOC")
+    """Adds the command and its options."""
+    convert = add_command(commands, "convert", "write a COCO file from images and boxes in CSV, YOLO or Pascal VOC")
     convert.set_defaults(run=_convert)
     convert.add_argument(
-        "--from", dest="form", choices=["csv", "yolo", "voc"], required=True, help="what the boxes are"
+        "--from", dest="source_format", choices=["csv", "yolo", "voc"], required=True, help="format of the boxes"
     )
     convert.add_argument(
-        "--labels", type=Path, required=True, metavar="PATH", help="the CSV file, or the folder of text or XML files"
+        "--labels",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="csv: the file; yolo: folder of the text files; voc: folder of the XML files",
     )
-    convert.add_argument("--images", type=Path, required=True, metavar="DIR", help="the pictures")
-    convert.add_argument("--output", type=Path, required=True, metavar="OUT.json", help="the COCO file")
+    convert.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
+    convert.add_argument("--output", type=Path, required=True, metavar="OUT.json", help="COCO file to write")
     convert.add_argument(
-        "--columns", default="", metavar="A,B,...", help="names of the columns of a CSV file without a header"
+        "--columns",
+        default="",
+        metavar="A,B,...",
+        help="csv: names of the columns of a file without a header (default: the first row is the header)",
     )
-    convert.add_argument("--names", type=Path, metavar="FILE", help="YOLO: class names, one a line, or a data.yaml")
     convert.add_argument(
-        "--zero-based", action="store_true", help="VOC: corners are coordinates from 0, not pixels counted from 1"
+        "--names",
+        type=Path,
+        metavar="FILE",
+        help="yolo, required: class names, one per line or in a data.yaml",
+    )
+    convert.add_argument(
+        "--zero-based",
+        action="store_true",
+        help="voc: corners are coordinates that start at 0 (default: indices of pixels that start at 1)",
     )
 
 
 def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The verb and its arguments."""
-    export = add_verb(commands, "export", "write the masks of a labeled COCO file for labelme, YOLO or FiftyOne")
+    """Adds the command and its options."""
+    export = add_command(commands, "export", "write the masks of a labeled COCO file for labelme, YOLO or FiftyOne")
     export.set_defaults(run=_export)
-    export.add_argument("--to", choices=["labelme", "yolo-seg", "fiftyone"], required=True, help="the format")
-    add_data(export, "COCO file with masks")
-    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the files go")
-    export.add_argument(
-        "--polygon-tolerance",
-        type=float,
-        default=0.0,
-        metavar="PX",
-        help="how far polygons may run beside the mask's edge, to have fewer points (default: exact)",
-    )
+    export.add_argument("--to", choices=["labelme", "yolo-seg", "fiftyone"], required=True, help="format of the output")
+    add_dataset_options(export, "COCO file with masks")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the files to")
+    add_polygon_tolerance(export)
     export.add_argument(
         "--shape",
         choices=["polygon", "mask"],
         default="polygon",
-        help="labelme: lines to be edited, or the pixels (default %(default)s)",
+        help="labelme: polygon, editable outlines; mask, the pixels (default: %(default)s)",
     )
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from mal_client.formats.boxes import write_converted  # noqa: PLC0415 - brings OpenCV, for which others need not wait
+    from mal_client.formats.boxes import write_result  # noqa: PLC0415 - imports OpenCV, which other commands do not need
 
-    converted = _converted(arguments)
-    listed = write_converted(converted, arguments.output)
-    images, classes = len(converted.coco["images"]), len(converted.coco["categories"])
-    print(f"{arguments.output}: {converted.boxes} boxes of {classes} classes on {images} images")
-    if listed is None:
+    result = _read_boxes(arguments)
+    errors_file = write_result(result, arguments.output)
+    images, classes = len(result.coco["images"]), len(result.coco["categories"])
+    print(f"{arguments.output}: {result.boxes} boxes of {classes} classes on {images} images")
+    if errors_file is None:
         return 0
-    _print_faults(converted.faults)
-    print(listed_in(len(converted.faults), listed), file=sys.stderr)
-    return SOME_FAILED
+    _print_errors(result.errors)
+    print(failures_message(len(result.errors), errors_file), file=sys.stderr)
+    return EXIT_SOME_FAILED
 
 
-def _converted(arguments: argparse.Namespace) -> ConversionResult:
+def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
     from mal_client.formats import (  # noqa: PLC0415 - as above
         boxes,
         csv_boxes,
@@ -83,29 +97,29 @@ def _converted(arguments: argparse.Namespace) -> ConversionResult:
         yolo_boxes,
     )
 
-    _refuse_foreign_options(arguments)
-    images: Path = arguments.images
-    if not images.is_dir():
-        raise ConfigError(f"--images {images}: no such folder; give the one with the pictures")
-    if arguments.form == "csv":
+    _refuse_options_of_other_formats(arguments)
+    images_dir: Path = arguments.images
+    if not images_dir.is_dir():
+        raise ConfigError(f"--images {images_dir}: no such folder; give the folder of the images")
+    if arguments.source_format == "csv":
         columns = [name for name in arguments.columns.split(",") if name]
-        return boxes.to_coco(csv_boxes.read_csv(arguments.labels, columns), images)
-    pictures = boxes.picture_names(images)
-    if arguments.form == "voc":
-        rows = pascal_voc.read_voc(arguments.labels, pictures, zero_based=arguments.zero_based)
-        return boxes.to_coco(rows, images, pictures=pictures)
+        return boxes.to_coco(csv_boxes.read_csv(arguments.labels, columns), images_dir)
+    file_names = boxes.image_names(images_dir)
+    if arguments.source_format == "voc":
+        rows = pascal_voc.read_voc(arguments.labels, file_names, zero_based=arguments.zero_based)
+        return boxes.to_coco(rows, images_dir, file_names=file_names)
     if arguments.names is None:
-        raise ConfigError("--names: YOLO files hold numbers for classes; give their names")
+        raise ConfigError("--names: missing; YOLO files number the classes, so give the file with their names")
     names = yolo_boxes.read_names(arguments.names)
-    rows = yolo_boxes.read_yolo(arguments.labels, pictures, names, arguments.names)
-    return boxes.to_coco(rows, images, names, pictures)
+    rows = yolo_boxes.read_yolo(arguments.labels, file_names, names, arguments.names)
+    return boxes.to_coco(rows, images_dir, names, file_names)
 
 
-def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
-    meant_for = {"--columns": "csv", "--names": "yolo", "--zero-based": "voc"}
-    for option, form in meant_for.items():
-        if getattr(arguments, option[2:].replace("-", "_")) and form != arguments.form:
-            raise ConfigError(f"{option}: has no meaning for --from {arguments.form}, it is for {form}; leave it out")
+def _refuse_options_of_other_formats(arguments: argparse.Namespace) -> None:
+    format_of = {"--columns": "csv", "--names": "yolo", "--zero-based": "voc"}
+    for option, source_format in format_of.items():
+        if getattr(arguments, option[2:].replace("-", "_")) and source_format != arguments.source_format:
+            raise ConfigError(f"{option}: applies to --from {source_format}, not {arguments.source_format}; omit it")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -116,26 +130,26 @@ def _export(arguments: argparse.Namespace) -> int:
     from mal_client.images.image_files import ImageFiles  # noqa: PLC0415
 
     if not arguments.polygon_tolerance >= 0:
-        raise ConfigError(f"--polygon-tolerance {arguments.polygon_tolerance}: it must be 0 px or more")
-    pictures = ImageFiles(arguments.images)
-    if arguments.to != "labelme" and not pictures.is_folder:
-        raise ConfigError(f"--image-glob: {arguments.to} finds pictures by their folder; give that with --images")
+        raise ConfigError(f"--polygon-tolerance {arguments.polygon_tolerance}: expected 0 px or more")
+    files = ImageFiles(arguments.images)
+    if arguments.to != "labelme" and not files.is_folder:
+        raise ConfigError(f"--image-glob: {arguments.to} locates images by folder; give the folder with --images")
     masks = MaskFile(arguments.annotations, arguments.polygon_tolerance)
     if arguments.to == "labelme":
-        write_labelme(masks, pictures, arguments.output, Shape(arguments.shape))
+        write_labelme(masks, files, arguments.output, Shape(arguments.shape))
     elif arguments.to == "fiftyone":
         write_fiftyone(masks, arguments.output)
     else:
         write_yolo(masks, Path(arguments.images), arguments.output)
-    export = masks.export
-    crowds = f", {export.crowds} crowd regions left out" if export.crowds else ""
-    print(f"{arguments.output}: {export.written} masks{crowds}, {len(export.faults)} failed")
-    _print_faults(export.faults)
-    return SOME_FAILED if export.faults else 0
+    summary = masks.summary
+    crowds = f", {summary.crowds} crowd regions omitted" if summary.crowds else ""
+    print(f"{arguments.output}: {summary.written} masks{crowds}, {len(summary.errors)} failed")
+    _print_errors(summary.errors)
+    return EXIT_SOME_FAILED if summary.errors else 0
 
 
-def _print_faults(faults: Sequence[RowError]) -> None:
-    for reason, count in Counter(fault.reason for fault in faults).most_common():
-        print(f"mal-client: {count} not taken over: {reason}", file=sys.stderr)
-    for fault in faults[:LISTED]:
-        print(f"  {fault.message}", file=sys.stderr)
+def _print_errors(errors: Sequence[RowError]) -> None:
+    for reason, count in Counter(error.reason for error in errors).most_common():
+        print(f"mal-client: {reason}: {count} omitted", file=sys.stderr)
+    for error in errors[:LISTED]:
+        print(f"  {error.message}", file=sys.stderr)

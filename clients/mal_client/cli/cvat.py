@@ -1,4 +1,4 @@
-"""`mal-client cvat`: gives the rectangles of a CVAT task their masks."""
+"""The command `mal-client cvat`: adds masks for the rectangles of a CVAT task."""
 
 from __future__ import annotations
 
@@ -6,126 +6,147 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mal_client.cli.common import (
-    SOME_FAILED,
+    EXIT_SOME_FAILED,
+    LISTED,
     Commands,
-    add_connection,
-    add_options,
-    add_verb,
-    client_of,
-    listed_in,
-    options_of,
-    read_word,
+    add_command,
+    add_connection_options,
+    add_label_options,
+    failures_message,
+    make_client,
+    make_label_options,
+    read_secret,
 )
 from mal_client.dataset.progress import ProgressDisplay
+from mal_train.core.command_line import RenamedOption
 from mal_train.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mal_client.integrations.cvat.task_plan import SkippedShape, TaskPlan
 
-LISTED = 5
-
 
 def add_cvat(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The verb and its arguments."""
-    verb = add_verb(commands, "cvat", "give the rectangles of a CVAT task their masks")
-    verb.set_defaults(run=_run, goes_on=lambda arguments: not arguments.dry_run)
-    add_connection(verb)
-    verb.add_argument("--cvat", required=True, metavar="URL", help="the CVAT server, for example https://app.cvat.ai")
-    verb.add_argument("--task", type=int, required=True, metavar="N", help="number of the task")
-    verb.add_argument("--cvat-token-file", type=Path, metavar="FILE", help="holds a personal access token of CVAT")
-    verb.add_argument("--cvat-login-file", type=Path, metavar="FILE", help="holds USER:PASSWORD, without a token")
-    verb.add_argument(
+    """Adds the command and its options."""
+    cvat = add_command(commands, "cvat", "add masks for the rectangles of a CVAT task")
+    cvat.set_defaults(run=_cvat, can_resume=lambda arguments: not arguments.dry_run)
+    add_connection_options(cvat)
+    cvat.add_argument("--cvat", required=True, metavar="URL", help="CVAT server, for example https://app.cvat.ai")
+    cvat.add_argument("--task", type=int, required=True, metavar="ID", help="ID of the task")
+    cvat.add_argument(
+        "--cvat-token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with a personal access token of CVAT; required unless --cvat-login-file is given",
+    )
+    cvat.add_argument(
+        "--cvat-login-file", type=Path, metavar="FILE", help="file with USER:PASSWORD, in place of a token"
+    )
+    cvat.add_argument(
         "--label",
         action="append",
         default=[],
         metavar="BOX=MASK",
-        help="masks of boxes with the label BOX get the label MASK (default: the same); may be given several times",
+        help="label MASK for the masks of rectangles with label BOX; repeatable (default: the label of the rectangle)",
     )
-    verb.add_argument("--dry-run", action="store_true", help="say what would be done; labels and writes nothing")
-    verb.add_argument(
-        "--ledger",
+    cvat.add_argument(
+        "--dry-run", action="store_true", help="print the plan; label nothing and write nothing (default: off)"
+    )
+    cvat.add_argument(
+        "--journal",
         type=Path,
         metavar="FILE",
-        help="what was done so far, for the next run to go on from (default cvat-task-N.ledger); beside it the "
-        "annotations as they were",
+        help="progress of the task, from which the next run resumes; the original annotations are saved beside it "
+        "(default: cvat-task-ID.ledger)",
     )
-    verb.add_argument("--restart", action="store_true", help="begin anew; masks that are there are not written twice")
-    add_options(verb)
+    cvat.add_argument("--ledger", action=RenamedOption, new="--journal")  # former name
+    cvat.add_argument(
+        "--restart",
+        action="store_true",
+        help="discard the journal and label everything again; masks already in the task are not added twice "
+        "(default: resume)",
+    )
+    add_label_options(cvat)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _cvat(arguments: argparse.Namespace) -> int:
     try:
-        from mal_client.integrations.cvat.client import SdkSite  # noqa: PLC0415 - comes with an extra
+        from mal_client.integrations.cvat.client import SdkClient  # noqa: PLC0415 - needs an extra
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; run: pip install 'mask-auto-labeler[cvat]'") from None
-    from mal_client.integrations.cvat.job import label_task, plan_of  # noqa: PLC0415 - what only this verb needs
+    from mal_client.integrations.cvat.job import fetch_plan, label_task  # noqa: PLC0415 - other commands do not need it
 
-    renamed = dict(_renaming(text) for text in arguments.label)
-    ledger = arguments.ledger or Path(f"cvat-task-{arguments.task}.ledger")
-    token, login = _access(arguments)
-    with closing(SdkSite(arguments.cvat, arguments.task, token=token, login=login)) as site:
+    label_names = dict(_label_pair(text) for text in arguments.label)
+    journal = arguments.journal or Path(f"cvat-task-{arguments.task}.ledger")
+    token, login = _credentials(arguments)
+    with closing(SdkClient(arguments.cvat, arguments.task, token=token, login=login)) as cvat:
         if arguments.dry_run:
-            plan = plan_of(site, site.annotations(), renamed, first_group=1)
-            print(_summary(plan))
-            _tell(plan.refusals, None)
-            return SOME_FAILED if plan.refusals else 0
-        with client_of(arguments) as client, ProgressDisplay("cvat") as display:
+            plan = fetch_plan(cvat, cvat.annotations(), label_names, first_group=1)
+            print(_plan_line(plan))
+            _print_skipped(plan.skipped)
+            return EXIT_SOME_FAILED if plan.skipped else 0
+        with make_client(arguments) as client, ProgressDisplay("cvat") as display:
             result = label_task(
-                site,
+                cvat,
                 client,
-                ledger,
-                options_of(arguments),
-                renamed=renamed,
+                journal,
+                make_label_options(arguments),
+                label_names=label_names,
                 restart=arguments.restart,
                 on_progress=display,
             )
-    print(f"{site.name}: {result.written} masks written, {result.already} were there, {len(result.refusals)} failed")
+    print(f"{cvat.name}: {result.written} masks added, {result.existing} already there, {len(result.skipped)} failed")
     for name in result.changed[:LISTED]:
-        print(f"mal-client: {name} changed meanwhile; somebody else is at work on the task", file=sys.stderr)
-    _tell(result.refusals, ledger)
-    return SOME_FAILED if result.refusals else 0
+        print(f"mal-client: {name} changed during the run; another user is editing the task", file=sys.stderr)
+    _print_skipped(result.skipped)
+    _write_errors(result.skipped, journal)
+    return EXIT_SOME_FAILED if result.skipped else 0
 
 
-def _summary(plan: TaskPlan) -> str:
+def _plan_line(plan: TaskPlan) -> str:
     frames = len({target.frame for target in plan.targets})
     labels = Counter(target.shape["label_id"] for target in plan.targets)
     by_label = ", ".join(f"label {label}: {count}" for label, count in labels.items())
     return (
         f"{len(plan.targets)} rectangles on {frames} frames would get a mask ({by_label or 'none'}), "
-        f"{len(plan.refusals)} cannot, {plan.other} annotations are no rectangles; nothing was written"
+        f"{len(plan.skipped)} cannot, {plan.other} annotations are not rectangles; nothing was written"
     )
 
 
-def _tell(refusals: tuple[SkippedShape, ...] | list[SkippedShape], ledger: Path | None) -> None:
+def _print_skipped(skipped: Sequence[SkippedShape]) -> None:
+    for shape in skipped[:LISTED]:
+        print(f"  {shape.key} (frame {shape.frame}): {shape.reason}", file=sys.stderr)
+
+
+def _write_errors(skipped: Sequence[SkippedShape], journal: Path) -> None:
     from mal_train.core.atomic_io import write_text  # noqa: PLC0415
 
-    for refusal in refusals[:LISTED]:
-        print(f"  {refusal.key} (frame {refusal.frame}): {refusal.reason}", file=sys.stderr)
-    if ledger is not None and refusals:
-        errors = ledger.with_name(f"{ledger.name}.errors.jsonl")
-        write_text(errors, "".join(json.dumps(vars(refusal)) + "\n" for refusal in refusals))
-        print(listed_in(len(refusals), errors), file=sys.stderr)
+    if not skipped:
+        return
+    errors_file = journal.with_name(f"{journal.name}.errors.jsonl")
+    write_text(errors_file, "".join(json.dumps(vars(shape)) + "\n" for shape in skipped))
+    print(failures_message(len(skipped), errors_file), file=sys.stderr)
 
 
-def _access(arguments: argparse.Namespace) -> tuple[str | None, tuple[str, str] | None]:
-    """(token, login) of the CVAT account."""
+def _credentials(arguments: argparse.Namespace) -> tuple[str | None, tuple[str, str] | None]:
+    """Returns (token, login) of the CVAT account; one of them is None."""
     if (arguments.cvat_token_file is None) == (arguments.cvat_login_file is None):
-        raise ConfigError("give either --cvat-token-file or --cvat-login-file")
+        raise ConfigError("--cvat-token-file, --cvat-login-file: give exactly one of them")
     if arguments.cvat_token_file is not None:
-        return read_word(arguments.cvat_token_file, "--cvat-token-file"), None
-    user, colon, password = read_word(arguments.cvat_login_file, "--cvat-login-file").partition(":")
+        return read_secret(arguments.cvat_token_file, "--cvat-token-file"), None
+    user, colon, password = read_secret(arguments.cvat_login_file, "--cvat-login-file").partition(":")
     if not colon:
-        raise ConfigError(f"--cvat-login-file {arguments.cvat_login_file}: USER:PASSWORD is needed")
+        raise ConfigError(f"--cvat-login-file {arguments.cvat_login_file}: expected USER:PASSWORD")
     return None, (user, password)
 
 
-def _renaming(text: str) -> tuple[str, str]:
+def _label_pair(text: str) -> tuple[str, str]:
     source, sign, target = text.partition("=")
     if not sign or not source or not target:
-        raise ConfigError(f"--label {text}: BOX=MASK is needed, two labels of the task")
+        raise ConfigError(f"--label {text}: expected BOX=MASK, the names of two labels of the task")
     return source, target

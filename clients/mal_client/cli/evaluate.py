@@ -1,19 +1,20 @@
-"""`mal-client evaluate`: figures to the terminal, to a JSON file, to a page with the worst masks."""
+"""The command `mal-client evaluate`: prints metrics, and writes them as JSON and as a page with the worst masks."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mal_client.cli.common import (
-    SOME_FAILED,
+    EXIT_SOME_FAILED,
     Commands,
-    add_connection,
-    add_data,
-    add_options,
-    add_verb,
-    client_of,
-    options_of,
+    add_command,
+    add_connection_options,
+    add_dataset_options,
+    add_label_options,
+    make_client,
+    make_label_options,
 )
 from mal_client.client import Client
 from mal_client.dataset.progress import ProgressDisplay
@@ -22,77 +23,82 @@ from mal_train.core.atomic_io import check_writable
 from mal_train.core.errors import ConfigError
 
 MAX_WORST = 10_000
-"""Most instances that a server lists."""
+"""Largest number of worst instances that a server returns."""
 
 
 def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The verb and its arguments."""
-    evaluate = add_verb(commands, "evaluate", "measure the server's masks against those of a COCO file")
-    evaluate.set_defaults(run=_evaluate, goes_on=lambda arguments: arguments.resume is not None)
-    add_connection(evaluate)
-    add_data(evaluate, "COCO file with the true masks")
+    """Adds the command and its options."""
+    evaluate = add_command(commands, "evaluate", "compare the server's masks with the masks of a COCO file")
+    evaluate.set_defaults(run=_evaluate, can_resume=lambda arguments: arguments.resume is not None)
+    add_connection_options(evaluate)
+    add_dataset_options(evaluate, "COCO file with the true masks")
     evaluate.add_argument(
         "--on-server",
         action="store_true",
-        help="IN.json and DIR are FOLDER/PATH in the server's data_folders, and no image is sent",
+        help="read the dataset on the server: IN.json and DIR are FOLDER/PATH in its data_folders, and no image is "
+        "sent (default: send the images)",
     )
     evaluate.add_argument(
-        "--resume", type=Path, metavar="FILE", help="keep what was measured there and go on from it after a break"
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="save the progress to FILE, and continue from it if it exists (default: start from the beginning)",
     )
-    evaluate.add_argument("--output", type=Path, metavar="FIGURES.json", help="also write the figures as JSON")
-    evaluate.add_argument("--report", type=Path, metavar="PAGE.html", help="also write one page with the worst masks")
-    evaluate.add_argument("--worst", type=_count, default=24, metavar="N", help="pictures in the report (default 24)")
-    add_options(evaluate)
+    evaluate.add_argument(
+        "--output", type=Path, metavar="METRICS.json", help="also write the metrics as JSON (default: not written)"
+    )
+    evaluate.add_argument(
+        "--report",
+        type=Path,
+        metavar="PAGE.html",
+        help="also write an HTML page with the worst masks (default: not written)",
+    )
+    evaluate.add_argument(
+        "--worst",
+        type=_count,
+        default=24,
+        metavar="N",
+        help="number of masks on the page of --report; 0 or more (default: %(default)d)",
+    )
+    add_label_options(evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    options = options_of(arguments)
+    options = make_label_options(arguments)
     if arguments.on_server and arguments.report is not None:
-        raise ConfigError("--report: the pictures of a data set on the server are not here; leave it out")
+        raise ConfigError("--report: needs the images, which --on-server leaves on the server; omit one of them")
     for path in filter(None, (arguments.output, arguments.report)):
         check_writable(path)
-    with client_of(arguments) as client:
+    with make_client(arguments) as client:
         with ProgressDisplay("evaluate") as display:
-            evaluation = _measured(client, arguments, options, display)
+            evaluation = _run(client, arguments, options, display)
         if arguments.report is not None:
             _write_report(client, arguments, evaluation, options)
     print(evaluation.table())
     if arguments.output is not None:
-        # Imported here, as below: what only one command needs, the others do not wait for.
+        # Imported here, as below: the other commands do not need it and start faster without it.
         from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
 
         write_json_atomic(arguments.output, evaluation.to_dict())
-        print(f"figures: {arguments.output}")
-    return SOME_FAILED if evaluation.failed_count else 0
+        print(f"metrics: {arguments.output}")
+    return EXIT_SOME_FAILED if evaluation.failed_count else 0
 
 
-def _measured(
-    client: Client, arguments: argparse.Namespace, options: LabelOptions, display: ProgressDisplay
-) -> Evaluation:
+def _run(client: Client, arguments: argparse.Namespace, options: LabelOptions, display: ProgressDisplay) -> Evaluation:
+    shared: dict[str, Any] = {
+        "worst_count": MAX_WORST,
+        "on_progress": display,
+        "on_notice": display.notice,
+        "resume": arguments.resume,
+    }
     if arguments.on_server:
-        return client.evaluate_on_server(
-            str(arguments.annotations),
-            str(arguments.images),
-            options,
-            worst_count=MAX_WORST,
-            on_progress=display,
-            on_notice=display.notice,
-            resume=arguments.resume,
-        )
-    return client.evaluate(
-        arguments.annotations,
-        arguments.images,
-        options,
-        worst_count=MAX_WORST,
-        on_progress=display,
-        on_notice=display.notice,
-        resume=arguments.resume,
-    )
+        return client.evaluate_on_server(str(arguments.annotations), str(arguments.images), options, **shared)
+    return client.evaluate(arguments.annotations, arguments.images, options, **shared)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: a whole number, 0 or more, is needed")
+        raise argparse.ArgumentTypeError(f"{text}; expected an integer, 0 or more")
     return int(text)
 
 

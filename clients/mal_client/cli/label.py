@@ -1,4 +1,4 @@
-"""`mal-client label` and `merge`: a COCO file through the servers, whole or in parts, with a display of progress."""
+"""The commands `mal-client label` (masks for a COCO file or one shard of it) and `merge` (joins the shards)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from mal_client.cli.common import (
-    SOME_FAILED,
+    EXIT_SOME_FAILED,
+    LISTED,
     Commands,
-    add_connection,
-    add_data,
-    add_options,
-    add_verb,
-    clients_of,
-    listed_in,
-    options_of,
+    add_command,
+    add_connection_options,
+    add_dataset_options,
+    add_label_options,
+    add_polygon_tolerance,
+    failures_message,
+    make_clients,
+    make_label_options,
 )
 from mal_client.dataset.progress import JsonLog, ProgressDisplay
 from mal_client.dataset.shards import Shard
@@ -25,93 +27,103 @@ from mal_client.types import DatasetOptions, DatasetResult, RowFilter
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import MaskFormat
 
-LISTED = 5
-
 
 def add_label(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The verb and its arguments."""
-    label = add_verb(commands, "label", "give every box of a COCO file its mask")
-    label.set_defaults(run=_label, goes_on=lambda _: True)
-    add_connection(label, several=True)
-    add_data(label)
-    label.add_argument("--output", type=Path, required=True, metavar="OUT.json", help="the COCO file with masks")
+    """Adds the command and its options."""
+    label = add_command(commands, "label", "add a mask to every box of a COCO file")
+    label.set_defaults(run=_label, can_resume=lambda _: True)
+    add_connection_options(label, allow_several=True)
+    add_dataset_options(label)
+    label.add_argument("--output", type=Path, required=True, metavar="OUT.json", help="COCO file with masks to write")
     _add_selection(label)
     label.add_argument(
         "--restart",
         action="store_true",
-        help="throw away the answers of an unfinished run; by default it goes on where it ended",
+        help="discard the results of an unfinished run (default: resume it)",
     )
-    _add_form(label)
+    _add_format(label)
     label.add_argument(
         "--shard",
-        metavar="PART/PARTS",
-        help="label this part of the images alone (0/16 to 15/16) into a ledger beside OUT.json, which all processes "
-        "see; mal-client merge writes the file when all parts are done",
+        metavar="INDEX/COUNT",
+        help="label only this shard of the images (0/16 to 15/16 for 16 shards) into a journal beside OUT.json, on a "
+        "file system that all processes share; mal-client merge then writes OUT.json (default: all images)",
     )
-    label.add_argument("--log", choices=["text", "json"], default="text", help="progress as text or as JSON lines")
-    add_options(label)
+    label.add_argument(
+        "--log",
+        choices=["text", "json"],
+        default="text",
+        help="format of the progress on stderr (default: %(default)s)",
+    )
+    add_label_options(label)
 
 
 def add_merge(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The verb and its arguments."""
-    merge = add_verb(
-        commands, "merge", "join the parts that label --shard has labeled; needs neither server nor images"
-    )
+    """Adds the command and its options."""
+    merge = add_command(commands, "merge", "join the shards of label --shard; needs neither server nor images")
     merge.set_defaults(run=_merge)
-    merge.add_argument("--annotations", type=Path, required=True, metavar="IN.json", help="as the parts were given it")
-    merge.add_argument("--output", type=Path, required=True, metavar="OUT.json", help="as the parts were given it")
-    merge.add_argument("--shards", type=int, required=True, metavar="PARTS", help="how many parts there are")
+    merge.add_argument(
+        "--annotations", type=Path, required=True, metavar="IN.json", help="COCO file with boxes, as for the shards"
+    )
+    merge.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT.json",
+        help="COCO file with masks to write, as for the shards",
+    )
+    merge.add_argument("--shards", type=int, required=True, metavar="COUNT", help="number of shards, 1 or more")
     _add_selection(merge)
-    _add_form(merge)
+    _add_format(merge)
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         choices=[str(only) for only in RowFilter if only is not RowFilter.ALL],
-        help="label only annotations without a mask, those that were flagged, or those of --ids, and copy the others; "
-        "by default all masks are made anew, and the old ones stay in the input file alone",
+        help="label only annotations without a mask (missing), with a flag (flagged) or listed by --ids (ids), and "
+        "copy the others; failed annotations count as missing and as flagged (default: label all and copy no mask)",
     )
     parser.add_argument(
-        "--ids", type=Path, metavar="FILE", help='annotation ids, one a line as JSON (7 or "7"), for --only ids'
+        "--ids",
+        type=Path,
+        metavar="FILE",
+        help='for --only ids: annotation IDs, one per line as JSON (7 or "7")',
     )
 
 
-def _add_form(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--update-bbox", action="store_true", help="set each box to the tight box of its mask")
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--update-bbox",
+        action="store_true",
+        help="replace each box by the tight box of its mask (default: keep the boxes)",
+    )
     parser.add_argument(
         "--format",
         choices=[str(name) for name in MaskFormat],
         default=str(MaskFormat.RLE),
-        help="rle: run lengths as pycocotools writes them; uncompressed: as lists of numbers; polygons: COCO polygons, "
-        "holes joined to their outline by bridges of no width; png: rle, and a picture of each mask in OUT.masks "
-        "(default %(default)s)",
+        help="rle: compressed run lengths as in pycocotools; uncompressed: run lengths as a list; polygons: COCO "
+        "polygons, with each hole joined to its outline by a bridge of zero width; png: rle, and an image file of each "
+        "mask in the folder OUT.masks (default: %(default)s)",
     )
-    parser.add_argument(
-        "--polygon-tolerance",
-        type=float,
-        default=0.0,
-        metavar="PX",
-        help="how far polygons may run beside the mask's edge, to have fewer points (default: exact)",
-    )
+    add_polygon_tolerance(parser)
 
 
 def _label(arguments: argparse.Namespace) -> int:
-    from mal_client.dataset.run import label_dataset  # noqa: PLC0415 - brings OpenCV, which `info` need not wait for
+    from mal_client.dataset.run import label_dataset  # noqa: PLC0415 - imports OpenCV, which `info` does not need
 
-    how = _how(arguments)
+    options = _dataset_options(arguments)
     shard = None if arguments.shard is None else Shard.parse(arguments.shard)
-    if shard is not None and how != replace(DatasetOptions(how.only, how.ids), restart=how.restart):
-        raise ConfigError("--format, --polygon-tolerance and --update-bbox: give them to mal-client merge")
+    if shard is not None and options != replace(DatasetOptions(options.only, options.ids), restart=options.restart):
+        raise ConfigError("--format, --polygon-tolerance, --update-bbox: not for shards; give them to mal-client merge")
     display = JsonLog() if arguments.log == "json" else ProgressDisplay("label")
-    with clients_of(arguments) as clients, display:
+    with make_clients(arguments) as clients, display:
         result = label_dataset(
             clients,
             arguments.annotations,
             arguments.images,
             arguments.output,
-            options_of(arguments),
-            dataset_options=how,
+            make_label_options(arguments),
+            dataset_options=options,
             shard=shard,
             on_progress=display,
             on_notice=display.notice,
@@ -119,27 +131,27 @@ def _label(arguments: argparse.Namespace) -> int:
     if isinstance(display, JsonLog):
         display.result(result)
     elif shard is not None:
-        print(f"part {shard}: {result.labeled} annotations labeled, {result.failed_count} failed")
+        print(f"shard {shard}: {result.labeled} annotations labeled, {result.failed_count} failed")
         _print_unfinished(result)
     else:
         _print_result(result)
-    return SOME_FAILED if result.failed_count else 0
+    return EXIT_SOME_FAILED if result.failed_count else 0
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     from mal_client.dataset.merge import merge_shards  # noqa: PLC0415 - as above
 
     if arguments.shards < 1:
-        raise ConfigError(f"--shards {arguments.shards}: a number of parts is needed")
-    result = merge_shards(arguments.annotations, arguments.output, arguments.shards, _how(arguments))
+        raise ConfigError(f"--shards {arguments.shards}: expected 1 or more")
+    result = merge_shards(arguments.annotations, arguments.output, arguments.shards, _dataset_options(arguments))
     _print_result(result)
-    return SOME_FAILED if result.failed_count else 0
+    return EXIT_SOME_FAILED if result.failed_count else 0
 
 
-def _how(arguments: argparse.Namespace) -> DatasetOptions:
+def _dataset_options(arguments: argparse.Namespace) -> DatasetOptions:
     only = RowFilter.ALL if arguments.only is None else RowFilter(arguments.only)
     if (only is RowFilter.IDS) != (arguments.ids is not None):
-        raise ConfigError("--only ids and --ids FILE belong together; give both or neither")
+        raise ConfigError("--only ids, --ids FILE: one needs the other; give both or neither")
     ids = frozenset() if arguments.ids is None else _read_ids(arguments.ids)
     return DatasetOptions(
         only,
@@ -155,10 +167,10 @@ def _read_ids(path: Path) -> frozenset[int | float | str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--ids {path}: cannot be read ({error}); a file with an id on each line is needed") from None
+        raise ConfigError(f"--ids {path}: cannot be read ({error}); give a file with one ID per line") from None
     ids = frozenset(_read_id(path, line.strip()) for line in lines if line.strip())
     if not ids:
-        raise ConfigError(f"--ids {path}: holds no id; one on each line is needed")
+        raise ConfigError(f"--ids {path}: contains no ID; give one per line")
     return ids
 
 
@@ -166,10 +178,10 @@ def _read_id(path: Path, line: str) -> int | float | str:
     try:
         value = json.loads(line)
     except ValueError:
-        # A bare word can only be meant as a string.
+        # A line that is not JSON can only be a string without its quotation marks.
         return line
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ConfigError(f'--ids {path}: {line} is no annotation id; a number or a string, for example 7 or "7"')
+        raise ConfigError(f'--ids {path}: {line}; expected a number or a string, for example 7 or "7"')
     return value
 
 
@@ -179,7 +191,7 @@ def _print_result(result: DatasetResult) -> None:
     for row in result.failed[:LISTED]:
         print(f"  {row.error}", file=sys.stderr)
     if result.errors_file is not None:
-        print(listed_in(result.failed_count, result.errors_file), file=sys.stderr)
+        print(failures_message(result.failed_count, result.errors_file), file=sys.stderr)
     if result.masks_dir is not None:
         print(f"masks: {result.masks_dir}")
     _print_unfinished(result)
@@ -187,4 +199,4 @@ def _print_result(result: DatasetResult) -> None:
 
 def _print_unfinished(result: DatasetResult) -> None:
     if not result.is_final:
-        print("mal-client: run the same command again to label what is missing", file=sys.stderr)
+        print("mal-client: run the same command again to label the missing annotations", file=sys.stderr)

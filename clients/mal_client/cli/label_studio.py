@@ -1,4 +1,4 @@
-"""`mal-client label-studio`: an ML backend that gives Label Studio's rectangles their masks."""
+"""The command `mal-client label-studio`: an ML backend that predicts masks for Label Studio's rectangles."""
 
 from __future__ import annotations
 
@@ -7,57 +7,77 @@ import asyncio
 import logging
 from pathlib import Path
 
-from mal_client.cli.common import Commands, add_connection, add_options, add_verb, client_of, options_of, read_word
+from mal_client.cli.common import (
+    Commands,
+    add_command,
+    add_connection_options,
+    add_label_options,
+    add_polygon_tolerance,
+    make_client,
+    make_label_options,
+    read_secret,
+)
+from mal_train.core.command_line import RenamedOption
 from mal_train.core.errors import ConfigError
 from mal_train.core.net import is_loopback
 
 PORT = 9090
 
 TOLERANCE_PX = 1.0
-"""Of polygons: a seventh of the points that the exact line has, on scenes of 640x480 px."""
+"""Default tolerance of polygons: keeps a seventh of the points of the exact outline on scenes of 640x480 px."""
 
 
 def add_label_studio(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The verb and its arguments."""
-    verb = add_verb(commands, "label-studio", "an ML backend for Label Studio: rectangles become masks")
-    verb.set_defaults(run=_serve)
-    add_connection(verb)
-    verb.add_argument(
-        "--label-studio", metavar="URL", help="where Label Studio runs, whose pictures are fetched with the key"
+    """Adds the command and its options."""
+    backend = add_command(commands, "label-studio", "run an ML backend that predicts masks for Label Studio")
+    backend.set_defaults(run=_serve)
+    add_connection_options(backend)
+    backend.add_argument(
+        "--label-studio",
+        metavar="URL",
+        help="Label Studio server to fetch images from, for example http://localhost:8080 (default: none)",
     )
-    verb.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="holds an access token of a Label Studio account"
+    backend.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file with an access token of a Label Studio account; sent to the server of --label-studio only "
+        "(default: no token)",
     )
-    verb.add_argument(
-        "--local-files", type=Path, metavar="DIR", help="folder that Label Studio serves as local files, read directly"
+    backend.add_argument(
+        "--local-files",
+        type=Path,
+        metavar="DIR",
+        help="folder that Label Studio serves as local files; its images are read directly (default: none)",
     )
-    verb.add_argument(
-        "--picture-host",
+    backend.add_argument(
+        "--image-host",
         action="append",
         default=[],
         metavar="HOST",
-        help="another host that pictures may come from, fetched without a key; may be given several times",
+        help="another host to fetch images from, without the token; repeatable (default: none)",
     )
-    verb.add_argument(
-        "--polygon-tolerance",
-        type=float,
-        default=TOLERANCE_PX,
-        metavar="PX",
-        help="how far polygons may run beside a mask's edge, where the project takes polygons (default %(default)s)",
+    backend.add_argument("--picture-host", action=RenamedOption, new="--image-host")  # former name
+    add_polygon_tolerance(backend, TOLERANCE_PX)
+    backend.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    backend.add_argument(
+        "--port",
+        type=int,
+        default=PORT,
+        help="port to listen on, 0 to 65535; 0 chooses a free one (default: %(default)d)",
     )
-    verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    verb.add_argument(
-        "--port", type=int, default=PORT, help="port to listen on; 0 takes a free one (default %(default)d)"
+    backend.add_argument(
+        "--credentials-file",
+        type=Path,
+        metavar="FILE",
+        help="file with USER:PASSWORD that Label Studio must send; required unless --host is a loopback address",
     )
-    verb.add_argument(
-        "--credentials-file", type=Path, metavar="FILE", help="holds USER:PASSWORD that Label Studio has to show"
-    )
-    add_options(verb)
+    add_label_options(backend)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     try:
-        # Imported here: they need what an extra brings.
+        # Imported here: these modules need an extra.
         from mal_client.integrations.label_studio.app import build_app  # noqa: PLC0415
         from mal_client.integrations.label_studio.images import ImageFetcher  # noqa: PLC0415
         from mal_client.integrations.label_studio.predictor import Predictor  # noqa: PLC0415
@@ -65,38 +85,40 @@ def _serve(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; run: pip install 'mask-auto-labeler[labelstudio]'") from None
 
-    credentials = _word(arguments.credentials_file, "--credentials-file")
+    credentials = _optional_secret(arguments.credentials_file, "--credentials-file")
     if credentials is not None and ":" not in credentials:
-        raise ConfigError(f"--credentials-file {arguments.credentials_file}: USER:PASSWORD is needed")
+        raise ConfigError(f"--credentials-file {arguments.credentials_file}: expected USER:PASSWORD")
     if credentials is None and not is_loopback(arguments.host):
         raise ConfigError(
-            f"--host {arguments.host}: is reached from other machines, which would all get masks of what the access "
-            "token opens; give --credentials-file, whose USER:PASSWORD Label Studio then shows, or listen on 127.0.0.1"
+            f"--host {arguments.host}: other machines could use the access token through this backend; give "
+            "--credentials-file, or listen on 127.0.0.1"
         )
-    pictures = ImageFetcher(
+    images = ImageFetcher(
         arguments.label_studio,
-        _word(arguments.api_key_file, "--api-key-file"),
+        _optional_secret(arguments.api_key_file, "--api-key-file"),
         arguments.local_files,
-        arguments.picture_host,
+        arguments.image_host,
     )
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
-        with client_of(arguments) as client:
-            predictor = Predictor(client, pictures, options_of(arguments), tolerance_px=arguments.polygon_tolerance)
-            # Before anything is served: a wrong address or token is an error of this command, not of Label Studio.
+        with make_client(arguments) as client:
+            predictor = Predictor(
+                client, images, make_label_options(arguments), tolerance_px=arguments.polygon_tolerance
+            )
+            # Before the port opens: a wrong address or token of the labeling server is an error of this command.
             version = predictor.model_version()
 
-            async def live() -> None:
+            async def serve() -> None:
                 async with bound(build_app(predictor, credentials), arguments.host, arguments.port) as address:
                     print(f"serving {version} on {address}", flush=True)
                     await until_interrupted()
 
-            asyncio.run(live())
+            asyncio.run(serve())
     finally:
-        pictures.close()
+        images.close()
     return 0
 
 
-def _word(path: Path | None, name: str) -> str | None:
-    return None if path is None else read_word(path, name)
+def _optional_secret(path: Path | None, option: str) -> str | None:
+    return None if path is None else read_secret(path, option)

@@ -1,7 +1,7 @@
-"""The command mal-client: its verbs put together, and what their errors mean to a shell.
+"""The command `mal-client`: assembles its subcommands and maps their errors to exit codes.
 
-Exit codes: 0 done · 2 usage, configuration or input · 3 finished, but some items failed · 4 disk or permission ·
-1 the server was not there, or something unexpected · 130 interrupted · 141 whoever read the output closed it.
+Exit codes: 0 done · 1 server unavailable or unexpected error · 2 usage, configuration or input · 3 finished, but some
+items failed · 4 disk or permission · 130 interrupted · 141 the reader of stdout closed it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mal_client.cli.check import add_check
-from mal_client.cli.common import Commands, add_connection, add_verb, client_of
+from mal_client.cli.common import Commands, add_command, add_connection_options, make_client
 from mal_client.cli.convert import add_convert, add_export
 from mal_client.cli.cvat import add_cvat
 from mal_client.cli.evaluate import add_evaluate
@@ -31,38 +31,39 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit code."""
+    """Runs one command and returns its exit code."""
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
-        if sys.stdout is not None:  # as it is after `>&-`
+        if sys.stdout is not None:  # None after `>&-`
             sys.stdout.flush()
     except OSError as error:
-        lost = stdout_exit_code(error)
-        if lost is None:
+        exit_code = stdout_exit_code(error)
+        if exit_code is None:
             raise
-        if lost == OutputError.exit_code:
-            print(f"mal-client: standard output: {error.strerror}; free some space", file=sys.stderr)
-        return lost
+        if exit_code == OutputError.exit_code:
+            print(f"mal-client: stdout: {error.strerror}; free disk space", file=sys.stderr)
+        return exit_code
     except MalError as error:
         print(f"mal-client: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"mal-client: interrupted; {_way_on(arguments)}", file=sys.stderr)
+        print(f"mal-client: interrupted; {_resume_hint(arguments)}", file=sys.stderr)
         return INTERRUPTED
     return code
 
 
-def _way_on(arguments: argparse.Namespace) -> str:
-    """What is left of an interrupted job."""
-    if not arguments.goes_on(arguments):
+def _resume_hint(arguments: argparse.Namespace) -> str:
+    if not arguments.can_resume(arguments):
         return "no result was written"
-    without = ", without --restart," if getattr(arguments, "restart", False) else ""
-    return f"the same command{without} goes on where this one ended"
+    without = " without --restart" if getattr(arguments, "restart", False) else ""
+    return f"run the same command{without} again to resume"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mal-client", description="Masks from boxes, by a mal-server.")
+    parser = argparse.ArgumentParser(
+        prog="mal-client", description="Labels the boxes of images with masks, using a mal-server."
+    )
     add_common_options(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_label(commands)
@@ -81,18 +82,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_info(commands: Commands[argparse.ArgumentParser]) -> None:
-    info = add_verb(commands, "info", "what the server serves and accepts")
+    info = add_command(commands, "info", "print the server's models, settings and limits as JSON")
     info.set_defaults(run=_info)
-    add_connection(info)
+    add_connection_options(info)
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    with client_of(arguments) as client:
-        print(_described(client.server_info()))
+    with make_client(arguments) as client:
+        print(_to_json(client.server_info()))
     return 0
 
 
-def _described(info: ServerInfo) -> str:
+def _to_json(info: ServerInfo) -> str:
     return json.dumps(
         {
             "server_version": info.version,

@@ -1,4 +1,4 @@
-"""mal-client models: which models a server has in memory, and changes of them without a restart."""
+"""The command `mal-client models`: lists, loads and unloads the models of a running server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from mal_client.cli.common import Commands, add_connection, add_verb, client_of
+from mal_client.cli.common import Commands, add_command, add_connection_options, make_client
 from mal_client.model_admin import ModelAdmin
 from mal_client.types import ModelStatus
 from mal_train.core.errors import ConfigError
@@ -14,36 +14,40 @@ from mal_train.core.settings import Branch
 
 
 def add_models(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The verb, its verbs and their arguments."""
-    models = add_verb(commands, "models", "list, load and unload the models of a running server")
-    verbs = models.add_subparsers(required=True, metavar="VERB")
-    listed = add_verb(verbs, "list", "every model in the server's memory")
-    listed.set_defaults(run=_list)
-    add_connection(listed)
-    listed.add_argument("--json", action="store_true", help="as JSON")
-    load = add_verb(verbs, "load", "put a checkpoint into service without a gap, or say why it cannot be")
+    """Adds the command, its subcommands and their options."""
+    models = add_command(commands, "models", "list, load and unload the models of a running server")
+    subcommands = models.add_subparsers(required=True, metavar="COMMAND")
+    listing = add_command(subcommands, "list", "list the models in the server's memory")
+    listing.set_defaults(run=_list)
+    add_connection_options(listing)
+    listing.add_argument("--json", action="store_true", help="print JSON (default: a line per model)")
+    load = add_command(subcommands, "load", "load a checkpoint and serve it without interruption")
     load.set_defaults(run=_load)
-    add_connection(load)
-    load.add_argument("name", metavar="NAME", help="name under which it answers; one that is served is replaced")
+    add_connection_options(load)
+    load.add_argument("name", metavar="NAME", help="name to serve the model under; replaces a model of that name")
     load.add_argument(
         "--from",
         dest="source",
         metavar="FOLDER/PATH",
-        help="a folder of the server's model_folders and the checkpoint below it (default: the checkpoint that the "
-        "server's settings name, read anew)",
+        help="checkpoint: a name in the server's model_folders and a path below that folder (default: reload the "
+        "checkpoint that the server's settings name)",
     )
-    load.add_argument("--branch", choices=[str(branch) for branch in Branch], help="network that answers by default")
-    unload = add_verb(verbs, "unload", "take a model out of service; calls that it has are finished")
+    load.add_argument(
+        "--branch",
+        choices=[str(branch) for branch in Branch],
+        help="network that predicts the masks of requests that name none (default: the server's setting)",
+    )
+    unload = add_command(subcommands, "unload", "stop serving a model after its running calls have finished")
     unload.set_defaults(run=_unload)
-    add_connection(unload)
-    unload.add_argument("name", metavar="NAME")
+    add_connection_options(unload)
+    unload.add_argument("name", metavar="NAME", help="name of the model")
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    with client_of(arguments) as client:
+    with make_client(arguments) as client:
         rows = ModelAdmin(client).list_models()
     if arguments.json:
-        print(json.dumps([_described(row) for row in rows], indent=2))
+        print(json.dumps([_to_dict(row) for row in rows], indent=2))
         return 0
     for row in rows:
         state = "retiring" if row.is_retiring else "default" if row.is_default else "serving"
@@ -58,23 +62,25 @@ def _list(arguments: argparse.Namespace) -> int:
 def _load(arguments: argparse.Namespace) -> int:
     folder, separator, path = (arguments.source or "").partition("/")
     if arguments.source is not None and not (folder and separator and path):
-        raise ConfigError(f"--from {arguments.source}: FOLDER/PATH is needed, a folder of the server's model_folders")
+        raise ConfigError(
+            f"--from {arguments.source}: expected FOLDER/PATH, FOLDER a name in the server's model_folders"
+        )
     branch = None if arguments.branch is None else Branch(arguments.branch)
-    with client_of(arguments) as client:
+    with make_client(arguments) as client:
         info, replaced = ModelAdmin(client).load(arguments.name, folder, path, branch)
-    before = "" if replaced is None else f", in the place of {replaced.checkpoint_sha256[:12]}"
-    print(f"{info.model.name}: {info.model.checkpoint_sha256[:12]} answers ({info.arch}, {info.model.branch}){before}")
+    note = "" if replaced is None else f", replaces {replaced.checkpoint_sha256[:12]}"
+    print(f"{info.model.name}: serving {info.model.checkpoint_sha256[:12]} ({info.arch}, {info.model.branch}){note}")
     return 0
 
 
 def _unload(arguments: argparse.Namespace) -> int:
-    with client_of(arguments) as client:
-        gone = ModelAdmin(client).unload(arguments.name)
-    print(f"{gone.name}: {gone.checkpoint_sha256[:12]} answers no more")
+    with make_client(arguments) as client:
+        model = ModelAdmin(client).unload(arguments.name)
+    print(f"{model.name}: {model.checkpoint_sha256[:12]} unloaded")
     return 0
 
 
-def _described(row: ModelStatus) -> dict[str, Any]:
+def _to_dict(row: ModelStatus) -> dict[str, Any]:
     info = row.info
     return {
         "name": info.model.name,

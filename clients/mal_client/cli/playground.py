@@ -1,4 +1,4 @@
-"""`mal-client playground`: a page to draw boxes on and see their masks."""
+"""The command `mal-client playground`: a web page for drawing boxes and viewing their masks."""
 
 from __future__ import annotations
 
@@ -6,52 +6,60 @@ import argparse
 import asyncio
 import sys
 
-from mal_client.cli.common import Commands, add_connection, add_verb, async_client_of
+from mal_client.cli.common import Commands, add_command, add_connection_options, make_async_client
 from mal_train.core.errors import ConfigError
 
 
 def add_playground(commands: Commands[argparse.ArgumentParser]) -> None:
-    """The verb and its arguments."""
-    playground = add_verb(commands, "playground", "a page in your browser: draw boxes, see their masks")
+    """Adds the command and its options."""
+    playground = add_command(commands, "playground", "serve a web page for drawing boxes and viewing their masks")
     playground.set_defaults(run=_playground)
-    add_connection(playground)
+    add_connection_options(playground)
     playground.add_argument(
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="where the page listens (default %(default)s: this machine alone); others then reach it unencrypted",
+        help="address to listen on; any other address than the default is open to other machines and unencrypted "
+        "(default: %(default)s)",
     )
-    playground.add_argument("--port", type=int, default=8765, metavar="N", help="0: any (default %(default)s)")
+    playground.add_argument(
+        "--port",
+        type=int,
+        default=8765,
+        metavar="N",
+        help="port to listen on, 0 to 65535; 0 chooses a free one (default: %(default)d)",
+    )
     playground.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="a name under which the page may be opened, besides localhost and addresses; may be repeated",
+        help="host name under which browsers may open the page, besides localhost and IP addresses; repeatable "
+        "(default: none)",
     )
-    playground.add_argument("--open", action="store_true", help="also open the page in the browser")
+    playground.add_argument("--open", action="store_true", help="open the page in the default browser (default: off)")
 
 
 def _playground(arguments: argparse.Namespace) -> int:
     try:
-        # Imported here: it needs aiohttp, which the other verbs do without.
+        # Imported here: it needs aiohttp, which the other commands do not.
         from mal_client.playground.server import Listen, serve  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "aiohttp":
             raise
-        raise ConfigError("the playground needs aiohttp: pip install 'mask-auto-labeler[playground]'") from None
+        raise ConfigError("aiohttp is not installed; run: pip install 'mask-auto-labeler[playground]'") from None
     if not 0 <= arguments.port < 65536:
-        raise ConfigError(f"--port {arguments.port}: a number from 0 to 65535 is needed")
+        raise ConfigError(f"--port {arguments.port}: expected 0 to 65535")
     listen = Listen(arguments.host, arguments.port, arguments.allow_host)
 
-    async def live() -> None:
-        async with async_client_of(arguments) as client:
-            await serve(client, listen, _tell, open_browser=arguments.open)
+    async def run() -> None:
+        async with make_async_client(arguments) as client:
+            await serve(client, listen, _print_line, open_browser=arguments.open)
 
-    asyncio.run(live())
+    asyncio.run(run())
     return 0
 
 
-def _tell(text: str) -> None:
-    # Flushed: whoever reads this through a pipe waits for the address.
+def _print_line(text: str) -> None:
+    # Flushed: a program that reads this through a pipe waits for the address.
     print(text, flush=True, file=sys.stdout)

@@ -1,6 +1,6 @@
-"""What a look at a data set found: kinds of findings with counts and examples, as lines, as JSON, as parts of a page.
+"""The result of a dataset check: issues with counts and examples, as text, JSON and HTML.
 
-Knows no rule; `check` has those.
+Contains no rules; `check` does.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from mal_train.core.report.page import Html
 
 EXAMPLES: Final = 10
-"""Sentences that are kept for each kind of finding; all are counted."""
+"""Examples kept of each issue; all occurrences are counted."""
 
-NO_FAULT: Final = "no fault found"
+NO_ISSUES: Final = "no issues found"
 
 _COMMON_SIZES: Final = 12
 
 
 class Severity(StrEnum):
-    """How bad a finding is."""
+    """Consequence of an issue."""
 
     FATAL = "fatal"
-    """The file is refused as a whole."""
+    """`label` refuses the file."""
     ERROR = "error"
-    """What it concerns gets no mask."""
+    """The annotations concerned get no mask."""
     WARNING = "warning"
-    """Labeled, but look whether it is meant so."""
+    """The annotations are labeled, but may not be what was intended."""
     NOTE = "note"
-    """Good to know."""
+    """No consequence for labeling."""
 
 
 @dataclass
 class Issue:
-    """One kind of finding: how often, and the first few in words."""
+    """One type of problem: its severity, number of occurrences and first examples."""
 
-    level: Severity
+    severity: Severity
     meaning: str
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -50,67 +50,67 @@ class Issue:
 
 @dataclass
 class CheckReport:
-    """What a data set is like.
+    """Issues and statistics of a dataset.
 
     Attributes:
         file: the COCO file.
         images: rows of `images`.
         annotations: rows of `annotations`.
-        findings: by kind, in the order in which they were met.
+        issues: by code, in the order of their first occurrence.
         boxes_by_size: usable boxes by size class.
-        box_sides: usable boxes by the square root of their area, px.
-        image_sizes: images by width x height, the most common ones.
-        by_category: annotations by the name of their category, all categories.
+        box_sides: usable boxes by floor(log2(side)); the side is the square root of the area, in px.
+        image_sizes: images by "width × height".
+        by_category: annotations by category name; includes categories without annotations.
     """
 
     file: Path
     images: int = 0
     annotations: int = 0
-    findings: dict[str, Issue] = field(default_factory=dict)
+    issues: dict[str, Issue] = field(default_factory=dict)
     boxes_by_size: Counter[str] = field(default_factory=Counter)
     box_sides: Counter[int] = field(default_factory=Counter)
     image_sizes: Counter[str] = field(default_factory=Counter)
     by_category: Counter[str] = field(default_factory=Counter)
 
-    def note(self, kind: str, level: Severity, meaning: str, example: str) -> None:
-        """Counts a finding."""
-        finding = self.findings.setdefault(kind, Issue(level, meaning))
-        finding.count += 1
-        if len(finding.examples) < EXAMPLES:
-            finding.examples.append(example)
+    def add(self, code: str, severity: Severity, meaning: str, example: str) -> None:
+        """Counts one occurrence of an issue; keeps the first EXAMPLES examples."""
+        issue = self.issues.setdefault(code, Issue(severity, meaning))
+        issue.count += 1
+        if len(issue.examples) < EXAMPLES:
+            issue.examples.append(example)
 
-    def count(self, level: Severity) -> int:
-        """Findings of a level."""
-        return sum(finding.count for finding in self.findings.values() if finding.level is level)
+    def count(self, severity: Severity) -> int:
+        """Returns the number of occurrences of all issues of a severity."""
+        return sum(issue.count for issue in self.issues.values() if issue.severity is severity)
 
-    def sorted_findings(self) -> list[tuple[str, Issue]]:
-        """Worst level first, then the most frequent."""
+    def sorted_issues(self) -> list[tuple[str, Issue]]:
+        """Returns (code, issue) pairs by severity, worst first, then by count, largest first."""
         order = list(Severity)
-        return sorted(self.findings.items(), key=lambda item: (order.index(item[1].level), -item[1].count))
+        return sorted(self.issues.items(), key=lambda item: (order.index(item[1].severity), -item[1].count))
 
     def side_histogram(self) -> dict[str, int]:
-        """Boxes by side in doubling steps, without gaps."""
+        """Returns the number of boxes by side, in bins that double in width; empty bins between others are included."""
         if not self.box_sides:
             return {}
         steps = range(min(self.box_sides), max(self.box_sides) + 1)
         return {f"{2**step}–{2 ** (step + 1)} px": self.box_sides[step] for step in steps}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Returns the report as a JSON object."""
         return {
             "file": str(self.file),
             "images": self.images,
             "annotations": self.annotations,
-            "counts": {str(level): self.count(level) for level in Severity},
+            "counts": {str(severity): self.count(severity) for severity in Severity},
             "findings": [
                 {
-                    "kind": kind,
-                    "level": str(finding.level),
-                    "count": finding.count,
-                    "meaning": finding.meaning,
-                    "examples": finding.examples,
+                    "kind": code,
+                    "level": str(issue.severity),
+                    "count": issue.count,
+                    "meaning": issue.meaning,
+                    "examples": issue.examples,
                 }
-                for kind, finding in self.sorted_findings()
+                for code, issue in self.sorted_issues()
             ],
             "boxes_by_size": {name: self.boxes_by_size[name] for name in SIZE_NAMES},
             "box_sides": self.side_histogram(),
@@ -119,30 +119,30 @@ class CheckReport:
         }
 
     def lines(self) -> list[str]:
-        """For a terminal: a line for each kind of finding, with what it means and its first example."""
+        """Returns the report as lines of text, with the meaning and the first example of each issue."""
         head = f"{self.file}: {self.images} images, {self.annotations} annotations"
-        if not self.findings:
-            return [f"{head}; {NO_FAULT}"]
+        if not self.issues:
+            return [f"{head}; {NO_ISSUES}"]
         return [head] + [
-            f"{finding.level:<8}{finding.count:>8}  {kind:<24}{finding.meaning}; first: {finding.examples[0]}"
-            for kind, finding in self.sorted_findings()
+            f"{issue.severity:<8}{issue.count:>8}  {code:<24}{issue.meaning}; first: {issue.examples[0]}"
+            for code, issue in self.sorted_issues()
         ]
 
     def sections(self) -> list[Html]:
-        """For a page."""
-        found: list[list[str | int]] = [
-            [str(finding.level), kind, finding.count, finding.meaning] for kind, finding in self.sorted_findings()
+        """Returns the report as sections of an HTML page."""
+        rows: list[list[str | int]] = [
+            [str(issue.severity), code, issue.count, issue.meaning] for code, issue in self.sorted_issues()
         ]
-        examples = [[kind, example] for kind, finding in self.sorted_findings() for example in finding.examples]
+        examples = [[code, example] for code, issue in self.sorted_issues() for example in issue.examples]
         classes = dict(self.by_category.most_common(40))
         return [
             section(
-                "Findings",
-                table(["level", "what", "count", "meaning"], found) if found else f"<p>{NO_FAULT}</p>",
+                "Issues",
+                table(["severity", "issue", "count", "meaning"], rows) if rows else f"<p>{NO_ISSUES}</p>",
                 f"{self.images} images, {self.annotations} annotations.",
             ),
             section(
-                "What there is",
+                "Statistics",
                 side_by_side(
                     "<p>Boxes by side</p>" + bars(self.side_histogram()),
                     "<p>Boxes by size class</p>" + bars({name: self.boxes_by_size[name] for name in SIZE_NAMES}),
@@ -152,7 +152,7 @@ class CheckReport:
                 "The side of a box is the square root of its area inside the image.",
             ),
             *(
-                [section("Examples", table(["what", "where"], examples), f"At most {EXAMPLES} of each kind.")]
+                [section("Examples", table(["issue", "example"], examples), f"At most {EXAMPLES} per issue.")]
                 if examples
                 else []
             ),

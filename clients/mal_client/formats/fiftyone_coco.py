@@ -1,7 +1,7 @@
-"""Masks as a COCO file that FiftyOne's importer reads exactly: each row's box is the tight box of its mask.
+"""Writes masks as a COCO file that FiftyOne imports exactly: the box of each row is the tight box of its mask.
 
-FiftyOne keeps of a mask what lies in the row's box, with the box rounded to pixels; a box as a user drew it would cut
-or shift the mask by up to a pixel.
+FiftyOne rounds the box to pixels and keeps the part of the mask inside it. The box of the user would crop or shift the
+mask by up to a pixel.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from mal_train.core.masks.rle import area, to_box
 NAME: Final = "labels.json"
 
 KEPT: Final = ("score", "agreement", "flags")
-"""Fields that become attributes of FiftyOne's detections; `score` is its confidence."""
+"""Fields that FiftyOne imports as attributes of a detection; `score` becomes its confidence."""
 
 
 def write_fiftyone(masks: MaskFile, folder: Path) -> None:
-    """Writes `folder/labels.json`; category ids count from 1, in the order of the file's list.
+    """Writes `folder/labels.json`; category IDs start at 1, in the order of the input file.
 
-    The box as it was drawn is kept in `prompt_box`, the id of the row in `annotation_id`.
+    Stores the original box in `prompt_box` and the original ID in `annotation_id`.
 
     Raises:
-        OutputError: the disk.
+        OutputError: the file cannot be written.
     """
     images: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    for at, (image, found) in enumerate(masks.images(), start=1):
-        images.append({"id": at, "file_name": image.file_name, "width": image.width, "height": image.height})
-        rows += [_row(row, len(rows) + more, at) for more, row in enumerate(found, start=1)]
-    categories = [{"id": at, "name": name} for at, name in enumerate(masks.names, start=1)]
+    for image_id, (image, mask_rows) in enumerate(masks.images(), start=1):
+        images.append({"id": image_id, "file_name": image.file_name, "width": image.width, "height": image.height})
+        rows += [_row(row, row_id, image_id) for row_id, row in enumerate(mask_rows, start=len(rows) + 1)]
+    categories = [{"id": category_id, "name": name} for category_id, name in enumerate(masks.names, start=1)]
     content = {"images": images, "annotations": rows, "categories": categories}
     write_bytes(folder / NAME, json.dumps(content).encode())
 
@@ -41,7 +41,7 @@ def _row(row: MaskRow, row_id: int, image_id: int) -> dict[str, Any]:
     return {
         "id": row_id,
         "image_id": image_id,
-        "category_id": row.category_at + 1,
+        "category_id": row.category_index + 1,
         "bbox": to_box(row.rle),
         "area": area(row.rle),
         "iscrowd": 0,

@@ -1,4 +1,4 @@
-"""Masks as labelme's JSON files, one a picture, which lie where labelme looks: named as the pictures are."""
+"""Writes masks as labelme JSON files, one per image and named like it, as labelme expects."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from mal_train.core.masks.encodings import to_png
 from mal_train.core.masks.polygons import merge_holes
 
 VERSION = "5.5.0"
-"""Of labelme, whose form this is; shapes of type mask are read since 5.2."""
+"""Version of labelme that defines this format; it reads shapes of type mask since 5.2."""
 
 
 class Shape(StrEnum):
-    """What an object becomes."""
+    """Representation of an object."""
 
     POLYGON = "polygon"
-    """Lines to be edited; holes are joined to their outline by bridges of no width, parts share a group."""
+    """Editable outlines; holes are joined to their outline by bridges of zero width, components share a group."""
     MASK = "mask"
-    """The pixels themselves."""
+    """The pixels as a PNG."""
 
 
-def write_labelme(masks: MaskFile, pictures: ImageFiles, folder: Path, shape: Shape = Shape.POLYGON) -> None:
-    """Writes `folder/NAME.json` for each picture `NAME.jpg`, those without objects included.
+def write_labelme(masks: MaskFile, image_files: ImageFiles, folder: Path, shape: Shape = Shape.POLYGON) -> None:
+    """Writes `folder/NAME.json` for each image `NAME.jpg`, including images without objects.
 
-    Our flags become flags of the shape, the score its description.
+    The flags of an annotation become flags of the shape; its score becomes the description.
 
     Raises:
-        OutputError: the disk.
+        OutputError: a file cannot be written.
     """
-    files = LabelFiles(folder, ".json", masks.export)
+    label_files = LabelFiles(folder, ".json", masks.summary)
     for image, rows in masks.images():
-        path = files.path(image, rows)
+        path = label_files.path(image, rows)
         if path is None:
             continue
         try:
-            picture = pictures.path(image.file_name)
-        except BadImage as fault:
-            files.leave_out(image, rows, fault.reason, str(fault))
+            image_path = image_files.path(image.file_name)
+        except BadImage as error:
+            label_files.omit(image, rows, error.reason, str(error))
             continue
         content: dict[str, Any] = {
             "version": VERSION,
             "flags": {},
-            "shapes": [one for group, row in enumerate(rows, start=1) for one in _shapes(row, group, shape)],
-            "imagePath": os.path.relpath(picture, path.parent),
+            "shapes": [entry for group, row in enumerate(rows, start=1) for entry in _shapes(row, group, shape)],
+            "imagePath": os.path.relpath(image_path, path.parent),
             "imageData": None,
             "imageHeight": image.height,
             "imageWidth": image.width,
@@ -70,10 +70,10 @@ def _shapes(row: MaskRow, group: int, shape: Shape) -> Iterator[dict[str, Any]]:
     }
     if shape is Shape.MASK:
         crop = to_png(row.rle)
-        # Both corners are pixels of the crop.
+        # Both corners are inclusive.
         corners = [[crop.x, crop.y], [crop.x + crop.crop_width - 1, crop.y + crop.crop_height - 1]]
         yield {**common, "points": corners, "mask": base64.b64encode(crop.content).decode()}
         return
-    lines = merge_holes(row.rings)
-    for line in lines:
-        yield {**common, "points": line.tolist(), "group_id": group if len(lines) > 1 else None, "mask": None}
+    outlines = merge_holes(row.rings)
+    for outline in outlines:
+        yield {**common, "points": outline.tolist(), "group_id": group if len(outlines) > 1 else None, "mask": None}

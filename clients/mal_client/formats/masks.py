@@ -1,4 +1,4 @@
-"""The masks of a labeled COCO file, image by image, for the writers of foreign formats beside this file."""
+"""Reads the masks of a labeled COCO file, image by image, for the writers of other formats in this folder."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ class MaskRow:
     """One labeled object.
 
     Attributes:
-        row: as the file holds it.
+        row: the annotation as in the file.
         category: name of its class.
-        category_at: place of that in the file's list, from 0.
-        rle: the mask; it has pixels.
-        rings: the same as closed lines.
+        category_index: index of its class in the file's list, from 0.
+        rle: the mask; not empty.
+        rings: outlines of the mask.
     """
 
     row: dict[str, Any]
     category: str
-    category_at: int
+    category_index: int
     rle: Rle
     rings: tuple[Ring, ...]
 
 
 @dataclass
-class Export:
-    """What an export came to.
+class ExportSummary:
+    """Counts and errors of an export.
 
     Attributes:
-        written: objects.
-        crowds: crowd regions, which no format here can say, left out.
-        faults: everything else that was left out.
+        written: objects written.
+        crowds: crowd regions omitted; none of the formats supports them.
+        errors: errors of all other omitted objects.
     """
 
     written: int = 0
     crowds: int = 0
-    faults: list[RowError] = field(default_factory=list)
+    errors: list[RowError] = field(default_factory=list)
 
 
 class MaskFile:
@@ -54,100 +54,99 @@ class MaskFile:
 
     Args:
         path: the file.
-        tolerance_px: of the rings; 0 = exact.
+        tolerance_px: largest distance between an outline and the edge of its mask; 0 = exact.
 
     Raises:
-        BadDataset: it is unusable as a whole.
+        BadDataset: the file cannot be used.
     """
 
     def __init__(self, path: Path, tolerance_px: float = 0.0) -> None:
         self._coco: CocoFile = read_coco(path)
         self._tolerance_px = tolerance_px
         self.names = list(self._coco.category_names.values())
-        self._places = {category_id: at for at, category_id in enumerate(self._coco.category_names)}
-        self.export = Export()
+        self._category_indices = {category_id: index for index, category_id in enumerate(self._coco.category_names)}
+        self.summary = ExportSummary()
         for row in self._coco.annotations:
             if row.image_id is None or row.image_id not in self._coco.images:
-                self._leave_out(row, row.problem or "no image")
+                self._omit(row, row.problem or "no image")
 
     def images(self) -> Iterator[tuple[ImageInfo, list[MaskRow]]]:
-        """Every image whose size the file states, with its objects; what is left out is noted in `export`."""
+        """Yields every image whose row states its size, with its objects; counts omissions in `summary`."""
         for image, rows in by_image(self._coco):
             size_wh = image.size_wh
             if image.problem is not None or size_wh is None:
-                text = image.problem or f"image {image.id!r}: the file does not state its width and height"
-                self.export.faults.append(RowError(image.file_name, "IMAGE_UNUSABLE", text))
+                text = image.problem or f"image {image.id!r}: width and height are missing"
+                self.summary.errors.append(RowError(image.file_name, "IMAGE_UNUSABLE", text))
                 continue
-            found = [self._mask_row(row, size_wh) for row in rows]
-            kept = [row for row in found if row is not None]
-            self.export.written += len(kept)
-            yield image, kept
+            mask_rows = [row for row in (self._mask_row(row, size_wh) for row in rows) if row is not None]
+            self.summary.written += len(mask_rows)
+            yield image, mask_rows
 
     def _mask_row(self, row: Annotation, size_wh: tuple[int, int]) -> MaskRow | None:
         if row.iscrowd:
-            self.export.crowds += 1
+            self.summary.crowds += 1
             return None
-        error = row.raw.get("error")
-        if row.problem is not None or row.category_id is None or error:
-            self._leave_out(row, row.problem or f"annotation {row.id!r}: was not labeled ({error})")
+        failure = row.raw.get("error")
+        if row.problem is not None or row.category_id is None or failure:
+            self._omit(row, row.problem or f"annotation {row.id!r}: not labeled ({failure})")
             return None
         try:
             rle = from_segmentation(row.raw.get("segmentation"), size_wh[1], size_wh[0], f"annotation {row.id!r}")
-        except BadDataset as fault:
-            self._leave_out(row, str(fault))
+        except BadDataset as error:
+            self._omit(row, str(error))
             return None
         rings = to_polygons(rle, self._tolerance_px).rings
         if not rings:
-            self._leave_out(row, f"annotation {row.id!r}: its mask is empty")
+            self._omit(row, f"annotation {row.id!r}: mask is empty")
             return None
-        place = self._places[row.category_id]
-        return MaskRow(dict(row.raw), self.names[place], place, rle, rings)
+        index = self._category_indices[row.category_id]
+        return MaskRow(dict(row.raw), self.names[index], index, rle, rings)
 
-    def _leave_out(self, row: Annotation, text: str) -> None:
-        self.export.faults.append(RowError(f"annotation {row.id!r}", str(row.reason or "NO_MASK"), text))
+    def _omit(self, row: Annotation, text: str) -> None:
+        self.summary.errors.append(RowError(f"annotation {row.id!r}", str(row.reason or "NO_MASK"), text))
 
 
 class LabelFiles:
-    """Where the labels of each picture go: a file below a folder, named as the picture is; what has none is a fault.
+    """Paths of the label files: below one folder, named like the images. An image without a path is an error.
 
     Args:
-        folder: holds all of them. No file name leads out of it, since a COCO file may come from anywhere.
-        suffix: of the files, with its dot.
-        export: notes the faults.
+        folder: parent of all label files. No file name leads out of it, since a COCO file may come from anywhere.
+        suffix: suffix of the label files, with its dot.
+        summary: receives the errors.
     """
 
-    def __init__(self, folder: Path, suffix: str, export: Export) -> None:
+    def __init__(self, folder: Path, suffix: str, summary: ExportSummary) -> None:
         self._folder = folder
         self._suffix = suffix
-        self._export = export
+        self._summary = summary
         self._taken: dict[PurePosixPath, str] = {}
 
     def path(self, image: ImageInfo, rows: Sequence[MaskRow]) -> Path | None:
-        """The file for a picture's labels; None when they cannot be written, so that `rows` count as left out."""
+        """Returns the label file of an image; None if it cannot be written, after counting `rows` as omitted."""
         name = PurePosixPath(image.file_name)
         if name.is_absolute() or ".." in name.parts or not name.name:
-            self.leave_out(image, rows, "NAME_OUTSIDE", f"its labels would not lie below {self._folder}")
+            self.omit(image, rows, "NAME_OUTSIDE", f"label file would be outside {self._folder}")
             return None
-        below = name.with_suffix(self._suffix)
-        if below in self._taken:
-            text = f"its labels would have the same name as those of {self._taken[below]}; rename one"
-            self.leave_out(image, rows, "NAME_TAKEN", text)
+        relative = name.with_suffix(self._suffix)
+        if relative in self._taken:
+            text = f"label file would have the same name as that of {self._taken[relative]}; rename one of the images"
+            self.omit(image, rows, "NAME_TAKEN", text)
             return None
-        self._taken[below] = image.file_name
-        return self._folder / below
+        self._taken[relative] = image.file_name
+        return self._folder / relative
 
-    def leave_out(self, image: ImageInfo, rows: Sequence[MaskRow], reason: str, text: str) -> None:
-        """Counts the rows of a picture, for whose labels there is no file, as left out."""
-        self._export.written -= len(rows)
-        self._export.faults.append(
+    def omit(self, image: ImageInfo, rows: Sequence[MaskRow], reason: str, text: str) -> None:
+        """Counts the rows of an image without a label file as omitted."""
+        self._summary.written -= len(rows)
+        self._summary.errors.append(
             RowError(image.file_name, reason, f"{image.file_name}: {text.removeprefix(f'{image.file_name}: ')}")
         )
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file, with the folders above it. Raises OutputError."""
+    """Writes a file and creates its parent folders. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     except OSError as error:
-        raise OutputError(f"{path}: not written ({error.strerror})") from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error

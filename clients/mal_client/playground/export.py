@@ -1,4 +1,4 @@
-"""The COCO file of what stands on the page: boxes as they were drawn, masks as the server encoded them."""
+"""Builds the COCO file of the page: boxes as the user drew them, masks as the server encoded them."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ NO_CATEGORY = "object"
 
 
 def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
-    """The file as `mal-client label` would write it, JSON text.
+    """Returns the file that `mal-client label` would write, as JSON text.
 
-    `body`: `{"images": [{"file_name", "width", "height"}], "annotations": [{"image", "box", "category", "threshold",
-    "answer"}]}`, where `image` is a place in `images` and `answer` a line that this server wrote for the box, or null.
-    Boxes without a mask keep their row and say why. A box that was labeled with another threshold or by other weights
-    than the file's provenance says carries its own `threshold` or `checkpoint_sha256`.
+    `body` is `{"images": [{"file_name", "width", "height"}], "annotations": [{"image", "box", "category", "threshold",
+    "result"}]}`, where `image` is an index in `images` and `result` a line that this server wrote for the box, or null.
+    Boxes without a mask keep their row, with an error. A box that was labeled with another threshold or other weights
+    than the provenance of the file states has its own `threshold` or `checkpoint_sha256`.
 
     Args:
-        body: what the page sent.
-        info: the labeling server's word on itself, for the provenance.
-        options: the page's options, for the same.
+        body: the request of the page.
+        info: information about the labeling server, for the provenance.
+        options: options of the page, for the provenance.
 
     Raises:
-        BadRequest: of another shape, or a mask that is no run-length code of its image.
+        BadRequest: the body has another shape, or a mask is not a valid run-length code of its image.
     """
-    images = [_image(row, at) for at, row in enumerate(member(body, "images", list), start=1)]
-    asked = member(body, "annotations", list)
-    categories = _categories(asked, info)
+    images = [_image(row, image_id) for image_id, row in enumerate(member(body, "images", list), start=1)]
+    annotations = member(body, "annotations", list)
+    categories = _categories(annotations, info)
     rows: list[Json] = []
-    answers: dict[JsonId, Json] = {}
-    for annotation_id, annotation in enumerate(asked, start=1):
-        place = member(annotation, "image", int)
-        if not 0 <= place < len(images):
-            raise BadRequest(f"annotation {annotation_id}: image {place}; there are {len(images)}")
+    results: dict[JsonId, Json] = {}
+    for annotation_id, annotation in enumerate(annotations, start=1):
+        index = member(annotation, "image", int)
+        if not 0 <= index < len(images):
+            raise BadRequest(f"annotation {annotation_id}: image {index}; expected an index below {len(images)}")
         row = {
             "id": annotation_id,
-            "image_id": images[place]["id"],
+            "image_id": images[index]["id"],
             "category_id": categories[_category(annotation)],
             "bbox": [_json_number(v) for v in read_box(member(annotation, "box", list))],
             "iscrowd": 0,
         }
-        answer = annotation.get("answer")
-        if isinstance(answer, dict):
-            answers[annotation_id] = _answer(answer, images[place], f"annotation {annotation_id}")
-            row |= _differences(annotation, answer, info)
+        result = annotation.get("result")
+        if isinstance(result, dict):
+            results[annotation_id] = _result_fields(result, images[index], f"annotation {annotation_id}")
+            row |= _differences(annotation, result, info)
         rows.append(row)
     raw = {
         "images": images,
         "annotations": rows,
-        "categories": [{"id": key, "name": name} for name, key in categories.items()],
+        "categories": [{"id": category_id, "name": name} for name, category_id in categories.items()],
     }
-    labeled = labeled_file(parse_coco(raw), answers, provenance_of(info, options))
+    labeled = labeled_file(parse_coco(raw), results, provenance_of(info, options))
     return json.dumps(labeled).encode() + b"\n"
 
 
@@ -75,56 +75,57 @@ def _category(annotation: Any) -> str:
 
 
 def _categories(annotations: list[Any], info: ServerInfo) -> dict[str, int]:
-    """Ids by name: the model's own classes keep theirs, in its order; the others follow as they come."""
+    """Returns category IDs by name: classes of the model keep their IDs; others follow in order of occurrence."""
     used = dict.fromkeys(_category(row) for row in annotations)
-    known = {name: key for key, name in info.categories.items() if name in used}
-    free = max(info.categories, default=0) + 1
+    known = {name: category_id for category_id, name in info.categories.items() if name in used}
+    first_free = max(1, max(info.categories, default=0) + 1)
     new = [name for name in used if name not in known]
-    return known | {name: key for key, name in enumerate(new, start=max(free, 1))}
+    return known | {name: category_id for category_id, name in enumerate(new, start=first_free)}
 
 
-def _answer(answer: Mapping[str, Any], image: Json, name: str) -> dict[str, Any]:
-    error = answer.get("error")
+def _result_fields(result: Mapping[str, Any], image: Json, name: str) -> dict[str, Any]:
+    error = result.get("error")
     if isinstance(error, dict):
         return error_fields(
             str(error.get("reason") or error.get("code") or "INTERNAL"),
             str(error.get("message") or "no label was made"),
         )
     try:
-        rle = Rle.from_coco(answer.get("rle"), name)
-    except BadDataset as fault:
-        raise BadRequest(str(fault)) from None
+        rle = Rle.from_coco(result.get("rle"), name)
+    except BadDataset as bad_rle:
+        raise BadRequest(str(bad_rle)) from None
     if (rle.height, rle.width) != (image["height"], image["width"]):
-        raise BadRequest(f"{name}: a mask of {rle.width}x{rle.height} px on {image['width']}x{image['height']} px")
-    agreement = answer.get("agreement")
+        raise BadRequest(f"{name}: mask has {rle.width}x{rle.height} px, image {image['width']}x{image['height']} px")
+    agreement = result.get("agreement")
     return label_fields(
         rle.to_coco(),
         area(rle),
-        _share(answer, "score", name),
-        [str(flag) for flag in member(answer, "flags", list)],
-        None if agreement is None else _share(answer, "agreement", name),
+        _fraction(result, "score", name),
+        [str(flag) for flag in member(result, "flags", list)],
+        None if agreement is None else _fraction(result, "agreement", name),
     )
 
 
-def _differences(annotation: Mapping[str, Any], answer: Mapping[str, Any], info: ServerInfo) -> Json:
-    found: Json = {}
-    threshold, model = annotation.get("threshold"), answer.get("model")
+def _differences(annotation: Mapping[str, Any], result: Mapping[str, Any], info: ServerInfo) -> Json:
+    """Returns the fields of a row that differ from the provenance of the file."""
+    fields: Json = {}
+    threshold, model = annotation.get("threshold"), result.get("model")
     if isinstance(threshold, int | float):
-        found["threshold"] = float(threshold)
+        fields["threshold"] = float(threshold)
     if isinstance(model, dict) and model.get("checkpoint_sha256") != info.model.checkpoint_sha256:
-        found["checkpoint_sha256"] = str(model.get("checkpoint_sha256"))
-    return found
+        fields["checkpoint_sha256"] = str(model.get("checkpoint_sha256"))
+    return fields
 
 
-def _share(answer: Mapping[str, Any], field: str, name: str) -> float:
-    value = answer.get(field)
+def _fraction(result: Mapping[str, Any], field: str, name: str) -> float:
+    value = result.get(field)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise BadRequest(f"{name}: {field} is {value!r}; a number from 0 to 1 is needed")
+        raise BadRequest(f"{name}: {field} is {value!r}; expected a number from 0 to 1")
     return float(value)
 
 
 def _json_number(value: float) -> float | int | None:
-    """Whole numbers as such, as they were drawn; null for none, which stays a fault of its row."""
+    """Returns integers as int, and None for NaN, which remains an error of its row."""
     if math.isnan(value):
         return None
     return int(value) if value.is_integer() else value

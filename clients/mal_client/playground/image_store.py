@@ -1,4 +1,4 @@
-"""The pictures that the page has opened, by the SHA-256 of their bytes: a box edit sends numbers, not a picture."""
+"""LRU cache of the page's images by the SHA-256 of their bytes, so that editing a box sends numbers and no image."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from mal_train.core.masks.images import ImageHeader
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An encoded picture and what its header says."""
+    """An encoded image and its header."""
 
     sha256: str
-    content: bytes
+    encoded: bytes
     header: ImageHeader
 
 
 class ImageStore:
-    """Keeps encoded pictures; those that were used longest ago go first.
+    """Stores encoded images; evicts the least recently used ones.
 
     Args:
-        max_bytes: of all pictures together. The newest one stays even when it alone is larger.
+        max_bytes: size limit of all images together. The newest image stays even if it is larger.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._images = LruCache[StoredImage](max_bytes, keep_newest=True)
 
-    def add(self, content: bytes, header: ImageHeader) -> StoredImage:
-        """Keeps a picture, and lets older ones go where there is no room."""
-        image = StoredImage(sha256_of(content), content, header)
-        self._images.put(image.sha256, image, len(content))
+    def add(self, encoded: bytes, header: ImageHeader) -> StoredImage:
+        """Stores an image, and evicts others if the size limit is exceeded."""
+        image = StoredImage(sha256_of(encoded), encoded, header)
+        self._images.put(image.sha256, image, len(encoded))
         return image
 
     def get(self, sha256: str) -> StoredImage | None:
-        """The picture; None when it was never sent or has gone: the page then sends it again."""
+        """Returns an image; None if it was never stored or has been evicted, and the page must send it again."""
         return self._images.get(sha256)

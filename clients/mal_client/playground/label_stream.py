@@ -1,4 +1,4 @@
-"""One call of the page, passed on to the labeling server: every box answered with one line, as soon as it can be."""
+"""Passes one request of the page to the labeling server and streams a line per box, each as soon as it is ready."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from contextlib import aclosing
 
 from mal_client.client import AsyncClient
 from mal_client.errors import ItemError
-from mal_client.playground.schema import AskedBox, Json, LabelRequest, error_json, failure, label_line
+from mal_client.playground.schema import Json, LabelRequest, PageBox, error_json, item_error, label_line
 from mal_client.types import LabelOptions
 from mal_train.core.errors import MalError
 
 CALLS_AT_ONCE = 4
-"""Calls to the server for one call of the page, whose boxes may have a threshold each."""
+"""Concurrent calls to the server for one request of the page, whose boxes may have different thresholds."""
 
 Write = Callable[[Json], Awaitable[None]]
 
 
-async def answer_boxes(client: AsyncClient, image: bytes, request: LabelRequest, write: Write) -> None:
-    """Writes exactly one line for each box; a call that fails is the error of those that had no answer by then.
+async def label_boxes(client: AsyncClient, image: bytes, request: LabelRequest, write: Write) -> None:
+    """Writes exactly one line per box; a failed call is the error of its boxes that have no line yet.
 
     Args:
-        client: of the labeling server.
-        image: the encoded picture.
-        request: what the page asked.
-        write: is awaited for each line, one at a time; while it waits for a slow page, the server's stream waits too.
+        client: client of the labeling server.
+        image: the encoded image.
+        request: the request of the page.
+        write: awaited for each line, one at a time; a slow page therefore slows down the stream of the server.
     """
-    allowed, writing = asyncio.Semaphore(CALLS_AT_ONCE), asyncio.Lock()
+    semaphore, write_lock = asyncio.Semaphore(CALLS_AT_ONCE), asyncio.Lock()
 
     async def write_one(line: Json) -> None:
-        async with writing:
+        async with write_lock:
             await write(line)
 
-    async def call(options: LabelOptions, boxes: Sequence[AskedBox]) -> None:
-        async with allowed:
-            await _answer_group(client, image, options, boxes, write_one)
+    async def call(options: LabelOptions, boxes: Sequence[PageBox]) -> None:
+        async with semaphore:
+            await _label_group(client, image, options, boxes, write_one)
 
     async with asyncio.TaskGroup() as group:
         for options, boxes in request.groups:
             group.create_task(call(options, boxes))
 
 
-async def _answer_group(
-    client: AsyncClient, image: bytes, options: LabelOptions, boxes: Sequence[AskedBox], write: Write
+async def _label_group(
+    client: AsyncClient, image: bytes, options: LabelOptions, boxes: Sequence[PageBox], write: Write
 ) -> None:
-    open_boxes = dict(enumerate(boxes))
+    pending = dict(enumerate(boxes))
     try:
-        async with aclosing(client.stream_image(image, [asked.box for asked in boxes], options)) as labels:
+        async with aclosing(client.stream_image(image, [box.box for box in boxes], options)) as labels:
             async for label in labels:
-                await write(label_line(open_boxes.pop(label.index).key, label))
-        fault = ItemError("INTERNAL", "NOT_ANSWERED", "no label was made")
-    except MalError as error:
-        fault = failure(error)
-    for asked in open_boxes.values():
-        await write({"id": asked.key, "error": error_json(fault)})
+                await write(label_line(pending.pop(label.index).id, label))
+        error = ItemError("INTERNAL", "NOT_ANSWERED", "no label was made")
+    except MalError as failure:
+        error = item_error(failure)
+    for box in pending.values():
+        await write({"id": box.id, "error": error_json(error)})

@@ -1,4 +1,4 @@
-"""What the page and its server say to each other, as JSON: read and checked here, written here. No HTTP, no gRPC."""
+"""Reads, validates and writes the JSON messages between the page and its server. Knows nothing of HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mal_train.core.errors import BadImage, ConfigError, InputError, MalError
 from mal_train.core.settings import Branch, can_compare
 
 MAX_BOXES = 10_000
-"""Boxes of one call of the page; the server takes them in calls of its own limit."""
+"""Boxes per request of the page; the client splits them by the limit of the labeling server."""
 
 MAX_ID_CHARS = 64
 
@@ -22,79 +22,81 @@ Json = dict[str, Any]
 
 
 class BadRequest(InputError):
-    """The page sent something that this server cannot read; a page of another version, or no page at all."""
+    """A request that does not follow the schema, for example from a page of another version."""
 
 
 @dataclass(frozen=True)
-class AskedBox:
-    """A box under the page's name for it; numbers that are none become NaN, and the server answers for that box."""
+class PageBox:
+    """A box with the ID that the page gave it; values that are not numbers are NaN, which fails only this box."""
 
-    key: str
+    id: str
     box: BoxXywh
 
 
 @dataclass(frozen=True)
 class LabelRequest:
-    """What the page asks.
+    """Boxes of one image to label.
 
     Attributes:
-        options: for the whole image.
-        groups: boxes by the options that they are to be labeled with, one group for each threshold.
+        options: options of the image.
+        groups: boxes by their options, one group for each threshold.
     """
 
     options: LabelOptions
-    groups: tuple[tuple[LabelOptions, tuple[AskedBox, ...]], ...]
+    groups: tuple[tuple[LabelOptions, tuple[PageBox, ...]], ...]
 
 
 def read_label_request(body: Any) -> LabelRequest:
-    """`{"boxes": [{"id", "box": [x, y, w, h], "threshold"?}], "options": {"branch"?, "threshold"?, "flip"?, …}}`.
+    """Reads `{"boxes": [{"id", "box": [x, y, w, h], "threshold"?}], "options": {"branch"?, "threshold"?, "flip"?, …}}`.
 
     Raises:
-        BadRequest: of another shape, an id twice, an unknown branch.
-        ConfigError: a threshold outside (0, 1).
+        BadRequest: the body has another shape, an ID is repeated, or the branch is unknown.
+        ConfigError: a threshold is outside (0, 1).
     """
-    boxes, given = member(body, "boxes", list), member(body, "options", dict)
+    boxes, fields = member(body, "boxes", list), member(body, "options", dict)
     if len(boxes) > MAX_BOXES:
-        raise BadRequest(f"boxes: {len(boxes)}; at most {MAX_BOXES} at a time")
-    image_threshold = _number_or_none(given, "threshold")
+        raise BadRequest(f"boxes: {len(boxes)}; at most {MAX_BOXES} per request")
+    image_threshold = _number_or_none(fields, "threshold")
     options = LabelOptions(
-        _branch(given.get("branch")),
+        _branch(fields.get("branch")),
         image_threshold,
-        agreement=_flag(given, "agreement"),
-        flip=_flag(given, "flip"),
-        model=None if given.get("model") is None else member(given, "model", str),
+        agreement=_flag(fields, "agreement"),
+        flip=_flag(fields, "flip"),
+        model=None if fields.get("model") is None else member(fields, "model", str),
     )
-    groups: dict[float | None, list[AskedBox]] = {}
+    groups: dict[float | None, list[PageBox]] = {}
     seen: set[str] = set()
     for row in boxes:
-        key = member(row, "id", str)
-        if len(key) > MAX_ID_CHARS or key in seen:
-            raise BadRequest(f"boxes: id {key[:MAX_ID_CHARS]!r} is too long or stands there twice")
-        seen.add(key)
-        own = _number_or_none(row, "threshold")
-        asked = AskedBox(key, read_box(member(row, "box", list)))
-        groups.setdefault(image_threshold if own is None else own, []).append(asked)
+        box_id = member(row, "id", str)
+        if len(box_id) > MAX_ID_CHARS:
+            raise BadRequest(f"boxes: id {box_id[:MAX_ID_CHARS]!r}… has more than {MAX_ID_CHARS} characters")
+        if box_id in seen:
+            raise BadRequest(f"boxes: id {box_id!r} is used more than once")
+        seen.add(box_id)
+        threshold = _number_or_none(row, "threshold")
+        box = PageBox(box_id, read_box(member(row, "box", list)))
+        groups.setdefault(image_threshold if threshold is None else threshold, []).append(box)
     return LabelRequest(
         options,
-        tuple((replace(options, threshold=threshold), tuple(of)) for threshold, of in groups.items()),
+        tuple((replace(options, threshold=threshold), tuple(group)) for threshold, group in groups.items()),
     )
 
 
 def read_box(numbers: list[Any]) -> BoxXywh:
-    """x, y, w, h; NaN for what is no number, so that one bad box does not take the others with it."""
+    """Returns x, y, w, h, with NaN for values that are not numbers, so that a bad box does not fail the others."""
     if len(numbers) != 4:
         return (math.nan, math.nan, math.nan, math.nan)
     x, y, w, h = (float(v) if _is_number(v) else math.nan for v in numbers)
     return (x, y, w, h)
 
 
-def label_line(key: str, label: BoxLabel) -> Json:
-    """One answer for the page."""
+def label_line(box_id: str, label: BoxLabel) -> Json:
+    """Returns the line of one box."""
     if label.error is not None or label.rle is None:
-        error = label.error or ItemError("INTERNAL", "", "the answer holds no mask")
-        return {"id": key, "error": error_json(error)}
+        error = label.error or ItemError("INTERNAL", "", "label has no mask")
+        return {"id": box_id, "error": error_json(error)}
     return {
-        "id": key,
+        "id": box_id,
         "rle": label.rle.to_coco(),
         "score": label.score,
         "agreement": label.agreement,
@@ -108,12 +110,12 @@ def label_line(key: str, label: BoxLabel) -> Json:
 
 
 def error_json(error: ItemError) -> Json:
-    """Returns an error as JSON; the page shows it next to its box."""
+    """Returns an error as JSON; the page shows it beside its box."""
     return {"code": error.code, "reason": error.reason, "message": error.message}
 
 
-def failure(error: MalError) -> ItemError:
-    """A failed call, as the error of each box that has no answer yet."""
+def item_error(error: MalError) -> ItemError:
+    """Converts the error of a call to the error of each of its boxes."""
     codes: tuple[tuple[type[MalError], str], ...] = (
         (ServerUnavailable, "UNAVAILABLE"),
         (CallTimedOut, "DEADLINE_EXCEEDED"),
@@ -121,23 +123,23 @@ def failure(error: MalError) -> ItemError:
         (ConfigError, "INVALID_ARGUMENT"),
         (InputError, "INVALID_ARGUMENT"),
     )
-    code = next((name for kind, name in codes if isinstance(error, kind)), "INTERNAL")
+    code = next((name for error_type, name in codes if isinstance(error, error_type)), "INTERNAL")
     reason = error.reason if isinstance(error, BadImage | InvalidRequest) else ""
     return ItemError(code, reason, str(error))
 
 
 def model_json(model: ModelRef) -> Json:
-    """Which weights answered."""
+    """Returns the name, weights and branch of a model."""
     return {"name": model.name, "checkpoint_sha256": model.checkpoint_sha256, "branch": str(model.branch)}
 
 
 def server_json(address: str, info: ServerInfo) -> Json:
-    """What the page shows of the labeling server, and what it has to keep to."""
+    """Returns the properties and limits of the labeling server that the page needs."""
     return {
         "address": address,
         "version": info.version,
         "model": model_json(info.model),
-        "models": [one.model.name for one in info.models],
+        "models": [row.model.name for row in info.models],
         "arch": info.arch,
         "devices": list(info.devices),
         "precision": info.precision,
@@ -151,11 +153,11 @@ def server_json(address: str, info: ServerInfo) -> Json:
     }
 
 
-def member(body: Any, name: str, kind: type[Any]) -> Any:
-    """A member of a JSON object. Raises BadRequest where it is missing or of another type."""
+def member(body: Any, name: str, expected: type[Any]) -> Any:
+    """Returns a member of a JSON object. Raises BadRequest if it is missing or has another type."""
     value = body.get(name) if isinstance(body, dict) else None
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise BadRequest(f"{name}: {type(value).__name__}; {kind.__name__} is needed; reload the page")
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise BadRequest(f"{name}: {type(value).__name__}; expected {expected.__name__}; reload the page")
     return value
 
 
@@ -165,20 +167,20 @@ def _branch(name: Any) -> Branch | None:
     try:
         return Branch(name)
     except ValueError:
-        raise BadRequest(f"branch: {name!r}; one of {', '.join(Branch)} is needed") from None
+        raise BadRequest(f"branch: {name!r}; expected one of {', '.join(Branch)}") from None
 
 
-def _flag(given: Mapping[str, Any], name: str) -> bool:
-    value = given.get(name, False)
+def _flag(options: Mapping[str, Any], name: str) -> bool:
+    value = options.get(name, False)
     if not isinstance(value, bool):
-        raise BadRequest(f"{name}: {value!r}; true or false is needed")
+        raise BadRequest(f"{name}: {value!r}; expected true or false")
     return value
 
 
-def _number_or_none(given: Mapping[str, Any], name: str) -> float | None:
-    value = given.get(name)
+def _number_or_none(options: Mapping[str, Any], name: str) -> float | None:
+    value = options.get(name)
     if value is not None and not _is_number(value):
-        raise BadRequest(f"{name}: {value!r}; a number is needed")
+        raise BadRequest(f"{name}: {value!r}; expected a number")
     return None if value is None else float(value)
 
 

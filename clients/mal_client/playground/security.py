@@ -1,12 +1,12 @@
-"""Who may talk to the playground: the browser that was given its address, and only from the playground's own pages.
+"""Restricts access to the playground to its own page, in the browser that opened the printed URL.
 
-A page on a local port is reachable by every web page that the user has open and by every account of the machine, and
-it can spend the user's token for the labeling server. Three locks, each enough against one of them:
+Every web page that the user has open and every account of the machine can reach a local port, and the playground uses
+the user's token for the labeling server. Three checks, each sufficient against one kind of attack:
 
-- **Host**: a name that an attacker lets point to 127.0.0.1 (DNS rebinding) is not among the allowed ones. Addresses in
-  numbers cannot be rebound; on a loopback socket only those of this machine pass.
-- **Origin** and **Sec-Fetch-Site**: what a browser sends on behalf of another page is refused.
-- **Key**: random at each start, in the printed address; a cookie for scripts out of reach carries it from then on.
+- **Host**: a name that an attacker resolves to 127.0.0.1 (DNS rebinding) is not allowed. Numeric addresses cannot be
+  rebound; on a loopback socket, only loopback addresses are allowed.
+- **Origin** and **Sec-Fetch-Site**: requests that a browser sends for another page are refused.
+- **Key**: random at each start and part of the printed URL; from then on a cookie that scripts cannot read carries it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
-"""On every answer. Nothing of another origin is loaded, nothing of ours is framed, read or kept by others."""
+"""Headers of every response: load nothing from other origins, forbid framing, reading by others and caching."""
 
 
-class Refused(Exception):
-    """A request that is not from our own page; the message is for whoever reads it in a browser."""
+class Forbidden(Exception):
+    """A request that is not from the playground's own page; the browser shows the message."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """The three locks.
+    """The three checks.
 
     Attributes:
-        key: what the address has to carry.
-        hosts: names, lower case, under which the page may be opened besides localhost and addresses in numbers.
-        loopback: the socket listens on this machine alone, so only its own addresses are right.
+        key: the secret in the URL.
+        hosts: allowed host names in lower case, besides localhost and numeric addresses.
+        loopback: the socket listens on a loopback address, so that only loopback addresses are allowed.
     """
 
     key: str
@@ -54,27 +54,27 @@ class Guard:
     loopback: bool = True
 
     def check(self, headers: Mapping[str, str], *, is_page: bool) -> None:
-        """Raises Refused for a foreign Host or a request that another page sent.
+        """Raises Forbidden for a host that is not allowed or a request of another page.
 
         Args:
-            headers: of the request, by any spelling of their names.
-            is_page: the page itself is asked for, which a link elsewhere may lead to.
+            headers: headers of the request; lookups ignore case.
+            is_page: the request is for the page itself, which other pages may link to.
         """
         host = headers.get("Host", "")
-        if not self._is_ours(host):
-            raise Refused(f"host {host!r}: not this playground; open the address that the command printed")
+        if not self._is_allowed(host):
+            raise Forbidden(f"host {host!r}: not allowed; open the URL that mal-client printed")
         origin = headers.get("Origin")
         if origin is not None and _netloc(origin) != host.lower():
-            raise Refused(f"origin {origin!r}: other pages may not use this playground")
+            raise Forbidden(f"origin {origin!r}: not allowed; other pages cannot use the playground")
         site = headers.get("Sec-Fetch-Site")
         if site not in {None, "same-origin", "none"} and not is_page:
-            raise Refused(f"sent from another page (Sec-Fetch-Site: {site}); other pages may not use this playground")
+            raise Forbidden(f"Sec-Fetch-Site {site!r}: not allowed; other pages cannot use the playground")
 
-    def knows(self, key: str | None) -> bool:
-        """Whether this is the key."""
+    def accepts(self, key: str | None) -> bool:
+        """Returns True for the key, in constant time."""
         return key is not None and hmac.compare_digest(key.encode(errors="replace"), self.key.encode())
 
-    def _is_ours(self, host: str) -> bool:
+    def _is_allowed(self, host: str) -> bool:
         try:
             name = urlsplit(f"//{host}").hostname
         except ValueError:
@@ -91,7 +91,7 @@ class Guard:
 
 
 def _netloc(origin: str) -> str | None:
-    """Host and port of an origin, lower case; None for what is no origin."""
+    """Returns host and port of an origin in lower case; None if it is not a valid origin."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
@@ -99,7 +99,7 @@ def _netloc(origin: str) -> str | None:
 
 
 def cookie_name(host: str) -> str:
-    """Cookies do not tell ports apart; this name does, so that two playgrounds of one browser keep their keys.
+    """Returns the cookie name for a host; it includes the port, which cookies ignore, so that playgrounds can coexist.
 
     >>> cookie_name("127.0.0.1:8765")
     'mal_playground_8765'

@@ -1,4 +1,4 @@
-"""The playground's life: bind, say where, serve until it is interrupted."""
+"""Runs the playground: binds the port, prints the URL and serves until it is interrupted."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mal_train.core.net import is_loopback
 
 @dataclass(frozen=True)
 class Listen:
-    """Where the page is served.
+    """Address of the page.
 
     Attributes:
-        host: an address of this machine; one that others reach is the user's explicit wish.
-        port: 0 lets the system choose.
-        allowed_hosts: further names under which the page may be opened.
+        host: address to listen on; loopback unless the user chose another one.
+        port: port to listen on; 0 lets the system choose.
+        allowed_hosts: additional host names under which browsers may open the page.
     """
 
     host: str = "127.0.0.1"
@@ -33,14 +33,14 @@ class Listen:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can connect."""
+        """True if only this machine can connect."""
         return is_loopback(self.host)
 
 
 async def serve(
     client: AsyncClient,
     listen: Listen,
-    tell: Callable[[str], None],
+    print_line: Callable[[str], None],
     *,
     open_browser: bool = False,
     stop: asyncio.Event | None = None,
@@ -48,38 +48,38 @@ async def serve(
     """Serves the page until SIGINT, SIGTERM or `stop`.
 
     Args:
-        client: of the labeling server; closed by the caller.
-        listen: where.
-        tell: told the address, key included, and what the user should know.
-        open_browser: also open it.
-        stop: ends the service; None: signals alone do.
+        client: client of the labeling server; the caller closes it.
+        listen: address of the page.
+        print_line: called with each line for the user; the first one contains the URL with the key.
+        open_browser: also open the page in the default browser.
+        stop: ends the service when set; None serves until a signal.
 
     Raises:
-        ConfigError: the port cannot be bound.
+        ConfigError: the address cannot be bound.
     """
     guard = Guard(secrets.token_urlsafe(24), frozenset(map(str.lower, listen.allowed_hosts)), listen.is_loopback)
-    # A page that goes away cancels its handler, and with it the call to the labeling server.
-    async with bound(build_app(client, guard), listen.host, listen.port, cancel_gone=True) as address:
+    # A page that disconnects cancels its handler, and with it the call to the labeling server.
+    async with bound(build_app(client, guard), listen.host, listen.port, cancel_on_disconnect=True) as address:
         url = f"{address}/?{KEY_FIELD}={guard.key}"
-        await _say(client, listen, url, tell)
+        await _print_status(client, listen, url, print_line)
         if open_browser:
             # Starting a browser can take seconds.
             await asyncio.to_thread(webbrowser.open, url)
         await (until_interrupted() if stop is None else stop.wait())
 
 
-async def _say(client: AsyncClient, listen: Listen, url: str, tell: Callable[[str], None]) -> None:
-    tell(f"playground: {url}")
+async def _print_status(client: AsyncClient, listen: Listen, url: str, print_line: Callable[[str], None]) -> None:
+    print_line(f"playground: {url}")
     if not listen.is_loopback:
-        tell(
-            f"{listen.host} is reached from other machines, and pictures, masks and the key above travel unencrypted; "
-            "an SSH tunnel to 127.0.0.1 does not show them"
+        print_line(
+            f"warning: {listen.host} is open to other machines, and images, masks and the key are sent unencrypted; an "
+            "SSH tunnel to 127.0.0.1 protects them"
         )
     try:
         info = await client.server_info()
     except ClientError as error:
-        tell(f"{error}; the page is there and tries again")
+        print_line(f"{error}; the page retries")
     except MalError as error:
-        tell(f"{error}; the page shows the same")
+        print_line(f"{error}; the page shows this error too")
     else:
-        tell(f"labels by {info.model.name} on {client.address}; Ctrl-C ends the playground")
+        print_line(f"model {info.model.name} on {client.address}; press Ctrl-C to stop")

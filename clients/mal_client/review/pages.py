@@ -1,4 +1,4 @@
-"""Close-ups of the worst masks: those of an evaluation, asked for again, and those of a review queue."""
+"""Cards with close-ups of the worst masks, of an evaluation or of a review queue."""
 
 from __future__ import annotations
 
@@ -30,53 +30,53 @@ def worst_cards(
     *,
     count: int = 24,
 ) -> list[Card]:
-    """Cards of the `count` masks with the lowest IoU, lowest first.
+    """Builds cards of the `count` masks with the lowest IoU, lowest first.
 
-    Each image is sent once more with its boxes, since an evaluation gives figures and no masks. An image that has
-    become unreadable since loses its cards.
+    Sends each image again with its boxes, because an evaluation returns metrics and no masks. Omits the cards of images
+    that can no longer be read.
     """
     worst = evaluation.worst[:count]
     segmentations = {row.id: row.raw.get("segmentation") for row in coco.annotations if row.id is not None}
     files = ImageFiles(images_dir)
     cards: dict[int, Card] = {}
     for file_name in dict.fromkeys(row.file_name for row in worst):
-        wanted = [(place, row) for place, row in enumerate(worst) if row.file_name == file_name]
+        indexed = [(index, row) for index, row in enumerate(worst) if row.file_name == file_name]
         try:
             path = files.path(file_name)
             image = read_image(path)
-            labels = client.label_image(path, [row.box for _, row in wanted], options)
+            labels = client.label_image(path, [row.box for _, row in indexed], options)
         except (BadImage, InvalidRequest):
             continue
-        for (place, row), label in zip(wanted, labels, strict=True):
-            cards[place] = _card(image, row, label, segmentations.get(row.annotation_id))
-    return [cards[place] for place in sorted(cards)]
+        for (index, row), label in zip(indexed, labels, strict=True):
+            cards[index] = _evaluation_card(image, row, label, segmentations.get(row.annotation_id))
+    return [cards[index] for index in sorted(cards)]
 
 
 def queue_cards(items: Sequence[QueueItem], images_dir: Path | str) -> list[Card]:
-    """Cards in the order given; each image is read once. One that cannot be read loses its cards."""
+    """Builds the cards of queue items, in the order of the queue; reads each image once and omits unreadable ones."""
     files = ImageFiles(images_dir)
     cards: dict[int, Card] = {}
     for file_name in dict.fromkeys(item.image.file_name for item in items):
-        wanted = [item for item in items if item.image.file_name == file_name]
+        on_image = [item for item in items if item.image.file_name == file_name]
         try:
-            image = read_image(files.path(file_name), expected_wh=wanted[0].image.size_wh)
+            image = read_image(files.path(file_name), expected_wh=on_image[0].image.size_wh)
         except BadImage:
             continue
-        for item in wanted:
+        for item in on_image:
             cards[item.rank] = _queue_card(image, item)
     return [cards[rank] for rank in sorted(cards)]
 
 
 def queue_sections(queue: ReviewQueue, cards: Sequence[Card]) -> list[Html]:
-    """The page of a review queue."""
-    lost = len(queue.worst) - len(cards)
-    unseen = f" {lost} of them are not shown: their pictures cannot be read." if lost else ""
-    counts = f"{queue.masks} masks, {queue.failed} without a mask, {queue.left_out} left out."
+    """Builds the sections of the HTML page of a review queue."""
+    omitted = len(queue.worst) - len(cards)
+    note = f" {omitted} of them are not shown: their images cannot be read." if omitted else ""
+    counts = f"{queue.masks} masks, {queue.failed} without a mask, {queue.omitted} omitted."
     sections = [
         section(
             "Worst first",
             overlay_legend() + contact_sheet(cards),
-            f"{counts} The first {len(queue.worst)}, by {queue.by}; annotations without a mask come first.{unseen}",
+            f"{counts} The first {len(queue.worst)} by {queue.sort_by}; annotations without a mask come first.{note}",
         ),
         section(
             "Flags",
@@ -88,12 +88,12 @@ def queue_sections(queue: ReviewQueue, cards: Sequence[Card]) -> list[Html]:
     ]
     if queue.qualities:
         rows = [
-            [str(q.by), q.count, q.bad_count, q.spearman, q.bad_in_worst_tenth, q.bad_in_worst_fifth]
+            [str(q.sort_by), q.count, q.bad_count, q.spearman, q.bad_in_worst_tenth, q.bad_in_worst_fifth]
             for q in queue.qualities
         ]
         header = ["order", "masks", "IoU < 0.5", "Spearman with IoU", "bad in worst 10 %", "bad in worst 20 %"]
-        note = "Measured against the ground truth. A random order finds 0.1 and 0.2 of the bad masks there."
-        sections.append(section("What the order is worth", table(header, rows), note))
+        note = "Measured against the ground truth. A random order has 0.1 and 0.2 of the bad masks there."
+        sections.append(section("Quality of the order", table(header, rows), note))
     return sections
 
 
@@ -101,7 +101,7 @@ def _queue_card(image: RgbImage, item: QueueItem) -> Card:
     facts = [f"{name} {item.row[name]:.2f}" for name in ("score", "agreement") if _is_number(item.row.get(name))]
     facts += [] if item.iou is None else [f"IoU {item.iou:.2f}"]
     height, width = image.shape[:2]
-    # A mask of another frame cannot be drawn on this picture.
+    # A mask of another size cannot be drawn on this image.
     rle = item.rle if item.rle is not None and (item.rle.height, item.rle.width) == (height, width) else None
     return Card(
         png_data_uri(draw_close_up(image, item.box, rle, item.truth if rle is not None else None)),
@@ -114,7 +114,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _card(image: RgbImage, row: MeasuredInstance, label: BoxLabel, segmentation: object) -> Card:
+def _evaluation_card(image: RgbImage, row: MeasuredInstance, label: BoxLabel, segmentation: object) -> Card:
     height, width = image.shape[:2]
     truth: Rle | None
     try:

@@ -1,7 +1,7 @@
-"""Which masks of a labeled file to look at first, why, and how well that order finds bad ones. Needs no server.
+"""Ranks the masks of a labeled file for review, worst first. Needs no server.
 
-Worst first by score: failed annotations, then the least certain. The order by agreement is there on request; where
-ground truth is given, both are measured against it.
+Failed annotations come first, then masks by ascending score or agreement. With ground truth, both orders are measured:
+how well they find bad masks.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from mal_train.core.metrics.score_quality import bad_in_worst, spearman
 from mal_train.core.report.page import format_metric
 
 BAD_IOU: Final = 0.5
-"""A mask below is bad: as in COCO's AP50, it would not count as found."""
+"""Masks below this IoU are bad: COCO's AP50 would count them as false positives."""
 
 NO_MASK: Final = -1.0
-"""Key of an annotation without a mask: before all that have one."""
+"""Sort key of an annotation without a mask; precedes every other key."""
 
 LISTED: Final = 5
-"""As many of the worst are named on a terminal."""
+"""Worst annotations that `ReviewQueue.lines` lists."""
 
 FLAG_MEANINGS: Final[Mapping[str, str]] = {
     **{str(flag): text for flag, text in FLAG_DESCRIPTIONS.items()},
-    "CROWD": "a region of many objects, copied through",
+    "CROWD": "a crowd region, copied without labeling",
 }
-"""What each flag of a labeled file means, as text for users."""
+"""Descriptions of the flags of a labeled file."""
 
 
 class SortBy(StrEnum):
-    """What the order goes by."""
+    """Value that ranks the annotations, lowest first."""
 
     SCORE = "score"
     AGREEMENT = "agreement"
@@ -56,17 +56,17 @@ class SortBy(StrEnum):
 
 @dataclass(frozen=True)
 class QueueItem:
-    """One annotation to look at.
+    """One annotation to review.
 
     Attributes:
-        rank: place in the queue, from 1.
-        row: as the labeled file holds it.
+        rank: position in the queue, from 1.
+        row: the annotation as in the labeled file.
         image: its image.
         box: x, y, w, h in px.
-        key: what the order goes by; NO_MASK without a mask.
-        rle: the mask; None without one, or where it cannot be read.
-        truth: the true mask; None where none is known.
-        iou: of mask and true mask; None likewise.
+        key: value that ranks the annotation; NO_MASK without a mask.
+        rle: the mask; None if it is missing or cannot be read.
+        truth: the true mask; None if unknown.
+        iou: IoU of the mask and the true mask; None if either is None.
     """
 
     rank: int
@@ -80,74 +80,84 @@ class QueueItem:
 
     @property
     def reasons(self) -> list[str]:
-        """Why to look, in words: its error, or its flags."""
+        """Returns the message of its error, or the descriptions of its flags."""
         error = self.row.get("error")
         if error is not None:
             return [str(error.get("message", error) if isinstance(error, dict) else error)]
         flags = self.row.get("flags")
         return [FLAG_MEANINGS.get(flag, flag) for flag in flags] if isinstance(flags, list) else []
 
-    def line(self, by: SortBy) -> str:
-        """For a terminal: which annotation, its image, what it got, and why."""
-        got = "no mask" if self.key == NO_MASK else f"{by} {self.key:.2f}"
-        why = "".join(f"; {reason}" for reason in self.reasons)
-        return f"annotation {json.dumps(self.row.get('id'))}, {self.image.file_name or 'no image'}: {got}{why}"
+    def line(self, sort_by: SortBy) -> str:
+        """Returns one line of text with the ID, the image, the key and the reasons."""
+        key = "no mask" if self.key == NO_MASK else f"{sort_by} {self.key:.2f}"
+        reasons = "".join(f"; {reason}" for reason in self.reasons)
+        return f"annotation {json.dumps(self.row.get('id'))}, {self.image.file_name or 'no image'}: {key}{reasons}"
 
 
 @dataclass(frozen=True)
 class OrderQuality:
-    """What an order is worth, measured against ground truth.
+    """Quality of an order, measured against ground truth.
 
     Attributes:
-        by: the order.
-        count: masks that were compared.
-        bad_count: those with an IoU below BAD_IOU.
-        spearman: rank correlation of key and IoU; None when one of them is constant.
-        bad_in_worst_tenth: share of the bad masks that stands in the worst 10 %; a random order gives 0.1.
+        sort_by: the order.
+        count: masks compared.
+        bad_count: masks with an IoU below BAD_IOU.
+        spearman: rank correlation of key and IoU; None if one of them is constant.
+        bad_in_worst_tenth: fraction of the bad masks among the first 10 % of the order; 0.1 for a random order.
         bad_in_worst_fifth: the same for 20 %.
     """
 
-    by: SortBy
+    sort_by: SortBy
     count: int
     bad_count: int
     spearman: float | None
     bad_in_worst_tenth: float | None
     bad_in_worst_fifth: float | None
 
+    def line(self) -> str:
+        """Returns the quality as one line of text."""
+        tenth, fifth = format_metric(self.bad_in_worst_tenth), format_metric(self.bad_in_worst_fifth)
+        return (
+            f"order by {self.sort_by}: Spearman {format_metric(self.spearman)} with IoU on {self.count} masks; "
+            f"{self.bad_count} have IoU < {BAD_IOU:g}, {tenth} of them in the worst 10 % and {fifth} in the worst "
+            "20 %"
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {**vars(self), "by": str(self.by)}
+        """Returns the quality as a JSON object."""
+        fields = vars(self).copy()
+        return {"by": str(fields.pop("sort_by")), **fields}
 
 
 @dataclass
 class ReviewQueue:
-    """The queue of a labeled file.
+    """Review queue of a labeled file.
 
     Attributes:
-        by: what the order goes by.
+        sort_by: value that ranks the annotations.
         masks: annotations with a mask and a key.
         failed: annotations without a mask, which come first.
-        left_out: crowd regions, and annotations that carry no key (masks that were kept).
+        omitted: crowd regions, and annotations without a key (masks that were copied).
         flags: annotations by flag.
-        worst: the first ones.
-        qualities: of each order that the file allows, where ground truth was given.
+        worst: the first annotations of the order.
+        qualities: quality of each order that the file supports; empty without ground truth.
     """
 
-    by: SortBy
+    sort_by: SortBy
     masks: int = 0
     failed: int = 0
-    left_out: int = 0
+    omitted: int = 0
     flags: Counter[str] = field(default_factory=Counter)
     worst: list[QueueItem] = field(default_factory=list)
     qualities: list[OrderQuality] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Returns the queue as a JSON object."""
         return {
-            "by": str(self.by),
+            "by": str(self.sort_by),
             "masks": self.masks,
             "failed": self.failed,
-            "left_out": self.left_out,
+            "left_out": self.omitted,
             "flags": dict(self.flags),
             "orders": [quality.to_dict() for quality in self.qualities],
             "worst": [
@@ -166,71 +176,65 @@ class ReviewQueue:
         }
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """Returns the counts, the flags, the qualities and the first LISTED annotations as lines of text."""
         lines = [
-            f"{self.masks} masks, {self.failed} without a mask, {self.left_out} left out; worst first by {self.by}"
+            f"{self.masks} masks, {self.failed} without a mask, {self.omitted} omitted; worst first by {self.sort_by}"
         ]
         lines += [f"{count:>8}  {flag:<16}{FLAG_MEANINGS.get(flag, '')}" for flag, count in self.flags.most_common()]
-        lines += [
-            f"order by {quality.by}: Spearman {format_metric(quality.spearman)} with IoU on {quality.count} masks; of "
-            f"{quality.bad_count} with IoU < {BAD_IOU:g} the worst 10 % hold "
-            f"{format_metric(quality.bad_in_worst_tenth)}, the worst 20 % {format_metric(quality.bad_in_worst_fifth)}"
-            for quality in self.qualities
-        ]
+        lines += [quality.line() for quality in self.qualities]
         if self.worst:
-            lines.append("the worst:")
-        return lines + [f"  {item.rank}. {item.line(self.by)}" for item in self.worst[:LISTED]]
+            lines.append("worst:")
+        return lines + [f"  {item.rank}. {item.line(self.sort_by)}" for item in self.worst[:LISTED]]
 
 
 def review_queue(
-    labeled_json: Path, *, by: SortBy = SortBy.SCORE, count: int = 100, truth: Path | None = None
+    labeled_json: Path, *, sort_by: SortBy = SortBy.SCORE, count: int = 100, truth: Path | None = None
 ) -> ReviewQueue:
-    """Reads a labeled file twice, and keeps its `count` worst rows alone.
+    """Ranks the annotations of a labeled file; reads it twice and holds only the `count` worst rows in memory.
 
     Args:
-        labeled_json: what `mal-client label` wrote.
-        by: the order.
-        count: how many of the worst to keep.
-        truth: a COCO file with the true masks of the same annotation ids.
+        labeled_json: a file that `mal-client label` wrote.
+        sort_by: value that ranks the annotations.
+        count: number of worst annotations to keep.
+        truth: a COCO file with the true masks of the same annotation IDs.
 
     Raises:
-        BadDataset: a file is unusable.
-        ConfigError: no annotation carries what the order goes by, or none has a true mask in `truth`.
+        BadDataset: a file cannot be used.
+        ConfigError: no annotation has the value to rank by, or none has a true mask in `truth`.
     """
     sizes = {
         row["id"]: (row["height"], row["width"])
         for row in read_list(labeled_json, "images")
         if isinstance(row, dict) and isinstance(row.get("id"), JsonId) and {"width", "height"} <= row.keys()
     }
-    keys = _SortKeys(ReviewQueue(by), None if truth is None else _Truth(truth), sizes)
-    head = scan_coco(labeled_json, keys.take)
+    keys = _SortKeys(ReviewQueue(sort_by), None if truth is None else _Truth(truth), sizes)
+    head = scan_coco(labeled_json, keys.add)
     queue = keys.queue
     if not queue.masks and not queue.failed:
-        missing = "an agreement (label with --agreement)" if by is SortBy.AGREEMENT else "a score (label it first)"
-        raise ConfigError(f"{labeled_json}: no annotation carries {missing}")
-    places = keys.worst(count)
-    wanted = {int(place): rank for rank, place in enumerate(places, start=1)}
-    kept: dict[int, QueueItem] = {}
+        remedy = "label it with --agreement" if sort_by is SortBy.AGREEMENT else "label it first"
+        raise ConfigError(f"{labeled_json}: no annotation has the field {str(sort_by)!r}; {remedy}")
+    ranks = {int(index): rank for rank, index in enumerate(keys.worst(count), start=1)}
+    items: dict[int, QueueItem] = {}
 
-    def keep(at: int, row: Annotation) -> None:
-        if at in wanted:
-            kept[wanted[at]] = keys.item(wanted[at], at, row, head)
+    def keep(index: int, row: Annotation) -> None:
+        if index in ranks:
+            items[ranks[index]] = keys.item(ranks[index], index, row, head)
 
     scan_coco(labeled_json, keep)
-    queue.worst = [kept[rank] for rank in sorted(kept)]
+    queue.worst = [items[rank] for rank in sorted(items)]
     queue.qualities = keys.qualities()
     if truth is not None and queue.masks and not queue.qualities:
         raise ConfigError(
-            f"{truth}: holds no true mask of an annotation of {labeled_json}, by its id and image; give the file with "
-            "the true masks of these annotations, or leave it out"
+            f"{truth}: contains no mask for an annotation ID and image of {labeled_json}; give the file with the true "
+            "masks of these annotations, or omit it"
         )
     return queue
 
 
 def write_worst(queue: ReviewQueue, labeled_json: Path, output: Path) -> None:
-    """The worst as a COCO file of their own, in their order, for any tool that reads COCO.
+    """Writes the worst annotations as a COCO file, in their order.
 
-    Each row gets a `review_rank`. Images are those that have a row.
+    Each row gets a `review_rank`. The file lists only images that have a row.
     """
     images = {item.image.id for item in queue.worst}
     write_json_atomic(
@@ -244,19 +248,19 @@ def write_worst(queue: ReviewQueue, labeled_json: Path, output: Path) -> None:
 
 
 def by_image(items: Sequence[QueueItem]) -> dict[str, list[QueueItem]]:
-    """The items by the file name of their image, in the order of the queue; those without an image are left out."""
-    found: dict[str, list[QueueItem]] = {}
+    """Groups items by the file name of their image, in the order of the queue; omits items without an image."""
+    groups: dict[str, list[QueueItem]] = {}
     for item in items:
         if item.image.file_name:
-            found.setdefault(item.image.file_name, []).append(item)
-    return found
+            groups.setdefault(item.image.file_name, []).append(item)
+    return groups
 
 
 def frame_size(item: QueueItem, files: ImageFiles) -> tuple[int, int]:
-    """Width and height in px of an item's image: as its row states them, else as the file's header does.
+    """Returns the width and height in px of an item's image, from its row or else from the header of its file.
 
     Raises:
-        BadImage: neither tells.
+        BadImage: the row has no size and the file cannot be read.
     """
     if item.image.size_wh is not None:
         return item.image.size_wh
@@ -265,20 +269,20 @@ def frame_size(item: QueueItem, files: ImageFiles) -> tuple[int, int]:
 
 
 def category_names(labeled_json: Path) -> dict[object, str]:
-    """Names of a file's categories by id."""
+    """Returns the category names of a file by ID."""
     rows = (row for row in read_list(labeled_json, "categories") if isinstance(row, dict))
     return {row.get("id"): str(row.get("name", row.get("id"))) for row in rows}
 
 
 class _Truth:
-    """True masks by annotation id, encoded."""
+    """True masks by annotation ID, encoded."""
 
     def __init__(self, path: Path) -> None:
         self._rows: dict[JsonId, tuple[JsonId | None, Any]] = {}
-        scan_coco(path, self._take)
+        scan_coco(path, self._add)
 
     def mask(self, row: Annotation, rle: Rle) -> Rle | None:
-        """The true mask of a row; None where there is none to compare with."""
+        """Returns the true mask of a row; None if the file has no usable mask for it."""
         image_id, segmentation = self._rows.get(row.id, (None, None)) if row.id is not None else (None, None)
         if not segmentation or image_id != row.image_id:
             return None
@@ -287,95 +291,98 @@ class _Truth:
         except BadDataset:
             return None
 
-    def _take(self, _: int, row: Annotation) -> None:
+    def _add(self, _: int, row: Annotation) -> None:
         if row.id is not None and row.problem is None and not row.iscrowd:
             self._rows[row.id] = (row.image_id, row.raw.get("segmentation"))
 
 
 class _SortKeys:
-    """The order of a file, a few bytes a row."""
+    """Sort keys of all annotations of a file; takes 8 bytes per row."""
 
     def __init__(self, queue: ReviewQueue, truth: _Truth | None, sizes: Mapping[Any, tuple[Any, Any]]) -> None:
         self.queue = queue
         self._sizes = sizes
         self._truth = truth
         self._keys = array("d")
-        self._measured: dict[SortBy, tuple[list[float], list[float]]] = {by: ([], []) for by in SortBy}
+        self._comparisons: dict[SortBy, tuple[list[float], list[float]]] = {sort_by: ([], []) for sort_by in SortBy}
 
-    def take(self, _: int, row: Annotation) -> None:
-        """Notes one annotation."""
+    def add(self, _: int, row: Annotation) -> None:
+        """Adds one annotation."""
         flags = row.raw.get("flags")
         if isinstance(flags, list):
             self.queue.flags.update(str(flag) for flag in flags)
-        key = _key(row, self.queue.by)
+        key = _key(row, self.queue.sort_by)
         self._keys.append(np.nan if key is None else key)
         if key is None:
-            self.queue.left_out += 1
+            self.queue.omitted += 1
         elif key == NO_MASK:
             self.queue.failed += 1
         else:
             self.queue.masks += 1
-            self._measure(row)
+            self._compare(row)
 
     def worst(self, count: int) -> NDArray[np.int64]:
-        """Places of the first rows of the queue."""
+        """Returns the indices of the first `count` annotations of the queue."""
         keys = np.frombuffer(self._keys, dtype=np.float64)
-        # NaN sorts last. Stable: rows of one key stay in the order of the file.
+        # NaN sorts last. Stable: rows with equal keys keep the order of the file.
         order = np.argsort(keys, kind="stable")
         return order[: min(count, int(np.count_nonzero(~np.isnan(keys))))]
 
-    def item(self, rank: int, at: int, row: Annotation, head: CocoHead) -> QueueItem:
-        """A row of the queue with all that is known."""
+    def item(self, rank: int, index: int, row: Annotation, head: CocoHead) -> QueueItem:
+        """Builds the queue item of the annotation at an index of the file."""
         image = None if row.image_id is None else head.images.get(row.image_id)
         if image is None:
             image = ImageInfo("", "", None, None, "its image is not in the file")
-        rle = _mask(row, self._sizes.get(row.image_id))
-        truth = None if rle is None or self._truth is None else self._truth.mask(row, rle)
-        found = None if rle is None or truth is None else iou(rle, truth)
-        return QueueItem(rank, row.raw, image, row.box_xywh, self._keys[at], rle, truth, found)
+        rle, truth = self._masks(row)
+        mask_iou = None if rle is None or truth is None else iou(rle, truth)
+        return QueueItem(rank, row.raw, image, row.box_xywh, self._keys[index], rle, truth, mask_iou)
 
     def qualities(self) -> list[OrderQuality]:
-        """Each order against ground truth."""
+        """Measures each order against ground truth."""
         return [
             OrderQuality(
-                by=by,
+                sort_by=sort_by,
                 count=len(ious),
                 bad_count=int(np.count_nonzero(np.asarray(ious) < BAD_IOU)),
                 spearman=spearman(keys, ious),
                 bad_in_worst_tenth=bad_in_worst(keys, np.asarray(ious) < BAD_IOU, 0.1),
                 bad_in_worst_fifth=bad_in_worst(keys, np.asarray(ious) < BAD_IOU, 0.2),
             )
-            for by, (keys, ious) in self._measured.items()
+            for sort_by, (keys, ious) in self._comparisons.items()
             if ious
         ]
 
-    def _measure(self, row: Annotation) -> None:
+    def _masks(self, row: Annotation) -> tuple[Rle | None, Rle | None]:
+        """Returns the mask of a row and its true mask."""
+        rle = _mask(row, self._sizes.get(row.image_id))
+        return rle, None if rle is None or self._truth is None else self._truth.mask(row, rle)
+
+    def _compare(self, row: Annotation) -> None:
         if self._truth is None:
             return
-        rle = _mask(row, self._sizes.get(row.image_id))
-        truth = None if rle is None else self._truth.mask(row, rle)
+        rle, truth = self._masks(row)
         if rle is None or truth is None:
             return
-        found = iou(rle, truth)
-        for by, (keys, ious) in self._measured.items():
-            key = _key(row, by)
+        mask_iou = iou(rle, truth)
+        for sort_by, (keys, ious) in self._comparisons.items():
+            key = _key(row, sort_by)
             if key is not None:
                 keys.append(key)
-                ious.append(found)
+                ious.append(mask_iou)
 
 
-def _key(row: Annotation, by: SortBy) -> float | None:
-    """What orders a row; None for one that does not belong into the queue."""
+def _key(row: Annotation, sort_by: SortBy) -> float | None:
+    """Returns the sort key of a row; None for a row that the queue omits."""
     if row.iscrowd:
         return None
     if "error" in row.raw:
         return NO_MASK
-    value = row.raw.get(str(by))
+    value = row.raw.get(str(sort_by))
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _mask(row: Annotation, size_hw: tuple[Any, Any] | None) -> Rle | None:
-    """The mask of a row, whether run lengths or polygons; None without one, or where it cannot be read."""
+    """Returns the mask of a row, from run lengths or polygons; None if it is missing or cannot be read."""
     segmentation = row.raw.get("segmentation")
     if "error" in row.raw or not segmentation:
         return None

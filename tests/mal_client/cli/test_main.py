@@ -1,4 +1,4 @@
-"""Claims about the command: exit codes, what is printed, what is left on disk."""
+"""Tests of the command `mal-client`: exit codes, output and files."""
 
 import io
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from mal.v1 import types_pb2
+from mal_client.cli.common import failures_message
 from mal_client.cli.main import main
 from mal_client.dataset.progress import ProgressDisplay
 from mal_client.types import Progress
@@ -28,8 +29,8 @@ def dataset(tmp_path: Path) -> Dataset:
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    with serving(FakeServer()) as where:
-        yield where
+    with serving(FakeServer()) as server:
+        yield server
 
 
 def arguments(command: str, address: str, dataset: Dataset, *more: str) -> list[str]:
@@ -44,7 +45,7 @@ def test_label_writes_the_file_and_exits_0(address: str, dataset: Dataset, capsy
     assert dataset.labeled()[100]["agreement"] == 0.5
     printed = capsys.readouterr()
     assert "6 annotations labeled, 0 failed" in printed.out
-    assert "label: 3/3 images, 6 boxes, 0 failed" in printed.err
+    assert all(text in printed.err for text in ("label: image 3/3", "6 boxes", "0 failed"))
 
 
 def test_failed_items_are_listed_beside_the_output_and_exit_3(
@@ -52,30 +53,30 @@ def test_failed_items_are_listed_beside_the_output_and_exit_3(
 ) -> None:
     (dataset.images_dir / "image_1.png").unlink()
     assert main(arguments("label", address, dataset)) == 3
-    listed = (dataset.folder / "out.errors.jsonl").read_text().splitlines()
-    assert [json.loads(line)["annotation_id"] for line in listed] == [102, 103]
-    assert "all 2 failures are listed in" in capsys.readouterr().err
+    errors_file = dataset.folder / "out.errors.jsonl"
+    assert [json.loads(line)["annotation_id"] for line in errors_file.read_text().splitlines()] == [102, 103]
+    assert failures_message(2, errors_file) in capsys.readouterr().err
     assert len(dataset.labeled()) == 6
     dataset.coco["annotations"].pop()
     for row in dataset.coco["annotations"][3:]:
         row["image_id"] = dataset.coco["annotations"][0]["image_id"]
     dataset.save()
     assert main(arguments("label", address, dataset)) == 3
-    assert f"the failure is listed in {dataset.folder / 'out.errors.jsonl'}" in capsys.readouterr().err
+    assert failures_message(1, errors_file) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("verb", "what"), [("label", "boxes"), ("evaluate", "the true masks"), ("export", "masks"), ("review", "masks")]
+    ("verb", "content"), [("label", "boxes"), ("evaluate", "the true masks"), ("export", "masks"), ("review", "masks")]
 )
-def test_the_help_says_whether_boxes_or_masks_go_in(verb: str, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_states_whether_the_input_has_boxes_or_masks(
+    verb: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main([verb, "--help"])
-    assert f"COCO file with {what}" in " ".join(capsys.readouterr().out.split())
+    assert f"COCO file with {content}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_file_that_cannot_be_used_exits_2_before_any_work(
-    dataset: Dataset, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_invalid_file_exits_2_before_any_call(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     dataset.coco["annotations"][1]["id"] = 100
     dataset.save()
     fake = FakeServer()
@@ -85,7 +86,7 @@ def test_a_file_that_cannot_be_used_exits_2_before_any_work(
     assert not fake.calls
 
 
-def test_only_the_ids_of_a_file_on_two_servers_with_a_log_for_programs(
+def test_selected_ids_are_labeled_on_two_servers_with_a_json_log(
     address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = dataset.folder / "ids.txt"
@@ -115,8 +116,8 @@ def test_only_the_ids_of_a_file_on_two_servers_with_a_log_for_programs(
 def test_a_wrong_argument_exits_2(address: str, dataset: Dataset, wrong: list[str]) -> None:
     try:
         code: Any = main(arguments("label", address, dataset, *wrong))
-    except SystemExit as left:
-        code = left.code
+    except SystemExit as ended:
+        code = ended.code
     assert code == 2
 
 
@@ -124,29 +125,29 @@ def test_an_output_that_cannot_be_written_exits_4(address: str, dataset: Dataset
     assert main(arguments("label", address, dataset, "--output", str(dataset.folder / "no" / "out.json"))) == 4
 
 
-def test_no_server_exits_1_with_its_address(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unavailable_server_exits_1_with_its_address(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments("label", "127.0.0.1:9", dataset)) == 1
     assert "127.0.0.1:9" in capsys.readouterr().err
     assert not dataset.output.exists()
 
 
-def test_evaluate_prints_the_figures_and_writes_figures_and_page(
+def test_evaluate_prints_the_metrics_and_writes_json_and_html(
     address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures, page = dataset.folder / "figures.json", dataset.folder / "page.html"
-    assert main(arguments("evaluate", address, dataset, "--output", str(figures), "--report", str(page))) == 0
+    metrics, page = dataset.folder / "metrics.json", dataset.folder / "page.html"
+    assert main(arguments("evaluate", address, dataset, "--output", str(metrics), "--report", str(page))) == 0
     assert "mIoU" in capsys.readouterr().out
-    assert json.loads(figures.read_text())["count"] == 6
+    assert json.loads(metrics.read_text())["count"] == 6
     assert page.read_text().startswith("<!doctype html>")
 
 
-def test_info_prints_what_the_server_is(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_prints_the_server_as_json(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--server", address]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["arch"], printed["branches"]) == ("box-filler", None)
 
 
-def test_info_tells_the_branches_that_the_model_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_lists_the_branches_of_the_model_that_this_client_knows(capsys: pytest.CaptureFixture[str]) -> None:
     newer: Any = max(types_pb2.Branch.values()) + 1
     with serving(FakeServer(limits=Limits(branches=[types_pb2.BRANCH_STUDENT, newer]))) as address:
         assert main(["info", "--server", address]) == 0
@@ -157,28 +158,28 @@ def test_info_tells_the_branches_that_the_model_can_run(capsys: pytest.CaptureFi
     ("more", "option"),
     [(["--agreement"], "agreement"), (["--branch", "mixed"], "branch"), (["--branch", "teacher"], "branch")],
 )
-def test_what_takes_two_networks_exits_2_before_any_work_where_the_model_holds_one(
+def test_options_that_need_two_networks_exit_2_before_any_work_if_the_model_has_one(
     dataset: Dataset, more: list[str], option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeServer(limits=Limits(branches=[types_pb2.BRANCH_STUDENT]))
     with serving(fake) as address:
         assert main(arguments("label", address, dataset, *more)) == 2
         assert fake.calls == ["GetServerInfo"]
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1
-        assert f"{option}: " in said
-        assert "holds the student alone; leave --" + option in said
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert f"{option}: " in message
+        assert f"--{option}" in message
         assert not list(dataset.folder.glob("out*"))
         assert main(arguments("label", address, dataset, "--branch", "student")) == 0
 
 
-def test_a_model_of_both_networks_is_asked_for_either(dataset: Dataset) -> None:
+def test_options_that_need_two_networks_are_sent_if_the_model_has_both(dataset: Dataset) -> None:
     both = [types_pb2.BRANCH_STUDENT, types_pb2.BRANCH_TEACHER, types_pb2.BRANCH_MIXED]
     with serving(FakeServer(limits=Limits(branches=both))) as address:
         assert main(arguments("label", address, dataset, "--agreement", "--branch", "mixed")) == 0
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(address: str) -> None:
+def test_a_closed_stdout_exits_141_without_a_message(address: str) -> None:
     command = [sys.executable, "-m", "mal_client.cli.main", "info", "--server", address]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment())
     assert process.stdout is not None
@@ -192,7 +193,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(address: str) -> None:
 def test_ctrl_c_exits_130_and_leaves_nothing(dataset: Dataset) -> None:
     fake = FakeServer(Faults(hold_after=0))
     with serving(fake) as address:
-        # Where the tests run in the background SIGINT is ignored, and a child would inherit that.
+        # A background job ignores SIGINT, and its children inherit that.
         code = (
             "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
             "from mal_client.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -204,32 +205,52 @@ def test_ctrl_c_exits_130_and_leaves_nothing(dataset: Dataset) -> None:
         process.send_signal(signal.SIGINT)
         _, printed = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "interrupted; the same command goes on where this one ended" in printed
+    assert "interrupted" in printed
     assert "Traceback" not in printed
     assert sorted(path.name for path in dataset.folder.iterdir()) == ["images", "in.json"]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ([], "the same command goes on where this one ended"),
-        (["--restart"], "the same command, without --restart, goes on where this one ended"),
-        (["--dry-run"], "no result was written"),
-    ],
+    ("options", "resumable", "without"),
+    [([], True, ""), (["--restart"], True, "--restart"), (["--dry-run"], False, "")],
 )
-def test_ctrl_c_of_a_cvat_job_does_not_deny_the_masks_that_are_in_the_task(
-    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_ctrl_c_of_a_cvat_job_says_how_to_resume(
+    options: list[str],
+    resumable: bool,
+    without: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupted(_: object) -> int:
+    def interrupt(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mal_client.cli.cvat._run", interrupted)
+    monkeypatch.setattr("mal_client.cli.cvat._cvat", interrupt)
     assert main(["cvat", "--server", "here:1", "--cvat", "http://there", "--task", "1", *options]) == 130
-    assert capsys.readouterr().err == f"mal-client: interrupted; {said}\n"
+    message = capsys.readouterr().err
+    assert ("resume" in message) is resumable
+    assert ("--restart" in message) is bool(without)
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        (["label-studio", "--server", "here:1"], "--picture-host", "--image-host"),  # former name
+        (["cvat", "--server", "here:1", "--cvat", "url", "--task", "1"], "--ledger", "--journal"),  # former name
+    ],
+)
+def test_the_former_name_of_an_option_is_refused_with_the_new_one(
+    command: list[str], old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, old, "value"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert old in message
+    assert new in message
 
 
 @pytest.mark.parametrize("module", ["mal_client.client", "mal_client.cli.main"])
-def test_the_client_imports_without_torch_and_without_what_only_a_server_has(module: str) -> None:
+def test_the_client_imports_without_torch_and_without_server_packages(module: str) -> None:
     code = (
         "import sys\n"
         "absent = ('torch', 'timm', 'lightning', 'pydantic', 'pyrage', 'mal_server', 'grpc_health')\n"
@@ -240,7 +261,7 @@ def test_the_client_imports_without_torch_and_without_what_only_a_server_has(mod
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
 
 
-def test_importing_the_client_brings_no_heavy_library() -> None:
+def test_importing_the_client_imports_no_heavy_library() -> None:
     code = (
         "import sys, mal_client.client\n"
         "heavy = {'cv2', 'pycocotools', 'PIL', 'matplotlib', 'torch', 'tqdm'} & set(sys.modules)\n"
@@ -249,7 +270,7 @@ def test_importing_the_client_brings_no_heavy_library() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
 
 
-def test_without_a_terminal_progress_is_plain_lines_now_and_then() -> None:
+def test_without_a_terminal_progress_is_a_line_every_few_seconds() -> None:
     stream, now = io.StringIO(), [0.0]
     display = ProgressDisplay("label", stream, lambda: now[0])
     with display:
@@ -267,7 +288,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_what_an_unfinished_run_left_does_not_count_into_the_rate() -> None:
+def test_results_of_an_unfinished_run_do_not_count_into_the_rate() -> None:
     stream, now = io.StringIO(), [0.0]
     with ProgressDisplay("evaluate", stream, lambda: now[0]) as display:
         for before in range(1, 801):
@@ -277,7 +298,7 @@ def test_what_an_unfinished_run_left_does_not_count_into_the_rate() -> None:
     assert stream.getvalue() == "evaluate: image 820/1000, 2.00 image/s, 01:30 left, 820 boxes, 0 failed\n"
 
 
-def test_the_bar_jumps_over_what_an_unfinished_run_left() -> None:
+def test_the_bar_starts_after_the_results_of_an_unfinished_run() -> None:
     display = ProgressDisplay("evaluate", Terminal())
     for before in range(1, 801):
         display(Progress(before, 1000, before, 0, images_before=before))
@@ -286,7 +307,7 @@ def test_the_bar_jumps_over_what_an_unfinished_run_left() -> None:
     bar = display.bar._bar
     assert bar is not None
     assert (bar.n, bar.initial, bar.total) == (803, 800, 1000)
-    display(Progress(1, 1000, 1, 0, images_before=1))  # the stream broke, and everything is brought back again
+    display(Progress(1, 1000, 1, 0, images_before=1))  # the stream restarted from the beginning
     assert (bar.n, bar.initial) == (1, 1)
 
 

@@ -1,13 +1,14 @@
-"""Claims about masks in the formats of other tools, held against plain readers and, where installed, the tools' own.
+"""Tests of the export of masks, with independent decoders and, if installed, with the tools themselves.
 
-The tools pin their own versions of much; they are looked for in the interpreter that MAL_EXPORT_TOOLS names, or in this
-one, and a test whose tool is missing there is skipped.
+The tools pin the versions of many packages. MAL_EXPORT_TOOLS names the interpreter of an environment that has them, by
+default this one; a test is skipped if its tool is missing.
 """
 
 import base64
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,13 +31,13 @@ TOOLS = os.environ.get("MAL_EXPORT_TOOLS", sys.executable)
 
 @pytest.fixture
 def labeled(tmp_path: Path) -> Dataset:
-    """A labeled file: a ring with an island, a square, an empty mask, a failed row, a crowd region."""
+    """Makes a labeled file: a ring with an island, a square, an empty mask, a failed row, a crowd region."""
     dataset = make_dataset(tmp_path)
     square, empty = np.zeros((HEIGHT, WIDTH), bool), np.zeros((HEIGHT, WIDTH), bool)
     square[4:9, 20:30] = True
     for row, mask in zip(dataset.coco["annotations"], [ring(), square, square, empty, square, square], strict=True):
         row |= {"segmentation": encode_mask(mask).to_coco(), "score": 0.75, "flags": ["MULTI_PART"]}
-    dataset.coco["annotations"][4]["error"] = {"reason": "BAD_BOX", "message": "told to fail"}
+    dataset.coco["annotations"][4]["error"] = {"reason": "BAD_BOX", "message": "invalid box"}
     dataset.coco["annotations"][5]["iscrowd"] = 1
     dataset.coco["categories"] = [{"id": 9, "name": "ant"}, {"id": 1, "name": "cup: large"}]
     dataset.save()
@@ -51,7 +52,7 @@ def export(dataset: Dataset, form: str, *more: str) -> Path:
 
 
 def in_tool(tool: str, script: str, *arguments: object) -> Any:
-    """What a script prints as JSON in the tool's interpreter."""
+    """Runs a script in the interpreter of the tools and returns the JSON that it prints."""
     probe = subprocess.run([TOOLS, "-c", f"import {tool}"], capture_output=True, text=True, check=False)
     if probe.returncode:
         last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
@@ -68,15 +69,17 @@ def overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     return iou(encode_mask(a), encode_mask(b))
 
 
-def test_what_has_no_mask_is_told(labeled: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_annotations_without_a_mask_are_counted_and_listed(
+    labeled: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
     export(labeled, "labelme")
-    told = capsys.readouterr()
-    assert "3 masks, 1 crowd regions left out, 2 failed" in told.out
-    assert "annotation 103: its mask is empty" in told.err
-    assert "annotation 104: was not labeled" in told.err
+    printed = capsys.readouterr()
+    assert re.search(r": 3 masks, 1 crowd .*, 2 failed", printed.out)
+    assert "annotation 103: " in printed.err
+    assert "annotation 104: " in printed.err
 
 
-def test_labelme_polygons_fill_to_the_mask_with_parts_in_one_group(labeled: Dataset) -> None:
+def test_labelme_polygons_fill_to_the_mask_with_components_in_one_group(labeled: Dataset) -> None:
     folder = export(labeled, "labelme")
     assert sorted(path.name for path in folder.iterdir()) == ["image_0.json", "image_1.json", "image_2.json"]
     content = json.loads((folder / "image_0.json").read_text())
@@ -94,8 +97,8 @@ def test_labelme_masks_are_the_pixels(labeled: Dataset) -> None:
     folder = export(labeled, "labelme", "--shape", "mask")
     shape = json.loads((folder / "image_0.json").read_text())["shapes"][0]
     (x0, y0), (x1, y1) = shape["points"]
-    with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as picture:
-        pixels = np.asarray(picture)
+    with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as image:
+        pixels = np.asarray(image)
     frame = np.zeros((HEIGHT, WIDTH), bool)
     frame[y0 : y1 + 1, x0 : x1 + 1] = pixels
     np.testing.assert_array_equal(frame, ring())
@@ -113,14 +116,15 @@ def test_yolo_rows_fill_to_the_mask_and_classes_are_numbered(labeled: Dataset) -
 
 
 @pytest.mark.parametrize(("form", "below", "suffix"), [("labelme", "", "json"), ("yolo-seg", "labels", "txt")])
-def test_pictures_whose_labels_would_share_a_name_are_told(
+def test_images_whose_label_files_would_share_a_name_are_listed(
     labeled: Dataset, capsys: pytest.CaptureFixture[str], form: str, below: str, suffix: str
 ) -> None:
     labeled.coco["images"][1]["file_name"] = "image_0.jpg"
     labeled.save()
     folder = export(labeled, form) / below
     assert sorted(path.name for path in folder.iterdir()) == [f"image_0.{suffix}", f"image_2.{suffix}"]
-    assert "image_0.jpg: its labels would have the same name as those of image_0.png" in capsys.readouterr().err
+    message = next(line for line in capsys.readouterr().err.splitlines() if "image_0.jpg: " in line)
+    assert "image_0.png" in message
 
 
 @pytest.mark.parametrize("form", ["labelme", "yolo-seg"])
@@ -135,7 +139,7 @@ def test_no_file_name_leads_out_of_the_output(labeled: Dataset, form: str, name:
     assert {path.stem for path in made if path.suffix != ".yaml"} == {"image_1", "image_2"}
 
 
-def test_a_tolerance_that_is_none_is_refused(labeled: Dataset) -> None:
+def test_a_negative_tolerance_is_refused(labeled: Dataset) -> None:
     given = ["--annotations", str(labeled.json_path), "--images", str(labeled.images_dir), "--output", "x"]
     assert main(["export", "--to", "yolo-seg", *given, "--polygon-tolerance", "-1"]) == 2
 
@@ -164,12 +168,12 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize(("shape", "least"), [("mask", 1.0), ("polygon", 0.75)])
-def test_labelme_reads_its_files(labeled: Dataset, shape: str, least: float) -> None:
+def test_labelme_reads_the_exported_files(labeled: Dataset, shape: str, least: float) -> None:
     folder = export(labeled, "labelme", "--shape", shape)
     found = in_tool("labelme", LABELME, folder / "image_0.json", HEIGHT, WIDTH)
     assert {one["label"] for one in found} == {"cup: large"}
     parts = [np.array(one["mask"], bool) for one in found[:-1]]
-    # labelme's own filling also takes in the pixels under its lines, which is much of a ring of 20 px.
+    # labelme also fills the pixels under an outline, which are many for a ring of 20 px.
     assert overlap(np.any(parts, axis=0), ring()) >= least
 
 
@@ -192,13 +196,13 @@ print(json.dumps(found))
 """
 
 
-def test_ultralytics_reads_its_files(labeled: Dataset) -> None:
+def test_ultralytics_reads_the_exported_files(labeled: Dataset) -> None:
     folder = export(labeled, "yolo-seg")
     (folder / "images").symlink_to(labeled.images_dir)
     found = in_tool("ultralytics", ULTRALYTICS, folder / "images")
     assert found["image_0.png"]["classes"] == [1.0, 1.0]
     assert found["image_2.png"]["masks"] == []
-    # cv2.fillPoly also takes in the pixels under the lines: bridges become one pixel wide and edges half a pixel.
+    # cv2.fillPoly also fills the pixels under an outline: bridges become one pixel wide and edges half a pixel.
     assert overlap(np.array(found["image_0.png"]["masks"][0], bool), ring()) > 0.7
 
 
@@ -218,13 +222,13 @@ print(json.dumps(found))
 """
 
 
-def test_fiftyones_file_has_the_masks_with_their_tight_boxes_and_what_was_asked(labeled: Dataset) -> None:
-    asked = [float(v) for v in labeled.coco["annotations"][0]["bbox"]]
+def test_the_fiftyone_file_has_tight_boxes_and_the_original_ones(labeled: Dataset) -> None:
+    original_box = [float(v) for v in labeled.coco["annotations"][0]["bbox"]]
     found = json.loads((export(labeled, "fiftyone") / "labels.json").read_text())
     assert [image["file_name"] for image in found["images"]] == [row["file_name"] for row in labeled.coco["images"]]
     first = found["annotations"][0]
     assert (first["id"], first["annotation_id"], first["score"], first["flags"]) == (1, 100, 0.75, ["MULTI_PART"])
-    assert first["prompt_box"] == asked
+    assert first["prompt_box"] == original_box
     rows, columns = np.nonzero(ring())
     left, top = columns.min(), rows.min()
     assert first["bbox"] == [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
@@ -235,8 +239,8 @@ def test_fiftyones_file_has_the_masks_with_their_tight_boxes_and_what_was_asked(
 
 
 @pytest.mark.slow
-def test_fiftyones_own_reader_takes_the_exported_file_exactly(labeled: Dataset) -> None:
-    # A box that FiftyOne rounds to other pixels than those of the mask.
+def test_fiftyone_reads_the_exported_file_exactly(labeled: Dataset) -> None:
+    # FiftyOne rounds this box to other pixels than those of the mask.
     labeled.coco["annotations"][0]["bbox"] = [3.6, 2.6, 9.7, 9.7]
     labeled.save()
     first, second = in_tool("fiftyone", FIFTYONE, export(labeled, "fiftyone") / "labels.json")
@@ -252,15 +256,17 @@ def test_fiftyones_own_reader_takes_the_exported_file_exactly(labeled: Dataset) 
 
 
 @pytest.mark.parametrize("form", ["yolo-seg", "fiftyone"])
-def test_a_pattern_of_pictures_is_refused_where_the_format_knows_folders_alone(
+def test_an_image_pattern_is_refused_for_formats_that_need_a_folder(
     labeled: Dataset, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--annotations", str(labeled.json_path), "--image-glob", str(labeled.images_dir / "*.png")]
     assert main(["export", "--to", form, *given, "--output", str(labeled.folder / form)]) == 2
-    assert "finds pictures by their folder" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "--image-glob: " in message
+    assert "--images" in message
 
 
-def test_labelme_finds_pictures_by_a_pattern_and_tells_those_that_it_lacks(
+def test_labelme_export_finds_images_by_a_pattern_and_lists_missing_ones(
     labeled: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     deep = labeled.folder / "deep" / "er"
@@ -272,14 +278,13 @@ def test_labelme_finds_pictures_by_a_pattern_and_tells_those_that_it_lacks(
     content = json.loads((target / "image_0.json").read_text())
     assert (target / content["imagePath"]).resolve() == deep / "image_0.png"
     assert [path.name for path in target.iterdir()] == ["image_0.json"]
-    told = capsys.readouterr()
-    assert "image_1.png: no file that the pattern finds ends in it" in told.err
+    assert "image_1.png: " in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["rle", "polygons"])
-def test_fiftyones_own_reader_takes_a_labeled_file_as_it_is(labeled: Dataset, form: str) -> None:
-    """Its importer's reader, without the database that a data set of FiftyOne lies in."""
+def test_fiftyone_reads_a_labeled_file(labeled: Dataset, form: str) -> None:
+    """Uses the reader of its importer, which needs no FiftyOne database."""
     if form == "polygons":
         for row in labeled.coco["annotations"][:3]:
             lines = merge_holes(to_polygons(Rle.from_coco(row["segmentation"])).rings)

@@ -1,4 +1,4 @@
-"""Runs a web application on a free port, in a thread of the test."""
+"""Runs a web application on a free port, in a background thread."""
 
 import asyncio
 import threading
@@ -13,34 +13,34 @@ if TYPE_CHECKING:
 
 @contextmanager
 def running(app: "web.Application") -> Iterator[str]:
-    """Serves an application; gives its address."""
-    # Here, so that an environment without the extra may look for doctests in this file.
+    """Serves an application inside the block; yields its URL."""
+    # Imported here, so that doctests of this file can be collected without aiohttp.
     from mal_client.web import bound
 
     started: Future[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
-    async def live() -> None:
-        over = asyncio.Event()
+    async def serve() -> None:
+        stop = asyncio.Event()
         async with bound(app, "127.0.0.1", 0) as address:
-            started.set_result((address, asyncio.get_running_loop(), over))
-            await over.wait()
+            started.set_result((address, asyncio.get_running_loop(), stop))
+            await stop.wait()
 
     def run() -> None:
         try:
-            asyncio.run(live())
-        except Exception as fault:
-            # Whatever it is, the test's thread raises it.
+            asyncio.run(serve())
+        except Exception as error:
+            # Passed to the thread of the test, which raises it.
             if started.done():
                 raise
-            started.set_exception(fault)
+            started.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        address, loop, over = started.result()
+        address, loop, stop = started.result()
         try:
             yield address
         finally:
-            loop.call_soon_threadsafe(over.set)
+            loop.call_soon_threadsafe(stop.set)
     finally:
         thread.join()

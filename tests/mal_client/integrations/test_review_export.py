@@ -1,4 +1,4 @@
-"""Claims about the worst masks as tasks for Label Studio and annotations for CVAT."""
+"""Tests of the export of the worst masks to Label Studio and CVAT."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def exported(dataset: Dataset, *more: str) -> tuple[Any, ElementTree.Element]:
-    """(Label Studio's tasks, CVAT's annotations) of the worst four: 103 failed, 104, 101, 102."""
+    """Exports the worst four (103, which failed, 104, 101, 102); returns (Label Studio tasks, CVAT annotations)."""
     given = ["review", "--annotations", str(dataset.json_path), "--images", str(dataset.images_dir), "--worst", "4"]
     files = ["--label-studio", str(dataset.folder / "tasks.json"), "--cvat", str(dataset.folder / "cvat")]
     assert main([*given, *files, *more]) == 0
@@ -39,11 +39,11 @@ def expected(dataset: Dataset, annotation: int) -> Any:
     return decode_mask(box_filled(tuple(map(float, row["bbox"])), (HEIGHT, WIDTH)))  # type: ignore[arg-type]
 
 
-def test_label_studio_gets_a_task_a_picture_the_worst_first(dataset: Dataset) -> None:
-    tasks, _ = exported(dataset, "--picture-prefix", "/data/local-files/?d=set/")
+def test_label_studio_gets_a_task_per_image_worst_first(dataset: Dataset) -> None:
+    tasks, _ = exported(dataset, "--image-prefix", "/data/local-files/?d=set/")
     assert [task["data"]["review_rank"] for task in tasks] == [1, 2, 3]
     assert tasks[0]["data"]["image"] == "/data/local-files/?d=set/image_1.png"
-    assert tasks[0]["data"]["reasons"] == "1: it is gone; 4: low score"
+    assert tasks[0]["data"]["reasons"] == "1: no such file; 4: low score"
     regions = {row["id"]: row for task in tasks for row in task["predictions"][0]["result"]}
     assert sorted(regions) == ["1-box", "2-box", "2-mask", "3-box", "3-mask", "4-box", "4-mask"], "103 has no mask"
     assert (decode_brush(regions["2-mask"]["value"]["rle"], HEIGHT, WIDTH) == expected(dataset, 104)).all()
@@ -51,16 +51,16 @@ def test_label_studio_gets_a_task_a_picture_the_worst_first(dataset: Dataset) ->
     assert tasks[2]["predictions"][0]["score"] == 0.2
 
 
-def test_the_configuration_beside_the_tasks_takes_their_regions(dataset: Dataset) -> None:
+def test_the_configuration_beside_the_tasks_has_controls_for_their_regions(dataset: Dataset) -> None:
     tasks, _ = exported(dataset)
     config = read_label_config((dataset.folder / "tasks.config.xml").read_text())
     for region in tasks[0]["predictions"][0]["result"]:
-        assert region["to_name"] in config.pictures
+        assert region["to_name"] in config.image_fields
         assert region["from_name"] in {*config.boxes, config.masks["image"].name}
     assert config.boxes["box"].labels == config.masks["image"].labels == ("cup",)
 
 
-def test_cvat_gets_boxes_and_masks_of_the_same_pixels(dataset: Dataset) -> None:
+def test_cvat_gets_boxes_and_exact_masks(dataset: Dataset) -> None:
     _, root = exported(dataset)
     assert [image.get("name") for image in root.iter("image")] == ["image_1.png", "image_2.png", "image_0.png"]
     masks = list(root.iter("mask"))
@@ -77,7 +77,7 @@ def test_cvat_gets_boxes_and_masks_of_the_same_pixels(dataset: Dataset) -> None:
     assert listed[0] == str(dataset.images_dir / "image_1.png")
 
 
-def test_sizes_that_the_file_does_not_state_are_read_from_the_pictures(dataset: Dataset) -> None:
+def test_missing_sizes_are_read_from_the_image_files(dataset: Dataset) -> None:
     for image in dataset.coco["images"]:
         del image["width"], image["height"]
     dataset.save()
@@ -86,17 +86,17 @@ def test_sizes_that_the_file_does_not_state_are_read_from_the_pictures(dataset: 
     assert next(root.iter("image")).get("height") == str(HEIGHT)
 
 
-def test_annotations_without_an_image_are_left_out_and_counted(
+def test_annotations_without_an_image_are_omitted_and_counted(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset.coco["annotations"][3]["image_id"] = 77
     dataset.save()
     tasks, _ = exported(dataset)
-    assert "1 annotations have no image in the file and are left out" in capsys.readouterr().out
+    assert "1 annotations omitted" in capsys.readouterr().out
     assert tasks[0]["data"]["review_rank"] == 2
 
 
-def test_masks_that_are_polygons_in_the_file_are_exported_too(dataset: Dataset) -> None:
+def test_polygons_of_the_labeled_file_are_exported(dataset: Dataset) -> None:
     dataset.coco["annotations"][4]["segmentation"] = [[3, 3, 9, 3, 9, 8, 3, 8]]
     dataset.save()
     tasks, _ = exported(dataset)

@@ -1,4 +1,4 @@
-"""The playground in headless Chromium: starts it, draws with the mouse, reads what the screen shows."""
+"""Drives the playground in headless Chromium: starts it, draws with the mouse, reads the pixels of the screen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# As root, and in containers, Chromium's own sandbox does not start; the page under test is ours.
+# Chromium's sandbox does not start as root or in containers; the page under test is trusted.
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -35,17 +35,17 @@ Box = tuple[float, float, float, float]
 
 
 def find_browser() -> str:
-    """The system's Chromium (`MAL_CHROMIUM` or one on the path); skips the test where there is none."""
+    """Returns the path of Chromium (`MAL_CHROMIUM` or one on PATH); skips the test if there is none."""
     found = next(filter(None, (os.environ.get("MAL_CHROMIUM"), *map(shutil.which, BROWSERS))), None)
     if found is None:
-        pytest.skip("no Chromium here; `apt-get install chromium`, or MAL_CHROMIUM=PATH")
+        pytest.skip("Chromium is not installed; run `apt-get install chromium`, or set MAL_CHROMIUM=PATH")
     return found
 
 
 @contextmanager
 def launched() -> Iterator[Browser]:
-    """A browser of its own."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here; `make test-browser` installs it")
+    """Launches a browser for the block."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; run `make test-browser`")
     executable = find_browser()
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
@@ -55,7 +55,7 @@ def launched() -> Iterator[Browser]:
 
 @contextmanager
 def command(address: str) -> Iterator[str]:
-    """`mal-client playground` as a process of its own; the address that it prints."""
+    """Runs `mal-client playground` as a process; yields the URL that it prints."""
     process = subprocess.Popen(
         [
             sys.executable,
@@ -82,7 +82,7 @@ def command(address: str) -> Iterator[str]:
 
 
 class Screen:
-    """One page as somebody before it uses it. Points and boxes are in px of the image, shown as a whole (Fit)."""
+    """One page, used through mouse and keyboard. Points and boxes are in px of the image, which must be fitted."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -90,26 +90,26 @@ class Screen:
         page.set_default_timeout(WAIT_MS)
 
     def open(self, *paths: Path) -> None:
-        """Chooses files, and waits for the last one."""
+        """Opens files and waits for the last one."""
         self.page.set_input_files("#files", [str(path) for path in paths])
         self.page.wait_for_function(
             "name => document.querySelector('#image').selectedOptions[0]?.text === name", arg=paths[-1].name
         )
-        with Image.open(paths[-1]) as picture:
-            self.size_wh = picture.size
+        with Image.open(paths[-1]) as image:
+            self.size_wh = image.size
 
     def scale(self) -> float:
-        """Px of the screen for one of the image."""
+        """Returns the screen px per image px."""
         return float(self.page.locator("#zoom").inner_text().split()[0]) / 100
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the image is on the screen."""
+        """Returns the position of an image point on the screen."""
         corner, scale = self._corner(), self.scale()
         area = self._area()
         return area["x"] + corner[0] + x * scale, area["y"] + corner[1] + y * scale
 
     def drag(self, start: Sequence[float], end: Sequence[float], **options: Any) -> None:
-        """Presses the mouse at one point of the image and lets it go at another."""
+        """Drags the mouse from one image point to another."""
         mouse = self.page.mouse
         middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
         mouse.move(*self.at(*start))
@@ -119,60 +119,60 @@ class Screen:
         mouse.up(**options)
 
     def draw(self, box: Box) -> None:
-        """Draws a box from its top left corner."""
+        """Draws a box, from its top left corner."""
         x, y, w, h = box
         self.drag((x, y), (x + w, y + h))
 
     def click(self, x: float, y: float) -> None:
-        """Clicks on a point of the image."""
+        """Clicks on an image point."""
         self.page.mouse.click(*self.at(x, y))
 
     def wait_for(self, status: str) -> None:
-        """Waits until the line over the list says this."""
+        """Waits for a text of the status line above the list."""
         self.page.wait_for_function("text => document.querySelector('#status').textContent === text", arg=status)
 
     def rows(self) -> list[str]:
-        """The list of boxes, as text."""
+        """Returns the rows of the list of boxes, as text."""
         return [text.replace("\n", " ") for text in self.page.locator("#list li").all_inner_texts()]
 
     def numbers(self) -> list[float]:
-        """x, y, width, height of the selected box, once what was done before is drawn."""
+        """Returns x, y, width, height of the selected box, after pending changes are drawn."""
         self.page.evaluate("() => new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
         return [float(self.page.locator(f"#box-{name}").input_value()) for name in "xywh"]
 
     def mask(self) -> NDArray[np.bool_]:
-        """(H, W): where the masks on the screen are, from two pictures of it: with them and without."""
+        """Returns the masks on the screen, (H, W), as the difference of two screenshots with and without masks."""
         self.page.locator("#show-boxes").uncheck()
-        with_masks = self._picture()
+        with_masks = self._pixels()
         self.page.locator("#show-masks").uncheck()
-        without = self._picture()
+        without = self._pixels()
         self.page.locator("#show-masks").check()
         self.page.locator("#show-boxes").check()
         return np.asarray((with_masks != without).any(axis=2))
 
     def image(self) -> NDArray[np.uint8]:
-        """(H, W, 3): the picture on the screen without boxes and masks."""
+        """Returns the image on the screen without boxes and masks, (H, W, 3)."""
         self.page.locator("#show-boxes").uncheck()
         self.page.locator("#show-masks").uncheck()
-        picture = self._picture()
+        pixels = self._pixels()
         self.page.locator("#show-masks").check()
         self.page.locator("#show-boxes").check()
-        return picture
+        return pixels
 
-    def _picture(self) -> NDArray[np.uint8]:
-        """The pixels of the image as they are on the screen: the middle of each square that shows one."""
+    def _pixels(self) -> NDArray[np.uint8]:
+        """Returns the image pixels on the screen, sampled at the center of each enlarged pixel."""
         self._settle()
         shot = self.page.screenshot(clip=self._area())
         pixels = np.asarray(Image.open(io.BytesIO(shot)).convert("RGB"))
         scale = int(self.scale())
-        assert scale == self.scale() >= 1, "choose an image that is shown by a whole factor"
+        assert scale == self.scale() >= 1, "the scale must be an integer; choose another image"
         (left, top), (width, height) = self._corner(), self.size_wh
         rows = int(top) + scale * np.arange(height) + scale // 2
         columns = int(left) + scale * np.arange(width) + scale // 2
         return np.asarray(pixels[rows][:, columns])
 
     def _settle(self) -> None:
-        """Two frames: what changed is drawn."""
+        """Waits for two frames, so that pending changes are drawn."""
         self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def _area(self) -> Any:
@@ -180,7 +180,7 @@ class Screen:
 
     def _corner(self) -> tuple[float, float]:
         area, scale, (width, height) = self._area(), self.scale(), self.size_wh
-        # As the page places it: in the middle, on a whole pixel (JavaScript rounds halves up).
+        # As the page does: centered and rounded to pixels (JavaScript rounds halves up).
         return (
             float(np.floor((area["width"] - width * scale) / 2 + 0.5)),
             float(np.floor((area["height"] - height * scale) / 2 + 0.5)),

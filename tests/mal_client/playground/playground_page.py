@@ -1,4 +1,4 @@
-"""The playground of a served disc model, and what a page asks of it."""
+"""Runs the playground with a served disc model, and sends the requests of its page."""
 
 from __future__ import annotations
 
@@ -26,71 +26,76 @@ Page = TestClient[Any, Any]
 
 @asynccontextmanager
 async def playground(address: str, *, key: str | None = KEY, timeout_s: float = 20.0) -> AsyncIterator[Page]:
-    """The application on a free port, opened as the printed address does (`key` None: without)."""
+    """Runs the application on a free port and opens its page with the key; `key` None does not open it."""
     async with AsyncClient(address, timeout_s=timeout_s) as client:
         app = build_app(client, Guard(KEY))
         async with TestClient(TestServer(app, handler_cancellation=True)) as page:
             if key is not None:
-                async with page.get("/", params={"key": key}) as answer:
-                    await answer.read()
+                async with page.get("/", params={"key": key}) as response:
+                    await response.read()
             yield page
 
 
-def visit(work: Callable[[Page], Awaitable[Any]], predictor: BrightPredictor | None = None, **settings: Any) -> Any:
-    """Runs `work` with the playground of a served disc model."""
+def with_playground(
+    work: Callable[[Page], Awaitable[Any]], predictor: BrightPredictor | None = None, **settings: Any
+) -> Any:
+    """Runs `work` with the playground of a served disc model, and returns its result."""
 
-    async def live(address: str) -> Any:
+    async def run(address: str) -> Any:
         async with playground(address) as page:
             return await work(page)
 
     with served(predictor, **settings) as address:
-        return asyncio.run(live(address))
+        return asyncio.run(run(address))
 
 
-async def sent(page: Page, content: bytes = DISC_PNG) -> str:
-    async with page.post("/api/images", data=content) as answer:
-        assert answer.status == 200, await answer.text()
-        return str((await answer.json())["sha256"])
+async def send_image(page: Page, content: bytes = DISC_PNG) -> str:
+    async with page.post("/api/images", data=content) as response:
+        assert response.status == 200, await response.text()
+        return str((await response.json())["sha256"])
 
 
-def asking(*boxes: Any, thresholds: dict[int, float] | None = None, **options: Any) -> dict[str, Any]:
-    rows = [{"id": f"b{at}", "box": list(box), "threshold": (thresholds or {}).get(at)} for at, box in enumerate(boxes)]
+def label_body(*boxes: Any, thresholds: dict[int, float] | None = None, **options: Any) -> dict[str, Any]:
+    rows = [
+        {"id": f"b{index}", "box": list(box), "threshold": (thresholds or {}).get(index)}
+        for index, box in enumerate(boxes)
+    ]
     return {"boxes": rows, "options": options}
 
 
 async def lines_of(page: Page, sha256: str, body: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The answers by the page's id; each exactly once, and the end said."""
-    async with page.post(f"/api/images/{sha256}/labels", json=body) as answer:
-        assert answer.status == 200, await answer.text()
-        *lines, last = [json.loads(text) for text in (await answer.text()).splitlines()]
+    """Requests labels; returns the lines by box ID. Asserts that each occurs once and that the last line ends them."""
+    async with page.post(f"/api/images/{sha256}/labels", json=body) as response:
+        assert response.status == 200, await response.text()
+        *lines, last = [json.loads(text) for text in (await response.text()).splitlines()]
     assert last == {"done": True}
-    found = {line["id"]: line for line in lines}
-    assert len(found) == len(lines)
-    return found
+    by_id = {line["id"]: line for line in lines}
+    assert len(by_id) == len(lines)
+    return by_id
 
 
-async def refusal(answer_of: Any) -> tuple[int, dict[str, Any]]:
-    async with answer_of as answer:
-        return answer.status, (await answer.json())["error"]
+async def error_of(request: Any) -> tuple[int, dict[str, Any]]:
+    async with request as response:
+        return response.status, (await response.json())["error"]
 
 
-def kernel(box: tuple[float, ...], *, threshold: float | None = None, **options: Any) -> Label:
-    found = BrightPredictor().label(DISC, [box], PredictOptions(**options), threshold=threshold)[0]
-    assert isinstance(found, Label)
-    return found
+def expected_label(box: tuple[float, ...], *, threshold: float | None = None, **options: Any) -> Label:
+    label = BrightPredictor().label(DISC, [box], PredictOptions(**options), threshold=threshold)[0]
+    assert isinstance(label, Label)
+    return label
 
 
 class HeldAfterFirst(BrightPredictor):
-    """The first batch is answered; the others wait for `released`."""
+    """A predictor that returns the first batch and holds the others until `released`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.released = threading.Event()
 
     def predict(self, crops: Any, options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
-        if len(self.batches) > self.warm:
+        if len(self.batches) > self.warmup_batches:
             self.released.wait(120)
         return super().predict(crops, options)
 
-    warm = 10_000
+    warmup_batches = 10_000
     """Batches before the first one of a page."""

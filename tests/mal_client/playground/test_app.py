@@ -1,4 +1,4 @@
-"""The playground's pictures and labels, against the real server around a predictor without a network."""
+"""Tests of the playground's images and labels, with the real server around a predictor without a network."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.mal_client.playground.playground_page import (
     DISC,
     HeldAfterFirst,
     Page,
-    asking,
-    kernel,
+    error_of,
+    expected_label,
+    label_body,
     lines_of,
     playground,
-    refusal,
-    sent,
-    visit,
+    send_image,
+    with_playground,
 )
 from tests.mal_client.test_against_server import served
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, SHA256, encoded, serving
@@ -35,63 +35,65 @@ from tests.mal_server.fakes import DISC_BOX, DISC_PNG, SHA256, encoded, serving
 HEADER = ImageHeader((1, 1))
 
 
-def test_a_picture_above_the_servers_limits_is_refused_before_it_is_sent_on() -> None:
+def test_an_image_above_the_limits_of_the_server_is_refused_by_the_playground() -> None:
     async def send(page: Page) -> list[tuple[int, dict[str, Any]]]:
-        async def pieces() -> AsyncIterator[bytes]:
+        async def chunks() -> AsyncIterator[bytes]:
             for _ in range(40):
                 yield bytes(100_000)
 
         wide = encoded(np.zeros((2, 300, 3), np.uint8))
-        contents: list[Any] = [bytes(1024 * 1024), pieces(), wide]
-        return [await refusal(page.post("/api/images", data=content)) for content in contents]
+        contents: list[Any] = [bytes(1024 * 1024), chunks(), wide]
+        return [await error_of(page.post("/api/images", data=content)) for content in contents]
 
     limits = {"max_request_bytes": 1024 * 1024, "max_side": 200}
-    for status, error in visit(send, limits=limits):
+    for status, error in with_playground(send, limits=limits):
         assert (status, error["reason"]) == (413, "IMAGE_TOO_LARGE")
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", DISC_PNG[:30]])
-def test_what_is_no_picture_is_refused_with_its_reason(content: bytes) -> None:
-    status, error = visit(lambda page: refusal(page.post("/api/images", data=content)))
+@pytest.mark.parametrize("content", [b"", b"not an image", DISC_PNG[:30]])
+def test_a_file_that_is_not_an_image_is_refused_with_its_reason(content: bytes) -> None:
+    status, error = with_playground(lambda page: error_of(page.post("/api/images", data=content)))
     assert status == 400
     assert error["reason"] in {"IMAGE_FORMAT", "IMAGE_DECODE_FAILED"}
     assert error["message"].startswith("image: ")
 
 
-def turned_jpeg() -> bytes:
+def rotated_jpeg() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(DISC, "JPEG", exif=exif.tobytes())
 
 
 @pytest.mark.parametrize(
-    ("content", "browser_shows_it"),
+    ("content", "browser_can_decode"),
     [
         (encoded(DISC, "JPEG"), True),
-        (turned_jpeg(), False),
+        (rotated_jpeg(), False),
         (encoded(DISC, "TIFF"), False),
         (DISC_PNG, False),
     ],
-    ids=["jpeg", "turned", "tiff", "png"],
+    ids=["jpeg", "rotated", "tiff", "png"],
 )
-def test_the_page_shows_the_pixels_that_the_network_sees(content: bytes, browser_shows_it: bool) -> None:
+def test_the_page_shows_the_pixels_that_the_network_sees(content: bytes, browser_can_decode: bool) -> None:
     async def look(page: Page) -> tuple[dict[str, Any], bytes]:
-        async with page.post("/api/images", data=content) as answer:
-            known = await answer.json()
-        async with page.get(f"/api/images/{known['sha256']}/pixels") as answer:
-            return known, await answer.read()
+        async with page.post("/api/images", data=content) as response:
+            stored = await response.json()
+        async with page.get(f"/api/images/{stored['sha256']}/pixels") as response:
+            return stored, await response.read()
 
-    known, png = visit(look)
-    assert (known["width"], known["height"], known["browser_shows_it"]) == (60, 40, browser_shows_it)
+    stored, png = with_playground(look)
+    assert (stored["width"], stored["height"], stored["browser_can_decode"]) == (60, 40, browser_can_decode)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), decode_image(content))
 
 
-def test_a_picture_that_is_not_there_is_asked_for_again() -> None:
-    status, error = visit(lambda page: refusal(page.post(f"/api/images/{'0' * 64}/labels", json=asking(DISC_BOX))))
+def test_an_unknown_image_has_a_reason_of_its_own() -> None:
+    status, error = with_playground(
+        lambda page: error_of(page.post(f"/api/images/{'0' * 64}/labels", json=label_body(DISC_BOX)))
+    )
     assert (status, error["reason"]) == (404, "IMAGE_UNKNOWN")
 
 
-def test_pictures_that_were_used_longest_ago_go_first() -> None:
+def test_the_least_recently_used_images_are_evicted_first() -> None:
     store = ImageStore(30)
     first, second = store.add(bytes(10), HEADER), store.add(bytes(11), HEADER)
     store.get(first.sha256)
@@ -103,15 +105,15 @@ def test_pictures_that_were_used_longest_ago_go_first() -> None:
     assert [store.get(image.sha256) is not None for image in (first, third, only)] == [False, False, True]
 
 
-def test_each_box_gets_the_kernels_mask() -> None:
+def test_each_box_gets_the_mask_of_the_kernel() -> None:
     async def ask(page: Page) -> dict[str, dict[str, Any]]:
         return await lines_of(
-            page, await sent(page), asking(DISC_BOX, BOX_IN_CORNER, (-9, 0, 40.5, 40), agreement=True)
+            page, await send_image(page), label_body(DISC_BOX, BOX_IN_CORNER, (-9, 0, 40.5, 40), agreement=True)
         )
 
-    found = visit(ask, max_batch_size=2)
+    found = with_playground(ask, max_batch_size=2)
     for key, box in [("b0", DISC_BOX), ("b1", BOX_IN_CORNER), ("b2", (-9.0, 0.0, 40.5, 40.0))]:
-        expected = kernel(box, agreement=True)
+        expected = expected_label(box, agreement=True)
         assert found[key]["rle"] == expected.rle.to_coco()
         assert found[key]["score"] == expected.score
         assert found[key]["agreement"] == expected.agreement
@@ -119,34 +121,34 @@ def test_each_box_gets_the_kernels_mask() -> None:
         assert found[key]["model"]["checkpoint_sha256"] == SHA256
 
 
-def test_a_box_with_a_threshold_of_its_own_is_labeled_with_it_and_the_others_with_the_images() -> None:
+def test_the_threshold_of_a_box_overrides_that_of_the_image() -> None:
     async def ask(page: Page) -> dict[str, dict[str, Any]]:
-        body = asking(DISC_BOX, DISC_BOX, DISC_BOX, thresholds={1: 0.03}, threshold=0.95)
-        return await lines_of(page, await sent(page), body)
+        body = label_body(DISC_BOX, DISC_BOX, DISC_BOX, thresholds={1: 0.03}, threshold=0.95)
+        return await lines_of(page, await send_image(page), body)
 
-    found = visit(ask)
-    assert found["b0"]["rle"] == found["b2"]["rle"] == kernel(DISC_BOX, threshold=0.95).rle.to_coco()
-    assert found["b1"]["rle"] == kernel(DISC_BOX, threshold=0.03).rle.to_coco()
+    found = with_playground(ask)
+    assert found["b0"]["rle"] == found["b2"]["rle"] == expected_label(DISC_BOX, threshold=0.95).rle.to_coco()
+    assert found["b1"]["rle"] == expected_label(DISC_BOX, threshold=0.03).rle.to_coco()
     assert found["b0"]["rle"] != found["b1"]["rle"]
 
 
 @pytest.mark.parametrize("box", [(0, 0, 0, 5), (900, 0, 5, 5), (None, 1, 2, 3), (1, 2, 3), ("a", 1, 2, 3)])
-def test_a_bad_box_is_an_error_of_its_own_and_does_not_number_boxes(box: Any) -> None:
+def test_a_bad_box_fails_alone_and_its_message_has_no_index(box: Any) -> None:
     async def ask(page: Page) -> dict[str, dict[str, Any]]:
-        return await lines_of(page, await sent(page), asking(DISC_BOX, box))
+        return await lines_of(page, await send_image(page), label_body(DISC_BOX, box))
 
-    found = visit(ask)
-    assert found["b0"]["rle"] == kernel(DISC_BOX).rle.to_coco()
+    found = with_playground(ask)
+    assert found["b0"]["rle"] == expected_label(DISC_BOX).rle.to_coco()
     assert found["b1"]["error"]["reason"] == "BAD_BOX"
     assert not found["b1"]["error"]["message"].startswith("box ")
 
 
-def test_the_next_edit_sends_the_pictures_name_to_the_labeling_server_too() -> None:
+def test_further_edits_use_the_image_cache_of_the_labeling_server() -> None:
     async def ask() -> tuple[float | None, int]:
         async with serving() as running, playground(running.server.address) as page:
-            name = await sent(page, encoded(DISC, "BMP"))
+            name = await send_image(page, encoded(DISC, "BMP"))
             for _ in range(3):
-                found = await lines_of(page, name, asking(DISC_BOX))
+                found = await lines_of(page, name, label_body(DISC_BOX))
             hits = running.server.registry.get_sample_value("mal_image_cache_hits_total")
         return hits, len(found["b0"]["rle"]["counts"])
 
@@ -155,17 +157,17 @@ def test_the_next_edit_sends_the_pictures_name_to_the_labeling_server_too() -> N
     assert length > 0
 
 
-def test_the_chosen_model_answers_and_is_the_files_provenance() -> None:
+def test_the_selected_model_labels_and_is_the_provenance_of_the_file() -> None:
     async def ask(page: Page) -> list[Any]:
-        async with page.get("/api/server", params={"model": "disc"}) as answer:
-            server = await answer.json()
-        unknown = await refusal(page.get("/api/server", params={"model": "cup"}))
-        name = await sent(page)
-        found = await lines_of(page, name, asking(DISC_BOX, model="disc"))
-        wrong = await lines_of(page, name, asking(DISC_BOX, model="cup"))
+        async with page.get("/api/server", params={"model": "disc"}) as response:
+            server = await response.json()
+        unknown = await error_of(page.get("/api/server", params={"model": "cup"}))
+        name = await send_image(page)
+        found = await lines_of(page, name, label_body(DISC_BOX, model="disc"))
+        wrong = await lines_of(page, name, label_body(DISC_BOX, model="cup"))
         body = {"images": [], "annotations": [], "options": {"model": "disc"}}
-        async with page.post("/api/coco", json=body) as answer:
-            file = await answer.json()
+        async with page.post("/api/coco", json=body) as response:
+            file = await response.json()
         return [
             [server["models"], server["branches"], server["can_agree"]],
             unknown[1]["reason"],
@@ -174,7 +176,7 @@ def test_the_chosen_model_answers_and_is_the_files_provenance() -> None:
             file,
         ]
 
-    models, unknown, answered, wrong, file = visit(ask)
+    models, unknown, answered, wrong, file = with_playground(ask)
     assert (models, unknown, answered, wrong) == (
         [["disc"], ["student", "teacher", "mixed"], True],
         "MODEL_NOT_FOUND",
@@ -184,48 +186,48 @@ def test_the_chosen_model_answers_and_is_the_files_provenance() -> None:
     assert file["mask_auto_labeler"]["model"] == "disc"
 
 
-def test_masks_come_before_the_last_batch_is_done() -> None:
+def test_masks_are_streamed_before_the_last_batch_is_done() -> None:
     predictor = HeldAfterFirst()
 
     async def ask(page: Page) -> tuple[str, int]:
-        name = await sent(page)
-        predictor.warm = len(predictor.batches)
-        async with page.post(f"/api/images/{name}/labels", json=asking(DISC_BOX, BOX_IN_CORNER)) as answer:
-            first = json.loads(await answer.content.readline())
+        name = await send_image(page)
+        predictor.warmup_batches = len(predictor.batches)
+        async with page.post(f"/api/images/{name}/labels", json=label_body(DISC_BOX, BOX_IN_CORNER)) as response:
+            first = json.loads(await response.content.readline())
             predictor.released.set()
-            return first["id"], len((await answer.text()).splitlines())
+            return first["id"], len((await response.text()).splitlines())
 
-    assert visit(ask, predictor, max_batch_size=1) == ("b0", 2)
+    assert with_playground(ask, predictor, max_batch_size=1) == ("b0", 2)
 
 
-def test_a_page_that_goes_away_ends_its_call() -> None:
+def test_a_disconnected_page_cancels_its_call() -> None:
     predictor, servers = HeldAfterFirst(), list[MalServer]()
 
     async def leave(page: Page) -> int:
-        name = await sent(page)
-        before = predictor.warm = len(predictor.batches)
-        answer = await page.post(f"/api/images/{name}/labels", json=asking(*[DISC_BOX] * 200))
-        await answer.content.readline()
-        answer.close()
-        # The second batch is held at the device, if it got there at all; what waits behind it is dropped.
+        name = await send_image(page)
+        before = predictor.warmup_batches = len(predictor.batches)
+        response = await page.post(f"/api/images/{name}/labels", json=label_body(*[DISC_BOX] * 200))
+        await response.content.readline()
+        response.close()
+        # The second batch may be held at the device; the crops queued behind it are dropped.
         while servers[0].waiting:
             await asyncio.sleep(0.005)
         predictor.released.set()
-        await lines_of(page, name, asking(BOX_IN_CORNER))
+        await lines_of(page, name, label_body(BOX_IN_CORNER))
         return len(predictor.batches) - before
 
-    assert visit(leave, predictor, servers=servers, max_batch_size=1) in (2, 3)  # of 201
+    assert with_playground(leave, predictor, servers=servers, max_batch_size=1) in (2, 3)  # of 201
 
 
-def test_a_server_that_goes_down_is_the_error_of_every_box_that_is_open() -> None:
-    async def through_a_server_that_ends() -> list[dict[str, Any]]:
+def test_a_lost_server_is_the_error_of_every_pending_box() -> None:
+    async def label_with_a_stopped_server() -> list[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             with served() as address:
                 page = await stack.enter_async_context(playground(address, timeout_s=2.0))
-                name = await sent(page)
-            return list((await lines_of(page, name, asking(DISC_BOX, BOX_IN_CORNER))).values())
+                name = await send_image(page)
+            return list((await lines_of(page, name, label_body(DISC_BOX, BOX_IN_CORNER))).values())
 
-    lines = asyncio.run(through_a_server_that_ends())
+    lines = asyncio.run(label_with_a_stopped_server())
     assert len(lines) == 2
     assert {line["error"]["code"] for line in lines} <= {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
 
@@ -246,10 +248,10 @@ def test_a_server_that_goes_down_is_the_error_of_every_box_that_is_open() -> Non
         {"boxes": [{"id": str(at), "box": []} for at in range(10_001)], "options": {}},
     ],
 )
-def test_a_malformed_call_is_refused(body: Any) -> None:
+def test_an_invalid_request_is_refused(body: Any) -> None:
     async def ask(page: Page) -> tuple[int, dict[str, Any]]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return await refusal(page.post(f"/api/images/{await sent(page)}/labels", data=data))
+        return await error_of(page.post(f"/api/images/{await send_image(page)}/labels", data=data))
 
-    status, error = visit(ask)
+    status, error = with_playground(ask)
     assert (status, error["code"]) == (400, "INVALID_ARGUMENT")

@@ -1,4 +1,4 @@
-"""Claims about the playground in a browser: drawn with the mouse against `mal-server` with a small real network."""
+"""Tests of the playground in a browser, with `mal-server` and a small real network."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of two ellipses, a checkpoint whose masks are neither empty nor full, a configuration."""
+    """Writes images of two ellipses, a checkpoint whose masks are neither empty nor full, and a configuration."""
     path = tmp_path_factory.mktemp("playground")
     write_scenes(path)
     network = spread_network()
@@ -63,28 +63,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(browser: Browser, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    del browser  # first, so that nothing is started where there is none
-    with server_command(folder, tmp_path_factory.mktemp("port") / "port") as (_, where):
-        yield where
+    del browser  # requested first, so that no server starts without a browser
+    with server_command(folder, tmp_path_factory.mktemp("port") / "port") as (_, address):
+        yield address
 
 
 @pytest.fixture(scope="module")
 def url(address: str) -> Iterator[str]:
-    with command(address) as where:
-        yield where
+    with command(address) as page_url:
+        yield page_url
 
 
 @contextmanager
 def opened(browser: Browser, url: str, **context: Any) -> Iterator[Screen]:
-    """A fresh page; what its scripts throw fails the test."""
-    faults: list[str] = []
+    """Opens a new page; exceptions of its scripts fail the test."""
+    script_errors: list[str] = []
     with browser.new_context(viewport={"width": 1280, "height": 900}, **context) as fresh:
         page = fresh.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("pageerror", lambda error: script_errors.append(str(error)))
         page.on("dialog", lambda dialog: dialog.accept())
         page.goto(url)
         yield Screen(page)
-    assert faults == []
+    assert script_errors == []
 
 
 @pytest.fixture
@@ -94,40 +94,38 @@ def screen(browser: Browser, url: str) -> Iterator[Screen]:
 
 
 @pytest.fixture
-def picture(folder: Path) -> Path:
+def image(folder: Path) -> Path:
     return folder / "images" / "0.png"
 
 
-def library(address: str, picture: Path, box: Box, **options: Any) -> BoxLabel:
+def expected_label(address: str, image: Path, box: Box, **options: Any) -> BoxLabel:
     with Client(address, timeout_s=20) as client:
-        return client.label_image(picture, [box], LabelOptions(**options))[0]
+        return client.label_image(image, [box], LabelOptions(**options))[0]
 
 
-def test_a_box_drawn_with_the_mouse_shows_the_librarys_mask_pixel_by_pixel(
-    screen: Screen, picture: Path, address: str
+def test_a_box_drawn_with_the_mouse_shows_the_clients_mask_pixel_by_pixel(
+    screen: Screen, image: Path, address: str
 ) -> None:
-    screen.open(picture)
-    np.testing.assert_array_equal(screen.image(), np.asarray(Image.open(picture)))
+    screen.open(image)
+    np.testing.assert_array_equal(screen.image(), np.asarray(Image.open(image)))
     screen.draw(LEFT)
     screen.wait_for(ONE_DONE)
     assert tuple(screen.numbers()) == LEFT
-    expected = library(address, picture, LEFT)
+    expected = expected_label(address, image, LEFT)
     assert 0 < expected.area < LEFT[2] * LEFT[3]
     np.testing.assert_array_equal(screen.mask(), expected.mask)
     assert f"score {expected.score:.3f}" in screen.rows()[0]
 
 
 @pytest.mark.parametrize("scope", ["threshold", "box-threshold"])
-def test_the_threshold_changes_the_mask_to_the_librarys(
-    screen: Screen, picture: Path, address: str, scope: str
-) -> None:
-    screen.open(picture)
+def test_the_threshold_changes_the_mask_to_the_clients(screen: Screen, image: Path, address: str, scope: str) -> None:
+    screen.open(image)
     screen.draw(LEFT)
     screen.wait_for(ONE_DONE)
     before = screen.mask()
     screen.page.locator(f"#{scope}-on").check()
     screen.page.locator(f"#{scope}").fill("0.45")
-    expected = library(address, picture, LEFT, threshold=0.45)
+    expected = expected_label(address, image, LEFT, threshold=0.45)
     screen.page.wait_for_function(
         "text => document.querySelector('#list li').innerText.includes(text)", arg=f"score {expected.score:.3f}"
     )
@@ -138,15 +136,15 @@ def test_the_threshold_changes_the_mask_to_the_librarys(
     # Not the status: it says the same until the page has drawn the click.
     screen.page.wait_for_function(
         "text => document.querySelector('#list li').innerText.includes(text)",
-        arg=f"score {library(address, picture, LEFT).score:.3f}",
+        arg=f"score {expected_label(address, image, LEFT).score:.3f}",
     )
     np.testing.assert_array_equal(screen.mask(), before)
 
 
-def test_the_download_holds_the_librarys_codes_byte_for_byte_and_the_boxes_as_drawn(
-    screen: Screen, picture: Path, address: str
+def test_the_download_holds_the_clients_codes_byte_for_byte_and_the_boxes_as_drawn(
+    screen: Screen, image: Path, address: str
 ) -> None:
-    screen.open(picture)
+    screen.open(image)
     screen.draw(LEFT)
     screen.page.locator("#category").fill("egg")
     screen.page.locator("#category").press("Tab")
@@ -157,7 +155,7 @@ def test_the_download_holds_the_librarys_codes_byte_for_byte_and_the_boxes_as_dr
     assert download.value.suggested_filename == "0.coco.json"
     file = json.loads(Path(download.value.path()).read_bytes())
     for row, box in zip(file["annotations"], (LEFT, RIGHT), strict=True):
-        label = library(address, picture, box)
+        label = expected_label(address, image, box)
         assert label.rle is not None
         assert row["segmentation"]["counts"].encode() == label.rle.counts
         assert row["segmentation"]["size"] == [80, 96]
@@ -167,10 +165,10 @@ def test_the_download_holds_the_librarys_codes_byte_for_byte_and_the_boxes_as_dr
     assert file["images"] == [{"id": 1, "file_name": "0.png", "width": 96, "height": 80}]
 
 
-def test_the_error_of_a_box_stands_at_that_box_and_goes_when_the_box_is_mended(
-    screen: Screen, picture: Path, address: str
+def test_the_error_of_a_box_is_shown_beside_it_until_the_box_is_corrected(
+    screen: Screen, image: Path, address: str
 ) -> None:
-    screen.open(picture)
+    screen.open(image)
     screen.draw(LEFT)
     screen.draw(RIGHT)
     screen.wait_for(TWO_DONE)
@@ -181,28 +179,28 @@ def test_the_error_of_a_box_stands_at_that_box_and_goes_when_the_box_is_mended(
     assert "score" in first
     assert "width" in second
     assert "no mask" in second
-    # Nor is there one in the picture: the mask that the box had is of other numbers.
-    np.testing.assert_array_equal(screen.mask(), library(address, picture, LEFT).mask)
+    # The canvas does not show the previous mask of the box either.
+    np.testing.assert_array_equal(screen.mask(), expected_label(address, image, LEFT).mask)
     screen.page.locator("#undo").click()
     screen.wait_for(TWO_DONE)
-    with_both = library(address, picture, LEFT).mask | library(address, picture, RIGHT).mask
+    with_both = expected_label(address, image, LEFT).mask | expected_label(address, image, RIGHT).mask
     np.testing.assert_array_equal(screen.mask(), with_both)
     screen.page.locator("#redo").click()
     screen.wait_for("1 of 2 with a mask · 1 failed")
     screen.page.locator("#box-w").fill("34")
     screen.page.locator("#box-w").press("Enter")
     screen.wait_for(TWO_DONE)
-    assert screen.page.locator(".fault").count() == 0
+    assert screen.page.locator(".error").count() == 0
 
 
-def test_boxes_outlive_a_server_that_goes_away_and_are_labeled_when_it_is_back(
-    browser: Browser, folder: Path, tmp_path: Path, picture: Path
+def test_boxes_survive_a_server_restart_and_are_labeled_after_it(
+    browser: Browser, folder: Path, tmp_path: Path, image: Path
 ) -> None:
     with server_command(folder, tmp_path / "port") as (_, where):
         url = command(where)
         shown = opened(browser, url.__enter__())
         screen = shown.__enter__()
-        screen.open(picture)
+        screen.open(image)
         screen.draw(LEFT)
         screen.wait_for(ONE_DONE)
     try:
@@ -216,8 +214,8 @@ def test_boxes_outlive_a_server_that_goes_away_and_are_labeled_when_it_is_back(
         url.__exit__(None, None, None)
 
 
-def test_boxes_are_moved_and_resized_with_the_mouse_and_undone(screen: Screen, picture: Path) -> None:
-    screen.open(picture)
+def test_boxes_are_moved_and_resized_with_the_mouse_and_undone(screen: Screen, image: Path) -> None:
+    screen.open(image)
     screen.draw(LEFT)
     screen.wait_for(ONE_DONE)
     screen.drag((20, 40), (30, 45))
@@ -234,16 +232,16 @@ def test_boxes_are_moved_and_resized_with_the_mouse_and_undone(screen: Screen, p
     assert screen.numbers() == [18, 25, 42, 45]
 
 
-def test_a_box_does_not_leave_the_image_when_it_is_drawn_or_moved(screen: Screen, picture: Path) -> None:
-    screen.open(picture)
+def test_a_box_does_not_leave_the_image_when_it_is_drawn_or_moved(screen: Screen, image: Path) -> None:
+    screen.open(image)
     screen.drag((80, 60), (200, 100))
     assert screen.numbers() == [80, 60, 16, 20]
     screen.drag((88, 70), (150, 0))
     assert screen.numbers() == [80, 0, 16, 20]
 
 
-def test_the_keyboard_does_all_that_the_mouse_does(screen: Screen, picture: Path) -> None:
-    screen.open(picture)
+def test_the_keyboard_adds_moves_resizes_selects_and_deletes_boxes(screen: Screen, image: Path) -> None:
+    screen.open(image)
     keyboard = screen.page.keyboard
     screen.page.locator("#stage").focus()
     keyboard.press("n")
@@ -262,47 +260,47 @@ def test_the_keyboard_does_all_that_the_mouse_does(screen: Screen, picture: Path
     screen.wait_for(TWO_DONE)
 
 
-def test_undo_brings_a_mask_back_without_asking_the_server(screen: Screen, picture: Path) -> None:
-    screen.open(picture)
+def test_undo_restores_a_mask_without_a_request(screen: Screen, image: Path) -> None:
+    screen.open(image)
     screen.draw(LEFT)
     screen.wait_for(ONE_DONE)
     before = screen.mask()
     screen.drag((20, 40), (30, 45))
     screen.wait_for(ONE_DONE)
-    asked: list[str] = []
-    screen.page.on("request", lambda request: asked.append(request.url))
+    requests: list[str] = []
+    screen.page.on("request", lambda request: requests.append(request.url))
     screen.page.locator("#undo").click()
     screen.wait_for(ONE_DONE)
     np.testing.assert_array_equal(screen.mask(), before)
-    assert asked == []
+    assert requests == []
 
 
-def test_an_edit_sends_numbers_and_no_picture(screen: Screen, picture: Path) -> None:
-    screen.open(picture)
+def test_an_edit_does_not_send_the_image_again(screen: Screen, image: Path) -> None:
+    screen.open(image)
     sizes: list[int] = []
     screen.page.on("request", lambda request: sizes.append(len(request.post_data_buffer or b"")))
     screen.draw(LEFT)
     screen.wait_for(ONE_DONE)
     assert len(sizes) == 1
-    assert sizes[0] < 200 < picture.stat().st_size
+    assert sizes[0] < 200 < image.stat().st_size
 
 
-def test_masks_are_shown_while_others_are_still_being_made(browser: Browser, picture: Path) -> None:
+def test_masks_are_shown_while_others_are_pending(browser: Browser, image: Path) -> None:
     predictor = HeldAfterFirst()
     with served(predictor, max_batch_size=1) as address, command(address) as url, opened(browser, url) as screen:
-        screen.open(picture)
+        screen.open(image)
         screen.draw(LEFT)
         screen.draw(RIGHT)
         screen.wait_for(TWO_DONE)
-        predictor.warm = len(predictor.batches)
+        predictor.warmup_batches = len(predictor.batches)
         screen.page.locator("#flip").check()
         screen.wait_for("1 of 2 with a mask · 1 waiting")
         predictor.released.set()
         screen.wait_for(TWO_DONE)
 
 
-def test_worst_first_puts_failures_and_then_low_scores_in_front(screen: Screen, picture: Path, address: str) -> None:
-    screen.open(picture)
+def test_worst_first_sorts_failed_boxes_and_then_low_scores_first(screen: Screen, image: Path, address: str) -> None:
+    screen.open(image)
     boxes: list[Box] = [LEFT, RIGHT, (0, 0, 96, 80)]
     for box in boxes:
         screen.draw(box)
@@ -313,26 +311,26 @@ def test_worst_first_puts_failures_and_then_low_scores_in_front(screen: Screen, 
     screen.page.locator("#box-h").press("Enter")
     screen.wait_for("2 of 3 with a mask · 1 failed")
     screen.page.locator("#worst").check()
-    scores = [library(address, picture, box).score for box in boxes[:2]]
+    scores = [expected_label(address, image, box).score for box in boxes[:2]]
     order = [3, *(1 + np.argsort(scores))]
     screen.page.wait_for_function("() => document.querySelector('#list li').innerText.startsWith('3')")
     assert [int(row.split()[0]) for row in screen.rows()] == order
 
 
-def test_agreement_and_branch_are_the_librarys(screen: Screen, picture: Path, address: str) -> None:
-    screen.open(picture)
+def test_agreement_and_branch_are_the_clients(screen: Screen, image: Path, address: str) -> None:
+    screen.open(image)
     screen.draw(LEFT)
     screen.wait_for(ONE_DONE)
     screen.page.locator("#branch").select_option("teacher")
     screen.page.locator("#agreement").check()
     screen.page.wait_for_selector("text=agreement 0.")
     screen.wait_for(ONE_DONE)
-    expected = library(address, picture, LEFT, branch="teacher", agreement=True)
+    expected = expected_label(address, image, LEFT, branch="teacher", agreement=True)
     assert f"agreement {expected.agreement:.3f}" in screen.rows()[0]
     np.testing.assert_array_equal(screen.mask(), expected.mask)
 
 
-def test_what_takes_two_networks_is_not_offered_by_a_model_of_one(browser: Browser, picture: Path) -> None:
+def test_options_that_need_two_networks_are_disabled_for_a_model_with_one(browser: Browser, image: Path) -> None:
     predictor = BrightPredictor()
     models = [{"name": name, "checkpoint": f"{name}.malckpt"} for name in ("both", "alone")]
     with (
@@ -342,7 +340,7 @@ def test_what_takes_two_networks_is_not_offered_by_a_model_of_one(browser: Brows
         command(address) as url,
         opened(browser, url) as screen,
     ):
-        screen.open(picture)
+        screen.open(image)
         model, network, agreement = (screen.page.locator(name) for name in ("#model", "#branch", "#agreement"))
         screen.draw(LEFT)
         network.select_option("mixed")
@@ -350,8 +348,8 @@ def test_what_takes_two_networks_is_not_offered_by_a_model_of_one(browser: Brows
         screen.page.wait_for_selector("text=agreement 0.")
         screen.page.evaluate(
             """() => {
-              window.faults = 0;
-              new MutationObserver(() => (window.faults += document.querySelectorAll(".fault").length))
+              window.errors = 0;
+              new MutationObserver(() => (window.errors += document.querySelectorAll(".error").length))
                 .observe(document.querySelector("#list"), {childList: true, subtree: true});
             }"""
         )
@@ -359,8 +357,8 @@ def test_what_takes_two_networks_is_not_offered_by_a_model_of_one(browser: Brows
         screen.page.wait_for_function("() => document.querySelector('#agreement').disabled")
         screen.wait_for(ONE_DONE)
         assert not agreement.is_checked()
-        assert "one alone" in (screen.page.locator("label:has(#agreement)").get_attribute("title") or "")
-        assert network.locator("option").all_inner_texts() == ["the server's (student)", "student"]
+        assert "only one" in (screen.page.locator("label:has(#agreement)").get_attribute("title") or "")
+        assert network.locator("option").all_inner_texts() == ["server default (student)", "student"]
         assert network.input_value() == ""
         assert "agreement" not in screen.rows()[0]
         model.select_option("both")
@@ -368,55 +366,55 @@ def test_what_takes_two_networks_is_not_offered_by_a_model_of_one(browser: Brows
         screen.wait_for(ONE_DONE)
         assert "both networks" in (screen.page.locator("label:has(#agreement)").get_attribute("title") or "")
         assert network.locator("option").all_inner_texts()[1:] == ["student", "teacher", "mixed"]
-        assert screen.page.evaluate("() => window.faults") == 0
+        assert screen.page.evaluate("() => window.errors") == 0
 
 
 def transfer(name: str, path: Path) -> str:
-    """JavaScript that makes a DataTransfer with a file."""
+    """Returns JavaScript that creates a DataTransfer with a file."""
     data = list(path.read_bytes())
     file = f"new File([new Uint8Array({data})], {name!r}, {{type: 'image/png'}})"
-    return f"const moved = new DataTransfer(); moved.items.add({file});"
+    return f"const transfer = new DataTransfer(); transfer.items.add({file});"
 
 
-def test_pictures_are_opened_by_dropping_and_by_pasting(screen: Screen, picture: Path) -> None:
+def test_images_are_opened_by_drop_and_paste(screen: Screen, image: Path) -> None:
     for name, event in [
-        ("dropped.png", "new DragEvent('drop', {bubbles: true, dataTransfer: moved})"),
-        ("pasted.png", "new ClipboardEvent('paste', {bubbles: true, clipboardData: moved})"),
+        ("dropped.png", "new DragEvent('drop', {bubbles: true, dataTransfer: transfer})"),
+        ("pasted.png", "new ClipboardEvent('paste', {bubbles: true, clipboardData: transfer})"),
     ]:
-        screen.page.evaluate(f"() => {{ {transfer(name, picture)} document.body.dispatchEvent({event}); }}")
+        screen.page.evaluate(f"() => {{ {transfer(name, image)} document.body.dispatchEvent({event}); }}")
         screen.page.wait_for_function(
             "name => document.querySelector('#image').selectedOptions[0]?.text === name", arg=name
         )
 
 
-def test_a_file_that_is_no_picture_is_named_and_the_others_are_opened(
-    screen: Screen, picture: Path, tmp_path: Path
+def test_a_file_that_is_not_an_image_is_reported_and_the_others_are_opened(
+    screen: Screen, image: Path, tmp_path: Path
 ) -> None:
     bad = tmp_path / "broken.png"
-    bad.write_bytes(b"no picture")
-    screen.open(bad, picture)
-    assert "broken.png: not a picture we read" in screen.page.locator("#notices").inner_text()
+    bad.write_bytes(b"not an image")
+    screen.open(bad, image)
+    assert "broken.png: " in screen.page.locator("#notices").inner_text()
     assert screen.page.locator("#image option").all_inner_texts() == ["0.png"]
 
 
-def test_a_turned_photograph_is_shown_and_labeled_as_it_is_stored(
-    screen: Screen, tmp_path: Path, picture: Path, address: str
+def test_an_image_with_exif_orientation_is_shown_and_labeled_as_stored(
+    screen: Screen, tmp_path: Path, image: Path, address: str
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = tmp_path / "turned.jpg"
-    Image.open(picture).convert("RGB").save(turned, exif=exif.tobytes(), quality=95)
-    screen.open(turned)
+    rotated = tmp_path / "rotated.jpg"
+    Image.open(image).convert("RGB").save(rotated, exif=exif.tobytes(), quality=95)
+    screen.open(rotated)
     assert "EXIF" in screen.page.locator("#notices").inner_text()
     screen.page.locator("#notices button").click()
-    np.testing.assert_array_equal(screen.image(), np.asarray(Image.open(turned)))
+    np.testing.assert_array_equal(screen.image(), np.asarray(Image.open(rotated)))
     screen.draw(RIGHT)
     screen.wait_for(ONE_DONE)
-    np.testing.assert_array_equal(screen.mask(), library(address, turned, RIGHT).mask)
+    np.testing.assert_array_equal(screen.mask(), expected_label(address, rotated, RIGHT).mask)
 
 
-def test_the_wheel_zooms_about_the_pointer_and_the_right_button_moves_the_view(screen: Screen, picture: Path) -> None:
-    screen.open(picture)
+def test_the_wheel_zooms_around_the_pointer_and_the_right_button_moves_the_view(screen: Screen, image: Path) -> None:
+    screen.open(image)
     fitted = screen.scale()
     point = screen.at(20, 30)
     screen.page.mouse.move(*point)
@@ -426,7 +424,7 @@ def test_the_wheel_zooms_about_the_pointer_and_the_right_button_moves_the_view(s
     )
     assert screen.scale() > fitted
     factor = screen.scale()
-    # The pixel under the pointer stayed there: a box drawn from it begins at it.
+    # The pixel under the pointer is unchanged: a box drawn from there starts at it.
     screen.page.mouse.down()
     screen.page.mouse.move(point[0] + 10 * factor, point[1] + 12 * factor, steps=4)
     screen.page.mouse.up()
@@ -443,14 +441,14 @@ def test_the_wheel_zooms_about_the_pointer_and_the_right_button_moves_the_view(s
     assert screen.numbers() == [20, 30, 10, 12]
 
 
-def test_one_finger_draws_and_two_zoom(browser: Browser, url: str, picture: Path) -> None:
+def test_one_finger_draws_and_two_zoom(browser: Browser, url: str, image: Path) -> None:
     with opened(browser, url, has_touch=True) as screen:
-        screen.open(picture)
+        screen.open(image)
         touch = screen.page.context.new_cdp_session(screen.page)
 
-        def send(kind: str, *points: tuple[float, float]) -> None:
-            fingers = [{"x": x, "y": y, "id": at} for at, (x, y) in enumerate(points)]
-            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+        def send(event: str, *points: tuple[float, float]) -> None:
+            fingers = [{"x": x, "y": y, "id": index} for index, (x, y) in enumerate(points)]
+            touch.send("Input.dispatchTouchEvent", {"type": event, "touchPoints": fingers})
 
         send("touchStart", screen.at(8, 20))
         send("touchMove", screen.at(20, 40))
@@ -470,15 +468,15 @@ def test_one_finger_draws_and_two_zoom(browser: Browser, url: str, picture: Path
         assert len(screen.rows()) == 1
 
 
-def test_the_address_bar_keeps_no_key(screen: Screen) -> None:
+def test_the_key_is_removed_from_the_address_bar(screen: Screen) -> None:
     screen.page.wait_for_function("() => !location.search")
     screen.page.reload()
     screen.page.wait_for_function("() => document.querySelector('#server').textContent.includes('micro')")
 
 
 @pytest.mark.parametrize("width", [1280, 700, 360])
-def test_no_control_is_cut_off_and_the_page_does_not_scroll_sideways(screen: Screen, picture: Path, width: int) -> None:
-    screen.open(picture)
+def test_no_control_is_cut_off_and_the_page_does_not_scroll_sideways(screen: Screen, image: Path, width: int) -> None:
+    screen.open(image)
     screen.draw(LEFT)
     screen.wait_for(ONE_DONE)
     screen.page.set_viewport_size({"width": width, "height": 700})
@@ -492,27 +490,25 @@ def test_no_control_is_cut_off_and_the_page_does_not_scroll_sideways(screen: Scr
     assert cut == []
 
 
-def test_the_list_stays_where_it_is_while_boxes_are_selected_and_labeled(screen: Screen, picture: Path) -> None:
-    screen.open(picture)
-    place = screen.page.locator("#list").bounding_box()
+def test_the_list_does_not_move_while_boxes_are_selected_and_labeled(screen: Screen, image: Path) -> None:
+    screen.open(image)
+    before = screen.page.locator("#list").bounding_box()
     screen.draw(LEFT)
     screen.wait_for(ONE_DONE)
     screen.page.keyboard.press("Escape")
     after = screen.page.locator("#list").bounding_box()
-    assert place is not None
+    assert before is not None
     assert after is not None
-    assert (place["x"], place["y"], place["width"]) == (after["x"], after["y"], after["width"])
+    assert (before["x"], before["y"], before["width"]) == (after["x"], after["y"], after["width"])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_fault_of_names_roles_or_contrast(
-    screen: Screen, picture: Path, tmp_path: Path, scheme: Any
-) -> None:
+def test_axe_finds_no_accessibility_violations(screen: Screen, image: Path, tmp_path: Path, scheme: Any) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="`make test-browser` installs it")
     screen.page.emulate_media(color_scheme=scheme)
     assert axe.Axe().run(screen.page).violations_count == 0
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    screen.open(tmp_path / "broken.png", picture)
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    screen.open(tmp_path / "broken.png", image)
     screen.draw(LEFT)
     screen.draw(RIGHT)
     screen.wait_for(TWO_DONE)

@@ -1,4 +1,4 @@
-"""Who may talk to the playground: its own page in the browser that was given its address."""
+"""Tests of the access control of the playground."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from mal_client.playground import label_stream
 from mal_client.playground.app import PAGES
-from mal_client.playground.security import HEADERS, Guard, Refused, cookie_name
+from mal_client.playground.security import HEADERS, Forbidden, Guard, cookie_name
 
-from tests.mal_client.playground.playground_page import KEY, Page, playground, refusal, visit
+from tests.mal_client.playground.playground_page import KEY, Page, error_of, playground, with_playground
 from tests.mal_client.test_against_server import served
 from tests.mal_server.fakes import DISC_PNG
 
 
 @pytest.mark.parametrize(
-    ("host", "loopback", "is_ours"),
+    ("host", "loopback", "is_allowed"),
     [
         ("127.0.0.1:8765", True, True),
         ("localhost:8765", True, True),
@@ -35,17 +35,17 @@ from tests.mal_server.fakes import DISC_PNG
         ("user@localhost", True, True),
     ],
 )
-def test_a_host_that_could_be_rebound_is_refused(host: str, loopback: bool, is_ours: bool) -> None:
+def test_a_host_that_could_be_rebound_is_refused(host: str, loopback: bool, is_allowed: bool) -> None:
     guard = Guard(KEY, {"studio.example"}, loopback)
-    if is_ours:
+    if is_allowed:
         guard.check({"Host": host}, is_page=False)
     else:
-        with pytest.raises(Refused, match="not this playground"):
+        with pytest.raises(Forbidden, match=r"^host "):
             guard.check({"Host": host}, is_page=False)
 
 
 @pytest.mark.parametrize(
-    ("headers", "is_page", "is_ours"),
+    ("headers", "is_page", "is_allowed"),
     [
         ({"Origin": "http://127.0.0.1:8765"}, False, True),
         ({"Origin": "http://127.0.0.1:9999"}, False, False),
@@ -60,59 +60,59 @@ def test_a_host_that_could_be_rebound_is_refused(host: str, loopback: bool, is_o
         ({"Sec-Fetch-Site": "same-site"}, False, False),
     ],
 )
-def test_what_another_page_sends_is_refused(headers: dict[str, str], is_page: bool, is_ours: bool) -> None:
+def test_requests_of_other_pages_are_refused(headers: dict[str, str], is_page: bool, is_allowed: bool) -> None:
     given = {"Host": "127.0.0.1:8765", **headers}
-    if is_ours:
+    if is_allowed:
         Guard(KEY).check(given, is_page=is_page)
     else:
-        with pytest.raises(Refused, match="other pages"):
+        with pytest.raises(Forbidden, match=r"^(origin|Sec-Fetch-Site) "):
             Guard(KEY).check(given, is_page=is_page)
 
 
-def test_nothing_is_given_without_the_key() -> None:
-    async def knock(address: str) -> list[int]:
+def test_every_url_needs_the_key() -> None:
+    async def request_all(address: str) -> list[int]:
         async with playground(address, key=None) as page:
             wrong = [page.get("/"), page.get("/", params={"key": "wrong"}), page.get("/main.js"), page.get("/?key=%ff")]
             wrong += [page.get("/api/server"), page.post("/api/images", data=DISC_PNG), page.post("/api/coco", json={})]
-            return [(await refusal(answer))[0] for answer in wrong]
+            return [(await error_of(response))[0] for response in wrong]
 
     with served() as address:
-        assert asyncio.run(knock(address)) == [403] * 7
+        assert asyncio.run(request_all(address)) == [403] * 7
 
 
-def test_the_printed_address_hands_out_a_cookie_that_no_script_and_no_other_site_gets() -> None:
+def test_the_printed_url_sets_an_http_only_same_site_cookie() -> None:
     async def open_page(page: Page) -> Any:
-        async with page.get("/", params={"key": KEY}) as answer:
-            return answer.cookies[cookie_name(f"127.0.0.1:{page.port}")]
+        async with page.get("/", params={"key": KEY}) as response:
+            return response.cookies[cookie_name(f"127.0.0.1:{page.port}")]
 
-    cookie = visit(open_page)
+    cookie = with_playground(open_page)
     assert cookie.value == KEY
     assert cookie["httponly"]
     assert cookie["samesite"] == "Strict"
 
 
-def test_foreign_host_and_origin_are_refused_with_the_key_in_hand() -> None:
+def test_other_hosts_and_origins_are_refused_even_with_the_key() -> None:
     async def try_both(page: Page) -> list[tuple[int, dict[str, Any]]]:
         return [
-            await refusal(page.get("/api/server", headers={"Host": "evil.example"})),
-            await refusal(page.post("/api/images", data=DISC_PNG, headers={"Origin": "https://evil.example"})),
+            await error_of(page.get("/api/server", headers={"Host": "evil.example"})),
+            await error_of(page.post("/api/images", data=DISC_PNG, headers={"Origin": "https://evil.example"})),
         ]
 
-    for status, error in visit(try_both):
+    for status, error in with_playground(try_both):
         assert (status, error["reason"]) == (403, "NOT_OUR_PAGE")
 
 
 @pytest.mark.parametrize("path", ["/", "/main.js", "/api/server", "/nothing", "/api/images/00/pixels"])
-def test_every_answer_carries_the_headers_that_lock_the_page(path: str) -> None:
+def test_every_response_has_the_security_headers(path: str) -> None:
     async def headers(page: Page) -> dict[str, str]:
-        async with page.get(path) as answer:
-            return dict(answer.headers)
+        async with page.get(path) as response:
+            return dict(response.headers)
 
-    found = visit(headers)
+    found = with_playground(headers)
     assert {name: found.get(name) for name in HEADERS} == HEADERS
 
 
-def test_the_page_loads_nothing_from_elsewhere_and_runs_no_script_of_its_text() -> None:
+def test_the_page_has_no_external_urls_and_no_inline_scripts() -> None:
     folder = Path(label_stream.__file__).parent / "static"
     assert {path.name for path in folder.iterdir()} == set(PAGES)
     for path in folder.iterdir():

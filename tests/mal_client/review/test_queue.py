@@ -1,4 +1,4 @@
-"""Claims about the review queue."""
+"""Tests of the review queue."""
 
 import base64
 import io
@@ -20,18 +20,18 @@ from mal_train.core.errors import ConfigError
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
 
 SCORES = [0.9, 0.2, 0.5, 0.95, 0.0, 0.5]
-"""Of annotations 100 to 105; 102 and 105 are tied."""
+"""Scores of annotations 100 to 105; 102 and 105 are tied."""
 
 
 def with_scores(folder: Path) -> Dataset:
-    """A labeled file: masks fill their boxes, 103 failed, 101 has flags."""
+    """Makes a labeled file: masks fill their boxes, 103 failed, 101 has flags."""
     dataset = make_dataset(folder)
     for row, score in zip(dataset.coco["annotations"], SCORES, strict=True):
         mask = box_filled(tuple(map(float, row["bbox"])), (HEIGHT, WIDTH))  # type: ignore[arg-type]
         row |= {"segmentation": mask.to_coco(), "score": score, "agreement": 1 - score, "flags": []}
     rows = dataset.coco["annotations"]
     rows[1]["flags"] = ["MULTI_PART", "BOX_CLIPPED"]
-    rows[3] |= {"error": {"reason": "IMAGE_NOT_FOUND", "message": "it is gone"}, "score": 0.0}
+    rows[3] |= {"error": {"reason": "IMAGE_NOT_FOUND", "message": "no such file"}, "score": 0.0}
     dataset.save()
     return dataset
 
@@ -42,7 +42,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def truth_of(dataset: Dataset, shifts: dict[int, float]) -> Path:
-    """True masks: the boxes, moved to the right by some px."""
+    """Writes true masks: the boxes, shifted to the right by some px."""
     rows = []
     for row in dataset.coco["annotations"]:
         x, y, w, h = row["bbox"]
@@ -58,43 +58,43 @@ def ids(queue: Any) -> list[int]:
     return [item.row["id"] for item in queue.worst]
 
 
-def test_failed_ones_come_first_then_the_lowest_score_and_ties_stay_in_the_order_of_the_file(dataset: Dataset) -> None:
+def test_failed_annotations_come_first_then_the_lowest_score_with_ties_in_file_order(dataset: Dataset) -> None:
     queue = review_queue(dataset.json_path)
     assert ids(queue) == [103, 104, 101, 102, 105, 100]
     assert [item.rank for item in queue.worst] == [1, 2, 3, 4, 5, 6]
-    assert (queue.masks, queue.failed, queue.left_out) == (5, 1, 0)
-    assert queue.worst[0].reasons == ["it is gone"]
+    assert (queue.masks, queue.failed, queue.omitted) == (5, 1, 0)
+    assert queue.worst[0].reasons == ["no such file"]
     assert queue.worst[2].reasons == [FLAG_MEANINGS["MULTI_PART"], FLAG_MEANINGS["BOX_CLIPPED"]]
 
 
-def test_the_order_by_agreement_is_there_on_request(dataset: Dataset) -> None:
-    assert ids(review_queue(dataset.json_path, by=SortBy.AGREEMENT, count=3)) == [103, 100, 102]
+def test_agreement_can_rank_the_queue(dataset: Dataset) -> None:
+    assert ids(review_queue(dataset.json_path, sort_by=SortBy.AGREEMENT, count=3)) == [103, 100, 102]
 
 
-def test_crowds_and_masks_without_a_score_are_left_out_and_counted(dataset: Dataset) -> None:
+def test_crowds_and_masks_without_a_score_are_omitted_and_counted(dataset: Dataset) -> None:
     dataset.coco["annotations"][1]["iscrowd"] = 1
     del dataset.coco["annotations"][2]["score"]
     dataset.save()
     queue = review_queue(dataset.json_path)
     assert ids(queue) == [103, 104, 105, 100]
-    assert queue.left_out == 2
+    assert queue.omitted == 2
 
 
-def test_a_file_that_was_never_labeled_is_refused_with_the_remedy(tmp_path: Path, dataset: Dataset) -> None:
+def test_a_file_without_the_sort_key_is_refused(tmp_path: Path, dataset: Dataset) -> None:
     for row in dataset.coco["annotations"]:
         del row["agreement"]
         row.pop("error", None)
     dataset.save()
-    with pytest.raises(ConfigError, match=r"carries an agreement \(label with --agreement\)"):
-        review_queue(dataset.json_path, by=SortBy.AGREEMENT)
+    with pytest.raises(ConfigError, match=r"in\.json: .*'agreement'.* --agreement"):
+        review_queue(dataset.json_path, sort_by=SortBy.AGREEMENT)
 
 
-def test_with_ground_truth_the_orders_are_measured(dataset: Dataset) -> None:
+def test_ground_truth_measures_the_orders(dataset: Dataset) -> None:
     # The two lowest scores have bad masks, the highest a perfect one.
     truth = truth_of(dataset, {104: 8.0, 101: 6.0, 102: 2.0, 105: 3.0})
     queue = review_queue(dataset.json_path, truth=truth)
     score, agreement = queue.qualities
-    assert (score.by, score.count, score.bad_count) == (SortBy.SCORE, 5, 2)
+    assert (score.sort_by, score.count, score.bad_count) == (SortBy.SCORE, 5, 2)
     assert score.spearman == pytest.approx(0.975, abs=0.01)
     assert (score.bad_in_worst_tenth, score.bad_in_worst_fifth) == (0.25, 0.5)
     assert agreement.spearman is not None
@@ -107,11 +107,11 @@ def test_with_ground_truth_the_orders_are_measured(dataset: Dataset) -> None:
     assert by_id[104] == pytest.approx(2 / 18, abs=0.01)
 
 
-def test_a_file_without_a_true_mask_of_these_annotations_is_no_ground_truth(dataset: Dataset, tmp_path: Path) -> None:
+def test_ground_truth_without_a_mask_of_these_annotations_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     boxes = [{**row, "segmentation": []} for row in dataset.coco["annotations"]]
     truth = tmp_path / "boxes.json"
     truth.write_text(json.dumps({**dataset.coco, "annotations": boxes}))
-    with pytest.raises(ConfigError, match=r"boxes\.json: holds no true mask of an annotation of .*; give the file"):
+    with pytest.raises(ConfigError, match=r"boxes\.json: .*in\.json"):
         review_queue(dataset.json_path, truth=truth)
 
 
@@ -126,7 +126,7 @@ def test_the_worst_are_exported_as_a_coco_file_in_their_order(dataset: Dataset) 
     assert len(COCO(str(output)).getAnnIds()) == 3
 
 
-def test_the_command_writes_a_page_with_a_picture_of_each_and_what_its_order_is_worth(
+def test_the_command_writes_a_page_with_images_of_the_worst_and_the_quality_of_the_order(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (dataset.images_dir / "image_2.png").unlink()
@@ -137,27 +137,42 @@ def test_the_command_writes_a_page_with_a_picture_of_each_and_what_its_order_is_
     printed = capsys.readouterr().out
     assert "5 masks, 1 without a mask" in printed
     assert "order by score: Spearman" in printed
-    assert printed.partition("the worst:\n")[2].splitlines()[:5] == [
-        "  1. annotation 103, image_1.png: no mask; it is gone",
+    meanings = f"{FLAG_MEANINGS['MULTI_PART']}; {FLAG_MEANINGS['BOX_CLIPPED']}"
+    assert printed.partition("worst:\n")[2].splitlines()[:5] == [
+        "  1. annotation 103, image_1.png: no mask; no such file",
         "  2. annotation 104, image_2.png: score 0.00",
-        "  3. annotation 101, image_0.png: score 0.20; the mask has several parts; the box was clipped to the image",
+        f"  3. annotation 101, image_0.png: score 0.20; {meanings}",
         "  4. annotation 102, image_1.png: score 0.50",
         "  5. annotation 105, image_2.png: score 0.50",
     ]
     assert [row["annotation_id"] for row in json.loads(queue.read_text())["worst"]] == [103, 104, 101, 102, 105]
     text = page.read_text()
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
-    assert len(pictures) == 3, "two of the five lie on the image that is gone"
-    first = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[1]))))
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(images) == 3, "two of the five are on the missing image"
+    first = np.asarray(Image.open(io.BytesIO(base64.b64decode(images[1]))))
     assert (first == (255, 214, 0)).all(axis=2).any(), "the box is drawn"
-    assert "2 of them are not shown: their pictures cannot be read." in text
-    assert "What the order is worth" in text
+    assert "2 of them are not shown" in text
+    assert "Quality of the order" in text
     assert FLAG_MEANINGS["MULTI_PART"] in text
 
 
-def test_an_annotation_whose_image_is_not_in_the_file_stays_in_the_queue(dataset: Dataset) -> None:
+def test_an_annotation_without_an_image_row_stays_in_the_queue(dataset: Dataset) -> None:
     dataset.coco["annotations"][3]["image_id"] = 77
     dataset.save()
     queue = review_queue(dataset.json_path)
     assert ids(queue)[0] == 103
     assert "  1. annotation 103, no image: no mask" in "\n".join(queue.lines())
+
+
+def test_the_former_names_of_options_are_refused_with_the_new_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["review", "--annotations", "masks.json", "--images", "images"]
+    for old, new in (
+        ("--by", "--sort-by"),  # former name
+        ("--picture-prefix", "--image-prefix"),  # former name
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*given, old, "agreement"])
+        assert ended.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert old in message
+        assert new in message

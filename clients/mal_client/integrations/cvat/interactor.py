@@ -1,7 +1,7 @@
-"""An interaction function for CVAT's page: a box goes in, a mask comes out. Needs the extra `cvat`.
+"""An interaction function for CVAT's annotation page that turns a box into a mask. Needs the extra `cvat`.
 
-`cvat-cli function run-agent` runs it (CVAT Online and Enterprise); `mal_client.integrations.cvat.nuclio` is the same
-for CVAT's own serverless functions. A detection function would be of no use: CVAT never tells those of any box.
+`cvat-cli function run-agent` runs it (CVAT Online and Enterprise); `mal_client.integrations.cvat.nuclio` does the same
+as a serverless function. It is not a detection function, because CVAT does not pass boxes to those.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from mal_train.core.secrets import read_secret_file
 
 
 class BoxToMask:
-    """CVAT's InteractionFunction: one box, no points.
+    """CVAT InteractionFunction that takes one box and no points.
 
     Attributes:
-        spec: what CVAT's page asks of the annotator.
+        spec: the prompts that CVAT requests from the annotator.
     """
 
     spec = cvataa.InteractionFunctionSpec(min_pos_points=0, min_neg_points=None, min_bounding_boxes=1)
@@ -33,7 +33,7 @@ class BoxToMask:
         self._client = client
 
     def preprocess_image(self, context: Any, image: Image.Image) -> bytes:
-        """The encoded picture, which the agent keeps for the next boxes on it."""
+        """Encodes the image; the agent caches the result for further boxes on the same image."""
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
@@ -41,13 +41,13 @@ class BoxToMask:
     def detect(
         self, context: Any, pp_image: bytes, prompts: cvataa.InteractionPrompts
     ) -> list[cvataa.InteractionResultShape]:
-        """The mask of the box; nothing where no pixel reached the threshold.
+        """Returns the mask of the box; an empty list if no pixel reaches the threshold.
 
         Raises:
-            InputError: no box, or one that no mask can answer.
+            InputError: there is no box, or the box cannot be labeled.
         """
         if prompts.bounding_box is None:
-            raise InputError("no box; draw one round the object")
+            raise InputError("bounding_box: missing; draw a box around the object")
         (x0, y0), (x1, y1) = prompts.bounding_box
         (label,) = self._client.label_image(pp_image, [(x0, y0, x1 - x0, y1 - y0)])
         if label.error is not None:
@@ -61,12 +61,12 @@ class BoxToMask:
 
 
 def create(server: str, token_file: str = "", tls_ca: str = "") -> BoxToMask:
-    """What `cvat-cli` calls with its `-p server=str:HOST:PORT`.
+    """Creates the function; `cvat-cli` calls it with its options `-p server=str:HOST:PORT` and so on.
 
     Args:
-        server: where mal-server listens.
-        token_file: file with the token that it asks for; empty: none.
-        tls_ca: PEM file of the authority that signed its certificate; empty: no encryption.
+        server: address of mal-server, HOST:PORT.
+        token_file: file with the bearer token for the server; empty for none.
+        tls_ca: PEM file of the certificate authority of the server; empty for no TLS.
     """
     token = read_secret_file(Path(token_file), "token_file").strip() if token_file else None
     return BoxToMask(Client(server, token=token, tls_ca=tls_ca or None))

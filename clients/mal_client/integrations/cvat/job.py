@@ -1,8 +1,8 @@
-"""Gives the rectangles of a CVAT task their masks: frame by frame, in small batches, from where an earlier run ended.
+"""Adds masks for the rectangles of a CVAT task, frame by frame, in small batches; resumes an interrupted run.
 
-The ledger holds each mask before it is sent and a word after CVAT took it. A run that was killed between the two looks
-whether the mask is there, and sends it only when it is not. Nothing on the server is changed but by adding masks; the
-annotations as they were are kept beside the ledger all the same.
+The journal stores each mask before it is sent and a confirmation after CVAT accepted it. If a run is killed between the
+two, the next run sends the mask only if the task does not have it. Masks are added and nothing else is changed; a copy
+of the original annotations is saved beside the journal.
 """
 
 from __future__ import annotations
@@ -28,44 +28,45 @@ from mal_client.integrations.cvat.task_plan import (
     first_free_group,
     make_plan,
 )
+from mal_client.integrations.missing_mask import missing_mask_reason
 from mal_client.types import BoxLabel, LabelOptions, Progress
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.errors import BadImage, InputError
 from mal_train.core.masks.images import read_header
 
 FRAMES_AT_ONCE: Final = 4
-"""Frames that are fetched and labeled side by side."""
+"""Frames fetched and labeled concurrently."""
 
-MASKS_A_CALL: Final = 50
-"""Masks of one call to CVAT, whose own work a call is mostly."""
+MASKS_PER_CALL: Final = 50
+"""Masks sent to CVAT per call; most of the time of a call does not depend on their number."""
 
 
 class CvatClient(Protocol):
-    """A task on a CVAT server. `name` tells it from all others."""
+    """A task on a CVAT server."""
 
     @property
     def name(self) -> str:
-        """Server and task."""
+        """Server and task, unique among all tasks."""
         ...
 
     def annotations(self) -> Json:
-        """Shapes, tracks and tags, as the server's JSON."""
+        """Returns shapes, tracks and tags, as the server's JSON."""
         ...
 
     def labels(self) -> list[Json]:
-        """The task's labels with their attributes."""
+        """Returns the labels of the task with their attributes."""
         ...
 
     def deleted_frames(self) -> frozenset[int]:
-        """Frames that were deleted from the task."""
+        """Returns the numbers of the frames that were deleted from the task."""
         ...
 
     def frame_sizes(self) -> list[tuple[int, int]]:
-        """Width and height of the frames as CVAT's page shows them, by number; one entry for all frames of a video."""
+        """Returns (width, height) of each frame as CVAT displays it; a video has a single entry."""
         ...
 
     def frame(self, number: int) -> bytes:
-        """An encoded frame in its original quality."""
+        """Returns an encoded frame in its original quality."""
         ...
 
     def create(self, shapes: Sequence[Json]) -> None:
@@ -75,174 +76,190 @@ class CvatClient(Protocol):
 
 @dataclass
 class JobResult:
-    """What a run left behind.
+    """Outcome of a run.
 
     Attributes:
-        plan: what the task asked for.
-        written: masks that this run added.
-        already: masks that an earlier run had added.
-        refusals: rectangles without a mask, those of the plan included.
-        changed: annotations that were there at the start and are not there, or not the same, at the end: somebody
-            else was at work on the task.
+        plan: the plan of the task.
+        written: masks added by this run.
+        existing: masks added by earlier runs.
+        skipped: rectangles without a mask, including those of the plan.
+        changed: annotations that were changed or removed during the run, which means that another user edited the task.
     """
 
     plan: TaskPlan
     written: int = 0
-    already: int = 0
-    refusals: list[SkippedShape] = field(default_factory=list)
+    existing: int = 0
+    skipped: list[SkippedShape] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
 
 def label_task(
-    site: CvatClient,
+    cvat: CvatClient,
     client: Client,
-    ledger_file: Path,
+    journal_file: Path,
     options: LabelOptions,
     *,
-    renamed: Mapping[str, str] | None = None,
+    label_names: Mapping[str, str] | None = None,
     restart: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> JobResult:
     """Adds the masks of a task's rectangles.
 
+    Args:
+        cvat: the task.
+        client: client of the labeling server.
+        journal_file: journal of the run.
+        options: labeling options.
+        label_names: label names of rectangles → label names of their masks; by default they are the same.
+        restart: discard the journal of an earlier run.
+        on_progress: called after each frame.
+
     Raises:
-        ConfigError: the ledger is that of another job, or a label name is unknown.
-        RequestRefused: the server does not serve what the options ask for.
-        OutputError: the ledger cannot be written, or another run is at work on it.
-        ClientError: the labeling server was lost; what was done stays done.
+        ConfigError: the journal belongs to another job, or a label name is unknown.
+        InvalidRequest: the server does not support the options.
+        OutputError: the journal cannot be written, or another run uses it.
+        ClientError: the labeling server was lost; the masks added so far remain.
     """
-    before = site.annotations()
-    kept = ledger_file.with_name(f"{ledger_file.name}.before.json")
-    # Numbers of groups come from the annotations as they were: those of masks written since would push them up.
-    at_first = json.loads(kept.read_bytes()) if kept.exists() and not restart else before
-    plan = plan_of(site, before, renamed, first_group=first_free_group(at_first))
-    made_by = provenance_of(client.server_info().for_options(options), options)
-    manifest = {"task": site.name, "rectangles": plan.digest(), **made_by}
-    result = JobResult(plan, refusals=list(plan.refusals))
-    with Journal(ledger_file, len(plan.targets), manifest, restart=restart) as ledger:
-        if not kept.exists() or restart:
-            write_json_atomic(kept, before)
-        _Run(site, client, ledger, options=options, result=result, before=before).work(on_progress)
-    result.changed = _changed(before, site.annotations())
+    before = cvat.annotations()
+    backup_file = journal_file.with_name(f"{journal_file.name}.before.json")
+    # Group numbers follow those of the original annotations, so that a resumed run assigns the same ones.
+    original = json.loads(backup_file.read_bytes()) if backup_file.exists() and not restart else before
+    plan = fetch_plan(cvat, before, label_names, first_group=first_free_group(original))
+    provenance = provenance_of(client.server_info().for_options(options), options)
+    manifest = {"task": cvat.name, "rectangles": plan.digest(), **provenance}
+    result = JobResult(plan, skipped=list(plan.skipped))
+    with Journal(journal_file, len(plan.targets), manifest, restart=restart) as journal:
+        if not backup_file.exists() or restart:
+            write_json_atomic(backup_file, before)
+        _Run(cvat, client, journal, options=options, result=result, before=before).label_all(on_progress)
+    result.changed = _changed(before, cvat.annotations())
     return result
 
 
-def plan_of(site: CvatClient, annotations: Json, renamed: Mapping[str, str] | None, first_group: int) -> TaskPlan:
-    """What a task asks for; changes nothing."""
-    return make_plan(annotations, LabelMap(site.labels(), renamed or {}), site.deleted_frames(), first_group)
+def fetch_plan(
+    cvat: CvatClient, annotations: Json, label_names: Mapping[str, str] | None, first_group: int
+) -> TaskPlan:
+    """Fetches the labels and deleted frames of a task and plans its masks; changes nothing."""
+    return make_plan(annotations, LabelMap(cvat.labels(), label_names or {}), cvat.deleted_frames(), first_group)
 
 
 class _Run:
+    """One run over the targets of a plan."""
+
     def __init__(
         self,
-        site: CvatClient,
+        cvat: CvatClient,
         client: Client,
-        ledger: Journal,
+        journal: Journal,
         *,
         options: LabelOptions,
         result: JobResult,
         before: Json,
     ) -> None:
-        self._site = site
+        self._cvat = cvat
         self._client = client
-        self._ledger = ledger
+        self._journal = journal
         self._options = options
         self._result = result
-        self._sizes = site.frame_sizes()
-        self._there = {_identity(row) for row in before.get("shapes", []) if row.get("type") == "mask"}
-        self._waiting: dict[int, Json] = {}
+        self._sizes = cvat.frame_sizes()
+        self._existing = {_identity(row) for row in before.get("shapes", []) if row.get("type") == "mask"}
+        self._unsent: dict[int, Json] = {}
 
-    def work(self, on_progress: Callable[[Progress], None] | None) -> None:
+    def label_all(self, on_progress: Callable[[Progress], None] | None) -> None:
         targets = self._result.plan.targets
         by_frame = [list(group) for _, group in groupby(enumerate(targets), key=lambda pair: pair[1].frame)]
         frames = iter(by_frame)
         done = boxes = 0
         with ThreadPoolExecutor(FRAMES_AT_ONCE) as pool:
-            while some := list(islice(frames, FRAMES_AT_ONCE)):
-                for group, answers in zip(some, pool.map(self._label, some), strict=True):
-                    self._take(answers)
+            while chunk := list(islice(frames, FRAMES_AT_ONCE)):
+                for group, outcomes in zip(chunk, pool.map(self._label_frame, chunk), strict=True):
+                    self._record(outcomes)
                     done, boxes = done + 1, boxes + len(group)
-                    if len(self._waiting) >= MASKS_A_CALL:
+                    if len(self._unsent) >= MASKS_PER_CALL:
                         self._send()
                     if on_progress is not None:
-                        on_progress(Progress(done, len(by_frame), boxes, len(self._result.refusals)))
+                        on_progress(Progress(done, len(by_frame), boxes, len(self._result.skipped)))
         self._send()
 
-    def _label(self, group: Sequence[tuple[int, Target]]) -> list[tuple[int, Target, Json | str]]:
-        """(place, rectangle, shape or why there is none) of the rectangles of one frame that have no mask yet."""
-        asked = [(at, target) for at, target in group if not self._ledger.has_label(at)]
-        known: list[tuple[int, Target, Json | str]] = [
-            (at, target, dict(answer["label"]))
-            for at, target in group
-            if self._ledger.has_label(at) and (answer := self._ledger.result(at)) is not None
+    def _label_frame(self, group: Sequence[tuple[int, Target]]) -> list[tuple[int, Target, Json | str]]:
+        """Labels the rectangles of one frame that the journal lacks.
+
+        Returns (index, rectangle, outcome) of all rectangles; an outcome is a shape, or the reason for its absence.
+        """
+        missing = [(index, target) for index, target in group if not self._journal.has_label(index)]
+        outcomes: list[tuple[int, Target, Json | str]] = [
+            (index, target, dict(entry["label"]))
+            for index, target in group
+            if self._journal.has_label(index) and (entry := self._journal.result(index)) is not None
         ]
-        if not asked:
-            return known
+        if not missing:
+            return outcomes
         try:
-            content = self._frame(asked[0][1].frame)
-            labels = self._client.label_image(content, [target.box for _, target in asked], self._options)
+            image_bytes = self._frame(missing[0][1].frame)
+            labels = self._client.label_image(image_bytes, [target.box for _, target in missing], self._options)
         except InputError as error:
-            return known + [(at, target, str(error)) for at, target in asked]
-        return known + [(at, target, _shape(target, label)) for (at, target), label in zip(asked, labels, strict=True)]
+            return outcomes + [(index, target, str(error)) for index, target in missing]
+        return outcomes + [
+            (index, target, _shape(target, label)) for (index, target), label in zip(missing, labels, strict=True)
+        ]
 
     def _frame(self, number: int) -> bytes:
-        content = self._site.frame(number)
-        header = read_header(content, f"frame {number}")
-        shown = self._sizes[number if len(self._sizes) > 1 else 0]
-        if header.orientation != 1 or header.size_wh != shown:
+        image_bytes = self._cvat.frame(number)
+        header = read_header(image_bytes, f"frame {number}")
+        displayed = self._sizes[number if len(self._sizes) > 1 else 0]
+        if header.orientation != 1 or header.size_wh != displayed:
             raise BadImage(
-                f"frame {number}: CVAT shows {shown[0]}x{shown[1]} px but the file is stored as "
-                f"{header.size_wh[0]}x{header.size_wh[1]} with EXIF orientation {header.orientation}; masks would land "
-                "elsewhere: store the images upright and make the task anew",
+                f"frame {number}: CVAT displays {displayed[0]}x{displayed[1]} px, but the file has "
+                f"{header.size_wh[0]}x{header.size_wh[1]} px and EXIF orientation {header.orientation}, so masks would "
+                "be misplaced; store the images upright and create the task again",
                 "IMAGE_SIZE_MISMATCH",
             )
-        return content
+        return image_bytes
 
-    def _take(self, answers: Sequence[tuple[int, Target, Json | str]]) -> None:
-        fresh: dict[int, dict[str, Any]] = {}
-        for at, target, answer in answers:
-            if isinstance(answer, str):
-                self._result.refusals.append(SkippedShape(target.key, target.frame, answer))
-                fresh[at] = {"failed": answer}
-            elif "sent" in answer or _identity(answer) in self._there:
-                self._result.already += 1
+    def _record(self, outcomes: Sequence[tuple[int, Target, Json | str]]) -> None:
+        entries: dict[int, dict[str, Any]] = {}
+        for index, target, outcome in outcomes:
+            if isinstance(outcome, str):
+                self._result.skipped.append(SkippedShape(target.key, target.frame, outcome))
+                entries[index] = {"failed": outcome}
+            elif "sent" in outcome or _identity(outcome) in self._existing:
+                self._result.existing += 1
             else:
-                self._waiting[at] = answer
-                fresh[at] = {"label": answer}
-        # Before anything is sent: a run that dies in the call then knows what may have arrived.
-        if fresh:
-            self._ledger.append(fresh)
+                self._unsent[index] = outcome
+                entries[index] = {"label": outcome}
+        # Before anything is sent: if the run dies during the call, the next one knows which masks may have arrived.
+        if entries:
+            self._journal.append(entries)
 
     def _send(self) -> None:
-        if not self._waiting:
+        if not self._unsent:
             return
-        self._site.create(list(self._waiting.values()))
-        self._ledger.append({at: {"label": {"sent": True}} for at in self._waiting})
-        self._result.written += len(self._waiting)
-        self._waiting = {}
+        self._cvat.create(list(self._unsent.values()))
+        self._journal.append({index: {"label": {"sent": True}} for index in self._unsent})
+        self._result.written += len(self._unsent)
+        self._unsent = {}
 
 
 def _shape(target: Target, label: BoxLabel) -> Json | str:
-    if label.error is not None:
-        return str(label.error)
-    if not label.area or label.rle is None:
-        return "the mask is empty: no pixel of the box reached the threshold"
+    reason = missing_mask_reason(label)
+    if reason is not None or label.rle is None:
+        return str(reason)
     return {**target.shape, "points": mask_points(label.rle), "score": round(label.score, 4)}
 
 
 def _identity(shape: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells one mask from another; CVAT gives points back as floats."""
+    """Returns the values that identify a mask; CVAT returns points as floats."""
     return shape["frame"], shape["label_id"], tuple(map(int, shape["points"]))
 
 
 def _changed(before: Json, after: Json) -> list[str]:
     return [
-        f"{kind[:-1]} {row['id']}"
-        for kind in ("shapes", "tracks", "tags")
-        for row in _missing(before.get(kind, []), after.get(kind, []))
+        f"{field_name[:-1]} {row['id']}"
+        for field_name in ("shapes", "tracks", "tags")
+        for row in _missing(before.get(field_name, []), after.get(field_name, []))
     ]
 
 
 def _missing(before: Sequence[Json], after: Sequence[Json]) -> Iterator[Json]:
-    there = {row.get("id"): json.dumps(row, sort_keys=True) for row in after}
-    return (row for row in before if there.get(row.get("id")) != json.dumps(row, sort_keys=True))
+    present = {row.get("id"): json.dumps(row, sort_keys=True) for row in after}
+    return (row for row in before if present.get(row.get("id")) != json.dumps(row, sort_keys=True))

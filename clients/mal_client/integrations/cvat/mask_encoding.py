@@ -1,4 +1,4 @@
-"""CVAT's code of a mask: lengths of runs, row by row inside the mask's tight box, then that box with inclusive ends."""
+"""CVAT's mask encoding: run lengths in row order inside the tight box of the mask, then the box with inclusive ends."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from mal_train.core.masks.rle import Rle, decode_mask
 
 
 def mask_points(rle: Rle) -> list[int]:
-    """The `points` of a shape of type mask: runs of background and mask in turn, then left, top, right, bottom.
+    """Encodes a mask as the `points` of a CVAT shape: runs, background first, then left, top, right, bottom.
 
-    `cvat_sdk.masks.encode_mask` gives the same (a test holds the two together); this one needs no SDK.
+    Equals `cvat_sdk.masks.encode_mask` (a test compares them) without needing the SDK.
 
     >>> from mal_train.core.masks.rle import encode_mask
     >>> mask_points(encode_mask(np.array([[0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0]])))
     [0, 2, 1, 1, 1, 1, 2, 2]
 
     Raises:
-        ValueError: an empty mask has no tight box.
+        ValueError: the mask is empty.
     """
     mask = decode_mask(rle)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
-        raise ValueError("an empty mask has no points")
+        raise ValueError("mask is empty; CVAT cannot encode it")
     top, bottom, left, right = int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
     flat = mask[top : bottom + 1, left : right + 1].ravel()
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1

@@ -1,8 +1,8 @@
-"""The same interaction as a serverless function of a CVAT that one runs oneself: `deploy/cvat/` has what nuclio needs.
+"""The interaction function as a Nuclio serverless function for a self-hosted CVAT; `deploy/cvat/` deploys it.
 
-Nuclio calls `init_context` once for each worker and `handler` for each box. The body is CVAT's: the picture in base64,
-`obj_bbox` as two corners; the answer is the whole picture's mask as rows of 0 and 1, which is what CVAT takes from its
-own functions.
+Nuclio calls `init_context` once per worker and `handler` once per box. The request body is CVAT's: `image` in base64
+and `obj_bbox` as two corners. The response has the mask of the full image as rows of 0 and 1, as CVAT's own functions
+return it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from mal_train.core.secrets import read_secret_file
 SERVER = "MAL_SERVER"
 TOKEN_FILE = "MAL_TOKEN_FILE"
 TLS_CA = "MAL_TLS_CA"
-"""Environment variables of the function."""
+"""Environment variables that configure the function."""
 
 
 def init_context(context: Any) -> None:
-    """Opens the channel to the server that MAL_SERVER names."""
+    """Creates the client of the server at MAL_SERVER."""
     token_file = os.environ.get(TOKEN_FILE)
     token = None if not token_file else read_secret_file(Path(token_file), TOKEN_FILE).strip()
     context.user_data.client = Client(os.environ[SERVER], token=token, tls_ca=os.environ.get(TLS_CA))
 
 
 def handler(context: Any, event: Any) -> Any:
-    """One call of CVAT."""
+    """Handles one request of CVAT."""
     try:
-        content, box = _asked(event.body)
-        (label,) = context.user_data.client.label_image(content, [box])
+        image_bytes, box = _parse_request(event.body)
+        (label,) = context.user_data.client.label_image(image_bytes, [box])
         if label.error is not None:
             raise InputError(str(label.error))
         body, status = {"mask": label.mask.astype(np.uint8).tolist()}, 200
@@ -49,10 +49,10 @@ def handler(context: Any, event: Any) -> Any:
     return context.Response(body=json.dumps(body), headers={}, content_type="application/json", status_code=status)
 
 
-def _asked(body: Any) -> tuple[bytes, BoxXywh]:
-    """The encoded picture and the box."""
+def _parse_request(body: Any) -> tuple[bytes, BoxXywh]:
+    """Returns the encoded image and the box."""
     try:
         (x0, y0), (x1, y1) = body["obj_bbox"]
         return base64.b64decode(body["image"]), (float(x0), float(y0), float(x1) - float(x0), float(y1) - float(y0))
     except (KeyError, TypeError, ValueError, binascii.Error):
-        raise InputError("no box or no picture in the call; draw a box round the object") from None
+        raise InputError("obj_bbox, image: missing or invalid; draw a box around the object") from None

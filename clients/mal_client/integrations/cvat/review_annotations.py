@@ -1,4 +1,4 @@
-"""The worst masks of a labeled file for CVAT: a list of pictures, labels, and annotations in "CVAT for images 1.1"."""
+"""Writes the worst masks of a labeled file for CVAT: image list, labels, and annotations in "CVAT for images 1.1"."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from mal_train.core.masks.rle import area
 
 
 def review_xml(items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles) -> str:
-    """A picture for each image, that with the worst mask first; its boxes and masks.
+    """Builds the XML with the boxes and masks of each image, the image with the worst mask first.
 
     Args:
-        items: the queue.
-        names: of the categories, by id.
-        files: where sizes are looked up that the file does not state.
+        items: the review queue.
+        names: category names by ID.
+        files: image files, for sizes that the labeled file does not state.
 
     Raises:
-        BadImage: a picture whose size neither the file nor the folder tells.
+        BadImage: the size of an image is not stated and its file cannot be read.
     """
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
-    for at, (name, rows) in enumerate(by_image(items).items()):
+    for image_id, (name, rows) in enumerate(by_image(items).items()):
         width, height = frame_size(rows[0], files)
         size = {"width": str(width), "height": str(height)}
-        image = ElementTree.SubElement(root, "image", {"id": str(at), "name": name, **size})
+        image = ElementTree.SubElement(root, "image", {"id": str(image_id), "name": name, **size})
         for item in rows:
-            _add(image, item, names.get(item.row.get("category_id"), ""), (width, height))
+            _add_item(image, item, names.get(item.row.get("category_id"), ""), (width, height))
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
@@ -40,7 +40,7 @@ def review_xml(items: Sequence[QueueItem], names: Mapping[object, str], files: I
 def write_review_annotations(
     items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, folder: Path
 ) -> None:
-    """Writes `annotations.xml`, `labels.json` and `images.txt` (a path on each line) into a folder."""
+    """Writes `annotations.xml`, `labels.json` and `images.txt` (one path per line) into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "annotations.xml", review_xml(items, names, files))
     labels = [{"name": name, "type": "any", "attributes": []} for name in sorted(set(names.values()))]
@@ -48,7 +48,7 @@ def write_review_annotations(
     write_text(folder / "images.txt", "".join(f"{files.path(name)}\n" for name in by_image(items)))
 
 
-def _add(image: ElementTree.Element, item: QueueItem, label: str, size_wh: tuple[int, int]) -> None:
+def _add_item(image: ElementTree.Element, item: QueueItem, label: str, size_wh: tuple[int, int]) -> None:
     x, y, w, h = item.box
     common = {"label": label, "occluded": "0", "z_order": "0", "group_id": str(item.rank)}
     corners = {"xtl": x, "ytl": y, "xbr": x + w, "ybr": y + h}
@@ -57,7 +57,6 @@ def _add(image: ElementTree.Element, item: QueueItem, label: str, size_wh: tuple
     if item.rle is None or (item.rle.width, item.rle.height) != size_wh or not area(item.rle):
         return
     *runs, left, top, right, bottom = mask_points(item.rle)
-    place = {"left": left, "top": top, "width": right - left + 1, "height": bottom - top + 1}
-    sides = {name: str(value) for name, value in place.items()}
-    mask = {**common, "source": "auto", "rle": ", ".join(map(str, runs)), **sides}
+    box = {"left": left, "top": top, "width": right - left + 1, "height": bottom - top + 1}
+    mask = {**common, "source": "auto", "rle": ", ".join(map(str, runs)), **{k: str(v) for k, v in box.items()}}
     ElementTree.SubElement(image, "mask", mask)

@@ -1,7 +1,7 @@
-"""The protocol of Label Studio for ML backends: /health, /setup, /predict, /versions and what it calls in passing.
+"""Implements Label Studio's protocol for ML backends: /health, /setup, /predict, /versions and its event calls.
 
-The SDK for such backends, label-studio-ml, was last released to the package index in 2023 and pins Flask 1.1.2 and
-Werkzeug 2.0.2; the protocol itself is a handful of JSON calls.
+It does not use the SDK label-studio-ml, whose last release on the package index (2023) pins Flask 1.1.2 and Werkzeug
+2.0.2; the protocol is a handful of JSON calls.
 """
 
 from __future__ import annotations
@@ -25,43 +25,43 @@ from mal_client.integrations.label_studio.label_config import read_label_config
 from mal_client.integrations.label_studio.predictor import Predictor
 from mal_train.core.errors import InputError, MalError
 
-HEALTH_S: Final = 0.8
-"""Label Studio waits a second for /health."""
+HEALTH_TIMEOUT_S: Final = 0.8
+"""Label Studio waits one second for /health."""
 
 MAX_REQUEST_BYTES: Final = 64 * 1024 * 1024
-"""Of one request: tasks come with all their annotations, brush masks among them as lists of numbers."""
+"""Size limit of a request: tasks include all their annotations, with brush masks as lists of numbers."""
 
-REQUESTS_AT_ONCE: Final = 16
-"""Requests that are worked on side by side; Label Studio sends one for each rectangle that somebody draws."""
+MAX_RUNNING: Final = 16
+"""Requests processed concurrently; Label Studio sends one for each rectangle that a user draws."""
 
-REQUESTS_HELD: Final = 2 * REQUESTS_AT_ONCE
-"""Requests in memory, worked on or waiting or still being received; what comes beyond is told when to come back."""
+MAX_REQUESTS: Final = 2 * MAX_RUNNING
+"""Requests in memory: running, waiting or being received. Further requests get status 503 and Retry-After."""
 
-COME_BACK_S: Final = 5
+RETRY_AFTER_S: Final = 5
 
-RECEIVE_S: Final = 60.0
-"""For the body of a request: a sender that has gone without a word would keep its place for good."""
+RECEIVE_TIMEOUT_S: Final = 60.0
+"""Time limit for the body of a request, so that a lost connection does not occupy a slot forever."""
 
 HEALTH = "/health"
 
 _log = logging.getLogger("mal_client.label_studio")
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def build_app(
     predictor: Predictor, credentials: str | None = None, max_request_bytes: int = MAX_REQUEST_BYTES
 ) -> web.Application:
-    """The web application.
+    """Builds the web application.
 
     Args:
-        predictor: answers the requests.
-        credentials: `user:password` that Label Studio has to show (Basic); None: nobody is asked.
-        max_request_bytes: larger requests are refused (413) before they are read to their end.
+        predictor: computes the predictions.
+        credentials: `user:password` that Label Studio must send (HTTP Basic); None accepts every request.
+        max_request_bytes: size limit of a request; a larger one gets status 413 before it is read completely.
     """
     backend = _Backend(predictor)
-    app = web.Application(middlewares=[_answering(credentials)], client_max_size=max_request_bytes)
+    app = web.Application(middlewares=[_middleware(credentials)], client_max_size=max_request_bytes)
     app.router.add_get("/", backend.health)
     app.router.add_get(HEALTH, backend.health)
     app.router.add_post("/setup", backend.setup)
@@ -69,87 +69,87 @@ def build_app(
     app.router.add_get("/versions", backend.versions)
     app.router.add_post("/versions", backend.versions)
     for path in ("/webhook", "/train", "/delete"):
-        app.router.add_post(path, backend.nothing_to_do)
+        app.router.add_post(path, backend.ignore)
     app.on_cleanup.append(backend.close)
     return app
 
 
-class _Full(Exception):
-    """There is no room for another request."""
+class _TooManyRequests(Exception):
+    """MAX_REQUESTS requests are in memory."""
 
 
 class _Backend:
-    """The handlers. The predictor blocks, so it is called on threads of these two pools."""
+    """HTTP handlers. They call the predictor on threads, because it blocks."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
-        self._held = 0
-        self._working = ThreadPoolExecutor(REQUESTS_AT_ONCE, "label-studio")
-        # Apart, so that the answer to /health does not wait behind long predictions.
-        self._asking = ThreadPoolExecutor(2, "label-studio-health")
+        self._requests = 0
+        self._workers = ThreadPoolExecutor(MAX_RUNNING, "label-studio")
+        # A pool of its own, so that /health does not wait for long predictions.
+        self._health_workers = ThreadPoolExecutor(2, "label-studio-health")
 
     async def close(self, _: web.Application) -> None:
-        """Gives up what waits; what runs ends with the predictor's client."""
-        for pool in (self._working, self._asking):
+        """Drops waiting requests; running ones end when the predictor's client is closed."""
+        for pool in (self._workers, self._health_workers):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def health(self, _: web.Request) -> web.StreamResponse:
-        """Whether the labeling server answers."""
+        """Returns 200 if the labeling server responds, else 503."""
         version = await self._version_in_time()
         if version is None:
-            return web.json_response({"error": "the labeling server does not answer"}, status=503)
+            return web.json_response({"error": "the labeling server does not respond"}, status=503)
         return web.json_response({"status": "UP", "model_class": "MaskAutoLabeler", "model_version": version})
 
     async def setup(self, request: web.Request) -> web.StreamResponse:
-        """Wrong configurations are told here, when the backend is connected, and not at the first rectangle.
+        """Validates the labeling configuration, so that errors appear when the backend is connected.
 
-        The access token that comes along is not looked at: a key goes only where the command line says.
+        Ignores the access token of the request: this backend sends only the token of its command line.
         """
-        with self._room():
-            content = await _received(request)
+        with self._slot():
+            body = await _read_body(request)
 
             def check() -> str:
-                read_label_config(str(_object(content).get("schema", "")))
+                read_label_config(str(_parse_object(body).get("schema", "")))
                 return self._predictor.model_version()
 
             return web.json_response({"model_version": await self._in_thread(check)})
 
     async def predict(self, request: web.Request) -> web.StreamResponse:
-        """Masks for the rectangles of some tasks."""
-        with self._room():
-            content = await _received(request)
-            # The JSON too: masks as lists of numbers take seconds to read and to write.
-            text = await self._in_thread(lambda: json.dumps(self._predictor.predict(_object(content))))
+        """Returns masks for the rectangles of the tasks in the request."""
+        with self._slot():
+            body = await _read_body(request)
+            # JSON in the thread too: parsing and writing masks as lists of numbers takes seconds.
+            text = await self._in_thread(lambda: json.dumps(self._predictor.predict(_parse_object(body))))
             return web.Response(text=text, content_type="application/json")
 
     async def versions(self, _: web.Request) -> web.StreamResponse:
-        """The one that answers now."""
-        with self._room():
+        """Returns the only version, that of the served model."""
+        with self._slot():
             return web.json_response({"versions": [await self._in_thread(self._predictor.model_version)]})
 
-    async def nothing_to_do(self, _: web.Request) -> web.StreamResponse:
-        """Events of a project and the end of a connection: nothing is learned from what annotators draw here."""
+    async def ignore(self, _: web.Request) -> web.StreamResponse:
+        """Accepts project events and disconnections, which have no effect: the backend does not train."""
         return web.json_response({})
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
-        """Of one request, from before its body is read. Raises _Full where too many are here."""
-        if self._held >= REQUESTS_HELD:
-            raise _Full
-        self._held += 1
+    def _slot(self) -> Iterator[None]:
+        """Counts one request, from before its body is read. Raises _TooManyRequests at MAX_REQUESTS."""
+        if self._requests >= MAX_REQUESTS:
+            raise _TooManyRequests
+        self._requests += 1
         try:
             yield
         finally:
-            self._held -= 1
+            self._requests -= 1
 
-    async def _in_thread(self, job: Callable[[], Answer]) -> Answer:
-        return await asyncio.get_running_loop().run_in_executor(self._working, job)
+    async def _in_thread(self, job: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, job)
 
     async def _version_in_time(self) -> str | None:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(HEALTH_S):
-                return await loop.run_in_executor(self._asking, self._predictor.model_version)
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                return await loop.run_in_executor(self._health_workers, self._predictor.model_version)
         except TimeoutError:
             pass
         except MalError as error:
@@ -157,62 +157,62 @@ class _Backend:
         return None
 
 
-async def _received(request: web.Request) -> bytes:
-    """The body. Raises HTTPRequestTimeout where it does not come."""
+async def _read_body(request: web.Request) -> bytes:
+    """Reads the body. Raises HTTPRequestTimeout after RECEIVE_TIMEOUT_S."""
     try:
-        async with asyncio.timeout(RECEIVE_S):
+        async with asyncio.timeout(RECEIVE_TIMEOUT_S):
             return await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout from None
 
 
-def _answering(credentials: str | None) -> Any:
-    """What every request passes: the password on the way in, errors as JSON and as lines of the log on the way out."""
+def _middleware(credentials: str | None) -> Any:
+    """Returns a middleware that checks the credentials and turns errors into JSON responses and log lines."""
 
     @web.middleware
-    async def answering(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if credentials is not None and request.path not in ("/", HEALTH) and not _shows(request, credentials):
-            asked = {"WWW-Authenticate": 'Basic realm="mal-client"'}
-            return web.json_response({"error": "credentials needed"}, status=401, headers=asked)
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if credentials is not None and request.path not in ("/", HEALTH) and not _has(request, credentials):
+            challenge = {"WWW-Authenticate": 'Basic realm="mal-client"'}
+            return web.json_response({"error": "credentials required"}, status=401, headers=challenge)
         try:
             return await handler(request)
-        except _Full:
-            again = {"Retry-After": str(COME_BACK_S)}
-            return _refusal(request, f"{REQUESTS_HELD} requests are here already; come back later", 503, again)
+        except _TooManyRequests:
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            return _error(request, f"{MAX_REQUESTS} requests in progress; retry later", 503, headers)
         except web.HTTPRequestEntityTooLarge:
             limit = request.client_max_size
-            return _refusal(request, f"a request of more than {limit} bytes; choose fewer tasks at once", 413)
+            return _error(request, f"request exceeds {limit} bytes; select fewer tasks at once", 413)
         except web.HTTPException as error:
-            # aiohttp's own: no such path, another method.
-            return _refusal(request, HTTPStatus(error.status).phrase, error.status)
+            # Raised by aiohttp: unknown path or wrong method.
+            return _error(request, HTTPStatus(error.status).phrase, error.status)
         except MalError as error:
-            return _refusal(request, str(error), 503 if isinstance(error, ClientError) else 400)
+            return _error(request, str(error), 503 if isinstance(error, ClientError) else 400)
 
-    return answering
+    return middleware
 
 
-def _refusal(
+def _error(
     request: web.Request, message: str, status: int, headers: Mapping[str, str] = MappingProxyType({})
 ) -> web.Response:
-    # Label Studio shows its users the status alone, so the reason stands in our log.
+    # Label Studio shows its users only the status; the log has the message.
     _log.error("%s: %s", request.path, message)
     return web.json_response({"error": message}, status=status, headers=headers)
 
 
-def _shows(request: web.Request, credentials: str) -> bool:
-    scheme, _, packed = request.headers.get("Authorization", "").partition(" ")
+def _has(request: web.Request, credentials: str) -> bool:
+    scheme, _, encoded = request.headers.get("Authorization", "").partition(" ")
     try:
-        shown = base64.b64decode(packed, validate=True)
+        sent = base64.b64decode(encoded, validate=True)
     except ValueError:
         return False
-    return scheme.lower() == "basic" and hmac.compare_digest(shown, credentials.encode())
+    return scheme.lower() == "basic" and hmac.compare_digest(sent, credentials.encode())
 
 
-def _object(content: bytes) -> dict[str, Any]:
+def _parse_object(content: bytes) -> dict[str, Any]:
     try:
         body = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the request is no JSON ({error})") from None
+        raise InputError(f"request body: not valid JSON ({error})") from None
     if not isinstance(body, dict):
-        raise InputError("the request is no JSON object")
+        raise InputError("request body: not a JSON object")
     return body

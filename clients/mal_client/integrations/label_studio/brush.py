@@ -1,10 +1,10 @@
-"""Label Studio's brush code: the RLE of thi.ng's rle-pack over the RGBA values of a mask, as a list of byte values.
+"""Encodes masks in Label Studio's brush format: the RLE of thi.ng's rle-pack over RGBA values, as a list of bytes.
 
-A header (32 bits: number of values; 5 bits: bits of a value less 1; four times 4 bits: bits of a run's length less 1),
-then runs: a bit that says "repeated", 2 bits that choose one of the four length sizes, the length less 1, the value.
-Label Studio paints alpha, so each pixel is four equal values, 0 or 255. `label_studio_sdk.converter.brush` writes the
-same bytes (a test holds the two together) in four times the time, but the SDK brings opencv-python, whose files replace
-those of opencv-python-headless, and some thirty other packages.
+A header (32 bits: number of values; 5 bits: bits per value minus 1; 4 x 4 bits: bits per run length minus 1) precedes
+the runs: one bit for "repeated", 2 bits that select one of the four length sizes, the length minus 1, the value. Label
+Studio paints alpha, so each pixel has four equal values, 0 or 255. `label_studio_sdk.converter.brush` writes the same
+bytes (a test compares them) in four times the time, but the SDK installs opencv-python, which overwrites the files of
+opencv-python-headless, and some thirty other packages.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from mal_train.core.masks.rle import Rle, decode_mask
 CHANNELS: Final = 4
 VALUE_BITS: Final = 8
 LENGTH_BITS: Final = (3, 4, 8, 16)
-MOST: Final = tuple(2**bits for bits in LENGTH_BITS)
-"""Longest run of each size, in values."""
+MAX_RUNS: Final = tuple(2**bits for bits in LENGTH_BITS)
+"""Longest run of each length size, in values."""
 
 HEADER_BITS: Final = 32 + 5 + 4 * len(LENGTH_BITS)
 
 
 def encode_brush(rle: Rle) -> list[int]:
-    """The `rle` field of a brush region: bytes as numbers.
+    """Encodes a mask as the `rle` field of a brush region, bytes as integers.
 
     >>> from mal_train.core.masks.rle import encode_mask
     >>> encode_brush(encode_mask(np.array([[0, 1]])))
@@ -52,21 +52,21 @@ def _header(count: int) -> int:
 
 
 def _runs(lengths: NDArray[np.int64], values: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """(code word, its number of bits) of each run; a run too long for one word takes several."""
-    kinds = np.minimum(np.searchsorted(MOST, lengths), len(MOST) - 1)
-    pieces = -(-lengths // MOST[-1])
+    """Returns (code word, its number of bits) of each run; a run too long for one word takes several."""
+    size_index = np.minimum(np.searchsorted(MAX_RUNS, lengths), len(MAX_RUNS) - 1)
+    pieces = -(-lengths // MAX_RUNS[-1])
     of_run = np.repeat(np.arange(lengths.size), pieces)
     is_last = np.append(of_run[1:] != of_run[:-1], True)
-    sizes = np.where(is_last, lengths[of_run] - (pieces[of_run] - 1) * MOST[-1], MOST[-1])
-    kind = kinds[of_run]
-    length_bits = np.asarray(LENGTH_BITS)[kind]
-    words = (4 | kind) << (length_bits + VALUE_BITS) | (sizes - 1) << VALUE_BITS | values[of_run]
+    piece_lengths = np.where(is_last, lengths[of_run] - (pieces[of_run] - 1) * MAX_RUNS[-1], MAX_RUNS[-1])
+    selector = size_index[of_run]
+    length_bits = np.asarray(LENGTH_BITS)[selector]
+    words = (4 | selector) << (length_bits + VALUE_BITS) | (piece_lengths - 1) << VALUE_BITS | values[of_run]
     return words.astype(np.uint64), 3 + length_bits + VALUE_BITS
 
 
 def _bits(words: NDArray[np.uint64], widths: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The words one after the other, highest bit first, each with its own width."""
+    """Concatenates the bits of the words, each with its own width, most significant bit first."""
     word = np.repeat(np.arange(words.size), widths)
-    place = np.arange(word.size) - np.repeat(np.cumsum(widths) - widths, widths)
-    shift = (widths[word] - 1 - place).astype(np.uint64)
+    offset = np.arange(word.size) - np.repeat(np.cumsum(widths) - widths, widths)
+    shift = (widths[word] - 1 - offset).astype(np.uint64)
     return (words[word] >> shift & np.uint64(1)).astype(np.uint8)

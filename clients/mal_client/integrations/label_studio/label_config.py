@@ -1,4 +1,4 @@
-"""Reads a project's labeling configuration: where boxes are drawn, where masks go, which field holds the picture."""
+"""Reads the labeling configuration of a project: its tools for boxes and masks, and the data fields of its images."""
 
 from __future__ import annotations
 
@@ -11,91 +11,91 @@ from mal_train.core.errors import ConfigError
 
 BOXES: Final = {"RectangleLabels": "rectanglelabels", "Rectangle": "rectangle"}
 MASKS: Final = {"BrushLabels": "brushlabels", "PolygonLabels": "polygonlabels"}
-"""Tags and the type of their regions; of several mask tags of one picture the first kind here is used."""
+"""Tags and the types of their regions; if an image has several mask tags, the first type here is used."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """A tool of the labeling page.
+    """A control tag of the labeling configuration.
 
     Attributes:
-        name: as regions refer to it (`from_name`).
-        to_name: name of the picture that it draws on.
-        kind: type of its regions.
-        labels: the classes that it offers.
+        name: its name, `from_name` in regions.
+        to_name: name of the image that it annotates.
+        region_type: type of its regions.
+        labels: its classes.
     """
 
     name: str
     to_name: str
-    kind: str
+    region_type: str
     labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """What of a labeling configuration concerns boxes and masks.
+    """The part of a labeling configuration that concerns boxes and masks.
 
     Attributes:
-        boxes: tools that draw boxes, by name.
-        masks: for each picture the tool that its masks are given to.
-        pictures: for each picture the field of a task's data that holds its address.
+        boxes: controls for boxes, by name.
+        masks: the control for masks of each image, by image name.
+        image_fields: the field of a task's data with the URL of each image, by image name.
     """
 
     boxes: Mapping[str, Control]
     masks: Mapping[str, Control]
-    pictures: Mapping[str, str]
+    image_fields: Mapping[str, str]
 
-    def mask_tool(self, to_name: str, labels: tuple[str, ...]) -> tuple[Control, tuple[str, ...]]:
-        """The tool that takes the masks of a picture, and the labels of a box that it offers.
+    def mask_control(self, to_name: str, labels: tuple[str, ...]) -> tuple[Control, tuple[str, ...]]:
+        """Returns the control for masks of an image, and those of the labels of a box that it has.
 
-        A box without a label gets the tool's only label where there is but one.
+        A box without a label gets the label of the control if there is only one.
 
         Raises:
-            ConfigError: no tool for masks, or it offers none of the labels.
+            ConfigError: the image has no control for masks, or the control has none of the labels.
         """
-        tool = self.masks.get(to_name)
-        if tool is None:
+        control = self.masks.get(to_name)
+        if control is None:
             raise ConfigError(
-                f"labeling configuration: nothing takes masks of the picture {to_name!r}; add "
+                f"labeling configuration: no control for masks of image {to_name!r}; add "
                 f'<BrushLabels name="mask" toName="{to_name}"> with the classes of the boxes'
             )
-        known = tuple(label for label in labels if label in tool.labels)
-        if not labels and len(tool.labels) == 1:
-            known = tool.labels
+        known = tuple(label for label in labels if label in control.labels)
+        if not labels and len(control.labels) == 1:
+            known = control.labels
         if not known:
-            shown = ", ".join(labels) or "a box without a label"
+            missing = ", ".join(labels) or "default label for boxes without one"
             raise ConfigError(
-                f"labeling configuration: {tool.name!r} does not offer {shown}; its labels are "
-                f"{', '.join(tool.labels) or 'none'}; give it those of the boxes"
+                f"labeling configuration: control {control.name!r} has no {missing}; its labels are "
+                f"{', '.join(control.labels) or 'none'}; add the labels of the boxes"
             )
-        return tool, known
+        return control, known
 
 
 def read_label_config(xml: str) -> LabelConfig:
-    """What the XML text says.
+    """Parses the XML of a labeling configuration.
 
     Raises:
-        ConfigError: no XML, no picture, or no tool that draws boxes on one.
+        ConfigError: it is not valid XML, or has no control for boxes on an image.
     """
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
-        raise ConfigError(f"labeling configuration: not readable as XML ({error})") from None
-    pictures = {
+        raise ConfigError(f"labeling configuration: not valid XML ({error})") from None
+    image_fields = {
         tag.get("name", ""): tag.get("value", "").removeprefix("$")
         for tag in root.iter("Image")
         if tag.get("value", "").startswith("$")
     }
-    boxes = {control.name: control for control in _controls(root, BOXES) if control.to_name in pictures}
+    boxes = {control.name: control for control in _controls(root, BOXES) if control.to_name in image_fields}
     masks: dict[str, Control] = {}
     for control in _controls(root, MASKS):
         masks.setdefault(control.to_name, control)
     if not boxes:
         raise ConfigError(
-            "labeling configuration: no boxes are drawn on a picture in it; it needs <Image> with "
+            "labeling configuration: no control for boxes on an image; add <Image> with "
             'value="$..." and <RectangleLabels> with its toName'
         )
-    return LabelConfig(boxes, masks, pictures)
+    return LabelConfig(boxes, masks, image_fields)
 
 
 def _controls(root: ElementTree.Element, tags: Mapping[str, str]) -> list[Control]:
@@ -103,9 +103,9 @@ def _controls(root: ElementTree.Element, tags: Mapping[str, str]) -> list[Contro
         Control(
             tag.get("name", ""),
             tag.get("toName", ""),
-            kind,
+            region_type,
             tuple(label.get("alias", "") or label.get("value", "") for label in tag.iter("Label")),
         )
-        for name, kind in tags.items()
+        for name, region_type in tags.items()
         for tag in root.iter(name)
     ]

@@ -1,4 +1,7 @@
-"""One prediction request of Label Studio: rectangles of its tasks in, regions with masks out. Knows no HTTP."""
+"""Computes the response to a prediction request of Label Studio: regions with masks for the rectangles of its tasks.
+
+Knows nothing of HTTP.
+"""
 
 from __future__ import annotations
 
@@ -14,141 +17,142 @@ from mal_client.integrations.label_studio.label_config import LabelConfig, read_
 from mal_client.integrations.label_studio.regions import (
     Json,
     Rectangle,
-    check_picture,
+    check_image,
     is_rectangle,
     mask_regions,
     read_rectangle,
 )
-from mal_client.types import BoxLabel, LabelOptions, ModelRef
+from mal_client.integrations.missing_mask import missing_mask_reason
+from mal_client.types import LabelOptions, ModelRef
 from mal_train.core.errors import ConfigError, InputError
 from mal_train.core.masks.images import read_header
 
 TASKS_AT_ONCE: Final = 4
-"""Tasks of one request that are labeled side by side, so that their boxes may share batches on the server."""
+"""Tasks of one request labeled concurrently, so that their boxes can share batches on the server."""
 
 _log = logging.getLogger("mal_client.label_studio")
 
 
 class ImageSource(Protocol):
-    """Where the pictures of tasks come from."""
+    """Source of the images of tasks."""
 
-    def read(self, address: str) -> bytes:
-        """The encoded picture. Raises BadImage."""
+    def read(self, url: str) -> bytes:
+        """Returns the encoded image. Raises BadImage."""
 
 
 @dataclass
-class TaskAnswer:
-    """What came out of one task.
+class TaskResult:
+    """Result of one task.
 
     Attributes:
-        regions: one for each mask.
-        scores: of those masks.
-        faults: a sentence for each rectangle without a mask.
-        model: which weights answered.
+        regions: regions of the masks.
+        scores: scores of the masks.
+        errors: a message for each rectangle without a mask.
+        model: the model that made the masks.
     """
 
     regions: list[Json] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     model: ModelRef | None = None
 
 
 class Predictor:
-    """Answers prediction requests with one labeling server.
+    """Handles prediction requests with one labeling server.
 
     Args:
-        client: of the labeling server.
-        pictures: where the tasks' pictures come from.
-        options: how boxes become masks.
+        client: client of the labeling server.
+        images: source of the tasks' images.
+        options: labeling options.
         tolerance_px: see `regions.mask_regions`.
     """
 
-    def __init__(self, client: Client, pictures: ImageSource, options: LabelOptions, *, tolerance_px: float) -> None:
+    def __init__(self, client: Client, images: ImageSource, options: LabelOptions, *, tolerance_px: float) -> None:
         self._client = client
-        self._pictures = pictures
+        self._images = images
         self._options = options
         self._tolerance_px = tolerance_px
 
     def model_version(self) -> str:
-        """The weights that answer now, in a word that Label Studio shows and compares."""
+        """Returns the version of the served model, which Label Studio displays and compares."""
         info = self._client.server_info().for_options(self._options)
         return version_of(answering_model(info, self._options))
 
     def predict(self, request: Mapping[str, Any]) -> Json:
-        """The answer to a request, one entry a task: a prediction, [] without rectangles, or `error` without a mask.
+        """Returns one result per task: a prediction, [] for a task without rectangles, or `error` without any mask.
 
         Raises:
-            ConfigError: the project's configuration has no place for boxes or masks.
-            InputError: the request is not one of Label Studio's.
-            ClientError: the labeling server is not there.
+            ConfigError: the labeling configuration has no control for boxes or masks.
+            InputError: the request does not follow Label Studio's protocol.
+            ClientError: the labeling server is unavailable.
         """
         config = read_label_config(str(request.get("label_config", "")))
         tasks = request.get("tasks")
         if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
-            raise InputError("tasks: a list of tasks is needed")
+            raise InputError("tasks: expected a list of objects")
         params = request.get("params")
         context = params.get("context") if isinstance(params, dict) else None
         drawn = context.get("result") if isinstance(context, dict) else None
         with ThreadPoolExecutor(TASKS_AT_ONCE) as pool:
-            answers = list(pool.map(lambda task: self._answer(task, config, drawn), tasks))
-        return {"results": [_prediction(answer) for answer in answers]}
+            results = list(pool.map(lambda task: self._label_task(task, config, drawn), tasks))
+        return {"results": [_to_json(result) for result in results]}
 
-    def _answer(self, task: Json, config: LabelConfig, drawn: Any) -> TaskAnswer:
+    def _label_task(self, task: Json, config: LabelConfig, drawn: Any) -> TaskResult:
         regions = drawn if isinstance(drawn, list) else drawn_regions(task)
-        answer = TaskAnswer()
-        by_picture: dict[str, list[Rectangle]] = {}
+        result = TaskResult()
+        by_image: dict[str, list[Rectangle]] = {}
         for region in regions:
             if not isinstance(region, dict) or not is_rectangle(region) or region.get("from_name") not in config.boxes:
                 continue
             try:
                 rectangle = read_rectangle(region)
             except InputError as error:
-                answer.faults.append(str(error))
+                result.errors.append(str(error))
                 continue
-            by_picture.setdefault(rectangle.to_name, []).append(rectangle)
-        for to_name, rectangles in by_picture.items():
+            by_image.setdefault(rectangle.to_name, []).append(rectangle)
+        for to_name, rectangles in by_image.items():
             try:
-                self._label(task, config, to_name, rectangles, answer)
+                self._label_image(task, config, to_name, rectangles, result)
             except (InputError, ConfigError) as error:
-                answer.faults.append(str(error))
-        for fault in answer.faults:
-            _log.warning("task %s: no mask: %s", task.get("id"), fault)
-        return answer
+                result.errors.append(str(error))
+        for message in result.errors:
+            _log.warning("task %s: no mask: %s", task.get("id"), message)
+        return result
 
-    def _label(
-        self, task: Json, config: LabelConfig, to_name: str, rectangles: Sequence[Rectangle], answer: TaskAnswer
+    def _label_image(
+        self, task: Json, config: LabelConfig, to_name: str, rectangles: Sequence[Rectangle], result: TaskResult
     ) -> None:
-        # Before any picture is fetched: a tool that takes no masks fails all of them.
-        tools = [config.mask_tool(to_name, rectangle.labels) for rectangle in rectangles]
-        data = task.get("data")
-        address = data.get(config.pictures.get(to_name)) if isinstance(data, dict) else None
-        if not isinstance(address, str):
-            raise InputError(f"the task's data has no picture in the field {config.pictures.get(to_name)!r}")
-        content = self._pictures.read(address)
-        header = read_header(content, address)
+        # Before the image is fetched: without a control for masks, all of them fail.
+        controls = [config.mask_control(to_name, rectangle.labels) for rectangle in rectangles]
+        data, field_name = task.get("data"), config.image_fields.get(to_name)
+        url = data.get(field_name) if isinstance(data, dict) else None
+        if not isinstance(url, str):
+            raise InputError(f"task data: field {field_name!r} has no image URL")
+        image_bytes = self._images.read(url)
+        header = read_header(image_bytes, url)
         for rectangle in rectangles:
-            check_picture(rectangle, header)
-        labels = self._client.label_image(content, [rectangle.box for rectangle in rectangles], self._options)
-        for rectangle, (tool, names), label in zip(rectangles, tools, labels, strict=True):
-            fault = _fault(label)
-            if fault is not None:
-                answer.faults.append(f"region {rectangle.id!r}: {fault}")
+            check_image(rectangle, header)
+        labels = self._client.label_image(image_bytes, [rectangle.box for rectangle in rectangles], self._options)
+        for rectangle, (control, names), label in zip(rectangles, controls, labels, strict=True):
+            reason = missing_mask_reason(label)
+            if reason is not None:
+                result.errors.append(f"region {rectangle.id!r}: {reason}")
                 continue
-            answer.regions += mask_regions(label, tool, names, f"{rectangle.id}-mask", self._tolerance_px)
-            answer.scores.append(label.score)
-            answer.model = label.model
+            result.regions += mask_regions(label, control, names, f"{rectangle.id}-mask", self._tolerance_px)
+            result.scores.append(label.score)
+            result.model = label.model
 
 
 def version_of(model: ModelRef) -> str:
-    """Name, checkpoint and branch in one word."""
+    """Returns name, checkpoint and branch, joined by hyphens."""
     return f"{model.name}-{model.checkpoint_sha256[:12]}-{model.branch}"
 
 
 def drawn_regions(task: Json) -> list[Any]:
-    """The regions of a task's newest annotation that was not skipped; of its newest prediction where there is none."""
-    for kind in ("annotations", "predictions"):
-        some = task.get(kind)
-        rows = [row for row in some if isinstance(row, dict)] if isinstance(some, list) else []
+    """Returns the regions of the newest annotation of a task that was not skipped, or else of its newest prediction."""
+    for field_name in ("annotations", "predictions"):
+        value = task.get(field_name)
+        rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
         rows = [row for row in rows if isinstance(row.get("result"), list) and not row.get("was_cancelled")]
         if rows:
             newest: list[Any] = max(rows, key=lambda row: str(row.get("updated_at") or row.get("created_at")))["result"]
@@ -156,19 +160,13 @@ def drawn_regions(task: Json) -> list[Any]:
     return []
 
 
-def _fault(label: BoxLabel) -> str | None:
-    if label.error is not None:
-        return str(label.error)
-    return None if label.area else "the mask is empty: no pixel of the box reached the threshold"
-
-
-def _prediction(answer: TaskAnswer) -> Json | list[Json]:
-    if answer.regions and answer.model is not None:
-        # The lowest: Label Studio can then show the tasks with the least certain mask first.
+def _to_json(result: TaskResult) -> Json | list[Json]:
+    if result.regions and result.model is not None:
+        # The lowest score: Label Studio can then sort tasks by their least certain mask.
         return {
-            "result": answer.regions,
-            "score": min(answer.scores),
-            "model_version": version_of(answer.model),
+            "result": result.regions,
+            "score": min(result.scores),
+            "model_version": version_of(result.model),
         }
-    # Without `result` Label Studio stores no prediction, and asks again the next time.
-    return {"error": "; ".join(answer.faults)} if answer.faults else []
+    # Without `result`, Label Studio stores no prediction and requests one again.
+    return {"error": "; ".join(result.errors)} if result.errors else []

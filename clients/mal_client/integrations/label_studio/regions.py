@@ -1,7 +1,7 @@
-"""Label Studio's regions: rectangles in percent become boxes in pixels, masks become brush or polygon regions.
+"""Converts Label Studio's regions: rectangles in percent to boxes in pixels, masks to brush or polygon regions.
 
-Label Studio measures in percent of what the browser shows. Where that is not what is stored (EXIF orientation, the
-view turned by its own tool, a turned rectangle), a box would land somewhere else: such a rectangle is refused.
+Label Studio measures in percent of the displayed image. If that differs from the stored image (EXIF orientation, a
+rotated view, a rotated rectangle), the box would be misplaced, so such a rectangle is refused.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from mal_train.core.masks.images import ImageHeader
 from mal_train.core.masks.polygons import merge_holes
 
 DIGITS: Final = 6
-"""Decimals of a pixel that are kept: binary fractions of percents would miss whole and half pixels otherwise."""
+"""Decimals that pixel coordinates are rounded to, so that the conversion from percent keeps integers and halves."""
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """A rectangle that somebody drew.
+    """A rectangle that a user drew.
 
     Attributes:
-        id: of its region.
-        from_name: the tool that drew it.
-        to_name: the picture that it lies on.
+        id: ID of its region.
+        from_name: name of the control that drew it.
+        to_name: name of its image.
         labels: its classes.
-        box: x, y, width, height in px of the stored picture.
-        size_wh: size in px that Label Studio took the picture to have.
+        box: x, y, width, height in px of the stored image.
+        size_wh: size of the image in px, according to Label Studio.
     """
 
     id: str
@@ -48,105 +48,108 @@ class Rectangle:
 
 
 def is_rectangle(region: Mapping[str, Any]) -> bool:
-    """Whether a region is a rectangle, of whatever tool."""
+    """Returns True for a rectangle of any control."""
     return region.get("type") in BOXES.values()
 
 
 def read_rectangle(region: Mapping[str, Any]) -> Rectangle:
-    """The rectangle of a region.
+    """Reads the rectangle of a region.
 
     Raises:
-        BadBox: turned, incomplete, or on a picture whose view is turned.
+        BadBox: the rectangle or the view of the image is rotated, or a value is missing.
     """
     name = f"region {region.get('id')!r}"
     value = region.get("value")
     if not isinstance(value, Mapping):
-        raise BadBox(f"{name}: holds no value")
+        raise BadBox(f"{name}: value is missing")
     width, height = (_side(region.get(key), f"{name}: {key}") for key in ("original_width", "original_height"))
     x, y, w, h = (_number(value.get(key), f"{name}: {key}") for key in ("x", "y", "width", "height"))
-    turned = _number(value.get("rotation") or 0, f"{name}: rotation")
-    if turned % 360:
-        raise BadBox(f"{name}: the rectangle is turned by {turned:g} degrees; draw it upright round the object")
-    view = _number(region.get("image_rotation") or 0, f"{name}: image_rotation")
-    if view % 360:
-        raise BadBox(f"{name}: the picture is shown turned by {view:g} degrees; turn the view back and draw again")
+    rotation = _number(value.get("rotation") or 0, f"{name}: rotation")
+    if rotation % 360:
+        raise BadBox(f"{name}: rotation is {rotation:g} degrees; draw the rectangle without rotation")
+    view_rotation = _number(region.get("image_rotation") or 0, f"{name}: image_rotation")
+    if view_rotation % 360:
+        raise BadBox(
+            f"{name}: image_rotation is {view_rotation:g} degrees; reset the view and draw the rectangle again"
+        )
     labels = value.get(str(region.get("type"))) or value.get("labels") or ()
     return Rectangle(
         id=str(region.get("id")),
         from_name=str(region.get("from_name")),
         to_name=str(region.get("to_name")),
         labels=tuple(str(label) for label in labels),
-        box=box_of_percent((x, y, w, h), (width, height)),
+        box=percent_to_box((x, y, w, h), (width, height)),
         size_wh=(width, height),
     )
 
 
-def check_picture(rectangle: Rectangle, header: ImageHeader) -> None:
-    """Raises BadImage where the browser showed another frame than the one that is stored."""
+def check_image(rectangle: Rectangle, header: ImageHeader) -> None:
+    """Raises BadImage if the browser displayed the image with another size or orientation than the stored one."""
     if header.orientation != 1:
         raise BadImage(
-            f"the picture carries EXIF orientation {header.orientation}: browsers turn it, masks refer to stored "
-            "pixels; store it upright without the tag",
+            f"EXIF orientation {header.orientation}: browsers rotate the image, but masks refer to the stored pixels; "
+            "store it upright without the tag",
             "IMAGE_SIZE_MISMATCH",
         )
     if rectangle.size_wh != header.size_wh:
-        (shown_w, shown_h), (width, height) = rectangle.size_wh, header.size_wh
+        (displayed_w, displayed_h), (width, height) = rectangle.size_wh, header.size_wh
         raise BadImage(
-            f"Label Studio took the picture for {shown_w}x{shown_h} px but it is stored as {width}x{height}; load the "
-            "task again",
+            f"Label Studio displayed {displayed_w}x{displayed_h} px, but the stored image has {width}x{height} px; "
+            "reload the task",
             "IMAGE_SIZE_MISMATCH",
         )
 
 
-def box_of_percent(percent: BoxXywh, size_wh: tuple[int, int]) -> BoxXywh:
-    """x, y, width, height in px of a rectangle in percent of its picture.
+def percent_to_box(percent: BoxXywh, size_wh: tuple[int, int]) -> BoxXywh:
+    """Converts a rectangle in percent of its image to x, y, width, height in px.
 
-    >>> box_of_percent((25.0, 50.0, 12.5, 10.0), (640, 480))
+    >>> percent_to_box((25.0, 50.0, 12.5, 10.0), (640, 480))
     (160.0, 240.0, 80.0, 48.0)
     """
     x, y, w, h = (round(v * side / 100.0, DIGITS) for v, side in zip(percent, 2 * size_wh, strict=True))
     return x, y, w, h
 
 
-def percent_of_box(box: BoxXywh, size_wh: tuple[int, int]) -> BoxXywh:
-    """The inverse of `box_of_percent`."""
+def box_to_percent(box: BoxXywh, size_wh: tuple[int, int]) -> BoxXywh:
+    """Inverts `percent_to_box`."""
     x, y, w, h = (v * 100.0 / side for v, side in zip(box, 2 * size_wh, strict=True))
     return x, y, w, h
 
 
 def mask_regions(
-    label: BoxLabel, tool: Control, labels: tuple[str, ...], region_id: str, tolerance_px: float
+    label: BoxLabel, control: Control, labels: tuple[str, ...], region_id: str, tolerance_px: float
 ) -> list[Json]:
-    """A mask as regions of the tool that takes it: one brush region, or a polygon for each of its parts.
+    """Converts a mask to regions of a control: one brush region, or a polygon for each connected component.
 
     Args:
-        label: it must hold a mask.
-        tool: of kind brushlabels or polygonlabels.
+        label: a label with a mask.
+        control: a control with regions of type brushlabels or polygonlabels.
         labels: classes of the regions.
-        region_id: of the region; further parts get a number behind it.
-        tolerance_px: how far a polygon may run beside the mask's edge, to have fewer points. Holes are joined to their
-            outline by a bridge, since Label Studio's polygons know none.
+        region_id: ID of the region; further components append a number to it.
+        tolerance_px: largest distance between a polygon and the edge of the mask. Holes are joined to their outline by
+            a bridge, because Label Studio's polygons have no holes.
     """
     assert label.rle is not None
-    if tool.kind == "brushlabels":
+    if control.region_type == "brushlabels":
         values: list[Json] = [{"format": "rle", "rle": encode_brush(label.rle)}]
     else:
         size = np.array([label.rle.width, label.rle.height])
-        lines = merge_holes(label.to_polygons(tolerance_px))
-        values = [{"points": (line * 100.0 / size).tolist(), "closed": True} for line in lines]
+        outlines = merge_holes(label.to_polygons(tolerance_px))
+        values = [{"points": (outline * 100.0 / size).tolist(), "closed": True} for outline in outlines]
+    classes = {control.region_type: list(labels)}
     return [
-        _region(label, tool, f"{region_id}-{part}" if part else region_id, value | {tool.kind: list(labels)})
-        for part, value in enumerate(values)
+        _region(label, control, f"{region_id}-{number}" if number else region_id, value | classes)
+        for number, value in enumerate(values)
     ]
 
 
-def _region(label: BoxLabel, tool: Control, region_id: str, value: Json) -> Json:
+def _region(label: BoxLabel, control: Control, region_id: str, value: Json) -> Json:
     assert label.rle is not None
     return {
         "id": region_id,
-        "from_name": tool.name,
-        "to_name": tool.to_name,
-        "type": tool.kind,
+        "from_name": control.name,
+        "to_name": control.to_name,
+        "type": control.region_type,
         "origin": "prediction",
         "original_width": label.rle.width,
         "original_height": label.rle.height,
@@ -159,11 +162,11 @@ def _region(label: BoxLabel, tool: Control, region_id: str, value: Json) -> Json
 
 def _side(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BadBox(f"{name} is {value!r}; the size of the picture in px is needed, as Label Studio states it")
+        raise BadBox(f"{name} is {value!r}; expected the size of the image in px, an integer above 0")
     return value
 
 
 def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadBox(f"{name} is {value!r}; a number is needed")
+        raise BadBox(f"{name} is {value!r}; expected a finite number")
     return float(value)

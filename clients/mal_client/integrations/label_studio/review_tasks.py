@@ -1,4 +1,4 @@
-"""The worst masks of a labeled file as tasks for Label Studio: a picture each, boxes and masks as its prediction."""
+"""Writes the worst masks of a labeled file as Label Studio tasks: one per image, its boxes and masks as prediction."""
 
 from __future__ import annotations
 
@@ -10,62 +10,62 @@ from xml.sax.saxutils import quoteattr
 
 from mal_client.images.image_files import ImageFiles
 from mal_client.integrations.label_studio.brush import encode_brush
-from mal_client.integrations.label_studio.regions import Json, percent_of_box
+from mal_client.integrations.label_studio.regions import Json, box_to_percent
 from mal_client.review.queue import QueueItem, by_image, frame_size
 from mal_train.core.atomic_io import write_text
 
-BOX_TOOL: Final = "box"
-MASK_TOOL: Final = "mask"
-PICTURE: Final = "image"
+BOX_CONTROL: Final = "box"
+MASK_CONTROL: Final = "mask"
+IMAGE: Final = "image"
 
 
 def review_config(names: Sequence[str]) -> str:
-    """A labeling configuration that takes the tasks: boxes, and brushes that edit the masks.
+    """Returns a labeling configuration for the tasks, with controls for boxes and for brush masks.
 
     >>> "<Label value='cup'/>" in review_config(["cup"]).replace('"', "'")
     True
     """
     labels = "".join(f"<Label value={quoteattr(name)}/>" for name in names)
     return (
-        f'<View>\n  <Header value="$reasons"/>\n  <Image name="{PICTURE}" value="${PICTURE}"/>\n'
-        f'  <RectangleLabels name="{BOX_TOOL}" toName="{PICTURE}" smart="true">{labels}</RectangleLabels>\n'
-        f'  <BrushLabels name="{MASK_TOOL}" toName="{PICTURE}" smart="false">{labels}</BrushLabels>\n</View>\n'
+        f'<View>\n  <Header value="$reasons"/>\n  <Image name="{IMAGE}" value="${IMAGE}"/>\n'
+        f'  <RectangleLabels name="{BOX_CONTROL}" toName="{IMAGE}" smart="true">{labels}</RectangleLabels>\n'
+        f'  <BrushLabels name="{MASK_CONTROL}" toName="{IMAGE}" smart="false">{labels}</BrushLabels>\n</View>\n'
     )
 
 
 def review_tasks(
-    items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, picture_prefix: str
+    items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, image_prefix: str
 ) -> list[Json]:
-    """A task for each picture, that with the worst mask first.
+    """Builds a task for each image, the image with the worst mask first.
 
     Args:
-        items: the queue.
-        names: of the categories, by id.
-        files: where sizes are looked up that the file does not state.
-        picture_prefix: stands before the file name in a task's address of its picture.
+        items: the review queue.
+        names: category names by ID.
+        files: image files, for sizes that the labeled file does not state.
+        image_prefix: prefix of the file name in the URL of an image.
 
     Raises:
-        BadImage: a picture whose size neither the file nor the folder tells.
+        BadImage: the size of an image is not stated and its file cannot be read.
     """
-    return [_task(rows, names, files, f"{picture_prefix}{name}") for name, rows in by_image(items).items()]
+    return [_task(rows, names, files, f"{image_prefix}{name}") for name, rows in by_image(items).items()]
 
 
 def write_review_tasks(
-    items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, picture_prefix: str, output: Path
+    items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, image_prefix: str, output: Path
 ) -> Path:
-    """Writes the tasks, and beside them the configuration that takes them; the latter's path."""
-    write_text(output, json.dumps(review_tasks(items, names, files, picture_prefix)))
+    """Writes the tasks and, beside them, the labeling configuration; returns the path of the latter."""
+    write_text(output, json.dumps(review_tasks(items, names, files, image_prefix)))
     config = output.with_suffix(".config.xml")
     write_text(config, review_config(sorted(set(names.values()))))
     return config
 
 
-def _task(rows: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, address: str) -> Json:
+def _task(rows: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, url: str) -> Json:
     size_wh = frame_size(rows[0], files)
     regions = [region for item in rows for region in _regions(item, names, size_wh)]
     scores = [item.row["score"] for item in rows if isinstance(item.row.get("score"), int | float)]
     reasons = "; ".join(f"{item.rank}: {', '.join(item.reasons) or 'low score'}" for item in rows)
-    data = {PICTURE: address, "review_rank": rows[0].rank, "reasons": reasons}
+    data = {IMAGE: url, "review_rank": rows[0].rank, "reasons": reasons}
     prediction = {"model_version": "mask-auto-labeler", "score": min(scores, default=0.0), "result": regions}
     return {"data": data, "predictions": [prediction]}
 
@@ -73,18 +73,18 @@ def _task(rows: Sequence[QueueItem], names: Mapping[object, str], files: ImageFi
 def _regions(item: QueueItem, names: Mapping[object, str], size_wh: tuple[int, int]) -> list[Json]:
     label = names.get(item.row.get("category_id"), "")
     width, height = size_wh
-    x, y, w, h = percent_of_box(item.box, size_wh)
+    x, y, w, h = box_to_percent(item.box, size_wh)
     common = {
-        "to_name": PICTURE,
+        "to_name": IMAGE,
         "original_width": width,
         "original_height": height,
         "image_rotation": 0,
         "meta": {"text": [f"annotation {item.row.get('id')}", *item.reasons]},
     }
     box = {"x": x, "y": y, "width": w, "height": h, "rotation": 0, "rectanglelabels": [label]}
-    made = [{**common, "id": f"{item.rank}-box", "from_name": BOX_TOOL, "type": "rectanglelabels", "value": box}]
+    regions = [{**common, "id": f"{item.rank}-box", "from_name": BOX_CONTROL, "type": "rectanglelabels", "value": box}]
     if item.rle is not None and (item.rle.width, item.rle.height) == size_wh:
         brush = {"format": "rle", "rle": encode_brush(item.rle), "brushlabels": [label]}
-        mask = {"id": f"{item.rank}-mask", "from_name": MASK_TOOL, "type": "brushlabels", "value": brush}
-        made.append({**common, **mask, "score": float(item.row.get("score") or 0.0)})
-    return made
+        mask = {"id": f"{item.rank}-mask", "from_name": MASK_CONTROL, "type": "brushlabels", "value": brush}
+        regions.append({**common, **mask, "score": float(item.row.get("score") or 0.0)})
+    return regions

@@ -1,6 +1,6 @@
-// The playground's own server, behind functions. Every failure is a Fault with words for people.
+// Calls to the playground's own server. Every failure is an ApiError with a message for the user.
 
-export class Fault extends Error {
+export class ApiError extends Error {
   constructor(message, { code = "", reason = "", status = 0 } = {}) {
     super(message);
     this.code = code;
@@ -9,43 +9,43 @@ export class Fault extends Error {
   }
 }
 
-const GONE = "the playground does not answer; look whether `mal-client playground` still runs";
+const NO_RESPONSE = "the playground does not respond; check that `mal-client playground` is running";
 
-async function ask(path, init = {}) {
-  let answer;
+async function request(path, init = {}) {
+  let response;
   try {
-    answer = await fetch(path, init);
+    response = await fetch(path, init);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Fault(GONE, { code: "UNAVAILABLE" });
+    throw new ApiError(NO_RESPONSE, { code: "UNAVAILABLE" });
   }
-  if (answer.ok) return answer;
-  let error = { message: `${answer.status} ${answer.statusText}` };
+  if (response.ok) return response;
+  let error = { message: `${response.status} ${response.statusText}` };
   try {
-    error = (await answer.json()).error ?? error;
+    error = (await response.json()).error ?? error;
   } catch {
-    // Not ours: a proxy's page, say. The status line says what there is to say.
+    // The response is not from the playground, for example from a proxy; the status line is the message.
   }
-  throw new Fault(error.message, { ...error, status: answer.status });
+  throw new ApiError(error.message, { ...error, status: response.status });
 }
 
 const asJson = (body) => ({ method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
 export const server = async (model) =>
-  (await ask(`/api/server${model === null ? "" : `?model=${encodeURIComponent(model)}`}`)).json();
+  (await request(`/api/server${model === null ? "" : `?model=${encodeURIComponent(model)}`}`)).json();
 
-export const sendImage = async (blob) => (await ask("/api/images", { method: "POST", body: blob })).json();
+export const sendImage = async (blob) => (await request("/api/images", { method: "POST", body: blob })).json();
 
-export const pixels = async (sha256) => (await ask(`/api/images/${sha256}/pixels`)).blob();
+export const pixels = async (sha256) => (await request(`/api/images/${sha256}/pixels`)).blob();
 
-export const coco = async (body) => (await ask("/api/coco", asJson(body))).blob();
+export const coco = async (body) => (await request("/api/coco", asJson(body))).blob();
 
-/** Asks for masks; `onLine` gets each box's answer as it comes. Resolves when every box was answered. */
+/** Requests masks; calls `onLine` with the line of each box as it arrives. Resolves after the last one. */
 export async function label(sha256, boxes, options, signal, onLine) {
-  const answer = await ask(`/api/images/${sha256}/labels`, { ...asJson({ boxes, options }), signal });
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const response = await request(`/api/images/${sha256}/labels`, { ...asJson({ boxes, options }), signal });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  let isWhole = false;
+  let isComplete = false;
   try {
     for (;;) {
       const { value, done } = await reader.read();
@@ -54,13 +54,13 @@ export async function label(sha256, boxes, options, signal, onLine) {
       rest = lines.pop();
       for (const text of lines) {
         const line = JSON.parse(text);
-        if (line.done) isWhole = true;
+        if (line.done) isComplete = true;
         else onLine(line);
       }
     }
   } catch (error) {
     if (error.name === "AbortError" || error instanceof SyntaxError) throw error;
-    throw new Fault(GONE, { code: "UNAVAILABLE" });
+    throw new ApiError(NO_RESPONSE, { code: "UNAVAILABLE" });
   }
-  if (!isWhole) throw new Fault("the answer broke off before every box had its mask", { code: "UNAVAILABLE" });
+  if (!isComplete) throw new ApiError("the connection was lost before every box had its mask", { code: "UNAVAILABLE" });
 }

@@ -2,7 +2,7 @@
 
 export const HANDLES = ["nw", "n", "ne", "e", "se", "s", "sw", "w"];
 
-/** The box between two corners, on whole pixels, cut to the image; null where nothing is left. */
+/** Returns the box between two corners, rounded to pixels and clipped to the image; null if nothing is left. */
 export function boxBetween(a, b, image) {
   const clampX = (x) => Math.min(Math.max(Math.round(x), 0), image.width);
   const clampY = (y) => Math.min(Math.max(Math.round(y), 0), image.height);
@@ -11,13 +11,13 @@ export function boxBetween(a, b, image) {
   return x1 > x0 && y1 > y0 ? [x0, y0, x1 - x0, y1 - y0] : null;
 }
 
-/** The box moved by (dx, dy), kept inside the image. */
+/** Returns the box moved by (dx, dy), kept inside the image. */
 export function moved([x, y, w, h], dx, dy, image) {
-  const within = (value, room) => Math.min(Math.max(value, Math.min(0, room)), Math.max(0, room));
+  const within = (value, limit) => Math.min(Math.max(value, Math.min(0, limit)), Math.max(0, limit));
   return [within(x + Math.round(dx), image.width - w), within(y + Math.round(dy), image.height - h), w, h];
 }
 
-/** The box with the side or corner `handle` ("nw", "e", …) pulled to a point; at least one px wide and high. */
+/** Returns the box with the side or corner `handle` ("nw", "e", …) moved to a point; at least 1 px wide and high. */
 export function resized([x, y, w, h], handle, point, image) {
   let [x0, y0, x1, y1] = [x, y, x + w, y + h];
   const px = Math.min(Math.max(Math.round(point.x), 0), image.width);
@@ -29,10 +29,10 @@ export function resized([x, y, w, h], handle, point, image) {
   return [x0, y0, x1 - x0, y1 - y0];
 }
 
-/** Where a handle of the box is. */
+/** Returns the position of a handle of the box. */
 export function handlePoint([x, y, w, h], handle) {
-  const at = (low, high) => (handle.includes(low) ? 0 : handle.includes(high) ? 1 : 0.5);
-  return { x: x + w * at("w", "e"), y: y + h * at("n", "s") };
+  const fraction = (low, high) => (handle.includes(low) ? 0 : handle.includes(high) ? 1 : 0.5);
+  return { x: x + w * fraction("w", "e"), y: y + h * fraction("n", "s") };
 }
 
 export function contains([x, y, w, h], point) {
@@ -40,5 +40,5 @@ export function contains([x, y, w, h], point) {
 }
 
 export function sameBox(a, b) {
-  return a.every((value, at) => value === b[at]);
+  return a.every((value, index) => value === b[index]);
 }

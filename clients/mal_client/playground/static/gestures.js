@@ -1,4 +1,4 @@
-// Mouse, touch and keys on the canvas → changes of the session and of the view.
+// Translates mouse, touch and keyboard events on the canvas into changes of the session and of the view.
 
 import { HANDLES, boxBetween, contains, handlePoint, moved, resized } from "./geometry.js";
 
@@ -12,9 +12,9 @@ export class Gestures {
   #session;
   #stage;
   #canvas;
-  #fingers = new Map();
-  /** What is under way: {kind: "draw" | "move" | "resize" | "pan" | "pinch", …}; null: nothing. */
-  #now = null;
+  #pointers = new Map();
+  /** The active gesture: {type: "draw" | "move" | "resize" | "pan" | "pinch", …}, or null. */
+  #gesture = null;
   #isSpaceDown = false;
 
   constructor(session, stage, canvas) {
@@ -23,8 +23,8 @@ export class Gestures {
     on("pointerdown", this.#down);
     on("pointermove", this.#move);
     on("pointerup", this.#up);
-    on("pointercancel", this.#cancelled);
-    on("lostpointercapture", (event) => this.#fingers.delete(event.pointerId));
+    on("pointercancel", this.#pointerCancelled);
+    on("lostpointercapture", (event) => this.#pointers.delete(event.pointerId));
     on("contextmenu", (event) => event.preventDefault());
     on("wheel", this.#wheel, { passive: false });
     on("keydown", this.#keyDown);
@@ -32,7 +32,7 @@ export class Gestures {
     on("blur", () => (this.#isSpaceDown = false));
   }
 
-  #at(event) {
+  #position(event) {
     const { left, top } = this.#canvas.getBoundingClientRect();
     return { x: event.clientX - left, y: event.clientY - top };
   }
@@ -41,32 +41,32 @@ export class Gestures {
 
   #down(event) {
     if (this.#session.current === null) return;
-    const at = this.#at(event);
-    this.#fingers.set(event.pointerId, at);
+    const at = this.#position(event);
+    this.#pointers.set(event.pointerId, at);
     this.#canvas.setPointerCapture(event.pointerId);
-    if (this.#fingers.size === 2) {
-      this.#giveUp();
-      this.#now = { kind: "pinch", ...this.#spread() };
-    } else if (this.#fingers.size > 2) {
+    if (this.#pointers.size === 2) {
+      this.#cancelGesture();
+      this.#gesture = { type: "pinch", ...this.#pinchState() };
+    } else if (this.#pointers.size > 2) {
       return;
     } else if (event.button !== 0 || this.#isSpaceDown) {
-      this.#now = { kind: "pan", last: at };
+      this.#gesture = { type: "pan", last: at };
     } else {
-      this.#now = this.#grabbed(event, at);
+      this.#gesture = this.#startGesture(event, at);
     }
     event.preventDefault();
     this.#canvas.focus({ preventScroll: true });
   }
 
-  #grabbed(event, at) {
+  #startGesture(event, at) {
     const point = this.#stage.toImage(at);
     const box = this.#session.showBoxes ? this.#session.selectedBox : null;
     const handle = box && this.#handleAt(box, at, event.pointerType);
-    if (handle) return { kind: "resize", box, handle, before: box.rect };
+    if (handle) return { type: "resize", box, handle, before: box.rect };
     if (box && contains(box.rect, point) && !event.shiftKey) {
-      return { kind: "move", box, before: box.rect, start: at, from: point, isMoving: false };
+      return { type: "move", box, before: box.rect, start: at, from: point, isMoving: false };
     }
-    return { kind: "draw", start: at, from: point };
+    return { type: "draw", start: at, from: point };
   }
 
   #handleAt(box, at, pointer) {
@@ -80,52 +80,52 @@ export class Gestures {
   }
 
   #move(event) {
-    const at = this.#at(event);
-    if (this.#fingers.has(event.pointerId)) this.#fingers.set(event.pointerId, at);
-    const now = this.#now;
-    if (now === null) return this.#showCursor(event, at);
+    const at = this.#position(event);
+    if (this.#pointers.has(event.pointerId)) this.#pointers.set(event.pointerId, at);
+    const gesture = this.#gesture;
+    if (gesture === null) return this.#showCursor(event, at);
     const image = this.#session.current;
     const point = this.#stage.toImage(at);
-    if (now.kind === "pan") {
-      this.#stage.panBy(at.x - now.last.x, at.y - now.last.y);
-      now.last = at;
-    } else if (now.kind === "pinch") {
-      this.#pinch(now);
-    } else if (now.kind === "resize") {
-      this.#session.drag(now.box, resized(now.before, now.handle, point, image));
-    } else if (now.kind === "move") {
-      now.isMoving ||= Math.hypot(at.x - now.start.x, at.y - now.start.y) >= CLICK_PX;
-      if (now.isMoving) this.#session.drag(now.box, moved(now.before, point.x - now.from.x, point.y - now.from.y, image));
-    } else if (Math.hypot(at.x - now.start.x, at.y - now.start.y) >= CLICK_PX || this.#stage.draft) {
-      this.#stage.draft = boxBetween(now.from, point, image);
+    if (gesture.type === "pan") {
+      this.#stage.panBy(at.x - gesture.last.x, at.y - gesture.last.y);
+      gesture.last = at;
+    } else if (gesture.type === "pinch") {
+      this.#pinch(gesture);
+    } else if (gesture.type === "resize") {
+      this.#session.drag(gesture.box, resized(gesture.before, gesture.handle, point, image));
+    } else if (gesture.type === "move") {
+      gesture.isMoving ||= Math.hypot(at.x - gesture.start.x, at.y - gesture.start.y) >= CLICK_PX;
+      if (gesture.isMoving) this.#session.drag(gesture.box, moved(gesture.before, point.x - gesture.from.x, point.y - gesture.from.y, image));
+    } else if (Math.hypot(at.x - gesture.start.x, at.y - gesture.start.y) >= CLICK_PX || this.#stage.draft) {
+      this.#stage.draft = boxBetween(gesture.from, point, image);
       this.#stage.redraw();
     }
   }
 
   #up(event) {
-    this.#fingers.delete(event.pointerId);
-    const now = this.#now;
-    if (now === null) return;
-    if (now.kind === "pinch") {
-      // The second finger lifts later; what it does alone is no drawing.
-      if (this.#fingers.size === 0) this.#now = null;
+    this.#pointers.delete(event.pointerId);
+    const gesture = this.#gesture;
+    if (gesture === null) return;
+    if (gesture.type === "pinch") {
+      // The remaining finger of a pinch does not draw.
+      if (this.#pointers.size === 0) this.#gesture = null;
       return;
     }
-    this.#now = null;
-    if (now.kind === "resize" || now.kind === "move") this.#session.dropped(now.box, now.before);
-    if (now.kind === "move" && !now.isMoving) this.#click(now.from);
-    if (now.kind === "draw") this.#finishDrawing(now);
+    this.#gesture = null;
+    if (gesture.type === "resize" || gesture.type === "move") this.#session.dropped(gesture.box, gesture.before);
+    if (gesture.type === "move" && !gesture.isMoving) this.#click(gesture.from);
+    if (gesture.type === "draw") this.#finishDraw(gesture);
   }
 
-  #finishDrawing(now) {
+  #finishDraw(gesture) {
     const rect = this.#stage.draft;
     this.#stage.draft = null;
     if (rect !== null) this.#session.addBox(rect);
-    else this.#click(now.from);
+    else this.#click(gesture.from);
     this.#stage.redraw();
   }
 
-  /** Selects the smallest box there; at a second click the next larger one. */
+  /** Selects the smallest box at a point; another click selects the next larger one. */
   #click(point) {
     const { boxes, selected } = this.#session.current;
     const hit = boxes.filter((box) => contains(box.rect, point)).sort((a, b) => area(a) - area(b));
@@ -133,30 +133,30 @@ export class Gestures {
     this.#session.selectBox(hit[(at + 1) % Math.max(1, hit.length)]?.id ?? null);
   }
 
-  #spread() {
-    const [a, b] = this.#fingers.values();
+  #pinchState() {
+    const [a, b] = this.#pointers.values();
     return { middle: { x: (a.x + b.x) / 2, y: (a.y + b.y) / 2 }, distance: Math.max(1, Math.hypot(a.x - b.x, a.y - b.y)) };
   }
 
-  #pinch(now) {
-    if (this.#fingers.size < 2) return;
-    const { middle, distance } = this.#spread();
-    this.#stage.panBy(middle.x - now.middle.x, middle.y - now.middle.y);
-    this.#stage.zoomBy(distance / now.distance, middle);
-    Object.assign(now, { middle, distance });
+  #pinch(gesture) {
+    if (this.#pointers.size < 2) return;
+    const { middle, distance } = this.#pinchState();
+    this.#stage.panBy(middle.x - gesture.middle.x, middle.y - gesture.middle.y);
+    this.#stage.zoomBy(distance / gesture.distance, middle);
+    Object.assign(gesture, { middle, distance });
   }
 
-  #cancelled(event) {
-    this.#fingers.delete(event.pointerId);
-    this.#giveUp();
+  #pointerCancelled(event) {
+    this.#pointers.delete(event.pointerId);
+    this.#cancelGesture();
   }
 
-  /** What is under way is as if it had not begun. */
-  #giveUp() {
-    const now = this.#now;
-    this.#now = null;
+  /** Undoes the active gesture. */
+  #cancelGesture() {
+    const gesture = this.#gesture;
+    this.#gesture = null;
     this.#stage.draft = null;
-    if (now?.before) this.#session.drag(now.box, now.before);
+    if (gesture?.before) this.#session.drag(gesture.box, gesture.before);
     this.#stage.redraw();
   }
 
@@ -173,8 +173,8 @@ export class Gestures {
     event.preventDefault();
     const lines = event.deltaMode === WheelEvent.DOM_DELTA_LINE ? 16 : 1;
     if (event.shiftKey) return this.#stage.panBy(-(event.deltaX || event.deltaY) * lines, 0);
-    // A pinch on a trackpad comes as a wheel with Ctrl and small steps.
-    this.#stage.zoomBy(Math.exp(-event.deltaY * lines * (event.ctrlKey ? 0.01 : 0.0015)), this.#at(event));
+    // A pinch on a trackpad arrives as a wheel event with Ctrl and small steps.
+    this.#stage.zoomBy(Math.exp(-event.deltaY * lines * (event.ctrlKey ? 0.01 : 0.0015)), this.#position(event));
   }
 
   // --- keys ---
@@ -199,7 +199,7 @@ export class Gestures {
       0: () => stage.fit(),
       1: () => stage.zoomTo(1),
       " ": () => (this.#isSpaceDown = true),
-      Escape: () => (this.#now === null ? session.selectBox(null) : this.#giveUp()),
+      Escape: () => (this.#gesture === null ? session.selectBox(null) : this.#cancelGesture()),
     };
     actions.Backspace = actions.Delete;
     const action = actions[key.length === 1 ? key.toLowerCase() : key];
@@ -210,8 +210,8 @@ export class Gestures {
   }
 
   #arrow(event) {
-    const pace = event.shiftKey ? 10 : 1;
-    const [dx, dy] = ARROWS[event.key].map((step) => step * pace);
+    const stepPx = event.shiftKey ? 10 : 1;
+    const [dx, dy] = ARROWS[event.key].map((step) => step * stepPx);
     const box = this.#session.selectedBox;
     if (box === null) return this.#stage.panBy(-8 * dx, -8 * dy);
     const [x, y, w, h] = box.rect;
@@ -221,7 +221,7 @@ export class Gestures {
     return this.#session.edit(box, "rect", rect, { tag: `keys ${box.id}`, delay: KEY_DELAY_MS });
   }
 
-  /** A box in the middle third of what is in view. */
+  /** Adds a box in the middle third of the view. */
   addInView() {
     const [a, b] = this.#stage.visible();
     const third = { x: (b.x - a.x) / 3, y: (b.y - a.y) / 3 };

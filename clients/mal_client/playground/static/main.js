@@ -1,4 +1,4 @@
-// Puts the parts together: opening, pasting, dropping, the toolbar, notices, the download.
+// Connects the parts of the page: opening, pasting and dropping images, the toolbar, notices, the download.
 
 import { Gestures } from "./gestures.js";
 import { Panel } from "./panel.js";
@@ -13,23 +13,23 @@ const stage = new Stage(session, canvas);
 const gestures = new Gestures(session, stage, canvas);
 new Panel(session, stage);
 
-// The cookie has the key now; the address bar, the history and what is copied from them need not.
+// The cookie has the key now; remove it from the address bar and the history.
 history.replaceState(null, "", location.pathname);
 
 // --- opening ---
 
-const isPicture = (file) => file.type.startsWith("image/") || /\.(jpe?g|png|webp|bmp|tiff?)$/i.test(file.name);
+const isImage = (file) => file.type.startsWith("image/") || /\.(jpe?g|png|webp|bmp|tiff?)$/i.test(file.name);
 
 async function open(files) {
-  const pictures = files.filter(isPicture);
-  for (const other of files.filter((file) => !isPicture(file))) session.notice(`${other.name}: is no image`);
-  await session.open(pictures);
+  const imageFiles = files.filter(isImage);
+  for (const other of files.filter((file) => !isImage(file))) session.notice(`${other.name}: not an image`);
+  await session.open(imageFiles);
   canvas.focus({ preventScroll: true });
 }
 
 byId("files").addEventListener("change", (event) => {
   const files = [...event.target.files];
-  // The same file may be chosen again.
+  // Allows the user to choose the same file again.
   event.target.value = "";
   open(files);
 });
@@ -92,10 +92,10 @@ on("download", async () => {
     const [first, ...others] = session.images;
     link.download = others.length ? "playground.coco.json" : `${first.name.replace(/\.[^.]*$/, "")}.coco.json`;
     link.click();
-    // Not at once: the browser reads it after the click.
+    // Delayed, because the browser reads the URL after the click.
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   } catch (error) {
-    session.notice(`The file was not made: ${error.message}`);
+    session.notice(`COCO file: ${error.message}`);
   }
 });
 
@@ -103,7 +103,7 @@ addEventListener("beforeunload", (event) => {
   if (!session.isSaved) event.preventDefault();
 });
 
-// --- what the session says ---
+// --- session events ---
 
 session.addEventListener("change", () => {
   const { current, images } = session;
@@ -126,21 +126,21 @@ session.addEventListener("change", () => {
 session.addEventListener("notice", ({ detail: { text, info, action } }) => {
   const notice = document.createElement("div");
   notice.className = info ? "notice info" : "notice";
-  const words = document.createElement("span");
-  words.textContent = text;
-  notice.append(words);
-  const button = (label, act) => {
-    const made = document.createElement("button");
-    made.type = "button";
-    made.textContent = label;
-    made.addEventListener("click", () => {
+  const message = document.createElement("span");
+  message.textContent = text;
+  notice.append(message);
+  const addButton = (label, onClick) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = label;
+    button.addEventListener("click", () => {
       notice.remove();
-      act();
+      onClick();
     });
-    notice.append(made);
+    notice.append(button);
   };
-  if (action !== null) button(...action);
-  button("Dismiss", () => canvas.focus({ preventScroll: true }));
+  if (action !== null) addButton(...action);
+  addButton("Dismiss", () => canvas.focus({ preventScroll: true }));
   byId("notices").append(notice);
 });
 

@@ -1,16 +1,16 @@
-// The settings, the numbers of the selected box, and the list: everything beside the canvas.
+// The side panel: settings, the selected box, and the list of boxes.
 
 const byId = (id) => document.getElementById(id);
-const AGAIN = " — it is tried again by itself";
-const AGREEMENT = "Measure how far both networks agree: twice the work";
-const NO_AGREEMENT = "Agreement compares two networks, and this model holds one alone";
+const RETRYING = " — retrying automatically";
+const AGREEMENT = "Measure the IoU of the masks of both networks; doubles the work";
+const NO_AGREEMENT = "Needs two networks; this model has only one";
 const FIELDS = ["box-x", "box-y", "box-w", "box-h"];
 
 export class Panel {
   #session;
   #stage;
   #rows = new Map();
-  #isAsked = false;
+  #isScheduled = false;
 
   constructor(session, stage) {
     [this.#session, this.#stage] = [session, stage];
@@ -41,11 +41,11 @@ export class Panel {
 
   #wireSelected() {
     const session = this.#session;
-    const edit = (field, value, how) => session.selectedBox && session.edit(session.selectedBox, field, value, how);
-    FIELDS.forEach((id, at) =>
+    const edit = (field, value, options) => session.selectedBox && session.edit(session.selectedBox, field, value, options);
+    FIELDS.forEach((id, index) =>
       byId(id).addEventListener("change", (event) => {
         const number = event.target.valueAsNumber;
-        if (Number.isFinite(number) && session.selectedBox) edit("rect", session.selectedBox.rect.with(at, number));
+        if (Number.isFinite(number) && session.selectedBox) edit("rect", session.selectedBox.rect.with(index, number));
         else session.changed();
       }),
     );
@@ -60,10 +60,10 @@ export class Panel {
   }
 
   #renderSoon() {
-    if (this.#isAsked) return;
-    this.#isAsked = true;
+    if (this.#isScheduled) return;
+    this.#isScheduled = true;
     requestAnimationFrame(() => {
-      this.#isAsked = false;
+      this.#isScheduled = false;
       this.#render();
     });
   }
@@ -90,10 +90,10 @@ export class Panel {
     line.title = server ? `checkpoint ${server.model.checkpoint_sha256}\nscore: ${server.score_meaning}` : "";
     if (server === null) return;
     this.#renderModels(server);
-    byId("branch").options[0].textContent = `the server's (${server.model.branch})`;
+    byId("branch").options[0].textContent = `server default (${server.model.branch})`;
   }
 
-  /** The networks that the model holds, and what takes both of them. */
+  /** Offers the networks of the model, and the agreement of two networks. */
   #renderNetworks({ branches, can_agree: canAgree }) {
     const { branch, agreement } = this.#session.options;
     const select = byId("branch");
@@ -107,7 +107,7 @@ export class Panel {
     byId("agreement").parentElement.title = canAgree ? AGREEMENT : NO_AGREEMENT;
   }
 
-  /** A server with one model offers no choice. */
+  /** Offers the models of the server if it has several. */
   #renderModels({ models, model }) {
     const select = byId("model");
     byId("models").hidden = models.length < 2;
@@ -125,29 +125,29 @@ export class Panel {
       list.dataset.names = JSON.stringify([...names]);
       list.replaceChildren(...[...names].map((name) => new Option(name, name)));
     }
-    const own = server ? [...new Set(server.mask_thresholds)] : [];
-    this.#renderThreshold("threshold", current !== null, current?.threshold ?? null, own.length === 1 ? `model: ${own[0].toFixed(2)}` : "model's own");
-    byId("threshold-shown").title = server ? `The model's own by size of the box: ${server.mask_thresholds.join(", ")}` : "";
+    const defaults = server ? [...new Set(server.mask_thresholds)] : [];
+    this.#renderThreshold("threshold", current !== null, current?.threshold ?? null, defaults.length === 1 ? `model: ${defaults[0].toFixed(2)}` : "model default");
+    byId("threshold-shown").title = server ? `Defaults of the model by size class: ${server.mask_thresholds.join(", ")}` : "";
     byId("show-masks").checked = this.#session.showMasks;
   }
 
-  #renderThreshold(id, isEnabled, value, otherwise) {
+  #renderThreshold(id, isEnabled, value, inherited) {
     byId(`${id}-on`).disabled = !isEnabled;
     byId(`${id}-on`).checked = value !== null;
     byId(id).disabled = !isEnabled || value === null;
     if (value !== null) byId(id).value = value;
-    byId(`${id}-shown`).textContent = value === null ? otherwise : value.toFixed(2);
+    byId(`${id}-shown`).textContent = value === null ? inherited : value.toFixed(2);
   }
 
   #renderSelected(box) {
     byId("selected").disabled = box === null;
     byId("selected-title").textContent = box === null ? "No box selected" : `Box ${box.number}`;
-    FIELDS.forEach((id, at) => {
-      // What somebody is typing is not written over.
-      if (document.activeElement !== byId(id) || box === null) byId(id).value = box === null ? "" : box.rect[at];
+    FIELDS.forEach((id, index) => {
+      // Keeps the text that the user is typing.
+      if (document.activeElement !== byId(id) || box === null) byId(id).value = box === null ? "" : box.rect[index];
     });
     if (document.activeElement !== byId("box-category") || box === null) byId("box-category").value = box?.category ?? "";
-    this.#renderThreshold("box-threshold", box !== null, box?.threshold ?? null, "as the image");
+    this.#renderThreshold("box-threshold", box !== null, box?.threshold ?? null, "image setting");
   }
 
   #renderList(image, order) {
@@ -156,12 +156,12 @@ export class Panel {
     order.forEach((box) => kept.set(box.id, this.#rows.get(box.id) ?? this.#newRow(box.id)));
     for (const [id, row] of this.#rows) if (kept.get(id) !== row) row.item.remove();
     this.#rows = kept;
-    order.forEach((box, at) => {
+    order.forEach((box, index) => {
       const row = kept.get(box.id);
       this.#fillRow(row, image, box);
-      if (list.children[at] !== row.item) {
+      if (list.children[index] !== row.item) {
         const focused = row.item.contains(document.activeElement) ? document.activeElement : null;
-        list.insertBefore(row.item, list.children[at] ?? null);
+        list.insertBefore(row.item, list.children[index] ?? null);
         focused?.focus();
       }
     });
@@ -182,21 +182,21 @@ export class Panel {
   #fillRow(row, image, box) {
     const state = this.#session.state(image, box);
     row.button.setAttribute("aria-pressed", String(image.selected === box.id));
-    const shown = JSON.stringify([state, box.number, box.category, box.color, box.threshold, state === "labeled" ? brief(box.answer) : box.fault]);
+    const shown = JSON.stringify([state, box.number, box.category, box.color, box.threshold, state === "labeled" ? summaryOf(box.result) : box.error]);
     if (row.shown === shown) return;
     row.shown = shown;
     row.item.dataset.state = state;
     const swatch = element("span", "swatch");
     swatch.style.background = `rgb(${box.color.join(" ")})`;
     row.button.replaceChildren(swatch, element("span", "name", `${box.number} · ${box.category}`), ...this.#chips(state, box));
-    row.item.querySelector(".fault")?.remove();
-    if (state === "failed") row.item.append(this.#fault(box));
+    row.item.querySelector(".error")?.remove();
+    if (state === "failed") row.item.append(this.#errorElement(box));
   }
 
   #chips(state, box) {
     if (state === "waiting") return [element("span", "chip wait", "waiting…")];
     if (state === "failed") return [element("span", "chip flag", "no mask")];
-    const { score, agreement, flags } = box.answer;
+    const { score, agreement, flags } = box.result;
     const chips = [element("span", "chip", `score ${score.toFixed(3)}`)];
     chips[0].title = this.#session.server?.score_meaning ?? "";
     if (agreement !== null) chips.push(element("span", "chip", `agreement ${agreement.toFixed(3)}`));
@@ -208,16 +208,16 @@ export class Panel {
     return chips;
   }
 
-  #fault(box) {
-    const fault = element("div", "fault");
-    fault.append(element("span", "", box.fault.message + (box.fault.code === "UNAVAILABLE" ? AGAIN : "")));
-    // What is wrong with the box itself stays wrong until it is changed.
-    if (box.fault.code === "INVALID_ARGUMENT") return fault;
-    const again = element("button", "", "Try again");
-    again.type = "button";
-    again.addEventListener("click", () => this.#session.retry());
-    fault.append(again);
-    return fault;
+  #errorElement(box) {
+    const item = element("div", "error");
+    item.append(element("span", "", box.error.message + (box.error.code === "UNAVAILABLE" ? RETRYING : "")));
+    // Retrying does not help an invalid box.
+    if (box.error.code === "INVALID_ARGUMENT") return item;
+    const retry = element("button", "", "Try again");
+    retry.type = "button";
+    retry.addEventListener("click", () => this.#session.retry());
+    item.append(retry);
+    return item;
   }
 
   #summary(image) {
@@ -231,11 +231,11 @@ export class Panel {
   }
 }
 
-const brief = ({ score, agreement, flags }) => [score, agreement, flags];
+const summaryOf = ({ score, agreement, flags }) => [score, agreement, flags];
 
-function element(name, kind, text = "") {
-  const made = document.createElement(name);
-  made.className = kind;
-  made.textContent = text;
-  return made;
+function element(name, className, text = "") {
+  const created = document.createElement(name);
+  created.className = className;
+  created.textContent = text;
+  return created;
 }

@@ -1,28 +1,28 @@
-// COCO's compressed run lengths → pixels to draw. Decodes only: masks go back into files as the server wrote them.
+// Decodes COCO's compressed run lengths into pixels to draw. Files get the masks as the server encoded them.
 
-/** Run lengths of a compressed string: background and mask in turn, down the columns. */
+/** Returns the run lengths of a compressed string: background and mask alternate, in column order. */
 export function runLengths(counts) {
   const runs = [];
-  let at = 0;
-  while (at < counts.length) {
+  let index = 0;
+  while (index < counts.length) {
     let value = 0;
     let factor = 1;
     let digit;
     do {
-      digit = counts.charCodeAt(at++) - 48;
+      digit = counts.charCodeAt(index++) - 48;
       value += (digit & 0x1f) * factor;
       factor *= 32;
     } while (digit & 0x20);
-    // The sign bit of the last digit extends upwards.
+    // Extends the sign bit of the last digit.
     if (digit & 0x10) value -= factor;
-    // From the fourth on, a run is the difference to the run two before.
+    // From the fourth run on, the value is the difference from the run two before.
     if (runs.length > 2) value += runs[runs.length - 2];
     runs.push(value);
   }
   return runs;
 }
 
-/** The mask inside its tight box, row by row: {x, y, width, height, bits: Uint8Array}; null for an empty mask. */
+/** Returns the mask inside its tight box, in row order: {x, y, width, height, bits: Uint8Array}; null if it is empty. */
 export function maskRegion(rle, maskBox) {
   if (maskBox === null) return null;
   const [x, y, width, height] = maskBox;
@@ -31,8 +31,8 @@ export function maskRegion(rle, maskBox) {
   let position = 0;
   runLengths(rle.counts).forEach((run, index) => {
     if (index % 2) {
-      for (let at = position; at < position + run; at++) {
-        bits[((at % rows) - y) * width + Math.floor(at / rows) - x] = 1;
+      for (let pixel = position; pixel < position + run; pixel++) {
+        bits[((pixel % rows) - y) * width + Math.floor(pixel / rows) - x] = 1;
       }
     }
     position += run;
@@ -40,12 +40,12 @@ export function maskRegion(rle, maskBox) {
   return { x, y, width, height, bits };
 }
 
-const LARGEST_LAYER = 8_000_000;
-const TINT = 105;
+const MAX_LAYER_PIXELS = 8_000_000;
+const FILL_ALPHA = 105;
 
-/** A canvas with the mask in a color [r, g, b], its rim opaque, and where to draw it; masks that are huge lose detail. */
+/** Returns a canvas with the mask in a color [r, g, b], with an opaque edge, and its position; huge masks lose detail. */
 export function maskLayer(region, color) {
-  const step = Math.ceil(Math.sqrt((region.width * region.height) / LARGEST_LAYER));
+  const step = Math.ceil(Math.sqrt((region.width * region.height) / MAX_LAYER_PIXELS));
   const width = Math.ceil(region.width / step);
   const height = Math.ceil(region.height / step);
   const isMask = (column, row) =>
@@ -56,7 +56,7 @@ export function maskLayer(region, color) {
       if (!isMask(column, row)) continue;
       const isInner =
         isMask(column - 1, row) && isMask(column + 1, row) && isMask(column, row - 1) && isMask(column, row + 1);
-      pixels.data.set([...color, isInner ? TINT : 255], 4 * (row * width + column));
+      pixels.data.set([...color, isInner ? FILL_ALPHA : 255], 4 * (row * width + column));
     }
   }
   const canvas = document.createElement("canvas");

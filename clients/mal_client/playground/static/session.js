@@ -1,18 +1,18 @@
-// What is open and what is known about it: images, boxes, their masks, what can be undone. Draws nothing.
+// The state of the page: images, boxes, their masks, and the undo history. Draws nothing.
 
 import * as api from "./api.js";
 import { sameBox } from "./geometry.js";
 import { maskLayer, maskRegion } from "./rle.js";
 
-/** Colors that are far apart for color-blind readers too (Okabe and Ito). */
+/** Colors that color-blind users can distinguish too (Okabe and Ito). */
 export const PALETTE = [
   [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167],
 ];
 
-const KEPT_ANSWERS = 2000;
+const MAX_RESULTS = 2000;
 const UNDO_STEPS = 200;
-const FIRST_PAUSE_MS = 2000;
-const LONGEST_PAUSE_MS = 8000;
+const MIN_RETRY_MS = 2000;
+const MAX_RETRY_MS = 8000;
 
 export class Session extends EventTarget {
   server = null;
@@ -23,12 +23,12 @@ export class Session extends EventTarget {
   showMasks = true;
   showBoxes = true;
   worstFirst = false;
-  #answers = new Map();
+  #results = new Map();
   #calls = [];
   #nextBox = 1;
   #saved = "";
-  #later = null;
-  #pause = FIRST_PAUSE_MS;
+  #retryTimer = null;
+  #retryMs = MIN_RETRY_MS;
 
   changed() {
     this.dispatchEvent(new Event("change"));
@@ -43,7 +43,7 @@ export class Session extends EventTarget {
   async connect() {
     try {
       this.server = await api.server(this.options.model);
-      this.#dropUnserved();
+      this.#dropUnsupported();
     } catch (error) {
       this.server = null;
       this.notice(error.message, { action: ["Try again", () => this.connect()] });
@@ -52,12 +52,12 @@ export class Session extends EventTarget {
     return this.server !== null;
   }
 
-  /** What the model that answers now cannot do is asked for no more. */
-  #dropUnserved() {
+  /** Resets options that the current model does not support. */
+  #dropUnsupported() {
     const { branches, can_agree: canAgree } = this.server;
-    const isBranchServed = this.options.branch === null || branches.includes(this.options.branch);
-    if (isBranchServed && (canAgree || !this.options.agreement)) return;
-    if (!isBranchServed) this.options.branch = null;
+    const isBranchSupported = this.options.branch === null || branches.includes(this.options.branch);
+    if (isBranchSupported && (canAgree || !this.options.agreement)) return;
+    if (!isBranchSupported) this.options.branch = null;
     this.options.agreement &&= canAgree;
     this.images.forEach((image) => this.#relabelSoon(image, 0));
   }
@@ -75,42 +75,42 @@ export class Session extends EventTarget {
   }
 
   async #openOne(file) {
-    const largest = this.server?.limits.max_image_bytes;
-    if (largest && file.size > largest) {
-      throw new api.Fault(`${file.size} bytes; the server takes at most ${largest}; compress or shrink it`);
+    const maxBytes = this.server?.limits.max_image_bytes;
+    if (maxBytes && file.size > maxBytes) {
+      throw new api.ApiError(`${file.size} bytes; the server accepts at most ${maxBytes}; compress or resize it`);
     }
-    const known = await api.sendImage(file);
+    const stored = await api.sendImage(file);
     const image = {
-      name: file.name, blob: file, sha256: known.sha256, width: known.width, height: known.height,
-      isPlain: known.browser_shows_it, threshold: null, boxes: [], selected: null, view: null, isFitted: true, bitmap: null,
+      name: file.name, blob: file, sha256: stored.sha256, width: stored.width, height: stored.height,
+      browserCanDecode: stored.browser_can_decode, threshold: null, boxes: [], selected: null, view: null, isFitted: true, bitmap: null,
       undo: [], redo: [], tag: null, timer: 0,
     };
     image.bitmap = await this.#pixels(image);
     this.images.push(image);
-    if (known.orientation !== 1) {
+    if (stored.orientation !== 1) {
       this.notice(
-        `${file.name}: shown as it is stored; its EXIF tag asks viewers to turn it, but boxes and masks refer to stored pixels`,
+        `${file.name}: shown without its EXIF orientation, because boxes and masks refer to the stored pixels`,
         { info: true },
       );
     }
-    if (known.frames > 1) this.notice(`${file.name}: holds ${known.frames} pictures; the first is used`, { info: true });
+    if (stored.frames > 1) this.notice(`${file.name}: has ${stored.frames} frames; only the first is used`, { info: true });
     this.select(image);
   }
 
-  /** The stored pixels: the browser's own decoding of a plain JPEG, the server's of everything else. */
+  /** Returns the stored pixels; the browser decodes upright JPEG files, the server everything else. */
   async #pixels(image) {
-    if (image.isPlain) {
+    if (image.browserCanDecode) {
       try {
         const bitmap = await createImageBitmap(image.blob);
         if (bitmap.width === image.width && bitmap.height === image.height) return bitmap;
       } catch {
-        // A file that this browser does not read: the server does, or says what is wrong with it.
+        // The browser cannot decode this file; the server decodes it or returns an error.
       }
     }
     return createImageBitmap(await this.#withImage(image, () => api.pixels(image.sha256)));
   }
 
-  /** Runs a call that names the image; sends the image again where the playground has let it go. */
+  /** Runs a call for a stored image; sends the image again if the playground has evicted it. */
   async #withImage(image, call) {
     try {
       return await call();
@@ -127,11 +127,11 @@ export class Session extends EventTarget {
   }
 
   close(image) {
-    const at = this.images.indexOf(image);
-    this.images.splice(at, 1);
+    const index = this.images.indexOf(image);
+    this.images.splice(index, 1);
     image.bitmap.close();
-    this.#abandon();
-    this.select(this.images[Math.min(at, this.images.length - 1)] ?? null);
+    this.#abortUnneeded();
+    this.select(this.images[Math.min(index, this.images.length - 1)] ?? null);
   }
 
   // --- boxes ---
@@ -152,28 +152,28 @@ export class Session extends EventTarget {
     const box = { id: `b${number}`, number: 0, color: PALETTE[(number - 1) % PALETTE.length], rect, category: this.category, threshold: null };
     this.current.boxes.push(box);
     this.current.selected = box.id;
-    this.#edited();
+    this.#afterEdit();
     return box;
   }
 
   removeBox(box) {
     this.remember();
     const { boxes } = this.current;
-    const at = boxes.indexOf(box);
-    boxes.splice(at, 1);
-    this.current.selected = boxes[Math.min(at, boxes.length - 1)]?.id ?? null;
-    this.#edited();
+    const index = boxes.indexOf(box);
+    boxes.splice(index, 1);
+    this.current.selected = boxes[Math.min(index, boxes.length - 1)]?.id ?? null;
+    this.#afterEdit();
   }
 
-  /** Changes a field of a box: "rect", "category" or "threshold". Steps with one `tag` in a row are undone together. */
+  /** Changes a field of a box: "rect", "category" or "threshold". Consecutive edits with the same `tag` are one undo step. */
   edit(box, field, value, { tag = null, delay = 0 } = {}) {
     if (field === "rect" ? sameBox(box.rect, value) : box[field] === value) return;
     this.remember(tag);
     box[field] = value;
-    this.#edited(delay);
+    this.#afterEdit(delay);
   }
 
-  /** While a box is being dragged: shown, not yet asked for and not yet a step of its own. */
+  /** Shows a box while the user drags it, without labeling it and without an undo step. */
   drag(box, rect) {
     box.rect = rect;
     this.changed();
@@ -188,18 +188,18 @@ export class Session extends EventTarget {
 
   setThreshold(value) {
     this.current.threshold = value;
-    this.#edited(150);
+    this.#afterEdit(150);
   }
 
   async setOption(name, value) {
     this.options[name] = value;
-    // First what the new model can do: a box is not to fail for an option of the old one.
+    // Before labeling, so that no box fails for an option that only the old model supports.
     if (name === "model") await this.connect();
     this.images.forEach((image) => this.#relabelSoon(image, 0));
     this.changed();
   }
 
-  #edited(delay = 0) {
+  #afterEdit(delay = 0) {
     this.#relabelSoon(this.current, delay);
     this.changed();
   }
@@ -231,22 +231,22 @@ export class Session extends EventTarget {
     image.boxes = boxes.map((box) => ({ ...image.boxes.find((now) => now.id === box.id), ...box }));
     image.selected = selected;
     image.tag = null;
-    this.#edited();
+    this.#afterEdit();
   }
 
   // --- masks ---
 
-  /** What an answer depends on: with the same key it is the same answer. */
+  /** Returns a key of all inputs of a result; equal keys have equal results. */
   #key(image, box) {
     const { model, branch, flip, agreement } = this.options;
     return JSON.stringify([image.sha256, box.rect, model, branch, flip, agreement, box.threshold ?? image.threshold]);
   }
 
-  /** "labeled", "failed" or "waiting"; a waiting box may still show the mask that it had. */
+  /** Returns "labeled", "failed" or "waiting"; a waiting box still shows its previous mask. */
   state(image, box) {
     const key = this.#key(image, box);
-    if (box.answer && box.answerKey === key) return "labeled";
-    return box.faultKey === key ? "failed" : "waiting";
+    if (box.result && box.resultKey === key) return "labeled";
+    return box.errorKey === key ? "failed" : "waiting";
   }
 
   #relabelSoon(image, delay) {
@@ -254,65 +254,66 @@ export class Session extends EventTarget {
     image.timer = setTimeout(() => this.#relabel(image), delay);
   }
 
-  /** Labels again what could not be labeled. */
+  /** Labels all failed boxes again. */
   retry() {
     for (const image of this.images) {
-      image.boxes.forEach((box) => (box.faultKey = null));
+      image.boxes.forEach((box) => (box.errorKey = null));
       this.#relabelSoon(image, 0);
     }
     this.changed();
   }
 
-  /** A server that is away comes back, most often: what failed for that reason alone is asked for again and again. */
-  #tryLater() {
-    this.#later ??= setTimeout(() => {
-      this.#later = null;
-      this.#pause = Math.min(2 * this.#pause, LONGEST_PAUSE_MS);
-      this.images.forEach((image) => this.#relabel(image, { isAgain: true }));
-    }, this.#pause);
+  /** Schedules another attempt for boxes that failed because the server is unavailable, with exponential backoff. */
+  #scheduleRetry() {
+    this.#retryTimer ??= setTimeout(() => {
+      this.#retryTimer = null;
+      this.#retryMs = Math.min(2 * this.#retryMs, MAX_RETRY_MS);
+      this.images.forEach((image) => this.#relabel(image, { isRetry: true }));
+    }, this.#retryMs);
   }
 
-  #relabel(image, { isAgain = false } = {}) {
-    const asked = [];
+  #relabel(image, { isRetry = false } = {}) {
+    const pending = [];
     for (const box of image.boxes) {
       const key = this.#key(image, box);
-      const isFailed = box.faultKey === key && !(isAgain && box.fault.code === "UNAVAILABLE");
-      if ((box.answer && box.answerKey === key) || isFailed) continue;
-      if (this.#answers.has(key)) {
-        take(box, key, this.#answers.get(key));
-      } else if (!this.#calls.some((call) => call.image === image && call.open.get(box.id) === key)) {
-        asked.push([box, key]);
+      const isFailed = box.errorKey === key && !(isRetry && box.error.code === "UNAVAILABLE");
+      if ((box.result && box.resultKey === key) || isFailed) continue;
+      if (this.#results.has(key)) {
+        setResult(box, key, this.#results.get(key));
+      } else if (!this.#calls.some((call) => call.image === image && call.keys.get(box.id) === key)) {
+        pending.push([box, key]);
       }
     }
-    this.#abandon();
-    if (asked.length) this.#call(image, asked);
+    this.#abortUnneeded();
+    if (pending.length) this.#call(image, pending);
     this.changed();
   }
 
-  /** Ends the calls whose answers nobody waits for any more. */
-  #abandon() {
-    // One without open boxes is only about to end.
-    for (const call of this.#calls.filter(({ open }) => open.size)) {
-      const isWanted = [...call.open].some(([id, key]) => {
-        const box = this.images.includes(call.image) && call.image.boxes.find((one) => one.id === id);
+  /** Aborts the calls whose results are no longer needed. */
+  #abortUnneeded() {
+    // A call without open boxes is about to end.
+    for (const call of this.#calls.filter(({ keys }) => keys.size)) {
+      const isNeeded = [...call.keys].some(([id, key]) => {
+        const box = this.images.includes(call.image) && call.image.boxes.find((candidate) => candidate.id === id);
         return box && this.#key(call.image, box) === key;
       });
-      if (!isWanted) call.controller.abort();
+      if (!isNeeded) call.controller.abort();
     }
   }
 
-  async #call(image, asked) {
-    const call = { image, open: new Map(asked.map(([box, key]) => [box.id, key])), controller: new AbortController() };
+  async #call(image, pending) {
+    // keys: the boxes without a line yet, by id.
+    const call = { image, keys: new Map(pending.map(([box, key]) => [box.id, key])), controller: new AbortController() };
     this.#calls.push(call);
-    const boxes = asked.map(([box]) => ({ id: box.id, box: box.rect, threshold: box.threshold }));
+    const boxes = pending.map(([box]) => ({ id: box.id, box: box.rect, threshold: box.threshold }));
     const options = { ...this.options, threshold: image.threshold };
-    const onLine = (line) => this.#answered(call, line.id, line);
+    const onLine = (line) => this.#onLine(call, line.id, line);
     try {
       await this.#withImage(image, () => api.label(image.sha256, boxes, options, call.controller.signal, onLine));
-    } catch (error) {
-      if (error.name !== "AbortError") {
-        const fault = { code: error.code ?? "INTERNAL", reason: error.reason ?? "", message: error.message };
-        for (const id of [...call.open.keys()]) this.#answered(call, id, { id, error: fault });
+    } catch (failure) {
+      if (failure.name !== "AbortError") {
+        const error = { code: failure.code ?? "INTERNAL", reason: failure.reason ?? "", message: failure.message };
+        for (const id of [...call.keys.keys()]) this.#onLine(call, id, { id, error });
       }
     } finally {
       this.#calls.splice(this.#calls.indexOf(call), 1);
@@ -320,20 +321,20 @@ export class Session extends EventTarget {
     }
   }
 
-  #answered(call, id, line) {
-    const key = call.open.get(id);
-    call.open.delete(id);
-    const box = call.image.boxes.find((one) => one.id === id);
-    const isWanted = box !== undefined && this.#key(call.image, box) === key;
+  #onLine(call, id, line) {
+    const key = call.keys.get(id);
+    call.keys.delete(id);
+    const box = call.image.boxes.find((candidate) => candidate.id === id);
+    const isNeeded = box !== undefined && this.#key(call.image, box) === key;
     if (line.error) {
-      if (isWanted) Object.assign(box, { fault: line.error, faultKey: key });
-      if (isWanted && line.error.code === "UNAVAILABLE") this.#tryLater();
+      if (isNeeded) Object.assign(box, { error: line.error, errorKey: key });
+      if (isNeeded && line.error.code === "UNAVAILABLE") this.#scheduleRetry();
     } else {
-      this.#pause = FIRST_PAUSE_MS;
+      this.#retryMs = MIN_RETRY_MS;
       if (this.server === null) this.connect();
-      this.#answers.set(key, line);
-      if (this.#answers.size > KEPT_ANSWERS) this.#answers.delete(this.#answers.keys().next().value);
-      if (isWanted) take(box, key, line);
+      this.#results.set(key, line);
+      if (this.#results.size > MAX_RESULTS) this.#results.delete(this.#results.keys().next().value);
+      if (isNeeded) setResult(box, key, line);
       this.#checkModel(line.model);
     }
     this.changed();
@@ -343,7 +344,7 @@ export class Session extends EventTarget {
     const known = this.server?.model;
     if (known?.name !== model.name || known.checkpoint_sha256 === model.checkpoint_sha256) return;
     this.server.model = { ...this.server.model, ...model };
-    this.notice("The server now serves other weights; the masks on this page are of both.", {
+    this.notice("The server has loaded new weights; some masks on this page are from the previous ones.", {
       info: true,
       action: ["Label all again", () => this.#labelAllAgain()],
     });
@@ -351,27 +352,27 @@ export class Session extends EventTarget {
 
   async #labelAllAgain() {
     if (!(await this.connect())) return;
-    this.#answers.clear();
-    for (const image of this.images) image.boxes.forEach((box) => (box.answerKey = null));
+    this.#results.clear();
+    for (const image of this.images) image.boxes.forEach((box) => (box.resultKey = null));
     this.retry();
   }
 
-  /** The boxes of the image for a list: as they were drawn, or failures first and then the least certain. */
+  /** Returns the boxes of an image for the list: in drawing order, or failed boxes first and then by ascending score. */
   ordered(image) {
-    image.boxes.forEach((box, at) => (box.number = at + 1));
+    image.boxes.forEach((box, index) => (box.number = index + 1));
     if (!this.worstFirst) return image.boxes;
-    const rank = (box) => ({ failed: -1, waiting: 2 })[this.state(image, box)] ?? box.answer.score;
+    const rank = (box) => ({ failed: -1, waiting: 2 })[this.state(image, box)] ?? box.result.score;
     return [...image.boxes].sort((a, b) => rank(a) - rank(b));
   }
 
   // --- the file ---
 
   async coco() {
-    const annotations = this.images.flatMap((image, at) =>
+    const annotations = this.images.flatMap((image, index) =>
       image.boxes.map((box) => {
-        const answer = { labeled: box.answer, failed: { error: box.fault } }[this.state(image, box)] ?? null;
+        const result = { labeled: box.result, failed: { error: box.error } }[this.state(image, box)] ?? null;
         const threshold = box.threshold ?? image.threshold;
-        return { image: at, box: box.rect, category: box.category, threshold, answer };
+        return { image: index, box: box.rect, category: box.category, threshold, result };
       }),
     );
     const images = this.images.map(({ name, width, height }) => ({ file_name: name, width, height }));
@@ -394,11 +395,11 @@ function snapshot(image) {
   return { boxes, selected: image.selected };
 }
 
-/** Gives a box its answer, and the mask as something to draw. */
-function take(box, key, answer) {
-  if (box.answer !== answer) {
-    const region = maskRegion(answer.rle, answer.mask_box);
+/** Sets the result of a box, and prepares its mask for drawing. */
+function setResult(box, key, result) {
+  if (box.result !== result) {
+    const region = maskRegion(result.rle, result.mask_box);
     box.layer = region && maskLayer(region, box.color);
   }
-  Object.assign(box, { answer, answerKey: key, fault: null, faultKey: null });
+  Object.assign(box, { result, resultKey: key, error: null, errorKey: null });
 }

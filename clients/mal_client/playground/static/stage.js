@@ -1,11 +1,11 @@
-// Draws the current image, its masks and boxes on a canvas, and knows where on it a pixel of the image is.
+// Draws the current image, its masks and boxes on a canvas; converts between canvas and image coordinates.
 
 import { HANDLES, handlePoint } from "./geometry.js";
 
 const MARGIN = 16;
-const LARGEST_SCALE = 64;
+const MAX_SCALE = 64;
 const PREVIEW_SIDE = 4096;
-/** From this magnification on, pixels are shown as squares. */
+/** Scale from which pixels are drawn as squares. */
 const SQUARES_FROM = 3;
 
 export class Stage {
@@ -13,8 +13,8 @@ export class Stage {
   #canvas;
   #context;
   #size = { width: 0, height: 0 };
-  #isAsked = false;
-  /** The box that is being drawn, before it is one; set by the gestures. */
+  #isScheduled = false;
+  /** The box that the user is drawing; set by the gestures. */
   draft = null;
 
   constructor(session, canvas) {
@@ -26,7 +26,7 @@ export class Stage {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.redraw());
   }
 
-  /** {scale, x, y}: CSS px of the canvas for a px of the image, and where the image's corner is. */
+  /** {scale, x, y}: CSS px per image px, and the position of the image's top left corner on the canvas. */
   get view() {
     const image = this.#session.current;
     return image === null ? null : (image.view ??= this.#fitted(image));
@@ -47,12 +47,12 @@ export class Stage {
     this.#session.changed();
   }
 
-  /** Zooms to a scale so that what is at `point` (canvas; by default its middle) stays there. */
+  /** Zooms to a scale and keeps the image fixed at `point` of the canvas, by default its center. */
   zoomTo(scale, point = { x: this.#size.width / 2, y: this.#size.height / 2 }) {
     const smallest = Math.min(1, this.#fitted(this.#session.current).scale) / 4;
-    const wanted = Math.min(Math.max(scale, smallest), LARGEST_SCALE);
-    const at = this.toImage(point);
-    this.#show({ scale: wanted, x: point.x - at.x * wanted, y: point.y - at.y * wanted });
+    const clamped = Math.min(Math.max(scale, smallest), MAX_SCALE);
+    const { x, y } = this.toImage(point);
+    this.#show({ scale: clamped, x: point.x - x * clamped, y: point.y - y * clamped });
   }
 
   zoomBy(factor, point) {
@@ -64,7 +64,7 @@ export class Stage {
     this.#show({ scale, x: x + dx, y: y + dy });
   }
 
-  /** The part of the image that is in view, as two corners. */
+  /** Returns the visible part of the image, as two corners. */
   visible() {
     const { current } = this.#session;
     const [a, b] = [this.toImage({ x: 0, y: 0 }), this.toImage({ x: this.#size.width, y: this.#size.height })];
@@ -74,7 +74,7 @@ export class Stage {
     ];
   }
 
-  /** Brings a box that is out of view into its middle. */
+  /** Centers the view on a box that is not visible. */
   reveal([x, y, w, h]) {
     const [a, b] = this.visible();
     if (x < b.x && x + w > a.x && y < b.y && y + h > a.y) return;
@@ -83,31 +83,31 @@ export class Stage {
   }
 
   redraw() {
-    if (this.#isAsked) return;
-    this.#isAsked = true;
+    if (this.#isScheduled) return;
+    this.#isScheduled = true;
     requestAnimationFrame(() => {
-      this.#isAsked = false;
+      this.#isScheduled = false;
       this.#draw();
     });
   }
 
   #show({ scale, x, y }) {
     const image = this.#session.current;
-    // Some of the image always stays in view.
-    const kept = (low, room, extent) => Math.min(Math.max(low, 40 - extent), room - 40);
+    // At least 40 px of the image stay visible.
+    const clamp = (low, available, extent) => Math.min(Math.max(low, 40 - extent), available - 40);
     image.isFitted = false;
     image.view = {
       scale,
-      x: kept(x, this.#size.width, image.width * scale),
-      y: kept(y, this.#size.height, image.height * scale),
+      x: clamp(x, this.#size.width, image.width * scale),
+      y: clamp(y, this.#size.height, image.height * scale),
     };
     this.#session.changed();
   }
 
   #fitted(image) {
-    const room = { width: this.#size.width - 2 * MARGIN, height: this.#size.height - 2 * MARGIN };
-    // Small pictures grow by a whole factor, so that their pixels are squares of one size.
-    const exact = Math.max(0.001, Math.min(room.width / image.width, room.height / image.height));
+    const available = { width: this.#size.width - 2 * MARGIN, height: this.#size.height - 2 * MARGIN };
+    // Small images are enlarged by an integer factor, so that their pixels are squares of equal size.
+    const exact = Math.max(0.001, Math.min(available.width / image.width, available.height / image.height));
     const scale = exact >= SQUARES_FROM ? Math.min(Math.floor(exact), 8) : exact;
     return {
       scale,
@@ -122,9 +122,9 @@ export class Stage {
     this.#size = { width, height };
     this.#canvas.width = Math.max(1, Math.round(width * ratio));
     this.#canvas.height = Math.max(1, Math.round(height * ratio));
-    // A view that somebody chose stays; one that shows the whole image goes on showing it.
+    // A view that the user chose stays; a fitted view is fitted again.
     this.#session.images.filter((image) => image.isFitted).forEach((image) => (image.view = null));
-    // At once: a canvas that changed its size is blank.
+    // Immediately, because a resized canvas is blank.
     this.#draw();
   }
 
@@ -137,7 +137,7 @@ export class Stage {
     if (image === null) return;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     const { scale, x, y } = this.view;
-    // On whole device pixels, so that an image at 100 % is shown pixel by pixel.
+    // Aligned to device pixels, so that an image at 100 % is drawn pixel by pixel.
     const corner = { x: Math.round(x * ratio) / ratio, y: Math.round(y * ratio) / ratio };
     context.imageSmoothingEnabled = scale * ratio < SQUARES_FROM && !Number.isInteger(scale * ratio);
     context.imageSmoothingQuality = "high";
@@ -147,7 +147,7 @@ export class Stage {
     if (this.draft !== null) this.#drawRect(this.draft, corner, scale, "#fff", { isDashed: true });
   }
 
-  /** The bitmap, or a smaller copy of a large one when it is shown much smaller anyway. */
+  /** Returns the bitmap, or a smaller copy of a large one if it is drawn at a small scale. */
   #source(image, scale) {
     const shrink = PREVIEW_SIDE / Math.max(image.width, image.height);
     if (shrink >= 1 || scale > shrink) return image.bitmap;
@@ -159,7 +159,7 @@ export class Stage {
           image.preview = bitmap;
           this.redraw();
         },
-        // No room for a copy: the bitmap itself is drawn, only slower.
+        // Without memory for a copy, the bitmap itself is drawn, more slowly.
         () => {},
       );
     }
@@ -170,7 +170,7 @@ export class Stage {
     const context = this.#context;
     for (const box of image.boxes) {
       const state = this.#session.state(image, box);
-      // A box that failed has no mask; the one that it had before is of another question.
+      // A failed box has no mask; its previous mask belongs to other values.
       if (!box.layer || state === "failed") continue;
       const { canvas, x, y, width, height } = box.layer;
       context.globalAlpha = state === "labeled" ? 1 : 0.4;
@@ -180,27 +180,27 @@ export class Stage {
   }
 
   #drawBoxes(image, corner, scale) {
-    image.boxes.forEach((box, at) => {
+    image.boxes.forEach((box, index) => {
       const isSelected = box.id === image.selected;
       const color = `rgb(${box.color.join(" ")})`;
       const isDashed = this.#session.state(image, box) !== "labeled";
       this.#drawRect(box.rect, corner, scale, color, { isDashed, isThick: isSelected });
-      this.#drawNumber(String(at + 1), box, corner, scale, color);
+      this.#drawNumber(String(index + 1), box, corner, scale, color);
       if (isSelected) this.#drawHandles(box.rect, corner, scale);
     });
   }
 
   #drawRect([x, y, w, h], corner, scale, color, { isDashed = false, isThick = false } = {}) {
     const context = this.#context;
-    const at = [corner.x + x * scale, corner.y + y * scale, w * scale, h * scale];
+    const rect = [corner.x + x * scale, corner.y + y * scale, w * scale, h * scale];
     context.lineWidth = isThick ? 5 : 3.5;
     context.setLineDash([]);
     context.strokeStyle = "rgb(0 0 0 / .65)";
-    context.strokeRect(...at);
+    context.strokeRect(...rect);
     context.lineWidth = isThick ? 2.5 : 1.5;
     context.setLineDash(isDashed ? [6, 4] : []);
     context.strokeStyle = color;
-    context.strokeRect(...at);
+    context.strokeRect(...rect);
     context.setLineDash([]);
   }
 
@@ -209,7 +209,7 @@ export class Stage {
     const [x, y] = [corner.x + box.rect[0] * scale, corner.y + box.rect[1] * scale];
     context.font = "600 12px system-ui, sans-serif";
     const width = context.measureText(text).width + 8;
-    // Above the box, or inside where there is no room.
+    // Above the box, or inside it at the top of the canvas.
     const top = y >= 18 ? y - 18 : y;
     context.fillStyle = "rgb(0 0 0 / .8)";
     context.fillRect(x - 1, top, width + 4, 18);

@@ -1,4 +1,4 @@
-"""CVAT's HTTP API for one task, as far as the SDK uses it, on a free port: answers of the shape that 2.80 sends."""
+"""The part of CVAT's HTTP API that the SDK uses for one task; responses have the shape of version 2.80."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -14,20 +14,20 @@ USER: Json = {"url": "http://cvat/api/users/1", "id": 1, "username": "ann", "fir
 
 @dataclass
 class CvatHttp:
-    """Answers for one task in memory.
+    """HTTP server of one task in memory.
 
     Attributes:
-        task: what it holds.
-        fail_patches: calls to write that are refused with status 500.
-        asked: methods and paths.
+        task: the task.
+        fail_patches: number of PATCH requests to fail with status 500.
+        requests: methods and paths of the requests.
     """
 
     task: TaskInMemory
     fail_patches: int = 0
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
     def app(self) -> web.Application:
-        """The application."""
+        """Builds the application."""
         app = web.Application()
         app.router.add_get("/api/server/about", self._about)
         app.router.add_get("/api/users/self", self._guarded(lambda: USER))
@@ -42,38 +42,38 @@ class CvatHttp:
     async def _about(self, _: web.Request) -> web.StreamResponse:
         return web.json_response(_ABOUT)
 
-    def _may(self, request: web.Request) -> bool:
-        self.asked.append(f"{request.method} {request.path}")
+    def _is_authorized(self, request: web.Request) -> bool:
+        self.requests.append(f"{request.method} {request.path}")
         return request.headers.get("Authorization") == f"Bearer {TOKEN}"
 
-    def _guarded(self, answer: Callable[[], Any]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _guarded(self, content: Callable[[], Any]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def endpoint(request: web.Request) -> web.StreamResponse:
-            if not self._may(request):
+            if not self._is_authorized(request):
                 return web.json_response({"detail": "Authentication credentials were not provided."}, status=401)
-            return web.json_response(answer())
+            return web.json_response(content())
 
         return endpoint
 
     async def _frame(self, request: web.Request) -> web.StreamResponse:
-        asked = request.query
-        assert (asked["type"], asked["quality"]) == ("frame", "original")
-        return web.Response(body=self.task.frame(int(asked["number"])), content_type="image/png")
+        query = request.query
+        assert (query["type"], query["quality"]) == ("frame", "original")
+        return web.Response(body=self.task.frame(int(query["number"])), content_type="image/png")
 
     async def _patch(self, request: web.Request) -> web.StreamResponse:
         assert request.query["action"] == "create"
         body = await request.json()
         if self.fail_patches:
             self.fail_patches -= 1
-            return web.json_response({"detail": "the database is away"}, status=500)
+            return web.json_response({"detail": "database unavailable"}, status=500)
         for shape in body["shapes"]:
-            # What the server refuses.
+            # The rules of the server.
             assert shape["type"] == "mask"
             assert "id" not in shape
             *runs, left, top, right, bottom = shape["points"]
             assert sum(runs) == (right - left + 1) * (bottom - top + 1)
         self.task.create(body["shapes"])
-        made = self.task.annotations()["shapes"][-len(body["shapes"]) :]
-        return web.json_response({"version": 0, "shapes": made, "tracks": [], "tags": []})
+        created = self.task.annotations()["shapes"][-len(body["shapes"]) :]
+        return web.json_response({"version": 0, "shapes": created, "tracks": [], "tags": []})
 
 
 _ABOUT = {

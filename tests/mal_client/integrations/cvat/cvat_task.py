@@ -1,4 +1,4 @@
-"""A CVAT task in memory: its JSON has the shape that a server of version 2.80 sends."""
+"""A CVAT task in memory; its JSON has the shape of version 2.80."""
 
 import io
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ LABELS: list[Json] = [
 
 
 def rectangle(number: int, frame: int, points: list[float], **change: Any) -> Json:
-    """A rectangle as the server gives it back."""
+    """Returns a rectangle as the server sends it."""
     return {
         "type": "rectangle",
         "occluded": False,
@@ -57,7 +57,7 @@ def rectangle(number: int, frame: int, points: list[float], **change: Any) -> Js
 
 
 def track(number: int, shapes: Sequence[Json], **change: Any) -> Json:
-    """A track of rectangles."""
+    """Returns a track of rectangles."""
     keys = ("type", "occluded", "outside", "z_order", "rotation", "points", "id", "frame", "attributes")
     rows = [{key: shape[key] for key in keys} for shape in shapes]
     return {
@@ -74,12 +74,12 @@ def track(number: int, shapes: Sequence[Json], **change: Any) -> Json:
 
 
 def tag(number: int, frame: int) -> Json:
-    """A tag on a frame."""
+    """Returns a tag of a frame."""
     return {"id": number, "frame": frame, "label_id": 11, "group": 0, "source": "manual", "attributes": []}
 
 
 class TaskInMemory:
-    """Six frames; `create` gives ids as the server does. `fail_creates` and `lose_answers` count down."""
+    """A task with six frames; `create` assigns IDs. `fail_creates` and `lose_responses` count calls to fail."""
 
     name = "memory task 7"
 
@@ -89,34 +89,34 @@ class TaskInMemory:
         self.orientation = 1
         self.size_wh = (WIDTH, HEIGHT)
         self.fail_creates = 0
-        self.lose_answers = 0
+        self.lose_responses = 0
         self.create_calls: list[int] = []
         self._next_id = 1000
 
     def annotations(self) -> Json:
-        """A copy."""
+        """Returns a copy of the annotations."""
         return {
             key: [dict(row) for row in rows] if isinstance(rows, list) else rows for key, rows in self.content.items()
         }
 
     def labels(self) -> list[Json]:
-        """Three labels."""
+        """Returns three labels."""
         return LABELS
 
     def deleted_frames(self) -> frozenset[int]:
-        """As set."""
+        """Returns the attribute `deleted`."""
         return self.deleted
 
     def frame_sizes(self) -> list[tuple[int, int]]:
-        """Six frames."""
+        """Returns the sizes of six frames."""
         return [(WIDTH, HEIGHT)] * 6
 
     def frame(self, number: int) -> bytes:
-        """A gray picture."""
+        """Returns a gray image."""
         return encoded(number, self.size_wh, self.orientation)
 
     def create(self, shapes: Sequence[Json]) -> None:
-        """Wholly or not at all; the answer may be lost after the work was done."""
+        """Adds all shapes or none; the response can be lost after they were added."""
         if self.fail_creates:
             self.fail_creates -= 1
             raise ConnectionError("refused")
@@ -126,17 +126,17 @@ class TaskInMemory:
             points = [float(value) for value in shape["points"]]
             row = rectangle(self._next_id, shape["frame"], points)
             self.content["shapes"].append(row | shape | {"points": points})
-        if self.lose_answers:
-            self.lose_answers -= 1
-            raise ConnectionError("lost on the way back")
+        if self.lose_responses:
+            self.lose_responses -= 1
+            raise ConnectionError("response lost")
 
     def masks(self) -> list[Json]:
-        """The masks among the shapes."""
+        """Returns the shapes of type mask."""
         return [row for row in self.content["shapes"] if row["type"] == "mask"]
 
 
 def encoded(number: int, size_wh: tuple[int, int] = (WIDTH, HEIGHT), orientation: int = 1) -> bytes:
-    """A frame's file."""
+    """Returns the encoded image of a frame."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Claims about giving the rectangles of a CVAT task their masks, on a task in memory."""
+"""Tests of labeling the rectangles of a CVAT task, with a task in memory."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,14 @@ from mal_client.integrations.cvat.mask_encoding import mask_points
 from mal_client.integrations.cvat.task_plan import LabelMap, make_plan
 from mal_client.types import LabelOptions
 
-from mal_train.core.errors import ConfigError
+from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.masks.rle import encode_mask
 from tests.mal_client.fake_server import FakeServer, Faults, Limits, serving
 from tests.mal_client.integrations.cvat.cvat_task import LABELS, TaskInMemory, rectangle, tag, track
 
 
 def decoded(points: Sequence[float], height: int, width: int) -> Any:
-    """A mask from CVAT's code, by its description."""
+    """Decodes a mask from CVAT's encoding, independently of the implementation."""
     *runs, left, top, right, bottom = map(int, points)
     values = np.repeat(np.arange(len(runs)) % 2, runs)
     full = np.zeros((height, width), dtype=bool)
@@ -33,8 +33,8 @@ def decoded(points: Sequence[float], height: int, width: int) -> Any:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.floats(0.05, 1), st.integers(0, 99))
-def test_points_hold_the_mask_exactly_in_its_tight_box(height: int, width: int, share: float, seed: int) -> None:
-    mask = np.random.default_rng(seed).random((height, width)) < share
+def test_points_hold_the_mask_exactly_in_its_tight_box(height: int, width: int, density: float, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < density
     if not mask.any():
         with pytest.raises(ValueError, match="empty"):
             mask_points(encode_mask(mask))
@@ -45,8 +45,8 @@ def test_points_hold_the_mask_exactly_in_its_tight_box(height: int, width: int, 
     assert points[-4:] == [columns.min(), rows.min(), columns.max(), rows.max()]
 
 
-def the_task() -> TaskInMemory:
-    """Two plain rectangles, a tracked one, and things to leave alone."""
+def sample_task() -> TaskInMemory:
+    """Makes a task with two rectangles, a track of rectangles, and annotations that stay unchanged."""
     first = rectangle(1, 0, [5.0, 4.0, 15.0, 12.0], group=3, z_order=2, occluded=True)
     first["attributes"] = [{"spec_id": 1, "value": "red"}]
     polygon = rectangle(3, 1, [1.0, 1.0, 9.0, 1.0, 9.0, 9.0], type="polygon")
@@ -69,11 +69,11 @@ def run(task: TaskInMemory, client: Client, folder: Path, **more: Any) -> JobRes
     return label_task(task, client, folder / "task-7.ledger", LabelOptions(), **more)
 
 
-def test_every_rectangle_gets_its_mask_and_nothing_else_changes(client: Client, tmp_path: Path) -> None:
-    task = the_task()
+def test_every_rectangle_gets_a_mask_and_nothing_else_changes(client: Client, tmp_path: Path) -> None:
+    task = sample_task()
     before = task.annotations()
     result = run(task, client, tmp_path)
-    assert (result.written, result.already, result.refusals, result.changed) == (5, 0, [], [])
+    assert (result.written, result.existing, result.skipped, result.changed) == (5, 0, [], [])
     assert result.plan.other == 2, "the polygon and the tag"
     assert task.content["shapes"][:3] == before["shapes"]
     assert (task.content["tracks"], task.content["tags"]) == (before["tracks"], before["tags"])
@@ -85,7 +85,7 @@ def test_every_rectangle_gets_its_mask_and_nothing_else_changes(client: Client, 
 
 
 def test_a_mask_keeps_label_attributes_group_order_and_occlusion(client: Client, tmp_path: Path) -> None:
-    task = the_task()
+    task = sample_task()
     run(task, client, tmp_path)
     kept = {key: task.masks()[0][key] for key in ("label_id", "group", "z_order", "occluded", "source", "attributes")}
     assert kept == {
@@ -100,49 +100,49 @@ def test_a_mask_keeps_label_attributes_group_order_and_occlusion(client: Client,
 
 
 def test_masks_of_a_track_share_a_new_group_and_skip_frames_outside(client: Client, tmp_path: Path) -> None:
-    task = the_task()
+    task = sample_task()
     run(task, client, tmp_path)
     of_track = [mask for mask in task.masks() if mask["group"] == 4]
     assert [mask["frame"] for mask in of_track] == [0, 1, 3]
 
 
 def test_a_second_run_writes_nothing(client: Client, fake: FakeServer, tmp_path: Path) -> None:
-    task = the_task()
+    task = sample_task()
     run(task, client, tmp_path)
-    asked = len(fake.label_requests)
+    calls = len(fake.label_requests)
     again = run(task, client, tmp_path)
-    assert (again.written, again.already, len(task.masks())) == (0, 5, 5)
-    assert len(fake.label_requests) == asked
+    assert (again.written, again.existing, len(task.masks())) == (0, 5, 5)
+    assert len(fake.label_requests) == calls
 
 
-@pytest.mark.parametrize("fault", ["fail_creates", "lose_answers"])
-def test_a_call_that_breaks_loses_nothing_and_repeats_nothing(
+@pytest.mark.parametrize("fault", ["fail_creates", "lose_responses"])
+def test_a_failed_call_loses_no_mask_and_repeats_none(
     fault: str, client: Client, fake: FakeServer, tmp_path: Path
 ) -> None:
-    task = the_task()
+    task = sample_task()
     setattr(task, fault, 1)
     with pytest.raises(ConnectionError):
         run(task, client, tmp_path)
-    asked = len(fake.label_requests)
+    calls = len(fake.label_requests)
     again = run(task, client, tmp_path)
-    assert (again.written, again.already) == ((5, 0) if fault == "fail_creates" else (0, 5))
+    assert (again.written, again.existing) == ((5, 0) if fault == "fail_creates" else (0, 5))
     assert len(task.masks()) == 5
-    assert len(fake.label_requests) == asked, "the masks were in the ledger"
+    assert len(fake.label_requests) == calls, "the masks were in the journal"
 
 
-def test_a_lost_labeling_server_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_stay_after_the_labeling_server_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mal_client.integrations.cvat.job.FRAMES_AT_ONCE", 1)
-    monkeypatch.setattr("mal_client.integrations.cvat.job.MASKS_A_CALL", 1)
-    task = the_task()
+    monkeypatch.setattr("mal_client.integrations.cvat.job.MASKS_PER_CALL", 1)
+    task = sample_task()
     fake = FakeServer()
     with serving(fake) as address, Client(address, timeout_s=10) as client:
         create, fake_faults = task.create, fake.faults
 
-        def then_lost(shapes: Any) -> None:
+        def create_then_lose_server(shapes: Any) -> None:
             create(shapes)
             fake_faults.unavailable = 100
 
-        task.create = then_lost  # type: ignore[method-assign]
+        task.create = create_then_lose_server  # type: ignore[method-assign]
         with pytest.raises(ServerUnavailable):
             run(task, client, tmp_path)
     assert len(task.masks()) == 2
@@ -151,32 +151,32 @@ def test_a_lost_labeling_server_keeps_what_was_done(tmp_path: Path, monkeypatch:
         assert (run(task, client, tmp_path).written, len(task.masks())) == (3, 5)
 
 
-def test_other_rectangles_or_weights_are_refused_unless_told(client: Client, tmp_path: Path) -> None:
-    task = the_task()
+def test_other_rectangles_or_options_are_refused_without_restart(client: Client, tmp_path: Path) -> None:
+    task = sample_task()
     run(task, client, tmp_path)
     task.content["shapes"][0]["points"] = [6.0, 4.0, 15.0, 12.0]
     with pytest.raises(ConfigError, match="rectangles"):
         run(task, client, tmp_path)
     result = run(task, client, tmp_path, restart=True)
-    assert (result.written, result.already) == (1, 4), "masks that are there already are not written twice"
-    for options, words in (
+    assert (result.written, result.existing) == (1, 4), "existing masks are not added twice"
+    for options, change in (
         (LabelOptions(threshold=0.5), r"thresholds .*\[0\.5, 0\.5, 0\.5\]"),
         (LabelOptions(min_component_area_px=9), "min_component_area_px"),
         (LabelOptions(resolve_overlaps=True), "resolve_overlaps"),
     ):
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(ConfigError, match=change):
             label_task(task, client, tmp_path / "task-7.ledger", options)
 
 
-def test_the_annotations_as_they_were_are_kept(client: Client, tmp_path: Path) -> None:
-    task = the_task()
+def test_the_original_annotations_are_saved(client: Client, tmp_path: Path) -> None:
+    task = sample_task()
     before = task.annotations()
     run(task, client, tmp_path)
     run(task, client, tmp_path)
     assert json.loads((tmp_path / "task-7.ledger.before.json").read_text()) == before
 
 
-def test_what_cannot_have_a_mask_is_listed_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_rectangles_that_cannot_be_labeled_are_listed_and_the_others_are_labeled(tmp_path: Path) -> None:
     shapes = [
         rectangle(1, 0, [5.0, 4.0, 15.0, 12.0], rotation=20.0),
         rectangle(2, 1, [5.0, 4.0, 15.0, 12.0], label_id=12),
@@ -188,72 +188,73 @@ def test_what_cannot_have_a_mask_is_listed_and_the_rest_goes_on(tmp_path: Path) 
     task.deleted = frozenset({2})
     with serving(FakeServer()) as address, Client(address) as client:
         result = run(task, client, tmp_path)
-    reasons = {refusal.key: refusal.reason for refusal in result.refusals}
+    reasons = {shape.key: shape.reason for shape in result.skipped}
     assert sorted(reasons) == ["shape 1", "shape 2", "shape 3", "shape 4"]
-    assert "turned by 20 degrees" in reasons["shape 1"]
-    assert "--label crate=OTHER" in reasons["shape 2"]
+    assert "20 degrees" in reasons["shape 1"]
+    assert "--label crate=" in reasons["shape 2"]
     assert "deleted" in reasons["shape 3"]
     assert "BAD_BOX" in reasons["shape 4"]
     assert (result.written, [mask["frame"] for mask in task.masks()]) == (1, [4])
 
 
 @pytest.mark.parametrize(("orientation", "size_wh"), [(6, (40, 30)), (1, (30, 40))])
-def test_frames_that_are_shown_otherwise_than_stored_are_refused(
+def test_frames_that_cvat_displays_differently_from_their_file_are_refused(
     orientation: int, size_wh: tuple[int, int], client: Client, tmp_path: Path
 ) -> None:
     task = TaskInMemory([rectangle(1, 0, [5.0, 4.0, 15.0, 12.0])])
     task.orientation, task.size_wh = orientation, size_wh
     result = run(task, client, tmp_path)
-    assert (result.written, len(result.refusals)) == (0, 1)
-    assert "masks would land elsewhere" in result.refusals[0].reason
+    assert (result.written, len(result.skipped)) == (0, 1)
+    assert "frame 0: " in result.skipped[0].reason
+    assert f"EXIF orientation {orientation}" in result.skipped[0].reason
 
 
 def test_masks_may_have_another_label_whose_attributes_are_matched_by_name(client: Client, tmp_path: Path) -> None:
-    task = the_task()
-    run(task, client, tmp_path, renamed={"cup": "crate mask"})
+    task = sample_task()
+    run(task, client, tmp_path, label_names={"cup": "crate mask"})
     assert {mask["label_id"] for mask in task.masks()} == {13}
     assert task.masks()[0]["attributes"] == [{"spec_id": 5, "value": "red"}]
-    with pytest.raises(ConfigError, match="'nothing': the task has no such label"):
-        run(task, client, tmp_path, renamed={"cup": "nothing"})
+    with pytest.raises(ConfigError, match="'nothing'"):
+        run(task, client, tmp_path, label_names={"cup": "nothing"})
 
 
-def test_somebody_else_at_work_is_noticed(client: Client, tmp_path: Path) -> None:
-    task = the_task()
+def test_changes_by_another_user_are_detected(client: Client, tmp_path: Path) -> None:
+    task = sample_task()
     create = task.create
 
-    def while_another_moves_a_box(shapes: Any) -> None:
+    def create_while_another_user_edits(shapes: Any) -> None:
         create(shapes)
         task.content["shapes"][1] = task.content["shapes"][1] | {"points": [0.0, 0.0, 5.0, 5.0]}
 
-    task.create = while_another_moves_a_box  # type: ignore[method-assign]
+    task.create = create_while_another_user_edits  # type: ignore[method-assign]
     assert run(task, client, tmp_path).changed == ["shape 2"]
 
 
-def test_two_runs_at_once_are_refused(client: Client, tmp_path: Path) -> None:
-    task, errors = the_task(), []
+def test_two_concurrent_runs_are_refused(client: Client, tmp_path: Path) -> None:
+    task, errors = sample_task(), list[Exception]()
     create = task.create
 
-    def in_between(shapes: Any) -> None:
+    def create_after_another_run(shapes: Any) -> None:
         try:
-            run(the_task(), client, tmp_path)
-        except Exception as error:  # whatever it is, it is looked at below
-            errors.append(str(error))
+            run(sample_task(), client, tmp_path)
+        except Exception as error:
+            errors.append(error)
         create(shapes)
 
-    task.create = in_between  # type: ignore[method-assign]
+    task.create = create_after_another_run  # type: ignore[method-assign]
     run(task, client, tmp_path)
-    assert "another run" in errors[0]
+    assert [type(error) for error in errors] == [OutputError]
 
 
-def test_large_tasks_are_written_in_small_calls(client: Client, tmp_path: Path) -> None:
+def test_large_tasks_are_sent_in_small_calls(client: Client, tmp_path: Path) -> None:
     task = TaskInMemory([rectangle(at, at % 6, [at % 20, 4.0, at % 20 + 9.0, 12.0]) for at in range(130)])
     assert run(task, client, tmp_path).written == 130
     assert max(task.create_calls) <= 50 + 22
     assert sum(task.create_calls) == 130
 
 
-def test_a_plan_changes_nothing_and_asks_no_server() -> None:
-    task = the_task()
+def test_a_plan_orders_targets_by_frame() -> None:
+    task = sample_task()
     plan = make_plan(task.annotations(), LabelMap(LABELS, {}), frozenset(), 1)
     assert [target.key for target in plan.targets] == [
         "shape 1",
@@ -265,10 +266,10 @@ def test_a_plan_changes_nothing_and_asks_no_server() -> None:
     assert plan.targets[0].box == (5.0, 4.0, 10.0, 8.0)
 
 
-def test_a_box_that_fails_is_asked_again_in_the_next_run(tmp_path: Path) -> None:
-    task = the_task()
+def test_a_failed_box_is_labeled_again_in_the_next_run(tmp_path: Path) -> None:
+    task = sample_task()
     with serving(FakeServer(Faults(bad_boxes={0}), Limits())) as address, Client(address) as client:
-        assert len(run(task, client, tmp_path).refusals) == 3
+        assert len(run(task, client, tmp_path).skipped) == 3
     with serving(FakeServer()) as address, Client(address) as client:
         result = run(task, client, tmp_path)
-    assert (result.refusals, result.written + result.already, len(task.masks())) == ([], 5, 5)
+    assert (result.skipped, result.written + result.existing, len(task.masks())) == ([], 5, 5)

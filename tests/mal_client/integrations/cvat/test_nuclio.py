@@ -1,4 +1,4 @@
-"""Claims about the serverless function for a CVAT that one runs oneself."""
+"""Tests of the serverless function for a self-hosted CVAT."""
 
 import base64
 import json
@@ -19,39 +19,39 @@ from tests.mal_client.integrations.cvat.cvat_task import encoded
 
 @pytest.fixture
 def context(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """As nuclio gives it to a function."""
+    """Makes a context as Nuclio passes it to a function."""
     with serving(FakeServer()) as address:
         monkeypatch.setenv("MAL_SERVER", address)
-        made = SimpleNamespace(
+        nuclio_context = SimpleNamespace(
             user_data=SimpleNamespace(), Response=SimpleNamespace, logger=logging.getLogger("nuclio")
         )
-        nuclio.init_context(made)
-        yield made
-        made.user_data.client.close()
+        nuclio.init_context(nuclio_context)
+        yield nuclio_context
+        nuclio_context.user_data.client.close()
 
 
 def call(context: Any, **body: Any) -> Any:
-    picture = base64.b64encode(encoded(1)).decode()
-    return nuclio.handler(context, SimpleNamespace(body={"image": picture, "pos_points": [], "neg_points": []} | body))
+    image = base64.b64encode(encoded(1)).decode()
+    return nuclio.handler(context, SimpleNamespace(body={"image": image, "pos_points": [], "neg_points": []} | body))
 
 
-def test_a_box_becomes_the_mask_of_the_whole_picture_in_rows(context: Any) -> None:
-    answer = call(context, obj_bbox=[[5, 4], [15, 12]])
-    assert (answer.status_code, answer.content_type) == (200, "application/json")
+def test_the_response_has_the_mask_of_the_full_image_as_rows(context: Any) -> None:
+    response = call(context, obj_bbox=[[5, 4], [15, 12]])
+    assert (response.status_code, response.content_type) == (200, "application/json")
     expected = decode_mask(box_filled((5.0, 4.0, 10.0, 8.0), (30, 40)))
-    assert (np.array(json.loads(answer.body)["mask"]) == expected).all()
+    assert (np.array(json.loads(response.body)["mask"]) == expected).all()
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "name"),
     [
-        ({"obj_bbox": None}, "draw a box"),
-        ({"obj_bbox": [[5, 4]]}, "draw a box"),
+        ({"obj_bbox": None}, "obj_bbox"),
+        ({"obj_bbox": [[5, 4]]}, "obj_bbox"),
         ({"obj_bbox": [[90, 90], [99, 99]]}, "BAD_BOX"),
-        ({"obj_bbox": [[5, 4], [15, 12]], "image": "AAAA"}, "refused"),
+        ({"obj_bbox": [[5, 4], [15, 12]], "image": "AAAA"}, "image"),
     ],
 )
-def test_what_cannot_be_answered_says_why(context: Any, body: dict[str, Any], words: str) -> None:
-    answer = call(context, **body)
-    assert answer.status_code == 400
-    assert words in json.loads(answer.body)["error"]
+def test_an_invalid_request_is_refused_with_its_reason(context: Any, body: dict[str, Any], name: str) -> None:
+    response = call(context, **body)
+    assert response.status_code == 400
+    assert name in json.loads(response.body)["error"]

@@ -1,4 +1,4 @@
-"""Where the real Label Studio and a browser are, for the tests that need them."""
+"""Finds the real Label Studio and a browser for the tests that need them."""
 
 import os
 import shutil
@@ -12,28 +12,28 @@ from tests.paths import ROOT
 
 @dataclass(frozen=True)
 class Tools:
-    """An environment of its own with Label Studio and playwright, as `make tools-labelstudio` makes it."""
+    """A separate environment with Label Studio and playwright, as `make tools-labelstudio` creates it."""
 
     folder: Path
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """Interpreter of the environment."""
         return self.folder / "bin" / "python"
 
     @property
     def label_studio(self) -> Path:
-        """Its server."""
+        """Executable of the Label Studio server."""
         return self.folder / "bin" / "label-studio"
 
     @property
     def empty_data(self) -> Path:
-        """A data folder whose database is made, without users and projects."""
+        """Data folder with an initialized database, without users and projects."""
         return self.folder / "data"
 
 
 def needs_label_studio() -> Tools:
-    """The environment; skips the test where there is none."""
+    """Returns the environment; skips the test if it does not exist."""
     tools = Tools(Path(os.environ.get("MAL_LABEL_STUDIO", ROOT / ".venv-labelstudio")))
     if not tools.label_studio.exists():
         pytest.skip(f"no Label Studio in {tools.folder}; run make tools-labelstudio, or set MAL_LABEL_STUDIO")
@@ -41,7 +41,7 @@ def needs_label_studio() -> Tools:
 
 
 def needs_browser() -> str:
-    """A Chromium; skips the test where there is none."""
+    """Returns the path of Chromium; skips the test if it is not installed."""
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
         pytest.skip("no Chromium on the path; install Debian's package chromium")

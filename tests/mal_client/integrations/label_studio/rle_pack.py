@@ -1,18 +1,18 @@
-"""Reads rle-pack codes bit by bit, as its description says: the oracle for what we write."""
+"""Decodes rle-pack bit by bit, as its specification says; the reference for our encoder."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def decode_rle_pack(code: list[int]) -> NDArray[np.uint8]:
-    """The values of a code."""
+    """Returns the decoded values."""
     bits = "".join(f"{byte:08b}" for byte in code)
-    at = 0
+    position = 0
 
     def read(count: int) -> int:
-        nonlocal at
-        at += count
-        return int(bits[at - count : at], 2)
+        nonlocal position
+        position += count
+        return int(bits[position - count : position], 2)
 
     total, value_bits = read(32), read(5) + 1
     sizes = [read(4) + 1 for _ in range(4)]
@@ -25,5 +25,5 @@ def decode_rle_pack(code: list[int]) -> NDArray[np.uint8]:
 
 
 def decode_brush(code: list[int], height: int, width: int) -> NDArray[np.bool_]:
-    """The mask (height, width) of a brush region: where the paint covers."""
+    """Returns the mask (height, width) of a brush region, where alpha is above 0."""
     return decode_rle_pack(code).reshape(height, width, 4)[:, :, 3] > 0

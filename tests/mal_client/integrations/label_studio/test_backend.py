@@ -1,4 +1,4 @@
-"""Claims about the ML backend for Label Studio, over HTTP, with a stand-in labeling server and stand-in pictures."""
+"""Tests of the ML backend for Label Studio over HTTP, with a fake labeling server and fake images."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from aiohttp import web
 from mal_client.cli.main import main
 from mal_client.client import Client
 from mal_client.errors import InvalidRequest
-from mal_client.integrations.label_studio.app import REQUESTS_AT_ONCE, REQUESTS_HELD, build_app
+from mal_client.integrations.label_studio.app import MAX_REQUESTS, MAX_RUNNING, build_app
 from mal_client.integrations.label_studio.predictor import Predictor
 from mal_client.types import LabelOptions
 from PIL import Image
@@ -33,35 +33,35 @@ WIDTH, HEIGHT = 640, 480
 VERSION = f"fake-{SHA[:12]}-student"
 
 
-class Shelf:
-    """Pictures by address."""
+class FakeImages:
+    """Images by URL."""
 
     def __init__(self) -> None:
-        picture = Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8))
+        image = Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8))
         exif = Image.Exif()
         exif[0x0112] = 3
-        self.asked: list[str] = []
-        self._pictures = {"/data/upload/1/a.png": picture, "/data/upload/1/turned.png": picture}
-        self._exif = {"/data/upload/1/turned.png": exif}
+        self.urls: list[str] = []
+        self._images = {"/data/upload/1/a.png": image, "/data/upload/1/rotated.png": image}
+        self._exif = {"/data/upload/1/rotated.png": exif}
 
     def read(self, address: str) -> bytes:
-        """The picture's file."""
-        self.asked.append(address)
-        if address not in self._pictures:
-            raise BadImage(f"{address}: not on the shelf", "IMAGE_NOT_FOUND")
+        """Returns the encoded image."""
+        self.urls.append(address)
+        if address not in self._images:
+            raise BadImage(f"{address}: no such image", "IMAGE_NOT_FOUND")
         buffer = io.BytesIO()
-        self._pictures[address].save(buffer, format="PNG", exif=self._exif.get(address, Image.Exif()))
+        self._images[address].save(buffer, format="PNG", exif=self._exif.get(address, Image.Exif()))
         return buffer.getvalue()
 
 
 class Backend:
-    """The application, and what stands behind it."""
+    """The application and its dependencies."""
 
-    def __init__(self, fake: FakeServer, client: Client, shelf: Shelf, http: httpx2.Client) -> None:
-        self.fake, self.client, self.shelf, self.http = fake, client, shelf, http
+    def __init__(self, fake: FakeServer, client: Client, images: FakeImages, http: httpx2.Client) -> None:
+        self.fake, self.client, self.images, self.http = fake, client, images, http
 
     def predict(self, *tasks: dict[str, Any], context: Any = None, config: str = CONFIG) -> Any:
-        """The body of an answer to Label Studio's request."""
+        """Sends a prediction request and returns its results."""
         body = {"tasks": list(tasks), "project": "1.1764098131", "label_config": config}
         answer = self.http.post("/predict", json=body | {"params": {"login": None, "context": context}})
         assert answer.status_code == 200, answer.text
@@ -70,19 +70,19 @@ class Backend:
 
 @contextmanager
 def backend_at(address: str, fake: FakeServer, **more: Any) -> Iterator[Backend]:
-    """Our backend for a labeling server at an address; the rest is given to `build_app`."""
-    shelf = Shelf()
+    """Runs the backend for a labeling server; passes further arguments to `build_app`."""
+    images = FakeImages()
     with Client(address, timeout_s=20) as client:
-        predictor = Predictor(client, shelf, LabelOptions(threshold=0.4), tolerance_px=0.5)
-        with running(build_app(predictor, **more)) as ours, httpx2.Client(base_url=ours, timeout=60) as http:
-            yield Backend(fake, client, shelf, http)
+        predictor = Predictor(client, images, LabelOptions(threshold=0.4), tolerance_px=0.5)
+        with running(build_app(predictor, **more)) as url, httpx2.Client(base_url=url, timeout=60) as http:
+            yield Backend(fake, client, images, http)
 
 
 @pytest.fixture
 def backend() -> Iterator[Backend]:
     fake = FakeServer()
-    with serving(fake) as address, backend_at(address, fake) as found:
-        yield found
+    with serving(fake) as address, backend_at(address, fake) as backend:
+        yield backend
 
 
 def task(number: int = 1, photo: str = "/data/upload/1/a.png", **more: Any) -> dict[str, Any]:
@@ -95,15 +95,19 @@ def annotated(*regions: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def test_a_drawn_rectangle_becomes_its_mask(backend: Backend) -> None:
     (found,) = backend.predict(task(), context={"result": [region()]})
-    (made,) = found["result"]
+    (mask,) = found["result"]
     assert (found["score"], found["model_version"]) == (0.75, VERSION)
-    assert (made["id"], made["type"], made["value"]["brushlabels"]) == ("gyqsvQ4tvz-mask", "brushlabels", ["cup"])
+    assert (mask["id"], mask["type"], mask["value"]["brushlabels"]) == (
+        "gyqsvQ4tvz-mask",
+        "brushlabels",
+        ["cup"],
+    )
     expected = decode_mask(box_filled((160.0, 240.0, 80.0, 48.0), (HEIGHT, WIDTH)))
-    assert (decode_brush(made["value"]["rle"], HEIGHT, WIDTH) == expected).all()
+    assert (decode_brush(mask["value"]["rle"], HEIGHT, WIDTH) == expected).all()
     assert backend.fake.label_requests[0].options.threshold == 0.4
 
 
-def test_a_batch_answers_each_task_from_its_own_rectangles(backend: Backend) -> None:
+def test_a_batch_labels_each_task_by_its_own_rectangles(backend: Backend) -> None:
     old = annotated(region(id="old"), updated_at="2025-01-01T00:00:00Z")
     skipped = annotated(region(id="skipped"), was_cancelled=True, updated_at="2026-05-05T00:00:00Z")
     found = backend.predict(
@@ -115,11 +119,11 @@ def test_a_batch_answers_each_task_from_its_own_rectangles(backend: Backend) -> 
     assert [row["id"] for row in found[0]["result"]] == ["a-mask", "b-mask"]
     assert found[1] == [], "no prediction is stored for a task without rectangles"
     assert [row["id"] for row in found[2]["result"]] == ["c-mask"]
-    assert found[3] == {"error": "/gone.png: not on the shelf"}
-    assert len(backend.fake.label_requests) == 2, "one call a picture, however many rectangles"
+    assert found[3] == {"error": "/gone.png: no such image"}
+    assert len(backend.fake.label_requests) == 2, "one call per image for any number of rectangles"
 
 
-def test_rectangles_that_cannot_be_answered_are_logged_and_the_others_are(
+def test_invalid_rectangles_are_logged_and_the_others_are_labeled(
     backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
     regions = [region(id="a", rotation=10), region(id="b"), region(id="c", x=150.0)]
@@ -127,146 +131,146 @@ def test_rectangles_that_cannot_be_answered_are_logged_and_the_others_are(
     assert [row["id"] for row in found["result"]] == ["b-mask"]
     lines = [record.getMessage() for record in caplog.records if record.name == "mal_client.label_studio"]
     assert len(lines) == 2
-    assert "task 7: no mask: region 'a': the rectangle is turned by 10 degrees" in lines[0]
-    assert "region 'c'" in lines[1]
+    assert all(name in lines[0] for name in ("task 7", "region 'a'", "10 degrees"))
+    assert all(name in lines[1] for name in ("task 7", "region 'c'"))
 
 
-@pytest.mark.parametrize("photo", ["/data/upload/1/turned.png", 5])
-def test_a_task_whose_picture_cannot_be_used_has_no_prediction(backend: Backend, photo: Any) -> None:
+@pytest.mark.parametrize("photo", ["/data/upload/1/rotated.png", 5])
+def test_a_task_with_an_invalid_image_has_no_prediction(backend: Backend, photo: Any) -> None:
     (found,) = backend.predict(task(photo=photo, annotations=[annotated(region())]))
     assert set(found) == {"error"}
     assert not backend.fake.label_requests
 
 
-def test_other_regions_and_other_tools_are_left_alone(backend: Backend) -> None:
+def test_other_regions_and_other_controls_are_ignored(backend: Backend) -> None:
     brush = {"type": "brushlabels", "from_name": "mask", "value": {}}
     (found,) = backend.predict(task(annotations=[annotated(brush, region(from_name="elsewhere"))]))
     assert found == []
-    assert backend.shelf.asked == []
+    assert backend.images.urls == []
 
 
-def test_a_class_that_the_brush_lacks_is_told_before_the_picture_is_fetched(backend: Backend) -> None:
+def test_a_class_without_a_mask_control_fails_before_the_image_is_fetched(backend: Backend) -> None:
     (found,) = backend.predict(task(annotations=[annotated(region(rectanglelabels=["plate"]))]))
-    assert "'mask' does not offer plate" in found["error"]
-    assert backend.shelf.asked == []
+    assert "'mask'" in found["error"]
+    assert "plate" in found["error"]
+    assert backend.images.urls == []
 
 
-def test_health_setup_and_versions_name_the_weights(backend: Backend) -> None:
+def test_health_setup_and_versions_return_the_model_version(backend: Backend) -> None:
     assert backend.http.get("/health").json()["status"] == "UP"
     setup = {"project": "1.1764098131", "schema": CONFIG, "hostname": "http://localhost:8080", "access_token": "x"}
     assert backend.http.post("/setup", json=setup).json() == {"model_version": VERSION}
     assert backend.http.get("/versions").json() == {"versions": [VERSION]}
 
 
-def test_the_version_is_that_of_the_network_that_answers(backend: Backend) -> None:
+def test_the_version_contains_the_requested_branch(backend: Backend) -> None:
     options = LabelOptions(branch=Branch.TEACHER)
-    version = Predictor(backend.client, backend.shelf, options, tolerance_px=0.0).model_version()
+    version = Predictor(backend.client, backend.images, options, tolerance_px=0.0).model_version()
     assert version == f"{VERSION.rpartition('-')[0]}-teacher"
-    with pytest.raises(InvalidRequest, match="'dogs' is not served"):
-        Predictor(backend.client, backend.shelf, LabelOptions(model="dogs"), tolerance_px=0.0).model_version()
+    with pytest.raises(InvalidRequest, match="'dogs'"):
+        Predictor(backend.client, backend.images, LabelOptions(model="dogs"), tolerance_px=0.0).model_version()
 
 
-def test_what_the_project_calls_in_passing_is_answered(backend: Backend) -> None:
+def test_event_calls_of_a_project_are_accepted(backend: Backend) -> None:
     assert [backend.http.post(path, json={}).status_code for path in ("/webhook", "/train", "/delete")] == [200] * 3
 
 
 def test_a_project_without_boxes_cannot_be_connected(backend: Backend) -> None:
     refused = backend.http.post("/setup", json={"schema": "<View><Image name='a' value='$b'/></View>"})
-    assert (refused.status_code, "no boxes are drawn" in refused.json()["error"]) == (400, True)
+    assert (refused.status_code, "<RectangleLabels>" in refused.json()["error"]) == (400, True)
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"label_config": "<View>"}'])
-def test_a_request_that_is_none_is_refused_and_the_next_is_answered(backend: Backend, content: bytes) -> None:
+def test_an_invalid_request_is_refused_and_the_next_one_succeeds(backend: Backend, content: bytes) -> None:
     assert backend.http.post("/predict", content=content).status_code == 400
     assert backend.predict(task()) == [[]]
 
 
-def test_a_request_larger_than_the_bound_is_refused_with_the_remedy_and_the_next_is_answered(
+def test_a_request_above_the_size_limit_is_refused_and_the_next_one_succeeds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with serving(FakeServer()) as address, backend_at(address, FakeServer(), max_request_bytes=4096) as backend:
         for body in (b" " * 4097, iter([b" " * 3000] * 2)):  # with its length stated, and in chunks
             refused = backend.http.post("/predict", content=body)
-            assert (refused.status_code, "choose fewer tasks" in refused.json()["error"]) == (413, True)
-        assert "/predict: a request of more than 4096 bytes" in caplog.text
+            assert (refused.status_code, "4096 bytes" in refused.json()["error"]) == (413, True)
+        assert "/predict: " in caplog.text
+        assert "4096 bytes" in caplog.text
         assert backend.predict(task()) == [[]]
 
 
-def test_what_the_protocol_does_not_have_is_refused_as_json(backend: Backend) -> None:
+def test_unknown_paths_and_methods_are_refused_as_json(backend: Backend) -> None:
     for method, path, status in (("GET", "/predict", 405), ("POST", "/nothing", 404)):
         refused = backend.http.request(method, path)
         assert (refused.status_code, list(refused.json())) == (status, ["error"])
 
 
-def test_health_is_answered_while_every_thread_for_requests_is_busy(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_health_responds_while_every_worker_is_busy(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(backend.shelf, "read", lambda _: gate.wait(60) and Shelf().read("/data/upload/1/a.png"))
+    monkeypatch.setattr(backend.images, "read", lambda _: gate.wait(60) and FakeImages().read("/data/upload/1/a.png"))
     body = {"tasks": [task(annotations=[annotated(region())])], "label_config": CONFIG}
-    answers: list[int] = []
+    statuses: list[int] = []
 
-    def ask() -> None:
-        answers.append(backend.http.post("/predict", json=body, timeout=120).status_code)
+    def send() -> None:
+        statuses.append(backend.http.post("/predict", json=body, timeout=120).status_code)
 
-    callers = [threading.Thread(target=ask) for _ in range(REQUESTS_AT_ONCE + 2)]
-    for caller in callers:
-        caller.start()
+    threads = [threading.Thread(target=send) for _ in range(MAX_RUNNING + 2)]
+    for thread in threads:
+        thread.start()
     try:
         assert backend.http.get("/health").status_code == 200
-        assert answers == []
+        assert statuses == []
     finally:
         gate.set()
-        for caller in callers:
-            caller.join()
-    assert answers == [200] * len(callers)
+        for thread in threads:
+            thread.join()
+    assert statuses == [200] * len(threads)
 
 
-def test_requests_beyond_what_is_held_are_told_to_come_back_and_those_here_are_answered(
+def test_requests_above_the_limit_get_retry_after_and_the_others_succeed(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, here = threading.Event(), threading.Semaphore(0)
+    gate, received = threading.Event(), threading.Semaphore(0)
     inner = web.BaseRequest.read
 
-    async def noticed(request: web.BaseRequest) -> bytes:
+    async def counted_read(request: web.BaseRequest) -> bytes:
         content = await inner(request)
-        here.release()
+        received.release()
         return content
 
-    monkeypatch.setattr(web.BaseRequest, "read", noticed)
-    monkeypatch.setattr(backend.shelf, "read", lambda _: gate.wait(60) and Shelf().read("/data/upload/1/a.png"))
+    monkeypatch.setattr(web.BaseRequest, "read", counted_read)
+    monkeypatch.setattr(backend.images, "read", lambda _: gate.wait(60) and FakeImages().read("/data/upload/1/a.png"))
     body = {"tasks": [task(annotations=[annotated(region())])], "label_config": CONFIG}
-    limits = httpx2.Limits(max_connections=REQUESTS_HELD + 1)
-    answers: list[int] = []
+    limits = httpx2.Limits(max_connections=MAX_REQUESTS + 1)
+    statuses: list[int] = []
     with httpx2.Client(base_url=backend.http.base_url, timeout=120, limits=limits) as http:
 
-        def ask() -> None:
-            answers.append(http.post("/predict", json=body).status_code)
+        def send() -> None:
+            statuses.append(http.post("/predict", json=body).status_code)
 
-        callers = [threading.Thread(target=ask) for _ in range(REQUESTS_HELD)]
-        for caller in callers:
-            caller.start()
+        threads = [threading.Thread(target=send) for _ in range(MAX_REQUESTS)]
+        for thread in threads:
+            thread.start()
         try:
-            for _ in callers:
-                assert here.acquire(timeout=60)
+            for _ in threads:
+                assert received.acquire(timeout=60)
             for method, path in (("POST", "/predict"), ("POST", "/setup"), ("GET", "/versions")):
                 refused = http.request(method, path)
                 assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (503, True)
-                assert f"{REQUESTS_HELD} requests are here already" in refused.json()["error"]
+                assert str(MAX_REQUESTS) in refused.json()["error"]
             assert http.get("/health").status_code == 200
         finally:
             gate.set()
-            for caller in callers:
-                caller.join()
-    assert answers == [200] * REQUESTS_HELD
+            for thread in threads:
+                thread.join()
+    assert statuses == [200] * MAX_REQUESTS
     assert backend.predict(task()) == [[]]
 
 
-def test_senders_that_never_finish_do_not_keep_their_places(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mal_client.integrations.label_studio.app.RECEIVE_S", 0.01)
+def test_incomplete_requests_time_out_and_free_their_slots(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_client.integrations.label_studio.app.RECEIVE_TIMEOUT_S", 0.01)
     url = backend.http.base_url
     for path in ("/predict", "/setup"):
-        for _ in range(REQUESTS_HELD):
+        for _ in range(MAX_REQUESTS):
             with socket.create_connection((url.host, url.port), timeout=60) as connection:
                 connection.sendall(f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n".encode())
                 assert connection.recv(12) == b"HTTP/1.1 408"
@@ -274,7 +278,7 @@ def test_senders_that_never_finish_do_not_keep_their_places(backend: Backend, mo
     assert backend.predict(task()) == [[]]
 
 
-def test_a_lost_labeling_server_is_said_and_stores_nothing() -> None:
+def test_an_unavailable_labeling_server_is_an_error_that_stores_no_prediction() -> None:
     with ExitStack() as stack:
         with serving(FakeServer()) as address:
             backend = stack.enter_context(backend_at(address, FakeServer()))
@@ -285,16 +289,16 @@ def test_a_lost_labeling_server_is_said_and_stores_nothing() -> None:
         assert (refused.status_code, "unavailable" in refused.json()["error"]) == (503, True)
 
 
-def test_credentials_are_asked_for_where_they_are_set_and_health_is_free() -> None:
+def test_credentials_are_required_except_for_health() -> None:
     with serving(FakeServer()) as address, backend_at(address, FakeServer(), credentials="studio:secret") as backend:
         assert backend.http.get("/health").status_code == 200
         assert backend.http.get("/versions").status_code == 401
-        for shown, status in (("studio:secret", 200), ("studio:wrong", 401)):
-            packed = base64.b64encode(shown.encode()).decode()
-            assert backend.http.get("/versions", headers={"Authorization": f"Basic {packed}"}).status_code == status
+        for sent, status in (("studio:secret", 200), ("studio:wrong", 401)):
+            value = base64.b64encode(sent.encode()).decode()
+            assert backend.http.get("/versions", headers={"Authorization": f"Basic {value}"}).status_code == status
         assert backend.http.get("/versions", headers={"Authorization": "Basic ###"}).status_code == 401
 
 
-def test_the_command_is_open_to_other_machines_only_with_credentials(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_requires_credentials_unless_it_listens_on_loopback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["label-studio", "--server", "127.0.0.1:1", "--host", "0.0.0.0", "--port", "0"]) == 2
-    assert "give --credentials-file" in capsys.readouterr().err
+    assert "--credentials-file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A real Label Studio, a real labeling server, our ML backend between them, and an annotator's browser."""
+"""Tests with a real Label Studio, a real labeling server, the ML backend and a browser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import pytest
 import yaml
 from mal_client.cli.main import main
 from mal_client.client import Client
-from mal_client.integrations.label_studio.regions import percent_of_box, read_rectangle
+from mal_client.integrations.label_studio.regions import box_to_percent, read_rectangle
 from mal_client.types import BoxXywh
 from numpy.typing import NDArray
 from PIL import Image
@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 EMAIL, PASSWORD, TOKEN = "annotator@example.org", "a long password", "0123456789abcdef0123456789abcdef01234567"
 START_S = 400
-"""Without the data folder that `make tools-labelstudio` makes, Label Studio makes its database first: minutes."""
+"""Label Studio first creates its database, for minutes, unless `make tools-labelstudio` has done it."""
 
 STOP_S = 60
 
@@ -64,8 +64,8 @@ def tools() -> Tools:
     return needs_label_studio()
 
 
-def picture(folder: Path) -> Path:
-    """Two bright discs on noise."""
+def scene(folder: Path) -> Path:
+    """Writes an image of two bright discs on noise."""
     rng = np.random.default_rng(4)
     pixels = rng.integers(0, 90, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
@@ -84,7 +84,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(command: list[str], log: Path, pattern: str, env: Mapping[str, str]) -> Iterator[str]:
-    """Runs a command until the end of the block; what its output showed of the pattern."""
+    """Runs a command until the end of the block; yields the first group of the pattern in its output."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
         try:
@@ -108,7 +108,7 @@ def started(command: list[str], log: Path, pattern: str, env: Mapping[str, str])
 
 @dataclass
 class Studio:
-    """A running Label Studio with our backend."""
+    """A running Label Studio with the ML backend."""
 
     address: str
     backend: str
@@ -120,13 +120,13 @@ class Studio:
         self.http = httpx2.Client(base_url=self.address, headers={"Authorization": f"Token {TOKEN}"}, timeout=120)
 
     def call(self, method: str, path: str, **more: Any) -> Any:
-        """The body of an answer that must be good."""
+        """Returns the body of a successful response."""
         answer = self.http.request(method, path, **more)
         assert answer.is_success, f"{path}: {answer.status_code} {answer.text[:500]}"
         return answer.json() if answer.content else None
 
     def project(self, config: str) -> tuple[int, int]:
-        """(project, its only task), connected to the backend."""
+        """Creates a project with one task and connects it to the backend; returns (project, task)."""
         project = self.call("POST", "/api/projects/", json={"title": "masks", "label_config": config})["id"]
         files = {"file": ("scene.png", self.scene.read_bytes(), "image/png")}
         self.call("POST", f"/api/projects/{project}/import", files=files)
@@ -135,7 +135,7 @@ class Studio:
         return project, self.call("GET", f"/api/tasks/?project={project}")["tasks"][0]["id"]
 
     def masks(self, boxes: list[BoxXywh]) -> list[NDArray[np.bool_]]:
-        """What the labeling server itself answers."""
+        """Returns the masks of the labeling server itself."""
         with Client(self.labeling) as client:
             return [label.mask for label in client.label_image(self.scene, boxes)]
 
@@ -156,7 +156,7 @@ def studio(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     if tools.empty_data.exists():
         shutil.copytree(tools.empty_data, folder / "data")
     ours = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    # Label Studio refuses backends on this machine unless told; it would also report home.
+    # Allows backends on this machine, and disables analytics.
     theirs = os.environ | {"USE_DEFAULT_BANNED_SUBNETS": "false", "COLLECT_ANALYTICS": "false", "PYTHONUNBUFFERED": "1"}
     port = free_port()
     address = f"http://127.0.0.1:{port}"
@@ -168,36 +168,36 @@ def studio(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         started(serve, folder / "serve.log", r"(127\.0\.0\.1:\d+)", env=ours) as labeling,
         started([*annotate, "--enable-legacy-api-token"], folder / "studio.log", "(Quit the server)", env=theirs),
     ):
-        # What an account's page hands out; our calls below use the older kind.
+        # A personal access token for the backend; the calls of this test use the legacy token.
         made = httpx2.post(f"{address}/api/token/", headers={"Authorization": f"Token {TOKEN}"}, timeout=120)
         (folder / "key").write_text(made.json()["token"])
         connect = [sys.executable, "-m", "mal_client.cli.main", "label-studio", "--server", labeling, "--port", "0"]
         connect += ["--label-studio", address, "--api-key-file", str(folder / "key")]
         with started(connect, folder / "backend.log", r"on (http://\S+)", env=ours) as backend:
-            found = Studio(address, backend, labeling, picture(folder))
+            found = Studio(address, backend, labeling, scene(folder))
             yield found
             found.http.close()
 
 
-def test_a_rectangle_drawn_in_the_browser_becomes_the_servers_mask(
+def test_a_rectangle_drawn_in_the_browser_gets_the_mask_of_the_server(
     studio: Studio, tools: Tools, tmp_path: Path
 ) -> None:
     project, task = studio.project(BRUSHES)
-    asked = {"host": studio.address, "email": EMAIL, "password": PASSWORD, "project": project, "task": task}
-    asked |= {"chromium": needs_browser(), "box": BOXES[0], "width": WIDTH, "pictures": str(tmp_path)}
-    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    job = {"host": studio.address, "email": EMAIL, "password": PASSWORD, "project": project, "task": task}
+    job |= {"chromium": needs_browser(), "box": BOXES[0], "width": WIDTH, "screenshots": str(tmp_path)}
+    (tmp_path / "job.json").write_text(json.dumps(job))
     driver = [
         str(tools.python),
         str(ROOT / "tests/mal_client/integrations/label_studio/drive_label_studio.py"),
-        str(tmp_path / "asked.json"),
+        str(tmp_path / "job.json"),
     ]
     finished = subprocess.run(driver, check=True, timeout=300, capture_output=True, text=True)
-    kept = os.environ.get("MAL_KEEP_PICTURES")
-    if kept:
-        shutil.copytree(tmp_path, kept, dirs_exist_ok=True)
+    screenshots_dir = os.environ.get("MAL_KEEP_SCREENSHOTS")
+    if screenshots_dir:
+        shutil.copytree(tmp_path, screenshots_dir, dirs_exist_ok=True)
 
-    (asked_of_us,) = json.loads(finished.stdout)["asked"]
-    rectangle = read_rectangle(json.loads(asked_of_us)["context"]["result"][0])
+    (request,) = json.loads(finished.stdout)["requests"]
+    rectangle = read_rectangle(json.loads(request)["context"]["result"][0])
     assert iou(box_filled(rectangle.box, (HEIGHT, WIDTH)), box_filled(BOXES[0], (HEIGHT, WIDTH))) > 0.8
     (annotation,) = studio.call("GET", f"/api/tasks/{task}/annotations/")
     regions = {region["type"]: region for region in annotation["result"]}
@@ -205,12 +205,12 @@ def test_a_rectangle_drawn_in_the_browser_becomes_the_servers_mask(
     assert expected.any()
     found = decode_brush(regions["brushlabels"]["value"]["rle"], HEIGHT, WIDTH)
     assert (found == expected).all()
-    # A box without a mask in it would give 0.6; edges over dark noise differ by less than what counts as changed.
+    # An unmasked box would give 0.6; edges over dark noise change by less than the threshold.
     assert _painted(tmp_path, expected, rectangle.box) > 0.8
 
 
 def _painted(folder: Path, mask: NDArray[np.bool_], box: BoxXywh) -> float:
-    """IoU of the mask and the pixels that differ between the pictures before and after, inside the box's outline."""
+    """Returns the IoU of the mask and the pixels that differ between two screenshots, inside the outline of the box."""
     before, after = (
         np.asarray(Image.open(folder / name).convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BOX), dtype=int)
         for name in ("before.png", "suggested.png")
@@ -222,7 +222,7 @@ def _painted(folder: Path, mask: NDArray[np.bool_], box: BoxXywh) -> float:
 
 
 def rectangles() -> list[dict[str, Any]]:
-    """Regions as an annotation holds them."""
+    """Returns regions as in an annotation."""
     names = ("x", "y", "width", "height")
     return [
         {
@@ -233,14 +233,14 @@ def rectangles() -> list[dict[str, Any]]:
             "original_width": WIDTH,
             "original_height": HEIGHT,
             "image_rotation": 0,
-            "value": dict(zip(names, percent_of_box(box, (WIDTH, HEIGHT)), strict=True))
+            "value": dict(zip(names, box_to_percent(box, (WIDTH, HEIGHT)), strict=True))
             | {"rotation": 0, "rectanglelabels": ["thing"]},
         }
         for at, box in enumerate(BOXES)
     ]
 
 
-def test_a_batch_of_annotated_tasks_becomes_brush_predictions(studio: Studio) -> None:
+def test_a_batch_of_annotated_tasks_gets_brush_predictions(studio: Studio) -> None:
     project, task = studio.project(BRUSHES)
     studio.call("POST", f"/api/tasks/{task}/annotations/", json={"result": rectangles()})
     regions = studio.predicted(project, task)
@@ -263,26 +263,26 @@ def test_a_project_with_polygons_gets_polygons(studio: Studio) -> None:
 def test_the_worst_masks_of_a_labeled_file_are_imported_as_tasks_with_their_masks(
     studio: Studio, tmp_path: Path
 ) -> None:
-    picture_name = studio.scene.name
+    image_name = studio.scene.name
     rows = [{"id": at, "image_id": 1, "category_id": 1, "bbox": list(box)} for at, box in enumerate(BOXES, start=1)]
-    image = {"id": 1, "file_name": picture_name, "width": WIDTH, "height": HEIGHT}
+    image = {"id": 1, "file_name": image_name, "width": WIDTH, "height": HEIGHT}
     coco = {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "thing"}]}
     (tmp_path / "boxes.json").write_text(json.dumps(coco))
     with Client(studio.labeling) as client:
         client.label_dataset(tmp_path / "boxes.json", studio.scene.parent, tmp_path / "masks.json")
-    # The picture lies on Label Studio before its tasks do.
+    # Uploads the image before the tasks that refer to it.
     _, upload = studio.project(BRUSHES)
     address = studio.call("GET", f"/api/tasks/{upload}")["data"]["image"]
-    asked = ["review", "--annotations", str(tmp_path / "masks.json"), "--images", str(studio.scene.parent)]
-    asked += ["--label-studio", str(tmp_path / "tasks.json"), "--picture-prefix", address.removesuffix(picture_name)]
-    assert main(asked) == 0
+    command = ["review", "--annotations", str(tmp_path / "masks.json"), "--images", str(studio.scene.parent)]
+    command += ["--label-studio", str(tmp_path / "tasks.json"), "--image-prefix", address.removesuffix(image_name)]
+    assert main(command) == 0
 
     config = (tmp_path / "tasks.config.xml").read_text()
-    made = studio.call("POST", "/api/projects/", json={"title": "review", "label_config": config})["id"]
+    project = studio.call("POST", "/api/projects/", json={"title": "review", "label_config": config})["id"]
     tasks = json.loads((tmp_path / "tasks.json").read_text())
-    said = studio.call("POST", f"/api/projects/{made}/import", json=tasks)
-    assert (said["task_count"], said["prediction_count"]) == (1, 1)
-    (task,) = studio.call("GET", f"/api/tasks/?project={made}")["tasks"]
+    imported = studio.call("POST", f"/api/projects/{project}/import", json=tasks)
+    assert (imported["task_count"], imported["prediction_count"]) == (1, 1)
+    (task,) = studio.call("GET", f"/api/tasks/?project={project}")["tasks"]
     assert task["data"]["image"] == address
     assert studio.http.get(address).content == studio.scene.read_bytes()
     (prediction,) = studio.call("GET", f"/api/predictions/?task={task['id']}")
