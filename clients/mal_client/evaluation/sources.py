@@ -125,8 +125,8 @@ class LocalDataset(EvaluationSource):
 
     def category_id(self, wire_id: int) -> JsonId:
         """Returns the category id in the file."""
-        found: JsonId = self._category_ids.get(wire_id, wire_id)
-        return found
+        category_id: JsonId = self._category_ids.get(wire_id, wire_id)
+        return category_id
 
     def instance(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
         """Returns a row of the result with the ids, file name and box of the file."""

@@ -31,7 +31,7 @@ MAX_INFO_RETRIES = 3
 
 
 class ClientBase:
-    """State of a client that does not depend on the kind of its channel."""
+    """State of a client that does not depend on the type of its channel."""
 
     def __init__(
         self,

@@ -52,14 +52,14 @@ class _Matched:
 
     Attributes:
         scores: (D,), descending.
-        found: (A, T, D) detections with a ground truth of their own.
-        ignored: (A, T, D) detections that count neither as true nor as false.
+        is_matched: (A, T, D) detections with a ground truth of their own.
+        is_ignored: (A, T, D) detections that count neither as true nor as false.
         truths: (A,) number of ground truths that count.
     """
 
     scores: Floats
-    found: Bools
-    ignored: Bools
+    is_matched: Bools
+    is_ignored: Bools
     truths: NDArray[np.int64]
 
 
@@ -73,12 +73,12 @@ def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[flo
     matched = _match_all(groups, scores)
     categories = list(dict.fromkeys(group.category for group in groups))
     of_category: dict[int, list[_Matched]] = {category: [] for category in categories}
-    for group, found in zip(groups, matched, strict=True):
-        of_category[group.category].append(found)
+    for group, result in zip(groups, matched, strict=True):
+        of_category[group.category].append(result)
     # The axes of pycocotools: the order of summation decides the last bits of the means.
     shape = len(THRESHOLDS), len(RECALLS), len(categories), len(AREAS)
     precision = np.full(shape, -1.0)
-    recall = {most: np.full((len(THRESHOLDS), len(categories), len(AREAS)), -1.0) for most in (1, 10, MAX_DETS)}
+    recall = {max_dets: np.full((len(THRESHOLDS), len(categories), len(AREAS)), -1.0) for max_dets in (1, 10, MAX_DETS)}
     for k, category in enumerate(categories):
         for a in range(len(AREAS)):
             _accumulate(of_category[category], a, precision[:, :, k, a], {m: r[:, k, a] for m, r in recall.items()})
@@ -88,7 +88,7 @@ def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[flo
         _mean(precision[[0], ..., 0]),
         _mean(precision[[5], ..., 0]),
         *(_mean(precision[..., a]) for a in (1, 2, 3)),
-        *(_mean(recall[most][..., 0]) for most in (1, 10, MAX_DETS)),
+        *(_mean(recall[max_dets][..., 0]) for max_dets in (1, 10, MAX_DETS)),
         *(_mean(best[..., a]) for a in (1, 2, 3)),
     )
 
@@ -104,14 +104,14 @@ def _accumulate(matched: Sequence[_Matched], area: int, precision: Floats, recal
     if not truths:
         return
     order = np.argsort(-np.concatenate([group.scores for group in matched]), kind="stable")
-    found = np.concatenate([group.found[area] for group in matched], axis=1)[:, order]
-    counts = ~np.concatenate([group.ignored[area] for group in matched], axis=1)[:, order]
-    true = np.cumsum(found & counts, axis=1, dtype=np.float64)
-    false = np.cumsum(~found & counts, axis=1, dtype=np.float64)
+    is_matched = np.concatenate([group.is_matched[area] for group in matched], axis=1)[:, order]
+    counts = ~np.concatenate([group.is_ignored[area] for group in matched], axis=1)[:, order]
+    true = np.cumsum(is_matched & counts, axis=1, dtype=np.float64)
+    false = np.cumsum(~is_matched & counts, axis=1, dtype=np.float64)
     if area == 0:  # the only range with metrics at fewer detections
         rank = np.concatenate([np.arange(group.scores.size) for group in matched])[order]
-        for most in (1, 10):
-            recall[most][:] = np.count_nonzero((found & counts)[:, rank < most], axis=1) / truths
+        for max_dets in (1, 10):
+            recall[max_dets][:] = np.count_nonzero((is_matched & counts)[:, rank < max_dets], axis=1) / truths
     if not order.size:
         precision[:], recall[MAX_DETS][:] = 0.0, 0.0
         return
@@ -136,7 +136,7 @@ def _match_all(groups: Sequence[Group], scores: Sequence[Floats]) -> list[_Match
         for chunk in _chunks(numbers, max(1, _MAX_ELEMENTS // elements)):
             batch = [groups[number] for number in chunk]
             rows = [orders[number] for number in chunk]
-            found, ignored, counted = _match(
+            is_matched, is_ignored, counted = _match(
                 np.stack([group.iou[order] for group, order in zip(batch, rows, strict=True)]),
                 np.stack([group.det_areas[order] for group, order in zip(batch, rows, strict=True)]),
                 np.stack([group.truth_areas for group in batch]),
@@ -144,7 +144,7 @@ def _match_all(groups: Sequence[Group], scores: Sequence[Floats]) -> list[_Match
             )
             for index, number in enumerate(chunk):
                 sorted_scores = scores[number][orders[number]]
-                matched[number] = _Matched(sorted_scores, found[index], ignored[index], counted[index])
+                matched[number] = _Matched(sorted_scores, is_matched[index], is_ignored[index], counted[index])
     return [matched[number] for number in range(len(groups))]
 
 
@@ -154,7 +154,7 @@ def _chunks(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _match(iou: Floats, det_areas: Floats, truth_areas: Floats, crowd: Bools) -> tuple[Bools, Bools, NDArray[np.int64]]:
-    """Matches N groups greedily, highest score first; returns found, ignored (N, A, T, D) and truths (N, A).
+    """Matches N groups greedily, highest score first; returns is_matched, is_ignored (N, A, T, D) and truths (N, A).
 
     A detection takes the free ground truth of highest IoU at or above the threshold, the last one of equal IoU, and an
     ignored one only where no other fits.
@@ -166,15 +166,15 @@ def _match(iou: Floats, det_areas: Floats, truth_areas: Floats, crowd: Bools) ->
         crowd: (N, G).
     """
     low, high = (np.array(bounds)[:, None] for bounds in zip(*AREAS, strict=True))
-    set_aside = crowd[:, None] | (truth_areas[:, None] < low) | (truth_areas[:, None] > high)
+    excluded = crowd[:, None] | (truth_areas[:, None] < low) | (truth_areas[:, None] > high)
     outside = (det_areas[:, None] < low) | (det_areas[:, None] > high)
     size, detections, truths = iou.shape
     shape = size, len(AREAS), len(THRESHOLDS)
-    found = np.zeros((*shape, detections), dtype=np.bool_)
-    ignored = np.broadcast_to(outside[:, :, None], (*shape, detections)).copy()
-    counted = np.count_nonzero(~set_aside, axis=2)
+    is_matched = np.zeros((*shape, detections), dtype=np.bool_)
+    is_ignored = np.broadcast_to(outside[:, :, None], (*shape, detections)).copy()
+    counted = np.count_nonzero(~excluded, axis=2)
     if not truths:
-        return found, ignored, counted
+        return is_matched, is_ignored, counted
     limits = np.minimum(THRESHOLDS, 1 - 1e-10)
     free = np.ones((*shape, truths), dtype=np.bool_)
     index = np.ix_(*(np.arange(length) for length in shape))
@@ -183,15 +183,15 @@ def _match(iou: Floats, det_areas: Floats, truth_areas: Floats, crowd: Bools) ->
         fits = free & (value >= limits[:, None])
         if not fits.any():
             continue
-        proper = np.where(fits & ~set_aside[:, :, None], value, -1.0)
+        proper = np.where(fits & ~excluded[:, :, None], value, -1.0)
         spare = np.where(fits, value, -1.0)
         last = truths - 1
-        own = proper.max(axis=3) >= 0.0
-        chosen = np.where(own, last - proper[..., ::-1].argmax(axis=3), last - spare[..., ::-1].argmax(axis=3))
-        hit = own | (spare.max(axis=3) >= 0.0)
-        found[..., d] = hit
-        ignored[..., d] = np.where(hit, ~own, ignored[..., d])
+        has_counted = proper.max(axis=3) >= 0.0
+        chosen = np.where(has_counted, last - proper[..., ::-1].argmax(axis=3), last - spare[..., ::-1].argmax(axis=3))
+        hit = has_counted | (spare.max(axis=3) >= 0.0)
+        is_matched[..., d] = hit
+        is_ignored[..., d] = np.where(hit, ~has_counted, is_ignored[..., d])
         # A crowd region stays free for other detections.
         taken = hit & ~crowd[index[0], chosen]
         free[(*index, chosen)] &= ~taken
-    return found, ignored, counted
+    return is_matched, is_ignored, counted

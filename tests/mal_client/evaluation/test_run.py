@@ -64,9 +64,9 @@ def test_the_first_message_has_the_options_and_the_number_of_images(dataset: Dat
 
 def test_ids_that_are_not_integers_are_mapped_to_the_wire_and_back(dataset: Dataset) -> None:
     dataset.coco["categories"] = [{"id": "cup", "name": "cup"}, {"id": 1, "name": "pot"}]
-    for at, row in enumerate(dataset.coco["annotations"]):
-        row["id"] = f"box-{at}"
-        row["category_id"] = "cup" if at % 2 else 1
+    for index, row in enumerate(dataset.coco["annotations"]):
+        row["id"] = f"box-{index}"
+        row["category_id"] = "cup" if index % 2 else 1
     dataset.save()
     fake = FakeServer()
     evaluation = evaluate(fake, dataset)
@@ -74,7 +74,7 @@ def test_ids_that_are_not_integers_are_mapped_to_the_wire_and_back(dataset: Data
     assert [row.category_id for row in fake.evaluate_options.categories] == [1, 2]
     sent = [truth.category_id for image in fake.evaluated for truth in image.ground_truth]
     assert sent == [2, 1, 2, 1, 2, 1]
-    assert {row.annotation_id for row in evaluation.worst} == {f"box-{at}" for at in range(6)}
+    assert {row.annotation_id for row in evaluation.worst} == {f"box-{index}" for index in range(6)}
 
 
 def test_rows_that_cannot_be_measured_are_counted_by_reason(dataset: Dataset) -> None:

@@ -25,17 +25,17 @@ def ring_png() -> bytes:
 
 def test_masks_have_every_requested_format_in_order_and_are_equal() -> None:
     request = label_request(DISC_BOX, content=ring_png(), formats=ALL_FORMATS)
-    (found,) = with_server(lambda running: label(running, request))
-    assert [mask.WhichOneof("encoding") for mask in found.masks] == ["png", "polygons", "uncompressed_rle", "coco_rle"]
-    codes = [decoded(mask) for mask in found.masks]
+    (result,) = with_server(lambda running: label(running, request))
+    assert [mask.WhichOneof("encoding") for mask in result.masks] == ["png", "polygons", "uncompressed_rle", "coco_rle"]
+    codes = [decoded(mask) for mask in result.masks]
     assert codes == [codes[0]] * 4
-    assert rle.area(codes[0]) == found.area_px
-    assert [ring.is_hole for ring in found.masks[1].polygons.rings] == [False, True]
+    assert rle.area(codes[0]) == result.area_px
+    assert [ring.is_hole for ring in result.masks[1].polygons.rings] == [False, True]
 
 
 def test_without_formats_masks_are_compressed_run_lengths() -> None:
-    (found,) = with_server(lambda running: label(running, label_request(DISC_BOX)))
-    assert [mask.WhichOneof("encoding") for mask in found.masks] == ["coco_rle"]
+    (result,) = with_server(lambda running: label(running, label_request(DISC_BOX)))
+    assert [mask.WhichOneof("encoding") for mask in result.masks] == ["coco_rle"]
 
 
 def test_a_tolerance_reduces_only_the_points_of_polygons() -> None:

@@ -18,16 +18,16 @@ def call(address: str, service: str, method: str, request: dict[str, Any]) -> li
     """Returns the responses of a method as JSON, decoded with descriptors from the server."""
     with grpc.insecure_channel(address) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
-        found = DescriptorPool(database).FindServiceByName(service).FindMethodByName(method)
-        message = ParseDict(request, GetMessageClass(found.input_type)())
-        open_call = channel.unary_stream if found.server_streaming else channel.unary_unary
+        descriptor = DescriptorPool(database).FindServiceByName(service).FindMethodByName(method)
+        message = ParseDict(request, GetMessageClass(descriptor.input_type)())
+        open_call = channel.unary_stream if descriptor.server_streaming else channel.unary_unary
         method_call = open_call(
             f"/{service}/{method}",
             request_serializer=lambda sent: sent.SerializeToString(),
-            response_deserializer=GetMessageClass(found.output_type).FromString,
+            response_deserializer=GetMessageClass(descriptor.output_type).FromString,
         )
         responses: Any = method_call(message, timeout=20)
-        return [MessageToDict(one) for one in (responses if found.server_streaming else [responses])]
+        return [MessageToDict(one) for one in (responses if descriptor.server_streaming else [responses])]
 
 
 def with_server(service: str, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -45,8 +45,8 @@ def test_a_client_without_stubs_labels_an_image() -> None:
         "instances": [{"instanceId": 7, "box": {"x": x, "y": y, "width": width, "height": height}}],
         "options": {"formats": ["MASK_FORMAT_UNCOMPRESSED_RLE"]},
     }
-    (answer,) = with_server("mal.v1.LabelingService", "LabelImage", request)
-    (result,) = answer["results"]
+    (response,) = with_server("mal.v1.LabelingService", "LabelImage", request)
+    (result,) = response["results"]
     runs = result["masks"][0]["uncompressedRle"]
     assert result["instanceId"] == "7"
     code = Rle.from_coco({"size": [runs["height"], runs["width"]], "counts": [int(run) for run in runs["counts"]]})

@@ -145,6 +145,6 @@ def test_a_malformed_message_is_an_invalid_argument(method: str, data: bytes) ->
 @given(st.lists(REQUESTS, min_size=20, max_size=20))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_no_request_causes_an_internal_error(requests: list[labeling_pb2.LabelImageRequest]) -> None:
-    answers = with_server(lambda running: bulk(running, *requests)).values()
-    inner = {result.status.code for answer in answers for result in answer.response.results}
-    assert {answer.status.code for answer in answers} | inner <= {code_pb2.OK, code_pb2.INVALID_ARGUMENT}
+    responses = with_server(lambda running: bulk(running, *requests)).values()
+    inner = {result.status.code for response in responses for result in response.response.results}
+    assert {response.status.code for response in responses} | inner <= {code_pb2.OK, code_pb2.INVALID_ARGUMENT}

@@ -10,12 +10,12 @@ from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, bright_di
 def test_the_mask_equals_that_of_the_labeler() -> None:
     predictor = BrightPredictor()
     (result,) = with_server(lambda running: label(running, label_request(DISC_BOX)), predictor)
-    (own,) = predictor.label(bright_disc(), [DISC_BOX])
-    assert isinstance(own, Label)
+    (expected,) = predictor.label(bright_disc(), [DISC_BOX])
+    assert isinstance(expected, Label)
     code = result.masks[0].coco_rle
-    assert (code.height, code.width, code.counts) == (own.rle.height, own.rle.width, own.rle.counts)
-    assert (result.score, result.area_px) == (own.score, own.area)
-    assert (result.mask_box.x, result.mask_box.width) == (own.mask_box or (0, 0, 0))[0:3:2]
+    assert (code.height, code.width, code.counts) == (expected.rle.height, expected.rle.width, expected.rle.counts)
+    assert (result.score, result.area_px) == (expected.score, expected.area)
+    assert (result.mask_box.x, result.mask_box.width) == (expected.mask_box or (0, 0, 0))[0:3:2]
     assert mask_of(result)[20, 30]
     assert not mask_of(result)[9, 19]
 
@@ -23,33 +23,33 @@ def test_the_mask_equals_that_of_the_labeler() -> None:
 def test_a_response_has_its_weights_and_its_durations() -> None:
     async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
         call = running.labeling.LabelImage(label_request(DISC_BOX, branch=types_pb2.BRANCH_TEACHER))
-        return [answer async for answer in call]
+        return [response async for response in call]
 
-    (answer,) = with_server(work, BrightPredictor(wait_s=0.02))
-    assert (answer.model.name, answer.model.branch) == ("disc", types_pb2.BRANCH_TEACHER)
-    assert len(answer.model.checkpoint_sha256) == 64
-    assert answer.timing.batch_size == 1
-    assert answer.timing.infer.ToMilliseconds() >= 20
-    assert answer.timing.decode.ToMicroseconds() > 0
-    assert answer.timing.finish.ToMicroseconds() > 0
+    (response,) = with_server(work, BrightPredictor(wait_s=0.02))
+    assert (response.model.name, response.model.branch) == ("disc", types_pb2.BRANCH_TEACHER)
+    assert len(response.model.checkpoint_sha256) == 64
+    assert response.timing.batch_size == 1
+    assert response.timing.infer.ToMilliseconds() >= 20
+    assert response.timing.decode.ToMicroseconds() > 0
+    assert response.timing.finish.ToMicroseconds() > 0
 
 
 def test_a_large_request_streams_one_message_for_each_batch() -> None:
     async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
-        return [answer async for answer in running.labeling.LabelImage(label_request(*[DISC_BOX] * 20))]
+        return [response async for response in running.labeling.LabelImage(label_request(*[DISC_BOX] * 20))]
 
-    answers = with_server(work, max_batch_size=8)
-    assert [answer.timing.batch_size for answer in answers] == [8, 8, 4]
-    assert sorted(result.instance_id for answer in answers for result in answer.results) == list(range(20))
+    responses = with_server(work, max_batch_size=8)
+    assert [response.timing.batch_size for response in responses] == [8, 8, 4]
+    assert sorted(result.instance_id for response in responses for result in response.results) == list(range(20))
 
 
 def test_a_request_without_boxes_gets_one_empty_response() -> None:
     async def work(running: Running) -> list[labeling_pb2.LabelImageResponse]:
-        return [answer async for answer in running.labeling.LabelImage(label_request())]
+        return [response async for response in running.labeling.LabelImage(label_request())]
 
-    (answer,) = with_server(work)
-    assert len(answer.results) == 0
-    assert answer.model.name == "disc"
+    (response,) = with_server(work)
+    assert len(response.results) == 0
+    assert response.model.name == "disc"
 
 
 def test_options_reach_the_network_and_the_threshold() -> None:
@@ -78,8 +78,8 @@ def test_a_request_without_a_branch_uses_the_branch_of_the_server() -> None:
 
 def test_server_info_has_the_model_and_the_limits() -> None:
     async def work(running: Running) -> model_pb2.GetServerInfoResponse:
-        answer: model_pb2.GetServerInfoResponse = await running.model.GetServerInfo(model_pb2.GetServerInfoRequest())
-        return answer
+        response: model_pb2.GetServerInfoResponse = await running.model.GetServerInfo(model_pb2.GetServerInfoRequest())
+        return response
 
     info = with_server(work, branch="mixed", model_name="discs", limits={"max_boxes": 77})
     assert (info.model.ref.name, info.model.ref.branch) == ("discs", types_pb2.BRANCH_MIXED)

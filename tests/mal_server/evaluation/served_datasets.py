@@ -18,13 +18,13 @@ async def each(messages: Sequence[Request]) -> AsyncIterator[Request]:
         yield message
 
 
-async def run(running: Any, messages: Sequence[Request]) -> tuple[list[Any], Any]:
+async def run_evaluation(running: Any, messages: Sequence[Request]) -> tuple[list[Any], Any]:
     """Returns (progress messages, result) of an evaluation."""
-    answers = [answer async for answer in running.evaluation.Evaluate(each(messages))]
-    return [answer.progress for answer in answers[:-1]], answers[-1].result
+    responses = [response async for response in running.evaluation.Evaluate(each(messages))]
+    return [response.progress for response in responses[:-1]], responses[-1].result
 
 
-def written(root: Path) -> Path:
+def write_dataset(root: Path) -> Path:
     """Writes the scenes of `test_run` into a new folder, as `truth.json` and `images`; returns the folder."""
     (root / "images").mkdir(parents=True)
     rows = []
@@ -44,5 +44,5 @@ def on_server(annotations: str = "sets/truth.json", images: str = "sets/images",
     return Request(options=evaluation_pb2.EvaluateOptions(dataset=dataset, worst_count=4, **options))
 
 
-def data(folder: Path) -> dict[str, Any]:
+def data_folders(folder: Path) -> dict[str, Any]:
     return {"data_folders": [{"name": "sets", "path": str(folder)}]}

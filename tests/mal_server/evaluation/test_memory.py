@@ -23,14 +23,21 @@ from mal_server.scheduling.priority import Priority
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.settings import Branch
 from tests.mal_server.calls import reason_of, status_details
-from tests.mal_server.evaluation.served_datasets import Request, data, each, on_server, run, written
+from tests.mal_server.evaluation.served_datasets import (
+    Request,
+    data_folders,
+    each,
+    on_server,
+    run_evaluation,
+    write_dataset,
+)
 from tests.mal_server.evaluation.test_run import SCENES, options_of, scenes
 from tests.mal_server.fakes import BrightPredictor, serving
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return written(tmp_path / "sets")
+    return write_dataset(tmp_path / "sets")
 
 
 def test_an_evaluation_without_memory_is_refused_with_a_time_to_retry(folder: Path) -> None:
@@ -40,19 +47,19 @@ def test_an_evaluation_without_memory_is_refused_with_a_time_to_retry(folder: Pa
     (folder / "truth.json").write_text(text + " " * (2**17 - len(text)))
 
     async def work() -> tuple[str, bool, int]:
-        async with serving(BrightPredictor(gate=gate), max_evaluation_bytes=2**20, **data(folder)) as running:
-            first = asyncio.create_task(run(running, [on_server()]))
+        async with serving(BrightPredictor(gate=gate), max_evaluation_bytes=2**20, **data_folders(folder)) as running:
+            first = asyncio.create_task(run_evaluation(running, [on_server()]))
             while not running.predictor.batches:
                 await asyncio.sleep(0.001)
             with pytest.raises(grpc.aio.AioRpcError, match="max_evaluation_bytes") as raised:
-                await run(running, [on_server()])
+                await run_evaluation(running, [on_server()])
             assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
             trailers: Any = raised.value.trailing_metadata()
             pushback = dict(trailers).get("grpc-retry-pushback-ms")
             gate.set()
             await first
-            _, again = await run(running, [on_server()])
-            return reason_of(status_details(raised.value)), bool(pushback), again.images
+            _, second = await run_evaluation(running, [on_server()])
+            return reason_of(status_details(raised.value)), bool(pushback), second.images
 
     assert asyncio.run(work()) == ("MEMORY_FULL", True, 6)
 
@@ -63,22 +70,22 @@ def test_measured_images_count_as_memory_and_the_refused_evaluation_succeeds_lat
     monkeypatch.setattr("mal_train.core.metrics.evaluator.MEMORY_OF_A_PAIR", 2**20)
     over = asyncio.Event()
 
-    async def held(messages: Sequence[Request]) -> AsyncIterator[Request]:
+    async def messages_until_over(messages: Sequence[Request]) -> AsyncIterator[Request]:
         for message in messages:
             yield message
         await over.wait()
 
     async def work() -> tuple[str, int, int]:
         async with serving(max_evaluation_bytes=2**20) as running:
-            first = aiter(running.evaluation.Evaluate(held([options_of(), scenes()[0]])))
+            first = aiter(running.evaluation.Evaluate(messages_until_over([options_of(), scenes()[0]])))
             await anext(first)  # the first image is measured
             with pytest.raises(grpc.aio.AioRpcError, match="max_evaluation_bytes") as raised:
-                await run(running, [options_of(), *scenes()])
+                await run_evaluation(running, [options_of(), *scenes()])
             assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
             over.set()
-            rest = [answer async for answer in first]
-            _, again = await run(running, [options_of(), *scenes()])
-            return reason_of(status_details(raised.value)), rest[-1].result.images, again.images
+            rest = [response async for response in first]
+            _, second = await run_evaluation(running, [options_of(), *scenes()])
+            return reason_of(status_details(raised.value)), rest[-1].result.images, second.images
 
     assert asyncio.run(asyncio.wait_for(work(), 60)) == ("MEMORY_FULL", 1, len(SCENES))
 
@@ -86,11 +93,11 @@ def test_measured_images_count_as_memory_and_the_refused_evaluation_succeeds_lat
 def test_a_data_set_that_a_thread_still_reads_counts_after_its_call_is_cancelled(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, gate, over = threading.Event(), threading.Event(), threading.Event()
+    started, gate, over = threading.Event(), threading.Event(), threading.Event()
     leave = Reservation.__exit__
 
     def slow(*args: Any) -> Dataset:
-        begun.set()
+        started.set()
         gate.wait(30)
         return read_dataset(*args)
 
@@ -100,16 +107,16 @@ def test_a_data_set_that_a_thread_still_reads_counts_after_its_call_is_cancelled
 
     async def fits(running: Any) -> bool:
         try:
-            return bool((await run(running, [on_server()]))[1].images)
+            return bool((await run_evaluation(running, [on_server()]))[1].images)
         except grpc.aio.AioRpcError as error:
             if reason_of(status_details(error)) != "MEMORY_FULL":
                 raise
             return False
 
     async def work() -> None:
-        async with serving(max_evaluation_bytes=2**20, **data(folder)) as running:
-            gone = asyncio.create_task(run(running, [on_server()]))
-            while not begun.is_set():
+        async with serving(max_evaluation_bytes=2**20, **data_folders(folder)) as running:
+            gone = asyncio.create_task(run_evaluation(running, [on_server()]))
+            while not started.is_set():
                 await asyncio.sleep(0.001)
             gone.cancel()
             while not over.is_set():
@@ -132,18 +139,18 @@ def test_a_missing_data_set_is_reported_before_its_records_are_read(folder: Path
     """The client is still sending when the error arrives."""
 
     async def work() -> str:
-        answered = asyncio.Event()
+        failed = asyncio.Event()
 
         async def messages() -> AsyncIterator[Request]:
             yield on_server("sets/none.json")
-            await answered.wait()
+            await failed.wait()
 
-        async with serving(**data(folder)) as running:
+        async with serving(**data_folders(folder)) as running:
             try:
                 with pytest.raises(grpc.aio.AioRpcError) as raised:
                     await asyncio.wait_for(anext(aiter(running.evaluation.Evaluate(messages()))), 30)
             finally:
-                answered.set()
+                failed.set()
             return reason_of(status_details(raised.value))
 
     assert asyncio.run(work()) == "FILE_NOT_FOUND"
@@ -161,11 +168,11 @@ def test_a_data_set_of_short_rows_takes_no_more_memory_than_estimated(tmp_path: 
     tracemalloc.start()
     try:
         truths = list(read_dataset(folders, "sets/truth.json", "sets").ground_truths(options.label_request, 10, {}))
-        _, most = tracemalloc.get_traced_memory()
+        _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len(truths) == 300
-    assert most <= memory_of(folders, "sets/truth.json")
+    assert peak <= memory_of(folders, "sets/truth.json")
 
 
 def test_records_count_as_memory_as_they_arrive() -> None:
@@ -173,7 +180,7 @@ def test_records_count_as_memory_as_they_arrive() -> None:
     options = read_evaluate_options(
         on_server(resume_token=b"t"), CallDefaults(Branch.STUDENT, Priority.BATCH, math.inf)
     )
-    messages = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(at), record=b"123")) for at in range(4)]
+    messages = [Request(image=evaluation_pb2.EvaluateImage(item_id=str(index), record=b"123")) for index in range(4)]
     with budget.reserve() as alone:
         # 16 bytes: a single evaluation may exceed the quota.
         assert len(asyncio.run(read_records(each(messages), options, alone.grow))) == 4
@@ -205,7 +212,7 @@ def test_of_two_evaluations_that_fill_the_memory_the_later_one_fails() -> None:
 def test_memory_is_held_while_a_thread_computes_the_report_of_a_cancelled_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    begun, gate, over = threading.Event(), threading.Event(), threading.Event()
+    started, gate, over = threading.Event(), threading.Event(), threading.Event()
     budgets: list[MemoryQuota] = []
     leave = Reservation.__exit__
 
@@ -214,7 +221,7 @@ def test_memory_is_held_while_a_thread_computes_the_report_of_a_cancelled_call(
         return budgets[-1]
 
     def report(self: Evaluator) -> None:
-        begun.set()
+        started.set()
         assert gate.wait(60)
 
     def left(self: Reservation, *args: Any) -> None:
@@ -227,8 +234,8 @@ def test_memory_is_held_while_a_thread_computes_the_report_of_a_cancelled_call(
 
     async def work() -> None:
         async with serving() as running:
-            call = asyncio.create_task(run(running, [options_of(), *scenes()[:1]]))
-            assert await asyncio.to_thread(begun.wait, 60)
+            call = asyncio.create_task(run_evaluation(running, [options_of(), *scenes()[:1]]))
+            assert await asyncio.to_thread(started.wait, 60)
             call.cancel()
             assert await asyncio.to_thread(over.wait, 60)
             assert budgets[0].used > 0

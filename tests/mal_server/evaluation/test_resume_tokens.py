@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -21,19 +22,24 @@ from mal_server.api.serialization.evaluation_messages import read_evaluate_optio
 from mal_server.api.serialization.labeling_messages import CallDefaults
 from mal_server.errors import InvalidRequest
 from mal_server.evaluation.dataset_reader import Dataset
+from mal_server.evaluation.resume_tokens import GroundTruth, InstanceScore, ItemFailure, ResumeTokens, SampleResult
+from mal_server.inference.image_store import InlineImage
+from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
 from mal_train.core.errors import ConfigError
+from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch
+from mal_train.kernel.labeler.labeler import PredictOptions
 from tests.mal_client.test_against_server import served
 from tests.mal_server.calls import fields_of, reason_of, status_details
-from tests.mal_server.evaluation.served_datasets import Request, data, on_server, run, written
+from tests.mal_server.evaluation.served_datasets import Request, data_folders, on_server, run_evaluation, write_dataset
 from tests.mal_server.evaluation.test_run import SCENES, evaluate, options_of, scenes
 from tests.mal_server.fakes import BrightPredictor, encoded, serving
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return written(tmp_path / "sets")
+    return write_dataset(tmp_path / "sets")
 
 
 def crops_run(predictor: BrightPredictor) -> int:
@@ -52,7 +58,7 @@ def with_record(message: Request, record: bytes) -> Request:
 
 def test_a_data_set_on_the_server_gives_the_metrics_of_the_same_images_streamed(folder: Path) -> None:
     streamed = evaluate(options_of(), *scenes())[1]
-    progress, read_there = evaluate(on_server(), **data(folder))
+    progress, read_there = evaluate(on_server(), **data_folders(folder))
     assert [one.images_total for one in progress] == [6] * 6
     for result in (streamed, read_there):  # item ids differ: file names, or names of the stream
         for row in result.worst:
@@ -62,7 +68,7 @@ def test_a_data_set_on_the_server_gives_the_metrics_of_the_same_images_streamed(
 
 def test_a_file_that_is_missing_on_the_server_is_counted(folder: Path) -> None:
     (folder / "images" / "2.png").unlink()
-    result = evaluate(on_server(), **data(folder))[1]
+    result = evaluate(on_server(), **data_folders(folder))[1]
     assert {row.reason: row.instances for row in result.skipped} == {"IMAGE_NOT_FOUND": 3}
     assert (result.images, result.images_skipped) == (5, 1)
 
@@ -86,7 +92,7 @@ def test_only_data_sets_below_the_data_folders_are_read(
     (folder.parent / "secret.json").write_text("{}")
     (folder / "out.json").symlink_to(folder.parent / "secret.json")
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        evaluate(on_server(annotations, images), **data(folder))
+        evaluate(on_server(annotations, images), **data_folders(folder))
     status = status_details(raised.value)
     assert (reason_of(status) or ",".join(fields_of(status))) == expected
     assert str(folder) not in (raised.value.details() or "")
@@ -97,7 +103,7 @@ def test_an_image_of_a_data_set_cannot_lead_out_of_its_folder(folder: Path) -> N
     content = json.loads((folder / "truth.json").read_text())
     content["images"][0]["file_name"] = "../../secret.png"
     (folder / "truth.json").write_text(json.dumps(content))
-    result = evaluate(on_server(), **data(folder))[1]
+    result = evaluate(on_server(), **data_folders(folder))[1]
     assert {row.reason: row.instances for row in result.skipped} == {"REQUEST_REFUSED": 3}
 
 
@@ -106,10 +112,10 @@ def test_a_resumed_evaluation_labels_only_the_remaining_images_and_has_the_same_
     folder: Path, is_on_server: bool
 ) -> None:
     async def work() -> tuple[Any, Any, int]:
-        async with serving(**data(folder)) as running:
+        async with serving(**data_folders(folder)) as running:
             first = on_server(want_records=True) if is_on_server else options_of(want_records=True)
             images = [] if is_on_server else scenes()
-            progress, complete = await run(running, [first, *images])
+            progress, complete = await run_evaluation(running, [first, *images])
             known = progress[:4]
             assert all(one.record for one in known)
             first.options.resume_token = known[0].resume_token
@@ -120,7 +126,7 @@ def test_a_resumed_evaluation_labels_only_the_remaining_images_and_has_the_same_
             else:
                 again = [with_record(image, one.record) for image, one in zip(images, known, strict=False)] + images[4:]
             running.predictor.batches.clear()
-            _, resumed = await run(running, [first, *again])
+            _, resumed = await run_evaluation(running, [first, *again])
             return complete, resumed, crops_run(running.predictor)
 
     complete, resumed, crops = asyncio.run(work())
@@ -150,10 +156,10 @@ def test_a_damaged_record_or_one_of_another_image_is_refused(damage: str) -> Non
     async def work() -> list[str]:
         async with serving() as running:
             first, images = options_of(want_records=True), scenes()
-            progress, _ = await run(running, [first, *images])
+            progress, _ = await run_evaluation(running, [first, *images])
             first.options.resume_token = progress[0].resume_token
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await run(running, [first, damaged(with_record(images[0], progress[0].record), damage)])
+                await run_evaluation(running, [first, damaged(with_record(images[0], progress[0].record), damage)])
             return fields_of(status_details(raised.value))
 
     assert asyncio.run(work()) == ["image.record"]
@@ -172,10 +178,10 @@ def test_a_damaged_record_or_one_of_another_image_is_refused(damage: str) -> Non
 def test_a_token_is_stale_under_other_options(change: dict[str, Any]) -> None:
     async def work() -> str:
         async with serving() as running:
-            progress, _ = await run(running, [options_of(want_records=True), *scenes()[:1]])
+            progress, _ = await run_evaluation(running, [options_of(want_records=True), *scenes()[:1]])
             label = types_pb2.LabelOptions(**change)
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await run(running, [options_of(label=label, resume_token=progress[0].resume_token)])
+                await run_evaluation(running, [options_of(label=label, resume_token=progress[0].resume_token)])
             return reason_of(status_details(raised.value))
 
     assert asyncio.run(work()) == "RESUME_TOKEN_STALE"
@@ -201,14 +207,14 @@ def test_records_without_a_token_are_refused_at_the_first_record() -> None:
 
 def test_records_of_images_that_are_not_in_the_data_set_are_stale(folder: Path) -> None:
     async def work() -> str:
-        async with serving(**data(folder)) as running:
-            progress, _ = await run(running, [on_server(want_records=True)])
+        async with serving(**data_folders(folder)) as running:
+            progress, _ = await run_evaluation(running, [on_server(want_records=True)])
             records = [
                 Request(image=evaluation_pb2.EvaluateImage(item_id=p.item_id, record=p.record)) for p in progress
             ]
             (folder / "truth.json").write_text((folder / "truth.json").read_text().replace("2.png", "other.png"))
             with pytest.raises(grpc.aio.AioRpcError, match=r"1 of 6 records .* '2\.png'") as raised:
-                await run(running, [on_server(resume_token=progress[0].resume_token), *records])
+                await run_evaluation(running, [on_server(resume_token=progress[0].resume_token), *records])
             return reason_of(status_details(raised.value))
 
     assert asyncio.run(work()) == "RESUME_TOKEN_STALE"
@@ -223,7 +229,7 @@ def test_a_data_set_is_read_outside_the_event_loop(folder: Path, monkeypatch: py
         return inner(self, *args)
 
     monkeypatch.setattr(Dataset, "ground_truths", ground_truths)
-    assert evaluate(on_server(), **data(folder))[1].images == 6
+    assert evaluate(on_server(), **data_folders(folder))[1].images == 6
     assert threads
     assert threading.main_thread() not in threads
 
@@ -237,13 +243,13 @@ def test_a_token_survives_a_restart_if_the_settings_have_a_resume_key(
 
     async def work() -> str:
         async with serving(**settings) as running:
-            progress, _ = await run(running, [options_of(want_records=True), *scenes()[:1]])
+            progress, _ = await run_evaluation(running, [options_of(want_records=True), *scenes()[:1]])
         async with serving(**settings) as running:
             again = options_of(resume_token=progress[0].resume_token)
             # A client that is still sending may see the end of the stream before its status.
             images = [with_record(scenes()[0], progress[0].record)] if has_key else []
             try:
-                await run(running, [again, *images])
+                await run_evaluation(running, [again, *images])
             except grpc.aio.AioRpcError as error:
                 return reason_of(status_details(error))
             return "OK"
@@ -262,8 +268,8 @@ def predictor() -> BrightPredictor:
 
 @pytest.fixture
 def address(predictor: BrightPredictor, folder: Path) -> Iterator[str]:
-    with served(predictor, **data(folder)) as found:
-        yield found
+    with served(predictor, **data_folders(folder)) as server_address:
+        yield server_address
 
 
 @pytest.mark.parametrize("is_on_server", [False, True])
@@ -352,3 +358,16 @@ def test_a_file_with_a_malformed_record_is_refused(tmp_path: Path, row: dict[str
 
 def test_the_files_hold_the_encoded_scenes(folder: Path) -> None:
     assert (folder / "images" / "0.png").read_bytes() == encoded(SCENES[0][0])
+
+
+def test_tokens_and_records_of_earlier_versions_stay_valid() -> None:
+    """A renamed field of the options, or a renamed key, would make the records of every unfinished evaluation stale."""
+    model: Any = SimpleNamespace(sha256="0" * 64, precision="float32")
+    tokens = ResumeTokens(b"key", model, PredictOptions(), OutputOptions())
+    boxes = ((1.0, 2.0, 3.0, 4.0), (0.0, 0.0, 1.0, 1.0))
+    truth = GroundTruth("a.png", (), LabelRequest(InlineImage(b"image"), None, (7, 8), boxes, PredictOptions()))
+    scores: dict[Any, Any] = {7: InstanceScore(Rle(2, 2, b"04"), 0.5), 8: ItemFailure("BAD_BOX", "small")}
+    record = tokens.seal(SampleResult(truth, scores, None))
+    assert tokens.token.hex() == "804ae15943bfb48e10a93f96fa6c7f37662a6568911337164aeda2ba2e31b23a"
+    assert record[:32].hex() == "f00e3bd261e2c6a547799539ee95583101454f28827ea826d10695e67b2a3420"
+    assert record[32:] == b'{"answers":[[7,2,2,"04",0.5],[8,"BAD_BOX","small"]],"fault":null}'

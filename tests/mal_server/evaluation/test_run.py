@@ -89,15 +89,15 @@ def evaluate(
 
     async def work() -> list[evaluation_pb2.EvaluateResponse]:
         async with serving(predictor, **settings) as running:
-            return [answer async for answer in running.evaluation.Evaluate(stream())]
+            return [response async for response in running.evaluation.Evaluate(stream())]
 
     *progress, last = asyncio.run(asyncio.wait_for(work(), 100))
-    assert all(answer.WhichOneof("message") == "progress" for answer in progress)
+    assert all(response.WhichOneof("message") == "progress" for response in progress)
     assert last.WhichOneof("message") == "result"
-    return [answer.progress for answer in progress], last.result
+    return [response.progress for response in progress], last.result
 
 
-def own_report() -> EvaluationReport:
+def local_report() -> EvaluationReport:
     predictor, evaluator = BrightPredictor(), Evaluator(NAMES)
     for index, (image, objects) in enumerate(SCENES):
         labels = predictor.label(image, [box for _, box, _, _ in objects])
@@ -110,26 +110,29 @@ def own_report() -> EvaluationReport:
 
 def test_the_metrics_equal_those_of_an_evaluator_in_this_process() -> None:
     _, result = evaluate(options_of(), *scenes())
-    own = own_report()
-    assert own.overall.miou is not None
-    assert 0.3 < own.overall.miou < 0.99
-    assert result.overall.miou == own.overall.miou
+    expected = local_report()
+    assert expected.overall.miou is not None
+    assert 0.3 < expected.overall.miou < 0.99
+    assert result.overall.miou == expected.overall.miou
     assert (result.images, result.overall.instances, result.images_skipped) == (6, 18, 0)
     assert [result.small.instances, result.medium.instances, result.large.instances] == [
-        group.count for group in own.by_size.values()
+        group.count for group in expected.by_size.values()
     ]
-    assert result.medium.HasField("miou") == (own.by_size["medium"].miou is not None)
-    assert result.class_miou == own.class_miou
-    assert (result.ap_at_one.ap, result.ap_at_one.ar_max100) == (own.ap_at_1["AP"], own.ap_at_1["ARmax100"])
-    assert (result.ap_at_score.ap50, result.ap_at_score.ap75) == (own.ap_at_score["AP50"], own.ap_at_score["AP75"])
-    assert result.ap_at_one.HasField("ap_large") == (own.ap_at_1["APl"] is not None)
-    assert result.score.rank_correlation == own.score.spearman
-    assert result.score.calibration_error == own.score.calibration_error
+    assert result.medium.HasField("miou") == (expected.by_size["medium"].miou is not None)
+    assert result.class_miou == expected.class_miou
+    assert (result.ap_at_one.ap, result.ap_at_one.ar_max100) == (expected.ap_at_1["AP"], expected.ap_at_1["ARmax100"])
+    assert (result.ap_at_score.ap50, result.ap_at_score.ap75) == (
+        expected.ap_at_score["AP50"],
+        expected.ap_at_score["AP75"],
+    )
+    assert result.ap_at_one.HasField("ap_large") == (expected.ap_at_1["APl"] is not None)
+    assert result.score.rank_correlation == expected.score.spearman
+    assert result.score.calibration_error == expected.score.calibration_error
     assert [(row.category.category_id, row.category.name, row.miou) for row in result.categories] == [
-        (row.category_id, row.name, row.miou) for row in own.categories
+        (row.category_id, row.name, row.miou) for row in expected.categories
     ]
     assert [(row.item_id, row.instance_id, row.iou) for row in result.worst] == [
-        (f"scene {row.image_id}", row.annotation_id, row.iou) for row in own.worst[:4]
+        (f"scene {row.image_id}", row.annotation_id, row.iou) for row in expected.worst[:4]
     ]
     assert result.model.name == "disc"
 

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 
 from mal_train.cli import main
 from mal_train.core.metrics.average_precision import AP_NAMES
-from tests.mal_train.core.metrics.ground_truths import plain_pycocotools
+from tests.mal_train.core.metrics.ground_truths import run_pycocotools
 from tests.mal_train.test_cli import checkpoint, inference_spec, labels_of, spec_file
 from tests.scenes import write_scenes
 
@@ -94,7 +94,7 @@ def test_figures_of_boxes_and_masks_are_those_of_pycocotools(
         results = [{key: row[key] for key in ("image_id", "category_id", "score", *FORM[kind])} for row in made]
         expected: dict[str, Any] = {
             name: None if value < 0 else value
-            for name, value in zip(AP_NAMES, plain_pycocotools(truth, results, kind), strict=True)
+            for name, value in zip(AP_NAMES, run_pycocotools(truth, results, kind), strict=True)
         }
         assert {name: figures[f"{name}_{kind}"] for name in AP_NAMES} == expected
     assert 0 < figures["AP_bbox"] < 1

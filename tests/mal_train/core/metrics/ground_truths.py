@@ -40,12 +40,12 @@ def frame_of(coco: CocoFile, annotation: Annotation) -> tuple[int, int]:
     return size[1], size[0]
 
 
-def plain_pycocotools(truth: dict[str, Any], results: list[dict[str, Any]], kind: str = "segm") -> list[float]:
+def run_pycocotools(truth: dict[str, Any], results: list[dict[str, Any]], iou_type: str = "segm") -> list[float]:
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = json.loads(json.dumps(truth))
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(json.loads(json.dumps(results))), kind)
+        evaluation = COCOeval(coco, coco.loadRes(json.loads(json.dumps(results))), iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

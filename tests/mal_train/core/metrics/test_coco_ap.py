@@ -11,7 +11,7 @@ from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.metrics.average_precision import AP_NAMES
 from mal_train.core.metrics.coco_ap import coco_ap
-from tests.mal_train.core.metrics.ground_truths import plain_pycocotools, square
+from tests.mal_train.core.metrics.ground_truths import run_pycocotools, square
 
 
 class TestCocoAp:
@@ -98,13 +98,13 @@ def boxes_and_masks(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return {"images": images, "annotations": annotations, "categories": [{"id": n} for n in range(5)]}, results
 
 
-@pytest.mark.parametrize("kind", ["segm", "bbox"])
+@pytest.mark.parametrize("iou_type", ["segm", "bbox"])
 @pytest.mark.parametrize("seed", range(12))
-def test_metrics_equal_those_of_pycocotools_with_crowds_ties_and_all_sizes(seed: int, kind: Any) -> None:
+def test_metrics_equal_those_of_pycocotools_with_crowds_ties_and_all_sizes(seed: int, iou_type: Any) -> None:
     truth, results = boxes_and_masks(seed)
-    assert coco_ap(truth, results, "score", kind) == named(plain_pycocotools(truth, results, kind))
+    assert coco_ap(truth, results, "score", iou_type) == named(run_pycocotools(truth, results, iou_type))
     ones = [{**row, "score": 1.0} for row in results]
-    assert coco_ap(truth, results, "one", kind) == named(plain_pycocotools(truth, ones, kind))
+    assert coco_ap(truth, results, "one", iou_type) == named(run_pycocotools(truth, ones, iou_type))
 
 
 def test_only_the_best_hundred_detections_of_a_category_in_an_image_count() -> None:
@@ -115,7 +115,7 @@ def test_only_the_best_hundred_detections_of_a_category_in_an_image_count() -> N
         near = truth["annotations"][n % 3]
         results.append({**{k: near[k] for k in ("image_id", "category_id", "segmentation", "bbox")}, "score": n / 150})
     rng.shuffle(results)
-    assert coco_ap(truth, results) == named(plain_pycocotools(truth, results))
+    assert coco_ap(truth, results) == named(run_pycocotools(truth, results))
 
 
 def named(stats: list[float]) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from mal_train.core.metrics.average_precision import AP_NAMES
 from mal_train.core.metrics.coco_ap import coco_ap
 from mal_train.core.metrics.evaluator import Evaluator, evaluate_labels
 from mal_train.core.metrics.miou import class_mean
-from tests.mal_train.core.metrics.ground_truths import frame_of, plain_pycocotools, square, truth_of, val_dev
+from tests.mal_train.core.metrics.ground_truths import frame_of, run_pycocotools, square, truth_of, val_dev
 from tests.reference import fixture, shared
 
 
@@ -101,10 +101,10 @@ class TestAnchors:
                 ids = {"image_id": annotation.image_id, "category_id": annotation.category_id}
                 results.append({**ids, "segmentation": mask.to_coco(), "score": score})
         report = evaluator.report()
-        expected = plain_pycocotools(coco.raw, results)
+        expected = run_pycocotools(coco.raw, results)
         assert list(report.ap_at_score.values()) == expected
         assert list(coco_ap(coco.raw, results, "score").values()) == expected
-        ones = plain_pycocotools(coco.raw, [{**row, "score": 1.0} for row in results])
+        ones = run_pycocotools(coco.raw, [{**row, "score": 1.0} for row in results])
         assert list(report.ap_at_1.values()) == ones
         assert list(coco_ap(coco.raw, results, "one").values()) == ones
 
@@ -112,11 +112,11 @@ class TestAnchors:
         coco = val_dev()
         rows = [a for a in coco.annotations if not a.iscrowd and a.id is not None][:60]
         masks = {a.id: box_filled(a.box_xywh, frame_of(coco, a)) for a in rows}
-        answers = {a.id: label_fields(masks[a.id].to_coco(), 1, 0.5) for a in rows if a.id is not None}
+        fields = {a.id: label_fields(masks[a.id].to_coco(), 1, 0.5) for a in rows if a.id is not None}
         evaluator = Evaluator(coco.category_names)
         for annotation in rows:
             evaluator.add(annotation, masks[annotation.id], 0.5)
-        report = evaluate_labels(coco, parse_coco(labeled_file(coco, answers)), ap=False)
+        report = evaluate_labels(coco, parse_coco(labeled_file(coco, fields)), ap=False)
         expected = evaluator.report(ap=False)
         assert (report.overall, report.by_size, report.class_miou) == (
             expected.overall,
@@ -139,9 +139,11 @@ class TestEvaluator:
         rng = np.random.default_rng(0)
         instances = []
         for number in range(40):
-            true, found = rng.integers(0, 20, 2)
-            annotation = truth_of(number, square(int(true), 5, 9), image_id=f"i{number % 7}", category_id=number % 3)
-            instances.append((annotation, square(int(found), 5, 9), float(rng.random())))
+            truth_row, mask_row = rng.integers(0, 20, 2)
+            annotation = truth_of(
+                number, square(int(truth_row), 5, 9), image_id=f"i{number % 7}", category_id=number % 3
+            )
+            instances.append((annotation, square(int(mask_row), 5, 9), float(rng.random())))
         reports = []
         for order in (instances, instances[::-1]):
             evaluator = Evaluator({0: "a", 1: "b", 2: "c"})
@@ -312,8 +314,8 @@ def test_polygons_of_the_real_set_have_full_iou_with_themselves(tmp_path: Path) 
     evaluator = Evaluator(coco.category_names)
     for annotation in rows:
         frame = frame_of(coco, annotation)
-        own = rle.from_segmentation(annotation.raw["segmentation"], *frame)
-        evaluator.add(annotation, own, 1.0)
+        mask = rle.from_segmentation(annotation.raw["segmentation"], *frame)
+        evaluator.add(annotation, mask, 1.0)
     report = evaluator.report()
     assert report.overall.miou == 1.0
     assert report.ap_at_1["AP"] == pytest.approx(1.0)
@@ -322,19 +324,19 @@ def test_polygons_of_the_real_set_have_full_iou_with_themselves(tmp_path: Path) 
 def test_an_evaluation_and_its_report_take_no_more_memory_than_estimated() -> None:
     """Each object is in an image of its own, the case that takes most memory."""
     Evaluator({1: "a"}).report()  # its imports do not count
-    count, codes = 1500, [ellipse((at, at, 20.0 + at, 30.0), (90, 120)) for at in range(40)]
+    count, codes = 1500, [ellipse((n, n, 20.0 + n, 30.0), (90, 120)) for n in range(40)]
     tracemalloc.start()
     try:
         evaluator = Evaluator({1: "a"})
-        for at in range(count):
-            raw = {"segmentation": codes[at % 40].to_coco()}
-            row = Annotation(1000 + at, f"image {at}", 1, (1.0, 2.0, 20.0, 30.0), at % 3 == 2, raw)
-            found = codes[(at + 1) % 40]
-            copy = Rle(found.height, found.width, bytes(bytearray(found.counts)))
-            evaluator.add(row, copy if at % 3 else None, at / count)
+        for n in range(count):
+            raw = {"segmentation": codes[n % 40].to_coco()}
+            row = Annotation(1000 + n, f"image {n}", 1, (1.0, 2.0, 20.0, 30.0), n % 3 == 2, raw)
+            code = codes[(n + 1) % 40]
+            copy = Rle(code.height, code.width, bytes(bytearray(code.counts)))
+            evaluator.add(row, copy if n % 3 else None, n / count)
         evaluator.report()
-        _, most = tracemalloc.get_traced_memory()
+        _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert evaluator.count == count // 3
-    assert most <= evaluator.memory < 2 * most
+    assert peak <= evaluator.memory < 2 * peak

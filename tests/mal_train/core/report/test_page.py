@@ -67,7 +67,7 @@ def test_a_curve_of_one_point_is_drawn_as_a_dot() -> None:
 
 
 def test_a_scatter_plot_of_many_masks_stays_small() -> None:
-    pairs = [(at / 1e5, 0.5) for at in range(100_000)]
+    pairs = [(n / 1e5, 0.5) for n in range(100_000)]
     assert len(calibration_plot(pairs)) < 200_000
 
 
