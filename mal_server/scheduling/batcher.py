@@ -205,7 +205,7 @@ class Batcher(Generic[K, T, R]):
             is_full = queue.size >= self._max_batch_size
             due = oldest if is_full else min(oldest + self._max_delay_s, no_more_from)
             sort_key = queue.sort_key(self._credit, self._max_batch_size, self._other_batch_arrival(key))
-            ready.append(_ReadyQueue(due, sort_key, key, queue.has(Priority.INTERACTIVE)))
+            ready.append(_ReadyQueue(due, sort_key, key, queue.has_interactive))
         return ready
 
     def _pick_queue(self, ready: Sequence["_ReadyQueue[K]"], now: float) -> "_ReadyQueue[K]":
@@ -224,7 +224,7 @@ class Batcher(Generic[K, T, R]):
     def _other_batch_arrival(self, key: K) -> float:
         """Returns the least effective arrival of BATCH items in the queues of other keys."""
         others = (queue for other, queue in self._queues.items() if other != key)
-        return min((queue.effective_arrival(Priority.BATCH) for queue in others), default=math.inf)
+        return min((queue.batch_arrival() for queue in others), default=math.inf)
 
     def _start_batch(self, key: K, now: float) -> None:
         queue, other_batch_arrival = self._queues[key], self._other_batch_arrival(key)

@@ -11,8 +11,8 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, takewhile
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from itertools import takewhile
+from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from mal_server.scheduling.priority import Priority
 
@@ -103,38 +103,43 @@ class RequestQueue(Generic[C, T]):
     def __init__(self, batch_aging_s: float) -> None:
         self.size = 0
         """Queued items."""
-        self._aging_s = {Priority.INTERACTIVE: 0.0, Priority.BATCH: batch_aging_s}
-        self._requests: dict[Priority, OrderedDict[C, deque[QueuedItem[C, T]]]] = {p: OrderedDict() for p in Priority}
+        self._batch_aging_s = batch_aging_s
+        self._interactive: _Requests[C, T] = OrderedDict()
+        self._batch: _Requests[C, T] = OrderedDict()
 
     def add(self, client: C, items: Iterable[T], now: float) -> None:
         """Appends all items of a request; a request adds its items once."""
         queued = deque(QueuedItem(client, index, item, now) for index, item in enumerate(items))
         if queued:
-            self._requests[client.priority][client] = queued
+            self._requests(client.priority)[client] = queued
             self.size += len(queued)
 
     def remove(self, client: C) -> tuple[int, ...]:
-        """Removes what is left of a request; returns the indices of its items, none if nothing is."""
-        items = self._requests[client.priority].pop(client, ())
+        """Removes the items of a request that are still queued; returns their indices."""
+        items = self._requests(client.priority).pop(client, ())
         self.size -= len(items)
         return tuple(item.index for item in items)
 
     def expired(self, now: float) -> list[C]:
-        """Returns the requests at the front whose deadline has passed; those behind are met when they go first."""
-        fronts = (takewhile(lambda client: client.deadline <= now, clients) for clients in self._requests.values())
-        return list(chain.from_iterable(fronts))
+        """Returns the requests at the front of each priority whose deadline has passed."""
+        return [
+            client
+            for requests in (self._interactive, self._batch)
+            for client in takewhile(lambda client: client.deadline <= now, requests)
+        ]
 
-    def has(self, priority: Priority) -> bool:
-        """Returns whether an item of this priority is queued."""
-        return bool(self._requests[priority])
+    @property
+    def has_interactive(self) -> bool:
+        """True if an INTERACTIVE item is queued."""
+        return bool(self._interactive)
 
     def oldest_arrival(self) -> float:
         """Returns when the oldest item was queued; math.inf if the queue is empty."""
-        return min(map(self._arrival, Priority))
+        return min(_first_arrival(self._interactive), _first_arrival(self._batch))
 
-    def effective_arrival(self, priority: Priority) -> float:
-        """Returns the arrival of the oldest item of a priority, `batch_aging_s` later for BATCH; math.inf if none."""
-        return self._arrival(priority) + self._aging_s[priority]
+    def batch_arrival(self) -> float:
+        """Returns the effective arrival of the oldest BATCH item; math.inf if there is none."""
+        return _first_arrival(self._batch) + self._batch_aging_s
 
     def sort_key(self, credit: FairnessCredit, batch_size: int, other_batch_arrival: float) -> SortKey:
         """Returns the key of the item that goes first; the queue must not be empty.
@@ -142,23 +147,21 @@ class RequestQueue(Generic[C, T]):
         Args:
             credit: shared by all queues.
             batch_size: items in a full batch: going first means a whole batch.
-            other_batch_arrival: least effective arrival of BATCH items in the other queues.
+            other_batch_arrival: least `batch_arrival` of the other queues.
         """
-        is_oldest = self.effective_arrival(Priority.BATCH) <= other_batch_arrival
-        may_preempt = credit.may_preempt(min(batch_size, self.size), is_oldest=is_oldest)
-        return min(
-            SortKey(
-                priority is Priority.BATCH and not may_preempt,
-                self.effective_arrival(priority),
-                self._arrival(priority),
-            )
-            for priority in Priority
-            if self.has(priority)
-        )
+        keys = []
+        if self._interactive:
+            arrival = _first_arrival(self._interactive)
+            keys.append(SortKey(yields_to_interactive=False, effective_arrival=arrival, arrival=arrival))
+        if self._batch:
+            effective = self.batch_arrival()
+            may_preempt = credit.may_preempt(min(batch_size, self.size), is_oldest=effective <= other_batch_arrival)
+            keys.append(SortKey(not may_preempt, effective, _first_arrival(self._batch)))
+        return min(keys)
 
     def pop(self, credit: FairnessCredit, other_batch_arrival: float) -> QueuedItem[C, T]:
         """Removes and returns the item that goes first, and updates the credit; arguments as for `sort_key`."""
-        requests = self._requests[self._next_priority(credit, other_batch_arrival)]
+        requests = self._next_requests(credit, other_batch_arrival)
         client, items = next(iter(requests.items()))
         item = items.popleft()
         if not items:
@@ -166,18 +169,28 @@ class RequestQueue(Generic[C, T]):
         self.size -= 1
         return item
 
-    def _next_priority(self, credit: FairnessCredit, other_batch_arrival: float) -> Priority:
-        """Returns the priority of the next item to start, and updates the credit accordingly."""
-        interactive, batch = map(self.effective_arrival, (Priority.INTERACTIVE, Priority.BATCH))
+    def _next_requests(self, credit: FairnessCredit, other_batch_arrival: float) -> "_Requests[C, T]":
+        """Returns the requests of the priority whose turn it is, and updates the credit."""
+        interactive, batch = _first_arrival(self._interactive), self.batch_arrival()
         is_oldest = batch <= other_batch_arrival
-        if self.has(Priority.INTERACTIVE) and not (batch < interactive and credit.may_preempt(1, is_oldest=is_oldest)):
+        batch_first = batch < interactive and credit.may_preempt(1, is_oldest=is_oldest)
+        if self._interactive and not batch_first:
             if min(batch, other_batch_arrival) < interactive:
                 credit.earn()
-            return Priority.INTERACTIVE
+            return self._interactive
         if is_oldest:
             credit.spend()
-        return Priority.BATCH
+        return self._batch
 
-    def _arrival(self, priority: Priority) -> float:
-        oldest = next(iter(self._requests[priority].values()), None)
-        return oldest[0].arrival if oldest else math.inf
+    def _requests(self, priority: Priority) -> "_Requests[C, T]":
+        return self._interactive if priority is Priority.INTERACTIVE else self._batch
+
+
+_Requests: TypeAlias = OrderedDict[C, deque[QueuedItem[C, T]]]
+"""Queued items by request, oldest request first. No request is empty."""
+
+
+def _first_arrival(requests: "_Requests[C, T]") -> float:
+    for items in requests.values():
+        return items[0].arrival
+    return math.inf

@@ -19,7 +19,7 @@ from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label_r
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 
 
-def spans_of(*boxes: tuple[float, float, float, float], threshold: float | None = None) -> list[ReadableSpan]:
+def spans_of(*boxes: tuple[float, float, float, float], **options: Any) -> list[ReadableSpan]:
     """Returns the spans of one LabelImage call under a client's span and one GetServerInfo call."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
@@ -34,12 +34,12 @@ def spans_of(*boxes: tuple[float, float, float, float], threshold: float | None 
                 parent = (("traceparent", f"00-{TRACE_ID}-b7ad6b7169203331-01"),)
                 labeling: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
                 model: Any = model_pb2_grpc.ModelServiceStub(channel)
-                call = labeling.LabelImage(label_request(*boxes, threshold=threshold), metadata=parent)
+                call = labeling.LabelImage(label_request(*boxes, **options), metadata=parent)
                 try:
                     async for _ in call:
                         pass
                 except grpc.aio.AioRpcError:
-                    assert threshold is not None
+                    assert "threshold" in options
                 await model.GetServerInfo(model_pb2.GetServerInfoRequest())
         finally:
             await server.stop(0)
@@ -69,6 +69,11 @@ def test_a_call_has_a_span_under_its_clients_and_each_stage_one_under_that() -> 
     assert infer.attributes is not None
     assert infer.attributes["mal.batch_crops"] == 1
     assert "/mal.v1.ModelService/GetServerInfo" in spans
+
+
+def test_a_call_with_resolved_overlaps_has_one_span_for_each_stage() -> None:
+    names = [span.name for span in spans_of(DISC_BOX, DISC_BOX, resolve_overlaps=True)]
+    assert [names.count(stage) for stage in ("decode", "queue", "infer", "finish")] == [1] * 4
 
 
 def test_a_refused_call_has_a_span_with_its_status() -> None:
