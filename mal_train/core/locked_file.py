@@ -1,47 +1,46 @@
-"""A file that one process at a time may change, on POSIX systems and on Windows."""
+"""Files that are locked against other processes, on POSIX systems and on Windows."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from mal_train.core.errors import OutputError
 
-# Windows has msvcrt in place of fcntl. Both locks end with the process, however it ends. A system with neither gets an
-# exclusive lock file, which a killed process leaves behind for the user to delete.
+# Windows has msvcrt instead of fcntl. The lock of either ends with the process, even with a killed one. A system that
+# has neither gets an exclusive lock file; a killed process leaves it behind, and the user must delete it.
 fcntl: Any = None
 msvcrt: Any = None
 try:
     import fcntl
 except ModuleNotFoundError:
-    try:
+    with suppress(ModuleNotFoundError):
         import msvcrt
-    except ModuleNotFoundError:
-        msvcrt = None
 
 IN_USE: Final = "another run is writing this output; wait for it, or choose another output"
 
-# msvcrt locks bytes, and nobody else may read those; its offsets have 31 bits. No file is expected to reach this one.
+# msvcrt locks single bytes, which only the handle of the lock can read then; its offsets have 31 bits.
 _LOCKED_OFFSET: Final = 2**31 - 2
 _O_BINARY: Final = getattr(os, "O_BINARY", 0)
 IS_WINDOWS: Final = os.name == "nt"
 
 
 class LockedFile:
-    """A file, created when it is missing, that no other process can open so until it is closed. A context manager.
+    """File that is locked against other processes until it is closed; created when it is missing. A context manager.
 
-    Reads and writes are safe in threads: none of them depends on the position of the file.
+    `read_at` and `write_at` are safe in threads.
 
     Args:
         path: the file.
-        in_use: text of the error when another process holds it.
+        in_use: rule and remedy in the error when another process holds the lock.
 
     Raises:
-        OutputError: another process holds the file, or it cannot be created or locked.
+        OutputError: another process holds the lock, or the file cannot be created or locked.
     """
 
     def __init__(self, path: Path, in_use: str = IN_USE) -> None:
@@ -64,13 +63,13 @@ class LockedFile:
         return os.fstat(self._file).st_size
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Returns up to `length` bytes from `offset` on."""
+        """Returns up to `length` bytes, starting at `offset`."""
         with self._position:
             os.lseek(self._file, offset, os.SEEK_SET)
             return os.read(self._file, length)
 
     def write_at(self, offset: int, data: bytes) -> None:
-        """Writes all of `data` at `offset`. Raises OSError; a part may be written then."""
+        """Writes `data` at `offset`. Raises OSError, after which a part may be written."""
         written = 0
         with self._position:
             os.lseek(self._file, offset, os.SEEK_SET)
@@ -78,17 +77,17 @@ class LockedFile:
                 written += os.write(self._file, data[written:])
 
     def lines(self) -> Iterator[bytes]:
-        """Yields the lines of the file with their ends; read or write nothing else meanwhile."""
+        """Yields the lines of the file with their line ends. Do not read or write between two of them."""
         with open(self._file, "rb", closefd=False) as file:
             file.seek(0)
             yield from file
 
     def truncate(self, size: int) -> None:
-        """Cuts the file off after `size` bytes."""
+        """Truncates the file to `size` bytes."""
         os.ftruncate(self._file, size)
 
     def sync(self) -> None:
-        """Waits until the disk has what was written."""
+        """Flushes the file to the disk."""
         os.fsync(self._file)
 
     def remove(self) -> None:
@@ -98,7 +97,7 @@ class LockedFile:
         except PermissionError:
             if not IS_WINDOWS:
                 raise
-            # Windows deletes no open file.
+            # Windows does not delete open files.
             self._is_removed_on_close = True
 
     def close(self) -> None:
@@ -131,7 +130,7 @@ def _open_locked(path: Path, in_use: str) -> tuple[int, Callable[[], None]]:
             raise OutputError(f"{path}: cannot be locked ({error.strerror}); choose a local disk") from error
         if _is_still_at(path, file):
             return file, unlock
-        # The run before finished, and removed the file, between the two calls.
+        # Another process removed the file between the two calls.
         unlock()
         os.close(file)
 
@@ -144,7 +143,7 @@ def _is_still_at(path: Path, file: int) -> bool:
 
 
 def _lock(file: int, path: Path) -> Callable[[], None]:
-    """Locks an open file; returns what ends the lock before the file is closed.
+    """Locks an open file; returns a function that unlocks it before it is closed.
 
     Raises:
         BlockingIOError, PermissionError, FileExistsError: another process holds the lock.

@@ -1,0 +1,107 @@
+"""Claims about terminal output and progress."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mal_train.core.console import Console
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lines_of(work: Callable[[Any, Clock], None], **options: Any) -> list[str]:
+    """Returns the lines of a progress bar of 100 items without a terminal."""
+    stream, clock = io.StringIO(), Clock()
+    with Console(stream).progress(100, "item", "job", clock=clock, **options) as bar:
+        work(bar, clock)
+    return stream.getvalue().splitlines()
+
+
+def test_without_a_terminal_a_line_is_printed_every_few_seconds_and_for_the_last_item() -> None:
+    def work(bar: Any, clock: Clock) -> None:
+        for done in range(1, 101):
+            clock.now += 1.0
+            bar.update(done)
+
+    lines = lines_of(work, line_every_s=40.0)
+    assert lines == [
+        "job: item 40/100, 1.00 s/item, 01:00 left",
+        "job: item 80/100, 1.00 s/item, 00:20 left",
+        "job: item 100/100, 1.00 s/item, 00:00 left",
+    ]
+
+
+def test_items_done_before_do_not_count_into_the_rate() -> None:
+    def work(bar: Any, clock: Clock) -> None:
+        clock.now = 10.0
+        bar.update(70)
+
+    assert lines_of(work, initial=50, line_every_s=5.0) == ["job: item 70/100, 2.00 item/s, 00:15 left"]
+
+
+def test_a_restarted_rate_ignores_the_time_and_the_items_before() -> None:
+    def work(bar: Any, clock: Clock) -> None:
+        clock.now = 500.0
+        bar.restart_rate(1)
+        clock.now = 510.0
+        bar.update(21)
+
+    assert lines_of(work) == ["job: item 21/100, 2.00 item/s, 00:39 left"]
+
+
+def test_before_the_first_measurement_a_line_has_no_rate() -> None:
+    assert lines_of(lambda bar, _: bar.update(100)) == ["job: item 100/100"]
+
+
+def test_details_are_computed_only_for_lines_that_are_printed() -> None:
+    calls: list[int] = []
+
+    def details() -> str:
+        calls.append(1)
+        return "loss 0.5"
+
+    def work(bar: Any, clock: Clock) -> None:
+        for done in range(1, 101):
+            clock.now += 1.0
+            bar.update(done, details)
+
+    lines = lines_of(work, line_every_s=40.0)
+    assert len(lines) == len(calls) == 3
+    assert all(line.endswith(", loss 0.5") for line in lines)
+
+
+def test_on_a_terminal_progress_is_a_bar_that_lines_do_not_tear() -> None:
+    stream = Terminal()
+    console = Console(stream)
+    with console.progress(3, "item", "job") as bar:
+        bar.update(2, "half way")
+        console.print("a message")
+        bar.advance()
+    assert "a message\n" in stream.getvalue()
+    assert "3/3" in stream.getvalue()
+    assert "half way" in stream.getvalue()
+
+
+def test_a_silent_console_keeps_nothing() -> None:
+    console = Console.silent()
+    console.print("a message")
+    assert isinstance(console.stream, io.StringIO)
+    assert console.stream.getvalue() == ""
+
+
+def test_a_console_works_after_stderr_was_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    Console().print("a message")
