@@ -44,7 +44,7 @@ def evaluate(spec: Spec, screen: Console) -> EvaluationReport | DetectionReport:
         rows = list(by_image(prompts))
         labels = labeling.labels(rows, image_dir)
         with screen.progress(len(prompts.annotations), "box") as bar:
-            answers = _counted(labels, bar.advance)
+            answers = _counted(labels, bar.update)
             report: EvaluationReport | DetectionReport
             if settings.box_inputs:
                 report = compare_detections(coco, prompts, answers)

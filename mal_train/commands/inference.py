@@ -66,7 +66,7 @@ def inference(spec: Spec, screen: Console) -> InferenceResult:
         answers: Answers = {}
         with screen.progress(len(coco.annotations), "box") as bar:
             for annotation, label in labeling.labels(list(by_image(coco)), image_dir):
-                bar.advance()
+                bar.update()
                 if annotation.id is not None:
                     answers[annotation.id] = _fields(annotation, label, with_iou=settings.load_mask)
                 if evaluator is not None:

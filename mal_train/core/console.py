@@ -7,14 +7,12 @@ import io
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Final, Self, TextIO
+from typing import Any, Final, TextIO
 
 from tqdm import tqdm
 
 LINE_EVERY_S: Final = 10.0
-DETAILS_EVERY_S: Final = 0.5
-REDRAW_EVERY_S: Final = 0.1
+REDRAW_EVERY_S: Final = 0.25
 
 
 class _NullStream(io.StringIO):
@@ -44,19 +42,19 @@ class Console:
         return ProgressBar(self, total, unit, label, **options)
 
 
-class ProgressBar:
+class ProgressBar(tqdm):  # type: ignore[type-arg]
     """Progress with rate and time left: a tqdm bar on a terminal, plain lines elsewhere. A context manager.
 
     >>> with Console(io.StringIO()).progress(20, "image", "label", clock=iter(range(9)).__next__) as bar:
-    ...     bar.update(20, "40 boxes")
-    ...     print(bar.console.stream.getvalue().strip())
-    label: image 20/20, 20.00 image/s, 00:00 left, 40 boxes
+    ...     bar.update_to(20, lambda: "40 boxes")
+    ...     print(bar.fp.getvalue().strip())
+    label: image 20/20, 10.00 image/s, 00:00 left, 40 boxes
 
     Args:
         console: the output.
         total: number of items of the job.
         unit: name of one item.
-        label: name of the job or of its current phase; may be set later.
+        label: name of the job or of its current phase.
         initial: items that were done before; they do not count into the rate.
         line_every_s: least number of seconds between two plain lines. The last item always prints a line.
         clock: monotonic seconds.
@@ -73,91 +71,62 @@ class ProgressBar:
         line_every_s: float = LINE_EVERY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.console = console
-        self.total = total
-        self.label = label
-        self.done = initial
-        self._unit = unit
-        self._line_every_s = line_every_s
-        self._clock = clock
-        self._rate_from = initial
-        self._rate_since = self._shown_at = clock()
-        self._details_at = float("-inf")
-        self._bar: tqdm[Any] | None = None
-        if console.is_terminal:
-            self._bar = tqdm(
-                total=total,
-                initial=initial,
-                desc=label,
-                unit=unit,
-                file=console.stream,
-                dynamic_ncols=True,
-                smoothing=0.1,
-                miniters=0,
-            )
+        self._is_terminal = console.is_terminal
+        self._items = total
+        self._details: Callable[[], str] | None = None
+        super().__init__(
+            total=total,
+            initial=initial,
+            desc=label,
+            unit=unit,
+            file=console.stream,
+            leave=console.is_terminal,
+            dynamic_ncols=console.is_terminal,
+            mininterval=REDRAW_EVERY_S if console.is_terminal else line_every_s,
+            miniters=0,
+            smoothing=0.1,
+            delay=0 if console.is_terminal else 1e-9,  # no line before the first item
+        )
+        self._time = clock
+        self.start_t = self.last_print_t = clock()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def update(self, done: int, details: str | Callable[[], str] = "") -> None:
+    def update_to(self, done: int, details: Callable[[], str] | None = None, label: str | None = None) -> None:
         """Shows that `done` items are done.
 
         Args:
             done: items of the job, with those that were done before.
-            details: text behind rate and time left. A function is called only when its text is shown, on a terminal at
-                most every `DETAILS_EVERY_S` seconds: to read a loss waits for the device.
+            details: returns the text behind rate and time left; called only when it is shown.
+            label: replaces the label.
         """
-        self.done = done
-        now = self._clock()
-        if self._bar is not None:
-            self._bar.set_description_str(self.label, refresh=False)
-            if isinstance(details, str) or now - self._details_at >= DETAILS_EVERY_S:
-                self._details_at = now
-                self._bar.set_postfix_str(_text(details), refresh=False)
-            self._bar.update(done - self._bar.n)
-        elif done >= self.total or now - self._shown_at >= self._line_every_s:
-            self._shown_at = now
-            self.console.print(self._line(now, _text(details)))
-
-    def advance(self) -> None:
-        """Shows that one more item is done."""
-        self.update(self.done + 1)
+        self._details = details
+        if label is not None:
+            self.desc = f"{label}: " if self._is_terminal else label
+        if not self.update(done - self.n) and done >= self._items:
+            self.refresh()
 
     def restart_rate(self, done: int) -> None:
-        """Measures the rate from `done` items and from now on; call `update` next."""
-        self.done = self._rate_from = done
-        now = self._rate_since = self._clock()
-        if self._bar is None:
-            return
-        self._bar.initial = self._bar.n = self._bar.last_print_n = done
-        self._bar.start_t = self._bar.last_print_t = time.time()  # tqdm's own clock
-        # tqdm redraws 0.1 s after `last_print_t` at the earliest, and so never when this is called more often.
-        if now - self._shown_at >= REDRAW_EVERY_S:
-            self._shown_at = now
-            self._bar.refresh()
+        """Measures the rate from `done` items and from now on; call `update_to` next."""
+        self.initial = self.n = self.last_print_n = done
+        # The rate of the bar is a moving average, which needs no restart.
+        if not self._is_terminal:
+            self.start_t = self.last_print_t = self._time()
 
-    def close(self) -> None:
-        """Ends the bar; the last state stays on the terminal."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Draws the bar or prints a line; tqdm calls it."""
+        if self._details is not None and msg is None:
+            self.postfix = self._details()
+        if self._is_terminal:
+            super().display(msg, pos)
+        elif msg is None:
+            self.fp.write(f"{self._line()}\n")
 
-    def _line(self, now: float, details: str) -> str:
-        parts = [f"{self.label}: " if self.label else "", f"{self._unit} {self.done}/{self.total}"]
-        if self.done > self._rate_from and now > self._rate_since:
-            item_s = (now - self._rate_since) / (self.done - self._rate_from)
-            left = tqdm.format_interval(int(item_s * (self.total - self.done)))
-            parts.append(f", {_rate(item_s, self._unit)}, {left} left")
-        return "".join(parts) + (f", {details}" if details else "")
-
-
-def _text(details: str | Callable[[], str]) -> str:
-    return details if isinstance(details, str) else details()
+    def _line(self) -> str:
+        parts = [f"{self.desc}: " if self.desc else "", f"{self.unit} {self.n}/{self._items}"]
+        elapsed_s, items = self._time() - self.start_t, self.n - self.initial
+        if items > 0 and elapsed_s > 0:
+            left = self.format_interval(int(elapsed_s / items * (self._items - self.n)))
+            parts.append(f", {_rate(elapsed_s / items, self.unit)}, {left} left")
+        return "".join(parts) + (f", {self.postfix}" if self.postfix else "")
 
 
 def _rate(item_s: float, unit: str) -> str:

@@ -52,13 +52,13 @@ class Progress(lightning.Callback):
         del outputs, batch, batch_idx
         if self._bar is None:
             return
-        self._bar.label = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        done = self._bar.done + 1
+        done = int(self._bar.n) + 1
         if self._is_first_batch:
             # The first batch also starts the loader and compiles.
             self._is_first_batch = False
             self._bar.restart_rate(done)
-        self._bar.update(done, partial(_losses, pl_module))
+        label = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self._bar.update_to(done, partial(_losses, pl_module), label)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Closes the bar."""

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
@@ -62,7 +63,7 @@ class ProgressDisplay:
             # The first image of this run also opens the connection; those of an earlier run cost nothing.
             self._images_before = progress.images_before
             self.bar.restart_rate(progress.images_done)
-        self.bar.update(progress.images_done, _boxes(progress) if self._counts_boxes else "")
+        self.bar.update_to(progress.images_done, partial(_boxes, progress) if self._counts_boxes else None)
 
     def notice(self, text: str) -> None:
         """Prints one message."""

@@ -303,8 +303,7 @@ def test_the_bar_starts_after_the_results_of_an_unfinished_run() -> None:
     for before in range(1, 801):
         display(Progress(before, 1000, before, 0, images_before=before))
     display(Progress(803, 1000, 803, 0, images_before=800))
-    assert display.bar is not None
-    bar = display.bar._bar
+    bar = display.bar
     assert bar is not None
     assert (bar.n, bar.initial, bar.total) == (803, 800, 1000)
     display(Progress(1, 1000, 1, 0, images_before=1))  # the stream restarted from the beginning

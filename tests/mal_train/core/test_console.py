@@ -34,7 +34,7 @@ def test_without_a_terminal_a_line_is_printed_every_few_seconds_and_for_the_last
     def work(bar: Any, clock: Clock) -> None:
         for done in range(1, 101):
             clock.now += 1.0
-            bar.update(done)
+            bar.update_to(done)
 
     lines = lines_of(work, line_every_s=40.0)
     assert lines == [
@@ -47,7 +47,7 @@ def test_without_a_terminal_a_line_is_printed_every_few_seconds_and_for_the_last
 def test_items_done_before_do_not_count_into_the_rate() -> None:
     def work(bar: Any, clock: Clock) -> None:
         clock.now = 10.0
-        bar.update(70)
+        bar.update_to(70)
 
     assert lines_of(work, initial=50, line_every_s=5.0) == ["job: item 70/100, 2.00 item/s, 00:15 left"]
 
@@ -57,13 +57,13 @@ def test_a_restarted_rate_ignores_the_time_and_the_items_before() -> None:
         clock.now = 500.0
         bar.restart_rate(1)
         clock.now = 510.0
-        bar.update(21)
+        bar.update_to(21)
 
-    assert lines_of(work) == ["job: item 21/100, 2.00 item/s, 00:39 left"]
+    assert lines_of(work, line_every_s=5.0) == ["job: item 21/100, 2.00 item/s, 00:39 left"]
 
 
 def test_before_the_first_measurement_a_line_has_no_rate() -> None:
-    assert lines_of(lambda bar, _: bar.update(100)) == ["job: item 100/100"]
+    assert lines_of(lambda bar, _: bar.update_to(100)) == ["job: item 100/100"]
 
 
 def test_details_are_computed_only_for_lines_that_are_printed() -> None:
@@ -76,7 +76,7 @@ def test_details_are_computed_only_for_lines_that_are_printed() -> None:
     def work(bar: Any, clock: Clock) -> None:
         for done in range(1, 101):
             clock.now += 1.0
-            bar.update(done, details)
+            bar.update_to(done, details)
 
     lines = lines_of(work, line_every_s=40.0)
     assert len(lines) == len(calls) == 3
@@ -87,9 +87,9 @@ def test_on_a_terminal_progress_is_a_bar_that_lines_do_not_tear() -> None:
     stream = Terminal()
     console = Console(stream)
     with console.progress(3, "item", "job") as bar:
-        bar.update(2, "half way")
+        bar.update_to(2, lambda: "half way")
         console.print("a message")
-        bar.advance()
+        bar.update_to(3, lambda: "half way")
     assert "a message\n" in stream.getvalue()
     assert "3/3" in stream.getvalue()
     assert "half way" in stream.getvalue()

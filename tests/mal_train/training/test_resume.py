@@ -100,7 +100,7 @@ def test_the_bar_of_a_run_that_goes_on_begins_where_the_other_stopped(stop: int,
     train(spec_of(scenes, tmp_path / "rest", *common, resume), screen)
     (bar,) = screen.bars
     # Three batches an epoch.
-    assert (screen.first_batches, bar.done, bar.total) == ([stop], 9, 9)
+    assert (screen.first_batches, bar.n, bar.total) == ([stop], 9, 9)
 
 
 def test_steps_between_checkpoints_count_over_epochs(tmp_path: Path) -> None:
