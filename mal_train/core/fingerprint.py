@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+DESCRIPTIONS = frozenset({"score"})
+"""Keys whose value describes other settings in words, which may differ between versions. They are not compared."""
+
 
 def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """Describes each key whose values differ, in the order of `actual`, then of `expected`; a missing key is None.
@@ -13,5 +16,5 @@ def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
     return [
         f"{key} {actual.get(key)!r} instead of {expected.get(key)!r}"
         for key in {**actual, **expected}
-        if actual.get(key) != expected.get(key)
+        if key not in DESCRIPTIONS and actual.get(key) != expected.get(key)
     ]
