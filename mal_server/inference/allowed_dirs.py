@@ -101,7 +101,7 @@ def _not_found(name: str, relative_path: str) -> NoSuchFile:
 
 def _check_form(relative_path: str, field: str) -> None:
     if "\0" in relative_path or len(relative_path) > MAX_PATH_CHARS:
-        raise InvalidRequest([(field, f"{len(relative_path)} characters; at most {MAX_PATH_CHARS}, without NUL")])
+        raise InvalidRequest([(field, f"{len(relative_path)} characters; give at most {MAX_PATH_CHARS} and no NUL")])
     parts = relative_path.split("/")
     if relative_path and any(part in {"", ".", ".."} for part in parts):
         raise InvalidRequest([(field, f"{relative_path!r}; give a relative path without empty, '.' or '..' parts")])

@@ -3,8 +3,7 @@
     LabelRequest → prepare (CPU pool) → Batcher (device) → finish (CPU pool) → PartialResult, PartialResult, …
 
 Two modes: streaming returns a PartialResult for each device batch that held crops of the request; a request with
-`resolve_overlaps` is collected, since overlaps can be resolved only after all of its batches have finished. A request
-leaves no state behind.
+`resolve_overlaps` is collected, since overlaps can be resolved only after all of its batches have finished.
 """
 
 import asyncio

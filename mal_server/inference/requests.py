@@ -47,7 +47,7 @@ class LabelRequest:
         predict_options: options of the network; only requests with equal ones share a batch.
         output_options: postprocessing.
         priority: in every queue.
-        deadline: event-loop time from which nobody reads the result.
+        deadline: event-loop time after which the result is not needed.
     """
 
     image: ImageSource

@@ -55,7 +55,7 @@ class Admission(Generic[K, T, R]):
 
     Attributes:
         priority: of all its items.
-        deadline: loop time from which they are not worth running.
+        deadline: loop time from which they must not start.
         item_bytes: memory that each holds while it waits.
         waiting: items admitted and not yet started.
         unanswered: items submitted and not yet delivered.
@@ -83,9 +83,9 @@ class Admission(Generic[K, T, R]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Other errors end the request early too, but their caller gets an answer.
+        # The caller receives any other error as its result, so those do not count as dropped.
         self.close(cancelled=isinstance(error, asyncio.CancelledError | GeneratorExit | DeadlineExceeded))
 
     async def submit(self, key: K, items: Sequence[T]) -> AsyncGenerator[BatchSlice[R], None]:

@@ -13,7 +13,7 @@ class BatchObserver(Protocol):
         """Records the longest wait of a request's items in one batch."""
 
     def dropped(self, reason: str, crops: int) -> None:
-        """Records items whose results nobody reads.
+        """Records items whose results are not read.
 
         Args:
             reason: cause (cancelled, deadline) and stage: entry, queue, device (they ran in vain) or encoding.

@@ -105,7 +105,7 @@ class Batcher(Generic[K, T, R]):
             count: items, ≥ 1.
             size_bytes: memory that all of them hold while they wait.
             priority: of all of them.
-            deadline: loop time from which they are not worth running.
+            deadline: loop time from which they must not start.
 
         Raises:
             QueueFull: no capacity is left, or the items ahead take longer than the deadline allows.
@@ -222,7 +222,7 @@ class Batcher(Generic[K, T, R]):
         return first
 
     def _other_batch_arrival(self, key: K) -> float:
-        """Returns the least effective arrival of BATCH items in the queues of other keys."""
+        """Returns the effective arrival of the oldest BATCH item in the queues of other keys."""
         others = (queue for other, queue in self._queues.items() if other != key)
         return min((queue.batch_arrival() for queue in others), default=math.inf)
 

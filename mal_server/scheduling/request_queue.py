@@ -29,7 +29,7 @@ class QueueClient(Protocol):
 
     @property
     def deadline(self) -> float:
-        """Loop time from which its items are not worth running."""
+        """Loop time from which its items must not start."""
 
 
 C = TypeVar("C", bound=QueueClient)
@@ -147,7 +147,7 @@ class RequestQueue(Generic[C, T]):
         Args:
             credit: shared by all queues.
             batch_size: items in a full batch: going first means a whole batch.
-            other_batch_arrival: least `batch_arrival` of the other queues.
+            other_batch_arrival: `batch_arrival` of the other queues, the least one.
         """
         keys = []
         if self._interactive:

@@ -24,7 +24,7 @@ from mal_server.server import MalServer
 from mal_train.core.errors import CheckpointError, DeviceError, DeviceLost
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import sha256_of
-from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.labeler import Labeler, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from tests.mal_server.calls import reason_of, status_details
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label_request, loaded
@@ -195,15 +195,11 @@ def test_a_bfloat16_network_passes_the_self_test_with_a_wide_margin(folder: Path
         if not isinstance(c, Exception)
     ]
     pairs = zip(
-        model.reference.predict(crops, _plain()), model.workers[0].predictor.predict(crops, _plain()), strict=True
+        model.reference.predict(crops, PredictOptions()),
+        model.workers[0].predictor.predict(crops, PredictOptions()),
+        strict=True,
     )
     assert max(float(np.abs(a.prob - b.prob).mean()) for a, b in pairs) < MAX_MEAN_DIFFERENCE / 5
-
-
-def _plain() -> Any:
-    from mal_train.kernel.labeler.labeler import PredictOptions
-
-    return PredictOptions()
 
 
 def test_a_checkpoint_modified_while_it_is_read_is_refused(

@@ -17,7 +17,7 @@ Slices = list[BatchSlice[str]]
 
 
 class Runner:
-    """Returns "key:item" after `takes_s`; an item "bad" fails alone, a batch of key "broken" fails as a whole."""
+    """Returns "key:item" after `takes_s`; an item "bad" fails alone, a batch of key "broken" fails completely."""
 
     def __init__(self, takes_s: float = 1.0) -> None:
         self.takes_s = takes_s
@@ -221,16 +221,16 @@ def test_a_cancelled_caller_does_not_stall_the_batch() -> None:
 
     async def work() -> Slices:
         batcher = batcher_of(runner)
-        leaving = asyncio.create_task(submit(batcher, "k", "gone"))
+        cancelled = asyncio.create_task(submit(batcher, "k", "cancelled"))
         staying = asyncio.create_task(submit(batcher, "k", "here"))
         await asyncio.sleep(0.5)  # both are on the device
-        leaving.cancel()
+        cancelled.cancel()
         slices = await staying
         await asyncio.wait_for(submit(batcher, "k", "next"), 5)
         return slices
 
     assert outcomes(run_on_fake_clock(work())) == {0: "k:here"}
-    assert runner.batches == [["gone", "here"], ["next"]]
+    assert runner.batches == [["cancelled", "here"], ["next"]]
 
 
 def test_items_of_cancelled_callers_never_run() -> None:
@@ -239,7 +239,7 @@ def test_items_of_cancelled_callers_never_run() -> None:
     async def work() -> int:
         batcher = batcher_of(runner, size=4)
         first = asyncio.create_task(submit(batcher, "k", *"abcd"))
-        waiting = [asyncio.create_task(submit(batcher, "k", f"gone{i}")) for i in range(50)]
+        waiting = [asyncio.create_task(submit(batcher, "k", f"cancelled {i}")) for i in range(50)]
         last = asyncio.create_task(submit(batcher, "k", "here"))
         await asyncio.sleep(0.5)
         for task in waiting:
@@ -266,7 +266,7 @@ def test_a_full_queue_refuses_with_an_estimated_retry_delay() -> None:
         batcher.admit(8)
         return refused.value.retry_after_s
 
-    assert run_on_fake_clock(work()) == pytest.approx(3.0)  # 6 too many at 2 a second
+    assert run_on_fake_clock(work()) == pytest.approx(3.0)  # 6 excess items at 2 items per second
 
 
 def test_closing_an_unused_admission_releases_its_capacity() -> None:

@@ -63,7 +63,7 @@ def test_an_interactive_call_is_in_the_batch_after_the_running_one(
             while running.server.waiting < 8 * BATCH_SIZE:  # two streams keep at least this many in flight
                 await asyncio.sleep(0.001)
             for turn in range(3):
-                await until_started(1 + 2 * turn)  # the batch after the one that answered runs
+                await until_started(1 + 2 * turn)  # the batch after the last answered one is running
                 queued, current = len(interactive), len(predictor.started)
                 content = encoded(bright_disc(*INTERACTIVE_HW))
                 call = asyncio.create_task(
