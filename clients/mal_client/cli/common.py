@@ -57,9 +57,11 @@ def add_connection_options(parser: argparse.ArgumentParser, *, allow_several: bo
         "--tls-ca",
         type=Path,
         metavar="CA.pem",
-        help="encrypt the connection and verify the server with this certificate authority only",
+        help="encrypt the connection and verify the server with this certificate authority only (default: no TLS)",
     )
-    parser.add_argument("--client-cert", type=Path, metavar="CERT.pem", help="client certificate for mutual TLS")
+    parser.add_argument(
+        "--client-cert", type=Path, metavar="CERT.pem", help="client certificate for mutual TLS (default: none)"
+    )
     parser.add_argument(
         "--client-key",
         type=Path,

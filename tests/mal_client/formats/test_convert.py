@@ -74,7 +74,14 @@ def test_csv_dialects_and_column_names_are_recognized(folder: Path, text: str, m
 def test_every_row_of_a_csv_file_that_is_not_converted_is_listed_with_its_line(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = ["a.png,1,2,11,22", "a.png,1,2,x,22", "a.png,1,2", "gone.png,1,2,3,4", "broken.png,1,2,3,4", "a.png,9,2,9,4"]
+    rows = [
+        "a.png,1,2,11,22",
+        "a.png,1,2,x,22",
+        "a.png,1,2",
+        "missing.png,1,2,3,4",
+        "broken.png,1,2,3,4",
+        "a.png,9,2,9,4",
+    ]
     (folder / "boxes.csv").write_text("\n".join(["file,x1,y1,x2,y2", *rows, ",1,2,3,4", "a.png,nan,2,3,4"]))
     assert convert(folder, "csv", labels="boxes.csv") == 3
     assert len(boxes(folder)["a.png"]) == 1
@@ -124,10 +131,10 @@ def test_invalid_yolo_rows_are_listed(folder: Path) -> None:
         "0 .5 .5 .1 .1 .1 .1 .1",
     ]
     (folder / "labels" / "a.txt").write_text("\n".join(rows))
-    (folder / "labels" / "gone.txt").write_text("0 .5 .5 .1 .1\n")
+    (folder / "labels" / "missing.txt").write_text("0 .5 .5 .1 .1\n")
     assert convert(folder, "yolo", "--names", str(folder / "data.yaml")) == 3
     listed = [row["where"].removeprefix(f"{folder}/") for row in errors(folder)]
-    assert listed == ["images/broken.png", *(f"a.txt:{line}" for line in range(1, 7)), "gone.txt"]
+    assert listed == ["images/broken.png", *(f"a.txt:{line}" for line in range(1, 7)), "missing.txt"]
     assert {row["reason"] for row in errors(folder)[1:7]} == {"BAD_ROW"}
     messages = {row["where"]: row["message"] for row in errors(folder)}
     assert messages["a.txt:1"].startswith("a.txt:1: class '2'")

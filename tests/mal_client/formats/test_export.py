@@ -88,8 +88,8 @@ def test_labelme_polygons_fill_to_the_mask_with_components_in_one_group(labeled:
     first, second, third = content["shapes"]
     assert (first["label"], first["shape_type"], first["flags"]) == ("cup: large", "polygon", {"MULTI_PART": True})
     assert [shape["group_id"] for shape in content["shapes"]] == [1, 1, None]
-    found = fill([np.array(first["points"]), np.array(second["points"])], HEIGHT, WIDTH)
-    np.testing.assert_array_equal(found, ring())
+    filled = fill([np.array(first["points"]), np.array(second["points"])], HEIGHT, WIDTH)
+    np.testing.assert_array_equal(filled, ring())
     assert third["description"] == "score 0.750"
 
 
@@ -134,9 +134,9 @@ def test_no_file_name_leads_out_of_the_output(labeled: Dataset, form: str, name:
     labeled.save()
     before = {path for path in labeled.folder.rglob("*") if path.is_file()}
     target = export(labeled, form)
-    made = {path for path in labeled.folder.rglob("*") if path.is_file()} - before
-    assert {path for path in made if not path.is_relative_to(target)} == set()
-    assert {path.stem for path in made if path.suffix != ".yaml"} == {"image_1", "image_2"}
+    written = {path for path in labeled.folder.rglob("*") if path.is_file()} - before
+    assert {path for path in written if not path.is_relative_to(target)} == set()
+    assert {path.stem for path in written if path.suffix != ".yaml"} == {"image_1", "image_2"}
 
 
 def test_a_negative_tolerance_is_refused(labeled: Dataset) -> None:
@@ -154,7 +154,7 @@ except ImportError:
 import labelme.utils as utils
 file = LabelFile(sys.argv[1])
 height, width = int(sys.argv[2]), int(sys.argv[3])
-found = []
+results = []
 for shape in file.shapes:
     if shape["shape_type"] == "mask":
         frame = np.zeros((height, width), bool)
@@ -162,17 +162,17 @@ for shape in file.shapes:
         frame[y0:y1 + 1, x0:x1 + 1] = shape["mask"]
     else:
         frame = utils.shape_to_mask((height, width), shape["points"], shape_type=shape["shape_type"])
-    found.append({"label": shape["label"], "group": shape["group_id"], "mask": frame.astype(int).tolist()})
-print(json.dumps(found))
+    results.append({"label": shape["label"], "group": shape["group_id"], "mask": frame.astype(int).tolist()})
+print(json.dumps(results))
 """
 
 
 @pytest.mark.parametrize(("shape", "least"), [("mask", 1.0), ("polygon", 0.75)])
 def test_labelme_reads_the_exported_files(labeled: Dataset, shape: str, least: float) -> None:
     folder = export(labeled, "labelme", "--shape", shape)
-    found = in_tool("labelme", LABELME, folder / "image_0.json", HEIGHT, WIDTH)
-    assert {one["label"] for one in found} == {"cup: large"}
-    parts = [np.array(one["mask"], bool) for one in found[:-1]]
+    results = in_tool("labelme", LABELME, folder / "image_0.json", HEIGHT, WIDTH)
+    assert {result["label"] for result in results} == {"cup: large"}
+    parts = [np.array(result["mask"], bool) for result in results[:-1]]
     # labelme also fills the pixels under an outline, which are many for a ring of 20 px.
     assert overlap(np.any(parts, axis=0), ring()) >= least
 
@@ -185,25 +185,25 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import check_det_dataset, polygon2mask
 names = {0: "ant", 1: "cup: large"}
 data = YOLODataset(img_path=sys.argv[1], data={"names": names, "nc": 2, "channels": 3}, task="segment", augment=False)
-found = {}
+results = {}
 for label in data.labels:
     masks = []
     for segment in label["segments"]:
         points = segment * np.array(label["shape"][::-1])
         masks.append(polygon2mask(label["shape"], [points.reshape(-1)]).astype(int).tolist())
-    found[Path(label["im_file"]).name] = {"classes": label["cls"].ravel().tolist(), "masks": masks}
-print(json.dumps(found))
+    results[Path(label["im_file"]).name] = {"classes": label["cls"].ravel().tolist(), "masks": masks}
+print(json.dumps(results))
 """
 
 
 def test_ultralytics_reads_the_exported_files(labeled: Dataset) -> None:
     folder = export(labeled, "yolo-seg")
     (folder / "images").symlink_to(labeled.images_dir)
-    found = in_tool("ultralytics", ULTRALYTICS, folder / "images")
-    assert found["image_0.png"]["classes"] == [1.0, 1.0]
-    assert found["image_2.png"]["masks"] == []
+    results = in_tool("ultralytics", ULTRALYTICS, folder / "images")
+    assert results["image_0.png"]["classes"] == [1.0, 1.0]
+    assert results["image_2.png"]["masks"] == []
     # cv2.fillPoly also fills the pixels under an outline: bridges become one pixel wide and edges half a pixel.
-    assert overlap(np.array(found["image_0.png"]["masks"][0], bool), ring()) > 0.7
+    assert overlap(np.array(results["image_0.png"]["masks"][0], bool), ring()) > 0.7
 
 
 FIFTYONE = """
@@ -211,31 +211,31 @@ import json, sys
 from fiftyone.utils.coco import load_coco_detection_annotations
 _, classes, _, images, annotations = load_coco_detection_annotations(sys.argv[1])
 image = images[1]
-found = []
-for one in annotations[1]:
-    read = one.to_detection((image["width"], image["height"]), classes_map=classes, load_segmentation=True)
-    found.append({
+results = []
+for annotation in annotations[1]:
+    read = annotation.to_detection((image["width"], image["height"]), classes_map=classes, load_segmentation=True)
+    results.append({
         "label": read.label, "box": list(read.bounding_box), "mask": read.mask.astype(int).tolist(),
         "score": read.confidence, "flags": list(read["flags"]),
     })
-print(json.dumps(found))
+print(json.dumps(results))
 """
 
 
 def test_the_fiftyone_file_has_tight_boxes_and_the_original_ones(labeled: Dataset) -> None:
     original_box = [float(v) for v in labeled.coco["annotations"][0]["bbox"]]
-    found = json.loads((export(labeled, "fiftyone") / "labels.json").read_text())
-    assert [image["file_name"] for image in found["images"]] == [row["file_name"] for row in labeled.coco["images"]]
-    first = found["annotations"][0]
+    content = json.loads((export(labeled, "fiftyone") / "labels.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == [row["file_name"] for row in labeled.coco["images"]]
+    first = content["annotations"][0]
     assert (first["id"], first["annotation_id"], first["score"], first["flags"]) == (1, 100, 0.75, ["MULTI_PART"])
     assert first["prompt_box"] == original_box
     rows, columns = np.nonzero(ring())
     left, top = columns.min(), rows.min()
     assert first["bbox"] == [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
     assert (decode_mask(Rle.from_coco(first["segmentation"])) == ring()).all()
-    names = {row["id"]: row["name"] for row in found["categories"]}
+    names = {row["id"]: row["name"] for row in content["categories"]}
     assert names == {1: "ant", 2: "cup: large"}
-    assert [names[row["category_id"]] for row in found["annotations"]] == ["cup: large"] * 3
+    assert [names[row["category_id"]] for row in content["annotations"]] == ["cup: large"] * 3
 
 
 @pytest.mark.slow

@@ -101,6 +101,6 @@ def test_polygons_of_the_labeled_file_are_exported(dataset: Dataset) -> None:
     dataset.save()
     tasks, _ = exported(dataset)
     region = next(row for task in tasks for row in task["predictions"][0]["result"] if row["id"] == "2-mask")
-    found = decode_brush(region["value"]["rle"], HEIGHT, WIDTH)
-    assert found.sum() == 30
-    assert np.array_equal(np.argwhere(found)[0], [3, 3])
+    mask = decode_brush(region["value"]["rle"], HEIGHT, WIDTH)
+    assert mask.sum() == 30
+    assert np.array_equal(np.argwhere(mask)[0], [3, 3])

@@ -36,10 +36,10 @@ Box = tuple[float, float, float, float]
 
 def find_browser() -> str:
     """Returns the path of Chromium (`MAL_CHROMIUM` or one on PATH); skips the test if there is none."""
-    found = next(filter(None, (os.environ.get("MAL_CHROMIUM"), *map(shutil.which, BROWSERS))), None)
-    if found is None:
+    executable = next(filter(None, (os.environ.get("MAL_CHROMIUM"), *map(shutil.which, BROWSERS))), None)
+    if executable is None:
         pytest.skip("Chromium is not installed; run `apt-get install chromium`, or set MAL_CHROMIUM=PATH")
-    return found
+    return executable
 
 
 @contextmanager

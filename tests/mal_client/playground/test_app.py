@@ -106,64 +106,64 @@ def test_the_least_recently_used_images_are_evicted_first() -> None:
 
 
 def test_each_box_gets_the_mask_of_the_kernel() -> None:
-    async def ask(page: Page) -> dict[str, dict[str, Any]]:
+    async def run(page: Page) -> dict[str, dict[str, Any]]:
         return await lines_of(
             page, await send_image(page), label_body(DISC_BOX, BOX_IN_CORNER, (-9, 0, 40.5, 40), agreement=True)
         )
 
-    found = with_playground(ask, max_batch_size=2)
+    lines = with_playground(run, max_batch_size=2)
     for key, box in [("b0", DISC_BOX), ("b1", BOX_IN_CORNER), ("b2", (-9.0, 0.0, 40.5, 40.0))]:
         expected = expected_label(box, agreement=True)
-        assert found[key]["rle"] == expected.rle.to_coco()
-        assert found[key]["score"] == expected.score
-        assert found[key]["agreement"] == expected.agreement
-        assert found[key]["flags"] == [str(flag) for flag in expected.flags]
-        assert found[key]["model"]["checkpoint_sha256"] == SHA256
+        assert lines[key]["rle"] == expected.rle.to_coco()
+        assert lines[key]["score"] == expected.score
+        assert lines[key]["agreement"] == expected.agreement
+        assert lines[key]["flags"] == [str(flag) for flag in expected.flags]
+        assert lines[key]["model"]["checkpoint_sha256"] == SHA256
 
 
 def test_the_threshold_of_a_box_overrides_that_of_the_image() -> None:
-    async def ask(page: Page) -> dict[str, dict[str, Any]]:
+    async def run(page: Page) -> dict[str, dict[str, Any]]:
         body = label_body(DISC_BOX, DISC_BOX, DISC_BOX, thresholds={1: 0.03}, threshold=0.95)
         return await lines_of(page, await send_image(page), body)
 
-    found = with_playground(ask)
-    assert found["b0"]["rle"] == found["b2"]["rle"] == expected_label(DISC_BOX, threshold=0.95).rle.to_coco()
-    assert found["b1"]["rle"] == expected_label(DISC_BOX, threshold=0.03).rle.to_coco()
-    assert found["b0"]["rle"] != found["b1"]["rle"]
+    lines = with_playground(run)
+    assert lines["b0"]["rle"] == lines["b2"]["rle"] == expected_label(DISC_BOX, threshold=0.95).rle.to_coco()
+    assert lines["b1"]["rle"] == expected_label(DISC_BOX, threshold=0.03).rle.to_coco()
+    assert lines["b0"]["rle"] != lines["b1"]["rle"]
 
 
 @pytest.mark.parametrize("box", [(0, 0, 0, 5), (900, 0, 5, 5), (None, 1, 2, 3), (1, 2, 3), ("a", 1, 2, 3)])
 def test_a_bad_box_fails_alone_and_its_message_has_no_index(box: Any) -> None:
-    async def ask(page: Page) -> dict[str, dict[str, Any]]:
+    async def run(page: Page) -> dict[str, dict[str, Any]]:
         return await lines_of(page, await send_image(page), label_body(DISC_BOX, box))
 
-    found = with_playground(ask)
-    assert found["b0"]["rle"] == expected_label(DISC_BOX).rle.to_coco()
-    assert found["b1"]["error"]["reason"] == "BAD_BOX"
-    assert not found["b1"]["error"]["message"].startswith("box ")
+    lines = with_playground(run)
+    assert lines["b0"]["rle"] == expected_label(DISC_BOX).rle.to_coco()
+    assert lines["b1"]["error"]["reason"] == "BAD_BOX"
+    assert not lines["b1"]["error"]["message"].startswith("box ")
 
 
 def test_further_edits_use_the_image_cache_of_the_labeling_server() -> None:
-    async def ask() -> tuple[float | None, int]:
+    async def run() -> tuple[float | None, int]:
         async with serving() as running, playground(running.server.address) as page:
             name = await send_image(page, encoded(DISC, "BMP"))
             for _ in range(3):
-                found = await lines_of(page, name, label_body(DISC_BOX))
+                lines = await lines_of(page, name, label_body(DISC_BOX))
             hits = running.server.registry.get_sample_value("mal_image_cache_hits_total")
-        return hits, len(found["b0"]["rle"]["counts"])
+        return hits, len(lines["b0"]["rle"]["counts"])
 
-    hits, length = asyncio.run(ask())
+    hits, length = asyncio.run(run())
     assert hits == 2
     assert length > 0
 
 
 def test_the_selected_model_labels_and_is_the_provenance_of_the_file() -> None:
-    async def ask(page: Page) -> list[Any]:
+    async def run(page: Page) -> list[Any]:
         async with page.get("/api/server", params={"model": "disc"}) as response:
             server = await response.json()
         unknown = await error_of(page.get("/api/server", params={"model": "cup"}))
         name = await send_image(page)
-        found = await lines_of(page, name, label_body(DISC_BOX, model="disc"))
+        lines = await lines_of(page, name, label_body(DISC_BOX, model="disc"))
         wrong = await lines_of(page, name, label_body(DISC_BOX, model="cup"))
         body = {"images": [], "annotations": [], "options": {"model": "disc"}}
         async with page.post("/api/coco", json=body) as response:
@@ -171,13 +171,13 @@ def test_the_selected_model_labels_and_is_the_provenance_of_the_file() -> None:
         return [
             [server["models"], server["branches"], server["can_agree"]],
             unknown[1]["reason"],
-            found["b0"]["model"]["name"],
+            lines["b0"]["model"]["name"],
             wrong["b0"]["error"]["code"],
             file,
         ]
 
-    models, unknown, answered, wrong, file = with_playground(ask)
-    assert (models, unknown, answered, wrong) == (
+    models, unknown, name, wrong, file = with_playground(run)
+    assert (models, unknown, name, wrong) == (
         [["disc"], ["student", "teacher", "mixed"], True],
         "MODEL_NOT_FOUND",
         "disc",
@@ -189,7 +189,7 @@ def test_the_selected_model_labels_and_is_the_provenance_of_the_file() -> None:
 def test_masks_are_streamed_before_the_last_batch_is_done() -> None:
     predictor = HeldAfterFirst()
 
-    async def ask(page: Page) -> tuple[str, int]:
+    async def run(page: Page) -> tuple[str, int]:
         name = await send_image(page)
         predictor.warmup_batches = len(predictor.batches)
         async with page.post(f"/api/images/{name}/labels", json=label_body(DISC_BOX, BOX_IN_CORNER)) as response:
@@ -197,7 +197,7 @@ def test_masks_are_streamed_before_the_last_batch_is_done() -> None:
             predictor.released.set()
             return first["id"], len((await response.text()).splitlines())
 
-    assert with_playground(ask, predictor, max_batch_size=1) == ("b0", 2)
+    assert with_playground(run, predictor, max_batch_size=1) == ("b0", 2)
 
 
 def test_a_disconnected_page_cancels_its_call() -> None:
@@ -245,13 +245,13 @@ def test_a_lost_server_is_the_error_of_every_pending_box() -> None:
         {"boxes": [], "options": {"flip": 1}},
         {"boxes": [], "options": {"threshold": "high"}},
         {"boxes": [{"id": "a", "box": []}], "options": {"threshold": 1.5}},
-        {"boxes": [{"id": str(at), "box": []} for at in range(10_001)], "options": {}},
+        {"boxes": [{"id": str(index), "box": []} for index in range(10_001)], "options": {}},
     ],
 )
 def test_an_invalid_request_is_refused(body: Any) -> None:
-    async def ask(page: Page) -> tuple[int, dict[str, Any]]:
+    async def run(page: Page) -> tuple[int, dict[str, Any]]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return await error_of(page.post(f"/api/images/{await send_image(page)}/labels", data=data))
 
-    status, error = with_playground(ask)
+    status, error = with_playground(run)
     assert (status, error["code"]) == (400, "INVALID_ARGUMENT")

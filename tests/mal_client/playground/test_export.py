@@ -33,7 +33,7 @@ def annotation(box: Any, result: Any, *, category: str = "cup", image: int = 0, 
 def exported(*annotations: Any, options: dict[str, Any] | None = None) -> Any:
     """Returns the file of annotations; callables get the lines of the boxes of the disc and of a corner."""
 
-    async def ask(page: Page) -> Any:
+    async def run(page: Page) -> Any:
         lines = await lines_of(page, await send_image(page), label_body(DISC_BOX, BOX_IN_CORNER))
         rows = [row(lines) if callable(row) else row for row in annotations]
         images = [{"file_name": "disc.png", "width": 60, "height": 40}]
@@ -41,7 +41,7 @@ def exported(*annotations: Any, options: dict[str, Any] | None = None) -> Any:
         async with page.post("/api/coco", json=body) as response:
             return await response.json()
 
-    return with_playground(ask)
+    return with_playground(run)
 
 
 def test_the_file_has_the_masks_of_the_server_and_the_drawn_boxes() -> None:
@@ -56,7 +56,7 @@ def test_the_file_has_the_masks_of_the_server_and_the_drawn_boxes() -> None:
 
 
 def test_the_file_equals_that_of_the_dataset_client(tmp_path: Path) -> None:
-    async def ask(address: str) -> Any:
+    async def run(address: str) -> Any:
         async with playground(address) as page:
             lines = await lines_of(page, await send_image(page), label_body(DISC_BOX, BOX_IN_CORNER, (0, 0, 0, 3)))
             boxes = [[18, 8, 24, 24], [0, 0, 20, 15], [0, 0, 0, 3]]
@@ -69,10 +69,10 @@ def test_the_file_equals_that_of_the_dataset_client(tmp_path: Path) -> None:
                 return await response.json()
 
     with served() as address, Client(address, timeout_s=20) as client:
-        page_file = asyncio.run(ask(address))
+        page_file = asyncio.run(run(address))
         (tmp_path / "disc.png").write_bytes(DISC_PNG)
-        kept = ("id", "image_id", "category_id", "bbox", "iscrowd")
-        rows = [{name: row[name] for name in kept} for row in page_file["annotations"]]
+        fields = ("id", "image_id", "category_id", "bbox", "iscrowd")
+        rows = [{name: row[name] for name in fields} for row in page_file["annotations"]]
         (tmp_path / "in.json").write_text(json.dumps({**page_file, "annotations": rows}))
         client.label_dataset(tmp_path / "in.json", tmp_path, tmp_path / "out.json")
     bulk_file = json.loads((tmp_path / "out.json").read_text())
@@ -129,11 +129,11 @@ def test_the_options_of_the_page_are_in_the_provenance_of_the_file() -> None:
     ],
 )
 def test_an_invalid_mask_is_refused(change: dict[str, Any]) -> None:
-    async def ask(page: Page) -> tuple[int, dict[str, Any]]:
+    async def run(page: Page) -> tuple[int, dict[str, Any]]:
         lines = await lines_of(page, await send_image(page), label_body(DISC_BOX))
         images = [{"file_name": "disc.png", "width": 60, "height": 40}]
         row = annotation([1, 1, 5, 5], {**lines["b0"], **change})
         return await error_of(page.post("/api/coco", json={"images": images, "annotations": [row], "options": {}}))
 
-    status, error = with_playground(ask)
+    status, error = with_playground(run)
     assert (status, error["code"]) == (400, "INVALID_ARGUMENT")

@@ -34,8 +34,8 @@ ONE_DONE, TWO_DONE = "1 of 1 with a mask", "2 of 2 with a mask"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with launched() as found:
-        yield found
+    with launched() as launched_browser:
+        yield launched_browser
 
 
 @pytest.fixture(scope="module")
@@ -515,8 +515,8 @@ def test_axe_finds_no_accessibility_violations(screen: Screen, image: Path, tmp_
     screen.page.locator("#box-w").fill("0")
     screen.page.locator("#box-w").press("Enter")
     screen.wait_for("1 of 2 with a mask · 1 failed")
-    found = axe.Axe().run(screen.page)
-    assert found.violations_count == 0, found.generate_report()
+    result = axe.Axe().run(screen.page)
+    assert result.violations_count == 0, result.generate_report()
     screen.page.locator("#help-button").click()
-    found = axe.Axe().run(screen.page)
-    assert found.violations_count == 0, found.generate_report()
+    result = axe.Axe().run(screen.page)
+    assert result.violations_count == 0, result.generate_report()

@@ -108,8 +108,8 @@ def test_every_response_has_the_security_headers(path: str) -> None:
         async with page.get(path) as response:
             return dict(response.headers)
 
-    found = with_playground(headers)
-    assert {name: found.get(name) for name in HEADERS} == HEADERS
+    received = with_playground(headers)
+    assert {name: received.get(name) for name in HEADERS} == HEADERS
 
 
 def test_the_page_has_no_external_urls_and_no_inline_scripts() -> None:

@@ -127,8 +127,8 @@ def _task() -> Json:
 
 def _meta(task: TaskInMemory) -> Json:
     frames = [
-        {"width": width, "height": height, "name": f"{at}.png", "related_files": 0}
-        for at, (width, height) in enumerate(task.frame_sizes())
+        {"width": width, "height": height, "name": f"{number}.png", "related_files": 0}
+        for number, (width, height) in enumerate(task.frame_sizes())
     ]
     return {
         "chunks_updated_date": "2026-01-01T00:00:00Z",

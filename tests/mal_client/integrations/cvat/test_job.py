@@ -50,7 +50,7 @@ def sample_task() -> TaskInMemory:
     first = rectangle(1, 0, [5.0, 4.0, 15.0, 12.0], group=3, z_order=2, occluded=True)
     first["attributes"] = [{"spec_id": 1, "value": "red"}]
     polygon = rectangle(3, 1, [1.0, 1.0, 9.0, 1.0, 9.0, 9.0], type="polygon")
-    moving = [rectangle(50 + at, at, [2.0 + at, 2.0, 12.0 + at, 10.0], outside=at == 2) for at in range(4)]
+    moving = [rectangle(50 + n, n, [2.0 + n, 2.0, 12.0 + n, 10.0], outside=n == 2) for n in range(4)]
     return TaskInMemory([first, rectangle(2, 1, [20.0, 8.0, 30.0, 20.0]), polygon], [track(9, moving)], [tag(4, 0)])
 
 
@@ -87,8 +87,8 @@ def test_every_rectangle_gets_a_mask_and_nothing_else_changes(client: Client, tm
 def test_a_mask_keeps_label_attributes_group_order_and_occlusion(client: Client, tmp_path: Path) -> None:
     task = sample_task()
     run(task, client, tmp_path)
-    kept = {key: task.masks()[0][key] for key in ("label_id", "group", "z_order", "occluded", "source", "attributes")}
-    assert kept == {
+    fields = {key: task.masks()[0][key] for key in ("label_id", "group", "z_order", "occluded", "source", "attributes")}
+    assert fields == {
         "label_id": 11,
         "group": 3,
         "z_order": 2,
@@ -115,17 +115,17 @@ def test_a_second_run_writes_nothing(client: Client, fake: FakeServer, tmp_path:
     assert len(fake.label_requests) == calls
 
 
-@pytest.mark.parametrize("fault", ["fail_creates", "lose_responses"])
+@pytest.mark.parametrize("failure", ["fail_creates", "lose_responses"])
 def test_a_failed_call_loses_no_mask_and_repeats_none(
-    fault: str, client: Client, fake: FakeServer, tmp_path: Path
+    failure: str, client: Client, fake: FakeServer, tmp_path: Path
 ) -> None:
     task = sample_task()
-    setattr(task, fault, 1)
+    setattr(task, failure, 1)
     with pytest.raises(ConnectionError):
         run(task, client, tmp_path)
     calls = len(fake.label_requests)
     again = run(task, client, tmp_path)
-    assert (again.written, again.existing) == ((5, 0) if fault == "fail_creates" else (0, 5))
+    assert (again.written, again.existing) == ((5, 0) if failure == "fail_creates" else (0, 5))
     assert len(task.masks()) == 5
     assert len(fake.label_requests) == calls, "the masks were in the journal"
 
@@ -247,7 +247,7 @@ def test_two_concurrent_runs_are_refused(client: Client, tmp_path: Path) -> None
 
 
 def test_large_tasks_are_sent_in_small_calls(client: Client, tmp_path: Path) -> None:
-    task = TaskInMemory([rectangle(at, at % 6, [at % 20, 4.0, at % 20 + 9.0, 12.0]) for at in range(130)])
+    task = TaskInMemory([rectangle(n, n % 6, [n % 20, 4.0, n % 20 + 9.0, 12.0]) for n in range(130)])
     assert run(task, client, tmp_path).written == 130
     assert max(task.create_calls) <= 50 + 22
     assert sum(task.create_calls) == 130

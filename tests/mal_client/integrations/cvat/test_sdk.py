@@ -56,9 +56,9 @@ def client() -> Iterator[Client]:
 
 @pytest.fixture
 def server() -> Iterator[tuple[CvatHttp, str]]:
-    found = CvatHttp(sample_task())
-    with running(found.app()) as address:
-        yield found, address
+    fake = CvatHttp(sample_task())
+    with running(fake.app()) as address:
+        yield fake, address
 
 
 def connect(address: str) -> SdkClient:
@@ -78,9 +78,9 @@ def test_the_masks_of_a_task_on_a_server_equal_those_of_one_in_memory(
     cvat.close()
     assert (result.written, result.changed, again.written, again.existing) == (5, [], 0, 5)
     drop = {"id"}
-    found = [{key: row[key] for key in row.keys() - drop} for row in http.task.masks()]
-    wanted = [{key: row[key] for key in row.keys() - drop} for row in expected.masks()]
-    assert found == wanted
+    masks = [{key: row[key] for key in row.keys() - drop} for row in http.task.masks()]
+    expected_masks = [{key: row[key] for key in row.keys() - drop} for row in expected.masks()]
+    assert masks == expected_masks
 
 
 def test_a_failed_write_raises_and_the_next_run_resumes(
@@ -131,14 +131,14 @@ def test_the_command_plans_then_writes_then_finds_nothing_to_do(
     ("more", "option"),
     [
         ([], "--cvat-token-file"),
-        (["--cvat-login-file", "{folder}/word"], "--cvat-login-file"),
-        (["--cvat-token-file", "{folder}/word", "--label", "cup"], "--label cup"),
+        (["--cvat-login-file", "{folder}/secret"], "--cvat-login-file"),
+        (["--cvat-token-file", "{folder}/secret", "--label", "cup"], "--label cup"),
     ],
 )
 def test_invalid_arguments_exit_2_and_are_named(
     more: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "word").write_text("word")
+    (tmp_path / "secret").write_text("secret")
     given = ["cvat", "--server", "127.0.0.1:9", "--cvat", "http://127.0.0.1:9", "--task", "7"]
     assert main([*given, *(part.format(folder=tmp_path) for part in more)]) == 2
     assert option in capsys.readouterr().err

@@ -42,7 +42,7 @@ def needs_label_studio() -> Tools:
 
 def needs_browser() -> str:
     """Returns the path of Chromium; skips the test if it is not installed."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
         pytest.skip("no Chromium on the path; install Debian's package chromium")
-    return found
+    return executable

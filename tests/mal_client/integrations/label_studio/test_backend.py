@@ -63,9 +63,9 @@ class Backend:
     def predict(self, *tasks: dict[str, Any], context: Any = None, config: str = CONFIG) -> Any:
         """Sends a prediction request and returns its results."""
         body = {"tasks": list(tasks), "project": "1.1764098131", "label_config": config}
-        answer = self.http.post("/predict", json=body | {"params": {"login": None, "context": context}})
-        assert answer.status_code == 200, answer.text
-        return answer.json()["results"]
+        response = self.http.post("/predict", json=body | {"params": {"login": None, "context": context}})
+        assert response.status_code == 200, response.text
+        return response.json()["results"]
 
 
 @contextmanager
@@ -94,9 +94,9 @@ def annotated(*regions: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def test_a_drawn_rectangle_becomes_its_mask(backend: Backend) -> None:
-    (found,) = backend.predict(task(), context={"result": [region()]})
-    (mask,) = found["result"]
-    assert (found["score"], found["model_version"]) == (0.75, VERSION)
+    (result,) = backend.predict(task(), context={"result": [region()]})
+    (mask,) = result["result"]
+    assert (result["score"], result["model_version"]) == (0.75, VERSION)
     assert (mask["id"], mask["type"], mask["value"]["brushlabels"]) == (
         "gyqsvQ4tvz-mask",
         "brushlabels",
@@ -110,16 +110,16 @@ def test_a_drawn_rectangle_becomes_its_mask(backend: Backend) -> None:
 def test_a_batch_labels_each_task_by_its_own_rectangles(backend: Backend) -> None:
     old = annotated(region(id="old"), updated_at="2025-01-01T00:00:00Z")
     skipped = annotated(region(id="skipped"), was_cancelled=True, updated_at="2026-05-05T00:00:00Z")
-    found = backend.predict(
+    results = backend.predict(
         task(1, annotations=[annotated(region(id="a"), region(id="b", x=0.0)), old, skipped]),
         task(2),
         task(3, predictions=[annotated(region(id="c"))]),
-        task(4, photo="/gone.png", annotations=[annotated(region())]),
+        task(4, photo="/missing.png", annotations=[annotated(region())]),
     )
-    assert [row["id"] for row in found[0]["result"]] == ["a-mask", "b-mask"]
-    assert found[1] == [], "no prediction is stored for a task without rectangles"
-    assert [row["id"] for row in found[2]["result"]] == ["c-mask"]
-    assert found[3] == {"error": "/gone.png: no such image"}
+    assert [row["id"] for row in results[0]["result"]] == ["a-mask", "b-mask"]
+    assert results[1] == [], "no prediction is stored for a task without rectangles"
+    assert [row["id"] for row in results[2]["result"]] == ["c-mask"]
+    assert results[3] == {"error": "/missing.png: no such image"}
     assert len(backend.fake.label_requests) == 2, "one call per image for any number of rectangles"
 
 
@@ -127,8 +127,8 @@ def test_invalid_rectangles_are_logged_and_the_others_are_labeled(
     backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
     regions = [region(id="a", rotation=10), region(id="b"), region(id="c", x=150.0)]
-    (found,) = backend.predict(task(7, annotations=[annotated(*regions)]))
-    assert [row["id"] for row in found["result"]] == ["b-mask"]
+    (result,) = backend.predict(task(7, annotations=[annotated(*regions)]))
+    assert [row["id"] for row in result["result"]] == ["b-mask"]
     lines = [record.getMessage() for record in caplog.records if record.name == "mal_client.label_studio"]
     assert len(lines) == 2
     assert all(name in lines[0] for name in ("task 7", "region 'a'", "10 degrees"))
@@ -137,22 +137,22 @@ def test_invalid_rectangles_are_logged_and_the_others_are_labeled(
 
 @pytest.mark.parametrize("photo", ["/data/upload/1/rotated.png", 5])
 def test_a_task_with_an_invalid_image_has_no_prediction(backend: Backend, photo: Any) -> None:
-    (found,) = backend.predict(task(photo=photo, annotations=[annotated(region())]))
-    assert set(found) == {"error"}
+    (result,) = backend.predict(task(photo=photo, annotations=[annotated(region())]))
+    assert set(result) == {"error"}
     assert not backend.fake.label_requests
 
 
 def test_other_regions_and_other_controls_are_ignored(backend: Backend) -> None:
     brush = {"type": "brushlabels", "from_name": "mask", "value": {}}
-    (found,) = backend.predict(task(annotations=[annotated(brush, region(from_name="elsewhere"))]))
-    assert found == []
+    (result,) = backend.predict(task(annotations=[annotated(brush, region(from_name="elsewhere"))]))
+    assert result == []
     assert backend.images.urls == []
 
 
 def test_a_class_without_a_mask_control_fails_before_the_image_is_fetched(backend: Backend) -> None:
-    (found,) = backend.predict(task(annotations=[annotated(region(rectanglelabels=["plate"]))]))
-    assert "'mask'" in found["error"]
-    assert "plate" in found["error"]
+    (result,) = backend.predict(task(annotations=[annotated(region(rectanglelabels=["plate"]))]))
+    assert "'mask'" in result["error"]
+    assert "plate" in result["error"]
     assert backend.images.urls == []
 
 

@@ -63,8 +63,8 @@ from label_studio_sdk.converter.brush import decode_rle, mask2rle
 for rows, code in json.load(open(sys.argv[1])):
     mask = np.array(rows, dtype=np.uint8)
     assert (decode_rle(code).reshape(*mask.shape, 4)[:, :, 3] == 255 * mask).all()
-    theirs = mask2rle(255 * mask)
+    from_sdk = mask2rle(255 * mask)
     # The SDK appends a zero byte to an encoding that fills its last byte.
-    assert theirs in (code, code + [0]), mask.shape
+    assert from_sdk in (code, code + [0]), mask.shape
 """
     subprocess.run([str(tools.python), "-c", script, str(path)], check=True, timeout=120)

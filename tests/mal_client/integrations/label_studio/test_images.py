@@ -31,7 +31,7 @@ class FakeHost:
         app.router.add_get("/moved", self._moved)
         app.router.add_get("/moved/{times}", self._moved_often)
         app.router.add_get("/free", self._free)
-        app.router.add_get("/answers/{status}", self._answers)
+        app.router.add_get("/status/{status}", self._status)
         app.router.add_post("/api/token/refresh", self._refresh)
         app.router.add_post("/thief", self._thief)
         return app
@@ -57,7 +57,7 @@ class FakeHost:
         self._record(request)
         return web.Response(body=b"free")
 
-    async def _answers(self, request: web.Request) -> web.StreamResponse:
+    async def _status(self, request: web.Request) -> web.StreamResponse:
         return web.Response(status=int(request.match_info["status"]))
 
     async def _refresh(self, request: web.Request) -> web.StreamResponse:
@@ -74,9 +74,9 @@ class FakeHost:
 
 @pytest.fixture
 def host() -> Iterator[tuple[FakeHost, str]]:
-    found = FakeHost()
-    with running(found.app()) as address:
-        yield found, address
+    fake = FakeHost()
+    with running(fake.app()) as address:
+        yield fake, address
 
 
 def test_uploads_are_fetched_from_label_studio_with_the_token(host: tuple[FakeHost, str]) -> None:
@@ -108,9 +108,9 @@ def test_a_wrong_or_missing_token_names_the_option(host: tuple[FakeHost, str]) -
 @pytest.fixture
 def store() -> Iterator[tuple[FakeHost, str]]:
     """Runs another host than Label Studio, under another name, because the port does not distinguish hosts."""
-    found = FakeHost()
-    with running(found.app()) as address:
-        yield found, address.replace("127.0.0.1", "localhost")
+    fake = FakeHost()
+    with running(fake.app()) as address:
+        yield fake, address.replace("127.0.0.1", "localhost")
 
 
 def test_a_redirect_to_an_allowed_host_is_followed_without_the_token(
@@ -135,7 +135,7 @@ def test_a_redirect_to_another_host_is_refused_and_names_the_option(
     images.close()
 
 
-@pytest.mark.parametrize("path", ["/answers/403", "/answers/404", "/free", "/cut"])
+@pytest.mark.parametrize("path", ["/status/403", "/status/404", "/free", "/cut"])
 def test_errors_of_a_store_do_not_contain_its_signed_url(
     host: tuple[FakeHost, str], store: tuple[FakeHost, str], path: str
 ) -> None:
@@ -153,7 +153,7 @@ def test_errors_of_a_store_do_not_contain_its_signed_url(
 def test_access_denied_by_a_store_does_not_blame_the_token(
     host: tuple[FakeHost, str], store: tuple[FakeHost, str], key: str | None
 ) -> None:
-    host[0].store = f"{store[1]}/answers/403"
+    host[0].store = f"{store[1]}/status/403"
     images = ImageFetcher(host[1], key, other_hosts=["localhost"])
     with pytest.raises(BadImage, match=r"403.*pre-signed URLs") as refused:
         images.read("/moved")
@@ -166,7 +166,7 @@ def test_a_rejected_and_a_missing_token_have_different_messages(host: tuple[Fake
     for key in ("wrong", None):
         images = ImageFetcher(host[1], key)
         with pytest.raises(BadImage, match=r"403.*--api-key-file") as refused:
-            images.read("/answers/403")
+            images.read("/status/403")
         messages.add(str(refused.value))
         images.close()
     assert len(messages) == 2

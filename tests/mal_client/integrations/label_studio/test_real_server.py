@@ -89,14 +89,14 @@ def started(command: list[str], log: Path, pattern: str, env: Mapping[str, str])
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
         try:
             for _ in range(10 * START_S):
-                found = re.search(pattern, log.read_text(errors="replace"))
-                if found:
+                match = re.search(pattern, log.read_text(errors="replace"))
+                if match:
                     break
                 assert process.poll() is None, log.read_text(errors="replace")[-3000:]
                 time.sleep(0.1)
             else:
                 raise AssertionError(f"not up after {START_S} s: {log.read_text(errors='replace')[-3000:]}")
-            yield found.group(1)
+            yield match.group(1)
         finally:
             process.terminate()
             try:
@@ -121,9 +121,9 @@ class Studio:
 
     def call(self, method: str, path: str, **more: Any) -> Any:
         """Returns the body of a successful response."""
-        answer = self.http.request(method, path, **more)
-        assert answer.is_success, f"{path}: {answer.status_code} {answer.text[:500]}"
-        return answer.json() if answer.content else None
+        response = self.http.request(method, path, **more)
+        assert response.is_success, f"{path}: {response.status_code} {response.text[:500]}"
+        return response.json() if response.content else None
 
     def project(self, config: str) -> tuple[int, int]:
         """Creates a project with one task and connects it to the backend; returns (project, task)."""
@@ -155,9 +155,13 @@ def studio(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     (folder / "server.yaml").write_text(yaml.safe_dump({**settings, "drain_delay_s": 0.0}))
     if tools.empty_data.exists():
         shutil.copytree(tools.empty_data, folder / "data")
-    ours = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    backend_env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # Allows backends on this machine, and disables analytics.
-    theirs = os.environ | {"USE_DEFAULT_BANNED_SUBNETS": "false", "COLLECT_ANALYTICS": "false", "PYTHONUNBUFFERED": "1"}
+    studio_env = os.environ | {
+        "USE_DEFAULT_BANNED_SUBNETS": "false",
+        "COLLECT_ANALYTICS": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     run = "import sys; from mal_server.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -165,18 +169,18 @@ def studio(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     annotate = [str(tools.label_studio), "start", "--no-browser", "--data-dir", str(folder / "data"), "-p", str(port)]
     annotate += ["--internal-host", "127.0.0.1", "--username", EMAIL, "--password", PASSWORD, "--user-token", TOKEN]
     with (
-        started(serve, folder / "serve.log", r"(127\.0\.0\.1:\d+)", env=ours) as labeling,
-        started([*annotate, "--enable-legacy-api-token"], folder / "studio.log", "(Quit the server)", env=theirs),
+        started(serve, folder / "serve.log", r"(127\.0\.0\.1:\d+)", env=backend_env) as labeling,
+        started([*annotate, "--enable-legacy-api-token"], folder / "studio.log", "(Quit the server)", env=studio_env),
     ):
         # A personal access token for the backend; the calls of this test use the legacy token.
-        made = httpx2.post(f"{address}/api/token/", headers={"Authorization": f"Token {TOKEN}"}, timeout=120)
-        (folder / "key").write_text(made.json()["token"])
+        created = httpx2.post(f"{address}/api/token/", headers={"Authorization": f"Token {TOKEN}"}, timeout=120)
+        (folder / "key").write_text(created.json()["token"])
         connect = [sys.executable, "-m", "mal_client.cli.main", "label-studio", "--server", labeling, "--port", "0"]
         connect += ["--label-studio", address, "--api-key-file", str(folder / "key")]
-        with started(connect, folder / "backend.log", r"on (http://\S+)", env=ours) as backend:
-            found = Studio(address, backend, labeling, scene(folder))
-            yield found
-            found.http.close()
+        with started(connect, folder / "backend.log", r"on (http://\S+)", env=backend_env) as backend:
+            studio = Studio(address, backend, labeling, scene(folder))
+            yield studio
+            studio.http.close()
 
 
 def test_a_rectangle_drawn_in_the_browser_gets_the_mask_of_the_server(
@@ -203,8 +207,8 @@ def test_a_rectangle_drawn_in_the_browser_gets_the_mask_of_the_server(
     regions = {region["type"]: region for region in annotation["result"]}
     (expected,) = studio.masks([rectangle.box])
     assert expected.any()
-    found = decode_brush(regions["brushlabels"]["value"]["rle"], HEIGHT, WIDTH)
-    assert (found == expected).all()
+    mask = decode_brush(regions["brushlabels"]["value"]["rle"], HEIGHT, WIDTH)
+    assert (mask == expected).all()
     # An unmasked box would give 0.6; edges over dark noise change by less than the threshold.
     assert _painted(tmp_path, expected, rectangle.box) > 0.8
 
@@ -226,7 +230,7 @@ def rectangles() -> list[dict[str, Any]]:
     names = ("x", "y", "width", "height")
     return [
         {
-            "id": f"r{at}",
+            "id": f"r{index}",
             "from_name": "box",
             "to_name": "image",
             "type": "rectanglelabels",
@@ -236,7 +240,7 @@ def rectangles() -> list[dict[str, Any]]:
             "value": dict(zip(names, box_to_percent(box, (WIDTH, HEIGHT)), strict=True))
             | {"rotation": 0, "rectanglelabels": ["thing"]},
         }
-        for at, box in enumerate(BOXES)
+        for index, box in enumerate(BOXES)
     ]
 
 
@@ -244,9 +248,9 @@ def test_a_batch_of_annotated_tasks_gets_brush_predictions(studio: Studio) -> No
     project, task = studio.project(BRUSHES)
     studio.call("POST", f"/api/tasks/{task}/annotations/", json={"result": rectangles()})
     regions = studio.predicted(project, task)
-    found = [decode_brush(region["value"]["rle"], HEIGHT, WIDTH) for region in regions]
+    masks = [decode_brush(region["value"]["rle"], HEIGHT, WIDTH) for region in regions]
     assert [region["id"] for region in regions] == ["r0-mask", "r1-mask"]
-    assert all((one == expected).all() for one, expected in zip(found, studio.masks(BOXES), strict=True))
+    assert all((mask == expected).all() for mask, expected in zip(masks, studio.masks(BOXES), strict=True))
 
 
 def test_a_project_with_polygons_gets_polygons(studio: Studio) -> None:
@@ -254,8 +258,8 @@ def test_a_project_with_polygons_gets_polygons(studio: Studio) -> None:
     studio.call("POST", f"/api/tasks/{task}/annotations/", json={"result": rectangles()})
     regions = studio.predicted(project, task)
     assert {region["type"] for region in regions} == {"polygonlabels"}
-    for at, expected in enumerate(studio.masks(BOXES)):
-        parts = [np.array(r["value"]["points"]) for r in regions if r["id"].startswith(f"r{at}-mask")]
+    for index, expected in enumerate(studio.masks(BOXES)):
+        parts = [np.array(r["value"]["points"]) for r in regions if r["id"].startswith(f"r{index}-mask")]
         filled = fill([part * [WIDTH, HEIGHT] / 100 for part in parts], HEIGHT, WIDTH)
         assert (filled & expected).sum() / (filled | expected).sum() > 0.9
 
@@ -264,7 +268,7 @@ def test_the_worst_masks_of_a_labeled_file_are_imported_as_tasks_with_their_mask
     studio: Studio, tmp_path: Path
 ) -> None:
     image_name = studio.scene.name
-    rows = [{"id": at, "image_id": 1, "category_id": 1, "bbox": list(box)} for at, box in enumerate(BOXES, start=1)]
+    rows = [{"id": n, "image_id": 1, "category_id": 1, "bbox": list(box)} for n, box in enumerate(BOXES, start=1)]
     image = {"id": 1, "file_name": image_name, "width": WIDTH, "height": HEIGHT}
     coco = {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "thing"}]}
     (tmp_path / "boxes.json").write_text(json.dumps(coco))
@@ -287,11 +291,12 @@ def test_the_worst_masks_of_a_labeled_file_are_imported_as_tasks_with_their_mask
     assert studio.http.get(address).content == studio.scene.read_bytes()
     (prediction,) = studio.call("GET", f"/api/predictions/?task={task['id']}")
     assert prediction["result"] == tasks[0]["predictions"][0]["result"]
-    kinds = {
-        kind: [r for r in prediction["result"] if r["type"] == kind] for kind in ("rectanglelabels", "brushlabels")
+    by_type = {
+        region_type: [r for r in prediction["result"] if r["type"] == region_type]
+        for region_type in ("rectanglelabels", "brushlabels")
     }
-    order = [BOXES.index(read_rectangle(region).box) for region in kinds["rectanglelabels"]]
+    order = [BOXES.index(read_rectangle(region).box) for region in by_type["rectanglelabels"]]
     assert sorted(order) == [0, 1]
-    found = [decode_brush(region["value"]["rle"], HEIGHT, WIDTH) for region in kinds["brushlabels"]]
+    masks = [decode_brush(region["value"]["rle"], HEIGHT, WIDTH) for region in by_type["brushlabels"]]
     expected = studio.masks(BOXES)
-    assert all((one == expected[at]).all() for one, at in zip(found, order, strict=True))
+    assert all((mask == expected[index]).all() for mask, index in zip(masks, order, strict=True))
