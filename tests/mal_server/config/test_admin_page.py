@@ -26,7 +26,7 @@ def settings(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, ob
 
 def table() -> dict[str, str]:
     """Returns setting → the column with the metric to tune it by."""
-    text = PAGE.partition("## Which knob")[2].partition("\n## ")[0]
+    text = PAGE.partition("## Settings to tune")[2].partition("\n## ")[0]
     metrics: dict[str, str] = {}
     for row in re.findall(r"^\|(.*)\|$", text, re.MULTILINE):
         # A "|" between backticks belongs to an expression.
