@@ -452,6 +452,34 @@ def test_a_closed_client_refuses_calls(client: Client) -> None:
         client.label_image(PIXELS, BOXES)
 
 
+def test_a_closed_asyncio_client_refuses_calls() -> None:
+    async def send(address: str) -> None:
+        async with AsyncClient(address, timeout_s=20) as client:
+            assert not client.is_closed
+        assert client.is_closed
+        with pytest.raises(CallCancelled, match=address):
+            await client.label_image(PIXELS, BOXES)
+
+    with serving(FakeServer()) as address:
+        asyncio.run(send(address))
+
+
+def test_both_clients_have_the_same_public_methods() -> None:
+    def public(client: type) -> set[str]:
+        return {name for name in dir(client) if not name.startswith("_")}
+
+    # Jobs run in a thread, on a blocking client.
+    assert public(Client) - public(AsyncClient) == {"open_channel", "pause"}
+    assert public(AsyncClient) <= public(Client)
+
+
+def test_the_representation_of_a_client_has_its_address_and_no_token() -> None:
+    with Client("localhost:50051", token="secret") as client:
+        assert repr(client) == "<Client localhost:50051>"
+    assert repr(client) == "<Client localhost:50051 (closed)>"
+    assert repr(AsyncClient("localhost:50051", token="secret")) == "<AsyncClient localhost:50051>"
+
+
 def test_close_ends_the_wait_for_a_retry_in_another_thread() -> None:
     with serving(FakeServer(Faults(unavailable=10**6, pushback_ms=60_000))) as address:
         client = Client(address)

@@ -1,13 +1,16 @@
 """Claims about the client on systems without the POSIX modules `fcntl` and `resource`, such as Windows."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mal_client.dataset.shards import Shard
+from mal_client.web import until_interrupted
 
 from tests.mal_client.datasets import Dataset, make_dataset
 from tests.mal_client.fake_server import FakeServer, Faults, serving
@@ -96,3 +99,15 @@ def test_boxes_are_converted_checked_and_reviewed_without_fcntl_and_resource(dat
     assert done.returncode == 0, done.stderr
     assert json.loads(queue.read_text())
     assert page.stat().st_size > 0
+
+
+def test_a_web_page_is_served_where_event_loops_have_no_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError
+
+    async def serve() -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "add_signal_handler", refuse, raising=False)
+        await asyncio.wait_for(until_interrupted(), 0.01)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(serve())
