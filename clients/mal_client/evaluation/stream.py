@@ -192,7 +192,9 @@ class EvaluationStream:
                     else:
                         self._take_progress(response.progress)
         except grpc.RpcError as error:
-            return self._failure_of(error, idle_timeout)
+            # The result is the last message: an error after it, for example of a proxy, loses nothing.
+            if result is None:
+                return self._failure_of(error, idle_timeout)
         finally:
             stream.cancel()  # type: ignore[no-untyped-call]
         if result is None:

@@ -276,7 +276,7 @@ def address(predictor: BrightPredictor, folder: Path) -> Iterator[str]:
 def test_an_interrupted_client_resumes_from_its_file(
     address: str, predictor: BrightPredictor, folder: Path, tmp_path: Path, is_on_server: bool
 ) -> None:
-    kept = tmp_path / "kept.jsonl"
+    records_path = tmp_path / "records.jsonl"
     notices: list[str] = []
 
     def evaluated(on_progress: Any = None, resume: Path | None = None) -> Any:
@@ -293,32 +293,32 @@ def test_an_interrupted_client_resumes_from_its_file(
     predictor.batches.clear()  # batches of the self-test
     complete = evaluated()
     with pytest.raises(Interrupted):
-        evaluated(stop, kept)
-    with kept.open("ab") as file:
+        evaluated(stop, records_path)
+    with records_path.open("ab") as file:
         file.write(b'\n{"item": "cut')  # incomplete: the process was killed
     assert notices == []
     seen: list[Any] = []
-    assert evaluated(seen.append, kept).to_dict() == complete.to_dict()
+    assert evaluated(seen.append, records_path).to_dict() == complete.to_dict()
     (notice,) = notices
-    assert str(kept) in notice
+    assert str(records_path) in notice
     assert notice.endswith(" 4")
     assert (seen[-1].images_done, seen[-1].images_before) == (6, 4)
     # The complete run, all images that the interrupted run may have started, and the two images without a record.
     assert crops_run(predictor) <= 6 * 3 + 6 * 3 + 2 * 3
-    assert not kept.exists()
+    assert not records_path.exists()
 
 
 def test_two_evaluations_cannot_use_one_file(
     address: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept = tmp_path / "kept.jsonl"
+    records_path = tmp_path / "records.jsonl"
     line = ["evaluate", "--server", address, "--annotations", str(folder / "truth.json")]
-    line += ["--images", str(folder / "images"), "--resume", str(kept)]
-    with closing(EvaluationCheckpoint(kept, {})):
+    line += ["--images", str(folder / "images"), "--resume", str(records_path)]
+    with closing(EvaluationCheckpoint(records_path, {})):
         assert main.main(line) == 4
-    assert "kept.jsonl" in capsys.readouterr().err
+    assert "records.jsonl" in capsys.readouterr().err
     assert main.main(line) == 0
-    assert not kept.exists()
+    assert not records_path.exists()
 
 
 def test_the_command_evaluates_on_the_server(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,13 +330,13 @@ def test_the_command_evaluates_on_the_server(address: str, tmp_path: Path, capsy
 
 
 def test_a_file_of_another_evaluation_is_refused_and_unchanged(address: str, folder: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "kept.jsonl"
+    records_path = tmp_path / "records.jsonl"
     header = {"what": "mal-client evaluation records", "job": {}, "token": ""}
     line = ["evaluate", "--server", address, "--annotations", str(folder / "truth.json")]
     for text in (json.dumps(header), "a file of another program"):
-        kept.write_text(text)
-        assert main.main([*line, "--images", str(folder / "images"), "--resume", str(kept)]) == 2
-        assert kept.read_text() == text
+        records_path.write_text(text)
+        assert main.main([*line, "--images", str(folder / "images"), "--resume", str(records_path)]) == 2
+        assert records_path.read_text() == text
 
 
 @pytest.mark.parametrize(
@@ -349,11 +349,11 @@ def test_a_file_of_another_evaluation_is_refused_and_unchanged(address: str, fol
     ],
 )
 def test_a_file_with_a_malformed_record_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
-    kept = tmp_path / "kept.jsonl"
+    records_path = tmp_path / "records.jsonl"
     header = {"what": "mal-client evaluation records", "job": {}, "token": "eA=="}
-    kept.write_text(json.dumps(header) + "\n" + json.dumps(row))
-    with pytest.raises(ConfigError, match=r"kept\.jsonl: entry 2"):
-        EvaluationCheckpoint(kept, {})
+    records_path.write_text(json.dumps(header) + "\n" + json.dumps(row))
+    with pytest.raises(ConfigError, match=r"records\.jsonl: entry 2"):
+        EvaluationCheckpoint(records_path, {})
 
 
 def test_the_files_hold_the_encoded_scenes(folder: Path) -> None:
