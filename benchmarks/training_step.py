@@ -20,7 +20,7 @@ from mal_train.losses.crf import MeanField
 from mal_train.training.module import LossSettings, MalModule
 from mal_train.training.optimizer import OptimizerSettings
 from mal_train.training.schedule import CosineSchedule
-from mal_train.training.trainer import quiet
+from mal_train.training.trainer import quiet_libraries
 
 ARCH = "vit-deit-tiny/16"
 WARM_UP = 2
@@ -103,7 +103,7 @@ def measure(side: int, count: int, steps: int) -> tuple[float, float]:
         num_images=count,
     )
     watch = Watch()
-    with quiet():
+    with quiet_libraries():
         trainer = lightning.Trainer(
             accelerator="cpu",
             precision="bf16-mixed",

@@ -1,11 +1,11 @@
-"""The command `mal-train`: reads arguments, calls one task, turns errors into one line and an exit code.
+"""The command `mal-train`: parses arguments, runs a command, and converts errors to one line and an exit code.
 
-Exit codes: 0 done · 1 unexpected · 2 usage or configuration · 3 finished, but some items failed · 4 disk or
-permission · 5 training stopped on non-finite values · 130 interrupted · 141 whoever read the output closed it ·
+Exit codes: 0 done · 1 unexpected error · 2 usage or configuration · 3 done, but some items failed · 4 disk or
+permission · 5 training stopped on non-finite values · 130 interrupted · 141 the reader of the output closed it ·
 143 terminated after saving.
 """
 # ruff: noqa: PLC0415
-# Tasks are imported by the commands that run them: torch takes seconds, and without it `main` can say what to install.
+# Each command imports its own modules: torch takes seconds, and without torch `main` can name the package to install.
 
 import argparse
 import json
@@ -20,8 +20,7 @@ from mal_train.core.atomic_io import stdout_exit_code
 from mal_train.core.command_line import add_common_options
 from mal_train.core.errors import ConfigError, MalError, OutputError
 from mal_train.core.threads import wait_passively
-from mal_train.distributed.env import world_of
-from mal_train.distributed.launch import run_ranks, tie_to_parent
+from mal_train.distributed.env import read_distributed_env
 
 SOME_FAILED = 3
 NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'"
@@ -35,25 +34,25 @@ SPECS = (
     "small-gpu",
     "coco-scale",
 )
-_INNOCENT = ("CROWD", "NO_GROUND_TRUTH")
-"""Reasons for which an instance is not compared although nothing failed."""
+_NOT_FAILURES = ("CROWD", "NO_GROUND_TRUTH")
+"""Reasons to skip an instance that are no failure."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """Runs a command and returns its exit code."""
     parser = _parser()
+    # Overrides may come before and after options, which positional arguments of argparse may not.
     arguments, rest = parser.parse_known_args(argv)
-    # Overrides may stand anywhere, which argparse's own positional lists do not allow.
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
     arguments.overrides = [text for text in rest if not text.startswith("-") and "=" in text]
     unknown = [text for text in rest if text not in arguments.overrides or not arguments.takes_overrides]
     if unknown:
-        parser.error(f"not understood: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     command: Callable[[argparse.Namespace], int] = arguments.command
     wait_passively()
     try:
         code = command(arguments)
-        if sys.stdout is not None:  # as it is after `>&-`
+        if sys.stdout is not None:  # None after `>&-`
             sys.stdout.flush()
         return code
     except MalError as error:
@@ -69,19 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mal-train: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        return _without_output(error)
-    except Exception:  # the last line of defense of a command: whatever it is, exit code 1 and the trace
+        return _output_error(error)
+    except Exception:  # every unexpected error ends the command with exit code 1 and a stack trace
         traceback.print_exc()
         return MalError.exit_code
 
 
-def _without_output(error: OSError) -> int:
+def _output_error(error: OSError) -> int:
+    """Returns the exit code of an error of standard output; prints the trace of any other."""
     lost = stdout_exit_code(error)
     if lost is None:
         traceback.print_exception(error)
         return MalError.exit_code
     if lost == OutputError.exit_code:
-        print(f"mal-train: standard output: {error.strerror}; free some space", file=sys.stderr)
+        print(f"mal-train: standard output: {error.strerror}; free disk space", file=sys.stderr)
     return lost
 
 
@@ -91,18 +91,25 @@ def _train(arguments: argparse.Namespace) -> int:
     from mal_train.training.run_files import note_failure
 
     spec = load_spec(arguments.spec, arguments.overrides)
-    world = world_of()
-    if world.launcher == "none" and spec.train.num_gpus * spec.train.num_nodes > 1:
-        code = run_ranks(arguments.argv, spec.train.num_gpus, nodes=spec.train.num_nodes)
+    env = read_distributed_env()
+    if env.launcher == "none" and spec.train.num_nodes > 1:
+        raise ConfigError(
+            f"train.num_nodes: {spec.train.num_nodes}; start the command on each machine with torchrun or srun "
+            "(docs/distributed.md)"
+        )
+    from mal_train.distributed.launch import end_with_parent, launch
+
+    if env.launcher == "none" and spec.train.num_gpus > 1:
+        code = launch(arguments.argv, spec.train.num_gpus)
         if code:
             note_failure(spec.task_dir("train"), f"a process of the training failed; exit code {code}")
         return code
-    if world.launcher == "mal-train":
-        tie_to_parent()
+    if env.launcher == "mal-train":
+        end_with_parent()
     from mal_train.commands.train import train
 
     result = train(spec, Console())
-    if not world.is_first:
+    if not env.is_rank_zero:
         return 0
     if result.report is not None:
         print(result.report.table())
@@ -115,9 +122,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from mal_train.config.spec import load_spec
     from mal_train.core.console import Console
 
-    report = evaluate(load_spec(arguments.spec, arguments.overrides), Console())
+    report = evaluate(load_spec(arguments.spec, _with_checkpoint(arguments.overrides, "evaluate")), Console())
     print(report.table())
-    return SOME_FAILED if any(row.reason not in _INNOCENT for row in report.skipped_rows) else 0
+    return SOME_FAILED if any(row.reason not in _NOT_FAILURES for row in report.skipped_rows) else 0
 
 
 def _inference(arguments: argparse.Namespace) -> int:
@@ -125,12 +132,17 @@ def _inference(arguments: argparse.Namespace) -> int:
     from mal_train.config.spec import load_spec
     from mal_train.core.console import Console
 
-    result = inference(load_spec(arguments.spec, arguments.overrides), Console())
+    result = inference(load_spec(arguments.spec, _with_checkpoint(arguments.overrides, "inference")), Console())
     if result.report is not None:
         print(result.report.table())
     for reason, count in result.failed.most_common():
         print(f"{count} boxes without a mask: {reason}")
     return SOME_FAILED if result.failed else 0
+
+
+def _with_checkpoint(overrides: list[str], command: str) -> list[str]:
+    """Expands the override `checkpoint=FILE` to the field of the command: `inference.checkpoint=FILE`."""
+    return [f"{command}.{text}" if text.startswith("checkpoint=") else text for text in overrides]
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -166,7 +178,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     print(f"encryption  {seal.mode}")
     content = header.content
     if content is None:
-        print("content     sealed; --key env:NAME or --key file:PATH shows it")
+        print("content     encrypted; --key env:NAME or --key file:PATH decrypts it")
         return 0
     print(f"schema      {content.schema}")
     print(f"kind        {content.kind}: {content.tensors} tensors, {content.tensor_bytes} bytes")
@@ -182,13 +194,14 @@ def _keygen(arguments: argparse.Namespace) -> int:
     from mal_train.kernel.checkpoint.keys import write_identity
 
     recipient = write_identity(arguments.output)
-    print(f"wrote {arguments.output}: keep it secret; it opens what is sealed to")
+    print(f"wrote {arguments.output}: keep it secret; it decrypts what is encrypted to this recipient:")
     print(recipient)
     return 0
 
 
 def _default_spec(arguments: argparse.Namespace) -> int:
-    text = _spec_text(*_name_and_overrides([*arguments.words, *arguments.overrides]))
+    name, overrides = _name_and_overrides([*arguments.words, *arguments.overrides])
+    text = _json_schema() if arguments.json_schema else _spec_text(name, overrides)
     if arguments.output is None:
         sys.stdout.write(text)
         return 0
@@ -201,15 +214,17 @@ def _default_spec(arguments: argparse.Namespace) -> int:
 
 
 def _name_and_overrides(words: Sequence[str]) -> tuple[str, list[str]]:
-    """`tao train.lr=1e-5` → which spec, and what to change in it."""
+    """Splits `tao train.lr=1e-5` into the name of a spec and its overrides."""
     names = [word for word in words if "=" not in word]
     if len(names) > 1 or not set(names) <= set(SPECS):
-        raise ConfigError(f"{' '.join(names)}: not a spec; give one of {', '.join(SPECS)}, then a.b=c for each change")
+        raise ConfigError(
+            f"{' '.join(names)}: unknown spec; give one of {', '.join(SPECS)}, then a.b=c for each change"
+        )
     return names[0] if names else SPECS[0], [word for word in words if "=" in word]
 
 
 def _spec_text(name: str, overrides: list[str]) -> str:
-    """The shipped spec as it stands, or with overrides applied, checked as a whole, and every field commented."""
+    """Returns the text of a shipped spec; with overrides, the complete changed spec, validated and commented."""
     shipped = resources.files("mal_train.specs").joinpath(f"{name}.yaml")
     if not overrides:
         return shipped.read_text(encoding="utf-8")
@@ -218,31 +233,57 @@ def _spec_text(name: str, overrides: list[str]) -> str:
 
     with resources.as_file(shipped) as path:
         spec = load_spec(path, overrides)
-    # What follows on # may hold no line break that would begin a field.
+    # A line break would end the comment.
     changes = " ".join(overrides).replace("\n", " ")
     return f"# mal-train default-spec {name} {changes}\n{dump(spec)}"
 
 
+def _json_schema() -> str:
+    from mal_train.config.spec import Spec
+
+    return json.dumps(Spec.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mal-train", description="Masks from boxes: train, evaluate, label.")
+    parser = argparse.ArgumentParser(
+        prog="mal-train", description="Predict instance masks from boxes: train, evaluate, label."
+    )
     add_common_options(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(
         name: str, command: Callable[[argparse.Namespace], int], text: str, *, overrides: bool = False
     ) -> argparse.ArgumentParser:
-        epilog = "a.b=c: fields that replace those of the spec, e.g. train.lr=1e-6" if overrides else None
+        epilog = "a.b=c replaces a field of the spec, e.g. train.lr=1e-6." if overrides else None
         sub = commands.add_parser(name, help=text, description=text, epilog=epilog)
         sub.set_defaults(command=command, takes_overrides=overrides)
         return sub
 
-    for name, command, text in (
-        ("train", _train, "Train from boxes."),
-        ("evaluate", _evaluate, "Compare a checkpoint's masks with those of dataset.val_ann_path."),
-        ("inference", _inference, "Give the boxes of inference.ann_path masks."),
+    train = add("train", _train, "Train a network on boxes.", overrides=True)
+    train.add_argument("-e", "--experiment_spec", dest="spec", type=Path, required=True, help="YAML spec")
+
+    for name, command, text, example in (
+        (
+            "evaluate",
+            _evaluate,
+            "Compare the masks of a checkpoint with those of dataset.val_ann_path.",
+            "dataset.val_ann_path=FILE dataset.val_img_dir=DIR",
+        ),
+        (
+            "inference",
+            _inference,
+            "Label the boxes of inference.ann_path with masks.",
+            "inference.ann_path=FILE inference.img_dir=DIR",
+        ),
     ):
-        task = add(name, command, text, overrides=True)
-        task.add_argument("-e", "--experiment_spec", dest="spec", type=Path, required=True, help="YAML spec")
+        labeling = add(name, command, text, overrides=True)
+        labeling.add_argument(
+            "-e", "--experiment_spec", dest="spec", type=Path, help="YAML spec; without it, all fields have defaults"
+        )
+        labeling.epilog = (
+            f"{labeling.epilog} checkpoint=FILE is short for {name}.checkpoint=FILE; builtin is the model in the "
+            f"package. Without a spec: mal-train {name} checkpoint=builtin {example}"
+        )
 
     spec = add(
         "default-spec", _default_spec, "Print a spec with every field, its default and its meaning.", overrides=True
@@ -251,29 +292,47 @@ def _parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="NAME a.b=c",
-        help=f"one of {', '.join(SPECS)} (tao: TAO's defaults; others: recipes), and fields to change in it",
+        help=f"one of {', '.join(SPECS)} (tao: TAO's defaults; others: recipes), and fields to change",
     )
-    spec.add_argument("-o", "--output", type=Path, help="a file to write instead of printing; it must not exist")
+    spec.add_argument(
+        "--json-schema",
+        action="store_true",
+        help="print the JSON schema of a spec instead, for editors",
+    )
+    spec.formatter_class = argparse.RawDescriptionHelpFormatter
+    spec.epilog = f"""{spec.epilog}
 
-    inspect = add("inspect", _inspect, "Tell what a checkpoint holds.")
-    inspect.add_argument("file", type=Path)
-    inspect.add_argument("--key", help="env:NAME or file:PATH, for a sealed one")
+Editors check a spec against the schema FILE if its first line is
+  # yaml-language-server: $schema=FILE"""
+    spec.add_argument("-o", "--output", type=Path, help="file to write instead of printing; it must not exist")
 
-    importing = add("import", _import, "Turn a published TAO checkpoint (6.25 to 7.0) into a .malckpt.", overrides=True)
-    importing.add_argument("file")
-    importing.add_argument("-o", "--output", type=Path, required=True, help="the .malckpt to write")
+    inspect = add("inspect", _inspect, "Print the content of a checkpoint: network, settings, provenance.")
+    inspect.add_argument("file", type=Path, help="a .malckpt file, or builtin for the model in the package")
+    inspect.add_argument("--key", help="key that decrypts it: env:NAME or file:PATH")
+
+    importing = add(
+        "import", _import, "Convert a published TAO checkpoint (6.25 to 7.0) to a .malckpt file.", overrides=True
+    )
+    importing.add_argument("file", help="the published checkpoint")
+    importing.add_argument("-o", "--output", type=Path, required=True, help=".malckpt file to write")
 
     exporting = add(
-        "export", _export, "Write evaluate.checkpoint small, for labeling: one network, float16.", overrides=True
+        "export", _export, "Write one network of evaluate.checkpoint in float16, for labeling.", overrides=True
     )
-    exporting.add_argument("-e", "--experiment_spec", dest="spec", type=Path, help="YAML spec; its data are fitted to")
     exporting.add_argument(
-        "--average", type=Path, action="append", metavar="FILE", help="a checkpoint to average it with; may be repeated"
+        "-e", "--experiment_spec", dest="spec", type=Path, help="YAML spec; thresholds are fitted to its validation set"
     )
-    exporting.add_argument("--license", metavar="SPDX", help="of these weights, to be written into the file")
-    exporting.add_argument("-o", "--output", type=Path, required=True, help="the .malckpt to write")
+    exporting.add_argument(
+        "--average", type=Path, action="append", metavar="FILE", help="checkpoint to average with; repeatable"
+    )
+    exporting.add_argument("--license", metavar="SPDX", help="license of these weights, stored in the file")
+    exporting.add_argument("-o", "--output", type=Path, required=True, help=".malckpt file to write")
 
-    keygen = add("keygen", _keygen, "Make an age identity to seal checkpoints with, and print its recipient.")
+    keygen = add(
+        "keygen",
+        _keygen,
+        "Create an age identity that decrypts checkpoints, and print the recipient that encrypts them.",
+    )
     keygen.add_argument("-o", "--output", type=Path, required=True, help="file for the identity; it must not exist")
     return parser
 

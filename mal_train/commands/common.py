@@ -1,4 +1,4 @@
-"""What every task shares: its folder and how it ends, keys, devices, paths."""
+"""Parts that the commands share: output folder and status, keys, devices, paths."""
 
 import contextlib
 import fcntl
@@ -24,28 +24,31 @@ from mal_train.training.run_files import StatusFile
 Task = Literal["train", "evaluate", "inference"]
 
 LOCK = ".lock"
-"""File in a task's folder that a run holds a lock on."""
+"""File in the output folder that a running command locks."""
 
 
 @contextlib.contextmanager
 def task_folder(spec: Spec, task: Task) -> Iterator[tuple[Path, StatusFile]]:
-    """The task's folder with experiment.yaml in it, and a status.json that tells how the task ended.
+    """Creates and locks the output folder, writes experiment.yaml, and records start and end in status.json.
+
+    Yields:
+        The folder and its status.json.
 
     Raises:
-        OutputError: the folder cannot be made or written to, or another run is writing there.
+        OutputError: the folder cannot be created or written, or another run is using it.
     """
     folder = spec.task_dir(task)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be made: {error.strerror}; choose another results_dir") from error
-    with _alone_in(folder):
-        yield from _told(spec, task, folder)
+        raise OutputError(f"{folder}: cannot be created: {error.strerror}; choose another results_dir") from error
+    with _locked(folder):
+        yield from _recorded(spec, task, folder)
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder; the lock ends with the process, however that ends."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Locks a folder against other runs; the kernel releases the lock when the process ends."""
     try:
         file = (folder / LOCK).open("a")
     except OSError as error:
@@ -55,17 +58,16 @@ def _alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(
-                f"{folder}: another run is writing there; wait for it to end or choose another results_dir"
+                f"{folder}: in use by another run; wait for it to end or choose another results_dir"
             ) from None
         except OSError:
-            # A file system without locks: nothing can be said, and a single run is no worse for it.
-            pass
+            pass  # The file system has no locks.
         yield
 
 
-def _told(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, StatusFile]]:
+def _recorded(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, StatusFile]]:
     try:
-        (folder / "experiment.yaml").write_text(dump(_as_run(spec, task).without_secrets()), encoding="utf-8")
+        (folder / "experiment.yaml").write_text(dump(_with_crop_size(spec, task).without_secrets()), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}; choose another results_dir") from error
     status = StatusFile(folder)
@@ -73,29 +75,26 @@ def _told(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, StatusFi
     try:
         yield folder, status
     except BaseException as error:
-        # Whatever ends the task, Ctrl-C too, is written down before it goes on its way.
+        # Everything that ends the command is recorded, KeyboardInterrupt included.
         with contextlib.suppress(OutputError):
             status.write("FAILURE", f"{type(error).__name__}: {error}")
         raise
     status.write("SUCCESS", f"{task.capitalize()} finished successfully.")
 
 
-def _as_run(spec: Spec, task: Task) -> Spec:
-    """The spec with the size of the crop that training takes from the backbone where none is given.
-
-    In the other tasks it is the checkpoint's, and no size says so.
-    """
+def _with_crop_size(spec: Spec, task: Task) -> Spec:
+    """Returns the spec of a training with the backbone's crop size filled in; other commands use the checkpoint's."""
     if task != "train":
         return spec
     try:
         size = train_crop_size(spec)
-    except ConfigError:  # an unknown backbone, which the task itself tells
+    except ConfigError:  # an unknown backbone; the command reports it
         return spec
     return spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"crop_size": size})})
 
 
 def model_config(section: NetworkConfig) -> ModelConfig:
-    """Shape of the network that the spec asks for."""
+    """Returns the network settings of section `model`."""
     return ModelConfig(
         arch=section.arch,
         mask_head_num_convs=section.mask_head_num_convs,
@@ -108,10 +107,11 @@ def model_config(section: NetworkConfig) -> ModelConfig:
     )
 
 
-def keys_of(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | None]:
-    """What seals and what opens; a key that seals and can open serves for both unless `decryption_key` is given.
+def checkpoint_keys(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | None]:
+    """Returns the keys that encrypt and decrypt checkpoints.
 
-    The command line has refused secrets before (`config.load_spec`), so a secret found here stands in the file.
+    If `decryption_key` is not given, an encryption key that can also decrypt is used for both. `load_spec` refuses
+    secrets on the command line, so a secret here comes from the file.
     """
     seal_with = parse_key(spec.encryption_key, purpose="encryption", source="yaml")
     open_with = parse_key(spec.decryption_key, purpose="decryption", source="yaml")
@@ -120,14 +120,23 @@ def keys_of(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | None]:
     return seal_with, open_with
 
 
-def choose_devices(gpus: tuple[int, ...], processes: int, screen: Console) -> list[torch.device]:
-    """The device of each process: the GPUs that were asked for; the CPU for none, and, with one line, without CUDA.
+def choose_devices(gpus: tuple[int, ...], processes: int, console: Console) -> list[torch.device]:
+    """Returns the device of each process: the given GPUs, or the CPU if none are given.
+
+    Without CUDA, prints a line and returns the CPU.
+
+    Args:
+        gpus: GPU indices; empty for the CPU.
+        processes: number of processes.
+        console: prints the line.
 
     Raises:
-        ConfigError: there are GPUs, but not those.
+        ConfigError: this machine has GPUs, but not the given ones.
     """
     if gpus and not torch.cuda.is_available():
-        screen.print("no CUDA on this machine: working on the CPU" + (f", {processes} times" if processes > 1 else ""))
+        console.print(
+            "no CUDA on this machine: using the CPU" + (f" in {processes} processes" if processes > 1 else "")
+        )
         gpus = ()
     if not gpus:
         return [torch.device("cpu")] * processes
@@ -138,19 +147,19 @@ def choose_devices(gpus: tuple[int, ...], processes: int, screen: Console) -> li
 
 
 def train_crop_size(spec: Spec) -> int:
-    """Side in px of the crops to train on."""
+    """Returns the side length of the training crops, in px."""
     return spec.dataset.crop_size or default_crop_size(spec.model.arch)
 
 
 def labeler_config(spec: Spec) -> LabelerConfig:
-    """What the checkpoint will say about crops and thresholds, before any fit."""
+    """Returns the labeler settings that a new checkpoint stores, before validation fits any."""
     return spec.labeler_config(default_crop_size(spec.model.arch))
 
 
 def existing_file(text: str | None, field: str) -> Path:
-    """The path in a field; ConfigError when it is not given or no such file exists."""
+    """Returns the path in a field; raises ConfigError if the field is empty or the file does not exist."""
     if not text:
-        raise ConfigError(f"{field}: not given; it names a file")
+        raise ConfigError(f"{field}: not given; give the path of a file")
     path = Path(text)
     if not path.is_file():
         raise ConfigError(f"{field}: {path}; no such file")
@@ -158,14 +167,18 @@ def existing_file(text: str | None, field: str) -> Path:
 
 
 def checkpoint_file(text: str | None, field: str) -> Path:
-    """The checkpoint in a field, `builtin` for the one in the package; ConfigError as `existing_file`."""
-    return existing_file(str(builtin.resolve(text)) if text else None, field)
+    """Returns the checkpoint in a field (`builtin`: the model in the package); raises ConfigError without one."""
+    if not text:
+        raise ConfigError(
+            f"{field}: not given; give a .malckpt file, or {builtin.BUILTIN} for the model in the package"
+        )
+    return existing_file(str(builtin.resolve(text)), field)
 
 
 def existing_folder(text: str, field: str) -> Path:
-    """The path in a field; ConfigError when it is not given or no such folder exists."""
+    """Returns the path in a field; raises ConfigError if the field is empty or the folder does not exist."""
     if not text:
-        raise ConfigError(f"{field}: not given; it names a folder")
+        raise ConfigError(f"{field}: not given; give the path of a folder")
     path = Path(text)
     if not path.is_dir():
         raise ConfigError(f"{field}: {path}; no such folder")
@@ -173,5 +186,5 @@ def existing_folder(text: str, field: str) -> Path:
 
 
 def worker_threads() -> int:
-    """Threads for decoding and encoding: one a processor, at most eight."""
+    """Returns the number of threads that decode images and encode masks: one per core, at most eight."""
     return max(1, min(8, len(os.sched_getaffinity(0))))

@@ -1,4 +1,4 @@
-"""`mal-train import`: a checkpoint of the published code → a `.malckpt` of ours."""
+"""`mal-train import`: converts a checkpoint of the published code to a `.malckpt` file."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mal_train.commands.common import existing_file, keys_of, model_config
+from mal_train.commands.common import checkpoint_keys, existing_file, model_config
 from mal_train.config.spec import Spec, load_spec
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
@@ -18,45 +18,45 @@ from mal_train.kernel.convert.tao_import import read_tao_checkpoint
 from mal_train.kernel.networks.backbones import check_crop_size, default_crop_size
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
-TAKEN = ("dataset.crop_size", "train.test_margin_rate", "train.mask_thres", "compat", "encryption_key")
-NOT_TAKEN = ("model.frozen_stages", "model.teacher_momentum")
+ACCEPTED = ("dataset.crop_size", "train.test_margin_rate", "train.mask_thres", "compat", "encryption_key")
+MODEL_FIELDS_OF_TRAINING = ("model.frozen_stages", "model.teacher_momentum")
 
 
-def import_checkpoint(source: str, target: Path, overrides: list[str], screen: Console) -> Path:
-    """Reads a published checkpoint (weights only, no code runs) and writes it in our format.
+def import_checkpoint(source: str, target: Path, overrides: list[str], console: Console) -> Path:
+    """Reads a published checkpoint (weights only; no code is executed) and writes it as a `.malckpt` file.
 
     Args:
-        source: the file.
-        target: the `.malckpt` to write.
-        overrides: `a.b=c`: what such files do not hold: TAKEN and the fields of `model`.
-        screen: for people.
+        source: the published checkpoint.
+        target: the file to write.
+        overrides: `a.b=c` for settings that published checkpoints do not store: `ACCEPTED` and the fields of `model`.
+        console: prints messages.
 
     Raises:
-        UnknownLayout: not a layout that is read here.
-        ConfigError: an override that has no effect here, or that does not fit the weights.
+        UnknownLayout: the layout of the checkpoint is not supported.
+        ConfigError: an override has no effect on an import, or does not match the weights.
     """
     names = [override.partition("=")[0] for override in overrides]
     for name in names:
-        if name not in TAKEN and (not name.startswith("model.") or name in NOT_TAKEN):
-            raise ConfigError(f"{name}: has no effect on an import; {', '.join(TAKEN)} and model.* have")
+        if name not in ACCEPTED and (not name.startswith("model.") or name in MODEL_FIELDS_OF_TRAINING):
+            raise ConfigError(f"{name}: has no effect on an import; accepted are {', '.join(ACCEPTED)} and model.*")
     spec = load_spec(None, overrides)
     foreign = read_tao_checkpoint(existing_file(source, "FILE"))
     model = dataclasses.replace(foreign.model, **_model_overrides(spec, names))
     labeler = spec.labeler_config(default_crop_size(model.arch))
     check_crop_size(model.arch, labeler.crop_size)
     _check_fits(model, foreign.weights, source)
-    seal_with, _ = keys_of(spec)
+    seal_with, _ = checkpoint_keys(spec)
     provenance: dict[str, Any] = {
         "tool": f"mask-auto-labeler {distribution_version()}",
         "imported_from": Path(source).name,
     }
     seal = save_checkpoint(target, Checkpoint(model, labeler, foreign.weights, [], provenance), seal_with)
-    screen.print(f"wrote {target}: {model.arch}, {len(foreign.weights)} tensors, encryption: {seal.mode}")
+    console.print(f"wrote {target}: {model.arch}, {len(foreign.weights)} tensors, encryption: {seal.mode}")
     return target
 
 
 def _check_fits(model: ModelConfig, weights: Mapping[str, Tensor], source: str) -> None:
-    """ConfigError unless a network of these settings has exactly these weights."""
+    """Raises ConfigError unless a network with these settings has exactly these weights."""
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in MalNetwork(model).state_dict().items()}
     wrong = [
@@ -66,7 +66,7 @@ def _check_fits(model: ModelConfig, weights: Mapping[str, Tensor], source: str) 
     ]
     if wrong:
         raise ConfigError(
-            f"{source}: with these model.* overrides {min(wrong)} does not fit; leave out what shapes the network"
+            f"{source}: {min(wrong)} does not match the model.* overrides; leave out those that change its shape"
         )
 
 

@@ -1,4 +1,4 @@
-"""`mal-train evaluate` with a detector's boxes: what they and their masks are worth, as COCO counts it."""
+"""COCO metrics of detected boxes and of the masks that were labeled for them, for `mal-train evaluate`."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -16,76 +16,75 @@ from mal_train.core.report.page import format_metric
 from mal_train.kernel.labeler.labeler import Label
 from mal_train.offline.dataset_labeler import LabelFailure
 
-KINDS: tuple[IouType, ...] = ("bbox", "segm")
+IOU_TYPES: tuple[IouType, ...] = ("bbox", "segm")
 
 
 @dataclass(frozen=True)
 class DetectionReport:
-    """COCO's figures of detections; each counts with the detector's score.
+    """COCO metrics of detections, ranked by the detector's score.
 
     Attributes:
-        count: detections that got a mask. Among the boxes, those without one count too.
-        figures: AP_bbox … ARl_bbox of the boxes, AP_segm … ARl_segm of the masks in them; None where no instance
-            speaks for one.
+        count: detections with a mask. The metrics of the boxes include detections without one.
+        metrics: AP_bbox … ARl_bbox of the boxes, AP_segm … ARl_segm of the masks; None for a size class without
+            instances.
         skipped_rows: detections without a mask, and ground truth that cannot be compared.
     """
 
     count: int
-    figures: CocoMetrics
+    metrics: CocoMetrics
     skipped_rows: tuple[Skipped, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Returns the report as JSON data."""
         reasons = Counter(row.reason for row in self.skipped_rows)
-        return {"detections": self.count, **self.figures, "skipped_by_reason": dict(reasons.most_common())}
+        return {"detections": self.count, **self.metrics, "skipped_by_reason": dict(reasons.most_common())}
 
     def table(self) -> str:
-        """The figures for a terminal."""
+        """Returns the metrics as a text table."""
         lines = [f"{self.count} detections with a mask", "", f"{'':<12}{'boxes':>8}{'masks':>8}"]
         for name in AP_NAMES:
-            lines.append(
-                f"{name:<12}" + "".join(f"{format_metric(self.figures[f'{name}_{kind}']):>8}" for kind in KINDS)
-            )
+            cells = [format_metric(self.metrics[f"{name}_{iou_type}"]) for iou_type in IOU_TYPES]
+            lines.append(f"{name:<12}" + "".join(f"{cell:>8}" for cell in cells))
         counts = Counter(row.reason for row in self.skipped_rows)
-        lines += ["", *(f"not counted: {count} {reason}" for reason, count in counts.most_common())]
+        lines += ["", *(f"skipped: {count} {reason}" for reason, count in counts.most_common())]
         return "\n".join(lines).rstrip()
 
 
 def compare_detections(
-    truth: CocoFile, detections: CocoFile, answers: Iterable[tuple[Annotation, Label | LabelFailure]]
+    truth: CocoFile, detections: CocoFile, labels: Iterable[tuple[Annotation, Label | LabelFailure]]
 ) -> DetectionReport:
-    """Figures of detections and of the masks made for them.
+    """Computes the metrics of detections and of their masks.
 
-    A ground-truth row without a readable mask is left out of both kinds. A detection whose box could not be given a
-    mask counts among the boxes alone; one that is no box takes no part. `skipped` says why.
+    Ground truth without a readable mask is left out of both. A detection that could not be labeled counts for the boxes
+    only; an invalid detection counts for neither. `skipped_rows` lists them with the reason.
 
     Args:
         truth: ground truth with masks.
-        detections: as `read_detections` gives them.
-        answers: what was made of those that name an image of the file.
+        detections: detections, as `read_detections` returns them.
+        labels: labels of the detections whose image is in the file.
     """
     skipped: list[Skipped] = []
     rows = [row for annotation in truth.annotations if (row := _truth_row(truth, annotation, skipped)) is not None]
     images = [{"id": image_id} for image_id in truth.images]
     results: list[dict[str, Any]] = []
-    lost = [row for row in detections.annotations if row.image_id is None or row.image_id not in truth.images]
-    skipped += [Skipped(row.id, row.image_id, str(row.reason), row.problem or "") for row in lost]
-    for annotation, label in answers:
+    unknown = [row for row in detections.annotations if row.image_id is None or row.image_id not in truth.images]
+    skipped += [Skipped(row.id, row.image_id, str(row.reason), row.problem or "") for row in unknown]
+    for annotation, label in labels:
         if isinstance(label, LabelFailure):
             skipped.append(Skipped(annotation.id, annotation.image_id, label.reason, label.message))
         if annotation.problem is None:
             results.append(_result(annotation, label))
     masked = [row for row in results if "segmentation" in row]
-    figures: CocoMetrics = {}
-    for kind in KINDS:
-        of_kind = masked if kind == "segm" else results
-        found = coco_ap({"images": images, "annotations": rows}, of_kind, "score", kind)
-        figures |= {f"{name}_{kind}": value for name, value in found.items()}
-    return DetectionReport(len(masked), figures, tuple(skipped))
+    metrics: CocoMetrics = {}
+    for iou_type in IOU_TYPES:
+        detected = masked if iou_type == "segm" else results
+        summary = coco_ap({"images": images, "annotations": rows}, detected, "score", iou_type)
+        metrics |= {f"{name}_{iou_type}": value for name, value in summary.items()}
+    return DetectionReport(len(masked), metrics, tuple(skipped))
 
 
 def _result(annotation: Annotation, label: Label | LabelFailure) -> dict[str, Any]:
-    """A detection as a row of COCO's results; with its mask where it got one."""
+    """Returns a detection as a row of COCO results, with its mask if it has one."""
     row = {
         "image_id": annotation.image_id,
         "category_id": annotation.category_id,
@@ -96,7 +95,7 @@ def _result(annotation: Annotation, label: Label | LabelFailure) -> dict[str, An
 
 
 def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) -> dict[str, Any] | None:
-    """The row as COCO's evaluation takes it; None after noting why it cannot."""
+    """Returns an annotation in the form of COCO's evaluation; None, with an entry in `skipped`, if it is invalid."""
 
     def skip(reason: str, message: str) -> None:
         skipped.append(Skipped(annotation.id, annotation.image_id, str(reason), message))
@@ -108,7 +107,7 @@ def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) 
     size = truth.images[annotation.image_id].size_wh
     name = f"annotation {annotation.id!r}"
     if not segmentation:
-        skip(Reason.NO_GROUND_TRUTH, f"{name}: has no segmentation")
+        skip(Reason.NO_GROUND_TRUTH, f"{name}: no segmentation")
         return None
     try:
         if isinstance(segmentation, dict):
@@ -116,9 +115,9 @@ def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) 
         elif size is not None:
             code = rle.from_segmentation(segmentation, size[1], size[0], name)
         else:
-            raise BadDataset(f"{name}: polygons need the width and height of their image in the file")
-    except BadDataset as fault:
-        skip(Reason.BAD_GROUND_TRUTH, str(fault))
+            raise BadDataset(f"{name}: polygons; the image row needs width and height")
+    except BadDataset as error:
+        skip(Reason.BAD_GROUND_TRUTH, str(error))
         return None
     area = annotation.raw.get("area")
     return {

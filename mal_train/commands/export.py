@@ -1,7 +1,8 @@
-"""`mal-train export`: a trained checkpoint → a small file for whoever labels: one network, in float16, fitted to it."""
+"""`mal-train export`: writes one network of a checkpoint as a small float16 file for labeling."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from mal_train.commands.common import (
     checkpoint_file,
+    checkpoint_keys,
     choose_devices,
     existing_file,
     existing_folder,
-    keys_of,
     worker_threads,
 )
 from mal_train.config.spec import Spec
@@ -24,120 +25,149 @@ from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mal_train.kernel.checkpoint.keys import DecryptionKey
 from mal_train.kernel.checkpoint.lineage import average_provenance
 from mal_train.kernel.labeler.labeler import PredictOptions
 from mal_train.kernel.networks.backbones import check_crop_size
 from mal_train.kernel.networks.network import MalNetwork
-from mal_train.training.run_files import figures_of, one_line
+from mal_train.training.run_files import summary_line, validation_metrics
 from mal_train.training.validation import Validator, has_masks
 
 
 def export(
-    spec: Spec, target: Path, screen: Console, *, license: str | None = None, average_with: Sequence[Path] = ()
+    spec: Spec, target: Path, console: Console, *, license: str | None = None, average_with: Sequence[Path] = ()
 ) -> EvaluationReport | None:
-    """Writes the network that evaluate.use_teacher_test names, as the only one, in float16.
+    """Writes the network that evaluate.use_teacher_test selects, in float16 and without the other one.
 
-    With dataset.val_ann_path, thresholds and calibration are fitted to that network on the masks there, at the crop and
-    margin that the spec gives (or else the checkpoint), and the figures stand in the file. Without, the thresholds
-    stay, and the calibration where it is of the same network, crop and margin.
-    `average_with` names more checkpoints of the same network: what is written is the mean of all of them, which helps
-    where one was trained on from the other (Wortsman et al., "Model soups", ICML 2022).
-    `license` of the weights is written into it, too: starting weights from a bare file do not state theirs.
+    With dataset.val_ann_path, thresholds and calibration are fitted to this network on the masks of that file, at the
+    crop size and margin of the spec (or else of the checkpoint), and the metrics are stored. Without it, the thresholds
+    are kept, and the calibration too if it was fitted to the same network, crop size and margin.
+
+    Args:
+        spec: the spec; evaluate.checkpoint is the source.
+        target: the file to write.
+        console: prints messages.
+        license: license of the weights, as an SPDX identifier; stored in the file.
+        average_with: further checkpoints of the same network, whose mean is written. The mean is better than each if
+            one was trained from the other (Wortsman et al., "Model soups", ICML 2022).
 
     Returns:
-        Figures of what was written, where there were masks to compare with.
+        Metrics of the written network; None without validation masks.
 
     Raises:
         MalError: the checkpoint or the data cannot be used, or the file cannot be written.
     """
-    settings = spec.evaluate
-    if settings.use_mixed_model_test:
-        raise ConfigError("evaluate.use_mixed_model_test: one network is exported; set it to false")
-    seal_with, open_with = keys_of(spec)
-    source = checkpoint_file(settings.checkpoint, "evaluate.checkpoint")
-    checkpoint = load_checkpoint(source, open_with, skip_training_state=True)
-    which = "teacher" if settings.use_teacher_test else "student"
-    networks = [_one_network(checkpoint, which, source)]
-    files = [_file(source, checkpoint)]
-    for path in average_with:
-        other = load_checkpoint(existing_file(str(path), "--average"), open_with, skip_training_state=True)
-        if other.model != checkpoint.model:
-            raise ConfigError(f"--average: {path} is of another network than {source}; their mean would be neither")
-        networks.append(_one_network(other, which, path))
-        files.append(_file(path, other))
-    stored = {name: _mean_in_half([network[name] for network in networks]) for name in networks[0]}
+    if spec.evaluate.use_mixed_model_test:
+        raise ConfigError("evaluate.use_mixed_model_test: true; an export has one network; set it to false")
+    seal_with, open_with = checkpoint_keys(spec)
+    which = "teacher" if spec.evaluate.use_teacher_test else "student"
+    paths = [
+        checkpoint_file(spec.evaluate.checkpoint, "evaluate.checkpoint"),
+        *(existing_file(str(path), "--average") for path in average_with),
+    ]
+    sources = _read_sources(paths, open_with, which)
+    weights = _mean_weights(sources)
+    checkpoint = sources[0].checkpoint
     config = _labeler_config(spec, checkpoint.labeler)
     check_crop_size(checkpoint.model.arch, config.crop_size)
-    network = MalNetwork(checkpoint.model)
-    network.load({name: tensor.float() for name, tensor in stored.items()})
+    provenance = _provenance(sources, which, license)
     report = None
-    behind = average_provenance(files) if average_with else files[0][2]
-    provenance = {**behind, "network": which, "weights_stored_as": "float16"}
-    if license is not None:
-        provenance["licence"] = license
     if spec.dataset.val_ann_path:
-        validation = _validator(spec, screen).run(network, config)
+        network = MalNetwork(checkpoint.model)
+        network.load({name: tensor.float() for name, tensor in weights.items()})
+        validation = _validator(spec, console).run(network, config)
         config, report = validation.config, validation.report
-        screen.print(one_line(report))
-        provenance["validation"] = figures_of(report)
-        provenance.pop("validation_mIoU", None)  # that was of the network, crop and thresholds of training
-    elif _was_fitted_to_another(checkpoint, config, which, is_mean=bool(average_with)):
+        console.print(summary_line(report))
+        provenance["validation"] = validation_metrics(report)
+        provenance.pop("validation_mIoU", None)  # measured in training, with other crop size and thresholds
+    elif _has_other_calibration(checkpoint, config, which, is_mean=len(sources) > 1):
         config = dataclasses.replace(config, calibration=None, calibrated_with_flip=False)
-        screen.print(
-            f"calibration: left out; it was fitted to the student of {source} at its own crop and margin, not to what "
-            "is written. dataset.val_ann_path fits one"
+        console.print(
+            f"calibration: dropped; it was fitted to the student of {paths[0]} at its own crop size and margin. "
+            "dataset.val_ann_path fits a new one"
         )
-    written = dataclasses.replace(checkpoint, labeler=config, weights=stored, provenance=provenance, encryption=None)
+    written = dataclasses.replace(checkpoint, labeler=config, weights=weights, provenance=provenance, encryption=None)
     seal = save_checkpoint(target, written, seal_with)
-    screen.print(
+    console.print(
         f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {seal.mode}"
     )
     return report
 
 
-def _was_fitted_to_another(checkpoint: Checkpoint, config: LabelerConfig, which: str, *, is_mean: bool) -> bool:
-    """Whether the checkpoint's calibration is of other answers than those of what is written."""
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint to export, with the weights of one of its networks under the names of the student."""
+
+    path: Path
+    checkpoint: Checkpoint
+    weights: Mapping[str, Tensor]
+
+
+def _read_sources(paths: Sequence[Path], open_with: DecryptionKey | None, which: str) -> list[_Source]:
+    """Reads the student or the teacher of each checkpoint; raises ConfigError unless all networks are equal."""
+    sources: list[_Source] = []
+    for path in paths:
+        checkpoint = load_checkpoint(path, open_with, skip_training_state=True)
+        if sources and checkpoint.model != sources[0].checkpoint.model:
+            raise ConfigError(f"--average: {path} has a different network than {paths[0]}; give equal networks")
+        weights = {
+            f"student.{name.removeprefix(f'{which}.')}": tensor
+            for name, tensor in checkpoint.weights.items()
+            if name.startswith(f"{which}.")
+        }
+        if not weights:
+            raise ConfigError(f"evaluate.use_teacher_test: true; {path} has no teacher; set it to false")
+        sources.append(_Source(path, checkpoint, weights))
+    return sources
+
+
+def _mean_weights(sources: Sequence[_Source]) -> dict[str, Tensor]:
+    """Returns the mean weights as float16; integers (batch counters of norms) are those of the first source."""
+
+    def mean(name: str, first: Tensor) -> Tensor:
+        if not first.is_floating_point():
+            return first
+        return torch.stack([source.weights[name] for source in sources]).mean(0).to(torch.float16)
+
+    return {name: mean(name, first) for name, first in sources[0].weights.items()}
+
+
+def _provenance(sources: Sequence[_Source], which: str, license: str | None) -> dict[str, Any]:
+    """Returns the provenance of the written file."""
+    files = [
+        (
+            source.path,
+            source.checkpoint.sha256,
+            builtin.with_card(source.checkpoint.sha256, source.checkpoint.provenance),
+        )
+        for source in sources
+    ]
+    inherited = average_provenance(files) if len(files) > 1 else files[0][2]
+    own = {"network": which, "weights_stored_as": "float16", **({} if license is None else {"licence": license})}
+    return {**inherited, **own}
+
+
+def _has_other_calibration(checkpoint: Checkpoint, config: LabelerConfig, which: str, *, is_mean: bool) -> bool:
+    """Returns True if the stored calibration was fitted to other scores than those of the written network."""
     stored = checkpoint.labeler
     is_same_crop = (config.crop_size, config.margin_rate) == (stored.crop_size, stored.margin_rate)
     return stored.calibration is not None and (which != "student" or is_mean or not is_same_crop)
 
 
-def _file(path: Path, checkpoint: Checkpoint) -> tuple[Path, str, Mapping[str, Any]]:
-    """A source with its SHA-256 and what it says of itself."""
-    return path, checkpoint.sha256, builtin.with_card(checkpoint.sha256, checkpoint.provenance)
-
-
-def _one_network(checkpoint: Checkpoint, which: str, path: Path) -> dict[str, Tensor]:
-    """Weights of the student or the teacher, under the student's names."""
-    found = {
-        f"student.{name.removeprefix(f'{which}.')}": tensor
-        for name, tensor in checkpoint.weights.items()
-        if name.startswith(f"{which}.")
-    }
-    if not found:
-        raise ConfigError(f"evaluate.use_teacher_test: {path} holds the student alone; set it to false")
-    return found
-
-
-def _mean_in_half(tensors: Sequence[Tensor]) -> Tensor:
-    """float16; of whole numbers, which count (the batches that a norm has seen), the first stays."""
-    return torch.stack(list(tensors)).mean(0).to(torch.float16) if tensors[0].is_floating_point() else tensors[0]
-
-
 def _labeler_config(spec: Spec, stored: LabelerConfig) -> LabelerConfig:
-    """The checkpoint's settings, with the crop and the margin that the spec gives."""
-    asked = spec.labeler_config(stored.crop_size)
-    margin_rate = asked.margin_rate if "test_margin_rate" in spec.train.model_fields_set else stored.margin_rate
-    # A new fit is of the score of today; an old fit is of the score that it was made for.
-    score = asked.score if spec.dataset.val_ann_path and spec.fits_calibration else stored.score
-    return dataclasses.replace(stored, crop_size=asked.crop_size, margin_rate=margin_rate, score=score)
+    """Returns the labeler settings of the checkpoint, with crop size and margin of the spec if given."""
+    requested = spec.labeler_config(stored.crop_size)
+    margin_rate = requested.margin_rate if "test_margin_rate" in spec.train.model_fields_set else stored.margin_rate
+    # A new calibration is fitted to the current kind of score; a kept one needs the kind that it was fitted to.
+    score = requested.score if spec.dataset.val_ann_path and spec.fits_calibration else stored.score
+    return dataclasses.replace(stored, crop_size=requested.crop_size, margin_rate=margin_rate, score=score)
 
 
-def _validator(spec: Spec, screen: Console) -> Validator:
+def _validator(spec: Spec, console: Console) -> Validator:
     path = existing_file(spec.dataset.val_ann_path, "dataset.val_ann_path")
     coco = read_coco(path)
     if not has_masks(coco):
-        raise ConfigError(f"dataset.val_ann_path: no annotation of {path} has a mask to fit on; leave it empty")
+        raise ConfigError(f"dataset.val_ann_path: no annotation of {path} has a mask to fit to; leave it empty")
     return Validator(
         coco=coco,
         image_dir=existing_folder(spec.dataset.val_img_dir, "dataset.val_img_dir"),
@@ -145,7 +175,7 @@ def _validator(spec: Spec, screen: Console) -> Validator:
         fit_thresholds=spec.fits_thresholds,
         fit_calibration=spec.fits_calibration,
         precision=spec.evaluate.precision,
-        device=str(choose_devices(spec.evaluate.gpus, spec.evaluate.num_gpus, screen)[0]),
+        device=str(choose_devices(spec.evaluate.gpus, spec.evaluate.num_gpus, console)[0]),
         threads=worker_threads(),
         options=PredictOptions(flip=spec.evaluate.use_flip_test),
     )

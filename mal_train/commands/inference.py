@@ -1,4 +1,4 @@
-"""`mal-train inference`: a COCO file with boxes and its images → the same file with masks."""
+"""`mal-train inference`: adds masks to the boxes of a COCO file."""
 
 import contextlib
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mal_train.commands.common import existing_file, existing_folder, task_folder
-from mal_train.commands.label import open_labeling
+from mal_train.commands.label import open_labeling_job
 from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import check_writable
 from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, by_image, read_coco
@@ -20,21 +20,22 @@ from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.kernel.labeler.labeler import Label
 from mal_train.offline.dataset_labeler import LabelFailure
-from mal_train.training.run_files import figures_of
-from mal_train.training.validation import add_answer
+from mal_train.training.run_files import validation_metrics
+from mal_train.training.validation import add_result
 
-Answers = dict[JsonId, dict[str, Any]]
+LabelFields = dict[JsonId, dict[str, Any]]
+"""Fields that labeling adds to an annotation, by annotation id."""
 
 
 @dataclass(frozen=True)
 class InferenceResult:
-    """How labeling a file went.
+    """Result of labeling a file.
 
     Attributes:
-        path: the file that was written.
-        labeled: boxes with a mask (an empty one counts).
-        failed: boxes without one, by reason.
-        report: figures against the file's own masks, where inference.load_mask asked for them.
+        path: the written file.
+        labeled: number of boxes with a mask; an empty mask counts.
+        failed: number of boxes without a mask, by reason.
+        report: metrics against the masks of the input file; None unless inference.load_mask is set.
     """
 
     path: Path
@@ -43,15 +44,14 @@ class InferenceResult:
     report: EvaluationReport | None
 
 
-def inference(spec: Spec, screen: Console) -> InferenceResult:
-    """Gives every box of inference.ann_path a mask and writes inference.label_dump_path.
+def inference(spec: Spec, console: Console) -> InferenceResult:
+    """Labels every box of inference.ann_path and writes inference.label_dump_path.
 
-    With inference.box_inputs the boxes are a detector's; ann_path then names the images and categories.
-
-    What is wrong with one image or box is said, stands in its row of the file, and stops nothing.
+    With inference.box_inputs, labels detected boxes; ann_path then gives the images and categories. An error in one
+    image or box is printed and stored in its annotation; the other boxes are still labeled.
 
     Raises:
-        MalError: a setting, the file as a whole or the checkpoint cannot be used, or the result cannot be written.
+        MalError: a setting, the annotation file or the checkpoint cannot be used, or the output cannot be written.
     """
     settings = spec.inference
     with task_folder(spec, "inference") as (folder, status):
@@ -61,54 +61,54 @@ def inference(spec: Spec, screen: Console) -> InferenceResult:
         if settings.box_inputs:
             coco = read_detections(existing_file(settings.box_inputs, "inference.box_inputs"), coco)
         image_dir = existing_folder(settings.img_dir, "inference.img_dir")
-        labeling = open_labeling(spec, "inference", screen)
+        job = open_labeling_job(spec, "inference", console)
         evaluator = Evaluator(coco.category_names) if settings.load_mask else None
-        answers: Answers = {}
-        with screen.progress(len(coco.annotations), "box") as bar:
-            for annotation, label in labeling.labels(list(by_image(coco)), image_dir):
+        fields: LabelFields = {}
+        with console.progress(len(coco.annotations), "box") as bar:
+            for annotation, label in job.labels(list(by_image(coco)), image_dir):
                 bar.update()
                 if annotation.id is not None:
-                    answers[annotation.id] = _fields(annotation, label, with_iou=settings.load_mask)
+                    fields[annotation.id] = _label_fields(annotation, label, with_iou=settings.load_mask)
                 if evaluator is not None:
-                    add_answer(evaluator, annotation, label)
-        failed = _failures(coco, answers, screen)
-        written = labeled_file(coco, answers, labeling.provenance())
+                    add_result(evaluator, annotation, label)
+        failed = _report_failures(coco, fields, console)
+        written = labeled_file(coco, fields, job.provenance())
         write_json_atomic(path, with_detector_scores(written, coco) if settings.box_inputs else written)
-        labeled = sum("error" not in fields for fields in answers.values())
+        labeled = sum("error" not in row for row in fields.values())
         report = None if evaluator is None else evaluator.report()
-        text = f"{labeled} boxes labeled, {failed.total()} failed"
-        status.write("RUNNING", f"{text}.", kpi=None if report is None else figures_of(report))
-        screen.print(f"wrote {path}: {text}")
+        summary = f"{labeled} boxes labeled, {failed.total()} failed"
+        status.write("RUNNING", f"{summary}.", kpi=None if report is None else validation_metrics(report))
+        console.print(f"wrote {path}: {summary}")
     return InferenceResult(path, labeled, failed, report)
 
 
-def _fields(annotation: Annotation, label: Label | LabelFailure, *, with_iou: bool) -> dict[str, Any]:
+def _label_fields(annotation: Annotation, label: Label | LabelFailure, *, with_iou: bool) -> dict[str, Any]:
     if isinstance(label, LabelFailure):
         return error_fields(label.reason, label.message)
     fields = label_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
     segmentation = annotation.raw.get("segmentation")
     if with_iou and segmentation:
-        with contextlib.suppress(BadDataset):  # an unreadable mask of the file is told with the figures
+        with contextlib.suppress(BadDataset):  # the report counts unreadable masks
             truth = rle.from_segmentation(segmentation, label.rle.height, label.rle.width)
             fields["iou"] = rle.iou(truth, label.rle)
     return fields
 
 
-def _failures(coco: CocoFile, answers: Answers, screen: Console) -> Counter[str]:
-    """Says why boxes have no mask, in the order of the file, and counts them by reason."""
+def _report_failures(coco: CocoFile, fields: LabelFields, console: Console) -> Counter[str]:
+    """Prints why boxes have no mask, in the order of the file, and returns their number by reason."""
     failed: Counter[str] = Counter()
     messages: Counter[str] = Counter()
     for annotation in coco.annotations:
-        error = answers.get(annotation.id, {}).get("error") if annotation.id is not None else None
+        error = fields.get(annotation.id, {}).get("error") if annotation.id is not None else None
         if error is not None:
             failed[error["reason"]] += 1
             messages[error["message"]] += 1
         elif annotation.problem is not None:
             failed[str(annotation.reason)] += 1
             messages[annotation.problem] += 1
-    # One bad picture fails all of its boxes; it is said once.
+    # An unreadable image fails all of its boxes; print it once.
     for message, count in messages.items():
-        screen.print(f"no mask{f' for {count} boxes' if count > 1 else ''}: {message}")
+        console.print(f"no mask{f' for {count} boxes' if count > 1 else ''}: {message}")
     for note in coco.notes:
-        screen.print(note)
+        console.print(note)
     return failed

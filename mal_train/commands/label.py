@@ -1,4 +1,4 @@
-"""What evaluation and inference share: a checkpoint's labeler on its devices, and what is done for a label."""
+"""Parts that evaluation and inference share: the labeler of a checkpoint, its devices and its options."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from mal_train.commands.common import checkpoint_file, choose_devices, keys_of, worker_threads
+from mal_train.commands.common import checkpoint_file, checkpoint_keys, choose_devices, worker_threads
 from mal_train.config.labeling import EvaluateConfig, InferenceConfig
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import Annotation
@@ -23,44 +23,44 @@ from mal_train.offline.tta import TtaOptions
 
 
 @dataclass(frozen=True)
-class Labeling:
-    """A checkpoint that is ready to label as a section of the spec says.
+class LabelingJob:
+    """A loaded checkpoint with the devices and options of a section of the spec.
 
     Attributes:
-        path: the checkpoint's file.
-        checkpoint: what it holds beside the weights.
-        labeler: its labeler: on the device, or, where there are several, on the CPU, for each of them to copy.
-        devices: one process each.
-        passes: what is done for a label.
+        path: file of the checkpoint.
+        checkpoint: content of the checkpoint.
+        labeler: labeler on the device; with several devices, on the CPU, from where each process copies it.
+        devices: devices, one process each.
+        tta: test-time augmentation.
     """
 
     path: Path
     checkpoint: Checkpoint
     labeler: Labeler
     devices: list[torch.device]
-    passes: TtaOptions
+    tta: TtaOptions
     _section: EvaluateConfig | InferenceConfig
 
     def labels(
         self, rows: Sequence[Row], image_dir: Path
     ) -> Generator[tuple[Annotation, Label | LabelFailure], None, None]:
-        """Yields every annotation that is not a crowd with its label or failure; see `label_on_devices`."""
+        """Yields each box that is not a crowd, in the order of `rows`, with its label or failure."""
         return label_on_devices(
             self.devices,
             self.labeler,
             rows,
             image_dir,
             precision=self._section.precision,
-            tta=self.passes,
+            tta=self.tta,
             batch_size=self._section.batch_size,
             threads=worker_threads(),
         )
 
     def provenance(self) -> dict[str, Any]:
-        """What made a label: the tool, the checkpoint by name and content, its settings, and what was done with it."""
-        options, passes = self.passes.options, self.passes
-        manner = ScoreBasis(
-            options.branch, options.flip, passes.margins, passes.resolve_overlaps, refined_edges=passes.refine_edges
+        """Returns what the output stores about its origin: tool, checkpoint, settings and options."""
+        options, tta = self.tta.options, self.tta
+        basis = ScoreBasis(
+            options.branch, options.flip, tta.margins, tta.resolve_overlaps, refined_edges=tta.refine_edges
         )
         return {
             "tool": f"mask-auto-labeler {distribution_version()}",
@@ -68,59 +68,60 @@ class Labeling:
             "checkpoint_sha256": self.checkpoint.sha256,
             "model": self.checkpoint.model.to_dict(),
             "labeler": self.checkpoint.labeler.to_dict(),
-            "score": self.checkpoint.labeler.score_meaning(manner),
+            "score": self.checkpoint.labeler.score_meaning(basis),
             "branch": str(options.branch),
             "flip": options.flip,
-            "margins": list(passes.margins),
-            "resolve_overlaps": passes.resolve_overlaps,
-            "refine_edges": passes.refine_edges,
+            "margins": list(tta.margins),
+            "resolve_overlaps": tta.resolve_overlaps,
+            "refine_edges": tta.refine_edges,
         }
 
 
-def open_labeling(spec: Spec, task: Literal["evaluate", "inference"], screen: Console) -> Labeling:
-    """The checkpoint of a task's section, on the devices that it names; says so when the file is not encrypted.
+def open_labeling_job(spec: Spec, task: Literal["evaluate", "inference"], console: Console) -> LabelingJob:
+    """Loads the checkpoint of section `task` on the devices of that section.
 
-    Where there are several devices, each gets its own labeler in a process of its own (`labeling.parallel`), and this
-    one waits on the CPU.
+    With several devices, `mal_train.offline.multi_device` starts a process for each, and this process loads the
+    labeler on the CPU. Prints a line if the file is not encrypted, and one for each setting of the spec that differs
+    from the checkpoint's.
 
     Raises:
-        ConfigError: there are GPUs, but not those; or no such file, or no key for it.
-        CheckpointError: the file cannot be opened or used.
+        ConfigError: a device, the file or its key is missing.
+        CheckpointError: the file cannot be decrypted or read.
     """
     section = spec.evaluate if task == "evaluate" else spec.inference
-    devices = choose_devices(section.gpus, section.num_gpus, screen)
+    devices = choose_devices(section.gpus, section.num_gpus, console)
     device, precision = devices[0], str(section.precision)
     if len(devices) > 1:
-        resolve(precision, device)  # says before they start what none of them could do
+        resolve(precision, device)  # report an unusable precision before the processes start
         device, precision = torch.device("cpu"), Precision.FLOAT32
     path = checkpoint_file(section.checkpoint, f"{task}.checkpoint")
-    _, open_with = keys_of(spec)
+    _, open_with = checkpoint_keys(spec)
     labeler, content = load_labeler(path, key=open_with, device=device, precision=precision)
     if content.encryption is not None and content.encryption.mode == "none":
-        screen.print(f"{path}: not encrypted")
-    for line in _outvoted(spec, labeler.config):
-        screen.print(line)
-    return Labeling(path, content, labeler, devices, _passes_of(section), section)
+        console.print(f"{path}: not encrypted")
+    for line in _overridden_fields(spec, labeler.config):
+        console.print(line)
+    return LabelingJob(path, content, labeler, devices, _tta_options(section), section)
 
 
-def _outvoted(spec: Spec, used: LabelerConfig) -> list[str]:
-    """A line for each field that the spec gives otherwise than the checkpoint, which is the one that counts."""
-    asked = spec.labeler_config(used.crop_size)
+def _overridden_fields(spec: Spec, used: LabelerConfig) -> list[str]:
+    """Returns a line for each field whose value in the spec differs from the checkpoint's, which is used."""
+    given = spec.labeler_config(used.crop_size)
     fields = {
-        "dataset.crop_size": (spec.dataset, "crop_size", asked.crop_size, used.crop_size),
-        "train.test_margin_rate": (spec.train, "test_margin_rate", asked.margin_rate, used.margin_rate),
-        "train.mask_thres": (spec.train, "mask_thres", asked.mask_thres, used.mask_thres),
-        "compat": (spec, "compat", str(asked.compat), str(used.compat)),
+        "dataset.crop_size": (spec.dataset, "crop_size", given.crop_size, used.crop_size),
+        "train.test_margin_rate": (spec.train, "test_margin_rate", given.margin_rate, used.margin_rate),
+        "train.mask_thres": (spec.train, "mask_thres", given.mask_thres, used.mask_thres),
+        "compat": (spec, "compat", str(given.compat), str(used.compat)),
     }
     return [
-        f"{name}: {given} in the spec, {stored} in the checkpoint; the checkpoint's is used"
-        for name, (section, field, given, stored) in fields.items()
-        if field in section.model_fields_set and given != stored
+        f"{name}: {value} in the spec, {stored} in the checkpoint; the checkpoint's value is used"
+        for name, (section, field, value, stored) in fields.items()
+        if field in section.model_fields_set and value != stored
     ]
 
 
-def _passes_of(section: EvaluateConfig | InferenceConfig) -> TtaOptions:
-    """What is done for a label; the mean of both networks comes before the teacher, and that before the student."""
+def _tta_options(section: EvaluateConfig | InferenceConfig) -> TtaOptions:
+    """Returns the options of a section; use_mixed_model_test takes precedence over use_teacher_test."""
     branch = Branch.TEACHER if section.use_teacher_test else Branch.STUDENT
     if section.use_mixed_model_test:
         branch = Branch.MIXED

@@ -1,4 +1,4 @@
-"""Writes docs/spec.md, the table of every field of the spec, from the schema. No torch."""
+"""Generates docs/spec.md, the table of every field of the spec, from the schema. No torch."""
 
 import json
 import sys
@@ -11,10 +11,11 @@ from pydantic.fields import FieldInfo
 
 from mal_train.config.spec import Spec
 
-HEAD = """# Every field of the spec
+HEADER = """# Every field of the spec
 
-Made from the schema by `python -m mal_train.commands.spec_table > docs/spec.md`. `mal-train default-spec` prints the
-same fields as a YAML file; `a.b=c` on the command line replaces one.
+Generated from the schema: `python -m mal_train.commands.spec_table > docs/spec.md`. `mal-train default-spec` prints the
+same fields as a YAML file, and `mal-train default-spec --json-schema` as a JSON schema for editors. `a.b=c` on the
+command line replaces a field.
 
 | field | default | range | meaning |
 |---|---|---|---|
@@ -22,29 +23,29 @@ same fields as a YAML file; `a.b=c` on the command line replaces one.
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤"}
 
 
-def fields_of(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every field that is no section, with its whole name, in the order of the schema."""
+def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yields the dotted name of every field that is not a section, in the order of the schema."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fields_of(field.annotation, f"{before}{name}.")
+            yield from fields_of(field.annotation, f"{prefix}{name}.")
         else:
-            yield f"{before}{name}", field
+            yield f"{prefix}{name}", field
 
 
 def page() -> str:
-    """The whole page."""
-    return HEAD + "".join(_row(name, field) for name, field in fields_of(Spec))
+    """Returns the Markdown page."""
+    return HEADER + "".join(_row(name, field) for name, field in fields_of(Spec))
 
 
 def _row(name: str, field: FieldInfo) -> str:
     meaning = " ".join((field.description or "").split()).replace("|", "\\|").replace("<", "&lt;")
-    return f"| `{name}` | `{json.dumps(field.default)}` | {', '.join(_rules(field))} | {meaning} |\n"
+    return f"| `{name}` | `{json.dumps(field.default)}` | {', '.join(_constraints(field))} | {meaning} |\n"
 
 
-def _rules(field: FieldInfo) -> Iterator[str]:
-    """What a value must keep to: choices, then bounds, those of a list's elements too."""
+def _constraints(field: FieldInfo) -> Iterator[str]:
+    """Yields the choices of a field, then its bounds, including those of list elements."""
     yield from _choices(field.annotation)
-    yield from dict.fromkeys([*_bounds(field.metadata), *_inner_bounds(field.annotation)])
+    yield from dict.fromkeys([*_bounds(field.metadata), *_element_bounds(field.annotation)])
 
 
 def _choices(annotation: object) -> Iterator[str]:
@@ -54,19 +55,19 @@ def _choices(annotation: object) -> Iterator[str]:
         yield " · ".join(f"`{value}`" for value in typing.get_args(annotation))
 
 
-def _inner_bounds(annotation: object) -> Iterator[str]:
+def _element_bounds(annotation: object) -> Iterator[str]:
     if typing.get_origin(annotation) is typing.Annotated:
         yield from _bounds(typing.get_args(annotation)[1:])
     if typing.get_origin(annotation) is not typing.Literal:
-        for part in typing.get_args(annotation):
-            yield from _inner_bounds(part)
+        for argument in typing.get_args(annotation):
+            yield from _element_bounds(argument)
 
 
 def _bounds(metadata: typing.Iterable[object]) -> Iterator[str]:
     for entry in metadata:
-        for rule in entry.metadata if isinstance(entry, FieldInfo) else [entry]:
+        for constraint in entry.metadata if isinstance(entry, FieldInfo) else [entry]:
             for name, sign in _SIGNS.items():
-                value = getattr(rule, name, None)
+                value = getattr(constraint, name, None)
                 if value is not None:
                     yield f"{sign} {value:g}"
 

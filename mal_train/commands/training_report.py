@@ -1,4 +1,4 @@
-"""The page that training leaves at its end, report.html: curves, figures, pictures, failures, settings, durations."""
+"""Writes report.html at the end of a training: curves, metrics, masks, failures, settings and times."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from mal_train.core.report.evaluation import evaluation_sections
 from mal_train.core.report.overlays import png_data_uri
 from mal_train.core.report.page import Card, Html, build_report, contact_sheet, folded, section, side_by_side, table
 from mal_train.core.yaml_config import dump
-from mal_train.training.panels import close_ups, typical
+from mal_train.training.panels import around_median, close_ups
 from mal_train.training.run_files import read_metrics
-from mal_train.training.validation import Validated
+from mal_train.training.validation import ValidationSnapshot
 
 WORST, TYPICAL = 24, 12
 CLASSES = 20
@@ -32,24 +32,24 @@ _LOSSES = {
 
 
 def write_training_report(
-    folder: Path, spec: Spec, facts: Sequence[tuple[str, str]], validated: Validated | None
+    folder: Path, spec: Spec, facts: Sequence[tuple[str, str]], validation: ValidationSnapshot | None
 ) -> Path:
-    """Writes <folder>/report.html, one file with everything in it, and returns its path.
+    """Writes <folder>/report.html, a page without external files, and returns its path.
 
     Args:
-        folder: of the run; its metrics.csv gives the curves.
-        spec: what was asked for; secrets are left out.
-        facts: (what, figure) of the run: data, weights and their license, durations.
-        validated: None where nothing was validated.
+        folder: output folder of the run; metrics.csv in it gives the curves.
+        spec: the spec; secrets are redacted.
+        facts: (name, value) rows about the run: data, weights and their license, times.
+        validation: the last validation; None without one.
 
     Raises:
-        OutputError: the page could not be written.
+        OutputError: the page cannot be written.
     """
-    sections = [section("The run", table(["what", ""], facts)), _curves(read_metrics(folder))]
-    if validated is None:
+    sections = [section("The run", table(["property", "value"], facts)), _curves(read_metrics(folder))]
+    if validation is None:
         sections.append(section("Metrics", "", "There was no validation: no file with masks was given."))
     else:
-        sections += _validation_sections(validated)
+        sections += _validation_sections(validation)
     sections.append(_settings(spec))
     path = folder / "report.html"
     write_text(path, build_report("Training", sections, str(folder)))
@@ -59,7 +59,7 @@ def write_training_report(
 def _curves(rows: Sequence[Mapping[str, Any]]) -> Html:
     train = [row for row in rows if row["kind"] == "train"]
     losses = {name: downsample(_points(train, column)) for column, name in _LOSSES.items()}
-    # A loss that is off all the time says nothing.
+    # Leave out losses that are switched off.
     losses = {name: points for name, points in losses.items() if any(y != 0.0 for _, y in points)}
     validations = [row for row in rows if row["kind"] == "val"]
     ious = {name: _points(validations, f"mIoU{size}") for name, size in _MIOU.items()}
@@ -80,26 +80,26 @@ def _points(rows: Sequence[Mapping[str, Any]], column: str) -> list[Point]:
     return [(row["step"], row[column]) for row in rows if column in row]
 
 
-def _validation_sections(validated: Validated) -> list[Html]:
-    found, coco, image_dir = validated.found, validated.coco, validated.image_dir
-    config = found.config
+def _validation_sections(validation: ValidationSnapshot) -> list[Html]:
+    result, coco, image_dir = validation.result, validation.coco, validation.image_dir
+    config = result.config
     small, medium, large = config.mask_thres
     note = (
-        f"Of the last validation, student network. Thresholds: small {small:g}, medium {medium:g}, large {large:g}; "
+        f"Last validation, student network. Thresholds: small {small:g}, medium {medium:g}, large {large:g}; "
         f"score: {config.score_meaning()}."
     )
-    sections = evaluation_sections(found.report, note, _cards(found.compared[:WORST], coco, image_dir))
-    usual = _cards(typical(found.compared, TYPICAL), coco, image_dir)
-    if usual:
-        sections.append(section("Typical masks", contact_sheet(usual), "Those round the median IoU."))
+    sections = evaluation_sections(result.report, note, _cards(result.compared[:WORST], coco, image_dir))
+    typical = _cards(around_median(result.compared, TYPICAL), coco, image_dir)
+    if typical:
+        sections.append(section("Typical masks", contact_sheet(typical), "Masks around the median IoU."))
     sections.append(
         section(
             "Failures by category",
             table(
-                ["category, most failures first", "masks", f"IoU < {BAD_IOU:g}", "share", "empty"],
-                failures_by_category(found.compared, coco.category_names)[:CLASSES],
+                ["category, most failures first", "masks", f"IoU < {BAD_IOU:g}", "fraction", "empty"],
+                failures_by_category(result.compared, coco.category_names)[:CLASSES],
             ),
-            "A mask fails when its IoU with the true one is below one half; empty: no pixel passed the threshold.",
+            "A mask fails if its IoU with the ground truth is below 0.5; empty: no pixel is above the threshold.",
         )
     )
     return sections
@@ -108,11 +108,11 @@ def _validation_sections(validated: Validated) -> list[Html]:
 def failures_by_category(
     compared: Sequence[InstanceComparison], names: Mapping[JsonId, str]
 ) -> list[tuple[str, int, int, float, int]]:
-    """(category, masks, IoU < 0.5, their share, empty ones), most failures first; categories without masks are absent.
+    """Returns (category, masks, failures, their fraction, empty masks), most failures first.
 
     Args:
-        compared: masks with their ground truth.
-        names: of categories by id.
+        compared: masks with their ground truth; a failure has IoU < 0.5.
+        names: names of the categories, by id.
     """
     masks: Counter[JsonId] = Counter()
     bad: Counter[JsonId] = Counter()
@@ -131,20 +131,20 @@ def failures_by_category(
 
 def _cards(compared: Sequence[InstanceComparison], coco: CocoFile, image_dir: Path) -> list[Card]:
     return [
-        Card(png_data_uri(entry.picture), entry.title, entry.detail) for entry in close_ups(compared, coco, image_dir)
+        Card(png_data_uri(panel.image), panel.title, panel.detail) for panel in close_ups(compared, coco, image_dir)
     ]
 
 
 def _settings(spec: Spec) -> Html:
-    asked, usual = _flat(spec.without_secrets().model_dump(mode="json")), _flat(Spec().model_dump(mode="json"))
-    changed = [(name, str(value), str(usual[name])) for name, value in asked.items() if value != usual[name]]
+    values, defaults = _flat(spec.without_secrets().model_dump(mode="json")), _flat(Spec().model_dump(mode="json"))
+    changed = [(name, str(value), str(defaults[name])) for name, value in values.items() if value != defaults[name]]
     body = table(["field", "value", "default"], changed)
-    body += folded("experiment.yaml: every field", dump(spec.without_secrets()))
+    body += folded("experiment.yaml: all fields", dump(spec.without_secrets()))
     return section("Settings", body, "Fields that differ from their default.")
 
 
-def _flat(data: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
     for name, value in data.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
-    return found
+        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return fields

@@ -1,4 +1,4 @@
-"""Section `dataset`: which annotations and images, and how large their crops are."""
+"""Section `dataset` of the spec: annotation files, image folders, and the crop size."""
 
 from typing import Literal, Self
 
@@ -8,36 +8,42 @@ from mal_train.core.yaml_config import Strict
 
 
 class DatasetConfig(Strict):
-    """Which annotations and images."""
+    """Section `dataset`: annotation files, image folders, and the crop size."""
 
     type: Literal["coco"] = Field(default="coco", description="Format of the annotation files.")
     train_ann_path: str = Field(
         default="",
-        description="COCO JSON to train on; boxes are enough, train.supervision tells whether masks are used.",
+        description="COCO JSON file with the training boxes. Masks in it are used only if train.supervision says so.",
     )
-    train_img_dir: str = Field(default="", description="Folder of its images.")
+    train_img_dir: str = Field(default="", description="Folder of the training images.")
     val_ann_path: str = Field(
-        default="", description="COCO JSON to validate and evaluate on; empty trains without validation."
+        default="",
+        description="COCO JSON file with masks, for validation and evaluation; empty: train without validation.",
     )
-    val_img_dir: str = Field(default="", description="Folder of its images.")
+    val_img_dir: str = Field(default="", description="Folder of the validation images.")
     load_mask: bool = Field(
-        default=True, description="Read the masks of the validation file, for mIoU and AP and to fit thresholds."
+        default=True,
+        description="Read the masks of val_ann_path, for mIoU, AP and threshold fitting; false: no validation.",
     )
-    min_obj_size: float = Field(default=2048.0, ge=0.0, description="Train on boxes with an area above this many px².")
-    max_obj_size: float = Field(default=1e10, gt=0.0, description="Train on boxes with an area below this many px².")
+    min_obj_size: float = Field(
+        default=2048.0, ge=0.0, description="Lower bound of the box area for training, in px²; exclusive."
+    )
+    max_obj_size: float = Field(
+        default=1e10, gt=0.0, description="Upper bound of the box area for training, in px²; exclusive."
+    )
     crop_size: int | None = Field(
         default=None,
         ge=1,
         description=(
-            "Side of the square network input in px, a multiple of the patch size.\n"
-            "null: 512, or 504 where patches have 14 px (vit-mae-huge/14)."
+            "Side length of the square network input, in px; a multiple of the patch size.\n"
+            "null: 512, or 504 for patches of 14 px (vit-mae-huge/14)."
         ),
     )
     test_crop_size: int | None = Field(
-        default=None, ge=1, description="Side of the crop in validation and labeling; null: crop_size."
+        default=None, ge=1, description="Side length of the crop in validation and labeling, in px; null: crop_size."
     )
     num_workers_per_gpu: int = Field(
-        default=2, ge=0, description="Processes that prepare training crops; 0: the main process."
+        default=2, ge=0, description="Data loader processes per training process; 0: load in the training process."
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Which devices a task runs on: fields that stand in the sections of all tasks."""
+"""Device fields that the sections of all commands share."""
 
 from typing import Annotated, Self
 
@@ -8,14 +8,14 @@ from mal_train.core.yaml_config import Strict
 
 
 class Devices(Strict):
-    """Where a task runs: one process a device."""
+    """Devices of a command: one process per device."""
 
-    num_gpus: int = Field(default=1, ge=1, description="Processes on a machine, one a GPU (or so many on the CPU).")
+    num_gpus: int = Field(default=1, ge=1, description="Processes per machine: one per GPU, or this many on the CPU.")
     gpu_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(0,),
         description=(
-            "Their GPUs, one each; [0] stands for the first num_gpus.\n"
-            "[]: the CPU, which also does the work on a machine without CUDA."
+            "GPU index of each process; [0]: the first num_gpus GPUs; []: the CPU.\n"
+            "A machine without CUDA uses the CPU whatever this says."
         ),
     )
 
@@ -24,22 +24,22 @@ class Devices(Strict):
         ids = self.gpu_ids
         if ids not in {(), (0,)} and (len(ids) != self.num_gpus or len(set(ids)) != len(ids)):
             raise ValueError(
-                f"num_gpus {self.num_gpus}, gpu_ids {list(ids)}: name as many different ids as num_gpus says, [0] for "
-                "the first ones, or [] for the CPU"
+                f"num_gpus {self.num_gpus}, gpu_ids {list(ids)}: give num_gpus different ids, [0] for the first "
+                "num_gpus GPUs, or [] for the CPU"
             )
         return self
 
     @property
     def gpus(self) -> tuple[int, ...]:
-        """The GPU of each process; empty for the CPU."""
+        """GPU index of each process; empty for the CPU."""
         return tuple(range(self.num_gpus)) if self.gpu_ids == (0,) else self.gpu_ids
 
 
 class OneMachine(Devices):
-    """Where labeling runs."""
+    """Devices of a command that runs on one machine only."""
 
     num_nodes: int = Field(
-        default=1, ge=1, description="Machines; 1, for several share a file through mal-client label --server A,B."
+        default=1, ge=1, description="Machines; must be 1. `mal-client label --server A,B` labels on several machines."
     )
 
     @field_validator("num_nodes")
@@ -47,7 +47,7 @@ class OneMachine(Devices):
     def _one(cls, value: int) -> int:
         if value != 1:
             raise ValueError(
-                "this command labels on one machine; for several, start mal-server on each and label with "
+                "this command runs on one machine; to label on several, start mal-server on each and run "
                 "mal-client label --server HOST1:50051,HOST2:50051"
             )
         return value

@@ -1,4 +1,4 @@
-"""Sections `evaluate` and `inference`: what is labeled, by which checkpoint, and with how many passes."""
+"""Sections `evaluate` and `inference` of the spec: input, checkpoint, and test-time augmentation."""
 
 from typing import Literal
 
@@ -10,72 +10,77 @@ from mal_train.config.ranges import Margin
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class _Passes(OneMachine):
-    """How a box is labeled where time matters less than the mask."""
+class _TestTimeAugmentation(OneMachine):
+    """Fields that trade time for mask quality."""
 
     use_mixed_model_test: bool = Field(
-        default=False, description="Mean of student and teacher; wins over use_teacher_test."
+        default=False,
+        description="Label with the mean of student and teacher; takes precedence over use_teacher_test.",
     )
-    use_teacher_test: bool = Field(default=False, description="The teacher instead of the student.")
-    use_flip_test: bool = Field(default=False, description="Average each crop with its mirror image.")
+    use_teacher_test: bool = Field(default=False, description="Label with the teacher instead of the student.")
+    use_flip_test: bool = Field(
+        default=False, description="Average each crop with its mirror image; doubles the network time."
+    )
     margins: tuple[Margin, ...] = Field(
         default=(),
-        description="Growths of a box to label it with, their answers averaged; a pass each. []: the checkpoint's.",
+        description="Crop margins to average over, one pass each (see train.test_margin_rate); []: the checkpoint's.",
     )
     resolve_overlaps: bool = Field(
-        default=False, description="Give each pixel that several boxes of an image claim to one of them."
+        default=False, description="Assign each pixel that several masks of an image cover to one of them."
     )
     refine_edges: bool = Field(
         default=False,
-        description="Move the edges of masks to where the colors change; 0.1 s of CPU a box at crop 224, "
-        "150 MB a thread at crop 512.",
+        description="Move mask edges to color edges; 0.1 s of CPU per box at crop 224, 150 MB per thread at crop 512.",
     )
 
 
-class EvaluateConfig(_Passes):
+class EvaluateConfig(_TestTimeAugmentation):
     """Section `evaluate`."""
 
     checkpoint: str | None = Field(
-        default=None, description="Checkpoint to evaluate on dataset.val_ann_path; builtin: the model in the package."
+        default=None,
+        description="Checkpoint to evaluate on dataset.val_ann_path; builtin: the model in the package.",
     )
     box_inputs: str = Field(
         default="",
-        description="COCO results list with a detector's boxes and scores, to evaluate in place of the file's boxes.",
+        description="COCO results file with detected boxes and scores; they replace the boxes of val_ann_path.",
     )
     results_dir: str | None = Field(
-        default=None, description="Folder of this task's results; null: <results_dir>/evaluate."
+        default=None, description="Output folder of `mal-train evaluate`; null: <results_dir>/evaluate."
     )
-    batch_size: int = Field(default=3, ge=1, description="Boxes in a batch.")
+    batch_size: int = Field(default=3, ge=1, description="Boxes per batch.")
     precision: Precision = Field(
         default="auto",
-        description="Arithmetic of the network; auto: bfloat16 where it is fast, float32 under compat tao.",
+        description="Data type of the network; auto: bfloat16 where the device is fast at it, else float32.\n"
+        "Under compat tao, auto is float32.",
     )
 
 
-class InferenceConfig(_Passes):
+class InferenceConfig(_TestTimeAugmentation):
     """Section `inference`."""
 
     checkpoint: str | None = Field(
         default=None, description="Checkpoint to label with; builtin: the model in the package."
     )
     results_dir: str | None = Field(
-        default=None, description="Folder of this task's results; null: <results_dir>/inference."
+        default=None, description="Output folder of `mal-train inference`; null: <results_dir>/inference."
     )
-    ann_path: str = Field(default="", description="COCO JSON whose boxes are to get masks.")
-    img_dir: str = Field(default="", description="Folder of its images.")
+    ann_path: str = Field(default="", description="COCO JSON file with the boxes to label.")
+    img_dir: str = Field(default="", description="Folder of the images of ann_path.")
     box_inputs: str = Field(
         default="",
-        description="COCO results list with a detector's boxes and scores, to label in place of ann_path's boxes.",
+        description="COCO results file with detected boxes and scores; they replace the boxes of ann_path.",
     )
     label_dump_path: str = Field(
         default="instances_val2017_mal.json",
-        description="COCO JSON to write; a relative path starts at this task's results folder.",
+        description="COCO JSON file to write; a relative path is relative to the output folder.",
     )
-    batch_size: int = Field(default=3, ge=1, description="Boxes in a batch.")
+    batch_size: int = Field(default=3, ge=1, description="Boxes per batch.")
     load_mask: bool = Field(
-        default=False, description="Read the file's masks too and report each one's IoU with the label."
+        default=False, description="Read the masks of ann_path too, and report the IoU of each label with its mask."
     )
     precision: Precision = Field(
         default="auto",
-        description="Arithmetic of the network; auto: bfloat16 where it is fast, float32 under compat tao.",
+        description="Data type of the network; auto: bfloat16 where the device is fast at it, else float32.\n"
+        "Under compat tao, auto is float32.",
     )

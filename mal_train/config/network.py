@@ -1,4 +1,4 @@
-"""Section `model`: which network, and how its teacher follows it."""
+"""Section `model` of the spec: the network and its teacher."""
 
 from typing import Annotated
 
@@ -12,20 +12,26 @@ class NetworkConfig(Strict):
     """Section `model`."""
 
     arch: str = Field(
-        default="vit-mae-base/16", description="Backbone. vit-deit-small/16 starts from freely usable weights."
+        default="vit-mae-base/16",
+        description="Backbone. vit-deit-small/16 has starting weights that are free for any use (Apache-2.0).",
     )
     frozen_stages: tuple[Annotated[int, Field(ge=-1)], ...] = Field(
-        default=(-1,), description="Stages that stay as they are: 0 the patch embedding, i the i-th block, -1 none."
+        default=(-1,),
+        description="Backbone stages to freeze: 0 is the patch embedding, i is block i; -1 freezes none.",
     )
-    mask_head_num_convs: int = Field(default=4, ge=1, description="Convolutions of the mask head.")
-    mask_head_hidden_channel: int = Field(default=256, ge=1, description="Width inside the mask head.")
+    mask_head_num_convs: int = Field(default=4, ge=1, description="Convolution layers of the mask head.")
+    mask_head_hidden_channel: int = Field(default=256, ge=1, description="Hidden channels of the mask head.")
     mask_head_out_channel: int = Field(
-        default=256, ge=1, description="Channels that the mask head and the RoI head meet in."
+        default=256, ge=1, description="Channels of the mask head's pixel features and of the RoI head's filters."
     )
-    teacher_momentum: Fraction = Field(default=0.996, description="Share of the teacher that stays at every step.")
-    not_adjust_scale: bool = Field(default=False, description="true: one feature scale for boxes of every size.")
-    mask_scale_ratio_pre: int = Field(default=1, ge=1, description="Upsampling before the mask head.")
-    mask_scale_ratio: float = Field(default=2.0, gt=0.0, description="Upsampling inside the mask head.")
+    teacher_momentum: Fraction = Field(
+        default=0.996, description="Momentum of the teacher, an exponential moving average of the student; per step."
+    )
+    not_adjust_scale: bool = Field(
+        default=False, description="Use one feature scale for boxes of all sizes; false: a scale per size class."
+    )
+    mask_scale_ratio_pre: int = Field(default=1, ge=1, description="Upsampling factor before the mask head.")
+    mask_scale_ratio: float = Field(default=2.0, gt=0.0, description="Upsampling factor inside the mask head.")
     vit_dpr: BelowOne = Field(
-        default=0.0, description="Largest rate of stochastic depth, growing linearly from 0 over the blocks."
+        default=0.0, description="Stochastic depth rate of the last block; it grows linearly from 0 at the first block."
     )

@@ -1,8 +1,7 @@
-"""The spec of `mal-train` as a whole: the fields outside of sections, what follows from several, and how it is read.
+"""The spec of `mal-train`: the top-level fields, values derived from several fields, and the loader.
 
-Each section stands in a file of its own in `sections`, a field with its default, its range and its meaning. Names and
-defaults follow the documented spec of TAO's Mask Auto Labeler, so that such a spec runs here unchanged. Opens no image,
-builds no network.
+Each section is a module of this package; a field declares its default, range and meaning. Names and defaults follow
+the documented spec of TAO's Mask Auto Labeler, so that a TAO spec runs unchanged. Opens no image, builds no network.
 """
 
 import re
@@ -20,52 +19,53 @@ from mal_train.core.secrets import is_secret_reference
 from mal_train.core.settings import Compat, LabelerConfig
 from mal_train.core.yaml_config import Strict, apply_overrides, load_yaml, validate
 
-NOT_HERE = {
-    "model_name": "not used here: checkpoints are named mal_model_*; remove it",
-    "wandb": "Weights & Biases is not connected here: metrics go to metrics.csv and TensorBoard; remove the section",
-    "evaluate.trt_engine": "there is no TensorRT path; remove it and give evaluate.checkpoint",
-    "inference.trt_engine": "there is no TensorRT path; remove it and give inference.checkpoint",
-    "evaluate.comp_clustering": "the published code prints this score but never computes it; remove it",
-    "train.min_lr": "overwritten in TAO as well: give train.min_lr_rate",
-    "train.crf_omega": "without effect in the published code too; remove it",
-    "gpus": "TAO 4's name; give train.num_gpus, evaluate.num_gpus or inference.num_gpus",
-    "gpu_ids": "TAO 5's place; give train.gpu_ids",
-    "num_nodes": "TAO 5's place; give train.num_nodes",
-    "checkpoint": "TAO 5's place; give evaluate.checkpoint or inference.checkpoint",
-    "train.save_every_k_epoch": "TAO 5's name; give train.checkpoint_interval",
-    "train.val_interval": "TAO 5's name; give train.validation_interval",
+RETIRED = {
+    "model_name": "not supported; checkpoints are named mal_model_*; remove it",
+    "wandb": "Weights & Biases is not supported; metrics go to metrics.csv and TensorBoard; remove the section",
+    "evaluate.trt_engine": "TensorRT is not supported; remove it and give evaluate.checkpoint",
+    "inference.trt_engine": "TensorRT is not supported; remove it and give inference.checkpoint",
+    "evaluate.comp_clustering": "not supported; TAO prints this score but never computes it; remove it",
+    "train.min_lr": "TAO overwrites it; give train.min_lr_rate",
+    "train.crf_omega": "it has no effect in TAO either; remove it",
+    "gpus": "a name of TAO 4; give train.num_gpus, evaluate.num_gpus or inference.num_gpus",
+    "gpu_ids": "a top-level field of TAO 5; give train.gpu_ids, evaluate.gpu_ids or inference.gpu_ids",
+    "num_nodes": "a top-level field of TAO 5; give train.num_nodes",
+    "checkpoint": "a top-level field of TAO 5; give evaluate.checkpoint or inference.checkpoint",
+    "train.save_every_k_epoch": "a name of TAO 5; give train.checkpoint_interval",
+    "train.val_interval": "a name of TAO 5; give train.validation_interval",
 }
-"""Fields of TAO specs that do not exist here, each with what to do instead."""
+"""Fields of TAO specs that are refused, each with the reason and the remedy."""
 
 
 class Spec(Strict):
-    """The whole file."""
+    """The complete spec."""
 
     compat: Compat = Field(
-        default=Compat.NONE, description="tao: reproduce the published behavior where ours differs on purpose."
+        default=Compat.NONE,
+        description="tao: reproduce the published behavior where this implementation differs on purpose.",
     )
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         default="auto",
         description=(
-            "How processes share the training: ddp, each holds the networks; fsdp, each a part of them (GPUs only).\n"
-            "auto: ddp where there are several."
+            "Distributed training: ddp replicates the networks in each process; fsdp shards them over GPUs.\n"
+            "auto: ddp for several processes."
         ),
     )
     results_dir: str = Field(
-        default="./results", description="Every task writes into a folder of its own below this one."
+        default="./results", description="Output folder; each command writes to a subfolder of its own."
     )
     encryption_key: str | None = Field(
         default=None,
         repr=False,
         description=(
-            "Seals checkpoints: an age recipient (age1...), file:PATH, env:NAME or a passphrase; null: not encrypted.\n"
-            "Prefer env: or file:, which keep the key out of this file."
+            "Key that encrypts checkpoints: an age recipient (age1...), file:PATH, env:NAME or a passphrase.\n"
+            "null: checkpoints are not encrypted. Prefer env: or file:, which keep the key out of the spec."
         ),
     )
     decryption_key: str | None = Field(
         default=None,
         repr=False,
-        description="Opens sealed checkpoints: file:PATH or env:NAME; null: the encryption_key, if a passphrase.",
+        description="Key that decrypts checkpoints: file:PATH or env:NAME; null: encryption_key, if it can decrypt.",
     )
     dataset: DatasetConfig = DatasetConfig()
     model: NetworkConfig = NetworkConfig()
@@ -74,15 +74,15 @@ class Spec(Strict):
     inference: InferenceConfig = InferenceConfig()
 
     def task_dir(self, task: Literal["train", "evaluate", "inference"]) -> Path:
-        """Folder that the task writes to: its own results_dir where given, else <results_dir>/<task>."""
+        """Returns the output folder of a command: its own results_dir if given, else <results_dir>/<task>."""
         own: str | None = getattr(self, task).results_dir
         return Path(own) if own else Path(self.results_dir) / task
 
     def labeler_config(self, default_crop_size: int) -> LabelerConfig:
-        """What the checkpoint will say about crops and thresholds, before any fit.
+        """Returns the labeler settings that a new checkpoint stores, before validation fits any.
 
         Args:
-            default_crop_size: px, where the spec gives no size of the crop: the backbone's, or an older checkpoint's.
+            default_crop_size: crop size in px where the spec gives none: the backbone's, or an existing checkpoint's.
         """
         return LabelerConfig(
             crop_size=self.dataset.test_crop_size or self.dataset.crop_size or default_crop_size,
@@ -93,27 +93,27 @@ class Spec(Strict):
 
     @property
     def logit_weight(self) -> float:
-        """Weight of the loss that keeps logits from running away."""
+        """Weight of the logit penalty."""
         if self.train.loss_logit_weight is None:
             return 0.0 if self.compat is Compat.TAO else 0.01
         return self.train.loss_logit_weight
 
     @property
     def fits_thresholds(self) -> bool:
-        """Whether training fits the thresholds on the validation masks."""
+        """True if validation fits the mask thresholds."""
         if self.train.fit_thresholds is None:
             return self.compat is not Compat.TAO
         return self.train.fit_thresholds
 
     @property
     def fits_calibration(self) -> bool:
-        """Whether training fits the map from score to expected IoU on the validation masks."""
+        """True if validation fits the map from score to expected IoU."""
         if self.train.fit_calibration is None:
             return self.compat is not Compat.TAO
         return self.train.fit_calibration
 
     def without_secrets(self) -> "Spec":
-        """A copy that may be written down: a key stays only as a recipient, a file's path or a variable's name."""
+        """Returns a copy for files and logs; redacts keys that are not recipients, file paths or variable names."""
         return self.model_copy(
             update={
                 "encryption_key": _public_form(self.encryption_key),
@@ -123,18 +123,22 @@ class Spec(Strict):
 
 
 def load_spec(path: Path | None, overrides: list[str]) -> Spec:
-    """The spec of a YAML file (None: all defaults) with `a.b=c` overrides on top. ConfigError names what is wrong."""
+    """Reads the spec from a YAML file (None: all defaults) and applies `a.b=c` overrides.
+
+    Raises:
+        ConfigError: the file cannot be read, or a field is unknown, of the wrong type or out of range.
+    """
     for override in overrides:
         name, _, value = override.partition("=")
         if name in {"encryption_key", "decryption_key"} and _public_form(value.strip("'\"")) == REDACTED:
             raise ConfigError(
-                f"{name}: a key on the command line shows in the process list; give env:NAME, file:PATH or a recipient"
+                f"{name}: a secret; the process list shows command lines; give env:NAME, file:PATH or a recipient"
             )
     data = apply_overrides({} if path is None else load_yaml(path), overrides)
-    return validate(Spec, _tao_forms(data), source=str(path or "command line"), retired=NOT_HERE)
+    return validate(Spec, _tao_forms(data), source=str(path or "command line"), retired=RETIRED)
 
 
-REDACTED = "<not written down>"
+REDACTED = "<redacted>"
 
 
 def _public_form(key: str | None) -> str | None:
@@ -146,7 +150,7 @@ def _public_form(key: str | None) -> str | None:
 
 
 def _tao_forms(data: dict[str, Any]) -> dict[str, Any]:
-    """TAO writes "none given" as an empty string in places where we say null."""
+    """Replaces the empty strings by which TAO leaves a field out with null."""
     result = {key: None if key.endswith("_key") and value == "" else value for key, value in data.items()}
     for section, names in {
         "train": ("resume_training_checkpoint_path", "results_dir", "pretrained_model_path"),

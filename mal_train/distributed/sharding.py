@@ -1,6 +1,7 @@
-"""FSDP whose checkpoints are ours: the whole state gathered to rank 0 and sealed, instead of a pickle for each process.
+"""FSDP with `.malckpt` checkpoints: rank 0 gathers and encrypts the full state, instead of a pickle per process.
 
-Student and teacher are cut alike, so that every process holds the same parts of both and the teacher follows in place.
+Student and teacher are sharded alike, so that every process holds the same shards of both and updates the teacher in
+place.
 """
 
 from datetime import timedelta
@@ -21,12 +22,12 @@ from mal_train.kernel.networks.network import MalNetwork, MaskNetwork
 
 
 class SealedFSDP(FSDPStrategy):
-    """Lightning's FSDP, reading through its CheckpointIO too (it writes a gathered state through it already).
+    """Lightning's FSDP strategy, with its CheckpointIO used for reading too; Lightning uses it for writing only.
 
     Args:
-        network: what will be trained; its blocks are the units that are gathered one at a time.
-        environment: which process this is.
-        timeout: how long one process waits for another.
+        network: the network to train; its blocks are the FSDP units, gathered one at a time.
+        environment: rank of this process.
+        timeout: of collective operations.
     """
 
     def __init__(self, network: MalNetwork, environment: ClusterEnvironment, timeout: timedelta) -> None:
@@ -39,17 +40,17 @@ class SealedFSDP(FSDPStrategy):
         )
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Opens the file in every process, and keeps of weights and optimizer what belongs to this one."""
+        """Reads the file in every process, and keeps the shards of weights and optimizer state of this one."""
         del weights_only
         assert self.model is not None
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path)
-        whole = FullyShardedDataParallel.state_dict_type(
+        full_state = FullyShardedDataParallel.state_dict_type(
             self.model,
             StateDictType.FULL_STATE_DICT,
             FullStateDictConfig(rank0_only=False),
             FullOptimStateDictConfig(rank0_only=False),
         )
-        with whole:
+        with full_state:
             self.model.load_state_dict(checkpoint.pop("state_dict"))
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
                 by_name = FullyShardedDataParallel.rekey_optim_state_dict(

@@ -1,4 +1,4 @@
-"""Joins the training loop to what watches it: validation, and the records for machines."""
+"""Lightning callbacks: validation after an epoch, and metrics for metrics.csv, TensorBoard and status.json."""
 
 import time
 from collections.abc import Callable
@@ -11,87 +11,89 @@ from mal_train.core.masks.images import RgbImage
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.training.module import MalModule
 from mal_train.training.panels import ContactSheet
-from mal_train.training.run_files import MetricsFile, StatusFile, duration, figures_of, one_line
-from mal_train.training.validation import Validated, Validation, Validator
+from mal_train.training.run_files import MetricsFile, StatusFile, duration, summary_line, validation_metrics
+from mal_train.training.validation import ValidationResult, ValidationSnapshot, Validator
 
-ROW_EVERY = 10
-"""Optimizer steps that share a row of metrics.csv: reading a loss makes the device wait."""
+STEPS_PER_ROW = 10
+"""Optimizer steps that are averaged in a row of metrics.csv; reading a loss synchronizes the device."""
 
 
 class ValidationCallback(lightning.Callback):
     """Runs the validator at the end of an epoch, every few epochs and after the last one.
 
     Args:
-        validator: measures.
-        interval: epochs between two validations.
-        records: get the figures.
-        say: prints a line for people.
-        board: shows the worst masks; None shows none.
-        clock: seconds, monotonic.
+        validator: labels the validation set and compares.
+        interval: epochs between validations.
+        metrics: receives the results.
+        print_line: prints a line for the user.
+        contact_sheet: shows the worst masks; None: none.
+        clock: monotonic clock, in seconds.
 
     Attributes:
-        last: what the last validation found; None before the first.
-        seconds: spent on validations.
+        last: result of the last validation; None before the first.
+        seconds: total time of all validations.
     """
 
     def __init__(
         self,
         validator: Validator,
         interval: int,
-        records: "MetricsCallback",
-        say: Callable[[str], None],
+        metrics: "MetricsCallback",
+        print_line: Callable[[str], None],
         *,
-        board: ContactSheet | None = None,
+        contact_sheet: ContactSheet | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._validator = validator
         self._interval = interval
-        self._records = records
-        self._say = say
-        self._board = board
+        self._metrics = metrics
+        self._print_line = print_line
+        self._contact_sheet = contact_sheet
         self._clock = clock
-        self.last: Validation | None = None
+        self.last: ValidationResult | None = None
         self.seconds = 0.0
 
     @property
-    def validated(self) -> Validated | None:
-        """What the last validation found, with the file it was made on; None before the first."""
-        return None if self.last is None else Validated(self.last, self._validator.coco, self._validator.image_dir)
+    def snapshot(self) -> ValidationSnapshot | None:
+        """Result of the last validation and its data set; None before the first."""
+        if self.last is None:
+            return None
+        return ValidationSnapshot(self.last, self._validator.coco, self._validator.image_dir)
 
     @property
     def last_report(self) -> EvaluationReport | None:
-        """Figures of the last validation."""
+        """Metrics of the last validation; None before the first."""
         return None if self.last is None else self.last.report
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Measures, and keeps fitted thresholds and calibration for the checkpoint that follows."""
+        """Validates if due, and stores fitted thresholds and calibration in the module for the next checkpoint."""
         epoch = trainer.current_epoch + 1
         if not isinstance(pl_module, MalModule) or (epoch % self._interval and epoch != trainer.max_epochs):
             return
-        began = self._clock()
-        # Validation draws nothing, yet a library might: training's random numbers must not depend on it.
+        start = self._clock()
+        # Isolate the random state: training must not depend on random numbers that a library draws here.
         with torch.random.fork_rng(devices=[]):
-            found = self._validator.run(pl_module.network, pl_module.labeler_config)
+            result = self._validator.run(pl_module.network, pl_module.labeler_config)
         pl_module.network.train()
-        if found.config != pl_module.labeler_config:
-            small, medium, large = found.config.mask_thres
-            self._say(f"fitted on the validation set: mask_thres small {small}, medium {medium}, large {large}")
-            pl_module.labeler_config = found.config
-        self.last = found
-        self._records.validated(trainer, found.report)
-        self._say(f"epoch {epoch}: {one_line(found.report)}; score: {found.config.score_meaning()}")
-        if self._board is not None:
-            self._board.show(found.compared, epoch, trainer.global_step)
-        self.seconds += self._clock() - began
+        if result.config != pl_module.labeler_config:
+            small, medium, large = result.config.mask_thres
+            self._print_line(f"fitted on the validation set: mask_thres small {small}, medium {medium}, large {large}")
+            pl_module.labeler_config = result.config
+        self.last = result
+        self._metrics.add_validation(trainer, result.report)
+        self._print_line(f"epoch {epoch}: {summary_line(result.report)}; score: {result.config.score_meaning()}")
+        if self._contact_sheet is not None:
+            self._contact_sheet.write(result.compared, epoch, trainer.global_step)
+        self.seconds += self._clock() - start
 
 
 class MetricsCallback(lightning.Callback):
-    """Keeps metrics.csv, TensorBoard and status.json up to date.
+    """Writes metrics.csv, TensorBoard events and status.json during training.
 
     Args:
-        metrics: gets the rows.
-        status: gets the lines.
-        clock: seconds, monotonic.
+        metrics: receives the rows.
+        status: receives the lines.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(self, metrics: MetricsFile, status: StatusFile, clock: Callable[[], float] = time.monotonic) -> None:
@@ -102,33 +104,33 @@ class MetricsCallback(lightning.Callback):
         self._batches = 0
         self._epoch_sums = torch.zeros(5, dtype=torch.float64)
         self._epoch_batches = 0
-        self._since = self._epoch_since = 0.0
-        self._step_then = 0
+        self._row_start = self._epoch_start = 0.0
+        self._row_step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begins to count; a run that goes on inside an epoch hears of no epoch's start."""
+        """Resets sums and clock; Lightning skips on_train_epoch_start in a run that resumes inside an epoch."""
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begins to count."""
+        """Resets sums and clock."""
         del pl_module
-        self._since = self._epoch_since = self._clock()
-        self._step_then = trainer.global_step
+        self._row_start = self._epoch_start = self._clock()
+        self._row_step = trainer.global_step
         self._sums, self._batches = None, 0
         self._epoch_sums, self._epoch_batches = torch.zeros(5, dtype=torch.float64), 0
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds the losses; writes a row every ROW_EVERY steps and at the end of an epoch."""
+        """Adds the losses to the sums, and writes a row every `STEPS_PER_ROW` steps and at the end of an epoch."""
         del outputs, batch
         if not isinstance(pl_module, MalModule) or pl_module.last_losses is None:
             return
         losses = torch.stack(list(pl_module.last_losses))
         self._sums = losses if self._sums is None else self._sums + losses
         self._batches += 1
-        steps = trainer.global_step - self._step_then
-        if steps >= ROW_EVERY or (trainer.is_last_batch and steps):
+        steps = trainer.global_step - self._row_step
+        if steps >= STEPS_PER_ROW or (trainer.is_last_batch and steps):
             self._write_row(trainer, steps)
 
     def _write_row(self, trainer: lightning.Trainer, steps: int) -> None:
@@ -137,26 +139,26 @@ class MetricsCallback(lightning.Callback):
         sums = self._sums.double().cpu()
         total, mil, crf, logit, mask = (sums / self._batches).tolist()
         now = self._clock()
-        figures = {
+        values = {
             "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "loss": total,
             "loss_mil": mil,
             "loss_crf": crf,
             "loss_logit": logit,
             "loss_mask": mask,
-            "seconds_per_step": (now - self._since) / steps,
+            "seconds_per_step": (now - self._row_start) / steps,
         }
-        self._metrics.add("train", trainer.current_epoch + 1, trainer.global_step, figures)
+        self._metrics.add("train", trainer.current_epoch + 1, trainer.global_step, values)
         self._epoch_sums += sums
         self._epoch_batches += self._batches
         self._sums, self._batches = None, 0
-        self._since, self._step_then = now, trainer.global_step
+        self._row_start, self._row_step = now, trainer.global_step
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """A line of status.json with the epoch's mean loss and the time left."""
+        """Writes a line of status.json with the mean loss of the epoch and the remaining time."""
         del pl_module
         epoch, last = trainer.current_epoch + 1, trainer.max_epochs or 0
-        seconds = self._clock() - self._epoch_since
+        seconds = self._clock() - self._epoch_start
         steps = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         mean = float(self._epoch_sums[0] / max(1, self._epoch_batches))
         progress = {
@@ -171,12 +173,12 @@ class MetricsCallback(lightning.Callback):
         self._status.write("RUNNING", "Training loop in progress", progress=progress)
         self._status.write("RUNNING", "Train metrics generated.", kpi={"train_loss": mean}, progress=progress)
 
-    def add_picture(self, name: str, picture: RgbImage, step: int) -> None:
-        """A picture for TensorBoard."""
-        self._metrics.add_picture(name, picture, step)
+    def add_image(self, name: str, image: RgbImage, step: int) -> None:
+        """Adds an image (h, w, 3) uint8 to the TensorBoard events."""
+        self._metrics.add_image(name, image, step)
 
-    def validated(self, trainer: lightning.Trainer, report: EvaluationReport) -> None:
-        """A row and a line with the figures of a validation."""
-        figures = figures_of(report)
-        self._metrics.add("val", trainer.current_epoch + 1, trainer.global_step, figures)
-        self._status.write("RUNNING", "Eval metrics generated.", kpi=figures)
+    def add_validation(self, trainer: lightning.Trainer, report: EvaluationReport) -> None:
+        """Writes a row and a line with the metrics of a validation."""
+        metrics = validation_metrics(report)
+        self._metrics.add("val", trainer.current_epoch + 1, trainer.global_step, metrics)
+        self._status.write("RUNNING", "Eval metrics generated.", kpi=metrics)

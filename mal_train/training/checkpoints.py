@@ -1,5 +1,6 @@
-"""Writes and finds training checkpoints: Lightning's state through our sealed file, and the name of the newest one."""
+"""Writes, finds and resumes training checkpoints: Lightning's state as encrypted `.malckpt` files."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -21,68 +22,65 @@ from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey
 
 LATEST = "mal_model_latest.malckpt"
 PREFIX = "network."
-"""Where the network sits in the Lightning module; our files name weights without it."""
+"""Prefix of the network's weights in the state of the Lightning module; files store the names without it."""
 
-Describe = Callable[[], Checkpoint]
-"""Gives the moment's checkpoint without weights and training state."""
-Resumed = Callable[[Checkpoint, "Position"], None]
-"""Gets the checkpoint that training goes on from, and where in the data it stands."""
+DescribeCheckpoint = Callable[[], Checkpoint]
+"""Returns the current checkpoint without weights and training state."""
+OnResume = Callable[[Checkpoint, "DataPosition"], None]
+"""Receives the checkpoint to resume from and its position in the training data."""
 
 
-class Position(NamedTuple):
-    """A place in the training data: epochs that are done, and batches of the one after them that are done."""
+class DataPosition(NamedTuple):
+    """Number of finished epochs, and of finished batches of the next epoch."""
 
     epochs: int
     batches: int
 
 
 class Terminated(MalError):
-    """SIGTERM came; the state of that moment is in a checkpoint."""
+    """SIGTERM ended the training after a checkpoint was written."""
 
     exit_code = 143
 
 
 class SealedCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints as `.malckpt` files.
+    """Lightning plugin that stores checkpoints as `.malckpt` files.
 
     Args:
-        describe: model, labeler settings, categories and provenance of the moment.
-        resumed: called when a checkpoint is read, before Lightning sees it; may refuse it by an error.
-        seal_with: None writes files that are not encrypted.
-        open_with: needed to resume from a sealed file.
+        describe: returns current model, labeler settings, categories and provenance.
+        on_resume: called with a checkpoint that has been read, before Lightning gets it; raises an error to refuse it.
+        seal_with: key that encrypts the files; None: not encrypted.
+        open_with: key that decrypts a file to resume from.
     """
 
     def __init__(
         self,
-        describe: Describe,
-        resumed: Resumed,
+        describe: DescribeCheckpoint,
+        on_resume: OnResume,
         *,
         seal_with: EncryptionKey | None = None,
         open_with: DecryptionKey | None = None,
     ) -> None:
         self._describe = describe
-        self._resumed = resumed
+        self._on_resume = on_resume
         self._seal_with = seal_with
         self._open_with = open_with
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Splits Lightning's state into weights and the rest, and writes both into one sealed file."""
+        """Splits Lightning's state into weights and training state, and writes both to one file."""
         del storage_options
-        rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+        training = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         weights = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
-        head = self._describe()
-        whole = Checkpoint(
-            head.model, head.labeler, weights, head.categories, head.provenance, kind="resume", training=rest
-        )
-        save_checkpoint(Path(path), whole, self._seal_with)
+        complete = dataclasses.replace(self._describe(), weights=weights, kind="resume", training=training)
+        save_checkpoint(Path(path), complete, self._seal_with)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Lightning's state again; tensors lie on the CPU."""
+        """Returns Lightning's state, with all tensors on the CPU."""
         del map_location, weights_only
         checkpoint = load_checkpoint(Path(path), self._open_with)
-        self._resumed(checkpoint, position_of(checkpoint.training or {}))
+        self._on_resume(checkpoint, data_position(checkpoint.training or {}))
         state = {PREFIX + name: value for name, value in checkpoint.weights.items()}
         return {**(checkpoint.training or {}), "state_dict": state}
 
@@ -91,46 +89,46 @@ class SealedCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def position_of(training: dict[str, Any]) -> Position:
-    """Where a training state of Lightning stands."""
+def data_position(training: dict[str, Any]) -> DataPosition:
+    """Returns the position in the training data of a training state of Lightning."""
     loops = training.get("loops", {}).get("fit_loop", {})
     if not loops:
-        return Position(0, 0)
+        return DataPosition(0, 0)
     batches = loops["epoch_loop.batch_progress"]
     done = 0 if batches["is_last_batch"] else int(batches["current"]["processed"])
-    return Position(int(loops["epoch_progress"]["current"]["processed"]), done)
+    return DataPosition(int(loops["epoch_progress"]["current"]["processed"]), done)
 
 
 @dataclass
-class Checkpoints(lightning.Callback):
-    """Writes model_epoch_EEE_step_SSSSS.malckpt at intervals and at the end; LATEST points to the newest.
+class CheckpointCallback(lightning.Callback):
+    """Writes model_epoch_EEE_step_SSSSS.malckpt at intervals and after the last epoch; LATEST links to the newest.
 
     Attributes:
-        folder: where to.
-        interval: epochs or steps between two.
-        say: prints a line for people.
-        by_step: whether `interval` counts optimizer steps.
-        ranks: the processes that train together; the first one writes, and all must take part.
+        folder: output folder.
+        interval: epochs or optimizer steps between checkpoints.
+        print_line: prints a line for the user.
+        by_step: True if `interval` counts optimizer steps.
+        group: the processes that train together; rank 0 writes, and all must take part.
         written: the newest file of this run; None before the first.
     """
 
     folder: Path
     interval: int
-    say: Callable[[str], None]
+    print_line: Callable[[str], None]
     by_step: bool = False
-    ranks: ProcessGroup = field(default_factory=ProcessGroup)
+    group: ProcessGroup = field(default_factory=ProcessGroup)
     written: Path | None = None
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step's file, when one is due; an epoch's last step waits for the validation."""
+        """Writes a checkpoint if one is due; after the last step of an epoch, the validation comes first."""
         del pl_module, outputs, batch
         if self.by_step and is_between_steps(trainer, batch_idx) and trainer.global_step % self.interval == 0:
             self.write(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """The epoch's file, when one is due."""
+        """Writes a checkpoint if one is due."""
         del pl_module
         epoch = trainer.current_epoch + 1
         done = trainer.global_step if self.by_step else epoch
@@ -138,90 +136,98 @@ class Checkpoints(lightning.Callback):
             self.write(trainer)
 
     def write(self, trainer: lightning.Trainer) -> Path:
-        """A file of this moment, by all processes together; returns its path."""
+        """Writes a checkpoint of the current state and returns its path; all processes must call it."""
         path = self.folder / f"model_epoch_{trainer.current_epoch:03d}_step_{trainer.global_step:05d}.malckpt"
         if path == self.written:
             return path
         trainer.save_checkpoint(path)
-        if self.ranks.is_first:
+        if self.group.is_rank_zero:
             point_latest_to(path)
         self.written = path
-        self.say(f"wrote {path}")
+        self.print_line(f"wrote {path}")
         return path
 
 
 def is_between_steps(trainer: lightning.Trainer, batch_idx: int) -> bool:
-    """Whether a batch ended an optimizer step inside an epoch: half a step cannot be kept."""
+    """Returns True if a batch ended an optimizer step inside an epoch; a partial step cannot be saved."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
 
 
 class PreemptionHandler(lightning.Callback):
-    """Ends training on SIGTERM: after the step at hand, with a checkpoint of that moment.
+    """Ends training on SIGTERM: finishes the current optimizer step, writes a checkpoint, and raises Terminated.
 
-    It is enough that one of several processes gets the signal. Under SLURM, SIGUSR1 (sbatch --signal) means the same.
+    The signal need not reach more than one process. Under SLURM, SIGUSR1 (sbatch --signal) has the same effect.
 
     Args:
-        checkpoints: writes it.
+        checkpoints: writes the checkpoint.
     """
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
+    def __init__(self, checkpoints: CheckpointCallback) -> None:
         self._checkpoints = checkpoints
-        self._ranks = checkpoints.ranks
-        self._asked = threading.Event()
-        self._signals = [signal.SIGTERM, *([signal.SIGUSR1] if self._ranks.world.launcher == "SLURM" else [])]
+        self._group = checkpoints.group
+        self._requested = threading.Event()
+        self._signals = [signal.SIGTERM, *([signal.SIGUSR1] if self._group.env.launcher == "SLURM" else [])]
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Listens for the signals inside the block; only the main thread may, elsewhere nothing is changed."""
+    def handle_signals(self) -> Iterator[None]:
+        """Handles the signals inside the block; does nothing outside the main thread, where Python allows no handlers.
+
+        When an error ends one of several processes, it ignores further signals: a launcher that ends the others after
+        the first has gone must not kill one that has saved and is about to say so.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in self._signals}
-        self._listen()
+        self._install_handlers()
         try:
             yield
+        except BaseException:  # whatever ends this process, the launcher then signals the others
+            if self._group.world_size > 1:
+                before = dict.fromkeys(before, signal.SIG_IGN)
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _listen(self) -> None:
+    def _install_handlers(self) -> None:
         for number in self._signals:
-            signal.signal(number, lambda *_: self._asked.set())
+            signal.signal(number, lambda *_: self._requested.set())
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Listens again: Lightning has put a handler of its own in between.
+        """Installs the handlers again: Lightning has replaced them.
 
-        That one would talk to the other processes from inside the handler, and end a step halfway.
+        Lightning's handler would communicate with the other processes from inside the handler and interrupt a step.
         """
         del trainer, pl_module
         if threading.current_thread() is threading.main_thread():
-            self._listen()
+            self._install_handlers()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes and raises, when asked to; only between optimizer steps."""
+        """Ends training between optimizer steps if a signal has arrived."""
         del pl_module, outputs, batch
         if is_between_steps(trainer, batch_idx):
-            self._end_if_asked(trainer)
+            self._end_if_requested(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """The same at the end of an epoch."""
+        """Ends training at the end of an epoch if a signal has arrived."""
         del pl_module
-        self._end_if_asked(trainer)
+        self._end_if_requested(trainer)
 
-    def _end_if_asked(self, trainer: lightning.Trainer) -> None:
-        if not self._ranks.any(self._asked.is_set()):
+    def _end_if_requested(self, trainer: lightning.Trainer) -> None:
+        if not self._group.any(self._requested.is_set()):
             return
         path = self._checkpoints.write(trainer)
-        self._ranks.stop(Terminated(f"terminated after saving {path}; the same command goes on from there"))
+        self._group.abort(Terminated(f"terminated after saving {path}; run the same command again to resume"))
 
 
 def point_latest_to(path: Path) -> None:
-    """Makes LATEST in the same folder a link to `path`, in one step; a copy where links do not exist.
+    """Atomically replaces LATEST in the same folder with a link to `path`; a copy where links are not supported.
 
     Raises:
-        OutputError: neither could be made.
+        OutputError: neither can be created.
     """
     latest = path.with_name(LATEST)
     temporary = path.with_name(f".{LATEST}.{os.getpid()}.tmp")
@@ -237,12 +243,12 @@ def point_latest_to(path: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The file that LATEST means; the newest by epoch and step where LATEST is missing; None where there is none."""
+    """Returns the target of LATEST, or the newest file by epoch and step without LATEST; None without checkpoints."""
     return next(iter(newest_first(folder)), None)
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The file that LATEST means and those before it, by epoch and step; all where LATEST is missing."""
+    """Returns the target of LATEST and all older files, newest first; all files without LATEST."""
     numbered = {
         (int(match[1]), int(match[2])): path
         for path in folder.glob("model_epoch_*_step_*.malckpt")
@@ -254,18 +260,18 @@ def newest_first(folder: Path) -> list[Path]:
         return [numbered[number] for number in order]
     newest = latest.resolve()
     match = _NAME.match(newest.name)
-    # LATEST may have been pointed back by hand: what is newer than it is then not wanted.
+    # A user may point LATEST to an older file, to continue from there; newer files are then ignored.
     return [newest, *(numbered[n] for n in order if match is None or n < (int(match[1]), int(match[2])))]
 
 
-def newest_whole(folder: Path, open_with: DecryptionKey | None, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is neither truncated nor, if sealed, altered; says which are. None where none exists.
+def newest_intact(folder: Path, open_with: DecryptionKey | None, print_line: Callable[[str], None]) -> Path | None:
+    """Returns the newest checkpoint that is neither truncated nor altered; None without checkpoints.
 
-    Each candidate is read to its end, for only then is it known to be whole.
+    Reads each candidate to its end, and reports damaged ones. Alterations are detected in encrypted files only.
 
     Raises:
-        Truncated, Altered: there are checkpoints, and none of them is whole.
-        CheckpointError: the newest cannot be used for another reason, such as a wrong key.
+        Truncated, Altered: there are checkpoints, but all are damaged.
+        CheckpointError: the newest intact one cannot be read for another reason, such as a wrong key.
     """
     damaged: CheckpointError | None = None
     for path in newest_first(folder):
@@ -273,7 +279,7 @@ def newest_whole(folder: Path, open_with: DecryptionKey | None, say: Callable[[s
             load_checkpoint(path, open_with)
         except (Truncated, Altered) as error:
             damaged = damaged or error
-            say(f"{error}; trying the one before")
+            print_line(f"{error}; trying the checkpoint before it")
         else:
             return path
     if damaged is not None:

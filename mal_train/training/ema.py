@@ -1,4 +1,4 @@
-"""The teacher follows the student: one fused update after every optimizer step."""
+"""The teacher: an exponential moving average (EMA) of the student, updated after every optimizer step."""
 
 import torch
 from torch import nn
@@ -6,11 +6,11 @@ from torch import nn
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Teacher ← momentum · teacher + (1 − momentum) · student, parameter by parameter; buffers are copied.
+    """Sets each teacher parameter to momentum · teacher + (1 − momentum) · student, and copies the buffers.
 
     Args:
         teacher: changed in place.
-        student: of the same architecture.
+        student: a network of the same architecture.
         momentum: in [0, 1]; TAO uses 0.996.
     """
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)

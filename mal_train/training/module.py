@@ -1,7 +1,7 @@
-"""Wires network, losses, schedule and teacher into Lightning. The arithmetic lives in step, schedule and teacher.
+"""The Lightning module: connects network, losses, schedule and teacher, which `step`, `schedule` and `ema` compute.
 
-Lightning brings the loop, mixed precision, gradient accumulation and resuming. What a step needs beyond the weights and
-the optimizer's state (its rate, loss weights, random numbers) follows from its number, so that nothing else is saved.
+Lightning provides the loop, mixed precision, gradient accumulation and resuming. Learning rate, loss weights and random
+seed of a step are functions of its index, so a checkpoint needs only the weights and the optimizer state.
 """
 
 import math
@@ -26,14 +26,14 @@ from mal_train.training.schedule import CosineSchedule, ramp
 from mal_train.training.step import LossWeights, StepLosses, mixed_losses, pseudo_label_losses, step_losses
 
 NON_FINITE_LIMIT = 10
-"""Steps in a row with a non-finite gradient after which training stops."""
-BAD_IMAGE_SHARE = 0.01
-"""Training stops when more than this share of the pictures cannot be read."""
+"""Number of consecutive steps with a non-finite gradient after which training stops."""
+MAX_UNREADABLE_FRACTION = 0.01
+"""Training stops when more than this fraction of the images cannot be read."""
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights and ramps of the losses, and the mean field's grid."""
+    """Weights and ramp lengths of the losses, and the resolution of the mean field."""
 
     mil_weight: float = 4.0
     crf_weight: float = 0.5
@@ -45,22 +45,23 @@ class LossSettings:
 
 
 class MalModule(lightning.LightningModule):
-    """Trains `network`.
+    """Lightning module that trains `network`.
 
     Args:
         network: student and teacher; changed in place.
-        labeler_config: how labels will be made; validation may replace it with fitted thresholds.
+        labeler_config: labeler settings of the checkpoint; validation replaces them with fitted ones.
         schedule: learning rate by step.
-        losses: weights and ramps.
-        mean_field: refines masks into targets for the student.
-        optimizer: AdamW's settings.
-        teacher_momentum: share of the teacher that stays at every step.
-        seed: of the network's random numbers (stochastic depth), ≥ 0.
-        learns_from_masks: whether any sample carries a mask, for those who watch.
-        masks_are_guesses: an earlier model made the masks: they add to the box losses instead of replacing them.
-        num_images: pictures in the training set, to know how many unreadable ones are too many.
-        say: prints a line for people.
-        ranks: the processes that train together; None: this one alone.
+        losses: weights and ramp lengths.
+        mean_field: refines probabilities into target masks for the student.
+        optimizer: settings of AdamW.
+        teacher_momentum: momentum of the teacher's moving average, per step.
+        seed: seed of stochastic depth, ≥ 0.
+        num_images: number of training images; limits how many may be unreadable.
+        learns_from_masks: True if any sample has a mask; used for the progress display only.
+        uses_pseudo_labels: True if an earlier model predicted the masks: their loss is added to the box losses instead
+            of replacing them.
+        print_line: prints a line for the user.
+        group: the processes that train together; None: a single process.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class MalModule(lightning.LightningModule):
         num_images: int,
         learns_from_masks: bool = False,
         uses_pseudo_labels: bool = False,
-        say: Callable[[str], None] = print,
-        ranks: ProcessGroup | None = None,
+        print_line: Callable[[str], None] = print,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.ranks = ranks or ProcessGroup()
+        self.group = group or ProcessGroup()
         self.network = network
         self.labeler_config = labeler_config
         self.schedule = schedule
@@ -93,58 +94,58 @@ class MalModule(lightning.LightningModule):
         self.num_images = num_images
         self.learns_from_masks = learns_from_masks
         self.uses_pseudo_labels = uses_pseudo_labels
-        self.say = say
+        self.print_line = print_line
         self.last_losses: StepLosses | None = None
         self.steps_skipped = 0
-        self._skipped_in_a_row = 0
-        self._bad_images: set[str] = set()
+        self._consecutive_skips = 0
+        self._unreadable: set[str] = set()
 
     @property
     def compat(self) -> Compat:
-        """Whose oddities to keep."""
+        """Compatibility mode of the labeler settings."""
         return self.labeler_config.compat
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
+        """Optimizer steps per epoch."""
         batches = int(self.trainer.num_training_batches)
         return max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW."""
+        """Builds AdamW."""
         return build_optimizer(self.network, self.optimizer_settings, fused=self.trainer.precision != "16-mixed")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Moves the pixels; the size branches stay on the CPU."""
+        """Moves the batch to the device, except for the size classes, which stay on the CPU."""
         del dataloader_idx
         return batch.to(device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Random numbers of this batch, whatever was drawn before it."""
-        self._note_bad_images(batch.bad_images)
-        place = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx, self.ranks.rank])
-        torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
+        """Reports unreadable images, and seeds the random generator from seed, epoch, batch and rank."""
+        self._count_unreadable(batch.bad_images)
+        sequence = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx, self.group.rank])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Both networks forward, and the losses that the batch's boxes and masks ask for."""
+        """Runs both networks, and computes the losses of the boxes and masks of the batch."""
         del batch_idx
         student_view = normalize(batch.student_NHWC)
         teacher_view = normalize(batch.teacher_NHWC)
         student = self.network.logits(student_view, batch.size_class_N, Branch.STUDENT)
         weights = self.loss_weights(self.global_step)
         teacher = None
-        if weights.crf > 0.0:  # nothing else asks for its answer
+        if weights.crf > 0.0:  # only the mean-field loss uses the teacher
             teacher = self.network.logits(teacher_view, batch.size_class_N, Branch.TEACHER)
         with torch.autocast(self.device.type, enabled=False):
-            # The jittered view's colors are not the object's: ours steers by the clean one.
+            # Color jitter changes the color edges of the student's view, so the clean view guides the mean field.
             guide = student_view if self.compat is Compat.TAO else teacher_view
 
-            def of_boxes(which: Tensor | slice) -> StepLosses:
+            def of_boxes(index: Tensor | slice) -> StepLosses:
                 return step_losses(
-                    student[which],
-                    None if teacher is None else teacher[which],
-                    guide[which],
-                    batch.box_mask_NHW[which],
+                    student[index],
+                    None if teacher is None else teacher[index],
+                    guide[index],
+                    batch.box_mask_NHW[index],
                     refine=self.mean_field,
                     weights=weights,
                     compat=self.compat,
@@ -164,12 +165,12 @@ class MalModule(lightning.LightningModule):
                 )
             else:
                 losses = mixed_losses(student, batch.mask_MHW, batch.masked_M, weights.mask, of_boxes)
-        seen = self.ranks.mean(torch.stack([loss.detach() for loss in losses]) * batch.weight)
-        self.last_losses = StepLosses(*seen)
+        means = self.group.mean(torch.stack([loss.detach() for loss in losses]) * batch.weight)
+        self.last_losses = StepLosses(*means)
         return losses.total * batch.weight
 
     def loss_weights(self, step: int) -> LossWeights:
-        """Weights of an optimizer step."""
+        """Returns the loss weights of an optimizer step."""
         settings, length = self.losses, self.steps_per_epoch
         return LossWeights(
             settings.mil_weight * ramp(step, settings.mil_steps, length, self.compat),
@@ -179,47 +180,47 @@ class MalModule(lightning.LightningModule):
         )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Sets the rate; drops a gradient that is not finite, and stops training at the tenth in a row."""
+        """Sets the learning rate, drops a non-finite gradient, and stops after `NON_FINITE_LIMIT` of them in a row."""
         set_rate(optimizer, self.schedule.at_step(self.global_step, self.steps_per_epoch, self.compat))
         gradients = [p.grad for p in self.network.student.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
-        # All skip it or none does, however the gradients are spread over the processes.
-        if not self.ranks.any(not bool(torch.isfinite(norms).all())):
-            self._skipped_in_a_row = 0
+        # With sharded gradients one process may see the NaN alone; all must skip the step together.
+        if not self.group.any(not bool(torch.isfinite(norms).all())):
+            self._consecutive_skips = 0
             return
         optimizer.zero_grad(set_to_none=True)
         self.steps_skipped += 1
-        self._skipped_in_a_row += 1
-        self.say(f"step {self.global_step}: the gradient is not finite; the step is left out")
-        if self._skipped_in_a_row >= NON_FINITE_LIMIT:
-            self.ranks.stop(
+        self._consecutive_skips += 1
+        self.print_line(f"step {self.global_step}: the gradient is not finite; the step is skipped")
+        if self._consecutive_skips >= NON_FINITE_LIMIT:
+            self.group.abort(
                 NonFiniteTraining(
-                    f"{NON_FINITE_LIMIT} steps in a row up to step {self.global_step} had no finite gradient; lower "
-                    "train.lr or set train.use_amp to false. The last checkpoint before them is intact"
+                    f"{NON_FINITE_LIMIT} consecutive steps up to step {self.global_step} had a non-finite gradient; "
+                    "lower train.lr or set train.use_amp to false. The last checkpoint before them is intact"
                 )
             )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The optimizer's step, then the teacher's."""
+        """Updates the student, then the teacher."""
         super().optimizer_step(*args, **kwargs)
-        if not self._skipped_in_a_row:
-            self.ranks.average_buffers(self.network.student)
+        if not self._consecutive_skips:
+            self.group.average_buffers(self.network.student)
             update_ema(self.network.teacher, self.network.student, self.teacher_momentum)
 
-    def _note_bad_images(self, here: tuple[str, ...]) -> None:
-        """Counts what any process could not read, so that all agree when it is too much."""
-        if not self.ranks.any(bool(here)):
+    def _count_unreadable(self, messages: tuple[str, ...]) -> None:
+        """Reports and counts the unreadable images of all processes; stops training above the limit."""
+        if not self.group.any(bool(messages)):
             return
-        messages = self.ranks.gather(here)
-        for message in messages:
-            if message not in self._bad_images:
-                self._bad_images.add(message)
-                self.say(f"not trained on: {message}")
-        allowed = max(1.0, BAD_IMAGE_SHARE * self.num_images)
-        if len(self._bad_images) > allowed:
-            self.ranks.stop(
+        gathered = self.group.all_gather(messages)
+        for message in gathered:
+            if message not in self._unreadable:
+                self._unreadable.add(message)
+                self.print_line(f"image skipped: {message}")
+        allowed = max(1.0, MAX_UNREADABLE_FRACTION * self.num_images)
+        if len(self._unreadable) > allowed:
+            self.group.abort(
                 BadDataset(
-                    f"{len(self._bad_images)} of {self.num_images} training pictures cannot be read, more than "
-                    f"{BAD_IMAGE_SHARE:.0%}; the last: {messages[-1]}"
+                    f"{len(self._unreadable)} of {self.num_images} training images cannot be read, more than "
+                    f"{MAX_UNREADABLE_FRACTION:.0%}; the last one: {gathered[-1]}"
                 )
             )

@@ -1,4 +1,4 @@
-"""Which parameters learn, how fast, and with how much decay."""
+"""Parameter groups of AdamW: learning rate, weight decay and frozen stages."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from mal_train.kernel.networks.network import MalNetwork, MaskNetwork
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and its groups.
+    """Settings of AdamW and its parameter groups.
 
     Attributes:
-        betas: both betas.
-        eps: epsilon.
-        weight_decay: of every parameter …
-        decay_norm_bias: … unless this is false: then not of biases and norm weights.
-        head_lr_mult: rate of mask head and RoI head, relative to the backbone's.
+        betas: coefficients of the running averages of gradient and squared gradient.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        decay_norm_bias: if False, biases and normalization weights are not decayed.
+        head_lr_mult: learning rate of mask head and RoI head, relative to the backbone's.
     """
 
     betas: tuple[float, float] = (0.9, 0.9)
@@ -31,10 +31,15 @@ class OptimizerSettings:
 
 
 def build_optimizer(network: MalNetwork, settings: OptimizerSettings, *, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over what the student may learn, in as few groups as the settings need.
+    """Builds AdamW for the trainable parameters of the student, with as few groups as the settings need.
 
-    Each group carries `lr_scale`; whoever sets the rate multiplies by it. The rate itself starts at 0. `fused` is the
-    faster kernel; with it a gradient scaler leaves the unscaling to the optimizer, too late to look at gradients.
+    Each group has an `lr_scale`, by which `set_rate` multiplies the learning rate. The rate starts at 0.
+
+    Args:
+        network: student and teacher.
+        settings: of AdamW and its groups.
+        fused: use the fused kernel. It is faster, but a gradient scaler then unscales the gradients inside the
+            optimizer step, too late to check them.
     """
     members: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in network.student.named_parameters():
@@ -51,15 +56,16 @@ def build_optimizer(network: MalNetwork, settings: OptimizerSettings, *, fused: 
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its share of the rate."""
+    """Sets the learning rate of every group, scaled by its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
 
 
 def freeze_stages(network: MalNetwork, stages: Sequence[int]) -> list[str]:
-    """Stop the student's stages from learning: 0 the patch embedding, i the i-th block; −1 and unknown ones nothing.
+    """Freezes stages of the student's backbone and returns their names.
 
-    Returns the names of what was frozen. Class token and position table always learn, as in the published code.
+    Stage 0 is the patch embedding, stage i is block i; −1 and unknown stages are ignored. Class token and position
+    embedding are always trained, as in the published code.
     """
     frozen = []
     for stage, name, part in _stages(network.student):

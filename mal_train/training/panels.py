@@ -1,4 +1,4 @@
-"""Close-ups of validated masks beside their ground truth, for the board of each validation and the page at the end."""
+"""Close-ups of predicted masks beside their ground truth, for the contact sheets and the training report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from mal_train.core.report.overlays import draw_close_up
 
 @dataclass(frozen=True)
 class CloseUp:
-    """One mask for people: the picture (h, w, 3) uint8 and what to write under it."""
+    """An image (h, w, 3) uint8 of one mask, with its caption."""
 
-    picture: RgbImage
+    image: RgbImage
     title: str
     detail: str
 
@@ -25,51 +25,51 @@ class CloseUp:
 def close_ups(
     compared: Sequence[InstanceComparison], coco: CocoFile, image_dir: Path, *, side: int = 240
 ) -> list[CloseUp]:
-    """Pictures `side` px long, in the order given; each image is read once.
+    """Draws close-ups in the order of `compared`; their longer side is `side` px.
 
-    A mask whose image has become unreadable since it was compared gets no picture.
+    Each image is read once. A mask whose image has become unreadable since the validation is left out.
     """
     boxes = {(row.image_id, row.id): row.box_xywh for row in coco.annotations}
-    wanted: dict[JsonId, list[int]] = {}
-    for place, pair in enumerate(compared):
-        wanted.setdefault(pair.row.image_id, []).append(place)
-    found: dict[int, CloseUp] = {}
-    for image_id, places in wanted.items():
+    by_image: dict[JsonId, list[int]] = {}
+    for index, pair in enumerate(compared):
+        by_image.setdefault(pair.row.image_id, []).append(index)
+    drawn: dict[int, CloseUp] = {}
+    for image_id, indices in by_image.items():
         info = coco.images[image_id]
         try:
             image = read_image(image_dir / info.file_name, expected_wh=info.size_wh)
         except BadImage:
             continue
-        for place in places:
-            pair = compared[place]
+        for index in indices:
+            pair = compared[index]
             row = pair.row
-            picture = draw_close_up(
+            close_up = draw_close_up(
                 image, boxes[row.image_id, row.annotation_id], pair.prediction, pair.truth, side=side
             )
             name = coco.category_names.get(row.category_id, str(row.category_id))
-            found[place] = CloseUp(
-                picture,
+            drawn[index] = CloseUp(
+                close_up,
                 f"IoU {row.iou:.2f} · score {row.score:.2f}",
                 f"{name} · annotation {row.annotation_id} · {info.file_name}",
             )
-    return [found[place] for place in sorted(found)]
+    return [drawn[index] for index in sorted(drawn)]
 
 
-def typical(compared: Sequence[InstanceComparison], count: int) -> Sequence[InstanceComparison]:
-    """The `count` masks round the median IoU of masks sorted by IoU."""
+def around_median(compared: Sequence[InstanceComparison], count: int) -> Sequence[InstanceComparison]:
+    """Returns the `count` masks around the median IoU, from masks sorted by IoU."""
     start = max(0, (len(compared) - count) // 2)
     return compared[start : start + count]
 
 
 class ContactSheet:
-    """Shows the worst masks of each validation: boards/epoch_EEE.png (epochs counted from 1) and TensorBoard.
+    """Contact sheet of the worst masks of each validation: boards/epoch_EEE.png (epochs from 1) and TensorBoard.
 
     Args:
-        folder: of the run; gets the folder boards.
+        folder: output folder of the run.
         coco: the validation file.
         image_dir: folder of its images.
-        count: masks on a board, ≥ 1.
-        events: gets the same picture, by name and optimizer step.
+        count: masks per sheet, ≥ 1.
+        add_image: adds the sheet to the TensorBoard events, by name and optimizer step.
     """
 
     def __init__(
@@ -78,31 +78,36 @@ class ContactSheet:
         coco: CocoFile,
         image_dir: Path,
         count: int,
-        events: Callable[[str, RgbImage, int], None],
+        add_image: Callable[[str, RgbImage, int], None],
     ) -> None:
         self._folder = folder / "boards"
         self._coco = coco
         self._image_dir = image_dir
         self._count = count
-        self._events = events
+        self._add_image = add_image
 
-    def show(self, compared: Sequence[InstanceComparison], epoch: int, step: int) -> Path | None:
-        """Draws the first `count` of masks sorted by IoU; None where there is nothing to draw.
+    def write(self, compared: Sequence[InstanceComparison], epoch: int, step: int) -> Path | None:
+        """Writes the sheet of the first `count` masks and returns its path; None without masks.
+
+        Args:
+            compared: masks sorted by IoU, lowest first.
+            epoch: number of finished epochs.
+            step: number of finished optimizer steps.
 
         Raises:
-            OutputError: the picture could not be written.
+            OutputError: the sheet cannot be written.
         """
-        pictures = close_ups(compared[: self._count], self._coco, self._image_dir, side=CELL)
-        if not pictures:
+        panels = close_ups(compared[: self._count], self._coco, self._image_dir, side=CELL)
+        if not panels:
             return None
         heading = f"epoch {epoch}, step {step}: lowest IoU first. pink: mask, cyan: true mask, yellow: box"
-        sheet = contact_sheet_image([(entry.picture, entry.title.replace("·", "-")) for entry in pictures], heading)
+        sheet = contact_sheet_image([(panel.image, panel.title.replace("·", "-")) for panel in panels], heading)
         path = self._folder / f"epoch_{epoch:03d}.png"
         try:
             self._folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{self._folder}: cannot be made: {error.strerror}") from error
+            raise OutputError(f"{self._folder}: cannot be created: {error.strerror}") from error
         with atomic_write(path) as file:
             file.write(encode_png(sheet))
-        self._events("val/worst_first", sheet, step)
+        self._add_image("val/worst_first", sheet, step)
         return path

@@ -1,6 +1,6 @@
-"""What a run leaves for machines to read: status.json (one JSON object a line), metrics.csv and TensorBoard events.
+"""Machine-readable files of a run: status.json (one JSON object per line), metrics.csv and TensorBoard events.
 
-status.json follows TAO's layout, except that a run that succeeds says SUCCESS and every failure says FAILURE.
+status.json follows TAO's layout, except that the last line is SUCCESS or FAILURE for every run.
 """
 
 import csv
@@ -15,7 +15,7 @@ from mal_train.core.masks.images import RgbImage
 from mal_train.core.metrics.report import EvaluationReport
 
 Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE"]
-Figures = Mapping[str, float | None]
+MetricValues = Mapping[str, float | None]
 
 METRIC_COLUMNS = (
     "kind",
@@ -39,7 +39,7 @@ METRIC_COLUMNS = (
 
 
 class StatusFile:
-    """Appends lines to <folder>/status.json; each is on disk when the call returns."""
+    """The file <folder>/status.json; each line is on disk when `write` returns."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "status.json"
@@ -50,13 +50,19 @@ class StatusFile:
         status: Status,
         message: str,
         *,
-        kpi: Figures | None = None,
+        kpi: MetricValues | None = None,
         progress: Mapping[str, object] | None = None,
     ) -> None:
-        """One line. `kpi` figures stay on later lines until replaced; `progress` stands on this one only.
+        """Appends a line.
+
+        Args:
+            status: state of the run.
+            message: description of the event.
+            kpi: metrics by name; later lines repeat them until they are replaced.
+            progress: further fields of this line.
 
         Raises:
-            OutputError: the line could not be written.
+            OutputError: the line cannot be written.
         """
         self._kpi.update(kpi or {})
         now = datetime.now()
@@ -78,18 +84,18 @@ class StatusFile:
 
 
 def note_failure(folder: Path, message: str) -> None:
-    """Says FAILURE in <folder>/status.json where a run ended without saying how: it was killed."""
+    """Appends FAILURE to <folder>/status.json if the last line is of a running command, which was then killed."""
     path = folder / "status.json"
     if not path.is_file():
         return
-    _cut_torn_line(path)
+    _drop_partial_line(path)
     lines = path.read_text(encoding="utf-8").splitlines()
     if lines and json.loads(lines[-1])["status"] in {"STARTED", "RUNNING"}:
         StatusFile(folder).write("FAILURE", message)
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Takes off what stands behind the last line break: a process was killed while it wrote that line."""
+def _drop_partial_line(path: Path) -> None:
+    """Truncates a file after its last line break; a killed process may have left part of a line behind it."""
     content = path.read_bytes()
     if not content.endswith(b"\n"):
         with path.open("r+b") as file:
@@ -97,20 +103,20 @@ def _cut_torn_line(path: Path) -> None:
 
 
 class MetricsFile:
-    """Rows of METRIC_COLUMNS in a CSV file, and the same figures as TensorBoard events.
+    """The file metrics.csv with `METRIC_COLUMNS`, and TensorBoard events with the same values.
 
     Args:
-        folder: gets metrics.csv and the event files.
-        append: keep earlier rows (a resumed run) instead of starting anew; but not half a row, left by a kill.
+        folder: folder of metrics.csv and the event files.
+        append: keep the complete rows of an existing file (a resumed run) instead of replacing it.
     """
 
     def __init__(self, folder: Path, *, append: bool) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  half a second, and only training needs it
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  takes half a second, and only training needs it
 
         path = folder / "metrics.csv"
         try:
             if append and path.exists():
-                _cut_torn_line(path)
+                _drop_partial_line(path)
             has_rows = append and path.exists() and path.stat().st_size > 0
             self._file: IO[str] = path.open("a" if append else "w", encoding="utf-8", newline="")
         except OSError as error:
@@ -120,43 +126,43 @@ class MetricsFile:
             self._rows.writeheader()
         self._events = SummaryWriter(str(folder))
 
-    def add(self, kind: Literal["train", "val"], epoch: int, step: int, figures: Figures) -> None:
-        """One row; figures that are None stay empty. OutputError when it cannot be written."""
-        known = {name: value for name, value in figures.items() if value is not None}
-        shown = {name: f"{value:.6g}" for name, value in known.items()}
+    def add(self, kind: Literal["train", "val"], epoch: int, step: int, values: MetricValues) -> None:
+        """Appends a row; values that are None give empty cells. Raises OutputError if it cannot be written."""
+        known = {name: value for name, value in values.items() if value is not None}
+        cells = {name: f"{value:.6g}" for name, value in known.items()}
         try:
-            self._rows.writerow({"kind": kind, "epoch": epoch, "step": step, **shown})
+            self._rows.writerow({"kind": kind, "epoch": epoch, "step": step, **cells})
             self._file.flush()
         except OSError as error:
             raise OutputError(f"{self._file.name}: cannot be written: {error.strerror}") from error
         for name, value in known.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
-    def add_picture(self, name: str, picture: RgbImage, step: int) -> None:
-        """A picture (h, w, 3) uint8 among the TensorBoard events."""
-        self._events.add_image(name, picture, step, dataformats="HWC")
+    def add_image(self, name: str, image: RgbImage, step: int) -> None:
+        """Adds an image (h, w, 3) uint8 to the TensorBoard events."""
+        self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Everything on disk."""
+        """Flushes and closes the files."""
         self._file.close()
         self._events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float | str]]:
-    """The rows of metrics.csv by rising step, empty cells left out.
+    """Returns the rows of metrics.csv in the order of their steps, without empty cells.
 
-    A run that was killed and went on has steps twice; the later row counts.
+    A run that was killed and resumed may have two rows for a step; the later row is returned.
     """
-    found: dict[tuple[str, int], dict[str, float | str]] = {}
+    rows: dict[tuple[str, int], dict[str, float | str]] = {}
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            figures = {name: float(value) for name, value in row.items() if name != "kind" and value}
-            found[row["kind"], int(row["step"])] = {"kind": row["kind"], **figures}
-    return [found[key] for key in sorted(found, key=lambda key: key[1])]
+            values = {name: float(value) for name, value in row.items() if name != "kind" and value}
+            rows[row["kind"], int(row["step"])] = {"kind": row["kind"], **values}
+    return [rows[key] for key in sorted(rows, key=lambda key: key[1])]
 
 
-def figures_of(report: EvaluationReport) -> dict[str, float | None]:
-    """The figures that curves and status.json carry, by name; mIoU is the mean over instances."""
+def validation_metrics(report: EvaluationReport) -> dict[str, float | None]:
+    """Returns the metrics of metrics.csv and status.json, by name; mIoU is the mean over instances."""
     return {
         "mIoU": report.overall.miou,
         **{f"mIoU_{name}": group.miou for name, group in report.by_size.items()},
@@ -166,16 +172,16 @@ def figures_of(report: EvaluationReport) -> dict[str, float | None]:
     }
 
 
-def one_line(report: EvaluationReport) -> str:
-    """The figures as one line for people."""
-    shown = [f"{name} {value:.3f}" for name, value in figures_of(report).items() if value is not None]
-    text = ", ".join(shown) or "no mask could be compared"
+def summary_line(report: EvaluationReport) -> str:
+    """Returns the metrics of a validation as one line of text."""
+    metrics = [f"{name} {value:.3f}" for name, value in validation_metrics(report).items() if value is not None]
+    text = ", ".join(metrics) or "no mask could be compared"
     skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped.items())
-    return f"{text} over {report.overall.count} masks" + (f"; not counted: {skipped}" if skipped else "")
+    return f"{text} over {report.overall.count} masks" + (f"; skipped: {skipped}" if skipped else "")
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as TAO's status lines write them.
+    """Formats seconds as H:MM:SS, as in TAO's status lines.
 
     >>> duration(65.4)
     '0:01:05'

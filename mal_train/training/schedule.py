@@ -1,7 +1,7 @@
-"""Learning rate and loss weights as functions of the optimizer step. Plain numbers: no torch, no state to save.
+"""Learning rate and loss weights as functions of the optimizer step. No torch, and no state to save.
 
-`compat: tao` keeps two oddities of the published loop: the rate lags a step behind (the first step runs at the peak),
-and the losses ramp up during epoch 0 only, jumping to full weight at epoch 1.
+`compat: tao` reproduces two properties of the published loop: the rate lags one step behind (the first step uses the
+peak), and the loss weights ramp up during epoch 0 only and jump to their full value at epoch 1.
 """
 
 import math
@@ -12,14 +12,14 @@ from mal_train.core.settings import Compat
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up, then half cosine waves down to a floor (§5 of the method).
+    """Linear warm-up, then half cosine waves down to a floor.
 
     Attributes:
         peak: learning rate at the end of the warm-up.
         floor: learning rate at the end.
-        warmup_epochs: length of the warm-up, fractions allowed.
-        num_epochs: length of the training.
-        num_wave: half waves after the warm-up; 1 falls once.
+        warmup_epochs: length of the warm-up, in epochs; may be a fraction.
+        num_epochs: length of the training, in epochs.
+        num_wave: number of half waves after the warm-up; 1 decreases monotonically.
     """
 
     peak: float
@@ -29,7 +29,7 @@ class CosineSchedule:
     num_wave: float = 1.0
 
     def at_epoch(self, epoch: float) -> float:
-        """Rate at a point in time, counted in epochs.
+        """Returns the learning rate after `epoch` epochs.
 
         >>> [round(CosineSchedule(3e-6, 6e-7, 1, 10).at_epoch(e), 9) for e in (0.5, 5.5, 10)]
         [1.5e-06, 1.8e-06, 6e-07]
@@ -42,10 +42,10 @@ class CosineSchedule:
         return self.floor + (self.peak - self.floor) * 0.5 * (1.0 + math.cos(math.pi * self.num_wave * done))
 
     def at_step(self, step: int, steps_per_epoch: int, compat: Compat) -> float:
-        """Rate of optimizer step number `step`, counted from 0 over the whole training.
+        """Returns the learning rate of an optimizer step, counted from 0 over all epochs.
 
-        Ours: the first step has a small rate, the last one the floor. `tao`: the first step has the peak, and each
-        later one the rate of the moment before the step before it.
+        `none`: the first step has a small rate, the last one the floor. `tao`: the first step has the peak, and step n
+        the rate at the start of step n − 1.
         """
         if compat is Compat.TAO:
             return self.peak if step == 0 else self.at_epoch((step - 1) / steps_per_epoch)
@@ -53,9 +53,9 @@ class CosineSchedule:
 
 
 def ramp(step: int, length: int, steps_per_epoch: int, compat: Compat) -> float:
-    """Share in [0, 1] of a loss's weight at optimizer step `step`; it reaches 1 after `length` steps.
+    """Returns the fraction in [0, 1] of a loss weight at an optimizer step; it reaches 1 after `length` steps.
 
-    Ours starts above 0 and runs over the whole training; `tao` starts at 0 and ends with epoch 0.
+    `none` starts above 0 and continues over epochs; `tao` starts at 0 and is 1 from epoch 1 on.
     """
     if length <= 0:
         return 1.0

@@ -1,6 +1,6 @@
-"""The arithmetic of one training step: logits of both networks → the losses. Pure; knows no trainer and no files.
+"""Losses of one training step from the logits of both networks. Pure functions; no trainer, no files.
 
-Letters: N crops, H = W side of the logit map, S crop side in px.
+Shape suffixes: N crops, M crops with a mask, H and W sides of the logit map, S crop side in px.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from mal_train.losses.mask import mask_loss
 from mal_train.losses.mil import mil_loss
 
 Refine = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(guide (N, 3, H, W), probability (N, H, W), box mask (N, H, W)) → mask (N, H, W); `losses.crf.MeanField` is one."""
+"""Maps guide (N, 3, H, W), probability (N, H, W) and box mask (N, H, W) to a mask (N, H, W), as `MeanField` does."""
 
 
 class LossWeights(NamedTuple):
-    """Weights of this step, ramps included."""
+    """Weights of the losses at one step, ramps included."""
 
     mil: float
     crf: float
@@ -30,7 +30,7 @@ class LossWeights(NamedTuple):
 
 
 class StepLosses(NamedTuple):
-    """Scalars float32: `mil`, `crf`, `logit` and `mask` with their weights applied, `total` their sum."""
+    """Weighted losses, float32 scalars; `total` is the sum of the others."""
 
     total: Tensor
     mil: Tensor
@@ -50,17 +50,19 @@ def step_losses(
     compat: Compat,
     crf_size_ratio: int = 1,
 ) -> StepLosses:
-    """Losses of a batch (§4 of the method), in float32 whatever the networks computed in.
+    """Computes the losses of a batch from its boxes, in float32 for logits of any dtype.
+
+    Source: MAL (Lan et al., CVPR 2023), sections 3.3 and 3.4; the logit penalty is an addition.
 
     Args:
-        student_N1HW: the student's logits; gradients flow through these alone.
-        teacher_N1HW: the teacher's; None where the mean-field loss has no weight, which leaves that loss out.
-        guide_N3SS: normalized picture whose colors steer the mean field.
-        box_mask_NSS: the box on the crop, 0/1, any number type.
-        refine: the mean field; sees the mean of both networks' probabilities.
-        weights: of this step.
+        student_N1HW: logits of the student; only they receive gradients.
+        teacher_N1HW: logits of the teacher; None leaves out the mean-field loss.
+        guide_N3SS: normalized image whose colors guide the mean field.
+        box_mask_NSS: the box on the crop, 0/1, any dtype.
+        refine: the mean field; its input is the mean of both networks' probabilities.
+        weights: weights of the losses at this step.
         compat: `tao` divides the MIL sum by N + 10⁻⁴ instead of N.
-        crf_size_ratio: the mean field's grid, as a multiple of the logits' grid.
+        crf_size_ratio: resolution of the mean field's grid, as a multiple of the logit map's.
     """
     student_N1HW = student_N1HW.float()
     side = student_N1HW.shape[-2:]
@@ -70,11 +72,11 @@ def step_losses(
     count = mil_N.shape[0] + (1e-4 if compat is Compat.TAO else 0.0)
     mil = mil_N.sum() / count * weights.mil
 
-    none = torch.zeros_like(mil)
-    # Left out, not times 0: a logit that overflowed is a probability of 1 to the other losses, but 0 · ∞ is no number.
-    logit = logit_excess(student_N1HW[:, 0]).mean() * weights.logit if weights.logit else none
+    zero = torch.zeros_like(mil)
+    # Skipped, not multiplied by 0: to the other losses an overflowed logit is a probability of 1, but 0 · ∞ is NaN.
+    logit = logit_excess(student_N1HW[:, 0]).mean() * weights.logit if weights.logit else zero
     if teacher_N1HW is None:
-        return StepLosses(mil + logit, mil, none, logit, none)
+        return StepLosses(mil + logit, mil, zero, logit, zero)
     teacher_NHW = teacher_N1HW[:, 0].detach().float().sigmoid()
     if crf_size_ratio != 1:
         side = torch.Size(crf_size_ratio * length for length in side)
@@ -84,7 +86,7 @@ def step_losses(
         start_NHW = (student_NHW + teacher_NHW) / 2
         target_NHW = refine(resize(guide_N3SS.float(), side), start_NHW, resize(box_N1SS, side)[:, 0])
     crf = crf_loss(student_NHW, target_NHW).mean() * weights.crf
-    return StepLosses(mil + crf + logit, mil, crf, logit, none)
+    return StepLosses(mil + crf + logit, mil, crf, logit, zero)
 
 
 def pseudo_label_losses(
@@ -96,17 +98,17 @@ def pseudo_label_losses(
     weight: float,
     boxes: StepLosses,
 ) -> StepLosses:
-    """Losses of a batch whose masks are an earlier model's guesses: they add to what all the boxes say.
+    """Adds the loss of pseudo-labels, masks that an earlier model predicted, to the box losses of a batch.
 
     Args:
-        student_N1HW: the student's logits.
-        mask_MSS: the guessed masks, 0/1, any number type.
-        masked_M: which crops have one.
-        mask_weight_M: how far each is trusted, float32, 1 on average.
-        weight: of the mask loss.
-        boxes: `step_losses` of the whole batch.
+        student_N1HW: logits of the student.
+        mask_MSS: pseudo-label masks, 0/1, any dtype.
+        masked_M: indices of the crops with a pseudo-label.
+        mask_weight_M: confidence weight of each pseudo-label, float32, 1 on average.
+        weight: weight of the mask loss.
+        boxes: `step_losses` of the complete batch.
     """
-    mask_M = mask_loss(*_against_mask(student_N1HW, mask_MSS, masked_M))
+    mask_M = mask_loss(*_mask_targets(student_N1HW, mask_MSS, masked_M))
     mask = (mask_M * mask_weight_M).sum() / student_N1HW.shape[0] * weight
     return boxes._replace(total=boxes.total + mask, mask=mask)
 
@@ -118,39 +120,39 @@ def mixed_losses(
     weight: float,
     of_boxes: Callable[[Tensor], StepLosses],
 ) -> StepLosses:
-    """Losses of a batch of which some crops have a mask: these learn from it, the others from their boxes.
+    """Computes the losses of a batch in which some crops have a mask: mask loss for these, box losses for the others.
 
-    A crop counts alike however it is supervised.
+    Each crop has the same weight in the mean over the batch.
 
     Args:
-        student_N1HW: the student's logits.
-        mask_MSS: masks of those that have one, 0/1, any number type.
-        masked_M: which these are.
-        weight: of the mask loss.
-        of_boxes: `step_losses` of the crops with the given numbers.
+        student_N1HW: logits of the student.
+        mask_MSS: masks of the crops that have one, 0/1, any dtype.
+        masked_M: indices of these crops.
+        weight: weight of the mask loss.
+        of_boxes: computes `step_losses` of the crops with the given indices.
     """
     count = student_N1HW.shape[0]
-    mask = mask_loss(*_against_mask(student_N1HW, mask_MSS, masked_M)).sum() / count * weight
+    mask = mask_loss(*_mask_targets(student_N1HW, mask_MSS, masked_M)).sum() / count * weight
     is_box_N = torch.ones(count, dtype=torch.bool)
     is_box_N[masked_M] = False
     if not is_box_N.any():
         zero = torch.zeros_like(mask)
         return StepLosses(mask, zero, zero, zero, mask)
     boxes = of_boxes(is_box_N.nonzero()[:, 0])
-    share = float(is_box_N.sum()) / count
-    mil, crf, logit = boxes.mil * share, boxes.crf * share, boxes.logit * share
+    fraction = float(is_box_N.sum()) / count
+    mil, crf, logit = boxes.mil * fraction, boxes.crf * fraction, boxes.logit * fraction
     return StepLosses(mil + crf + logit + mask, mil, crf, logit, mask)
 
 
-def _against_mask(student_N1HW: Tensor, mask_MSS: Tensor, masked_M: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, H, W) logits of the crops that have a mask, and the share of each of their cells that is object."""
+def _mask_targets(student_N1HW: Tensor, mask_MSS: Tensor, masked_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns logits (M, H, W) of the crops with a mask, and the foreground fraction (M, H, W) of each cell."""
     logit_MHW = student_N1HW[masked_M, 0].float()
     height, width = logit_MHW.shape[-2:]
     return logit_MHW, functional.adaptive_avg_pool2d(mask_MSS[:, None].float(), (height, width))[:, 0]
 
 
 def resize(x_NCHW: Tensor, side: torch.Size) -> Tensor:
-    """Bilinear, half-pixel centers, no antialias: how the published code brings pictures to the logits' grid."""
+    """Resizes bilinearly with half-pixel centers and without antialiasing, as the published code does."""
     if x_NCHW.shape[-2:] == side:
         return x_NCHW
     return functional.interpolate(x_NCHW, size=tuple(side), mode="bilinear", align_corners=False)

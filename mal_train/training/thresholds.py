@@ -1,7 +1,7 @@
-"""Fits the mask thresholds to ground truth: the value for each size class that gives the best mean IoU.
+"""Fits the mask thresholds to ground truth: for each size class, the threshold with the best mean IoU.
 
-Works on the crop's grid, where one sorting of the probabilities gives the IoU at every candidate. All pixels of a crop
-have the same area in the image, so these IoUs are those of the pasted masks up to their edges.
+Works on the grid of the crop, where sorting the probabilities once gives the IoU at every candidate. All pixels of a
+crop cover the same area of the image, so these IoUs equal those of the pasted masks except at the mask edges.
 """
 
 from collections.abc import Sequence
@@ -14,28 +14,32 @@ from mal_train.core.settings import SIZE_NAMES, Compat, size_class
 from mal_train.kernel.labeler.labeler import Crop
 
 CANDIDATES: NDArray[np.float64] = np.arange(1, 20, dtype=np.float64) * 0.05
-FEWEST = 20
-"""A size class with fewer instances takes the threshold that is best for all."""
+MIN_INSTANCES = 20
+"""A size class with fewer instances gets the threshold that is best for all instances."""
 
 
 def iou_curve(crop: Crop, prob: NDArray[np.float32], truth: NDArray[np.bool_], compat: Compat) -> NDArray[np.float64]:
-    """IoU at each of CANDIDATES, (19,), of one crop's probability map (S, S) with a ground-truth mask (H, W)."""
+    """Returns the IoU (19,) of a crop's probability map (S, S) with a mask (H, W), at each of `CANDIDATES`."""
     size = prob.shape[0]
     truth_crop = geometry.resize_crop(geometry.cut(truth.astype(np.uint8), crop.window), size).astype(bool)
     inside = geometry.box_mask_in_window(crop.box_inside, crop.window, crop.image_hw, size, compat).astype(bool)
-    # A pixel is mask at candidate t when its probability is above t: `above` counts those candidates.
+    # A pixel belongs to the mask at threshold t if its probability is above t; `above` counts these candidates.
     above = np.searchsorted(CANDIDATES, prob[inside], side="left")
     length = len(CANDIDATES) + 1
     predicted = _at_least(np.bincount(above, minlength=length))
     shared = _at_least(np.bincount(above, weights=truth_crop[inside], minlength=length))
-    # Wrapped copies of the object in the margin are no ground truth of this crop.
+    # The crop wraps around image borders; wrapped copies of the object in the margin are not ground truth.
     total = float((truth_crop & _in_image(crop, size)).sum())
     union = predicted + total - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def best_thresholds(areas: Sequence[float], curves: Sequence[NDArray[np.float64]]) -> tuple[float, float, float] | None:
-    """Thresholds for small, medium and large boxes from box areas in px² and their `iou_curve`s; None without any.
+    """Returns the best thresholds for small, medium and large boxes; None without instances.
+
+    Args:
+        areas: box areas in px².
+        curves: `iou_curve` of each box.
 
     >>> peak = np.zeros(19); peak[5] = 1.0
     >>> best_thresholds([100.0] * 30, [peak] * 30)
@@ -47,7 +51,7 @@ def best_thresholds(areas: Sequence[float], curves: Sequence[NDArray[np.float64]
     classes = size_class(list(areas))
     overall = _best(stacked)
     small, medium, large = (
-        _best(stacked[classes == k]) if np.count_nonzero(classes == k) >= FEWEST else overall
+        _best(stacked[classes == k]) if np.count_nonzero(classes == k) >= MIN_INSTANCES else overall
         for k in range(len(SIZE_NAMES))
     )
     return small, medium, large
@@ -58,7 +62,7 @@ def _best(curves: NDArray[np.float64]) -> float:
 
 
 def _at_least(counts: NDArray[np.generic]) -> NDArray[np.float64]:
-    """counts[k] of pixels above exactly k candidates → pixels above candidate number t, for each t."""
+    """Converts counts[k] of pixels above exactly k candidates into the number of pixels above each candidate."""
     return np.cumsum(counts[::-1].astype(np.float64))[::-1][1:]
 
 

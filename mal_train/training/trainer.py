@@ -1,4 +1,4 @@
-"""Builds Lightning's trainer for the processes and devices at hand, runs it, and puts its errors into our words."""
+"""Builds Lightning's trainer for the processes and devices of a run, runs it, and translates its errors."""
 
 import errno
 import logging
@@ -16,7 +16,13 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from mal_train.core.errors import BadDataset, ConfigError, OutOfDeviceMemory, OutputError
 from mal_train.core.settings import Compat
 from mal_train.data.datamodule import BoxDataModule, shared_memory_error
-from mal_train.distributed.process_group import PATIENCE, Followed, Launched, ProcessGroup, lost_process
+from mal_train.distributed.process_group import (
+    COLLECTIVE_TIMEOUT,
+    ExternalLauncherEnvironment,
+    ProcessGroup,
+    SilentExit,
+    lost_process_errors,
+)
 from mal_train.distributed.sharding import SealedFSDP
 from mal_train.kernel.networks.precision import Precision, resolve
 from mal_train.training.checkpoints import SealedCheckpointIO
@@ -25,16 +31,16 @@ from mal_train.training.module import MalModule
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How the loop runs.
+    """Settings of the training loop.
 
     Attributes:
         strategy: `auto`, `ddp` or `fsdp`.
-        num_nodes: machines.
-        num_epochs: passes over the boxes.
-        accum_grad_batches: batches whose gradients make one step.
-        use_amp: mixed precision where the device is fast at it.
-        cudnn_benchmark: let cuDNN try its algorithms.
-        cudnn_deterministic: let it use only those that give the same bits every time.
+        num_nodes: number of machines.
+        num_epochs: number of epochs.
+        accum_grad_batches: batches per optimizer step.
+        use_amp: use mixed precision where the device is fast at it.
+        cudnn_benchmark: let cuDNN time its algorithms and use the fastest.
+        cudnn_deterministic: let cuDNN use deterministic algorithms only.
     """
 
     strategy: str
@@ -47,9 +53,9 @@ class FitSettings:
 
 
 def check_strategy(strategy: str, devices: Sequence[torch.device]) -> None:
-    """ConfigError for fsdp without GPUs."""
+    """Raises ConfigError for fsdp without GPUs."""
     if strategy == "fsdp" and devices[0].type != "cuda":
-        raise ConfigError("strategy: fsdp shares the networks between GPUs, and there are none here; use ddp or auto")
+        raise ConfigError("strategy: fsdp; it needs GPUs, and this run uses the CPU; use ddp or auto")
 
 
 def build_trainer(
@@ -61,37 +67,37 @@ def build_trainer(
     io: SealedCheckpointIO,
     folder: Path,
 ) -> lightning.Trainer:
-    """The trainer of this process.
+    """Builds the trainer of this process.
 
     Args:
-        settings: how the loop runs.
-        module: what it trains; knows the processes that train together.
-        devices: of the processes on this machine.
-        callbacks: watch and save.
+        settings: settings of the loop.
+        module: the module to train; its `group` gives the processes that train together.
+        devices: devices of the processes on this machine, by local rank.
+        callbacks: Lightning callbacks.
         io: writes and reads checkpoints.
-        folder: where Lightning would leave what nobody asked for.
+        folder: Lightning's default output folder; the settings below make it write nothing.
     """
     mixed: Any = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
-    device = devices[module.ranks.world.local_rank]
+    device = devices[module.group.env.local_rank]
     dtype = resolve(Precision.AUTO if settings.use_amp else Precision.FLOAT32, device)
     on_gpu = device.type == "cuda"
     if settings.use_amp and on_gpu and dtype is torch.float32:
-        dtype = torch.float16  # GPUs before Ampere are fast at float16 only
+        dtype = torch.float16  # GPUs before Ampere have fast float16, but no fast bfloat16
     gpus = [device.index for device in devices]
     return lightning.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=gpus if on_gpu else len(devices),
         num_nodes=settings.num_nodes,
-        strategy=_strategy(settings.strategy, module, module.ranks),
+        strategy=_strategy(settings.strategy, module, module.group),
         precision=mixed[dtype],
         max_epochs=settings.num_epochs,
         accumulate_grad_batches=settings.accum_grad_batches,
         callbacks=callbacks,
         plugins=[io],
         default_root_dir=str(folder),
-        # Our loader knows its process's share.
+        # BoxDataModule distributes the samples.
         use_distributed_sampler=False,
-        # Files, bars and rows are our callbacks' work.
+        # Our callbacks write checkpoints, metrics and progress.
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -99,17 +105,17 @@ def build_trainer(
     )
 
 
-def _strategy(name: str, module: MalModule, ranks: ProcessGroup) -> Strategy | str:
+def _strategy(name: str, module: MalModule, group: ProcessGroup) -> Strategy | str:
     if name == "fsdp":
-        return SealedFSDP(module.network, Launched(ranks.world), PATIENCE)
-    if ranks.size == 1:
+        return SealedFSDP(module.network, ExternalLauncherEnvironment(group.env), COLLECTIVE_TIMEOUT)
+    if group.world_size == 1:
         return "auto"
     return DDPStrategy(
-        cluster_environment=Launched(ranks.world),
-        timeout=PATIENCE,
-        # The module averages them where the teacher is to follow.
+        cluster_environment=ExternalLauncherEnvironment(group.env),
+        timeout=COLLECTIVE_TIMEOUT,
+        # MalModule averages the buffers before it updates the teacher.
         broadcast_buffers=False,
-        # Under compat tao a batch may hold only boxes of no size branch, which leave the mask head unused.
+        # Under compat tao a box may belong to no size class; a batch of such boxes does not use the mask head.
         find_unused_parameters=module.compat is Compat.TAO,
     )
 
@@ -117,38 +123,38 @@ def _strategy(name: str, module: MalModule, ranks: ProcessGroup) -> Strategy | s
 def fit(
     trainer: lightning.Trainer, module: MalModule, data: BoxDataModule, resume: Path | None, settings: FitSettings
 ) -> None:
-    """Trains.
+    """Trains, and translates the errors of torch and Lightning.
 
     Raises:
-        MalError: in our words.
-        KeyboardInterrupt: Ctrl-C.
+        MalError: data, settings, device or disk caused the error.
+        KeyboardInterrupt: SIGINT arrived.
     """
     try:
-        with _cudnn(settings), lost_process():
+        with _cudnn(settings), lost_process_errors():
             trainer.fit(module, datamodule=data, ckpt_path=None if resume is None else str(resume))
-    except Followed:
+    except SilentExit:
         raise
     except SystemExit:
-        # Lightning's answer to Ctrl-C.
-        raise KeyboardInterrupt("interrupted; the last checkpoint is whole") from None
+        # Lightning exits on SIGINT.
+        raise KeyboardInterrupt("interrupted; the last checkpoint is intact") from None
     except (BadDataset, OutputError) as error:
-        # From a loader process the message comes with that process's stack before it.
-        kind = type(error)
-        raise kind(str(error).strip().rpartition(f"{kind.__name__}: ")[2]) from error
+        # An error of a loader process has that process's stack trace before its message.
+        cls = type(error)
+        raise cls(str(error).strip().rpartition(f"{cls.__name__}: ")[2]) from error
     except torch.OutOfMemoryError as error:
         raise OutOfDeviceMemory(
-            f"a training batch does not fit into {module.device}: lower train.batch_size (train.accum_grad_batches "
-            f"makes up for it) or dataset.crop_size ({error})"
+            f"{module.device}: out of memory for a training batch; lower train.batch_size and raise "
+            f"train.accum_grad_batches, or lower dataset.crop_size ({error})"
         ) from error
     except (OSError, RuntimeError) as error:
         if not _is_full(error):
             raise
-        # Files of ours have said so themselves by now.
+        # Errors of output files are OutputErrors already, so this one is about shared memory.
         raise shared_memory_error("where the loader processes keep their locks") from error
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it hides (Lightning tears down and fails at that too), says "no space left"."""
+    """Returns True for "no space left" in an error or its context; Lightning's teardown may fail too and hide it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return True
@@ -168,14 +174,14 @@ def _cudnn(settings: FitSettings) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the libraries' hints off the screen: they speak of their own interfaces, which nobody here uses."""
+def quiet_libraries() -> Iterator[None]:
+    """Suppresses hints and warnings of Lightning and torch about their own APIs."""
     names = ("lightning.pytorch", "lightning.fabric", "lightning", "torch.utils.cpp_extension")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
-        # A parameter of one row has strides of no consequence, which DDP remarks on.
+        # DDP warns of the strides of one-row parameters, where they have no effect.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Labels the validation set with the one Labeler and compares; one pass also fits thresholds and score where asked."""
+"""Labels the validation set, compares with its masks, and fits thresholds and calibration in the same pass."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -16,22 +16,22 @@ from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Prediction, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
-from mal_train.training.calibration import fit_calibration, held_out
+from mal_train.training.calibration import fit_calibration, held_out_scores
 from mal_train.training.thresholds import best_thresholds, iou_curve
 
 FIT_BYTES = 128 << 20
-"""Probability maps kept to fit thresholds on; a larger set is fitted on evenly spread images of it."""
+"""Memory for the probability maps that thresholds are fitted to; a larger set is subsampled by image."""
 
 
 @dataclass(frozen=True)
-class Validation:
-    """What one validation found.
+class ValidationResult:
+    """Result of a validation.
 
     Attributes:
-        report: figures with the thresholds of `config`. Where a calibration was fitted, each score is by a map that did
-            not see its image.
-        config: the labeler's settings, thresholds and calibration fitted where that was asked for and possible.
-        compared: the masks with their ground truth, lowest IoU first.
+        report: metrics at the thresholds of `config`. With a fitted calibration, the scores are cross-validated: each
+            is from a map that was fitted without its image.
+        config: labeler settings, with fitted thresholds and calibration if requested and possible.
+        compared: masks with their ground truth, lowest IoU first.
     """
 
     report: EvaluationReport
@@ -40,10 +40,10 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Validated:
-    """A validation and what pictures of it are made from."""
+class ValidationSnapshot:
+    """Result of a validation, with the data set to draw its masks from."""
 
-    found: Validation
+    result: ValidationResult
     coco: CocoFile
     image_dir: Path
 
@@ -55,13 +55,13 @@ class Validator:
     Attributes:
         coco: the file.
         image_dir: folder of its images.
-        batch_size: crops in a batch.
-        fit_thresholds: whether the thresholds may be replaced by better ones.
-        precision: arithmetic of the network.
+        batch_size: crops per batch.
+        fit_thresholds: fit the mask thresholds.
+        precision: data type of the network.
         device: torch device name.
-        fit_calibration: whether the map from score to expected IoU is fitted anew.
-        threads: for decoding and encoding.
-        options: whose answer is measured.
+        fit_calibration: fit the map from score to expected IoU.
+        threads: threads that decode images and encode masks.
+        options: network branch and test-time augmentation.
     """
 
     coco: CocoFile
@@ -80,30 +80,37 @@ class Validator:
         config: LabelerConfig,
         *,
         on_box: Callable[[], object] = lambda: None,
-    ) -> Validation:
-        """Puts the network into evaluation mode and leaves it there; `on_box` is called for every box that is done."""
+    ) -> ValidationResult:
+        """Validates a network.
+
+        Args:
+            network: student and teacher; left in evaluation mode.
+            config: labeler settings.
+            on_box: called after each box.
+        """
         if self.fit_calibration:
             config = dataclasses.replace(config, calibration=None, calibrated_with_flip=False)
         labeler = Labeler(network, config, device=self.device, precision=self.precision)
         rows = list(by_image(self.coco))
-        evaluator = evaluator_of(self.coco, rows)
-        first, rest = _split_for_fit(rows, config.crop_size) if self.fit_thresholds else ([], rows)
-        kept = list(self._predict(labeler, first))
-        found = best_thresholds(*_curves(kept, config))
-        if found is not None:
-            config = dataclasses.replace(config, mask_thres=found)
+        evaluator = new_evaluator(self.coco, rows)
+        fit_rows, other_rows = _split_for_fit(rows, config.crop_size) if self.fit_thresholds else ([], rows)
+        predicted = list(self._predict(labeler, fit_rows))
+        thresholds = best_thresholds(*_curves(predicted, config))
+        if thresholds is not None:
+            config = dataclasses.replace(config, mask_thres=thresholds)
             labeler = Labeler(network, config, device=self.device, precision=self.precision)
-        for annotation, pair in kept:
-            add_answer(evaluator, annotation, pair if isinstance(pair, LabelFailure) else labeler.finish(*pair))
+        for annotation, prediction in predicted:
+            label = prediction if isinstance(prediction, LabelFailure) else labeler.finish(*prediction)
+            add_result(evaluator, annotation, label)
             on_box()
-        for annotation, label in self._answers(labeler, rest):
-            add_answer(evaluator, annotation, label)
+        for annotation, label in self._label(labeler, other_rows):
+            add_result(evaluator, annotation, label)
             on_box()
         if self.fit_calibration:
             config = _calibrate(evaluator, config, with_flip=self.options.flip)
-        return Validation(evaluator.report(), config, evaluator.compared)
+        return ValidationResult(evaluator.report(), config, evaluator.compared)
 
-    def _answers(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
+    def _label(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
         return label_boxes(
             labeler,
             rows,
@@ -121,16 +128,16 @@ class Validator:
             labeler,
             rows,
             self.image_dir,
-            # The pixels are no longer needed, and they are most of what a crop weighs.
-            lambda _annotation, crop, probability: (dataclasses.replace(crop, pixels=_NOTHING), probability),
+            # The pixels are most of the size of a crop, and no longer needed.
+            lambda _annotation, crop, probability: (dataclasses.replace(crop, pixels=_NO_PIXELS), probability),
             options=self.options,
             batch_size=self.batch_size,
             threads=self.threads,
         )
 
 
-def evaluator_of(coco: CocoFile, rows: Sequence[Row]) -> Evaluator:
-    """An evaluator that knows the file's crowds, which are neither labeled nor counted."""
+def new_evaluator(coco: CocoFile, rows: Sequence[Row]) -> Evaluator:
+    """Returns an evaluator that has noted the crowd annotations; they are neither labeled nor counted."""
     evaluator = Evaluator(coco.category_names)
     for image, annotations in rows:
         for annotation in annotations:
@@ -139,11 +146,11 @@ def evaluator_of(coco: CocoFile, rows: Sequence[Row]) -> Evaluator:
     return evaluator
 
 
-_NOTHING = np.zeros((0, 0, 3), dtype=np.uint8)
+_NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
 
 
 def has_masks(coco: CocoFile) -> bool:
-    """Whether any annotation that counts carries a segmentation."""
+    """Returns True if any valid annotation that is not a crowd has a segmentation."""
     return any(
         annotation.raw.get("segmentation") and annotation.problem is None and not annotation.iscrowd
         for annotation in coco.annotations
@@ -151,7 +158,7 @@ def has_masks(coco: CocoFile) -> bool:
 
 
 def _split_for_fit(rows: Sequence[Row], crop_size: int) -> tuple[list[Row], list[Row]]:
-    """(images to fit on, the others): every n-th image, so many that their maps fit into FIT_BYTES."""
+    """Returns (images to fit on, other images): every n-th image, with n such that their maps fit into `FIT_BYTES`."""
     boxes = sum(len(annotations) for _, annotations in rows)
     every = max(1, -(-boxes * crop_size**2 * 4 // FIT_BYTES))
     return (
@@ -161,14 +168,15 @@ def _split_for_fit(rows: Sequence[Row], crop_size: int) -> tuple[list[Row], list
 
 
 def _curves(
-    kept: Sequence[tuple[Annotation, tuple[Crop, Prediction] | LabelFailure]], config: LabelerConfig
+    predicted: Sequence[tuple[Annotation, tuple[Crop, Prediction] | LabelFailure]], config: LabelerConfig
 ) -> tuple[list[float], list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]]:
+    """Returns area in px² and IoU curve of each prediction with a readable ground-truth mask."""
     areas, curves = [], []
-    for annotation, pair in kept:
+    for annotation, prediction in predicted:
         segmentation = annotation.raw.get("segmentation")
-        if isinstance(pair, LabelFailure) or not segmentation:
+        if isinstance(prediction, LabelFailure) or not segmentation:
             continue
-        crop, probability = pair
+        crop, probability = prediction
         try:
             truth = rle.decode_mask(rle.from_segmentation(segmentation, *crop.image_hw))
         except BadDataset:
@@ -179,18 +187,18 @@ def _curves(
 
 
 def _calibrate(evaluator: Evaluator, config: LabelerConfig, *, with_flip: bool) -> LabelerConfig:
-    """The settings with a map fitted to what was compared, where it can be checked; the scores become held-out ones."""
+    """Fits a calibration, and replaces the scores of the evaluator with cross-validated ones; unchanged if too few."""
     rows = evaluator.rows
     scores, ious = [row.score for row in rows], [row.iou for row in rows]
-    knots, checked = fit_calibration(scores, ious), held_out(scores, ious, [row.image_id for row in rows])
-    if knots is None or checked is None:
+    knots, held_out = fit_calibration(scores, ious), held_out_scores(scores, ious, [row.image_id for row in rows])
+    if knots is None or held_out is None:
         return config
-    evaluator.rescore(checked.tolist())
+    evaluator.rescore(held_out.tolist())
     return dataclasses.replace(config, calibration=knots, calibrated_with_flip=with_flip)
 
 
-def add_answer(evaluator: Evaluator, annotation: Annotation, label: Label | LabelFailure) -> None:
-    """Compares an answer with its ground truth, or notes why there is none."""
+def add_result(evaluator: Evaluator, annotation: Annotation, label: Label | LabelFailure) -> None:
+    """Compares a label with its ground truth, or notes the reason of a failure."""
     if isinstance(label, LabelFailure):
         evaluator.skip(annotation, label.reason, label.message)
     else:

@@ -137,7 +137,8 @@ def test_a_killed_rank_ends_the_command_without_orphans_and_the_next_one_goes_on
         _, err = command.communicate(timeout=240)
     took = time.monotonic() - at
     assert command.returncode == 137
-    assert "process 1 of 2 was killed by SIGKILL; ending the others" in err
+    (message,) = [line for line in err.splitlines() if "SIGKILL" in line]
+    assert "process 1 of 2" in message
     # A loader looks every five seconds whether its trainer is there.
     wait_for(lambda: not list(processes_with("MASTER_PORT", port)), 60)
     steps = newest(tmp_path).stem.rpartition("_")[2]

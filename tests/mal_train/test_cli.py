@@ -1,9 +1,11 @@
-"""`mal-train` as people run it."""
+"""The commands of `mal-train`, run through `main`."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mal_train.config.spec import Spec, load_spec
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.masks.images import read_image
 from mal_train.core.settings import Branch, Compat, LabelerConfig
+from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.labeler.labeler import Label, Labeler, PredictOptions, load_labeler
@@ -31,7 +34,7 @@ from tests.scenes import write_scenes
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random small network; its masks mean nothing, but they are neither empty nor full."""
+    """A small random network, whose masks are neither empty nor full."""
     torch.manual_seed(0)
     model = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=8)
     network = MalNetwork(model)
@@ -64,7 +67,7 @@ def labels_of(folder: Path) -> dict[Any, dict[str, Any]]:
     return {row["id"]: row for row in written["annotations"]}
 
 
-def test_inference_gives_every_box_the_mask_that_the_labeler_gives(tmp_path: Path, checkpoint: Path) -> None:
+def test_inference_gives_every_box_the_mask_of_the_labeler(tmp_path: Path, checkpoint: Path) -> None:
     scenes = write_scenes(tmp_path / "scenes", images=3, masks=False)
     assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes, batch_size=4)]) == 0
     labels = labels_of(tmp_path)
@@ -80,10 +83,10 @@ def test_inference_gives_every_box_the_mask_that_the_labeler_gives(tmp_path: Pat
         assert labels[annotation.id]["bbox"] == list(annotation.box_xywh)
 
 
-def test_what_fails_is_listed_and_the_rest_is_labeled(
+def test_failed_boxes_are_reported_by_reason_and_the_others_are_labeled(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def spoil(coco: dict[str, Any]) -> None:
+    def break_rows(coco: dict[str, Any]) -> None:
         rows = coco["annotations"]
         rows[0]["bbox"] = [500, 500, 10, 10]
         rows[1]["bbox"] = [1, 2, "x", 4]
@@ -91,7 +94,7 @@ def test_what_fails_is_listed_and_the_rest_is_labeled(
         rows[3]["category_id"] = 77
         coco["images"][2]["file_name"] = "gone.png"
 
-    scenes = write_scenes(tmp_path / "scenes", images=5, masks=False, change=spoil)
+    scenes = write_scenes(tmp_path / "scenes", images=5, masks=False, change=break_rows)
     (scenes[1] / "3.png").write_bytes((scenes[1] / "3.png").read_bytes()[:100])
     assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes)]) == 3
     rows = labels_of(tmp_path)
@@ -108,14 +111,15 @@ def test_what_fails_is_listed_and_the_rest_is_labeled(
     assert rows[10]["flags"] == ["CROWD"]
     assert all("counts" in rows[key]["segmentation"] for key in (40, 41))
     printed = capsys.readouterr()
-    # One line a picture, however many boxes it has.
-    assert printed.err.count("no mask: ") + 2 * printed.err.count("no mask for 2 boxes: ") == len(reasons)
-    assert "2 boxes without a mask: IMAGE_NOT_FOUND" in printed.out
+    # One line per unreadable image, however many boxes it has.
+    assert [printed.err.count(name) for name in ("gone.png", "3.png")] == [1, 1]
+    for reason, count in Counter(reasons.values()).items():
+        assert re.search(rf"^{count} .*{reason}$", printed.out, re.MULTILINE)
     status = [json.loads(line) for line in (tmp_path / "results/inference/status.json").read_text().splitlines()]
     assert [line["status"] for line in status] == ["STARTED", "RUNNING", "SUCCESS"]
 
 
-def test_each_picture_is_decoded_once(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_is_decoded_once(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
 
     def counted(path: Path, **options: Any) -> Any:
@@ -128,7 +132,7 @@ def test_each_picture_is_decoded_once(tmp_path: Path, checkpoint: Path, monkeypa
     assert len(opened) == 4
 
 
-def test_inference_compares_with_the_masks_of_the_file_when_asked(
+def test_inference_with_load_mask_reports_the_iou_of_each_label(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scenes = write_scenes(tmp_path / "scenes", images=2)
@@ -140,7 +144,7 @@ def test_inference_compares_with_the_masks_of_the_file_when_asked(
         assert row["iou"] == pytest.approx(iou)
 
 
-def test_evaluate_prints_a_table_and_writes_its_figures(
+def test_evaluate_prints_a_table_and_writes_its_metrics(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     annotations, images = write_scenes(tmp_path / "scenes", images=3)
@@ -149,61 +153,86 @@ def test_evaluate_prints_a_table_and_writes_its_figures(
         dataset={"val_ann_path": str(annotations), "val_img_dir": str(images)},
         evaluate={"checkpoint": str(checkpoint), "precision": "float32"},
     )
-    figures = {}
+    results = {}
     for name, overrides in (
         ("student", []),
         ("mixed", ["evaluate.use_mixed_model_test=true", "evaluate.use_teacher_test=true"]),
         ("flip", ["evaluate.use_flip_test=true"]),
     ):
         assert main(["evaluate", "-e", spec, *overrides]) == 0
-        figures[name] = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
+        results[name] = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
     assert "6 masks compared" in capsys.readouterr().out
-    assert figures["student"]["branch"] == "student"
-    assert figures["mixed"]["branch"] == "mixed"
-    assert figures["mixed"]["mIoU"] == pytest.approx(figures["student"]["mIoU"], abs=1e-3)
-    assert figures["flip"]["mIoU"] != figures["student"]["mIoU"]
-    assert figures["student"]["count"] == 6
+    assert results["student"]["branch"] == "student"
+    assert results["mixed"]["branch"] == "mixed"
+    assert results["mixed"]["mIoU"] == pytest.approx(results["student"]["mIoU"], abs=1e-3)
+    assert results["flip"]["mIoU"] != results["student"]["mIoU"]
+    assert results["student"]["count"] == 6
 
 
-def test_a_published_checkpoint_labels_as_its_own_code_did(tmp_path: Path) -> None:
+def test_the_builtin_model_labels_and_evaluates_without_a_spec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    annotations, images = write_scenes(tmp_path / "scenes", images=2)
+    paths = [f"inference.ann_path={annotations}", f"inference.img_dir={images}"]
+    assert main(["inference", "checkpoint=builtin", *paths]) == 0
+    assert [row["segmentation"].keys() for row in labels_of(tmp_path).values()] == [{"size", "counts"}] * 4
+    paths = [f"dataset.val_ann_path={annotations}", f"dataset.val_img_dir={images}"]
+    assert main(["evaluate", *paths, "evaluate.checkpoint=builtin"]) == 0
+    results = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
+    assert results["checkpoint"] == builtin.resolve("builtin").name
+    assert results["count"] == 4
+    capsys.readouterr()
+    assert main(["inference", *paths]) == 2
+    assert main(["evaluate", *paths]) == 2
+    assert "evaluate.checkpoint" in capsys.readouterr().err
+
+
+def test_an_imported_checkpoint_labels_as_the_published_code(tmp_path: Path) -> None:
     torch.save({"state_dict": state_dict(TAO), "tao_model": "mal"}, tmp_path / "published.pth")
     ours = tmp_path / "ours.malckpt"
     overrides = ["dataset.crop_size=224", "compat=tao", "train.mask_thres=[0.1]", "train.test_margin_rate=[0.6,0.6]"]
     assert main(["import", str(tmp_path / "published.pth"), "-o", str(ours), *overrides]) == 0
     scenes = (fixture("k_e2e_boxes.json"), fixture("k_e2e_images"))
     assert main(["inference", "-e", inference_spec(tmp_path, ours, scenes)]) == 0
-    found = labels_of(tmp_path)
+    labels = labels_of(tmp_path)
     published = json.loads(fixture("k_e2e_labels.json").read_text())
     rows = published["annotations"] if isinstance(published, dict) else published
     assert len(rows) == 20
     for row in rows:
-        a, b = (coco_mask.decode(code).astype(bool) for code in (row["segmentation"], found[row["id"]]["segmentation"]))
+        a, b = (
+            coco_mask.decode(code).astype(bool) for code in (row["segmentation"], labels[row["id"]]["segmentation"])
+        )
         assert np.count_nonzero(a != b) <= 4
 
 
 @pytest.mark.parametrize(
     ("layout", "arch"), [(NVLABS, "vit-deit-tiny/16-convstem"), (TAO6_FAN_HYBRID, "fan_tiny_8_p4_hybrid")]
 )
-def test_import_reads_the_older_layouts_and_names_their_backbone(tmp_path: Path, layout: str, arch: str) -> None:
+def test_import_reads_older_layouts_and_detects_their_backbone(tmp_path: Path, layout: str, arch: str) -> None:
     torch.save({"state_dict": state_dict(layout)}, tmp_path / "published.pth")
     assert main(["import", str(tmp_path / "published.pth"), "-o", str(tmp_path / "ours.malckpt")]) == 0
     assert load_checkpoint(tmp_path / "ours.malckpt", None).model == ModelConfig(arch)
 
 
-def test_import_takes_only_what_has_an_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_refuses_overrides_without_effect_or_with_wrong_shapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"state_dict": state_dict(TAO)}, tmp_path / "published.pth")
-    for override, part in (
-        ("train.lr=1", "train.lr: has no effect on an import"),
-        ("model.arch=vit-deit-base/16", "does not fit"),
-        ("dataset.crop_size=100", "multiple"),
+    for override, named in (
+        ("train.lr=1", "train.lr"),
+        ("model.arch=vit-deit-base/16", "published.pth"),
+        ("dataset.crop_size=100", "crop_size: 100"),
     ):
         target = tmp_path / "out.malckpt"
         assert main(["import", str(tmp_path / "published.pth"), override, "-o", str(target)]) == 2
-        assert part in capsys.readouterr().err
+        assert named in capsys.readouterr().err
         assert not target.exists()
 
 
-def test_import_seals_for_a_recipient_and_inspect_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_encrypts_to_a_recipient_and_inspect_needs_the_identity(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"state_dict": state_dict(TAO)}, tmp_path / "published.pth")
     identity, target = tmp_path / "key.txt", tmp_path / "out.malckpt"
     assert main(["keygen", "-o", str(identity)]) == 0
@@ -218,48 +247,56 @@ def test_import_seals_for_a_recipient_and_inspect_tells(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "part"),
+    ("arguments", "named"),
     [
-        (["train", "-e", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["train", "-e", "SPEC", "train.batchsize=2"], "did you mean train.batch_size?"),
-        (["train", "-e", "SPEC"], "dataset.train_ann_path: not given"),
-        (["evaluate", "-e", "SPEC"], "dataset.val_ann_path: not given"),
-        (["inference", "-e", "SPEC", "inference.ann_path=gone.json"], "gone.json; no such file"),
+        (["train", "-e", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "-e", "SPEC", "train.batchsize=2"], "train.batch_size"),
+        (["train", "-e", "SPEC"], "dataset.train_ann_path"),
+        (["train", "-e", "SPEC", "train.num_nodes=2"], "train.num_nodes: 2"),
+        (["evaluate", "-e", "SPEC"], "dataset.val_ann_path"),
+        (["evaluate"], "dataset.val_ann_path"),
+        (["inference", "-e", "SPEC", "inference.ann_path=gone.json"], "gone.json"),
         (["inspect", "gone.malckpt"], "gone.malckpt"),
     ],
 )
-def test_a_wrong_setting_is_one_line_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
+def test_an_invalid_setting_gives_one_line_and_exit_code_2(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    named: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     spec = spec_file(tmp_path)
     assert main([spec if argument == "SPEC" else argument for argument in arguments]) == 2
     printed = capsys.readouterr()
-    assert part in printed.err
-    assert printed.err.splitlines()[-1].startswith("mal-train: ")
+    line = printed.err.splitlines()[-1]
+    assert line.startswith("mal-train: ")
+    assert named in line
     assert "Traceback" not in printed.err
 
 
-def test_a_rank_that_is_no_number_hides_no_message(
+def test_a_malformed_rank_does_not_hide_an_error_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "first")
     assert main(["train", "-e", spec_file(tmp_path)]) == 2
-    assert "dataset.train_ann_path: not given" in capsys.readouterr().err
+    assert "dataset.train_ann_path" in capsys.readouterr().err
 
 
-def test_a_failed_task_says_so_in_its_status(tmp_path: Path) -> None:
+def test_a_failed_command_records_the_error_in_its_status(tmp_path: Path) -> None:
     assert main(["evaluate", "-e", spec_file(tmp_path)]) == 2
     status = (tmp_path / "results" / "evaluate" / "status.json").read_text().splitlines()
     assert json.loads(status[-1])["status"] == "FAILURE"
     assert "dataset.val_ann_path" in json.loads(status[-1])["message"]
 
 
-def test_a_place_that_cannot_be_written_is_exit_code_4(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_created_gives_exit_code_4(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file")
     assert main(["inference", "-e", spec_file(tmp_path)]) == 4
 
 
-def test_argparse_errors_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_give_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["train"], ["traain"], ["default-spec", "--fast"], ["train", "-e", "a.yaml", "--fast"], []):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
@@ -267,7 +304,7 @@ def test_argparse_errors_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> 
     assert "--fast" in capsys.readouterr().err
 
 
-def test_the_default_spec_is_complete_and_starts_from_free_weights(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_spec_has_every_field_and_starts_from_free_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["default-spec"]) == 0
     text = capsys.readouterr().out
     written = yaml.safe_load(text)
@@ -279,7 +316,7 @@ def test_the_default_spec_is_complete_and_starts_from_free_weights(capsys: pytes
 
 
 @pytest.mark.parametrize("name", [[], ["tao"]])
-def test_a_spec_with_changes_is_whole_commented_and_says_them(
+def test_a_changed_spec_has_every_field_and_lists_the_changes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: list[str]
 ) -> None:
     changes = ["train.lr=3e-5", "dataset.crop_size=224", "train.margin_rate=[0,1]", "encryption_key=env:MAL_KEY"]
@@ -296,25 +333,39 @@ def test_a_spec_with_changes_is_whole_commented_and_says_them(
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("words", "named"),
     [
         (["train.lr=fast"], "train.lr"),
-        (["train.batchsize=2"], "did you mean train.batch_size?"),
-        (["train.num_epochs=1", "train.validation_interval=2"], "validation_interval 2 is more than num_epochs 1"),
-        (["encryption_key=hunter2"], "shows in the process list"),
-        (["tao", "demo2"], "not a spec"),
+        (["train.batchsize=2"], "train.batch_size"),
+        (["train.num_epochs=1", "train.validation_interval=2"], "validation_interval 2"),
+        (["encryption_key=hunter2"], "encryption_key"),
+        (["tao", "demo2"], "tao demo2"),
     ],
 )
-def test_changes_that_are_not_valid_print_no_spec(
-    capsys: pytest.CaptureFixture[str], words: list[str], part: str
-) -> None:
+def test_invalid_changes_print_no_spec(capsys: pytest.CaptureFixture[str], words: list[str], named: str) -> None:
     assert main(["default-spec", *words]) == 2
     printed = capsys.readouterr()
-    assert part in printed.err
+    assert named in printed.err
     assert printed.out == ""
 
 
-def test_the_tao_spec_is_the_documented_one(tmp_path: Path) -> None:
+def test_the_json_schema_of_the_spec_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["default-spec", "--json-schema"]) == 0
+    text = capsys.readouterr().out
+    schema = json.loads(text)
+    assert schema == Spec.model_json_schema()
+    train = schema["$defs"]["TrainConfig"]
+    assert train["additionalProperties"] is False
+    assert train["properties"]["num_epochs"].items() >= {"type": "integer", "minimum": 1, "default": 10}.items()
+    path = tmp_path / "schema.json"
+    assert main(["default-spec", "--json-schema", "-o", str(path)]) == 0
+    assert path.read_text() == text
+    with pytest.raises(SystemExit):
+        main(["default-spec", "--help"])
+    assert "# yaml-language-server: $schema=FILE" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_tao_spec_has_the_documented_defaults_and_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
     assert main(["default-spec", "tao", "-o", str(path)]) == 0
     spec = load_spec(path, [])
@@ -322,7 +373,7 @@ def test_the_tao_spec_is_the_documented_one(tmp_path: Path) -> None:
     assert main(["default-spec", "-o", str(path)]) == 4
 
 
-def test_without_torch_one_line_says_what_to_install(tmp_path: Path) -> None:
+def test_without_torch_one_line_names_the_package_to_install(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     paths = f"{tmp_path}{os.pathsep}{ROOT}"
     result = subprocess.run(
@@ -333,23 +384,22 @@ def test_without_torch_one_line_says_what_to_install(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr.splitlines() == [
-        "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'  (no module named torch)"
-    ]
+    (line,) = result.stderr.splitlines()
+    assert "pip install 'mask-auto-labeler[train]'" in line
 
 
-def test_a_resume_checkpoint_labels_too(tmp_path: Path, checkpoint: Path) -> None:
-    whole = load_checkpoint(checkpoint, None)
+def test_inference_accepts_a_resume_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
+    stored = load_checkpoint(checkpoint, None)
     resume = tmp_path / "resume.malckpt"
     save_checkpoint(
-        resume, Checkpoint(whole.model, whole.labeler, whole.weights, kind="resume", training={"epoch": 1}), None
+        resume, Checkpoint(stored.model, stored.labeler, stored.weights, kind="resume", training={"epoch": 1}), None
     )
     scenes = write_scenes(tmp_path / "scenes", images=1, masks=False)
     assert main(["inference", "-e", inference_spec(tmp_path, resume, scenes)]) == 0
     assert len(labels_of(tmp_path)) == 2
 
 
-def test_teacher_mixed_and_flip_answer_as_published(tmp_path: Path) -> None:
+def test_teacher_mixed_and_flip_label_as_the_published_code(tmp_path: Path) -> None:
     foreign = from_tao(state_dict(TAO), "published")
     network = MalNetwork(foreign.model)
     network.load_state_dict(foreign.weights)
@@ -365,14 +415,14 @@ def test_teacher_mixed_and_flip_answer_as_published(tmp_path: Path) -> None:
         ("flip", PredictOptions(flip=True)),
         ("flip_mixed", PredictOptions(branch=Branch.MIXED, flip=True)),
     ):
-        answers = label_boxes(
+        labels = label_boxes(
             labeler,
             [(coco.images[100], first)],
             image_dir,
             lambda _annotation, crop, probability: labeler.finish(crop, probability),
             options=options,
         )
-        for (_, label), row in zip(answers, published[name], strict=True):
+        for (_, label), row in zip(labels, published[name], strict=True):
             assert isinstance(label, Label)
             a, b = (coco_mask.decode(code).astype(bool) for code in (label.rle.to_coco(), row))
             assert np.count_nonzero(a != b) <= 4

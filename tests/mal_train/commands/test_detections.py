@@ -1,4 +1,4 @@
-"""`mal-train inference` and `evaluate` on a detector's boxes, as people run them."""
+"""`mal-train inference` and `evaluate` with detected boxes."""
 
 import json
 from pathlib import Path
@@ -18,10 +18,10 @@ __all__ = ["checkpoint"]
 
 
 def write_detections(folder: Path, annotations: Path) -> Path:
-    """Boxes near the true ones, one of them twice, with scores; no ids."""
+    """Writes detections: shifted copies of the boxes, one of them twice, with scores and without ids."""
     rng = np.random.default_rng(0)
     rows = json.loads(annotations.read_text())["annotations"]
-    found = [
+    detections = [
         {
             "image_id": row["image_id"],
             "category_id": row["category_id"],
@@ -31,7 +31,7 @@ def write_detections(folder: Path, annotations: Path) -> Path:
         for row in [*rows, rows[0]]
     ]
     path = folder / "detections.json"
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(detections))
     return path
 
 
@@ -51,28 +51,28 @@ def test_detections_get_masks_and_keep_their_scores(tmp_path: Path, checkpoint: 
     COCO(str(scenes[0])).loadRes(list(rows.values()))
 
 
-def test_a_detection_without_a_mask_still_counts_among_the_boxes(tmp_path: Path, checkpoint: Path) -> None:
+def test_a_detection_without_a_mask_counts_for_the_boxes_only(tmp_path: Path, checkpoint: Path) -> None:
     scenes = write_scenes(tmp_path / "scenes", images=3)
     detections = write_detections(tmp_path, scenes[0])
-    lost = json.loads(scenes[0].read_text())["images"][0]["file_name"]
+    removed = json.loads(scenes[0].read_text())["images"][0]["file_name"]
     spec = spec_file(
         tmp_path,
         dataset={"val_ann_path": str(scenes[0]), "val_img_dir": str(scenes[1])},
         evaluate={"checkpoint": str(checkpoint), "precision": "float32", "box_inputs": str(detections)},
     )
-    figures = []
-    for is_there in (True, False):
-        if not is_there:
-            (scenes[1] / lost).unlink()
-        assert main(["evaluate", "-e", spec]) == (0 if is_there else 3)
-        figures.append(json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text()))
-    whole, partly = figures
-    assert {name: partly[f"{name}_bbox"] for name in AP_NAMES} == {name: whole[f"{name}_bbox"] for name in AP_NAMES}
-    assert partly["detections"] < whole["detections"]
-    assert partly["skipped_by_reason"] == {"IMAGE_NOT_FOUND": whole["detections"] - partly["detections"]}
+    results = []
+    for exists in (True, False):
+        if not exists:
+            (scenes[1] / removed).unlink()
+        assert main(["evaluate", "-e", spec]) == (0 if exists else 3)
+        results.append(json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text()))
+    complete, partial = results
+    assert all(partial[f"{name}_bbox"] == complete[f"{name}_bbox"] for name in AP_NAMES)
+    assert partial["detections"] < complete["detections"]
+    assert partial["skipped_by_reason"] == {"IMAGE_NOT_FOUND": complete["detections"] - partial["detections"]}
 
 
-def test_figures_of_boxes_and_masks_are_those_of_pycocotools(
+def test_metrics_of_boxes_and_masks_equal_those_of_pycocotools(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scenes = write_scenes(tmp_path / "scenes", images=3)
@@ -85,21 +85,21 @@ def test_figures_of_boxes_and_masks_are_those_of_pycocotools(
         evaluate={"checkpoint": str(checkpoint), "precision": "float32", "box_inputs": str(detections)},
     )
     assert main(["evaluate", "-e", spec]) == 0
-    figures = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
+    results = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
     truth = json.loads(scenes[0].read_text())
     for number, row in enumerate(truth["annotations"], start=1):
-        row["id"] = number  # pycocotools takes an annotation with id 0 for unmatched
+        row["id"] = number  # pycocotools treats an annotation with id 0 as unmatched
         row["area"] = float(mask_area(row["segmentation"]))
     for kind in ("bbox", "segm"):
-        results = [{key: row[key] for key in ("image_id", "category_id", "score", *FORM[kind])} for row in made]
+        rows = [{key: row[key] for key in ("image_id", "category_id", "score", *FORM[kind])} for row in made]
         expected: dict[str, Any] = {
             name: None if value < 0 else value
-            for name, value in zip(AP_NAMES, run_pycocotools(truth, results, kind), strict=True)
+            for name, value in zip(AP_NAMES, run_pycocotools(truth, rows, kind), strict=True)
         }
-        assert {name: figures[f"{name}_{kind}"] for name in AP_NAMES} == expected
-    assert 0 < figures["AP_bbox"] < 1
-    assert figures["detections"] == 7
-    assert "7 detections with a mask" in capsys.readouterr().out
+        assert {name: results[f"{name}_{kind}"] for name in AP_NAMES} == expected
+    assert 0 < results["AP_bbox"] < 1
+    assert results["detections"] == 7
+    assert capsys.readouterr().out.startswith("7 detections")
 
 
 FORM = {"bbox": ("bbox",), "segm": ("segmentation",)}
@@ -124,6 +124,6 @@ def test_detections_without_a_mask_are_counted_by_reason(tmp_path: Path, checkpo
         evaluate={"checkpoint": str(checkpoint), "precision": "float32", "box_inputs": str(detections)},
     )
     assert main(["evaluate", "-e", spec]) == 3
-    figures = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
-    assert figures["skipped_by_reason"] == {"IMAGE_NOT_FOUND": 2, "BAD_SCORE": 1, "BAD_BOX": 1, "IMAGE_UNKNOWN": 1}
-    assert figures["detections"] == 2
+    results = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
+    assert results["skipped_by_reason"] == {"IMAGE_NOT_FOUND": 2, "BAD_SCORE": 1, "BAD_BOX": 1, "IMAGE_UNKNOWN": 1}
+    assert results["detections"] == 2

@@ -1,4 +1,4 @@
-"""mal-train export, files of one network, and the model in the package."""
+"""`mal-train export`, checkpoints with one network, and the model in the package."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +8,7 @@ import torch
 
 from mal_train.cli import main
 from mal_train.commands import export
-from mal_train.commands.label import open_labeling
+from mal_train.commands.label import open_labeling_job
 from mal_train.config.spec import Spec
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
@@ -43,7 +43,7 @@ def trained(tmp_path: Path, network: MalNetwork) -> Path:
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
-def test_the_named_network_is_exported_and_answers_as_it_did(
+def test_the_selected_network_is_exported_with_equal_logits_up_to_float16(
     tmp_path: Path, network: MalNetwork, trained: Path, which: str
 ) -> None:
     out = tmp_path / "small.malckpt"
@@ -72,7 +72,7 @@ def test_the_mean_of_two_checkpoints_is_written(tmp_path: Path, network: MalNetw
     assert written.provenance["mean_of_checkpoints"] == 2
 
 
-def test_a_mean_tells_of_all_its_sources_and_all_their_licenses(
+def test_the_provenance_of_a_mean_lists_all_sources_and_licenses(
     tmp_path: Path, network: MalNetwork, trained: Path
 ) -> None:
     known = {"tool": "mine", "starting_weights": "a", "starting_weights_licence": "Apache-2.0", "steps": 10}
@@ -92,11 +92,11 @@ def test_a_mean_tells_of_all_its_sources_and_all_their_licenses(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "stays"),
+    ("overrides", "is_kept"),
     [([], True), (["dataset.test_crop_size=96"], False), (["evaluate.use_teacher_test=true"], False)],
 )
-def test_a_calibration_goes_along_only_with_what_it_was_fitted_to(
-    tmp_path: Path, network: MalNetwork, overrides: list[str], stays: bool
+def test_a_calibration_is_kept_only_for_the_network_and_crop_it_was_fitted_to(
+    tmp_path: Path, network: MalNetwork, overrides: list[str], is_kept: bool
 ) -> None:
     source, out = tmp_path / "fitted.malckpt", tmp_path / "small.malckpt"
     config = LabelerConfig(crop_size=64, calibration=((0.0, 0.0), (1.0, 1.0)))
@@ -104,10 +104,10 @@ def test_a_calibration_goes_along_only_with_what_it_was_fitted_to(
     assert main(["export", "-o", str(out), f"evaluate.checkpoint={source}", *overrides]) == 0
     header = read_header(out, None).content
     assert header is not None
-    assert (header.labeler.calibration is not None) == stays
+    assert (header.labeler.calibration is not None) == is_kept
 
 
-def test_networks_that_count_their_batches_are_exported(tmp_path: Path) -> None:
+def test_integer_buffers_are_exported_unchanged(tmp_path: Path) -> None:
     model = ModelConfig("fan_tiny_12_p16_224", mask_head_hidden_channel=4, mask_head_out_channel=4)
     fan, out = tmp_path / "fan.malckpt", tmp_path / "small.malckpt"
     weights = MalNetwork(model).state_dict()
@@ -120,7 +120,7 @@ def test_networks_that_count_their_batches_are_exported(tmp_path: Path) -> None:
     assert all(torch.equal(count, weights[name]) for name, count in counts.items())
 
 
-def test_the_mean_of_two_architectures_is_refused(
+def test_the_mean_of_two_different_networks_is_refused(
     tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=4)
@@ -128,20 +128,20 @@ def test_the_mean_of_two_architectures_is_refused(
     save_checkpoint(other, Checkpoint(model, LabelerConfig(crop_size=64), MalNetwork(model).state_dict()), None)
     out = tmp_path / "mean.malckpt"
     assert main(["export", "-o", str(out), "--average", str(other), f"evaluate.checkpoint={trained}"]) == 2
-    assert "another network" in capsys.readouterr().err
+    assert f"--average: {other}" in capsys.readouterr().err
 
 
-def test_asking_a_file_of_one_network_for_the_other_is_refused(tmp_path: Path, trained: Path) -> None:
+def test_the_missing_network_of_an_export_is_refused(tmp_path: Path, trained: Path) -> None:
     out = tmp_path / "small.malckpt"
     assert main(["export", "-o", str(out), f"evaluate.checkpoint={trained}"]) == 0
     labeler, _ = load_labeler(out)
     assert not labeler.network.has_teacher
     for which in (Branch.TEACHER, Branch.MIXED):
-        with pytest.raises(ConfigError, match="holds the student alone"):
+        with pytest.raises(ConfigError):
             labeler.network.logits(X, BRANCH, which)
 
 
-def test_thresholds_and_calibration_are_fitted_to_what_is_written(
+def test_thresholds_and_calibration_are_fitted_to_the_exported_network(
     tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     annotations, images = write_scenes(tmp_path / "scenes", images=40)
@@ -155,7 +155,7 @@ def test_thresholds_and_calibration_are_fitted_to_what_is_written(
         "evaluate.precision=float32",
     ]
     assert main(["export", "-o", str(out), *overrides]) == 0
-    assert "80 masks compared" in capsys.readouterr().out
+    assert "80 masks" in capsys.readouterr().out
     header = read_header(out, None).content
     assert header is not None
     assert (header.labeler.crop_size, header.labeler.margin_rate) == (96, 0.2)
@@ -164,56 +164,56 @@ def test_thresholds_and_calibration_are_fitted_to_what_is_written(
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "named"),
     [
-        ("evaluate.use_mixed_model_test=true", "one network is exported"),
-        ("dataset.test_crop_size=100", "positive multiple of 16"),
+        ("evaluate.use_mixed_model_test=true", "evaluate.use_mixed_model_test: true"),
+        ("dataset.test_crop_size=100", "crop_size: 100"),
     ],
 )
-def test_what_cannot_be_exported_is_said(
-    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+def test_an_invalid_export_is_refused_and_writes_no_file(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], override: str, named: str
 ) -> None:
     out = tmp_path / "small.malckpt"
     assert main(["export", "-o", str(out), f"evaluate.checkpoint={trained}", override]) == 2
-    assert message in capsys.readouterr().err
+    assert named in capsys.readouterr().err
     assert not out.exists()
 
 
-def test_builtin_names_the_file_in_the_package_and_other_names_themselves() -> None:
+def test_builtin_resolves_to_the_file_in_the_package_and_paths_to_themselves() -> None:
     assert builtin.resolve("some/file.malckpt") == Path("some/file.malckpt")
     path = builtin.resolve(builtin.BUILTIN)
     assert path.is_file()
     assert path.stat().st_size <= 20_000_000
 
 
-def test_the_model_in_the_package_is_shown_with_what_its_card_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_the_license_of_the_model_in_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert sha256_of(builtin.resolve(builtin.BUILTIN)) == builtin.SHA256
     assert main(["inspect", "builtin"]) == 0
-    assert "starting_weights_license: Apache-2.0" in capsys.readouterr().out
+    assert "starting_weights_licence: Apache-2.0" in capsys.readouterr().out
     content = read_header(builtin.resolve("builtin"), None).content
     assert content is not None
     assert load_pretrained(MalNetwork(content.model), "builtin").lineage.license == "Apache-2.0"
 
 
 @pytest.mark.parametrize("task", ["evaluate", "inference"])
-def test_labels_name_the_weights_that_made_them_though_the_file_has_moved_on(
+def test_labels_state_the_hash_of_the_loaded_weights_even_if_the_file_has_changed(
     trained: Path, task: Literal["evaluate", "inference"]
 ) -> None:
     sha256 = sha256_of(trained)
-    labeling = open_labeling(Spec.model_validate({task: {"checkpoint": str(trained)}}), task, Console.silent())
-    trained.write_bytes(b"the next one of the same name")
-    assert labeling.provenance()["checkpoint_sha256"] == sha256
+    job = open_labeling_job(Spec.model_validate({task: {"checkpoint": str(trained)}}), task, Console.silent())
+    trained.write_bytes(b"a newer file of the same name")
+    assert job.provenance()["checkpoint_sha256"] == sha256
 
 
-def test_a_mean_names_the_files_that_were_read_though_they_have_moved_on(
+def test_a_mean_states_the_hashes_of_the_loaded_files_even_if_they_have_changed(
     tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_and_move_on(path: Path, *args: Any, **options: Any) -> Checkpoint:
-        read = load_checkpoint(path, *args, **options)
-        path.write_bytes(b"the next one of the same name")
-        return read
+    def load_and_replace(path: Path, *args: Any, **options: Any) -> Checkpoint:
+        loaded = load_checkpoint(path, *args, **options)
+        path.write_bytes(b"a newer file of the same name")
+        return loaded
 
-    monkeypatch.setattr(export, "load_checkpoint", load_and_move_on)
+    monkeypatch.setattr(export, "load_checkpoint", load_and_replace)
     sha256, other, out = sha256_of(trained), tmp_path / "other.malckpt", tmp_path / "mean.malckpt"
     other.write_bytes(trained.read_bytes())
     assert main(["export", "-o", str(out), "--average", str(other), f"evaluate.checkpoint={trained}"]) == 0

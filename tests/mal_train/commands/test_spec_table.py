@@ -1,4 +1,4 @@
-"""The page of all fields is current."""
+"""docs/spec.md matches the schema."""
 
 from mal_train.commands.spec_table import fields_of, page
 from mal_train.config.spec import Spec

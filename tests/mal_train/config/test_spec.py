@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mal_train.config.spec import REDACTED, Spec, load_spec
+from mal_train.config.spec import REDACTED, RETIRED, Spec, load_spec
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import Compat, LabelerConfig
 from mal_train.core.yaml_config import apply_overrides, dump, field_paths, load_yaml, parse_value, validate
+from tests.paths import ROOT
 
 TAO_SPEC = """
 strategy: ddp
@@ -74,13 +75,13 @@ def spec_file(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def refusal(*overrides: str) -> str:
+def error_of(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_spec(None, list(overrides))
     return str(caught.value)
 
 
-def test_the_documented_spec_of_tao_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_the_documented_spec_of_tao_is_accepted_unchanged(tmp_path: Path) -> None:
     spec = load_spec(spec_file(tmp_path, TAO_SPEC), [])
     assert spec.train.lr == 1e-6
     assert spec.train.batch_size == 4
@@ -88,13 +89,13 @@ def test_the_documented_spec_of_tao_is_read_as_it_stands(tmp_path: Path) -> None
     assert spec.encryption_key is None
 
 
-def test_no_file_gives_the_documented_defaults() -> None:
+def test_without_a_file_all_fields_have_the_documented_defaults() -> None:
     spec = load_spec(None, [])
     assert (spec.train.lr, spec.train.batch_size, spec.dataset.crop_size) == (1.5e-6, 3, None)
     assert spec.labeler_config(512) == LabelerConfig(512, 0.6, (0.1, 0.1, 0.1), Compat.NONE)
 
 
-def test_what_is_dumped_reads_back_the_same() -> None:
+def test_a_dumped_spec_reads_back_equal() -> None:
     spec = load_spec(None, ["train.lr=1e-7", "train.mask_thres=[0.2,0.3,0.4]", "results_dir='a: b'", "compat=tao"])
     assert validate(Spec, parse_value(dump(spec))) == spec
 
@@ -105,43 +106,43 @@ def test_every_field_is_described() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "parts"),
+    ("override", "named"),
     [
-        ("train.batchsize=3", ["train.batchsize: unknown field", "did you mean train.batch_size?"]),
-        ("train.crop_size=256", ["train.crop_size: unknown field", "belongs to dataset.crop_size"]),
-        ("epochs=3", ["epochs: unknown field", "nearest valid name is train.num_epochs"]),
-        ("train.num_epochs=0", ["train.num_epochs: 0", "greater than or equal to 1"]),
-        ("train.num_epochs='3'", ['train.num_epochs: "3"', "valid integer"]),
-        ("train.lr=.nan", ["train.lr: NaN", "finite number"]),
-        ("train.use_amp=1", ["train.use_amp: 1", "valid boolean"]),
-        ("train.gpu_ids=[0,1]", ["num_gpus 1, gpu_ids [0, 1]", "as many different ids"]),
+        ("train.batchsize=3", ["train.batchsize", "train.batch_size"]),
+        ("train.crop_size=256", ["train.crop_size", "dataset.crop_size"]),
+        ("epochs=3", ["epochs", "train.num_epochs"]),
+        ("train.num_epochs=0", ["train.num_epochs: 0", " 1"]),
+        ("train.num_epochs='3'", ['train.num_epochs: "3"', "integer"]),
+        ("train.lr=.nan", ["train.lr: NaN", "finite"]),
+        ("train.use_amp=1", ["train.use_amp: 1", "boolean"]),
+        ("train.gpu_ids=[0,1]", ["train: ", "num_gpus 1", "gpu_ids [0, 1]"]),
         ("inference.num_nodes=2", ["inference.num_nodes: 2", "mal-client label --server"]),
-        ("evaluate.num_nodes=2", ["evaluate.num_nodes: 2", "one machine"]),
-        ("train.margin_rate=[1.2,0]", ["margin_rate [1.2, 0.0]", "the lower bound comes first"]),
-        ("train.mask_thres=[0.1,0.2]", ["train.mask_thres: [0.1, 0.2]", "one threshold, or three"]),
+        ("evaluate.num_nodes=2", ["evaluate.num_nodes: 2", "mal-client label --server"]),
+        ("train.margin_rate=[1.2,0]", ["train: ", "margin_rate [1.2, 0.0]"]),
+        ("train.mask_thres=[0.1,0.2]", ["train.mask_thres: [0.1, 0.2]"]),
         ("train.crf_kernel_size=4", ["train.crf_kernel_size: 4", "odd"]),
-        ("train.checkpoint_interval=11", ["checkpoint_interval 11 is more than num_epochs 10"]),
+        ("train.checkpoint_interval=11", ["train: ", "checkpoint_interval 11", "num_epochs 10"]),
         ("dataset=3", ["dataset: 3", "section"]),
-        ("wandb.enable=true", ["wandb", "remove the section"]),
+        ("wandb.enable=true", ["wandb"]),
         ("strategy=dp", ["strategy", "'auto', 'ddp' or 'fsdp'"]),
-        ("train.lr", ["section.field=value"]),
-        ("results_dir.x.y=3", ["results_dir: ", "valid string"]),
+        ("train.lr", ["'train.lr'", "section.field=value"]),
+        ("results_dir.x.y=3", ["results_dir: ", "string"]),
     ],
 )
-def test_a_wrong_field_is_named_with_its_value_the_rule_and_the_nearest_name(override: str, parts: list[str]) -> None:
-    message = refusal(override)
-    for part in parts:
+def test_an_invalid_field_is_named_with_its_value_and_rule_or_nearest_name(override: str, named: list[str]) -> None:
+    message = error_of(override)
+    for part in named:
         assert part in message
 
 
-def test_all_wrong_fields_are_named_at_once() -> None:
-    message = refusal("train.lr=-1", "model.arch=3")
+def test_all_invalid_fields_are_named_at_once() -> None:
+    message = error_of("train.lr=-1", "model.arch=3")
     assert "train.lr" in message
     assert "model.arch" in message
 
 
-def test_a_key_on_the_command_line_is_refused_and_not_repeated() -> None:
-    assert "hunter2" not in refusal("encryption_key=hunter2")
+def test_a_secret_on_the_command_line_is_refused_and_not_shown() -> None:
+    assert "hunter2" not in error_of("encryption_key=hunter2")
     assert load_spec(None, ["encryption_key=env:MAL_KEY"]).encryption_key == "env:MAL_KEY"
 
 
@@ -151,51 +152,51 @@ def test_a_key_of_the_wrong_type_is_not_shown(tmp_path: Path) -> None:
     assert "123456789" not in str(caught.value)
 
 
-def test_what_is_written_down_holds_no_passphrase(tmp_path: Path) -> None:
+def test_a_dumped_spec_has_no_passphrase(tmp_path: Path) -> None:
     spec = load_spec(spec_file(tmp_path, "encryption_key: hunter2\ndecryption_key: file:/k"), [])
     assert "hunter2" not in dump(spec.without_secrets()) + repr(spec)
     assert spec.without_secrets().encryption_key == REDACTED
     assert spec.without_secrets().decryption_key == "file:/k"
 
 
-def test_optim_betas_win_over_optim_momentum() -> None:
+def test_optim_betas_take_precedence_over_optim_momentum() -> None:
     assert load_spec(None, ["train.optim_momentum=0.8"]).train.betas == (0.8, 0.9)
     assert load_spec(None, ["train.optim_momentum=0.8", "train.optim_betas=[0.7,0.99]"]).train.betas == (0.7, 0.99)
 
 
 @pytest.mark.parametrize(
-    ("text", "part"),
+    ("text", "named"),
     [
-        ("a: 1\na: 2", "given twice"),
-        ("- 1", "top level"),
-        ("a: [", "not valid YAML"),
-        ("a: !!python/object/apply:os.system [true]", "not valid YAML"),
+        ("a: 1\na: 2", "'a'"),
+        ("- 1", "list"),
+        ("a: [", "YAML"),
+        ("a: !!python/object/apply:os.system [true]", "python/object/apply:os.system"),
     ],
 )
-def test_a_file_that_is_no_settings_file_is_refused(tmp_path: Path, text: str, part: str) -> None:
-    with pytest.raises(ConfigError, match=part):
+def test_a_file_that_is_not_a_settings_file_is_refused(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"spec\.yaml.*{named}"):
         load_yaml(spec_file(tmp_path, text))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_yaml(tmp_path / "nowhere.yaml")
 
 
-def test_numbers_are_read_as_people_write_them() -> None:
+def test_numbers_may_have_an_exponent_without_a_point() -> None:
     assert parse_value("[1e-4, 5E3, 1.5e-6, .5, 3, -2.]") == [1e-4, 5e3, 1.5e-6, 0.5, 3, -2.0]
     assert parse_value("2020-01-01") == "2020-01-01"
     assert yaml.safe_load(dump(Spec()))["train"]["lr"] == 1.5e-6
 
 
-def test_an_override_leaves_the_data_it_was_given_alone() -> None:
+def test_an_override_does_not_change_its_argument() -> None:
     data = {"train": {"lr": 1.0}}
     assert apply_overrides(data, ["train.lr=2"]) == {"train": {"lr": 2}}
     assert data == {"train": {"lr": 1.0}}
 
 
-def test_a_file_without_its_option_is_told_from_an_override() -> None:
-    with pytest.raises(ConfigError, match=r"server\.yaml.* -c "):
+def test_a_file_given_as_an_override_is_refused_with_the_option_to_use() -> None:
+    with pytest.raises(ConfigError, match=r"'server\.yaml'.* -c \(mal-server\)"):
         apply_overrides({}, ["server.yaml"])
 
 
@@ -210,14 +211,30 @@ def test_a_file_without_its_option_is_told_from_an_override() -> None:
         (["train.gpu_ids=[2]"], (2,)),
     ],
 )
-def test_each_process_has_a_gpu_of_its_own(overrides: list[str], gpus: tuple[int, ...]) -> None:
+def test_each_process_has_its_own_gpu(overrides: list[str], gpus: tuple[int, ...]) -> None:
     assert load_spec(None, overrides).train.gpus == gpus
 
 
-def test_a_gpu_is_not_given_to_two_processes() -> None:
-    assert "num_gpus 2, gpu_ids [1, 1]" in refusal("train.num_gpus=2", "train.gpu_ids=[1,1]")
+def test_two_processes_cannot_share_a_gpu() -> None:
+    message = error_of("train.num_gpus=2", "train.gpu_ids=[1,1]")
+    assert "num_gpus 2" in message
+    assert "gpu_ids [1, 1]" in message
 
 
-def test_an_interval_in_steps_may_be_longer_than_the_epochs_are_many() -> None:
+def test_an_interval_in_steps_may_exceed_the_number_of_epochs() -> None:
     longer = ["train.checkpoint_interval=1000", "train.checkpoint_interval_unit=step"]
     assert load_spec(None, longer).train.checkpoint_interval == 1000
+
+
+@pytest.mark.parametrize("field", sorted(RETIRED))
+def test_a_retired_field_of_tao_is_refused_with_its_remedy(field: str) -> None:
+    assert f"{field}: {RETIRED[field]}" in error_of(f"{field}=1")
+
+
+def test_the_json_schema_accepts_the_shipped_specs_and_locates_wrong_fields() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(Spec.model_json_schema())
+    for path in (ROOT / "mal_train" / "specs").glob("*.yaml"):
+        assert list(validator.iter_errors(load_yaml(path))) == [], path.name
+    errors = list(validator.iter_errors({"train": {"batchsize": 2, "num_epochs": 0}}))
+    assert sorted(error.validator for error in errors) == ["additionalProperties", "minimum"]

@@ -1,6 +1,6 @@
-"""No field of the spec is an empty promise: real runs of all three tasks must read each of them.
+"""Every field of the spec has an effect: training, evaluation and inference must read it.
 
-Reading is watched while it happens: neither a field of the same name elsewhere nor code that nobody calls counts.
+The test observes the reads of real runs, so unused code and fields of the same name in other sections do not count.
 """
 
 import sys
@@ -23,28 +23,28 @@ from mal_train.core.yaml_config import Strict
 from tests.mal_train.training.runs import SMALL, plain_mean_field
 from tests.scenes import write_scenes
 
-NO_CHOICE = {"evaluate.num_nodes": 2, "inference.num_nodes": 2}
-"""Fields of TAO that may hold one value here, each with another value, which must be refused."""
-SHOWS_ALL = {"yaml_config.py": None, "spec.py": {"without_secrets", "load_spec"}}
-"""What reads every field only to write the spec down: whole files, or functions of one."""
+SINGLE_VALUE = {"evaluate.num_nodes": 2, "inference.num_nodes": 2}
+"""Fields of TAO with one valid value, each with another value, which must be refused."""
+SERIALIZERS = {"yaml_config.py": None, "spec.py": {"without_secrets", "load_spec"}}
+"""Code that reads every field only to write the spec: files, or functions of a file."""
 
 
-def sections(model: type[BaseModel] = Spec, before: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    yield model, before
+def sections(model: type[BaseModel] = Spec, prefix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+    yield model, prefix
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from sections(field.annotation, f"{before}{name}.")
+            yield from sections(field.annotation, f"{prefix}{name}.")
 
 
 def is_use(frame: Any) -> bool:
     path, function = Path(frame.f_code.co_filename), frame.f_code.co_name
-    shown = SHOWS_ALL.get(path.name, set())
-    return "mal_train" in path.parts and shown is not None and function not in shown
+    ignored = SERIALIZERS.get(path.name, set())
+    return "mal_train" in path.parts and ignored is not None and function not in ignored
 
 
 @pytest.fixture(scope="module")
 def read_fields(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names of the fields that training, evaluation and inference read."""
+    """Returns the names of the fields that training, evaluation and inference read."""
     folder = tmp_path_factory.mktemp("runs")
     annotations, images = write_scenes(folder / "scenes", images=2)
     spec = load_spec(
@@ -61,34 +61,34 @@ def read_fields(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             *(f"{task}.checkpoint='{folder}/train/mal_model_latest.malckpt'" for task in ("evaluate", "inference")),
         ],
     )
-    prefix = dict(sections())
-    seen: set[str] = set()
+    prefixes = dict(sections())
+    read: set[str] = set()
 
-    def watched(self: BaseModel, name: str) -> Any:
-        if name in type(self).model_fields and type(self) in prefix and is_use(sys._getframe(1)):
-            seen.add(prefix[type(self)] + name)
+    def recorded(self: BaseModel, name: str) -> Any:
+        if name in type(self).model_fields and type(self) in prefixes and is_use(sys._getframe(1)):
+            read.add(prefixes[type(self)] + name)
         return object.__getattribute__(self, name)
 
     with pytest.MonkeyPatch.context() as patch:
         plain_mean_field(patch)
-        patch.setattr(Strict, "__getattribute__", watched, raising=False)
+        patch.setattr(Strict, "__getattribute__", recorded, raising=False)
         for task in (train, evaluate, inference):
             task(spec, Console.silent())
-    return seen
+    return read
 
 
 @pytest.mark.parametrize("name", [name for name, _ in fields_of(Spec)])
 def test_every_field_is_read_by_a_run(name: str, read_fields: set[str]) -> None:
     field = dict(fields_of(Spec))[name]
     if typing.get_origin(field.annotation) is typing.Literal and len(typing.get_args(field.annotation)) == 1:
-        return  # one value only, and the schema refuses every other
-    if name in NO_CHOICE:
+        return  # the schema refuses every other value
+    if name in SINGLE_VALUE:
         with pytest.raises(ConfigError):
-            load_spec(None, [f"{name}={NO_CHOICE[name]}"])
+            load_spec(None, [f"{name}={SINGLE_VALUE[name]}"])
         return
     assert name in read_fields
 
 
-def test_reading_is_told_from_writing_down(read_fields: set[str]) -> None:
-    # All three tasks wrote experiment.yaml, which holds every field; these two are looked at by nobody else.
-    assert not set(NO_CHOICE) & read_fields
+def test_writing_the_spec_does_not_count_as_reading(read_fields: set[str]) -> None:
+    # All three commands write experiment.yaml with every field; nothing else reads these two.
+    assert not set(SINGLE_VALUE) & read_fields

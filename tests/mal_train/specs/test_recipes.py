@@ -1,4 +1,4 @@
-"""The recipes in the package are valid specs, and each says how long it took where, and what of it was not run."""
+"""The recipes in the package are valid specs; their comments give steps, time and machine, and the parts not run."""
 
 import re
 from importlib import resources
@@ -14,12 +14,12 @@ from tests.paths import ROOT
 
 RECIPES = [name for name in SPECS if name not in {"default", "tao"}]
 FOR_GPUS = {"small-gpu", "coco-scale"}
-RUN = r"Run for docs/(\w+\.md)\b[^:]*: .*\d steps.* in \d+ min on (one|two) .*core"
-"""Which page has the figures, how many steps, how long, where."""
+RUN = r"Run for docs/([\w/-]+\.md)\b[^:]*: .*\d steps.* in \d+ min on (one|two) .*core"
+"""Page with the results, steps, time and machine of the run of a recipe."""
 
 
 def comments(text: str) -> str:
-    """A recipe's comments with their lines joined."""
+    """Joins the lines of the comments of a recipe."""
     return text.replace("\n# ", " ")
 
 
@@ -32,16 +32,16 @@ def test_a_recipe_is_a_valid_spec(name: str, tmp_path: Path) -> None:
     check_crop_size(spec.model.arch, labeler_config(spec).crop_size)
 
 
-def test_every_spec_in_the_package_has_a_name_to_print_it_by_but_the_demos() -> None:
+def test_default_spec_can_print_every_spec_in_the_package_except_the_demo() -> None:
     files = {Path(entry.name).stem for entry in resources.files("mal_train.specs").iterdir() if ".yaml" in entry.name}
     assert files == {*SPECS, "demo"}
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "demo"])
-def test_a_recipe_says_how_long_it_took_where_and_what_of_it_was_not_run(name: str) -> None:
+def test_a_recipe_states_steps_time_and_machine_of_its_run_and_the_parts_not_run(name: str) -> None:
     text = (resources.files("mal_train.specs") / f"{name}.yaml").read_text(encoding="utf-8")
     found = re.search(RUN, comments(text))
-    assert found, f"{name} does not say how long it took where"
+    assert found, f"{name}: no comment matches {RUN}"
     page = ROOT / "docs" / found[1]
     assert name.partition("-round")[0] in page.read_text(encoding="utf-8")
     assert ("# NOT RUN: " in text) == (name in FOR_GPUS)

@@ -1,4 +1,4 @@
-"""Several training processes for a test, forked from it: no imports to wait for, and its patches hold in them, too."""
+"""Training processes forked from a test: they need no imports, and inherit its monkeypatches."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ Rank = multiprocessing.context.ForkProcess
 
 
 def _train(rank: int, size: int, port: int, arguments: list[str]) -> None:
-    # The pool of OpenMP threads did not survive the fork.
+    # The OpenMP thread pool does not survive a fork.
     torch.set_num_threads(1)
     os.environ |= {
         LAUNCHED: "1",
@@ -34,7 +34,7 @@ def _train(rank: int, size: int, port: int, arguments: list[str]) -> None:
 
 @contextmanager
 def training_processes(overrides: Sequence[str], folder: Path, size: int = 2) -> Iterator[list[Rank]]:
-    """`size` processes that train together on the CPU; those that are left are killed at the end of the block."""
+    """Starts `size` processes that train together on the CPU, and kills running ones at the end of the block."""
     spec = folder / "empty.yaml"
     spec.write_text("")
     arguments = ["train", "-e", str(spec), *overrides, f"train.num_gpus={size}", "train.gpu_ids=[]"]
@@ -42,7 +42,7 @@ def training_processes(overrides: Sequence[str], folder: Path, size: int = 2) ->
     port = free_port()
     ranks = [context.Process(target=_train, args=(rank, size, port, arguments)) for rank in range(size)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks in a process with threads
         for rank in ranks:
             rank.start()
     try:
@@ -54,23 +54,23 @@ def training_processes(overrides: Sequence[str], folder: Path, size: int = 2) ->
 
 
 def exit_codes(ranks: Sequence[Rank], within_s: float = 240.0) -> list[int | None]:
-    """How they ended, in order; None for one that still runs after the time."""
-    until = time.monotonic() + within_s
+    """Returns the exit codes by rank; None for a process that still runs after `within_s` seconds."""
+    deadline = time.monotonic() + within_s
     for rank in ranks:
-        rank.join(max(0.0, until - time.monotonic()))
+        rank.join(max(0.0, deadline - time.monotonic()))
     return [rank.exitcode for rank in ranks]
 
 
 def train_together(overrides: Sequence[str], folder: Path, size: int = 2) -> list[int | None]:
-    """Exit codes of a whole training."""
+    """Trains in `size` processes and returns their exit codes by rank."""
     folder.mkdir(parents=True, exist_ok=True)
     with training_processes(overrides, folder, size) as ranks:
         return exit_codes(ranks)
 
 
 def wait_for(condition: Callable[[], bool], within_s: float = 240.0) -> None:
-    """Until it holds."""
-    until = time.monotonic() + within_s
+    """Waits until the condition holds."""
+    deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Training runs that are small enough for tests: their spec, and what is looked at afterwards."""
+"""Small training runs: spec, weights and status."""
 
 import json
 from pathlib import Path
@@ -30,8 +30,10 @@ SMALL = [
 
 
 def plain_mean_field(patch: pytest.MonkeyPatch) -> None:
-    """Compiling takes longer than all of these runs."""
-    patch.setattr("mal_train.commands.train.MeanField", lambda **settings: MeanField(**settings, compiled=False))
+    """Disables compilation, which takes longer than the runs."""
+    patch.setattr(
+        "mal_train.commands.training_setup.MeanField", lambda **settings: MeanField(**settings, compiled=False)
+    )
 
 
 def spec_of(scenes: dict[str, tuple[Path, Path]], results: Path, *overrides: str, validate: bool = False) -> Spec:

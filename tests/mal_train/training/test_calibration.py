@@ -9,7 +9,7 @@ from mal_train.core.errors import ConfigError
 from mal_train.core.masks.images import read_image
 from mal_train.core.settings import LabelerConfig, calibrated
 from mal_train.kernel.labeler.labeler import Label, Labeler
-from mal_train.training.calibration import FEWEST, fit_calibration, held_out
+from mal_train.training.calibration import MIN_INSTANCES, fit_calibration, held_out_scores
 from mal_train.training.validation import Validator
 from tests.networks import spread_network
 from tests.scenes import write_scenes
@@ -21,7 +21,7 @@ def overconfident(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(0.6 + 0.4 * iou + rng.normal(0, 0.05, count), 0.01, 1.0), iou
 
 
-def test_the_map_takes_the_bias_away_and_keeps_the_order() -> None:
+def test_calibration_removes_the_bias_and_keeps_the_order() -> None:
     scores, ious = overconfident(2000, 0)
     fresh, truth = overconfident(2000, 1)
     knots = fit_calibration(scores, ious)
@@ -35,7 +35,7 @@ def test_the_map_takes_the_bias_away_and_keeps_the_order() -> None:
     assert (np.diff(mapped[order][below_one]) > 0).mean() > 0.9
 
 
-def test_scores_that_rank_the_wrong_way_give_one_rising_line() -> None:
+def test_scores_in_reverse_order_give_a_single_pool() -> None:
     scores = np.linspace(0.5, 0.9, 200)
     knots = fit_calibration(scores, 1.0 - scores)
     assert knots is not None
@@ -44,7 +44,7 @@ def test_scores_that_rank_the_wrong_way_give_one_rising_line() -> None:
 
 
 @pytest.mark.parametrize("score", [0.5, 1.0])
-def test_one_score_for_all_still_gives_a_map(score: float) -> None:
+def test_equal_scores_give_a_map(score: float) -> None:
     knots = fit_calibration([score] * 100, [0.4] * 100)
     assert knots is not None
     assert calibrated(score, knots) == pytest.approx(0.4)
@@ -52,29 +52,29 @@ def test_one_score_for_all_still_gives_a_map(score: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_fit_is_a_valid_setting(seed: int) -> None:
+def test_every_fitted_map_is_a_valid_setting(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    count = int(rng.integers(FEWEST, 400))
+    count = int(rng.integers(MIN_INSTANCES, 400))
     knots = fit_calibration(rng.choice([rng.random(count), np.round(rng.random(count), 1)]), rng.random(count))
     if knots is not None:
         config = LabelerConfig(calibration=knots)
         assert LabelerConfig.from_dict(config.to_dict()) == config
 
 
-def test_too_few_instances_fit_nothing_and_empty_masks_do_not_count() -> None:
-    scores, ious = overconfident(FEWEST - 1, 0)
+def test_too_few_instances_are_not_fitted_and_empty_masks_do_not_count() -> None:
+    scores, ious = overconfident(MIN_INSTANCES - 1, 0)
     assert fit_calibration(scores, ious) is None
     assert fit_calibration(np.append(scores, [0.0] * 50), np.append(ious, [0.0] * 50)) is None
-    assert held_out(*overconfident(FEWEST + 5, 0), list(range(FEWEST + 5))) is None
+    assert held_out_scores(*overconfident(MIN_INSTANCES + 5, 0), list(range(MIN_INSTANCES + 5))) is None
 
 
-def test_an_instance_is_mapped_without_its_own_image() -> None:
+def test_the_held_out_score_of_an_instance_does_not_depend_on_its_image() -> None:
     scores, ious = overconfident(300, 0)
     images = [n // 3 for n in range(300)]
-    before = held_out(scores, ious, images)
+    before = held_out_scores(scores, ious, images)
     changed = ious.copy()
     changed[:3] = 1.0 - changed[:3]
-    after = held_out(scores, changed, images)
+    after = held_out_scores(scores, changed, images)
     assert before is not None
     assert after is not None
     assert np.array_equal(before[:3], after[:3])
@@ -92,18 +92,18 @@ def test_an_instance_is_mapped_without_its_own_image() -> None:
         ((0.0, 0.0), (float("nan"), 0.5), (1.0, 1.0)),
     ],
 )
-def test_points_that_are_no_rising_map_are_refused(knots: tuple[tuple[float, float], ...]) -> None:
+def test_knots_that_are_not_a_non_decreasing_map_are_refused(knots: tuple[tuple[float, float], ...]) -> None:
     with pytest.raises(ConfigError, match="calibration"):
         LabelerConfig(calibration=knots)
 
 
-def test_settings_of_a_checkpoint_without_a_calibration_are_read() -> None:
+def test_settings_without_a_calibration_are_accepted() -> None:
     data = LabelerConfig(crop_size=64).to_dict()
     del data["calibration"]
     assert LabelerConfig.from_dict(data) == LabelerConfig(crop_size=64)
 
 
-def test_validation_fits_the_score_and_reports_held_out_figures(tmp_path: Path) -> None:
+def test_validation_fits_a_calibration_and_reports_held_out_scores(tmp_path: Path) -> None:
     annotations, images = write_scenes(tmp_path, images=80)
     coco = read_coco(annotations)
     network = spread_network()
@@ -120,9 +120,9 @@ def test_validation_fits_the_score_and_reports_held_out_figures(tmp_path: Path) 
     assert abs(fitted.report.score.bias) < min(0.03, abs(plain.report.score.bias))
     assert (fitted.report.overall, fitted.report.by_size) == (plain.report.overall, plain.report.by_size)
     row, boxes = next(iter(by_image(coco)))
-    picture = read_image(images / row.file_name)
-    before = Labeler(network, raw, precision="float32").label(picture, [boxes[0].box_xywh])[0]
-    after = Labeler(network, fitted.config, precision="float32").label(picture, [boxes[0].box_xywh])[0]
+    image = read_image(images / row.file_name)
+    before = Labeler(network, raw, precision="float32").label(image, [boxes[0].box_xywh])[0]
+    after = Labeler(network, fitted.config, precision="float32").label(image, [boxes[0].box_xywh])[0]
     assert isinstance(before, Label)
     assert isinstance(after, Label)
     assert after.score == calibrated(before.score, fitted.config.calibration)

@@ -1,10 +1,10 @@
-"""Which crop size a run has: the one given, else the backbone's own."""
+"""Crop size of a run: the given one, or else the backbone's."""
 
 import pytest
 import torch
 
 from mal_train.commands.common import labeler_config, train_crop_size
-from mal_train.commands.train import build_network
+from mal_train.commands.training_setup import build_network
 from mal_train.config.spec import load_spec
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
@@ -22,19 +22,19 @@ from mal_train.kernel.networks.network import MalNetwork
         (["dataset.crop_size=160", "dataset.test_crop_size=224"], 160, 224),
     ],
 )
-def test_a_crop_size_that_is_not_given_is_the_backbones_own(overrides: list[str], trained: int, labeled: int) -> None:
+def test_the_default_crop_size_is_the_backbones(overrides: list[str], trained: int, labeled: int) -> None:
     spec = load_spec(None, overrides)
     assert (train_crop_size(spec), labeler_config(spec).crop_size) == (trained, labeled)
 
 
 @pytest.mark.parametrize("field", ["crop_size", "test_crop_size"])
-def test_huge_refuses_a_given_crop_that_its_patches_do_not_fit_and_names_the_nearest(field: str) -> None:
+def test_a_crop_size_that_is_no_multiple_of_the_patch_size_is_refused_with_the_nearest_ones(field: str) -> None:
     spec = load_spec(None, ["model.arch=vit-mae-huge/14", f"dataset.{field}=512"])
-    with pytest.raises(ConfigError, match=r"crop_size: 512 px; vit-mae-huge/14 .* 14 px.*take 504 or 518"):
+    with pytest.raises(ConfigError, match=r"crop_size: 512.*vit-mae-huge/14.*\b14\b.*504.*518"):
         build_network(spec, None, None, Console.silent())
 
 
-def test_huge_trains_with_its_own_crop() -> None:
+def test_the_huge_backbone_trains_with_its_default_crop_size() -> None:
     spec = load_spec(None, ["model.arch=vit-mae-huge/14"])
     with torch.device("meta"):
         network, _ = build_network(spec, None, None, Console.silent())

@@ -30,7 +30,7 @@ def copied(network: MalNetwork) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in network.state_dict().items()}
 
 
-def test_heads_learn_at_their_own_rate(network: MalNetwork) -> None:
+def test_heads_have_their_own_learning_rate(network: MalNetwork) -> None:
     optimizer = build_optimizer(network, OptimizerSettings(head_lr_mult=5.0))
     set_rate(optimizer, 2.0)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -38,14 +38,14 @@ def test_heads_learn_at_their_own_rate(network: MalNetwork) -> None:
         assert rates[id(parameter)] == (2.0 if name.startswith("backbone.") else 10.0)
 
 
-def test_norms_and_biases_can_be_spared_the_decay(network: MalNetwork) -> None:
+def test_norms_and_biases_can_be_excluded_from_weight_decay(network: MalNetwork) -> None:
     optimizer = build_optimizer(network, OptimizerSettings(weight_decay=0.1, decay_norm_bias=False))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for parameter in network.student.parameters():
         assert decays[id(parameter)] == (0.1 if parameter.ndim > 1 else 0.0)
 
 
-def test_frozen_stages_stay_as_they_are(network: MalNetwork) -> None:
+def test_frozen_stages_do_not_change(network: MalNetwork) -> None:
     assert freeze_stages(network, [0, 2, 99, -1]) == ["patch_embed", "blocks.1"]
     before = copied(network)
     train_once(network, OptimizerSettings())
@@ -61,7 +61,7 @@ def test_no_gradient_reaches_the_teacher(network: MalNetwork) -> None:
     assert all(name.startswith("student.") for name in changed(before, network))
 
 
-def test_the_teacher_moves_a_little_toward_the_student(network: MalNetwork) -> None:
+def test_the_teacher_moves_toward_the_student_by_the_momentum(network: MalNetwork) -> None:
     train_once(network, OptimizerSettings(), rate=0.1)
     before = [parameter.clone() for parameter in network.teacher.parameters()]
     update_ema(network.teacher, network.student, 0.9)
@@ -69,7 +69,7 @@ def test_the_teacher_moves_a_little_toward_the_student(network: MalNetwork) -> N
         torch.testing.assert_close(new, 0.9 * old + 0.1 * student.detach())
 
 
-def test_buffers_of_the_student_are_copied() -> None:
+def test_the_teacher_copies_the_buffers_of_the_student() -> None:
     student, teacher = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     student(torch.randn(8, 3))
     update_ema(teacher, student, 0.996)

@@ -1,4 +1,4 @@
-"""The published training step and its parts, replayed under `compat: tao`."""
+"""The training step and its parts under `compat: tao`, compared with stored results of the published code."""
 
 import json
 from typing import Any
@@ -23,20 +23,20 @@ STEPS_PER_EPOCH = 1000
 CLOSE = (5e-5, 1e-6)
 """Tolerance of a gradient, relative to its largest entry, and of a parameter after the step."""
 ON_A_KINK = (2.5e-2, 5e-6)
-"""The same for one stored step, in which two units of the mask head's channel 81 stand 2e-5 from their ReLU's kink.
+"""The same for one stored step, in which two units of the mask head's channel 81 are 2e-5 from the kink of their ReLU.
 
-AdamW's first step follows signs of gradients of the size of rounding, so weights, and with them these units, land that
-far from the published ones, on the other side. With the channel's bias moved by -1.7e-5 everything agrees to 7e-5.
+AdamW's first step follows the signs of gradients, some of which are rounding errors, so these units end up on the other
+side of the kink. With the bias of the channel moved by -1.7e-5, all values agree to 7e-5.
 """
 
 
-def test_cosine_schedule_gives_the_published_rates() -> None:
+def test_the_cosine_schedule_gives_the_published_rates() -> None:
     for row in json.loads(fixture("h_cosine_lr.json").read_text()):
         schedule = CosineSchedule(row["lr"], row["min_lr"], row["warmup_epochs"], row["num_epochs"], row["num_wave"])
         assert schedule.at_epoch(row["epoch"]) == pytest.approx(row["lr_out"], rel=1e-12, abs=1e-18)
 
 
-def test_the_teacher_follows_as_published() -> None:
+def test_the_teacher_is_updated_as_published() -> None:
     arrays = np.load(fixture("c_ema.npz"))
     for momentum in ("0.996", "0.9", "0.0"):
         for count in (1, 3):
@@ -96,7 +96,7 @@ def test_training_steps_change_the_weights_as_published(name: str, layout: str, 
         )
         for part, value in zip(("loss", "loss_mil", "loss_crf"), losses[:3], strict=True):
             assert float(value.detach()) == pytest.approx(float(arrays[f"step{k}_{part}"]), abs=1e-5)
-        # The runs behind the numbers begin in the middle: their first step has the peak rate wherever it stands.
+        # The stored runs start inside a training: their first step has the peak rate, whatever its index.
         rate = schedule.peak if k == 0 else schedule.at_step(step, STEPS_PER_EPOCH, Compat.TAO)
         assert rate == pytest.approx(float(arrays[f"step{k}_lr"]), rel=1e-12)
         after = schedule.at_step(step + 1, STEPS_PER_EPOCH, Compat.TAO)
@@ -109,7 +109,7 @@ def test_training_steps_change_the_weights_as_published(name: str, layout: str, 
         _check_parameters(network, arrays, k, ON_A_KINK if (name, k) == ("nv_s45", 1) else CLOSE)
 
 
-def test_the_first_step_of_all_runs_at_the_peak_and_the_second_at_nothing() -> None:
+def test_the_first_step_has_the_peak_rate_and_the_second_rate_0() -> None:
     schedule = CosineSchedule(2e-4, 4e-5, 1, 10)
     assert schedule.at_step(0, STEPS_PER_EPOCH, Compat.TAO) == 2e-4
     assert schedule.at_step(1, STEPS_PER_EPOCH, Compat.TAO) == 0.0
@@ -124,7 +124,7 @@ def _check_parameters(network: MalNetwork, arrays: Any, k: int, tolerance: tuple
         name = key.removeprefix(f"step{k}_p_")
         ours = parameters[name.replace(".conv.", ".")]
         gradient_key = f"step{k}_g_{name}"
-        # AdamW's first step is about lr · sign(gradient): a tiny gradient says nothing about its direction.
+        # AdamW's first step is about lr · sign(gradient): the sign of a tiny gradient is a rounding error.
         clear = np.ones(ours.shape, dtype=bool)
         if gradient_key in arrays.files:
             gradient = arrays[gradient_key]

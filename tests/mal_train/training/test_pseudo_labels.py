@@ -1,4 +1,4 @@
-"""A second round: an earlier model's masks beside what the boxes say (train.supervision: pseudo)."""
+"""Pseudo-labels: masks of an earlier model in addition to the boxes (train.supervision: pseudo)."""
 
 import math
 from pathlib import Path
@@ -30,14 +30,14 @@ def scored(coco: dict[str, Any]) -> None:
     del coco["annotations"][2]["segmentation"]
 
 
-def guesses_of(folder: Path) -> TrainingBoxes:
+def pseudo_labeled(folder: Path) -> TrainingBoxes:
     annotations, images = write_scenes(folder, change=scored)
     return select_boxes(
         read_coco(annotations), images, min_area=0, max_area=1e9, compat=Compat.NONE, supervision="pseudo"
     )
 
 
-def test_a_guess_counts_by_its_score_and_how_tightly_it_fills_its_box() -> None:
+def test_a_pseudo_label_is_weighted_by_its_score_and_the_extent_of_its_box() -> None:
     half = np.zeros((20, 20), bool)
     half[5:15, 5:10] = True
     code = rle.encode_mask(half)
@@ -48,18 +48,18 @@ def test_a_guess_counts_by_its_score_and_how_tightly_it_fills_its_box() -> None:
 
 
 @pytest.mark.parametrize("mask", [None, np.zeros((20, 20), bool)])
-def test_no_mask_is_no_guess(mask: np.ndarray[Any, Any] | None) -> None:
+def test_a_missing_or_empty_mask_has_weight_0(mask: np.ndarray[Any, Any] | None) -> None:
     assert pseudo_label_weight(0.9, None if mask is None else rle.encode_mask(mask), (5.0, 5.0, 5.0, 5.0)) == 0.0
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, True, "0.9", [0.9]])
-def test_what_is_no_score_leaves_the_tightness_alone(score: object) -> None:
+def test_an_invalid_score_counts_as_1(score: object) -> None:
     square = np.zeros((20, 20), bool)
     square[5:15, 5:15] = True
     assert pseudo_label_weight(score, rle.encode_mask(square), (5.0, 5.0, 10.0, 10.0)) == 1.0
 
 
-def test_a_detections_guess_counts_by_the_score_of_its_mask(tmp_path: Path) -> None:
+def test_a_detection_is_weighted_by_the_score_of_its_mask(tmp_path: Path) -> None:
     def detected(coco: dict[str, Any]) -> None:
         for number, annotation in enumerate(coco["annotations"]):
             annotation |= {"score": 0.3 if number % 2 else 0.9, "mask_score": 0.9 if number % 2 else 0.3}
@@ -72,8 +72,8 @@ def test_a_detections_guess_counts_by_the_score_of_its_mask(tmp_path: Path) -> N
     assert boxes.mask_weights[1::2].min() > boxes.mask_weights[::2].max()
 
 
-def test_weights_are_one_on_average_and_follow_the_scores(tmp_path: Path) -> None:
-    boxes = guesses_of(tmp_path)
+def test_weights_have_mean_1_and_increase_with_the_scores(tmp_path: Path) -> None:
+    boxes = pseudo_labeled(tmp_path)
     assert boxes.mask_weights is not None
     known = boxes.mask_weights > 0
     assert len(boxes) == 8
@@ -82,8 +82,8 @@ def test_weights_are_one_on_average_and_follow_the_scores(tmp_path: Path) -> Non
     assert boxes.mask_weights[1] > boxes.mask_weights[0]
 
 
-def test_a_batch_carries_the_weight_of_each_of_its_masks(tmp_path: Path) -> None:
-    boxes = guesses_of(tmp_path)
+def test_a_batch_has_the_weight_of_each_of_its_masks(tmp_path: Path) -> None:
+    boxes = pseudo_labeled(tmp_path)
     data = BoxDataset(boxes, Cropping(32, (0.0, 1.2), Compat.NONE), seed=3)
     batch = collate([data[0, 1], data[0, 2], data[0, 3]])
     assert batch.masked_M is not None
@@ -93,7 +93,7 @@ def test_a_batch_carries_the_weight_of_each_of_its_masks(tmp_path: Path) -> None
     assert batch.mask_weight_M.tolist() == boxes.mask_weights[[1, 3]].tolist()
 
 
-def test_guesses_add_to_the_loss_of_all_boxes_each_by_its_weight() -> None:
+def test_pseudo_labels_add_their_weighted_loss_to_the_box_losses() -> None:
     logits = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     boxes = StepLosses(*(torch.tensor(value) for value in (5.0, 2.0, 3.0, 0.0, 0.0)))
     mask = torch.zeros(2, 8, 8)
@@ -108,7 +108,7 @@ def test_guesses_add_to_the_loss_of_all_boxes_each_by_its_weight() -> None:
     assert (float(both.mil), float(both.crf)) == (2.0, 3.0)
 
 
-def test_without_a_teacher_the_other_losses_are_as_with_one() -> None:
+def test_the_other_losses_do_not_depend_on_the_teacher() -> None:
     student = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     box = torch.zeros(2, 32, 32)
     box[:, 4:28, 6:26] = 1
@@ -119,11 +119,11 @@ def test_without_a_teacher_the_other_losses_are_as_with_one() -> None:
     }
     guide = torch.zeros(2, 3, 32, 32)
     alone = step_losses(student, None, guide, box, **arguments)
-    beside = step_losses(student, student.clone(), guide, box, **arguments)
-    assert torch.equal(torch.stack(alone), torch.stack(beside))
+    together = step_losses(student, student.clone(), guide, box, **arguments)
+    assert torch.equal(torch.stack(alone), torch.stack(together))
 
 
-def test_a_loss_of_weight_zero_makes_no_nan_of_a_logit_that_overflowed() -> None:
+def test_a_loss_with_weight_0_gives_no_nan_for_an_overflowed_logit() -> None:
     student = torch.zeros(1, 1, 8, 8)
     student[..., 3, 3] = torch.inf
     student.requires_grad_()
@@ -143,7 +143,7 @@ def test_a_loss_of_weight_zero_makes_no_nan_of_a_logit_that_overflowed() -> None
     assert torch.isfinite(gradient).all()
 
 
-def test_a_second_round_trains_from_a_labeled_file(tmp_path: Path) -> None:
+def test_training_learns_from_pseudo_labels(tmp_path: Path) -> None:
     annotations, images = write_scenes(tmp_path, change=scored)
     spec = load_spec(
         None,

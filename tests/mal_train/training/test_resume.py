@@ -1,4 +1,4 @@
-"""Going on from any step gives the weights of a run that was never stopped, bit for bit."""
+"""A run resumed from any step ends with the weights of an uninterrupted run, bit for bit."""
 
 import io
 import random
@@ -25,7 +25,7 @@ def _plain_mean_field(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state_of(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of student and teacher, and the optimizer's moments."""
+    """Returns the weights of student and teacher, and the moments of the optimizer."""
     checkpoint = load_checkpoint(path, None)
     assert checkpoint.training is not None
     moments = {
@@ -39,7 +39,9 @@ def state_of(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("count", "accumulate"), [(4, 1), (3, 2), pytest.param(32, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
-def test_going_on_at_a_random_step_is_as_if_never_stopped(count: int, accumulate: int, tmp_path: Path) -> None:
+def test_resuming_at_random_steps_gives_the_state_of_an_uninterrupted_run(
+    count: int, accumulate: int, tmp_path: Path
+) -> None:
     # 17 boxes in batches of 2: the last batch of an epoch is a small one; 36 batches in all.
     def without_one(coco: dict[str, list[object]]) -> None:
         del coco["annotations"][-1]
@@ -50,10 +52,10 @@ def test_going_on_at_a_random_step_is_as_if_never_stopped(count: int, accumulate
     }
     common = (f"train.num_epochs={EPOCHS}", "train.batch_size=2", f"train.accum_grad_batches={accumulate}")
     by_step = ("train.checkpoint_interval_unit=step", "train.checkpoint_interval=1")
-    # Pictures of a validation take longer than the steps: in the long form only, that nothing of theirs is left behind.
+    # Validations take longer than the steps, so only the long form has them.
     validated = count > 4
-    train(spec_of(scenes, tmp_path / "whole", *common, *by_step, validate=validated), Console.silent())
-    files = sorted(path for path in (tmp_path / "whole" / "train").glob("model_*"))
+    train(spec_of(scenes, tmp_path / "complete", *common, *by_step, validate=validated), Console.silent())
+    files = sorted(path for path in (tmp_path / "complete" / "train").glob("model_*"))
     steps = EPOCHS * -(-9 // accumulate)
     assert len(files) == steps
     expected = state_of(files[-1])
@@ -72,8 +74,8 @@ def test_going_on_at_a_random_step_is_as_if_never_stopped(count: int, accumulate
     assert same == count
 
 
-class WatchedScreen(Console):
-    """Notes where bars begin and how far they come."""
+class RecordingConsole(Console):
+    """Records the progress bars."""
 
     def __init__(self) -> None:
         super().__init__(io.StringIO())
@@ -89,21 +91,21 @@ class WatchedScreen(Console):
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4])
-def test_the_bar_of_a_run_that_goes_on_begins_where_the_other_stopped(stop: int, tmp_path: Path) -> None:
+def test_the_progress_bar_of_a_resumed_run_starts_at_the_checkpoint(stop: int, tmp_path: Path) -> None:
     scenes = {"train": write_scenes(tmp_path / "train", images=3, masks=False, seed=1)}
     common = ("train.batch_size=2", "train.num_epochs=3")
     by_step = ("train.checkpoint_interval=1", "train.checkpoint_interval_unit=step")
-    train(spec_of(scenes, tmp_path / "whole", *common, *by_step), Console.silent())
-    (file,) = (tmp_path / "whole" / "train").glob(f"model_*_step_{stop:05}.malckpt")
-    screen = WatchedScreen()
+    train(spec_of(scenes, tmp_path / "complete", *common, *by_step), Console.silent())
+    (file,) = (tmp_path / "complete" / "train").glob(f"model_*_step_{stop:05}.malckpt")
+    console = RecordingConsole()
     resume = f"train.resume_training_checkpoint_path='{file}'"
-    train(spec_of(scenes, tmp_path / "rest", *common, resume), screen)
-    (bar,) = screen.bars
-    # Three batches an epoch.
-    assert (screen.first_batches, bar.n, bar.total) == ([stop], 9, 9)
+    train(spec_of(scenes, tmp_path / "rest", *common, resume), console)
+    (bar,) = console.bars
+    # Three batches per epoch.
+    assert (console.first_batches, bar.n, bar.total) == ([stop], 9, 9)
 
 
-def test_steps_between_checkpoints_count_over_epochs(tmp_path: Path) -> None:
+def test_an_interval_in_steps_is_counted_across_epochs(tmp_path: Path) -> None:
     scenes = {"train": write_scenes(tmp_path / "train", images=3, masks=False, seed=1)}
     spec = spec_of(
         scenes,
@@ -115,7 +117,7 @@ def test_steps_between_checkpoints_count_over_epochs(tmp_path: Path) -> None:
     )
     train(spec, Console.silent())
     names = sorted(path.name for path in (tmp_path / "train").glob("model_*"))
-    # Three steps an epoch: inside the second one, and at the end.
+    # Three steps per epoch: one inside the second epoch, and one at the end.
     assert names == [
         "model_epoch_001_step_00004.malckpt",
         "model_epoch_002_step_00008.malckpt",
@@ -123,15 +125,17 @@ def test_steps_between_checkpoints_count_over_epochs(tmp_path: Path) -> None:
     ]
 
 
-def test_a_run_that_goes_on_still_tells_what_it_started_from(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_lineage_of_its_starting_weights(tmp_path: Path) -> None:
     scenes = {"train": write_scenes(tmp_path / "train", images=2, masks=False, seed=1)}
     by_step = ("train.checkpoint_interval=1", "train.checkpoint_interval_unit=step")
     donor = train(spec_of(scenes, tmp_path / "donor", "train.num_epochs=1"), Console.silent()).checkpoint
     start = f"train.pretrained_model_path='{donor}'"
-    train(spec_of(scenes, tmp_path / "whole", "train.num_epochs=2", *by_step, start), Console.silent())
-    (file,) = (tmp_path / "whole" / "train").glob("model_*_step_00001.malckpt")
+    train(spec_of(scenes, tmp_path / "complete", "train.num_epochs=2", *by_step, start), Console.silent())
+    (file,) = (tmp_path / "complete" / "train").glob("model_*_step_00001.malckpt")
     resume = f"train.resume_training_checkpoint_path='{file}'"
     rest = train(spec_of(scenes, tmp_path / "rest", "train.num_epochs=2", resume), Console.silent()).checkpoint
-    told = load_checkpoint(rest, None).provenance
-    assert (told["starting_weights"], told["steps"]) == (donor.name, 2)
-    assert [(step["starting_weights"], step["sha256"]) for step in told["lineage"]] == [("random", sha256_of(donor))]
+    provenance = load_checkpoint(rest, None).provenance
+    assert (provenance["starting_weights"], provenance["steps"]) == (donor.name, 2)
+    assert [(step["starting_weights"], step["sha256"]) for step in provenance["lineage"]] == [
+        ("random", sha256_of(donor))
+    ]

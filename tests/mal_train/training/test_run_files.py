@@ -12,7 +12,7 @@ from mal_train.training.progress import Progress
 from mal_train.training.run_files import METRIC_COLUMNS, MetricsFile, StatusFile
 
 
-def test_a_status_line_keeps_the_figures_of_earlier_ones(tmp_path: Path) -> None:
+def test_a_status_line_repeats_earlier_metrics(tmp_path: Path) -> None:
     status = StatusFile(tmp_path)
     status.write("RUNNING", "a", kpi={"train_loss": 1.0}, progress={"epoch": 1})
     status.write("RUNNING", "b", kpi={"mIoU": 0.5})
@@ -23,12 +23,12 @@ def test_a_status_line_keeps_the_figures_of_earlier_ones(tmp_path: Path) -> None
     assert {"date", "time", "status", "verbosity", "message"} <= lines[-1].keys()
 
 
-def test_a_status_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
+def test_a_status_file_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"status\.json"):
         StatusFile(tmp_path / "nowhere").write("STARTED", "a")
 
 
-def test_a_run_that_goes_on_keeps_the_rows_before_it(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_earlier_rows(tmp_path: Path) -> None:
     for append in (False, True):
         metrics = MetricsFile(tmp_path, append=append)
         metrics.add("train", 1, 10, {"loss": 0.5, "mIoU": None})
@@ -46,7 +46,7 @@ class Clock:
         return self.now
 
 
-def test_without_a_terminal_a_line_comes_now_and_then_with_rate_and_time_left() -> None:
+def test_without_a_terminal_lines_show_rate_and_remaining_time() -> None:
     stream, clock = io.StringIO(), Clock()
     progress = Progress(Console(stream), clock)
     trainer: Any = SimpleNamespace(num_training_batches=100, max_epochs=2, current_epoch=0)
@@ -62,7 +62,7 @@ def test_without_a_terminal_a_line_comes_now_and_then_with_rate_and_time_left() 
     assert len(lines) == 8
 
 
-def test_a_run_that_goes_on_amid_an_epoch_counts_from_there() -> None:
+def test_a_run_resumed_inside_an_epoch_counts_from_its_first_batch() -> None:
     stream, clock = io.StringIO(), Clock()
     progress = Progress(Console(stream), clock)
     trainer: Any = SimpleNamespace(num_training_batches=100, max_epochs=3, current_epoch=1)
@@ -72,5 +72,5 @@ def test_a_run_that_goes_on_amid_an_epoch_counts_from_there() -> None:
         clock.now += 2.0
         progress.on_train_batch_end(trainer, module, None, None, batch)
     *_, line = stream.getvalue().splitlines()
-    # 156 of 300 are done, 16 of them here; those at two seconds a batch.
+    # 156 of 300 batches are done, 16 of them in this run, at two seconds per batch.
     assert line.startswith("epoch 2/3: batch 156/300, 2.00 s/batch, 04:48 left")

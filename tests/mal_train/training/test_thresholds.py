@@ -28,24 +28,24 @@ def test_foreground_outside_the_box_or_the_image_does_not_count() -> None:
     prob = np.ones((SIZE, SIZE), np.float32)
     truth = np.zeros((16, 16), bool)
     truth[:, :8] = True
-    # The window reaches one image width further to the right, where the image repeats.
+    # The window extends one image width to the right, where the image repeats.
     crop = crop_of(Window(0, 0, 32, 16), (16, 16), (0.0, 0.0, 8.0, 16.0))
     assert iou_curve(crop, prob, truth, Compat.NONE).tolist() == [1.0] * len(CANDIDATES)
 
 
-def test_an_empty_union_gives_no_credit() -> None:
+def test_an_empty_union_has_iou_0() -> None:
     crop = crop_of(Window(0, 0, SIZE, SIZE), (SIZE, SIZE), (0.0, 0.0, SIZE, SIZE))
     curve = iou_curve(crop, np.zeros((SIZE, SIZE), np.float32), np.zeros((SIZE, SIZE), bool), Compat.NONE)
     assert not curve.any()
 
 
-def test_each_size_class_gets_its_own_threshold_when_it_has_enough_instances() -> None:
+def test_each_size_class_with_enough_instances_gets_its_own_threshold() -> None:
     low, high = np.zeros(19), np.zeros(19)
     low[1] = high[15] = 1.0
     areas = [100.0] * 25 + [50_000.0] * 40 + [2_000.0] * 3
-    found = best_thresholds(areas, [low] * 25 + [high] * 40 + [low] * 3)
-    assert found == (0.1, 0.8, 0.8)
+    thresholds = best_thresholds(areas, [low] * 25 + [high] * 40 + [low] * 3)
+    assert thresholds == (0.1, 0.8, 0.8)
 
 
-def test_nothing_to_fit_on_fits_nothing() -> None:
+def test_without_instances_no_thresholds_are_fitted() -> None:
     assert best_thresholds([], []) is None

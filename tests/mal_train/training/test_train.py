@@ -1,4 +1,4 @@
-"""Whole training runs of a very small network, through the same function as the command."""
+"""Complete training runs of a very small network."""
 
 import csv
 import os
@@ -47,7 +47,7 @@ def rows(results: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_leaves_checkpoints_curves_and_a_status(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_a_run_writes_checkpoints_metrics_and_a_status(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     result = run(spec_of(scenes, tmp_path, "train.checkpoint_interval=2", validate=True))
     folder = tmp_path / "train"
     names = sorted(path.name for path in folder.glob("*.malckpt"))
@@ -69,9 +69,7 @@ def test_a_run_leaves_checkpoints_curves_and_a_status(scenes: dict[str, tuple[Pa
         assert torch.isfinite(value).all()
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
-    scenes: dict[str, tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_weights_depend_on_the_seed_only(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     first, again, other = (
         weights(run(spec_of(scenes, tmp_path / name, f"train.seed={seed}")).checkpoint)
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
@@ -80,22 +78,22 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     assert not torch.equal(first["student.roi_head.mlp1.weight"], other["student.roi_head.mlp1.weight"])
 
 
-def test_a_run_that_goes_on_at_an_epochs_end_ends_with_the_same_weights(
+def test_a_run_resumed_at_the_end_of_an_epoch_ends_with_the_same_weights(
     scenes: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    whole = run(spec_of(scenes, tmp_path / "whole", validate=True)).checkpoint
-    first = tmp_path / "whole" / "train" / "model_epoch_000_step_00002.malckpt"
+    complete = run(spec_of(scenes, tmp_path / "complete", validate=True)).checkpoint
+    first = tmp_path / "complete" / "train" / "model_epoch_000_step_00002.malckpt"
     rest = run(
         spec_of(scenes, tmp_path / "rest", f"train.resume_training_checkpoint_path='{first}'", validate=True)
     ).checkpoint
-    assert rest.name == whole.name
-    assert_same(weights(whole), weights(rest))
+    assert rest.name == complete.name
+    assert_same(weights(complete), weights(rest))
 
 
-def test_sigterm_saves_inside_the_epoch_and_the_same_command_goes_on(
+def test_sigterm_saves_inside_an_epoch_and_the_same_command_resumes(
     scenes: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(spec_of(scenes, tmp_path / "whole")).checkpoint
+    complete = run(spec_of(scenes, tmp_path / "complete")).checkpoint
     step = training_module.MalModule.training_step
 
     def killed_in_the_second_epoch(self: Any, batch: Any, batch_idx: int) -> Tensor:
@@ -111,11 +109,11 @@ def test_sigterm_saves_inside_the_epoch_and_the_same_command_goes_on(
     assert caught.value.exit_code == 143
     assert newest_checkpoint(tmp_path / "cut" / "train") == tmp_path / "cut/train/model_epoch_001_step_00003.malckpt"
     assert statuses(tmp_path / "cut")[-1] == "FAILURE"
-    assert_same(weights(whole), weights(run(spec).checkpoint))
+    assert_same(weights(complete), weights(run(spec).checkpoint))
     assert threading.current_thread() is threading.main_thread()
 
 
-def test_a_finished_run_has_nothing_left_to_do(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_a_finished_run_does_not_train_further(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     spec = spec_of(scenes, tmp_path)
     before = weights(run(spec).checkpoint)
     after = run(spec)
@@ -123,8 +121,10 @@ def test_a_finished_run_has_nothing_left_to_do(scenes: dict[str, tuple[Path, Pat
     assert statuses(tmp_path)[-1] == "SUCCESS"
 
 
-def test_two_small_batches_make_the_step_of_one_large(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
-    # lr is per sample and per batch, as in TAO; plain sums of one step are compared, with equal halves.
+def test_two_accumulated_batches_give_the_step_of_one_large_batch(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    # As in TAO, lr scales with batch_size but not with accumulation; the second run compensates for it.
     common = ["model.vit_dpr=0", "train.num_epochs=1", "train.warmup_epochs=0", "train.checkpoint_interval=1"]
     large = run(spec_of(scenes, tmp_path / "a", *common, "train.batch_size=8", "train.lr=1e-4")).checkpoint
     halves = run(
@@ -136,7 +136,7 @@ def test_two_small_batches_make_the_step_of_one_large(scenes: dict[str, tuple[Pa
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-4)
 
 
-def test_fitted_thresholds_travel_in_the_checkpoint(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_fitted_thresholds_are_stored_in_the_checkpoint(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     fitted = load_checkpoint(run(spec_of(scenes, tmp_path / "a", validate=True)).checkpoint, None)
     given = load_checkpoint(
         run(spec_of(scenes, tmp_path / "b", "train.fit_thresholds=false", validate=True)).checkpoint, None
@@ -147,7 +147,7 @@ def test_fitted_thresholds_travel_in_the_checkpoint(scenes: dict[str, tuple[Path
     assert not published.fits_thresholds
 
 
-def test_checkpoints_are_sealed_for_the_recipient(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_checkpoints_are_encrypted_to_the_recipient(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     identity = tmp_path / "key.txt"
     recipient = write_identity(identity)
     short = ["train.num_epochs=1", f"encryption_key={recipient}"]
@@ -156,19 +156,19 @@ def test_checkpoints_are_sealed_for_the_recipient(scenes: dict[str, tuple[Path, 
         load_checkpoint(result.checkpoint, None)
     key = parse_key(f"file:{identity}", purpose="decryption", source="yaml")
     assert isinstance(load_checkpoint(result.checkpoint, key), Checkpoint)
-    with pytest.raises(ConfigError, match="decryption_key: not given"):
+    with pytest.raises(ConfigError, match="decryption_key"):
         run(spec_of(scenes, tmp_path / "run", *short))
     run(spec_of(scenes, tmp_path / "run", *short, f"decryption_key='file:{identity}'", "train.num_epochs=2"))
 
 
-def test_another_architecture_does_not_go_on(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_resuming_a_different_network_is_refused(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     run(spec_of(scenes, tmp_path, "train.num_epochs=1"))
-    with pytest.raises(ConfigError, match=r"mask_head_num_convs 4 instead of 5"):
+    with pytest.raises(ConfigError, match=r"model\.mask_head_num_convs 4\b.*\b5\b"):
         run(spec_of(scenes, tmp_path, "model.mask_head_num_convs=5"))
     assert statuses(tmp_path)[-1] == "FAILURE"
 
 
-def test_gradients_that_are_not_finite_are_left_out_and_then_stop_training(
+def test_non_finite_gradients_are_skipped_and_then_stop_training(
     scenes: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = training_module.MalModule.training_step
@@ -193,43 +193,41 @@ def test_gradients_that_are_not_finite_are_left_out_and_then_stop_training(
     assert all(torch.isfinite(value).all() for value in weights(kept).values())
 
 
-def test_a_picture_that_cannot_be_read_does_not_stop_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unreadable_image_does_not_stop_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     annotations, images = write_scenes(tmp_path / "scenes", images=4)
-    (images / "2.png").write_bytes(b"no picture")
+    (images / "2.png").write_bytes(b"not an image")
     run(spec_of({"train": (annotations, images)}, tmp_path, "train.num_epochs=1"))
-    assert capsys.readouterr().err.count("not trained on: ") == 1
+    assert capsys.readouterr().err.count("2.png") == 1
 
 
-def test_too_many_unreadable_pictures_stop_training(tmp_path: Path) -> None:
+def test_too_many_unreadable_images_stop_training(tmp_path: Path) -> None:
     annotations, images = write_scenes(tmp_path / "scenes", images=6)
     for number in range(3):
-        (images / f"{number}.png").write_bytes(b"no picture")
+        (images / f"{number}.png").write_bytes(b"not an image")
     scenes = {"train": (annotations, images)}
     for workers in (0, 1):
-        with pytest.raises(BadDataset, match=r"^\d of 6 training pictures cannot be read"):
+        with pytest.raises(BadDataset, match=r"^\d of 6 .*\.png"):
             run(spec_of(scenes, tmp_path, f"dataset.num_workers_per_gpu={workers}"))
 
 
-def test_nothing_but_our_own_lines_is_printed(
+def test_libraries_print_nothing(
     scenes: dict[str, tuple[Path, Path]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run(spec_of(scenes, tmp_path, "train.num_epochs=1"))
     printed = capfd.readouterr()
     assert printed.out == ""
-    starts = ("training on", "no CUDA", "starting from", "checkpoints will", "no validation", "wrote")
+    starts = ("training on", "no CUDA", "starting from", "checkpoints are", "no validation", "epoch", "wrote")
     assert [line for line in printed.err.splitlines() if not line.startswith(starts)] == []
 
 
-def test_the_experiment_is_written_down_without_its_key(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_the_output_files_do_not_contain_the_key(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     _, secret = generate_identity()
     run(spec_of(scenes, tmp_path, "train.num_epochs=1").model_copy(update={"encryption_key": secret}))
     for path in (tmp_path / "train").iterdir():
         assert secret.encode() not in path.read_bytes()
 
 
-def test_the_newest_checkpoint_is_found_without_its_link(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_found_without_the_latest_link(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     for name in ("model_epoch_002_step_00030", "model_epoch_010_step_00110", "model_epoch_010_step_00099"):
         (tmp_path / f"{name}.malckpt").write_text(name)
@@ -238,33 +236,40 @@ def test_the_newest_checkpoint_is_found_without_its_link(tmp_path: Path) -> None
     assert newest_checkpoint(tmp_path) == tmp_path / "model_epoch_002_step_00030.malckpt"
 
 
-# A flipped bit in a file that is not sealed shows only where it breaks the file's layout.
+# A flipped bit in an unencrypted file is detected only if it breaks the layout.
 @pytest.mark.parametrize(
-    ("damage", "sealed"), [("cut", False), ("empty", False), ("cut", True), ("empty", True), ("flipped", True)]
+    ("damage", "is_encrypted"), [("cut", False), ("empty", False), ("cut", True), ("empty", True), ("flipped", True)]
 )
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
-    damage: str, sealed: bool, scenes: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    damage: str,
+    is_encrypted: bool,
+    scenes: dict[str, tuple[Path, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     keys = []
-    if sealed:
+    if is_encrypted:
         recipient = write_identity(tmp_path / "key.txt")
         keys = [f"encryption_key={recipient}", f"decryption_key='file:{tmp_path / 'key.txt'}'"]
     spec = spec_of(scenes, tmp_path, "train.num_epochs=2", *keys)
     path = run(spec).checkpoint
-    key = parse_key(f"file:{tmp_path / 'key.txt'}", purpose="decryption", source="yaml") if sealed else None
-    whole = load_checkpoint(path, key).weights
+    key = parse_key(f"file:{tmp_path / 'key.txt'}", purpose="decryption", source="yaml") if is_encrypted else None
+    expected = load_checkpoint(path, key).weights
     content = path.read_bytes()
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     path.write_bytes({"cut": content[:-1000], "flipped": flipped, "empty": b""}[damage])
     capsys.readouterr()
     again = run(spec).checkpoint
-    assert f"{path}" in next(line for line in capsys.readouterr().err.splitlines() if "the one before" in line)
+    # The damaged file is reported, and written again at the end.
+    lines = [line for line in capsys.readouterr().err.splitlines() if str(path) in line]
+    assert len(lines) == 2
+    assert lines[0] != lines[1] == f"wrote {path}"
     assert again == path
-    assert_same(dict(whole), dict(load_checkpoint(again, key).weights))
+    assert_same(dict(expected), dict(load_checkpoint(again, key).weights))
 
 
-def test_with_no_whole_checkpoint_left_nothing_is_begun_anew(
+def test_training_does_not_restart_if_all_checkpoints_are_damaged(
     scenes: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
     spec = spec_of(scenes, tmp_path, "train.num_epochs=1")
@@ -274,8 +279,8 @@ def test_with_no_whole_checkpoint_left_nothing_is_begun_anew(
         run(spec)
 
 
-def test_two_runs_do_not_write_into_one_folder(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_two_runs_cannot_use_the_same_output_folder(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     spec = spec_of(scenes, tmp_path, "train.num_epochs=1")
-    with task_folder(spec, "train"), pytest.raises(OutputError, match="another run is writing there"):
+    with task_folder(spec, "train"), pytest.raises(OutputError, match="another run"):
         run(spec)
     run(spec)
