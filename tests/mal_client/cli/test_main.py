@@ -234,15 +234,17 @@ def test_ctrl_c_of_a_cvat_job_says_how_to_resume(
 @pytest.mark.parametrize(
     ("command", "old", "new"),
     [
-        (["label-studio", "--server", "here:1"], "--picture-host", "--image-host"),  # former name
-        (["cvat", "--server", "here:1", "--cvat", "url", "--task", "1"], "--ledger", "--journal"),  # former name
+        ("review", "--by", "--sort-by"),  # former name
+        ("review", "--picture-prefix", "--image-prefix"),  # former name
+        ("label-studio", "--picture-host", "--image-host"),  # former name
+        ("cvat", "--ledger", "--journal"),  # former name
     ],
 )
 def test_the_former_name_of_an_option_is_refused_with_the_new_one(
-    command: list[str], old: str, new: str, capsys: pytest.CaptureFixture[str]
+    command: str, old: str, new: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([*command, old, "value"])
+        main([command, old, "value"])
     assert ended.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert old in message

@@ -103,7 +103,7 @@ def expected_label(address: str, image: Path, box: Box, **options: Any) -> BoxLa
         return client.label_image(image, [box], LabelOptions(**options))[0]
 
 
-def test_a_box_drawn_with_the_mouse_shows_the_clients_mask_pixel_by_pixel(
+def test_a_box_drawn_with_the_mouse_shows_the_mask_of_the_client_pixel_by_pixel(
     screen: Screen, image: Path, address: str
 ) -> None:
     screen.open(image)
@@ -118,7 +118,7 @@ def test_a_box_drawn_with_the_mouse_shows_the_clients_mask_pixel_by_pixel(
 
 
 @pytest.mark.parametrize("scope", ["threshold", "box-threshold"])
-def test_the_threshold_changes_the_mask_to_the_clients(screen: Screen, image: Path, address: str, scope: str) -> None:
+def test_the_threshold_changes_the_mask_as_in_the_client(screen: Screen, image: Path, address: str, scope: str) -> None:
     screen.open(image)
     screen.draw(LEFT)
     screen.wait_for(ONE_DONE)
@@ -141,7 +141,7 @@ def test_the_threshold_changes_the_mask_to_the_clients(screen: Screen, image: Pa
     np.testing.assert_array_equal(screen.mask(), before)
 
 
-def test_the_download_holds_the_clients_codes_byte_for_byte_and_the_boxes_as_drawn(
+def test_the_download_has_the_encoded_masks_of_the_client_and_the_drawn_boxes(
     screen: Screen, image: Path, address: str
 ) -> None:
     screen.open(image)
@@ -317,7 +317,7 @@ def test_worst_first_sorts_failed_boxes_and_then_low_scores_first(screen: Screen
     assert [int(row.split()[0]) for row in screen.rows()] == order
 
 
-def test_agreement_and_branch_are_the_clients(screen: Screen, image: Path, address: str) -> None:
+def test_agreement_and_branch_give_the_results_of_the_client(screen: Screen, image: Path, address: str) -> None:
     screen.open(image)
     screen.draw(LEFT)
     screen.wait_for(ONE_DONE)

@@ -162,17 +162,3 @@ def test_an_annotation_without_an_image_row_stays_in_the_queue(dataset: Dataset)
     queue = review_queue(dataset.json_path)
     assert ids(queue)[0] == 103
     assert "  1. annotation 103, no image: no mask" in "\n".join(queue.lines())
-
-
-def test_the_former_names_of_options_are_refused_with_the_new_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["review", "--annotations", "masks.json", "--images", "images"]
-    for old, new in (
-        ("--by", "--sort-by"),  # former name
-        ("--picture-prefix", "--image-prefix"),  # former name
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main([*given, old, "agreement"])
-        assert ended.value.code == 2
-        message = capsys.readouterr().err.splitlines()[-1]
-        assert old in message
-        assert new in message
