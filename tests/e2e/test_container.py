@@ -44,7 +44,7 @@ def succeeds(*line: str) -> bool:
 
 
 def output(*line: str) -> str:
-    """What a command prints; it must succeed. Podman's images carry a health check only in Docker's format."""
+    """Returns the output of a command that must succeed. Podman keeps health checks only in Docker's image format."""
     done = subprocess.run(
         line, capture_output=True, text=True, check=False, env={**os.environ, "BUILDAH_FORMAT": "docker"}
     )
@@ -52,10 +52,10 @@ def output(*line: str) -> str:
     return done.stdout.strip()
 
 
-def wait_for(condition: Callable[[], bool], what: str, within_s: float = 300) -> None:
+def wait_for(condition: Callable[[], bool], description: str, within_s: float = 300) -> None:
     until = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < until, f"waited in vain: {what}"
+        assert time.monotonic() < until, f"timed out: {description}"
         time.sleep(0.05)
 
 
@@ -90,8 +90,8 @@ class Service:
     Attributes:
         engine: docker or podman.
         compose: the command that started it.
-        container: its id.
-        address: where this machine reaches it.
+        container: id of its container.
+        address: its address on this machine.
     """
 
     engine: str
@@ -113,18 +113,18 @@ class Service:
         return HealthProbe(self.address, timeout_s=1.0).check() == "SERVING"
 
     def mask(self) -> bytes:
-        """Of a portrait, as run lengths."""
+        """Returns the mask of a portrait as run lengths."""
         astronaut: Any = data.astronaut
-        picture = Image.fromarray(astronaut())
+        image = Image.fromarray(astronaut())
         with Client(self.address) as client:
-            (label,) = client.label_image(picture, [FACE])
+            (label,) = client.label_image(image, [FACE])
         assert label.ok, label.error
         assert label.rle is not None
         return label.rle.counts
 
 
 def write_files(folder: Path) -> None:
-    """What compose.yaml mounts: settings, a sealed checkpoint, and its identity, which the image's user can read."""
+    """Writes the files that compose.yaml mounts: settings, an encrypted checkpoint, and its identity."""
     (folder / "etc").mkdir()
     (folder / "models").mkdir()
     recipient = write_identity(folder / "identity.txt")
@@ -136,7 +136,7 @@ def write_files(folder: Path) -> None:
         "decryption_key": "file:/run/secrets/identity",
         "listen": {"host": "0.0.0.0", "allow_plaintext": True},
         "metrics": {"port": 9090, "host": "0.0.0.0"},
-        # Longer than the 10 s that an engine gives where it is not told of stop_grace_period.
+        # Longer than the default stop_grace_period of 10 s.
         "drain_delay_s": 12.0,
     }
     (folder / "etc" / "server.yaml").write_text(yaml.safe_dump(settings))
@@ -144,7 +144,7 @@ def write_files(folder: Path) -> None:
 
 @pytest.fixture
 def service(tools: tuple[str, list[str]], image: str, tmp_path: Path) -> Iterator[Service]:
-    """Only the image's name and the ports of this machine are others than in the shipped file."""
+    """The shipped service with another image name and host port."""
     engine, compose = tools
     write_files(tmp_path)
     settings = yaml.safe_load((SHIPPED / "compose.yaml").read_text())
@@ -159,16 +159,16 @@ def service(tools: tuple[str, list[str]], image: str, tmp_path: Path) -> Iterato
         output(*line, "up", "-d")
         label = f"label=com.docker.compose.project={project}"
         found = Service(engine, line, output(engine, "ps", "-aq", "--filter", label), f"127.0.0.1:{port}")
-        wait_for(found.is_serving, "the container does not serve")
+        wait_for(found.is_serving, "the container is serving")
         yield found
     finally:
         subprocess.run([*line, "down", "-t", "0"], check=False, capture_output=True)
 
 
-def test_a_killed_server_is_replaced_and_a_stopped_one_drains_and_stays_stopped(service: Service) -> None:
+def test_a_killed_server_is_restarted_and_a_stopped_one_drains_and_stays_stopped(service: Service) -> None:
     before = service.mask()
 
-    # As hard as the file says, and the image's own health check content.
+    # The hardening of the compose file, and the health check of the image.
     status = dict(line.split(":\t", 1) for line in service.inside("cat", "/proc/1/status").splitlines())
     assert status["Uid"].split() == [str(USER)] * 4
     assert (int(status["CapBnd"], 16), status["NoNewPrivs"]) == (0, "1")
@@ -176,18 +176,19 @@ def test_a_killed_server_is_replaced_and_a_stopped_one_drains_and_stays_stopped(
     assert service.inside(*service.inspect()["Config"]["Healthcheck"]["Test"][1:]).endswith(": SERVING")
 
     killed = service.inspect()["State"]["Pid"]
-    at = time.monotonic()
+    killed_at = time.monotonic()
     os.kill(killed, signal.SIGKILL)
     wait_for(
-        lambda: service.inspect()["State"]["Pid"] not in (0, killed) and service.is_serving(), "no new process serves"
+        lambda: service.inspect()["State"]["Pid"] not in (0, killed) and service.is_serving(),
+        "a new process serves",
     )
-    print(f"killed; a new process served {time.monotonic() - at:.1f} s later")
+    print(f"killed; a new process served {time.monotonic() - killed_at:.1f} s later")
     assert service.mask() == before
     assert service.inspect()["RestartCount"] == 1
 
     output(*service.compose, "stop")
     assert "draining" in service.logs()
-    # A restart, if there were one, would come at once.
+    # A restart would happen immediately.
     time.sleep(3)
     state = service.inspect()
     assert (state["State"]["Status"], state["State"]["ExitCode"], state["RestartCount"]) == ("exited", 0, 1)

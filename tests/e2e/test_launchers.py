@@ -1,4 +1,4 @@
-"""The commands of docs/distributed.md, run as they stand there by two processes on the CPU."""
+"""The commands of docs/distributed.md, run by two processes on the CPU."""
 
 import os
 import shlex
@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A spec for a run of 24 steps, each with its checkpoint."""
+    """A spec for a run of 24 steps with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("launchers")
     annotations, images = write_scenes(folder / "scenes", images=6, masks=False, seed=1)
     sections: dict[str, list[str]] = {}
@@ -44,23 +44,25 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Last checkpoint of an undisturbed run of two processes that mal-train starts itself."""
-    results = tmp_path_factory.mktemp("whole")
-    finished = subprocess.run(own_line(spec, results), env=ENVIRONMENT, check=False, capture_output=True, text=True)
+def uninterrupted(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of an uninterrupted run of two processes that mal-train starts."""
+    results = tmp_path_factory.mktemp("uninterrupted")
+    finished = subprocess.run(
+        mal_train_command(spec, results), env=ENVIRONMENT, check=False, capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr
     return newest(results)
 
 
-def line_of_the_page(start: str, spec: Path) -> list[str]:
-    """Words of the only line of the page that starts so, with the spec's path in its place."""
+def command_on_page(start: str, spec: Path) -> list[str]:
+    """Returns the words of the only line of the page with this start, with the path of the spec."""
     (line,) = [line for line in PAGE if line.startswith(start)]
     return [str(spec) if word == "spec.yaml" else word for word in shlex.split(line)]
 
 
-def own_line(spec: Path, results: Path) -> list[str]:
+def mal_train_command(spec: Path, results: Path) -> list[str]:
     line = "mal-train train -e spec.yaml train.num_gpus=2 train.gpu_ids=[]"
-    return [*line_of_the_page(line, spec), f"results_dir='{results}'"]
+    return [*command_on_page(line, spec), f"results_dir='{results}'"]
 
 
 def newest(results: Path) -> Path:
@@ -72,7 +74,7 @@ def newest(results: Path) -> Path:
 def wait_for(condition: Callable[[], bool], within_s: float) -> None:
     until = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, f"no success within {within_s} s"
         time.sleep(0.02)
 
 
@@ -91,18 +93,18 @@ def processes_with(name: str, value: str) -> Iterator[tuple[int, dict[str, str]]
             yield int(process), found
 
 
-def test_the_torchrun_line_trains_as_mal_train_alone_does(spec: Path, whole: Path, tmp_path: Path) -> None:
-    line = [*line_of_the_page("torchrun --standalone", spec), f"results_dir='{tmp_path}'"]
+def test_torchrun_trains_the_same_weights_as_mal_train(spec: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    line = [*command_on_page("torchrun --standalone", spec), f"results_dir='{tmp_path}'"]
     finished = subprocess.run(line, env=ENVIRONMENT, check=False, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert_same(weights(whole), weights(newest(tmp_path)))
+    assert_same(weights(uninterrupted), weights(newest(tmp_path)))
 
 
-def test_the_srun_line_trains_on_two_nodes_as_on_one(spec: Path, whole: Path, tmp_path: Path) -> None:
-    # The rate does not grow with nodes; twice of it makes up for that.
-    fewer = ["train.num_gpus=1", "train.num_nodes=2", "train.lr=2e-4", f"results_dir='{tmp_path}'"]
-    line = [*line_of_the_page("srun mal-train", spec)[1:], *fewer]
-    told = {
+def test_srun_trains_the_same_weights_on_two_nodes_as_on_one(spec: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    # The learning rate does not scale with the number of nodes, so it is doubled here.
+    overrides = ["train.num_gpus=1", "train.num_nodes=2", "train.lr=2e-4", f"results_dir='{tmp_path}'"]
+    line = [*command_on_page("srun mal-train", spec)[1:], *overrides]
+    slurm = {
         "SLURM_JOB_ID": "77",
         "MASTER_PORT": str(free_port()),
         "SLURM_JOB_NAME": "mal",
@@ -113,18 +115,18 @@ def test_the_srun_line_trains_on_two_nodes_as_on_one(spec: Path, whole: Path, tm
         "SLURM_LOCALID": "0",
     }
     nodes = [
-        subprocess.Popen(line, env={**ENVIRONMENT, **told, "SLURM_PROCID": rank, "SLURM_NODEID": rank})
+        subprocess.Popen(line, env={**ENVIRONMENT, **slurm, "SLURM_PROCID": rank, "SLURM_NODEID": rank})
         for rank in ("0", "1")
     ]
     assert [node.wait(600) for node in nodes] == [0, 0]
-    assert_same(weights(whole), weights(newest(tmp_path)))
+    assert_same(weights(uninterrupted), weights(newest(tmp_path)))
 
 
-def test_a_killed_rank_ends_the_command_without_orphans_and_the_next_one_goes_on(
-    spec: Path, whole: Path, tmp_path: Path
+def test_a_killed_rank_ends_all_processes_and_the_next_run_resumes(
+    spec: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     port = str(free_port())
-    line = own_line(spec, tmp_path)
+    line = mal_train_command(spec, tmp_path)
     with subprocess.Popen(line, env={**ENVIRONMENT, "MASTER_PORT": port}, stderr=subprocess.PIPE, text=True) as command:
         wait_for(lambda: len(list((tmp_path / "train").glob("model_*"))) >= 4, 300)
         (victim,) = [
@@ -132,17 +134,17 @@ def test_a_killed_rank_ends_the_command_without_orphans_and_the_next_one_goes_on
             for pid, found in processes_with("MASTER_PORT", port)
             if found.get("RANK") == "1" and f"PPid:\t{command.pid}\n" in Path(f"/proc/{pid}/status").read_text()
         ]
-        at = time.monotonic()
+        killed_at = time.monotonic()
         os.kill(victim, signal.SIGKILL)
         _, err = command.communicate(timeout=240)
-    took = time.monotonic() - at
+    duration_s = time.monotonic() - killed_at
     assert command.returncode == 137
     (message,) = [line for line in err.splitlines() if "SIGKILL" in line]
     assert "process 1 of 2" in message
-    # A loader looks every five seconds whether its trainer is there.
+    # A loader checks every five seconds that its trainer is alive.
     wait_for(lambda: not list(processes_with("MASTER_PORT", port)), 60)
     steps = newest(tmp_path).stem.rpartition("_")[2]
     finished = subprocess.run(line, env=ENVIRONMENT, check=False, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    print(f"killed after step {steps} of 24; the command ended {took:.1f} s later")
-    assert_same(weights(whole), weights(newest(tmp_path)))
+    print(f"killed after step {steps} of 24; the command ended {duration_s:.1f} s later")
+    assert_same(weights(uninterrupted), weights(newest(tmp_path)))

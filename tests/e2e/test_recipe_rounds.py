@@ -1,7 +1,7 @@
-"""The recipes for photographs through the verbs, with the commands that their comments give, cut down to a few steps.
+"""The recipes for photographs, run with the commands in their comments, reduced to a few steps.
 
-What is small here: scenes instead of photographs, vit-micro from random weights, crops of 32 px, one epoch. What stays
-is the recipe's own: supervision, losses, frozen blocks, margins, rates, and which file goes into which command.
+Reduced are the data (scenes instead of photographs), the network (vit-micro from random weights), the crop size (32 px)
+and the epochs (one). Supervision, losses, frozen blocks, margins, learning rates and files are those of the recipes.
 """
 
 import json
@@ -42,7 +42,7 @@ def _plain_mean_field(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Rounds:
-    """A folder with a printed recipe for each round, and the data for all of them."""
+    """A folder with a recipe for each round and the data for all of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,7 +57,7 @@ class Rounds:
     def run(
         self, task: str, recipe: Path, *more: str, pretrained: Path | None = None, labels: Path | None = None
     ) -> Path:
-        """One verb with a recipe in its own results folder, which is returned."""
+        """Runs a task with a recipe; returns its results folder."""
         results = self.folder / recipe.stem
         start = "null" if pretrained is None else f"'{pretrained}'"
         options = [word for word in more if not re.match(r"[a-z_.]+=", word)]
@@ -75,21 +75,19 @@ class Rounds:
 
 
 def commands_in(recipe: Path) -> list[list[str]]:
-    """The words of the `mal-train` commands in a recipe's comments, from the verb on."""
+    """Returns the words of the `mal-train` commands in a recipe's comments, starting with the task."""
     text = re.sub(r"\\\n#", " ", recipe.read_text(encoding="utf-8"))
     return [shlex.split(line)[1:] for line in re.findall(r"^#.*?(mal-train \S+ -e .*)$", text, re.MULTILINE)]
 
 
 def filled(words: list[str], values: dict[str, str]) -> list[str]:
-    """A command's words behind the recipe, with its capitals replaced; `...` stands for the data."""
+    """Returns the words of a command after the recipe, with placeholders replaced and `...` (the data) removed."""
     for name, value in values.items():
         words = [word.replace(name, value) for word in words]
     return [word for word in words[3:] if word != "..."]
 
 
-def test_four_rounds_through_the_commands_in_the_recipes_comments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_four_rounds_with_the_commands_in_the_recipes_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rounds = Rounds(tmp_path)
     first, second, third, fourth = (rounds.recipe(f"small-cpu{part}") for part in ("", "-round2", "-round3", "-round4"))
@@ -124,13 +122,13 @@ def test_four_rounds_through_the_commands_in_the_recipes_comments(
 
 
 @pytest.mark.parametrize("name", ["small-gpu", "coco-scale"])
-def test_a_recipe_for_gpus_trains_evaluates_and_labels_a_few_scenes_on_the_cpu(tmp_path: Path, name: str) -> None:
+def test_a_recipe_for_gpus_trains_evaluates_and_labels_scenes_on_the_cpu(tmp_path: Path, name: str) -> None:
     rounds = Rounds(tmp_path)
     recipe = rounds.recipe(name)
     checkpoint = rounds.run("train", recipe) / "train" / "mal_model_latest.malckpt"
     results = rounds.run("evaluate", recipe, f"evaluate.checkpoint='{checkpoint}'")
-    figures = json.loads((results / "evaluate" / "results.json").read_text())
-    assert figures["count"] == 60
+    metrics = json.loads((results / "evaluate" / "results.json").read_text())
+    assert metrics["count"] == 60
     labeled = rounds.run(
         "inference",
         recipe,

@@ -1,4 +1,4 @@
-"""Three ways to one mask: the library, `mal-train inference`, and server plus client give the same bytes."""
+"""The library, `mal-train inference`, and server with client give identical masks."""
 
 import json
 import os
@@ -32,7 +32,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight scenes of different sizes' boxes, and a checkpoint whose masks are neither empty nor full."""
+    """Eight scenes with boxes of different sizes, and a checkpoint whose masks are neither empty nor full."""
     folder = tmp_path_factory.mktemp("same")
     write_split(folder, "scenes", 8, 3, masks=True, settings=SceneSettings())
     network, config = _network_with_real_masks(folder)
@@ -42,33 +42,33 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _network_with_real_masks(folder: Path) -> tuple[MalNetwork, LabelerConfig]:
-    """The first of a few random networks whose masks are, for nearly every box, neither empty nor the whole box."""
+    """Returns the first of several random networks whose masks are rarely empty or the full box."""
     for seed in range(16):
         network = spread_network(seed)
-        middle = _middle(Labeler(network, LabelerConfig(crop_size=64), precision="float32"), folder)
+        median = _median_probability(Labeler(network, LabelerConfig(crop_size=64), precision="float32"), folder)
         config = LabelerConfig(
             crop_size=64,
-            mask_thres=(middle, middle, middle),
+            mask_thres=(median, median, median),
             calibration=((0.0, 0.0), (0.55, 0.3), (0.7, 0.45), (1.0, 0.95)),
         )
         labels = [label for _, label in _labeled(Labeler(network, config, precision="float32"), folder)]
         if sum(bool(label.area) and "FULL_BOX" not in label.flags for label in labels) >= 0.95 * len(labels):
             return network, config
-    pytest.fail("none of the random networks gives masks that mean something on these scenes")
+    pytest.fail("every random network has too many masks that are empty or the full box")
 
 
-def _middle(labeler: Labeler, folder: Path) -> float:
-    """The median probability inside the boxes, over all of them."""
+def _median_probability(labeler: Labeler, folder: Path) -> float:
+    """Returns the median over all boxes of the median probability inside the box."""
     values: list[float] = []
     for image, annotations in by_image(read_coco(folder / "scenes.json")):
         pixels = read_image(folder / "scenes" / image.file_name)
         crops = [c for c in labeler.prepare(pixels, [a.box_xywh for a in annotations]) if not isinstance(c, Exception)]
-        values += [float(np.median(found.prob[16:48, 16:48])) for found in labeler.predict(crops)]
+        values += [float(np.median(prediction.prob[16:48, 16:48])) for prediction in labeler.predict(crops)]
     return float(np.median(values))
 
 
 def _labeled(labeler: Labeler, folder: Path, options: PredictOptions | None = None) -> Iterator[tuple[int, Label]]:
-    """(annotation id, label) of every box of the set."""
+    """Yields the annotation id and label of every box."""
     for image, annotations in by_image(read_coco(folder / "scenes.json")):
         pixels = read_image(folder / "scenes" / image.file_name)
         labels = labeler.label(pixels, [a.box_xywh for a in annotations], options or PredictOptions(), batch_size=3)
@@ -105,8 +105,8 @@ def server(scenes: Path) -> Iterator[str]:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(path.read_text())["annotations"]
-    return found
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["annotations"]
+    return rows
 
 
 def by_the_library(scenes: Path, options: PredictOptions | None = None) -> dict[int, Label]:
@@ -114,7 +114,7 @@ def by_the_library(scenes: Path, options: PredictOptions | None = None) -> dict[
     return dict(_labeled(labeler, scenes, options))
 
 
-def test_masks_are_byte_equal_in_library_inference_and_service(scenes: Path, server: str) -> None:
+def test_masks_of_library_inference_and_server_are_identical(scenes: Path, server: str) -> None:
     library = by_the_library(scenes)
     partial = [label for label in library.values() if label.area and "FULL_BOX" not in label.flags]
     assert len(partial) >= 0.9 * len(library)
@@ -137,15 +137,15 @@ def test_masks_are_byte_equal_in_library_inference_and_service(scenes: Path, ser
 
     inferred, served = rows_of(scenes / "inferred.json"), rows_of(scenes / "served.json")
     assert [row["id"] for row in inferred] == [row["id"] for row in served] == list(library)
-    for ours, theirs in zip(inferred, served, strict=True):
-        label = library[ours["id"]]
-        assert ours["segmentation"] == theirs["segmentation"] == label.rle.to_coco()
-        assert ours["score"] == theirs["score"] == label.score
-        assert ours["area"] == theirs["area"] == label.area
-        assert ours.get("flags", []) == theirs.get("flags", []) == list(label.flags)
+    for inferred_row, served_row in zip(inferred, served, strict=True):
+        label = library[inferred_row["id"]]
+        assert inferred_row["segmentation"] == served_row["segmentation"] == label.rle.to_coco()
+        assert inferred_row["score"] == served_row["score"] == label.score
+        assert inferred_row["area"] == served_row["area"] == label.area
+        assert inferred_row.get("flags", []) == served_row.get("flags", []) == list(label.flags)
 
 
-def test_branches_and_agreement_are_the_same_through_the_service(scenes: Path, server: str) -> None:
+def test_branches_and_agreement_of_library_and_server_are_identical(scenes: Path, server: str) -> None:
     library = by_the_library(scenes, PredictOptions(Branch.MIXED, agreement=True, flip=True))
     arguments = ["--annotations", str(scenes / "scenes.json"), "--images", str(scenes / "scenes")]
     output = scenes / "mixed.json"
@@ -157,8 +157,8 @@ def test_branches_and_agreement_are_the_same_through_the_service(scenes: Path, s
         assert row["agreement"] == label.agreement
 
 
-@pytest.mark.skipif(os.environ.get("OMP_NUM_THREADS") == "1", reason="one thread is asked for already")
-def test_masks_do_not_depend_on_who_else_labels(scenes: Path, server: str) -> None:
+@pytest.mark.skipif(os.environ.get("OMP_NUM_THREADS") == "1", reason="OMP_NUM_THREADS is already 1")
+def test_masks_do_not_depend_on_concurrent_clients(scenes: Path, server: str) -> None:
     arguments = ["--annotations", str(scenes / "scenes.json"), "--images", str(scenes / "scenes")]
     command = [str(BIN / "mal-client"), "label", "--server", server, *arguments]
     runs = [

@@ -1,4 +1,4 @@
-"""TAO's documented sample spec, unchanged but for paths, trains, evaluates and infers."""
+"""TAO's documented sample spec, unchanged except for paths, trains, evaluates and infers."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ SCENES = SceneSettings(min_objects=3, max_objects=3, min_radius=40.0, max_radius
 
 
 def filled_in(folder: Path, scenes: int) -> tuple[str, Path]:
-    """(path of the spec, annotation file)."""
+    """Writes the sample spec and its data; returns the path of the spec and the annotation file."""
     split = write_split(folder, "scenes", scenes, 3, masks=True, settings=SCENES)
     write_identity(folder / "key.txt")
     values = {
@@ -38,12 +38,12 @@ def filled_in(folder: Path, scenes: int) -> tuple[str, Path]:
     return str(path), split.annotations
 
 
-def all_three(folder: Path, overrides: list[str], scenes: int) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
-    """Runs the tasks: (figures of evaluate, labeled rows, boxes that were given)."""
+def run_all_tasks(folder: Path, overrides: list[str], scenes: int) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Runs all three tasks; returns the metrics of evaluate, the labeled rows and the number of given boxes."""
     spec, annotations = filled_in(folder, scenes)
     for task in ("train", "evaluate", "inference"):
         assert main([task, "-e", spec, *overrides]) == 0, task
-    figures = json.loads((folder / "results" / "evaluate" / "results.json").read_text())
+    metrics = json.loads((folder / "results" / "evaluate" / "results.json").read_text())
     labels = json.loads((folder / "results" / "inference" / "instances_val2017_mal.json").read_text())
     for task in ("train", "evaluate", "inference"):
         last = (folder / "results" / task / "status.json").read_text().splitlines()[-1]
@@ -51,58 +51,58 @@ def all_three(folder: Path, overrides: list[str], scenes: int) -> tuple[dict[str
     key = parse_key(f"file:{folder / 'key.txt'}", purpose="decryption", source="yaml")
     saved = load_checkpoint(folder / "results" / "train" / "mal_model_latest.malckpt", key)
     assert saved.model.arch == ("vit-micro/16" if overrides else "vit-mae-base/16")
-    return figures, labels["annotations"], len(json.loads(annotations.read_text())["annotations"])
+    return metrics, labels["annotations"], len(json.loads(annotations.read_text())["annotations"])
 
 
-def test_the_documented_spec_says_what_we_read_from_it(tmp_path: Path) -> None:
+def test_the_documented_spec_is_read_with_its_values(tmp_path: Path) -> None:
     path, _ = filled_in(tmp_path, 1)
     spec = load_spec(Path(path), [])
     assert (spec.strategy, spec.model.arch, spec.dataset.crop_size) == ("ddp", "vit-mae-base/16", 512)
     assert (spec.dataset.min_obj_size, spec.dataset.max_obj_size) == (2048.0, 1e10)
     assert (spec.train.lr, spec.train.use_amp, spec.train.gpu_ids) == (1.5e-6, True, (0,))
     written = yaml.safe_load(SAMPLE)
-    # All its fields are fields of ours.
-    ours = spec.model_dump()
+    # Every field of the sample is a field of the spec.
+    fields = spec.model_dump()
     for section in ("model", "dataset", "train", "evaluate", "inference"):
-        assert set(written[section]) <= set(ours[section])
+        assert set(written[section]) <= set(fields[section])
 
 
-def test_a_short_form_trains_evaluates_and_infers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reduced_form_trains_evaluates_and_infers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain_mean_field(monkeypatch)
-    figures, labels, given = all_three(tmp_path, SMALL, scenes=3)
-    assert figures["count"] == len(labels) == given
+    metrics, labels, given = run_all_tasks(tmp_path, SMALL, scenes=3)
+    assert metrics["count"] == len(labels) == given
     assert all("error" not in row and 0.0 <= row["iou"] <= 1.0 for row in labels)
-    assert sum(row["iou"] for row in labels) / given == pytest.approx(figures["mIoU"], abs=1e-6)
+    assert sum(row["iou"] for row in labels) / given == pytest.approx(metrics["mIoU"], abs=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_documented_form_trains_evaluates_and_infers(tmp_path: Path) -> None:
-    figures, labels, given = all_three(tmp_path, [], scenes=1)
-    assert figures["count"] == len(labels) == given
+    metrics, labels, given = run_all_tasks(tmp_path, [], scenes=1)
+    assert metrics["count"] == len(labels) == given
     assert all("error" not in row for row in labels)
 
 
 @pytest.mark.parametrize(
-    ("line", "remedy"),
+    ("line", "named"),
     [
-        ("gpus: 1", "give train.num_gpus"),
-        ("gpu_ids: [0]", "give train.gpu_ids"),
-        ("num_nodes: 1", "give train.num_nodes"),
-        ("checkpoint: a.pth", "give evaluate.checkpoint or inference.checkpoint"),
-        ("train: {save_every_k_epoch: 1}", "give train.checkpoint_interval"),
-        ("train: {val_interval: 1}", "give train.validation_interval"),
-        ("train: {min_lr: 0}", "give train.min_lr_rate"),
-        ("evaluate: {comp_clustering: true}", "never computes it"),
-        ("evaluate: {trt_engine: a.trt}", "give evaluate.checkpoint"),
+        ("gpus: 1", "train.num_gpus"),
+        ("gpu_ids: [0]", "train.gpu_ids"),
+        ("num_nodes: 1", "train.num_nodes"),
+        ("checkpoint: a.pth", "inference.checkpoint"),
+        ("train: {save_every_k_epoch: 1}", "train.checkpoint_interval"),
+        ("train: {val_interval: 1}", "train.validation_interval"),
+        ("train: {min_lr: 0}", "train.min_lr_rate"),
+        ("evaluate: {comp_clustering: true}", "evaluate.comp_clustering"),
+        ("evaluate: {trt_engine: a.trt}", "evaluate.checkpoint"),
         ("strategy: ddp_sharded", "fsdp"),
         ("wandb: {enable: true}", "TensorBoard"),
     ],
 )
-def test_an_old_name_gets_its_remedy(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, remedy: str
+def test_the_error_of_a_former_field_names_its_replacement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, named: str
 ) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text(line)
     assert main(["train", "-e", str(path)]) == 2
-    assert remedy in capsys.readouterr().err
+    assert named in capsys.readouterr().err

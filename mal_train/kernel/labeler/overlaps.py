@@ -15,7 +15,7 @@ from mal_train.core.masks.geometry import Region
 
 SIZE_WEIGHT = 4.0
 """Logits subtracted for each factor of e in mask size. Measured on photographs: 0 loses 5 points of mIoU, 2 gains 1.1,
-4 gains 1.4, 6 the same, and size alone 0.6 (docs/quality.md)."""
+4 gains 1.4, 6 the same, and size alone 0.6 (docs/experiments/masks-of-photographs.md)."""
 _MIN_PROB = 1e-5
 """Probabilities are clipped to [1e-5, 1 − 1e-5], so that logits are finite."""
 

@@ -10,16 +10,18 @@ from mal_train.kernel.labeler.components import remove_small_regions
 from mal_train.kernel.labeler.overlaps import MaskClaim
 
 
-def mask_score(kind: ScoreType, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int = 0) -> float:
+def mask_score(
+    score_type: ScoreType, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int = 0
+) -> float:
     """Returns the score of a non-empty mask.
 
     Args:
-        kind: definition of the score.
+        score_type: definition of the score.
         claim: claim of the mask's box.
         mask: (rows, columns) bool: the pixels of the claim that belong to the mask.
         min_component_area_px: limit below which components were removed from the mask.
     """
-    if kind is ScoreType.STABILITY:
+    if score_type is ScoreType.STABILITY:
         return _stability(claim, mask, min_component_area_px)
     return _mean_probability(claim, mask)
 
