@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Settings of all tests."""
 
 import os
 
@@ -6,14 +6,13 @@ from hypothesis import settings
 
 from mal_train.core.threads import wait_passively
 
-# Before any test imports torch: suites run beside servers and loaders on few cores.
+# Before any test imports torch: tests share few cores with servers and loader processes.
 wait_passively()
 
-# Before any test imports grpc: its handlers of forks bring its threads to life in the training processes that tests
-# fork, which never call anybody. Beside open channels forked processes were seen to die of it, and one, in a long run,
-# to wait for ever.
+# Before any test imports grpc: its fork handlers restart its threads in the training processes that tests fork, which
+# make no calls. With open channels, forked processes crashed from it, and one hung.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-# The same examples in every run: a change is judged by itself, not by luck.
+# The same examples in every run, so that a failure is caused by the change under test.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

@@ -1,4 +1,4 @@
-"""A small random network whose masks are neither empty nor full, so that equal masks mean something."""
+"""Builds a small random network whose masks are neither empty nor full, so that comparing masks is meaningful."""
 
 import torch
 
@@ -6,14 +6,14 @@ from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
 
 def spread_network(seed: int = 1) -> MalNetwork:
-    """vit-micro/16 with narrow heads; logits spread round 0, and the teacher differs a little from the student."""
+    """Returns vit-micro/16 with narrow heads, logits around 0, and a teacher that differs slightly from the student."""
     torch.manual_seed(seed)
     network = MalNetwork(
         ModelConfig("vit-micro/16", mask_head_num_convs=2, mask_head_hidden_channel=16, mask_head_out_channel=16)
     )
     with torch.no_grad():
         for half in (network.student, network.teacher):
-            # Filters without a common part let edges decide instead of one bias for the whole crop.
+            # Without a common component, the filters respond to edges instead of adding one bias to the crop.
             last = half.roi_head.mlp2
             last.weight.sub_(last.weight.mean(0)).mul_(2)
             last.bias.sub_(last.bias.mean())

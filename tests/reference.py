@@ -9,9 +9,9 @@ ROOT = Path(os.environ.get("MAL_SHARED", Path(__file__).resolve().parents[1].par
 
 
 def shared(*parts: str) -> Path:
-    """Path below the reference folder ($MAL_SHARED, else ../shared). Skips the test where the folder is absent.
+    """Returns a path in the reference folder ($MAL_SHARED, default ../shared). Skips the test if there is no folder.
 
-    Where the folder exists a missing file is a failure: a parity test must not vanish in silence.
+    A missing file in an existing folder fails the test: a parity test must not be skipped silently.
     """
     if not ROOT.is_dir():
         pytest.skip(f"reference material not found at {ROOT}; set MAL_SHARED to its folder")
@@ -22,5 +22,5 @@ def shared(*parts: str) -> Path:
 
 
 def fixture(name: str) -> Path:
-    """Path of one output of the published implementations."""
+    """Returns the path of an output of the published implementations."""
     return shared("oracle", "fixtures", name)

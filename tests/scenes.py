@@ -1,4 +1,4 @@
-"""A few small pictures with bright ellipses on a dark ground, as a COCO set: enough to learn something from."""
+"""Writes a small synthetic COCO data set to train on: images with bright ellipses on a dark background."""
 
 import json
 from collections.abc import Callable
@@ -16,14 +16,14 @@ Change = Callable[[dict[str, Any]], None]
 def write_scenes(
     folder: Path, *, images: int = 4, masks: bool = True, seed: int = 0, change: Change | None = None
 ) -> tuple[Path, Path]:
-    """(annotation file, image folder) of pictures of 96x80 px with two ellipses each.
+    """Writes images of 96x80 px with two ellipses each; returns (annotation file, image folder).
 
     Args:
-        folder: made if missing.
-        images: how many.
-        masks: whether annotations carry their mask.
-        seed: of positions and colors.
-        change: may edit the COCO object before it is written.
+        folder: output folder, created if missing.
+        images: number of images.
+        masks: write the mask of each annotation.
+        seed: seed of positions and colors.
+        change: edits the COCO object before it is written.
     """
     rng = np.random.default_rng(seed)
     image_dir = folder / "images"
@@ -31,12 +31,12 @@ def write_scenes(
     rows, columns = np.mgrid[0:80, 0:96]
     coco: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "ellipse"}]}
     for number in range(images):
-        picture = rng.integers(0, 60, (80, 96, 3)).astype(np.uint8)
+        pixels = rng.integers(0, 60, (80, 96, 3)).astype(np.uint8)
         for side in range(2):
             center = np.array([22 + 50 * side, 40]) + rng.integers(-2, 3, 2)
             radii = rng.integers(12, 20, 2)
             inside = ((columns - center[0]) / radii[0]) ** 2 + ((rows - center[1]) / radii[1]) ** 2 <= 1
-            picture[inside] = rng.integers(150, 256, 3)
+            pixels[inside] = rng.integers(150, 256, 3)
             code = encode_mask(inside)
             x0, y0 = (int(center[k] - radii[k]) for k in range(2))
             coco["annotations"].append(
@@ -49,7 +49,7 @@ def write_scenes(
                     **({"segmentation": code.to_coco()} if masks else {}),
                 }
             )
-        Image.fromarray(picture).save(image_dir / f"{number}.png")
+        Image.fromarray(pixels).save(image_dir / f"{number}.png")
         coco["images"].append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 80})
     if change is not None:
         change(coco)

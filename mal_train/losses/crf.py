@@ -1,8 +1,10 @@
-"""Self-training target: mean field on the colors of the crop, and the loss against it. Knows no network, no schedule.
+"""Computes the self-training target, a mean field on the colors of the crop, and the loss against it.
+
+Independent of network and schedule.
 
 Letters: N crops, H rows, W columns, P = H·W pixels, T taps (half of a symmetric window, without its center).
-M is the flat layout: for each crop its P pixels in row order and a gap, with one more gap before the first crop.
-In it every neighbor is a fixed distance away, so a tap is a shifted view and nothing is unfolded or padded.
+M is the flat layout: one gap, then for each crop its P pixels in row order and another gap. Every neighbor has a fixed
+distance in this layout, so a tap is a shifted view, without unfolding or padding.
 """
 
 import functools
@@ -27,52 +29,54 @@ from mal_train.losses.mil import dice_distance
 _LOG = logging.getLogger(__name__)
 
 _GUARD = 1e-6
-"""Published guard against 0/0 in x = a¹ / (10⁻⁶ + a⁰ + a¹). It decides pixels, so it is part of the result."""
+"""Published guard against 0/0 in x = a¹ / (10⁻⁶ + a⁰ + a¹). It affects the mask, so it must not change."""
 
 _LEAST_WEIGHT = 1e-30
-"""Color weights below vanish in a float32 sum anyway; as denormals they would slow some processors down."""
+"""Smaller color weights are set to 0: they vanish in a float32 sum, and denormals are slow on some processors."""
 
 
 def crf_loss(prob_NHW: Tensor, target_NHW: Tensor) -> Tensor:
-    """Dice distance (N,) float32 between prob (N, H, W) and the refined mask (N, H, W), which carries no gradient.
+    """Returns the dice distance (N,) float32 between prob (N, H, W) and the refined mask (N, H, W), which is detached.
 
-    prob is not cut to the box, so foreground outside it is penalized here too. Source: MAL, section 3.4.
+    prob is not clipped to the box, so foreground outside the box is penalized too. Source: MAL, section 3.4.
     """
     return dice_distance(prob_NHW, target_NHW.detach())
 
 
 class MeanField:
-    """Binary mask that agrees with the colors around each pixel: the target of the CRF loss.
+    """Mean field that refines a mask to the colors around each pixel; its result is the target of the CRF loss.
 
-    Source: MAL (Lan et al., CVPR 2023), section 3.4, as its published code runs it: no unary term after the start.
+    Source: MAL (Lan et al., CVPR 2023), section 3.4, as in its published code: no unary term after the start.
     With x the foreground probability, b the box mask and K_ij = exp(−‖f_i − f_j‖² / 2ζ²) over a k×k window,
 
         x ← clip(x·b, low, high),   then num_iter times   x ← clip(a¹ / (10⁻⁶ + a⁰ + a¹), low, high)
         with   a¹_i = b_i·Π_j x_j^K_ij   and   a⁰_i = Π_j (1 − x_j)^K_ij.
 
-    Here the same in logits z = log x − log(1 − x), where the products are a linear stencil:
+    Computed in logits z = log x − log(1 − x), where the products are a linear stencil:
 
         z ← clip(ΣKz + log b − log(1 + 10⁻⁶·exp(−ΣKv)), logit low, logit high)   with   v = log(1 − x).
 
-    The last logarithm is the guard 10⁻⁶. Where a window holds both sides of a weak edge the products fall below it, and
-    without it flat images and windows of 5×5 get other masks; so v is carried along. Neighbors outside the image weigh
-    0. As K_ij = K_ji, half of the weights is kept. Logarithms are to base 2 inside, which has the faster exponential.
-    Runs without gradients, in float32 also under autocast, on the device of its inputs; on a CPU in one thread.
+    The last logarithm is the guard 10⁻⁶. Where a window contains both sides of a weak edge the products fall below it;
+    without the guard, flat images and 5×5 windows get different masks, so v is computed too. Neighbors outside the
+    image have weight 0. Half of the weights are stored, since K_ij = K_ji. Logarithms are to base 2, whose exponential
+    is faster. Runs without gradients, in float32 also under autocast, on the device of its inputs; on a CPU with one
+    thread.
 
     Args:
         kernel_size: side of the window in pixels, odd, at least 3.
         zeta: color bandwidth ζ > 0, in units of the guide image.
-        num_iter: iterations, at least 0. All are run: single pixels still creep after 300, so no fixed point ends it.
+        num_iter: iterations, at least 0. All are run: some pixels still change after 300, so there is no fixed point.
         low: lower bound of x, 0 < low < high.
         high: upper bound of x, low < high < 1.
-        compiled: True: torch.compile, or raise. False: plain tensor operations, the same masks. None: compiled where a
-            compiler is found; plain elsewhere, inside loader workers, and when compiling fails, which is logged once.
+        compiled: True uses torch.compile or raises. False uses eager tensor operations, with the same masks. None
+            compiles if a compiler is found; eager without one, in loader workers, and after a compilation failure,
+            which is logged once.
 
     Raises:
         ConfigError: an argument is out of range, or compiled=True without a compiler.
 
     >>> guide = torch.zeros(1, 3, 1, 6)
-    >>> guide[..., 3:] = 1.0  # two flat areas; the weak start in the middle of each takes the color area over
+    >>> guide[..., 3:] = 1.0  # two areas of one color; each area takes the value of its majority
     >>> prob, box_mask = torch.tensor([[[0.6, 0.6, 0.4, 0.1, 0.6, 0.1]]]), torch.ones(1, 1, 6)
     >>> MeanField(num_iter=10, compiled=False)(guide, prob, box_mask).int().tolist()
     [[[1, 1, 1, 0, 0, 0]]]
@@ -89,15 +93,15 @@ class MeanField:
         compiled: bool | None = None,
     ) -> None:
         if kernel_size < 3 or kernel_size % 2 == 0:
-            raise ConfigError(f"mean field: kernel_size {kernel_size}; give an odd number of pixels, 3 or more")
+            raise ConfigError(f"mean field: kernel_size {kernel_size}; it must be an odd number of pixels, at least 3")
         if not (math.isfinite(zeta) and zeta > 0):
-            raise ConfigError(f"mean field: zeta {zeta}; give a finite number above 0")
+            raise ConfigError(f"mean field: zeta {zeta}; it must be a finite number above 0")
         if num_iter < 0:
-            raise ConfigError(f"mean field: num_iter {num_iter}; give 0 or more iterations")
+            raise ConfigError(f"mean field: num_iter {num_iter}; it must be at least 0")
         if not 0 < low < high < 1:
-            raise ConfigError(f"mean field: low {low}, high {high}; give 0 < low < high < 1")
+            raise ConfigError(f"mean field: low {low}, high {high}; it must be 0 < low < high < 1")
         if compiled and not can_compile(torch.device("cpu")):
-            raise ConfigError("mean field: compiled=True, but no C++ compiler was found; install one or set CXX")
+            raise ConfigError("mean field: compiled=True, but there is no C++ compiler; install one or set CXX")
         self.kernel_size = kernel_size
         self.zeta = zeta
         self.num_iter = num_iter
@@ -108,13 +112,13 @@ class MeanField:
 
     @torch.no_grad()
     def __call__(self, guide_NCHW: Tensor, prob_NHW: Tensor, box_mask_NHW: Tensor) -> Tensor:
-        """Refined mask (N, H, W) bool on the inputs' device; False wherever the box mask is 0.
+        """Returns the refined mask (N, H, W) bool on the inputs' device; False where the box mask is 0.
 
-        A crop's mask depends on nothing else in the batch, also when another crop holds NaN.
+        The mask of a crop does not depend on other crops of the batch, even if they contain NaN.
 
         Args:
             guide_NCHW: (N, C, H, W) colors, in the units of zeta (ImageNet-normalized for the published default).
-            prob_NHW: (N, H, W) foreground probability, 0..1. NaN counts as 0.
+            prob_NHW: (N, H, W) foreground probability, 0..1. NaN is treated as 0.
             box_mask_NHW: (N, H, W), 0..1, any dtype; a fraction adds its logarithm to the logit in each iteration.
         """
         with torch.autocast(prob_NHW.device.type, enabled=False), _one_thread():
@@ -151,46 +155,46 @@ class MeanField:
     def _compiles(self, device: torch.device) -> bool:
         if self.compiled is not None:
             return self.compiled
-        # A loader worker would compile once more in each process, and forks do not go with the compiler's threads.
+        # Each loader worker would compile again, and the threads of the compiler do not survive a fork.
         return not self._compile_failed and get_worker_info() is None and can_compile(device)
 
     def _compiled_steps(self, rule: "_Rule", fixed: "_Fixed", state: "_State", spare: "_State", num_iter: int) -> int:
-        """Run num_iter (even) iterations on state, in place. Returns how many were run: 0 if compiling failed."""
+        """Runs num_iter (even) iterations on state, in place. Returns the number run: 0 if the compilation failed."""
         step_pair = _compiled_pair(rule)
         for tensor in (*fixed, *state, *spare):
-            # One program for every batch size: the last batch of an epoch must not compile again.
+            # One program for all batch sizes: the last batch of an epoch must not compile again.
             torch._dynamo.mark_dynamic(tensor, tensor.ndim - 1)
         try:
             for _ in range(num_iter // 2):
                 step_pair(fixed, state, spare)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            # Compiling comes before running, so the state is untouched here.
+            # Compilation precedes execution, so the state is unchanged.
             if self.compiled:
                 raise
             self._compile_failed = True
             reason = " ".join(str(error).split())[:300]
-            _LOG.warning("mean field: torch.compile failed, the plain form goes on with the same masks: %s", reason)
+            _LOG.warning("mean field: torch.compile failed; eager mode continues with the same masks: %s", reason)
             return 0
         return num_iter
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """CPU work in one thread: threads would meet after each of hundreds of steps of a tenth of a millisecond.
+    """Limits torch to one CPU thread: several would synchronize after each of hundreds of steps of 0.1 ms.
 
-    As soon as anything else wants a core (loader workers do) those meetings cost more than they share out: on two busy
-    cores a call took 1.6 s with two threads and 0.03 s with one.
+    If another process, such as a loader worker, needs a core, the synchronization costs more than the parallelism
+    saves: on two busy cores a call took 1.6 s with two threads and 0.03 s with one.
     """
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile may run (TORCH_COMPILE_DISABLE) and finds g++, clang++ or CXX, on a GPU also Triton."""
+    """Returns True if torch.compile is enabled and finds g++, clang++ or CXX, and on a GPU also Triton."""
     if torch._dynamo.config.disable:
         return False
     candidates = (os.environ.get("CXX", ""), "g++", "clang++")
@@ -199,9 +203,13 @@ def can_compile(device: torch.device) -> bool:
 
 
 class _Rule(NamedTuple):
-    """What a compiled step is specialized on.
+    """Constants that a compiled step is specialized for.
 
-    shifts: distance of each tap in M; gap: places at both ends that no step writes; low, high: bounds of the logit.
+    Attributes:
+        shifts: distance of each tap in M.
+        gap: positions at both ends that no step writes.
+        low: lower bound of the logit.
+        high: upper bound of the logit.
     """
 
     shifts: tuple[int, ...]
@@ -211,21 +219,21 @@ class _Rule(NamedTuple):
 
 
 class _Fixed(NamedTuple):
-    """What stays the same in all iterations, float32. weight_TM[t, i] joins the places i and i + shifts[t]."""
+    """Constant inputs of all iterations, float32. weight_TM[t, i] is the weight between i and i + shifts[t]."""
 
     weight_TM: Tensor
     log_box_M: Tensor
 
 
 class _State(NamedTuple):
-    """What an iteration changes, float32, to base 2: z = logit x and v = log(1 − x)."""
+    """State of the iteration, float32, to base 2: z = logit x and v = log(1 − x)."""
 
     logit_M: Tensor
     log_not_M: Tensor
 
 
 class _Grid(NamedTuple):
-    """The flat layout M of N images of height × width pixels for windows that reach `reach` pixels to each side."""
+    """Flat layout M of N images of height × width pixels, for windows that extend `reach` pixels to each side."""
 
     num: int
     height: int
@@ -234,7 +242,7 @@ class _Grid(NamedTuple):
 
     @property
     def taps(self) -> tuple[tuple[int, int], ...]:
-        """(dy, dx) of the later half of the window; the earlier half mirrors it."""
+        """(dy, dx) of the later half of the window; the earlier half is symmetric."""
         span = range(-self.reach, self.reach + 1)
         return tuple((dy, dx) for dy in span for dx in span if (dy, dx) > (0, 0))
 
@@ -245,28 +253,28 @@ class _Grid(NamedTuple):
 
     @property
     def gap(self) -> int:
-        """Places between crops and at both ends: the longest shift, rounded up to a cache line (16 float32)."""
+        """Positions between crops and at both ends: the longest shift, rounded up to a cache line (16 float32)."""
         return -(-max(self.shifts) // 16) * 16
 
     def zeros(self, like: Tensor) -> Tensor:
-        """(M,) float32 on the device of `like`. The zeros in the gaps stay harmless: they weigh 0 as neighbors."""
+        """Returns (M,) float32 on the device of `like`. Zeros in the gaps have no effect, since their weight is 0."""
         return like.new_zeros(self.gap + self.num * (self.height * self.width + self.gap), dtype=torch.float32)
 
     def images(self, values_M: Tensor) -> Tensor:
-        """(N, H, W) view of values in M without their gaps."""
+        """Returns a view (N, H, W) of values in M, without the gaps."""
         pixels = self.height * self.width
         rows_NP = values_M[self.gap :].view(self.num, pixels + self.gap)[:, :pixels]
         return rows_NP.view(self.num, self.height, self.width)
 
     def lay_out(self, values_NHW: Tensor) -> Tensor:
-        """(M,) float32 copy of values (N, H, W)."""
+        """Copies values (N, H, W) to (M,) float32."""
         values_M = self.zeros(values_NHW)
         self.images(values_M).copy_(values_NHW)
         return values_M
 
 
 def _color_weights(guide_NCHW: Tensor, grid: _Grid, zeta: float) -> Tensor:
-    """(T, M) float32 weights K of each pixel and its later neighbors, 0 where the neighbor is outside the image."""
+    """Returns the weights K (T, M) float32 of each pixel and its later neighbors, 0 for neighbors outside the image."""
     height, width = grid.height, grid.width
     weight_TM = torch.stack([grid.zeros(guide_NCHW)] * len(grid.taps))
     for tap, (dy, dx) in enumerate(grid.taps):
@@ -275,16 +283,16 @@ def _color_weights(guide_NCHW: Tensor, grid: _Grid, zeta: float) -> Tensor:
             here = guide_NCHW[:, :, : height - dy, left:right]
             there = guide_NCHW[:, :, dy:, left + dx : right + dx]
             weight = torch.exp((there - here).square_().sum(1).mul_(-0.5 / zeta**2))
-            # Written so that NaN becomes 0: a broken crop must not reach its neighbors through the gap.
+            # This comparison maps NaN to 0: an invalid crop must not affect its neighbors through the gap.
             weight = torch.where(weight > _LEAST_WEIGHT, weight, 0.0)
             grid.images(weight_TM[tap])[:, : height - dy, left:right] = weight
     return weight_TM
 
 
 def _plain_step(rule: _Rule, fixed: _Fixed, state: _State, out: _State) -> None:
-    """One iteration from state into out, in place: fresh memory for each intermediate would double the time.
+    """Runs one iteration from state to out, in place: allocating the intermediates would double the time.
 
-    exp2, log2: log1p and the natural exponential take 4 to 40 times as long here.
+    Uses exp2 and log2, because log1p and the natural exponential take 4 to 40 times as long.
     """
     inner = slice(rule.gap, -rule.gap)
     logit_M, log_not_M = out.logit_M[inner], out.log_not_M[inner]
@@ -302,15 +310,15 @@ def _plain_step(rule: _Rule, fixed: _Fixed, state: _State, out: _State) -> None:
 
 
 def _moved(rule: _Rule, shift: int) -> slice:
-    """The places that a step writes, moved by `shift`. None for the very end, where −0 would mean the beginning."""
+    """Returns the slice that a step writes, moved by `shift`. The stop is None for the end, since −0 is the start."""
     return slice(rule.gap + shift, (shift - rule.gap) or None)
 
 
 @functools.cache
 def _compiled_pair(rule: _Rule) -> Callable[..., None]:
-    """Two iterations, state → spare → state, as one compiled program for any batch size.
+    """Compiles two iterations, state → spare → state, as one program for any batch size.
 
-    Two, because calls and ping-pong cost less; not more, because longer chains came out slower.
+    Two iterations need fewer calls and no copy; longer chains were slower.
     """
     log_not = _log_not_polynomial(rule)
 
@@ -330,15 +338,15 @@ def _compiled_pair(rule: _Rule) -> Callable[..., None]:
         step(fixed, state, spare)
         step(fixed, spare, state)
 
-    # One kernel: a pool of compiler processes would cost more than it saves.
+    # There is one kernel: a pool of compiler processes would cost more than it saves.
     return torch.compile(pair, fullgraph=True, options={"compile_threads": 1})
 
 
 def _log_not_polynomial(rule: _Rule) -> Callable[[Tensor], Tensor]:
-    """Gives log₂(1 − x) of logits z = log₂(x / (1 − x)) within the rule's bounds, to about 3e-7.
+    """Returns a function for log₂(1 − x) of logits z = log₂(x / (1 − x)) within the bounds, accurate to about 3e-7.
 
-    It is −z/2 − log₂(2 cosh(z·ln2 / 2)), whose last part is even: a polynomial in z² takes a third of the time of an
-    exponential and a logarithm. Bounds so wide that it would need a high degree get those two instead.
+    The value is −z/2 − log₂(2 cosh(z·ln2 / 2)), whose second term is even: a polynomial in z² takes a third of the time
+    of an exponential and a logarithm. These are used for wide bounds, where the polynomial would need a high degree.
     """
     squares = np.linspace(0.0, max(abs(rule.low), abs(rule.high)) ** 2, 1001)
     even_part = np.log2(2 * np.cosh(np.sqrt(squares) * (math.log(2) / 2)))

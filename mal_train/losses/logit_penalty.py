@@ -1,18 +1,19 @@
-"""Keeps logits where the sigmoid has a slope: our addition to the published losses, off under `compat: tao`.
+"""Penalizes logits outside the range where the sigmoid has a slope. Not part of the published losses; off for `tao`.
 
-Both published losses see probabilities alone. Once a step drives every logit far above 0 (all foreground is a fair
-first answer to the multiple-instance loss), their gradients vanish, Adam goes on along its momentum, and the run never
-comes back: seen on photographs at the rates that otherwise train best, with logits beyond 1 000 within 60 steps.
+Both published losses depend only on probabilities. If a step moves all logits far above 0 (all foreground is a fair
+first solution of the multiple-instance loss), their gradients vanish, Adam continues along its momentum, and the run
+does not recover: observed on photographs at the learning rates that are otherwise best, with logits above 1000 within
+60 steps.
 """
 
 from torch import Tensor
 
 LOGIT_BOUND = 8.0
-"""Probabilities of 0.0003 and 0.9997; further out the losses have nothing to say."""
+"""Logits of the probabilities 0.0003 and 0.9997; the losses have hardly any gradient beyond."""
 
 
 def logit_excess(logits_NHW: Tensor, bound: float = LOGIT_BOUND) -> Tensor:
-    """Mean squared distance (N,) float32 of logits (N, H, W) from [−bound, bound].
+    """Returns the mean squared distance (N,) float32 of logits (N, H, W) from [−bound, bound].
 
     >>> import torch
     >>> logit_excess(torch.tensor([[[0.0, 9.0]], [[-10.0, 8.0]]]))

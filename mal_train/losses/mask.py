@@ -1,4 +1,4 @@
-"""The loss of a box whose mask is known: binary cross-entropy and dice on the logits' grid. Pure functions on tensors.
+"""Defines the loss of a box with a known mask: binary cross-entropy and dice distance on the grid of the logits.
 
 Letters: N crops, H and W of the logit map.
 """
@@ -10,11 +10,11 @@ from mal_train.losses.mil import dice_distance
 
 
 def mask_loss(logit_NHW: Tensor, target_NHW: Tensor) -> Tensor:
-    """(N,) float32: mean cross-entropy of the pixels plus the dice distance of the whole, both 0 for a perfect mask.
+    """Returns mean cross-entropy plus dice distance (N,) float32, both 0 for a perfect mask.
 
     Args:
-        logit_NHW: of the student; float32.
-        target_NHW: share of each cell that is object, in [0, 1].
+        logit_NHW: logits of the student, float32.
+        target_NHW: fraction of each cell that is foreground, in [0, 1].
     """
     entropy_NHW = functional.binary_cross_entropy_with_logits(logit_NHW, target_NHW, reduction="none")
     distance_N = dice_distance(logit_NHW.sigmoid(), target_NHW)

@@ -1,4 +1,4 @@
-"""Multiple-instance loss: what a box alone says about the mask in it. Pure functions; knows no network and no schedule.
+"""Defines the multiple-instance loss, which needs only the box of an object. Independent of network and schedule.
 
 Letters: N crops, H rows, W columns.
 """
@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 _SMOOTH = 1e-3
-"""Added to each sum of squares, so that two empty inputs have a distance and a gradient."""
+"""Added to each sum of squares, so that the distance and its gradient exist for two empty inputs."""
 
 
 def dice_distance(pred_N: Tensor, target_N: Tensor) -> Tensor:
-    """Dice distance 1 − 2Σxy / (Σx² + 10⁻³ + Σy² + 10⁻³) of each sample.
+    """Returns the dice distance 1 − 2Σxy / (Σx² + 10⁻³ + Σy² + 10⁻³) of each sample.
 
     Source: MAL (Lan et al., CVPR 2023), section 3.3; the squared denominator is V-Net's (Milletari et al., 2016).
 
     Args:
         pred_N: (N, ...) floating, 0..1.
-        target_N: same shape, any dtype, 0..1. No gradient is stopped here.
+        target_N: same shape, any dtype, 0..1. Its gradient is not stopped.
 
     Returns:
         (N,) float32, 0..1: 0 for equal binary inputs up to the smoothing, 1 for disjoint ones and for two empty ones.
@@ -33,14 +33,14 @@ def dice_distance(pred_N: Tensor, target_N: Tensor) -> Tensor:
 
 
 def mil_loss(prob_NHW: Tensor, box_mask_NHW: Tensor) -> Tensor:
-    """Box tightness: every row and column of the crop is a bag, positive iff it crosses the box.
+    """Returns the box tightness loss: every row and column of the crop is a bag, positive iff it crosses the box.
 
     A bag's score is its largest probability and its label the largest value of the box mask, so a row through the box
-    must hold some foreground and a row beside it none. Loss = D(row scores, row labels) + D(column scores, labels).
-    The gradient reaches one arg-max pixel of each bag, also where several are equally large: `amax` would share it out.
+    must have some foreground and a row outside it none. Loss = D(row scores, row labels) + D(column scores, labels).
+    The gradient reaches one arg-max pixel per bag, even if several are equal; `amax` would distribute it.
 
     Source: MAL, section 3.3, on the bags of Hsu et al. (NeurIPS 2019). The formula printed there squares the maximum in
-    the numerator; the published code does not, and neither does this.
+    the numerator; the published code and this function do not.
 
     Args:
         prob_NHW: (N, H, W) foreground probability.

@@ -1,7 +1,6 @@
-"""A mask in each form in which it leaves: run lengths, plain or compressed, polygon rings, a PNG of its tight crop.
+"""Converts masks between encodings: compressed and plain run lengths, polygon rings, and a PNG of the tight crop.
 
-The server answers in these forms and the client makes them by the same functions from the run-length code, so that it
-does not matter who did it.
+Server and client use the same functions, so the result does not depend on which of them encodes.
 """
 
 import io
@@ -20,7 +19,7 @@ from mal_train.core.settings import MaskFormat
 
 @dataclass(frozen=True)
 class Runs:
-    """A mask of height x width px as column-major run lengths in px, the first run background."""
+    """Column-major run lengths in px of a mask of height x width px; the first run is background."""
 
     height: int
     width: int
@@ -29,7 +28,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Polygons:
-    """A mask of height x width px as closed lines; a hole stands behind the ring that it lies in."""
+    """Closed rings of a mask of height x width px; a hole follows the ring that contains it."""
 
     height: int
     width: int
@@ -38,16 +37,16 @@ class Polygons:
 
 @dataclass(frozen=True)
 class PngCrop:
-    """The tight crop of a mask of height x width px.
+    """Tight crop of a mask.
 
     Attributes:
-        height: of the image.
-        width: likewise.
-        x: column of the image that the crop begins at.
-        y: row likewise.
-        crop_width: columns of the crop; 0 for an empty mask.
-        crop_height: rows likewise.
-        content: 1-bit grayscale PNG, white is mask; no bytes for an empty mask.
+        height: image height in px.
+        width: image width in px.
+        x: first image column of the crop.
+        y: first image row of the crop.
+        crop_width: width of the crop in px; 0 for an empty mask.
+        crop_height: height of the crop in px; 0 for an empty mask.
+        content: 1-bit grayscale PNG, foreground is white; empty for an empty mask.
     """
 
     height: int
@@ -63,22 +62,22 @@ EncodedMask = Rle | Runs | Polygons | PngCrop
 
 
 def encode(rle: Rle, formats: Iterable[MaskFormat], tolerance_px: float = 0.0) -> tuple[EncodedMask, ...]:
-    """The mask in each of the formats, in their order; `tolerance_px` is that of `polygons.to_rings`."""
-    return tuple(_encode_one(rle, form, tolerance_px) for form in formats)
+    """Encodes a mask in each of the formats, in that order; `tolerance_px` as in `polygons.to_rings`."""
+    return tuple(_encode_one(rle, mask_format, tolerance_px) for mask_format in formats)
 
 
 def to_runs(rle: Rle) -> Runs:
-    """Plain run lengths."""
+    """Returns the mask as plain run lengths."""
     return Runs(rle.height, rle.width, tuple(run_lengths(rle.counts).tolist()))
 
 
 def to_polygons(rle: Rle, tolerance_px: float = 0.0) -> Polygons:
-    """Rings, as `polygons.to_rings` makes them."""
+    """Returns the mask as rings; `tolerance_px` as in `polygons.to_rings`."""
     return Polygons(rle.height, rle.width, tuple(to_rings(decode_patch(rle), tolerance_px)))
 
 
 def to_png(rle: Rle) -> PngCrop:
-    """The tight crop as a picture."""
+    """Returns the tight crop of the mask as a PNG."""
     patch = decode_patch(rle)
     rows, columns = patch.mask.shape
     content = encode_bitmap(patch.mask) if patch.mask.size else b""
@@ -86,11 +85,11 @@ def to_png(rle: Rle) -> PngCrop:
 
 
 def decode(mask: EncodedMask) -> Rle:
-    """The run-length code of a mask in any form. Exact but for polygons with a tolerance.
+    """Returns the RLE of a mask in any encoding; exact except for polygons with a tolerance.
 
     Raises:
-        BadDataset: run lengths that do not fill the frame.
-        BadImage: a PNG that is damaged or of another size than stated.
+        BadDataset: run lengths do not sum to height·width.
+        BadImage: the PNG is damaged or its size differs from the stated size.
     """
     if isinstance(mask, Rle):
         return mask
@@ -102,29 +101,29 @@ def decode(mask: EncodedMask) -> Rle:
 
 
 def encode_bitmap(mask_bool: NDArray[np.bool_]) -> bytes:
-    """1-bit grayscale PNG of a mask (h, w), white is mask."""
+    """Returns a mask (h, w) as a 1-bit grayscale PNG; foreground is white."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(mask_bool)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _encode_one(rle: Rle, form: MaskFormat, tolerance_px: float) -> EncodedMask:
-    if form is MaskFormat.RLE:
+def _encode_one(rle: Rle, mask_format: MaskFormat, tolerance_px: float) -> EncodedMask:
+    if mask_format is MaskFormat.RLE:
         return rle
-    if form is MaskFormat.UNCOMPRESSED:
+    if mask_format is MaskFormat.UNCOMPRESSED:
         return to_runs(rle)
-    return to_polygons(rle, tolerance_px) if form is MaskFormat.POLYGONS else to_png(rle)
+    return to_polygons(rle, tolerance_px) if mask_format is MaskFormat.POLYGONS else to_png(rle)
 
 
 def _crop_pixels(crop: PngCrop) -> NDArray[np.bool_]:
     if not crop.content:
         return np.zeros((0, 0), dtype=np.bool_)
     try:
-        with Image.open(io.BytesIO(crop.content), formats=["PNG"]) as picture:
-            # The header's word is checked before any pixel is read.
-            if picture.size != (crop.crop_width, crop.crop_height):
+        with Image.open(io.BytesIO(crop.content), formats=["PNG"]) as image:
+            # The size in the header is checked before any pixel is decoded.
+            if image.size != (crop.crop_width, crop.crop_height):
                 stated = f"{crop.crop_width}x{crop.crop_height}"
-                raise BadImage(f"mask: a PNG of {picture.size[0]}x{picture.size[1]} px, stated as {stated}")
-            return np.asarray(picture.convert("1"))
+                raise BadImage(f"mask: PNG of {image.size[0]}x{image.size[1]} px; the stated size is {stated}")
+            return np.asarray(image.convert("1"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise BadImage(f"mask: no PNG that can be decoded ({error})") from None
+        raise BadImage(f"mask: cannot be decoded as PNG ({error})") from None

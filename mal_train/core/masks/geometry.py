@@ -1,7 +1,7 @@
-"""The only crop arithmetic: boxes to windows, windows to network inputs, probability maps back to image pixels.
+"""Implements all crop arithmetic: boxes to windows, windows to network inputs, probability maps to image pixels.
 
 A box is x, y, width, height in px of the stored image, float64. A window is integer x0, y0, x1, y1 with an exclusive
-end and may reach outside the image: what lies there is the image itself, wrapped round (§2.3 of the method).
+end; it may extend beyond the image, which is repeated periodically there (§2.3 of the method).
 """
 
 import math
@@ -23,7 +23,7 @@ Pixels = NDArray[np.uint8]
 
 
 class Window(NamedTuple):
-    """Integer pixel window, end exclusive; may reach outside the image."""
+    """Integer pixel window with an exclusive end; may extend beyond the image."""
 
     x0: int
     y0: int
@@ -32,17 +32,17 @@ class Window(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return self.x1 - self.x0
 
     @property
     def height(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.y1 - self.y0
 
 
 class Region(NamedTuple):
-    """Half-open ranges of columns and rows inside an image; empty when an end is not above its start."""
+    """Half-open ranges of columns and rows inside an image; empty if an end does not exceed its start."""
 
     col0: int
     row0: int
@@ -51,18 +51,18 @@ class Region(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Holds no pixel."""
+        """True if the region has no pixels."""
         return self.col1 <= self.col0 or self.row1 <= self.row0
 
 
 def check_box(box_xywh: Sequence[float], image_hw: tuple[int, int], name: str = "box") -> tuple[Box, bool]:
-    """The part of a box inside its image, and whether that differs from the box.
+    """Clips a box to its image; returns the clipped box and True if it differs from the box.
 
     >>> check_box((-2, 0, 6, 4), (10, 10))
     ((0.0, 0.0, 4.0, 4.0), True)
 
     Raises:
-        BadBox: not four finite numbers, no positive size, wholly outside, or less than 1 px² of it inside.
+        BadBox: not four finite numbers, no positive size, outside the image, or less than 1 px² inside.
     """
     height, width = image_hw
     if len(box_xywh) != 4 or not all(math.isfinite(v) for v in box_xywh):
@@ -83,25 +83,25 @@ def check_box(box_xywh: Sequence[float], image_hw: tuple[int, int], name: str = 
 
 
 def box_area(box_xywh: Box) -> float:
-    """Area in px², in the float32 corner arithmetic of the published code, which its size classes depend on."""
+    """Returns the area in px², computed from float32 corners as in the published code; size classes depend on it."""
     x0, y0, x1, y1 = _corners(box_xywh)
     return float((x1 - x0) * (y1 - y0))
 
 
 def box_iou(a_xywh: Box, b_xywh: Box) -> float:
-    """IoU of two boxes with positive sides.
+    """Returns the IoU of two boxes with positive sides.
 
     >>> box_iou((0, 0, 2, 2), (1, 0, 2, 2))
     0.3333333333333333
     """
     width = min(a_xywh[0] + a_xywh[2], b_xywh[0] + b_xywh[2]) - max(a_xywh[0], b_xywh[0])
     height = min(a_xywh[1] + a_xywh[3], b_xywh[1] + b_xywh[3]) - max(a_xywh[1], b_xywh[1])
-    shared = max(width, 0.0) * max(height, 0.0)
-    return shared / (a_xywh[2] * a_xywh[3] + b_xywh[2] * b_xywh[3] - shared)
+    intersection = max(width, 0.0) * max(height, 0.0)
+    return intersection / (a_xywh[2] * a_xywh[3] + b_xywh[2] * b_xywh[3] - intersection)
 
 
 def test_window(box_xywh: Box, margin_rate: float) -> Window:
-    """Window of inference: the box grown by margin_rate/2 of its half extent on each side.
+    """Returns the window of inference: the box grown by margin_rate/2 of its half extent on each side.
 
     >>> test_window((100, 100, 100, 80), 0.6)
     Window(x0=85, y0=88, x1=216, y1=193)
@@ -114,7 +114,7 @@ test_window.__test__ = False  # type: ignore[attr-defined]  # a name of the meth
 
 
 def train_window(box_xywh: Box, margins: Sequence[float]) -> Window:
-    """Window for margins (left, top, right, bottom), each a share of the half extent (§2.3)."""
+    """Returns the window for margins (left, top, right, bottom), each relative to the half extent (§2.3)."""
     x0, y0, x1, y1 = _corners(box_xywh)
     left, top, right, bottom = (np.float64(m) for m in margins)
     # float32 halves times float64 margins, as NumPy 2 evaluates the published expression.
@@ -129,14 +129,14 @@ def train_window(box_xywh: Box, margins: Sequence[float]) -> Window:
 
 
 def random_margins(rng: np.random.Generator, margin_rate: tuple[float, float]) -> tuple[float, float, float, float]:
-    """Margins (left, top, right, bottom) of training: u ⊙ (g₁, g₂, 1−g₁, 1−g₂), u in margin_rate, g in [0, 1)."""
+    """Draws margins (left, top, right, bottom): u ⊙ (g₁, g₂, 1−g₁, 1−g₂), u in margin_rate, g in [0, 1)."""
     return margins_from(rng.random(4), rng.random(2), margin_rate)
 
 
 def margins_from(
     u: NDArray[np.float64], g: NDArray[np.float64], margin_rate: tuple[float, float]
 ) -> tuple[float, float, float, float]:
-    """Margins from four numbers u and two numbers g, all in [0, 1), so that the published draws can be replayed."""
+    """Returns the margins for given u (4 numbers) and g (2 numbers) in [0, 1), to replay published random numbers."""
     low, high = margin_rate
     scaled = low + u * (high - low)
     split = np.array([g[0], g[1], 1.0 - g[0], 1.0 - g[1]])
@@ -145,30 +145,31 @@ def margins_from(
 
 
 def cut(image: Pixels, window: Window) -> Pixels:
-    """Pixels of a window (h, w[, C]); outside the image it repeats periodically.
+    """Returns the pixels of a window (h, w[, C]); outside the image, the image is repeated periodically.
 
-    Wrap, not pad: the mean field compares neighboring pixels, and a made-up border would spoil the refined mask.
+    Wrapping instead of padding: the mean field compares neighboring pixels, and an artificial border would distort the
+    refined mask.
     """
     height, width = image.shape[:2]
     inside = image[max(window.y0, 0) : min(window.y1, height), max(window.x0, 0) : min(window.x1, width)]
     if inside.shape[:2] == (window.height, window.width):
         return inside
-    # Piece by piece: whole rows of a piece are copied at once, which indexing by pixel does not do.
+    # Slice by slice: this copies complete rows, unlike indexing with modulo coordinates.
     wrapped: Pixels = np.empty((window.height, window.width, *image.shape[2:]), image.dtype)
-    for rows, image_rows in _pieces(window.y0, window.y1, height):
-        for columns, image_columns in _pieces(window.x0, window.x1, width):
+    for rows, image_rows in _periodic_slices(window.y0, window.y1, height):
+        for columns, image_columns in _periodic_slices(window.x0, window.x1, width):
             wrapped[rows, columns] = image[image_rows, image_columns]
     return wrapped
 
 
 def resize_crop(pixels: Pixels, size: int) -> Pixels:
-    """(size, size[, 3]) uint8 by Pillow's bicubic with antialias; the aspect ratio is not kept (§2.3)."""
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+    """Resizes to (size, size[, 3]) uint8 with antialiased bicubic of Pillow; ignores the aspect ratio (§2.3)."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def box_pixels(box_xywh: Box, image_hw: tuple[int, int]) -> Region:
-    """Pixels whose centers lie in the box: columns ceil(x − ½) … ceil(x + w − ½) − 1, rows likewise.
+    """Returns the pixels whose centers lie in the box: columns ceil(x − ½) … ceil(x + w − ½) − 1, rows likewise.
 
     >>> box_pixels((0.6, 0.0, 2.0, 1.4), (10, 10))
     Region(col0=1, row0=0, col1=3, row1=1)
@@ -184,7 +185,7 @@ def box_pixels(box_xywh: Box, image_hw: tuple[int, int]) -> Region:
 
 
 def inclusive_pixels(box_xywh: Box, image_hw: tuple[int, int]) -> Region:
-    """Box pixels as the published code marks them: truncated corners, both ends included (§2.2)."""
+    """Returns the box pixels of the published code: truncated corners, both ends inclusive (§2.2)."""
     x0, y0, x1, y1 = (int(v) for v in _corners(box_xywh))
     height, width = image_hw
     return Region(max(x0, 0), max(y0, 0), min(x1 + 1, width), min(y1 + 1, height))
@@ -193,15 +194,15 @@ def inclusive_pixels(box_xywh: Box, image_hw: tuple[int, int]) -> Region:
 def box_mask_in_window(
     box_xywh: Box, window: Window, image_hw: tuple[int, int], size: int, compat: Compat, *, wrap: bool = False
 ) -> Pixels:
-    """The box as 0/1 on the network's grid, (size, size) uint8.
+    """Returns the box as a 0/1 mask of the crop, (size, size) uint8.
 
     Args:
-        box_xywh: the box, inside the image.
-        window: the crop it belongs to.
+        box_xywh: box inside the image.
+        window: window of the crop.
         image_hw: height and width of the image.
-        size: side of the crop.
+        size: side of the crop in px.
         compat: clip rule: pixel centers (none) or inclusive truncated corners (tao).
-        wrap: whether periodic copies of the box count as box, as the published training does.
+        wrap: include periodic copies of the box, as the published training does.
     """
     region = (inclusive_pixels if compat is Compat.TAO else box_pixels)(box_xywh, image_hw)
     columns = _membership(window.x0, window.x1, region.col0, region.col1, image_hw[1] if wrap else None)
@@ -210,26 +211,26 @@ def box_mask_in_window(
 
 
 def paste(prob: NDArray[np.float32], window: Window, region: Region) -> NDArray[np.float32]:
-    """Probabilities (rows, columns) of an image region from the map (S, S) of a window that covers it.
+    """Returns the probabilities (rows, columns) of an image region from the map (S, S) of a window that covers it.
 
-    Bilinear without antialias, as OpenCV's INTER_LINEAR and torch agree to 1e-5 (§2.5). Inverse of cut + resize up to
-    that interpolation.
+    Bilinear without antialias; INTER_LINEAR of OpenCV and torch agree to 1e-5 (§2.5). Inverse of `cut` and
+    `resize_crop` up to that interpolation.
     """
     left, top = region.col0 - window.x0, region.row0 - window.y0
-    whole: NDArray[np.float32] = np.asarray(
+    window_prob: NDArray[np.float32] = np.asarray(
         cv2.resize(prob, (window.width, window.height), interpolation=cv2.INTER_LINEAR), dtype=np.float32
     )
-    return whole[top : region.row1 - window.y0, left : region.col1 - window.x0]
+    return window_prob[top : region.row1 - window.y0, left : region.col1 - window.x0]
 
 
-def _pieces(start: int, stop: int, period: int) -> Iterator[tuple[slice, slice]]:
-    """Where each piece of start … stop − 1 lies in that range, and where it comes from in 0 … period − 1."""
-    at = start
-    while at < stop:
-        source = at % period
-        length = min(stop - at, period - source)
-        yield slice(at - start, at - start + length), slice(source, source + length)
-        at += length
+def _periodic_slices(start: int, stop: int, period: int) -> Iterator[tuple[slice, slice]]:
+    """Splits start … stop − 1 at multiples of `period`; yields (slice of that range, slice of 0 … period − 1)."""
+    position = start
+    while position < stop:
+        source = position % period
+        length = min(stop - position, period - source)
+        yield slice(position - start, position - start + length), slice(source, source + length)
+        position += length
 
 
 def _corners(box_xywh: Box) -> tuple[np.float32, np.float32, np.float32, np.float32]:

@@ -1,8 +1,8 @@
-"""Bytes become RGB pixels here and nowhere else in the repository.
+"""Decodes images to RGB pixels; the only decoder of the repository.
 
-Pillow decodes, behind an allow-list of formats and a look at the header's size before any pixel is read: OpenCV takes
-4 GiB for a forged 49-byte PNG and rotates by EXIF, Pillow does neither. Pixels stay as stored (EXIF orientation is
-ignored), because COCO boxes refer to stored pixels.
+Uses Pillow with an allow-list of formats and checks the size in the header before any pixel is decoded. OpenCV would
+allocate 4 GiB for a forged 49-byte PNG, and rotates by EXIF. Pixels are returned as stored, without EXIF rotation,
+because COCO boxes refer to stored pixels.
 """
 
 import io
@@ -26,13 +26,13 @@ RgbImage = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 EXIF_ORIENTATION = 0x0112
 STRIP_PIXELS = 1 << 18
-"""Taken out of Pillow at a time: 1 MB, which stays in a core's cache."""
+"""Pixels copied out of Pillow at a time: 1 MB, which fits into the cache of a core."""
 
 MAX_JPEG_SCANS = 100
-"""A progressive JPEG has about ten passes over its pixels. A pass that adds nothing takes 14 bytes of a file and, at 64
-million pixels, 40 ms: without a bound, a file of 100 KB would keep a thread for five minutes."""
+"""Maximum number of scans of a progressive JPEG, which normally has about ten. An empty scan takes 14 bytes of the file
+and, at 64 million pixels, 40 ms: without a limit, a file of 100 KB would occupy a thread for five minutes."""
 
-# What begins a segment. 0xFF may also be followed by 0 (it is data), by a mark without a segment, or by more filling.
+# Start of a segment. 0xFF is also followed by 0 (data), by a marker without a segment, or by fill bytes.
 _JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _JPEG_START = b"\xff\xd8"
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
@@ -40,7 +40,7 @@ _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What is refused before it is decoded: file size in bytes, area and longest side in px."""
+    """Limits checked before decoding: file size in bytes, area in px and longest side in px."""
 
     max_bytes: int = 32 * 1024 * 1024
     max_pixels: int = 64_000_000
@@ -57,42 +57,42 @@ def decode_image(
     limits: ImageLimits = DEFAULT_LIMITS,
     name: str = "image",
 ) -> RgbImage:
-    """RGB pixels (H, W, 3) uint8 of an encoded JPEG, PNG, WebP, BMP or TIFF; of several frames the first.
+    """Decodes the first frame of a JPEG, PNG, WebP, BMP or TIFF to RGB pixels (H, W, 3) uint8.
 
-    Gray becomes three equal channels, CMYK is converted, alpha is dropped (the color under it stays), 16-bit gray
-    keeps its upper byte.
+    Gray is repeated in three channels, CMYK is converted, alpha is dropped (the color below it is kept), and 16-bit
+    gray keeps its upper byte.
 
     Args:
-        data: the file's bytes.
-        expected_wh: (width, height) that COCO or the request states; another stored size is an error, since boxes
-            would be applied to a rotated or re-encoded picture.
-        limits: what to refuse.
-        name: how messages call the image.
+        data: bytes of the file.
+        expected_wh: (width, height) stated by the COCO file or the request. A different stored size is an error, since
+            the boxes would refer to a rotated or resized image.
+        limits: limits of the image.
+        name: name of the image in messages.
 
     Raises:
-        BadImage: with a `reason`; see `mal_train.core.errors.BadImage`.
+        BadImage: the image is unusable; `reason` tells why.
     """
     if not data:
         raise BadImage(f"{name}: 0 bytes; send the encoded file")
     if len(data) > limits.max_bytes:
         raise BadImage(f"{name}: {len(data)} bytes; the limit is {limits.max_bytes}", "IMAGE_TOO_LARGE")
-    with _picture_of(data, name) as picture:
-        _check_size(picture.size, expected_wh, limits, name)
+    with _open_image(data, name) as image:
+        _check_size(image.size, expected_wh, limits, name)
         if data.startswith(_JPEG_START):
             _check_scans(data, name)
-        return _to_rgb(picture)
+        return _to_rgb(image)
 
 
 def stored_size(data: bytes, *, name: str = "image") -> tuple[int, int]:
-    """Width and height in px that an encoded picture claims, before any pixel is read. Raises BadImage."""
-    with _picture_of(data, name) as picture:
-        return picture.size
+    """Returns width and height in px from the header of an encoded image. Raises BadImage."""
+    with _open_image(data, name) as image:
+        return image.size
 
 
 def read_image(
     path: Path, *, expected_wh: tuple[int, int] | None = None, limits: ImageLimits = DEFAULT_LIMITS
 ) -> RgbImage:
-    """`decode_image` of a file. A missing or unreadable file is a `BadImage` with reason IMAGE_NOT_FOUND."""
+    """Decodes a file; see `decode_image`. A missing or unreadable file is a BadImage with reason IMAGE_NOT_FOUND."""
     try:
         if path.stat().st_size > limits.max_bytes:
             raise BadImage(f"{path}: {path.stat().st_size} bytes; the limit is {limits.max_bytes}", "IMAGE_TOO_LARGE")
@@ -105,12 +105,12 @@ def read_image(
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a file says of its picture before any pixel is read.
+    """Header of an encoded image.
 
     Attributes:
         size_wh: stored width and height in px.
-        orientation: EXIF's; 1 is upright, 2–8 mean that viewers turn or mirror what is stored.
-        frames: pictures in the file; only the first is used.
+        orientation: EXIF orientation; 1 is upright, viewers rotate or mirror the stored pixels for 2–8.
+        frames: number of frames in the file; only the first is used.
     """
 
     size_wh: tuple[int, int]
@@ -119,97 +119,97 @@ class ImageHeader:
 
 
 def read_header(data: bytes, name: str = "image") -> ImageHeader:
-    """The header of an encoded picture. Raises BadImage as `decode_image`, but for what only its pixels would show."""
-    with _picture_of(data, name) as picture:
-        return ImageHeader(picture.size, _orientation(picture), int(getattr(picture, "n_frames", 1)))
+    """Reads the header of an encoded image. Raises BadImage as `decode_image`, except for errors in the pixels."""
+    with _open_image(data, name) as image:
+        return ImageHeader(image.size, _orientation(image), int(getattr(image, "n_frames", 1)))
 
 
 def encode_png(image: RgbImage) -> bytes:
-    """Lossless PNG bytes of an RGB (H, W, 3) or gray (H, W) uint8 array."""
+    """Encodes an RGB (H, W, 3) or gray (H, W) uint8 array as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
 @contextmanager
-def _picture_of(data: bytes, name: str) -> Iterator[Image.Image]:
-    """The opened picture, none of its pixels read yet; what goes wrong in here or inside is a BadImage."""
+def _open_image(data: bytes, name: str) -> Iterator[Image.Image]:
+    """Yields the opened image without decoding it; converts errors here and in the block to BadImage."""
     try:
-        # Pillow warns of large pictures by itself; our own limit is the one that decides.
+        # Pillow warns about large images; ImageLimits decides instead.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                yield picture
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                yield image
     except UnidentifiedImageError:
-        raise BadImage(f"{name}: not a picture we read; use {', '.join(FORMATS)}", "IMAGE_FORMAT") from None
+        raise BadImage(f"{name}: not a supported image format; use {', '.join(FORMATS)}", "IMAGE_FORMAT") from None
     except Image.DecompressionBombError as error:
-        # Pillow's message begins with the number of pixels, which the header claims.
+        # The message of Pillow states the number of pixels in the header.
         raise BadImage(f"{name}: {error}", "IMAGE_TOO_LARGE") from None
-    # What Pillow's decoders raise on damaged files, SyntaxError for broken PNG chunks and MemoryError for absurd
-    # sizes in sub-headers included.
+    # Errors of Pillow's decoders on damaged files: also SyntaxError for broken PNG chunks, and MemoryError for invalid
+    # sizes in sub-headers.
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError, MemoryError,
             OverflowError, ZeroDivisionError) as error:  # fmt: skip
-        raise BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or cut off") from None
+        raise BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or truncated") from None
 
 
 def _check_size(size_wh: tuple[int, int], expected_wh: tuple[int, int] | None, limits: ImageLimits, name: str) -> None:
     width, height = size_wh
     if max(width, height) > limits.max_side or width * height > limits.max_pixels:
         raise BadImage(
-            f"{name}: {width}x{height} px; at most {limits.max_side} px a side and {limits.max_pixels} px in all",
+            f"{name}: {width}x{height} px; the limit is {limits.max_side} px a side, {limits.max_pixels} px in total",
             "IMAGE_TOO_LARGE",
         )
     if expected_wh is not None and expected_wh != (width, height):
-        hint = "; it looks rotated by EXIF: boxes refer to stored pixels" if expected_wh == (height, width) else ""
+        hint = "; it is rotated by EXIF, but boxes refer to stored pixels" if expected_wh == (height, width) else ""
         raise BadImage(
-            f"{name}: stored as {width}x{height} px but stated as {expected_wh[0]}x{expected_wh[1]}{hint}",
+            f"{name}: stored as {width}x{height} px, stated as {expected_wh[0]}x{expected_wh[1]}{hint}",
             "IMAGE_SIZE_MISMATCH",
         )
 
 
 def _check_scans(data: bytes, name: str) -> None:
-    """Raises BadImage for a JPEG of more than MAX_JPEG_SCANS scans. Reads markers alone, none behind the image."""
-    scans, at = 0, 2
-    while (found := _JPEG_SEGMENT.search(data, at)) is not None and data[found.end() - 1] != _END_OF_IMAGE:
-        scans += data[found.end() - 1] == _START_OF_SCAN
+    """Raises BadImage for a JPEG of more than MAX_JPEG_SCANS scans. Reads only markers, up to the end of the image."""
+    scans, position = 0, 2
+    while (marker := _JPEG_SEGMENT.search(data, position)) is not None and data[marker.end() - 1] != _END_OF_IMAGE:
+        scans += data[marker.end() - 1] == _START_OF_SCAN
         if scans > MAX_JPEG_SCANS:
             raise BadImage(
-                f"{name}: a JPEG of more than {MAX_JPEG_SCANS} scans, which would take minutes to decode; save it anew",
+                f"{name}: a JPEG of more than {MAX_JPEG_SCANS} scans takes minutes to decode; save it again",
                 "IMAGE_TOO_LARGE",
             )
-        # Every segment that may stand here says its length, the header of a scan included.
-        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+        # Every segment at this position begins with its length, including the header of a scan.
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
 
 
-def _orientation(picture: Image.Image) -> int:
-    if picture.format == "PNG" and "exif" not in picture.info:
-        # getexif would decode the pixels to look behind them, where no camera writes it.
+def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG" and "exif" not in image.info:
+        # getexif would decode all pixels to search the end of the file, where cameras do not write EXIF.
         return 1
-    orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     return orientation if orientation in range(2, 9) else 1
 
 
-def _to_rgb(picture: Image.Image) -> RgbImage:
-    if picture.mode.startswith("I;16") or picture.mode == "I":
-        # Pillow would clip 16-bit gray at 255; the upper byte keeps the picture.
-        wide = np.asarray(picture)
-        if picture.mode == "I":
-            wide = np.minimum(wide.astype(np.uint32), 65535)
-        gray = (wide >> 8).astype(np.uint8)
+def _to_rgb(image: Image.Image) -> RgbImage:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow would clip 16-bit gray at 255.
+        gray16 = np.asarray(image)
+        if image.mode == "I":
+            gray16 = np.minimum(gray16.astype(np.uint32), 65535)
+        gray = (gray16 >> 8).astype(np.uint8)
         return np.ascontiguousarray(np.repeat(gray[:, :, None], 3, axis=2))
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; convert to 8 bits a channel")
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    # A picture that is RGB already would be copied: at 64 million pixels, 256 MB.
-    return _unpacked(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no standard range; convert to 8 bits per channel")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    # convert() copies an image that is RGB already: 256 MB at 64 million pixels.
+    return _unpacked(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _unpacked(picture: Image.Image) -> RgbImage:
-    """The pixels of an RGB picture. In strips: whole, Pillow fills two more such buffers, three times slower."""
-    width, height = picture.size
+def _unpacked(image: Image.Image) -> RgbImage:
+    """Copies the pixels of an RGB image in strips. In one piece, Pillow fills two more buffers, three times slower."""
+    width, height = image.size
     rows = max(STRIP_PIXELS // width, 1)
     pixels: RgbImage = np.empty((height, width, 3), np.uint8)
     for row in range(0, height, rows):
-        pixels[row : row + rows] = np.asarray(picture.crop((0, row, width, min(row + rows, height))))
+        pixels[row : row + rows] = np.asarray(image.crop((0, row, width, min(row + rows, height))))
     return pixels

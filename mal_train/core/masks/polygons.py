@@ -1,8 +1,8 @@
-"""Masks as polygon rings on the corners of pixels, holes told apart, and back.
+"""Converts masks to polygon rings on pixel corners, with holes, and back.
 
-A ring runs along pixel edges, so filling it by the rule "a pixel belongs to it when its center lies inside" gives the
-mask back exactly. OpenCV follows contours through pixel CENTERS, which loses half a pixel all round; here it follows
-them on a grid of half pixels, and each half pixel stands for the corner next to it.
+Rings follow pixel edges, so filling the pixels whose centers lie inside gives the exact mask. OpenCV traces contours
+through pixel centers, which shrinks a mask by half a pixel on each side. Here it traces a mask of twice the size, whose
+contour pixels correspond to the corners of the original pixels.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 from mal_train.core.masks.rle import MaskPatch
 
 Points = NDArray[np.int32]
-"""(N, 2) x, y in px of the stored image; whole numbers, because rings turn at pixel corners only."""
+"""(N, 2) x, y in px of the stored image; integers, because vertices are pixel corners."""
 
 _PARENT = 3
-"""Column of OpenCV's contour tree that tells a hole's outer contour; -1 for an outer one."""
+"""Column of OpenCV's contour hierarchy with the outer contour of a hole; -1 for an outer contour."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ring:
-    """A closed line; the last point joins the first.
+    """Closed polygon; the last point connects to the first.
 
     Attributes:
         points: (N, 2) int32 x, y in px, N >= 3; (0, 0) is the top left corner of the top left pixel.
-        is_hole: cuts a hole into the last ring before it that is none.
+        is_hole: the ring is a hole of the nearest outer ring before it.
     """
 
     points: Points
@@ -35,13 +35,13 @@ class Ring:
 
 
 def to_rings(patch: MaskPatch, tolerance_px: float = 0.0) -> list[Ring]:
-    """Rings of a mask: one for each 8-connected part, behind it one for each 4-connected hole; [] for an empty mask.
+    """Returns one ring per 8-connected component, each followed by its 4-connected holes; [] for an empty mask.
 
     Args:
         patch: the mask.
-        tolerance_px: how far in px a ring may run beside the mask's edge, to have fewer points (Douglas-Peucker);
-            0: only points on straight lines are left out and `fill` gives the mask back exactly. A ring of which less
-            than a triangle would be left stays exact: no part and no hole is lost.
+        tolerance_px: maximum distance between a ring and the edge of the mask (Douglas-Peucker); 0 removes only points
+            on straight lines, and `fill` restores the exact mask. A ring that would have fewer than three points stays
+            exact, so no component and no hole is lost.
     """
     if not patch.mask.size:
         return []
@@ -49,24 +49,24 @@ def to_rings(patch: MaskPatch, tolerance_px: float = 0.0) -> list[Ring]:
     contours, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     offset = np.array([patch.col0, patch.row0], dtype=np.int32)
     groups: dict[int, list[Ring]] = {}
-    for at, contour in enumerate(contours):
-        corners = _turns((np.asarray(contour[:, 0, :], dtype=np.int32) + 1) // 2)
-        parent = int(tree[0, at, _PARENT])
-        group = groups.setdefault(at if parent < 0 else parent, [])
+    for index, contour in enumerate(contours):
+        corners = _vertices((np.asarray(contour[:, 0, :], dtype=np.int32) + 1) // 2)
+        parent = int(tree[0, index, _PARENT])
+        group = groups.setdefault(index if parent < 0 else parent, [])
         ring = Ring((_simplified(corners, tolerance_px) + offset).astype(np.int32), is_hole=parent >= 0)
         group.insert(len(group) if ring.is_hole else 0, ring)
     return [ring for group in groups.values() for ring in group]
 
 
 def fill(rings: Sequence[NDArray[np.generic]], height: int, width: int) -> NDArray[np.bool_]:
-    """(height, width) bool: the pixels whose centers lie inside an odd number of rings (N, 2) x, y in px.
+    """Returns the mask (height, width) of pixels whose centers lie inside an odd number of rings (N, 2) x, y in px.
 
-    Holes need no mark: a pixel in a hole lies inside two rings. Parts outside the frame are cut off.
+    Holes need no flag: a pixel in a hole lies inside two rings. Parts outside the frame are clipped.
 
     >>> fill([np.array([[1, 0], [3, 0], [3, 2], [1, 2]])], 2, 4).astype(int).tolist()
     [[0, 1, 1, 0], [0, 1, 1, 0]]
     """
-    # Each edge that crosses a row's middle flips everything to the right of the crossing.
+    # Each edge that crosses the center line of a row flips all pixels to the right of the crossing.
     flips = np.zeros((height, width + 1), dtype=np.uint8)
     for ring in rings:
         points = np.asarray(ring, dtype=np.float64)
@@ -77,58 +77,58 @@ def fill(rings: Sequence[NDArray[np.generic]], height: int, width: int) -> NDArr
 
 
 def merge_holes(rings: Sequence[Ring]) -> list[Points]:
-    """One closed line for each outer ring, its holes joined to it by bridges that are walked there and back.
+    """Returns one polygon per outer ring, with its holes connected by bridges, in the order of the outer rings.
 
-    For formats without holes (COCO polygons, YOLO): a bridge has no width, so readers that fill by parity, pycocotools
-    among them, get the hole back. In the order of the outer rings.
+    For formats without holes (COCO polygons, YOLO). The polygon passes each bridge twice, so a bridge has no width, and
+    readers that fill by parity, such as pycocotools, restore the hole.
     """
-    parts: list[tuple[Points, list[Points]]] = []
+    components: list[tuple[Points, list[Points]]] = []
     for ring in rings:
         if ring.is_hole:
-            parts[-1][1].append(ring.points)
+            components[-1][1].append(ring.points)
         else:
-            parts.append((ring.points, []))
-    return [_joined(outline, holes) for outline, holes in parts]
+            components.append((ring.points, []))
+    return [_joined(outline, holes) for outline, holes in components]
 
 
 def single_polygon(rings: Sequence[Ring]) -> Points:
-    """All parts and holes as a single closed line, for formats with one polygon an object (YOLO); see `bridged`."""
+    """Returns all components and holes as one polygon, for formats with one polygon per object (YOLO)."""
     first, *others = merge_holes(rings)
     return _joined(first, others)
 
 
 def _joined(outline: Points, holes: list[Points]) -> Points:
-    """Joins every hole where it comes nearest to what has been joined so far; the leftmost first."""
+    """Connects each hole to the nearest point of the polygon so far; the leftmost hole first."""
     for hole in sorted(holes, key=lambda points: tuple(points.min(axis=0))):
-        apart = ((outline[:, None, :].astype(np.int64) - hole[None, :, :]) ** 2).sum(axis=2)
-        at, start = np.unravel_index(int(apart.argmin()), apart.shape)
-        walked = np.roll(hole, -int(start), axis=0)
-        outline = np.concatenate((outline[: at + 1], walked, walked[:1], outline[at:]))
+        squared_distance = ((outline[:, None, :].astype(np.int64) - hole[None, :, :]) ** 2).sum(axis=2)
+        nearest, start = np.unravel_index(int(squared_distance.argmin()), squared_distance.shape)
+        rotated = np.roll(hole, -int(start), axis=0)
+        outline = np.concatenate((outline[: nearest + 1], rotated, rotated[:1], outline[nearest:]))
     return outline
 
 
-def _turns(corners: Points) -> Points:
-    """The points at which a closed line along pixel edges turns."""
-    moved = np.any(corners != np.roll(corners, 1, axis=0), axis=1)
-    corners = corners[moved]
+def _vertices(corners: Points) -> Points:
+    """Returns the points at which a closed line along pixel edges changes direction."""
+    is_new = np.any(corners != np.roll(corners, 1, axis=0), axis=1)
+    corners = corners[is_new]
     before, after = corners - np.roll(corners, 1, axis=0), np.roll(corners, -1, axis=0) - corners
     turns = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
-    turning: Points = corners[turns]
-    return turning
+    vertices: Points = corners[turns]
+    return vertices
 
 
 def _simplified(corners: Points, tolerance_px: float) -> Points:
     if tolerance_px <= 0:
         return corners
-    fewer = np.asarray(cv2.approxPolyDP(corners[:, None, :], tolerance_px, True), dtype=np.int32)[:, 0, :]
-    return fewer if len(fewer) >= 3 and cv2.contourArea(fewer) > 0 else corners
+    simplified = np.asarray(cv2.approxPolyDP(corners[:, None, :], tolerance_px, True), dtype=np.int32)[:, 0, :]
+    return simplified if len(simplified) >= 3 and cv2.contourArea(simplified) > 0 else corners
 
 
 def _crossings(
     a: NDArray[np.float64], b: NDArray[np.float64], height: int, width: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and first column to the right of each crossing of the edges a-b (N, 2) with the middles of rows."""
-    # Rows whose middle lies in [low, high): half open, so that a point shared by two edges counts once.
+    """Returns row and first column to the right of each crossing of edges a-b (N, 2) with row center lines."""
+    # Rows whose center lies in [low, high): half-open, so that a point shared by two edges counts once.
     first = np.clip(np.ceil(np.minimum(a[:, 1], b[:, 1]) - 0.5), 0, height).astype(np.int64)
     end = np.clip(np.ceil(np.maximum(a[:, 1], b[:, 1]) - 0.5), 0, height).astype(np.int64)
     count = end - first

@@ -1,7 +1,7 @@
-"""Masks as COCO run-length codes: made from the region that holds the mask, checked when they come from outside.
+"""Encodes masks as COCO RLE and validates untrusted RLE.
 
-pycocotools keeps the format (and its C code compresses and decodes); what is ours is building the runs without a
-full frame, and refusing malformed codes, which pycocotools accepts in silence.
+pycocotools defines the format, and its C code compresses and decodes. This module adds encoding from a region without
+a full frame, and rejects malformed RLE, which pycocotools accepts silently.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ from mal_train.core.errors import BadDataset
 from mal_train.core.masks.geometry import Box
 
 MAX_PIXELS = 400_000_000
-"""Largest height·width a code from outside may claim; decoding reserves that many bytes."""
+"""Maximum height·width of untrusted RLE; decoding allocates that many bytes."""
 
 
 @dataclass(frozen=True)
 class Rle:
-    """A mask of height x width px; `counts` is COCO's compressed column-major run-length string."""
+    """COCO RLE of a mask of height x width px; `counts` is the compressed column-major run-length string."""
 
     height: int
     width: int
     counts: bytes
 
     def to_coco(self) -> dict[str, Any]:
-        """The form of COCO files: `{"size": [h, w], "counts": str}`."""
+        """Returns the JSON object of COCO files: `{"size": [h, w], "counts": str}`."""
         return {"size": [self.height, self.width], "counts": self.counts.decode("ascii")}
 
     def _packed(self) -> dict[str, Any]:
@@ -36,13 +36,13 @@ class Rle:
 
     @classmethod
     def from_coco(cls, code: Any, name: str = "mask") -> "Rle":
-        """Reads a compressed or uncompressed code and checks that its runs fill the frame exactly.
+        """Reads compressed or uncompressed RLE and checks that its runs fill the frame exactly.
 
         Raises:
-            BadDataset: not such a code, a frame above MAX_PIXELS, or runs that do not sum to height·width.
+            BadDataset: not RLE, a frame above MAX_PIXELS, or runs that do not sum to height·width.
         """
         if not isinstance(code, dict) or "counts" not in code or "size" not in code:
-            raise BadDataset(f"{name}: not a COCO run-length code; it needs 'size' and 'counts'")
+            raise BadDataset(f"{name}: not COCO RLE; it must be an object with 'size' and 'counts'")
         height, width = _checked_size(code["size"], name)
         counts = code["counts"]
         if isinstance(counts, list):
@@ -51,23 +51,23 @@ class Rle:
             try:
                 counts = counts.encode("ascii")
             except UnicodeEncodeError:
-                raise BadDataset(f"{name}: counts hold characters that are no run-length code") from None
+                raise BadDataset(f"{name}: counts has characters outside the RLE alphabet") from None
         if not isinstance(counts, bytes):
-            raise BadDataset(f"{name}: counts are {type(counts).__name__}; a string or a list of runs is needed")
+            raise BadDataset(f"{name}: counts is {type(counts).__name__}; it must be a string or a list of runs")
         runs = run_lengths(counts, name)
         if int(runs.sum()) != height * width:
-            raise BadDataset(f"{name}: runs sum to {int(runs.sum())} px but the frame has {height * width}")
+            raise BadDataset(f"{name}: runs sum to {int(runs.sum())} px; the frame has {height * width} px")
         return cls(height, width, counts)
 
 
 @dataclass(frozen=True, eq=False)
 class MaskPatch:
-    """The part of a mask that holds all of its pixels.
+    """Tight crop of a mask.
 
     Attributes:
         mask: (h, w) bool; (0, 0) for an empty mask.
-        row0: row of the image that it begins at.
-        col0: column likewise.
+        row0: first image row of the crop.
+        col0: first image column of the crop.
     """
 
     mask: NDArray[np.bool_]
@@ -76,7 +76,7 @@ class MaskPatch:
 
 
 def encode_mask(mask: NDArray[Any]) -> Rle:
-    """Code of a full-frame mask (H, W); anything non-zero is mask.
+    """Encodes a full-frame mask (H, W); non-zero is foreground.
 
     >>> encode_mask(np.eye(2)).to_coco()
     {'size': [2, 2], 'counts': '0120'}
@@ -86,23 +86,26 @@ def encode_mask(mask: NDArray[Any]) -> Rle:
 
 
 def encode_region(mask_bool: NDArray[np.bool_], row0: int, col0: int, image_hw: tuple[int, int]) -> Rle:
-    """Code of a mask (h, w) bool that sits at (row0, col0) of an image, without building that image.
+    """Encodes a mask (h, w) bool at (row0, col0) of an image, without building the full frame.
 
-    Equal to pycocotools' encoding of the full frame. The region must lie inside the image.
+    The result equals pycocotools' encoding of the full frame.
+
+    Raises:
+        ValueError: the region is not inside the image.
     """
     height, width = image_hw
     rows, columns = mask_bool.shape
     if row0 < 0 or col0 < 0 or row0 + rows > height or col0 + columns > width:
         raise ValueError(f"region {rows}x{columns} at row {row0}, column {col0} is not inside {height}x{width}")
-    # A zero before each column (and after the last) closes every column's runs, so that starts and ends pair up.
+    # A zero before each column and after the last ends the runs of every column, so that starts and ends pair up.
     guarded = np.zeros(columns * (rows + 1) + 1, dtype=np.bool_)
     guarded[:-1].reshape(columns, rows + 1)[:, 1:] = mask_bool.T
     edges = np.flatnonzero(guarded[1:] != guarded[:-1]) + 1
-    # Starts and ends alternate; positions count pixels down the columns of the full frame.
+    # Starts and ends alternate; positions are column-major in the full frame.
     starts = _frame_position(edges[0::2], rows, row0, col0, height)
     ends = _frame_position(edges[1::2] - 1, rows, row0, col0, height) + 1
     if rows == height and starts.size:
-        # A run that reaches the bottom goes on in the next column when that begins with mask.
+        # A run that reaches the bottom continues in the next column if that begins with foreground.
         joined = starts[1:] == ends[:-1]
         starts = starts[np.concatenate(([True], ~joined))]
         ends = ends[np.concatenate((~joined, [True]))]
@@ -116,25 +119,25 @@ def encode_region(mask_bool: NDArray[np.bool_], row0: int, col0: int, image_hw: 
 
 
 def encode_runs(runs: Sequence[int], height: int, width: int, name: str = "mask") -> Rle:
-    """Code of column-major run lengths in px, the first run background.
+    """Encodes column-major run lengths in px; the first run is background.
 
     Raises:
-        BadDataset: runs below 0, or that do not sum to height·width.
+        BadDataset: a run is negative, or the runs do not sum to height·width.
     """
     if not all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in runs):
-        raise BadDataset(f"{name}: runs must be whole numbers of at least 0")
+        raise BadDataset(f"{name}: runs must be integers of at least 0")
     if sum(runs) != height * width:
-        raise BadDataset(f"{name}: runs sum to {sum(runs)} px but the frame has {height * width}")
+        raise BadDataset(f"{name}: runs sum to {sum(runs)} px; the frame has {height * width} px")
     return _compress(np.asarray(runs, dtype=np.int64), height, width)
 
 
 def decode_mask(rle: Rle) -> NDArray[np.bool_]:
-    """(H, W) bool."""
+    """Decodes to the full frame, (H, W) bool."""
     return np.asarray(coco_mask.decode(rle._packed())).astype(bool)
 
 
 def decode_patch(rle: Rle) -> MaskPatch:
-    """The mask's tight crop, without building the image round it."""
+    """Decodes to the tight crop, without building the full frame."""
     bounds = np.cumsum(run_lengths(rle.counts))
     starts, ends = bounds[0:-1:2], bounds[1::2]
     starts, ends = starts[starts < ends], ends[starts < ends]
@@ -143,10 +146,10 @@ def decode_patch(rle: Rle) -> MaskPatch:
     (first_column, first_row), (last_column, last_row) = np.divmod(starts, rle.height), np.divmod(ends - 1, rle.height)
     row0, row1 = int(first_row.min()), int(last_row.max()) + 1
     if np.any(first_column != last_column):
-        # A run that goes on in the next column reaches the bottom and begins again at the top.
+        # A run that continues in the next column reaches the bottom and restarts at the top.
         row0, row1 = 0, rle.height
     col0, col1, rows = int(first_column[0]), int(last_column[-1]) + 1, row1 - row0
-    # Each bound flips everything after it, down the columns.
+    # Each bound flips all later pixels in column-major order.
     flips = np.zeros((col1 - col0) * rows + 1, dtype=np.uint8)
     flips[(first_column - col0) * rows + first_row - row0] ^= 1
     flips[(last_column - col0) * rows + last_row - row0 + 1] ^= 1
@@ -155,18 +158,18 @@ def decode_patch(rle: Rle) -> MaskPatch:
 
 
 def area(rle: Rle) -> int:
-    """Mask pixels."""
+    """Returns the number of foreground pixels."""
     return int(coco_mask.area(rle._packed()))
 
 
 def to_box(rle: Rle) -> Box | None:
-    """Tight box of the mask; None when it is empty."""
+    """Returns the tight box of the mask; None for an empty mask."""
     x, y, w, h = (float(v) for v in coco_mask.toBbox(rle._packed()))
     return (x, y, w, h) if w > 0 and h > 0 else None
 
 
 def iou(a: Rle, b: Rle) -> float:
-    """Intersection over union in [0, 1] of two masks of one image; 0 when both are empty."""
+    """Returns the intersection over union in [0, 1] of two masks of one image; 0 if both are empty."""
     if (a.height, a.width) != (b.height, b.width):
         raise ValueError(f"masks of different frames: {a.height}x{a.width} and {b.height}x{b.width}")
     if not area(a) and not area(b):
@@ -175,10 +178,10 @@ def iou(a: Rle, b: Rle) -> float:
 
 
 def from_segmentation(segmentation: Any, height: int, width: int, name: str = "annotation") -> Rle:
-    """Code of any COCO `segmentation`: polygons (their union), uncompressed or compressed run lengths.
+    """Encodes any COCO `segmentation`: polygons (their union), uncompressed or compressed RLE.
 
     Raises:
-        BadDataset: empty, malformed, or of another frame than height x width; the message begins with `name`.
+        BadDataset: empty, malformed, or a frame other than height x width; the message begins with `name`.
     """
     if isinstance(segmentation, dict):
         rle = Rle.from_coco(segmentation, name)
@@ -186,7 +189,7 @@ def from_segmentation(segmentation: Any, height: int, width: int, name: str = "a
             raise BadDataset(f"{name}: mask of {rle.width}x{rle.height} px on an image of {width}x{height} px")
         return rle
     if not isinstance(segmentation, list) or not segmentation:
-        raise BadDataset(f"{name}: segmentation is empty; polygons or a run-length code are needed")
+        raise BadDataset(f"{name}: segmentation is empty; it must be polygons or RLE")
     _checked_size([height, width], name)
     polygons = [_checked_polygon(polygon, name) for polygon in segmentation]
     merged = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
@@ -194,35 +197,35 @@ def from_segmentation(segmentation: Any, height: int, width: int, name: str = "a
 
 
 def run_lengths(counts: bytes, name: str = "mask") -> NDArray[np.int64]:
-    """Run lengths of a compressed string: alternating background and mask, background first.
+    """Decodes a compressed string to run lengths: alternating background and foreground, background first.
 
-    COCO writes each run in base 32, low digits first, from the fourth on as a difference to the run two before.
+    COCO writes each run in base 32, low digits first; from the fourth run on, the difference to the run two before.
 
     Raises:
-        BadDataset: bytes outside the alphabet, an unfinished number, or a negative run.
+        BadDataset: bytes outside the alphabet, an incomplete number, or a negative run.
     """
     digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
     if digits.size == 0:
         return np.zeros(0, dtype=np.int64)
     if digits.min() < 0 or digits.max() > 63:
-        raise BadDataset(f"{name}: counts hold characters that are no run-length code")
+        raise BadDataset(f"{name}: counts has characters outside the RLE alphabet")
     last = (digits & 0x20) == 0
     if not last[-1]:
-        raise BadDataset(f"{name}: the run-length code breaks off")
+        raise BadDataset(f"{name}: the RLE is truncated")
     number = np.concatenate(([0], np.cumsum(last)[:-1]))
     first_digit = np.concatenate(([0], np.nonzero(last)[0][:-1] + 1))
-    place = np.arange(digits.size) - first_digit[number]
-    if place.max() > 9:
+    digit = np.arange(digits.size) - first_digit[number]
+    if digit.max() > 9:
         raise BadDataset(f"{name}: a run is longer than any image")
-    values = np.bincount(number, weights=((digits & 0x1F) << (5 * place)).astype(np.float64)).astype(np.int64)
+    values = np.bincount(number, weights=((digits & 0x1F) << (5 * digit)).astype(np.float64)).astype(np.int64)
     # The sign bit of the last digit extends upwards.
     ends = np.nonzero(last)[0]
     negative = (digits[ends] & 0x10) != 0
-    values[negative] -= np.int64(1) << (5 * (place[ends][negative] + 1))
+    values[negative] -= np.int64(1) << (5 * (digit[ends][negative] + 1))
     for first in (1, 2):
         values[first::2] = np.cumsum(values[first::2])
     if values.min() < 0:
-        raise BadDataset(f"{name}: the run-length code holds a negative run")
+        raise BadDataset(f"{name}: the RLE has a negative run")
     return values
 
 
@@ -244,7 +247,7 @@ def _checked_size(size: Any, name: str) -> tuple[int, int]:
         or len(size) != 2
         or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
     ):
-        raise BadDataset(f"{name}: size {size!r}; two positive whole numbers, height and width, are needed")
+        raise BadDataset(f"{name}: size {size!r}; it must be two positive integers, height and width")
     height, width = size
     if height * width > MAX_PIXELS:
         raise BadDataset(f"{name}: a frame of {width}x{height} px; the limit is {MAX_PIXELS} px")
@@ -255,5 +258,5 @@ def _checked_polygon(polygon: Any, name: str) -> list[float]:
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         raise BadDataset(f"{name}: a polygon needs at least three x, y pairs in one flat list")
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6 for v in polygon):
-        raise BadDataset(f"{name}: a polygon holds something that is no coordinate")
+        raise BadDataset(f"{name}: a polygon has a value that is not a coordinate")
     return [float(v) for v in polygon]

@@ -4,7 +4,7 @@ import torch
 from mal_train.losses.mask import mask_loss
 
 
-def test_a_sure_and_right_mask_costs_nothing_and_a_wrong_one_much() -> None:
+def test_the_loss_is_zero_for_a_confident_correct_mask_and_large_for_a_wrong_one() -> None:
     target = torch.zeros(2, 8, 8)
     target[:, :4] = 1.0
     logit = (target * 2 - 1) * 30.0
@@ -13,7 +13,7 @@ def test_a_sure_and_right_mask_costs_nothing_and_a_wrong_one_much() -> None:
     assert wrong.item() == pytest.approx(31.0, abs=1e-3)
 
 
-def test_an_undecided_mask_costs_what_the_two_formulas_say() -> None:
+def test_the_loss_of_an_undecided_mask_equals_both_formulas() -> None:
     target = torch.zeros(1, 2, 2)
     target[0, 0] = 1.0
     distance = 1 - 2 * 1.0 / (4 * 0.25 + 1e-3 + 2.0 + 1e-3)
@@ -21,7 +21,7 @@ def test_an_undecided_mask_costs_what_the_two_formulas_say() -> None:
     assert loss == pytest.approx(torch.tensor(2.0).log().item() + distance, abs=1e-6)
 
 
-def test_the_gradient_leads_to_the_mask() -> None:
+def test_the_gradient_points_towards_the_mask() -> None:
     target = (torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     logit = torch.zeros(1, 6, 6, requires_grad=True)
     (gradient,) = torch.autograd.grad(mask_loss(logit, target).sum(), logit)

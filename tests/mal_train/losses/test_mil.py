@@ -28,7 +28,7 @@ def test_loss_and_gradient_agree_with_the_published_code(name: str, loss_of: obj
         np.testing.assert_allclose(pred.grad.numpy(), stored["grad"], rtol=0, atol=5e-5 * np.abs(stored["grad"]).max())
 
 
-def test_distance_of_two_empty_masks_is_that_of_the_published_code() -> None:
+def test_the_distance_of_two_empty_masks_equals_the_published_one() -> None:
     with np.load(fixture("b_dice_blob.npz")) as stored:
         empty = torch.zeros(1, 56, 56)
         np.testing.assert_allclose(dice_distance(empty, empty).numpy(), stored["zero_case"], atol=1e-7)
@@ -37,14 +37,14 @@ def test_distance_of_two_empty_masks_is_that_of_the_published_code() -> None:
 @pytest.mark.parametrize(
     ("inside", "outside", "expected"), [(0, 0, 1.0), (0.5, 0.5, 0.2667), (1, 1, 0.1852), (0.9, 0.1, 0.0080)]
 )
-def test_distance_of_known_profiles(inside: float, outside: float, expected: float) -> None:
+def test_the_distance_of_known_profiles(inside: float, outside: float, expected: float) -> None:
     label = torch.zeros(1, 128)
     label[:, 20:108] = 1
     pred = torch.where(label > 0, inside, outside)
     assert dice_distance(pred, label).item() == pytest.approx(expected, abs=5e-5)
 
 
-def test_gradient_of_a_bag_of_equal_values_reaches_one_pixel() -> None:
+def test_the_gradient_of_a_bag_of_equal_values_reaches_one_pixel() -> None:
     prob = torch.full((1, 8, 8), 0.5, requires_grad=True)
     torch.autograd.backward(mil_loss(prob, box_mask_1x8x8()).sum())
     assert prob.grad is not None
@@ -52,7 +52,7 @@ def test_gradient_of_a_bag_of_equal_values_reaches_one_pixel() -> None:
     assert torch.count_nonzero(prob.grad) < prob.numel()
 
 
-def test_mask_that_touches_all_sides_of_the_box_is_as_good_as_the_full_box() -> None:
+def test_a_mask_that_touches_all_sides_of_the_box_has_no_loss() -> None:
     box_mask = box_mask_1x8x8()
     cross = torch.zeros_like(box_mask)
     cross[0, 4, 1:7] = 1
@@ -60,14 +60,14 @@ def test_mask_that_touches_all_sides_of_the_box_is_as_good_as_the_full_box() -> 
     torch.testing.assert_close(mil_loss(cross, box_mask), mil_loss(box_mask, box_mask))
 
 
-def test_foreground_beside_the_box_costs() -> None:
+def test_foreground_outside_the_box_increases_the_loss() -> None:
     box_mask = box_mask_1x8x8()
     spilled = box_mask.clone()
     spilled[0, 7, 0] = 1
     assert mil_loss(spilled, box_mask).item() > mil_loss(box_mask, box_mask).item() + 0.05
 
 
-def test_losses_stay_in_float32_under_autocast() -> None:
+def test_losses_are_float32_under_autocast() -> None:
     prob = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
     box_mask = box_mask_1x8x8().expand(2, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -77,7 +77,7 @@ def test_losses_stay_in_float32_under_autocast() -> None:
 
 
 @given(seed=st.integers(0, 2**31), num=st.integers(1, 4), height=st.integers(1, 9), width=st.integers(1, 9))
-def test_loss_of_a_crop_does_not_depend_on_its_batch_and_stays_in_range(
+def test_the_loss_of_a_crop_is_independent_of_its_batch_and_in_range(
     seed: int, num: int, height: int, width: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)

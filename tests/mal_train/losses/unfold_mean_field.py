@@ -1,4 +1,4 @@
-"""The mean field as published, in probability space with unfolded neighborhoods: slow, plain, the oracle of ours."""
+"""Reference mean field as published: in probability space, with unfolded neighborhoods, slow."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def unfold_mean_field(
     low: float = 0.1,
     high: float = 0.9,
 ) -> Tensor:
-    """Refined mask (N, H, W) bool: where `unfold_marginals` exceed one half."""
+    """Returns the refined mask (N, H, W) bool: True where `unfold_marginals` exceeds one half."""
     settings = {"kernel_size": kernel_size, "num_iter": num_iter}
     return unfold_marginals(guide_NCHW, prob_NHW, box_mask_NHW, zeta=zeta, low=low, high=high, **settings) > 0.5
 
@@ -34,10 +34,10 @@ def unfold_marginals(
     low: float = 0.1,
     high: float = 0.9,
 ) -> Tensor:
-    """Foreground marginals (N, H, W) after the iterations. Logarithms are taken before unfolding: the faster order."""
+    """Returns the foreground marginals (N, H, W). Takes logarithms before unfolding, which is faster."""
     num, colors, height, width = guide_NCHW.shape
     pixels, pad = height * width, kernel_size // 2
-    # +10, so that the zeros of the padding are far away in color: K = 0 outside the image.
+    # +10 makes the zeros of the padding distant in color: K = 0 outside the image.
     guide = guide_NCHW.float() + 10
     window = F.unfold(guide, kernel_size, padding=pad).view(num, colors, kernel_size**2, pixels)
     distance = (window - guide.view(num, colors, 1, pixels)).square().sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Random masks of every kind that the mask code has to survive: noise, blobs, full, empty, at the border."""
+"""Random masks for property tests: noise, blobs, full, empty, at the border."""
 
 import cv2
 import numpy as np
@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 
 def random_mask(seed: int) -> NDArray[np.bool_]:
-    """(H, W) bool, sides 1 to 60 px: noise of some density, or smooth blobs with holes and islands."""
+    """Returns a mask (H, W) with sides of 1 to 60 px: noise, or smooth blobs with holes and islands."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 60, 2)
     if rng.random() < 0.5:

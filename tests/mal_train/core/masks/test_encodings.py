@@ -1,4 +1,4 @@
-"""Every encoding gives the same mask back, and refuses what is none."""
+"""Round trips of mask encodings, and rejection of invalid ones."""
 
 import dataclasses
 import io
@@ -18,10 +18,10 @@ from tests.mal_train.core.masks.random_masks import random_mask
 
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=200, deadline=None)
-def test_every_encoding_gives_the_mask_back(seed: int) -> None:
+def test_every_encoding_restores_the_mask(seed: int) -> None:
     code = encode_mask(random_mask(seed))
-    found = encode(code, MaskFormat)
-    assert [decode(one) for one in found] == [code] * len(MaskFormat)
+    encodings = encode(code, MaskFormat)
+    assert [decode(encoding) for encoding in encodings] == [code] * len(MaskFormat)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -43,9 +43,9 @@ def test_the_png_is_the_tight_crop_in_one_bit() -> None:
     mask[6, 8] = False
     crop = to_png(encode_mask(mask))
     assert (crop.x, crop.y, crop.crop_width, crop.crop_height) == (7, 5, 13, 4)
-    with Image.open(io.BytesIO(crop.content)) as picture:
-        assert (picture.format, picture.mode) == ("PNG", "1")
-        np.testing.assert_array_equal(np.asarray(picture), mask[5:9, 7:20])
+    with Image.open(io.BytesIO(crop.content)) as image:
+        assert (image.format, image.mode) == ("PNG", "1")
+        np.testing.assert_array_equal(np.asarray(image), mask[5:9, 7:20])
 
 
 def test_an_empty_mask_has_an_empty_png() -> None:
@@ -53,31 +53,31 @@ def test_an_empty_mask_has_an_empty_png() -> None:
     assert (crop.crop_width, crop.crop_height, crop.content) == (0, 0, b"")
 
 
-def test_runs_are_those_of_the_compressed_code() -> None:
+def test_plain_runs_equal_those_of_the_compressed_rle() -> None:
     mask = np.zeros((3, 3), bool)
     mask[1, 0:2] = True
     assert to_runs(encode_mask(mask)).counts == (1, 1, 2, 1, 4)
 
 
-def test_runs_that_do_not_fill_the_frame_are_refused() -> None:
-    with pytest.raises(BadDataset, match="runs sum to 5 px but the frame has 6"):
+def test_runs_that_do_not_fill_the_frame_are_rejected() -> None:
+    with pytest.raises(BadDataset, match=r"5 px.* 6 px"):
         decode(Runs(2, 3, (2, 3)))
 
 
-@pytest.mark.parametrize("content", [b"no png", encode_bitmap(np.ones((8, 8), bool))[:40]])
-def test_a_damaged_png_is_refused(content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"not a png", encode_bitmap(np.ones((8, 8), bool))[:40]])
+def test_a_damaged_png_is_rejected(content: bytes) -> None:
     good = to_png(encode_mask(np.ones((8, 8), bool)))
-    with pytest.raises(BadImage, match="no PNG that can be decoded"):
+    with pytest.raises(BadImage, match="PNG"):
         decode(dataclasses.replace(good, content=content))
 
 
-def test_a_png_of_another_size_than_stated_is_refused_before_it_is_decoded() -> None:
+def test_a_png_of_a_wrong_size_is_rejected_before_it_is_decoded() -> None:
     good = to_png(encode_mask(np.ones((8, 8), bool)))
-    with pytest.raises(BadImage, match="a PNG of 900x900 px, stated as 8x8"):
+    with pytest.raises(BadImage, match=r"900x900.* 8x8"):
         decode(dataclasses.replace(good, content=encode_bitmap(np.ones((900, 900), bool))))
 
 
-def test_a_full_frame_png_reads_as_the_mask() -> None:
+def test_a_full_frame_png_restores_the_mask() -> None:
     mask = random_mask(3)
-    with Image.open(io.BytesIO(encode_bitmap(decode_mask(encode_mask(mask))))) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), mask)
+    with Image.open(io.BytesIO(encode_bitmap(decode_mask(encode_mask(mask))))) as image:
+        np.testing.assert_array_equal(np.asarray(image), mask)

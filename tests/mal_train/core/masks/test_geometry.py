@@ -1,4 +1,4 @@
-"""Crop arithmetic: the published geometry, its inverse, and boxes at the edges."""
+"""Crop arithmetic: the published geometry, its inverse, and boxes at image edges."""
 
 import json
 import math
@@ -19,7 +19,7 @@ BOXES = st.tuples(
 )  # against an image of 100 x 120 px
 
 
-def test_test_windows_equal_the_published_ones() -> None:
+def test_inference_windows_equal_the_published_ones() -> None:
     rows = json.loads(fixture("d_ext_boxes.json").read_text())
     for row in rows:
         window = geometry.test_window(tuple(row["bbox_xywh"]), row["margin_rate"])
@@ -48,8 +48,8 @@ def test_crops_and_box_masks_equal_the_published_ones(image: str, margin: str) -
         window = geometry.test_window(box_xywh, float(margin))
         assert list(window) == ext.tolist()
         np.testing.assert_array_equal(geometry.resize_crop(geometry.cut(pixels, window), crop.shape[0]), crop)
-        mine = geometry.box_mask_in_window(box_xywh, window, pixels.shape[:2], crop.shape[0], Compat.TAO)
-        np.testing.assert_array_equal(mine, box_mask)
+        ours = geometry.box_mask_in_window(box_xywh, window, pixels.shape[:2], crop.shape[0], Compat.TAO)
+        np.testing.assert_array_equal(ours, box_mask)
 
 
 def test_wrapped_windows_equal_the_published_ones() -> None:
@@ -58,7 +58,7 @@ def test_wrapped_windows_equal_the_published_ones() -> None:
         np.testing.assert_array_equal(geometry.cut(data["img"], Window(*box.tolist())), data[f"out{index}"])
 
 
-def test_window_wider_than_twice_the_image_repeats_it() -> None:
+def test_a_window_wider_than_twice_the_image_repeats_it() -> None:
     image = np.arange(6, dtype=np.uint8).reshape(2, 3)
     assert geometry.cut(image, Window(-4, 0, 5, 1)).tolist() == [[2, 0, 1, 2, 0, 1, 2, 0, 1]]
 
@@ -72,22 +72,20 @@ WINDOWS = st.builds(
 
 @given(WINDOWS, st.tuples(st.integers(1, 12), st.integers(1, 12)), st.booleans())
 @settings(max_examples=300, deadline=None)
-def test_a_window_anywhere_shows_the_pixels_that_indexing_modulo_the_size_gives(
-    window: Window, image_hw: tuple[int, int], is_rgb: bool
-) -> None:
+def test_a_cut_equals_indexing_modulo_the_image_size(window: Window, image_hw: tuple[int, int], is_rgb: bool) -> None:
     height, width = image_hw
     shape = (height, width, 3) if is_rgb else (height, width)
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     rows, columns = np.arange(window.y0, window.y1) % height, np.arange(window.x0, window.x1) % width
-    due = image[rows[:, None], columns[None, :]]
-    found = geometry.cut(image, window)
-    np.testing.assert_array_equal(found, due)
-    assert found.dtype == np.uint8
+    expected = image[rows[:, None], columns[None, :]]
+    pixels = geometry.cut(image, window)
+    np.testing.assert_array_equal(pixels, expected)
+    assert pixels.dtype == np.uint8
 
 
 @given(BOXES)
 @settings(max_examples=300, deadline=None)
-def test_every_box_is_refused_or_lies_inside_after_the_check(box: tuple[float, float, float, float]) -> None:
+def test_every_box_is_rejected_or_clipped_to_the_image(box: tuple[float, float, float, float]) -> None:
     try:
         (x, y, w, h), clipped = geometry.check_box(box, (100, 120))
     except BadBox:
@@ -116,7 +114,7 @@ def test_every_box_is_refused_or_lies_inside_after_the_check(box: tuple[float, f
         (1, 2, 3),
     ],
 )
-def test_boxes_that_no_mask_can_answer_are_named_and_refused(box: tuple[float, ...]) -> None:
+def test_boxes_without_a_possible_mask_are_rejected_by_name(box: tuple[float, ...]) -> None:
     with pytest.raises(BadBox, match="box 7"):
         geometry.check_box(box, (100, 120), "box 7")
 
@@ -129,7 +127,7 @@ def test_a_huge_box_is_clipped_to_the_whole_image() -> None:
     ("box", "region"),
     [
         ((0.0, 0.0, 4.0, 4.0), Region(0, 0, 4, 4)),
-        ((0.5, 0.5, 1.0, 1.0), Region(0, 0, 1, 1)),  # center 0.5 lies on the edge and belongs
+        ((0.5, 0.5, 1.0, 1.0), Region(0, 0, 1, 1)),  # center 0.5 lies on the edge and is included
         ((0.51, 0.0, 1.0, 1.0), Region(1, 0, 2, 1)),
         ((0.4, 0.0, 1.2, 1.0), Region(0, 0, 2, 1)),
         ((96.0, 116.0, 4.0, 4.0), Region(96, 116, 100, 120)),
@@ -141,7 +139,7 @@ def test_a_pixel_belongs_to_the_box_when_its_center_does(
     assert geometry.box_pixels(box, (120, 100)) == region
 
 
-def test_paste_undoes_crop_for_boxes_over_the_edge() -> None:
+def test_paste_is_the_inverse_of_crop_for_boxes_beyond_the_edge() -> None:
     rng = np.random.default_rng(3)
     smooth = np.add.outer(np.linspace(0, 0.5, 90), np.linspace(0, 0.5, 70)).astype(np.float32)
     image = (smooth * 255).astype(np.uint8)
@@ -151,14 +149,14 @@ def test_paste_undoes_crop_for_boxes_over_the_edge() -> None:
         window = geometry.test_window(inside, 0.6)
         region = geometry.box_pixels(inside, (90, 70))
         crop = geometry.resize_crop(geometry.cut(image, window), 128).astype(np.float32) / np.float32(255)
-        back = geometry.paste(crop, window, region)
+        pasted = geometry.paste(crop, window, region)
         expected = smooth[region.row0 : region.row1, region.col0 : region.col1]
-        assert back.shape == expected.shape
+        assert pasted.shape == expected.shape
         # Wrapped neighbors bleed over at most one source pixel at the border.
-        assert np.abs(back - expected)[2:-2, 2:-2].max() < 0.02
+        assert np.abs(pasted - expected)[2:-2, 2:-2].max() < 0.02
 
 
-def test_wrapped_box_mask_repeats_the_box_and_the_plain_one_does_not() -> None:
+def test_only_a_wrapped_box_mask_repeats_the_box() -> None:
     box, window = (0.0, 0.0, 10.0, 10.0), Window(-10, 0, 20, 10)
     plain = geometry.box_mask_in_window(box, window, (10, 20), 30, Compat.NONE)
     wrapped = geometry.box_mask_in_window(box, window, (10, 20), 30, Compat.NONE, wrap=True)

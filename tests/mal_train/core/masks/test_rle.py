@@ -1,4 +1,4 @@
-"""Run-length codes: equal to pycocotools', and suspicious of what comes from outside."""
+"""COCO RLE: equality with pycocotools, and rejection of malformed RLE."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from mal_train.core.masks.rle import Rle
 
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=400, deadline=None)
-def test_region_code_equals_pycocotools_on_the_full_frame(seed: int) -> None:
+def test_the_rle_of_a_region_equals_pycocotools_on_the_full_frame(seed: int) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 40, 2)
     rows = height if rng.random() < 0.3 else rng.integers(1, height + 1)
@@ -30,8 +30,8 @@ def test_region_code_equals_pycocotools_on_the_full_frame(seed: int) -> None:
     np.testing.assert_array_equal(np.repeat(np.arange(runs.size) % 2, runs), full.T.ravel())
 
 
-def test_region_outside_the_frame_is_refused() -> None:
-    with pytest.raises(ValueError, match="is not inside"):
+def test_a_region_outside_the_frame_is_rejected() -> None:
+    with pytest.raises(ValueError, match="row 2, column 0"):
         rle.encode_region(np.ones((3, 3), bool), 2, 0, (4, 4))
 
 
@@ -42,35 +42,35 @@ def test_an_empty_mask_has_no_box_and_no_overlap() -> None:
     assert rle.iou(empty, empty) == 0.0
 
 
-def test_codes_survive_the_coco_form() -> None:
+def test_rle_survives_a_round_trip_through_coco_json() -> None:
     code = rle.encode_mask(np.eye(9))
     assert Rle.from_coco(code.to_coco()) == code
     assert Rle.from_coco({"size": [9, 9], "counts": rle.run_lengths(code.counts).tolist()}) == code
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "named"),
     [
-        ({"size": [5, 5], "counts": b"\xff\xff\xff"}, "no run-length code"),
-        ({"size": [5, 5], "counts": "é"}, "no run-length code"),
-        ({"size": [5, 5], "counts": "0120"}, "runs sum to 4 px"),
-        ({"size": [5, 5], "counts": "o"}, "breaks off"),
-        ({"size": [5, 5], "counts": "o" * 20 + "1"}, "longer than any image"),
-        ({"size": [2, 2], "counts": "61J"}, "negative run"),
-        ({"size": [100000, 100000], "counts": "0"}, "limit"),
-        ({"size": [5, 5], "counts": [25, -3, 3]}, "at least 0"),
-        ({"size": [5, 5], "counts": [1, 2]}, "runs sum to 3 px"),
-        ({"size": [0, 5], "counts": "0"}, "positive"),
-        ({"size": [5, 5]}, "needs 'size' and 'counts'"),
-        ("0120", "needs 'size' and 'counts'"),
+        ({"size": [5, 5], "counts": b"\xff\xff\xff"}, "counts"),
+        ({"size": [5, 5], "counts": "é"}, "counts"),
+        ({"size": [5, 5], "counts": "0120"}, "4 px"),
+        ({"size": [5, 5], "counts": "o"}, "truncated"),
+        ({"size": [5, 5], "counts": "o" * 20 + "1"}, "longer"),
+        ({"size": [2, 2], "counts": "61J"}, "negative"),
+        ({"size": [100000, 100000], "counts": "0"}, "400000000 px"),
+        ({"size": [5, 5], "counts": [25, -3, 3]}, "runs"),
+        ({"size": [5, 5], "counts": [1, 2]}, "3 px"),
+        ({"size": [0, 5], "counts": "0"}, r"size \[0, 5\]"),
+        ({"size": [5, 5]}, "'size' and 'counts'"),
+        ("0120", "'size' and 'counts'"),
     ],
 )
-def test_malformed_codes_are_refused_by_name(code: object, words: str) -> None:
-    with pytest.raises(BadDataset, match="annotation 3.*" + words):
+def test_malformed_rle_is_rejected_by_name(code: object, named: str) -> None:
+    with pytest.raises(BadDataset, match="annotation 3.*" + named):
         Rle.from_coco(code, "annotation 3")
 
 
-def test_polygons_are_joined_and_odd_ones_refused() -> None:
+def test_polygons_are_merged_and_malformed_ones_rejected() -> None:
     square = rle.from_segmentation([[0, 0, 4, 0, 4, 4, 0, 4], [6, 6, 8, 6, 8, 8, 6, 8]], 10, 10)
     assert rle.area(square) == 16 + 4
     for broken in ([], [[0, 0, 1, 1]], [[0, 0, 1, 1, 2]], [[0, 0, 1, 1, 2, float("nan")]], None, "x"):
@@ -78,6 +78,6 @@ def test_polygons_are_joined_and_odd_ones_refused() -> None:
             rle.from_segmentation(broken, 10, 10)
 
 
-def test_a_mask_of_another_frame_is_refused() -> None:
-    with pytest.raises(BadDataset, match="on an image of"):
+def test_a_mask_of_another_frame_is_rejected() -> None:
+    with pytest.raises(BadDataset, match=r"4x4 px.* 10x10 px"):
         rle.from_segmentation(rle.encode_mask(np.eye(4)).to_coco(), 10, 10)
