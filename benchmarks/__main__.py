@@ -1,7 +1,7 @@
-"""`make bench`: every benchmark of this folder in turn, each in a process of its own, then a table of how they ended.
+"""Runs the benchmarks of this folder (`make bench`), each in its own process, and prints a summary table.
 
-One that misses a figure, breaks or takes too long hides nothing of the rest. The JSON file holds, for each, how it
-ended, its rows where it writes some (`timing.Table`), and every line that it printed.
+A benchmark that misses a bound, fails or times out does not stop the others. For each benchmark, the JSON file contains
+the outcome, the rows of its table (`timing.Table`) and every line that it printed.
 
     python -m benchmarks [NAME …] [--json FILE] [--limit SECONDS]
 """
@@ -24,14 +24,14 @@ from typing import Any
 from benchmarks.timing import machine
 
 FOLDER = Path(__file__).parent
-SHARED = {"__main__", "subjects", "timing"}
+SHARED = {"__main__", "inputs", "timing"}
 LIMIT_S = 900.0
-"""Far above what any takes on two quiet cores: most a minute or a few, `serving` about five."""
+"""Timeout of one benchmark. On two idle cores most take one to three minutes, `serving` about five."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one ended: "ok", "missed a figure", "took too long" or "failed with code …", and all that it told."""
+    """Result of one benchmark; `ended` is "ok", "missed a bound", "timed out" or "failed with code …"."""
 
     name: str
     ended: str
@@ -41,19 +41,19 @@ class Outcome:
 
 
 def names() -> list[str]:
-    """Of all benchmarks, in alphabetical order."""
+    """Returns the names of all benchmarks in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 
 
 def command_of(name: str, rows: Path) -> list[str]:
-    """What runs one; those with a `Table` write its rows into a file."""
-    writes = "import Table" in (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    return [sys.executable, "-m", f"benchmarks.{name}", *(["--json", str(rows)] if writes else [])]
+    """Returns the command of a benchmark; one with a `Table` writes its rows to the file `rows`."""
+    has_table = "import Table" in (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    return [sys.executable, "-m", f"benchmarks.{name}", *(["--json", str(rows)] if has_table else [])]
 
 
 def run_one(name: str, limit_s: float, command: Callable[[str, Path], Sequence[str]] | None = None) -> Outcome:
-    """Runs one to its end, or ends it with all that it started; what it prints is shown as it comes."""
-    began, printed, late = time.monotonic(), list[str](), threading.Event()
+    """Runs a benchmark and prints its output; kills its process group at the timeout or an interrupt."""
+    began, printed, timed_out = time.monotonic(), list[str](), threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         with subprocess.Popen(
@@ -65,13 +65,13 @@ def run_one(name: str, limit_s: float, command: Callable[[str, Path], Sequence[s
             start_new_session=True,
         ) as process:
 
-            def end() -> None:
-                late.set()
-                with contextlib.suppress(ProcessLookupError):  # it has ended by itself just now
+            def kill() -> None:
+                timed_out.set()
+                with contextlib.suppress(ProcessLookupError):  # it has just exited
                     os.killpg(process.pid, signal.SIGKILL)
 
-            watch = threading.Timer(limit_s, end)
-            watch.start()
+            timer = threading.Timer(limit_s, kill)
+            timer.start()
             assert process.stdout is not None
             try:
                 for line in process.stdout:
@@ -79,48 +79,59 @@ def run_one(name: str, limit_s: float, command: Callable[[str, Path], Sequence[s
                     printed.append(line.rstrip("\n"))
                 code = process.wait()
             except BaseException:
-                # Whoever interrupts this process means the benchmark as well, which is in a session of its own.
-                end()
+                # The benchmark has its own session, so an interrupt of this process does not reach it.
+                kill()
                 raise
             finally:
-                watch.cancel()
-        found = _rows_in(rows)
-    # A traceback ends with the code of a missed figure, too.
-    broke = any(line.startswith("Traceback (most recent call last)") for line in printed)
-    ends = {0: "ok"} if broke else {0: "ok", 1: "missed a figure"}
-    ended = "took too long" if late.is_set() else ends.get(code, f"failed with code {code}")
-    return Outcome(name, ended, time.monotonic() - began, found, printed)
+                timer.cancel()
+        table_rows = _read_rows(rows)
+    # A traceback exits with the same code as a missed bound.
+    has_traceback = any(line.startswith("Traceback (most recent call last)") for line in printed)
+    outcomes = {0: "ok"} if has_traceback else {0: "ok", 1: "missed a bound"}
+    ended = "timed out" if timed_out.is_set() else outcomes.get(code, f"failed with code {code}")
+    return Outcome(name, ended, time.monotonic() - began, table_rows, printed)
 
 
-def _rows_in(path: Path) -> list[dict[str, Any]]:
-    """What a benchmark wrote: none where it was ended in the middle of writing, or before."""
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads the rows of a benchmark; none if it was killed before or during writing."""
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_bytes())["rows"]
     except FileNotFoundError:
         return []
     except (ValueError, LookupError, TypeError) as error:
-        print(f"the rows that it wrote cannot be read: {error}", flush=True)
+        print(f"{path.name}: cannot be read ({error}); the outcome has no rows", flush=True)
         return []
     return rows
 
 
 def main() -> int:
-    """Runs them; 1 where any did not end well."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Runs the benchmarks of this folder.")
-    parser.add_argument("names", nargs="*", help="of benchmarks (default: all)", metavar="NAME")
-    parser.add_argument("--json", type=Path, help="a file to write everything to")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for each (default %(default)g)")
+    """Runs the benchmarks; returns 1 if one of them did not end with "ok"."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Run benchmarks, each in its own process, and print a summary. Exit code 1 if one misses a bound, "
+        "fails or times out.",
+        epilog=f"benchmarks: {', '.join(names())}",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmark to run (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write outcomes, rows and output to FILE")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT_S,
+        metavar="SECONDS",
+        help="timeout of each benchmark (default: %(default)g)",
+    )
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.names) - set(names())):
-        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(names())}")
+        parser.error(f"{unknown[0]}: unknown benchmark; choose from {', '.join(names())}")
     outcomes: list[Outcome] = []
     for name in arguments.names or names():
         print(f"== {name}", flush=True)
         outcomes.append(run_one(name, arguments.limit))
         if arguments.json is not None:
-            # After each, so that a run that is cut off has told what it found.
-            told = {"machine": machine(), "benchmarks": [asdict(outcome) for outcome in outcomes]}
-            arguments.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            # After each, so that an interrupted run keeps the finished outcomes.
+            report = {"machine": machine(), "benchmarks": [asdict(outcome) for outcome in outcomes]}
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"\n{'benchmark':<20}{'seconds':>8}  ended")
     for outcome in outcomes:
         print(f"{outcome.name:<20}{outcome.seconds:>8.0f}  {outcome.ended}")

@@ -1,8 +1,8 @@
-"""Speed and memory of sealed checkpoints: 1 GiB of weights through a recipient key, beside the same file unsealed.
+"""Measures speed and memory of encrypted checkpoints against unencrypted ones: 1 GiB of weights, a recipient key.
 
-Each step runs in a process of its own; memory is its peak beyond imports and tensors. Fails when that exceeds 128 MiB.
-Besides the clock's MiB/s it gives MiB per second of processor time, which other work on the machine disturbs less.
-Usage: python benchmarks/checkpoint.py [MiB of weights, 1024 if not given]
+Each step runs in its own process; memory is its peak beyond imports and tensors, at most 128 MiB. Besides MiB/s, the
+table has MiB per second of CPU time, which other processes affect less.
+Usage: python benchmarks/checkpoint.py [MiB of weights, default 1024]
 """
 
 import subprocess
@@ -24,16 +24,16 @@ TENSOR_MIB = 16
 
 
 def peak_mib() -> float:
-    """Highest resident memory of this process so far."""
+    """Returns the peak resident memory of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
-def step(what: str, path: Path, key_text: str | None, mib: int) -> None:
-    """One save or load, here; prints seconds and MiB beside the tensors."""
+def step(operation: str, path: Path, key_text: str | None, mib: int) -> None:
+    """Saves or loads in this process; prints seconds, CPU seconds and extra MiB."""
     key = parse_key(key_text, purpose="encryption", source="environment")
     base = peak_mib()
-    if what == "save":
+    if operation == "save":
         count = TENSOR_MIB << 18
         weights = {f"student.{i:03d}": torch.rand(count) for i in range(mib // TENSOR_MIB)}
         checkpoint = Checkpoint(ModelConfig("vit-micro/16"), LabelerConfig(), weights)
@@ -45,24 +45,30 @@ def step(what: str, path: Path, key_text: str | None, mib: int) -> None:
     print(time.perf_counter() - start, time.process_time() - start_cpu, peak_mib() - base - mib)
 
 
-class Figures(NamedTuple):
-    """What one step gave."""
+class StepResult(NamedTuple):
+    """Result of one step.
+
+    Attributes:
+        rate: MiB/s.
+        cpu_rate: MiB per second of CPU time.
+        extra_mib: peak memory beyond imports and tensors.
+    """
 
     rate: float
     cpu_rate: float
-    beside: float
+    extra_mib: float
 
 
-def measure(what: str, path: Path, key_text: str | None, mib: int) -> Figures:
-    """The same in a new process."""
-    command = [sys.executable, __file__, str(mib), what, str(path), key_text or ""]
+def measure(operation: str, path: Path, key_text: str | None, mib: int) -> StepResult:
+    """Runs a step in a new process."""
+    command = [sys.executable, __file__, str(mib), operation, str(path), key_text or ""]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    seconds, cpu_seconds, beside = (float(word) for word in output.split())
-    return Figures(mib / seconds, mib / cpu_seconds, beside)
+    seconds, cpu_seconds, extra_mib = (float(word) for word in output.split())
+    return StepResult(mib / seconds, mib / cpu_seconds, extra_mib)
 
 
 def main() -> int:
-    """Prints the table; 1 when a step takes more memory than promised."""
+    """Prints the table; returns 1 if a step exceeds the memory limit."""
     mib = int(sys.argv[1]) if len(sys.argv) > 1 else 1024
     if len(sys.argv) > 2:
         step(sys.argv[2], Path(sys.argv[3]), sys.argv[4] or None, mib)
@@ -71,16 +77,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_identity(folder / "key")
-        print(f"{mib} MiB of weights     MiB/s  of bare  MiB/CPU-s  MiB beside the tensors")
-        for what in ("save", "load"):
-            bare = measure(what, folder / "bare", None, mib)
-            sealed = measure(what, folder / "sealed", f"file:{folder / 'key'}", mib)
-            for how, got in (("bare", bare), ("sealed", sealed)):
-                ratio = got.rate / bare.rate
-                print(f"{what}, {how:6}          {got.rate:8.0f} {ratio:8.2f}  {got.cpu_rate:10.0f}  {got.beside:8.0f}")
-            worst = max(worst, bare.beside, sealed.beside)
+        print(f"{mib} MiB of weights     MiB/s  of plain  MiB/CPU-s  extra MiB")
+        for operation in ("save", "load"):
+            plain = measure(operation, folder / "plain", None, mib)
+            encrypted = measure(operation, folder / "encrypted", f"file:{folder / 'key'}", mib)
+            for variant, result in (("plain", plain), ("encrypted", encrypted)):
+                ratio = result.rate / plain.rate
+                print(
+                    f"{operation}, {variant:9}       {result.rate:8.0f} {ratio:9.2f}  {result.cpu_rate:9.0f}  "
+                    f"{result.extra_mib:9.0f}"
+                )
+            worst = max(worst, plain.extra_mib, encrypted.extra_mib)
     if worst > LIMIT_MIB:
-        print(f"memory beside the tensors: {worst:.0f} MiB; promised are {LIMIT_MIB}")
+        print(f"extra memory: {worst:.0f} MiB; the limit is {LIMIT_MIB} MiB")
         return 1
     return 0
 

@@ -1,6 +1,6 @@
-"""What `import mal_client.client` takes: the total of `python -X importtime`, and CPU time, in new processes.
+"""Measures `import mal_client.client` in new processes: the total of `python -X importtime`, and CPU time.
 
-The least of several: an import reads files and runs once, so other work on the machine only ever adds to it.
+Reports the minimum of several runs, since other processes can only make an import slower.
 """
 
 import statistics
@@ -15,23 +15,23 @@ RUNS = 9
 
 
 def run(code: str, *options: str) -> "subprocess.CompletedProcess[str]":
-    """A new interpreter."""
+    """Runs code in a new interpreter."""
     command = [sys.executable, *options, "-c", code]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment(), cwd=ROOT)
 
 
 def modules_ms() -> dict[str, float]:
-    """Milliseconds of each imported module with all that it imports, as `-X importtime` tells them."""
-    found = {}
+    """Returns the cumulative milliseconds of each imported module, from `-X importtime`."""
+    times_ms = {}
     for line in run(f"import {MODULE}", "-X", "importtime").stderr.splitlines():
         fields = line.removeprefix("import time:").split("|")
         if line.startswith("import time:") and fields[1].strip().isdigit():
-            found[fields[2].strip()] = int(fields[1]) / 1000
-    return found
+            times_ms[fields[2].strip()] = int(fields[1]) / 1000
+    return times_ms
 
 
 def cpu_ms() -> float:
-    """CPU time of the import."""
+    """Returns the CPU time of the import in milliseconds."""
     code = f"import time; began = time.process_time(); import {MODULE}; print(time.process_time() - began)"
     return 1000 * float(run(code).stdout)
 
@@ -40,13 +40,13 @@ def main() -> int:
     """Prints the table."""
     table = Table("client_import", f"import {MODULE}, {RUNS} new processes")
     runs = [modules_ms() for _ in range(RUNS)]
-    best = min(runs, key=lambda one: one[MODULE])
-    table.add("by importtime, least", best[MODULE] / 1000, "s", most=0.5)
-    table.add("by importtime, median", statistics.median(one[MODULE] for one in runs) / 1000, "s")
-    table.add("CPU time, least", min(cpu_ms() for _ in range(RUNS)) / 1000, "s")
+    best = min(runs, key=lambda times_ms: times_ms[MODULE])
+    table.add("importtime, minimum", best[MODULE] / 1000, "s", most=0.5)
+    table.add("importtime, median", statistics.median(times_ms[MODULE] for times_ms in runs) / 1000, "s")
+    table.add("CPU time, minimum", min(cpu_ms() for _ in range(RUNS)) / 1000, "s")
     for name in ("numpy", "asyncio", "grpc", "google.protobuf.message", "mal_client.types"):
         if name in best:
-            table.add(f"  of it {name}", best[name] / 1000, "s")
+            table.add(f"  of which {name}", best[name] / 1000, "s")
     return table.finish()
 
 

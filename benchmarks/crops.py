@@ -1,8 +1,8 @@
-"""Crops/s of one worker of the server on the CPU, for three backbones, two crop sizes and two number formats.
+"""Measures crops/s of one server worker on the CPU, for three backbones, two crop sizes and two precisions.
 
-A worker as the server has it, with one thread of torch, in bfloat16 and in float32, and random weights: speed does not
-depend on them. CPU time, so that other work on the machine moves it little; by the clock one quiet core gives this many
-crops a second, and more cores at most so many times as much. Decoding, cropping and encoding come on top (host_work).
+Uses the worker of the server with one torch thread, in bfloat16 and float32, with random weights, which do not affect
+speed. Measures CPU time, which other processes affect little; n idle cores process at most n times as many crops.
+Decoding, cropping and encoding come on top (see host_work).
 """
 
 import asyncio
@@ -11,8 +11,8 @@ import itertools
 import cv2
 import torch
 
-from benchmarks.subjects import SIZES, random_labeler, subjects
-from benchmarks.timing import Table, in_turn
+from benchmarks.inputs import SIZES, boxed_images, random_labeler
+from benchmarks.timing import Table, interleaved
 from mal_server.inference.worker import Worker
 from mal_train.core.masks.images import decode_image
 from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction, PredictOptions
@@ -24,22 +24,22 @@ BATCH, ROUNDS = 4, 2
 
 
 def crops_for(labeler: Labeler) -> list[Crop]:
-    """A batch, of the boxes of one picture."""
-    (picture,) = subjects(1, BATCH, SIZES["640x480"])
-    return [crop for crop in labeler.prepare(decode_image(picture.content), picture.boxes) if isinstance(crop, Crop)]
+    """Returns a batch: the boxes of one image."""
+    (image,) = boxed_images(1, BATCH, SIZES["640x480"])
+    return [crop for crop in labeler.prepare(decode_image(image.content), image.boxes) if isinstance(crop, Crop)]
 
 
-def cpu_s_a_crop(labeler: Labeler) -> float:
-    """Median over a few batches, after one that warms up."""
+def cpu_s_per_crop(labeler: Labeler) -> float:
+    """Returns the median over a few batches, after a warm-up batch."""
     worker, crops = Worker(labeler, "cpu", lambda: torch.set_num_threads(1)), crops_for(labeler)
 
     def run() -> None:
-        found = asyncio.run(worker.run(PredictOptions(), crops))
-        if len(found) != BATCH or not all(isinstance(one, Prediction) for one in found):
-            raise RuntimeError("a crop was not answered")
+        predictions = asyncio.run(worker.run(PredictOptions(), crops))
+        if len(predictions) != BATCH or not all(isinstance(each, Prediction) for each in predictions):
+            raise RuntimeError("a crop has no prediction")
 
     try:
-        return in_turn({"batch": run}, ROUNDS)["batch"] / BATCH
+        return interleaved({"batch": run}, ROUNDS)["batch"] / BATCH
     finally:
         worker.close()
 
@@ -51,10 +51,10 @@ def main() -> int:
     table = Table("crops", f"One worker of the server on one core, batches of {BATCH}, CPU time")
     for arch in ARCHS:
         for side, precision in itertools.product(SIDES, PRECISIONS):
-            seconds = cpu_s_a_crop(random_labeler(arch, side, precision))
-            what = f"{arch}, crop {side}, {precision}"
-            table.add(f"{what}: CPU time of a crop", 1000 * seconds, "ms")
-            table.add(f"{what}: crops of one core", 1 / seconds, "a second")
+            seconds = cpu_s_per_crop(random_labeler(arch, side, precision))
+            variant = f"{arch}, crop {side}, {precision}"
+            table.add(f"{variant}: CPU time of a crop", 1000 * seconds, "ms")
+            table.add(f"{variant}: crops of one core", 1 / seconds, "a second")
     return table.finish()
 
 

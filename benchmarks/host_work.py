@@ -1,7 +1,7 @@
-"""CPU time around the network for each box, on one thread: its share of decoding, the crop, the mask and its code.
+"""Measures the CPU time per box outside the network, on one thread: decoding, crop, mask and RLE.
 
-Ten boxes a picture, crop 512: `decode_image` once, `Labeler.prepare` and `Labeler.finish` for each box; probability
-maps of blobs stand in for the network's. The scenes at 12 Mpix are those at 640 x 480 px, enlarged.
+Ten boxes per image, crop 512: `decode_image` once, `Labeler.prepare` and `Labeler.finish` for each box, with synthetic
+probability maps. The scenes at 12 Mpix are those at 640 x 480 px, enlarged.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from collections.abc import Callable
 import cv2
 import torch
 
-from benchmarks.subjects import SIZES, Subject, object_map, random_labeler, subjects
-from benchmarks.timing import Table, in_turn
+from benchmarks.inputs import SIZES, BoxedImage, boxed_images, object_map, random_labeler
+from benchmarks.timing import Table, interleaved
 from mal_train.core.masks import geometry
 from mal_train.core.masks.images import decode_image
 from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction
@@ -19,56 +19,62 @@ BOXES, SIDE = 10, 512
 MOST_MS = {"640x480": 8.0, "12 Mpix": 25.0}
 
 
-def crops(labeler: Labeler, one: Subject) -> list[Crop]:
-    """Every box of these subjects is good."""
-    prepared = labeler.prepare(decode_image(one.content), one.boxes)
-    found = [crop for crop in prepared if isinstance(crop, Crop)]
-    if len(found) != BOXES:
-        raise RuntimeError(f"{BOXES - len(found)} of {BOXES} boxes were refused")
-    return found
+def crops(labeler: Labeler, image: BoxedImage) -> list[Crop]:
+    """Returns the crops of an image, all of whose boxes are valid."""
+    prepared = labeler.prepare(decode_image(image.content), image.boxes)
+    valid = [crop for crop in prepared if isinstance(crop, Crop)]
+    if len(valid) != BOXES:
+        raise RuntimeError(f"{BOXES - len(valid)} of {BOXES} boxes were rejected")
+    return valid
 
 
-def stages(labeler: Labeler, pictures: list[Subject], rounds: int) -> dict[str, float]:
-    """Milliseconds a box of each stage."""
-    images = [decode_image(one.content) for one in pictures]
-    cut = [crops(labeler, one) for one in pictures]
-    windows = [geometry.cut(image, crop.window) for image, found in zip(images, cut, strict=True) for crop in found]
+def stages(labeler: Labeler, images: list[BoxedImage], rounds: int) -> dict[str, float]:
+    """Returns the milliseconds per box of each stage."""
+    decoded = [decode_image(image.content) for image in images]
+    crops_of_images = [crops(labeler, image) for image in images]
+    windows = [
+        geometry.cut(pixels, crop.window)
+        for pixels, image_crops in zip(decoded, crops_of_images, strict=True)
+        for crop in image_crops
+    ]
     maps = [Prediction(object_map(SIDE, seed)) for seed in range(BOXES)]
 
     def prepare() -> None:
-        for image, one in zip(images, pictures, strict=True):
-            labeler.prepare(image, one.boxes)
+        for pixels, image in zip(decoded, images, strict=True):
+            labeler.prepare(pixels, image.boxes)
 
     def finish() -> None:
-        for found in cut:
-            for crop, probability in zip(found, maps, strict=True):
+        for image_crops in crops_of_images:
+            for crop, probability in zip(image_crops, maps, strict=True):
                 labeler.finish(crop, probability)
 
-    forms: dict[str, Callable[[], object]] = {
-        "decode": lambda: [decode_image(one.content) for one in pictures],
+    variants: dict[str, Callable[[], object]] = {
+        "decode": lambda: [decode_image(image.content) for image in images],
         "crop": prepare,
-        "  of it Pillow's resize": lambda: [geometry.resize_crop(window, SIDE) for window in windows],
+        "  of which Pillow's resize": lambda: [geometry.resize_crop(window, SIDE) for window in windows],
         "finish": finish,
     }
-    seconds = in_turn(forms, rounds)
-    return {name: 1000 * value / (BOXES * len(pictures)) for name, value in seconds.items()}
+    seconds = interleaved(variants, rounds)
+    return {name: 1000 * value / (BOXES * len(images)) for name, value in seconds.items()}
 
 
 def main() -> int:
     """Prints the table."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    table = Table("host_work", f"Host work of one box of {BOXES} a picture, crop {SIDE}, CPU time of one thread")
+    table = Table("host_work", f"Host work of one box of {BOXES} per image, crop {SIDE}, CPU time of one thread")
     labeler = random_labeler("vit-micro/16", SIDE)
     for name, size_wh in SIZES.items():
         small = size_wh == (640, 480)
-        pictures = subjects(4 if small else 2, BOXES, size_wh)
-        found = stages(labeler, pictures, rounds=9 if small else 3)
-        area = sum(w * h for one in pictures for _, _, w, h in one.boxes) / (BOXES * len(pictures))
+        images = boxed_images(4 if small else 2, BOXES, size_wh)
+        times_ms = stages(labeler, images, rounds=9 if small else 3)
+        area = sum(w * h for image in images for _, _, w, h in image.boxes) / (BOXES * len(images))
         table.add(f"{name}: mean box", area / 1e6, "Mpix")
-        for stage, value in found.items():
+        for stage, value in times_ms.items():
             table.add(f"{name}: {stage}", value, "ms")
-        table.add(f"{name}: together", found["decode"] + found["crop"] + found["finish"], "ms", most=MOST_MS[name])
+        table.add(
+            f"{name}: total", times_ms["decode"] + times_ms["crop"] + times_ms["finish"], "ms", most=MOST_MS[name]
+        )
     return table.finish()
 
 

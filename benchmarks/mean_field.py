@@ -1,7 +1,7 @@
-"""CPU time of the mean field against its unfolded form in probability space, in turn in one process: medians, ratios.
+"""Compares the CPU time of the mean field with its unfolded reference in probability space, in one process.
 
-Usage: python benchmarks/mean_field.py [--json FILE]. The unfolded form lives on memory traffic, so other work on the
-machine moves its time, and the ratio, by a third either way.
+Usage: python benchmarks/mean_field.py [--json FILE]. The reference is limited by memory bandwidth, so other processes
+change its time, and the ratio, by up to a third.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from mal_train.losses.crf import MeanField, can_compile
 
-# The oracle belongs to the tests, which are no package that a script could import.
-ORACLE = Path(__file__).resolve().parents[1] / "tests" / "mal_train" / "losses" / "unfold_mean_field.py"
-unfold_mean_field: Callable[..., Tensor] = runpy.run_path(str(ORACLE))["unfold_mean_field"]
+# The reference belongs to the tests, which a script cannot import as a package.
+REFERENCE = Path(__file__).resolve().parents[1] / "tests" / "mal_train" / "losses" / "unfold_mean_field.py"
+unfold_mean_field: Callable[..., Tensor] = runpy.run_path(str(REFERENCE))["unfold_mean_field"]
 
 
 def crops(num: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Smooth colors with some noise, a blurred start, and a box over the middle of each crop."""
+    """Returns smooth colors with noise, a blurred start, and a box over the center of each crop."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(num, 4, side // 8, side // 8, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
@@ -42,46 +42,48 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 
 def measure(num: int, side: int, num_iter: int, rounds: int) -> dict[str, float]:
     inputs = crops(num, side)
-    forms: dict[str, Callable[[], Tensor]] = {
+    variants: dict[str, Callable[[], Tensor]] = {
         "unfold": lambda: unfold_mean_field(*inputs, num_iter=num_iter),
-        "plain": lambda: MeanField(num_iter=num_iter, compiled=False)(*inputs),
+        "eager": lambda: MeanField(num_iter=num_iter, compiled=False)(*inputs),
     }
-    figures: dict[str, float] = {}
+    results: dict[str, float] = {}
     if can_compile(torch.device("cpu")):
-        forms["compiled"] = lambda: MeanField(num_iter=num_iter, compiled=True)(*inputs)
+        variants["compiled"] = lambda: MeanField(num_iter=num_iter, compiled=True)(*inputs)
         start = time.perf_counter()
-        forms["compiled"]()
-        figures["first_compiled_call_s"] = time.perf_counter() - start
-    expected = forms["unfold"]()
-    for name, run in forms.items():
-        figures[f"{name}_pixels_differing"] = int((run() != expected).sum())
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
+        variants["compiled"]()
+        results["first_compiled_call_s"] = time.perf_counter() - start
+    expected = variants["unfold"]()
+    for name, run in variants.items():
+        results[f"{name}_pixels_differing"] = int((run() != expected).sum())
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, run in forms.items():
+        for name, run in variants.items():
             seconds[name].append(cpu_seconds(run))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    figures |= {f"{name}_ms": 1000 * median for name, median in medians.items()}
-    figures |= {f"{name}_times_faster": medians["unfold"] / medians[name] for name in medians if name != "unfold"}
-    return figures
+    results |= {f"{name}_ms": 1000 * median for name, median in medians.items()}
+    results |= {f"{name}_times_faster": medians["unfold"] / medians[name] for name in medians if name != "unfold"}
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--side", type=int, default=128, help="pixels of the CRF grid")
+    parser.add_argument("--side", type=int, default=128, help="side of the CRF grid in px")
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    figures = measure(arguments.batch, arguments.side, arguments.iterations, arguments.rounds)
-    for name, value in figures.items():
+    results = measure(arguments.batch, arguments.side, arguments.iterations, arguments.rounds)
+    for name, value in results.items():
         print(f"{name:28} {value:10.2f}")
     if arguments.json:
-        where = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+        environment = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
         settings = {name: value for name, value in vars(arguments).items() if name != "json"}
-        arguments.json.write_text(json.dumps({"mean_field": figures, "settings": settings, **where}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps({"mean_field": results, "settings": settings, **environment}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

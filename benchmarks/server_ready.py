@@ -1,8 +1,8 @@
-"""From the start of `mal-server serve` to the first call that it would answer, with a sealed ViT-base checkpoint.
+"""Measures the start of `mal-server serve` until it is ready, with an encrypted ViT-base checkpoint.
 
-The checkpoint holds student and teacher in float32 (random weights) and opens with an identity file. The clock counts
-imports, opening, building both networks and the self-test; the port file appears once health says SERVING. The first
-start warms the page cache and is not counted.
+The checkpoint has student and teacher in float32 (random weights) and is decrypted with an identity file. The time
+includes imports, decryption, building both networks and the warm-up; the port file appears once health is SERVING. The
+first start warms the page cache and is not counted.
 """
 
 import statistics
@@ -10,9 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.inputs import random_labeler
 from benchmarks.load.run import Server
 from benchmarks.serving import ModelServer, cpu_of
-from benchmarks.subjects import random_labeler
 from benchmarks.timing import Table
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key, write_identity
@@ -21,7 +21,7 @@ ARCH, SIDE, STARTS = "vit-deit-base/16", 512, 2
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """Sealed to the identity in folder/identity."""
+    """Writes a checkpoint encrypted to the identity in folder/identity."""
     labeler = random_labeler(ARCH, SIDE)
     weights = {name: tensor.detach() for name, tensor in labeler.network.state_dict().items()}
     recipient = write_identity(folder / "identity")
@@ -32,7 +32,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def start(folder: Path, checkpoint: Path) -> tuple[float, float]:
-    """(seconds by the clock, CPU seconds) until the server serves."""
+    """Returns (wall seconds, CPU seconds) until the server is ready."""
     began = time.perf_counter()
     server: Server = ModelServer(folder, checkpoint, [f"decryption_key=file:{folder / 'identity'}"])
     try:
@@ -44,15 +44,15 @@ def start(folder: Path, checkpoint: Path) -> tuple[float, float]:
 
 def main() -> int:
     """Prints the table."""
-    table = Table("server_ready", f"Start of the server with a sealed checkpoint of {ARCH}, crop {SIDE}")
+    table = Table("server_ready", f"Start of the server with an encrypted checkpoint of {ARCH}, crop {SIDE}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = write_checkpoint(folder)
         table.add("checkpoint", checkpoint.stat().st_size / 2**20, "MiB")
         start(folder, checkpoint)
         runs = [start(folder, checkpoint) for _ in range(STARTS)]
-    table.add("until it serves, by the clock", statistics.median(wall for wall, _ in runs), "s", most=15.0)
-    table.add("until it serves, CPU time", statistics.median(cpu for _, cpu in runs), "s")
+    table.add("until ready, wall time", statistics.median(wall for wall, _ in runs), "s", most=15.0)
+    table.add("until ready, CPU time", statistics.median(cpu for _, cpu in runs), "s")
     return table.finish()
 
 

@@ -1,13 +1,13 @@
-"""What serving costs: crops/s through the server against the same Labeler in process, and the latency it adds at idle.
+"""Compares crops/s of the server with the same Labeler in process, and measures the latency that an idle server adds.
 
-In turn, in one run: the Labeler labels pictures in this process; then 32 closed-loop clients in processes of their own
-keep the server busy. Two ratios: by the clock, with the clients' own CPU time left out (they share the machine's cores
-with the server); and by CPU time a crop, which means something on a busy machine too. Random weights: speed does not
-depend on them. The idle figure takes the stand-in network: nothing but the way there and back is in the difference.
+Alternates in one run: the Labeler labels images in this process; then 32 closed-loop clients in other processes load
+the server. Reports two ratios: by wall time, excluding the CPU time of the clients (they share the cores with the
+server), and by CPU time per crop, which is meaningful on a busy machine too. Weights are random, which does not affect
+speed. The latency is measured with a fake network, so that the difference is that of the call alone.
 
-In process the Labeler gets a picture's eight boxes at a time; the server forms batches of what 32 such requests bring.
+In process, the Labeler gets the eight boxes of one image at a time; the server batches the crops of 32 such requests.
 
-    python -m benchmarks.serving [--json]          the idle figure and both models: about five minutes
+    python -m benchmarks.serving [--json]          latency and both models, about five minutes
     python -m benchmarks.serving --arch vit-deit-tiny/16 --crop 224 [--rounds 3] [--seconds 20] [--json]
 """
 
@@ -30,10 +30,10 @@ import grpc
 import torch
 from mal.v1 import labeling_pb2, types_pb2
 
-from benchmarks.load.caller import LABEL_IMAGE, Plan
-from benchmarks.load.deck import DeckImage, draw_deck, save_deck
-from benchmarks.load.run import ROOT, Server, environment, loading, shared, stand_in, wait_for_address
-from benchmarks.load.stand_in import StandIn
+from benchmarks.load.client import LABEL_IMAGE, Plan
+from benchmarks.load.fake_server import FakePredictor
+from benchmarks.load.images import LoadImage, draw_images, save_images
+from benchmarks.load.run import ROOT, Server, environment, fake_server, run_clients, split_plan, wait_for_address
 from mal_train.core.masks.images import decode_image
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.threads import wait_passively
@@ -43,27 +43,27 @@ from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
 BOXES = 8
 CLIENTS = 32
-LOOK_S = 0.1
-"""Between looks at the server's figures; each look costs it milliseconds of CPU time, which count as its work."""
+POLL_INTERVAL_S = 0.1
+"""Interval between reads of the server's metrics; each read costs milliseconds of its CPU time."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model, how long it is measured, and what is promised of served ÷ in process."""
+class Case:
+    """Model, duration of its measurement, and lower bound of served / in process."""
 
     arch: str
     crop: int
     rounds: int
     seconds: float
-    must: float
+    least: float
 
 
-SUBJECTS = (Subject("vit-deit-small/16", 512, 2, 30.0, 0.95), Subject("vit-deit-tiny/16", 224, 3, 10.0, 0.85))
+CASES = (Case("vit-deit-small/16", 512, 2, 30.0, 0.95), Case("vit-deit-tiny/16", 224, 3, 10.0, 0.85))
 
 
 @dataclass(frozen=True)
 class Span:
-    """Work of some time: crops, seconds by the clock, CPU seconds of who did it and of the clients beside it."""
+    """Work in an interval: crops, wall seconds, CPU seconds of the worker, and CPU seconds of its clients."""
 
     crops: float
     wall_s: float
@@ -72,35 +72,35 @@ class Span:
 
     @property
     def crops_per_s(self) -> float:
-        """By the clock, without the share of the machine that the clients took."""
+        """Crops per wall second, excluding the CPU time of the clients."""
         return self.crops / (self.wall_s - self.clients_cpu_s / (os.cpu_count() or 1))
 
     @property
-    def cpu_s_a_crop(self) -> float:
-        """CPU seconds."""
+    def cpu_s_per_crop(self) -> float:
+        """CPU seconds per crop."""
         return self.cpu_s / self.crops
 
 
 def write_checkpoint(path: Path, arch: str, crop_size: int) -> None:
-    """Random weights, not encrypted."""
+    """Writes an unencrypted checkpoint with random weights."""
     torch.manual_seed(0)
     network = MalNetwork(ModelConfig(arch))
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     save_checkpoint(path, Checkpoint(network.config, LabelerConfig(crop_size=crop_size), weights, []), None)
 
 
-def in_process(labeler: Labeler, deck: list[DeckImage], seconds: float) -> Span:
-    """Labels whole pictures for at least so long."""
+def in_process(labeler: Labeler, images: list[LoadImage], seconds: float) -> Span:
+    """Labels images for at least `seconds`."""
     wall, cpu, crops = time.perf_counter(), time.process_time(), 0
-    for picture in itertools.cycle(deck):
-        crops += len(labeler.label(decode_image(picture.content), picture.boxes, batch_size=BOXES))
+    for image in itertools.cycle(images):
+        crops += len(labeler.label(decode_image(image.content), image.boxes, batch_size=BOXES))
         if time.perf_counter() - wall >= seconds:
             break
     return Span(crops, time.perf_counter() - wall, time.process_time() - cpu)
 
 
 class ModelServer(Server):
-    """`mal-server serve` with figures."""
+    """`mal-server serve` with metrics."""
 
     def __init__(self, folder: Path, checkpoint: Path, settings: list[str]) -> None:
         port_file, config = folder / "port", folder / "server.yaml"
@@ -109,29 +109,29 @@ class ModelServer(Server):
         line = "import sys; from mal_server.cli import main; sys.exit(main())"
         command = [sys.executable, "-c", line, "serve", "-c", str(config), "--port-file", str(port_file), *settings]
         env = environment()
-        del env["OMP_NUM_THREADS"]  # as in a server's life, and as in this process
+        del env["OMP_NUM_THREADS"]  # as in production and in this process
         with (folder / "server.log").open("w") as log:
             process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log)
         super().__init__(process, wait_for_address(process, port_file), folder / "none")
         (self._metrics,) = re.findall(r"metrics=(\S+)", (folder / "server.log").read_text())
 
     def crops(self) -> float:
-        """Crops that ran so far."""
-        with urllib.request.urlopen(self._metrics, timeout=60) as answer:
-            (count,) = re.findall(r"^mal_batch_crops_sum (\S+)$", answer.read().decode(), re.MULTILINE)
+        """Returns the number of crops processed so far."""
+        with urllib.request.urlopen(self._metrics, timeout=60) as response:
+            (count,) = re.findall(r"^mal_batch_crops_sum (\S+)$", response.read().decode(), re.MULTILINE)
         return float(count)
 
 
 def cpu_of(pid: int) -> float:
-    """CPU seconds of a process so far."""
+    """Returns the CPU seconds of a process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def served(server: ModelServer, deck_folder: Path, seconds: float, warm_s: float) -> Span:
-    """What the server does in so long, once every client has its request there. The clients are ended then."""
+def served(server: ModelServer, image_folder: Path, seconds: float, warm_s: float) -> Span:
+    """Measures the server for `seconds` after a warm-up under load, then kills the clients."""
     plan = Plan(server.address, clients=CLIENTS, seconds=10 * seconds + 600, boxes=BOXES)
-    with loading(shared(plan, 2), deck_folder) as load:
+    with run_clients(split_plan(plan, 2), image_folder) as load:
         time.sleep(max(load.start_at - time.monotonic(), 0) + warm_s)
 
         def now() -> tuple[float, float, float, float]:
@@ -139,11 +139,11 @@ def served(server: ModelServer, deck_folder: Path, seconds: float, warm_s: float
             return server.crops(), time.perf_counter(), server.cpu_s(), clients
 
         def wait_for_batch_end() -> None:
-            reached = server.crops()
-            while server.crops() == reached:
-                time.sleep(LOOK_S)
+            n_crops = server.crops()
+            while server.crops() == n_crops:
+                time.sleep(POLL_INTERVAL_S)
 
-        # From batch end to batch end: a batch may take as long as the whole measurement.
+        # From the end of a batch to the end of a batch: one batch may take as long as the measurement.
         wait_for_batch_end()
         before = now()
         time.sleep(seconds)
@@ -155,19 +155,19 @@ def served(server: ModelServer, deck_folder: Path, seconds: float, warm_s: float
 
 
 def compare(arch: str, crop_size: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Both ways in turn; medians of the rounds."""
+    """Measures both in alternation; returns the medians of the rounds."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        deck = draw_deck(8, BOXES, seed=1)
-        save_deck(deck, folder)
+        images = draw_images(8, BOXES, seed=1)
+        save_images(images, folder)
         write_checkpoint(folder / "model.malckpt", arch, crop_size)
         labeler, _ = load_labeler(folder / "model.malckpt")
-        in_process(labeler, deck[:1], 0.0)
+        in_process(labeler, images[:1], 0.0)
         server = ModelServer(folder, folder / "model.malckpt", [])
         try:
             pairs = []
             for _ in range(rounds):
-                pairs.append((in_process(labeler, deck, seconds), served(server, folder, seconds, warm_s=2.0)))
+                pairs.append((in_process(labeler, images, seconds), served(server, folder, seconds, warm_s=2.0)))
         finally:
             server.process.kill()
             server.process.wait()
@@ -175,75 +175,75 @@ def compare(arch: str, crop_size: int, rounds: int, seconds: float) -> dict[str,
         "arch": arch,
         "crop": crop_size,
         "dtype": str(labeler.dtype).removeprefix("torch."),
-        "in_process_crops_per_s": statistics.median(own.crops_per_s for own, _ in pairs),
-        "served_crops_per_s": statistics.median(other.crops_per_s for _, other in pairs),
-        "ratio_by_clock": statistics.median(other.crops_per_s / own.crops_per_s for own, other in pairs),
-        "ratio_by_cpu": statistics.median(own.cpu_s_a_crop / other.cpu_s_a_crop for own, other in pairs),
-        "cpu_ms_a_crop": statistics.median(own.cpu_s_a_crop * 1000 for own, _ in pairs),
-        "rounds": [[asdict(own), asdict(other)] for own, other in pairs],
+        "in_process_crops_per_s": statistics.median(local.crops_per_s for local, _ in pairs),
+        "served_crops_per_s": statistics.median(remote.crops_per_s for _, remote in pairs),
+        "ratio_by_clock": statistics.median(remote.crops_per_s / local.crops_per_s for local, remote in pairs),
+        "ratio_by_cpu": statistics.median(local.cpu_s_per_crop / remote.cpu_s_per_crop for local, remote in pairs),
+        "cpu_ms_per_crop": statistics.median(local.cpu_s_per_crop * 1000 for local, _ in pairs),
+        "rounds": [[asdict(local), asdict(remote)] for local, remote in pairs],
     }
 
 
 def idle(calls: int) -> dict[str, float]:
-    """One client, one box: the median of what each call takes longer than the same work in this process just before."""
-    kernel, deck = StandIn(), draw_deck(4, BOXES, seed=1)
-    own, other = [], []
+    """Measures one client with one box: the median latency added to the same work in this process."""
+    predictor, images = FakePredictor(), draw_images(4, BOXES, seed=1)
+    local_ms, remote_ms = [], []
     with (
         tempfile.TemporaryDirectory() as name,
-        stand_in(Path(name), "--batch-ms", "0") as server,
+        fake_server(Path(name), "--batch-ms", "0") as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         stub: Any = channel.unary_stream(LABEL_IMAGE, None, labeling_pb2.LabelImageResponse.FromString)
         for number in range(calls):
-            picture = deck[number % len(deck)]
+            image = images[number % len(images)]
             began = time.perf_counter()
-            kernel.label(decode_image(picture.content), picture.boxes[:1])
-            own.append((time.perf_counter() - began) * 1000)
-            request = picture.request([0], [number], types_pb2.LabelOptions())
+            predictor.label(decode_image(image.content), image.boxes[:1])
+            local_ms.append((time.perf_counter() - began) * 1000)
+            request = image.request([0], [number], types_pb2.LabelOptions())
             began = time.perf_counter()
             list(stub(request))
-            other.append((time.perf_counter() - began) * 1000)
-    added = [b - a for a, b in zip(own, other, strict=True)][calls // 10 :]
+            remote_ms.append((time.perf_counter() - began) * 1000)
+    added = [b - a for a, b in zip(local_ms, remote_ms, strict=True)][calls // 10 :]
     return {
-        "in_process_p50_ms": statistics.median(own),
-        "served_p50_ms": statistics.median(other),
+        "in_process_p50_ms": statistics.median(local_ms),
+        "served_p50_ms": statistics.median(remote_ms),
         "added_p50_ms": statistics.median(added),
     }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What serving costs.")
-    parser.add_argument("--arch", help="measure this one alone")
-    parser.add_argument("--crop", type=int, default=224, help="crop size (default %(default)d)")
-    parser.add_argument("--rounds", type=int, default=3, help="default %(default)d")
-    parser.add_argument("--seconds", type=float, default=10.0, help="each way, each round (default %(default)g)")
-    parser.add_argument("--calls", type=int, default=300, help="of the idle figure (default %(default)d)")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser = argparse.ArgumentParser(description="Compare the throughput of the server with the Labeler in process.")
+    parser.add_argument("--arch", metavar="ARCH", help="measure only this network")
+    parser.add_argument("--crop", type=int, default=224, help="crop size (default: %(default)d)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)d)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per measurement (default: %(default)g)")
+    parser.add_argument("--calls", type=int, default=300, help="calls to measure the latency (default: %(default)d)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()
-    subjects = SUBJECTS if args.arch is None else (Subject(args.arch, args.crop, args.rounds, args.seconds, 0.0),)
+    cases = CASES if args.arch is None else (Case(args.arch, args.crop, args.rounds, args.seconds, 0.0),)
     missed = []
-    found: dict[str, Any] = {"idle": show("idle", idle(args.calls), is_shown=not args.json)}
-    for one in subjects:
-        figures = compare(one.arch, one.crop, one.rounds, one.seconds)
-        found[one.arch] = show(f"{one.arch} {one.crop}", figures, is_shown=not args.json)
-        missed += [one.arch] if figures["ratio_by_clock"] < one.must else []
+    results: dict[str, Any] = {"idle": show("idle", idle(args.calls), is_shown=not args.json)}
+    for case in cases:
+        metrics = compare(case.arch, case.crop, case.rounds, case.seconds)
+        results[case.arch] = show(f"{case.arch} {case.crop}", metrics, is_shown=not args.json)
+        missed += [case.arch] if metrics["ratio_by_clock"] < case.least else []
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(results))
     for name in missed:
-        print(f"missed: {name}, served by in process, by the clock", file=sys.stderr)
+        print(f"missed: {name}, served / in process by wall time", file=sys.stderr)
     return 1 if missed else 0
 
 
-def show(name: str, figures: dict[str, Any], *, is_shown: bool) -> dict[str, Any]:
-    """Prints figures as they come."""
-    for key, value in figures.items():
+def show(name: str, metrics: dict[str, Any], *, is_shown: bool) -> dict[str, Any]:
+    """Prints the metrics of a measurement if `is_shown`; returns them."""
+    for key, value in metrics.items():
         if is_shown and key != "rounds":
             print(f"{name:24}{key:24}{value if isinstance(value, str | int) else f'{value:.3f}'}", flush=True)
-    return figures
+    return metrics
 
 
 if __name__ == "__main__":
     if "OMP_WAIT_POLICY" not in os.environ:
-        wait_passively()  # as our commands do, but torch is imported already
+        wait_passively()  # as the commands do; torch is imported already, so the process restarts
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:]])
     raise SystemExit(main())

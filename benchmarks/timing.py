@@ -1,4 +1,4 @@
-"""What the benchmarks share: forms measured in turn, medians, ratios, a table, and a JSON file of it."""
+"""Measures variants of a computation in alternation, and writes tables of results with their bounds."""
 
 import argparse
 import json
@@ -12,69 +12,68 @@ from pathlib import Path
 from typing import Any
 
 
-def in_turn(
-    forms: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, float]:
-    """Median seconds of each form, measured one after the other `rounds` times, so that all see the same machine.
+    """Returns the median seconds of each variant over `rounds`, after one unmeasured call of each.
 
-    The clock counts this process's CPU time by default: other work on the machine then moves it little.
+    Variants alternate, so that all are measured under the same load of the machine. The default clock is the CPU time
+    of this process, which other processes affect little.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for form in forms.values():
-        form()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for variant in variants.values():
+        variant()
     for _ in range(rounds):
-        for name, form in forms.items():
+        for name, variant in variants.items():
             begin = clock()
-            form()
+            variant()
             seconds[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 class Table:
-    """Rows of (what, figure, unit, must), printed as they come and written as JSON at the end.
+    """Table of results with bounds; prints each row at once and writes all rows as JSON at the end.
 
     Args:
-        name: of the benchmark.
-        title: said above the rows.
+        name: name of the benchmark.
+        title: heading of the table.
     """
 
     def __init__(self, name: str, title: str) -> None:
         parser = argparse.ArgumentParser(description=title)
-        parser.add_argument("--json", type=Path, help="a file to write the figures to")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
         self._json: Path | None = parser.parse_args().json
         self._name = name
         self._rows: list[dict[str, Any]] = []
         self._missed: list[str] = []
         print(title)
 
-    def add(
-        self, what: str, figure: float, unit: str, *, most: float | None = None, least: float | None = None
-    ) -> None:
-        """One row; `most` and `least` are what is promised of it."""
-        promised = "" if most is None else f"at most {most:g}"
-        promised += "" if least is None else f"at least {least:g}"
-        missed = (most is not None and figure > most) or (least is not None and figure < least)
-        self._missed += [what] if missed else []
-        self._rows.append({"what": what, "figure": figure, "unit": unit, "promised": promised or None})
-        print(f"  {what:<58}{figure:>10.4g} {unit:<10}{promised}{'   MISSED' if missed else ''}", flush=True)
+    def add(self, name: str, value: float, unit: str, *, most: float | None = None, least: float | None = None) -> None:
+        """Adds a row with an optional upper bound `most` and lower bound `least`."""
+        bound = "" if most is None else f"at most {most:g}"
+        bound += "" if least is None else f"at least {least:g}"
+        is_missed = (most is not None and value > most) or (least is not None and value < least)
+        self._missed += [name] if is_missed else []
+        self._rows.append({"name": name, "value": value, "unit": unit, "bound": bound or None})
+        print(f"  {name:<58}{value:>10.4g} {unit:<10}{bound}{'   MISSED' if is_missed else ''}", flush=True)
 
     def finish(self) -> int:
-        """Writes the JSON file; the exit code: 1 when a promise was missed."""
+        """Writes the JSON file and returns the exit code: 1 if a bound was missed."""
         if self._json is not None:
-            whole = {
+            report = {
                 "benchmark": self._name,
                 "date": date.today().isoformat(),
                 "machine": machine(),
                 "rows": self._rows,
             }
-            self._json.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        for what in self._missed:
-            print(f"missed: {what}")
+            self._json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        for name in self._missed:
+            print(f"missed: {name}")
         return 1 if self._missed else 0
 
 
 def machine() -> dict[str, Any]:
-    """Where it was measured."""
+    """Describes the machine: CPU, cores, load and Python version."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():

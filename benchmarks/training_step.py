@@ -1,7 +1,7 @@
-"""A training step against its floor: the student's forward and backward pass and the teacher's forward pass alone.
+"""Compares a training step with its lower bound: forward and backward pass of the student, forward of the teacher.
 
-Lightning's loop drives the real module (losses, mean field, AdamW, teacher) on one batch that is there already; after
-each step the floor runs on the same network, crops and number format. CPU time of one thread, medians.
+The loop of Lightning trains the real module (losses, mean field, AdamW, teacher) on a batch in memory; after each step
+the lower bound runs with the same network, crops and precision. CPU time of one thread, medians.
 """
 
 import statistics
@@ -25,26 +25,26 @@ from mal_train.training.trainer import quiet_libraries
 ARCH = "vit-deit-tiny/16"
 WARM_UP = 2
 CASES = ((224, 8, 5), (512, 2, 3))
-"""Crop side, crops in a batch, steps measured."""
+"""Crop size, batch size, measured steps."""
 
 
-class Watch(lightning.Callback):
-    """Times each step of the loop, then the floor."""
+class StepTimer(lightning.Callback):
+    """Callback that measures each training step and its lower bound."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
-        self.floors: list[float] = []
+        self.lower_bounds: list[float] = []
         self._began = 0.0
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        """Notes the time."""
+        """Records the start of the step."""
         del trainer, module, batch, batch_idx
         self._began = time.process_time()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Both times of this step, unless it still warms up."""
+        """Records both times of this step after the warm-up."""
         del outputs
         ended = time.process_time()
         network: MalNetwork = module.network
@@ -53,14 +53,14 @@ class Watch(lightning.Callback):
             student = network.logits(normalize(batch.student_NHWC), batch.size_class_N, Branch.STUDENT)
             network.logits(normalize(batch.teacher_NHWC), batch.size_class_N, Branch.TEACHER)
         torch.autograd.backward(student.sum())
-        floor = time.process_time() - ended
+        lower_bound = time.process_time() - ended
         if batch_idx >= WARM_UP:
             self.steps.append(ended - self._began)
-            self.floors.append(floor)
+            self.lower_bounds.append(lower_bound)
 
 
-class Again(Dataset[Batch]):
-    """One batch so many times."""
+class RepeatedBatch(Dataset[Batch]):
+    """Data set of one batch, repeated `times` times."""
 
     def __init__(self, batch: Batch, times: int) -> None:
         self.batch = batch
@@ -69,18 +69,18 @@ class Again(Dataset[Batch]):
     def __len__(self) -> int:
         return self.times
 
-    def __getitem__(self, at: int) -> Batch:
-        """The batch."""
+    def __getitem__(self, index: int) -> Batch:
+        """Returns the batch."""
         return self.batch
 
 
-def as_it_is(batch: Any) -> Any:
-    """Left to itself, the loader would take the batch apart."""
+def unchanged(batch: Any) -> Any:
+    """Returns the batch; the default function of the loader would convert its fields."""
     return batch
 
 
 def random_batch(side: int, count: int) -> Batch:
-    """Noise with a box over the middle, boxes of all three sizes in turn."""
+    """Returns noise with a box over the center; size classes alternate."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
     box = torch.zeros(count, side, side, dtype=torch.uint8)
@@ -89,7 +89,7 @@ def random_batch(side: int, count: int) -> Batch:
 
 
 def measure(side: int, count: int, steps: int) -> tuple[float, float]:
-    """Median seconds of (step, floor)."""
+    """Returns the median seconds of (step, lower bound)."""
     torch.manual_seed(0)
     module = MalModule(
         MalNetwork(ModelConfig(ARCH)),
@@ -102,32 +102,32 @@ def measure(side: int, count: int, steps: int) -> tuple[float, float]:
         seed=0,
         num_images=count,
     )
-    watch = Watch()
+    timer = StepTimer()
     with quiet_libraries():
         trainer = lightning.Trainer(
             accelerator="cpu",
             precision="bf16-mixed",
             max_epochs=1,
-            callbacks=[watch],
+            callbacks=[timer],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        again = Again(random_batch(side, count), WARM_UP + steps)
-        trainer.fit(module, train_dataloaders=DataLoader(again, batch_size=None, collate_fn=as_it_is))
-    return statistics.median(watch.steps), statistics.median(watch.floors)
+        repeated = RepeatedBatch(random_batch(side, count), WARM_UP + steps)
+        trainer.fit(module, train_dataloaders=DataLoader(repeated, batch_size=None, collate_fn=unchanged))
+    return statistics.median(timer.steps), statistics.median(timer.lower_bounds)
 
 
 def main() -> int:
     """Prints the table."""
     torch.set_num_threads(1)
-    table = Table("training_step", f"A training step of {ARCH} in bfloat16 against its floor, CPU time")
+    table = Table("training_step", f"A training step of {ARCH} in bfloat16 against its lower bound, CPU time")
     for side, count, steps in CASES:
-        step, floor = measure(side, count, steps)
-        table.add(f"crop {side}, batch {count}: floor", floor, "s")
+        step, lower_bound = measure(side, count, steps)
+        table.add(f"crop {side}, batch {count}: lower bound", lower_bound, "s")
         table.add(f"crop {side}, batch {count}: step", step, "s")
-        table.add(f"crop {side}, batch {count}: step by floor", step / floor, "x", most=1.25)
+        table.add(f"crop {side}, batch {count}: step / lower bound", step / lower_bound, "x", most=1.25)
     return table.finish()
 
 

@@ -1,6 +1,6 @@
-"""What two training processes cost beside one on the same work: the same boxes in the same steps, over gloo on the CPU.
+"""Compares two training processes with one on the same boxes in the same steps, over gloo on the CPU.
 
-Each process has one thread and makes its own crops. CPU time is the figure to trust on a machine that others use too.
+Each process has one thread and cuts its own crops. On a shared machine, CPU time is more reliable than wall time.
 """
 
 import json
@@ -20,7 +20,7 @@ from mal_train.distributed.launch import free_port
 from mal_train.training.module import MalModule
 
 BOXES = 8
-"""In a step, of all processes together."""
+"""Boxes per step, over all processes."""
 WARM_UP, STEPS = 2, 8
 
 
@@ -36,7 +36,7 @@ def train(rank: int, size: int, port: int, arguments: list[str], folder: Path) -
             marks.append((time.process_time(), time.perf_counter()))
             (folder / f"{size}-{rank}.json").write_text(json.dumps(marks))
         if batch_idx == WARM_UP + STEPS:
-            os._exit(0)  # the rest of the epoch tells nothing more
+            os._exit(0)  # the rest of the epoch is not measured
         start(self, batch, batch_idx)
 
     MalModule.on_train_batch_start = timed  # type: ignore[method-assign]
@@ -44,7 +44,7 @@ def train(rank: int, size: int, port: int, arguments: list[str], folder: Path) -
 
 
 def seconds_per_step(size: int, data: list[str], folder: Path) -> tuple[float, float]:
-    """(CPU seconds of all processes together, wall seconds) of a step."""
+    """Returns (CPU seconds of all processes, wall seconds) per step."""
     arguments = ["train", "-e", str(folder / "spec.yaml"), *data, f"results_dir='{folder}/{size}'"]
     arguments += [f"train.batch_size={BOXES // size}", f"train.num_gpus={size}"]
     port = free_port()
@@ -70,11 +70,11 @@ def main() -> None:
         )
         scenes = write_split(folder, "scenes", 40, 1, masks=False)
         data = [f"dataset.train_ann_path='{scenes.annotations}'", f"dataset.train_img_dir='{scenes.images}'"]
-        found = {size: seconds_per_step(size, data, folder) for size in (1, 2)}
-    for size, (cpu, wall) in found.items():
-        print(f"{size} x {BOXES // size} boxes: CPU {cpu:.3f} s, wall {wall:.3f} s a step")
-    print(f"CPU time, two to one: {found[2][0] / found[1][0]:.2f}")
-    print(f"wall time, one to two: {found[1][1] / found[2][1]:.2f}")
+        seconds = {size: seconds_per_step(size, data, folder) for size in (1, 2)}
+    for size, (cpu, wall) in seconds.items():
+        print(f"{size} x {BOXES // size} boxes: CPU {cpu:.3f} s, wall {wall:.3f} s per step")
+    print(f"CPU time, two processes / one: {seconds[2][0] / seconds[1][0]:.2f}")
+    print(f"wall time, one process / two: {seconds[1][1] / seconds[2][1]:.2f}")
 
 
 if __name__ == "__main__":

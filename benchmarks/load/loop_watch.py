@@ -1,8 +1,8 @@
-"""Watches an event loop from inside: how long its callbacks take, and how late a heartbeat comes.
+"""Measures the callbacks of an event loop, and the lateness of a heartbeat.
 
-asyncio's own debug mode reports slow callbacks by the clock alone and slows everything down; on a machine shared with
-others a callback that was merely not scheduled looks slow in it. So both are measured: the clock, and the CPU time of
-the loop's thread, which is what the server's code answers for.
+The debug mode of asyncio reports slow callbacks by wall time only, and slows the loop down; on a shared machine, a
+callback that was not scheduled looks slow. This module measures both wall time and the CPU time of the loop's thread,
+which only the code of the server affects.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ BEAT_S = 0.010
 
 @dataclass
 class LoopWatch:
-    """Figures since the watch began, in seconds.
+    """Statistics of an event loop since the last reset, in seconds.
 
     Attributes:
-        callbacks: how many ran.
-        slow: (wall, CPU, what) of those that took SLOW_S or longer by the clock.
-        longest_s: by the clock.
-        longest_cpu_s: by CPU time.
-        lateness_s: of each heartbeat.
+        callbacks: number of callbacks.
+        slow: (wall time, CPU time, description) of callbacks with a wall time of at least SLOW_S.
+        longest_s: maximum wall time.
+        longest_cpu_s: maximum CPU time.
+        lateness_s: lateness of each heartbeat.
     """
 
     callbacks: int = 0
@@ -33,32 +33,32 @@ class LoopWatch:
     lateness_s: list[float] = field(default_factory=list)
 
     def install(self) -> None:
-        """Times every callback of every loop of this process from now on."""
+        """Starts to measure every callback of every loop of this process."""
         inner: Callable[[asyncio.Handle], None] = asyncio.Handle._run
 
         def run(handle: asyncio.Handle) -> None:
-            wall, cpu = time.perf_counter(), time.thread_time()
+            wall_start, cpu_start = time.perf_counter(), time.thread_time()
             try:
                 inner(handle)
             finally:
-                took, spent = time.perf_counter() - wall, time.thread_time() - cpu
+                wall, cpu = time.perf_counter() - wall_start, time.thread_time() - cpu_start
                 self.callbacks += 1
-                self.longest_s = max(self.longest_s, took)
-                self.longest_cpu_s = max(self.longest_cpu_s, spent)
-                if took >= SLOW_S:
-                    self.slow.append((took, spent, repr(handle)[:300]))
+                self.longest_s = max(self.longest_s, wall)
+                self.longest_cpu_s = max(self.longest_cpu_s, cpu)
+                if wall >= SLOW_S:
+                    self.slow.append((wall, cpu, repr(handle)[:300]))
 
-        setattr(asyncio.Handle, "_run", run)  # noqa: B010  no public hook gives the CPU time
+        setattr(asyncio.Handle, "_run", run)  # noqa: B010  no public hook measures CPU time
 
     async def beat(self) -> None:
-        """Measures by how much a heartbeat comes late, until cancelled."""
+        """Measures the lateness of a heartbeat until it is cancelled."""
         while True:
             due = time.perf_counter() + BEAT_S
             await asyncio.sleep(BEAT_S)
             self.lateness_s.append(max(time.perf_counter() - due, 0.0))
 
-    def forget(self) -> None:
-        """Starts anew: loading and warm-up are no load."""
+    def reset(self) -> None:
+        """Resets the statistics, to exclude loading and warm-up."""
         self.callbacks, self.longest_s, self.longest_cpu_s = 0, 0.0, 0.0
         self.slow.clear()
         self.lateness_s.clear()

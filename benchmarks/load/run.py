@@ -1,11 +1,11 @@
-"""Puts a server under load from several client processes and prints what it did: a `ghz` that checks every answer.
+"""Loads a server from several client processes and prints statistics; like `ghz`, but checks every result.
 
     python -m benchmarks.load.run --server 127.0.0.1:50051 --clients 32 --boxes 8 --seconds 30       closed loop
     python -m benchmarks.load.run --server 127.0.0.1:50051 --rate 60 --boxes 8                       open loop
-    python -m benchmarks.load.run --batch-ms 5 --clients 64       a stand-in server, exact masks checked
+    python -m benchmarks.load.run --batch-ms 5 --clients 64       a fake server, checks exact masks
 
-Pictures are JPEGs of synthetic scenes. Against a server of one's own the ids, the sizes and the request ids of all
-answers are checked; against the stand-in also every mask. Exits with 1 when an answer was wrong or missing.
+Images are JPEGs of synthetic scenes. Checks instance ids, sizes and request ids of all results, and with the fake
+server every mask. Exits with 1 if a result is wrong or missing.
 """
 
 import argparse
@@ -22,60 +22,60 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load.caller import Plan
-from benchmarks.load.deck import DeckImage, draw_deck, save_deck, with_answers
+from benchmarks.load.client import Plan
+from benchmarks.load.images import LoadImage, draw_images, save_images, with_expected_masks
 from benchmarks.load.summary import ClientReport, Sample, Summary, summarize, table
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0
-START_IN_S = 0.2
-"""From the last client's word that it is ready to the common start."""
+START_DELAY_S = 0.2
+"""Delay between the last client becoming ready and the common start."""
 
 
 def environment() -> dict[str, str]:
-    """For child processes: they find the project wherever they are started, and torch takes one thread."""
+    """Returns the environment of child processes: paths of the project, and one thread for torch."""
     paths = [str(ROOT), str(ROOT / "protos"), str(ROOT / "clients")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass
 class Server:
-    """A server process under load."""
+    """Server process under load."""
 
     process: "subprocess.Popen[bytes]"
     address: str
     report_file: Path
 
     def rss_mib(self) -> float:
-        """Resident memory now."""
+        """Returns the resident memory."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def cpu_s(self) -> float:
-        """CPU seconds so far."""
+        """Returns the CPU seconds used so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def forget(self) -> None:
-        """Starts the watch's figures anew."""
+    def reset_stats(self) -> None:
+        """Resets the statistics of the event loop."""
         self.process.send_signal(signal.SIGUSR1)
 
     def stop(self, timeout_s: float = 60) -> dict[str, Any]:
-        """Ends it by SIGTERM; its report."""
+        """Stops the server with SIGTERM; returns its report."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(timeout_s)
         if code:
-            raise RuntimeError(f"the server ended with {code}")
-        found: dict[str, Any] = json.loads(self.report_file.read_text())
-        return found
+            raise RuntimeError(f"the server exited with code {code}")
+        report: dict[str, Any] = json.loads(self.report_file.read_text())
+        return report
 
 
 @contextmanager
-def stand_in(folder: Path, *arguments: str, name: str = "server") -> Iterator[Server]:
-    """A stand-in server; killed at the end if it still runs."""
+def fake_server(folder: Path, *arguments: str, name: str = "server") -> Iterator[Server]:
+    """Runs a fake server; kills it at the end if it is still running."""
     port_file, report_file = folder / f"{name}.port", folder / f"{name}.report"
     port_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.load.stand_in", "--port-file", str(port_file)]
+    command = [sys.executable, "-m", "benchmarks.load.fake_server", "--port-file", str(port_file)]
     process = subprocess.Popen(
         [*command, "--report", str(report_file), *arguments], env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL
     )
@@ -88,51 +88,51 @@ def stand_in(folder: Path, *arguments: str, name: str = "server") -> Iterator[Se
 
 
 def wait_for_address(process: "subprocess.Popen[bytes]", port_file: Path) -> str:
-    """The address of a server that has come up."""
+    """Waits for a server to become ready; returns its address."""
     until = time.monotonic() + START_S
     while not port_file.exists():
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended with {process.returncode} before it served")
+            raise RuntimeError(f"the server exited with code {process.returncode} before it was ready")
         if time.monotonic() > until:
-            raise RuntimeError(f"the server was not up after {START_S:g} s")
+            raise RuntimeError(f"the server was not ready after {START_S:g} s")
         time.sleep(0.02)
     return port_file.read_text().strip()
 
 
 @dataclass
 class Load:
-    """Client processes at work."""
+    """Running client processes."""
 
     processes: "list[subprocess.Popen[bytes]]"
     report_files: list[Path]
     start_at: float
 
     def wait(self, timeout_s: float) -> list[ClientReport]:
-        """Their reports, in the order of the plans."""
+        """Waits for the processes; returns their reports in the order of the plans."""
         until = time.monotonic() + timeout_s
         for process in self.processes:
             code = process.wait(max(until - time.monotonic(), 0.1))
             if code:
-                raise RuntimeError(f"a client process ended with {code}")
+                raise RuntimeError(f"a client process exited with code {code}")
         return [ClientReport.load(path) for path in self.report_files]
 
 
 @contextmanager
-def loading(plans: Sequence[Plan], deck_folder: Path) -> Iterator[Load]:
-    """A process for each plan; once all are connected they begin to call at one moment, `Load.start_at`."""
+def run_clients(plans: Sequence[Plan], image_folder: Path) -> Iterator[Load]:
+    """Runs one process per plan; all start to call at `Load.start_at`, after all have connected."""
     processes, reports = [], []
     with tempfile.TemporaryDirectory() as name:
         start = Path(name, "start")
         try:
-            for at, plan in enumerate(plans):
-                plan_file, report = Path(name, f"{at}.plan"), Path(name, f"{at}.json")
-                plan_file.write_text(json.dumps(asdict(replace(plan, number=at, starts_by=str(start)))))
-                files = [str(path) for path in (plan_file, deck_folder, report)]
-                command = [sys.executable, "-m", "benchmarks.load.caller", *files]
+            for number, plan in enumerate(plans):
+                plan_file, report = Path(name, f"{number}.plan"), Path(name, f"{number}.json")
+                plan_file.write_text(json.dumps(asdict(replace(plan, number=number, start_file=str(start)))))
+                files = [str(path) for path in (plan_file, image_folder, report)]
+                command = [sys.executable, "-m", "benchmarks.load.client", *files]
                 processes.append(subprocess.Popen(command, env=environment(), cwd=ROOT))
                 reports.append(report)
             wait_until_ready(processes, reports)
-            start_at = time.monotonic() + START_IN_S
+            start_at = time.monotonic() + START_DELAY_S
             part = start.with_suffix(".part")
             part.write_text(str(start_at))
             part.replace(start)
@@ -145,25 +145,25 @@ def loading(plans: Sequence[Plan], deck_folder: Path) -> Iterator[Load]:
 
 
 def wait_until_ready(processes: "Sequence[subprocess.Popen[bytes]]", reports: Sequence[Path]) -> None:
-    """Returns once every client process is connected, however long this machine takes for it."""
+    """Waits until every client process has connected."""
     until = time.monotonic() + START_S
     for process, report in zip(processes, reports, strict=True):
         while not report.with_suffix(".ready").exists():
             if process.poll() is not None:
-                raise RuntimeError(f"a client process ended with {process.returncode} before it was ready")
+                raise RuntimeError(f"a client process exited with code {process.returncode} before it was ready")
             if time.monotonic() > until:
                 raise RuntimeError(f"the clients were not ready after {START_S:g} s")
             time.sleep(0.01)
 
 
-def samples_of(reports: Sequence[ClientReport]) -> list[Sample]:
-    """All processes' samples."""
+def all_samples(reports: Sequence[ClientReport]) -> list[Sample]:
+    """Returns the samples of all processes."""
     return [sample for report in reports for sample in report.samples]
 
 
-def shared(plan: Plan, processes: int) -> list[Plan]:
-    """The plan's clients, calls and rate dealt out to so many processes."""
-    counts = [plan.clients // processes + (at < plan.clients % processes) for at in range(processes)]
+def split_plan(plan: Plan, processes: int) -> list[Plan]:
+    """Splits the clients, calls and rate of a plan over several processes."""
+    counts = [plan.clients // processes + (n < plan.clients % processes) for n in range(processes)]
     return [
         replace(
             plan, clients=count, rate=plan.rate * count / plan.clients, calls=-(-plan.calls * count // plan.clients)
@@ -173,39 +173,41 @@ def shared(plan: Plan, processes: int) -> list[Plan]:
     ]
 
 
-def stand_in_deck(folder: Path, pictures: int = 16, boxes: int = 8, seed: int = 1) -> list[DeckImage]:
-    """A deck for the stand-in, with the right masks, saved."""
-    from benchmarks.load.stand_in import right_masks  # noqa: PLC0415  brings torch, which clients go without
+def fake_server_images(folder: Path, count: int = 16, boxes: int = 8, seed: int = 1) -> list[LoadImage]:
+    """Draws and saves images with the masks that the fake server must return."""
+    from benchmarks.load.fake_server import expected_masks  # noqa: PLC0415  imports torch, which clients do not need
 
-    deck = with_answers(draw_deck(pictures, boxes, seed), right_masks)
-    save_deck(deck, folder)
-    return deck
+    images = with_expected_masks(draw_images(count, boxes, seed), expected_masks)
+    save_images(images, folder)
+    return images
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description="Puts a server under load and checks every answer.")
-    made.add_argument("--server", metavar="HOST:PORT", help="default: a stand-in server of this tool's own")
-    made.add_argument(
-        "--batch-ms", type=float, default=5.0, help="the stand-in's time of a batch (default %(default)g)"
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(description="Load a server and check every result.")
+    parser.add_argument("--server", metavar="HOST:PORT", help="server to load (default: a fake server)")
+    parser.add_argument(
+        "--batch-ms", type=float, default=5.0, help="milliseconds per batch of the fake server (default: %(default)g)"
     )
-    made.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a setting of the stand-in's server")
-    made.add_argument("--clients", type=int, default=32, help="interactive clients (default %(default)d)")
-    made.add_argument("--streams", type=int, default=0, help="bulk streams beside them (default %(default)d)")
-    made.add_argument("--rate", type=float, default=0.0, help="calls/s of an open loop; 0: closed (default)")
-    made.add_argument("--boxes", type=int, default=8, help="boxes of a call, at most 8 (default %(default)d)")
-    made.add_argument("--seconds", type=float, default=10.0, help="default %(default)g")
-    made.add_argument("--deadline", type=float, default=0.0, metavar="S", help="of a call; 0: none (default)")
-    made.add_argument("--retries", action="store_true", help="come back after refusals until answered")
-    made.add_argument("--processes", type=int, default=2, help="client processes (default %(default)d)")
-    made.add_argument("--seed", type=int, default=1, help="default %(default)d")
-    made.add_argument("--token", default="", metavar="env:NAME", help="the token to show")
-    made.add_argument("--json", action="store_true", help="print the figures as JSON")
-    return made
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="setting of the fake server")
+    parser.add_argument("--clients", type=int, default=32, help="interactive clients (default: %(default)d)")
+    parser.add_argument("--streams", type=int, default=0, help="additional bulk streams (default: %(default)d)")
+    parser.add_argument("--rate", type=float, default=0.0, help="calls/s of an open loop; 0: closed loop (default)")
+    parser.add_argument("--boxes", type=int, default=8, help="boxes per call, at most 8 (default: %(default)d)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration (default: %(default)g)")
+    parser.add_argument(
+        "--deadline", type=float, default=0.0, metavar="S", help="deadline of a call; 0: none (default)"
+    )
+    parser.add_argument("--retries", action="store_true", help="retry refused calls until they succeed")
+    parser.add_argument("--processes", type=int, default=2, help="client processes (default: %(default)d)")
+    parser.add_argument("--seed", type=int, default=1, help="random seed (default: %(default)d)")
+    parser.add_argument("--token", default="", metavar="env:NAME", help="bearer token of the calls")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    return parser
 
 
 def measure(args: argparse.Namespace, folder: Path, address: str) -> dict[str, Summary]:
-    """Runs the load; a summary for each kind of client."""
+    """Runs the load; returns a summary for each group of clients."""
     token = os.environ[args.token.removeprefix("env:")] if args.token else ""
     plan = Plan(
         address,
@@ -218,33 +220,34 @@ def measure(args: argparse.Namespace, folder: Path, address: str) -> dict[str, S
         seed=args.seed,
         token=token,
     )
-    plans = shared(plan, args.processes) if args.clients else []
+    plans = split_plan(plan, args.processes) if args.clients else []
     if args.streams:
-        plans.append(replace(plan, clients=args.streams, rate=0.0, kind="batch", streams=True))
-    with loading(plans, folder) as load:
+        plans.append(replace(plan, clients=args.streams, rate=0.0, group="batch", streams=True))
+    with run_clients(plans, folder) as load:
         reports = load.wait(args.seconds + 300)
-    begin, samples = load.start_at, samples_of(reports)
-    print(f"clients' own CPU: {sum(report.cpu_s for report in reports):.1f} s", file=sys.stderr)
-    return {kind: summarize(samples, begin, begin + args.seconds, kind) for kind in sorted({p.kind for p in plans})}
+    begin, samples = load.start_at, all_samples(reports)
+    print(f"CPU time of the clients: {sum(report.cpu_s for report in reports):.1f} s", file=sys.stderr)
+    groups = sorted({plan.group for plan in plans})
+    return {group: summarize(samples, begin, begin + args.seconds, group) for group in groups}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.server:
-            save_deck(draw_deck(16, 8, args.seed), folder)
-            found = measure(args, folder, args.server)
+            save_images(draw_images(16, 8, args.seed), folder)
+            summaries = measure(args, folder, args.server)
         else:
-            stand_in_deck(folder, seed=args.seed)
-            with stand_in(folder, "--batch-ms", str(args.batch_ms), *args.set) as server:
-                found = measure(args, folder, server.address)
+            fake_server_images(folder, seed=args.seed)
+            with fake_server(folder, "--batch-ms", str(args.batch_ms), *args.set) as server:
+                summaries = measure(args, folder, server.address)
                 print(json.dumps(server.stop()), file=sys.stderr)
     if args.json:
-        print(json.dumps({kind: asdict(one) for kind, one in found.items()}))
+        print(json.dumps({group: asdict(summary) for group, summary in summaries.items()}))
     else:
-        print("\n".join(table(kind, one) for kind, one in found.items()))
-    return 0 if all(one.is_sound for one in found.values()) else 1
+        print("\n".join(table(group, summary) for group, summary in summaries.items()))
+    return 0 if all(summary.is_sound for summary in summaries.values()) else 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import pytest
 
-from benchmarks.load.run import stand_in_deck
+from benchmarks.load.run import fake_server_images
 
 T = TypeVar("T")
 
@@ -64,5 +64,5 @@ def record() -> Callable[..., None]:
 def deck_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with images, boxes and their expected masks."""
     folder = tmp_path_factory.mktemp("deck")
-    stand_in_deck(folder, seed=FORM.seed)
+    fake_server_images(folder, seed=FORM.seed)
     return folder

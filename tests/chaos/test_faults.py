@@ -16,10 +16,10 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks.load.caller import Plan
-from benchmarks.load.deck import DeckImage, load_deck
-from benchmarks.load.run import ROOT, environment, loading, samples_of, wait_for_address
-from benchmarks.load.stand_in import StandIn
+from benchmarks.load.client import Plan
+from benchmarks.load.fake_server import FakePredictor
+from benchmarks.load.images import LoadImage, load_images
+from benchmarks.load.run import ROOT, all_samples, environment, run_clients, wait_for_address
 from tests.chaos.conftest import Form
 from tests.mal_server.calls import bulk
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, label, label_request, serving
@@ -103,11 +103,11 @@ def test_the_server_survives_a_burst_of_cancelled_calls(form: Form, record: Reco
 def test_a_device_too_small_for_its_batches_returns_correct_masks(
     form: Form, deck_folder: Path, record: Record
 ) -> None:
-    deck = load_deck(deck_folder)[: form.pick(3, 16)]
+    deck = load_images(deck_folder)[: form.pick(3, 16)]
     labeled = 0
 
     async def work(fits: int) -> int:
-        async with serving(StandIn(fits=fits), max_batch_size=16) as running:
+        async with serving(FakePredictor(fits=fits), max_batch_size=16) as running:
             return sum(await asyncio.gather(*(correct_masks(running, image) for image in deck)))
 
     for fits in range(1, 17):
@@ -117,7 +117,7 @@ def test_a_device_too_small_for_its_batches_returns_correct_masks(
     record("out of memory", fits="1..16", boxes=labeled, wrong=0)
 
 
-async def correct_masks(running: Running, image: DeckImage) -> int:
+async def correct_masks(running: Running, image: LoadImage) -> int:
     request = label_request(*image.boxes, content=image.content)
     results = await label(running, request)
     return sum(image.is_right(index, result) for index, result in enumerate(results))
@@ -125,7 +125,7 @@ async def correct_masks(running: Running, image: DeckImage) -> int:
 
 def test_a_crop_that_never_fits_fails_alone_in_a_stream(record: Record) -> None:
     async def work() -> Counter[int]:
-        async with serving(StandIn()) as running:
+        async with serving(FakePredictor()) as running:
             running.predictor.fits = 0  # only now: the warm-up fails on a device that fits no crop
             items = await bulk(running, *[label_request(DISC_BOX) for _ in range(20)])
             return Counter(result.status.code for item in items.values() for result in item.response.results)
@@ -138,7 +138,15 @@ def test_a_crop_that_never_fits_fails_alone_in_a_stream(record: Record) -> None:
 def start(folder: Path, *arguments: str) -> "tuple[subprocess.Popen[bytes], str]":
     """Starts a stand-in server that logs every call; returns it and its address."""
     port_file = folder / "port"
-    command = [sys.executable, "-m", "benchmarks.load.stand_in", "--port-file", str(port_file), "--log-level", "INFO"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.load.fake_server",
+        "--port-file",
+        str(port_file),
+        "--log-level",
+        "INFO",
+    ]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [*command, *arguments], env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log
@@ -162,7 +170,7 @@ def drained(folder: Path, deck: Path, seed: int, delay_s: float) -> dict[str, An
     process, address = start(folder, "--batch-ms", "20", f"drain_delay_s={delay_s}", "grace_s=30.0")
     try:
         plan = Plan(address, clients=8, seconds=60.0, boxes=2, stops_at_failure=True, seed=seed)
-        with loading([plan], deck) as load:
+        with run_clients([plan], deck) as load:
             health: list[float] = []
             watch = threading.Thread(target=lambda: health.append(first_not_serving(address)))
             watch.start()
@@ -175,7 +183,7 @@ def drained(folder: Path, deck: Path, seed: int, delay_s: float) -> dict[str, An
             signaled = time.monotonic()
             code = process.wait(60)
             ended_s = time.monotonic() - signaled
-            samples = samples_of(load.wait(120))
+            samples = all_samples(load.wait(120))
             watch.join(10)
     finally:
         if process.poll() is None:
@@ -217,7 +225,7 @@ def test_a_draining_server_completes_every_accepted_call(
 
 def test_aborted_calls_of_every_kind_do_not_affect_the_others(form: Form, deck_folder: Path, record: Record) -> None:
     """Aborts: cancelled at once or later, past the deadline, half a stream, a truncated image. Masks are checked."""
-    deck, chance = load_deck(deck_folder), random.Random(form.seed)
+    deck, chance = load_images(deck_folder), random.Random(form.seed)
     seconds = form.pick(1.0, 60.0)
     counts: Counter[str] = Counter()
 
@@ -244,7 +252,7 @@ def test_aborted_calls_of_every_kind_do_not_affect_the_others(form: Form, deck_f
 
     async def work() -> tuple[int, int]:
         correct = requested = 0
-        async with serving(StandIn(batch_s=0.005), max_batch_size=8) as running:
+        async with serving(FakePredictor(batch_s=0.005), max_batch_size=8) as running:
             until = time.monotonic() + seconds
             while time.monotonic() < until:
                 images = chance.choices(deck, k=4)

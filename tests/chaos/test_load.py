@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load.caller import Plan
-from benchmarks.load.run import Server, loading, samples_of, shared, stand_in
+from benchmarks.load.client import Plan
+from benchmarks.load.run import Server, all_samples, fake_server, run_clients, split_plan
 from benchmarks.load.summary import Sample, Summary, summarize
 from tests.chaos.conftest import FORM, TIMED, Form
 
@@ -63,11 +63,11 @@ def under_load(
     """Runs a stand-in server under the load of the plans."""
     metrics = f"127.0.0.1:{metrics_port}" if metrics_port else ""
     shows = [f"metrics.port={metrics_port}"] if metrics_port else []
-    with stand_in(folder, *arguments, *shows) as server:
+    with fake_server(folder, *arguments, *shows) as server:
         addressed = [Plan(**{**plan.__dict__, "address": server.address}) for plan in plans]
-        with loading(addressed, deck) as load:
+        with run_clients(addressed, deck) as load:
             time.sleep(max(load.start_at - time.monotonic(), 0))
-            server.forget()
+            server.reset_stats()
             seen, queued, over = list[float](), list[float](), threading.Event()
             watch = threading.Thread(target=watched, args=(server, seen, queued, metrics, over))
             watch.start()
@@ -76,7 +76,7 @@ def under_load(
             finally:
                 over.set()
                 watch.join()
-        return LoadRun(samples_of(reports), load.start_at, seconds, server.stop(), seen, queued)
+        return LoadRun(all_samples(reports), load.start_at, seconds, server.stop(), seen, queued)
 
 
 # Slow in the full form: 64 clients with one image each must saturate the device, not two CPU cores.
@@ -88,7 +88,7 @@ CLIENTS = FORM.pick(16, 64)
 def sustained(form: Form, deck_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadRun:
     """Runs a closed loop of clients whose crops fit into one batch."""
     plan = Plan("", clients=CLIENTS, seconds=form.pick(2.0, 60.0), seed=form.seed)
-    plans = shared(plan, form.pick(1, 2))
+    plans = split_plan(plan, form.pick(1, 2))
     settings = ("--batch-ms", str(BATCH_MS), f"max_batch_size={BATCH}")
     return under_load(tmp_path_factory.mktemp("sustained"), deck_folder, plans, *settings, seconds=plan.seconds)
 
@@ -133,14 +133,14 @@ JOBS = FORM.pick(24, 2000)
 def overloaded(form: Form, deck_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadRun:
     """Offers three times the capacity of the device; clients of kind "retrying" retry after refusals."""
     seconds = form.pick(4.0, 60.0)
-    rush = Plan("", clients=4, seconds=seconds, rate=3 * CAPACITY / BOXES, boxes=BOXES, kind="rush", seed=form.seed)
+    rush = Plan("", clients=4, seconds=seconds, rate=3 * CAPACITY / BOXES, boxes=BOXES, group="rush", seed=form.seed)
     retrying = Plan(
         "",
         clients=RETRYING,
         seconds=1800.0,
         calls=JOBS,
         boxes=BOXES,
-        kind="retrying",
+        group="retrying",
         retries=True,
         seed=form.seed + 1,
     )
@@ -203,7 +203,7 @@ def test_memory_does_not_grow_under_overload(overloaded: LoadRun, record: Record
 
 
 def test_retrying_clients_complete_all_calls(overloaded: LoadRun, form: Form, record: Record) -> None:
-    jobs = [one for one in overloaded.samples if one.kind == "retrying"]
+    jobs = [one for one in overloaded.samples if one.group == "retrying"]
     record(
         "retries",
         jobs=len(jobs),
@@ -225,8 +225,8 @@ def test_interactive_calls_pass_a_saturating_bulk_stream(
 ) -> None:
     seconds, batch_ms, size = form.pick(3.0, 60.0), 100, 16
     plans = [
-        Plan("", clients=2, seconds=seconds, boxes=8, kind="batch", streams=True, seed=form.seed),
-        Plan("", clients=1, seconds=seconds, boxes=1, kind="interactive", seed=form.seed + 1),
+        Plan("", clients=2, seconds=seconds, boxes=8, group="batch", streams=True, seed=form.seed),
+        Plan("", clients=1, seconds=seconds, boxes=1, group="interactive", seed=form.seed + 1),
     ]
     settings = ("--batch-ms", str(batch_ms), f"max_batch_size={size}")
     seen = under_load(tmp_path, deck_folder, plans, *settings, seconds=seconds)
@@ -251,12 +251,14 @@ def test_interactive_calls_pass_a_saturating_bulk_stream(
 def test_memory_does_not_grow_over_many_calls(form: Form, deck_folder: Path, tmp_path: Path, record: Record) -> None:
     calls = form.pick(600, 50_000)
     plan = Plan("", clients=8, seconds=1800.0, calls=calls, seed=form.seed)
-    with stand_in(tmp_path, "--batch-ms", "0") as server:
-        with loading([Plan(**{**plan.__dict__, "address": server.address, "calls": calls // 5})], deck_folder) as load:
+    with fake_server(tmp_path, "--batch-ms", "0") as server:
+        with run_clients(
+            [Plan(**{**plan.__dict__, "address": server.address, "calls": calls // 5})], deck_folder
+        ) as load:
             load.wait(1800)
         first = server.rss_mib()
         rest = Plan(**{**plan.__dict__, "address": server.address, "calls": calls - calls // 5, "seed": form.seed + 1})
-        with loading([rest], deck_folder) as load:
+        with run_clients([rest], deck_folder) as load:
             (report,) = load.wait(1800)
         growth = server.rss_mib() - first
         server.stop()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load.caller import Plan
-from benchmarks.load.run import ROOT, Server, loading, samples_of, stand_in
+from benchmarks.load.client import Plan
+from benchmarks.load.run import ROOT, Server, all_samples, fake_server, run_clients
 from mal_server.ops.health_probe import HealthProbe
 from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
@@ -62,13 +62,13 @@ def test_killing_one_of_three_servers_behind_a_proxy_loses_no_call(
     with ExitStack() as stack:
         # Several messages per response: the killed server is in the middle of some.
         settings = ("--batch-ms", "20", "max_batch_size=2")
-        servers = [stack.enter_context(stand_in(tmp_path, *settings, name=f"s{i}")) for i in range(3)]
+        servers = [stack.enter_context(fake_server(tmp_path, *settings, name=f"s{i}")) for i in range(3)]
         address = stack.enter_context(proxied(proxy, tmp_path, servers))
         plan = Plan(address, clients=8, seconds=3600.0, calls=form.pick(600, 3000), boxes=8, retries=True)
-        with loading([plan], deck_folder) as load:
+        with run_clients([plan], deck_folder) as load:
             time.sleep(max(load.start_at - time.monotonic(), 0) + 1.0)
             servers[0].process.send_signal(signal.SIGKILL)
-            samples = samples_of(load.wait(900))
+            samples = all_samples(load.wait(900))
         cpu_s = [server.cpu_s() for server in servers[1:]]
     tries = sum(one.tries for one in samples)
     record(f"{proxy}, one of three killed", calls=len(samples), tries=tries, others_cpu_s=cpu_s)
@@ -81,13 +81,13 @@ def test_clients_with_several_addresses_fail_over_when_one_server_is_killed(
 ) -> None:
     """Without a proxy: each client has both addresses."""
     with ExitStack() as stack:
-        servers = [stack.enter_context(stand_in(tmp_path, "--batch-ms", "20", name=f"s{i}")) for i in range(2)]
+        servers = [stack.enter_context(fake_server(tmp_path, "--batch-ms", "20", name=f"s{i}")) for i in range(2)]
         addresses = ",".join(server.address for server in servers)
         plan = Plan(addresses, clients=4, seconds=3600.0, calls=form.pick(100, 6000), boxes=2, retries=True)
-        with loading([plan], deck_folder) as load:
+        with run_clients([plan], deck_folder) as load:
             time.sleep(max(load.start_at - time.monotonic(), 0) + 0.3)
             servers[0].process.send_signal(signal.SIGKILL)
-            samples = samples_of(load.wait(900))
+            samples = all_samples(load.wait(900))
     tries = sum(one.tries for one in samples)
     record("one of two killed", calls=len(samples), tries=tries)
     assert len(samples) == plan.calls

@@ -24,9 +24,9 @@ import grpc
 import pytest
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, types_pb2
 
-from benchmarks.load.caller import LABEL_IMAGE, Plan
-from benchmarks.load.deck import DeckImage, load_deck
-from benchmarks.load.run import ROOT, START_S, environment, loading, samples_of, wait_for_address
+from benchmarks.load.client import LABEL_IMAGE, Plan
+from benchmarks.load.images import LoadImage, load_images
+from benchmarks.load.run import ROOT, START_S, all_samples, environment, run_clients, wait_for_address
 from mal_server.ops.health_probe import HealthProbe
 from tests.chaos.conftest import FORM, Form
 from tests.chaos.test_hostile import corpus, mutant
@@ -68,7 +68,7 @@ class RestartedServer:
         """Starts the process without waiting for it."""
         self.port_file.unlink(missing_ok=True)
         host, _, port = self.address.rpartition(":")
-        command = [sys.executable, "-m", "benchmarks.load.stand_in", "--port-file", str(self.port_file)]
+        command = [sys.executable, "-m", "benchmarks.load.fake_server", "--port-file", str(self.port_file)]
         listens = [f"listen.host={host}", f"listen.port={port}"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -116,7 +116,7 @@ class BulkJob:
 
     def __init__(self, folder: Path, deck_folder: Path, addresses: Sequence[str]) -> None:
         self._folder = folder
-        self._deck = load_deck(deck_folder)
+        self._deck = load_images(deck_folder)
         images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
         for index in range(JOB_IMAGES):
             image = self._image(index)
@@ -136,7 +136,7 @@ class BulkJob:
         self.errors: list[str] = []
         self._start()
 
-    def _image(self, index: int) -> DeckImage:
+    def _image(self, index: int) -> LoadImage:
         return self._deck[index % len(self._deck)]
 
     @property
@@ -188,7 +188,7 @@ class BadClients:
 
     KINDS = ("cancel at once", "cancel later", "deadline", "half a stream", "truncated image", "mutant", "junk")
 
-    def __init__(self, chance: random.Random, deck: Sequence[DeckImage]) -> None:
+    def __init__(self, chance: random.Random, deck: Sequence[LoadImage]) -> None:
         self._chance = chance
         self._deck = deck
         self._corpus = corpus()
@@ -225,7 +225,7 @@ class BadClients:
             call.cancel()
         return call, kind == "cancel later"
 
-    def _request(self, image: DeckImage) -> labeling_pb2.LabelImageRequest:
+    def _request(self, image: LoadImage) -> labeling_pb2.LabelImageRequest:
         indices = list(range(len(image.boxes)))
         return labeling_pb2.LabelImageRequest.FromString(image.request(indices, indices, types_pb2.LabelOptions()))
 
@@ -345,14 +345,14 @@ def test_no_call_is_lost_or_answered_twice_under_random_faults(
             wait_for_address(server.process, server.port_file)
         job = BulkJob(tmp_path, deck_folder, addresses)
         stack.callback(lambda: kill(job.process))
-        clients = BadClients(chance, load_deck(deck_folder))
+        clients = BadClients(chance, load_images(deck_folder))
         faults = FaultInjector(chance, survivor, victims, job, clients)
         plan = Plan(",".join(addresses), clients=CLIENTS, seconds=SECONDS, boxes=BOXES, retries=True, seed=form.seed)
-        with loading([plan], deck_folder) as load:
+        with run_clients([plan], deck_folder) as load:
             for kind in faults.kinds(load.start_at + SECONDS):
                 faults.inject(kind)
                 faults.run(chance.uniform(0, PAUSE_S))
-            samples = samples_of(load.wait(SECONDS + 600))
+            samples = all_samples(load.wait(SECONDS + 600))
         faults.wait_for(lambda: all(one.is_up for one in servers), "a server did not restart")
         job.finish()
         faults.wait_for(lambda: queued_crops(f"127.0.0.1:{metrics}") == 0, "abandoned crops are still queued")

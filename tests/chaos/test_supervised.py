@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load.caller import Plan
-from benchmarks.load.run import ROOT, environment, loading, samples_of, wait_for_address
+from benchmarks.load.client import Plan
+from benchmarks.load.run import ROOT, all_samples, environment, run_clients, wait_for_address
 from mal_server.ops.health_probe import HealthProbe
 from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
@@ -64,7 +64,7 @@ class Supervised:
 def supervised(folder: Path, *arguments: str) -> Iterator[Supervised]:
     """Runs the shipped configuration; only its paths and the command differ."""
     port = free_port()
-    command = [sys.executable, "-m", "benchmarks.load.stand_in", "--port-file", str(folder / "port")]
+    command = [sys.executable, "-m", "benchmarks.load.fake_server", "--port-file", str(folder / "port")]
     line = " ".join([*command, *arguments, f"listen.port={port}"])
     text = re.sub(r"^command=.*$", f"command={line}", CONF.read_text(), flags=re.MULTILINE)
     text = re.sub(r"^directory=.*$", f"directory={ROOT}", text, flags=re.MULTILINE)
@@ -86,7 +86,7 @@ def test_a_killed_server_restarts_and_no_call_is_lost(
     down: list[float] = []
     with supervised(tmp_path, "--batch-ms", "20") as server:
         plan = Plan(server.address, clients=8, seconds=3600.0, calls=form.pick(200, 20_000), boxes=2, retries=True)
-        with loading([plan], deck_folder) as load:
+        with run_clients([plan], deck_folder) as load:
             time.sleep(max(load.start_at - time.monotonic(), 0))
             for _ in range(kills):
                 # The calls of the short form take the device half a second: the kill interrupts them.
@@ -94,7 +94,7 @@ def test_a_killed_server_restarts_and_no_call_is_lost(
                 os.kill(server.pid(), signal.SIGKILL)
                 assert server.health() != "SERVING"
                 down.append(server.seconds_until_serving())
-            samples = samples_of(load.wait(1200))
+            samples = all_samples(load.wait(1200))
     tries = sum(one.tries for one in samples)
     record(
         "kill -9", kills=kills, calls=len(samples), tries=tries, longest_down_s=max(down), mean_down_s=sum(down) / kills
@@ -113,8 +113,8 @@ def test_a_lost_device_ends_the_process_and_the_supervisor_starts_a_new_one(
     # One client with one box: every call is a batch. Warm-up and self-test use some of the batches.
     with supervised(tmp_path, "--batch-ms", "1", "--lives", str(lives)) as server:
         plan = Plan(server.address, clients=1, seconds=3600.0, calls=calls, retries=True, seed=form.seed)
-        with loading([plan], deck_folder) as load:
-            samples = samples_of(load.wait(1200))
+        with run_clients([plan], deck_folder) as load:
+            samples = all_samples(load.wait(1200))
         ends = server.ends()
     record("device lost", calls=len(samples), restarts=len(ends), tries=sum(one.tries for one in samples))
     assert {(one.code, one.right, one.wrong) for one in samples} == {("OK", 1, 0)}

@@ -1,14 +1,14 @@
-"""The real server round a stand-in network: a fixed time a batch, and a mask that depends on picture and box alone.
+"""Runs the real server with a fake network: fixed time per batch, masks that depend only on image and box.
 
-So the serving path is measured without a model, and every answer can be checked by whoever knows the picture. No
-setting of `mal-server` leads here.
+Measures the serving path without a model, and clients can check every result. `mal-server` cannot be configured to use
+this network.
 
-    python -m benchmarks.load.stand_in --port-file FILE [--batch-ms 5] [max_batch_size=16 ...]
+    python -m benchmarks.load.fake_server --port-file FILE [--batch-ms 5] [max_batch_size=16 ...]
 """
 
 import gc
 
-# As in the command mal-server, before anything heavy is imported.
+# As in mal-server, before large imports.
 if __name__ == "__main__":
     gc.disable()
 
@@ -41,13 +41,13 @@ from tests.mal_server.fakes import BrightPredictor, loaded
 CROP_SIZE = 32
 
 
-class StandIn(BrightPredictor):
-    """What is brighter than its crop's mean is foreground, so no mask is empty; every batch takes the same time.
+class FakePredictor(BrightPredictor):
+    """Predictor with a fixed time per batch; pixels brighter than the mean of their crop are foreground.
 
     Args:
-        batch_s: time of a batch.
-        fits: crops that fit the device.
-        lives: batches until the device is lost for good; None: for ever.
+        batch_s: time per batch in seconds.
+        fits: number of crops that fit into device memory.
+        lives: batches until the device is lost; None for a device that is never lost.
         crop_size: side of a crop in px.
     """
 
@@ -59,28 +59,28 @@ class StandIn(BrightPredictor):
         self._lives = lives
 
     def lose(self) -> None:
-        """The next batch finds no device any more."""
+        """Makes the device fail from the next batch on."""
         self._lives = 0
 
     def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
-        """Brightness against the crop's mean as probability; raises DeviceLost once its lives are spent."""
+        """Returns the brightness relative to the mean as probability; raises DeviceLost after `lives` batches."""
         if self._lives is not None:
             if self._lives <= 0:
-                raise DeviceLost("the stand-in's lives are spent")
+                raise DeviceLost("the fake device was lost as configured")
             self._lives -= 1
-        found = super().predict(crops, options)
-        self.batches.clear()  # the memory of a long run must stay flat
-        return [Prediction(np.clip(one.prob - one.prob.mean() + np.float32(0.5), 0, 1)) for one in found]
+        predictions = super().predict(crops, options)
+        self.batches.clear()  # keeps the memory of a long run constant
+        return [Prediction(np.clip(each.prob - each.prob.mean() + np.float32(0.5), 0, 1)) for each in predictions]
 
 
-def right_masks(content: bytes, boxes: Sequence[Box], crop_size: int = CROP_SIZE) -> list[bytes]:
-    """COCO counts of what the stand-in must answer."""
-    labels = StandIn(crop_size=crop_size).label(decode_image(content), boxes)
+def expected_masks(content: bytes, boxes: Sequence[Box], crop_size: int = CROP_SIZE) -> list[bytes]:
+    """Returns the COCO counts that the fake server must return."""
+    labels = FakePredictor(crop_size=crop_size).label(decode_image(content), boxes)
     return [label.rle.counts if isinstance(label, Label) else b"" for label in labels]
 
 
 def report_of(watch: LoopWatch) -> dict[str, object]:
-    """The watch's figures and what the process used, as JSON."""
+    """Returns the statistics of the event loop and the resource usage of the process as a JSON object."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     late = watch.lateness_s or [0.0]
     return {
@@ -98,11 +98,8 @@ def report_of(watch: LoopWatch) -> dict[str, object]:
     }
 
 
-async def run(config: ServerConfig, port_file: Path, report: Path | None, predictor: StandIn) -> None:
-    """Serves until SIGTERM; SIGUSR1 starts the watch's figures anew, the report is written at the end.
-
-    SIGUSR2 takes the device away.
-    """
+async def run(config: ServerConfig, port_file: Path, report: Path | None, predictor: FakePredictor) -> None:
+    """Serves until SIGTERM and then writes the report; SIGUSR1 resets the statistics, SIGUSR2 loses the device."""
     watch = LoopWatch()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, predictor.lose)
 
@@ -113,7 +110,7 @@ async def run(config: ServerConfig, port_file: Path, report: Path | None, predic
         await serve(config, port_file=port_file, load=load)
         return
     watch.install()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, watch.forget)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, watch.reset)
     beating = asyncio.create_task(watch.beat())
     try:
         await serve(config, port_file=port_file, load=load)
@@ -123,24 +120,24 @@ async def run(config: ServerConfig, port_file: Path, report: Path | None, predic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The real server round a stand-in network.")
-    parser.add_argument("--port-file", type=Path, required=True, help="host:port appears there once it serves")
-    parser.add_argument("--report", type=Path, help="figures of the event loop go there at the end (JSON)")
-    parser.add_argument("--batch-ms", type=float, default=5.0, help="time of a batch (default %(default)g)")
-    parser.add_argument("--fits", type=int, default=10_000, help="crops that fit the device")
-    parser.add_argument("--lives", type=int, help="batches until the device is lost for good")
+    parser = argparse.ArgumentParser(description="Run the real server with a fake network.")
+    parser.add_argument("--port-file", type=Path, required=True, help="file for HOST:PORT, written when ready")
+    parser.add_argument("--report", type=Path, help="file for statistics of the event loop (JSON)")
+    parser.add_argument("--batch-ms", type=float, default=5.0, help="milliseconds per batch (default: %(default)g)")
+    parser.add_argument("--fits", type=int, default=10_000, help="crops that fit into device memory")
+    parser.add_argument("--lives", type=int, help="batches until the device is lost")
     parser.add_argument("--crop-size", type=int, default=CROP_SIZE, help="side of a crop in px")
     parser.add_argument("--log-level", default="WARNING")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings of the server")
     args = parser.parse_args(argv)
-    settings = {"checkpoint": "stand-in.malckpt", "gpu_ids": [], "drain_delay_s": 0.0, "listen": {"port": 0}}
-    config = validate(ServerConfig, apply_overrides(settings, args.overrides), source="stand-in")
+    settings = {"checkpoint": "fake.malckpt", "gpu_ids": [], "drain_delay_s": 0.0, "listen": {"port": 0}}
+    config = validate(ServerConfig, apply_overrides(settings, args.overrides), source="fake server")
     logging.set_up(args.log_level, "text", sys.stderr)
-    predictor = StandIn(args.batch_ms / 1000, args.fits, args.lives, args.crop_size)
+    predictor = FakePredictor(args.batch_ms / 1000, args.fits, args.lives, args.crop_size)
     try:
         asyncio.run(run(config, args.port_file, args.report, predictor))
     except DeviceLost as error:
-        print(f"stand-in: {error}", file=sys.stderr)
+        print(f"fake server: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
