@@ -1,4 +1,4 @@
-# One verb each; CI runs the same verbs. PYTHON picks the interpreter for the environment, CONSTRAINTS the pinned versions.
+# CI runs the same verbs. PYTHON is the interpreter of the environment, CONSTRAINTS the file of pinned versions.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -8,17 +8,18 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 .PHONY: help demo test test-slow chaos test-browser check protos bench tools-labelstudio clean
 
 help:
-	@echo "make demo    environment, synthetic scenes, training from boxes, server, masks, one HTML page"
-	@echo "make test    the whole test suite"
-	@echo "make test-browser  the page in Chromium, which the system has to have"
-	@echo "make chaos   load and faults in full, with figures"
+	@echo "make demo    create .venv, train on boxes of synthetic scenes, serve, label, write one HTML page"
+	@echo "make test    run the tests"
+	@echo "make test-slow     run the slow tests: wheel, container, proxies"
+	@echo "make test-browser  test the playground in Chromium, which must be installed"
+	@echo "make chaos   run load and fault tests in full, with their measurements"
 	@echo "make check   format, lint, types, spelling, prose, generated files"
 	@echo "make protos  regenerate the gRPC stubs"
-	@echo "make bench   the speed figures, as ratios; also into bench.json"
+	@echo "make bench   measure speed as ratios; writes bench.json"
 
 $(VENV)/.all: pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV); this takes a few minutes (PyTorch's Linux wheels bring several GB of CUDA libraries; the README says how to avoid them)"
+	@echo "Installing into $(VENV); this takes a few minutes (PyTorch's Linux wheels contain several GB of CUDA libraries; the README states the alternative)"
 	@$(PIP) -e '.[demo]'
 	@touch $@
 
@@ -26,7 +27,7 @@ $(VENV)/.dev: $(VENV)/.all
 	@$(PIP) -e '.[all,dev]'
 	@touch $@
 
-# The oldest grpcio we support, with the stub generator: stubs are checked, and the client is tried, against it.
+# The oldest supported grpcio with its stub generator: the stubs are checked and the client is tested against it.
 .venv-protos/.pins: protos/generate.sh
 	@PYTHON=$(PYTHON) protos/generate.sh --tools
 	@touch $@
@@ -37,15 +38,15 @@ demo: $(VENV)/.all
 test: $(VENV)/.dev .venv-protos/.pins
 	@$(BIN)/pytest -m "not slow"
 
-# Load and faults in their full form, all of them whatever fails: about 45 minutes on two quiet cores. Seeds: MAL_CHAOS_SEED=n.
-# Five minutes of them are all faults at random; MAL_SOAK_S=3600 makes an hour of it.
+# Load and fault tests in full: about 45 minutes on two idle cores. MAL_CHAOS_SEED=n sets the seed. Five minutes of them are
+# all faults at random; MAL_SOAK_S=3600 extends them to an hour.
 chaos: $(VENV)/.dev
 	@MAL_CHAOS=full $(BIN)/pytest -s tests/chaos
 
 test-slow: $(VENV)/.dev .venv-protos/.pins
 	@$(BIN)/pytest -m slow
 
-# The pages in a real browser: Chromium comes from the system (`apt-get install chromium`), or MAL_CHROMIUM names one.
+# Chromium comes from the system (`apt-get install chromium`), or MAL_CHROMIUM names it.
 test-browser: $(VENV)/.dev
 	@$(PIP) -e '.[all,dev,browser]'
 	@$(BIN)/pytest tests/mal_client/playground/test_page.py
@@ -64,7 +65,7 @@ protos:
 bench: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks --json bench.json
 
-# A real Label Studio and a driver for Debian's Chromium, for a slow test; it pins its own versions, so it lives apart.
+# A real Label Studio and a driver for Chromium, for a slow test, in an environment of its own because it pins its versions.
 tools-labelstudio: .venv-labelstudio/.pins
 
 .venv-labelstudio/.pins: Makefile

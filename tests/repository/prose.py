@@ -57,8 +57,10 @@ SUFFIXES = {
 }
 NAMES = {"Dockerfile", "Makefile", "run"}
 
-# A letter before or after makes another word; an underscore does not, so names are read as words.
-_WORD = re.compile(r"(?<![a-z])(" + "|".join(sorted(WORDS, key=len, reverse=True)) + r")(?![a-z])", re.IGNORECASE)
+# A letter before or after makes another word; an underscore does not, so names are read as words. <figure> is HTML.
+_WORD = re.compile(
+    r"(?<![a-z<])(?<!</)(" + "|".join(sorted(WORDS, key=len, reverse=True)) + r")(?![a-z])", re.IGNORECASE
+)
 
 
 def docstring_openings(source: str) -> Iterator[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Promises of the house: who imports whom, empty package files, no pickle, no silent excepts, clients without torch."""
+"""Architecture: import arrows, no circles, empty package files, no pickle, explained excepts, clients without torch."""
 
 import ast
 import io
@@ -90,7 +90,7 @@ HARMLESS = {"UnpicklingError", "PicklingError", "PickleError"}  # exceptions, wh
 
 
 def module_files() -> dict[str, Path]:
-    """Every module of the four packages by its import name."""
+    """Returns the file of every module of the four packages, by import name."""
     files = {}
     for package, folder in PACKAGES.items():
         for path in folder.rglob("*.py"):
@@ -110,7 +110,7 @@ def covers(name: str, module: str) -> bool:
 
 
 def imported_modules(source: str, module: str, *, is_package: bool = False) -> Iterator[tuple[int, str]]:
-    """Line and module of each import of the project's own, also inside functions and under TYPE_CHECKING."""
+    """Yields line and module of each import of our packages, also inside functions and under TYPE_CHECKING."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -138,13 +138,13 @@ def forbidden_imports(source: str, module: str, *, is_package: bool = False) -> 
 
 
 def package_of(module: str) -> str:
-    """The package that holds a module. Modules at the top (errors, client, server) stand for themselves."""
+    """Returns the package of a module. Modules at the top (errors, client, server) count as packages of their own."""
     package = module.rpartition(".")[0]
     return module if package in PACKAGES else package
 
 
 def import_rings(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules each of which reaches itself by way of the others, sorted."""
+    """Returns the groups of modules that import each other in a circle, sorted."""
 
     def reached(module: str) -> set[str]:
         found: set[str] = set()
@@ -161,7 +161,7 @@ def import_rings(arrows: dict[str, set[str]]) -> list[list[str]]:
 
 
 def pickle_uses(source: str) -> list[str]:
-    """Imports of picklers, torch.load without weights_only=True, and numpy files with allow_pickle."""
+    """Returns imports of picklers, torch.load without weights_only=True, and numpy files with allow_pickle."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -185,7 +185,7 @@ def is_true(value: ast.expr | None) -> bool:
 
 
 def unexplained_excepts(source: str) -> list[str]:
-    """Bare excepts, and broad ones without a comment on their own line or on one beside it."""
+    """Returns bare excepts, and broad ones without a comment on the same or an adjacent line."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     commented = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
     found = []
@@ -304,7 +304,7 @@ def test_clients_and_the_core_under_them_import_with_the_base_install_alone() ->
 
 
 def missing_imports(names: list[str]) -> dict[str, str]:
-    """The modules that do not import with the base install, and the package that each lacks first."""
+    """Returns the modules that do not import with the base install, and the package that each lacks first."""
     script = f"""
 import importlib, json, sys
 

@@ -1,4 +1,4 @@
-"""Every stored output of the published implementations is compared with by some test."""
+"""Some test compares with every stored output of the published implementations."""
 
 import ast
 import re
@@ -16,10 +16,10 @@ NO_NUMBERS = {"README.md"}
 
 
 def files_named_by(tree: ast.AST, candidates: set[str]) -> set[str]:
-    """Those of `candidates` that a string of a module names, whole or put together from others of its strings.
+    """Returns the `candidates` that a module names with one string, or with an f-string filled by its other strings.
 
-    A part of a name that is filled in, as in `f"c_{name}.npz"`, must be a string of the module as well: a new file that
-    fits the pattern is not used before its name stands there. A folder's name stands for what is in it.
+    The filled part, as in `f"c_{name}.npz"`, must be a string of the module: a new file that fits the pattern does not
+    count as used before the module names it. The name of a folder counts for all its files.
     """
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     filled = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
@@ -31,7 +31,7 @@ def files_named_by(tree: ast.AST, candidates: set[str]) -> set[str]:
 
 
 def _fits(node: ast.JoinedStr, name: str, strings: set[str]) -> bool:
-    """Whether `name` is the f-string with a string of the module in each of its gaps."""
+    """Returns whether `name` is the f-string with a string of the module in each gap."""
     gap = "|".join(re.escape(string) for string in strings if string and string in name)
     parts = (re.escape(str(p.value)) if isinstance(p, ast.Constant) else f"(?:{gap})" for p in node.values)
     return re.fullmatch("".join(parts), name) is not None
@@ -45,7 +45,7 @@ def _modules() -> Iterator[ast.AST]:
 
 
 def arrays_named_by(tree: ast.AST, arrays: set[str]) -> set[str]:
-    """Those of `arrays` that a string of a module names, or an f-string with anything in its gaps."""
+    """Returns the `arrays` that a module names with a string, or with an f-string with anything in its gaps."""
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     forms = []
     for node in ast.walk(tree):
@@ -85,11 +85,11 @@ def test_every_stored_output_is_compared_with() -> None:
         ("fixture('c_ema.npz')", {"c_ema.npz"}),
         ("NAMES = ['blob']\nfixture(f'b_{kind}.npz')", {"b_blob.npz"}),
         ("NAMES = ['a', 'blob']\nfixture(f'b_{kind}_{n}.npz')", {"b_blob_a.npz"}),
-        ("fixture('pictures')", {"pictures/1.png", "pictures/2.png"}),
+        ("fixture('images')", {"images/1.png", "images/2.png"}),
         ("'see c_ema.npz'", set()),
         ("fixture(f'{name}.npz')", set()),
     ],
 )
 def test_a_file_is_used_where_a_module_names_it(source: str, used: set[str]) -> None:
-    stored = {"c_ema.npz", "b_blob.npz", "b_ties.npz", "b_blob_a.npz", "pictures/1.png", "pictures/2.png"}
+    stored = {"c_ema.npz", "b_blob.npz", "b_ties.npz", "b_blob_a.npz", "images/1.png", "images/2.png"}
     assert files_named_by(ast.parse(source), stored) == used

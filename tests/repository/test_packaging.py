@@ -1,4 +1,4 @@
-"""What a wheel holds: every package of the repository, and the specs."""
+"""The wheel holds every package of the repository, and the specs."""
 
 import tomllib
 

@@ -35,9 +35,9 @@ th, td { padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line); text-ali
 th { color: var(--soft); font-weight: 500; } td.n, th.n { text-align: right; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 14px; }
-.card { padding: 8px; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
-.card img { display: block; width: 100%; height: 200px; object-fit: contain; }
-.caption { padding-top: 6px; overflow-wrap: anywhere; } .caption span { display: block; font-size: 13px; }
+.sheet > * { margin: 0; padding: 8px; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
+.sheet img { display: block; width: 100%; height: 200px; object-fit: contain; }
+figcaption { padding-top: 6px; overflow-wrap: anywhere; } figcaption span { display: block; font-size: 13px; }
 pre { overflow-x: auto; padding: 12px; background: var(--panel); border: 1px solid var(--line); font-size: 13px; }
 summary { cursor: pointer; }
 .key { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin: 0 5px 0 14px; }
@@ -115,8 +115,8 @@ def folded(summary: str, text: str) -> Html:
 def contact_sheet(cards: Sequence[Card]) -> Html:
     """Returns images in a grid, in the given order."""
     items = "".join(
-        f'<div class="card"><img src="{escape(card.image_uri)}" alt="{escape(card.title)}" loading="lazy">'
-        f'<div class="caption">{escape(card.title)}<span class="soft">{escape(card.detail)}</span></div></div>'
+        f'<figure><img src="{escape(card.image_uri)}" alt="{escape(card.title)}" loading="lazy">'
+        f'<figcaption>{escape(card.title)}<span class="soft">{escape(card.detail)}</span></figcaption></figure>'
         for card in cards
     )
     return f'<div class="sheet">{items}</div>'
