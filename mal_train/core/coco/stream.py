@@ -204,7 +204,7 @@ class _HeadBuilder:
         )
 
     def _add_images(self, rows: Iterator[Any]) -> None:
-        # One list over all rows, so that messages carry the index of the row.
+        # One call for all rows, so that notes carry the index of the row.
         for image_id, image in read_images(rows, self._notes):
             if image_id in self._images:
                 self.repeated_image_ids[image_id] = None

@@ -66,19 +66,21 @@ def check_box(box_xywh: Sequence[float], image_hw: tuple[int, int], name: str = 
     """
     height, width = image_hw
     if len(box_xywh) != 4 or not all(math.isfinite(v) for v in box_xywh):
-        raise BadBox(f"{list(box_xywh)}; four finite numbers x, y, width, height are needed", name)
+        raise BadBox(f"{list(box_xywh)}; it must be four finite numbers x, y, width, height", name)
     x, y, w, h = (float(v) for v in box_xywh)
     if w <= 0 or h <= 0:
-        raise BadBox(f"{w:g} x {h:g} px; width and height must be positive (boxes are x, y, width, height)", name)
+        raise BadBox(f"{w:g} x {h:g} px; width and height must be positive (a box is x, y, width, height)", name)
     x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     if x1 <= x0 or y1 <= y0:
-        raise BadBox(f"[{x:g}, {y:g}, {w:g}, {h:g}] lies wholly outside its {width}x{height} px image", name)
+        raise BadBox(f"[{x:g}, {y:g}, {w:g}, {h:g}]; it must overlap its image of {width}x{height} px", name)
     if x0 == x and y0 == y and x1 == x + w and y1 == y + h:
         if w * h < 1.0:
-            raise BadBox(f"{w:g} x {h:g} px; less than 1 px² cannot be labeled", name)
+            raise BadBox(f"{w:g} x {h:g} px; the area must be at least 1 px²", name)
         return (x, y, w, h), False
     if (x1 - x0) * (y1 - y0) < 1.0:
-        raise BadBox(f"[{x:g}, {y:g}, {w:g}, {h:g}]: less than 1 px² lies inside its {width}x{height} px image", name)
+        raise BadBox(
+            f"[{x:g}, {y:g}, {w:g}, {h:g}]; at least 1 px² must lie inside its image of {width}x{height} px", name
+        )
     return (x0, y0, x1 - x0, y1 - y0), True
 
 
