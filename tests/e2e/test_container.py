@@ -1,8 +1,8 @@
-"""The image of deploy/container, as compose.yaml starts it: hardened, replaced when killed, left when stopped.
+"""The image of deploy/container, started by compose.yaml: hardened, restarted when killed, not restarted when stopped.
 
-Wants a container engine with a tool for compose files, and root, who may kill a process of a container from outside.
-MAL_CONTAINER_IMAGE names an image that is there; without it the shipped Dockerfile is built, which fetches PyTorch
-(PIP_EXTRA_INDEX_URL goes to the build).
+Needs a container engine with a compose tool, and root, to kill a process of a container from outside.
+MAL_CONTAINER_IMAGE names an existing image; without it the shipped Dockerfile is built, which downloads PyTorch
+(PIP_EXTRA_INDEX_URL is passed to the build).
 """
 
 import json
@@ -33,10 +33,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SHIPPED = ROOT / "deploy" / "container"
 TOOLS = [("docker", ["docker", "compose"]), ("docker", ["docker-compose"]), ("podman", ["podman-compose"])]
-"""An engine, and what brings up a compose file with it."""
+"""Engines, each with a command for compose files."""
 USER = 10001
 FACE = (170.0, 70.0, 130.0, 150.0)
-"""A box in scikit-image's portrait: x, y, width, height in px."""
+"""Box of the face in scikit-image's portrait: x, y, width, height in px."""
 
 
 def succeeds(*line: str) -> bool:

@@ -22,13 +22,13 @@ from tests.reference import shared
 MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=4)
 
 
-def network(seed: int = 0, config: ModelConfig = MICRO) -> MalNetwork:
+def make_network(seed: int = 0, config: ModelConfig = MICRO) -> MalNetwork:
     torch.manual_seed(seed)
     return MalNetwork(config)
 
 
 def backbone(seed: int = 7) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in network(seed).student.backbone.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in make_network(seed).student.backbone.state_dict().items()}
 
 
 def save(path: Path, content: object) -> str:
@@ -36,15 +36,15 @@ def save(path: Path, content: object) -> str:
     return str(path)
 
 
-def equals(ours: MalNetwork, weights: dict[str, Tensor]) -> bool:
-    found = ours.student.backbone.state_dict()
-    return all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+def backbone_equals(network: MalNetwork, weights: dict[str, Tensor]) -> bool:
+    loaded = network.student.backbone.state_dict()
+    return all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
 
 
 def test_the_deit_file_loads_into_the_backbone_except_its_classifier() -> None:
-    ours = network(config=ModelConfig("vit-deit-tiny/16"))
+    network = make_network(config=ModelConfig("vit-deit-tiny/16"))
     path = shared("weights", "deit_tiny_patch16_224.pt")
-    report = load_pretrained(ours, str(path))
+    report = load_pretrained(network, str(path))
     assert len(report.loaded) == 150
     assert report.unused == ("head.weight", "head.bias")
     assert {name.split(".")[0] for name in report.missing} == {"roi_head", "mask_head"}
@@ -52,80 +52,80 @@ def test_the_deit_file_loads_into_the_backbone_except_its_classifier() -> None:
 
 
 def test_the_teacher_is_a_copy_of_the_loaded_student(tmp_path: Path) -> None:
-    ours = network()
-    load_pretrained(ours, save(tmp_path / "a.pt", backbone()))
-    for student, teacher in zip(ours.student.parameters(), ours.teacher.parameters(), strict=True):
+    network = make_network()
+    load_pretrained(network, save(tmp_path / "a.pt", backbone()))
+    for student, teacher in zip(network.student.parameters(), network.teacher.parameters(), strict=True):
         assert torch.equal(student, teacher)
-    assert not any(p.requires_grad for p in ours.teacher.parameters())
+    assert not any(p.requires_grad for p in network.teacher.parameters())
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.", "module.base_encoder.", "model."])
 @pytest.mark.parametrize("wrap", [False, True])
 def test_prefixes_and_wrappers_of_published_backbones_are_removed(tmp_path: Path, prefix: str, wrap: bool) -> None:
     weights = {f"{prefix}{name}": tensor for name, tensor in backbone().items()}
-    ours = network()
-    load_pretrained(ours, save(tmp_path / "a.pth", {"model": weights} if wrap else weights))
-    assert equals(ours, backbone())
+    network = make_network()
+    load_pretrained(network, save(tmp_path / "a.pth", {"model": weights} if wrap else weights))
+    assert backbone_equals(network, backbone())
 
 
 def test_the_base_encoder_of_a_moco_checkpoint_loads_into_the_backbone(tmp_path: Path) -> None:
     weights = {f"module.base_encoder.{name}": tensor for name, tensor in backbone().items()}
     weights |= {f"module.momentum_encoder.{name}": tensor + 1.0 for name, tensor in backbone().items()}
     weights["module.predictor.0.weight"] = torch.zeros(4, 4)
-    ours = network()
+    network = make_network()
     content = {"epoch": 300, "arch": "vit_base", "state_dict": weights, "optimizer": {"state": {}}}
-    report = load_pretrained(ours, save(tmp_path / "vit-b-300ep.pth.tar", content))
-    assert equals(ours, backbone())
+    report = load_pretrained(network, save(tmp_path / "vit-b-300ep.pth.tar", content))
+    assert backbone_equals(network, backbone())
     assert "module.predictor.0.weight" in report.unused
 
 
 def test_an_arch_without_timm_weights_is_refused() -> None:
     with pytest.raises(ConfigError, match="vit-mocov3-base/16"):
-        load_pretrained(network(), "vit-mocov3-base/16")
+        load_pretrained(make_network(), "vit-mocov3-base/16")
 
 
 def test_safetensors_files_load(tmp_path: Path) -> None:
     save_file(backbone(), tmp_path / "a.safetensors")
-    ours = network()
-    report = load_pretrained(ours, str(tmp_path / "a.safetensors"))
-    assert equals(ours, backbone())
+    network = make_network()
+    report = load_pretrained(network, str(tmp_path / "a.safetensors"))
+    assert backbone_equals(network, backbone())
     assert (report.lineage.starting_weights, report.lineage.license) == ("a.safetensors", NOT_STATED)
 
 
 def test_a_position_table_of_another_grid_is_resampled_and_reported(tmp_path: Path) -> None:
     weights = backbone()
     weights["pos_embed"] = torch.cat([weights["pos_embed"][:, :1], torch.full((1, 36, 48), 0.5)], dim=1)
-    ours = network()
-    report = load_pretrained(ours, save(tmp_path / "a.pt", weights))
+    network = make_network()
+    report = load_pretrained(network, save(tmp_path / "a.pt", weights))
     assert report.resampled == ("backbone.pos_embed",)
-    table = ours.student.backbone.get_parameter("pos_embed")
+    table = network.student.backbone.get_parameter("pos_embed")
     torch.testing.assert_close(table.detach()[:, 1:], torch.full((1, 64, 48), 0.5))
 
 
 def test_a_patch_convolution_of_another_size_is_resampled_and_reported(tmp_path: Path) -> None:
     weights = backbone()
     weights["patch_embed.proj.weight"] = torch.zeros(48, 3, 8, 8)
-    assert load_pretrained(network(), save(tmp_path / "a.pt", weights)).resampled == (
+    assert load_pretrained(make_network(), save(tmp_path / "a.pt", weights)).resampled == (
         "backbone.patch_embed.proj.weight",
     )
 
 
 def test_a_conv_stem_stays_random_with_weights_of_a_linear_stem(tmp_path: Path) -> None:
-    ours = network(config=ModelConfig("vit-demo/8"))
+    network = make_network(config=ModelConfig("vit-demo/8"))
     torch.manual_seed(3)
     donor = timm.models.VisionTransformer(img_size=96, patch_size=8, embed_dim=192, depth=4, num_heads=3, num_classes=0)
-    report = load_pretrained(ours, save(tmp_path / "a.pt", donor.state_dict()))
+    report = load_pretrained(network, save(tmp_path / "a.pt", donor.state_dict()))
     assert any(name.startswith("backbone.patch_embed.proj.0") for name in report.missing)
     assert report.unused == ("patch_embed.proj.weight", "patch_embed.proj.bias")
 
 
 def test_weights_of_another_width_are_refused_and_change_nothing(tmp_path: Path) -> None:
     path = save(tmp_path / "a.pt", backbone())
-    ours = network(config=ModelConfig("vit-deit-tiny/16"))
-    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    network = make_network(config=ModelConfig("vit-deit-tiny/16"))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(ConfigError, match=r"model\.arch"):
-        load_pretrained(ours, path)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+        load_pretrained(network, path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def _deeper(weights: dict[str, Tensor]) -> None:
@@ -159,31 +159,31 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, change: obj
     assert callable(change)
     change(weights)
     with pytest.raises(ConfigError, match=named):
-        load_pretrained(network(), save(tmp_path / "a.pt", weights))
+        load_pretrained(make_network(), save(tmp_path / "a.pt", weights))
 
 
 def test_non_finite_weights_are_refused(tmp_path: Path) -> None:
     weights = backbone()
     weights["norm.weight"][3] = float("nan")
     with pytest.raises(ConfigError, match=r"norm\.weight"):
-        load_pretrained(network(), save(tmp_path / "a.pt", weights))
+        load_pretrained(make_network(), save(tmp_path / "a.pt", weights))
 
 
 def test_a_file_without_matching_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownLayout, match=r"layer1\.weight"):
-        load_pretrained(network(), save(tmp_path / "resnet.pt", {"layer1.weight": torch.zeros(1)}))
+        load_pretrained(make_network(), save(tmp_path / "resnet.pt", {"layer1.weight": torch.zeros(1)}))
 
 
 def test_a_malckpt_also_loads_into_the_heads(tmp_path: Path) -> None:
-    donor = network(9)
+    donor = make_network(9)
     path = tmp_path / "donor.malckpt"
     settings = LabelerConfig(crop_size=64)
     provenance = {"starting_weights_licence": "Apache-2.0"}
     save_checkpoint(path, Checkpoint(MICRO, settings, donor.state_dict(), [], provenance), None)
-    ours = network()
-    report = load_pretrained(ours, str(path))
+    network = make_network()
+    report = load_pretrained(network, str(path))
     assert report.missing == report.unused == ()
-    assert torch.equal(ours.student.roi_head.mlp1.weight, donor.student.roi_head.mlp1.weight)
+    assert torch.equal(network.student.roi_head.mlp1.weight, donor.student.roi_head.mlp1.weight)
     assert report.lineage.license == "Apache-2.0"
 
 
@@ -192,50 +192,50 @@ def test_the_lineage_names_the_weights_read_even_if_the_file_is_replaced(
 ) -> None:
     path = tmp_path / "latest.malckpt"
     first, second = ({"starting_weights_licence": license} for license in ("Apache-2.0", "MIT"))
-    save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), network().state_dict(), [], first), None)
+    save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), make_network().state_dict(), [], first), None)
     sha256 = load_checkpoint(path, None).sha256
 
     def load_and_replace(*args: Any, **options: Any) -> Checkpoint:
         loaded = load_checkpoint(*args, **options)
-        save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), network(9).state_dict(), [], second), None)
+        save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(), make_network(9).state_dict(), [], second), None)
         return loaded
 
     monkeypatch.setattr(pretrained, "load_checkpoint", load_and_replace)
-    lineage = load_pretrained(network(), str(path)).lineage
+    lineage = load_pretrained(make_network(), str(path)).lineage
     assert lineage.ancestors[-1] == {"checkpoint": path.name, "sha256": sha256, **first}
 
 
 def test_a_checkpoint_of_tao_also_loads_into_the_heads(tmp_path: Path) -> None:
-    donor = network(9)
+    donor = make_network(9)
     weights = {
         name.replace(".weight", ".conv.weight").replace(".bias", ".conv.bias")
         if ".mask_head." in name
         else name: tensor
         for name, tensor in donor.state_dict().items()
     }
-    ours = network()
-    load_pretrained(ours, save(tmp_path / "tao.pth", {"state_dict": weights}))
-    for found, expected in zip(ours.parameters(), donor.parameters(), strict=True):
-        assert torch.equal(found, expected)
+    network = make_network()
+    load_pretrained(network, save(tmp_path / "tao.pth", {"state_dict": weights}))
+    for loaded, expected in zip(network.parameters(), donor.parameters(), strict=True):
+        assert torch.equal(loaded, expected)
 
 
 def test_heads_of_another_width_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "donor.malckpt"
-    save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(crop_size=64), network().state_dict(), [], {}), None)
+    save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(crop_size=64), make_network().state_dict(), [], {}), None)
     with pytest.raises(ConfigError, match="mask head"):
-        load_pretrained(network(config=ModelConfig("vit-micro/16", mask_head_hidden_channel=16)), str(path))
+        load_pretrained(make_network(config=ModelConfig("vit-micro/16", mask_head_hidden_channel=16)), str(path))
 
 
 def test_a_timm_name_is_loaded_by_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     # timm reads a file instead of the hub: name check, construction and loading are the real ones.
     overlay = {"file": str(shared("weights", "deit_tiny_patch16_224.pt"))}
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, pretrained_cfg_overlay=overlay))
-    ours = network(config=ModelConfig("vit-deit-tiny/16"))
-    report = load_pretrained(ours, "deit_tiny_patch16_224.fb_in1k")
+    network = make_network(config=ModelConfig("vit-deit-tiny/16"))
+    report = load_pretrained(network, "deit_tiny_patch16_224.fb_in1k")
     assert len(report.loaded) == 150
     stored = torch.load(overlay["file"], weights_only=True)["blocks.5.attn.qkv.weight"]
-    assert torch.equal(ours.student.backbone.state_dict()["blocks.5.attn.qkv.weight"], stored)
-    assert load_pretrained(ours, "vit-deit-tiny/16").loaded == report.loaded
+    assert torch.equal(network.student.backbone.state_dict()["blocks.5.attn.qkv.weight"], stored)
+    assert load_pretrained(network, "vit-deit-tiny/16").loaded == report.loaded
 
 
 def test_a_failed_download_is_a_configuration_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,17 +244,17 @@ def test_a_failed_download_is_a_configuration_error_with_the_reason(monkeypatch:
 
     monkeypatch.setattr(timm, "create_model", refuse)
     with pytest.raises(ConfigError, match="no route to host"):
-        load_pretrained(network(config=ModelConfig("vit-deit-tiny/16")), "deit_tiny_patch16_224.fb_in1k")
+        load_pretrained(make_network(config=ModelConfig("vit-deit-tiny/16")), "deit_tiny_patch16_224.fb_in1k")
 
 
 def test_the_error_of_an_unknown_timm_name_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="deit_small_patch16_224"):
-        load_pretrained(network(), "deit_smal_patch16_224")
+        load_pretrained(make_network(), "deit_smal_patch16_224")
 
 
 def test_a_missing_file_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"weights/absent\.pt"):
-        load_pretrained(network(), "weights/absent.pt")
+        load_pretrained(make_network(), "weights/absent.pt")
 
 
 @pytest.mark.parametrize(

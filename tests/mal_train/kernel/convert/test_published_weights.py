@@ -56,14 +56,14 @@ def test_a_published_file_loads_into_the_complete_backbone(
     row = cast(VitSize, BACKBONES[arch])
     # A larger grid, as for a larger crop: the position table must be resampled from the published one.
     monkeypatch.setitem(backbones.BACKBONES, arch, replace(row, depth=DEPTH, grid=row.grid + 2))
-    ours = MalNetwork(ModelConfig(arch, mask_head_num_convs=1, mask_head_hidden_channel=4, mask_head_out_channel=4))
+    network = MalNetwork(ModelConfig(arch, mask_head_num_convs=1, mask_head_hidden_channel=4, mask_head_out_channel=4))
     weights = published_file(arch, tmp_path / f"published{suffix}")
-    report = load_pretrained(ours, str(tmp_path / f"published{suffix}"))
+    report = load_pretrained(network, str(tmp_path / f"published{suffix}"))
 
     assert not any(name.startswith("backbone.") for name in report.missing)
     assert set(report.unused) <= CLASSIFIERS
     assert report.resampled == ("backbone.pos_embed",)
-    loaded = ours.student.backbone.state_dict()
+    loaded = network.student.backbone.state_dict()
     loaded["dist_token"] = loaded.pop("reg_token", torch.empty(0))
     for name in weights.keys() - CLASSIFIERS - {"pos_embed"}:
         assert torch.equal(loaded[name], weights[name]), name

@@ -55,9 +55,9 @@ def test_masks_equal_the_published_ones_for_the_same_logits(name: str) -> None:
         (crop,) = labeler.prepare(image, [(x0, y0, x1 - x0, y1 - y0)])
         assert isinstance(crop, Crop)
         assert list(crop.window) == data["ext"][index].tolist()
-        theirs = rle.decode_mask(Rle.from_coco(expected[index]["segmentation"]))
-        mine = rle.decode_mask(labeler.finish(crop, Prediction(prob)).rle)
-        assert np.count_nonzero(mine != theirs) <= 4, index
+        published = rle.decode_mask(Rle.from_coco(expected[index]["segmentation"]))
+        mask = rle.decode_mask(labeler.finish(crop, Prediction(prob)).rle)
+        assert np.count_nonzero(mask != published) <= 4, index
 
 
 def test_every_box_has_a_label_or_an_error_in_order() -> None:

@@ -45,11 +45,14 @@ def test_timm_knows_the_weights_of_a_row_and_their_license(arch: str) -> None:
     assert config is not None
     assert (config.license or "").casefold() == (BACKBONES[arch].license or "").casefold()
     with torch.device("meta"):
-        theirs, ours = timm.create_model(name, pretrained=False).state_dict(), build_backbone(arch).state_dict()
-    theirs["reg_token"] = theirs.pop("dist_token", torch.empty(0))
-    strange = {key for key in ours if key not in theirs or ours[key].shape != theirs[key].shape}
-    stem = {key for key in ours if key.startswith("patch_embed.")}
-    assert strange == (stem if arch.endswith("-convstem") else set())
+        timm_weights, weights = (
+            timm.create_model(name, pretrained=False).state_dict(),
+            build_backbone(arch).state_dict(),
+        )
+    timm_weights["reg_token"] = timm_weights.pop("dist_token", torch.empty(0))
+    different = {key for key in weights if key not in timm_weights or weights[key].shape != timm_weights[key].shape}
+    stem = {key for key in weights if key.startswith("patch_embed.")}
+    assert different == (stem if arch.endswith("-convstem") else set())
 
 
 def test_the_error_of_an_unknown_arch_names_the_nearest() -> None:

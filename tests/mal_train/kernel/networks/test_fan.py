@@ -18,7 +18,7 @@ SMALLEST = FanSize(16, 2, 2)
 HYBRID = FanSize(16, 2, 2, hybrid=(1, 1))
 
 
-def network(monkeypatch: pytest.MonkeyPatch, size: FanSize) -> MalNetwork:
+def make_network(monkeypatch: pytest.MonkeyPatch, size: FanSize) -> MalNetwork:
     monkeypatch.setitem(BACKBONES, "fan_for_a_test", size)
     torch.manual_seed(0)
     return MalNetwork(ModelConfig("fan_for_a_test", mask_head_hidden_channel=4, mask_head_out_channel=4))
@@ -40,11 +40,11 @@ def network(monkeypatch: pytest.MonkeyPatch, size: FanSize) -> MalNetwork:
 def test_with_class_token_and_classifier_the_size_is_the_published_one(arch: str, millions: float) -> None:
     width = BACKBONES[arch].width
     with torch.device("meta"):
-        ours = sum(p.numel() for p in build_backbone(arch).parameters())
+        parameters = sum(p.numel() for p in build_backbone(arch).parameters())
     attention, mlp, scale = 4 * (width**2 + width), 8 * width**2 + 5 * width, width
     omitted = 2 * (attention + mlp + scale) + width + 1000 * (width + 1)
     # The published table rounds, and is 1 % too low for the small network.
-    assert (ours + omitted) / 1e6 == pytest.approx(millions, rel=0.013)
+    assert (parameters + omitted) / 1e6 == pytest.approx(millions, rel=0.013)
 
 
 @pytest.mark.parametrize("size", [SMALLEST, HYBRID])
@@ -72,16 +72,16 @@ def test_in_evaluation_mode_features_of_a_crop_do_not_depend_on_its_batch(size: 
 
 
 def test_the_teacher_copies_running_statistics_and_never_updates_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = network(monkeypatch, SMALLEST).train()
+    network = make_network(monkeypatch, SMALLEST).train()
     name = "backbone.blocks.0.mlp.mlp_v.dwconv.bn.running_mean"
-    before = ours.teacher.get_buffer(name).clone()
+    before = network.teacher.get_buffer(name).clone()
     x, size_class_N = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
-    ours.logits(x, size_class_N, Branch.TEACHER)
-    assert torch.equal(ours.teacher.get_buffer(name), before)
-    ours.logits(x, size_class_N)
-    assert not torch.equal(ours.student.get_buffer(name), before)
-    update_ema(ours.teacher, ours.student, 0.996)
-    assert torch.equal(ours.teacher.get_buffer(name), ours.student.get_buffer(name))
+    network.logits(x, size_class_N, Branch.TEACHER)
+    assert torch.equal(network.teacher.get_buffer(name), before)
+    network.logits(x, size_class_N)
+    assert not torch.equal(network.student.get_buffer(name), before)
+    update_ema(network.teacher, network.student, 0.996)
+    assert torch.equal(network.teacher.get_buffer(name), network.student.get_buffer(name))
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
@@ -90,14 +90,14 @@ def test_published_weights_load_into_the_complete_backbone(tmp_path: Path, prefi
     start = "student.backbone."
     backbone = {prefix + name.removeprefix(start): t for name, t in weights.items() if name.startswith(start)}
     torch.save({"state_dict": backbone}, tmp_path / "fan_vit_tiny.pth.tar")
-    ours = MalNetwork(ModelConfig("fan_tiny_12_p16_224", mask_head_hidden_channel=4, mask_head_out_channel=4))
-    report = load_pretrained(ours, str(tmp_path / "fan_vit_tiny.pth.tar"))
+    network = MalNetwork(ModelConfig("fan_tiny_12_p16_224", mask_head_hidden_channel=4, mask_head_out_channel=4))
+    report = load_pretrained(network, str(tmp_path / "fan_vit_tiny.pth.tar"))
     assert not any(name.startswith("backbone.") for name in report.missing)
     assert "cls_token" in report.unused
 
 
 def test_the_weights_of_a_vit_are_refused(tmp_path: Path) -> None:
     torch.save(build_backbone("vit-micro/16").state_dict(), tmp_path / "vit.pt")
-    ours = MalNetwork(ModelConfig("fan_tiny_12_p16_224", mask_head_hidden_channel=4, mask_head_out_channel=4))
+    network = MalNetwork(ModelConfig("fan_tiny_12_p16_224", mask_head_hidden_channel=4, mask_head_out_channel=4))
     with pytest.raises(ConfigError, match=r"vit\.pt"):
-        load_pretrained(ours, str(tmp_path / "vit.pt"))
+        load_pretrained(network, str(tmp_path / "vit.pt"))

@@ -201,9 +201,9 @@ def test_a_crop_that_is_not_square_is_refused() -> None:
 
 def test_the_teacher_starts_as_a_copy_of_the_student_with_its_own_memory() -> None:
     network = micro()
-    for ours, theirs in zip(network.student.parameters(), network.teacher.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-        assert ours.data_ptr() != theirs.data_ptr()
+    for student, teacher in zip(network.student.parameters(), network.teacher.parameters(), strict=True):
+        assert torch.equal(student, teacher)
+        assert student.data_ptr() != teacher.data_ptr()
 
 
 def test_gradients_reach_the_student_and_never_the_teacher() -> None:
