@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from mal_train.core.atomic_io import stdout_exit_code
-from mal_train.core.command_line import add_common_options
+from mal_train.core.command_line import RenamedOption, add_common_options
 from mal_train.core.errors import ConfigError, MalError, OutputError
 from mal_train.core.threads import wait_passively
 from mal_train.distributed.env import read_distributed_env
@@ -173,9 +173,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     key = parse_key(arguments.key, purpose="decryption", source="command line")
     path = builtin.resolve(arguments.file)
     header = read_header(path, key)
-    seal = header.encryption
+    encryption = header.encryption
     print(f"file        {path}, {header.file_bytes} bytes")
-    print(f"encryption  {seal.mode}")
+    print(f"encryption  {encryption.mode}")
     content = header.content
     if content is None:
         print("content     encrypted; --key env:NAME or --key file:PATH decrypts it")
@@ -326,6 +326,7 @@ Editors check a spec against the schema FILE if its first line is
         "--average", type=Path, action="append", metavar="FILE", help="checkpoint to average with; repeatable"
     )
     exporting.add_argument("--license", metavar="SPDX", help="license of these weights, stored in the file")
+    exporting.add_argument("--licence", action=RenamedOption, new="--license")  # former name
     exporting.add_argument("-o", "--output", type=Path, required=True, help=".malckpt file to write")
 
     keygen = add(

@@ -66,6 +66,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _recorded(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, StatusFile]]:
+    """Writes experiment.yaml, and the start and the end of the command to status.json."""
     try:
         (folder / "experiment.yaml").write_text(dump(_with_crop_size(spec, task).without_secrets()), encoding="utf-8")
     except OSError as error:
@@ -113,11 +114,11 @@ def checkpoint_keys(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | N
     If `decryption_key` is not given, an encryption key that can also decrypt is used for both. `load_spec` refuses
     secrets on the command line, so a secret here comes from the file.
     """
-    seal_with = parse_key(spec.encryption_key, purpose="encryption", source="yaml")
-    open_with = parse_key(spec.decryption_key, purpose="decryption", source="yaml")
-    if open_with is None and seal_with is not None:
-        open_with = seal_with.decryption_key
-    return seal_with, open_with
+    encryption_key = parse_key(spec.encryption_key, purpose="encryption", source="yaml")
+    decryption_key = parse_key(spec.decryption_key, purpose="decryption", source="yaml")
+    if decryption_key is None and encryption_key is not None:
+        decryption_key = encryption_key.decryption_key
+    return encryption_key, decryption_key
 
 
 def choose_devices(gpus: tuple[int, ...], processes: int, console: Console) -> list[torch.device]:

@@ -45,13 +45,13 @@ def import_checkpoint(source: str, target: Path, overrides: list[str], console: 
     labeler = spec.labeler_config(default_crop_size(model.arch))
     check_crop_size(model.arch, labeler.crop_size)
     _check_fits(model, foreign.weights, source)
-    seal_with, _ = checkpoint_keys(spec)
+    encryption_key, _ = checkpoint_keys(spec)
     provenance: dict[str, Any] = {
         "tool": f"mask-auto-labeler {distribution_version()}",
         "imported_from": Path(source).name,
     }
-    seal = save_checkpoint(target, Checkpoint(model, labeler, foreign.weights, [], provenance), seal_with)
-    console.print(f"wrote {target}: {model.arch}, {len(foreign.weights)} tensors, encryption: {seal.mode}")
+    encryption = save_checkpoint(target, Checkpoint(model, labeler, foreign.weights, [], provenance), encryption_key)
+    console.print(f"wrote {target}: {model.arch}, {len(foreign.weights)} tensors, encryption: {encryption.mode}")
     return target
 
 

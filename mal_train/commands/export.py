@@ -59,22 +59,22 @@ def export(
     """
     if spec.evaluate.use_mixed_model_test:
         raise ConfigError("evaluate.use_mixed_model_test: true; an export has one network; set it to false")
-    seal_with, open_with = checkpoint_keys(spec)
+    encryption_key, decryption_key = checkpoint_keys(spec)
     which = "teacher" if spec.evaluate.use_teacher_test else "student"
     paths = [
         checkpoint_file(spec.evaluate.checkpoint, "evaluate.checkpoint"),
         *(existing_file(str(path), "--average") for path in average_with),
     ]
-    sources = _read_sources(paths, open_with, which)
+    sources = _read_sources(paths, decryption_key, which)
     weights = _mean_weights(sources)
     checkpoint = sources[0].checkpoint
     config = _labeler_config(spec, checkpoint.labeler)
     check_crop_size(checkpoint.model.arch, config.crop_size)
+    network = MalNetwork(checkpoint.model)
+    network.load({name: tensor.float() for name, tensor in weights.items()})
     provenance = _provenance(sources, which, license)
     report = None
     if spec.dataset.val_ann_path:
-        network = MalNetwork(checkpoint.model)
-        network.load({name: tensor.float() for name, tensor in weights.items()})
         validation = _validator(spec, console).run(network, config)
         config, report = validation.config, validation.report
         console.print(summary_line(report))
@@ -87,9 +87,9 @@ def export(
             "dataset.val_ann_path fits a new one"
         )
     written = dataclasses.replace(checkpoint, labeler=config, weights=weights, provenance=provenance, encryption=None)
-    seal = save_checkpoint(target, written, seal_with)
+    encryption = save_checkpoint(target, written, encryption_key)
     console.print(
-        f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {seal.mode}"
+        f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {encryption.mode}"
     )
     return report
 
@@ -103,11 +103,11 @@ class _Source:
     weights: Mapping[str, Tensor]
 
 
-def _read_sources(paths: Sequence[Path], open_with: DecryptionKey | None, which: str) -> list[_Source]:
+def _read_sources(paths: Sequence[Path], decryption_key: DecryptionKey | None, which: str) -> list[_Source]:
     """Reads the student or the teacher of each checkpoint; raises ConfigError unless all networks are equal."""
     sources: list[_Source] = []
     for path in paths:
-        checkpoint = load_checkpoint(path, open_with, skip_training_state=True)
+        checkpoint = load_checkpoint(path, decryption_key, skip_training_state=True)
         if sources and checkpoint.model != sources[0].checkpoint.model:
             raise ConfigError(f"--average: {path} has a different network than {paths[0]}; give equal networks")
         weights = {

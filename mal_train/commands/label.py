@@ -95,8 +95,8 @@ def open_labeling_job(spec: Spec, task: Literal["evaluate", "inference"], consol
         resolve(precision, device)  # report an unusable precision before the processes start
         device, precision = torch.device("cpu"), Precision.FLOAT32
     path = checkpoint_file(section.checkpoint, f"{task}.checkpoint")
-    _, open_with = checkpoint_keys(spec)
-    labeler, content = load_labeler(path, key=open_with, device=device, precision=precision)
+    _, decryption_key = checkpoint_keys(spec)
+    labeler, content = load_labeler(path, key=decryption_key, device=device, precision=precision)
     if content.encryption is not None and content.encryption.mode == "none":
         console.print(f"{path}: not encrypted")
     for line in _overridden_fields(spec, labeler.config):

@@ -21,16 +21,16 @@ def checkpoint_to_resume(spec: Spec, folder: Path, console: Console) -> Path | N
         ConfigError: the given file does not exist, or the key that decrypts it is missing.
         CheckpointError: the newest checkpoint cannot be read.
     """
-    seal_with, open_with = checkpoint_keys(spec)
+    encryption_key, decryption_key = checkpoint_keys(spec)
     given = spec.train.resume_training_checkpoint_path
     path = newest_checkpoint(folder)
     if given is not None:
         path = existing_file(given, "train.resume_training_checkpoint_path")
-    if path is not None and seal_with is not None and open_with is None:
+    if path is not None and encryption_key is not None and decryption_key is None:
         raise ConfigError(
             f"decryption_key: not given; resuming from {path} needs it (an age recipient can only encrypt)"
         )
-    return path if given is not None else newest_intact(folder, open_with, console.print)
+    return path if given is not None else newest_intact(folder, decryption_key, console.print)
 
 
 def check_same_network(checkpoint: Checkpoint, wanted: ModelConfig, path: Path | None) -> None:

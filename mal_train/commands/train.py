@@ -37,8 +37,8 @@ from mal_train.training.checkpoints import (
     LATEST,
     CheckpointCallback,
     DataPosition,
+    MalCheckpointIO,
     PreemptionHandler,
-    SealedCheckpointIO,
     newest_checkpoint,
 )
 from mal_train.training.progress import Progress
@@ -117,10 +117,10 @@ class TrainingRun:
         self.spec, self.console, self.folder, self.status = spec, console, folder, status
         self.devices, self.group = devices, group
         self.device = devices[group.env.local_rank]
-        self.seal_with, self.open_with = checkpoint_keys(spec)
+        self.encryption_key, self.decryption_key = checkpoint_keys(spec)
         self.coco, self.boxes, self.resume, seed = _agree_on_inputs(spec, folder, group, console)
         torch.manual_seed(seed)
-        self.network, self.lineage = build_network(spec, self.resume, self.open_with, console)
+        self.network, self.lineage = build_network(spec, self.resume, self.decryption_key, console)
         self.module = build_module(spec, self.network, self.boxes, seed, console, group=group)
         self.data = build_data(spec, self.boxes, seed, self.device, group)
         self.checkpoints = CheckpointCallback(
@@ -134,7 +134,7 @@ class TrainingRun:
 
     def run(self) -> TrainResult:
         """Trains, writes the report, and returns the result."""
-        if self.seal_with is None:
+        if self.encryption_key is None:
             self.console.print("checkpoints are not encrypted; encryption_key encrypts them")
         trainer = self._fit()
         if self.checkpoints.written is None:
@@ -158,7 +158,9 @@ class TrainingRun:
 
     def _fit(self) -> lightning.Trainer:
         preemption = PreemptionHandler(self.checkpoints)
-        io = SealedCheckpointIO(self._describe, self._on_resume, seal_with=self.seal_with, open_with=self.open_with)
+        io = MalCheckpointIO(
+            self._describe, self._on_resume, encryption_key=self.encryption_key, decryption_key=self.decryption_key
+        )
         settings = fit_settings(self.spec)
         with ExitStack() as stack:
             # Validation comes before the checkpoint, which stores the fitted thresholds.
@@ -208,7 +210,7 @@ class TrainingRun:
     def _facts(self, trainer: lightning.Trainer) -> list[tuple[str, str]]:
         """Returns (name, value) rows for the report."""
         written = self.checkpoints.written
-        encryption = "not encrypted" if self.seal_with is None else "encrypted"
+        encryption = "not encrypted" if self.encryption_key is None else "encrypted"
         validation = 0.0 if self.validation is None else self.validation.seconds
         return [
             ("boxes", self.boxes.summary()),

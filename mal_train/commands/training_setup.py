@@ -69,14 +69,14 @@ def build_data(spec: Spec, boxes: TrainingBoxes, seed: int, device: torch.device
 
 
 def build_network(
-    spec: Spec, resume: Path | None, open_with: DecryptionKey | None, console: Console
+    spec: Spec, resume: Path | None, decryption_key: DecryptionKey | None, console: Console
 ) -> tuple[MalNetwork, Lineage]:
     """Builds the network with its starting weights, and returns it with their lineage.
 
     Args:
         spec: the spec.
         resume: checkpoint to resume from; Lightning loads its weights later, so no starting weights are read.
-        open_with: key that decrypts starting weights.
+        decryption_key: key that decrypts starting weights.
         console: prints the weights and their license.
     """
     check_crop_size(spec.model.arch, train_crop_size(spec))
@@ -87,7 +87,7 @@ def build_network(
     if resume is not None:
         console.print(f"resuming from {resume}")
     elif source:
-        report = load_pretrained(network, source, _key_if_encrypted(source, open_with))
+        report = load_pretrained(network, source, _key_if_encrypted(source, decryption_key))
         console.print(str(report))
         lineage = report.lineage
         console.print(f"license of these weights: {lineage.license}")
@@ -196,9 +196,9 @@ def fit_settings(spec: Spec) -> FitSettings:
     )
 
 
-def _key_if_encrypted(source: str, open_with: DecryptionKey | None) -> DecryptionKey | None:
+def _key_if_encrypted(source: str, decryption_key: DecryptionKey | None) -> DecryptionKey | None:
     """Returns the key only for encrypted starting weights: published weights need none, encrypted checkpoints do."""
     path = Path(source)
     if path.suffix != ".malckpt" or not path.is_file() or read_header(path, None).encryption.mode == "none":
         return None
-    return open_with
+    return decryption_key

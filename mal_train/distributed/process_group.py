@@ -5,6 +5,7 @@ averaged on their own device: on GPUs over NCCL.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -141,9 +142,11 @@ def lost_process_errors() -> Iterator[None]:
             part in text.lower() for part in _CONNECTION_ERRORS
         ):
             raise
+        # Without gloo's position in its source, and without its advice.
+        cause = re.sub(r"^\[[^\]]*\] ", "", text.strip().splitlines()[0]).partition(". ")[0]
         raise LostProcess(
-            f"another process of this training has ended ({text.strip().splitlines()[0][:200]}); "
-            "run the same command again to resume from the last checkpoint"
+            f"another process of this training has ended ({cause}); run the same command again to resume from the last "
+            "checkpoint"
         ) from error
 
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 from mal_train.kernel.networks.network import MalNetwork, MaskNetwork
 
 
-class SealedFSDP(FSDPStrategy):
+class FullStateFSDP(FSDPStrategy):
     """Lightning's FSDP strategy, with its CheckpointIO used for reading too; Lightning uses it for writing only.
 
     Args:

@@ -43,14 +43,14 @@ class Terminated(MalError):
     exit_code = 143
 
 
-class SealedCheckpointIO(CheckpointIO):
+class MalCheckpointIO(CheckpointIO):
     """Lightning plugin that stores checkpoints as `.malckpt` files.
 
     Args:
         describe: returns current model, labeler settings, categories and provenance.
         on_resume: called with a checkpoint that has been read, before Lightning gets it; raises an error to refuse it.
-        seal_with: key that encrypts the files; None: not encrypted.
-        open_with: key that decrypts a file to resume from.
+        encryption_key: key that encrypts the files; None: not encrypted.
+        decryption_key: key that decrypts a file to resume from.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class SealedCheckpointIO(CheckpointIO):
         describe: DescribeCheckpoint,
         on_resume: OnResume,
         *,
-        seal_with: EncryptionKey | None = None,
-        open_with: DecryptionKey | None = None,
+        encryption_key: EncryptionKey | None = None,
+        decryption_key: DecryptionKey | None = None,
     ) -> None:
         self._describe = describe
         self._on_resume = on_resume
-        self._seal_with = seal_with
-        self._open_with = open_with
+        self._encryption_key = encryption_key
+        self._decryption_key = decryption_key
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Splits Lightning's state into weights and training state, and writes both to one file."""
@@ -72,14 +72,14 @@ class SealedCheckpointIO(CheckpointIO):
         training = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         weights = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
         complete = dataclasses.replace(self._describe(), weights=weights, kind="resume", training=training)
-        save_checkpoint(Path(path), complete, self._seal_with)
+        save_checkpoint(Path(path), complete, self._encryption_key)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Returns Lightning's state, with all tensors on the CPU."""
         del map_location, weights_only
-        checkpoint = load_checkpoint(Path(path), self._open_with)
+        checkpoint = load_checkpoint(Path(path), self._decryption_key)
         self._on_resume(checkpoint, data_position(checkpoint.training or {}))
         state = {PREFIX + name: value for name, value in checkpoint.weights.items()}
         return {**(checkpoint.training or {}), "state_dict": state}
@@ -172,8 +172,8 @@ class PreemptionHandler(lightning.Callback):
     def handle_signals(self) -> Iterator[None]:
         """Handles the signals inside the block; does nothing outside the main thread, where Python allows no handlers.
 
-        When an error ends one of several processes, it ignores further signals: a launcher that ends the others after
-        the first has gone must not kill one that has saved and is about to say so.
+        After an error, one of several processes ignores the signals until it exits: a launcher that signals the others
+        when the first one exits must not kill a process that has just saved, which would change its exit code.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -182,7 +182,7 @@ class PreemptionHandler(lightning.Callback):
         self._install_handlers()
         try:
             yield
-        except BaseException:  # whatever ends this process, the launcher then signals the others
+        except BaseException:  # any error ends the process
             if self._group.world_size > 1:
                 before = dict.fromkeys(before, signal.SIG_IGN)
             raise
@@ -264,7 +264,7 @@ def newest_first(folder: Path) -> list[Path]:
     return [newest, *(numbered[n] for n in order if match is None or n < (int(match[1]), int(match[2])))]
 
 
-def newest_intact(folder: Path, open_with: DecryptionKey | None, print_line: Callable[[str], None]) -> Path | None:
+def newest_intact(folder: Path, decryption_key: DecryptionKey | None, print_line: Callable[[str], None]) -> Path | None:
     """Returns the newest checkpoint that is neither truncated nor altered; None without checkpoints.
 
     Reads each candidate to its end, and reports damaged ones. Alterations are detected in encrypted files only.
@@ -276,7 +276,7 @@ def newest_intact(folder: Path, open_with: DecryptionKey | None, print_line: Cal
     damaged: CheckpointError | None = None
     for path in newest_first(folder):
         try:
-            load_checkpoint(path, open_with)
+            load_checkpoint(path, decryption_key)
         except (Truncated, Altered) as error:
             damaged = damaged or error
             print_line(f"{error}; trying the checkpoint before it")

@@ -33,7 +33,7 @@ class Progress(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Opens the bar at the first batch; Lightning tells only here how far into an epoch a resumed run begins."""
+        """Opens the bar at the first batch, which shows how far into an epoch a resumed run begins."""
         del pl_module, batch
         if self._bar is None:
             epoch_batches = int(trainer.num_training_batches)

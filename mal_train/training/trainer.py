@@ -23,9 +23,9 @@ from mal_train.distributed.process_group import (
     SilentExit,
     lost_process_errors,
 )
-from mal_train.distributed.sharding import SealedFSDP
+from mal_train.distributed.sharding import FullStateFSDP
 from mal_train.kernel.networks.precision import Precision, resolve
-from mal_train.training.checkpoints import SealedCheckpointIO
+from mal_train.training.checkpoints import MalCheckpointIO
 from mal_train.training.module import MalModule
 
 
@@ -64,7 +64,7 @@ def build_trainer(
     devices: Sequence[torch.device],
     *,
     callbacks: list[lightning.Callback],
-    io: SealedCheckpointIO,
+    io: MalCheckpointIO,
     folder: Path,
 ) -> lightning.Trainer:
     """Builds the trainer of this process.
@@ -107,7 +107,7 @@ def build_trainer(
 
 def _strategy(name: str, module: MalModule, group: ProcessGroup) -> Strategy | str:
     if name == "fsdp":
-        return SealedFSDP(module.network, ExternalLauncherEnvironment(group.env), COLLECTIVE_TIMEOUT)
+        return FullStateFSDP(module.network, ExternalLauncherEnvironment(group.env), COLLECTIVE_TIMEOUT)
     if group.world_size == 1:
         return "auto"
     return DDPStrategy(

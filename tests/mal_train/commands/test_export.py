@@ -179,6 +179,13 @@ def test_an_invalid_export_is_refused_and_writes_no_file(
     assert not out.exists()
 
 
+def test_the_former_license_option_is_refused_with_its_new_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["export", "--licence", "MIT", "-o", "small.malckpt"])  # former name
+    assert caught.value.code == 2
+    assert "--license" in capsys.readouterr().err
+
+
 def test_builtin_resolves_to_the_file_in_the_package_and_paths_to_themselves() -> None:
     assert builtin.resolve("some/file.malckpt") == Path("some/file.malckpt")
     path = builtin.resolve(builtin.BUILTIN)

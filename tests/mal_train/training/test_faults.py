@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mal_train.commands.train import train
 from mal_train.core.console import Console
-from mal_train.distributed.env import read_distributed_env
+from mal_train.distributed.env import DistributedEnv, read_distributed_env
+from mal_train.distributed.process_group import ProcessGroup
 from mal_train.training import module as training_module
-from mal_train.training.checkpoints import newest_checkpoint
+from mal_train.training.checkpoints import CheckpointCallback, PreemptionHandler, Terminated, newest_checkpoint
 from mal_train.training.run_files import StatusFile, note_failure
 from tests.mal_train.training.forked import exit_codes, train_together, training_processes
 from tests.mal_train.training.runs import assert_same, overrides_of, plain_mean_field, spec_of, statuses, weights
@@ -163,3 +164,16 @@ def test_a_killed_run_is_recorded_as_a_failure_once(tmp_path: Path) -> None:
     note_failure(tmp_path, "killed")
     lines = [json.loads(line) for line in status.path.read_text().splitlines()]
     assert [line["status"] for line in lines] == ["RUNNING", "FAILURE"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_one_of_several_processes_ignores_signals_after_an_error(world_size: int, tmp_path: Path) -> None:
+    group = ProcessGroup(DistributedEnv(world_size=world_size))
+    handler = PreemptionHandler(CheckpointCallback(tmp_path, 1, print, group=group))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Terminated), handler.handle_signals():
+            raise Terminated("saved")
+        assert signal.getsignal(signal.SIGTERM) is (before if world_size == 1 else signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGTERM, before)
