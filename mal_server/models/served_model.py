@@ -69,7 +69,7 @@ class ServedModel:
 
     async def close(self) -> None:
         """Waits for running batches and ends the workers' threads."""
-        await self.batcher.idle()
+        await self.batcher.wait_until_idle()
         for worker in self._workers:
             worker.close()
 

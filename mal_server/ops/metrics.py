@@ -94,9 +94,9 @@ class Metrics:
         """Records the longest wait of a request's crops in the queue."""
         self._queue.labels(priority).observe(seconds)
 
-    def dropped(self, reason: str, crops: int) -> None:
+    def dropped(self, reason: str, count: int) -> None:
         """Counts crops that left the server without a result."""
-        self._dropped.labels(reason).inc(crops)
+        self._dropped.labels(reason).inc(count)
 
     def decoded(self, seconds: float) -> None:
         """Records the time to decode an image and crop its boxes."""

@@ -1,4 +1,9 @@
-"""A caller's handle to its request in the batcher. Passive: only the batcher counts and changes its state."""
+"""A caller's handle to its request in the batcher, with the results and errors that the caller receives.
+
+Only the batcher changes an admission's state.
+"""
+
+from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Hashable, Sequence
@@ -9,13 +14,17 @@ from typing import Generic, Protocol, Self, TypeVar
 from mal_server.scheduling.priority import Priority
 from mal_server.scheduling.request_queue import RequestQueue
 
-K = TypeVar("K", bound=Hashable)
-T = TypeVar("T")
-R = TypeVar("R")
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class QueueFull(Exception):
-    """The queue is full or too slow for the deadline; `retry_after_s` is the estimated time until it has room."""
+    """The queue has no capacity for a request, or is too long for its deadline.
+
+    Attributes:
+        retry_after_s: estimated time until a retry can succeed.
+    """
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -23,50 +32,60 @@ class QueueFull(Exception):
 
 
 class DeadlineExceeded(Exception):
-    """The caller's deadline passed before the work started or finished."""
+    """The deadline of a request passed before its items started or finished."""
 
 
 @dataclass(frozen=True)
-class BatchSlice(Generic[R]):
-    """One request's part of a finished batch.
+class BatchSlice(Generic[Result]):
+    """Outcomes of one request's items in one finished batch.
 
     Attributes:
-        indices: of these items among the submitted ones.
-        outcomes: a result or an error for each.
-        queue_s: longest wait of these items before the batch started.
-        run_s: duration of the batch.
-        batch_size: items in the batch, other requests' included.
+        indices: indices of the items in the sequence given to `Admission.submit`.
+        outcomes: a result or an error for each of these items.
+        queue_s: longest time that one of these items was queued.
+        run_s: duration of the batch; 0 for items that never ran.
+        batch_size: number of items in the batch, including those of other requests; 0 for items that never ran.
     """
 
     indices: tuple[int, ...]
-    outcomes: tuple[R | Exception, ...]
+    outcomes: tuple[Result | Exception, ...]
     queue_s: float
     run_s: float
     batch_size: int
 
 
-class _Batcher(Protocol[K, T, R]):
-    def enqueue(self, admission: "Admission[K, T, R]", key: K, items: Sequence[T]) -> None: ...
-    def close(self, admission: "Admission[K, T, R]", *, cancelled: bool) -> None: ...
+class _Batcher(Protocol[Key, Item, Result]):
+    """Methods of `Batcher` that an admission calls; a protocol because `batcher` imports this module."""
+
+    def enqueue(self, admission: Admission[Key, Item, Result], key: Key, items: Sequence[Item]) -> None: ...
+    def close(self, admission: Admission[Key, Item, Result], *, cancelled: bool) -> None: ...
 
 
-class Admission(Generic[K, T, R]):
-    """Capacity that one request holds; a context manager that closes it.
+class Admission(Generic[Key, Item, Result]):
+    """Capacity that one request holds in a `Batcher`; a context manager that releases it.
+
+    Callers use `submit` and `close`; the attributes are for the batcher.
 
     Attributes:
-        priority: of all its items.
-        deadline: loop time from which they must not start.
-        item_bytes: memory that each holds while it waits.
-        waiting: items admitted and not yet started.
-        unanswered: items submitted and not yet delivered.
-        queue: the queue that its items were put into; None before.
-        slices: delivered, not yet read.
-        drop_cause: reason under which its items are counted if their results are not read.
-        is_open: not closed yet.
+        priority: priority of all items.
+        deadline: loop time after which no item may start.
+        item_bytes: bytes that each item holds while it waits.
+        waiting: number of items admitted and not yet started.
+        unanswered: number of items submitted and not yet delivered.
+        queue: queue that holds the submitted items; None before `submit`.
+        slices: delivered slices that the caller has not read.
+        drop_cause: "cancelled" or "deadline": cause in metrics of items whose results are not read.
+        is_open: False after `close`.
     """
 
     def __init__(
-        self, batcher: "_Batcher[K, T, R]", count: int, *, item_bytes: float, priority: Priority, deadline: float
+        self,
+        batcher: _Batcher[Key, Item, Result],
+        count: int,
+        *,
+        item_bytes: float,
+        priority: Priority,
+        deadline: float,
     ) -> None:
         self._batcher = batcher
         self.priority = priority
@@ -74,8 +93,8 @@ class Admission(Generic[K, T, R]):
         self.item_bytes = item_bytes
         self.waiting = count
         self.unanswered = 0
-        self.queue: RequestQueue[Admission[K, T, R], T] | None = None
-        self.slices: asyncio.Queue[BatchSlice[R]] = asyncio.Queue()
+        self.queue: RequestQueue[Admission[Key, Item, Result], Item] | None = None
+        self.slices: asyncio.Queue[BatchSlice[Result]] = asyncio.Queue()
         self.drop_cause = "cancelled"
         self.is_open = True
 
@@ -85,14 +104,22 @@ class Admission(Generic[K, T, R]):
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The caller receives any other error as its result, so those do not count as dropped.
+        # After any other error the caller has its answer, so nothing counts as dropped.
         self.close(cancelled=isinstance(error, asyncio.CancelledError | GeneratorExit | DeadlineExceeded))
 
-    async def submit(self, key: K, items: Sequence[T]) -> AsyncGenerator[BatchSlice[R], None]:
-        """Runs the items and yields a slice for each batch that held some of them; may be called once.
+    async def submit(self, key: Key, items: Sequence[Item]) -> AsyncGenerator[BatchSlice[Result], None]:
+        """Queues the items and yields a slice for each batch that held some of them; may be called once.
+
+        Slices arrive in order of execution. The error of an item, such as `DeadlineExceeded`, is its outcome and is not
+        raised. Cancelling the caller inside the `with` block drops the items that have not started.
+
+        Args:
+            key: items of all requests with equal keys may share a batch.
+            items: at most as many as were admitted; the capacity of the others is freed.
 
         Raises:
             ValueError: more items than were admitted, or a second call.
+            Exception: the error given to `Batcher.fail_all`, if that was called before.
         """
         self._batcher.enqueue(self, key, items)
         remaining = len(items)
@@ -102,5 +129,9 @@ class Admission(Generic[K, T, R]):
             yield batch_slice
 
     def close(self, *, cancelled: bool = False) -> None:
-        """Releases what is left; `cancelled` counts it as dropped. Further calls have no effect."""
+        """Frees the remaining capacity and drops queued items; further calls have no effect.
+
+        Args:
+            cancelled: count items without a result, and results that were not read, as dropped in metrics.
+        """
         self._batcher.close(self, cancelled=cancelled)

@@ -7,26 +7,29 @@ import math
 
 
 class BatchDelayer:
-    """Tracks requests that may soon add items: those being prepared, and clients that may send their next one.
+    """Tracks the requests that may soon add items: those in preparation, and the next ones of clients just answered.
 
-    A client in a closed loop sends its next request right after an answer; a batch that starts without it leaves it to
-    the one after. The client of a new request is unknown, so it counts as the one that has been expected for longest.
+    Many clients send their next request right after an answer. If a batch starts before it arrives, that request misses
+    the batch and waits for the following one. Requests do not name their client, so a new request counts as the one
+    that has been expected for longest.
+
+        on_admit → on_submit → on_answer → on_close      a request in the normal case; on_close may come at any time
 
     Args:
-        return_window_s: time after the end of a request in which its client is expected to send the next one.
+        return_window_s: time after the end of an answered request in which its client may send the next one.
     """
 
     def __init__(self, return_window_s: float) -> None:
         self._return_window_s = return_window_s
         self._preparing: set[object] = set()
         self._answered: dict[object, float] = {}
-        """Answered request → time until which its client is expected; math.inf while the answer is being written.
+        """Answered request → time until which the next request of its client is expected.
 
-        Closed requests are in order of that time.
+        The time is math.inf until the request is closed. Closed requests are in order of time.
         """
 
     def on_admit(self, request: object) -> None:
-        """Records a request whose items are being prepared."""
+        """Records a request whose items are being prepared, and ends the wait for one expected request."""
         self._preparing.add(request)
         if self._answered:
             del self._answered[next(iter(self._answered))]
@@ -46,7 +49,7 @@ class BatchDelayer:
             self._answered[request] = now + self._return_window_s
 
     def wait_until(self, now: float) -> float:
-        """Returns the time until which more items may arrive; at most `now` if none are expected."""
+        """Returns the time until which more items may arrive; `now` if none are expected, math.inf if no limit is known."""
         while self._answered and next(iter(self._answered.values())) <= now:
             del self._answered[next(iter(self._answered))]
         if self._preparing:

@@ -12,12 +12,13 @@ class BatchObserver(Protocol):
     def waited(self, priority: str, seconds: float) -> None:
         """Records the longest wait of a request's items in one batch."""
 
-    def dropped(self, reason: str, crops: int) -> None:
+    def dropped(self, reason: str, count: int) -> None:
         """Records items whose results are not read.
 
         Args:
-            reason: cause (cancelled, deadline) and stage: entry, queue, device (they ran in vain) or encoding.
-            crops: number of items.
+            reason: CAUSE_STAGE, such as `deadline_queue`. Causes are cancelled and deadline. Stages are entry (before
+                the items are queued), queue, device (the items ran, but their results are discarded) and encoding.
+            count: number of items.
         """
 
 
@@ -30,5 +31,5 @@ class NullObserver:
     def waited(self, priority: str, seconds: float) -> None:
         """Does nothing."""
 
-    def dropped(self, reason: str, crops: int) -> None:
+    def dropped(self, reason: str, count: int) -> None:
         """Does nothing."""

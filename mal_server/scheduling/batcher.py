@@ -1,23 +1,26 @@
 """Groups items of many requests into device batches. Pure asyncio; knows nothing of images, models or gRPC.
 
-The life of a request, all of it counted here:
+The life of a request, in the order of the methods below:
 
-    admit     reserves capacity for its items before anything is spent on them, or raises QueueFull → Admission
-    enqueue   puts its prepared items into the queue of their key; only equal keys share a batch
-    dispatch  an idle runner takes the next batch: full at once, else when no more items are expected, and after
-              `max_delay_s` at the latest, so a single client is not delayed. A busy runner lets batches fill
-    deliver   each batch yields one BatchSlice to every request with items in it, in the request's own queue of slices
-    close     releases what is left: never run if still queued, discarded if running
+    admit     reserves capacity before the caller prepares its items; raises QueueFull if there is none
+    enqueue   queues the prepared items under a key; only items with equal keys share a batch
+    dispatch  starts a batch on an idle runner: at once if it is full or no more items are expected, and otherwise after
+              `max_delay_s` at the latest. While all runners are busy, batches fill up
+    deliver   gives each request with items in a finished batch its `BatchSlice`
+    close     frees what the request still holds: its queued items never run, results of running ones are discarded
 
-A caller that is cancelled, a deadline that passes and an error of a runner affect their own request or batch only.
+A cancelled caller, a missed deadline or a failed batch affects no other request or batch.
 
-Elsewhere: `RequestQueue` orders items (INTERACTIVE first, BATCH never starves), `BatchDelayer` predicts arrivals,
-`Throughput` estimates when a refused caller should retry.
+`RequestQueue` orders the items of one key: INTERACTIVE first, but BATCH never starves. `BatchDelayer` predicts whether
+more items will arrive. `Throughput` estimates when a refused caller should retry. All counting is done here.
 """
+
+from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from mal_server.scheduling.admission import Admission, BatchSlice, DeadlineExceeded, QueueFull
@@ -27,33 +30,66 @@ from mal_server.scheduling.priority import Priority
 from mal_server.scheduling.request_queue import FairnessCredit, QueuedItem, RequestQueue, SortKey
 from mal_server.scheduling.throughput import Throughput
 
-K = TypeVar("K", bound=Hashable)
-T = TypeVar("T")
-R = TypeVar("R")
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-Runner = Callable[[K, Sequence[T]], Awaitable[Sequence[R | Exception]]]
-"""Runs one batch; returns a result or an error for each item, in order. An exception it raises fails every item."""
+Runner = Callable[[Key, Sequence[Item]], Awaitable[Sequence[Result | Exception]]]
+"""Runs the items of one batch; returns a result or an error for each, in order. If it raises, every item fails."""
+
+_Batch: TypeAlias = list[QueuedItem[Admission[Key, Item, Result], Item]]
 
 TIMER_SLACK_S = 1e-4
 """Event loops may fire a timer slightly early; a batch due within this time is due."""
 
 
-class Batcher(Generic[K, T, R]):
-    """Counts, queues and runs the items of all requests of one model; used from one event loop.
+class _ReadyQueue(NamedTuple, Generic[Key]):
+    """State of a non-empty queue at one moment.
+
+    Attributes:
+        key: key of its items.
+        due: loop time at which its next batch should start.
+        sort_key: sort key of its first item.
+        has_interactive: True if it holds INTERACTIVE items.
+    """
+
+    key: Key
+    due: float
+    sort_key: SortKey
+    has_interactive: bool
+
+
+class Batcher(Generic[Key, Item, Result]):
+    """Batches the items of all requests to one model; used from one event loop.
+
+    Callers use `admit`, then `Admission.submit`. `enqueue` and `close` are for `Admission` only.
+
+    >>> async def double(key: str, items: Sequence[int]) -> list[int]:
+    ...     return [2 * item for item in items]
+    >>> async def request(batcher: Batcher[str, int, int], *items: int) -> None:
+    ...     with batcher.admit(len(items)) as admission:
+    ...         async for batch_slice in admission.submit("key", items):
+    ...             print(batch_slice.indices, batch_slice.outcomes, batch_slice.batch_size)
+    >>> async def main() -> None:
+    ...     batcher = Batcher([double], max_batch_size=4, max_delay_s=0.01, max_waiting=100)
+    ...     await asyncio.gather(request(batcher, 1, 2), request(batcher, 5))
+    >>> asyncio.run(main())
+    (0, 1) (2, 4) 3
+    (0,) (10,) 3
 
     Args:
-        runners: each runs one batch at a time.
-        max_batch_size: items in a batch.
+        runners: one for each batch that may run at a time, for example one per device.
+        max_batch_size: limit of items in a batch.
         max_delay_s: longest time that an idle runner waits for a fuller batch while more items are expected.
-        max_waiting: items admitted and not yet started.
-        max_bytes: memory that they may hold; a request that comes to an empty queue may exceed it.
+        max_waiting: limit of items that are admitted and not yet started.
+        max_bytes: limit of the memory of those items; a request that arrives while none wait may exceed it.
         batch_aging_s: time after which BATCH items are guaranteed a quarter of the device; 0: first come, first served.
         observer: receives events for metrics.
     """
 
     def __init__(
         self,
-        runners: Sequence["Runner[K, T, R]"],
+        runners: Sequence[Runner[Key, Item, Result]],
         *,
         max_batch_size: int,
         max_delay_s: float,
@@ -69,26 +105,26 @@ class Batcher(Generic[K, T, R]):
         self._batch_aging_s = batch_aging_s
         self._observer: BatchObserver = observer or NullObserver()
 
-        self._open: set[Admission[K, T, R]] = set()
+        self._open_admissions: set[Admission[Key, Item, Result]] = set()
         self._waiting = dict.fromkeys(Priority, 0)
         self._waiting_bytes = 0.0
-        self._queues: dict[K, RequestQueue[Admission[K, T, R], T]] = {}
+        self._queues: dict[Key, RequestQueue[Admission[Key, Item, Result], Item]] = {}
         self._credit = FairnessCredit(max_batch_size, is_first_come_first_served=batch_aging_s == 0.0)
         self._delayer = BatchDelayer(return_window_s=max_delay_s)
         self._throughput = Throughput(len(runners), max_batch_size)
-        self._idle = list(runners)
-        self._running: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.Handle | None = None
+        self._idle_runners = list(runners)
+        self._running_batches: set[asyncio.Task[None]] = set()
+        self._next_dispatch: asyncio.Handle | None = None
         self._failure: Exception | None = None
 
     @property
     def waiting(self) -> int:
-        """Items admitted and not yet started."""
+        """Number of items admitted and not yet started, queued or still being prepared."""
         return sum(self._waiting.values())
 
     @property
     def waiting_bytes(self) -> float:
-        """Memory that they hold, as admitted."""
+        """Bytes that these items hold, as given to `admit`."""
         return self._waiting_bytes
 
     def admit(
@@ -98,19 +134,19 @@ class Batcher(Generic[K, T, R]):
         size_bytes: float = 0.0,
         priority: Priority = Priority.INTERACTIVE,
         deadline: float = math.inf,
-    ) -> Admission[K, T, R]:
-        """Reserves capacity for a request.
+    ) -> Admission[Key, Item, Result]:
+        """Reserves capacity for a request; the caller must close the admission, which is a context manager.
 
         Args:
-            count: items, ≥ 1.
-            size_bytes: memory that all of them hold while they wait.
-            priority: of all of them.
-            deadline: loop time from which they must not start.
+            count: number of items, at least 1.
+            size_bytes: memory that all items together hold while they wait.
+            priority: priority of all items.
+            deadline: time of the event loop's clock (`loop.time()`) after which no item may start.
 
         Raises:
-            QueueFull: no capacity is left, or the items ahead take longer than the deadline allows.
+            QueueFull: no capacity is left, or the items ahead would take until after the deadline.
             DeadlineExceeded: the deadline has passed.
-            Exception: the argument of `fail_all`, after it was called.
+            Exception: the error given to `fail_all`, once that was called.
         """
         if self._failure is not None:
             raise self._failure
@@ -120,12 +156,13 @@ class Batcher(Generic[K, T, R]):
             raise DeadlineExceeded("the deadline passed before the request started")
         problem = self._capacity_problem(count, size_bytes, priority, remaining_s)
         if problem:
+            # Retry when the excess has run, but not before half of the queue has.
             excess = max(self.waiting + count - self._max_waiting, self.waiting / 2)
             raise QueueFull(problem, self._throughput.retry_after_s(excess))
         self._waiting[priority] += count
         self._waiting_bytes += size_bytes
         admission = Admission(self, count, item_bytes=size_bytes / count, priority=priority, deadline=deadline)
-        self._open.add(admission)
+        self._open_admissions.add(admission)
         self._delayer.on_admit(admission)
         return admission
 
@@ -144,8 +181,8 @@ class Batcher(Generic[K, T, R]):
             return f"queue too long: about {wait_s:.1f} s of work is ahead, the deadline is in {remaining_s:.1f} s"
         return ""
 
-    def enqueue(self, admission: Admission[K, T, R], key: K, items: Sequence[T]) -> None:
-        """Queues a request's items and releases the capacity that it does not need; called by `Admission.submit`."""
+    def enqueue(self, admission: Admission[Key, Item, Result], key: Key, items: Sequence[Item]) -> None:
+        """Queues the items of a request and frees capacity that it reserved in excess. See `Admission.submit`."""
         if self._failure is not None:
             raise self._failure
         if admission.queue is not None or len(items) > admission.waiting:
@@ -160,75 +197,63 @@ class Batcher(Generic[K, T, R]):
         else:
             self._schedule_dispatch()
 
-    def _release(self, admission: Admission[K, T, R], count: int) -> None:
-        """Frees the capacity of items that started or never will."""
+    def _release(self, admission: Admission[Key, Item, Result], count: int) -> None:
+        """Frees the capacity of `count` items that have started or never will."""
         admission.waiting -= count
         self._waiting[admission.priority] -= count
-        # Exactly 0 when nothing waits: rounding errors must not add up.
+        # Reset to 0 when nothing waits, so that rounding errors do not add up.
         self._waiting_bytes = self._waiting_bytes - count * admission.item_bytes if self.waiting else 0.0
 
     def _schedule_dispatch(self) -> None:
-        """Dispatches after all callbacks that are ready now: they may add items to the same batch."""
-        self._cancel_timer()
-        self._timer = asyncio.get_running_loop().call_soon(self._dispatch)
+        """Dispatches after the callbacks that are ready now, since they may add items to the same batch."""
+        self._cancel_scheduled_dispatch()
+        self._next_dispatch = asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _cancel_scheduled_dispatch(self) -> None:
+        if self._next_dispatch is not None:
+            self._next_dispatch.cancel()
+            self._next_dispatch = None
 
     def _dispatch(self) -> None:
-        """Starts every batch that is due on the idle runners, then sets a timer for the next one."""
-        self._cancel_timer()
+        """Starts due batches while a runner is idle; schedules itself for the next batch that becomes due."""
+        self._cancel_scheduled_dispatch()
         loop = asyncio.get_running_loop()
-        while self._idle:
+        while self._idle_runners:
             now = loop.time()
             ready = self._ready_queues(now)
             if not ready:
                 return
-            next_queue = self._pick_queue(ready, now)
-            if next_queue.due > now + TIMER_SLACK_S:
-                self._timer = loop.call_at(next_queue.due, self._dispatch)
+            due = [queue for queue in ready if queue.due <= now + TIMER_SLACK_S]
+            if not due:
+                self._next_dispatch = loop.call_at(min(queue.due for queue in ready), self._dispatch)
                 return
-            self._start_batch(next_queue.key, now)
+            self._start_batch(_first_queue(due, ready).key, now)
 
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _ready_queues(self, now: float) -> list["_ReadyQueue[K]"]:
-        """Returns the queues with items, each with the time at which its next batch is due and its sort key."""
+    def _ready_queues(self, now: float) -> list[_ReadyQueue[Key]]:
+        """Drops items past their deadline and removes empty queues; returns the state of the others."""
         for key, queue in list(self._queues.items()):
             self._drop_expired(queue, now)
             if not queue.size:
                 del self._queues[key]
-        no_more_from = self._delayer.wait_until(now)
+        no_more_items_after = self._delayer.wait_until(now)
         ready = []
         for key, queue in self._queues.items():
             oldest = queue.oldest_arrival()
             is_full = queue.size >= self._max_batch_size
-            due = oldest if is_full else min(oldest + self._max_delay_s, no_more_from)
+            due = oldest if is_full else min(oldest + self._max_delay_s, no_more_items_after)
             sort_key = queue.sort_key(self._credit, self._max_batch_size, self._other_batch_arrival(key))
-            ready.append(_ReadyQueue(due, sort_key, key, queue.has_interactive))
+            ready.append(_ReadyQueue(key, due, sort_key, queue.has_interactive))
         return ready
 
-    def _pick_queue(self, ready: Sequence["_ReadyQueue[K]"], now: float) -> "_ReadyQueue[K]":
-        """Returns the queue of the next batch: of those that are due the first by sort key, else the next one due.
-
-        INTERACTIVE items do not wait for a fuller batch while the device would start one with only BATCH items.
-        """
-        soon = now + TIMER_SLACK_S
-        first = min(ready, key=lambda queue: (max(queue.due, soon), queue.sort_key))
-        if first.due <= soon and not first.has_interactive:
-            interactive = [queue for queue in ready if queue.has_interactive and queue.sort_key < first.sort_key]
-            if interactive:
-                return min(interactive, key=lambda queue: queue.sort_key)._replace(due=now)
-        return first
-
-    def _other_batch_arrival(self, key: K) -> float:
-        """Returns the effective arrival of the oldest BATCH item in the queues of other keys."""
+    def _other_batch_arrival(self, key: Key) -> float:
+        """Returns the earliest `RequestQueue.batch_arrival` of the other keys; math.inf if they hold no BATCH items."""
         others = (queue for other, queue in self._queues.items() if other != key)
         return min((queue.batch_arrival() for queue in others), default=math.inf)
 
-    def _start_batch(self, key: K, now: float) -> None:
+    def _start_batch(self, key: Key, now: float) -> None:
+        """Moves up to `max_batch_size` items of a key from their queue to an idle runner."""
         queue, other_batch_arrival = self._queues[key], self._other_batch_arrival(key)
-        batch: _Batch[K, T, R] = []
+        batch: _Batch[Key, Item, Result] = []
         while len(batch) < self._max_batch_size:
             self._drop_expired(queue, now)
             if not queue.size:
@@ -236,48 +261,72 @@ class Batcher(Generic[K, T, R]):
             item = queue.pop(self._credit, other_batch_arrival)
             self._release(item.client, 1)
             batch.append(item)
-        task = asyncio.get_running_loop().create_task(self._run(self._idle.pop(), key, batch))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task = asyncio.get_running_loop().create_task(self._run(self._idle_runners.pop(), key, batch))
+        self._running_batches.add(task)
+        task.add_done_callback(self._running_batches.discard)
 
-    async def _run(self, runner: "Runner[K, T, R]", key: K, batch: "_Batch[K, T, R]") -> None:
+    async def _run(self, runner: Runner[Key, Item, Result], key: Key, batch: _Batch[Key, Item, Result]) -> None:
+        """Runs one batch, delivers its outcomes, and frees the runner for the next batch."""
         loop = asyncio.get_running_loop()
         started = loop.time()
-        outcomes: Sequence[R | Exception]
+        outcomes: Sequence[Result | Exception]
         try:
             outcomes = await runner(key, [item.item for item in batch])
             if len(outcomes) != len(batch):
                 raise RuntimeError(f"runner: {len(outcomes)} results for {len(batch)} items")
             self._throughput.record(len(batch), loop.time() - started)
             self._observer.batch_ended(len(batch), loop.time() - started)
-        # An error of a runner belongs to this batch alone: its requests receive it, and the next batch runs.
+        # A runner's error fails this batch only: its requests receive the error, and the next batch runs.
         except Exception as error:
             outcomes = [error] * len(batch)
         run_s = loop.time() - started
         for admission, batch_slice in _slices(batch, outcomes, started, run_s):
             self._observer.waited(admission.priority.value, batch_slice.queue_s)
             self._deliver(admission, batch_slice)
-        self._idle.append(runner)
+        self._idle_runners.append(runner)
         self._dispatch()
 
-    def _deliver(self, admission: Admission[K, T, R], batch_slice: BatchSlice[R]) -> None:
+    def _deliver(self, admission: Admission[Key, Item, Result], batch_slice: BatchSlice[Result]) -> None:
         count = len(batch_slice.indices)
         if not admission.is_open:
-            self._observer.dropped(f"{admission.drop_cause}_device", count)
+            self._observe_dropped(admission, "device", count)
             return
         admission.slices.put_nowait(batch_slice)
         admission.unanswered -= count
         if not admission.unanswered:
             self._delayer.on_answer(admission)
 
-    def _drop_expired(self, queue: RequestQueue[Admission[K, T, R], T], now: float) -> None:
+    def close(self, admission: Admission[Key, Item, Result], *, cancelled: bool) -> None:
+        """Ends a request. See `Admission.close`."""
+        if not admission.is_open:
+            return
+        admission.is_open = False
+        self._open_admissions.discard(admission)
+        now = asyncio.get_running_loop().time()
+        if admission.deadline <= now:  # the caller gave up because of its deadline
+            admission.drop_cause = "deadline"
+        if cancelled:
+            self._observe_dropped(admission, "entry" if admission.queue is None else "queue", admission.waiting)
+            self._observe_dropped(admission, "encoding", _clear(admission.slices))
+        self._release(admission, admission.waiting)
+        self._delayer.on_close(admission, now)
+        if admission.queue is not None:
+            admission.queue.remove(admission)
+        else:
+            self._schedule_dispatch()  # a batch may be waiting for the items of this request
+
+    def _observe_dropped(self, admission: Admission[Key, Item, Result], stage: str, count: int) -> None:
+        if count:
+            self._observer.dropped(f"{admission.drop_cause}_{stage}", count)
+
+    def _drop_expired(self, queue: RequestQueue[Admission[Key, Item, Result], Item], now: float) -> None:
         for admission in queue.expired(now):
             admission.drop_cause = "deadline"
-            self._observer.dropped("deadline_queue", admission.waiting)
-            self._fail(admission, DeadlineExceeded("the deadline passed while the boxes waited for the device"))
+            self._observe_dropped(admission, "queue", admission.waiting)
+            self._fail_queued(admission, DeadlineExceeded("the deadline passed while the boxes waited for the device"))
 
-    def _fail(self, admission: Admission[K, T, R], error: Exception) -> None:
-        """Delivers an error for every item that is still queued."""
+    def _fail_queued(self, admission: Admission[Key, Item, Result], error: Exception) -> None:
+        """Removes the queued items of a request and delivers `error` for each."""
         indices = admission.queue.remove(admission) if admission.queue is not None else ()
         if indices:
             self._release(admission, len(indices))
@@ -287,80 +336,51 @@ class Batcher(Generic[K, T, R]):
     def fail_all(self, error: Exception) -> None:
         """Fails every queued item and every later request with `error`; running batches finish."""
         self._failure = error
-        for admission in tuple(self._open):
-            self._fail(admission, error)
+        for admission in tuple(self._open_admissions):
+            self._fail_queued(admission, error)
 
-    def close(self, admission: Admission[K, T, R], *, cancelled: bool) -> None:
-        """Ends a request; called by `Admission.close`."""
-        if not admission.is_open:
-            return
-        admission.is_open = False
-        self._open.discard(admission)
-        now = asyncio.get_running_loop().time()
-        if admission.deadline <= now:
-            admission.drop_cause = "deadline"
-        if cancelled:
-            self._count_dropped(admission, "entry" if admission.queue is None else "queue", admission.waiting)
-            self._count_dropped(admission, "encoding", _unread(admission.slices))
-        self._release(admission, admission.waiting)
-        self._delayer.on_close(admission, now)
-        if admission.queue is not None:
-            admission.queue.remove(admission)
-        else:
-            self._schedule_dispatch()  # a batch may have waited for its items
-
-    def _count_dropped(self, admission: Admission[K, T, R], stage: str, count: int) -> None:
-        if count:
-            self._observer.dropped(f"{admission.drop_cause}_{stage}", count)
-
-    async def idle(self) -> None:
+    async def wait_until_idle(self) -> None:
         """Returns when no batch is running."""
-        while self._running:
-            await asyncio.wait(self._running)
+        while self._running_batches:
+            await asyncio.wait(self._running_batches)
 
 
-_Batch: TypeAlias = list[QueuedItem[Admission[K, T, R], T]]
+def _first_queue(due: Sequence[_ReadyQueue[Key]], ready: Sequence[_ReadyQueue[Key]]) -> _ReadyQueue[Key]:
+    """Returns the queue of the next batch: the first of the due ones by sort key.
 
-
-class _ReadyQueue(NamedTuple, Generic[K]):
-    """A queue with items.
-
-    Attributes:
-        due: loop time at which its next batch should start.
-        sort_key: of its first item.
-        key: of its items.
-        has_interactive: whether some are INTERACTIVE.
+    If that one holds BATCH items only, a queue with INTERACTIVE items that sorts before it goes first, even if it is
+    not due: INTERACTIVE items wait for a fuller batch only while the device is idle.
     """
-
-    due: float
-    sort_key: SortKey
-    key: K
-    has_interactive: bool
+    first = min(due, key=attrgetter("sort_key"))
+    if first.has_interactive:
+        return first
+    interactive = (queue for queue in ready if queue.has_interactive)
+    return min((first, *interactive), key=attrgetter("sort_key"))
 
 
 def _slices(
-    batch: "_Batch[K, T, R]", outcomes: Sequence[R | Exception], started: float, run_s: float
-) -> list[tuple[Admission[K, T, R], BatchSlice[R]]]:
-    """Splits a finished batch by request."""
-    by_request: dict[Admission[K, T, R], list[tuple[QueuedItem[Admission[K, T, R], T], R | Exception]]] = {}
-    for item, outcome in zip(batch, outcomes, strict=True):
-        by_request.setdefault(item.client, []).append((item, outcome))
+    batch: _Batch[Key, Item, Result], outcomes: Sequence[Result | Exception], started: float, run_s: float
+) -> list[tuple[Admission[Key, Item, Result], BatchSlice[Result]]]:
+    """Splits a finished batch into one slice for each request."""
+    positions_by_request: dict[Admission[Key, Item, Result], list[int]] = {}
+    for position, item in enumerate(batch):
+        positions_by_request.setdefault(item.client, []).append(position)
     return [
         (
             admission,
             BatchSlice(
-                indices=tuple(item.index for item, _ in pairs),
-                outcomes=tuple(outcome for _, outcome in pairs),
-                queue_s=started - min(item.arrival for item, _ in pairs),
+                indices=tuple(batch[position].index for position in positions),
+                outcomes=tuple(outcomes[position] for position in positions),
+                queue_s=started - min(batch[position].arrival for position in positions),
                 run_s=run_s,
                 batch_size=len(batch),
             ),
         )
-        for admission, pairs in by_request.items()
+        for admission, positions in positions_by_request.items()
     ]
 
 
-def _unread(slices: "asyncio.Queue[BatchSlice[R]]") -> int:
+def _clear(slices: asyncio.Queue[BatchSlice[Result]]) -> int:
     """Empties a queue of slices and returns the number of their items."""
     count = 0
     while not slices.empty():

@@ -1,11 +1,14 @@
-"""Orders queued items: INTERACTIVE first; BATCH items that have waited too long are guaranteed a quarter of the device.
+"""Orders the items of one batch key: INTERACTIVE first, with a quarter of the device guaranteed to aged BATCH items.
 
-An INTERACTIVE item goes ahead of every BATCH item, however long that one has waited. Each time it passes one that has
-aged (waited `batch_aging_s` longer than itself), BATCH earns a third of an item of credit and spends it on going first.
-So BATCH work never starves under constant INTERACTIVE load, and never delays it by more than its quarter.
+The order within a priority is first come, first served. A BATCH item is aged relative to an INTERACTIVE item that
+arrived more than `batch_aging_s` after it. INTERACTIVE items still go ahead of aged ones, but three of them earn the
+credit for one BATCH item to go ahead. So BATCH items never starve, and take at most a quarter of the device while
+INTERACTIVE items wait.
 
-Reads no clock and counts nothing beyond its own items: the batcher passes the time and starts batches.
+Reads no clock and counts its own items only: the batcher passes the time and starts batches.
 """
+
+from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
@@ -17,42 +20,53 @@ from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 from mal_server.scheduling.priority import Priority
 
 INTERACTIVE_PER_BATCH = 3
-"""INTERACTIVE items that pass aged BATCH items for each of those that goes first: a quarter of the device."""
+"""Number of INTERACTIVE items that pay for one aged BATCH item; 3 to 1 guarantees BATCH a quarter of the device."""
 
 
 class QueueClient(Protocol):
-    """The request that items belong to; compared by identity."""
+    """Request that items belong to; compared by identity."""
 
     @property
     def priority(self) -> Priority:
-        """Priority of all its items."""
+        """Priority of all items."""
 
     @property
     def deadline(self) -> float:
-        """Loop time from which its items must not start."""
+        """Loop time after which no item may start."""
 
 
-C = TypeVar("C", bound=QueueClient)
-T = TypeVar("T")
+Client = TypeVar("Client", bound=QueueClient)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
-class QueuedItem(Generic[C, T]):
-    """One item: its request, its index among that request's items, and the loop time at which it was queued."""
+class QueuedItem(Generic[Client, Item]):
+    """Item in a queue.
 
-    client: C
+    Attributes:
+        client: request of the item.
+        index: index of the item among those of its request.
+        item: the item itself.
+        arrival: loop time at which it was queued.
+    """
+
+    client: Client
     index: int
-    item: T
+    item: Item
     arrival: float
+
+
+_Requests: TypeAlias = OrderedDict[Client, deque[QueuedItem[Client, Item]]]
+"""Queued items by request, oldest request first. No request is empty."""
 
 
 class SortKey(NamedTuple):
     """Orders queues by their first items; the smallest goes first.
 
     Attributes:
-        yields_to_interactive: a BATCH item without the credit to go ahead of INTERACTIVE ones.
-        effective_arrival: arrival, `batch_aging_s` later for BATCH.
-        arrival: decides between equal ones, as with infinite aging.
+        yields_to_interactive: True for a BATCH item that lacks the credit to go ahead of INTERACTIVE items.
+        effective_arrival: arrival, plus `batch_aging_s` for BATCH items.
+        arrival: breaks ties, for example when `batch_aging_s` is infinite.
     """
 
     yields_to_interactive: bool
@@ -61,11 +75,14 @@ class SortKey(NamedTuple):
 
 
 class FairnessCredit:
-    """Credit, in INTERACTIVE items, that aged BATCH items earn by being passed and spend on going first.
+    """Credit that lets aged BATCH items go ahead of INTERACTIVE items; shared by the queues of all keys.
+
+    One unit is earned for each INTERACTIVE item that goes ahead of an aged BATCH item; a BATCH item costs
+    `INTERACTIVE_PER_BATCH` units.
 
     Args:
-        batch_size: items in a full batch; the credit never exceeds one such batch.
-        is_first_come_first_served: BATCH needs no credit.
+        batch_size: number of items in a full batch; the credit is limited to the cost of one.
+        is_first_come_first_served: if True, aged BATCH items need no credit.
     """
 
     def __init__(self, batch_size: int, *, is_first_come_first_served: bool) -> None:
@@ -74,54 +91,57 @@ class FairnessCredit:
         self._is_first_come_first_served = is_first_come_first_served
 
     def may_preempt(self, count: int, *, is_oldest: bool) -> bool:
-        """Returns whether BATCH items may go ahead of INTERACTIVE ones that arrived after they had aged.
+        """Returns True if aged BATCH items may go ahead of INTERACTIVE items.
 
         Args:
             count: number of BATCH items.
-            is_oldest: no other BATCH item has waited longer; only the oldest may use the credit.
+            is_oldest: True if no BATCH item of another key is older; only the oldest may use the credit.
         """
         if self._is_first_come_first_served:
             return True
         return is_oldest and self._credit >= count * INTERACTIVE_PER_BATCH
 
     def earn(self) -> None:
-        """Records that an INTERACTIVE item passed an aged BATCH item."""
+        """Records that an INTERACTIVE item went ahead of an aged BATCH item."""
         self._credit = min(self._credit + 1, self._limit)
 
     def spend(self) -> None:
-        """Records that the oldest BATCH item started, with or without passing anything."""
+        """Records that the oldest BATCH item started, even if no INTERACTIVE item was waiting."""
         self._credit = max(self._credit - INTERACTIVE_PER_BATCH, 0)
 
 
-class RequestQueue(Generic[C, T]):
-    """Items that may share a batch: by priority, first come first served within each.
+class RequestQueue(Generic[Client, Item]):
+    """Items that may share a batch, in the order described above.
 
     Args:
-        batch_aging_s: time by which BATCH items count as having arrived later.
+        batch_aging_s: seconds added to the arrival of a BATCH item when it is compared with INTERACTIVE items.
     """
 
     def __init__(self, batch_aging_s: float) -> None:
         self.size = 0
-        """Queued items."""
+        """Number of queued items."""
         self._batch_aging_s = batch_aging_s
-        self._interactive: _Requests[C, T] = OrderedDict()
-        self._batch: _Requests[C, T] = OrderedDict()
+        self._interactive: _Requests[Client, Item] = OrderedDict()
+        self._batch: _Requests[Client, Item] = OrderedDict()
 
-    def add(self, client: C, items: Iterable[T], now: float) -> None:
-        """Appends all items of a request; a request adds its items once."""
+    def add(self, client: Client, items: Iterable[Item], now: float) -> None:
+        """Appends the items of a request; called once for each request."""
         queued = deque(QueuedItem(client, index, item, now) for index, item in enumerate(items))
         if queued:
             self._requests(client.priority)[client] = queued
             self.size += len(queued)
 
-    def remove(self, client: C) -> tuple[int, ...]:
-        """Removes the items of a request that are still queued; returns their indices."""
+    def remove(self, client: Client) -> tuple[int, ...]:
+        """Removes the items of a request that are still queued and returns their indices."""
         items = self._requests(client.priority).pop(client, ())
         self.size -= len(items)
         return tuple(item.index for item in items)
 
-    def expired(self, now: float) -> list[C]:
-        """Returns the requests at the front of each priority whose deadline has passed."""
+    def expired(self, now: float) -> list[Client]:
+        """Returns the expired requests at the front of each priority.
+
+        Expired requests further back are returned when they reach the front, before any of their items starts.
+        """
         return [
             client
             for requests in (self._interactive, self._batch)
@@ -142,12 +162,13 @@ class RequestQueue(Generic[C, T]):
         return _first_arrival(self._batch) + self._batch_aging_s
 
     def sort_key(self, credit: FairnessCredit, batch_size: int, other_batch_arrival: float) -> SortKey:
-        """Returns the key of the item that goes first; the queue must not be empty.
+        """Returns the sort key of the item that goes first; the queue must not be empty.
 
         Args:
-            credit: shared by all queues.
-            batch_size: items in a full batch: going first means a whole batch.
-            other_batch_arrival: `batch_arrival` of the other queues, the least one.
+            credit: credit shared by the queues of all keys.
+            batch_size: number of items in a full batch. A BATCH item goes ahead of other keys only with credit for all
+                items that its batch may hold, since all of them delay the other keys.
+            other_batch_arrival: earliest `batch_arrival` of the other keys.
         """
         keys = []
         if self._interactive:
@@ -159,9 +180,25 @@ class RequestQueue(Generic[C, T]):
             keys.append(SortKey(not may_preempt, effective, _first_arrival(self._batch)))
         return min(keys)
 
-    def pop(self, credit: FairnessCredit, other_batch_arrival: float) -> QueuedItem[C, T]:
-        """Removes and returns the item that goes first, and updates the credit; arguments as for `sort_key`."""
-        requests = self._next_requests(credit, other_batch_arrival)
+    def pop(self, credit: FairnessCredit, other_batch_arrival: float) -> QueuedItem[Client, Item]:
+        """Removes and returns the item that goes first, and updates the credit; the queue must not be empty.
+
+        Args:
+            credit: credit shared by the queues of all keys.
+            other_batch_arrival: earliest `batch_arrival` of the other keys.
+        """
+        interactive, batch = _first_arrival(self._interactive), self.batch_arrival()
+        is_oldest = batch <= other_batch_arrival
+        is_aged = batch < interactive
+        if not self._interactive or (is_aged and credit.may_preempt(1, is_oldest=is_oldest)):
+            if is_oldest:
+                credit.spend()
+            return self._pop_first(self._batch)
+        if is_aged or other_batch_arrival < interactive:
+            credit.earn()
+        return self._pop_first(self._interactive)
+
+    def _pop_first(self, requests: _Requests[Client, Item]) -> QueuedItem[Client, Item]:
         client, items = next(iter(requests.items()))
         item = items.popleft()
         if not items:
@@ -169,28 +206,11 @@ class RequestQueue(Generic[C, T]):
         self.size -= 1
         return item
 
-    def _next_requests(self, credit: FairnessCredit, other_batch_arrival: float) -> "_Requests[C, T]":
-        """Returns the requests of the priority whose turn it is, and updates the credit."""
-        interactive, batch = _first_arrival(self._interactive), self.batch_arrival()
-        is_oldest = batch <= other_batch_arrival
-        batch_first = batch < interactive and credit.may_preempt(1, is_oldest=is_oldest)
-        if self._interactive and not batch_first:
-            if min(batch, other_batch_arrival) < interactive:
-                credit.earn()
-            return self._interactive
-        if is_oldest:
-            credit.spend()
-        return self._batch
-
-    def _requests(self, priority: Priority) -> "_Requests[C, T]":
+    def _requests(self, priority: Priority) -> _Requests[Client, Item]:
         return self._interactive if priority is Priority.INTERACTIVE else self._batch
 
 
-_Requests: TypeAlias = OrderedDict[C, deque[QueuedItem[C, T]]]
-"""Queued items by request, oldest request first. No request is empty."""
-
-
-def _first_arrival(requests: "_Requests[C, T]") -> float:
+def _first_arrival(requests: _Requests[Client, Item]) -> float:
     for items in requests.values():
         return items[0].arrival
     return math.inf

@@ -310,7 +310,7 @@ def test_many_cancelled_callers_leave_nothing_in_the_queue() -> None:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        await batcher.idle()
+        await batcher.wait_until_idle()
         return batcher.waiting, await submit(batcher, "k", "still")
 
     waiting, slices = run_on_fake_clock(work())
@@ -324,8 +324,8 @@ class Counting(NullObserver):
     def __init__(self) -> None:
         self.drops: dict[str, int] = {}
 
-    def dropped(self, reason: str, crops: int) -> None:
-        self.drops[reason] = self.drops.get(reason, 0) + crops
+    def dropped(self, reason: str, count: int) -> None:
+        self.drops[reason] = self.drops.get(reason, 0) + count
 
 
 def batcher_with_aging(
@@ -593,7 +593,7 @@ def test_items_of_a_cancelled_caller_are_counted_by_the_stage_that_they_reached(
         await asyncio.sleep(0.5)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
-        await batcher.idle()
+        await batcher.wait_until_idle()
 
     run_on_fake_clock(work())
     assert observer.drops == {"cancelled_queue": 3, "cancelled_device": 2}
