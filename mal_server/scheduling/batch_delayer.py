@@ -49,7 +49,7 @@ class BatchDelayer:
             self._answered[request] = now + self._return_window_s
 
     def wait_until(self, now: float) -> float:
-        """Returns the time until which more items may arrive; `now` if none are expected, math.inf if no limit is known."""
+        """Returns the time until which more items may arrive; `now` if none are expected, math.inf if it is unknown."""
         while self._answered and next(iter(self._answered.values())) <= now:
             del self._answered[next(iter(self._answered))]
         if self._preparing:
