@@ -65,7 +65,8 @@ class ScoreType(StrEnum):
 
     `stability`: pixels above the threshold + STABILITY_LOGITS divided by pixels above the threshold − STABILITY_LOGITS
     (logits): how little the mask depends on the exact threshold. `probability`: mean foreground probability over the
-    mask, the published score. docs/quality.md has measurements: stability ranks masks better, most at low thresholds.
+    mask, the published score. docs/experiments/masks-of-photographs.md has measurements: stability ranks masks better,
+    most at low thresholds.
     """
 
     STABILITY = "stability"

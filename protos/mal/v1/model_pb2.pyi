@@ -294,7 +294,7 @@ class ModelInfo(google.protobuf.message.Message):
     crop_size: builtins.int
     """Side in px of the square crop that the network sees."""
     margin_rate: builtins.float
-    """Margin of a crop: the box grows by half of this share of its width or height on each side."""
+    """Margin of a crop: its window is 1 + margin_rate / 2 times as wide and high as the box, around the same center."""
     score_calibrated: builtins.bool
     """True if InstanceResult.score is the expected IoU, by a calibration in the checkpoint; otherwise it is the stability
     of the mask. The calibration was fitted for one pass of the student at mask_thresholds. It is also applied to
