@@ -1,15 +1,24 @@
 """README, the index of the docs and the checks of pre-commit agree with the repository."""
 
 import re
+import shlex
 
 import pytest
 import yaml
+from mal_client.cli.main import build_parser
 
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 MAX_LINES = 180
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "mal_train/kernel/assets/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md")),
+]
 
 
 def test_the_first_two_commands_are_verbs_of_the_makefile() -> None:
@@ -30,13 +39,29 @@ def test_the_table_of_folders_names_folders_that_exist() -> None:
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_every_link_to_a_file_leads_to_one(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target}
     assert [target for target in sorted(targets - {""}) if not (ROOT / page).parent.joinpath(target).exists()] == []
+
+
+def test_the_client_commands_of_the_pages_parse() -> None:
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
+    commands = [line for line in lines if line.startswith("mal-client ")]
+    assert len(commands) > 20
+    # The shell replaces the variable before the command starts.
+    concrete = [command.replace("$SLURM_ARRAY_TASK_ID", "0") for command in commands]
+    assert [command for command in concrete if not parses(shlex.split(command, comments=True)[1:])] == []
+
+
+def parses(arguments: list[str]) -> bool:
+    try:
+        build_parser().parse_args(arguments)
+    except SystemExit:
+        return False
+    return True
 
 
 def test_the_index_of_the_docs_names_every_page_and_no_other() -> None:

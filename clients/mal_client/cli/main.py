@@ -32,7 +32,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
         if sys.stdout is not None:  # None after `>&-`
@@ -60,7 +60,8 @@ def _resume_hint(arguments: argparse.Namespace) -> str:
     return f"run the same command{without} again to resume"
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="mal-client", description="Labels the boxes of images with masks, using a mal-server."
     )
