@@ -35,7 +35,10 @@ class Console:
 
     def print(self, line: str) -> None:
         """Prints one line."""
-        tqdm.write(line, file=self.stream)
+        if self.is_terminal:
+            tqdm.write(line, file=self.stream)
+        else:  # tqdm would erase and redraw a bar that is not drawn
+            print(line, file=self.stream, flush=True)
 
     def progress(self, total: int, unit: str, label: str = "", **options: Any) -> "ProgressBar":
         """Returns a progress bar on this console; `options` are those of `ProgressBar`."""

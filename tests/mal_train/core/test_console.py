@@ -105,3 +105,12 @@ def test_a_silent_console_keeps_nothing() -> None:
 def test_a_console_works_after_stderr_was_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", None)
     Console().print("a message")
+
+
+def test_without_a_terminal_a_message_does_not_redraw_the_progress() -> None:
+    stream, clock = io.StringIO(), Clock()
+    console = Console(stream)
+    with console.progress(100, "item", "job", clock=clock) as bar:
+        bar.update_to(1)
+        console.print("a message")
+    assert stream.getvalue() == "a message\n"
