@@ -46,7 +46,7 @@ def published_mask(network: MalNetwork, content: bytes, box: Box, threshold: flo
     """Labels one box. The RLE is computed and discarded."""
     pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
     height, width = pixels.shape[:2]
-    window = geometry.test_window(box, 0.6)
+    window = geometry.inference_window(box, 0.6)
     crop = geometry.resize_crop(geometry.cut(pixels, window), SIDE)
     inside = np.zeros((height, width), np.uint8)
     region = geometry.box_pixels(box, (height, width))

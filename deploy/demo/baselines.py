@@ -57,11 +57,11 @@ def color_clustering(
         box_xywh: the box.
         clusters: colors.
         ratio: see above; smaller keeps more.
-        margin_rate: the window is that of `geometry.test_window`, cut to the image.
+        margin_rate: the window is that of `geometry.inference_window`, cut to the image.
     """
     image_hw = (image_rgb.shape[0], image_rgb.shape[1])
     region = geometry.box_pixels(box_xywh, image_hw)
-    pixels, inside = _window_pixels(image_rgb, geometry.test_window(box_xywh, margin_rate), region)
+    pixels, inside = _window_pixels(image_rgb, geometry.inference_window(box_xywh, margin_rate), region)
     if min(np.count_nonzero(inside), np.count_nonzero(~inside)) < clusters:
         return _encoded(_ones(region), region, image_hw)
     colors = cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB).reshape(-1, 3).astype(np.float32)

@@ -96,10 +96,10 @@ def _average(
     if isinstance(first, LabelFailure) or len(claims) == 1:
         return annotation, first
     crop, first_claim = first
-    probs = [claim[1].values for _, claim in claims if not isinstance(claim, LabelFailure)]
+    probs = [claim[1].prob for _, claim in claims if not isinstance(claim, LabelFailure)]
     mean = np.mean([logits(prob) for prob in probs], axis=0, dtype=np.float32)
     prob = (1.0 / (1.0 + np.exp(-mean))).astype(np.float32)
-    return annotation, (crop, dataclasses.replace(first_claim, values=prob))
+    return annotation, (crop, dataclasses.replace(first_claim, prob=prob))
 
 
 def _label_without_overlaps(

@@ -102,17 +102,14 @@ def box_iou(a_xywh: Box, b_xywh: Box) -> float:
     return intersection / (a_xywh[2] * a_xywh[3] + b_xywh[2] * b_xywh[3] - intersection)
 
 
-def test_window(box_xywh: Box, margin_rate: float) -> Window:
+def inference_window(box_xywh: Box, margin_rate: float) -> Window:
     """Returns the window of inference: the box grown by margin_rate/2 of its half extent on each side.
 
-    >>> test_window((100, 100, 100, 80), 0.6)
+    >>> inference_window((100, 100, 100, 80), 0.6)
     Window(x0=85, y0=88, x1=216, y1=193)
     """
     side = 0.5 * margin_rate
     return train_window(box_xywh, (side, side, side, side))
-
-
-test_window.__test__ = False  # type: ignore[attr-defined]  # a name of the method, not a test to collect
 
 
 def train_window(box_xywh: Box, margins: Sequence[float]) -> Window:

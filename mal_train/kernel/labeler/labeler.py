@@ -1,16 +1,19 @@
 """Labels boxes: crop → probabilities → mask. The one implementation for validation, `mal-train` and the server.
 
     labeler, checkpoint = load_labeler(Path("model.malckpt"), device="cuda")
+    labels = labeler.label(image, boxes)              # image (H, W, 3) uint8 RGB; boxes (N, 4) x, y, w, h in px
 
-    crops = labeler.prepare(image, boxes)             # CPU: image (H, W, 3) uint8 RGB; boxes (x, y, w, h) in px
+`label` runs three steps, which callers with many images run on different threads:
+
+    crops = labeler.prepare(image, boxes)             # CPU: pixels (S, S, 3) uint8 around each box; S is the crop size
     predictions = labeler.predict(crops)              # device: foreground probability (S, S) float32 of each crop
     labels = [labeler.finish(crop, prediction)        # CPU: mask, score and flags in image coordinates
               for crop, prediction in zip(crops, predictions)]
 
-    labels = labeler.label(image, boxes)              # the three steps in one call
+For a box that cannot be labeled, `prepare` returns a `BadBox` instead of a crop; leave it out before `predict`.
 
-`prepare` returns a `BadBox` for a box that cannot be labeled; leave it out before `predict`. A labeler holds no state
-between calls: `prepare` and `finish` may run on any thread, `predict` runs on one thread per device.
+A labeler holds no state between calls. `prepare` and `finish` may run on any thread; `predict` runs on one thread per
+device.
 """
 
 import contextlib
@@ -47,18 +50,22 @@ from mal_train.kernel.networks.network import MalNetwork, normalize, probabiliti
 from mal_train.kernel.networks.precision import Precision, resolve
 
 ProbMap = NDArray[np.float32]
+"""Foreground probabilities in [0, 1], (rows, columns)."""
 
 LOW_AGREEMENT_IOU = 0.8
+"""Labels with an agreement below this IoU get the flag LOW_AGREEMENT."""
+
 TINY_SIDE_PX = 2.0
+"""Boxes with a side up to this length inside the image get the flag TOO_SMALL."""
 
 CPU_PIXELS_PER_PASS = 4 * 512**2
-"""Pixels in one forward pass on one or two CPU cores. More exceed the caches (ViT-small, 512 px, bfloat16: 545 ms per
-crop for 4 crops, 610 for 8, 630 for 16); fewer do not fill the matrix kernels."""
+"""Pixels in one forward pass on one or two CPU cores; in proportion on more. More pixels exceed the caches (ViT-small,
+512 px, bfloat16: 545 ms per crop for 4 crops, 610 for 8, 630 for 16); fewer do not fill the matrix kernels."""
 
 CUDA_ERROR = "CUDA error:"
 """Prefix of CUDA runtime errors. After nearly all of them every later call of the process fails too."""
 CUDA_OUT_OF_MEMORY = "CUDA error: out of memory"
-"""The exception to that: the device stays usable."""
+"""Prefix of the one exception: the device stays usable."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,12 @@ class Crop:
     """The network's input for one box, and the geometry that maps its output back to the image.
 
     Attributes:
-        pixels: (S, S, 3) uint8 RGB.
+        pixels: (S, S, 3) uint8 RGB; S is `LabelerConfig.crop_size`.
         box_xywh: the caller's box, unchanged.
-        box_inside: the box clipped to the image, as x, y, w, h; this is the box that is labeled.
-        window: image region that the pixels show; it may extend beyond the image.
+        box_inside: the box that is labeled: `box_xywh` clipped to the image, x, y, w, h in px.
+        window: region that the pixels show, in px of the image; where it extends beyond the image, the image repeats.
         image_hw: height and width of the image in px.
-        area: area of box_inside in px²; selects the size class of the network and the threshold.
+        area: area of `box_inside` in px²; selects the network's size class and the threshold.
     """
 
     pixels: NDArray[np.uint8]
@@ -92,9 +99,9 @@ class PredictOptions:
     """Options of a forward pass. Crops share a batch only if their options are equal.
 
     Attributes:
-        branch: student, teacher, or the mean of their logits.
-        agreement: also runs the other network, so that `finish` can compute the IoU of student and teacher.
-        flip: averages the logits with those of the mirrored crop.
+        branch: student, teacher, or mixed, the mean of their logits.
+        agreement: run both networks, so that `finish` can compute the IoU of their masks.
+        flip: average the logits with those of the mirrored crop; doubles the work.
     """
 
     branch: Branch = Branch.STUDENT
@@ -107,9 +114,9 @@ class Prediction:
     """The network's output for one crop.
 
     Attributes:
-        prob: foreground probability (S, S) float32, in [0, 1], of the requested branch.
-        student: the student's map, if `PredictOptions.agreement` is set.
-        teacher: the teacher's map, if `PredictOptions.agreement` is set.
+        prob: foreground probability of the requested branch, (S, S) float32 in [0, 1], on the pixels of the crop.
+        student: as `prob`, of the student; None unless `PredictOptions.agreement` is set.
+        teacher: as `prob`, of the teacher; None unless `PredictOptions.agreement` is set.
     """
 
     prob: ProbMap
@@ -122,12 +129,12 @@ class Label:
     """The result for one box.
 
     Attributes:
-        rle: mask of the full image.
-        score: in [0, 1]: the expected IoU if the checkpoint carries a calibration, else the mask's `ScoreType`; 0 for
-            an empty mask.
-        area: pixels in the mask.
-        mask_box: tight box of the mask as x, y, w, h; None for an empty mask.
-        agreement: IoU of the student's and the teacher's mask; None unless requested.
+        rle: mask of the full image, run-length encoded; `rle.decode_mask` returns it as (H, W) bool.
+        score: in [0, 1]: the expected IoU if the checkpoint has a calibration, else the score of
+            `LabelerConfig.score_type`. An empty mask scores 0 before calibration.
+        area: number of pixels in the mask.
+        mask_box: tight box of the mask, x, y, w, h in px; None for an empty mask.
+        agreement: IoU in [0, 1] of the masks of student and teacher; None unless requested.
         flags: properties to check; see `FLAG_DESCRIPTIONS`.
     """
 
@@ -142,12 +149,29 @@ class Label:
 class Labeler:
     """Labels boxes with one network on one device.
 
+    >>> from mal_train.kernel.networks.network import ModelConfig
+    >>> network = MalNetwork(ModelConfig("vit-micro/16"))  # random weights; `load_labeler` loads trained ones
+    >>> labeler = Labeler(network, LabelerConfig(crop_size=64), device="cpu")
+    >>> (label,) = labeler.label(np.zeros((48, 96, 3), np.uint8), [(10, 10, 20, 16)])
+    >>> rle.decode_mask(label.rle).shape
+    (48, 96)
+
     Args:
-        network: weights of student and teacher; moved to the device and switched to evaluation mode.
+        network: student and teacher; moved to the device and switched to evaluation mode.
         config: crop size, thresholds, clip rule and calibration.
         device: torch device.
-        precision: dtype of the forward pass; `auto` is float32 under `compat: tao`. Masks are identical for every batch
-            size only in float32 on a CPU.
+        precision: dtype of the forward pass. `auto` is float32 under `compat: tao`, and otherwise bfloat16 where the
+            device is fast at it. Only in float32 on a CPU is the mask of a box independent of the other crops in its
+            batch, to the bit.
+
+    Attributes:
+        network: the network, on the device.
+        config: as given.
+        device: as given.
+        dtype: torch dtype of the forward pass.
+
+    Raises:
+        ConfigError: float16 on a CPU.
     """
 
     def __init__(
@@ -163,23 +187,56 @@ class Labeler:
         self.config = config
         self.network = network.to(self.device).eval()
 
-    def prepare(self, image: RgbImage, boxes: Sequence[Sequence[float]], *, first: int = 0) -> list[Crop | BadBox]:
-        """Cuts a crop for each box, in order.
+    def label(
+        self,
+        image: RgbImage,
+        boxes: Sequence[Sequence[float]],
+        options: PredictOptions = PredictOptions(),
+        *,
+        threshold: float | None = None,
+        batch_size: int = 8,
+    ) -> list[Label | BadBox]:
+        """Labels boxes of one image: `prepare`, `predict` and `finish` in one call.
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            boxes: x, y, width, height in px of the image.
-            first: index of the first box in error messages, for requests that arrive in pieces.
+            boxes: (N, 4) x, y, width, height in px of the image.
+            options: options of the forward pass.
+            threshold: see `finish`.
+            batch_size: crops in a batch, at least 1.
 
         Returns:
-            A crop for each box, or the `BadBox` that says why the box cannot be labeled.
+            N results in order: a label, or the `BadBox` that says why the box cannot be labeled.
+
+        Raises:
+            ConfigError, DeviceError: see `predict`.
+        """
+        prepared = self.prepare(image, boxes)
+        crops = [crop for crop in prepared if isinstance(crop, Crop)]
+        predictions: list[Prediction] = []
+        for start in range(0, len(crops), batch_size):
+            predictions += self.predict(crops[start : start + batch_size], options)
+        labels = iter([self.finish(crop, p, threshold=threshold) for crop, p in zip(crops, predictions, strict=True)])
+        return [next(labels) if isinstance(crop, Crop) else crop for crop in prepared]
+
+    def prepare(self, image: RgbImage, boxes: Sequence[Sequence[float]], *, first: int = 0) -> list[Crop | BadBox]:
+        """Cuts the crop of each box from the image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            boxes: (N, 4) x, y, width, height in px of the image.
+            first: index of the first box in error messages, for a request whose boxes are prepared in several calls.
+
+        Returns:
+            N results in order: a crop, or the `BadBox` that says why the box cannot be labeled.
         """
         return [self._prepare_one(image, box, f"box {index}") for index, box in enumerate(boxes, start=first)]
 
     def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:
-        """Runs the network on crops of any images. Returns one prediction for each crop, in order.
+        """Runs the network on crops, which may come from several images; returns their predictions in order.
 
         Raises:
+            ConfigError: the checkpoint has no teacher, and the options need one.
             OutOfDeviceMemory: the batch does not fit; a smaller one may (`oom.predict_split`).
             DeviceLost: no further batch can run in this process, for example after an illegal memory access.
             DeviceError: any other failure of the device.
@@ -188,8 +245,8 @@ class Labeler:
             return []
         try:
             size = min(self.max_crops_per_pass(len(crops[0].pixels)), len(crops))
-            passes = [self._predict_batch(crops[i : i + size], options) for i in range(0, len(crops), size)]
-            return [prediction for batch in passes for prediction in batch]
+            batches = [crops[start : start + size] for start in range(0, len(crops), size)]
+            return [prediction for batch in batches for prediction in self._predict_batch(batch, options)]
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(
                 f"a batch of {len(crops)} crops does not fit into {self.device}: {error}"
@@ -212,11 +269,12 @@ class Labeler:
         """Returns the label of one box: mask, score and flags in image coordinates.
 
         Args:
-            crop: returned by `prepare`.
-            prediction: returned by `predict` for this crop.
-            threshold: in (0, 1); replaces the threshold of the box's size class.
-            min_component_area_px: connected components with fewer pixels are removed from the mask, except the largest
-                (`remove_small_regions`), before score, area, box, agreement and flags are computed.
+            crop: crop from `prepare`.
+            prediction: prediction from `predict` for this crop.
+            threshold: probability in (0, 1) above which a pixel belongs to the mask; None uses the checkpoint's
+                threshold for the size class of the box.
+            min_component_area_px: remove connected components with fewer pixels from the mask, except the largest
+                (`remove_small_regions`), before score, area, box, agreement and flags are computed; 0 removes none.
         """
         claim = self.claim(crop, prediction, threshold=threshold)
         mask = remove_small_regions(claim.mask, min_component_area_px)
@@ -232,10 +290,11 @@ class Labeler:
     ) -> list[Label]:
         """Returns the labels of all boxes of one image, with each pixel in at most one mask (`assign_pixels`).
 
-        Small components are removed after pixels are assigned. Agreement is computed from the masks before that.
+        Small components are removed after the pixels are assigned. Agreement compares masks as `finish` makes them,
+        before pixels are assigned.
 
         Args:
-            pairs: crop and prediction of each box.
+            pairs: crop and prediction of each box, all of one image.
             threshold: see `finish`.
             min_component_area_px: see `finish`.
         """
@@ -252,43 +311,20 @@ class Labeler:
             for (crop, prediction), claim, mask in zip(pairs, claims, masks, strict=True)
         ]
 
-    def label(
-        self,
-        image: RgbImage,
-        boxes: Sequence[Sequence[float]],
-        options: PredictOptions = PredictOptions(),
-        *,
-        threshold: float | None = None,
-        batch_size: int = 8,
-    ) -> list[Label | BadBox]:
-        """Labels boxes of one image: `prepare`, `predict` and `finish` in one call.
+    def claim(self, crop: Crop, prediction: Prediction, *, threshold: float | None = None) -> MaskClaim:
+        """Maps a prediction to image pixels: the first half of `finish`.
+
+        For callers that combine predictions or boxes before they make the label with `label_from_mask`.
 
         Args:
-            image: (H, W, 3) uint8 RGB.
-            boxes: x, y, width, height in px of the image.
-            options: options of the forward pass.
+            crop: crop from `prepare`.
+            prediction: prediction from `predict` for this crop.
             threshold: see `finish`.
-            batch_size: crops in a batch, ≥ 1.
-
-        Returns:
-            A label for each box in order, or the `BadBox` that says why there is none.
         """
-        prepared = self.prepare(image, boxes)
-        crops = [crop for crop in prepared if isinstance(crop, Crop)]
-        predictions: list[Prediction] = []
-        for start in range(0, len(crops), batch_size):
-            predictions += self.predict(crops[start : start + batch_size], options)
-        labels = iter([self.finish(crop, p, threshold=threshold) for crop, p in zip(crops, predictions, strict=True)])
-        return [next(labels) if isinstance(crop, Crop) else crop for crop in prepared]
-
-    def claim(self, crop: Crop, prediction: Prediction, *, threshold: float | None = None) -> MaskClaim:
-        """Maps a prediction to image pixels, before small components and overlaps are removed.
-
-        The first half of `finish`, for callers that combine several predictions or several boxes.
-        """
-        limit = self.config.mask_thres[int(size_class(crop.area))] if threshold is None else threshold
+        if threshold is None:
+            threshold = self.config.mask_thres[int(size_class(crop.area))]
         region = self._region(crop)
-        return MaskClaim(region, self._paste(crop, prediction.prob, region), limit)
+        return MaskClaim(region, self._paste(crop, prediction.prob, region), threshold)
 
     def label_from_mask(
         self,
@@ -298,14 +334,14 @@ class Labeler:
         agreement: float | None = None,
         min_component_area_px: int = 0,
     ) -> Label:
-        """Returns the label for a mask. The second half of `finish`.
+        """Returns the label of a box with a given mask: the second half of `finish`.
 
         Args:
-            crop: the box's crop.
-            claim: the box's claim.
-            mask: (rows, columns) bool, in the claim's region; a subset of `claim.mask`.
-            agreement: IoU of student and teacher.
-            min_component_area_px: limit below which components were removed from the mask.
+            crop: crop of the box.
+            claim: claim of the box, from `claim`.
+            mask: (rows, columns) bool on the claim's region; a subset of `claim.mask`.
+            agreement: IoU of the masks of student and teacher, if known.
+            min_component_area_px: as passed to `remove_small_regions` for this mask; the stability score repeats it.
         """
         code = rle.encode_region(mask, claim.region.row0, claim.region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
@@ -322,8 +358,9 @@ class Labeler:
         )
 
     def with_margin(self, margin_rate: float) -> "Labeler":
-        """Returns a labeler that shares the network and crops with another margin around the box."""
+        """Returns a labeler with another `LabelerConfig.margin_rate` that shares the network. Raises ConfigError."""
         config = dataclasses.replace(self.config, margin_rate=margin_rate)
+        # The values of `Precision` are the names of torch's dtypes.
         return Labeler(self.network, config, device=self.device, precision=str(self.dtype).removeprefix("torch."))
 
     def max_crops_per_pass(self, crop_size: int) -> int:
@@ -331,44 +368,51 @@ class Labeler:
         if self.device.type != "cpu":
             return sys.maxsize
         if self.dtype is torch.float32:
-            # The reference: matrix kernels round differently for other batch sizes, and a mask must not depend on the
-            # other crops of its batch.
+            # Matrix kernels round differently for other batch sizes, and in this precision the mask of a box must not
+            # depend on the other crops in its batch.
             return 1
-        return max(CPU_PIXELS_PER_PASS * max(torch.get_num_threads(), 2) // 2 // crop_size**2, 1)
+        pixels_per_pass = CPU_PIXELS_PER_PASS * max(torch.get_num_threads(), 2) // 2
+        return max(pixels_per_pass // crop_size**2, 1)
 
     def _prepare_one(self, image: RgbImage, box: Sequence[float], name: str) -> Crop | BadBox:
         image_hw = (image.shape[0], image.shape[1])
         try:
-            inside, clipped = geometry.check_box(box, image_hw, name)
+            inside, _ = geometry.check_box(box, image_hw, name)
         except BadBox as error:
             return error
-        window = geometry.test_window(inside, self.config.margin_rate)
+        window = geometry.inference_window(inside, self.config.margin_rate)
         pixels = geometry.resize_crop(geometry.cut(image, window), self.config.crop_size)
         x, y, w, h = (float(v) for v in box)
-        original = (x, y, w, h) if clipped else inside
-        return Crop(pixels, original, inside, window, image_hw, geometry.box_area(inside))
+        return Crop(pixels, (x, y, w, h), inside, window, image_hw, geometry.box_area(inside))
 
     def _predict_batch(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
-        size_class_N = torch.from_numpy(network_size_class([crop.area for crop in crops], self.config.compat))
+        """Predicts in one forward pass of each network that the options need."""
         crops_NHWC = torch.from_numpy(np.stack([crop.pixels for crop in crops])).to(self.device, non_blocking=True)
+        # Stays on the CPU: its values control the flow in the network.
+        size_class_N = torch.from_numpy(network_size_class([crop.area for crop in crops], self.config.compat))
         with torch.inference_mode(), self._autocast():
-            x_NCHW = normalize(crops_NHWC)
-            needed = {options.branch} | ({Branch.STUDENT, Branch.TEACHER} if options.agreement else set())
-            if Branch.MIXED in needed:
-                needed |= {Branch.STUDENT, Branch.TEACHER}
-            logits = {
-                branch: self._logits(x_NCHW, size_class_N, branch, options.flip) for branch in needed - {Branch.MIXED}
-            }
-            if Branch.MIXED in needed:
-                logits[Branch.MIXED] = (logits[Branch.STUDENT] + logits[Branch.TEACHER]) / 2
-            side = x_NCHW.shape[-1]
-            probs = {branch: probabilities(z.float(), side).cpu().numpy() for branch, z in logits.items()}
+            logits = self._branch_logits(normalize(crops_NHWC), size_class_N, options)
+            side = crops_NHWC.shape[1]
+            prob_NHW = {branch: probabilities(z_N1HW, side).cpu().numpy() for branch, z_N1HW in logits.items()}
         if not options.agreement:
-            return [Prediction(prob) for prob in probs[options.branch]]
-        maps = zip(probs[options.branch], probs[Branch.STUDENT], probs[Branch.TEACHER], strict=True)
+            return [Prediction(prob) for prob in prob_NHW[options.branch]]
+        maps = zip(prob_NHW[options.branch], prob_NHW[Branch.STUDENT], prob_NHW[Branch.TEACHER], strict=True)
         return [Prediction(prob, student, teacher) for prob, student, teacher in maps]
 
-    def _logits(self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, branch: Branch, flip: bool) -> torch.Tensor:
+    def _branch_logits(
+        self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, options: PredictOptions
+    ) -> dict[Branch, torch.Tensor]:
+        """Returns logits float32 (N, 1, h, w) of the requested branch and of each network that was run."""
+        needs_both = options.agreement or options.branch is Branch.MIXED
+        networks = (Branch.STUDENT, Branch.TEACHER) if needs_both else (options.branch,)
+        logits = {network: self._network_logits(x_NCHW, size_class_N, network, options.flip) for network in networks}
+        if options.branch is Branch.MIXED:
+            logits[Branch.MIXED] = (logits[Branch.STUDENT] + logits[Branch.TEACHER]) / 2
+        return logits
+
+    def _network_logits(
+        self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, branch: Branch, flip: bool
+    ) -> torch.Tensor:
         logits_N1HW = self.network.logits(x_NCHW, size_class_N, branch).float()
         if flip:
             mirrored_N1HW = self.network.logits(x_NCHW.flip(-1), size_class_N, branch).float().flip(-1)
@@ -381,6 +425,7 @@ class Labeler:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _region(self, crop: Crop) -> Region:
+        """Returns the image region that the mask may cover: the box, or under `compat: tao` the crop's window."""
         if self.config.compat is Compat.TAO:
             height, width = crop.image_hw
             window = crop.window
@@ -388,6 +433,7 @@ class Labeler:
         return geometry.box_pixels(crop.box_inside, crop.image_hw)
 
     def _paste(self, crop: Crop, prob: ProbMap, region: Region) -> ProbMap:
+        """Resamples a map (S, S) on the crop to the pixels of an image region, (rows, columns) float32."""
         if region.is_empty:
             return np.zeros((max(region.row1 - region.row0, 0), max(region.col1 - region.col0, 0)), np.float32)
         if self.config.compat is Compat.TAO:
@@ -400,10 +446,11 @@ class Labeler:
     def _agreement(
         self, crop: Crop, prediction: Prediction, claim: MaskClaim, min_component_area_px: int
     ) -> float | None:
+        """Returns the IoU of the masks of student and teacher, 1 if both are empty; None if they were not predicted."""
         if prediction.student is None or prediction.teacher is None:
             return None
         student, teacher = (
-            remove_small_regions(self._paste(crop, prob, claim.region) > claim.limit, min_component_area_px)
+            remove_small_regions(self._paste(crop, prob, claim.region) > claim.threshold, min_component_area_px)
             for prob in (prediction.student, prediction.teacher)
         )
         union = np.count_nonzero(student | teacher)
@@ -411,7 +458,7 @@ class Labeler:
 
 
 def compute_dtype(device: torch.device, config: LabelerConfig, precision: Precision | str) -> torch.dtype:
-    """Returns the dtype of a labeler's forward pass; raises ConfigError for float16 on a CPU."""
+    """Returns the dtype of a labeler's forward pass. Raises ConfigError for float16 on a CPU."""
     if config.compat is Compat.TAO and precision == Precision.AUTO:
         precision = Precision.FLOAT32  # the published numbers need the published precision
     return resolve(precision, device)
@@ -424,12 +471,18 @@ def load_labeler(
     device: str | torch.device = "cpu",
     precision: Precision | str = Precision.AUTO,
 ) -> tuple[Labeler, Checkpoint]:
-    """Loads a checkpoint; returns its labeler and the checkpoint, which holds categories and provenance.
+    """Loads a checkpoint; returns a labeler, and the checkpoint for its categories and provenance.
+
+    Args:
+        path: checkpoint file, with or without training state.
+        key: decryption key; None for a plain file, and only for one.
+        device: torch device.
+        precision: dtype of the forward pass; see `Labeler`.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
+        ConfigError: float16 on a CPU.
     """
-    # Never loads the optimizer's state of a resume file.
     checkpoint = load_checkpoint(path, key, skip_training_state=True)
     return build_labeler(checkpoint, device=device, precision=precision), checkpoint
 
@@ -437,7 +490,7 @@ def load_labeler(
 def build_labeler(
     checkpoint: Checkpoint, *, device: str | torch.device = "cpu", precision: Precision | str = Precision.AUTO
 ) -> Labeler:
-    """Returns a labeler with a checkpoint's weights. On the CPU it shares them with the checkpoint."""
+    """Returns a labeler with a checkpoint's weights; on the CPU, it shares their memory. Arguments: see `Labeler`."""
     network = MalNetwork.from_weights(checkpoint.model, checkpoint.weights)
     return Labeler(network, checkpoint.labeler, device=device, precision=precision)
 
@@ -453,4 +506,4 @@ def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | No
         Flag.LOW_AGREEMENT: agreement is not None and agreement < LOW_AGREEMENT_IOU,
         Flag.MULTI_PART: area > 0 and has_second_component(mask),
     }
-    return tuple(name for name, is_set in conditions.items() if is_set)
+    return tuple(flag for flag, is_set in conditions.items() if is_set)

@@ -25,19 +25,19 @@ class MaskClaim:
     """The image pixels that one box claims.
 
     Attributes:
-        region: image region of the values.
-        values: (rows, columns) float32, foreground probability in [0, 1].
-        limit: threshold in (0, 1); pixels above it are claimed.
+        region: image region that `prob` covers.
+        prob: foreground probability in [0, 1], (rows, columns) float32.
+        threshold: probability in (0, 1) above which a pixel is claimed.
     """
 
     region: Region
-    values: NDArray[np.float32]
-    limit: float
+    prob: NDArray[np.float32]
+    threshold: float
 
     @property
     def mask(self) -> NDArray[np.bool_]:
         """The claimed pixels, (rows, columns) bool."""
-        claimed: NDArray[np.bool_] = self.values > self.limit
+        claimed: NDArray[np.bool_] = self.prob > self.threshold
         return claimed
 
 
@@ -62,7 +62,7 @@ def assign_pixels(claims: Sequence[MaskClaim], image_hw: tuple[int, int]) -> lis
         if claim.region.is_empty or not mask.any():
             continue
         size = np.float32(SIZE_WEIGHT * np.log(np.count_nonzero(mask)))
-        strength = logits(claim.values) - size
+        strength = logits(claim.prob) - size
         best, owner = _view(best_HW, claim.region), _view(owner_HW, claim.region)
         wins = mask & (strength > best)
         best[wins] = strength[wins]

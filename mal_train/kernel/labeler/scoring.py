@@ -31,17 +31,17 @@ def _stability(claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px:
 
     The stability score of Kirillov et al., "Segment anything", 2023, with a symmetric offset.
     """
-    high, low = (_shift_logit(claim.limit, logits) for logits in (STABILITY_LOGITS, -STABILITY_LOGITS))
-    inner = int(np.count_nonzero((claim.values > high) & mask))
+    high, low = (_shift_logit(claim.threshold, logits) for logits in (STABILITY_LOGITS, -STABILITY_LOGITS))
+    inner = int(np.count_nonzero((claim.prob > high) & mask))
     # Pixels assigned to other boxes and small components with their surroundings say nothing of this mask's stability.
-    outer = mask | (remove_small_regions(claim.values > low, min_component_area_px) & ~claim.mask)
+    outer = mask | (remove_small_regions(claim.prob > low, min_component_area_px) & ~claim.mask)
     # Adding 1 to both reserves the score 0 for empty masks.
     return (inner + 1) / (int(np.count_nonzero(outer)) + 1)
 
 
 def _mean_probability(claim: MaskClaim, mask: NDArray[np.bool_]) -> float:
     # NumPy, not OpenCV: the last digit of OpenCV's sum depends on the memory alignment of the array.
-    total = float(np.where(mask, claim.values, np.float32(0)).sum(dtype=np.float64))
+    total = float(np.where(mask, claim.prob, np.float32(0)).sum(dtype=np.float64))
     return min(max(total / int(np.count_nonzero(mask)), 0.0), 1.0)
 
 

@@ -22,7 +22,7 @@ BOXES = st.tuples(
 def test_inference_windows_equal_the_published_ones() -> None:
     rows = json.loads(fixture("d_ext_boxes.json").read_text())
     for row in rows:
-        window = geometry.test_window(tuple(row["bbox_xywh"]), row["margin_rate"])
+        window = geometry.inference_window(tuple(row["bbox_xywh"]), row["margin_rate"])
         assert list(window) == row["ext"], row
         assert (window.height, window.width) == (row["ext_h"], row["ext_w"])
 
@@ -45,7 +45,7 @@ def test_crops_and_box_masks_equal_the_published_ones(image: str, margin: str) -
     for box, ext, crop, box_mask in zip(data["bbox_xywh"], data["ext"], data["crop"], data["boxmask"], strict=True):
         x, y, w, h = (float(v) for v in box)
         box_xywh = (x, y, w, h)
-        window = geometry.test_window(box_xywh, float(margin))
+        window = geometry.inference_window(box_xywh, float(margin))
         assert list(window) == ext.tolist()
         np.testing.assert_array_equal(geometry.resize_crop(geometry.cut(pixels, window), crop.shape[0]), crop)
         ours = geometry.box_mask_in_window(box_xywh, window, pixels.shape[:2], crop.shape[0], Compat.TAO)
@@ -146,7 +146,7 @@ def test_paste_is_the_inverse_of_crop_for_boxes_beyond_the_edge() -> None:
     for _ in range(50):
         x, y = rng.uniform(-10, 50, 2)
         inside, _ = geometry.check_box((x, y, *rng.uniform(15, 60, 2)), (90, 70))
-        window = geometry.test_window(inside, 0.6)
+        window = geometry.inference_window(inside, 0.6)
         region = geometry.box_pixels(inside, (90, 70))
         crop = geometry.resize_crop(geometry.cut(image, window), 128).astype(np.float32) / np.float32(255)
         pasted = geometry.paste(crop, window, region)

@@ -132,11 +132,11 @@ def test_a_small_component_that_is_all_of_a_mask_scores_at_most_one() -> None:
     (crop,) = labeler.prepare(IMAGE, [(40, 20, 64, 48)])
     assert isinstance(crop, Crop)
     claim = labeler.claim(crop, Prediction(np.zeros((64, 64), np.float32)))
-    values = np.zeros_like(claim.values)
+    values = np.zeros_like(claim.prob)
     values[10:30, 10:30] = values[40:43, 40:43] = 0.95
     kept = np.zeros_like(claim.mask)
     kept[40:43, 40:43] = True  # the square is assigned to another box
-    label = labeler.label_from_mask(crop, dataclasses.replace(claim, values=values), kept, min_component_area_px=50)
+    label = labeler.label_from_mask(crop, dataclasses.replace(claim, prob=values), kept, min_component_area_px=50)
     assert (label.area, label.score) == (9, 1.0)
 
 

@@ -10,8 +10,9 @@ from mal_train.kernel.labeler.overlaps import MaskClaim, assign_pixels
 HW = (12, 16)
 
 
-def claim(region: Region, value: float, limit: float = 0.5) -> MaskClaim:
-    return MaskClaim(region, np.full((region.row1 - region.row0, region.col1 - region.col0), value, np.float32), limit)
+def claim(region: Region, value: float, threshold: float = 0.5) -> MaskClaim:
+    shape = (region.row1 - region.row0, region.col1 - region.col0)
+    return MaskClaim(region, np.full(shape, value, np.float32), threshold)
 
 
 def test_contested_pixels_go_to_the_smaller_mask() -> None:
@@ -30,7 +31,7 @@ def test_of_two_equal_sizes_the_higher_probability_wins() -> None:
 
 
 def test_an_uncontested_mask_is_unchanged_even_below_one_half() -> None:
-    alone = claim(Region(2, 1, 7, 9), 0.2, limit=0.1)
+    alone = claim(Region(2, 1, 7, 9), 0.2, threshold=0.1)
     assert assign_pixels([alone], HW)[0].all()
 
 
