@@ -17,9 +17,9 @@ from pycocotools import mask as coco_mask
 
 from benchmarks.inputs import SIZES, BoxedImage, boxed_images, random_labeler
 from benchmarks.timing import Table, interleaved
+from mal_train.core.images import decode_image
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.geometry import Box
-from mal_train.core.masks.images import decode_image
 from mal_train.core.settings import Branch, Compat, network_size_class
 from mal_train.kernel.labeler.labeler import Label, Labeler
 from mal_train.kernel.networks.network import MalNetwork, normalize

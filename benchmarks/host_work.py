@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.inputs import SIZES, BoxedImage, boxed_images, object_map, random_labeler
 from benchmarks.timing import Table, interleaved
+from mal_train.core.images import decode_image
 from mal_train.core.masks import geometry
-from mal_train.core.masks.images import decode_image
 from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction
 
 BOXES, SIDE = 10, 512

@@ -33,8 +33,8 @@ from mal_server.ops.tracing import Tracing
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.security.auth import read_resume_key, read_tokens
 from mal_server.security.tls import server_credentials
+from mal_train.core.addresses import format_address, is_loopback
 from mal_train.core.errors import ConfigError, DeviceLost
-from mal_train.core.net import format_address, is_loopback
 from mal_train.core.version import distribution_version
 
 log = logging.getLogger(__name__)

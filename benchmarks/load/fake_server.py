@@ -31,8 +31,8 @@ from mal_server.lifecycle import serve
 from mal_server.models.loader import LoadedModel
 from mal_server.ops import logging
 from mal_train.core.errors import DeviceLost
+from mal_train.core.images import decode_image
 from mal_train.core.masks.geometry import Box
-from mal_train.core.masks.images import decode_image
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import apply_overrides, validate
 from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions

@@ -29,7 +29,7 @@ from mal_server.evaluation.dataset_reader import memory_of, read_dataset
 from mal_server.evaluation.resume_tokens import GroundTruth, ResumeTokens
 from mal_server.evaluation.run import EvaluationRun
 from mal_server.inference.allowed_dirs import AllowedDirs
-from mal_server.models.pinned import PinnedModels
+from mal_server.models.pinned_models import PinnedModels
 from mal_server.models.registry import ModelRegistry
 from mal_server.models.served_model import ServedModel
 from mal_server.ops.metrics import Metrics

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from mal_train.core.net import is_loopback
+from mal_train.core.addresses import is_loopback
 from mal_train.core.yaml_config import Strict
 
 

@@ -21,8 +21,8 @@ from mal_server.scheduling.batcher import Batcher
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import DeviceError, DeviceLost
+from mal_train.core.images import ImageLimits
 from mal_train.core.masks.encodings import encode
-from mal_train.core.masks.images import ImageLimits
 from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions
 
 CropBatcher = Batcher[PredictOptions, Crop, Prediction]

@@ -19,7 +19,7 @@ from mal_server.scheduling.background import when_done
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import BadBox, BadImage
-from mal_train.core.masks.images import ImageLimits, RgbImage, decode_image, stored_size
+from mal_train.core.images import ImageLimits, RgbImage, decode_image, stored_size
 from mal_train.kernel.labeler.labeler import Crop
 
 Result = TypeVar("Result")

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from mal_server.scheduling.background import DEVICE_THREAD_PREFIX
 from mal_train.core.errors import BadBox
+from mal_train.core.images import RgbImage
 from mal_train.core.masks.geometry import Box
-from mal_train.core.masks.images import RgbImage
 from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions
 from mal_train.kernel.labeler.oom import predict_split
 

@@ -9,8 +9,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mal_server.config.listen import Listen
 from mal_server.security.tls_check import verify_client_certificate, verify_handshake
+from mal_train.core.addresses import check_address, format_address, host_of
 from mal_train.core.errors import ConfigError
-from mal_train.core.net import check_address, format_address, host_of
 from mal_train.core.pem import read_pem
 
 SERVICE = "mal.v1.LabelingService"

@@ -10,8 +10,8 @@ from deploy.demo import baselines
 from deploy.demo.synthetic import SHAPES, Scene, SceneSettings, draw_scene, write_split
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.errors import OutputError
+from mal_train.core.images import read_image
 from mal_train.core.masks import rle
-from mal_train.core.masks.images import read_image
 
 
 def scenes(count: int) -> list[Scene]:

@@ -20,8 +20,8 @@ from pycocotools.coco import COCO
 
 from mal_train import cli as train_cli
 from mal_train.core import atomic_io
+from mal_train.core.addresses import check_address
 from mal_train.core.errors import BadDataset, ConfigError, OutputError
-from mal_train.core.net import check_address
 from mal_train.core.settings import Compat, LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key

@@ -25,8 +25,8 @@ from mal.v1 import (
 
 from deploy.demo.baselines import box_filled
 from mal_train.core.errors import BadBox, BadImage
+from mal_train.core.images import decode_image
 from mal_train.core.masks import geometry, rle
-from mal_train.core.masks.images import decode_image
 
 SHA = "ab" * 32
 MAX_MESSAGE = 64 * 1024 * 1024

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from mal_client.dataset.shards import Shard
-from mal_client.web import until_interrupted
+from mal_client.web_server import until_interrupted
 
 from tests.mal_client.datasets import Dataset, make_dataset
 from tests.mal_client.fake_server import FakeServer, Faults, serving

@@ -83,7 +83,7 @@ WITH_AN_EXTRA = {
     "mal_client.integrations.label_studio": ("aiohttp", "httpx2"),
     "mal_client.integrations.cvat": ("cvat_sdk",),
     "mal_client.playground": ("aiohttp",),
-    "mal_client.web": ("aiohttp",),
+    "mal_client.web_server": ("aiohttp",),
 }
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 HARMLESS = {"UnpicklingError", "PicklingError", "PickleError"}  # exceptions, which other libraries raise

@@ -17,9 +17,9 @@ from mal_client.cli.common import (
     make_label_options,
     read_secret,
 )
+from mal_train.core.addresses import is_loopback
 from mal_train.core.command_line import RenamedOption
 from mal_train.core.errors import ConfigError
-from mal_train.core.net import is_loopback
 
 PORT = 9090
 
@@ -81,7 +81,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         from mal_client.integrations.label_studio.app import build_app  # noqa: PLC0415
         from mal_client.integrations.label_studio.images import ImageFetcher  # noqa: PLC0415
         from mal_client.integrations.label_studio.predictor import Predictor  # noqa: PLC0415
-        from mal_client.web import bound, until_interrupted  # noqa: PLC0415
+        from mal_client.web_server import bound, until_interrupted  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; run: pip install 'mask-auto-labeler[labelstudio]'") from None
 

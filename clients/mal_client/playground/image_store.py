@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mal_train.core.images import ImageHeader
 from mal_train.core.lru import LruCache, sha256_of
-from mal_train.core.masks.images import ImageHeader
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from mal_client.client import AsyncClient
 from mal_client.errors import ClientError
 from mal_client.playground.app import build_app
 from mal_client.playground.security import KEY_FIELD, Guard
-from mal_client.web import bound, until_interrupted
+from mal_client.web_server import bound, until_interrupted
+from mal_train.core.addresses import is_loopback
 from mal_train.core.errors import MalError
-from mal_train.core.net import is_loopback
 
 
 @dataclass(frozen=True)

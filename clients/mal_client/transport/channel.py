@@ -9,8 +9,8 @@ import grpc
 import grpc.aio
 
 from mal_client.transport.auth import BearerTokenInterceptor, aio_interceptors
+from mal_train.core.addresses import check_address, is_local_address
 from mal_train.core.errors import ConfigError
-from mal_train.core.net import check_address, is_local_address
 from mal_train.core.pem import PemBlock, read_pem
 from mal_train.core.secrets import is_token
 

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from mal_train.core.images import RgbImage, encode_png
 from mal_train.core.masks.geometry import Box
-from mal_train.core.masks.images import RgbImage, encode_png
 from mal_train.core.masks.rle import Rle, decode_mask
 
 Color = tuple[int, int, int]

@@ -28,10 +28,10 @@ import torch
 from numpy.typing import NDArray
 
 from mal_train.core.errors import BadBox, DeviceError, DeviceLost, OutOfDeviceMemory
+from mal_train.core.images import RgbImage
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import Box, Region, Window
-from mal_train.core.masks.images import RgbImage
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import (
     Branch,

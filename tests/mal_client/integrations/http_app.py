@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def running(app: "web.Application") -> Iterator[str]:
     """Serves an application inside the block; yields its URL."""
     # Imported here, so that doctests of this file can be collected without aiohttp.
-    from mal_client.web import bound
+    from mal_client.web_server import bound
 
     started: Future[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 

@@ -15,7 +15,7 @@ from mal_client.playground.image_store import ImageStore
 from PIL import Image
 
 from mal_server.server import MalServer
-from mal_train.core.masks.images import ImageHeader, decode_image
+from mal_train.core.images import ImageHeader, decode_image
 from tests.mal_client.playground.playground_page import (
     BOX_IN_CORNER,
     DISC,

@@ -17,7 +17,7 @@ from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc, t
 
 from mal_server.config.model_config import ModelPlan
 from mal_server.models.loader import LoadedModel
-from mal_server.models.pinned import PinnedModels
+from mal_server.models.pinned_models import PinnedModels
 from mal_server.server import MalServer, health_name
 from mal_train.core.errors import Altered, DeviceLost, MalError, OutOfDeviceMemory, Truncated, UnknownLayout, WrongKey
 from mal_train.kernel.labeler.labeler import Prediction

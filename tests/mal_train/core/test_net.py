@@ -2,8 +2,8 @@
 
 import pytest
 
+from mal_train.core.addresses import check_address, is_local_address
 from mal_train.core.errors import ConfigError
-from mal_train.core.net import check_address, is_local_address
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mal_train.core import images
 from mal_train.core.errors import BadImage
-from mal_train.core.masks import images
-from mal_train.core.masks.images import MAX_JPEG_SCANS, STRIP_PIXELS, ImageLimits, decode_image, encode_png, read_image
+from mal_train.core.images import MAX_JPEG_SCANS, STRIP_PIXELS, ImageLimits, decode_image, encode_png, read_image
 
 
 def encoded(image: Image.Image, format_name: str, **options: object) -> bytes:

@@ -13,8 +13,8 @@ from typing import Final
 
 from aiohttp import web
 
+from mal_train.core.addresses import format_address
 from mal_train.core.errors import ConfigError
-from mal_train.core.net import format_address
 
 SHUTDOWN_S: Final = 2.0
 """Seconds that running requests get to finish after a shutdown was requested."""

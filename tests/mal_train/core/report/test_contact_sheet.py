@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mal_train.core.report.board import CELL, contact_sheet_image
+from mal_train.core.report.contact_sheet import CELL, contact_sheet_image
 
 
 def patch(height: int, width: int, color: tuple[int, int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
