@@ -200,8 +200,10 @@ def _keygen(arguments: argparse.Namespace) -> int:
 
 
 def _default_spec(arguments: argparse.Namespace) -> int:
-    name, overrides = _name_and_overrides([*arguments.words, *arguments.overrides])
-    text = _json_schema() if arguments.json_schema else _spec_text(name, overrides)
+    words = [*arguments.words, *arguments.overrides]
+    if arguments.json_schema and words:
+        raise ConfigError(f"default-spec --json-schema: {words[0]!r}; the schema takes no NAME and no a.b=c")
+    text = _json_schema() if arguments.json_schema else _spec_text(*_name_and_overrides(words))
     if arguments.output is None:
         sys.stdout.write(text)
         return 0

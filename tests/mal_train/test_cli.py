@@ -360,6 +360,8 @@ def test_the_json_schema_of_the_spec_is_printed_and_written(tmp_path: Path, caps
     path = tmp_path / "schema.json"
     assert main(["default-spec", "--json-schema", "-o", str(path)]) == 0
     assert path.read_text() == text
+    assert main(["default-spec", "--json-schema", "train.lr=1"]) == 2
+    assert "train.lr=1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["default-spec", "--help"])
     assert "# yaml-language-server: $schema=FILE" in " ".join(capsys.readouterr().out.split())
