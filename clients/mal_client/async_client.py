@@ -1,7 +1,7 @@
 """`AsyncClient`: masks from boxes, by asyncio calls over one channel to one server.
 
-It shares `ImageCall`, the rules of retries, with the blocking client. Jobs on datasets block on files, so only the
-blocking client implements them; `AsyncClient` runs one in a thread.
+`ImageCall` holds the rules of retries, which both clients share. Jobs on datasets read and write files, so only the
+blocking client implements them; `AsyncClient` runs such a job in a thread.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from operator import attrgetter
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
@@ -22,7 +23,8 @@ from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 from mal_client.blocking_client import Client
 from mal_client.errors import CallCancelled
 from mal_client.images.image_input import encode
-from mal_client.transport.client_base import ClientBase
+from mal_client.transport.channel import Connection
+from mal_client.transport.client_base import DEFAULT_TIMEOUT_S, ClientBase
 from mal_client.transport.image_call import checked_boxes
 from mal_client.types import SERVER_DEFAULTS, BoxLabel, LabelOptions, ServerInfo
 
@@ -37,21 +39,18 @@ Arguments = ParamSpec("Arguments")
 
 
 def _in_thread(
-    method: Callable[Concatenate[Client, Arguments], Result],
+    job: Callable[Concatenate[Client, Arguments], Result],
 ) -> Callable[Concatenate[AsyncClient, Arguments], Coroutine[Any, Any, Result]]:
-    """Makes a coroutine of a job of the blocking client, which runs in a thread, on a client of its own.
+    """Returns a method of `AsyncClient` that runs a job of `Client` in a thread, with a client of its own."""
 
-    The callbacks of the job are called in that thread.
-    """
-
-    @functools.wraps(method)
+    @functools.wraps(job)
     async def run(self: AsyncClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with Client(**dataclasses.asdict(self._connection), timeout_s=self.timeout_s) as client:
-            running = asyncio.ensure_future(asyncio.to_thread(method, client, *args, **kwargs))
+            running = asyncio.ensure_future(asyncio.to_thread(job, client, *args, **kwargs))
             try:
                 return await asyncio.shield(running)
             except asyncio.CancelledError:
-                # A thread cannot be cancelled: closing its client ends its calls, and the job ends soon after.
+                # A thread cannot be cancelled. Closing its client ends its calls, and then the job.
                 client.close()
                 with contextlib.suppress(CallCancelled):
                     await running
@@ -61,30 +60,45 @@ def _in_thread(
 
 
 class AsyncClient(ClientBase):
-    """asyncio client of one server, for one event loop. An asynchronous context manager that closes the channel.
+    """asyncio client of one server, for one event loop; an async context manager that closes the connection.
 
     >>> async with AsyncClient("localhost:50051") as client:  # doctest: +SKIP
     ...     labels = await client.label_image("street.jpg", [[10, 20, 50, 80]])
 
-    Run calls side by side with `asyncio.gather`; the server batches the boxes of all of them.
+    Run concurrent calls with `asyncio.gather`; the server batches the boxes of all of them.
+
+    The jobs `label_dataset`, `evaluate` and `evaluate_on_server` are those of `Client`, awaited. Each runs in a thread
+    with a connection of its own, and calls `on_progress` and `on_notice` in that thread. Cancelling the awaiting task
+    closes that connection and waits until the job has ended.
 
     Args:
         address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
-        timeout_s: deadline of one image in seconds, 300 by default. For a job on a dataset: seconds without a response
-            after which the server counts as lost.
-        tls: encrypt the connection and trust the public authorities that gRPC knows.
-        tls_ca: PEM file of the authority to trust instead; implies `tls`.
-        client_cert: PEM file of the client's certificate and its chain (mTLS).
-        client_key: PEM file of the private key; None reads it from `client_cert`.
-        token: bearer token of every call. Without TLS it is sent to a server on this machine only.
+        timeout_s: deadline of one image in seconds. In a job on a dataset: the seconds without a response after which
+            the server counts as lost.
+        tls: encrypt the connection, and trust the public certificate authorities that gRPC includes.
+        tls_ca: PEM file of the certificate authority to trust instead; implies `tls`.
+        client_cert: PEM file of the client's certificate and its chain, for mTLS; needs `tls` or `tls_ca`.
+        client_key: PEM file of the private key of `client_cert`; None reads it from the file of `client_cert`.
+        token: bearer token sent with every call; needs TLS, except with a server on this machine.
 
     Raises:
-        ConfigError: the address has no port, or the token would be sent unencrypted. A file that cannot be read raises
-            it when the channel opens, with the first call or `async with`.
+        ConfigError: the address has no port, or options contradict each other. A file that cannot be read raises it
+            later: in `async with` or the first call.
     """
 
-    def _start(self) -> None:
-        # No channel yet: it belongs to the loop in which it is created.
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: bool = False,
+        tls_ca: Path | str | None = None,
+        client_cert: Path | str | None = None,
+        client_key: Path | str | None = None,
+        token: str | None = None,
+    ) -> None:
+        super().__init__(Connection(address, tls, tls_ca, client_cert, client_key, token), timeout_s)
+        # Created later: a channel belongs to the event loop that runs when it is created.
         self._channel: grpc.aio.Channel | None = None
         self._is_closed = False
 
@@ -93,7 +107,7 @@ class AsyncClient(ClientBase):
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
 
@@ -106,17 +120,17 @@ class AsyncClient(ClientBase):
         return self._is_closed
 
     async def close(self) -> None:
-        """Closes the channel and cancels running calls. May be called again."""
+        """Closes the connection and cancels running calls. May be called again."""
         self._is_closed = True
         if self._channel is not None:
             await self._channel.close(None)
 
     async def server_info(self) -> ServerInfo:
-        """Returns version, models and limits of the server.
+        """Returns the version, models and limits of the server.
 
         Raises:
-            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: no answer.
-            InvalidRequest: the token is missing or unknown, or the address is not that of a mal-server.
+            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the server did not answer.
+            InvalidRequest: the token is missing or unknown, or the server is not a mal-server.
         """
         stub = cast("model_pb2_grpc.ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(self._open_channel()))
         request = model_pb2.GetServerInfoRequest()
@@ -142,16 +156,17 @@ class AsyncClient(ClientBase):
             image: uint8 array (H, W, 3) RGB or (H, W) gray, Pillow image, path of an image file, or its bytes. Arrays
                 and Pillow images are sent as PNG, files and bytes unchanged; EXIF orientation is not applied.
             boxes: (N, 4) x, y, width, height in px of the stored image; x, y is the upper left corner. N may be 0.
-            options: label options; by default those of the server.
-            timeout_s: deadline of this call in seconds, instead of the client's.
+            options: label options; the default leaves every choice to the server.
+            timeout_s: deadline of this call in seconds; None uses the client's.
 
         Returns:
-            N labels in the order of the boxes. A box that fails has `error` set and no mask; it does not fail others.
+            N labels in the order of the boxes. A box that fails does not fail the call: its label has `error` set and
+            no mask.
 
         Raises:
             BadImage: the image cannot be read, or exceeds the server's limit; nothing was sent.
-            InvalidRequest: `boxes` has another shape, or the server refuses image or options.
-            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: no complete result.
+            InvalidRequest: `boxes` does not have the shape (N, 4), or the server refuses the image or the options.
+            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the call ended before all labels arrived.
         """
         return sorted(
             [label async for label in self.stream_image(image, boxes, options, timeout_s=timeout_s)],
@@ -166,20 +181,20 @@ class AsyncClient(ClientBase):
         *,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[BoxLabel]:
-        """Labels the boxes of one image; yields each label as its batch finishes.
+        """Labels the boxes of one image; yields each label when it arrives.
 
         >>> async with contextlib.aclosing(client.stream_image("street.jpg", boxes)) as labels:  # doctest: +SKIP
         ...     async for label in labels:
         ...         print(label.index, label.ok)
 
-        Args and errors are those of `label_image`; errors are raised by the iterator.
+        Arguments and errors are those of `label_image`; the generator raises all errors.
 
         Yields:
-            N labels in any order; `label.index` is the index of the box. Close the generator to cancel the call.
+            N labels in any order; `label.index` is the index of the box. Closing the generator cancels the call.
         """
         checked = checked_boxes(boxes)
         limits = self._limits or (await self.server_info()).limits
-        # Reading, encoding and hashing take milliseconds to seconds, which would block the loop.
+        # In threads: reading, encoding and hashing take milliseconds to seconds, which would block the loop.
         encoded = await asyncio.to_thread(encode, image)
         call = await asyncio.to_thread(self._image_call, encoded, checked, options, limits, timeout_s)
         while not call.done:
@@ -196,7 +211,7 @@ class AsyncClient(ClientBase):
             except grpc.RpcError as error:
                 pause_s = call.on_error(error)
             except asyncio.CancelledError:
-                # Either our task was cancelled, or gRPC reports in this way that the server ended the call.
+                # The task was cancelled, or the server ended the call, which grpc.aio reports in the same way.
                 task = asyncio.current_task()
                 if self._is_closed or task is None or task.cancelling():
                     raise

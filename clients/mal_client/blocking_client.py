@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import grpc
-import grpc.aio
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_client.errors import CallCancelled
 from mal_client.images.image_input import encode
-from mal_client.transport.client_base import ClientBase
+from mal_client.transport.channel import Connection
+from mal_client.transport.client_base import DEFAULT_TIMEOUT_S, ClientBase
 from mal_client.transport.image_call import checked_boxes
 from mal_client.types import (
     DEFAULT_DATASET_OPTIONS,
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 
 class Client(ClientBase):
-    """Blocking client of one server, for use in several threads. A context manager that closes the channel.
+    """Blocking, thread-safe client of one server; a context manager that closes the connection.
 
-    The channel connects with the first call and reconnects by itself. Keep one client for many calls: it reuses the
-    connection, and sends the SHA-256 of an image in place of its bytes where the server has it already.
+    It connects on the first call and reconnects by itself. Use one client for many calls: they share the connection,
+    and an image that the server still has in its cache is not sent again.
 
     >>> with Client("localhost:50051") as client:  # doctest: +SKIP
     ...     for label in client.label_image("street.jpg", [[10, 20, 50, 80], [70, 20, 40, 40]]):
@@ -50,19 +50,30 @@ class Client(ClientBase):
 
     Args:
         address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
-        timeout_s: deadline of one image in seconds, 300 by default. For a job on a dataset: seconds without a response
-            after which the server counts as lost.
-        tls: encrypt the connection and trust the public authorities that gRPC knows.
-        tls_ca: PEM file of the authority to trust instead; implies `tls`.
-        client_cert: PEM file of the client's certificate and its chain (mTLS).
-        client_key: PEM file of the private key; None reads it from `client_cert`.
-        token: bearer token of every call. Without TLS it is sent to a server on this machine only.
+        timeout_s: deadline of one image in seconds. In a job on a dataset: the seconds without a response after which
+            the server counts as lost.
+        tls: encrypt the connection, and trust the public certificate authorities that gRPC includes.
+        tls_ca: PEM file of the certificate authority to trust instead; implies `tls`.
+        client_cert: PEM file of the client's certificate and its chain, for mTLS; needs `tls` or `tls_ca`.
+        client_key: PEM file of the private key of `client_cert`; None reads it from the file of `client_cert`.
+        token: bearer token sent with every call; needs TLS, except with a server on this machine.
 
     Raises:
-        ConfigError: the address has no port, a file cannot be read, or the token would be sent unencrypted.
+        ConfigError: the address has no port, a file cannot be read, or options contradict each other.
     """
 
-    def _start(self) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: bool = False,
+        tls_ca: Path | str | None = None,
+        client_cert: Path | str | None = None,
+        client_key: Path | str | None = None,
+        token: str | None = None,
+    ) -> None:
+        super().__init__(Connection(address, tls, tls_ca, client_cert, client_key, token), timeout_s)
         self._channel = self._connection.open()
         self._closed = threading.Event()
 
@@ -70,7 +81,7 @@ class Client(ClientBase):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
@@ -83,19 +94,19 @@ class Client(ClientBase):
         return self._closed.is_set()
 
     def close(self) -> None:
-        """Closes the channel; calls that run in other threads end with `CallCancelled`. May be called again."""
+        """Closes the connection; running calls in other threads raise `CallCancelled`. May be called again."""
         self._closed.set()
         self._channel.close()
 
     def server_info(self) -> ServerInfo:
-        """Returns version, models and limits of the server.
+        """Returns the version, models and limits of the server.
 
         >>> client.server_info().model  # doctest: +SKIP
         ModelRef(name='default', checkpoint_sha256='3b1f…', branch=<Branch.TEACHER: 'teacher'>)
 
         Raises:
-            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: no answer.
-            InvalidRequest: the token is missing or unknown, or the address is not that of a mal-server.
+            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the server did not answer.
+            InvalidRequest: the token is missing or unknown, or the server is not a mal-server.
         """
         stub = model_pb2_grpc.ModelServiceStub(self.open_channel())
         failures = 0
@@ -125,16 +136,17 @@ class Client(ClientBase):
             image: uint8 array (H, W, 3) RGB or (H, W) gray, Pillow image, path of an image file, or its bytes. Arrays
                 and Pillow images are sent as PNG, files and bytes unchanged; EXIF orientation is not applied.
             boxes: (N, 4) x, y, width, height in px of the stored image; x, y is the upper left corner. N may be 0.
-            options: label options; by default those of the server.
-            timeout_s: deadline of this call in seconds, instead of the client's.
+            options: label options; the default leaves every choice to the server.
+            timeout_s: deadline of this call in seconds; None uses the client's.
 
         Returns:
-            N labels in the order of the boxes. A box that fails has `error` set and no mask; it does not fail others.
+            N labels in the order of the boxes. A box that fails does not fail the call: its label has `error` set and
+            no mask.
 
         Raises:
             BadImage: the image cannot be read, or exceeds the server's limit; nothing was sent.
-            InvalidRequest: `boxes` has another shape, or the server refuses image or options.
-            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: no complete result.
+            InvalidRequest: `boxes` does not have the shape (N, 4), or the server refuses the image or the options.
+            ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the call ended before all labels arrived.
         """
         return sorted(self.stream_image(image, boxes, options, timeout_s=timeout_s), key=attrgetter("index"))
 
@@ -146,15 +158,15 @@ class Client(ClientBase):
         *,
         timeout_s: float | None = None,
     ) -> Iterator[BoxLabel]:
-        """Labels the boxes of one image; yields each label as its batch finishes.
+        """Labels the boxes of one image; yields each label when it arrives.
 
         >>> for label in client.stream_image("street.jpg", boxes):  # doctest: +SKIP
         ...     print(label.index, label.ok)
 
-        Args and errors are those of `label_image`; errors are raised by the iterator.
+        Arguments and errors are those of `label_image`; the iterator raises all errors.
 
         Yields:
-            N labels in any order; `label.index` is the index of the box. Close the iterator to cancel the call.
+            N labels in any order; `label.index` is the index of the box. Closing the iterator cancels the call.
         """
         call = self._image_call(encode(image), checked_boxes(boxes), options, self._known_limits(), timeout_s)
         while not call.done:
@@ -181,40 +193,42 @@ class Client(ClientBase):
         on_progress: Callable[[Progress], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> DatasetResult:
-        """Labels the annotations of a COCO file and writes the file with masks.
+        """Labels the annotations of a COCO file and writes a copy of the file with masks.
 
         >>> result = client.label_dataset("boxes.json", "images", "masks.json")  # doctest: +SKIP
         >>> result.labeled, result.failed_count  # doctest: +SKIP
         (8003, 0)
 
-        Memory holds neither pixels nor masks. The output appears when the job is finished. Until then a journal beside
-        it, `masks.json.ledger`, keeps the results: a killed run resumes when the same job is started again, and ends
-        with the same bytes. A failed annotation keeps its fields, gets an `error`, and is listed in the result and in
-        `masks.errors.jsonl`. When the server is lost after some results arrived, those are written, the rest is listed
-        as failed, and the journal stays for the next run.
+        The output file appears when the job is finished. Until then a journal beside it, `masks.json.ledger`, keeps the
+        results: the same call after an interruption resumes the job, and its output is identical to that of a job
+        without interruption. Memory use does not grow with the pixels and masks of the dataset.
+
+        A failed annotation keeps its fields and gets an `error`; it is listed in the result and in
+        `masks.errors.jsonl`. If the server is lost after some results arrived, these are written, all other annotations
+        are listed as failed, and the journal is kept for the next run.
 
         `mal_client.dataset.run.label_dataset` does the same with several servers.
 
         Args:
-            coco_json: the annotations; `bbox` is x, y, width, height in px.
-            images_dir: the folder that `file_name` is relative to, or a glob pattern such as `photos/**/*.jpg`.
-            output_json: the COCO file with masks.
-            options: label options; by default those of the server.
-            dataset_options: which annotations are labeled, and how they are written. By default all are labeled, and
-                existing masks are replaced.
-            on_progress: called after each result, in the calling thread.
-            on_notice: receives messages for the user in the calling thread, for example that the run resumes.
+            coco_json: COCO file; `bbox` is x, y, width, height in px.
+            images_dir: folder that `file_name` is relative to, or a glob pattern such as `photos/**/*.jpg`.
+            output_json: COCO file to write.
+            options: label options; the default leaves every choice to the server.
+            dataset_options: annotations to label, and format of the masks. The default labels all annotations and
+                replaces existing masks.
+            on_progress: called after each result, in the thread that runs the job.
+            on_notice: called with messages for users, for example that the job resumes, in the same thread.
 
         Raises:
-            BadDataset: the file as a whole is unusable, for example because an id is used twice; nothing was sent.
-            OutputError: the output cannot be written, or another run is writing it; an older output is intact.
-            ConfigError: the unfinished run was another job: other input, checkpoint or options.
+            BadDataset: the COCO file is unusable as a whole, for example because an id is used twice; nothing was sent.
+            OutputError: the output cannot be written, or another run is writing it; an older output is unchanged.
+            ConfigError: the journal belongs to a job with other input, checkpoint or options.
             InvalidRequest: the server refuses the options.
             ServerUnavailable, CallTimedOut, ServerError: the server was lost before any result arrived.
-            ModelChanged: the server switched to other weights; start again with `restart=True`.
+            ModelChanged: the server switched to other weights; start again with `DatasetOptions(restart=True)`.
             CallCancelled: the client was closed.
         """
-        # Imported here: a dataset job loads OpenCV and pycocotools, which callers with single images need not wait for.
+        # Imported here: jobs load OpenCV and pycocotools, which would delay the first import for callers without jobs.
         from mal_client.dataset.run import label_dataset  # noqa: PLC0415
 
         return label_dataset(
@@ -239,26 +253,26 @@ class Client(ClientBase):
         on_notice: Callable[[str], None] | None = None,
         resume: Path | None = None,
     ) -> Evaluation:
-        """Evaluates the served model on a COCO file with masks; the server labels the boxes and compares.
+        """Evaluates the served model on a COCO file with masks: the server labels the boxes and compares the masks.
 
         >>> evaluation = client.evaluate("val.json", "images")  # doctest: +SKIP
         >>> evaluation.overall.miou  # doctest: +SKIP
         0.813
 
         Args:
-            coco_json: annotations with ground-truth masks.
-            images_dir: the folder that `file_name` is relative to.
-            options: label options; by default those of the server.
-            worst_count: number of instances with the lowest IoU in the result, from 0 to 10 000.
-            on_progress: called as images finish, in the calling thread.
-            on_notice: receives messages for the user in the calling thread, for example that the run resumes.
-            resume: file that keeps the measurements of an unfinished run for the next one, which deletes it at the end;
-                None keeps them in memory.
+            coco_json: COCO file with ground-truth masks.
+            images_dir: folder that `file_name` is relative to.
+            options: label options; the default leaves every choice to the server.
+            worst_count: number of instances to list in the result, those with the lowest IoU; 0 to 10 000.
+            on_progress: called when images finish, in the thread that runs the evaluation.
+            on_notice: called with messages for users, for example that the evaluation resumes, in the same thread.
+            resume: file that stores the measurements of an interrupted evaluation for the same call to resume; deleted
+                at the end. None stores none.
 
         Raises:
-            BadDataset: the file as a whole is unusable; nothing was sent.
-            ConfigError: `resume` belongs to another evaluation.
-            OutputError: `resume` cannot be written, or another run holds it.
+            BadDataset: the COCO file is unusable as a whole; nothing was sent.
+            ConfigError: the file `resume` belongs to another evaluation.
+            OutputError: the file `resume` cannot be written, or another run uses it.
             InvalidRequest: the server refuses the options.
             ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the server was lost.
         """
@@ -287,15 +301,15 @@ class Client(ClientBase):
         on_notice: Callable[[str], None] | None = None,
         resume: Path | None = None,
     ) -> Evaluation:
-        """Evaluates as `evaluate` does, on a COCO file and images in the server's `data_folders`; sends no image.
+        """Evaluates the served model as `evaluate` does, on files in the server's `data_folders`; sends no image.
 
         Args:
-            annotations: FOLDER/PATH of the COCO file on the server.
+            annotations: FOLDER/PATH of the COCO file on the server; FOLDER is a name in `data_folders`.
             images: FOLDER or FOLDER/PATH that its file names are relative to.
-            options: label options; by default those of the server.
-            worst_count: as in `evaluate`; the instances have the file name for an image id, and no box.
-            on_progress: called as images finish, in the calling thread.
-            on_notice: receives messages for the user in the calling thread.
+            options: label options; the default leaves every choice to the server.
+            worst_count: as in `evaluate`; the image id of an instance is its file name, and its box is missing.
+            on_progress: as in `evaluate`.
+            on_notice: as in `evaluate`.
             resume: as in `evaluate`.
 
         Raises:
@@ -318,13 +332,13 @@ class Client(ClientBase):
         )
 
     def open_channel(self) -> grpc.Channel:
-        """Returns the channel, for jobs that run their own streams. Raises CallCancelled when the client is closed."""
+        """Returns the gRPC channel, for jobs and `ModelAdmin`. Raises CallCancelled after `close`."""
         if self.is_closed:
             raise self._closed_error()
         return self._channel
 
     def pause(self, pause_s: float) -> None:
-        """Waits before a retry. Raises CallCancelled when the client is closed meanwhile."""
+        """Sleeps for `pause_s` before a retry, for jobs. Raises CallCancelled if the client is closed meanwhile."""
         # Not time.sleep: close() in another thread ends the wait.
         if self._closed.wait(pause_s):
             raise CallCancelled(f"{self.address}: the client was closed while its call waited for a retry")

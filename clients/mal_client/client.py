@@ -2,7 +2,12 @@
 
 >>> from mal_client.client import Client
 >>> with Client("localhost:50051") as client:  # doctest: +SKIP
-...     labels = client.label_image("street.jpg", [[10, 20, 50, 80]])
+...     (label,) = client.label_image("street.jpg", [[10, 20, 50, 80]])  # x, y, width, height in px
+>>> label.score, label.mask.shape, label.mask.dtype  # doctest: +SKIP
+(0.91, (480, 640), dtype('bool'))
+
+`mal_client.types` has the arguments and results, `mal_client.errors` the exceptions. `mal_client.overlay` draws labels
+over an image, and `mal_client.model_admin` loads and unloads models of a server.
 """
 
 from mal_client.async_client import AsyncClient

@@ -1,4 +1,4 @@
-"""Interface to one server that jobs need of a blocking client; it has none of the methods that start jobs."""
+"""Interface of the blocking client that jobs use; it has none of the methods that start jobs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Transport(Protocol):
         """Returns version, models and limits of the server. Raises ClientError."""
 
     def open_channel(self) -> grpc.Channel:
-        """Returns the channel. Raises CallCancelled when the client is closed."""
+        """Returns the channel. Raises CallCancelled after the client was closed."""
 
     def pause(self, pause_s: float) -> None:
-        """Waits before a retry. Raises CallCancelled when the client is closed meanwhile."""
+        """Sleeps for `pause_s` before a retry. Raises CallCancelled if the client is closed meanwhile."""

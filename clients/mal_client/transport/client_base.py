@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mal_client.errors import CallCancelled, from_rpc_error, is_truncated
@@ -31,28 +30,19 @@ MAX_INFO_RETRIES = 3
 
 
 class ClientBase:
-    """State of a client that does not depend on the type of its channel."""
+    """State of a client that does not depend on the type of its channel.
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        tls: bool = False,
-        tls_ca: Path | str | None = None,
-        client_cert: Path | str | None = None,
-        client_key: Path | str | None = None,
-        token: str | None = None,
-    ) -> None:
-        self.address = address
+    Args:
+        connection: address and credentials of the server.
+        timeout_s: deadline of one image in seconds.
+    """
+
+    def __init__(self, connection: Connection, timeout_s: float) -> None:
+        self.address = connection.address
         self.timeout_s = timeout_s
-        self._connection = Connection(address, tls, tls_ca, client_cert, client_key, token)
+        self._connection = connection
         self._limits: ServerLimits | None = None
         self._uploads = UploadCache()
-        self._start()
-
-    def _start(self) -> None:
-        """Initializes the state of the subclass."""
 
     def _image_call(
         self,
@@ -77,13 +67,13 @@ class ClientBase:
         return min(self.timeout_s, INFO_TIMEOUT_S)
 
     def _keep_info(self, response: model_pb2.GetServerInfoResponse) -> ServerInfo:
-        """Returns the description of the server and keeps its limits for the calls that follow."""
+        """Returns the response as `ServerInfo`, and keeps the limits for the calls that follow."""
         info = labeling_messages.server_info(response)
         self._limits = info.limits
         return info
 
     def _check_info_retry(self, error: grpc.RpcError, failures: int) -> None:
-        """Raises the error of a failed description, unless the stream was truncated and few attempts failed so far."""
+        """Raises the error of a failed `server_info`, unless a truncated stream justifies another attempt."""
         if not is_truncated(error) or failures > MAX_INFO_RETRIES:
             raise from_rpc_error(self.address, error, self._info_timeout_s) from error
 

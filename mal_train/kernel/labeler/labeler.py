@@ -131,7 +131,7 @@ class Label:
     Attributes:
         rle: mask of the full image, run-length encoded; `rle.decode_mask` returns it as (H, W) bool.
         score: in [0, 1]: the expected IoU if the checkpoint has a calibration, else the score of
-            `LabelerConfig.score_type`. An empty mask scores 0 before calibration.
+            `LabelerConfig.score_type`; 0 for an empty mask.
         area: number of pixels in the mask.
         mask_box: tight box of the mask, x, y, w, h in px; None for an empty mask.
         agreement: IoU in [0, 1] of the masks of student and teacher; None unless requested.
