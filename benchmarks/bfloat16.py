@@ -18,7 +18,9 @@ from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.images import decode_image, read_image
 from mal_train.core.masks import rle
 from mal_train.kernel.checkpoint.builtin import BUILTIN, resolve
-from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, load_labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.load import load_labeler
+from mal_train.kernel.labeler.types import Crop, Label
 from mal_train.kernel.networks.precision import Precision
 from mal_train.kernel.networks.precision import resolve as resolve_precision
 

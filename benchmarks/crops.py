@@ -15,7 +15,8 @@ from benchmarks.inputs import SIZES, boxed_images, random_labeler
 from benchmarks.timing import Table, interleaved
 from mal_server.inference.worker import Worker
 from mal_train.core.images import decode_image
-from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction, PredictOptions
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 
 ARCHS = ("vit-deit-tiny/16", "vit-deit-small/16", "vit-deit-base/16")
 SIDES = (224, 512)

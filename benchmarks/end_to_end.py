@@ -21,7 +21,8 @@ from mal_train.core.images import decode_image
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.geometry import Box
 from mal_train.core.settings import Branch, Compat, network_size_class
-from mal_train.kernel.labeler.labeler import Label, Labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Label
 from mal_train.kernel.networks.network import MalNetwork, normalize
 
 ARCH, SIDE, BOXES = "vit-deit-tiny/16", 512, 10

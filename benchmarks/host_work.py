@@ -13,7 +13,8 @@ from benchmarks.inputs import SIZES, BoxedImage, boxed_images, object_map, rando
 from benchmarks.timing import Table, interleaved
 from mal_train.core.images import decode_image
 from mal_train.core.masks import geometry
-from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Crop, Prediction
 
 BOXES, SIDE = 10, 512
 MOST_MS = {"640x480": 8.0, "12 Mpix": 25.0}

@@ -17,7 +17,8 @@ from benchmarks.timing import Table, interleaved
 from mal_train.core.coco.annotations import Annotation, ImageInfo
 from mal_train.core.images import decode_image
 from mal_train.core.settings import Branch, network_size_class
-from mal_train.kernel.labeler.labeler import Crop, Label, Labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Crop, Label
 from mal_train.kernel.networks.network import normalize
 from mal_train.offline.dataset_labeler import Row, label_boxes
 

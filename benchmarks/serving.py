@@ -38,7 +38,8 @@ from mal_train.core.images import decode_image
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.threads import wait_passively
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from mal_train.kernel.labeler.labeler import Labeler, load_labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.load import load_labeler
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
 BOXES = 8

@@ -11,7 +11,7 @@ from mal_server.security.auth import read_resume_key, read_tokens
 from mal_server.security.tls import server_credentials
 from mal_train.core.errors import ConfigError
 from mal_train.kernel.checkpoint.keys import parse_key
-from mal_train.kernel.labeler.labeler import build_labeler
+from mal_train.kernel.labeler.load import build_labeler
 from mal_train.kernel.networks.precision import resolve
 
 

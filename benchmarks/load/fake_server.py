@@ -35,7 +35,7 @@ from mal_train.core.images import decode_image
 from mal_train.core.masks.geometry import Box
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import apply_overrides, validate
-from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions
+from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from tests.mal_server.fakes import BrightPredictor, loaded
 
 CROP_SIZE = 32

@@ -15,7 +15,9 @@ from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.images import RgbImage, read_image
 from mal_train.core.report.overlays import Drawn, draw_labels
 from mal_train.kernel.checkpoint.builtin import BUILTIN, resolve
-from mal_train.kernel.labeler.labeler import Label, Labeler, load_labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.load import load_labeler
+from mal_train.kernel.labeler.types import Label
 
 NAMES = ("coffee.png", "coins.png", "astronaut.png")
 HEIGHT_PX = 280

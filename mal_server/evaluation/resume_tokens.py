@@ -19,7 +19,7 @@ from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.models.loader import ModelInfo
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.rle import Rle
-from mal_train.kernel.labeler.labeler import PredictOptions
+from mal_train.kernel.labeler.types import PredictOptions
 
 MAC_BYTES = 32
 LAYOUT = 2

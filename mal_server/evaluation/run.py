@@ -19,7 +19,7 @@ from mal_train.core.coco.annotations import Annotation, JsonId, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.report import EvaluationReport
-from mal_train.kernel.labeler.labeler import Label
+from mal_train.kernel.labeler.types import Label
 
 Result = TypeVar("Result")
 

@@ -23,7 +23,7 @@ from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import DeviceError, DeviceLost
 from mal_train.core.images import ImageLimits
 from mal_train.core.masks.encodings import encode
-from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions
+from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 
 CropBatcher = Batcher[PredictOptions, Crop, Prediction]
 CropAdmission = Admission[PredictOptions, Crop, Prediction]

@@ -20,7 +20,7 @@ from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images import ImageLimits, RgbImage, decode_image, stored_size
-from mal_train.kernel.labeler.labeler import Crop
+from mal_train.kernel.labeler.types import Crop
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,7 @@ from mal_train.core.errors import BadBox, DeviceError
 from mal_train.core.masks.encodings import EncodedMask
 from mal_train.core.masks.geometry import Box
 from mal_train.core.settings import MaskFormat
-from mal_train.kernel.labeler.labeler import Label, PredictOptions
+from mal_train.kernel.labeler.types import Label, PredictOptions
 
 
 @dataclass(frozen=True)

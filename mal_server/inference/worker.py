@@ -9,8 +9,8 @@ from mal_server.scheduling.background import DEVICE_THREAD_PREFIX
 from mal_train.core.errors import BadBox
 from mal_train.core.images import RgbImage
 from mal_train.core.masks.geometry import Box
-from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions
 from mal_train.kernel.labeler.oom import predict_split
+from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 
 
 class Predictor(Protocol):

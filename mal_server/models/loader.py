@@ -16,7 +16,8 @@ from mal_train.core.settings import Branch, LabelerConfig, branches_of
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key
-from mal_train.kernel.labeler.labeler import Labeler, build_labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.load import build_labeler
 from mal_train.kernel.networks.backbones import backbone_size
 
 

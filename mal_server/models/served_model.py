@@ -13,7 +13,7 @@ from mal_server.scheduling.batcher import Batcher
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import DeviceLost
-from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 
 OnLost = Callable[[DeviceLost], Awaitable[None]]
 

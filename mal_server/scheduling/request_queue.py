@@ -5,6 +5,9 @@ arrived more than `batch_aging_s` after it. INTERACTIVE items still go ahead of 
 credit for one BATCH item to go ahead. So BATCH items never starve, and take at most a quarter of the device while
 INTERACTIVE items wait.
 
+For example, if `batch_aging_s` is 10, a BATCH item queued at 0 s and INTERACTIVE items queued at 11, 12, 13 and 14 s
+run in the order 11, 12, 13, 0, 14.
+
 Reads no clock and counts its own items only: the batcher passes the time and starts batches.
 """
 

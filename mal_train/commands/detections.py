@@ -13,7 +13,7 @@ from mal_train.core.metrics.coco_ap import IouType, coco_ap
 from mal_train.core.metrics.miou import CocoMetrics
 from mal_train.core.metrics.report import Skipped
 from mal_train.core.report.page import format_metric
-from mal_train.kernel.labeler.labeler import Label
+from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import LabelFailure
 
 IOU_TYPES: tuple[IouType, ...] = ("bbox", "segm")

@@ -12,7 +12,8 @@ from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.metrics.report import EvaluationReport
-from mal_train.kernel.labeler.labeler import Label, compute_dtype
+from mal_train.kernel.labeler.labeler import compute_dtype
+from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.training.run_files import validation_metrics
 from mal_train.training.validation import add_result, has_masks, new_evaluator

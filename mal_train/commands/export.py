@@ -27,7 +27,7 @@ from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
 from mal_train.kernel.checkpoint.lineage import average_provenance
-from mal_train.kernel.labeler.labeler import PredictOptions
+from mal_train.kernel.labeler.types import PredictOptions
 from mal_train.kernel.networks.backbones import check_crop_size
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.training.run_files import summary_line, validation_metrics

@@ -18,7 +18,7 @@ from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.report import EvaluationReport
-from mal_train.kernel.labeler.labeler import Label
+from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import LabelFailure
 from mal_train.training.run_files import validation_metrics
 from mal_train.training.validation import add_result

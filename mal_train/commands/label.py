@@ -15,7 +15,9 @@ from mal_train.core.console import Console
 from mal_train.core.settings import Branch, LabelerConfig, ScoreBasis
 from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint
-from mal_train.kernel.labeler.labeler import Label, Labeler, PredictOptions, load_labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.load import load_labeler
+from mal_train.kernel.labeler.types import Label, PredictOptions
 from mal_train.kernel.networks.precision import Precision, resolve
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.multi_device import label_on_devices

@@ -18,8 +18,9 @@ from mal_train.core.coco.annotations import Annotation
 from mal_train.core.errors import ConfigError
 from mal_train.core.masks.geometry import box_mask_in_window
 from mal_train.core.settings import Compat, size_class
-from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Prediction, PredictOptions
+from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.overlaps import MaskClaim, assign_pixels, logits
+from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
 from mal_train.offline.edge_refinement import refine_edges
 

@@ -16,7 +16,7 @@ from mal_train.core.errors import MalError
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, LabelerConfig
-from mal_train.kernel.labeler.labeler import Label, PredictOptions
+from mal_train.kernel.labeler.types import Label, PredictOptions
 from mal_train.kernel.networks.network import ModelConfig
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.tta import TtaOptions

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mal_train.core.masks import geometry
 from mal_train.core.settings import SIZE_NAMES, Compat, size_class
-from mal_train.kernel.labeler.labeler import Crop
+from mal_train.kernel.labeler.types import Crop
 
 CANDIDATES: NDArray[np.float64] = np.arange(1, 20, dtype=np.float64) * 0.05
 MIN_INSTANCES = 20

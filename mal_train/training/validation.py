@@ -13,7 +13,8 @@ from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.settings import LabelerConfig
-from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Prediction, PredictOptions
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
 from mal_train.training.calibration import fit_calibration, held_out_scores

@@ -13,7 +13,8 @@ from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, read_header
 from mal_train.kernel.checkpoint.keys import DecryptionKey, parse_key
-from mal_train.kernel.labeler.labeler import Label, build_labeler
+from mal_train.kernel.labeler.load import build_labeler
+from mal_train.kernel.labeler.types import Label
 from mal_train.kernel.networks.network import MalNetwork
 
 FILES = Path(__file__).parent

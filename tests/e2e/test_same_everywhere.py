@@ -21,7 +21,9 @@ from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.images import read_image
 from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from mal_train.kernel.labeler.labeler import Label, Labeler, PredictOptions, load_labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.load import load_labeler
+from mal_train.kernel.labeler.types import Label, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork
 from tests.networks import spread_network
 

@@ -27,7 +27,7 @@ from mal_train.core.coco.annotations import read_coco
 from mal_train.core.errors import BadImage
 from mal_train.core.images import read_image
 from mal_train.core.metrics.evaluator import Evaluator
-from mal_train.kernel.labeler.labeler import Crop, Label, Prediction, PredictOptions
+from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, bright_disc, config_of, loaded, queued_items
 

@@ -26,7 +26,8 @@ from mal_server.server import MalServer
 from mal_train.core.errors import OutOfDeviceMemory
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import validate
-from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction, PredictOptions
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 
 Result = TypeVar("Result")
 

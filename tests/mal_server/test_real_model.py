@@ -30,7 +30,9 @@ from mal_train.core.errors import ConfigError, WrongKey
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint, sha256_of
 from mal_train.kernel.checkpoint.keys import parse_key, write_identity
-from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, load_labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.load import load_labeler
+from mal_train.kernel.labeler.types import Crop, Label
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from tests.mal_server.fakes import encoded, label_request
 

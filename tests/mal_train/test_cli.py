@@ -23,7 +23,9 @@ from mal_train.core.settings import Branch, Compat, LabelerConfig
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.convert.tao_import import from_tao
-from mal_train.kernel.labeler.labeler import Label, Labeler, PredictOptions, load_labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.load import load_labeler
+from mal_train.kernel.labeler.types import Label, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.offline.dataset_labeler import label_boxes
 from tests.mal_train.kernel.published import NVLABS, TAO, TAO6_FAN_HYBRID, state_dict

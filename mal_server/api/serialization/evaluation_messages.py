@@ -31,7 +31,7 @@ from mal_train.core.metrics.miou import CocoMetrics, GroupMiou
 from mal_train.core.metrics.report import CategoryRow, EvaluationReport
 from mal_train.core.metrics.score_quality import ScoreQuality
 from mal_train.core.settings import SIZE_NAMES
-from mal_train.kernel.labeler.labeler import PredictOptions
+from mal_train.kernel.labeler.types import PredictOptions
 
 MAX_WORST = 10_000
 MAX_RECORDS_BYTES = 1024 * 1024 * 1024

@@ -23,7 +23,7 @@ from mal_train.core.masks.encodings import EncodedMask, Polygons, Runs
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, MaskFormat, can_compare
-from mal_train.kernel.labeler.labeler import Label, PredictOptions
+from mal_train.kernel.labeler.types import Label, PredictOptions
 
 MAX_VIOLATIONS = 20
 """Violations reported for one request; gRPC trailers must stay small."""

@@ -1,6 +1,6 @@
 """Labels boxes: crop → probabilities → mask. The one implementation for validation, `mal-train` and the server.
 
-    labeler, checkpoint = load_labeler(Path("model.malckpt"), device="cuda")
+    labeler, checkpoint = load_labeler(Path("model.malckpt"), device="cuda")      # in mal_train.kernel.labeler.load
     labels = labeler.label(image, boxes)              # image (H, W, 3) uint8 RGB; boxes (N, 4) x, y, w, h in px
 
 `label` runs three steps, which callers with many images run on different threads:
@@ -20,8 +20,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,8 +29,7 @@ from mal_train.core.errors import BadBox, DeviceError, DeviceLost, OutOfDeviceMe
 from mal_train.core.images import RgbImage
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.flags import Flag
-from mal_train.core.masks.geometry import Box, Region, Window
-from mal_train.core.masks.rle import Rle
+from mal_train.core.masks.geometry import Region
 from mal_train.core.settings import (
     Branch,
     Compat,
@@ -41,16 +38,12 @@ from mal_train.core.settings import (
     network_size_class,
     size_class,
 )
-from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
-from mal_train.kernel.checkpoint.keys import DecryptionKey
 from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
 from mal_train.kernel.labeler.overlaps import MaskClaim, assign_pixels
 from mal_train.kernel.labeler.scoring import mask_score
+from mal_train.kernel.labeler.types import DEFAULT_PREDICT_OPTIONS, Crop, Label, Prediction, PredictOptions, ProbMap
 from mal_train.kernel.networks.network import MalNetwork, normalize, probabilities
 from mal_train.kernel.networks.precision import Precision, resolve
-
-ProbMap = NDArray[np.float32]
-"""Foreground probabilities in [0, 1], (rows, columns)."""
 
 LOW_AGREEMENT_IOU = 0.8
 """Labels with an agreement below this IoU get the flag LOW_AGREEMENT."""
@@ -66,84 +59,6 @@ CUDA_ERROR = "CUDA error:"
 """Prefix of CUDA runtime errors. After nearly all of them every later call of the process fails too."""
 CUDA_OUT_OF_MEMORY = "CUDA error: out of memory"
 """Prefix of the one exception: the device stays usable."""
-
-
-@dataclass(frozen=True)
-class Crop:
-    """The network's input for one box, and the geometry that maps its output back to the image.
-
-    Attributes:
-        pixels: (S, S, 3) uint8 RGB; S is `LabelerConfig.crop_size`.
-        box_xywh: the caller's box, unchanged.
-        box_inside: the box that is labeled: `box_xywh` clipped to the image, x, y, w, h in px.
-        window: region that the pixels show, in px of the image; where it extends beyond the image, the image repeats.
-        image_hw: height and width of the image in px.
-        area: area of `box_inside` in px²; selects the network's size class and the threshold.
-    """
-
-    pixels: NDArray[np.uint8]
-    box_xywh: Box
-    box_inside: Box
-    window: Window
-    image_hw: tuple[int, int]
-    area: float
-
-    @property
-    def was_clipped(self) -> bool:
-        """True if the caller's box extends beyond the image."""
-        return self.box_inside != self.box_xywh
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """Options of a forward pass. Crops share a batch only if their options are equal.
-
-    Attributes:
-        branch: student, teacher, or mixed, the mean of their logits.
-        agreement: run both networks, so that `finish` can compute the IoU of their masks.
-        flip: average the logits with those of the mirrored crop; doubles the work.
-    """
-
-    branch: Branch = Branch.STUDENT
-    agreement: bool = False
-    flip: bool = False
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The network's output for one crop.
-
-    Attributes:
-        prob: foreground probability of the requested branch, (S, S) float32 in [0, 1], on the pixels of the crop.
-        student: as `prob`, of the student; None unless `PredictOptions.agreement` is set.
-        teacher: as `prob`, of the teacher; None unless `PredictOptions.agreement` is set.
-    """
-
-    prob: ProbMap
-    student: ProbMap | None = None
-    teacher: ProbMap | None = None
-
-
-@dataclass(frozen=True)
-class Label:
-    """The result for one box.
-
-    Attributes:
-        rle: mask of the full image, run-length encoded; `rle.decode_mask` returns it as (H, W) bool.
-        score: in [0, 1]: the expected IoU if the checkpoint has a calibration, else the score of
-            `LabelerConfig.score_type`; 0 for an empty mask.
-        area: number of pixels in the mask.
-        mask_box: tight box of the mask, x, y, w, h in px; None for an empty mask.
-        agreement: IoU in [0, 1] of the masks of student and teacher; None unless requested.
-        flags: properties to check; see `FLAG_DESCRIPTIONS`.
-    """
-
-    rle: Rle
-    score: float
-    area: int
-    mask_box: Box | None
-    agreement: float | None
-    flags: tuple[Flag, ...]
 
 
 class Labeler:
@@ -191,7 +106,7 @@ class Labeler:
         self,
         image: RgbImage,
         boxes: Sequence[Sequence[float]],
-        options: PredictOptions = PredictOptions(),
+        options: PredictOptions = DEFAULT_PREDICT_OPTIONS,
         *,
         threshold: float | None = None,
         batch_size: int = 8,
@@ -232,7 +147,7 @@ class Labeler:
         """
         return [self._prepare_one(image, box, f"box {index}") for index, box in enumerate(boxes, start=first)]
 
-    def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:
+    def predict(self, crops: Sequence[Crop], options: PredictOptions = DEFAULT_PREDICT_OPTIONS) -> list[Prediction]:
         """Runs the network on crops, which may come from several images; returns their predictions in order.
 
         Raises:
@@ -462,37 +377,6 @@ def compute_dtype(device: torch.device, config: LabelerConfig, precision: Precis
     if config.compat is Compat.TAO and precision == Precision.AUTO:
         precision = Precision.FLOAT32  # the published numbers need the published precision
     return resolve(precision, device)
-
-
-def load_labeler(
-    path: Path,
-    *,
-    key: DecryptionKey | None = None,
-    device: str | torch.device = "cpu",
-    precision: Precision | str = Precision.AUTO,
-) -> tuple[Labeler, Checkpoint]:
-    """Loads a checkpoint; returns a labeler, and the checkpoint for its categories and provenance.
-
-    Args:
-        path: checkpoint file, with or without training state.
-        key: decryption key; None for a plain file, and only for one.
-        device: torch device.
-        precision: dtype of the forward pass; see `Labeler`.
-
-    Raises:
-        CheckpointError: see `load_checkpoint`.
-        ConfigError: float16 on a CPU.
-    """
-    checkpoint = load_checkpoint(path, key, skip_training_state=True)
-    return build_labeler(checkpoint, device=device, precision=precision), checkpoint
-
-
-def build_labeler(
-    checkpoint: Checkpoint, *, device: str | torch.device = "cpu", precision: Precision | str = Precision.AUTO
-) -> Labeler:
-    """Returns a labeler with a checkpoint's weights; on the CPU, it shares their memory. Arguments: see `Labeler`."""
-    network = MalNetwork.from_weights(checkpoint.model, checkpoint.weights)
-    return Labeler(network, checkpoint.labeler, device=device, precision=precision)
 
 
 def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | None) -> tuple[Flag, ...]:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from mal_train.core.errors import OutOfDeviceMemory
-from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from mal_client.client import AsyncClient
 from mal_client.playground.app import build_app
 from mal_client.playground.security import Guard
 
-from mal_train.kernel.labeler.labeler import Label, Prediction, PredictOptions
+from mal_train.kernel.labeler.types import Label, Prediction, PredictOptions
 from tests.mal_client.test_against_server import served
 from tests.mal_server.fakes import DISC_PNG, BrightPredictor, bright_disc
 

@@ -2,7 +2,7 @@
 
 from mal.v1 import labeling_pb2, model_pb2, types_pb2
 
-from mal_train.kernel.labeler.labeler import Label
+from mal_train.kernel.labeler.types import Label
 from tests.mal_server.calls import mask_of, with_server
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, bright_disc, label, label_request
 

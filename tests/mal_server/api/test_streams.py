@@ -9,7 +9,7 @@ from typing import Any
 from mal.v1 import labeling_pb2, model_pb2
 
 from mal_train.core.masks.rle import Rle
-from mal_train.kernel.labeler.labeler import Label
+from mal_train.kernel.labeler.types import Label
 from tests.mal_server.calls import bulk, collect, fields_of, reason_of, until, waiting, with_server
 from tests.mal_server.fakes import (
     DISC_BOX,

@@ -29,7 +29,7 @@ from mal_server.scheduling.priority import Priority
 from mal_train.core.errors import ConfigError
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch
-from mal_train.kernel.labeler.labeler import PredictOptions
+from mal_train.kernel.labeler.types import PredictOptions
 from tests.mal_client.test_against_server import served
 from tests.mal_server.calls import fields_of, reason_of, status_details
 from tests.mal_server.evaluation.served_datasets import Request, data_folders, on_server, run_evaluation, write_dataset

@@ -14,7 +14,7 @@ from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.rle import Rle, encode_mask
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.report import EvaluationReport
-from mal_train.kernel.labeler.labeler import Label
+from mal_train.kernel.labeler.types import Label
 from tests.mal_server.calls import fields_of, status_details
 from tests.mal_server.fakes import BrightPredictor, encoded, serving
 

@@ -24,7 +24,8 @@ from mal_server.server import MalServer
 from mal_train.core.errors import CheckpointError, DeviceError, DeviceLost
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import sha256_of
-from mal_train.kernel.labeler.labeler import Labeler, PredictOptions
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import PredictOptions
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from tests.mal_server.calls import reason_of, status_details
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label_request, loaded

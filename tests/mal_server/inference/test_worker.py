@@ -8,7 +8,7 @@ import pytest
 
 from mal_server.inference.worker import Worker
 from mal_train.core.errors import DeviceError, OutOfDeviceMemory
-from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 from tests.mal_server.fakes import BrightPredictor
 
 

@@ -20,7 +20,7 @@ from mal_server.models.loader import LoadedModel
 from mal_server.models.pinned_models import PinnedModels
 from mal_server.server import MalServer, health_name
 from mal_train.core.errors import Altered, DeviceLost, MalError, OutOfDeviceMemory, Truncated, UnknownLayout, WrongKey
-from mal_train.kernel.labeler.labeler import Prediction
+from mal_train.kernel.labeler.types import Prediction
 from tests.mal_server.calls import reason_of, status_details
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label_request, loaded
 

@@ -12,7 +12,7 @@ from mal_server.errors import SelfTestFailed
 from mal_server.models.loader import LoadedModel, small_side
 from mal_server.models.warmup import warm_up_and_verify
 from mal_server.scheduling import background
-from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 from tests.mal_server.fakes import BrightPredictor, config_of, loaded
 
 SIDE, SMALL = 16, 8

@@ -9,7 +9,7 @@ import pytest
 
 from mal_server.scheduling.batcher import Batcher
 from mal_server.scheduling.priority import Priority
-from mal_train.kernel.labeler.labeler import Crop, Prediction, PredictOptions
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 from tests.mal_server.calls import bulk
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, bright_disc, encoded, label, label_request, serving
 

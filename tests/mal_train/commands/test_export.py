@@ -17,7 +17,7 @@ from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint, sha256_of
 from mal_train.kernel.checkpoint.lineage import NOT_STATED
 from mal_train.kernel.convert.pretrained import load_pretrained
-from mal_train.kernel.labeler.labeler import load_labeler
+from mal_train.kernel.labeler.load import load_labeler
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from tests.scenes import write_scenes
 

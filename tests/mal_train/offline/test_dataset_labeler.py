@@ -9,7 +9,8 @@ import torch
 from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, read_coco
 from mal_train.core.errors import DeviceError, OutOfDeviceMemory
 from mal_train.core.settings import LabelerConfig
-from mal_train.kernel.labeler.labeler import Crop, Labeler, Prediction, PredictOptions
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.offline.dataset_labeler import LabelFailure, label_boxes, prefetch_map
 from tests.scenes import write_scenes

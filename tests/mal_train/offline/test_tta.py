@@ -10,7 +10,8 @@ from mal_train.core.coco.annotations import CocoFile, by_image, read_coco
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_mask_in_window
 from mal_train.core.settings import LabelerConfig
-from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Prediction, PredictOptions
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.offline.dataset_labeler import LabelFailure, label_boxes
 from mal_train.offline.edge_refinement import refine_edges

@@ -8,7 +8,8 @@ from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.images import read_image
 from mal_train.core.settings import LabelerConfig, calibrated
-from mal_train.kernel.labeler.labeler import Label, Labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Label
 from mal_train.training.calibration import MIN_INSTANCES, fit_calibration, held_out_scores
 from mal_train.training.validation import Validator
 from tests.networks import spread_network

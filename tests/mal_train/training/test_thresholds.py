@@ -2,7 +2,7 @@ import numpy as np
 
 from mal_train.core.masks.geometry import Window
 from mal_train.core.settings import Compat
-from mal_train.kernel.labeler.labeler import Crop
+from mal_train.kernel.labeler.types import Crop
 from mal_train.training.thresholds import CANDIDATES, best_thresholds, iou_curve
 
 SIZE = 32

@@ -14,7 +14,9 @@ from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, Compat, LabelerConfig, ScoreBasis, ScoreType
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from mal_train.kernel.labeler.labeler import Crop, Label, Labeler, Prediction, PredictOptions, load_labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.load import load_labeler
+from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig, probabilities
 from tests.networks import spread_network
 from tests.reference import fixture

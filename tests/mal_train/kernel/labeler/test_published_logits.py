@@ -7,7 +7,8 @@ from mal_train.core.coco.annotations import read_coco
 from mal_train.core.images import read_image
 from mal_train.core.settings import Compat, LabelerConfig, network_size_class
 from mal_train.kernel.convert.tao_import import from_tao
-from mal_train.kernel.labeler.labeler import Crop, Labeler
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Crop
 from mal_train.kernel.networks.network import MalNetwork, normalize
 from tests.mal_train.kernel.published import TAO, state_dict
 from tests.reference import fixture

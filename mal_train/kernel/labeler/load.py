@@ -1,0 +1,42 @@
+"""Makes labelers from checkpoints."""
+
+from pathlib import Path
+
+import torch
+
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
+from mal_train.kernel.checkpoint.keys import DecryptionKey
+from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.networks.network import MalNetwork
+from mal_train.kernel.networks.precision import Precision
+
+
+def load_labeler(
+    path: Path,
+    *,
+    key: DecryptionKey | None = None,
+    device: str | torch.device = "cpu",
+    precision: Precision | str = Precision.AUTO,
+) -> tuple[Labeler, Checkpoint]:
+    """Loads a checkpoint; returns a labeler, and the checkpoint for its categories and provenance.
+
+    Args:
+        path: checkpoint file, with or without training state.
+        key: decryption key; None for a plain file, and only for one.
+        device: torch device.
+        precision: dtype of the forward pass; see `Labeler`.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+        ConfigError: float16 on a CPU.
+    """
+    checkpoint = load_checkpoint(path, key, skip_training_state=True)
+    return build_labeler(checkpoint, device=device, precision=precision), checkpoint
+
+
+def build_labeler(
+    checkpoint: Checkpoint, *, device: str | torch.device = "cpu", precision: Precision | str = Precision.AUTO
+) -> Labeler:
+    """Returns a labeler with a checkpoint's weights; on the CPU, it shares their memory. Arguments: see `Labeler`."""
+    network = MalNetwork.from_weights(checkpoint.model, checkpoint.weights)
+    return Labeler(network, checkpoint.labeler, device=device, precision=precision)
