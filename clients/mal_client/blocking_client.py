@@ -266,8 +266,8 @@ class Client(ClientBase):
             worst_count: number of instances to list in the result, those with the lowest IoU; 0 to 10 000.
             on_progress: called when images finish, in the thread that runs the evaluation.
             on_notice: called with messages for users, for example that the evaluation resumes, in the same thread.
-            resume: file that stores the measurements of an interrupted evaluation for the same call to resume; deleted
-                at the end. None stores none.
+            resume: file that stores the measurements of an interrupted evaluation, so that the same call resumes it;
+                deleted at the end. None keeps them in memory, for this call only.
 
         Raises:
             BadDataset: the COCO file is unusable as a whole; nothing was sent.
