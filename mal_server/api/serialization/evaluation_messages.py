@@ -56,7 +56,7 @@ class EvaluateOptions:
         predict: options of the network.
         output: options by which probabilities become masks; `formats` is empty.
         priority: priority of its crops.
-        deadline: of the call, in event-loop time.
+        deadline: deadline of the call, in event-loop time.
         category_names: names by id, in the order of the report.
         images_total: number of images, as announced; 0 = unknown.
         worst_count: number of instances to list, lowest IoU first.
@@ -84,7 +84,7 @@ class EvaluateOptions:
 
 
 def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, defaults: CallDefaults) -> EvaluateOptions:
-    """Reads the first message of an evaluation.
+    """Decodes and validates the first message of an evaluation.
 
     Raises:
         InvalidRequest: the message has no options, or fields that break the contract.
@@ -130,7 +130,7 @@ async def read_records(
 
     Args:
         requests: the messages after the first.
-        options: from the first message.
+        options: those of the first message.
         reserve: receives the number of additional bytes held; may raise.
 
     Raises:
@@ -171,7 +171,7 @@ async def read_ground_truths(
 def read_ground_truth(
     image: evaluation_pb2.EvaluateImage, index: int, options: EvaluateOptions, limits: Limits
 ) -> GroundTruth:
-    """Reads an image with ground truth. Fields that break the contract become the failure of this image alone."""
+    """Decodes an image with ground truth. With fields that break the contract, this image alone fails."""
     violations = Violations()
     check_item_id(image.item_id, violations, "image.item_id")
     source, expected_wh = read_image_source(image.image, violations, "image.image")
@@ -191,7 +191,7 @@ def read_ground_truth(
 
 
 def write_progress(run: EvaluationRun, options: EvaluateOptions, record: bytes) -> evaluation_pb2.EvaluateResponse:
-    """Writes the progress of an evaluation after its last image, with the record of that image if requested."""
+    """Builds the progress message after the latest image, with the record of that image if it has one."""
     return evaluation_pb2.EvaluateResponse(
         progress=evaluation_pb2.EvaluateProgress(
             images_done=len(run.item_ids),
@@ -208,7 +208,7 @@ def write_progress(run: EvaluationRun, options: EvaluateOptions, record: bytes) 
 def write_result(
     report: EvaluationReport, run: EvaluationRun, options: EvaluateOptions, model: types_pb2.ModelRef
 ) -> evaluation_pb2.EvaluateResponse:
-    """Writes the metrics of an evaluation."""
+    """Builds the last message of an evaluation, with its metrics."""
     groups = {name: _write_group(report.by_size[name]) for name in SIZE_NAMES}
     return evaluation_pb2.EvaluateResponse(
         result=evaluation_pb2.EvaluateResult(
@@ -243,7 +243,7 @@ def write_result(
 
 
 def write_coco_metrics(metrics: CocoMetrics) -> evaluation_pb2.CocoFigures:
-    """Writes COCO's metrics; None stays unset."""
+    """Builds the message of COCO's metrics; None stays unset."""
     return evaluation_pb2.CocoFigures(**{_AP_FIELDS[name]: value for name, value in metrics.items()})
 
 

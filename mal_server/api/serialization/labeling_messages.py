@@ -73,7 +73,7 @@ class CallDefaults:
     Attributes:
         branch: default of the served model.
         priority: default of the method.
-        deadline: of the call, in event-loop time.
+        deadline: deadline of the call, in event-loop time.
         branches: branches that the served model can run.
     """
 
@@ -86,10 +86,10 @@ class CallDefaults:
 def read_label_request(
     request: labeling_pb2.LabelImageRequest, limits: Limits, defaults: CallDefaults, path: str = ""
 ) -> LabelRequest:
-    """Reads a request; `path` precedes the names of its fields in violations.
+    """Decodes and validates a request; `path` precedes the names of its fields in violations.
 
     Raises:
-        InvalidRequest: fields that break the contract.
+        InvalidRequest: fields break the contract; it lists all of them.
     """
     violations = Violations()
     source, expected_wh = read_image_source(request.image, violations, f"{path}image")
@@ -104,7 +104,7 @@ def read_label_request(
 def read_image_source(
     message: types_pb2.ImageSource, violations: Violations, path: str
 ) -> tuple[ImageSource, tuple[int, int] | None]:
-    """Reads the source of the encoded image, and the expected (width, height) in px; None where it is not checked."""
+    """Decodes the source of an image and its expected (width, height) in px; None if the client states no size."""
     source: ImageSource = InlineImage(message.content)
     match message.WhichOneof("source"):
         case None:
@@ -129,7 +129,7 @@ def read_image_source(
 def read_instances(
     instances: Sequence[types_pb2.Instance], limits: Limits, violations: Violations, path: str
 ) -> tuple[tuple[int, ...], tuple[Box, ...]]:
-    """Reads ids and boxes, in order. The numbers of a box are checked later: a bad box fails alone."""
+    """Decodes ids and boxes, in order. The numbers of a box are checked later: a bad box fails alone."""
     if len(instances) > limits.max_boxes:
         violations.add(path, f"{len(instances)} boxes; max_boxes is {limits.max_boxes}")
         return (), ()
@@ -145,14 +145,14 @@ def read_instances(
 
 
 def read_box(box: types_pb2.Box) -> Box:
-    """Reads x, y, width, height in px, without checking them."""
+    """Returns x, y, width, height in px, without checking them."""
     return (box.x, box.y, box.width, box.height)
 
 
 def read_options(
     options: types_pb2.LabelOptions, defaults: CallDefaults, violations: Violations, path: str
 ) -> tuple[PredictOptions, OutputOptions, Priority]:
-    """Reads the options of the network, the options of its output, and the priority."""
+    """Decodes the options of the network, the options of its output, and the priority."""
     branch = read_branch(options.branch, violations, f"{path}.branch") or defaults.branch
     if options.priority != types_pb2.PRIORITY_UNSPECIFIED and options.priority not in _PRIORITIES:
         violations.add(f"{path}.priority", f"{options.priority}; this server knows interactive and batch")
@@ -166,7 +166,7 @@ def read_options(
 
 
 def read_output_options(options: types_pb2.LabelOptions, violations: Violations, path: str) -> OutputOptions:
-    """Reads the options by which probabilities become masks, and masks are encoded."""
+    """Decodes the options for postprocessing probabilities into masks, and for encoding the masks."""
     threshold = options.threshold if options.HasField("threshold") else None
     if threshold is not None and not 0.0 < threshold < 1.0:
         violations.add(f"{path}.threshold", f"{threshold}; it must lie between 0 and 1")
@@ -193,7 +193,7 @@ def read_output_options(options: types_pb2.LabelOptions, violations: Violations,
 
 
 def read_branch(branch: "types_pb2.Branch.ValueType", violations: Violations, path: str) -> Branch | None:
-    """Reads a branch; None where it is unspecified or unknown."""
+    """Decodes a branch; None if it is unspecified, or unknown, which is a violation."""
     if branch != types_pb2.BRANCH_UNSPECIFIED and branch not in _BRANCHES:
         violations.add(path, f"{branch}; this server knows student, teacher and mixed")
     return _BRANCHES.get(branch)
@@ -214,30 +214,30 @@ def check_item_id(item_id: str, violations: Violations, path: str) -> None:
 
 
 def write_response(result: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImageResponse:
-    """Writes some of the results of a request."""
+    """Builds the message with some of the results of a request."""
     return labeling_pb2.LabelImageResponse(
         results=[_write_result(one) for one in result.results], model=model, timing=_write_timing(result.timing)
     )
 
 
 def write_item(item_id: str, result: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImagesResponse:
-    """Writes the results of a bulk item."""
+    """Builds the message with the results of a bulk item."""
     return labeling_pb2.LabelImagesResponse(item_id=item_id, response=write_response(result, model))
 
 
 def write_item_error(item_id: str, status: status_pb2.Status) -> labeling_pb2.LabelImagesResponse:
-    """Writes the error of a bulk item; an id that is too long is truncated."""
+    """Builds the message with the error of a bulk item; an id that is too long is truncated."""
     echoed = item_id.encode()[:MAX_ITEM_ID_BYTES].decode(errors="ignore")
     return labeling_pb2.LabelImagesResponse(item_id=echoed, status=status)
 
 
 def write_branches(branches: Iterable[Branch]) -> list["types_pb2.Branch.ValueType"]:
-    """Writes the branches that a model can run."""
+    """Converts the branches that a model can run to their wire values."""
     return [_WIRE_BRANCHES[branch] for branch in branches]
 
 
 def write_model_ref(info: ModelInfo, branch: Branch) -> types_pb2.ModelRef:
-    """Writes the name, the checkpoint and the branch of the model that labels."""
+    """Builds the message with the name, the checkpoint and the branch of the model that labels."""
     return types_pb2.ModelRef(name=info.name, checkpoint_sha256=info.sha256, branch=_WIRE_BRANCHES[branch])
 
 

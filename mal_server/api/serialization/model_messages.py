@@ -42,7 +42,7 @@ def check_model_name(name: str, violations: Violations) -> None:
 def write_server_info(
     infos: Sequence[ModelInfo], config: ServerConfig, version: str
 ) -> model_pb2.GetServerInfoResponse:
-    """Writes the served models, the default one first, and the limits of requests."""
+    """Builds the message with the served models, the default one first, and the limits of requests."""
     limits, images = config.limits, config.limits.images()
     models = [write_model_info(info) for info in infos]
     return model_pb2.GetServerInfoResponse(
@@ -66,7 +66,7 @@ def write_server_info(
 
 
 def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
-    """Writes the description of a model."""
+    """Builds the message that describes a model."""
     small, medium, large = info.labeler.mask_thres
     return model_pb2.ModelInfo(
         ref=write_model_ref(info, info.branch),
@@ -84,7 +84,7 @@ def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
 
 
 def write_models(entries: Sequence[ModelEntry]) -> model_pb2.ListModelsResponse:
-    """Writes every model in memory with its state."""
+    """Builds the message with every model in memory and its state."""
     return model_pb2.ListModelsResponse(
         models=[
             model_pb2.ModelStatus(
@@ -99,13 +99,13 @@ def write_models(entries: Sequence[ModelEntry]) -> model_pb2.ListModelsResponse:
 
 
 def write_loaded(info: ModelInfo, replaced: ModelInfo | None) -> model_pb2.LoadModelResponse:
-    """Writes the model that serves now, and the one that it replaced."""
+    """Builds the message with the model that serves now, and the one that it replaced."""
     previous = None if replaced is None else write_model_ref(replaced, replaced.branch)
     return model_pb2.LoadModelResponse(model=write_model_info(info), replaced=previous)
 
 
 def write_unloaded(info: ModelInfo) -> model_pb2.UnloadModelResponse:
-    """Writes the model that was unloaded."""
+    """Builds the message with the model that was unloaded."""
     return model_pb2.UnloadModelResponse(model=write_model_ref(info, info.branch))
 
 

@@ -44,7 +44,7 @@ def status_of(error: Exception) -> status_pb2.Status:
         # The result of a box carries its instance_id, so the message needs no other name for it.
         message = error.problem if isinstance(error, BadBox) else str(error)
         return _status(code, message, *details)
-    message = f"internal error; the server's log has the cause under error id {_logged(error)}"
+    message = f"internal error; the server's log has the cause under error id {_log_once(error)}"
     return _status(code_pb2.INTERNAL, message, _info(UNEXPECTED))
 
 
@@ -58,8 +58,8 @@ def reason_of(error: Exception) -> str:
     return "BAD_REQUEST" if known is not None else UNEXPECTED
 
 
-def _logged(error: Exception) -> str:
-    """Logs an error once, however many crops of a batch it concerns, and returns its id in the log."""
+def _log_once(error: Exception) -> str:
+    """Returns the id of an error in the log. Logs it only once, even if it failed many crops of a batch."""
     for note in getattr(error, "__notes__", ()):
         if note.startswith(ID_NOTE):
             return str(note.removeprefix(ID_NOTE))

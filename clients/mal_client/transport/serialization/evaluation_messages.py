@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def evaluate_options(
     options: LabelOptions, categories: Mapping[int, str], images_total: int, worst_count: int, token: bytes = b""
 ) -> evaluation_pb2.EvaluateRequest:
-    """Writes the first message of an evaluation.
+    """Builds the first message of an evaluation.
 
     Args:
         options: options of labeling.
@@ -49,7 +49,10 @@ def evaluate_options(
 def evaluate_dataset(
     options: LabelOptions, names: tuple[str, str], worst_count: int, token: bytes = b""
 ) -> evaluation_pb2.EvaluateRequest:
-    """Writes the first message of an evaluation of a data set on the server: (annotations, images) as FOLDER/PATH."""
+    """Builds the first message of an evaluation of a data set on the server.
+
+    `names` are its annotations and images, each as FOLDER/PATH.
+    """
     annotations, images = names
     return evaluation_pb2.EvaluateRequest(
         options=evaluation_pb2.EvaluateOptions(
@@ -69,7 +72,7 @@ def evaluate_image(
     sha256: str | None = None,
     record: bytes = b"",
 ) -> evaluation_pb2.EvaluateRequest:
-    """Writes one image of an evaluation; with `sha256`, the hash replaces the content."""
+    """Builds the message with one image of an evaluation; with `sha256`, the hash replaces the content."""
     source = image_source(image, sha256)
     return evaluation_pb2.EvaluateRequest(
         image=evaluation_pb2.EvaluateImage(item_id=item_id, image=source, ground_truth=truths, record=record)
@@ -77,26 +80,26 @@ def evaluate_image(
 
 
 def evaluate_record(item_id: str, record: bytes) -> evaluation_pb2.EvaluateRequest:
-    """Writes the record of an image of a data set on the server."""
+    """Builds the message with the record of an image of a data set on the server."""
     return evaluation_pb2.EvaluateRequest(image=evaluation_pb2.EvaluateImage(item_id=item_id, record=record))
 
 
 def ground_truth(
     instance_id: int, box: BoxXywh, category_id: int, rle: Rle, is_crowd: bool
 ) -> evaluation_pb2.GroundTruth:
-    """Writes one annotated object; the ids are those on the wire."""
+    """Builds the message of one annotated object; the ids are those on the wire."""
     return evaluation_pb2.GroundTruth(
         instance=instance(instance_id, box), category_id=category_id, mask=coco_rle(rle), is_crowd=is_crowd
     )
 
 
 def group_miou(group: evaluation_pb2.GroupMiou) -> GroupMiou:
-    """Reads the mean IoU of a group."""
+    """Decodes the mean IoU of a group."""
     return GroupMiou(group.instances, group.miou if group.HasField("miou") else None)
 
 
 def coco_metrics(metrics: evaluation_pb2.CocoFigures) -> CocoMetrics:
-    """Reads COCO's metrics by the names of AP_NAMES; None where unset."""
+    """Decodes COCO's metrics by the names of AP_NAMES; None where unset."""
     fields = (field.name for field in evaluation_pb2.CocoFigures.DESCRIPTOR.fields)
     return {
         name: getattr(metrics, field) if metrics.HasField(field) else None  # type: ignore[arg-type]
@@ -105,7 +108,7 @@ def coco_metrics(metrics: evaluation_pb2.CocoFigures) -> CocoMetrics:
 
 
 def score_quality(score: evaluation_pb2.ScoreQuality) -> ScoreQuality:
-    """Reads the quality of the score; None where unset."""
+    """Decodes the quality of the score; None where unset."""
     return ScoreQuality(
         mean_score=score.mean_score if score.HasField("mean_score") else None,
         bias=score.bias if score.HasField("bias") else None,
@@ -117,7 +120,7 @@ def score_quality(score: evaluation_pb2.ScoreQuality) -> ScoreQuality:
 
 
 def category_row(row: evaluation_pb2.CategoryFigures, category_id: JsonId) -> CategoryRow:
-    """Reads the metrics of a category; `category_id` is its id in the data set."""
+    """Decodes the metrics of a category; `category_id` is its id in the data set."""
     return CategoryRow(
         category_id=category_id,
         name=row.category.name,

@@ -41,7 +41,7 @@ _BRANCH_FROM_WIRE = {wire: branch for branch, wire in _BRANCH_TO_WIRE.items()}
 def label_request(
     image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions, sha256: str | None = None
 ) -> labeling_pb2.LabelImageRequest:
-    """Writes one image and its boxes; the keys of `boxes` become instance ids. `sha256` replaces the encoded image."""
+    """Builds the request for one image; the keys of `boxes` become instance ids. With `sha256`, sends only the hash."""
     return labeling_pb2.LabelImageRequest(
         image=image_source(image, sha256),
         instances=[instance(key, box) for key, box in boxes.items()],
@@ -52,12 +52,12 @@ def label_request(
 def bulk_request(
     item_id: str, image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions
 ) -> labeling_pb2.LabelImagesRequest:
-    """Writes one item of a bulk stream."""
+    """Builds the message with one item of a bulk stream."""
     return labeling_pb2.LabelImagesRequest(item_id=item_id, request=label_request(image, boxes, options))
 
 
 def image_source(image: EncodedImage, sha256: str | None = None) -> types_pb2.ImageSource:
-    """Writes the encoded image, or its hash if the server has it in its cache."""
+    """Builds the message with an encoded image, or with its SHA-256 (hex) if the server has it in its cache."""
     source = types_pb2.ImageSource(expected_width=image.width, expected_height=image.height)
     if sha256 is None:
         source.content = image.content
@@ -67,13 +67,13 @@ def image_source(image: EncodedImage, sha256: str | None = None) -> types_pb2.Im
 
 
 def instance(instance_id: int, box: BoxXywh) -> types_pb2.Instance:
-    """Writes one box with its id."""
+    """Builds the message of one box with its id."""
     x, y, width, height = box
     return types_pb2.Instance(instance_id=instance_id, box=types_pb2.Box(x=x, y=y, width=width, height=height))
 
 
 def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
-    """Writes the options of labeling; unset options stay unset, so that the server's or the checkpoint's values apply.
+    """Builds the message of the options. Unset options stay unset: the server's or the checkpoint's values apply.
 
     `formats` is always unset: run-length codes are the smallest on the wire, and the client converts them to other
     formats with the functions that the server uses.
@@ -91,7 +91,7 @@ def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
 
 
 def coco_rle(rle: Rle) -> types_pb2.CocoRle:
-    """Writes a mask."""
+    """Builds the message of a mask."""
     return types_pb2.CocoRle(height=rle.height, width=rle.width, counts=rle.counts)
 
 
@@ -110,12 +110,12 @@ def box_labels(
 
 
 def model_ref(ref: types_pb2.ModelRef) -> ModelRef:
-    """Reads the weights that made a result; a branch unknown to this version reads as the student."""
+    """Decodes the weights that made a result; a branch unknown to this version becomes the student."""
     return ModelRef(ref.name, ref.checkpoint_sha256, _BRANCH_FROM_WIRE.get(ref.branch, Branch.STUDENT))
 
 
 def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
-    """Reads the description of a model; omits branches unknown to this version."""
+    """Decodes the description of a model; omits branches unknown to this version."""
     return ModelInfo(
         model=model_ref(model.ref),
         arch=model.arch,
@@ -132,19 +132,19 @@ def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
 
 
 def model_status(status: model_pb2.ModelStatus) -> ModelStatus:
-    """Reads the state of a model in the server's memory."""
+    """Decodes the state of a model in the server's memory."""
     is_retiring = status.state == model_pb2.MODEL_STATE_RETIRING
     return ModelStatus(model_info(status.model), status.calls, is_retiring, status.is_default)
 
 
 def load_request(name: str, folder: str, path: str, branch: Branch | None) -> model_pb2.LoadModelRequest:
-    """Writes a request to load a checkpoint under a name."""
+    """Builds a request to load a checkpoint under a name."""
     wire = types_pb2.BRANCH_UNSPECIFIED if branch is None else _BRANCH_TO_WIRE[branch]
     return model_pb2.LoadModelRequest(name=name, folder=folder, path=path, branch=wire)
 
 
 def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
-    """Reads the description of a server."""
+    """Decodes the description of a server."""
     limits, default = response.limits, model_info(response.model)
     return ServerInfo(
         version=response.version,
