@@ -71,7 +71,7 @@ class ModelPlan:
     """Everything needed to load one model.
 
     Attributes:
-        name: in requests and responses.
+        name: name in requests and responses.
         checkpoint: path of the file.
         decryption_key: as in the settings; None: not encrypted.
         branch: used for requests that name none.

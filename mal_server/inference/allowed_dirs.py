@@ -36,7 +36,7 @@ class AllowedDirs:
 
     Args:
         folders: name in requests → folder.
-        setting: the setting that lists them, for messages.
+        setting: the setting that lists them, for error messages.
     """
 
     def __init__(self, folders: Mapping[str, Path], setting: str) -> None:
@@ -52,9 +52,9 @@ class AllowedDirs:
         """Returns the resolved path of a file or folder.
 
         Args:
-            name: of the folder.
+            name: configured name of the folder.
             relative_path: parts joined by "/"; "": the folder itself.
-            field: of the request, for messages.
+            field: field of the request, for error messages.
 
         Raises:
             InvalidRequest: the path is absolute, too long, or has empty, "." or ".." parts.
@@ -72,7 +72,10 @@ class AllowedDirs:
         return resolved
 
     def open(self, name: str, relative_path: str, field: str = "path") -> BinaryIO:
-        """Opens a regular file for reading; arguments and errors as `path`."""
+        """Opens a regular file for reading.
+
+        Takes the arguments of `path` and raises its errors; NoSuchFile also if the path is not a regular file.
+        """
         root = self._root(name)
         path = self.path(name, relative_path, field)
         try:
@@ -81,6 +84,7 @@ class AllowedDirs:
         except OSError:
             raise _not_found(name, relative_path) from None
         file = os.fdopen(descriptor, "rb")
+        # Another process may have replaced a part of the path since its check.
         location = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not location.is_relative_to(root):
             file.close()

@@ -39,7 +39,7 @@ class Pipeline:
         pool: threads for CPU work.
         images: resolves image sources.
         limits: larger images are refused before they are decoded.
-        memory_limiter: for decoded images.
+        memory_limiter: limits the memory of decoded images.
         crop_size: side of a crop in px.
         metrics: receives stages, masks and timings.
     """
@@ -88,7 +88,7 @@ class Pipeline:
                         yield partial
 
     async def label_merged(self, request: LabelRequest) -> PartialResult:
-        """Returns all results of a request as one; raises as `label`."""
+        """Returns all results of a request as one. Raises the errors of `label`."""
         async with aclosing(self.label(request)) as partials:
             return merge([partial async for partial in partials])
 

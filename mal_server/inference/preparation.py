@@ -39,7 +39,7 @@ class Prepared:
     """The outcome for every box of a request.
 
     Attributes:
-        crops: of the valid boxes, in their order.
+        crops: crops of the valid boxes, in the order of the boxes.
         crop_ids: instance id of each crop.
         failed: errors of the other boxes.
         decode_s: CPU seconds.
@@ -65,7 +65,7 @@ class CropPreparer:
         pool: threads for CPU work.
         images: reads image files, and keeps decodable images that a request asks to keep.
         limits: larger images are refused before they are decoded.
-        memory_limiter: for decoded images, shared by all models.
+        memory_limiter: limits the memory of decoded images; shared by all models.
     """
 
     def __init__(

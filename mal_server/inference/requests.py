@@ -18,10 +18,10 @@ class OutputOptions:
     """Postprocessing of probabilities into masks; requests share a batch whatever these are.
 
     Attributes:
-        threshold: in (0, 1); None: the checkpoint's threshold for the size class.
+        threshold: mask threshold in (0, 1); None: the checkpoint's threshold for the size class.
         min_component_area_px: smaller connected components are removed, except the largest; 0: none.
         formats: encodings of each mask.
-        polygon_tolerance_px: of polygons.
+        polygon_tolerance_px: maximum distance between a polygon and the edge of its mask.
         resolve_overlaps: assigns each pixel that several boxes of the request claim to one of them.
     """
 
@@ -46,7 +46,7 @@ class LabelRequest:
         boxes: x, y, width, height px, in the order of the ids; any floats, NaN included.
         predict_options: options of the network; only requests with equal ones share a batch.
         output_options: postprocessing.
-        priority: in every queue.
+        priority: priority in every queue.
         deadline: event-loop time after which the result is not needed.
     """
 

@@ -53,7 +53,7 @@ class Worker:
 
     Args:
         predictor: only this worker calls its `predict`.
-        name: of the device, for logs and thread names.
+        name: name of the device, for logs and thread names.
         on_start: called once in the worker's thread.
     """
 

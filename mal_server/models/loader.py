@@ -26,8 +26,8 @@ class ModelInfo:
     """Facts about a model that clients can read.
 
     Attributes:
-        name: on this server.
-        sha256: of the checkpoint file, hex.
+        name: name of the model on this server.
+        sha256: SHA-256 of the checkpoint file, in hex.
         arch: backbone.
         labeler: crop, margin, thresholds.
         categories: as in the COCO file that the model was trained on.
@@ -112,7 +112,12 @@ def load_model(plan: ModelPlan) -> LoadedModel:
 
 
 def read_checkpoint(plan: ModelPlan) -> tuple[Checkpoint, str]:
-    """Returns a checkpoint, verified to its last byte, and the SHA-256 of its file. Raises as `load_model`."""
+    """Returns a checkpoint, verified to its last byte, and the SHA-256 of its file.
+
+    Raises:
+        ConfigError: the file does not exist, or the key is not available.
+        CheckpointError: the file is unusable.
+    """
     path = _existing(plan.checkpoint)
     key = parse_key(plan.decryption_key, purpose="decryption", source="yaml")
     before = path.stat()

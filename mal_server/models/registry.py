@@ -129,7 +129,7 @@ class ModelRegistry:
         """Returns the model that new calls of a name get; "" is the default.
 
         Raises:
-            NotReady, DeviceLost: as `check_ready`.
+            NotReady, DeviceLost: see `check_ready`.
             UnknownModel: no model is served under this name.
         """
         self.check_ready()
@@ -150,7 +150,7 @@ class ModelRegistry:
         self._close_if_unused(model)
 
     def infos(self) -> list[ModelInfo]:
-        """Returns every served model, the default first. Raises as `check_ready`."""
+        """Returns every served model, the default first. Raises the errors of `check_ready`."""
         self.check_ready()
         return [entry.info for entry in self.entries() if not entry.is_draining]
 
@@ -158,8 +158,11 @@ class ModelRegistry:
         """Returns every model in memory: the default, the other served ones, then the draining ones."""
         served = sorted(self._serving.items(), key=lambda item: item[0] != self.default)
         return [
-            *(ModelEntry(model.info, model.users, False, name == self.default) for name, model in served),
-            *(ModelEntry(model.info, model.users, True, False) for model in self._draining),
+            *(
+                ModelEntry(model.info, model.users, is_draining=False, is_default=name == self.default)
+                for name, model in served
+            ),
+            *(ModelEntry(model.info, model.users, is_draining=True, is_default=False) for model in self._draining),
         ]
 
     def plan(self, name: str) -> ModelPlan:

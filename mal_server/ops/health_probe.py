@@ -45,7 +45,9 @@ class HealthProbe:
     client_key: Path | None = None
 
     def check(self) -> str:
-        """Returns SERVING, NOT_SERVING, or SERVICE_UNKNOWN or UNREACHABLE with the reason and the remedy.
+        """Returns SERVING, NOT_SERVING, SERVICE_UNKNOWN or UNREACHABLE.
+
+        The last two are followed by the reason in parentheses, and by a remedy if one is known.
 
         Raises:
             ConfigError: the address has no port, or a file cannot be read.
@@ -60,7 +62,7 @@ class HealthProbe:
                 if call.code() is grpc.StatusCode.NOT_FOUND:
                     return self._unknown_service()
                 return f"UNREACHABLE ({call.code().name}: {call.details()}){self._tls_hint(call)}"
-        # The state of a model that was unloaded.
+        # The server reports this status for an unloaded model.
         if response.status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             return self._unknown_service()
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))

@@ -33,7 +33,7 @@ class JsonFormatter(logging.Formatter):
     """Formats one JSON object; `time` is UTC, ISO 8601, in milliseconds; a traceback goes under `trace`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the line."""
+        """Returns the record as one line of JSON."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",

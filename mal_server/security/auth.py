@@ -71,9 +71,9 @@ class TokenAuthenticator:
         return tuple(token.name for token in self._tokens)
 
     def replace(self, other: "TokenAuthenticator") -> bool:
-        """Replaces the known tokens by those of another authenticator; returns whether they differ.
+        """Replaces the known tokens with those of another authenticator.
 
-        Running calls continue.
+        Running calls continue. Returns True if the tokens changed.
         """
         changed = self._tokens != other._tokens
         self._tokens = other._tokens
@@ -84,7 +84,7 @@ class TokenAuthenticator:
 
         Args:
             method: "/package.Service/Method".
-            metadata: of the call.
+            metadata: metadata of the call.
 
         Raises:
             Unauthenticated: no token or an unknown one.
@@ -141,7 +141,7 @@ def read_tokens(settings: Sequence[TokenSetting], *, is_private: bool = False) -
 
 
 def read_resume_key(reference: str | None) -> bytes:
-    """Returns the key that seals resume tokens; a random one if the settings name none. Raises as `read_tokens`."""
+    """Returns the key that seals resume tokens; a random one without a reference. Raises ConfigError."""
     return secrets.token_bytes(32) if reference is None else _digest_of(reference, "resume_key")
 
 

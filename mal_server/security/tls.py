@@ -45,14 +45,14 @@ class CertificateReloader:
 
     Args:
         listen: names the files.
-        certificate: of `listen`.
-        key: of `listen`.
+        certificate: certificate file of `listen`.
+        key: private key file of `listen`.
 
     Attributes:
         initial: the configuration that the server starts with.
 
     Raises:
-        ConfigError: as `server_credentials`.
+        ConfigError: see `server_credentials`.
     """
 
     def __init__(self, listen: Listen, certificate: Path, key: Path) -> None:

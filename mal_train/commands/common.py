@@ -48,7 +48,11 @@ def task_folder(spec: Spec, task: Task) -> Iterator[tuple[Path, StatusFile]]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Locks a folder against other runs; the kernel releases the lock when the process ends."""
+    """Locks a folder against other runs; the kernel releases the lock when the process ends.
+
+    Raises:
+        OutputError: another run has the lock, or the folder is not writable.
+    """
     try:
         file = (folder / LOCK).open("a")
     except OSError as error:

@@ -33,7 +33,7 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
 
 
 def page() -> str:
-    """Returns the Markdown page."""
+    """Returns the text of docs/spec.md."""
     return HEADER + "".join(_row(name, field) for name, field in fields_of(Spec))
 
 

@@ -119,7 +119,7 @@ class ImageHeader:
 
 
 def read_header(data: bytes, name: str = "image") -> ImageHeader:
-    """Reads the header of an encoded image. Raises BadImage as `decode_image`, except for errors in the pixels."""
+    """Reads the header of an encoded image. Raises BadImage like `decode_image`, but not for damaged pixels."""
     with _open_image(data, name) as image:
         return ImageHeader(image.size, _orientation(image), int(getattr(image, "n_frames", 1)))
 

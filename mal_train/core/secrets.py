@@ -28,12 +28,12 @@ def read_secret(reference: str, name: str) -> str:
     """Returns the text that `file:PATH` or `env:NAME` refers to, including its white space.
 
     Args:
-        reference: `~` in a path is the home folder.
-        name: setting or option that holds the reference; begins every message.
+        reference: `file:PATH` or `env:NAME`. A path may start with `~`, the home folder.
+        name: setting or option that holds the reference; every error message begins with it.
 
     Raises:
-        ConfigError: the variable is unset or empty, or as `read_secret_file`.
-        ValueError: not a reference, see `is_secret_reference`.
+        ConfigError: the variable is unset or empty, or the file is unusable (see `read_secret_file`).
+        ValueError: the text is not a reference.
     """
     scheme, _, target = reference.partition(":")
     if scheme == "file":
@@ -48,6 +48,10 @@ def read_secret(reference: str, name: str) -> str:
 
 def read_secret_file(path: Path, name: str) -> str:
     """Returns the text of a file, including its white space.
+
+    Args:
+        path: the file.
+        name: setting or option that holds the path; every error message begins with it.
 
     Raises:
         ConfigError: the file cannot be read, exceeds `MAX_SECRET_BYTES` or is not UTF-8 text.

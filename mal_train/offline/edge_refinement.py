@@ -1,6 +1,6 @@
 """Moves the edges of a mask to color edges: pixel-adaptive mask refinement, limited to a narrow band.
 
-A few times over, each pixel becomes the mean of near and far neighbors, weighted by the similarity of their colors.
+In each iteration, a pixel becomes the mean of near and far neighbors, weighted by the similarity of their colors.
 Outside the band, refinement would also change areas that the network got right. Pure; knows no network and no files.
 
 Letters: H rows, W columns, C = 3 colors, K neighbors of a pixel.
@@ -21,9 +21,9 @@ DISTANCES = (1, 2, 4, 8, 12, 24)
 NUM_NEIGHBORS = 8 * len(DISTANCES)
 ITERATIONS = 10
 SHARPNESS = 0.1
-"""Color differences are divided by this share of the local standard deviation; larger quotients weigh little."""
-BAND_SHARE = 1 / 75
-"""Distance that an edge may move, as a share of the crop size: 3 px at 224."""
+"""Color differences are divided by this fraction of the local standard deviation; larger quotients weigh little."""
+BAND_FRACTION = 1 / 75
+"""Distance that an edge may move, as a fraction of the crop size: 3 px at 224."""
 
 _MIN_DEVIATION = 1e-6
 """Added to standard deviations (of colors 0..255), so that all pixels of a flat area weigh the same."""
@@ -32,7 +32,9 @@ _MIN_DEVIATION = 1e-6
 def refine_edges(
     prob_HW: NDArray[np.float32], pixels_HWC: NDArray[np.uint8], box_mask_HW: NDArray[np.uint8], threshold: float
 ) -> NDArray[np.float32]:
-    """Returns foreground probability (H, W) whose edge at `threshold` follows the colors. Only pixels near it change.
+    """Returns foreground probability (H, W), float32, whose edge at `threshold` follows the color edges.
+
+    Only pixels in the band change: those at most `BAND_FRACTION` of the crop size away from the predicted edge.
 
     Args:
         prob_HW: foreground probability from the network, float32 in [0, 1].
@@ -63,8 +65,8 @@ def refine_edges(
 
 
 def _edge_band(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Returns the pixels within `BAND_SHARE` of the mask's edge, at least one on each side, as bool (H, W)."""
-    radius = max(1, round(max(mask_HW.shape) * BAND_SHARE))
+    """Returns the pixels within `BAND_FRACTION` of the mask's edge, at least one on each side, as bool (H, W)."""
+    radius = max(1, round(max(mask_HW.shape) * BAND_FRACTION))
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     pixels_HW = mask_HW.astype(np.uint8)
     return np.asarray(cv2.dilate(pixels_HW, disc) != cv2.erode(pixels_HW, disc))
@@ -77,7 +79,7 @@ def _color_weights(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
     for neighbor_HWC in _neighbors(color_HWC):
         total_HWC += neighbor_HWC
         squares_HWC += np.square(neighbor_HWC)
-    # Whole numbers below 2³¹: no rounding makes a flat area look less than flat.
+    # Integers (below 2³¹): without rounding, the spread of a flat area is exactly 0.
     spread_HWC = NUM_NEIGHBORS * squares_HWC - np.square(total_HWC)
     deviation_HWC = np.sqrt(spread_HWC / (NUM_NEIGHBORS * (NUM_NEIGHBORS - 1)), dtype=np.float64)
     per_color_HWC = (1.0 / (SHARPNESS * deviation_HWC + _MIN_DEVIATION)).astype(np.float32)

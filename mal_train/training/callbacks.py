@@ -26,7 +26,7 @@ class ValidationCallback(lightning.Callback):
         interval: epochs between validations.
         metrics: receives the results.
         print_line: prints a line for the user.
-        contact_sheet: shows the worst masks; None: none.
+        contact_sheet: draws the worst masks; None to draw none.
         clock: monotonic clock, in seconds.
 
     Attributes:
@@ -122,7 +122,7 @@ class MetricsCallback(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds the losses to the sums, and writes a row every `STEPS_PER_ROW` steps and at the end of an epoch."""
+        """Sums the losses; writes their means to metrics.csv every `STEPS_PER_ROW` steps and at the end of an epoch."""
         del outputs, batch
         if not isinstance(pl_module, MalModule) or pl_module.last_losses is None:
             return

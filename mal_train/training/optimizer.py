@@ -37,7 +37,7 @@ def build_optimizer(network: MalNetwork, settings: OptimizerSettings, *, fused: 
 
     Args:
         network: student and teacher.
-        settings: of AdamW and its groups.
+        settings: settings of AdamW and its groups.
         fused: use the fused kernel. It is faster, but a gradient scaler then unscales the gradients inside the
             optimizer step, too late to check them.
     """

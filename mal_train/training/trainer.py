@@ -138,7 +138,7 @@ def fit(
         # Lightning exits on SIGINT.
         raise KeyboardInterrupt("interrupted; the last checkpoint is intact") from None
     except (BadDataset, OutputError) as error:
-        # An error of a loader process has that process's stack trace before its message.
+        # torch puts the stack trace of a loader process before the message of its error; keep the message alone.
         cls = type(error)
         raise cls(str(error).strip().rpartition(f"{cls.__name__}: ")[2]) from error
     except torch.OutOfMemoryError as error:
@@ -147,14 +147,14 @@ def fit(
             f"train.accum_grad_batches, or lower dataset.crop_size ({error})"
         ) from error
     except (OSError, RuntimeError) as error:
-        if not _is_full(error):
+        if not _is_no_space_left(error):
             raise
         # Errors of output files are OutputErrors already, so this one is about shared memory.
         raise shared_memory_error("where the loader processes keep their locks") from error
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Returns True for "no space left" in an error or its context; Lightning's teardown may fail too and hide it."""
+def _is_no_space_left(error: BaseException | None) -> bool:
+    """Returns True if the error or one in its context is ENOSPC: a failure of Lightning's teardown may hide it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return True

@@ -188,7 +188,10 @@ def _curves(
 
 
 def _calibrate(evaluator: Evaluator, config: LabelerConfig, *, with_flip: bool) -> LabelerConfig:
-    """Fits a calibration, and replaces the scores of the evaluator with cross-validated ones; unchanged if too few."""
+    """Returns `config` with a calibration fitted to the results, and replaces their scores with cross-validated ones.
+
+    With too few instances to fit, returns `config` and keeps the scores.
+    """
     rows = evaluator.rows
     scores, ious = [row.score for row in rows], [row.iou for row in rows]
     knots, held_out = fit_calibration(scores, ious), held_out_scores(scores, ious, [row.image_id for row in rows])

@@ -179,7 +179,7 @@ class _ServerThread(threading.Thread):
         """The notice of a lost connection was delivered, and no response has arrived since."""
 
     def run(self) -> None:
-        """Runs the thread."""
+        """Runs streams until the work is done or the thread is stopped; then delivers its end and any error."""
         error: Exception | None = None
         try:
             while not self._stream.done and not self._stop_event.is_set():

@@ -26,7 +26,8 @@ Commands = argparse._SubParsersAction  # argparse has no public name for it
 def add_command(commands: Commands[argparse.ArgumentParser], name: str, description: str) -> argparse.ArgumentParser:
     """Adds the parser of one command.
 
-    Its default `can_resume` maps the arguments to whether the next run continues an interrupted one.
+    The parsed arguments have a function `can_resume(arguments)`: True if the same command, run again, resumes an
+    interrupted run. By default it returns False; a command that can resume sets its own.
     """
     parser = commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
     parser.set_defaults(can_resume=lambda _: False)
@@ -191,7 +192,7 @@ def positive_seconds(text: str) -> float:
 
 
 def read_secret(path: Path, option: str) -> str:
-    """Returns the token or password in a file, without surrounding white space. Raises as `read_secret_file`."""
+    """Returns the token or password in a file, without surrounding white space. Raises ConfigError."""
     return read_secret_file(path, option).strip()
 
 

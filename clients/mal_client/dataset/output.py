@@ -74,8 +74,8 @@ def write_labeled(
     images, failures = plan.head.images, errors_path(output_json)
     masks = _MaskWriter(output_json, options)
     labeled = 0
-    with ExitStack() as on_success:
-        errors = _ErrorsFile(failures, on_success)
+    with ExitStack() as stack:
+        errors = _ErrorsFile(failures, stack)
 
         def change(index: int, row: Any, annotation: Annotation) -> Any:
             nonlocal labeled
@@ -170,22 +170,27 @@ def _file_name(index: int, annotation_id: object) -> str:
 
 
 class _ErrorsFile:
-    """Failures of a job: all in a file, which is created with the first one, and the first ones in memory."""
+    """The failures of a job: all of them in a file, and the first `FAILED_LISTED` in memory.
 
-    def __init__(self, path: Path, on_success: ExitStack) -> None:
+    Args:
+        path: the file; created at the first failure.
+        stack: closes the file. An exception in its block discards the file, and the previous one stays.
+    """
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
         self.count = 0
         self.first: list[FailedAnnotation] = []
         self._path = path
-        self._on_success = on_success
+        self._stack = stack
         self._file: BinaryIO | None = None
 
     def add(self, failed: FailedAnnotation) -> None:
-        """Appends one failure."""
+        """Writes one failure as a line of JSON."""
         self.count += 1
         if len(self.first) < FAILED_LISTED:
             self.first.append(failed)
         if self._file is None:
-            self._file = self._on_success.enter_context(atomic_write(self._path))
+            self._file = self._stack.enter_context(atomic_write(self._path))
         self._file.write(json.dumps(failed.to_dict()).encode() + b"\n")
 
 

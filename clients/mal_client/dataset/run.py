@@ -71,7 +71,7 @@ def label_dataset(
     Raises:
         ConfigError: the servers differ, an unfinished run was another job, or the output is the annotation file.
         InvalidRequest: a server does not serve what the options ask for.
-        BadDataset, OutputError, ClientError: as `Client.label_dataset`.
+        BadDataset, OutputError, ClientError: see `Client.label_dataset`.
     """
     notify = on_notice or (lambda _: None)
     check_writable(output_json)

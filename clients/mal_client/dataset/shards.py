@@ -50,7 +50,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Parses INDEX/COUNT. Raises ConfigError.
+        """Parses INDEX/COUNT. Raises ConfigError if the text is not a valid shard.
 
         >>> Shard.parse("3/16")
         Shard(index=3, count=16)

@@ -177,7 +177,11 @@ def _reason_without_mask(row: Annotation) -> Reason:
 
 
 def _size_in_rle(row: Annotation) -> tuple[int, int]:
-    """Returns the (width, height) in a run-length code, for files without the sizes of images."""
+    """Returns (width, height) in px from a run-length code, for an image whose row states no size.
+
+    Raises:
+        BadDataset: the mask states no size; polygons never do.
+    """
     segmentation = row.raw["segmentation"]
     size = segmentation.get("size") if isinstance(segmentation, dict) else None
     if not isinstance(size, list) or len(size) != 2:

@@ -372,7 +372,10 @@ class _SortKeys:
 
 
 def _key(row: Annotation, sort_by: SortBy) -> float | None:
-    """Returns the sort key of a row; None for a row that the queue omits."""
+    """Returns the score or agreement of a row; NO_MASK if its labeling failed.
+
+    Returns None for rows that the queue omits: crowd regions, and rows without the number.
+    """
     if row.iscrowd:
         return None
     if "error" in row.raw:

@@ -59,8 +59,8 @@ class ImageInfo:
     Attributes:
         id: as in the file.
         file_name: path relative to the image folder; "" if it is missing (see `problem`).
-        width: in px; None if the file does not state it (the image itself is read then).
-        height: in px; None as for `width`.
+        width: width in px; None if the file does not state it (the image itself is read then).
+        height: height in px; None if the file does not state it.
         problem: description of what makes the row unusable; None for a usable row.
     """
 
@@ -82,8 +82,8 @@ class Annotation:
 
     Attributes:
         id: as in the file; None if it is missing or not an id.
-        image_id: as in the file; None as for `id`.
-        category_id: as in the file; None as for `id`.
+        image_id: as in the file; None if it is missing or not an id.
+        category_id: as in the file; None if it is missing or not an id.
         box_xywh: the user's numbers. Finite unless `problem` is set, in which case it is `NO_BOX` or what was read.
             `geometry.check_box` checks that the box is positive and intersects its image.
         iscrowd: the row is a region of many objects: never trained on, never counted, copied when labeling.

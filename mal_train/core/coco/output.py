@@ -29,7 +29,7 @@ def label_fields(
     Args:
         segmentation: COCO run-length encoding, `Rle.to_coco()`.
         area: number of mask pixels.
-        score: in [0, 1].
+        score: score of the mask, in [0, 1].
         flags: names such as BOX_CLIPPED.
         agreement: IoU of the masks of student and teacher in [0, 1]; None omits the field.
     """

@@ -75,7 +75,7 @@ def scan_coco(path: Path, on_annotation: OnAnnotation, *, allow_repeated_ids: bo
         allow_repeated_ids: record repeated ids instead of rejecting the file, for reports about it.
 
     Raises:
-        BadDataset: as `read_coco`; `on_annotation` may have been called before.
+        BadDataset: the file is unusable (see `read_coco`); `on_annotation` may have been called before.
     """
     head = _HeadBuilder(path)
     reader = JsonMemberReader(path)
@@ -191,7 +191,7 @@ class _HeadBuilder:
             self.count = index + 1
 
     def build(self, sha256: str) -> CocoHead:
-        """Returns the collected head."""
+        """Returns the collected head; `sha256` is the hash of the file."""
         return CocoHead(
             self._path,
             sha256,

@@ -36,7 +36,7 @@ class Group:
         det_areas: (D,) px².
         truth_areas: (G,) px².
         crowd: (G,) crowd regions: they match any number of detections and are never counted as missed.
-        iou: (D, G); for a crowd region, the share of the detection inside it.
+        iou: (D, G); for a crowd region, the fraction of the detection inside it.
     """
 
     category: int

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from mal_train.core.metrics.miou import mean_or_none
 
 BAD_IOU = 0.5
-WORST_SHARE = 0.2
+WORST_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ScoreQuality:
         calibration_error: mean over instances of |mean score − mean IoU| of their score bin (ten equal bins).
         spearman: rank correlation of score and IoU; None when one of them is constant.
         bad_count: masks with IoU < 0.5.
-        bad_in_worst_fifth: share of those among the worst-scored 20 % of masks; a random order gives 0.2.
+        bad_in_worst_fifth: fraction of those among the worst-scored 20 % of masks; a random order gives 0.2.
     """
 
     mean_score: float | None
@@ -43,7 +43,7 @@ def score_quality(scores: ArrayLike, ious: ArrayLike) -> ScoreQuality:
         calibration_error=calibration_error(score, iou),
         spearman=spearman(score, iou),
         bad_count=int(np.count_nonzero(iou < BAD_IOU)),
-        bad_in_worst_fifth=bad_in_worst(score, iou < BAD_IOU, WORST_SHARE),
+        bad_in_worst_fifth=bad_in_worst(score, iou < BAD_IOU, WORST_FRACTION),
     )
 
 
@@ -76,8 +76,8 @@ def calibration_error(scores: ArrayLike, ious: ArrayLike, bins: int = 10) -> flo
     return float(np.abs(np.bincount(bin_of, weights=score - iou, minlength=bins)).sum() / score.size)
 
 
-def bad_in_worst(scores: ArrayLike, is_bad: ArrayLike, share: float) -> float | None:
-    """Computes the share of bad masks among the worst-scored `share` of all masks; None when no mask is bad.
+def bad_in_worst(scores: ArrayLike, is_bad: ArrayLike, fraction: float) -> float | None:
+    """Returns the fraction of the bad masks that are in the worst-scored `fraction` of all; None if no mask is bad.
 
     Masks tied at the border count in proportion to how many of them fit, so the result does not depend on the order.
 
@@ -90,7 +90,7 @@ def bad_in_worst(scores: ArrayLike, is_bad: ArrayLike, share: float) -> float | 
     _, group = np.unique(score, return_inverse=True)
     size, bad_of_group = np.bincount(group), np.bincount(group, weights=bad)
     before = np.cumsum(size) - size
-    taken = np.clip((share * score.size - before) / size, 0.0, 1.0)
+    taken = np.clip((fraction * score.size - before) / size, 0.0, 1.0)
     return float((taken * bad_of_group).sum() / bad.sum())
 
 

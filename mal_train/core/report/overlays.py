@@ -34,7 +34,7 @@ PALETTE: tuple[Color, ...] = (
 
 TINT = 0.35
 CONTEXT = 0.35
-"""Margin on each side of a box in a close-up, as a share of its longer side."""
+"""Margin on each side of a box in a close-up, as a fraction of its longer side."""
 
 
 @dataclass(frozen=True)

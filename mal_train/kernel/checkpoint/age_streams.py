@@ -60,7 +60,7 @@ class FileWriter:
         self._stream_error = stream_error
 
     def write(self, data: bytes) -> int:
-        """Writes to the file."""
+        """Writes to the file; returns the number of bytes written."""
         with self._stream_error:
             return self._file.write(data)
 
@@ -75,10 +75,10 @@ class HashingReader:
         self._read, self._update, self._stream_error = file.read, digest.update, stream_error
 
     def read(self, size: int) -> bytes:
-        """Reads from the file."""
+        """Reads up to `size` bytes, and adds them to the hash."""
         try:
             data = self._read(size)
-        # Every exception: the library would turn it into text.
+        # Record every exception: the library turns it into text.
         except BaseException as error:
             self._stream_error.error = self._stream_error.error or error
             raise
@@ -95,10 +95,10 @@ class CountingWriter:
         self.count = 0
 
     def write(self, data: bytes) -> int:
-        """Writes to the sink."""
+        """Writes to the sink; returns the number of bytes written."""
         try:
             self._sink.write(data)
-        # Every exception: the library would turn it into text.
+        # Record every exception: the library turns it into text.
         except BaseException as error:
             self._stream_error.error = self._stream_error.error or error
             raise

@@ -208,7 +208,7 @@ def read_header(path: Path, key: DecryptionKey | None) -> CheckpointHeader:
         key: None leaves `content` of an encrypted file None. The key is ignored for a plain file.
 
     Raises:
-        CheckpointError: as `load_checkpoint`.
+        CheckpointError: see `load_checkpoint`.
     """
     with _open(path) as file:
         if file.encryption.mode == "none":
@@ -317,7 +317,16 @@ def _refuse_foreign(file: EncryptedFile) -> None:
 
 
 def _parse_settings(header: TensorFileHeader, name: str) -> _Settings:
-    """Validates the metadata and the names of the tensors."""
+    """Decodes the settings in a header, and checks the names of the tensors.
+
+    Args:
+        header: header of the safetensors content.
+        name: path of the file, for error messages.
+
+    Raises:
+        UnknownLayout: another schema, an unexpected tensor, or settings that this version does not know.
+        Altered: a setting is missing, damaged or of the wrong type.
+    """
     _check_schema(header.metadata, name)
     for entry in header.entries:
         if not entry.name.startswith((*WEIGHT_PREFIXES, TRAINING_PREFIX)) and entry.name != PADDING_NAME:

@@ -107,7 +107,7 @@ class EncryptedFile:
     """A file open for reading, encrypted or plain. `encryption` describes it and `read_into` streams its content.
 
     Raises on construction:
-        OSError: as `open` does.
+        OSError: the file cannot be opened.
         WrongKey: the age header is malformed, over 64 KiB, or asks for more than scrypt 2^20.
         Truncated: the file is empty or ends within its header.
     """

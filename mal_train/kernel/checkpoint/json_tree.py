@@ -44,7 +44,15 @@ def to_json(value: Tree, path: str, tensors: dict[str, Tensor] | None = None, pr
 
 
 def from_json(text: str, tensors: Mapping[str, Tensor]) -> Tree:
-    """Decodes the text of `to_json`; raises ValueError for any other text."""
+    """Decodes text that `to_json` wrote.
+
+    Args:
+        text: the JSON text.
+        tensors: the stored tensors, by the names that `to_json` gave them.
+
+    Raises:
+        ValueError: the text is not in the format of `to_json`, or names a tensor that is not in `tensors`.
+    """
     try:
         return _decode(parse(text), tensors)
     except (TypeError, RecursionError) as error:  # TypeError: a list as a key

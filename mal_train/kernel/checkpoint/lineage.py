@@ -65,7 +65,10 @@ class Lineage:
 
 
 def license_of(provenance: Mapping[str, Tree]) -> str:
-    """Returns the license of a checkpoint: its own, else that of its starting weights, else that of its ancestors."""
+    """Returns the first known license among the checkpoint, its starting weights and its ancestors, latest first.
+
+    Returns NOT_STATED if none is known.
+    """
     stated = [provenance.get("licence"), provenance.get("starting_weights_licence")]
     for entry in reversed(_ancestors(provenance)):
         if isinstance(entry, dict):
@@ -75,7 +78,7 @@ def license_of(provenance: Mapping[str, Tree]) -> str:
 
 
 def lineage_entry(path: Path, sha256: str, provenance: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Returns the entry of a checkpoint in the lineage of its descendants. Its own lineage is left out."""
+    """Returns the entry of a checkpoint in the lineage of its descendants, without the checkpoint's own lineage."""
     own = {"checkpoint": path.name, "sha256": sha256}
     return {name: value for name, value in {**provenance, **own}.items() if name in _ENTRY_FIELDS}
 
@@ -83,8 +86,8 @@ def lineage_entry(path: Path, sha256: str, provenance: Mapping[str, Tree]) -> di
 def average_provenance(files: Sequence[tuple[Path, str, Mapping[str, Tree]]]) -> dict[str, Tree]:
     """Returns the provenance of a checkpoint whose weights are the mean of several checkpoints.
 
-    Fields equal in all of them are kept; the others are listed under `sources`. Licenses that differ are all named. If
-    one file states a license of its own, `licence` names the license of every file.
+    A field with the same value in all of them is kept; `sources` lists the fields of each. Different names and licenses
+    of starting weights are joined. If at least one checkpoint states its own license, `licence` joins those of all.
 
     Args:
         files: path, SHA-256 and provenance of each checkpoint.

@@ -176,7 +176,11 @@ def _student_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tens
 
 
 def _fit(name: str, tensor: Tensor, target: Tensor, source: str) -> Tensor:
-    """Returns `tensor` in the shape of `target`. Only the position table and the patch convolution are resampled."""
+    """Returns `tensor` in the shape of `target`. Only the position table and the patch convolution are resampled.
+
+    Raises:
+        ConfigError: any other tensor has another shape.
+    """
     if tensor.shape == target.shape:
         return tensor
     if name == "backbone.pos_embed" and tensor.shape[2:] == target.shape[2:]:

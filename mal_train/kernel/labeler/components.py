@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-SECOND_COMPONENT_SHARE = 0.01
-"""Least share of the mask's pixels for `has_second_component`."""
+SECOND_COMPONENT_FRACTION = 0.01
+"""Least fraction of the mask's pixels for `has_second_component`."""
 _MAX_SIDE_PX = 512
 
 
@@ -31,7 +31,7 @@ def remove_small_regions(mask_bool: NDArray[np.bool_], min_area_px: int) -> NDAr
 
 
 def has_second_component(mask_bool: NDArray[np.bool_]) -> bool:
-    """Returns True if a second component holds at least SECOND_COMPONENT_SHARE of the mask (h, w).
+    """Returns True if a second component holds at least SECOND_COMPONENT_FRACTION of the mask (h, w).
 
     Masks with a side above 512 px are subsampled first.
     """
@@ -39,4 +39,4 @@ def has_second_component(mask_bool: NDArray[np.bool_]) -> bool:
     sampled = np.ascontiguousarray(mask_bool[::stride, ::stride]).view(np.uint8)
     count, _, stats, _ = cv2.connectedComponentsWithStats(sampled, connectivity=8)
     areas = np.sort(stats[1:count, cv2.CC_STAT_AREA])
-    return areas.size > 1 and int(areas[-2]) >= SECOND_COMPONENT_SHARE * int(areas.sum())
+    return areas.size > 1 and int(areas[-2]) >= SECOND_COMPONENT_FRACTION * int(areas.sum())

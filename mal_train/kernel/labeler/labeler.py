@@ -81,8 +81,8 @@ class Labeler:
 
     Attributes:
         network: the network, on the device.
-        config: as given.
-        device: as given.
+        config: the given settings.
+        device: the given device.
         dtype: torch dtype of the forward pass.
 
     Raises:

@@ -65,8 +65,8 @@ class Prediction:
 
     Attributes:
         prob: foreground probability of the requested branch, (S, S) float32 in [0, 1], on the pixels of the crop.
-        student: as `prob`, of the student; None unless `PredictOptions.agreement` is set.
-        teacher: as `prob`, of the teacher; None unless `PredictOptions.agreement` is set.
+        student: like `prob`, from the student; None unless `PredictOptions.agreement` is set.
+        teacher: like `prob`, from the teacher; None unless `PredictOptions.agreement` is set.
     """
 
     prob: ProbMap

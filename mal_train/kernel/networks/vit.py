@@ -160,7 +160,7 @@ class Vit(VisionTransformer):
             init_values=LAYER_SCALE_INIT if size.variant == "deit3" else None,
         )
         self.patch = size.patch
-        self.by_factor = size.resample == "by_factor"
+        self.resamples_by_factor = size.resample == "by_factor"
 
     def forward(self, x_NCHW: Tensor) -> Tensor:  # type: ignore[override]  # timm's takes an attention mask too
         """Returns the feature map (N, C, h, w) of crops (N, 3, S, S), after the final LayerNorm.
@@ -172,8 +172,11 @@ class Vit(VisionTransformer):
         return tokens_NLC.view(x_NCHW.shape[0], grid, grid, -1).permute(0, 3, 1, 2)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Maps patches (N, h, w, C) to tokens (N, L, C): prepends the class token and adds positions."""
-        if not self.by_factor:
+        """Maps patches (N, h, w, C) to tokens (N, L, C): prepends the class token and adds the position table.
+
+        A table of another size is first resampled to h·w patches, by timm or by `_positions_by_factor`.
+        """
+        if not self.resamples_by_factor:
             return super()._pos_embed(x)
         assert self.cls_token is not None
         assert self.pos_embed is not None

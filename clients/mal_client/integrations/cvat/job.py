@@ -70,7 +70,7 @@ class CvatClient(Protocol):
         ...
 
     def create(self, shapes: Sequence[Json]) -> None:
-        """Adds shapes."""
+        """Adds shapes to the annotations of the task."""
         ...
 
 

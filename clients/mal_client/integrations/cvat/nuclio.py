@@ -36,7 +36,7 @@ def init_context(context: Any) -> None:
 
 
 def handler(context: Any, event: Any) -> Any:
-    """Handles one request of CVAT."""
+    """Labels the box of a CVAT request. Status 400 for an invalid request, 503 if the server fails."""
     try:
         image_bytes, box = _parse_request(event.body)
         (label,) = context.user_data.client.label_image(image_bytes, [box])

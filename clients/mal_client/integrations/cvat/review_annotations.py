@@ -27,10 +27,10 @@ def review_xml(items: Sequence[QueueItem], names: Mapping[object, str], files: I
     """
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
-    for image_id, (name, rows) in enumerate(by_image(items).items()):
+    for image_id, (file_name, rows) in enumerate(by_image(items).items()):
         width, height = frame_size(rows[0], files)
         size = {"width": str(width), "height": str(height)}
-        image = ElementTree.SubElement(root, "image", {"id": str(image_id), "name": name, **size})
+        image = ElementTree.SubElement(root, "image", {"id": str(image_id), "name": file_name, **size})
         for item in rows:
             _add_item(image, item, names.get(item.row.get("category_id"), ""), (width, height))
     ElementTree.indent(root)
@@ -40,12 +40,22 @@ def review_xml(items: Sequence[QueueItem], names: Mapping[object, str], files: I
 def write_review_annotations(
     items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, folder: Path
 ) -> None:
-    """Writes `annotations.xml`, `labels.json` and `images.txt` (one path per line) into a folder."""
+    """Writes `annotations.xml`, `labels.json` and `images.txt` (one path per line) into a folder.
+
+    Args:
+        items: the review queue.
+        names: category names by ID; they become the labels of the CVAT task.
+        files: image files.
+        folder: the folder, created if missing.
+
+    Raises:
+        BadImage: the size of an image is not stated and its file cannot be read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "annotations.xml", review_xml(items, names, files))
     labels = [{"name": name, "type": "any", "attributes": []} for name in sorted(set(names.values()))]
     write_text(folder / "labels.json", json.dumps(labels, indent=1) + "\n")
-    write_text(folder / "images.txt", "".join(f"{files.path(name)}\n" for name in by_image(items)))
+    write_text(folder / "images.txt", "".join(f"{files.path(file_name)}\n" for file_name in by_image(items)))
 
 
 def _add_item(image: ElementTree.Element, item: QueueItem, label: str, size_wh: tuple[int, int]) -> None:
