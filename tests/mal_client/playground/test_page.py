@@ -358,7 +358,7 @@ def test_options_that_need_two_networks_are_disabled_for_a_model_with_one(browse
         screen.wait_for(ONE_DONE)
         assert not agreement.is_checked()
         assert "only one" in (screen.page.locator("label:has(#agreement)").get_attribute("title") or "")
-        assert network.locator("option").all_inner_texts() == ["server default (student)", "student"]
+        assert network.locator("option").all_inner_texts() == ["default (student)", "student"]
         assert network.input_value() == ""
         assert "agreement" not in screen.rows()[0]
         model.select_option("both")

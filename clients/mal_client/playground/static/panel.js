@@ -90,7 +90,7 @@ export class Panel {
     line.title = server ? `checkpoint ${server.model.checkpoint_sha256}\nscore: ${server.score_meaning}` : "";
     if (server === null) return;
     this.#renderModels(server);
-    byId("branch").options[0].textContent = `server default (${server.model.branch})`;
+    byId("branch").options[0].textContent = `default (${server.model.branch})`;
   }
 
   /** Offers the networks of the model, and the agreement of two networks. */
