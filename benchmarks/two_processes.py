@@ -26,7 +26,7 @@ WARM_UP, STEPS = 2, 8
 
 def train(rank: int, size: int, port: int, arguments: list[str], folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {LAUNCHED: "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {LAUNCHED: str(os.getppid()), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     start = MalModule.on_train_batch_start
     marks: list[tuple[float, float]] = []

@@ -36,6 +36,11 @@ RETIRED = {
 }
 """Fields of TAO specs that are refused, each with the reason and the remedy."""
 
+FORMER_SPELLINGS = {
+    "train.colour_augmentation": "train.color_augmentation",  # former name
+}
+"""Fields that version 0.1.0 spelled differently, in both spellings; files and overrides may use either."""
+
 
 class Spec(Strict):
     """The complete spec."""
@@ -126,7 +131,8 @@ def load_spec(path: Path | None, overrides: list[str]) -> Spec:
     """Reads the spec from a YAML file (None: all defaults) and applies `a.b=c` overrides.
 
     Raises:
-        ConfigError: the file cannot be read, or a field is unknown, of the wrong type or out of range.
+        ConfigError: the file cannot be read, or a field is unknown, of the wrong type, out of range, or given in two
+            spellings.
     """
     for override in overrides:
         name, _, value = override.partition("=")
@@ -134,8 +140,10 @@ def load_spec(path: Path | None, overrides: list[str]) -> Spec:
             raise ConfigError(
                 f"{name}: a secret; the process list shows command lines; give env:NAME, file:PATH or a recipient"
             )
-    data = apply_overrides({} if path is None else load_yaml(path), overrides)
-    return validate(Spec, _tao_forms(data), source=str(path or "command line"), retired=RETIRED)
+    source = str(path or "command line")
+    data = {} if path is None else _current_spelling(load_yaml(path), source)
+    data = apply_overrides(data, [_current_override(override) for override in overrides])
+    return validate(Spec, _tao_forms(data), source=source, retired=RETIRED)
 
 
 REDACTED = "<redacted>"
@@ -147,6 +155,27 @@ def _public_form(key: str | None) -> str | None:
     if is_secret_reference(key) or re.fullmatch(r"age1[02-9ac-hj-np-z]{58}", key):
         return key
     return REDACTED
+
+
+def _current_spelling(data: dict[str, Any], source: str) -> dict[str, Any]:
+    """Returns the data with the current spelling of each field; raises ConfigError if both spellings are given."""
+    result = dict(data)
+    for former, current in FORMER_SPELLINGS.items():
+        section, name = former.split(".")
+        fields = result.get(section)
+        if not isinstance(fields, dict) or name not in fields:
+            continue
+        current_name = current.removeprefix(f"{section}.")
+        if current_name in fields:
+            raise ConfigError(f"{source}: {former} and {current} are the same field; remove {former}")
+        result[section] = {current_name if key == name else key: value for key, value in fields.items()}
+    return result
+
+
+def _current_override(override: str) -> str:
+    """Returns an override `a.b=c` with the current spelling of its field."""
+    name, separator, value = override.partition("=")
+    return FORMER_SPELLINGS.get(name, name) + separator + value
 
 
 def _tao_forms(data: dict[str, Any]) -> dict[str, Any]:

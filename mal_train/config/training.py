@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mal_train.config.devices import Devices
 from mal_train.config.ranges import BelowOne, Fraction, Margin, Threshold
@@ -87,8 +87,6 @@ class TrainConfig(Devices):
     )
     color_augmentation: bool = Field(
         default=True,
-        # Specs written by version 0.1.0 spell it the British way.
-        validation_alias=AliasChoices("color_augmentation", "colour_augmentation"),  # former name
         description="Apply color jitter, grayscale and blur to the student's crop.\n"
         "Set false where only fine texture separates objects from the background.",
     )

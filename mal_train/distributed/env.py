@@ -14,7 +14,7 @@ from mal_train.core.errors import ConfigError
 Launcher = Literal["none", "mal-train", "torchrun", "SLURM"]
 
 LAUNCHED = "MAL_TRAIN_LAUNCHED"
-"""Environment variable of the processes that `mal-train` starts."""
+"""Environment variable of the processes that `mal-train` starts: the process id of the launcher."""
 DEFAULT_PORT = 29500
 _INTERACTIVE_JOBS = ("bash", "interactive")
 """Names of SLURM jobs that are shells: their SLURM variables do not describe a step that srun started."""

@@ -1,28 +1,38 @@
-"""Runs a training as several processes on this machine, with the process layer of torchrun.
+"""Starts the processes of a training on this machine and waits for them. Imports no torch.
 
-`torch.distributed.launcher`, one layer up, does not fit. After a signal it reports no exit codes of the processes, so a
-failed save would look like a successful one (143). By default it kills them 30 s after the signal, while an
-optimizer step and its checkpoint may take longer.
+torchrun's process class, `torch.distributed.elastic.multiprocessing.SubprocessContext`, does not fit: five of its nine
+methods (`start`, `_start`, `_poll`, `_capture_process_failures`, `wait`) would have to be replaced, three of them
+private. Its signal handler raises an exception, which leaves a process behind when a signal arrives during the start.
+It gives all processes the same time to end, although a checkpoint may take longer than a failure deserves. It returns
+no exit code of a process that was ended with code 0, and it starts two threads per process that follow a log file.
+`torch.distributed.launcher`, one layer up, returns no exit codes after a signal, so a failed save would look like a
+successful one (143).
 """
 
 import contextlib
 import ctypes
-import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, SubprocessContext
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 from mal_train.distributed.env import LAUNCHED
 
-GRACE_S = 10
-"""Seconds between SIGTERM and SIGKILL for the other processes after one has ended with an error."""
+GRACE_S = 10.0
+"""Seconds between SIGTERM and SIGKILL for the other processes after one has failed."""
+SAVE_GRACE_S = 120.0
+"""Seconds until SIGKILL for the other processes after one has ended with 130 or 143; a checkpoint may take so long."""
+_ENDED_BY_SIGNAL = (130, 143)
+"""Exit codes of a process that was interrupted, or terminated after saving."""
+_KILL_S = 10.0
+"""Maximum wait in seconds after SIGKILL; a process inside a hung device driver does not end."""
 _POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1
+
+Processes = Sequence["subprocess.Popen[bytes]"]
 
 
 def launch(
@@ -30,7 +40,9 @@ def launch(
 ) -> int:
     """Runs `mal-train ARGUMENTS` as processes that train together, and returns the exit code of the training.
 
-    SIGTERM and SIGINT are forwarded. When one process ends with an error, the others are ended within `GRACE_S`.
+    SIGTERM and SIGINT are forwarded, after the start if they arrive during it. When a process fails, the others get
+    SIGTERM and, `GRACE_S` later, SIGKILL. When a process ends with 130 or 143, the others get SIGKILL after
+    `SAVE_GRACE_S`.
 
     Args:
         arguments: of the command, without the name of the program.
@@ -38,49 +50,39 @@ def launch(
         program: the program and its first arguments.
 
     Returns:
-        0 if all processes succeeded; else the exit code of the first one that failed, or 128 + n if signal n killed it.
+        0 if all processes succeeded; else the exit code of the first one that failed, or 128 + n if signal n killed it;
+        but 1 if that code is 130 or 143 and another process ended with a different one.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    executable, *options = (*program, *arguments)
-    processes = _Processes(
-        name="mal-train",
-        entrypoint=executable,
-        args=dict.fromkeys(range(num_processes), tuple(options)),
-        envs=_environments(num_processes),
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-    )
-    try:
-        with _forwarded_signals(processes):
-            result = processes.wait(period=_POLL_S)
-    except SignalException as early:  # during the start, from torch's own handler
-        return 128 + early.sigval
-    finally:
-        processes.close(signal.SIGKILL)
-    assert result is not None
-    return _exit_code(result.failures, num_processes)
+    processes: list[subprocess.Popen[bytes]] = []
+    with _recorded_signals() as signals:
+        try:
+            for variables in _environments(num_processes):
+                # In a session of its own, a process gets a signal to the launcher's process group once: from here.
+                started = subprocess.Popen([*program, *arguments], env=os.environ | variables, start_new_session=True)
+                processes.append(started)
+            return _exit_code_of(processes, signals)
+        finally:
+            _kill(processes)
 
 
 def end_with_parent() -> None:
-    """Asks the kernel to send SIGTERM to this process when its parent dies, even if SIGKILL ends the parent."""
-    parent = os.getppid()
+    """Asks the kernel to send SIGTERM to this process when the launcher dies, even if SIGKILL ends the launcher.
+
+    Sends SIGTERM to this process if the launcher is dead already.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # the parent died before the call
+    if str(os.getppid()) != os.environ[LAUNCHED]:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def free_port() -> int:
-    """Returns a TCP port that is not in use at the moment."""
-    return int(get_free_port())  # type: ignore[no-untyped-call]
+    """Returns a TCP port of the loopback interface that is not in use at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-class _Processes(SubprocessContext):
-    """Processes that get `GRACE_S` to end, instead of torch's 30 s."""
-
-    def close(self, death_sig: signal.Signals | None = None, timeout: int | None = None) -> None:
-        super().close(death_sig, GRACE_S if timeout is None else timeout)
-
-
-def _environments(num_processes: int) -> dict[int, dict[str, str]]:
+def _environments(num_processes: int) -> list[dict[str, str]]:
     """Returns the variables that each process gets in addition to those of this one."""
     threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
     shared = {
@@ -90,43 +92,78 @@ def _environments(num_processes: int) -> dict[int, dict[str, str]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port()),
         "WORLD_SIZE": str(num_processes),
-        LAUNCHED: "1",
+        LAUNCHED: str(os.getpid()),
     }
-    return {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 
 
 @contextlib.contextmanager
-def _forwarded_signals(processes: _Processes) -> Iterator[None]:
-    """Starts the processes, and forwards SIGTERM and SIGINT to them inside the block.
+def _recorded_signals() -> Iterator[list[int]]:
+    """Yields a list to which SIGTERM and SIGINT are appended inside the block.
 
-    Replaces the handlers that torch installs at the start: they raise an exception, and override nohup's for SIGHUP.
+    The handler does nothing else. An exception from it could hide a process that has just started.
     """
-
-    def forward(number: int, _: object) -> None:
-        for handler in processes.subprocess_handlers.values():
-            if handler.proc.poll() is None:
-                handler.proc.send_signal(number)
-
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    previous = {number: signal.getsignal(number) for number in signals}
+    received: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
-        processes.start()
-        for number in signals:
-            signal.signal(number, forward if number in {signal.SIGTERM, signal.SIGINT} else previous[number])
-        yield
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _exit_code(failures: dict[int, ProcessFailure], num_processes: int) -> int:
-    """Returns the exit code of the training, given the failed processes in the order in which they ended."""
-    if not failures:
+def _exit_code_of(processes: Processes, signals: list[int]) -> int:
+    """Waits for the processes, and returns the exit code of the training."""
+    failure = _first_failure(processes, signals)
+    if failure is None:
         return 0
-    rank, first = next(iter(failures.items()))
-    if first.exitcode in {130, 143}:  # interrupted, or terminated after saving: all processes or it failed
-        return first.exitcode if {failure.exitcode for failure in failures.values()} == {first.exitcode} else 1
-    ending = f"was killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with code {first.exitcode}"
-    text = f"mal-train: process {rank} of {num_processes} {ending}; the other processes were ended"
+    rank, code = failure
+    if code in _ENDED_BY_SIGNAL:
+        _wait(processes, SAVE_GRACE_S, signals)
+        return code if {process.poll() for process in processes} == {code} else 1
+    ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    text = f"mal-train: process {rank} of {len(processes)} {ending}; the other processes get SIGTERM"
     print(text, file=sys.stderr, flush=True)
-    return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
+    _forward([signal.SIGTERM], processes)
+    _wait(processes, GRACE_S, signals)
+    return 128 - code if code < 0 else code
+
+
+def _first_failure(processes: Processes, signals: list[int]) -> tuple[int, int] | None:
+    """Waits until a process fails, and returns its rank and exit code; None if all succeed."""
+    while True:
+        codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            if code:
+                return rank, code
+        if None not in codes:
+            return None
+        _forward(signals, processes)
+        time.sleep(_POLL_S)
+
+
+def _wait(processes: Processes, seconds: float, signals: list[int]) -> None:
+    """Waits until all processes have ended, but no longer than `seconds`."""
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        _forward(signals, processes)
+        time.sleep(_POLL_S)
+
+
+def _forward(signals: list[int], processes: Processes) -> None:
+    """Sends the signals to the processes that still run, and empties the list."""
+    while signals:
+        number = signals.pop(0)
+        for process in processes:
+            process.send_signal(number)
+
+
+def _kill(processes: Processes) -> None:
+    """Kills the processes that still run, with their data loaders."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    _wait(processes, _KILL_S, [])

@@ -7,15 +7,12 @@ import yaml
 
 from mal_server.config.server import default_config, load_config
 from mal_train.cli import main
-from mal_train.config.spec import load_spec
+from mal_train.config.spec import FORMER_SPELLINGS, load_spec
 from mal_train.core.errors import ConfigError
 
 FILES = Path(__file__).parent
 RENAMED_SERVER_SETTINGS = {
     "batch_patience_s": "batch_aging_s",  # former name
-}
-FORMER_SPELLINGS = {
-    "colour_augmentation": "color_augmentation",  # former name
 }
 
 
@@ -38,12 +35,33 @@ def test_every_field_of_a_trainings_spec_is_read() -> None:
     for section, fields in yaml.safe_load((FILES / "experiment.yaml").read_text()).items():
         if isinstance(fields, dict):
             for name, value in fields.items():
-                assert written[section][FORMER_SPELLINGS.get(name, name)] == value, f"{section}.{name}"
+                path = f"{section}.{name}"
+                current = FORMER_SPELLINGS.get(path, path).removeprefix(f"{section}.")
+                assert written[section][current] == value, path
 
 
-@pytest.mark.parametrize("name", ["color_augmentation", "colour_augmentation"])  # former name
-def test_both_spellings_of_a_field_set_it(name: str) -> None:
-    assert load_spec(None, [f"train.{name}=false"]).train.color_augmentation is False
+SPELLINGS = ["color_augmentation", "colour_augmentation"]  # former name
+
+
+@pytest.mark.parametrize("in_file", [*SPELLINGS, None])
+@pytest.mark.parametrize("in_override", [*SPELLINGS, None])
+def test_both_spellings_of_a_field_set_it_and_the_override_wins(
+    in_file: str | None, in_override: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("" if in_file is None else f"train:\n  {in_file}: false\n")
+    overrides = [] if in_override is None else [f"train.{in_override}={str(in_file is not None).lower()}"]
+    # The file sets false, the override the opposite of the value before it; the default is true.
+    assert load_spec(path, overrides).train.color_augmentation is ((in_file is None) == (in_override is None))
+
+
+def test_both_spellings_in_one_file_are_refused_by_both_names(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("train:\n" + "".join(f"  {name}: true\n" for name in SPELLINGS))
+    with pytest.raises(ConfigError) as caught:
+        load_spec(path, [])
+    for name in (str(path), *(f"train.{name}" for name in SPELLINGS)):
+        assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(("former", "current"), RENAMED_SERVER_SETTINGS.items())

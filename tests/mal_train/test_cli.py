@@ -223,7 +223,7 @@ def test_import_refuses_overrides_without_effect_or_with_wrong_shapes(
     torch.save({"state_dict": state_dict(TAO)}, tmp_path / "published.pth")
     for override, named in (
         ("train.lr=1", "train.lr"),
-        ("model.arch=vit-deit-base/16", "published.pth"),
+        ("model.arch=vit-deit-base/16", "does not match"),
         ("dataset.crop_size=100", "crop_size: 100"),
     ):
         target = tmp_path / "out.malckpt"
@@ -253,10 +253,10 @@ def test_import_encrypts_to_a_recipient_and_inspect_needs_the_identity(
     [
         (["train", "-e", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "-e", "SPEC", "train.batchsize=2"], "train.batch_size"),
-        (["train", "-e", "SPEC"], "dataset.train_ann_path"),
+        (["train", "-e", "SPEC"], "dataset.train_ann_path: not given"),
         (["train", "-e", "SPEC", "train.num_nodes=2"], "train.num_nodes: 2"),
-        (["evaluate", "-e", "SPEC"], "dataset.val_ann_path"),
-        (["evaluate"], "dataset.val_ann_path"),
+        (["evaluate", "-e", "SPEC"], "dataset.val_ann_path: not given"),
+        (["evaluate"], "dataset.val_ann_path: not given"),
         (["inference", "-e", "SPEC", "inference.ann_path=gone.json"], "gone.json"),
         (["inspect", "gone.malckpt"], "gone.malckpt"),
     ],
@@ -283,7 +283,7 @@ def test_a_malformed_rank_does_not_hide_an_error_message(
 ) -> None:
     monkeypatch.setenv("RANK", "first")
     assert main(["train", "-e", spec_file(tmp_path)]) == 2
-    assert "dataset.train_ann_path" in capsys.readouterr().err
+    assert "dataset.train_ann_path: not given" in capsys.readouterr().err
 
 
 def test_a_failed_command_records_the_error_in_its_status(tmp_path: Path) -> None:

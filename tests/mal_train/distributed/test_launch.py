@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mal_train.distributed import launch as launch_module
+from mal_train.distributed.env import LAUNCHED
 from mal_train.distributed.launch import launch
 from tests.paths import ROOT
 
@@ -58,7 +59,10 @@ while True:
     assert "SIGKILL" in line
 
 
-@pytest.mark.parametrize(("codes", "expected"), [((143, 143), 143), ((130, 130), 130), ((143, 1), 1), ((143, 4), 1)])
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [((143, 143), 143), ((130, 130), 130), ((143, 1), 1), ((143, 4), 1), ((143, 0), 1), ((0, 143), 1)],
+)
 def test_the_exit_code_is_143_only_if_all_processes_saved(
     codes: tuple[int, int], expected: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +78,36 @@ sys.exit({codes}[rank])
 """
     assert run(script) == expected
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "short", "ends"),
+    [
+        (143, "GRACE_S", True),
+        (143, "SAVE_GRACE_S", False),
+        (1, "GRACE_S", False),
+        (1, "SAVE_GRACE_S", True),
+    ],
+)
+def test_processes_that_save_get_another_grace_period_than_after_a_failure(
+    code: int, short: str, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_module, short, 0.1)
+    # Rank 1 ends a second after rank 0, whatever signals it gets.
+    script = f"""
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+rank = os.environ['RANK']
+open(f'{tmp_path}/{{rank}}', 'w').close()
+while len(os.listdir('{tmp_path}')) < 2:
+    time.sleep(0.01)
+if rank == '0':
+    sys.exit({code})
+time.sleep(1)
+open('{tmp_path}/ended', 'w').close()
+sys.exit(143)
+"""
+    assert run(script) == (code if ends else 1)
+    assert (tmp_path / "ended").exists() is ends
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -98,6 +132,43 @@ sys.exit(launch([], 2, program=(sys.executable, "-c", {child!r})))
             time.sleep(0.01)
         process.send_signal(number)
         assert process.wait(200) == code
+
+
+@pytest.mark.parametrize("start", [1, 2, 8])
+def test_a_signal_during_the_start_leaves_no_process_behind(start: int) -> None:
+    # The signal arrives inside the call that starts process `start`.
+    parent = f"""
+import os, signal, sys
+from mal_train.distributed.launch import launch
+starts = 0
+def on_event(event, arguments):
+    global starts
+    if event == 'subprocess.Popen' and arguments[0] == 'sleep':
+        starts += 1
+        if starts == {start}:
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.addaudithook(on_event)
+sys.exit(launch(['300'], 8, program=('sleep',)))
+"""
+    # The pipe closes when the last process that inherited it ends.
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.communicate(timeout=200)
+        assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_the_launcher_has_one_thread(tmp_path: Path) -> None:
+    child = f"""
+import os
+status = open(f'/proc/{{os.getppid()}}/status').read().split()
+open('{tmp_path}/' + os.environ['RANK'], 'w').write(status[status.index('Threads:') + 1])
+"""
+    parent = f"""
+import sys
+from mal_train.distributed.launch import launch
+sys.exit(launch([], 2, program=(sys.executable, "-c", {child!r})))
+"""
+    subprocess.run([sys.executable, "-c", parent], cwd=ROOT, check=True)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
 
 
 def test_nohup_stays_in_force() -> None:
@@ -134,6 +205,13 @@ launch([], 1, program=(sys.executable, "-c", {child!r}))
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             then()
+
+
+def test_a_process_ends_if_its_launcher_died_before_it_could_ask_the_kernel() -> None:
+    child = "import sys; from mal_train.distributed.launch import end_with_parent; end_with_parent(); sys.exit(3)"
+    for launcher, code in ((os.getpid(), 3), (os.getppid(), -signal.SIGTERM)):
+        environment = os.environ | {LAUNCHED: str(launcher)}
+        assert subprocess.call([sys.executable, "-c", child], cwd=ROOT, env=environment) == code
 
 
 def test_the_environment_of_the_caller_is_unchanged() -> None:

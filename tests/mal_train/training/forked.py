@@ -22,7 +22,7 @@ def _train(rank: int, size: int, port: int, arguments: list[str]) -> None:
     # The OpenMP thread pool does not survive a fork.
     torch.set_num_threads(1)
     os.environ |= {
-        LAUNCHED: "1",
+        LAUNCHED: str(os.getppid()),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),

@@ -99,7 +99,7 @@ def test_full_shared_memory_ends_the_training_with_exit_code_4(
         pytest.skip("this machine does not allow mounts")
     assert codes == [4]
     err = capfd.readouterr().err
-    assert "mal-train: /dev/shm: " in err
+    assert "mal-train: /dev/shm: full" in err
     assert "dataset.num_workers_per_gpu" in err
     assert "Traceback" not in err
 

@@ -156,7 +156,7 @@ def test_checkpoints_are_encrypted_to_the_recipient(scenes: dict[str, tuple[Path
         load_checkpoint(result.checkpoint, None)
     key = parse_key(f"file:{identity}", purpose="decryption", source="yaml")
     assert isinstance(load_checkpoint(result.checkpoint, key), Checkpoint)
-    with pytest.raises(ConfigError, match="decryption_key"):
+    with pytest.raises(ConfigError, match="decryption_key: not given"):
         run(spec_of(scenes, tmp_path / "run", *short))
     run(spec_of(scenes, tmp_path / "run", *short, f"decryption_key='file:{identity}'", "train.num_epochs=2"))
 
