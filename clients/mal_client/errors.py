@@ -18,6 +18,7 @@
 `mal_train.core.errors`. A box or an image that fails inside a request raises nothing: its result has an `ItemError`.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -41,6 +42,8 @@ RESPONSE_TOO_LARGE: Final = "RESPONSE_TOO_LARGE"
 
 MESSAGE_TOO_LARGE: Final = "MESSAGE_TOO_LARGE"
 """Reason of a request or a response that exceeds a message limit of gRPC."""
+
+_BOX_NUMBER: Final = re.compile(r"box -?[0-9]+: ")
 
 _REFUSALS: Final = frozenset(
     {
@@ -139,7 +142,21 @@ def item_error(status: status_pb2.Status) -> ItemError | None:
         return None
     details = _read_details(status)
     message = status.message or "the server gave no reason"
-    return ItemError(_code_name(status.code), details.reason, message, details.retry_after_s)
+    reason = details.reason
+    # A server of version 0.1.0 sends no reason with this failure; its text names the limit.
+    if not reason and any("max_response_bytes" in violation.description for violation in details.violations):
+        reason = RESPONSE_TOO_LARGE
+    return ItemError(_code_name(status.code), reason, message, details.retry_after_s)
+
+
+def strip_box_number(message: str) -> str:
+    """Removes the number of a box from the start of its message, where servers of version 0.1.0 write it.
+
+    >>> strip_box_number("box 3: empty"), strip_box_number("empty")
+    ('empty', 'empty')
+    """
+    found = _BOX_NUMBER.match(message)
+    return message if found is None else message[found.end() :]
 
 
 def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) -> MalError:

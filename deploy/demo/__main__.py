@@ -41,6 +41,7 @@ MARKER = ".written-by-demo"
 """File in a folder that an earlier demo wrote and that may therefore be deleted."""
 CLOSE_UPS = 24
 LATEST = "mal_model_latest.malckpt"
+MARGIN_UNCHECKED = "Quick form: every part ran. Training was too short for good masks, so the margin was not checked."
 TRAINED = "served model, trained on boxes of scenes"
 
 
@@ -229,7 +230,7 @@ def conclude(
     )
     say(_next_commands(out))
     if not check_margin:
-        say("\nQuick form: every part ran. Training was too short for good masks, so the margin was not checked.")
+        say(f"\n{MARGIN_UNCHECKED}")
         return 0
     if difference < MARGIN:
         message = f"mIoU {miou:.3f} is less than {MARGIN} above the best baseline ({best_baseline:.3f})"

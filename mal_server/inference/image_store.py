@@ -64,7 +64,10 @@ class ImageCache:
 
     def put(self, content: bytes) -> None:
         """Adds an image, unless it alone exceeds the limit."""
-        self._images.put(sha256_of(content), content, len(content) + ENTRY_OVERHEAD_BYTES)
+        size_bytes = len(content) + ENTRY_OVERHEAD_BYTES
+        # Hashing takes about a millisecond per megabyte.
+        if self._images.accepts(size_bytes):
+            self._images.put(sha256_of(content), content, size_bytes)
 
     def get(self, sha256: str) -> bytes | None:
         """Returns an image and marks it as used; None if it is not cached."""

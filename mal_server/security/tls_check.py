@@ -35,10 +35,11 @@ def verify_client_certificate(
     try:
         _handshake(server_context(certificate, key, client_ca), client, None)
     except ssl.SSLError as error:
-        owner = "the server's own certificate " if client_certificate == certificate else ""
+        setting = "listen.tls_certificate" if client_certificate == certificate else "listen.tls_probe_certificate"
         raise ConfigError(
-            f"{owner}{client_certificate}: not accepted by listen.tls_client_ca {client_ca}: {explain(error)}; set "
-            "listen.tls_probe_certificate (or --client-cert) to a client certificate of that authority"
+            f"{setting}: {client_certificate}: not a client certificate of listen.tls_client_ca {client_ca}: "
+            f"{explain(error)}; set listen.tls_probe_certificate (or --client-cert) to a client certificate of that "
+            "authority"
         ) from None
 
 

@@ -39,9 +39,14 @@ def host_of(address: str) -> str:
     >>> host_of("dns:///example.org:50051"), host_of("[::1]:50051"), host_of("unix:/run/mal.sock")
     ('example.org', '::1', '')
     """
-    if address.startswith("unix:"):
+    scheme, _, target = address.partition(":")
+    if scheme == "unix":
         return ""
-    return address.rpartition(":")[0].rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").strip("[]")
+    if f"{scheme}:" not in _GRPC_SCHEMES:
+        target = address
+    # Targets with a scheme may have no port.
+    host = target.rpartition(":")[0] or target
+    return host.rpartition("/")[2].strip("[]")
 
 
 def is_local_address(address: str) -> bool:

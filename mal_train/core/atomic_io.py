@@ -19,6 +19,7 @@ PIPE_CLOSED = 141
 """Exit code of a command whose standard output was closed by its reader (`| head`): 128 + SIGPIPE."""
 
 _BUFFER = 1 << 20
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDY = {
     errno.ENOSPC: "free some space",
@@ -51,10 +52,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             remove_on_error.pop_all()
         _sync_folder(target.parent)
     except OSError as error:
-        remedy = _REMEDY.get(error.errno or 0, "choose a writable location")
         raise OutputError(
-            f"{path}: not written ({error.strerror or error}); {remedy}. An existing file is unchanged"
+            f"{path}: not written ({error.strerror or error}); {remedy_of(error)}. An existing file is unchanged"
         ) from error
+
+
+def remedy_of(error: OSError) -> str:
+    """Returns what a user can do about an error of a write."""
+    return _REMEDY.get(error.errno or 0, "choose a writable location")
 
 
 def check_writable(path: Path) -> None:
@@ -91,10 +96,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    """Flushes the names of a folder to the disk, where the system allows it."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows, which opens no folders
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        # The folder is writable but not readable. The file is in place; only a power cut can still undo the rename.
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems (network, FUSE) cannot sync a folder. PostgreSQL ignores the same error for folders.
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)

@@ -59,7 +59,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
         unit: name of one item.
         label: name of the job or of its current phase.
         initial: items that were done before; they do not count into the rate.
-        line_every_s: least number of seconds between two plain lines. The last item always prints a line.
+        line_every_s: least number of seconds between two plain lines. The last item prints a line in any case.
         clock: monotonic seconds.
     """
 
@@ -90,8 +90,18 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
             smoothing=0.1,
             delay=0 if console.is_terminal else 1e-9,  # no line before the first item
         )
+        # Only the constructor needs the delay; later it could suppress a line after `restart_rate`.
+        self.delay = 0
         self._time = clock
         self.start_t = self.last_print_t = clock()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Counts `n` more items; returns True if the progress was shown. The last item always shows it."""
+        is_shown = super().update(n)
+        if not is_shown and self.n >= self._items:
+            self.refresh()
+            return True
+        return is_shown
 
     def update_to(self, done: int, details: Callable[[], str] | None = None, label: str | None = None) -> None:
         """Shows that `done` items are done.
@@ -104,15 +114,21 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
         self._details = details
         if label is not None:
             self.desc = f"{label}: " if self._is_terminal else label
-        if not self.update(done - self.n) and done >= self._items:
-            self.refresh()
+        self.update(done - self.n)
 
-    def restart_rate(self, done: int) -> None:
-        """Measures the rate from `done` items and from now on; call `update_to` next."""
+    def restart_rate(self, done: int, *, postpone_line: bool = False) -> None:
+        """Measures the rate from `done` items and from now on; call `update_to` next.
+
+        Args:
+            done: items of the job, with those that were done before.
+            postpone_line: print no plain line before `line_every_s` from now.
+        """
         self.initial = self.n = self.last_print_n = done
         # The rate of the bar is a moving average, which needs no restart.
         if not self._is_terminal:
-            self.start_t = self.last_print_t = self._time()
+            self.start_t = self._time()
+            if postpone_line:
+                self.last_print_t = self.start_t
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Draws the bar or prints a line; tqdm calls it."""

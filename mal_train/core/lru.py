@@ -57,9 +57,13 @@ class LruCache(Generic[Value]):
             self._entries.move_to_end(sha256)
             return self._entries[sha256][0]
 
+    def accepts(self, size_bytes: int) -> bool:
+        """Returns True if `put` stores a value of this size."""
+        return size_bytes <= self._max_bytes or self._keep_newest
+
     def put(self, sha256: str, value: Value, size_bytes: int) -> None:
         """Adds or replaces a value of `size_bytes`, marks it as used and evicts others above the limit."""
-        if size_bytes > self._max_bytes and not self._keep_newest:
+        if not self.accepts(size_bytes):
             return
         with self._lock:
             self._remove(sha256)

@@ -32,12 +32,17 @@ def read_secret(reference: str, name: str) -> str:
         name: setting or option that holds the reference; every error message begins with it.
 
     Raises:
-        ConfigError: the variable is unset or empty, or the file is unusable (see `read_secret_file`).
+        ConfigError: the variable is unset or empty, `~USER` is no user, or the file is unusable (see
+            `read_secret_file`).
         ValueError: the text is not a reference.
     """
     scheme, _, target = reference.partition(":")
     if scheme == "file":
-        return read_secret_file(Path(target).expanduser(), name)
+        try:
+            path = Path(target).expanduser()
+        except RuntimeError:
+            raise ConfigError(f"{name}: {target}: no home folder of this user; give the full path") from None
+        return read_secret_file(path, name)
     if scheme != "env":
         raise ValueError(f"{name}: not a file:PATH or env:NAME reference")
     value = os.environ.get(target)

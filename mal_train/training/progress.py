@@ -54,9 +54,9 @@ class Progress(lightning.Callback):
             return
         done = int(self._bar.n) + 1
         if self._is_first_batch:
-            # The first batch also starts the loader and compiles.
+            # The first batch also starts the loader and compiles; a line without a rate would be of little use.
             self._is_first_batch = False
-            self._bar.restart_rate(done)
+            self._bar.restart_rate(done, postpone_line=True)
         label = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._bar.update_to(done, partial(_losses, pl_module), label)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pycocotools.coco import COCO
 
+from deploy.demo.__main__ import MARGIN_UNCHECKED, TRAINED
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.timeout(1200)  # the first test runs the complete demo
@@ -31,6 +32,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "out"
     done = run_demo("--quick", "--out", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert TRAINED in done.stdout
+    assert MARGIN_UNCHECKED in done.stdout
     return folder
 
 

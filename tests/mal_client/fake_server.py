@@ -77,6 +77,8 @@ class Limits:
     boxes_per_response: int = 10**6
     """Larger items fail with RESPONSE_TOO_LARGE."""
     precision: str = "float32"
+    is_0_1_0: bool = False
+    """Fail as a server of version 0.1.0: no reason for a large item, and the number of a box in its message."""
     branches: Sequence[types_pb2.Branch.ValueType] = ()
     """Branches of the model; () as an older server, which does not report them."""
 
@@ -252,7 +254,7 @@ class FakeServer(
         if self._count_down(self.faults.retry_items, item.item_id):
             return labeling_pb2.LabelImagesResponse(item_id=item.item_id, status=_retry_status())
         if len(item.request.instances) > self.limits.boxes_per_response:
-            status = _status(code_pb2.INVALID_ARGUMENT, "request.instances: too many masks", "RESPONSE_TOO_LARGE")
+            status = self._too_large()
             return labeling_pb2.LabelImagesResponse(item_id=item.item_id, status=status)
         try:
             results = self._results(item.request)
@@ -265,6 +267,15 @@ class FakeServer(
         return labeling_pb2.LabelImagesResponse(
             item_id=item.item_id, response=labeling_pb2.LabelImageResponse(results=results, model=model)
         )
+
+    def _too_large(self) -> status_pb2.Status:
+        if not self.limits.is_0_1_0:
+            return _status(code_pb2.INVALID_ARGUMENT, "request.instances: too many masks", "RESPONSE_TOO_LARGE")
+        text = "the masks of this item take 9 bytes and max_response_bytes is 8; use LabelImage for it"
+        status = _status(code_pb2.INVALID_ARGUMENT, f"request.instances: {text}")
+        violation = error_details_pb2.BadRequest.FieldViolation(field="request.instances", description=text)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+        return status
 
     def _results(self, request: labeling_pb2.LabelImageRequest) -> list[types_pb2.InstanceResult]:
         expected = (request.image.expected_width, request.image.expected_height)
@@ -281,7 +292,8 @@ class FakeServer(
             if key in self.faults.bad_boxes:
                 raise BadBox("configured to fail")
         except BadBox as error:
-            status = _status(code_pb2.INVALID_ARGUMENT, error.problem, "BAD_BOX")
+            number = f"box {key}: " if self.limits.is_0_1_0 else ""
+            status = _status(code_pb2.INVALID_ARGUMENT, f"{number}{error.problem}", "BAD_BOX")
             return types_pb2.InstanceResult(instance_id=key, status=status)
         mask = box_filled(_xywh(instance.box), image_hw)
         x, y, w, h = rle.to_box(mask) or (0.0, 0.0, 0.0, 0.0)

@@ -26,6 +26,9 @@ from mal_train.core.errors import MalError
 LOST: Final = (ServerUnavailable, CallTimedOut, ServerError)
 """Errors that end the share of one server and leave its items to the others."""
 
+CONNECTION_LOST: Final = "connection lost"
+CONNECTED_AGAIN: Final = "connected again"
+
 MAX_PENDING_EVENTS: Final = 64
 POLL_S: Final = 0.25
 
@@ -216,7 +219,7 @@ class _ServerThread(threading.Thread):
     def _on_response(self, result: ItemResult | None) -> None:
         if self._is_away:
             self._is_away = False
-            self._deliver(_Notice(f"{self._client.address}: connected again"))
+            self._deliver(_Notice(f"{self._client.address}: {CONNECTED_AGAIN}"))
         if result is not None:
             self._deliver(result)
 
@@ -228,7 +231,8 @@ class _ServerThread(threading.Thread):
         if rpc_details(error).retry_after_s is None and not self._is_away and not is_done:
             self._is_away = True
             others = "; other servers take its items" if self._has_others else ""
-            self._deliver(_Notice(f"{self._client.address}: connection lost ({rpc_text(error)}){others}; retrying"))
+            text = f"{self._client.address}: {CONNECTION_LOST} ({rpc_text(error)}){others}; retrying"
+            self._deliver(_Notice(text))
         return pause_s
 
     def _pause(self, pause_s: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mal_client.client import DEFAULT_TIMEOUT_S, AsyncClient, Client
 from mal_client.types import LabelOptions
+from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import read_secret_file
 from mal_train.core.settings import Branch
 
@@ -192,8 +193,15 @@ def positive_seconds(text: str) -> float:
 
 
 def read_secret(path: Path, option: str) -> str:
-    """Returns the token or password in a file, without surrounding white space. Raises ConfigError."""
-    return read_secret_file(path, option).strip()
+    """Returns the token or password in a file, without surrounding white space.
+
+    Raises:
+        ConfigError: the file is unusable (see `read_secret_file`), or its text is not ASCII, as HTTP headers require.
+    """
+    text = read_secret_file(path, option).strip()
+    if not text.isascii():
+        raise ConfigError(f"{option}: {path}: not ASCII text; remove the byte order mark and other such characters")
+    return text
 
 
 def _client_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

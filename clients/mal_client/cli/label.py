@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from mal_client.cli.common import (
     EXIT_SOME_FAILED,
@@ -26,6 +27,8 @@ from mal_client.dataset.shards import Shard
 from mal_client.types import DatasetOptions, DatasetResult, RowFilter
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import MaskFormat
+
+RESUME_HINT: Final = "run the same command again to label the missing annotations"
 
 
 def add_label(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -199,4 +202,4 @@ def _print_result(result: DatasetResult) -> None:
 
 def _print_unfinished(result: DatasetResult) -> None:
     if not result.is_final:
-        print("mal-client: run the same command again to label the missing annotations", file=sys.stderr)
+        print(f"mal-client: {RESUME_HINT}", file=sys.stderr)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
+from mal_train.core.atomic_io import remedy_of
 from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.fingerprint import differences
 from mal_train.core.locked_file import LockedFile
@@ -206,8 +207,8 @@ class Journal:
             self._file.write_at(self._end, data)
         except OSError as error:
             raise OutputError(
-                f"{self.path}: not written ({error.strerror}); free some space and run the same command again: the "
-                "results so far are kept, and an older output file is unchanged"
+                f"{self.path}: not written ({error.strerror}); {remedy_of(error)} and run the same command again: "
+                "the results so far are kept, and an older output file is unchanged"
             ) from error
         self._end += len(data)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mal_client.dataset.plan import DatasetPlan, RowAction
-from mal_client.errors import ItemError
+from mal_client.errors import ItemError, strip_box_number
 from mal_client.types import FAILED_LISTED, DatasetOptions, DatasetResult, FailedAnnotation
-from mal_train.core.atomic_io import atomic_write
+from mal_train.core.atomic_io import atomic_write, remedy_of
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.coco.output import error_fields, labeled_row
 from mal_train.core.coco.stream import write_transformed
@@ -159,7 +159,7 @@ class _MaskWriter:
             self._folder.mkdir(exist_ok=True)
             path.write_bytes(encode_bitmap(decode_mask(rle)))
         except OSError as error:
-            raise OutputError(f"{path}: not written ({error.strerror}); free some space") from error
+            raise OutputError(f"{path}: not written ({error.strerror}); {remedy_of(error)}") from error
         return f"{self._folder.name}/{name}"
 
 
@@ -201,7 +201,8 @@ def _failed(annotation: Annotation, images: Mapping[Any, ImageInfo], error: Item
 
 
 def _name_row(error: ItemError, row: Annotation) -> ItemError:
-    """Adds the annotation id to the error of a box; the server sends it without a name."""
-    if error.reason != Reason.BAD_BOX:
+    """Adds the annotation id to the error of a box; the server sends no name, or the number of the box."""
+    message = strip_box_number(error.message)
+    if error.reason != Reason.BAD_BOX and message == error.message:
         return error
-    return replace(error, message=f"annotation {row.id!r}: {error.message}")
+    return replace(error, message=f"annotation {row.id!r}: {message}")

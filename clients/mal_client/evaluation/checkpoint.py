@@ -18,6 +18,7 @@ from mal_train.core.fingerprint import differences
 from mal_train.core.locked_file import LockedFile
 
 FILE_TYPE = "mal-client evaluation records"
+IN_USE = "in use by another evaluation; wait for it to end, or name another file"
 
 
 class _Record(NamedTuple):
@@ -48,7 +49,7 @@ class EvaluationCheckpoint:
         self._records: dict[str, _Record] = {}
         self._file: LockedFile | None = None
         if path is not None:
-            self._file = LockedFile(path, "in use by another evaluation; wait for it to end, or name another file")
+            self._file = LockedFile(path, IN_USE)
             with ExitStack() as unlock:
                 unlock.callback(self.close)
                 self._read(path)

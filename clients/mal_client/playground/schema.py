@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mal_client.errors import CallCancelled, CallTimedOut, InvalidRequest, ItemError, ServerUnavailable
+from mal_client.errors import (
+    CallCancelled,
+    CallTimedOut,
+    InvalidRequest,
+    ItemError,
+    ServerUnavailable,
+    strip_box_number,
+)
 from mal_client.review.queue import FLAG_MEANINGS
 from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ModelRef, ServerInfo
 from mal_train.core.errors import BadImage, ConfigError, InputError, MalError
@@ -111,7 +118,7 @@ def label_line(box_id: str, label: BoxLabel) -> Json:
 
 def error_json(error: ItemError) -> Json:
     """Returns an error as JSON; the page shows it beside its box."""
-    return {"code": error.code, "reason": error.reason, "message": error.message}
+    return {"code": error.code, "reason": error.reason, "message": strip_box_number(error.message)}
 
 
 def item_error(error: MalError) -> ItemError:

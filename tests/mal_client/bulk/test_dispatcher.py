@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from mal_client.bulk.dispatcher import CONNECTED_AGAIN, CONNECTION_LOST
 from mal_client.client import Client
 from mal_client.dataset.run import label_dataset
 from mal_client.errors import ServerUnavailable
@@ -58,6 +59,7 @@ def test_no_result_is_lost_when_a_server_dies_under_load(tmp_path: Path, monkeyp
     assert len(dying.item_ids) == 5
     assert sorted({*dying.item_ids, *living.item_ids}, key=int) == [str(image) for image in range(40)]
     lost, *given_up = notices
+    assert CONNECTION_LOST in lost
     assert "other servers" in lost
     assert given_up == [] or "1 of 2" in given_up[0]
 
@@ -67,10 +69,7 @@ def test_a_lost_connection_and_its_return_are_one_notice_each(tmp_path: Path, mo
     # Three failures without a response between them are one absence.
     result, notices = label(make_dataset(tmp_path, images=10), FakeServer(Faults(break_after=0, breaks=3)))
     assert result.labeled == 20
-    assert [notice.partition(": ")[2].partition(" (")[0] for notice in notices] == [
-        "connection lost",
-        "connected again",
-    ]
+    assert [notice.partition(": ")[2].partition(" (")[0] for notice in notices] == [CONNECTION_LOST, CONNECTED_AGAIN]
     assert "other servers" not in notices[0]
 
 
@@ -139,7 +138,8 @@ def test_no_result_is_lost_when_a_server_process_is_killed_under_load(tmp_path: 
         for client in clients:
             client.close()
     assert (result.labeled, result.failed, result.is_final) == (120, (), True)
-    assert [notice for notice in notices if notice.startswith(f"{there}: ") and "(" in notice] == notices[:1]
+    assert notices[0].startswith(f"{there}: {CONNECTION_LOST}")
+    assert not any(CONNECTION_LOST in notice for notice in notices[1:])
     assert dataset.output.read_bytes() == expected
 
 
@@ -174,11 +174,12 @@ def test_servers_with_different_settings_are_refused_before_any_work(tmp_path: P
     assert all("LabelImages" not in fake.calls for fake in fakes)
 
 
-def test_an_item_whose_masks_exceed_a_message_is_split(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_0_1_0", [False, True])
+def test_an_item_whose_masks_exceed_a_message_is_split(tmp_path: Path, *, is_0_1_0: bool) -> None:
     dataset = make_dataset(tmp_path, images=2, boxes=7)
-    fake = FakeServer(limits=Limits(boxes_per_response=2))
+    fake = FakeServer(limits=Limits(boxes_per_response=2, is_0_1_0=is_0_1_0))
     result, _ = label(dataset, fake)
     assert (result.labeled, result.failed) == (14, ())
-    too_large = FakeServer(limits=Limits(boxes_per_response=0))
+    too_large = FakeServer(limits=Limits(boxes_per_response=0, is_0_1_0=is_0_1_0))
     result, _ = label(dataset, too_large)
     assert {row.error.reason for row in result.failed} == {"RESPONSE_TOO_LARGE"}

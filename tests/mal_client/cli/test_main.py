@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from mal.v1 import types_pb2
-from mal_client.cli.common import failures_message
+from mal_client.cli.common import failures_message, read_secret
 from mal_client.cli.main import main
 from mal_client.dataset.progress import ProgressDisplay
 from mal_client.types import Progress
 
+from mal_train.core.errors import ConfigError
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
 from tests.mal_client.fake_server import FakeServer, Faults, Limits, serving
 
@@ -99,6 +100,18 @@ def test_selected_ids_are_labeled_on_two_servers_with_a_json_log(
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert (events[-1]["event"], events[-1]["labeled"], events[-1]["copied"]) == ("done", 2, 4)
     assert {event["event"] for event in events} == {"progress", "done"}
+
+
+@pytest.mark.parametrize("content", ["s3crét", "\ufeffs3cret"])
+def test_a_secret_that_is_not_ascii_is_refused_and_not_quoted(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "token"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_secret(path, "--api-key-file")
+    assert str(caught.value).startswith(f"--api-key-file: {path}: ")
+    assert "s3cr" not in str(caught.value)
+    path.write_text("s3cret\n")
+    assert read_secret(path, "--api-key-file") == "s3cret"
 
 
 @pytest.mark.parametrize(
@@ -298,6 +311,16 @@ def test_results_of_an_unfinished_run_do_not_count_into_the_rate() -> None:
         now[0] = 10.0
         display(Progress(820, 1000, 820, 0, images_before=800))
     assert stream.getvalue() == "evaluate: image 820/1000, 2.00 image/s, 01:30 left, 820 boxes, 0 failed\n"
+
+
+def test_without_a_terminal_the_replay_of_an_unfinished_run_prints_lines() -> None:
+    stream, now = io.StringIO(), [0.0]
+    with ProgressDisplay("evaluate", stream, lambda: now[0]) as display:
+        for before in range(1, 13):
+            now[0] = float(before)
+            display(Progress(before, 1000, before, 0, images_before=before))
+    lines = stream.getvalue().splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["evaluate: image 6/1000", "evaluate: image 11/1000"]
 
 
 def test_the_bar_starts_after_the_results_of_an_unfinished_run() -> None:

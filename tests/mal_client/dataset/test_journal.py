@@ -1,5 +1,6 @@
 """Claims about the file that keeps the results of a bulk job."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from mal_client.dataset.journal import Journal, journal_path
 
 from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.locked_file import IN_USE
 
 JOB = {"input": "aa", "thresholds": [0.1, 0.2]}
 LABEL = {"label": {"score": 0.5, "name": "é"}}
@@ -72,7 +74,7 @@ def test_the_journal_of_another_job_is_refused_with_the_differences_and_unchange
 
 
 def test_two_runs_cannot_open_one_journal(tmp_path: Path) -> None:
-    with opened(tmp_path), pytest.raises(OutputError, match=r"out\.json\.ledger"):
+    with opened(tmp_path), pytest.raises(OutputError, match=rf"out\.json\.ledger: {re.escape(IN_USE)}"):
         opened(tmp_path)
     opened(tmp_path).close()
 

@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from mal_client.cli.label import RESUME_HINT
 from mal_client.cli.main import main
 from mal_client.dataset.journal import Journal, journal_path
 
+from mal_train.core.atomic_io import remedy_of
+from mal_train.core.locked_file import IN_USE
 from tests.mal_client.datasets import Dataset, make_dataset
 from tests.mal_client.fake_server import FakeServer, Faults, Limits, serving
 
@@ -147,10 +150,19 @@ def test_the_next_run_reports_that_it_resumes(tmp_path: Path, capsys: pytest.Cap
     dataset = make_dataset(tmp_path)
     with serving(FakeServer(Faults(kill_after=2))) as address:
         assert main(command(address, dataset)) == 3
-    capsys.readouterr()
+    assert RESUME_HINT in capsys.readouterr().err
     with serving(FakeServer()) as address:
         assert main(command(address, dataset)) == 0
-    assert "4 of 6 boxes" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "4 of 6 boxes" in error
+    assert RESUME_HINT not in error
+
+
+def test_an_unfinished_shard_reports_how_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = make_dataset(tmp_path)
+    with serving(FakeServer(Faults(kill_after=2))) as address:
+        assert main(command(address, dataset, "--shard", "0/1")) == 3
+    assert RESUME_HINT in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file_bytes", [100, 1500, 3000])
@@ -164,6 +176,7 @@ def test_a_file_size_limit_keeps_the_old_output_and_the_results_so_far(tmp_path:
         assert process.returncode == 4, printed
         assert "Traceback" not in printed
         assert os.strerror(errno.EFBIG) in printed
+        assert remedy_of(OSError(errno.EFBIG, "")) in printed
         assert dataset.output.read_text() == "old"
         assert [path.name for path in dataset.folder.iterdir() if path.suffix == ".tmp"] == []
         assert main(command(address, dataset)) == 0
@@ -198,6 +211,7 @@ def test_a_full_disk_keeps_the_old_output_and_the_results_so_far(tmp_path: Path,
         _, printed = process.communicate(timeout=60)
         assert process.returncode == 4, printed
         assert os.strerror(errno.ENOSPC) in printed
+        assert remedy_of(OSError(errno.ENOSPC, "")) in printed
         assert "Traceback" not in printed
         assert output.read_text() == "old"
         assert sorted(path.name for path in disk.iterdir()) == ["out.json", "out.json.ledger"]
@@ -223,4 +237,4 @@ def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path, capsys: pyte
     dataset = make_dataset(tmp_path)
     with serving(FakeServer()) as address, Journal(journal_path(dataset.output), 6, {}):
         assert main(command(address, dataset)) == 4
-    assert "out.json.ledger" in capsys.readouterr().err
+    assert f"out.json.ledger: {IN_USE}" in capsys.readouterr().err

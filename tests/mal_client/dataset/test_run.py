@@ -162,12 +162,13 @@ def test_an_image_whose_size_differs_from_the_file_fails(dataset: Dataset) -> No
     assert {row.error.reason for row in result.failed} == {"IMAGE_SIZE_MISMATCH"}
 
 
-def test_a_bad_box_is_named_by_its_annotation(dataset: Dataset) -> None:
+@pytest.mark.parametrize("is_0_1_0", [False, True])
+def test_a_bad_box_is_named_by_its_annotation(dataset: Dataset, *, is_0_1_0: bool) -> None:
     dataset.coco["annotations"][3]["bbox"] = [500, 500, 5, 5]
     dataset.coco["annotations"][4]["bbox"] = [1, 2, 3]
     dataset.coco["annotations"][5]["image_id"] = 99
     dataset.save()
-    result = label(FakeServer(), dataset)
+    result = label(FakeServer(limits=Limits(is_0_1_0=is_0_1_0)), dataset)
     assert result.labeled == 3
     by_id = {row.annotation_id: row.error for row in result.failed}
     assert {key: error.reason for key, error in by_id.items()} == {
@@ -176,6 +177,7 @@ def test_a_bad_box_is_named_by_its_annotation(dataset: Dataset) -> None:
         105: "IMAGE_UNKNOWN",
     }
     assert by_id[103].message.startswith("annotation 103: ")
+    assert "box 3: " not in by_id[103].message
 
 
 def test_crowd_regions_are_copied_and_flagged(dataset: Dataset) -> None:

@@ -9,7 +9,7 @@ from mal_client.dataset.merge import merge_shards
 from mal_client.dataset.shards import Shard
 
 from mal_train.core.errors import ConfigError, OutputError
-from mal_train.core.locked_file import LockedFile
+from mal_train.core.locked_file import IN_USE, LockedFile
 from tests.mal_client.datasets import Dataset, make_dataset
 from tests.mal_client.fake_server import FakeServer, Faults, serving
 
@@ -117,7 +117,7 @@ def test_a_shard_that_is_being_labeled_cannot_be_merged(dataset: Dataset) -> Non
     with serving(FakeServer()) as address:
         label(address, dataset, "--shard", "0/1")
     journal = Shard(0, 1).journal_path(dataset.output)
-    with LockedFile(journal), pytest.raises(OutputError, match=journal.name):
+    with LockedFile(journal), pytest.raises(OutputError, match=re.escape(f"{journal.name}: {IN_USE}")):
         merge_shards(dataset.json_path, dataset.output, 1)
 
 

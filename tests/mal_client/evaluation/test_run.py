@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from mal_client.client import Client
@@ -51,6 +52,26 @@ def test_a_stream_that_a_proxy_truncates_is_started_again(dataset: Dataset, cut:
         evaluation = client.evaluate(dataset.json_path, dataset.images_dir)
     assert fake.calls.count("Evaluate") == 2
     assert (evaluation.images, evaluation.overall.count) == (3, 6)
+
+
+class FailsAfterResult(FakeServer):
+    """Ends each evaluation with an error after its result, as a proxy does that loses the connection then."""
+
+    def Evaluate(self, request_iterator: Any, context: Any) -> Any:
+        """Yields the responses, then fails."""
+        yield from super().Evaluate(request_iterator, context)
+        context.abort(self.code, "lost after the result")
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL])
+def test_a_result_that_an_error_follows_is_kept(dataset: Dataset, code: grpc.StatusCode) -> None:
+    fake = FailsAfterResult()
+    fake.code = code
+    evaluation = evaluate(fake, dataset)
+    assert (evaluation.images, evaluation.overall.count) == (3, 6)
+    assert fake.calls.count("Evaluate") == 1
 
 
 def test_the_first_message_has_the_options_and_the_number_of_images(dataset: Dataset) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mal_client.errors import ItemError
 from mal_client.playground.image_store import ImageStore
+from mal_client.playground.schema import error_json
 from PIL import Image
 
 from mal_server.server import MalServer
@@ -141,6 +143,12 @@ def test_a_bad_box_fails_alone_and_its_message_has_no_index(box: Any) -> None:
     assert lines["b0"]["rle"] == expected_label(DISC_BOX).rle.to_coco()
     assert lines["b1"]["error"]["reason"] == "BAD_BOX"
     assert not lines["b1"]["error"]["message"].startswith("box ")
+
+
+def test_the_number_of_a_box_in_the_message_of_an_older_server_is_removed() -> None:
+    messages = ("box 3: empty", "box -1: empty", "empty", "a box 3: empty")
+    errors = [error_json(ItemError("INVALID_ARGUMENT", "BAD_BOX", message)) for message in messages]
+    assert [error["message"] for error in errors] == ["empty", "empty", "empty", "a box 3: empty"]
 
 
 def test_further_edits_use_the_image_cache_of_the_labeling_server() -> None:

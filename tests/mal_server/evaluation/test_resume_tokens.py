@@ -16,7 +16,7 @@ import pytest
 from mal.v1 import evaluation_pb2, types_pb2
 from mal_client.cli import main
 from mal_client.client import Client
-from mal_client.evaluation.checkpoint import EvaluationCheckpoint
+from mal_client.evaluation.checkpoint import IN_USE, EvaluationCheckpoint
 
 from mal_server.api.serialization.evaluation_messages import read_evaluate_options, read_records
 from mal_server.api.serialization.labeling_messages import CallDefaults
@@ -316,7 +316,7 @@ def test_two_evaluations_cannot_use_one_file(
     line += ["--images", str(folder / "images"), "--resume", str(records_path)]
     with closing(EvaluationCheckpoint(records_path, {})):
         assert main.main(line) == 4
-    assert "records.jsonl" in capsys.readouterr().err
+    assert f"records.jsonl: {IN_USE}" in capsys.readouterr().err
     assert main.main(line) == 0
     assert not records_path.exists()
 

@@ -14,6 +14,7 @@ import pytest
 from mal.v1 import labeling_pb2, model_pb2, types_pb2
 from mal_client.client import AsyncClient
 
+from mal_server.inference import image_store
 from mal_server.inference.image_store import ENTRY_OVERHEAD_BYTES, ImageCache
 from tests.mal_server.calls import fields_of, reason_of, status_details, with_server
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, bright_disc, encoded, label, label_request, serving
@@ -111,6 +112,15 @@ def test_the_cache_can_be_disabled_and_server_info_shows_it() -> None:
         return await outcome_of(running, request_for(content_sha256=SHA256)), info.limits.image_cache_bytes
 
     assert with_server(work, image_cache_bytes=0) == ("IMAGE_NOT_CACHED", 0)
+
+
+@pytest.mark.parametrize("max_bytes", [0, 1000])
+def test_an_image_that_the_cache_cannot_hold_is_not_hashed(max_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(content: bytes) -> str:
+        raise AssertionError(f"{len(content)} bytes are hashed")
+
+    monkeypatch.setattr(image_store, "sha256_of", refuse)
+    ImageCache(max_bytes).put(bytes(1000))
 
 
 def test_the_least_recently_used_image_is_evicted_first() -> None:

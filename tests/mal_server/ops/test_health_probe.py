@@ -236,7 +236,9 @@ def test_a_server_certificate_of_another_authority_is_refused_with_a_remedy_that
     clients = trustme.CA()
     server = TlsServer(tmp_path).require_client_certificate(clients)
     assert server.health() == 2
-    assert "listen.tls_probe_certificate" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"listen.tls_certificate: {tmp_path / 'cert.pem'}: " in error
+    assert "listen.tls_probe_certificate" in error
     probe = server.client("probe.pem", clients)
     assert server.health("--client-cert", str(probe)) == 0
     server.settings["tls_probe_certificate"] = str(probe)
@@ -285,7 +287,11 @@ def test_a_certificate_for_servers_only_is_verified_but_not_accepted_as_a_client
     server.settings["tls_probe_name"] = "localhost"
     assert server.health() == 0
     assert server.require_client_certificate(server.authority).health() == 2
-    assert "listen.tls_probe_certificate" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"listen.tls_certificate: {tmp_path / 'cert.pem'}: " in error
+    # OpenSSL's reason: unsuitable certificate purpose.
+    assert "purpose" in error
+    assert "listen.tls_probe_certificate" in error
     server.settings["tls_probe_certificate"] = str(server.client("probe.pem", server.authority))
     assert server.health() == 0
 

@@ -62,6 +62,38 @@ def test_a_restarted_rate_ignores_the_time_and_the_items_before() -> None:
     assert lines_of(work, line_every_s=5.0) == ["job: item 21/100, 2.00 item/s, 00:39 left"]
 
 
+def test_a_rate_that_restarts_with_every_item_does_not_suppress_the_lines() -> None:
+    def work(bar: Any, clock: Clock) -> None:
+        for done in range(1, 13):
+            clock.now += 1.0
+            bar.restart_rate(done)
+            bar.update_to(done)
+
+    assert lines_of(work, line_every_s=5.0) == ["job: item 5/100", "job: item 10/100"]
+
+
+def test_a_restarted_rate_may_postpone_the_next_line() -> None:
+    def work(bar: Any, clock: Clock) -> None:
+        clock.now = 500.0
+        bar.restart_rate(1, postpone_line=True)
+        bar.update_to(1)
+        clock.now = 506.0
+        bar.update_to(4)
+
+    assert lines_of(work, line_every_s=5.0) == ["job: item 4/100, 2.00 s/item, 03:12 left"]
+
+
+@pytest.mark.parametrize("steps", [100, 3])
+def test_items_that_are_counted_one_by_one_end_with_one_last_line(steps: int) -> None:
+    def work(bar: Any, clock: Clock) -> None:
+        clock.now = 1.0
+        for _ in range(steps):
+            bar.update()
+
+    lines = ["job: item 100/100, 100.00 item/s, 00:00 left"] if steps == 100 else []
+    assert lines_of(work, line_every_s=40.0) == lines
+
+
 def test_before_the_first_measurement_a_line_has_no_rate() -> None:
     assert lines_of(lambda bar, _: bar.update_to(100)) == ["job: item 100/100"]
 

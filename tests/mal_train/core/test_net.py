@@ -2,7 +2,7 @@
 
 import pytest
 
-from mal_train.core.addresses import check_address, is_local_address
+from mal_train.core.addresses import check_address, host_of, is_local_address
 from mal_train.core.errors import ConfigError
 
 
@@ -31,6 +31,20 @@ def test_addresses_that_grpc_would_misread_are_refused_with_their_name(address: 
     assert repr(address) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        *(("example.org:1", "example.org"), ("[::1]:1", "::1"), ("unix:/run/mal.sock", "")),
+        *(("dns:example.org:1", "example.org"), ("dns:///example.org:1", "example.org"), ("dns:[::1]:1", "::1")),
+        *(("dns:example.org", "example.org"), ("dns:///example.org", "example.org")),
+        *(("dns://10.0.0.53/example.org:1", "example.org"), ("ipv4:10.0.0.1:1", "10.0.0.1"), ("ipv6:[::1]:1", "::1")),
+    ],
+)
+def test_the_host_of_an_address_is_found_behind_every_scheme(address: str, host: str) -> None:
+    assert host_of(address) == host
+
+
 def test_only_this_machine_is_local() -> None:
-    assert all(map(is_local_address, ("localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/a", "dns:///localhost:1")))
+    local = ("localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/a", "dns:///localhost:1", "dns:localhost:1")
+    assert all(map(is_local_address, local))
     assert not any(map(is_local_address, ("0.0.0.0:1", "[::]:1", "example.org:1", "ipv4:10.0.0.1:1")))

@@ -22,7 +22,7 @@ def test_a_path_may_start_at_the_home_folder(tmp_path: Path, monkeypatch: pytest
     assert read_secret("file:~/token", "token") == "s3cret"
 
 
-@pytest.mark.parametrize("reference", ["file:/no/such/file", "env:MAL_NO_SUCH_VARIABLE"])
+@pytest.mark.parametrize("reference", ["file:/no/such/file", "file:~no-such-user/token", "env:MAL_NO_SUCH_VARIABLE"])
 def test_a_missing_source_is_named_with_its_setting(reference: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_secret(reference, "tokens: 'a'")

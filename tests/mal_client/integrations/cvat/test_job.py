@@ -17,6 +17,7 @@ from mal_client.integrations.cvat.task_plan import LabelMap, make_plan
 from mal_client.types import LabelOptions
 
 from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.locked_file import IN_USE
 from mal_train.core.masks.rle import encode_mask
 from tests.mal_client.fake_server import FakeServer, Faults, Limits, serving
 from tests.mal_client.integrations.cvat.cvat_task import LABELS, TaskInMemory, rectangle, tag, track
@@ -244,6 +245,7 @@ def test_two_concurrent_runs_are_refused(client: Client, tmp_path: Path) -> None
     task.create = create_after_another_run  # type: ignore[method-assign]
     run(task, client, tmp_path)
     assert [type(error) for error in errors] == [OutputError]
+    assert IN_USE in str(errors[0])
 
 
 def test_large_tasks_are_sent_in_small_calls(client: Client, tmp_path: Path) -> None:

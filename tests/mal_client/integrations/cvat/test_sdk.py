@@ -132,6 +132,8 @@ def test_the_command_plans_then_writes_then_finds_nothing_to_do(
     [
         ([], "--cvat-token-file"),
         (["--cvat-login-file", "{folder}/secret"], "--cvat-login-file"),
+        (["--cvat-login-file", "{folder}/not_ascii"], "--cvat-login-file"),
+        (["--cvat-token-file", "{folder}/not_ascii"], "--cvat-token-file"),
         (["--cvat-token-file", "{folder}/secret", "--label", "cup"], "--label cup"),
     ],
 )
@@ -139,6 +141,7 @@ def test_invalid_arguments_exit_2_and_are_named(
     more: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "secret").write_text("secret")
+    (tmp_path / "not_ascii").write_text("user:sécret", encoding="utf-8")
     given = ["cvat", "--server", "127.0.0.1:9", "--cvat", "http://127.0.0.1:9", "--task", "7"]
     assert main([*given, *(part.format(folder=tmp_path) for part in more)]) == 2
     assert option in capsys.readouterr().err

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -297,6 +298,13 @@ def test_credentials_are_required_except_for_health() -> None:
             value = base64.b64encode(sent.encode()).decode()
             assert backend.http.get("/versions", headers={"Authorization": f"Basic {value}"}).status_code == status
         assert backend.http.get("/versions", headers={"Authorization": "Basic ###"}).status_code == 401
+
+
+@pytest.mark.parametrize("option", ["--api-key-file", "--credentials-file"])
+def test_a_secret_that_is_not_ascii_exits_2(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "secret").write_text("\ufeffuser:secret", encoding="utf-8")
+    assert main(["label-studio", "--server", "127.0.0.1:1", "--port", "0", option, str(tmp_path / "secret")]) == 2
+    assert f"{option}: {tmp_path / 'secret'}" in capsys.readouterr().err
 
 
 def test_the_command_requires_credentials_unless_it_listens_on_loopback(capsys: pytest.CaptureFixture[str]) -> None:
