@@ -206,7 +206,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     def start(*_: Any, **__: Any) -> None:
         raise AssertionError("the work was started")
 
-    monkeypatch.setattr("mal_train.commands.inference.open_labeling", start)
+    monkeypatch.setattr("mal_train.commands.inference.open_labeling_job", start)
     assert infer(workspace, f"inference.label_dump_path={workspace / name}") == OutputError.exit_code
     assert str(workspace / name) in capsys.readouterr().err
 
