@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from deploy.demo import baselines
+from deploy.demo.commands import say
 from deploy.demo.synthetic import CocoSplit, write_split
 from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.coco.output import write_json_atomic
@@ -28,7 +29,7 @@ class Size:
     overrides: tuple[str, ...] = ()
 
 
-FULL = Size(train=100, watch=24, heldout=60)
+FULL = Size(train=100, watch=16, heldout=48)
 QUICK = Size(train=8, watch=2, heldout=4, overrides=("train.num_epochs=1", "train.checkpoint_interval=1"))
 
 
@@ -46,8 +47,10 @@ class Scenes:
 def write_scenes(folder: Path, size: Size) -> Scenes:
     """Writes the COCO dataset; the files to train on and to label hold no segmentation."""
     train_split = write_split(folder, "train", size.train, SEED, masks=False)
+    say(f"      {size.train} training scenes")
     watch = write_split(folder, "watch", size.watch, SEED, masks=True)
     heldout = write_split(folder, "heldout", size.heldout, SEED, masks=True)
+    say(f"      {size.watch} validation scenes, {size.heldout} held-out scenes")
     boxes = json.loads(heldout.annotations.read_text(encoding="utf-8"))
     for row in boxes["annotations"]:
         del row["segmentation"], row["area"]

@@ -11,7 +11,7 @@ from typing import Any, Final, TextIO
 
 from tqdm import tqdm
 
-LINE_EVERY_S: Final = 10.0
+LINE_EVERY_S: Final = 8.0
 REDRAW_EVERY_S: Final = 0.25
 
 

@@ -12,7 +12,7 @@ from mal_train.training.module import MalModule
 
 
 class Progress(lightning.Callback):
-    """Progress bar of training, or one line every 10 s where the console is no terminal.
+    """Progress bar of training, or one line every 8 s where the console is no terminal.
 
     Args:
         console: the output.
@@ -56,6 +56,8 @@ class Progress(lightning.Callback):
         if self._is_first_batch:
             # The first batch also starts the loader and compiles; a line without a rate would be of little use.
             self._is_first_batch = False
+            first_s = self._clock() - self._bar.start_t
+            self._console.print(f"first batch: {first_s:.1f} s, with the start of the loader and the compilation")
             self._bar.restart_rate(done, postpone_line=True)
         label = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._bar.update_to(done, partial(_losses, pl_module), label)
