@@ -71,6 +71,7 @@ class ValidationCallback(lightning.Callback):
         if not isinstance(pl_module, MalModule) or (epoch % self._interval and epoch != trainer.max_epochs):
             return
         start = self._clock()
+        self._print_line(f"epoch {epoch}: validating")
         # Isolate the random state: training must not depend on random numbers that a library draws here.
         with torch.random.fork_rng(devices=[]):
             result = self._validator.run(pl_module.network, pl_module.labeler_config)
