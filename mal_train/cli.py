@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import TypeAlias
 
 from mal_train.core.atomic_io import stdout_exit_code
 from mal_train.core.command_line import RenamedOption, add_common_options
@@ -246,24 +247,40 @@ def _json_schema() -> str:
     return json.dumps(Spec.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mal-train", description="Predict instance masks from boxes: train, evaluate, label."
     )
     add_common_options(parser)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands: Commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = _add(commands, "train", _train, "Train a network on boxes.", overrides=True)
+    _add_spec_option(train, "YAML spec", required=True)
+    _add_evaluate_and_inference(commands)
+    _add_default_spec(commands)
+    _add_inspect(commands)
+    _add_import(commands)
+    _add_export(commands)
+    _add_keygen(commands)
+    return parser
 
-    def add(
-        name: str, command: Callable[[argparse.Namespace], int], text: str, *, overrides: bool = False
-    ) -> argparse.ArgumentParser:
-        epilog = "a.b=c replaces a field of the spec, e.g. train.lr=1e-6." if overrides else None
-        sub = commands.add_parser(name, help=text, description=text, epilog=epilog)
-        sub.set_defaults(command=command, takes_overrides=overrides)
-        return sub
 
-    train = add("train", _train, "Train a network on boxes.", overrides=True)
-    train.add_argument("-e", "--experiment_spec", dest="spec", type=Path, required=True, help="YAML spec")
+def _add(
+    commands: Commands, name: str, command: Callable[[argparse.Namespace], int], text: str, *, overrides: bool = False
+) -> argparse.ArgumentParser:
+    epilog = "a.b=c replaces a field of the spec, e.g. train.lr=1e-6." if overrides else None
+    parser = commands.add_parser(name, help=text, description=text, epilog=epilog)
+    parser.set_defaults(command=command, takes_overrides=overrides)
+    return parser
 
+
+def _add_spec_option(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
+    parser.add_argument("-e", "--experiment_spec", dest="spec", type=Path, required=required, help=text)
+
+
+def _add_evaluate_and_inference(commands: Commands) -> None:
     for name, command, text, example in (
         (
             "evaluate",
@@ -278,66 +295,63 @@ def _parser() -> argparse.ArgumentParser:
             "inference.ann_path=FILE inference.img_dir=DIR",
         ),
     ):
-        labeling = add(name, command, text, overrides=True)
-        labeling.add_argument(
-            "-e", "--experiment_spec", dest="spec", type=Path, help="YAML spec; without it, all fields have defaults"
-        )
-        labeling.epilog = (
-            f"{labeling.epilog} checkpoint=FILE is short for {name}.checkpoint=FILE; builtin is the model in the "
+        parser = _add(commands, name, command, text, overrides=True)
+        _add_spec_option(parser, "YAML spec; without it, all fields have defaults")
+        parser.epilog = (
+            f"{parser.epilog} checkpoint=FILE is short for {name}.checkpoint=FILE; builtin is the model in the "
             f"package. Without a spec: mal-train {name} checkpoint=builtin {example}"
         )
 
-    spec = add(
-        "default-spec", _default_spec, "Print a spec with every field, its default and its meaning.", overrides=True
-    )
-    spec.add_argument(
+
+def _add_default_spec(commands: Commands) -> None:
+    text = "Print a spec with every field, its default and its meaning."
+    parser = _add(commands, "default-spec", _default_spec, text, overrides=True)
+    parser.add_argument(
         "words",
         nargs="*",
         metavar="NAME a.b=c",
         help=f"one of {', '.join(SPECS)} (tao: TAO's defaults; others: recipes), and fields to change",
     )
-    spec.add_argument(
-        "--json-schema",
-        action="store_true",
-        help="print the JSON schema of a spec instead, for editors",
+    parser.add_argument(
+        "--json-schema", action="store_true", help="print the JSON schema of a spec instead, for editors"
     )
-    spec.formatter_class = argparse.RawDescriptionHelpFormatter
-    spec.epilog = f"""{spec.epilog}
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"""{parser.epilog}
 
 Editors check a spec against the schema FILE if its first line is
   # yaml-language-server: $schema=FILE"""
-    spec.add_argument("-o", "--output", type=Path, help="file to write instead of printing; it must not exist")
+    parser.add_argument("-o", "--output", type=Path, help="file to write instead of printing; it must not exist")
 
-    inspect = add("inspect", _inspect, "Print the content of a checkpoint: network, settings, provenance.")
-    inspect.add_argument("file", type=Path, help="a .malckpt file, or builtin for the model in the package")
-    inspect.add_argument("--key", help="key that decrypts it: env:NAME or file:PATH")
 
-    importing = add(
-        "import", _import, "Convert a published TAO checkpoint (6.25 to 7.0) to a .malckpt file.", overrides=True
-    )
-    importing.add_argument("file", help="the published checkpoint")
-    importing.add_argument("-o", "--output", type=Path, required=True, help=".malckpt file to write")
+def _add_inspect(commands: Commands) -> None:
+    parser = _add(commands, "inspect", _inspect, "Print the content of a checkpoint: network, settings, provenance.")
+    parser.add_argument("file", type=Path, help="a .malckpt file, or builtin for the model in the package")
+    parser.add_argument("--key", help="key that decrypts it: env:NAME or file:PATH")
 
-    exporting = add(
-        "export", _export, "Write one network of evaluate.checkpoint in float16, for labeling.", overrides=True
-    )
-    exporting.add_argument(
-        "-e", "--experiment_spec", dest="spec", type=Path, help="YAML spec; thresholds are fitted to its validation set"
-    )
-    exporting.add_argument(
+
+def _add_import(commands: Commands) -> None:
+    text = "Convert a published TAO checkpoint (6.25 to 7.0) to a .malckpt file."
+    parser = _add(commands, "import", _import, text, overrides=True)
+    parser.add_argument("file", help="the published checkpoint")
+    parser.add_argument("-o", "--output", type=Path, required=True, help=".malckpt file to write")
+
+
+def _add_export(commands: Commands) -> None:
+    text = "Write one network of evaluate.checkpoint in float16, for labeling."
+    parser = _add(commands, "export", _export, text, overrides=True)
+    _add_spec_option(parser, "YAML spec; thresholds are fitted to its validation set")
+    parser.add_argument(
         "--average", type=Path, action="append", metavar="FILE", help="checkpoint to average with; repeatable"
     )
-    exporting.add_argument("--license", metavar="SPDX", help="license of these weights, stored in the file")
-    exporting.add_argument("--licence", action=RenamedOption, new="--license")  # former name
-    exporting.add_argument("-o", "--output", type=Path, required=True, help=".malckpt file to write")
+    parser.add_argument("--license", metavar="SPDX", help="license of these weights, stored in the file")
+    parser.add_argument("--licence", action=RenamedOption, new="--license")  # former name
+    parser.add_argument("-o", "--output", type=Path, required=True, help=".malckpt file to write")
 
-    keygen = add(
-        "keygen",
-        _keygen,
-        "Create an age identity that decrypts checkpoints, and print the recipient that encrypts them.",
-    )
-    keygen.add_argument("-o", "--output", type=Path, required=True, help="file for the identity; it must not exist")
-    return parser
+
+def _add_keygen(commands: Commands) -> None:
+    text = "Create an age identity that decrypts checkpoints, and print the recipient that encrypts them."
+    parser = _add(commands, "keygen", _keygen, text)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file for the identity; it must not exist")
 
 
 if __name__ == "__main__":
