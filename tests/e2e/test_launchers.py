@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,14 @@ from tests.scenes import write_scenes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8").splitlines()
-ENVIRONMENT = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+ENVIRONMENT = {
+    **os.environ,
+    # The commands are those of this environment, activated or not.
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "TORCH_COMPILE_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
 
 
 @pytest.fixture(scope="module")
