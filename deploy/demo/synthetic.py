@@ -23,7 +23,7 @@ Field = NDArray[np.float32]
 """A texture's pattern (H, W) in [0, 1]: 0 shows the surface's first color and 1 its last."""
 
 TINT = 6.0
-"""How far the colors of one surface lie from the scene's, standard deviation of each channel of 255."""
+"""Standard deviation of a surface's colors around those of the scene, for each channel of 255."""
 
 GRAY = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in brightness (ITU-R BT.601)."""

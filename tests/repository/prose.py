@@ -64,13 +64,13 @@ _WORD = re.compile(
 
 
 def docstring_openings(source: str) -> Iterator[tuple[int, str]]:
-    """Yields the line and first word of each docstring that begins with a question word."""
+    """Yields the line and first word of each docstring, also of attributes, that begins with a question word."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node) or ""
-            opening = re.split(r"[\s,.:]", text, maxsplit=1)[0]
+        # A string as a statement is a docstring of what is before it.
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            opening = re.split(r"[\s,.:]", node.value.value.lstrip(), maxsplit=1)[0]
             if opening in OPENINGS:
-                yield node.body[0].lineno, opening
+                yield node.lineno, opening
 
 
 def listed_words(text: str) -> Iterator[tuple[int, str]]:

@@ -13,6 +13,10 @@ def test_a_question_word_at_the_start_of_a_docstring_is_found(opening: str) -> N
     assert [line for line, _ in docstring_openings(source)] == [2]
 
 
+def test_a_question_word_at_the_start_of_an_attributes_docstring_is_found() -> None:
+    assert list(docstring_openings('LIMIT = 3\n"""How many."""\n')) == [(2, "How")]
+
+
 @pytest.mark.parametrize("opening", ["Returns what it does.", "Whatever comes.", "A box."])
 def test_other_docstrings_pass(opening: str) -> None:
     assert list(docstring_openings(f'"""{opening}"""\n')) == []

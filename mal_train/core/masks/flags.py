@@ -22,4 +22,4 @@ FLAG_DESCRIPTIONS: dict[Flag, str] = {
     Flag.LOW_AGREEMENT: "the masks of student and teacher differ",
     Flag.MULTI_PART: "the mask has several parts",
 }
-"""What each flag means, as text for users."""
+"""Meaning of each flag, as text for users."""
