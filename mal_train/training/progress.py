@@ -1,5 +1,6 @@
 """Shows epoch, rate, time left and losses of a training run."""
 
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -7,7 +8,7 @@ from typing import Any
 
 import lightning
 
-from mal_train.core.console import Console, ProgressBar
+from mal_train.core.console import LINE_EVERY_S, Console, ProgressBar
 from mal_train.training.module import MalModule
 
 
@@ -17,18 +18,29 @@ class Progress(lightning.Callback):
     Args:
         console: the output.
         clock: monotonic seconds.
+        line_every_s: seconds between the lines that are printed until the first batch ends.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, console: Console, clock: Callable[[], float] = time.monotonic, *, line_every_s: float = LINE_EVERY_S
+    ) -> None:
         self._console = console
         self._clock = clock
+        self._line_every_s = line_every_s
+        self._is_started = threading.Event()
         self._bar: ProgressBar | None = None
         self._is_first_batch = True
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Forgets an earlier run of this callback."""
+        """Forgets an earlier run of this callback, and prints lines until the first batch ends."""
         del trainer, pl_module
         self.close()
+        self._is_started = threading.Event()
+        threading.Thread(target=self._print_start, args=(self._is_started,), daemon=True).start()
+
+    def _print_start(self, is_started: threading.Event) -> None:
+        while not is_started.wait(self._line_every_s):
+            self._console.print("first batch: the loader starts and the step is compiled")
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -56,6 +68,7 @@ class Progress(lightning.Callback):
         if self._is_first_batch:
             # The first batch also starts the loader and compiles; a line without a rate would be of little use.
             self._is_first_batch = False
+            self._is_started.set()
             first_s = self._clock() - self._bar.start_t
             self._console.print(f"first batch: {first_s:.1f} s, with the start of the loader and the compilation")
             self._bar.restart_rate(done, postpone_line=True)
@@ -75,7 +88,8 @@ class Progress(lightning.Callback):
         self.close()
 
     def close(self) -> None:
-        """Closes the bar, if one is open."""
+        """Closes the bar, if one is open, and ends the lines before the first batch."""
+        self._is_started.set()
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,5 +1,6 @@
 import io
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -61,6 +62,22 @@ def test_without_a_terminal_lines_show_rate_and_remaining_time() -> None:
     assert "500.0 s" in lines[0]
     assert lines[1].startswith("epoch 1/2: batch 5/200, 2.00 s/batch, 06:30 left")
     assert len(lines) == 11
+
+
+def test_lines_are_printed_while_the_first_batch_runs_and_not_afterwards() -> None:
+    stream = io.StringIO()
+    progress = Progress(Console(stream), line_every_s=0.01)
+    trainer: Any = SimpleNamespace(num_training_batches=100, max_epochs=2, current_epoch=0)
+    module: Any = SimpleNamespace()
+    progress.on_train_start(trainer, module)
+    progress.on_train_batch_start(trainer, module, None, 0)
+    while stream.getvalue().count("first batch:") < 2:
+        time.sleep(0.001)
+    progress.on_train_batch_end(trainer, module, None, None, 0)
+    time.sleep(0.05)
+    printed = stream.getvalue()
+    time.sleep(0.05)
+    assert stream.getvalue() == printed
 
 
 def test_a_run_resumed_inside_an_epoch_counts_from_its_first_batch() -> None:
