@@ -36,7 +36,7 @@ def write_overlays(folder: Path, labels: Path, images: Path) -> list[Card]:
         )
         Image.fromarray(drawn).save(folder / Path(info.file_name).with_suffix(".png").name)
         if len(cards) < OVERLAYS:
-            masks = f"{len(rows)} mask{'s' * (len(rows) != 1)}, each with its score"
+            masks = "1 mask with its score" if len(rows) == 1 else f"{len(rows)} masks, each with its score"
             cards.append(Card(png_data_uri(drawn), info.file_name, masks))
     return cards
 

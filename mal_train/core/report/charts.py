@@ -18,7 +18,7 @@ MIN_IN_BIN = 3
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 300, 66, 44, 14, 14
 
-_COLORS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
+_COLORS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)")
 
 
 def calibration_plot(pairs: Sequence[Point]) -> Html:

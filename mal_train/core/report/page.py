@@ -21,9 +21,9 @@ BAR_PX = 240
 
 _STYLE = """
 :root { --bg: #fff; --fg: #1c2024; --soft: #60646c; --line: #d9dce1; --panel: #f6f7f9;
-  --a: #0b68cb; --b: #c2410c; --c: #15803d; --d: #7e22ce; }
+  --a: #0b68cb; --b: #c2410c; --c: #15803d; --d: #7e22ce; --e: #a16207; }
 @media (prefers-color-scheme: dark) { :root { --bg: #16181c; --fg: #e8eaed; --soft: #9aa0a8; --line: #33373d;
-  --panel: #1e2126; --a: #6cb2ff; --b: #ff9a62; --c: #5fd38a; --d: #c79bff; } }
+  --panel: #1e2126; --a: #6cb2ff; --b: #ff9a62; --c: #5fd38a; --d: #c79bff; --e: #fde047; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 24px; max-width: 1200px; background: var(--bg); color: var(--fg);
   font: 15px/1.5 system-ui, sans-serif; }

@@ -58,6 +58,14 @@ def test_a_constant_curve_is_drawn() -> None:
     assert "<polyline" in line_chart({"mIoU": [(5, 0.0), (9, 0.0)]}, "step", "mIoU")
 
 
+def test_the_five_curves_of_the_demo_have_five_colors_that_the_page_defines() -> None:
+    chart = line_chart({name: [(0, 0.0), (1, 1.0)] for name in "abcde"}, "step", "mIoU")
+    colors = set(re.findall(r'<polyline[^>]*stroke="var\((--\w+)\)"', chart))
+    assert len(colors) == 5
+    page = build_report("Curves", [chart])
+    assert all(page.count(f"{color}: #") == 2 for color in colors)  # light and dark
+
+
 def test_a_curve_of_one_point_is_drawn_as_a_dot() -> None:
     chart = line_chart({"mIoU": [(8, 0.6)], "loss": [(0, 0.5), (8, 0.2)]}, "step", "value")
     (dot,) = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4" fill="var\(--a\)"/>', chart)
