@@ -34,6 +34,7 @@ class FakeLoader:
         predictors: weak references to all predictors so far, in order, which show their release.
         plans: arguments of all loads so far.
         gate: the next loads wait for it.
+        gates: loads of a model of that name wait for its event.
         next: predictor or error of the next load.
     """
 
@@ -41,12 +42,14 @@ class FakeLoader:
         self.predictors: list[weakref.ref[BrightPredictor]] = []
         self.plans: list[ModelPlan] = []
         self.gate: threading.Event | None = None
+        self.gates: dict[str, threading.Event] = {}
         self.next: BrightPredictor | Exception | None = None
 
     def load(self, plan: ModelPlan) -> LoadedModel:
         self.plans.append(plan)
-        if self.gate is not None:
-            self.gate.wait(30)
+        gate = self.gates.get(plan.name, self.gate)
+        if gate is not None:
+            gate.wait(30)
         predictor, self.next = self.next or BrightPredictor(), None
         if isinstance(predictor, Exception):
             raise predictor
@@ -174,6 +177,7 @@ def test_each_model_has_a_health_state() -> None:
 
 def test_no_model_is_served_before_all_are_loaded() -> None:
     loader = FakeLoader()
+    gate = loader.gates["dogs"] = threading.Event()
 
     async def work() -> None:
         models = [{"name": name, "checkpoint": "x"} for name in ("cats", "dogs")]
@@ -182,12 +186,10 @@ def test_no_model_is_served_before_all_are_loaded() -> None:
         async with grpc.aio.insecure_channel(server.address) as channel:
             session = Session(server, channel, loader)
             loading = asyncio.create_task(server.load())
-            await until(lambda: len(loader.predictors) == 1)
-            loader.gate = threading.Event()
             await until(lambda: len(loader.plans) == 2)
             assert await session.health_of("cats") == HEALTH.NOT_SERVING
             assert (await refused(session.used_model("cats")))[1] == "LOADING"
-            loader.gate.set()
+            gate.set()
             await loading
             assert await session.health_of("cats") == HEALTH.SERVING
         await server.stop(0)
