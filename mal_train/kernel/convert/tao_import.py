@@ -83,9 +83,10 @@ def from_tao(tensors: Mapping[str, Tensor], name: str) -> ImportedCheckpoint:
     dropped = tuple(key for key in tensors if key not in used)
     teacher_copied = not any(key.startswith("teacher.") for key in renamed)
     if teacher_copied:
-        renamed |= {key.replace("student.", "teacher.", 1): tensor.clone() for key, tensor in renamed.items()}
+        renamed |= {key.replace("student.", "teacher.", 1): tensor for key, tensor in renamed.items()}
+    # Before the first copy: only tensors of the network's shapes take memory.
     _check_complete(renamed, model, layout, name)
-    weights = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in renamed.items()}
+    weights = {key: tensor.to(_dtype(tensor), copy=teacher_copied) for key, tensor in renamed.items()}
     return ImportedCheckpoint(layout.name, model, weights, dropped, teacher_copied)
 
 
@@ -156,6 +157,10 @@ LAYOUTS = (
     _Layout("TAO 6.25 to 7.0", LINEAR_STEM, _linear_shape, _linear_shape_of_row),
     _Layout("NVlabs and TAO up to 6.0", CONV_STEM, _conv_shape, _conv_shape_of_row),
 )
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 def _is_used(key: str, layout: _Layout) -> bool:

@@ -6,6 +6,7 @@ The only module that calls torch.load. Knows no layout: `pretrained` and `tao_im
 import errno
 import struct
 import zipfile
+from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError  # only the exception: torch's restricted reader raises it
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from mal_train.core.errors import ConfigError, UnknownLayout
 
@@ -28,6 +30,8 @@ READ_ERRORS = (
     EOFError,
     AssertionError,
     struct.error,
+    zipfile.BadZipFile,
+    NotImplementedError,
 )
 """Exceptions of torch's reader for damaged or foreign bytes (from 16 000 damaged files)."""
 
@@ -35,11 +39,13 @@ READ_ERRORS = (
 def read_weight_file(path: Path) -> dict[str, Tensor]:
     """Reads a file written by safetensors or torch.save (`.pt`, `.pth`, `.ckpt`). Returns name → tensor on the CPU.
 
-    A dict under `state_dict` or `model` is unwrapped; entries other than tensors are ignored.
+    A dict under `state_dict` or `model` is unwrapped; entries other than tensors are ignored. The tensors take no more
+    memory than the file, because a file from outside may claim more than it holds.
 
     Raises:
         ConfigError: no such file, or no permission.
-        UnknownLayout: neither format, damaged, encrypted by TAO, with pickled objects, or without tensors.
+        UnknownLayout: neither format, damaged, compressed, encrypted by TAO, with pickled objects, without tensors, or
+            with tensors that are not dense or claim more elements than the file holds.
     """
     if not path.is_file():
         raise ConfigError(f"weights {path}: no such file; give the path of a readable file")
@@ -54,11 +60,44 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     tensors = {name: value for name, value in _unwrap(content, path).items() if isinstance(value, Tensor)}
     if not tensors:
         raise UnknownLayout(f"weights {path}: no tensors, only {_first_names(content)}")
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, path)
     return tensors
+
+
+def _check_tensor(name: str, tensor: Tensor, path: Path) -> None:
+    """Raises UnknownLayout if a tensor is not dense or, as a view with strides of 0, larger than its elements."""
+    if type(tensor) not in (Tensor, Parameter) or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise UnknownLayout(
+            f"weights {path}: {name!r} is no dense tensor on the CPU; save dense tensors with torch.save"
+        )
+    if tensor.is_quantized or tensor.is_complex():
+        raise UnknownLayout(
+            f"weights {path}: {name!r} has the type {tensor.dtype}; save it as float32, float16 or bfloat16"
+        )
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > stored:
+        raise UnknownLayout(
+            f"weights {path}: {name!r} of shape {tuple(tensor.shape)} repeats {stored} bytes; "
+            "save its contiguous() form with torch.save"
+        )
+
+
+def _check_entries(path: Path) -> None:
+    """Raises UnknownLayout if the entries are larger than the file; compressed ones can be so by a factor of 1 000."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > path.stat().st_size:
+        raise UnknownLayout(
+            f"weights {path}: {size} bytes of entries in a file of {path.stat().st_size}; torch.save does not compress "
+            "and stores each entry once; save the weights with it"
+        )
 
 
 def _read_torch(path: Path) -> Any:
     try:
+        if zipfile.is_zipfile(path):
+            _check_entries(path)
         # weights_only: unrestricted unpickling would run code from the file.
         return torch.load(path, map_location="cpu", weights_only=True)
     except READ_ERRORS as error:
@@ -89,8 +128,9 @@ def _unwrap(content: Any, path: Path) -> dict[str, Any]:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise UnknownLayout(f"weights {path}: a {type(content).__name__}, not a dict of tensors")
-    return {str(name): value for name, value in content.items()}
+    return {name: value for name, value in content.items() if isinstance(name, str)}
 
 
 def _first_names(content: Any) -> str:
-    return ", ".join(repr(name) for name in list(content)[:5]) or "nothing"
+    # Only text: nested tuples that share their parts can be exponentially longer as text than in the file.
+    return ", ".join(repr(name) for name in islice(content, 5) if isinstance(name, str)) or "nothing"

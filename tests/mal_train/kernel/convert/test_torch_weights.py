@@ -1,5 +1,6 @@
 """Weight files of other programs: damaged, encrypted and pickled ones raise an error and run no code."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,44 @@ def test_a_file_without_named_tensors_is_refused(tmp_path: Path, content: object
 def test_a_folder_is_not_a_weight_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=tmp_path.name):
         read_weight_file(tmp_path)
+
+
+def test_compressed_entries_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1 << 18)}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as stored, zipfile.ZipFile(tmp_path / "b.pth", "w") as deflated:
+        for entry in stored.infolist():
+            deflated.writestr(entry.filename, stored.read(entry), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "b.pth").stat().st_size < 10_000
+    with pytest.raises(UnknownLayout, match="compress"):
+        read_weight_file(tmp_path / "b.pth")
+
+
+def test_a_tensor_that_repeats_its_elements_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(1 << 16, 1 << 15)}, tmp_path / "a.pth")
+    with pytest.raises(UnknownLayout, match="'a'"):
+        read_weight_file(tmp_path / "a.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.eye(3).to_sparse(), torch.zeros(3, device="meta"), torch.zeros(3, dtype=torch.complex64)],
+    ids=["sparse", "meta", "complex"],
+)
+def test_a_tensor_without_dense_real_elements_is_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"a": tensor}, tmp_path / "a.pth")
+    with pytest.raises(UnknownLayout, match="'a'"):
+        read_weight_file(tmp_path / "a.pth")
+
+
+def test_names_other_than_text_are_ignored(tmp_path: Path) -> None:
+    """As text, this name of 17 nested pairs has 2^17 parts; in the file it has 17."""
+    pairs: object = (0, 0)
+    for _ in range(16):
+        pairs = (pairs, pairs)
+    torch.save({pairs: torch.zeros(1), "a": torch.ones(1)}, tmp_path / "a.pth")
+    assert list(read_weight_file(tmp_path / "a.pth")) == ["a"]
+    torch.save({pairs: torch.zeros(1)}, tmp_path / "b.pth")
+    with pytest.raises(UnknownLayout) as caught:
+        read_weight_file(tmp_path / "b.pth")
+    assert len(str(caught.value)) < 1000
