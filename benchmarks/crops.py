@@ -14,7 +14,7 @@ import torch
 from benchmarks.inputs import SIZES, boxed_images, random_labeler
 from benchmarks.timing import Table, interleaved
 from mal_server.inference.worker import Worker
-from mal_train.core.images import decode_image
+from mal_train.core.images.decoder import decode_image
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 

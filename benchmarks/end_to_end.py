@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from benchmarks.inputs import SIZES, BoxedImage, boxed_images, random_labeler
 from benchmarks.timing import Table, interleaved
-from mal_train.core.images import decode_image
+from mal_train.core.images.decoder import decode_image
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.geometry import Box
 from mal_train.core.settings import Branch, Compat, network_size_class

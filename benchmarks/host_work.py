@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.inputs import SIZES, BoxedImage, boxed_images, object_map, random_labeler
 from benchmarks.timing import Table, interleaved
-from mal_train.core.images import decode_image
+from mal_train.core.images.decoder import decode_image
 from mal_train.core.masks import geometry
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop, Prediction

@@ -34,7 +34,7 @@ from benchmarks.load.client import LABEL_IMAGE, Plan
 from benchmarks.load.fake_server import FakePredictor
 from benchmarks.load.images import LoadImage, draw_images, save_images
 from benchmarks.load.run import ROOT, Server, environment, fake_server, run_clients, split_plan, wait_for_address
-from mal_train.core.images import decode_image
+from mal_train.core.images.decoder import decode_image
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.threads import wait_passively
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint

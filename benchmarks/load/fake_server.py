@@ -31,7 +31,7 @@ from mal_server.lifecycle import serve
 from mal_server.models.loader import LoadedModel
 from mal_server.ops import logging
 from mal_train.core.errors import DeviceLost
-from mal_train.core.images import decode_image
+from mal_train.core.images.decoder import decode_image
 from mal_train.core.masks.geometry import Box
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import apply_overrides, validate

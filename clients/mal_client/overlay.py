@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mal_client.images.image_input import encode
 from mal_train.core.atomic_io import atomic_write
-from mal_train.core.images import RgbImage, decode_image, encode_png
+from mal_train.core.images.decoder import RgbImage, decode_image, encode_png
 from mal_train.core.report.overlays import Drawn, draw_labels
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from mal_train.core.images import DEFAULT_LIMITS, ImageLimits
+from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
 from mal_train.core.yaml_config import Strict
 
 MIB = 1024 * 1024

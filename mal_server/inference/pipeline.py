@@ -21,7 +21,7 @@ from mal_server.scheduling.batcher import Batcher
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import DeviceError, DeviceLost
-from mal_train.core.images import ImageLimits
+from mal_train.core.images.header import ImageLimits
 from mal_train.core.masks.encodings import encode
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 

@@ -19,7 +19,8 @@ from mal_server.scheduling.background import when_done
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import BadBox, BadImage
-from mal_train.core.images import ImageLimits, RgbImage, decode_image, stored_size
+from mal_train.core.images.decoder import RgbImage, decode_image
+from mal_train.core.images.header import ImageLimits, stored_size
 from mal_train.kernel.labeler.types import Crop
 
 Result = TypeVar("Result")

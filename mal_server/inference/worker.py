@@ -7,7 +7,7 @@ from typing import Protocol
 
 from mal_server.scheduling.background import DEVICE_THREAD_PREFIX
 from mal_train.core.errors import BadBox
-from mal_train.core.images import RgbImage
+from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks.geometry import Box
 from mal_train.kernel.labeler.oom import predict_split
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions

@@ -19,7 +19,7 @@ from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, Rea
 from mal_train.core.coco.box_filter import training_exclusion
 from mal_train.core.coco.detections import MASK_SCORE
 from mal_train.core.errors import BadBox, BadDataset, BadImage
-from mal_train.core.images import read_image
+from mal_train.core.images.decoder import read_image
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import Box, box_iou, check_box
 from mal_train.core.masks.rle import Rle

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
-from mal_train.core.images import RgbImage
+from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks import geometry
 from mal_train.core.masks.geometry import Box
 from mal_train.core.settings import Compat

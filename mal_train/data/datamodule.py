@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from mal_train.core.errors import BadDataset, BadImage, OutputError
-from mal_train.core.images import RgbImage, read_image
+from mal_train.core.images.decoder import RgbImage, read_image
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
 from mal_train.core.settings import network_size_class

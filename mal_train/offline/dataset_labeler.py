@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
-from mal_train.core.images import RgbImage, read_image
+from mal_train.core.images.decoder import RgbImage, read_image
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.oom import predict_split
 from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions

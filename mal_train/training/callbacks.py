@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 import torch
 
-from mal_train.core.images import RgbImage
+from mal_train.core.images.decoder import RgbImage
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.training.module import MalModule
 from mal_train.training.panels import ContactSheet

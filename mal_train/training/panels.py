@@ -7,7 +7,7 @@ from pathlib import Path
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import CocoFile, JsonId
 from mal_train.core.errors import BadImage, OutputError
-from mal_train.core.images import RgbImage, encode_png, read_image
+from mal_train.core.images.decoder import RgbImage, encode_png, read_image
 from mal_train.core.metrics.evaluator import InstanceComparison
 from mal_train.core.report.contact_sheet import CELL, contact_sheet_image
 from mal_train.core.report.overlays import draw_close_up

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mal_train.core.errors import OutputError
-from mal_train.core.images import RgbImage
+from mal_train.core.images.decoder import RgbImage
 from mal_train.core.metrics.report import EvaluationReport
 
 Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE"]

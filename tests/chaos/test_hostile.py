@@ -20,7 +20,7 @@ from PIL import Image
 
 from mal_server.api.service import LabelingService
 from mal_train.core.errors import BadImage
-from mal_train.core.images import decode_image
+from mal_train.core.images.decoder import decode_image
 from tests.chaos.conftest import FORM, Form
 from tests.mal_server.calls import bulk
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, label, label_request, serving

@@ -25,7 +25,7 @@ from mal.v1 import (
 
 from deploy.demo.baselines import box_filled
 from mal_train.core.errors import BadBox, BadImage
-from mal_train.core.images import decode_image
+from mal_train.core.images.decoder import decode_image
 from mal_train.core.masks import geometry, rle
 
 SHA = "ab" * 32

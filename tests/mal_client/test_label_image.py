@@ -18,7 +18,7 @@ from mal_client.types import BoxLabel, LabelOptions
 from PIL import Image
 
 from mal_train.core.errors import BadImage, ConfigError
-from mal_train.core.images import decode_image
+from mal_train.core.images.decoder import decode_image
 from mal_train.core.settings import Branch
 from tests.mal_client.cutting import Cut, cutting
 from tests.mal_client.fake_server import BREAK_TEXT, SHA, FakeServer, Faults, Limits, serving

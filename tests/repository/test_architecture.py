@@ -28,6 +28,7 @@ CORE, KERNEL = "mal_train.core", "mal_train.kernel"
 ARROWS: dict[str, tuple[str, ...]] = {
     "mal": (),
     CORE: (),
+    "mal_train.core.images": (CORE,),
     "mal_train.core.masks": (CORE,),
     "mal_train.core.coco": (CORE,),
     "mal_train.core.metrics": (CORE,),

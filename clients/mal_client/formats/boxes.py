@@ -16,7 +16,7 @@ from mal_client.images.image_files import IMAGE_SUFFIXES
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.errors import BadDataset, BadImage
-from mal_train.core.images import read_header
+from mal_train.core.images.header import read_header
 
 BAD_ROW = "BAD_ROW"
 

@@ -13,7 +13,7 @@ from mal_train.core.errors import BadDataset, BadImage
 LISTED = 3
 
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-"""Lower-case suffixes of the formats that are read (`mal_train.core.images.FORMATS`)."""
+"""Lower-case suffixes of the formats that are read (`mal_train.core.images.header.FORMATS`)."""
 
 
 class ImageFiles:

@@ -71,7 +71,7 @@ def _encode_array(pixels: np.ndarray[Any, Any]) -> EncodedImage:
             "IMAGE_FORMAT",
         )
     # Imported here: it loads Pillow, which callers with files or bytes do not need.
-    from mal_train.core.images import encode_png  # noqa: PLC0415
+    from mal_train.core.images.decoder import encode_png  # noqa: PLC0415
 
     return EncodedImage(encode_png(np.ascontiguousarray(pixels)), pixels.shape[1], pixels.shape[0])
 

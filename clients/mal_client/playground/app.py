@@ -38,7 +38,8 @@ from mal_client.playground.security import HEADERS, KEY_FIELD, Forbidden, Guard,
 from mal_client.transport.image_call import check_image_size
 from mal_client.types import ServerInfo
 from mal_train.core.errors import BadImage, MalError
-from mal_train.core.images import ImageLimits, decode_image, encode_png, read_header
+from mal_train.core.images.decoder import decode_image, encode_png
+from mal_train.core.images.header import ImageLimits, read_header
 
 MAX_JSON_BYTES = 32 * 1024 * 1024
 """Size limit of a JSON request: some 10 000 boxes with their masks, for a COCO file."""

@@ -12,7 +12,7 @@ from mal_client.review.queue import FLAG_MEANINGS, QueueItem, ReviewQueue
 from mal_client.types import BoxLabel, Evaluation, LabelOptions, MeasuredInstance
 from mal_train.core.coco.annotations import CocoFile
 from mal_train.core.errors import BadDataset, BadImage
-from mal_train.core.images import RgbImage, read_image
+from mal_train.core.images.decoder import RgbImage, read_image
 from mal_train.core.masks.rle import Rle, from_segmentation
 from mal_train.core.report.overlays import draw_close_up, png_data_uri
 from mal_train.core.report.page import Card, Html, contact_sheet, overlay_legend, section, table

@@ -25,7 +25,7 @@ from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.coco.stream import CocoHead, read_list, scan_coco
 from mal_train.core.errors import BadDataset, ConfigError
-from mal_train.core.images import read_header
+from mal_train.core.images.header import read_header
 from mal_train.core.masks.flags import FLAG_DESCRIPTIONS
 from mal_train.core.masks.rle import Rle, from_segmentation, iou
 from mal_train.core.metrics.score_quality import bad_in_worst, spearman

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from mal_train.core.images import RgbImage
+from mal_train.core.images.decoder import RgbImage
 
 CELL = 200
 """Longest side of an image on the sheet, in px."""

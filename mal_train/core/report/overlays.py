@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.images import RgbImage, encode_png
+from mal_train.core.images.decoder import RgbImage, encode_png
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import Rle, decode_mask
 

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from mal_train.core.errors import BadBox, DeviceError, DeviceLost, OutOfDeviceMemory
-from mal_train.core.images import RgbImage
+from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import Region

@@ -8,7 +8,7 @@ import pytest
 
 from mal_server.inference.preparation import BOXES_PER_TASK
 from mal_train.core.errors import BadBox
-from mal_train.core.images import RgbImage
+from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks.geometry import Box
 from mal_train.kernel.labeler.types import Crop
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, label, label_request, serving

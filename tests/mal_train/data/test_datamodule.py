@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mal_train.core.errors import BadDataset
-from mal_train.core.images import read_image
+from mal_train.core.images.decoder import read_image
 from mal_train.core.settings import Compat
 from mal_train.data import datamodule
 from mal_train.data.annotations import TrainingBoxes, read_training_boxes

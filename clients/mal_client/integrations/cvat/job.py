@@ -32,7 +32,7 @@ from mal_client.integrations.missing_mask import missing_mask_reason
 from mal_client.types import BoxLabel, LabelOptions, Progress
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.errors import BadImage, InputError
-from mal_train.core.images import read_header
+from mal_train.core.images.header import read_header
 
 FRAMES_AT_ONCE: Final = 4
 """Frames fetched and labeled concurrently."""

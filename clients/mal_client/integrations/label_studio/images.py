@@ -20,7 +20,7 @@ import httpx2
 
 from mal_client.images.image_input import read_file
 from mal_train.core.errors import BadImage, ConfigError
-from mal_train.core.images import DEFAULT_LIMITS
+from mal_train.core.images.header import DEFAULT_LIMITS
 
 LOCAL_FILES: Final = "/data/local-files/"
 TIMEOUT_S: Final = 30.0

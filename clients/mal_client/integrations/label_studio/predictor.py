@@ -25,7 +25,7 @@ from mal_client.integrations.label_studio.regions import (
 from mal_client.integrations.missing_mask import missing_mask_reason
 from mal_client.types import LabelOptions, ModelRef
 from mal_train.core.errors import ConfigError, InputError
-from mal_train.core.images import read_header
+from mal_train.core.images.header import read_header
 
 TASKS_AT_ONCE: Final = 4
 """Tasks of one request labeled concurrently, so that their boxes can share batches on the server."""

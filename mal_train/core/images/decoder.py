@@ -7,24 +7,18 @@ because COCO boxes refer to stored pixels.
 
 import io
 import re
-import struct
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mal_train.core.errors import BadImage
+from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, open_image
 
 RgbImage = NDArray[np.uint8]
 """(H, W, 3), uint8, RGB, C-contiguous."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-EXIF_ORIENTATION = 0x0112
 STRIP_PIXELS = 1 << 18
 """Pixels copied out of Pillow at a time: 1 MB, which fits into the cache of a core."""
 
@@ -36,18 +30,6 @@ and, at 64 million pixels, 40 ms: without a limit, a file of 100 KB would occupy
 _JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _JPEG_START = b"\xff\xd8"
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """Limits checked before decoding: file size in bytes, area in px and longest side in px."""
-
-    max_bytes: int = 32 * 1024 * 1024
-    max_pixels: int = 64_000_000
-    max_side: int = 16_384
-
-
-DEFAULT_LIMITS = ImageLimits()
 
 
 def decode_image(
@@ -76,17 +58,11 @@ def decode_image(
         raise BadImage(f"{name}: 0 bytes; send the encoded file")
     if len(data) > limits.max_bytes:
         raise BadImage(f"{name}: {len(data)} bytes; the limit is {limits.max_bytes}", "IMAGE_TOO_LARGE")
-    with _open_image(data, name) as image:
+    with open_image(data, name) as image:
         _check_size(image.size, expected_wh, limits, name)
         if data.startswith(_JPEG_START):
             _check_scans(data, name)
         return _to_rgb(image)
-
-
-def stored_size(data: bytes, *, name: str = "image") -> tuple[int, int]:
-    """Returns width and height in px from the header of an encoded image. Raises BadImage."""
-    with _open_image(data, name) as image:
-        return image.size
 
 
 def read_image(
@@ -103,53 +79,11 @@ def read_image(
     return decode_image(data, expected_wh=expected_wh, limits=limits, name=str(path))
 
 
-@dataclass(frozen=True)
-class ImageHeader:
-    """Header of an encoded image.
-
-    Attributes:
-        size_wh: stored width and height in px.
-        orientation: EXIF orientation; 1 is upright, viewers rotate or mirror the stored pixels for 2–8.
-        frames: number of frames in the file; only the first is used.
-    """
-
-    size_wh: tuple[int, int]
-    orientation: int = 1
-    frames: int = 1
-
-
-def read_header(data: bytes, name: str = "image") -> ImageHeader:
-    """Reads the header of an encoded image. Raises BadImage like `decode_image`, but not for damaged pixels."""
-    with _open_image(data, name) as image:
-        return ImageHeader(image.size, _orientation(image), int(getattr(image, "n_frames", 1)))
-
-
 def encode_png(image: RgbImage) -> bytes:
     """Encodes an RGB (H, W, 3) or gray (H, W) uint8 array as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-@contextmanager
-def _open_image(data: bytes, name: str) -> Iterator[Image.Image]:
-    """Yields the opened image without decoding it; converts errors here and in the block to BadImage."""
-    try:
-        # Pillow warns about large images; ImageLimits decides instead.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                yield image
-    except UnidentifiedImageError:
-        raise BadImage(f"{name}: not a supported image format; use {', '.join(FORMATS)}", "IMAGE_FORMAT") from None
-    except Image.DecompressionBombError as error:
-        # The message of Pillow states the number of pixels in the header.
-        raise BadImage(f"{name}: {error}", "IMAGE_TOO_LARGE") from None
-    # Errors of Pillow's decoders on damaged files: also SyntaxError for broken PNG chunks, and MemoryError for invalid
-    # sizes in sub-headers.
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError, MemoryError,
-            OverflowError, ZeroDivisionError) as error:  # fmt: skip
-        raise BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or truncated") from None
 
 
 def _check_size(size_wh: tuple[int, int], expected_wh: tuple[int, int] | None, limits: ImageLimits, name: str) -> None:
@@ -179,14 +113,6 @@ def _check_scans(data: bytes, name: str) -> None:
             )
         # Every segment at this position begins with its length, including the header of a scan.
         position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
-
-
-def _orientation(image: Image.Image) -> int:
-    if image.format == "PNG" and "exif" not in image.info:
-        # getexif would decode all pixels to search the end of the file, where cameras do not write EXIF.
-        return 1
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    return orientation if orientation in range(2, 9) else 1
 
 
 def _to_rgb(image: Image.Image) -> RgbImage:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mal_train.core import images
 from mal_train.core.errors import BadImage
-from mal_train.core.images import MAX_JPEG_SCANS, STRIP_PIXELS, ImageLimits, decode_image, encode_png, read_image
+from mal_train.core.images import decoder
+from mal_train.core.images.decoder import MAX_JPEG_SCANS, STRIP_PIXELS, decode_image, encode_png, read_image
+from mal_train.core.images.header import ImageLimits
 
 
 def encoded(image: Image.Image, format_name: str, **options: object) -> bytes:
@@ -50,7 +51,7 @@ def test_an_image_copied_in_strips_keeps_every_pixel(height: int) -> None:
 
 
 def test_a_row_longer_than_a_strip_keeps_every_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "STRIP_PIXELS", 50)
+    monkeypatch.setattr(decoder, "STRIP_PIXELS", 50)
     image = noise()
     np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(image), "PNG")), image)
 
