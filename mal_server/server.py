@@ -21,6 +21,7 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_p
 from prometheus_client import CollectorRegistry
 
 from mal_server.api.interceptors import CallInterceptor
+from mal_server.api.serialization.bounded_parse import max_fields
 from mal_server.api.service import EvaluationService, LabelingService, ModelService
 from mal_server.config.server import ServerConfig
 from mal_server.config.tokens import TokenSetting
@@ -203,7 +204,7 @@ class MalServer:
             # Tracing first, so that the span of a call covers refusals too.
             interceptors=(
                 *(() if self._tracing is None else (self._tracing.interceptor,)),
-                CallInterceptor(self._authenticator, self._metrics),
+                CallInterceptor(self._authenticator, self._metrics, max_fields(limits.max_boxes)),
             ),
             options=(
                 ("grpc.max_receive_message_length", limits.max_request_bytes),

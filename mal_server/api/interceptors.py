@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
+from mal_server.api.serialization.bounded_parse import bounded
 from mal_server.api.serialization.status import DOMAIN, reason_of, retry_after, status_of
 from mal_server.errors import InvalidRequest, PermissionDenied, Unauthenticated
 from mal_server.ops.metrics import Metrics
@@ -32,11 +33,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     Args:
         authenticator: checks tokens and scopes.
         metrics: counts calls.
+        max_fields: limit of fields in one message.
     """
 
-    def __init__(self, authenticator: TokenAuthenticator, metrics: Metrics) -> None:
+    def __init__(self, authenticator: TokenAuthenticator, metrics: Metrics, max_fields: int) -> None:
         self._authenticator = authenticator
         self._metrics = metrics
+        self._max_fields = max_fields
 
     async def intercept_service(
         self,
@@ -55,7 +58,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return handler
         call = _Call(method, _request_id(metadata), caller, self._metrics)
         serializers = {
-            "request_deserializer": _catch_decode_error(handler.request_deserializer),
+            "request_deserializer": _catch_decode_error(bounded(handler.request_deserializer, self._max_fields)),
             "response_serializer": handler.response_serializer,
         }
         if not handler.response_streaming:
@@ -85,11 +88,13 @@ def _rejecting_handler(call: "_Call", error: Exception) -> Any:
 
 
 def _catch_decode_error(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Returns a malformed message as an exception object: raised here, it would become UNKNOWN in gRPC."""
+    """Returns a refused message as an exception object: raised here, it would become UNKNOWN in gRPC."""
 
     def read(data: bytes) -> Any:
         try:
             return deserialize(data)
+        except InvalidRequest as error:
+            return error
         except DecodeError:
             return InvalidRequest([("", f"{len(data)} bytes; not a valid message of this method")])
 

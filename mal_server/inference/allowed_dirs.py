@@ -16,9 +16,24 @@ from mal_server.errors import InvalidRequest, NoSuchFile
 
 MAX_PATH_CHARS = 4096
 
+MAX_SHOWN_CHARS = 64
+"""Length of the longest name of a model or a folder; a longer one in a request is shown truncated."""
+
+MAX_SHOWN_NAMES = 32
+"""Known names that are compared with an unknown one and listed; comparing takes up to 0.1 ms each."""
+
+
+def shown(name: str) -> str:
+    """Returns a name from a request in quotes, at most MAX_SHOWN_CHARS characters of it.
+
+    >>> shown("cats"), len(shown("a" * 1000))
+    ("'cats'", 67)
+    """
+    return repr(name) if len(name) <= MAX_SHOWN_CHARS else f"{name[:MAX_SHOWN_CHARS]!r}…"
+
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message for an unknown name: the closest known one, and all of them.
+    """Returns the end of an error message for an unknown name: the closest known one, and the known ones.
 
     >>> suggest("foto", ["photos", "scans"])
     "; did you mean 'photos'? available: photos, scans"
@@ -26,9 +41,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     if not names:
         return "; none is available"
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    listed = names[:MAX_SHOWN_NAMES]
+    # No name is longer, and comparing takes the product of both lengths.
+    close = difflib.get_close_matches(name, listed, n=1, cutoff=0.6) if len(name) <= MAX_SHOWN_CHARS else []
     meant = f" did you mean {close[0]!r}?" if close else ""
-    return f";{meant} available: {', '.join(names)}"
+    more = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
+    return f";{meant} available: {', '.join(listed)}{more}"
 
 
 class AllowedDirs:
@@ -95,7 +113,7 @@ class AllowedDirs:
         folder = self._folders.get(name)
         if folder is None:
             hint = suggest(name, self.names)
-            raise NoSuchFile(f"folder {name!r}: not in the server's {self._setting}{hint}", "FOLDER_NOT_FOUND")
+            raise NoSuchFile(f"folder {shown(name)}: not in the server's {self._setting}{hint}", "FOLDER_NOT_FOUND")
         return Path(os.path.realpath(folder))
 
 

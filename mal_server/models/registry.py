@@ -16,7 +16,7 @@ from functools import partial
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
 from mal_server.errors import ModelRejected, NotReady, SelfTestFailed, UnknownModel
-from mal_server.inference.allowed_dirs import suggest
+from mal_server.inference.allowed_dirs import shown, suggest
 from mal_server.inference.image_store import ImageStore
 from mal_server.models.loader import LoadedModel, ModelInfo, free_memory
 from mal_server.models.served_model import OnLost, ServedModel
@@ -135,7 +135,7 @@ class ModelRegistry:
         self.check_ready()
         model = self._serving.get(name or self.default)
         if model is None:
-            raise UnknownModel(f"model {name!r} is not served here{suggest(name, self._serving)}")
+            raise UnknownModel(f"model {shown(name)} is not served here{suggest(name, self._serving)}")
         return model
 
     def acquire(self, name: str) -> ServedModel:
@@ -170,8 +170,8 @@ class ModelRegistry:
         plan = self._plans.get(name)
         if plan is None:
             raise UnknownModel(
-                f"model {name!r}: the settings name no checkpoint for it{suggest(name, self._plans)}; give folder and "
-                "path"
+                f"model {shown(name)}: the settings name no checkpoint for it{suggest(name, self._plans)}; give folder "
+                "and path"
             )
         return plan
 

@@ -3,7 +3,7 @@
 Functions shared with labeling are in `labeling_messages`.
 """
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mal.v1 import evaluation_pb2, types_pb2
@@ -34,6 +34,7 @@ from mal_train.core.settings import SIZE_NAMES
 from mal_train.kernel.labeler.types import PredictOptions
 
 MAX_WORST = 10_000
+MAX_CATEGORIES = 10_000
 MAX_RECORDS_BYTES = 1024 * 1024 * 1024
 
 _AP_FIELDS = dict(
@@ -98,9 +99,7 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, defaults: Cal
         violations.add("options.images_total", f"{options.images_total}; it must be 0 (unknown) or more")
     if not 0 <= options.worst_count <= MAX_WORST:
         violations.add("options.worst_count", f"{options.worst_count}; it must lie between 0 and {MAX_WORST}")
-    names: dict[JsonId, str] = {c.category_id: c.name or str(c.category_id) for c in options.categories}
-    if len(names) != len(options.categories):
-        violations.add("options.categories", "a category_id is used more than once")
+    names = _read_categories(options.categories, violations)
     dataset = None
     if options.HasField("dataset"):
         dataset = (options.dataset.annotations, options.dataset.images)
@@ -245,6 +244,16 @@ def write_result(
 def write_coco_metrics(metrics: CocoMetrics) -> evaluation_pb2.CocoFigures:
     """Builds the message of COCO's metrics; None stays unset."""
     return evaluation_pb2.CocoFigures(**{_AP_FIELDS[name]: value for name, value in metrics.items()})
+
+
+def _read_categories(categories: Sequence[types_pb2.Category], violations: Violations) -> dict[JsonId, str]:
+    if len(categories) > MAX_CATEGORIES:
+        violations.add("options.categories", f"{len(categories)} categories; at most {MAX_CATEGORIES}")
+        return {}
+    names: dict[JsonId, str] = {one.category_id: one.name or str(one.category_id) for one in categories}
+    if len(names) != len(categories):
+        violations.add("options.categories", "a category_id is used more than once")
+    return names
 
 
 def _read_annotation(one: evaluation_pb2.GroundTruth, image_index: int) -> Annotation:

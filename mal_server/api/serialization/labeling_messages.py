@@ -175,21 +175,25 @@ def read_output_options(options: types_pb2.LabelOptions, violations: Violations,
         violations.add(f"{path}.polygon_tolerance_px", f"{options.polygon_tolerance_px}; {limit}")
     if options.min_component_area_px < 0:
         violations.add(f"{path}.min_component_area_px", f"{options.min_component_area_px}; it must be 0 or more")
-    unknown = [form for form in options.formats if form not in _FORMATS]
-    if unknown:
-        violations.add(
-            f"{path}.formats", f"{unknown[0]}; this server knows coco_rle, uncompressed_rle, polygons and png"
-        )
-    if len(set(options.formats)) != len(options.formats):
-        violations.add(f"{path}.formats", "a format is named more than once")
-    formats = tuple(_FORMATS[form] for form in options.formats if form in _FORMATS) or (MaskFormat.RLE,)
     return OutputOptions(
         threshold,
         options.min_component_area_px,
-        formats,
+        _read_formats(options, violations, f"{path}.formats"),
         options.polygon_tolerance_px,
         options.resolve_overlaps,
     )
+
+
+def _read_formats(options: types_pb2.LabelOptions, violations: Violations, path: str) -> tuple[MaskFormat, ...]:
+    if len(options.formats) > len(_FORMATS):
+        violations.add(path, f"{len(options.formats)} formats; at most {len(_FORMATS)}, each once")
+        return ()
+    unknown = [form for form in options.formats if form not in _FORMATS]
+    if unknown:
+        violations.add(path, f"{unknown[0]}; this server knows coco_rle, uncompressed_rle, polygons and png")
+    if len(set(options.formats)) != len(options.formats):
+        violations.add(path, "a format is named more than once")
+    return tuple(_FORMATS[form] for form in options.formats if form in _FORMATS) or (MaskFormat.RLE,)
 
 
 def read_branch(branch: "types_pb2.Branch.ValueType", violations: Violations, path: str) -> Branch | None:
