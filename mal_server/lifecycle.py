@@ -18,6 +18,7 @@ from mal_server.config.server import ServerConfig
 from mal_server.config.tokens import TokenSetting
 from mal_server.models.loader import load_model
 from mal_server.models.registry import Load
+from mal_server.scheduling.background import LoopExecutor
 from mal_server.server import MalServer
 from mal_train.core.atomic_io import write_text
 from mal_train.core.errors import ConfigError, OutputError
@@ -52,6 +53,7 @@ async def serve(
     # takes 0.1 s and more each time, in the event loop's thread.
     gc.freeze()
     gc.enable()
+    asyncio.get_running_loop().set_default_executor(LoopExecutor())
     signals = Signals()
     if reload_at_start():
         signals.reload.set()

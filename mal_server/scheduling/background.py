@@ -3,8 +3,9 @@
     run_in_thread         a thread of the loop's pool; `when_done` releases what the work used
     run_in_daemon_thread  a thread that shutdown does not wait for: loading a checkpoint takes minutes
 
-A process with such a thread, or with a device's thread, ends by `exit_process`. The interpreter would wait for a
-device's thread forever, and crash if it finalized while another one runs torch's C++ code.
+A process with threads that may be in the middle of long work ends by `exit_process`. The interpreter would wait for
+those of an executor, and crash if it finalized while a daemon runs C++ code of torch. `LoopExecutor` is the loop's pool
+in such a process, since `asyncio.run` would wait for the usual one.
 """
 
 import asyncio
@@ -15,10 +16,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,43 @@ DAEMON_THREAD = "mal-load"
 """Name of every thread of `run_in_daemon_thread`."""
 
 DEVICE_THREAD_PREFIX = "device-"
+CPU_THREAD_PREFIX = "cpu-"
 
 JOIN_TIMEOUT_S = 2.0
 """Time that `exit_process` gives threads to end by themselves."""
+
+
+class LoopExecutor(ThreadPoolExecutor):
+    """Default executor of an event loop that ends without waiting for running work.
+
+    Work whose future is cancelled before a thread is free is dropped at once, with all that it refers to.
+    """
+
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> "Future[Result]":
+        """Schedules `fn(*args, **kwargs)`."""
+        call = _Call(partial(fn, *args, **kwargs))
+        future = super().submit(call)
+        future.add_done_callback(call.drop)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Cancels the waiting work; each thread ends after its running work. Never waits, whatever `wait` says."""
+        super().shutdown(wait=False, cancel_futures=True)
+
+
+class _Call(Generic[Result]):
+    """Work that can be dropped while an executor's queue still refers to the call."""
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._work: Callable[[], Result] | None = work
+
+    def __call__(self) -> Result:
+        work, self._work = self._work, None
+        assert work is not None, "called twice, or after it was dropped"
+        return work()
+
+    def drop(self, _: "Future[Any]") -> None:
+        self._work = None
 
 
 def run_in_thread(work: Callable[..., Result], *args: Any) -> "Future[Result]":
@@ -39,7 +74,9 @@ def run_in_thread(work: Callable[..., Result], *args: Any) -> "Future[Result]":
     A future that is cancelled before its thread has begun is skipped; after that it cannot be cancelled.
     """
     future: Future[Result] = Future()
-    asyncio.get_running_loop().run_in_executor(None, _settle, future, _in_this_context(work, *args))
+    call = _Call(_in_this_context(work, *args))
+    future.add_done_callback(call.drop)
+    asyncio.get_running_loop().run_in_executor(None, _settle, future, call)
     return future
 
 
@@ -60,13 +97,9 @@ async def run_in_daemon_thread(work: Callable[[], Result]) -> Result:
 
 
 def exit_process(exit_code: int) -> int:
-    """Returns the exit code if no such thread is left; otherwise ends the process with it at once, output flushed."""
+    """Returns the exit code if no thread is left that works; otherwise ends the process with it, output flushed."""
     deadline = time.monotonic() + JOIN_TIMEOUT_S
-    threads = [
-        thread
-        for thread in threading.enumerate()
-        if thread.name == DAEMON_THREAD or thread.name.startswith(DEVICE_THREAD_PREFIX)
-    ]
+    threads = [thread for thread in threading.enumerate() if _is_worker(thread)]
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0.0))
     running = [thread.name for thread in threads if thread.is_alive()]
@@ -77,6 +110,12 @@ def exit_process(exit_code: int) -> int:
         sys.stderr.flush()
         os._exit(exit_code)
     return exit_code
+
+
+def _is_worker(thread: threading.Thread) -> bool:
+    """Returns True for a thread that the interpreter would wait for, and for the daemons that run our own work."""
+    is_ours = thread.name == DAEMON_THREAD or thread.name.startswith(CPU_THREAD_PREFIX)
+    return thread is not threading.current_thread() and (is_ours or not thread.daemon)
 
 
 def _in_this_context(work: Callable[..., Result], *args: Any) -> Callable[[], Result]:
