@@ -10,14 +10,15 @@ occupy the last of several threads.
 
 import asyncio
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
+from threading import Condition, Thread
 from typing import Any, Generic, TypeVar
 
+from mal_server.scheduling.background import CPU_THREAD_PREFIX
 from mal_server.scheduling.priority import Priority
 
 Result = TypeVar("Result")
@@ -41,6 +42,9 @@ class _Task(Generic[Result]):
 class PriorityThreadPool:
     """Runs CPU tasks by priority.
 
+    The threads are daemons of our own: the interpreter joins those of a `ThreadPoolExecutor`, so a long task would hold
+    up the end of the process. A process with this pool ends by `exit_process`.
+
     Args:
         threads: number of threads.
         batch_aging_s: time by which BATCH tasks count as submitted later.
@@ -51,23 +55,30 @@ class PriorityThreadPool:
         self, threads: int, *, batch_aging_s: float = 0.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.threads = threads
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="cpu")
         self._aging_s = {Priority.INTERACTIVE: 0.0, Priority.BATCH: batch_aging_s}
         self._clock = clock
-        self._waiting: dict[Priority, deque[_Task[Any]]] = {priority: deque() for priority in Priority}
+        # In order of submission. A dict, from which a cancelled task is removed at once, with all that it refers to.
+        self._waiting: dict[Priority, OrderedDict[Future[Any], _Task[Any]]] = {
+            priority: OrderedDict() for priority in Priority
+        }
         self._max_batch_running = max(threads - 1, 1)
         self._batch_running = 0
         self._is_closed = False
-        self._lock = Lock()
+        self._changed = Condition()
+        for number in range(threads):
+            Thread(target=self._run_tasks, name=f"{CPU_THREAD_PREFIX}{number}", daemon=True).start()
 
     def submit(self, priority: Priority, work: Callable[..., Result], *args: Any) -> "Future[Result]":
-        """Schedules `work(*args)`. A future that is cancelled before its task starts is skipped."""
+        """Schedules `work(*args)`. Cancelling the future before its task starts drops the task and its arguments."""
         future: Future[Result] = Future()
-        with self._lock:
+        with self._changed:
+            if self._is_closed:
+                raise RuntimeError("the pool is shut down")
             start = self._clock() + self._aging_s[priority]
-            self._waiting[priority].append(_Task(priority, start, future, partial(work, *args)))
-        # Not this task: a free thread runs the one that goes first by then.
-        self._executor.submit(self._run_next)
+            self._waiting[priority][future] = _Task(priority, start, future, partial(work, *args))
+            # Any thread: it runs the task that goes first by then.
+            self._changed.notify()
+        future.add_done_callback(partial(self._forget_cancelled, priority))
         return future
 
     async def run(self, priority: Priority, work: Callable[..., Result], *args: Any) -> Result:
@@ -76,41 +87,53 @@ class PriorityThreadPool:
 
     def shutdown(self) -> None:
         """Cancels the waiting tasks; each thread ends after its running one."""
-        with self._lock:
+        with self._changed:
             self._is_closed = True
-            waiting = [task for queue in self._waiting.values() for task in queue]
-            for queue in self._waiting.values():
-                queue.clear()
-        for task in waiting:
-            task.future.cancel()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+            waiting = [future for queue in self._waiting.values() for future in queue]
+            self._changed.notify_all()
+        for future in waiting:
+            future.cancel()
 
-    def _run_next(self) -> None:
+    def _forget_cancelled(self, priority: Priority, future: "Future[Any]") -> None:
+        if future.cancelled():
+            with self._changed:
+                self._waiting[priority].pop(future, None)
+
+    def _run_tasks(self) -> None:
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
+        """Waits for a task and runs it; returns False after shutdown. Its locals, and so the result, end with it."""
         task = self._pop()
         if task is None:
-            return
+            return False
         task.run()
         if task.priority is Priority.BATCH:
             self._end_batch_task()
+        return True
 
     def _pop(self) -> _Task[Any] | None:
-        """Removes and returns the task that goes first, marked as running; None if none may start."""
-        with self._lock:
-            while (task := self._first()) is not None:
-                self._waiting[task.priority].popleft()
+        """Waits for the task that goes first, removes it and marks it as running; returns None after shutdown."""
+        with self._changed:
+            while not self._is_closed:
+                task = self._first()
+                if task is None:
+                    self._changed.wait()
+                    continue
+                del self._waiting[task.priority][task.future]
                 if task.future.set_running_or_notify_cancel():
                     self._batch_running += task.priority is Priority.BATCH
                     return task
         return None
 
     def _first(self) -> _Task[Any] | None:
-        heads = [queue[0] for queue in self._waiting.values() if queue]
+        heads = [next(iter(queue.values())) for queue in self._waiting.values() if queue]
         if self._batch_running >= self._max_batch_running:  # `_end_batch_task` wakes a thread for the others
             heads = [task for task in heads if task.priority is not Priority.BATCH]
         return min(heads, key=lambda task: task.effective_start, default=None)
 
     def _end_batch_task(self) -> None:
-        with self._lock:
+        with self._changed:
             self._batch_running -= 1
-            if self._waiting[Priority.BATCH] and not self._is_closed:
-                self._executor.submit(self._run_next)
+            self._changed.notify()

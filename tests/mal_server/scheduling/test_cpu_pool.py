@@ -1,6 +1,8 @@
 """The CPU thread pool on a fake clock: the order of tasks, and the thread that BATCH never occupies."""
 
+import asyncio
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -85,6 +87,48 @@ def test_a_cancelled_task_never_runs() -> None:
         assert pool.unblock(kept) == ["kept"]
 
 
+class Content:
+    """Stands for the content of an image; weakly referable."""
+
+    def keep(self) -> "Content":
+        return self
+
+
+def test_a_cancelled_task_keeps_neither_its_arguments_nor_an_entry_while_the_threads_are_busy() -> None:
+    with blocked_pool() as pool:
+        content = Content()
+        task = pool.pool.submit(INTERACTIVE, content.keep)
+        kept: list[weakref.ref[Any]] = [weakref.ref(content), weakref.ref(task)]
+        task.cancel()
+        del content, task
+        assert [reference() for reference in kept] == [None, None]
+
+
+def test_a_cancelled_caller_leaves_nothing_in_the_pool() -> None:
+    async def work(pool: BlockedPool) -> "weakref.ref[Content]":
+        content = Content()
+        caller = asyncio.ensure_future(pool.pool.run(INTERACTIVE, content.keep))
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait([caller])
+        return weakref.ref(content)
+
+    with blocked_pool() as pool:
+        assert asyncio.run(work(pool))() is None
+
+
+def test_an_idle_thread_keeps_nothing_of_its_last_task() -> None:
+    with blocked_pool() as pool:
+        content = Content()
+        task = pool.pool.submit(INTERACTIVE, content.keep)
+        kept = weakref.ref(content)
+        pool.unblock(task)
+        # The only thread has left the first task once it has run another one.
+        pool.pool.submit(INTERACTIVE, int).result(LIMIT_S)
+        del content, task
+        assert kept() is None
+
+
 def test_an_exception_of_a_task_reaches_its_caller_and_the_thread_survives() -> None:
     def fails() -> None:
         raise ValueError("no")
@@ -123,3 +167,5 @@ def test_shutdown_cancels_waiting_tasks() -> None:
         task = pool.submit("never", INTERACTIVE, 0.0)
         pool.pool.shutdown()
         assert task.cancelled()
+        with pytest.raises(RuntimeError):
+            pool.submit("never", INTERACTIVE, 0.0)
