@@ -5,13 +5,15 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-slow chaos test-browser check protos bench tools-labelstudio clean
+.PHONY: help demo test test-slow chaos test-browser test-proxies check protos bench tools tools-labelstudio clean
 
 help:
 	@echo "make demo    create .venv, train on boxes of synthetic scenes, serve, label, write one HTML page"
 	@echo "make test    run the tests"
+	@echo "make tools   install programs that some tests need (as root, from Debian's packages)"
+	@echo "make test-browser  test only the playground in Chromium"
+	@echo "make test-proxies  test only servers behind HAProxy and nginx"
 	@echo "make test-slow     run the slow tests: wheel, container, proxies"
-	@echo "make test-browser  test the playground in Chromium, which must be installed"
 	@echo "make chaos   run load and fault tests in full, with their measurements"
 	@echo "make check   format, lint, types, spelling, prose, generated files"
 	@echo "make protos  regenerate the gRPC stubs"
@@ -46,10 +48,12 @@ chaos: $(VENV)/.dev
 test-slow: $(VENV)/.dev .venv-protos/.pins
 	@$(BIN)/pytest -m slow
 
-# Chromium comes from the system (`apt-get install chromium`), or MAL_CHROMIUM names it.
+# Chromium comes from `make tools`, or MAL_CHROMIUM names it.
 test-browser: $(VENV)/.dev
-	@$(PIP) -e '.[all,dev,browser]'
-	@$(BIN)/pytest tests/mal_client/playground/test_page.py
+	@MAL_REQUIRE_TOOLS=1 $(BIN)/pytest tests/mal_client/playground/test_page.py
+
+test-proxies: $(VENV)/.dev
+	@MAL_REQUIRE_TOOLS=1 $(BIN)/pytest -m slow tests/chaos/test_proxied.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -65,6 +69,20 @@ protos:
 bench: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks --json bench.json
 
+# The programs of tests/tools.py, and the tools that read exported files. Without them `make test` skips their tests.
+tools: .venv-readers/.pins
+	@PYTHON=$(PYTHON) .ci/tools
+
+# An environment of their own, because they pin versions; it takes PyTorch, NumPy and OpenCV from $(VENV). Ultralytics
+# would install another OpenCV and what its training needs.
+.venv-readers/.pins: Makefile $(VENV)/.dev
+	@$(BIN)/python -m venv --clear .venv-readers
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.venv-readers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@.venv-readers/bin/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) labelme
+	@.venv-readers/bin/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) --no-deps ultralytics
+	@touch $@
+
 # A real Label Studio and a driver for Chromium, for a slow test, in an environment of its own because it pins its versions.
 tools-labelstudio: .venv-labelstudio/.pins
 
@@ -75,4 +93,4 @@ tools-labelstudio: .venv-labelstudio/.pins
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-protos .venv-labelstudio build dist demo_out results *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-protos .venv-labelstudio .venv-readers build dist demo_out results *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,7 +1,6 @@
 """Three servers behind each shipped proxy configuration; one is killed under load and no call is lost."""
 
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +15,7 @@ from benchmarks.load.run import ROOT, Server, all_samples, fake_server, run_clie
 from mal_server.ops.health_probe import HealthProbe
 from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
+from tests.tools import program
 
 Record = Callable[..., None]
 
@@ -25,15 +25,13 @@ PROXIES = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
 def command_of(proxy: str, config: Path) -> list[str]:
     """Returns the command that runs a proxy in the foreground."""
     if proxy == "haproxy":
-        return ["haproxy", "-db", "-f", str(config)]
-    return ["nginx", "-c", str(config), "-g", f"daemon off; pid {config.parent}/nginx.pid;"]
+        return [program(proxy), "-db", "-f", str(config)]
+    return [program(proxy), "-c", str(config), "-g", f"daemon off; pid {config.parent}/nginx.pid;"]
 
 
 @contextmanager
 def proxied(proxy: str, folder: Path, servers: list[Server]) -> Iterator[str]:
     """Runs a proxy with the shipped configuration, changed to these servers' addresses and a free port."""
-    if shutil.which(proxy) is None:
-        pytest.skip(f"{proxy} is not installed (Debian: haproxy, nginx-light)")
     port = free_port()
     text = (ROOT / "deploy" / "proxy" / PROXIES[proxy]).read_text().replace("127.0.0.1:50051", f"127.0.0.1:{port}")
     for number, server in enumerate(servers, start=1):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from configparser import ConfigParser
 from pathlib import Path
@@ -18,6 +17,7 @@ from mal_server.config.server import ServerConfig
 from mal_server.ops.metrics import Metrics
 from mal_train.core.yaml_config import validate
 from tests.paths import ROOT
+from tests.tools import program
 
 DEPLOY = ROOT / "deploy"
 MONITORING = DEPLOY / "monitoring"
@@ -25,10 +25,8 @@ KUBERNETES_VERSION = "1.31"
 
 
 def run(tool: str, *arguments: str, cwd: Path = DEPLOY) -> str:
-    """Returns the output of a tool that must succeed; skips the test if it is not installed."""
-    if shutil.which(tool) is None:
-        pytest.skip(f"{tool} is not installed (Debian: prometheus, haproxy, nginx-light)")
-    done = subprocess.run([tool, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    """Returns the output of a tool, which must succeed."""
+    done = subprocess.run([program(tool), *arguments], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.paths import ROOT
+from tests.tools import missing
 
 TOOLS = Path(os.environ.get("PROTOS_VENV", ROOT / ".venv-protos"))
 
@@ -15,7 +16,7 @@ TOOLS = Path(os.environ.get("PROTOS_VENV", ROOT / ".venv-protos"))
 @pytest.fixture
 def protos(tmp_path: Path) -> Path:
     if not (TOOLS / "bin" / "buf").exists():
-        pytest.skip(f"no buf in {TOOLS}; protos/generate.sh --tools puts it there (make test does)")
+        missing("buf", f"protos/generate.sh --tools puts it into {TOOLS} (make test does)")
     shutil.copytree(ROOT / "protos", tmp_path / "protos")
     return tmp_path / "protos"
 

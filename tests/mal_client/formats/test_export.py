@@ -1,7 +1,7 @@
 """Tests of the export of masks, with independent decoders and, if installed, with the tools themselves.
 
-The tools pin the versions of many packages. MAL_EXPORT_TOOLS names the interpreter of an environment that has them, by
-default this one; a test is skipped if its tool is missing.
+The tools pin the versions of many packages. `make tools` makes an environment with labelme and Ultralytics;
+MAL_EXPORT_TOOLS names the interpreter of another one, for example with FiftyOne.
 """
 
 import base64
@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ from mal_train.core.masks.polygons import fill, merge_holes
 from mal_train.core.masks.rle import Rle, decode_mask, encode_mask, iou
 from tests.mal_client.dataset.test_mask_encodings import ring
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
+from tests.paths import ROOT
+from tests.tools import missing
 
-TOOLS = os.environ.get("MAL_EXPORT_TOOLS", sys.executable)
+READERS = os.environ.get("MAL_EXPORT_TOOLS", str(ROOT / ".venv-readers" / "bin" / "python"))
 
 
 @pytest.fixture
@@ -52,14 +53,16 @@ def export(dataset: Dataset, form: str, *more: str) -> Path:
 
 
 def in_tool(tool: str, script: str, *arguments: object) -> Any:
-    """Runs a script in the interpreter of the tools and returns the JSON that it prints."""
-    probe = subprocess.run([TOOLS, "-c", f"import {tool}"], capture_output=True, text=True, check=False)
+    """Runs a script in the interpreter of the readers and returns the JSON that it prints."""
+    if not Path(READERS).exists():
+        missing(tool, f"`make tools` makes {READERS}; MAL_EXPORT_TOOLS names another interpreter")
+    probe = subprocess.run([READERS, "-c", f"import {tool}"], capture_output=True, text=True, check=False)
     if probe.returncode:
         last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
-        pytest.skip(f"{tool} cannot be imported by {TOOLS}: {last}; MAL_EXPORT_TOOLS names another interpreter")
+        missing(tool, f"{READERS} cannot import it ({last}); MAL_EXPORT_TOOLS names another interpreter")
     environment = {**os.environ, "QT_QPA_PLATFORM": "offscreen", "YOLO_OFFLINE": "true"}
     done = subprocess.run(
-        [TOOLS, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment
+        [READERS, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 from PIL import Image
+
+from tests.tools import module, program
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Chromium's sandbox does not start as root or in containers; the page under test is trusted.
 FLAGS = (
     "--no-sandbox",
@@ -34,19 +33,11 @@ WAIT_MS = 120_000
 Box = tuple[float, float, float, float]
 
 
-def find_browser() -> str:
-    """Returns the path of Chromium (`MAL_CHROMIUM` or one on PATH); skips the test if there is none."""
-    executable = next(filter(None, (os.environ.get("MAL_CHROMIUM"), *map(shutil.which, BROWSERS))), None)
-    if executable is None:
-        pytest.skip("Chromium is not installed; run `apt-get install chromium`, or set MAL_CHROMIUM=PATH")
-    return executable
-
-
 @contextmanager
 def launched() -> Iterator[Browser]:
     """Launches a browser for the block."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; run `make test-browser`")
-    executable = find_browser()
+    sync_api = module("playwright.sync_api")
+    executable = os.environ.get("MAL_CHROMIUM") or program("chromium")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
         yield browser

@@ -23,6 +23,7 @@ from tests.mal_server.fakes import BrightPredictor, loaded
 from tests.mal_server.test_real_model import command as server_command
 from tests.networks import spread_network
 from tests.scenes import write_scenes
+from tests.tools import module
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -504,7 +505,7 @@ def test_the_list_does_not_move_while_boxes_are_selected_and_labeled(screen: Scr
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_accessibility_violations(screen: Screen, image: Path, tmp_path: Path, scheme: Any) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="`make test-browser` installs it")
+    axe = module("axe_playwright_python.sync_playwright")
     screen.page.emulate_media(color_scheme=scheme)
     assert axe.Axe().run(screen.page).violations_count == 0
     (tmp_path / "broken.png").write_bytes(b"not an image")

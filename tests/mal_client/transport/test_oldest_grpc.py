@@ -6,6 +6,7 @@ import sysconfig
 import pytest
 
 from tests.paths import ROOT
+from tests.tools import missing
 
 OLD_PYTHON = ROOT / ".venv-protos" / "bin" / "python"
 
@@ -25,7 +26,7 @@ sys.exit(pytest.main([*options, "{root}/tests/mal_client/test_label_image.py"]))
 @pytest.mark.timeout(1200)  # runs a file of tests, each with its own limit
 def test_the_client_labels_images_with_the_oldest_grpc() -> None:
     if not OLD_PYTHON.exists():
-        pytest.skip("no environment with the oldest grpcio; protos/generate.sh --tools makes it (make test does)")
+        missing("the oldest grpcio", "protos/generate.sh --tools makes its environment (make test does)")
     script = SCRIPT.format(root=str(ROOT), site=sysconfig.get_paths()["purelib"])
     done = subprocess.run([str(OLD_PYTHON), "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

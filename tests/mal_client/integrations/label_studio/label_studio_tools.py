@@ -1,7 +1,6 @@
-"""Finds the real Label Studio and a browser for the tests that need them."""
+"""Finds the real Label Studio for the tests that need it."""
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +37,3 @@ def needs_label_studio() -> Tools:
     if not tools.label_studio.exists():
         pytest.skip(f"no Label Studio in {tools.folder}; run make tools-labelstudio, or set MAL_LABEL_STUDIO")
     return tools
-
-
-def needs_browser() -> str:
-    """Returns the path of Chromium; skips the test if it is not installed."""
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("no Chromium on the path; install Debian's package chromium")
-    return executable

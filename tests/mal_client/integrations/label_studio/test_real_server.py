@@ -30,9 +30,10 @@ from PIL import Image
 from deploy.demo.baselines import box_filled
 from mal_train.core.masks.polygons import fill
 from mal_train.core.masks.rle import iou
-from tests.mal_client.integrations.label_studio.label_studio_tools import Tools, needs_browser, needs_label_studio
+from tests.mal_client.integrations.label_studio.label_studio_tools import Tools, needs_label_studio
 from tests.mal_client.integrations.label_studio.rle_pack import decode_brush
 from tests.paths import ROOT
+from tests.tools import program
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -60,7 +61,7 @@ POLYGONS = (
 
 @pytest.fixture(scope="module")
 def tools() -> Tools:
-    needs_browser()
+    program("chromium")
     return needs_label_studio()
 
 
@@ -188,7 +189,7 @@ def test_a_rectangle_drawn_in_the_browser_gets_the_mask_of_the_server(
 ) -> None:
     project, task = studio.project(BRUSHES)
     job = {"host": studio.address, "email": EMAIL, "password": PASSWORD, "project": project, "task": task}
-    job |= {"chromium": needs_browser(), "box": BOXES[0], "width": WIDTH, "screenshots": str(tmp_path)}
+    job |= {"chromium": program("chromium"), "box": BOXES[0], "width": WIDTH, "screenshots": str(tmp_path)}
     (tmp_path / "job.json").write_text(json.dumps(job))
     driver = [
         str(tools.python),
