@@ -1,5 +1,8 @@
 """COCO RLE: equality with pycocotools, and rejection of malformed RLE."""
 
+import math
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +12,7 @@ from pycocotools import mask as coco_mask
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
+from tests.mal_train.core.masks.hostile_runs import compressed, wrapping_runs
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -55,6 +59,7 @@ def test_rle_survives_a_round_trip_through_coco_json() -> None:
         ({"size": [5, 5], "counts": "é"}, "counts"),
         ({"size": [5, 5], "counts": "0120"}, "4 px"),
         ({"size": [5, 5], "counts": "o"}, "truncated"),
+        ({"size": [5, 5], "counts": "oooooo1"}, "longer"),
         ({"size": [5, 5], "counts": "o" * 20 + "1"}, "longer"),
         ({"size": [2, 2], "counts": "61J"}, "negative"),
         ({"size": [100000, 100000], "counts": "0"}, "400000000 px"),
@@ -63,11 +68,91 @@ def test_rle_survives_a_round_trip_through_coco_json() -> None:
         ({"size": [0, 5], "counts": "0"}, r"size \[0, 5\]"),
         ({"size": [5, 5]}, "'size' and 'counts'"),
         ("0120", "'size' and 'counts'"),
+        ({"size": [2, 2], "counts": "4" + "0" * 5}, "6 runs"),
+        ({"size": [2, 2], "counts": [4] + [0] * 5}, "6 runs"),
+        ({"size": [5, 5], "counts": [2**64 + 25]}, "runs"),
+        ({"size": [5, 5], "counts": [25.0]}, "runs"),
+        ({"size": [5, 5], "counts": [True, 24]}, "runs"),
+        ({"size": [5, 5], "counts": []}, "0 px"),
+        ({"size": [5, 5], "counts": ""}, "0 px"),
+        ({"size": [10**300, 10**300], "counts": [25]}, "400000000 px"),
+        ({"size": [True, 25], "counts": [25]}, "size"),
+        ({"size": [math.nan, 25], "counts": [25]}, "size"),
+        ({"size": "55", "counts": [25]}, "size"),
+        ({"size": [["x"] * 10**5, 5], "counts": "I"}, "size"),
     ],
 )
 def test_malformed_rle_is_rejected_by_name(code: object, named: str) -> None:
     with pytest.raises(BadDataset, match="annotation 3.*" + named):
         Rle.from_coco(code, "annotation 3")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_whose_sum_wraps_around_64_bits_are_rejected(seed: int) -> None:
+    runs = wrapping_runs(np.random.default_rng(seed), 16 * 16)
+    assert sum(runs) > 2**63
+    assert int(np.array(runs).sum()) == 16 * 16
+    code = Rle(16, 16, compressed(runs))
+    with pytest.raises(BadDataset):
+        Rle.from_coco({"size": [16, 16], "counts": code.counts})
+    with pytest.raises(BadDataset):
+        Rle.from_coco({"size": [16, 16], "counts": runs})
+    for decode in (rle.decode_mask, rle.decode_patch):
+        with pytest.raises(BadDataset):
+            decode(code)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None)
+def test_no_code_with_another_sum_passes_or_breaks_decoding(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    height, width = (int(side) for side in rng.integers(1, 12, 2))
+    runs = [int(run) << int(rng.choice([0, 0, 0, 20, 32, 40])) for run in rng.integers(0, 9, rng.integers(1, 9))]
+    code, fits = compressed(runs), sum(runs) == height * width
+    for counts in (code, runs):
+        if fits:
+            expected = np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T
+            np.testing.assert_array_equal(
+                rle.decode_mask(Rle.from_coco({"size": [height, width], "counts": counts})), expected
+            )
+        else:
+            with pytest.raises(BadDataset):
+                Rle.from_coco({"size": [height, width], "counts": counts})
+
+
+def test_a_code_that_cannot_be_decoded_is_an_error_of_the_input() -> None:
+    for broken in (Rle(0, 5, b"0"), Rle(5, 5, b"o"), Rle(5, 5, b""), Rle(5, 5, b"\xff"), Rle(2**31, 2**31, b"0")):
+        for decode in (rle.decode_mask, rle.decode_patch):
+            with pytest.raises(BadDataset):
+                decode(broken)
+
+
+@pytest.mark.parametrize(
+    "counts", [[5, 3, 0, 2, 6], [4, 0, 4, 8], [16, 0], [5, 0, 11], [0, 0, 0, 16], [3, 2, 0, 0, 11]]
+)
+def test_runs_without_pixels_give_the_code_of_the_same_mask_without_them(counts: list[int]) -> None:
+    mask = np.repeat(np.arange(len(counts)) % 2, counts).reshape(4, 4).T
+    for form in (counts, compressed(counts)):
+        code = Rle.from_coco({"size": [4, 4], "counts": form})
+        assert code == rle.encode_mask(mask)
+        assert rle.iou(code, code) == bool(mask.any())
+
+
+def test_a_mask_of_too_many_runs_or_points_is_rejected_before_it_is_read() -> None:
+    side = 1100
+    assert side**2 > rle.MAX_RUNS + 1
+    polygon, runs = [0.5] * (2 * rle.MAX_POINTS + 2), [1] * (rle.MAX_RUNS + 1)
+    codes = [b"0" * (rle.MAX_RUNS * 6 + 1), runs, polygon]
+    tracemalloc.start()
+    try:
+        for code in codes:
+            segmentation = [code] if code is polygon else {"size": [side, side], "counts": code}
+            with pytest.raises(BadDataset):
+                rle.from_segmentation(segmentation, side, side)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 16
 
 
 def test_polygons_are_merged_and_malformed_ones_rejected() -> None:
