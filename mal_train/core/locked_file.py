@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -26,21 +28,35 @@ IN_USE: Final = "another run is writing this output; wait for it, or choose anot
 
 # msvcrt locks single bytes, which only the handle of the lock can read then; its offsets have 31 bits.
 _LOCKED_OFFSET: Final = 2**31 - 2
-_O_BINARY: Final = getattr(os, "O_BINARY", 0)
+O_BINARY: Final = getattr(os, "O_BINARY", 0)
+NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
+"""Flag with which `os.open` refuses a symbolic link; 0 on Windows, where few users may create one."""
+NON_BLOCKING: Final = getattr(os, "O_NONBLOCK", 0)
+"""Flag with which `os.open` does not wait for the other end of a pipe."""
 IS_WINDOWS: Final = os.name == "nt"
+
+
+def no_follow(path: str | os.PathLike[str], flags: int) -> int:
+    """Opens a file but no symbolic link; the argument `opener` of `open` for a file that is changed in place.
+
+    Raises:
+        OSError: ELOOP for a link, ENXIO for a pipe without a reader.
+    """
+    return os.open(path, flags | NO_FOLLOW | NON_BLOCKING | O_BINARY, 0o666)
 
 
 class LockedFile:
     """File that is locked against other processes until it is closed; created when it is missing. A context manager.
 
-    `read_at` and `write_at` are safe in threads.
+    `read_at` and `write_at` are safe in threads. A symbolic link is refused, since whoever planted it would choose the
+    file to change.
 
     Args:
         path: the file.
         in_use: rule and remedy in the error when another process holds the lock.
 
     Raises:
-        OutputError: another process holds the lock, or the file cannot be created or locked.
+        OutputError: another process holds the lock, the file cannot be created or locked, or is a link, device or pipe.
     """
 
     def __init__(self, path: Path, in_use: str = IN_USE) -> None:
@@ -114,11 +130,16 @@ class LockedFile:
 def _open_locked(path: Path, in_use: str) -> tuple[int, Callable[[], None]]:
     while True:
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | _O_BINARY, 0o666)
+            file = no_follow(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OutputError(f"{path}: is a symbolic link, which is not followed; remove it") from error
             raise OutputError(
                 f"{path}: cannot be created ({error.strerror}); choose an output that can be written to"
             ) from error
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OutputError(f"{path}: is a device or pipe; choose another output")
         try:
             unlock = _lock(file, path)
         except (BlockingIOError, PermissionError, FileExistsError) as error:
@@ -128,18 +149,34 @@ def _open_locked(path: Path, in_use: str) -> tuple[int, Callable[[], None]]:
         except OSError as error:
             os.close(file)
             raise OutputError(f"{path}: cannot be locked ({error.strerror}); choose a local disk") from error
-        if _is_still_at(path, file):
+        if is_still_at(path, file):
             return file, unlock
         # Another process removed the file between the two calls.
         unlock()
         os.close(file)
 
 
-def _is_still_at(path: Path, file: int) -> bool:
+def is_still_at(path: Path, file: int) -> bool:
+    """Returns True if `path` names the open file: not another one, nothing, or a link."""
     try:
-        return os.path.samestat(os.fstat(file), path.stat())
+        return os.path.samestat(os.fstat(file), path.lstat())
     except FileNotFoundError:
         return False
+
+
+def try_lock(file: int) -> bool:
+    """Locks an open file until its last descriptor is closed; returns False if another process holds the lock.
+
+    Raises:
+        OSError: the file system, or Windows, has no such locks.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _lock(file: int, path: Path) -> Callable[[], None]:

@@ -1,7 +1,6 @@
 """Writes, finds and resumes training checkpoints: Lightning's state as encrypted `.malckpt` files."""
 
 import dataclasses
-import os
 import re
 import shutil
 import signal
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import lightning
 from lightning.fabric.plugins import CheckpointIO
 
+from mal_train.core.atomic_io import atomic_write
 from mal_train.core.errors import Altered, CheckpointError, MalError, OutputError, Truncated
 from mal_train.distributed.process_group import ProcessGroup
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -230,14 +230,16 @@ def point_latest_to(path: Path) -> None:
         OutputError: neither can be created.
     """
     latest = path.with_name(LATEST)
-    temporary = path.with_name(f".{LATEST}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{LATEST}.link")
     try:
         temporary.unlink(missing_ok=True)
         try:
             temporary.symlink_to(path.name)
         except OSError:
-            shutil.copyfile(path, temporary)
-        temporary.replace(latest)
+            with path.open("rb") as source, atomic_write(latest) as copy:
+                shutil.copyfileobj(source, copy)
+        else:
+            temporary.replace(latest)
     except OSError as error:
         raise OutputError(f"{latest}: cannot be written: {error.strerror}") from error
 

@@ -32,8 +32,8 @@ def merge_shards(
         BadDataset: the file as a whole is unusable.
         OutputError: the output cannot be written, or a shard is being labeled; an older output is intact.
     """
-    check_writable(output_json)
     refuse_same_file(coco_json, output_json)
+    check_writable(output_json)
     plan = read_plan(coco_json, options)
     fingerprint = job_fingerprint(plan, options)
     with ShardJournals(output_json, shards, plan.head.count) as journals:

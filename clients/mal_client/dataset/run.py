@@ -74,8 +74,8 @@ def label_dataset(
         BadDataset, OutputError, ClientError: see `Client.label_dataset`.
     """
     notify = on_notice or (lambda _: None)
-    check_writable(output_json)
     refuse_same_file(coco_json, output_json)
+    check_writable(output_json)
     images = ImageFiles(images_dir)
     plan = read_plan(coco_json, dataset_options)
     servers = reachable_servers(clients, options, notify)

@@ -86,3 +86,16 @@ def test_a_file_that_cannot_be_deleted_while_open_is_deleted_when_it_is_closed(
     assert path.exists()
     file.close()
     assert not path.exists()
+
+
+def test_a_link_is_refused_and_its_target_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    with pytest.raises(OutputError, match="link"):
+        LockedFile(tmp_path / "link")
+    assert not (tmp_path / "victim").exists()
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="pipe"):
+        LockedFile(tmp_path / "pipe")
