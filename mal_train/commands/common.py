@@ -11,8 +11,10 @@ import torch
 
 from mal_train.config.network import NetworkConfig
 from mal_train.config.spec import Spec
+from mal_train.core.atomic_io import remove_stale_temporaries, write_text
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.locked_file import no_follow
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import dump
 from mal_train.kernel.checkpoint import builtin
@@ -54,10 +56,10 @@ def _locked(folder: Path) -> Iterator[None]:
         OutputError: another run has the lock, or the folder is not writable.
     """
     try:
-        file = (folder / LOCK).open("a")
+        descriptor = no_follow(folder / LOCK, os.O_WRONLY | os.O_CREAT)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}; choose another results_dir") from error
-    with file:
+    with os.fdopen(descriptor, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,10 +73,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _recorded(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, StatusFile]]:
     """Writes experiment.yaml, and the start and the end of the command to status.json."""
-    try:
-        (folder / "experiment.yaml").write_text(dump(_with_crop_size(spec, task).without_secrets()), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror}; choose another results_dir") from error
+    remove_stale_temporaries(folder)
+    write_text(folder / "experiment.yaml", dump(_with_crop_size(spec, task).without_secrets()))
     status = StatusFile(folder)
     status.write("STARTED", f"Starting MAL {task}.")
     try:

@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 
 from mal_train.core.errors import OutputError
 from mal_train.core.images.decoder import RgbImage
+from mal_train.core.locked_file import no_follow
 from mal_train.core.metrics.report import EvaluationReport
 
 Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE"]
@@ -77,7 +78,7 @@ class StatusFile:
         if self._kpi:
             line["kpi"] = self._kpi
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=no_follow) as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
@@ -98,7 +99,7 @@ def _drop_partial_line(path: Path) -> None:
     """Truncates a file after its last line break; a killed process may have left part of a line behind it."""
     content = path.read_bytes()
     if not content.endswith(b"\n"):
-        with path.open("r+b") as file:
+        with open(path, "r+b", opener=no_follow) as file:
             file.truncate(content.rfind(b"\n") + 1)
 
 
@@ -118,7 +119,7 @@ class MetricsFile:
             if append and path.exists():
                 _drop_partial_line(path)
             has_rows = append and path.exists() and path.stat().st_size > 0
-            self._file: IO[str] = path.open("a" if append else "w", encoding="utf-8", newline="")
+            self._file: IO[str] = open(path, "a" if append else "w", encoding="utf-8", newline="", opener=no_follow)  # noqa: SIM115 (closed by `close`)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
         self._rows = csv.DictWriter(self._file, METRIC_COLUMNS, restval="")

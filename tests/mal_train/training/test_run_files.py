@@ -7,6 +7,9 @@ from typing import Any, cast
 
 import pytest
 
+from mal_train.commands.common import task_folder
+from mal_train.config.spec import Spec
+from mal_train.core.atomic_io import TEMPORARY_SUFFIX
 from mal_train.core.console import Console
 from mal_train.core.errors import OutputError
 from mal_train.training.progress import Progress
@@ -27,6 +30,26 @@ def test_a_status_line_repeats_earlier_metrics(tmp_path: Path) -> None:
 def test_a_status_file_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"status\.json"):
         StatusFile(tmp_path / "nowhere").write("STARTED", "a")
+
+
+@pytest.mark.parametrize("name", [".lock", "experiment.yaml", "status.json", "metrics.csv"])
+def test_no_file_of_a_run_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    folder, victim = tmp_path / "train", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("victim")
+    (folder / name).symlink_to(victim)
+    spec = Spec(results_dir=str(tmp_path))
+    with pytest.raises(OutputError), task_folder(spec, "train"):
+        MetricsFile(folder, append=False)
+    assert victim.read_text() == "victim"
+
+
+def test_a_run_removes_the_temporary_files_of_a_killed_one(tmp_path: Path) -> None:
+    left = tmp_path / "train" / f".model_epoch_000_step_00010.malckpt{TEMPORARY_SUFFIX}"
+    left.parent.mkdir()
+    left.touch()
+    with task_folder(Spec(results_dir=str(tmp_path)), "train"):
+        assert not left.exists()
 
 
 def test_a_resumed_run_keeps_the_earlier_rows(tmp_path: Path) -> None:
