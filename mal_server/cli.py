@@ -13,6 +13,7 @@ from pathlib import Path
 from mal_server.ops import logging
 from mal_server.scheduling.background import exit_process
 from mal_train.core.command_line import add_common_options
+from mal_train.core.console import escape_control, print_result
 from mal_train.core.errors import ConfigError, MalError
 from mal_train.core.threads import wait_passively
 
@@ -51,7 +52,7 @@ def _exit_code(args: argparse.Namespace) -> int:
         print(f"mal-server: {error.name} is not installed. Run: {PIP_LINE}", file=sys.stderr)
         return 2
     except MalError as error:
-        print(f"mal-server: {error}", file=sys.stderr)
+        print(f"mal-server: {escape_control(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         # Only before the server installs its signal handlers: importing torch takes seconds.
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     from mal_server.dry_run import check  # noqa: PLC0415
 
     for line in check(load_config(args.config, args.overrides)):
-        print(line, flush=True)
+        print_result(line)
     return 0
 
 
@@ -127,7 +128,7 @@ def _health(args: argparse.Namespace) -> int:
     elif not probe.address:
         raise ConfigError("health: no address; give HOST:PORT or -c FILE")
     state = probe.check()
-    print(f"{probe.address}: {state}")
+    print_result(f"{probe.address}: {state}")
     return 0 if state == "SERVING" else 1
 
 

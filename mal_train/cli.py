@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from mal_train.core.atomic_io import stdout_exit_code
 from mal_train.core.command_line import RenamedOption, add_common_options
+from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError, MalError, OutputError
 from mal_train.core.threads import wait_passively
 from mal_train.distributed.env import read_distributed_env
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except MalError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"mal-train: {'' if rank == '0' else f'process {rank}: '}{error}", file=sys.stderr)
+        sender = "mal-train" if rank == "0" else f"mal-train: process {rank}"
+        print(f"{sender}: {escape_control(str(error))}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in {"mal_train", ""}:
@@ -88,7 +90,6 @@ def _output_error(error: OSError) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from mal_train.config.spec import load_spec
-    from mal_train.core.console import Console
     from mal_train.training.run_files import note_failure
 
     spec = load_spec(arguments.spec, arguments.overrides)
@@ -113,31 +114,29 @@ def _train(arguments: argparse.Namespace) -> int:
     if not env.is_rank_zero:
         return 0
     if result.report is not None:
-        print(result.report.table())
-    print(f"checkpoint: {result.checkpoint}")
+        print_result(result.report.table())
+    print_result(f"checkpoint: {result.checkpoint}")
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from mal_train.commands.evaluate import evaluate
     from mal_train.config.spec import load_spec
-    from mal_train.core.console import Console
 
     report = evaluate(load_spec(arguments.spec, _with_checkpoint(arguments.overrides, "evaluate")), Console())
-    print(report.table())
+    print_result(report.table())
     return SOME_FAILED if any(row.reason not in _NOT_FAILURES for row in report.skipped_rows) else 0
 
 
 def _inference(arguments: argparse.Namespace) -> int:
     from mal_train.commands.inference import inference
     from mal_train.config.spec import load_spec
-    from mal_train.core.console import Console
 
     result = inference(load_spec(arguments.spec, _with_checkpoint(arguments.overrides, "inference")), Console())
     if result.report is not None:
-        print(result.report.table())
+        print_result(result.report.table())
     for reason, count in result.failed.most_common():
-        print(f"{count} boxes without a mask: {reason}")
+        print_result(f"{count} boxes without a mask: {reason}")
     return SOME_FAILED if result.failed else 0
 
 
@@ -148,7 +147,6 @@ def _with_checkpoint(overrides: list[str], command: str) -> list[str]:
 
 def _import(arguments: argparse.Namespace) -> int:
     from mal_train.commands.convert import import_checkpoint
-    from mal_train.core.console import Console
 
     import_checkpoint(arguments.file, arguments.output, arguments.overrides, Console())
     return 0
@@ -157,12 +155,11 @@ def _import(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from mal_train.commands.export import export
     from mal_train.config.spec import load_spec
-    from mal_train.core.console import Console
 
     spec = load_spec(arguments.spec, arguments.overrides)
     report = export(spec, arguments.output, Console(), license=arguments.license, average_with=arguments.average or ())
     if report is not None:
-        print(report.table())
+        print_result(report.table())
     return 0
 
 
@@ -175,7 +172,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     path = builtin.resolve(arguments.file)
     header = read_header(path, key)
     encryption = header.encryption
-    print(f"file        {path}, {header.file_bytes} bytes")
+    print_result(f"file        {path}, {header.file_bytes} bytes")
     print(f"encryption  {encryption.mode}")
     content = header.content
     if content is None:
@@ -187,7 +184,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     print(f"labeler     {json.dumps(content.labeler.to_dict())}")
     print(f"categories  {len(content.categories)}")
     for field, value in builtin.with_card(sha256_of(path), content.provenance).items():
-        print(f"            {field}: {value}")
+        print_result(f"            {field}: {value}")
     return 0
 
 
@@ -195,7 +192,7 @@ def _keygen(arguments: argparse.Namespace) -> int:
     from mal_train.kernel.checkpoint.keys import write_identity
 
     recipient = write_identity(arguments.output)
-    print(f"wrote {arguments.output}: keep it secret; it decrypts what is encrypted to this recipient:")
+    print_result(f"wrote {arguments.output}: keep it secret; it decrypts what is encrypted to this recipient:")
     print(recipient)
     return 0
 

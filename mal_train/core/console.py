@@ -15,6 +15,27 @@ LINE_EVERY_S: Final = 8.0
 REDRAW_EVERY_S: Final = 0.25
 
 
+def escape_control(text: str) -> str:
+    r"""Returns text with an escape for each character that a terminal would obey instead of show.
+
+    Line breaks and tabs stay. Text from outside, such as the name of a file or a category, could otherwise move the
+    cursor, change the title or clipboard, or reverse the order of letters.
+
+    >>> print(escape_control("a\x1b[2J\u202eb é"))
+    a\x1b[2J\u202eb é
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1] for character in text
+    )
+
+
+def print_result(text: str) -> None:
+    """Prints to stdout with control characters escaped (`escape_control`)."""
+    print(escape_control(text), flush=True)
+
+
 class _NullStream(io.StringIO):
     def write(self, text: str) -> int:
         return len(text)
@@ -34,7 +55,8 @@ class Console:
         return cls(_NullStream())
 
     def print(self, line: str) -> None:
-        """Prints one line."""
+        """Prints one line; control characters are escaped (`escape_control`)."""
+        line = escape_control(line)
         if self.is_terminal:
             tqdm.write(line, file=self.stream)
         else:  # tqdm would erase and redraw a bar that is not drawn
@@ -80,7 +102,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
         super().__init__(
             total=total,
             initial=initial,
-            desc=label,
+            desc=escape_control(label),
             unit=unit,
             file=console.stream,
             leave=console.is_terminal,
@@ -113,6 +135,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
         """
         self._details = details
         if label is not None:
+            label = escape_control(label)
             self.desc = f"{label}: " if self._is_terminal else label
         self.update(done - self.n)
 
@@ -133,7 +156,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Draws the bar or prints a line; tqdm calls it."""
         if self._details is not None and msg is None:
-            self.postfix = self._details()
+            self.postfix = escape_control(self._details())
         if self._is_terminal:
             super().display(msg, pos)
         elif msg is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mal_train.core.console import Console
+from mal_train.core.console import Console, escape_control, print_result
 
 
 class Terminal(io.StringIO):
@@ -146,3 +146,26 @@ def test_without_a_terminal_a_message_does_not_redraw_the_progress() -> None:
         bar.update_to(1)
         console.print("a message")
     assert stream.getvalue() == "a message\n"
+
+
+HOSTILE = "cat\x1b]0;owned\x07\x9b2J\u202etxt\r\x00\udce9.png"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_control_characters_of_names_reach_no_terminal(is_terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = Terminal() if is_terminal else io.StringIO()
+    console = Console(stream)
+    console.print(HOSTILE)
+    with console.progress(2, "item", HOSTILE) as bar:
+        bar.update_to(1, lambda: HOSTILE, HOSTILE)
+        bar.update_to(2)
+    print_result(HOSTILE)
+    shown = stream.getvalue() + capsys.readouterr().out
+    assert not set("\x07\x9b\u202e\x00\udce9") & set(shown)
+    assert "\x1b]" not in shown
+    assert r"cat\x1b]0;owned\x07\x9b2J\u202etxt\r\x00\udce9.png" in shown
+
+
+def test_ordinary_text_is_printed_as_it_is() -> None:
+    text = "é 猫\t3 %\nsecond line"
+    assert escape_control(text) == text
