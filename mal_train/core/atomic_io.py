@@ -40,8 +40,8 @@ def atomic_write(path: Path, *, mode: int = 0o666, overwrite: bool = True) -> It
     """Yields a new file that replaces `path` when the block ends without an error.
 
     Writes a temporary file in the same folder, syncs and renames it, and syncs the folder. A replaced file hands on its
-    owner, group and permissions. Symbolic links in the folder of `path` are followed; `path` itself may be none, since
-    whoever planted it would choose the file to overwrite.
+    owner, group and permissions. Symbolic links in the folder of `path` are followed, but `path` itself must not be a
+    link: another user of the folder could choose by it which file is overwritten.
 
     Args:
         path: the file.

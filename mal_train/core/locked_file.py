@@ -48,8 +48,8 @@ def no_follow(path: str | os.PathLike[str], flags: int) -> int:
 class LockedFile:
     """File that is locked against other processes until it is closed; created when it is missing. A context manager.
 
-    `read_at` and `write_at` are safe in threads. A symbolic link is refused, since whoever planted it would choose the
-    file to change.
+    `read_at` and `write_at` are safe in threads. A symbolic link is refused: another user of the folder could choose by
+    it which file is changed.
 
     Args:
         path: the file.
