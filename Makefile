@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-slow chaos test-browser test-proxies check protos bench tools tools-labelstudio clean
+.PHONY: help demo test test-slow chaos test-browser test-proxies promises check protos bench tools tools-labelstudio clean
 
 help:
 	@echo "make demo    create .venv, train on boxes of synthetic scenes, serve, label, write one HTML page"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-proxies  test only servers behind HAProxy and nginx"
 	@echo "make test-slow     run the slow tests: wheel, container, proxies"
 	@echo "make chaos   run load and fault tests in full, with their measurements"
+	@echo "make promises  record what the tests of promises measure, and write docs/reliability.md"
 	@echo "make check   format, lint, types, spelling, prose, generated files"
 	@echo "make protos  regenerate the gRPC stubs"
 	@echo "make bench   measure speed as ratios; writes bench.json"
@@ -28,6 +29,11 @@ $(VENV)/.all: pyproject.toml $(CONSTRAINTS)
 $(VENV)/.dev: $(VENV)/.all
 	@$(PIP) -e '.[all,dev]'
 	@touch $@
+
+# Records what tests with a promise measure, in their short forms, and writes the page from it.
+promises: $(VENV)/.dev
+	@MAL_PROMISES=docs/promises.jsonl $(BIN)/pytest -m promise
+	@$(BIN)/python -m tests.repository.reliability_page > docs/reliability.md
 
 # The oldest supported grpcio with its stub generator: the stubs are checked and the client is tested against it.
 .venv-protos/.pins: protos/generate.sh

@@ -4,34 +4,13 @@ Every test prints its measurements and its seed; `make chaos` shows them. The sh
 the speed of the machine. The full form also asserts times and needs an otherwise idle machine.
 """
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
 from benchmarks.load.run import fake_server_images
+from tests.form import FORM, Form
 
-T = TypeVar("T")
-
-SEED = int(os.environ.get("MAL_CHAOS_SEED", "20261125"))
-
-
-@dataclass(frozen=True)
-class Form:
-    """The form that runs, and the seed of all its random choices."""
-
-    is_full: bool
-    seed: int
-
-    def pick(self, short: T, full: T) -> T:
-        """Returns the value for this form."""
-        return full if self.is_full else short
-
-
-FORM = Form(os.environ.get("MAL_CHAOS") == "full", SEED)
 LIMIT_S = FORM.pick(900, 1500)
 """Time limit of one test; starting server processes takes long on a busy machine."""
 
@@ -47,17 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def form() -> Form:
     return FORM
-
-
-@pytest.fixture(scope="session")
-def record() -> Callable[..., None]:
-    """Prints the measurements of a test."""
-
-    def show(row: str, **values: object) -> None:
-        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        print(f"\nchaos {row} [{'full' if FORM.is_full else 'short'}, seed {FORM.seed}]: {shown}")
-
-    return show
 
 
 @pytest.fixture(scope="session")

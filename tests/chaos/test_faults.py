@@ -20,7 +20,7 @@ from benchmarks.load.client import Plan
 from benchmarks.load.fake_server import FakePredictor
 from benchmarks.load.images import LoadImage, load_images
 from benchmarks.load.run import ROOT, all_samples, environment, run_clients, wait_for_address
-from tests.chaos.conftest import Form
+from tests.form import Form
 from tests.mal_server.calls import bulk
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, label, label_request, serving
 

@@ -21,7 +21,7 @@ from PIL import Image
 from mal_server.api.service import LabelingService
 from mal_train.core.errors import BadImage
 from mal_train.core.images.decoder import decode_image
-from tests.chaos.conftest import FORM, Form
+from tests.form import FORM, Form
 from tests.mal_server.calls import bulk
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, label, label_request, serving
 from tests.mal_server.inference.test_bad_images import ACCEPTED, REFUSED, saved

@@ -14,7 +14,8 @@ import pytest
 from benchmarks.load.client import Plan
 from benchmarks.load.run import Server, all_samples, fake_server, run_clients, split_plan
 from benchmarks.load.summary import Sample, Summary, summarize
-from tests.chaos.conftest import FORM, TIMED, Form
+from tests.chaos.conftest import TIMED
+from tests.form import FORM, Form
 
 Record = Callable[..., None]
 

@@ -13,8 +13,8 @@ import pytest
 from benchmarks.load.client import Plan
 from benchmarks.load.run import ROOT, Server, all_samples, fake_server, run_clients
 from mal_server.ops.health_probe import HealthProbe
-from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
+from tests.form import Form
 from tests.tools import program
 
 Record = Callable[..., None]

@@ -28,9 +28,9 @@ from benchmarks.load.client import LABEL_IMAGE, Plan
 from benchmarks.load.images import LoadImage, load_images
 from benchmarks.load.run import ROOT, START_S, all_samples, environment, run_clients, wait_for_address
 from mal_server.ops.health_probe import HealthProbe
-from tests.chaos.conftest import FORM, Form
 from tests.chaos.test_hostile import corpus, mutant
 from tests.chaos.test_load import free_port, queued_crops
+from tests.form import FORM, Form
 
 Record = Callable[..., None]
 

@@ -17,8 +17,8 @@ import pytest
 from benchmarks.load.client import Plan
 from benchmarks.load.run import ROOT, all_samples, environment, run_clients, wait_for_address
 from mal_server.ops.health_probe import HealthProbe
-from tests.chaos.conftest import Form
 from tests.chaos.test_load import free_port
+from tests.form import Form
 
 Record = Callable[..., None]
 

@@ -3,6 +3,8 @@
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key, write_identity
 from tests.mal_train.kernel.checkpoint.checkpoints import equal, weights_checkpoint
@@ -13,6 +15,7 @@ def age(*arguments: str | Path) -> None:
     subprocess.run([program("age"), *map(str, arguments)], check=True, capture_output=True)
 
 
+@pytest.mark.promise("checkpoints", "The stock `age` program opens an encrypted checkpoint, and its files open here")
 def test_the_age_program_and_this_project_open_each_others_checkpoints(tmp_path: Path) -> None:
     identity, ours, plain, theirs = (
         tmp_path / name for name in ("identity.txt", "a.malckpt", "b.malckpt", "c.malckpt")
