@@ -54,7 +54,7 @@ def _playground(arguments: argparse.Namespace) -> int:
 
     async def run() -> None:
         async with make_async_client(arguments) as client:
-            await serve(client, listen, _print_line, open_browser=arguments.open)
+            await serve(client, listen, _print_line, open_page=arguments.open)
 
     asyncio.run(run())
     return 0

@@ -34,9 +34,10 @@ from mal_client.playground.schema import (
     read_label_request,
     server_json,
 )
-from mal_client.playground.security import HEADERS, KEY_FIELD, Forbidden, Guard, cookie_name
+from mal_client.playground.security import HEADERS, KEY_FIELD, Guard, cookie_name
 from mal_client.transport.image_call import check_image_size
 from mal_client.types import ServerInfo
+from mal_client.web_guard import Forbidden
 from mal_train.core.errors import BadImage, MalError
 from mal_train.core.images.decoder import decode_image, encode_png
 from mal_train.core.images.header import ImageLimits, read_header
@@ -63,9 +64,15 @@ PAGES: Final = {
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def build_app(client: AsyncClient, guard: Guard) -> web.Application:
-    """Builds the application; the caller closes the client."""
-    playground = Playground(client, guard)
+def build_app(client: AsyncClient, guard: Guard, on_open: Callable[[], None] = lambda: None) -> web.Application:
+    """Builds the application.
+
+    Args:
+        client: client of the labeling server; the caller closes it.
+        guard: access rules of the page.
+        on_open: called each time that the page is opened with the key.
+    """
+    playground = Playground(client, guard, on_open)
     # Limits `request.read()`, which reads JSON; images are read in chunks and have their own limit.
     app = web.Application(middlewares=[_middleware(guard)], client_max_size=MAX_JSON_BYTES)
     app.router.add_get("/", playground.page)
@@ -81,9 +88,10 @@ def build_app(client: AsyncClient, guard: Guard) -> web.Application:
 class Playground:
     """HTTP handlers, with the client, the images and the latest server information that they share."""
 
-    def __init__(self, client: AsyncClient, guard: Guard) -> None:
+    def __init__(self, client: AsyncClient, guard: Guard, on_open: Callable[[], None]) -> None:
         self._client = client
         self._guard = guard
+        self._on_open = on_open
         self._images = ImageStore(STORE_BYTES)
         self._decoders = asyncio.Semaphore(DECODERS)
         self._server_info: ServerInfo | None = None
@@ -98,6 +106,7 @@ class Playground:
         response = web.Response(body=self._pages[name], content_type=PAGES[name], charset="utf-8")
         if self._guard.accepts(request.query.get(KEY_FIELD)):
             response.set_cookie(cookie_name(request.host), self._guard.key, httponly=True, samesite="Strict", path="/")
+            self._on_open()
         return response
 
     async def server(self, request: web.Request) -> web.StreamResponse:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import webbrowser
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from mal_client.client import AsyncClient
 from mal_client.errors import ClientError
 from mal_client.playground.app import build_app
+from mal_client.playground.browser import open_browser, redirect_file
 from mal_client.playground.security import KEY_FIELD, Guard
 from mal_client.web_server import bound, until_interrupted
 from mal_train.core.addresses import is_loopback
-from mal_train.core.errors import MalError
+from mal_train.core.errors import MalError, OutputError
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ async def serve(
     listen: Listen,
     print_line: Callable[[str], None],
     *,
-    open_browser: bool = False,
+    open_page: bool = False,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serves the page until SIGINT, SIGTERM or `stop`.
@@ -51,21 +52,45 @@ async def serve(
         client: client of the labeling server; the caller closes it.
         listen: address of the page.
         print_line: called with each line for the user; the first one contains the URL with the key.
-        open_browser: also open the page in the default browser.
+        open_page: also open the page in the default browser.
         stop: ends the service when set; None serves until a signal.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
-    guard = Guard(secrets.token_urlsafe(24), frozenset(map(str.lower, listen.allowed_hosts)), listen.is_loopback)
+    hosts = frozenset(map(str.lower, listen.allowed_hosts))
+    guard = Guard(hosts, listen.is_loopback, key=secrets.token_urlsafe(24))
+    opened = asyncio.Event()
     # A page that disconnects cancels its handler, and with it the call to the labeling server.
-    async with bound(build_app(client, guard), listen.host, listen.port, cancel_on_disconnect=True) as address:
+    app = build_app(client, guard, on_open=opened.set)
+    async with bound(app, listen.host, listen.port, cancel_on_disconnect=True) as address:
         url = f"{address}/?{KEY_FIELD}={guard.key}"
         await _print_status(client, listen, url, print_line)
-        if open_browser:
-            # Starting a browser can take seconds.
-            await asyncio.to_thread(webbrowser.open, url)
-        await (until_interrupted() if stop is None else stop.wait())
+        async with _page_opened(url, opened, print_line) if open_page else nullcontext():
+            await (until_interrupted() if stop is None else stop.wait())
+
+
+@asynccontextmanager
+async def _page_opened(url: str, opened: asyncio.Event, print_line: Callable[[str], None]) -> AsyncIterator[None]:
+    """Opens the page in the default browser, beside the block."""
+    opening = asyncio.create_task(_open_page(url, opened, print_line))
+    try:
+        yield
+    finally:
+        opening.cancel()
+        with suppress(asyncio.CancelledError):
+            await opening
+
+
+async def _open_page(url: str, opened: asyncio.Event, print_line: Callable[[str], None]) -> None:
+    """Opens the page; the file that leads the browser there is deleted as soon as the page was opened."""
+    try:
+        with redirect_file(url) as path:
+            # In a thread: starting a browser can take seconds.
+            await asyncio.to_thread(open_browser, path)
+            await opened.wait()
+    except OutputError as error:
+        print_line(str(error))
 
 
 async def _print_status(client: AsyncClient, listen: Listen, url: str, print_line: Callable[[str], None]) -> None:

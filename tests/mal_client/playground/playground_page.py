@@ -28,7 +28,7 @@ Page = TestClient[Any, Any]
 async def playground(address: str, *, key: str | None = KEY, timeout_s: float = 20.0) -> AsyncIterator[Page]:
     """Runs the application on a free port and opens its page with the key; `key` None does not open it."""
     async with AsyncClient(address, timeout_s=timeout_s) as client:
-        app = build_app(client, Guard(KEY))
+        app = build_app(client, Guard(key=KEY))
         async with TestClient(TestServer(app, handler_cancellation=True)) as page:
             if key is not None:
                 async with page.get("/", params={"key": key}) as response:

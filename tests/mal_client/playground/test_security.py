@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from mal_client.playground import label_stream
 from mal_client.playground.app import PAGES
-from mal_client.playground.security import HEADERS, Forbidden, Guard, cookie_name
+from mal_client.playground.security import HEADERS, cookie_name
+from mal_client.web_guard import Forbidden, WebGuard
 
 from tests.mal_client.playground.playground_page import KEY, Page, error_of, playground, with_playground
 from tests.mal_client.test_against_server import served
@@ -36,7 +37,7 @@ from tests.mal_server.fakes import DISC_PNG
     ],
 )
 def test_a_host_that_could_be_rebound_is_refused(host: str, loopback: bool, is_allowed: bool) -> None:
-    guard = Guard(KEY, {"studio.example"}, loopback)
+    guard = WebGuard({"studio.example"}, loopback)
     if is_allowed:
         guard.check({"Host": host}, is_page=False)
     else:
@@ -63,10 +64,10 @@ def test_a_host_that_could_be_rebound_is_refused(host: str, loopback: bool, is_a
 def test_requests_of_other_pages_are_refused(headers: dict[str, str], is_page: bool, is_allowed: bool) -> None:
     given = {"Host": "127.0.0.1:8765", **headers}
     if is_allowed:
-        Guard(KEY).check(given, is_page=is_page)
+        WebGuard().check(given, is_page=is_page)
     else:
         with pytest.raises(Forbidden, match=r"^(origin|Sec-Fetch-Site) "):
-            Guard(KEY).check(given, is_page=is_page)
+            WebGuard().check(given, is_page=is_page)
 
 
 def test_every_url_needs_the_key() -> None:
