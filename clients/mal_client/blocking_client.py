@@ -33,6 +33,7 @@ from mal_client.types import (
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from mal_client.images.image_files import ImageFiles
     from mal_client.types import ImageInput
 
 
@@ -185,7 +186,7 @@ class Client(ClientBase):
     def label_dataset(
         self,
         coco_json: Path | str,
-        images_dir: Path | str,
+        images_dir: ImageFiles | Path | str,
         output_json: Path | str,
         options: LabelOptions = SERVER_DEFAULTS,
         dataset_options: DatasetOptions = DEFAULT_DATASET_OPTIONS,
@@ -211,7 +212,8 @@ class Client(ClientBase):
 
         Args:
             coco_json: COCO file; `bbox` is x, y, width, height in px.
-            images_dir: folder that `file_name` is relative to, or a glob pattern such as `photos/**/*.jpg`.
+            images_dir: folder that `file_name` is relative to, or a glob pattern such as `photos/**/*.jpg`;
+                `ImageFiles(folder, allow_outside=True)` for files outside the folder.
             output_json: COCO file to write.
             options: label options; the default leaves every choice to the server.
             dataset_options: annotations to label, and format of the masks. The default labels all annotations and
@@ -234,7 +236,7 @@ class Client(ClientBase):
         return label_dataset(
             [self],
             Path(coco_json),
-            Path(images_dir),
+            images_dir,
             Path(output_json),
             options,
             dataset_options=dataset_options,
@@ -245,7 +247,7 @@ class Client(ClientBase):
     def evaluate(
         self,
         coco_json: Path | str,
-        images_dir: Path | str,
+        images_dir: ImageFiles | Path | str,
         options: LabelOptions = SERVER_DEFAULTS,
         *,
         worst_count: int = 100,
@@ -261,7 +263,7 @@ class Client(ClientBase):
 
         Args:
             coco_json: COCO file with ground-truth masks.
-            images_dir: folder that `file_name` is relative to.
+            images_dir: as in `label_dataset`.
             options: label options; the default leaves every choice to the server.
             worst_count: number of instances to list in the result, those with the lowest IoU; 0 to 10 000.
             on_progress: called when images finish, in the thread that runs the evaluation.
@@ -282,7 +284,7 @@ class Client(ClientBase):
         return evaluate(
             self,
             Path(coco_json),
-            Path(images_dir),
+            images_dir,
             options,
             worst_count=worst_count,
             on_progress=on_progress,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mal_server.errors import InvalidRequest, NoSuchFile
+from mal_train.core.input_files import resolve_inside
 
 MAX_PATH_CHARS = 4096
 
@@ -80,12 +81,9 @@ class AllowedDirs:
         """
         root = self._root(name)
         _check_form(relative_path, field)
-        try:
-            resolved = Path(os.path.realpath(root / relative_path, strict=True))
-        except (OSError, ValueError, RuntimeError):
-            raise _not_found(name, relative_path) from None
-        if not resolved.is_relative_to(root):
-            # The same error as for a missing file: a client learns nothing about files elsewhere.
+        resolved = resolve_inside(root, relative_path)
+        if resolved is None or not os.path.exists(resolved):
+            # One error for both: a client learns nothing about files elsewhere.
             raise _not_found(name, relative_path)
         return resolved
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.cli.common import EXIT_SOME_FAILED, Commands, add_command, add_dataset_options
+from mal_client.cli.common import EXIT_SOME_FAILED, Commands, add_command, add_dataset_options, make_image_files
 from mal_client.dataset.progress import ProgressDisplay
 from mal_client.types import Progress
 from mal_train.core.errors import InputError
@@ -44,7 +44,7 @@ def _check(arguments: argparse.Namespace) -> int:
     with ProgressDisplay("check", counts_boxes=False) as display:
         report = check_dataset(
             arguments.annotations,
-            arguments.images,
+            make_image_files(arguments),
             decode=not arguments.headers_only,
             on_image=lambda done, total: display(Progress(done, total, 0, 0)),
         )

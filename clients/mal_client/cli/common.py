@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mal_client.client import DEFAULT_TIMEOUT_S, AsyncClient, Client
+from mal_client.images.image_files import ImageFiles
 from mal_client.types import LabelOptions
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import read_secret_file
@@ -108,6 +109,23 @@ def add_dataset_options(parser: argparse.ArgumentParser, content: str = "COCO fi
         help="alternative to --images: pattern of the image files, for example 'photos/**/*.jpg' (quoted; ** matches "
         "any folders); each file name of the annotations must be the end of exactly one path",
     )
+    add_outside_option(parser)
+
+
+def add_outside_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the permission to read images outside their folder."""
+    parser.add_argument(
+        "--allow-outside-images",
+        action="store_true",
+        help="also read images outside the folder of --images (or the one in which the pattern begins), where file "
+        "names with '..', absolute names or symbolic links lead; only for annotations and folders that you trust "
+        "(default: refuse such images)",
+    )
+
+
+def make_image_files(arguments: argparse.Namespace) -> ImageFiles:
+    """Finds the images that the options describe. Raises BadDataset: there is no such folder or no match."""
+    return ImageFiles(arguments.images, allow_outside=arguments.allow_outside_images)
 
 
 def add_label_options(parser: argparse.ArgumentParser) -> None:

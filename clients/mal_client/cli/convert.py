@@ -15,8 +15,10 @@ from mal_client.cli.common import (
     Commands,
     add_command,
     add_dataset_options,
+    add_outside_option,
     add_polygon_tolerance,
     failures_message,
+    make_image_files,
 )
 from mal_train.core.errors import ConfigError
 
@@ -39,6 +41,7 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         help="csv: the file; yolo: folder of the text files; voc: folder of the XML files",
     )
     convert.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
+    add_outside_option(convert)
     convert.add_argument("--output", type=Path, required=True, metavar="OUT.json", help="COCO file to write")
     convert.add_argument(
         "--columns",
@@ -101,18 +104,19 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
     images_dir: Path = arguments.images
     if not images_dir.is_dir():
         raise ConfigError(f"--images {images_dir}: no such folder; give the folder of the images")
+    files = make_image_files(arguments)
     if arguments.source_format == "csv":
         columns = [name for name in arguments.columns.split(",") if name]
-        return boxes.to_coco(csv_boxes.read_csv(arguments.labels, columns), images_dir)
+        return boxes.to_coco(csv_boxes.read_csv(arguments.labels, columns), files)
     file_names = boxes.image_names(images_dir)
     if arguments.source_format == "voc":
         rows = pascal_voc.read_voc(arguments.labels, file_names, zero_based=arguments.zero_based)
-        return boxes.to_coco(rows, images_dir, file_names=file_names)
+        return boxes.to_coco(rows, files, file_names=file_names)
     if arguments.names is None:
         raise ConfigError("--names: missing; YOLO files number the classes, so give the file with their names")
     names = yolo_boxes.read_names(arguments.names)
     rows = yolo_boxes.read_yolo(arguments.labels, file_names, names, arguments.names)
-    return boxes.to_coco(rows, images_dir, names, file_names)
+    return boxes.to_coco(rows, files, names, file_names)
 
 
 def _refuse_options_of_other_formats(arguments: argparse.Namespace) -> None:
@@ -127,11 +131,10 @@ def _export(arguments: argparse.Namespace) -> int:
     from mal_client.formats.labelme import Shape, write_labelme  # noqa: PLC0415
     from mal_client.formats.masks import MaskFile  # noqa: PLC0415
     from mal_client.formats.yolo_seg import write_yolo  # noqa: PLC0415
-    from mal_client.images.image_files import ImageFiles  # noqa: PLC0415
 
     if not arguments.polygon_tolerance >= 0:
         raise ConfigError(f"--polygon-tolerance {arguments.polygon_tolerance}: expected 0 px or more")
-    files = ImageFiles(arguments.images)
+    files = make_image_files(arguments)
     if arguments.to != "labelme" and not files.is_folder:
         raise ConfigError(f"--image-glob: {arguments.to} locates images by folder; give the folder with --images")
     masks = MaskFile(arguments.annotations, arguments.polygon_tolerance)

@@ -14,6 +14,7 @@ from mal_client.cli.common import (
     add_dataset_options,
     add_label_options,
     make_client,
+    make_image_files,
     make_label_options,
 )
 from mal_client.client import Client
@@ -93,7 +94,7 @@ def _run(client: Client, arguments: argparse.Namespace, options: LabelOptions, d
     }
     if arguments.on_server:
         return client.evaluate_on_server(str(arguments.annotations), str(arguments.images), options, **shared)
-    return client.evaluate(arguments.annotations, arguments.images, options, **shared)
+    return client.evaluate(arguments.annotations, make_image_files(arguments), options, **shared)
 
 
 def _count(text: str) -> int:
@@ -110,7 +111,12 @@ def _write_report(client: Client, arguments: argparse.Namespace, evaluation: Eva
     from mal_train.core.report.page import build_report  # noqa: PLC0415
 
     cards = worst_cards(
-        client, evaluation, read_coco(arguments.annotations), arguments.images, options, count=arguments.worst
+        client,
+        evaluation,
+        read_coco(arguments.annotations),
+        make_image_files(arguments),
+        options,
+        count=arguments.worst,
     )
     subtitle = f"{arguments.annotations.name} on {arguments.server}"
     page = build_report("Evaluation", evaluation_sections(evaluation, cards), subtitle)

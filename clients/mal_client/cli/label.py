@@ -20,6 +20,7 @@ from mal_client.cli.common import (
     add_polygon_tolerance,
     failures_message,
     make_clients,
+    make_image_files,
     make_label_options,
 )
 from mal_client.dataset.progress import JsonLog, ProgressDisplay
@@ -123,7 +124,7 @@ def _label(arguments: argparse.Namespace) -> int:
         result = label_dataset(
             clients,
             arguments.annotations,
-            arguments.images,
+            make_image_files(arguments),
             arguments.output,
             make_label_options(arguments),
             dataset_options=options,

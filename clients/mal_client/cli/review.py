@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.cli.common import Commands, add_command, add_dataset_options
+from mal_client.cli.common import Commands, add_command, add_dataset_options, make_image_files
 from mal_train.core.command_line import RenamedOption
 
 if TYPE_CHECKING:
@@ -108,19 +108,18 @@ def _review(arguments: argparse.Namespace) -> int:
         from mal_train.core.atomic_io import write_text  # noqa: PLC0415
         from mal_train.core.report.page import build_report  # noqa: PLC0415
 
-        cards = queue_cards(queue.worst, arguments.images)
+        cards = queue_cards(queue.worst, make_image_files(arguments))
         write_text(arguments.report, build_report("Review", queue_sections(queue, cards), str(arguments.annotations)))
         print(f"report: {arguments.report}")
     return 0
 
 
 def _export_to_tools(worst: Sequence[QueueItem], arguments: argparse.Namespace) -> None:
-    from mal_client.images.image_files import ImageFiles  # noqa: PLC0415
     from mal_client.review.queue import by_image, category_names  # noqa: PLC0415
 
     if arguments.label_studio is None and arguments.cvat is None:
         return
-    names, files = category_names(arguments.annotations), ImageFiles(arguments.images)
+    names, files = category_names(arguments.annotations), make_image_files(arguments)
     items_by_image = by_image(worst)
     without_image = len(worst) - sum(len(items) for items in items_by_image.values())
     note = f"; {without_image} annotations omitted: the file does not list their images" if without_image else ""

@@ -23,9 +23,8 @@ from mal_client.dataset.servers import reachable_servers
 from mal_client.dataset.shards import SHARD_KEY, Shard
 from mal_client.errors import ItemError
 from mal_client.images.image_files import ImageFiles
-from mal_client.images.image_input import EncodedImage, not_found, read_file
+from mal_client.images.image_input import MAX_FILE_BYTES, EncodedImage, read_file
 from mal_client.transport.base import Transport
-from mal_client.transport.image_call import check_image_size
 from mal_client.types import (
     DEFAULT_DATASET_OPTIONS,
     BoxLabel,
@@ -46,7 +45,7 @@ OnProgress = Callable[[Progress], None]
 def label_dataset(
     clients: Sequence[Transport],
     coco_json: Path,
-    images_dir: Path | str,
+    images_dir: ImageFiles | Path | str,
     output_json: Path,
     options: LabelOptions,
     *,
@@ -60,7 +59,7 @@ def label_dataset(
     Args:
         clients: one for each server.
         coco_json: the annotations.
-        images_dir: the folder that `file_name` is relative to, or a pattern (see `ImageFiles`).
+        images_dir: the folder that `file_name` is relative to, or a pattern; `ImageFiles` for files outside it.
         output_json: the file with masks.
         options: label options.
         dataset_options: which annotations are labeled, and how they are written.
@@ -76,7 +75,7 @@ def label_dataset(
     notify = on_notice or (lambda _: None)
     refuse_same_file(coco_json, output_json)
     check_writable(output_json)
-    images = ImageFiles(images_dir)
+    images = ImageFiles.of(images_dir)
     plan = read_plan(coco_json, dataset_options)
     servers = reachable_servers(clients, options, notify)
     info = servers[0][1]
@@ -113,12 +112,9 @@ def image_loader(images: ImageFiles, limits: ServerLimits) -> Callable[[ImageInf
 
     def load(image: ImageInfo) -> EncodedImage:
         path = images.path(image.file_name)
-        try:
-            check_image_size(path.stat().st_size, limits, str(path))
-        except (OSError, ValueError) as error:
-            raise not_found(path, error) from None
+        content = read_file(path, min(limits.max_image_bytes, MAX_FILE_BYTES))
         width, height = image.size_wh or (0, 0)
-        return EncodedImage(read_file(path), width, height)
+        return EncodedImage(content, width, height)
 
     return load
 

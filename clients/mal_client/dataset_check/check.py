@@ -16,11 +16,12 @@ from typing import Final
 
 from mal_client.dataset_check.report import CheckReport, Severity
 from mal_client.images.image_files import ImageFiles
+from mal_client.images.image_input import read_file
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images.decoder import read_image
-from mal_train.core.images.header import ImageHeader, read_header
+from mal_train.core.images.header import DEFAULT_LIMITS, ImageHeader, read_header
 from mal_train.core.masks.geometry import Box, check_box
 from mal_train.core.settings import SIZE_NAMES, size_class
 
@@ -30,7 +31,7 @@ _IMAGES_AT_ONCE: Final = 64
 
 def check_dataset(
     coco_json: Path,
-    images_dir: Path | str,
+    images_dir: ImageFiles | Path | str,
     *,
     decode: bool = True,
     on_image: Callable[[int, int], None] | None = None,
@@ -39,7 +40,8 @@ def check_dataset(
 
     Args:
         coco_json: the annotations.
-        images_dir: the folder that `file_name` is relative to, or a glob pattern (`ImageFiles`).
+        images_dir: the folder that `file_name` is relative to, or a glob pattern; `ImageFiles` for files
+            outside it.
         decode: also decode the pixels, which is the only way to find truncated files; False reads headers only.
         on_image: called with (images checked, images in total).
 
@@ -103,11 +105,11 @@ def _gap(low: int, high: int) -> str:
 class _FileChecker:
     """Checks the image files, several at a time."""
 
-    def __init__(self, report: CheckReport, images_dir: Path | str, decode: bool) -> None:
+    def __init__(self, report: CheckReport, images_dir: ImageFiles | Path | str, decode: bool) -> None:
         self.sizes: dict[JsonId, tuple[int, int] | None] = {}
         """Width and height of the images whose row does not state them; None for those without a readable file."""
         self._report = report
-        self._images = ImageFiles(images_dir)
+        self._images = ImageFiles.of(images_dir)
         self._decode = decode
         self._names: set[str] = set()
 
@@ -133,7 +135,7 @@ class _FileChecker:
             path = self._images.path(image.file_name)
             if self._decode:
                 read_image(path, expected_wh=image.size_wh)
-            header = read_header(path.read_bytes(), str(path))
+            header = read_header(read_file(path, DEFAULT_LIMITS.max_bytes), str(path))
         except BadImage as error:
             return error
         except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from mal_client.dataset.run import OnProgress
 from mal_client.evaluation.checkpoint import EvaluationCheckpoint
 from mal_client.evaluation.sources import LocalDataset, ServerDataset
 from mal_client.evaluation.stream import EvaluationSource, EvaluationStream, RetryBudget
+from mal_client.images.image_files import ImageFiles
 from mal_client.transport.base import Transport
 from mal_client.transport.serialization import evaluation_messages, labeling_messages
 from mal_client.types import Evaluation, LabelOptions
@@ -25,7 +26,7 @@ from mal_train.core.settings import SIZE_NAMES
 def evaluate(
     client: Transport,
     coco_json: Path,
-    images_dir: Path | str,
+    images_dir: ImageFiles | Path | str,
     options: LabelOptions,
     *,
     worst_count: int = 100,
@@ -34,12 +35,12 @@ def evaluate(
     resume: Path | None = None,
 ) -> Evaluation:
     """Evaluates on a local data set; see `Client.evaluate`."""
-    coco = read_coco(coco_json)
-    source = LocalDataset(
-        coco, images_dir, options=options, worst_count=worst_count, limits=client.server_info().limits
-    )
-    sha256 = hashlib.sha256(coco_json.read_bytes()).hexdigest()
-    job = {"annotations_sha256": sha256, "images": str(images_dir), "options": repr(options)}
+    coco, files = read_coco(coco_json), ImageFiles.of(images_dir)
+    limits = client.server_info().limits
+    source = LocalDataset(coco, files, options=options, worst_count=worst_count, limits=limits)
+    with coco_json.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    job = {"annotations_sha256": sha256, "images": files.name, "options": repr(options)}
     return _evaluate(client, source, job=job, on_progress=on_progress, on_notice=on_notice, resume=resume)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from mal.v1 import evaluation_pb2
@@ -59,7 +58,7 @@ class LocalDataset(EvaluationSource):
 
     Args:
         coco: the COCO file.
-        images_dir: folder of its images.
+        files: its images.
         options: options of labeling.
         worst_count: number of instances to list, lowest IoU first.
         limits: limits of the server.
@@ -68,7 +67,7 @@ class LocalDataset(EvaluationSource):
     def __init__(
         self,
         coco: CocoFile,
-        images_dir: Path | str,
+        files: ImageFiles,
         *,
         options: LabelOptions,
         worst_count: int,
@@ -89,7 +88,7 @@ class LocalDataset(EvaluationSource):
             if row.problem is None
         )
         self._image_of = {str(index): image for index, (image, _) in enumerate(self._sent)}
-        self._load = image_loader(ImageFiles(images_dir), limits)
+        self._load = image_loader(files, limits)
         self._wire_ids = _wire_ids_of_categories(coco)
         self._category_ids = {wire_id: category_id for category_id, wire_id in self._wire_ids.items()}
         self._row_index = {id(row): index for index, row in enumerate(coco.annotations)}

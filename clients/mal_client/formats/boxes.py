@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mal_client.images.image_files import IMAGE_SUFFIXES
+from mal_client.images.image_files import IMAGE_SUFFIXES, ImageFiles
+from mal_client.images.image_input import read_file
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.errors import BadDataset, BadImage
-from mal_train.core.images.header import read_header
+from mal_train.core.images.header import DEFAULT_LIMITS, read_header
 
 BAD_ROW = "BAD_ROW"
 
@@ -74,7 +75,7 @@ class ConversionResult:
 
 def to_coco(
     rows: Iterable[BoxRecord | RowError],
-    images_dir: Path,
+    images: ImageFiles | Path,
     categories: Iterable[str] = (),
     file_names: Iterable[str] = (),
 ) -> ConversionResult:
@@ -82,15 +83,16 @@ def to_coco(
 
     Args:
         rows: boxes, and the errors of their reader.
-        images_dir: folder of the images; sizes are read from their headers.
+        images: folder of the images; sizes are read from their headers.
         categories: category names in the order of their IDs, from 1; other categories follow alphabetically.
         file_names: images to include even if they have no box.
     """
-    builder = _CocoBuilder(images_dir)
+    files = ImageFiles.of(images)
+    builder = _CocoBuilder(files)
     converted: list[tuple[BoxRecord, dict[str, Any]]] = []
     errors: list[RowError] = []
     for name in file_names:
-        error = builder.add_image(name, str(images_dir / name))
+        error = builder.add_image(name, f"{files.name}/{name}")
         if error is not None:
             errors.append(error)
     for row in rows:
@@ -171,9 +173,9 @@ def match_error(labels_file: str, image_name: str, matches: Sequence[str]) -> Ro
 class _CocoBuilder:
     """Builds rows of a COCO file; reads the header of each image once."""
 
-    def __init__(self, images_dir: Path) -> None:
+    def __init__(self, files: ImageFiles) -> None:
         self.images: dict[str, dict[str, Any]] = {}
-        self._images_dir = images_dir
+        self._files = files
         self._unreadable: dict[str, str] = {}
 
     def add_image(self, name: str, where: str) -> RowError | None:
@@ -181,12 +183,10 @@ class _CocoBuilder:
             return None
         if name not in self._unreadable:
             try:
-                path = self._images_dir / name
-                width, height = read_header(path.read_bytes(), str(path)).size_wh
+                path = self._files.path(name)
+                width, height = read_header(read_file(path, DEFAULT_LIMITS.max_bytes), str(path)).size_wh
             except BadImage as error:
                 self._unreadable[name] = str(error)
-            except (OSError, ValueError) as error:
-                self._unreadable[name] = f"{self._images_dir / name}: cannot be read ({error})"
             else:
                 self.images[name] = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
                 return None

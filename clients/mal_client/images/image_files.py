@@ -1,14 +1,21 @@
-"""Finds the image files of a COCO file: in one folder, or anywhere among the files that a pattern matches."""
+"""Finds the image files of a COCO file: in one folder, or among the files that a pattern matches.
+
+The file names come with the annotations, maybe from strangers, and what they name is sent to a server. So neither "..",
+an absolute name nor a symbolic link leads out of the folder, or out of the folder in which a pattern begins, unless the
+user allows it.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
 from collections.abc import Collection, Iterator
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mal_train.core.errors import BadDataset, BadImage
+from mal_train.core.input_files import resolve_inside
 
 LISTED = 3
 
@@ -24,6 +31,7 @@ class ImageFiles:
 
     Args:
         folder_or_pattern: a folder, or a glob pattern.
+        allow_outside: also find files outside the folder, and through links that leave it.
 
     Attributes:
         name: absolute path or pattern, for messages and journals.
@@ -32,9 +40,11 @@ class ImageFiles:
         BadDataset: the folder does not exist, or the pattern matches no file.
     """
 
-    def __init__(self, folder_or_pattern: Path | str) -> None:
+    def __init__(self, folder_or_pattern: Path | str, *, allow_outside: bool = False) -> None:
         self._folder: Path | None = Path(folder_or_pattern)
         self._by_name: dict[str, list[str]] = {}
+        self._allow_outside = allow_outside
+        self._root = self._folder
         self.name = os.path.realpath(folder_or_pattern)
         if self._folder.is_dir():
             return
@@ -44,6 +54,7 @@ class ImageFiles:
                 "relative to"
             )
         self._folder = None
+        self._root = _fixed_part(self._root)
         for path in sorted(glob.iglob(str(folder_or_pattern), recursive=True)):
             if os.path.isfile(path):
                 self._by_name.setdefault(os.path.basename(path), []).append(path)
@@ -51,6 +62,11 @@ class ImageFiles:
             raise BadDataset(
                 f"{folder_or_pattern}: the pattern matches no file; check it, and quote it to protect it from the shell"
             )
+
+    @classmethod
+    def of(cls, images: ImageFiles | Path | str) -> ImageFiles:
+        """Returns `images` itself, or the image files of a folder or pattern."""
+        return images if isinstance(images, ImageFiles) else cls(images)
 
     @property
     def is_folder(self) -> bool:
@@ -61,10 +77,19 @@ class ImageFiles:
         """Returns the path of an image; in a folder, the file may be missing.
 
         Raises:
-            BadImage: no match of the pattern ends in this name, or several do (reason IMAGE_NOT_FOUND).
+            BadImage: the file is outside the folder, no match of the pattern ends in this name, or several do (reason
+                IMAGE_NOT_FOUND).
         """
-        if self._folder is not None:
-            return self._folder / file_name
+        path = self._match(file_name) if self._folder is None else self._folder / file_name
+        if not self._allow_outside and resolve_inside(self._root, str(path.absolute())) is None:
+            raise BadImage(
+                f"{file_name}: outside {self._root}; move the file into that folder, or allow it with "
+                "--allow-outside-images (ImageFiles(..., allow_outside=True))",
+                "IMAGE_NOT_FOUND",
+            )
+        return path
+
+    def _match(self, file_name: str) -> Path:
         parts = PurePosixPath(file_name).parts
         matches = [path for path in self._by_name.get(parts[-1], ()) if Path(path).parts[-len(parts) :] == parts]
         if len(matches) == 1:
@@ -87,6 +112,16 @@ class ImageFiles:
                 path = os.path.relpath(os.path.join(folder, name), self._folder)
                 if path not in named and _is_image(path):
                     yield path
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """Returns the folder in which a pattern begins.
+
+    >>> _fixed_part(Path("photos/2021*/**/*.jpg")).as_posix()
+    'photos'
+    """
+    fixed = [*takewhile(lambda part: not glob.has_magic(part), pattern.parts)]
+    return Path(*fixed)
 
 
 def _ends_in(parts: tuple[str, ...], suffixes: Collection[tuple[str, ...]]) -> bool:

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mal_train.core.errors import BadImage
+from mal_train.core.input_files import read_limited
 
 if TYPE_CHECKING:
     from mal_client.types import ImageInput
 
 # Modes that PNG stores as they are; the server's decoder then applies its one rule to alpha, gray and 16 bits.
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+
+MAX_FILE_BYTES = 1 << 30
+"""Size limit of an image file whose server is not asked yet; above every limit that fits into a gRPC message."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,27 @@ def encode(image: ImageInput) -> EncodedImage:
     raise BadImage(f"image: {type(image).__name__}; a uint8 array, a Pillow image, a path or encoded bytes is needed")
 
 
-def read_file(path: Path) -> bytes:
-    """Returns the bytes of a file. Raises BadImage, reason IMAGE_NOT_FOUND, when it cannot be read."""
+def read_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """Returns the bytes of an image file.
+
+    Raises:
+        BadImage: the file cannot be read or is no regular file (reason IMAGE_NOT_FOUND), or it is larger than
+            `max_bytes` (IMAGE_TOO_LARGE).
+    """
     try:
-        return path.read_bytes()
+        content = read_limited(path, max_bytes)
     # ValueError: a name with a NUL character.
     except (OSError, ValueError) as error:
-        raise not_found(path, error) from None
-
-
-def not_found(path: Path, error: OSError | ValueError) -> BadImage:
-    """Returns the error for an image file that cannot be opened."""
-    reason = error.strerror if isinstance(error, OSError) else str(error)
-    return BadImage(f"{path}: cannot be read ({reason}); check the image folder and the file name", "IMAGE_NOT_FOUND")
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadImage(
+            f"{path}: cannot be read ({reason}); check the image folder and the file name", "IMAGE_NOT_FOUND"
+        ) from None
+    if len(content) > max_bytes:
+        raise BadImage(
+            f"{path}: more than {max_bytes} bytes, the limit; compress or shrink it, or raise the server's limit",
+            "IMAGE_TOO_LARGE",
+        )
+    return content
 
 
 def _encode_array(pixels: np.ndarray[Any, Any]) -> EncodedImage:

@@ -25,7 +25,7 @@ def worst_cards(
     client: Client,
     evaluation: Evaluation,
     coco: CocoFile,
-    images_dir: Path | str,
+    images_dir: ImageFiles | Path | str,
     options: LabelOptions,
     *,
     count: int = 24,
@@ -37,7 +37,7 @@ def worst_cards(
     """
     worst = evaluation.worst[:count]
     segmentations = {row.id: row.raw.get("segmentation") for row in coco.annotations if row.id is not None}
-    files = ImageFiles(images_dir)
+    files = ImageFiles.of(images_dir)
     cards: dict[int, Card] = {}
     for file_name in dict.fromkeys(row.file_name for row in worst):
         indexed = [(index, row) for index, row in enumerate(worst) if row.file_name == file_name]
@@ -52,9 +52,9 @@ def worst_cards(
     return [cards[index] for index in sorted(cards)]
 
 
-def queue_cards(items: Sequence[QueueItem], images_dir: Path | str) -> list[Card]:
+def queue_cards(items: Sequence[QueueItem], images_dir: ImageFiles | Path | str) -> list[Card]:
     """Builds the cards of queue items, in the order of the queue; reads each image once and omits unreadable ones."""
-    files = ImageFiles(images_dir)
+    files = ImageFiles.of(images_dir)
     cards: dict[int, Card] = {}
     for file_name in dict.fromkeys(item.image.file_name for item in items):
         on_image = [item for item in items if item.image.file_name == file_name]
