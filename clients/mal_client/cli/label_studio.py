@@ -17,6 +17,7 @@ from mal_client.cli.common import (
     make_label_options,
     read_secret,
 )
+from mal_client.web_guard import WebGuard
 from mal_train.core.addresses import is_loopback
 from mal_train.core.command_line import RenamedOption
 from mal_train.core.errors import ConfigError
@@ -72,6 +73,14 @@ def add_label_studio(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="file with USER:PASSWORD that Label Studio must send; required unless --host is a loopback address",
     )
+    backend.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name under which Label Studio may reach the backend, besides localhost and IP addresses; repeatable "
+        "(default: none)",
+    )
     add_label_options(backend)
 
 
@@ -109,8 +118,11 @@ def _serve(arguments: argparse.Namespace) -> int:
             # Before the port opens: a wrong address or token of the labeling server is an error of this command.
             version = predictor.model_version()
 
+            guard = WebGuard(frozenset(map(str.lower, arguments.allow_host)), is_loopback(arguments.host))
+
             async def serve() -> None:
-                async with bound(build_app(predictor, credentials), arguments.host, arguments.port) as address:
+                app = build_app(predictor, credentials, guard)
+                async with bound(app, arguments.host, arguments.port) as address:
                     print(f"serving {version} on {address}", flush=True)
                     await until_interrupted()
 

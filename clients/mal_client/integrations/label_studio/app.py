@@ -11,9 +11,10 @@ import base64
 import hmac
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
@@ -22,7 +23,8 @@ from aiohttp import web
 
 from mal_client.errors import ClientError
 from mal_client.integrations.label_studio.label_config import read_label_config
-from mal_client.integrations.label_studio.predictor import Predictor
+from mal_client.integrations.label_studio.predictor import Predictor, read_predict_request
+from mal_client.web_guard import Forbidden, WebGuard
 from mal_train.core.errors import InputError, MalError
 
 HEALTH_TIMEOUT_S: Final = 0.8
@@ -30,6 +32,9 @@ HEALTH_TIMEOUT_S: Final = 0.8
 
 MAX_REQUEST_BYTES: Final = 64 * 1024 * 1024
 """Size limit of a request: tasks include all their annotations, with brush masks as lists of numbers."""
+
+MAX_RECEIVED_BYTES: Final = 4 * MAX_REQUEST_BYTES
+"""Size limit of all request bodies in memory together. Further requests get status 503 and Retry-After."""
 
 MAX_RUNNING: Final = 16
 """Requests processed concurrently; Label Studio sends one for each rectangle that a user draws."""
@@ -44,6 +49,8 @@ RECEIVE_TIMEOUT_S: Final = 60.0
 
 HEALTH = "/health"
 
+DEFAULT_GUARD: Final = WebGuard()
+
 _log = logging.getLogger("mal_client.label_studio")
 
 Result = TypeVar("Result")
@@ -51,17 +58,24 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def build_app(
-    predictor: Predictor, credentials: str | None = None, max_request_bytes: int = MAX_REQUEST_BYTES
+    predictor: Predictor,
+    credentials: str | None = None,
+    guard: WebGuard = DEFAULT_GUARD,
+    *,
+    max_request_bytes: int = MAX_REQUEST_BYTES,
+    max_received_bytes: int = MAX_RECEIVED_BYTES,
 ) -> web.Application:
     """Builds the web application.
 
     Args:
         predictor: computes the predictions.
         credentials: `user:password` that Label Studio must send (HTTP Basic); None accepts every request.
+        guard: refuses the requests of web pages.
         max_request_bytes: size limit of a request; a larger one gets status 413 before it is read completely.
+        max_received_bytes: size limit of all bodies in memory together.
     """
-    backend = _Backend(predictor)
-    app = web.Application(middlewares=[_middleware(credentials)], client_max_size=max_request_bytes)
+    backend = _Backend(predictor, max_received_bytes)
+    app = web.Application(middlewares=[_middleware(credentials, guard)], client_max_size=max_request_bytes)
     app.router.add_get("/", backend.health)
     app.router.add_get(HEALTH, backend.health)
     app.router.add_post("/setup", backend.setup)
@@ -75,15 +89,19 @@ def build_app(
 
 
 class _TooManyRequests(Exception):
-    """MAX_REQUESTS requests are in memory."""
+    """MAX_REQUESTS requests, or their largest permitted number of bytes, are in memory."""
 
 
 class _Backend:
     """HTTP handlers. They call the predictor on threads, because it blocks."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, max_received_bytes: int) -> None:
         self._predictor = predictor
+        self._max_received_bytes = max_received_bytes
         self._requests = 0
+        self._received_bytes = 0
+        # JSON of 64 MiB can take a gigabyte once parsed. One at a time: the interpreter parses no two at once anyway.
+        self._parsing = threading.Lock()
         self._workers = ThreadPoolExecutor(MAX_RUNNING, "label-studio")
         # A pool of its own, so that /health does not wait for long predictions.
         self._health_workers = ThreadPoolExecutor(2, "label-studio-health")
@@ -105,22 +123,27 @@ class _Backend:
 
         Ignores the access token of the request: this backend sends only the token of its command line.
         """
-        with self._slot():
-            body = await _read_body(request)
+        async with self._body(request) as body:
 
             def check() -> str:
-                read_label_config(str(_parse_object(body).get("schema", "")))
+                with self._parsing:
+                    schema = str(_parse_object(body).get("schema", ""))
+                read_label_config(schema)
                 return self._predictor.model_version()
 
             return web.json_response({"model_version": await self._in_thread(check)})
 
     async def predict(self, request: web.Request) -> web.StreamResponse:
         """Returns masks for the rectangles of the tasks in the request."""
-        with self._slot():
-            body = await _read_body(request)
-            # JSON in the thread too: parsing and writing masks as lists of numbers takes seconds.
-            text = await self._in_thread(lambda: json.dumps(self._predictor.predict(_parse_object(body))))
-            return web.Response(text=text, content_type="application/json")
+        async with self._body(request) as body:
+
+            def predict() -> str:
+                # JSON in the thread too: parsing and writing masks as lists of numbers takes seconds.
+                with self._parsing:
+                    parsed = read_predict_request(_parse_object(body))
+                return json.dumps(self._predictor.predict(parsed))
+
+            return web.Response(text=await self._in_thread(predict), content_type="application/json")
 
     async def versions(self, _: web.Request) -> web.StreamResponse:
         """Returns the only version, that of the served model."""
@@ -130,6 +153,33 @@ class _Backend:
     async def ignore(self, _: web.Request) -> web.StreamResponse:
         """Accepts project events and disconnections, which have no effect: the backend does not train."""
         return web.json_response({})
+
+    @asynccontextmanager
+    async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
+        """Reads the body of a request, which counts until the end of the block.
+
+        Raises:
+            _TooManyRequests: MAX_REQUESTS, or the size limit of all bodies.
+            HTTPRequestTimeout: the body takes more than RECEIVE_TIMEOUT_S.
+            HTTPRequestEntityTooLarge: the body exceeds the size limit of a request.
+        """
+        with self._slot():
+            received = bytearray()
+            try:
+                async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+                    async for chunk in request.content.iter_any():
+                        # Counted as it arrives: a caller may state any length, or none.
+                        received += chunk
+                        self._received_bytes += len(chunk)
+                        if len(received) > request.client_max_size:
+                            raise web.HTTPRequestEntityTooLarge(request.client_max_size, len(received))
+                        if self._received_bytes > self._max_received_bytes:
+                            raise _TooManyRequests
+                yield bytes(received)
+            except TimeoutError:
+                raise web.HTTPRequestTimeout from None
+            finally:
+                self._received_bytes -= len(received)
 
     @contextmanager
     def _slot(self) -> Iterator[None]:
@@ -157,25 +207,16 @@ class _Backend:
         return None
 
 
-async def _read_body(request: web.Request) -> bytes:
-    """Reads the body. Raises HTTPRequestTimeout after RECEIVE_TIMEOUT_S."""
-    try:
-        async with asyncio.timeout(RECEIVE_TIMEOUT_S):
-            return await request.read()
-    except TimeoutError:
-        raise web.HTTPRequestTimeout from None
-
-
-def _middleware(credentials: str | None) -> Any:
-    """Returns a middleware that checks the credentials and turns errors into JSON responses and log lines."""
+def _middleware(credentials: str | None, guard: WebGuard) -> Any:
+    """Returns a middleware that authorizes requests and turns errors into JSON responses and log lines."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if credentials is not None and request.path not in ("/", HEALTH) and not _has(request, credentials):
-            challenge = {"WWW-Authenticate": 'Basic realm="mal-client"'}
-            return web.json_response({"error": "credentials required"}, status=401, headers=challenge)
         try:
+            _authorize(request, credentials, guard)
             return await handler(request)
+        except Forbidden as error:
+            return _error(request, str(error), HTTPStatus.FORBIDDEN)
         except _TooManyRequests:
             headers = {"Retry-After": str(RETRY_AFTER_S)}
             return _error(request, f"{MAX_REQUESTS} requests in progress; retry later", 503, headers)
@@ -183,8 +224,8 @@ def _middleware(credentials: str | None) -> Any:
             limit = request.client_max_size
             return _error(request, f"request exceeds {limit} bytes; select fewer tasks at once", 413)
         except web.HTTPException as error:
-            # Raised by aiohttp: unknown path or wrong method.
-            return _error(request, HTTPStatus(error.status).phrase, error.status)
+            # Also raised by aiohttp: unknown path or wrong method.
+            return _error(request, HTTPStatus(error.status).phrase, error.status, _challenge(error))
         except MalError as error:
             return _error(request, str(error), 503 if isinstance(error, ClientError) else 400)
 
@@ -197,6 +238,25 @@ def _error(
     # Label Studio shows its users only the status; the log has the message.
     _log.error("%s: %s", request.path, message)
     return web.json_response({"error": message}, status=status, headers=headers)
+
+
+def _authorize(request: web.Request, credentials: str | None, guard: WebGuard) -> None:
+    """Checks a request before its body is read.
+
+    Raises:
+        Forbidden: a web page may have caused the request.
+        HTTPUnauthorized: credentials are missing or wrong; the health checks need none.
+        HTTPUnsupportedMediaType: the body is not stated as JSON. A form of any web page is not, and needs no consent.
+    """
+    guard.check(request.headers)
+    if credentials is not None and request.path not in ("/", HEALTH) and not _has(request, credentials):
+        raise web.HTTPUnauthorized
+    if request.can_read_body and request.content_type != "application/json":
+        raise web.HTTPUnsupportedMediaType
+
+
+def _challenge(error: web.HTTPException) -> Mapping[str, str]:
+    return {"WWW-Authenticate": 'Basic realm="mal-client"'} if error.status == HTTPStatus.UNAUTHORIZED else {}
 
 
 def _has(request: web.Request, credentials: str) -> bool:

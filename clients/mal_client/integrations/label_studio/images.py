@@ -21,6 +21,7 @@ import httpx2
 from mal_client.images.image_input import read_file
 from mal_train.core.errors import BadImage, ConfigError
 from mal_train.core.images.header import DEFAULT_LIMITS
+from mal_train.core.input_files import resolve_inside
 
 LOCAL_FILES: Final = "/data/local-files/"
 TIMEOUT_S: Final = 30.0
@@ -93,10 +94,10 @@ class ImageFetcher:
 
     def _read_local(self, name: str) -> bytes:
         assert self._folder is not None
-        path = (self._folder / name.lstrip("/")).resolve()
-        if not path.is_relative_to(self._folder):
+        path = resolve_inside(self._folder, name.lstrip("/"))
+        if path is None:
             raise BadImage(f"{name}: outside {self._folder}", "IMAGE_NOT_FOUND")
-        return read_file(path)
+        return read_file(path, self._max_bytes)
 
     def _on_host(self, url: str) -> str:
         if self._host is None:

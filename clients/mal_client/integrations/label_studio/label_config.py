@@ -13,6 +13,8 @@ BOXES: Final = {"RectangleLabels": "rectanglelabels", "Rectangle": "rectangle"}
 MASKS: Final = {"BrushLabels": "brushlabels", "PolygonLabels": "polygonlabels"}
 """Tags and the types of their regions; if an image has several mask tags, the first type here is used."""
 
+MAX_CONFIG_CHARS: Final = 1_000_000
+
 
 @dataclass(frozen=True)
 class Control:
@@ -77,9 +79,12 @@ def read_label_config(xml: str) -> LabelConfig:
     Raises:
         ConfigError: it is not valid XML, or has no control for boxes on an image.
     """
+    if len(xml) > MAX_CONFIG_CHARS:
+        raise ConfigError(f"labeling configuration: {len(xml)} characters; at most {MAX_CONFIG_CHARS}")
     try:
         root = ElementTree.fromstring(xml)
-    except ElementTree.ParseError as error:
+    # ValueError: half of a surrogate pair, which JSON can hold.
+    except (ElementTree.ParseError, ValueError) as error:
         raise ConfigError(f"labeling configuration: not valid XML ({error})") from None
     image_fields = {
         tag.get("name", ""): tag.get("value", "").removeprefix("$")

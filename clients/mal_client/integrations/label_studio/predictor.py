@@ -6,7 +6,9 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -20,6 +22,7 @@ from mal_client.integrations.label_studio.regions import (
     check_image,
     is_rectangle,
     mask_regions,
+    name_of,
     read_rectangle,
 )
 from mal_client.integrations.missing_mask import missing_mask_reason
@@ -30,6 +33,18 @@ from mal_train.core.images.header import read_header
 TASKS_AT_ONCE: Final = 4
 """Tasks of one request labeled concurrently, so that their boxes can share batches on the server."""
 
+IMAGES_AT_ONCE: Final = 16
+"""Images of all requests in memory."""
+
+MAX_TASKS: Final = 10_000
+"""Tasks of one request."""
+
+MAX_RECTANGLES: Final = 10_000
+"""Rectangles of one request."""
+
+MAX_PREDICT_S: Final = 600.0
+"""Seconds after which a request starts no further image; Label Studio stops waiting after 100 s by default."""
+
 _log = logging.getLogger("mal_client.label_studio")
 
 
@@ -38,6 +53,34 @@ class ImageSource(Protocol):
 
     def read(self, url: str) -> bytes:
         """Returns the encoded image. Raises BadImage."""
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """One task.
+
+    Attributes:
+        id: its ID, for messages.
+        data: its data, with the URLs of its images.
+        regions: regions to label: the rectangles of the project's controls.
+    """
+
+    id: str
+    data: Mapping[str, Any]
+    regions: tuple[Json, ...]
+
+
+@dataclass(frozen=True)
+class PredictRequest:
+    """The part of a prediction request that concerns boxes; it holds none of the other annotations.
+
+    Attributes:
+        config: the labeling configuration.
+        tasks: in the order of the request.
+    """
+
+    config: LabelConfig
+    tasks: tuple[TaskRequest, ...]
 
 
 @dataclass
@@ -65,9 +108,20 @@ class Predictor:
         images: source of the tasks' images.
         options: labeling options.
         tolerance_px: see `regions.mask_regions`.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, client: Client, images: ImageSource, options: LabelOptions, *, tolerance_px: float) -> None:
+    def __init__(
+        self,
+        client: Client,
+        images: ImageSource,
+        options: LabelOptions,
+        *,
+        tolerance_px: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._images_at_once = threading.BoundedSemaphore(IMAGES_AT_ONCE)
+        self._clock = clock
         self._client = client
         self._images = images
         self._options = options
@@ -78,32 +132,21 @@ class Predictor:
         info = self._client.server_info().for_options(self._options)
         return version_of(answering_model(info, self._options))
 
-    def predict(self, request: Mapping[str, Any]) -> Json:
+    def predict(self, request: PredictRequest) -> Json:
         """Returns one result per task: a prediction, [] for a task without rectangles, or `error` without any mask.
 
         Raises:
-            ConfigError: the labeling configuration has no control for boxes or masks.
-            InputError: the request does not follow Label Studio's protocol.
             ClientError: the labeling server is unavailable.
         """
-        config = read_label_config(str(request.get("label_config", "")))
-        tasks = request.get("tasks")
-        if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
-            raise InputError("tasks: expected a list of objects")
-        params = request.get("params")
-        context = params.get("context") if isinstance(params, dict) else None
-        drawn = context.get("result") if isinstance(context, dict) else None
+        deadline = self._clock() + MAX_PREDICT_S
         with ThreadPoolExecutor(TASKS_AT_ONCE) as pool:
-            results = list(pool.map(lambda task: self._label_task(task, config, drawn), tasks))
+            results = list(pool.map(lambda task: self._label_task(task, request.config, deadline), request.tasks))
         return {"results": [_to_json(result) for result in results]}
 
-    def _label_task(self, task: Json, config: LabelConfig, drawn: Any) -> TaskResult:
-        regions = drawn if isinstance(drawn, list) else drawn_regions(task)
+    def _label_task(self, task: TaskRequest, config: LabelConfig, deadline: float) -> TaskResult:
         result = TaskResult()
         by_image: dict[str, list[Rectangle]] = {}
-        for region in regions:
-            if not isinstance(region, dict) or not is_rectangle(region) or region.get("from_name") not in config.boxes:
-                continue
+        for region in task.regions:
             try:
                 rectangle = read_rectangle(region)
             except InputError as error:
@@ -112,20 +155,24 @@ class Predictor:
             by_image.setdefault(rectangle.to_name, []).append(rectangle)
         for to_name, rectangles in by_image.items():
             try:
-                self._label_image(task, config, to_name, rectangles, result)
+                # Every image in memory counts, of all requests.
+                with self._images_at_once:
+                    if self._clock() > deadline:
+                        raise InputError(f"not labeled within {MAX_PREDICT_S:g} s; select fewer tasks at once")
+                    self._label_image(task, config, to_name, rectangles, result)
             except (InputError, ConfigError) as error:
                 result.errors.append(str(error))
         for message in result.errors:
-            _log.warning("task %s: no mask: %s", task.get("id"), message)
+            _log.warning("task %s: no mask: %s", task.id, message)
         return result
 
     def _label_image(
-        self, task: Json, config: LabelConfig, to_name: str, rectangles: Sequence[Rectangle], result: TaskResult
+        self, task: TaskRequest, config: LabelConfig, to_name: str, rectangles: Sequence[Rectangle], result: TaskResult
     ) -> None:
         # Before the image is fetched: without a control for masks, all of them fail.
         controls = [config.mask_control(to_name, rectangle.labels) for rectangle in rectangles]
-        data, field_name = task.get("data"), config.image_fields.get(to_name)
-        url = data.get(field_name) if isinstance(data, dict) else None
+        field_name = config.image_fields.get(to_name)
+        url = None if field_name is None else task.data.get(field_name)
         if not isinstance(url, str):
             raise InputError(f"task data: field {field_name!r} has no image URL")
         image_bytes = self._images.read(url)
@@ -141,6 +188,46 @@ class Predictor:
             result.regions += mask_regions(label, control, names, f"{rectangle.id}-mask", self._tolerance_px)
             result.scores.append(label.score)
             result.model = label.model
+
+
+def read_predict_request(body: Mapping[str, Any]) -> PredictRequest:
+    """Reads a prediction request.
+
+    Raises:
+        ConfigError: the labeling configuration has no control for boxes.
+        InputError: the request does not follow Label Studio's protocol, or exceeds MAX_TASKS or MAX_RECTANGLES.
+    """
+    config = read_label_config(str(body.get("label_config", "")))
+    tasks = body.get("tasks")
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+        raise InputError("tasks: expected a list of objects")
+    if len(tasks) > MAX_TASKS:
+        raise InputError(f"tasks: {len(tasks)}; at most {MAX_TASKS} per request; select fewer tasks at once")
+    params = body.get("params")
+    context = params.get("context") if isinstance(params, dict) else None
+    drawn = context.get("result") if isinstance(context, dict) else None
+    read = tuple(_task_request(task, config, drawn) for task in tasks)
+    rectangles = sum(len(task.regions) for task in read)
+    if rectangles > MAX_RECTANGLES:
+        raise InputError(f"tasks: {rectangles} rectangles; at most {MAX_RECTANGLES} per request; select fewer tasks")
+    return PredictRequest(config, read)
+
+
+def _task_request(task: Json, config: LabelConfig, drawn: Any) -> TaskRequest:
+    regions = drawn if isinstance(drawn, list) else drawn_regions(task)
+    data = task.get("data")
+    return TaskRequest(
+        id=name_of(task.get("id")),
+        data=data if isinstance(data, dict) else {},
+        regions=tuple(region for region in regions if _is_box(region, config)),
+    )
+
+
+def _is_box(region: Any, config: LabelConfig) -> bool:
+    if not isinstance(region, dict) or not is_rectangle(region):
+        return False
+    control = region.get("from_name")
+    return isinstance(control, str) and control in config.boxes
 
 
 def version_of(model: ModelRef) -> str:

@@ -6,7 +6,6 @@ rotated view, a rotated rectangle), the box would be misplaced, so such a rectan
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,6 +21,13 @@ from mal_train.core.masks.polygons import merge_holes
 
 DIGITS: Final = 6
 """Decimals that pixel coordinates are rounded to, so that the conversion from percent keeps integers and halves."""
+
+MAX_NAME_CHARS: Final = 200
+
+MAX_NUMBER: Final = 1e9
+"""Limit of positions and angles, far beyond every image."""
+
+MAX_SIDE_PX: Final = 1_000_000
 
 Json = dict[str, Any]
 
@@ -47,6 +53,12 @@ class Rectangle:
     size_wh: tuple[int, int]
 
 
+def name_of(value: Any) -> str:
+    """Returns the text of an ID or a name of a request, for messages and results: a text or a number of some length."""
+    is_named = isinstance(value, str | int) and not isinstance(value, bool)
+    return str(value)[:MAX_NAME_CHARS] if is_named else "?"
+
+
 def is_rectangle(region: Mapping[str, Any]) -> bool:
     """Returns True for a rectangle of any control."""
     return region.get("type") in BOXES.values()
@@ -58,7 +70,7 @@ def read_rectangle(region: Mapping[str, Any]) -> Rectangle:
     Raises:
         BadBox: the rectangle or the view of the image is rotated, or a value is missing.
     """
-    name = f"region {region.get('id')!r}"
+    name = f"region {name_of(region.get('id'))!r}"
     value = region.get("value")
     if not isinstance(value, Mapping):
         raise BadBox(f"{name}: value is missing")
@@ -72,12 +84,14 @@ def read_rectangle(region: Mapping[str, Any]) -> Rectangle:
         raise BadBox(
             f"{name}: image_rotation is {view_rotation:g} degrees; reset the view and draw the rectangle again"
         )
-    labels = value.get(str(region.get("type"))) or value.get("labels") or ()
+    labels = value.get(str(region.get("type"))) or value.get("labels") or []
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise BadBox(f"{name}: labels are not a list of texts")
     return Rectangle(
-        id=str(region.get("id")),
-        from_name=str(region.get("from_name")),
-        to_name=str(region.get("to_name")),
-        labels=tuple(str(label) for label in labels),
+        id=name_of(region.get("id")),
+        from_name=name_of(region.get("from_name")),
+        to_name=name_of(region.get("to_name")),
+        labels=tuple(labels),
         box=percent_to_box((x, y, w, h), (width, height)),
         size_wh=(width, height),
     )
@@ -161,12 +175,19 @@ def _region(label: BoxLabel, control: Control, region_id: str, value: Json) -> J
 
 
 def _side(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BadBox(f"{name} is {value!r}; expected the size of the image in px, an integer above 0")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIDE_PX:
+        raise BadBox(f"{name} is {_shown(value)}; expected the size of the image in px, from 1 to {MAX_SIDE_PX}")
     return value
 
 
 def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadBox(f"{name} is {value!r}; expected a finite number")
-    return float(value)
+    # Compared before it becomes a float: an integer of JSON has any number of digits.
+    if isinstance(value, int | float) and not isinstance(value, bool) and -MAX_NUMBER <= value <= MAX_NUMBER:
+        return float(value)
+    raise BadBox(f"{name} is {_shown(value)}; expected a finite number")
+
+
+def _shown(value: object) -> str:
+    """Returns a value of a request for a message; of a list or an object only its type."""
+    is_short = value is None or isinstance(value, str | int | float)
+    return repr(value)[:MAX_NAME_CHARS] if is_short else type(value).__name__

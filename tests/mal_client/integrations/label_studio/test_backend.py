@@ -2,9 +2,10 @@
 
 import base64
 import io
+import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,21 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
-from aiohttp import web
 from mal_client.cli.main import main
 from mal_client.client import Client
 from mal_client.errors import InvalidRequest
+from mal_client.integrations.label_studio import app
 from mal_client.integrations.label_studio.app import MAX_REQUESTS, MAX_RUNNING, build_app
-from mal_client.integrations.label_studio.predictor import Predictor
+from mal_client.integrations.label_studio.label_config import MAX_CONFIG_CHARS
+from mal_client.integrations.label_studio.predictor import (
+    MAX_PREDICT_S,
+    MAX_RECTANGLES,
+    MAX_TASKS,
+    Predictor,
+    read_predict_request,
+)
 from mal_client.types import LabelOptions
+from mal_client.web_guard import WebGuard
 from PIL import Image
 
 from deploy.demo.baselines import box_filled
@@ -31,6 +40,7 @@ from tests.mal_client.integrations.label_studio.rle_pack import decode_brush
 from tests.mal_client.integrations.label_studio.test_regions import CONFIG, region
 
 WIDTH, HEIGHT = 640, 480
+JSON = {"Content-Type": "application/json"}
 VERSION = f"fake-{SHA[:12]}-student"
 
 
@@ -183,7 +193,7 @@ def test_a_project_without_boxes_cannot_be_connected(backend: Backend) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"label_config": "<View>"}'])
 def test_an_invalid_request_is_refused_and_the_next_one_succeeds(backend: Backend, content: bytes) -> None:
-    assert backend.http.post("/predict", content=content).status_code == 400
+    assert backend.http.post("/predict", content=content, headers=JSON).status_code == 400
     assert backend.predict(task()) == [[]]
 
 
@@ -192,7 +202,7 @@ def test_a_request_above_the_size_limit_is_refused_and_the_next_one_succeeds(
 ) -> None:
     with serving(FakeServer()) as address, backend_at(address, FakeServer(), max_request_bytes=4096) as backend:
         for body in (b" " * 4097, iter([b" " * 3000] * 2)):  # with its length stated, and in chunks
-            refused = backend.http.post("/predict", content=body)
+            refused = backend.http.post("/predict", content=body, headers=JSON)
             assert (refused.status_code, "4096 bytes" in refused.json()["error"]) == (413, True)
         assert "/predict: " in caplog.text
         assert "4096 bytes" in caplog.text
@@ -231,14 +241,13 @@ def test_requests_above_the_limit_get_retry_after_and_the_others_succeed(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, received = threading.Event(), threading.Semaphore(0)
-    inner = web.BaseRequest.read
+    inner = app._Backend._in_thread
 
-    async def counted_read(request: web.BaseRequest) -> bytes:
-        content = await inner(request)
+    async def counted(backend: app._Backend, job: Callable[[], Any]) -> Any:
         received.release()
-        return content
+        return await inner(backend, job)
 
-    monkeypatch.setattr(web.BaseRequest, "read", counted_read)
+    monkeypatch.setattr(app._Backend, "_in_thread", counted)
     monkeypatch.setattr(backend.images, "read", lambda _: gate.wait(60) and FakeImages().read("/data/upload/1/a.png"))
     body = {"tasks": [task(annotations=[annotated(region())])], "label_config": CONFIG}
     limits = httpx2.Limits(max_connections=MAX_REQUESTS + 1)
@@ -273,7 +282,8 @@ def test_incomplete_requests_time_out_and_free_their_slots(backend: Backend, mon
     for path in ("/predict", "/setup"):
         for _ in range(MAX_REQUESTS):
             with socket.create_connection((url.host, url.port), timeout=60) as connection:
-                connection.sendall(f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n".encode())
+                headers = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 9"
+                connection.sendall(f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode())
                 assert connection.recv(12) == b"HTTP/1.1 408"
     monkeypatch.undo()
     assert backend.predict(task()) == [[]]
@@ -288,6 +298,86 @@ def test_an_unavailable_labeling_server_is_an_error_that_stores_no_prediction() 
         assert backend.http.get("/health").status_code == 503
         refused = backend.http.post("/predict", json=body)
         assert (refused.status_code, "unavailable" in refused.json()["error"]) == (503, True)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "attacker.example:9090"}, 403),
+        ({"Host": "attacker.example:9090", "Origin": "http://attacker.example:9090"}, 403),
+        ({"Origin": "http://attacker.example"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Content-Type": ""}, 415),
+        ({"Host": "studio.example:9090"}, 200),
+        ({"Host": "localhost"}, 200),
+        ({}, 200),
+    ],
+)
+def test_a_web_page_cannot_use_the_backend_and_label_studio_can(headers: dict[str, str], status: int) -> None:
+    fake, guard = FakeServer(), WebGuard({"studio.example"})
+    body = json.dumps({"tasks": [task(annotations=[annotated(region())])], "label_config": CONFIG}).encode()
+    with serving(fake) as address, backend_at(address, fake, guard=guard) as backend:
+        answer = backend.http.post("/predict", content=body, headers=JSON | headers)
+        assert answer.status_code == status
+        assert bool(backend.images.urls) == (status == 200), "no image was fetched for a page"
+        if "Content-Type" not in headers:
+            assert backend.http.get("/health", headers=headers).status_code == status
+
+
+def test_all_bodies_together_have_a_limit_that_is_given_back(backend: Backend) -> None:
+    fake = backend.fake
+    with backend_at(str(backend.client.address), fake, max_received_bytes=4096) as small:
+        for _ in range(2):
+            assert small.http.post("/predict", content=b" " * 5000, headers=JSON).status_code == 503
+        assert small.predict(task()) == [[]]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tasks": [{}] * (MAX_TASKS + 1)},
+        {"tasks": [task(annotations=[annotated(*[region()] * (MAX_RECTANGLES // 2 + 1))])] * 2},
+        {"tasks": [task()], "label_config": " " * (MAX_CONFIG_CHARS + 1)},
+        {"tasks": [task()], "label_config": "<View a='\ud800'/>"},
+    ],
+    ids=["tasks", "rectangles", "config", "surrogate"],
+)
+def test_a_request_with_too_much_is_refused_before_any_image_is_fetched(backend: Backend, body: Any) -> None:
+    content = json.dumps({"label_config": CONFIG} | body).encode()
+    assert backend.http.post("/predict", content=content, headers=JSON).status_code == 400
+    assert backend.images.urls == []
+
+
+def test_images_of_a_request_that_takes_too_long_are_not_fetched(backend: Backend) -> None:
+    times = iter([0.0, 0.0, MAX_PREDICT_S + 1.0])
+    predictor = Predictor(backend.client, backend.images, LabelOptions(), tolerance_px=0.5, clock=lambda: next(times))
+    tasks = [task(number, annotations=[annotated(region())]) for number in (1, 2)]
+    results = predictor.predict(read_predict_request({"tasks": tasks, "label_config": CONFIG}))["results"]
+    assert sorted("error" in result for result in results) == [False, True]
+    assert len(backend.images.urls) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"original_width": 10**300},
+        {"x": 10**400},
+        {"width": 1e300},
+        {"rotation": {"deep": []}},
+        {"rectanglelabels": 5},
+        {"rectanglelabels": [["cup"]]},
+        {"id": [[]]},
+        {"to_name": {"a": 1}},
+        {"from_name": ["box"]},
+    ],
+    ids=str,
+)
+def test_a_region_with_any_json_in_a_field_fails_alone(backend: Backend, change: dict[str, Any]) -> None:
+    (result,) = backend.predict(task(annotations=[annotated(region(**change), region(id="good"))]))
+    assert "good-mask" in [row["id"] for row in result["result"]]
 
 
 def test_credentials_are_required_except_for_health() -> None:
