@@ -28,7 +28,8 @@ from mal_server.config.tokens import TokenSetting
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import is_secret_reference
 from mal_train.core.settings import Branch
-from mal_train.core.yaml_config import Strict, apply_overrides, dump, load_yaml, parse_value, validate
+from mal_train.core.yaml_config import Strict, apply_overrides, dump, load_yaml, validate
+from mal_train.core.yaml_text import parse_yaml
 from mal_train.kernel.checkpoint.builtin import BUILTIN
 
 T = TypeVar("T")
@@ -325,7 +326,7 @@ def _decryption_keys(name: str, value: str) -> Iterator[str]:
     if name == "decryption_key":
         yield value
     elif name in {"models", "model_folders"}:
-        entries = parse_value(value)
+        entries = parse_yaml(value)
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and entry.get("decryption_key") is not None:
                 yield str(entry["decryption_key"])

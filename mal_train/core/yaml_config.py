@@ -15,7 +15,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,12 +26,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mal_train.core.errors import ConfigError
+from mal_train.core.yaml_text import MAX_DEPTH, parse_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_YAML_BYTES = 1 << 20
 MAX_SHOWN = 60
 """Maximum number of characters of an invalid value that a message repeats."""
+MAX_EXPLAINED = 20
+"""Maximum number of invalid fields that a message lists."""
+MAX_NAME = 200
+"""Maximum number of characters of a field's path that a message repeats and compares with valid names."""
 
 _LIST_INDEX = re.compile(r"\[\d+\]")
 
@@ -42,45 +47,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader in which `1e-4` is a number, a date is text, and a duplicate field is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Returns the node as a dict; raises ConstructorError for a duplicate field."""
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                mark = key_node.start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"field {key!r} is given twice", mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
-        |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
-)
-
-
-def parse_value(text: str) -> Any:
-    """Parses one YAML value: `3`, `1e-4`, `true`, `[0.1, 0.2]`, `null`, a plain string.
-
-    >>> parse_value("1e-4"), parse_value("[1, 2]"), parse_value("vit/16")
-    (0.0001, [1, 2], 'vit/16')
-    """
-    return yaml.load(text, Loader=_Loader)
-
-
 def load_yaml(path: Path) -> dict[str, Any]:
     """Loads a YAML file with a mapping at the top level; an empty file gives an empty mapping.
 
@@ -88,18 +54,17 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, unreadable, larger than MAX_YAML_BYTES, not YAML, or not a mapping.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > MAX_YAML_BYTES:
-        raise ConfigError(f"{path}: {len(data)} bytes; the limit is {MAX_YAML_BYTES} bytes")
+        raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES} bytes, which is the limit")
     try:
-        content = parse_value(data.decode("utf-8"))
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    except yaml.YAMLError as error:
+        content = parse_yaml(data.decode("utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if content is None:
         return {}
@@ -126,20 +91,22 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         if not separator or not all(names):
             is_file = override.endswith((".yaml", ".yml"))
             raise ConfigError(
-                f"{override!r}: an override has the form section.field=value, e.g. train.lr=1e-4 or listen.port=50052"
-                + ("; give a file with -c (mal-server) or -e (mal-train)" if is_file else "")
+                f"{_clipped(override)!r}: an override has the form section.field=value, e.g. train.lr=1e-4 or "
+                "listen.port=50052" + ("; give a file with -c (mal-server) or -e (mal-train)" if is_file else "")
             )
         try:
-            value = parse_value(text)
+            value = parse_yaml(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from None
+            raise ConfigError(f"{_clipped(override)!r}: the value is not valid YAML: {error}") from None
+        if len(names) > MAX_DEPTH:
+            raise ConfigError(f"{_clipped(override)!r}: more than {MAX_DEPTH} levels")
         section = result
         for depth, name in enumerate(names[:-1]):
             inner = section.get(name)
             if inner is None:
                 inner = section[name] = {}
             if not isinstance(inner, dict):
-                raise ConfigError(f"{override!r}: {'.'.join(names[: depth + 1])} is a value, not a section")
+                raise ConfigError(f"{_clipped(override)!r}: {'.'.join(names[: depth + 1])} is a value, not a section")
             section = inner
         section[names[-1]] = value
     return result
@@ -168,8 +135,11 @@ def validate(
     except (TypeError, ValueError) as error:
         if not isinstance(error, ValidationError):
             raise ConfigError(f"{_prefix(source)}a value is not text, a number, a list or a mapping: {error}") from None
-        lines = [_explain(detail, model_cls, retired or {}) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        lines = [_explain(detail, model_cls, retired or {}) for detail in details[:MAX_EXPLAINED]]
         unique = list(dict.fromkeys(lines))
+        if len(details) > MAX_EXPLAINED:
+            unique.append(f"and {len(details) - MAX_EXPLAINED} more")
         raise ConfigError(_prefix(source) + "; ".join(unique)) from None
 
 
@@ -322,12 +292,15 @@ def _location(detail: ErrorDetails) -> str:
             parts[-1] += f"[{part}]"
         else:
             parts.append(str(part))
-    return ".".join(parts)
+    return _clipped(".".join(parts), MAX_NAME)
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+    return _clipped(json.dumps(value, default=str))
+
+
+def _clipped(text: str, length: int = MAX_SHOWN) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _suggestion_in_entry(path: str, model_cls: type[BaseModel]) -> str:

@@ -63,12 +63,14 @@ def read_names(path: Path) -> list[str]:
 def _yaml_names(text: str, path: Path) -> list[str]:
     try:
         import yaml  # noqa: PLC0415 - not part of the base installation
+
+        from mal_train.core.yaml_text import parse_yaml  # noqa: PLC0415 - needs it
     except ModuleNotFoundError:
         raise ConfigError(
             f"--names {path}: PyYAML is not installed; run: pip install PyYAML, or give a file with one name per line"
         ) from None
     try:
-        data: Any = yaml.safe_load(text)
+        data: Any = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--names {path}: not valid YAML ({error})") from None
     names = data.get("names") if isinstance(data, Mapping) else None

@@ -6,7 +6,8 @@ import yaml
 from mal_train.config.spec import REDACTED, RETIRED, Spec, load_spec
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import Compat, LabelerConfig
-from mal_train.core.yaml_config import apply_overrides, dump, field_paths, load_yaml, parse_value, validate
+from mal_train.core.yaml_config import apply_overrides, dump, field_paths, load_yaml, validate
+from mal_train.core.yaml_text import parse_yaml
 from tests.paths import ROOT
 
 TAO_SPEC = """
@@ -97,7 +98,7 @@ def test_without_a_file_all_fields_have_the_documented_defaults() -> None:
 
 def test_a_dumped_spec_reads_back_equal() -> None:
     spec = load_spec(None, ["train.lr=1e-7", "train.mask_thres=[0.2,0.3,0.4]", "results_dir='a: b'", "compat=tao"])
-    assert validate(Spec, parse_value(dump(spec))) == spec
+    assert validate(Spec, parse_yaml(dump(spec))) == spec
 
 
 def test_every_field_is_described() -> None:
@@ -184,8 +185,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_numbers_may_have_an_exponent_without_a_point() -> None:
-    assert parse_value("[1e-4, 5E3, 1.5e-6, .5, 3, -2.]") == [1e-4, 5e3, 1.5e-6, 0.5, 3, -2.0]
-    assert parse_value("2020-01-01") == "2020-01-01"
+    assert parse_yaml("[1e-4, 5E3, 1.5e-6, .5, 3, -2.]") == [1e-4, 5e3, 1.5e-6, 0.5, 3, -2.0]
+    assert parse_yaml("2020-01-01") == "2020-01-01"
     assert yaml.safe_load(dump(Spec()))["train"]["lr"] == 1.5e-6
 
 
