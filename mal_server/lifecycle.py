@@ -18,6 +18,7 @@ from mal_server.config.server import ServerConfig
 from mal_server.config.tokens import TokenSetting
 from mal_server.models.loader import load_model
 from mal_server.models.registry import Load
+from mal_server.ops.watchdog import watch_loop
 from mal_server.scheduling.background import LoopExecutor
 from mal_server.server import MalServer
 from mal_train.core.atomic_io import write_text
@@ -58,11 +59,13 @@ async def serve(
     if reload_at_start():
         signals.reload.set()
     run = ServerRun(config, signals, port_file=port_file, load=load, reload_config=reload_config)
+    watching = asyncio.ensure_future(watch_loop(config.watchdog_s))
     try:
         if await run.startup():
             await run.run()
     finally:
         await run.shutdown()
+        watching.cancel()
 
 
 class Signals:

@@ -180,6 +180,14 @@ class ServerConfig(Strict):
         le=3600.0,
         description="Seconds after that for running calls to finish before they are cancelled.",
     )
+    watchdog_s: float = Field(
+        default=120.0,
+        ge=0.0,
+        le=3600.0,
+        description="Seconds after which a process whose event loop stands still ends itself (exit code 1, the stacks "
+        "of its threads on\nstderr), so that a supervisor starts a new one; 0: never. Loading a model and a drain do "
+        "not stop the loop.",
+    )
     tokens: tuple[TokenSetting, ...] = Field(
         default=(),
         repr=False,

@@ -301,6 +301,31 @@ def test_a_killed_server_restarts_and_a_stopped_one_drains(unit: Unit, record: R
     assert not unit.address_file.exists()
 
 
+def test_a_process_that_does_not_run_is_replaced(unit: Unit, record: Record) -> None:
+    limit_s = 30  # the shipped limit takes minutes
+    with override(unit, f"WatchdogSec={limit_s}"):
+        unit.manager.ctl("start", unit.name)
+        wait_for(unit.serves, "the first start")
+        (pid,) = unit.shown("MainPID")
+        os.kill(int(pid), signal.SIGSTOP)
+        wait_for(lambda: unit.shown("MainPID") != (pid,) and unit.serves(), "a new process")
+        record("systemd's watchdog", restarts=int(*unit.shown("NRestarts")), limit_s=limit_s)
+        assert unit.shown("Result", "ActiveState") == ("success", "active")
+
+
+@contextmanager
+def override(unit: Unit, line: str) -> Iterator[None]:
+    """Replaces a line of the service by another for the block."""
+    folder = unit.manager.folder / "units" / f"{unit.name}.d"
+    folder.mkdir()
+    try:
+        unit.manager.add(f"{unit.name}.d/override.conf", ["[Service]", line])
+        yield
+    finally:
+        shutil.rmtree(folder)
+        unit.manager.ctl("daemon-reload")
+
+
 def test_a_server_with_invalid_settings_is_not_restarted(unit: Unit) -> None:
     (unit.manager.folder / "server.yaml").write_text("checkpoint: nothing.malckpt\nlisten: {port: 0}\n")
     unit.manager.ctl("start", unit.name)

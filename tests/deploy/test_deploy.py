@@ -159,7 +159,7 @@ def test_the_tls_probe_in_the_comment_of_the_manifest_is_valid() -> None:
     probe = yaml.safe_load(line) | yaml.safe_load("{" + numbers + "}")
     deployment = manifests()["Deployment"]
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    for name in ("startupProbe", "readinessProbe"):
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
         del container[name]["grpc"]
         container[name] |= probe
     kubernetes_validate.validate(deployment, KUBERNETES_VERSION, strict=True)

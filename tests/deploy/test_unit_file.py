@@ -31,6 +31,11 @@ def test_the_unit_runs_a_valid_command_line() -> None:
     assert (args.command, str(args.config)) == ("serve", "/etc/mal-server/server.yaml")
 
 
+def test_systemd_waits_for_a_sign_of_life_longer_than_the_server_for_its_event_loop() -> None:
+    (seconds,) = re.findall(r"^WatchdogSec=(\d+)$", UNIT.read_text(), re.MULTILINE)
+    assert int(seconds) > ServerConfig(checkpoint=Path("a")).watchdog_s
+
+
 def test_systemd_waits_until_the_server_has_drained() -> None:
     config = ServerConfig(checkpoint=Path("a"))
     (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", UNIT.read_text(), re.MULTILINE)
