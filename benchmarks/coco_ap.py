@@ -18,8 +18,9 @@ from pycocotools.cocoeval import COCOeval
 from benchmarks.timing import Table, interleaved
 from deploy.demo.baselines import ellipse
 from mal_train.core.masks import rle
-from mal_train.core.metrics.coco_ap import IouType, ap_input
+from mal_train.core.metrics.coco_ap import ap_input
 from mal_train.core.metrics.miou import CocoMetrics
+from mal_train.core.metrics.overlaps import IouType
 
 IMAGES, CLASSES, INSTANCES = 5_000, 80, 36_000
 HW = (480, 640)

@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mal_train.core.coco.annotations import Annotation, CocoFile, Reason
+from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, finite_number, row_name
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.metrics.average_precision import AP_NAMES
-from mal_train.core.metrics.coco_ap import IouType, coco_ap
+from mal_train.core.metrics.coco_ap import coco_ap
 from mal_train.core.metrics.miou import CocoMetrics
+from mal_train.core.metrics.overlaps import IouType
 from mal_train.core.metrics.report import Skipped
 from mal_train.core.report.page import format_metric
 from mal_train.kernel.labeler.types import Label
@@ -105,7 +106,7 @@ def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) 
         return None
     segmentation = annotation.raw.get("segmentation")
     size = truth.images[annotation.image_id].size_wh
-    name = f"annotation {annotation.id!r}"
+    name = row_name(annotation.id)
     if not segmentation:
         skip(Reason.NO_GROUND_TRUTH, f"{name}: no segmentation")
         return None
@@ -119,12 +120,12 @@ def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) 
     except BadDataset as error:
         skip(Reason.BAD_GROUND_TRUTH, str(error))
         return None
-    area = annotation.raw.get("area")
+    area = finite_number(annotation.raw.get("area"))
     return {
         "image_id": annotation.image_id,
         "category_id": annotation.category_id,
         "bbox": list(annotation.box_xywh),
         "segmentation": code,
         "iscrowd": int(annotation.iscrowd),
-        "area": float(area) if isinstance(area, int | float) else float(rle.area(code)),
+        "area": float(rle.area(code)) if area is None else area,
     }

@@ -303,7 +303,7 @@ def test_an_evaluation_returns_the_metrics_of_the_evaluator(dataset: Dataset) ->
         image = read_image(dataset.images_dir / coco.images[row.image_id].file_name)  # type: ignore[index]
         expected_label = kernel.label(image, [row.box_xywh])[0]
         assert isinstance(expected_label, Label)
-        evaluator.add(row, expected_label.rle, expected_label.score, image_hw=image.shape[:2])
+        evaluator.add(row, expected_label.rle, expected_label.score)
     expected = evaluator.report()
     seen: list[Progress] = []
     with served() as address, Client(address, timeout_s=30) as client:

@@ -230,6 +230,21 @@ def is_id(value: object) -> bool:
     return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
+def finite_number(value: object) -> float | None:
+    """Returns a JSON value as float; None if it is no number, not finite, or an integer above the range of floats.
+
+    >>> finite_number(2), finite_number(True), finite_number(10**400)
+    (2.0, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _id_of(row: Mapping[str, Any], key: str) -> JsonId | None:
     value = row.get(key)
     return value if is_id(value) else None
@@ -255,7 +270,7 @@ def record_id(row_id: JsonId, seen: set[JsonId], repeated: dict[JsonId, None]) -
 def reject_duplicate_ids(repeated: Collection[JsonId], name: str) -> None:
     """Raises BadDataset if `repeated` is not empty; the message begins with `name` and lists the first ids."""
     if repeated:
-        listed = ", ".join(_as_json(value) for value in islice(repeated, _MAX_LISTED_IDS))
+        listed = ", ".join(as_json(value) for value in islice(repeated, _MAX_LISTED_IDS))
         n_more = len(repeated) - _MAX_LISTED_IDS
         more = f" and {n_more} more" if n_more > 0 else ""
         raise BadDataset(f"{name} {listed}{more} used more than once; ids must be unique: renumber them")
@@ -269,7 +284,7 @@ def read_images(rows: Iterable[Any], notes: list[str]) -> Iterator[tuple[JsonId,
             continue
         image_id = _id_of(row, "id")
         if image_id is None:
-            notes.append(f"images[{index}]: id {_as_json(row.get('id'))}; it must be a number or a string")
+            notes.append(f"images[{index}]: id {as_json(row.get('id'))}; it must be a number or a string")
             continue
         yield image_id, _read_image(row, image_id)
 
@@ -280,16 +295,16 @@ def _read_image(row: Mapping[str, Any], image_id: JsonId) -> ImageInfo:
         file_name = ""
     width, height = (_side(row.get(key)) for key in ("width", "height"))
     problem = _image_problem(row, file_name, width, height)
-    message = None if problem is None else f"image {_as_json(image_id)}: {problem}"
+    message = None if problem is None else f"image {as_json(image_id)}: {problem}"
     return ImageInfo(image_id, file_name, width, height, message)
 
 
 def _image_problem(row: Mapping[str, Any], file_name: str, width: int | None, height: int | None) -> str | None:
     if not file_name:
-        return f"file_name {_as_json(row.get('file_name'))}; it must be the path of the image in the image folder"
+        return f"file_name {as_json(row.get('file_name'))}; it must be the path of the image in the image folder"
     for key, side in (("width", width), ("height", height)):
         if side is None and row.get(key) is not None:
-            return f"{key} {_as_json(row[key])}; it must be a whole number of pixels, or absent"
+            return f"{key} {as_json(row[key])}; it must be a whole number of pixels, or absent"
     if width is not None and height is not None and width * height > MAX_PIXELS:
         return f"{width} x {height} px; the limit is {MAX_PIXELS} px"
     return None
@@ -309,7 +324,7 @@ def category_ids(rows: Iterable[Any], notes: list[str]) -> set[JsonId]:
         if category_id is None:
             notes.append(f"categories[{index}]: no id that is a number or a string")
         elif category_id in ids:
-            notes.append(f"categories[{index}]: id {_as_json(category_id)} is repeated; the first row is used")
+            notes.append(f"categories[{index}]: id {as_json(category_id)} is repeated; the first row is used")
         else:
             ids.add(category_id)
     return ids
@@ -327,18 +342,18 @@ def read_annotation(
     iscrowd = row.get("iscrowd", 0) in (1, True)
     error: tuple[Reason, str] | None = None
     if annotation_id is None:
-        error = Reason.BAD_ID, f"id {_as_json(row.get('id'))}; it must be a number or a string"
+        error = Reason.BAD_ID, f"id {as_json(row.get('id'))}; it must be a number or a string"
     elif image_id is None or image_id not in images:
         error = Reason.IMAGE_UNKNOWN, _unknown_image(row, images)
     elif (image_problem := images[image_id].problem) is not None:
         error = Reason.IMAGE_UNUSABLE, image_problem
     elif category_id is None or category_id not in known_categories:
-        shown = _as_json(row.get("category_id"))
+        shown = as_json(row.get("category_id"))
         error = Reason.CATEGORY_UNKNOWN, f"category_id {shown} is not among the categories of the file"
     elif box_error is not None:
         error = Reason.BAD_BOX, box_error
     elif row.get("iscrowd", 0) not in (0, 1, None):
-        error = Reason.BAD_ISCROWD, f"iscrowd {_as_json(row['iscrowd'])}; it must be 0 or 1"
+        error = Reason.BAD_ISCROWD, f"iscrowd {as_json(row['iscrowd'])}; it must be 0 or 1"
     if error is None:
         return Annotation(annotation_id, image_id, category_id, box, iscrowd, row)
     reason, text = error
@@ -348,7 +363,7 @@ def read_annotation(
 
 def _unknown_image(row: Mapping[str, Any], images: Mapping[JsonId, ImageInfo]) -> str:
     value = row.get("image_id")
-    message = f"image_id {_as_json(value)} is not among the images of the file"
+    message = f"image_id {as_json(value)} is not among the images of the file"
     if isinstance(value, str) and value.isdecimal() and len(value) < 19 and int(value) in images:
         message += f" (image {int(value)} exists as a number; the JSON types must match)"
     elif isinstance(value, int) and str(value) in images:
@@ -362,24 +377,21 @@ def _read_box(row: Mapping[str, Any]) -> tuple[Box, str | None]:
     rule = "it must be four finite numbers x, y, width, height"
     if value is None:
         return NO_BOX, f"bbox is missing; {rule}"
-    error = f"bbox {_as_json(value)}; {rule}"
+    error = f"bbox {as_json(value)}; {rule}"
     if not isinstance(value, list) or len(value) != 4:
         return NO_BOX, error
-    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in value):
+    x, y, w, h = (finite_number(number) for number in value)
+    if x is None or y is None or w is None or h is None:
         return NO_BOX, error
-    try:
-        x, y, w, h = (float(number) for number in value)
-    except OverflowError:
-        return NO_BOX, error
-    return (x, y, w, h), None if all(map(math.isfinite, (x, y, w, h))) else error
+    return (x, y, w, h), None
 
 
 def row_name(annotation_id: object) -> str:
     """Returns the name of a row in messages: `annotation "a"`."""
-    return f"annotation {_as_json(annotation_id)}"
+    return f"annotation {as_json(annotation_id)}"
 
 
-def _as_json(value: object) -> str:
+def as_json(value: object) -> str:
     """Returns a value as JSON, shortened to _MAX_SHOWN_CHARS characters."""
     try:
         text = json.dumps(value)

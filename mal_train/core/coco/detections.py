@@ -4,8 +4,6 @@ In the output, `score` remains the detector's score and `mask_score` is the scor
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ from mal_train.core.coco.annotations import (
     CocoFile,
     JsonId,
     Reason,
+    as_json,
+    finite_number,
     is_id,
     json_type,
     read_annotation,
@@ -85,8 +85,7 @@ def _numbered(rows: list[Any], name: str) -> list[Any]:
 
 def _with_score(annotation: Annotation) -> Annotation:
     score = annotation.raw.get("score")
-    is_number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-    if annotation.problem is not None or is_number:
+    if annotation.problem is not None or finite_number(score) is not None:
         return annotation
-    problem = f"{row_name(annotation.id)}: score {json.dumps(score)}; a results list needs a finite number"
+    problem = f"{row_name(annotation.id)}: score {as_json(score)}; a results list needs a finite number"
     return dataclasses.replace(annotation, problem=problem, reason=Reason.BAD_SCORE)

@@ -46,7 +46,8 @@ class Rle:
         """Returns the JSON object of COCO files: `{"size": [h, w], "counts": str}`."""
         return {"size": [self.height, self.width], "counts": self.counts.decode("ascii")}
 
-    def _packed(self) -> dict[str, Any]:
+    def packed(self) -> dict[str, Any]:
+        """Returns the argument of pycocotools' functions; shares the bytes of `counts`."""
         return {"size": [self.height, self.width], "counts": self.counts}
 
     @classmethod
@@ -175,12 +176,12 @@ def decode_patch(rle: Rle) -> MaskPatch:
 
 def area(rle: Rle) -> int:
     """Returns the number of foreground pixels."""
-    return int(coco_mask.area(rle._packed()))
+    return int(coco_mask.area(rle.packed()))
 
 
 def to_box(rle: Rle) -> Box | None:
     """Returns the tight box of the mask; None for an empty mask."""
-    x, y, w, h = (float(v) for v in coco_mask.toBbox(rle._packed()))
+    x, y, w, h = (float(v) for v in coco_mask.toBbox(rle.packed()))
     return (x, y, w, h) if w > 0 and h > 0 else None
 
 
@@ -188,7 +189,7 @@ def iou(a: Rle, b: Rle) -> float:
     """Returns the intersection over union in [0, 1] of two masks of one image; 0 if both are empty."""
     if (a.height, a.width) != (b.height, b.width):
         raise ValueError(f"masks of different frames: {a.height}x{a.width} and {b.height}x{b.width}")
-    return float(coco_mask.iou([a._packed()], [b._packed()], [0])[0, 0])
+    return float(coco_mask.iou([a.packed()], [b.packed()], [0])[0, 0])
 
 
 def from_segmentation(segmentation: Any, height: int, width: int, name: str = "annotation") -> Rle:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Integers = NDArray[np.int64]
 
 THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
 RECALLS: Floats = np.linspace(0.0, 1.0, 101)
@@ -34,16 +35,21 @@ class Group:
     Attributes:
         category: index of the category.
         det_areas: (D,) px².
-        truth_areas: (G,) px².
-        crowd: (G,) crowd regions: they match any number of detections and are never counted as missed.
-        iou: (D, G); for a crowd region, the fraction of the detection inside it.
+        truth_areas: (G,) px²; without crowd regions, which match any number of detections and are never missed.
+        truth_order: (G,) place of each among all ground truths, which decides between equal overlaps; ascending.
+        iou: (D, G).
+        crowd_overlap: (D,) largest fraction of the detection inside a crowd region; 0 without crowd regions. No other
+            crowd region can decide its match.
+        crowd_order: (D,) place of that crowd region among all ground truths; the last one of equal overlap.
     """
 
     category: int
     det_areas: Floats
     truth_areas: Floats
-    crowd: Bools
+    truth_order: Integers
     iou: Floats
+    crowd_overlap: Floats
+    crowd_order: Integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,19 +81,20 @@ def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[flo
     of_category: dict[int, list[_Matched]] = {category: [] for category in categories}
     for group, result in zip(groups, matched, strict=True):
         of_category[group.category].append(result)
-    # The axes of pycocotools: the order of summation decides the last bits of the means.
-    shape = len(THRESHOLDS), len(RECALLS), len(categories), len(AREAS)
-    precision = np.full(shape, -1.0)
+    average_precision: list[float] = []
     recall = {max_dets: np.full((len(THRESHOLDS), len(categories), len(AREAS)), -1.0) for max_dets in (1, 10, MAX_DETS)}
-    for k, category in enumerate(categories):
-        for a in range(len(AREAS)):
-            _accumulate(of_category[category], a, precision[:, :, k, a], {m: r[:, k, a] for m, r in recall.items()})
+    for a in range(len(AREAS)):
+        # One area range at a time, because this array has 8 kB for each category. Its axes are those of pycocotools:
+        # the order of summation decides the last bits of the means.
+        precision = np.full((len(THRESHOLDS), len(RECALLS), len(categories)), -1.0)
+        for k, category in enumerate(categories):
+            _accumulate(of_category[category], a, precision[:, :, k], {m: r[:, k, a] for m, r in recall.items()})
+        average_precision.append(_mean(precision))
+        if a == 0:
+            average_precision += [_mean(precision[0]), _mean(precision[5])]
     best = recall[MAX_DETS]
     return (
-        _mean(precision[..., 0]),
-        _mean(precision[[0], ..., 0]),
-        _mean(precision[[5], ..., 0]),
-        *(_mean(precision[..., a]) for a in (1, 2, 3)),
+        *average_precision,
         *(_mean(recall[max_dets][..., 0]) for max_dets in (1, 10, MAX_DETS)),
         *(_mean(best[..., a]) for a in (1, 2, 3)),
     )
@@ -129,19 +136,13 @@ def _match_all(groups: Sequence[Group], scores: Sequence[Floats]) -> list[_Match
     orders = [np.argsort(-score, kind="stable")[:MAX_DETS] for score in scores]
     by_shape: dict[tuple[int, int], list[int]] = {}
     for number, (group, order) in enumerate(zip(groups, orders, strict=True)):
-        by_shape.setdefault((order.size, group.crowd.size), []).append(number)
+        by_shape.setdefault((order.size, group.truth_areas.size), []).append(number)
     matched: dict[int, _Matched] = {}
     for (detections, truths), numbers in by_shape.items():
         elements = len(AREAS) * len(THRESHOLDS) * max(detections, truths, 1)
         for chunk in _chunks(numbers, max(1, _MAX_ELEMENTS // elements)):
-            batch = [groups[number] for number in chunk]
-            rows = [orders[number] for number in chunk]
-            is_matched, is_ignored, counted = _match(
-                np.stack([group.iou[order] for group, order in zip(batch, rows, strict=True)]),
-                np.stack([group.det_areas[order] for group, order in zip(batch, rows, strict=True)]),
-                np.stack([group.truth_areas for group in batch]),
-                np.stack([group.crowd for group in batch]),
-            )
+            batch = [groups[number] for number in chunk], [orders[number] for number in chunk]
+            is_matched, is_ignored, counted = _match(*batch)
             for index, number in enumerate(chunk):
                 sorted_scores = scores[number][orders[number]]
                 matched[number] = _Matched(sorted_scores, is_matched[index], is_ignored[index], counted[index])
@@ -153,45 +154,57 @@ def _chunks(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield numbers[start : start + size]
 
 
-def _match(iou: Floats, det_areas: Floats, truth_areas: Floats, crowd: Bools) -> tuple[Bools, Bools, NDArray[np.int64]]:
-    """Matches N groups greedily, highest score first; returns is_matched, is_ignored (N, A, T, D) and truths (N, A).
+def _match(groups: Sequence[Group], orders: Sequence[Integers]) -> tuple[Bools, Bools, Integers]:
+    """Matches N groups of one shape greedily; returns is_matched, is_ignored (N, A, T, D) and truths (N, A).
 
     A detection takes the free ground truth of highest IoU at or above the threshold, the last one of equal IoU, and an
-    ignored one only where no other fits.
+    ignored one (outside the area range, or a crowd region) only where no other fits.
 
     Args:
-        iou: (N, D, G).
-        det_areas: (N, D).
-        truth_areas: (N, G).
-        crowd: (N, G).
+        groups: detections and ground truths.
+        orders: (D,) indices of the detections of each, highest score first.
     """
+    rows = list(zip(groups, orders, strict=True))
+    iou = np.stack([group.iou[order] for group, order in rows])
+    det_areas = np.stack([group.det_areas[order] for group, order in rows])
+    crowd_overlap = np.stack([group.crowd_overlap[order] for group, order in rows])
+    crowd_order = np.stack([group.crowd_order[order] for group, order in rows])
+    truth_areas = np.stack([group.truth_areas for group in groups])
+    truth_order = np.stack([group.truth_order for group in groups])
     low, high = (np.array(bounds)[:, None] for bounds in zip(*AREAS, strict=True))
-    excluded = crowd[:, None] | (truth_areas[:, None] < low) | (truth_areas[:, None] > high)
+    excluded = (truth_areas[:, None] < low) | (truth_areas[:, None] > high)
     outside = (det_areas[:, None] < low) | (det_areas[:, None] > high)
     size, detections, truths = iou.shape
     shape = size, len(AREAS), len(THRESHOLDS)
     is_matched = np.zeros((*shape, detections), dtype=np.bool_)
     is_ignored = np.broadcast_to(outside[:, :, None], (*shape, detections)).copy()
-    counted = np.count_nonzero(~excluded, axis=2)
-    if not truths:
-        return is_matched, is_ignored, counted
     limits = np.minimum(THRESHOLDS, 1 - 1e-10)
     free = np.ones((*shape, truths), dtype=np.bool_)
     index = np.ix_(*(np.arange(length) for length in shape))
     for d in range(detections):
         value = iou[:, d, None, None, :]
         fits = free & (value >= limits[:, None])
-        if not fits.any():
-            continue
-        proper = np.where(fits & ~excluded[:, :, None], value, -1.0)
-        spare = np.where(fits, value, -1.0)
-        last = truths - 1
-        has_counted = proper.max(axis=3) >= 0.0
-        chosen = np.where(has_counted, last - proper[..., ::-1].argmax(axis=3), last - spare[..., ::-1].argmax(axis=3))
-        hit = has_counted | (spare.max(axis=3) >= 0.0)
+        crowd_fits = crowd_overlap[:, d, None, None] >= limits
+        has_counted = np.zeros(shape, dtype=np.bool_)
+        takes = np.zeros(shape, dtype=np.bool_)
+        if fits.any():
+            proper, chosen = _last_largest(np.where(fits & ~excluded[:, :, None], value, -1.0))
+            spare, ignored = _last_largest(np.where(fits, value, -1.0))
+            has_counted = proper >= 0.0
+            # A crowd region stays free for other detections. It goes by overlap, then by order, like any other.
+            crowd_value, order = crowd_overlap[:, d, None, None], truth_order[index[0], ignored]
+            by_crowd = crowd_fits & (
+                (crowd_value > spare) | ((crowd_value == spare) & (crowd_order[:, d, None, None] > order))
+            )
+            takes = has_counted | ((spare >= 0.0) & ~by_crowd)
+            free[(*index, np.where(has_counted, chosen, ignored))] &= ~takes
+        hit = takes | crowd_fits
         is_matched[..., d] = hit
         is_ignored[..., d] = np.where(hit, ~has_counted, is_ignored[..., d])
-        # A crowd region stays free for other detections.
-        taken = hit & ~crowd[index[0], chosen]
-        free[(*index, chosen)] &= ~taken
-    return is_matched, is_ignored, counted
+    return is_matched, is_ignored, np.count_nonzero(~excluded, axis=2)
+
+
+def _last_largest(values: Floats) -> tuple[Floats, Integers]:
+    """Returns the largest of the last axis and its last index."""
+    index = values.shape[-1] - 1 - values[..., ::-1].argmax(axis=-1)
+    return np.take_along_axis(values, index[..., None], axis=-1)[..., 0], index

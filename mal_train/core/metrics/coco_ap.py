@@ -5,23 +5,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pycocotools import mask as coco_mask
+from numpy.typing import NDArray
 
-from mal_train.core.coco.annotations import JsonId, id_order
+from mal_train.core.coco.annotations import JsonId, finite_number, id_order
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
-from mal_train.core.metrics.average_precision import AP_NAMES, Floats, Group, coco_summary
+from mal_train.core.metrics.average_precision import AP_NAMES, MAX_DETS, Floats, Group, coco_summary
 from mal_train.core.metrics.miou import CocoMetrics
+from mal_train.core.metrics.overlaps import IouType, Shape, crowd_overlaps, iou_matrix
 
 Scores = Literal["one", "score"]
-IouType = Literal["segm", "bbox"]
-"""Overlap of masks or of boxes; pycocotools' iouType."""
 
 
 @dataclass(frozen=True, eq=False)
 class ApInput:
-    """Detections and ground truth with their overlaps; gives the metrics for any scores."""
+    """Detections and ground truth with their overlaps; gives the metrics for both kinds of scores.
+
+    Detections that count for neither are left out.
+    """
 
     groups: Sequence[Group]
     scores: Sequence[Floats]
@@ -65,7 +67,7 @@ def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou
     images = {image["id"]: image for image in truth["images"]}
     # A category without ground truth has no AP, so its detections are ignored.
     known = {row["category_id"] for row in truth["annotations"]}
-    pairs: dict[tuple[JsonId, JsonId], tuple[list[_Shape], list[_Shape]]] = {}
+    pairs: dict[tuple[JsonId, JsonId], tuple[list[_Row], list[_Row]]] = {}
     for row_type, rows, side in (("annotation", truth["annotations"], 1), ("result", results, 0)):
         for number, row in enumerate(rows, start=1):
             if row["category_id"] not in known:
@@ -73,49 +75,67 @@ def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou
             name = f"{row_type} {number}"
             if row["image_id"] not in images:
                 raise BadDataset(f"{name}: image_id {row['image_id']!r} is not among the images of the ground truth")
-            shape = _shape(row, images[row["image_id"]], name, iou_type, is_truth=bool(side))
-            pairs.setdefault((row["category_id"], row["image_id"]), ([], []))[side].append(shape)
+            one = _row(row, images[row["image_id"]], name, iou_type, is_truth=bool(side))
+            pairs.setdefault((row["category_id"], row["image_id"]), ([], []))[side].append(one)
     numbers = {category: n for n, category in enumerate(sorted(known, key=id_order))}
     keys = sorted(pairs, key=lambda key: (numbers[key[0]], id_order(key[1])))
-    groups = [_group(numbers[key[0]], *pairs[key]) for key in keys]
-    return ApInput(groups, [np.array([shape.score for shape in pairs[key][0]], dtype=np.float64) for key in keys])
+    groups, scores = [], []
+    for key in keys:
+        detections, truths = pairs.pop(key)
+        if not detections and all(one.is_crowd for one in truths):
+            continue  # crowd regions alone decide nothing
+        detections = _counted(detections)
+        groups.append(_group(numbers[key[0]], detections, truths))
+        scores.append(np.array([one.score for one in detections], dtype=np.float64))
+    return ApInput(groups, scores)
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """A mask or a box in the form of pycocotools' `iou`, with the other values that decide its matches."""
+class _Row:
+    """A mask or a box with the other values that decide its matches."""
 
-    coco_form: Any
+    shape: Shape
     area: float
     score: float
     is_crowd: bool
 
 
-def _shape(row: Mapping[str, Any], image: Mapping[str, Any], name: str, iou_type: IouType, *, is_truth: bool) -> _Shape:
-    coco_form: Any
+def _row(row: Mapping[str, Any], image: Mapping[str, Any], name: str, iou_type: IouType, *, is_truth: bool) -> _Row:
     if iou_type == "segm":
         code = _code(row.get("segmentation"), image, name)
-        coco_form, area = code.to_coco(), float(rle.area(code))
+        shape, area = Shape.of_mask(code), float(rle.area(code))
     else:
-        coco_form = [float(value) for value in row["bbox"]]
-        area = coco_form[2] * coco_form[3]
+        x, y, w, h = (float(value) for value in row["bbox"])
+        shape, area = Shape.of_box((x, y, w, h)), w * h
     if is_truth:
-        return _Shape(coco_form, float(row.get("area", area)), 0.0, bool(row.get("iscrowd", 0)))
-    return _Shape(coco_form, area, float(row.get("score", 1.0)), False)
+        stated = finite_number(row.get("area"))
+        return _Row(shape, area if stated is None else stated, 0.0, bool(row.get("iscrowd", 0)))
+    return _Row(shape, area, float(row.get("score", 1.0)), False)
 
 
-def _group(category: int, detections: Sequence[_Shape], truths: Sequence[_Shape]) -> Group:
-    crowd = [truth.is_crowd for truth in truths]
-    iou = np.zeros((len(detections), len(truths)))
-    if detections and truths:
-        iou[:] = coco_mask.iou([d.coco_form for d in detections], [t.coco_form for t in truths], list(map(int, crowd)))
+def _counted(detections: Sequence[_Row]) -> list[_Row]:
+    """Returns the detections that are among the first MAX_DETS by score or in the given order, in that order."""
+    by_score = np.argsort([-one.score for one in detections], kind="stable")
+    return [detections[n] for n in sorted({*range(len(detections[:MAX_DETS])), *by_score[:MAX_DETS].tolist()})]
+
+
+def _group(category: int, detections: Sequence[_Row], truths: Sequence[_Row]) -> Group:
+    shapes = [one.shape for one in detections]
+    objects, crowds = _numbers(truths, is_crowd=False), _numbers(truths, is_crowd=True)
+    inside, index = crowd_overlaps(shapes, [truths[n].shape for n in crowds])
     return Group(
         category,
-        np.array([detection.area for detection in detections], dtype=np.float64),
-        np.array([truth.area for truth in truths], dtype=np.float64),
-        np.array(crowd, dtype=np.bool_),
-        iou,
+        det_areas=np.array([one.area for one in detections], dtype=np.float64),
+        truth_areas=np.array([truths[n].area for n in objects], dtype=np.float64),
+        truth_order=objects,
+        iou=iou_matrix(shapes, [truths[n].shape for n in objects]),
+        crowd_overlap=inside,
+        crowd_order=np.where(index < 0, -1, np.append(crowds, -1)[index]),
     )
+
+
+def _numbers(truths: Sequence[_Row], *, is_crowd: bool) -> NDArray[np.int64]:
+    return np.array([n for n, one in enumerate(truths) if one.is_crowd == is_crowd], dtype=np.int64)
 
 
 def _code(segmentation: Any, image: Mapping[str, Any], name: str) -> Rle:

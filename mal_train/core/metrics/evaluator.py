@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, Reason, id_order
+from mal_train.core.coco.annotations import (
+    Annotation,
+    CocoFile,
+    JsonId,
+    Reason,
+    as_json,
+    finite_number,
+    id_order,
+    row_name,
+)
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
@@ -22,10 +31,29 @@ from mal_train.core.metrics.miou import InstanceIoU, mean_iou, mean_or_none
 from mal_train.core.metrics.report import GOOD_IOU, CategoryRow, EvaluationReport, Skipped
 from mal_train.core.metrics.score_quality import score_quality
 
-MEMORY_OF_A_PAIR = 4300
-"""Bytes of a compared mask without its two run-length codes: 800 kept, up to 3 400 more while the report is made."""
+MEMORY_OF_A_PAIR = 5200
+"""Bytes of a compared mask without its two run-length codes: 800 kept, up to 4 400 more while the report is made."""
+MEMORY_OF_A_CATEGORY = 17_000
+"""Bytes of a category with compared masks, while the report is made: a precision for each threshold and recall."""
 MEMORY_OF_A_SKIPPED = 350
-"""Bytes of a skipped row without its message, and of a crowd region without its run-length code."""
+"""Bytes of a skipped row without its message."""
+MEMORY_OF_A_MESSAGE = 450
+"""Bytes of the longest message of a crowd region."""
+MEMORY_OF_A_CROWD = 1500
+"""Bytes of a crowd region without its run-length code: 500 kept, up to 1 000 more while the report is made."""
+
+
+def memory_of(objects: int, crowds: int, code_bytes: int, categories: int = 0) -> int:
+    """Returns the most bytes that an evaluator and its report take for the objects and crowd regions of an image.
+
+    Args:
+        objects: rows that are not crowd regions.
+        crowds: crowd regions.
+        code_bytes: bytes of all run-length codes: ground truth, crowd regions and predictions.
+        categories: categories of the objects that the evaluator has not compared a mask of.
+    """
+    rows = objects * MEMORY_OF_A_PAIR + crowds * (MEMORY_OF_A_CROWD + MEMORY_OF_A_SKIPPED + MEMORY_OF_A_MESSAGE)
+    return rows + code_bytes + categories * MEMORY_OF_A_CATEGORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +67,12 @@ class InstanceComparison:
 
 @dataclass(frozen=True, slots=True)
 class _Crowd:
+    """A crowd region; `number` is its place in `Evaluator.skipped`."""
+
+    number: int
     image_id: JsonId
     category_id: JsonId
-    region: Rle
+    region: Rle | list[Any]
 
 
 class Evaluator:
@@ -49,7 +80,7 @@ class Evaluator:
 
     An annotation counts once (its id within its image). Rows without a usable ground truth, crowd regions and rows
     without a prediction are not counted; each is listed in `skipped`. Detections in crowd regions are ignored in AP, as
-    in COCO.
+    in COCO; a crowd region is read in the frame of the first prediction of its image.
 
     Args:
         category_names: names by category id, in the order of the report (`CocoFile.category_names`).
@@ -63,7 +94,9 @@ class Evaluator:
         self.skipped: list[Skipped] = []
         self._names = dict(category_names)
         self._pairs: list[InstanceComparison] = []
+        self._compared_categories: set[JsonId] = set()
         self._crowds: list[_Crowd] = []
+        self._waiting: dict[JsonId, list[_Crowd]] = {}
         self._frames: dict[JsonId, tuple[int, int]] = {}
         self._seen: set[tuple[JsonId | None, JsonId]] = set()
         self._iou_sum = 0.0
@@ -84,8 +117,6 @@ class Evaluator:
         annotation: Annotation,
         prediction: Rle | None,
         score: float,
-        *,
-        image_hw: tuple[int, int] | None = None,
     ) -> None:
         """Compares one predicted mask with the `segmentation` of its annotation.
 
@@ -94,14 +125,12 @@ class Evaluator:
             prediction: the mask in the frame of the image; None = no mask was made: the row is skipped, not counted as
                 wrong. An empty mask counts.
             score: score of the mask, finite.
-            image_hw: height and width of the image, needed only for crowd regions given as polygons, where no
-                prediction has the size.
 
         Raises:
             ValueError: the score is not finite.
         """
         if not math.isfinite(score):
-            raise ValueError(f"annotation {annotation.id!r}: score {score}; it must be finite")
+            raise ValueError(f"{row_name(annotation.id)}: score {score}; it must be finite")
         if annotation.reason is not None:
             self.skip(annotation, annotation.reason, annotation.problem or "")
             return
@@ -112,15 +141,15 @@ class Evaluator:
         key = (image_id, annotation_id)
         if key in self._seen:
             self.skip(
-                annotation, Reason.REPEATED, f"annotation {annotation.id!r}: used more than once; the first one counts"
+                annotation, Reason.REPEATED, f"{row_name(annotation.id)}: used more than once; the first one counts"
             )
             return
         self._seen.add(key)
         if annotation.iscrowd:
-            self._add_crowd(annotation, image_id, category_id, image_hw)
+            self._add_crowd(annotation, image_id, category_id)
             return
         if prediction is None:
-            self.skip(annotation, Reason.NOT_ANSWERED, f"annotation {annotation.id!r}: has no predicted mask")
+            self.skip(annotation, Reason.NOT_ANSWERED, f"{row_name(annotation.id)}: has no predicted mask")
             return
         truth = self._truth(annotation, image_id, (prediction.height, prediction.width))
         if truth is None:
@@ -130,6 +159,9 @@ class Evaluator:
         row = InstanceIoU(annotation_id, image_id, category_id, iou, float(score), area, box)
         self._iou_sum += iou
         self._pairs.append(InstanceComparison(row, truth, prediction))
+        if category_id not in self._compared_categories:
+            self._compared_categories.add(category_id)
+            self.memory += MEMORY_OF_A_CATEGORY
         self.memory += MEMORY_OF_A_PAIR + len(truth.counts) + len(prediction.counts)
 
     @property
@@ -188,9 +220,13 @@ class Evaluator:
 
     def _truth(self, annotation: Annotation, image_id: JsonId, frame: tuple[int, int]) -> Rle | None:
         """Reads the ground-truth mask in the frame (height, width) of its prediction; None after skipping the row."""
-        name = f"annotation {annotation.id!r}"
+        name = row_name(annotation.id)
         segmentation = annotation.raw.get("segmentation")
-        known = self._frames.setdefault(image_id, frame)
+        if image_id not in self._frames:
+            self._frames[image_id] = frame
+            for crowd in self._waiting.pop(image_id, ()):
+                self._keep_crowd(crowd, frame)
+        known = self._frames[image_id]
         if known != frame:
             message = f"{name}: mask of {frame[1]}x{frame[0]} px; its image has {known[1]}x{known[0]} px"
             self.skip(annotation, Reason.FRAME_MISMATCH, message)
@@ -203,35 +239,53 @@ class Evaluator:
                 self.skip(annotation, Reason.BAD_GROUND_TRUTH, str(error))
         return None
 
-    def _add_crowd(
-        self, annotation: Annotation, image_id: JsonId, category_id: JsonId, image_hw: tuple[int, int] | None
-    ) -> None:
-        message = f"annotation {annotation.id!r}: crowd regions are not counted"
-        segmentation = annotation.raw.get("segmentation")
+    def _add_crowd(self, annotation: Annotation, image_id: JsonId, category_id: JsonId) -> None:
+        self.skip(annotation, Reason.CROWD, f"{row_name(annotation.id)}: crowd regions are not counted")
+        segmentation, number = annotation.raw.get("segmentation"), len(self.skipped) - 1
+        if not segmentation:
+            return
         try:
-            region = None
-            if isinstance(segmentation, dict):
-                region = Rle.from_coco(segmentation)
-            elif segmentation and image_hw is not None:
-                region = rle.from_segmentation(segmentation, *image_hw)
-            if region is not None:
-                self._crowds.append(_Crowd(image_id, category_id, region))
-                self.memory += MEMORY_OF_A_SKIPPED + len(region.counts)
+            region = Rle.from_coco(segmentation, "mask") if isinstance(segmentation, dict) else segmentation
         except BadDataset as error:
-            message += f", and this one cannot be read ({error})"
-        self.skip(annotation, Reason.CROWD, message)
+            self._explain(number, error)
+            return
+        crowd = _Crowd(number, image_id, category_id, region)
+        self.memory += MEMORY_OF_A_CROWD + (len(region.counts) if isinstance(region, Rle) else 0)
+        if image_id in self._frames:
+            self._keep_crowd(crowd, self._frames[image_id])
+        else:
+            self._waiting.setdefault(image_id, []).append(crowd)
+
+    def _keep_crowd(self, crowd: _Crowd, frame: tuple[int, int]) -> None:
+        """Keeps a crowd region as a mask of its image; explains in its skipped row if that is impossible."""
+        region, (height, width) = crowd.region, frame
+        try:
+            if not isinstance(region, Rle):
+                region = rle.from_segmentation(region, height, width, "mask")
+                self.memory += len(region.counts)
+            elif (region.height, region.width) != frame:
+                raise BadDataset(f"mask of {region.width}x{region.height} px on an image of {width}x{height} px")
+        except BadDataset as error:
+            self._explain(crowd.number, error)
+        else:
+            self._crowds.append(replace(crowd, region=region))
+
+    def _explain(self, number: int, error: BadDataset) -> None:
+        row = self.skipped[number]
+        message = f"{row.message}, and this one cannot be read ({error})"
+        self.memory += len(message) - len(row.message)
+        self.skipped[number] = replace(row, message=message)
 
     def _as_coco(self, pairs: Sequence[InstanceComparison]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        truth, results = [], []
+        truth: list[dict[str, Any]] = []
+        results: list[dict[str, Any]] = []
         for number, pair in enumerate(pairs):
             ids = {"image_id": pair.row.image_id, "category_id": pair.row.category_id}
             truth.append({**ids, "id": number, "segmentation": pair.truth, "area": pair.row.area})
             results.append({**ids, "segmentation": pair.prediction, "score": pair.row.score})
         for crowd in self._crowds:
-            # A crowd region of another frame cannot be compared with the masks of its image.
-            if self._frames.get(crowd.image_id) == (crowd.region.height, crowd.region.width):
-                ids = {"image_id": crowd.image_id, "category_id": crowd.category_id}
-                truth.append({**ids, "id": len(truth), "segmentation": crowd.region, "iscrowd": 1})
+            ids = {"image_id": crowd.image_id, "category_id": crowd.category_id}
+            truth.append({**ids, "id": len(truth), "segmentation": crowd.region, "iscrowd": 1})
         images = [{"id": image_id} for image_id in self._frames]
         return {"images": images, "annotations": truth}, results
 
@@ -267,26 +321,27 @@ def evaluate_labels(truth: CocoFile, labels: CocoFile, *, ap: bool = True) -> Ev
         size = image.size_wh if image is not None else None
         image_hw = (size[1], size[0]) if size is not None else None
         if annotation.problem is not None or annotation.iscrowd or label is None:
-            evaluator.add(annotation, None, 0.0, image_hw=image_hw)
+            evaluator.add(annotation, None, 0.0)
         else:
             _add_label(evaluator, annotation, label, image_hw)
     for label in by_id.values():
-        evaluator.skip(label, Reason.NO_GROUND_TRUTH, f"annotation {label.id!r}: not in the ground-truth file")
+        evaluator.skip(label, Reason.NO_GROUND_TRUTH, f"{row_name(label.id)}: not in the ground-truth file")
     return evaluator.report(ap=ap)
 
 
 def _add_label(
     evaluator: Evaluator, annotation: Annotation, label: Annotation, image_hw: tuple[int, int] | None
 ) -> None:
-    name = f"annotation {label.id!r}"
-    failure, segmentation, score = (label.raw.get(key) for key in ("error", "segmentation", "score"))
+    name = row_name(label.id)
+    failure, segmentation, stated_score = (label.raw.get(key) for key in ("error", "segmentation", "score"))
     if failure is not None or segmentation is None:
         reason = failure.get("reason") if isinstance(failure, dict) else None
         evaluator.skip(annotation, str(reason or Reason.NOT_ANSWERED), f"{name}: has no predicted mask")
         return
-    score = 1.0 if score is None else score
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        evaluator.skip(annotation, Reason.NOT_ANSWERED, f"{name}: score {score!r}; it must be a finite number")
+    score = 1.0 if stated_score is None else finite_number(stated_score)
+    if score is None:
+        message = f"{name}: score {as_json(stated_score)}; it must be a finite number"
+        evaluator.skip(annotation, Reason.NOT_ANSWERED, message)
         return
     try:
         if image_hw is not None:
@@ -296,4 +351,4 @@ def _add_label(
     except BadDataset as error:
         evaluator.skip(annotation, Reason.NOT_ANSWERED, str(error))
         return
-    evaluator.add(annotation, mask, float(score), image_hw=image_hw)
+    evaluator.add(annotation, mask, score)

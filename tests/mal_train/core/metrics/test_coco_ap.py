@@ -1,6 +1,7 @@
 """COCO's twelve metrics: any ids, no output, no guesses."""
 
 import json
+import math
 import threading
 from typing import Any
 
@@ -105,6 +106,32 @@ def test_metrics_equal_those_of_pycocotools_with_crowds_ties_and_all_sizes(seed:
     assert coco_ap(truth, results, "score", iou_type) == named(run_pycocotools(truth, results, iou_type))
     ones = [{**row, "score": 1.0} for row in results]
     assert coco_ap(truth, results, "one", iou_type) == named(run_pycocotools(truth, ones, iou_type))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_metrics_equal_those_of_pycocotools_with_more_crowds_than_objects_and_many_detections(seed: int) -> None:
+    truth, results = boxes_and_masks(100 + seed)
+    rng = np.random.default_rng(seed)
+    for row in truth["annotations"]:
+        row["iscrowd"] = int(rng.random() < 0.6)
+        row["image_id"] = row["category_id"] = 0
+    for row in results:
+        row["image_id"] = row["category_id"] = 0
+    # Detections equal to objects that lie in crowd regions have ties of overlap 1; more than 100 of them.
+    copies = [{**row, "score": float(rng.choice([0.2, 0.5]))} for row in truth["annotations"]]
+    results = [{k: row[k] for k in results[0]} for row in [*results, *copies, *copies]]
+    assert len(results) > 120
+    assert coco_ap(truth, results) == named(run_pycocotools(truth, results))
+    ones = [{**row, "score": 1.0} for row in results]
+    assert coco_ap(truth, results, "one") == named(run_pycocotools(truth, ones))
+
+
+@pytest.mark.parametrize("area", [None, "large", True, math.nan, math.inf, 10**400, [1]])
+def test_an_area_that_is_no_finite_number_is_that_of_the_mask(area: Any) -> None:
+    truth, results = boxes_and_masks(0)
+    bare = {**truth, "annotations": [{k: v for k, v in row.items() if k != "area"} for row in truth["annotations"]]}
+    odd = {**truth, "annotations": [{**row, "area": area} for row in truth["annotations"]]}
+    assert coco_ap(odd, results) == coco_ap(bare, results)
 
 
 def test_only_the_best_hundred_detections_of_a_category_in_an_image_count() -> None:

@@ -17,8 +17,9 @@ from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
 from mal_train.core.metrics.average_precision import AP_NAMES
 from mal_train.core.metrics.coco_ap import coco_ap
-from mal_train.core.metrics.evaluator import Evaluator, evaluate_labels
+from mal_train.core.metrics.evaluator import Evaluator, evaluate_labels, memory_of
 from mal_train.core.metrics.miou import class_mean
+from tests.mal_train.core.masks.hostile_runs import compressed, wrapping_runs
 from tests.mal_train.core.metrics.ground_truths import frame_of, run_pycocotools, square, truth_of, val_dev
 from tests.reference import fixture, shared
 
@@ -221,22 +222,47 @@ class TestEvaluator:
         with pytest.raises(ValueError, match="score nan"):
             Evaluator({}).add(truth_of(1, None), None, math.nan)
 
-    @pytest.mark.parametrize("as_polygon", [False, True])
-    def test_a_detection_in_a_crowd_region_is_ignored_as_in_coco(self, as_polygon: bool) -> None:
+    @pytest.mark.parametrize("is_first", [False, True])
+    def test_a_crowd_region_gives_the_same_report_as_polygon_and_as_run_lengths(self, is_first: bool) -> None:
         polygon = [[29.0, 9.0, 51.0, 9.0, 51.0, 31.0, 29.0, 31.0]]
-        segmentation = polygon if as_polygon else square(9, 29, 22).to_coco()
         aps = []
-        for crowd in (True, False):
+        for segmentation in (None, polygon, rle.from_segmentation(polygon, 40, 60).to_coco()):
+            crowd = (truth_of(3, None, iscrowd=1, segmentation=segmentation), None, 0.0)
+            rows: list[Any] = [
+                (truth_of(1, square(0, 0, 8)), square(0, 0, 8), 0.5),
+                (truth_of(2, square(0, 15, 4)), square(12, 32, 8), 0.9),
+            ]
             evaluator = Evaluator({1: "cup"})
-            evaluator.add(truth_of(1, square(0, 0, 8)), square(0, 0, 8), 0.5)
-            evaluator.add(truth_of(2, square(0, 15, 4)), square(12, 32, 8), 0.9)
-            if crowd:
-                row = truth_of(3, None, iscrowd=1, segmentation=segmentation)
-                evaluator.add(row, None, 0.0, image_hw=(40, 60))
+            for row in [crowd, *rows] if is_first else [*rows, crowd]:
+                evaluator.add(*row)
             aps.append(evaluator.report().ap_at_score["AP"])
-        assert aps[0] is not None
-        assert aps[1] is not None
-        assert aps[0] > aps[1]
+        without, as_polygon, as_runs = aps
+        assert as_polygon == as_runs != without
+
+    @pytest.mark.parametrize(
+        "segmentation", [[[0, 0, 4, 4]], square(0, 0, 4, (50, 50)).to_coco(), {"size": [40, 60], "counts": [9]}, "x", 5]
+    )
+    @pytest.mark.parametrize("is_first", [False, True])
+    def test_a_crowd_region_that_does_not_fit_its_image_is_explained_once(
+        self, segmentation: Any, is_first: bool
+    ) -> None:
+        evaluator = Evaluator({1: "cup"})
+        crowd = (truth_of(3, None, iscrowd=1, segmentation=segmentation), None, 0.0)
+        rows: list[Any] = [(truth_of(1, square(0, 0, 8)), square(0, 0, 8), 0.5)]
+        for row in [crowd, *rows] if is_first else [*rows, crowd]:
+            evaluator.add(*row)
+        (skipped,) = evaluator.report().skipped_rows
+        assert skipped.reason == "CROWD"
+        assert skipped.message.count("cannot be read") == 1
+
+    def test_a_code_whose_sum_wraps_around_is_no_ground_truth_and_no_crowd_region(self) -> None:
+        runs = wrapping_runs(np.random.default_rng(0), 40 * 60)
+        for number, counts in enumerate((runs, compressed(runs), compressed(runs).decode())):
+            segmentation = {"size": [40, 60], "counts": counts}
+            evaluator = Evaluator({1: "cup"})
+            evaluator.add(truth_of(number, None, segmentation=segmentation), square(0, 0, 4), 0.5)
+            evaluator.add(truth_of(9, None, iscrowd=1, segmentation=segmentation), None, 0.0)
+            assert evaluator.report().skipped == {"BAD_GROUND_TRUTH": 1, "CROWD": 1}
 
     def test_an_unreadable_crowd_region_is_skipped_with_the_cause(self) -> None:
         evaluator = Evaluator({1: "cup"})
@@ -292,6 +318,8 @@ class TestEvaluateLabels:
             ({"segmentation": {"size": [3, 3], "counts": [9]}}, "NOT_ANSWERED"),
             ({"segmentation": square(0, 0, 8).to_coco(), "score": "high"}, "NOT_ANSWERED"),
             ({"segmentation": square(0, 0, 8).to_coco(), "score": math.nan}, "NOT_ANSWERED"),
+            ({"segmentation": square(0, 0, 8).to_coco(), "score": 10**400}, "NOT_ANSWERED"),
+            ({"segmentation": square(0, 0, 8).to_coco(), "score": True}, "NOT_ANSWERED"),
         ],
     )
     def test_a_label_that_cannot_be_compared_is_counted_by_reason(self, label: Any, reason: str) -> None:
@@ -321,8 +349,13 @@ def test_polygons_of_the_real_set_have_full_iou_with_themselves(tmp_path: Path) 
     assert report.ap_at_1["AP"] == pytest.approx(1.0)
 
 
-def test_an_evaluation_and_its_report_take_no_more_memory_than_estimated() -> None:
-    """Each object is in an image of its own, the case that takes most memory."""
+@pytest.mark.parametrize(
+    ("images", "categories", "crowds"),
+    [(1500, 1, 0), (1500, 1, 500), (1, 1, 0), (1, 1, 500), (15, 3, 200), (1, 1, 1300), (100, 300, 0)],
+)
+def test_an_evaluation_and_its_report_take_no_more_memory_than_estimated(
+    images: int, categories: int, crowds: int
+) -> None:
     Evaluator({1: "a"}).report()  # its imports do not count
     count, codes = 1500, [ellipse((n, n, 20.0 + n, 30.0), (90, 120)) for n in range(40)]
     tracemalloc.start()
@@ -330,7 +363,8 @@ def test_an_evaluation_and_its_report_take_no_more_memory_than_estimated() -> No
         evaluator = Evaluator({1: "a"})
         for n in range(count):
             raw = {"segmentation": codes[n % 40].to_coco()}
-            row = Annotation(1000 + n, f"image {n}", 1, (1.0, 2.0, 20.0, 30.0), n % 3 == 2, raw)
+            ids = 1000 + n, f"image {n % images}", n % categories
+            row = Annotation(*ids, (1.0, 2.0, 20.0, 30.0), n >= count - crowds, raw)
             code = codes[(n + 1) % 40]
             copy = Rle(code.height, code.width, bytes(bytearray(code.counts)))
             evaluator.add(row, copy if n % 3 else None, n / count)
@@ -338,5 +372,23 @@ def test_an_evaluation_and_its_report_take_no_more_memory_than_estimated() -> No
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert evaluator.count == count // 3
     assert peak <= evaluator.memory < 2 * peak
+    code_bytes = 2 * count * max(len(code.counts) for code in codes)
+    assert evaluator.memory <= memory_of(count - crowds, crowds, code_bytes, categories)
+
+
+@pytest.mark.parametrize("crowds", [10, 4000])
+def test_memory_of_crowd_regions_does_not_grow_with_the_detections(crowds: int) -> None:
+    evaluator = Evaluator({1: "a"})
+    mask = square(0, 0, 8)
+    for n in range(300):
+        evaluator.add(truth_of(n, mask), mask, 0.5)
+    for n in range(crowds):
+        evaluator.add(truth_of(1000 + n, mask, iscrowd=1), None, 0.0)
+    tracemalloc.start()
+    try:
+        evaluator.report()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4_000_000 + 1000 * crowds
