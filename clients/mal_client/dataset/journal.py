@@ -3,13 +3,15 @@
 Each line is the CRC-32 of the text behind it, then JSON. The first line is the manifest, which identifies the job; the
 others are `[index of the annotation, result]`, and the last one for an index counts. Lines are appended as results
 arrive and never changed. Reading stops at the first damaged line, the last one of a killed run, and what follows is cut
-off. A written line survives a killed process at once, and a power cut `SYNC_EVERY_S` seconds later.
+off. A file whose first line is damaged is refused and unchanged: it may be no journal, or one with many results. A
+written line survives a killed process at once, and a power cut `SYNC_EVERY_S` seconds later.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import zlib
 from array import array
@@ -28,6 +30,10 @@ SYNC_EVERY_S: Final = 5.0
 """Seconds between two fsync calls: a power cut loses the results of this time at most."""
 
 NO_ROW: Final = -1
+
+_HEAD_BYTES: Final = 10
+_JOURNAL_HEAD: Final = re.compile(rb"[0-9a-f]{8} \{|[0-9a-f]{0,8} ?\Z")
+"""First bytes of a journal, or all bytes of one that a killed process has only begun."""
 
 RowResult = Mapping[str, Any]
 """`{"label": …}`, or `{"failed": …}`, which a later run tries again."""
@@ -64,11 +70,13 @@ class JournalReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = LockedFile(path)
-        first = next(_good_lines(self._file), None)
-        if first is None or not isinstance(first[2], dict):
-            self._file.close()
-            raise ConfigError(f"{path}: not the journal of a labeling job, or damaged; label that shard again")
-        self.manifest: dict[str, Any] = first[2]
+        with ExitStack() as on_error:
+            on_error.callback(self._file.close)
+            first = _read_manifest(self._file)
+            if first is None:
+                raise ConfigError(f"{path}: empty; label that shard again")
+            on_error.pop_all()
+        self.manifest: dict[str, Any] = first[1]
 
     def __enter__(self) -> Self:
         return self
@@ -78,12 +86,9 @@ class JournalReader:
     ) -> None:
         self._file.close()
 
-    def lines(self) -> Iterator[JournalLine]:
-        """Yields the position of each result; later results of a row follow earlier ones."""
-        lines = _good_lines(self._file)
-        next(lines)
-        for start, end, (index, _) in lines:
-            yield JournalLine(index, start, end - start)
+    def lines(self, count: int) -> Iterator[JournalLine]:
+        """Yields the position of each result of `count` rows; later results of a row follow earlier ones."""
+        return (line for line, _ in _results(self._file, count))
 
     def result(self, offset: int, length: int) -> RowResult:
         """Returns the result in one line."""
@@ -132,9 +137,7 @@ class Journal:
         self._file = LockedFile(path)
         with ExitStack() as on_error:
             on_error.callback(self.close)
-            if restart:
-                self._file.truncate(0)
-            self._end = self._read(manifest)
+            self._end = self._read(manifest, restart=restart)
             if not self._end:
                 self._write(_line(manifest))
             on_error.pop_all()
@@ -187,18 +190,17 @@ class Journal:
         self._offsets[index], self._lengths[index], self._is_failed[index] = offset, length, is_failed
         self.label_count += self.has_label(index)
 
-    def _read(self, manifest: Mapping[str, Any]) -> int:
+    def _read(self, manifest: Mapping[str, Any], *, restart: bool) -> int:
         """Notes the results of an earlier run and cuts off damaged lines; returns the end of the good ones."""
-        lines = _good_lines(self._file)
-        first = next(lines, None)
-        if first is None:
+        first = _read_manifest(self._file)
+        if first is None or restart:
             self._file.truncate(0)
             return 0
-        _, end, actual = first
+        end, actual = first
         _refuse_other_job(self.path, actual, manifest)
-        for start, line_end, (index, result) in lines:
-            end = line_end
-            self._note(JournalLine(index, start, end - start), is_failed="failed" in result)
+        for line, result in _results(self._file, len(self._offsets)):
+            end = line.offset + line.length
+            self._note(line, is_failed="failed" in result)
         self._file.truncate(end)
         return end
 
@@ -211,6 +213,43 @@ class Journal:
                 "the results so far are kept, and an older output file is unchanged"
             ) from error
         self._end += len(data)
+
+
+def _read_manifest(file: LockedFile) -> tuple[int, dict[str, Any]] | None:
+    """Returns (its end, manifest) of a journal; None for one that a killed run left before its first line was complete.
+
+    Raises:
+        ConfigError: the file is no journal, or its first line is damaged.
+    """
+    head = file.read_at(0, _HEAD_BYTES)
+    is_journal = _JOURNAL_HEAD.match(head) is not None
+    # Any other file may have a first line of any length.
+    line = next(file.lines(), b"") if is_journal else head
+    manifest = _content(line)
+    if isinstance(manifest, dict):
+        return len(line), manifest
+    if is_journal and not line.endswith(b"\n"):
+        return None
+    raise ConfigError(
+        f"{file.path}: no journal of a labeling job, or its first line is damaged; its results cannot be used, and it "
+        "is unchanged; move or delete it, or choose another output"
+    )
+
+
+def _results(file: LockedFile, count: int) -> Iterator[tuple[JournalLine, RowResult]]:
+    """Yields the results of the lines before the first damaged one.
+
+    Raises:
+        ConfigError: a line has a valid checksum, but is no result of one of `count` rows.
+    """
+    lines = _good_lines(file)
+    next(lines)
+    for start, end, content in lines:
+        match content:
+            case [int() as index, dict() as result] if 0 <= index < count and not isinstance(index, bool):
+                yield JournalLine(index, start, end - start), result
+            case _:
+                raise ConfigError(f"{file.path}: byte {start}: not a result of this job; move or delete the file")
 
 
 def _good_lines(file: LockedFile) -> Iterator[tuple[int, int, Any]]:
@@ -238,7 +277,10 @@ def _content(line: bytes) -> Any:
     """Returns the JSON of a line; None when the line is damaged."""
     if not line.endswith(b"\n") or line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
         return None
-    return json.loads(line[9:])
+    try:
+        return json.loads(line[9:])
+    except (ValueError, RecursionError):
+        return None
 
 
 def _refuse_other_job(path: Path, actual: Any, expected: Mapping[str, Any]) -> None:

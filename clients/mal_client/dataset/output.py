@@ -154,13 +154,18 @@ class _MaskWriter:
         return {}
 
     def _write_png(self, name: str, rle: Rle) -> str:
-        path = self._folder / name
+        self._make_folder()
+        with atomic_write(self._folder / name) as file:
+            file.write(encode_bitmap(decode_mask(rle)))
+        return f"{self._folder.name}/{name}"
+
+    def _make_folder(self) -> None:
         try:
             self._folder.mkdir(exist_ok=True)
-            path.write_bytes(encode_bitmap(decode_mask(rle)))
         except OSError as error:
-            raise OutputError(f"{path}: not written ({error.strerror}); {remedy_of(error)}") from error
-        return f"{self._folder.name}/{name}"
+            raise OutputError(f"{self._folder}: not created ({error.strerror}); {remedy_of(error)}") from error
+        if self._folder.is_symlink():
+            raise OutputError(f"{self._folder}: is a symbolic link, which is not followed; remove it")
 
 
 def _file_name(index: int, annotation_id: object) -> str:

@@ -150,7 +150,7 @@ class ShardJournals:
                 f"{reader.path}: belongs to another job than {self._readers[0].path.name}: {'; '.join(different)}; "
                 "label that shard again with --restart"
             )
-        for index, offset, length in reader.lines():
+        for index, offset, length in reader.lines(len(self._offsets)):
             self._reader_index[index] = len(self._readers)
             self._offsets[index], self._lengths[index] = offset, length
         self._readers.append(reader)

@@ -18,6 +18,7 @@ from mal_train.core.fingerprint import differences
 from mal_train.core.locked_file import LockedFile
 
 FILE_TYPE = "mal-client evaluation records"
+_HEAD = b"\n" + json.dumps({"what": FILE_TYPE}).encode()[:-1]
 IN_USE = "in use by another evaluation; wait for it to end, or name another file"
 
 
@@ -52,7 +53,7 @@ class EvaluationCheckpoint:
             self._file = LockedFile(path, IN_USE)
             with ExitStack() as unlock:
                 unlock.callback(self.close)
-                self._read(path)
+                self._read(path, self._file)
                 unlock.pop_all()
 
     def __len__(self) -> int:
@@ -115,13 +116,12 @@ class EvaluationCheckpoint:
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
 
-    def _read(self, path: Path) -> None:
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be read: {error.strerror}") from error
-        rows = [row for row in map(_parse_line, lines) if row is not None]
-        if any(lines) and (not rows or rows[0].get("what") != FILE_TYPE):
+    def _read(self, path: Path, file: LockedFile) -> None:
+        head = file.read_at(0, len(_HEAD))
+        rows = [row for row in map(_parse_line, file.lines()) if row is not None] if head == _HEAD else []
+        # A process that was killed at its first row has left no record.
+        is_ours = _HEAD.startswith(head) and (not rows or rows[0].get("what") == FILE_TYPE)
+        if not is_ours:
             raise ConfigError(f"{path}: not a file of evaluation records; name another file")
         for number, row in enumerate(rows, start=1):
             try:
@@ -159,6 +159,6 @@ def _read_bytes(row: dict[str, Any], key: str) -> bytes:
 def _parse_line(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

@@ -8,8 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mal_client.formats.boxes import RowError
+from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, by_image, read_coco
 from mal_train.core.errors import BadDataset, OutputError
+from mal_train.core.input_files import resolve_inside
 from mal_train.core.masks.encodings import to_polygons
 from mal_train.core.masks.polygons import Ring
 from mal_train.core.masks.rle import Rle, from_segmentation
@@ -128,6 +130,9 @@ class LabelFiles:
             self.omit(image, rows, "NAME_OUTSIDE", f"label file would be outside {self._folder}")
             return None
         relative = name.with_suffix(self._suffix)
+        if resolve_inside(self._folder, str(relative.parent)) is None:
+            self.omit(image, rows, "NAME_OUTSIDE", f"a link leads out of {self._folder}; remove it")
+            return None
         if relative in self._taken:
             text = f"label file would have the same name as that of {self._taken[relative]}; rename one of the images"
             self.omit(image, rows, "NAME_TAKEN", text)
@@ -144,9 +149,10 @@ class LabelFiles:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file and creates its parent folders. Raises OutputError."""
+    """Writes a file atomically and creates its parent folders. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    with atomic_write(path) as file:
+        file.write(content)

@@ -1,6 +1,8 @@
 """Claims about the file that keeps the results of a bulk job."""
 
+import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,59 @@ def test_the_journal_of_another_job_is_refused_with_the_differences_and_unchange
     assert journal_path(tmp_path / "out.json").read_bytes() == before
     with opened(tmp_path, JOB | {"input": "bb"}, restart=True) as journal:
         assert journal.label_count == 0
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize(
+    "content", [b"precious\n" * 100, b"precious", b"\0" * 100, b"deadbeef", b"{}\n", b"deadbeef {}\n", b'deadbeef {"a']
+)
+def test_a_file_that_is_no_journal_is_refused_and_unchanged(tmp_path: Path, content: bytes, restart: bool) -> None:
+    path = tmp_path / "out.json.ledger"
+    path.write_bytes(content)
+    if content in (b"deadbeef", b'deadbeef {"a'):  # what a killed process may leave of its first line
+        opened(tmp_path, restart=restart).close()
+        return
+    with pytest.raises(ConfigError):
+        opened(tmp_path, restart=restart)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_damaged_first_line_drops_no_results_in_silence(tmp_path: Path, restart: bool) -> None:
+    for position in (0, 8, 9, 20):
+        damaged = bytearray(written(tmp_path))
+        damaged[position] ^= 1
+        (tmp_path / "out.json.ledger").write_bytes(damaged)
+        with pytest.raises(ConfigError):
+            opened(tmp_path, restart=restart)
+        assert (tmp_path / "out.json.ledger").read_bytes() == damaged
+        (tmp_path / "out.json.ledger").unlink()
+
+
+def test_a_huge_file_that_is_no_journal_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "out.json.ledger").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError):
+        opened(tmp_path)
+
+
+def test_a_link_is_refused_and_what_it_names_is_unchanged(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    for content in (b"precious\n", b""):
+        victim.write_bytes(content)
+        (tmp_path / "out.json.ledger").symlink_to(victim)
+        with pytest.raises(OutputError):
+            opened(tmp_path)
+        assert victim.read_bytes() == content
+        (tmp_path / "out.json.ledger").unlink()
+
+
+@pytest.mark.parametrize("row", [[5, LABEL], [-1, LABEL], [True, LABEL], [0, "label"], [0], {"0": LABEL}])
+def test_a_line_that_is_no_result_of_the_job_is_an_error(tmp_path: Path, row: Any) -> None:
+    text = json.dumps(row).encode()
+    (tmp_path / "out.json.ledger").write_bytes(written(tmp_path) + b"%08x %s\n" % (zlib.crc32(text), text))
+    with pytest.raises(ConfigError):
+        opened(tmp_path)
 
 
 def test_two_runs_cannot_open_one_journal(tmp_path: Path) -> None:

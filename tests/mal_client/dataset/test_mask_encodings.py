@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools.coco import COCO
 
-from mal_train.core.errors import ConfigError
+from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.masks.rle import Rle, area, encode_mask
 from mal_train.core.settings import MaskFormat
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
@@ -107,6 +107,24 @@ def test_png_masks_are_files_beside_the_output_that_their_rows_name(dataset: Dat
     with Image.open(dataset.folder / names[3]) as image:
         assert image.mode == "1"
         np.testing.assert_array_equal(np.asarray(image), ring())
+
+
+@pytest.mark.parametrize("name", ["out.masks", "out.masks/100.png", "out.errors.jsonl", "out.json"])
+def test_no_file_of_a_job_is_written_through_a_link(dataset: Dataset, name: str) -> None:
+    victim, link = dataset.folder / "victim", dataset.folder / name
+    if name == "out.masks":
+        victim.mkdir()
+    else:
+        victim.write_text("precious")
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(victim)
+    dataset.coco["annotations"][0]["bbox"] = [0, 0, -1, 0]  # a failure, for the list of failures
+    dataset.coco["annotations"][1]["id"] = 100
+    dataset.coco["annotations"][0]["id"] = 99
+    dataset.save()
+    with pytest.raises(OutputError):
+        written(dataset, ring(), DatasetOptions(mask_format=MaskFormat.PNG))
+    assert [*victim.iterdir()] == [] if victim.is_dir() else victim.read_text() == "precious"
 
 
 @pytest.mark.parametrize("tolerance_px", [-1.0, float("nan"), float("inf")])

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mal_client.cli.main import main
 from numpy.typing import NDArray
 from PIL import Image
 
+from mal_train.core.errors import OutputError
 from mal_train.core.masks.encodings import to_polygons
 from mal_train.core.masks.polygons import fill, merge_holes
 from mal_train.core.masks.rle import Rle, decode_mask, encode_mask, iou
@@ -140,6 +142,42 @@ def test_no_file_name_leads_out_of_the_output(labeled: Dataset, form: str, name:
     written = {path for path in labeled.folder.rglob("*") if path.is_file()} - before
     assert {path for path in written if not path.is_relative_to(target)} == set()
     assert {path.stem for path in written if path.suffix != ".yaml"} == {"image_1", "image_2"}
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [("labelme", "image_0.json"), ("yolo-seg", "labels/image_0.txt"), ("fiftyone", "labels.json")]
+)
+def test_no_export_is_written_through_a_link(labeled: Dataset, form: str, name: str) -> None:
+    victim, path = labeled.folder / "victim", labeled.folder / form / name
+    victim.write_text("precious")
+    path.parent.mkdir(parents=True)
+    path.symlink_to(victim)
+    given = ["--annotations", str(labeled.json_path), "--images", str(labeled.images_dir)]
+    assert main(["export", "--to", form, *given, "--output", str(labeled.folder / form)]) == OutputError.exit_code
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("form", ["labelme", "yolo-seg"])
+def test_no_linked_folder_leads_out_of_the_output(labeled: Dataset, form: str) -> None:
+    victim, target = labeled.folder / "victim", labeled.folder / form
+    labels = target / "labels" if form == "yolo-seg" else target
+    victim.mkdir()
+    labels.mkdir(parents=True)
+    (labels / "deeper").symlink_to(victim)
+    (labeled.images_dir / "deeper").mkdir()
+    (labeled.images_dir / "image_0.png").rename(labeled.images_dir / "deeper" / "image_0.png")
+    labeled.coco["images"][0]["file_name"] = "deeper/image_0.png"
+    labeled.save()
+    export(labeled, form)
+    assert list(victim.iterdir()) == []
+
+
+def test_an_export_keeps_the_mode_of_a_file_that_it_replaces(labeled: Dataset) -> None:
+    path = labeled.folder / "fiftyone" / "labels.json"
+    path.parent.mkdir()
+    path.touch(0o600)
+    export(labeled, "fiftyone")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_negative_tolerance_is_refused(labeled: Dataset) -> None:

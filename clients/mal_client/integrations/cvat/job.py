@@ -31,7 +31,7 @@ from mal_client.integrations.cvat.task_plan import (
 from mal_client.integrations.missing_mask import missing_mask_reason
 from mal_client.types import BoxLabel, LabelOptions, Progress
 from mal_train.core.coco.output import write_json_atomic
-from mal_train.core.errors import BadImage, InputError
+from mal_train.core.errors import BadImage, ConfigError, InputError
 from mal_train.core.images.header import read_header
 
 FRAMES_AT_ONCE: Final = 4
@@ -123,7 +123,7 @@ def label_task(
     before = cvat.annotations()
     backup_file = journal_file.with_name(f"{journal_file.name}.before.json")
     # Group numbers follow those of the original annotations, so that a resumed run assigns the same ones.
-    original = json.loads(backup_file.read_bytes()) if backup_file.exists() and not restart else before
+    original = _read_backup(backup_file) if backup_file.exists() and not restart else before
     plan = fetch_plan(cvat, before, label_names, first_group=first_free_group(original))
     provenance = provenance_of(client.server_info().for_options(options), options)
     manifest = {"task": cvat.name, "rectangles": plan.digest(), **provenance}
@@ -134,6 +134,17 @@ def label_task(
         _Run(cvat, client, journal, options=options, result=result, before=before).label_all(on_progress)
     result.changed = _changed(before, cvat.annotations())
     return result
+
+
+def _read_backup(path: Path) -> Json:
+    """Reads the original annotations that an earlier run saved. Raises ConfigError."""
+    try:
+        original = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not the annotations of an earlier run ({error}); move or delete it") from None
+    if not isinstance(original, dict):
+        raise ConfigError(f"{path}: not the annotations of an earlier run; move or delete it")
+    return original
 
 
 def fetch_plan(
