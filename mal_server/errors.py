@@ -3,6 +3,8 @@
     MalError
     ├── InputError
     │   ├── InvalidRequest      INVALID_ARGUMENT     fields of a request break the contract; nothing was started
+    │   │   ├── ResponseTooLarge                     the masks of an item do not fit into one message
+    │   │   └── CallTooLarge                         one call may never hold the memory that this one needs
     │   ├── Unauthenticated     UNAUTHENTICATED      no token, or an unknown one
     │   ├── PermissionDenied    PERMISSION_DENIED    the token lacks the scope of the method
     │   └── NotFound            NOT_FOUND            a request names something that is not here
@@ -46,6 +48,16 @@ class ResponseTooLarge(InvalidRequest):
     """The masks of one item do not fit into one message; the same item with fewer boxes may."""
 
     reason = "RESPONSE_TOO_LARGE"
+
+
+class CallTooLarge(InvalidRequest):
+    """A call that needs more memory than one call may ever hold; in several smaller calls it may succeed."""
+
+    reason = "CALL_TOO_LARGE"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(())
+        self.args = (message,)
 
 
 class Unauthenticated(InputError):

@@ -25,9 +25,9 @@ from mal_server.config.limits import Limits
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
 from mal_server.errors import NoSuchFile, ResponseTooLarge
-from mal_server.evaluation.dataset_reader import memory_of, read_dataset
-from mal_server.evaluation.resume_tokens import GroundTruth, ResumeTokens
-from mal_server.evaluation.run import EvaluationRun
+from mal_server.evaluation.dataset_reader import Dataset, memory_of, read_dataset
+from mal_server.evaluation.resume_tokens import ResumeTokens
+from mal_server.evaluation.run import EvaluationRun, UnreadImage
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.models.pinned_models import PinnedModels
 from mal_server.models.registry import ModelRegistry
@@ -36,7 +36,6 @@ from mal_server.ops.metrics import Metrics
 from mal_server.scheduling.background import run_in_thread
 from mal_server.scheduling.memory_quota import MemoryQuota, Reservation
 from mal_server.scheduling.priority import Priority
-from mal_train.core.coco.annotations import JsonId
 from mal_train.core.errors import DeviceLost
 
 
@@ -144,9 +143,9 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             tokens = ResumeTokens(self._resume_key, model.info, options.predict, options.output)
             if options.resume_token:
                 tokens.check(options.resume_token)
-            options, ground_truths = await self._ground_truths(options, request_iterator, memory)
-            run = EvaluationRun(model.pipeline, model.pool, options.category_names, tokens, memory.grow)
-            samples = bounded_map(ground_truths, run.label, self._limits.max_items_in_flight, in_order=True)
+            options, images = await self._images(options, request_iterator, memory)
+            run = EvaluationRun(model.pipeline, model.pool, options.category_names, tokens, memory)
+            samples = bounded_map(images, run.label, self._limits.max_items_in_flight, in_order=True)
             async with aclosing(samples):
                 async for sample in samples:
                     await run.count(sample)
@@ -159,32 +158,32 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             memory.hold_until(report)
             yield evaluation_messages.write_result(await asyncio.wrap_future(report), run, options, model_ref)
 
-    async def _ground_truths(
+    async def _images(
         self,
         options: evaluation_messages.EvaluateOptions,
         requests: AsyncIterator[evaluation_pb2.EvaluateRequest],
         memory: Reservation,
-    ) -> tuple[evaluation_messages.EvaluateOptions, AsyncIterator[GroundTruth]]:
+    ) -> tuple[evaluation_messages.EvaluateOptions, AsyncIterator[UnreadImage]]:
         """Returns the images of the stream, or of a data set on the server with the options that it completes."""
         if options.dataset is None:
-            return options, evaluation_messages.read_ground_truths(requests, options, self._limits)
+            return options, evaluation_messages.read_images(requests, options, self._limits)
         # Before the records are read: without memory for the data set they are not needed.
-        memory.grow(await asyncio.to_thread(memory_of, self._folders, options.dataset[0]))
+        while_read = await asyncio.to_thread(memory_of, self._folders, options.dataset[0])
+        memory.grow(while_read)
         records = await evaluation_messages.read_records(requests, options, memory.grow)
         # In a thread: parsing a file of a million rows takes seconds, during which other calls must be served.
-        reading = run_in_thread(self._read_dataset, options, options.dataset, records)
+        reading = run_in_thread(self._read_dataset, options.dataset, records)
         memory.hold_until(reading)
-        category_names, ground_truths = await asyncio.wrap_future(reading)
-        return replace(options, category_names=category_names, images_total=len(ground_truths)), each(ground_truths)
+        dataset, size_bytes = await asyncio.wrap_future(reading)
+        memory.shrink(while_read - size_bytes)
+        images = dataset.images(options.label_request, self._limits.max_boxes, records)
+        options = replace(options, category_names=dataset.category_names, images_total=len(dataset.head.images))
+        return options, each(images)
 
-    def _read_dataset(
-        self, options: evaluation_messages.EvaluateOptions, names: tuple[str, str], records: Mapping[str, bytes]
-    ) -> tuple[Mapping[JsonId, str], list[GroundTruth]]:
+    def _read_dataset(self, names: tuple[str, str], records: Mapping[str, bytes]) -> tuple[Dataset, int]:
         dataset = read_dataset(self._folders, *names)
         dataset.check_records(records)
-        return dataset.category_names, list(
-            dataset.ground_truths(options.label_request, self._limits.max_boxes, records)
-        )
+        return dataset, dataset.memory
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):

@@ -157,9 +157,11 @@ class ServerConfig(Strict):
     max_evaluation_bytes: int = Field(
         default=4096 * MIB,
         ge=MIB,
-        description="Memory for all evaluations together, in bytes: datasets read on the server (thirteen times the "
-        "annotation file),\nresume tokens of clients, and results (about 5 KB for each object). An evaluation that "
-        "exceeds it is refused\nor ended (UNAVAILABLE) and can resume later; the one that started first continues.",
+        description="Memory for all evaluations together, in bytes: datasets read on the server (twice the annotation "
+        "file, and 500\nfor each row), images in flight, resume tokens of clients, and results (about 5 KB for each "
+        "object). An evaluation\nthat does not fit beside the others is refused or ended (UNAVAILABLE) and can resume "
+        "later; the one that started\nfirst continues. One that alone needs more is refused or ended for good "
+        "(INVALID_ARGUMENT).",
     )
     resume_key: str | None = Field(
         default=None,

@@ -1,116 +1,176 @@
-"""Reads a COCO file below the server's data folders as the images of an evaluation. Knows nothing of gRPC."""
+"""Reads a COCO file below the server's data folders as the images of an evaluation. Knows nothing of gRPC.
 
+The file is read row by row: `json.loads` of a whole file would stop every other thread for seconds, and so would the
+garbage collector on the objects of a million rows. Rows are kept as JSON text until their image is labeled.
+"""
+
+import json
+import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mal_server.errors import InvalidRequest, ResumeTokenStale
-from mal_server.evaluation.resume_tokens import GroundTruth, ItemFailure
-from mal_server.evaluation.run import REQUEST_REFUSED
+from mal_server.evaluation.resume_tokens import GroundTruth
+from mal_server.evaluation.run import MAX_CATEGORIES, UnreadImage, refused_image
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.inference.image_store import FileImage
 from mal_server.inference.requests import LabelRequest
-from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, by_image, read_coco
+from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
+from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.geometry import Box
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """Largest annotation file; its rows stay in memory while the evaluation runs."""
 
-MEMORY_OF_A_BYTE = 13
-"""Bytes of memory for each byte of an annotation file, while it is read: 6.1 with run lengths, 7.4 with polygons, 11.5
-with triangles of small integers and no spaces."""
+MAX_ROW_CHARS = 512 * 1024
+"""Longest row of a file. Parsing one stops all other threads, for 20 ms at this length."""
+
+MEMORY_OF_A_BYTE, MEMORY_OF_A_ROW = 2, 500
+"""Bytes of memory for each byte and each object of an annotation file, while it is read. Measured: 1.3 for each byte
+with polygons of COCO; 250 for each row of a few characters."""
+
+WORK_S, PAUSE_S = 0.002, 0.0001
+"""Time after which reading pauses, and the pause, in which the event loop takes over the interpreter at once; otherwise
+it waits 5 ms each time that it needs it."""
+
+_READ_BYTES = 1 << 20
+
+MAX_ID = 2**63
+"""Ids of a report are integers of 64 bits; a file with others gets numbers instead."""
 
 MakeRequest = Callable[[FileImage, tuple[int, int] | None, tuple[int, ...], tuple[Box, ...]], LabelRequest]
 """(image, its width and height, ids, boxes) → the request that labels them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A COCO file and the folder of its images.
 
     Attributes:
-        coco: the content of the file.
+        head: images and categories.
+        rows: each annotation of a known image as JSON text, see `_packed`, in file order.
+        order: indices of `rows`, by image.
+        ends: end of the rows of each image in `order`, in the order of `head.images`.
+        has_integer_ids: the ids of all annotations are integers of a report; their numbers are used otherwise.
         folder: name of the data folder of its images.
         image_dir: path of the images below that folder; "" = the folder itself.
     """
 
-    coco: CocoFile
+    head: CocoHead
+    rows: list[bytes]
+    order: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    has_integer_ids: bool
     folder: str
     image_dir: str
 
     @property
     def category_names(self) -> Mapping[JsonId, str]:
         """Names by the ids of the report: those of the file if all are integers, else numbers from 1."""
-        ids = self._category_ids()
-        return {ids[key]: name for key, name in self.coco.category_names.items()}
+        ids = self._category_ids
+        return {ids[key]: name for key, name in self.head.category_names.items()}
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the data set takes."""
+        texts = sum(len(image.file_name) for image in self.head.images.values()) + sum(map(len, self.head.notes))
+        images = MEMORY_OF_A_ROW * (len(self.head.images) + len(self.head.notes))
+        return sum(map(len, self.rows)) + 64 * len(self.rows) + 4 * texts + images
 
     def check_records(self, records: Mapping[str, bytes]) -> None:
         """Raises ResumeTokenStale for records of images that are not in the data set."""
-        unknown = set(records) - {image.file_name for image, _ in by_image(self.coco)}
+        unknown = set(records) - {image.file_name for image in self.head.images.values()}
         if unknown:
             raise ResumeTokenStale(
                 f"{len(unknown)} of {len(records)} records belong to images that are not in the data set, for example "
                 f"{min(unknown)!r}; start the evaluation again without records"
             )
 
-    def ground_truths(
-        self, make_request: MakeRequest, max_boxes: int, records: Mapping[str, bytes]
-    ) -> Iterator[GroundTruth]:
-        """Yields the images that have objects, in the order of the file.
+    def images(self, make_request: MakeRequest, max_boxes: int, records: Mapping[str, bytes]) -> Iterator[UnreadImage]:
+        """Yields the images in the order of the file, with their objects counted but not read.
 
         Args:
             make_request: makes the request that labels an image.
-            max_boxes: limit of boxes of one image.
+            max_boxes: limit of objects of one image.
             records: sealed records by file name.
         """
-        category_ids = self._category_ids()
-        has_integer_ids = all(isinstance(row.id, int) for row in self.coco.annotations)
-        ids = {id(row): row.id if has_integer_ids else index for index, row in enumerate(self.coco.annotations)}
-        for image_index, (image, rows) in enumerate(by_image(self.coco)):
-            numbered = tuple(
-                replace(
-                    row,
-                    id=ids[id(row)],
-                    image_id=image_index,
-                    category_id=None if row.category_id is None else category_ids.get(row.category_id, row.category_id),
-                )
-                for row in rows
-            )
-            yield self._ground_truth(image, numbered, make_request, max_boxes, records.get(image.file_name, b""))
+        start = 0
+        for index, (image, end) in enumerate(zip(self.head.images.values(), self.ends.tolist(), strict=True)):
+            rows, start = self.order[start:end], end
+            if len(rows) > max_boxes:
+                yield refused_image(image.file_name, len(rows), max_boxes)
+                continue
+            size = sum(len(self.rows[row]) for row in rows.tolist())
+            record = records.get(image.file_name, b"")
+            read = partial(self._read, index, image, rows, make_request, record)
+            # As Python objects, numbers take several times the memory of their digits.
+            yield UnreadImage(image.file_name, len(rows), 8 * size + len(record), read)
 
-    def _ground_truth(
-        self, image: ImageInfo, rows: tuple[Annotation, ...], make_request: MakeRequest, max_boxes: int, record: bytes
+    def _read(
+        self,
+        index: int,
+        image: ImageInfo,
+        rows: NDArray[np.int64],
+        make_request: MakeRequest,
+        record: bytes,
     ) -> GroundTruth:
-        measured = {row.id: row for row in rows if _is_measured(row)}
-        if len(measured) > max_boxes:
-            message = f"{len(measured)} boxes; max_boxes is {max_boxes}"
-            return GroundTruth(image.file_name, rows, None, ItemFailure(REQUEST_REFUSED, message))
+        annotations = tuple(self._annotation(row, index) for row in rows.tolist())
+        measured = {row.id: row for row in annotations if _is_measured(row)}
         path = str(PurePosixPath(self.image_dir) / image.file_name) if self.image_dir else image.file_name
         ids = tuple(key for key in measured if isinstance(key, int))
         boxes = tuple(row.box_xywh for row in measured.values())
         request = make_request(FileImage(self.folder, path), image.size_wh, ids, boxes)
-        return GroundTruth(image.file_name, rows, request, None, record)
+        return GroundTruth(image.file_name, annotations, request, None, record)
 
+    def _annotation(self, row: int, image_index: int) -> Annotation:
+        number, annotation_id, category_id, box, iscrowd, segmentation, reason = json.loads(self.rows[row])
+        return Annotation(
+            id=annotation_id if self.has_integer_ids else number,
+            image_id=image_index,
+            category_id=None if category_id is None else self._category_ids.get(category_id, category_id),
+            box_xywh=tuple(box),
+            iscrowd=iscrowd,
+            raw={} if segmentation is None else {"segmentation": segmentation},
+            problem=reason,
+            reason=None if reason is None else Reason(reason),
+        )
+
+    @cached_property
     def _category_ids(self) -> dict[JsonId, JsonId]:
-        ids = list(self.coco.category_names)
-        if all(isinstance(value, int) for value in ids):
+        ids = list(self.head.category_names)
+        if all(_is_report_id(value) for value in ids):
             return {value: value for value in ids}
         return {value: number for number, value in enumerate(ids, start=1)}
 
 
 def memory_of(folders: AllowedDirs, annotations: str) -> int:
-    """Estimates the bytes of memory that a data set takes while it is read. Blocks on the disk.
+    """Estimates the bytes of memory that a data set takes while it is read. Reads the file, in a second or less.
 
     Raises:
-        InvalidRequest: a malformed path, or a file above MAX_FILE_BYTES.
+        InvalidRequest: a malformed path, or a file above MAX_FILE_BYTES or that cannot be read.
         NoSuchFile: the folder or the file does not exist.
     """
-    return MEMORY_OF_A_BYTE * _checked_size(_annotations_path(folders, annotations))
+    path = _annotations_path(folders, annotations)
+    size = _checked_size(path)
+    try:
+        with path.open("rb") as file:
+            rows = sum(chunk.count(b"{") for chunk in iter(partial(file.read, _READ_BYTES), b""))
+    except OSError as error:
+        problem = f"{annotations}: cannot be read ({error.strerror})"
+        raise InvalidRequest([("options.dataset.annotations", problem)]) from None
+    return MEMORY_OF_A_BYTE * size + MEMORY_OF_A_ROW * rows
 
 
 def read_dataset(folders: AllowedDirs, annotations: str, images: str) -> Dataset:
-    """Reads a COCO file. Blocks for seconds on large files; call it in a thread.
+    """Reads a COCO file. Takes seconds for large files; call it in a thread, which lets others run.
 
     Args:
         folders: data folders of the server.
@@ -125,13 +185,18 @@ def read_dataset(folders: AllowedDirs, annotations: str, images: str) -> Dataset
     image_folder, _, image_dir = images.partition("/")
     folders.path(image_folder, image_dir, "options.dataset.images")
     _checked_size(path)
+    rows = _RowCollector()
     try:
-        coco = read_coco(path)
+        head = scan_coco(path, rows.add, max_value_chars=MAX_ROW_CHARS)
     except BadDataset as error:
         # Clients know the file by FOLDER/PATH and must not learn where the folder is.
         problem = str(error).replace(str(path), annotations)
         raise InvalidRequest([("options.dataset.annotations", problem)]) from None
-    return Dataset(coco, image_folder, image_dir)
+    if len(head.category_names) > MAX_CATEGORIES:
+        problem = f"{annotations}: {len(head.category_names)} categories; at most {MAX_CATEGORIES}"
+        raise InvalidRequest([("options.dataset.annotations", problem)])
+    order, ends = rows.by_image(head)
+    return Dataset(head, rows.packed, order, ends, rows.has_integer_ids, image_folder, image_dir)
 
 
 def _annotations_path(folders: AllowedDirs, annotations: str) -> Path:
@@ -144,6 +209,53 @@ def _checked_size(path: Path) -> int:
     if size > MAX_FILE_BYTES:
         raise InvalidRequest([("options.dataset.annotations", f"{size} bytes; at most {MAX_FILE_BYTES}")])
     return size
+
+
+class _RowCollector:
+    """Packs the annotations of a scan.
+
+    Attributes:
+        packed: annotations that have an image id, in file order.
+        has_integer_ids: the ids of all annotations so far are integers of a report.
+    """
+
+    def __init__(self) -> None:
+        self.packed: list[bytes] = []
+        self.has_integer_ids = True
+        self._image_ids: list[JsonId] = []
+        self._pause_at = time.monotonic() + WORK_S
+
+    def add(self, index: int, annotation: Annotation) -> None:
+        """Receives one annotation of `scan_coco`."""
+        self.has_integer_ids &= _is_report_id(annotation.id)
+        if annotation.image_id is not None:
+            self.packed.append(_packed(index, annotation))
+            self._image_ids.append(annotation.image_id)
+        if time.monotonic() >= self._pause_at:
+            time.sleep(PAUSE_S)
+            self._pause_at = time.monotonic() + WORK_S
+
+    def by_image(self, head: CocoHead) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns the indices of the annotations by image, and the end of each image in them.
+
+        Annotations of an image that is not in the file are left out.
+        """
+        indices = {image_id: index for index, image_id in enumerate(head.images)}
+        image_of = np.frombuffer(array("q", (indices.get(one, -1) for one in self._image_ids)), dtype=np.int64)
+        order = np.argsort(image_of, kind="stable")
+        counts = np.bincount(image_of + 1, minlength=len(indices) + 1)
+        return order[counts[0] :], np.cumsum(counts[1:])
+
+
+def _packed(index: int, row: Annotation) -> bytes:
+    """Returns what an evaluation needs of an annotation as JSON: bytes are nothing to the garbage collector."""
+    reason = None if row.reason is None else str(row.reason)
+    values: list[Any] = [index, row.id, row.category_id, row.box_xywh, row.iscrowd, row.raw.get("segmentation")]
+    return json.dumps([*values, reason], separators=(",", ":")).encode()
+
+
+def _is_report_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -MAX_ID <= value < MAX_ID
 
 
 def _is_measured(row: Annotation) -> bool:

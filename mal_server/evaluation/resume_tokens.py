@@ -51,6 +51,7 @@ class GroundTruth:
         request: labels the objects that are not crowd regions; None when the image is refused.
         failure: why the image is refused.
         record: sealed record of an earlier evaluation; empty = none.
+        unread: number of further objects of a refused image; there were too many to read them.
     """
 
     item_id: str
@@ -58,6 +59,7 @@ class GroundTruth:
     request: LabelRequest | None
     failure: ItemFailure | None = None
     record: bytes = b""
+    unread: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,14 @@ class SampleResult:
         scores: mask and score, or failure, by instance id.
         failure: the failure of the image itself; None where it was labeled.
         is_final: labeling the image again would give the same result; False where a device failed.
+        memory: bytes that its call holds for it until it is counted.
     """
 
     truth: GroundTruth
     scores: Mapping[JsonId | None, InstanceScore | ItemFailure]
     failure: ItemFailure | None
     is_final: bool = True
+    memory: int = 0
 
 
 class ResumeTokens:
@@ -120,20 +124,22 @@ class ResumeTokens:
 
     def open(self, truth: GroundTruth) -> SampleResult:
         """Reads the record of an image. Raises InvalidRequest for a record of another image or evaluation."""
-        body = truth.record[MAC_BYTES:]
+        body = memoryview(truth.record)[MAC_BYTES:]  # without a copy: a record has up to half a response
         mac = b"" if truth.request is None else self._mac(truth, truth.request, body)
         if not hmac.compare_digest(truth.record[:MAC_BYTES], mac):
             problem = f"image {truth.item_id!r}: the record belongs to another image, other boxes or another evaluation"
             raise InvalidRequest([("image.record", problem)])
-        content = json.loads(body)
+        content = json.loads(bytes(body))
         scores = {row[0]: _from_row(row[1:]) for row in content["answers"]}
         return SampleResult(truth, scores, ItemFailure(*content["fault"]) if content["fault"] else None)
 
-    def _mac(self, truth: GroundTruth, request: LabelRequest, body: bytes) -> bytes:
+    def _mac(self, truth: GroundTruth, request: LabelRequest, body: bytes | memoryview) -> bytes:
         identity = _to_json(
             [truth.item_id, _image_identity(request.image), request.instance_ids, request.boxes, len(body)]
         )
-        return hmac.digest(self._key, identity + b"\n" + body, "sha256")
+        mac = hmac.new(self._key, identity + b"\n", "sha256")
+        mac.update(body)
+        return mac.digest()
 
 
 def _image_identity(image: ImageSource) -> str:

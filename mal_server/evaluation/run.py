@@ -4,20 +4,23 @@ Images are labeled concurrently but counted in order of arrival, so that the sam
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from mal_server.errors import ImageNotCached, InvalidRequest, NotFound
 from mal_server.evaluation.resume_tokens import GroundTruth, InstanceScore, ItemFailure, ResumeTokens, SampleResult
 from mal_server.inference.pipeline import Pipeline
-from mal_server.inference.requests import InstanceResult
+from mal_server.inference.requests import InstanceResult, LabelRequest
 from mal_server.scheduling.admission import QueueFull
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
+from mal_server.scheduling.memory_quota import Reservation
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import Annotation, JsonId, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
-from mal_train.core.metrics.evaluator import Evaluator
+from mal_train.core.metrics.evaluator import MEMORY_OF_A_PAIR, MEMORY_OF_A_SKIPPED, Evaluator
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.kernel.labeler.types import Label
 
@@ -26,8 +29,44 @@ Result = TypeVar("Result")
 REQUEST_REFUSED = "REQUEST_REFUSED"
 """Reason under which the objects of an image are counted if its message breaks the contract."""
 
+MAX_CATEGORIES = 10_000
+"""Categories of one evaluation; its report has a row for each."""
+
 MEMORY_OF_AN_IMAGE = 400
 """Bytes of an image beside its name: in the list of names, in the set of known names, and for its size."""
+
+
+MEMORY_OF_AN_OBJECT = 2000
+"""Bytes of an object with its ground truth as Python objects, beside the content of its mask."""
+
+
+@dataclass(frozen=True)
+class UnreadImage:
+    """An image of an evaluation whose objects are counted but not read.
+
+    Attributes:
+        item_id: the client's name for it.
+        objects: number of its objects, crowd regions included.
+        content_bytes: bytes of image and objects in their encoded form.
+        read: reads the objects; runs in a thread.
+    """
+
+    item_id: str
+    objects: int
+    content_bytes: int
+    read: Callable[[], GroundTruth]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the image takes until it is counted: encoded, and its objects."""
+        return 2 * self.content_bytes + self.objects * MEMORY_OF_AN_OBJECT
+
+
+def refused_image(item_id: str, objects: int, max_boxes: int) -> UnreadImage:
+    """Returns an image that has too many objects to be read; they are counted under REQUEST_REFUSED."""
+    failure = ItemFailure(REQUEST_REFUSED, f"{objects} objects; max_boxes is {max_boxes}")
+    refused = GroundTruth(item_id, (), None, failure, unread=objects)
+    return UnreadImage(item_id, 0, 0, lambda: refused)
 
 
 class EvaluationRun:
@@ -38,7 +77,7 @@ class EvaluationRun:
         pool: threads for comparing masks.
         category_names: names by id, in the order of the report.
         tokens: seals the records of this evaluation and opens those of the evaluation that it resumes.
-        reserve: receives the number of additional bytes held; raises where there is no memory for them.
+        memory: bytes that the call holds; grows before they are allocated.
 
     Attributes:
         item_ids: names of the images so far, in order of arrival; an annotation's image_id is an index of this list.
@@ -51,16 +90,17 @@ class EvaluationRun:
         pool: PriorityThreadPool,
         category_names: Mapping[JsonId, str],
         tokens: ResumeTokens,
-        reserve: Callable[[int], None],
+        memory: Reservation,
     ) -> None:
         self.tokens = tokens
         self.item_ids: list[str] = []
         self.skipped_images = 0
-        self._reserve = reserve
+        self._memory = memory
         self._pipeline = pipeline
         self._pool = pool
         self._evaluator = Evaluator(category_names)
         self._known_ids: set[str] = set()
+        self._unread: Counter[str] = Counter()
 
     @property
     def instances(self) -> int:
@@ -72,24 +112,59 @@ class EvaluationRun:
         """Mean IoU so far; None before the first object."""
         return self._evaluator.running_miou
 
-    async def label(self, truth: GroundTruth) -> SampleResult:
-        """Labels one image, or opens its record. Waits while the queue is full.
+    async def label(self, image: UnreadImage) -> SampleResult:
+        """Reads and labels one image, or opens its record. Waits while the queue is full.
 
         The window of the evaluation bounds how many images wait. An image that cannot be labeled is a failure of the
         sample.
 
         Raises:
+            MemoryFull, CallTooLarge: there is no memory for the image.
             ImageNotCached: the client must send the image itself.
             DeviceLost: no image can be labeled any more.
             InvalidRequest: the record belongs to another image or evaluation.
         """
+        self._memory.grow(image.memory)
+        truth = await self._in_pool(image.read)
         if truth.record:
-            return self.tokens.open(truth)
-        if truth.request is None:
-            return SampleResult(truth, {}, truth.failure)
+            sample = await self._in_pool(self.tokens.open, truth)
+        elif truth.request is None:
+            sample = SampleResult(truth, {}, truth.failure)
+        else:
+            sample = await self._labeled(truth, truth.request)
+        masks_bytes = _masks_bytes(sample)
+        self._memory.grow(masks_bytes)
+        return replace(sample, memory=image.memory + masks_bytes)
+
+    async def count(self, sample: SampleResult) -> None:
+        """Adds one image to the metrics. Call it in order of arrival, one image at a time.
+
+        Raises:
+            MemoryFull, CallTooLarge: there is no memory for the results of the image.
+        """
+        expected = self._memory_of_results(sample)
+        self._memory.grow(expected)
+        before = self._evaluator.memory
+        await self._in_pool(self._count, sample)
+        kept = self._evaluator.memory - before + _memory_of_name(sample)
+        self._memory.shrink(expected - kept + sample.memory)
+
+    async def record_of(self, sample: SampleResult) -> bytes:
+        """Returns the sealed record of an image; empty where it has none."""
+        return sample.truth.record or await self._in_pool(self.tokens.seal, sample)
+
+    def skipped(self, report: EvaluationReport) -> dict[str, int]:
+        """Returns the numbers of objects that were not measured, by reason, most frequent first."""
+        return dict((Counter(report.skipped) + self._unread).most_common())
+
+    def report(self) -> "Future[EvaluationReport]":
+        """Computes the report in a thread, which finishes even if the call is cancelled meanwhile."""
+        return self._pool.submit(Priority.BATCH, self._evaluator.report)
+
+    async def _labeled(self, truth: GroundTruth, request: LabelRequest) -> SampleResult:
         while True:
             try:
-                result = await self._pipeline.label_merged(truth.request)
+                result = await self._pipeline.label_merged(request)
             except QueueFull as error:
                 await asyncio.sleep(error.retry_after_s)
             except ImageNotCached:  # a failure of the call: the client can send the image again
@@ -105,23 +180,13 @@ class EvaluationRun:
                 is_final = not any(isinstance(one.outcome, DeviceError) for one in result.results)
                 return SampleResult(truth, scores, None, is_final)
 
-    async def count(self, sample: SampleResult) -> None:
-        """Adds one image to the metrics. Call it in order of arrival, one image at a time.
-
-        Raises:
-            MemoryFull: other evaluations hold the memory that this one needs.
-        """
-        before = self._evaluator.memory
-        await self._in_pool(self._count, sample)
-        self._reserve(self._evaluator.memory - before + MEMORY_OF_AN_IMAGE + len(sample.truth.item_id))
-
-    async def record_of(self, sample: SampleResult) -> bytes:
-        """Returns the sealed record of an image; empty where it has none."""
-        return sample.truth.record or await self._in_pool(self.tokens.seal, sample)
-
-    def report(self) -> "Future[EvaluationReport]":
-        """Computes the report in a thread, which finishes even if the call is cancelled meanwhile."""
-        return self._pool.submit(Priority.BATCH, self._evaluator.report)
+    def _memory_of_results(self, sample: SampleResult) -> int:
+        """Returns an upper bound of the bytes that the evaluator keeps of an image and needs for its report."""
+        annotations = sample.truth.annotations
+        crowds = sum(annotation.iscrowd for annotation in annotations)
+        objects = len(annotations) - crowds
+        code_bytes = _masks_bytes(sample) + sum(map(_code_bytes, annotations))
+        return MEMORY_OF_A_PAIR * objects + 2 * MEMORY_OF_A_SKIPPED * crowds + code_bytes + _memory_of_name(sample)
 
     async def _in_pool(self, function: Callable[..., Result], *args: object) -> Result:
         return await self._pool.run(Priority.BATCH, function, *args)
@@ -134,6 +199,8 @@ class EvaluationRun:
         self._known_ids.add(truth.item_id)
         self.item_ids.append(truth.item_id)
         self.skipped_images += failure is not None
+        if failure is not None:
+            self._unread[failure.reason] += truth.unread
         counted: set[JsonId | None] = set()
         for annotation in truth.annotations:
             if failure is not None:
@@ -155,6 +222,21 @@ class EvaluationRun:
             self._evaluator.skip(annotation, Reason.NO_GROUND_TRUTH, message)
         else:
             self._evaluator.add(annotation, None, 0.0)
+
+
+def _masks_bytes(sample: SampleResult) -> int:
+    return sum(len(score.rle.counts) for score in sample.scores.values() if isinstance(score, InstanceScore))
+
+
+def _code_bytes(annotation: Annotation) -> int:
+    """Returns the length of the run-length code of a ground truth; 0 for polygons, whose code is not known yet."""
+    segmentation = annotation.raw.get("segmentation")
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    return len(counts) if isinstance(counts, bytes | str) else 0
+
+
+def _memory_of_name(sample: SampleResult) -> int:
+    return MEMORY_OF_AN_IMAGE + 4 * len(sample.truth.item_id)
 
 
 def _score_of(result: InstanceResult) -> InstanceScore | ItemFailure:

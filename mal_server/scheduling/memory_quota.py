@@ -8,16 +8,18 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-from mal_server.errors import MemoryFull
+from mal_server.errors import CallTooLarge, MemoryFull
 from mal_server.scheduling.background import when_done
 
 
 class MemoryQuota:
     """Bytes that calls may hold together; used from one event loop.
 
+    No call may hold more than the limit. The one that has held some for longest is not refused because of the others,
+    since a later call must not cost it hours of work: they fail as soon as they need more themselves.
+
     Args:
-        limit: bytes. The call that has held some for longest may exceed it: its own size is bounded elsewhere, and a
-            later call must not cost it hours of work.
+        limit: bytes.
         setting: name of the setting that holds the limit, for messages.
     """
 
@@ -34,14 +36,23 @@ class MemoryQuota:
         return Reservation(self)
 
     def _grow(self, reservation: "Reservation", size: int) -> None:
+        needed = reservation.size + size
+        if needed > self._limit:
+            raise CallTooLarge(
+                f"{self._setting}: this call needs {needed} bytes; one call may hold {self._limit}; send fewer images "
+                "in one call, or let the operator raise the setting"
+            )
         oldest = next(iter(self._holders), reservation)
         if oldest is not reservation and self.used + size > self._limit:
             raise MemoryFull(
                 f"{self._setting}: other calls hold {self.used - reservation.size} of {self._limit} bytes, this one "
-                f"needs {reservation.size + size}; retry when one of them has ended"
+                f"needs {needed}; retry when one of them has ended"
             )
         self._holders[reservation] = None
         self.used += size
+
+    def _shrink(self, size: int) -> None:
+        self.used -= size
 
     def _release(self, reservation: "Reservation") -> None:
         self._holders.pop(reservation, None)
@@ -66,9 +77,19 @@ class Reservation:
         when_done(self._future, self._release)
 
     def grow(self, size: int) -> None:
-        """Holds `size` bytes more. Raises MemoryFull if other calls, an older one among them, hold too many."""
+        """Holds `size` bytes more; call it before they are allocated.
+
+        Raises:
+            CallTooLarge: this call alone would exceed the limit.
+            MemoryFull: other calls, an older one among them, hold too many.
+        """
         self._quota._grow(self, size)
         self.size += size
+
+    def shrink(self, size: int) -> None:
+        """Gives `size` of the held bytes back."""
+        self._quota._shrink(size)
+        self.size -= size
 
     def hold_until(self, future: "Future[Any]") -> None:
         """Keeps the bytes until `future` is done, even if the call ends before: its thread still uses them."""

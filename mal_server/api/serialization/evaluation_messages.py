@@ -5,6 +5,7 @@ Functions shared with labeling are in `labeling_messages`.
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mal.v1 import evaluation_pb2, types_pb2
 
@@ -20,7 +21,7 @@ from mal_server.api.serialization.labeling_messages import (
 from mal_server.config.limits import Limits
 from mal_server.errors import InvalidRequest
 from mal_server.evaluation.resume_tokens import GroundTruth, ItemFailure
-from mal_server.evaluation.run import REQUEST_REFUSED, EvaluationRun
+from mal_server.evaluation.run import MAX_CATEGORIES, REQUEST_REFUSED, EvaluationRun, UnreadImage, refused_image
 from mal_server.inference.image_store import ImageSource
 from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
@@ -34,8 +35,10 @@ from mal_train.core.settings import SIZE_NAMES
 from mal_train.kernel.labeler.types import PredictOptions
 
 MAX_WORST = 10_000
-MAX_CATEGORIES = 10_000
 MAX_RECORDS_BYTES = 1024 * 1024 * 1024
+
+MEMORY_OF_A_RECORD = 400
+"""Bytes of a record beside itself and the name of its image."""
 
 _AP_FIELDS = dict(
     zip(
@@ -143,7 +146,7 @@ async def read_records(
         if not options.resume_token:
             raise InvalidRequest([("options.resume_token", "missing; records need the token of their evaluation")])
         size = len(request.image.record) + len(request.image.item_id)
-        reserve(size)
+        reserve(size + MEMORY_OF_A_RECORD)
         records[request.image.item_id] = request.image.record
         total += size
         if total > MAX_RECORDS_BYTES:
@@ -151,10 +154,10 @@ async def read_records(
     return records
 
 
-async def read_ground_truths(
+async def read_images(
     requests: AsyncIterator[evaluation_pb2.EvaluateRequest], options: EvaluateOptions, limits: Limits
-) -> AsyncIterator[GroundTruth]:
-    """Reads the images of an evaluation, numbered in order of arrival.
+) -> AsyncIterator[UnreadImage]:
+    """Yields the images of an evaluation, numbered in order of arrival, with their objects counted but not read.
 
     Raises:
         InvalidRequest: a message without an image.
@@ -163,7 +166,12 @@ async def read_ground_truths(
     async for request in requests:
         if request.WhichOneof("message") != "image":
             raise InvalidRequest([("image", "every message after the first must have an image")])
-        yield read_ground_truth(request.image, index, options, limits)
+        image, objects = request.image, len(request.image.ground_truth)
+        if objects > limits.max_boxes:
+            yield refused_image(image.item_id, objects, limits.max_boxes)
+        else:
+            read = partial(read_ground_truth, image, index, options, limits)
+            yield UnreadImage(image.item_id, objects, request.ByteSize(), read)
         index += 1
 
 
@@ -225,7 +233,8 @@ def write_result(
             score=_write_score_quality(report.score),
             categories=[_write_category(row) for row in report.categories],
             skipped=[
-                evaluation_pb2.SkippedCount(reason=reason, instances=count) for reason, count in report.skipped.items()
+                evaluation_pb2.SkippedCount(reason=reason, instances=count)
+                for reason, count in run.skipped(report).items()
             ],
             worst=[
                 evaluation_pb2.InstanceIou(

@@ -2,7 +2,7 @@
 
     UNAUTHENTICATED      Unauthenticated (reason NO_TOKEN)
     PERMISSION_DENIED    PermissionDenied (reason MISSING_SCOPE)
-    INVALID_ARGUMENT     InvalidRequest (BadRequest with field paths; or reason RESPONSE_TOO_LARGE)
+    INVALID_ARGUMENT     InvalidRequest (BadRequest with field paths; or reason RESPONSE_TOO_LARGE, CALL_TOO_LARGE)
                          BadImage (reason IMAGE_…) · BadBox (reason BAD_BOX)
     UNAVAILABLE          NotReady · QueueFull · MemoryFull, with RetryInfo and the trailer grpc-retry-pushback-ms
                          DeviceLost (reason DEVICE_LOST), with RetryInfo: the supervisor restarts the process

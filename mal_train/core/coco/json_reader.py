@@ -16,9 +16,9 @@ from mal_train.core.coco.annotations import REQUIRED_LISTS, json_type
 from mal_train.core.errors import BadDataset
 
 MAX_VALUE_CHARS: Final = 1 << 28
-"""Maximum length of a single value, for example one row; a longer value is treated as invalid JSON."""
+"""Default maximum length of a single value, for example one row."""
 
-_READ_BYTES: Final = 1 << 20
+_READ_BYTES: Final = 1 << 18
 _SPACE: Final = " \t\n\r"
 _VALUE_ENDS: Final = frozenset(_SPACE + ",]}:")
 
@@ -28,10 +28,12 @@ class JsonMemberReader:
 
     Args:
         path: file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+        max_value_chars: maximum length of a single value, for example one row. Decoding one holds the interpreter.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_value_chars: int = MAX_VALUE_CHARS) -> None:
         self._path = path
+        self._max_value_chars = max_value_chars
         self._text = _TextBuffer(path)
         self._decode = json.JSONDecoder().raw_decode
 
@@ -96,8 +98,11 @@ class JsonMemberReader:
             try:
                 value, end = self._decode(text.buffer, text.position)
             except ValueError as error:
-                if text.at_end or len(text.buffer) - text.position > MAX_VALUE_CHARS:
+                if text.at_end:
                     raise text.error(str(error)) from None
+                if len(text.buffer) - text.position > self._max_value_chars:
+                    problem = f"{error}; or a value of more than {self._max_value_chars} characters"
+                    raise text.error(problem) from None
             except RecursionError:
                 raise BadDataset(f"{self._path}: nested too deeply for a COCO file") from None
             else:

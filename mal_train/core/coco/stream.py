@@ -25,7 +25,7 @@ from mal_train.core.coco.annotations import (
     record_id,
     reject_duplicate_ids,
 )
-from mal_train.core.coco.json_reader import JsonMemberReader, skip_rows
+from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, JsonMemberReader, skip_rows
 from mal_train.core.coco.output import PROVENANCE_KEY
 from mal_train.core.errors import BadDataset
 
@@ -64,7 +64,13 @@ RowTransform = Callable[[int, Any, Annotation], Any]
 """Function from the index of a row, the JSON value of the row and the parsed row to the JSON value to write."""
 
 
-def scan_coco(path: Path, on_annotation: OnAnnotation, *, allow_repeated_ids: bool = False) -> CocoHead:
+def scan_coco(
+    path: Path,
+    on_annotation: OnAnnotation,
+    *,
+    allow_repeated_ids: bool = False,
+    max_value_chars: int = MAX_VALUE_CHARS,
+) -> CocoHead:
     """Parses the file and passes every annotation to `on_annotation` in file order, without keeping any.
 
     Reads the file once, or twice if `annotations` precedes `images` or `categories`.
@@ -73,19 +79,20 @@ def scan_coco(path: Path, on_annotation: OnAnnotation, *, allow_repeated_ids: bo
         path: the file.
         on_annotation: receives each annotation.
         allow_repeated_ids: record repeated ids instead of rejecting the file, for reports about it.
+        max_value_chars: maximum length of one row or another single value.
 
     Raises:
         BadDataset: the file is unusable (see `read_coco`); `on_annotation` may have been called before.
     """
     head = _HeadBuilder(path)
-    reader = JsonMemberReader(path)
+    reader = JsonMemberReader(path, max_value_chars)
     for key, value in reader.members():
         head.add_member(key, value, on_annotation)
     head.check_complete()
     if not allow_repeated_ids:
         reject_duplicate_ids(head.repeated_image_ids, f"{path}: image id")
     if head.count is None:
-        reader = JsonMemberReader(path)
+        reader = JsonMemberReader(path, max_value_chars)
         for key, value in reader.members():
             if key == "annotations":
                 head.add_annotations(value, on_annotation)

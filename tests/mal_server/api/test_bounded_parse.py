@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from mal.v1 import evaluation_pb2, labeling_pb2, model_pb2, types_pb2
 
 from mal_server.api.serialization.bounded_parse import MAX_STRING_BYTES, bounded, check_fields, max_fields
-from mal_server.api.serialization.evaluation_messages import MAX_CATEGORIES, read_evaluate_options
+from mal_server.api.serialization.evaluation_messages import read_evaluate_options
 from mal_server.api.serialization.labeling_messages import CallDefaults, Violations, read_output_options
 from mal_server.errors import InvalidRequest
+from mal_server.evaluation.run import MAX_CATEGORIES
 from mal_server.inference.allowed_dirs import suggest
 from mal_server.scheduling.priority import Priority
 from mal_train.core.masks.rle import Rle

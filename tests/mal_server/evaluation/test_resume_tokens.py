@@ -19,13 +19,13 @@ from mal_client.client import Client
 from mal_client.evaluation.checkpoint import IN_USE, EvaluationCheckpoint
 
 from mal_server.api.serialization.evaluation_messages import read_evaluate_options, read_records
-from mal_server.api.serialization.labeling_messages import CallDefaults
+from mal_server.api.serialization.labeling_messages import CallDefaults, read_box
 from mal_server.errors import InvalidRequest
-from mal_server.evaluation.dataset_reader import Dataset
 from mal_server.evaluation.resume_tokens import GroundTruth, InstanceScore, ItemFailure, ResumeTokens, SampleResult
 from mal_server.inference.image_store import InlineImage
 from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
+from mal_train.core.coco.stream import scan_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch
@@ -220,18 +220,24 @@ def test_records_of_images_that_are_not_in_the_data_set_are_stale(folder: Path) 
     assert asyncio.run(work()) == "RESUME_TOKEN_STALE"
 
 
-def test_a_data_set_is_read_outside_the_event_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[threading.Thread] = []
-    inner = Dataset.ground_truths
+def test_objects_are_read_outside_the_event_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, set[threading.Thread]] = {"scan_coco": set(), "loads": set(), "read_box": set()}
 
-    def ground_truths(self: Dataset, *args: Any) -> Iterator[Any]:
-        threads.append(threading.current_thread())
-        return inner(self, *args)
+    def recorded(name: str, function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            threads[name].add(threading.current_thread())
+            return function(*args, **options)
 
-    monkeypatch.setattr(Dataset, "ground_truths", ground_truths)
+        return call
+
+    monkeypatch.setattr("mal_server.evaluation.dataset_reader.scan_coco", recorded("scan_coco", scan_coco))
+    monkeypatch.setattr("json.loads", recorded("loads", json.loads))
+    monkeypatch.setattr("mal_server.api.serialization.evaluation_messages.read_box", recorded("read_box", read_box))
     assert evaluate(on_server(), **data_folders(folder))[1].images == 6
-    assert threads
-    assert threading.main_thread() not in threads
+    assert evaluate(options_of(), *scenes())[1].images == 6
+    for seen in threads.values():
+        assert seen
+        assert threading.main_thread() not in seen
 
 
 @pytest.mark.parametrize("has_key", [False, True])
