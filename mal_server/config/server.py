@@ -135,10 +135,10 @@ class ServerConfig(Strict):
     max_decoded_bytes: int = Field(
         default=1024 * MIB,
         ge=MIB,
-        description="Memory for decoded images that are being cropped, in bytes: 8 for each pixel during decoding, 3 "
-        "afterwards. Further\nrequests wait; BATCH requests may use half of it. An image that exceeds it alone is "
-        "decoded when no other is.\nImages of up to 2 million pixels with up to 8 boxes are not counted: each thread "
-        "holds one.",
+        description="Memory for decoded images that are being cropped, in bytes: 4 to 16 for each pixel during "
+        "decoding, by format,\n3 afterwards. Further requests wait; BATCH requests may use half of it. An image that "
+        "exceeds it alone is\ndecoded when no other is. Images that take up to 16 MiB, with up to 8 boxes, are not "
+        "counted: each thread holds one.",
     )
     image_cache_bytes: int = Field(
         default=256 * MIB,

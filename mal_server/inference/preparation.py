@@ -18,9 +18,10 @@ from mal_server.inference.worker import Predictor
 from mal_server.scheduling.background import when_done
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_limiter import MemoryLimiter
-from mal_train.core.errors import BadBox, BadImage
-from mal_train.core.images.decoder import RgbImage, decode_image
-from mal_train.core.images.header import ImageLimits, stored_size
+from mal_train.core.errors import BadBox
+from mal_train.core.images.container import Container
+from mal_train.core.images.decoder import RgbImage, decode_container
+from mal_train.core.images.header import ImageLimits, read_container
 from mal_train.kernel.labeler.types import Crop
 
 Result = TypeVar("Result")
@@ -28,11 +29,9 @@ Result = TypeVar("Result")
 BOXES_PER_TASK = 8
 """Boxes cut, or masks finished, by one CPU task."""
 
-MAX_SMALL_PIXELS = 2_000_000
-"""Largest image of a small request. Small ones need no memory limit: each thread decodes one at a time."""
-
-DECODE_BYTES_PER_PIXEL = 8
-"""Peak while decoding: four of Pillow, and three or four of the converted array. The array keeps three."""
+MAX_SMALL_BYTES = 16 * 1024 * 1024
+"""Memory to decode the image of a small request: a JPEG of 2 megapixels. Small requests need no memory limit: each
+thread decodes one at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _LargeImage:
-    encoded: bytes
-    pixels: int
+    container: Container
 
 
 class CropPreparer:
@@ -103,19 +101,18 @@ class CropPreparer:
     def _prepare_small(
         self, request: LabelRequest, encoded: bytes | None
     ) -> tuple[list[Crop | BadBox], float] | _LargeImage:
-        """Reads, decodes and cuts; returns early, with the bytes read, if the request needs several tasks."""
+        """Reads, decodes and cuts; returns early, with the image's container, if the request needs several tasks."""
         started = time.perf_counter()
         if isinstance(request.image, FileImage):
             encoded = self._images.read(request.image)
-        encoded = encoded or b""
-        pixels = self._pixels_to_decode(encoded)
-        if pixels > MAX_SMALL_PIXELS or len(request.boxes) > BOXES_PER_TASK:
-            return _LargeImage(encoded, pixels)
-        image = self._decode(request, encoded)
+        container = read_container(encoded or b"", limits=self._limits)
+        if container.peak_bytes > MAX_SMALL_BYTES or len(request.boxes) > BOXES_PER_TASK:
+            return _LargeImage(container)
+        image = self._decode(request, container)
         return self._predictor.prepare(image, request.boxes), time.perf_counter() - started
 
     async def _prepare_large(self, request: LabelRequest, large: _LargeImage) -> tuple[list[Crop | BadBox], float]:
-        lease = await self._memory_limiter.acquire(large.pixels * DECODE_BYTES_PER_PIXEL, request.priority)
+        lease = await self._memory_limiter.acquire(large.container.peak_bytes, request.priority)
         task: Future[Any] | None = None
         cpu_s = 0.0
 
@@ -128,7 +125,7 @@ class CropPreparer:
             return result
 
         try:
-            image = await run(self._decode, request, large.encoded)
+            image = await run(self._decode, request, large.container)
             lease.shrink(image.nbytes)
             crops: list[Crop | BadBox] = []
             while len(crops) < len(request.boxes):
@@ -140,16 +137,8 @@ class CropPreparer:
             # A cancelled caller leaves while a thread still uses the image.
             when_done(task, lease.release)
 
-    def _pixels_to_decode(self, encoded: bytes) -> int:
-        """Returns the pixels that decoding produces; 0 if the image will be refused."""
-        try:
-            width, height = stored_size(encoded)
-        except BadImage:
-            return 0
-        return width * height if width * height <= self._limits.max_pixels else 0
-
-    def _decode(self, request: LabelRequest, encoded: bytes) -> RgbImage:
-        image = decode_image(encoded, expected_wh=request.expected_wh, limits=self._limits)
+    def _decode(self, request: LabelRequest, container: Container) -> RgbImage:
+        image = decode_container(container, expected_wh=request.expected_wh)
         self._images.on_decoded(request.image)
         return image
 

@@ -20,8 +20,9 @@ from mal_client.images.image_input import read_file
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadBox, BadImage
+from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.decoder import read_image
-from mal_train.core.images.header import DEFAULT_LIMITS, ImageHeader, read_header
+from mal_train.core.images.header import DEFAULT_LIMITS, read_header
 from mal_train.core.masks.geometry import Box, check_box
 from mal_train.core.settings import SIZE_NAMES, size_class
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mal_train.core.images.header import ImageHeader
+from mal_train.core.images.container import ImageHeader
 from mal_train.core.lru import LruCache, sha256_of
 
 

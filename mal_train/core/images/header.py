@@ -1,18 +1,16 @@
-"""Reads the headers of encoded images, without decoding pixels."""
+"""Recognizes the format of an encoded image and reads its header, without decoding pixels."""
 
-import io
-import struct
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
-
 from mal_train.core.errors import BadImage
+from mal_train.core.images import bmp, jpeg, png, tiff, webp
+from mal_train.core.images.container import Container, ImageHeader, refusal
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-EXIF_ORIENTATION = 0x0112
+
+MAX_PADDING = 2
+"""Tiles of a TIFF may reach beyond the image, up to this multiple of the maximum area."""
 
 
 @dataclass(frozen=True)
@@ -27,57 +25,61 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
-@dataclass(frozen=True)
-class ImageHeader:
-    """Header of an encoded image.
-
-    Attributes:
-        size_wh: stored width and height in px.
-        orientation: EXIF orientation; 1 is upright, viewers rotate or mirror the stored pixels for 2–8.
-        frames: number of frames in the file; only the first is used.
-    """
-
-    size_wh: tuple[int, int]
-    orientation: int = 1
-    frames: int = 1
-
-
 def read_header(data: bytes, name: str = "image") -> ImageHeader:
-    """Reads the header of an encoded image. Raises BadImage like `decode_image`, but not for damaged pixels."""
-    with open_image(data, name) as image:
-        return ImageHeader(image.size, _orientation(image), int(getattr(image, "n_frames", 1)))
+    """Reads the header of an encoded image of any size. Raises BadImage like `read_container`."""
+    return _walk(data, name).header
 
 
-def stored_size(data: bytes, *, name: str = "image") -> tuple[int, int]:
-    """Returns width and height in px from the header of an encoded image. Raises BadImage."""
-    with open_image(data, name) as image:
-        return image.size
+def read_container(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS, name: str = "image") -> Container:
+    """Walks through an encoded image, in time that does not depend on what its metadata holds.
+
+    Raises:
+        BadImage: the file is empty, larger than the limits, of another format, of too many parts, or its structure is
+            damaged; pixels may still prove damaged when they are decoded.
+    """
+    if len(data) > limits.max_bytes:
+        raise BadImage(f"{name}: {len(data)} bytes; the limit is {limits.max_bytes}", "IMAGE_TOO_LARGE")
+    container = _walk(data, name)
+    _check_size(container, limits, name)
+    return container
 
 
-@contextmanager
-def open_image(data: bytes, name: str) -> Iterator[Image.Image]:
-    """Yields the opened image without decoding it; converts errors here and in the block to BadImage."""
+def _walk(data: bytes, name: str) -> Container:
+    if not data:
+        raise BadImage(f"{name}: 0 bytes; send the encoded file")
+    read = _reader(data)
+    if read is None:
+        raise BadImage(f"{name}: not a supported image format; use {', '.join(FORMATS)}", "IMAGE_FORMAT")
     try:
-        # Pillow warns about large images; ImageLimits decides instead.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                yield image
-    except UnidentifiedImageError:
-        raise BadImage(f"{name}: not a supported image format; use {', '.join(FORMATS)}", "IMAGE_FORMAT") from None
-    except Image.DecompressionBombError as error:
-        # The message of Pillow states the number of pixels in the header.
-        raise BadImage(f"{name}: {error}", "IMAGE_TOO_LARGE") from None
-    # Errors of Pillow's decoders on damaged files: also SyntaxError for broken PNG chunks, and MemoryError for invalid
-    # sizes in sub-headers.
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError, MemoryError,
-            OverflowError, ZeroDivisionError) as error:  # fmt: skip
-        raise BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or truncated") from None
+        return read(data)
+    except ValueError as error:
+        raise refusal(name, error) from None
 
 
-def _orientation(image: Image.Image) -> int:
-    if image.format == "PNG" and "exif" not in image.info:
-        # getexif would decode all pixels to search the end of the file, where cameras do not write EXIF.
-        return 1
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    return orientation if orientation in range(2, 9) else 1
+def _reader(data: bytes) -> Callable[[bytes], Container] | None:
+    if data.startswith(jpeg.SIGNATURE):
+        return jpeg.read
+    if data.startswith(png.SIGNATURE):
+        return png.read
+    if webp.is_webp(data):
+        return webp.read
+    if data.startswith(tiff.SIGNATURES):
+        return tiff.read
+    return bmp.read if data.startswith(bmp.SIGNATURE) else None
+
+
+def _check_size(container: Container, limits: ImageLimits, name: str) -> None:
+    width, height = container.header.size_wh
+    if not width or not height:
+        raise BadImage(f"{name}: {width}x{height} px; the file is damaged")
+    if max(width, height) > limits.max_side or width * height > limits.max_pixels:
+        raise BadImage(
+            f"{name}: {width}x{height} px; the limit is {limits.max_side} px a side, {limits.max_pixels} px in total",
+            "IMAGE_TOO_LARGE",
+        )
+    if container.pixels > MAX_PADDING * limits.max_pixels:
+        raise BadImage(
+            f"{name}: tiles of {container.pixels} px for {width}x{height} px; the limit is "
+            f"{MAX_PADDING * limits.max_pixels} px; save it with smaller tiles",
+            "IMAGE_TOO_LARGE",
+        )

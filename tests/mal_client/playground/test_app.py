@@ -17,8 +17,8 @@ from mal_client.playground.schema import error_json
 from PIL import Image
 
 from mal_server.server import MalServer
+from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.decoder import decode_image
-from mal_train.core.images.header import ImageHeader
 from tests.mal_client.playground.playground_page import (
     BOX_IN_CORNER,
     DISC,

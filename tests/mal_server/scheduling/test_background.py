@@ -162,7 +162,7 @@ def hang(*args, **kwargs):
     print("decoding", flush=True)
     threading.Event().wait()
 
-preparation.decode_image = hang
+preparation.decode_container = hang
 serve = lifecycle.serve
 lifecycle.serve = lambda config, **options: serve(
     config, **options, load=lambda plan: loaded(plan, BrightPredictor(), BrightPredictor())

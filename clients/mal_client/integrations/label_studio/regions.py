@@ -16,7 +16,7 @@ from mal_client.integrations.label_studio.brush import encode_brush
 from mal_client.integrations.label_studio.label_config import BOXES, Control
 from mal_client.types import BoxLabel, BoxXywh
 from mal_train.core.errors import BadBox, BadImage
-from mal_train.core.images.header import ImageHeader
+from mal_train.core.images.container import ImageHeader
 from mal_train.core.masks.polygons import merge_holes
 
 DIGITS: Final = 6

@@ -17,7 +17,7 @@ from mal_client.integrations.label_studio.regions import (
 from mal_client.types import BoxLabel
 
 from mal_train.core.errors import BadBox, BadImage, ConfigError
-from mal_train.core.images.header import ImageHeader
+from mal_train.core.images.container import ImageHeader
 from mal_train.core.masks.polygons import fill
 from mal_train.core.masks.rle import encode_mask
 from tests.mal_client.integrations.label_studio.rle_pack import decode_brush

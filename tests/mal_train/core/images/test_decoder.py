@@ -11,8 +11,9 @@ from PIL import Image
 
 from mal_train.core.errors import BadImage
 from mal_train.core.images import decoder
-from mal_train.core.images.decoder import MAX_JPEG_SCANS, STRIP_PIXELS, decode_image, encode_png, read_image
+from mal_train.core.images.decoder import STRIP_PIXELS, decode_image, encode_png, read_image
 from mal_train.core.images.header import ImageLimits
+from mal_train.core.images.jpeg import MAX_SCANS
 
 
 def encoded(image: Image.Image, format_name: str, **options: object) -> bytes:
@@ -186,18 +187,18 @@ def jpeg_with_scans(count: int, before: bytes = b"") -> bytes:
 )
 def test_a_jpeg_of_too_many_scans_is_rejected_before_it_is_decoded(before: bytes) -> None:
     with pytest.raises(BadImage, match="100 scans") as caught:
-        decode_image(jpeg_with_scans(MAX_JPEG_SCANS + 1, before))
+        decode_image(jpeg_with_scans(MAX_SCANS + 1, before))
     assert caught.value.reason == "IMAGE_TOO_LARGE"
 
 
 def test_scans_in_thumbnails_and_after_the_image_are_not_counted() -> None:
     image = Image.fromarray(noise())
     plain = encoded(image, "JPEG", progressive=True)
-    looks_like_scans = b"\xff\xda\x00\x02" * 2 * MAX_JPEG_SCANS
+    looks_like_scans = b"\xff\xda\x00\x02" * 2 * MAX_SCANS
     thumbnail = encoded(image, "JPEG", progressive=True, exif=b"Exif\0\0" + looks_like_scans)
     for data in (plain, thumbnail, plain + looks_like_scans):
         np.testing.assert_array_equal(decode_image(data), decode_image(plain))
-    assert decode_image(jpeg_with_scans(MAX_JPEG_SCANS // 2)).shape == (64, 64, 3)
+    assert decode_image(jpeg_with_scans(MAX_SCANS // 2)).shape == (64, 64, 3)
 
 
 def test_scans_of_an_mpo_file_are_counted() -> None:
@@ -210,7 +211,7 @@ def test_scans_of_an_mpo_file_are_counted() -> None:
     first_end = data.index(b"\xff\xd9")
     last = data.rindex(b"\xff\xda", 0, first_end)
     with pytest.raises(BadImage, match="scans"):
-        decode_image(data[:first_end] + data[last:first_end] * (MAX_JPEG_SCANS + 1) + data[first_end:])
+        decode_image(data[:first_end] + data[last:first_end] * (MAX_SCANS + 1) + data[first_end:])
 
 
 @pytest.mark.parametrize("value", [0, 255, 256, 40_000, 65_535])

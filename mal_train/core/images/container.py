@@ -1,0 +1,92 @@
+"""The outcome of walking through an image file, which all formats share.
+
+A walk reads lengths and seeks: it looks at no pixel and inflates nothing. It bounds the number of a file's parts, and
+selects those that pixels need. Pillow sees only these, so metadata costs nothing, however much of it there is, and a
+file cannot keep a thread busy with what no label depends on.
+"""
+
+from dataclasses import dataclass
+
+from mal_train.core.errors import BadImage
+
+MAX_PARTS = 20_000
+"""Segments, chunks, pages or tags of one file. A photograph has some ten; a JPEG of 32 MiB whose metadata comes in full
+segments 500. At this limit a walk takes about 20 ms."""
+
+RESULT_BYTES = 3
+"""Bytes of an RGB pixel, which decoding returns."""
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """Header of an encoded image.
+
+    Attributes:
+        size_wh: stored width and height in px.
+        orientation: EXIF orientation; 1 is upright, viewers rotate or mirror the stored pixels for 2–8.
+        frames: number of frames in the file; only the first is used.
+    """
+
+    size_wh: tuple[int, int]
+    orientation: int = 1
+    frames: int = 1
+
+
+@dataclass(frozen=True)
+class Container:
+    """An image file after the walk.
+
+    Attributes:
+        header: size, orientation and frames.
+        format: Pillow's name of the format.
+        pixels: px that the decoder produces: those of the image, or more if its tiles reach beyond it.
+        decode_bytes: peak memory of decoding, result included.
+        parts: the file without metadata, as pieces of it.
+    """
+
+    header: ImageHeader
+    format: str
+    pixels: int
+    decode_bytes: int
+    parts: tuple[bytes | memoryview, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that decoding takes beside the file itself: also the copy of its parts that Pillow reads."""
+        return self.decode_bytes + sum(map(len, self.parts))
+
+
+class Damaged(ValueError):
+    """A file whose structure is invalid."""
+
+
+class TooManyParts(ValueError):
+    """A file of more parts than any image has: decoding it would take minutes."""
+
+    def __init__(self, part: str, limit: int) -> None:
+        super().__init__(f"more than {limit} {part}; save the image again, without metadata")
+
+
+def check_count(count: int, part: str, limit: int = MAX_PARTS) -> None:
+    """Raises TooManyParts above the limit; `part` names the parts, in the plural."""
+    if count > limit:
+        raise TooManyParts(part, limit)
+
+
+def joined(data: bytes, ranges: list[tuple[int, int]]) -> list[memoryview]:
+    """Returns the (start, end) ranges of a file as few pieces: adjacent ranges become one."""
+    pieces: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if pieces and pieces[-1][1] == start:
+            pieces[-1] = (pieces[-1][0], end)
+        else:
+            pieces.append((start, end))
+    view = memoryview(data)
+    return [view[start:end] for start, end in pieces]
+
+
+def refusal(name: str, error: Exception) -> BadImage:
+    """Returns the error that names the image, for an error of a walk or of Pillow."""
+    if isinstance(error, TooManyParts):
+        return BadImage(f"{name}: {error}", "IMAGE_TOO_LARGE")
+    return BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or truncated")

@@ -1,0 +1,76 @@
+"""Preparation of a request's image: one walk through its file, and memory for what its decoder really takes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mal_server.inference.preparation import BOXES_PER_TASK
+from mal_server.scheduling.memory_limiter import MemoryLease, MemoryLimiter
+from mal_server.scheduling.priority import Priority
+from mal_train.core.images import header
+from mal_train.core.images.container import Container
+from mal_train.core.images.header import read_container
+from tests.mal_server.calls import with_server
+from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, encoded, label, label_request
+
+LARGE = np.zeros((1200, 1600, 3), np.uint8)
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list that receives the size of each file that is walked through."""
+    found: list[int] = []
+    walk = header._walk
+
+    def counted(data: bytes, name: str) -> Container:
+        found.append(len(data))
+        return walk(data, name)
+
+    monkeypatch.setattr(header, "_walk", counted)
+    return found
+
+
+@pytest.fixture
+def leases(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list that receives the bytes that each large request acquires."""
+    found: list[int] = []
+    acquire = MemoryLimiter.acquire
+
+    async def recorded(limiter: MemoryLimiter, size: int, priority: Priority) -> MemoryLease:
+        found.append(size)
+        return await acquire(limiter, size, priority)
+
+    monkeypatch.setattr(MemoryLimiter, "acquire", recorded)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("content", "boxes"), [(DISC_PNG, 1), (DISC_PNG, BOXES_PER_TASK + 1), (encoded(LARGE, "WEBP"), 1)]
+)
+def test_the_header_of_an_image_is_read_once(content: bytes, boxes: int, walks: list[int]) -> None:
+    def work(running: Running) -> Any:
+        return label(running, label_request(*[DISC_BOX] * boxes, content=content))
+
+    with_server(work)
+    assert walks == [len(content)]
+
+
+@pytest.mark.parametrize(("image_format", "bytes_per_px"), [("WEBP", 16), ("BMP", 10)])
+def test_a_large_image_acquires_the_memory_of_its_format(
+    image_format: str, bytes_per_px: int, leases: list[int]
+) -> None:
+    content = encoded(LARGE, image_format)
+    with_server(lambda running: label(running, label_request(DISC_BOX, content=content)))
+    assert leases == [read_container(content).peak_bytes]
+    assert leases[0] == pytest.approx(bytes_per_px * LARGE.size / 3, rel=0.05)
+
+
+def test_a_refused_image_acquires_no_memory(leases: list[int]) -> None:
+    async def work(running: Running) -> None:
+        request = label_request(DISC_BOX, content=b"\xff\xd8\xff" + b"\xff\xe3\x00\x02" * 50_000)
+        with pytest.raises(Exception, match="segments"):
+            await label(running, request)
+
+    with_server(work)
+    assert leases == []
