@@ -3,11 +3,13 @@
 import asyncio
 import os
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -21,25 +23,38 @@ from PIL import Image
 from mal_server.api.service import LabelingService
 from mal_train.core.errors import BadImage
 from mal_train.core.images.decoder import decode_image
+from mal_train.core.images.header import DEFAULT_LIMITS
 from tests.form import FORM, Form
 from tests.mal_server.calls import bulk
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, label, label_request, serving
 from tests.mal_server.inference.test_bad_images import ACCEPTED, REFUSED, saved
 from tests.mal_server.random_requests import REQUESTS
 from tests.mal_server.security.test_auth import NOTHING, Certificates, calls_of, outcomes, reached
+from tests.mal_train.core.images.hostile import HOSTILE
+from tests.paths import ROOT
 
 Record = Callable[..., None]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_S = 2.0
+MAX_MIB = 256
+LARGE_ONE_IN = 200
 
 
 def corpus() -> list[bytes]:
-    """Returns valid files of every format and mode, and the invalid ones of test_bad_images."""
+    """Returns valid files of every format and mode, the invalid ones of test_bad_images, and files made of headers."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
     valid = [saved(image, image_format) for image_format in FORMATS]
-    return [*valid, *ACCEPTED.values(), *(content for content, _ in REFUSED.values() if content)]
+    invalid = [content for content, _ in REFUSED.values() if content]
+    # Those of another size than asked for take long to decode, which is another test.
+    headers = [content for make in HOSTILE.values() if len(content := make(3000)) < 20_000]
+    return [*valid, *ACCEPTED.values(), *invalid, *headers]
+
+
+def large(chance: random.Random, max_bytes: int) -> bytes:
+    """Returns a file made of headers."""
+    return chance.choice(list(HOSTILE.values()))(chance.randint(10_000, max_bytes))
 
 
 def mutant(chance: random.Random, seeds: list[bytes]) -> bytes:
@@ -71,10 +86,11 @@ def rss_mib() -> float:
 
 def test_mutated_images_are_decoded_or_refused_fast_with_little_memory(form: Form, record: Record) -> None:
     chance, seeds, count = random.Random(form.seed), corpus(), form.pick(2000, 100_000)
+    max_bytes = form.pick(2_000_000, DEFAULT_LIMITS.max_bytes - 100_000)
     outcomes: Counter[str] = Counter()
     slowest, before = 0.0, rss_mib()
-    for _ in range(count):
-        data = mutant(chance, seeds)
+    for number in range(count):
+        data = mutant(chance, [large(chance, max_bytes)] if number % LARGE_ONE_IN == 0 else seeds)
         began = time.thread_time()
         try:
             image = decode_image(data)
@@ -88,8 +104,69 @@ def test_mutated_images_are_decoded_or_refused_fast_with_little_memory(form: For
     record("mutated images", cases=count, growth_mib=growth, slowest_ms=slowest * 1000, **outcomes)
     assert sum(outcomes.values()) == count
     assert outcomes["decoded"] > 0
-    assert growth <= 256
+    assert growth <= MAX_MIB
     assert slowest <= MAX_S
+
+
+# Prints CPU seconds, peak bytes and outcome of each file. The parent makes it; a child decodes it, whose peak starts at
+# its memory then.
+COSTS = """
+import os, sys
+from mal_train.core.errors import BadImage
+from mal_train.core.images.decoder import decode_image
+from mal_train.core.images.header import DEFAULT_LIMITS
+from tests.mal_train.core.images.hostile import HOSTILE
+
+def kilobytes(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+def cpu_s():
+    times = os.times()
+    return times.user + times.system
+
+decode_image(HOSTILE["JPEG of comments"](100))
+for make in HOSTILE.values():
+    data = make(int(sys.argv[1]))
+    if os.fork() == 0:
+        memory, cpu = kilobytes("VmRSS"), cpu_s()
+        try:
+            decode_image(data)
+            outcome = "decoded"
+        except BadImage as error:
+            outcome = error.reason
+        print(cpu_s() - cpu, (kilobytes("VmHWM") - memory) * 1024, outcome, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+class Cost(NamedTuple):
+    cpu_s: float
+    peak_bytes: int
+    outcome: str
+
+
+@pytest.fixture(scope="module")
+def costs(form: Form) -> dict[str, Cost]:
+    """Returns what decoding or refusing each file costs."""
+    size = form.pick(8_000_000, DEFAULT_LIMITS.max_bytes - 100_000)
+    done = subprocess.run(
+        [sys.executable, "-c", COSTS, str(size)], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+    )
+    rows = [line.split() for line in done.stdout.splitlines()]
+    return {
+        name: Cost(float(cpu), int(peak), outcome) for name, (cpu, peak, outcome) in zip(HOSTILE, rows, strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_of_headers_costs_at_most_two_seconds_and_256_mib(
+    name: str, costs: dict[str, Cost], record: Record
+) -> None:
+    record(name, **costs[name]._asdict())
+    assert costs[name].cpu_s <= MAX_S
+    assert costs[name].peak_bytes <= MAX_MIB * 2**20
+    assert costs[name].outcome in {"decoded", "IMAGE_TOO_LARGE", "IMAGE_DECODE_FAILED"}
 
 
 def test_no_mutated_image_causes_a_server_error(form: Form, record: Record) -> None:
