@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mal_server.errors import InvalidRequest, ResumeTokenStale
 from mal_server.evaluation.resume_tokens import GroundTruth
-from mal_server.evaluation.run import MAX_CATEGORIES, UnreadImage, refused_image
+from mal_server.evaluation.run import MAX_CATEGORIES, MAX_CATEGORY_CHARS, UnreadImage, refused_image
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.inference.image_store import FileImage
 from mal_server.inference.requests import LabelRequest
@@ -192,8 +192,10 @@ def read_dataset(folders: AllowedDirs, annotations: str, images: str) -> Dataset
         # Clients know the file by FOLDER/PATH and must not learn where the folder is.
         problem = str(error).replace(str(path), annotations)
         raise InvalidRequest([("options.dataset.annotations", problem)]) from None
-    if len(head.category_names) > MAX_CATEGORIES:
-        problem = f"{annotations}: {len(head.category_names)} categories; at most {MAX_CATEGORIES}"
+    longest = max(map(len, head.category_names.values()), default=0)
+    if len(head.category_names) > MAX_CATEGORIES or longest > MAX_CATEGORY_CHARS:
+        rule = f"at most {MAX_CATEGORIES}, with names of {MAX_CATEGORY_CHARS} characters"
+        problem = f"{annotations}: {len(head.category_names)} categories, the longest name has {longest}; {rule}"
         raise InvalidRequest([("options.dataset.annotations", problem)])
     order, ends = rows.by_image(head)
     return Dataset(head, rows.packed, order, ends, rows.has_integer_ids, image_folder, image_dir)

@@ -20,7 +20,7 @@ from mal_server.scheduling.memory_quota import Reservation
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import Annotation, JsonId, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
-from mal_train.core.metrics.evaluator import MEMORY_OF_A_PAIR, MEMORY_OF_A_SKIPPED, Evaluator
+from mal_train.core.metrics.evaluator import Evaluator, memory_of
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.kernel.labeler.types import Label
 
@@ -31,6 +31,9 @@ REQUEST_REFUSED = "REQUEST_REFUSED"
 
 MAX_CATEGORIES = 10_000
 """Categories of one evaluation; its report has a row for each."""
+
+MAX_CATEGORY_CHARS = 1000
+"""Characters in the name of a category; the report with all of them must fit into a message."""
 
 MEMORY_OF_AN_IMAGE = 400
 """Bytes of an image beside its name: in the list of names, in the set of known names, and for its size."""
@@ -101,6 +104,7 @@ class EvaluationRun:
         self._evaluator = Evaluator(category_names)
         self._known_ids: set[str] = set()
         self._unread: Counter[str] = Counter()
+        self._categories: set[JsonId | None] = set()
 
     @property
     def instances(self) -> int:
@@ -140,14 +144,17 @@ class EvaluationRun:
         """Adds one image to the metrics. Call it in order of arrival, one image at a time.
 
         Raises:
+            InvalidRequest: the images so far have more than MAX_CATEGORIES categories.
             MemoryFull, CallTooLarge: there is no memory for the results of the image.
         """
+        self._check_categories(sample)
         expected = self._memory_of_results(sample)
         self._memory.grow(expected)
         before = self._evaluator.memory
         await self._in_pool(self._count, sample)
         kept = self._evaluator.memory - before + _memory_of_name(sample)
         self._memory.shrink(expected - kept + sample.memory)
+        self._categories |= _categories(sample)
 
     async def record_of(self, sample: SampleResult) -> bytes:
         """Returns the sealed record of an image; empty where it has none."""
@@ -180,13 +187,19 @@ class EvaluationRun:
                 is_final = not any(isinstance(one.outcome, DeviceError) for one in result.results)
                 return SampleResult(truth, scores, None, is_final)
 
+    def _check_categories(self, sample: SampleResult) -> None:
+        count = len(self._categories | _categories(sample))
+        if count > MAX_CATEGORIES:
+            problem = f"{count} categories, up to image {sample.truth.item_id!r}; at most {MAX_CATEGORIES}"
+            raise InvalidRequest([("image.ground_truth", problem)])
+
     def _memory_of_results(self, sample: SampleResult) -> int:
         """Returns an upper bound of the bytes that the evaluator keeps of an image and needs for its report."""
         annotations = sample.truth.annotations
         crowds = sum(annotation.iscrowd for annotation in annotations)
-        objects = len(annotations) - crowds
         code_bytes = _masks_bytes(sample) + sum(map(_code_bytes, annotations))
-        return MEMORY_OF_A_PAIR * objects + 2 * MEMORY_OF_A_SKIPPED * crowds + code_bytes + _memory_of_name(sample)
+        new_categories = len(_categories(sample) - self._categories)
+        return memory_of(len(annotations) - crowds, crowds, code_bytes, new_categories) + _memory_of_name(sample)
 
     async def _in_pool(self, function: Callable[..., Result], *args: object) -> Result:
         return await self._pool.run(Priority.BATCH, function, *args)
@@ -222,6 +235,10 @@ class EvaluationRun:
             self._evaluator.skip(annotation, Reason.NO_GROUND_TRUTH, message)
         else:
             self._evaluator.add(annotation, None, 0.0)
+
+
+def _categories(sample: SampleResult) -> set[JsonId | None]:
+    return {annotation.category_id for annotation in sample.truth.annotations}
 
 
 def _masks_bytes(sample: SampleResult) -> int:

@@ -21,7 +21,14 @@ from mal_server.api.serialization.labeling_messages import (
 from mal_server.config.limits import Limits
 from mal_server.errors import InvalidRequest
 from mal_server.evaluation.resume_tokens import GroundTruth, ItemFailure
-from mal_server.evaluation.run import MAX_CATEGORIES, REQUEST_REFUSED, EvaluationRun, UnreadImage, refused_image
+from mal_server.evaluation.run import (
+    MAX_CATEGORIES,
+    MAX_CATEGORY_CHARS,
+    REQUEST_REFUSED,
+    EvaluationRun,
+    UnreadImage,
+    refused_image,
+)
 from mal_server.inference.image_store import ImageSource
 from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
@@ -262,6 +269,9 @@ def _read_categories(categories: Sequence[types_pb2.Category], violations: Viola
     names: dict[JsonId, str] = {one.category_id: one.name or str(one.category_id) for one in categories}
     if len(names) != len(categories):
         violations.add("options.categories", "a category_id is used more than once")
+    longest = max((len(one.name) for one in categories), default=0)
+    if longest > MAX_CATEGORY_CHARS:
+        violations.add("options.categories", f"a name of {longest} characters; at most {MAX_CATEGORY_CHARS}")
     return names
 
 

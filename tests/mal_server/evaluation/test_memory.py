@@ -32,6 +32,7 @@ from mal_server.scheduling.memory_quota import MemoryQuota, Reservation
 from mal_server.scheduling.priority import Priority
 from mal_train.core.masks.rle import Rle
 from mal_train.core.metrics.evaluator import Evaluator
+from mal_train.core.metrics.evaluator import memory_of as memory_of_results
 from mal_train.core.settings import Branch
 from tests.mal_server.calls import collect, fields_of, reason_of, status_details
 from tests.mal_server.evaluation.served_datasets import (
@@ -92,7 +93,6 @@ def test_measured_images_count_as_memory_and_the_refused_evaluation_succeeds_lat
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mal_train.core.metrics.evaluator.MEMORY_OF_A_PAIR", QUOTA // 24)
-    monkeypatch.setattr("mal_server.evaluation.run.MEMORY_OF_A_PAIR", QUOTA // 24)
     over = asyncio.Event()
 
     async def messages_until_over(messages: Sequence[Request]) -> AsyncIterator[Request]:
@@ -258,6 +258,32 @@ def test_more_categories_than_a_report_may_have_are_refused(folder: Path) -> Non
     assert fields_of(status_details(raised.value)) == ["options.dataset.annotations"]
 
 
+def test_images_of_more_categories_than_a_report_may_have_end_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_server.evaluation.run.MAX_CATEGORIES", 5)
+    image, objects = SCENES[0]
+    messages = [message_of(str(n), encoded(image), [truth_of(1, objects[0][1], n, None)]) for n in range(6)]
+    assert evaluate(options_of(), *messages[:5])[1].images == 5
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        evaluate(options_of(), *messages)
+    assert fields_of(status_details(raised.value)) == ["image.ground_truth"]
+
+
+@pytest.mark.parametrize("length", [1000, 1001])
+def test_names_of_categories_are_bounded(folder: Path, length: int) -> None:
+    truth = json.loads((folder / "truth.json").read_text())
+    truth["categories"][0]["name"] = "n" * length
+    (folder / "truth.json").write_text(json.dumps(truth))
+    named = options_of()
+    named.options.categories[0].name = "n" * length
+    for messages, field in (([on_server()], "options.dataset.annotations"), ([named], "options.categories")):
+        if length <= 1000:
+            evaluate(*messages, **data_folders(folder))
+            continue
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            evaluate(*messages, **data_folders(folder))
+        assert fields_of(status_details(raised.value)) == [field]
+
+
 def test_ids_beyond_64_bits_are_numbered(folder: Path) -> None:
     expected = evaluate(on_server(), **data_folders(folder))[1]
     truth = json.loads((folder / "truth.json").read_text())
@@ -364,8 +390,8 @@ def test_memory_of_an_image_is_held_before_its_objects_are_read_and_given_back(
 
     before, counted = asyncio.run(asyncio.wait_for(work(), 60))
     assert before >= expected
-    # An upper bound of what three compared masks take; the image itself is given back.
-    assert 0 < counted < 3 * 6000
+    # What three compared masks of two categories take; the image itself is given back.
+    assert 0 < counted <= memory_of_results(3, 0, 3 * 2000, 2)
 
 
 def test_records_count_as_memory_as_they_arrive() -> None:
