@@ -10,11 +10,11 @@ Exceptions leave these methods as they are; the interceptor turns them into stat
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
@@ -29,14 +29,20 @@ from mal_server.evaluation.dataset_reader import Dataset, memory_of, read_datase
 from mal_server.evaluation.resume_tokens import ResumeTokens
 from mal_server.evaluation.run import EvaluationRun, UnreadImage
 from mal_server.inference.allowed_dirs import AllowedDirs
+from mal_server.inference.requests import LabelRequest, PartialResult
 from mal_server.models.pinned_models import PinnedModels
 from mal_server.models.registry import ModelRegistry
 from mal_server.models.served_model import ServedModel
 from mal_server.ops.metrics import Metrics
-from mal_server.scheduling.background import run_in_thread
+from mal_server.scheduling.background import run_in_thread, when_done
 from mal_server.scheduling.memory_quota import MemoryQuota, Reservation
 from mal_server.scheduling.priority import Priority
 from mal_train.core.errors import DeviceLost
+
+Response = TypeVar("Response")
+
+MAX_NUMBERS_IN_LOOP = 20_000
+"""Numbers of a response up to which it is written in the event loop, in two milliseconds; see `size_of`."""
 
 
 class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
@@ -65,7 +71,8 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
             model_ref = labeling_messages.write_model_ref(model.info, label_request.predict_options.branch)
             async with aclosing(model.pipeline.label(label_request)) as partial_results:
                 async for partial_result in partial_results:
-                    yield labeling_messages.write_response(partial_result, model_ref)
+                    write = partial(labeling_messages.write_response, partial_result, model_ref)
+                    yield await _written(write, partial_result, model, label_request)
 
     async def LabelImages(
         self, request_iterator: AsyncIterator[labeling_pb2.LabelImagesRequest], context: Any
@@ -96,7 +103,8 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
             label_request = labeling_messages.read_label_request(item.request, self._limits, defaults, "request.")
             model_ref = labeling_messages.write_model_ref(model.info, label_request.predict_options.branch)
             result = await model.pipeline.label_merged(label_request)
-            response = labeling_messages.write_item(item.item_id, result, model_ref)
+            write = partial(labeling_messages.write_item, item.item_id, result, model_ref)
+            response = await _written(write, result, model, label_request)
             self._check_size(response.ByteSize())
         except DeviceLost:  # no later item can be labeled either
             raise
@@ -122,6 +130,8 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         self._folders = folders
         self._resume_key = resume_key
         self._memory = MemoryQuota(config.max_evaluation_bytes, "max_evaluation_bytes")
+        # One data set is read at a time: threads of one interpreter are no faster together, and others need them too.
+        self._reader = asyncio.Semaphore()
 
     async def Evaluate(
         self, request_iterator: AsyncIterator[evaluation_pb2.EvaluateRequest], context: Any
@@ -158,7 +168,8 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             memory.hold_until(report)
             finished = await asyncio.wrap_future(report)
             # In a thread: with ten thousand categories and instances it takes a tenth of a second.
-            yield await asyncio.to_thread(evaluation_messages.write_result, finished, run, options, model_ref)
+            write = partial(evaluation_messages.write_result, finished, run, options, model_ref)
+            yield await model.pool.run(Priority.BATCH, write)
 
     async def _images(
         self,
@@ -173,10 +184,14 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         while_read = await asyncio.to_thread(memory_of, self._folders, options.dataset[0])
         memory.grow(while_read)
         records = await evaluation_messages.read_records(requests, options, memory.grow)
+        await self._reader.acquire()
         # In a thread: parsing a file of a million rows takes seconds, during which other calls must be served.
         reading = run_in_thread(self._read_dataset, options.dataset, records)
         memory.hold_until(reading)
-        dataset, size_bytes = await asyncio.wrap_future(reading)
+        try:
+            dataset, size_bytes = await asyncio.wrap_future(reading)
+        finally:
+            when_done(reading, self._reader.release)
         memory.shrink(while_read - size_bytes)
         images = dataset.images(options.label_request, self._limits.max_boxes, records)
         options = replace(options, category_names=dataset.category_names, images_total=len(dataset.head.images))
@@ -244,6 +259,15 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             reason = "CHECKPOINT_NOT_FOUND" if error.reason == "FILE_NOT_FOUND" else error.reason
             raise NoSuchFile(str(error), reason) from None
         return self._config.plan_from(self._folders[request.folder], path, request.name, branch)
+
+
+async def _written(
+    write: Callable[[], Response], result: PartialResult, model: ServedModel, request: LabelRequest
+) -> Response:
+    """Returns the message that `write` builds; in a thread if that takes long: the event loop serves all calls."""
+    if labeling_messages.size_of(result) <= MAX_NUMBERS_IN_LOOP:
+        return write()
+    return await model.pool.run(request.priority, write)
 
 
 def _call_defaults(model: ServedModel, priority: Priority, context: Any) -> labeling_messages.CallDefaults:

@@ -31,6 +31,9 @@ MAX_VIOLATIONS = 20
 MAX_ITEM_ID_BYTES = 256
 MAX_TOLERANCE_PX = 1000.0
 
+NUMBERS_OF_A_RESULT = 100
+"""Numbers whose writing takes as long as that of a result without its masks."""
+
 _BRANCHES = {
     types_pb2.BRANCH_STUDENT: Branch.STUDENT,
     types_pb2.BRANCH_TEACHER: Branch.TEACHER,
@@ -217,6 +220,17 @@ def check_item_id(item_id: str, violations: Violations, path: str) -> None:
         violations.add(path, f"{size} bytes; at most {MAX_ITEM_ID_BYTES}")
 
 
+def size_of(result: PartialResult) -> int:
+    """Returns about how many numbers the messages of a result have; writing 10 000 takes about a millisecond."""
+    return sum(NUMBERS_OF_A_RESULT + sum(map(_numbers, one.masks)) for one in result.results)
+
+
+def _numbers(mask: EncodedMask) -> int:
+    if isinstance(mask, Runs):
+        return len(mask.counts)
+    return sum(ring.points.size for ring in mask.rings) if isinstance(mask, Polygons) else 0
+
+
 def write_response(result: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImageResponse:
     """Builds the message with some of the results of a request."""
     return labeling_pb2.LabelImageResponse(
@@ -267,7 +281,10 @@ def _write_mask(mask: EncodedMask) -> types_pb2.Mask:
         runs = types_pb2.UncompressedRle(height=mask.height, width=mask.width, counts=mask.counts)
         return types_pb2.Mask(uncompressed_rle=runs)
     if isinstance(mask, Polygons):
-        rings = [types_pb2.PolygonRing(points=ring.points.ravel(), is_hole=ring.is_hole) for ring in mask.rings]
+        # A list: protobuf takes five times as long for the numbers of an array.
+        rings = [
+            types_pb2.PolygonRing(points=ring.points.ravel().tolist(), is_hole=ring.is_hole) for ring in mask.rings
+        ]
         return types_pb2.Mask(polygons=types_pb2.PolygonMask(height=mask.height, width=mask.width, rings=rings))
     return types_pb2.Mask(
         png=types_pb2.PngMask(

@@ -1,9 +1,14 @@
 """LabelImage and GetServerInfo over a real channel, with a predictor that has no network."""
 
+import threading
+from typing import Any
+
+import pytest
 from mal.v1 import labeling_pb2, model_pb2, types_pb2
 
+from mal_server.api.serialization.labeling_messages import write_item, write_response
 from mal_train.kernel.labeler.types import Label
-from tests.mal_server.calls import mask_of, with_server
+from tests.mal_server.calls import bulk, mask_of, with_server
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, bright_disc, label, label_request
 
 
@@ -91,3 +96,37 @@ def test_server_info_has_the_model_and_the_limits() -> None:
     assert (info.limits.max_boxes, info.limits.max_request_bytes) == (77, 32 * 1024 * 1024)
     assert (list(info.devices), info.precision) == (["cpu"], "float32")
     assert info.version
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_response_of_many_numbers_is_written_outside_the_event_loop(
+    is_long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers: list[str] = []
+    inner: dict[str, Any] = {"write_response": write_response, "write_item": write_item}
+
+    def recorded(name: str) -> Any:
+        def write(*args: Any) -> Any:
+            writers.append(threading.current_thread().name)
+            return inner[name](*args)
+
+        return write
+
+    for name in inner:
+        monkeypatch.setattr(f"mal_server.api.serialization.labeling_messages.{name}", recorded(name))
+    polygons = types_pb2.MASK_FORMAT_POLYGONS
+    request = label_request(DISC_BOX, formats=[polygons])
+    (expected,) = with_server(lambda running: label(running, request))
+    writers.clear()
+    if is_long:
+        numbers = sum(len(ring.points) for ring in expected.masks[0].polygons.rings)
+        monkeypatch.setattr("mal_server.api.service.MAX_NUMBERS_IN_LOOP", numbers)
+
+    async def work(running: Running) -> Any:
+        (result,) = await label(running, request)
+        return result, (await bulk(running, request))["item 0"]
+
+    streamed, item = with_server(work)
+    assert streamed == item.response.results[0] == expected
+    assert len(writers) == 2 + 1  # an item contains a response
+    assert all(name.startswith("cpu") == is_long for name in writers)

@@ -160,6 +160,43 @@ def test_a_data_set_that_a_thread_still_reads_counts_after_its_call_is_cancelled
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
+def test_data_sets_are_read_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, reading, most, sized = threading.Lock(), 0, 0, 0
+    gate = threading.Event()
+
+    def counted(*args: Any) -> int:
+        nonlocal sized
+        sized += 1
+        return memory_of(*args)
+
+    def slow(*args: Any) -> Dataset:
+        nonlocal reading, most
+        with lock:
+            reading += 1
+            most = max(most, reading)
+        gate.wait(60)
+        dataset = read_dataset(*args)
+        with lock:
+            reading -= 1
+        return dataset
+
+    async def work() -> list[int]:
+        async with serving(**data_folders(folder)) as running:
+            calls = [asyncio.create_task(run_evaluation(running, [on_server()])) for _ in range(3)]
+            while sized < 3:  # each call reads its data set next
+                await asyncio.sleep(0.001)
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            calls[0].cancel()  # its thread goes on, and the next one waits for it
+            gate.set()
+            return [result.images for _, result in await asyncio.gather(*calls[1:])]
+
+    monkeypatch.setattr("mal_server.api.service.memory_of", counted)
+    monkeypatch.setattr("mal_server.api.service.read_dataset", slow)
+    assert asyncio.run(asyncio.wait_for(work(), 60)) == [6, 6]
+    assert most == 1
+
+
 def test_a_missing_data_set_is_reported_before_its_records_are_read(folder: Path) -> None:
     """The client is still sending when the error arrives."""
 
