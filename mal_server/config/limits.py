@@ -6,6 +6,8 @@ from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
 from mal_train.core.yaml_config import Strict
 
 MIB = 1024 * 1024
+PIB = 1024**5
+"""Upper bound of settings in bytes, beyond the memory of any machine."""
 MESSAGE_OVERHEAD = 64 * 1024
 """Bytes of a request reserved for boxes and options; the rest is the limit of its encoded image."""
 

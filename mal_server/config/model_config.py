@@ -17,7 +17,7 @@ NAME = r"^[\w.@-]+$"
 NAME_RULE = f"a name has 1 to {MAX_NAME_CHARS} letters, digits and characters of '._@-'"
 
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS, pattern=NAME)]
-GpuIds = tuple[Annotated[int, Field(ge=0)], ...]
+GpuIds = tuple[Annotated[int, Field(ge=0, le=1023)], ...]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
 

@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from mal_server.config.limits import MIB, Limits
+from mal_server.config.limits import MIB, PIB, Limits
 from mal_server.config.listen import Listen, MetricsListen
 from mal_server.config.model_config import (
     DataFolder,
@@ -117,6 +117,7 @@ class ServerConfig(Strict):
     max_queue_bytes: int = Field(
         default=2048 * MIB,
         ge=MIB,
+        le=PIB,
         description="Memory for waiting requests, in bytes: encoded images and 3 * crop_size^2 for each box. Further "
         "requests are\nrefused likewise; an empty queue accepts a request of any size.",
     )
@@ -135,6 +136,7 @@ class ServerConfig(Strict):
     max_decoded_bytes: int = Field(
         default=1024 * MIB,
         ge=MIB,
+        le=PIB,
         description="Memory for decoded images that are being cropped, in bytes: 4 to 16 for each pixel during "
         "decoding, by format,\n3 afterwards. Further requests wait; BATCH requests may use half of it. An image that "
         "exceeds it alone is\ndecoded when no other is. Images that take up to 16 MiB, with up to 8 boxes, are not "
@@ -143,6 +145,7 @@ class ServerConfig(Strict):
     image_cache_bytes: int = Field(
         default=256 * MIB,
         ge=0,
+        le=PIB,
         description="Memory for encoded images of LabelImage calls, in bytes, so that a client which moves a box sends "
         "a hash instead of\nthe image; 0: no cache. A client that knows the SHA-256 of an image gets masks of it. Many "
         "mal_image_cache_misses_total\nbeside mal_image_cache_hits_total mean that it is too small.",
@@ -157,6 +160,7 @@ class ServerConfig(Strict):
     max_evaluation_bytes: int = Field(
         default=4096 * MIB,
         ge=MIB,
+        le=PIB,
         description="Memory for all evaluations together, in bytes: datasets read on the server (twice the annotation "
         "file, and 500\nfor each row), images in flight, resume tokens of clients, and results (about 5 KB for each "
         "object). An evaluation\nthat does not fit beside the others is refused or ended (UNAVAILABLE) and can resume "

@@ -58,16 +58,9 @@ def import_checkpoint(source: str, target: Path, overrides: list[str], console: 
 def _check_fits(model: ModelConfig, weights: Mapping[str, Tensor], source: str) -> None:
     """Raises ConfigError unless a network with these settings has exactly these weights."""
     with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in MalNetwork(model).state_dict().items()}
-    wrong = [
-        name
-        for name in wanted.keys() | weights.keys()
-        if name not in weights or wanted.get(name) != weights[name].shape
-    ]
-    if wrong:
-        raise ConfigError(
-            f"{source}: {min(wrong)} does not match the model.* overrides; leave out those that change its shape"
-        )
+        misfit = MalNetwork(model).misfit(weights)
+    if misfit:
+        raise ConfigError(f"{source}: does not match the model.* overrides ({misfit}); leave out those that change it")
 
 
 def _model_overrides(spec: Spec, names: list[str]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _bounds(metadata: typing.Iterable[object]) -> Iterator[str]:
             for name, sign in _SIGNS.items():
                 value = getattr(constraint, name, None)
                 if value is not None:
-                    yield f"{sign} {value:g}"
+                    yield f"{sign} {value if isinstance(value, int) else format(value, 'g')}"
 
 
 if __name__ == "__main__":

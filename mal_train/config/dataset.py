@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from mal_train.core.settings import MAX_CROP_SIZE
 from mal_train.core.yaml_config import Strict
 
 
@@ -26,24 +27,31 @@ class DatasetConfig(Strict):
         description="Read the masks of val_ann_path, for mIoU, AP and threshold fitting; false: no validation.",
     )
     min_obj_size: float = Field(
-        default=2048.0, ge=0.0, description="Lower bound of the box area for training, in px²; exclusive."
+        default=2048.0, ge=0.0, le=1e12, description="Lower bound of the box area for training, in px²; exclusive."
     )
     max_obj_size: float = Field(
-        default=1e10, gt=0.0, description="Upper bound of the box area for training, in px²; exclusive."
+        default=1e10, gt=0.0, le=1e12, description="Upper bound of the box area for training, in px²; exclusive."
     )
     crop_size: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_CROP_SIZE,
         description=(
             "Side length of the square network input, in px; a multiple of the patch size.\n"
             "null: 512, or 504 for patches of 14 px (vit-mae-huge/14)."
         ),
     )
     test_crop_size: int | None = Field(
-        default=None, ge=1, description="Side length of the crop in validation and labeling, in px; null: crop_size."
+        default=None,
+        ge=1,
+        le=MAX_CROP_SIZE,
+        description="Side length of the crop in validation and labeling, in px; null: crop_size.",
     )
     num_workers_per_gpu: int = Field(
-        default=2, ge=0, description="Data loader processes per training process; 0: load in the training process."
+        default=2,
+        ge=0,
+        le=1024,
+        description="Data loader processes per training process; 0: load in the training process.",
     )
 
     @model_validator(mode="after")

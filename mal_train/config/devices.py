@@ -10,8 +10,10 @@ from mal_train.core.yaml_config import Strict
 class Devices(Strict):
     """Devices of a command: one process per device."""
 
-    num_gpus: int = Field(default=1, ge=1, description="Processes per machine: one per GPU, or this many on the CPU.")
-    gpu_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+    num_gpus: int = Field(
+        default=1, ge=1, le=1024, description="Processes per machine: one per GPU, or this many on the CPU."
+    )
+    gpu_ids: tuple[Annotated[int, Field(ge=0, le=1023)], ...] = Field(
         default=(0,),
         description=(
             "GPU index of each process; [0]: the first num_gpus GPUs; []: the CPU.\n"
@@ -39,7 +41,10 @@ class OneMachine(Devices):
     """Devices of a command that runs on one machine only."""
 
     num_nodes: int = Field(
-        default=1, ge=1, description="Machines; must be 1. `mal-client label --server A,B` labels on several machines."
+        default=1,
+        ge=1,
+        le=10_000,
+        description="Machines; must be 1. `mal-client label --server A,B` labels on several machines.",
     )
 
     @field_validator("num_nodes")

@@ -48,7 +48,7 @@ class EvaluateConfig(_TestTimeAugmentation):
     results_dir: str | None = Field(
         default=None, description="Output folder of `mal-train evaluate`; null: <results_dir>/evaluate."
     )
-    batch_size: int = Field(default=3, ge=1, description="Boxes per batch.")
+    batch_size: int = Field(default=3, ge=1, le=65_536, description="Boxes per batch.")
     precision: Precision = Field(
         default="auto",
         description="Data type of the network; auto: bfloat16 where the device is fast at it, else float32.\n"
@@ -75,7 +75,7 @@ class InferenceConfig(_TestTimeAugmentation):
         default="instances_val2017_mal.json",
         description="COCO JSON file to write; a relative path is relative to the output folder.",
     )
-    batch_size: int = Field(default=3, ge=1, description="Boxes per batch.")
+    batch_size: int = Field(default=3, ge=1, le=65_536, description="Boxes per batch.")
     load_mask: bool = Field(
         default=False, description="Read the masks of ann_path too, and report the IoU of each label with its mask."
     )

@@ -22,26 +22,29 @@ class TrainConfig(Devices):
     num_nodes: int = Field(
         default=1,
         ge=1,
+        le=10_000,
         description="Machines with num_gpus processes each; start several with torchrun or srun (docs/distributed.md).",
     )
     cudnn: CudnnConfig = CudnnConfig()
 
     seed: int = Field(default=1234, ge=-1, le=2**32 - 1, description="Random seed; -1: a random one for each run.")
-    num_epochs: int = Field(default=10, ge=1, description="Epochs: passes over the training boxes.")
+    num_epochs: int = Field(default=10, ge=1, le=1_000_000, description="Epochs: passes over the training boxes.")
     checkpoint_interval: int = Field(
         default=1,
         ge=1,
+        le=1_000_000_000,
         description="Epochs or steps between checkpoints; the last epoch always writes one.",
     )
     checkpoint_interval_unit: Literal["epoch", "step"] = Field(
         default="epoch", description="Unit of checkpoint_interval: epochs, or optimizer steps."
     )
     validation_interval: int = Field(
-        default=1, ge=1, description="Epochs between validations; the last epoch always validates."
+        default=1, ge=1, le=1_000_000, description="Epochs between validations; the last epoch always validates."
     )
     board_size: int = Field(
         default=24,
         ge=0,
+        le=10_000,
         description="Masks in the contact sheet of each validation, worst first, in boards/ and TensorBoard; 0: none.",
     )
     resume_training_checkpoint_path: str | None = Field(
@@ -54,8 +57,8 @@ class TrainConfig(Devices):
         default=None,
         description="Starting weights: a .pt, .pth, .safetensors or .malckpt file, or a timm model name; null: random.",
     )
-    batch_size: int = Field(default=3, ge=1, description="Boxes per batch and process.")
-    accum_grad_batches: int = Field(default=1, ge=1, description="Batches per optimizer step.")
+    batch_size: int = Field(default=3, ge=1, le=65_536, description="Boxes per batch and process.")
+    accum_grad_batches: int = Field(default=1, ge=1, le=1_000_000, description="Batches per optimizer step.")
     use_amp: bool = Field(
         default=True,
         description="Use mixed precision where the device is fast at it; losses are always computed in float32.",
@@ -65,21 +68,24 @@ class TrainConfig(Devices):
     optim_betas: tuple[BelowOne, BelowOne] | None = Field(
         default=None, description="AdamW's [beta1, beta2]; null: [optim_momentum, 0.9]."
     )
-    optim_eps: float = Field(default=1e-8, gt=0.0, description="AdamW's epsilon.")
+    optim_eps: float = Field(default=1e-8, gt=0.0, le=1.0, description="AdamW's epsilon.")
     lr: float = Field(
-        default=1.5e-6, ge=0.0, description="Learning rate per sample; the peak is lr * batch_size * num_gpus."
+        default=1.5e-6, ge=0.0, le=1e3, description="Learning rate per sample; the peak is lr * batch_size * num_gpus."
     )
     head_lr_mult: float = Field(
-        default=1.0, gt=0.0, description="Learning rate of mask head and RoI head, as a multiple of the backbone's."
+        default=1.0,
+        gt=0.0,
+        le=1e6,
+        description="Learning rate of mask head and RoI head, as a multiple of the backbone's.",
     )
     min_lr_rate: Fraction = Field(default=0.2, description="Final learning rate, as a fraction of the peak.")
-    num_wave: float = Field(default=1.0, gt=0.0, description="Half cosine waves of the schedule after warm-up.")
-    wd: float = Field(default=5e-4, ge=0.0, description="Weight decay.")
+    num_wave: float = Field(default=1.0, gt=0.0, le=1e6, description="Half cosine waves of the schedule after warm-up.")
+    wd: float = Field(default=5e-4, ge=0.0, le=1e3, description="Weight decay.")
     wd_norm_bias: bool = Field(
         default=True, description="Apply weight decay to biases and normalization weights too, as TAO does."
     )
     warmup_epochs: float = Field(
-        default=1.0, ge=0.0, description="Length of the linear warm-up, in epochs; may be a fraction."
+        default=1.0, ge=0.0, le=1e6, description="Length of the linear warm-up, in epochs; may be a fraction."
     )
     margin_rate: tuple[Margin, Margin] = Field(
         default=(0.0, 1.2),
@@ -117,29 +123,38 @@ class TrainConfig(Devices):
         description="box: boxes only. mask: boxes with a mask, from their masks. auto: masks where given, else boxes.\n"
         "pseudo: boxes, plus masks that `mal-train inference` predicted, weighted by their scores.",
     )
-    loss_mask_weight: float = Field(default=4.0, ge=0.0, description="Weight of the mask loss, for boxes with a mask.")
-    loss_mil_weight: float = Field(default=4.0, ge=0.0, description="Weight of the multiple-instance loss.")
-    loss_crf_weight: float = Field(default=0.5, ge=0.0, description="Weight of the mean-field (CRF) loss.")
+    loss_mask_weight: float = Field(
+        default=4.0, ge=0.0, le=1e6, description="Weight of the mask loss, for boxes with a mask."
+    )
+    loss_mil_weight: float = Field(default=4.0, ge=0.0, le=1e6, description="Weight of the multiple-instance loss.")
+    loss_crf_weight: float = Field(default=0.5, ge=0.0, le=1e6, description="Weight of the mean-field (CRF) loss.")
     loss_mil_step: int = Field(
-        default=1000, ge=0, description="Optimizer steps of the linear ramp of the multiple-instance loss weight."
+        default=1000,
+        ge=0,
+        le=1_000_000_000,
+        description="Optimizer steps of the linear ramp of the multiple-instance loss weight.",
     )
     loss_crf_step: int = Field(
-        default=4000, ge=0, description="Optimizer steps of the linear ramp of the mean-field loss weight."
+        default=4000,
+        ge=0,
+        le=1_000_000_000,
+        description="Optimizer steps of the linear ramp of the mean-field loss weight.",
     )
     loss_logit_weight: float | None = Field(
         default=None,
         ge=0.0,
+        le=1e6,
         description="Weight of the penalty on logits outside [-8, 8]; null: 0.01, 0 under compat tao.",
     )
     crf_zeta: float = Field(
-        default=0.1, gt=0.0, description="Color bandwidth of the mean field, in units of normalized RGB."
+        default=0.1, gt=0.0, le=1e3, description="Color bandwidth of the mean field, in units of normalized RGB."
     )
     crf_kernel_size: int = Field(
-        default=3, ge=3, description="Side length of the mean field's window, in cells of its grid; odd."
+        default=3, ge=3, le=31, description="Side length of the mean field's window, in cells of its grid; odd."
     )
-    crf_num_iter: int = Field(default=100, ge=0, description="Mean-field iterations.")
+    crf_num_iter: int = Field(default=100, ge=0, le=100_000, description="Mean-field iterations.")
     crf_size_ratio: int = Field(
-        default=1, ge=1, description="Resolution of the mean field's grid, as a multiple of the logit map's."
+        default=1, ge=1, le=16, description="Resolution of the mean field's grid, as a multiple of the logit map's."
     )
     crf_value_high_thres: Threshold = Field(
         default=0.9, description="Upper bound of the mean field's foreground probability."

@@ -73,6 +73,20 @@ class ScoreType(StrEnum):
     PROBABILITY = "probability"
 
 
+MAX_CROP_SIZE = 2048
+"""Upper bound of the crop side in px; the largest published crops have 512 px."""
+MAX_SIZES = {
+    "mask_head_num_convs": 64,
+    "mask_head_hidden_channel": 1024,
+    "mask_head_out_channel": 1024,
+    "mask_scale_ratio_pre": 4,
+}
+"""Upper bounds of the sizes of a network that specs and checkpoints may state."""
+MAX_SCALE_RATIO = 8.0
+"""Upper bound of mask_scale_ratio."""
+MAX_KNOTS = 10_000
+"""Upper bound of the points of a calibration; a fit has some hundred."""
+
 STABILITY_LOGITS = 2.0
 """Distance in logits by which `ScoreType.STABILITY` moves the threshold up and down."""
 
@@ -203,8 +217,11 @@ class LabelerConfig:
     calibrated_with_flip: bool = False
 
     def __post_init__(self) -> None:
-        if self.crop_size < 1:
-            raise ConfigError(f"crop_size: {self.crop_size} px; it must be a positive multiple of the patch size")
+        if not 1 <= self.crop_size <= MAX_CROP_SIZE:
+            raise ConfigError(
+                f"crop_size: {self.crop_size} px; it must be a positive multiple of the patch size, {MAX_CROP_SIZE} px "
+                "or less"
+            )
         if not 0.0 <= self.margin_rate <= 4.0:
             raise ConfigError(f"margin_rate: {self.margin_rate}; it must lie in [0, 4] (TAO uses 0.6)")
         if len(self.mask_thres) != 3 or not all(0.0 < t < 1.0 for t in self.mask_thres):
@@ -245,6 +262,8 @@ class LabelerConfig:
         """Reads `to_dict`. Checkpoints without a score or a calibration predate both and use the probability."""
         small, medium, large = (float(t) for t in data["mask_thres"])
         knots = data.get("calibration")
+        if knots is not None and len(knots) > MAX_KNOTS:
+            raise ConfigError(f"calibration: {len(knots)} points; the limit is {MAX_KNOTS}")
         return cls(
             int(data["crop_size"]),
             float(data["margin_rate"]),

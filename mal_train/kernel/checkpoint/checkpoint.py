@@ -4,8 +4,8 @@
       safetensors                                   `tensorfile`
         student.* teacher.*                         weights
         training/NNNNN/…                            tensors of the training state, in a `resume` file
-        __metadata__                                strings: schema, requires, kind; and as JSON (`json_tree`): model,
-                                                    labeler, categories, provenance, training
+        __metadata__                                strings: schema, requires, kind, sha256; and as JSON (`json_tree`):
+                                                    model, labeler, categories, provenance, training
 
 No pickle is read or written: a file can hold wrong numbers, but it cannot run code. Encryption authenticates the
 content but, with a recipient, not its author: recipients are public keys. Where authorship matters, pin the SHA-256
@@ -27,12 +27,24 @@ from mal_train.kernel.checkpoint.age_header import EncryptionInfo
 from mal_train.kernel.checkpoint.encrypted_file import EncryptedFile, chunk_padding, write_encrypted
 from mal_train.kernel.checkpoint.json_tree import Tree, from_json, to_json
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey
-from mal_train.kernel.checkpoint.tensorfile import MAX_JSON, PADDING_NAME, TensorFileHeader, TensorFileReader, serialize
-from mal_train.kernel.networks.network import ModelConfig
+from mal_train.kernel.checkpoint.tensorfile import (
+    DIGEST_NAME,
+    MAX_JSON,
+    MAX_SHOWN,
+    PADDING_NAME,
+    TensorFileHeader,
+    TensorFileReader,
+    serialize,
+)
+from mal_train.kernel.networks.network import ModelConfig, check_map_size
 
 SCHEMA = "mal-ckpt/1"
 REQUIRES = "mask-auto-labeler 0.1"
 """First version that reads this schema. Files state it, so that an older version can name it in its error."""
+METADATA = frozenset(
+    {"schema", "requires", "kind", "model", "labeler", "categories", "provenance", "training", DIGEST_NAME}
+)
+"""Names of the metadata. Others are refused: a changed letter must not hide a digest."""
 WEIGHT_PREFIXES = ("student.", "teacher.")
 TRAINING_PREFIX = "training/"
 FINITE_CHECK_CHUNK = 1 << 22
@@ -58,6 +70,7 @@ class Checkpoint:
         training: the training state.
         encryption: encryption of the loaded file; None if not loaded. Users should be warned of `mode == "none"`.
         sha256: SHA-256 of the loaded file as it was read, in hex; equals `sha256_of` unless the file has changed since.
+        path: the loaded file; None if not loaded.
     """
 
     model: ModelConfig
@@ -69,6 +82,7 @@ class Checkpoint:
     training: TrainingState | None = None
     encryption: EncryptionInfo | None = field(default=None, compare=False)
     sha256: str = field(default="", compare=False)
+    path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if (self.kind == "resume") != (self.training is not None):
@@ -162,8 +176,9 @@ def load_checkpoint(path: Path, key: DecryptionKey | None, *, skip_training_stat
             memory than its weights.
 
     Raises:
-        WrongKey, Truncated, Altered: see `EncryptedFile.read_into`. A plain file is not authenticated: only damage to
-            its structure is detected.
+        WrongKey, Truncated, Altered: see `EncryptedFile.read_into`. A plain file is not authenticated; its digest finds
+            damage, but anybody can write one that fits. Earlier files have none: there, only damage to the
+            structure is found.
         UnknownLayout: not a checkpoint of this project, or of a schema that this version does not read.
         CheckpointError: the file cannot be read, or a weight is NaN or infinite.
     """
@@ -197,6 +212,7 @@ def load_checkpoint(path: Path, key: DecryptionKey | None, *, skip_training_stat
         training=training,
         encryption=encryption,
         sha256=sha256,
+        path=path,
     )
 
 
@@ -291,7 +307,8 @@ def _read(
         settings.append(_parse_settings(header, name))
         return select(header)
 
-    reader = TensorFileReader(name, file.content_bytes, check_and_select)
+    is_plain = file.encryption.mode == "none"
+    reader = TensorFileReader(name, file.content_bytes, check_and_select, verify_digest=is_plain)
     try:
         file.read_into(reader, key)
     except OSError as error:
@@ -330,7 +347,9 @@ def _parse_settings(header: TensorFileHeader, name: str) -> _Settings:
     _check_schema(header.metadata, name)
     for entry in header.entries:
         if not entry.name.startswith((*WEIGHT_PREFIXES, TRAINING_PREFIX)) and entry.name != PADDING_NAME:
-            raise UnknownLayout(f"{name}: tensor {entry.name!r} belongs to neither the weights nor the training state")
+            raise UnknownLayout(
+                f"{name}: tensor {entry.name[:MAX_SHOWN]!r} belongs to neither the weights nor the training state"
+            )
     try:
         kind = cast(Kind, header.metadata["kind"])
         model, labeler, categories, provenance = (
@@ -339,14 +358,17 @@ def _parse_settings(header: TensorFileHeader, name: str) -> _Settings:
     except KeyError as error:
         raise Altered(f"{name}: {error} is missing from the settings") from None
     except ValueError as error:
-        raise Altered(f"{name}: the settings are damaged: {error}") from None
-    if kind not in ("weights", "resume") or not isinstance(categories, list) or not isinstance(provenance, dict):
+        raise Altered(f"{name}: the settings are damaged: {str(error)[:MAX_SHOWN]}") from None
+    are_objects = isinstance(categories, list) and all(isinstance(category, dict) for category in categories)
+    if kind not in ("weights", "resume") or not are_objects or not isinstance(provenance, dict):
         raise Altered(f"{name}: kind, categories or provenance are of the wrong type or value")
     try:
         model_config, labeler_config = ModelConfig.from_dict(model), LabelerConfig.from_dict(labeler)
-    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        check_map_size(model_config, labeler_config.crop_size)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UnknownLayout(
-            f"{name}: this version does not know its model or labeler settings ({error}); use a newer version"
+            f"{name}: this version cannot use its model or labeler settings ({str(error)[:MAX_SHOWN]}); use a newer "
+            "version, or create the file again"
         ) from error
     training_json = header.metadata.get("training", "")
     return _Settings(header, kind, model_config, labeler_config, categories, provenance, training_json)
@@ -354,12 +376,15 @@ def _parse_settings(header: TensorFileHeader, name: str) -> _Settings:
 
 def _check_schema(metadata: Mapping[str, str], name: str) -> None:
     schema = metadata.get("schema")
+    if schema == SCHEMA and not metadata.keys() <= METADATA:
+        unknown = min(metadata.keys() - METADATA)[:MAX_SHOWN]
+        raise UnknownLayout(f"{name}: unknown setting {unknown!r}; use a newer version, or create the file again")
     if schema is None:
         raise UnknownLayout(f"{name}: safetensors without a schema; not a checkpoint of this project")
     if schema != SCHEMA:
         raise UnknownLayout(
-            f"{name}: schema {schema!r}; this version reads {SCHEMA!r}; "
-            f"use {metadata.get('requires', 'the version that wrote it')} or newer"
+            f"{name}: schema {schema[:MAX_SHOWN]!r}; this version reads {SCHEMA!r}; "
+            f"use {metadata.get('requires', 'the version that wrote it')[:MAX_SHOWN]} or newer"
         )
 
 
@@ -367,7 +392,7 @@ def _training_state(text: str, tensors: Mapping[str, Tensor], path: Path) -> Tra
     try:
         training = from_json(text, tensors)
     except ValueError as error:
-        raise Altered(f"{path}: the training state is damaged: {error}") from None
+        raise Altered(f"{path}: the training state is damaged: {str(error)[:MAX_SHOWN]}") from None
     if not isinstance(training, dict):
         raise Altered(f"{path}: the training state is not a dict")
     return training

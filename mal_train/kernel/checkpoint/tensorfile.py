@@ -7,6 +7,7 @@ encrypted. Both read what the other writes (test_checkpoint.py).
 Format: https://github.com/huggingface/safetensors, "Format". Hosts are little-endian (x86-64, arm64).
 """
 
+import hashlib
 import json
 import math
 import struct
@@ -21,8 +22,16 @@ from mal_train.core.errors import Altered, CheckpointError, Truncated, UnknownLa
 from mal_train.kernel.checkpoint.json_tree import parse
 
 LENGTH_BYTES = 8
-MAX_JSON = 100_000_000
-"""Limit of the format for its JSON header, in bytes."""
+MAX_JSON = 16 << 20
+"""Limit of the JSON header, in bytes; that of the format is 100 MB. Parsed, a header takes up to thirty times as much
+memory. Ten thousand tensors need two million bytes."""
+MAX_DIMENSIONS = 16
+MAX_SHOWN = 300
+"""Characters of a reason that a message repeats; names in a file may be as long as its header."""
+DIGEST_NAME = "sha256"
+"""Metadata with the SHA-256 of the content, in hex, which finds a changed bit in a file that is not encrypted. It is
+computed with `NO_DIGEST` in its place. Earlier files have none."""
+NO_DIGEST = "0" * 64
 PADDING_NAME = "padding"
 """Name of the tensor of up to 7 bytes that brings the total size of the tensors to a multiple of 8; readers skip it."""
 MAX_ELEMENTS = 1 << 48
@@ -77,16 +86,16 @@ def serialize(
 
     Args:
         tensors: dense tensors on any device, contiguous or not.
-        metadata: arbitrary strings.
+        metadata: arbitrary strings; `DIGEST_NAME` is added. The tensors are read twice: for it, and for the file.
         padding: returns the number of bytes to add to a content of the given size, a multiple of 8 if that is one. They
             are written as blanks after the JSON, which the format allows.
 
     Raises:
-        CheckpointError: a dtype or layout that the format lacks, or more than 100 MB of JSON.
+        CheckpointError: a dtype or layout that the format lacks, or more than `MAX_JSON`.
     """
     # Widest elements first, and a total divisible by 8: every tensor is then aligned, as readers of the format expect.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    table: dict[str, Any] = {"__metadata__": {**metadata, DIGEST_NAME: NO_DIGEST}}
     end = 0
     for name in order:
         table[name] = _row(name, tensors[name], end)
@@ -98,11 +107,19 @@ def serialize(
     text += b" " * (-len(text) % 8)
     text += b" " * padding(LENGTH_BYTES + len(text) + end + alignment)
     if len(text) > MAX_JSON:
-        raise CheckpointError(f"settings and training state: {len(text)} B of JSON; the format allows {MAX_JSON} B")
+        raise CheckpointError(f"settings and training state: {len(text)} B of JSON; the limit is {MAX_JSON} B")
+
+    def data() -> Iterator[memoryview]:
+        for name in order:
+            yield _bytes_of(tensors[name].detach().cpu().contiguous())
+        yield memoryview(bytes(alignment))
+
+    digest = hashlib.sha256(struct.pack("<Q", len(text)) + text)
+    for buffer in data():
+        digest.update(buffer)
+    text = text.replace(_digest_member(NO_DIGEST), _digest_member(digest.hexdigest()))
     yield memoryview(struct.pack("<Q", len(text)) + text)
-    for name in order:
-        yield _bytes_of(tensors[name].detach().cpu().contiguous())
-    yield memoryview(bytes(alignment))
+    yield from data()
 
 
 class TensorFileReader:
@@ -115,13 +132,22 @@ class TensorFileReader:
         tensors: the selected tensors by name.
     """
 
-    def __init__(self, name: str, content_bytes: int, select: Callable[[TensorFileHeader], Container[str]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        content_bytes: int,
+        select: Callable[[TensorFileHeader], Container[str]],
+        *,
+        verify_digest: bool = True,
+    ) -> None:
         """Prepares to read.
 
         Args:
             name: name of the file in error messages.
             content_bytes: size of the complete content; no more than that is ever allocated.
             select: receives the header and returns the names of the tensors to keep, or raises to refuse the file.
+            verify_digest: compare the content with the digest in its header, if there is one; False where decryption
+                authenticates it.
         """
         self.tensors: dict[str, Tensor] = {}
         self._name = name
@@ -132,6 +158,9 @@ class TensorFileReader:
         self._complete = False
         self._targets: list[tuple[int, memoryview | None]] = []
         self._position = 0
+        self._verify_digest = verify_digest
+        self._expected = ""
+        self._digest: hashlib._Hash | None = None
 
     def write(self, data: bytes, /) -> None:
         """Receives the next bytes.
@@ -144,10 +173,14 @@ class TensorFileReader:
             # The fast path of nearly all calls; a gigabyte takes a hundred thousand.
             target[self._position : self._position + size] = data
             self._position += size
+            if self._digest is not None:
+                self._digest.update(data)
             return
         rest = memoryview(data)
         if not self._complete:
             rest = self._read_header(rest)
+        if self._digest is not None:
+            self._digest.update(rest)
         while rest and self._targets:
             size, target = self._targets[-1]
             count = min(size - self._position, len(rest))
@@ -164,10 +197,12 @@ class TensorFileReader:
 
         Raises:
             Truncated: a tensor is incomplete.
-            Altered: a bool tensor holds values other than 0 and 1.
+            Altered: the content differs from its digest, or a bool tensor holds values other than 0 and 1.
         """
         if not self._complete or self._targets:
             raise Truncated(f"{self._name}: the end of the file is missing")
+        if self._digest is not None and self._digest.hexdigest() != self._expected:
+            raise Altered(f"{self._name}: the content differs from its digest; the file was altered, do not use it")
         for name, tensor in self.tensors.items():
             # A bool tensor with other bytes than 0 and 1 is undefined behavior in the code that computes with it.
             if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
@@ -183,10 +218,20 @@ class TensorFileReader:
                 self._header_end += self._json_length(int.from_bytes(self._header, "little"))
         if len(self._header) == self._header_end:
             header = _parse_header(bytes(self._header[LENGTH_BYTES:]), self._name)
+            self._start_digest(header.metadata.get(DIGEST_NAME))
             self._header.clear()
             self._allocate(header)
             self._complete = True
         return data
+
+    def _start_digest(self, digest: str | None) -> None:
+        if digest is None or not self._verify_digest:
+            return
+        member = _digest_member(digest)
+        if len(digest) != len(NO_DIGEST) or self._header.count(member) != 1:
+            raise Altered(f"{self._name}: the header is damaged: {DIGEST_NAME} is no digest")
+        self._expected = digest
+        self._digest = hashlib.sha256(self._header.replace(member, _digest_member(NO_DIGEST)))
 
     def _json_length(self, length: int) -> int:
         if not 2 <= length <= MAX_JSON:
@@ -210,6 +255,11 @@ class TensorFileReader:
                 target = _bytes_of(self.tensors[entry.name])
             if entry.size:
                 self._targets.append((entry.size, target))
+
+
+def _digest_member(digest: str) -> bytes:
+    """Returns the digest as it stands in the JSON text. No value holds these bytes: its quotation marks are escaped."""
+    return f'"{DIGEST_NAME}":"{digest}"'.encode()
 
 
 def _row(name: str, tensor: Tensor, start: int) -> dict[str, Any]:
@@ -236,7 +286,7 @@ def _parse_header(text: bytes, name: str) -> TensorFileHeader:
             raise ValueError("metadata are not all strings")
         return TensorFileHeader(metadata, _entries(table))
     except ValueError as error:
-        raise Altered(f"{name}: the header is damaged: {error}") from None
+        raise Altered(f"{name}: the header is damaged: {str(error)[:MAX_SHOWN]}") from None
 
 
 def _entries(table: dict[str, Any]) -> tuple[TensorEntry, ...]:
@@ -247,7 +297,7 @@ def _entries(table: dict[str, Any]) -> tuple[TensorEntry, ...]:
         dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise ValueError(f"tensor {name!r} has dtype {dtype!r}")
-        if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        if not _are_counts(shape, MAX_DIMENSIONS) or not _are_counts(offsets, 2) or len(offsets) != 2:
             raise ValueError(f"tensor {name!r} has an invalid shape or invalid offsets")
         entries.append(TensorEntry(name, _DTYPES[dtype], tuple(shape), *offsets))
     entries.sort(key=lambda entry: (entry.start, entry.end))
@@ -264,5 +314,7 @@ def _entries(table: dict[str, Any]) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
-def _are_counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_ELEMENTS for item in value)
+def _are_counts(value: object, most: int) -> bool:
+    """Returns True for a list of up to `most` integers from 0 to `MAX_ELEMENTS`."""
+    is_short = isinstance(value, list) and len(value) <= most
+    return is_short and all(type(item) is int and 0 <= item <= MAX_ELEMENTS for item in cast(list[object], value))

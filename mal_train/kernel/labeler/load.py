@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from mal_train.core.errors import CheckpointError
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
 from mal_train.kernel.labeler.labeler import Labeler
@@ -37,6 +38,19 @@ def load_labeler(
 def build_labeler(
     checkpoint: Checkpoint, *, device: str | torch.device = "cpu", precision: Precision | str = Precision.AUTO
 ) -> Labeler:
-    """Returns a labeler with a checkpoint's weights; on the CPU, it shares their memory. Arguments: see `Labeler`."""
-    network = MalNetwork.from_weights(checkpoint.model, checkpoint.weights)
+    """Returns a labeler with a checkpoint's weights; on the CPU, it shares their memory.
+
+    Args:
+        checkpoint: the checkpoint.
+        device: see `Labeler`.
+        precision: see `Labeler`.
+
+    Raises:
+        CheckpointError: the weights are not those of the network that the settings describe.
+        ConfigError: float16 on a CPU.
+    """
+    try:
+        network = MalNetwork.from_weights(checkpoint.model, checkpoint.weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path or 'checkpoint'}: {error}") from None
     return Labeler(network, checkpoint.labeler, device=device, precision=precision)

@@ -52,6 +52,9 @@ LARGE = VitSize(1024, 24, 16)
 HUGE = VitSize(1280, 32, 16, patch=14, grid=16)
 NVLABS: dict[str, Any] = {"stem": "conv", "resample": "by_factor"}
 
+MAX_NAME_SHOWN = 64
+"""Characters of an unknown name that are compared with the known ones and repeated."""
+
 BACKBONES: dict[str, BackboneSize] = {
     "vit-deit-tiny/16": replace(TINY, pretrained="deit_tiny_patch16_224.fb_in1k", license=DEIT),
     "vit-deit-small/16": replace(SMALL, pretrained="deit_small_patch16_224.fb_in1k", license=DEIT),
@@ -97,8 +100,9 @@ def backbone_size(arch: str) -> BackboneSize:
     """Returns the row of `arch`; raises ConfigError with the most similar name if there is none."""
     size = BACKBONES.get(arch)
     if size is None:
-        near = difflib.get_close_matches(arch, BACKBONES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"model.arch: {arch!r}; did you mean {near!r}? It must be one of {', '.join(BACKBONES)}")
+        shown = arch[:MAX_NAME_SHOWN]
+        near = difflib.get_close_matches(shown, BACKBONES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"model.arch: {shown!r}; did you mean {near!r}? It must be one of {', '.join(BACKBONES)}")
     return size
 
 

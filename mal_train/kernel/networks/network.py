@@ -10,7 +10,7 @@ its public implementations.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mal_train.core.errors import ConfigError
-from mal_train.core.settings import Branch
+from mal_train.core.errors import CheckpointError, ConfigError
+from mal_train.core.settings import MAX_SCALE_RATIO, MAX_SIZES, Branch
 from mal_train.kernel.networks.backbones import backbone_size, build_backbone, check_crop_size
 from mal_train.kernel.networks.heads import MaskHead, RoiHead, resize
 
@@ -30,6 +30,28 @@ SIZE_CLASS_SCALE = (0.5, 1.0, 2.0)
 NO_TEACHER = "{}: this checkpoint holds the student only; use branch student, without agreement"
 LOGITS_PER_PATCH = 4
 """The logit map has 4h × 4w entries for every size class: a quarter of the crop side for patches of 16 px."""
+MAX_MAP_ELEMENTS = 1 << 29
+"""Upper bound of the numbers in the mask head's largest feature map of one crop: 2 GiB in float32."""
+NAMES_SHOWN = 3
+"""Names of weights that a message lists of each kind."""
+
+
+def check_map_size(config: "ModelConfig", crop_size: int) -> None:
+    """Checks that crops of `crop_size` px fit a network, before anything is built.
+
+    Raises:
+        ConfigError: no multiple of the patch size, or a feature map of the mask head with over `MAX_MAP_ELEMENTS`.
+    """
+    check_crop_size(config.arch, crop_size)
+    upsampling = max(SIZE_CLASS_SCALE) * config.mask_scale_ratio_pre * max(1.0, config.mask_scale_ratio)
+    side = crop_size // backbone_size(config.arch).patch * upsampling
+    channels = max(config.mask_head_hidden_channel, config.mask_head_out_channel)
+    if channels * side**2 > MAX_MAP_ELEMENTS:
+        raise ConfigError(
+            f"crop_size: {crop_size} px, model.mask_scale_ratio_pre {config.mask_scale_ratio_pre}, "
+            f"model.mask_scale_ratio {config.mask_scale_ratio:g}: the mask head would have {channels} maps of "
+            f"{side:.0f} x {side:.0f}, over {MAX_MAP_ELEMENTS} numbers together; reduce one of them"
+        )
 
 
 @dataclass(frozen=True)
@@ -38,11 +60,11 @@ class ModelConfig:
 
     Attributes:
         arch: name of a row of `backbones.BACKBONES`.
-        mask_head_num_convs: 3×3 convolutions in the mask head, ≥ 1.
+        mask_head_num_convs: 3×3 convolutions in the mask head, ≥ 1. `core.settings.MAX_SIZES` has the upper bounds.
         mask_head_hidden_channel: channels between them, ≥ 1.
         mask_head_out_channel: D, channels of pixel features and filters, ≥ 1.
         mask_scale_ratio_pre: upsampling before the mask head, ≥ 1.
-        mask_scale_ratio: upsampling inside the mask head, > 0.
+        mask_scale_ratio: upsampling inside the mask head, in (0, 8].
         not_adjust_scale: if True, the scale does not depend on the size class; the logit map then has the side
             4 · mask_scale_ratio_pre · mask_scale_ratio · h instead of 4h, as in the published code.
         vit_dpr: stochastic depth rate of the last block, in [0, 1); applies to the student in training only.
@@ -59,16 +81,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         backbone_size(self.arch)
-        for name in (
-            "mask_head_num_convs",
-            "mask_head_hidden_channel",
-            "mask_head_out_channel",
-            "mask_scale_ratio_pre",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}: {getattr(self, name)}; it must be 1 or more")
-        if not 0.0 < self.mask_scale_ratio <= 8.0:
-            raise ConfigError(f"model.mask_scale_ratio: {self.mask_scale_ratio}; it must lie in (0, 8] (TAO uses 2)")
+        for name, most in MAX_SIZES.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ConfigError(f"model.{name}: {str(value)[:40]}; it must be an integer from 1 to {most}")
+        if not 0.0 < self.mask_scale_ratio <= MAX_SCALE_RATIO:
+            raise ConfigError(
+                f"model.mask_scale_ratio: {self.mask_scale_ratio}; it must lie in (0, {MAX_SCALE_RATIO:g}] (TAO uses 2)"
+            )
         if not 0.0 <= self.vit_dpr < 1.0:
             raise ConfigError(f"model.vit_dpr: {self.vit_dpr}; it must lie in [0, 1)")
 
@@ -106,6 +126,11 @@ def probabilities(logits_N1HW: Tensor, size: int) -> Tensor:
     for crop_HW in upsampled_NHW:
         crop_HW.sigmoid_()
     return upsampled_NHW
+
+
+def _first(names: Sequence[str]) -> str:
+    shown = ", ".join(name[:100] for name in names[:NAMES_SHOWN])
+    return shown + (", …" if len(names) > NAMES_SHOWN else "")
 
 
 class MaskNetwork(nn.Module):
@@ -191,7 +216,7 @@ class MalNetwork(nn.Module):
         """Builds a network for inference that shares its weights with the given tensors, without a copy.
 
         Raises:
-            RuntimeError: see `load`.
+            CheckpointError: see `load`.
         """
         with torch.device("meta"):
             network = cls(config)
@@ -208,9 +233,15 @@ class MalNetwork(nn.Module):
             assign: uses the tensors themselves instead of copying them.
 
         Raises:
-            RuntimeError: names or shapes do not match.
+            CheckpointError: names, shapes or types do not match.
         """
         self.has_teacher = any(name.startswith("teacher.") for name in weights)
+        misfit = self.misfit(weights)
+        if misfit:
+            raise CheckpointError(
+                f"the weights do not fit the settings of their network ({self.config.arch}): {misfit}; create the file "
+                "again"
+            )
         if self.has_teacher:
             self.load_state_dict(weights, assign=assign)
             return
@@ -218,6 +249,31 @@ class MalNetwork(nn.Module):
         self.student.load_state_dict(students, assign=assign)
         # Shares memory with the student; a network without a teacher is never trained.
         self.teacher = self.student
+
+    def misfit(self, weights: Mapping[str, Tensor]) -> str:
+        """Describes the weights that are missing or unknown or of another shape, some by name; empty if all fit.
+
+        Without any weight of a teacher, those of the student are enough.
+        """
+        has_teacher = any(name.startswith("teacher.") for name in weights)
+        own = {name: w for name, w in self.state_dict().items() if has_teacher or name.startswith("student.")}
+        shapes = [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(weight.shape)}"
+            for name, weight in own.items()
+            if name in weights and weights[name].shape != weight.shape
+        ]
+        types = [
+            f"{name} {weights[name].dtype}"
+            for name, weight in own.items()
+            if name in weights and weight.is_floating_point() and not weights[name].is_floating_point()
+        ]
+        groups = {
+            "missing": [name for name in own if name not in weights],
+            "unknown": [name for name in weights if name not in own],
+            "of another shape": shapes,
+            "of another type": types,
+        }
+        return "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in groups.items() if names)
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the weights of both networks, or of the student if there is no teacher. Inverse of `load`."""

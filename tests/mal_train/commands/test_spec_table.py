@@ -14,7 +14,7 @@ def test_the_page_is_current() -> None:
 def test_every_field_has_a_row_with_its_bounds() -> None:
     assert [name for name, _ in fields_of(Spec)] == list(field_paths(Spec))
     rows = {line.split("`")[1]: line for line in page().splitlines() if line.startswith("| `")}
-    assert "| `10` | ≥ 1 |" in rows["train.num_epochs"]
+    assert "| `10` | ≥ 1, ≤ 1000000 |" in rows["train.num_epochs"]
     assert "≥ 0, ≤ 4" in rows["train.margin_rate"]
     assert "`none` · `tao`" in rows["compat"]
     assert "> 0, < 1" in rows["train.mask_thres"]

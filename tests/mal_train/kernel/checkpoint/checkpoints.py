@@ -13,6 +13,7 @@ import torch
 
 from mal_train.core.settings import Compat, LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from mal_train.kernel.checkpoint.tensorfile import DIGEST_NAME
 from mal_train.kernel.networks.network import ModelConfig
 from tests.mal_train.kernel.checkpoint.key_pair import DECRYPTION_KEY, ENCRYPTION_KEY
 
@@ -84,6 +85,7 @@ def raw(table: dict[str, Any] | bytes, data: bytes = b"") -> bytes:
 
 
 def metadata(path: Path, **changes: str) -> dict[str, str]:
+    """Returns the metadata of a checkpoint without its digest, as earlier versions wrote them, with changes."""
     save_checkpoint(path, weights_checkpoint(), None)
     with safetensors.safe_open(path, "pt") as file:
-        return {**file.metadata(), **changes}
+        return {name: text for name, text in {**file.metadata(), **changes}.items() if name != DIGEST_NAME}

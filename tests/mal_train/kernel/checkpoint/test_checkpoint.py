@@ -24,6 +24,8 @@ from tests.mal_train.kernel.checkpoint.checkpoints import (
     LABELER,
     MICRO,
     equal,
+    metadata,
+    raw,
     resume_checkpoint,
     training,
     weights,
@@ -154,8 +156,8 @@ def test_finite_weights_whose_sum_overflows_are_accepted(tmp_path: Path) -> None
 
 def test_non_finite_weight_is_not_loaded(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    save_checkpoint(path, weights_checkpoint(weights={"student.w": torch.full((16,), 0.12345)}), None)
-    path.write_bytes(path.read_bytes().replace(struct.pack("<f", 0.12345), struct.pack("<f", math.nan)))
+    rows = {"student.w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    path.write_bytes(raw({"__metadata__": metadata(tmp_path / "b"), **rows}, struct.pack("<f", math.nan)))
     with pytest.raises(CheckpointError, match=r"student\.w"):
         load_checkpoint(path, None)
 

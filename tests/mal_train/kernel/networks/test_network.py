@@ -1,14 +1,15 @@
 """The network: parity with the published forward pass, size classes, student and teacher."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mal_train.core.errors import ConfigError
-from mal_train.core.settings import Branch, Compat, network_size_class
+from mal_train.core.errors import CheckpointError, ConfigError
+from mal_train.core.settings import MAX_CROP_SIZE, MAX_SIZES, Branch, Compat, network_size_class
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.networks.heads import resize
 from mal_train.kernel.networks.network import (
@@ -18,6 +19,7 @@ from mal_train.kernel.networks.network import (
     MalNetwork,
     MaskNetwork,
     ModelConfig,
+    check_map_size,
     normalize,
     probabilities,
 )
@@ -336,10 +338,30 @@ def test_a_network_without_a_teacher_supports_the_student_branch_only() -> None:
             network.logits(x, size_class_N, Branch.TEACHER)
 
 
-def test_weights_of_other_names_or_shapes_are_refused() -> None:
+def test_weights_that_do_not_fit_are_refused_and_three_of_them_named() -> None:
     weights = micro().weights()
-    name = next(iter(weights))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        MalNetwork.from_weights(MICRO, {**weights, name: torch.zeros(3)})
-    with pytest.raises(RuntimeError, match="Missing key"):
-        MalNetwork.from_weights(MICRO, {n: w for n, w in weights.items() if n != name})
+    name, other = list(weights)[:2]
+    for wrong, text in (
+        ({**weights, name: torch.zeros(3)}, f"1 of another shape: {name} (3,)"),
+        ({**weights, name: weights[name].long()}, f"1 of another type: {name} torch.int64"),
+        ({n: w for n, w in weights.items() if n != name}, f"1 missing: {name}"),
+        ({**weights, "student.x": weights[other]}, "1 unknown: student.x"),
+        ({"student.x": torch.zeros(1)}, "1 unknown: student.x"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(text)) as raised:
+            MalNetwork.from_weights(MICRO, wrong)
+        assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("name", MAX_SIZES)
+@pytest.mark.parametrize("value", [0, -1, 10**30, 2.0, True, "4", None])
+def test_a_size_out_of_range_is_refused_before_anything_is_built(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        ModelConfig("vit-micro/16", **{name: value})  # type: ignore[arg-type]
+
+
+def test_maps_that_fill_the_memory_are_refused() -> None:
+    large = ModelConfig("vit-micro/16", mask_head_hidden_channel=1024, mask_scale_ratio_pre=4, mask_scale_ratio=8.0)
+    check_map_size(ModelConfig("vit-micro/16"), MAX_CROP_SIZE)
+    with pytest.raises(ConfigError, match="crop_size"):
+        check_map_size(large, MAX_CROP_SIZE)
