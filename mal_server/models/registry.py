@@ -21,6 +21,7 @@ from mal_server.inference.image_store import ImageStore
 from mal_server.models.loader import LoadedModel, ModelInfo, free_memory
 from mal_server.models.served_model import OnLost, ServedModel
 from mal_server.models.warmup import warm_up_and_verify
+from mal_server.ops.logging import fields
 from mal_server.ops.metrics import Metrics
 from mal_server.scheduling.background import run_in_daemon_thread
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
@@ -206,7 +207,7 @@ class ModelRegistry:
             # Before any await: if the caller is cancelled there, the model must still be listed and closed.
             self._drain(model)
             await self._on_change(name, False)
-            log.info("unloaded model=%s sha256=%s", name, model.info.sha256)
+            log.info("unloaded", extra=fields(model=name, sha256=model.info.sha256))
             return model.info
 
     def fail_all(self, error: DeviceLost) -> None:
@@ -245,7 +246,7 @@ class ModelRegistry:
             await self._on_change(plan.name, True)
             replaced = None if old is None else old.info
             sha256 = "-" if replaced is None else replaced.sha256
-            log.info("loaded model=%s sha256=%s replaced=%s", plan.name, new.info.sha256, sha256)
+            log.info("loaded", extra=fields(model=plan.name, sha256=new.info.sha256, replaced=sha256))
             return new.info, replaced
 
     async def _load_and_verify(self, plan: ModelPlan) -> ServedModel:
@@ -260,7 +261,7 @@ class ModelRegistry:
         except DeviceLost:
             raise
         except (MalError, OSError) as error:
-            log.warning("not loaded model=%s error=%s", plan.name, error)
+            log.warning("not loaded", extra=fields(model=plan.name, error=error))
             asyncio.get_running_loop().run_in_executor(None, free_memory)
             raise ModelRejected(
                 f"model {plan.name!r} was not loaded; served models are unchanged: {error}", _reason_of(error)
@@ -303,7 +304,7 @@ class ModelRegistry:
         # The last reference, so that the memory can be freed.
         del model
         await asyncio.to_thread(free_memory)
-        log.info("released model=%s sha256=%s", name, sha256)
+        log.info("released", extra=fields(model=name, sha256=sha256))
 
     def _in_memory(self) -> tuple[ServedModel, ...]:
         return *self._serving.values(), *self._draining
