@@ -13,7 +13,12 @@
     │       └── ImageNotCached                       an image that was evicted, or never sent
     ├── Retryable               UNAVAILABLE          the same call may succeed later
     │   ├── NotReady                                 the models are not loaded yet
-    │   └── MemoryFull                               other calls hold the memory that this one needs
+    │   ├── MemoryFull                               other calls hold the memory that this one needs
+    │   ├── TooManyCalls                             as many calls as allowed run already
+    │   │   ├── TooManyStreams                       likewise streams
+    │   │   └── TooManyLoads                         likewise loads of models
+    │   ├── ReceiveTimeout                           the request did not arrive in time
+    │   └── StreamIdle                               nothing was sent or read on the stream for too long
     ├── FailedPrecondition      FAILED_PRECONDITION  the request does not fit the state of the server
     │   ├── ModelRejected                            a model cannot be put into or taken out of service
     │   └── ResumeTokenStale                         an evaluation cannot resume from this token
@@ -86,6 +91,39 @@ class MemoryFull(Retryable):
 
     reason = "MEMORY_FULL"
     retry_after_s = 30.0
+
+
+class TooManyCalls(Retryable):
+    """As many calls as allowed run already."""
+
+    reason = "TOO_MANY_CALLS"
+
+
+class TooManyStreams(TooManyCalls):
+    """As many streams as allowed are open already, in all or with this token."""
+
+    reason = "TOO_MANY_STREAMS"
+    retry_after_s = 5.0
+
+
+class TooManyLoads(TooManyCalls):
+    """As many loads or unloads of models as allowed wait already, or as many replaced models are still in use."""
+
+    reason = "TOO_MANY_LOADS"
+    retry_after_s = 30.0
+
+
+class ReceiveTimeout(Retryable):
+    """The request of a call did not arrive in time."""
+
+    reason = "RECEIVE_TIMEOUT"
+
+
+class StreamIdle(Retryable):
+    """A stream without a request, or with a response that its client did not read, for too long."""
+
+    reason = "STREAM_IDLE"
+    retry_after_s = 0.0
 
 
 class NotFound(InputError):

@@ -18,6 +18,8 @@ from mal_server.config.server import ServerConfig
 from mal_server.config.tokens import TokenSetting
 from mal_server.models.loader import load_model
 from mal_server.models.registry import Load
+from mal_server.ops.descriptors import raise_descriptor_limit
+from mal_server.ops.logging import fields
 from mal_server.ops.watchdog import watch_loop
 from mal_server.scheduling.background import LoopExecutor
 from mal_server.server import MalServer
@@ -55,6 +57,7 @@ async def serve(
     gc.freeze()
     gc.enable()
     asyncio.get_running_loop().set_default_executor(LoopExecutor())
+    raise_descriptor_limit(config.connections.max_connections)
     signals = Signals()
     if reload_at_start():
         signals.reload.set()
@@ -116,7 +119,7 @@ class ServerRun:
         await self._server.start()
         self._is_started = True
         for plan in self._config.plans:
-            log.info("address=%s model=%s loading=%s", self._server.address, plan.name, plan.checkpoint)
+            log.info("loading", extra=fields(address=self._server.address, model=plan.name, checkpoint=plan.checkpoint))
         loading = asyncio.ensure_future(self._server.load())
         await _first_of(loading, self._signals.stop.wait())
         if not loading.done():
@@ -135,12 +138,18 @@ class ServerRun:
         return True
 
     async def run(self) -> None:
-        """Serves until a stop signal, then drains. Raises DeviceLost at once when a device is lost."""
+        """Serves until a stop signal, then drains.
+
+        Raises DeviceLost at once when a device is lost, and any other error that ends gRPC.
+        """
         reloading = asyncio.ensure_future(self._reloader.run())
+        ended = asyncio.ensure_future(self._server.wait_ended())
         try:
-            await _first_of(self._signals.stop.wait(), self._server.lost.wait())
+            await _first_of(self._signals.stop.wait(), self._server.lost.wait(), ended)
         finally:
             reloading.cancel()
+        if ended.done() and not ended.cancelled():
+            ended.result()
         if self._server.error is not None:
             self._grace_s = LOST_GRACE_S
             raise self._server.error

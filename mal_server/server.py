@@ -15,13 +15,15 @@ import os
 from collections.abc import Sequence
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from mal_server.api.grpc_server import build_server, core_options, register
+from mal_server.api.health import HealthService
 from mal_server.api.interceptors import CallInterceptor
-from mal_server.api.serialization.bounded_parse import max_fields
+from mal_server.api.open_calls import OpenCalls
 from mal_server.api.service import EvaluationService, LabelingService, ModelService
 from mal_server.config.server import ServerConfig
 from mal_server.config.tokens import TokenSetting
@@ -29,6 +31,7 @@ from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.inference.image_store import ImageCache, ImageStore
 from mal_server.models.loader import ModelInfo, load_model
 from mal_server.models.registry import Load, ModelRegistry
+from mal_server.ops.logging import fields
 from mal_server.ops.metrics import Metrics, MetricsPort
 from mal_server.ops.tracing import Tracing
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
@@ -40,19 +43,15 @@ from mal_train.core.version import distribution_version
 
 log = logging.getLogger(__name__)
 
-MAX_STREAMS = 1000
-"""Concurrent calls on one connection; further ones wait in the client.
+LONG_S = 86400.0
 
-More than the usual 100: a client that cancels calls waiting there gets no further response on that connection (seen
-with grpcio 1.85), and an asyncio client may well run 200 calls at once. The queue bounds waiting work in any case.
-"""
+LABELING = labeling_pb2.DESCRIPTOR.services_by_name["LabelingService"]
+EVALUATION = evaluation_pb2.DESCRIPTOR.services_by_name["EvaluationService"]
+MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 
-SERVICES = (
-    "",
-    labeling_pb2.DESCRIPTOR.services_by_name["LabelingService"].full_name,
-    evaluation_pb2.DESCRIPTOR.services_by_name["EvaluationService"].full_name,
-    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
-)
+SERVICES = ("", LABELING.full_name, EVALUATION.full_name, MODEL.full_name)
 """Services with a health state; the empty name is the server as a whole."""
 
 
@@ -70,6 +69,7 @@ class MalServer:
         tracing: exports spans; None: according to the settings.
 
     Attributes:
+        config: as given.
         address: host:port once started; the real port if the settings say 0.
         metrics_address: likewise of the metrics port; empty if metrics are not served.
         lost: set once a device is lost; `error` then holds the reason.
@@ -79,8 +79,8 @@ class MalServer:
     """
 
     def __init__(self, config: ServerConfig, load: Load = load_model, tracing: Tracing | None = None) -> None:
-        self._config = config
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self.config = config
+        self._health = HealthService()
         self._pool = PriorityThreadPool(config.threads or os.cpu_count() or 1, batch_aging_s=config.batch_aging_s)
         self._tracing = Tracing() if tracing is None and config.tracing else tracing
         self._metrics = Metrics(None if self._tracing is None else self._tracing.add_stages)
@@ -103,6 +103,7 @@ class MalServer:
         self._metrics_port: MetricsPort | None = None
         self._tokens: Sequence[TokenSetting] = config.tokens
         self._authenticator = read_tokens(config.tokens, is_private=is_loopback(config.listen.host))
+        self._calls = OpenCalls(config.connections)
         self._credentials = server_credentials(config.listen)
         self._server = self._build()
         self.lost = asyncio.Event()
@@ -116,10 +117,10 @@ class MalServer:
         Raises:
             ConfigError: the address cannot be bound.
         """
-        listen = self._config.listen
+        listen = self.config.listen
         address = format_address(listen.host, listen.port)
-        for service in (*SERVICES, *(health_name(plan.name) for plan in self._config.plans)):
-            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        for service in (*SERVICES, *(health_name(plan.name) for plan in self.config.plans)):
+            self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             if self._credentials is None:
                 bound = self._server.add_insecure_port(address)
@@ -133,7 +134,7 @@ class MalServer:
                 "another listen.port (0 takes a free one)"
             )
         self.address = format_address(listen.host, bound)
-        metrics = self._config.metrics
+        metrics = self.config.metrics
         if metrics.port is not None:
             self._metrics_port = MetricsPort(self._metrics, metrics.host, metrics.port)
             self.metrics_address = format_address(metrics.host, self._metrics_port.port)
@@ -143,13 +144,18 @@ class MalServer:
         """Loads the configured models and sets health to SERVING. Raises the errors of `ModelRegistry.start`."""
         await self._models.start()
         for service in SERVICES:
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         return self._models.infos()
 
     @property
     def waiting(self) -> int:
         """Crops that wait for a device."""
         return self._models.waiting
+
+    @property
+    def running_calls(self) -> int:
+        """Calls of mal.v1 that run, streams included."""
+        return len(self._calls)
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -167,11 +173,20 @@ class MalServer:
             raise ConfigError("tokens: none left, so every client would be served; restart the server to allow that")
         authenticator = await asyncio.to_thread(read_tokens, settings)
         self._tokens = settings
-        return self._authenticator.replace(authenticator)
+        changed = self._authenticator.replace(authenticator)
+        if changed:
+            self._calls.check_tokens(self._authenticator.check)
+        return changed
 
     async def drain(self) -> None:
         """Sets health to NOT_SERVING for good."""
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
+
+    async def wait_ended(self) -> None:
+        """Returns once gRPC has ended; raises the error that ended it on its own."""
+        # With a timeout, because only then gRPC permits to cancel the wait.
+        while await self._server.wait_for_termination(timeout=LONG_S):
+            pass
 
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls, cancels running ones after `grace_s` seconds and ends all threads."""
@@ -187,44 +202,48 @@ class MalServer:
     async def _on_lost(self, error: DeviceLost) -> None:
         if self.error is not None:
             return
-        log.error("lost error=%s", error)
+        log.error("lost", extra=fields(error=error))
         self.error = error
         self._models.fail_all(error)
         self.lost.set()
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
 
     async def _on_model_change(self, name: str, is_served: bool) -> None:
-        states = health_pb2.HealthCheckResponse
-        state = states.SERVING if is_served else states.SERVICE_UNKNOWN
-        await self._health.set(health_name(name), state)
+        if is_served:
+            self._health.set(health_name(name), health_pb2.HealthCheckResponse.SERVING)
+        else:
+            self._health.forget(health_name(name))
 
     def _build(self) -> grpc.aio.Server:
-        limits = self._config.limits
-        server = grpc.aio.server(
+        server = build_server(
             # Tracing first, so that the span of a call covers refusals too.
-            interceptors=(
+            (
                 *(() if self._tracing is None else (self._tracing.interceptor,)),
-                CallInterceptor(self._authenticator, self._metrics, max_fields(limits.max_boxes)),
+                CallInterceptor(self._authenticator, self._calls, self.config, self._metrics),
             ),
-            options=(
-                ("grpc.max_receive_message_length", limits.max_request_bytes),
-                ("grpc.max_send_message_length", limits.max_response_bytes),
-                ("grpc.max_concurrent_streams", MAX_STREAMS),
-                # Otherwise a second server binds the same port silently and receives half of the calls.
-                ("grpc.so_reuseport", 0),
-            ),
+            core_options(self.config),
         )
-        labeling_pb2_grpc.add_LabelingServiceServicer_to_server(
-            LabelingService(self._models, limits, self._metrics), server
+        register(
+            labeling_pb2_grpc.add_LabelingServiceServicer_to_server,
+            LabelingService(self._models, self.config, self._metrics),
+            LABELING,
+            server,
         )
-        evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(
-            EvaluationService(self._models, self._config, self._folders, self._resume_key), server
+        register(
+            evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server,
+            EvaluationService(self._models, self.config, self._folders, self._resume_key),
+            EVALUATION,
+            server,
         )
-        model_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(self._models, self._config, distribution_version()), server
+        register(
+            model_pb2_grpc.add_ModelServiceServicer_to_server,
+            ModelService(self._models, self.config, distribution_version()),
+            MODEL,
+            server,
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if self._config.reflection:
-            names = (*SERVICES[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
+        register(health_pb2_grpc.add_HealthServicer_to_server, self._health, HEALTH, server)
+        if self.config.reflection:
+            names = (*SERVICES[1:], HEALTH.full_name, REFLECTION.full_name)
+            add_reflection = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+            register(add_reflection, reflection.aio.ReflectionServicer(names), REFLECTION, server)  # type: ignore[attr-defined]
         return server

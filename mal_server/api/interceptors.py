@@ -1,45 +1,71 @@
-"""The interceptor of every call: authenticates it, turns exceptions into statuses, and logs one line."""
+"""The interceptor of every call: authenticates it, receives its request, and turns exceptions into statuses."""
 
 import asyncio
-import logging
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from mal_server.api.serialization.bounded_parse import bounded
-from mal_server.api.serialization.status import DOMAIN, reason_of, retry_after, status_of
+from mal_server.api.call_record import CallRecord
+from mal_server.api.grpc_server import UNKNOWN_METHOD
+from mal_server.api.open_calls import OpenCalls
+from mal_server.api.receiving import ReceiveLimiter
+from mal_server.api.serialization.bounded_parse import bounded, max_fields
+from mal_server.api.serialization.status import DOMAIN
+from mal_server.config.server import ServerConfig
 from mal_server.errors import InvalidRequest, PermissionDenied, Unauthenticated
 from mal_server.ops.metrics import Metrics
-from mal_server.security.auth import TokenAuthenticator
+from mal_server.security.auth import TokenAuthenticator, TokenScopes
 
-log = logging.getLogger(__name__)
+MAX_SMALL_BYTES = 4096
+"""Largest message of health checks and reflection, which strangers may send."""
 
-DETAILS_KEY = "grpc-status-details-bin"
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
-ID_KEY = "x-request-id"
-MAX_ID_CHARS = 64
+SMALL_SLOTS = 8
+SMALL_TIMEOUT_S = 5.0
+SMALL_CONTESTED_S = 0.5
+MAX_SMALL_CALLS = 256
+CONTESTED_S = 10.0
 
-GRPC_CODES = {code.value[0]: code for code in grpc.StatusCode}
+Responses = AsyncGenerator[Any, None]
+Inner = Callable[[Any, Any], Responses]
+"""Takes the request, or the stream of requests, and the context; yields the responses."""
+
+Handler = Any
+"""grpc.RpcMethodHandler, whose attributes gRPC's type stubs lack."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Authenticates every call and wraps the handlers of mal.v1; does not wrap gRPC's own (health, reflection).
+    """Authenticates every call and wraps its handler.
+
+    Every method is served as a stream of requests, which is the same on the wire: so its request is read here, in a
+    slot and with a time limit, instead of by gRPC, without either.
 
     Args:
         authenticator: checks tokens and scopes.
+        calls: the running calls.
+        config: bounds of messages that are being received.
         metrics: counts calls.
-        max_fields: limit of fields in one message.
     """
 
-    def __init__(self, authenticator: TokenAuthenticator, metrics: Metrics, max_fields: int) -> None:
+    def __init__(
+        self, authenticator: TokenAuthenticator, calls: OpenCalls, config: ServerConfig, metrics: Metrics
+    ) -> None:
         self._authenticator = authenticator
+        self._calls = calls
         self._metrics = metrics
-        self._max_fields = max_fields
+        self._max_fields = max_fields(config.limits.max_boxes)
+        connections = config.connections
+        self._receiver = ReceiveLimiter(
+            max(2, connections.max_receiving_bytes // config.limits.max_request_bytes),
+            timeout_s=connections.receive_timeout_s,
+            contested_s=CONTESTED_S,
+            max_waiting=connections.max_calls,
+        )
+        self._small_receiver = ReceiveLimiter(
+            SMALL_SLOTS, timeout_s=SMALL_TIMEOUT_S, contested_s=SMALL_CONTESTED_S, max_waiting=MAX_SMALL_CALLS
+        )
 
     async def intercept_service(
         self,
@@ -48,51 +74,110 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Any:
         """Returns the handler of the method, wrapped so that every exception except a cancellation gets a status."""
         handler = await continuation(handler_call_details)
-        method: str = handler_call_details.method
+        # The name that a stranger gave to an unknown method reaches neither metrics nor log.
+        method = UNKNOWN_METHOD if handler is None else handler_call_details.method
         metadata = tuple(handler_call_details.invocation_metadata or ())
         try:
-            caller = self._authenticator.authenticate(method, metadata)
+            token = self._authenticator.authenticate(method, metadata)
         except (Unauthenticated, PermissionDenied) as error:
-            return _rejecting_handler(_Call(method, _request_id(metadata), "", self._metrics), error)
-        if handler is None or not method.startswith(f"/{DOMAIN}."):
-            return handler
-        call = _Call(method, _request_id(metadata), caller, self._metrics)
-        serializers = {
-            "request_deserializer": _catch_decode_error(bounded(handler.request_deserializer, self._max_fields)),
-            "response_serializer": handler.response_serializer,
-        }
-        if not handler.response_streaming:
-            return grpc.unary_unary_rpc_method_handler(_guard_unary(call, handler.unary_unary), **serializers)
-        if handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                _guard_stream(call, handler.stream_stream, _checked_stream), **serializers
-            )
-        return grpc.unary_stream_rpc_method_handler(_guard_stream(call, handler.unary_stream, _checked), **serializers)
+            return _rejecting_handler(CallRecord(method, metadata, "", self._metrics), error)
+        if handler is None:
+            return None
+        if not method.startswith(f"/{DOMAIN}."):
+            guarded = self._guard_small(CallRecord(method, metadata, "", None), handler)
+            return _as_stream(handler, guarded, _small(handler.request_deserializer))
+        record = CallRecord(method, metadata, "" if token is None else token.name, self._metrics)
+        parse = bounded(handler.request_deserializer, self._max_fields)
+        return _as_stream(handler, self._guard(record, method, token, handler), parse)
+
+    def _guard(self, record: CallRecord, method: str, token: TokenScopes | None, handler: Handler) -> Inner:
+        """Wraps a method of mal.v1."""
+        inner = _as_generator(handler)
+
+        async def guarded(requests: AsyncIterator[Any], context: Any) -> Responses:
+            record.begin(context)
+            try:
+                with self._calls.opened(method, token, is_stream=handler.request_streaming) as scope:
+                    if token is not None:  # the tokens may have changed since the call arrived
+                        self._authenticator.check(method, token)
+                    async with scope:
+                        request: Any = _checked_stream(requests)
+                        if not handler.request_streaming:
+                            caller = context.peer() if token is None else token.name
+                            request = _checked(await self._receiver.receive(requests, caller))
+                        async with aclosing(inner(request, context)) as responses:
+                            async for response in responses:
+                                with scope.writing():
+                                    yield response
+            except (asyncio.CancelledError, GeneratorExit):
+                record.end("CANCELLED")
+                raise
+            # The only place where exceptions of our methods become statuses.
+            except Exception as error:
+                await record.abort(context, error)
+            record.end("OK")
+
+        return guarded
+
+    def _guard_small(self, record: CallRecord, handler: Handler) -> Inner:
+        """Wraps a method of gRPC itself, whose messages are small and whose callers may be strangers."""
+        inner = _as_generator(handler)
+
+        async def guarded(requests: AsyncIterator[Any], context: Any) -> Responses:
+            try:
+                messages = self._small_messages(requests, context.peer())
+                request = messages if handler.request_streaming else await anext(messages, None)
+                async with aclosing(inner(_checked(request), context)) as responses:
+                    async for response in responses:
+                        yield response
+            except grpc.aio.AbortError:  # NOT_FOUND of a health check
+                raise
+            # As above, for the methods of gRPC.
+            except Exception as error:
+                await record.abort(context, error)
+
+        return guarded
+
+    async def _small_messages(self, requests: AsyncIterator[Any], peer: str) -> AsyncIterator[Any]:
+        while (request := await self._small_receiver.receive(requests, peer)) is not None:
+            yield _checked(request)
 
 
-def _request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str:
-    """Returns the request id of the client if it is safe to log, otherwise a new one."""
-    given = next((value for key, value in metadata if key == ID_KEY), "")
-    if isinstance(given, str) and 0 < len(given) <= MAX_ID_CHARS and given.replace("-", "").isalnum():
-        return given
-    return uuid.uuid4().hex[:16]
+def _as_stream(handler: Handler, guarded: Inner, parse: Callable[[bytes], Any]) -> Handler:
+    """Returns a handler of a stream of requests that takes the place of another handler."""
+    return grpc.stream_stream_rpc_method_handler(
+        guarded, request_deserializer=_catch_refusal(parse), response_serializer=handler.response_serializer
+    )
 
 
-def _rejecting_handler(call: "_Call", error: Exception) -> Any:
+def _as_generator(handler: Handler) -> Inner:
+    """Returns the method of a handler as a generator of its responses."""
+    if handler.response_streaming:
+        method: Inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        return method
+
+    async def respond(request: Any, context: Any) -> Responses:
+        yield await handler.unary_unary(request, context)
+
+    return respond
+
+
+def _rejecting_handler(record: CallRecord, error: Exception) -> Handler:
     """Returns a handler that aborts the call. It is streaming on both sides for every method, so no request is read."""
 
-    async def refuse(requests: AsyncIterator[Any], context: Any) -> None:
-        await call.abort(context, error)
+    async def refuse(requests: AsyncIterator[Any], context: Any) -> Responses:
+        await record.abort(context, error)
+        yield  # a generator, as tracing requires of a streaming handler
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def _catch_decode_error(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _catch_refusal(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """Returns a refused message as an exception object: raised here, it would become UNKNOWN in gRPC."""
 
     def read(data: bytes) -> Any:
         try:
-            return deserialize(data)
+            return parse(data)
         except InvalidRequest as error:
             return error
         except DecodeError:
@@ -101,7 +186,20 @@ def _catch_decode_error(deserialize: Callable[[bytes], Any]) -> Callable[[bytes]
     return read
 
 
+def _small(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Returns `parse` for messages of at most MAX_SMALL_BYTES; it raises InvalidRequest for larger ones."""
+
+    def read(data: bytes) -> Any:
+        if len(data) > MAX_SMALL_BYTES:
+            raise InvalidRequest([("", f"{len(data)} bytes; a message of this method has at most {MAX_SMALL_BYTES}")])
+        return parse(data)
+
+    return read
+
+
 def _checked(request: Any) -> Any:
+    if request is None:
+        raise InvalidRequest([("", "no message; this method needs one")])
     if isinstance(request, InvalidRequest):
         raise request
     return request
@@ -110,73 +208,3 @@ def _checked(request: Any) -> Any:
 async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         yield _checked(request)
-
-
-def _guard_unary(call: "_Call", inner: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def guarded(request: Any, context: Any) -> Any:
-        call.begin(context)
-        try:
-            response = await inner(_checked(request), context)
-        except asyncio.CancelledError:
-            call.end("CANCELLED")
-            raise
-        # The only place where exceptions become statuses.
-        except Exception as error:
-            await call.abort(context, error)
-        call.end("OK")
-        return response
-
-    return guarded
-
-
-def _guard_stream(
-    call: "_Call", inner: Callable[[Any, Any], AsyncGenerator[Any, None]], check: Callable[[Any], Any]
-) -> Callable[[Any, Any], Any]:
-    async def guarded(request: Any, context: Any) -> AsyncGenerator[Any, None]:
-        call.begin(context)
-        try:
-            async with aclosing(inner(check(request), context)) as responses:
-                async for response in responses:
-                    yield response
-        except (asyncio.CancelledError, GeneratorExit):
-            call.end("CANCELLED")
-            raise
-        # The only place where exceptions become statuses.
-        except Exception as error:
-            await call.abort(context, error)
-        call.end("OK")
-
-    return guarded
-
-
-class _Call:
-    """Metrics, log line and status of one call. The trailers have its request id, so users can find the line."""
-
-    def __init__(self, method: str, request_id: str, caller: str, metrics: Metrics) -> None:
-        self._method = method.removeprefix("/")
-        self._id = request_id
-        self._caller = caller
-        self._metrics = metrics
-        self._started = time.perf_counter()
-
-    def begin(self, context: Any) -> None:
-        context.set_trailing_metadata(((ID_KEY, self._id),))
-
-    def end(self, code: str, reason: str = "") -> None:
-        duration_s = time.perf_counter() - self._started
-        self._metrics.call_ended(self._method, code, duration_s)
-        fields: dict[str, object] = {"method": self._method, "code": code, "took_ms": round(duration_s * 1000, 1)}
-        fields |= {"request_id": self._id, **({"caller": self._caller} if self._caller else {})}
-        log.info("call", extra={"fields": {**fields, **({"reason": reason} if reason else {})}})
-
-    async def abort(self, context: Any, error: Exception) -> NoReturn:
-        status = status_of(error)
-        code, reason = GRPC_CODES[status.code], reason_of(error)
-        self._metrics.rejected(reason)
-        self.end(code.name, reason)
-        trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString()), (ID_KEY, self._id)]
-        retry_s = retry_after(status)
-        if retry_s is not None:
-            trailers.append((PUSHBACK_KEY, str(round(retry_s * 1000))))
-        await context.abort(code, status.message, trailing_metadata=tuple(trailers))
-        raise AssertionError("abort returned")

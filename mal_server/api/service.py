@@ -20,8 +20,7 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_p
 
 from mal_server.api.serialization import evaluation_messages, labeling_messages, model_messages
 from mal_server.api.serialization.status import reason_of, status_of
-from mal_server.api.streaming import bounded_map, each
-from mal_server.config.limits import Limits
+from mal_server.api.streaming import bounded_map, each, each_within
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
 from mal_server.errors import NoSuchFile, ResponseTooLarge
@@ -48,9 +47,10 @@ MAX_NUMBERS_IN_LOOP = 20_000
 class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
     """Labels the objects inside boxes."""
 
-    def __init__(self, models: ModelRegistry, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, models: ModelRegistry, config: ServerConfig, metrics: Metrics) -> None:
         self._models = models
-        self._limits = limits
+        self._limits = config.limits
+        self._idle_s = config.connections.stream_idle_s
         self._metrics = metrics
 
     async def LabelImage(
@@ -82,13 +82,13 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
         Limits: `max_items_in_flight` unanswered items, after which the server stops reading; `max_response_bytes` for
         one item, above which its reason is RESPONSE_TOO_LARGE.
 
-        Errors: UNAVAILABLE while the server is loading, or when a device is lost. Any other error of one item is the
-        status of that item, and the stream continues.
+        Errors: UNAVAILABLE while the server is loading, when a device is lost, or when the stream is idle for
+        `stream_idle_s`. Any other error of one item is the status of that item, and the stream continues.
         """
         self._models.check_ready()
         with PinnedModels(self._models) as models:
             label_item = partial(self._label_item, models, context)
-            responses = bounded_map(request_iterator, label_item, self._limits.max_items_in_flight)
+            responses = bounded_map(request_iterator, label_item, self._limits.max_items_in_flight, idle_s=self._idle_s)
             async with aclosing(responses):
                 async for response in responses:
                     yield response
@@ -127,6 +127,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
     def __init__(self, models: ModelRegistry, config: ServerConfig, folders: AllowedDirs, resume_key: bytes) -> None:
         self._models = models
         self._limits = config.limits
+        self._idle_s = config.connections.stream_idle_s
         self._folders = folders
         self._resume_key = resume_key
         self._memory = MemoryQuota(config.max_evaluation_bytes, "max_evaluation_bytes")
@@ -145,7 +146,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         MEMORY_FULL) with RetryInfo. An image or an object that cannot be measured is counted in `skipped`.
         """
         self._models.check_ready()
-        first = await anext(request_iterator, evaluation_pb2.EvaluateRequest())
+        first = await anext(each_within(request_iterator, self._idle_s), evaluation_pb2.EvaluateRequest())
         with PinnedModels(self._models) as models, self._memory.reserve() as memory:
             model = models.get(first.options.label.model)
             defaults = _call_defaults(model, Priority.BATCH, context)
@@ -155,7 +156,9 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
                 tokens.check(options.resume_token)
             options, images = await self._images(options, request_iterator, memory)
             run = EvaluationRun(model.pipeline, model.pool, options.category_names, tokens, memory)
-            samples = bounded_map(images, run.label, self._limits.max_items_in_flight, in_order=True)
+            samples = bounded_map(
+                images, run.label, self._limits.max_items_in_flight, idle_s=self._idle_s, in_order=True
+            )
             async with aclosing(samples):
                 async for sample in samples:
                     await run.count(sample)
@@ -183,7 +186,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         # Before the records are read: without memory for the data set they are not needed.
         while_read = await asyncio.to_thread(memory_of, self._folders, options.dataset[0])
         memory.grow(while_read)
-        records = await evaluation_messages.read_records(requests, options, memory.grow)
+        records = await evaluation_messages.read_records(each_within(requests, self._idle_s), options, memory.grow)
         await self._reader.acquire()
         # In a thread: parsing a file of a million rows takes seconds, during which other calls must be served.
         reading = run_in_thread(self._read_dataset, options.dataset, records)

@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
+from mal_server.errors import StreamIdle
+
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
@@ -14,12 +16,16 @@ async def bounded_map(
     handle: Callable[[Request], Coroutine[Any, Any, Response]],
     max_in_flight: int,
     *,
+    idle_s: float,
     in_order: bool = False,
 ) -> AsyncGenerator[Response, None]:
     """Handles up to `max_in_flight` requests concurrently and reads no further ahead.
 
     Yields responses as they complete, or in the order of the requests. The first exception of `requests` or `handle`
     ends the stream. Closing the generator cancels the requests in flight.
+
+    Raises:
+        StreamIdle: no request arrived for `idle_s` seconds while none was in flight.
     """
     reading: asyncio.Task[Request | None] | None = None
     running: deque[asyncio.Task[Response]] = deque()
@@ -29,7 +35,12 @@ async def bounded_map(
             if not is_exhausted and reading is None and len(running) < max_in_flight:
                 reading = asyncio.create_task(_next(requests))
             awaited = {running[0]} if in_order and running else set(running)
-            await asyncio.wait(awaited | ({reading} if reading else set()), return_when=asyncio.FIRST_COMPLETED)
+            pending = awaited | ({reading} if reading else set())
+            done, _ = await asyncio.wait(
+                pending, return_when=asyncio.FIRST_COMPLETED, timeout=None if running else idle_s
+            )
+            if not done:
+                raise _idle_error(idle_s)
             if reading is not None and reading.done():
                 request, reading = reading.result(), None
                 if request is None:
@@ -47,6 +58,19 @@ async def bounded_map(
         await asyncio.gather(*unfinished, return_exceptions=True)
 
 
+async def each_within(requests: AsyncIterator[Request], idle_s: float) -> AsyncGenerator[Request, None]:
+    """Yields the requests of a stream that is read alone. Raises StreamIdle if one takes longer than `idle_s`."""
+    while True:
+        try:
+            async with asyncio.timeout(idle_s):
+                request = await _next(requests)
+        except TimeoutError:
+            raise _idle_error(idle_s) from None
+        if request is None:
+            return
+        yield request
+
+
 async def each(items: Iterable[Request]) -> AsyncGenerator[Request, None]:
     """Yields the items as an asynchronous stream."""
     for item in items:
@@ -55,3 +79,7 @@ async def each(items: Iterable[Request]) -> AsyncGenerator[Request, None]:
 
 async def _next(requests: AsyncIterator[Request]) -> Request | None:
     return await anext(requests, None)
+
+
+def _idle_error(idle_s: float) -> StreamIdle:
+    return StreamIdle(f"no request for {idle_s:g} s; open another stream for further ones")

@@ -1,6 +1,6 @@
 """Defines the server's settings: name, default, range and meaning of each. Reads no checkpoint and opens no port.
 
-Sections and the entries of lists are defined in `listen`, `limits`, `model_config` and `tokens`.
+Sections and the entries of lists are defined in `listen`, `limits`, `connections`, `model_config` and `tokens`.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from mal_server.config.connections import Connections
 from mal_server.config.limits import MIB, PIB, Limits
 from mal_server.config.listen import Listen, MetricsListen
 from mal_server.config.model_config import (
@@ -222,6 +223,9 @@ class ServerConfig(Strict):
     listen: Listen = Field(default_factory=Listen, description="Address and encryption of the gRPC port.")
     metrics: MetricsListen = Field(default_factory=MetricsListen, description="Address of the metrics port.")
     limits: Limits = Field(default_factory=Limits, description="Bounds of one request.")
+    connections: Connections = Field(
+        default_factory=Connections, description="Bounds of connections, calls and streams."
+    )
 
     @model_validator(mode="after")
     def _check_queue(self) -> Self:

@@ -73,14 +73,14 @@ class TokenAuthenticator:
     def replace(self, other: "TokenAuthenticator") -> bool:
         """Replaces the known tokens with those of another authenticator.
 
-        Running calls continue. Returns True if the tokens changed.
+        Returns True if the tokens changed; `check` then finds the running calls whose token is gone.
         """
         changed = self._tokens != other._tokens
         self._tokens = other._tokens
         return changed
 
-    def authenticate(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> str:
-        """Returns the name of the token that a call carries; empty if it needs none.
+    def authenticate(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> TokenScopes | None:
+        """Returns the token that a call carries; None if it needs none.
 
         Args:
             method: "/package.Service/Method".
@@ -91,22 +91,29 @@ class TokenAuthenticator:
             PermissionDenied: the token lacks the scope of the method.
         """
         if method.startswith(HEALTH_PREFIX):
-            return ""
-        needed = next((scope for prefix, scope in SCOPES.items() if method.startswith(prefix)), None)
+            return None
         if not self._tokens:
-            if needed == "admin" and not self._is_private:
+            if _needed_scope(method) == "admin" and not self._is_private:
                 raise PermissionDenied(
                     f"{method.removeprefix('/')} needs a token with the scope 'admin', because other machines can "
                     "reach this server; add tokens to its settings"
                 )
-            return ""
+            return None
         token = self._find(metadata)
-        if needed is not None and not token.scopes & {needed, "admin"}:
-            raise PermissionDenied(
-                f"token {token.name!r} lacks the scope {needed!r}, which {method.removeprefix('/')} needs; it has "
-                f"{', '.join(sorted(token.scopes))}"
-            )
-        return token.name
+        _authorize(method, token)
+        return token
+
+    def check(self, method: str, token: TokenScopes) -> None:
+        """Checks the token of a call that runs already, after the known tokens were replaced.
+
+        Raises:
+            Unauthenticated: the token is no longer known.
+            PermissionDenied: it lost the scope of the method.
+        """
+        current = next((known for known in self._tokens if known.digest == token.digest), None)
+        if current is None:
+            raise Unauthenticated("the token of this call was revoked")
+        _authorize(method, current)
 
     def _find(self, metadata: Iterable[tuple[str, str | bytes]]) -> TokenScopes:
         header = next((value for key, value in metadata if key == "authorization"), None)
@@ -119,6 +126,20 @@ class TokenAuthenticator:
         if scheme.lower() != "bearer" or not matches:
             raise Unauthenticated("the token is not known to this server")
         return matches[0]
+
+
+def _needed_scope(method: str) -> Scope | None:
+    return next((scope for prefix, scope in SCOPES.items() if method.startswith(prefix)), None)
+
+
+def _authorize(method: str, token: TokenScopes) -> None:
+    """Raises PermissionDenied if the token lacks the scope of the method."""
+    needed = _needed_scope(method)
+    if needed is not None and not token.scopes & {needed, "admin"}:
+        raise PermissionDenied(
+            f"token {token.name!r} lacks the scope {needed!r}, which {method.removeprefix('/')} needs; it has "
+            f"{', '.join(sorted(token.scopes))}"
+        )
 
 
 def read_tokens(settings: Sequence[TokenSetting], *, is_private: bool = False) -> TokenAuthenticator:

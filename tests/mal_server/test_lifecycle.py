@@ -14,13 +14,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
+from mal_server.api import grpc_server
 from mal_server.config.model_config import ModelPlan
 from mal_server.errors import SelfTestFailed
 from mal_server.lifecycle import serve
 from mal_server.models.loader import LoadedModel
 from mal_server.server import SERVICES, MalServer
 from mal_train.core.errors import ConfigError, DeviceLost, WrongKey
-from tests.mal_server.calls import reason_of, status_details
+from tests.mal_server.calls import reason_of, status_details, until
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label, label_request, loaded, serving
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -373,3 +374,26 @@ def test_shutdown_does_not_wait_for_a_checkpoint_that_is_being_read(tmp_path: Pa
     finally:
         gate.set()
     assert code in ({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE} if is_serving else {None})
+
+
+def test_an_error_that_ends_grpc_ends_the_process_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Otherwise the process would stay without a port, and no supervisor would start another one.
+    broken = asyncio.Event()
+
+    async def crash(accept_loop: Any) -> None:
+        await broken.wait()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(grpc_server._AcceptLoop, "_serve_unknown", crash)
+    port_file = tmp_path / "port"
+
+    async def work() -> None:
+        serving_until_broken = asyncio.create_task(
+            serve(config_of(), port_file=port_file, load=loading_with(BrightPredictor()))
+        )
+        await until(port_file.exists)
+        broken.set()
+        with pytest.raises(ZeroDivisionError):
+            await serving_until_broken
+
+    asyncio.run(work())

@@ -112,7 +112,7 @@ def test_the_json_schema_accepts_the_default_file_and_refuses_wrong_fields(capsy
 
 def test_the_json_schema_describes_every_setting() -> None:
     schema = json.loads(json_schema())
-    sections = [schema, *(schema["$defs"][name] for name in ("Listen", "MetricsListen", "Limits"))]
+    sections = [schema, *(schema["$defs"][name] for name in ("Listen", "MetricsListen", "Limits", "Connections"))]
     fields = {name: field for section in sections for name, field in section["properties"].items()}
     assert {path.rpartition(".")[2] for path in field_paths(ServerConfig)} <= fields.keys()
     assert [name for name, field in fields.items() if not ({"description", "$ref"} & field.keys())] == []

@@ -114,7 +114,7 @@ def test_a_metrics_port_in_use_is_named() -> None:
         port.close()
 
 
-def logged(form: logging.Formatter, work: Any, predictor: BrightPredictor | None = None) -> list[str]:
+def logged(form: logging.Formatter, work: Any, predictor: BrightPredictor | None = None, **settings: Any) -> list[str]:
     """Returns the log lines of a server."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
@@ -125,7 +125,7 @@ def logged(form: logging.Formatter, work: Any, predictor: BrightPredictor | None
     logger.setLevel("INFO")
 
     async def run() -> None:
-        async with serving(predictor) as running:
+        async with serving(predictor, **settings) as running:
             await work(running)
 
     try:
@@ -152,7 +152,7 @@ def test_every_call_is_one_line_of_json() -> None:
     assert first | {"time": "", "took_ms": 0} == {
         "time": "",
         "level": "INFO",
-        "logger": "mal_server.api.interceptors",
+        "logger": "mal_server.api.call_record",
         "message": "call",
         "method": "mal.v1.ModelService/GetServerInfo",
         "code": "OK",

@@ -140,7 +140,9 @@ def test_a_token_is_read_from_a_file(tmp_path: Path) -> None:
     path.write_text("0123456789abcdef\n")
     authenticator = read_tokens([TokenSetting(name="a", token=f"file:{path}", scopes=("label",))])
     header = [("authorization", "Bearer 0123456789abcdef")]
-    assert authenticator.authenticate("/mal.v1.LabelingService/LabelImage", header) == "a"
+    token = authenticator.authenticate("/mal.v1.LabelingService/LabelImage", header)
+    assert token is not None
+    assert token.name == "a"
 
 
 @pytest.mark.parametrize(
