@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.cli.common import EXIT_SOME_FAILED, Commands, add_command, add_dataset_options, make_image_files
+from mal_client.cli.common import (
+    EXIT_SOME_FAILED,
+    Commands,
+    add_command,
+    add_dataset_options,
+    make_image_files,
+    print_line,
+)
 from mal_client.dataset.progress import ProgressDisplay
 from mal_client.types import Progress
 from mal_train.core.errors import InputError
@@ -48,7 +55,8 @@ def _check(arguments: argparse.Namespace) -> int:
             decode=not arguments.headers_only,
             on_image=lambda done, total: display(Progress(done, total, 0, 0)),
         )
-    print("\n".join(report.lines()))
+    for line in report.lines():
+        print_line(line)
     _write(report, arguments)
     if report.count(Severity.FATAL):
         return InputError.exit_code
@@ -62,7 +70,7 @@ def _write(report: CheckReport, arguments: argparse.Namespace) -> None:
 
     if arguments.output is not None:
         write_json_atomic(arguments.output, report.to_dict())
-        print(f"issues: {arguments.output}")
+        print_line(f"issues: {arguments.output}")
     if arguments.report is not None:
         write_text(arguments.report, build_report("Dataset", report.sections(), str(arguments.annotations)))
-        print(f"report: {arguments.report}")
+        print_line(f"report: {arguments.report}")

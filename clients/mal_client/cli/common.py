@@ -12,6 +12,7 @@ from typing import Any
 from mal_client.client import DEFAULT_TIMEOUT_S, AsyncClient, Client
 from mal_client.images.image_files import ImageFiles
 from mal_client.types import LabelOptions
+from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import read_secret_file
 from mal_train.core.settings import Branch
@@ -192,6 +193,25 @@ def make_label_options(arguments: argparse.Namespace) -> LabelOptions:
         model=arguments.model,
         resolve_overlaps=arguments.resolve_overlaps,
     )
+
+
+def print_line(text: str) -> None:
+    """Prints one line to stdout. Text from files, servers and users neither moves the cursor nor forges a line."""
+    print_result(one_line(text))
+
+
+def print_error(text: str) -> None:
+    """Prints one line to stderr, like `print_line`."""
+    Console().print(one_line(text))
+
+
+def one_line(text: str) -> str:
+    r"""Returns text without control characters and line breaks, each as an escape.
+
+    >>> print(one_line("a.jpg\x1b[2J\nmal-client: done"))
+    a.jpg\x1b[2J\nmal-client: done
+    """
+    return escape_control(text).replace("\n", "\\n")
 
 
 def failures_message(count: int, path: Path) -> str:

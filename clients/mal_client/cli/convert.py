@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ from mal_client.cli.common import (
     add_polygon_tolerance,
     failures_message,
     make_image_files,
+    print_error,
+    print_line,
 )
 from mal_train.core.errors import ConfigError
 
@@ -84,11 +85,11 @@ def _convert(arguments: argparse.Namespace) -> int:
     result = _read_boxes(arguments)
     errors_file = write_result(result, arguments.output)
     images, classes = len(result.coco["images"]), len(result.coco["categories"])
-    print(f"{arguments.output}: {result.boxes} boxes of {classes} classes on {images} images")
+    print_line(f"{arguments.output}: {result.boxes} boxes of {classes} classes on {images} images")
     if errors_file is None:
         return 0
     _print_errors(result.errors)
-    print(failures_message(len(result.errors), errors_file), file=sys.stderr)
+    print_error(failures_message(len(result.errors), errors_file))
     return EXIT_SOME_FAILED
 
 
@@ -146,13 +147,13 @@ def _export(arguments: argparse.Namespace) -> int:
         write_yolo(masks, Path(arguments.images), arguments.output)
     summary = masks.summary
     crowds = f", {summary.crowds} crowd regions omitted" if summary.crowds else ""
-    print(f"{arguments.output}: {summary.written} masks{crowds}, {len(summary.errors)} failed")
+    print_line(f"{arguments.output}: {summary.written} masks{crowds}, {len(summary.errors)} failed")
     _print_errors(summary.errors)
     return EXIT_SOME_FAILED if summary.errors else 0
 
 
 def _print_errors(errors: Sequence[RowError]) -> None:
     for reason, count in Counter(error.reason for error in errors).most_common():
-        print(f"mal-client: {reason}: {count} omitted", file=sys.stderr)
+        print_error(f"mal-client: {reason}: {count} omitted")
     for error in errors[:LISTED]:
-        print(f"  {error.message}", file=sys.stderr)
+        print_error(f"  {error.message}")

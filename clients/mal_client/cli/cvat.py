@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,6 +20,8 @@ from mal_client.cli.common import (
     failures_message,
     make_client,
     make_label_options,
+    print_error,
+    print_line,
     read_secret,
 )
 from mal_client.dataset.progress import ProgressDisplay
@@ -87,7 +88,7 @@ def _cvat(arguments: argparse.Namespace) -> int:
     with closing(SdkClient(arguments.cvat, arguments.task, token=token, login=login)) as cvat:
         if arguments.dry_run:
             plan = fetch_plan(cvat, cvat.annotations(), label_names, first_group=1)
-            print(_plan_line(plan))
+            print_line(_plan_line(plan))
             _print_skipped(plan.skipped)
             return EXIT_SOME_FAILED if plan.skipped else 0
         with make_client(arguments) as client, ProgressDisplay("cvat") as display:
@@ -100,9 +101,11 @@ def _cvat(arguments: argparse.Namespace) -> int:
                 restart=arguments.restart,
                 on_progress=display,
             )
-    print(f"{cvat.name}: {result.written} masks added, {result.existing} already there, {len(result.skipped)} failed")
+    print_line(
+        f"{cvat.name}: {result.written} masks added, {result.existing} already there, {len(result.skipped)} failed"
+    )
     for name in result.changed[:LISTED]:
-        print(f"mal-client: {name} changed during the run; another user is editing the task", file=sys.stderr)
+        print_error(f"mal-client: {name} changed during the run; another user is editing the task")
     _print_skipped(result.skipped)
     _write_errors(result.skipped, journal)
     return EXIT_SOME_FAILED if result.skipped else 0
@@ -120,7 +123,7 @@ def _plan_line(plan: TaskPlan) -> str:
 
 def _print_skipped(skipped: Sequence[SkippedShape]) -> None:
     for shape in skipped[:LISTED]:
-        print(f"  {shape.key} (frame {shape.frame}): {shape.reason}", file=sys.stderr)
+        print_error(f"  {shape.key} (frame {shape.frame}): {shape.reason}")
 
 
 def _write_errors(skipped: Sequence[SkippedShape], journal: Path) -> None:
@@ -130,7 +133,7 @@ def _write_errors(skipped: Sequence[SkippedShape], journal: Path) -> None:
         return
     errors_file = journal.with_name(f"{journal.name}.errors.jsonl")
     write_text(errors_file, "".join(json.dumps(vars(shape)) + "\n" for shape in skipped))
-    print(failures_message(len(skipped), errors_file), file=sys.stderr)
+    print_error(failures_message(len(skipped), errors_file))
 
 
 def _credentials(arguments: argparse.Namespace) -> tuple[str | None, tuple[str, str] | None]:

@@ -16,6 +16,7 @@ from mal_client.cli.common import (
     make_client,
     make_image_files,
     make_label_options,
+    print_line,
 )
 from mal_client.client import Client
 from mal_client.dataset.progress import ProgressDisplay
@@ -75,13 +76,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             evaluation = _run(client, arguments, options, display)
         if arguments.report is not None:
             _write_report(client, arguments, evaluation, options)
-    print(evaluation.table())
+    for line in evaluation.table().split("\n"):
+        print_line(line)
     if arguments.output is not None:
         # Imported here, as below: the other commands do not need it and start faster without it.
         from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
 
         write_json_atomic(arguments.output, evaluation.to_dict())
-        print(f"metrics: {arguments.output}")
+        print_line(f"metrics: {arguments.output}")
     return EXIT_SOME_FAILED if evaluation.failed_count else 0
 
 
@@ -121,4 +123,4 @@ def _write_report(client: Client, arguments: argparse.Namespace, evaluation: Eva
     subtitle = f"{arguments.annotations.name} on {arguments.server}"
     page = build_report("Evaluation", evaluation_sections(evaluation, cards), subtitle)
     write_text(arguments.report, page)
-    print(f"report: {arguments.report}")
+    print_line(f"report: {arguments.report}")

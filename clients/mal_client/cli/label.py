@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -22,6 +21,8 @@ from mal_client.cli.common import (
     make_clients,
     make_image_files,
     make_label_options,
+    print_error,
+    print_line,
 )
 from mal_client.dataset.progress import JsonLog, ProgressDisplay
 from mal_client.dataset.shards import Shard
@@ -135,7 +136,7 @@ def _label(arguments: argparse.Namespace) -> int:
     if isinstance(display, JsonLog):
         display.result(result)
     elif shard is not None:
-        print(f"shard {shard}: {result.labeled} annotations labeled, {result.failed_count} failed")
+        print_line(f"shard {shard}: {result.labeled} annotations labeled, {result.failed_count} failed")
         _print_unfinished(result)
     else:
         _print_result(result)
@@ -191,16 +192,16 @@ def _read_id(path: Path, line: str) -> int | float | str:
 
 def _print_result(result: DatasetResult) -> None:
     copied = f", {result.copied} copied" if result.copied else ""
-    print(f"{result.output}: {result.labeled} annotations labeled{copied}, {result.failed_count} failed")
+    print_line(f"{result.output}: {result.labeled} annotations labeled{copied}, {result.failed_count} failed")
     for row in result.failed[:LISTED]:
-        print(f"  {row.error}", file=sys.stderr)
+        print_error(f"  {row.error}")
     if result.errors_file is not None:
-        print(failures_message(result.failed_count, result.errors_file), file=sys.stderr)
+        print_error(failures_message(result.failed_count, result.errors_file))
     if result.masks_dir is not None:
-        print(f"masks: {result.masks_dir}")
+        print_line(f"masks: {result.masks_dir}")
     _print_unfinished(result)
 
 
 def _print_unfinished(result: DatasetResult) -> None:
     if not result.is_final:
-        print(f"mal-client: {RESUME_HINT}", file=sys.stderr)
+        print_error(f"mal-client: {RESUME_HINT}")

@@ -15,6 +15,8 @@ from mal_client.cli.common import (
     add_polygon_tolerance,
     make_client,
     make_label_options,
+    one_line,
+    print_line,
     read_secret,
 )
 from mal_client.web_guard import WebGuard
@@ -108,7 +110,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         arguments.local_files,
         arguments.image_host,
     )
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    _log_lines()
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         with make_client(arguments) as client:
@@ -123,13 +125,27 @@ def _serve(arguments: argparse.Namespace) -> int:
             async def serve() -> None:
                 app = build_app(predictor, credentials, guard)
                 async with bound(app, arguments.host, arguments.port) as address:
-                    print(f"serving {version} on {address}", flush=True)
+                    print_line(f"serving {version} on {address}")
                     await until_interrupted()
 
             asyncio.run(serve())
     finally:
         images.close()
     return 0
+
+
+def _log_lines() -> None:
+    """Logs to stderr, one line for each message: requests and images choose parts of them."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LineFormatter("%(asctime)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+
+
+class _LineFormatter(logging.Formatter):
+    """Escapes control characters and line breaks in messages."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
 
 
 def _optional_secret(path: Path | None, option: str) -> str | None:

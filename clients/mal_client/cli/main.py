@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mal_client.cli.check import add_check
-from mal_client.cli.common import Commands, add_command, add_connection_options, make_client
+from mal_client.cli.common import Commands, add_command, add_connection_options, make_client, print_error
 from mal_client.cli.convert import add_convert, add_export
 from mal_client.cli.cvat import add_cvat
 from mal_client.cli.evaluate import add_evaluate
@@ -42,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if exit_code is None:
             raise
         if exit_code == OutputError.exit_code:
-            print(f"mal-client: stdout: {error.strerror}; free disk space", file=sys.stderr)
+            print_error(f"mal-client: stdout: {error.strerror}; free disk space")
         return exit_code
     except MalError as error:
-        print(f"mal-client: {error}", file=sys.stderr)
+        print_error(f"mal-client: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"mal-client: interrupted; {_resume_hint(arguments)}", file=sys.stderr)
+        print_error(f"mal-client: interrupted; {_resume_hint(arguments)}")
         return INTERRUPTED
     return code
 

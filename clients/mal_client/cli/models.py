@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from mal_client.cli.common import Commands, add_command, add_connection_options, make_client
+from mal_client.cli.common import Commands, add_command, add_connection_options, make_client, print_line
 from mal_client.model_admin import ModelAdmin
 from mal_client.types import ModelStatus
 from mal_train.core.errors import ConfigError
@@ -52,7 +52,7 @@ def _list(arguments: argparse.Namespace) -> int:
     for row in rows:
         state = "retiring" if row.is_retiring else "default" if row.is_default else "serving"
         model = row.info.model
-        print(
+        print_line(
             f"{model.name:<24} {state:<9} {model.checkpoint_sha256[:12]}  {row.info.arch}, {model.branch}, "
             f"{', '.join(row.info.devices)} in {row.info.precision}, {row.calls} calls"
         )
@@ -69,14 +69,16 @@ def _load(arguments: argparse.Namespace) -> int:
     with make_client(arguments) as client:
         info, replaced = ModelAdmin(client).load(arguments.name, folder, path, branch)
     note = "" if replaced is None else f", replaces {replaced.checkpoint_sha256[:12]}"
-    print(f"{info.model.name}: serving {info.model.checkpoint_sha256[:12]} ({info.arch}, {info.model.branch}){note}")
+    print_line(
+        f"{info.model.name}: serving {info.model.checkpoint_sha256[:12]} ({info.arch}, {info.model.branch}){note}"
+    )
     return 0
 
 
 def _unload(arguments: argparse.Namespace) -> int:
     with make_client(arguments) as client:
         model = ModelAdmin(client).unload(arguments.name)
-    print(f"{model.name}: {model.checkpoint_sha256[:12]} unloaded")
+    print_line(f"{model.name}: {model.checkpoint_sha256[:12]} unloaded")
     return 0
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 
-from mal_client.cli.common import Commands, add_command, add_connection_options, make_async_client
+from mal_client.cli.common import Commands, add_command, add_connection_options, make_async_client, print_line
 from mal_train.core.errors import ConfigError
 
 
@@ -54,12 +53,7 @@ def _playground(arguments: argparse.Namespace) -> int:
 
     async def run() -> None:
         async with make_async_client(arguments) as client:
-            await serve(client, listen, _print_line, open_page=arguments.open)
+            await serve(client, listen, print_line, open_page=arguments.open)
 
     asyncio.run(run())
     return 0
-
-
-def _print_line(text: str) -> None:
-    # Flushed: a program that reads this through a pipe waits for the address.
-    print(text, flush=True, file=sys.stdout)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.cli.common import Commands, add_command, add_dataset_options, make_image_files
+from mal_client.cli.common import Commands, add_command, add_dataset_options, make_image_files, print_line
 from mal_train.core.command_line import RenamedOption
 
 if TYPE_CHECKING:
@@ -95,13 +95,14 @@ def _review(arguments: argparse.Namespace) -> int:
         count=max(0, arguments.worst),
         truth=arguments.ground_truth,
     )
-    print("\n".join(queue.lines()))
+    for line in queue.lines():
+        print_line(line)
     if arguments.output is not None:
         write_json_atomic(arguments.output, queue.to_dict())
-        print(f"queue: {arguments.output}")
+        print_line(f"queue: {arguments.output}")
     if arguments.export is not None:
         write_worst(queue, arguments.annotations, arguments.export)
-        print(f"worst {len(queue.worst)} annotations: {arguments.export}")
+        print_line(f"worst {len(queue.worst)} annotations: {arguments.export}")
     _export_to_tools(queue.worst, arguments)
     if arguments.report is not None:
         from mal_client.review.pages import queue_cards, queue_sections  # noqa: PLC0415
@@ -110,7 +111,7 @@ def _review(arguments: argparse.Namespace) -> int:
 
         cards = queue_cards(queue.worst, make_image_files(arguments))
         write_text(arguments.report, build_report("Review", queue_sections(queue, cards), str(arguments.annotations)))
-        print(f"report: {arguments.report}")
+        print_line(f"report: {arguments.report}")
     return 0
 
 
@@ -127,9 +128,9 @@ def _export_to_tools(worst: Sequence[QueueItem], arguments: argparse.Namespace) 
         from mal_client.integrations.label_studio.review_tasks import write_review_tasks  # noqa: PLC0415
 
         config = write_review_tasks(worst, names, files, arguments.image_prefix, arguments.label_studio)
-        print(f"{len(items_by_image)} Label Studio tasks: {arguments.label_studio}, configuration {config}{note}")
+        print_line(f"{len(items_by_image)} Label Studio tasks: {arguments.label_studio}, configuration {config}{note}")
     if arguments.cvat is not None:
         from mal_client.integrations.cvat.review_annotations import write_review_annotations  # noqa: PLC0415
 
         write_review_annotations(worst, names, files, arguments.cvat)
-        print(f"{len(items_by_image)} CVAT images: {arguments.cvat}/annotations.xml{note}")
+        print_line(f"{len(items_by_image)} CVAT images: {arguments.cvat}/annotations.xml{note}")
