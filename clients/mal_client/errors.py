@@ -43,6 +43,15 @@ RESPONSE_TOO_LARGE: Final = "RESPONSE_TOO_LARGE"
 MESSAGE_TOO_LARGE: Final = "MESSAGE_TOO_LARGE"
 """Reason of a request or a response that exceeds a message limit of gRPC."""
 
+MAX_RETRY_AFTER_S: Final = 3600.0
+"""Longest retry time that the client follows; with a longer one an error is final."""
+
+MAX_TEXT_CHARS: Final = 2000
+"""Characters kept of each text of a server: messages are printed, logged and stored with every row."""
+
+MAX_VIOLATIONS: Final = 100
+"""Invalid fields kept of a refusal."""
+
 _BOX_NUMBER: Final = re.compile(r"box -?[0-9]+: ")
 
 _REFUSALS: Final = frozenset(
@@ -141,7 +150,7 @@ def item_error(status: status_pb2.Status) -> ItemError | None:
     if status.code == 0:
         return None
     details = _read_details(status)
-    message = status.message or "the server gave no reason"
+    message = _shortened(status.message) or "the server gave no reason"
     reason = details.reason
     # A server of version 0.1.0 sends no reason with this failure; its text names the limit.
     if not reason and any("max_response_bytes" in violation.description for violation in details.violations):
@@ -253,25 +262,28 @@ def rpc_text(error: grpc.RpcError) -> str:
     """Returns the message of a failed call."""
     read = getattr(error, "details", None)
     text = read() if callable(read) else None
-    return str(text) if text else "no details"
+    return _shortened(str(text)) if text else "no details"
 
 
 def _read_details(status: status_pb2.Status) -> StatusDetails:
     reason, retry_after_s = "", None
     violations: list[FieldViolation] = []
-    for packed in status.details:
+    for packed in status.details[:MAX_VIOLATIONS]:
         if packed.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo()
             packed.Unpack(info)
-            reason = info.reason
+            reason = _shortened(info.reason)
         elif packed.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             retry = error_details_pb2.RetryInfo()
             packed.Unpack(retry)
-            retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+            retry_after_s = _retry_after_s(retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9)
         elif packed.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             bad = error_details_pb2.BadRequest()
             packed.Unpack(bad)
-            violations += [FieldViolation(v.field, v.description) for v in bad.field_violations]
+            violations += [
+                FieldViolation(_shortened(v.field), _shortened(v.description))
+                for v in bad.field_violations[: MAX_VIOLATIONS - len(violations)]
+            ]
     return StatusDetails(reason, tuple(violations), retry_after_s)
 
 
@@ -287,7 +299,18 @@ def _pushback_s(text: Any) -> float | None:
         milliseconds = int(text)
     except (TypeError, ValueError):
         return None
-    return milliseconds / 1000 if milliseconds >= 0 else None
+    # Compared first: an integer of any number of digits does not become a float.
+    return _retry_after_s(milliseconds / 1000) if 0 <= milliseconds <= 1000 * MAX_RETRY_AFTER_S else None
+
+
+def _retry_after_s(seconds: float) -> float | None:
+    """Returns a retry time of a server; None for one that is too long, or before now."""
+    return seconds if 0 <= seconds <= MAX_RETRY_AFTER_S else None
+
+
+def _shortened(text: str) -> str:
+    more = len(text) - MAX_TEXT_CHARS
+    return text if more <= 0 else f"{text[:MAX_TEXT_CHARS]}… ({more} more characters)"
 
 
 def _code_name(number: int) -> str:

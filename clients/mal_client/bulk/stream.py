@@ -38,6 +38,9 @@ MAX_BYTES_IN_FLIGHT = 96 * 1024 * 1024
 MAX_BREAKS = 6
 """Stream failures in a row, without a response between them, after which the server counts as lost."""
 
+MAX_ID_CHARS = 100
+"""Characters of an id from a server in a message."""
+
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 8.0
 
@@ -100,6 +103,8 @@ class BulkStream:
         self._max_items = max_items
         self._idle_timeout_s = idle_timeout_s
         self._window = Window()
+        self._sizes_wh: dict[str, tuple[int, int] | None] = {}
+        """Width and height in px of images by the id of their item in flight."""
         self._load_error: Exception | None = None
         self._breaks = 0
         self._breaking_since: float | None = None
@@ -119,6 +124,7 @@ class BulkStream:
         It ends with the last item of the job, or with the stream.
         """
         self._window = self._queue.open_window(self._max_items, MAX_BYTES_IN_FLIGHT)
+        self._sizes_wh = {}
         return self._requests(self._window)
 
     def on_response(self, response: labeling_pb2.LabelImagesResponse) -> ItemResult | None:
@@ -133,8 +139,8 @@ class BulkStream:
         item = self._queue.pop(self._window, response.item_id)
         if item is None:
             raise ServerError(
-                f"{self._address}: a response for item {response.item_id!r}, which is not in flight; check that client "
-                "and server have compatible versions"
+                f"{self._address}: a response for item {response.item_id[:MAX_ID_CHARS]!r}, which is not in flight; "
+                "check that client and server have compatible versions"
             )
         try:
             outcome = self._outcome(item, response)
@@ -181,7 +187,7 @@ class BulkStream:
         self._breaking_since = now if self._breaking_since is None else self._breaking_since
         retry_after_s = rpc_details(error).retry_after_s
         # A server that sends RetryInfo is alive: only the clock ends the attempts.
-        is_used_up = retry_after_s is None and self._breaks >= MAX_BREAKS
+        is_used_up = not self._is_soon(retry_after_s) and (retry_after_s is not None or self._breaks >= MAX_BREAKS)
         if not is_disconnect(error) or is_used_up or now - self._breaking_since > self._idle_timeout_s:
             raise from_rpc_error(self._address, error, None) from error
         return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._breaks - 1)) if retry_after_s is None else retry_after_s
@@ -204,6 +210,7 @@ class BulkStream:
             if not self._queue.set_size(window, item, len(image.content)):
                 # The stream ended while the file was read; the item is in the queue again.
                 return
+            self._sizes_wh[item.item_id] = image.size_wh()
             yield labeling_messages.bulk_request(item.item_id, image, item.boxes, self._options)
 
     def _fail(self, window: Window, item: WorkItem, error: BadImage) -> None:
@@ -215,13 +222,13 @@ class BulkStream:
     def _outcome(self, item: WorkItem, response: labeling_pb2.LabelImagesResponse) -> _Outcome:
         error = item_error(response.status)
         if error is not None:
-            return _failed(item, error)
+            return self._failed(item, error)
         self._check_model(labeling_messages.model_ref(response.response.model))
         labels = self._labels(item, response.response)
         wait_s = {
-            key: label.error.retry_after_s
+            key: label.error.retry_after_s or 0.0
             for key, label in labels.items()
-            if label.error is not None and label.error.retry_after_s is not None
+            if label.error is not None and self._is_soon(label.error.retry_after_s)
         }
         if not wait_s or item.resends >= MAX_RESENDS:
             return _Outcome(ItemResult(item, labels))
@@ -232,14 +239,26 @@ class BulkStream:
 
     def _labels(self, item: WorkItem, response: labeling_pb2.LabelImageResponse) -> dict[int, BoxLabel]:
         """Returns one label for each box of an item."""
+        size_wh = self._sizes_wh.pop(item.item_id, None)
         try:
-            labels = dict(labeling_messages.box_labels(response, item.boxes))
+            labels = dict(labeling_messages.box_labels(response, item.boxes, lambda: size_wh))
         except KeyError as key:
             raise ServerError(
                 f"{self._address}: a result for box {key} of item {item.item_id!r}, which has no such box"
             ) from None
         missing = ItemError("INTERNAL", "NOT_ANSWERED", "the response has no result for this box; see the server's log")
         return {key: labels.get(key) or BoxLabel(key, box, error=missing) for key, box in item.boxes.items()}
+
+    def _failed(self, item: WorkItem, error: ItemError) -> _Outcome:
+        if self._is_soon(error.retry_after_s) and item.resends < MAX_RESENDS:
+            return _Outcome(None, (replace(item, resends=item.resends + 1),), error.retry_after_s or 0.0)
+        if error.reason == RESPONSE_TOO_LARGE and len(item.boxes) > 1:
+            return _Outcome(None, item.split())
+        return _Outcome(ItemResult(item, error=error))
+
+    def _is_soon(self, retry_after_s: float | None) -> bool:
+        """Returns whether to wait for a retry time: not longer than for a server without a response."""
+        return retry_after_s is not None and retry_after_s <= self._idle_timeout_s
 
     def _check_model(self, model: ModelRef) -> None:
         expected = self._queue.expect_model(model)
@@ -249,11 +268,3 @@ class BulkStream:
                 f"{expected.checkpoint_sha256[:12]}; the masks of one file must come from one checkpoint; start again "
                 "with --restart (restart=True)"
             )
-
-
-def _failed(item: WorkItem, error: ItemError) -> _Outcome:
-    if error.retry_after_s is not None and item.resends < MAX_RESENDS:
-        return _Outcome(None, (replace(item, resends=item.resends + 1),), error.retry_after_s)
-    if error.reason == RESPONSE_TOO_LARGE and len(item.boxes) > 1:
-        return _Outcome(None, item.split())
-    return _Outcome(ItemResult(item, error=error))

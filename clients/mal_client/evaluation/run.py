@@ -12,6 +12,7 @@ from mal.v1 import evaluation_pb2
 
 from mal_client.bulk.dispatcher import OnNotice
 from mal_client.dataset.run import OnProgress
+from mal_client.errors import ServerError
 from mal_client.evaluation.checkpoint import EvaluationCheckpoint
 from mal_client.evaluation.sources import LocalDataset, ServerDataset
 from mal_client.evaluation.stream import EvaluationSource, EvaluationStream, RetryBudget
@@ -76,7 +77,14 @@ def _evaluate(
                 f"{checkpoint.path}: resuming an unfinished evaluation; images measured so far: {len(checkpoint)}"
             )
         stream = EvaluationStream(client, source, checkpoint, on_progress=on_progress, on_notice=on_notice)
-        evaluation = _evaluation_of(stream.run(RetryBudget(client.timeout_s)), source)
+        result = stream.run(RetryBudget(client.timeout_s))
+        try:
+            evaluation = _evaluation_of(result, source)
+        except LookupError as error:
+            raise ServerError(
+                f"{client.address}: the result has an object that was not sent ({error}); check that client and server "
+                "have compatible versions"
+            ) from error
         checkpoint.clear()
     return evaluation
 

@@ -118,6 +118,10 @@ class LocalDataset(EvaluationSource):
             self.failure = error
             raise
 
+    def has_image(self, item_id: str) -> bool:
+        """Returns True for the index of an image that is sent; older servers send no id."""
+        return item_id in self._image_of or not item_id
+
     def content_sha256(self, item_id: str) -> str:
         """Returns the SHA-256 of a file that was read for this evaluation."""
         return self._content_sha256.get(item_id, "")
@@ -129,6 +133,8 @@ class LocalDataset(EvaluationSource):
 
     def instance(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
         """Returns a row of the result with the ids, file name and box of the file."""
+        if row.instance_id < 0:
+            raise LookupError(row.instance_id)
         annotation = self._coco.annotations[row.instance_id]
         image = self._image_of[row.item_id]
         return MeasuredInstance(

@@ -33,6 +33,9 @@ RESUME_TOKEN_STALE = "RESUME_TOKEN_STALE"
 RETRY_PAUSE_S = 2.0
 """Pause before another stream, where the server does not state one."""
 
+MAX_ID_CHARS = 4096
+"""Limit of the id of an image on the server, its file name."""
+
 MAX_ATTEMPTS = 5
 """Consecutive streams without a new image after which the evaluation fails."""
 
@@ -58,7 +61,8 @@ class RetryBudget:
     """Limits the failures of consecutive streams that bring no new image.
 
     MAX_ATTEMPTS failures exhaust it. A failure for which the server states when to retry does not count, since the
-    server is alive; such failures exhaust the budget once there is nothing else for `limit_s` seconds.
+    server is alive; such failures exhaust the budget once there is nothing else for `limit_s` seconds, or if the server
+    states a longer time.
     """
 
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,7 +86,7 @@ class RetryBudget:
         now = self._clock()
         if self._busy_since is None:
             self._busy_since = now
-        return now - self._busy_since <= self._limit_s
+        return retry_after_s <= self._limit_s and now - self._busy_since <= self._limit_s
 
 
 class EvaluationSource(ABC):
@@ -110,6 +114,10 @@ class EvaluationSource(ABC):
         Runs in a thread of gRPC.
         """
 
+    def has_image(self, item_id: str) -> bool:
+        """Returns False for an id that no image of the evaluation can have."""
+        return len(item_id) <= MAX_ID_CHARS
+
     def content_sha256(self, item_id: str) -> str:
         """Returns the SHA-256 of the image's file; empty where the file is on the server."""
         return ""
@@ -120,7 +128,7 @@ class EvaluationSource(ABC):
 
     @abstractmethod
     def instance(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
-        """Returns a row of the result with the ids of the data set."""
+        """Returns a row of the result with the ids of the data set. Raises LookupError: it has no such object."""
 
 
 class _Failure(NamedTuple):
@@ -158,6 +166,8 @@ class EvaluationStream:
         self._previous = dict(checkpoint.items())
         """Records of an earlier process, by item id."""
         self._images_resumed = 0
+        self._images_finished = 0
+        """Messages of progress on the current stream, one for each image."""
 
     def run(self, budget: RetryBudget) -> evaluation_pb2.EvaluateResult:
         """Streams until there is a result.
@@ -180,6 +190,7 @@ class EvaluationStream:
         """Runs one stream; None: it must be repeated without the records, which the server rejected."""
         idle_timeout = IdleTimeout(self._client.timeout_s)
         self._images_resumed = 0
+        self._images_finished = 0
         stub = evaluation_pb2_grpc.EvaluationServiceStub(self._client.open_channel())
         stream = stub.Evaluate(self._source.requests(self._checkpoint, idle_timeout))
         result: evaluation_pb2.EvaluateResult | None = None
@@ -226,8 +237,20 @@ class EvaluationStream:
             raise final_error
         return _Failure(final_error, details.retry_after_s)
 
+    def _check_progress(self, progress: evaluation_pb2.EvaluateProgress) -> None:
+        """Raises ServerError for an image that was not sent, or one too many: every stream has an end."""
+        total = self._source.images_total or progress.images_total
+        self._images_finished += 1
+        if not self._source.has_image(progress.item_id) or self._images_finished > total > 0:
+            raise ServerError(
+                f"{self._client.address}: sent the progress of image {progress.item_id[:100]!r}, number "
+                f"{self._images_finished} of {total}, which is not in the evaluation; check that client and server "
+                "have compatible versions"
+            )
+
     def _take_progress(self, progress: evaluation_pb2.EvaluateProgress) -> None:
         item_id, source = progress.item_id, self._source
+        self._check_progress(progress)
         self._images_resumed += bool(progress.record) and self._previous.get(item_id) == progress.record
         self._checkpoint.add(progress.resume_token, item_id, progress.record, source.content_sha256(item_id))
         if self._on_progress is not None:

@@ -30,6 +30,18 @@ class EncodedImage:
     width: int = 0
     height: int = 0
 
+    def size_wh(self) -> tuple[int, int] | None:
+        """Returns width and height in px, if need be from the header of the file; None for an unreadable header."""
+        if self.width and self.height:
+            return self.width, self.height
+        # Imported here: callers that state the size do not need it.
+        from mal_train.core.images.header import read_header  # noqa: PLC0415
+
+        try:
+            return read_header(self.content).size_wh
+        except BadImage:
+            return None
+
 
 def encode(image: ImageInput) -> EncodedImage:
     """Returns the bytes to send.

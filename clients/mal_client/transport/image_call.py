@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import grpc
 import numpy as np
@@ -127,6 +128,7 @@ class ImageCall:
         self._failures = 0
         self._truncated = 0
         self._retry_after_s = 0.0
+        self._size_wh = cache(image.size_wh)
 
     @property
     def done(self) -> bool:
@@ -154,7 +156,7 @@ class ImageCall:
         """
         final = []
         try:
-            for index, label in labeling_messages.box_labels(response, self._sent):
+            for index, label in labeling_messages.box_labels(response, self._sent, self._size_wh):
                 del self._sent[index]
                 if self._is_retried(label):
                     continue

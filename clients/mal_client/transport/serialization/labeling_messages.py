@@ -5,7 +5,7 @@ Only the modules of this package know both messages and the client's types.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from mal.v1 import labeling_pb2, model_pb2, types_pb2
@@ -23,12 +23,18 @@ from mal_client.types import (
     ServerLimits,
     Timing,
 )
+from mal_train.core.errors import BadDataset
 from mal_train.core.settings import Branch
 
 if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
 
     from mal_train.core.masks.rle import Rle
+
+_MAX_FLAGS = 64
+_MAX_MASKS = 16
+_MAX_SIDE_PX = 1 << 30
+_ROUNDING = 1e-6
 
 _BRANCH_TO_WIRE = {
     Branch.STUDENT: types_pb2.BRANCH_STUDENT,
@@ -96,9 +102,18 @@ def coco_rle(rle: Rle) -> types_pb2.CocoRle:
 
 
 def box_labels(
-    response: labeling_pb2.LabelImageResponse, boxes: Mapping[int, BoxXywh]
+    response: labeling_pb2.LabelImageResponse,
+    boxes: Mapping[int, BoxXywh],
+    size_wh: Callable[[], tuple[int, int] | None] = lambda: None,
 ) -> Iterable[tuple[int, BoxLabel]]:
-    """Yields (instance id, label) for each result of a message; `boxes` are those of the request, by instance id.
+    """Yields (instance id, label) for each result of a message.
+
+    A result that the protocol does not allow is an error of its box (reason INVALID_RESULT).
+
+    Args:
+        response: the message of a server, which is not trusted.
+        boxes: those of the request, by instance id.
+        size_wh: returns width and height in px of the image, which every mask must have; None: unknown.
 
     Raises:
         KeyError: a result has an instance id that is not in `boxes`.
@@ -106,7 +121,7 @@ def box_labels(
     model = model_ref(response.model)
     times = _timing(response.timing)
     for result in response.results:
-        yield result.instance_id, _box_label(result, boxes[result.instance_id], model, times)
+        yield result.instance_id, _box_label(result, boxes[result.instance_id], model, times, size_wh)
 
 
 def model_ref(ref: types_pb2.ModelRef) -> ModelRef:
@@ -182,17 +197,30 @@ def flag_name(flag: int) -> str:
         return f"FLAG_{flag}"
 
 
-def _box_label(result: types_pb2.InstanceResult, box: BoxXywh, model: ModelRef, timing: Timing) -> BoxLabel:
+def _box_label(
+    result: types_pb2.InstanceResult,
+    box: BoxXywh,
+    model: ModelRef,
+    timing: Timing,
+    size_wh: Callable[[], tuple[int, int] | None],
+) -> BoxLabel:
     index = result.instance_id
     error = item_error(result.status)
-    if error is None and not any(mask.HasField("coco_rle") for mask in result.masks):
+    codes = [mask.coco_rle for mask in result.masks[:_MAX_MASKS] if mask.HasField("coco_rle")]
+    if error is None and not codes:
         error = ItemError("UNIMPLEMENTED", "MASK_FORMAT", "the result has no run-length code; update the client")
     if error is not None:
+        return BoxLabel(index, box, error=error, model=model, timing=timing)
+    try:
+        rle = _rle(codes[0], size_wh())
+        _check_values(result, rle)
+    except BadDataset as invalid:
+        error = ItemError("INTERNAL", "INVALID_RESULT", f"the server's result is invalid: {invalid}; see its log")
         return BoxLabel(index, box, error=error, model=model, timing=timing)
     return BoxLabel(
         index=index,
         box=box,
-        rle=next(_rle(mask.coco_rle) for mask in result.masks if mask.HasField("coco_rle")),
+        rle=rle,
         score=result.score,
         agreement=result.agreement if result.HasField("agreement") else None,
         area=result.area_px,
@@ -203,11 +231,31 @@ def _box_label(result: types_pb2.InstanceResult, box: BoxXywh, model: ModelRef, 
     )
 
 
-def _rle(code: types_pb2.CocoRle) -> Rle:
+def _rle(code: types_pb2.CocoRle, size_wh: tuple[int, int] | None) -> Rle:
+    """Decodes and checks a mask. Raises BadDataset."""
     # Imported late: it loads OpenCV and pycocotools, which would double the time to import the client.
     from mal_train.core.masks.rle import Rle  # noqa: PLC0415
 
-    return Rle(code.height, code.width, code.counts)
+    if size_wh not in (None, (code.width, code.height)):
+        width, height = size_wh or (0, 0)
+        raise BadDataset(f"mask: {code.width}x{code.height} px; the image has {width}x{height} px")
+    return Rle.from_coco({"size": [code.height, code.width], "counts": code.counts})
+
+
+def _check_values(result: types_pb2.InstanceResult, rle: Rle) -> None:
+    """Raises BadDataset for a number out of its range."""
+    for name in ("score", "agreement"):
+        value: float = getattr(result, name)
+        # False for NaN.
+        if not 0 <= value <= 1 + _ROUNDING:
+            raise BadDataset(f"{name}: {value}; it must be from 0 to 1")
+    if not 0 <= result.area_px <= rle.height * rle.width:
+        raise BadDataset(f"area_px: {result.area_px}; the image has {rle.height * rle.width} px")
+    box = result.mask_box
+    if not all(0 <= value <= _MAX_SIDE_PX for value in (box.x, box.y, box.width, box.height)):
+        raise BadDataset(f"mask_box: {_box(box)}; it must be inside the image")
+    if len(result.flags) > _MAX_FLAGS:
+        raise BadDataset(f"flags: {len(result.flags)}; there are at most {_MAX_FLAGS}")
 
 
 def _box(box: types_pb2.Box) -> BoxXywh:
