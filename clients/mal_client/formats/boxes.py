@@ -5,6 +5,7 @@ The readers in this folder only parse; this module decides which boxes are valid
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +19,12 @@ from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.header import DEFAULT_LIMITS, read_header
+from mal_train.core.input_files import read_limited
 
 BAD_ROW = "BAD_ROW"
+
+MAX_LABEL_BYTES = 64 * 1024 * 1024
+"""Size limit of a file with the annotations of one image."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,14 @@ def annotation_files(folder: Path, suffix: str) -> Iterator[Path]:
     if not paths:
         raise BadDataset(f"{folder}: contains no {suffix} file; give the folder of the annotations with --labels")
     yield from paths
+
+
+def read_label_file(path: Path) -> bytes:
+    """Returns the bytes of the annotations of one image. Raises OSError, also for more than MAX_LABEL_BYTES."""
+    content = read_limited(path, MAX_LABEL_BYTES)
+    if len(content) > MAX_LABEL_BYTES:
+        raise OSError(errno.EFBIG, f"more than {MAX_LABEL_BYTES} bytes", str(path))
+    return content
 
 
 def match_error(labels_file: str, image_name: str, matches: Sequence[str]) -> RowError:

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from mal_client.formats.boxes import BAD_ROW, BoxRecord, RowError, annotation_files, match_error, parse_numbers
+from mal_client.formats.boxes import (
+    BAD_ROW,
+    BoxRecord,
+    RowError,
+    annotation_files,
+    match_error,
+    parse_numbers,
+    read_label_file,
+)
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 KEPT = ("pose", "truncated", "difficult", "occluded")
@@ -31,8 +39,9 @@ def read_voc(
     for path in annotation_files(labels_dir, ".xml"):
         relative = str(path.relative_to(labels_dir))
         try:
-            root = ElementTree.fromstring(path.read_bytes())
-        except (OSError, ElementTree.ParseError) as error:
+            root = ElementTree.fromstring(read_label_file(path))
+        # LookupError, ValueError: an encoding that the parser does not know.
+        except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
             yield RowError(relative, "BAD_FILE", f"{relative}: not valid XML ({error})")
             continue
         stated = (root.findtext("filename") or "").strip()

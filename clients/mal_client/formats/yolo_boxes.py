@@ -6,10 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mal_client.formats.boxes import BAD_ROW, BoxRecord, RowError, annotation_files, match_error, parse_numbers
+from mal_client.formats.boxes import (
+    BAD_ROW,
+    BoxRecord,
+    RowError,
+    annotation_files,
+    match_error,
+    parse_numbers,
+    read_label_file,
+)
 from mal_train.core.errors import ConfigError
 
 BOX_NUMBERS = 4
+
+MAX_DIGITS = 18
+"""Digits of a class; Python refuses to parse thousands."""
 
 
 def read_yolo(
@@ -85,16 +96,16 @@ def _read_file(
     path: Path, relative: str, file_name: str, names: Sequence[str], names_file: Path
 ) -> Iterator[BoxRecord | RowError]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_label_file(path).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         yield RowError(relative, "BAD_FILE", f"{relative}: cannot be read ({error})")
         return
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where, cells = f"{relative}:{number}", line.split()
-            if not cells[0].isdecimal() or int(cells[0]) >= len(names):
+            if not cells[0].isdecimal() or len(cells[0]) > MAX_DIGITS or int(cells[0]) >= len(names):
                 rule = f"expected 0 to {len(names) - 1}, the classes of {names_file}"
-                yield RowError(where, BAD_ROW, f"{where}: class {cells[0]!r}; {rule}")
+                yield RowError(where, BAD_ROW, f"{where}: class {cells[0][:100]!r}; {rule}")
                 continue
             yield _read_row(cells, where, file_name, names[int(cells[0])])
 

@@ -129,13 +129,14 @@ def test_invalid_yolo_rows_are_listed(folder: Path) -> None:
         "0 .5 .5 .1",
         "0 .5 .5 -.1 .1",
         "0 .5 .5 .1 .1 .1 .1 .1",
+        f"{'9' * 5000} .5 .5 .1 .1",
     ]
     (folder / "labels" / "a.txt").write_text("\n".join(rows))
     (folder / "labels" / "missing.txt").write_text("0 .5 .5 .1 .1\n")
     assert convert(folder, "yolo", "--names", str(folder / "data.yaml")) == 3
     listed = [row["where"].removeprefix(f"{folder}/") for row in errors(folder)]
-    assert listed == ["images/broken.png", *(f"a.txt:{line}" for line in range(1, 7)), "missing.txt"]
-    assert {row["reason"] for row in errors(folder)[1:7]} == {"BAD_ROW"}
+    assert listed == ["images/broken.png", *(f"a.txt:{line}" for line in range(1, 8)), "missing.txt"]
+    assert {row["reason"] for row in errors(folder)[1:8]} == {"BAD_ROW"}
     messages = {row["where"]: row["message"] for row in errors(folder)}
     assert messages["a.txt:1"].startswith("a.txt:1: class '2'")
     assert str(folder / "data.yaml") in messages["a.txt:1"]
@@ -176,9 +177,12 @@ def test_voc_files_that_do_not_match_their_image_are_listed(folder: Path) -> Non
     (folder / "labels" / "b.xml").write_text(voc("b.png", more="<object><name>x</name></object>"))
     (folder / "labels" / "d.xml").write_text(voc("d.png"))
     (folder / "labels" / "e.xml").write_text("<annotation>")
+    (folder / "labels" / "f.xml").write_text("<?xml version='1.0' encoding='nothing'?><annotation/>")
+    with (folder / "labels" / "g.xml").open("wb") as file:
+        file.truncate(1 << 40)
     assert convert(folder, "voc") == 3
     listed = errors(folder)
-    assert [row["reason"] for row in listed] == ["IMAGE_SIZE_MISMATCH", "BAD_ROW", "BAD_IMAGE", "BAD_FILE"]
+    assert [row["reason"] for row in listed] == ["IMAGE_SIZE_MISMATCH", "BAD_ROW", "BAD_IMAGE", *["BAD_FILE"] * 3]
     assert "EXIF" in listed[0]["message"]
     assert listed[1]["where"] == "b.xml:object 2"
     assert boxes(folder)["b.png"] == [("cup", [0, 2, 80, 20])]
