@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 from cvat_sdk import make_client, models
 from cvat_sdk.core.exceptions import CvatSdkException
-from cvat_sdk.exceptions import ApiException
+from cvat_sdk.exceptions import OpenApiException
 from urllib3.exceptions import HTTPError
 
 from mal_client.errors import ClientError
 from mal_client.integrations.cvat.task_plan import Json
+
+MAX_RESPONSE_BYTES: Final = 256 * 1024 * 1024
+"""Size limit of the annotations of a task, and of a frame, decompressed."""
+
+_PIECE_BYTES: Final = 64 * 1024
+
+_SDK_ERRORS: Final = (
+    *(OpenApiException, CvatSdkException, HTTPError),
+    # Raised by the SDK, the JSON parser and the parser of dates for answers of another form.
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError, RecursionError),
+)
 
 
 class CvatError(ClientError):
@@ -35,12 +47,10 @@ class SdkClient:
     def __init__(self, url: str, task_id: int, *, token: str | None, login: tuple[str, str] | None) -> None:
         self.name = f"{url.rstrip('/')} task {task_id}"
         self._task_id = task_id
-        try:
+        with self._errors("check the URL, the task ID and the token"):
             self._client = make_client(url, access_token=token, credentials=login)
             self._task = self._client.tasks.retrieve(task_id)
             self._meta = self._task.get_meta()
-        except (ApiException, CvatSdkException, HTTPError) as error:
-            raise CvatError(f"{self.name}: {_detail(error)}; check the URL, the task ID and the token") from error
 
     def close(self) -> None:
         """Closes the connection."""
@@ -48,16 +58,15 @@ class SdkClient:
 
     def annotations(self) -> Json:
         """Returns the annotations as the server's JSON, which has fields that the SDK's types omit."""
-        try:
+        with self._errors("annotations cannot be read"):
             _, response = self._task.api.retrieve_annotations(self._task_id, _parse_response=False)
-        except (ApiException, HTTPError) as error:
-            raise CvatError(f"{self.name}: annotations cannot be read: {_detail(error)}") from error
-        annotations: Json = json.loads(response.data)
+            annotations: Json = json.loads(self._read(response, "annotations"))
         return annotations
 
     def labels(self) -> list[Json]:
         """Returns the labels of the task with name, id, type and attributes."""
-        return [label.to_dict() for label in self._task.get_labels()]
+        with self._errors("labels cannot be read"):
+            return [label.to_dict() for label in self._task.get_labels()]
 
     def deleted_frames(self) -> frozenset[int]:
         """Returns the numbers of the deleted frames."""
@@ -69,22 +78,37 @@ class SdkClient:
 
     def frame(self, number: int) -> bytes:
         """Returns an encoded frame in its original quality."""
-        try:
-            return bytes(self._task.get_frame(number, quality="original").read())
-        except (ApiException, HTTPError) as error:
-            raise CvatError(f"{self.name}: frame {number} cannot be read: {_detail(error)}") from error
+        with self._errors(f"frame {number} cannot be read"):
+            _, response = self._task.api.retrieve_data(
+                self._task_id, number=number, quality="original", type="frame", _parse_response=False
+            )
+            return self._read(response, f"frame {number}")
 
     def create(self, shapes: Sequence[Json]) -> None:
         """Adds shapes in one call, which is atomic on the server."""
         requests = [models.LabeledShapeRequest(**{**shape, "attributes": _attributes(shape)}) for shape in shapes]
-        try:
+        with self._errors(f"{len(shapes)} masks were not added; run the same command again"):
             self._task.api.partial_update_annotations(
                 "create", self._task_id, patched_labeled_data_request=models.PatchedLabeledDataRequest(shapes=requests)
             )
-        except (ApiException, HTTPError) as error:
-            raise CvatError(
-                f"{self.name}: {len(shapes)} masks were not added: {_detail(error)}; run the same command again"
-            ) from error
+
+    def _read(self, response: Any, name: str) -> bytes:
+        """Returns the body of a response, decompressed piece by piece. Raises CvatError: MAX_RESPONSE_BYTES."""
+        content = bytearray()
+        for piece in response.stream(_PIECE_BYTES, decode_content=True):
+            content += piece
+            if len(content) > MAX_RESPONSE_BYTES:
+                response.close()
+                raise CvatError(f"{self.name}: {name}: more than {MAX_RESPONSE_BYTES} bytes")
+        return bytes(content)
+
+    @contextmanager
+    def _errors(self, text: str) -> Iterator[None]:
+        """Converts the errors of the SDK in the block to CvatError."""
+        try:
+            yield
+        except _SDK_ERRORS as error:
+            raise CvatError(f"{self.name}: {text}: {_detail(error)}") from error
 
 
 def _attributes(shape: Json) -> list[Any]:

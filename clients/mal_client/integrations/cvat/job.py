@@ -19,6 +19,7 @@ from mal_client.client import Client
 from mal_client.dataset.journal import Journal
 from mal_client.dataset.provenance import provenance_of
 from mal_client.integrations.cvat.mask_encoding import mask_points
+from mal_client.integrations.cvat.schema import check_annotations, check_labels
 from mal_client.integrations.cvat.task_plan import (
     Json,
     LabelMap,
@@ -120,10 +121,10 @@ def label_task(
         OutputError: the journal cannot be written, or another run uses it.
         ClientError: the labeling server was lost; the masks added so far remain.
     """
-    before = cvat.annotations()
+    before = check_annotations(cvat.annotations())
     backup_file = journal_file.with_name(f"{journal_file.name}.before.json")
     # Group numbers follow those of the original annotations, so that a resumed run assigns the same ones.
-    original = _read_backup(backup_file) if backup_file.exists() and not restart else before
+    original = check_annotations(_read_backup(backup_file)) if backup_file.exists() and not restart else before
     plan = fetch_plan(cvat, before, label_names, first_group=first_free_group(original))
     provenance = provenance_of(client.server_info().for_options(options), options)
     manifest = {"task": cvat.name, "rectangles": plan.digest(), **provenance}
@@ -132,26 +133,24 @@ def label_task(
         if not backup_file.exists() or restart:
             write_json_atomic(backup_file, before)
         _Run(cvat, client, journal, options=options, result=result, before=before).label_all(on_progress)
-    result.changed = _changed(before, cvat.annotations())
+    result.changed = _changed(before, check_annotations(cvat.annotations()))
     return result
 
 
-def _read_backup(path: Path) -> Json:
+def _read_backup(path: Path) -> Any:
     """Reads the original annotations that an earlier run saved. Raises ConfigError."""
     try:
-        original = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not the annotations of an earlier run ({error}); move or delete it") from None
-    if not isinstance(original, dict):
-        raise ConfigError(f"{path}: not the annotations of an earlier run; move or delete it")
-    return original
 
 
 def fetch_plan(
     cvat: CvatClient, annotations: Json, label_names: Mapping[str, str] | None, first_group: int
 ) -> TaskPlan:
     """Fetches the labels and deleted frames of a task and plans its masks; changes nothing."""
-    return make_plan(annotations, LabelMap(cvat.labels(), label_names or {}), cvat.deleted_frames(), first_group)
+    labels = LabelMap(check_labels(cvat.labels()), label_names or {})
+    return make_plan(check_annotations(annotations), labels, cvat.deleted_frames(), first_group)
 
 
 class _Run:
@@ -173,7 +172,7 @@ class _Run:
         self._options = options
         self._result = result
         self._sizes = cvat.frame_sizes()
-        self._existing = {_identity(row) for row in before.get("shapes", []) if row.get("type") == "mask"}
+        self._existing = {_identity(row) for row in before.get("shapes") or [] if row.get("type") == "mask"}
         self._unsent: dict[int, Json] = {}
 
     def label_all(self, on_progress: Callable[[Progress], None] | None) -> None:
@@ -217,7 +216,10 @@ class _Run:
     def _frame(self, number: int) -> bytes:
         image_bytes = self._cvat.frame(number)
         header = read_header(image_bytes, f"frame {number}")
-        displayed = self._sizes[number if len(self._sizes) > 1 else 0]
+        index = number if len(self._sizes) > 1 else 0
+        if not 0 <= index < len(self._sizes):
+            raise BadImage(f"frame {number}: not a frame of the task, which has {len(self._sizes)}", "IMAGE_NOT_FOUND")
+        displayed = self._sizes[index]
         if header.orientation != 1 or header.size_wh != displayed:
             raise BadImage(
                 f"frame {number}: CVAT displays {displayed[0]}x{displayed[1]} px, but the file has "
@@ -260,14 +262,14 @@ def _shape(target: Target, label: BoxLabel) -> Json | str:
 
 def _identity(shape: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns the values that identify a mask; CVAT returns points as floats."""
-    return shape["frame"], shape["label_id"], tuple(map(int, shape["points"]))
+    return shape["frame"], shape["label_id"], tuple(map(int, shape.get("points") or []))
 
 
 def _changed(before: Json, after: Json) -> list[str]:
     return [
-        f"{field_name[:-1]} {row['id']}"
+        f"{field_name[:-1]} {row.get('id')}"
         for field_name in ("shapes", "tracks", "tags")
-        for row in _missing(before.get(field_name, []), after.get(field_name, []))
+        for row in _missing(before.get(field_name) or [], after.get(field_name) or [])
     ]
 
 

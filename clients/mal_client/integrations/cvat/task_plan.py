@@ -101,15 +101,15 @@ class LabelMap:
         target = self._mask_labels.get(label_id)
         if target is None:
             return [{"spec_id": value["spec_id"], "value": value["value"]} for value in values]
-        names = {spec["id"]: spec["name"] for spec in self._by_id[label_id].get("attributes", [])}
-        ids = {spec["name"]: spec["id"] for spec in target.get("attributes", [])}
+        names = {spec["id"]: spec["name"] for spec in self._by_id[label_id].get("attributes") or []}
+        ids = {spec["name"]: spec["id"] for spec in target.get("attributes") or []}
         known = [(ids.get(names.get(value["spec_id"])), value["value"]) for value in values]
         return [{"spec_id": spec_id, "value": value} for spec_id, value in known if spec_id is not None]
 
 
 def first_free_group(annotations: Mapping[str, Any]) -> int:
     """Returns the lowest group number above all groups in use."""
-    rows = (*annotations.get("shapes", []), *annotations.get("tracks", []))
+    rows = (*(annotations.get("shapes") or []), *(annotations.get("tracks") or []))
     return max((int(row.get("group") or 0) for row in rows), default=0) + 1
 
 
@@ -121,10 +121,10 @@ def make_plan(
     The rectangles of a track are those on its key frames, except where the track is outside. CVAT has no tracks of
     masks, so the masks of one track share a group; groups are numbered from `first_group`.
     """
-    shapes, tracks = annotations.get("shapes", []), annotations.get("tracks", [])
+    shapes, tracks = annotations.get("shapes") or [], annotations.get("tracks") or []
     targets: list[Target] = []
     skipped: list[SkippedShape] = []
-    other = len(annotations.get("tags", []))
+    other = len(annotations.get("tags") or [])
     rows = [*_shape_rows(shapes), *_track_rows(tracks, first_group)]
     for key, row in rows:
         if row["type"] != "rectangle":
@@ -158,7 +158,7 @@ def _shape_rows(shapes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Json
 
 def _track_rows(tracks: Sequence[Mapping[str, Any]], first_group: int) -> Iterator[tuple[str, Json]]:
     for index, track in enumerate(sorted(tracks, key=lambda track: int(track.get("id") or 0))):
-        for row in track.get("shapes", []):
+        for row in track.get("shapes") or []:
             if row.get("outside"):
                 continue
             common = _common(row, int(track["label_id"]), first_group + index, track.get("attributes") or [])
@@ -186,5 +186,5 @@ def _skip_reason(row: Json, deleted_frames: Collection[int]) -> str | None:
         return f"rectangle is rotated by {row['rotation']:g} degrees; draw it without rotation"
     points = row["points"]
     if len(points) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in points):
-        return f"points are {points}; expected left, top, right, bottom"
+        return f"{len(points)} numbers as points; expected left, top, right, bottom"
     return None

@@ -1,5 +1,6 @@
 """Tests that need the CVAT SDK: its mask encoding, its types, and its calls to a fake CVAT server."""
 
+import gzip
 import json
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("cvat_sdk", reason="the CVAT SDK is not installed; run: pip install 'mask-auto-labeler[cvat]'")
 
 import cvat_sdk.auto_annotation as cvataa
+from aiohttp import web
 from cvat_sdk import models
 from cvat_sdk.masks import decode_mask, encode_mask
 from hypothesis import given, settings
@@ -100,6 +102,68 @@ def test_a_failed_write_raises_and_the_next_run_resumes(
 def test_a_wrong_token_or_task_raises(server: tuple[CvatHttp, str], token: str, number: int) -> None:
     with pytest.raises(CvatError, match=f"task {number}"):
         SdkClient(server[1], number, token=token, login=None)
+
+
+class Thief:
+    """Records the headers of all requests."""
+
+    def __init__(self) -> None:
+        self.headers: list[str] = []
+
+    def app(self) -> web.Application:
+        """Builds the application."""
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._take)
+        return app
+
+    async def _take(self, request: web.Request) -> web.StreamResponse:
+        self.headers.append(str(dict(request.headers)))
+        return web.json_response({})
+
+
+def test_a_redirect_to_another_host_does_not_carry_the_token(tmp_path: Path) -> None:
+    fake, thief = CvatHttp(sample_task()), Thief()
+    app = fake.app()
+
+    @web.middleware
+    async def move_frames(request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path.endswith(("/data/", "/annotations/")):
+            raise web.HTTPFound(f"{target}/x")
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    app.middlewares.append(move_frames)
+    with running(thief.app()) as address, running(app) as source:
+        target = address.replace("127.0.0.1", "localhost")
+        cvat = connect(source)
+        cvat.frame(0)
+        cvat.annotations()
+        cvat.close()
+    assert len(thief.headers) == 2
+    assert TOKEN not in "".join(thief.headers)
+
+
+@pytest.mark.parametrize("path", ["/data/", "/annotations/"])
+def test_an_answer_without_end_is_refused_at_a_limit(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MiB of zeros in 64 KiB of gzip."""
+    monkeypatch.setattr("mal_client.integrations.cvat.client.MAX_RESPONSE_BYTES", 1 << 20)
+    bomb = gzip.compress(bytes(64 << 20))
+    fake = CvatHttp(sample_task())
+    app = fake.app()
+
+    @web.middleware
+    async def send_bomb(request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path.endswith(path):
+            return web.Response(body=bomb, headers={"Content-Encoding": "gzip"})
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    app.middlewares.append(send_bomb)
+    with running(app) as address:
+        cvat = connect(address)
+        with pytest.raises(CvatError):
+            cvat.frame(0) if path == "/data/" else cvat.annotations()
+        cvat.close()
 
 
 def test_an_unavailable_cvat_server_raises() -> None:
