@@ -5,7 +5,6 @@ Boxes are stored in arrays instead of objects, so that loader processes share a 
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
+from mal_train.core.coco.annotations import (
+    Annotation,
+    CocoFile,
+    ImageInfo,
+    Reason,
+    by_image,
+    finite_number,
+    read_coco,
+)
 from mal_train.core.coco.box_filter import training_exclusion
 from mal_train.core.coco.detections import MASK_SCORE
 from mal_train.core.errors import BadBox, BadDataset, BadImage
@@ -227,8 +234,8 @@ def pseudo_label_weight(score: object, mask: Rle | None, box_inside: Box) -> flo
     tight_box = None if mask is None else rle.to_box(mask)
     if tight_box is None:
         return 0.0
-    confidence = float(score) if isinstance(score, int | float) and math.isfinite(score) else 1.0
-    return min(max(confidence, 0.0), 1.0) * box_iou(tight_box, box_inside)
+    confidence = finite_number(score)
+    return min(max(1.0 if confidence is None else confidence, 0.0), 1.0) * box_iou(tight_box, box_inside)
 
 
 def _with_mean_one(weights: list[float]) -> NDArray[np.float32]:

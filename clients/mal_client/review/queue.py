@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mal_client.images.image_files import ImageFiles
 from mal_client.images.image_input import read_file
 from mal_client.types import BoxXywh
-from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
+from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, finite_number
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.coco.stream import CocoHead, read_list, scan_coco
 from mal_train.core.errors import BadDataset, ConfigError
@@ -85,7 +85,7 @@ class QueueItem:
         if error is not None:
             return [str(error.get("message", error) if isinstance(error, dict) else error)]
         flags = self.row.get("flags")
-        return [FLAG_MEANINGS.get(flag, flag) for flag in flags] if isinstance(flags, list) else []
+        return [FLAG_MEANINGS.get(str(flag), str(flag)) for flag in flags] if isinstance(flags, list) else []
 
     def line(self, sort_by: SortBy) -> str:
         """Returns one line of text with the ID, the image, the key and the reasons."""
@@ -380,8 +380,7 @@ def _key(row: Annotation, sort_by: SortBy) -> float | None:
         return None
     if "error" in row.raw:
         return NO_MASK
-    value = row.raw.get(str(sort_by))
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return finite_number(row.raw.get(str(sort_by)))
 
 
 def _mask(row: Annotation, size_hw: tuple[Any, Any] | None) -> Rle | None:

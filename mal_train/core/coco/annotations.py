@@ -26,6 +26,11 @@ NO_BOX: Final[Box] = (math.nan, math.nan, math.nan, math.nan)
 
 REQUIRED_LISTS: Final = ("images", "annotations", "categories")
 
+MAX_NESTING: Final = 100
+"""Maximum depth of lists and objects in each other: far below Python's limit of recursion, so that what was read can
+also be written, shown and sent to another process."""
+
+_NESTED: Final = frozenset((dict, list))
 _MAX_LISTED_IDS: Final = 5
 _MAX_SHOWN_CHARS: Final = 80
 
@@ -148,19 +153,40 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file in UTF-8, UTF-16 or UTF-32.
 
     Raises:
-        BadDataset: the file is missing, unreadable or not JSON.
+        BadDataset: the file is missing, unreadable, not JSON, or nested more than MAX_NESTING deep.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise BadDataset(f"{path}: cannot be read ({error.strerror}); give the path of a COCO JSON file") from error
     try:
-        return json.loads(content)
+        return check_nesting(json.loads(content), path)
     except RecursionError:
-        raise BadDataset(f"{path}: nested too deeply for a COCO file") from None
+        raise too_deep(path) from None
     except ValueError as error:
         detail = "empty file" if not content.strip() else str(error)
         raise BadDataset(f"{path}: not JSON ({detail}); give a COCO annotation file") from error
+
+
+def check_nesting(value: Any, path: Path) -> Any:
+    """Returns a JSON value of the file at `path`. Raises BadDataset if it is nested more than MAX_NESTING deep."""
+    layer = [value] if type(value) in _NESTED else []
+    for _ in range(MAX_NESTING):
+        inner: list[Any] = []
+        for one in layer:
+            values = one.values() if isinstance(one, dict) else one
+            # Most lists hold numbers only; this looks at them without a step of Python for each.
+            if not _NESTED.isdisjoint(map(type, values)):
+                inner += [each for each in values if type(each) in _NESTED]
+        if not inner:
+            return value
+        layer = inner
+    raise too_deep(path)
+
+
+def too_deep(path: Path) -> BadDataset:
+    """Returns the error for a file that is nested too deeply."""
+    return BadDataset(f"{path}: lists and objects nested more than {MAX_NESTING} deep; a COCO file needs 5")
 
 
 def parse_coco(raw: Any, name: str = "dataset") -> CocoFile:
@@ -398,6 +424,8 @@ def as_json(value: object) -> str:
     except ValueError:
         # Python limits the conversion of an integer to text to 4300 digits.
         text = "a number of thousands of digits"
+    except RecursionError:
+        text = "a deeply nested value"
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 3]}..."
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from mal_train.core.coco.annotations import REQUIRED_LISTS, json_type
+from mal_train.core.coco.annotations import REQUIRED_LISTS, check_nesting, json_type, too_deep
 from mal_train.core.errors import BadDataset
 
 MAX_VALUE_CHARS: Final = 1 << 28
@@ -104,12 +104,12 @@ class JsonMemberReader:
                     problem = f"{error}; or a value of more than {self._max_value_chars} characters"
                     raise text.error(problem) from None
             except RecursionError:
-                raise BadDataset(f"{self._path}: nested too deeply for a COCO file") from None
+                raise too_deep(self._path) from None
             else:
                 # A number at the end of the buffer may continue ("1.5e" of "1.5e3" decodes as 1.5).
                 if text.at_end or text.buffer[end : end + 1] in _VALUE_ENDS:
                     text.position = end
-                    return value
+                    return check_nesting(value, self._path)
             text.fill()
 
 

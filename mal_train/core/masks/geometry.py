@@ -5,6 +5,8 @@ end; it may extend beyond the image, which is repeated periodically there (§2.3
 """
 
 import math
+import reprlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,6 +22,9 @@ Box = tuple[float, float, float, float]
 """x, y, width, height."""
 
 Pixels = NDArray[np.uint8]
+
+_FAR = 1e18
+"""Coordinates beyond this are taken as this, so that areas do not exceed the range of float32."""
 
 
 class Window(NamedTuple):
@@ -65,8 +70,8 @@ def check_box(box_xywh: Sequence[float], image_hw: tuple[int, int], name: str = 
         BadBox: not four finite numbers, no positive size, outside the image, or less than 1 px² inside.
     """
     height, width = image_hw
-    if len(box_xywh) != 4 or not all(math.isfinite(v) for v in box_xywh):
-        raise BadBox(f"{list(box_xywh)}; it must be four finite numbers x, y, width, height", name)
+    if len(box_xywh) != 4 or not all(abs(v) <= sys.float_info.max for v in box_xywh):
+        raise BadBox(f"{reprlib.repr(list(box_xywh))}; it must be four finite numbers x, y, width, height", name)
     x, y, w, h = (float(v) for v in box_xywh)
     if w <= 0 or h <= 0:
         raise BadBox(f"{w:g} x {h:g} px; width and height must be positive (a box is x, y, width, height)", name)
@@ -234,7 +239,8 @@ def _periodic_slices(start: int, stop: int, period: int) -> Iterator[tuple[slice
 
 def _corners(box_xywh: Box) -> tuple[np.float32, np.float32, np.float32, np.float32]:
     x, y, w, h = box_xywh
-    return np.float32(x), np.float32(y), np.float32(x + w), np.float32(y + h)
+    x0, y0, x1, y1 = (np.float32(min(max(corner, -_FAR), _FAR)) for corner in (x, y, x + w, y + h))
+    return x0, y0, x1, y1
 
 
 def _membership(start: int, stop: int, first: int, end: int, period: int | None) -> Pixels:

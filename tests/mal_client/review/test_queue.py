@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from deploy.demo.baselines import box_filled
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.errors import ConfigError
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
+from tests.mal_train.core.masks.hostile_runs import compressed, wrapping_runs
 
 SCORES = [0.9, 0.2, 0.5, 0.95, 0.0, 0.5]
 """Scores of annotations 100 to 105; 102 and 105 are tied."""
@@ -78,6 +80,23 @@ def test_crowds_and_masks_without_a_score_are_omitted_and_counted(dataset: Datas
     queue = review_queue(dataset.json_path)
     assert ids(queue) == [103, 104, 105, 100]
     assert queue.omitted == 2
+
+
+@pytest.mark.parametrize("score", [10**400, math.nan, True, "0.5", [0.5]])
+def test_a_score_that_is_no_finite_number_is_omitted(dataset: Dataset, score: Any) -> None:
+    dataset.coco["annotations"][1] |= {"score": score, "flags": [["MULTI_PART"], {}]}
+    dataset.save()
+    assert review_queue(dataset.json_path).omitted == 1
+    assert review_queue(dataset.json_path, sort_by=SortBy.AGREEMENT).worst[4].reasons == ["['MULTI_PART']", "{}"]
+
+
+def test_ground_truth_whose_runs_wrap_around_is_no_mask(dataset: Dataset) -> None:
+    truth = truth_of(dataset, {})
+    coco = json.loads(truth.read_text())
+    counts = compressed(wrapping_runs(np.random.default_rng(0), HEIGHT * WIDTH)).decode()
+    coco["annotations"][0]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": counts}
+    truth.write_text(json.dumps(coco))
+    assert [quality.count for quality in review_queue(dataset.json_path, truth=truth).qualities] == [4, 4]
 
 
 def test_a_file_without_the_sort_key_is_refused(tmp_path: Path, dataset: Dataset) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mal_client.types import BoxXywh
+from mal_train.core.coco.annotations import finite_number
 from mal_train.core.errors import ConfigError
 
 Json = dict[str, Any]
@@ -185,6 +185,6 @@ def _skip_reason(row: Json, deleted_frames: Collection[int]) -> str | None:
     if row["rotation"] % 360:
         return f"rectangle is rotated by {row['rotation']:g} degrees; draw it without rotation"
     points = row["points"]
-    if len(points) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in points):
+    if len(points) != 4 or not all(finite_number(v) is not None for v in points):
         return f"{len(points)} numbers as points; expected left, top, right, bottom"
     return None

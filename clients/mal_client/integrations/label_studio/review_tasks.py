@@ -13,6 +13,7 @@ from mal_client.integrations.label_studio.brush import encode_brush
 from mal_client.integrations.label_studio.regions import Json, box_to_percent
 from mal_client.review.queue import QueueItem, by_image, frame_size
 from mal_train.core.atomic_io import write_text
+from mal_train.core.coco.annotations import finite_number
 
 BOX_CONTROL: Final = "box"
 MASK_CONTROL: Final = "mask"
@@ -86,5 +87,5 @@ def _regions(item: QueueItem, names: Mapping[object, str], size_wh: tuple[int, i
     if item.rle is not None and (item.rle.width, item.rle.height) == size_wh:
         brush = {"format": "rle", "rle": encode_brush(item.rle), "brushlabels": [label]}
         mask = {"id": f"{item.rank}-mask", "from_name": MASK_CONTROL, "type": "brushlabels", "value": brush}
-        regions.append({**common, **mask, "score": float(item.row.get("score") or 0.0)})
+        regions.append({**common, **mask, "score": finite_number(item.row.get("score")) or 0.0})
     return regions

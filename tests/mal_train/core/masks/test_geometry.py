@@ -112,11 +112,19 @@ def test_every_box_is_rejected_or_clipped_to_the_image(box: tuple[float, float, 
         (1e9, 1e9, 1e9, 1e9),
         (5, 5, 0.5, 0.5),
         (1, 2, 3),
+        (10**400, 0, 5, 5),
+        (0, 0, 5, -(10**400)),
+        (1e308, 1e308, 1e308, 1e308),
     ],
 )
 def test_boxes_without_a_possible_mask_are_rejected_by_name(box: tuple[float, ...]) -> None:
     with pytest.raises(BadBox, match="box 7"):
         geometry.check_box(box, (100, 120), "box 7")
+
+
+def test_the_area_of_a_box_far_outside_any_image_is_a_number() -> None:
+    for box in ((1e308, 0.0, 1e308, 1.0), (-1e308, -1e308, 1.7e308, 1.7e308), (0.0, 0.0, 1e300, 1e300)):
+        assert math.isfinite(geometry.box_area(box))
 
 
 def test_a_huge_box_is_clipped_to_the_whole_image() -> None:
