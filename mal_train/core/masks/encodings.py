@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from mal_train.core.errors import BadImage
+from mal_train.core.images.decoder import decode_image
+from mal_train.core.images.header import ImageLimits
 from mal_train.core.masks.polygons import Ring, fill, to_rings
 from mal_train.core.masks.rle import Rle, decode_patch, encode_mask, encode_region, encode_runs, run_lengths
 from mal_train.core.settings import MaskFormat
@@ -118,12 +119,7 @@ def _encode_one(rle: Rle, mask_format: MaskFormat, tolerance_px: float) -> Encod
 def _crop_pixels(crop: PngCrop) -> NDArray[np.bool_]:
     if not crop.content:
         return np.zeros((0, 0), dtype=np.bool_)
-    try:
-        with Image.open(io.BytesIO(crop.content), formats=["PNG"]) as image:
-            # The size in the header is checked before any pixel is decoded.
-            if image.size != (crop.crop_width, crop.crop_height):
-                stated = f"{crop.crop_width}x{crop.crop_height}"
-                raise BadImage(f"mask: PNG of {image.size[0]}x{image.size[1]} px; the stated size is {stated}")
-            return np.asarray(image.convert("1"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise BadImage(f"mask: cannot be decoded as PNG ({error})") from None
+    width, height = crop.crop_width, crop.crop_height
+    limits = ImageLimits(max_pixels=width * height, max_side=max(width, height))
+    image = decode_image(crop.content, expected_wh=(width, height), limits=limits, name="mask")
+    return np.asarray(image[:, :, 0] > 127)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.masks.encodings import Runs, decode, encode, encode_bitmap, to_png, to_runs
 from mal_train.core.masks.rle import decode_mask, decode_patch, encode_mask
 from mal_train.core.settings import MaskFormat
+from tests.mal_train.core.images.hostile import chunk
 from tests.mal_train.core.masks.random_masks import random_mask
 
 
@@ -67,14 +69,23 @@ def test_runs_that_do_not_fill_the_frame_are_rejected() -> None:
 @pytest.mark.parametrize("content", [b"not a png", encode_bitmap(np.ones((8, 8), bool))[:40]])
 def test_a_damaged_png_is_rejected(content: bytes) -> None:
     good = to_png(encode_mask(np.ones((8, 8), bool)))
-    with pytest.raises(BadImage, match="PNG"):
+    with pytest.raises(BadImage, match="mask"):
         decode(dataclasses.replace(good, content=content))
 
 
-def test_a_png_of_a_wrong_size_is_rejected_before_it_is_decoded() -> None:
+@pytest.mark.parametrize(("side", "reason"), [(900, "IMAGE_TOO_LARGE"), (7, "IMAGE_SIZE_MISMATCH")])
+def test_a_png_of_a_wrong_size_is_rejected_before_it_is_decoded(side: int, reason: str) -> None:
     good = to_png(encode_mask(np.ones((8, 8), bool)))
-    with pytest.raises(BadImage, match=r"900x900.* 8x8"):
-        decode(dataclasses.replace(good, content=encode_bitmap(np.ones((900, 900), bool))))
+    with pytest.raises(BadImage) as caught:
+        decode(dataclasses.replace(good, content=encode_bitmap(np.ones((side, side), bool))))
+    assert caught.value.reason == reason
+
+
+def test_a_png_of_metadata_is_decoded_without_it() -> None:
+    good = to_png(encode_mask(np.ones((8, 8), bool)))
+    bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(70_000_000)))
+    content = good.content[:33] + bomb + good.content[33:]
+    assert decode(dataclasses.replace(good, content=content)) == decode(good)
 
 
 def test_a_full_frame_png_restores_the_mask() -> None:
