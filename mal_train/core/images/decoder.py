@@ -130,9 +130,16 @@ def _to_rgb(image: Image.Image) -> RgbImage:
     pixels: RgbImage = np.empty((height, width, 3), np.uint8)
     for row in range(0, height, rows):
         strip = image.crop((0, row, width, min(row + rows, height)))
-        is_16_bit = strip.mode.startswith("I")
-        pixels[row : row + rows] = _gray(strip)[:, :, None] if is_16_bit else np.asarray(strip.convert("RGB"))
+        pixels[row : row + rows] = _channels(strip)
     return pixels
+
+
+def _channels(image: Image.Image) -> NDArray[np.uint8]:
+    """Returns the pixels as (H, W, 3), or (H, W, 1) to be repeated."""
+    if image.mode.startswith("I"):
+        return _gray(image)[:, :, None]
+    # convert() copies an image that is RGB already.
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _gray(image: Image.Image) -> NDArray[np.uint8]:
