@@ -18,7 +18,7 @@ from mal_server.inference.worker import Predictor
 from mal_server.scheduling.background import when_done
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_limiter import MemoryLimiter
-from mal_train.core.errors import BadBox
+from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images.container import Container
 from mal_train.core.images.decoder import RgbImage, decode_container
 from mal_train.core.images.header import ImageLimits, read_container
@@ -53,7 +53,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _LargeImage:
-    container: Container
+    """An image that waits for memory.
+
+    Attributes:
+        memory_bytes: memory that decoding takes.
+        container: None for a file on disk: no limit counts its bytes while it waits, so it is read again afterwards.
+    """
+
+    memory_bytes: int
+    container: Container | None
 
 
 class CropPreparer:
@@ -101,18 +109,16 @@ class CropPreparer:
     def _prepare_small(
         self, request: LabelRequest, encoded: bytes | None
     ) -> tuple[list[Crop | BadBox], float] | _LargeImage:
-        """Reads, decodes and cuts; returns early, with the image's container, if the request needs several tasks."""
+        """Reads, decodes and cuts; returns early if the request needs several tasks."""
         started = time.perf_counter()
-        if isinstance(request.image, FileImage):
-            encoded = self._images.read(request.image)
-        container = read_container(encoded or b"", limits=self._limits)
-        if container.peak_bytes > MAX_SMALL_BYTES or len(request.boxes) > BOXES_PER_TASK:
-            return _LargeImage(container)
+        container, memory_bytes = self._open(request, encoded)
+        if memory_bytes > MAX_SMALL_BYTES or len(request.boxes) > BOXES_PER_TASK:
+            return _LargeImage(memory_bytes, None if isinstance(request.image, FileImage) else container)
         image = self._decode(request, container)
         return self._predictor.prepare(image, request.boxes), time.perf_counter() - started
 
     async def _prepare_large(self, request: LabelRequest, large: _LargeImage) -> tuple[list[Crop | BadBox], float]:
-        lease = await self._memory_limiter.acquire(large.container.peak_bytes, request.priority)
+        lease = await self._memory_limiter.acquire(large.memory_bytes, request.priority)
         task: Future[Any] | None = None
         cpu_s = 0.0
 
@@ -125,7 +131,7 @@ class CropPreparer:
             return result
 
         try:
-            image = await run(self._decode, request, large.container)
+            image = await run(self._decode_large, request, large)
             lease.shrink(image.nbytes)
             crops: list[Crop | BadBox] = []
             while len(crops) < len(request.boxes):
@@ -136,6 +142,23 @@ class CropPreparer:
         finally:
             # A cancelled caller leaves while a thread still uses the image.
             when_done(task, lease.release)
+
+    def _open(self, request: LabelRequest, encoded: bytes | None) -> tuple[Container, int]:
+        """Walks through the image, and returns the memory that it takes: that of a file on disk counts, too."""
+        file_bytes = 0
+        if isinstance(request.image, FileImage):
+            encoded = self._images.read(request.image)
+            file_bytes = len(encoded)
+        container = read_container(encoded or b"", limits=self._limits)
+        return container, container.peak_bytes + file_bytes
+
+    def _decode_large(self, request: LabelRequest, large: _LargeImage) -> RgbImage:
+        container = large.container
+        if container is None:
+            container, memory_bytes = self._open(request, None)
+            if memory_bytes > large.memory_bytes:
+                raise BadImage("the file changed while the request waited; send it again")
+        return self._decode(request, container)
 
     def _decode(self, request: LabelRequest, container: Container) -> RgbImage:
         image = decode_container(container, expected_wh=request.expected_wh)

@@ -1,17 +1,21 @@
 """Preparation of a request's image: one walk through its file, and memory for what its decoder really takes."""
 
+from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from mal.v1 import labeling_pb2, types_pb2
 
+from mal_server.inference.image_store import FileImage, ImageStore
 from mal_server.inference.preparation import BOXES_PER_TASK
 from mal_server.scheduling.memory_limiter import MemoryLease, MemoryLimiter
 from mal_server.scheduling.priority import Priority
 from mal_train.core.images import header
 from mal_train.core.images.container import Container
 from mal_train.core.images.header import read_container
-from tests.mal_server.calls import with_server
+from tests.mal_server.calls import reason_of, status_details, with_server
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, encoded, label, label_request
 
 LARGE = np.zeros((1200, 1600, 3), np.uint8)
@@ -74,3 +78,53 @@ def test_a_refused_image_acquires_no_memory(leases: list[int]) -> None:
 
     with_server(work)
     assert leases == []
+
+
+def test_a_large_file_is_read_only_while_it_holds_memory_for_its_bytes_too(
+    tmp_path: Path, leases: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each of a thousand waiting requests of 100 bytes would hold a file of 32 MiB."""
+    content = encoded(LARGE, "BMP")
+    (tmp_path / "large.bmp").write_bytes(content)
+    leases_at_reading: list[int] = []
+    read = ImageStore.read
+
+    def recorded(store: ImageStore, source: FileImage) -> bytes:
+        leases_at_reading.append(len(leases))
+        return read(store, source)
+
+    monkeypatch.setattr(ImageStore, "read", recorded)
+    with_server(lambda running: label(running, file_request("large.bmp")), data_folders=folders(tmp_path))
+    assert leases == [read_container(content).peak_bytes + len(content)]
+    assert leases_at_reading == [0, 1]
+
+
+def test_a_file_that_grows_while_its_request_waits_is_refused(
+    tmp_path: Path, leases: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.bmp"
+    path.write_bytes(encoded(LARGE, "BMP"))
+    acquire = MemoryLimiter.acquire
+
+    async def replaced(limiter: MemoryLimiter, size: int, priority: Priority) -> MemoryLease:
+        path.write_bytes(encoded(np.zeros((2400, 1600, 3), np.uint8), "BMP"))
+        return await acquire(limiter, size, priority)
+
+    monkeypatch.setattr(MemoryLimiter, "acquire", replaced)
+
+    async def work(running: Running) -> str:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await label(running, file_request("large.bmp"))
+        return reason_of(status_details(caught.value))
+
+    assert with_server(work, data_folders=folders(tmp_path)) == "IMAGE_DECODE_FAILED"
+
+
+def folders(path: Path) -> list[dict[str, str]]:
+    return [{"name": "photos", "path": str(path)}]
+
+
+def file_request(name: str) -> labeling_pb2.LabelImageRequest:
+    request = label_request(DISC_BOX)
+    request.image.CopyFrom(types_pb2.ImageSource(uri=f"photos/{name}"))
+    return request
