@@ -4,8 +4,11 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
+# LOCKED=1 installs the files whose hashes deploy/locks holds, as CI does. PyTorch's wheels for the CPU have other hashes.
+LOCKED ?= 0
+LOCKED_PIP := $(BIN)/pip install -qq --disable-pip-version-check --no-deps
 
-.PHONY: help demo test test-slow chaos test-browser test-proxies promises check protos bench tools tools-labelstudio clean
+.PHONY: help demo test test-slow chaos test-browser test-proxies promises check lock audit sbom protos bench tools tools-labelstudio clean
 
 help:
 	@echo "make demo    create .venv, train on boxes of synthetic scenes, serve, label, write one HTML page"
@@ -16,18 +19,27 @@ help:
 	@echo "make test-slow     run the slow tests: wheel, container, proxies"
 	@echo "make chaos   run load and fault tests in full, with their measurements"
 	@echo "make promises  record what the tests of promises measure, and write docs/reliability.md"
-	@echo "make check   format, lint, types, spelling, prose, generated files"
+	@echo "make check   format, lint, types, spelling, prose, licenses, generated files"
+	@echo "make lock    write the lock files; make audit: known vulnerabilities; make sbom: bill of materials"
 	@echo "make protos  regenerate the gRPC stubs"
 	@echo "make bench   measure speed as ratios; writes bench.json"
 
-$(VENV)/.all: pyproject.toml $(CONSTRAINTS)
+$(VENV)/.all: pyproject.toml $(CONSTRAINTS) deploy/locks/dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); this takes a few minutes (PyTorch's Linux wheels contain several GB of CUDA libraries; the README states the alternative)"
+ifeq ($(LOCKED),1)
+	@$(LOCKED_PIP) --require-hashes --only-binary :all: -r deploy/locks/dev.txt
+	@$(LOCKED_PIP) --no-index --no-build-isolation -e .
+	@$(BIN)/pip check
+else
 	@$(PIP) -e '.[demo]'
+endif
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.all
+ifneq ($(LOCKED),1)
 	@$(PIP) -e '.[all,dev]'
+endif
 	@touch $@
 
 # Records what tests with a promise measure, in their short forms, and writes the page from it.
@@ -35,15 +47,21 @@ promises: $(VENV)/.dev
 	@MAL_PROMISES=docs/promises.jsonl $(BIN)/pytest -m promise
 	@$(BIN)/python -m tests.repository.reliability_page > docs/reliability.md
 
-# The oldest supported grpcio with its stub generator: the stubs are checked and the client is tested against it.
+# The stub generator of the oldest supported grpcio: newer stubs refuse older runtimes.
 .venv-protos/.pins: protos/generate.sh
 	@PYTHON=$(PYTHON) protos/generate.sh --tools
+	@touch $@
+
+# The oldest version of each package that the client requires; its tests run against them.
+.venv-oldest/.pins: deploy/locks/oldest.txt
+	@$(PYTHON) -m venv --clear .venv-oldest
+	@.venv-oldest/bin/pip install -qq --disable-pip-version-check --no-deps --require-hashes --only-binary :all: -r $<
 	@touch $@
 
 demo: $(VENV)/.all
 	@$(BIN)/python -m deploy.demo
 
-test: $(VENV)/.dev .venv-protos/.pins
+test: $(VENV)/.dev .venv-protos/.pins .venv-oldest/.pins
 	@$(BIN)/pytest -m "not slow"
 
 # Load and fault tests in full: about 45 minutes on two idle cores. MAL_CHAOS_SEED=n sets the seed. Five minutes of them are
@@ -61,12 +79,34 @@ test-browser: $(VENV)/.dev
 test-proxies: $(VENV)/.dev
 	@MAL_REQUIRE_TOOLS=1 $(BIN)/pytest -m slow tests/chaos/test_proxied.py
 
+# Lock files, and what depends on them. The audit asks the package index's JSON API for known vulnerabilities, which a
+# mirror may lack: then it fails.
+lock: .venv-supply/.pins
+	@PATH="$(CURDIR)/.venv-supply/bin:$$PATH" $(PYTHON) -m deploy.locks
+
+audit: .venv-supply/.pins
+	@for lock in server pytorch tools dev; do \
+		.venv-supply/bin/pip-audit --strict --disable-pip --require-hashes -r deploy/locks/$$lock.txt || exit 1; \
+	done
+
+# Of the environment of INTERPRETER, in CycloneDX.
+INTERPRETER ?= $(BIN)/python
+sbom: .venv-supply/.pins
+	@.venv-supply/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom.json $(INTERPRETER)
+	@echo "sbom.json"
+
+.venv-supply/.pins: Makefile
+	@test -x .venv-supply/bin/python || $(PYTHON) -m venv .venv-supply
+	@.venv-supply/bin/pip install -qq --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
+
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/python -m tests.repository.prose
+	$(BIN)/python -m tests.repository.licenses
 	PYTHON=$(PYTHON) protos/generate.sh --check
 
 protos:
@@ -99,4 +139,4 @@ tools-labelstudio: .venv-labelstudio/.pins
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-protos .venv-labelstudio .venv-readers build dist demo_out results *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-protos .venv-labelstudio .venv-oldest .venv-readers .venv-supply build dist demo_out results *.egg-info .mypy_cache .ruff_cache .pytest_cache

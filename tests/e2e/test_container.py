@@ -2,7 +2,7 @@
 
 Needs a container engine with a compose tool, and root, to kill a process of a container from outside.
 MAL_CONTAINER_IMAGE names an existing image; without it the shipped Dockerfile is built, which downloads PyTorch
-(PIP_EXTRA_INDEX_URL is passed to the build).
+(TORCH_INDEX_URL and BASE are passed to the build).
 """
 
 import json
@@ -71,15 +71,14 @@ def tools() -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def image(tools: tuple[str, list[str]]) -> str:
-    given = os.environ.get("MAL_CONTAINER_IMAGE")
-    if given:
-        return given
+    if "MAL_CONTAINER_IMAGE" in os.environ:
+        return os.environ["MAL_CONTAINER_IMAGE"]
     engine, _ = tools
-    base = (SHIPPED / "Dockerfile").read_text().partition("FROM ")[2].split()[0]
+    base = os.environ.get("BASE") or (SHIPPED / "Dockerfile").read_text().partition("ARG BASE=")[2].split()[0]
     if not succeeds(engine, "image", "inspect", base):
         pytest.skip(f"neither MAL_CONTAINER_IMAGE is set nor is the base image here: {engine} pull {base}")
-    index = ["--build-arg", "PIP_EXTRA_INDEX_URL"] if "PIP_EXTRA_INDEX_URL" in os.environ else []
-    output(engine, "build", *index, "-f", str(SHIPPED / "Dockerfile"), "-t", "mal-server-test", str(ROOT))
+    given = [part for name in ("BASE", "TORCH_INDEX_URL") if name in os.environ for part in ("--build-arg", name)]
+    output(engine, "build", *given, "-f", str(SHIPPED / "Dockerfile"), "-t", "mal-server-test", str(ROOT))
     return "mal-server-test"
 
 
