@@ -18,7 +18,7 @@ class Progress(lightning.Callback):
     Args:
         console: the output.
         clock: monotonic seconds.
-        line_every_s: seconds between the lines that are printed until the first batch ends.
+        line_every_s: seconds between the lines that are printed while the first batch runs, which compiles the step.
     """
 
     def __init__(
@@ -27,20 +27,14 @@ class Progress(lightning.Callback):
         self._console = console
         self._clock = clock
         self._line_every_s = line_every_s
-        self._is_started = threading.Event()
+        self._lines: RepeatedLine | None = None
         self._bar: ProgressBar | None = None
         self._is_first_batch = True
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Forgets an earlier run of this callback, and prints lines until the first batch ends."""
+        """Forgets an earlier run of this callback."""
         del trainer, pl_module
         self.close()
-        self._is_started = threading.Event()
-        threading.Thread(target=self._print_start, args=(self._is_started,), daemon=True).start()
-
-    def _print_start(self, is_started: threading.Event) -> None:
-        while not is_started.wait(self._line_every_s):
-            self._console.print("first batch: the loader starts and the step is compiled")
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -56,6 +50,7 @@ class Progress(lightning.Callback):
                 initial=epoch_batches * trainer.current_epoch + batch_idx,
                 clock=self._clock,
             )
+            self._lines = RepeatedLine(self._console, "first batch: the step is compiled", self._line_every_s)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -66,11 +61,11 @@ class Progress(lightning.Callback):
             return
         done = int(self._bar.n) + 1
         if self._is_first_batch:
-            # The first batch also starts the loader and compiles; a line without a rate would be of little use.
+            # The first batch also compiles; a line without a rate would be of little use.
             self._is_first_batch = False
-            self._is_started.set()
+            self._end_lines()
             first_s = self._clock() - self._bar.start_t
-            self._console.print(f"first batch: {first_s:.1f} s, with the start of the loader and the compilation")
+            self._console.print(f"first batch: {first_s:.1f} s, with the compilation")
             self._bar.restart_rate(done, postpone_line=True)
         label = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._bar.update_to(done, partial(_losses, pl_module), label)
@@ -88,11 +83,38 @@ class Progress(lightning.Callback):
         self.close()
 
     def close(self) -> None:
-        """Closes the bar, if one is open, and ends the lines before the first batch."""
-        self._is_started.set()
+        """Closes the bar, if one is open, and ends the lines of the first batch."""
+        self._end_lines()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def _end_lines(self) -> None:
+        if self._lines is not None:
+            self._lines.end()
+            self._lines = None
+
+
+class RepeatedLine:
+    """Prints a line every `every_s` seconds, from a thread, until `end`.
+
+    Start it only after the processes of a data loader, and end it before any other process is forked: a process that is
+    forked while the thread prints inherits the lock of the output, which nobody releases, and hangs at its first line.
+    """
+
+    def __init__(self, console: Console, line: str, every_s: float) -> None:
+        self._is_ended = threading.Event()
+        self._thread = threading.Thread(target=self._print, args=(console, line, every_s), daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Ends the thread; prints no line afterwards."""
+        self._is_ended.set()
+        self._thread.join()
+
+    def _print(self, console: Console, line: str, every_s: float) -> None:
+        while not self._is_ended.wait(every_s):
+            console.print(line)
 
 
 def _losses(module: lightning.LightningModule) -> str:

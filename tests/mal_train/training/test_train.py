@@ -4,6 +4,7 @@ import csv
 import os
 import signal
 import threading
+from multiprocessing import popen_fork
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,24 @@ def test_too_many_unreadable_images_stop_training(tmp_path: Path) -> None:
     for workers in (0, 1):
         with pytest.raises(BadDataset, match=r"^\d of 6 .*\.png"):
             run(spec_of(scenes, tmp_path, f"dataset.num_workers_per_gpu={workers}"))
+
+
+def test_no_thread_that_prints_exists_when_a_loader_process_is_forked(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is forked while a thread prints inherits the lock of the output and hangs at its first line."""
+    before, forked = set(threading.enumerate()), list[list[threading.Thread]]()
+    launch = popen_fork.Popen._launch  # type: ignore[attr-defined]
+
+    def recorded(self: Any, process: Any) -> Any:
+        forked.append([thread for thread in threading.enumerate() if thread not in before])
+        return launch(self, process)
+
+    monkeypatch.setattr(popen_fork.Popen, "_launch", recorded)
+    run(spec_of(scenes, tmp_path, "train.num_epochs=2", "dataset.num_workers_per_gpu=2"))
+    assert len(forked) == 2
+    # TensorBoard's writes its file only, which a loader process never opens.
+    assert all(type(thread).__module__.startswith("tensorboard.") for threads in forked for thread in threads)
 
 
 def test_libraries_print_nothing(
