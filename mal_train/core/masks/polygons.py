@@ -17,6 +17,8 @@ from mal_train.core.masks.rle import MaskPatch
 Points = NDArray[np.int32]
 """(N, 2) x, y in px of the stored image; integers, because vertices are pixel corners."""
 
+_PAIRS = 1 << 18
+"""Pairs of points whose distances are in memory at once; outlines of large masks have a hundred thousand points."""
 _PARENT = 3
 """Column of OpenCV's contour hierarchy with the outer contour of a hole; -1 for an outer contour."""
 
@@ -45,7 +47,8 @@ def to_rings(patch: MaskPatch, tolerance_px: float = 0.0) -> list[Ring]:
     """
     if not patch.mask.size:
         return []
-    doubled = np.repeat(np.repeat(patch.mask.view(np.uint8), 2, axis=0), 2, axis=1)
+    # Unlike np.repeat, this lets other threads run.
+    doubled = cv2.resize(patch.mask.view(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     offset = np.array([patch.col0, patch.row0], dtype=np.int32)
     groups: dict[int, list[Ring]] = {}
@@ -100,11 +103,23 @@ def single_polygon(rings: Sequence[Ring]) -> Points:
 def _joined(outline: Points, holes: list[Points]) -> Points:
     """Connects each hole to the nearest point of the polygon so far; the leftmost hole first."""
     for hole in sorted(holes, key=lambda points: tuple(points.min(axis=0))):
-        squared_distance = ((outline[:, None, :].astype(np.int64) - hole[None, :, :]) ** 2).sum(axis=2)
-        nearest, start = np.unravel_index(int(squared_distance.argmin()), squared_distance.shape)
-        rotated = np.roll(hole, -int(start), axis=0)
+        nearest, start = _nearest(outline, hole)
+        rotated = np.roll(hole, -start, axis=0)
         outline = np.concatenate((outline[: nearest + 1], rotated, rotated[:1], outline[nearest:]))
     return outline
+
+
+def _nearest(outline: Points, hole: Points) -> tuple[int, int]:
+    """Returns the indices of the two points nearest to each other; the first in the outline of equal distance."""
+    step = max(1, _PAIRS // len(hole))
+    best, indices = np.inf, (0, 0)
+    for first in range(0, len(outline), step):
+        part = outline[first : first + step, None, :].astype(np.int64)
+        squared_distance = ((part - hole[None, :, :]) ** 2).sum(axis=2)
+        nearest, start = divmod(int(squared_distance.argmin()), len(hole))
+        if squared_distance[nearest, start] < best:
+            best, indices = squared_distance[nearest, start], (first + nearest, start)
+    return indices
 
 
 def _vertices(corners: Points) -> Points:

@@ -1,5 +1,8 @@
 """Polygon rings: round trips with holes, tolerances, and bridges that pycocotools reads."""
 
+import tracemalloc
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from mal_train.core.masks import rle
+from mal_train.core.masks import polygons, rle
 from mal_train.core.masks.polygons import Ring, fill, merge_holes, to_rings
 from mal_train.core.masks.rle import decode_patch, encode_mask
 from tests.mal_train.core.masks.random_masks import random_mask
@@ -107,3 +110,36 @@ def test_slanted_lines_are_filled_by_pixel_centers() -> None:
 def test_parts_outside_the_frame_are_clipped() -> None:
     square = np.array([[-3, -3], [2, -3], [2, 2], [-3, 2]])
     assert fill([square], 4, 4).astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_memory_of_merging_a_long_outline_with_a_long_hole_does_not_follow_their_product() -> None:
+    steps = np.arange(4000, dtype=np.int32)
+    outline = np.concatenate((np.stack((steps, steps % 2), axis=1), [[4000, 9], [0, 9]])).astype(np.int32)
+    hole = np.stack((steps % 3990 + 2, 3 + steps % 2), axis=1).astype(np.int32)
+    tracemalloc.start()
+    try:
+        (merged,) = merge_holes([Ring(outline), Ring(hole, is_hole=True)])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(merged) == len(outline) + len(hole) + 2
+    assert peak < 32 << 20
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 1 << 18])
+def test_the_nearest_points_are_the_first_of_equal_distance(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polygons, "_PAIRS", pairs)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        outline, hole = (rng.integers(0, 6, (int(size), 2)).astype(np.int32) for size in rng.integers(3, 12, 2))
+        distance = ((outline[:, None] - hole[None]) ** 2).sum(axis=2)
+        assert polygons._nearest(outline, hole) == np.unravel_index(distance.argmin(), distance.shape)
+
+
+def test_tracing_a_mask_uses_no_copy_that_stops_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(*_: Any, **__: Any) -> Any:
+        raise AssertionError("np.repeat holds the GIL: 0.4 s for a mask of 36 megapixels")
+
+    patch = decode_patch(encode_mask(np.eye(5)))
+    monkeypatch.setattr(np, "repeat", held)
+    assert to_rings(patch)
