@@ -50,20 +50,12 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_BYTES, _PLANAR = 273, 277, 278, 279, 284
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
 _STRIP_ARRAYS = frozenset({_STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES})
+_NUMBERS = _STRIP_ARRAYS | {
+    *(_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _ROWS_PER_STRIP, _PLANAR),
+    *(_TILE_WIDTH, _TILE_HEIGHT),
+}
 # Also fill order, fax options, predictor, palette, inks, extra samples, sample format, JPEG tables, YCbCr.
-_PIXEL_TAGS = _STRIP_ARRAYS | {
-    *(
-        _WIDTH,
-        _HEIGHT,
-        _BITS,
-        _COMPRESSION,
-        _PHOTOMETRIC,
-        _SAMPLES,
-        _ROWS_PER_STRIP,
-        _PLANAR,
-        _TILE_WIDTH,
-        _TILE_HEIGHT,
-    ),
+_PIXEL_TAGS = _NUMBERS | {
     *(266, 292, 293, 317, 318, 319, 320, 332, 334, 338, 339, 347),
     *(*range(512, 522), 529, 530, 531, 532),
 }
@@ -158,24 +150,29 @@ class Directory:
         values = np.frombuffer(source, kind, entry.count, at).astype(np.uint64)
         return int(np.minimum(values, np.uint64(largest)).sum())
 
-    def check(self, tags: frozenset[int]) -> None:
-        """Raises Damaged for tags of unknown type or outside the file, and TooManyParts for too many values."""
-        for tag in tags & self.entries.keys():
+    def check(self) -> None:
+        """Checks the tags that describe pixels.
+
+        Raises:
+            Damaged: a tag is of a type that other readers would take for another number, or lies outside the file.
+            TooManyParts: a tag of too many values.
+        """
+        for tag in _PIXEL_TAGS & self.entries.keys():
             entry = self.entries[tag]
             if tag in _STRIP_ARRAYS:
                 check_count(entry.count, "strips or tiles", MAX_STRIPS)
             else:
                 check_count(entry.count, f"values of tag {tag}", MAX_TAG_VALUES)
-            if entry.type not in _TYPE_BYTES:
+            if entry.type not in (_UNSIGNED if tag in _NUMBERS else _TYPE_BYTES):
                 raise Damaged(f"tag {tag} of type {entry.type}")
             source, at = self._location(entry)
             if at + entry.count * _TYPE_BYTES[entry.type] > len(source):
                 raise Damaged(f"values of tag {tag} end after the file")
 
-    def packed(self, tags: frozenset[int]) -> bytes:
-        """Returns a directory of the given tags only, followed by no other page."""
+    def packed(self) -> bytes:
+        """Returns a directory of the tags that describe pixels only, followed by no other page."""
         layout = self._layout
-        kept = sorted(tags & self.entries.keys())
+        kept = sorted(_PIXEL_TAGS & self.entries.keys())
         entries = b"".join(struct.pack(layout.order + layout.entry, tag, *astuple(self.entries[tag])) for tag in kept)
         return (
             struct.pack(layout.order + layout.count, len(kept)) + entries + struct.pack(layout.order + layout.offset, 0)
@@ -192,7 +189,7 @@ def read(data: bytes) -> Container:
     """Walks through a TIFF. Raises Damaged or TooManyParts."""
     layout = _layout(data)
     page = Directory.first(data)
-    page.check(_PIXEL_TAGS)
+    page.check()
     if page.number(_COMPRESSION, 1) not in COMPRESSIONS:
         names = ", ".join(dict.fromkeys(COMPRESSIONS.values()))
         raise Damaged(f"compression {page.number(_COMPRESSION, 1)}; supported are {names}")
@@ -221,7 +218,7 @@ def _rewritten(data: bytes, layout: _Layout, page: Directory) -> tuple[bytes | m
     start = 2 * struct.calcsize(layout.offset)
     padding = bytes(len(data) % 2)
     offset = struct.pack(layout.order + layout.offset, len(data) + len(padding))
-    return layout.signature + offset, memoryview(data)[start:], padding, page.packed(_PIXEL_TAGS)
+    return layout.signature + offset, memoryview(data)[start:], padding, page.packed()
 
 
 def _block(page: Directory, width: int, height: int) -> tuple[int, int]:

@@ -51,8 +51,13 @@ def test_a_long_row_of_fill_bytes_is_refused_within_the_scans_only() -> None:
         ((322, 3, 1, 16), (323, 3, 1, 16)),
         ((256, 4, 1, 0),),
         ((259, 3, 1, 34677),),
+        ((277, 9, 1, 1),),
+        ((279, 9, 1, 1),),
     ],
-    ids=["outside", "many heights", "64-bit width", "no rows", "no width", "no tiles", "empty", "compression"],
+    ids=[
+        *("outside", "many heights", "64-bit width", "no rows", "no width", "no tiles", "empty", "compression"),
+        *("signed samples", "signed byte counts"),
+    ],
 )
 def test_a_tiff_of_invalid_numbers_is_refused(tags: tuple[tuple[int, int, int, int], ...]) -> None:
     assert refused(tiff(bytes(16), *tags)) in {"IMAGE_DECODE_FAILED", "IMAGE_TOO_LARGE"}
