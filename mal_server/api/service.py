@@ -167,7 +167,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
                         record = b""  # a resumed evaluation labels this image again
                     yield evaluation_messages.write_progress(run, options, record)
             model_ref = labeling_messages.write_model_ref(model.info, options.predict.branch)
-            report = run.report()
+            report = run.report(options.worst_count)
             memory.hold_until(report)
             finished = await asyncio.wrap_future(report)
             # In a thread: with ten thousand categories and instances it takes a tenth of a second.

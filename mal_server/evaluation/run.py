@@ -15,6 +15,7 @@ from mal_server.evaluation.resume_tokens import GroundTruth, InstanceScore, Item
 from mal_server.inference.pipeline import Pipeline
 from mal_server.inference.requests import InstanceResult, LabelRequest
 from mal_server.scheduling.admission import QueueFull
+from mal_server.scheduling.background import collector_paused
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_quota import Reservation
 from mal_server.scheduling.priority import Priority
@@ -164,9 +165,17 @@ class EvaluationRun:
         """Returns the numbers of objects that were not measured, by reason, most frequent first."""
         return dict((Counter(report.skipped) + self._unread).most_common())
 
-    def report(self) -> "Future[EvaluationReport]":
-        """Computes the report in a thread, which finishes even if the call is cancelled meanwhile."""
-        return self._pool.submit(Priority.BATCH, self._evaluator.report)
+    def report(self, listed: int) -> "Future[EvaluationReport]":
+        """Computes the report in a thread, which finishes even if the call is cancelled meanwhile.
+
+        Args:
+            listed: number of instances to list, lowest IoU first.
+        """
+        return self._pool.submit(Priority.BATCH, self._report, listed)
+
+    def _report(self, listed: int) -> EvaluationReport:
+        with collector_paused():
+            return self._evaluator.report(listed=listed)
 
     async def _labeled(self, truth: GroundTruth, request: LabelRequest) -> SampleResult:
         while True:

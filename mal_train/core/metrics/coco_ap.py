@@ -77,8 +77,12 @@ def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou
                 raise BadDataset(f"{name}: image_id {row['image_id']!r} is not among the images of the ground truth")
             one = _row(row, images[row["image_id"]], name, iou_type, is_truth=bool(side))
             pairs.setdefault((row["category_id"], row["image_id"]), ([], []))[side].append(one)
+    # One sort for each category: a long one holds the interpreter, and images mostly come in order.
+    images_of: dict[JsonId, list[JsonId]] = {category: [] for category in known}
+    for category, image_id in pairs:
+        images_of[category].append(image_id)
     numbers = {category: n for n, category in enumerate(sorted(known, key=id_order))}
-    keys = sorted(pairs, key=lambda key: (numbers[key[0]], id_order(key[1])))
+    keys = ((category, image_id) for category in numbers for image_id in sorted(images_of[category], key=id_order))
     groups, scores = [], []
     for key in keys:
         detections, truths = pairs.pop(key)

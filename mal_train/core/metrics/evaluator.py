@@ -31,8 +31,8 @@ from mal_train.core.metrics.miou import InstanceIoU, mean_iou, mean_or_none
 from mal_train.core.metrics.report import GOOD_IOU, CategoryRow, EvaluationReport, Skipped
 from mal_train.core.metrics.score_quality import score_quality
 
-MEMORY_OF_A_PAIR = 5200
-"""Bytes of a compared mask without its two run-length codes: 800 kept, up to 4 400 more while the report is made."""
+MEMORY_OF_A_PAIR = 5000
+"""Bytes of a compared mask without its two run-length codes: 600 kept, up to 4 400 more while the report is made."""
 MEMORY_OF_A_CATEGORY = 17_000
 """Bytes of a category with compared masks, while the report is made: a precision for each threshold and recall."""
 MEMORY_OF_A_SKIPPED = 350
@@ -65,6 +65,17 @@ class InstanceComparison:
     prediction: Rle
 
 
+_Pair = tuple[JsonId, JsonId, JsonId, float, float, int, float, int, int, bytes, bytes]
+"""The fields of an `InstanceIoU`, height and width of both masks, and their run-length codes: truth, prediction.
+
+A plain tuple of numbers and bytes is nothing to Python's garbage collector. Objects would be: a full collection over
+the 300 000 of a data set stops all threads for half a second.
+"""
+
+_SkippedRow = tuple[JsonId | None, JsonId | None, str, str]
+"""The fields of a `Skipped`, as a plain tuple for the same reason."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Crowd:
     """A crowd region; `number` is its place in `Evaluator.skipped`."""
@@ -86,14 +97,13 @@ class Evaluator:
         category_names: names by category id, in the order of the report (`CocoFile.category_names`).
 
     Attributes:
-        skipped: rows that were not counted, in order of arrival.
         memory: bytes that the added rows take, including the computation of the report.
     """
 
     def __init__(self, category_names: Mapping[JsonId, str]) -> None:
-        self.skipped: list[Skipped] = []
         self._names = dict(category_names)
-        self._pairs: list[InstanceComparison] = []
+        self._pairs: list[_Pair] = []
+        self._skipped: list[_SkippedRow] = []
         self._compared_categories: set[JsonId] = set()
         self._crowds: list[_Crowd] = []
         self._waiting: dict[JsonId, list[_Crowd]] = {}
@@ -156,9 +166,10 @@ class Evaluator:
             return
         iou = rle.iou(truth, prediction)
         area, box = rle.area(truth), box_area(annotation.box_xywh)
-        row = InstanceIoU(annotation_id, image_id, category_id, iou, float(score), area, box)
         self._iou_sum += iou
-        self._pairs.append(InstanceComparison(row, truth, prediction))
+        ids = annotation_id, image_id, category_id
+        frame = truth.height, truth.width
+        self._pairs.append((*ids, iou, float(score), area, box, *frame, truth.counts, prediction.counts))
         if category_id not in self._compared_categories:
             self._compared_categories.add(category_id)
             self.memory += MEMORY_OF_A_CATEGORY
@@ -167,36 +178,36 @@ class Evaluator:
     @property
     def compared(self) -> list[InstanceComparison]:
         """The compared masks, lowest IoU first; masks of equal IoU in id order."""
-        return sorted(
-            self._pairs,
-            key=lambda pair: (pair.row.iou, id_order(pair.row.image_id), id_order(pair.row.annotation_id)),
-        )
+        return [_comparison(pair) for pair in _by_iou(_by_id(self._pairs))]
 
     @property
     def rows(self) -> list[InstanceIoU]:
         """The compared masks without their codes, in order of arrival."""
-        return [pair.row for pair in self._pairs]
+        return list(map(_instance, self._pairs))
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Rows that were not counted, in order of arrival."""
+        return [Skipped(*row) for row in self._skipped]
 
     def rescore(self, scores: Iterable[float]) -> None:
         """Replaces the scores of the compared masks, in the order of `rows`."""
-        self._pairs = [
-            replace(pair, row=replace(pair.row, score=float(score)))
-            for pair, score in zip(self._pairs, scores, strict=True)
-        ]
+        self._pairs = [(*pair[:4], float(score), *pair[5:]) for pair, score in zip(self._pairs, scores, strict=True)]
 
     def skip(self, annotation: Annotation, reason: str, message: str) -> None:
         """Records a row that cannot be counted, for example because its image cannot be read."""
-        self.skipped.append(Skipped(annotation.id, annotation.image_id, str(reason), message))
+        self._skipped.append((annotation.id, annotation.image_id, str(reason), message))
         self.memory += MEMORY_OF_A_SKIPPED + len(message)
 
-    def report(self, *, ap: bool = True) -> EvaluationReport:
+    def report(self, *, ap: bool = True, listed: int | None = None) -> EvaluationReport:
         """Computes the report over all added rows; it does not depend on their order.
 
         Args:
             ap: also compute COCO's metrics, by far the slowest part.
+            listed: number of rows in `worst` and in `skipped_rows`; None: all.
         """
-        pairs = sorted(self._pairs, key=lambda pair: (id_order(pair.row.image_id), id_order(pair.row.annotation_id)))
-        rows = [pair.row for pair in pairs]
+        pairs = _by_id(self._pairs)
+        rows = list(map(_instance, pairs))
         # Computed once for both: the overlaps are the slow part.
         overlaps = ap_input(*self._as_coco(pairs)) if ap else None
         scores, ious = [row.score for row in rows], [row.iou for row in rows]
@@ -213,9 +224,9 @@ class Evaluator:
             ap_at_score={} if overlaps is None else overlaps.metrics("score"),
             score=score_quality(scores, ious),
             categories=self._category_rows(rows),
-            worst=tuple(sorted(rows, key=lambda row: row.iou)),
-            skipped=dict(Counter(row.reason for row in self.skipped).most_common()),
-            skipped_rows=tuple(self.skipped),
+            worst=tuple(map(_instance, _by_iou(pairs)[:listed])),
+            skipped=dict(Counter(reason for _, _, reason, _ in self._skipped).most_common()),
+            skipped_rows=tuple(Skipped(*row) for row in self._skipped[:listed]),
         )
 
     def _truth(self, annotation: Annotation, image_id: JsonId, frame: tuple[int, int]) -> Rle | None:
@@ -241,7 +252,7 @@ class Evaluator:
 
     def _add_crowd(self, annotation: Annotation, image_id: JsonId, category_id: JsonId) -> None:
         self.skip(annotation, Reason.CROWD, f"{row_name(annotation.id)}: crowd regions are not counted")
-        segmentation, number = annotation.raw.get("segmentation"), len(self.skipped) - 1
+        segmentation, number = annotation.raw.get("segmentation"), len(self._skipped) - 1
         if not segmentation:
             return
         try:
@@ -271,15 +282,15 @@ class Evaluator:
             self._crowds.append(replace(crowd, region=region))
 
     def _explain(self, number: int, error: BadDataset) -> None:
-        row = self.skipped[number]
-        message = f"{row.message}, and this one cannot be read ({error})"
-        self.memory += len(message) - len(row.message)
-        self.skipped[number] = replace(row, message=message)
+        annotation_id, image_id, reason, known = self._skipped[number]
+        message = f"{known}, and this one cannot be read ({error})"
+        self.memory += len(message) - len(known)
+        self._skipped[number] = annotation_id, image_id, reason, message
 
-    def _as_coco(self, pairs: Sequence[InstanceComparison]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _as_coco(self, pairs: Sequence[_Pair]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         truth: list[dict[str, Any]] = []
         results: list[dict[str, Any]] = []
-        for number, pair in enumerate(pairs):
+        for number, pair in enumerate(map(_comparison, pairs)):
             ids = {"image_id": pair.row.image_id, "category_id": pair.row.category_id}
             truth.append({**ids, "id": number, "segmentation": pair.truth, "area": pair.row.area})
             results.append({**ids, "segmentation": pair.prediction, "score": pair.row.score})
@@ -305,6 +316,34 @@ class Evaluator:
             for category_id, group in groups.items()
             if group
         )
+
+
+def _is_int64(value: object) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63
+
+
+def _instance(pair: _Pair) -> InstanceIoU:
+    return InstanceIoU(*pair[:7])
+
+
+def _comparison(pair: _Pair) -> InstanceComparison:
+    height, width, truth, prediction = pair[7:]
+    return InstanceComparison(_instance(pair), Rle(height, width, truth), Rle(height, width, prediction))
+
+
+def _by_id(pairs: Sequence[_Pair]) -> list[_Pair]:
+    """Returns the pairs in order of their images and annotations."""
+    if all(_is_int64(pair[0]) and _is_int64(pair[1]) for pair in pairs):
+        # As numbers: NumPy sorts without the interpreter, which a long `sorted` holds for seconds.
+        annotations, images = (np.fromiter((pair[k] for pair in pairs), np.int64, len(pairs)) for k in (0, 1))
+        return [pairs[index] for index in np.lexsort((annotations, images))]
+    return sorted(pairs, key=lambda pair: (id_order(pair[1]), id_order(pair[0])))
+
+
+def _by_iou(pairs: Sequence[_Pair]) -> list[_Pair]:
+    """Returns the pairs, lowest IoU first; those of equal IoU in their order."""
+    ious = np.fromiter((pair[3] for pair in pairs), np.float64, len(pairs))
+    return [pairs[index] for index in np.argsort(ious, kind="stable")]
 
 
 def evaluate_labels(truth: CocoFile, labels: CocoFile, *, ap: bool = True) -> EvaluationReport:

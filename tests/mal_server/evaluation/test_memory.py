@@ -485,7 +485,7 @@ def test_memory_is_held_while_a_thread_computes_the_report_of_a_cancelled_call(
         budgets.append(MemoryQuota(*args))
         return budgets[-1]
 
-    def report(self: Evaluator) -> None:
+    def report(self: Evaluator, **options: Any) -> None:
         started.set()
         assert gate.wait(60)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import weakref
 from pathlib import Path
 
 import grpc
+import pytest
 from mal.v1 import labeling_pb2_grpc
 
 from mal_server.scheduling import background
@@ -203,3 +205,12 @@ def writing_end(pipe: Path, process: "subprocess.Popen[str]") -> int:
             if error.errno != errno.ENXIO:
                 raise
         time.sleep(0.02)
+
+
+def test_the_garbage_collector_is_paused_until_the_last_work_has_ended() -> None:
+    assert gc.isenabled()
+    with background.collector_paused():
+        with pytest.raises(ValueError, match="work"), background.collector_paused():
+            raise ValueError("work")
+        assert not gc.isenabled()
+    assert gc.isenabled()
