@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from mal_train.core.errors import ConfigError
 from mal_train.core.masks.geometry import box_mask_in_window
 from mal_train.core.settings import Compat, size_class
 from mal_train.kernel.labeler.labeler import Labeler
-from mal_train.kernel.labeler.overlaps import MaskClaim, assign_pixels, logits
+from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners, logits
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
 from mal_train.offline.edge_refinement import refine_edges
@@ -32,7 +33,7 @@ class TtaOptions:
     Attributes:
         options: branch and flip of each pass; agreement is not supported here.
         margins: margin rates of the passes, whose logits are averaged; (): one pass with the checkpoint's margin.
-        resolve_overlaps: assigns each pixel that several instances of an image claim to one of them (`assign_pixels`).
+        resolve_overlaps: assigns each pixel that several instances of an image claim to one of them (`PixelOwners`).
         refine_edges: moves mask edges to color edges in each pass (`edge_refinement.refine_edges`).
     """
 
@@ -43,6 +44,8 @@ class TtaOptions:
 
 
 CropClaim = tuple[Crop, MaskClaim]
+CropMap = tuple[Crop, Prediction]
+Result = TypeVar("Result")
 
 
 def label_images(
@@ -63,67 +66,91 @@ def label_images(
     """
     if len(tta.margins) > 1 and labeler.config.compat is Compat.TAO:
         raise ConfigError(f"margins: {tta.margins}; compat: tao supports one margin only")
+    labelers = [labeler.with_margin(margin) for margin in tta.margins or (labeler.config.margin_rate,)]
     with ExitStack() as stack:
-        passes = []
-        for margin in tta.margins or (labeler.config.margin_rate,):
-            pass_labeler = labeler.with_margin(margin)
-            claims = label_boxes(
-                pass_labeler,
-                rows,
-                image_dir,
-                partial(_claim, pass_labeler, tta.refine_edges),
-                options=tta.options,
-                batch_size=batch_size,
-                threads=threads,
+        passes = [
+            stack.enter_context(
+                closing(
+                    label_boxes(
+                        pass_labeler,
+                        rows,
+                        image_dir,
+                        partial(_maps if tta.resolve_overlaps else _claim, pass_labeler, tta.refine_edges),
+                        options=tta.options,
+                        batch_size=batch_size,
+                        threads=threads,
+                    )
+                )
             )
-            passes.append(stack.enter_context(closing(claims)))
-        merged = (_average(claims) for claims in zip(*passes, strict=True))
-        if not tta.resolve_overlaps:
-            for annotation, claim in merged:
-                yield annotation, _label(labeler, claim)
+            for pass_labeler in labelers
+        ]
+        boxes = zip(*passes, strict=True)
+        if tta.resolve_overlaps:
+            for _, boxes_of_image in itertools.groupby(boxes, key=lambda box: box[0][0].image_id):
+                yield from _label_without_overlaps(labelers, list(boxes_of_image))
             return
-        for _, claims_of_image in itertools.groupby(merged, key=lambda pair: pair[0].image_id):
-            yield from _label_without_overlaps(labeler, list(claims_of_image))
+        for box in boxes:
+            annotation, claims = _merged(box)
+            yield annotation, claims if isinstance(claims, LabelFailure) else _label(labeler, claims)
 
 
-def _average(
-    claims: Sequence[tuple[Annotation, CropClaim | LabelFailure]],
-) -> tuple[Annotation, CropClaim | LabelFailure]:
-    """Averages the logits of one box over the passes. The box fails if one pass fails."""
-    annotation, first = claims[0]
-    for _, claim in claims:
-        if isinstance(claim, LabelFailure):
-            return annotation, claim
-    if isinstance(first, LabelFailure) or len(claims) == 1:
-        return annotation, first
-    crop, first_claim = first
-    probs = [claim[1].prob for _, claim in claims if not isinstance(claim, LabelFailure)]
-    mean = np.mean([logits(prob) for prob in probs], axis=0, dtype=np.float32)
-    prob = (1.0 / (1.0 + np.exp(-mean))).astype(np.float32)
-    return annotation, (crop, dataclasses.replace(first_claim, prob=prob))
+def _merged(
+    passes: Sequence[tuple[Annotation, Result | LabelFailure]],
+) -> tuple[Annotation, list[Result] | LabelFailure]:
+    """Returns the results of one box in all passes. The box fails if one pass fails."""
+    results: list[Result] = []
+    for _, result in passes:
+        if isinstance(result, LabelFailure):
+            return passes[0][0], result
+        results.append(result)
+    return passes[0][0], results
+
+
+def _label(labeler: Labeler, claims: Sequence[CropClaim]) -> Label:
+    claim = _average([claim for _, claim in claims])
+    return labeler.label_from_mask(claims[0][0], claim, claim.mask)
 
 
 def _label_without_overlaps(
-    labeler: Labeler, claims: Sequence[tuple[Annotation, CropClaim | LabelFailure]]
+    labelers: Sequence[Labeler], boxes: Sequence[Sequence[tuple[Annotation, CropMap | LabelFailure]]]
 ) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
-    valid = [claim for _, claim in claims if not isinstance(claim, LabelFailure)]
-    masks = iter(assign_pixels([claim for _, claim in valid], valid[0][0].image_hw) if valid else [])
-    for annotation, claim in claims:
-        if isinstance(claim, LabelFailure):
-            yield annotation, claim
-        else:
-            yield annotation, labeler.label_from_mask(*claim, next(masks))
+    """Labels all boxes of one image. Pastes each twice, but holds the pixels of one box at a time."""
+    merged = [_merged(box) for box in boxes]
+    crops = [maps[0][0] for _, maps in merged if not isinstance(maps, LabelFailure)]
+    owners = PixelOwners(crops[0].image_hw) if crops else None
+
+    def claim_of(maps: Sequence[CropMap]) -> MaskClaim:
+        return _average([labeler.claim(*one) for labeler, one in zip(labelers, maps, strict=True)])
+
+    for index, (_, maps) in enumerate(merged):
+        if owners is not None and not isinstance(maps, LabelFailure):
+            owners.add(index, claim_of(maps))
+    for index, (annotation, maps) in enumerate(merged):
+        if isinstance(maps, LabelFailure):
+            yield annotation, maps
+        elif owners is not None:
+            claim = claim_of(maps)
+            yield annotation, labelers[0].label_from_mask(maps[0][0], claim, owners.mask(index, claim))
 
 
-def _label(labeler: Labeler, claim: CropClaim | LabelFailure) -> Label | LabelFailure:
-    return claim if isinstance(claim, LabelFailure) else labeler.label_from_mask(*claim, claim[1].mask)
+def _average(claims: Sequence[MaskClaim]) -> MaskClaim:
+    """Averages the logits of one box over the passes."""
+    if len(claims) == 1:
+        return claims[0]
+    mean = np.mean([logits(claim.prob) for claim in claims], axis=0, dtype=np.float32)
+    prob = (1.0 / (1.0 + np.exp(-mean))).astype(np.float32)
+    return dataclasses.replace(claims[0], prob=prob)
 
 
-def _claim(labeler: Labeler, refine: bool, _annotation: Annotation, crop: Crop, prediction: Prediction) -> CropClaim:
+def _claim(labeler: Labeler, refine: bool, annotation: Annotation, crop: Crop, prediction: Prediction) -> CropClaim:
+    crop, prediction = _maps(labeler, refine, annotation, crop, prediction)
+    return crop, labeler.claim(crop, prediction)
+
+
+def _maps(labeler: Labeler, refine: bool, _annotation: Annotation, crop: Crop, prediction: Prediction) -> CropMap:
     if refine:
         prediction = Prediction(_with_refined_edges(labeler, crop, prediction.prob))
-    # Frees the pixels: they are no longer needed and make up most of a crop.
-    return dataclasses.replace(crop, pixels=crop.pixels[:0]), labeler.claim(crop, prediction)
+    return crop.without_pixels(), prediction
 
 
 def _with_refined_edges(

@@ -23,6 +23,10 @@ Box = tuple[float, float, float, float]
 
 Pixels = NDArray[np.uint8]
 
+STRIP_PIXELS = 2**20
+"""Pixels of a strip in `paste`."""
+STRIP_ALIGNMENT = 32
+
 _FAR = 1e18
 """Coordinates beyond this are taken as this, so that areas do not exceed the range of float32."""
 
@@ -221,10 +225,36 @@ def paste(prob: NDArray[np.float32], window: Window, region: Region) -> NDArray[
     `resize_crop` up to that interpolation.
     """
     left, top = region.col0 - window.x0, region.row0 - window.y0
-    window_prob: NDArray[np.float32] = np.asarray(
-        cv2.resize(prob, (window.width, window.height), interpolation=cv2.INTER_LINEAR), dtype=np.float32
-    )
-    return window_prob[top : region.row1 - window.y0, left : region.col1 - window.x0]
+    columns, rows = slice(left, region.col1 - window.x0), slice(top, region.row1 - window.y0)
+    is_stretched = window.height > len(prob) and window.width > len(prob)
+    if not is_stretched or window.width * window.height <= STRIP_PIXELS:
+        return _resized(prob, window.height, window.width)[rows, columns]
+    # Bilinear is separable: stretching the rows first and then a strip of columns at a time gives the same values to
+    # the bit, without the whole window in memory.
+    stretched = _resized(prob, len(prob), window.width)
+    pasted = np.empty((rows.stop - rows.start, columns.stop - columns.start), np.float32)
+    for start, stop in _strips(window):
+        first, last = max(start, columns.start), min(stop, columns.stop)
+        if first < last:
+            strip = _resized(np.ascontiguousarray(stretched[:, start:stop]), window.height)
+            pasted[:, first - left : last - left] = strip[rows, first - start : last - start]
+    return pasted
+
+
+def _strips(window: Window) -> Iterator[tuple[int, int]]:
+    """Yields the first column and the end of each strip of a window.
+
+    OpenCV rounds columns differently that fill no vector register, and a single column. So strips begin at multiples of
+    STRIP_ALIGNMENT, and none is one column wide.
+    """
+    width = max(STRIP_PIXELS // window.height // STRIP_ALIGNMENT, 1) * STRIP_ALIGNMENT
+    starts = range(0, max(window.width - 1, 1), width)
+    yield from zip(starts, (*starts[1:], window.width), strict=True)
+
+
+def _resized(prob: NDArray[np.float32], height: int, width: int | None = None) -> NDArray[np.float32]:
+    size = (prob.shape[1] if width is None else width, height)
+    return np.asarray(cv2.resize(prob, size, interpolation=cv2.INTER_LINEAR), dtype=np.float32)
 
 
 def _periodic_slices(start: int, stop: int, period: int) -> Iterator[tuple[slice, slice]]:

@@ -39,7 +39,7 @@ from mal_train.core.settings import (
     size_class,
 )
 from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
-from mal_train.kernel.labeler.overlaps import MaskClaim, assign_pixels
+from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import DEFAULT_PREDICT_OPTIONS, Crop, Label, Prediction, PredictOptions, ProbMap
 from mal_train.kernel.networks.network import MalNetwork, normalize, probabilities
@@ -180,6 +180,8 @@ class Labeler:
         *,
         threshold: float | None = None,
         min_component_area_px: int = 0,
+        owners: PixelOwners | None = None,
+        index: int = 0,
     ) -> Label:
         """Returns the label of one box: mask, score and flags in image coordinates.
 
@@ -190,9 +192,13 @@ class Labeler:
                 threshold for the size class of the box.
             min_component_area_px: remove connected components with fewer pixels from the mask, except the largest
                 (`remove_small_regions`), before score, area, box, agreement and flags are computed; 0 removes none.
+            owners: owners of the image's pixels, with the claims of all its boxes; None: the mask keeps all pixels.
+                Small components are removed after the pixels are assigned. Agreement compares masks before.
+            index: index of the box in `owners`.
         """
         claim = self.claim(crop, prediction, threshold=threshold)
-        mask = remove_small_regions(claim.mask, min_component_area_px)
+        mask = claim.mask if owners is None else owners.mask(index, claim)
+        mask = remove_small_regions(mask, min_component_area_px)
         agreement = self._agreement(crop, prediction, claim, min_component_area_px)
         return self.label_from_mask(crop, claim, mask, agreement, min_component_area_px)
 
@@ -203,27 +209,28 @@ class Labeler:
         threshold: float | None = None,
         min_component_area_px: int = 0,
     ) -> list[Label]:
-        """Returns the labels of all boxes of one image, with each pixel in at most one mask (`assign_pixels`).
-
-        Small components are removed after the pixels are assigned. Agreement compares masks as `finish` makes them,
-        before pixels are assigned.
+        """Returns the labels of all boxes of one image, with each pixel in at most one mask (`PixelOwners`).
 
         Args:
             pairs: crop and prediction of each box, all of one image.
             threshold: see `finish`.
             min_component_area_px: see `finish`.
         """
-        claims = [self.claim(crop, prediction, threshold=threshold) for crop, prediction in pairs]
-        masks = assign_pixels(claims, pairs[0][0].image_hw) if pairs else []
+        if not pairs:
+            return []
+        owners = PixelOwners(pairs[0][0].image_hw)
+        for index, (crop, prediction) in enumerate(pairs):
+            owners.add(index, self.claim(crop, prediction, threshold=threshold))
         return [
-            self.label_from_mask(
+            self.finish(
                 crop,
-                claim,
-                remove_small_regions(mask, min_component_area_px),
-                self._agreement(crop, prediction, claim, min_component_area_px),
-                min_component_area_px,
+                prediction,
+                threshold=threshold,
+                min_component_area_px=min_component_area_px,
+                owners=owners,
+                index=index,
             )
-            for (crop, prediction), claim, mask in zip(pairs, claims, masks, strict=True)
+            for index, (crop, prediction) in enumerate(pairs)
         ]
 
     def claim(self, crop: Crop, prediction: Prediction, *, threshold: float | None = None) -> MaskClaim:
@@ -309,10 +316,12 @@ class Labeler:
             logits = self._branch_logits(normalize(crops_NHWC), size_class_N, options)
             side = crops_NHWC.shape[1]
             prob_NHW = {branch: probabilities(z_N1HW, side).cpu().numpy() for branch, z_N1HW in logits.items()}
+        # Copies: a view of one crop would keep the maps of the whole batch in memory.
+        maps = {branch: [prob_HW.copy() for prob_HW in prob] for branch, prob in prob_NHW.items()}
         if not options.agreement:
-            return [Prediction(prob) for prob in prob_NHW[options.branch]]
-        maps = zip(prob_NHW[options.branch], prob_NHW[Branch.STUDENT], prob_NHW[Branch.TEACHER], strict=True)
-        return [Prediction(prob, student, teacher) for prob, student, teacher in maps]
+            return [Prediction(prob) for prob in maps[options.branch]]
+        triples = zip(maps[options.branch], maps[Branch.STUDENT], maps[Branch.TEACHER], strict=True)
+        return [Prediction(prob, student, teacher) for prob, student, teacher in triples]
 
     def _branch_logits(
         self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, options: PredictOptions

@@ -1,6 +1,6 @@
 """Inputs and outputs of the labeler's three steps: `Crop` → `Prediction` → `Label`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,10 @@ class Crop:
     def was_clipped(self) -> bool:
         """True if the caller's box extends beyond the image."""
         return self.box_inside != self.box_xywh
+
+    def without_pixels(self) -> "Crop":
+        """Returns the geometry alone, all that is needed once the crop has been predicted."""
+        return replace(self, pixels=self.pixels[:0].copy())
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,23 @@ def test_a_pixel_belongs_to_the_box_when_its_center_does(
     assert geometry.box_pixels(box, (120, 100)) == region
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from((8, 16, 64)))
+@settings(max_examples=60, deadline=None)
+def test_pasting_a_large_window_in_strips_gives_the_same_values_to_the_bit(seed: int, side: int) -> None:
+    rng = np.random.default_rng(seed)
+    prob = rng.random((side, side), dtype=np.float32)
+    window = Window(-3, -5, -3 + side + int(rng.integers(1, 150)), -5 + side + int(rng.integers(1, 150)))
+    (col0, col1), (row0, row1) = (
+        np.sort(rng.choice(np.arange(low, high + 1), 2, replace=False))
+        for low, high in ((window.x0, window.x1), (window.y0, window.y1))
+    )
+    region = Region(int(col0), int(row0), int(col1), int(row1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "STRIP_PIXELS", int(rng.choice([1, 5000])))
+        in_strips = geometry.paste(prob, window, region)
+    assert np.array_equal(in_strips, geometry.paste(prob, window, region))
+
+
 def test_paste_is_the_inverse_of_crop_for_boxes_beyond_the_edge() -> None:
     rng = np.random.default_rng(3)
     smooth = np.add.outer(np.linspace(0, 0.5, 90), np.linspace(0, 0.5, 70)).astype(np.float32)
