@@ -30,6 +30,7 @@ part of the server.
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 from mal_train.core.errors import DeviceError, InputError, MalError
 
@@ -47,6 +48,10 @@ class InvalidRequest(InputError):
     def __init__(self, violations: Sequence[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{field}: {text}" for field, text in violations))
         self.violations = tuple(violations)
+
+    def under(self, path: str) -> Self:
+        """Returns the same error for a request that is a part of a message; `path` precedes the fields."""
+        return type(self)([(f"{path}{field}", problem) for field, problem in self.violations])
 
 
 class ResponseTooLarge(InvalidRequest):

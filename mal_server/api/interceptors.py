@@ -9,6 +9,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from mal_server.api.call_record import CallRecord
+from mal_server.api.caller import caller_of, current_caller
 from mal_server.api.grpc_server import UNKNOWN_METHOD
 from mal_server.api.open_calls import OpenCalls
 from mal_server.api.receiving import ReceiveLimiter
@@ -96,6 +97,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def guarded(requests: AsyncIterator[Any], context: Any) -> Responses:
             record.begin(context)
+            caller = caller_of(token, context)
+            current_caller.set(caller)
             try:
                 with self._calls.opened(method, token, is_stream=handler.request_streaming) as scope:
                     if token is not None:  # the tokens may have changed since the call arrived
@@ -103,7 +106,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     async with scope:
                         request: Any = _checked_stream(requests)
                         if not handler.request_streaming:
-                            caller = context.peer() if token is None else token.name
                             request = _checked(await self._receiver.receive(requests, caller))
                         async with aclosing(inner(request, context)) as responses:
                             async for response in responses:

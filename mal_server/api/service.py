@@ -11,16 +11,17 @@ Exceptions leave these methods as they are; the interceptor turns them into stat
 import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
+from mal_server.api.caller import current_caller
 from mal_server.api.serialization import evaluation_messages, labeling_messages, model_messages
 from mal_server.api.serialization.status import reason_of, status_of
-from mal_server.api.streaming import bounded_map, each, each_within
+from mal_server.api.streaming import bounded_map, contextless, each, each_within
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
 from mal_server.errors import NoSuchFile, ResponseTooLarge
@@ -93,32 +94,36 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
                 async for response in responses:
                     yield response
 
+    @asynccontextmanager
     async def _label_item(
         self, models: PinnedModels, context: Any, item: labeling_pb2.LabelImagesRequest
-    ) -> labeling_pb2.LabelImagesResponse:
-        try:
-            labeling_messages.check_item(item)
-            model = models.get(item.request.options.model)
-            defaults = _call_defaults(model, Priority.BATCH, context)
-            label_request = labeling_messages.read_label_request(item.request, self._limits, defaults, "request.")
-            model_ref = labeling_messages.write_model_ref(model.info, label_request.predict_options.branch)
-            result = await model.pipeline.label_merged(label_request)
-            write = partial(labeling_messages.write_item, item.item_id, result, model_ref)
-            response = await _written(write, result, model, label_request)
-            self._check_size(response.ByteSize())
-        except DeviceLost:  # no later item can be labeled either
-            raise
-        # An error of one item must not end the stream: it becomes the status of that item.
-        except Exception as error:
-            self._metrics.rejected(reason_of(error))
-            return labeling_messages.write_item_error(item.item_id, status_of(error))
-        return response
+    ) -> AsyncIterator[labeling_pb2.LabelImagesResponse]:
+        """Returns the response to an item, whose memory is counted until the context ends."""
+        async with AsyncExitStack() as stack:
+            try:
+                labeling_messages.check_item(item)
+                model = models.get(item.request.options.model)
+                defaults = _call_defaults(model, Priority.BATCH, context)
+                label_request = labeling_messages.read_label_request(item.request, self._limits, defaults, "request.")
+                model_ref = labeling_messages.write_model_ref(model.info, label_request.predict_options.branch)
+                result = await stack.enter_async_context(model.pipeline.labeled(label_request))
+                write = partial(labeling_messages.write_item, item.item_id, result, model_ref)
+                response = await _written(write, result, model, label_request)
+                self._check_size(response.ByteSize())
+            except DeviceLost:  # no later item can be labeled either
+                raise
+            # An error of one item must not end the stream: it becomes the status of that item.
+            except Exception as error:
+                problem = error.under("request.") if isinstance(error, ResponseTooLarge) else error
+                self._metrics.rejected(reason_of(problem))
+                response = labeling_messages.write_item_error(item.item_id, status_of(problem))
+            yield response
 
     def _check_size(self, size_bytes: int) -> None:
         limit = self._limits.max_response_bytes
         if size_bytes > limit:
             problem = f"the masks take {size_bytes} bytes; max_response_bytes is {limit}; send fewer boxes at a time"
-            raise ResponseTooLarge([("request.instances", problem)])
+            raise ResponseTooLarge([("instances", problem)])
 
 
 class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
@@ -157,7 +162,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             options, images = await self._images(options, request_iterator, memory)
             run = EvaluationRun(model.pipeline, model.pool, options.category_names, tokens, memory)
             samples = bounded_map(
-                images, run.label, self._limits.max_items_in_flight, idle_s=self._idle_s, in_order=True
+                images, contextless(run.label), self._limits.max_items_in_flight, idle_s=self._idle_s, in_order=True
             )
             async with aclosing(samples):
                 async for sample in samples:
@@ -276,4 +281,6 @@ async def _written(
 def _call_defaults(model: ServedModel, priority: Priority, context: Any) -> labeling_messages.CallDefaults:
     left_s = context.time_remaining()
     deadline = math.inf if left_s is None else asyncio.get_running_loop().time() + left_s
-    return labeling_messages.CallDefaults(model.info.branch, priority, deadline, model.info.branches)
+    return labeling_messages.CallDefaults(
+        model.info.branch, priority, deadline, model.info.branches, current_caller.get()
+    )

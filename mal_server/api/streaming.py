@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 from mal_server.errors import StreamIdle
@@ -13,7 +14,7 @@ Response = TypeVar("Response")
 
 async def bounded_map(
     requests: AsyncIterator[Request],
-    handle: Callable[[Request], Coroutine[Any, Any, Response]],
+    handle: Callable[[Request], AbstractAsyncContextManager[Response]],
     max_in_flight: int,
     *,
     idle_s: float,
@@ -21,14 +22,15 @@ async def bounded_map(
 ) -> AsyncGenerator[Response, None]:
     """Handles up to `max_in_flight` requests concurrently and reads no further ahead.
 
-    Yields responses as they complete, or in the order of the requests. The first exception of `requests` or `handle`
-    ends the stream. Closing the generator cancels the requests in flight.
+    Yields responses as they complete, or in the order of the requests. The context of a response ends when the next one
+    is asked for, so that what it holds is held until then, also by responses that nobody reads. The first exception of
+    `requests` or `handle` ends the stream. Closing the generator cancels the requests in flight.
 
     Raises:
         StreamIdle: no request arrived for `idle_s` seconds while none was in flight.
     """
     reading: asyncio.Task[Request | None] | None = None
-    running: deque[asyncio.Task[Response]] = deque()
+    running: deque[asyncio.Task[tuple[Response, AsyncExitStack]]] = deque()
     is_exhausted = False
     try:
         while running or not is_exhausted:
@@ -46,16 +48,33 @@ async def bounded_map(
                 if request is None:
                     is_exhausted = True
                 else:
-                    running.append(asyncio.create_task(handle(request)))
+                    running.append(asyncio.create_task(_entered(handle(request))))
             for task in awaited:
                 if task.done():
                     running.remove(task)
-                    yield task.result()
+                    response, context = task.result()
+                    async with context:
+                        yield response
     finally:
         unfinished: list[asyncio.Task[Any]] = [*running, *([reading] if reading else [])]
         for task in unfinished:
             task.cancel()
         await asyncio.gather(*unfinished, return_exceptions=True)
+        for task in running:
+            if not task.cancelled() and task.exception() is None:
+                await task.result()[1].aclose()
+
+
+def contextless(
+    handle: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], AbstractAsyncContextManager[Response]]:
+    """Returns a handler for `bounded_map` whose responses hold nothing."""
+
+    @asynccontextmanager
+    async def handled(request: Request) -> AsyncIterator[Response]:
+        yield await handle(request)
+
+    return handled
 
 
 async def each_within(requests: AsyncIterator[Request], idle_s: float) -> AsyncGenerator[Request, None]:
@@ -83,3 +102,10 @@ async def _next(requests: AsyncIterator[Request]) -> Request | None:
 
 def _idle_error(idle_s: float) -> StreamIdle:
     return StreamIdle(f"no request for {idle_s:g} s; open another stream for further ones")
+
+
+async def _entered(handled: AbstractAsyncContextManager[Response]) -> tuple[Response, AsyncExitStack]:
+    """Returns a response, and the stack that ends its context."""
+    async with AsyncExitStack() as stack:
+        response = await stack.enter_async_context(handled)
+        return response, stack.pop_all()

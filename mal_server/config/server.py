@@ -113,14 +113,30 @@ class ServerConfig(Strict):
         ge=1,
         le=1_000_000,
         description="Boxes that may wait for a device; further requests are refused (UNAVAILABLE) with a retry delay. "
-        "Each takes up to\n3 * crop_size^2 bytes of memory. At least limits.max_boxes.",
+        "At least\nlimits.max_boxes.",
     )
     max_queue_bytes: int = Field(
         default=2048 * MIB,
         ge=MIB,
         le=PIB,
-        description="Memory for waiting requests, in bytes: encoded images and 3 * crop_size^2 for each box. Further "
-        "requests are\nrefused likewise; an empty queue accepts a request of any size.",
+        description="Memory for requests, in bytes: twice the encoded image, and 4 * crop_size^2 for each box whose "
+        "result is not sent\nyet (8 with compute_agreement). Further requests are refused likewise; an empty queue "
+        "accepts a request of any size.",
+    )
+    batch_queue_share: float = Field(
+        default=0.5,
+        gt=0.0,
+        le=1.0,
+        description="Part of max_queue_crops and max_queue_bytes that BATCH work may fill. INTERACTIVE work is never "
+        "refused because of it.\nA single request that needs more is accepted while no other BATCH request is there.",
+    )
+    caller_queue_share: float = Field(
+        default=0.5,
+        gt=0.0,
+        le=1.0,
+        description="Part of what its priority may fill that one caller may: a token, or without tokens a connection. "
+        "A single request\nthat needs more is accepted while the caller has no other. Callers take turns at the "
+        "device.",
     )
     batch_aging_s: float = Field(
         default=2.0,

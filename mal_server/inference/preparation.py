@@ -4,27 +4,21 @@ A small request is one CPU task. A larger one takes several, so that others may 
 `MemoryLimiter` from decoding to its last crop.
 """
 
-import asyncio
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
 
 from mal_server.inference.image_store import FileImage, ImageStore
 from mal_server.inference.requests import InstanceResult, LabelRequest
 from mal_server.inference.worker import Predictor
-from mal_server.scheduling.background import when_done
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
+from mal_server.scheduling.leased_steps import LeasedSteps
 from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images.container import Container
 from mal_train.core.images.decoder import RgbImage, decode_container
 from mal_train.core.images.header import ImageLimits, read_container
 from mal_train.kernel.labeler.types import Crop
-
-Result = TypeVar("Result")
 
 BOXES_PER_TASK = 8
 """Boxes cut, or masks finished, by one CPU task."""
@@ -49,6 +43,10 @@ class Prepared:
     crop_ids: list[int]
     failed: tuple[InstanceResult, ...]
     decode_s: float
+
+    def without_pixels(self) -> "Prepared":
+        """Returns the geometry of the crops alone, all that is needed once they are predicted."""
+        return replace(self, crops=[crop.without_pixels() for crop in self.crops])
 
 
 @dataclass(frozen=True)
@@ -118,30 +116,15 @@ class CropPreparer:
         return self._predictor.prepare(image, request.boxes), time.perf_counter() - started
 
     async def _prepare_large(self, request: LabelRequest, large: _LargeImage) -> tuple[list[Crop | BadBox], float]:
-        lease = await self._memory_limiter.acquire(large.memory_bytes, request.priority)
-        task: Future[Any] | None = None
-        cpu_s = 0.0
-
-        async def run(work: Callable[..., Result], *args: Any) -> Result:
-            nonlocal task, cpu_s
-            task = future = self._pool.submit(request.priority, timed, work, *args)
-            result: Result
-            result, seconds = await asyncio.wrap_future(future)
-            cpu_s += seconds
-            return result
-
-        try:
-            image = await run(self._decode_large, request, large)
-            lease.shrink(image.nbytes)
+        async with LeasedSteps(self._pool, self._memory_limiter, request.priority, large.memory_bytes) as leased:
+            image = await leased.run(self._decode_large, request, large)
+            leased.shrink(image.nbytes)
             crops: list[Crop | BadBox] = []
             while len(crops) < len(request.boxes):
                 first = len(crops)
                 boxes = request.boxes[first : first + BOXES_PER_TASK]
-                crops += await run(partial(self._predictor.prepare, first=first), image, boxes)
-            return crops, cpu_s
-        finally:
-            # A cancelled caller leaves while a thread still uses the image.
-            when_done(task, lease.release)
+                crops += await leased.run(partial(self._predictor.prepare, first=first), image, boxes)
+            return crops, leased.cpu_s
 
     def _open(self, request: LabelRequest, encoded: bytes | None) -> tuple[Container, int]:
         """Walks through the image, and returns the memory that it takes: that of a file on disk counts, too."""
@@ -164,10 +147,3 @@ class CropPreparer:
         image = decode_container(container, expected_wh=request.expected_wh)
         self._images.on_decoded(request.image)
         return image
-
-
-def timed(work: Callable[..., Result], *args: Any) -> tuple[Result, float]:
-    """Returns the result of `work(*args)` and the seconds that it took."""
-    started = time.perf_counter()
-    result = work(*args)
-    return result, time.perf_counter() - started

@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mal_server.errors import ResponseTooLarge
 from mal_server.inference.image_store import ImageSource
 from mal_server.scheduling.priority import Priority
 from mal_train.core.errors import BadBox, DeviceError
-from mal_train.core.masks.encodings import EncodedMask
+from mal_train.core.masks.encodings import EncodedMask, PngCrop, Polygons, Runs
 from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import MaskFormat
 from mal_train.kernel.labeler.types import Label, PredictOptions
 
@@ -47,6 +49,7 @@ class LabelRequest:
         predict_options: options of the network; only requests with equal ones share a batch.
         output_options: postprocessing.
         priority: priority in every queue.
+        caller: callers of one priority take turns.
         deadline: event-loop time after which the result is not needed.
     """
 
@@ -57,6 +60,7 @@ class LabelRequest:
     predict_options: PredictOptions
     output_options: OutputOptions = DEFAULT_OUTPUT_OPTIONS
     priority: Priority = Priority.INTERACTIVE
+    caller: str = ""
     deadline: float = math.inf
 
 
@@ -67,6 +71,50 @@ class InstanceResult:
     instance_id: int
     outcome: Label | BadBox | DeviceError
     masks: tuple[EncodedMask, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the masks, about; the run-length code of the label is one of them or as large."""
+        own = len(self.outcome.rle.counts) if isinstance(self.outcome, Label) else 0
+        return own + sum(_mask_bytes(mask) for mask in self.masks if not isinstance(mask, Rle))
+
+
+class ResultBudget:
+    """Bounds the masks of one request while they are collected.
+
+    Args:
+        max_bytes: limit of `InstanceResult.size_bytes` of all results.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._size_bytes = 0
+
+    def spent_on(self, results: Sequence[InstanceResult]) -> Sequence[InstanceResult]:
+        """Returns the results. Raises ResponseTooLarge if they exceed the limit together with all before."""
+        self._size_bytes += sum(result.size_bytes for result in results)
+        if self._size_bytes > self._max_bytes:
+            raise ResponseTooLarge(
+                [
+                    (
+                        "instances",
+                        f"the masks take more than max_response_bytes ({self._max_bytes}); send fewer boxes at a time",
+                    )
+                ]
+            )
+        return results
+
+
+def _mask_bytes(mask: EncodedMask) -> int:
+    match mask:
+        case Rle():
+            return len(mask.counts)
+        case Runs():
+            return 4 * len(mask.counts)
+        case Polygons():
+            return sum(ring.points.nbytes for ring in mask.rings)
+        case PngCrop():
+            return len(mask.content)
 
 
 @dataclass(frozen=True)
@@ -86,6 +134,11 @@ class PartialResult:
 
     results: tuple[InstanceResult, ...]
     timing: Timing
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all masks."""
+        return sum(result.size_bytes for result in self.results)
 
 
 def merge(partials: Sequence[PartialResult]) -> PartialResult:

@@ -10,6 +10,7 @@ from mal_train.core.errors import BadBox
 from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks.geometry import Box
 from mal_train.kernel.labeler.oom import predict_split
+from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 
 
@@ -24,6 +25,10 @@ class Predictor(Protocol):
         """Returns foreground probabilities, in order. Raises OutOfDeviceMemory if a smaller batch may fit."""
         ...
 
+    def claim(self, crop: Crop, prediction: Prediction, /, *, threshold: float | None = None) -> MaskClaim:
+        """Returns the image pixels that the box claims."""
+        ...
+
     def finish(
         self,
         crop: Crop,
@@ -32,19 +37,10 @@ class Predictor(Protocol):
         *,
         threshold: float | None = None,
         min_component_area_px: int = 0,
+        owners: PixelOwners | None = None,
+        index: int = 0,
     ) -> Label:
-        """Returns the mask in image pixels, its score and flags."""
-        ...
-
-    def finish_without_overlaps(
-        self,
-        predictions: Sequence[tuple[Crop, Prediction]],
-        /,
-        *,
-        threshold: float | None = None,
-        min_component_area_px: int = 0,
-    ) -> list[Label]:
-        """Returns labels for boxes of one image; each contested pixel is assigned to one of them."""
+        """Returns the mask in image pixels, its score and flags; of contested pixels those that `owners` gives it."""
         ...
 
 

@@ -106,7 +106,7 @@ class ModelRegistry:
         self._closing: set[asyncio.Task[None]] = set()
         self._is_ready = False
         self._load_lock = asyncio.Lock()
-        metrics.watch_queue(self._waiting_crops, self._waiting_bytes)
+        metrics.watch_queue(self._waiting_crops, self._held_bytes)
 
     async def start(self) -> None:
         """Loads the configured models; none is served before all are ready. Raises the errors of `load`."""
@@ -312,8 +312,8 @@ class ModelRegistry:
     def _waiting_crops(self) -> float:
         return sum(model.batcher.waiting for model in self._in_memory())
 
-    def _waiting_bytes(self) -> float:
-        return sum(model.batcher.waiting_bytes for model in self._in_memory())
+    def _held_bytes(self) -> float:
+        return sum(model.batcher.held_bytes for model in self._in_memory())
 
     def _update_metrics(self) -> None:
         infos = [model.info for model in self._serving.values()]

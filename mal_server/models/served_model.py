@@ -53,6 +53,8 @@ class ServedModel:
             max_delay_s=config.max_queue_delay_ms / 1000,
             max_waiting=config.max_queue_crops,
             max_bytes=config.max_queue_bytes,
+            batch_share=config.batch_queue_share,
+            caller_share=config.caller_queue_share,
             batch_aging_s=config.batch_aging_s,
             observer=metrics,
         )
@@ -64,6 +66,7 @@ class ServedModel:
             config.limits.images(),
             memory_limiter=memory_limiter,
             crop_size=loaded.info.labeler.crop_size,
+            max_result_bytes=config.limits.max_response_bytes,
             metrics=metrics,
         )
 

@@ -58,6 +58,8 @@ class _Batcher(Protocol[Key, Item, Result]):
     """Methods of `Batcher` that an admission calls; a protocol because `batcher` imports this module."""
 
     def enqueue(self, admission: Admission[Key, Item, Result], key: Key, items: Sequence[Item]) -> None: ...
+    def hold(self, admission: Admission[Key, Item, Result], size_bytes: int) -> None: ...
+    def free(self, admission: Admission[Key, Item, Result], size_bytes: int) -> None: ...
     def close(self, admission: Admission[Key, Item, Result], *, cancelled: bool) -> None: ...
 
 
@@ -68,8 +70,11 @@ class Admission(Generic[Key, Item, Result]):
 
     Attributes:
         priority: priority of all items.
+        caller: caller that sent the request.
         deadline: loop time after which no item may start.
-        item_bytes: bytes that each item holds while it waits.
+        item_bytes: bytes that each item and its result hold.
+        held_bytes: bytes that the request holds now.
+        taken_bytes: those of them that belong to slices which the caller has read.
         waiting: number of items admitted and not yet started.
         unanswered: number of items submitted and not yet delivered.
         queue: queue that holds the submitted items; None before `submit`.
@@ -82,15 +87,19 @@ class Admission(Generic[Key, Item, Result]):
         self,
         batcher: _Batcher[Key, Item, Result],
         count: int,
+        size_bytes: int,
         *,
-        item_bytes: float,
         priority: Priority,
+        caller: Hashable,
         deadline: float,
     ) -> None:
         self._batcher = batcher
         self.priority = priority
+        self.caller = caller
         self.deadline = deadline
-        self.item_bytes = item_bytes
+        self.item_bytes = size_bytes // count
+        self.held_bytes = size_bytes
+        self.taken_bytes = 0
         self.waiting = count
         self.unanswered = 0
         self.queue: RequestQueue[Admission[Key, Item, Result], Item] | None = None
@@ -123,10 +132,26 @@ class Admission(Generic[Key, Item, Result]):
         """
         self._batcher.enqueue(self, key, items)
         remaining = len(items)
+        del items  # each is freed when its batch has run
         while remaining:
             batch_slice = await self.slices.get()
             remaining -= len(batch_slice.indices)
+            self.taken_bytes += len(batch_slice.indices) * self.item_bytes
             yield batch_slice
+            del batch_slice
+
+    def hold(self, size_bytes: int) -> None:
+        """Counts the memory of what was made of the slices read so far, if it is more than was counted for them.
+
+        Raises:
+            QueueFull: other requests hold the memory that this needs.
+        """
+        self._batcher.hold(self, size_bytes - self.taken_bytes)
+
+    def free_taken(self) -> None:
+        """Counts the memory of all slices read so far, and of what was made of them, as free."""
+        self._batcher.free(self, self.taken_bytes)
+        self.taken_bytes = 0
 
     def close(self, *, cancelled: bool = False) -> None:
         """Frees the remaining capacity and drops queued items; further calls have no effect.

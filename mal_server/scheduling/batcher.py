@@ -11,23 +11,27 @@ The life of a request, in the order of the methods below:
 
 A cancelled caller, a missed deadline or a failed batch affects no other request or batch.
 
-`RequestQueue` orders the items of one key: INTERACTIVE first, but BATCH never starves. `BatchDelayer` predicts whether
-more items will arrive. `Throughput` estimates when a refused caller should retry. All counting is done here.
+`RequestQueue` orders the items of one key: INTERACTIVE first, but BATCH never starves, and callers take turns.
+`SharedCapacity` decides whether a request fits. `BatchDelayer` predicts whether more items will arrive. `Throughput`
+estimates when a refused caller should retry.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import traceback
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from itertools import count as counter
 from operator import attrgetter
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from mal_server.scheduling.admission import Admission, BatchSlice, DeadlineExceeded, QueueFull
 from mal_server.scheduling.batch_delayer import BatchDelayer
 from mal_server.scheduling.batch_observer import BatchObserver, NullObserver
+from mal_server.scheduling.capacity import SharedCapacity
 from mal_server.scheduling.priority import Priority
-from mal_server.scheduling.request_queue import FairnessCredit, QueuedItem, RequestQueue, SortKey
+from mal_server.scheduling.request_queue import FairnessCredit, Heads, QueuedItem, RequestQueue, SortKey, first_of
 from mal_server.scheduling.throughput import Throughput
 
 Key = TypeVar("Key", bound=Hashable)
@@ -82,7 +86,9 @@ class Batcher(Generic[Key, Item, Result]):
         max_batch_size: limit of items in a batch.
         max_delay_s: longest time that an idle runner waits for a fuller batch while more items are expected.
         max_waiting: limit of items that are admitted and not yet started.
-        max_bytes: limit of the memory of those items; a request that arrives while none wait may exceed it.
+        max_bytes: limit of the memory of all requests, from `admit` to `close` or `free_taken`.
+        batch_share: part of both limits that BATCH may fill.
+        caller_share: part of what its priority may fill that one caller may (`SharedCapacity`).
         batch_aging_s: time after which BATCH items are guaranteed a quarter of the device; 0: first come, first served.
         observer: receives events for metrics.
     """
@@ -95,19 +101,20 @@ class Batcher(Generic[Key, Item, Result]):
         max_delay_s: float,
         max_waiting: int,
         max_bytes: float = math.inf,
+        batch_share: float = 1.0,
+        caller_share: float = 1.0,
         batch_aging_s: float = 0.0,
         observer: BatchObserver | None = None,
     ) -> None:
         self._max_batch_size = max_batch_size
         self._max_delay_s = max_delay_s
-        self._max_waiting = max_waiting
-        self._max_bytes = max_bytes
         self._batch_aging_s = batch_aging_s
         self._observer: BatchObserver = observer or NullObserver()
 
         self._open_admissions: set[Admission[Key, Item, Result]] = set()
-        self._waiting = dict.fromkeys(Priority, 0)
-        self._waiting_bytes = 0.0
+        self._waiting = SharedCapacity(max_waiting, batch_share=batch_share, caller_share=caller_share)
+        self._bytes = SharedCapacity(max_bytes, batch_share=batch_share, caller_share=caller_share)
+        self._turns = counter()
         self._queues: dict[Key, RequestQueue[Admission[Key, Item, Result], Item]] = {}
         self._credit = FairnessCredit(max_batch_size, is_first_come_first_served=batch_aging_s == 0.0)
         self._delayer = BatchDelayer(return_window_s=max_delay_s)
@@ -120,27 +127,29 @@ class Batcher(Generic[Key, Item, Result]):
     @property
     def waiting(self) -> int:
         """Number of items admitted and not yet started, queued or still being prepared."""
-        return sum(self._waiting.values())
+        return self._waiting.used
 
     @property
-    def waiting_bytes(self) -> float:
-        """Bytes that these items hold, as given to `admit`."""
-        return self._waiting_bytes
+    def held_bytes(self) -> int:
+        """Bytes that open requests hold, as given to `admit`, without those of results that were taken."""
+        return self._bytes.used
 
     def admit(
         self,
         count: int,
         *,
-        size_bytes: float = 0.0,
+        size_bytes: int = 0,
         priority: Priority = Priority.INTERACTIVE,
+        caller: Hashable = "",
         deadline: float = math.inf,
     ) -> Admission[Key, Item, Result]:
         """Reserves capacity for a request; the caller must close the admission, which is a context manager.
 
         Args:
             count: number of items, at least 1.
-            size_bytes: memory that all items together hold while they wait.
+            size_bytes: memory that the items and their results hold.
             priority: priority of all items.
+            caller: callers of one priority take turns, and each may hold its share only.
             deadline: time of the event loop's clock (`loop.time()`) after which no item may start.
 
         Raises:
@@ -154,32 +163,40 @@ class Batcher(Generic[Key, Item, Result]):
         if remaining_s <= 0:
             self._observer.dropped("deadline_entry", count)
             raise DeadlineExceeded("the deadline passed before the request started")
-        problem = self._capacity_problem(count, size_bytes, priority, remaining_s)
+        ahead = self._ahead(priority, caller)
+        problem, excess = self._capacity_problem(count, size_bytes, priority, caller)
+        wait_s = self._throughput.wait_s(ahead)
+        if not problem and wait_s > remaining_s:
+            problem = f"queue too long: about {wait_s:.1f} s of work is ahead, the deadline is in {remaining_s:.1f} s"
         if problem:
-            # Retry when the excess has run, but not before half of the queue has.
-            excess = max(self.waiting + count - self._max_waiting, self.waiting / 2)
-            raise QueueFull(problem, self._throughput.retry_after_s(excess))
-        self._waiting[priority] += count
-        self._waiting_bytes += size_bytes
-        admission = Admission(self, count, item_bytes=size_bytes / count, priority=priority, deadline=deadline)
+            # Retry when the excess has run, but not before half of what is ahead has.
+            raise QueueFull(problem, self._throughput.retry_after_s(max(excess, ahead / 2)))
+        self._waiting.take(count, priority, caller)
+        self._bytes.take(size_bytes, priority, caller)
+        admission = Admission(self, count, size_bytes, priority=priority, caller=caller, deadline=deadline)
         self._open_admissions.add(admission)
         self._delayer.on_admit(admission)
         return admission
 
-    def _capacity_problem(self, count: int, size_bytes: float, priority: Priority, remaining_s: float) -> str:
-        """Returns why a request cannot be admitted, or an empty string."""
-        if self.waiting + count > self._max_waiting:
-            return f"queue full: {self.waiting} boxes wait, {count} more exceed the limit of {self._max_waiting}"
-        if self.waiting and self._waiting_bytes + size_bytes > self._max_bytes:
+    def _ahead(self, priority: Priority, caller: Hashable) -> int:
+        """Returns the number of items, at most, that start before the next one of a caller."""
+        waiting = self._waiting
+        own = waiting.used_by(priority, caller)
+        turns = min(waiting.used_by(priority), (own + 1) * max(waiting.callers(priority), 1))
+        return turns + (waiting.used_by(Priority.INTERACTIVE) if priority is Priority.BATCH else 0)
+
+    def _capacity_problem(self, count: int, size_bytes: int, priority: Priority, caller: Hashable) -> tuple[str, float]:
+        """Returns why a request cannot be admitted, or an empty string, and the number of items in excess."""
+        excess = self._waiting.excess(count, priority, caller)
+        if excess:
             return (
-                f"queue full: waiting requests hold {self._waiting_bytes / 1e6:.0f} MB, {size_bytes / 1e6:.0f} MB more "
-                f"exceed the limit of {self._max_bytes / 1e6:.0f} MB"
+                f"queue full: {count} boxes more exceed max_queue_crops by {excess:.0f} for {priority.value} calls",
+                excess,
             )
-        ahead = self.waiting if priority is Priority.BATCH else self._waiting[Priority.INTERACTIVE]
-        wait_s = self._throughput.wait_s(ahead)
-        if wait_s > remaining_s:
-            return f"queue too long: about {wait_s:.1f} s of work is ahead, the deadline is in {remaining_s:.1f} s"
-        return ""
+        excess_bytes = self._bytes.excess(size_bytes, priority, caller)
+        if excess_bytes:
+            return _too_many_bytes(size_bytes, excess_bytes, priority), 0.0
+        return "", 0.0
 
     def enqueue(self, admission: Admission[Key, Item, Result], key: Key, items: Sequence[Item]) -> None:
         """Queues the items of a request and frees capacity that it reserved in excess. See `Admission.submit`."""
@@ -187,9 +204,11 @@ class Batcher(Generic[Key, Item, Result]):
             raise self._failure
         if admission.queue is not None or len(items) > admission.waiting:
             raise ValueError(f"submit: {len(items)} items; an admission takes at most {admission.waiting} items, once")
-        self._release(admission, admission.waiting - len(items))
+        unused = admission.waiting - len(items)
+        self._release(admission, unused)
+        self.free(admission, unused * admission.item_bytes)
         queue = self._queues.setdefault(key, RequestQueue(self._batch_aging_s))
-        queue.add(admission, items, asyncio.get_running_loop().time())
+        queue.add(admission, items, asyncio.get_running_loop().time(), next(self._turns))
         admission.queue, admission.unanswered = queue, len(items)
         self._delayer.on_submit(admission)
         if queue.size >= self._max_batch_size:
@@ -198,11 +217,26 @@ class Batcher(Generic[Key, Item, Result]):
             self._schedule_dispatch()
 
     def _release(self, admission: Admission[Key, Item, Result], count: int) -> None:
-        """Frees the capacity of `count` items that have started or never will."""
+        """Counts items as no longer waiting: they have started or never will."""
         admission.waiting -= count
-        self._waiting[admission.priority] -= count
-        # Reset to 0 when nothing waits, so that rounding errors do not add up.
-        self._waiting_bytes = self._waiting_bytes - count * admission.item_bytes if self.waiting else 0.0
+        self._waiting.give_back(count, admission.priority, admission.caller)
+
+    def hold(self, admission: Admission[Key, Item, Result], size_bytes: int) -> None:
+        """Counts further bytes of a request. See `Admission.hold`."""
+        if size_bytes <= 0:
+            return
+        excess_bytes = self._bytes.excess(size_bytes, admission.priority, admission.caller)
+        if excess_bytes and self._bytes.used > admission.held_bytes:
+            problem = _too_many_bytes(size_bytes, excess_bytes, admission.priority)
+            raise QueueFull(problem, self._throughput.retry_after_s(self.waiting / 2))
+        self._bytes.take(size_bytes, admission.priority, admission.caller)
+        admission.held_bytes += size_bytes
+        admission.taken_bytes += size_bytes
+
+    def free(self, admission: Admission[Key, Item, Result], size_bytes: int) -> None:
+        """Counts bytes of a request as free. See `Admission.free_taken`."""
+        admission.held_bytes -= size_bytes
+        self._bytes.give_back(size_bytes, admission.priority, admission.caller)
 
     def _schedule_dispatch(self) -> None:
         """Dispatches after the callbacks that are ready now, since they may add items to the same batch."""
@@ -241,29 +275,34 @@ class Batcher(Generic[Key, Item, Result]):
             oldest = queue.oldest_arrival()
             is_full = queue.size >= self._max_batch_size
             due = oldest if is_full else min(oldest + self._max_delay_s, no_more_items_after)
-            sort_key = queue.sort_key(self._credit, self._max_batch_size, self._other_batch_arrival(key))
+            sort_key = queue.sort_key(self._credit, self._max_batch_size, self._other_heads(key))
             ready.append(_ReadyQueue(key, due, sort_key, queue.has_interactive))
         return ready
 
-    def _other_batch_arrival(self, key: Key) -> float:
-        """Returns the earliest `RequestQueue.batch_arrival` of the other keys; math.inf if they hold no BATCH items."""
-        others = (queue for other, queue in self._queues.items() if other != key)
-        return min((queue.batch_arrival() for queue in others), default=math.inf)
+    def _other_heads(self, key: Key) -> Heads:
+        """Returns the first items of the other keys."""
+        return first_of(queue.heads() for other, queue in self._queues.items() if other != key)
 
     def _start_batch(self, key: Key, now: float) -> None:
         """Moves up to `max_batch_size` items of a key from their queue to an idle runner."""
-        queue, other_batch_arrival = self._queues[key], self._other_batch_arrival(key)
+        queue = self._queues[key]
         batch: _Batch[Key, Item, Result] = []
         while len(batch) < self._max_batch_size:
             self._drop_expired(queue, now)
             if not queue.size:
                 break
-            item = queue.pop(self._credit, other_batch_arrival)
+            item = queue.pop(self._credit, self._other_heads(key))
+            self._end_turn(item.client)
             self._release(item.client, 1)
             batch.append(item)
         task = asyncio.get_running_loop().create_task(self._run(self._idle_runners.pop(), key, batch))
         self._running_batches.add(task)
         task.add_done_callback(self._running_batches.discard)
+
+    def _end_turn(self, admission: Admission[Key, Item, Result]) -> None:
+        turn = next(self._turns)
+        for queue in self._queues.values():
+            queue.end_turn(admission, turn)
 
     async def _run(self, runner: Runner[Key, Item, Result], key: Key, batch: _Batch[Key, Item, Result]) -> None:
         """Runs one batch, delivers its outcomes, and frees the runner for the next batch."""
@@ -278,7 +317,7 @@ class Batcher(Generic[Key, Item, Result]):
             self._observer.batch_ended(len(batch), loop.time() - started)
         # A runner's error fails this batch only: its requests receive the error, and the next batch runs.
         except Exception as error:
-            outcomes = [error] * len(batch)
+            outcomes = [_without_frames(error)] * len(batch)
         run_s = loop.time() - started
         for admission, batch_slice in _slices(batch, outcomes, started, run_s):
             self._observer.waited(admission.priority.value, batch_slice.queue_s)
@@ -305,10 +344,12 @@ class Batcher(Generic[Key, Item, Result]):
         now = asyncio.get_running_loop().time()
         if admission.deadline <= now:  # the caller gave up because of its deadline
             admission.drop_cause = "deadline"
+        unread = _clear(admission.slices)
         if cancelled:
             self._observe_dropped(admission, "entry" if admission.queue is None else "queue", admission.waiting)
-            self._observe_dropped(admission, "encoding", _clear(admission.slices))
+            self._observe_dropped(admission, "encoding", unread)
         self._release(admission, admission.waiting)
+        self.free(admission, admission.held_bytes)
         self._delayer.on_close(admission, now)
         if admission.queue is not None:
             admission.queue.remove(admission)
@@ -320,10 +361,12 @@ class Batcher(Generic[Key, Item, Result]):
             self._observer.dropped(f"{admission.drop_cause}_{stage}", count)
 
     def _drop_expired(self, queue: RequestQueue[Admission[Key, Item, Result], Item], now: float) -> None:
-        for admission in queue.expired(now):
-            admission.drop_cause = "deadline"
-            self._observe_dropped(admission, "queue", admission.waiting)
-            self._fail_queued(admission, DeadlineExceeded("the deadline passed while the boxes waited for the device"))
+        while expired := queue.expired(now):
+            for admission in expired:
+                admission.drop_cause = "deadline"
+                self._observe_dropped(admission, "queue", admission.waiting)
+                error = DeadlineExceeded("the deadline passed while the boxes waited for the device")
+                self._fail_queued(admission, error)
 
     def _fail_queued(self, admission: Admission[Key, Item, Result], error: Exception) -> None:
         """Removes the queued items of a request and delivers `error` for each."""
@@ -378,6 +421,18 @@ def _slices(
         )
         for admission, positions in positions_by_request.items()
     ]
+
+
+def _too_many_bytes(size_bytes: int, excess_bytes: float, priority: Priority) -> str:
+    needed, over = size_bytes / 1e6, excess_bytes / 1e6
+    return f"queue full: {needed:.1f} MB more exceed max_queue_bytes by {over:.1f} for {priority.value} calls"
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Returns an error of a runner whose traceback keeps no batch in memory; the lines that it names remain."""
+    traceback.clear_frames(error.__traceback__)
+    # The frame of the batcher itself cannot be cleared while it runs.
+    return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
 
 
 def _clear(slices: asyncio.Queue[BatchSlice[Result]]) -> int:

@@ -67,6 +67,7 @@ class EvaluateOptions:
         predict: options of the network.
         output: options by which probabilities become masks; `formats` is empty.
         priority: priority of its crops.
+        caller: who calls.
         deadline: deadline of the call, in event-loop time.
         category_names: names by id, in the order of the report.
         images_total: number of images, as announced; 0 = unknown.
@@ -79,6 +80,7 @@ class EvaluateOptions:
     predict: PredictOptions
     output: OutputOptions
     priority: Priority
+    caller: str
     deadline: float
     category_names: Mapping[JsonId, str]
     images_total: int
@@ -91,7 +93,9 @@ class EvaluateOptions:
         self, image: ImageSource, expected_wh: tuple[int, int] | None, ids: tuple[int, ...], boxes: tuple[Box, ...]
     ) -> LabelRequest:
         """Returns the request that labels one image of the evaluation."""
-        return LabelRequest(image, expected_wh, ids, boxes, self.predict, self.output, self.priority, self.deadline)
+        return LabelRequest(
+            image, expected_wh, ids, boxes, self.predict, self.output, self.priority, self.caller, self.deadline
+        )
 
 
 def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, defaults: CallDefaults) -> EvaluateOptions:
@@ -122,6 +126,7 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, defaults: Cal
         predict=predict,
         output=replace(output, formats=()),
         priority=priority,
+        caller=defaults.caller,
         deadline=defaults.deadline,
         category_names=names,
         images_total=options.images_total,

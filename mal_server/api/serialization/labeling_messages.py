@@ -78,12 +78,14 @@ class CallDefaults:
         priority: default of the method.
         deadline: deadline of the call, in event-loop time.
         branches: branches that the served model can run.
+        caller: who calls.
     """
 
     branch: Branch
     priority: Priority
     deadline: float
     branches: tuple[Branch, ...] = tuple(Branch)
+    caller: str = ""
 
 
 def read_label_request(
@@ -101,7 +103,7 @@ def read_label_request(
     violations.raise_if_any()
     if isinstance(source, InlineImage) and priority is Priority.INTERACTIVE:
         source = InlineImage(source.content, keep=True)  # a bulk stream sends each image once, so caching is useless
-    return LabelRequest(source, expected_wh, ids, boxes, predict, output, priority, defaults.deadline)
+    return LabelRequest(source, expected_wh, ids, boxes, predict, output, priority, defaults.caller, defaults.deadline)
 
 
 def read_image_source(
