@@ -6,18 +6,34 @@ Knows nothing of the application. Needs aiohttp, which the extras `playground` a
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from mal_train.core.addresses import format_address
 from mal_train.core.errors import ConfigError
 
 SHUTDOWN_S: Final = 2.0
 """Seconds that running requests get to finish after a shutdown was requested."""
+
+
+class _OneLineRefusals(logging.Filter):
+    """Logs a request that is not HTTP, as anybody may send it, in one line without the traceback of its parser."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            record.msg, record.args, record.exc_info = f"{record.getMessage()}: not a valid HTTP request", (), None
+        return True
+
+
+_log = logging.getLogger("mal_client.web_server")
+_log.addFilter(_OneLineRefusals())
 
 
 @asynccontextmanager
@@ -35,7 +51,15 @@ async def bound(
     Raises:
         ConfigError: the address cannot be bound.
     """
-    runner = web.AppRunner(app, handler_cancellation=cancel_on_disconnect, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=cancel_on_disconnect,
+        access_log=None,
+        shutdown_timeout=SHUTDOWN_S,
+        # Bodies stay as they were sent: their limits count these bytes, and no page compresses what it sends.
+        auto_decompress=False,
+        logger=_log,
+    )
     await runner.setup()
     try:
         try:

@@ -212,6 +212,10 @@ def _middleware(guard: Guard) -> Any:
             response = _error(
                 HTTPStatus.NOT_FOUND, ItemError("NOT_FOUND", "IMAGE_UNKNOWN", "image: not in memory; send it again")
             )
+        except web.RequestPayloadError:
+            response = _error(
+                HTTPStatus.BAD_REQUEST, ItemError("BAD_REQUEST", "", "request body: not sent as HTTP requires")
+            )
         except MalError as error:
             response = _error(_status(error), item_error(error))
         if not response.prepared:

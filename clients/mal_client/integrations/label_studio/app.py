@@ -178,6 +178,8 @@ class _Backend:
                 yield bytes(received)
             except TimeoutError:
                 raise web.HTTPRequestTimeout from None
+            except web.RequestPayloadError:  # for example, the length of a chunk is no number
+                raise web.HTTPBadRequest from None
             finally:
                 self._received_bytes -= len(received)
 

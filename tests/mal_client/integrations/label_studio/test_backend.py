@@ -327,6 +327,29 @@ def test_a_web_page_cannot_use_the_backend_and_label_studio_can(headers: dict[st
             assert backend.http.get("/health", headers=headers).status_code == status
 
 
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        b"BREW /predict HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
+        b"Content-Length: 2\r\n\r\n{}",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nno number\r\n{}\r\n",
+    ],
+    ids=["method", "TLS", "compressed", "chunk"],
+)
+def test_a_request_that_is_no_http_fails_without_a_traceback(
+    backend: Backend, request_text: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = backend.http.base_url
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
+        connection.sendall(request_text)
+        assert connection.recv(12) in (b"HTTP/1.1 400", b"HTTP/1.0 400")
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
+    assert backend.predict(task()) == [[]]
+
+
 def test_all_bodies_together_have_a_limit_that_is_given_back(backend: Backend) -> None:
     fake = backend.fake
     with backend_at(str(backend.client.address), fake, max_received_bytes=4096) as small:
