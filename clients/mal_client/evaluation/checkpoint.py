@@ -18,7 +18,7 @@ from mal_train.core.fingerprint import differences
 from mal_train.core.locked_file import LockedFile
 
 FILE_TYPE = "mal-client evaluation records"
-_HEAD = b"\n" + json.dumps({"what": FILE_TYPE}).encode()[:-1]
+_HEAD = json.dumps({"what": FILE_TYPE}).encode()[:-1]
 IN_USE = "in use by another evaluation; wait for it to end, or name another file"
 
 
@@ -117,7 +117,8 @@ class EvaluationCheckpoint:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def _read(self, path: Path, file: LockedFile) -> None:
-        head = file.read_at(0, len(_HEAD))
+        # Each row begins with a line break, as the first one does, too.
+        head = file.read_at(0, len(_HEAD) + 1).lstrip(b"\n")[: len(_HEAD)]
         rows = [row for row in map(_parse_line, file.lines()) if row is not None] if head == _HEAD else []
         # A process that was killed at its first row has left no record.
         is_ours = _HEAD.startswith(head) and (not rows or rows[0].get("what") == FILE_TYPE)

@@ -362,6 +362,29 @@ def test_a_file_with_a_malformed_record_is_refused(tmp_path: Path, row: dict[str
         EvaluationCheckpoint(records_path, {})
 
 
+@pytest.mark.parametrize("content", [b"precious", b'{"what": "other"}\n', b"\0" * 1000, b"\n\n\nprecious"])
+def test_a_file_that_holds_no_records_is_refused_and_unchanged(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError):
+        EvaluationCheckpoint(path, {})
+    assert path.read_bytes() == content
+
+
+def test_a_file_that_was_cut_in_its_first_row_holds_no_records(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    with closing(EvaluationCheckpoint(path, {"job": 1})) as records:
+        records.add(b"token", "a", b"record")
+    complete = path.read_bytes()
+    for cut in range(complete.index(b"\n", 1)):
+        path.write_bytes(complete[:cut])
+        with closing(EvaluationCheckpoint(path, {"job": 1})) as records:
+            assert len(records) == 0
+            records.add(b"token", "b", b"record")
+        with closing(EvaluationCheckpoint(path, {"job": 1})) as records:
+            assert records.get("b") == b"record"
+
+
 def test_the_files_hold_the_encoded_scenes(folder: Path) -> None:
     assert (folder / "images" / "0.png").read_bytes() == encoded(SCENES[0][0])
 
