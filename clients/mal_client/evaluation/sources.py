@@ -144,28 +144,31 @@ class LocalDataset(EvaluationSource):
     def _image_request(
         self, checkpoint: EvaluationCheckpoint, item_id: str, image: ImageInfo, rows: list[Annotation]
     ) -> evaluation_pb2.EvaluateRequest | None:
-        truths = [
-            truth for row in rows if row.problem is None and (truth := self._ground_truth(row, image)) is not None
-        ]
-        if not truths:
-            return None
+        masked = []
+        for row in rows:
+            if row.problem is None and row.raw.get("segmentation"):
+                masked.append(row)
+            elif row.problem is None:
+                self.skipped[str(_reason_without_mask(row))] += 1
         try:
             encoded = self._load(image)
         except BadImage as error:
             self.images_skipped += 1
-            self.skipped[error.reason] += sum(not truth.is_crowd for truth in truths)
+            self.skipped[error.reason] += sum(not row.iscrowd for row in masked)
+            return None
+        # The file may state no size; polygons then need that of the image.
+        size_wh = encoded.size_wh()
+        truths = [truth for row in masked if (truth := self._ground_truth(row, size_wh)) is not None]
+        if not truths:
             return None
         sha256 = self._content_sha256[item_id] = hashlib.sha256(encoded.content).hexdigest()
         record = checkpoint.get(item_id, sha256) if checkpoint.token else b""
         return evaluation_messages.evaluate_image(item_id, encoded, truths, sha256 if record else None, record)
 
-    def _ground_truth(self, row: Annotation, image: ImageInfo) -> evaluation_pb2.GroundTruth | None:
-        if not row.raw.get("segmentation"):
-            self.skipped[str(_reason_without_mask(row))] += 1
-            return None
+    def _ground_truth(self, row: Annotation, size_wh: tuple[int, int] | None) -> evaluation_pb2.GroundTruth | None:
         try:
-            width, height = image.size_wh or _size_in_rle(row)
-            rle = from_segmentation(row.raw["segmentation"], height, width, f"annotation {row.id!r}")
+            width, height = size_wh or _size_in_rle(row)
+            rle = from_segmentation(row.raw["segmentation"], height, width)
         except BadDataset:
             self.skipped[str(Reason.BAD_GROUND_TRUTH)] += 1
             return None
@@ -182,7 +185,7 @@ def _reason_without_mask(row: Annotation) -> Reason:
 
 
 def _size_in_rle(row: Annotation) -> tuple[int, int]:
-    """Returns (width, height) in px from a run-length code, for an image whose row states no size.
+    """Returns (width, height) in px from a run-length code, for an image of unknown size.
 
     Raises:
         BadDataset: the mask states no size; polygons never do.

@@ -140,6 +140,22 @@ def test_crowd_regions_are_sent_and_are_not_failures(dataset: Dataset) -> None:
     assert (evaluation.skipped, evaluation.failed_count) == ({"CROWD": 1}, 0)
 
 
+@pytest.mark.parametrize("is_crowd", [0, 1])
+def test_polygons_on_an_image_without_a_stated_size_are_sent_in_the_size_of_its_file(
+    dataset: Dataset, is_crowd: int
+) -> None:
+    masks = []
+    for is_stated in (True, False):
+        dataset.coco["annotations"][0] |= {"iscrowd": is_crowd, "segmentation": [[2, 2, 9, 2, 9, 9]]}
+        if not is_stated:
+            del dataset.coco["images"][0]["width"], dataset.coco["images"][0]["height"]
+        dataset.save()
+        fake = FakeServer()
+        evaluate(fake, dataset)
+        masks.append(fake.evaluated[0].ground_truth[0].mask)
+    assert masks[0] == masks[1]
+
+
 def test_a_broken_stream_is_started_again(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mal_client.evaluation.stream.RETRY_PAUSE_S", 0.01)
     evaluation = evaluate(FakeServer(Faults(break_after=1, breaks=2)), dataset)
