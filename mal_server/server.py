@@ -12,7 +12,7 @@ UNAVAILABLE. `lifecycle.serve` then raises the error, so that a supervisor start
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -42,6 +42,9 @@ from mal_train.core.errors import ConfigError, DeviceLost
 from mal_train.core.version import distribution_version
 
 log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5.0
+"""Time for a running batch, the metrics port and the export of traces to end, each, after all calls have ended."""
 
 LONG_S = 86400.0
 
@@ -189,15 +192,15 @@ class MalServer:
             pass
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new calls, cancels running ones after `grace_s` seconds and ends all threads."""
+        """Refuses new calls, cancels running ones after `grace_s` seconds and ends all threads but those that hang."""
         await self._server.stop(grace_s)
-        await self._models.close()
+        await _for_a_while("running batches", self._models.close())
         self._pool.shutdown()
         if self._metrics_port is not None:
-            await asyncio.to_thread(self._metrics_port.close)
+            await _for_a_while("the metrics port", asyncio.to_thread(self._metrics_port.close))
             self._metrics_port = None
         if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.close)
+            await _for_a_while("the export of traces", asyncio.to_thread(self._tracing.close))
 
     async def _on_lost(self, error: DeviceLost) -> None:
         if self.error is not None:
@@ -247,3 +250,11 @@ class MalServer:
             add_reflection = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
             register(add_reflection, reflection.aio.ReflectionServicer(names), REFLECTION, server)  # type: ignore[attr-defined]
         return server
+
+
+async def _for_a_while(name: str, ending: Awaitable[object]) -> None:
+    """Waits for something to end, at most for CLOSE_TIMEOUT_S: a hanging device must not hold up the end."""
+    try:
+        await asyncio.wait_for(ending, CLOSE_TIMEOUT_S)
+    except TimeoutError:
+        log.warning("left behind at the end", extra=fields(running=name, after_s=CLOSE_TIMEOUT_S))

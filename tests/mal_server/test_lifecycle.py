@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
+from mal_server import server
 from mal_server.api import grpc_server
 from mal_server.config.model_config import ModelPlan
 from mal_server.errors import SelfTestFailed
@@ -159,6 +160,25 @@ def test_calls_that_exceed_the_grace_period_are_cancelled() -> None:
             return raised.value.code()
 
     assert asyncio.run(asyncio.wait_for(work(), LIMIT_S)) in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+def test_a_device_that_hangs_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(server, "CLOSE_TIMEOUT_S", 0.05)
+
+    async def work() -> None:
+        async with serving(BrightPredictor(gate=gate)) as running:
+            call = asyncio.create_task(label(running, label_request(DISC_BOX)))
+            while not running.predictor.batches:
+                await asyncio.sleep(0.001)
+            await running.server.stop(0)
+            assert not gate.is_set()
+            await asyncio.wait([call])
+
+    asyncio.run(asyncio.wait_for(work(), LIMIT_S))
+    assert "left behind at the end" in caplog.messages
 
 
 def test_a_port_in_use_is_named() -> None:
