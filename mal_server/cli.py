@@ -20,7 +20,7 @@ from mal_train.core.threads import wait_passively
 PIP_LINE = "pip install 'mask-auto-labeler[server]'"
 SERVER_PACKAGES = frozenset(
     {
-        *("torch", "torchvision", "timm", "pydantic", "yaml", "pyrage", "safetensors"),
+        *("torch", "torchvision", "timm", "pydantic", "yaml", "pyrage", "safetensors", "cryptography"),
         *("grpc_health", "grpc_reflection", "prometheus_client"),
     }
 )

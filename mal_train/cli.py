@@ -173,6 +173,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     header = read_header(path, key)
     encryption = header.encryption
     print_result(f"file        {path}, {header.file_bytes} bytes")
+    print(f"sha256      {sha256_of(path)}")
     print(f"encryption  {encryption.mode}")
     content = header.content
     if content is None:
@@ -188,7 +189,53 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _encrypt(arguments: argparse.Namespace) -> int:
+    from mal_train.commands.checkpoint_files import copy_with_key, require_encryption
+
+    require_encryption(arguments.file, is_encrypted=False)
+    copy_with_key(arguments.file, arguments.output, key=None, new_key=arguments.to, console=Console())
+    return 0
+
+
+def _decrypt(arguments: argparse.Namespace) -> int:
+    from mal_train.commands.checkpoint_files import copy_with_key, require_encryption
+
+    require_encryption(arguments.file, is_encrypted=True)
+    copy_with_key(arguments.file, arguments.output, key=arguments.key, new_key=None, console=Console())
+    return 0
+
+
+def _rekey(arguments: argparse.Namespace) -> int:
+    from mal_train.commands.checkpoint_files import copy_with_key, require_encryption
+
+    require_encryption(arguments.file, is_encrypted=True)
+    copy_with_key(arguments.file, arguments.output, key=arguments.key, new_key=arguments.to, console=Console())
+    return 0
+
+
+def _sign(arguments: argparse.Namespace) -> int:
+    from mal_train.commands.checkpoint_files import sign
+
+    sign(arguments.file, arguments.key, Console())
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from mal_train.commands.checkpoint_files import verify
+
+    sha256 = verify(arguments.file, arguments.signer or [], arguments.sha256)
+    print_result(f"{arguments.file}: trusted, sha256 {sha256}")
+    return 0
+
+
 def _keygen(arguments: argparse.Namespace) -> int:
+    if arguments.signing:
+        from mal_train.kernel.checkpoint.trust import write_signing_key
+
+        signer = write_signing_key(arguments.output)
+        print_result(f"wrote {arguments.output}: keep it secret; it signs checkpoints for those who trust this signer:")
+        print(signer)
+        return 0
     from mal_train.kernel.checkpoint.keys import write_identity
 
     recipient = write_identity(arguments.output)
@@ -261,6 +308,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_export(commands)
     _add_keygen(commands)
+    _add_encryption_commands(commands)
+    _add_signature_commands(commands)
     return parser
 
 
@@ -346,9 +395,39 @@ def _add_export(commands: Commands) -> None:
 
 
 def _add_keygen(commands: Commands) -> None:
-    text = "Create an age identity that decrypts checkpoints, and print the recipient that encrypts them."
+    text = "Create a secret key: an identity that decrypts checkpoints, or a key that signs them; print the public key."
     parser = _add(commands, "keygen", _keygen, text)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="file for the identity; it must not exist")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file for the secret; it must not exist")
+    parser.add_argument(
+        "--signing", action="store_true", help="create a key that signs checkpoints instead, and print its public key"
+    )
+
+
+def _add_encryption_commands(commands: Commands) -> None:
+    key = "key that decrypts it: env:NAME or file:PATH"
+    to = "key that encrypts the copy: a recipient age1..., file:PATH or env:NAME"
+    for name, command, text, needs_key, needs_to in (
+        ("encrypt", _encrypt, "Write an encrypted copy of a plain checkpoint.", False, True),
+        ("decrypt", _decrypt, "Write a plain copy of an encrypted checkpoint, readable by its owner.", True, False),
+        ("rekey", _rekey, "Write a copy of an encrypted checkpoint that is encrypted with another key.", True, True),
+    ):
+        parser = _add(commands, name, command, text)
+        parser.add_argument("file", type=Path, help="a .malckpt file")
+        parser.add_argument("-o", "--output", type=Path, required=True, help="file to write; it must not exist")
+        if needs_key:
+            parser.add_argument("--key", required=True, help=key)
+        if needs_to:
+            parser.add_argument("--to", required=True, metavar="KEY", help=to)
+
+
+def _add_signature_commands(commands: Commands) -> None:
+    parser = _add(commands, "sign", _sign, "Sign a checkpoint; the signature is written beside it, as FILE.sig.")
+    parser.add_argument("file", type=Path, help="a .malckpt file")
+    parser.add_argument("--key", required=True, help="key of keygen --signing: env:NAME or file:PATH")
+    parser = _add(commands, "verify", _verify, "Check that a checkpoint comes from a trusted signer, or is one file.")
+    parser.add_argument("file", type=Path, help="a .malckpt file")
+    parser.add_argument("--signer", action="append", metavar="ed25519:...", help="public key to trust; repeatable")
+    parser.add_argument("--sha256", metavar="HEX", help="SHA-256 that the file must have")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mal_train.core.settings import Branch
-from mal_train.core.yaml_config import Strict
+from mal_train.core.yaml_config import Sha256, Strict
+from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
 
 MAX_NAME_CHARS = 64
 NAME = r"^[\w.@-]+$"
@@ -44,6 +45,7 @@ class ModelSetting(Strict):
 
     name: ModelName
     checkpoint: Path
+    checkpoint_sha256: Sha256 | None = None
     decryption_key: str | None = Field(default=None, repr=False)
     branch: Branch | None = None
     precision: PrecisionName | None = None
@@ -52,10 +54,11 @@ class ModelSetting(Strict):
 
 
 class ModelFolder(Strict):
-    """A folder whose checkpoints may be loaded while the server runs, and the key that opens them."""
+    """A folder whose checkpoints may be loaded while the server runs, the key that opens them, and which of them."""
 
     name: ModelName
     path: Path
+    checkpoint_sha256: tuple[Sha256, ...] = Field(default=(), max_length=10_000)
     decryption_key: str | None = Field(default=None, repr=False)
 
 
@@ -79,6 +82,7 @@ class ModelPlan:
         gpu_ids: one worker for each; (): CPU.
         cpu_workers: number of workers on the CPU.
         max_batch_size: crops in one device batch; the warm-up runs batches up to this size.
+        trust: SHA-256 or signers that the file must have.
     """
 
     name: str
@@ -89,3 +93,4 @@ class ModelPlan:
     gpu_ids: tuple[int, ...]
     cpu_workers: int
     max_batch_size: int
+    trust: TrustPolicy = NO_POLICY

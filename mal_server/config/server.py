@@ -29,9 +29,10 @@ from mal_server.config.tokens import TokenSetting
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import is_secret_reference
 from mal_train.core.settings import Branch
-from mal_train.core.yaml_config import Strict, apply_overrides, dump, load_yaml, validate
+from mal_train.core.yaml_config import Sha256, Signer, Strict, apply_overrides, dump, load_yaml, validate
 from mal_train.core.yaml_text import parse_yaml
-from mal_train.kernel.checkpoint.builtin import BUILTIN
+from mal_train.kernel.checkpoint.builtin import BUILTIN, trust_for
+from mal_train.kernel.checkpoint.trust import TrustPolicy
 
 T = TypeVar("T")
 
@@ -48,6 +49,19 @@ class ServerConfig(Strict):
         default=None,
         description="Checkpoint (.malckpt) to serve, of kind weights or resume; relative to the working folder. "
         "builtin: the model\nin the package, for photographs. null: `models`, or builtin if that is empty.",
+    )
+    checkpoint_sha256: Sha256 | None = Field(
+        default=None,
+        description="SHA-256 that the checkpoint must have (sha256sum FILE), checked before anything of it is read. "
+        "null: any.\nEncryption does not tell who made a file: everybody who has the recipient, a public key, can make "
+        "one.",
+    )
+    trusted_signers: tuple[Signer, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Public keys (ed25519:...) of authors. If given, every checkpoint that the server loads must have "
+        "the signature of\none of them beside it (FILE.sig, from `mal-train sign`), checked before anything of it is "
+        "read. [] = none\nis needed. The model in the package needs none.",
     )
     decryption_key: str | None = Field(
         default=None,
@@ -70,7 +84,7 @@ class ServerConfig(Strict):
         description="Several models, instead of checkpoint, decryption_key and model_name. Requests that name no model "
         "use the first.\nEntries such as\n"
         "  - {name: cats, checkpoint: cats.malckpt, decryption_key: file:identity.txt, branch: teacher,\n"
-        "     precision: auto, gpu_ids: [0], cpu_workers: 1}\n"
+        "     precision: auto, gpu_ids: [0], cpu_workers: 1, checkpoint_sha256: null}\n"
         "name and checkpoint are required; fields left null inherit the server-wide setting of that name. Each model\n"
         "has its own queue and workers; workers on the same GPU share it.",
     )
@@ -79,7 +93,8 @@ class ServerConfig(Strict):
         repr=False,
         description="Folders with checkpoints that `mal-client models load` may load while the server runs; [] = only "
         "the\ncheckpoints named above may be reloaded. Entries such as\n"
-        "  - {name: trained, path: results, decryption_key: file:identity.txt}",
+        "  - {name: trained, path: results, decryption_key: file:identity.txt, checkpoint_sha256: []}\n"
+        "checkpoint_sha256 lists the files that may be loaded; [] = every one in the folder.",
     )
     max_models: int = Field(
         default=8, ge=1, le=1024, description="Models served at once; loading one more under a new name is refused."
@@ -273,7 +288,7 @@ class ServerConfig(Strict):
 
     @model_validator(mode="after")
     def _check_models(self) -> Self:
-        for name in ("checkpoint", "decryption_key", "model_name"):
+        for name in ("checkpoint", "checkpoint_sha256", "decryption_key", "model_name"):
             if self.models and getattr(self, name) is not None:
                 raise ValueError(f"{name}: given together with models; move it to an entry of models")
         if len(self.models) > self.max_models:
@@ -286,16 +301,30 @@ class ServerConfig(Strict):
         if self.models:
             return tuple(map(self._plan, self.models))
         checkpoint = self.checkpoint or Path(BUILTIN)
-        return (self._plan_of(self.model_name or name_from(checkpoint), checkpoint, self.decryption_key),)
+        return (
+            self._plan_of(
+                self.model_name or name_from(checkpoint),
+                checkpoint,
+                self.decryption_key,
+                _one(self.checkpoint_sha256),
+            ),
+        )
 
     def plan_from(self, folder: ModelFolder, checkpoint: Path, name: str, branch: Branch | None) -> ModelPlan:
         """Returns the plan for a checkpoint in a folder. Settings of a model with this name apply to it too."""
         model = next((model for model in self.models if model.name == name), None)
-        base = self._plan_of(name, checkpoint, folder.decryption_key) if model is None else self._plan(model)
-        return replace(base, checkpoint=checkpoint, decryption_key=folder.decryption_key, branch=branch or base.branch)
+        own = self._plan_of(name, checkpoint, folder.decryption_key, folder.checkpoint_sha256)
+        base = own if model is None else self._plan(model)
+        return replace(
+            base,
+            checkpoint=checkpoint,
+            decryption_key=folder.decryption_key,
+            branch=branch or base.branch,
+            trust=own.trust,
+        )
 
     def _plan(self, model: ModelSetting) -> ModelPlan:
-        base = self._plan_of(model.name, model.checkpoint, model.decryption_key)
+        base = self._plan_of(model.name, model.checkpoint, model.decryption_key, _one(model.checkpoint_sha256))
         own = {
             name: getattr(model, name)
             for name in ("branch", "precision", "gpu_ids", "cpu_workers")
@@ -303,7 +332,7 @@ class ServerConfig(Strict):
         }
         return replace(base, **own)
 
-    def _plan_of(self, name: str, checkpoint: Path, decryption_key: str | None) -> ModelPlan:
+    def _plan_of(self, name: str, checkpoint: Path, decryption_key: str | None, sha256: tuple[str, ...]) -> ModelPlan:
         return ModelPlan(
             name=name,
             checkpoint=checkpoint,
@@ -313,6 +342,7 @@ class ServerConfig(Strict):
             gpu_ids=self.gpu_ids,
             cpu_workers=self.cpu_workers,
             max_batch_size=self.max_batch_size,
+            trust=trust_for(checkpoint, TrustPolicy(sha256, self.trusted_signers)),
         )
 
 
@@ -344,6 +374,10 @@ def json_schema() -> str:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Settings of mal-server"
     return json.dumps(schema, indent=2)
+
+
+def _one(sha256: str | None) -> tuple[str, ...]:
+    return () if sha256 is None else (sha256,)
 
 
 def _duplicates(values: Sequence[T]) -> list[T]:

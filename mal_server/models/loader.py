@@ -116,12 +116,12 @@ def read_checkpoint(plan: ModelPlan) -> tuple[Checkpoint, str]:
 
     Raises:
         ConfigError: the file does not exist, or the key is not available.
-        CheckpointError: the file is unusable.
+        CheckpointError: the file is unusable, or not one that the settings trust.
     """
     path = _existing(plan.checkpoint)
     key = parse_key(plan.decryption_key, purpose="decryption", source="yaml")
     before = path.stat()
-    checkpoint = load_checkpoint(path, key, skip_training_state=True)
+    checkpoint = load_checkpoint(path, key, skip_training_state=True, trust=plan.trust)
     after = path.stat()
     if before.st_ino == after.st_ino and (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise CheckpointError(f"{path}: changed while it was read; load it again once it is complete")

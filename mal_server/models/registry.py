@@ -35,6 +35,7 @@ from mal_train.core.errors import (
     OutOfDeviceMemory,
     Truncated,
     UnknownLayout,
+    Untrusted,
     WrongKey,
 )
 
@@ -325,6 +326,7 @@ def _reason_of(error: MalError | OSError) -> str:
         (WrongKey, "WRONG_KEY"),
         (Truncated, "TRUNCATED"),
         (Altered, "ALTERED"),
+        (Untrusted, "UNTRUSTED"),
         (UnknownLayout, "UNKNOWN_LAYOUT"),
         (CheckpointError, "CHECKPOINT"),
         (ConfigError, "SETTINGS"),

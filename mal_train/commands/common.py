@@ -19,6 +19,7 @@ from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import dump
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey, parse_key
+from mal_train.kernel.checkpoint.trust import TrustPolicy
 from mal_train.kernel.networks.backbones import default_crop_size
 from mal_train.kernel.networks.network import ModelConfig
 from mal_train.training.run_files import StatusFile
@@ -123,6 +124,11 @@ def checkpoint_keys(spec: Spec) -> tuple[EncryptionKey | None, DecryptionKey | N
     if decryption_key is None and encryption_key is not None:
         decryption_key = encryption_key.decryption_key
     return encryption_key, decryption_key
+
+
+def trust_policy(spec: Spec, checkpoint: str | Path, sha256: str | None) -> TrustPolicy:
+    """Returns what a checkpoint must have: the signature of one of trusted_signers, and the SHA-256 if one is given."""
+    return builtin.trust_for(checkpoint, TrustPolicy(() if sha256 is None else (sha256,), spec.trusted_signers))
 
 
 def choose_devices(gpus: tuple[int, ...], processes: int, console: Console) -> list[torch.device]:

@@ -15,6 +15,7 @@ from mal_train.commands.common import (
     choose_devices,
     existing_file,
     existing_folder,
+    trust_policy,
     worker_threads,
 )
 from mal_train.config.spec import Spec
@@ -27,6 +28,7 @@ from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
 from mal_train.kernel.checkpoint.lineage import average_provenance
+from mal_train.kernel.checkpoint.trust import TrustPolicy
 from mal_train.kernel.labeler.types import PredictOptions
 from mal_train.kernel.networks.backbones import check_crop_size
 from mal_train.kernel.networks.network import MalNetwork
@@ -65,7 +67,9 @@ def export(
         checkpoint_file(spec.evaluate.checkpoint, "evaluate.checkpoint"),
         *(existing_file(str(path), "--average") for path in average_with),
     ]
-    sources = _read_sources(paths, decryption_key, which)
+    given, sha256 = spec.evaluate.checkpoint or "", spec.evaluate.checkpoint_sha256
+    trusts = [trust_policy(spec, given, sha256), *(trust_policy(spec, path, None) for path in average_with)]
+    sources = _read_sources(paths, decryption_key, which, trusts)
     weights = _mean_weights(sources)
     checkpoint = sources[0].checkpoint
     config = _labeler_config(spec, checkpoint.labeler)
@@ -103,11 +107,13 @@ class _Source:
     weights: Mapping[str, Tensor]
 
 
-def _read_sources(paths: Sequence[Path], decryption_key: DecryptionKey | None, which: str) -> list[_Source]:
+def _read_sources(
+    paths: Sequence[Path], decryption_key: DecryptionKey | None, which: str, trusts: Sequence[TrustPolicy]
+) -> list[_Source]:
     """Reads the student or the teacher of each checkpoint; raises ConfigError unless all networks are equal."""
     sources: list[_Source] = []
-    for path in paths:
-        checkpoint = load_checkpoint(path, decryption_key, skip_training_state=True)
+    for path, trust in zip(paths, trusts, strict=True):
+        checkpoint = load_checkpoint(path, decryption_key, skip_training_state=True, trust=trust)
         if sources and checkpoint.model != sources[0].checkpoint.model:
             raise ConfigError(f"--average: {path} has a different network than {paths[0]}; give equal networks")
         weights = {

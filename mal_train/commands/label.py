@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from mal_train.commands.common import checkpoint_file, checkpoint_keys, choose_devices, worker_threads
+from mal_train.commands.common import checkpoint_file, checkpoint_keys, choose_devices, trust_policy, worker_threads
 from mal_train.config.labeling import EvaluateConfig, InferenceConfig
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import Annotation
@@ -98,7 +98,8 @@ def open_labeling_job(spec: Spec, task: Literal["evaluate", "inference"], consol
         device, precision = torch.device("cpu"), Precision.FLOAT32
     path = checkpoint_file(section.checkpoint, f"{task}.checkpoint")
     _, decryption_key = checkpoint_keys(spec)
-    labeler, content = load_labeler(path, key=decryption_key, device=device, precision=precision)
+    trust = trust_policy(spec, section.checkpoint or "", section.checkpoint_sha256)
+    labeler, content = load_labeler(path, key=decryption_key, device=device, precision=precision, trust=trust)
     if content.encryption is not None and content.encryption.mode == "none":
         console.print(f"{path}: not encrypted")
     for line in _overridden_fields(spec, labeler.config):

@@ -10,6 +10,7 @@ from mal_train.commands.common import (
     labeler_config,
     model_config,
     train_crop_size,
+    trust_policy,
     worker_threads,
 )
 from mal_train.config.spec import Spec
@@ -19,7 +20,7 @@ from mal_train.data.annotations import TrainingBoxes, select_boxes
 from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataModule, LoaderSettings
 from mal_train.distributed.process_group import ProcessGroup
-from mal_train.kernel.checkpoint.checkpoint import read_header
+from mal_train.kernel.checkpoint.checkpoint import encryption_of
 from mal_train.kernel.checkpoint.keys import DecryptionKey
 from mal_train.kernel.checkpoint.lineage import Lineage
 from mal_train.kernel.convert.pretrained import load_pretrained
@@ -84,10 +85,11 @@ def build_network(
     network = MalNetwork(model_config(spec.model))
     lineage = Lineage("random", "none")
     source = spec.train.pretrained_model_path
+    trust = trust_policy(spec, source or "", spec.train.pretrained_model_sha256)
     if resume is not None:
         console.print(f"resuming from {resume}")
     elif source:
-        report = load_pretrained(network, source, _key_if_encrypted(source, decryption_key))
+        report = load_pretrained(network, source, _key_if_encrypted(source, decryption_key), trust)
         console.print(str(report))
         lineage = report.lineage
         console.print(f"license of these weights: {lineage.license}")
@@ -199,6 +201,6 @@ def fit_settings(spec: Spec) -> FitSettings:
 def _key_if_encrypted(source: str, decryption_key: DecryptionKey | None) -> DecryptionKey | None:
     """Returns the key only for encrypted starting weights: published weights need none, encrypted checkpoints do."""
     path = Path(source)
-    if path.suffix != ".malckpt" or not path.is_file() or read_header(path, None).encryption.mode == "none":
+    if path.suffix != ".malckpt" or not path.is_file() or encryption_of(path).mode == "none":
         return None
     return decryption_key

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from mal_train.config.devices import OneMachine
 from mal_train.config.ranges import Margin
+from mal_train.core.yaml_config import Sha256
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -41,6 +42,9 @@ class EvaluateConfig(_TestTimeAugmentation):
         default=None,
         description="Checkpoint to evaluate on dataset.val_ann_path; builtin: the model in the package.",
     )
+    checkpoint_sha256: Sha256 | None = Field(
+        default=None, description="SHA-256 that the checkpoint must have (sha256sum FILE); null: any."
+    )
     box_inputs: str = Field(
         default="",
         description="COCO results file with detected boxes and scores; they replace the boxes of val_ann_path.",
@@ -61,6 +65,9 @@ class InferenceConfig(_TestTimeAugmentation):
 
     checkpoint: str | None = Field(
         default=None, description="Checkpoint to label with; builtin: the model in the package."
+    )
+    checkpoint_sha256: Sha256 | None = Field(
+        default=None, description="SHA-256 that the checkpoint must have (sha256sum FILE); null: any."
     )
     results_dir: str | None = Field(
         default=None, description="Output folder of `mal-train inference`; null: <results_dir>/inference."

@@ -17,7 +17,7 @@ from mal_train.config.training import TrainConfig
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import is_secret_reference
 from mal_train.core.settings import Compat, LabelerConfig
-from mal_train.core.yaml_config import Strict, apply_overrides, load_yaml, validate
+from mal_train.core.yaml_config import Signer, Strict, apply_overrides, load_yaml, validate
 
 RETIRED = {
     "model_name": "not supported; checkpoints are named mal_model_*; remove it",
@@ -71,6 +71,15 @@ class Spec(Strict):
         default=None,
         repr=False,
         description="Key that decrypts checkpoints: file:PATH or env:NAME; null: encryption_key, if it can decrypt.",
+    )
+    trusted_signers: tuple[Signer, ...] = Field(
+        default=(),
+        max_length=100,
+        description=(
+            "Public keys (ed25519:...) of authors: evaluate.checkpoint, inference.checkpoint and .malckpt starting\n"
+            "weights must have the signature of one of them (FILE.sig, from `mal-train sign`). [] = none is needed.\n"
+            "Checkpoints of the own output folder, to resume from, need none."
+        ),
     )
     dataset: DatasetConfig = DatasetConfig()
     model: NetworkConfig = NetworkConfig()

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mal_train.config.devices import Devices
 from mal_train.config.ranges import BelowOne, Fraction, Margin, Threshold
-from mal_train.core.yaml_config import Strict
+from mal_train.core.yaml_config import Sha256, Strict
 
 
 class CudnnConfig(Strict):
@@ -56,6 +56,10 @@ class TrainConfig(Devices):
     pretrained_model_path: str | None = Field(
         default=None,
         description="Starting weights: a .pt, .pth, .safetensors or .malckpt file, or a timm model name; null: random.",
+    )
+    pretrained_model_sha256: Sha256 | None = Field(
+        default=None,
+        description="SHA-256 that a .malckpt of starting weights must have (sha256sum FILE); null: any.",
     )
     batch_size: int = Field(default=3, ge=1, le=65_536, description="Boxes per batch and process.")
     accum_grad_batches: int = Field(default=1, ge=1, le=1_000_000, description="Batches per optimizer step.")

@@ -10,6 +10,7 @@
     │   ├── WrongKey            2  the key does not decrypt the file, is missing, or the key header is damaged
     │   ├── Truncated           2  the end of the file is missing
     │   ├── Altered             2  the content differs from what was encrypted
+    │   ├── Untrusted           2  another SHA-256 than the required one, or no signature of a trusted signer
     │   └── UnknownLayout       2  the schema or the weight layout is not supported by this version
     ├── DeviceError             1  this process: the device failed on a batch
     │   ├── OutOfDeviceMemory   1  one crop alone does not fit into device memory
@@ -96,6 +97,10 @@ class Truncated(CheckpointError):
 
 class Altered(CheckpointError):
     """A file whose content differs from what was encrypted. The file's fault; exit code 2."""
+
+
+class Untrusted(CheckpointError):
+    """A file with another SHA-256 than the required one, or without the signature of a trusted signer. Exit code 2."""
 
 
 class UnknownLayout(CheckpointError):

@@ -6,10 +6,15 @@ Settings hold a reference instead of the secret itself:
     env:NAME     the value of an environment variable
 """
 
+import logging
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 from mal_train.core.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 MAX_SECRET_BYTES = 64 * 1024
 _SCHEMES = ("file:", "env:")
@@ -73,6 +78,24 @@ def read_secret_file(path: Path, name: str) -> str:
     except UnicodeDecodeError:
         # `from None`: the decoder's error holds the bytes.
         raise ConfigError(f"{name}: {path}: not UTF-8 text") from None
+
+
+def warn_if_shared(reference: str, name: str) -> None:
+    """Logs a warning if `reference` is a file that other accounts of this machine may read.
+
+    Not an error: in a container, the secrets of its platform are readable by every account of the container.
+
+    Args:
+        reference: `file:PATH` or `env:NAME`.
+        name: setting or option that holds it.
+    """
+    if os.name != "posix" or not reference.startswith("file:"):
+        return
+    path = Path(reference.removeprefix("file:")).expanduser()
+    with suppress(OSError):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            log.warning("%s: other accounts can read %s (mode %04o); run: chmod 600 %s", name, path, mode, path)
 
 
 def is_token(text: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mal_train.core.errors import ConfigError
+from mal_train.kernel.checkpoint.trust import TrustPolicy
 
 V = TypeVar("V")
 
@@ -35,6 +36,13 @@ def resolve(checkpoint: str | Path) -> Path:
     if not path.is_file():
         raise ConfigError(f"checkpoint: builtin: {path} does not exist; reinstall the package or name a file")
     return path
+
+
+def trust_for(checkpoint: str | Path, trust: TrustPolicy) -> TrustPolicy:
+    """Returns the policy for a checkpoint: the model in the package is pinned by its SHA-256 instead of a signature."""
+    if str(checkpoint) != BUILTIN or not trust.signers:
+        return trust
+    return TrustPolicy(trust.sha256 or (SHA256,))
 
 
 def with_card(sha256: str, provenance: Mapping[str, V]) -> dict[str, V | str]:

@@ -8,8 +8,8 @@
                                                     model, labeler, categories, provenance, training
 
 No pickle is read or written: a file can hold wrong numbers, but it cannot run code. Encryption authenticates the
-content but, with a recipient, not its author: recipients are public keys. Where authorship matters, pin the SHA-256
-(`sha256_of`) or encrypt with a passphrase. User documentation calls an encrypted checkpoint "sealed".
+content but, with a recipient, not its author: recipients are public keys. Where authorship matters, a `TrustPolicy`
+requires a SHA-256 or a signature. User documentation calls an encrypted checkpoint "sealed".
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from torch import Tensor
 from mal_train.core.errors import Altered, CheckpointError, ConfigError, NonFiniteTraining, Truncated, UnknownLayout
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.age_header import EncryptionInfo
+from mal_train.kernel.checkpoint.age_streams import Sink
 from mal_train.kernel.checkpoint.encrypted_file import EncryptedFile, chunk_padding, write_encrypted
 from mal_train.kernel.checkpoint.json_tree import Tree, from_json, to_json
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey
@@ -36,6 +37,7 @@ from mal_train.kernel.checkpoint.tensorfile import (
     TensorFileReader,
     serialize,
 )
+from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
 from mal_train.kernel.networks.network import ModelConfig, check_map_size
 
 SCHEMA = "mal-ckpt/1"
@@ -166,7 +168,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, key: EncryptionKey | Non
     return write_encrypted(path, serialize(tensors, metadata, chunk_padding), key)
 
 
-def load_checkpoint(path: Path, key: DecryptionKey | None, *, skip_training_state: bool = False) -> Checkpoint:
+def load_checkpoint(
+    path: Path, key: DecryptionKey | None, *, skip_training_state: bool = False, trust: TrustPolicy = NO_POLICY
+) -> Checkpoint:
     """Loads a checkpoint of either kind, after its last byte is authenticated.
 
     Args:
@@ -174,8 +178,10 @@ def load_checkpoint(path: Path, key: DecryptionKey | None, *, skip_training_stat
         key: None for a plain file, and only for one.
         skip_training_state: loads the weights alone: the result has kind `weights`, and a resume file takes no more
             memory than its weights.
+        trust: SHA-256 or signers that the file must have; checked on the open file before anything is parsed.
 
     Raises:
+        Untrusted: see `TrustPolicy.check`.
         WrongKey, Truncated, Altered: see `EncryptedFile.read_into`. A plain file is not authenticated; its digest finds
             damage, but anybody can write one that fits. Earlier files have none: there, only damage to the
             structure is found.
@@ -187,7 +193,7 @@ def load_checkpoint(path: Path, key: DecryptionKey | None, *, skip_training_stat
         names = {entry.name for entry in header.entries if entry.name != PADDING_NAME}
         return {name for name in names if not (skip_training_state and _is_training(name))}
 
-    with _open(path) as file:
+    with _open(path, trust) as file:
         settings, tensors = _read(file, key, select)
         encryption, sha256 = file.encryption, file.sha256()
     # float16 is a storage format only: all computation starts from float32.
@@ -247,6 +253,34 @@ def read_header(path: Path, key: DecryptionKey | None) -> CheckpointHeader:
         return CheckpointHeader(file.file_bytes, file.encryption, summary)
 
 
+def encryption_of(path: Path) -> EncryptionInfo:
+    """Returns the encryption of a file; reads its age header only. Raises CheckpointError."""
+    with _open(path) as file:
+        return file.encryption
+
+
+def reencrypt(
+    source: Path, old_key: DecryptionKey | None, target: Path, new_key: EncryptionKey | None
+) -> EncryptionInfo:
+    """Copies a checkpoint with another encryption, or none; the content stays the same, byte for byte.
+
+    The source is verified to its last byte before anything is written. A plain copy is readable by its owner alone. The
+    content is in memory once; with a passphrase, twice.
+
+    Returns:
+        The encryption of the copy.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+        OutputError: the target cannot be written, or exists.
+    """
+    with _open(source) as file:
+        content = bytearray()
+        _read(file, old_key, lambda header: (), content)
+    mode = 0o600 if new_key is None else 0o666
+    return write_encrypted(target, [memoryview(content)], new_key, mode=mode, overwrite=False)
+
+
 def sha256_of(path: Path) -> str:
     """Returns the SHA-256 of the file on disk, in hex. It identifies a checkpoint in results and manifests.
 
@@ -287,17 +321,20 @@ def _is_training(name: str) -> bool:
     return name.startswith(TRAINING_PREFIX)
 
 
-def _open(path: Path) -> EncryptedFile:
+def _open(path: Path, trust: TrustPolicy = NO_POLICY) -> EncryptedFile:
     try:
-        return EncryptedFile(path)
+        return EncryptedFile(path, trust)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _read(
-    file: EncryptedFile, key: DecryptionKey | None, select: Callable[[TensorFileHeader], Container[str]]
+    file: EncryptedFile,
+    key: DecryptionKey | None,
+    select: Callable[[TensorFileHeader], Container[str]],
+    content: bytearray | None = None,
 ) -> tuple[_Settings, dict[str, Tensor]]:
-    """Returns the settings and the selected tensors, after the last byte is authenticated."""
+    """Returns the settings and the selected tensors, after the last byte is authenticated; `content` receives all."""
     if file.encryption.mode == "none":
         _refuse_foreign(file)
     name = str(file.path)
@@ -310,11 +347,23 @@ def _read(
     is_plain = file.encryption.mode == "none"
     reader = TensorFileReader(name, file.content_bytes, check_and_select, verify_digest=is_plain)
     try:
-        file.read_into(reader, key)
+        file.read_into(reader if content is None else _Copy(reader, content), key)
     except OSError as error:
         raise CheckpointError(f"{name}: cannot be read: {error.strerror}") from error
     reader.finish()
     return settings[0], reader.tensors
+
+
+class _Copy:
+    """A sink that passes what it receives on, and keeps it."""
+
+    def __init__(self, sink: Sink, content: bytearray) -> None:
+        self._sink, self._content = sink, content
+
+    def write(self, data: bytes, /) -> None:
+        """Receives the next bytes."""
+        self._sink.write(data)
+        self._content += data
 
 
 def _refuse_foreign(file: EncryptedFile) -> None:

@@ -41,6 +41,7 @@ from mal_train.kernel.checkpoint.age_streams import (
     StreamError,
 )
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey, Passphrase
+from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
 
 CHUNK = 64 * 1024
 """Plaintext bytes of a full chunk."""
@@ -63,17 +64,20 @@ def chunk_padding(size: int) -> int:
     return -size % CHUNK
 
 
-def write_encrypted(path: Path, buffers: Iterable[memoryview], key: EncryptionKey | None) -> EncryptionInfo:
+def write_encrypted(
+    path: Path, buffers: Iterable[memoryview], key: EncryptionKey | None, *, mode: int = 0o666, overwrite: bool = True
+) -> EncryptionInfo:
     """Writes the concatenated buffers to `path` and returns the encryption; without a key the file is plain.
 
     The write is atomic: an old file stays until the new one is complete and on disk. With recipients, one buffer at a
-    time is in memory; with a passphrase, the complete content and its ciphertext are.
+    time is in memory; with a passphrase, the complete content and its ciphertext are. `mode` and `overwrite` are those
+    of `atomic_write`.
 
     Raises:
         OutputError: disk full, no permission, folder missing. The old file is intact and no temporary file is left.
         ConfigError: on this machine the library picks a scrypt work factor above the limit of readers.
     """
-    with atomic_write(path) as file:
+    with atomic_write(path, mode=mode, overwrite=overwrite) as file:
         if key is None:
             for buffer in buffers:
                 file.write(buffer)
@@ -106,13 +110,18 @@ def check_encryption_key(key: EncryptionKey | None) -> None:
 class EncryptedFile:
     """A file open for reading, encrypted or plain. `encryption` describes it and `read_into` streams its content.
 
+    Args:
+        path: the file.
+        trust: what the file must have before anything of it is parsed.
+
     Raises on construction:
         OSError: the file cannot be opened.
+        Untrusted: the file does not have it.
         WrongKey: the age header is malformed, over 64 KiB, or asks for more than scrypt 2^20.
         Truncated: the file is empty or ends within its header.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, trust: TrustPolicy = NO_POLICY) -> None:
         self.path = path
         with ExitStack() as close_on_error:
             self._file = close_on_error.enter_context(path.open("rb", buffering=BUFFER))
@@ -120,6 +129,7 @@ class EncryptedFile:
             self.file_bytes = os.fstat(self._file.fileno()).st_size
             if self.file_bytes == 0:
                 raise Truncated(f"{path}: the file is empty")
+            self._trusted_sha256 = trust.check(path, self._file)
             self.encryption = read_encryption_info(self._file, name=str(path))
             close_on_error.pop_all()
 
@@ -160,10 +170,15 @@ class EncryptedFile:
             WrongKey: the key does not decrypt the file, or a key was given for a plain file, which may have been
                 replaced.
             Truncated: the end is missing.
-            Altered: a chunk fails authentication.
+            Altered: a chunk fails authentication, or the file has changed since `trust` was checked.
         """
         self._hash = hashlib.sha256()
         self._file.seek(0)
+        self._read(sink, key)
+        if self._trusted_sha256 not in (None, self.sha256()):
+            raise Altered(f"{self.path}: changed while it was read; load it again once it is complete")
+
+    def _read(self, sink: Sink, key: DecryptionKey | None) -> None:
         if self.encryption.mode == "none":
             self._read_plain(sink, key)
             return

@@ -13,7 +13,6 @@ Format of identities and recipients: https://age-encryption.org/v1, "The X25519 
 """
 
 import logging
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +20,9 @@ from typing import Any, Literal, NoReturn, Self, overload
 
 import pyrage
 
-from mal_train.core.errors import ConfigError, OutputError
-from mal_train.core.secrets import is_secret_reference, read_secret
+from mal_train.core.atomic_io import atomic_write
+from mal_train.core.errors import ConfigError
+from mal_train.core.secrets import is_secret_reference, read_secret, warn_if_shared
 
 Purpose = Literal["encryption", "decryption"]
 KeySource = Literal["yaml", "command line", "environment"]
@@ -126,6 +126,8 @@ def parse_key(text: str | None, *, purpose: Purpose, source: KeySource) -> Encry
     origin, content = _content(text, setting, source)
     lines = [line.strip() for line in content.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
+    if not all(line.startswith(RECIPIENT_PREFIX) for line in lines):
+        warn_if_shared(text, setting)
     if any(line.startswith(IDENTITY_PREFIX) for line in lines):
         identities = tuple(_identity(line, setting, origin) for line in lines)
         key = DecryptionKey(f"{origin}: identity", identities)
@@ -156,16 +158,8 @@ def write_identity(path: Path) -> str:
     """
     recipient, secret = generate_identity()
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(f"# created: {created}\n# public key: {recipient}\n{secret}\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError:
-        raise OutputError(f"{path}: already exists; an identity is never overwritten, choose another name") from None
-    except OSError as error:
-        raise OutputError(f"{path}: the identity cannot be written: {error.strerror}") from error
+    with atomic_write(path, mode=0o600, overwrite=False) as file:
+        file.write(f"# created: {created}\n# public key: {recipient}\n{secret}\n".encode())
     return recipient
 
 

@@ -22,6 +22,7 @@ from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
 from mal_train.kernel.checkpoint.lineage import NOT_STATED, Lineage
+from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.convert.torch_weights import read_weight_file
 from mal_train.kernel.networks.backbones import BACKBONES
@@ -69,7 +70,9 @@ class PretrainedReport:
         return "; ".join(parts)
 
 
-def load_pretrained(network: MalNetwork, source: str, key: DecryptionKey | None = None) -> PretrainedReport:
+def load_pretrained(
+    network: MalNetwork, source: str, key: DecryptionKey | None = None, trust: TrustPolicy = NO_POLICY
+) -> PretrainedReport:
     """Loads `source` into the student and copies the student to the teacher.
 
     Args:
@@ -78,14 +81,16 @@ def load_pretrained(network: MalNetwork, source: str, key: DecryptionKey | None 
             name of `BACKBONES` for its published weights; a file of a backbone or a TAO checkpoint (`.pt`, `.pth`,
             `.ckpt`, `.bin`, `.safetensors`); a `.malckpt`; or `builtin` for the model in the package.
         key: decrypts an encrypted `.malckpt`.
+        trust: SHA-256 or signers that a `.malckpt` must have.
 
     Raises:
-        ConfigError: no such file or name, no connection, or weights of another architecture.
+        ConfigError: no such file or name, no connection, weights of another architecture, or a SHA-256 for weights that
+            are no `.malckpt`.
         UnknownLayout: no name in the source matches.
         CheckpointError: a `.malckpt` that cannot be loaded.
     """
     targets = network.student.state_dict()
-    tensors, lineage = _read(source, key)
+    tensors, lineage = _read(source, key, trust)
     given = _student_names(tensors, source)
     if "backbone.reg_token" in targets and "backbone.dist_token" in given:
         given["backbone.reg_token"] = given.pop("backbone.dist_token")
@@ -113,15 +118,17 @@ def _is_file(source: str) -> bool:
     return path.suffix in FILE_SUFFIXES or len(path.parts) > 1 or path.is_file()
 
 
-def _read(source: str, key: DecryptionKey | None) -> tuple[dict[str, Tensor], Lineage]:
+def _read(source: str, key: DecryptionKey | None, trust: TrustPolicy) -> tuple[dict[str, Tensor], Lineage]:
     """Returns weights and lineage from a single read of the file, which may be replaced at any time."""
+    if trust.sha256 and builtin.resolve(source).suffix != ".malckpt":
+        raise ConfigError(f"train.pretrained_model_sha256: {source} is no .malckpt file; remove it")
     if source in BACKBONES:
         return _download(_published_name(source)), Lineage(source, published_license(source))
     if not _is_file(source):
         return _download(_checked_timm_name(source)), Lineage(source, published_license(source))
     path = builtin.resolve(source)
     if path.suffix == ".malckpt":
-        checkpoint = load_checkpoint(path, key, skip_training_state=True)
+        checkpoint = load_checkpoint(path, key, skip_training_state=True, trust=builtin.trust_for(source, trust))
         provenance = builtin.with_card(checkpoint.sha256, checkpoint.provenance)
         return dict(checkpoint.weights), Lineage.from_checkpoint(path, checkpoint.sha256, provenance)
     tensors = read_weight_file(path)

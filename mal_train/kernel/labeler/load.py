@@ -7,6 +7,7 @@ import torch
 from mal_train.core.errors import CheckpointError
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
+from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.kernel.networks.precision import Precision
@@ -18,6 +19,7 @@ def load_labeler(
     key: DecryptionKey | None = None,
     device: str | torch.device = "cpu",
     precision: Precision | str = Precision.AUTO,
+    trust: TrustPolicy = NO_POLICY,
 ) -> tuple[Labeler, Checkpoint]:
     """Loads a checkpoint; returns a labeler, and the checkpoint for its categories and provenance.
 
@@ -26,12 +28,13 @@ def load_labeler(
         key: decryption key; None for a plain file, and only for one.
         device: torch device.
         precision: dtype of the forward pass; see `Labeler`.
+        trust: SHA-256 or signers that the file must have.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
         ConfigError: float16 on a CPU.
     """
-    checkpoint = load_checkpoint(path, key, skip_training_state=True)
+    checkpoint = load_checkpoint(path, key, skip_training_state=True, trust=trust)
     return build_labeler(checkpoint, device=device, precision=precision), checkpoint
 
 

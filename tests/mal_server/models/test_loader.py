@@ -1,17 +1,22 @@
 """Claims about the files that models are loaded from."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mal_server import cli
+from mal_server.config.model_config import ModelFolder, ModelSetting
 from mal_server.config.server import ServerConfig
 from mal_server.models.loader import load_model
-from mal_train.core.errors import CheckpointError
+from mal_train.core.errors import CheckpointError, ConfigError, Untrusted
 from mal_train.core.settings import LabelerConfig
+from mal_train.kernel.checkpoint.builtin import BUILTIN
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from mal_train.kernel.checkpoint.trust import read_signing_key, sign_file, write_signing_key
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 
 MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=8)
@@ -26,8 +31,8 @@ def saved(path: Path, change: Callable[[dict[str, torch.Tensor]], object] = lamb
     return path
 
 
-def load(path: Path) -> None:
-    (plan,) = ServerConfig(checkpoint=path, gpu_ids=()).plans
+def load(path: Path, **settings: Any) -> None:
+    (plan,) = ServerConfig(checkpoint=path, gpu_ids=(), **settings).plans
     load_model(plan)
 
 
@@ -48,3 +53,57 @@ def test_weights_that_do_not_fit_their_settings_are_an_error_of_the_checkpoint(
     assert len(str(raised.value)) < 1000
     assert cli.main(["check", f"checkpoint={path}", "gpu_ids=[]"]) == CheckpointError.exit_code
     assert "Traceback" not in capsys.readouterr().err
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_pinned_model_loads_and_another_file_in_its_place_does_not(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.malckpt")
+    pinned = sha256_of(path)
+    load(path, checkpoint_sha256=pinned)
+    saved(path, lambda weights: next(iter(weights.values())).zero_())
+    with pytest.raises(Untrusted):
+        load(path, checkpoint_sha256=pinned)
+
+
+def test_with_trusted_signers_only_a_signed_model_loads(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.malckpt")
+    signer = write_signing_key(tmp_path / "signing.pem")
+    with pytest.raises(Untrusted, match="not signed"):
+        load(path, trusted_signers=(signer,))
+    sign_file(path, read_signing_key(f"file:{tmp_path / 'signing.pem'}", "key"))
+    load(path, trusted_signers=(signer,))
+    assert cli.main(["check", f"checkpoint={path}", "gpu_ids=[]", f"trusted_signers=['{signer}']"]) == 0
+
+
+def test_the_model_in_the_package_is_pinned_instead_of_signed(tmp_path: Path) -> None:
+    signer = write_signing_key(tmp_path / "signing.pem")
+    (plan,) = ServerConfig(trusted_signers=(signer,)).plans
+    assert plan.checkpoint == Path(BUILTIN)
+    assert (len(plan.trust.sha256), plan.trust.signers) == (1, ())
+
+
+def test_models_and_folders_have_pins_of_their_own(tmp_path: Path) -> None:
+    one, two, three = ("1" * 64, "2" * 64, "3" * 64)
+    signer = write_signing_key(tmp_path / "signing.pem")
+    config = ServerConfig(
+        models=(ModelSetting(name="cats", checkpoint=tmp_path / "a", checkpoint_sha256=one),),
+        model_folders=(
+            ModelFolder(name="pinned", path=tmp_path, checkpoint_sha256=(two, three)),
+            ModelFolder(name="open", path=tmp_path),
+        ),
+        trusted_signers=(signer,),
+    )
+    assert config.plans[0].trust.sha256 == (one,)
+    for folder, pins in zip(config.model_folders, [(two, three), ()], strict=True):
+        trust = config.plan_from(folder, tmp_path / "b", "cats", None).trust
+        assert (trust.sha256, trust.signers) == (pins, (signer,))
+
+
+@pytest.mark.parametrize(
+    "setting", ["checkpoint_sha256=abc", "trusted_signers=[age1x]", "models=[{name: a, checkpoint: b}]"]
+)
+def test_an_impossible_pin_is_an_error_of_the_settings(setting: str) -> None:
+    assert cli.main(["check", "checkpoint_sha256=" + "0" * 64, setting]) == ConfigError.exit_code

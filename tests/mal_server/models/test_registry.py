@@ -19,7 +19,16 @@ from mal_server.config.model_config import ModelPlan
 from mal_server.models.loader import LoadedModel
 from mal_server.models.pinned_models import PinnedModels
 from mal_server.server import MalServer, health_name
-from mal_train.core.errors import Altered, DeviceLost, MalError, OutOfDeviceMemory, Truncated, UnknownLayout, WrongKey
+from mal_train.core.errors import (
+    Altered,
+    DeviceLost,
+    MalError,
+    OutOfDeviceMemory,
+    Truncated,
+    UnknownLayout,
+    Untrusted,
+    WrongKey,
+)
 from mal_train.kernel.labeler.types import Prediction
 from tests.mal_server.calls import reason_of, status_details
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label_request, loaded
@@ -292,6 +301,7 @@ def test_a_hundred_calls_all_succeed_while_models_are_switched() -> None:
         (Truncated("cut"), "TRUNCATED"),
         (Altered("flipped"), "ALTERED"),
         (UnknownLayout("new"), "UNKNOWN_LAYOUT"),
+        (Untrusted("unsigned"), "UNTRUSTED"),
         (OutOfDeviceMemory("full"), "OUT_OF_MEMORY"),
         (PermissionError(13, "denied"), "CHECKPOINT"),
     ],

@@ -9,9 +9,10 @@ import torch
 from mal_train.cli import main
 from mal_train.commands import export
 from mal_train.commands.label import open_labeling_job
-from mal_train.config.spec import Spec
+from mal_train.commands.training_setup import build_network
+from mal_train.config.spec import Spec, load_spec
 from mal_train.core.console import Console
-from mal_train.core.errors import ConfigError
+from mal_train.core.errors import ConfigError, Untrusted
 from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint, sha256_of
@@ -225,3 +226,31 @@ def test_a_mean_states_the_hashes_of_the_loaded_files_even_if_they_have_changed(
     other.write_bytes(trained.read_bytes())
     assert main(["export", "-o", str(out), "--average", str(other), f"evaluate.checkpoint={trained}"]) == 0
     assert [source["sha256"] for source in load_checkpoint(out, None).provenance["sources"]] == [sha256, sha256]
+
+
+SIGNERS = f"trusted_signers=['ed25519:{'A' * 43}=']"
+
+
+@pytest.mark.parametrize("task", ["export", "evaluate", "inference", "pretrained"])
+@pytest.mark.parametrize("setting", ["sha256", "signers"])
+def test_a_checkpoint_of_another_digest_or_author_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, setting: str
+) -> None:
+    path = tmp_path / "a.malckpt"
+    save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(crop_size=64), {}), None)
+    section = "evaluate" if task == "export" else task
+    name = "train.pretrained_model_sha256" if task == "pretrained" else f"{section}.checkpoint_sha256"
+    override = SIGNERS if setting == "signers" else f"{name}={'0' * 64}"
+    if task == "pretrained":
+        spec = load_spec(None, [override, f"train.pretrained_model_path={path}", "model.arch=vit-micro/16"])
+        with pytest.raises(Untrusted):
+            build_network(spec, None, None, Console.silent())
+        return
+    monkeypatch.setattr("mal_train.kernel.checkpoint.encrypted_file.read_encryption_info", None)
+    spec = load_spec(None, [override, f"{section}.checkpoint={path}"])
+    if task == "export":
+        with pytest.raises(Untrusted):
+            export.export(spec, tmp_path / "b.malckpt", Console.silent())
+        return
+    with pytest.raises(Untrusted):
+        open_labeling_job(spec, "evaluate" if task == "evaluate" else "inference", Console.silent())
