@@ -49,7 +49,7 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True)
 class TrustPolicy:
-    """What a checkpoint file must have before it is read. The default requires nothing.
+    """Requirements that a checkpoint file must meet before it is read. The default has none.
 
     Attributes:
         sha256: accepted SHA-256 digests in hex; (): any.
