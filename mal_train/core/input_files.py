@@ -37,4 +37,4 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         # Of the stated size first: `read` alone would grow its buffer step by step.
-        return file.read(min(status.st_size, max_bytes) + 1)
+        return file.read(max(0, min(status.st_size, max_bytes)) + 1)

@@ -150,6 +150,9 @@ PAGE_FILE = {
 }
 
 
+@pytest.mark.promise(
+    "requests", "The playground answers thousands of malformed requests with a result or one clear error"
+)
 def test_no_playground_request_causes_a_server_error(
     form: Form, record: Record, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,6 +212,9 @@ LS_REQUEST = {
 LS_SETUP = {"project": "1.1764098131", "schema": CONFIG, "hostname": "http://localhost:8080", "access_token": "x"}
 
 
+@pytest.mark.promise(
+    "requests", "The Label Studio backend answers thousands of malformed requests with a result or one clear error"
+)
 def test_no_label_studio_request_causes_a_server_error(
     form: Form, record: Record, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -268,6 +274,7 @@ class HostileTask(TaskInMemory):
         return mutant(self._chance, self._images) if self._chance.random() < 0.5 else super().frame(number)
 
 
+@pytest.mark.promise("requests", "Any answer of a CVAT server gives a result or one clear error")
 def test_every_cvat_answer_gives_a_plan_or_one_error(form: Form, record: Record, tmp_path: Path) -> None:
     chance, outcomes, before = random.Random(form.seed), Counter[str](), rss_mib()
     images, slowest = [data for data in corpus() if data], 0.0
@@ -304,6 +311,7 @@ def answers(chance: random.Random) -> Iterator[labeling_pb2.LabelImageResponse]:
         yield message
 
 
+@pytest.mark.promise("requests", "Any answer of a labeling server gives checked masks or the error of a box")
 def test_every_answer_of_a_labeling_server_gives_labels_or_one_error(form: Form, record: Record) -> None:
     chance, outcomes, before = random.Random(form.seed), Counter[str](), rss_mib()
     boxes = {0: (1.0, 2.0, 3.0, 4.0), 1: (1.0, 2.0, 3.0, 4.0)}

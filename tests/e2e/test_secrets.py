@@ -288,6 +288,9 @@ def use_label_studio(session: Session, connection: list[object], image: Path) ->
     assert session.found(answer) == []
 
 
+@pytest.mark.promise(
+    "access", "No key, passphrase, token or password is printed, logged, traced, written or an argument"
+)
 def test_no_secret_is_printed_logged_traced_or_written_and_none_is_an_argument(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
