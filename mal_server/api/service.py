@@ -144,7 +144,8 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
     ) -> AsyncGenerator[evaluation_pb2.EvaluateResponse, None]:
         """Labels images with ground truth; sends progress after each image, then one result.
 
-        Limits: `max_items_in_flight` unanswered images; `max_evaluation_bytes` of memory for all evaluations together.
+        Limits: `max_items_in_flight` unanswered images; `max_evaluation_bytes` of memory for all evaluations together,
+        and for each, above which its reason is CALL_TOO_LARGE.
 
         Errors: INVALID_ARGUMENT for the options or a message of the wrong type, NOT_FOUND for a model or a data set,
         FAILED_PRECONDITION (RESUME_TOKEN_STALE) for a resume token of another evaluation, UNAVAILABLE (LOADING,
