@@ -276,7 +276,7 @@ async def _written(
     """Returns the message that `write` builds; in a thread if that takes long: the event loop serves all calls."""
     if labeling_messages.size_of(result) <= MAX_NUMBERS_IN_LOOP:
         return write()
-    return await model.pool.run(request.priority, write)
+    return await model.pool.run(request.priority, write, caller=request.caller)
 
 
 def _call_defaults(model: ServedModel, priority: Priority, context: Any) -> labeling_messages.CallDefaults:

@@ -77,7 +77,9 @@ class MaskFinisher:
         steps = list(_steps(prepared.crops, sorted(outcomes), BOXES_PER_TASK))
         height, width = prepared.crops[0].image_hw
         size_bytes = OWNER_BYTES_PER_PIXEL * height * width + max(map(_mask_bytes, prepared.crops))
-        async with LeasedSteps(self._pool, self._memory_limiter, request.priority, size_bytes) as leased:
+        async with LeasedSteps(
+            self._pool, self._memory_limiter, request.priority, request.caller, size_bytes
+        ) as leased:
             owners = await leased.run(PixelOwners, (height, width))
             for step in steps:
                 await leased.run(self._add_claims, request, prepared, outcomes, step, owners)
@@ -95,7 +97,9 @@ class MaskFinisher:
         size_bytes = max(_mask_bytes(prepared.crops[index]) for index in step)
         # Smaller masks need no limit: each thread holds one at a time.
         size_bytes = size_bytes if size_bytes > MAX_SMALL_BYTES else 0
-        async with LeasedSteps(self._pool, self._memory_limiter, request.priority, size_bytes) as leased:
+        async with LeasedSteps(
+            self._pool, self._memory_limiter, request.priority, request.caller, size_bytes
+        ) as leased:
             return await leased.run(self._finish_step, request, prepared, outcomes, step), leased.cpu_s
 
     def _add_claims(

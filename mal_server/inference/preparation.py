@@ -94,7 +94,7 @@ class CropPreparer:
             BadImage: the image cannot be used.
             NotFound, InvalidRequest: the file does not exist, or its path is invalid.
         """
-        small = await self._pool.run(request.priority, self._prepare_small, request, encoded)
+        small = await self._pool.run(request.priority, self._prepare_small, request, encoded, caller=request.caller)
         crops, decode_s = await self._prepare_large(request, small) if isinstance(small, _LargeImage) else small
         outcomes = list(zip(request.instance_ids, crops, strict=True))
         return Prepared(
@@ -116,7 +116,9 @@ class CropPreparer:
         return self._predictor.prepare(image, request.boxes), time.perf_counter() - started
 
     async def _prepare_large(self, request: LabelRequest, large: _LargeImage) -> tuple[list[Crop | BadBox], float]:
-        async with LeasedSteps(self._pool, self._memory_limiter, request.priority, large.memory_bytes) as leased:
+        async with LeasedSteps(
+            self._pool, self._memory_limiter, request.priority, request.caller, large.memory_bytes
+        ) as leased:
             image = await leased.run(self._decode_large, request, large)
             leased.shrink(image.nbytes)
             crops: list[Crop | BadBox] = []

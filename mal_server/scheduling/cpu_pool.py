@@ -1,8 +1,8 @@
 """Threads for CPU work that run the waiting tasks by priority. Knows nothing of images, models or gRPC.
 
-Tasks start in order of their submission time; BATCH tasks count as submitted `batch_aging_s` later. So INTERACTIVE
-tasks go first, and a BATCH task that has waited that long goes ahead of newer ones. Unlike in the batcher, passing
-costs a few milliseconds at most, so no quarter is guaranteed.
+The priority whose oldest task was submitted first goes first; BATCH tasks count as submitted `batch_aging_s` later. So
+INTERACTIVE tasks go first, and after BATCH ones have waited that long, they go ahead of newer ones. Unlike in the
+batcher, passing costs a few milliseconds at most, so no quarter is guaranteed. Within a priority, callers take turns.
 
 A running thread cannot be interrupted: callers split long work into tasks of some milliseconds. BATCH tasks never
 occupy the last of several threads.
@@ -10,8 +10,8 @@ occupy the last of several threads.
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +20,12 @@ from typing import Any, Generic, TypeVar
 
 from mal_server.scheduling.background import CPU_THREAD_PREFIX
 from mal_server.scheduling.priority import Priority
+from mal_server.scheduling.turns import TurnQueue
 
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class _Task(Generic[Result]):
     priority: Priority
     effective_start: float
@@ -57,10 +58,8 @@ class PriorityThreadPool:
         self.threads = threads
         self._aging_s = {Priority.INTERACTIVE: 0.0, Priority.BATCH: batch_aging_s}
         self._clock = clock
-        # In order of submission. A dict, from which a cancelled task is removed at once, with all that it refers to.
-        self._waiting: dict[Priority, OrderedDict[Future[Any], _Task[Any]]] = {
-            priority: OrderedDict() for priority in Priority
-        }
+        # A cancelled task is removed at once, with all that it refers to.
+        self._waiting: dict[Priority, TurnQueue[_Task[Any]]] = {priority: TurnQueue() for priority in Priority}
         self._max_batch_running = max(threads - 1, 1)
         self._batch_running = 0
         self._is_closed = False
@@ -68,36 +67,40 @@ class PriorityThreadPool:
         for number in range(threads):
             Thread(target=self._run_tasks, name=f"{CPU_THREAD_PREFIX}{number}", daemon=True).start()
 
-    def submit(self, priority: Priority, work: Callable[..., Result], *args: Any) -> "Future[Result]":
+    def submit(
+        self, priority: Priority, work: Callable[..., Result], *args: Any, caller: Hashable = ""
+    ) -> "Future[Result]":
         """Schedules `work(*args)`. Cancelling the future before its task starts drops the task and its arguments."""
         future: Future[Result] = Future()
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the pool is shut down")
             start = self._clock() + self._aging_s[priority]
-            self._waiting[priority][future] = _Task(priority, start, future, partial(work, *args))
+            task = _Task(priority, start, future, partial(work, *args))
+            self._waiting[priority].add(task, caller)
             # Any thread: it runs the task that goes first by then.
             self._changed.notify()
-        future.add_done_callback(partial(self._forget_cancelled, priority))
+        future.add_done_callback(partial(self._forget_cancelled, priority, weakref.ref(task)))
         return future
 
-    async def run(self, priority: Priority, work: Callable[..., Result], *args: Any) -> Result:
+    async def run(self, priority: Priority, work: Callable[..., Result], *args: Any, caller: Hashable = "") -> Result:
         """Schedules `work(*args)` and awaits it; cancelling the caller removes a task that has not started."""
-        return await asyncio.wrap_future(self.submit(priority, work, *args))
+        return await asyncio.wrap_future(self.submit(priority, work, *args, caller=caller))
 
     def shutdown(self) -> None:
         """Cancels the waiting tasks; each thread ends after its running one."""
         with self._changed:
             self._is_closed = True
-            waiting = [future for queue in self._waiting.values() for future in queue]
+            waiting = [queue.pop().future for queue in self._waiting.values() for _ in range(len(queue))]
             self._changed.notify_all()
         for future in waiting:
             future.cancel()
 
-    def _forget_cancelled(self, priority: Priority, future: "Future[Any]") -> None:
-        if future.cancelled():
+    def _forget_cancelled(self, priority: Priority, task: "weakref.ref[_Task[Any]]", future: "Future[Any]") -> None:
+        waiting = task() if future.cancelled() else None
+        if waiting is not None:
             with self._changed:
-                self._waiting[priority].pop(future, None)
+                self._waiting[priority].remove(waiting)
 
     def _run_tasks(self) -> None:
         while self._run_next():
@@ -121,17 +124,18 @@ class PriorityThreadPool:
                 if task is None:
                     self._changed.wait()
                     continue
-                del self._waiting[task.priority][task.future]
+                self._waiting[task.priority].pop()
                 if task.future.set_running_or_notify_cancel():
                     self._batch_running += task.priority is Priority.BATCH
                     return task
         return None
 
     def _first(self) -> _Task[Any] | None:
-        heads = [next(iter(queue.values())) for queue in self._waiting.values() if queue]
+        queues = [queue for queue in self._waiting.values() if queue]
         if self._batch_running >= self._max_batch_running:  # `_end_batch_task` wakes a thread for the others
-            heads = [task for task in heads if task.priority is not Priority.BATCH]
-        return min(heads, key=lambda task: task.effective_start, default=None)
+            queues = [queue for queue in queues if queue is not self._waiting[Priority.BATCH]]
+        queue = min(queues, key=lambda queue: queue.oldest().effective_start, default=None)
+        return None if queue is None else queue.first()
 
     def _end_batch_task(self) -> None:
         with self._changed:

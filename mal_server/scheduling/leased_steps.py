@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -22,24 +22,28 @@ class LeasedSteps:
         pool: runs the steps.
         limiter: holds the memory.
         priority: priority in both.
+        caller: callers take turns in both.
         size_bytes: memory of all steps; 0 waits for nobody.
 
     Attributes:
         cpu_s: seconds that the steps have taken so far.
     """
 
-    def __init__(self, pool: PriorityThreadPool, limiter: MemoryLimiter, priority: Priority, size_bytes: int) -> None:
+    def __init__(
+        self, pool: PriorityThreadPool, limiter: MemoryLimiter, priority: Priority, caller: Hashable, size_bytes: int
+    ) -> None:
         self.cpu_s = 0.0
         self._pool = pool
         self._limiter = limiter
         self._priority = priority
+        self._caller = caller
         self._size_bytes = size_bytes
         self._lease: MemoryLease | None = None
         self._step: Future[Any] | None = None
 
     async def __aenter__(self) -> Self:
         if self._size_bytes:
-            self._lease = await self._limiter.acquire(self._size_bytes, self._priority)
+            self._lease = await self._limiter.acquire(self._size_bytes, self._priority, self._caller)
         return self
 
     async def __aexit__(
@@ -51,7 +55,7 @@ class LeasedSteps:
 
     async def run(self, work: Callable[..., Result], *args: Any) -> Result:
         """Runs `work(*args)` on the pool. Raises what it raises."""
-        step = self._pool.submit(self._priority, timed, work, *args)
+        step = self._pool.submit(self._priority, timed, work, *args, caller=self._caller)
         self._step = step
         result: Result
         result, seconds = await asyncio.wrap_future(step)

@@ -1,14 +1,16 @@
 """Bounds the memory of short tasks: a task that would exceed the limit waits for others to release theirs.
 
-Waiting tasks go in order of arrival; BATCH ones count as arriving `batch_aging_s` later and hold at most half of the
-memory. `MemoryQuota` is for memory that is held for minutes: it refuses instead.
+The priority whose oldest task arrived first goes first; BATCH tasks count as arriving `batch_aging_s` later and hold at
+most half of the memory. Within a priority, callers take turns. `MemoryQuota` is for memory that is held for minutes: it
+refuses instead.
 """
 
 import asyncio
-from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from mal_server.scheduling.priority import Priority
+from mal_server.scheduling.turns import TurnQueue
 
 
 class MemoryLease:
@@ -30,7 +32,7 @@ class MemoryLease:
         self.shrink(0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Waiter:
     priority: Priority
     effective_arrival: float
@@ -53,18 +55,18 @@ class MemoryLimiter:
         self._batch_limit = limit // 2
         self._aging_s = {Priority.INTERACTIVE: 0.0, Priority.BATCH: batch_aging_s}
         self._used = dict.fromkeys(Priority, 0)
-        self._waiting: dict[Priority, deque[_Waiter]] = {priority: deque() for priority in Priority}
+        self._waiting: dict[Priority, TurnQueue[_Waiter]] = {priority: TurnQueue() for priority in Priority}
 
     @property
     def used(self) -> int:
         """Bytes held now."""
         return sum(self._used.values())
 
-    async def acquire(self, size: int, priority: Priority) -> MemoryLease:
+    async def acquire(self, size: int, priority: Priority, caller: Hashable = "") -> MemoryLease:
         """Waits until `size` bytes are free; the caller must release the lease."""
         loop = asyncio.get_running_loop()
         waiter = _Waiter(priority, loop.time() + self._aging_s[priority], size, loop.create_future())
-        self._waiting[priority].append(waiter)
+        self._waiting[priority].add(waiter, caller)
         self._grant()
         try:
             await waiter.granted
@@ -84,14 +86,15 @@ class MemoryLimiter:
 
     def _grant(self) -> None:
         while (waiter := self._next_waiter()) is not None:
-            self._waiting[waiter.priority].popleft()
+            self._waiting[waiter.priority].pop()
             self._used[waiter.priority] += waiter.size
             waiter.granted.set_result(None)
 
     def _next_waiter(self) -> _Waiter | None:
         """Returns the waiter that may start now: the first one, or the one behind if BATCH has used up its half."""
-        heads = [queue[0] for queue in self._waiting.values() if queue]
-        for waiter in sorted(heads, key=lambda waiter: waiter.effective_arrival):
+        queues = [queue for queue in self._waiting.values() if queue]
+        for queue in sorted(queues, key=lambda queue: queue.oldest().effective_arrival):
+            waiter = queue.first()
             is_batch = waiter.priority is Priority.BATCH
             if is_batch and not _fits(waiter.size, self._used[Priority.BATCH], self._batch_limit):
                 continue

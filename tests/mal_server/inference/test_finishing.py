@@ -32,10 +32,10 @@ class Recorded:
         self.limiters: set[MemoryLimiter] = set()
         acquire = MemoryLimiter.acquire
 
-        async def recorded(limiter: MemoryLimiter, size: int, priority: Any) -> Any:
+        async def recorded(limiter: MemoryLimiter, size: int, *options: Any) -> Any:
             self.sizes.append(size)
             self.limiters.add(limiter)
-            return await acquire(limiter, size, priority)
+            return await acquire(limiter, size, *options)
 
         monkeypatch.setattr(MemoryLimiter, "acquire", recorded)
 

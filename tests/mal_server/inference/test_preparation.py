@@ -11,7 +11,6 @@ from mal.v1 import labeling_pb2, types_pb2
 from mal_server.inference.image_store import FileImage, ImageStore
 from mal_server.inference.preparation import BOXES_PER_TASK
 from mal_server.scheduling.memory_limiter import MemoryLease, MemoryLimiter
-from mal_server.scheduling.priority import Priority
 from mal_train.core.images import header
 from mal_train.core.images.container import Container
 from mal_train.core.images.header import read_container
@@ -41,9 +40,9 @@ def leases(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     acquire = MemoryLimiter.acquire
 
-    async def recorded(limiter: MemoryLimiter, size: int, priority: Priority) -> MemoryLease:
+    async def recorded(limiter: MemoryLimiter, size: int, *options: Any) -> MemoryLease:
         found.append(size)
-        return await acquire(limiter, size, priority)
+        return await acquire(limiter, size, *options)
 
     monkeypatch.setattr(MemoryLimiter, "acquire", recorded)
     return found
@@ -106,9 +105,9 @@ def test_a_file_that_grows_while_its_request_waits_is_refused(
     path.write_bytes(encoded(LARGE, "BMP"))
     acquire = MemoryLimiter.acquire
 
-    async def replaced(limiter: MemoryLimiter, size: int, priority: Priority) -> MemoryLease:
+    async def replaced(limiter: MemoryLimiter, size: int, *options: Any) -> MemoryLease:
         path.write_bytes(encoded(np.zeros((2400, 1600, 3), np.uint8), "BMP"))
-        return await acquire(limiter, size, priority)
+        return await acquire(limiter, size, *options)
 
     monkeypatch.setattr(MemoryLimiter, "acquire", replaced)
 

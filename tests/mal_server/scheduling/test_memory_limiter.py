@@ -19,9 +19,9 @@ class Tasks:
         self.granted: dict[str, MemoryLease] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def acquire(self, name: str, size: int, priority: Priority, after_s: float = 0.0) -> None:
+    async def acquire(self, name: str, size: int, priority: Priority, after_s: float = 0.0, caller: str = "") -> None:
         await asyncio.sleep(after_s)
-        self.tasks[name] = asyncio.create_task(self._acquire(name, size, priority))
+        self.tasks[name] = asyncio.create_task(self._acquire(name, size, priority, caller))
         await asyncio.sleep(0)
 
     async def shrink(self, name: str, size: int = 0) -> list[str]:
@@ -39,8 +39,8 @@ class Tasks:
         await asyncio.sleep(0)
         return list(self.granted)
 
-    async def _acquire(self, name: str, size: int, priority: Priority) -> None:
-        self.granted[name] = await self.limiter.acquire(size, priority)
+    async def _acquire(self, name: str, size: int, priority: Priority, caller: str) -> None:
+        self.granted[name] = await self.limiter.acquire(size, priority, caller)
 
 
 def with_limit(limit: int, work: Callable[[Tasks], Any], batch_aging_s: float = 2.0) -> None:
@@ -128,5 +128,18 @@ def test_memory_granted_to_a_task_that_is_cancelled_at_that_moment_is_released()
         tasks.granted["a"].release()
         assert await tasks.cancel("b") == ["a"]
         assert tasks.limiter.used == 0
+
+    with_limit(100, work)
+
+
+def test_a_task_waits_for_one_of_each_other_caller() -> None:
+    async def work(tasks: Tasks) -> None:
+        for name in ("a1", "a2", "a3", "a4"):
+            await tasks.acquire(name, 100, INTERACTIVE, caller="a")
+        await tasks.acquire("b1", 100, INTERACTIVE, caller="b")
+        for name, order in (("a1", ["a2"]), ("a2", ["a2", "b1"]), ("b1", ["a2", "b1", "a3"])):
+            assert (await tasks.shrink(name))[1:] == order
+        for name in ("a3", "a4"):
+            await tasks.shrink(name)
 
     with_limit(100, work)
