@@ -67,6 +67,11 @@ def evaluate(coco: CocoFile) -> None:
     report.table().encode(errors="backslashreplace")
 
 
+def compare(truth: CocoFile, labels: CocoFile) -> None:
+    """Compares two files, and writes the report as JSON."""
+    json.dumps(evaluate_labels(truth, labels).to_dict(), allow_nan=False)
+
+
 def write(coco: CocoFile, path: Path, output: Path) -> None:
     """Writes labels and errors for all rows, in memory and row by row; both give the same bytes."""
     results = {row.id: FIELDS if n % 2 else error_fields("X", "x") for n, row in enumerate(coco.annotations) if row.id}
@@ -84,7 +89,7 @@ def work_of(content: bytes, labels: bytes, boxes: bytes, folder: Path) -> Iterab
     yield "review", lambda: review_queue(path, sort_by=SortBy.SCORE, truth=path).lines()
     yield "memory", lambda: evaluate(read_coco(path))
     yield "output", lambda: write(read_coco(path), path, folder / "out.json")
-    yield "labels", lambda: evaluate_labels(read_coco(path), read_coco(other)).to_dict()
+    yield "labels", lambda: compare(read_coco(path), read_coco(other))
     folders = AllowedDirs({"data": folder}, "folders")
     yield "server", lambda: read_dataset(folders, "data/a.json", "data").category_names
 

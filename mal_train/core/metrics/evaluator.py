@@ -31,6 +31,8 @@ from mal_train.core.metrics.miou import InstanceIoU, mean_iou, mean_or_none
 from mal_train.core.metrics.report import GOOD_IOU, CategoryRow, EvaluationReport, Skipped
 from mal_train.core.metrics.score_quality import score_quality
 
+MAX_SCORE = 1e9
+"""Largest score of a label, so that sums and means of scores are finite; those of this project lie in [0, 1]."""
 MEMORY_OF_A_PAIR = 5000
 """Bytes of a compared mask without its two run-length codes: 600 kept, up to 4 400 more while the report is made."""
 MEMORY_OF_A_CATEGORY = 17_000
@@ -378,8 +380,8 @@ def _add_label(
         evaluator.skip(annotation, str(reason or Reason.NOT_ANSWERED), f"{name}: has no predicted mask")
         return
     score = 1.0 if stated_score is None else finite_number(stated_score)
-    if score is None:
-        message = f"{name}: score {as_json(stated_score)}; it must be a finite number"
+    if score is None or abs(score) > MAX_SCORE:
+        message = f"{name}: score {as_json(stated_score)}; it must be a number of at most {MAX_SCORE:g} in size"
         evaluator.skip(annotation, Reason.NOT_ANSWERED, message)
         return
     try:

@@ -72,7 +72,8 @@ def calibration_error(scores: ArrayLike, ious: ArrayLike, bins: int = 10) -> flo
     score, iou = np.asarray(scores, dtype=np.float64), np.asarray(ious, dtype=np.float64)
     if score.size == 0:
         return None
-    bin_of = np.clip((score * bins).astype(np.int64), 0, bins - 1)
+    # Clipped before the conversion: a score beyond the range of integers has no defined one.
+    bin_of = np.minimum(np.clip(score, 0.0, 1.0) * bins, bins - 1).astype(np.int64)
     return float(np.abs(np.bincount(bin_of, weights=score - iou, minlength=bins)).sum() / score.size)
 
 

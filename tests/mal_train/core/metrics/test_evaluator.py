@@ -322,6 +322,8 @@ class TestEvaluateLabels:
             ({"segmentation": square(0, 0, 8).to_coco(), "score": math.nan}, "NOT_ANSWERED"),
             ({"segmentation": square(0, 0, 8).to_coco(), "score": 10**400}, "NOT_ANSWERED"),
             ({"segmentation": square(0, 0, 8).to_coco(), "score": True}, "NOT_ANSWERED"),
+            ({"segmentation": square(0, 0, 8).to_coco(), "score": 1.7e308}, "NOT_ANSWERED"),
+            ({"segmentation": square(0, 0, 8).to_coco(), "score": -1e10}, "NOT_ANSWERED"),
         ],
     )
     def test_a_label_that_cannot_be_compared_is_counted_by_reason(self, label: Any, reason: str) -> None:

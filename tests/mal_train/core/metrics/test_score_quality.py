@@ -50,3 +50,10 @@ class TestScoreQuality:
         quality = score_quality([0.9, 0.8], [0.4, 0.8])
         assert quality.bias == pytest.approx(0.25)
         assert quality.bad_count == 1
+
+
+def test_scores_outside_the_unit_interval_are_in_its_first_and_last_bin() -> None:
+    inside = calibration_error([0.0, 0.05, 1.0, 0.95], [0.5, 0.5, 0.5, 0.5])
+    assert inside == pytest.approx(0.475)
+    assert calibration_error([-1e9, 1e9], [-1e9, 1e9]) == 0.0
+    assert calibration_error([-1e300, 1e300], [-1e300, 1e300]) == 0.0
