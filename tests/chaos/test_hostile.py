@@ -82,6 +82,7 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+@pytest.mark.promise("images", "A damaged image is decoded or refused, each within 2 s of CPU time, with little memory")
 def test_mutated_images_are_decoded_or_refused_fast_with_little_memory(form: Form, record: Record) -> None:
     chance, seeds, count = random.Random(form.seed), corpus(), form.pick(2000, 100_000)
     max_bytes = form.pick(2_000_000, DEFAULT_LIMITS.max_bytes - 100_000)
@@ -167,6 +168,12 @@ def test_a_file_of_headers_costs_at_most_two_seconds_and_256_mib(
     assert costs[name].outcome in {"decoded", "IMAGE_TOO_LARGE", "IMAGE_DECODE_FAILED"}
 
 
+def named(codes: Counter[int]) -> dict[str, int]:
+    """Returns counts of status codes by name."""
+    return {code_pb2.Code.Name(code): count for code, count in codes.items()}
+
+
+@pytest.mark.promise("images", "No damaged image causes a server error")
 def test_no_mutated_image_causes_a_server_error(form: Form, record: Record) -> None:
     chance, seeds, count = random.Random(form.seed + 1), corpus(), form.pick(200, 5000)
 
@@ -178,7 +185,7 @@ def test_no_mutated_image_causes_a_server_error(form: Form, record: Record) -> N
             return Counter(item.status.code for item in items.values())
 
     codes = asyncio.run(asyncio.wait_for(work(), 600))
-    record("mutated images, served", cases=count, codes=dict(codes))
+    record("mutated images, served", cases=count, codes=named(codes))
     assert set(codes) <= {code_pb2.OK, code_pb2.INVALID_ARGUMENT}
     assert sum(codes.values()) == count
 
@@ -207,6 +214,7 @@ def hostile_round(
     asyncio.run_coroutine_threadsafe(work(), loop).result(120)
 
 
+@pytest.mark.promise("requests", "A random request is answered or refused as invalid, and the next call works")
 def test_no_random_request_causes_a_server_error_or_breaks_the_next_call(form: Form, record: Record) -> None:
     seen: Counter[int] = Counter()
 
@@ -215,7 +223,7 @@ def test_no_random_request_causes_a_server_error_or_breaks_the_next_call(form: F
             await asyncio.to_thread(hostile_round, running, asyncio.get_running_loop(), seen)
 
     asyncio.run(work())
-    record("random requests", cases=ROUNDS * 21, codes=dict(seen))
+    record("random requests", cases=ROUNDS * 21, codes=named(seen))
     assert set(seen) <= {code_pb2.OK, code_pb2.INVALID_ARGUMENT}
     assert sum(seen.values()) >= ROUNDS * 20
 
@@ -239,6 +247,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.promise("access", "No call without a valid certificate and token reaches a handler")
 def test_calls_without_a_valid_certificate_and_token_reach_no_handler(
     certificates: Certificates, monkeypatch: pytest.MonkeyPatch, entries: list[str], form: Form, record: Record
 ) -> None:

@@ -94,6 +94,7 @@ def sustained(form: Form, deck_folder: Path, tmp_path_factory: pytest.TempPathFa
     return under_load(tmp_path_factory.mktemp("sustained"), deck_folder, plans, *settings, seconds=plan.seconds)
 
 
+@pytest.mark.promise("load", "Under sustained load every call gets its own masks, once")
 def test_every_call_gets_its_own_mask_once(sustained: LoadRun, record: Record) -> None:
     found = sustained.of()
     record(
@@ -112,6 +113,7 @@ def test_p99_latency_is_below_three_batches(sustained: LoadRun, record: Record) 
     assert found.p99 <= bound_ms
 
 
+@pytest.mark.promise("load", "Under sustained load no callback holds the event loop")
 def test_no_callback_blocks_the_event_loop(sustained: LoadRun, record: Record) -> None:
     report = sustained.report
     record("event loop", **{key: value for key, value in report.items() if key != "slowest"})
@@ -174,6 +176,7 @@ def test_overload_does_not_reduce_throughput(overloaded: LoadRun, record: Record
     assert goodput >= 0.9
 
 
+@pytest.mark.promise("load", "At three times the capacity, refused calls get a retry delay, accepted ones their masks")
 def test_overload_refusals_have_a_retry_delay_and_accepted_calls_succeed(overloaded: LoadRun, record: Record) -> None:
     rush = overloaded.of("rush")
     record("under overload", calls=rush.calls, answered=rush.answered, refused=rush.refused, wrong=rush.wrong)
@@ -191,11 +194,13 @@ def test_refusals_are_fast(overloaded: LoadRun, record: Record) -> None:
     assert rush.refusal_p99 < rush.p50
 
 
+@pytest.mark.promise("load", "At three times the capacity the queue stays within its bound")
 def test_the_queue_never_exceeds_its_bound(overloaded: LoadRun, record: Record) -> None:
     record("queue", polls=len(overloaded.queued), peak=max(overloaded.queued), bound=BOUND)
     assert BOUND / 4 < max(overloaded.queued) <= BOUND
 
 
+@pytest.mark.promise("memory", "At three times the capacity memory does not grow")
 def test_memory_does_not_grow_under_overload(overloaded: LoadRun, record: Record) -> None:
     rss_mib = overloaded.rss_mib
     growth = max(rss_mib) - max(rss_mib[: len(rss_mib) // 3 + 1])
@@ -203,6 +208,7 @@ def test_memory_does_not_grow_under_overload(overloaded: LoadRun, record: Record
     assert growth <= 20
 
 
+@pytest.mark.promise("load", "Clients that retry complete all calls of an overloaded server, once")
 def test_retrying_clients_complete_all_calls(overloaded: LoadRun, form: Form, record: Record) -> None:
     jobs = [one for one in overloaded.samples if one.group == "retrying"]
     record(
@@ -221,6 +227,7 @@ OWN_WORK_MS = 25
 """Time of one call with one box outside the device: CPU work and transport, beside bulk work on two cores."""
 
 
+@pytest.mark.promise("load", "Interactive calls are answered beside a bulk stream that saturates the device")
 def test_interactive_calls_pass_a_saturating_bulk_stream(
     form: Form, deck_folder: Path, tmp_path: Path, record: Record
 ) -> None:
@@ -249,6 +256,7 @@ def test_interactive_calls_pass_a_saturating_bulk_stream(
         assert interactive.p95 <= 2 * batch_ms + OWN_WORK_MS
 
 
+@pytest.mark.promise("memory", "Memory does not grow over many calls")
 def test_memory_does_not_grow_over_many_calls(form: Form, deck_folder: Path, tmp_path: Path, record: Record) -> None:
     calls = form.pick(600, 50_000)
     plan = Plan("", clients=8, seconds=1800.0, calls=calls, seed=form.seed)

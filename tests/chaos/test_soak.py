@@ -326,6 +326,7 @@ class FaultInjector:
 
 
 # On the function: the limit that conftest.py adds to every test takes precedence over a module's mark.
+@pytest.mark.promise("faults", "Under all faults at random no call is lost or answered twice")
 @pytest.mark.timeout(SECONDS + 1200)
 def test_no_call_is_lost_or_answered_twice_under_random_faults(
     form: Form, deck_folder: Path, tmp_path: Path, record: Record

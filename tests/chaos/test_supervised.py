@@ -79,6 +79,7 @@ def supervised(folder: Path, *arguments: str) -> Iterator[Supervised]:
         process.wait(90)
 
 
+@pytest.mark.promise("faults", "kill -9 under load: the supervisor starts a new server, and no call is lost")
 def test_a_killed_server_restarts_and_no_call_is_lost(
     form: Form, deck_folder: Path, tmp_path: Path, record: Record
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_killed_server_restarts_and_no_call_is_lost(
     assert server.ends()[:kills] == ["terminated by SIGKILL; not expected"] * kills
 
 
+@pytest.mark.promise("faults", "A lost device ends the process, the supervisor starts a new one, and no call is lost")
 @pytest.mark.slow  # several server starts
 def test_a_lost_device_ends_the_process_and_the_supervisor_starts_a_new_one(
     form: Form, deck_folder: Path, tmp_path: Path, record: Record

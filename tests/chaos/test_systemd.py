@@ -282,6 +282,7 @@ def test_the_tested_unit_is_the_shipped_one_except_for_the_removed_lines(unit: U
         assert [line for line in tested if line.startswith(start)] == lines
 
 
+@pytest.mark.promise("deployment", "systemd restarts a server that is killed, and one that is stopped drains")
 def test_a_killed_server_restarts_and_a_stopped_one_drains(unit: Unit, record: Record) -> None:
     assert unit.manager.ctl("start", unit.name).returncode == 0
     wait_for(unit.serves, "the first start")
@@ -301,6 +302,7 @@ def test_a_killed_server_restarts_and_a_stopped_one_drains(unit: Unit, record: R
     assert not unit.address_file.exists()
 
 
+@pytest.mark.promise("deployment", "systemd replaces a server process that does not run")
 def test_a_process_that_does_not_run_is_replaced(unit: Unit, record: Record) -> None:
     limit_s = 30  # the shipped limit takes minutes
     with override(unit, f"WatchdogSec={limit_s}"):

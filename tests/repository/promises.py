@@ -75,8 +75,9 @@ def machine() -> str:
 
 
 def load(path: Path = FILE) -> list[Row]:
-    """Returns the rows of a file; none if it does not exist."""
-    return [Row(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    """Returns the rows of a file in the order of the page; none if it does not exist."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sorted((Row(**json.loads(line)) for line in lines), key=lambda row: row.key)
 
 
 def save(rows: Iterable[Row], path: Path) -> None:

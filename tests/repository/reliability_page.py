@@ -36,8 +36,9 @@ def _section(topic: str, rows: Sequence[Row]) -> str:
 def _line(cases: Sequence[Row]) -> str:
     """Returns the line of one promise, whose test may have several cases."""
     measured = "; ".join(filter(None, map(_measured, cases)))
+    holds = "holds" if len(cases) == 1 else f"holds in {len(cases)} cases"
     runs = "; ".join(dict.fromkeys(f"{row.form}, {row.date}, {row.machine}" for row in cases))
-    return f"| {cases[0].promise} | `{cases[0].test}` | {measured or 'holds'} | {runs} |\n"
+    return f"| {cases[0].promise} | `{cases[0].test}` | {measured or holds} | {runs} |\n"
 
 
 def _measured(row: Row) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,16 +82,20 @@ def _sent(fake: FakeServer) -> Counter[int]:
     return Counter(instance.instance_id for request in fake.label_requests for instance in request.instances)
 
 
+@pytest.mark.promise("jobs", "A dataset job that is killed and repeated gives the bytes of an undisturbed one")
 @pytest.mark.parametrize(
     ("images", "kills"), [(80, 5), pytest.param(2000, 100, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 )
-def test_a_killed_run_loses_no_result_and_repeats_at_most_its_window(tmp_path: Path, images: int, kills: int) -> None:
+def test_a_killed_run_loses_no_result_and_repeats_at_most_its_window(
+    tmp_path: Path, images: int, kills: int, record: Callable[..., None]
+) -> None:
     dataset = make_dataset(tmp_path, images=images)
     (dataset.images_dir / "image_3.png").unlink()
     expected = uninterrupted(dataset)
     sent = killed_until_done(FakeServer(Faults(delay_s=0.004), Limits(max_items_in_flight=WINDOW)), dataset, kills, 11)
     assert dataset.output.read_bytes() == expected
     assert not journal_path(dataset.output).exists()
+    record("killed job", images=images, kills=kills, boxes_sent_again=sent.total() - len(sent))
     assert len(sent) == 2 * (images - 1)
     # Two boxes an image; a second window for results that the client has not written.
     assert sent.total() - len(sent) <= 2 * 2 * WINDOW * kills
@@ -198,6 +202,7 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.promise("jobs", "A full disk keeps the old output of a dataset job and its results so far")
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount here")
 @pytest.mark.parametrize("kib", [16, 160])
 def test_a_full_disk_keeps_the_old_output_and_the_results_so_far(tmp_path: Path, kib: int) -> None:

@@ -32,6 +32,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.promise("faults", "A process whose event loop hangs ends itself, also while code holds Python's lock")
 def test_a_loop_that_stands_still_with_the_gil_held_ends_the_process_and_shows_the_code_that_holds_it() -> None:
     done = subprocess.run([sys.executable, "-c", HUNG], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 1

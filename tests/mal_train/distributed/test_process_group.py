@@ -94,6 +94,10 @@ def test_only_rank_0_writes_and_prints(scenes: Scenes, tmp_path: Path, capfd: py
     ]
 
 
+@pytest.mark.promise(
+    "training",
+    "kill -9 of one of two training processes ends both; repeated, they give the same weights",
+)
 def test_a_killed_process_ends_the_other_and_the_resumed_run_ends_with_the_same_weights(
     scenes: Scenes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,15 @@ def state_of(path: Path) -> dict[str, torch.Tensor]:
     return {**checkpoint.weights, **moments}
 
 
+@pytest.mark.promise(
+    "training",
+    "Training resumed at any step ends with the bits of an undisturbed run",
+)
 @pytest.mark.parametrize(
     ("count", "accumulate"), [(4, 1), (3, 2), pytest.param(32, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 def test_resuming_at_random_steps_gives_the_state_of_an_uninterrupted_run(
-    count: int, accumulate: int, tmp_path: Path
+    count: int, accumulate: int, tmp_path: Path, record: Callable[..., None]
 ) -> None:
     # 17 boxes in batches of 2: the last batch of an epoch is a small one; 36 batches in all.
     def without_one(coco: dict[str, list[object]]) -> None:
@@ -68,9 +73,7 @@ def test_resuming_at_random_steps_gives_the_state_of_an_uninterrupted_run(
         assert (tmp_path / str(stop) / "train" / LATEST).exists()
         assert_same(expected, state_of(again.checkpoint))
         same += 1
-    print(
-        f"bitwise equal {same} of {count}: seed {SEED}, stopped after steps {[stop + 1 for stop in stops]} of {steps}"
-    )
+    record("resumed training", resumed=count, equal=same, steps=steps)
     assert same == count
 
 

@@ -91,6 +91,7 @@ def test_a_run_resumed_at_the_end_of_an_epoch_ends_with_the_same_weights(
     assert_same(weights(complete), weights(rest))
 
 
+@pytest.mark.promise("training", "SIGTERM saves a training, and the same command resumes it")
 def test_sigterm_saves_inside_an_epoch_and_the_same_command_resumes(
     scenes: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +170,9 @@ def test_resuming_a_different_network_is_refused(scenes: dict[str, tuple[Path, P
     assert statuses(tmp_path)[-1] == "FAILURE"
 
 
+@pytest.mark.promise(
+    "training", "Non-finite gradients are skipped, then stop a training; the last good checkpoint stays"
+)
 def test_non_finite_gradients_are_skipped_and_then_stop_training(
     scenes: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +205,7 @@ def test_an_unreadable_image_does_not_stop_training(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err.count("2.png") == 1
 
 
+@pytest.mark.promise("training", "Too many unreadable images stop a training")
 def test_too_many_unreadable_images_stop_training(tmp_path: Path) -> None:
     annotations, images = write_scenes(tmp_path / "scenes", images=6)
     for number in range(3):
@@ -265,6 +270,7 @@ def test_the_newest_checkpoint_is_found_without_the_latest_link(tmp_path: Path) 
 
 
 # A flipped bit in an unencrypted file is detected only if it breaks the layout.
+@pytest.mark.promise("training", "A damaged newest checkpoint is reported, and training resumes from the one before")
 @pytest.mark.parametrize(
     ("damage", "is_encrypted"), [("cut", False), ("empty", False), ("cut", True), ("empty", True), ("flipped", True)]
 )

@@ -51,6 +51,7 @@ CANARIES: dict[str, Callable[[Path], bytes]] = {
 }
 
 
+@pytest.mark.promise("checkpoints", "No checkpoint runs code, in any format that could")
 @pytest.mark.parametrize("make", CANARIES.values(), ids=CANARIES)
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
 def test_a_file_that_could_run_code_is_refused_and_runs_none(

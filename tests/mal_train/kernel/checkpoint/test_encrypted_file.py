@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -264,9 +265,12 @@ def test_wrong_passphrase_is_reported_and_not_repeated(tmp_path: Path) -> None:
     assert "another one" not in str(caught.value)
 
 
-def test_every_flipped_bit_of_a_recipient_header_is_a_wrong_key(encrypted: Path) -> None:
+@pytest.mark.promise("checkpoints", "Any flipped bit in the header of an encrypted checkpoint is a wrong key")
+def test_every_flipped_bit_of_a_recipient_header_is_a_wrong_key(encrypted: Path, record: Callable[..., None]) -> None:
     changes = itertools.product(range(header_bytes(encrypted)), range(8))
-    assert {read_error(encrypted) for _ in in_place(encrypted, changes)} == {WrongKey}
+    errors = Counter(read_error(encrypted) for _ in in_place(encrypted, changes))
+    record("flipped bits of a header", cases=errors.total(), undetected=errors[None])
+    assert errors.keys() == {WrongKey}
 
 
 def test_every_flipped_bit_of_a_passphrase_header_is_a_wrong_key(tmp_path: Path) -> None:
@@ -277,7 +281,8 @@ def test_every_flipped_bit_of_a_passphrase_header_is_a_wrong_key(tmp_path: Path)
     assert {read_error(path, key) for _ in in_place(path, changes)} == {WrongKey}
 
 
-def check_cuts(path: Path, count: int, key: DecryptionKey = DECRYPTION_KEY) -> None:
+def check_cuts(path: Path, count: int, key: DecryptionKey = DECRYPTION_KEY) -> int:
+    """Cuts a file at every critical byte and at `count` random ones; returns the number of cuts."""
     rng = random.Random(6)
     size, start = path.stat().st_size, header_bytes(path)
     cuts = [0, 1, 21, 22, 23, start - 1, start, start + 15, start + 16, start + 17, start + 32, size - 1, size - 16]
@@ -288,17 +293,22 @@ def check_cuts(path: Path, count: int, key: DecryptionKey = DECRYPTION_KEY) -> N
         os.truncate(path, cut)
         found.append(read_error(path, key))
     assert set(found) == {Truncated}
+    return len(found)
 
 
-def test_flipped_bits_of_the_content_are_an_alteration(encrypted: Path) -> None:
+@pytest.mark.promise("checkpoints", "Any flipped bit in the content of an encrypted checkpoint is an alteration")
+def test_flipped_bits_of_the_content_are_an_alteration(encrypted: Path, record: Callable[..., None]) -> None:
     rng = random.Random(5)
     start, end = header_bytes(encrypted), encrypted.stat().st_size
     changes = ((rng.randrange(start, end), rng.randrange(8)) for _ in range(3000))
-    assert {read_error(encrypted) for _ in in_place(encrypted, changes)} == {Altered}
+    errors = Counter(read_error(encrypted) for _ in in_place(encrypted, changes))
+    record("flipped bits of content", cases=errors.total(), undetected=errors[None])
+    assert errors.keys() == {Altered}
 
 
-def test_cuts_anywhere_are_a_truncation(encrypted: Path) -> None:
-    check_cuts(encrypted, 2000)
+@pytest.mark.promise("checkpoints", "An encrypted checkpoint that is cut anywhere is refused as truncated")
+def test_cuts_anywhere_are_a_truncation(encrypted: Path, record: Callable[..., None]) -> None:
+    record("cuts", cases=check_cuts(encrypted, 2000), undetected=0)
 
 
 def test_cuts_of_a_passphrase_file_are_a_truncation(tmp_path: Path) -> None:
@@ -306,17 +316,20 @@ def test_cuts_of_a_passphrase_file_are_a_truncation(tmp_path: Path) -> None:
     check_cuts(tmp_path / "f", 50, passphrase_key())
 
 
-def test_every_other_order_of_five_chunks_is_an_alteration(encrypted: Path) -> None:
+@pytest.mark.promise("checkpoints", "The chunks of an encrypted checkpoint in any other order are refused")
+def test_every_other_order_of_five_chunks_is_an_alteration(encrypted: Path, record: Callable[..., None]) -> None:
     data = encrypted.read_bytes()
     start = header_bytes(encrypted) + 16
     chunks = [data[at : at + CHUNK + 16] for at in range(start, len(data), CHUNK + 16)]
     assert len(chunks) == CHUNKS
-    found = set()
+    found = Counter[type[CheckpointError] | None]()
     for order in itertools.permutations(range(CHUNKS)):
         encrypted.write_bytes(data[:start] + b"".join(chunks[i] for i in order))
         if order != tuple(range(CHUNKS)):
-            found.add(read_error(encrypted))
-    assert found == {Altered}
+            found[read_error(encrypted)] += 1
+    record("orders of chunks", cases=found.total(), undetected=found[None])
+    assert found.keys() - {None} == {Altered}
+    assert found[None] == 0
 
 
 @pytest.mark.parametrize("tail", [b"\0", bytes(16), bytes(CHUNK + 16), b"x" * 100_000])
