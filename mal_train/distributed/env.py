@@ -15,6 +15,8 @@ Launcher = Literal["none", "mal-train", "torchrun", "SLURM"]
 
 LAUNCHED = "MAL_TRAIN_LAUNCHED"
 """Environment variable of the processes that `mal-train` starts: the process id of the launcher."""
+STORE = "MAL_TRAIN_STORE"
+"""Environment variable of the processes that `mal-train` starts: the file through which they find one another."""
 DEFAULT_PORT = 29500
 _INTERACTIVE_JOBS = ("bash", "interactive")
 """Names of SLURM jobs that are shells: their SLURM variables do not describe a step that srun started."""
@@ -31,7 +33,8 @@ class DistributedEnv:
         node_rank: index of this machine.
         launcher: program that started the processes; `none` for a single process.
         master_addr: host of rank 0.
-        master_port: port on which rank 0 listens for the others.
+        master_port: port on which rank 0 listens for the others, unless there is a store.
+        store: file through which the processes of one machine find one another; empty: over `master_addr`.
     """
 
     rank: int = 0
@@ -41,6 +44,7 @@ class DistributedEnv:
     launcher: Launcher = "none"
     master_addr: str = "127.0.0.1"
     master_port: int = DEFAULT_PORT
+    store: str = ""
 
     @property
     def is_rank_zero(self) -> bool:
@@ -79,6 +83,7 @@ def read_distributed_env(environment: Mapping[str, str] = os.environ) -> Distrib
             launcher="mal-train" if LAUNCHED in environment else "torchrun",
             master_addr=environment.get("MASTER_ADDR", "127.0.0.1"),
             master_port=_integer(environment, "MASTER_PORT", DEFAULT_PORT),
+            store=environment.get(STORE, "") if LAUNCHED in environment else "",
         )
     if _is_srun_step(environment):
         return DistributedEnv(

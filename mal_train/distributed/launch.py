@@ -16,10 +16,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
-from mal_train.distributed.env import LAUNCHED
+from mal_train.distributed.env import LAUNCHED, STORE
 
 GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL for the other processes after one has failed."""
@@ -54,9 +55,11 @@ def launch(
         but 1 if that code is 130 or 143 and another process ended with a different one.
     """
     processes: list[subprocess.Popen[bytes]] = []
-    with _recorded_signals() as signals:
+    # The processes find one another through a file that only this account may open. A TCP store would listen on every
+    # interface, without authentication.
+    with _recorded_signals() as signals, tempfile.TemporaryDirectory(prefix="mal-train-") as folder:
         try:
-            for variables in _environments(num_processes):
+            for variables in _environments(num_processes, os.path.join(folder, "store")):
                 # In a session of its own, a process gets a signal to the launcher's process group once: from here.
                 started = subprocess.Popen([*program, *arguments], env=os.environ | variables, start_new_session=True)
                 processes.append(started)
@@ -82,13 +85,15 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _environments(num_processes: int) -> list[dict[str, str]]:
+def _environments(num_processes: int, store: str) -> list[dict[str, str]]:
     """Returns the variables that each process gets in addition to those of this one."""
     threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
     shared = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         # The host name of a machine may not resolve.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
+        STORE: store,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port()),
         "WORLD_SIZE": str(num_processes),

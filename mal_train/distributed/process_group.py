@@ -121,7 +121,7 @@ def init_process_group(env: DistributedEnv, *, cuda: bool) -> Iterator[ProcessGr
     with lost_process_errors():
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            init_method=f"tcp://{env.master_addr}:{env.master_port}",
+            init_method=f"file://{env.store}" if env.store else f"tcp://{env.master_addr}:{env.master_port}",
             rank=env.rank,
             world_size=env.world_size,
             timeout=COLLECTIVE_TIMEOUT,

@@ -165,7 +165,8 @@ class PreemptionHandler(lightning.Callback):
     def __init__(self, checkpoints: CheckpointCallback) -> None:
         self._checkpoints = checkpoints
         self._group = checkpoints.group
-        self._requested = threading.Event()
+        # A plain attribute: setting a threading.Event in a handler can wait for a lock that the interrupted code holds.
+        self._is_requested = False
         self._signals = [signal.SIGTERM, *([signal.SIGUSR1] if self._group.env.launcher == "SLURM" else [])]
 
     @contextmanager
@@ -192,7 +193,10 @@ class PreemptionHandler(lightning.Callback):
 
     def _install_handlers(self) -> None:
         for number in self._signals:
-            signal.signal(number, lambda *_: self._requested.set())
+            signal.signal(number, self._request)
+
+    def _request(self, *_: object) -> None:
+        self._is_requested = True
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Installs the handlers again: Lightning has replaced them.
@@ -217,7 +221,7 @@ class PreemptionHandler(lightning.Callback):
         self._end_if_requested(trainer)
 
     def _end_if_requested(self, trainer: lightning.Trainer) -> None:
-        if not self._group.any(self._requested.is_set()):
+        if not self._group.any(self._is_requested):
             return
         path = self._checkpoints.write(trainer)
         self._group.abort(Terminated(f"terminated after saving {path}; run the same command again to resume"))

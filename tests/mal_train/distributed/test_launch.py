@@ -32,6 +32,20 @@ def test_each_process_gets_its_rank_and_one_common_address(tmp_path: Path) -> No
     assert len({line[4] for line in values}) == 1
 
 
+def test_the_processes_find_one_another_through_a_private_file(tmp_path: Path) -> None:
+    script = f"""
+import os, stat
+store = os.environ["MAL_TRAIN_STORE"]
+mode = stat.S_IMODE(os.stat(os.path.dirname(store)).st_mode)
+open(f'{tmp_path}/' + os.environ['RANK'], 'w').write(f'{{mode:o}} {{store}}')
+"""
+    assert run(script) == 0
+    (mode, store), other = ((tmp_path / str(rank)).read_text().split() for rank in range(2))
+    assert other == [mode, store]
+    assert mode == "700"
+    assert not Path(store).parent.exists()
+
+
 @pytest.mark.parametrize("code", [1, 2, 3, 4, 5])
 def test_the_exit_code_of_the_first_failure_passes_through_and_ends_the_others(
     code: int, capfd: pytest.CaptureFixture[str]

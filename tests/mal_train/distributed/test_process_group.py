@@ -1,8 +1,10 @@
 """Training in two processes, over gloo on the CPU."""
 
+import multiprocessing
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor
 from mal_train.commands.train import train
 from mal_train.core.console import Console
 from mal_train.data.datamodule import BoxDataset
+from mal_train.distributed.env import DistributedEnv
+from mal_train.distributed.process_group import init_process_group
 from mal_train.training import module as training_module
 from mal_train.training.checkpoints import LATEST, newest_checkpoint
 from tests.mal_train.training.forked import exit_codes, train_together, training_processes, wait_for
@@ -40,6 +44,36 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Scenes:
         "train": write_scenes(folder / "train", images=6, masks=False, seed=1, change=without_one),
         "val": write_scenes(folder / "val", images=2, seed=2),
     }
+
+
+def open_listeners() -> set[str]:
+    """Returns the addresses on which this process listens for other machines, as /proc/net shows them in hex."""
+    own = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            address, _, state, *_ = line.split()[1:]
+            is_loopback = address.startswith(("0100007F", f"{1 << 24:032X}")) or "FFFF00000100007F:" in address
+            if state == "0A" and f"socket:[{line.split()[9]}]" in own and not is_loopback:
+                found.add(address)
+    return found
+
+
+def listen(rank: int, store: str) -> None:
+    """Joins a group of two processes; exits with 1 if that opens a port to other machines."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    before = open_listeners()
+    with init_process_group(DistributedEnv(rank, 2, store=store), cuda=False) as group:
+        is_open = group.any(bool(open_listeners() - before))
+    sys.exit(int(is_open))
+
+
+def test_processes_of_one_machine_listen_on_no_interface_but_loopback(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=listen, args=(rank, str(tmp_path / "store"))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    assert exit_codes(ranks) == [0, 0]
 
 
 def newest(results: Path) -> Path:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,12 @@ from pathlib import Path
 import torch
 
 from mal_train import cli
-from mal_train.distributed.env import LAUNCHED
-from mal_train.distributed.launch import free_port
+from mal_train.distributed.env import LAUNCHED, STORE
 
 Rank = multiprocessing.context.ForkProcess
 
 
-def _train(rank: int, size: int, port: int, arguments: list[str]) -> None:
+def _train(rank: int, size: int, store: str, arguments: list[str]) -> None:
     # The OpenMP thread pool does not survive a fork.
     torch.set_num_threads(1)
     os.environ |= {
@@ -26,7 +26,7 @@ def _train(rank: int, size: int, port: int, arguments: list[str]) -> None:
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
-        "MASTER_PORT": str(port),
+        STORE: store,
         "GLOO_SOCKET_IFNAME": "lo",
     }
     sys.exit(cli.main(arguments))
@@ -39,8 +39,8 @@ def training_processes(overrides: Sequence[str], folder: Path, size: int = 2) ->
     spec.write_text("")
     arguments = ["train", "-e", str(spec), *overrides, f"train.num_gpus={size}", "train.gpu_ids=[]"]
     context = multiprocessing.get_context("fork")
-    port = free_port()
-    ranks = [context.Process(target=_train, args=(rank, size, port, arguments)) for rank in range(size)]
+    store = os.path.join(tempfile.mkdtemp(dir=folder), "store")
+    ranks = [context.Process(target=_train, args=(rank, size, store, arguments)) for rank in range(size)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks in a process with threads
         for rank in ranks:
