@@ -98,7 +98,7 @@ def test_a_good_result_is_a_label() -> None:
         {"mask_box": types_pb2.Box(x=0, y=0, width=math.inf, height=1)},
         {"flags": [types_pb2.MASK_FLAG_FULL_BOX] * 10_000},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
 def test_an_invalid_result_fails_its_box_alone(change: dict[str, Any]) -> None:
     bad, good = box_labels(answer(result(**change), result(instance_id=1)), {0: BOX, 1: BOX}, lambda: (WIDTH, HEIGHT))
