@@ -64,8 +64,7 @@ class PriorityThreadPool:
         self._batch_running = 0
         self._is_closed = False
         self._changed = Condition()
-        for number in range(threads):
-            Thread(target=self._run_tasks, name=f"{CPU_THREAD_PREFIX}{number}", daemon=True).start()
+        self._is_started = False
 
     def submit(
         self, priority: Priority, work: Callable[..., Result], *args: Any, caller: Hashable = ""
@@ -75,6 +74,7 @@ class PriorityThreadPool:
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the pool is shut down")
+            self._start_threads()
             start = self._clock() + self._aging_s[priority]
             task = _Task(priority, start, future, partial(work, *args))
             self._waiting[priority].add(task, caller)
@@ -95,6 +95,14 @@ class PriorityThreadPool:
             self._changed.notify_all()
         for future in waiting:
             future.cancel()
+
+    def _start_threads(self) -> None:
+        """Starts the threads for the first task: a server that cannot start leaves none behind."""
+        if self._is_started:
+            return
+        self._is_started = True
+        for number in range(self.threads):
+            Thread(target=self._run_tasks, name=f"{CPU_THREAD_PREFIX}{number}", daemon=True).start()
 
     def _forget_cancelled(self, priority: Priority, task: "weakref.ref[_Task[Any]]", future: "Future[Any]") -> None:
         waiting = task() if future.cancelled() else None

@@ -169,3 +169,9 @@ def test_shutdown_cancels_waiting_tasks() -> None:
         assert task.cancelled()
         with pytest.raises(RuntimeError):
             pool.submit("never", INTERACTIVE, 0.0)
+
+
+def test_a_pool_without_tasks_starts_no_thread() -> None:
+    before = threading.active_count()
+    PriorityThreadPool(3)
+    assert threading.active_count() <= before
