@@ -156,6 +156,11 @@ class MalServer:
         return self._models.waiting
 
     @property
+    def pending_changes(self) -> int:
+        """Loads and unloads of models that run or wait."""
+        return self._models.pending_changes
+
+    @property
     def running_calls(self) -> int:
         """Calls of mal.v1 that run, streams included."""
         return len(self._calls)

@@ -242,10 +242,11 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Any) -> model_pb2.LoadModelResponse:
         """Loads a checkpoint, warms it up and verifies it, then serves it; on failure the served models stay.
 
-        Limits: one load at a time; further loads wait.
+        Limits: one load at a time; three more wait. At most two replaced models may still be in use.
 
-        Errors: INVALID_ARGUMENT for a name or path, NOT_FOUND (MODEL_NOT_FOUND, FOLDER_NOT_FOUND,
-        CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION with the reason why the checkpoint was rejected.
+        Errors: UNAVAILABLE (TOO_MANY_LOADS) above these limits, INVALID_ARGUMENT for a name or path, NOT_FOUND
+        (MODEL_NOT_FOUND, FOLDER_NOT_FOUND, CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION with the reason why the
+        checkpoint was rejected.
         """
         plan = await asyncio.to_thread(self._plan, request)
         return model_messages.write_loaded(*await self._models.load(plan))

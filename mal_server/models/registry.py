@@ -9,13 +9,14 @@ A call keeps each model that it has acquired until it ends (see `pinned`), so al
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
-from mal_server.errors import ModelRejected, NotReady, SelfTestFailed, UnknownModel
+from mal_server.errors import ModelRejected, NotReady, SelfTestFailed, TooManyLoads, UnknownModel
 from mal_server.inference.allowed_dirs import shown, suggest
 from mal_server.inference.image_store import ImageStore
 from mal_server.models.loader import LoadedModel, ModelInfo, free_memory
@@ -40,6 +41,12 @@ from mal_train.core.errors import (
 )
 
 log = logging.getLogger(__name__)
+
+MAX_PENDING_CHANGES = 4
+"""Loads and unloads that run or wait for their turn; further ones are refused."""
+
+MAX_DRAINING = 2
+"""Replaced and unloaded models that calls still use; with as many, a load is refused, as each keeps its memory."""
 
 Load = Callable[[ModelPlan], LoadedModel]
 OnChange = Callable[[str, bool], Awaitable[None]]
@@ -78,6 +85,7 @@ class ModelRegistry:
     Attributes:
         default: name of the model for requests that name none.
         lost: set once a device is lost; nothing is served from then on.
+        pending_changes: loads and unloads that run or wait.
     """
 
     def __init__(
@@ -107,6 +115,7 @@ class ModelRegistry:
         self._closing: set[asyncio.Task[None]] = set()
         self._is_ready = False
         self._load_lock = asyncio.Lock()
+        self.pending_changes = 0
         metrics.watch_queue(self._waiting_crops, self._held_bytes)
 
     async def start(self) -> None:
@@ -184,6 +193,7 @@ class ModelRegistry:
 
         Raises:
             NotReady: the server itself is still loading.
+            TooManyLoads: MAX_PENDING_CHANGES others wait, or MAX_DRAINING replaced models are still in use.
             ModelRejected: the model cannot be loaded or fails its self-test; the previous one stays in service.
             DeviceLost: a device failed for good during the self-test.
         """
@@ -196,8 +206,9 @@ class ModelRegistry:
         Raises:
             UnknownModel: no model is served under this name.
             ModelRejected: it is the default model.
+            TooManyLoads: MAX_PENDING_CHANGES others wait.
         """
-        async with self._load_lock:
+        async with self._change():
             model = self.get(name)
             if not name or name == self.default:
                 raise ModelRejected(
@@ -229,8 +240,13 @@ class ModelRegistry:
             await model.close()
 
     async def _switch(self, plan: ModelPlan) -> tuple[ModelInfo, ModelInfo | None]:
-        async with self._load_lock:
+        async with self._change():
             self.check_ready()
+            if len(self._draining) >= MAX_DRAINING:
+                raise TooManyLoads(
+                    f"{len(self._draining)} replaced models are still in use; at most {MAX_DRAINING} may be; wait "
+                    "until their calls end"
+                )
             old = self._serving.get(plan.name)
             if old is None and len(self._serving) >= self._config.max_models:
                 raise ModelRejected(
@@ -249,6 +265,21 @@ class ModelRegistry:
             sha256 = "-" if replaced is None else replaced.sha256
             log.info("loaded", extra=fields(model=plan.name, sha256=new.info.sha256, replaced=sha256))
             return new.info, replaced
+
+    @asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        """A context of the only load or unload that runs. Raises TooManyLoads instead of a long wait."""
+        self._check_pending()
+        self.pending_changes += 1
+        try:
+            async with self._load_lock:
+                yield
+        finally:
+            self.pending_changes -= 1
+
+    def _check_pending(self) -> None:
+        if self.pending_changes >= MAX_PENDING_CHANGES:
+            raise TooManyLoads(f"{self.pending_changes} loads and unloads of models wait already; try again later")
 
     async def _load_and_verify(self, plan: ModelPlan) -> ServedModel:
         try:

@@ -68,7 +68,7 @@ class ModelServiceServicer(object):
         atomically: earlier calls finish on the model they started with, later calls get the new one. Returns after the
         switch. On failure the served models stay, with FAILED_PRECONDITION and reason WRONG_KEY, TRUNCATED, ALTERED,
         UNTRUSTED, UNKNOWN_LAYOUT, CHECKPOINT, SETTINGS, OUT_OF_MEMORY, SELF_TEST_FAILED or TOO_MANY_MODELS; or NOT_FOUND
-        with reason MODEL_NOT_FOUND, FOLDER_NOT_FOUND or CHECKPOINT_NOT_FOUND. One load runs at a time; further loads wait. A load
+        with reason MODEL_NOT_FOUND, FOLDER_NOT_FOUND or CHECKPOINT_NOT_FOUND. One load runs at a time; up to three wait. A load
         continues when its call is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -18,6 +18,7 @@ from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc, t
 from mal_server.config.model_config import ModelPlan
 from mal_server.models.loader import LoadedModel
 from mal_server.models.pinned_models import PinnedModels
+from mal_server.models.registry import MAX_DRAINING, MAX_PENDING_CHANGES
 from mal_server.server import MalServer, health_name
 from mal_train.core.errors import (
     Altered,
@@ -507,3 +508,45 @@ class TestFolders:
         code, reason, message = with_server(lambda session: refused(session.load("dog")))
         assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
         assert "'dogs'" in message
+
+
+def test_loads_that_wait_are_bounded_also_if_their_callers_have_left() -> None:
+    loader = FakeLoader()
+
+    async def work(session: Session) -> None:
+        loader.gate = threading.Event()
+        calls = [asyncio.ensure_future(session.load("cats")) for _ in range(MAX_PENDING_CHANGES)]
+        await until(lambda: session.server.pending_changes == MAX_PENDING_CHANGES)
+        for call in calls:
+            call.cancel()
+        expected = (grpc.StatusCode.UNAVAILABLE, "TOO_MANY_LOADS")
+        assert (await refused(session.load("cats")))[:2] == expected
+        assert (await refused(session.unload("dogs")))[:2] == expected
+        loader.gate.set()
+        await until(lambda: session.server.pending_changes == 0)
+        await session.unload("dogs")
+
+    with_server(work, loader)
+
+
+def test_a_load_is_refused_while_too_many_replaced_models_are_in_use() -> None:
+    async def work(session: Session) -> None:
+        items: asyncio.Queue[labeling_pb2.LabelImagesRequest | None] = asyncio.Queue()
+
+        async def requests() -> AsyncIterator[labeling_pb2.LabelImagesRequest]:
+            while (item := await items.get()) is not None:
+                yield item
+
+        streams = []
+        for _ in range(MAX_DRAINING):
+            streams.append(session.labeling.LabelImages(requests()))
+            items.put_nowait(labeling_pb2.LabelImagesRequest(request=label_request(DISC_BOX)))
+            await streams[-1].read()
+            await session.load("cats")
+        assert (await refused(session.load("cats")))[:2] == (grpc.StatusCode.UNAVAILABLE, "TOO_MANY_LOADS")
+        for stream in streams:
+            items.put_nowait(None)
+            await stream.read()
+        await session.load("cats")
+
+    with_server(work)
