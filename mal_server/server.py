@@ -32,7 +32,8 @@ from mal_server.inference.image_store import ImageCache, ImageStore
 from mal_server.models.loader import ModelInfo, load_model
 from mal_server.models.registry import Load, ModelRegistry
 from mal_server.ops.logging import fields
-from mal_server.ops.metrics import Metrics, MetricsPort
+from mal_server.ops.metrics import Metrics
+from mal_server.ops.metrics_port import MetricsPort
 from mal_server.ops.tracing import Tracing
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.security.auth import read_resume_key, read_tokens
@@ -139,7 +140,7 @@ class MalServer:
         self.address = format_address(listen.host, bound)
         metrics = self.config.metrics
         if metrics.port is not None:
-            self._metrics_port = MetricsPort(self._metrics, metrics.host, metrics.port)
+            self._metrics_port = MetricsPort(self._metrics.registry, metrics.host, metrics.port)
             self.metrics_address = format_address(metrics.host, self._metrics_port.port)
         await self._server.start()
 

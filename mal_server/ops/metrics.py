@@ -1,4 +1,4 @@
-"""Counts events of the server in its own Prometheus registry, and serves them on a separate port if configured.
+"""Counts events of the server in its own Prometheus registry; `metrics_port` serves it.
 
     grpc_server_handled_total{method,code}      finished calls
     grpc_server_handling_seconds{method}        duration of a call
@@ -19,23 +19,12 @@ Counting costs microseconds for each request and is always on. Knows nothing of 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
-
-from mal_train.core.addresses import format_address
-from mal_train.core.errors import ConfigError
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 TIMES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 NO_FLAG = "NONE"
-
-
-class _HttpServer(Protocol):
-    server_port: int
-
-    def shutdown(self) -> None: ...
-    def server_close(self) -> None: ...
 
 
 class Metrics:
@@ -134,30 +123,3 @@ class Metrics:
         self._model.clear()
         for labels in models:
             self._model.labels(*labels).set(1)
-
-
-class MetricsPort:
-    """Serves metrics on http://host:port/metrics in its own thread.
-
-    Attributes:
-        port: the real port if 0 was given.
-
-    Raises:
-        ConfigError: the address cannot be bound.
-    """
-
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
-        try:
-            server, self._thread = start_http_server(port, host, metrics.registry)
-        except OSError as error:
-            raise ConfigError(
-                f"metrics: cannot listen on {format_address(host, port)}: {error.strerror}; choose another metrics.port"
-            ) from None
-        self._server: _HttpServer = server
-        self.port = self._server.server_port
-
-    def close(self) -> None:
-        """Stops serving and ends the thread."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

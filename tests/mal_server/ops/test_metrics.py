@@ -15,9 +15,8 @@ from mal.v1 import labeling_pb2, model_pb2
 
 from mal_server.config.server import default_config
 from mal_server.ops.logging import JsonFormatter, TextFormatter
-from mal_server.ops.metrics import Metrics, MetricsPort
 from mal_server.server import SERVICES
-from mal_train.core.errors import ConfigError, DeviceError
+from mal_train.core.errors import DeviceError
 from tests.mal_server.fakes import DISC_BOX, SHA256, BrightPredictor, Running, label, label_request, serving
 
 
@@ -103,15 +102,6 @@ def test_metrics_are_served_only_if_configured() -> None:
             return running.server.metrics_address
 
     assert asyncio.run(work()) == ""
-
-
-def test_a_metrics_port_in_use_is_named() -> None:
-    port = MetricsPort(Metrics(), "127.0.0.1", 0)
-    try:
-        with pytest.raises(ConfigError, match=r"^metrics: .*127\.0\.0\.1:\d+"):
-            MetricsPort(Metrics(), "127.0.0.1", port.port)
-    finally:
-        port.close()
 
 
 def logged(form: logging.Formatter, work: Any, predictor: BrightPredictor | None = None, **settings: Any) -> list[str]:
