@@ -43,6 +43,9 @@ RESPONSE_TOO_LARGE: Final = "RESPONSE_TOO_LARGE"
 MESSAGE_TOO_LARGE: Final = "MESSAGE_TOO_LARGE"
 """Reason of a request or a response that exceeds a message limit of gRPC."""
 
+STREAM_IDLE: Final = "STREAM_IDLE"
+"""Reason with which a server ends a stream that has nothing in flight; another stream continues."""
+
 MAX_RETRY_AFTER_S: Final = 3600.0
 """Longest retry time that the client follows; with a longer one an error is final."""
 

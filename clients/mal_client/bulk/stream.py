@@ -16,6 +16,7 @@ from mal.v1 import labeling_pb2
 from mal_client.bulk.work_queue import Window, WorkItem, WorkQueue
 from mal_client.errors import (
     RESPONSE_TOO_LARGE,
+    STREAM_IDLE,
     CallTimedOut,
     ItemError,
     ModelChanged,
@@ -182,10 +183,13 @@ class BulkStream:
                 f"{self._address}: no response for {self._idle_timeout_s:g} s; check that the server is alive, or "
                 "raise the timeout"
             ) from error
+        details = rpc_details(error)
+        if details.reason == STREAM_IDLE:  # no failure: the items of the job are at other servers, or hard to load
+            return 0.0
         now = self._queue.clock()
         self._breaks += 1
         self._breaking_since = now if self._breaking_since is None else self._breaking_since
-        retry_after_s = rpc_details(error).retry_after_s
+        retry_after_s = details.retry_after_s
         # A server that sends RetryInfo is alive: only the clock ends the attempts.
         is_used_up = not self._is_soon(retry_after_s) and (retry_after_s is not None or self._breaks >= MAX_BREAKS)
         if not is_disconnect(error) or is_used_up or now - self._breaking_since > self._idle_timeout_s:
