@@ -181,7 +181,7 @@ def _catch_refusal(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         try:
             return parse(data)
         except InvalidRequest as error:
-            return error
+            return error.with_traceback(None)  # whose frames would keep the message in memory
         except DecodeError:
             return InvalidRequest([("", f"{len(data)} bytes; not a valid message of this method")])
 

@@ -11,7 +11,8 @@ from mal.v1 import model_pb2
 
 from mal_server.api.grpc_server import READ_AHEAD_BYTES
 from mal_server.api.health import MAX_NAME_BYTES, MAX_WATCHES, HealthService
-from mal_server.api.interceptors import MAX_SMALL_BYTES, SMALL_SLOTS
+from mal_server.api.interceptors import MAX_SMALL_BYTES, SMALL_SLOTS, _catch_refusal
+from mal_server.errors import InvalidRequest
 from mal_server.ops.logging import JsonFormatter
 from tests.mal_server.calls import until
 from tests.mal_server.fakes import DISC_BOX, Running, label, label_request, serving
@@ -239,3 +240,12 @@ def test_a_vanished_sender_gives_its_slot_back() -> None:
             await until(lambda: not running.server.running_calls)
 
     asyncio.run(work())
+
+
+def test_a_refused_message_is_not_kept_in_memory() -> None:
+    def refuse(data: bytes) -> None:
+        raise InvalidRequest([("", "refused")])
+
+    error = _catch_refusal(refuse)(b"message")
+    assert isinstance(error, InvalidRequest)
+    assert error.__traceback__ is None
