@@ -107,7 +107,7 @@ class ModelServer(Server):
         port_file, config = folder / "port", folder / "server.yaml"
         port_file.unlink(missing_ok=True)
         config.write_text(f"checkpoint: {checkpoint}\ngpu_ids: []\nlisten: {{port: 0}}\nmetrics: {{port: 0}}\n")
-        line = "import sys; from mal_server.cli import main; sys.exit(main())"
+        line = "from mal_server.cli import run; run()"
         command = [sys.executable, "-c", line, "serve", "-c", str(config), "--port-file", str(port_file), *settings]
         env = environment()
         del env["OMP_NUM_THREADS"]  # as in production and in this process

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from mal_server.ops import logging
 from mal_server.scheduling.background import exit_process
@@ -26,6 +27,17 @@ SERVER_PACKAGES = frozenset(
 )
 
 
+def run() -> NoReturn:
+    """Runs the command of this process and ends it, without waiting for threads in the middle of long work."""
+    try:
+        exit_code = main()
+    # The interpreter would do the same, but wait for those threads first.
+    except Exception:
+        traceback.print_exc()
+        exit_code = 1
+    sys.exit(exit_process(exit_code))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
@@ -33,17 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     wait_passively()
-    if args.command != "serve":
-        return _exit_code(args)
-    try:
-        return exit_process(_exit_code(args))
-    # Any error ends the process now, as the interpreter would, but without waiting for running threads.
-    except Exception:
-        traceback.print_exc()
-        return exit_process(1)
-
-
-def _exit_code(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except ModuleNotFoundError as error:

@@ -16,6 +16,7 @@ import grpc
 import pytest
 from mal.v1 import labeling_pb2_grpc
 
+from mal_server import cli
 from mal_server.scheduling import background
 from tests.mal_server.fakes import DISC_BOX, label_request
 
@@ -126,7 +127,7 @@ def test_an_unexpected_error_is_reported_although_a_thread_never_ends() -> None:
         "from mal_server import cli\n"
         "def fails(args):\n    raise RuntimeError('unexpected')\n"
         "cli._run = fails\n"
-        "sys.exit(cli.main(['serve']))"
+        "sys.argv = ['mal-server', 'serve']\ncli.run()"
     )
     assert (code, out) == (1, "buffered\n")
     assert "RuntimeError: unexpected" in err
@@ -139,7 +140,7 @@ def test_sigterm_ends_a_server_that_waits_for_its_key_from_a_pipe(tmp_path: Path
     (tmp_path / "server.yaml").write_text(
         f"checkpoint: {tmp_path}/model.malckpt\ndecryption_key: file:{pipe}\ngpu_ids: []\nlisten: {{port: 0}}\n"
     )
-    script = "import sys; from mal_server.cli import main; sys.exit(main())"
+    script = "from mal_server.cli import run; run()"
     arguments = ["serve", "-c", str(tmp_path / "server.yaml"), "--port-file", str(port_file)]
     with subprocess.Popen([sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, text=True) as process:
         writer = writing_end(pipe, process)
@@ -155,7 +156,7 @@ def test_sigterm_ends_a_server_that_waits_for_its_key_from_a_pipe(tmp_path: Path
 
 
 HANGING_DECODER = """
-import sys, threading
+import threading
 from mal_server import cli, lifecycle
 from mal_server.inference import preparation
 from tests.mal_server.fakes import BrightPredictor, loaded
@@ -169,7 +170,7 @@ serve = lifecycle.serve
 lifecycle.serve = lambda config, **options: serve(
     config, **options, load=lambda plan: loaded(plan, BrightPredictor(), BrightPredictor())
 )
-sys.exit(cli.main())
+cli.run()
 """
 
 
@@ -214,3 +215,21 @@ def test_the_garbage_collector_is_paused_until_the_last_work_has_ended() -> None
             raise ValueError("work")
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_only_the_command_of_a_process_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` returns to a program that calls it, whatever threads that program has."""
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"the process would end with {code}"))
+    never, started = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        never.wait()
+
+    worker = threading.Thread(target=work, name=background.CPU_THREAD_PREFIX, daemon=True)
+    worker.start()
+    started.wait()
+    try:
+        assert cli.main(["serve", "-c", "missing.yaml"]) == 2
+    finally:
+        never.set()
