@@ -75,7 +75,15 @@ class Unauthenticated(InputError):
 
 
 class PermissionDenied(InputError):
-    """A call whose token lacks the scope of the method."""
+    """A call whose token lacks the scope of the method. `reason` is that of its ErrorInfo."""
+
+    reason = "MISSING_SCOPE"
+
+
+class FolderDenied(PermissionDenied):
+    """A request that names a folder which its token may not name."""
+
+    reason = "FOLDER_DENIED"
 
 
 class Retryable(MalError):

@@ -9,7 +9,6 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from mal_server.api.call_record import CallRecord
-from mal_server.api.caller import caller_of, current_caller
 from mal_server.api.grpc_server import UNKNOWN_METHOD
 from mal_server.api.open_calls import OpenCalls
 from mal_server.api.receiving import ReceiveLimiter
@@ -19,6 +18,7 @@ from mal_server.config.server import ServerConfig
 from mal_server.errors import InvalidRequest, PermissionDenied, Unauthenticated
 from mal_server.ops.metrics import Metrics
 from mal_server.security.auth import TokenAuthenticator, TokenScopes
+from mal_server.security.caller import caller_of, current_caller
 
 MAX_SMALL_BYTES = 4096
 """Largest message of health checks and reflection, which strangers may send."""
@@ -106,7 +106,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     async with scope:
                         request: Any = _checked_stream(requests)
                         if not handler.request_streaming:
-                            request = _checked(await self._receiver.receive(requests, caller))
+                            request = _checked(await self._receiver.receive(requests, caller.name))
                         async with aclosing(inner(request, context)) as responses:
                             async for response in responses:
                                 with scope.writing():

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
-from mal_server.api.caller import current_caller
 from mal_server.api.serialization import evaluation_messages, labeling_messages, model_messages
 from mal_server.api.serialization.status import reason_of, status_of
 from mal_server.api.streaming import bounded_map, contextless, each, each_within
@@ -37,6 +36,7 @@ from mal_server.ops.metrics import Metrics
 from mal_server.scheduling.background import run_in_thread, when_done
 from mal_server.scheduling.memory_quota import MemoryQuota, Reservation
 from mal_server.scheduling.priority import Priority
+from mal_server.security.caller import current_caller
 from mal_train.core.errors import DeviceLost
 
 Response = TypeVar("Response")
@@ -229,7 +229,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
         Errors: UNAVAILABLE (LOADING) until the first model is served.
         """
-        return model_messages.write_server_info(self._models.infos(), self._config, self._version)
+        return model_messages.write_server_info(self._models.infos(), self._config, self._version, current_caller.get())
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> model_pb2.ListModelsResponse:
         """Returns every model in memory: those that serve, then those that drain.

@@ -232,7 +232,8 @@ class ServerConfig(Strict):
         description="Bearer tokens of clients; [] = every client that reaches the port is served. Entries such as\n"
         "  - {name: annotators, token: file:/run/secrets/annotators, scopes: [label]}\n"
         "token is file:PATH or env:NAME of 16 or more characters; scopes are label, evaluate, and admin, which "
-        "includes both.\nHealth checks need no token. A token is a password: without TLS the network can read it.",
+        "includes both.\nWith data_folders: [NAME, ...] an entry may name only these folders of the "
+        "server. Health checks need no\ntoken. A token is a password: without TLS the network can read it.",
     )
     token_reload_s: float = Field(
         default=30.0,
@@ -278,6 +279,18 @@ class ServerConfig(Strict):
         for field_name in ("tokens", "models", "model_folders", "data_folders"):
             for name in _duplicates([entry.name for entry in getattr(self, field_name)]):
                 raise ValueError(f"{field_name}: the name {name!r} is used more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_folders_of_tokens(self) -> Self:
+        known = {folder.name for folder in self.data_folders}
+        for token in self.tokens:
+            for name in token.data_folders or ():
+                if name not in known:
+                    raise ValueError(
+                        f"tokens {token.name!r}: data_folders: {name!r} is not among the data_folders of the "
+                        "server; add it there, or leave it out"
+                    )
         return self
 
     @model_validator(mode="after")

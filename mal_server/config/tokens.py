@@ -17,6 +17,7 @@ class TokenSetting(Strict):
     name: ModelName
     token: str
     scopes: tuple[Scope, ...] = Field(min_length=1)
+    data_folders: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _check_reference(self) -> Self:

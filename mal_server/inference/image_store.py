@@ -5,7 +5,8 @@
     FileImage    a file in one of the server's folders, read when its request is prepared
 
 The cache holds images of interactive requests, so that a client that moves a box sends a hash instead of the image. It
-finds entries only by their complete hash and never lists them.
+finds entries only by their complete hash and their owner (the token that sent them), and never lists them. The hash of
+another client's image gives neither its masks nor the fact that it was sent.
 """
 
 from dataclasses import dataclass
@@ -23,17 +24,19 @@ ENTRY_OVERHEAD_BYTES = 256
 
 @dataclass(frozen=True)
 class InlineImage:
-    """Bytes in the request; `keep`: cached once decoded."""
+    """Bytes in the request; `keep`: cached once decoded, for requests of the same `owner`."""
 
     content: bytes
     keep: bool = False
+    owner: str = ""
 
 
 @dataclass(frozen=True)
 class CachedImage:
-    """Bytes of an earlier request, by their SHA-256 in lower-case hex."""
+    """Bytes of an earlier request of the same `owner`, by their SHA-256 in lower-case hex."""
 
     sha256: str
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ ImageSource: TypeAlias = InlineImage | CachedImage | FileImage
 
 
 class ImageCache:
-    """Least-recently-used cache of encoded images by SHA-256; thread-safe.
+    """Least-recently-used cache of encoded images by owner and SHA-256; thread-safe.
 
     Args:
         max_bytes: limit of contents and overhead; 0 disables the cache.
@@ -62,16 +65,16 @@ class ImageCache:
         """Memory held now; never above the limit."""
         return self._images.size_bytes
 
-    def put(self, content: bytes) -> None:
+    def put(self, content: bytes, owner: str = "") -> None:
         """Adds an image, unless it alone exceeds the limit."""
         size_bytes = len(content) + ENTRY_OVERHEAD_BYTES
         # Hashing takes about a millisecond per megabyte.
         if self._images.accepts(size_bytes):
-            self._images.put(sha256_of(content), content, size_bytes)
+            self._images.put(_key(owner, sha256_of(content)), content, size_bytes)
 
-    def get(self, sha256: str) -> bytes | None:
-        """Returns an image and marks it as used; None if it is not cached."""
-        return self._images.get(sha256)
+    def get(self, sha256: str, owner: str = "") -> bytes | None:
+        """Returns an image of an owner and marks it as used; None if it is not cached."""
+        return self._images.get(_key(owner, sha256))
 
 
 class ImageStore:
@@ -98,7 +101,7 @@ class ImageStore:
         """
         if isinstance(source, InlineImage):
             return source.content
-        content = self._cache.get(source.sha256)
+        content = self._cache.get(source.sha256, source.owner)
         self._metrics.cache_looked_up(hit=content is not None)
         if content is None:
             raise ImageNotCached(f"image {source.sha256[:12]}…: not in the cache; send its content")
@@ -128,4 +131,9 @@ class ImageStore:
     def on_decoded(self, source: ImageSource) -> None:
         """Caches an image that proved decodable, if its request asks for that."""
         if isinstance(source, InlineImage) and source.keep:
-            self._cache.put(source.content)
+            self._cache.put(source.content, source.owner)
+
+
+def _key(owner: str, sha256: str) -> str:
+    """Returns the key of a cache entry. Every hash has 64 digits, so no two pairs have the same."""
+    return f"{sha256} {owner}"

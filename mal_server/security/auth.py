@@ -46,11 +46,13 @@ class TokenScopes:
         name: from the settings; appears in logs and messages.
         digest: SHA-256 of the token. All digests are equally long, so a comparison takes constant time.
         scopes: at least one.
+        data_folders: names of the folders of the server that its requests may name; None: all.
     """
 
     name: str
     digest: bytes
     scopes: frozenset[Scope]
+    data_folders: frozenset[str] | None = None
 
 
 class TokenAuthenticator:
@@ -108,12 +110,14 @@ class TokenAuthenticator:
 
         Raises:
             Unauthenticated: the token is no longer known.
-            PermissionDenied: it lost the scope of the method.
+            PermissionDenied: it lost the scope of the method, or its folders changed.
         """
         current = next((known for known in self._tokens if known.digest == token.digest), None)
         if current is None:
             raise Unauthenticated("the token of this call was revoked")
         _authorize(method, current)
+        if current.data_folders != token.data_folders:
+            raise PermissionDenied("the folders of the token of this call were changed; call again")
 
     def _find(self, metadata: Iterable[tuple[str, str | bytes]]) -> TokenScopes:
         header = next((value for key, value in metadata if key == "authorization"), None)
@@ -149,16 +153,19 @@ def read_tokens(settings: Sequence[TokenSetting], *, is_private: bool = False) -
         ConfigError: a file or variable is missing, a token has a wrong length or is not one word of printable ASCII, or
             two entries hold the same token. The message never contains the token.
     """
-    tokens = [
-        TokenScopes(setting.name, _digest_of(setting.token, f"tokens: {setting.name!r}"), frozenset(setting.scopes))
-        for setting in settings
-    ]
+    tokens = [_read_token(setting) for setting in settings]
     first_names: dict[bytes, str] = {}
     for token in tokens:
         first = first_names.setdefault(token.digest, token.name)
         if first != token.name:
             raise ConfigError(f"tokens: {first!r} and {token.name!r} are the same token; give each client its own")
     return TokenAuthenticator(tokens, is_private=is_private)
+
+
+def _read_token(setting: TokenSetting) -> TokenScopes:
+    digest = _digest_of(setting.token, f"tokens: {setting.name!r}")
+    folders = None if setting.data_folders is None else frozenset(setting.data_folders)
+    return TokenScopes(setting.name, digest, frozenset(setting.scopes), folders)
 
 
 def read_resume_key(reference: str | None) -> bytes:

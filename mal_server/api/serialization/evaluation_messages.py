@@ -19,7 +19,7 @@ from mal_server.api.serialization.labeling_messages import (
     read_options,
 )
 from mal_server.config.limits import Limits
-from mal_server.errors import InvalidRequest
+from mal_server.errors import FolderDenied, InvalidRequest
 from mal_server.evaluation.resume_tokens import GroundTruth, ItemFailure
 from mal_server.evaluation.run import (
     MAX_CATEGORIES,
@@ -32,6 +32,7 @@ from mal_server.evaluation.run import (
 from mal_server.inference.image_store import ImageSource
 from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
+from mal_server.security.caller import Caller
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.geometry import Box
 from mal_train.core.metrics.average_precision import AP_NAMES
@@ -80,7 +81,7 @@ class EvaluateOptions:
     predict: PredictOptions
     output: OutputOptions
     priority: Priority
-    caller: str
+    caller: Caller
     deadline: float
     category_names: Mapping[JsonId, str]
     images_total: int
@@ -94,7 +95,7 @@ class EvaluateOptions:
     ) -> LabelRequest:
         """Returns the request that labels one image of the evaluation."""
         return LabelRequest(
-            image, expected_wh, ids, boxes, self.predict, self.output, self.priority, self.caller, self.deadline
+            image, expected_wh, ids, boxes, self.predict, self.output, self.priority, self.caller.name, self.deadline
         )
 
 
@@ -103,6 +104,7 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, defaults: Cal
 
     Raises:
         InvalidRequest: the message has no options, or fields that break the contract.
+        FolderDenied: a data set in a folder that the caller may not name.
     """
     violations = Violations()
     if request.WhichOneof("message") != "options":
@@ -121,6 +123,8 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, defaults: Cal
             violations.add("options.dataset", "annotations and images are both required, each as FOLDER/PATH")
         if names or options.images_total:
             violations.add("options.dataset", "leave categories and images_total unset: the data set defines them")
+        for name in dataset:
+            defaults.caller.check_folder(name.partition("/")[0])
     violations.raise_if_any()
     return EvaluateOptions(
         predict=predict,
@@ -193,7 +197,6 @@ def read_ground_truth(
     """Decodes an image with ground truth. With fields that break the contract, this image alone fails."""
     violations = Violations()
     check_item_id(image.item_id, violations, "image.item_id")
-    source, expected_wh = read_image_source(image.image, violations, "image.image")
     annotations = tuple(_read_annotation(one, index) for one in image.ground_truth)
     # The evaluator counts the first of several objects with one id, so only that one is labeled.
     instances: dict[int, types_pb2.Instance] = {}
@@ -202,8 +205,9 @@ def read_ground_truth(
             instances.setdefault(one.instance.instance_id, one.instance)
     ids, boxes = read_instances(list(instances.values()), limits, violations, "image.ground_truth")
     try:
+        source, expected_wh = read_image_source(image.image, options.caller, violations, "image.image")
         violations.raise_if_any()
-    except InvalidRequest as error:
+    except (InvalidRequest, FolderDenied) as error:
         return GroundTruth(image.item_id, annotations, None, ItemFailure(REQUEST_REFUSED, str(error)))
     request = options.label_request(source, expected_wh, ids, boxes)
     return GroundTruth(image.item_id, annotations, request, None, image.record)

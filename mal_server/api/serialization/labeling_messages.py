@@ -6,7 +6,7 @@ the shared functions from here.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import status_pb2
@@ -19,6 +19,7 @@ from mal_server.inference.image_store import CachedImage, FileImage, ImageSource
 from mal_server.inference.requests import InstanceResult, LabelRequest, OutputOptions, PartialResult, Timing
 from mal_server.models.loader import ModelInfo
 from mal_server.scheduling.priority import Priority
+from mal_server.security.caller import NOBODY, Caller
 from mal_train.core.masks.encodings import EncodedMask, Polygons, Runs
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import Rle
@@ -85,7 +86,7 @@ class CallDefaults:
     priority: Priority
     deadline: float
     branches: tuple[Branch, ...] = tuple(Branch)
-    caller: str = ""
+    caller: Caller = NOBODY
 
 
 def read_label_request(
@@ -95,27 +96,34 @@ def read_label_request(
 
     Raises:
         InvalidRequest: fields break the contract; it lists all of them.
+        FolderDenied: a file of the server in a folder that the caller may not name.
     """
     violations = Violations()
-    source, expected_wh = read_image_source(request.image, violations, f"{path}image")
+    source, expected_wh = read_image_source(request.image, defaults.caller, violations, f"{path}image")
     ids, boxes = read_instances(request.instances, limits, violations, f"{path}instances")
     predict, output, priority = read_options(request.options, defaults, violations, f"{path}options")
     violations.raise_if_any()
     if isinstance(source, InlineImage) and priority is Priority.INTERACTIVE:
-        source = InlineImage(source.content, keep=True)  # a bulk stream sends each image once, so caching is useless
-    return LabelRequest(source, expected_wh, ids, boxes, predict, output, priority, defaults.caller, defaults.deadline)
+        source = replace(source, keep=True)  # a bulk stream sends each image once, so caching is useless
+    return LabelRequest(
+        source, expected_wh, ids, boxes, predict, output, priority, defaults.caller.name, defaults.deadline
+    )
 
 
 def read_image_source(
-    message: types_pb2.ImageSource, violations: Violations, path: str
+    message: types_pb2.ImageSource, caller: Caller, violations: Violations, path: str
 ) -> tuple[ImageSource, tuple[int, int] | None]:
-    """Decodes the source of an image and its expected (width, height) in px; None if the client states no size."""
-    source: ImageSource = InlineImage(message.content)
+    """Decodes the source of an image and its expected (width, height) in px; None if the client states no size.
+
+    Raises:
+        FolderDenied: a file of the server in a folder that the caller may not name.
+    """
+    source: ImageSource = InlineImage(message.content, owner=caller.token)
     match message.WhichOneof("source"):
         case None:
             violations.add(f"{path}.content", "missing; send the encoded file")
         case "content_sha256":
-            source = CachedImage(message.content_sha256)
+            source = CachedImage(message.content_sha256, caller.token)
             if not re.fullmatch(r"[0-9a-f]{64}", message.content_sha256):
                 violations.add(f"{path}.content_sha256", "it must be the 64 lower-case hex digits of a SHA-256")
         case "uri":
@@ -125,6 +133,7 @@ def read_image_source(
                 violations.add(
                     f"{path}.uri", "it must be FOLDER/PATH, with a FOLDER of GetServerInfoResponse.data_folders"
                 )
+            caller.check_folder(folder)
     width, height = message.expected_width, message.expected_height
     if width < 0 or height < 0 or (width == 0) != (height == 0):
         violations.add(f"{path}.expected_width", f"{width}x{height}; set width and height, both > 0, or neither")

@@ -9,6 +9,7 @@ from mal_server.config.model_config import MAX_NAME_CHARS, NAME_RULE, is_name
 from mal_server.config.server import ServerConfig
 from mal_server.models.loader import ModelInfo
 from mal_server.models.registry import ModelEntry
+from mal_server.security.caller import Caller
 from mal_train.core.settings import Branch
 
 
@@ -40,9 +41,9 @@ def check_model_name(name: str, violations: Violations) -> None:
 
 
 def write_server_info(
-    infos: Sequence[ModelInfo], config: ServerConfig, version: str
+    infos: Sequence[ModelInfo], config: ServerConfig, version: str, caller: Caller
 ) -> model_pb2.GetServerInfoResponse:
-    """Builds the message with the served models, the default one first, and the limits of requests."""
+    """Builds the message with the served models, limits, and the folders that the caller may name."""
     limits, images = config.limits, config.limits.images()
     models = [write_model_info(info) for info in infos]
     return model_pb2.GetServerInfoResponse(
@@ -61,7 +62,7 @@ def write_server_info(
         ),
         devices=infos[0].devices,
         precision=infos[0].precision,
-        data_folders=[folder.name for folder in config.data_folders],
+        data_folders=[folder.name for folder in config.data_folders if caller.may_name(folder.name)],
     )
 
 

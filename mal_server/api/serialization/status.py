@@ -1,7 +1,7 @@
 """Maps exceptions to gRPC statuses; the only module that does.
 
     UNAUTHENTICATED      Unauthenticated (reason NO_TOKEN)
-    PERMISSION_DENIED    PermissionDenied (reason MISSING_SCOPE)
+    PERMISSION_DENIED    PermissionDenied (reason MISSING_SCOPE; FolderDenied: FOLDER_DENIED)
     INVALID_ARGUMENT     InvalidRequest (BadRequest with field paths; or reason RESPONSE_TOO_LARGE, CALL_TOO_LARGE)
                          BadImage (reason IMAGE_…) · BadBox (reason BAD_BOX)
     UNAVAILABLE          NotReady · QueueFull · MemoryFull, with RetryInfo and the trailer grpc-retry-pushback-ms
@@ -76,7 +76,7 @@ def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
         case Unauthenticated():
             known = code_pb2.UNAUTHENTICATED, (_info("NO_TOKEN"),)
         case PermissionDenied():
-            known = code_pb2.PERMISSION_DENIED, (_info("MISSING_SCOPE"),)
+            known = code_pb2.PERMISSION_DENIED, (_info(error.reason),)
         case InvalidRequest(violations=violations, reason=reason):
             known = code_pb2.INVALID_ARGUMENT, (_bad_request(violations), *([_info(reason)] if reason else []))
         case BadImage(reason=reason):
