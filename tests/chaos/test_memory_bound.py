@@ -17,14 +17,14 @@ from tests.mal_server.fakes import encoded, label_request
 MIB = 2**20
 HW = (1000, 1500)
 CROP = 224
-BOXES = 8
+BOXES = 20
 BUDGETS = {
     "max_queue_bytes": 64 * MIB,
     "max_decoded_bytes": 64 * MIB,
     "max_evaluation_bytes": 16 * MIB,
     "image_cache_bytes": 16 * MIB,
 }
-CONSTANT_MIB = 300
+CONSTANT_MIB = 150
 """Beside the budgets: messages that gRPC receives and sends, one batch on the device, threads, and fragments."""
 
 FORMATS = (
