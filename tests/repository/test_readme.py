@@ -46,6 +46,16 @@ def test_every_link_to_a_file_leads_to_one(page: str) -> None:
     assert [target for target in sorted(targets - {""}) if not (ROOT / page).parent.joinpath(target).exists()] == []
 
 
+def test_the_threat_model_names_tests_that_exist() -> None:
+    rows = (ROOT / "docs/security.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[a-z_0-9]+/)+(?:test_[a-z_0-9]+\.py|[a-z_0-9]+))`", rows)
+    tests = [name for name in named if (ROOT / "tests" / name.split("/")[0]).is_dir()]
+    assert len(tests) > 40
+    assert [name for name in tests if not any((folder / name).exists() for folder in (ROOT, ROOT / "tests"))] == []
+    bare = re.findall(r"`(test_[a-z_0-9]+\.py)`", rows)
+    assert bare == [], "give the folder, too"
+
+
 def test_the_client_commands_of_the_pages_parse() -> None:
     text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
