@@ -87,6 +87,8 @@ class MemoryLimiter:
     def _grant(self) -> None:
         while (waiter := self._next_waiter()) is not None:
             self._waiting[waiter.priority].pop()
+            if waiter.granted.done():  # cancelled, and its task has not noticed yet
+                continue
             self._used[waiter.priority] += waiter.size
             waiter.granted.set_result(None)
 

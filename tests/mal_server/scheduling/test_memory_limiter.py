@@ -121,6 +121,19 @@ def test_a_cancelled_waiter_unblocks_those_behind_it() -> None:
     with_limit(100, work)
 
 
+def test_memory_released_by_one_of_several_cancelled_tasks_is_granted_to_none_of_them() -> None:
+    async def work(tasks: Tasks) -> None:
+        await tasks.acquire("a", 100, INTERACTIVE)
+        for name in "bcd":
+            await tasks.acquire(name, 100, INTERACTIVE)
+        tasks.tasks["b"].cancel()
+        tasks.tasks["c"].cancel()
+        assert await tasks.shrink("a") == ["a", "d"]
+        assert tasks.limiter.used == 100
+
+    with_limit(100, work)
+
+
 def test_memory_granted_to_a_task_that_is_cancelled_at_that_moment_is_released() -> None:
     async def work(tasks: Tasks) -> None:
         await tasks.acquire("a", 100, INTERACTIVE)
