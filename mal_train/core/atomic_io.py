@@ -7,6 +7,7 @@ A temporary file is locked while its process lives, so that a later run can tell
 """
 
 import errno
+import hashlib
 import os
 import secrets
 import stat
@@ -25,6 +26,9 @@ PIPE_CLOSED = 141
 TEMPORARY_SUFFIX: Final = ".mal-tmp"
 
 _BUFFER = 1 << 20
+_MAX_SHOWN_NAME = 200
+"""Bytes of a file name up to which its temporary file shows it; file systems allow 255, with all that is added."""
+_ACCESS_LIST = "system.posix_acl_access"
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDY = {
@@ -64,7 +68,7 @@ def atomic_write(path: Path, *, mode: int = 0o666, overwrite: bool = True) -> It
             if IS_WINDOWS:  # which neither deletes nor renames an open file
                 remove_on_error.callback(file.close)
             if old is not None:
-                _hand_on_access(old, descriptor)
+                _hand_on_access(path, old, descriptor)
             yield file
             file.flush()
             os.fsync(descriptor)
@@ -161,9 +165,11 @@ def _create_temporary(target: Path, mode: int) -> tuple[Path, int]:
     Its name depends on that of `target` alone, so that at most one is left behind, which the next write removes. A
     random name is taken while another process uses that one.
     """
-    fixed = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
+    name = os.fsencode(target.name)
+    shown = target.name if len(name) <= _MAX_SHOWN_NAME else hashlib.sha256(name).hexdigest()
+    fixed = target.with_name(f".{shown}{TEMPORARY_SUFFIX}")
     _remove_if_stale(fixed)
-    for path in chain([fixed], map(_with_random_name, repeat(target))):
+    for path in chain([fixed], map(_with_random_name, repeat(fixed))):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW | O_BINARY, mode)
         except FileExistsError:
@@ -179,8 +185,8 @@ def _create_temporary(target: Path, mode: int) -> tuple[Path, int]:
     raise AssertionError("random names do not end")
 
 
-def _with_random_name(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+def _with_random_name(fixed: Path) -> Path:
+    return fixed.with_name(f"{fixed.stem}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
 
 
 def _is_temporary(name: str) -> bool:
@@ -205,7 +211,7 @@ def _remove_if_stale(path: Path) -> None:
     os.close(descriptor)
 
 
-def _hand_on_access(old: os.stat_result, descriptor: int) -> None:
+def _hand_on_access(path: Path, old: os.stat_result, descriptor: int) -> None:
     """Gives a new file the owner, group and permissions of the file that it replaces, or less; never more."""
     if not hasattr(os, "fchown"):  # Windows, where files inherit the access list of their folder
         return
@@ -220,7 +226,32 @@ def _hand_on_access(old: os.stat_result, descriptor: int) -> None:
         except OSError:
             # The bits for the group were meant for another one.
             mode &= ~stat.S_IRWXG
+    # Of a file with an access list, the bits for the group limit its entries, and the group itself may have less.
+    if not (mode & stat.S_IRWXG and _hand_on_access_list(path, descriptor)):
+        mode &= ~stat.S_IRWXG
     os.fchmod(descriptor, mode)
+
+
+def _hand_on_access_list(path: Path, descriptor: int) -> bool:
+    """Gives a new file the POSIX access list of the file at `path`, or none; returns False if that fails."""
+    if not hasattr(os, "getxattr"):  # only Linux has them
+        return True
+    old, new = _access_list(path), _access_list(descriptor)
+    try:
+        if old is not None:
+            os.setxattr(descriptor, _ACCESS_LIST, old)
+        elif new is not None:  # of the folder
+            os.removexattr(descriptor, _ACCESS_LIST)
+    except OSError:
+        return False
+    return True
+
+
+def _access_list(file: Path | int) -> bytes | None:
+    try:
+        return os.getxattr(file, _ACCESS_LIST)
+    except OSError:  # none, or a file system without them
+        return None
 
 
 def _rename(temporary: Path, target: Path, *, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,22 @@ import pytest
 from mal_train.core import atomic_io, locked_file
 from mal_train.core.atomic_io import atomic_write, check_writable, remedy_of, remove_stale_temporaries, write_text
 from mal_train.core.errors import OutputError
+
+ACCESS = "system.posix_acl_access"
+
+
+def access_list(*entries: tuple[int, int, int | None]) -> bytes:
+    """Returns an access list of (tag, permission bits, user or group) in the form of linux/posix_acl_xattr.h."""
+    undefined = 0xFFFFFFFF
+    packed = (struct.pack("<HHI", tag, bits, undefined if name is None else name) for tag, bits, name in entries)
+    return struct.pack("<I", 2) + b"".join(packed)
+
+
+def set_access_list(path: Path, name: str, entries: bytes) -> None:
+    try:
+        os.setxattr(path, name, entries)
+    except OSError as error:
+        pytest.skip(f"no access lists here: {error.strerror}")
 
 
 def refuse_folder_sync(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -115,8 +132,41 @@ class TestAccess:
         write_text(path, "new")
         assert mode_of(path) == 0o600
 
+    @pytest.mark.skipif(not hasattr(os, "setxattr"), reason="only Linux has these access lists")
+    def test_a_replaced_file_keeps_its_access_list(self, tmp_path: Path) -> None:
+        # The owner and user 1234 may write; the group may nothing, although the permission bits show rw- for it.
+        path, access = (
+            tmp_path / "file",
+            access_list((1, 6, None), (2, 6, 1234), (4, 0, None), (16, 6, None), (32, 0, None)),
+        )
+        path.write_text("old")
+        set_access_list(path, ACCESS, access)
+        assert mode_of(path) == 0o660
+        write_text(path, "new")
+        assert (mode_of(path), os.getxattr(path, ACCESS)) == (0o660, access)
+
+    @pytest.mark.skipif(not hasattr(os, "setxattr"), reason="only Linux has these access lists")
+    def test_the_access_list_of_a_folder_gives_no_more_than_the_replaced_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_text("old")
+        path.chmod(0o640)
+        entries = access_list((1, 6, None), (2, 6, 1234), (4, 0, None), (16, 6, None), (32, 0, None))
+        set_access_list(tmp_path, "system.posix_acl_default", entries)
+        write_text(path, "new")
+        assert mode_of(path) == 0o640
+        with pytest.raises(OSError, match=os.strerror(errno.ENODATA)):
+            os.getxattr(path, ACCESS)
+
 
 class TestPlaces:
+    @pytest.mark.parametrize("name", ["x" * 255, "é" * 125 + ".json"])
+    def test_every_name_that_the_file_system_takes_is_written(self, tmp_path: Path, name: str) -> None:
+        with atomic_write(tmp_path / name) as file:
+            file.write(b"first")
+            write_text(tmp_path / name, "second")
+        assert (tmp_path / name).read_text() == "first"
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
     def test_a_link_is_refused_and_its_target_unchanged(self, tmp_path: Path) -> None:
         victim, link = tmp_path / "victim", tmp_path / "link"
         victim.write_text("victim")
