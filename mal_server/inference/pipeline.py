@@ -147,10 +147,10 @@ class Pipeline:
 
     def _admit(self, request: LabelRequest, encoded: bytes | None) -> CropAdmission:
         # A file on disk takes no memory while its request waits.
-        size_bytes = ENCODED_COPIES * len(encoded or b"") + len(request.boxes) * self._bytes_of_a_box(request)
         return self._batcher.admit(
             max(len(request.boxes), 1),
-            size_bytes=size_bytes,
+            size_bytes=len(request.boxes) * self._bytes_of_a_box(request),
+            shared_bytes=ENCODED_COPIES * len(encoded or b""),
             priority=request.priority,
             caller=request.caller,
             deadline=request.deadline,

@@ -88,6 +88,7 @@ class Admission(Generic[Key, Item, Result]):
         batcher: _Batcher[Key, Item, Result],
         count: int,
         size_bytes: int,
+        shared_bytes: int,
         *,
         priority: Priority,
         caller: Hashable,
@@ -98,7 +99,7 @@ class Admission(Generic[Key, Item, Result]):
         self.caller = caller
         self.deadline = deadline
         self.item_bytes = size_bytes // count
-        self.held_bytes = size_bytes
+        self.held_bytes = size_bytes + shared_bytes
         self.taken_bytes = 0
         self.waiting = count
         self.unanswered = 0

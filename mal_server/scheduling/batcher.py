@@ -139,6 +139,7 @@ class Batcher(Generic[Key, Item, Result]):
         count: int,
         *,
         size_bytes: int = 0,
+        shared_bytes: int = 0,
         priority: Priority = Priority.INTERACTIVE,
         caller: Hashable = "",
         deadline: float = math.inf,
@@ -148,6 +149,7 @@ class Batcher(Generic[Key, Item, Result]):
         Args:
             count: number of items, at least 1.
             size_bytes: memory that the items and their results hold.
+            shared_bytes: memory that the request holds until it is closed, however many items are left.
             priority: priority of all items.
             caller: callers of one priority take turns, and each may hold its share only.
             deadline: time of the event loop's clock (`loop.time()`) after which no item may start.
@@ -164,7 +166,7 @@ class Batcher(Generic[Key, Item, Result]):
             self._observer.dropped("deadline_entry", count)
             raise DeadlineExceeded("the deadline passed before the request started")
         ahead = self._ahead(priority, caller)
-        problem, excess = self._capacity_problem(count, size_bytes, priority, caller)
+        problem, excess = self._capacity_problem(count, size_bytes + shared_bytes, priority, caller)
         wait_s = self._throughput.wait_s(ahead)
         if not problem and wait_s > remaining_s:
             problem = f"queue too long: about {wait_s:.1f} s of work is ahead, the deadline is in {remaining_s:.1f} s"
@@ -172,8 +174,10 @@ class Batcher(Generic[Key, Item, Result]):
             # Retry when the excess has run, but not before half of what is ahead has.
             raise QueueFull(problem, self._throughput.retry_after_s(max(excess, ahead / 2)))
         self._waiting.take(count, priority, caller)
-        self._bytes.take(size_bytes, priority, caller)
-        admission = Admission(self, count, size_bytes, priority=priority, caller=caller, deadline=deadline)
+        self._bytes.take(size_bytes + shared_bytes, priority, caller)
+        admission = Admission(
+            self, count, size_bytes, shared_bytes, priority=priority, caller=caller, deadline=deadline
+        )
         self._open_admissions.add(admission)
         self._delayer.on_admit(admission)
         return admission

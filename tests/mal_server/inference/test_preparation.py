@@ -1,5 +1,7 @@
 """Preparation of a request's image: one walk through its file, and memory for what its decoder really takes."""
 
+import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import pytest
 from mal.v1 import labeling_pb2, types_pb2
 
 from mal_server.inference.image_store import FileImage, ImageStore
+from mal_server.inference.pipeline import ENCODED_COPIES
 from mal_server.inference.preparation import BOXES_PER_TASK
 from mal_server.scheduling.memory_limiter import MemoryLease, MemoryLimiter
 from mal_train.core.images import header
 from mal_train.core.images.container import Container
 from mal_train.core.images.header import read_container
-from tests.mal_server.calls import reason_of, status_details, with_server
-from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, encoded, label, label_request
+from tests.mal_server.calls import reason_of, status_details, until, with_server
+from tests.mal_server.fakes import DISC_BOX, DISC_PNG, BrightPredictor, Running, encoded, label, label_request
 
 LARGE = np.zeros((1200, 1600, 3), np.uint8)
 
@@ -127,3 +130,23 @@ def file_request(name: str) -> labeling_pb2.LabelImageRequest:
     request = label_request(DISC_BOX)
     request.image.CopyFrom(types_pb2.ImageSource(uri=f"photos/{name}"))
     return request
+
+
+def test_the_file_of_a_request_is_counted_however_many_boxes_are_invalid() -> None:
+    gate = threading.Event()
+    content = DISC_PNG + bytes(1_000_000)
+    held: list[int] = []
+
+    async def work(running: Running) -> None:
+        batcher = running.server._models.get().batcher
+        call = asyncio.ensure_future(
+            label(running, label_request(*[(0.0, 0.0, -1.0, 1.0)] * 99, DISC_BOX, content=content))
+        )
+        await until(lambda: len(running.predictor.batches) == 1)  # 99 boxes have failed, one is on the device
+        held.append(batcher.held_bytes)
+        gate.set()
+        await call
+        await until(lambda: batcher.held_bytes == 0)
+
+    with_server(work, BrightPredictor(gate=gate))
+    assert held[0] >= ENCODED_COPIES * len(content)

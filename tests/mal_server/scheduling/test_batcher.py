@@ -567,6 +567,21 @@ def test_the_memory_of_a_request_is_counted_until_its_results_are_taken() -> Non
     run_on_fake_clock(work())
 
 
+def test_the_memory_that_all_items_share_is_counted_until_the_request_ends() -> None:
+    async def work() -> None:
+        batcher = batcher_with_aging(Runner(), size=1)
+        with batcher.admit(100, size_bytes=100, shared_bytes=700) as admission:
+            await anext(admission.submit("k", "bc"))
+            assert batcher.held_bytes == 702
+            admission.free_taken()
+            assert batcher.held_bytes == 701
+            with pytest.raises(QueueFull):
+                batcher.admit(1, shared_bytes=400)
+        assert batcher.held_bytes == 0
+
+    run_on_fake_clock(work())
+
+
 def test_a_result_larger_than_its_item_is_counted_or_refused() -> None:
     async def work() -> None:
         batcher = batcher_with_aging(Runner(), size=1)
