@@ -13,6 +13,7 @@ from mal_client.integrations.label_studio.label_config import read_label_config
 from mal_client.integrations.label_studio.regions import read_rectangle
 
 from deploy.demo.baselines import box_filled
+from mal_train.core.errors import BadDataset
 from mal_train.core.masks.rle import decode_mask
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset
 from tests.mal_client.integrations.cvat.test_job import decoded
@@ -75,6 +76,16 @@ def test_cvat_gets_boxes_and_exact_masks(dataset: Dataset) -> None:
     assert json.loads((dataset.folder / "cvat" / "labels.json").read_text())[0]["name"] == "cup"
     listed = (dataset.folder / "cvat" / "images.txt").read_text().splitlines()
     assert listed[0] == str(dataset.images_dir / "image_1.png")
+
+
+@pytest.mark.parametrize("end", ["\n/etc/hostname", "\r/etc/hostname"])
+def test_no_file_name_adds_a_file_to_the_list_for_cvat(dataset: Dataset, end: str) -> None:
+    dataset.coco["images"][1]["file_name"] += end
+    dataset.save()
+    folder = dataset.folder / "cvat"
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir), "--cvat", str(folder)]
+    assert main(["review", *given]) == BadDataset.exit_code
+    assert not (folder / "images.txt").exists()
 
 
 def test_missing_sizes_are_read_from_the_image_files(dataset: Dataset) -> None:

@@ -11,6 +11,7 @@ from mal_client.images.image_files import ImageFiles
 from mal_client.integrations.cvat.mask_encoding import mask_points
 from mal_client.review.queue import QueueItem, by_image, frame_size
 from mal_train.core.atomic_io import write_text
+from mal_train.core.errors import BadDataset
 from mal_train.core.masks.rle import area
 
 
@@ -50,7 +51,11 @@ def write_review_annotations(
 
     Raises:
         BadImage: the size of an image is not stated and its file cannot be read.
+        BadDataset: a file name has a line break, with which it could add any other file to the list.
     """
+    broken = next((name for name in by_image(items) if len(name.splitlines()) > 1), None)
+    if broken is not None:
+        raise BadDataset(f"{broken!r}: a file name with a line break cannot be listed for CVAT; rename the image")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "annotations.xml", review_xml(items, names, files))
     labels = [{"name": name, "type": "any", "attributes": []} for name in sorted(set(names.values()))]
