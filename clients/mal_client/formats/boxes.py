@@ -225,6 +225,8 @@ class _CocoBuilder:
                 row.where, BAD_ROW, f"{row.where}: box from {x0:g}, {y0:g} to {x1:g}, {y1:g} px has no area"
             )
         box = [x0, y0, x1 - x0, y1 - y0]
+        if not math.isfinite(box[2] * box[3]):
+            return RowError(row.where, BAD_ROW, f"{row.where}: box {box}; its numbers are too large for an area")
         annotation: dict[str, Any] = {"image_id": image["id"], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
         if row.polygon:
             annotation["segmentation"] = [[value * scale_xy[index % 2] for index, value in enumerate(row.polygon)]]

@@ -37,7 +37,7 @@ def write_labelme(masks: MaskFile, image_files: ImageFiles, folder: Path, shape:
     Raises:
         OutputError: a file cannot be written.
     """
-    label_files = LabelFiles(folder, ".json", masks.summary)
+    label_files = LabelFiles(folder, ".json", masks)
     for image, rows in masks.images():
         path = label_files.path(image, rows)
         if path is None:
@@ -60,13 +60,13 @@ def write_labelme(masks: MaskFile, image_files: ImageFiles, folder: Path, shape:
 
 
 def _shapes(row: MaskRow, group: int, shape: Shape) -> Iterator[dict[str, Any]]:
-    score = row.row.get("score")
+    score, flags = row.row.get("score"), row.row.get("flags")
     common = {
         "label": row.category,
         "group_id": None,
         "description": f"score {score:.3f}" if isinstance(score, float) else "",
         "shape_type": str(shape),
-        "flags": {str(flag): True for flag in row.row.get("flags") or ()},
+        "flags": {str(flag): True for flag in flags} if isinstance(flags, list) else {},
     }
     if shape is Shape.MASK:
         crop = to_png(row.rle)

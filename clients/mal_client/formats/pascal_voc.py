@@ -49,8 +49,13 @@ def read_voc(
         if len(matches) != 1:
             yield match_error(relative, stated or path.stem, matches)
             continue
+        try:
+            size = _size_of(root)
+        except ValueError as error:  # thousands of digits
+            yield RowError(relative, "BAD_FILE", f"{relative}: size: {error}")
+            continue
         for number, node in enumerate(root.iter("object"), start=1):
-            yield _read_object(node, f"{relative}:object {number}", matches[0], _size_of(root), zero_based=zero_based)
+            yield _read_object(node, f"{relative}:object {number}", matches[0], size, zero_based=zero_based)
 
 
 def _read_object(

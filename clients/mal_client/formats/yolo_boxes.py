@@ -85,7 +85,7 @@ def _yaml_names(text: str, path: Path) -> list[str]:
     except yaml.YAMLError as error:
         raise ConfigError(f"--names {path}: not valid YAML ({error})") from None
     names = data.get("names") if isinstance(data, Mapping) else None
-    if isinstance(names, Mapping) and sorted(names) == list(range(len(names))):
+    if isinstance(names, Mapping) and set(names) == set(range(len(names))):
         return [str(names[number]) for number in range(len(names))]
     if isinstance(names, list):
         return [str(name) for name in names]

@@ -10,7 +10,7 @@ from mal_client.errors import InvalidRequest
 from mal_client.images.image_files import ImageFiles
 from mal_client.review.queue import FLAG_MEANINGS, QueueItem, ReviewQueue
 from mal_client.types import BoxLabel, Evaluation, LabelOptions, MeasuredInstance
-from mal_train.core.coco.annotations import CocoFile
+from mal_train.core.coco.annotations import CocoFile, finite_number
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.decoder import RgbImage, read_image
 from mal_train.core.masks.rle import Rle, from_segmentation
@@ -98,7 +98,8 @@ def queue_sections(queue: ReviewQueue, cards: Sequence[Card]) -> list[Html]:
 
 
 def _queue_card(image: RgbImage, item: QueueItem) -> Card:
-    facts = [f"{name} {item.row[name]:.2f}" for name in ("score", "agreement") if _is_number(item.row.get(name))]
+    numbers = {name: finite_number(item.row.get(name)) for name in ("score", "agreement")}
+    facts = [f"{name} {number:.2f}" for name, number in numbers.items() if number is not None]
     facts += [] if item.iou is None else [f"IoU {item.iou:.2f}"]
     height, width = image.shape[:2]
     # A mask of another size cannot be drawn on this image.
@@ -108,10 +109,6 @@ def _queue_card(image: RgbImage, item: QueueItem) -> Card:
         f"{item.rank}. {' · '.join(facts)}",
         " · ".join([f"annotation {item.row.get('id')}", item.image.file_name, *item.reasons]),
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _evaluation_card(image: RgbImage, row: MeasuredInstance, label: BoxLabel, segmentation: object) -> Card:

@@ -6,6 +6,7 @@ error concerns one row, which keeps its index and carries the description of the
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -317,12 +318,20 @@ def read_images(rows: Iterable[Any], notes: list[str]) -> Iterator[tuple[JsonId,
 
 def _read_image(row: Mapping[str, Any], image_id: JsonId) -> ImageInfo:
     file_name = row.get("file_name")
-    if not isinstance(file_name, str) or "\0" in file_name:
+    if not isinstance(file_name, str) or not _can_be_path(file_name):
         file_name = ""
     width, height = (_side(row.get(key)) for key in ("width", "height"))
     problem = _image_problem(row, file_name, width, height)
     message = None if problem is None else f"image {as_json(image_id)}: {problem}"
     return ImageInfo(image_id, file_name, width, height, message)
+
+
+def _can_be_path(text: str) -> bool:
+    """Returns False for text that names no file: with a NUL, or half of a surrogate pair, which JSON can hold."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _image_problem(row: Mapping[str, Any], file_name: str, width: int | None, height: int | None) -> str | None:

@@ -64,7 +64,7 @@ def write_review_tasks(
 def _task(rows: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, url: str) -> Json:
     size_wh = frame_size(rows[0], files)
     regions = [region for item in rows for region in _regions(item, names, size_wh)]
-    scores = [item.row["score"] for item in rows if isinstance(item.row.get("score"), int | float)]
+    scores = [score for item in rows if (score := finite_number(item.row.get("score"))) is not None]
     reasons = "; ".join(f"{item.rank}: {', '.join(item.reasons) or 'low score'}" for item in rows)
     data = {IMAGE: url, "review_rank": rows[0].rank, "reasons": reasons}
     prediction = {"model_version": "mask-auto-labeler", "score": min(scores, default=0.0), "result": regions}
