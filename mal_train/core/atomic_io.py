@@ -18,7 +18,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from mal_train.core.errors import OutputError
+from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.locked_file import IS_WINDOWS, NO_FOLLOW, NON_BLOCKING, O_BINARY, is_still_at, try_lock
 
 PIPE_CLOSED = 141
@@ -116,6 +116,21 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"{path}: its folder is not writable; choose a writable location")
 
 
+def refuse_same_file(source: Path, output: Path) -> None:
+    """Protects an input, which an output would replace.
+
+    Raises:
+        ConfigError: the output is the input, by whatever path.
+    """
+    if is_same_file(source, output):
+        raise ConfigError(f"output {output}: is an input of the same command; choose another file")
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """Returns True if both paths lead to one file that exists."""
+    return path.exists() and other.exists() and path.samefile(other)
+
+
 def stdout_exit_code(error: OSError) -> int | None:
     """Returns the exit code for an error on standard output: 141 closed by its reader, 4 disk full, None another error.
 
@@ -129,9 +144,9 @@ def stdout_exit_code(error: OSError) -> int | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file by `atomic_write`."""
+    """Writes a UTF-8 file by `atomic_write`; half of a surrogate pair, which JSON can hold, becomes its escape."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def _replaceable(path: Path) -> os.stat_result | None:

@@ -13,6 +13,7 @@ from mal_client.cli.common import (
     add_dataset_options,
     make_image_files,
     print_line,
+    refuse_outputs_over_inputs,
 )
 from mal_client.dataset.progress import ProgressDisplay
 from mal_client.types import Progress
@@ -48,6 +49,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from mal_client.dataset_check.check import check_dataset  # noqa: PLC0415
     from mal_client.dataset_check.report import Severity  # noqa: PLC0415
 
+    refuse_outputs_over_inputs([arguments.annotations], [arguments.output, arguments.report])
     with ProgressDisplay("check", counts_boxes=False) as display:
         report = check_dataset(
             arguments.annotations,

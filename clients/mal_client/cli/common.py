@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mal_client.client import DEFAULT_TIMEOUT_S, AsyncClient, Client
 from mal_client.images.image_files import ImageFiles
 from mal_client.types import LabelOptions
+from mal_train.core.atomic_io import refuse_same_file
 from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import read_secret_file
@@ -179,6 +181,13 @@ def add_polygon_tolerance(parser: argparse.ArgumentParser, default: float = 0.0)
         help="largest distance in pixels between a polygon and the edge of its mask; larger values give fewer points; "
         "0 or more (default: %(default)g, 0 is exact)",
     )
+
+
+def refuse_outputs_over_inputs(inputs: Iterable[Path | None], outputs: Iterable[Path | None]) -> None:
+    """Protects the files that a command reads. Raises ConfigError: an output is an input; None is no file."""
+    for source, output in product(inputs, outputs):
+        if source is not None and output is not None:
+            refuse_same_file(source, output)
 
 
 def make_label_options(arguments: argparse.Namespace) -> LabelOptions:

@@ -20,6 +20,7 @@ from mal_client.cli.common import (
     make_image_files,
     print_error,
     print_line,
+    refuse_outputs_over_inputs,
 )
 from mal_train.core.errors import ConfigError
 
@@ -102,6 +103,7 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
     )
 
     _refuse_options_of_other_formats(arguments)
+    refuse_outputs_over_inputs([arguments.labels, arguments.names], [arguments.output])
     images_dir: Path = arguments.images
     if not images_dir.is_dir():
         raise ConfigError(f"--images {images_dir}: no such folder; give the folder of the images")

@@ -17,6 +17,7 @@ from mal_client.cli.common import (
     make_image_files,
     make_label_options,
     print_line,
+    refuse_outputs_over_inputs,
 )
 from mal_client.client import Client
 from mal_client.dataset.progress import ProgressDisplay
@@ -69,6 +70,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     options = make_label_options(arguments)
     if arguments.on_server and arguments.report is not None:
         raise ConfigError("--report: needs the images, which --on-server leaves on the server; omit one of them")
+    if not arguments.on_server:
+        refuse_outputs_over_inputs([arguments.annotations], [arguments.output, arguments.report])
     for path in filter(None, (arguments.output, arguments.report)):
         check_writable(path)
     with make_client(arguments) as client:

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mal_client.cli.common import Commands, add_command, add_dataset_options, make_image_files, print_line
+from mal_client.cli.common import (
+    Commands,
+    add_command,
+    add_dataset_options,
+    make_image_files,
+    print_line,
+    refuse_outputs_over_inputs,
+)
 from mal_train.core.command_line import RenamedOption
 
 if TYPE_CHECKING:
@@ -89,6 +96,9 @@ def _review(arguments: argparse.Namespace) -> int:
     from mal_client.review.queue import SortBy, review_queue, write_worst  # noqa: PLC0415
     from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
 
+    outputs = [arguments.output, arguments.export, arguments.label_studio, arguments.report]
+    outputs += [] if arguments.cvat is None else [arguments.cvat / "labels.json"]
+    refuse_outputs_over_inputs([arguments.annotations, arguments.ground_truth], outputs)
     queue = review_queue(
         arguments.annotations,
         sort_by=SortBy(arguments.sort_by),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from mal_client.dataset.output import refuse_same_file, write_labeled
+from mal_client.dataset.output import write_labeled
 from mal_client.dataset.plan import read_plan
 from mal_client.dataset.provenance import job_fingerprint
 from mal_client.dataset.shards import ShardJournals
 from mal_client.types import DEFAULT_DATASET_OPTIONS, DatasetOptions, DatasetResult, ModelRef
-from mal_train.core.atomic_io import check_writable
+from mal_train.core.atomic_io import check_writable, refuse_same_file
 from mal_train.core.errors import ConfigError
 from mal_train.core.fingerprint import differences
 from mal_train.core.settings import Branch

@@ -19,7 +19,7 @@ from mal_train.core.atomic_io import atomic_write, remedy_of
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.coco.output import error_fields, labeled_row
 from mal_train.core.coco.stream import write_transformed
-from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.errors import OutputError
 from mal_train.core.masks.encodings import encode_bitmap, to_polygons, to_runs
 from mal_train.core.masks.polygons import merge_holes
 from mal_train.core.masks.rle import Rle, decode_mask, to_box
@@ -35,16 +35,6 @@ MASK_FILE = "mask_file"
 def errors_path(output_json: Path) -> Path:
     """Returns the list of failures of a job: `out.errors.jsonl` beside `out.json`."""
     return output_json.with_name(f"{output_json.stem}.errors.jsonl")
-
-
-def refuse_same_file(coco_json: Path, output_json: Path) -> None:
-    """Protects the input file, whose masks and boxes an output would replace.
-
-    Raises:
-        ConfigError: the output is the input file, by whatever path.
-    """
-    if output_json.exists() and coco_json.exists() and output_json.samefile(coco_json):
-        raise ConfigError(f"output {output_json}: is the annotation file itself; choose another file")
 
 
 def masks_dir(output_json: Path) -> Path:

@@ -16,7 +16,7 @@ from mal_client.bulk.dispatcher import AllServersLost, MultiServerDispatcher, On
 from mal_client.bulk.stream import ItemResult
 from mal_client.bulk.work_queue import WorkItem, WorkQueue
 from mal_client.dataset.journal import Journal, RowResult, journal_path
-from mal_client.dataset.output import refuse_same_file, write_labeled
+from mal_client.dataset.output import write_labeled
 from mal_client.dataset.plan import DatasetPlan, RowAction, read_plan
 from mal_client.dataset.provenance import answering_model, job_fingerprint, provenance_of
 from mal_client.dataset.servers import reachable_servers
@@ -35,7 +35,7 @@ from mal_client.types import (
     ServerInfo,
     ServerLimits,
 )
-from mal_train.core.atomic_io import check_writable
+from mal_train.core.atomic_io import check_writable, refuse_same_file
 from mal_train.core.coco.annotations import ImageInfo
 from mal_train.core.coco.output import label_fields
 

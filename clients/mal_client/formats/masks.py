@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mal_client.formats.boxes import RowError
-from mal_train.core.atomic_io import atomic_write
+from mal_train.core.atomic_io import atomic_write, is_same_file
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, by_image, read_coco
 from mal_train.core.errors import BadDataset, OutputError
 from mal_train.core.input_files import resolve_inside
@@ -63,6 +63,7 @@ class MaskFile:
     """
 
     def __init__(self, path: Path, tolerance_px: float = 0.0) -> None:
+        self.path = path
         self._coco: CocoFile = read_coco(path)
         self._tolerance_px = tolerance_px
         self.names = list(self._coco.category_names.values())
@@ -114,13 +115,14 @@ class LabelFiles:
     Args:
         folder: parent of all label files. No file name leads out of it, since a COCO file may come from anywhere.
         suffix: suffix of the label files, with its dot.
-        summary: receives the errors.
+        masks: the labeled file, which no label file replaces; its summary receives the errors.
     """
 
-    def __init__(self, folder: Path, suffix: str, summary: ExportSummary) -> None:
+    def __init__(self, folder: Path, suffix: str, masks: MaskFile) -> None:
         self._folder = folder
         self._suffix = suffix
-        self._summary = summary
+        self._source = masks.path
+        self._summary = masks.summary
         self._taken: dict[PurePosixPath, str] = {}
 
     def path(self, image: ImageInfo, rows: Sequence[MaskRow]) -> Path | None:
@@ -132,6 +134,10 @@ class LabelFiles:
         relative = name.with_suffix(self._suffix)
         if resolve_inside(self._folder, str(relative.parent)) is None:
             self.omit(image, rows, "NAME_OUTSIDE", f"a link leads out of {self._folder}; remove it")
+            return None
+        if is_same_file(self._source, self._folder / relative):
+            text = f"label file would replace {self._source}; choose another --output"
+            self.omit(image, rows, "NAME_TAKEN", text)
             return None
         if relative in self._taken:
             text = f"label file would have the same name as that of {self._taken[relative]}; rename one of the images"

@@ -22,7 +22,7 @@ def write_yolo(masks: MaskFile, images_dir: Path, folder: Path) -> None:
     Raises:
         OutputError: a file cannot be written.
     """
-    files = LabelFiles(folder / "labels", ".txt", masks.summary)
+    files = LabelFiles(folder / "labels", ".txt", masks)
     for image, rows in masks.images():
         path = files.path(image, rows)
         if path is None:

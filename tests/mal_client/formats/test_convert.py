@@ -81,6 +81,8 @@ def test_every_row_of_a_csv_file_that_is_not_converted_is_listed_with_its_line(
         "missing.png,1,2,3,4",
         "broken.png,1,2,3,4",
         "a.png,9,2,9,4",
+        "a.png,0,0,1e200,1e200",
+        "a.png,-1e308,0,1e308,5",
     ]
     (folder / "boxes.csv").write_text("\n".join(["file,x1,y1,x2,y2", *rows, ",1,2,3,4", "a.png,nan,2,3,4"]))
     assert convert(folder, "csv", labels="boxes.csv") == 3
@@ -93,8 +95,10 @@ def test_every_row_of_a_csv_file_that_is_not_converted_is_listed_with_its_line(
         ("boxes.csv:7", "BAD_ROW"),
         ("boxes.csv:8", "BAD_ROW"),
         ("boxes.csv:9", "BAD_ROW"),
+        ("boxes.csv:10", "BAD_ROW"),
+        ("boxes.csv:11", "BAD_ROW"),
     ]
-    assert "BAD_ROW: 5" in capsys.readouterr().err
+    assert "BAD_ROW: 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("header", ["a,b,c", "file_name,x,y", "x,y,width,height", "file_name,x,x,y,width,height"])
@@ -143,11 +147,20 @@ def test_invalid_yolo_rows_are_listed(folder: Path) -> None:
     assert "pixels" in messages["a.txt:3"]
 
 
-@pytest.mark.parametrize("text", ["", "cup\n\nant\n", "cup\ncup\n"])
-def test_class_names_with_gaps_or_duplicates_are_refused(folder: Path, text: str) -> None:
-    (folder / "names.txt").write_text(text)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("names.txt", text) for text in ("", "cup\n\nant\n", "cup\ncup\n")),
+        *(
+            ("data.yaml", f"names: {text}")
+            for text in ("{0: cup, 2: ant}", "{0: cup, one: ant}", "{0: cup, null: ant}")
+        ),
+    ],
+)
+def test_class_names_with_gaps_or_duplicates_are_refused(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
     (folder / "labels" / "a.txt").write_text("0 .5 .5 .1 .1\n")
-    assert convert(folder, "yolo", "--names", str(folder / "names.txt")) == 2
+    assert convert(folder, "yolo", "--names", str(folder / name)) == 2
 
 
 VOC = """<annotation><filename>{name}</filename><size><width>{width}</width><height>{height}</height></size>
@@ -180,9 +193,10 @@ def test_voc_files_that_do_not_match_their_image_are_listed(folder: Path) -> Non
     (folder / "labels" / "f.xml").write_text("<?xml version='1.0' encoding='nothing'?><annotation/>")
     with (folder / "labels" / "g.xml").open("wb") as file:
         file.truncate(1 << 40)
+    (folder / "labels" / "h.xml").write_text(voc("b.png").replace("<width>80", f"<width>{'8' * 5000}"))
     assert convert(folder, "voc") == 3
     listed = errors(folder)
-    assert [row["reason"] for row in listed] == ["IMAGE_SIZE_MISMATCH", "BAD_ROW", "BAD_IMAGE", *["BAD_FILE"] * 3]
+    assert [row["reason"] for row in listed] == ["IMAGE_SIZE_MISMATCH", "BAD_ROW", "BAD_IMAGE", *["BAD_FILE"] * 4]
     assert "EXIF" in listed[0]["message"]
     assert listed[1]["where"] == "b.xml:object 2"
     assert boxes(folder)["b.png"] == [("cup", [0, 2, 80, 20])]
@@ -236,6 +250,13 @@ def test_a_missing_image_folder_is_one_error(folder: Path, capsys: pytest.Captur
     assert message.count("\n") == 1
     assert f"--images {folder / 'images'}: " in message
     assert not (folder / "out.json").exists()
+
+
+def test_no_conversion_replaces_the_file_that_it_reads(folder: Path) -> None:
+    text = "file_name,x1,y1,x2,y2\na.png,1,2,11,22\n"
+    (folder / "out.json").write_text(text)
+    assert convert(folder, "csv", labels="out.json") == 2
+    assert (folder / "out.json").read_text() == text
 
 
 def test_check_accepts_the_converted_file(folder: Path) -> None:

@@ -98,6 +98,33 @@ def test_labelme_polygons_fill_to_the_mask_with_components_in_one_group(labeled:
     assert third["description"] == "score 0.750"
 
 
+@pytest.mark.parametrize("flags", [5, {"a": 1}, "text"])
+def test_flags_that_are_no_list_are_no_flags_of_a_shape(labeled: Dataset, flags: Any) -> None:
+    labeled.coco["annotations"][1]["flags"] = flags
+    labeled.save()
+    shapes = json.loads((export(labeled, "labelme") / "image_0.json").read_text())["shapes"]
+    assert shapes[-1]["flags"] == {}
+
+
+@pytest.mark.parametrize(("form", "name", "code"), [("labelme", "image_0.json", 3), ("fiftyone", "labels.json", 2)])
+def test_no_export_replaces_the_file_that_it_reads(labeled: Dataset, form: str, name: str, code: int) -> None:
+    source = labeled.json_path.rename(labeled.folder / name)
+    before = source.read_bytes()
+    given = ["--annotations", str(source), "--images", str(labeled.images_dir), "--output", str(labeled.folder)]
+    assert main(["export", "--to", form, *given]) == code
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("form", ["labelme", "yolo-seg"])
+def test_an_image_whose_name_no_file_can_have_is_listed(
+    labeled: Dataset, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labeled.coco["images"][0]["file_name"] = "half \ud800.png"
+    labeled.save()
+    export(labeled, form)
+    assert "IMAGE_UNUSABLE" in capsys.readouterr().err
+
+
 def test_labelme_masks_are_the_pixels(labeled: Dataset) -> None:
     folder = export(labeled, "labelme", "--shape", "mask")
     shape = json.loads((folder / "image_0.json").read_text())["shapes"][0]

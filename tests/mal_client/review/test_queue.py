@@ -175,6 +175,27 @@ def test_the_command_writes_a_page_with_images_of_the_worst_and_the_quality_of_t
     assert FLAG_MEANINGS["MULTI_PART"] in text
 
 
+def test_the_page_shows_text_and_numbers_that_only_json_can_hold(dataset: Dataset) -> None:
+    dataset.coco["annotations"][1] |= {"score": 10**400, "flags": ["half \ud800"]}
+    dataset.save()
+    page = dataset.folder / "page.html"
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir), "--report", str(page)]
+    assert main(["review", *given, "--sort-by", "agreement"]) == 0
+    assert "half \\ud800" in page.read_text()
+
+
+@pytest.mark.parametrize("command", ["review", "check", "evaluate"])
+@pytest.mark.parametrize("option", ["--output", "--report"])
+def test_no_report_replaces_the_file_that_it_is_about(dataset: Dataset, command: str, option: str) -> None:
+    before = dataset.json_path.read_bytes()
+    link = dataset.folder / "linked"
+    link.symlink_to(dataset.folder)
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+    server = ["--server", "127.0.0.1:1"] if command == "evaluate" else []
+    assert main([command, *given, *server, option, str(link / dataset.json_path.name)]) == ConfigError.exit_code
+    assert dataset.json_path.read_bytes() == before
+
+
 def test_an_annotation_without_an_image_row_stays_in_the_queue(dataset: Dataset) -> None:
     dataset.coco["annotations"][3]["image_id"] = 77
     dataset.save()
