@@ -1,6 +1,7 @@
 """Reads files that untrusted text names: below one folder, regular, and of limited size."""
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
@@ -31,10 +32,21 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
         OSError: the file cannot be opened, or is a folder, pipe or device, which may have no end.
         ValueError: the path has a NUL character.
     """
-    # Non-blocking: opening a named pipe would otherwise block forever.
-    with open(os.open(path, os.O_RDONLY | _NONBLOCK | _BINARY), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with open_regular(path) as file:
         # Of the stated size first: `read` alone would grow its buffer step by step.
-        return file.read(max(0, min(status.st_size, max_bytes)) + 1)
+        return file.read(max(0, min(os.fstat(file.fileno()).st_size, max_bytes)) + 1)
+
+
+def open_regular(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
+    """Opens a regular file for reading.
+
+    Raises:
+        OSError: the file cannot be opened, or is a folder, pipe or device.
+        ValueError: the path has a NUL character.
+    """
+    # Non-blocking: opening a named pipe would otherwise block forever.
+    descriptor = os.open(path, os.O_RDONLY | _NONBLOCK | _BINARY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return io.BufferedReader(io.FileIO(descriptor), buffer_bytes)

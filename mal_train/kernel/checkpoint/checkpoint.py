@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mal_train.core.errors import Altered, CheckpointError, ConfigError, NonFiniteTraining, Truncated, UnknownLayout
+from mal_train.core.input_files import open_regular
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.age_header import EncryptionInfo
 from mal_train.kernel.checkpoint.age_streams import Sink
@@ -288,7 +289,7 @@ def sha256_of(path: Path) -> str:
         CheckpointError: the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

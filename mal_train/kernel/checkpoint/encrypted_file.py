@@ -31,6 +31,7 @@ import pyrage
 
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.errors import Altered, ConfigError, Truncated, WrongKey
+from mal_train.core.input_files import open_regular
 from mal_train.kernel.checkpoint.age_header import MAX_WORK_FACTOR, EncryptionInfo, read_encryption_info
 from mal_train.kernel.checkpoint.age_streams import (
     BufferReader,
@@ -124,7 +125,7 @@ class EncryptedFile:
     def __init__(self, path: Path, trust: TrustPolicy = NO_POLICY) -> None:
         self.path = path
         with ExitStack() as close_on_error:
-            self._file = close_on_error.enter_context(path.open("rb", buffering=BUFFER))
+            self._file = close_on_error.enter_context(open_regular(path, BUFFER))
             self._hash = hashlib.sha256()
             self.file_bytes = os.fstat(self._file.fileno()).st_size
             if self.file_bytes == 0:

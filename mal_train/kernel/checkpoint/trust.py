@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.errors import CheckpointError, ConfigError, Untrusted
+from mal_train.core.input_files import open_regular, read_limited
 from mal_train.core.secrets import is_secret_reference, read_secret, warn_if_shared
 
 SIGNATURE_SUFFIX = ".sig"
@@ -98,7 +99,7 @@ class TrustPolicy:
             CheckpointError: the file cannot be read.
         """
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 return self.check(path, file) or hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -126,8 +127,7 @@ def verify_signature(path: Path, digest: bytes, signers: tuple[str, ...]) -> str
     """
     place = signature_path(path)
     try:
-        with place.open("rb") as file:
-            text = file.read(MAX_SIGNATURE_BYTES).decode("ascii", errors="replace")
+        text = read_limited(place, MAX_SIGNATURE_BYTES).decode("ascii", errors="replace")
     except OSError as error:
         raise Untrusted(f"{path}: not signed ({place.name}: {error.strerror}); sign it with `mal-train sign`") from None
     match = _TEXT.fullmatch(text)
@@ -152,7 +152,7 @@ def sign_file(path: Path, key: Ed25519PrivateKey) -> tuple[Path, str]:
         OutputError: the signature cannot be written, or exists.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

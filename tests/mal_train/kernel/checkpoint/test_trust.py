@@ -100,6 +100,19 @@ def test_a_missing_signature_is_refused(signed: Signed) -> None:
         signed.load()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", ["signature", "path"])
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(signed: Signed, name: str) -> None:
+    # Nobody writes into the pipe: to open it as a file would wait for ever.
+    place: Path = getattr(signed, name)
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        signed.load()
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        TrustPolicy(signers=(signed.signer,)).check_file(signed.path)
+
+
 def test_a_signature_of_another_key_under_a_trusted_name_is_refused(signed: Signed, tmp_path: Path) -> None:
     other = other_signer(tmp_path)
     text = signed.signature.read_text()
