@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mal_train.commands.common import checkpoint_keys, existing_file, model_config
 from mal_train.config.spec import Spec, load_spec
+from mal_train.core.atomic_io import refuse_same_file
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.version import distribution_version
@@ -33,14 +34,16 @@ def import_checkpoint(source: str, target: Path, overrides: list[str], console: 
 
     Raises:
         UnknownLayout: the layout of the checkpoint is not supported.
-        ConfigError: an override has no effect on an import, or does not match the weights.
+        ConfigError: an override has no effect on an import, or does not match the weights, or `target` is the source.
     """
     names = [override.partition("=")[0] for override in overrides]
     for name in names:
         if name not in ACCEPTED and (not name.startswith("model.") or name in MODEL_FIELDS_OF_TRAINING):
             raise ConfigError(f"{name}: has no effect on an import; accepted are {', '.join(ACCEPTED)} and model.*")
     spec = load_spec(None, overrides)
-    foreign = read_tao_checkpoint(existing_file(source, "FILE"))
+    path = existing_file(source, "FILE")
+    refuse_same_file(path, target)
+    foreign = read_tao_checkpoint(path)
     model = dataclasses.replace(foreign.model, **_model_overrides(spec, names))
     labeler = spec.labeler_config(default_crop_size(model.arch))
     check_crop_size(model.arch, labeler.crop_size)

@@ -19,6 +19,7 @@ from mal_train.commands.common import (
     worker_threads,
 )
 from mal_train.config.spec import Spec
+from mal_train.core.atomic_io import refuse_same_file
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
@@ -67,6 +68,8 @@ def export(
         checkpoint_file(spec.evaluate.checkpoint, "evaluate.checkpoint"),
         *(existing_file(str(path), "--average") for path in average_with),
     ]
+    for path in paths:
+        refuse_same_file(path, target)
     given, sha256 = spec.evaluate.checkpoint or "", spec.evaluate.checkpoint_sha256
     trusts = [trust_policy(spec, given, sha256), *(trust_policy(spec, path, None) for path in average_with)]
     sources = _read_sources(paths, decryption_key, which, trusts)

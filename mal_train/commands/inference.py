@@ -9,7 +9,7 @@ from typing import Any
 from mal_train.commands.common import existing_file, existing_folder, task_folder
 from mal_train.commands.label import open_labeling_job
 from mal_train.config.spec import Spec
-from mal_train.core.atomic_io import check_writable
+from mal_train.core.atomic_io import check_writable, refuse_same_file
 from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, by_image, read_coco
 from mal_train.core.coco.detections import read_detections, with_detector_scores
 from mal_train.core.coco.output import error_fields, label_fields, labeled_file, write_json_atomic
@@ -57,7 +57,9 @@ def inference(spec: Spec, console: Console) -> InferenceResult:
     with task_folder(spec, "inference") as (folder, status):
         path = folder / settings.label_dump_path
         check_writable(path)
-        coco = read_coco(existing_file(settings.ann_path, "inference.ann_path"))
+        annotations = existing_file(settings.ann_path, "inference.ann_path")
+        refuse_same_file(annotations, path)
+        coco = read_coco(annotations)
         if settings.box_inputs:
             coco = read_detections(existing_file(settings.box_inputs, "inference.box_inputs"), coco)
         image_dir = existing_folder(settings.img_dir, "inference.img_dir")

@@ -232,6 +232,17 @@ def test_import_refuses_overrides_without_effect_or_with_wrong_shapes(
         assert not target.exists()
 
 
+def test_no_command_replaces_the_file_that_it_reads(tmp_path: Path, checkpoint: Path) -> None:
+    published, (annotations, images) = tmp_path / "published.pth", write_scenes(tmp_path / "scenes", images=1)
+    torch.save({"state_dict": state_dict(TAO)}, published)
+    before = [path.read_bytes() for path in (published, checkpoint, annotations)]
+    spec = inference_spec(tmp_path, checkpoint, (annotations, images))
+    assert main(["import", str(published), "-o", str(published)]) == 2
+    assert main(["export", "-o", str(checkpoint), f"evaluate.checkpoint={checkpoint}"]) == 2
+    assert main(["inference", "-e", spec, f"inference.label_dump_path={annotations}"]) == 2
+    assert [path.read_bytes() for path in (published, checkpoint, annotations)] == before
+
+
 def test_import_encrypts_to_a_recipient_and_inspect_needs_the_identity(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
