@@ -170,9 +170,9 @@ class ServerConfig(Strict):
         ge=MIB,
         le=PIB,
         description="Memory for decoded images that are being cropped, in bytes: 4 to 16 for each pixel during "
-        "decoding, by format,\n3 afterwards. Further requests wait; BATCH requests may use half of it. An image that "
-        "exceeds it alone is\ndecoded when no other is. Images that take up to 16 MiB, with up to 8 boxes, are not "
-        "counted: each thread holds one.",
+        "decoding, by format,\n3 afterwards and 4 for each pixel of the largest box with its margin. Further requests "
+        "wait; BATCH requests may\nuse half of it. An image that exceeds it alone is decoded when no other is. Images "
+        "that take up to 16 MiB, with up\nto 8 boxes, are not counted: each thread holds one.",
     )
     image_cache_bytes: int = Field(
         default=256 * MIB,

@@ -24,8 +24,11 @@ BOXES_PER_TASK = 8
 """Boxes cut, or masks finished, by one CPU task."""
 
 MAX_SMALL_BYTES = 16 * 1024 * 1024
-"""Memory to decode the image of a small request: a JPEG of 2 megapixels. Small requests need no memory limit: each
-thread decodes one at a time."""
+"""Memory to decode the image of a small request, and to cut its boxes: a JPEG of 2 megapixels with boxes of half its
+size. Small requests need no memory limit: each thread decodes one at a time."""
+
+RGB_BYTES_PER_PIXEL = 3
+"""Memory of a pixel of a decoded image."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,18 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _LargeImage:
-    """An image that waits for memory.
+class _OpenImage:
+    """An image after the walk through its file.
 
     Attributes:
-        memory_bytes: memory that decoding takes.
-        container: None for a file on disk: no limit counts its bytes while it waits, so it is read again afterwards.
+        memory_bytes: memory that decoding takes, or cutting the boxes if that is more.
+        cutting_bytes: memory that the largest box takes beside the decoded image while it is cut.
+        container: None for a file on disk that waits for memory: no limit counts its bytes meanwhile, so it is read
+            again afterwards.
     """
 
     memory_bytes: int
+    cutting_bytes: int
     container: Container | None
 
 
@@ -95,7 +101,7 @@ class CropPreparer:
             NotFound, InvalidRequest: the file does not exist, or its path is invalid.
         """
         small = await self._pool.run(request.priority, self._prepare_small, request, encoded, caller=request.caller)
-        crops, decode_s = await self._prepare_large(request, small) if isinstance(small, _LargeImage) else small
+        crops, decode_s = await self._prepare_large(request, small) if isinstance(small, _OpenImage) else small
         outcomes = list(zip(request.instance_ids, crops, strict=True))
         return Prepared(
             crops=[crop for crop in crops if isinstance(crop, Crop)],
@@ -106,21 +112,21 @@ class CropPreparer:
 
     def _prepare_small(
         self, request: LabelRequest, encoded: bytes | None
-    ) -> tuple[list[Crop | BadBox], float] | _LargeImage:
+    ) -> tuple[list[Crop | BadBox], float] | _OpenImage:
         """Reads, decodes and cuts; returns early if the request needs several tasks."""
         started = time.perf_counter()
-        container, memory_bytes = self._open(request, encoded)
-        if memory_bytes > MAX_SMALL_BYTES or len(request.boxes) > BOXES_PER_TASK:
-            return _LargeImage(memory_bytes, None if isinstance(request.image, FileImage) else container)
+        opened, container = self._open(request, encoded)
+        if opened.memory_bytes > MAX_SMALL_BYTES or len(request.boxes) > BOXES_PER_TASK:
+            return replace(opened, container=None) if isinstance(request.image, FileImage) else opened
         image = self._decode(request, container)
         return self._predictor.prepare(image, request.boxes), time.perf_counter() - started
 
-    async def _prepare_large(self, request: LabelRequest, large: _LargeImage) -> tuple[list[Crop | BadBox], float]:
+    async def _prepare_large(self, request: LabelRequest, large: _OpenImage) -> tuple[list[Crop | BadBox], float]:
         async with LeasedSteps(
             self._pool, self._memory_limiter, request.priority, request.caller, large.memory_bytes
         ) as leased:
             image = await leased.run(self._decode_large, request, large)
-            leased.shrink(image.nbytes)
+            leased.shrink(image.nbytes + large.cutting_bytes)
             crops: list[Crop | BadBox] = []
             while len(crops) < len(request.boxes):
                 first = len(crops)
@@ -128,20 +134,23 @@ class CropPreparer:
                 crops += await leased.run(partial(self._predictor.prepare, first=first), image, boxes)
             return crops, leased.cpu_s
 
-    def _open(self, request: LabelRequest, encoded: bytes | None) -> tuple[Container, int]:
+    def _open(self, request: LabelRequest, encoded: bytes | None) -> tuple[_OpenImage, Container]:
         """Walks through the image, and returns the memory that it takes: that of a file on disk counts, too."""
         file_bytes = 0
         if isinstance(request.image, FileImage):
             encoded = self._images.read(request.image)
             file_bytes = len(encoded)
         container = read_container(encoded or b"", limits=self._limits)
-        return container, container.peak_bytes + file_bytes
+        width, height = container.header.size_wh
+        cutting_bytes = self._predictor.preparing_bytes((height, width), request.boxes)
+        memory_bytes = max(container.peak_bytes + file_bytes, RGB_BYTES_PER_PIXEL * width * height + cutting_bytes)
+        return _OpenImage(memory_bytes, cutting_bytes, container), container
 
-    def _decode_large(self, request: LabelRequest, large: _LargeImage) -> RgbImage:
+    def _decode_large(self, request: LabelRequest, large: _OpenImage) -> RgbImage:
         container = large.container
         if container is None:
-            container, memory_bytes = self._open(request, None)
-            if memory_bytes > large.memory_bytes:
+            opened, container = self._open(request, None)
+            if opened.memory_bytes > large.memory_bytes or opened.cutting_bytes > large.cutting_bytes:
                 raise BadImage("the file changed while the request waited; send it again")
         return self._decode(request, container)
 

@@ -21,6 +21,10 @@ class Predictor(Protocol):
         """Returns a crop or an error for each box, in order; errors number the boxes from `first`."""
         ...
 
+    def preparing_bytes(self, image_hw: tuple[int, int], boxes: Sequence[Box]) -> int:
+        """Returns the memory that `prepare` takes at most, beside the image and the crops."""
+        ...
+
     def predict(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
         """Returns foreground probabilities, in order. Raises OutOfDeviceMemory if a smaller batch may fit."""
         ...

@@ -78,7 +78,7 @@ def make_views(
     """
     image_hw = (image_HWC.shape[0], image_HWC.shape[1])
     window = geometry.train_window(box_inside, geometry.random_margins(rng, cropping.margin_rate))
-    crop_SSC = geometry.resize_crop(geometry.cut(image_HWC, window), cropping.size)
+    crop_SSC = geometry.resized_window(image_HWC, window, cropping.size)
     box_mask_SS = geometry.box_mask_in_window(
         box_inside, window, image_hw, cropping.size, cropping.compat, wrap=cropping.compat is Compat.TAO
     )

@@ -26,6 +26,10 @@ Pixels = NDArray[np.uint8]
 STRIP_PIXELS = 2**20
 """Pixels of a strip in `paste`."""
 STRIP_ALIGNMENT = 32
+_BAND_PIXELS = 2**18
+"""Pixels of a window that `resized_window` copies at a time: 1 MB, which fits into the cache of a core."""
+_PILLOW_BYTES = 4
+"""Memory of a pixel in Pillow, gray images apart."""
 
 _FAR = 1e18
 """Coordinates beyond this are taken as this, so that areas do not exceed the range of float32."""
@@ -174,6 +178,24 @@ def resize_crop(pixels: Pixels, size: int) -> Pixels:
     """Resizes to (size, size[, 3]) uint8 with antialiased bicubic of Pillow; ignores the aspect ratio (§2.3)."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resized_window(image: Pixels, window: Window, size: int) -> Pixels:
+    """Returns `resize_crop(cut(image, window), size)`; the window is in memory once, as Pillow's image.
+
+    Takes `resizing_bytes` of memory.
+    """
+    pixels = Image.new("RGB" if image.ndim == 3 else "L", (window.width, window.height), color=None)
+    rows = max(_BAND_PIXELS // window.width, 1)
+    for top in range(window.y0, window.y1, rows):
+        band = cut(image, Window(window.x0, top, window.x1, min(top + rows, window.y1)))
+        pixels.paste(Image.fromarray(np.ascontiguousarray(band)), (0, top - window.y0))
+    return np.asarray(pixels.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resizing_bytes(window: Window, size: int) -> int:
+    """Returns an upper bound of the memory of `resized_window`: the window, and Pillow's result of its first pass."""
+    return _PILLOW_BYTES * (window.width * window.height + size * (max(window.width, window.height) + 2 * size))
 
 
 def box_pixels(box_xywh: Box, image_hw: tuple[int, int]) -> Region:

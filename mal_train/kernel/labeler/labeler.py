@@ -29,7 +29,7 @@ from mal_train.core.errors import BadBox, DeviceError, DeviceLost, OutOfDeviceMe
 from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.flags import Flag
-from mal_train.core.masks.geometry import Region
+from mal_train.core.masks.geometry import Box, Region, Window
 from mal_train.core.settings import (
     Branch,
     Compat,
@@ -146,6 +146,20 @@ class Labeler:
             N results in order: a crop, or the `BadBox` that says why the box cannot be labeled.
         """
         return [self._prepare_one(image, box, f"box {index}") for index, box in enumerate(boxes, start=first)]
+
+    def preparing_bytes(self, image_hw: tuple[int, int], boxes: Sequence[Sequence[float]]) -> int:
+        """Returns the memory that `prepare` takes at most for its largest box, beside the image and the crops.
+
+        Args:
+            image_hw: height and width of the image in px.
+            boxes: (N, 4) x, y, width, height in px of the image; those that cannot be labeled take none.
+        """
+        size_bytes = 0
+        for box in boxes:
+            with contextlib.suppress(BadBox):
+                _, window = self._window(box, image_hw, "box")
+                size_bytes = max(size_bytes, geometry.resizing_bytes(window, self.config.crop_size))
+        return size_bytes
 
     def predict(self, crops: Sequence[Crop], options: PredictOptions = DEFAULT_PREDICT_OPTIONS) -> list[Prediction]:
         """Runs the network on crops, which may come from several images; returns their predictions in order.
@@ -299,13 +313,17 @@ class Labeler:
     def _prepare_one(self, image: RgbImage, box: Sequence[float], name: str) -> Crop | BadBox:
         image_hw = (image.shape[0], image.shape[1])
         try:
-            inside, _ = geometry.check_box(box, image_hw, name)
+            inside, window = self._window(box, image_hw, name)
         except BadBox as error:
             return error
-        window = geometry.inference_window(inside, self.config.margin_rate)
-        pixels = geometry.resize_crop(geometry.cut(image, window), self.config.crop_size)
+        pixels = geometry.resized_window(image, window, self.config.crop_size)
         x, y, w, h = (float(v) for v in box)
         return Crop(pixels, (x, y, w, h), inside, window, image_hw, geometry.box_area(inside))
+
+    def _window(self, box: Sequence[float], image_hw: tuple[int, int], name: str) -> tuple[Box, Window]:
+        """Returns the part of a box inside the image and the window of its crop. Raises BadBox."""
+        inside, _ = geometry.check_box(box, image_hw, name)
+        return inside, geometry.inference_window(inside, self.config.margin_rate)
 
     def _predict_batch(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
         """Predicts in one forward pass of each network that the options need."""

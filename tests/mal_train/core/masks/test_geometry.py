@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -81,6 +82,23 @@ def test_a_cut_equals_indexing_modulo_the_image_size(window: Window, image_hw: t
     pixels = geometry.cut(image, window)
     np.testing.assert_array_equal(pixels, expected)
     assert pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("window", [Window(-700, -900, 1500, 2300), Window(5, -30, 9, 1700), Window(-90, 7, 2600, 11)])
+@pytest.mark.parametrize("is_rgb", [True, False])
+def test_a_window_is_resized_to_the_bit_without_a_copy_of_it_in_memory(window: Window, is_rgb: bool) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (1000, 1200, 3), dtype=np.uint8)
+    image = image if is_rgb else image[:, :, 0]
+    expected = geometry.resize_crop(geometry.cut(image, window), 64)
+    tracemalloc.start()
+    try:
+        pixels = geometry.resized_window(image, window, 64)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(pixels, expected)
+    # A copy of the largest window would take 7 to 21 MB.
+    assert peak < 4 * 2**20
 
 
 @given(BOXES)
