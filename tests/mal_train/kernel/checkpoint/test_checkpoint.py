@@ -33,6 +33,7 @@ from tests.mal_train.kernel.checkpoint.checkpoints import (
     weights_checkpoint,
 )
 from tests.mal_train.kernel.checkpoint.key_pair import DECRYPTION_KEY, ENCRYPTION_KEY
+from tests.paths import ROOT
 
 
 @KEYS
@@ -226,26 +227,25 @@ MEMORY_PROBE = """
 import sys
 from pathlib import Path
 import torch
+from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key
-from mal_train.kernel.checkpoint.encrypted_file import EncryptedFile, chunk_padding, write_encrypted
-from mal_train.kernel.checkpoint.tensorfile import TensorFileReader, serialize
+from tests.mal_train.kernel.checkpoint.checkpoints import weights_checkpoint
 
 def peak_kib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
 path, key = Path(sys.argv[1]), parse_key("env:MAL_KEY", purpose="encryption", source="environment")
-names = [f"student.{i}" for i in range(8)]
-tensors = {name: torch.ones(1 << 22) for name in names}
+weights, moments = ([torch.ones(1 << 22) for _ in range(4)] for _ in range(2))
+checkpoint = weights_checkpoint(
+    weights={f"student.{i}": tensor for i, tensor in enumerate(weights)}, kind="resume", training={"moments": moments}
+)
 before = peak_kib()
-write_encrypted(path, serialize(tensors, {}, chunk_padding), key)
+save_checkpoint(path, checkpoint, key)
 print(peak_kib() - before)
-del tensors
-with EncryptedFile(path) as file:
-    reader = TensorFileReader("file", file.content_bytes, lambda header: names)
-    file.read_into(reader, key.decryption_key)
-    reader.finish()
-assert all(bool((reader.tensors[name] == 1).all()) for name in names)
+del checkpoint, weights, moments
+loaded = load_checkpoint(path, key.decryption_key)
 print(peak_kib() - before)
+assert all(bool((tensor == 1).all()) for tensor in [*loaded.weights.values(), *loaded.training["moments"]])
 """
 
 
@@ -256,7 +256,7 @@ def test_saving_and_loading_take_little_memory_beside_the_tensors(
     """128 MiB of tensors. The limit is 128 MiB beside tensors of any size (benchmarks/checkpoint.py: 1 GiB)."""
     monkeypatch.setenv("MAL_KEY", generate_identity()[1])
     command = [sys.executable, "-c", MEMORY_PROBE, str(tmp_path / "a")]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     saving, loading = (int(line) / 1024 for line in output.split())
     record("memory beside 128 MiB of tensors", saving_mib=saving, loading_mib=loading)
     assert saving < 32
