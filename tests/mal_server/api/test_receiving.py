@@ -119,13 +119,22 @@ def test_cancelled_calls_give_their_slots_and_places_back() -> None:
     run(work())
 
 
-def test_a_call_cancelled_as_its_turn_comes_passes_it_on() -> None:
+def test_a_call_cancelled_as_its_turn_comes_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         slots = limiter(1)
         holder, leaves, stays = Sender(slots, "a"), Sender(slots, "b"), Sender(slots, "c")
         await settle()
-        holder.receiving.add_done_callback(lambda _: leaves.receiving.cancel())
+        release = slots._release
+
+        def release_and_cancel(caller: str) -> None:  # before the call that has the turn now can run
+            release(caller)
+            leaves.receiving.cancel()
+
+        monkeypatch.setattr(slots, "_release", release_and_cancel)
         await holder.arrive()
+        await settle()
+        assert leaves.receiving.cancelled()
+        assert not leaves.is_reading
         assert await stays.arrive() == "message"
 
     run(work())

@@ -235,7 +235,9 @@ def test_a_vanished_sender_gives_its_slot_back() -> None:
                 connection = await RawConnection.open(running.server.address)
                 connection.call(1, INFO)
                 await connection.send(1, message(b"", 1))
+                await until(lambda: running.server.running_calls)
                 await connection.close()
+                await until(lambda: not running.server.running_calls)
             await running.model.GetServerInfo(model_pb2.GetServerInfoRequest())
             await until(lambda: not running.server.running_calls)
 
