@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,20 @@ from benchmarks.load.client import Plan
 from benchmarks.load.fake_server import FakePredictor
 from benchmarks.load.images import LoadImage, load_images
 from benchmarks.load.run import ROOT, all_samples, environment, run_clients, wait_for_address
+from mal_train.core.errors import OutOfDeviceMemory
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 from tests.form import Form
-from tests.mal_server.calls import bulk
-from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, label, label_request, serving
+from tests.mal_server.calls import bulk, until
+from tests.mal_server.fakes import (
+    DISC_BOX,
+    BrightPredictor,
+    Running,
+    bright_disc,
+    encoded,
+    label,
+    label_request,
+    serving,
+)
 
 Record = Callable[..., None]
 
@@ -127,17 +138,43 @@ async def correct_masks(running: Running, image: LoadImage) -> int:
     return sum(image.is_right(index, result) for index, result in enumerate(results))
 
 
+NEVER_FITS_HW = (44, 66)
+"""Size of the images whose crops do not fit on the device."""
+
+
+class SmallDevice(BrightPredictor):
+    """Raises OutOfDeviceMemory for every batch with a crop of such an image."""
+
+    def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
+        if any(crop.image_hw == NEVER_FITS_HW for crop in crops):
+            raise OutOfDeviceMemory(f"a crop among {len(crops)} does not fit")
+        return super().predict(crops, options)
+
+
 @pytest.mark.promise("faults", "A crop that never fits on the device fails alone")
 def test_a_crop_that_never_fits_fails_alone_in_a_stream(record: Record) -> None:
-    async def work() -> Counter[int]:
-        async with serving(FakePredictor()) as running:
-            running.predictor.fits = 0  # only now: the warm-up fails on a device that fits no crop
-            items = await bulk(running, *[label_request(DISC_BOX) for _ in range(20)])
-            return Counter(result.status.code for item in items.values() for result in item.response.results)
+    predictor = SmallDevice(gate=threading.Event())
+    large = label_request(DISC_BOX, content=encoded(bright_disc(*NEVER_FITS_HW)))
+    requests = [large if number in (1, 4) else label_request(DISC_BOX) for number in range(20)]
 
-    codes = asyncio.run(work())
-    record("out of memory at one crop", requests=20, internal=codes[grpc.StatusCode.INTERNAL.value[0]])
-    assert codes == {grpc.StatusCode.INTERNAL.value[0]: 20}
+    async def work() -> dict[str, int]:
+        async with serving(predictor, max_batch_size=BATCH) as running:
+            busy = asyncio.create_task(label(running, label_request(DISC_BOX)))
+            await until(lambda: predictor.batches)
+            stream = asyncio.create_task(bulk(running, *requests))
+            await until(lambda: running.server.waiting >= 6)  # the next batch, with both large crops
+            assert predictor.gate is not None
+            predictor.gate.set()
+            await busy
+            return {
+                name: result.status.code for name, item in (await stream).items() for result in item.response.results
+            }
+
+    codes = asyncio.run(asyncio.wait_for(work(), 120))
+    failed = {name for name, code in codes.items() if code == grpc.StatusCode.INTERNAL.value[0]}
+    record("out of memory at one crop", requests=len(codes), internal=len(failed))
+    assert failed == {"item 1", "item 4"}
+    assert Counter(codes.values()) == {0: 18, grpc.StatusCode.INTERNAL.value[0]: 2}
 
 
 def start(folder: Path, *arguments: str) -> "tuple[subprocess.Popen[bytes], str]":

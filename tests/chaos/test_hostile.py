@@ -41,14 +41,16 @@ LARGE_ONE_IN = 200
 
 
 def corpus() -> list[bytes]:
-    """Returns valid files of every format and mode, the invalid ones of test_bad_images, and files made of headers."""
+    """Returns valid files, the invalid ones of test_bad_images, files made of headers, and one of too many pixels."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
     valid = [saved(image, image_format) for image_format in FORMATS]
     invalid = [content for content, _ in REFUSED.values() if content]
     # Those of another size than asked for take long to decode, which is another test.
     headers = [content for make in HOSTILE.values() if len(content := make(3000)) < 20_000]
-    return [*valid, *ACCEPTED.values(), *invalid, *headers]
+    # 18 KB; decoded, it would take more than MAX_MIB, and Pillow itself refuses only larger ones.
+    too_large = saved(Image.new("1", (12_000, 12_000)), "PNG")
+    return [*valid, *ACCEPTED.values(), *invalid, *headers, too_large]
 
 
 def large(chance: random.Random, max_bytes: int) -> bytes:
@@ -90,6 +92,7 @@ def test_mutated_images_are_decoded_or_refused_fast_with_little_memory(form: For
     slowest, before = 0.0, peak_mib()
     for number in range(count):
         data = mutant(chance, [large(chance, max_bytes)] if number % LARGE_ONE_IN == 0 else seeds)
+        data = seeds[number] if number < len(seeds) else data
         began = time.thread_time()
         try:
             image = decode_image(data)

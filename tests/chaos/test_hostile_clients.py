@@ -323,6 +323,9 @@ def test_every_answer_of_a_labeling_server_gives_labels_or_one_error(form: Form,
                 outcomes["label" if label.ok else label.error.reason if label.error else ""] += 1
                 if label.ok:
                     assert label.mask.shape == (HEIGHT, WIDTH)
+                    assert 0 <= (label.score or 0.0) <= 1.001
+                    assert 0 <= (label.agreement or 0.0) <= 1.001
+                    assert 0 <= (label.area or 0) <= HEIGHT * WIDTH
         except KeyError:
             outcomes["unknown box"] += 1
         slowest = max(slowest, time.process_time() - began)

@@ -75,7 +75,6 @@ def test_killing_one_of_three_servers_behind_a_proxy_loses_no_call(
     assert {(one.code, one.right, one.wrong) for one in samples} == {("OK", 8, 0)}
 
 
-@pytest.mark.promise("faults", "One of two servers that a client names is killed, and no call is lost")
 def test_clients_with_several_addresses_fail_over_when_one_server_is_killed(
     form: Form, deck_folder: Path, tmp_path: Path, record: Record
 ) -> None:

@@ -114,6 +114,7 @@ def served_by_a_process() -> Iterator[tuple["subprocess.Popen[str]", str]]:
         process.communicate()
 
 
+@pytest.mark.promise("faults", "One of two servers that a dataset job names is killed, and no result is lost")
 def test_no_result_is_lost_when_a_server_process_is_killed_under_load(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, images=60)
     label(dataset, FakeServer())

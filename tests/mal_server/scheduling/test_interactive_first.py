@@ -35,8 +35,9 @@ class StepwisePredictor(BrightPredictor):
         return super().predict(crops, options)
 
 
-@pytest.mark.parametrize("batch_aging_s", [1000.0, 1e-6])
-@pytest.mark.parametrize("agreement", [False, True])
+@pytest.mark.promise("load", "Beside bulk streams that saturate the device, an interactive call is in its next batch")
+@pytest.mark.parametrize("batch_aging_s", [1000.0, 1e-6], ids=["fresh", "aged"])
+@pytest.mark.parametrize("agreement", [False, True], ids=["same options", "other options"])
 def test_an_interactive_call_is_in_the_batch_after_the_running_one(
     batch_aging_s: float, agreement: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
