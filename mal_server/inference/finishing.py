@@ -17,6 +17,7 @@ from mal_server.scheduling.leased_steps import LeasedSteps
 from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import DeviceError, DeviceLost
 from mal_train.core.masks.encodings import encode
+from mal_train.core.settings import MaskFormat
 from mal_train.kernel.labeler.overlaps import OWNER_BYTES_PER_PIXEL, PixelOwners
 from mal_train.kernel.labeler.types import Crop, Prediction
 
@@ -27,6 +28,10 @@ _Outcomes: TypeAlias = Mapping[int, Prediction | DeviceError]
 MASK_BYTES_PER_PIXEL = 24
 """Peak while a mask is pasted, scored and encoded in every format, for each pixel of its region."""
 
+OUTLINE_BYTES_PER_PIXEL = 400
+"""Peak while polygons are made, for each pixel of the crop, or of the region if that has fewer: the finest mask has a
+hole for every other pixel of the crop, and a ring takes 800 bytes on the way."""
+
 
 class MaskFinisher:
     """Makes the results of requests from predictions.
@@ -35,15 +40,23 @@ class MaskFinisher:
         predictor: pastes and scores.
         pool: threads for CPU work.
         memory_limiter: limits the memory of pasted masks; shared by all models, and with decoded images.
+        crop_size: side of a crop in px.
         max_result_bytes: limit of the masks of a request whose results are collected.
     """
 
     def __init__(
-        self, predictor: Predictor, pool: PriorityThreadPool, memory_limiter: MemoryLimiter, max_result_bytes: int
+        self,
+        predictor: Predictor,
+        pool: PriorityThreadPool,
+        memory_limiter: MemoryLimiter,
+        *,
+        crop_size: int,
+        max_result_bytes: int,
     ) -> None:
         self._predictor = predictor
         self._pool = pool
         self._memory_limiter = memory_limiter
+        self._crop_pixels = crop_size**2
         self._max_result_bytes = max_result_bytes
 
     async def finish(
@@ -59,7 +72,7 @@ class MaskFinisher:
         finished = await asyncio.gather(
             *(
                 self._finish_alone(request, prepared, outcomes, step)
-                for step in _steps(prepared.crops, list(outcomes), size)
+                for step in self._steps(request, prepared.crops, list(outcomes), size)
             )
         )
         return [result for results, _ in finished for result in results], sum(seconds for _, seconds in finished)
@@ -74,9 +87,10 @@ class MaskFinisher:
             Exception: the error of a whole batch, such as DeviceLost.
         """
         outcomes = _outcomes(slices)
-        steps = list(_steps(prepared.crops, sorted(outcomes), BOXES_PER_TASK))
+        steps = list(self._steps(request, prepared.crops, sorted(outcomes), BOXES_PER_TASK))
         height, width = prepared.crops[0].image_hw
-        size_bytes = OWNER_BYTES_PER_PIXEL * height * width + max(map(_mask_bytes, prepared.crops))
+        largest = max(_mask_bytes(request, crop, self._crop_pixels) for crop in prepared.crops)
+        size_bytes = OWNER_BYTES_PER_PIXEL * height * width + largest
         async with LeasedSteps(
             self._pool, self._memory_limiter, request.priority, request.caller, size_bytes
         ) as leased:
@@ -94,13 +108,29 @@ class MaskFinisher:
     async def _finish_alone(
         self, request: LabelRequest, prepared: Prepared, outcomes: _Outcomes, step: Sequence[int]
     ) -> tuple[list[InstanceResult], float]:
-        size_bytes = max(_mask_bytes(prepared.crops[index]) for index in step)
+        size_bytes = max(_mask_bytes(request, prepared.crops[index], self._crop_pixels) for index in step)
         # Smaller masks need no limit: each thread holds one at a time.
         size_bytes = size_bytes if size_bytes > MAX_SMALL_BYTES else 0
         async with LeasedSteps(
             self._pool, self._memory_limiter, request.priority, request.caller, size_bytes
         ) as leased:
             return await leased.run(self._finish_step, request, prepared, outcomes, step), leased.cpu_s
+
+    def _steps(
+        self, request: LabelRequest, crops: Sequence[Crop], indices: Sequence[int], size: int
+    ) -> Iterator[list[int]]:
+        """Splits indices of crops into steps of at most `size` boxes; of several only if they are small together."""
+        step: list[int] = []
+        total_bytes = 0
+        for index in indices:
+            size_bytes = _mask_bytes(request, crops[index], self._crop_pixels)
+            if step and (len(step) == size or total_bytes + size_bytes > MAX_SMALL_BYTES):
+                yield step
+                step, total_bytes = [], 0
+            step.append(index)
+            total_bytes += size_bytes
+        if step:
+            yield step
 
     def _add_claims(
         self,
@@ -166,24 +196,11 @@ def _prediction_or_crop_error(outcome: Prediction | Exception) -> Prediction | D
     return outcome
 
 
-def _steps(crops: Sequence[Crop], indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Splits indices of crops into steps of at most `size` boxes; of several only if they have few pixels together."""
-    step: list[int] = []
-    total_bytes = 0
-    for index in indices:
-        size_bytes = _mask_bytes(crops[index])
-        if step and (len(step) == size or total_bytes + size_bytes > MAX_SMALL_BYTES):
-            yield step
-            step, total_bytes = [], 0
-        step.append(index)
-        total_bytes += size_bytes
-    if step:
-        yield step
-
-
-def _mask_bytes(crop: Crop) -> int:
+def _mask_bytes(request: LabelRequest, crop: Crop, crop_pixels: int) -> int:
     """Returns an upper bound of the memory of finishing a mask, whose region is in the crop's window and the image."""
     window, (height, width) = crop.window, crop.image_hw
     columns = min(window.x1, width) - max(window.x0, 0)
     rows = min(window.y1, height) - max(window.y0, 0)
-    return MASK_BYTES_PER_PIXEL * max(columns, 0) * max(rows, 0)
+    pixels = max(columns, 0) * max(rows, 0)
+    has_outlines = MaskFormat.POLYGONS in request.output_options.formats
+    return MASK_BYTES_PER_PIXEL * pixels + has_outlines * OUTLINE_BYTES_PER_PIXEL * min(pixels, crop_pixels)

@@ -72,7 +72,9 @@ class Pipeline:
         self._batcher = batcher
         self._images = images
         self._preparer = CropPreparer(predictor, pool, images, limits, memory_limiter)
-        self._finisher = MaskFinisher(predictor, pool, memory_limiter, max_result_bytes)
+        self._finisher = MaskFinisher(
+            predictor, pool, memory_limiter, crop_size=crop_size, max_result_bytes=max_result_bytes
+        )
         self._crop_pixels = crop_size**2
         self._max_result_bytes = max_result_bytes
         self._metrics = metrics

@@ -14,6 +14,9 @@ from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import MaskFormat
 from mal_train.kernel.labeler.types import Label, PredictOptions
 
+RING_BYTES = 256
+"""Memory of a ring beside its points."""
+
 
 @dataclass(frozen=True)
 class OutputOptions:
@@ -110,9 +113,9 @@ def _mask_bytes(mask: EncodedMask) -> int:
         case Rle():
             return len(mask.counts)
         case Runs():
-            return 4 * len(mask.counts)
+            return mask.counts.itemsize * len(mask.counts)
         case Polygons():
-            return sum(ring.points.nbytes for ring in mask.rings)
+            return sum(RING_BYTES + ring.points.nbytes for ring in mask.rings)
         case PngCrop():
             return len(mask.content)
 

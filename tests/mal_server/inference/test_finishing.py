@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mal.v1 import types_pb2
 
-from mal_server.inference.finishing import MASK_BYTES_PER_PIXEL
+from mal_server.inference.finishing import MASK_BYTES_PER_PIXEL, OUTLINE_BYTES_PER_PIXEL
 from mal_server.inference.preparation import MAX_SMALL_BYTES
 from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.settings import LabelerConfig
@@ -54,6 +54,14 @@ def test_large_masks_are_counted_one_for_each_step(memory: Recorded) -> None:
     assert [result.area_px for result in results] == [SIDE**2] * 2
     assert SIDE**2 * MASK_BYTES_PER_PIXEL > MAX_SMALL_BYTES
     assert memory.sizes == [SIDE**2 * MASK_BYTES_PER_PIXEL] * 2
+    assert memory.used == 0
+
+
+def test_polygons_are_counted_with_the_rings_of_the_finest_mask(memory: Recorded) -> None:
+    side = BrightPredictor().config.crop_size
+    request = label_request(BOX, content=CONTENT, formats=[types_pb2.MASK_FORMAT_POLYGONS])
+    with_server(lambda running: label(running, request))
+    assert memory.sizes[-1] == SIDE**2 * MASK_BYTES_PER_PIXEL + side**2 * OUTLINE_BYTES_PER_PIXEL
     assert memory.used == 0
 
 
