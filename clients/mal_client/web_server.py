@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Final
+from itertools import islice
+from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -20,6 +21,12 @@ from mal_train.core.errors import ConfigError
 
 SHUTDOWN_S: Final = 2.0
 """Seconds that running requests get to finish after a shutdown was requested."""
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+MAX_CONNECTIONS: Final = 128
+"""Open connections; more end the oldest ones, so that callers who only wait can keep nobody else out."""
 
 
 class _OneLineRefusals(logging.Filter):
@@ -51,6 +58,8 @@ async def bound(
     Raises:
         ConfigError: the address cannot be bound.
     """
+    connections = _Connections()
+    app.middlewares.insert(0, connections.note)
     runner = web.AppRunner(
         app,
         handler_cancellation=cancel_on_disconnect,
@@ -61,18 +70,59 @@ async def bound(
         logger=_log,
     )
     await runner.setup()
+    listening: asyncio.Server | None = None
     try:
         try:
-            await web.TCPSite(runner, host, port).start()
+            accept = connections.factory(runner.server)
+            listening = await asyncio.get_running_loop().create_server(accept, host, port)
         # OverflowError: a port above 65535.
         except (OSError, OverflowError) as error:
             cause = getattr(error, "strerror", None) or error
             raise ConfigError(
                 f"--host {host} --port {port}: cannot listen ({cause}); give another port, or --port 0 for a free one"
             ) from None
-        yield f"http://{format_address(host, runner.addresses[0][1])}"
+        yield f"http://{format_address(host, listening.sockets[0].getsockname()[1])}"
     finally:
+        if listening is not None:
+            listening.close()
         await runner.cleanup()
+
+
+class _Connections:
+    """Ends the oldest connections beyond MAX_CONNECTIONS that run no request.
+
+    aiohttp limits neither their number nor the time until the first request is complete.
+    """
+
+    def __init__(self) -> None:
+        self._running: set[object] = set()
+
+    @property
+    def note(self) -> Any:
+        """Middleware that notes which connections run a request."""
+
+        @web.middleware
+        async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+            self._running.add(request.protocol)
+            try:
+                return await handler(request)
+            finally:
+                self._running.discard(request.protocol)
+
+        return middleware
+
+    def factory(self, server: web.Server | None) -> Callable[[], asyncio.Protocol]:
+        """Returns the factory of the connections of a server."""
+        assert server is not None
+
+        def accept() -> asyncio.Protocol:
+            connections = server.connections
+            idle = (connection for connection in connections if connection not in self._running)
+            for connection in islice(idle, max(0, len(connections) + 1 - MAX_CONNECTIONS)):
+                connection.force_close()
+            return server()
+
+        return accept
 
 
 async def until_interrupted() -> None:
