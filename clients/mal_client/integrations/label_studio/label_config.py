@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 from xml.etree import ElementTree
 
@@ -31,6 +32,11 @@ class Control:
     to_name: str
     region_type: str
     labels: tuple[str, ...]
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """Its classes, to look many labels up."""
+        return frozenset(self.labels)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class LabelConfig:
                 f"labeling configuration: no control for masks of image {to_name!r}; add "
                 f'<BrushLabels name="mask" toName="{to_name}"> with the classes of the boxes'
             )
-        known = tuple(label for label in labels if label in control.labels)
+        known = tuple(label for label in labels if label in control.known)
         if not labels and len(control.labels) == 1:
             known = control.labels
         if not known:

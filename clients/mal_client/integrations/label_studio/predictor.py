@@ -27,7 +27,7 @@ from mal_client.integrations.label_studio.regions import (
 )
 from mal_client.integrations.missing_mask import missing_mask_reason
 from mal_client.types import LabelOptions, ModelRef
-from mal_train.core.errors import ConfigError, InputError
+from mal_train.core.errors import ConfigError, InputError, MalError
 from mal_train.core.images.header import read_header
 
 TASKS_AT_ONCE: Final = 4
@@ -41,6 +41,9 @@ MAX_TASKS: Final = 10_000
 
 MAX_RECTANGLES: Final = 10_000
 """Rectangles of one request."""
+
+MAX_MESSAGE_CHARS: Final = 1000
+"""Length of one message. It may name all labels of the configuration, and every task may have one."""
 
 MAX_PREDICT_S: Final = 600.0
 """Seconds after which a request starts no further image; Label Studio stops waiting after 100 s by default."""
@@ -99,6 +102,10 @@ class TaskResult:
     errors: list[str] = field(default_factory=list)
     model: ModelRef | None = None
 
+    def note(self, error: MalError) -> None:
+        """Adds the message of an error, cut to MAX_MESSAGE_CHARS."""
+        self.errors.append(str(error)[:MAX_MESSAGE_CHARS])
+
 
 class Predictor:
     """Handles prediction requests with one labeling server.
@@ -150,7 +157,7 @@ class Predictor:
             try:
                 rectangle = read_rectangle(region)
             except InputError as error:
-                result.errors.append(str(error))
+                result.note(error)
                 continue
             by_image.setdefault(rectangle.to_name, []).append(rectangle)
         for to_name, rectangles in by_image.items():
@@ -161,7 +168,7 @@ class Predictor:
                         raise InputError(f"not labeled within {MAX_PREDICT_S:g} s; select fewer tasks at once")
                     self._label_image(task, config, to_name, rectangles, result)
             except (InputError, ConfigError) as error:
-                result.errors.append(str(error))
+                result.note(error)
         for message in result.errors:
             _log.warning("task %s: no mask: %s", task.id, message)
         return result

@@ -20,6 +20,7 @@ from mal_client.integrations.label_studio import app
 from mal_client.integrations.label_studio.app import MAX_REQUESTS, MAX_RUNNING, build_app
 from mal_client.integrations.label_studio.label_config import MAX_CONFIG_CHARS
 from mal_client.integrations.label_studio.predictor import (
+    MAX_MESSAGE_CHARS,
     MAX_PREDICT_S,
     MAX_RECTANGLES,
     MAX_TASKS,
@@ -165,6 +166,12 @@ def test_a_class_without_a_mask_control_fails_before_the_image_is_fetched(backen
     assert "'mask'" in result["error"]
     assert "plate" in result["error"]
     assert backend.images.urls == []
+
+
+def test_a_message_that_names_many_classes_is_cut(backend: Backend) -> None:
+    rectangle = region(rectanglelabels=[f"class {number}" for number in range(10_000)])
+    results = backend.predict(*[task(annotations=[annotated(rectangle)])] * 3)
+    assert [len(result["error"]) for result in results] == [MAX_MESSAGE_CHARS] * 3
 
 
 def test_health_setup_and_versions_return_the_model_version(backend: Backend) -> None:
