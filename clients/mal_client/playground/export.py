@@ -10,7 +10,7 @@ from typing import Any
 from mal_client.dataset.provenance import provenance_of
 from mal_client.playground.schema import BadRequest, Json, member, read_box
 from mal_client.types import LabelOptions, ServerInfo
-from mal_train.core.coco.annotations import JsonId, parse_coco
+from mal_train.core.coco.annotations import JsonId, finite_number, parse_coco
 from mal_train.core.coco.output import error_fields, label_fields, labeled_file
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.rle import Rle, area
@@ -109,9 +109,9 @@ def _result_fields(result: Mapping[str, Any], image: Json, name: str) -> dict[st
 def _differences(annotation: Mapping[str, Any], result: Mapping[str, Any], info: ServerInfo) -> Json:
     """Returns the fields of a row that differ from the provenance of the file."""
     fields: Json = {}
-    threshold, model = annotation.get("threshold"), result.get("model")
-    if isinstance(threshold, int | float):
-        fields["threshold"] = float(threshold)
+    threshold, model = finite_number(annotation.get("threshold")), result.get("model")
+    if threshold is not None:
+        fields["threshold"] = threshold
     if isinstance(model, dict) and model.get("checkpoint_sha256") != info.model.checkpoint_sha256:
         fields["checkpoint_sha256"] = str(model.get("checkpoint_sha256"))
     return fields

@@ -55,6 +55,11 @@ def test_the_file_has_the_masks_of_the_server_and_the_drawn_boxes() -> None:
     assert file["images"] == [{"id": 1, "file_name": "disc.png", "width": 60, "height": 40}]
 
 
+def test_a_threshold_that_is_no_finite_number_is_not_stated() -> None:
+    file = exported(lambda lines: annotation([18.25, 8, 24, 24], lines["b0"], threshold=10**400))
+    assert "threshold" not in file["annotations"][0]
+
+
 def test_the_file_equals_that_of_the_dataset_client(tmp_path: Path) -> None:
     async def run(address: str) -> Any:
         async with playground(address) as page:

@@ -54,5 +54,5 @@ def _parse_request(body: Any) -> tuple[bytes, BoxXywh]:
     try:
         (x0, y0), (x1, y1) = body["obj_bbox"]
         return base64.b64decode(body["image"]), (float(x0), float(y0), float(x1) - float(x0), float(y1) - float(y0))
-    except (KeyError, TypeError, ValueError, binascii.Error):
+    except (KeyError, TypeError, ValueError, OverflowError, binascii.Error):
         raise InputError("obj_bbox, image: missing or invalid; draw a box around the object") from None

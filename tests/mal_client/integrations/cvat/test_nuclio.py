@@ -47,6 +47,7 @@ def test_the_response_has_the_mask_of_the_full_image_as_rows(context: Any) -> No
     [
         ({"obj_bbox": None}, "obj_bbox"),
         ({"obj_bbox": [[5, 4]]}, "obj_bbox"),
+        ({"obj_bbox": [[10**400, 4], [15, 12]]}, "obj_bbox"),
         ({"obj_bbox": [[90, 90], [99, 99]]}, "BAD_BOX"),
         ({"obj_bbox": [[5, 4], [15, 12]], "image": "AAAA"}, "image"),
     ],
