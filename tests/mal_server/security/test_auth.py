@@ -126,9 +126,9 @@ def test_a_missing_token_and_a_missing_scope_have_different_codes(tokens: list[d
     async def work() -> list[grpc.StatusCode]:
         codes = []
         async with serving(tokens=tokens) as running:
-            for token in (None, TOKENS["label"]):
+            for token in (None, TOKENS["evaluate"]):
                 with pytest.raises(grpc.aio.AioRpcError) as raised:
-                    await calls_of(running.channel, token)["evaluate"]()
+                    await calls_of(running.channel, token)["label"]()
                 codes.append(raised.value.code())
         return codes
 
