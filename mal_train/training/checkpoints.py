@@ -90,13 +90,39 @@ class MalCheckpointIO(CheckpointIO):
 
 
 def data_position(training: dict[str, Any]) -> DataPosition:
-    """Returns the position in the training data of a training state of Lightning."""
-    loops = training.get("loops", {}).get("fit_loop", {})
-    if not loops:
-        return DataPosition(0, 0)
-    batches = loops["epoch_loop.batch_progress"]
-    done = 0 if batches["is_last_batch"] else int(batches["current"]["processed"])
-    return DataPosition(int(loops["epoch_progress"]["current"]["processed"]), done)
+    """Returns the position in the training data of a training state of Lightning.
+
+    Raises:
+        CheckpointError: the state has another layout; Lightning would fail on it with any error.
+    """
+    try:
+        for name, kind in _LAYOUT.items():
+            if not isinstance(training.get(name, kind()), kind):
+                raise TypeError(name)
+        loops = training.get("loops", {}).get("fit_loop", {})
+        if not loops:
+            return DataPosition(0, 0)
+        batches = loops["epoch_loop.batch_progress"]
+        done = 0 if batches["is_last_batch"] else _count(batches["current"]["processed"])
+        return DataPosition(_count(loops["epoch_progress"]["current"]["processed"]), done)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"training state: no layout that this version resumes from ({type(error).__name__}: {error}); resume from "
+            "another checkpoint, or start a new training from its weights"
+        ) from None
+
+
+_LAYOUT: dict[str, type] = {
+    **{"epoch": int, "global_step": int, "loops": dict, "callbacks": dict},
+    **{"optimizer_states": list, "lr_schedulers": list},
+}
+"""Types of the parts of Lightning's training state."""
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise TypeError(f"{value!r:.40} is not a count")
+    return value
 
 
 @dataclass
