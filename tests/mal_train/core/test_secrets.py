@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mal_train.core.errors import ConfigError
-from mal_train.core.secrets import MAX_SECRET_BYTES, read_secret, read_secret_file
+from mal_train.core.secrets import MAX_SECRET_BYTES, read_secret, read_secret_file, warn_if_shared
 
 
 def test_a_file_and_a_variable_give_their_text_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +49,17 @@ def test_a_secret_itself_is_not_a_reference_and_is_not_quoted() -> None:
     with pytest.raises(ValueError, match="token") as caught:
         read_secret("hunter2", "token")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("mode", "is_shared"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+def test_a_secret_that_other_accounts_may_read_is_named_in_a_warning(
+    mode: int, is_shared: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "identity.txt"
+    path.write_text("s3cret")
+    path.chmod(mode)
+    warn_if_shared(f"file:{path}", "decryption_key")
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == is_shared
+    assert all(str(path) in message and "decryption_key" in message for message in messages)
+    assert "s3cret" not in caplog.text
