@@ -15,13 +15,14 @@ from mal_server.errors import ReceiveTimeout, TooManyCalls
 class ReceiveLimiter:
     """Slots for messages that are being received, shared fairly among callers.
 
-    A caller gets at most half of the slots. Callers that wait take turns, each in the order of its calls.
+    A caller gets at most half of the slots. Callers that wait take turns, each in the order of its calls. If too many
+    calls wait, those of the caller with the most of them are refused.
 
     Args:
         slots: messages received at once.
         timeout_s: time for one message in seconds.
         contested_s: the same while others wait for a slot.
-        max_waiting: calls that wait for a slot; further ones are refused.
+        max_waiting: calls that wait for a slot.
     """
 
     def __init__(self, slots: int, *, timeout_s: float, contested_s: float, max_waiting: int) -> None:
@@ -40,7 +41,7 @@ class ReceiveLimiter:
         """Returns the next message of a call; None at the end of its messages.
 
         Raises:
-            TooManyCalls: too many calls wait already.
+            TooManyCalls: too many calls wait, and no other caller has more of them.
             ReceiveTimeout: the message did not arrive in time.
         """
         await self._acquire(caller)
@@ -61,17 +62,28 @@ class ReceiveLimiter:
             self._take(caller)
             return
         if sum(map(len, self._waiting.values())) >= self._max_waiting:
-            raise TooManyCalls("too many calls are sending their requests; try again later")
+            self._refuse_one(caller)
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(caller, deque()).append(turn)
         self._shorten()
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():
+            if not turn.cancelled() and turn.exception() is None:
                 self._release(caller)
             self._leave(caller, turn)
             raise
+
+    def _refuse_one(self, caller: str) -> None:
+        """Refuses the newest call of the caller with the most waiting calls; raises if no caller has more than this."""
+        error = TooManyCalls("too many calls are sending their requests; try again later")
+        greedy = max(self._waiting, key=lambda other: len(self._waiting[other]))
+        if len(self._waiting[greedy]) <= len(self._waiting.get(caller, ())):
+            raise error
+        turn = self._waiting[greedy][-1]
+        self._leave(greedy, turn)
+        if not turn.done():
+            turn.set_exception(error)
 
     def _take(self, caller: str) -> None:
         self._free -= 1

@@ -152,6 +152,41 @@ def test_a_call_too_many_in_the_queue_is_refused() -> None:
     run(work())
 
 
+def test_a_full_queue_refuses_a_call_of_the_caller_with_the_most() -> None:
+    async def work() -> None:
+        slots = limiter(2, max_waiting=2)
+        holders = [Sender(slots, name) for name in ("greedy", "another")]
+        greedy = [Sender(slots, "greedy") for _ in range(2)]
+        await settle()
+        first = Sender(slots, "first")
+        with pytest.raises(TooManyCalls):
+            await greedy[1].receiving
+        again = Sender(slots, "first")  # no other caller has more waiting calls
+        with pytest.raises(TooManyCalls):
+            await again.receiving
+        for sender in (*holders, greedy[0], first):
+            assert await sender.arrive() == "message"
+
+    run(work())
+
+
+def test_a_call_cancelled_as_it_is_refused_gives_no_slot_back() -> None:
+    async def work() -> None:
+        slots = limiter(1, max_waiting=2)
+        holder = Sender(slots, "holder")
+        greedy = [Sender(slots, "greedy") for _ in range(2)]
+        await settle()
+        other = Sender(slots, "other")
+        other.receiving.get_loop().call_soon(greedy[1].receiving.cancel)  # after `other` has begun, before it notices
+        await settle()
+        assert greedy[1].receiving.cancelled()
+        assert not greedy[0].is_reading
+        for sender in (holder, greedy[0], other):
+            assert await sender.arrive() == "message"
+
+    run(work())
+
+
 def test_the_end_of_the_messages_is_none() -> None:
     async def nothing() -> AsyncIterator[str]:
         for message in list[str]():
