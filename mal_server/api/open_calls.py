@@ -1,6 +1,7 @@
 """Keeps the running calls of a server: limits their number, and ends those whose token is no longer valid."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -85,6 +86,7 @@ class OpenCalls:
     def __init__(self, limits: Connections) -> None:
         self._limits = limits
         self._calls: set[CallScope] = set()
+        self._calls_of_token: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -98,11 +100,16 @@ class OpenCalls:
         """
         self._check_limits(token, is_stream=is_stream)
         scope = CallScope(method, token, is_stream=is_stream, write_timeout_s=self._limits.stream_idle_s)
+        name = "" if token is None else token.name
         self._calls.add(scope)
+        self._calls_of_token[name] += 1
         try:
             yield scope
         finally:
             self._calls.discard(scope)
+            self._calls_of_token[name] -= 1
+            if not self._calls_of_token[name]:
+                del self._calls_of_token[name]
 
     def check_tokens(self, check: Callable[[str, TokenScopes], None]) -> None:
         """Ends the calls whose token no longer allows them.
@@ -122,6 +129,11 @@ class OpenCalls:
         limits = self._limits
         if len(self._calls) >= limits.max_calls:
             raise TooManyCalls(f"connections.max_calls: {limits.max_calls} calls run already; try again later")
+        share = max(limits.max_calls // 2, 1)
+        if token is not None and self._calls_of_token[token.name] >= share:
+            raise TooManyCalls(
+                f"connections.max_calls: {share} calls of token {token.name!r} run already, half of all; retry later"
+            )
         if not is_stream:
             return
         streams = [scope for scope in self._calls if scope.is_stream]

@@ -53,7 +53,7 @@ class Connections(Strict):
         ge=1,
         le=1_000_000,
         description="Calls that run at once; further ones are refused (UNAVAILABLE) with a retry delay. Health checks\n"
-        "are not counted.",
+        "are not counted. One token may run half of them, and one connection 1000.",
     )
     max_streams: int = Field(
         default=64,

@@ -212,3 +212,29 @@ def test_one_call_too_many_is_refused() -> None:
             assert len(await label(running, label_request(DISC_BOX))) == 1
 
     asyncio.run(work())
+
+
+def test_one_token_runs_half_of_the_calls(token_file: Path, tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    def call(running: Running, token: str) -> Any:
+        metadata = (("authorization", f"Bearer {token}"),)
+        return running.labeling.LabelImage(label_request(DISC_BOX), metadata=metadata)
+
+    async def work() -> None:
+        settings_ = {"connections": {"max_calls": 5}, **settings(token_file, tmp_path)}
+        async with serving(BrightPredictor(gate=gate), **settings_) as running:
+            greedy = [call(running, OLD) for _ in range(2)]
+            await until(lambda: running.server.running_calls == 2)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call(running, OLD).read()
+            assert reason_of(status_details(raised.value)) == "TOO_MANY_CALLS"
+            other = call(running, OTHER)
+            await until(lambda: running.server.running_calls == 3)
+            gate.set()
+            for one in (*greedy, other):
+                assert len((await one.read()).results) == 1
+            await until(lambda: running.server.running_calls == 0)
+            assert len((await call(running, OLD).read()).results) == 1
+
+    asyncio.run(work())
