@@ -128,7 +128,7 @@ class ServerConfig(Strict):
         ge=1,
         le=1_000_000,
         description="Boxes that may wait for a device; further requests are refused (UNAVAILABLE) with a retry delay. "
-        "At least\nlimits.max_boxes.",
+        "At least\nlimits.max_boxes beside the part of BATCH work (batch_queue_share): twice, with one half.",
     )
     max_queue_bytes: int = Field(
         default=2048 * MIB,
@@ -141,7 +141,7 @@ class ServerConfig(Strict):
     batch_queue_share: float = Field(
         default=0.5,
         gt=0.0,
-        le=1.0,
+        lt=1.0,
         description="Part of max_queue_crops and max_queue_bytes that BATCH work may fill. INTERACTIVE work is never "
         "refused because of it.\nA single request that needs more is accepted while no other BATCH request is there.",
     )
@@ -261,10 +261,12 @@ class ServerConfig(Strict):
 
     @model_validator(mode="after")
     def _check_queue(self) -> Self:
-        if self.max_queue_crops < self.limits.max_boxes:
+        beside_batch = self.max_queue_crops * (1.0 - self.batch_queue_share)
+        if beside_batch < self.limits.max_boxes:
             raise ValueError(
-                f"max_queue_crops: {self.max_queue_crops} is below limits.max_boxes ({self.limits.max_boxes}), so a "
-                "request of full size could never be accepted; raise it or lower limits.max_boxes"
+                f"max_queue_crops: {self.max_queue_crops} leaves {beside_batch:g} boxes beside BATCH work "
+                f"(batch_queue_share {self.batch_queue_share:g}), below limits.max_boxes ({self.limits.max_boxes}), "
+                "so an INTERACTIVE request of full size could be refused because of it; raise it or lower the others"
             )
         return self
 

@@ -163,7 +163,7 @@ def overloaded(form: Form, deck_folder: Path, tmp_path_factory: pytest.TempPathF
         "--batch-ms",
         str(CAPACITY_BATCH_MS),
         f"max_batch_size={CAPACITY_BATCH}",
-        f"limits.max_boxes={BOUND}",
+        f"limits.max_boxes={BOUND // 2}",
         f"max_queue_crops={BOUND}",
     )
     folder = tmp_path_factory.mktemp("overloaded")

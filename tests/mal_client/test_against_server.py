@@ -268,7 +268,7 @@ def test_the_client_waits_while_the_server_loads(dataset: Dataset) -> None:
 
 
 def test_the_client_waits_while_the_queue_is_full(dataset: Dataset) -> None:
-    with served(BrightPredictor(wait_s=0.02), max_batch_size=1, max_queue_crops=2, limits={"max_boxes": 2}) as address:
+    with served(BrightPredictor(wait_s=0.02), max_batch_size=1, max_queue_crops=4, limits={"max_boxes": 2}) as address:
         result = label(address, dataset)
     assert (result.labeled, result.failed) == (12, ())
 

@@ -85,7 +85,7 @@ def test_a_full_queue_is_unavailable_with_a_time_to_retry() -> None:
             assert len(await first) == len(await second) == 5
 
     code, status, trailers = refusal(
-        call, BrightPredictor(gate=gate), max_batch_size=5, max_queue_crops=5, limits={"max_boxes": 5}
+        call, BrightPredictor(gate=gate), max_batch_size=5, max_queue_crops=10, limits={"max_boxes": 5}
     )
     assert (code, reason_of(status)) == (grpc.StatusCode.UNAVAILABLE, "QUEUE_FULL")
     retry = error_details_pb2.RetryInfo()

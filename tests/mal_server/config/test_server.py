@@ -48,6 +48,8 @@ def test_every_setting_of_the_default_file_has_a_comment_above_it() -> None:
         ("checkpoint: a\nbranch: pupil", "branch"),
         ("checkpoint: a\nmax_batch_size: '8'", "max_batch_size"),
         ("checkpoint: a\nmax_queue_crops: 10", "limits.max_boxes (1000)"),
+        ("checkpoint: a\nmax_queue_crops: 1999", "limits.max_boxes (1000)"),
+        ("checkpoint: a\nbatch_queue_share: 0.6", "limits.max_boxes (1000)"),
         ("checkpoint: a\ngpu_ids: [0, 0]", "gpu_ids: GPU 0"),
         ("checkpoint: a\ndrain_delay_s: .nan", "drain_delay_s"),
     ],

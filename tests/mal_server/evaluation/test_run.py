@@ -191,7 +191,7 @@ def test_an_evaluation_without_images_has_a_result_without_metrics() -> None:
 def test_an_evaluation_waits_while_the_queue_is_full() -> None:
     predictor = BrightPredictor(wait_s=0.01)
     _, result = evaluate(
-        options_of(), *scenes(), predictor=predictor, max_batch_size=1, max_queue_crops=3, limits={"max_boxes": 3}
+        options_of(), *scenes(), predictor=predictor, max_batch_size=1, max_queue_crops=6, limits={"max_boxes": 3}
     )
     assert (result.overall.instances, list(result.skipped)) == (18, [])
 

@@ -153,5 +153,5 @@ def test_cancelling_a_large_request_releases_its_queue_capacity() -> None:
         results = len(await second)
         return reason_of(status_details(raised.value)), results, [size for _, size in running.predictor.batches]
 
-    settings: dict[str, Any] = {"max_queue_crops": 40, "max_batch_size": 40, "limits": {"max_boxes": 40}}
+    settings: dict[str, Any] = {"max_queue_crops": 80, "max_batch_size": 40, "limits": {"max_boxes": 40}}
     assert with_server(work, BrightPredictor(gate=gate), **settings) == ("QUEUE_FULL", 40, [1, 40])
