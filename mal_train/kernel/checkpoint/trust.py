@@ -42,6 +42,10 @@ MAX_SIGNATURE_BYTES = 4096
 
 _DOMAIN = b"mask-auto-labeler checkpoint signature 1\n"
 _SIGNER = r"ed25519:[A-Za-z0-9+/]{43}="
+_PRIME = 2**255 - 19
+_ORDER_8 = int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little")
+_SMALL_ORDER = frozenset({0, 1, _ORDER_8, _PRIME - _ORDER_8, _PRIME - 1, _PRIME, _PRIME + 1})
+"""y of the public keys under which one signature fits many files, as libsodium lists them; OpenSSL accepts them."""
 _TEXT = re.compile(
     rf"mal-signature/1\nsigner (?P<signer>{_SIGNER})\nsha256 (?P<sha256>[0-9a-f]{{64}})\n"
     r"signature (?P<signature>[A-Za-z0-9+/]{86}==)\n?"
@@ -202,7 +206,10 @@ def parse_signer(text: str) -> Ed25519PublicKey:
     """Returns the public key of "ed25519:BASE64". Raises ConfigError."""
     if not re.fullmatch(_SIGNER, text):
         raise ConfigError(f"trusted_signers: {text[:70]!r}; expected ed25519: and 44 characters, as keygen prints them")
-    return Ed25519PublicKey.from_public_bytes(base64.b64decode(text.removeprefix(SIGNER_PREFIX)))
+    raw = base64.b64decode(text.removeprefix(SIGNER_PREFIX))
+    if int.from_bytes(raw, "little") % 2**255 in _SMALL_ORDER:  # the highest bit is the sign of x
+        raise ConfigError(f"trusted_signers: {text}: not the key of an author; anybody can sign for it")
+    return Ed25519PublicKey.from_public_bytes(raw)
 
 
 def _signer_of(key: Ed25519PrivateKey) -> str:

@@ -209,6 +209,22 @@ def test_a_malformed_policy_is_refused(policy: dict[str, tuple[str, ...]]) -> No
         TrustPolicy(**policy)
 
 
+@pytest.mark.parametrize("sign", [0, 0x80])
+@pytest.mark.parametrize(
+    "y",
+    [
+        *("00" * 32, "01" + "00" * 31, "ec" + "ff" * 30 + "7f", "ed" + "ff" * 30 + "7f", "ee" + "ff" * 30 + "7f"),
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    ],
+)
+def test_a_public_key_for_which_anybody_can_sign_is_refused(y: str, sign: int) -> None:
+    raw = bytes.fromhex(y)
+    key = base64.b64encode(raw[:31] + bytes([raw[31] | sign])).decode()
+    with pytest.raises(ConfigError, match="anybody"):
+        TrustPolicy(signers=(f"ed25519:{key}",))
+
+
 @pytest.mark.parametrize("content", ["", "no key", ENCRYPTED_KEY, ENCRYPTED_KEY.replace("ENCRYPTED ", "")])
 def test_the_error_of_a_malformed_signing_key_does_not_quote_it(tmp_path: Path, content: str) -> None:
     (tmp_path / "key").write_text(content)
