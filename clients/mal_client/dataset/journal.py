@@ -246,7 +246,9 @@ def _results(file: LockedFile, count: int) -> Iterator[tuple[JournalLine, RowRes
     next(lines)
     for start, end, content in lines:
         match content:
-            case [int() as index, dict() as result] if 0 <= index < count and not isinstance(index, bool):
+            case [int() as index, ({"label": dict()} | {"failed": [str(), str(), str()]}) as result] if (
+                0 <= index < count and not isinstance(index, bool)
+            ):
                 yield JournalLine(index, start, end - start), result
             case _:
                 raise ConfigError(f"{file.path}: byte {start}: not a result of this job; move or delete the file")

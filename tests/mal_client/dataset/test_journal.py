@@ -120,7 +120,16 @@ def test_a_link_is_refused_and_what_it_names_is_unchanged(tmp_path: Path) -> Non
         (tmp_path / "out.json.ledger").unlink()
 
 
-@pytest.mark.parametrize("row", [[5, LABEL], [-1, LABEL], [True, LABEL], [0, "label"], [0], {"0": LABEL}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        *([5, LABEL], [-1, LABEL], [True, LABEL], [0, "label"], [0], {"0": LABEL}),
+        *(
+            [0, result]
+            for result in ({}, {"label": 5}, {"failed": 5}, {"failed": ["A", "B"]}, {"failed": ["A", "B", 3]})
+        ),
+    ],
+)
 def test_a_line_that_is_no_result_of_the_job_is_an_error(tmp_path: Path, row: Any) -> None:
     text = json.dumps(row).encode()
     (tmp_path / "out.json.ledger").write_bytes(written(tmp_path) + b"%08x %s\n" % (zlib.crc32(text), text))
