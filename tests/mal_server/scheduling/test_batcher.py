@@ -691,6 +691,16 @@ def test_interactive_requests_are_never_refused_because_of_bulk_work() -> None:
     assert 40 <= peak <= 50
 
 
+def test_a_bulk_request_larger_than_its_part_leaves_interactive_requests_theirs() -> None:
+    async def work() -> None:
+        batcher = Batcher([Runner()], max_batch_size=4, max_delay_s=0.01, max_waiting=100, batch_share=0.5)
+        with batcher.admit(90, priority=Priority.BATCH):  # alone it may exceed its part
+            batcher.admit(50).close()
+        assert batcher.waiting == 0
+
+    run_on_fake_clock(work())
+
+
 def test_a_caller_cannot_fill_the_queue_for_the_others_of_its_priority() -> None:
     async def work() -> None:
         batcher = Batcher([Runner()], max_batch_size=4, max_delay_s=0.01, max_waiting=100, caller_share=0.5)
