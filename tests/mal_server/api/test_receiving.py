@@ -103,13 +103,14 @@ def test_a_sender_has_less_time_while_others_wait() -> None:
     run(work())
 
 
-def test_cancelled_calls_give_their_slots_and_places_back() -> None:
+@pytest.mark.parametrize("is_holder_first", [False, True])
+def test_cancelled_calls_give_their_slots_and_places_back(is_holder_first: bool) -> None:
     async def work() -> None:
         slots = limiter(1)
         holder, leaves, stays = Sender(slots, "a"), Sender(slots, "b"), Sender(slots, "c")
         await settle()
-        leaves.receiving.cancel()
-        holder.receiving.cancel()
+        for sender in (holder, leaves) if is_holder_first else (leaves, holder):
+            sender.receiving.cancel()
         await settle()
         assert stays.is_reading
         assert await stays.arrive() == "message"
