@@ -208,7 +208,8 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
 def test_a_full_disk_keeps_the_old_output_and_the_results_so_far(tmp_path: Path, kib: int) -> None:
     dataset = make_dataset(tmp_path, images=250)
     expected = uninterrupted(dataset)
-    with small_disk(tmp_path / "disk", kib) as disk, serving(FakeServer()) as address:
+    fake = FakeServer()
+    with small_disk(tmp_path / "disk", kib) as disk, serving(fake) as address:
         output = disk / "out.json"
         output.write_text("old")
         again = [*command(address, dataset)[:-1], str(output)]
@@ -221,7 +222,10 @@ def test_a_full_disk_keeps_the_old_output_and_the_results_so_far(tmp_path: Path,
         assert output.read_text() == "old"
         assert sorted(path.name for path in disk.iterdir()) == ["out.json", "out.json.ledger"]
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        kept = (disk / "out.json.ledger").read_bytes().count(b"\n") - 1  # the first line describes the job
+        before = _sent(fake).total()
         assert main(again) == 0
+        assert 0 < kept == 2 * 250 - (_sent(fake).total() - before)
         assert output.read_bytes() == expected
 
 
