@@ -7,9 +7,10 @@ how well they find bad masks.
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +37,8 @@ BAD_IOU: Final = 0.5
 
 NO_MASK: Final = -1.0
 """Sort key of an annotation without a mask; precedes every other key."""
+
+_NOT_XML: Final = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
 
 LISTED: Final = 5
 """Worst annotations that `ReviewQueue.lines` lists."""
@@ -272,6 +275,13 @@ def category_names(labeled_json: Path) -> dict[object, str]:
     """Returns the category names of a file by ID."""
     rows = (row for row in read_list(labeled_json, "categories") if isinstance(row, dict))
     return {row.get("id"): str(row.get("name", row.get("id"))) for row in rows}
+
+
+def check_xml_text(texts: Iterable[str]) -> None:
+    """Raises BadDataset for a text with a character that XML cannot hold, such as a control character."""
+    bad = next(filter(_NOT_XML.search, texts), None)
+    if bad is not None:
+        raise BadDataset(f"{bad!r}: a name with a character that XML cannot hold; rename it to export it")
 
 
 class _Truth:

@@ -88,6 +88,15 @@ def test_no_file_name_adds_a_file_to_the_list_for_cvat(dataset: Dataset, end: st
     assert not (folder / "images.txt").exists()
 
 
+@pytest.mark.parametrize("tool", ["--cvat", "--label-studio"])
+def test_a_category_that_xml_cannot_hold_is_refused_before_a_file_is_written(dataset: Dataset, tool: str) -> None:
+    dataset.coco["categories"][0]["name"] = "cup\x1b"
+    dataset.save()
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+    assert main(["review", *given, tool, str(dataset.folder / "out")]) == BadDataset.exit_code
+    assert not list(dataset.folder.glob("out*/*.xml")) + list(dataset.folder.glob("out*.xml"))
+
+
 def test_missing_sizes_are_read_from_the_image_files(dataset: Dataset) -> None:
     for image in dataset.coco["images"]:
         del image["width"], image["height"]

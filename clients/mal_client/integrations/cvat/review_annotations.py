@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from mal_client.images.image_files import ImageFiles
 from mal_client.integrations.cvat.mask_encoding import mask_points
-from mal_client.review.queue import QueueItem, by_image, frame_size
+from mal_client.review.queue import QueueItem, by_image, check_xml_text, frame_size
 from mal_train.core.atomic_io import write_text
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.rle import area
@@ -51,8 +51,10 @@ def write_review_annotations(
 
     Raises:
         BadImage: the size of an image is not stated and its file cannot be read.
-        BadDataset: a file name has a line break, with which it could add any other file to the list.
+        BadDataset: a name has a character that XML cannot hold, or a file name has a line break, with which it could
+            add any other file to the list.
     """
+    check_xml_text([*names.values(), *by_image(items)])
     broken = next((name for name in by_image(items) if len(name.splitlines()) > 1), None)
     if broken is not None:
         raise BadDataset(f"{broken!r}: a file name with a line break cannot be listed for CVAT; rename the image")

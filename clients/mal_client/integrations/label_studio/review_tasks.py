@@ -11,7 +11,7 @@ from xml.sax.saxutils import quoteattr
 from mal_client.images.image_files import ImageFiles
 from mal_client.integrations.label_studio.brush import encode_brush
 from mal_client.integrations.label_studio.regions import Json, box_to_percent
-from mal_client.review.queue import QueueItem, by_image, frame_size
+from mal_client.review.queue import QueueItem, by_image, check_xml_text, frame_size
 from mal_train.core.atomic_io import write_text
 from mal_train.core.coco.annotations import finite_number
 
@@ -54,7 +54,13 @@ def review_tasks(
 def write_review_tasks(
     items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, image_prefix: str, output: Path
 ) -> Path:
-    """Writes the tasks and, beside them, the labeling configuration; returns the path of the latter."""
+    """Writes the tasks and, beside them, the labeling configuration; returns the path of the latter.
+
+    Raises:
+        BadImage: see `review_tasks`.
+        BadDataset: a category name has a character that XML cannot hold.
+    """
+    check_xml_text(names.values())
     write_text(output, json.dumps(review_tasks(items, names, files, image_prefix)))
     config = output.with_suffix(".config.xml")
     write_text(config, review_config(sorted(set(names.values()))))
