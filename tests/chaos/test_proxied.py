@@ -73,6 +73,8 @@ def test_killing_one_of_three_servers_behind_a_proxy_loses_no_call(
     record(f"{proxy}, one of three killed", calls=len(samples), tries=tries, others_cpu_s=cpu_s)
     assert len(samples) == plan.calls
     assert {(one.code, one.right, one.wrong) for one in samples} == {("OK", 8, 0)}
+    # Calls that the killed server held are sent again; the proxy sends it no others. Without its checks: hundreds.
+    assert tries - len(samples) <= 10 * plan.clients
 
 
 def test_clients_with_several_addresses_fail_over_when_one_server_is_killed(
