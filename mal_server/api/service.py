@@ -161,7 +161,9 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             if options.resume_token:
                 tokens.check(options.resume_token)
             options, images = await self._images(options, request_iterator, memory)
-            run = EvaluationRun(model.pipeline, model.pool, options.category_names, tokens, memory)
+            run = EvaluationRun(
+                model.pipeline, model.pool, options.category_names, tokens, memory, caller=options.caller.name
+            )
             samples = bounded_map(
                 images, contextless(run.label), self._limits.max_items_in_flight, idle_s=self._idle_s, in_order=True
             )
@@ -178,7 +180,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             finished = await asyncio.wrap_future(report)
             # In a thread: with ten thousand categories and instances it takes a tenth of a second.
             write = partial(evaluation_messages.write_result, finished, run, options, model_ref)
-            yield await model.pool.run(Priority.BATCH, write)
+            yield await model.pool.run(Priority.BATCH, write, caller=options.caller.name)
 
     async def _images(
         self,

@@ -82,6 +82,7 @@ class EvaluationRun:
         category_names: names by id, in the order of the report.
         tokens: seals the records of this evaluation and opens those of the evaluation that it resumes.
         memory: bytes that the call holds; grows before they are allocated.
+        caller: who takes turns with others for the threads.
 
     Attributes:
         item_ids: names of the images so far, in order of arrival; an annotation's image_id is an index of this list.
@@ -95,6 +96,8 @@ class EvaluationRun:
         category_names: Mapping[JsonId, str],
         tokens: ResumeTokens,
         memory: Reservation,
+        *,
+        caller: str,
     ) -> None:
         self.tokens = tokens
         self.item_ids: list[str] = []
@@ -102,6 +105,7 @@ class EvaluationRun:
         self._memory = memory
         self._pipeline = pipeline
         self._pool = pool
+        self._caller = caller
         self._evaluator = Evaluator(category_names)
         self._known_ids: set[str] = set()
         self._unread: Counter[str] = Counter()
@@ -171,7 +175,7 @@ class EvaluationRun:
         Args:
             listed: number of instances to list, lowest IoU first.
         """
-        return self._pool.submit(Priority.BATCH, self._report, listed)
+        return self._pool.submit(Priority.BATCH, self._report, listed, caller=self._caller)
 
     def _report(self, listed: int) -> EvaluationReport:
         with collector_paused():
@@ -211,7 +215,7 @@ class EvaluationRun:
         return memory_of(len(annotations) - crowds, crowds, code_bytes, new_categories) + _memory_of_name(sample)
 
     async def _in_pool(self, function: Callable[..., Result], *args: object) -> Result:
-        return await self._pool.run(Priority.BATCH, function, *args)
+        return await self._pool.run(Priority.BATCH, function, *args, caller=self._caller)
 
     def _count(self, sample: SampleResult) -> None:
         truth, failure = sample.truth, sample.failure

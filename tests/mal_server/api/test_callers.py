@@ -8,8 +8,10 @@ import pytest
 from mal.v1 import labeling_pb2_grpc
 
 from mal_server.scheduling.batcher import Batcher
+from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.priority import Priority
 from tests.mal_server.calls import bulk, collect, items
+from tests.mal_server.evaluation.test_run import evaluate, options_of, scenes
 from tests.mal_server.fakes import DISC_BOX, Running, label_request, serving
 
 
@@ -48,6 +50,21 @@ def test_a_token_is_one_caller_on_every_connection_and_in_every_rpc(
 
     asyncio.run(work())
     assert callers == [(priority, name) for name in "ABA" for priority in Priority]
+
+
+def test_an_evaluation_takes_its_turns_for_threads_as_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    submit = PriorityThreadPool.submit
+
+    def recorded(pool: Any, priority: Priority, work: Any, *args: Any, caller: Any = "") -> Any:
+        found.append(caller)
+        return submit(pool, priority, work, *args, caller=caller)
+
+    monkeypatch.setattr(PriorityThreadPool, "submit", recorded)
+    assert evaluate(options_of(), *scenes())[1].images == 6
+    assert len(found) > 6
+    assert len(set(found)) == 1
+    assert found[0]
 
 
 def test_without_tokens_a_connection_is_one_caller(callers: list[tuple[Priority, str]]) -> None:
