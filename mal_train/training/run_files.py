@@ -90,9 +90,18 @@ def note_failure(folder: Path, message: str) -> None:
     if not path.is_file():
         return
     _drop_partial_line(path)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if lines and json.loads(lines[-1])["status"] in {"STARTED", "RUNNING"}:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if lines and _status(lines[-1]) in {"STARTED", "RUNNING"}:
         StatusFile(folder).write("FAILURE", message)
+
+
+def _status(line: str) -> object:
+    """Returns the status of a line; None for a line that another program wrote."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row.get("status") if isinstance(row, dict) else None
 
 
 def _drop_partial_line(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mal_client.dataset.output import write_labeled
 from mal_client.dataset.plan import read_plan
@@ -44,7 +46,16 @@ def merge_shards(
         provenance = {
             key: value for key, value in journals.manifest.items() if key not in fingerprint and key != "images"
         }
+        model = _model_of(provenance, output_json)
         result = write_labeled(plan, journals.result, output_json, provenance, options)
         journals.remove()
-    model = ModelRef(provenance["model"], provenance["checkpoint_sha256"], Branch(provenance["branch"]))
     return replace(result, model=model)
+
+
+def _model_of(provenance: Mapping[str, Any], output_json: Path) -> ModelRef:
+    match provenance:
+        case {"model": str() as name, "checkpoint_sha256": str() as sha256, "branch": str() as branch} if (
+            branch in tuple(Branch)
+        ):
+            return ModelRef(name, sha256, Branch(branch))
+    raise ConfigError(f"{output_json}: its shards do not name the model that labeled them; label them again")

@@ -114,7 +114,7 @@ class _MaskWriter:
 
     def labeled(self, index: int, row: Any) -> Any:
         """Returns a labeled row with its mask converted."""
-        rle = Rle.from_coco(row["segmentation"])
+        rle = Rle.from_coco(row.get("segmentation"), f"journal: row {index}")
         changed = {**row, **self._converted(rle)}
         if self._options.mask_format is MaskFormat.PNG:
             changed[MASK_FILE] = self._write_png(_file_name(index, row.get("id")), rle)

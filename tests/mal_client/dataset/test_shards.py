@@ -1,7 +1,10 @@
 """Claims about a job that is split among processes: the shards, and the file that is merged from them."""
 
+import json
 import re
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mal_client.cli.main import main
@@ -119,6 +122,36 @@ def test_a_shard_that_is_being_labeled_cannot_be_merged(dataset: Dataset) -> Non
     journal = Shard(0, 1).journal_path(dataset.output)
     with LockedFile(journal), pytest.raises(OutputError, match=re.escape(f"{journal.name}: {IN_USE}")):
         merge_shards(dataset.json_path, dataset.output, 1)
+
+
+@pytest.mark.parametrize("change", [{"model": 5}, {"branch": "best"}, {"checkpoint_sha256": None}])
+def test_shards_that_do_not_name_their_model_are_refused_before_anything_is_written(
+    dataset: Dataset, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(FakeServer()) as address:
+        label(address, dataset, "--shard", "0/1")
+    journal = Shard(0, 1).journal_path(dataset.output)
+    first, _, rest = journal.read_bytes().partition(b"\n")
+    manifest = json.dumps(json.loads(first[9:]) | change).encode()
+    journal.write_bytes(b"%08x %s\n" % (zlib.crc32(manifest), manifest) + rest)
+    assert merge(dataset, 1) == 2
+    assert "model" in capsys.readouterr().err
+    assert journal.exists()
+    assert not dataset.output.exists()
+
+
+def test_a_label_without_a_mask_is_refused(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(FakeServer()) as address:
+        label(address, dataset, "--shard", "0/1")
+    journal = Shard(0, 1).journal_path(dataset.output)
+    lines = journal.read_bytes().splitlines()
+    index = next(number for number, line in enumerate(lines) if b'"segmentation"' in line)
+    text = lines[index][9:].replace(b'"segmentation"', b'"mask"')
+    lines[index] = b"%08x %s" % (zlib.crc32(text), text)
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    assert merge(dataset, 1) == 2
+    assert "RLE" in capsys.readouterr().err
+    assert not dataset.output.exists()
 
 
 @pytest.mark.parametrize("text", ["3", "3/3", "-1/3", "a/b", "0/0", "1/2/3"])

@@ -184,6 +184,13 @@ def test_a_partial_status_line_of_a_killed_run_is_dropped(tmp_path: Path) -> Non
     assert [line["status"] for line in lines] == ["RUNNING", "FAILURE"]
 
 
+@pytest.mark.parametrize("line", ["no JSON", "5", '{"state": "RUNNING"}', "[" * 5000, "\xff"])
+def test_a_status_line_of_another_program_is_left_as_it_is(tmp_path: Path, line: str) -> None:
+    (tmp_path / "status.json").write_text(line + "\n", encoding="latin-1")
+    note_failure(tmp_path, "a process of the training failed")
+    assert (tmp_path / "status.json").read_text(encoding="latin-1") == line + "\n"
+
+
 def test_of_two_rows_of_a_step_the_later_is_read(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, append=False)
     for step, loss in ((10, 3.0), (20, 2.0), (20, 1.5), (30, 1.0)):
