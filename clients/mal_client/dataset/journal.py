@@ -246,7 +246,8 @@ def _results(file: LockedFile, count: int) -> Iterator[tuple[JournalLine, RowRes
     next(lines)
     for start, end, content in lines:
         match content:
-            case [int() as index, ({"label": dict()} | {"failed": [str(), str(), str()]}) as result] if (
+            # The job of a CVAT task notes a failure as one text.
+            case [int() as index, ({"label": dict()} | {"failed": str() | [str(), str(), str()]}) as result] if (
                 0 <= index < count and not isinstance(index, bool)
             ):
                 yield JournalLine(index, start, end - start), result
