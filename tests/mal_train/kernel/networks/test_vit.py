@@ -39,7 +39,9 @@ def test_a_variant_equals_timms_network_without_its_extra_tokens(
         for name, parameter in donor.named_parameters():
             if name.endswith(("_token", "gamma")):
                 torch.nn.init.normal_(parameter)
-    monkeypatch.setattr(pretrained, "_read", lambda source, key: (donor.state_dict(), Lineage(source, "Apache-2.0")))
+    monkeypatch.setattr(
+        pretrained, "_read", lambda source, key, trust: (donor.state_dict(), Lineage(source, "Apache-2.0"))
+    )
     ours = MalNetwork(ModelConfig(arch, mask_head_hidden_channel=4, mask_head_out_channel=4)).eval()
     report = pretrained.load_pretrained(ours, arch)
     assert not any(name.startswith("backbone.") for name in report.missing)
