@@ -130,8 +130,10 @@ def test_no_callback_blocks_the_event_loop(sustained: LoadRun, large: LoadRun, r
     for run in (sustained, large):
         assert run.report["callbacks"] > run.of().calls > 0
         assert run.of().wrong == 0
-        # By CPU time: by wall clock a callback is also slow while another process has the core.
-        assert run.report["slow_callbacks_cpu"] == 0, run.report["slowest"]
+        # By CPU time: by wall clock a callback is also slow while another process has the core. On a shared machine a
+        # callback may still be charged for a pause; work that is on the loop is slow in every call.
+        allowed = FORM.pick(run.of().calls // 10, 0)
+        assert run.report["slow_callbacks_cpu"] <= allowed, run.report["slowest"]
 
 
 CAPACITY_BATCH, BOUND = 8, 64

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from mal.v1 import evaluation_pb2, labeling_pb2, model_pb2, types_pb2
 
 from mal_train.core.errors import ConfigError
-from tests.mal_server.calls import collect, reason_of, status_details
+from tests.mal_server.calls import collect, reason_of, status_details, until_sent
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, config_of, label_request, serving
 
 TOKENS = {name: f"{name}-0123456789abcdef" for name in ("a", "b")}
@@ -47,10 +48,10 @@ def credentials(name: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {TOKENS[name]}"),)
 
 
-async def outcome(call: Any) -> str:
+async def outcome(call: Callable[[], Any]) -> str:
     """Returns OK, or the reason or else the code of the error."""
     try:
-        await collect(call)
+        await until_sent(lambda: collect(call()))
     except grpc.aio.AioRpcError as error:
         return reason_of(status_details(error)) or error.code().name
     return "OK"
@@ -66,8 +67,8 @@ def test_an_image_in_the_cache_is_found_only_by_the_token_that_sent_it(settings:
     async def work(running: Running) -> list[str]:
         by_hash = image_request(content_sha256=hashlib.sha256(DISC_PNG).hexdigest())
         label = running.labeling.LabelImage
-        first = await outcome(label(label_request(DISC_BOX), metadata=credentials("a")))
-        return [first, *[await outcome(label(by_hash, metadata=credentials(name))) for name in "ab"]]
+        first = await outcome(lambda: label(label_request(DISC_BOX), metadata=credentials("a")))
+        return [first, *[await outcome(partial(label, by_hash, metadata=credentials(name))) for name in "ab"]]
 
     assert with_tokens(work, settings) == ["OK", "OK", "IMAGE_NOT_CACHED"]
 
@@ -78,7 +79,7 @@ def test_a_token_names_only_its_folders(settings: dict[str, Any]) -> None:
         for name in "ab":
             for folder in ("photos", "scans", "none"):
                 request = image_request(uri=f"{folder}/disc.png")
-                call = running.labeling.LabelImage(request, metadata=credentials(name))
+                call = partial(running.labeling.LabelImage, request, metadata=credentials(name))
                 found[name, folder] = await outcome(call)
         return found
 
@@ -99,8 +100,8 @@ def test_a_token_evaluates_only_in_its_folders(settings: dict[str, Any], annotat
 
     async def work(running: Running) -> list[str]:
         requests = [evaluation_pb2.EvaluateRequest(options=options)]
-        calls = [running.evaluation.Evaluate(iter(requests), metadata=credentials(name)) for name in "ab"]
-        return [await outcome(call) for call in calls]
+        evaluate = running.evaluation.Evaluate
+        return [await outcome(partial(evaluate, requests, metadata=credentials(name))) for name in "ab"]
 
     assert with_tokens(work, settings) == ["FOLDER_DENIED", "FILE_NOT_FOUND"]
 

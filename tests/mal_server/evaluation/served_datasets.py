@@ -8,6 +8,7 @@ from typing import Any
 from mal.v1 import evaluation_pb2
 from PIL import Image
 
+from tests.mal_server.calls import collect, until_sent
 from tests.mal_server.evaluation.test_run import NAMES, SCENES
 
 Request = evaluation_pb2.EvaluateRequest
@@ -20,7 +21,7 @@ async def each(messages: Sequence[Request]) -> AsyncIterator[Request]:
 
 async def run_evaluation(running: Any, messages: Sequence[Request]) -> tuple[list[Any], Any]:
     """Returns (progress messages, result) of an evaluation."""
-    responses = [response async for response in running.evaluation.Evaluate(each(messages))]
+    responses = await until_sent(lambda: collect(running.evaluation.Evaluate(each(messages))))
     return [response.progress for response in responses[:-1]], responses[-1].result
 
 

@@ -15,7 +15,7 @@ from mal_train.core.masks.rle import Rle, encode_mask
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.kernel.labeler.types import Label
-from tests.mal_server.calls import fields_of, status_details
+from tests.mal_server.calls import collect, fields_of, status_details, until_sent
 from tests.mal_server.fakes import BrightPredictor, encoded, serving
 
 NAMES: dict[JsonId, str] = {3: "disc", 1: "square"}
@@ -89,7 +89,7 @@ def evaluate(
 
     async def work() -> list[evaluation_pb2.EvaluateResponse]:
         async with serving(predictor, **settings) as running:
-            return [response async for response in running.evaluation.Evaluate(stream())]
+            return await until_sent(lambda: collect(running.evaluation.Evaluate(stream())))
 
     *progress, last = asyncio.run(asyncio.wait_for(work(), 100))
     assert all(response.WhichOneof("message") == "progress" for response in progress)

@@ -21,7 +21,7 @@ from mal_server.config.tokens import TokenSetting
 from mal_server.security.auth import read_tokens
 from mal_server.server import MalServer
 from mal_train.core.errors import ConfigError
-from tests.mal_server.calls import reason_of, status_details
+from tests.mal_server.calls import reason_of, status_details, until_sent
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, BrightPredictor, config_of, label_request, serving
 
 TOKENS = {name: f"{name}-0123456789abcdef" for name in ("label", "evaluate", "admin")}
@@ -65,10 +65,6 @@ def calls_of(channel: grpc.aio.Channel, token: str | None, scheme: str = "Bearer
     }
 
 
-UNSENT = "Internal error from Core"
-"""Raised by grpc.aio for a stream that was refused before its message was sent, in 1 of 700 such calls."""
-
-
 async def outcomes(calls: Calls) -> dict[str, str]:
     """Returns "OK", the reason of the error or, without one, its code, for each call."""
     return {name: await _outcome(call) for name, call in calls.items()}
@@ -76,10 +72,8 @@ async def outcomes(calls: Calls) -> dict[str, str]:
 
 async def _outcome(call: Callable[[], Awaitable[Any]]) -> str:
     try:
-        await call()
+        await until_sent(call)
     except grpc.aio.AioRpcError as error:
-        if error.details() == UNSENT:
-            return await _outcome(call)
         return reason_of(status_details(error)) or error.code().name
     return "OK"
 
