@@ -499,12 +499,15 @@ def test_memory_is_held_while_a_thread_computes_the_report_of_a_cancelled_call(
 
     async def work() -> None:
         async with serving() as running:
-            call = asyncio.create_task(run_evaluation(running, [options_of(), *scenes()[:1]]))
+            call = running.evaluation.Evaluate(each([options_of(), *scenes()[:1]]))
+            reading = asyncio.create_task(collect(call))
             assert await asyncio.to_thread(started.wait, 60)
+            # Not the task: cancelled between two reads, it does not cancel the call (grpc.aio).
             call.cancel()
             assert await asyncio.to_thread(over.wait, 60)
             assert budgets[0].used > 0
             gate.set()
+            await asyncio.gather(reading, return_exceptions=True)
             while budgets[0].used:
                 await asyncio.sleep(0.005)
 
