@@ -22,10 +22,10 @@ from typing import Any
 import grpc
 import numpy as np
 from mal.v1 import labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc, types_pb2
-from mal_client.dataset.journal import journal_path
 from PIL import Image
 
 from deploy.demo.baselines import box_filled
+from mal_train.core.coco.journal import journal_path
 
 BOXES_PER_IMAGE = 8
 N_IMAGES = 16

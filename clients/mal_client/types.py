@@ -12,11 +12,11 @@ from mal_client.results.dataset import (
     DatasetResult,
     FailedAnnotation,
     Progress,
-    RowFilter,
 )
 from mal_client.results.evaluation import CocoMetrics, Evaluation, GroupMiou, MeasuredInstance
 from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, BoxXywh, ImageInput, LabelOptions, ModelRef, Timing
 from mal_client.results.server_info import ModelInfo, ModelStatus, ServerInfo, ServerLimits
+from mal_train.core.settings import RowFilter
 
 __all__ = [
     "DEFAULT_DATASET_OPTIONS",

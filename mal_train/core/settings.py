@@ -60,6 +60,19 @@ class MaskFormat(StrEnum):
     """Tight crop of the mask as a 1-bit PNG; lossless."""
 
 
+class RowFilter(StrEnum):
+    """Selects the annotations to label; the others are copied unchanged."""
+
+    ALL = "all"
+    """All annotations; existing masks are replaced."""
+    MISSING = "missing"
+    """Annotations without a mask, and those that failed in an earlier run."""
+    FLAGGED = "flagged"
+    """Annotations that an earlier run flagged, and those that failed in it."""
+    IDS = "ids"
+    """Annotations in a list of ids."""
+
+
 class ScoreType(StrEnum):
     """Measure that a score is computed from, before calibration.
 

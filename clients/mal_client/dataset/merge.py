@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mal_client.dataset.output import write_labeled
-from mal_client.dataset.plan import read_plan
 from mal_client.dataset.provenance import job_fingerprint
 from mal_client.dataset.shards import ShardJournals
 from mal_client.types import DEFAULT_DATASET_OPTIONS, DatasetOptions, DatasetResult, ModelRef
 from mal_train.core.atomic_io import check_writable, refuse_same_file
+from mal_train.core.coco.plan import read_plan
 from mal_train.core.errors import ConfigError
 from mal_train.core.fingerprint import differences
 from mal_train.core.settings import Branch
@@ -36,7 +36,7 @@ def merge_shards(
     """
     refuse_same_file(coco_json, output_json)
     check_writable(output_json)
-    plan = read_plan(coco_json, options)
+    plan = read_plan(coco_json, options.only, options.ids)
     fingerprint = job_fingerprint(plan, options)
     with ShardJournals(output_json, shards, plan.head.count) as journals:
         different = differences({key: journals.manifest.get(key) for key in fingerprint}, fingerprint)

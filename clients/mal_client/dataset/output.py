@@ -1,24 +1,19 @@
-"""Writes the labeled COCO file: results merged into the user's rows, masks in the chosen format, failures beside it.
-
-Knows nothing of servers: a single run and a merge of shards both write through here, and so write the same bytes.
-"""
+"""Writes the labeled COCO file of a job with masks in the chosen format, and its failures to a file beside it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mal_client.dataset.plan import DatasetPlan, RowAction
 from mal_client.errors import ItemError, strip_box_number
 from mal_client.types import FAILED_LISTED, DatasetOptions, DatasetResult, FailedAnnotation
 from mal_train.core.atomic_io import atomic_write, remedy_of
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
-from mal_train.core.coco.output import error_fields, labeled_row
-from mal_train.core.coco.stream import write_transformed
+from mal_train.core.coco.journal import RowFailure
+from mal_train.core.coco.labeled_output import RowOutcome, write_labeled_file
 from mal_train.core.errors import OutputError
 from mal_train.core.masks.encodings import encode_bitmap, to_polygons, to_runs
 from mal_train.core.masks.polygons import merge_holes
@@ -26,7 +21,8 @@ from mal_train.core.masks.rle import Rle, decode_mask, to_box
 from mal_train.core.settings import MaskFormat
 
 if TYPE_CHECKING:
-    from mal_client.dataset.journal import RowResult
+    from mal_train.core.coco.journal import RowResult
+    from mal_train.core.coco.plan import DatasetPlan
 
 MASK_FILE = "mask_file"
 """Field of a row whose mask is also a PNG file: its path relative to the folder of the COCO file."""
@@ -61,31 +57,24 @@ def write_labeled(
     Raises:
         OutputError: the disk is full, for example; the old file is intact.
     """
-    images, failures = plan.head.images, errors_path(output_json)
+    failures = errors_path(output_json)
     masks = _MaskWriter(output_json, options)
-    labeled = 0
     with ExitStack() as stack:
         errors = _ErrorsFile(failures, stack)
 
-        def change(index: int, row: Any, annotation: Annotation) -> Any:
-            nonlocal labeled
-            action = plan.actions[index]
-            if action in (RowAction.COPY, RowAction.COPY_CROWD):
-                return labeled_row(row, annotation, images, None, keep_existing=action == RowAction.COPY)
-            if action == RowAction.REPORT:
-                error = ItemError("INVALID_ARGUMENT", str(annotation.reason), annotation.problem or "")
-                errors.add(_failed(annotation, images, error))
-                return masks.failed(labeled_row(row, annotation, images, None))
-            result = result_of(index)
-            if "label" in result:
-                labeled += 1
-                return masks.labeled(index, labeled_row(row, annotation, images, result["label"]))
-            error = _name_row(ItemError(*result["failed"]), annotation)
-            errors.add(_failed(annotation, images, error))
-            fields = error_fields(error.reason or error.code, error.message)
-            return masks.failed(labeled_row(row, annotation, images, fields))
+        def on_failure(annotation: Annotation, failure: RowFailure) -> RowFailure:
+            named = _name_row(failure, annotation)
+            errors.add(_failed(annotation, plan.head.images, ItemError(*named)))
+            return named
 
-        write_transformed(plan.head, output_json, change, {**provenance, **masks.provenance()})
+        labeled = write_labeled_file(
+            plan,
+            result_of,
+            output_json,
+            {**provenance, **masks.provenance()},
+            finish=masks.finish,
+            on_failure=on_failure,
+        )
     if not errors.count:
         failures.unlink(missing_ok=True)
     return DatasetResult(
@@ -112,8 +101,13 @@ class _MaskWriter:
             return {}
         return {"polygon_tolerance_px": self._options.polygon_tolerance_px, "polygon_holes": "bridged"}
 
-    def labeled(self, index: int, row: Any) -> Any:
-        """Returns a labeled row with its mask converted."""
+    def finish(self, index: int, row: Any, _: Annotation, outcome: RowOutcome) -> Any:
+        """Returns a row with its mask converted; a copied row unchanged."""
+        if outcome is RowOutcome.LABELED:
+            return self._labeled(index, row)
+        return row if outcome is RowOutcome.COPIED else self._failed(row)
+
+    def _labeled(self, index: int, row: Any) -> Any:
         rle = Rle.from_coco(row.get("segmentation"), f"journal: row {index}")
         changed = {**row, **self._converted(rle)}
         if self._options.mask_format is MaskFormat.PNG:
@@ -122,7 +116,7 @@ class _MaskWriter:
         # An empty mask has no box; the user's is better than none.
         return changed if box is None else {**changed, "bbox": list(box)}
 
-    def failed(self, row: Any) -> Any:
+    def _failed(self, row: Any) -> Any:
         """Returns a failed row, which may hold an empty mask, with that mask converted."""
         if not isinstance(row, dict):
             return row
@@ -195,9 +189,9 @@ def _failed(annotation: Annotation, images: Mapping[Any, ImageInfo], error: Item
     return FailedAnnotation(shown_id, annotation.raw.get("image_id"), None if image is None else image.file_name, error)
 
 
-def _name_row(error: ItemError, row: Annotation) -> ItemError:
-    """Adds the annotation id to the error of a box; the server sends no name, or the number of the box."""
-    message = strip_box_number(error.message)
-    if error.reason != Reason.BAD_BOX and message == error.message:
-        return error
-    return replace(error, message=f"annotation {row.id!r}: {message}")
+def _name_row(failure: RowFailure, row: Annotation) -> RowFailure:
+    """Adds the annotation id to the failure of a box; the server sends no name, or the number of the box."""
+    message = strip_box_number(failure.message)
+    if row.problem is not None or (failure.reason != Reason.BAD_BOX and message == failure.message):
+        return failure
+    return failure._replace(message=f"annotation {row.id!r}: {message}")

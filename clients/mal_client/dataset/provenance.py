@@ -9,7 +9,7 @@ from mal_client.types import DatasetOptions, LabelOptions, ModelRef, ServerInfo
 from mal_train.core.version import distribution_version
 
 if TYPE_CHECKING:
-    from mal_client.dataset.plan import DatasetPlan
+    from mal_train.core.coco.plan import DatasetPlan
 
 
 def answering_model(info: ServerInfo, options: LabelOptions) -> ModelRef:

@@ -6,7 +6,7 @@ arrive and from there into the output: memory holds neither pixels nor masks, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,7 @@ from typing import Any
 from mal_client.bulk.dispatcher import AllServersLost, MultiServerDispatcher, OnNotice
 from mal_client.bulk.stream import ItemResult
 from mal_client.bulk.work_queue import WorkItem, WorkQueue
-from mal_client.dataset.journal import Journal, RowResult, journal_path
 from mal_client.dataset.output import write_labeled
-from mal_client.dataset.plan import DatasetPlan, RowAction, read_plan
 from mal_client.dataset.provenance import answering_model, job_fingerprint, provenance_of
 from mal_client.dataset.servers import reachable_servers
 from mal_client.dataset.shards import SHARD_KEY, Shard
@@ -37,7 +35,9 @@ from mal_client.types import (
 )
 from mal_train.core.atomic_io import check_writable, refuse_same_file
 from mal_train.core.coco.annotations import ImageInfo
+from mal_train.core.coco.journal import Journal, RowResult, journal_path
 from mal_train.core.coco.output import label_fields
+from mal_train.core.coco.plan import DatasetPlan, PendingRows, RowAction, read_plan
 
 OnProgress = Callable[[Progress], None]
 
@@ -76,7 +76,7 @@ def label_dataset(
     refuse_same_file(coco_json, output_json)
     check_writable(output_json)
     images = ImageFiles.of(images_dir)
-    plan = read_plan(coco_json, dataset_options)
+    plan = read_plan(coco_json, dataset_options.only, dataset_options.ids)
     servers = reachable_servers(clients, options, notify)
     info = servers[0][1]
     provenance = provenance_of(info, options)
@@ -160,7 +160,7 @@ class _DatasetRun:
 
     def add(self, result: ItemResult) -> None:
         """Keeps the result of an item and reports progress."""
-        image_error = None if result.error is None else _name_image(result.error, self.plan.image_of(result.item))
+        image_error = None if result.error is None else _name_image(result.error, _image_of(self.plan, result.item))
         entries: dict[int, RowResult] = {}
         for index in result.item.boxes:
             error = image_error or result.labels[index].error
@@ -232,11 +232,11 @@ def _label_pending(
     model = answering_model(servers[0][1], options)
 
     def load_item(item: WorkItem) -> EncodedImage:
-        return load(run.plan.image_of(item))
+        return load(_image_of(run.plan, item))
 
     dispatcher = MultiServerDispatcher(
         [(client, info.limits.max_items_in_flight) for client, info in servers],
-        WorkQueue(run.pending.items(max_boxes), model=model),
+        WorkQueue(_work_items(run.pending, max_boxes), model=model),
         load_item,
         options,
         on_notice,
@@ -250,6 +250,21 @@ def _label_pending(
             raise lost.error from lost
         return ItemError("UNAVAILABLE", "SERVER_LOST", f"no result before the server was lost: {lost.error}")
     return None
+
+
+def _work_items(pending: PendingRows, max_boxes: int) -> Iterator[WorkItem]:
+    """Yields one item for each image, or several for an image with more than `max_boxes` boxes.
+
+    The key of an item is the index of its image.
+    """
+    for image, rows in pending.by_image():
+        for part, first in enumerate(range(0, len(rows), max_boxes)):
+            item_id = str(image) if part == 0 else f"{image}.part{part}"
+            yield WorkItem(item_id, {index: pending.plan.box(index) for index in rows[first : first + max_boxes]})
+
+
+def _image_of(plan: DatasetPlan, item: WorkItem) -> ImageInfo:
+    return plan.images[int(item.key)]
 
 
 def _fields(label: BoxLabel) -> dict[str, Any]:

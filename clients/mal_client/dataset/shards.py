@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mal_client.dataset.journal import NO_ROW, JournalReader, RowResult, journal_path
+from mal_train.core.coco.journal import NO_ROW, JournalReader, RowResult, journal_path
 from mal_train.core.errors import ConfigError
 from mal_train.core.fingerprint import differences
 

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mal_client.errors import ItemError
 from mal_client.results.labels import ModelRef
 from mal_train.core.errors import ConfigError
-from mal_train.core.settings import MaskFormat
+from mal_train.core.settings import MaskFormat, RowFilter
 
 if TYPE_CHECKING:
     from mal_train.core.coco.annotations import JsonId
 
 FAILED_LISTED = 1000
 """Limit of failed annotations in a result; the errors file lists all of them."""
-
-
-class RowFilter(StrEnum):
-    """Selects the annotations to label; the others are copied unchanged."""
-
-    ALL = "all"
-    """All annotations; existing masks are replaced."""
-    MISSING = "missing"
-    """Annotations without a mask, and those that failed in an earlier run."""
-    FLAGGED = "flagged"
-    """Annotations that an earlier run flagged, and those that failed in it."""
-    IDS = "ids"
-    """Annotations in `DatasetOptions.ids`."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from mal_client.cli.label import RESUME_HINT
 from mal_client.cli.main import main
-from mal_client.dataset.journal import Journal, journal_path
 
 from mal_train.core.atomic_io import remedy_of
+from mal_train.core.coco.journal import Journal, journal_path
 from mal_train.core.locked_file import IN_USE
 from tests.mal_client.datasets import Dataset, make_dataset
 from tests.mal_client.fake_server import FakeServer, Faults, Limits, serving

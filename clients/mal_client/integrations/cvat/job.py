@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from mal_client.client import Client
-from mal_client.dataset.journal import Journal
 from mal_client.dataset.provenance import provenance_of
 from mal_client.integrations.cvat.mask_encoding import mask_points
 from mal_client.integrations.cvat.schema import check_annotations, check_labels
@@ -31,6 +30,7 @@ from mal_client.integrations.cvat.task_plan import (
 )
 from mal_client.integrations.missing_mask import missing_mask_reason
 from mal_client.types import BoxLabel, LabelOptions, Progress
+from mal_train.core.coco.journal import Journal
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.errors import BadImage, ConfigError, InputError
 from mal_train.core.images.header import read_header

@@ -1,4 +1,4 @@
-"""Results of a bulk job on disk, in the order in which they came, from which a killed run resumes.
+"""Results of a job on a dataset on disk, in the order in which they came, from which a killed run resumes.
 
 Each line is the CRC-32 of the text behind it, then JSON. The first line is the manifest, which identifies the job; the
 others are `[index of the annotation, result]`, and the last one for an index counts. Lines are appended as results
@@ -37,6 +37,25 @@ _JOURNAL_HEAD: Final = re.compile(rb"[0-9a-f]{8} \{|[0-9a-f]{0,8} ?\Z")
 
 RowResult = Mapping[str, Any]
 """`{"label": …}`, or `{"failed": …}`, which a later run tries again."""
+
+
+class RowFailure(NamedTuple):
+    """Failure of one row.
+
+    Attributes:
+        code: name of a gRPC status; empty for a row that no server has failed.
+        reason: code such as IMAGE_DECODE_FAILED; may be empty if `code` is not.
+        message: text for users.
+    """
+
+    code: str
+    reason: str
+    message: str
+
+
+def failed(failure: RowFailure) -> RowResult:
+    """Returns a failure as the journal keeps it."""
+    return {"failed": list(failure)}
 
 
 def journal_path(output_json: Path) -> Path:
@@ -107,6 +126,7 @@ class Journal:
         count: number of annotations.
         manifest: everything that the results depend on.
         restart: discard the results of an earlier run.
+        restart_option: name of `restart` in the error for another job.
         clock: monotonic seconds.
 
     Attributes:
@@ -124,9 +144,11 @@ class Journal:
         manifest: Mapping[str, Any],
         *,
         restart: bool = False,
+        restart_option: str = "--restart (restart=True)",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = path
+        self._restart_option = restart_option
         self._clock = clock
         self._synced_at = clock()
         self._offsets = array("q", [NO_ROW]) * count
@@ -197,12 +219,23 @@ class Journal:
             self._file.truncate(0)
             return 0
         end, actual = first
-        _refuse_other_job(self.path, actual, manifest)
+        self._refuse_other_job(actual, manifest)
         for line, result in _results(self._file, len(self._offsets)):
             end = line.offset + line.length
             self._note(line, is_failed="failed" in result)
         self._file.truncate(end)
         return end
+
+    def _refuse_other_job(self, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        """Raises ConfigError with the differences between two manifests."""
+        # Through JSON, which makes lists of tuples.
+        known: dict[str, Any] = json.loads(json.dumps(dict(expected)))
+        different = differences(actual, known)
+        if different:
+            raise ConfigError(
+                f"{self.path}: holds the results of an unfinished run of another job: {'; '.join(different)}; finish "
+                f"that run, or give {self._restart_option} to discard its results"
+            )
 
     def _write(self, data: bytes) -> None:
         try:
@@ -284,15 +317,3 @@ def _content(line: bytes) -> Any:
         return json.loads(line[9:])
     except (ValueError, RecursionError):
         return None
-
-
-def _refuse_other_job(path: Path, actual: Any, expected: Mapping[str, Any]) -> None:
-    """Raises ConfigError with the differences between two manifests."""
-    # Through JSON, which makes lists of tuples.
-    known: dict[str, Any] = json.loads(json.dumps(dict(expected)))
-    different = differences(actual if isinstance(actual, dict) else {}, known)
-    if different:
-        raise ConfigError(
-            f"{path}: holds the results of an unfinished run of another job: {'; '.join(different)}; finish that run, "
-            "or give --restart (restart=True) to discard its results"
-        )

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mal_client.dataset.journal import Journal, journal_path
 
+from mal_train.core.coco.journal import Journal, journal_path
 from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.locked_file import IN_USE
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
 
-from mal_client.bulk.work_queue import WorkItem
-from mal_client.types import DatasetOptions, RowFilter
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import ConfigError
+from mal_train.core.settings import RowFilter
 
 LISTED = 5
 NO_IMAGE = -1
@@ -51,10 +50,6 @@ class DatasetPlan:
     actions: bytearray
     boxes: array[float]
     image_index: array[int]
-
-    def image_of(self, item: WorkItem) -> ImageInfo:
-        """Returns the image of an item; the key of an item is the index of its image."""
-        return self.images[int(item.key)]
 
     def box(self, index: int) -> tuple[float, float, float, float]:
         """Returns x, y, w, h of a row in px."""
@@ -111,29 +106,30 @@ class PendingRows:
         """Returns the number of images with pending boxes."""
         return int(np.count_nonzero(self.boxes_left))
 
-    def items(self, max_boxes: int) -> Iterator[WorkItem]:
-        """Yields one item for each image, or several for an image with more than `max_boxes` boxes."""
+    def by_image(self) -> Iterator[tuple[int, list[int]]]:
+        """Yields (index of an image, indices of its pending rows) of each image with pending rows."""
         if not len(self.indices):
             return
         image_index = np.frombuffer(self.plan.image_index, dtype=np.int32)[self.indices]
         starts = np.concatenate(([0], np.flatnonzero(np.diff(image_index)) + 1))
         ends = np.append(starts[1:], len(self.indices))
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            key = str(image_index[start])
-            for part, first in enumerate(range(start, end, max_boxes)):
-                rows = self.indices[first : min(end, first + max_boxes)].tolist()
-                item_id = key if part == 0 else f"{key}.part{part}"
-                yield WorkItem(item_id, {index: self.plan.box(index) for index in rows})
+            yield int(image_index[start]), self.indices[start:end].tolist()
 
 
-def read_plan(coco_json: Path, options: DatasetOptions) -> DatasetPlan:
+def read_plan(coco_json: Path, only: RowFilter = RowFilter.ALL, ids: Collection[JsonId] = ()) -> DatasetPlan:
     """Scans a COCO file and decides on the action for each row.
+
+    Args:
+        coco_json: the file.
+        only: which annotations are labeled.
+        ids: annotation ids for `RowFilter.IDS`.
 
     Raises:
         BadDataset: the file as a whole is unusable.
-        ConfigError: `options.ids` has an id that the file does not have.
+        ConfigError: `ids` has an id that the file does not have.
     """
-    scan = _Scan(options)
+    scan = _Scan(only, frozenset(ids))
     head = scan_coco(coco_json, scan.add)
     scan.refuse_unknown_ids()
     in_file = {image_id: index for index, image_id in enumerate(head.images)}
@@ -151,7 +147,8 @@ def has_mask(row: Annotation) -> bool:
 class _Scan:
     """Columns of a `DatasetPlan`, filled row by row."""
 
-    options: DatasetOptions
+    only: RowFilter
+    ids: frozenset[JsonId]
     actions: bytearray = field(default_factory=bytearray)
     boxes: array[float] = field(default_factory=lambda: array("d"))
     image_numbers: array[int] = field(default_factory=lambda: array("i"))
@@ -168,7 +165,7 @@ class _Scan:
         )
 
     def refuse_unknown_ids(self) -> None:
-        unknown = [value for value in self.options.ids if value not in self.found_ids]
+        unknown = [value for value in self.ids if value not in self.found_ids]
         if unknown:
             listed = ", ".join(map(repr, unknown[:LISTED]))
             raise ConfigError(
@@ -183,15 +180,14 @@ class _Scan:
         return RowAction.COPY_CROWD if row.iscrowd else RowAction.LABEL
 
     def _is_selected(self, row: Annotation) -> bool:
-        only, ids = self.options.only, self.options.ids
         if row.id is None:
-            return only in (RowFilter.ALL, RowFilter.MISSING)
-        if only is RowFilter.MISSING:
+            return self.only in (RowFilter.ALL, RowFilter.MISSING)
+        if self.only is RowFilter.MISSING:
             return not has_mask(row)
-        if only is RowFilter.FLAGGED:
+        if self.only is RowFilter.FLAGGED:
             return "error" in row.raw or (bool(row.raw.get("flags")) and not row.iscrowd)
-        if only is RowFilter.IDS:
-            if row.id in ids:
+        if self.only is RowFilter.IDS:
+            if row.id in self.ids:
                 self.found_ids.add(row.id)
-            return row.id in ids
+            return row.id in self.ids
         return True
