@@ -22,7 +22,7 @@ from mal_train.core.command_line import RenamedOption, add_common_options
 from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError, MalError, OutputError
 from mal_train.core.threads import wait_passively
-from mal_train.distributed.env import read_distributed_env
+from mal_train.distributed.env import LAUNCHED, TUNER, read_distributed_env
 
 SOME_FAILED = 3
 NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'"
@@ -101,19 +101,20 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     from mal_train.distributed.launch import end_with_parent, launch
 
+    parent = os.environ.get(LAUNCHED if env.launcher == "mal-train" else TUNER)
+    if parent is not None:
+        end_with_parent(parent)
     if env.launcher == "none" and spec.train.num_gpus > 1:
         code = launch(arguments.argv, spec.train.num_gpus)
         if code:
             note_failure(spec.task_dir("train"), f"a process of the training failed; exit code {code}")
         return code
-    if env.launcher == "mal-train":
-        end_with_parent()
     from mal_train.commands.train import train
 
     result = train(spec, Console())
     if not env.is_rank_zero:
         return 0
-    if result.report is not None:
+    if result.report is not None and result.report.overall.count:
         print_result(result.report.table())
     print_result(f"checkpoint: {result.checkpoint}")
     return 0

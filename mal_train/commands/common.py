@@ -1,8 +1,8 @@
 """Parts that the commands share: output folder and status, keys, devices, paths."""
 
 import contextlib
-import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -14,9 +14,11 @@ from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import remove_stale_temporaries, write_text
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, OutputError
-from mal_train.core.locked_file import no_follow
+from mal_train.core.locked_file import no_follow, try_lock
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import dump
+from mal_train.distributed.env import TUNER
+from mal_train.distributed.launch import SAVE_GRACE_S
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey, parse_key
 from mal_train.kernel.checkpoint.trust import TrustPolicy
@@ -28,6 +30,7 @@ Task = Literal["train", "evaluate", "inference"]
 
 LOCK = ".lock"
 """File in the output folder that a running command locks."""
+LOCK_POLL_S = 0.2
 
 
 @contextlib.contextmanager
@@ -53,23 +56,30 @@ def task_folder(spec: Spec, task: Task) -> Iterator[tuple[Path, StatusFile]]:
 def _locked(folder: Path) -> Iterator[None]:
     """Locks a folder against other runs; the kernel releases the lock when the process ends.
 
+    The trial of a search waits for a former run of it, which may still write its last checkpoint.
+
     Raises:
         OutputError: another run has the lock, or the folder is not writable.
     """
+    deadline = time.monotonic() + (SAVE_GRACE_S if TUNER in os.environ else 0.0)
     try:
         descriptor = no_follow(folder / LOCK, os.O_WRONLY | os.O_CREAT)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}; choose another results_dir") from error
     with os.fdopen(descriptor, "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"{folder}: in use by another run; wait for it to end or choose another results_dir"
-            ) from None
-        except OSError:
-            pass  # The file system has no locks.
+        while not _try_lock(file.fileno()):
+            if time.monotonic() >= deadline:
+                raise OutputError(f"{folder}: in use by another run; wait for it to end or choose another results_dir")
+            time.sleep(LOCK_POLL_S)
         yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Locks an open file; returns False if another process has the lock, True also where there are no locks."""
+    try:
+        return try_lock(descriptor)
+    except OSError:  # the file system has no locks
+        return True
 
 
 def _recorded(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, StatusFile]]:

@@ -16,6 +16,7 @@ from mal_train.core.report.evaluation import evaluation_sections
 from mal_train.core.report.overlays import png_data_uri
 from mal_train.core.report.page import Card, Html, build_report, contact_sheet, folded, section, side_by_side, table
 from mal_train.core.yaml_config import dump
+from mal_train.training.box_proxy import BoxProxy
 from mal_train.training.panels import around_median, close_ups
 from mal_train.training.run_files import read_metrics
 from mal_train.training.validation import ValidationSnapshot
@@ -47,7 +48,7 @@ def write_training_report(
     """
     sections = [section("The run", table(["property", "value"], facts)), _curves(read_metrics(folder))]
     if validation is None:
-        sections.append(section("Metrics", "", "There was no validation: no file with masks was given."))
+        sections.append(section("Metrics", "", "There was no validation."))
     else:
         sections += _validation_sections(validation)
     sections.append(_settings(spec))
@@ -68,11 +69,14 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Html:
         line_chart(losses, "step", "loss"),
         line_chart({"learning rate": downsample(_points(train, "lr"))}, "step", "learning rate"),
     ]
-    if validations:
+    if any(ious.values()):
         charts += [line_chart(ious, "step", "mIoU"), line_chart(aps, "step", "AP")]
+    if validations:
+        charts.append(line_chart({name: _points(validations, name) for name in _PROXY}, "step", "without masks"))
     return section("Curves", side_by_side(*charts), "From metrics.csv; losses are means of neighboring steps.")
 
 
+_PROXY = ("tightness", "stability", "box_proxy")
 _MIOU = {"all": "", "small": "_small", "medium": "_medium", "large": "_large"}
 
 
@@ -82,6 +86,10 @@ def _points(rows: Sequence[Mapping[str, Any]], column: str) -> list[Point]:
 
 def _validation_sections(validation: ValidationSnapshot) -> list[Html]:
     result, coco, image_dir = validation.result, validation.coco, validation.image_dir
+    if not result.report.overall.count:
+        return [
+            section("Metrics", _proxy_table(result.proxy), "Last validation, student network; no masks to compare.")
+        ]
     config = result.config
     small, medium, large = config.mask_thres
     note = (
@@ -103,6 +111,10 @@ def _validation_sections(validation: ValidationSnapshot) -> list[Html]:
         )
     )
     return sections
+
+
+def _proxy_table(proxy: BoxProxy) -> Html:
+    return table(["metric", "value", "of"], [[name, value, proxy.count] for name, value in proxy.metrics().items()])
 
 
 def failures_by_category(

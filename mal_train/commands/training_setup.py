@@ -156,7 +156,10 @@ def build_module(
 def build_validation(
     spec: Spec, device: torch.device, folder: Path, metrics: MetricsCallback, console: Console
 ) -> ValidationCallback | None:
-    """Builds the validation callback; None, with a printed reason, if there are no masks to compare with."""
+    """Builds the validation callback; None, with a printed reason, without a validation set.
+
+    Without masks, the validation measures what the boxes alone say (`BoxProxy`), and fits nothing.
+    """
     if not spec.dataset.val_ann_path:
         console.print("no validation: dataset.val_ann_path is not given")
         return None
@@ -165,20 +168,20 @@ def build_validation(
     if not spec.dataset.load_mask:
         console.print("no validation: dataset.load_mask is false")
         return None
-    if not has_masks(coco):
-        console.print(f"no validation: no annotation of {spec.dataset.val_ann_path} has a mask")
-        return None
+    with_masks = has_masks(coco)
+    if not with_masks:
+        console.print(f"no annotation of {spec.dataset.val_ann_path} has a mask: validation measures the boxes alone")
     validator = Validator(
         coco=coco,
         image_dir=image_dir,
         batch_size=spec.train.batch_size,
-        fit_thresholds=spec.fits_thresholds,
-        fit_calibration=spec.fits_calibration,
+        fit_thresholds=spec.fits_thresholds and with_masks,
+        fit_calibration=spec.fits_calibration and with_masks,
         precision=Precision.AUTO if spec.train.use_amp else Precision.FLOAT32,
         device=str(device),
         threads=worker_threads(),
     )
-    size = spec.train.board_size
+    size = spec.train.board_size if with_masks else 0
     contact_sheet = ContactSheet(folder, coco, image_dir, size, metrics.add_image) if size else None
     interval = spec.train.validation_interval
     return ValidationCallback(validator, interval, metrics, console.print, contact_sheet=contact_sheet)

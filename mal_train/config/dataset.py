@@ -19,7 +19,8 @@ class DatasetConfig(Strict):
     train_img_dir: str = Field(default="", description="Folder of the training images.")
     val_ann_path: str = Field(
         default="",
-        description="COCO JSON file with masks, for validation and evaluation; empty: train without validation.",
+        description="COCO JSON file for validation and evaluation; empty: train without validation.\n"
+        "Without masks in it, validation measures how tight and how stable the masks of its boxes are.",
     )
     val_img_dir: str = Field(default="", description="Folder of the validation images.")
     load_mask: bool = Field(

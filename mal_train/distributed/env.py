@@ -15,6 +15,8 @@ Launcher = Literal["none", "mal-train", "torchrun", "SLURM"]
 
 LAUNCHED = "MAL_TRAIN_LAUNCHED"
 """Environment variable of the processes that `mal-train` starts: the process id of the launcher."""
+TUNER = "MAL_TRAIN_TUNER"
+"""Environment variable of the trials that `mal-train tune` starts: the process id of the tuner."""
 STORE = "MAL_TRAIN_STORE"
 """Environment variable of the processes that `mal-train` starts: the file through which they find one another."""
 DEFAULT_PORT = 29500

@@ -57,7 +57,7 @@ def launch(
     processes: list[subprocess.Popen[bytes]] = []
     # The processes find one another through a file that only this account may open. A TCP store would listen on every
     # interface, without authentication.
-    with _recorded_signals() as signals, tempfile.TemporaryDirectory(prefix="mal-train-") as folder:
+    with recorded_signals() as signals, tempfile.TemporaryDirectory(prefix="mal-train-") as folder:
         try:
             for variables in _environments(num_processes, os.path.join(folder, "store")):
                 # In a session of its own, a process gets a signal to the launcher's process group once: from here.
@@ -68,13 +68,16 @@ def launch(
             _kill(processes)
 
 
-def end_with_parent() -> None:
-    """Asks the kernel to send SIGTERM to this process when the launcher dies, even if SIGKILL ends the launcher.
+def end_with_parent(parent: str) -> None:
+    """Asks the kernel to send SIGTERM to this process when its parent dies, even if SIGKILL ends the parent.
 
-    Sends SIGTERM to this process if the launcher is dead already.
+    Sends SIGTERM to this process if the parent is dead already.
+
+    Args:
+        parent: process id of the parent.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if str(os.getppid()) != os.environ[LAUNCHED]:
+    if str(os.getppid()) != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -103,7 +106,7 @@ def _environments(num_processes: int, store: str) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _recorded_signals() -> Iterator[list[int]]:
+def recorded_signals() -> Iterator[list[int]]:
     """Yields a list to which SIGTERM and SIGINT are appended inside the block.
 
     The handler does nothing else. An exception from it could hide a process that has just started.

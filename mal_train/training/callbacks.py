@@ -11,7 +11,14 @@ from mal_train.core.images.decoder import RgbImage
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.training.module import MalModule
 from mal_train.training.panels import ContactSheet
-from mal_train.training.run_files import MetricsFile, StatusFile, duration, summary_line, validation_metrics
+from mal_train.training.run_files import (
+    VALIDATED,
+    MetricsFile,
+    StatusFile,
+    duration,
+    summary_line,
+    validation_metrics,
+)
 from mal_train.training.validation import ValidationResult, ValidationSnapshot, Validator
 
 STEPS_PER_ROW = 10
@@ -81,9 +88,9 @@ class ValidationCallback(lightning.Callback):
             self._print_line(f"fitted on the validation set: mask_thres small {small}, medium {medium}, large {large}")
             pl_module.labeler_config = result.config
         self.last = result
-        self._metrics.add_validation(trainer, result.report)
-        self._print_line(f"epoch {epoch}: {summary_line(result.report)}; score: {result.config.score_meaning()}")
-        if self._contact_sheet is not None:
+        self._metrics.add_validation(trainer, result)
+        self._print_line(f"epoch {epoch}: {_summary(result)}")
+        if self._contact_sheet is not None and result.compared:
             self._contact_sheet.write(result.compared, epoch, trainer.global_step)
         self.seconds += self._clock() - start
 
@@ -178,8 +185,17 @@ class MetricsCallback(lightning.Callback):
         """Adds an image (h, w, 3) uint8 to the TensorBoard events."""
         self._metrics.add_image(name, image, step)
 
-    def add_validation(self, trainer: lightning.Trainer, report: EvaluationReport) -> None:
+    def add_validation(self, trainer: lightning.Trainer, result: ValidationResult) -> None:
         """Writes a row and a line with the metrics of a validation."""
-        metrics = validation_metrics(report)
-        self._metrics.add("val", trainer.current_epoch + 1, trainer.global_step, metrics)
-        self._status.write("RUNNING", "Eval metrics generated.", kpi=metrics)
+        metrics = {**validation_metrics(result.report), **result.proxy.metrics()}
+        epoch, step = trainer.current_epoch + 1, trainer.global_step
+        self._metrics.add("val", epoch, step, metrics)
+        self._status.write("RUNNING", VALIDATED, kpi=metrics, progress={"epoch": epoch, "step": step})
+
+
+def _summary(result: ValidationResult) -> str:
+    """Returns the metrics of a validation as one line of text."""
+    if result.report.overall.count:
+        return f"{summary_line(result.report)}; score: {result.config.score_meaning()}"
+    values = [f"{name} {value:.3f}" for name, value in result.proxy.metrics().items() if value is not None]
+    return f"{', '.join(values) or 'no box could be labeled'} over {result.proxy.count} boxes; no masks to compare with"

@@ -16,6 +16,8 @@ from mal_train.core.locked_file import no_follow
 from mal_train.core.metrics.report import EvaluationReport
 
 Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE"]
+VALIDATED = "Eval metrics generated."
+"""Message of the line with the metrics of a validation; TAO's."""
 MetricValues = Mapping[str, float | None]
 
 METRIC_COLUMNS = (
@@ -36,6 +38,9 @@ METRIC_COLUMNS = (
     "mIoU_class",
     "AP@1",
     "AP@score",
+    "tightness",
+    "stability",
+    "box_proxy",
 )
 
 
@@ -89,22 +94,49 @@ def note_failure(folder: Path, message: str) -> None:
     path = folder / "status.json"
     if not path.is_file():
         return
-    _drop_partial_line(path)
+    drop_partial_line(path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if lines and _status(lines[-1]) in {"STARTED", "RUNNING"}:
         StatusFile(folder).write("FAILURE", message)
 
 
+class StatusReader:
+    """Reads the lines that a run appends to <folder>/status.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "status.json"
+        self._offset = 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Returns the complete lines since the last call, in order; none before the file exists."""
+        try:
+            with open(self._path, "rb", opener=no_follow) as file:
+                file.seek(self._offset)
+                complete, end, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be read: {error.strerror}") from error
+        self._offset += len(complete) + len(end)
+        rows = map(_row, complete.decode("utf-8", errors="replace").splitlines())
+        return [row for row in rows if row is not None]
+
+
 def _status(line: str) -> object:
     """Returns the status of a line; None for a line that another program wrote."""
+    return (_row(line) or {}).get("status")
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """Returns the object of a line; None for a line that another program wrote."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row.get("status") if isinstance(row, dict) else None
+    return row if isinstance(row, dict) else None
 
 
-def _drop_partial_line(path: Path) -> None:
+def drop_partial_line(path: Path) -> None:
     """Truncates a file after its last line break; a killed process may have left part of a line behind it."""
     content = path.read_bytes()
     if not content.endswith(b"\n"):
@@ -126,7 +158,7 @@ class MetricsFile:
         path = folder / "metrics.csv"
         try:
             if append and path.exists():
-                _drop_partial_line(path)
+                drop_partial_line(path)
             has_rows = append and path.exists() and path.stat().st_size > 0
             self._file: IO[str] = open(path, "a" if append else "w", encoding="utf-8", newline="", opener=no_follow)  # noqa: SIM115 (closed by `close`)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Labels the validation set, compares with its masks, and fits thresholds and calibration in the same pass."""
+"""Labels the validation set, compares with its boxes and masks, and fits thresholds and calibration in one pass."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +17,7 @@ from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
+from mal_train.training.box_proxy import BoxProxy, BoxProxyMeter
 from mal_train.training.calibration import fit_calibration, held_out_scores
 from mal_train.training.thresholds import best_thresholds, iou_curve
 
@@ -32,11 +33,13 @@ class ValidationResult:
         report: metrics at the thresholds of `config`. With a fitted calibration, the scores are cross-validated: each
             is from a map that was fitted without its image.
         config: labeler settings, with fitted thresholds and calibration if requested and possible.
+        proxy: what the boxes alone say of the masks, at the same thresholds.
         compared: masks with their ground truth, lowest IoU first.
     """
 
     report: EvaluationReport
     config: LabelerConfig
+    proxy: BoxProxy
     compared: Sequence[InstanceComparison] = ()
 
 
@@ -51,7 +54,7 @@ class ValidationSnapshot:
 
 @dataclass(frozen=True)
 class Validator:
-    """Measures a network on one COCO file with masks.
+    """Measures a network on one COCO file; without masks, only what its boxes say.
 
     Attributes:
         coco: the file.
@@ -93,7 +96,14 @@ class Validator:
             config = dataclasses.replace(config, calibration=None, calibrated_with_flip=False)
         labeler = Labeler(network, config, device=self.device, precision=self.precision)
         rows = list(by_image(self.coco))
-        evaluator = new_evaluator(self.coco, rows)
+        evaluator, meter = new_evaluator(self.coco, rows), BoxProxyMeter()
+
+        def add(annotation: Annotation, label: Label | LabelFailure) -> None:
+            add_result(evaluator, annotation, label)
+            if isinstance(label, Label):
+                meter.add(annotation.box_xywh, label)
+            on_box()
+
         fit_rows, other_rows = _split_for_fit(rows, config.crop_size) if self.fit_thresholds else ([], rows)
         predicted = list(self._predict(labeler, fit_rows))
         thresholds = best_thresholds(*_curves(predicted, config))
@@ -101,15 +111,12 @@ class Validator:
             config = dataclasses.replace(config, mask_thres=thresholds)
             labeler = Labeler(network, config, device=self.device, precision=self.precision)
         for annotation, prediction in predicted:
-            label = prediction if isinstance(prediction, LabelFailure) else labeler.finish(*prediction)
-            add_result(evaluator, annotation, label)
-            on_box()
+            add(annotation, prediction if isinstance(prediction, LabelFailure) else labeler.finish(*prediction))
         for annotation, label in self._label(labeler, other_rows):
-            add_result(evaluator, annotation, label)
-            on_box()
+            add(annotation, label)
         if self.fit_calibration:
             config = _calibrate(evaluator, config, with_flip=self.options.flip)
-        return ValidationResult(evaluator.report(), config, evaluator.compared)
+        return ValidationResult(evaluator.report(), config, meter.result(), evaluator.compared)
 
     def _label(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
         return label_boxes(

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from mal_train.distributed import launch as launch_module
-from mal_train.distributed.env import LAUNCHED
 from mal_train.distributed.launch import launch
 from tests.paths import ROOT
 
@@ -202,7 +201,7 @@ def end(*_):
     open('{tmp_path}/ended', 'w').close()
     sys.exit(143)
 signal.signal(signal.SIGTERM, end)
-end_with_parent()
+end_with_parent(os.environ["MAL_TRAIN_LAUNCHED"])
 open('{tmp_path}/began', 'w').close()
 while True:  # signal.pause() would miss a signal that arrives just before it
     time.sleep(0.05)
@@ -222,10 +221,9 @@ launch([], 1, program=(sys.executable, "-c", {child!r}))
 
 
 def test_a_process_ends_if_its_launcher_died_before_it_could_ask_the_kernel() -> None:
-    child = "import sys; from mal_train.distributed.launch import end_with_parent; end_with_parent(); sys.exit(3)"
+    child = "import sys; from mal_train.distributed.launch import *; end_with_parent(sys.argv[1]); sys.exit(3)"
     for launcher, code in ((os.getpid(), 3), (os.getppid(), -signal.SIGTERM)):
-        environment = os.environ | {LAUNCHED: str(launcher)}
-        assert subprocess.call([sys.executable, "-c", child], cwd=ROOT, env=environment) == code
+        assert subprocess.call([sys.executable, "-c", child, str(launcher)], cwd=ROOT) == code
 
 
 def test_the_environment_of_the_caller_is_unchanged() -> None:

@@ -13,8 +13,9 @@ from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import TEMPORARY_SUFFIX
 from mal_train.core.console import Console
 from mal_train.core.errors import OutputError
+from mal_train.distributed.env import TUNER
 from mal_train.training.progress import Progress
-from mal_train.training.run_files import METRIC_COLUMNS, MetricsFile, StatusFile
+from mal_train.training.run_files import METRIC_COLUMNS, MetricsFile, StatusFile, StatusReader
 
 
 def test_a_status_line_repeats_earlier_metrics(tmp_path: Path) -> None:
@@ -26,6 +27,43 @@ def test_a_status_line_repeats_earlier_metrics(tmp_path: Path) -> None:
     assert [line.get("epoch") for line in lines] == [1, None, None]
     assert lines[-1]["kpi"] == {"train_loss": 1.0, "mIoU": 0.5}
     assert {"date", "time", "status", "verbosity", "message"} <= lines[-1].keys()
+
+
+def test_a_status_reader_returns_each_complete_line_once(tmp_path: Path) -> None:
+    reader = StatusReader(tmp_path)
+    assert reader.new_lines() == []
+    status = StatusFile(tmp_path)
+    status.write("STARTED", "a")
+    with status.path.open("a") as file:
+        file.write('not JSON\n{"status": "RUNN')
+    assert [line["message"] for line in reader.new_lines()] == ["a"]
+    assert reader.new_lines() == []
+    with status.path.open("a") as file:
+        file.write('ING", "message": "b"}\n')
+    assert [line["message"] for line in reader.new_lines()] == ["b"]
+
+
+def test_a_status_reader_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "status.json").symlink_to("/etc/hostname")
+    with pytest.raises(OutputError):
+        StatusReader(tmp_path).new_lines()
+
+
+def test_a_trial_waits_for_a_former_run_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_train.commands.common.LOCK_POLL_S", 0.01)
+    spec = Spec(results_dir=str(tmp_path))
+    with task_folder(spec, "train"), pytest.raises(OutputError), task_folder(spec, "train"):
+        pass
+    former = task_folder(spec, "train")
+    former.__enter__()
+    monkeypatch.setenv(TUNER, "1")
+    ending = threading.Timer(0.2, former.__exit__, (None, None, None))
+    ending.start()
+    with task_folder(spec, "train"):
+        ending.join()
+    monkeypatch.setattr("mal_train.commands.common.SAVE_GRACE_S", 0.05)
+    with task_folder(spec, "train"), pytest.raises(OutputError), task_folder(spec, "train"):
+        pass
 
 
 def test_a_status_file_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:

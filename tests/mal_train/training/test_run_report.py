@@ -28,6 +28,7 @@ from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, MalError, NonFiniteTraining, OutOfDeviceMemory, OutputError
 from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator
+from mal_train.kernel.checkpoint.checkpoint import load_checkpoint
 from mal_train.kernel.checkpoint.keys import generate_identity
 from mal_train.training import module as training_module
 from mal_train.training.panels import around_median, close_ups
@@ -249,6 +250,48 @@ class TestCloseUps:
         assert fraction == bad / 6
         assert empty == sum(iou == 0.0 for iou in ious)
         assert 0 < empty < bad < 6
+
+
+@pytest.fixture(scope="module")
+def boxes_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the output folder of a run whose validation set has no masks."""
+    folder = tmp_path_factory.mktemp("boxes")
+    boxes = {name: write_scenes(folder / name, images=3, masks=False, seed=1) for name in ("train", "val")}
+    result = run(spec_of(boxes, folder, "train.num_epochs=2", validate=True))
+    assert result.report is not None
+    assert result.report.overall.count == 0
+    return folder / "train"
+
+
+class TestBoxesAlone:
+    """A validation set without masks: the boxes are measured, and nothing is fitted."""
+
+    def test_metrics_and_status_have_the_proxy(self, boxes_alone: Path) -> None:
+        rows = [row for row in read_metrics(boxes_alone) if row["kind"] == "val"]
+        lines = [json.loads(line) for line in (boxes_alone / "status.json").read_text().splitlines()]
+        validations = [line for line in lines if line["message"] == "Eval metrics generated."]
+        assert [line["epoch"] for line in validations] == [row["epoch"] for row in rows] == [1, 2]
+        for row, line in zip(rows, validations, strict=True):
+            for name in ("tightness", "stability", "box_proxy"):
+                assert 0 <= line["kpi"][name] <= 1
+                assert row[name] == pytest.approx(line["kpi"][name], abs=1e-5)
+            assert line["kpi"]["mIoU"] is None
+            assert "mIoU" not in row
+
+    def test_thresholds_are_those_of_the_spec(self, boxes_alone: Path) -> None:
+        config = load_checkpoint(boxes_alone / "mal_model_latest.malckpt", None).labeler
+        assert config.mask_thres == (0.1, 0.1, 0.1)
+        assert config.calibration is None
+
+    def test_the_page_shows_the_proxy(self, boxes_alone: Path) -> None:
+        page = (boxes_alone / "report.html").read_text()
+        assert "box_proxy" in page
+        assert "without masks over step" in page
+        assert "mIoU over step" not in page
+
+    def test_the_proxy_is_measured_beside_true_masks_too(self, finished: Path) -> None:
+        lines = [json.loads(line) for line in (finished / "status.json").read_text().splitlines()]
+        assert {"mIoU", "tightness", "stability", "box_proxy"} <= lines[-1]["kpi"].keys()
 
 
 class TestStatus:
