@@ -22,6 +22,9 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
+pytest_plugins = ["tests.object_store"]
+"""The fixture `s3`."""
+
 RECORDED: dict[str, object] = {}
 """Measurements of the test that runs, from the fixture `record`."""
 

@@ -4,7 +4,9 @@
     ├── InputError              2  the caller: one input is unusable, the rest of the work continues
     │   ├── BadImage            2  bytes that do not decode, exceed a limit or differ from the stated size
     │   ├── BadBox              2  a box that is not finite, is empty or lies outside its image
-    │   └── BadDataset          2  a COCO file or a row's mask that cannot be read
+    │   ├── BadDataset          2  a COCO file or a row's mask that cannot be read
+    │   └── StorageError        2  an object in a store that cannot be read; its reason tells why
+    ├── StoreUnreachable        1  a store that does not answer, or not in time; a later run may succeed
     ├── ConfigError             2  the user: a spec, a setting, a flag or an override
     ├── CheckpointError         2  the user: a checkpoint that cannot be used
     │   ├── WrongKey            2  the key does not decrypt the file, is missing, or the key header is damaged
@@ -73,6 +75,23 @@ class BadBox(InputError):
 
 class BadDataset(InputError):
     """A COCO file, or the mask of one of its rows, that cannot be read. The caller's fault; exit code 2."""
+
+
+class StorageError(InputError):
+    """An object in a store or on a web server that cannot be read. The caller's fault; exit code 2.
+
+    Attributes:
+        reason: NOT_FOUND, BUCKET_NOT_FOUND, ACCESS_DENIED, NO_CREDENTIALS, TOO_LARGE, CHANGED (while it was read),
+            HOST_NOT_ALLOWED or FAILED.
+    """
+
+    def __init__(self, message: str, reason: str = "FAILED") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class StoreUnreachable(MalError):
+    """A store that cannot be reached, or that fails or times out on every attempt. Exit code 1."""
 
 
 class ConfigError(MalError):

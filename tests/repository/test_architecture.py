@@ -78,6 +78,7 @@ NOT_IN_BASE_INSTALL = (
     *("torch", "torchvision", "lightning", "timm", "tensorboard"),
     *("pydantic", "yaml", "pyrage", "safetensors", "grpc_health", "aiohttp"),
     *("httpx2", "cvat_sdk", "opentelemetry"),
+    *("fsspec", "s3fs", "gcsfs", "adlfs", "yarl"),
 )
 # Parts of the client that need an extra, and what it brings.
 WITH_AN_EXTRA = {

@@ -1,0 +1,176 @@
+"""Addresses of files: local paths, and objects in stores. Opens nothing.
+
+    s3://BUCKET/KEY                           Amazon S3 and stores that speak its protocol
+    gs://BUCKET/KEY                           Google Cloud Storage
+    az://CONTAINER/KEY, abfs://CONTAINER/KEY  Azure Blob Storage
+    https://HOST/PATH, http://HOST/PATH       web servers, read only
+
+Everything else is a local path. An address may grant access: by a user and password, or by a signed query. `redact`
+removes both; every message, journal and provenance names an address by `redact`.
+"""
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Final
+from urllib.parse import quote, urlsplit
+
+from mal_train.core.errors import BadImage, ConfigError
+
+OBJECT_SCHEMES: Final = ("s3", "gs", "az", "abfs")
+"""Schemes of stores that are read with the user's credentials."""
+WEB_SCHEMES: Final = ("https", "http")
+"""Schemes that are read without credentials, other than those in the address."""
+
+Location = Path | str
+"""A local path, or the address of an object or of a prefix of objects; an address is always a string."""
+
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_REDACTED: Final = "?[redacted]"
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>]+")
+
+
+def scheme_of(address: Location) -> str:
+    """Returns the scheme of an address in lower case; "" for a local path.
+
+    >>> scheme_of("S3://bucket/a.jpg"), scheme_of("photos/a.jpg"), scheme_of("C:/photos")
+    ('s3', '', '')
+    """
+    match = _SCHEME.match(address) if isinstance(address, str) else None
+    return match[1].lower() if match else ""
+
+
+def is_remote(address: Location) -> bool:
+    """Returns True for the address of an object in a store or on a web server; False for a local path.
+
+    >>> is_remote("s3://bucket/a.jpg"), is_remote("http://host/a.jpg"), is_remote("a.jpg"), is_remote(Path("a.jpg"))
+    (True, True, False, False)
+    """
+    return scheme_of(address) in (*OBJECT_SCHEMES, *WEB_SCHEMES)
+
+
+def parse_location(text: str) -> Location:
+    """Returns the location that a user gave: a path, or a checked address.
+
+    >>> parse_location("s3://bucket/boxes.json")
+    's3://bucket/boxes.json'
+
+    Raises:
+        ConfigError: the scheme is not supported, or the address names no bucket, container or host.
+    """
+    scheme = scheme_of(text)
+    if not scheme:
+        return Path(text)
+    if not is_remote(text):
+        known = ", ".join(f"{name}://" for name in (*OBJECT_SCHEMES, *WEB_SCHEMES))
+        raise ConfigError(f"{redact(text)}: scheme {scheme!r} is not supported; use {known} or a local path")
+    if not _has_place(text):
+        place = "host" if scheme in WEB_SCHEMES else "bucket"
+        raise ConfigError(f"{redact(text)}: names no {place}; give {scheme}://{place.upper()}/PATH")
+    return text
+
+
+def _has_place(address: str) -> bool:
+    if scheme_of(address) in OBJECT_SCHEMES:
+        bucket = split_object(address)[0]
+        return bool(bucket) and ":" not in bucket
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def redact(address: Location) -> str:
+    """Returns an address for messages and files: without user, password, query and fragment.
+
+    >>> redact("https://me:secret@example.org/a.jpg?X-Amz-Signature=0f3c#top")
+    'https://example.org/a.jpg?[redacted]'
+    >>> redact("s3://bucket/a#1.jpg"), redact(Path("a?.jpg"))
+    ('s3://bucket/a#1.jpg', 'a?.jpg')
+    """
+    scheme = scheme_of(address)
+    if not scheme:
+        return str(address)
+    head, _, rest = str(address).partition("://")
+    # "#" may be part of a key.
+    visible = re.split("[?]" if scheme in OBJECT_SCHEMES else "[?#]", rest, maxsplit=1)
+    place, slash, path = visible[0].partition("/")
+    # abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/KEY
+    shown = place if scheme == "abfs" and ":" not in place else place.rpartition("@")[2]
+    return f"{head}://{shown}{slash}{path}{_REDACTED if len(visible) > 1 else ''}"
+
+
+def has_user(address: str) -> bool:
+    """Returns True for an address with a user or password before the host.
+
+    >>> has_user("https://me:secret@example.org/a"), has_user("https://example.org/a@b")
+    (True, False)
+    """
+    return "@" in re.split("[/?#]", address.partition("://")[2], maxsplit=1)[0]
+
+
+def redact_text(text: str) -> str:
+    """Returns text with every address in it redacted, for messages of other programs.
+
+    >>> redact_text("GET https://u:p@example.org/a?sig=1 failed")
+    'GET https://example.org/a?[redacted] failed'
+    """
+    return _URL.sub(lambda match: redact(match[0]), text)
+
+
+def join(folder: Location, name: str) -> Location:
+    """Returns the location of a file below a folder or prefix; `name` is relative, with "/" between its parts.
+
+    The name is quoted in a web address, whose query is kept: a signature may cover all files below it.
+
+    >>> join("s3://bucket/images/", "2021/a b.jpg")
+    's3://bucket/images/2021/a b.jpg'
+    >>> join("https://host/images?sig=1", "a b.jpg")
+    'https://host/images/a%20b.jpg?sig=1'
+
+    Raises:
+        BadImage: the name leads out of a prefix (reason IMAGE_NOT_FOUND); local folders are checked by their readers.
+    """
+    if not is_remote(folder):
+        return Path(folder) / name
+    if name.startswith("/") or ".." in name.split("/"):
+        raise BadImage(f"{name}: outside {redact(folder)}; give a name without '..' and '/' at its start",
+                       "IMAGE_NOT_FOUND")  # fmt: skip
+    text = str(folder)
+    if scheme_of(text) in OBJECT_SCHEMES:
+        return f"{text.rstrip('/')}/{name}"
+    base, mark, query = text.partition("?")
+    return f"{base.rstrip('/')}/{quote(name)}{mark}{query}"
+
+
+def sibling(address: Location, name: str) -> Location:
+    """Returns the location of another file in the same folder or prefix.
+
+    >>> sibling("s3://bucket/out/masks.json", "masks.errors.jsonl")
+    's3://bucket/out/masks.errors.jsonl'
+    """
+    if not is_remote(address):
+        return Path(address).with_name(name)
+    return join(str(address).partition("?")[0].rpartition("/")[0], name)
+
+
+def base_name(address: Location) -> str:
+    """Returns the last part of a location, without a query.
+
+    >>> base_name("https://host/a/boxes.json?sig=1"), base_name(Path("a/boxes.json"))
+    ('boxes.json', 'boxes.json')
+    """
+    if not is_remote(address):
+        return Path(address).name
+    text = str(address) if scheme_of(address) in OBJECT_SCHEMES else re.split(r"[?#]", str(address), maxsplit=1)[0]
+    return PurePosixPath(text.partition("://")[2]).name
+
+
+def split_object(address: str) -> tuple[str, str]:
+    """Returns bucket and key of the address of an object.
+
+    >>> split_object("s3://bucket/a/b.jpg")
+    ('bucket', 'a/b.jpg')
+    """
+    bucket, _, key = address.partition("://")[2].partition("/")
+    return bucket, key

@@ -1,0 +1,191 @@
+"""Writes results by address: to local files, or as objects in stores, the whole object or nothing.
+
+A remote result is written to a local temporary file first and uploaded at the end: with one request, or in parts that
+the store joins at the last one. A store shows no object before that, and an existing one is unchanged until then.
+Stores have no locks: of two commands that write one object, the later one wins.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mal_train.core import atomic_io
+from mal_train.core.errors import OutputError, StorageError, StoreUnreachable
+from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact, sibling
+from mal_train.core.storage.reading import store_of, temporary_file
+from mal_train.core.storage.retry import with_retries
+
+
+@contextmanager
+def write_output(address: Location) -> Iterator[BinaryIO]:
+    """Yields a new file that becomes the result when the block ends without an error.
+
+    Args:
+        address: a path, written by `atomic_write`, or the address of an object.
+
+    Raises:
+        OutputError: the result cannot be written; what was there before is unchanged.
+        ConfigError: the extra `remote` is not installed.
+    """
+    if not is_remote(address):
+        with atomic_io.atomic_write(Path(address)) as file:
+            yield file
+        return
+    with temporary_file(base_name(address)) as (path, file):
+        yield file
+        file.flush()
+        upload(path, str(address))
+
+
+def write_text(address: Location, text: str) -> None:
+    """Writes a UTF-8 file by `write_output`; half of a surrogate pair, which JSON can hold, becomes its escape."""
+    with write_output(address) as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
+def check_writable(address: Location) -> None:
+    """Checks before long work that `write_output` can write an address, without leaving anything there.
+
+    For s3:// an upload is begun and ended: this tests the permission. For gs:// and az:// it is only checked that the
+    bucket exists and that the credentials may see it.
+
+    Raises:
+        OutputError: it cannot be written.
+        ConfigError: the extra `remote` is not installed.
+    """
+    if not is_remote(address):
+        atomic_io.check_writable(Path(address))
+        return
+    text = str(address)
+    store = store_of(text)
+    with _as_output_error(text):
+        with_retries(lambda: store.check_writable(text), redact(text), attempts=store.attempts)
+
+
+def upload(source: Path, address: str) -> None:
+    """Writes an object from a local file: the whole object or nothing.
+
+    Raises:
+        OutputError: the store refuses it or cannot be reached; an existing object is unchanged.
+        ConfigError: the extra `remote` is not installed.
+    """
+    store = store_of(address)
+    with _as_output_error(address):
+        with_retries(lambda: store.upload(source, address), redact(address), attempts=store.attempts)
+
+
+def remove(address: str) -> None:
+    """Deletes an object; a missing one is no error. Raises as `upload`."""
+    store = store_of(address)
+    with _as_output_error(address):
+        with_retries(lambda: store.remove(address), redact(address), attempts=store.attempts)
+
+
+@dataclass(frozen=True)
+class StagedOutput:
+    """A result of several files that are written locally and published together.
+
+    Attributes:
+        address: path or address of the main file.
+        path: path at which the main file is written; `address` itself if that is local.
+        sides: names of files and folders that may be written beside it.
+    """
+
+    address: Location
+    path: Path
+    sides: Sequence[str] = ()
+
+    def publish(self) -> None:
+        """Uploads what was written: side files first, the main file last, each as a whole; does nothing locally.
+
+        A side file that was not written this time is deleted in the store, so that none of an earlier run stays beside
+        the new main file. The local files are removed at the end.
+
+        Raises:
+            OutputError: the store refuses a file or cannot be reached; the local files stay.
+        """
+        if not is_remote(self.address):
+            return
+        for name in self.sides:
+            source = self.path.with_name(name)
+            target = str(sibling(self.address, name))
+            if source.is_dir():
+                upload_folder(source, target)
+            elif source.exists():
+                upload(source, target)
+            else:
+                remove(target)
+        upload(self.path, str(self.address))
+        self._remove_local()
+
+    def _remove_local(self) -> None:
+        for source in (self.path, *map(self.path.with_name, self.sides)):
+            if source.is_dir():
+                shutil.rmtree(source, ignore_errors=True)
+            else:
+                source.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_output(address: Location, sides: Sequence[str] = ()) -> Iterator[Path]:
+    """Yields the path at which a command writes its result; publishes it at the end of the block, unless it fails.
+
+    Args:
+        address: path or address of the main file.
+        sides: names of files and folders that the command may write beside it.
+
+    Raises:
+        OutputError: from `check_writable` before the block, or from `StagedOutput.publish` after it.
+    """
+    if not is_remote(address):
+        yield Path(address)
+        return
+    check_writable(address)
+    with tempfile.TemporaryDirectory(prefix="mal-") as folder:
+        staged = StagedOutput(address, Path(folder) / base_name(address), sides)
+        yield staged.path
+        if staged.path.exists():
+            staged.publish()
+
+
+@contextmanager
+def staged_outputs(*addresses: Location | None) -> Iterator[list[Path | None]]:
+    """Yields a path for each address, None for None; see `staged_output`."""
+    with ExitStack() as stack:
+        yield [None if address is None else stack.enter_context(staged_output(address)) for address in addresses]
+
+
+@contextmanager
+def staged_folder(address: Location) -> Iterator[Path]:
+    """Yields the folder to which a command writes its files; uploads them at the end of the block, unless it fails.
+
+    Each object is whole, the set of them is not: an upload that fails leaves those before it.
+
+    Raises:
+        OutputError: an upload failed.
+    """
+    if not is_remote(address):
+        yield Path(address)
+        return
+    check_writable(join(address, "x"))
+    with tempfile.TemporaryDirectory(prefix="mal-") as folder:
+        yield Path(folder)
+        upload_folder(Path(folder), str(address))
+
+
+def upload_folder(source: Path, prefix: str) -> None:
+    """Uploads the files of a folder, in alphabetical order. Raises OutputError."""
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        upload(path, str(join(prefix, path.relative_to(source).as_posix())))
+
+
+@contextmanager
+def _as_output_error(address: str) -> Iterator[None]:
+    try:
+        yield
+    except (StorageError, StoreUnreachable) as error:
+        raise OutputError(f"{error}; {redact(address)} is not written") from None
