@@ -158,7 +158,7 @@ class EvaluationRun:
         before = self._evaluator.memory
         await self._in_pool(self._count, sample)
         kept = self._evaluator.memory - before + _memory_of_name(sample)
-        self._memory.shrink(expected - kept + sample.memory)
+        self._memory.adjust(kept - expected - sample.memory)
         self._categories |= _categories(sample)
 
     async def record_of(self, sample: SampleResult) -> bytes:

@@ -22,7 +22,9 @@ class MemoryLease:
         self._size = size
 
     def shrink(self, size: int) -> None:
-        """Releases all but `size` bytes; never acquires more."""
+        """Releases all but `size` bytes; never acquires more. Raises ValueError for fewer than 0."""
+        if size < 0:
+            raise ValueError(f"{size} bytes; it must be 0 or more")
         excess = max(self._size - size, 0)
         self._size -= excess
         self._limiter.release(self._priority, excess)

@@ -83,13 +83,28 @@ class Reservation:
             CallTooLarge: this call alone would exceed the limit.
             MemoryFull: other calls, an older one among them, hold too many.
         """
+        if size < 0:
+            raise ValueError(f"{size} bytes; it must be 0 or more")
         self._quota._grow(self, size)
         self.size += size
 
     def shrink(self, size: int) -> None:
-        """Gives `size` of the held bytes back."""
+        """Gives `size` of the held bytes back. Raises ValueError for more than are held, or fewer than 0."""
+        if not 0 <= size <= self.size:
+            raise ValueError(f"{size} bytes; it must lie between 0 and the {self.size} that are held")
         self._quota._shrink(size)
         self.size -= size
+
+    def adjust(self, change: int) -> None:
+        """Holds `change` bytes more, or fewer if it is negative: after a size that was estimated is known.
+
+        Raises:
+            CallTooLarge, MemoryFull: as `grow`.
+        """
+        if change > 0:
+            self.grow(change)
+        else:
+            self.shrink(-change)
 
     def hold_until(self, future: "Future[Any]") -> None:
         """Keeps the bytes until `future` is done, even if the call ends before: its thread still uses them."""

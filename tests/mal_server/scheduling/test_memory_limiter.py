@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from mal_server.scheduling.memory_limiter import MemoryLease, MemoryLimiter
 from mal_server.scheduling.priority import Priority
 from tests.mal_server.fakes import run_on_fake_clock
@@ -74,6 +76,16 @@ def test_a_shrunken_lease_lets_the_next_task_start() -> None:
         assert await tasks.shrink("a", 50) == ["a"]
         assert await tasks.shrink("a", 40) == ["a", "b"]
         assert tasks.limiter.used == 100
+
+    with_limit(100, work)
+
+
+def test_a_lease_never_releases_more_than_it_holds() -> None:
+    async def work(tasks: Tasks) -> None:
+        await tasks.acquire("a", 60, INTERACTIVE)
+        with pytest.raises(ValueError, match="-1"):
+            await tasks.shrink("a", -1)
+        assert tasks.limiter.used == 60
 
     with_limit(100, work)
 
