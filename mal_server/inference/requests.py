@@ -14,9 +14,6 @@ from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import MaskFormat
 from mal_train.kernel.labeler.types import Label, PredictOptions
 
-RING_BYTES = 256
-"""Memory of a ring beside its points."""
-
 
 @dataclass(frozen=True)
 class OutputOptions:
@@ -115,7 +112,7 @@ def _mask_bytes(mask: EncodedMask) -> int:
         case Runs():
             return mask.counts.itemsize * len(mask.counts)
         case Polygons():
-            return sum(RING_BYTES + ring.points.nbytes for ring in mask.rings)
+            return mask.rings.nbytes
         case PngCrop():
             return len(mask.content)
 

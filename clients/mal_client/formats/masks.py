@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -13,8 +14,11 @@ from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, by_
 from mal_train.core.errors import BadDataset, OutputError
 from mal_train.core.input_files import resolve_inside
 from mal_train.core.masks.encodings import to_polygons
-from mal_train.core.masks.polygons import Ring
+from mal_train.core.masks.polygons import Rings
 from mal_train.core.masks.rle import Rle, from_segmentation
+
+MAX_NAME_BYTES = 255
+"""Longest name of a file or folder in the usual file systems."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class MaskRow:
     category: str
     category_index: int
     rle: Rle
-    rings: tuple[Ring, ...]
+    rings: Rings
 
 
 @dataclass
@@ -132,6 +136,10 @@ class LabelFiles:
             self.omit(image, rows, "NAME_OUTSIDE", f"label file would be outside {self._folder}")
             return None
         relative = name.with_suffix(self._suffix)
+        if max(len(os.fsencode(part)) for part in relative.parts) > MAX_NAME_BYTES:
+            text = f"the name of its label file, or of a folder, has more than {MAX_NAME_BYTES} bytes; rename the image"
+            self.omit(image, rows, "NAME_TOO_LONG", text)
+            return None
         if resolve_inside(self._folder, str(relative.parent)) is None:
             self.omit(image, rows, "NAME_OUTSIDE", f"a link leads out of {self._folder}; remove it")
             return None

@@ -151,7 +151,7 @@ class BoxLabel:
         """Returns `polygons`, simplified by at most `tolerance_px` px of distance from the mask's edge."""
         from mal_train.core.masks.encodings import to_polygons  # noqa: PLC0415
 
-        return to_polygons(self._mask_rle(), tolerance_px).rings
+        return tuple(to_polygons(self._mask_rle(), tolerance_px).rings)
 
     @property
     def png(self) -> bytes:

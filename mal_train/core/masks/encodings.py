@@ -14,7 +14,7 @@ from PIL import Image
 
 from mal_train.core.images.decoder import decode_image
 from mal_train.core.images.header import ImageLimits
-from mal_train.core.masks.polygons import Ring, fill, to_rings
+from mal_train.core.masks.polygons import Rings, fill, to_rings
 from mal_train.core.masks.rle import Rle, decode_patch, encode_mask, encode_region, encode_runs, run_lengths
 from mal_train.core.settings import MaskFormat
 
@@ -37,7 +37,7 @@ class Polygons:
 
     height: int
     width: int
-    rings: tuple[Ring, ...]
+    rings: Rings
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def to_runs(rle: Rle) -> Runs:
 
 def to_polygons(rle: Rle, tolerance_px: float = 0.0) -> Polygons:
     """Returns the mask as rings; `tolerance_px` as in `polygons.to_rings`."""
-    return Polygons(rle.height, rle.width, tuple(to_rings(decode_patch(rle), tolerance_px)))
+    return Polygons(rle.height, rle.width, to_rings(decode_patch(rle), tolerance_px))
 
 
 def to_png(rle: Rle) -> PngCrop:

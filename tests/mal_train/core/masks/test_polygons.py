@@ -1,5 +1,6 @@
 """Polygon rings: round trips with holes, tolerances, and bridges that pycocotools reads."""
 
+import time
 import tracemalloc
 from typing import Any
 
@@ -19,7 +20,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def rings(mask: NDArray[np.bool_], tolerance_px: float = 0.0) -> list[Ring]:
-    return to_rings(decode_patch(encode_mask(mask)), tolerance_px)
+    return list(to_rings(decode_patch(encode_mask(mask)), tolerance_px))
 
 
 def filled(found: list[Ring], like: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -89,6 +90,55 @@ def test_a_tolerance_reduces_points_at_a_bounded_loss(tolerance_px: float, most_
     assert sum(len(ring.points) for ring in simplified) <= most_points < sum(len(ring.points) for ring in exact)
     # A line within t of an edge of length p changes at most t p px²: here 2 pi r t of pi r².
     assert overlap(filled(simplified, mask), mask) >= 1 - 2 * tolerance_px / radius
+
+
+@given(SEEDS)
+@settings(max_examples=100, deadline=None)
+def test_pycocotools_restores_holes_that_are_connected_to_each_other(seed: int) -> None:
+    mask = random_mask(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(polygons, "_MAX_PAIRS", -1)
+        merged = [polygon.ravel().astype(float).tolist() for polygon in merge_holes(rings(mask))]
+    if merged:
+        decoded = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(merged, *mask.shape)))
+        np.testing.assert_array_equal(decoded.astype(bool), mask)
+
+
+def test_the_work_of_merging_the_holes_of_a_noisy_mask_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compared(*_: Any) -> Any:
+        raise AssertionError("each of 60 000 holes was compared with all points")
+
+    monkeypatch.setattr(polygons, "_nearest", compared)
+    mask = np.ones((513, 513), np.bool_)
+    mask[1::2, 1::2] = False
+    found = to_rings(decode_patch(encode_mask(mask)))
+    (merged,) = merge_holes(found)
+    assert len(found) == 1 + 256**2
+    assert len(merged) == len(found.points) + 2 * 256**2
+
+
+def seconds_of_rings(side: int) -> float:
+    """Returns the CPU time to trace a mask with a hole for every other pixel, the shorter one of two."""
+    mask = np.ones((side, side), np.bool_)
+    mask[1::2, 1::2] = False
+    patch = decode_patch(encode_mask(mask))
+    taken = []
+    for _ in range(2):
+        began = time.thread_time()
+        to_rings(patch)
+        taken.append(time.thread_time() - began)
+    return min(taken)
+
+
+def test_the_time_of_tracing_grows_with_the_number_of_holes_and_not_with_its_square() -> None:
+    assert seconds_of_rings(1025) < 12 * seconds_of_rings(513)  # for four times the holes; 22 with RETR_CCOMP
+
+
+def test_rings_take_the_memory_of_their_points() -> None:
+    mask = np.ones((513, 513), np.bool_)
+    mask[1::2, 1::2] = False
+    found = to_rings(decode_patch(encode_mask(mask)))
+    assert found.nbytes == len(found.points) * 8 + len(found) * 9
 
 
 @given(SEEDS, st.floats(0.1, 50))
