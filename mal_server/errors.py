@@ -3,6 +3,7 @@
     MalError
     ├── InputError
     │   ├── InvalidRequest      INVALID_ARGUMENT     fields of a request break the contract; nothing was started
+    │   │   ├── RefusedItem                          likewise one item of a stream, which was not parsed
     │   │   ├── ResponseTooLarge                     the masks of an item do not fit into one message
     │   │   └── CallTooLarge                         one call may never hold the memory that this one needs
     │   ├── Unauthenticated     UNAUTHENTICATED      no token, or an unknown one
@@ -52,6 +53,18 @@ class InvalidRequest(InputError):
     def under(self, path: str) -> Self:
         """Returns the same error for a request that is a part of a message; `path` precedes the fields."""
         return type(self)([(f"{path}{field}", problem) for field, problem in self.violations])
+
+
+class RefusedItem(InvalidRequest):
+    """An item of a bulk stream that was refused before it was parsed; the stream continues.
+
+    Attributes:
+        item_id: the client's name for it; a very long one is truncated.
+    """
+
+    def __init__(self, violations: Sequence[tuple[str, str]], item_id: str) -> None:
+        super().__init__(violations)
+        self.item_id = item_id
 
 
 class ResponseTooLarge(InvalidRequest):

@@ -15,7 +15,7 @@ from mal_server.api.receiving import ReceiveLimiter
 from mal_server.api.serialization.bounded_parse import bounded, max_fields
 from mal_server.api.serialization.status import DOMAIN
 from mal_server.config.server import ServerConfig
-from mal_server.errors import InvalidRequest, PermissionDenied, Unauthenticated
+from mal_server.errors import InvalidRequest, PermissionDenied, RefusedItem, Unauthenticated
 from mal_server.ops.metrics import Metrics
 from mal_server.security.auth import TokenAuthenticator, TokenScopes
 from mal_server.security.caller import caller_of, current_caller
@@ -151,7 +151,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 def _as_stream(handler: Handler, guarded: Inner, parse: Callable[[bytes], Any]) -> Handler:
     """Returns a handler of a stream of requests that takes the place of another handler."""
     return grpc.stream_stream_rpc_method_handler(
-        guarded, request_deserializer=_catch_refusal(parse), response_serializer=handler.response_serializer
+        guarded,
+        request_deserializer=_catch_refusal(parse),
+        response_serializer=_unless_encoded(handler.response_serializer),
     )
 
 
@@ -191,6 +193,15 @@ def _catch_refusal(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return read
 
 
+def _unless_encoded(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Returns `serialize` for messages, and bytes as they are: large responses are encoded in a thread."""
+
+    def encoded(response: Any) -> bytes:
+        return response if isinstance(response, bytes) else serialize(response)
+
+    return encoded
+
+
 def _small(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """Returns `parse` for messages of at most MAX_SMALL_BYTES; it raises InvalidRequest for larger ones."""
 
@@ -211,5 +222,6 @@ def _checked(request: Any) -> Any:
 
 
 async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Yields the messages of a stream, a refused item among them: its method answers it, and the stream continues."""
     async for request in requests:
-        yield _checked(request)
+        yield request if isinstance(request, RefusedItem) else _checked(request)

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
@@ -23,7 +23,7 @@ from mal_server.api.serialization.status import reason_of, status_of
 from mal_server.api.streaming import bounded_map, contextless, each, each_within
 from mal_server.config.model_config import ModelPlan
 from mal_server.config.server import ServerConfig
-from mal_server.errors import NoSuchFile, ResponseTooLarge
+from mal_server.errors import NoSuchFile, RefusedItem, ResponseTooLarge
 from mal_server.evaluation.dataset_reader import Dataset, memory_of, read_dataset
 from mal_server.evaluation.resume_tokens import ResumeTokens
 from mal_server.evaluation.run import EvaluationRun, UnreadImage
@@ -39,8 +39,6 @@ from mal_server.scheduling.priority import Priority
 from mal_server.security.caller import current_caller
 from mal_train.core.errors import DeviceLost
 
-Response = TypeVar("Response")
-
 MAX_NUMBERS_IN_LOOP = 20_000
 """Numbers of a response up to which it is written in the event loop, in two milliseconds; see `size_of`."""
 
@@ -54,9 +52,9 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
         self._idle_s = config.connections.stream_idle_s
         self._metrics = metrics
 
-    async def LabelImage(
+    async def LabelImage(  # type: ignore[override] # encoded responses, see `interceptors`
         self, request: labeling_pb2.LabelImageRequest, context: Any
-    ) -> AsyncGenerator[labeling_pb2.LabelImageResponse, None]:
+    ) -> AsyncGenerator[bytes, None]:
         """Labels the boxes of one image; sends a message for each device batch that held crops of the request.
 
         Limits: `max_boxes` boxes; the limits of images in `Limits`.
@@ -75,9 +73,9 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
                     write = partial(labeling_messages.write_response, partial_result, model_ref)
                     yield await _written(write, partial_result, model, label_request)
 
-    async def LabelImages(
+    async def LabelImages(  # type: ignore[override] # as above
         self, request_iterator: AsyncIterator[labeling_pb2.LabelImagesRequest], context: Any
-    ) -> AsyncGenerator[labeling_pb2.LabelImagesResponse, None]:
+    ) -> AsyncGenerator[bytes, None]:
         """Labels a stream of images; sends one message for each item, in the order in which they finish.
 
         Limits: `max_items_in_flight` unanswered items, after which the server stops reading; `max_response_bytes` for
@@ -96,11 +94,13 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
 
     @asynccontextmanager
     async def _label_item(
-        self, models: PinnedModels, context: Any, item: labeling_pb2.LabelImagesRequest
-    ) -> AsyncIterator[labeling_pb2.LabelImagesResponse]:
-        """Returns the response to an item, whose memory is counted until the context ends."""
+        self, models: PinnedModels, context: Any, item: labeling_pb2.LabelImagesRequest | RefusedItem
+    ) -> AsyncIterator[bytes]:
+        """Returns the encoded response to an item, whose memory is counted until the context ends."""
         async with AsyncExitStack() as stack:
             try:
+                if isinstance(item, RefusedItem):
+                    raise item
                 labeling_messages.check_item(item)
                 model = models.get(item.request.options.model)
                 defaults = _call_defaults(model, Priority.BATCH, context)
@@ -109,7 +109,7 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
                 result = await stack.enter_async_context(model.pipeline.labeled(label_request))
                 write = partial(labeling_messages.write_item, item.item_id, result, model_ref)
                 response = await _written(write, result, model, label_request)
-                self._check_size(response.ByteSize())
+                self._check_size(len(response))
             except DeviceLost:  # no later item can be labeled either
                 raise
             # An error of one item must not end the stream: it becomes the status of that item.
@@ -203,7 +203,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             dataset, size_bytes = await asyncio.wrap_future(reading)
         finally:
             when_done(reading, self._reader.release)
-        memory.shrink(while_read - size_bytes)
+        memory.adjust(size_bytes - while_read)
         images = dataset.images(options.label_request, self._limits.max_boxes, records)
         options = replace(options, category_names=dataset.category_names, images_total=len(dataset.head.images))
         return options, each(images)
@@ -274,9 +274,9 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
 
 async def _written(
-    write: Callable[[], Response], result: PartialResult, model: ServedModel, request: LabelRequest
-) -> Response:
-    """Returns the message that `write` builds; in a thread if that takes long: the event loop serves all calls."""
+    write: Callable[[], bytes], result: PartialResult, model: ServedModel, request: LabelRequest
+) -> bytes:
+    """Returns the message that `write` encodes; in a thread if that takes long: the event loop serves all calls."""
     if labeling_messages.size_of(result) <= MAX_NUMBERS_IN_LOOP:
         return write()
     return await model.pool.run(request.priority, write, caller=request.caller)

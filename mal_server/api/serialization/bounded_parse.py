@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from mal_server.errors import InvalidRequest
+from mal_server.errors import InvalidRequest, RefusedItem
 
 MAX_STRING_BYTES: Final = 20_000
 """Limit of a string field; the longest valid one is the path of a file, of `allowed_dirs.MAX_PATH_CHARS` characters."""
@@ -32,6 +32,9 @@ mask."""
 BYTES_PER_FIELD: Final = 64
 """Bytes of a small submessage that count as a further field; a box has fewer."""
 
+MAX_ITEM_FIELDS: Final = 16
+"""Fields of a refused item among which its id is looked for; an encoder writes two."""
+
 _MAX_VARINT_BYTES: Final = 10
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -48,16 +51,51 @@ def bounded(parse: Callable[[bytes], Any], max_fields: int) -> Callable[[bytes],
     """Returns `parse`, the `FromString` of a message class, with a count of the fields before it.
 
     The result raises InvalidRequest for more than `max_fields` fields and for a string above MAX_STRING_BYTES; the
-    violation names the field. It leaves malformed messages to `parse`.
+    violation names the field. For an item of a bulk stream, whose `item_id` tells the client which one it is, that is a
+    RefusedItem. It leaves malformed messages to `parse`.
     """
     message_type: Descriptor = parse.__self__.DESCRIPTOR  # type: ignore[attr-defined]
 
     def parse_bounded(data: bytes) -> Any:
         if len(data) > SMALL_MESSAGE_BYTES:
-            check_fields(data, message_type, max_fields)
+            try:
+                check_fields(data, message_type, max_fields)
+            except InvalidRequest as error:
+                item_id = item_id_of(data, message_type)
+                if item_id is not None:
+                    raise RefusedItem(error.violations, item_id) from None
+                raise
         return parse(data)
 
     return parse_bounded
+
+
+def item_id_of(data: bytes, message_type: Descriptor) -> str | None:
+    """Returns the `item_id` of an encoded message, without parsing anything else of it.
+
+    Returns None if the message type has no such field, and for a message that is malformed or has more than
+    MAX_ITEM_FIELDS fields beside each other.
+    """
+    field = message_type.fields_by_name.get("item_id")
+    if field is None:
+        return None
+    found = b""
+    position = 0
+    try:
+        for _ in range(MAX_ITEM_FIELDS):
+            if position == len(data):
+                return found.decode()
+            tag, position = _varint(data, position)
+            if tag & 7 != _BYTES:
+                position = _after_number(data, position, tag & 7)
+                continue
+            size, position = _varint(data, position)
+            if tag >> 3 == field.number:
+                found = _cut(data[position : position + min(size, MAX_STRING_BYTES + 1)])
+            position += size
+    except (IndexError, ValueError):
+        return None
+    return None
 
 
 def check_fields(data: bytes, message_type: Descriptor, max_fields: int) -> None:
@@ -90,6 +128,11 @@ def check_fields(data: bytes, message_type: Descriptor, max_fields: int) -> None
                     raise InvalidRequest([(f"{path}{name}", rule)])
     except (IndexError, ValueError):
         return  # malformed: the parser ends at the same place and says so
+
+
+def _cut(text: bytes) -> bytes:
+    """Returns a text of UTF-8; a long one without its end, and without the part of a character there."""
+    return text if len(text) <= MAX_STRING_BYTES else text.decode(errors="ignore").encode()
 
 
 _UNKNOWN: Final[_Field] = ("", None, False, False)

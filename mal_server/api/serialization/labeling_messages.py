@@ -9,10 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.rpc import status_pb2
 from mal.v1 import labeling_pb2, types_pb2
 
 from mal_server.api.serialization.status import status_of
+from mal_server.api.serialization.wire import extend, submessage
 from mal_server.config.limits import Limits
 from mal_server.errors import InvalidRequest
 from mal_server.inference.image_store import CachedImage, FileImage, ImageSource, InlineImage
@@ -20,7 +22,7 @@ from mal_server.inference.requests import InstanceResult, LabelRequest, OutputOp
 from mal_server.models.loader import ModelInfo
 from mal_server.scheduling.priority import Priority
 from mal_server.security.caller import NOBODY, Caller
-from mal_train.core.masks.encodings import EncodedMask, Polygons, Runs
+from mal_train.core.masks.encodings import EncodedMask, PngCrop, Polygons, Runs
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, MaskFormat, can_compare
@@ -34,6 +36,15 @@ MAX_TOLERANCE_PX = 1000.0
 
 NUMBERS_OF_A_RESULT = 100
 """Numbers whose writing takes as long as that of a result without its masks."""
+
+NUMBERS_OF_A_RING = 20
+"""The same for a ring beside its points."""
+
+BYTES_OF_A_NUMBER = 100
+"""Bytes of a run-length code or a PNG whose copying takes as long as writing a number."""
+
+_RESULTS = labeling_pb2.LabelImageResponse.RESULTS_FIELD_NUMBER
+_ITEM_RESPONSE = labeling_pb2.LabelImagesResponse.RESPONSE_FIELD_NUMBER
 
 _BRANCHES = {
     types_pb2.BRANCH_STUDENT: Branch.STUDENT,
@@ -239,25 +250,33 @@ def size_of(result: PartialResult) -> int:
 def _numbers(mask: EncodedMask) -> int:
     if isinstance(mask, Runs):
         return len(mask.counts)
-    return sum(ring.points.size for ring in mask.rings) if isinstance(mask, Polygons) else 0
+    if isinstance(mask, Polygons):
+        return mask.rings.points.size + NUMBERS_OF_A_RING * len(mask.rings)
+    return len(mask.counts if isinstance(mask, Rle) else mask.content) // BYTES_OF_A_NUMBER
 
 
-def write_response(result: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImageResponse:
-    """Builds the message with some of the results of a request."""
-    return labeling_pb2.LabelImageResponse(
-        results=[_write_result(one) for one in result.results], model=model, timing=_write_timing(result.timing)
-    )
+def write_response(result: PartialResult, model: types_pb2.ModelRef) -> bytes:
+    """Returns the encoded LabelImageResponse with some of the results of a request."""
+    return b"".join(_response(result, model))
 
 
-def write_item(item_id: str, result: PartialResult, model: types_pb2.ModelRef) -> labeling_pb2.LabelImagesResponse:
-    """Builds the message with the results of a bulk item."""
-    return labeling_pb2.LabelImagesResponse(item_id=item_id, response=write_response(result, model))
+def write_item(item_id: str, result: PartialResult, model: types_pb2.ModelRef) -> bytes:
+    """Returns the encoded LabelImagesResponse with the results of a bulk item."""
+    head = labeling_pb2.LabelImagesResponse(item_id=item_id).SerializeToString()
+    return b"".join([head, *submessage(_ITEM_RESPONSE, _response(result, model))])
 
 
-def write_item_error(item_id: str, status: status_pb2.Status) -> labeling_pb2.LabelImagesResponse:
-    """Builds the message with the error of a bulk item; an id that is too long is truncated."""
+def write_item_error(item_id: str, status: status_pb2.Status) -> bytes:
+    """Returns the encoded LabelImagesResponse with the error of a bulk item; an id that is too long is truncated."""
     echoed = item_id.encode()[:MAX_ITEM_ID_BYTES].decode(errors="ignore")
-    return labeling_pb2.LabelImagesResponse(item_id=echoed, status=status)
+    return labeling_pb2.LabelImagesResponse(item_id=echoed, status=status).SerializeToString()
+
+
+def _response(result: PartialResult, model: types_pb2.ModelRef) -> list[bytes]:
+    """Returns an encoded LabelImageResponse in parts: its results one by one, then its other fields."""
+    parts = [part for one in result.results for part in submessage(_RESULTS, [_write_result(one).SerializeToString()])]
+    rest = labeling_pb2.LabelImageResponse(model=model, timing=_write_timing(result.timing))
+    return [*parts, rest.SerializeToString()]
 
 
 def write_branches(branches: Iterable[Branch]) -> list["types_pb2.Branch.ValueType"]:
@@ -274,40 +293,39 @@ def _write_result(result: InstanceResult) -> types_pb2.InstanceResult:
     label = result.outcome
     if not isinstance(label, Label):
         return types_pb2.InstanceResult(instance_id=result.instance_id, status=status_of(label))
-    return types_pb2.InstanceResult(
+    message = types_pb2.InstanceResult(
         instance_id=result.instance_id,
-        masks=[_write_mask(mask) for mask in result.masks],
         score=label.score,
         agreement=label.agreement,
         area_px=label.area,
         mask_box=_write_box(label.mask_box),
         flags=[types_pb2.MaskFlag.Value(f"MASK_FLAG_{flag}") for flag in label.flags],
     )
+    for mask in result.masks:
+        _write_mask(mask, message.masks.add())
+    return message
 
 
-def _write_mask(mask: EncodedMask) -> types_pb2.Mask:
-    if isinstance(mask, Rle):
-        return types_pb2.Mask(coco_rle=types_pb2.CocoRle(height=mask.height, width=mask.width, counts=mask.counts))
-    if isinstance(mask, Runs):
-        runs = types_pb2.UncompressedRle(height=mask.height, width=mask.width, counts=mask.counts)
-        return types_pb2.Mask(uncompressed_rle=runs)
-    if isinstance(mask, Polygons):
-        # A list: protobuf takes five times as long for the numbers of an array.
-        rings = [
-            types_pb2.PolygonRing(points=ring.points.ravel().tolist(), is_hole=ring.is_hole) for ring in mask.rings
-        ]
-        return types_pb2.Mask(polygons=types_pb2.PolygonMask(height=mask.height, width=mask.width, rings=rings))
-    return types_pb2.Mask(
-        png=types_pb2.PngMask(
-            height=mask.height,
-            width=mask.width,
-            x=mask.x,
-            y=mask.y,
-            crop_width=mask.crop_width,
-            crop_height=mask.crop_height,
-            content=mask.content,
-        )
-    )
+def _write_mask(mask: EncodedMask, message: types_pb2.Mask) -> None:
+    """Fills a message that is a part of its result already: to put it in afterwards would copy all of it."""
+    match mask:
+        case Rle():
+            _set(message.coco_rle, height=mask.height, width=mask.width, counts=mask.counts)
+        case Runs():
+            _set(message.uncompressed_rle, height=mask.height, width=mask.width)
+            extend(message.uncompressed_rle.counts, mask.counts)
+        case Polygons():
+            _set(message.polygons, height=mask.height, width=mask.width)
+            for ring in mask.rings:
+                extend(message.polygons.rings.add(is_hole=ring.is_hole).points, ring.points.ravel())
+        case PngCrop():
+            _set(message.png, height=mask.height, width=mask.width, x=mask.x, y=mask.y, content=mask.content)
+            _set(message.png, crop_width=mask.crop_width, crop_height=mask.crop_height)
+
+
+def _set(message: Message, **values: int | bytes) -> None:
+    for name, value in values.items():
+        setattr(message, name, value)
 
 
 def _write_box(box: Box | None) -> types_pb2.Box | None:

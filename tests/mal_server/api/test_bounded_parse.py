@@ -11,18 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mal.v1 import evaluation_pb2, labeling_pb2, model_pb2, types_pb2
 
-from mal_server.api.serialization.bounded_parse import MAX_STRING_BYTES, bounded, check_fields, max_fields
+from mal_server.api.serialization.bounded_parse import MAX_STRING_BYTES, bounded, check_fields, item_id_of, max_fields
 from mal_server.api.serialization.evaluation_messages import read_evaluate_options
-from mal_server.api.serialization.labeling_messages import CallDefaults, Violations, read_output_options
+from mal_server.api.serialization.labeling_messages import (
+    MAX_ITEM_ID_BYTES,
+    CallDefaults,
+    Violations,
+    read_output_options,
+)
 from mal_server.errors import InvalidRequest
 from mal_server.evaluation.run import MAX_CATEGORIES
 from mal_server.inference.allowed_dirs import suggest
 from mal_server.scheduling.priority import Priority
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch
-from tests.mal_server.calls import collect, fields_of, refusal
+from tests.mal_server.calls import collect, fields_of, refusal, with_server
 from tests.mal_server.evaluation.test_run import message_of, truth_of
-from tests.mal_server.fakes import DISC_BOX, label_request
+from tests.mal_server.fakes import DISC_BOX, Running, label_request
 from tests.mal_server.random_requests import REQUESTS
 
 MAX_BOXES = 1000
@@ -119,6 +124,47 @@ def test_a_call_with_millions_of_fields_is_refused_and_names_the_field(method: s
     code, status, _ = refusal(lambda running: collect(running.channel.stream_stream(f"/mal.v1.{method}")([data])))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert fields_of(status) == [path]
+
+
+ITEM = labeling_pb2.LabelImagesRequest(item_id="é 1").SerializeToString()
+REFUSED = HOSTILE["boxes of an item"][1]
+
+
+def test_a_refused_item_fails_alone_and_the_stream_continues() -> None:
+    request = label_request(DISC_BOX)
+    good = labeling_pb2.LabelImagesRequest(item_id="good", request=request)
+    long = labeling_pb2.LabelImagesRequest(item_id="a" * (MAX_STRING_BYTES + 1), request=request)
+    long.request.image.content = bytes(MILLION)
+    sent = [ITEM + REFUSED, long.SerializeToString(), good.SerializeToString()]
+
+    async def work(running: Running) -> list[bytes]:
+        call: Any = running.channel.stream_stream("/mal.v1.LabelingService/LabelImages")
+        return await collect(call(sent))
+
+    responses = {one.item_id: one for one in map(labeling_pb2.LabelImagesResponse.FromString, with_server(work))}
+    assert set(responses) == {"é 1", "a" * MAX_ITEM_ID_BYTES, "good"}
+    assert fields_of(responses["é 1"].status) == ["request.instances"]
+    assert fields_of(responses["a" * MAX_ITEM_ID_BYTES].status) == ["item_id"]
+    assert len(responses["good"].response.results) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "item_id"),
+    [
+        (b"", ""),
+        (ITEM + field(2, b""), "é 1"),
+        (field(2, b"") + ITEM + b"\x78\x00", "é 1"),
+        (field(1, b"first") + field(1, b"last"), "last"),
+        (field(1, "é".encode() * MILLION), "é" * (MAX_STRING_BYTES // 2)),
+        (field(1, b"\xff"), None),
+        (ITEM + b"\x12\x05a", None),
+        (ITEM + b"\x12", None),
+        (ITEM + b"\x78\x00" * MILLION, None),
+    ],
+)
+def test_the_id_of_a_refused_item_is_read_from_a_few_fields(data: bytes, item_id: str | None) -> None:
+    assert item_id_of(data, labeling_pb2.LabelImagesRequest.DESCRIPTOR) == item_id
+    assert item_id_of(data, evaluation_pb2.EvaluateRequest.DESCRIPTOR) is None
 
 
 def test_a_name_longer_than_any_is_not_compared_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
