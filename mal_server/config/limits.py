@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
+from mal_train.core.images.header import DEFAULT_LIMITS, MAX_PIXELS, ImageLimits
 from mal_train.core.yaml_config import Strict
 
 MIB = 1024 * 1024
@@ -23,7 +23,7 @@ class Limits(Strict):
     )
     max_boxes: int = Field(default=1000, ge=1, le=100_000, description="Boxes of one image.")
     max_pixels: int = Field(
-        default=DEFAULT_LIMITS.max_pixels, ge=1, le=400_000_000, description="Width times height of one image."
+        default=DEFAULT_LIMITS.max_pixels, ge=1, le=MAX_PIXELS, description="Width times height of one image."
     )
     max_side: int = Field(
         default=DEFAULT_LIMITS.max_side, ge=1, le=100_000, description="Width and height of one image, in px."

@@ -9,6 +9,9 @@ from mal_train.core.images.container import Container, ImageHeader, refusal
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
+MAX_PIXELS = 178_956_970
+"""Area of the largest image that Pillow opens, in px; no limit can be higher."""
+
 MAX_PADDING = 2
 """Tiles of a TIFF may reach beyond the image, up to this multiple of the maximum area."""
 

@@ -12,7 +12,7 @@ from PIL import Image
 from mal_train.core.errors import BadImage
 from mal_train.core.images import decoder
 from mal_train.core.images.decoder import STRIP_PIXELS, decode_image, encode_png, read_image
-from mal_train.core.images.header import ImageLimits
+from mal_train.core.images.header import MAX_PIXELS, ImageLimits
 from mal_train.core.images.jpeg import MAX_SCANS
 
 
@@ -130,6 +130,11 @@ def test_nine_hundred_megapixels_are_rejected_from_the_header() -> None:
     with pytest.raises(BadImage) as caught:
         decode_image(png_header(30_000, 30_000))
     assert caught.value.reason == "IMAGE_TOO_LARGE"
+
+
+def test_every_limit_of_pixels_that_can_be_set_is_one_that_pillow_keeps() -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None
+    assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
 
 
 def test_a_forged_chunk_length_is_a_decode_error() -> None:
