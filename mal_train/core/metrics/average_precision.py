@@ -6,6 +6,7 @@ groups of one shape in the same loop. The results are the same numbers (tests: t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,19 +55,31 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class _Matched:
-    """A group after matching: D ≤ MAX_DETS detections, highest score first, for A area ranges and T thresholds.
+    """Groups after matching: their N counted detections, for A area ranges and T thresholds.
+
+    In a few arrays for all groups: to join one of each of 300 000 images would stop all other threads for a second.
 
     Attributes:
-        scores: (D,), descending.
-        is_matched: (A, T, D) detections with a ground truth of their own.
-        is_ignored: (A, T, D) detections that count neither as true nor as false.
-        truths: (A,) number of ground truths that count.
+        scores: (N,) those of a group beside each other, descending.
+        rank: (N,) place of each detection in its group.
+        is_matched: (A, T, N) detections with a ground truth of their own.
+        is_ignored: (A, T, N) detections that count neither as true nor as false.
+        truths: (A, groups) number of ground truths that count.
     """
 
     scores: Floats
+    rank: Integers
     is_matched: Bools
     is_ignored: Bools
-    truths: NDArray[np.int64]
+    truths: Integers
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A category: its groups and its detections, each from a first one to before another."""
+
+    groups: slice
+    detections: slice
 
 
 def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[float, ...]:
@@ -76,19 +89,18 @@ def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[flo
         groups: in order of category, then of image.
         scores: (D,) of each group's detections; detections with equal scores keep the given order.
     """
-    matched = _match_all(groups, scores)
-    categories = list(dict.fromkeys(group.category for group in groups))
-    of_category: dict[int, list[_Matched]] = {category: [] for category in categories}
-    for group, result in zip(groups, matched, strict=True):
-        of_category[group.category].append(result)
+    sizes = np.fromiter((min(score.size, MAX_DETS) for score in scores), np.int64, len(scores))
+    starts = np.cumsum(sizes) - sizes
+    matched = _match_all(groups, scores, starts, int(sizes.sum()))
+    spans = _spans(groups, [*starts.tolist(), int(sizes.sum())])
     average_precision: list[float] = []
-    recall = {max_dets: np.full((len(THRESHOLDS), len(categories), len(AREAS)), -1.0) for max_dets in (1, 10, MAX_DETS)}
+    recall = {max_dets: np.full((len(THRESHOLDS), len(spans), len(AREAS)), -1.0) for max_dets in (1, 10, MAX_DETS)}
     for a in range(len(AREAS)):
         # One area range at a time, because this array has 8 kB for each category. Its axes are those of pycocotools:
         # the order of summation decides the last bits of the means.
-        precision = np.full((len(THRESHOLDS), len(RECALLS), len(categories)), -1.0)
-        for k, category in enumerate(categories):
-            _accumulate(of_category[category], a, precision[:, :, k], {m: r[:, k, a] for m, r in recall.items()})
+        precision = np.full((len(THRESHOLDS), len(RECALLS), len(spans)), -1.0)
+        for k, span in enumerate(spans):
+            _accumulate(matched, span, a, precision[:, :, k], {m: r[:, k, a] for m, r in recall.items()})
         average_precision.append(_mean(precision))
         if a == 0:
             average_precision += [_mean(precision[0]), _mean(precision[5])]
@@ -100,23 +112,30 @@ def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[flo
     )
 
 
+def _spans(groups: Sequence[Group], starts: Sequence[int]) -> list[_Span]:
+    """Returns the categories in order; `starts` has the first detection of each group, and the number of all."""
+    changes = [n for n in range(1, len(groups)) if groups[n].category != groups[n - 1].category]
+    bounds = [0, *changes, len(groups)] if groups else []
+    return [_Span(slice(i, j), slice(starts[i], starts[j])) for i, j in pairwise(bounds)]
+
+
 def _mean(values: Floats) -> float:
     known = values[values > -1]
     return float(np.mean(known)) if known.size else -1.0
 
 
-def _accumulate(matched: Sequence[_Matched], area: int, precision: Floats, recall: dict[int, Floats]) -> None:
+def _accumulate(matched: _Matched, span: _Span, area: int, precision: Floats, recall: dict[int, Floats]) -> None:
     """Fills precision (T, R) at each recall and, by maximum of detections, the recall (T,) of one category."""
-    truths = sum(int(group.truths[area]) for group in matched)
+    truths = int(matched.truths[area, span.groups].sum())
     if not truths:
         return
-    order = np.argsort(-np.concatenate([group.scores for group in matched]), kind="stable")
-    is_matched = np.concatenate([group.is_matched[area] for group in matched], axis=1)[:, order]
-    counts = ~np.concatenate([group.is_ignored[area] for group in matched], axis=1)[:, order]
+    order = np.argsort(-matched.scores[span.detections], kind="stable")
+    is_matched = matched.is_matched[area, :, span.detections][:, order]
+    counts = ~matched.is_ignored[area, :, span.detections][:, order]
     true = np.cumsum(is_matched & counts, axis=1, dtype=np.float64)
     false = np.cumsum(~is_matched & counts, axis=1, dtype=np.float64)
     if area == 0:  # the only range with metrics at fewer detections
-        rank = np.concatenate([np.arange(group.scores.size) for group in matched])[order]
+        rank = matched.rank[span.detections][order]
         for max_dets in (1, 10):
             recall[max_dets][:] = np.count_nonzero((is_matched & counts)[:, rank < max_dets], axis=1) / truths
     if not order.size:
@@ -131,22 +150,37 @@ def _accumulate(matched: Sequence[_Matched], area: int, precision: Floats, recal
         precision[t] = np.where(index < order.size, envelope[t][np.minimum(index, order.size - 1)], 0.0)
 
 
-def _match_all(groups: Sequence[Group], scores: Sequence[Floats]) -> list[_Matched]:
-    """Matches every group, groups of one shape together; returns them in the given order."""
-    orders = [np.argsort(-score, kind="stable")[:MAX_DETS] for score in scores]
+def _match_all(groups: Sequence[Group], scores: Sequence[Floats], starts: Integers, count: int) -> _Matched:
+    """Matches every group, groups of one shape together.
+
+    Args:
+        groups: detections and ground truths.
+        scores: (D,) of each group's detections.
+        starts: (groups,) place of each group's first detection among all.
+        count: number of all detections.
+    """
     by_shape: dict[tuple[int, int], list[int]] = {}
-    for number, (group, order) in enumerate(zip(groups, orders, strict=True)):
-        by_shape.setdefault((order.size, group.truth_areas.size), []).append(number)
-    matched: dict[int, _Matched] = {}
+    for number, (group, score) in enumerate(zip(groups, scores, strict=True)):
+        by_shape.setdefault((min(score.size, MAX_DETS), group.truth_areas.size), []).append(number)
+    matched = _Matched(
+        scores=np.zeros(count),
+        rank=np.zeros(count, np.int64),
+        is_matched=np.zeros((len(AREAS), len(THRESHOLDS), count), np.bool_),
+        is_ignored=np.zeros((len(AREAS), len(THRESHOLDS), count), np.bool_),
+        truths=np.zeros((len(AREAS), len(groups)), np.int64),
+    )
     for (detections, truths), numbers in by_shape.items():
         elements = len(AREAS) * len(THRESHOLDS) * max(detections, truths, 1)
         for chunk in _chunks(numbers, max(1, _MAX_ELEMENTS // elements)):
-            batch = [groups[number] for number in chunk], [orders[number] for number in chunk]
-            is_matched, is_ignored, counted = _match(*batch)
-            for index, number in enumerate(chunk):
-                sorted_scores = scores[number][orders[number]]
-                matched[number] = _Matched(sorted_scores, is_matched[index], is_ignored[index], counted[index])
-    return [matched[number] for number in range(len(groups))]
+            orders = [np.argsort(-scores[number], kind="stable")[:MAX_DETS] for number in chunk]
+            is_matched, is_ignored, counted = _match([groups[number] for number in chunk], orders)
+            place = starts[chunk][:, None] + np.arange(detections)
+            matched.truths[:, chunk] = counted.T
+            matched.rank[place] = np.arange(detections)
+            matched.scores[place] = [scores[number][order] for number, order in zip(chunk, orders, strict=True)]
+            matched.is_matched[:, :, place] = np.moveaxis(is_matched, 0, 2)
+            matched.is_ignored[:, :, place] = np.moveaxis(is_ignored, 0, 2)
+    return matched
 
 
 def _chunks(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
