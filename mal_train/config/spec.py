@@ -76,9 +76,9 @@ class Spec(Strict):
         default=(),
         max_length=100,
         description=(
-            "Public keys (ed25519:...) of authors: evaluate.checkpoint, inference.checkpoint and .malckpt starting\n"
-            "weights must have the signature of one of them (FILE.sig, from `mal-train sign`). [] = none is needed.\n"
-            "Checkpoints of the own output folder, to resume from, need none."
+            "Public keys (ed25519:...) of authors: evaluate.checkpoint, inference.checkpoint and starting weights\n"
+            "must have the signature of one of them (FILE.sig, from `mal-train sign`); weights that timm downloads\n"
+            "have none. [] = none is needed. Checkpoints of the own output folder, to resume from, need none."
         ),
     )
     dataset: DatasetConfig = DatasetConfig()

@@ -59,7 +59,7 @@ class TrainConfig(Devices):
     )
     pretrained_model_sha256: Sha256 | None = Field(
         default=None,
-        description="SHA-256 that a .malckpt of starting weights must have (sha256sum FILE); null: any.",
+        description="SHA-256 that the file of starting weights must have (sha256sum FILE); null: any.",
     )
     batch_size: int = Field(default=3, ge=1, le=65_536, description="Boxes per batch and process.")
     accum_grad_batches: int = Field(default=1, ge=1, le=1_000_000, description="Batches per optimizer step.")

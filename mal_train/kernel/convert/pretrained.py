@@ -81,13 +81,13 @@ def load_pretrained(
             name of `BACKBONES` for its published weights; a file of a backbone or a TAO checkpoint (`.pt`, `.pth`,
             `.ckpt`, `.bin`, `.safetensors`); a `.malckpt`; or `builtin` for the model in the package.
         key: decrypts an encrypted `.malckpt`.
-        trust: SHA-256 or signers that a `.malckpt` must have.
+        trust: SHA-256 or signers that a file must have.
 
     Raises:
-        ConfigError: no such file or name, no connection, weights of another architecture, or a SHA-256 for weights that
-            are no `.malckpt`.
+        ConfigError: no such file or name, no connection, weights of another architecture, or a SHA-256 or signers for
+            weights that are no file.
         UnknownLayout: no name in the source matches.
-        CheckpointError: a `.malckpt` that cannot be loaded.
+        CheckpointError: a `.malckpt` that cannot be loaded, or a file that is not trusted.
     """
     targets = network.student.state_dict()
     tensors, lineage = _read(source, key, trust)
@@ -120,18 +120,23 @@ def _is_file(source: str) -> bool:
 
 def _read(source: str, key: DecryptionKey | None, trust: TrustPolicy) -> tuple[dict[str, Tensor], Lineage]:
     """Returns weights and lineage from a single read of the file, which may be replaced at any time."""
-    if trust.sha256 and builtin.resolve(source).suffix != ".malckpt":
-        raise ConfigError(f"train.pretrained_model_sha256: {source} is no .malckpt file; remove it")
+    is_download = source in BACKBONES or not _is_file(source)
+    if is_download and trust != NO_POLICY:
+        setting = "trusted_signers" if trust.signers else "train.pretrained_model_sha256"
+        raise ConfigError(
+            f"{setting}: {source} is no file but a name of timm, whose weights are downloaded and have no signature; "
+            "give the path of a file that you have checked (sha256sum) or signed (mal-train sign)"
+        )
     if source in BACKBONES:
         return _download(_published_name(source)), Lineage(source, published_license(source))
-    if not _is_file(source):
+    if is_download:
         return _download(_checked_timm_name(source)), Lineage(source, published_license(source))
     path = builtin.resolve(source)
     if path.suffix == ".malckpt":
         checkpoint = load_checkpoint(path, key, skip_training_state=True, trust=builtin.trust_for(source, trust))
         provenance = builtin.with_card(checkpoint.sha256, checkpoint.provenance)
         return dict(checkpoint.weights), Lineage.from_checkpoint(path, checkpoint.sha256, provenance)
-    tensors = read_weight_file(path)
+    tensors = read_weight_file(path, trust)
     if any(name.startswith("student.") for name in tensors):
         tensors = from_tao(tensors, source).weights
     return tensors, Lineage(path.name, NOT_STATED)

@@ -4,20 +4,25 @@ The only module that calls torch.load. Knows no layout: `pretrained` and `tao_im
 """
 
 import errno
+import io
 import struct
 import zipfile
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError  # only the exception: torch's restricted reader raises it
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.nn import Parameter
 
 from mal_train.core.errors import ConfigError, UnknownLayout
+from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
+
+_Source: TypeAlias = Path | io.BytesIO
+"""A file, or its bytes in memory."""
 
 WRAPPERS = ("state_dict", "model")
 """Keys that hold the weights in published files, in order of precedence."""
@@ -36,21 +41,28 @@ READ_ERRORS = (
 """Exceptions of torch's reader for damaged or foreign bytes (from 16 000 damaged files)."""
 
 
-def read_weight_file(path: Path) -> dict[str, Tensor]:
+def read_weight_file(path: Path, trust: TrustPolicy = NO_POLICY) -> dict[str, Tensor]:
     """Reads a file written by safetensors or torch.save (`.pt`, `.pth`, `.ckpt`). Returns name → tensor on the CPU.
 
     A dict under `state_dict` or `model` is unwrapped; entries other than tensors are ignored. The tensors take no more
     memory than the file, because a file from outside may claim more than it holds.
 
+    Args:
+        path: the file.
+        trust: SHA-256 or signers that the file must have, checked before anything of it is parsed; takes its size in
+            memory.
+
     Raises:
         ConfigError: no such file, or no permission.
+        Untrusted: another SHA-256, or no signature of a trusted signer.
         UnknownLayout: neither format, damaged, compressed, encrypted by TAO, with pickled objects, without tensors, or
             with tensors that are not dense or claim more elements than the file holds.
     """
     if not path.is_file():
         raise ConfigError(f"weights {path}: no such file; give the path of a readable file")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+        source = path if trust == NO_POLICY else _trusted(path, trust)
+        content = _read_safetensors(source) if path.suffix == ".safetensors" else _read_torch(source, path)
     except OSError as error:
         if error.errno == errno.EINVAL:  # torch's reader seeks before the start of a truncated file
             raise UnknownLayout(f"weights {path}: damaged; the end of the file is missing") from error
@@ -63,6 +75,13 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, path)
     return tensors
+
+
+def _trusted(path: Path, trust: TrustPolicy) -> io.BytesIO:
+    """Returns the bytes of a file that were checked: nobody can exchange them before they are parsed."""
+    content = io.BytesIO(path.read_bytes())
+    trust.check(path, content)
+    return content
 
 
 def _check_tensor(name: str, tensor: Tensor, path: Path) -> None:
@@ -83,25 +102,32 @@ def _check_tensor(name: str, tensor: Tensor, path: Path) -> None:
         )
 
 
-def _check_entries(path: Path) -> None:
+def _check_entries(source: _Source, path: Path) -> None:
     """Raises UnknownLayout if the entries are larger than the file; compressed ones can be so by a factor of 1 000."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(source) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
-    if size > path.stat().st_size:
+    stored = path.stat().st_size if isinstance(source, Path) else source.getbuffer().nbytes
+    if size > stored:
         raise UnknownLayout(
-            f"weights {path}: {size} bytes of entries in a file of {path.stat().st_size}; torch.save does not compress "
+            f"weights {path}: {size} bytes of entries in a file of {stored}; torch.save does not compress "
             "and stores each entry once; save the weights with it"
         )
 
 
-def _read_torch(path: Path) -> Any:
+def _read_safetensors(source: _Source) -> dict[str, Tensor]:
+    return load_file(source) if isinstance(source, Path) else load(source.getvalue())
+
+
+def _read_torch(source: _Source, path: Path) -> Any:
     try:
-        if zipfile.is_zipfile(path):
-            _check_entries(path)
+        if zipfile.is_zipfile(source):
+            _check_entries(source, path)
+        if not isinstance(source, Path):
+            source.seek(0)
         # weights_only: unrestricted unpickling would run code from the file.
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(source, map_location="cpu", weights_only=True)
     except READ_ERRORS as error:
-        objects = _pickled_classes(path)
+        objects = _pickled_classes(source)
         if objects:
             raise UnknownLayout(
                 f"weights {path}: pickled objects ({', '.join(objects)}), which can run code when read; if you trust "
@@ -110,12 +136,12 @@ def _read_torch(path: Path) -> Any:
         raise UnknownLayout(f"weights {path}: not written by torch.save, or damaged") from error
 
 
-def _pickled_classes(path: Path) -> list[str]:
+def _pickled_classes(source: _Source) -> list[str]:
     """Returns the names of pickled classes in a file other than tensors and containers; empty for other files."""
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(source):
         return []
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
     except READ_ERRORS:
         return []
 

@@ -1,5 +1,6 @@
 """Starting weights: matching tensors are loaded and reported, weights of another network are refused."""
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mal_train.core.errors import ConfigError, UnknownLayout
+from mal_train.core.errors import ConfigError, UnknownLayout, Untrusted
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.lineage import NOT_STATED
+from mal_train.kernel.checkpoint.trust import TrustPolicy, read_signing_key, sign_file, write_signing_key
 from mal_train.kernel.convert import pretrained
 from mal_train.kernel.convert.pretrained import load_pretrained, published_license
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
@@ -268,3 +270,58 @@ def test_a_missing_file_is_a_configuration_error() -> None:
 )
 def test_the_license_of_starting_weights_is_known_by_their_name(source: str, license: str) -> None:
     assert published_license(source) == license
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_starting_weights_of_other_programs_need_a_signature_like_checkpoints(tmp_path: Path, name: str) -> None:
+    path, key = tmp_path / name, tmp_path / "signing.pem"
+    (save_file if path.suffix == ".safetensors" else torch.save)(backbone(), path)
+    signer = write_signing_key(key)
+    trust = TrustPolicy(signers=(signer,))
+    with pytest.raises(Untrusted):
+        load_pretrained(make_network(), str(path), trust=trust)
+    sign_file(path, read_signing_key(f"file:{key}", "key"))
+    network = make_network()
+    load_pretrained(network, str(path), trust=trust)
+    assert backbone_equals(network, backbone())
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(Untrusted):
+        load_pretrained(make_network(), str(path), trust=trust)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_starting_weights_are_checked_before_they_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for reader in ("torch.load", "load", "load_file"):
+        monkeypatch.setattr(f"mal_train.kernel.convert.torch_weights.{reader}", None)
+    path = tmp_path / name
+    path.write_bytes(b"not the file")
+    with pytest.raises(Untrusted):
+        load_pretrained(make_network(), str(path), trust=TrustPolicy(sha256=("0" * 64,)))
+
+
+def test_what_is_parsed_is_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, inner = tmp_path / "a.pt", TrustPolicy.check
+    torch.save(backbone(), path)
+    trust = TrustPolicy(sha256=(hashlib.sha256(path.read_bytes()).hexdigest(),))
+
+    def exchanged(*args: Any) -> Any:
+        found = inner(*args)
+        torch.save({name: torch.zeros_like(tensor) for name, tensor in backbone().items()}, path)
+        return found
+
+    monkeypatch.setattr(TrustPolicy, "check", exchanged)
+    network = make_network()
+    load_pretrained(network, str(path), trust=trust)
+    assert backbone_equals(network, backbone())
+
+
+@pytest.mark.parametrize("source", ["vit-deit-tiny/16", "deit_tiny_patch16_224.fb_in1k"])
+@pytest.mark.parametrize(
+    "trust",
+    [TrustPolicy(sha256=("0" * 64,)), TrustPolicy(signers=("ed25519:A6EHv/POEL4dcN0Y50vAmWfk1jCbpQ1fHdyGZBJVMbg=",))],
+)
+def test_weights_that_are_downloaded_have_no_signature(source: str, trust: TrustPolicy) -> None:
+    with pytest.raises(ConfigError, match=source):
+        load_pretrained(make_network(), source, trust=trust)
