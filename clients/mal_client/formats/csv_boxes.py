@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from mal_client.formats.boxes import BAD_ROW, BoxRecord, RowError, parse_numbers
 from mal_train.core.errors import BadDataset
@@ -17,6 +16,9 @@ CORNERS: Final = (("x_min", "xmin", "x1", "left"), ("y_min", "ymin", "y1", "top"
                   ("y_max", "ymax", "y2", "bottom"))  # fmt: skip
 SIZES: Final = (("x", "bbox_x", "left", "x_min", "xmin"), ("y", "bbox_y", "top", "y_min", "ymin"),
                 ("width", "w", "bbox_width", "bbox_w"), ("height", "h", "bbox_height", "bbox_h"))  # fmt: skip
+
+MAX_ROW_CHARS: Final = 1024 * 1024
+"""Longest row of a file; one of boxes has some hundred characters."""
 
 DEFAULT_CATEGORY: Final = "object"
 
@@ -32,16 +34,22 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[BoxRecord | Ro
         path: the file, UTF-8.
         columns: names of the columns, for a file without a header.
 
+    Memory does not grow with the file: no more than a row of it is held.
+
     Raises:
-        BadDataset: the file cannot be read, or a column is missing or repeated.
+        BadDataset: the file cannot be read, a column is missing or repeated, or a row has more than MAX_ROW_CHARS.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _read_rows(path, file, columns)
     except (OSError, UnicodeDecodeError) as error:
         raise BadDataset(f"{path}: cannot be read ({error}); expected a CSV file in UTF-8") from None
-    first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
-    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+
+
+def _read_rows(path: Path, file: TextIO, columns: Sequence[str]) -> Iterator[BoxRecord | RowError]:
+    lines = _Lines(path, file)
+    delimiter = max(",;\t", key=lines.first.count)
+    table = csv.reader(lines, delimiter=delimiter)
     try:
         header = [name.strip().lower() for name in (columns or next(table, []))]
         columns_of = _Columns(path, header)
@@ -49,8 +57,44 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[BoxRecord | Ro
             where = f"{path.name}:{table.line_num}"
             if any(cell.strip() for cell in row):
                 yield columns_of.read(row, where)
+            lines.row_chars = 0
     except csv.Error as error:
         raise BadDataset(f"{path}: line {table.line_num}: {error}; check for a missing quotation mark") from None
+
+
+class _Lines:
+    """Lines of a file for the parser of a table, one at a time.
+
+    Attributes:
+        first: the first line.
+        row_chars: characters of the lines since the last complete row; the reader of the rows sets it to 0.
+    """
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self.row_chars = 0
+        self._path = path
+        self._file = file
+        self.first = self._next()
+        self._is_new = True
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.first if self._is_new else self._next()
+        self._is_new = False
+        if not line:
+            raise StopIteration
+        return line
+
+    def _next(self) -> str:
+        line = self._file.readline(MAX_ROW_CHARS + 1)
+        self.row_chars += len(line)
+        if self.row_chars > MAX_ROW_CHARS:
+            raise BadDataset(
+                f"{self._path}: a row of more than {MAX_ROW_CHARS} characters; check for a missing quotation mark"
+            )
+        return line
 
 
 class _Columns:

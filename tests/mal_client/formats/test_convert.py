@@ -1,12 +1,15 @@
 """Tests of the conversion of boxes from other formats: each box is converted or listed as an error."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mal_client.cli.main import main
+from mal_client.formats.boxes import BoxRecord
+from mal_client.formats.csv_boxes import read_csv
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -209,6 +212,30 @@ def test_a_yolo_file_that_is_not_text_is_listed_and_the_others_are_read(folder: 
     assert convert(folder, "yolo", "--names", str(folder / "names.txt")) == 3
     assert [row["where"] for row in errors(folder) if row["reason"] == "BAD_FILE"] == ["a.txt"]
     assert len(boxes(folder)["b.png"]) == 1
+
+
+def test_a_csv_file_is_read_row_by_row(folder: Path) -> None:
+    path = folder / "boxes.csv"
+    path.write_text("file_name,x,y,width,height\n" + "a.png,1,2,3,4\n" * 200_000)
+    tracemalloc.start()
+    try:
+        rows = sum(isinstance(row, BoxRecord) for row in read_csv(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert rows == 200_000
+    assert peak < path.stat().st_size / 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 2_000_000, "file_name,x,y,width,height\n" + "a.png," * 400_000, 'a,b\n"' + 'b\n","' * 400_000],
+    ids=["first line", "row", "row of many lines"],
+)
+def test_a_row_of_a_csv_file_is_bounded(folder: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "boxes.csv").write_text(text)
+    assert convert(folder, "csv", labels="boxes.csv") == 2
+    assert "boxes.csv" in capsys.readouterr().err
 
 
 def test_a_csv_file_with_an_open_quotation_mark_is_refused_with_its_line(

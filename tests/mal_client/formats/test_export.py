@@ -125,6 +125,18 @@ def test_an_image_whose_name_no_file_can_have_is_listed(
     assert "IMAGE_UNUSABLE" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["labelme", "yolo-seg"])
+@pytest.mark.parametrize("name", ["a" * 252 + ".png", "é" * 128 + "/a.png"])
+def test_an_image_whose_label_file_has_too_long_a_name_is_listed_and_the_others_are_written(
+    labeled: Dataset, form: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labeled.coco["images"][0]["file_name"] = name
+    labeled.save()
+    folder, count = export(labeled, form), len(labeled.coco["images"])
+    assert "NAME_TOO_LONG" in capsys.readouterr().err
+    assert len(list(folder.rglob("image_*.json" if form == "labelme" else "image_*.txt"))) == count - 1
+
+
 def test_labelme_masks_are_the_pixels(labeled: Dataset) -> None:
     folder = export(labeled, "labelme", "--shape", "mask")
     shape = json.loads((folder / "image_0.json").read_text())["shapes"][0]
