@@ -25,6 +25,9 @@ SHUTDOWN_S: Final = 2.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+RECEIVE_TIMEOUT_S: Final = 60.0
+"""Time limit for the body of a request, so that a slow or lost sender does not occupy memory forever."""
+
 MAX_CONNECTIONS: Final = 128
 """Open connections; more end the oldest ones, so that callers who only wait can keep nobody else out."""
 
@@ -123,6 +126,23 @@ class _Connections:
             return server()
 
         return accept
+
+
+@asynccontextmanager
+async def receiving() -> AsyncIterator[None]:
+    """A context in which the body of a request is read.
+
+    Raises:
+        HTTPRequestTimeout: it takes more than RECEIVE_TIMEOUT_S.
+        HTTPBadRequest: it is not sent as HTTP requires; for example, the length of a chunk is no number.
+    """
+    try:
+        async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+            yield
+    except TimeoutError:
+        raise web.HTTPRequestTimeout from None
+    except web.RequestPayloadError:
+        raise web.HTTPBadRequest from None
 
 
 async def until_interrupted() -> None:

@@ -38,6 +38,7 @@ from mal_client.playground.security import HEADERS, KEY_FIELD, Guard, cookie_nam
 from mal_client.transport.image_call import check_image_size
 from mal_client.types import ServerInfo
 from mal_client.web_guard import Forbidden
+from mal_client.web_server import receiving
 from mal_train.core.errors import BadImage, MalError
 from mal_train.core.images.decoder import decode_image, encode_png
 from mal_train.core.images.header import ImageLimits, read_header
@@ -212,10 +213,6 @@ def _middleware(guard: Guard) -> Any:
             response = _error(
                 HTTPStatus.NOT_FOUND, ItemError("NOT_FOUND", "IMAGE_UNKNOWN", "image: not in memory; send it again")
             )
-        except web.RequestPayloadError:
-            response = _error(
-                HTTPStatus.BAD_REQUEST, ItemError("BAD_REQUEST", "", "request body: not sent as HTTP requires")
-            )
         except MalError as error:
             response = _error(_status(error), item_error(error))
         if not response.prepared:
@@ -249,14 +246,17 @@ async def _read_image(request: web.Request, info: ServerInfo) -> bytes:
     """Reads an encoded image, up to the size limit of the labeling server."""
     check_image_size(request.content_length or 0, info.limits)
     content = bytearray()
-    async for chunk in request.content.iter_any():
-        content += chunk
-        check_image_size(len(content), info.limits)
+    async with receiving():
+        async for chunk in request.content.iter_any():
+            content += chunk
+            check_image_size(len(content), info.limits)
     return bytes(content)
 
 
 async def _read_json(request: web.Request) -> Any:
+    async with receiving():
+        body = await request.read()
     try:
-        return json.loads(await request.read())
+        return json.loads(body)
     except (ValueError, RecursionError):
         raise BadRequest("request body: not valid JSON; reload the page") from None

@@ -264,3 +264,17 @@ def test_an_invalid_request_is_refused(body: Any) -> None:
 
     status, error = with_playground(run)
     assert (status, error["code"]) == (400, "INVALID_ARGUMENT")
+
+
+def test_a_body_that_does_not_arrive_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unfinished() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async def work(page: Page) -> list[tuple[int, dict[str, Any]]]:
+        name = await send_image(page)
+        monkeypatch.setattr("mal_client.web_server.RECEIVE_TIMEOUT_S", 0.01)
+        paths = ("/api/images", f"/api/images/{name}/labels", "/api/coco")
+        return [await error_of(page.post(path, data=unfinished())) for path in paths]
+
+    assert [status for status, _ in with_playground(work)] == [408] * 3

@@ -25,6 +25,7 @@ from mal_client.errors import ClientError
 from mal_client.integrations.label_studio.label_config import read_label_config
 from mal_client.integrations.label_studio.predictor import Predictor, read_predict_request
 from mal_client.web_guard import Forbidden, WebGuard
+from mal_client.web_server import receiving
 from mal_train.core.errors import InputError, MalError
 
 HEALTH_TIMEOUT_S: Final = 0.8
@@ -43,9 +44,6 @@ MAX_REQUESTS: Final = 2 * MAX_RUNNING
 """Requests in memory: running, waiting or being received. Further requests get status 503 and Retry-After."""
 
 RETRY_AFTER_S: Final = 5
-
-RECEIVE_TIMEOUT_S: Final = 60.0
-"""Time limit for the body of a request, so that a lost connection does not occupy a slot forever."""
 
 HEALTH = "/health"
 
@@ -160,13 +158,13 @@ class _Backend:
 
         Raises:
             _TooManyRequests: MAX_REQUESTS, or the size limit of all bodies.
-            HTTPRequestTimeout: the body takes more than RECEIVE_TIMEOUT_S.
+            HTTPException: as `receiving`.
             HTTPRequestEntityTooLarge: the body exceeds the size limit of a request.
         """
         with self._slot():
             received = bytearray()
             try:
-                async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+                async with receiving():
                     async for chunk in request.content.iter_any():
                         # Counted as it arrives: a caller may state any length, or none.
                         received += chunk
@@ -176,10 +174,6 @@ class _Backend:
                         if self._received_bytes > self._max_received_bytes:
                             raise _TooManyRequests
                 yield bytes(received)
-            except TimeoutError:
-                raise web.HTTPRequestTimeout from None
-            except web.RequestPayloadError:  # for example, the length of a chunk is no number
-                raise web.HTTPBadRequest from None
             finally:
                 self._received_bytes -= len(received)
 

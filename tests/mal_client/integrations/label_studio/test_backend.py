@@ -284,7 +284,7 @@ def test_requests_above_the_limit_get_retry_after_and_the_others_succeed(
 
 
 def test_incomplete_requests_time_out_and_free_their_slots(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mal_client.integrations.label_studio.app.RECEIVE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("mal_client.web_server.RECEIVE_TIMEOUT_S", 0.01)
     url = backend.http.base_url
     for path in ("/predict", "/setup"):
         for _ in range(MAX_REQUESTS):
