@@ -37,12 +37,17 @@ class Table:
     Args:
         name: name of the benchmark.
         title: heading of the table.
+        parser: further options of the benchmark; by default it has none.
+
+    Attributes:
+        arguments: values of the options.
     """
 
-    def __init__(self, name: str, title: str) -> None:
-        parser = argparse.ArgumentParser(description=title)
+    def __init__(self, name: str, title: str, parser: argparse.ArgumentParser | None = None) -> None:
+        parser = parser or argparse.ArgumentParser(description=title)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
-        self._json: Path | None = parser.parse_args().json
+        self.arguments = parser.parse_args()
+        self._json: Path | None = self.arguments.json
         self._name = name
         self._rows: list[dict[str, Any]] = []
         self._missed: list[str] = []

@@ -23,6 +23,7 @@ from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.inference.image_store import FileImage
 from mal_server.inference.requests import LabelRequest
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
+from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.geometry import Box
@@ -202,6 +203,10 @@ def read_dataset(folders: AllowedDirs, annotations: str, images: str) -> Dataset
 
 
 def _annotations_path(folders: AllowedDirs, annotations: str) -> Path:
+    if is_parquet(Path(annotations)):
+        # Its memory could not be bounded by the size of the file.
+        problem = f"{annotations}: the server reads JSON; convert the file with mal-client convert --from coco"
+        raise InvalidRequest([("options.dataset.annotations", problem)])
     folder, _, relative_path = annotations.partition("/")
     return folders.path(folder, relative_path, "options.dataset.annotations")
 

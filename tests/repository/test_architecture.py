@@ -77,7 +77,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
 NOT_IN_BASE_INSTALL = (
     *("torch", "torchvision", "lightning", "timm", "tensorboard"),
     *("pydantic", "yaml", "pyrage", "safetensors", "grpc_health", "aiohttp"),
-    *("httpx2", "cvat_sdk", "opentelemetry"),
+    *("httpx2", "cvat_sdk", "opentelemetry", "pyarrow"),
     *("fsspec", "s3fs", "gcsfs", "adlfs", "yarl"),
 )
 # Parts of the client that need an extra, and what it brings.

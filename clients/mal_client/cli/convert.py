@@ -1,12 +1,13 @@
-"""The commands `mal-client convert` (other box formats to COCO) and `export` (labeled COCO to other mask formats)."""
+"""The commands `mal-client convert` (other box formats and forms to COCO) and `export` (masks to other formats)."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mal_client.cli.common import (
     EXIT_SOME_FAILED,
@@ -22,7 +23,13 @@ from mal_client.cli.common import (
     print_line,
     refuse_outputs_over_inputs,
 )
+from mal_train.core.coco.parquet_schema import is_parquet
+from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES
+from mal_train.core.console import LINE_EVERY_S, Console
 from mal_train.core.errors import ConfigError
+
+ROWS_PER_LOOK: Final = 4096
+"""Rows between two looks at the clock."""
 
 if TYPE_CHECKING:
     from mal_client.formats.boxes import ConversionResult, RowError
@@ -30,21 +37,43 @@ if TYPE_CHECKING:
 
 def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     """Adds the command and its options."""
-    convert = add_command(commands, "convert", "write a COCO file from images and boxes in CSV, YOLO or Pascal VOC")
+    convert = add_command(
+        commands,
+        "convert",
+        "write a COCO file, in JSON or parquet, from another form or from boxes in CSV, YOLO or Pascal VOC",
+    )
     convert.set_defaults(run=_convert)
     convert.add_argument(
-        "--from", dest="source_format", choices=["csv", "yolo", "voc"], required=True, help="format of the boxes"
+        "--from",
+        dest="source_format",
+        choices=["csv", "yolo", "voc", "coco"],
+        required=True,
+        help="format of the boxes",
     )
     convert.add_argument(
         "--labels",
         type=Path,
         required=True,
         metavar="PATH",
-        help="csv: the file; yolo: folder of the text files; voc: folder of the XML files",
+        help="csv: the file; yolo: folder of the text files; voc: folder of the XML files; coco: the JSON or parquet "
+        "file, or the folder of the parquet parts",
     )
-    convert.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
+    convert.add_argument("--images", type=Path, metavar="DIR", help="csv, yolo and voc, required: folder of the images")
     add_outside_option(convert)
-    convert.add_argument("--output", type=Path, required=True, metavar="OUT.json", help="COCO file to write")
+    convert.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="COCO file to write: parquet if its name ends in .parquet, else JSON",
+    )
+    convert.add_argument(
+        "--row-group-boxes",
+        type=int,
+        metavar="N",
+        help="coco to parquet: boxes after which a row group ends; label --shard splits a file by row groups (default: "
+        "65536)",
+    )
     convert.add_argument(
         "--columns",
         default="",
@@ -83,6 +112,9 @@ def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
 def _convert(arguments: argparse.Namespace) -> int:
     from mal_client.formats.boxes import write_result  # noqa: PLC0415 - imports OpenCV, which other commands do not need
 
+    _refuse_options_of_other_formats(arguments)
+    if arguments.source_format == "coco":
+        return _convert_coco(arguments)
     result = _read_boxes(arguments)
     errors_file = write_result(result, arguments.output)
     images, classes = len(result.coco["images"]), len(result.coco["categories"])
@@ -102,8 +134,9 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
         yolo_boxes,
     )
 
-    _refuse_options_of_other_formats(arguments)
     refuse_outputs_over_inputs([arguments.labels, arguments.names], [arguments.output])
+    if arguments.images is None:
+        raise ConfigError(f"--images: missing; --from {arguments.source_format} reads the sizes of the images")
     images_dir: Path = arguments.images
     if not images_dir.is_dir():
         raise ConfigError(f"--images {images_dir}: no such folder; give the folder of the images")
@@ -122,8 +155,42 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
     return boxes.to_coco(rows, files, names, file_names)
 
 
+def _convert_coco(arguments: argparse.Namespace) -> int:
+    from mal_train.core.coco.stream import copy_coco  # noqa: PLC0415 - as above
+
+    refuse_outputs_over_inputs([arguments.labels], [arguments.output])
+    if arguments.images is not None:
+        raise ConfigError("--images: --from coco reads no images; omit it")
+    if arguments.row_group_boxes is not None and not is_parquet(arguments.output):
+        raise ConfigError(f"--row-group-boxes: {arguments.output} is not parquet; omit it")
+    progress = _RowProgress()
+    copy_coco(
+        arguments.labels,
+        arguments.output,
+        row_group_boxes=ROW_GROUP_BOXES if arguments.row_group_boxes is None else arguments.row_group_boxes,
+        on_rows=progress,
+    )
+    print_line(f"{arguments.output}: {progress.rows} images and annotations")
+    return 0
+
+
+class _RowProgress:
+    """Prints the number of rows that were read, every few seconds. A JSON file does not state how many it has."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._console = Console()
+        self._printed_at = time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        self.rows = rows
+        if rows % ROWS_PER_LOOK == 0 and time.monotonic() - self._printed_at >= LINE_EVERY_S:
+            self._printed_at = time.monotonic()
+            self._console.print(f"convert: {rows} images and annotations read")
+
+
 def _refuse_options_of_other_formats(arguments: argparse.Namespace) -> None:
-    format_of = {"--columns": "csv", "--names": "yolo", "--zero-based": "voc"}
+    format_of = {"--columns": "csv", "--names": "yolo", "--zero-based": "voc", "--row-group-boxes": "coco"}
     for option, source_format in format_of.items():
         if getattr(arguments, option[2:].replace("-", "_")) and source_format != arguments.source_format:
             raise ConfigError(f"{option}: applies to --from {source_format}, not {arguments.source_format}; omit it")

@@ -16,7 +16,7 @@ from typing import Any
 from mal_client.images.image_files import IMAGE_SUFFIXES, ImageFiles
 from mal_client.images.image_input import read_file
 from mal_train.core.atomic_io import atomic_write
-from mal_train.core.coco.output import write_json_atomic
+from mal_train.core.coco.stream import write_coco
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.header import DEFAULT_LIMITS, read_header
 from mal_train.core.input_files import read_limited
@@ -124,7 +124,7 @@ def to_coco(
 def write_result(result: ConversionResult, output_json: Path) -> Path | None:
     """Writes the COCO file, and its errors beside it; returns the path of the errors file, None without errors."""
     errors_file = output_json.with_name(f"{output_json.stem}.errors.jsonl")
-    write_json_atomic(output_json, result.coco)
+    write_coco(output_json, result.coco)
     if not result.errors:
         errors_file.unlink(missing_ok=True)
         return None

@@ -15,6 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from mal_train.core.coco.json_values import as_json, check_nesting, json_type, too_deep
+from mal_train.core.coco.parquet_reader import read_parquet
+from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import MAX_PIXELS
@@ -27,13 +30,7 @@ NO_BOX: Final[Box] = (math.nan, math.nan, math.nan, math.nan)
 
 REQUIRED_LISTS: Final = ("images", "annotations", "categories")
 
-MAX_NESTING: Final = 100
-"""Maximum depth of lists and objects in each other: far below Python's limit of recursion, so that what was read can
-also be written, shown and sent to another process."""
-
-_NESTED: Final = frozenset((dict, list))
 _MAX_LISTED_IDS: Final = 5
-_MAX_SHOWN_CHARS: Final = 80
 
 
 class Reason(StrEnum):
@@ -142,12 +139,13 @@ class CocoFile:
 
 
 def read_coco(path: Path) -> CocoFile:
-    """Reads a COCO annotation file into memory; see `parse_coco`.
+    """Reads a COCO annotation file in JSON or, by its suffix, in parquet into memory; see `parse_coco`.
 
     Raises:
-        BadDataset: from `read_json` or `parse_coco`.
+        BadDataset: from `read_json`, `read_parquet` or `parse_coco`.
+        ConfigError: parquet, and pyarrow is not installed.
     """
-    return parse_coco(read_json(path), str(path))
+    return parse_coco(read_parquet(path) if is_parquet(path) else read_json(path), str(path))
 
 
 def read_json(path: Path) -> Any:
@@ -167,27 +165,6 @@ def read_json(path: Path) -> Any:
     except ValueError as error:
         detail = "empty file" if not content.strip() else str(error)
         raise BadDataset(f"{path}: not JSON ({detail}); give a COCO annotation file") from error
-
-
-def check_nesting(value: Any, path: Path) -> Any:
-    """Returns a JSON value of the file at `path`. Raises BadDataset if it is nested more than MAX_NESTING deep."""
-    layer = [value] if type(value) in _NESTED else []
-    for _ in range(MAX_NESTING):
-        inner: list[Any] = []
-        for one in layer:
-            values = one.values() if isinstance(one, dict) else one
-            # Most lists hold numbers only; this looks at them without a step of Python for each.
-            if not _NESTED.isdisjoint(map(type, values)):
-                inner += [each for each in values if type(each) in _NESTED]
-        if not inner:
-            return value
-        layer = inner
-    raise too_deep(path)
-
-
-def too_deep(path: Path) -> BadDataset:
-    """Returns the error for a file that is nested too deeply."""
-    return BadDataset(f"{path}: lists and objects nested more than {MAX_NESTING} deep; a COCO file needs 5")
 
 
 def parse_coco(raw: Any, name: str = "dataset") -> CocoFile:
@@ -303,9 +280,15 @@ def reject_duplicate_ids(repeated: Collection[JsonId], name: str) -> None:
         raise BadDataset(f"{name} {listed}{more} used more than once; ids must be unique: renumber them")
 
 
-def read_images(rows: Iterable[Any], notes: list[str]) -> Iterator[tuple[JsonId, ImageInfo]]:
-    """Yields (id, image) of each row of `images`; appends a sentence to `notes` for each row without an id."""
-    for index, row in enumerate(rows):
+def read_images(rows: Iterable[Any], notes: list[str], start: int = 0) -> Iterator[tuple[JsonId, ImageInfo]]:
+    """Yields (id, image) of each row of `images`; appends a sentence to `notes` for each row without an id.
+
+    Args:
+        rows: JSON values of the rows.
+        notes: receives the sentences.
+        start: index of the first row in the file.
+    """
+    for index, row in enumerate(rows, start):
         if not isinstance(row, dict):
             notes.append(f"images[{index}]: {json_type(row)}; it must be an object")
             continue
@@ -424,27 +407,3 @@ def _read_box(row: Mapping[str, Any]) -> tuple[Box, str | None]:
 def row_name(annotation_id: object) -> str:
     """Returns the name of a row in messages: `annotation "a"`."""
     return f"annotation {as_json(annotation_id)}"
-
-
-def as_json(value: object) -> str:
-    """Returns a value as JSON, shortened to _MAX_SHOWN_CHARS characters."""
-    try:
-        text = json.dumps(value)
-    except ValueError:
-        # Python limits the conversion of an integer to text to 4300 digits.
-        text = "a number of thousands of digits"
-    except RecursionError:
-        text = "a deeply nested value"
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 3]}..."
-
-
-def json_type(value: object) -> str:
-    """Returns the JSON type of a value in words."""
-    return {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }.get(type(value), "null")

@@ -13,16 +13,15 @@ from mal_train.core.coco.annotations import (
     CocoFile,
     JsonId,
     Reason,
-    as_json,
     finite_number,
     is_id,
-    json_type,
     read_annotation,
     read_json,
     record_id,
     reject_duplicate_ids,
     row_name,
 )
+from mal_train.core.coco.json_values import as_json, json_type
 from mal_train.core.errors import BadDataset
 
 MASK_SCORE = "mask_score"

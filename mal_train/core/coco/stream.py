@@ -5,11 +5,11 @@ detect a change in between.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import (
@@ -18,15 +18,18 @@ from mal_train.core.coco.annotations import (
     ImageInfo,
     JsonId,
     category_ids,
-    json_type,
     missing_lists,
     read_annotation,
     read_images,
     record_id,
     reject_duplicate_ids,
 )
-from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, JsonMemberReader, skip_rows
+from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, skip_rows
+from mal_train.core.coco.json_values import json_type
+from mal_train.core.coco.members import open_members
 from mal_train.core.coco.output import PROVENANCE_KEY
+from mal_train.core.coco.parquet_schema import is_parquet
+from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES, write_members
 from mal_train.core.errors import BadDataset
 
 _ROWS_PER_WRITE: Final = 500
@@ -38,7 +41,7 @@ class CocoHead:
 
     Attributes:
         path: path of the file.
-        sha256: SHA-256 of its bytes, 64 hex digits.
+        sha256: SHA-256 of its bytes, for parquet of its footers; 64 hex digits.
         images: by id, in file order.
         category_names: by id, in file order; the id itself for a row without a name.
         count: number of rows in `annotations`.
@@ -59,6 +62,9 @@ class CocoHead:
 
 OnAnnotation = Callable[[int, Annotation], None]
 """Callback with the index of a row in `annotations` and the parsed row."""
+
+OnRows = Callable[[int], None]
+"""Callback with the number of rows of `images` and `annotations` that were read so far."""
 
 RowTransform = Callable[[int, Any, Annotation], Any]
 """Function from the index of a row, the JSON value of the row and the parsed row to the JSON value to write."""
@@ -84,31 +90,31 @@ def scan_coco(
     Raises:
         BadDataset: the file is unusable (see `read_coco`); `on_annotation` may have been called before.
     """
-    head = _HeadBuilder(path)
-    reader = JsonMemberReader(path, max_value_chars)
+    head = HeadBuilder(path)
+    reader = open_members(path, max_value_chars)
     for key, value in reader.members():
         head.add_member(key, value, on_annotation)
     head.check_complete()
     if not allow_repeated_ids:
-        reject_duplicate_ids(head.repeated_image_ids, f"{path}: image id")
+        head.reject_duplicate_ids()
     if head.count is None:
-        reader = JsonMemberReader(path, max_value_chars)
+        reader = open_members(path, max_value_chars)
         for key, value in reader.members():
             if key == "annotations":
                 head.add_annotations(value, on_annotation)
     if not allow_repeated_ids:
-        reject_duplicate_ids(head.repeated_annotation_ids, f"{path}: annotation id")
+        head.reject_duplicate_ids()
     return head.build(reader.sha256())
 
 
 def write_transformed(head: CocoHead, output: Path, transform: RowTransform, provenance: Mapping[str, Any]) -> None:
     """Writes a copy of the scanned file in which every annotation is replaced by the result of `transform`.
 
-    The bytes equal those of `write_json_atomic(output, labeled_file(...))`.
+    The bytes of a JSON file equal those of `write_json_atomic(output, labeled_file(...))`.
 
     Args:
         head: result of `scan_coco`.
-        output: the file to write; may be the input itself.
+        output: the file to write, in parquet if its suffix is `.parquet`; may be the input itself.
         transform: called for each annotation, in file order.
         provenance: stored under `PROVENANCE_KEY`; replaces the entry of an earlier run.
 
@@ -116,24 +122,42 @@ def write_transformed(head: CocoHead, output: Path, transform: RowTransform, pro
         OutputError: folder missing, no permission, disk full; an existing output is unchanged.
         BadDataset: the input changed after the scan; an existing output is unchanged.
     """
-    reader = JsonMemberReader(head.path)
-    with atomic_write(output) as file:
-        separator = b"{"
+    reader = open_members(head.path)
+
+    def transformed() -> Iterator[tuple[str, Any]]:
         for key, value in reader.members():
             if key == PROVENANCE_KEY:
                 skip_rows(value)
                 continue
-            file.write(separator + _encoded(key) + b": ")
-            separator = b", "
-            if not isinstance(value, Iterator):
-                file.write(_encoded(value))
-                continue
-            rows = _transformed_rows(head, value, transform) if key == "annotations" else value
-            for piece in _encoded_list(rows):
-                file.write(piece)
-        file.write(separator + _encoded(PROVENANCE_KEY) + b": " + _encoded(dict(provenance)) + b"}\n")
+            is_transformed = key == "annotations" and isinstance(value, Iterator)
+            yield key, _transformed_rows(head, value, transform) if is_transformed else value
+        yield PROVENANCE_KEY, dict(provenance)
+
+    with atomic_write(output) as file:
+        _write_members(file, transformed(), output)
         if reader.sha256() != head.sha256:
             raise BadDataset(f"{head.path}: changed while the job ran; start the job again")
+
+
+def copy_coco(
+    source: Path, output: Path, *, row_group_boxes: int = ROW_GROUP_BOXES, on_rows: OnRows | None = None
+) -> None:
+    """Writes a COCO file in the form that the suffix of `output` names: parquet, or else JSON. Loses nothing.
+
+    Args:
+        source: JSON file, parquet file, or folder of parquet parts.
+        output: the file to write.
+        row_group_boxes: for parquet, boxes after which a row group ends.
+        on_rows: called with the number of rows of `images` and `annotations` that were read so far.
+
+    Raises:
+        BadDataset: the source cannot be read, or exceeds a limit of parquet.
+        ConfigError: pyarrow is not installed.
+        OutputError: folder missing, no permission, disk full; an existing output is unchanged.
+    """
+    members = open_members(source).members()
+    with atomic_write(output) as file:
+        _write_members(file, _counted(members, on_rows) if on_rows else members, output, row_group_boxes)
 
 
 def read_list(path: Path, name: str) -> Iterator[Any]:
@@ -142,27 +166,30 @@ def read_list(path: Path, name: str) -> Iterator[Any]:
     Raises:
         BadDataset: the file is unreadable or not a JSON object.
     """
-    for key, value in JsonMemberReader(path).members():
+    for key, value in open_members(path).members():
         if key == name and isinstance(value, Iterator):
             yield from value
 
 
-class _HeadBuilder:
+class HeadBuilder:
     """Collector of the fields of a `CocoHead` during a scan.
 
     Attributes:
         count: number of annotations; None until they have been read.
+        images: by id, in file order.
+        category_names: by id.
         repeated_image_ids: keys in order of the first repetition.
         repeated_annotation_ids: keys in order of the first repetition.
     """
 
     def __init__(self, path: Path) -> None:
         self.count: int | None = None
+        self.images: dict[JsonId, ImageInfo] = {}
+        self.category_names: dict[JsonId, str] = {}
         self.repeated_image_ids: dict[JsonId, None] = {}
         self.repeated_annotation_ids: dict[JsonId, None] = {}
         self._path = path
-        self._images: dict[JsonId, ImageInfo] = {}
-        self._category_names: dict[JsonId, str] = {}
+        self._seen_ids: set[JsonId] = set()
         self._notes: list[str] = []
         self._lists: set[str] = set()
 
@@ -174,7 +201,7 @@ class _HeadBuilder:
             raise BadDataset(f"{self._path}: {key!r} is {json_type(value)}; it must be a list")
         self._lists.add(key)
         if key == "images":
-            self._add_images(value)
+            self.add_images(value)
         elif key == "categories":
             self._add_categories(list(value))
         elif len(self._lists) == len(REQUIRED_LISTS):
@@ -186,47 +213,98 @@ class _HeadBuilder:
         if missing:
             raise BadDataset(missing_lists(str(self._path), missing))
 
+    def add_images(self, rows: Iterable[Any], start: int = 0) -> None:
+        """Parses rows of `images`, of which the first has the index `start` in the file."""
+        for image_id, image in read_images(rows, self._notes, start):
+            if image_id in self.images:
+                self.repeated_image_ids[image_id] = None
+            self.images[image_id] = image
+
     def add_annotations(self, rows: Iterator[Any], on_annotation: OnAnnotation) -> None:
-        """Parses the rows and passes each to `on_annotation`."""
-        seen: set[JsonId] = set()
+        """Parses all rows and passes each to `on_annotation`."""
         self.count = 0
         for index, row in enumerate(rows):
-            annotation = read_annotation(row, index, self._images, self._category_names)
-            if annotation.id is not None:
-                record_id(annotation.id, seen, self.repeated_annotation_ids)
-            on_annotation(index, annotation)
-            self.count = index + 1
+            on_annotation(index, self.add_annotation(row, index))
+
+    def add_annotation(self, row: Any, index: int) -> Annotation:
+        """Parses one row, which has this index in the file."""
+        annotation = read_annotation(row, index, self.images, self.category_names)
+        if annotation.id is not None:
+            record_id(annotation.id, self._seen_ids, self.repeated_annotation_ids)
+        self.count = (self.count or 0) + 1
+        return annotation
+
+    def reject_duplicate_ids(self) -> None:
+        """Raises BadDataset if an id is used more than once."""
+        reject_duplicate_ids(self.repeated_image_ids, f"{self._path}: image id")
+        reject_duplicate_ids(self.repeated_annotation_ids, f"{self._path}: annotation id")
 
     def build(self, sha256: str) -> CocoHead:
         """Returns the collected head; `sha256` is the hash of the file."""
         return CocoHead(
             self._path,
             sha256,
-            self._images,
-            self._category_names,
+            self.images,
+            self.category_names,
             self.count or 0,
             tuple(self.repeated_image_ids),
             tuple(self.repeated_annotation_ids),
             tuple(self._notes),
         )
 
-    def _add_images(self, rows: Iterator[Any]) -> None:
-        # One call for all rows, so that notes carry the index of the row.
-        for image_id, image in read_images(rows, self._notes):
-            if image_id in self._images:
-                self.repeated_image_ids[image_id] = None
-            self._images[image_id] = image
-
     def _add_categories(self, rows: list[Any]) -> None:
         known = category_ids(rows, self._notes)
         for row in rows:
             if isinstance(row, dict) and isinstance(row.get("id"), JsonId) and row["id"] in known:
-                self._category_names.setdefault(row["id"], str(row.get("name", row["id"])))
+                self.category_names.setdefault(row["id"], str(row.get("name", row["id"])))
 
 
 def _transformed_rows(head: CocoHead, rows: Iterator[Any], transform: RowTransform) -> Iterator[Any]:
     for index, row in enumerate(rows):
         yield transform(index, row, read_annotation(row, index, head.images, head.category_names))
+
+
+def write_coco(output: Path, raw: Mapping[str, Any]) -> None:
+    """Writes a COCO file that is in memory, in the form that the suffix of `output` names: parquet, or else JSON.
+
+    Raises:
+        BadDataset: the file exceeds a limit of parquet.
+        ConfigError: pyarrow is not installed.
+        OutputError: folder missing, no permission, disk full; an existing output is unchanged.
+    """
+    members = ((key, iter(value) if isinstance(value, list) else value) for key, value in raw.items())
+    with atomic_write(output) as file:
+        _write_members(file, members, output)
+
+
+def _counted(members: Iterator[tuple[str, Any]], on_rows: OnRows) -> Iterator[tuple[str, Any]]:
+    done = 0
+
+    def counted(rows: Iterator[Any]) -> Iterator[Any]:
+        nonlocal done
+        for row in rows:
+            yield row
+            done += 1
+            on_rows(done)
+
+    for key, value in members:
+        is_counted = key in ("images", "annotations") and isinstance(value, Iterator)
+        yield key, counted(value) if is_counted else value
+
+
+def _write_members(
+    file: BinaryIO, members: Iterator[tuple[str, Any]], output: Path, row_group_boxes: int = ROW_GROUP_BOXES
+) -> None:
+    if is_parquet(output):
+        write_members(file, members, str(output), row_group_boxes=row_group_boxes)
+        return
+    separator = b"{"
+    for key, value in members:
+        file.write(separator + _encoded(key) + b": ")
+        separator = b", "
+        for piece in _encoded_list(value) if isinstance(value, Iterator) else (_encoded(value),):
+            file.write(piece)
+    file.write((b"{" if separator == b"{" else b"") + b"}\n")
 
 
 def _encoded_list(rows: Iterator[Any]) -> Iterator[bytes]:

@@ -17,11 +17,11 @@ from mal_train.core.coco.annotations import (
     CocoFile,
     JsonId,
     Reason,
-    as_json,
     finite_number,
     id_order,
     row_name,
 )
+from mal_train.core.coco.json_values import as_json
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area

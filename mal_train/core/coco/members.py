@@ -1,0 +1,35 @@
+"""Opens a COCO file by the suffix of its name: JSON, or parquet for `.parquet`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, JsonMemberReader
+from mal_train.core.coco.parquet_reader import ParquetMemberReader
+from mal_train.core.coco.parquet_schema import is_parquet
+
+
+class MemberReader(Protocol):
+    """Reader of the members of a COCO file; a single pass."""
+
+    def members(self) -> Iterator[tuple[str, Any]]:
+        """Yields (name, value) in file order; the value of a list is an iterator over its rows."""
+        ...
+
+    def sha256(self) -> str:
+        """Returns 64 hex digits that identify the content. Call it after the last member."""
+        ...
+
+
+def open_members(path: Path, max_value_chars: int = MAX_VALUE_CHARS) -> MemberReader:
+    """Opens a COCO file.
+
+    Args:
+        path: a file; or for parquet also a folder of parts.
+        max_value_chars: maximum length of a single JSON value, for example one row.
+
+    Raises:
+        BadDataset: the file is unusable; for JSON only when it is read.
+        ConfigError: parquet, and pyarrow is not installed.
+    """
+    return ParquetMemberReader(path) if is_parquet(path) else JsonMemberReader(path, max_value_chars)

@@ -1,0 +1,338 @@
+"""Reads the parquet form of a COCO file: one file, or a folder of parts, by row group.
+
+A file that another program wrote may be hostile. What its footer states is checked before a row group is read. A footer
+that lies about sizes is not detected before the memory is used.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from mal_train.core.coco.parquet_records import ANNOTATION_COLUMNS, IMAGE_COLUMNS, BadRecord, ImageRow, RecordReader
+from mal_train.core.coco.parquet_schema import (
+    ANNOTATIONS,
+    IMAGES,
+    MAX_FOOTER_BYTES,
+    MAX_ROW_GROUP_BYTES,
+    MAX_ROW_GROUP_VALUES,
+    SUFFIX,
+    Head,
+    arrow_schema,
+    check_schema,
+    load_pyarrow,
+    read_metadata,
+)
+from mal_train.core.errors import BadDataset
+from mal_train.core.input_files import open_regular
+from mal_train.core.spill import Spill
+
+_ROWS_PER_BATCH: Final = 256
+_ROWS_PER_BUCKET: Final = 1 << 16
+_TAIL_BYTES: Final = 8
+"""Length of the footer and the magic number, at the end of a file."""
+_MAGIC: Final = b"PAR1"
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of a dataset.
+
+    Attributes:
+        path: its file.
+        index: index in the file.
+        rows: number of rows.
+        annotations: number of annotations.
+    """
+
+    path: Path
+    index: int
+    rows: int
+    annotations: int
+
+
+class ParquetDataset:
+    """A COCO file in the parquet form. Opening it reads the footers alone.
+
+    Args:
+        path: a file, or a folder whose files `*.parquet` are parts of one COCO file.
+
+    Attributes:
+        path: the file or folder.
+        head: the COCO file without images and annotations.
+        row_groups: of all files, in the order of their names.
+        sha256: SHA-256 of the footers, which contain the SHA-256 of the other bytes; 64 hex digits.
+
+    Raises:
+        BadDataset: a file is unreadable, not of this form, exceeds a limit, or belongs to another COCO file.
+        ConfigError: pyarrow is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.row_groups: list[RowGroup] = []
+        self._footers: dict[Path, str] = {}
+        heads: dict[Path, Head] = {}
+        for part in _parts(path):
+            with _opened(part) as (file, footer_sha256):
+                heads[part], counts = read_metadata(file.metadata.metadata, str(part))
+                check_schema(file.schema_arrow, str(part))
+                self.row_groups += _row_groups(part, file.metadata, counts)
+            self._footers[part] = footer_sha256
+        first, self.head = next(iter(heads.items()))
+        for part, head in heads.items():
+            if head != self.head:
+                raise BadDataset(
+                    f"{part}: is no part of the same COCO file as {first.name}; keep its parts alone in {path}"
+                )
+        self.sha256 = hashlib.sha256("".join(self._footers.values()).encode()).hexdigest()
+
+    def rows(
+        self, row_groups: Iterable[RowGroup] | None = None, *, with_annotations: bool = True
+    ) -> Iterator[ImageRow]:
+        """Yields the rows of some row groups, by default of all, in the order given; reads no other row group.
+
+        Args:
+            row_groups: some of `row_groups`.
+            with_annotations: False reads the columns of the images alone.
+
+        Raises:
+            BadDataset: a file is damaged, not of this form, or changed since it was opened.
+        """
+        for _, rows in self.by_row_group(row_groups, with_annotations=with_annotations):
+            yield from rows
+
+    def by_row_group(
+        self, row_groups: Iterable[RowGroup] | None = None, *, with_annotations: bool = True
+    ) -> Iterator[tuple[RowGroup, Iterator[ImageRow]]]:
+        """Yields each row group with its rows, as `rows` does. Use them up before the next row group."""
+        columns = [name for name in arrow_schema().names if with_annotations or name != ANNOTATIONS]
+        groups = self.row_groups if row_groups is None else row_groups
+        for path, of_file in groupby(groups, key=lambda group: group.path):
+            with _opened(path) as (file, footer_sha256):
+                if footer_sha256 != self._footers[path]:
+                    raise BadDataset(f"{path}: changed while it was read; start the command again")
+                for group in of_file:
+                    yield group, _read_row_group(file, group, columns)
+
+    def check_complete(self) -> None:
+        """Raises BadDataset if the parts do not hold all rows of the COCO file."""
+        found = sum(group.annotations for group in self.row_groups)
+        if found != self.head.annotations:
+            raise BadDataset(
+                f"{self.path}: holds {found} of {self.head.annotations} annotations of its COCO file; a part is "
+                "missing, or there are parts of several runs"
+            )
+
+
+class ParquetMemberReader:
+    """Reader of the members of a COCO file in the parquet form; the counterpart of `JsonMemberReader`.
+
+    Args:
+        path: a file, or a folder of parts.
+
+    Raises:
+        BadDataset: see `ParquetDataset`, or parts are missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.dataset = ParquetDataset(path)
+        self.dataset.check_complete()
+
+    def sha256(self) -> str:
+        """Returns the SHA-256 of the footers."""
+        return self.dataset.sha256
+
+    def members(self) -> Iterator[tuple[str, Any]]:
+        """Yields (name, value) in the order of the COCO file; the value of a list is an iterator over its rows.
+
+        Rows come in the order of the COCO file. Those that the form holds in another order wait in a temporary file.
+
+        Raises:
+            BadDataset: a file is damaged or a row is missing.
+        """
+        head = self.dataset.head
+        for name, value in head.members.items():
+            if name == IMAGES:
+                yield name, _in_order(self._images(), head.images, f"{self.dataset.path}: images")
+            elif name == ANNOTATIONS:
+                yield name, _in_order(self._annotations(), head.annotations, f"{self.dataset.path}: annotations")
+            else:
+                yield name, iter(value) if isinstance(value, list) else value
+
+    def _images(self) -> Iterator[tuple[int, Any]]:
+        return ((row.index, row.image) for row in self.dataset.rows(with_annotations=False) if row.index is not None)
+
+    def _annotations(self) -> Iterator[tuple[int, Any]]:
+        return (annotation for row in self.dataset.rows() for annotation in row.annotations)
+
+
+def read_parquet(path: Path) -> dict[str, Any]:
+    """Returns the JSON object of a COCO file in the parquet form.
+
+    Raises:
+        BadDataset: see `ParquetMemberReader`.
+    """
+    return {
+        name: list(value) if isinstance(value, Iterator) else value
+        for name, value in ParquetMemberReader(path).members()
+    }
+
+
+def rows_of(table: Any, name: str) -> Iterator[ImageRow]:
+    """Yields the rows of a pyarrow table or record batch in the form's schema.
+
+    Args:
+        table: the rows.
+        name: begins every message.
+
+    Raises:
+        BadDataset: a row is not of this form.
+    """
+    images, annotations = RecordReader(IMAGE_COLUMNS), RecordReader(ANNOTATION_COLUMNS)
+    try:
+        for batch in table.to_batches() if hasattr(table, "to_batches") else (table,):
+            yield from _rows_of_batch(batch, images, annotations)
+    except (BadRecord, UnicodeDecodeError) as error:
+        raise BadDataset(f"{name}: {error}; the file is damaged, or another program wrote it") from None
+
+
+def _rows_of_batch(batch: Any, images: RecordReader, annotations: RecordReader) -> Iterator[ImageRow]:
+    cells = {name: batch.column(name).to_pylist() for name in batch.schema.names if name != ANNOTATIONS}
+    indices = cells.pop("index")
+    values = list(images.rows(cells))
+    if ANNOTATIONS not in batch.schema.names:
+        yield from (ImageRow(index, value, ()) for index, value in zip(indices, values, strict=True))
+        return
+    lists = batch.column(ANNOTATIONS)
+    if lists.null_count:
+        raise BadRecord("column 'annotations' has a null")
+    lengths = lists.value_lengths().to_pylist()
+    image_ids = [
+        value.get("id") if isinstance(value, dict) else None
+        for value, length in zip(values, lengths, strict=True)
+        for _ in range(length)
+    ]
+    structs = lists.flatten()
+    fields = {
+        field.name: column.to_pylist() for field, column in zip(list(structs.type), structs.flatten(), strict=True)
+    }
+    positions = fields.pop("index")
+    if None in positions:
+        raise BadRecord("column 'annotations.index' has a null")
+    restored = zip(positions, annotations.rows(fields, image_ids), strict=True)
+    for index, value, length in zip(indices, values, lengths, strict=True):
+        yield ImageRow(index, value, [next(restored) for _ in range(length)])
+
+
+def _in_order(rows: Iterator[tuple[int, Any]], count: int, name: str) -> Iterator[Any]:
+    """Yields the values by their position, which must be 0 to `count` - 1.
+
+    Rows in that order pass; from the first other one on, they wait in a `Spill`.
+    """
+    expected = 0
+    with Spill(_ROWS_PER_BUCKET) as spill:
+        for position, value in rows:
+            if position == expected:
+                yield value
+                expected += 1
+                continue
+            spill.add(position, 0, json.dumps(value))
+            for later, waiting in rows:
+                spill.add(later, 0, json.dumps(waiting))
+        for position, _, text in spill.sorted():
+            if position != expected:
+                break
+            yield json.loads(text)
+            expected += 1
+    if expected != count:
+        raise BadDataset(
+            f"{name}[{expected}] is missing or repeated; a part is missing, or there are parts of several runs"
+        )
+
+
+def _parts(path: Path) -> Sequence[Path]:
+    if not path.is_dir():
+        return [path]
+    parts = sorted(part for part in path.iterdir() if part.suffix.lower() == SUFFIX and not part.name.startswith("."))
+    if not parts:
+        raise BadDataset(f"{path}: contains no {SUFFIX} file; give a file, or the folder of the parts")
+    return parts
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, str]]:
+    """Yields the open file as a pyarrow ParquetFile and the SHA-256 of its footer."""
+    _, pq = load_pyarrow()
+    with _read_errors(path), open_regular(path) as source:
+        footer = _read_footer(source, path)
+        limits = dict.fromkeys(("thrift_string_size_limit", "thrift_container_size_limit"), MAX_FOOTER_BYTES)
+        yield pq.ParquetFile(source, page_checksum_verification=True, **limits), footer
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turns errors of pyarrow and of the file into BadDataset."""
+    pa, _ = load_pyarrow()
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise _damaged(path, error) from error
+    except OSError as error:
+        if error.strerror is None:
+            raise _damaged(path, error) from error
+        raise BadDataset(
+            f"{path}: cannot be read ({error.strerror}); give the path of a COCO file in parquet"
+        ) from error
+
+
+def _read_footer(source: BinaryIO, path: Path) -> str:
+    """Returns the SHA-256 of the footer; raises BadDataset for a file that has none or one that is too long."""
+    size = source.seek(0, 2)
+    source.seek(max(0, size - _TAIL_BYTES))
+    tail = source.read(_TAIL_BYTES)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != _MAGIC or length + _TAIL_BYTES > size:
+        raise BadDataset(f"{path}: not a parquet file, or its end is missing; give a COCO file in parquet")
+    if length > MAX_FOOTER_BYTES:
+        raise BadDataset(f"{path}: footer of {length} bytes; the limit is {MAX_FOOTER_BYTES}: use larger row groups")
+    source.seek(size - _TAIL_BYTES - length)
+    digest = hashlib.sha256(source.read(length)).hexdigest()
+    source.seek(0)
+    return digest
+
+
+def _row_groups(path: Path, metadata: Any, counts: Sequence[int]) -> Iterator[RowGroup]:
+    if len(counts) != metadata.num_row_groups:
+        raise BadDataset(f"{path}: its metadata states {len(counts)} row groups of {metadata.num_row_groups}")
+    for index, count in enumerate(counts):
+        group = metadata.row_group(index)
+        name = f"{path}: row group {index}"
+        values = max((group.column(column).num_values for column in range(group.num_columns)), default=0)
+        size = sum(group.column(column).total_uncompressed_size for column in range(group.num_columns))
+        _check_limit(name, "uncompressed bytes", max(size, group.total_byte_size), MAX_ROW_GROUP_BYTES)
+        _check_limit(name, "values in a column", max(values, group.num_rows), MAX_ROW_GROUP_VALUES)
+        yield RowGroup(path, index, group.num_rows, count)
+
+
+def _check_limit(name: str, unit: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise BadDataset(f"{name}: {value} {unit}; the limit is {limit}: write the file with smaller row groups")
+
+
+def _read_row_group(file: Any, group: RowGroup, columns: list[str]) -> Iterator[ImageRow]:
+    name = f"{group.path}: row group {group.index}"
+    # The caller's block does not see an error here: it has handed this iterator on.
+    with _read_errors(group.path):
+        batches = file.iter_batches(_ROWS_PER_BATCH, row_groups=[group.index], columns=columns, use_threads=False)
+        for batch in batches:
+            yield from rows_of(batch, name)
+
+
+def _damaged(path: Path, error: Exception) -> BadDataset:
+    detail = str(error).partition("\n")[0][:200]
+    return BadDataset(f"{path}: cannot be read as parquet ({detail}); it is damaged: copy or convert it again")

@@ -1,0 +1,108 @@
+"""One share of a COCO file in parquet: row groups that a process reads, labels and writes without the others.
+
+Share i of n holds the row groups i, i + n, i + 2n, …. Its rows are numbered from 0 in the order in which they are read.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mal_train.core.atomic_io import atomic_write
+from mal_train.core.coco.annotations import read_annotation
+from mal_train.core.coco.output import PROVENANCE_KEY
+from mal_train.core.coco.parquet_reader import ParquetDataset
+from mal_train.core.coco.parquet_records import ImageRow
+from mal_train.core.coco.parquet_schema import Head
+from mal_train.core.coco.parquet_writer import PartWriter
+from mal_train.core.coco.stream import CocoHead, HeadBuilder, OnAnnotation, RowTransform
+from mal_train.core.errors import BadDataset, ConfigError
+
+
+class ParquetShare:
+    """Row groups `index`, `index` + `count`, … of a COCO file in parquet. Opening it reads the footers alone.
+
+    Args:
+        path: a file, or a folder of parts.
+        index: number of the share, from 0.
+        count: number of shares.
+
+    Raises:
+        BadDataset: see `ParquetDataset`, or parts are missing.
+        ConfigError: there are fewer row groups than shares, or pyarrow is not installed.
+    """
+
+    def __init__(self, path: Path, index: int = 0, count: int = 1) -> None:
+        self._dataset = ParquetDataset(path)
+        self._dataset.check_complete()
+        groups = len(self._dataset.row_groups)
+        if count > 1 and count > groups:
+            raise ConfigError(
+                f"{path}: {groups} row groups for {count} shards; use at most {groups} shards, or write smaller row "
+                "groups with mal-client convert --from coco --row-group-boxes"
+            )
+        self._row_groups = self._dataset.row_groups[index::count]
+
+    def scan(self, on_annotation: OnAnnotation) -> CocoHead:
+        """Parses the rows and passes every annotation to `on_annotation`, with its number in this share.
+
+        The counterpart of `scan_coco`. An id that another share also uses is not detected.
+
+        Raises:
+            BadDataset: a row group cannot be used, or an id is used more than once.
+        """
+        path = self._dataset.path
+        builder = HeadBuilder(path)
+        for name, value in self._dataset.head.members.items():
+            if name == "categories":
+                builder.add_member(name, iter(value) if isinstance(value, list) else value, on_annotation)
+        number = 0
+        for row in self._dataset.rows(self._row_groups):
+            if row.index is not None:
+                builder.add_images([row.image], row.index)
+            for position, value in row.annotations:
+                _check_place(row, position, value, path)
+                on_annotation(number, builder.add_annotation(value, position))
+                number += 1
+        builder.reject_duplicate_ids()
+        return builder.build(self._dataset.sha256)
+
+    def write_transformed(
+        self, head: CocoHead, output: Path, transform: RowTransform, provenance: Mapping[str, Any]
+    ) -> None:
+        """Writes the share as one part, in which every annotation is replaced by the result of `transform`.
+
+        The counterpart of `stream.write_transformed`. Each row group becomes one row group, or several if it grows
+        beyond the size of one.
+
+        Raises:
+            BadDataset: the input changed after the scan, or a row exceeds its limit; an existing output is unchanged.
+            OutputError: folder missing, no permission, disk full; an existing output is unchanged.
+        """
+        of_file = self._dataset.head
+        members = {name: value for name, value in of_file.members.items() if name != PROVENANCE_KEY}
+        members[PROVENANCE_KEY] = dict(provenance)
+        with atomic_write(output) as file, PartWriter(file) as writer:
+            number = 0
+            for _, rows in self._dataset.by_row_group(self._row_groups):
+                for row in rows:
+                    writer.add(ImageRow(row.index, row.image, list(_transformed(row, head, transform, number))))
+                    number += len(row.annotations)
+                writer.end_row_group()
+            writer.finish(Head(members, of_file.images, of_file.annotations))
+
+
+def _transformed(row: ImageRow, head: CocoHead, transform: RowTransform, number: int) -> Iterator[tuple[int, Any]]:
+    for at, (position, value) in enumerate(row.annotations, number):
+        yield position, transform(at, value, read_annotation(value, position, head.images, head.category_names))
+
+
+def _check_place(row: ImageRow, position: int, value: Any, path: Path) -> None:
+    """Raises BadDataset for an annotation that is not in the row of its image: it would be read without its image."""
+    if row.index is None or not isinstance(value, dict):
+        return
+    image_id = row.image.get("id") if isinstance(row.image, dict) else None
+    if value.get("image_id") != image_id:
+        raise BadDataset(
+            f"{path}: annotations[{position}]: in the row of images[{row.index}], which is not its image; write the "
+            "file again with mal-client convert --from coco"
+        )

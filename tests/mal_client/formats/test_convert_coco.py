@@ -1,0 +1,72 @@
+"""`mal-client convert` between the forms of a COCO file."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mal_client.cli.main import main
+
+from mal_train.core.coco.parquet_reader import ParquetDataset
+from tests.mal_client.datasets import Dataset, make_dataset
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return make_dataset(tmp_path, images=7)
+
+
+def convert(source: Path, output: Path, *more: str) -> int:
+    return main(["convert", "--from", "coco", "--labels", str(source), "--output", str(output), *more])
+
+
+def test_json_becomes_parquet_and_json_again(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    packed, back = dataset.folder / "in.parquet", dataset.folder / "back.json"
+    assert convert(dataset.json_path, packed, "--row-group-boxes", "4") == 0
+    assert "21 images and annotations" in capsys.readouterr().out
+    assert [group.annotations for group in ParquetDataset(packed).row_groups] == [4, 4, 4, 2]
+    assert convert(packed, back) == 0
+    assert json.loads(back.read_text()) == dataset.coco
+
+
+def test_parquet_is_written_again_with_other_row_groups(dataset: Dataset) -> None:
+    packed, large = dataset.folder / "in.parquet", dataset.folder / "large.parquet"
+    assert convert(dataset.json_path, packed, "--row-group-boxes", "1") == 0
+    assert convert(packed, large) == 0
+    assert [len(ParquetDataset(path).row_groups) for path in (packed, large)] == [7, 1]
+
+
+def test_boxes_of_other_formats_become_parquet(dataset: Dataset) -> None:
+    (dataset.folder / "boxes.csv").write_text("filename,xmin,ymin,xmax,ymax,class\nimage_0.png,1,2,11,22,cup\n")
+    given = ["--labels", str(dataset.folder / "boxes.csv"), "--images", str(dataset.images_dir)]
+    assert main(["convert", "--from", "csv", *given, "--output", str(dataset.folder / "out.parquet")]) == 0
+    (image,) = ParquetDataset(dataset.folder / "out.parquet").rows()
+    assert (image.image["file_name"], image.annotations[0][1]["bbox"]) == ("image_0.png", [1, 2, 10, 20])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--images", "."], ["--columns", "a"], ["--row-group-boxes", "0"]],
+)
+def test_options_that_do_not_apply_are_refused(dataset: Dataset, more: list[str]) -> None:
+    assert convert(dataset.json_path, dataset.folder / "out.parquet", *more) == 2
+    assert not (dataset.folder / "out.parquet").exists()
+
+
+def test_row_groups_of_json_are_refused(dataset: Dataset) -> None:
+    assert convert(dataset.json_path, dataset.folder / "out.json", "--row-group-boxes", "5") == 2
+
+
+def test_other_formats_need_their_images(dataset: Dataset) -> None:
+    (dataset.folder / "boxes.csv").write_text("filename,xmin,ymin,xmax,ymax\n")
+    given = ["--labels", str(dataset.folder / "boxes.csv"), "--output", str(dataset.output)]
+    assert main(["convert", "--from", "csv", *given]) == 2
+
+
+def test_the_input_is_not_replaced(dataset: Dataset) -> None:
+    assert convert(dataset.json_path, dataset.json_path) == 2
+
+
+@pytest.mark.parametrize("name", ["none.json", "none.parquet"])
+def test_a_missing_input_is_one_error(dataset: Dataset, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert convert(dataset.folder / name, dataset.folder / "out.parquet") == 2
+    assert name in capsys.readouterr().err
