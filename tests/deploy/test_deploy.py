@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import dockerfile_parse
-import kubernetes_validate
 import pytest
 import yaml
 
 from mal_server import cli
 from mal_server.config.server import ServerConfig
 from mal_server.ops.metrics import Metrics
-from mal_train.core.yaml_config import validate
 from tests.paths import ROOT
 from tests.tools import program
 
 DEPLOY = ROOT / "deploy"
 MONITORING = DEPLOY / "monitoring"
-KUBERNETES_VERSION = "1.31"
 
 
 def run(tool: str, *arguments: str, cwd: Path = DEPLOY) -> str:
@@ -97,36 +94,6 @@ def test_a_missing_series_is_detected() -> None:
     assert "mal_gone_total" not in exported()
 
 
-def manifests() -> dict[str, Any]:
-    return {manifest["kind"]: manifest for manifest in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
-
-
-@pytest.mark.parametrize("kind", ["ConfigMap", "Service", "Deployment", "PodDisruptionBudget"])
-def test_kubernetes_accepts_every_field_of_the_manifests(kind: str) -> None:
-    kubernetes_validate.validate(manifests()[kind], KUBERNETES_VERSION, strict=True)
-
-
-def test_a_wrong_field_of_a_manifest_is_detected() -> None:
-    broken = manifests()["Deployment"]
-    broken["spec"]["replica"] = 3
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(broken, KUBERNETES_VERSION, strict=True)
-
-
-def test_the_manifests_have_valid_settings_and_probe_their_ports() -> None:
-    settings = yaml.safe_load(manifests()["ConfigMap"]["data"]["server.yaml"])
-    config = validate(ServerConfig, settings, source="kubernetes.yaml")
-    pod = manifests()["Deployment"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert {port["containerPort"] for port in container["ports"]} == {config.listen.port, config.metrics.port}
-    assert (
-        container["startupProbe"]["grpc"]["port"] == container["readinessProbe"]["grpc"]["port"] == config.listen.port
-    )
-    assert pod["terminationGracePeriodSeconds"] > config.drain_delay_s + config.grace_s
-    assert cli.parser().parse_args(container["args"]).command == "serve"
-    assert manifests()["Service"]["spec"]["clusterIP"] == "None"
-
-
 def test_the_image_runs_a_valid_command_line_as_an_unprivileged_user(tmp_path: Path) -> None:
     parser = dockerfile_parse.DockerfileParser(path=str(tmp_path))
     parser.content = (DEPLOY / "container" / "Dockerfile").read_text()
@@ -150,22 +117,6 @@ def is_health_check_with(line: list[str], config: Path) -> bool:
     program, *arguments = line
     args = cli.parser().parse_args(arguments)
     return (program, args.command, args.config, args.address) == ("mal-server", "health", config, "")
-
-
-def test_the_tls_probe_in_the_comment_of_the_manifest_is_valid() -> None:
-    text = (DEPLOY / "kubernetes.yaml").read_text()
-    (line,) = re.findall(r"^ *# +(exec: .*)$", text, re.MULTILINE)
-    (numbers,) = re.findall(r"^ *# and set (.*), since", text, re.MULTILINE)
-    probe = yaml.safe_load(line) | yaml.safe_load("{" + numbers + "}")
-    deployment = manifests()["Deployment"]
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
-        del container[name]["grpc"]
-        container[name] |= probe
-    kubernetes_validate.validate(deployment, KUBERNETES_VERSION, strict=True)
-    serve = cli.parser().parse_args(container["args"])
-    assert is_health_check_with(probe["exec"]["command"], serve.config)
-    assert probe["timeoutSeconds"] > cli.parser().parse_args(probe["exec"]["command"][1:]).timeout
 
 
 @pytest.mark.parametrize("name", ["mal-server.service", "supervisord.conf"])

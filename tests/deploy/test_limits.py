@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from mal_server.config.server import ServerConfig
-from tests.deploy.test_deploy import DEPLOY, manifests
+from tests.deploy.rendered import only, pod_of, render
+from tests.deploy.test_deploy import DEPLOY
 
 GIB = 2**30
 CONFIG = ServerConfig(checkpoint=Path("a"))
@@ -40,7 +41,7 @@ def test_compose_bounds_memory_tasks_descriptors_and_temporary_files() -> None:
 
 
 def test_kubernetes_bounds_memory_and_temporary_files() -> None:
-    pod = manifests()["Deployment"]["spec"]["template"]["spec"]
+    pod = pod_of(only(render("base"), "Deployment"))
     (container,) = pod["containers"]
     assert size(container["resources"]["limits"]["memory"]) >= BUDGETS + PROGRAM
     assert [volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume] == [{"sizeLimit": "1Gi"}]

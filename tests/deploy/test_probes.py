@@ -19,7 +19,8 @@ import yaml
 from benchmarks.load.run import Server, environment, fake_server
 from mal_server.config.server import ServerConfig
 from mal_server.ops.health_probe import HealthProbe
-from tests.deploy.test_deploy import DEPLOY, manifests
+from tests.deploy.rendered import only, pod_of, render
+from tests.deploy.test_deploy import DEPLOY
 
 CLI = [sys.executable, "-c", "import sys; from mal_server.cli import main; sys.exit(main(sys.argv[1:]))"]
 
@@ -30,8 +31,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def liveness() -> Any:
-    (container,) = manifests()["Deployment"]["spec"]["template"]["spec"]["containers"]
+def liveness(folder: str = "base") -> Any:
+    (container,) = pod_of(only(render(folder), "Deployment"))["containers"]
     return container["livenessProbe"]
 
 
@@ -49,8 +50,7 @@ def shipped_commands() -> dict[str, list[str]]:
     for name in ("mal-server.service", "supervisord.conf"):
         (line,) = re.findall(r"Health check: +(?:\S*/)?(mal-server health -c \S+)", (DEPLOY / name).read_text())
         found[name] = shlex.split(line)
-    (line,) = re.findall(r"^ *# +(exec: .*)$", (DEPLOY / "kubernetes.yaml").read_text(), re.M)
-    found["kubernetes.yaml with TLS"] = yaml.safe_load(line)["exec"]["command"]
+    found["kubernetes with TLS"] = liveness("overlays/tls")["exec"]["command"]
     return {name: command[1:] for name, command in found.items()}
 
 
@@ -86,14 +86,9 @@ def test_a_stopped_process_fails_every_probe_although_the_kernel_accepts_connect
     record("stopped process", tcp="connected", kubernetes="unhealthy", commands=len(shipped_commands()))
 
 
-def test_liveness_allows_longer_than_a_drain_and_than_the_watchdog() -> None:
-    probe, config = liveness(), ServerConfig(checkpoint=Path("a"))
+@pytest.mark.parametrize("folder", ["base", "overlays/tls"])
+def test_liveness_allows_longer_than_a_drain_and_than_the_watchdog(folder: str) -> None:
+    probe, config = liveness(folder), ServerConfig(checkpoint=Path("a"))
     until_restart_s = probe["periodSeconds"] * (probe["failureThreshold"] - 1) + probe["timeoutSeconds"]
     assert until_restart_s > config.drain_delay_s + config.grace_s
     assert probe["periodSeconds"] * probe["failureThreshold"] >= config.watchdog_s
-
-
-def test_no_probe_only_connects() -> None:
-    (container,) = manifests()["Deployment"]["spec"]["template"]["spec"]["containers"]
-    probes = [container[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
-    assert all("tcpSocket" not in probe and "grpc" in probe for probe in probes)

@@ -27,8 +27,8 @@ def test_ci_installs_the_tools_and_requires_them_before_the_first_test() -> None
 
 
 def test_the_packages_of_missing_programs_are_listed(tmp_path: Path) -> None:
-    there = tmp_path / "promtool"
-    there.touch(mode=0o755)
+    for name in ("prometheus", "promtool"):
+        (tmp_path / name).touch(mode=0o755)
     line = [sys.executable, "-I", str(ROOT / "tests" / "tools.py")]
     done = subprocess.run(line, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
     in_system_folder = {package for name, package in PACKAGES.items() if Path("/usr/sbin", name).exists()}
