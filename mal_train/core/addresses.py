@@ -7,7 +7,11 @@ from mal_train.core.errors import ConfigError
 PORTS = range(1, 65536)
 """Ports of an address. gRPC reduces a larger number modulo 65536 and calls another service."""
 
+DEFAULT_PORT = 443
+"""Port that gRPC takes for a `dns:` address without one."""
+
 _GRPC_SCHEMES = ("unix:", "dns:", "ipv4:", "ipv6:")
+_VERSION_OF_SCHEME = {"ipv4:": 4, "ipv6:": 6}
 
 
 def is_loopback(host: str) -> bool:
@@ -33,8 +37,18 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def split_addresses(text: str) -> list[str]:
+    """Returns the servers of a comma-separated list; the schemes `ipv4:` and `ipv6:` are dropped.
+
+    >>> split_addresses("ipv4:10.0.0.1:1,10.0.0.2:1"), split_addresses("gpu-1:1, dns:///gpu-2:1")
+    (['10.0.0.1:1', '10.0.0.2:1'], ['gpu-1:1', 'dns:///gpu-2:1'])
+    """
+    parts = [part.strip() for part in text.split(",")]
+    return [part.removeprefix("ipv4:").removeprefix("ipv6:") for part in parts if part]
+
+
 def host_of(address: str) -> str:
-    """Returns the host of a server address, without brackets; empty for a `unix:` address.
+    """Returns the host of the address of one server, without brackets; empty for a `unix:` address.
 
     >>> host_of("dns:///example.org:50051"), host_of("[::1]:50051"), host_of("unix:/run/mal.sock")
     ('example.org', '::1', '')
@@ -49,30 +63,116 @@ def host_of(address: str) -> str:
     return host.rpartition("/")[2].strip("[]")
 
 
+def port_of(address: str) -> int:
+    """Returns the port of the address of one server; gRPC's default, 443, if a `dns:` address has none.
+
+    >>> port_of("dns:///example.org:50051"), port_of("dns:///example.org")
+    (50051, 443)
+    """
+    port = address.rpartition(":")[2]
+    return int(port) if port.isdecimal() else DEFAULT_PORT
+
+
+def name_server_of(address: str) -> str:
+    """Returns the DNS server that a `dns:` address names; empty for any other address.
+
+    >>> name_server_of("dns://10.0.0.53/example.org:50051"), name_server_of("dns:///example.org:50051")
+    ('10.0.0.53', '')
+    """
+    return address.removeprefix("dns://").partition("/")[0] if address.startswith("dns://") else ""
+
+
+def ip_version(host: str) -> int:
+    """Returns 4 or 6 for an IP address, 0 for a name.
+
+    >>> ip_version("10.0.0.1"), ip_version("::1"), ip_version("example.org")
+    (4, 6, 0)
+    """
+    try:
+        return ipaddress.ip_address(host).version
+    except ValueError:
+        return 0
+
+
 def is_local_address(address: str) -> bool:
-    """Returns True for a server address on this machine: a Unix socket or a loopback host.
+    """Returns True if every server of an address is on this machine: a Unix socket or a loopback host.
 
     >>> is_local_address("unix:/run/mal.sock"), is_local_address("[::1]:50051"), is_local_address("10.0.0.7:50051")
     (True, True, False)
+    >>> is_local_address("ipv4:127.0.0.1:1,127.0.0.1:2"), is_local_address("ipv4:127.0.0.1:1,10.0.0.2:1")
+    (True, False)
     """
-    return address.startswith("unix:") or is_loopback(host_of(address))
+    servers = split_addresses(address)
+    return bool(servers) and all(map(_is_local_server, servers))
+
+
+def has_several_servers(address: str) -> bool:
+    """Returns True for an address that is written as one of several servers: a list, or a `dns:` name.
+
+    >>> has_several_servers("a:1,b:1"), has_several_servers("dns:///a:1"), has_several_servers("a:1")
+    (True, True, False)
+    """
+    return len(split_addresses(address)) > 1 or address.startswith("dns:")
+
+
+def grpc_target(address: str, name: str) -> str:
+    """Returns the target of a channel to all servers of an address.
+
+    >>> grpc_target("10.0.0.1:1,10.0.0.2:1", "server address"), grpc_target("example.org:1", "server address")
+    ('ipv4:10.0.0.1:1,10.0.0.2:1', 'example.org:1')
+
+    Args:
+        address: accepted by `check_address`.
+        name: setting or command; begins every message.
+
+    Raises:
+        ConfigError: a list with a name, or with IP addresses of both versions, which no channel can have.
+    """
+    servers = split_addresses(address)
+    if len(servers) == 1:
+        return servers[0]
+    versions = {ip_version(host_of(server)) for server in servers}
+    if versions not in ({4}, {6}):
+        raise ConfigError(
+            f"{name}: {address!r} is a list with names, or with IPv4 and IPv6 addresses; give IP addresses of one "
+            "version, or one name of all servers, for example dns:///mal-server:50051"
+        )
+    return f"ipv{versions.pop()}:{','.join(servers)}"
 
 
 def check_address(address: str, name: str) -> None:
-    """Checks a server address: HOST:PORT, or a gRPC target that begins with unix:, dns:, ipv4: or ipv6:.
+    """Checks the address of a server, or a comma-separated list of them.
+
+    An address is HOST:PORT, or a gRPC target that begins with unix:, dns:, ipv4: or ipv6:.
 
     Args:
         address: as a user wrote it.
         name: setting or command; begins every message.
 
     Raises:
-        ConfigError: no port, for which gRPC would take 443; a port outside `PORTS`; or a URL.
+        ConfigError: no port, for which gRPC would take 443; a port outside `PORTS`; a name behind ipv4: or ipv6:; or a
+            URL.
     """
-    if address.startswith(("http://", "https://")):
-        raise ConfigError(f"{name}: {address!r} is a URL; give HOST:PORT, for example localhost:50051")
-    host, _, port = address.rpartition(":")
+    for server in map(str.strip, address.split(",")):
+        _check_server(server, f"{name}: {address!r}" if server == address else f"{name}: {address!r}: {server!r}")
+
+
+def _is_local_server(server: str) -> bool:
+    # What another DNS server says of `localhost` is not known here.
+    return server.startswith("unix:") or (not name_server_of(server) and is_loopback(host_of(server)))
+
+
+def _check_server(server: str, start: str) -> None:
+    if server.startswith(("http://", "https://")):
+        raise ConfigError(f"{start} is a URL; give HOST:PORT, for example localhost:50051")
+    if server.startswith("unix:") and len(server) > len("unix:"):
+        return
+    version = _VERSION_OF_SCHEME.get(server[:5], 0)
+    if version and ip_version(host_of(server)) != version:
+        raise ConfigError(f"{start} needs an IPv{version} address and a port behind ipv{version}:")
+    host, _, port = server.rpartition(":")
     is_number = port.isascii() and port.isdecimal()
-    if not host or not (is_number or address.startswith(_GRPC_SCHEMES)):
-        raise ConfigError(f"{name}: {address!r} has no port; give HOST:PORT, for example localhost:50051")
-    if is_number and int(port) not in PORTS and not address.startswith("unix:"):
-        raise ConfigError(f"{name}: port {port} in {address!r}; a port is a number from {PORTS[0]} to {PORTS[-1]}")
+    if not host or not (is_number or server.startswith("dns:")):
+        raise ConfigError(f"{start} has no port; give HOST:PORT, for example localhost:50051")
+    if is_number and int(port) not in PORTS:
+        raise ConfigError(f"{start} has port {port}; a port is a number from {PORTS[0]} to {PORTS[-1]}")
