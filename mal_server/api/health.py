@@ -11,7 +11,10 @@ from mal_server.errors import InvalidRequest
 
 MAX_NAME_BYTES = 256
 MAX_WATCHES = 256
-"""Watches kept at once; one more ends the oldest, whose client may watch again."""
+"""Watches kept at once; one more ends the oldest with UNIMPLEMENTED.
+
+gRPC's clients then take the server for healthy. After any other status they would watch again at once and end the next
+one, without end."""
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -54,7 +57,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # unt
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """Sends the state of a service now and after each change; SERVICE_UNKNOWN while there is no such service.
 
-        Limits: MAX_WATCHES watches; one more ends the oldest with UNAVAILABLE.
+        Limits: MAX_WATCHES watches; one more ends the oldest with UNIMPLEMENTED.
         """
         watch = _Watch(_checked_name(request))
         if len(self._watches) >= MAX_WATCHES:
@@ -73,7 +76,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # unt
                 await watch.changed.wait()
         finally:
             self._watches.pop(watch, None)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, f"more than {MAX_WATCHES} watches; watch again")
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"more than {MAX_WATCHES} watches; use Check")
 
     def _notify(self, service: str) -> None:
         for watch in self._watches:

@@ -143,7 +143,7 @@ def test_one_watch_too_many_ends_the_oldest() -> None:
             assert (await anext(watch)).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         with pytest.raises(Aborted) as raised:
             await anext(watches[0])
-        assert raised.value.args == (grpc.StatusCode.UNAVAILABLE,)
+        assert raised.value.args == (grpc.StatusCode.UNIMPLEMENTED,)
         health.set("1", health_pb2.HealthCheckResponse.SERVING)
         assert (await anext(watches[1])).status == health_pb2.HealthCheckResponse.SERVING
         for watch in watches:
