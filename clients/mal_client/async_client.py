@@ -1,4 +1,4 @@
-"""`AsyncClient`: masks from boxes, by asyncio calls over one channel to one server.
+"""`AsyncClient`: masks from boxes, by asyncio calls over one channel to one or several servers.
 
 `ImageCall` holds the rules of retries, which both clients share. Jobs on datasets read and write files, so only the
 blocking client implements them; `AsyncClient` runs such a job in a thread.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from operator import attrgetter
@@ -20,7 +19,7 @@ import grpc
 import grpc.aio
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
-from mal_client.blocking_client import Client
+from mal_client.blocking_client import Client, client_of
 from mal_client.errors import CallCancelled
 from mal_client.images.image_input import encode
 from mal_client.transport.channel import Connection
@@ -45,7 +44,7 @@ def _in_thread(
 
     @functools.wraps(job)
     async def run(self: AsyncClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with Client(**dataclasses.asdict(self._connection), timeout_s=self.timeout_s) as client:
+        with client_of(self._connection, self.timeout_s) as client:
             running = asyncio.ensure_future(asyncio.to_thread(job, client, *args, **kwargs))
             try:
                 return await asyncio.shield(running)
@@ -60,7 +59,7 @@ def _in_thread(
 
 
 class AsyncClient(ClientBase):
-    """asyncio client of one server, for one event loop; an async context manager that closes the connection.
+    """asyncio client of a server, for one event loop; an async context manager that closes the connection.
 
     >>> async with AsyncClient("localhost:50051") as client:  # doctest: +SKIP
     ...     labels = await client.label_image("street.jpg", [[10, 20, 50, 80]])
@@ -72,7 +71,8 @@ class AsyncClient(ClientBase):
     closes that connection and waits until the job has ended.
 
     Args:
-        address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
+        address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`. Several servers share the calls: those behind
+            a name with several IP addresses, best as `dns:///mal-server:50051`, or `10.0.0.1:50051,10.0.0.2:50051`.
         timeout_s: deadline of one image in seconds. In a job on a dataset: the seconds without a response after which
             the server counts as lost.
         tls: encrypt the connection, and trust the public certificate authorities that gRPC includes.
@@ -80,6 +80,8 @@ class AsyncClient(ClientBase):
         client_cert: PEM file of the client's certificate and its chain, for mTLS; needs `tls` or `tls_ca`.
         client_key: PEM file of the private key of `client_cert`; None reads it from the file of `client_cert`.
         token: bearer token sent with every call; needs TLS, except with a server on this machine.
+        authority: name or NAME:PORT for which the certificates of the servers must be valid, if it is not that of the
+            address.
 
     Raises:
         ConfigError: the address has no port, or options contradict each other. A file that cannot be read raises it
@@ -96,8 +98,9 @@ class AsyncClient(ClientBase):
         client_cert: Path | str | None = None,
         client_key: Path | str | None = None,
         token: str | None = None,
+        authority: str | None = None,
     ) -> None:
-        super().__init__(Connection(address, tls, tls_ca, client_cert, client_key, token), timeout_s)
+        super().__init__(Connection(address, tls, tls_ca, client_cert, client_key, token, authority), timeout_s)
         # Created later: a channel belongs to the event loop that runs when it is created.
         self._channel: grpc.aio.Channel | None = None
         self._is_closed = False

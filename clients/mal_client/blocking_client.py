@@ -1,4 +1,4 @@
-"""`Client`: masks from boxes, by blocking calls over one channel to one server."""
+"""`Client`: masks from boxes, by blocking calls over one channel to one or several servers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mal_client.images.image_input import encode
 from mal_client.transport.channel import Connection
 from mal_client.transport.client_base import DEFAULT_TIMEOUT_S, ClientBase
 from mal_client.transport.image_call import checked_boxes
+from mal_client.transport.resolver import Lookup, ResolvedAddress, resolve, system_lookup
 from mal_client.types import (
     DEFAULT_DATASET_OPTIONS,
     SERVER_DEFAULTS,
@@ -29,6 +30,7 @@ from mal_client.types import (
     ServerInfo,
     ServerLimits,
 )
+from mal_train.core.addresses import split_addresses
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Client(ClientBase):
-    """Blocking, thread-safe client of one server; a context manager that closes the connection.
+    """Blocking, thread-safe client of a server; a context manager that closes the connection.
 
     It connects on the first call and reconnects by itself. Use one client for many calls: they share the connection,
     and an image that the server still has in its cache is not sent again.
@@ -50,7 +52,8 @@ class Client(ClientBase):
     1 0.87 1039
 
     Args:
-        address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
+        address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`. Several servers share the calls: those behind
+            a name with several IP addresses, best as `dns:///mal-server:50051`, or `10.0.0.1:50051,10.0.0.2:50051`.
         timeout_s: deadline of one image in seconds. In a job on a dataset: the seconds without a response after which
             the server counts as lost.
         tls: encrypt the connection, and trust the public certificate authorities that gRPC includes.
@@ -58,6 +61,8 @@ class Client(ClientBase):
         client_cert: PEM file of the client's certificate and its chain, for mTLS; needs `tls` or `tls_ca`.
         client_key: PEM file of the private key of `client_cert`; None reads it from the file of `client_cert`.
         token: bearer token sent with every call; needs TLS, except with a server on this machine.
+        authority: name or NAME:PORT for which the certificates of the servers must be valid, if it is not that of the
+            address.
 
     Raises:
         ConfigError: the address has no port, a file cannot be read, or options contradict each other.
@@ -73,10 +78,17 @@ class Client(ClientBase):
         client_cert: Path | str | None = None,
         client_key: Path | str | None = None,
         token: str | None = None,
+        authority: str | None = None,
     ) -> None:
-        super().__init__(Connection(address, tls, tls_ca, client_cert, client_key, token), timeout_s)
-        self._channel = self._connection.open()
+        self._connect(Connection(address, tls, tls_ca, client_cert, client_key, token, authority), timeout_s)
+
+    def _connect(self, connection: Connection, timeout_s: float) -> None:
+        super().__init__(connection, timeout_s)
+        self._channel = connection.open()
         self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._servers: dict[str, Client] = {}
+        """Open clients of single servers behind the address, by their address."""
 
     def __enter__(self) -> Self:
         return self
@@ -96,8 +108,30 @@ class Client(ClientBase):
 
     def close(self) -> None:
         """Closes the connection; running calls in other threads raise `CallCancelled`. May be called again."""
-        self._closed.set()
+        with self._lock:
+            self._closed.set()
+            servers = list(self._servers.values())
+        for server in servers:
+            server.close()
         self._channel.close()
+
+    def servers(self, lookup: Lookup = system_lookup) -> list[Client]:
+        """Returns a client for each server behind the address now; this client if it is an IP address or a socket.
+
+        They have the credentials of this client and are closed with it. The same server has the same client again,
+        until that is closed.
+
+        Args:
+            lookup: resolves the name in the address.
+
+        Raises:
+            ServerUnavailable: the name has no IP address.
+            CallCancelled: the client is closed.
+        """
+        found = [server for part in split_addresses(self.address) for server in resolve(part, lookup)]
+        if len(found) == 1 and found[0].authority is None:
+            return [self]
+        return list(dict.fromkeys(map(self._server, found)))
 
     def server_info(self) -> ServerInfo:
         """Returns the version, models and limits of the server.
@@ -347,3 +381,19 @@ class Client(ClientBase):
 
     def _known_limits(self) -> ServerLimits:
         return self._limits or self.server_info().limits
+
+    def _server(self, server: ResolvedAddress) -> Client:
+        with self._lock:
+            if self.is_closed:
+                raise self._closed_error()
+            known = self._servers.get(server.address)
+            if known is None or known.is_closed:
+                known = self._servers[server.address] = client_of(self._connection.at(server), self.timeout_s)
+            return known
+
+
+def client_of(connection: Connection, timeout_s: float) -> Client:
+    """Returns a client with a connection that is described already. Raises ConfigError, as `Client` does."""
+    client = Client.__new__(Client)
+    client._connect(connection, timeout_s)
+    return client

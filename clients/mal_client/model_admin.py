@@ -12,6 +12,7 @@ from mal_client.errors import from_rpc_error
 from mal_client.transport.base import Transport
 from mal_client.transport.serialization import labeling_messages
 from mal_client.types import ModelInfo, ModelRef, ModelStatus
+from mal_train.core.errors import ConfigError
 from mal_train.core.settings import Branch
 
 LOAD_TIMEOUT_S = 900.0
@@ -27,15 +28,24 @@ class ModelAdmin:
     ...     ModelAdmin(client).load("default", folder="trained", path="model_epoch_010.malckpt")
 
     Args:
-        client: of the server.
+        client: of one server: calls to several would each change another one. `Client.servers` has one for each.
+
+    Raises:
+        ConfigError: the client is of several servers.
 
     Every method raises `InvalidRequest` when the server refuses the call, with the server's reason, and `ClientError`
     when no answer arrives. A failed load leaves the served models unchanged.
     """
 
     def __init__(self, client: Transport) -> None:
-        self._client = client
-        self._stub = model_pb2_grpc.ModelServiceStub(client.open_channel())
+        server, *others = client.servers()
+        if others:
+            raise ConfigError(
+                f"{client.address}: {1 + len(others)} servers; models are changed on one server at a time: use each of "
+                "client.servers()"
+            )
+        self._client = server
+        self._stub = model_pb2_grpc.ModelServiceStub(server.open_channel())
 
     def list_models(self) -> list[ModelStatus]:
         """Returns the models in the server's memory, the default one first."""

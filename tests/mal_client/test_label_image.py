@@ -469,7 +469,7 @@ def test_both_clients_have_the_same_public_methods() -> None:
         return {name for name in dir(client) if not name.startswith("_")}
 
     # Jobs run in a thread, on a blocking client.
-    assert public(Client) - public(AsyncClient) == {"open_channel", "pause"}
+    assert public(Client) - public(AsyncClient) == {"open_channel", "pause", "servers"}
     assert public(AsyncClient) <= public(Client)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from mal_client.client import DEFAULT_TIMEOUT_S, AsyncClient, Client
 from mal_client.images.image_files import ImageFiles
 from mal_client.types import LabelOptions
+from mal_train.core.addresses import split_addresses
 from mal_train.core.atomic_io import refuse_same_file
 from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError
@@ -44,8 +45,10 @@ def add_connection_options(parser: argparse.ArgumentParser, *, allow_several: bo
     parser.add_argument(
         "--server",
         required=True,
-        metavar="HOST:PORT[,...]" if allow_several else "HOST:PORT",
-        help="address of mal-server" + ("; several addresses share the work" if allow_several else ""),
+        metavar="HOST:PORT[,...]",
+        help="address of mal-server; "
+        + ("several addresses share the work" if allow_several else "several IP addresses share the calls")
+        + ", and so do all IP addresses of a name",
     )
     parser.add_argument(
         "--timeout",
@@ -75,6 +78,11 @@ def add_connection_options(parser: argparse.ArgumentParser, *, allow_several: bo
         help="private key of the client certificate (default: the file of --client-cert)",
     )
     parser.add_argument(
+        "--authority",
+        metavar="NAME",
+        help="name for which the certificates of the servers must be valid (default: that of --server)",
+    )
+    parser.add_argument(
         "--token-file", type=Path, metavar="FILE", help="file with the bearer token for the server (default: no token)"
     )
 
@@ -93,7 +101,7 @@ def make_async_client(arguments: argparse.Namespace) -> AsyncClient:
 def make_clients(arguments: argparse.Namespace) -> Iterator[list[Client]]:
     """Builds a client for each address of `--server`, and closes them at the end of the block."""
     with ExitStack() as stack:
-        addresses = [address.strip() for address in arguments.server.split(",") if address.strip()]
+        addresses = split_addresses(arguments.server)
         shared = _client_arguments(arguments)
         yield [stack.enter_context(Client(address, **shared)) for address in addresses or [arguments.server]]
 
@@ -259,5 +267,6 @@ def _client_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         "tls_ca": arguments.tls_ca,
         "client_cert": arguments.client_cert,
         "client_key": arguments.client_key,
+        "authority": arguments.authority,
         "token": None if arguments.token_file is None else read_secret(arguments.token_file, "--token-file"),
     }

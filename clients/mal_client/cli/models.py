@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
-from mal_client.cli.common import Commands, add_command, add_connection_options, make_client, print_line
+from mal_client.cli.common import Commands, add_command, add_connection_options, make_client, print_error, print_line
+from mal_client.errors import ClientError
 from mal_client.model_admin import ModelAdmin
 from mal_client.types import ModelStatus
-from mal_train.core.errors import ConfigError
+from mal_train.core.errors import ConfigError, InputError
 from mal_train.core.settings import Branch
 
 
@@ -45,18 +47,25 @@ def add_models(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     with make_client(arguments) as client:
-        rows = ModelAdmin(client).list_models()
+        rows = {server.address: ModelAdmin(server).list_models() for server in client.servers()}
     if arguments.json:
-        print(json.dumps([_to_dict(row) for row in rows], indent=2))
+        several = len(rows) > 1
+        found = [_to_dict(row) | ({"server": address} if several else {}) for address in rows for row in rows[address]]
+        print(json.dumps(found, indent=2))
         return 0
-    for row in rows:
-        state = "retiring" if row.is_retiring else "default" if row.is_default else "serving"
-        model = row.info.model
-        print_line(
-            f"{model.name:<24} {state:<9} {model.checkpoint_sha256[:12]}  {row.info.arch}, {model.branch}, "
-            f"{', '.join(row.info.devices)} in {row.info.precision}, {row.calls} calls"
-        )
+    for address, statuses in rows.items():
+        for row in statuses:
+            print_line(f"{_prefix(address, len(rows))}{_line(row)}")
     return 0
+
+
+def _line(row: ModelStatus) -> str:
+    state = "retiring" if row.is_retiring else "default" if row.is_default else "serving"
+    model = row.info.model
+    return (
+        f"{model.name:<24} {state:<9} {model.checkpoint_sha256[:12]}  {row.info.arch}, {model.branch}, "
+        f"{', '.join(row.info.devices)} in {row.info.precision}, {row.calls} calls"
+    )
 
 
 def _load(arguments: argparse.Namespace) -> int:
@@ -66,20 +75,41 @@ def _load(arguments: argparse.Namespace) -> int:
             f"--from {arguments.source}: expected FOLDER/PATH, FOLDER a name in the server's model_folders"
         )
     branch = None if arguments.branch is None else Branch(arguments.branch)
-    with make_client(arguments) as client:
-        info, replaced = ModelAdmin(client).load(arguments.name, folder, path, branch)
-    note = "" if replaced is None else f", replaces {replaced.checkpoint_sha256[:12]}"
-    print_line(
-        f"{info.model.name}: serving {info.model.checkpoint_sha256[:12]} ({info.arch}, {info.model.branch}){note}"
-    )
-    return 0
+
+    def load(admin: ModelAdmin) -> str:
+        info, replaced = admin.load(arguments.name, folder, path, branch)
+        note = "" if replaced is None else f", replaces {replaced.checkpoint_sha256[:12]}"
+        model = info.model
+        return f"{model.name}: serving {model.checkpoint_sha256[:12]} ({info.arch}, {model.branch}){note}"
+
+    return _on_each_server(arguments, load)
 
 
 def _unload(arguments: argparse.Namespace) -> int:
+    def unload(admin: ModelAdmin) -> str:
+        model = admin.unload(arguments.name)
+        return f"{model.name}: {model.checkpoint_sha256[:12]} unloaded"
+
+    return _on_each_server(arguments, unload)
+
+
+def _on_each_server(arguments: argparse.Namespace, change: Callable[[ModelAdmin], str]) -> int:
+    """Changes the models of each server behind the address; returns the exit code of the last failure."""
+    exit_code = 0
     with make_client(arguments) as client:
-        model = ModelAdmin(client).unload(arguments.name)
-    print_line(f"{model.name}: {model.checkpoint_sha256[:12]} unloaded")
-    return 0
+        servers = client.servers()
+        for server in servers:
+            try:
+                print_line(f"{_prefix(server.address, len(servers))}{change(ModelAdmin(server))}")
+            except (ClientError, InputError) as error:
+                # The others must not keep the old model because of this one.
+                print_error(f"mal-client: {error}")
+                exit_code = error.exit_code
+    return exit_code
+
+
+def _prefix(address: str, count: int) -> str:
+    return f"{address}  " if count > 1 else ""
 
 
 def _to_dict(row: ModelStatus) -> dict[str, Any]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import grpc
 
 from mal_client.results.server_info import ServerInfo
+from mal_client.transport.resolver import Lookup, system_lookup
 
 
 class Transport(Protocol):
-    """Connection to one server, safe in threads; `Client` implements it.
+    """Connection to one server or to several alike, safe in threads; `Client` implements it.
 
     Attributes:
-        address: of the server, for messages.
+        address: of the servers, for messages.
         timeout_s: seconds without a response after which the server counts as lost.
     """
 
@@ -25,6 +27,9 @@ class Transport(Protocol):
 
     def open_channel(self) -> grpc.Channel:
         """Returns the channel. Raises CallCancelled after the client was closed."""
+
+    def servers(self, lookup: Lookup = system_lookup) -> Sequence[Transport]:
+        """Returns a connection to each server. Raises ServerUnavailable: the name has no IP address."""
 
     def pause(self, pause_s: float) -> None:
         """Sleeps for `pause_s` before a retry. Raises CallCancelled if the client is closed meanwhile."""

@@ -1,7 +1,9 @@
-"""Opens channels: encryption, token, message sizes, reconnection, and gRPC's own retries."""
+"""Opens channels: encryption, token, message sizes, balancing, reconnection, and gRPC's own retries."""
+
+from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,14 @@ import grpc
 import grpc.aio
 
 from mal_client.transport.auth import BearerTokenInterceptor, aio_interceptors
-from mal_train.core.addresses import check_address, is_local_address
+from mal_client.transport.resolver import ResolvedAddress
+from mal_train.core.addresses import (
+    check_address,
+    grpc_target,
+    has_several_servers,
+    is_local_address,
+    split_addresses,
+)
 from mal_train.core.errors import ConfigError
 from mal_train.core.pem import PemBlock, read_pem
 from mal_train.core.secrets import is_token
@@ -20,7 +29,17 @@ RETRY_BUFFER_BYTES = 128 * 1024 * 1024
 MAX_RECEIVE_BYTES = 256 * 1024 * 1024
 """All masks of one bulk item are in one message, which exceeds gRPC's default of 4 MiB for large images."""
 
+IDLE_TIMEOUT_MS = 300_000
+"""Time without a call after which a channel closes its connections; the next call opens them again.
+
+gRPC's default is 30 minutes. Balanced channels reconnect at once when a server closes an idle connection."""
+
+DNS_PAUSE_MS = 10_000
+"""Least time between two resolutions of a name, which a lost or aged connection causes; gRPC's default is 30 s."""
+
 SERVICE_CONFIG: dict[str, Any] = {
+    # The default, pick_first, sends every call to one of the servers of a name.
+    "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
         {
             # Not the streams of LabelImages and Evaluate: they resend items themselves, and gRPC would buffer every
@@ -37,19 +56,32 @@ SERVICE_CONFIG: dict[str, Any] = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         }
-    ]
+    ],
 }
 
+HEALTH_CHECK: dict[str, Any] = {"healthCheckConfig": {"serviceName": ""}}
+"""Part of the service config with which calls avoid a server that loads, drains or has lost its device.
 
-def channel_options() -> list[tuple[str, Any]]:
-    """Returns the options of a blocking or asyncio channel."""
+Only for addresses of several servers: with one, the call itself must get the status of the server, and its retry time.
+"""
+
+
+def channel_options(*, has_several: bool = False) -> list[tuple[str, Any]]:
+    """Returns the options of a blocking or asyncio channel.
+
+    Args:
+        has_several: the address is written as one of several servers.
+    """
+    service_config = SERVICE_CONFIG | (HEALTH_CHECK if has_several else {})
     return [
         # Unlimited: the client checks sizes against the server's limits before it sends.
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.enable_retries", 1),
         ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
-        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        ("grpc.service_config", json.dumps(service_config)),
+        ("grpc.client_idle_timeout_ms", IDLE_TIMEOUT_MS),
+        ("grpc.dns_min_time_between_resolutions_ms", DNS_PAUSE_MS),
         # gRPC's defaults (1 s, growing to 2 min) would delay the client long after a server restart.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 3000),
@@ -60,15 +92,18 @@ def channel_options() -> list[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class Connection:
-    """Address and credentials of one server.
+    """Address and credentials of one server, or of several alike that share the calls.
 
     Attributes:
-        address: HOST:PORT, or a gRPC target such as `unix:/run/mal.sock`.
+        address: HOST:PORT; a comma-separated list of them, with IP addresses of one version; or a gRPC target such as
+            `dns:///mal-server:50051` or `unix:/run/mal.sock`.
         tls: encrypt, and trust the public certificate authorities of gRPC.
         tls_ca: PEM file of the certificate authority to trust instead; implies `tls`.
         client_cert: PEM file of the client certificate with its chain, for mTLS.
         client_key: PEM file of the private key of `client_cert`; None: the key is in `client_cert`.
         token: sent with every call.
+        authority: name or NAME:PORT of the servers, for which their certificates must be valid; None: the address.
+        use_proxy: connect through the HTTP proxy of the environment, if any.
     """
 
     address: str
@@ -77,10 +112,18 @@ class Connection:
     client_cert: Path | str | None = None
     client_key: Path | str | None = None
     token: str | None = field(default=None, repr=False)
+    authority: str | None = None
+    use_proxy: bool = True
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a malformed address or token, or options that contradict each other."""
         check_address(self.address, "server address")
+        grpc_target(self.address, "server address")
+        if self.is_encrypted and self.authority is None and len(split_addresses(self.address)) > 1:
+            raise ConfigError(
+                f"{self.address}: a list with TLS needs the name in the certificate that all servers have; give "
+                "authority (--authority NAME)"
+            )
         if self.client_key is not None and self.client_cert is None:
             raise ConfigError(f"client_key {self.client_key}: no client_cert; give the certificate of this key")
         if self.client_cert is not None and not self.is_encrypted:
@@ -99,22 +142,44 @@ class Connection:
         """True if the channel uses TLS."""
         return self.tls or self.tls_ca is not None
 
+    def at(self, server: ResolvedAddress) -> Connection:
+        """Returns the connection to one of the servers behind the address, with the same credentials."""
+        return replace(
+            self,
+            address=server.address,
+            authority=self.authority or server.authority,
+            # A name that was resolved here is exempt from the proxy, but its IP addresses may not be.
+            use_proxy=self.use_proxy and server.authority is None,
+        )
+
     def open(self) -> grpc.Channel:
         """Opens a blocking channel. Raises ConfigError for files that cannot be read."""
+        target, options = self._target, self._options()
         if self.is_encrypted:
-            channel = grpc.secure_channel(self.address, self._credentials(), options=channel_options())
+            channel = grpc.secure_channel(target, self._credentials(), options=options)
         else:
-            channel = grpc.insecure_channel(self.address, options=channel_options())
+            channel = grpc.insecure_channel(target, options=options)
         return channel if self.token is None else grpc.intercept_channel(channel, BearerTokenInterceptor(self.token))
 
     def open_aio(self) -> grpc.aio.Channel:
         """Opens a channel on the running event loop. Raises ConfigError for files that cannot be read."""
+        target, options = self._target, self._options()
         interceptors = aio_interceptors(self.token) if self.token is not None else ()
         if self.is_encrypted:
-            return grpc.aio.secure_channel(
-                self.address, self._credentials(), options=channel_options(), interceptors=interceptors
-            )
-        return grpc.aio.insecure_channel(self.address, options=channel_options(), interceptors=interceptors)
+            return grpc.aio.secure_channel(target, self._credentials(), options=options, interceptors=interceptors)
+        return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
+
+    @property
+    def _target(self) -> str:
+        return grpc_target(self.address, "server address")
+
+    def _options(self) -> list[tuple[str, Any]]:
+        options = channel_options(has_several=has_several_servers(self.address))
+        if self.authority is not None:
+            options.append(("grpc.default_authority", self.authority))
+        if not self.use_proxy:
+            options.append(("grpc.enable_http_proxy", 0))
+        return options
 
     def _credentials(self) -> grpc.ChannelCredentials:
         key_file = self.client_cert if self.client_key is None else self.client_key

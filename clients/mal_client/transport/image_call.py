@@ -119,7 +119,10 @@ class ImageCall:
         self._timeout_s = timeout_s
         self._clock = clock
         self._upload = upload if limits.image_cache_bytes > 0 else None
+        self._may_send_hash = True
         self._is_sent_as_hash = False
+        self._is_confirmed = False
+        """The server has answered the current request, so it has the image."""
         self._deadline = None if timeout_s is None else clock() + timeout_s
         self._pending = dict(enumerate(boxes))
         self._sent: dict[int, BoxXywh] = {}
@@ -144,7 +147,8 @@ class ImageCall:
         indices = list(self._pending)[: self._max_boxes]
         self._sent = {index: self._pending[index] for index in indices}
         self._retry_after_s = 0.0
-        self._is_sent_as_hash = self._upload is not None and self._upload.is_known
+        self._is_sent_as_hash = self._may_send_hash and self._upload is not None and self._upload.is_known
+        self._is_confirmed = False
         sha256 = self._upload.sha256 if self._upload is not None and self._is_sent_as_hash else None
         return labeling_messages.label_request(self._image, self._sent, self._options, sha256)
 
@@ -169,8 +173,9 @@ class ImageCall:
             ) from None
         if final:
             self._has_labels, self._failures, self._truncated = True, 0, 0
-        if self._upload is not None:
-            self._upload.add()
+        if self._upload is not None and not self._is_confirmed:
+            self._is_confirmed = True
+            self._upload.add(was_hash=self._is_sent_as_hash)
         return final
 
     def on_end(self) -> float:
@@ -197,8 +202,9 @@ class ImageCall:
                 would pass the deadline.
         """
         if self._is_sent_as_hash and self._upload is not None and rpc_details(error).reason == NOT_CACHED:
-            # Evicted, or another server at the same address: the next request has the bytes.
+            # Evicted, or the call went to another server of the address: the next request has the bytes.
             self._upload.discard()
+            self._may_send_hash = False
             return 0.0
         self._truncated += is_truncated(error)
         if self._truncated >= MAX_TRUNCATED:
