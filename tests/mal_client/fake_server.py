@@ -350,7 +350,7 @@ class FakeServer(
 
 
 @contextmanager
-def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
+def serving(server: FakeServer, port: int = 0, host: str = "127.0.0.1") -> Iterator[str]:
     """Runs the fake, on a free port unless one is given; yields its address."""
     grpc_server = grpc.server(
         futures.ThreadPoolExecutor(8),
@@ -359,10 +359,10 @@ def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
     labeling_pb2_grpc.add_LabelingServiceServicer_to_server(server, grpc_server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(server, grpc_server)
     evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(server, grpc_server)
-    port = grpc_server.add_insecure_port(f"127.0.0.1:{port}")
+    port = grpc_server.add_insecure_port(f"{host}:{port}")
     grpc_server.start()
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"{host}:{port}"
     finally:
         stopped = grpc_server.stop(None)
         server.released.set()

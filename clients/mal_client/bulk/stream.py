@@ -104,6 +104,7 @@ class BulkStream:
         self._max_items = max_items
         self._idle_timeout_s = idle_timeout_s
         self._window = Window()
+        self._is_leaving = False
         self._sizes_wh: dict[str, tuple[int, int] | None] = {}
         """Width and height in px of images by the id of their item in flight."""
         self._load_error: Exception | None = None
@@ -112,8 +113,13 @@ class BulkStream:
 
     @property
     def done(self) -> bool:
-        """True when every item of the job is settled, here and at the other servers."""
-        return self._queue.done
+        """True when no further stream may follow: every item of the job is settled, or the server is being left."""
+        return self._is_leaving or self._queue.done
+
+    def leave(self) -> None:
+        """Sends no further items to this server. The current stream ends when those in flight have results."""
+        self._is_leaving = True
+        self._queue.end_window(self._window)
 
     def is_silent(self) -> bool:
         """Returns whether items have been in flight for `idle_timeout_s` without a response."""
@@ -125,6 +131,8 @@ class BulkStream:
         It ends with the last item of the job, or with the stream.
         """
         self._window = self._queue.open_window(self._max_items, MAX_BYTES_IN_FLIGHT)
+        if self._is_leaving:  # since the last check of `done`
+            self._queue.end_window(self._window)
         self._sizes_wh = {}
         return self._requests(self._window)
 
@@ -145,7 +153,7 @@ class BulkStream:
             )
         try:
             outcome = self._outcome(item, response)
-        except ServerError:
+        except (ServerError, ModelChanged):
             # Another server may do better.
             self._queue.put_back(item)
             raise

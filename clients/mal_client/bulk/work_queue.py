@@ -56,6 +56,7 @@ class Window:
         max_items: limit of items in flight.
         max_bytes: limit of their encoded bytes; a single item may exceed it.
         is_open: False once the stream has ended.
+        is_ending: it takes no further items, and ends when those in flight have results.
         items: items in flight, by id.
         sizes: encoded bytes of those whose image was read.
         active_at: clock time of the last response, or of the first item in flight.
@@ -64,6 +65,7 @@ class Window:
     max_items: int = 1
     max_bytes: int = 0
     is_open: bool = False
+    is_ending: bool = False
     items: dict[str, WorkItem] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     active_at: float = 0.0
@@ -113,10 +115,10 @@ class WorkQueue:
         """Moves the next item into a window; blocks until there is one and the window has room.
 
         Returns:
-            None when the window was closed or every item is settled.
+            None when the window was closed or is ending, or every item is settled.
         """
         with self._changed:
-            while window.is_open and not self._is_done():
+            while window.is_open and not window.is_ending and not self._is_done():
                 item = self._next_item() if window.has_room() else None
                 if item is not None:
                     if not window.items:
@@ -173,6 +175,12 @@ class WorkQueue:
             self._requeue(window.items.values())
             window.items.clear()
             window.sizes.clear()
+
+    def end_window(self, window: Window) -> None:
+        """Lets a window take no further items. Those in flight stay there until they have results."""
+        with self._changed:
+            window.is_ending = True
+            self._changed.notify_all()
 
     def in_flight(self, window: Window) -> int:
         """Returns the number of items in flight on a stream."""

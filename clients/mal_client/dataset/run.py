@@ -17,12 +17,13 @@ from mal_client.bulk.stream import ItemResult
 from mal_client.bulk.work_queue import WorkItem, WorkQueue
 from mal_client.dataset.output import write_labeled
 from mal_client.dataset.provenance import answering_model, job_fingerprint, provenance_of
-from mal_client.dataset.servers import reachable_servers
+from mal_client.dataset.servers import JobServers
 from mal_client.dataset.shards import SHARD_KEY, Shard
-from mal_client.errors import ItemError
+from mal_client.errors import ItemError, ModelChanged
 from mal_client.images.image_files import ImageFiles
 from mal_client.images.image_input import MAX_FILE_BYTES, EncodedImage, read_file
 from mal_client.transport.base import Transport
+from mal_client.transport.resolver import Lookup, system_lookup
 from mal_client.types import (
     DEFAULT_DATASET_OPTIONS,
     BoxLabel,
@@ -30,7 +31,6 @@ from mal_client.types import (
     DatasetResult,
     LabelOptions,
     Progress,
-    ServerInfo,
     ServerLimits,
 )
 from mal_train.core.atomic_io import check_writable, refuse_same_file
@@ -53,11 +53,15 @@ def label_dataset(
     shard: Shard | None = None,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
+    lookup: Lookup = system_lookup,
 ) -> DatasetResult:
     """Labels a COCO file as `Client.label_dataset` does, on the servers of several clients.
 
+    A stream goes to each IP address of a name. While the job runs, names are resolved again: a server that is added
+    joins if it gives the same masks, and one that is taken from its name gets no further items.
+
     Args:
-        clients: one for each server.
+        clients: one for each server or name.
         coco_json: the annotations.
         images_dir: the folder that `file_name` is relative to, or a pattern; `ImageFiles` for files outside it.
         output_json: the file with masks.
@@ -66,6 +70,7 @@ def label_dataset(
         shard: label this shard alone and write no file; the results stay in a journal for `merge_shards`.
         on_progress: called after each result.
         on_notice: receives messages for the user.
+        lookup: resolves names; returns the IP addresses of a host, for a port.
 
     Raises:
         ConfigError: the servers differ, an unfinished run was another job, or the output is the annotation file.
@@ -77,8 +82,8 @@ def label_dataset(
     check_writable(output_json)
     images = ImageFiles.of(images_dir)
     plan = read_plan(coco_json, dataset_options.only, dataset_options.ids)
-    servers = reachable_servers(clients, options, notify)
-    info = servers[0][1]
+    servers = JobServers(clients, options, notify, lookup=lookup)
+    info = servers.first
     provenance = provenance_of(info, options)
     manifest = {**job_fingerprint(plan, dataset_options), "images": images.name, **provenance}
     path = journal_path(output_json)
@@ -90,7 +95,7 @@ def label_dataset(
         run = _DatasetRun(plan, journal, on_progress, shard)
         if journal.label_count:
             notify(f"{path}: {run.resume_message()}")
-        lost = _label_pending(run, servers, image_loader(images, info.limits), options, notify)
+        lost = _label_pending(run, servers, image_loader(images, servers.limits), options, notify)
         missing = lost or ItemError("INTERNAL", "NOT_ANSWERED", "no label was made")
         is_final = lost is None and not run.unavailable
         if shard is not None:
@@ -216,7 +221,7 @@ class _DatasetRun:
 
 def _label_pending(
     run: _DatasetRun,
-    servers: Sequence[tuple[Transport, ServerInfo]],
+    servers: JobServers,
     load: Callable[[ImageInfo], EncodedImage],
     options: LabelOptions,
     on_notice: OnNotice,
@@ -228,25 +233,27 @@ def _label_pending(
     """
     if not len(run.pending.indices):
         return None
-    max_boxes = max(1, min(info.limits.max_boxes for _, info in servers))
-    model = answering_model(servers[0][1], options)
+    max_boxes = max(1, servers.limits.max_boxes)
+    model = answering_model(servers.first, options)
 
     def load_item(item: WorkItem) -> EncodedImage:
         return load(_image_of(run.plan, item))
 
     dispatcher = MultiServerDispatcher(
-        [(client, info.limits.max_items_in_flight) for client, info in servers],
+        servers.reachable,
         WorkQueue(_work_items(run.pending, max_boxes), model=model),
         load_item,
         options,
         on_notice,
+        directory=servers,
     )
     try:
         with closing(dispatcher.results()) as results:
             for result in results:
                 run.add(result)
     except AllServersLost as lost:
-        if not run.has_results:
+        # A run with the same manifest could only end the same way.
+        if not run.has_results or isinstance(lost.error, ModelChanged):
             raise lost.error from lost
         return ItemError("UNAVAILABLE", "SERVER_LOST", f"no result before the server was lost: {lost.error}")
     return None

@@ -1,49 +1,188 @@
-"""Selects the servers of a job: those that are reachable, which must all give the same masks."""
+"""Selects the servers of a job: those that are reachable, which must all give the same masks.
+
+`JobServers` checks them at the start, and while the job runs those that are added to a name or come back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from mal_client.bulk.server_finder import ServerChanges
 from mal_client.dataset.provenance import provenance_of
-from mal_client.errors import CallTimedOut, ServerUnavailable
+from mal_client.errors import CallTimedOut, InvalidRequest, ServerError, ServerUnavailable
 from mal_client.transport.base import Transport
-from mal_client.types import LabelOptions, ServerInfo
+from mal_client.transport.resolver import Lookup, system_lookup
+from mal_client.types import LabelOptions, ServerInfo, ServerLimits
 from mal_train.core.errors import ConfigError
 from mal_train.core.fingerprint import differences
 
+FIRST_PAUSE_S = 10.0
+"""Seconds before a server that failed is checked again; each further failure doubles them."""
 
-def reachable_servers(
-    clients: Sequence[Transport], options: LabelOptions, on_notice: Callable[[str], None]
-) -> list[tuple[Transport, ServerInfo]]:
-    """Returns the reachable servers with what they serve under these options.
+LONGEST_PAUSE_S = 300.0
+MAX_DOUBLINGS = 10
+
+SHARED_LIMITS = ("max_boxes", "max_image_bytes", "max_pixels", "max_side")
+"""Limits of one image; the items of a job keep to the lowest of all servers."""
+
+
+@dataclass(frozen=True)
+class _Failures:
+    """Failures of one server, and the clock time before which it is not checked again."""
+
+    count: int = 0
+    not_before: float = 0.0
+    text: str = ""
+
+
+class JobServers:
+    """The servers of one job; a `ServerDirectory`, safe in threads.
+
+    Args:
+        clients: each of one server, or of a name with several.
+        options: label options.
+        on_notice: receives messages about the start.
+        lookup: resolves names.
+        clock: monotonic seconds.
+
+    Attributes:
+        first: what the first reachable server serves under these options.
+        limits: of requests; the lowest of all servers that were reachable at the start.
 
     Raises:
-        ServerUnavailable, CallTimedOut: none is reachable.
+        ServerUnavailable, CallTimedOut: no server is reachable, or no name has an address.
         ConfigError: the servers differ in model or settings.
         InvalidRequest: a server does not serve what the options ask for.
     """
-    servers: list[tuple[Transport, ServerInfo]] = []
-    errors: list[ServerUnavailable | CallTimedOut] = []
-    for client in clients:
+
+    def __init__(
+        self,
+        clients: Sequence[Transport],
+        options: LabelOptions,
+        on_notice: Callable[[str], None],
+        *,
+        lookup: Lookup = system_lookup,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clients = clients
+        self._options = options
+        self._lookup = lookup
+        self._clock = clock
+        self._look_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._failures: dict[str, _Failures] = {}
+        """By the address of a server; changed under `_lock`, which is never held for long."""
+        self._known: list[list[Transport]] = [[] for _ in clients]
+        """Servers of each client, as its name was last resolved."""
+        self._name_errors = [""] * len(clients)
+        self._reachable = self._start(on_notice)
+        self.first = self._reachable[0][1]
+        self._expected = provenance_of(self.first, options)
+        self._refuse_different()
+        self.limits = _lowest([info.limits for _, info in self._reachable])
+
+    @property
+    def reachable(self) -> list[tuple[Transport, int]]:
+        """Servers that were reachable at the start, each with its limit of items in flight."""
+        return [(client, info.limits.max_items_in_flight) for client, info in self._reachable]
+
+    def look(self, in_use: frozenset[str]) -> ServerChanges:
+        """Resolves the names again and checks the servers that are not in use; see `ServerDirectory`."""
+        with self._look_lock:
+            notices = list(self._resolve_again())
+            listed = {client.address: client for clients in self._known for client in clients}
+            added: list[tuple[Transport, int]] = []
+            for address, client in listed.items():
+                if address in in_use or self._clock() < self._failures_of(address).not_before:
+                    continue
+                max_items, reason = self._check(client)
+                if not reason:
+                    added.append((client, max_items))
+                elif reason != self._failures_of(address).text:
+                    notices.append(f"{reason}; the job continues without it")
+                if reason:
+                    self._note_failure(address, reason)
+            return ServerChanges(added, in_use - listed.keys(), notices)
+
+    def note_lost(self, address: str) -> None:
+        """Delays the next check of a server that failed during the job."""
+        self._note_failure(address, "")
+
+    def _start(self, on_notice: Callable[[str], None]) -> list[tuple[Transport, ServerInfo]]:
+        errors: list[ServerUnavailable | CallTimedOut] = []
+        for index, client in enumerate(self._clients):
+            try:
+                self._known[index] = list(client.servers(self._lookup))
+            except ServerUnavailable as error:
+                errors.append(error)
+        servers = list({client.address: client for known in self._known for client in known}.values())
+        reachable: list[tuple[Transport, ServerInfo]] = []
+        for client in servers:
+            try:
+                reachable.append((client, client.server_info().for_options(self._options)))
+            except (ServerUnavailable, CallTimedOut) as error:
+                errors.append(error)
+                self._note_failure(client.address, str(error))
+        if not reachable:
+            raise errors[0]
+        for unreachable in errors:
+            on_notice(f"{unreachable}; starting with {len(reachable)} of {len(reachable) + len(errors)} servers")
+        return reachable
+
+    def _refuse_different(self) -> None:
+        (first, _), *others = self._reachable
+        for client, info in others:
+            different = differences(provenance_of(info, self._options), self._expected)
+            if different:
+                raise ConfigError(
+                    f"{client.address}: differs from {first.address}: {'; '.join(different)}; {_SAME_MASKS}"
+                )
+
+    def _resolve_again(self) -> Iterator[str]:
+        """Updates the servers of each name; yields a notice for a name that has no address now, and keeps them."""
+        for index, client in enumerate(self._clients):
+            try:
+                self._known[index] = list(client.servers(self._lookup))
+            except ServerUnavailable as error:
+                if str(error) != self._name_errors[index]:
+                    yield f"{error}; continuing with the servers that are known"
+                self._name_errors[index] = str(error)
+            else:
+                self._name_errors[index] = ""
+
+    def _check(self, client: Transport) -> tuple[int, str]:
+        """Returns the limit of items in flight of a server, and the reason not to use it, if any."""
         try:
-            servers.append((client, client.server_info().for_options(options)))
-        except (ServerUnavailable, CallTimedOut) as error:
-            errors.append(error)
-    if not servers:
-        raise errors[0]
-    for unreachable in errors:
-        on_notice(f"{unreachable}; starting with {len(servers)} of {len(clients)} servers")
-    _refuse_different(servers, options)
-    return servers
-
-
-def _refuse_different(servers: Sequence[tuple[Transport, ServerInfo]], options: LabelOptions) -> None:
-    (first, first_info), *others = servers
-    expected = provenance_of(first_info, options)
-    for client, info in others:
-        different = differences(provenance_of(info, options), expected)
+            info = client.server_info().for_options(self._options)
+        except (ServerUnavailable, CallTimedOut, ServerError, InvalidRequest) as error:
+            return 0, str(error)
+        different = differences(provenance_of(info, self._options), self._expected)
         if different:
-            raise ConfigError(
-                f"{client.address}: differs from {first.address}: {'; '.join(different)}; the masks of one file must "
-                "come from servers with the same checkpoint, version and precision"
-            )
+            return 0, f"{client.address}: differs from the job: {'; '.join(different)}; {_SAME_MASKS}"
+        lower = [name for name in SHARED_LIMITS if getattr(info.limits, name) < getattr(self.limits, name)]
+        if lower:
+            return 0, f"{client.address}: lower limits than the job began with: {', '.join(lower)}"
+        return info.limits.max_items_in_flight, ""
+
+    def _failures_of(self, address: str) -> _Failures:
+        with self._lock:
+            return self._failures.get(address, _Failures())
+
+    def _note_failure(self, address: str, text: str) -> None:
+        with self._lock:
+            count = self._failures.get(address, _Failures()).count
+            pause_s = min(FIRST_PAUSE_S * 2 ** min(count, MAX_DOUBLINGS), LONGEST_PAUSE_S)
+            self._failures[address] = _Failures(count + 1, self._clock() + pause_s, text)
+
+
+_SAME_MASKS = "the masks of one file must come from servers with the same checkpoint, version and precision"
+
+
+def _lowest(limits: Sequence[ServerLimits]) -> ServerLimits:
+    """Returns the limits of the first server with the lowest of all for one image."""
+    lowest: dict[str, Any] = {name: min(getattr(each, name) for each in limits) for name in SHARED_LIMITS}
+    return replace(limits[0], **lowest)
