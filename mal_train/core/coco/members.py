@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, JsonMemberReader
 from mal_train.core.coco.parquet_reader import ParquetMemberReader
 from mal_train.core.coco.parquet_schema import is_parquet
+from mal_train.core.storage.addresses import Location
 
 
 class MemberReader(Protocol):
@@ -21,15 +22,15 @@ class MemberReader(Protocol):
         ...
 
 
-def open_members(path: Path, max_value_chars: int = MAX_VALUE_CHARS) -> MemberReader:
+def open_members(path: Location, max_value_chars: int = MAX_VALUE_CHARS) -> MemberReader:
     """Opens a COCO file.
 
     Args:
-        path: a file; or for parquet also a folder of parts.
+        path: a local file; for parquet also an address, or a folder of parts.
         max_value_chars: maximum length of a single JSON value, for example one row.
 
     Raises:
         BadDataset: the file is unusable; for JSON only when it is read.
         ConfigError: parquet, and pyarrow is not installed.
     """
-    return ParquetMemberReader(path) if is_parquet(path) else JsonMemberReader(path, max_value_chars)
+    return ParquetMemberReader(path) if is_parquet(path) else JsonMemberReader(Path(path), max_value_chars)

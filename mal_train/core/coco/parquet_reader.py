@@ -7,6 +7,7 @@ that lies about sizes is not detected before the memory is used.
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,12 +25,15 @@ from mal_train.core.coco.parquet_schema import (
     Head,
     arrow_schema,
     check_schema,
+    is_parquet,
     load_pyarrow,
     read_metadata,
 )
-from mal_train.core.errors import BadDataset
-from mal_train.core.input_files import open_regular
+from mal_train.core.errors import BadDataset, StorageError
 from mal_train.core.spill import Spill
+from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact
+from mal_train.core.storage.listing import list_names
+from mal_train.core.storage.reading import info_of, open_random
 
 _ROWS_PER_BATCH: Final = 256
 _ROWS_PER_BUCKET: Final = 1 << 16
@@ -43,13 +47,13 @@ class RowGroup:
     """One row group of a dataset.
 
     Attributes:
-        path: its file.
+        path: path or address of its file.
         index: index in the file.
         rows: number of rows.
         annotations: number of annotations.
     """
 
-    path: Path
+    path: Location
     index: int
     rows: int
     annotations: int
@@ -59,35 +63,39 @@ class ParquetDataset:
     """A COCO file in the parquet form. Opening it reads the footers alone.
 
     Args:
-        path: a file, or a folder whose files `*.parquet` are parts of one COCO file.
+        path: path or address of a file, or of a folder whose files `*.parquet` are parts of one COCO file.
 
     Attributes:
         path: the file or folder.
+        name: `path` in messages.
         head: the COCO file without images and annotations.
         row_groups: of all files, in the order of their names.
         sha256: SHA-256 of the footers, which contain the SHA-256 of the other bytes; 64 hex digits.
 
     Raises:
         BadDataset: a file is unreadable, not of this form, exceeds a limit, or belongs to another COCO file.
-        ConfigError: pyarrow is not installed.
+        ConfigError: pyarrow is not installed, or what reads the address.
+        StorageError, StoreUnreachable: an object cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
+        self.name = redact(path)
         self.row_groups: list[RowGroup] = []
-        self._footers: dict[Path, str] = {}
-        heads: dict[Path, Head] = {}
+        self._footers: dict[Location, str] = {}
+        heads: dict[Location, Head] = {}
         for part in _parts(path):
             with _opened(part) as (file, footer_sha256):
-                heads[part], counts = read_metadata(file.metadata.metadata, str(part))
-                check_schema(file.schema_arrow, str(part))
+                heads[part], counts = read_metadata(file.metadata.metadata, redact(part))
+                check_schema(file.schema_arrow, redact(part))
                 self.row_groups += _row_groups(part, file.metadata, counts)
             self._footers[part] = footer_sha256
         first, self.head = next(iter(heads.items()))
         for part, head in heads.items():
             if head != self.head:
                 raise BadDataset(
-                    f"{part}: is no part of the same COCO file as {first.name}; keep its parts alone in {path}"
+                    f"{redact(part)}: is no part of the same COCO file as {base_name(first)}; keep its parts alone in "
+                    f"{self.name}"
                 )
         self.sha256 = hashlib.sha256("".join(self._footers.values()).encode()).hexdigest()
 
@@ -115,7 +123,7 @@ class ParquetDataset:
         for path, of_file in groupby(groups, key=lambda group: group.path):
             with _opened(path) as (file, footer_sha256):
                 if footer_sha256 != self._footers[path]:
-                    raise BadDataset(f"{path}: changed while it was read; start the command again")
+                    raise BadDataset(f"{redact(path)}: changed while it was read; start the command again")
                 for group in of_file:
                     yield group, _read_row_group(file, group, columns)
 
@@ -124,7 +132,7 @@ class ParquetDataset:
         found = sum(group.annotations for group in self.row_groups)
         if found != self.head.annotations:
             raise BadDataset(
-                f"{self.path}: holds {found} of {self.head.annotations} annotations of its COCO file; a part is "
+                f"{self.name}: holds {found} of {self.head.annotations} annotations of its COCO file; a part is "
                 "missing, or there are parts of several runs"
             )
 
@@ -133,13 +141,13 @@ class ParquetMemberReader:
     """Reader of the members of a COCO file in the parquet form; the counterpart of `JsonMemberReader`.
 
     Args:
-        path: a file, or a folder of parts.
+        path: path or address of a file, or of a folder of parts.
 
     Raises:
         BadDataset: see `ParquetDataset`, or parts are missing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.dataset = ParquetDataset(path)
         self.dataset.check_complete()
 
@@ -158,9 +166,9 @@ class ParquetMemberReader:
         head = self.dataset.head
         for name, value in head.members.items():
             if name == IMAGES:
-                yield name, _in_order(self._images(), head.images, f"{self.dataset.path}: images")
+                yield name, _in_order(self._images(), head.images, f"{self.dataset.name}: images")
             elif name == ANNOTATIONS:
-                yield name, _in_order(self._annotations(), head.annotations, f"{self.dataset.path}: annotations")
+                yield name, _in_order(self._annotations(), head.annotations, f"{self.dataset.name}: annotations")
             else:
                 yield name, iter(value) if isinstance(value, list) else value
 
@@ -171,7 +179,7 @@ class ParquetMemberReader:
         return (annotation for row in self.dataset.rows() for annotation in row.annotations)
 
 
-def read_parquet(path: Path) -> dict[str, Any]:
+def read_parquet(path: Location) -> dict[str, Any]:
     """Returns the JSON object of a COCO file in the parquet form.
 
     Raises:
@@ -255,27 +263,41 @@ def _in_order(rows: Iterator[tuple[int, Any]], count: int, name: str) -> Iterato
         )
 
 
-def _parts(path: Path) -> Sequence[Path]:
-    if not path.is_dir():
+def _parts(path: Location) -> Sequence[Location]:
+    if not _is_folder(path):
         return [path]
-    parts = sorted(part for part in path.iterdir() if part.suffix.lower() == SUFFIX and not part.name.startswith("."))
-    if not parts:
-        raise BadDataset(f"{path}: contains no {SUFFIX} file; give a file, or the folder of the parts")
-    return parts
+    names = [name for name in list_names(path) if is_parquet(Path(name)) and "/" not in name and name[0] != "."]
+    if not names:
+        raise BadDataset(f"{redact(path)}: contains no {SUFFIX} file; give a file, or the folder of the parts")
+    return [join(path, name) for name in sorted(names)]
+
+
+def _is_folder(path: Location) -> bool:
+    if not is_remote(path):
+        return Path(path).is_dir()
+    try:
+        info_of(str(path))
+    except StorageError as error:
+        if error.reason != "NOT_FOUND" or next(list_names(path), None) is None:
+            raise
+        return True
+    return False
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, str]]:
+def _opened(path: Location) -> Iterator[tuple[Any, str]]:
     """Yields the open file as a pyarrow ParquetFile and the SHA-256 of its footer."""
     _, pq = load_pyarrow()
-    with _read_errors(path), open_regular(path) as source:
+    with _read_errors(path), open_random(path) as source:
         footer = _read_footer(source, path)
         limits = dict.fromkeys(("thrift_string_size_limit", "thrift_container_size_limit"), MAX_FOOTER_BYTES)
-        yield pq.ParquetFile(source, page_checksum_verification=True, **limits), footer
+        # Buffered reads of a store would be one request for each column, one after the other.
+        file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=is_remote(path), **limits)
+        yield file, footer
 
 
 @contextlib.contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
+def _read_errors(path: Location) -> Iterator[None]:
     """Turns errors of pyarrow and of the file into BadDataset."""
     pa, _ = load_pyarrow()
     try:
@@ -286,32 +308,33 @@ def _read_errors(path: Path) -> Iterator[None]:
         if error.strerror is None:
             raise _damaged(path, error) from error
         raise BadDataset(
-            f"{path}: cannot be read ({error.strerror}); give the path of a COCO file in parquet"
+            f"{redact(path)}: cannot be read ({error.strerror}); give the path of a COCO file in parquet"
         ) from error
 
 
-def _read_footer(source: BinaryIO, path: Path) -> str:
+def _read_footer(source: BinaryIO, path: Location) -> str:
     """Returns the SHA-256 of the footer; raises BadDataset for a file that has none or one that is too long."""
-    size = source.seek(0, 2)
+    name = redact(path)
+    size = source.seek(0, os.SEEK_END)
     source.seek(max(0, size - _TAIL_BYTES))
     tail = source.read(_TAIL_BYTES)
     length = int.from_bytes(tail[:4], "little")
     if tail[4:] != _MAGIC or length + _TAIL_BYTES > size:
-        raise BadDataset(f"{path}: not a parquet file, or its end is missing; give a COCO file in parquet")
+        raise BadDataset(f"{name}: not a parquet file, or its end is missing; give a COCO file in parquet")
     if length > MAX_FOOTER_BYTES:
-        raise BadDataset(f"{path}: footer of {length} bytes; the limit is {MAX_FOOTER_BYTES}: use larger row groups")
+        raise BadDataset(f"{name}: footer of {length} bytes; the limit is {MAX_FOOTER_BYTES}: use larger row groups")
     source.seek(size - _TAIL_BYTES - length)
     digest = hashlib.sha256(source.read(length)).hexdigest()
     source.seek(0)
     return digest
 
 
-def _row_groups(path: Path, metadata: Any, counts: Sequence[int]) -> Iterator[RowGroup]:
+def _row_groups(path: Location, metadata: Any, counts: Sequence[int]) -> Iterator[RowGroup]:
     if len(counts) != metadata.num_row_groups:
-        raise BadDataset(f"{path}: its metadata states {len(counts)} row groups of {metadata.num_row_groups}")
+        raise BadDataset(f"{redact(path)}: its metadata states {len(counts)} row groups of {metadata.num_row_groups}")
     for index, count in enumerate(counts):
         group = metadata.row_group(index)
-        name = f"{path}: row group {index}"
+        name = f"{redact(path)}: row group {index}"
         values = max((group.column(column).num_values for column in range(group.num_columns)), default=0)
         size = sum(group.column(column).total_uncompressed_size for column in range(group.num_columns))
         _check_limit(name, "uncompressed bytes", max(size, group.total_byte_size), MAX_ROW_GROUP_BYTES)
@@ -325,7 +348,7 @@ def _check_limit(name: str, unit: str, value: int, limit: int) -> None:
 
 
 def _read_row_group(file: Any, group: RowGroup, columns: list[str]) -> Iterator[ImageRow]:
-    name = f"{group.path}: row group {group.index}"
+    name = f"{redact(group.path)}: row group {group.index}"
     # The caller's block does not see an error here: it has handed this iterator on.
     with _read_errors(group.path):
         batches = file.iter_batches(_ROWS_PER_BATCH, row_groups=[group.index], columns=columns, use_threads=False)
@@ -333,6 +356,6 @@ def _read_row_group(file: Any, group: RowGroup, columns: list[str]) -> Iterator[
             yield from rows_of(batch, name)
 
 
-def _damaged(path: Path, error: Exception) -> BadDataset:
+def _damaged(path: Location, error: Exception) -> BadDataset:
     detail = str(error).partition("\n")[0][:200]
-    return BadDataset(f"{path}: cannot be read as parquet ({detail}); it is damaged: copy or convert it again")
+    return BadDataset(f"{redact(path)}: cannot be read as parquet ({detail}); it is damaged: copy or convert it again")

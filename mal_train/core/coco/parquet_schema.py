@@ -11,10 +11,10 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from mal_train.core.errors import BadDataset, ConfigError
+from mal_train.core.storage.addresses import Location, base_name
 
 VERSION: Final = 1
 METADATA_KEY: Final = b"mal_coco"
@@ -81,9 +81,9 @@ class Head:
         return text
 
 
-def is_parquet(path: Path) -> bool:
-    """Returns True for the path of a file in parquet, or of a folder of such files."""
-    return path.suffix.lower() == SUFFIX
+def is_parquet(path: Location) -> bool:
+    """Returns True for the path or address of a file in parquet, or of a folder of such files."""
+    return base_name(path).lower().endswith(SUFFIX)
 
 
 def load_pyarrow() -> tuple[Any, Any]:

@@ -16,13 +16,14 @@ from mal_train.core.coco.parquet_schema import Head
 from mal_train.core.coco.parquet_writer import PartWriter
 from mal_train.core.coco.stream import CocoHead, HeadBuilder, OnAnnotation, RowTransform
 from mal_train.core.errors import BadDataset, ConfigError
+from mal_train.core.storage.addresses import Location, redact
 
 
 class ParquetShare:
     """Row groups `index`, `index` + `count`, … of a COCO file in parquet. Opening it reads the footers alone.
 
     Args:
-        path: a file, or a folder of parts.
+        path: path or address of a file, or of a folder of parts.
         index: number of the share, from 0.
         count: number of shares.
 
@@ -31,14 +32,14 @@ class ParquetShare:
         ConfigError: there are fewer row groups than shares, or pyarrow is not installed.
     """
 
-    def __init__(self, path: Path, index: int = 0, count: int = 1) -> None:
+    def __init__(self, path: Location, index: int = 0, count: int = 1) -> None:
         self._dataset = ParquetDataset(path)
         self._dataset.check_complete()
         groups = len(self._dataset.row_groups)
         if count > 1 and count > groups:
             raise ConfigError(
-                f"{path}: {groups} row groups for {count} shards; use at most {groups} shards, or write smaller row "
-                "groups with mal-client convert --from coco --row-group-boxes"
+                f"{redact(path)}: {groups} row groups for {count} shards; use at most {groups} shards, or write "
+                "smaller row groups with mal-client convert --from coco --row-group-boxes"
             )
         self._row_groups = self._dataset.row_groups[index::count]
 
@@ -50,8 +51,7 @@ class ParquetShare:
         Raises:
             BadDataset: a row group cannot be used, or an id is used more than once.
         """
-        path = self._dataset.path
-        builder = HeadBuilder(path)
+        builder = HeadBuilder(self._dataset.path)
         for name, value in self._dataset.head.members.items():
             if name == "categories":
                 builder.add_member(name, iter(value) if isinstance(value, list) else value, on_annotation)
@@ -60,7 +60,7 @@ class ParquetShare:
             if row.index is not None:
                 builder.add_images([row.image], row.index)
             for position, value in row.annotations:
-                _check_place(row, position, value, path)
+                _check_place(row, position, value, self._dataset.name)
                 on_annotation(number, builder.add_annotation(value, position))
                 number += 1
         builder.reject_duplicate_ids()
@@ -96,13 +96,13 @@ def _transformed(row: ImageRow, head: CocoHead, transform: RowTransform, number:
         yield position, transform(at, value, read_annotation(value, position, head.images, head.category_names))
 
 
-def _check_place(row: ImageRow, position: int, value: Any, path: Path) -> None:
+def _check_place(row: ImageRow, position: int, value: Any, name: str) -> None:
     """Raises BadDataset for an annotation that is not in the row of its image: it would be read without its image."""
     if row.index is None or not isinstance(value, dict):
         return
     image_id = row.image.get("id") if isinstance(row.image, dict) else None
     if value.get("image_id") != image_id:
         raise BadDataset(
-            f"{path}: annotations[{position}]: in the row of images[{row.index}], which is not its image; write the "
+            f"{name}: annotations[{position}]: in the row of images[{row.index}], which is not its image; write the "
             "file again with mal-client convert --from coco"
         )

@@ -10,11 +10,9 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import groupby
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
-from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.json_values import json_type
 from mal_train.core.coco.parquet_records import ANNOTATION_COLUMNS, IMAGE_COLUMNS, ImageRow, RecordColumns
 from mal_train.core.coco.parquet_schema import (
@@ -29,6 +27,8 @@ from mal_train.core.coco.parquet_schema import (
 )
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.spill import Spill
+from mal_train.core.storage.addresses import Location
+from mal_train.core.storage.writing import write_output
 
 ROW_GROUP_BOXES: Final = 1 << 16
 """Default number of boxes of a row group. An image without boxes counts as one."""
@@ -47,10 +47,8 @@ _WITH_DICTIONARY: Final = (
 _NUMBERED: Final = ("index", "id", "annotations.list.element.index", "annotations.list.element.id")
 
 
-def write_part(
-    path: Path, rows: Iterable[ImageRow], head: Head, *, row_group_boxes: int = ROW_GROUP_BOXES, overwrite: bool = True
-) -> int:
-    """Writes rows as one file, atomically; returns the number of annotations.
+def write_part(path: Location, rows: Iterable[ImageRow], head: Head, *, row_group_boxes: int = ROW_GROUP_BOXES) -> int:
+    """Writes rows as one file or object, the whole file or nothing; returns the number of annotations.
 
     The head is that of the complete COCO file, of which the rows may be a part.
 
@@ -60,7 +58,7 @@ def write_part(
         OutputError: the file cannot be written; an existing one is unchanged.
     """
     load_pyarrow()
-    with atomic_write(path, overwrite=overwrite) as file, PartWriter(file, row_group_boxes) as writer:
+    with write_output(path) as file, PartWriter(file, row_group_boxes) as writer:
         for row in rows:
             writer.add(row)
         writer.finish(head)

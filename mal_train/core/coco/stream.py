@@ -31,6 +31,7 @@ from mal_train.core.coco.output import PROVENANCE_KEY
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES, write_members
 from mal_train.core.errors import BadDataset
+from mal_train.core.storage.addresses import Location, redact
 
 _ROWS_PER_WRITE: Final = 500
 
@@ -40,7 +41,7 @@ class CocoHead:
     """A COCO file without its annotations.
 
     Attributes:
-        path: path of the file.
+        path: path of the file; for parquet a path or an address.
         sha256: SHA-256 of its bytes, for parquet of its footers; 64 hex digits.
         images: by id, in file order.
         category_names: by id, in file order; the id itself for a row without a name.
@@ -50,7 +51,7 @@ class CocoHead:
         notes: one sentence per invalid row of `images` and `categories`.
     """
 
-    path: Path
+    path: Location
     sha256: str
     images: dict[JsonId, ImageInfo]
     category_names: dict[JsonId, str]
@@ -136,7 +137,7 @@ def write_transformed(head: CocoHead, output: Path, transform: RowTransform, pro
     with atomic_write(output) as file:
         _write_members(file, transformed(), output)
         if reader.sha256() != head.sha256:
-            raise BadDataset(f"{head.path}: changed while the job ran; start the job again")
+            raise BadDataset(f"{redact(head.path)}: changed while the job ran; start the job again")
 
 
 def copy_coco(
@@ -182,12 +183,13 @@ class HeadBuilder:
         repeated_annotation_ids: keys in order of the first repetition.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.count: int | None = None
         self.images: dict[JsonId, ImageInfo] = {}
         self.category_names: dict[JsonId, str] = {}
         self.repeated_image_ids: dict[JsonId, None] = {}
         self.repeated_annotation_ids: dict[JsonId, None] = {}
+        self._name = redact(path)
         self._path = path
         self._seen_ids: set[JsonId] = set()
         self._notes: list[str] = []
@@ -198,7 +200,7 @@ class HeadBuilder:
         if key not in REQUIRED_LISTS:
             return
         if not isinstance(value, Iterator):
-            raise BadDataset(f"{self._path}: {key!r} is {json_type(value)}; it must be a list")
+            raise BadDataset(f"{self._name}: {key!r} is {json_type(value)}; it must be a list")
         self._lists.add(key)
         if key == "images":
             self.add_images(value)
@@ -211,7 +213,7 @@ class HeadBuilder:
         """Raises BadDataset if a required list is missing."""
         missing = [key for key in REQUIRED_LISTS if key not in self._lists]
         if missing:
-            raise BadDataset(missing_lists(str(self._path), missing))
+            raise BadDataset(missing_lists(self._name, missing))
 
     def add_images(self, rows: Iterable[Any], start: int = 0) -> None:
         """Parses rows of `images`, of which the first has the index `start` in the file."""
@@ -236,8 +238,8 @@ class HeadBuilder:
 
     def reject_duplicate_ids(self) -> None:
         """Raises BadDataset if an id is used more than once."""
-        reject_duplicate_ids(self.repeated_image_ids, f"{self._path}: image id")
-        reject_duplicate_ids(self.repeated_annotation_ids, f"{self._path}: annotation id")
+        reject_duplicate_ids(self.repeated_image_ids, f"{self._name}: image id")
+        reject_duplicate_ids(self.repeated_annotation_ids, f"{self._name}: annotation id")
 
     def build(self, sha256: str) -> CocoHead:
         """Returns the collected head; `sha256` is the hash of the file."""
