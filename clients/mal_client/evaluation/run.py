@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +20,7 @@ from mal_client.transport.base import Transport
 from mal_client.transport.serialization import evaluation_messages, labeling_messages
 from mal_client.types import Evaluation, LabelOptions
 from mal_train.core.coco.annotations import read_coco
+from mal_train.core.coco.members import content_sha256
 from mal_train.core.settings import SIZE_NAMES
 
 
@@ -39,9 +39,7 @@ def evaluate(
     coco, files = read_coco(coco_json), ImageFiles.of(images_dir)
     limits = client.server_info().limits
     source = LocalDataset(coco, files, options=options, worst_count=worst_count, limits=limits)
-    with coco_json.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    job = {"annotations_sha256": sha256, "images": files.name, "options": repr(options)}
+    job = {"annotations_sha256": content_sha256(coco_json), "images": files.name, "options": repr(options)}
     return _evaluate(client, source, job=job, on_progress=on_progress, on_notice=on_notice, resume=resume)
 
 

@@ -1,12 +1,14 @@
 """Opens a COCO file by the suffix of its name: JSON, or parquet for `.parquet`."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, JsonMemberReader
-from mal_train.core.coco.parquet_reader import ParquetMemberReader
+from mal_train.core.coco.parquet_reader import ParquetDataset, ParquetMemberReader
 from mal_train.core.coco.parquet_schema import is_parquet
+from mal_train.core.errors import BadDataset
 from mal_train.core.storage.addresses import Location
 
 
@@ -34,3 +36,18 @@ def open_members(path: Location, max_value_chars: int = MAX_VALUE_CHARS) -> Memb
         ConfigError: parquet, and pyarrow is not installed.
     """
     return ParquetMemberReader(path) if is_parquet(path) else JsonMemberReader(Path(path), max_value_chars)
+
+
+def content_sha256(path: Location) -> str:
+    """Returns 64 hex digits that identify the content of a COCO file: of its bytes, or for parquet of its footers.
+
+    Raises:
+        BadDataset: the file cannot be read.
+    """
+    if is_parquet(path):
+        return ParquetDataset(path).sha256
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BadDataset(f"{path}: cannot be read ({error.strerror}); give the path of a COCO JSON file") from error
