@@ -395,13 +395,11 @@ def _read_box(row: Mapping[str, Any]) -> tuple[Box, str | None]:
     rule = "it must be four finite numbers x, y, width, height"
     if value is None:
         return NO_BOX, f"bbox is missing; {rule}"
-    error = f"bbox {as_json(value)}; {rule}"
-    if not isinstance(value, list) or len(value) != 4:
-        return NO_BOX, error
-    x, y, w, h = (finite_number(number) for number in value)
-    if x is None or y is None or w is None or h is None:
-        return NO_BOX, error
-    return (x, y, w, h), None
+    if isinstance(value, list) and len(value) == 4:
+        x, y, w, h = (finite_number(number) for number in value)
+        if x is not None and y is not None and w is not None and h is not None:
+            return (x, y, w, h), None
+    return NO_BOX, f"bbox {as_json(value)}; {rule}"
 
 
 def row_name(annotation_id: object) -> str:
