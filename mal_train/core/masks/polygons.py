@@ -212,8 +212,8 @@ def _vertices(corners: Points, ends: NDArray[np.int64]) -> tuple[Points, NDArray
     before, _ = _neighbors(ends)
     corners, ends = _selected(corners, ends, np.any(corners != corners[before], axis=1))
     before, after = _neighbors(ends)
-    to, fro = corners - corners[before], corners[after] - corners
-    return _selected(corners, ends, to[:, 0] * fro[:, 1] != to[:, 1] * fro[:, 0])
+    last, following = corners - corners[before], corners[after] - corners
+    return _selected(corners, ends, last[:, 0] * following[:, 1] != last[:, 1] * following[:, 0])
 
 
 def _neighbors(ends: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
