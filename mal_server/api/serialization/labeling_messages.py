@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import status_pb2
@@ -317,7 +318,9 @@ def _write_mask(mask: EncodedMask, message: types_pb2.Mask) -> None:
         case Polygons():
             _set(message.polygons, height=mask.height, width=mask.width)
             for ring in mask.rings:
-                extend(message.polygons.rings.add(is_hole=ring.is_hole).points, ring.points.ravel())
+                # As floats, which the field holds: protobuf takes three times as long to convert integers.
+                numbers = ring.points.ravel().astype(np.float32)
+                extend(message.polygons.rings.add(is_hole=ring.is_hole).points, numbers)
         case PngCrop():
             _set(message.png, height=mask.height, width=mask.width, x=mask.x, y=mask.y, content=mask.content)
             _set(message.png, crop_width=mask.crop_width, crop_height=mask.crop_height)
