@@ -160,37 +160,44 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             tokens = ResumeTokens(self._resume_key, model.info, options.predict, options.output)
             if options.resume_token:
                 tokens.check(options.resume_token)
-            options, images = await self._images(options, request_iterator, memory)
+            options, images, rows = await self._images(options, request_iterator, memory)
             run = EvaluationRun(
                 model.pipeline, model.pool, options.category_names, tokens, memory, caller=options.caller.name
             )
-            samples = bounded_map(
-                images, contextless(run.label), self._limits.max_items_in_flight, idle_s=self._idle_s, in_order=True
-            )
-            async with aclosing(samples):
-                async for sample in samples:
-                    await run.count(sample)
-                    record = await run.record_of(sample) if options.want_records else b""
-                    if len(record) > self._limits.max_response_bytes // 2:
-                        record = b""  # a resumed evaluation labels this image again
-                    yield evaluation_messages.write_progress(run, options, record)
-            model_ref = labeling_messages.write_model_ref(model.info, options.predict.branch)
-            report = run.report(options.worst_count)
-            memory.hold_until(report)
-            finished = await asyncio.wrap_future(report)
-            # In a thread: with ten thousand categories and instances it takes a tenth of a second.
-            write = partial(evaluation_messages.write_result, finished, run, options, model_ref)
-            yield await model.pool.run(Priority.BATCH, write, caller=options.caller.name)
+            try:
+                samples = bounded_map(
+                    images, contextless(run.label), self._limits.max_items_in_flight, idle_s=self._idle_s, in_order=True
+                )
+                async with aclosing(samples):
+                    async for sample in samples:
+                        await run.count(sample)
+                        record = await run.record_of(sample) if options.want_records else b""
+                        if len(record) > self._limits.max_response_bytes // 2:
+                            record = b""  # a resumed evaluation labels this image again
+                        yield evaluation_messages.write_progress(run, options, record)
+                model_ref = labeling_messages.write_model_ref(model.info, options.predict.branch)
+                finished = await asyncio.wrap_future(run.report(options.worst_count))
+                # In a thread: with ten thousand categories and instances it takes a tenth of a second.
+                write = partial(evaluation_messages.write_result, finished, run, options, model_ref)
+                yield await model.pool.run(Priority.BATCH, write, caller=options.caller.name)
+            finally:
+                freed = run.free(*rows)
+                memory.hold_until(freed)
+            # Not if the call fails: then nothing more may be awaited.
+            await asyncio.wrap_future(freed)
 
     async def _images(
         self,
         options: evaluation_messages.EvaluateOptions,
         requests: AsyncIterator[evaluation_pb2.EvaluateRequest],
         memory: Reservation,
-    ) -> tuple[evaluation_messages.EvaluateOptions, AsyncIterator[UnreadImage]]:
-        """Returns the images of the stream, or of a data set on the server with the options that it completes."""
+    ) -> tuple[evaluation_messages.EvaluateOptions, AsyncIterator[UnreadImage], tuple[list[Any] | dict[Any, Any], ...]]:
+        """Returns the images of the stream, or of a data set on the server with the options that it completes.
+
+        The last value are the collections that hold the data set.
+        """
         if options.dataset is None:
-            return options, evaluation_messages.read_images(requests, options, self._limits)
+            return options, evaluation_messages.read_images(requests, options, self._limits), ()
         # Before the records are read: without memory for the data set they are not needed.
         while_read = await asyncio.to_thread(memory_of, self._folders, options.dataset[0])
         memory.grow(while_read)
@@ -206,7 +213,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         memory.adjust(size_bytes - while_read)
         images = dataset.images(options.label_request, self._limits.max_boxes, records)
         options = replace(options, category_names=dataset.category_names, images_total=len(dataset.head.images))
-        return options, each(images)
+        return options, each(images), (dataset.rows, dataset.head.images, records)
 
     def _read_dataset(self, names: tuple[str, str], records: Mapping[str, bytes]) -> tuple[Dataset, int]:
         dataset = read_dataset(self._folders, *names)

@@ -11,6 +11,11 @@ PIB = 1024**5
 MESSAGE_OVERHEAD = 64 * 1024
 """Bytes of a request reserved for boxes and options; the rest is the limit of its encoded image."""
 
+MAX_CATEGORIES = 10_000
+"""Categories of a served model, and of an evaluation, whose report has a row for each."""
+MAX_CATEGORY_CHARS = 1000
+"""Characters in the name of a category; all of them must fit into a message."""
+
 
 class Limits(Strict):
     """Bounds of one request; clients read them from GetServerInfo."""

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mal_server.config.limits import MAX_CATEGORIES, MAX_CATEGORY_CHARS
 from mal_server.errors import InvalidRequest, ResumeTokenStale
 from mal_server.evaluation.resume_tokens import GroundTruth
-from mal_server.evaluation.run import MAX_CATEGORIES, MAX_CATEGORY_CHARS, UnreadImage, refused_image
+from mal_server.evaluation.run import UnreadImage, refused_image
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.inference.image_store import FileImage
 from mal_server.inference.requests import LabelRequest

@@ -5,17 +5,19 @@ Images are labeled concurrently but counted in order of arrival, so that the sam
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
+from mal_server.config.limits import MAX_CATEGORIES
 from mal_server.errors import ImageNotCached, InvalidRequest, NotFound
 from mal_server.evaluation.resume_tokens import GroundTruth, InstanceScore, ItemFailure, ResumeTokens, SampleResult
 from mal_server.inference.pipeline import Pipeline
 from mal_server.inference.requests import InstanceResult, LabelRequest
 from mal_server.scheduling.admission import QueueFull
-from mal_server.scheduling.background import collector_paused
+from mal_server.scheduling.background import collector_paused, when_done
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_quota import Reservation
 from mal_server.scheduling.priority import Priority
@@ -23,18 +25,13 @@ from mal_train.core.coco.annotations import Annotation, JsonId, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.core.metrics.evaluator import Evaluator, memory_of
 from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.threads import clear_in_parts
 from mal_train.kernel.labeler.types import Label
 
 Result = TypeVar("Result")
 
 REQUEST_REFUSED = "REQUEST_REFUSED"
 """Reason under which the objects of an image are counted if its message breaks the contract."""
-
-MAX_CATEGORIES = 10_000
-"""Categories of one evaluation; its report has a row for each."""
-
-MAX_CATEGORY_CHARS = 1000
-"""Characters in the name of a category; the report with all of them must fit into a message."""
 
 MEMORY_OF_AN_IMAGE = 400
 """Bytes of an image beside its name: in the list of names, in the set of known names, and for its size."""
@@ -110,6 +107,8 @@ class EvaluationRun:
         self._known_ids: set[str] = set()
         self._unread: Counter[str] = Counter()
         self._categories: set[JsonId | None] = set()
+        self._using: Future[Any] | None = None
+        """The last work of a thread on the evaluator."""
 
     @property
     def instances(self) -> int:
@@ -156,7 +155,7 @@ class EvaluationRun:
         expected = self._memory_of_results(sample)
         self._memory.grow(expected)
         before = self._evaluator.memory
-        await self._in_pool(self._count, sample)
+        await asyncio.wrap_future(self._use(self._count, sample))
         kept = self._evaluator.memory - before + _memory_of_name(sample)
         self._memory.adjust(kept - expected - sample.memory)
         self._categories |= _categories(sample)
@@ -175,11 +174,33 @@ class EvaluationRun:
         Args:
             listed: number of instances to list, lowest IoU first.
         """
-        return self._pool.submit(Priority.BATCH, self._report, listed, caller=self._caller)
+        return self._use(self._report, listed)
 
     def _report(self, listed: int) -> EvaluationReport:
         with collector_paused():
             return self._evaluator.report(listed=listed)
+
+    def free(self, *others: list[Any] | dict[Any, Any]) -> "Future[None]":
+        """Frees the compared masks and other collections in a thread, once no thread uses them; ends the run.
+
+        In the event loop, where the call ends, they would stop all other calls while they are freed.
+        """
+        freed: Future[None] = Future()
+        when_done(self._using, partial(self._start_freeing, freed, (self.item_ids, self._known_ids, *others)))
+        return freed
+
+    def _start_freeing(self, freed: "Future[None]", held: Iterable[list[Any] | dict[Any, Any] | set[Any]]) -> None:
+        try:
+            work = self._pool.submit(Priority.BATCH, self._free, held, caller=self._caller)
+        except RuntimeError:  # the pool is shut down, and the process ends
+            freed.set_result(None)
+        else:
+            work.add_done_callback(lambda _: freed.set_result(None))
+
+    def _free(self, held: Iterable[list[Any] | dict[Any, Any] | set[Any]]) -> None:
+        self._evaluator.clear()
+        for values in held:
+            clear_in_parts(values)
 
     async def _labeled(self, truth: GroundTruth, request: LabelRequest) -> SampleResult:
         while True:
@@ -213,6 +234,12 @@ class EvaluationRun:
         code_bytes = _masks_bytes(sample) + sum(map(_code_bytes, annotations))
         new_categories = len(_categories(sample) - self._categories)
         return memory_of(len(annotations) - crowds, crowds, code_bytes, new_categories) + _memory_of_name(sample)
+
+    def _use(self, function: Callable[..., Result], *args: object) -> "Future[Result]":
+        """Schedules work on the evaluator, one at a time."""
+        using = self._pool.submit(Priority.BATCH, function, *args, caller=self._caller)
+        self._using = using
+        return using
 
     async def _in_pool(self, function: Callable[..., Result], *args: object) -> Result:
         return await self._pool.run(Priority.BATCH, function, *args, caller=self._caller)

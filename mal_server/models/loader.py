@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mal_server.config.limits import MAX_CATEGORIES, MAX_CATEGORY_CHARS
 from mal_server.config.model_config import ModelPlan
 from mal_server.inference.worker import Predictor, Worker
 from mal_train.core.errors import CheckpointError, ConfigError, OutOfDeviceMemory
@@ -81,6 +82,7 @@ def load_model(plan: ModelPlan) -> LoadedModel:
         OutOfDeviceMemory: the weights do not fit into the free memory of a device.
     """
     checkpoint, sha256 = read_checkpoint(plan)
+    _check_categories(checkpoint, plan.checkpoint)
     devices = pick_devices(plan.gpu_ids, plan.cpu_workers)
     reference = build_labeler(checkpoint, precision="float32")
     if plan.branch not in branches_of(has_teacher=reference.network.has_teacher):
@@ -127,6 +129,17 @@ def read_checkpoint(plan: ModelPlan) -> tuple[Checkpoint, str]:
         raise CheckpointError(f"{path}: changed while it was read; load it again once it is complete")
     # The hash of the bytes that were read, even if the path refers to another file by now.
     return checkpoint, checkpoint.sha256
+
+
+def _check_categories(checkpoint: Checkpoint, path: Path) -> None:
+    """Raises CheckpointError for categories that take long to list: every client asks for them."""
+    names = [name for category in checkpoint.categories if isinstance(name := category.get("name"), str)]
+    longest = max(map(len, names), default=0)
+    if len(checkpoint.categories) > MAX_CATEGORIES or longest > MAX_CATEGORY_CHARS:
+        raise CheckpointError(
+            f"{path}: {len(checkpoint.categories)} categories, the longest name has {longest} characters; a served "
+            f"model has at most {MAX_CATEGORIES}, with names of {MAX_CATEGORY_CHARS}"
+        )
 
 
 def small_side(arch: str, crop_size: int) -> int:

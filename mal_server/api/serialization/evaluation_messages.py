@@ -18,12 +18,10 @@ from mal_server.api.serialization.labeling_messages import (
     read_instances,
     read_options,
 )
-from mal_server.config.limits import Limits
+from mal_server.config.limits import MAX_CATEGORIES, MAX_CATEGORY_CHARS, Limits
 from mal_server.errors import FolderDenied, InvalidRequest
 from mal_server.evaluation.resume_tokens import GroundTruth, ItemFailure
 from mal_server.evaluation.run import (
-    MAX_CATEGORIES,
-    MAX_CATEGORY_CHARS,
     REQUEST_REFUSED,
     EvaluationRun,
     UnreadImage,

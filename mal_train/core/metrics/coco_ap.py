@@ -25,8 +25,8 @@ class ApInput:
     Detections that count for neither are left out.
     """
 
-    groups: Sequence[Group]
-    scores: Sequence[Floats]
+    groups: list[Group]
+    scores: list[Floats]
 
     def metrics(self, scores: Scores = "score") -> CocoMetrics:
         """Computes the metrics of AP_NAMES; None where no instance defines one.
@@ -83,7 +83,8 @@ def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou
         images_of[category].append(image_id)
     numbers = {category: n for n, category in enumerate(sorted(known, key=id_order))}
     keys = ((category, image_id) for category in numbers for image_id in sorted(images_of[category], key=id_order))
-    groups, scores = [], []
+    groups: list[Group] = []
+    scores: list[Floats] = []
     for key in keys:
         detections, truths = pairs.pop(key)
         if not detections and all(one.is_crowd for one in truths):

@@ -27,9 +27,10 @@ from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
 from mal_train.core.masks.rle import Rle
 from mal_train.core.metrics.coco_ap import ap_input
-from mal_train.core.metrics.miou import InstanceIoU, mean_iou, mean_or_none
+from mal_train.core.metrics.miou import CocoMetrics, InstanceIoU, mean_iou, mean_or_none
 from mal_train.core.metrics.report import GOOD_IOU, CategoryRow, EvaluationReport, Skipped
 from mal_train.core.metrics.score_quality import score_quality
+from mal_train.core.threads import clear_in_parts
 
 MAX_SCORE = 1e9
 """Largest score of a label, so that sums and means of scores are finite; those of this project lie in [0, 1]."""
@@ -209,12 +210,11 @@ class Evaluator:
             listed: number of rows in `worst` and in `skipped_rows`; None: all.
         """
         pairs = _by_id(self._pairs)
+        ap_at_1, ap_at_score = self._average_precision(pairs) if ap else ({}, {})
         rows = list(map(_instance, pairs))
-        # Computed once for both: the overlaps are the slow part.
-        overlaps = ap_input(*self._as_coco(pairs)) if ap else None
         scores, ious = [row.score for row in rows], [row.iou for row in rows]
         miou = mean_iou(rows)
-        return EvaluationReport(
+        report = EvaluationReport(
             images=None,
             overall=miou.overall,
             by_size=miou.by_size,
@@ -222,14 +222,34 @@ class Evaluator:
             class_miou_by_box_size=miou.class_mean_by_box_size,
             share_good=mean_or_none(np.asarray(ious) > GOOD_IOU),
             empty_ground_truth=sum(row.area == 0 for row in rows),
-            ap_at_1={} if overlaps is None else overlaps.metrics("one"),
-            ap_at_score={} if overlaps is None else overlaps.metrics("score"),
+            ap_at_1=ap_at_1,
+            ap_at_score=ap_at_score,
             score=score_quality(scores, ious),
             categories=self._category_rows(rows),
             worst=tuple(map(_instance, _by_iou(pairs)[:listed])),
             skipped=dict(Counter(reason for _, _, reason, _ in self._skipped).most_common()),
             skipped_rows=tuple(Skipped(*row) for row in self._skipped[:listed]),
         )
+        clear_in_parts(rows)
+        return report
+
+    def clear(self) -> None:
+        """Forgets all rows; unlike their end with the evaluator, this lets other threads run meanwhile."""
+        for rows in (self._pairs, self._skipped, self._crowds):
+            clear_in_parts(rows)
+        for known in (self._seen, self._frames):
+            clear_in_parts(known)
+
+    def _average_precision(self, pairs: Sequence[_Pair]) -> tuple[CocoMetrics, CocoMetrics]:
+        """Computes COCO's metrics with every score set to 1, and with the scores of the masks."""
+        truth, results = self._as_coco(pairs)
+        # Computed once for both: the overlaps are the slow part.
+        overlaps = ap_input(truth, results)
+        for used in (truth["annotations"], truth["images"], results):
+            clear_in_parts(used)
+        metrics = overlaps.metrics("one"), overlaps.metrics("score")
+        clear_in_parts(overlaps.groups)
+        return metrics
 
     def _truth(self, annotation: Annotation, image_id: JsonId, frame: tuple[int, int]) -> Rle | None:
         """Reads the ground-truth mask in the frame (height, width) of its prediction; None after skipping the row."""

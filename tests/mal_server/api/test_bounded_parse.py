@@ -19,8 +19,8 @@ from mal_server.api.serialization.labeling_messages import (
     Violations,
     read_output_options,
 )
+from mal_server.config.limits import MAX_CATEGORIES
 from mal_server.errors import InvalidRequest
-from mal_server.evaluation.run import MAX_CATEGORIES
 from mal_server.inference.allowed_dirs import suggest
 from mal_server.scheduling.priority import Priority
 from mal_train.core.masks.rle import Rle

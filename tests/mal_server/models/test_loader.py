@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mal_server import cli
+from mal_server.config.limits import MAX_CATEGORIES, MAX_CATEGORY_CHARS
 from mal_server.config.model_config import ModelFolder, ModelSetting
 from mal_server.config.server import ServerConfig
 from mal_server.models.loader import load_model
@@ -53,6 +54,19 @@ def test_weights_that_do_not_fit_their_settings_are_an_error_of_the_checkpoint(
     assert len(str(raised.value)) < 1000
     assert cli.main(["check", f"checkpoint={path}", "gpu_ids=[]"]) == CheckpointError.exit_code
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "categories", [[{"id": n} for n in range(MAX_CATEGORIES + 1)], [{"id": 1, "name": "n" * (MAX_CATEGORY_CHARS + 1)}]]
+)
+def test_a_model_whose_categories_take_long_to_list_is_refused(
+    tmp_path: Path, categories: list[dict[str, Any]]
+) -> None:
+    path = tmp_path / "a.malckpt"
+    weights = MalNetwork(MICRO).weights()
+    save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(crop_size=64), weights, categories), None)
+    with pytest.raises(CheckpointError, match="categories"):
+        load(path)
 
 
 def sha256_of(path: Path) -> str:
