@@ -1,21 +1,40 @@
 """Runs containers of rendered manifests as processes: their commands, arguments, variables and settings.
 
-Paths of volumes lie below a folder, and addresses are on loopback; nothing else is replaced.
+Paths of volumes lie below a folder, and addresses are on loopback; nothing else is replaced. Where the system permits
+user namespaces, the processes have what the pods have: user 10001, no capabilities, and no file system that they may
+write but the volumes.
 """
 
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from benchmarks.load.run import environment
 from tests.deploy.rendered import Manifest
 
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+USER = 10001
+_RESTRICT = f"""
+set -e
+systems=/
+while [ "$1" != -- ]; do
+    systems="$systems $(df --output=target "$1" | tail -n 1)"
+    mount --bind "$1" "$1"
+    shift
+done
+shift
+for system in $systems; do mount -o remount,bind,ro "$system"; done
+exec unshare --user --map-user={USER} --map-group={USER} -- "$@"
+"""
+"""Binds folders, makes the root and the file systems of the folders read-only, and becomes another user."""
 _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_]\w*)\)")
 
 
@@ -43,6 +62,19 @@ def variables_of(container: Manifest) -> dict[str, str]:
 def arguments_of(container: Manifest) -> list[str]:
     """Returns the arguments of a container with its variables replaced."""
     return [expand(word, variables_of(container)) for word in container["args"]]
+
+
+@cache
+def can_restrict() -> bool:
+    """Returns True if this system permits the namespaces of `restricted`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(restricted(["true"], [Path(folder)]), capture_output=True, check=False).returncode == 0
+
+
+def restricted(words: Sequence[str], writable: Sequence[Path]) -> list[str]:
+    """Returns the words of a process that may write to these folders only. It keeps its process id and signals."""
+    script = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", _RESTRICT, "sh"]
+    return [*script, *map(str, writable), "--", *words]
 
 
 @dataclass(frozen=True)
@@ -91,20 +123,34 @@ class Host:
         variables = {**given, **variables_of(container)}
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
         words = [*container["command"], *container["args"]]
-        return [self.localize(expand(word, variables), mounts) for word in words], variables
+        local = [self.localize(expand(word, variables), mounts) for word in words]
+        tmp = self.folder / "tmp"
+        tmp.mkdir(exist_ok=True)
+        return local, {**variables, "HOME": str(tmp), "TMPDIR": str(tmp)}
+
+    def process(self, container: Manifest, more: Sequence[str], given: Mapping[str, str]) -> dict[str, Any]:
+        """Returns the arguments of `subprocess` for a container."""
+        words, variables = self.command(container, given)
+        line = [*words, *more]
+        if can_restrict():
+            line = restricted(line, self.writable(container))
+        # The commands are those of this environment, activated or not.
+        return {"args": line, "env": {**environment(), "PATH": PATH, **variables}}
+
+    def writable(self, container: Manifest) -> list[Path]:
+        """Returns the folders of the volumes that a container may write; /dev/shm is this machine's."""
+        mounts = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
+        return [self.path(f"{mount}/x").parent for mount in mounts if mount != "/dev/shm"]
 
     def run(self, container: Manifest, *more: str, **given: str) -> "subprocess.CompletedProcess[str]":
         """Runs a container to its end, with more arguments."""
-        words, variables = self.command(container, given)
-        return subprocess.run(
-            [*words, *more], env=_environment(variables), capture_output=True, text=True, check=False, timeout=240
-        )
+        process = self.process(container, more, given)
+        return subprocess.run(**process, capture_output=True, text=True, check=False, timeout=240)
 
     @contextmanager
     def running(self, container: Manifest, *more: str, **given: str) -> "Iterator[subprocess.Popen[bytes]]":
         """Runs a container until the end of the block, and kills it if it then still runs."""
-        words, variables = self.command(container, given)
-        with subprocess.Popen([*words, *more], env=_environment(variables)) as process:
+        with subprocess.Popen(**self.process(container, more, given)) as process:
             try:
                 yield process
             finally:
@@ -114,8 +160,3 @@ class Host:
 def execute(host: Host, container: Manifest, command: Sequence[str]) -> int:
     """Runs the command of an exec probe in a container, and returns its exit code."""
     return host.run({**container, "command": list(command), "args": []}).returncode
-
-
-def _environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables of a process; the commands are those of this environment, activated or not."""
-    return {**environment(), "PATH": PATH, **variables}

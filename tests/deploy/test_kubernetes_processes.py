@@ -15,9 +15,10 @@ from mal_train.distributed.launch import free_port
 from mal_train.kernel.checkpoint.builtin import BUILTIN, resolve
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key, write_identity
-from tests.deploy.pods import Host, execute
+from tests.deploy.pods import USER, Host, can_restrict, execute
 from tests.deploy.rendered import Manifest, only, pod_of, render
 from tests.scenes import write_scenes
+from tests.tools import missing
 
 SHARDS = 3
 """In place of 16, to start fewer processes."""
@@ -115,6 +116,18 @@ def server(machine: Host) -> Iterator[Manifest]:
         yield container
 
 
+def test_processes_are_restricted_like_pods(machine: Host) -> None:
+    if not can_restrict():
+        missing("namespaces", "this system permits no user namespaces; run the tests where `unshare --user` works")
+    touch = {**container_of("label", SHARDS="1"), "command": ["touch"], "args": []}
+    for inside in ("/data/written", "/tmp/written"):
+        assert machine.run(touch, str(machine.path(inside))).returncode == 0
+    for outside in (machine.path("/no-volume/written"), machine.path("/etc/written"), "/written"):
+        assert "Read-only file system" in machine.run(touch, str(outside)).stderr
+    status = {**touch, "command": ["grep", "-E", "^(Uid|CapEff):", "/proc/self/status"]}
+    assert machine.run(status).stdout.split() == ["Uid:", *[str(USER)] * 4, "CapEff:", "0" * 16]
+
+
 def test_every_probe_succeeds_on_a_server_that_serves(machine: Host, server: Manifest) -> None:
     for name in PROBES:
         assert probe_succeeds(machine, server, name)
@@ -175,7 +188,7 @@ def test_the_tls_overlay_serves_clients_with_its_authority_and_token_only(tmp_pa
         assert machine.run(plain, "--timeout=2", **index).returncode == 1
         token = next(word for word in with_token["args"] if word.startswith("--token-file="))
         without = {**with_token, "args": [word for word in with_token["args"] if word != token]}
-        assert machine.run(without, **index).returncode == 1
+        assert machine.run(without, **index).returncode == 2
         done = machine.run(with_token, **index)
         assert done.returncode == 0, done.stderr
 

@@ -64,6 +64,7 @@ def test_the_pods_train_one_model_together(machine: Host) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_drained_pod_ends_all_pods_after_a_checkpoint_and_the_next_start_resumes(machine: Host) -> None:
     longer = [f"train.num_epochs={EPOCHS}", "train.checkpoint_interval=1000"]
     with pods(machine, *longer) as running:
