@@ -1,6 +1,5 @@
 """Claims about a bulk job whose name gets and loses servers while the job runs."""
 
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -97,56 +96,72 @@ def is_complete(result: DatasetResult) -> bool:
 EACH_ONCE = Counter(map(str, range(IMAGES)))
 
 
+WINDOW = Limits().max_items_in_flight
+
+
+def held(after: int) -> FakeServer:
+    """Returns a server that answers some items and then waits for `released`."""
+    return FakeServer(Faults(hold_after=after))
+
+
 def test_each_address_of_a_name_gets_a_stream_and_a_share(job: Job) -> None:
     job.names.addresses = list(HOSTS)
-    for host in HOSTS:
-        job.serve(host)
-    assert is_complete(job.run())
+    fakes = [job.serve(host, held(0)) for host in HOSTS]
+
+    def release() -> None:
+        for fake in fakes:
+            fake.released.set()
+
+    with once(lambda: all(fake.received for fake in fakes), release):
+        assert is_complete(job.run())
     assert job.answered() == EACH_ONCE
-    assert min(len(fake.item_ids) for fake in job.fakes.values()) >= IMAGES // 6
+    assert all(fake.item_ids for fake in fakes)
 
 
 def test_a_server_that_is_added_to_the_name_gets_work(job: Job) -> None:
     job.names.addresses = [HOSTS[0]]
-    first = job.serve(HOSTS[0])
-    added = job.serve(HOSTS[1])
-    with once(lambda: len(first.item_ids) >= 5, lambda: job.names.addresses.append(HOSTS[1])):
+    first, added = job.serve(HOSTS[0], held(5)), job.serve(HOSTS[1])
+    with (
+        once(lambda: len(first.item_ids) == 5, lambda: job.names.addresses.append(HOSTS[1])),
+        once(lambda: len(added.item_ids) >= 5, first.released.set),
+    ):
         assert is_complete(job.run())
-    assert len(added.item_ids) >= 5
     assert job.answered() == EACH_ONCE
     assert job.noticed(HOSTS[1], "joins")
 
 
 def test_a_server_that_is_taken_from_the_name_finishes_its_items_and_gets_no_more(job: Job) -> None:
     job.names.addresses = list(HOSTS[:2])
-    staying, leaving = job.serve(HOSTS[0]), job.serve(HOSTS[1])
-    counts: list[int] = []
+    staying, leaving = job.serve(HOSTS[0], held(5)), job.serve(HOSTS[1], held(5))
 
-    def leave() -> None:
-        job.names.addresses.remove(HOSTS[1])
+    def release() -> None:
+        staying.released.set()
+        leaving.released.set()
 
-    def count() -> None:
-        counts.append(len(leaving.item_ids))
-
-    with once(lambda: len(leaving.item_ids) >= 5, leave), once(lambda: len(staying.item_ids) >= IMAGES // 2, count):
+    with (
+        once(lambda: len(leaving.received) == 5 + WINDOW, lambda: job.names.addresses.remove(HOSTS[1])),
+        once(lambda: job.noticed(HOSTS[1], "no further items"), release),
+    ):
         assert is_complete(job.run())
-    assert job.answered() == EACH_ONCE  # also those that it had in flight: none was sent again
-    assert len(leaving.item_ids) == counts[0] < IMAGES // 2
-    assert job.noticed(HOSTS[1], "no further items")
+    assert job.answered() == EACH_ONCE  # those that it had in flight, too: none was sent again
+    assert len(leaving.item_ids) == 5 + WINDOW
 
 
 def test_the_last_server_is_not_left(job: Job) -> None:
     job.names.addresses = [HOSTS[0]]
-    first = job.serve(HOSTS[0])
+    first = job.serve(HOSTS[0], held(5))
     # The name moves to a server that does not run.
-    with once(lambda: len(first.item_ids) >= 5, lambda: job.names.addresses.__setitem__(0, HOSTS[2])):
+    with (
+        once(lambda: len(first.item_ids) == 5, lambda: job.names.addresses.__setitem__(0, HOSTS[2])),
+        once(lambda: job.noticed(HOSTS[2]), first.released.set),
+    ):
         assert is_complete(job.run())
     assert len(first.item_ids) == IMAGES
 
 
 def test_when_all_servers_are_replaced_the_job_goes_to_the_new_ones(job: Job) -> None:
     job.names.addresses = [HOSTS[0]]
-    first = job.serve(HOSTS[0], FakeServer(Faults(delay_s=0.02, kill_after=5)))
+    first = job.serve(HOSTS[0], FakeServer(Faults(kill_after=5)))
     second = job.serve(HOSTS[1])
     with once(lambda: len(first.item_ids) == 5, lambda: job.names.addresses.__setitem__(0, HOSTS[1])):
         assert is_complete(job.run())
@@ -157,18 +172,28 @@ def test_when_all_servers_are_replaced_the_job_goes_to_the_new_ones(job: Job) ->
     ("limits", "word"),
     [(Limits(precision="bfloat16"), "precision"), (Limits(max_boxes=1), "max_boxes"), (None, "unavailable")],
 )
-def test_a_server_that_joins_late_and_differs_is_refused_with_a_notice(
+def test_a_server_that_joins_late_and_differs_is_refused_with_one_notice(
     job: Job, limits: Limits | None, word: str
 ) -> None:
     job.names.addresses = [HOSTS[0]]
-    first = job.serve(HOSTS[0])
-    other = FakeServer(limits=limits)
+    first, other = job.serve(HOSTS[0], held(3)), FakeServer(limits=limits)
     if limits is not None:
         job.serve(HOSTS[1], other)
-    with once(lambda: len(first.item_ids) >= 3, lambda: job.names.addresses.append(HOSTS[1])):
+    seen: list[int] = []
+    """Looks at the time of each poll since the notice."""
+
+    def was_checked_again() -> bool:
+        if job.noticed(HOSTS[1], word):
+            seen.append(job.names.looks)
+        return bool(seen) and seen[-1] >= seen[0] + 10
+
+    with (
+        once(lambda: len(first.item_ids) == 3, lambda: job.names.addresses.append(HOSTS[1])),
+        once(was_checked_again, first.released.set),
+    ):
         assert is_complete(job.run())
     assert "LabelImages" not in other.calls
-    assert len(job.noticed(HOSTS[1], word)) == 1  # although it was checked several times
+    assert len(job.noticed(HOSTS[1], word)) == 1
 
 
 def test_a_name_that_resolves_to_nothing_at_the_start_is_one_error(job: Job) -> None:
@@ -180,26 +205,39 @@ def test_a_name_that_resolves_to_nothing_at_the_start_is_one_error(job: Job) -> 
 
 def test_a_name_that_resolves_to_nothing_later_is_a_notice_and_the_job_goes_on(job: Job) -> None:
     job.names.addresses = [HOSTS[0]]
-    first = job.serve(HOSTS[0])
-    with once(lambda: len(first.item_ids) >= 3, job.names.addresses.clear):
+    first = job.serve(HOSTS[0], held(3))
+
+    def release() -> None:
+        looks = job.names.looks
+        while job.names.looks < looks + 3:
+            first.released.wait(0.01)
+        first.released.set()
+
+    with (
+        once(lambda: len(first.item_ids) == 3, job.names.addresses.clear),
+        once(lambda: job.noticed("mal.test", "continuing"), release),
+    ):
         assert is_complete(job.run())
-    assert job.names.looks > 3
     assert len(job.noticed("mal.test", "continuing")) == 1
+
+
+def other_weights(after: int) -> FakeServer:
+    """Returns a server that changes its checkpoint after some items."""
+    return FakeServer(Faults(shas=["ab" * 32] * after + ["cd" * 32] * 10**6))
 
 
 def test_a_server_with_other_weights_is_left_and_the_others_finish(job: Job) -> None:
     job.names.addresses = list(HOSTS[:2])
-    job.serve(HOSTS[0])
-    changed = job.serve(HOSTS[1], FakeServer(Faults(delay_s=0.02, shas=["ab" * 32] * 3 + ["cd" * 32] * 10**6)))
-    assert is_complete(job.run())
+    first, changed = job.serve(HOSTS[0], held(2)), job.serve(HOSTS[1], other_weights(3))
+    with once(lambda: job.noticed(HOSTS[1], "cdcdcdcdcdcd"), first.released.set):
+        assert is_complete(job.run())
     assert len(changed.item_ids) >= 4
-    assert job.noticed(HOSTS[1], "cdcdcdcdcdcd")
 
 
 def test_when_every_server_has_other_weights_the_job_ends(job: Job) -> None:
     job.names.addresses = list(HOSTS[:2])
     for host in HOSTS[:2]:
-        job.serve(host, FakeServer(Faults(delay_s=0.02, shas=["ab" * 32] * 3 + ["cd" * 32] * 10**6)))
+        job.serve(host, other_weights(3))
     with pytest.raises(ModelChanged):
         job.run()
     assert not job.dataset.output.exists()
@@ -207,28 +245,32 @@ def test_when_every_server_has_other_weights_the_job_ends(job: Job) -> None:
 
 def test_a_server_of_a_fixed_list_that_comes_back_gets_work_again(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, images=IMAGES)
-    living = FakeServer(Faults(delay_s=0.04))
-    failing = FakeServer(Faults(delay_s=0.04, break_after=2, breaks=1))
+    living, failing = held(5), FakeServer(Faults(kill_after=2))
     notices: list[str] = []
 
-    def fail() -> None:
-        failing.faults.unavailable = 10**6
-        threading.Timer(1.0, lambda: setattr(failing.faults, "unavailable", 0)).start()
+    def is_given_up() -> bool:
+        return any("continuing" in notice for notice in notices)
 
-    with serving(living) as here, serving(failing) as there, once(lambda: len(failing.item_ids) >= 2, fail):
-        clients = [Client(here, timeout_s=20), Client(there, timeout_s=20)]
+    def come_back() -> None:
+        failing.faults.unavailable = 0
+
+    with (
+        serving(living) as here,
+        serving(failing) as there,
+        once(is_given_up, come_back),
+        once(lambda: len(failing.item_ids) > 5, living.released.set),
+        Client(here, timeout_s=20) as first,
+        Client(there, timeout_s=20) as second,
+    ):
         result = label_dataset(
-            clients,
+            [first, second],
             dataset.json_path,
             dataset.images_dir,
             dataset.output,
             SERVER_DEFAULTS,
             on_notice=notices.append,
         )
-        for client in clients:
-            client.close()
     assert is_complete(result)
     about = [notice for notice in notices if there in notice]
     assert CONNECTION_LOST in about[0]
     assert "joins" in about[-1]
-    assert len(failing.item_ids) > 2
