@@ -34,6 +34,9 @@ PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 TRUNCATED_TEXTS: Final = ("RST_STREAM", "Stream removed")
 """Texts of gRPC for a stream that ended without a status, in 1.62 as in 1.85."""
 
+AGED_TEXT: Final = "max connection age"
+"""gRPC's text for a call that a server ends because its connection is too old, in 1.62 as in 1.85."""
+
 UNTRUSTED_TEXT: Final = "CERTIFICATE_VERIFY_FAILED"
 """Text of OpenSSL, in gRPC's message, for a server certificate that no trusted authority has signed."""
 
@@ -213,6 +216,8 @@ def _remedy(error: grpc.RpcError) -> str:
     retry_after_s = rpc_details(error).retry_after_s
     if retry_after_s is not None:
         return f"try again in {retry_after_s:g} s"
+    if is_aged(error):
+        return "raise the server's connections.age_grace_s above the time of a call"
     if UNTRUSTED_TEXT in rpc_text(error):
         return "no trusted authority has signed its certificate; give the authority with --tls-ca (tls_ca=)"
     return "check the address, that mal-server runs there, and that both or neither use TLS"
@@ -244,6 +249,11 @@ def is_truncated(error: grpc.RpcError) -> bool:
         and not _trailers(error)
         and any(text in rpc_text(error) for text in TRUNCATED_TEXTS)
     )
+
+
+def is_aged(error: grpc.RpcError) -> bool:
+    """Returns whether a server ended a call for the age of its connection; a new connection continues at once."""
+    return rpc_code(error) is grpc.StatusCode.UNAVAILABLE and AGED_TEXT in rpc_text(error)
 
 
 def rpc_details(error: grpc.RpcError) -> StatusDetails:

@@ -19,7 +19,15 @@ from mal.v1 import labeling_pb2_grpc
 from mal_client.bulk.server_finder import ServerChanges, ServerDirectory, ServerFinder
 from mal_client.bulk.stream import BulkStream, ItemResult
 from mal_client.bulk.work_queue import WorkItem, WorkQueue
-from mal_client.errors import CallTimedOut, ModelChanged, ServerError, ServerUnavailable, rpc_details, rpc_text
+from mal_client.errors import (
+    CallTimedOut,
+    ModelChanged,
+    ServerError,
+    ServerUnavailable,
+    is_aged,
+    rpc_details,
+    rpc_text,
+)
 from mal_client.images.image_input import EncodedImage
 from mal_client.transport.base import Transport
 from mal_client.types import LabelOptions
@@ -293,8 +301,9 @@ class _ServerThread(threading.Thread):
         # Read first: `on_error` hands the items to other servers, which may settle them at once.
         is_done = self._stream.done
         pause_s = self._stream.on_error(error)
-        # A server that sends RetryInfo is alive.
-        if rpc_details(error).retry_after_s is None and not self._is_away and not is_done:
+        # A server that sends RetryInfo, or limits the age of connections, is alive.
+        is_alive = rpc_details(error).retry_after_s is not None or is_aged(error)
+        if not is_alive and not self._is_away and not is_done:
             self._is_away = True
             others = "; other servers take its items" if self._has_others() else ""
             text = f"{self._client.address}: {CONNECTION_LOST} ({rpc_text(error)}){others}; retrying"

@@ -23,6 +23,7 @@ from mal_client.errors import (
     ServerError,
     ServerUnavailable,
     from_rpc_error,
+    is_aged,
     is_disconnect,
     item_error,
     rpc_details,
@@ -202,6 +203,8 @@ class BulkStream:
         is_used_up = not self._is_soon(retry_after_s) and (retry_after_s is not None or self._breaks >= MAX_BREAKS)
         if not is_disconnect(error) or is_used_up or now - self._breaking_since > self._idle_timeout_s:
             raise from_rpc_error(self._address, error, None) from error
+        if is_aged(error):
+            return 0.0
         return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._breaks - 1)) if retry_after_s is None else retry_after_s
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import NamedTuple
 
 import grpc
@@ -141,8 +142,11 @@ class _Failure(NamedTuple):
 class EvaluationStream:
     """Evaluate calls for one source, one after another, until one returns a result.
 
+    A stream that brought an image is followed by one to the same server, whose records may be valid nowhere else; one
+    that brought none is followed by one to the next server.
+
     Args:
-        client: the server.
+        client: of one or several servers.
         source: the images.
         checkpoint: gets the records; those that it has are sent again.
         on_progress: called after each image.
@@ -158,7 +162,8 @@ class EvaluationStream:
         on_progress: OnProgress | None = None,
         on_notice: OnNotice | None = None,
     ) -> None:
-        self._client = client
+        self._servers = cycle(client.servers())
+        self._client = next(self._servers)
         self._source = source
         self._checkpoint = checkpoint
         self._on_progress = on_progress
@@ -182,9 +187,12 @@ class EvaluationStream:
                 return outcome
             if outcome is None:
                 continue
-            if not budget.spend(outcome.retry_after_s, has_progress=len(self._checkpoint) > known):
+            has_progress = len(self._checkpoint) > known
+            if not budget.spend(outcome.retry_after_s, has_progress=has_progress):
                 raise outcome.error
             self._client.pause(outcome.retry_after_s or RETRY_PAUSE_S)
+            if not has_progress:
+                self._client = next(self._servers)
 
     def _stream_once(self) -> evaluation_pb2.EvaluateResult | _Failure | None:
         """Runs one stream; None: it must be repeated without the records, which the server rejected."""

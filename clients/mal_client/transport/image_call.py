@@ -19,6 +19,7 @@ from mal_client.errors import (
     InvalidRequest,
     ServerError,
     from_rpc_error,
+    is_aged,
     is_disconnect,
     is_truncated,
     rpc_code,
@@ -214,8 +215,10 @@ class ImageCall:
             ) from error
         if is_disconnect(error):
             wait_s = rpc_details(error).retry_after_s
-            # Before the first label gRPC itself has retried, but only after UNAVAILABLE.
-            may_retry = self._has_labels or rpc_code(error) is not grpc.StatusCode.UNAVAILABLE
+            # Before the first label gRPC itself has retried, but only after UNAVAILABLE. A server that limits the age
+            # of connections is there, however often that hits a call.
+            is_retried = rpc_code(error) is grpc.StatusCode.UNAVAILABLE and not is_aged(error)
+            may_retry = self._has_labels or not is_retried
             if wait_s is None and may_retry and self._failures < len(RETRY_PAUSES_S):
                 wait_s = RETRY_PAUSES_S[self._failures]
                 self._failures += 1

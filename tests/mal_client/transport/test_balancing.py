@@ -17,14 +17,15 @@ from mal_client.client import AsyncClient, Client
 from mal_client.errors import ServerUnavailable
 from mal_client.model_admin import ModelAdmin
 from mal_client.transport.channel import channel_options
-from mal_client.types import BoxLabel
+from mal_client.types import BoxLabel, Progress
 
 from mal_server.api.health import HealthService
 from mal_server.server import MalServer
 from mal_train.core.errors import ConfigError
+from tests.mal_client.datasets import make_dataset, with_masks
 from tests.mal_client.name_server import name_server
 from tests.mal_client.test_against_server import DISC, served
-from tests.mal_server.fakes import DISC_BOX, encoded
+from tests.mal_server.fakes import DISC_BOX, BrightPredictor, encoded
 
 LABEL_IMAGE = "mal.v1.LabelingService/LabelImage"
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
@@ -41,6 +42,7 @@ class Group:
     def __init__(self, stack: ExitStack, **settings: Any) -> None:
         self._stack = stack
         self._settings = settings
+        self._stops: dict[str, ExitStack] = {}
         self.port = 0
         self.servers: dict[str, MalServer] = {}
 
@@ -48,9 +50,22 @@ class Group:
         """Starts a server on an address."""
         servers: list[MalServer] = []
         listen = {**self._settings.get("listen", {}), "host": host, "port": self.port}
-        address = self._stack.enter_context(served(servers=servers, **{**self._settings, "listen": listen}))
+        stop = self._stops[host] = self._stack.enter_context(ExitStack())
+        address = stop.enter_context(served(servers=servers, **{**self._settings, "listen": listen}))
         self.port = int(address.rpartition(":")[2])
         (self.servers[host],) = servers
+
+    def drain(self, host: str) -> None:
+        """Sets the health of a server to NOT_SERVING, and waits until its watches have sent that."""
+        asyncio.run(self.servers[host].drain())
+        # A call wakes the event loop of the server, which is another thread's.
+        with Client(f"{host}:{self.port}") as client:
+            client.server_info()
+        time.sleep(0.5)
+
+    def stop(self, host: str) -> None:
+        """Ends a server without a grace period."""
+        self._stops[host].close()
 
     @property
     def address(self) -> str:
@@ -80,27 +95,33 @@ def is_right(labels: list[BoxLabel]) -> bool:
     return [(label.index, label.ok) for label in labels] == [(index, True) for index in range(len(BOXES))]
 
 
-def call_blocking(address: str, count: int, **options: Any) -> bool:
+def infos(servers: Group) -> list[int]:
+    """Returns the number of GetServerInfo calls that each server has answered."""
+    return [handled(server, "mal.v1.ModelService/GetServerInfo") for server in servers.servers.values()]
+
+
+def connect_to_all(client: Client, servers: Group) -> None:
+    """Calls until the channel is connected to all servers: the first calls go to those that are."""
+    before = infos(servers)
+    until(lambda: client.server_info() and all(now > then for now, then in zip(infos(servers), before, strict=True)))
+
+
+def call_blocking(servers: Group, address: str, count: int, **options: Any) -> bool:
     with Client(address, timeout_s=60, **options) as client, ThreadPoolExecutor(4) as threads:
-        connect_to_all(client)
+        connect_to_all(client, servers)
         return all(threads.map(lambda _: is_right(client.label_image(DISC, BOXES)), range(count)))
 
 
-def call_asyncio(address: str, count: int, **options: Any) -> bool:
+def call_asyncio(servers: Group, address: str, count: int, **options: Any) -> bool:
     async def send() -> bool:
         async with AsyncClient(address, timeout_s=60, **options) as client:
-            await client.server_info()
-            await asyncio.sleep(1)
+            before = infos(servers)
+            while any(now == then for now, then in zip(infos(servers), before, strict=True)):
+                await client.server_info()
             answers = await asyncio.gather(*(client.label_image(DISC, BOXES) for _ in range(count)))
             return all(map(is_right, answers))
 
     return asyncio.run(send())
-
-
-def connect_to_all(client: Client) -> None:
-    """Waits until the channel has connected to all servers: the first calls go to those that are connected."""
-    client.server_info()
-    time.sleep(1)
 
 
 def until(condition: Callable[[], object], limit_s: float = 30.0) -> None:
@@ -119,7 +140,7 @@ def test_calls_go_to_all_servers_of_a_list_and_of_a_name(call: Callable[..., boo
     with group(*HOSTS) as servers, name_server(*HOSTS) as names:
         for address in (servers.address, names.target(servers.port)):
             before = servers.counts()
-            assert call(address, CALLS)
+            assert call(servers, address, CALLS)
             until_handled(servers, sum(before.values()) + CALLS)
             counts = [count - before[host] for host, count in servers.counts().items()]
             assert all(abs(count - CALLS / 3) <= 0.2 * CALLS / 3 for count in counts)
@@ -127,9 +148,8 @@ def test_calls_go_to_all_servers_of_a_list_and_of_a_name(call: Callable[..., boo
 
 def test_a_draining_server_gets_no_new_calls() -> None:
     with group(*HOSTS[:2]) as servers, Client(servers.address, timeout_s=60) as client:
-        connect_to_all(client)
-        asyncio.run(servers.servers[HOSTS[0]].drain())
-        time.sleep(1)
+        connect_to_all(client, servers)
+        servers.drain(HOSTS[0])
         before = servers.counts()
         assert all(is_right(client.label_image(DISC, BOXES)) for _ in range(10))
         after = servers.counts()
@@ -139,13 +159,13 @@ def test_a_draining_server_gets_no_new_calls() -> None:
 def test_a_server_that_refuses_connections_costs_no_call() -> None:
     with group(HOSTS[0]) as servers:
         closed = ",".join(f"{host}:{servers.port}" for host in HOSTS[1:])
-        assert call_blocking(f"ipv4:{closed},{HOSTS[0]}:{servers.port}", 10)
+        assert call_blocking(servers, f"ipv4:{closed},{HOSTS[0]}:{servers.port}", 10)
 
 
 def test_one_server_whose_health_is_bad_is_still_called() -> None:
     """With one address there is nobody else: the call itself gets the status of the server."""
     with group(HOSTS[0]) as servers, Client(f"{HOSTS[0]}:{servers.port}", timeout_s=60) as client:
-        asyncio.run(servers.servers[HOSTS[0]].drain())
+        servers.drain(HOSTS[0])
         assert is_right(client.label_image(DISC, BOXES))
 
 
@@ -177,7 +197,7 @@ def test_a_server_that_is_added_to_the_name_gets_calls_when_a_connection_has_its
 def test_an_image_is_sent_again_to_each_server_and_then_as_a_hash() -> None:
     boxes = [(5.0, 5.0, 20.0, 20.0)]
     with group(*HOSTS) as servers, Client(servers.address, timeout_s=60) as client:
-        connect_to_all(client)
+        connect_to_all(client, servers)
         for _ in range(CALLS):
             (label,) = client.label_image(LARGE, boxes)
             assert label.ok
@@ -197,6 +217,54 @@ def test_models_are_administered_on_one_server_at_a_time() -> None:
         assert [len(ModelAdmin(server).list_models()) for server in client.servers()] == [1, 1]
 
 
+def evaluations(servers: Group) -> list[int]:
+    """Returns the number of Evaluate calls that each server has ended, in whichever way."""
+    codes = ("OK", "CANCELLED", "UNAVAILABLE", "FAILED_PRECONDITION")
+    method = "mal.v1.EvaluationService/Evaluate"
+    return [sum(handled(server, method, code) for code in codes) for server in servers.servers.values()]
+
+
+def test_an_evaluation_that_is_cut_resumes_on_the_server_that_has_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a common `resume_key`, another server would start from the beginning each time."""
+    monkeypatch.setattr("mal_client.evaluation.stream.RETRY_PAUSE_S", 0.01)
+    dataset, notices = with_masks(make_dataset(tmp_path, images=60)), list[str]()
+    settings = {"connections": {"max_age_s": 0.8, "age_grace_s": 0.8}, "max_batch_size": 2}
+    with (
+        group(*HOSTS[:2], predictor=BrightPredictor(wait_s=0.05), **settings) as servers,
+        Client(servers.address, timeout_s=60) as client,
+    ):
+        evaluation = client.evaluate(dataset.json_path, dataset.images_dir, on_notice=notices.append)
+        first, second = evaluations(servers)
+    assert (evaluation.images, evaluation.failed_count, notices) == (60, 0, [])
+    assert first > 1
+    assert second == 0
+
+
+def test_an_evaluation_goes_on_at_another_server_with_the_same_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mal_client.evaluation.stream.RETRY_PAUSE_S", 0.01)
+    monkeypatch.setenv("MAL_TEST_RESUME", "0123456789abcdef")
+    dataset, notices = with_masks(make_dataset(tmp_path, images=40)), list[str]()
+    predictor = BrightPredictor(wait_s=0.05)
+    with group(*HOSTS[:2], predictor=predictor, resume_key="env:MAL_TEST_RESUME", max_batch_size=2) as servers:
+
+        def stop_the_first(progress: Progress) -> None:
+            if progress.images_done == 10 and not progress.images_before:
+                servers.stop(HOSTS[0])
+
+        with Client(servers.address, timeout_s=60) as client:
+            evaluation = client.evaluate(
+                dataset.json_path, dataset.images_dir, on_notice=notices.append, on_progress=stop_the_first
+            )
+        assert evaluations(servers)[1] == 1
+    assert (evaluation.images, evaluation.failed_count, notices) == (40, 0, [])
+    # Both servers together: images that were measured before are not labeled again.
+    assert sum(size for _, size in predictor.batches) < 80 + 2 * 32 + 10
+
+
 def certificate(folder: Path, *names: str) -> tuple[dict[str, str], Path]:
     """Returns the section `listen` with a certificate for these names, and the file of its authority."""
     authority = trustme.CA()
@@ -211,9 +279,9 @@ def certificate(folder: Path, *names: str) -> tuple[dict[str, str], Path]:
 def test_tls_verifies_the_name_of_the_address_on_all_servers(tmp_path: Path) -> None:
     listen, ca = certificate(tmp_path, "mal.test")
     with group(*HOSTS[:2], listen=listen) as servers, name_server(*HOSTS[:2]) as names:
-        assert call_blocking(names.target(servers.port), 4, tls_ca=ca)
+        assert call_blocking(servers, names.target(servers.port), 4, tls_ca=ca)
         assert min(servers.counts().values()) > 0
-        assert call_blocking(servers.address, 4, tls_ca=ca, authority="mal.test")
+        assert call_blocking(servers, servers.address, 4, tls_ca=ca, authority="mal.test")
         # The servers of a name, each by its address: as in a job.
         with Client(f"mal.test:{servers.port}", tls_ca=ca) as client:
             for server in client.servers(lambda host, port: HOSTS[:2]):
