@@ -9,10 +9,11 @@ import yaml
 
 from mal_server import cli
 from mal_server.config.server import ServerConfig, load_config
+from mal_train.config.spec import load_spec
 from mal_train.core.version import distribution_version
 from tests.deploy import schemas
 from tests.deploy.pods import arguments_of
-from tests.deploy.rendered import Manifest, folders, only, pod_of, pod_templates, render
+from tests.deploy.rendered import KUBERNETES, Manifest, folders, only, pod_of, pod_templates, render
 from tests.paths import ROOT
 
 SERVERS = [name for name in folders() if name == "base" or name.startswith("overlays/")]
@@ -194,6 +195,13 @@ def test_the_number_of_shards_is_the_same_everywhere() -> None:
     assert len(numbers) == 1
 
 
+@pytest.mark.parametrize(("folder", "server"), [("label", "base"), ("label-tls", "overlays/tls")])
+def test_the_server_admits_a_stream_of_every_shard(folder: str, server: str, tmp_path: Path) -> None:
+    connections = settings_of(server, tmp_path).connections
+    limit = connections.max_streams_per_token if server == "overlays/tls" else connections.max_streams
+    assert only(render(folder), "Job")["spec"]["parallelism"] <= limit
+
+
 def shards(job: Manifest) -> str:
     (container,) = pod_of(job)["containers"]
     (variable,) = container["env"]
@@ -242,3 +250,31 @@ def test_the_check_of_the_repository_renders_and_checks_every_folder() -> None:
     recipe = (ROOT / "Makefile").read_text().partition("\ncheck:")[2].partition("\n\n")[0]
     assert "-m tests.deploy.schemas" in recipe
     assert not schemas.MODELED & schemas.UNCHECKED
+
+
+@pytest.mark.parametrize("folder", ["ray", "train"])
+def test_the_spec_of_a_job_is_valid_and_uses_its_volumes(folder: str, tmp_path: Path) -> None:
+    manifests = render(folder)
+    path = tmp_path / "spec.yaml"
+    path.write_text(only(manifests, "ConfigMap")["data"]["spec.yaml"])
+    load_spec(path, [])
+    mounts = {mount["mountPath"] for pod in pod_templates(manifests) for mount in mounts_of(pod)}
+    used = re.findall(r"(/[\w-]+(?:/[\w-]+)?)/[\w.-]+$", path.read_text(), re.MULTILINE)
+    assert used
+    assert all(any(f"{name}/".startswith(f"{mount}/") for mount in mounts) for name in used)
+
+
+def mounts_of(template: Manifest) -> list[Manifest]:
+    return [mount for container in template["spec"]["containers"] for mount in container["volumeMounts"]]
+
+
+def test_the_page_names_every_folder_and_no_other() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    table = page.partition("| folder |")[2].partition("\n\n")[0]
+    named = {name for line in table.splitlines() for name in re.findall(r"`([\w/-]+)`", line.split("|")[1])}
+    assert named == set(folders())
+    applied = set(re.findall(r"apply -k deploy/kubernetes/(\S+)", page))
+    assert applied
+    assert applied <= named
+    components = set(re.findall(r"deploy/kubernetes/components/(\S+)", page))
+    assert components <= {path.name for path in (KUBERNETES / "components").iterdir()}
