@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from mal_train.config.network import NetworkConfig
 from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import remove_stale_temporaries, write_text
 from mal_train.core.console import Console
-from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.errors import ConfigError, OutputError, Terminated
 from mal_train.core.locked_file import no_follow, try_lock
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.yaml_config import dump
@@ -50,6 +52,23 @@ def task_folder(spec: Spec, task: Task) -> Iterator[tuple[Path, StatusFile]]:
         raise OutputError(f"{folder}: cannot be created: {error.strerror}; choose another results_dir") from error
     with _locked(folder):
         yield from _recorded(spec, task, folder)
+
+
+@contextlib.contextmanager
+def handle_sigterm() -> Iterator[None]:
+    """Raises Terminated in the block when SIGTERM arrives; does nothing outside the main thread, as Python demands."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated("terminated by SIGTERM")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.metrics.report import EvaluationReport
-from mal_train.kernel.labeler.labeler import compute_dtype
 from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.training.run_files import validation_metrics
@@ -51,12 +50,11 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
                 report = compare_detections(coco, prompts, results)
             else:
                 report = _compare(coco, rows, results)
-        dtype = compute_dtype(job.devices[0], job.labeler.config, settings.precision)
         content = {
             **job.provenance(),
             "annotations": str(ann_path),
             **({"box_inputs": settings.box_inputs} if settings.box_inputs else {}),
-            "precision": str(dtype).removeprefix("torch."),
+            "precision": job.precision,
             **report.to_dict(),
         }
         write_json_atomic(folder / "results.json", content)

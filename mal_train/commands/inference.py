@@ -1,30 +1,34 @@
-"""`mal-train inference`: adds masks to the boxes of a COCO file."""
+"""`mal-train inference`: adds masks to the boxes of a COCO file.
 
-import contextlib
+Results go to a journal beside the output as they are made, and from there into the output: memory holds neither pixels
+nor masks, and a killed run continues where it ended.
+"""
+
+import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from mal_train.commands.common import existing_file, existing_folder, task_folder
-from mal_train.commands.label import open_labeling_job
+from mal_train.commands.common import existing_file, existing_folder, handle_sigterm, task_folder
+from mal_train.commands.inference_output import OutputWriter
+from mal_train.commands.label import LabelingJob, open_labeling_job
+from mal_train.config.labeling import InferenceConfig
 from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import check_writable, refuse_same_file
-from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, by_image, read_coco
-from mal_train.core.coco.detections import read_detections, with_detector_scores
-from mal_train.core.coco.output import error_fields, label_fields, labeled_file, write_json_atomic
+from mal_train.core.coco.job_results import JobResults
+from mal_train.core.coco.journal import Journal, RowFailure, failed, journal_path
+from mal_train.core.coco.output import label_fields
+from mal_train.core.coco.plan import DatasetPlan, read_detection_plan, read_plan
 from mal_train.core.console import Console
-from mal_train.core.errors import BadDataset
-from mal_train.core.masks import rle
-from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.kernel.labeler.types import Label
-from mal_train.offline.dataset_labeler import LabelFailure
+from mal_train.offline.dataset_labeler import DEVICE_FAILED, LabelFailure
 from mal_train.training.run_files import validation_metrics
-from mal_train.training.validation import add_result
 
-LabelFields = dict[JsonId, dict[str, Any]]
-"""Fields that labeling adds to an annotation, by annotation id."""
+RESUME_HINT: Final = "the same command continues from there"
 
 
 @dataclass(frozen=True)
@@ -36,81 +40,117 @@ class InferenceResult:
         labeled: number of boxes with a mask; an empty mask counts.
         failed: number of boxes without a mask, by reason.
         report: metrics against the masks of the input file; None unless inference.load_mask is set.
+        is_final: False if the device failed on some boxes; the same command labels them.
     """
 
     path: Path
     labeled: int
     failed: Counter[str]
     report: EvaluationReport | None
+    is_final: bool = True
 
 
 def inference(spec: Spec, console: Console) -> InferenceResult:
     """Labels every box of inference.ann_path and writes inference.label_dump_path.
 
     With inference.box_inputs, labels detected boxes; ann_path then gives the images and categories. An error in one
-    image or box is printed and stored in its annotation; the other boxes are still labeled.
+    image or box is printed and stored in its annotation; the other boxes are still labeled. A run that ended early is
+    continued from its journal.
 
     Raises:
-        MalError: a setting, the annotation file or the checkpoint cannot be used, or the output cannot be written.
+        MalError: a setting, the annotation file or the checkpoint cannot be used, the output cannot be written, or the
+            journal holds the results of another job.
+        Terminated: SIGTERM arrived; the results so far are kept.
     """
     settings = spec.inference
-    with task_folder(spec, "inference") as (folder, status):
+    with task_folder(spec, "inference") as (folder, status), handle_sigterm():
         path = folder / settings.label_dump_path
         check_writable(path)
-        annotations = existing_file(settings.ann_path, "inference.ann_path")
-        refuse_same_file(annotations, path)
-        coco = read_coco(annotations)
-        if settings.box_inputs:
-            coco = read_detections(existing_file(settings.box_inputs, "inference.box_inputs"), coco)
+        plan = _read_plan(settings, path)
         image_dir = existing_folder(settings.img_dir, "inference.img_dir")
         job = open_labeling_job(spec, "inference", console)
-        evaluator = Evaluator(coco.category_names) if settings.load_mask else None
-        fields: LabelFields = {}
-        with console.progress(len(coco.annotations), "box") as bar:
-            for annotation, label in job.labels(list(by_image(coco)), image_dir):
-                bar.update()
-                if annotation.id is not None:
-                    fields[annotation.id] = _label_fields(annotation, label, with_iou=settings.load_mask)
-                if evaluator is not None:
-                    add_result(evaluator, annotation, label)
-        failed = _report_failures(coco, fields, console)
-        written = labeled_file(coco, fields, job.provenance())
-        write_json_atomic(path, with_detector_scores(written, coco) if settings.box_inputs else written)
-        labeled = sum("error" not in row for row in fields.values())
-        report = None if evaluator is None else evaluator.report()
-        summary = f"{labeled} boxes labeled, {failed.total()} failed"
+        with _open_journal(path, plan, settings, job, console) as journal:
+            results = JobResults(plan, journal, complete_images=job.tta.resolve_overlaps)
+            _label(job, results, image_dir, console)
+            output = OutputWriter(plan, console, compare=settings.load_mask)
+            output.write(path, results.result, job.provenance())
+            report = output.report()
+            if not results.unavailable:
+                journal.remove()
+        summary = f"{output.labeled} boxes labeled, {output.failed.total()} failed"
         status.write("RUNNING", f"{summary}.", kpi=None if report is None else validation_metrics(report))
         console.print(f"wrote {path}: {summary}")
-    return InferenceResult(path, labeled, failed, report)
+        if results.unavailable:
+            console.print(f"{journal.path}: the device failed on {len(results.unavailable)} boxes; {RESUME_HINT}")
+    return InferenceResult(path, output.labeled, output.failed, report, is_final=not results.unavailable)
 
 
-def _label_fields(annotation: Annotation, label: Label | LabelFailure, *, with_iou: bool) -> dict[str, Any]:
-    if isinstance(label, LabelFailure):
-        return error_fields(label.reason, label.message)
-    fields = label_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
-    segmentation = annotation.raw.get("segmentation")
-    if with_iou and segmentation:
-        with contextlib.suppress(BadDataset):  # the report counts unreadable masks
-            truth = rle.from_segmentation(segmentation, label.rle.height, label.rle.width)
-            fields["iou"] = rle.iou(truth, label.rle)
-    return fields
+def _read_plan(settings: InferenceConfig, output: Path) -> DatasetPlan:
+    annotations = existing_file(settings.ann_path, "inference.ann_path")
+    refuse_same_file(annotations, output)
+    if not settings.box_inputs:
+        return read_plan(annotations)
+    detections = existing_file(settings.box_inputs, "inference.box_inputs")
+    refuse_same_file(detections, output)
+    return read_detection_plan(annotations, detections)
 
 
-def _report_failures(coco: CocoFile, fields: LabelFields, console: Console) -> Counter[str]:
-    """Prints why boxes have no mask, in the order of the file, and returns their number by reason."""
-    failed: Counter[str] = Counter()
-    messages: Counter[str] = Counter()
-    for annotation in coco.annotations:
-        error = fields.get(annotation.id, {}).get("error") if annotation.id is not None else None
-        if error is not None:
-            failed[error["reason"]] += 1
-            messages[error["message"]] += 1
-        elif annotation.problem is not None:
-            failed[str(annotation.reason)] += 1
-            messages[annotation.problem] += 1
-    # An unreadable image fails all of its boxes; print it once.
-    for message, count in messages.items():
-        console.print(f"no mask{f' for {count} boxes' if count > 1 else ''}: {message}")
-    for note in coco.notes:
-        console.print(note)
-    return failed
+@contextmanager
+def _open_journal(
+    output: Path, plan: DatasetPlan, settings: InferenceConfig, job: LabelingJob, console: Console
+) -> Iterator[Journal]:
+    """Opens the journal of an output; deletes it at the end if it holds no label.
+
+    Prints what is kept if an error ends the block.
+    """
+    manifest = {**_inputs(plan, settings), "precision": job.precision, **job.provenance()}
+    with Journal(
+        journal_path(output),
+        plan.head.count,
+        manifest,
+        restart=settings.restart,
+        restart_option="inference.restart=true",
+    ) as journal:
+        try:
+            yield journal
+        except BaseException:  # whatever ends the run, KeyboardInterrupt included
+            if journal.label_count:
+                console.print(f"{journal.path}: {journal.label_count} boxes are labeled; {RESUME_HINT}")
+            raise
+        finally:
+            if not journal.label_count:
+                journal.remove()
+
+
+def _inputs(plan: DatasetPlan, settings: InferenceConfig) -> dict[str, Any]:
+    """Returns the part of a job's manifest that tells which boxes of which files are labeled."""
+    detections = {} if plan.detections is None else {"detections_sha256": plan.detections.sha256}
+    return {"input_sha256": plan.head.sha256, **detections, "images": os.path.realpath(settings.img_dir)}
+
+
+def _label(job: LabelingJob, results: JobResults, image_dir: Path, console: Console) -> None:
+    """Labels the pending boxes and adds each result to the journal."""
+    message = results.resume_message()
+    if message is not None:
+        console.print(message)
+    pending = results.pending
+    total = len(pending.to_label)
+    with (
+        console.progress(total, "box", initial=total - len(pending.indices)) as bar,
+        closing(job.labels(pending.annotations(), image_dir)) as labels,
+    ):
+        for index, (_, label) in zip(pending.indices.tolist(), labels, strict=True):
+            _add(results, index, label)
+            bar.update()
+
+
+def _add(results: JobResults, index: int, label: Label | LabelFailure) -> None:
+    if isinstance(label, Label):
+        fields = label_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
+        results.add({index: {"label": fields}})
+        return
+    failure = RowFailure("", label.reason, label.message)
+    if label.reason == DEVICE_FAILED:
+        results.unavailable[index] = failure
+    else:
+        results.add({index: failed(failure)})

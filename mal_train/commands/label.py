@@ -15,7 +15,7 @@ from mal_train.core.console import Console
 from mal_train.core.settings import Branch, LabelerConfig, ScoreBasis
 from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint
-from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.labeler import Labeler, compute_dtype
 from mal_train.kernel.labeler.load import load_labeler
 from mal_train.kernel.labeler.types import Label, PredictOptions
 from mal_train.kernel.networks.precision import Precision, resolve
@@ -57,6 +57,12 @@ class LabelingJob:
             batch_size=self._section.batch_size,
             threads=worker_threads(),
         )
+
+    @property
+    def precision(self) -> str:
+        """Data type of the network: float32, bfloat16 or float16."""
+        dtype = compute_dtype(self.devices[0], self.labeler.config, self._section.precision)
+        return str(dtype).removeprefix("torch.")
 
     def provenance(self) -> dict[str, Any]:
         """Returns what the output stores about its origin: tool, checkpoint, settings and options."""

@@ -82,6 +82,9 @@ class InferenceConfig(_TestTimeAugmentation):
         default="instances_val2017_mal.json",
         description="COCO JSON file to write; a relative path is relative to the output folder.",
     )
+    restart: bool = Field(
+        default=False, description="Discard the results of an unfinished run instead of continuing from its journal."
+    )
     batch_size: int = Field(default=3, ge=1, le=65_536, description="Boxes per batch.")
     load_mask: bool = Field(
         default=False, description="Read the masks of ann_path too, and report the IoU of each label with its mask."

@@ -19,7 +19,8 @@
     │   └── DeviceLost          1  every batch fails until the process restarts
     ├── LostProcess             1  another process of the same job exited
     ├── OutputError             4  the machine: disk full, no permission, or another run writes the same output
-    └── NonFiniteTraining       5  the data or the settings: losses or weights are no longer finite
+    ├── NonFiniteTraining       5  the data or the settings: losses or weights are no longer finite
+    └── Terminated            143  SIGTERM: results so far are saved
 
 The number is the exit code of a command that ends with the error; the text names the party at fault. An error that is
 not in this tree is a bug and also exits with 1. Messages name the thing, its value, the rule and the remedy. No class
@@ -152,3 +153,9 @@ class NonFiniteTraining(MalError):
     """Losses or weights that are no longer finite numbers. Exit code 5."""
 
     exit_code = 5
+
+
+class Terminated(MalError):
+    """SIGTERM, which ended the command after it saved its results so far. Exit code 143."""
+
+    exit_code = 143

@@ -25,6 +25,10 @@ Result = TypeVar("Result")
 BOXES_PER_TASK = 8
 """Boxes of one image that one task crops."""
 IMAGES_AHEAD = 4
+FAILURES_PER_BATCH = 256
+"""Failures that wait with the crops of a batch; with more, the batch runs before it is full."""
+DEVICE_FAILED = "DEVICE_FAILED"
+"""Reason of the boxes of a batch on which the device failed; a later run may label them."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,9 @@ def _crop(labeler: Labeler, image: RgbImage | LabelFailure | None, annotation: A
         return image
     (crop,) = labeler.prepare(image, [annotation.box_xywh])
     if isinstance(crop, BadBox):
-        return LabelFailure(str(Reason.BAD_BOX), f"annotation {annotation.id!r}: {crop.problem}")
+        # Rows of a plan have no id; the row is named when it is written.
+        name = "" if annotation.id is None else f"annotation {annotation.id!r}: "
+        return LabelFailure(str(Reason.BAD_BOX), f"{name}{crop.problem}")
     return crop
 
 
@@ -140,7 +146,7 @@ def _predict(
     for annotation, crop in prepared:
         batch.append((annotation, crop))
         crop_count += isinstance(crop, Crop)
-        if crop_count == batch_size:
+        if crop_count == batch_size or len(batch) - crop_count == FAILURES_PER_BATCH:
             yield from _predict_batch(labeler, batch, options)
             batch, crop_count = [], 0
     yield from _predict_batch(labeler, batch, options)
@@ -162,7 +168,7 @@ def _predict_crops(labeler: Labeler, crops: Sequence[Crop], options: PredictOpti
     try:
         predictions = predict_split(labeler.predict, crops, options)
     except DeviceError as error:
-        return [LabelFailure("DEVICE_FAILED", str(error)) for _ in crops]
+        return [LabelFailure(DEVICE_FAILED, str(error)) for _ in crops]
     return [LabelFailure("OUT_OF_MEMORY", str(p)) if isinstance(p, OutOfDeviceMemory) else p for p in predictions]
 
 

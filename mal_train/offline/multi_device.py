@@ -28,16 +28,22 @@ from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.tta import TtaOptions, label_images
 from mal_train.offline.worker_messages import (
+    ROW_REQUEST,
     Result,
     WorkerJob,
     decode_job,
     decode_results,
+    decode_rows,
     encode_error,
     encode_job,
     encode_results,
+    encode_rows,
 )
 
 RESULTS_PER_MESSAGE = 16
+IMAGES_PER_MESSAGE = 32
+MAX_WAITING_RESULTS = 2048
+"""Results of a process before their turn with which it gets no more rows: the memory for results is bounded."""
 
 
 def label_on_devices(
@@ -78,17 +84,17 @@ def label_on_devices(
             labeler=labeler.config,
             device=str(device),
             precision=precision,
-            rows=rows[index :: len(devices)],
             image_dir=image_dir,
             tta=tta,
             batch_size=batch_size,
             threads=max(1, threads // len(devices)),
             torch_threads=torch.get_num_threads(),
         )
-        for index, device in enumerate(devices)
+        for device in devices
     ]
+    shares = [rows[index :: len(devices)] for index in range(len(devices))]
     weights = save({name: value.contiguous() for name, value in labeler.network.weights().items()})
-    with _start_workers(jobs, weights) as workers:
+    with _start_workers(jobs, shares, weights) as workers:
         inbox = _Inbox(workers)
         for row_index, (_, annotations) in enumerate(rows):
             for annotation in annotations:
@@ -103,49 +109,68 @@ class _Worker:
     process: multiprocessing.context.SpawnProcess
     connection: Connection
     device: str
+    rows: Iterator[Row]
+    """Rows that were not sent."""
 
 
 class _Inbox:
-    """Buffers results that arrive before their turn. Results are small, and processes run at about the same speed."""
+    """Sends rows to the workers at their request, and buffers results that arrive before their turn."""
 
     def __init__(self, workers: Sequence[_Worker]) -> None:
         self._workers = workers
         self._results: list[deque[Result]] = [deque() for _ in workers]
+        self._needs_rows = [False] * len(workers)
 
     def next_result(self, worker_index: int) -> Result:
         """Returns the next result of a worker, and buffers those of the other workers meanwhile."""
         while not self._results[worker_index]:
+            self._send_rows()
             ready = wait([worker.connection for worker in self._workers])
-            for worker, results in zip(self._workers, self._results, strict=True):
+            for index, worker in enumerate(self._workers):
                 if worker.connection in ready:
-                    results.extend(self._receive(worker))
+                    self._receive(index)
         return self._results[worker_index].popleft()
 
-    def _receive(self, worker: _Worker) -> list[Result]:
+    def _send_rows(self) -> None:
+        """Answers the requests for rows. A worker whose turn it is has no results here, and so always gets rows."""
+        for index, worker in enumerate(self._workers):
+            if self._needs_rows[index] and len(self._results[index]) < MAX_WAITING_RESULTS:
+                self._needs_rows[index] = False
+                # `_receive` reports a worker that has ended.
+                with contextlib.suppress(BrokenPipeError):
+                    worker.connection.send_bytes(encode_rows(itertools.islice(worker.rows, IMAGES_PER_MESSAGE)))
+
+    def _receive(self, index: int) -> None:
+        worker = self._workers[index]
         try:
             message = worker.connection.recv_bytes()
         except (EOFError, ConnectionError):
             worker.process.join()
             raise LostProcess(
-                f"the process on {worker.device} ended with exit code {worker.process.exitcode}; nothing was written, "
-                "run the same command again"
+                f"the process on {worker.device} ended with exit code {worker.process.exitcode}; run the same command "
+                "again"
             ) from None
-        return decode_results(message)
+        if message == ROW_REQUEST:
+            self._needs_rows[index] = True
+        else:
+            self._results[index].extend(decode_results(message))
 
 
 @contextlib.contextmanager
-def _start_workers(jobs: Sequence[WorkerJob], weights: bytes) -> Iterator[list[_Worker]]:
-    """Starts a process for each job; kills them all when the block ends."""
+def _start_workers(
+    jobs: Sequence[WorkerJob], shares: Sequence[Sequence[Row]], weights: bytes
+) -> Iterator[list[_Worker]]:
+    """Starts a process for each job and its share of the rows; kills them all when the block ends."""
     # Not fork: it would copy locks held by other threads, and CUDA does not survive it.
     context = multiprocessing.get_context("spawn")
     workers: list[_Worker] = []
     try:
-        for job in jobs:
+        for job, rows in zip(jobs, shares, strict=True):
             connection, worker_connection = context.Pipe()
             process = context.Process(target=_run_worker, args=(worker_connection,), daemon=True)
             process.start()
             worker_connection.close()
-            workers.append(_Worker(process, connection, job.device))
+            workers.append(_Worker(process, connection, job.device, iter(rows)))
         for job, worker in zip(jobs, workers, strict=True):
             # After all have started: a process takes seconds before it reads. `_Inbox` reports one that has ended.
             with contextlib.suppress(BrokenPipeError):
@@ -161,27 +186,37 @@ def _start_workers(jobs: Sequence[WorkerJob], weights: bytes) -> Iterator[list[_
 
 def _run_worker(connection: Connection) -> None:
     """Main function of a worker process: receives a job, sends its results, then waits to be killed."""
-    # Ctrl-C reaches the whole process group; the parent process ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, and SIGTERM of a job scheduler, reach the whole process group; the parent process ends this one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # A closed pipe means that the parent process has ended.
     with contextlib.suppress(BrokenPipeError, EOFError, ConnectionError):
         job = decode_job(connection.recv_bytes())
         weights = connection.recv_bytes()
         try:
-            for chunk in _chunks(_label(job, weights)):
+            for chunk in _chunks(_label(job, weights, _requested_rows(connection))):
                 connection.send_bytes(encode_results(chunk))
         except MalError as error:
             connection.send_bytes(encode_error(error))
         connection.recv_bytes()
 
 
-def _label(job: WorkerJob, weights: bytes) -> Iterator[Result]:
+def _requested_rows(connection: Connection) -> Iterator[Row]:
+    while True:
+        connection.send_bytes(ROW_REQUEST)
+        rows = decode_rows(connection.recv_bytes())
+        if not rows:
+            return
+        yield from rows
+
+
+def _label(job: WorkerJob, weights: bytes, rows: Iterable[Row]) -> Iterator[Result]:
     torch.set_num_threads(job.torch_threads)
     network = MalNetwork(job.model)
     network.load(load(weights))
     labeler = Labeler(network, job.labeler, device=job.device, precision=job.precision)
     for annotation, result in label_images(
-        labeler, job.rows, job.image_dir, job.tta, batch_size=job.batch_size, threads=job.threads
+        labeler, rows, job.image_dir, job.tta, batch_size=job.batch_size, threads=job.threads
     ):
         yield annotation.id, result
 

@@ -6,7 +6,7 @@ Does what takes several passes over an image (margins) or all of its boxes (over
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +49,7 @@ Result = TypeVar("Result")
 
 
 def label_images(
-    labeler: Labeler, rows: Sequence[Row], image_dir: Path, tta: TtaOptions, *, batch_size: int, threads: int
+    labeler: Labeler, rows: Iterable[Row], image_dir: Path, tta: TtaOptions, *, batch_size: int, threads: int
 ) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
     """Yields every annotation that is not a crowd, in the order of `rows`, with its label or the reason of its failure.
 
@@ -73,7 +73,7 @@ def label_images(
                 closing(
                     label_boxes(
                         pass_labeler,
-                        rows,
+                        rows_of_pass,
                         image_dir,
                         partial(_maps if tta.resolve_overlaps else _claim, pass_labeler, tta.refine_edges),
                         options=tta.options,
@@ -82,7 +82,8 @@ def label_images(
                     )
                 )
             )
-            for pass_labeler in labelers
+            # The passes advance together, so that few rows wait for the slowest.
+            for pass_labeler, rows_of_pass in zip(labelers, itertools.tee(rows, len(labelers)), strict=True)
         ]
         boxes = zip(*passes, strict=True)
         if tta.resolve_overlaps:

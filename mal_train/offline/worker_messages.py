@@ -5,7 +5,7 @@ keep their exact value: JSON text holds the shortest form of a float that reads 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,19 @@ from mal_train.offline.tta import TtaOptions
 Result = tuple[JsonId | None, Label | LabelFailure]
 """An annotation's id and its label, or the reason why there is none."""
 
+ROW_REQUEST = b'{"request": "rows"}'
+"""Message of a worker that needs more rows; the answer is a message of `encode_rows`, without rows at the end."""
+
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """The work of one process, except for the network's weights.
+    """The settings of one process, except for the network's weights. It requests its rows one message at a time.
 
     Attributes:
         model: architecture of the network.
         labeler: settings of the labeler.
         device: torch device.
         precision: see `Labeler`.
-        rows: images with their annotations; crowds, unknown fields and raw rows are not sent.
         image_dir: folder that file names are relative to.
         tta: test-time augmentation and post-processing.
         batch_size: crops in a batch.
@@ -46,7 +48,6 @@ class WorkerJob:
     labeler: LabelerConfig
     device: str
     precision: str
-    rows: Sequence[Row]
     image_dir: Path
     tta: TtaOptions
     batch_size: int
@@ -57,11 +58,9 @@ class WorkerJob:
 def encode_job(job: WorkerJob) -> bytes:
     """Encodes a job."""
     message = {field.name: getattr(job, field.name) for field in fields(job)}
-    rows = [[asdict(image), [_to_json(a) for a in annotations if not a.iscrowd]] for image, annotations in job.rows]
     message |= {
         "model": job.model.to_dict(),
         "labeler": job.labeler.to_dict(),
-        "rows": rows,
         "image_dir": str(job.image_dir),
         "tta": asdict(job.tta),
     }
@@ -76,11 +75,20 @@ def decode_job(data: bytes) -> WorkerJob:
     message |= {
         "model": ModelConfig.from_dict(message["model"]),
         "labeler": LabelerConfig.from_dict(message["labeler"]),
-        "rows": [(ImageInfo(**image), [_from_json(a) for a in annotations]) for image, annotations in message["rows"]],
         "image_dir": Path(message["image_dir"]),
         "tta": TtaOptions(**{**tta, "options": options, "margins": tuple(tta["margins"])}),
     }
     return WorkerJob(**message)
+
+
+def encode_rows(rows: Iterable[Row]) -> bytes:
+    """Encodes images with their annotations; crowds, unknown fields and raw rows are not sent."""
+    return json.dumps([[asdict(image), [_to_json(a) for a in rows if not a.iscrowd]] for image, rows in rows]).encode()
+
+
+def decode_rows(data: bytes) -> list[Row]:
+    """Inverse of `encode_rows`."""
+    return [(ImageInfo(**image), [_from_json(row) for row in rows]) for image, rows in json.loads(data)]
 
 
 def encode_results(results: Sequence[Result]) -> bytes:

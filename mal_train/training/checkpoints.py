@@ -15,7 +15,7 @@ import lightning
 from lightning.fabric.plugins import CheckpointIO
 
 from mal_train.core.atomic_io import atomic_write
-from mal_train.core.errors import Altered, CheckpointError, MalError, OutputError, Truncated
+from mal_train.core.errors import Altered, CheckpointError, OutputError, Terminated, Truncated
 from mal_train.distributed.process_group import ProcessGroup
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey
@@ -35,12 +35,6 @@ class DataPosition(NamedTuple):
 
     epochs: int
     batches: int
-
-
-class Terminated(MalError):
-    """SIGTERM ended the training after a checkpoint was written."""
-
-    exit_code = 143
 
 
 class MalCheckpointIO(CheckpointIO):

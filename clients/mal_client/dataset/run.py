@@ -35,7 +35,8 @@ from mal_client.types import (
 )
 from mal_train.core.atomic_io import check_writable, refuse_same_file
 from mal_train.core.coco.annotations import ImageInfo
-from mal_train.core.coco.journal import Journal, RowResult, journal_path
+from mal_train.core.coco.job_results import NOT_LABELED, JobResults
+from mal_train.core.coco.journal import Journal, RowFailure, RowResult, failed, journal_path
 from mal_train.core.coco.output import label_fields
 from mal_train.core.coco.plan import DatasetPlan, PendingRows, RowAction, read_plan
 
@@ -93,16 +94,17 @@ def label_dataset(
         if shard is None:
             cleanup.callback(_remove_if_empty, journal)
         run = _DatasetRun(plan, journal, on_progress, shard)
-        if journal.label_count:
-            notify(f"{path}: {run.resume_message()}")
+        resumed = run.results.resume_message()
+        if resumed is not None:
+            notify(resumed)
         lost = _label_pending(run, servers, image_loader(images, servers.limits), options, notify)
-        missing = lost or ItemError("INTERNAL", "NOT_ANSWERED", "no label was made")
-        is_final = lost is None and not run.unavailable
+        missing = NOT_LABELED if lost is None else _failure(lost)
+        is_final = lost is None and not run.results.unavailable
         if shard is not None:
             result = run.shard_result(missing)
         else:
             result = write_labeled(
-                plan, lambda index: run.result(index, missing), output_json, provenance, dataset_options
+                plan, lambda index: run.results.result(index, missing), output_json, provenance, dataset_options
             )
             if is_final:
                 journal.remove()
@@ -130,38 +132,25 @@ class _DatasetRun:
     A row that failed in an earlier run is tried again, and counts as done and failed until its new result arrives.
 
     Attributes:
+        plan: the rows.
         pending: rows that need a label.
-        unavailable: errors of rows that a later run may label; they are not in the journal.
+        results: of all rows.
     """
 
     def __init__(
         self, plan: DatasetPlan, journal: Journal, on_progress: OnProgress | None, shard: Shard | None
     ) -> None:
         self.plan = plan
-        self.pending = plan.pending(journal.has_label, None if shard is None else shard.has_image)
-        self.unavailable: dict[int, ItemError] = {}
+        self.results = JobResults(plan, journal, None if shard is None else shard.has_image)
+        self.pending = self.results.pending
         self._journal = journal
         self._on_progress = on_progress
         self._images_open = self.pending.images_open()
         self._images_before = self.pending.images_total - self._images_open
-        self._retried = sum(map(journal.has_failure, self.pending.indices.tolist()))
         # Rows with an error in the file are done; a shard leaves them to the merge.
         reported = plan.actions.count(RowAction.REPORT) if shard is None else 0
-        self._boxes_failed = reported + self._retried
+        self._boxes_failed = reported + self.results.retried
         self._boxes_done = self._boxes_failed + len(self.pending.to_label) - len(self.pending.indices)
-
-    @property
-    def has_results(self) -> bool:
-        """True when any row has a label, of this run or an earlier one."""
-        return self._journal.label_count > 0
-
-    def resume_message(self) -> str:
-        """Returns the message for a run that continues an earlier one."""
-        retried = f", {self._retried} failed and are tried again" if self._retried else ""
-        return (
-            f"resuming an unfinished run; {self._journal.label_count} of {len(self.pending.to_label)} boxes are "
-            f"labeled{retried}"
-        )
 
     def add(self, result: ItemResult) -> None:
         """Keeps the result of an item and reports progress."""
@@ -173,22 +162,18 @@ class _DatasetRun:
             if error is None:
                 entries[index] = {"label": _fields(result.labels[index])}
             elif error.code == "UNAVAILABLE":
-                self.unavailable[index] = error
+                self.results.unavailable[index] = _failure(error)
             else:
-                entries[index] = _failure(error)
-        self._journal.append(entries)
+                entries[index] = failed(_failure(error))
+        self.results.add(entries)
         self._count_image(int(result.item.key), len(result.item.boxes))
         if self._on_progress is not None:
             self._on_progress(self._progress())
 
-    def result(self, index: int, missing: ItemError) -> RowResult:
-        """Returns the result of a row; a failure with the error `missing` when it has none."""
-        return self._journal.result(index) or _failure(self.unavailable.get(index, missing))
-
-    def shard_result(self, missing: ItemError) -> DatasetResult:
+    def shard_result(self, missing: RowFailure) -> DatasetResult:
         """Returns the summary of a shard; its failures are listed when the shards are merged."""
         to_label = self.pending.to_label.tolist()
-        labeled = sum("label" in self.result(index, missing) for index in to_label)
+        labeled = sum("label" in self.results.result(index, missing) for index in to_label)
         return DatasetResult(
             output=self._journal.path,
             errors_file=None,
@@ -253,7 +238,7 @@ def _label_pending(
                 run.add(result)
     except AllServersLost as lost:
         # A run with the same manifest could only end the same way.
-        if not run.has_results or isinstance(lost.error, ModelChanged):
+        if not run.results.label_count or isinstance(lost.error, ModelChanged):
             raise lost.error from lost
         return ItemError("UNAVAILABLE", "SERVER_LOST", f"no result before the server was lost: {lost.error}")
     return None
@@ -280,8 +265,8 @@ def _fields(label: BoxLabel) -> dict[str, Any]:
     return label_fields(label.rle.to_coco(), label.area, label.score, label.flags, label.agreement)
 
 
-def _failure(error: ItemError) -> RowResult:
-    return {"failed": [error.code, error.reason, error.message]}
+def _failure(error: ItemError) -> RowFailure:
+    return RowFailure(error.code, error.reason, error.message)
 
 
 def _name_image(error: ItemError, image: ImageInfo) -> ItemError:

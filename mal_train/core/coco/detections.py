@@ -4,34 +4,87 @@ In the output, `score` remains the detector's score and `mask_score` is the scor
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mal_train.core.coco.annotations import (
     Annotation,
     CocoFile,
+    ImageInfo,
     JsonId,
     Reason,
     finite_number,
     is_id,
     read_annotation,
-    read_json,
     record_id,
     reject_duplicate_ids,
     row_name,
 )
-from mal_train.core.coco.json_values import as_json, json_type
+from mal_train.core.coco.json_reader import JsonMemberReader
+from mal_train.core.coco.json_values import as_json
 from mal_train.core.errors import BadDataset
 
 MASK_SCORE = "mask_score"
 
 
-def read_detections(path: Path, coco: CocoFile) -> CocoFile:
-    """Returns `coco` with the rows of a results list `[{image_id, category_id, bbox, score, ...}]` as annotations.
+class DetectionRows:
+    """Rows of a results list `[{image_id, category_id, bbox, score, ...}]`, read from the file one by one.
 
     Rows without an `id` are numbered from 1 in list order, skipping the ids of other rows. Ids are therefore the same
     in every process and in every run.
+
+    Args:
+        path: JSON file with the results list; read once here.
+        images: images by id.
+        category_ids: the known ids.
+
+    Attributes:
+        path: the file.
+        sha256: SHA-256 of the file, 64 hex digits.
+        count: number of rows.
+
+    Raises:
+        BadDataset: the file is missing or not a list, or an id is repeated.
+    """
+
+    def __init__(self, path: Path, images: Mapping[JsonId, ImageInfo], category_ids: Collection[JsonId]) -> None:
+        self.path = path
+        self.count = 0
+        self._images = images
+        self._category_ids = category_ids
+        self._ids: set[JsonId] = set()
+        repeated: dict[JsonId, None] = {}
+        reader = JsonMemberReader(path)
+        for row in reader.rows():
+            self.count += 1
+            if isinstance(row, dict) and is_id(row.get("id")):
+                record_id(row["id"], self._ids, repeated)
+        reject_duplicate_ids(repeated, f"{path}: id")
+        self.sha256 = reader.sha256()
+
+    def __iter__(self) -> Iterator[tuple[Any, Annotation]]:
+        """Yields (JSON value with its id, parsed row) of each row. Raises BadDataset if the file has changed."""
+        reader = JsonMemberReader(self.path)
+        for index, row in enumerate(self._numbered(reader.rows())):
+            yield row, _with_score(read_annotation(row, index, self._images, self._category_ids))
+        if reader.sha256() != self.sha256:
+            raise BadDataset(f"{self.path}: changed while the job ran; start the job again")
+
+    def _numbered(self, rows: Iterator[Any]) -> Iterator[Any]:
+        number = 0
+        for row in rows:
+            if not isinstance(row, dict) or "id" in row:
+                yield row
+                continue
+            number += 1
+            while number in self._ids:
+                number += 1
+            yield {**row, "id": number}
+
+
+def read_detections(path: Path, coco: CocoFile) -> CocoFile:
+    """Returns `coco` with the rows of a results list as annotations (`DetectionRows`).
 
     Args:
         path: JSON file with the results list.
@@ -40,46 +93,19 @@ def read_detections(path: Path, coco: CocoFile) -> CocoFile:
     Raises:
         BadDataset: the file is missing or not a list, or an id is repeated.
     """
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        hint = " (an object is an annotation file: give its path as ann_path)" if isinstance(rows, dict) else ""
-        raise BadDataset(f"{path}: holds {json_type(rows)}{hint}; it must be a COCO results list")
-    rows = _numbered(rows, str(path))
     known = {row["id"] for row in coco.categories if is_id(row.get("id"))}
-    annotations = [_with_score(read_annotation(row, n, coco.images, known)) for n, row in enumerate(rows)]
-    return dataclasses.replace(coco, raw={**coco.raw, "annotations": rows}, annotations=annotations)
+    rows = list(DetectionRows(path, coco.images, known))
+    raw = {**coco.raw, "annotations": [row for row, _ in rows]}
+    return dataclasses.replace(coco, raw=raw, annotations=[annotation for _, annotation in rows])
 
 
-def with_detector_scores(labeled: Mapping[str, Any], detections: CocoFile) -> dict[str, Any]:
-    """Returns a `labeled_file` of detections with the detector's `score` and the score of the mask as `mask_score`."""
-    rows = []
-    for row, annotation in zip(labeled["annotations"], detections.annotations, strict=True):
-        if not isinstance(row, dict) or "score" not in row:
-            rows.append(row)
-            continue
-        other_fields = {key: value for key, value in row.items() if key != "score"}
-        detector_score = {"score": annotation.raw["score"]} if "score" in annotation.raw else {}
-        rows.append({**other_fields, **detector_score, MASK_SCORE: row["score"]})
-    return {**labeled, "annotations": rows}
-
-
-def _numbered(rows: list[Any], name: str) -> list[Any]:
-    seen: set[JsonId] = set()
-    repeated: dict[JsonId, None] = {}
-    for row in rows:
-        if isinstance(row, dict) and is_id(row.get("id")):
-            record_id(row["id"], seen, repeated)
-    reject_duplicate_ids(repeated, f"{name}: id")
-    number = 0
-    result = []
-    for row in rows:
-        if isinstance(row, dict) and "id" not in row:
-            number += 1
-            while number in seen:
-                number += 1
-            row = {**row, "id": number}  # noqa: PLW2901
-        result.append(row)
-    return result
+def with_detector_score(labeled: Any, detection: Annotation) -> Any:
+    """Returns a `labeled_row` of a detection with the detector's `score`, and the score of the mask as `mask_score`."""
+    if not isinstance(labeled, dict) or "score" not in labeled:
+        return labeled
+    other_fields = {key: value for key, value in labeled.items() if key != "score"}
+    detector_score = {"score": detection.raw["score"]} if "score" in detection.raw else {}
+    return {**other_fields, **detector_score, MASK_SCORE: labeled["score"]}
 
 
 def _with_score(annotation: Annotation) -> Annotation:

@@ -51,11 +51,8 @@ class JsonMemberReader:
             BadDataset: the file is unreadable, not JSON, not an object, or repeats a name.
         """
         if self._text.peek() != "{":
-            value = self._value()
-            hint = " (a list is a COCO results file)" if isinstance(value, list) else ""
-            raise BadDataset(
-                f"{self._path}: holds {json_type(value)}{hint}; it must be an object with {', '.join(REQUIRED_LISTS)}"
-            )
+            kind, hint = self._other_type("[", " (a list is a COCO results file)")
+            raise BadDataset(f"{self._path}: holds {kind}{hint}; it must be an object with {', '.join(REQUIRED_LISTS)}")
         names = set()
         for _ in self._entries("{", "}"):
             name = self._value()
@@ -69,6 +66,27 @@ class JsonMemberReader:
                 skip_rows(rows)
             else:
                 yield name, self._value()
+        self._expect_end()
+
+    def rows(self) -> Iterator[Any]:
+        """Yields the values of a file that is one list: a COCO results list.
+
+        Raises:
+            BadDataset: the file is unreadable, not JSON, or not a list.
+        """
+        if self._text.peek() != "[":
+            kind, hint = self._other_type("{", " (an object is an annotation file: give its path as ann_path)")
+            raise BadDataset(f"{self._path}: holds {kind}{hint}; it must be a COCO results list")
+        yield from self._rows()
+        self._expect_end()
+
+    def _other_type(self, bracket: str, hint: str) -> tuple[str, str]:
+        """Returns the type of the value in words, and the hint if it begins with the bracket; that one is not read."""
+        if self._text.peek() == bracket:
+            return json_type([] if bracket == "[" else {}), hint
+        return json_type(self._value()), ""
+
+    def _expect_end(self) -> None:
         if self._text.peek():
             raise self._text.error("extra data")
 

@@ -79,5 +79,5 @@ def write_labeled_file(
         written = labeled_row(row, annotation, plan.head.images, fields, keep_existing=keeps_mask)
         return finish(index, written, annotation, outcome)
 
-    write_transformed(plan.head, output, change, provenance)
+    write_transformed(plan.head, output, change, provenance, plan.detections)
     return labeled

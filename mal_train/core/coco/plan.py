@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
+from mal_train.core.coco.detections import DetectionRows
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import RowFilter
@@ -43,6 +45,7 @@ class DatasetPlan:
         actions: a `RowAction` for each row.
         boxes: x, y, w, h of each row, one after the other; px.
         image_index: index in `images` for each row; `NO_IMAGE` without one.
+        detections: the rows of a results list that take the place of the file's annotations; None without such a list.
     """
 
     head: CocoHead
@@ -50,6 +53,7 @@ class DatasetPlan:
     actions: bytearray
     boxes: array[float]
     image_index: array[int]
+    detections: DetectionRows | None = None
 
     def box(self, index: int) -> tuple[float, float, float, float]:
         """Returns x, y, w, h of a row in px."""
@@ -62,19 +66,29 @@ class DatasetPlan:
             (index, self.image_index[index]) for index, action in enumerate(self.actions) if action == RowAction.LABEL
         )
 
-    def pending(self, has_label: Callable[[int], bool], has_image: Callable[[int], bool] | None = None) -> PendingRows:
+    def pending(
+        self,
+        has_label: Callable[[int], bool],
+        has_image: Callable[[int], bool] | None = None,
+        *,
+        complete_images: bool = False,
+    ) -> PendingRows:
         """Returns the rows that still need a label.
 
         Args:
             has_label: tells by index whether a row needs no further attempt.
             has_image: tells by index whether an image belongs to this run; None: all do.
+            complete_images: if one row of an image still needs a label, take all rows of that image.
         """
         to_label = np.flatnonzero(np.frombuffer(self.actions, dtype=np.uint8) == RowAction.LABEL)
         image_index = np.frombuffer(self.image_index, dtype=np.int32)
         if has_image is not None and len(to_label):
             is_ours = np.fromiter(map(has_image, range(len(self.images))), dtype=np.bool_)
             to_label = to_label[is_ours[image_index[to_label]]]
-        pending = np.fromiter((index for index in to_label.tolist() if not has_label(index)), dtype=np.int64)
+        is_pending = np.fromiter((not has_label(index) for index in to_label.tolist()), dtype=np.bool_)
+        if complete_images:
+            is_pending = np.isin(image_index[to_label], image_index[to_label[is_pending]])
+        pending = to_label[is_pending]
         return PendingRows(
             plan=self,
             indices=pending[np.argsort(image_index[pending], kind="stable")],
@@ -108,13 +122,47 @@ class PendingRows:
 
     def by_image(self) -> Iterator[tuple[int, list[int]]]:
         """Yields (index of an image, indices of its pending rows) of each image with pending rows."""
-        if not len(self.indices):
-            return
+        bounds = self._bounds()
+        for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            yield self.plan.image_index[self.indices[start]], self.indices[start:end].tolist()
+
+    def annotations(self) -> PendingImages:
+        """Returns each image with pending rows and its annotations, which are built on access."""
+        return PendingImages(self, self._bounds())
+
+    def _bounds(self) -> Indices:
+        """Returns the place in `indices` of the first row of each image, and the number of rows at the end."""
         image_index = np.frombuffer(self.plan.image_index, dtype=np.int32)[self.indices]
-        starts = np.concatenate(([0], np.flatnonzero(np.diff(image_index)) + 1))
-        ends = np.append(starts[1:], len(self.indices))
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            yield int(image_index[start]), self.indices[start:end].tolist()
+        is_first = np.diff(image_index, prepend=NO_IMAGE) != 0
+        return np.append(np.flatnonzero(is_first), len(self.indices))
+
+
+class PendingImages(Sequence[tuple[ImageInfo, list[Annotation]]]):
+    """Images with the annotations that need a label, both built from the plan on access. A slice is a view.
+
+    The annotations have a box and an image, but neither id, category nor JSON value: the plan keeps none.
+    """
+
+    def __init__(self, pending: PendingRows, bounds: Indices, images: range | None = None) -> None:
+        self._pending = pending
+        self._bounds = bounds
+        self._images = range(len(bounds) - 1) if images is None else images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[ImageInfo, list[Annotation]]: ...
+    @overload
+    def __getitem__(self, index: slice) -> PendingImages: ...
+    def __getitem__(self, index: int | slice) -> tuple[ImageInfo, list[Annotation]] | PendingImages:
+        if isinstance(index, slice):
+            return PendingImages(self._pending, self._bounds, self._images[index])
+        number = self._images[index]
+        rows = self._pending.indices[self._bounds[number] : self._bounds[number + 1]].tolist()
+        plan = self._pending.plan
+        image = plan.images[plan.image_index[rows[0]]]
+        return image, [Annotation(None, image.id, None, plan.box(row), iscrowd=False, raw={}) for row in rows]
 
 
 def read_plan(coco_json: Path, only: RowFilter = RowFilter.ALL, ids: Collection[JsonId] = ()) -> DatasetPlan:
@@ -132,10 +180,21 @@ def read_plan(coco_json: Path, only: RowFilter = RowFilter.ALL, ids: Collection[
     scan = _Scan(only, frozenset(ids))
     head = scan_coco(coco_json, scan.add)
     scan.refuse_unknown_ids()
-    in_file = {image_id: index for index, image_id in enumerate(head.images)}
-    named = [in_file.get(image_id, NO_IMAGE) for image_id in scan.image_ids]
-    image_index = array("i", (named[number] if number >= 0 else NO_IMAGE for number in scan.image_numbers))
-    return DatasetPlan(head, list(head.images.values()), scan.actions, scan.boxes, image_index)
+    return scan.plan(head)
+
+
+def read_detection_plan(coco_json: Path, results_json: Path) -> DatasetPlan:
+    """Scans a COCO file and a results list whose rows take the place of its annotations; all of them are labeled.
+
+    Raises:
+        BadDataset: a file as a whole is unusable.
+    """
+    head = scan_coco(coco_json, lambda _index, _row: None)
+    rows = DetectionRows(results_json, head.images, head.category_names)
+    scan = _Scan(RowFilter.ALL, frozenset())
+    for index, (_, annotation) in enumerate(rows):
+        scan.add(index, annotation)
+    return replace(scan.plan(replace(head, count=rows.count)), detections=rows)
 
 
 def has_mask(row: Annotation) -> bool:
@@ -163,6 +222,12 @@ class _Scan:
         self.image_numbers.append(
             NO_IMAGE if row.image_id is None else self.image_ids.setdefault(row.image_id, len(self.image_ids))
         )
+
+    def plan(self, head: CocoHead) -> DatasetPlan:
+        in_file = {image_id: index for index, image_id in enumerate(head.images)}
+        named = [in_file.get(image_id, NO_IMAGE) for image_id in self.image_ids]
+        image_index = array("i", (named[number] if number >= 0 else NO_IMAGE for number in self.image_numbers))
+        return DatasetPlan(head, list(head.images.values()), self.actions, self.boxes, image_index)
 
     def refuse_unknown_ids(self) -> None:
         unknown = [value for value in self.ids if value not in self.found_ids]

@@ -108,7 +108,13 @@ def scan_coco(
     return head.build(reader.sha256())
 
 
-def write_transformed(head: CocoHead, output: Path, transform: RowTransform, provenance: Mapping[str, Any]) -> None:
+def write_transformed(
+    head: CocoHead,
+    output: Path,
+    transform: RowTransform,
+    provenance: Mapping[str, Any],
+    annotations: Iterable[tuple[Any, Annotation]] | None = None,
+) -> None:
     """Writes a copy of the scanned file in which every annotation is replaced by the result of `transform`.
 
     The bytes of a JSON file equal those of `write_json_atomic(output, labeled_file(...))`.
@@ -118,6 +124,7 @@ def write_transformed(head: CocoHead, output: Path, transform: RowTransform, pro
         output: the file to write, in parquet if its suffix is `.parquet`; may be the input itself.
         transform: called for each annotation, in file order.
         provenance: stored under `PROVENANCE_KEY`; replaces the entry of an earlier run.
+        annotations: (JSON value, parsed row) of rows that take the place of the file's.
 
     Raises:
         OutputError: folder missing, no permission, disk full; an existing output is unchanged.
@@ -130,8 +137,11 @@ def write_transformed(head: CocoHead, output: Path, transform: RowTransform, pro
             if key == PROVENANCE_KEY:
                 skip_rows(value)
                 continue
-            is_transformed = key == "annotations" and isinstance(value, Iterator)
-            yield key, _transformed_rows(head, value, transform) if is_transformed else value
+            if key == "annotations" and isinstance(value, Iterator):
+                rows = _parsed(head, value) if annotations is None else annotations
+                yield key, _transformed_rows(rows, transform)
+            else:
+                yield key, value
         yield PROVENANCE_KEY, dict(provenance)
 
     with atomic_write(output) as file:
@@ -261,9 +271,13 @@ class HeadBuilder:
                 self.category_names.setdefault(row["id"], str(row.get("name", row["id"])))
 
 
-def _transformed_rows(head: CocoHead, rows: Iterator[Any], transform: RowTransform) -> Iterator[Any]:
+def _parsed(head: CocoHead, rows: Iterator[Any]) -> Iterator[tuple[Any, Annotation]]:
     for index, row in enumerate(rows):
-        yield transform(index, row, read_annotation(row, index, head.images, head.category_names))
+        yield row, read_annotation(row, index, head.images, head.category_names)
+
+
+def _transformed_rows(rows: Iterable[tuple[Any, Annotation]], transform: RowTransform) -> Iterator[Any]:
+    return (transform(index, row, annotation) for index, (row, annotation) in enumerate(rows))
 
 
 def write_coco(output: Path, raw: Mapping[str, Any]) -> None:

@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
-from mal_train.offline.dataset_labeler import LabelFailure, label_boxes, prefetch_map
+from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes, prefetch_map
 from tests.scenes import write_scenes
 
 
@@ -86,3 +87,30 @@ def test_prefetch_map_starts_a_limited_number_of_items_ahead() -> None:
 def test_the_network_is_left_in_evaluation_mode() -> None:
     assert not CountingLabeler().network.student.training
     assert torch.is_grad_enabled()
+
+
+def test_failures_do_not_wait_for_a_full_batch(coco: tuple[CocoFile, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_train.offline.dataset_labeler.FAILURES_PER_BATCH", 2)
+    for path in coco[1].iterdir():
+        path.unlink()
+    drawn: list[Row] = []
+
+    def rows() -> Iterator[Row]:
+        for row in [*by_image(coco[0])] * 100:
+            drawn.append(row)
+            yield row
+
+    stream = label_boxes(CountingLabeler(), rows(), coco[1], area, batch_size=4, threads=1)
+    for _ in range(10):
+        assert isinstance(next(stream)[1], LabelFailure)
+    assert len(drawn) < 50
+    stream.close()
+
+
+def test_a_box_without_an_id_fails_without_a_name(coco: tuple[CocoFile, Path]) -> None:
+    image, (first, *_) = next(by_image(coco[0]))
+    outside = dataclasses.replace(first, id=None, box_xywh=(1000.0, 1000.0, 5.0, 5.0))
+    ((_, failure),) = label_boxes(CountingLabeler(), [(image, [outside])], coco[1], area)
+    assert isinstance(failure, LabelFailure)
+    assert failure.reason == "BAD_BOX"
+    assert "annotation" not in failure.message

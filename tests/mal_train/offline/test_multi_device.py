@@ -1,8 +1,12 @@
 """Labeling on several devices (here the CPU, more than once) with one process each."""
 
+import contextlib
 import json
+import multiprocessing
+import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ import torch
 from mal_train.commands.evaluate import evaluate
 from mal_train.commands.inference import inference
 from mal_train.config.spec import Spec, load_spec
-from mal_train.core.coco.annotations import by_image, read_coco
+from mal_train.core.coco.annotations import Annotation, ImageInfo, by_image, read_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, LostProcess
 from mal_train.core.settings import LabelerConfig
@@ -18,7 +22,9 @@ from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline import multi_device
+from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.multi_device import label_on_devices
+from mal_train.offline.worker_messages import ROW_REQUEST, decode_rows, encode_results
 from tests.networks import spread_network
 from tests.scenes import write_scenes
 
@@ -100,6 +106,80 @@ def test_more_processes_than_images_are_supported(
     single = list(label_on_devices([CPU], labeler, rows, scenes[1], precision="float32"))
     assert several == single
     assert len(several) == 1
+
+
+def test_rows_are_sent_as_they_are_requested(
+    network: MalNetwork, scenes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multi_device, "IMAGES_PER_MESSAGE", 2)
+    rows = list(by_image(read_coco(scenes[0]))) * 40
+    drawn: list[list[int]] = []
+
+    class Rows(Sequence[Row]):
+        """Counts the rows that are read of each share."""
+
+        def __init__(self, rows: Sequence[Row]) -> None:
+            self.rows = rows
+            self.counter = [0]
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        @overload
+        def __getitem__(self, index: int) -> Row: ...
+        @overload
+        def __getitem__(self, index: slice) -> Sequence[Row]: ...
+        def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+            if isinstance(index, slice):
+                share = Rows(self.rows[index])
+                drawn.append(share.counter)
+                return share
+            self.counter[0] += 1
+            return self.rows[index]
+
+    labeler = Labeler(network, CONFIG, precision="float32")
+    results = label_on_devices([CPU] * 2, labeler, Rows(rows), scenes[1], precision="float32")
+    for _ in range(4):
+        next(results)
+    assert max(share[0] for share in drawn) < 80, "rows are read as they are needed"
+    expected = list(label_on_devices([CPU], labeler, rows, scenes[1], precision="float32"))
+    assert list(results) == expected[4:]
+
+
+def test_a_process_ahead_of_the_others_gets_no_rows_until_its_results_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(multi_device, "IMAGES_PER_MESSAGE", 2)
+    monkeypatch.setattr(multi_device, "MAX_WAITING_RESULTS", 6)
+    images, result = 20, (None, LabelFailure("X", "x"))
+    row: Row = (ImageInfo(1, "a.png", 9, 9), [Annotation(None, 1, None, (0.0, 0.0, 5.0, 5.0), False, {})])
+    is_ahead, gets_more = threading.Event(), threading.Event()
+    workers: list[Any] = []
+
+    def label(connection: Any, is_slow: bool) -> None:
+        if is_slow:
+            is_ahead.wait(60)
+            gets_more.wait(0.2)
+        labeled = 0
+        with contextlib.suppress(EOFError, ConnectionError):  # the test has ended
+            while True:
+                connection.send_bytes(ROW_REQUEST)
+                if labeled == 6 and not is_slow:
+                    is_ahead.set()
+                rows = decode_rows(connection.recv_bytes())
+                if labeled == 6 and not is_slow:
+                    gets_more.set()
+                connection.send_bytes(encode_results([result] * len(rows)))
+                labeled += len(rows)
+
+    for is_slow in (True, False):
+        connection, other = multiprocessing.Pipe()
+        workers.append(multi_device._Worker(None, connection, "cpu", iter([row] * images)))  # type: ignore[arg-type]
+        threading.Thread(target=label, args=(other, is_slow), daemon=True).start()
+    inbox = multi_device._Inbox(workers)
+    inbox.next_result(0)
+    assert len(inbox._results[1]) == 6
+    assert [inbox.next_result(n % 2) for n in range(1, 2 * images)] == [result] * (2 * images - 1)
 
 
 def test_a_killed_process_is_an_error_and_the_others_are_ended(

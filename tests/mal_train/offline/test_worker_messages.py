@@ -18,11 +18,14 @@ from mal_train.offline.worker_messages import (
     WorkerJob,
     decode_job,
     decode_results,
+    decode_rows,
     encode_error,
     encode_job,
     encode_results,
+    encode_rows,
 )
 
+IMAGE = ImageInfo("a", "é.png", 20, None)
 VALID = Annotation(7, "a", 1, (0.1, 2.0, 3.5, 1e-7), False, {})
 INVALID = Annotation(None, "a", None, (0.0, 0.0, 0.0, 0.0), False, {}, "annotation 3: no box", Reason.BAD_BOX)
 JOB = WorkerJob(
@@ -30,7 +33,6 @@ JOB = WorkerJob(
     labeler=LabelerConfig(64, 0.3, (0.1, 0.2, 0.3), compat=Compat.TAO, calibration=((0.0, 0.1), (1.0, 0.9))),
     device="cuda:1",
     precision="bfloat16",
-    rows=[(ImageInfo("a", "é.png", 20, None), [VALID, INVALID]), (ImageInfo(2, "", None, None, "no file name"), [])],
     image_dir=Path("images"),
     tta=TtaOptions(PredictOptions(Branch.MIXED, flip=True), (0.2, 0.6), True, True),
     batch_size=3,
@@ -43,11 +45,16 @@ def test_a_job_survives_a_round_trip() -> None:
     assert decode_job(encode_job(JOB)) == JOB
 
 
+def test_rows_survive_a_round_trip() -> None:
+    rows = [(IMAGE, [VALID, INVALID]), (ImageInfo(2, "", None, None, "no file name"), [])]
+    assert decode_rows(encode_rows(rows)) == rows
+    assert decode_rows(encode_rows([])) == []
+
+
 def test_crowds_and_raw_rows_are_not_sent() -> None:
     crowd = Annotation(8, "a", 1, (0.0, 0.0, 5.0, 5.0), True, {})
     with_raw = Annotation(7, "a", 1, VALID.box_xywh, False, {"secret": 1})
-    sent = WorkerJob(**{**vars(JOB), "rows": [(JOB.rows[0][0], [with_raw, crowd])]})
-    assert decode_job(encode_job(sent)).rows == [(JOB.rows[0][0], [VALID])]
+    assert decode_rows(encode_rows([(IMAGE, [with_raw, crowd])])) == [(IMAGE, [VALID])]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mal_train.commands.train import train
 from mal_train.core.console import Console
+from mal_train.core.errors import Terminated
 from mal_train.distributed.env import DistributedEnv, read_distributed_env
 from mal_train.distributed.process_group import ProcessGroup
 from mal_train.training import module as training_module
-from mal_train.training.checkpoints import CheckpointCallback, PreemptionHandler, Terminated, newest_checkpoint
+from mal_train.training.checkpoints import CheckpointCallback, PreemptionHandler, newest_checkpoint
 from mal_train.training.run_files import StatusFile, note_failure
 from tests.mal_train.training.forked import exit_codes, train_together, training_processes
 from tests.mal_train.training.runs import assert_same, overrides_of, plain_mean_field, spec_of, statuses, weights

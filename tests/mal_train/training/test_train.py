@@ -16,11 +16,19 @@ from mal_train.commands.common import task_folder
 from mal_train.commands.train import TrainResult, train
 from mal_train.config.spec import Spec
 from mal_train.core.console import Console
-from mal_train.core.errors import BadDataset, ConfigError, NonFiniteTraining, OutputError, Truncated, WrongKey
+from mal_train.core.errors import (
+    BadDataset,
+    ConfigError,
+    NonFiniteTraining,
+    OutputError,
+    Terminated,
+    Truncated,
+    WrongKey,
+)
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import generate_identity, parse_key, write_identity
 from mal_train.training import module as training_module
-from mal_train.training.checkpoints import LATEST, Terminated, newest_checkpoint, point_latest_to
+from mal_train.training.checkpoints import LATEST, newest_checkpoint, point_latest_to
 from tests.mal_train.training.runs import assert_same, plain_mean_field, spec_of, statuses, weights
 from tests.scenes import write_scenes
 
