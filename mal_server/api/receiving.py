@@ -6,7 +6,7 @@ read. Until then it holds the sender back (READ_AHEAD_BYTES). So a call reads it
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from mal_server.errors import ReceiveTimeout, TooManyCalls
@@ -16,16 +16,26 @@ class ReceiveLimiter:
     """Slots for messages that are being received, shared fairly among callers.
 
     A caller gets at most half of the slots. Callers that wait take turns, each in the order of its calls. If too many
-    calls wait, those of the caller with the most of them are refused.
+    calls wait, those of the group of callers with the most of them are refused, and in it those of one such caller.
 
     Args:
         slots: messages received at once.
         timeout_s: time for one message in seconds.
         contested_s: the same while others wait for a slot.
         max_waiting: calls that wait for a slot.
+        group_of: group of a caller, for example its host; None: each caller is a group of its own.
     """
 
-    def __init__(self, slots: int, *, timeout_s: float, contested_s: float, max_waiting: int) -> None:
+    def __init__(
+        self,
+        slots: int,
+        *,
+        timeout_s: float,
+        contested_s: float,
+        max_waiting: int,
+        group_of: Callable[[str], str] | None = None,
+    ) -> None:
+        self._group_of = group_of or str
         self._free = slots
         self._share = max(1, slots // 2)
         self._timeout_s = timeout_s
@@ -75,10 +85,22 @@ class ReceiveLimiter:
             raise
 
     def _refuse_one(self, caller: str) -> None:
-        """Refuses the newest call of the caller with the most waiting calls; raises if no caller has more than this."""
+        """Refuses one waiting call, or this one by raising: the newest of those who have the most, as groups.
+
+        Where all have equally many, this one is refused: to take the place of another would not be fairer, and those
+        who keep coming would take every place before its turn.
+        """
         error = TooManyCalls("too many calls are sending their requests; try again later")
-        greedy = max(self._waiting, key=lambda other: len(self._waiting[other]))
-        if len(self._waiting[greedy]) <= len(self._waiting.get(caller, ())):
+        own = self._group_of(caller)
+        of_group = Counter({own: 1})
+        for other, turns in self._waiting.items():
+            of_group[self._group_of(other)] += len(turns)
+        group = max(of_group, key=lambda name: (of_group[name], name != own))
+        if group != own and of_group[group] <= of_group[own]:
+            raise error
+        candidates = [other for other in self._waiting if self._group_of(other) == group]
+        greedy = max(reversed(candidates), key=lambda other: len(self._waiting[other]), default=caller)
+        if group == own and len(self._waiting.get(greedy, ())) <= len(self._waiting.get(caller, ())) + 1:
             raise error
         turn = self._waiting[greedy][-1]
         self._leave(greedy, turn)

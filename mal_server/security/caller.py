@@ -2,7 +2,10 @@
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv6Address
 from typing import Any
+from urllib.parse import unquote
 
 from mal_server.errors import FolderDenied
 from mal_server.security.auth import TokenScopes
@@ -48,3 +51,20 @@ def caller_of(token: TokenScopes | None, context: Any) -> Caller:
     if token is None:
         return Caller(str(context.peer()))
     return Caller(token.name, token.name, token.data_folders)
+
+
+@lru_cache(4096)
+def host_of(peer: str) -> str:
+    """Returns the host of a peer of gRPC, without its port; of IPv6 the 64 bits that one host has for itself.
+
+    >>> host_of("ipv4:192.0.2.1:50000"), host_of("ipv6:%5B2001:db8::1%5D:50000"), host_of("unix:")
+    ('192.0.2.1', '2001:db8::', 'unix:')
+    """
+    family, _, address = peer.partition(":")
+    if family not in ("ipv4", "ipv6"):
+        return peer
+    host = unquote(address).rpartition(":")[0].strip("[]")
+    if family == "ipv4":
+        return host
+    # Without the zone of a link-local address.
+    return str(IPv6Address(int(IPv6Address(host.partition("%")[0])) >> 64 << 64))

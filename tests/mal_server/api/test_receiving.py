@@ -8,6 +8,7 @@ import pytest
 
 from mal_server.api.receiving import ReceiveLimiter
 from mal_server.errors import ReceiveTimeout, TooManyCalls
+from mal_server.security.caller import host_of
 
 
 class Sender:
@@ -32,9 +33,9 @@ class Sender:
 
 
 def limiter(
-    slots: int, *, timeout_s: float = 600.0, contested_s: float = 600.0, max_waiting: int = 9
+    slots: int, *, timeout_s: float = 600.0, contested_s: float = 600.0, max_waiting: int = 9, **options: Any
 ) -> ReceiveLimiter:
-    return ReceiveLimiter(slots, timeout_s=timeout_s, contested_s=contested_s, max_waiting=max_waiting)
+    return ReceiveLimiter(slots, timeout_s=timeout_s, contested_s=contested_s, max_waiting=max_waiting, **options)
 
 
 async def settle() -> None:
@@ -166,6 +167,41 @@ def test_a_full_queue_refuses_a_call_of_the_caller_with_the_most() -> None:
         with pytest.raises(TooManyCalls):
             await again.receiving
         for sender in (*holders, greedy[0], first):
+            assert await sender.arrive() == "message"
+
+    run(work())
+
+
+def test_callers_of_one_host_refuse_no_call_of_another() -> None:
+    async def work() -> None:
+        slots = limiter(2, max_waiting=4, group_of=host_of)
+        holders = [Sender(slots, f"ipv4:192.0.2.9:{port}") for port in (1, 2)]
+        strangers = [Sender(slots, f"ipv4:192.0.2.9:{port}") for port in range(3, 9)]
+        await settle()
+        for stranger in strangers[4:]:  # as many wait as may
+            with pytest.raises(TooManyCalls):
+                await stranger.receiving
+        probe = Sender(slots, "ipv4:127.0.0.1:1")
+        more = [Sender(slots, f"ipv4:192.0.2.9:{port}") for port in range(10, 14)]
+        for stranger in (strangers[3], *more):
+            with pytest.raises(TooManyCalls):
+                await stranger.receiving
+        for sender in (*holders, *strangers[:3], probe):
+            assert await sender.arrive() == "message"
+
+    run(work())
+
+
+def test_newcomers_take_no_place_of_those_who_wait_with_as_few_calls() -> None:
+    async def work() -> None:
+        slots = limiter(2, max_waiting=2)
+        holders = [Sender(slots, name) for name in ("a", "b")]
+        waiting = [Sender(slots, name) for name in ("c", "d")]
+        await settle()
+        for name in ("e", "f", "g"):
+            with pytest.raises(TooManyCalls):
+                await Sender(slots, name).receiving
+        for sender in (*holders, *waiting):
             assert await sender.arrive() == "message"
 
     run(work())
