@@ -120,6 +120,15 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    from mal_train.commands.tune import tune
+    from mal_train.config.spec import load_spec
+
+    result = tune(load_spec(arguments.spec, arguments.overrides), Console())
+    print_result(result.summary())
+    return SOME_FAILED if result.failed else 0
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from mal_train.commands.evaluate import evaluate
     from mal_train.config.spec import load_spec
@@ -303,6 +312,8 @@ def _parser() -> argparse.ArgumentParser:
     commands: Commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = _add(commands, "train", _train, "Train a network on boxes.", overrides=True)
     _add_spec_option(train, "YAML spec", required=True)
+    tune = _add(commands, "tune", _tune, "Search fields of a spec for the best validation metric.", overrides=True)
+    _add_spec_option(tune, "YAML spec with a section tune", required=True)
     _add_evaluate_and_inference(commands)
     _add_default_spec(commands)
     _add_inspect(commands)

@@ -148,7 +148,10 @@ def _cards(compared: Sequence[InstanceComparison], coco: CocoFile, image_dir: Pa
 
 
 def _settings(spec: Spec) -> Html:
-    values, defaults = _flat(spec.without_secrets().model_dump(mode="json")), _flat(Spec().model_dump(mode="json"))
+    # A training reads nothing of section tune, whose fields are not the same in every spec.
+    values, defaults = (
+        _flat(each.model_dump(mode="json", exclude={"tune"})) for each in (spec.without_secrets(), Spec())
+    )
     changed = [(name, str(value), str(defaults[name])) for name, value in values.items() if value != defaults[name]]
     body = table(["field", "value", "default"], changed)
     body += folded("experiment.yaml: all fields", dump(spec.without_secrets()))

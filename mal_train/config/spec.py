@@ -14,6 +14,7 @@ from mal_train.config.dataset import DatasetConfig
 from mal_train.config.labeling import EvaluateConfig, InferenceConfig
 from mal_train.config.network import NetworkConfig
 from mal_train.config.training import TrainConfig
+from mal_train.config.tune import TuneConfig, has_credentials, redacted_url
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import is_secret_reference
 from mal_train.core.settings import Compat, LabelerConfig
@@ -86,8 +87,9 @@ class Spec(Strict):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     inference: InferenceConfig = InferenceConfig()
+    tune: TuneConfig = TuneConfig()
 
-    def task_dir(self, task: Literal["train", "evaluate", "inference"]) -> Path:
+    def task_dir(self, task: Literal["train", "evaluate", "inference", "tune"]) -> Path:
         """Returns the output folder of a command: its own results_dir if given, else <results_dir>/<task>."""
         own: str | None = getattr(self, task).results_dir
         return Path(own) if own else Path(self.results_dir) / task
@@ -126,10 +128,20 @@ class Spec(Strict):
             return self.compat is not Compat.TAO
         return self.train.fit_calibration
 
+    @property
+    def has_literal_key(self) -> bool:
+        """True if a key of checkpoints is in the spec itself, where no file of a run may repeat it."""
+        return REDACTED in {_public_form(self.encryption_key), _public_form(self.decryption_key)}
+
     def without_secrets(self) -> "Spec":
-        """Returns a copy for files and logs; redacts keys that are not recipients, file paths or variable names."""
+        """Returns a copy for files and logs; redacts keys that are not recipients, file paths or variable names.
+
+        The storage of `tune` keeps its address, without user, password and options.
+        """
+        storage = self.tune.storage
         return self.model_copy(
             update={
+                "tune": self.tune.model_copy(update={"storage": None if storage is None else redacted_url(storage)}),
                 "encryption_key": _public_form(self.encryption_key),
                 "decryption_key": _public_form(self.decryption_key),
             }
@@ -145,9 +157,15 @@ def load_spec(path: Path | None, overrides: list[str]) -> Spec:
     """
     for override in overrides:
         name, _, value = override.partition("=")
-        if name in {"encryption_key", "decryption_key"} and _public_form(value.strip("'\"")) == REDACTED:
+        value = value.strip("'\"")
+        if name in {"encryption_key", "decryption_key"} and _public_form(value) == REDACTED:
             raise ConfigError(
                 f"{name}: a secret; the process list shows command lines; give env:NAME, file:PATH or a recipient"
+            )
+        if name == "tune.storage" and has_credentials(value):
+            raise ConfigError(
+                f"{name}: {redacted_url(value)}; the process list shows command lines; give env:NAME or file:PATH with "
+                "the address, or write it to the spec"
             )
     source = str(path or "command line")
     data = {} if path is None else _current_spelling(load_yaml(path), source)
@@ -194,6 +212,7 @@ def _tao_forms(data: dict[str, Any]) -> dict[str, Any]:
         "train": ("resume_training_checkpoint_path", "results_dir", "pretrained_model_path"),
         "evaluate": ("checkpoint", "results_dir"),
         "inference": ("checkpoint", "results_dir"),
+        "tune": ("storage", "results_dir"),
     }.items():
         fields = result.get(section)
         if isinstance(fields, dict):

@@ -217,7 +217,7 @@ def _entry_of(annotation: object) -> type[BaseModel] | None:
     return next((entry for entry in map(_section_of, typing.get_args(annotation)) if entry is not None), None)
 
 
-def _field_at(loc: Sequence[int | str], model_cls: type[BaseModel]) -> FieldInfo | None:
+def field_at(loc: Sequence[int | str], model_cls: type[BaseModel]) -> FieldInfo | None:
     """Returns the field at a location in the data; None if there is no such field."""
     section: type[BaseModel] | None = model_cls
     field: FieldInfo | None = None
@@ -266,7 +266,7 @@ def _explain(detail: ErrorDetails, model_cls: type[BaseModel], retired: Mapping[
         nearest = _suggestion_in_entry(path, model_cls) if "[" in path else _suggestion(path, names)
         return f"{path}: unknown field{nearest}"
     if error_type == "missing":
-        choices = _choices(_field_at(detail["loc"], model_cls))
+        choices = _choices(field_at(detail["loc"], model_cls))
         return f"{path}: required, but not given" + (f"; it takes {', '.join(choices)}" if choices else "")
     rule = detail["msg"].removeprefix("Value error, ")
     rule = rule[:1].lower() + rule[1:]

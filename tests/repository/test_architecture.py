@@ -46,6 +46,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         *(CORE, KERNEL, "mal_train.data", "mal_train.losses"),
         *("mal_train.distributed", "mal_train.offline"),
     ),
+    "mal_train.tuning": (CORE, "mal_train.config", "mal_train.distributed", "mal_train.training"),
     "mal_train.specs": (),
     "mal_train.commands": ("mal_train",),
     "mal_train": ("mal_train",),

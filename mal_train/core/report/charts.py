@@ -1,10 +1,12 @@
-"""Draws the charts of a page as plain SVG: curves over a common axis, and a calibration plot."""
+"""Draws the charts of a page as plain SVG: curves over a common axis, a calibration plot, parallel coordinates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 
 from mal_train.core.report.page import Html, legend
 
@@ -52,6 +54,66 @@ def line_chart(series: Mapping[str, Sequence[Point]], x_name: str, y_name: str) 
     colors = [_COLORS[index % len(_COLORS)] for index in range(len(clean))]
     body = "".join(chart.line(points, color) for points, color in zip(clean.values(), colors, strict=True))
     return chart.svg(body, f"{y_name} over {x_name}") + legend(list(zip(clean, colors, strict=True)))
+
+
+def history_chart(points: Sequence[Point], x_name: str, y_name: str) -> Html:
+    """Draws a dot for each value, and the best value so far as a curve; the largest is the best.
+
+    >>> "<polyline" in history_chart([(0, 0.4), (1, 0.6), (2, 0.5)], "trial", "mIoU")
+    True
+    """
+    clean = sorted((x, y) for x, y in points if math.isfinite(x) and math.isfinite(y))
+    best = list(zip((x for x, _ in clean), accumulate((y for _, y in clean), max), strict=True))
+    shown = clean or [(0.0, 0.0), (1.0, 1.0)]
+    chart = _Chart(_span([x for x, _ in shown]), _span([y for _, y in shown]), x_name, y_name)
+    dots = "".join(f'<circle cx="{chart.x(x):.1f}" cy="{chart.y(y):.1f}" r="3"/>' for x, y in clean)
+    body = f'<g fill="var(--a)" fill-opacity="0.6">{dots}</g>{chart.line(best, "var(--b)") if best else ""}'
+    return chart.svg(body, f"{y_name} by {x_name}") + legend([("one value", "var(--a)"), ("best so far", "var(--b)")])
+
+
+@dataclass(frozen=True)
+class ParallelAxis:
+    """One axis of parallel coordinates: its name, and its ticks as (position in [0, 1] from the bottom, text)."""
+
+    name: str
+    ticks: Sequence[tuple[float, str]]
+
+
+AXIS_PX = 150
+"""Distance of two parallel axes in px."""
+
+
+def parallel_coordinates(axes: Sequence[ParallelAxis], lines: Sequence[tuple[Sequence[float], float]]) -> Html:
+    """Draws each line through its positions on parallel axes; the stronger it is, the more it stands out.
+
+    Args:
+        axes: from left to right.
+        lines: positions in [0, 1] on all axes, and strength in [0, 1]; lines of strength 1 have a color of their own.
+    """
+    width, top, bottom = LEFT + AXIS_PX * max(0, len(axes) - 1) + LEFT, 34, HEIGHT - 14
+    columns = [LEFT + AXIS_PX * number for number in range(len(axes))]
+
+    def y(position: float) -> float:
+        return bottom - position * (bottom - top)
+
+    body = ""
+    for positions, strength in sorted(lines, key=lambda line: line[1]):
+        path = " ".join(f"{x},{y(position):.1f}" for x, position in zip(columns, positions, strict=True))
+        color = "var(--b)" if strength >= 1.0 else "var(--a)"
+        body += (
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{1 + strength:.1f}" '
+            f'stroke-opacity="{0.15 + 0.85 * strength**2:.2f}"/>'
+        )
+    for number, (x, axis) in enumerate(zip(columns, axes, strict=True)):
+        body += f'<line x1="{x}" y1="{top}" x2="{x}" y2="{bottom}" stroke="var(--soft)"/>'
+        body += f'<text x="{x}" y="{12 + 13 * (number % 2)}" text-anchor="middle">{escape(axis.name)}</text>'
+        body += "".join(
+            f'<text x="{x + 4}" y="{y(position) + 4:.1f}">{escape(text)}</text>' for position, text in axis.ticks
+        )
+    return (
+        f'<div class="scroll"><svg role="img" aria-label="parallel coordinates of {len(lines)} lines" '
+        f'viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}" style="max-width: none">{body}</svg></div>'
+    )
 
 
 def downsample(points: Sequence[Point], max_points: int = 400) -> list[Point]:

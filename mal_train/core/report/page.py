@@ -107,6 +107,22 @@ def bars(counts: Mapping[str, int]) -> Html:
     return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
 
 
+def fraction_bars(values: Mapping[str, float]) -> Html:
+    """Returns one row for each value in [0, 1], in the given order, with a bar."""
+    rows = [
+        f'<tr><td>{escape(name)}</td><td class="n">{format_metric(value)}</td><td><svg width="{BAR_PX}" height="12" '
+        f'role="img" aria-label="{format_metric(value)}"><rect width="{BAR_PX * min(1.0, max(0.0, value)):.1f}" '
+        'height="12" fill="var(--a)"/></svg></td></tr>'
+        for name, value in values.items()
+    ]
+    return f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def preformatted(text: str) -> Html:
+    """Returns plain text to copy, with its line breaks."""
+    return f"<pre>{escape(text)}</pre>"
+
+
 def folded(summary: str, text: str) -> Html:
     """Returns plain text that is collapsed until the user clicks on the summary."""
     return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"

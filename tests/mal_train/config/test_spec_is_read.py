@@ -1,4 +1,4 @@
-"""Every field of the spec has an effect: training, evaluation and inference must read it.
+"""Every field of the spec has an effect: training, evaluation, inference or the search must read it.
 
 The test observes the reads of real runs, so unused code and fields of the same name in other sections do not count.
 """
@@ -16,11 +16,13 @@ from mal_train.commands.evaluate import evaluate
 from mal_train.commands.inference import inference
 from mal_train.commands.spec_table import fields_of
 from mal_train.commands.train import train
+from mal_train.commands.tune import tune
 from mal_train.config.spec import Spec, load_spec
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.yaml_config import Strict
 from tests.mal_train.training.runs import SMALL, plain_mean_field
+from tests.mal_train.tuning.studies import program
 from tests.scenes import write_scenes
 
 SINGLE_VALUE = {"evaluate.num_nodes": 2, "inference.num_nodes": 2}
@@ -44,7 +46,7 @@ def is_use(frame: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def read_fields(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Returns the names of the fields that training, evaluation and inference read."""
+    """Returns the names of the fields that training, evaluation, inference and the search read."""
     folder = tmp_path_factory.mktemp("runs")
     annotations, images = write_scenes(folder / "scenes", images=2)
     spec = load_spec(
@@ -58,6 +60,8 @@ def read_fields(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             f"inference.ann_path='{annotations}'",
             f"inference.img_dir='{images}'",
             "inference.load_mask=true",
+            "tune.space={train.lr: {low: 0.1, high: 0.9}}",
+            "tune.trials=1",
             *(f"{task}.checkpoint='{folder}/train/mal_model_latest.malckpt'" for task in ("evaluate", "inference")),
         ],
     )
@@ -74,6 +78,7 @@ def read_fields(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         patch.setattr(Strict, "__getattribute__", recorded, raising=False)
         for task in (train, evaluate, inference):
             task(spec, Console.silent())
+        tune(spec, Console.silent(), program=program())
     return read
 
 
@@ -90,5 +95,5 @@ def test_every_field_is_read_by_a_run(name: str, read_fields: set[str]) -> None:
 
 
 def test_writing_the_spec_does_not_count_as_reading(read_fields: set[str]) -> None:
-    # All three commands write experiment.yaml with every field; nothing else reads these two.
+    # All commands write experiment.yaml with every field; nothing else reads these two.
     assert not set(SINGLE_VALUE) & read_fields
