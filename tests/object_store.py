@@ -43,10 +43,13 @@ class S3:
 
     Attributes:
         requests: "METHOD KEY" of every request through the proxy.
+        most_at_once: largest number of requests that were open at once.
     """
 
     def __init__(self, moto: str) -> None:
         self.requests: list[str] = []
+        self.most_at_once = 0
+        self._open = 0
         self.bucket = BUCKET
         self._moto = moto
         config = tools.module("botocore.config").Config(proxies={})
@@ -83,12 +86,12 @@ class S3:
 
     def get(self, key: str) -> bytes | None:
         """Returns an object, beside the proxy; None if there is none."""
-        if key not in self.keys():
+        if key not in self.names():
             return None
         content: bytes = self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
         return content
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Returns the keys of all objects."""
         return sorted(row["Key"] for row in self._client.list_objects_v2(Bucket=self.bucket).get("Contents", []))
 
@@ -152,11 +155,24 @@ class S3:
         with self._lock:
             self._faults.clear()
             self.requests.clear()
+            self.most_at_once = 0
 
     def close(self) -> None:
         """Ends the proxy."""
         self._server.shutdown()
         self._server.server_close()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts a request as open during the block."""
+        with self._lock:
+            self._open += 1
+            self.most_at_once = max(self.most_at_once, self._open)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open -= 1
 
     def faults(self) -> list[Fault]:
         """Returns the faults, oldest first."""
@@ -212,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length) if length else None
         s3.requests.append(f"{self.command} {self.key}")
-        with suppress(ConnectionError):
+        with s3.counted(), suppress(ConnectionError):
             if not any(fault(self) for fault in s3.faults()):
                 self.answer(*self.forward())
 

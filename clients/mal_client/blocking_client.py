@@ -246,8 +246,8 @@ class Client(ClientBase):
 
         Args:
             coco_json: COCO file; `bbox` is x, y, width, height in px.
-            images_dir: folder that `file_name` is relative to, or a glob pattern such as `photos/**/*.jpg`;
-                `ImageFiles(folder, allow_outside=True)` for files outside the folder.
+            images_dir: folder that `file_name` is relative to, a glob pattern such as `photos/**/*.jpg`, or an address
+                such as s3://bucket/images; `ImageFiles(folder, allow_outside=True)` for files outside the folder.
             output_json: COCO file to write.
             options: label options; the default leaves every choice to the server.
             dataset_options: annotations to label, and format of the masks. The default labels all annotations and

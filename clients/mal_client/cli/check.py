@@ -11,13 +11,18 @@ from mal_client.cli.common import (
     Commands,
     add_command,
     add_dataset_options,
+    location,
     make_image_files,
     print_line,
+    print_outputs,
     refuse_outputs_over_inputs,
 )
 from mal_client.dataset.progress import ProgressDisplay
 from mal_client.types import Progress
+from mal_train.core.coco.members import annotation_file
 from mal_train.core.errors import InputError
+from mal_train.core.storage.addresses import redact
+from mal_train.core.storage.writing import staged_outputs
 
 if TYPE_CHECKING:
     from mal_client.dataset_check.report import CheckReport
@@ -29,11 +34,11 @@ def add_check(commands: Commands[argparse.ArgumentParser]) -> None:
     check.set_defaults(run=_check)
     add_dataset_options(check)
     check.add_argument(
-        "--output", type=Path, metavar="REPORT.json", help="also write the issues as JSON (default: not written)"
+        "--output", type=location, metavar="REPORT.json", help="also write the issues as JSON (default: not written)"
     )
     check.add_argument(
         "--report",
-        type=Path,
+        type=location,
         metavar="PAGE.html",
         help="also write an HTML page with the issues and histograms (default: not written)",
     )
@@ -50,29 +55,33 @@ def _check(arguments: argparse.Namespace) -> int:
     from mal_client.dataset_check.report import Severity  # noqa: PLC0415
 
     refuse_outputs_over_inputs([arguments.annotations], [arguments.output, arguments.report])
-    with ProgressDisplay("check", counts_boxes=False) as display:
-        report = check_dataset(
-            arguments.annotations,
-            make_image_files(arguments),
-            decode=not arguments.headers_only,
-            on_image=lambda done, total: display(Progress(done, total, 0, 0)),
-        )
-    for line in report.lines():
-        print_line(line)
-    _write(report, arguments)
+    with staged_outputs(arguments.output, arguments.report) as (output, page):
+        with (
+            annotation_file(arguments.annotations) as annotations,
+            ProgressDisplay("check", counts_boxes=False) as display,
+        ):
+            report = check_dataset(
+                annotations,
+                make_image_files(arguments, annotations),
+                decode=not arguments.headers_only,
+                on_image=lambda done, total: display(Progress(done, total, 0, 0)),
+            )
+        report.file = arguments.annotations
+        for line in report.lines():
+            print_line(line)
+        _write(report, redact(arguments.annotations), output, page)
+    print_outputs({"issues": arguments.output, "report": arguments.report})
     if report.count(Severity.FATAL):
         return InputError.exit_code
     return EXIT_SOME_FAILED if report.count(Severity.ERROR) else 0
 
 
-def _write(report: CheckReport, arguments: argparse.Namespace) -> None:
+def _write(report: CheckReport, annotations: str, output: Path | None, page: Path | None) -> None:
     from mal_train.core.atomic_io import write_text  # noqa: PLC0415
     from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
     from mal_train.core.report.page import build_report  # noqa: PLC0415
 
-    if arguments.output is not None:
-        write_json_atomic(arguments.output, report.to_dict())
-        print_line(f"issues: {arguments.output}")
-    if arguments.report is not None:
-        write_text(arguments.report, build_report("Dataset", report.sections(), str(arguments.annotations)))
-        print_line(f"report: {arguments.report}")
+    if output is not None:
+        write_json_atomic(output, report.to_dict())
+    if page is not None:
+        write_text(page, build_report("Dataset", report.sections(), annotations))

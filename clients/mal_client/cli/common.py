@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
@@ -14,11 +14,13 @@ from mal_client.client import DEFAULT_TIMEOUT_S, AsyncClient, Client
 from mal_client.images.image_files import ImageFiles
 from mal_client.types import LabelOptions
 from mal_train.core.addresses import split_addresses
-from mal_train.core.atomic_io import refuse_same_file
 from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import read_secret_file
 from mal_train.core.settings import Branch
+from mal_train.core.storage.addresses import Location, is_remote, parse_location, redact
+from mal_train.core.storage.hosts import AllowedHosts
+from mal_train.core.storage.writing import refuse_same_location
 
 EXIT_SOME_FAILED = 3
 """Exit code of a command that finished although some items failed."""
@@ -108,14 +110,26 @@ def make_clients(arguments: argparse.Namespace) -> Iterator[list[Client]]:
 
 def add_dataset_options(parser: argparse.ArgumentParser, content: str = "COCO file with boxes") -> None:
     """Adds the annotation file, described by `content`, and the location of its images."""
-    parser.add_argument("--annotations", type=Path, required=True, metavar="IN.json", help=content)
+    parser.add_argument(
+        "--annotations", type=location, required=True, metavar="IN.json", help=f"{content}, or its address (s3://…)"
+    )
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument(
-        "--images", type=Path, metavar="DIR", help="folder that the file names of the annotations are relative to"
+        "--images",
+        type=location,
+        metavar="DIR",
+        help="folder that the file names of the annotations are relative to, or its address (s3://…)",
+    )
+    images.add_argument(
+        "--coco-url-hosts",
+        metavar="HOST[,...]",
+        help="alternative to --images: fetch each image from the coco_url of its row, from these hosts only; * allows "
+        "every host with a public address, by https",
     )
     images.add_argument(
         "--image-glob",
         dest="images",
+        type=local_pattern,
         metavar="PATTERN",
         help="alternative to --images: pattern of the image files, for example 'photos/**/*.jpg' (quoted; ** matches "
         "any folders); each file name of the annotations must be the end of exactly one path",
@@ -134,9 +148,46 @@ def add_outside_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_image_files(arguments: argparse.Namespace) -> ImageFiles:
-    """Finds the images that the options describe. Raises BadDataset: there is no such folder or no match."""
-    return ImageFiles(arguments.images, allow_outside=arguments.allow_outside_images)
+def make_image_files(arguments: argparse.Namespace, annotations: Location | None = None) -> ImageFiles:
+    """Finds the images that the options describe.
+
+    Args:
+        arguments: values of `add_dataset_options`.
+        annotations: local annotation file, whose rows hold the URLs for --coco-url-hosts.
+
+    Raises:
+        BadDataset: there is no such folder, no match, or no URL.
+        ConfigError: an entry of --coco-url-hosts is no host.
+    """
+    hosts = getattr(arguments, "coco_url_hosts", None)
+    if hosts is None or annotations is None:
+        return ImageFiles(arguments.images, allow_outside=arguments.allow_outside_images)
+    # Imported here: the commands without it start faster.
+    from mal_train.core.coco.image_urls import image_urls  # noqa: PLC0415
+
+    return ImageFiles.at_urls(image_urls(annotations), AllowedHosts.parse(hosts.split(","), "--coco-url-hosts"))
+
+
+def location(text: str) -> Location:
+    """Parses a path or address."""
+    try:
+        return parse_location(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_pattern(text: str) -> str:
+    """Parses a pattern of local files."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(f"{redact(text)}: patterns find local files; give --images for an address")
+    return text
+
+
+def local_path(text: str) -> Path:
+    """Parses the path of a file that is changed in place or locked, which no store allows."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(f"{redact(text)}: must be a local path")
+    return Path(text)
 
 
 def add_label_options(parser: argparse.ArgumentParser) -> None:
@@ -191,11 +242,11 @@ def add_polygon_tolerance(parser: argparse.ArgumentParser, default: float = 0.0)
     )
 
 
-def refuse_outputs_over_inputs(inputs: Iterable[Path | None], outputs: Iterable[Path | None]) -> None:
+def refuse_outputs_over_inputs(inputs: Iterable[Location | None], outputs: Iterable[Location | None]) -> None:
     """Protects the files that a command reads. Raises ConfigError: an output is an input; None is no file."""
     for source, output in product(inputs, outputs):
         if source is not None and output is not None:
-            refuse_same_file(source, output)
+            refuse_same_location(source, output)
 
 
 def make_label_options(arguments: argparse.Namespace) -> LabelOptions:
@@ -217,6 +268,13 @@ def print_line(text: str) -> None:
     print_result(one_line(text))
 
 
+def print_outputs(outputs: Mapping[str, Location | None]) -> None:
+    """Prints the location of each output that was written, by its name; None is no output."""
+    for name, output in outputs.items():
+        if output is not None:
+            print_line(f"{name}: {redact(output)}")
+
+
 def print_error(text: str) -> None:
     """Prints one line to stderr, like `print_line`."""
     Console().print(one_line(text))
@@ -231,9 +289,9 @@ def one_line(text: str) -> str:
     return escape_control(text).replace("\n", "\\n")
 
 
-def failures_message(count: int, path: Path) -> str:
+def failures_message(count: int, path: Location) -> str:
     """Returns the line that names the errors file of a command."""
-    return f"mal-client: {count} {'failure' if count == 1 else 'failures'}; see {path}"
+    return f"mal-client: {count} {'failure' if count == 1 else 'failures'}; see {redact(path)}"
 
 
 def positive_seconds(text: str) -> float:

@@ -18,15 +18,21 @@ from mal_client.cli.common import (
     add_outside_option,
     add_polygon_tolerance,
     failures_message,
+    local_path,
+    location,
     make_image_files,
     print_error,
     print_line,
     refuse_outputs_over_inputs,
 )
+from mal_train.core.coco.members import annotation_file
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES
 from mal_train.core.console import LINE_EVERY_S, Console
 from mal_train.core.errors import ConfigError
+from mal_train.core.storage.addresses import base_name, is_remote, redact, sibling
+from mal_train.core.storage.reading import local_copy, local_folder
+from mal_train.core.storage.writing import staged_folder, staged_output
 
 ROWS_PER_LOOK: Final = 4096
 """Rows between two looks at the clock."""
@@ -52,17 +58,22 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     convert.add_argument(
         "--labels",
-        type=Path,
+        type=location,
         required=True,
         metavar="PATH",
         help="csv: the file; yolo: folder of the text files; voc: folder of the XML files; coco: the JSON or parquet "
-        "file, or the folder of the parquet parts",
+        "file, or the folder of the parquet parts; or the address of one of them (s3://…)",
     )
-    convert.add_argument("--images", type=Path, metavar="DIR", help="csv, yolo and voc, required: folder of the images")
+    convert.add_argument(
+        "--images",
+        type=location,
+        metavar="DIR",
+        help="csv, yolo and voc, required: folder of the images, or its address (s3://…)",
+    )
     add_outside_option(convert)
     convert.add_argument(
         "--output",
-        type=Path,
+        type=location,
         required=True,
         metavar="OUT",
         help="COCO file to write: parquet if its name ends in .parquet, else JSON",
@@ -82,7 +93,7 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     convert.add_argument(
         "--names",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="yolo, required: class names, one per line or in a data.yaml",
     )
@@ -99,7 +110,7 @@ def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     export.set_defaults(run=_export)
     export.add_argument("--to", choices=["labelme", "yolo-seg", "fiftyone"], required=True, help="format of the output")
     add_dataset_options(export, "COCO file with masks")
-    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the files to")
+    export.add_argument("--output", type=location, required=True, metavar="DIR", help="folder to write the files to")
     add_polygon_tolerance(export)
     export.add_argument(
         "--shape",
@@ -110,19 +121,22 @@ def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from mal_client.formats.boxes import write_result  # noqa: PLC0415 - imports OpenCV, which other commands do not need
+    from mal_client.formats.boxes import errors_path, write_result  # noqa: PLC0415 - imports OpenCV, which other commands do not need
 
     _refuse_options_of_other_formats(arguments)
+    refuse_outputs_over_inputs([arguments.labels, arguments.names], [arguments.output])
     if arguments.source_format == "coco":
         return _convert_coco(arguments)
-    result = _read_boxes(arguments)
-    errors_file = write_result(result, arguments.output)
+    errors_name = errors_path(Path(base_name(arguments.output))).name
+    with staged_output(arguments.output, [errors_name]) as output:
+        result = _read_boxes(arguments)
+        write_result(result, output)
     images, classes = len(result.coco["images"]), len(result.coco["categories"])
-    print_line(f"{arguments.output}: {result.boxes} boxes of {classes} classes on {images} images")
-    if errors_file is None:
+    print_line(f"{redact(arguments.output)}: {result.boxes} boxes of {classes} classes on {images} images")
+    if not result.errors:
         return 0
     _print_errors(result.errors)
-    print_error(failures_message(len(result.errors), errors_file))
+    print_error(failures_message(len(result.errors), sibling(arguments.output, errors_name)))
     return EXIT_SOME_FAILED
 
 
@@ -134,43 +148,44 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
         yolo_boxes,
     )
 
-    refuse_outputs_over_inputs([arguments.labels, arguments.names], [arguments.output])
     if arguments.images is None:
         raise ConfigError(f"--images: missing; --from {arguments.source_format} reads the sizes of the images")
-    images_dir: Path = arguments.images
-    if not images_dir.is_dir():
-        raise ConfigError(f"--images {images_dir}: no such folder; give the folder of the images")
+    if not is_remote(arguments.images) and not Path(arguments.images).is_dir():
+        raise ConfigError(f"--images {arguments.images}: no such folder; give the folder of the images")
     files = make_image_files(arguments)
     if arguments.source_format == "csv":
         columns = [name for name in arguments.columns.split(",") if name]
-        return boxes.to_coco(csv_boxes.read_csv(arguments.labels, columns), files)
-    file_names = boxes.image_names(images_dir)
+        with local_copy(arguments.labels) as table:
+            return boxes.to_coco(csv_boxes.read_csv(table, columns), files)
     if arguments.source_format == "voc":
-        rows = pascal_voc.read_voc(arguments.labels, file_names, zero_based=arguments.zero_based)
-        return boxes.to_coco(rows, files, file_names=file_names)
+        with local_folder(arguments.labels, ".xml", boxes.MAX_LABEL_BYTES) as folder:
+            file_names = boxes.image_names(files)
+            rows = pascal_voc.read_voc(folder, file_names, zero_based=arguments.zero_based)
+            return boxes.to_coco(rows, files, file_names=file_names)
     if arguments.names is None:
         raise ConfigError("--names: missing; YOLO files number the classes, so give the file with their names")
     names = yolo_boxes.read_names(arguments.names)
-    rows = yolo_boxes.read_yolo(arguments.labels, file_names, names, arguments.names)
-    return boxes.to_coco(rows, files, names, file_names)
+    with local_folder(arguments.labels, ".txt", boxes.MAX_LABEL_BYTES) as folder:
+        file_names = boxes.image_names(files)
+        return boxes.to_coco(yolo_boxes.read_yolo(folder, file_names, names, arguments.names), files, names, file_names)
 
 
 def _convert_coco(arguments: argparse.Namespace) -> int:
     from mal_train.core.coco.stream import copy_coco  # noqa: PLC0415 - as above
 
-    refuse_outputs_over_inputs([arguments.labels], [arguments.output])
     if arguments.images is not None:
         raise ConfigError("--images: --from coco reads no images; omit it")
     if arguments.row_group_boxes is not None and not is_parquet(arguments.output):
-        raise ConfigError(f"--row-group-boxes: {arguments.output} is not parquet; omit it")
+        raise ConfigError(f"--row-group-boxes: {redact(arguments.output)} is not parquet; omit it")
     progress = _RowProgress()
-    copy_coco(
-        arguments.labels,
-        arguments.output,
-        row_group_boxes=ROW_GROUP_BOXES if arguments.row_group_boxes is None else arguments.row_group_boxes,
-        on_rows=progress,
-    )
-    print_line(f"{arguments.output}: {progress.rows} images and annotations")
+    with annotation_file(arguments.labels) as labels, staged_output(arguments.output) as output:
+        copy_coco(
+            labels,
+            output,
+            row_group_boxes=ROW_GROUP_BOXES if arguments.row_group_boxes is None else arguments.row_group_boxes,
+            on_rows=progress,
+        )
+    print_line(f"{redact(arguments.output)}: {progress.rows} images and annotations")
     return 0
 
 
@@ -204,19 +219,22 @@ def _export(arguments: argparse.Namespace) -> int:
 
     if not arguments.polygon_tolerance >= 0:
         raise ConfigError(f"--polygon-tolerance {arguments.polygon_tolerance}: expected 0 px or more")
-    files = make_image_files(arguments)
-    if arguments.to != "labelme" and not files.is_folder:
-        raise ConfigError(f"--image-glob: {arguments.to} locates images by folder; give the folder with --images")
-    masks = MaskFile(arguments.annotations, arguments.polygon_tolerance)
-    if arguments.to == "labelme":
-        write_labelme(masks, files, arguments.output, Shape(arguments.shape))
-    elif arguments.to == "fiftyone":
-        write_fiftyone(masks, arguments.output)
-    else:
-        write_yolo(masks, Path(arguments.images), arguments.output)
+    with annotation_file(arguments.annotations) as annotations, staged_folder(arguments.output) as folder:
+        files = make_image_files(arguments, annotations)
+        if arguments.to != "labelme" and not files.is_folder:
+            option = "--images" if files.is_remote else "--image-glob"
+            raise ConfigError(f"{option}: {arguments.to} finds images in a local folder; give it with --images")
+        masks = MaskFile(annotations, arguments.polygon_tolerance)
+        if arguments.to == "labelme":
+            relative = not is_remote(arguments.output)
+            write_labelme(masks, files, folder, Shape(arguments.shape), relative_to_folder=relative)
+        elif arguments.to == "fiftyone":
+            write_fiftyone(masks, folder)
+        else:
+            write_yolo(masks, Path(arguments.images), folder)
     summary = masks.summary
     crowds = f", {summary.crowds} crowd regions omitted" if summary.crowds else ""
-    print_line(f"{arguments.output}: {summary.written} masks{crowds}, {len(summary.errors)} failed")
+    print_line(f"{redact(arguments.output)}: {summary.written} masks{crowds}, {len(summary.errors)} failed")
     _print_errors(summary.errors)
     return EXIT_SOME_FAILED if summary.errors else 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from mal_client.cli.common import (
@@ -13,17 +13,23 @@ from mal_client.cli.common import (
     add_connection_options,
     add_dataset_options,
     add_label_options,
+    local_path,
+    location,
     make_client,
     make_image_files,
     make_label_options,
     print_line,
+    print_outputs,
     refuse_outputs_over_inputs,
 )
 from mal_client.client import Client
 from mal_client.dataset.progress import ProgressDisplay
 from mal_client.types import Evaluation, LabelOptions
-from mal_train.core.atomic_io import check_writable
+from mal_train.core.atomic_io import write_text
+from mal_train.core.coco.members import annotation_file
 from mal_train.core.errors import ConfigError
+from mal_train.core.storage.addresses import Location, base_name, is_remote
+from mal_train.core.storage.writing import staged_outputs
 
 MAX_WORST = 10_000
 """Largest number of worst instances that a server returns."""
@@ -43,16 +49,16 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     evaluate.add_argument(
         "--resume",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="save the progress to FILE, and continue from it if it exists (default: start from the beginning)",
     )
     evaluate.add_argument(
-        "--output", type=Path, metavar="METRICS.json", help="also write the metrics as JSON (default: not written)"
+        "--output", type=location, metavar="METRICS.json", help="also write the metrics as JSON (default: not written)"
     )
     evaluate.add_argument(
         "--report",
-        type=Path,
+        type=location,
         metavar="PAGE.html",
         help="also write an HTML page with the worst masks (default: not written)",
     )
@@ -72,34 +78,44 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise ConfigError("--report: needs the images, which --on-server leaves on the server; omit one of them")
     if not arguments.on_server:
         refuse_outputs_over_inputs([arguments.annotations], [arguments.output, arguments.report])
-    for path in filter(None, (arguments.output, arguments.report)):
-        check_writable(path)
-    with make_client(arguments) as client:
+    elif is_remote(arguments.annotations) or arguments.images is None or is_remote(arguments.images):
+        raise ConfigError("--on-server: needs FOLDER/PATH in the server's data_folders; the server fetches no address")
+    with ExitStack() as stack:
+        metrics, page = stack.enter_context(staged_outputs(arguments.output, arguments.report))
+        client = stack.enter_context(make_client(arguments))
+        local = None if arguments.on_server else stack.enter_context(annotation_file(arguments.annotations))
         with ProgressDisplay("evaluate") as display:
-            evaluation = _run(client, arguments, options, display)
-        if arguments.report is not None:
-            _write_report(client, arguments, evaluation, options)
-    for line in evaluation.table().split("\n"):
-        print_line(line)
-    if arguments.output is not None:
-        # Imported here, as below: the other commands do not need it and start faster without it.
-        from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
+            evaluation = _run(client, arguments, local, options, display)
+        if page is not None and local is not None:
+            write_text(page, _build_report(client, arguments, local, evaluation, options))
+        for line in evaluation.table().split("\n"):
+            print_line(line)
+        if metrics is not None:
+            # Imported here, as below: the other commands do not need it and start faster without it.
+            from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
 
-        write_json_atomic(arguments.output, evaluation.to_dict())
-        print_line(f"metrics: {arguments.output}")
+            write_json_atomic(metrics, evaluation.to_dict())
+    print_outputs({"report": arguments.report, "metrics": arguments.output})
     return EXIT_SOME_FAILED if evaluation.failed_count else 0
 
 
-def _run(client: Client, arguments: argparse.Namespace, options: LabelOptions, display: ProgressDisplay) -> Evaluation:
+def _run(
+    client: Client,
+    arguments: argparse.Namespace,
+    annotations: Location | None,
+    options: LabelOptions,
+    display: ProgressDisplay,
+) -> Evaluation:
+    """Evaluates on local annotations, or on those of the server."""
     shared: dict[str, Any] = {
         "worst_count": MAX_WORST,
         "on_progress": display,
         "on_notice": display.notice,
         "resume": arguments.resume,
     }
-    if arguments.on_server:
+    if annotations is None:
         return client.evaluate_on_server(str(arguments.annotations), str(arguments.images), options, **shared)
-    return client.evaluate(arguments.annotations, make_image_files(arguments), options, **shared)
+    return client.evaluate(annotations, make_image_files(arguments, annotations), options, **shared)
 
 
 def _count(text: str) -> int:
@@ -108,22 +124,26 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _write_report(client: Client, arguments: argparse.Namespace, evaluation: Evaluation, options: LabelOptions) -> None:
+def _build_report(
+    client: Client,
+    arguments: argparse.Namespace,
+    annotations: Location,
+    evaluation: Evaluation,
+    options: LabelOptions,
+) -> str:
+    """Builds the HTML page with the worst masks."""
     from mal_client.evaluation.report_page import evaluation_sections  # noqa: PLC0415
     from mal_client.review.pages import worst_cards  # noqa: PLC0415
-    from mal_train.core.atomic_io import write_text  # noqa: PLC0415
     from mal_train.core.coco.annotations import read_coco  # noqa: PLC0415
     from mal_train.core.report.page import build_report  # noqa: PLC0415
 
     cards = worst_cards(
         client,
         evaluation,
-        read_coco(arguments.annotations),
-        make_image_files(arguments),
+        read_coco(annotations),
+        make_image_files(arguments, annotations),
         options,
         count=arguments.worst,
     )
-    subtitle = f"{arguments.annotations.name} on {arguments.server}"
-    page = build_report("Evaluation", evaluation_sections(evaluation, cards), subtitle)
-    write_text(arguments.report, page)
-    print_line(f"report: {arguments.report}")
+    subtitle = f"{base_name(arguments.annotations)} on {arguments.server}"
+    return build_report("Evaluation", evaluation_sections(evaluation, cards), subtitle)

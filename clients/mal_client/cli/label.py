@@ -18,6 +18,8 @@ from mal_client.cli.common import (
     add_label_options,
     add_polygon_tolerance,
     failures_message,
+    local_path,
+    location,
     make_clients,
     make_image_files,
     make_label_options,
@@ -27,8 +29,11 @@ from mal_client.cli.common import (
 from mal_client.dataset.progress import JsonLog, ProgressDisplay
 from mal_client.dataset.shards import Shard
 from mal_client.types import DatasetOptions, DatasetResult, RowFilter
+from mal_train.core.coco.members import annotation_file
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import MaskFormat
+from mal_train.core.storage.addresses import base_name, is_remote, redact
+from mal_train.core.storage.writing import StagedOutput, check_writable, refuse_same_location
 
 RESUME_HINT: Final = "run the same command again to label the missing annotations"
 
@@ -39,7 +44,7 @@ def add_label(commands: Commands[argparse.ArgumentParser]) -> None:
     label.set_defaults(run=_label, can_resume=lambda _: True)
     add_connection_options(label, allow_several=True)
     add_dataset_options(label)
-    label.add_argument("--output", type=Path, required=True, metavar="OUT.json", help="COCO file with masks to write")
+    _add_output(label, "COCO file with masks to write, or its address (s3://…)")
     _add_selection(label)
     label.add_argument(
         "--restart",
@@ -67,18 +72,44 @@ def add_merge(commands: Commands[argparse.ArgumentParser]) -> None:
     merge = add_command(commands, "merge", "join the shards of label --shard; needs neither server nor images")
     merge.set_defaults(run=_merge)
     merge.add_argument(
-        "--annotations", type=Path, required=True, metavar="IN.json", help="COCO file with boxes, as for the shards"
+        "--annotations", type=location, required=True, metavar="IN.json", help="COCO file with boxes, as for the shards"
     )
-    merge.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="OUT.json",
-        help="COCO file with masks to write, as for the shards",
-    )
+    _add_output(merge, "COCO file with masks to write, as for the shards")
     merge.add_argument("--shards", type=int, required=True, metavar="COUNT", help="number of shards, 1 or more")
     _add_selection(merge)
     _add_format(merge)
+
+
+def _add_output(parser: argparse.ArgumentParser, content: str) -> None:
+    parser.add_argument("--output", type=location, required=True, metavar="OUT.json", help=content)
+    parser.add_argument(
+        "--work-dir",
+        type=local_path,
+        metavar="DIR",
+        help="local folder for the journal and the files of a remote --output until they are uploaded; required with "
+        "it, and the same when the command is run again (default: the folder of OUT.json)",
+    )
+
+
+def _staged_output(arguments: argparse.Namespace) -> StagedOutput:
+    """Returns the output, and the local place in which it is prepared."""
+    output, work_dir = arguments.output, arguments.work_dir
+    if not is_remote(output):
+        if work_dir is not None:
+            raise ConfigError("--work-dir: for a remote --output only; the journal of a local one lies beside it")
+        return StagedOutput(output, output)
+    if work_dir is None:
+        raise ConfigError(
+            f"--output {redact(output)}: needs --work-dir DIR, a local folder for the journal, from which an "
+            "interrupted run resumes"
+        )
+    from mal_client.dataset.output import errors_path, masks_dir  # noqa: PLC0415 - as above
+
+    path = work_dir / base_name(output)
+    sides = [errors_path(path).name, *([masks_dir(path).name] if arguments.format == MaskFormat.PNG else [])]
+    refuse_same_location(arguments.annotations, output)
+    check_writable(output)
+    return StagedOutput(output, path, sides)
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
@@ -120,26 +151,28 @@ def _label(arguments: argparse.Namespace) -> int:
     shard = None if arguments.shard is None else Shard.parse(arguments.shard)
     if shard is not None and options != replace(DatasetOptions(options.only, options.ids), restart=options.restart):
         raise ConfigError("--format, --polygon-tolerance, --update-bbox: not for shards; give them to mal-client merge")
+    output = _staged_output(arguments)
     display = JsonLog() if arguments.log == "json" else ProgressDisplay("label")
-    with make_clients(arguments) as clients, display:
+    with annotation_file(arguments.annotations) as annotations, make_clients(arguments) as clients, display:
         result = label_dataset(
             clients,
-            arguments.annotations,
-            make_image_files(arguments),
-            arguments.output,
+            annotations,
+            make_image_files(arguments, annotations),
+            output.path,
             make_label_options(arguments),
             dataset_options=options,
             shard=shard,
+            publish=output.publish,
             on_progress=display,
             on_notice=display.notice,
         )
     if isinstance(display, JsonLog):
-        display.result(result)
+        display.result(result, output.shown)
     elif shard is not None:
         print_line(f"shard {shard}: {result.labeled} annotations labeled, {result.failed_count} failed")
         _print_unfinished(result)
     else:
-        _print_result(result)
+        _print_result(result, output)
     return EXIT_SOME_FAILED if result.failed_count else 0
 
 
@@ -148,8 +181,12 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     if arguments.shards < 1:
         raise ConfigError(f"--shards {arguments.shards}: expected 1 or more")
-    result = merge_shards(arguments.annotations, arguments.output, arguments.shards, _dataset_options(arguments))
-    _print_result(result)
+    output = _staged_output(arguments)
+    with annotation_file(arguments.annotations) as annotations:
+        result = merge_shards(
+            annotations, output.path, arguments.shards, _dataset_options(arguments), publish=output.publish
+        )
+    _print_result(result, output)
     return EXIT_SOME_FAILED if result.failed_count else 0
 
 
@@ -190,15 +227,17 @@ def _read_id(path: Path, line: str) -> int | float | str:
     return value
 
 
-def _print_result(result: DatasetResult) -> None:
+def _print_result(result: DatasetResult, output: StagedOutput) -> None:
     copied = f", {result.copied} copied" if result.copied else ""
-    print_line(f"{result.output}: {result.labeled} annotations labeled{copied}, {result.failed_count} failed")
+    print_line(
+        f"{output.shown(result.output)}: {result.labeled} annotations labeled{copied}, {result.failed_count} failed"
+    )
     for row in result.failed[:LISTED]:
         print_error(f"  {row.error}")
     if result.errors_file is not None:
-        print_error(failures_message(result.failed_count, result.errors_file))
+        print_error(failures_message(result.failed_count, output.shown(result.errors_file)))
     if result.masks_dir is not None:
-        print_line(f"masks: {result.masks_dir}")
+        print_line(f"masks: {output.shown(result.masks_dir)}")
     _print_unfinished(result)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,16 @@ from mal_client.cli.common import (
     Commands,
     add_command,
     add_dataset_options,
+    location,
     make_image_files,
     print_line,
+    print_outputs,
     refuse_outputs_over_inputs,
 )
+from mal_train.core.coco.members import annotation_file
 from mal_train.core.command_line import RenamedOption
+from mal_train.core.storage.addresses import Location, base_name, join, redact, sibling
+from mal_train.core.storage.writing import staged_folder, staged_output, staged_outputs
 
 if TYPE_CHECKING:
     from mal_client.review.queue import QueueItem
@@ -40,7 +46,7 @@ def add_review(commands: Commands[argparse.ArgumentParser]) -> None:
     review.add_argument("--by", action=RenamedOption, new="--sort-by")  # former name
     review.add_argument(
         "--ground-truth",
-        type=Path,
+        type=location,
         metavar="TRUE.json",
         help="COCO file with the true masks; measures how well each order finds bad masks (default: not measured)",
     )
@@ -53,19 +59,19 @@ def add_review(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     review.add_argument(
         "--report",
-        type=Path,
+        type=location,
         metavar="PAGE.html",
         help="write an HTML page with the worst masks (default: not written)",
     )
     review.add_argument(
         "--export",
-        type=Path,
+        type=location,
         metavar="WORST.json",
         help="write the worst annotations as a COCO file, in their order (default: not written)",
     )
     review.add_argument(
         "--label-studio",
-        type=Path,
+        type=location,
         metavar="TASKS.json",
         help="write the worst annotations as Label Studio tasks, and TASKS.config.xml beside them (default: not "
         "written)",
@@ -79,13 +85,13 @@ def add_review(commands: Commands[argparse.ArgumentParser]) -> None:
     review.add_argument("--picture-prefix", action=RenamedOption, new="--image-prefix")  # former name
     review.add_argument(
         "--cvat",
-        type=Path,
+        type=location,
         metavar="FOLDER",
         help="write the worst annotations as CVAT files into FOLDER (default: not written)",
     )
     review.add_argument(
         "--output",
-        type=Path,
+        type=location,
         metavar="QUEUE.json",
         help="write the ranking and its metrics as JSON (default: not written)",
     )
@@ -97,50 +103,53 @@ def _review(arguments: argparse.Namespace) -> int:
     from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
 
     outputs = [arguments.output, arguments.export, arguments.label_studio, arguments.report]
-    outputs += [] if arguments.cvat is None else [arguments.cvat / "labels.json"]
-    refuse_outputs_over_inputs([arguments.annotations, arguments.ground_truth], outputs)
-    queue = review_queue(
-        arguments.annotations,
-        sort_by=SortBy(arguments.sort_by),
-        count=max(0, arguments.worst),
-        truth=arguments.ground_truth,
-    )
-    for line in queue.lines():
-        print_line(line)
-    if arguments.output is not None:
-        write_json_atomic(arguments.output, queue.to_dict())
-        print_line(f"queue: {arguments.output}")
-    if arguments.export is not None:
-        write_worst(queue, arguments.annotations, arguments.export)
-        print_line(f"worst {len(queue.worst)} annotations: {arguments.export}")
-    _export_to_tools(queue.worst, arguments)
-    if arguments.report is not None:
-        from mal_client.review.pages import queue_cards, queue_sections  # noqa: PLC0415
-        from mal_train.core.atomic_io import write_text  # noqa: PLC0415
-        from mal_train.core.report.page import build_report  # noqa: PLC0415
+    labels = [] if arguments.cvat is None else [join(arguments.cvat, "labels.json")]
+    refuse_outputs_over_inputs([arguments.annotations, arguments.ground_truth], [*outputs, *labels])
+    with ExitStack() as stack:
+        annotations = stack.enter_context(annotation_file(arguments.annotations))
+        truth = arguments.ground_truth and stack.enter_context(annotation_file(arguments.ground_truth))
+        queue = review_queue(annotations, sort_by=SortBy(arguments.sort_by), count=max(0, arguments.worst), truth=truth)
+        for line in queue.lines():
+            print_line(line)
+        output, export, page = stack.enter_context(staged_outputs(arguments.output, arguments.export, arguments.report))
+        if output is not None:
+            write_json_atomic(output, queue.to_dict())
+        if export is not None:
+            write_worst(queue, annotations, export)
+        _export_to_tools(queue.worst, arguments, annotations)
+        if page is not None:
+            from mal_client.review.pages import queue_cards, queue_sections  # noqa: PLC0415
+            from mal_train.core.atomic_io import write_text  # noqa: PLC0415
+            from mal_train.core.report.page import build_report  # noqa: PLC0415
 
-        cards = queue_cards(queue.worst, make_image_files(arguments))
-        write_text(arguments.report, build_report("Review", queue_sections(queue, cards), str(arguments.annotations)))
-        print_line(f"report: {arguments.report}")
+            cards = queue_cards(queue.worst, make_image_files(arguments, annotations))
+            subtitle = redact(arguments.annotations)
+            write_text(page, build_report("Review", queue_sections(queue, cards), subtitle))
+    worst = f"worst {len(queue.worst)} annotations"
+    print_outputs({"queue": arguments.output, worst: arguments.export, "report": arguments.report})
     return 0
 
 
-def _export_to_tools(worst: Sequence[QueueItem], arguments: argparse.Namespace) -> None:
+def _export_to_tools(worst: Sequence[QueueItem], arguments: argparse.Namespace, annotations: Location) -> None:
     from mal_client.review.queue import by_image, category_names  # noqa: PLC0415
 
     if arguments.label_studio is None and arguments.cvat is None:
         return
-    names, files = category_names(arguments.annotations), make_image_files(arguments)
+    names, files = category_names(annotations), make_image_files(arguments, annotations)
     items_by_image = by_image(worst)
     without_image = len(worst) - sum(len(items) for items in items_by_image.values())
     note = f"; {without_image} annotations omitted: the file does not list their images" if without_image else ""
     if arguments.label_studio is not None:
-        from mal_client.integrations.label_studio.review_tasks import write_review_tasks  # noqa: PLC0415
+        from mal_client.integrations.label_studio.review_tasks import config_path, write_review_tasks  # noqa: PLC0415
 
-        config = write_review_tasks(worst, names, files, arguments.image_prefix, arguments.label_studio)
-        print_line(f"{len(items_by_image)} Label Studio tasks: {arguments.label_studio}, configuration {config}{note}")
+        config = config_path(Path(base_name(arguments.label_studio))).name
+        with staged_output(arguments.label_studio, [config]) as tasks:
+            write_review_tasks(worst, names, files, arguments.image_prefix, tasks)
+        written = f"{redact(arguments.label_studio)}, configuration {redact(sibling(arguments.label_studio, config))}"
+        print_line(f"{len(items_by_image)} Label Studio tasks: {written}{note}")
     if arguments.cvat is not None:
         from mal_client.integrations.cvat.review_annotations import write_review_annotations  # noqa: PLC0415
 
-        write_review_annotations(worst, names, files, arguments.cvat)
-        print_line(f"{len(items_by_image)} CVAT images: {arguments.cvat}/annotations.xml{note}")
+        with staged_folder(arguments.cvat) as folder:
+            write_review_annotations(worst, names, files, folder)
+        print_line(f"{len(items_by_image)} CVAT images: {redact(join(arguments.cvat, 'annotations.xml'))}{note}")

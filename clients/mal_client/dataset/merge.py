@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,22 @@ from mal_client.dataset.output import write_labeled
 from mal_client.dataset.provenance import job_fingerprint
 from mal_client.dataset.shards import ShardJournals
 from mal_client.types import DEFAULT_DATASET_OPTIONS, DatasetOptions, DatasetResult, ModelRef
-from mal_train.core.atomic_io import check_writable, refuse_same_file
+from mal_train.core.atomic_io import check_writable
 from mal_train.core.coco.plan import read_plan
 from mal_train.core.errors import ConfigError
 from mal_train.core.fingerprint import differences
 from mal_train.core.settings import Branch
+from mal_train.core.storage.addresses import Location
+from mal_train.core.storage.writing import refuse_same_location
 
 
 def merge_shards(
-    coco_json: Path, output_json: Path, shards: int, options: DatasetOptions = DEFAULT_DATASET_OPTIONS
+    coco_json: Location,
+    output_json: Path,
+    shards: int,
+    options: DatasetOptions = DEFAULT_DATASET_OPTIONS,
+    *,
+    publish: Callable[[], None] | None = None,
 ) -> DatasetResult:
     """Writes the labeled file from the journals of all shards and deletes them. Needs neither server nor images.
 
@@ -28,13 +35,14 @@ def merge_shards(
         output_json: the output that was given for each shard.
         shards: number of shards.
         options: the row filter must be that of the shards; the mask format takes effect here.
+        publish: as for `label_dataset`.
 
     Raises:
         ConfigError: a shard is missing or incomplete, or belongs to another job.
         BadDataset: the file as a whole is unusable.
         OutputError: the output cannot be written, or a shard is being labeled; an older output is intact.
     """
-    refuse_same_file(coco_json, output_json)
+    refuse_same_location(coco_json, output_json)
     check_writable(output_json)
     plan = read_plan(coco_json, options.only, options.ids)
     fingerprint = job_fingerprint(plan, options)
@@ -48,6 +56,8 @@ def merge_shards(
         }
         model = _model_of(provenance, output_json)
         result = write_labeled(plan, journals.result, output_json, provenance, options)
+        if publish is not None:
+            publish()
         journals.remove()
     return replace(result, model=model)
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
@@ -110,15 +111,15 @@ class JsonLog:
         """Writes one message."""
         self._write("notice", message=text)
 
-    def result(self, result: DatasetResult) -> None:
-        """Writes the result of a labeling job."""
+    def result(self, result: DatasetResult, shown: Callable[[Path], str] = str) -> None:
+        """Writes the result of a labeling job; `shown` returns the name of a written file."""
         self._write(
             "done",
-            output=str(result.output),
+            output=shown(result.output),
             labeled=result.labeled,
             copied=result.copied,
             failed=result.failed_count,
-            errors_file=None if result.errors_file is None else str(result.errors_file),
+            errors_file=None if result.errors_file is None else shown(result.errors_file),
             final=result.is_final,
         )
 

@@ -7,7 +7,7 @@ arrive and from there into the output: memory holds neither pixels nor masks, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mal_client.dataset.servers import JobServers
 from mal_client.dataset.shards import SHARD_KEY, Shard
 from mal_client.errors import ItemError, ModelChanged
 from mal_client.images.image_files import ImageFiles
-from mal_client.images.image_input import MAX_FILE_BYTES, EncodedImage, read_file
+from mal_client.images.image_input import MAX_FILE_BYTES, EncodedImage
 from mal_client.transport.base import Transport
 from mal_client.transport.resolver import Lookup, system_lookup
 from mal_client.types import (
@@ -33,25 +33,29 @@ from mal_client.types import (
     Progress,
     ServerLimits,
 )
-from mal_train.core.atomic_io import check_writable, refuse_same_file
+from mal_train.core.atomic_io import check_writable
 from mal_train.core.coco.annotations import ImageInfo
 from mal_train.core.coco.job_results import NOT_LABELED, JobResults
 from mal_train.core.coco.journal import Journal, RowFailure, RowResult, failed, journal_path
 from mal_train.core.coco.output import label_fields
 from mal_train.core.coco.plan import DatasetPlan, PendingRows, RowAction, read_plan
+from mal_train.core.storage.addresses import Location
+from mal_train.core.storage.read_ahead import ReadAhead
+from mal_train.core.storage.writing import refuse_same_location
 
 OnProgress = Callable[[Progress], None]
 
 
 def label_dataset(
     clients: Sequence[Transport],
-    coco_json: Path,
-    images_dir: ImageFiles | Path | str,
+    coco_json: Location,
+    images_dir: ImageFiles | Location,
     output_json: Path,
     options: LabelOptions,
     *,
     dataset_options: DatasetOptions = DEFAULT_DATASET_OPTIONS,
     shard: Shard | None = None,
+    publish: Callable[[], None] | None = None,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
     lookup: Lookup = system_lookup,
@@ -64,11 +68,13 @@ def label_dataset(
     Args:
         clients: one for each server or name.
         coco_json: the annotations.
-        images_dir: the folder that `file_name` is relative to, or a pattern; `ImageFiles` for files outside it.
+        images_dir: the folder or address that `file_name` is relative to, or a pattern; `ImageFiles` for other files.
         output_json: the file with masks.
         options: label options.
         dataset_options: which annotations are labeled, and how they are written.
         shard: label this shard alone and write no file; the results stay in a journal for `merge_shards`.
+        publish: called when the file is written and before the journal is deleted, for example to upload the file; if
+            it raises, the same call later resumes from the journal.
         on_progress: called after each result.
         on_notice: receives messages for the user.
         lookup: resolves names; returns the IP addresses of a host, for a port.
@@ -79,7 +85,7 @@ def label_dataset(
         BadDataset, OutputError, ClientError: see `Client.label_dataset`.
     """
     notify = on_notice or (lambda _: None)
-    refuse_same_file(coco_json, output_json)
+    refuse_same_location(coco_json, output_json)
     check_writable(output_json)
     images = ImageFiles.of(images_dir)
     plan = read_plan(coco_json, dataset_options.only, dataset_options.ids)
@@ -97,7 +103,7 @@ def label_dataset(
         resumed = run.results.resume_message()
         if resumed is not None:
             notify(resumed)
-        lost = _label_pending(run, servers, image_loader(images, servers.limits), options, notify)
+        lost = _label_pending(run, servers, images, options, notify)
         missing = NOT_LABELED if lost is None else _failure(lost)
         is_final = lost is None and not run.results.unavailable
         if shard is not None:
@@ -106,6 +112,8 @@ def label_dataset(
             result = write_labeled(
                 plan, lambda index: run.results.result(index, missing), output_json, provenance, dataset_options
             )
+            if publish is not None:
+                publish()
             if is_final:
                 journal.remove()
         return replace(result, model=answering_model(info, options), is_final=is_final)
@@ -114,12 +122,12 @@ def label_dataset(
 def image_loader(images: ImageFiles, limits: ServerLimits) -> Callable[[ImageInfo], EncodedImage]:
     """Returns a function that reads the file of an image as it is stored.
 
-    It raises BadImage for a file that is missing or that exceeds the server's limit.
+    It raises BadImage for a file that is missing or that exceeds the server's limit, and another error if the store of
+    the images cannot be used at all.
     """
 
     def load(image: ImageInfo) -> EncodedImage:
-        path = images.path(image.file_name)
-        content = read_file(path, min(limits.max_image_bytes, MAX_FILE_BYTES))
+        content = images.read(image.file_name, min(limits.max_image_bytes, MAX_FILE_BYTES))
         width, height = image.size_wh or (0, 0)
         return EncodedImage(content, width, height)
 
@@ -207,7 +215,7 @@ class _DatasetRun:
 def _label_pending(
     run: _DatasetRun,
     servers: JobServers,
-    load: Callable[[ImageInfo], EncodedImage],
+    images: ImageFiles,
     options: LabelOptions,
     on_notice: OnNotice,
 ) -> ItemError | None:
@@ -221,27 +229,42 @@ def _label_pending(
     max_boxes = max(1, servers.limits.max_boxes)
     model = answering_model(servers.first, options)
 
+    load = image_loader(images, servers.limits)
+
     def load_item(item: WorkItem) -> EncodedImage:
         return load(_image_of(run.plan, item))
 
-    dispatcher = MultiServerDispatcher(
-        servers.reachable,
-        WorkQueue(_work_items(run.pending, max_boxes), model=model),
-        load_item,
-        options,
-        on_notice,
-        directory=servers,
-    )
     try:
-        with closing(dispatcher.results()) as results:
-            for result in results:
-                run.add(result)
+        with _read_ahead(images, _work_items(run.pending, max_boxes), load_item) as (items, take):
+            dispatcher = MultiServerDispatcher(
+                servers.reachable,
+                WorkQueue(items, model=model),
+                take,
+                options,
+                on_notice,
+                directory=servers,
+            )
+            with closing(dispatcher.results()) as results:
+                for result in results:
+                    run.add(result)
     except AllServersLost as lost:
         # A run with the same manifest could only end the same way.
         if not run.results.label_count or isinstance(lost.error, ModelChanged):
             raise lost.error from lost
         return ItemError("UNAVAILABLE", "SERVER_LOST", f"no result before the server was lost: {lost.error}")
     return None
+
+
+@contextmanager
+def _read_ahead(
+    images: ImageFiles, items: Iterator[WorkItem], load: Callable[[WorkItem], EncodedImage]
+) -> Iterator[tuple[Iterator[WorkItem], Callable[[WorkItem], EncodedImage]]]:
+    """Yields the items and the function that loads the image of one; remote images are read ahead."""
+    if not images.is_remote:
+        yield items, load
+        return
+    with ReadAhead(items, load, EncodedImage.size_bytes, lambda item: item.item_id) as ahead:
+        yield ahead, ahead.take
 
 
 def _work_items(pending: PendingRows, max_boxes: int) -> Iterator[WorkItem]:

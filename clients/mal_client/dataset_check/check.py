@@ -11,28 +11,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Final
 
 from mal_client.dataset_check.report import CheckReport, Severity
 from mal_client.images.image_files import ImageFiles
-from mal_client.images.image_input import read_file
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images.container import ImageHeader
-from mal_train.core.images.decoder import read_image
-from mal_train.core.images.header import DEFAULT_LIMITS, read_header
+from mal_train.core.images.decoder import decode_image
+from mal_train.core.images.header import read_header
 from mal_train.core.masks.geometry import Box, check_box
 from mal_train.core.settings import SIZE_NAMES, size_class
+from mal_train.core.storage.addresses import Location, redact
+from mal_train.core.storage.read_ahead import READERS
 
 SMALL_SIDE_PX: Final = 2.0
 _IMAGES_AT_ONCE: Final = 64
 
 
 def check_dataset(
-    coco_json: Path,
-    images_dir: ImageFiles | Path | str,
+    coco_json: Location,
+    images_dir: ImageFiles | Location,
     *,
     decode: bool = True,
     on_image: Callable[[int, int], None] | None = None,
@@ -41,13 +41,14 @@ def check_dataset(
 
     Args:
         coco_json: the annotations.
-        images_dir: the folder that `file_name` is relative to, or a glob pattern; `ImageFiles` for files
+        images_dir: the folder or address that `file_name` is relative to, or a glob pattern; `ImageFiles` for files
             outside it.
         decode: also decode the pixels, which is the only way to find truncated files; False reads headers only.
         on_image: called with (images checked, images in total).
 
     Raises:
         BadDataset: the file is not a COCO file, or the image folder does not exist.
+        StorageError, StoreUnreachable: the store of the images cannot be used.
     """
     report = CheckReport(coco_json)
     head = scan_coco(coco_json, lambda _index, _row: None, allow_repeated_ids=True)
@@ -106,7 +107,7 @@ def _gap(low: int, high: int) -> str:
 class _FileChecker:
     """Checks the image files, several at a time."""
 
-    def __init__(self, report: CheckReport, images_dir: ImageFiles | Path | str, decode: bool) -> None:
+    def __init__(self, report: CheckReport, images_dir: ImageFiles | Location, decode: bool) -> None:
         self.sizes: dict[JsonId, tuple[int, int] | None] = {}
         """Width and height of the images whose row does not state them; None for those without a readable file."""
         self._report = report
@@ -117,7 +118,7 @@ class _FileChecker:
     def check(self, images: Iterable[ImageInfo]) -> Iterator[ImageInfo]:
         """Yields each image after its file has been checked."""
         remaining = iter(images)
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(READERS if self._images.is_remote else os.cpu_count() or 1) as pool:
             while chunk := list(islice(remaining, _IMAGES_AT_ONCE)):
                 for image, outcome in zip(chunk, pool.map(self._read, chunk), strict=True):
                     self._add(image, outcome)
@@ -133,10 +134,11 @@ class _FileChecker:
         if image.problem is not None:
             return None
         try:
-            path = self._images.path(image.file_name)
+            path = redact(self._images.locate(image.file_name))
+            content = self._images.read(image.file_name)
             if self._decode:
-                read_image(path, expected_wh=image.size_wh)
-            header = read_header(read_file(path, DEFAULT_LIMITS.max_bytes), str(path))
+                decode_image(content, expected_wh=image.size_wh, name=path)
+            header = read_header(content, path)
         except BadImage as error:
             return error
         except (OSError, ValueError) as error:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mal_train.core.report.page import bars, section, side_by_side, table
 from mal_train.core.settings import SIZE_NAMES
+from mal_train.core.storage.addresses import Location, redact
 
 if TYPE_CHECKING:
     from mal_train.core.report.page import Html
@@ -63,7 +63,7 @@ class CheckReport:
         by_category: annotations by category name; includes categories without annotations.
     """
 
-    file: Path
+    file: Location
     images: int = 0
     annotations: int = 0
     issues: dict[str, Issue] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class CheckReport:
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as a JSON object."""
         return {
-            "file": str(self.file),
+            "file": redact(self.file),
             "images": self.images,
             "annotations": self.annotations,
             "counts": {str(severity): self.count(severity) for severity in Severity},
@@ -120,7 +120,7 @@ class CheckReport:
 
     def lines(self) -> list[str]:
         """Returns the report as lines of text, with the meaning and the first example of each issue."""
-        head = f"{self.file}: {self.images} images, {self.annotations} annotations"
+        head = f"{redact(self.file)}: {self.images} images, {self.annotations} annotations"
         if not self.issues:
             return [f"{head}; {NO_ISSUES}"]
         return [head] + [

@@ -22,12 +22,13 @@ from mal_client.types import Evaluation, LabelOptions
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.coco.members import content_sha256
 from mal_train.core.settings import SIZE_NAMES
+from mal_train.core.storage.addresses import Location
 
 
 def evaluate(
     client: Transport,
-    coco_json: Path,
-    images_dir: ImageFiles | Path | str,
+    coco_json: Location,
+    images_dir: ImageFiles | Location,
     options: LabelOptions,
     *,
     worst_count: int = 100,

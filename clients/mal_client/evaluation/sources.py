@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from mal.v1 import evaluation_pb2
@@ -13,11 +15,13 @@ from mal_client.dataset.run import image_loader
 from mal_client.evaluation.checkpoint import EvaluationCheckpoint
 from mal_client.evaluation.stream import EvaluationSource, IdleTimeout
 from mal_client.images.image_files import ImageFiles
+from mal_client.images.image_input import EncodedImage
 from mal_client.transport.serialization import evaluation_messages
 from mal_client.types import LabelOptions, MeasuredInstance, ServerLimits
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, by_image
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.masks.rle import from_segmentation
+from mal_train.core.storage.read_ahead import ReadAhead
 
 
 class ServerDataset(EvaluationSource):
@@ -89,6 +93,7 @@ class LocalDataset(EvaluationSource):
         )
         self._image_of = {str(index): image for index, (image, _) in enumerate(self._sent)}
         self._load = image_loader(files, limits)
+        self._is_remote = files.is_remote
         self._wire_ids = _wire_ids_of_categories(coco)
         self._category_ids = {wire_id: category_id for category_id, wire_id in self._wire_ids.items()}
         self._row_index = {id(row): index for index, row in enumerate(coco.annotations)}
@@ -108,8 +113,8 @@ class LocalDataset(EvaluationSource):
         )
         # No window here: the server stops reading at its own limit, and gRPC then stops asking for requests.
         try:
-            for item_id, (image, rows) in zip(self._image_of, self._sent, strict=True):
-                request = self._image_request(checkpoint, item_id, image, rows)
+            for item_id, image, rows, load in self._images():
+                request = self._image_request(checkpoint, item_id, image, rows, load)
                 idle_timeout.reset()
                 if request is not None:
                     yield request
@@ -117,6 +122,19 @@ class LocalDataset(EvaluationSource):
             # gRPC would report it as a failed call; the stream raises this exception instead.
             self.failure = error
             raise
+
+    def _images(self) -> Iterator[tuple[str, ImageInfo, list[Annotation], Callable[[], EncodedImage]]]:
+        """Yields item id, image, rows and the function that reads the image; remote images are read ahead."""
+        items = ((item_id, *sent) for item_id, sent in zip(self._image_of, self._sent, strict=True))
+        if not self._is_remote:
+            for item_id, image, rows in items:
+                yield item_id, image, rows, partial(self._load, image)
+            return
+        with ReadAhead(
+            items, lambda item: self._load(item[1]), lambda image: len(image.content), itemgetter(0)
+        ) as ahead:
+            for item in ahead:
+                yield *item, partial(ahead.take, item)
 
     def has_image(self, item_id: str) -> bool:
         """Returns True for the index of an image that is sent; older servers send no id."""
@@ -142,7 +160,12 @@ class LocalDataset(EvaluationSource):
         )
 
     def _image_request(
-        self, checkpoint: EvaluationCheckpoint, item_id: str, image: ImageInfo, rows: list[Annotation]
+        self,
+        checkpoint: EvaluationCheckpoint,
+        item_id: str,
+        image: ImageInfo,
+        rows: list[Annotation],
+        load: Callable[[], EncodedImage],
     ) -> evaluation_pb2.EvaluateRequest | None:
         masked = []
         for row in rows:
@@ -151,7 +174,7 @@ class LocalDataset(EvaluationSource):
             elif row.problem is None:
                 self.skipped[str(_reason_without_mask(row))] += 1
         try:
-            encoded = self._load(image)
+            encoded = load()
         except BadImage as error:
             self.images_skipped += 1
             self.skipped[error.reason] += sum(not row.iscrowd for row in masked)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mal_client.images.image_files import IMAGE_SUFFIXES, ImageFiles
-from mal_client.images.image_input import read_file
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.stream import write_coco
 from mal_train.core.errors import BadDataset, BadImage
-from mal_train.core.images.header import DEFAULT_LIMITS, read_header
+from mal_train.core.images.header import read_header
 from mal_train.core.input_files import read_limited
+from mal_train.core.storage.addresses import Location, redact
+from mal_train.core.storage.read_ahead import ReadAhead
 
 BAD_ROW = "BAD_ROW"
 
@@ -80,7 +81,7 @@ class ConversionResult:
 
 def to_coco(
     rows: Iterable[BoxRecord | RowError],
-    images: ImageFiles | Path,
+    images: ImageFiles | Location,
     categories: Iterable[str] = (),
     file_names: Iterable[str] = (),
 ) -> ConversionResult:
@@ -88,7 +89,7 @@ def to_coco(
 
     Args:
         rows: boxes, and the errors of their reader.
-        images: folder of the images; sizes are read from their headers.
+        images: folder or address of the images; sizes are read from their headers, remote ones several at a time.
         categories: category names in the order of their IDs, from 1; other categories follow alphabetically.
         file_names: images to include even if they have no box.
     """
@@ -96,7 +97,11 @@ def to_coco(
     builder = _CocoBuilder(files)
     converted: list[tuple[BoxRecord, dict[str, Any]]] = []
     errors: list[RowError] = []
-    for name in file_names:
+    names = list(file_names)
+    if files.is_remote:  # read ahead; a local file is read when its row comes
+        rows = list(rows)
+        builder.read_sizes([*names, *(row.file_name for row in rows if isinstance(row, BoxRecord))])
+    for name in names:
         error = builder.add_image(name, f"{files.name}/{name}")
         if error is not None:
             errors.append(error)
@@ -106,9 +111,9 @@ def to_coco(
             errors.append(annotation)
         elif isinstance(row, BoxRecord):
             converted.append((row, annotation))
-    names = list(dict.fromkeys(categories))
-    names += sorted({row.category for row, _ in converted} - set(names))
-    ids = {name: category_id for category_id, name in enumerate(names, start=1)}
+    known = list(dict.fromkeys(categories))
+    known += sorted({row.category for row, _ in converted} - set(known))
+    ids = {name: category_id for category_id, name in enumerate(known, start=1)}
     annotations = [
         {"id": annotation_id, **annotation, "category_id": ids[row.category]}
         for annotation_id, (row, annotation) in enumerate(converted, start=1)
@@ -121,9 +126,14 @@ def to_coco(
     return ConversionResult(coco, errors)
 
 
+def errors_path(output_json: Path) -> Path:
+    """Returns the list of errors of a conversion: `out.errors.jsonl` beside `out.json`."""
+    return output_json.with_name(f"{output_json.stem}.errors.jsonl")
+
+
 def write_result(result: ConversionResult, output_json: Path) -> Path | None:
     """Writes the COCO file, and its errors beside it; returns the path of the errors file, None without errors."""
-    errors_file = output_json.with_name(f"{output_json.stem}.errors.jsonl")
+    errors_file = errors_path(output_json)
     write_coco(output_json, result.coco)
     if not result.errors:
         errors_file.unlink(missing_ok=True)
@@ -133,17 +143,16 @@ def write_result(result: ConversionResult, output_json: Path) -> Path | None:
     return errors_file
 
 
-def image_names(images_dir: Path) -> list[str]:
-    """Returns the sorted names of the image files below a folder. Raises BadDataset if there are none."""
-    if not images_dir.is_dir():
-        raise BadDataset(f"{images_dir}: no such folder; give the folder of the images")
-    names = sorted(
-        path.relative_to(images_dir).as_posix()
-        for path in images_dir.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
+def image_names(files: ImageFiles) -> list[str]:
+    """Returns the sorted names of the image files below a folder or prefix.
+
+    Raises:
+        BadDataset: there are none.
+        StorageError, StoreUnreachable: the store cannot be listed; web servers have no list.
+    """
+    names = sorted(files.names())
     if not names:
-        raise BadDataset(f"{images_dir}: contains no image file ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise BadDataset(f"{files.name}: contains no image file ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return names
 
 
@@ -189,21 +198,31 @@ class _CocoBuilder:
     def __init__(self, files: ImageFiles) -> None:
         self.images: dict[str, dict[str, Any]] = {}
         self._files = files
-        self._unreadable: dict[str, str] = {}
+        self._sizes_wh: dict[str, tuple[int, int] | BadImage] = {}
+
+    def read_sizes(self, names: Iterable[str]) -> None:
+        """Reads the size of each image ahead of `add_image`, several at a time."""
+        with ReadAhead(dict.fromkeys(names), self._read_size, lambda _: 0, str) as ahead:
+            for name in ahead:
+                self._sizes_wh[name] = ahead.take(name)
+
+    def _read_size(self, name: str) -> tuple[int, int] | BadImage:
+        try:
+            return read_header(self._files.read(name), redact(self._files.locate(name))).size_wh
+        except BadImage as error:
+            return error
 
     def add_image(self, name: str, where: str) -> RowError | None:
         if name in self.images:
             return None
-        if name not in self._unreadable:
-            try:
-                path = self._files.path(name)
-                width, height = read_header(read_file(path, DEFAULT_LIMITS.max_bytes), str(path)).size_wh
-            except BadImage as error:
-                self._unreadable[name] = str(error)
-            else:
-                self.images[name] = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
-                return None
-        return RowError(where, "BAD_IMAGE", f"{where}: {self._unreadable[name]}")
+        if name not in self._sizes_wh:
+            self._sizes_wh[name] = self._read_size(name)
+        size_wh = self._sizes_wh[name]
+        if isinstance(size_wh, BadImage):
+            return RowError(where, "BAD_IMAGE", f"{where}: {size_wh}")
+        width, height = size_wh
+        self.images[name] = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
+        return None
 
     def annotation(self, row: BoxRecord) -> dict[str, Any] | RowError:
         error = self.add_image(row.file_name, row.where)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from mal_client.formats.masks import MaskFile, MaskRow, write_bytes
-from mal_train.core.atomic_io import refuse_same_file
 from mal_train.core.masks.rle import area, to_box
+from mal_train.core.storage.writing import refuse_same_location
 
 NAME: Final = "labels.json"
 
@@ -29,7 +29,7 @@ def write_fiftyone(masks: MaskFile, folder: Path) -> None:
         OutputError: the file cannot be written.
         ConfigError: it is the input file.
     """
-    refuse_same_file(masks.path, folder / NAME)
+    refuse_same_location(masks.path, folder / NAME)
     images: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for image_id, (image, mask_rows) in enumerate(masks.images(), start=1):

@@ -15,6 +15,7 @@ from mal_client.images.image_files import ImageFiles
 from mal_train.core.errors import BadImage
 from mal_train.core.masks.encodings import to_png
 from mal_train.core.masks.polygons import merge_holes
+from mal_train.core.storage.addresses import Location, redact
 
 VERSION = "5.5.0"
 """Version of labelme that defines this format; it reads shapes of type mask since 5.2."""
@@ -29,10 +30,18 @@ class Shape(StrEnum):
     """The pixels as a PNG."""
 
 
-def write_labelme(masks: MaskFile, image_files: ImageFiles, folder: Path, shape: Shape = Shape.POLYGON) -> None:
+def write_labelme(
+    masks: MaskFile,
+    image_files: ImageFiles,
+    folder: Path,
+    shape: Shape = Shape.POLYGON,
+    *,
+    relative_to_folder: bool = True,
+) -> None:
     """Writes `folder/NAME.json` for each image `NAME.jpg`, including images without objects.
 
-    The flags of an annotation become flags of the shape; its score becomes the description.
+    The flags of an annotation become flags of the shape; its score becomes the description. The path of a local image
+    is relative to its label file, or absolute if `relative_to_folder` is False, for a folder that is uploaded.
 
     Raises:
         OutputError: a file cannot be written.
@@ -43,7 +52,7 @@ def write_labelme(masks: MaskFile, image_files: ImageFiles, folder: Path, shape:
         if path is None:
             continue
         try:
-            image_path = image_files.path(image.file_name)
+            location = image_files.locate(image.file_name)
         except BadImage as error:
             label_files.omit(image, rows, error.reason, str(error))
             continue
@@ -51,12 +60,18 @@ def write_labelme(masks: MaskFile, image_files: ImageFiles, folder: Path, shape:
             "version": VERSION,
             "flags": {},
             "shapes": [entry for group, row in enumerate(rows, start=1) for entry in _shapes(row, group, shape)],
-            "imagePath": os.path.relpath(image_path, path.parent),
+            "imagePath": _image_path(location, path.parent if relative_to_folder else None),
             "imageData": None,
             "imageHeight": image.height,
             "imageWidth": image.width,
         }
         write_bytes(path, json.dumps(content, indent=2).encode())
+
+
+def _image_path(location: Location, folder: Path | None) -> str:
+    if not isinstance(location, Path):
+        return redact(location)
+    return os.path.abspath(location) if folder is None else os.path.relpath(location, folder)
 
 
 def _shapes(row: MaskRow, group: int, shape: Shape) -> Iterator[dict[str, Any]]:

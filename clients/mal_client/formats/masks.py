@@ -16,6 +16,7 @@ from mal_train.core.input_files import resolve_inside
 from mal_train.core.masks.encodings import to_polygons
 from mal_train.core.masks.polygons import Rings
 from mal_train.core.masks.rle import Rle, from_segmentation
+from mal_train.core.storage.addresses import Location, is_remote
 
 MAX_NAME_BYTES = 255
 """Longest name of a file or folder in the usual file systems."""
@@ -66,7 +67,7 @@ class MaskFile:
         BadDataset: the file cannot be used.
     """
 
-    def __init__(self, path: Path, tolerance_px: float = 0.0) -> None:
+    def __init__(self, path: Location, tolerance_px: float = 0.0) -> None:
         self.path = path
         self._coco: CocoFile = read_coco(path)
         self._tolerance_px = tolerance_px
@@ -143,7 +144,7 @@ class LabelFiles:
         if resolve_inside(self._folder, str(relative.parent)) is None:
             self.omit(image, rows, "NAME_OUTSIDE", f"a link leads out of {self._folder}; remove it")
             return None
-        if is_same_file(self._source, self._folder / relative):
+        if not is_remote(self._source) and is_same_file(Path(self._source), self._folder / relative):
             text = f"label file would replace {self._source}; choose another --output"
             self.omit(image, rows, "NAME_TAKEN", text)
             return None

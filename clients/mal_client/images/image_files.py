@@ -1,4 +1,4 @@
-"""Finds the image files of a COCO file: in one folder, or among the files that a pattern matches.
+"""Finds the images of a COCO file: in a folder, by a pattern, below a prefix in a store, or at their URLs.
 
 The file names come with the annotations, maybe from strangers, and what they name is sent to a server. So neither "..",
 an absolute name nor a symbolic link leads out of the folder, or out of the folder in which a pattern begins, unless the
@@ -9,85 +9,118 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mal_train.core.errors import BadDataset, BadImage
+from mal_train.core.images.files import ImageFolder, read_image_bytes
+from mal_train.core.images.header import DEFAULT_LIMITS
 from mal_train.core.input_files import resolve_inside
+from mal_train.core.storage.addresses import WEB_SCHEMES, Location, is_remote, redact, scheme_of
+from mal_train.core.storage.hosts import AllowedHosts
+from mal_train.core.storage.listing import list_names
 
 LISTED = 3
+_NO_FOLDER: Final = "https://coco_url"
+"""Base of images that are fetched from their URLs; never read."""
 
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 """Lower-case suffixes of the formats that are read (`mal_train.core.images.header.FORMATS`)."""
 
 
 class ImageFiles:
-    """Image files by the file names of a COCO file.
+    """Images by the file names of a COCO file.
 
     A pattern such as `photos/**/*.jpg` (`**` matches any folders) is expanded once. A file name then refers to the only
     match that ends in it, folder by folder: both `a.jpg` and `2021/a.jpg` find `photos/2021/a.jpg`.
 
     Args:
-        folder_or_pattern: a folder, or a glob pattern.
-        allow_outside: also find files outside the folder, and through links that leave it.
+        source: a folder, a glob pattern, or the address of a prefix such as s3://bucket/images.
+        allow_outside: also find files outside a local folder, and through links that leave it.
 
     Attributes:
-        name: absolute path or pattern, for messages and journals.
+        name: absolute path, pattern or redacted address, for messages and journals.
 
     Raises:
         BadDataset: the folder does not exist, or the pattern matches no file.
     """
 
-    def __init__(self, folder_or_pattern: Path | str, *, allow_outside: bool = False) -> None:
-        self._folder: Path | None = Path(folder_or_pattern)
+    def __init__(self, source: Location, *, allow_outside: bool = False) -> None:
+        self._folder: ImageFolder | None = ImageFolder(source)
         self._by_name: dict[str, list[str]] = {}
         self._allow_outside = allow_outside
-        self._root = self._folder
-        self.name = os.path.realpath(folder_or_pattern)
-        if self._folder.is_dir():
-            return
-        if not glob.has_magic(str(folder_or_pattern)):
-            raise BadDataset(
-                f"{folder_or_pattern}: no such folder; give the folder that the file names of the annotations are "
-                "relative to"
-            )
-        self._folder = None
-        self._root = _fixed_part(self._root)
-        for path in sorted(glob.iglob(str(folder_or_pattern), recursive=True)):
-            if os.path.isfile(path):
-                self._by_name.setdefault(os.path.basename(path), []).append(path)
-        if not self._by_name:
-            raise BadDataset(
-                f"{folder_or_pattern}: the pattern matches no file; check it, and quote it to protect it from the shell"
-            )
+        self._root: Path | None = None
+        self.name = redact(source)
+        if not is_remote(source):
+            self._find(Path(source))
 
     @classmethod
-    def of(cls, images: ImageFiles | Path | str) -> ImageFiles:
-        """Returns `images` itself, or the image files of a folder or pattern."""
+    def of(cls, images: ImageFiles | Location) -> ImageFiles:
+        """Returns `images` itself, or the images of a folder, pattern or prefix."""
         return images if isinstance(images, ImageFiles) else cls(images)
+
+    @classmethod
+    def at_urls(cls, urls: Mapping[str, str], hosts: AllowedHosts) -> ImageFiles:
+        """Returns images that are fetched from their URLs, by file name, from allowed hosts only."""
+        files = cls(_NO_FOLDER)
+        files._folder = ImageFolder(_NO_FOLDER, urls, hosts)
+        files.name = f"coco_url at {', '.join(hosts.listed())}"
+        return files
 
     @property
     def is_folder(self) -> bool:
-        """True for a folder, False for a pattern."""
-        return self._folder is not None
+        """True for a local folder, False for a pattern and for images elsewhere."""
+        return self._folder is not None and not self._folder.is_remote
 
-    def path(self, file_name: str) -> Path:
-        """Returns the path of an image; in a folder, the file may be missing.
+    @property
+    def is_remote(self) -> bool:
+        """True if reading an image needs the network."""
+        return self._folder is not None and self._folder.is_remote
+
+    def locate(self, file_name: str) -> Location:
+        """Returns the path or address of an image; except for a pattern, it may be missing.
 
         Raises:
-            BadImage: the file is outside the folder, no match of the pattern ends in this name, or several do (reason
-                IMAGE_NOT_FOUND).
+            BadImage: the file is outside the folder or prefix, no match of the pattern ends in this name, or several
+                do, or its row has no URL (reason IMAGE_NOT_FOUND).
         """
-        path = self._match(file_name) if self._folder is None else self._folder / file_name
-        if not self._allow_outside and resolve_inside(self._root, str(path.absolute())) is None:
+        location = self._match(file_name) if self._folder is None else self._folder.locate(file_name)
+        if self._root is None or self._allow_outside or not isinstance(location, Path):
+            return location
+        if resolve_inside(self._root, str(location.absolute())) is None:
             raise BadImage(
                 f"{file_name}: outside {self._root}; move the file into that folder, or allow it with "
                 "--allow-outside-images (ImageFiles(..., allow_outside=True))",
                 "IMAGE_NOT_FOUND",
             )
-        return path
+        return location
+
+    def read(self, file_name: str, max_bytes: int = DEFAULT_LIMITS.max_bytes) -> bytes:
+        """Returns the bytes of an image. Raises as `read_image_bytes`, and as `locate`."""
+        hosts = None if self._folder is None else self._folder.hosts
+        return read_image_bytes(self.locate(file_name), max_bytes, hosts=hosts)
+
+    def _find(self, source: Path) -> None:
+        """Finds a local folder, or the matches of a pattern."""
+        self.name = os.path.realpath(source)
+        self._root = source
+        if source.is_dir():
+            return
+        if not glob.has_magic(str(source)):
+            raise BadDataset(
+                f"{source}: no such folder; give the folder that the file names of the annotations are relative to"
+            )
+        self._folder = None
+        self._root = _fixed_part(source)
+        for path in sorted(glob.iglob(str(source), recursive=True)):
+            if os.path.isfile(path):
+                self._by_name.setdefault(os.path.basename(path), []).append(path)
+        if not self._by_name:
+            raise BadDataset(
+                f"{source}: the pattern matches no file; check it, and quote it to protect it from the shell"
+            )
 
     def _match(self, file_name: str) -> Path:
         parts = PurePosixPath(file_name).parts
@@ -99,19 +132,27 @@ class ImageFiles:
         raise BadImage(f"{file_name}: {problem if matches else 'no file of the pattern ends in it'}", "IMAGE_NOT_FOUND")
 
     def unlisted(self, file_names: Collection[str]) -> Iterator[str]:
-        """Yields the image files that no file name refers to, in alphabetical order."""
+        """Yields the image files that no file name refers to, in alphabetical order; none where files have no list."""
         named = set(file_names)
         if self._folder is None:
             paths = sorted(path for paths in self._by_name.values() for path in paths)
             suffixes = {PurePosixPath(name).parts for name in named}
-            yield from (path for path in paths if not _ends_in(Path(path).parts, suffixes) and _is_image(path))
+            yield from (path for path in paths if not _ends_in(Path(path).parts, suffixes) and is_image_name(path))
             return
-        for folder, inner, files in os.walk(self._folder):
-            inner.sort()
-            for name in sorted(files):
-                path = os.path.relpath(os.path.join(folder, name), self._folder)
-                if path not in named and _is_image(path):
-                    yield path
+        yield from (name for name in self.names() if name not in named)
+
+    def names(self) -> Iterator[str]:
+        """Yields the names of the image files below the folder or prefix, folder by folder in alphabetical order.
+
+        Nothing for a pattern, for URLs and for web servers, which have no list.
+
+        Raises:
+            StorageError, StoreUnreachable: the store cannot be listed.
+        """
+        if self._folder is None or scheme_of(self._folder.base) in WEB_SCHEMES or self._folder.urls is not None:
+            return
+        names = list_names(self._folder.base)
+        yield from (name for name in names if is_image_name(name))
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -128,5 +169,6 @@ def _ends_in(parts: tuple[str, ...], suffixes: Collection[tuple[str, ...]]) -> b
     return any(parts[start:] in suffixes for start in range(len(parts)))
 
 
-def _is_image(path: str) -> bool:
+def is_image_name(path: str) -> bool:
+    """Returns True for a file name with the suffix of an image format."""
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mal_train.core.errors import BadImage
-from mal_train.core.input_files import read_limited
+from mal_train.core.images.files import read_image_bytes
 
 if TYPE_CHECKING:
     from mal_client.types import ImageInput
@@ -29,6 +29,10 @@ class EncodedImage:
     content: bytes
     width: int = 0
     height: int = 0
+
+    def size_bytes(self) -> int:
+        """Returns the length of the file."""
+        return len(self.content)
 
     def size_wh(self) -> tuple[int, int] | None:
         """Returns width and height in px, if need be from the header of the file; None for an unreadable header."""
@@ -56,35 +60,12 @@ def encode(image: ImageInput) -> EncodedImage:
     if isinstance(image, bytes | bytearray | memoryview):
         return EncodedImage(bytes(image))
     if isinstance(image, str | Path):
-        return EncodedImage(read_file(Path(image)))
+        return EncodedImage(read_image_bytes(Path(image), MAX_FILE_BYTES))
     if isinstance(image, np.ndarray):
         return _encode_array(image)
     if hasattr(image, "save") and hasattr(image, "mode") and hasattr(image, "size"):
         return _encode_pillow(image)
     raise BadImage(f"image: {type(image).__name__}; a uint8 array, a Pillow image, a path or encoded bytes is needed")
-
-
-def read_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """Returns the bytes of an image file.
-
-    Raises:
-        BadImage: the file cannot be read or is no regular file (reason IMAGE_NOT_FOUND), or it is larger than
-            `max_bytes` (IMAGE_TOO_LARGE).
-    """
-    try:
-        content = read_limited(path, max_bytes)
-    # ValueError: a name with a NUL character.
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadImage(
-            f"{path}: cannot be read ({reason}); check the image folder and the file name", "IMAGE_NOT_FOUND"
-        ) from None
-    if len(content) > max_bytes:
-        raise BadImage(
-            f"{path}: more than {max_bytes} bytes, the limit; compress or shrink it, or raise the server's limit",
-            "IMAGE_TOO_LARGE",
-        )
-    return content
 
 
 def _encode_array(pixels: np.ndarray[Any, Any]) -> EncodedImage:

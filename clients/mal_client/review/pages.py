@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mal_client.errors import InvalidRequest
@@ -12,10 +11,11 @@ from mal_client.review.queue import FLAG_MEANINGS, QueueItem, ReviewQueue
 from mal_client.types import BoxLabel, Evaluation, LabelOptions, MeasuredInstance
 from mal_train.core.coco.annotations import CocoFile, finite_number
 from mal_train.core.errors import BadDataset, BadImage
-from mal_train.core.images.decoder import RgbImage, read_image
+from mal_train.core.images.decoder import RgbImage, decode_image
 from mal_train.core.masks.rle import Rle, from_segmentation
 from mal_train.core.report.overlays import draw_close_up, png_data_uri
 from mal_train.core.report.page import Card, Html, contact_sheet, overlay_legend, section, table
+from mal_train.core.storage.addresses import Location
 
 if TYPE_CHECKING:
     from mal_client.client import Client
@@ -25,7 +25,7 @@ def worst_cards(
     client: Client,
     evaluation: Evaluation,
     coco: CocoFile,
-    images_dir: ImageFiles | Path | str,
+    images_dir: ImageFiles | Location,
     options: LabelOptions,
     *,
     count: int = 24,
@@ -42,9 +42,9 @@ def worst_cards(
     for file_name in dict.fromkeys(row.file_name for row in worst):
         indexed = [(index, row) for index, row in enumerate(worst) if row.file_name == file_name]
         try:
-            path = files.path(file_name)
-            image = read_image(path)
-            labels = client.label_image(path, [row.box for _, row in indexed], options)
+            content = files.read(file_name)
+            image = decode_image(content, name=file_name)
+            labels = client.label_image(content, [row.box for _, row in indexed], options)
         except (BadImage, InvalidRequest):
             continue
         for (index, row), label in zip(indexed, labels, strict=True):
@@ -52,14 +52,15 @@ def worst_cards(
     return [cards[index] for index in sorted(cards)]
 
 
-def queue_cards(items: Sequence[QueueItem], images_dir: ImageFiles | Path | str) -> list[Card]:
+def queue_cards(items: Sequence[QueueItem], images_dir: ImageFiles | Location) -> list[Card]:
     """Builds the cards of queue items, in the order of the queue; reads each image once and omits unreadable ones."""
     files = ImageFiles.of(images_dir)
     cards: dict[int, Card] = {}
     for file_name in dict.fromkeys(item.image.file_name for item in items):
         on_image = [item for item in items if item.image.file_name == file_name]
         try:
-            image = read_image(files.path(file_name), expected_wh=on_image[0].image.size_wh)
+            content = files.read(file_name)
+            image = decode_image(content, expected_wh=on_image[0].image.size_wh, name=file_name)
         except BadImage:
             continue
         for item in on_image:

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mal_client.images.image_files import ImageFiles
-from mal_client.images.image_input import read_file
 from mal_client.types import BoxXywh
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, finite_number
 from mal_train.core.coco.output import write_json_atomic
@@ -31,6 +30,7 @@ from mal_train.core.masks.flags import FLAG_DESCRIPTIONS
 from mal_train.core.masks.rle import Rle, from_segmentation, iou
 from mal_train.core.metrics.score_quality import bad_in_worst, spearman
 from mal_train.core.report.page import format_metric
+from mal_train.core.storage.addresses import Location
 
 BAD_IOU: Final = 0.5
 """Masks below this IoU are bad: COCO's AP50 would count them as false positives."""
@@ -191,7 +191,7 @@ class ReviewQueue:
 
 
 def review_queue(
-    labeled_json: Path, *, sort_by: SortBy = SortBy.SCORE, count: int = 100, truth: Path | None = None
+    labeled_json: Location, *, sort_by: SortBy = SortBy.SCORE, count: int = 100, truth: Location | None = None
 ) -> ReviewQueue:
     """Ranks the annotations of a labeled file; reads it twice and holds only the `count` worst rows in memory.
 
@@ -234,7 +234,7 @@ def review_queue(
     return queue
 
 
-def write_worst(queue: ReviewQueue, labeled_json: Path, output: Path) -> None:
+def write_worst(queue: ReviewQueue, labeled_json: Location, output: Path) -> None:
     """Writes the worst annotations as a COCO file, in their order.
 
     Each row gets a `review_rank`. The file lists only images that have a row.
@@ -267,11 +267,10 @@ def frame_size(item: QueueItem, files: ImageFiles) -> tuple[int, int]:
     """
     if item.image.size_wh is not None:
         return item.image.size_wh
-    path = files.path(item.image.file_name)
-    return read_header(read_file(path), str(path)).size_wh
+    return read_header(files.read(item.image.file_name), item.image.file_name).size_wh
 
 
-def category_names(labeled_json: Path) -> dict[object, str]:
+def category_names(labeled_json: Location) -> dict[object, str]:
     """Returns the category names of a file by ID."""
     rows = (row for row in read_list(labeled_json, "categories") if isinstance(row, dict))
     return {row.get("id"): str(row.get("name", row.get("id"))) for row in rows}
@@ -287,7 +286,7 @@ def check_xml_text(texts: Iterable[str]) -> None:
 class _Truth:
     """True masks by annotation ID, encoded."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self._rows: dict[JsonId, tuple[JsonId | None, Any]] = {}
         scan_coco(path, self._add)
 

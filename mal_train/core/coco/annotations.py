@@ -21,6 +21,7 @@ from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import MAX_PIXELS
+from mal_train.core.storage.addresses import Location, redact
 
 JsonId = int | float | str
 """Id as JSON represents it; 1 and "1" are different ids."""
@@ -138,14 +139,14 @@ class CocoFile:
         return Counter(str(row.reason) for row in self.annotations if row.reason is not None)
 
 
-def read_coco(path: Path) -> CocoFile:
+def read_coco(path: Location) -> CocoFile:
     """Reads a COCO annotation file in JSON or, by its suffix, in parquet into memory; see `parse_coco`.
 
     Raises:
         BadDataset: from `read_json`, `read_parquet` or `parse_coco`.
         ConfigError: parquet, and pyarrow is not installed.
     """
-    return parse_coco(read_parquet(path) if is_parquet(path) else read_json(path), str(path))
+    return parse_coco(read_parquet(path) if is_parquet(path) else read_json(Path(path)), redact(path))
 
 
 def read_json(path: Path) -> Any:

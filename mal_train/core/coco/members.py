@@ -1,7 +1,8 @@
-"""Opens a COCO file by the suffix of its name: JSON, or parquet for `.parquet`."""
+"""Opens a COCO file by the suffix of its name: JSON, or parquet for `.parquet`; local or remote."""
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from mal_train.core.coco.parquet_reader import ParquetDataset, ParquetMemberRead
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.errors import BadDataset
 from mal_train.core.storage.addresses import Location
+from mal_train.core.storage.reading import local_copy
 
 
 class MemberReader(Protocol):
@@ -51,3 +53,17 @@ def content_sha256(path: Location) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise BadDataset(f"{path}: cannot be read ({error.strerror}); give the path of a COCO JSON file") from error
+
+
+@contextmanager
+def annotation_file(location: Location) -> Iterator[Location]:
+    """Yields where a COCO file can be read several times: a local copy of remote JSON; parquet is read in place.
+
+    Raises:
+        StorageError, StoreUnreachable, ConfigError, OutputError: as `local_copy`.
+    """
+    if is_parquet(location):
+        yield location
+        return
+    with local_copy(location) as path:
+        yield path

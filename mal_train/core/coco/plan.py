@@ -16,6 +16,7 @@ from mal_train.core.coco.detections import DetectionRows
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import RowFilter
+from mal_train.core.storage.addresses import Location
 
 LISTED = 5
 NO_IMAGE = -1
@@ -165,7 +166,7 @@ class PendingImages(Sequence[tuple[ImageInfo, list[Annotation]]]):
         return image, [Annotation(None, image.id, None, plan.box(row), iscrowd=False, raw={}) for row in rows]
 
 
-def read_plan(coco_json: Path, only: RowFilter = RowFilter.ALL, ids: Collection[JsonId] = ()) -> DatasetPlan:
+def read_plan(coco_json: Location, only: RowFilter = RowFilter.ALL, ids: Collection[JsonId] = ()) -> DatasetPlan:
     """Scans a COCO file and decides on the action for each row.
 
     Args:
@@ -183,7 +184,7 @@ def read_plan(coco_json: Path, only: RowFilter = RowFilter.ALL, ids: Collection[
     return scan.plan(head)
 
 
-def read_detection_plan(coco_json: Path, results_json: Path) -> DatasetPlan:
+def read_detection_plan(coco_json: Location, results_json: Path) -> DatasetPlan:
     """Scans a COCO file and a results list whose rows take the place of its annotations; all of them are labeled.
 
     Raises:

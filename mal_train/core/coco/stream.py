@@ -72,7 +72,7 @@ RowTransform = Callable[[int, Any, Annotation], Any]
 
 
 def scan_coco(
-    path: Path,
+    path: Location,
     on_annotation: OnAnnotation,
     *,
     allow_repeated_ids: bool = False,
@@ -83,7 +83,7 @@ def scan_coco(
     Reads the file once, or twice if `annotations` precedes `images` or `categories`.
 
     Args:
-        path: the file.
+        path: the file; parquet may be remote.
         on_annotation: receives each annotation.
         allow_repeated_ids: record repeated ids instead of rejecting the file, for reports about it.
         max_value_chars: maximum length of one row or another single value.
@@ -151,7 +151,7 @@ def write_transformed(
 
 
 def copy_coco(
-    source: Path, output: Path, *, row_group_boxes: int = ROW_GROUP_BOXES, on_rows: OnRows | None = None
+    source: Location, output: Path, *, row_group_boxes: int = ROW_GROUP_BOXES, on_rows: OnRows | None = None
 ) -> None:
     """Writes a COCO file in the form that the suffix of `output` names: parquet, or else JSON. Loses nothing.
 
@@ -171,7 +171,7 @@ def copy_coco(
         _write_members(file, _counted(members, on_rows) if on_rows else members, output, row_group_boxes)
 
 
-def read_list(path: Path, name: str) -> Iterator[Any]:
+def read_list(path: Location, name: str) -> Iterator[Any]:
     """Yields the JSON values of one top-level list; nothing if there is no such list.
 
     Raises:

@@ -54,7 +54,7 @@ class AllowedHosts:
         return sorted(self.named) + [ANY_PUBLIC] * self.any_public
 
     def problem(self, scheme: str, host: str) -> str | None:
-        """Returns why a URL may not be fetched; None if it may, as far as can be told before its host is resolved."""
+        """Returns why a URL may not be fetched; None if it may, as far as is known before its host is resolved."""
         if scheme not in ("https", "http"):
             return f"scheme {scheme!r}; only https and http are fetched"
         if host in self.named:

@@ -1,4 +1,4 @@
-"""Lists the files below a folder or prefix."""
+"""Lists the files below a folder or prefix. Reads none."""
 
 import os
 from collections.abc import Iterator

@@ -24,7 +24,7 @@ class ReadAhead(Generic[Item, Content]):
     """Iterator over items whose content is read ahead; `take` returns the content of an item. A context manager.
 
     Iterate in one thread at a time. `take` may be called in any thread and order, once for each item that was yielded;
-    another call reads the item anew. An item whose read has not begun is read by the thread that takes it, so that no
+    another call reads the item again. An item whose read has not begun is read by the thread that takes it, so that no
     limit can block it.
 
     Memory: at most `max_items` items and `max_bytes` bytes, and one item more for each reader that was reading when the

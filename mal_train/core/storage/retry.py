@@ -31,7 +31,7 @@ class Transient(Exception):
 
 
 def attempt_timeout_s(size_bytes: int = 0) -> float:
-    """Returns the seconds after which one attempt to transfer so many bytes ends.
+    """Returns the seconds after which one attempt to transfer this number of bytes ends.
 
     >>> attempt_timeout_s(), attempt_timeout_s(32 * 1024 * 1024)
     (60.0, 572.0)

@@ -1,6 +1,5 @@
 """Translates the errors of the libraries behind a store. Their texts are dropped: they may hold URLs and keys."""
 
-import asyncio
 from collections.abc import Iterator
 from typing import Final
 
@@ -56,7 +55,7 @@ def translate(error: BaseException, address: str) -> Exception:
     permanent = _permanent(error, codes, names, address)
     if permanent is not None:
         return permanent
-    if codes & _BUSY or names & _BROKEN or isinstance(error, asyncio.TimeoutError):
+    if codes & _BUSY or names & _BROKEN or isinstance(error, TimeoutError):
         return Transient(", ".join(sorted(codes & _BUSY)) or _cause(error))
     detail = ", ".join([type(error).__name__, *sorted(codes)])
     return StorageError(f"{redact(address)}: the store refuses the request ({detail})", "FAILED")

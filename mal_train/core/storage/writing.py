@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mal_train.core import atomic_io
-from mal_train.core.errors import OutputError, StorageError, StoreUnreachable
+from mal_train.core.errors import ConfigError, OutputError, StorageError, StoreUnreachable
 from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact, sibling
 from mal_train.core.storage.reading import store_of, temporary_file
 from mal_train.core.storage.retry import with_retries
@@ -64,6 +64,18 @@ def check_writable(address: Location) -> None:
     store = store_of(text)
     with _as_output_error(text):
         with_retries(lambda: store.check_writable(text), redact(text), attempts=store.attempts)
+
+
+def refuse_same_location(source: Location, output: Location) -> None:
+    """Protects an input, which an output would replace.
+
+    Raises:
+        ConfigError: the output is the input, by whatever path, or by the same address.
+    """
+    if not is_remote(source) and not is_remote(output):
+        atomic_io.refuse_same_file(Path(source), Path(output))
+    elif redact(source) == redact(output):
+        raise ConfigError(f"output {redact(output)}: is an input of the same command; choose another one")
 
 
 def upload(source: Path, address: str) -> None:
@@ -122,6 +134,12 @@ class StagedOutput:
         upload(self.path, str(self.address))
         self._remove_local()
 
+    def shown(self, path: Path) -> str:
+        """Returns where a written file is after `publish`, for messages; `path` itself for any other file."""
+        if not is_remote(self.address) or path not in (self.path, *map(self.path.with_name, self.sides)):
+            return str(path)
+        return redact(sibling(self.address, path.name))
+
     def _remove_local(self) -> None:
         for source in (self.path, *map(self.path.with_name, self.sides)):
             if source.is_dir():
@@ -141,10 +159,10 @@ def staged_output(address: Location, sides: Sequence[str] = ()) -> Iterator[Path
     Raises:
         OutputError: from `check_writable` before the block, or from `StagedOutput.publish` after it.
     """
+    check_writable(address)
     if not is_remote(address):
         yield Path(address)
         return
-    check_writable(address)
     with tempfile.TemporaryDirectory(prefix="mal-") as folder:
         staged = StagedOutput(address, Path(folder) / base_name(address), sides)
         yield staged.path

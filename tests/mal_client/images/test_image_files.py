@@ -10,11 +10,11 @@ from mal_client.cli.common import EXIT_SOME_FAILED
 from mal_client.cli.main import main
 from mal_client.dataset_check.check import check_dataset
 from mal_client.images.image_files import ImageFiles
-from mal_client.images.image_input import read_file
 from mal_client.review.pages import queue_cards
 from mal_client.review.queue import review_queue
 
 from mal_train.core.errors import BadDataset, BadImage
+from mal_train.core.images.files import read_image_bytes
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
 from tests.mal_client.fake_server import FakeServer, serving
 
@@ -30,20 +30,20 @@ def photos(tmp_path: Path) -> Path:
 
 def test_a_name_finds_the_one_file_that_ends_in_it(photos: Path) -> None:
     files = ImageFiles(f"{photos}/**/*.jpg")
-    assert files.path("b.jpg") == photos / "2022" / "b.jpg"
-    assert files.path("2021/a.jpg") == photos / "2021" / "a.jpg"
+    assert files.locate("b.jpg") == photos / "2022" / "b.jpg"
+    assert files.locate("2021/a.jpg") == photos / "2021" / "a.jpg"
 
 
 def test_an_ambiguous_file_name_is_refused_with_its_matches(photos: Path) -> None:
     with pytest.raises(BadImage, match=r"^a\.jpg: .*2021/a\.jpg, .*2022/a\.jpg") as caught:
-        ImageFiles(f"{photos}/**/*.jpg").path("a.jpg")
+        ImageFiles(f"{photos}/**/*.jpg").locate("a.jpg")
     assert caught.value.reason == "IMAGE_NOT_FOUND"
 
 
 @pytest.mark.parametrize("name", ["c.png", "1/b.jpg", "022/b.jpg"])
 def test_a_file_name_without_a_match_is_refused(photos: Path, name: str) -> None:
     with pytest.raises(BadImage, match=f"^{re.escape(name)}: ") as caught:
-        ImageFiles(f"{photos}/**/*.jpg").path(name)
+        ImageFiles(f"{photos}/**/*.jpg").locate(name)
     assert caught.value.reason == "IMAGE_NOT_FOUND"
 
 
@@ -54,7 +54,7 @@ def test_a_pattern_without_files_is_refused_at_once(photos: Path) -> None:
 
 def test_a_folder_with_a_bracket_in_its_name_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "set[1]").mkdir()
-    assert ImageFiles(tmp_path / "set[1]").path("a.jpg") == tmp_path / "set[1]" / "a.jpg"
+    assert ImageFiles(tmp_path / "set[1]").locate("a.jpg") == tmp_path / "set[1]" / "a.jpg"
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def outside_names(photos: Path, private: Path) -> list[str]:
 def test_no_name_and_no_link_leads_out_of_the_folder(photos: Path, private: Path) -> None:
     for name in outside_names(photos, private):
         with pytest.raises(BadImage) as caught:
-            ImageFiles(photos).path(name)
+            ImageFiles(photos).locate(name)
         assert (name, caught.value.reason) == (name, "IMAGE_NOT_FOUND")
 
 
@@ -88,19 +88,19 @@ def test_a_link_inside_the_folder_and_a_linked_folder_are_followed(photos: Path,
     linked = tmp_path_factory.mktemp("links") / "photos"
     linked.symlink_to(photos)
     for name in ("again.jpg", "year/b.jpg", "2021/../c.png", "missing.jpg"):
-        assert ImageFiles(linked).path(name) == linked / name
+        assert ImageFiles(linked).locate(name) == linked / name
 
 
 def test_no_link_leads_out_of_the_folder_of_a_pattern(photos: Path, private: Path) -> None:
     for name in ("link.jpg", "secret.jpg"):
         with pytest.raises(BadImage, match="outside"):
-            ImageFiles(f"{photos}/**/*.jpg").path(name)
+            ImageFiles(f"{photos}/**/*.jpg").locate(name)
 
 
 def test_the_user_may_allow_files_outside_the_folder(photos: Path, private: Path) -> None:
     for name in ("link.jpg", "folder/secret.jpg", str(private)):
-        assert ImageFiles(photos, allow_outside=True).path(name).read_bytes() == b"private"
-    assert ImageFiles(f"{photos}/**/*.jpg", allow_outside=True).path("link.jpg").read_bytes() == b"private"
+        assert ImageFiles(photos, allow_outside=True).read(name) == b"private"
+    assert ImageFiles(f"{photos}/**/*.jpg", allow_outside=True).read("link.jpg") == b"private"
 
 
 def outside(folder: Path) -> Dataset:
@@ -162,7 +162,7 @@ def test_a_pipe_and_a_device_are_no_image_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", Path("/dev/zero"), tmp_path):
         with pytest.raises(BadImage) as caught:
-            read_file(path)
+            read_image_bytes(path, 1000)
         assert caught.value.reason == "IMAGE_NOT_FOUND"
 
 
@@ -171,7 +171,7 @@ def test_no_more_than_the_limit_of_a_file_is_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     for limit in (1000, 0, -5):  # a server may state any limit
         with pytest.raises(BadImage) as caught:
-            read_file(tmp_path / "large.jpg", limit)
+            read_image_bytes(tmp_path / "large.jpg", limit)
         assert caught.value.reason == "IMAGE_TOO_LARGE"
 
 

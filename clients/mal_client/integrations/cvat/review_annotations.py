@@ -13,6 +13,7 @@ from mal_client.review.queue import QueueItem, by_image, check_xml_text, frame_s
 from mal_train.core.atomic_io import write_text
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.rle import area
+from mal_train.core.storage.addresses import redact
 
 
 def review_xml(items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles) -> str:
@@ -62,7 +63,7 @@ def write_review_annotations(
     write_text(folder / "annotations.xml", review_xml(items, names, files))
     labels = [{"name": name, "type": "any", "attributes": []} for name in sorted(set(names.values()))]
     write_text(folder / "labels.json", json.dumps(labels, indent=1) + "\n")
-    write_text(folder / "images.txt", "".join(f"{files.path(file_name)}\n" for file_name in by_image(items)))
+    write_text(folder / "images.txt", "".join(f"{redact(files.locate(file_name))}\n" for file_name in by_image(items)))
 
 
 def _add_item(image: ElementTree.Element, item: QueueItem, label: str, size_wh: tuple[int, int]) -> None:

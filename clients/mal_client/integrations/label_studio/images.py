@@ -18,8 +18,8 @@ from urllib.parse import parse_qs, urljoin, urlsplit
 
 import httpx2
 
-from mal_client.images.image_input import read_file
 from mal_train.core.errors import BadImage, ConfigError
+from mal_train.core.images.files import read_image_bytes
 from mal_train.core.images.header import DEFAULT_LIMITS
 from mal_train.core.input_files import resolve_inside
 
@@ -97,7 +97,7 @@ class ImageFetcher:
         path = resolve_inside(self._folder, name.lstrip("/"))
         if path is None:
             raise BadImage(f"{name}: outside {self._folder}", "IMAGE_NOT_FOUND")
-        return read_file(path, self._max_bytes)
+        return read_image_bytes(path, self._max_bytes)
 
     def _on_host(self, url: str) -> str:
         if self._host is None:

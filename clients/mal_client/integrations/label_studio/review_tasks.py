@@ -51,6 +51,11 @@ def review_tasks(
     return [_task(rows, names, files, f"{image_prefix}{name}") for name, rows in by_image(items).items()]
 
 
+def config_path(output: Path) -> Path:
+    """Returns the labeling configuration beside the tasks: `tasks.config.xml` beside `tasks.json`."""
+    return output.with_suffix(".config.xml")
+
+
 def write_review_tasks(
     items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, image_prefix: str, output: Path
 ) -> Path:
@@ -62,7 +67,7 @@ def write_review_tasks(
     """
     check_xml_text(names.values())
     write_text(output, json.dumps(review_tasks(items, names, files, image_prefix)))
-    config = output.with_suffix(".config.xml")
+    config = config_path(output)
     write_text(config, review_config(sorted(set(names.values()))))
     return config
 

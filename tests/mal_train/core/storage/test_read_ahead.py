@@ -86,7 +86,7 @@ def test_error_of_a_read_is_raised_by_take_alone() -> None:
         assert items.take(drawn[0]) == items.take(drawn[2]) == b"x"
 
 
-def test_second_take_reads_anew() -> None:
+def test_second_take_reads_again() -> None:
     reads: list[int] = []
     with ahead(range(1), noting(reads)) as items:
         (item,) = items

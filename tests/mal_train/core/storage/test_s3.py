@@ -210,7 +210,7 @@ def test_random_access_to_nothing(s3: S3) -> None:
 def test_output_appears_whole(s3: S3) -> None:
     with write_output(s3.address("out.json")) as file:
         file.write(b"{}")
-        assert s3.keys() == []
+        assert s3.names() == []
     assert s3.get("out.json") == b"{}"
 
 
@@ -245,7 +245,7 @@ def test_busy_store_gets_the_output_again(s3: S3) -> None:
 
 def test_writable_is_checked_without_a_trace(s3: S3) -> None:
     check_writable(s3.address("out.json"))
-    assert s3.keys() == []
+    assert s3.names() == []
     assert s3.unfinished_uploads() == 0
     with pytest.raises(OutputError):
         check_writable("s3://no-such-bucket/out.json")
@@ -258,7 +258,7 @@ def test_staged_output_publishes_the_main_file_last(s3: S3) -> None:
         path.write_bytes(b"main")
         path.with_name("a.masks").mkdir()
         path.with_name("a.masks").joinpath("1.png").write_bytes(b"new")
-    assert s3.keys() == ["out/a.json", "out/a.masks/1.png"]
+    assert s3.names() == ["out/a.json", "out/a.masks/1.png"]
     assert s3.get("out/a.masks/1.png") == b"new"
     assert [line for line in s3.requests if line.startswith("PUT")][-1] == "PUT out/a.json"
     assert not path.parent.exists()
@@ -281,7 +281,7 @@ def test_folder_is_uploaded_file_by_file(s3: S3) -> None:
         (folder / "labels").mkdir()
         (folder / "labels" / "a.txt").write_bytes(b"1")
         (folder / "data.yaml").write_bytes(b"2")
-    assert s3.keys() == ["export/data.yaml", "export/labels/a.txt"]
+    assert s3.names() == ["export/data.yaml", "export/labels/a.txt"]
 
 
 def test_names_below_a_prefix(s3: S3) -> None:

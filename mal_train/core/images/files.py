@@ -1,0 +1,98 @@
+"""Finds and reads encoded images by the file names of a COCO file: in a folder, below a prefix, or at their URLs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from mal_train.core.errors import BadImage, StorageError, StoreUnreachable
+from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
+from mal_train.core.storage.addresses import Location, is_remote, join, redact
+from mal_train.core.storage.hosts import AllowedHosts
+from mal_train.core.storage.reading import read_bytes
+
+if TYPE_CHECKING:
+    from mal_train.core.images.decoder import RgbImage
+
+_STORE_FAULTS: Final = ("NO_CREDENTIALS", "BUCKET_NOT_FOUND")
+"""Reasons that concern all images, not one."""
+
+
+def read_image_bytes(location: Location, max_bytes: int, *, hosts: AllowedHosts | None = None) -> bytes:
+    """Returns the bytes of an image file.
+
+    Args:
+        location: path or address.
+        max_bytes: size limit.
+        hosts: web hosts that may be contacted for a URL that the user did not give; None for other locations.
+
+    Raises:
+        BadImage: the file cannot be read (reason IMAGE_NOT_FOUND) or is larger than `max_bytes` (IMAGE_TOO_LARGE).
+        StorageError, StoreUnreachable, ConfigError: the store as a whole cannot be used.
+    """
+    name = redact(location)
+    try:
+        return read_bytes(location, max_bytes, hosts=hosts)
+    except StorageError as error:
+        if error.reason in _STORE_FAULTS:
+            raise
+        reason = "IMAGE_TOO_LARGE" if error.reason == "TOO_LARGE" else "IMAGE_NOT_FOUND"
+        raise BadImage(str(error), reason) from None
+    except StoreUnreachable as error:
+        if hosts is None:
+            raise
+        raise BadImage(str(error), "IMAGE_NOT_FOUND") from None
+    # ValueError: a name with a NUL character.
+    except (OSError, ValueError) as error:
+        detail = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadImage(
+            f"{name}: cannot be read ({detail}); check the image folder and the file name", "IMAGE_NOT_FOUND"
+        ) from None
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images by the file names of a COCO file.
+
+    Attributes:
+        base: folder, or address of a prefix, that the file names are relative to; ignored if there are URLs.
+        urls: URL of each image by its file name; None: the images are below `base`.
+        hosts: web hosts that `urls` may lead to.
+    """
+
+    base: Location
+    urls: Mapping[str, str] | None = None
+    hosts: AllowedHosts | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """True if reading an image needs the network."""
+        return self.urls is not None or is_remote(self.base)
+
+    def locate(self, file_name: str) -> Location:
+        """Returns the location of an image; it may be missing.
+
+        Raises:
+            BadImage: the row has no URL, or the name leads out of the prefix (reason IMAGE_NOT_FOUND).
+        """
+        if self.urls is None:
+            return join(self.base, file_name)
+        url = self.urls.get(file_name)
+        if url is None:
+            raise BadImage(f"{file_name}: its row has no coco_url that is a web address", "IMAGE_NOT_FOUND")
+        return url
+
+    def read(self, file_name: str, max_bytes: int) -> bytes:
+        """Returns the bytes of an image. Raises as `read_image_bytes`."""
+        return read_image_bytes(self.locate(file_name), max_bytes, hosts=self.hosts)
+
+    def read_image(
+        self, file_name: str, *, expected_wh: tuple[int, int] | None = None, limits: ImageLimits = DEFAULT_LIMITS
+    ) -> RgbImage:
+        """Decodes an image; see `decode_image`. Raises also as `read_image_bytes`."""
+        # Imported here: it loads Pillow, which callers that decode nothing do not need.
+        from mal_train.core.images.decoder import decode_image  # noqa: PLC0415
+
+        data = self.read(file_name, limits.max_bytes)
+        return decode_image(data, expected_wh=expected_wh, limits=limits, name=redact(self.locate(file_name)))
