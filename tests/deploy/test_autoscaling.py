@@ -95,6 +95,7 @@ def is_right(values: list[float]) -> bool:
     return len(values) == 1 and ADMITTED - 9 <= values[0] < ADMITTED
 
 
+@pytest.mark.promise("deployment", "The query of the shipped autoscalers counts the crops that wait")
 def test_the_query_of_the_autoscalers_counts_the_crops_that_wait(tmp_path: Path) -> None:
     program("prometheus")
     images, port = tmp_path / "images", free_port()

@@ -1,5 +1,6 @@
 """deploy/kubernetes: what the folders render to is hardened, fits together, and has valid settings."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,8 @@ WRITTEN = {"data", "shm", "tmp"}
 """Volumes that pods may write."""
 
 
-def settings_of(folder: str, tmp_path: Path) -> ServerConfig:
-    """Returns the settings with which the server of a folder starts."""
-    manifests = render(folder)
+def settings_of(manifests: list[Manifest], tmp_path: Path) -> ServerConfig:
+    """Returns the settings with which a server starts."""
     (container,) = pod_of(only(manifests, "Deployment"))["containers"]
     path = tmp_path / "server.yaml"
     path.write_text(only(manifests, "ConfigMap")["data"]["server.yaml"])
@@ -45,6 +45,7 @@ def test_every_pod_is_restricted(folder: str) -> None:
         pod = template["spec"]
         context = pod["securityContext"]
         assert (context["runAsNonRoot"], context["runAsUser"], context["runAsGroup"]) == (True, 10001, 10001)
+        assert (context["fsGroup"], context["fsGroupChangePolicy"]) == (10001, "OnRootMismatch")
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["automountServiceAccountToken"] is False
         assert all("sizeLimit" in volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume)
@@ -93,7 +94,7 @@ def test_every_image_has_the_version_of_the_project(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", SERVERS)
 def test_the_settings_are_valid_and_fit_ports_probes_and_grace_period(folder: str, tmp_path: Path) -> None:
-    config = settings_of(folder, tmp_path)
+    config = settings_of(render(folder), tmp_path)
     pod = pod_of(only(render(folder), "Deployment"))
     (container,) = pod["containers"]
     assert {port["containerPort"] for port in container["ports"]} == {config.listen.port, config.metrics.port}
@@ -114,7 +115,7 @@ def test_the_settings_are_valid_and_fit_ports_probes_and_grace_period(folder: st
 
 def test_only_the_tls_overlay_needs_tokens_and_encrypts(tmp_path: Path) -> None:
     for folder in SERVERS:
-        config = settings_of(folder, tmp_path)
+        config = settings_of(render(folder), tmp_path)
         assert (config.listen.tls_certificate is None) == config.listen.allow_plaintext == (folder != "overlays/tls")
         assert len(config.tokens) == (folder == "overlays/tls")
 
@@ -197,7 +198,7 @@ def test_the_number_of_shards_is_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize(("folder", "server"), [("label", "base"), ("label-tls", "overlays/tls")])
 def test_the_server_admits_a_stream_of_every_shard(folder: str, server: str, tmp_path: Path) -> None:
-    connections = settings_of(server, tmp_path).connections
+    connections = settings_of(render(server), tmp_path).connections
     limit = connections.max_streams_per_token if server == "overlays/tls" else connections.max_streams
     assert only(render(folder), "Job")["spec"]["parallelism"] <= limit
 
@@ -278,3 +279,20 @@ def test_the_page_names_every_folder_and_no_other() -> None:
     assert applied <= named
     components = set(re.findall(r"deploy/kubernetes/components/(\S+)", page))
     assert components <= {path.name for path in (KUBERNETES / "components").iterdir()}
+
+
+def test_the_combination_of_components_on_the_page_is_valid(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    text = example.replace("PATH", os.path.relpath(ROOT, tmp_path.resolve()))
+    (tmp_path / "kustomization.yaml").write_text(text)
+    manifests = render(tmp_path)
+    assert list(schemas.faults(manifests)) == []
+    assert {one["metadata"]["namespace"] for one in manifests} == {"mal"}
+    (container,) = pod_of(only(manifests, "Deployment"))["containers"]
+    assert container["image"].startswith("registry.example/")
+    config = settings_of(manifests, tmp_path)
+    assert config.gpu_ids
+    assert config.tokens
+    assert config.listen.tls_certificate
+    assert only(manifests, "ScaledObject")["spec"]["scaleTargetRef"]["name"] == "mal-server"

@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,7 +133,10 @@ def test_every_probe_succeeds_on_a_server_that_serves(machine: Host, server: Man
         assert probe_succeeds(machine, server, name)
 
 
-def test_the_shards_of_the_job_merge_to_the_file_of_a_single_run(machine: Host, server: Manifest) -> None:
+@pytest.mark.promise("deployment", "The shards of the shipped Kubernetes Job merge to the bytes of a single run")
+def test_the_shards_of_the_job_merge_to_the_file_of_a_single_run(
+    machine: Host, server: Manifest, record: Callable[..., None]
+) -> None:
     label, merge = container_of("label", SHARDS=str(SHARDS)), container_of("merge", SHARDS=str(SHARDS))
     for index in reversed(range(SHARDS)):
         done = machine.run(label, JOB_COMPLETION_INDEX=str(index))
@@ -150,6 +153,7 @@ def test_the_shards_of_the_job_merge_to_the_file_of_a_single_run(machine: Host, 
     assert len(rows) == 2 * IMAGES
     assert all(row["area"] > 0 for row in rows)
     assert not list(merged.parent.glob("*.ledger*"))
+    record("shards", shards=SHARDS, boxes=len(rows))
 
 
 def test_codes_that_a_repeat_cannot_change_end_the_index_and_others_repeat_it(machine: Host, server: Manifest) -> None:
@@ -176,6 +180,7 @@ def test_the_merge_of_missing_shards_fails_at_once(machine: Host) -> None:
     assert [action("merge", code) for code in (1, 2, 3, 4)] == ["Count", "FailJob", "FailJob", "FailJob"]
 
 
+@pytest.mark.promise("deployment", "The shipped TLS overlay admits clients with its authority and token only")
 def test_the_tls_overlay_serves_clients_with_its_authority_and_token_only(tmp_path: Path) -> None:
     machine = host(tmp_path)
     write_certificate(machine)
