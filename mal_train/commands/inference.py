@@ -25,10 +25,11 @@ from mal_train.core.coco.plan import DatasetPlan, read_detection_plan, read_plan
 from mal_train.core.console import Console
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.kernel.labeler.types import Label
-from mal_train.offline.dataset_labeler import DEVICE_FAILED, LabelFailure
+from mal_train.offline.dataset_labeler import TRANSIENT_REASONS, LabelFailure
 from mal_train.training.run_files import validation_metrics
 
 RESUME_HINT: Final = "the same command continues from there"
+RETRY_HINT: Final = "the same command labels them"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class InferenceResult:
         labeled: number of boxes with a mask; an empty mask counts.
         failed: number of boxes without a mask, by reason.
         report: metrics against the masks of the input file; None unless inference.load_mask is set.
-        is_final: False if the device failed on some boxes; the same command labels them.
+        is_final: False if some boxes failed for a reason that may pass; the same command labels them.
     """
 
     path: Path
@@ -81,7 +82,8 @@ def inference(spec: Spec, console: Console) -> InferenceResult:
         status.write("RUNNING", f"{summary}.", kpi=None if report is None else validation_metrics(report))
         console.print(f"wrote {path}: {summary}")
         if results.unavailable:
-            console.print(f"{journal.path}: the device failed on {len(results.unavailable)} boxes; {RESUME_HINT}")
+            reasons = ", ".join(sorted({failure.reason for failure in results.unavailable.values()}))
+            console.print(f"{len(results.unavailable)} boxes failed, maybe not for good ({reasons}); {RETRY_HINT}")
     return InferenceResult(path, output.labeled, output.failed, report, is_final=not results.unavailable)
 
 
@@ -134,6 +136,8 @@ def _label(job: LabelingJob, results: JobResults, image_dir: Path, console: Cons
     if message is not None:
         console.print(message)
     pending = results.pending
+    if not len(pending.indices):
+        return
     total = len(pending.to_label)
     with (
         console.progress(total, "box", initial=total - len(pending.indices)) as bar,
@@ -150,7 +154,7 @@ def _add(results: JobResults, index: int, label: Label | LabelFailure) -> None:
         results.add({index: {"label": fields}})
         return
     failure = RowFailure("", label.reason, label.message)
-    if label.reason == DEVICE_FAILED:
+    if label.reason in TRANSIENT_REASONS:
         results.unavailable[index] = failure
     else:
         results.add({index: failed(failure)})

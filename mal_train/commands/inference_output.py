@@ -20,6 +20,8 @@ from mal_train.core.metrics.report import EvaluationReport
 MAX_MESSAGES: Final = 1000
 """Different messages of failures that are printed; the output has all of them."""
 
+_OTHERS: Final = "other reasons; each annotation of the output has its own in `error`"
+
 
 class OutputWriter:
     """Writer of the labeled file, which counts and prints the failures.
@@ -86,9 +88,6 @@ class OutputWriter:
             self._console.print(f"no mask{f' for {count} boxes' if count > 1 else ''}: {message}")
         for note in self._plan.head.notes:
             self._console.print(note)
-
-
-_OTHERS: Final = "other reasons; each annotation of the output has its own in `error`"
 
 
 def _compared(evaluator: Evaluator, row: Mapping[str, Any], annotation: Annotation) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
-from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
+from mal_train.core.errors import BadBox, BadImage, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.images.decoder import RgbImage, read_image
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.oom import predict_split
@@ -28,7 +28,9 @@ IMAGES_AHEAD = 4
 FAILURES_PER_BATCH = 256
 """Failures that wait with the crops of a batch; with more, the batch runs before it is full."""
 DEVICE_FAILED = "DEVICE_FAILED"
-"""Reason of the boxes of a batch on which the device failed; a later run may label them."""
+"""Reason of the boxes of a batch on which the device failed."""
+TRANSIENT_REASONS = frozenset({DEVICE_FAILED})
+"""Reasons of boxes that a later run may label."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ def label_boxes(
         options: options of the forward pass; None: the student, once.
         batch_size: crops in a batch, ≥ 1.
         threads: worker threads, ≥ 1.
+
+    Raises:
+        DeviceLost: no further batch can run in this process.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
         decoded = prefetch_map(pool, lambda row: _decode(row, image_dir), rows, threads + IMAGES_AHEAD)
@@ -164,9 +169,15 @@ def _predict_batch(labeler: Labeler, batch: Sequence[_Prepared], options: Predic
 
 
 def _predict_crops(labeler: Labeler, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction | LabelFailure]:
-    """Returns predictions in order. A device error other than lack of memory fails every crop of the batch."""
+    """Returns predictions in order. A device error other than lack of memory fails every crop of the batch.
+
+    Raises:
+        DeviceLost: all later batches would fail too.
+    """
     try:
         predictions = predict_split(labeler.predict, crops, options)
+    except DeviceLost:
+        raise
     except DeviceError as error:
         return [LabelFailure(DEVICE_FAILED, str(error)) for _ in crops]
     return [LabelFailure("OUT_OF_MEMORY", str(p)) if isinstance(p, OutOfDeviceMemory) else p for p in predictions]

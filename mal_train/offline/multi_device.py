@@ -137,7 +137,7 @@ class _Inbox:
             if self._needs_rows[index] and len(self._results[index]) < MAX_WAITING_RESULTS:
                 self._needs_rows[index] = False
                 # `_receive` reports a worker that has ended.
-                with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(ConnectionError):
                     worker.connection.send_bytes(encode_rows(itertools.islice(worker.rows, IMAGES_PER_MESSAGE)))
 
     def _receive(self, index: int) -> None:

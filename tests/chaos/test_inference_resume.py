@@ -22,7 +22,7 @@ from mal_train.cli import main
 from mal_train.core.atomic_io import remedy_of
 from mal_train.core.coco.journal import journal_path
 from mal_train.core.coco.stream import read_list
-from mal_train.core.errors import ConfigError, DeviceError, OutputError, Terminated
+from mal_train.core.errors import ConfigError, DeviceError, DeviceLost, OutputError, Terminated
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Labeler
@@ -259,6 +259,18 @@ def test_boxes_that_the_device_failed_on_are_labeled_by_the_next_run(job: Job, m
     assert job.run() == SOME_FAILED
     assert job.output.read_bytes() == expected
     assert not job.journal.exists()
+
+
+def test_a_lost_device_ends_the_run_with_its_results_kept(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = job.uninterrupted()
+    interrupted(job, monkeypatch, AFTER, DeviceLost("unplugged"))
+    assert "unplugged" in capsys.readouterr().err
+    assert not job.output.exists()
+    assert job.kept()
+    assert job.run() == SOME_FAILED
+    assert job.output.read_bytes() == expected
 
 
 def test_another_job_is_refused_with_the_differences_and_restart_discards_it(

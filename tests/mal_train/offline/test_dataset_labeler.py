@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, read_coco
-from mal_train.core.errors import DeviceError, OutOfDeviceMemory
+from mal_train.core.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
@@ -67,6 +67,11 @@ def test_a_device_error_fails_every_box_of_its_batch(
     results = list(label_boxes(CountingLabeler(max_batch=0, error=error), by_image(coco[0]), coco[1], area))
     assert {value.reason for _, value in results if isinstance(value, LabelFailure)} == {reason}
     assert len(results) == len(coco[0].annotations)
+
+
+def test_a_lost_device_ends_the_labeling(coco: tuple[CocoFile, Path]) -> None:
+    with pytest.raises(DeviceLost):
+        list(label_boxes(CountingLabeler(max_batch=0, error=DeviceLost), by_image(coco[0]), coco[1], area))
 
 
 def test_closing_the_generator_early_ends_its_threads(coco: tuple[CocoFile, Path]) -> None:
