@@ -24,7 +24,7 @@ from mal_train.commands.training_setup import (
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import CocoFile
 from mal_train.core.console import Console
-from mal_train.core.errors import ConfigError, LostProcess
+from mal_train.core.errors import CheckpointError, ConfigError, LostProcess
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.version import distribution_version
 from mal_train.data.annotations import TrainingBoxes
@@ -41,9 +41,11 @@ from mal_train.training.checkpoints import (
     PreemptionHandler,
     newest_checkpoint,
 )
+from mal_train.training.optimizer import build_optimizer
 from mal_train.training.progress import Progress
 from mal_train.training.run_files import MetricsFile, StatusFile, duration
 from mal_train.training.trainer import build_trainer, check_strategy, fit, quiet_libraries
+from mal_train.training.training_state import StateLayout
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class TrainingRun:
             group=group,
         )
         self.validation: ValidationCallback | None = None
+        self._layout: StateLayout | None = None
 
     def run(self) -> TrainResult:
         """Trains, writes the report, and returns the result."""
@@ -168,6 +171,9 @@ class TrainingRun:
             stack.enter_context(quiet_libraries())
             stack.enter_context(preemption.handle_signals())
             trainer = build_trainer(settings, self.module, self.devices, callbacks=callbacks, io=io, folder=self.folder)
+            self._layout = StateLayout.of(
+                trainer, build_optimizer(self.network, self.module.optimizer_settings, fused=False)
+            )
             fit(trainer, self.module, self.data, self.resume, settings)
         if self.status is not None:
             self.status.write("RUNNING", "Training loop complete.")
@@ -191,6 +197,12 @@ class TrainingRun:
     def _on_resume(self, checkpoint: Checkpoint, position: DataPosition) -> None:
         """Takes lineage, fitted settings and data position from a checkpoint."""
         check_same_network(checkpoint, self.network.config, self.resume)
+        # FSDP has replaced the parameters of the network by then.
+        misfit = "" if self.spec.strategy == "fsdp" else self.network.misfit(checkpoint.weights)
+        if misfit:
+            raise CheckpointError(f"{self.resume}: weights that do not fit its settings: {misfit}")
+        assert self._layout is not None
+        self._layout.check(checkpoint.training or {})
         self.lineage = Lineage.from_provenance(checkpoint.provenance)
         self.module.labeler_config = resumed_config(self.spec, self.module.labeler_config, checkpoint.labeler)
         self.data.resume_from(position.epochs, position.batches)

@@ -18,6 +18,7 @@ from mal_train.config.spec import Spec
 from mal_train.core.console import Console
 from mal_train.core.errors import (
     BadDataset,
+    CheckpointError,
     ConfigError,
     NonFiniteTraining,
     OutputError,
@@ -25,7 +26,7 @@ from mal_train.core.errors import (
     Truncated,
     WrongKey,
 )
-from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
+from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import generate_identity, parse_key, write_identity
 from mal_train.training import module as training_module
 from mal_train.training.checkpoints import LATEST, newest_checkpoint, point_latest_to
@@ -309,6 +310,21 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     assert lines[0] != lines[1] == f"wrote {path}"
     assert again == path
     assert_same(dict(expected), dict(load_checkpoint(again, key).weights))
+
+
+def test_a_training_state_that_does_not_fit_this_run_is_refused_before_it_is_restored(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    spec = spec_of(scenes, tmp_path, "train.num_epochs=2")
+    path = run(spec).checkpoint
+    with pytest.raises(CheckpointError, match="training state"):
+        run(spec_of(scenes, tmp_path, "train.num_epochs=3", "model.frozen_stages=[0]"))
+    damaged = load_checkpoint(path, None)
+    assert damaged.training is not None
+    damaged.training["optimizer_states"][0]["state"][0]["exp_avg"] = torch.zeros(1)
+    save_checkpoint(path, damaged, None)
+    with pytest.raises(CheckpointError, match="exp_avg"):
+        run(spec_of(scenes, tmp_path, "train.num_epochs=3"))
 
 
 def test_training_does_not_restart_if_all_checkpoints_are_damaged(
