@@ -1,13 +1,14 @@
 """Writes the page of a study, report.html, and the spec with the best values, best.yaml."""
 
+import json
 import math
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
@@ -19,6 +20,7 @@ from mal_train.core.report.charts import ParallelAxis, history_chart, parallel_c
 from mal_train.core.report.page import (
     Html,
     build_report,
+    folded,
     format_metric,
     fraction_bars,
     preformatted,
@@ -57,7 +59,7 @@ def write_report(
     if best is not None:
         text = best_spec(spec, best, objective)
         write_text(folder / "best.yaml", text)
-        sections.append(section("Best spec", preformatted(text), f"{folder / 'best.yaml'}, from trial {best.number}."))
+        sections.append(_best(folder, best, text))
     sections += [
         _charts(trials, best, objective, space),
         _importances(study),
@@ -75,6 +77,15 @@ def best_spec(spec: Spec, best: FrozenTrial, objective: Objective) -> str:
         f"# Trial {best.number} of the study {spec.tune.study}: {objective.metric} {format_metric(best.value)}. "
         f"Searched fields:\n{values}\n{dump(chosen)}"
     )
+
+
+def _best(folder: Path, best: FrozenTrial, text: str) -> Html:
+    """Returns the best values as overrides to copy, and the complete spec."""
+    overrides = " \\\n    ".join(
+        shlex.quote(f"{name}={_shown(value, exact=True)}") for name, value in best.params.items()
+    )
+    body = preformatted(f"mal-train train -e spec.yaml \\\n    {overrides}") + folded("best.yaml: all fields", text)
+    return section("Best spec", body, f"Trial {best.number}. {folder / 'best.yaml'} is the complete spec.")
 
 
 def agreement_of(trials: Sequence[FrozenTrial]) -> RankAgreement:
@@ -132,7 +143,8 @@ def _importances(study: SharedStudy) -> Html:
         note = f"Needs {MIN_FOR_IMPORTANCE} complete trials; there are {len(complete)}."
         return section("Importance of the fields", "", note)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # Of equal values, which then have equal importances.
+        warnings.simplefilter("ignore", UserWarning)
         values = get_param_importances(study.optuna, evaluator=PedAnovaImportanceEvaluator())
     return section("Importance of the fields", fraction_bars(values), note)
 
@@ -189,8 +201,11 @@ def _state(trial: FrozenTrial) -> str:
     return f"{trial.state.name.lower()}{attempt}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, *, exact: bool = False) -> str:
+    """Returns a value as text; as YAML with all digits if `exact`."""
     value = decoded(value)
+    if exact:
+        return json.dumps(value) if isinstance(value, (list, bool)) or value is None else str(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

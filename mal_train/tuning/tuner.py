@@ -189,7 +189,7 @@ class Tuner:
         trial = running.trial
         running.metrics = {name: _finite(value) for name, value in validation.metrics.items()}
         value = self._objective.value(running.metrics)
-        if value is None or validation.epoch in running.epochs or running.is_lost:
+        if value is None or validation.epoch in running.epochs or running.is_lost or running.is_pruned:
             return
         running.epochs.add(validation.epoch)
         try:

@@ -1,7 +1,9 @@
 """`mal-train tune`: searches with real trainings, the files that it writes, and settings that it refuses."""
 
+import html
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -107,6 +109,10 @@ def test_the_page_and_the_spec_of_a_search(tmp_path: Path, capsys: pytest.Captur
     assert best.train.lr == pytest.approx(result.value)
     assert best.tune == load_spec(None, []).tune
     assert f"# Trial {result.best} of the study mal" in (folder / "best.yaml").read_text()
+    # The overrides to copy give the same training.
+    copied = html.unescape(page[page.index("<pre>mal-train") + 5 : page.index("</pre>")]).replace("\\\n", " ")
+    _, _, _, _, *overrides = shlex.split(copied)
+    assert load_spec(path, overrides).train == best.train
     kept = [file.parent.parent.name for file in folder.glob("trials/*/train/*.malckpt")]
     assert kept == [f"{result.best:04d}"]
     assert "12 of 12 trials done" in capsys.readouterr().err
