@@ -25,14 +25,17 @@ from mal_client.cli.common import (
     make_label_options,
     print_error,
     print_line,
+    refuse_outputs_over_inputs,
 )
 from mal_client.dataset.progress import JsonLog, ProgressDisplay
 from mal_client.dataset.shards import Shard
 from mal_client.types import DatasetOptions, DatasetResult, RowFilter
+from mal_train.core.atomic_io import remedy_of
 from mal_train.core.coco.members import annotation_file
-from mal_train.core.errors import ConfigError
+from mal_train.core.coco.parquet_schema import is_parquet
+from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.settings import MaskFormat
-from mal_train.core.storage.addresses import base_name, is_remote, redact
+from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact
 from mal_train.core.storage.writing import StagedOutput, check_writable, refuse_same_location
 
 RESUME_HINT: Final = "run the same command again to label the missing annotations"
@@ -56,7 +59,8 @@ def add_label(commands: Commands[argparse.ArgumentParser]) -> None:
         "--shard",
         metavar="INDEX/COUNT",
         help="label only this shard of the images (0/16 to 15/16 for 16 shards) into a journal beside OUT.json, on a "
-        "file system that all processes share; mal-client merge then writes OUT.json (default: all images)",
+        "file system that all processes share; mal-client merge then writes OUT.json. From parquet to parquet, label "
+        "only these row groups, and write them to a part in the folder OUT.parquet (default: all images)",
     )
     label.add_argument(
         "--log",
@@ -149,7 +153,10 @@ def _label(arguments: argparse.Namespace) -> int:
 
     options = _dataset_options(arguments)
     shard = None if arguments.shard is None else Shard.parse(arguments.shard)
-    if shard is not None and options != replace(DatasetOptions(options.only, options.ids), restart=options.restart):
+    writes_part = shard is not None and is_parquet(arguments.annotations) and is_parquet(arguments.output)
+    if shard is not None and writes_part:
+        arguments.output = _part(arguments, shard)
+    elif shard is not None and options != replace(DatasetOptions(options.only, options.ids), restart=options.restart):
         raise ConfigError("--format, --polygon-tolerance, --update-bbox: not for shards; give them to mal-client merge")
     output = _staged_output(arguments)
     display = JsonLog() if arguments.log == "json" else ProgressDisplay("label")
@@ -168,7 +175,7 @@ def _label(arguments: argparse.Namespace) -> int:
         )
     if isinstance(display, JsonLog):
         display.result(result, output.shown)
-    elif shard is not None:
+    elif shard is not None and not writes_part:
         print_line(f"shard {shard}: {result.labeled} annotations labeled, {result.failed_count} failed")
         _print_unfinished(result)
     else:
@@ -176,9 +183,27 @@ def _label(arguments: argparse.Namespace) -> int:
     return EXIT_SOME_FAILED if result.failed_count else 0
 
 
+def _part(arguments: argparse.Namespace, shard: Shard) -> Location:
+    """Returns the part of a shard in the folder of --output, which is created, or below its prefix."""
+    folder: Location = arguments.output
+    refuse_outputs_over_inputs([arguments.annotations], [folder])
+    if isinstance(folder, Path):
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"--output {folder}: cannot be made a folder of parts ({error.strerror}); {remedy_of(error)}"
+            ) from error
+    return join(folder, shard.part_name)
+
+
 def _merge(arguments: argparse.Namespace) -> int:
     from mal_client.dataset.merge import merge_shards  # noqa: PLC0415 - as above
 
+    if is_parquet(arguments.annotations) and is_parquet(arguments.output):
+        raise ConfigError(
+            f"merge: shards from parquet to parquet need no merge; the parts in {redact(arguments.output)} are one file"
+        )
     if arguments.shards < 1:
         raise ConfigError(f"--shards {arguments.shards}: expected 1 or more")
     output = _staged_output(arguments)

@@ -38,6 +38,8 @@ from mal_train.core.coco.annotations import ImageInfo
 from mal_train.core.coco.job_results import NOT_LABELED, JobResults
 from mal_train.core.coco.journal import Journal, RowFailure, RowResult, failed, journal_path
 from mal_train.core.coco.output import label_fields
+from mal_train.core.coco.parquet_schema import is_parquet
+from mal_train.core.coco.parquet_share import ParquetShare
 from mal_train.core.coco.plan import DatasetPlan, PendingRows, RowAction, read_plan
 from mal_train.core.storage.addresses import Location
 from mal_train.core.storage.read_ahead import ReadAhead
@@ -72,7 +74,9 @@ def label_dataset(
         output_json: the file with masks.
         options: label options.
         dataset_options: which annotations are labeled, and how they are written.
-        shard: label this shard alone and write no file; the results stay in a journal for `merge_shards`.
+        shard: label this shard alone. From parquet to parquet, `output_json` is its part in a folder
+            (`Shard.part_name`), and no other row group is read. Otherwise no file is written: the results stay in a
+            journal for `merge_shards`.
         publish: called when the file is written and before the journal is deleted, for example to upload the file; if
             it raises, the same call later resumes from the journal.
         on_progress: called after each result.
@@ -88,14 +92,19 @@ def label_dataset(
     refuse_same_location(coco_json, output_json)
     check_writable(output_json)
     images = ImageFiles.of(images_dir)
-    plan = read_plan(coco_json, dataset_options.only, dataset_options.ids)
+    share = _share(coco_json, shard) if is_parquet(coco_json) and is_parquet(output_json) else None
+    plan = read_plan(coco_json, dataset_options.only, dataset_options.ids, share)
     servers = JobServers(clients, options, notify, lookup=lookup)
     info = servers.first
     provenance = provenance_of(info, options)
     manifest = {**job_fingerprint(plan, dataset_options), "images": images.name, **provenance}
     path = journal_path(output_json)
     if shard is not None:
-        manifest, path = {**manifest, SHARD_KEY: str(shard)}, shard.journal_path(output_json)
+        manifest[SHARD_KEY] = str(shard)
+    if share is not None:
+        shard = None  # the plan has no other rows
+    if shard is not None:
+        path = shard.journal_path(output_json)
     with Journal(path, plan.head.count, manifest, restart=dataset_options.restart) as journal, ExitStack() as cleanup:
         if shard is None:
             cleanup.callback(_remove_if_empty, journal)
@@ -117,6 +126,10 @@ def label_dataset(
             if is_final:
                 journal.remove()
         return replace(result, model=answering_model(info, options), is_final=is_final)
+
+
+def _share(coco_json: Location, shard: Shard | None) -> ParquetShare:
+    return ParquetShare(coco_json) if shard is None else ParquetShare(coco_json, shard.index, shard.count)
 
 
 def image_loader(images: ImageFiles, limits: ServerLimits) -> Callable[[ImageInfo], EncodedImage]:

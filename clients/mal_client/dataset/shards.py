@@ -2,7 +2,8 @@
 
 Shard i of n holds every n-th image, starting with the i-th. Each process labels its shard into a journal beside the
 output; when all journals are complete, one process writes the file from them, byte for byte as a single run would. A
-job array needs a folder that all processes share, and nothing else.
+job array needs a folder that all processes share, and nothing else. From parquet to parquet, a shard holds every n-th
+row group instead, and its process writes a part of the output itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mal_train.core.coco.journal import NO_ROW, JournalReader, RowResult, journal_path
+from mal_train.core.coco.parquet_schema import SUFFIX
 from mal_train.core.errors import ConfigError
 from mal_train.core.fingerprint import differences
 
@@ -63,6 +65,15 @@ class Shard:
     def has_image(self, index: int) -> bool:
         """Returns whether the image at this index of the file belongs to the shard."""
         return index % self.count == self.index
+
+    @property
+    def part_name(self) -> str:
+        """File name of the shard in the folder of a job from parquet to parquet.
+
+        >>> Shard(3, 16).part_name
+        'part-00003-of-00016.parquet'
+        """
+        return f"part-{self.index:05d}-of-{self.count:05d}{SUFFIX}"
 
     def journal_path(self, output_json: Path) -> Path:
         """Returns the journal of the shard: `out.json.ledger.3-of-16` beside `out.json`."""

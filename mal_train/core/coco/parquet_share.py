@@ -4,6 +4,7 @@ Share i of n holds the row groups i, i + n, i + 2n, …. Its rows are numbered f
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ class ParquetShare:
         index: number of the share, from 0.
         count: number of shares.
 
+    Attributes:
+        is_whole: there is one share, which holds all rows.
+
     Raises:
         BadDataset: see `ParquetDataset`, or parts are missing.
         ConfigError: there are fewer row groups than shares, or pyarrow is not installed.
@@ -41,6 +45,7 @@ class ParquetShare:
                 f"{redact(path)}: {groups} row groups for {count} shards; use at most {groups} shards, or write "
                 "smaller row groups with mal-client convert --from coco --row-group-boxes"
             )
+        self.is_whole = count == 1
         self._row_groups = self._dataset.row_groups[index::count]
 
     def scan(self, on_annotation: OnAnnotation) -> CocoHead:
@@ -64,7 +69,7 @@ class ParquetShare:
                 on_annotation(number, builder.add_annotation(value, position))
                 number += 1
         builder.reject_duplicate_ids()
-        return builder.build(self._dataset.sha256)
+        return replace(builder.build(self._dataset.sha256), share=self)
 
     def write_transformed(
         self, head: CocoHead, output: Path, transform: RowTransform, provenance: Mapping[str, Any]

@@ -13,6 +13,7 @@ import numpy as np
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
 from mal_train.core.coco.detections import DetectionRows
+from mal_train.core.coco.parquet_share import ParquetShare
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import RowFilter
@@ -166,21 +167,28 @@ class PendingImages(Sequence[tuple[ImageInfo, list[Annotation]]]):
         return image, [Annotation(None, image.id, None, plan.box(row), iscrowd=False, raw={}) for row in rows]
 
 
-def read_plan(coco_json: Location, only: RowFilter = RowFilter.ALL, ids: Collection[JsonId] = ()) -> DatasetPlan:
+def read_plan(
+    coco_json: Location,
+    only: RowFilter = RowFilter.ALL,
+    ids: Collection[JsonId] = (),
+    share: ParquetShare | None = None,
+) -> DatasetPlan:
     """Scans a COCO file and decides on the action for each row.
 
     Args:
         coco_json: the file.
         only: which annotations are labeled.
         ids: annotation ids for `RowFilter.IDS`.
+        share: the part of the file to read; None reads the whole file.
 
     Raises:
         BadDataset: the file as a whole is unusable.
-        ConfigError: `ids` has an id that the file does not have.
+        ConfigError: `ids` has an id that the file does not have. One of several shares does not know the ids of others.
     """
     scan = _Scan(only, frozenset(ids))
-    head = scan_coco(coco_json, scan.add)
-    scan.refuse_unknown_ids()
+    head = scan_coco(coco_json, scan.add) if share is None else share.scan(scan.add)
+    if share is None or share.is_whole:
+        scan.refuse_unknown_ids()
     return scan.plan(head)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Protocol
 
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import (
@@ -49,6 +49,7 @@ class CocoHead:
         repeated_image_ids: image ids that are used more than once.
         repeated_annotation_ids: annotation ids that are used more than once.
         notes: one sentence per invalid row of `images` and `categories`.
+        share: the part of the file that was scanned; None for the whole file.
     """
 
     path: Location
@@ -59,6 +60,7 @@ class CocoHead:
     repeated_image_ids: tuple[JsonId, ...] = ()
     repeated_annotation_ids: tuple[JsonId, ...] = ()
     notes: tuple[str, ...] = ()
+    share: "Share | None" = None
 
 
 OnAnnotation = Callable[[int, Annotation], None]
@@ -69,6 +71,16 @@ OnRows = Callable[[int], None]
 
 RowTransform = Callable[[int, Any, Annotation], Any]
 """Function from the index of a row, the JSON value of the row and the parsed row to the JSON value to write."""
+
+
+class Share(Protocol):
+    """Part of a COCO file that is read and written without the rest."""
+
+    def write_transformed(
+        self, head: CocoHead, output: Path, transform: RowTransform, provenance: Mapping[str, Any]
+    ) -> None:
+        """Writes the part as `stream.write_transformed` writes a file."""
+        ...
 
 
 def scan_coco(
@@ -115,7 +127,7 @@ def write_transformed(
     provenance: Mapping[str, Any],
     annotations: Iterable[tuple[Any, Annotation]] | None = None,
 ) -> None:
-    """Writes a copy of the scanned file in which every annotation is replaced by the result of `transform`.
+    """Writes a copy of the scanned file, or share, in which `transform` replaces every annotation.
 
     The bytes of a JSON file equal those of `write_json_atomic(output, labeled_file(...))`.
 
@@ -124,12 +136,15 @@ def write_transformed(
         output: the file to write, in parquet if its suffix is `.parquet`; may be the input itself.
         transform: called for each annotation, in file order.
         provenance: stored under `PROVENANCE_KEY`; replaces the entry of an earlier run.
-        annotations: (JSON value, parsed row) of rows that take the place of the file's.
+        annotations: (JSON value, parsed row) of rows that take the place of the file's; not for a share.
 
     Raises:
         OutputError: folder missing, no permission, disk full; an existing output is unchanged.
         BadDataset: the input changed after the scan; an existing output is unchanged.
     """
+    if head.share is not None:
+        head.share.write_transformed(head, output, transform, provenance)
+        return
     reader = open_members(head.path)
 
     def transformed() -> Iterator[tuple[str, Any]]:
