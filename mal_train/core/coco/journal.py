@@ -279,7 +279,7 @@ def _results(file: LockedFile, count: int) -> Iterator[tuple[JournalLine, RowRes
     next(lines)
     for start, end, content in lines:
         match content:
-            # The job of a CVAT task notes a failure as one text.
+            # A failure of one text is from the job of a CVAT task, as an older version wrote it.
             case [int() as index, ({"label": dict()} | {"failed": str() | [str(), str(), str()]}) as result] if (
                 0 <= index < count and not isinstance(index, bool)
             ):
@@ -301,7 +301,8 @@ def _good_lines(file: LockedFile) -> Iterator[tuple[int, int, Any]]:
 
 def _result(file: LockedFile, offset: int, length: int) -> RowResult:
     result: RowResult = json.loads(file.read_at(offset, length)[9:])[1]
-    return result
+    text = result.get("failed")
+    return failed(RowFailure("INTERNAL", "", text)) if isinstance(text, str) else result
 
 
 def _line(content: Any) -> bytes:

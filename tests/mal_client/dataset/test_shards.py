@@ -154,6 +154,20 @@ def test_a_label_without_a_mask_is_refused(dataset: Dataset, capsys: pytest.Capt
     assert not dataset.output.exists()
 
 
+@pytest.mark.parametrize("failure", ["abc", "no mask", ["INTERNAL", "", "abc"]])
+def test_a_failure_of_any_form_that_the_journal_reads_is_written(dataset: Dataset, failure: Any) -> None:
+    with serving(FakeServer()) as address:
+        label(address, dataset, "--shard", "0/1")
+    journal = Shard(0, 1).journal_path(dataset.output)
+    *lines, last = journal.read_bytes().splitlines()
+    text = json.dumps([json.loads(last[9:])[0], {"failed": failure}]).encode()
+    journal.write_bytes(b"\n".join([*lines, last, b"%08x %s" % (zlib.crc32(text), text)]) + b"\n")
+    assert merge(dataset, 1) == 3
+    errors = [row["error"] for row in json.loads(dataset.output.read_text())["annotations"] if row.get("error")]
+    message = failure if isinstance(failure, str) else failure[2]
+    assert [message in error["message"] for error in errors if error["reason"] == "INTERNAL"] == [True]
+
+
 @pytest.mark.parametrize("text", ["3", "3/3", "-1/3", "a/b", "0/0", "1/2/3"])
 def test_an_invalid_shard_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=f"shard '?{text}"):

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 from mal_client.client import Client
 from mal_client.dataset.provenance import provenance_of
+from mal_client.errors import ServerError
 from mal_client.integrations.cvat.mask_encoding import mask_points
 from mal_client.integrations.cvat.schema import check_annotations, check_labels
 from mal_client.integrations.cvat.task_plan import (
@@ -30,7 +31,7 @@ from mal_client.integrations.cvat.task_plan import (
 )
 from mal_client.integrations.missing_mask import missing_mask_reason
 from mal_client.types import BoxLabel, LabelOptions, Progress
-from mal_train.core.coco.journal import Journal
+from mal_train.core.coco.journal import Journal, RowFailure, RowResult, failed
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.errors import BadImage, ConfigError, InputError
 from mal_train.core.images.header import read_header
@@ -198,7 +199,7 @@ class _Run:
         """
         missing = [(index, target) for index, target in group if not self._journal.has_label(index)]
         outcomes: list[tuple[int, Target, Json | str]] = [
-            (index, target, dict(entry["label"]))
+            (index, target, _stored(entry["label"], self._journal.path))
             for index, target in group
             if self._journal.has_label(index) and (entry := self._journal.result(index)) is not None
         ]
@@ -230,11 +231,11 @@ class _Run:
         return image_bytes
 
     def _record(self, outcomes: Sequence[tuple[int, Target, Json | str]]) -> None:
-        entries: dict[int, dict[str, Any]] = {}
+        entries: dict[int, RowResult] = {}
         for index, target, outcome in outcomes:
             if isinstance(outcome, str):
                 self._result.skipped.append(SkippedShape(target.key, target.frame, outcome))
-                entries[index] = {"failed": outcome}
+                entries[index] = failed(RowFailure("", "NO_MASK", outcome))
             elif "sent" in outcome or _identity(outcome) in self._existing:
                 self._result.existing += 1
             else:
@@ -258,6 +259,17 @@ def _shape(target: Target, label: BoxLabel) -> Json | str:
     if reason is not None or label.rle is None:
         return str(reason)
     return {**target.shape, "points": mask_points(label.rle), "score": round(label.score, 4)}
+
+
+def _stored(label: Mapping[str, Any], path: Path) -> Json:
+    """Returns a label of the journal: a shape, or the note that it was sent. Raises ConfigError for anything else."""
+    shape = dict(label)
+    if shape.get("sent") is not True:
+        try:
+            check_annotations({"shapes": [shape]})
+        except ServerError:
+            raise ConfigError(f"{path}: holds a result that is no mask of this task; move or delete the file") from None
+    return shape
 
 
 def _identity(shape: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Tests of labeling the rectangles of a CVAT task, with a task in memory."""
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,23 @@ def test_a_failed_call_loses_no_mask_and_repeats_none(
     assert (again.written, again.existing) == ((5, 0) if failure == "fail_creates" else (0, 5))
     assert len(task.masks()) == 5
     assert len(fake.label_requests) == calls, "the masks were in the journal"
+
+
+@pytest.mark.parametrize(("key", "other"), [(b'"frame"', b'"image"'), (b'"points":[', b'"points":["",')])
+def test_a_journal_whose_mask_has_another_form_is_refused(
+    key: bytes, other: bytes, client: Client, tmp_path: Path
+) -> None:
+    task = sample_task()
+    task.fail_creates = 1
+    with pytest.raises(ConnectionError):
+        run(task, client, tmp_path)
+    journal = tmp_path / "task-7.ledger"
+    first, *lines = journal.read_bytes().splitlines()
+    texts = [line[9:].replace(key, other) for line in lines]
+    journal.write_bytes(b"\n".join([first, *(b"%08x %s" % (zlib.crc32(text), text) for text in texts)]) + b"\n")
+    with pytest.raises(ConfigError, match=journal.name):
+        run(task, client, tmp_path)
+    assert task.masks() == []
 
 
 def test_masks_stay_after_the_labeling_server_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
