@@ -14,6 +14,7 @@ import torch
 from mal_train.config.network import NetworkConfig
 from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import remove_stale_temporaries, write_text
+from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, OutputError, Terminated
 from mal_train.core.locked_file import no_follow, try_lock
@@ -197,11 +198,14 @@ def labeler_config(spec: Spec) -> LabelerConfig:
 
 
 def existing_file(text: str | None, field: str) -> Path:
-    """Returns the path in a field; raises ConfigError if the field is empty or the file does not exist."""
+    """Returns the path in a field; raises ConfigError if the field is empty or the file does not exist.
+
+    A folder of parquet parts is a file, too.
+    """
     if not text:
         raise ConfigError(f"{field}: not given; give the path of a file")
     path = Path(text)
-    if not path.is_file():
+    if not path.is_file() and not (path.is_dir() and is_parquet(path)):
         raise ConfigError(f"{field}: {path}; no such file")
     return path
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from mal_client.cli.main import main
 
+from mal_train.core.coco.annotations import read_coco
+from mal_train.core.coco.stream import copy_coco
 from mal_train.core.storage import retry, web_store
 from mal_train.distributed.launch import free_port
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
@@ -370,3 +372,26 @@ def test_signed_prefix_reaches_no_output_and_no_message(dataset: Dataset, capfd:
     assert [
         line for text in [*texts, captured.out, captured.err] for line in text.splitlines() if "0f3c9a" in line
     ] == []
+
+
+def test_shards_of_parquet_read_their_row_groups_and_write_parts(s3: S3, dataset: Dataset) -> None:
+    packed = dataset.folder / "in.parquet"
+    copy_coco(dataset.json_path, packed, row_group_boxes=2)
+    s3.put("in.parquet", packed.read_bytes())
+    given = ["--annotations", s3.address("in.parquet"), "--images", str(dataset.images_dir)]
+    with serving(FakeServer()) as address:
+        assert label(address, local(dataset), str(dataset.output)) == 0
+        for shard in range(2):
+            more = ["--shard", f"{shard}/2", *work_dir(dataset)]
+            assert label(address, given, s3.address("out.parquet"), *more) == 0
+    assert s3.names() == [
+        "in.parquet",
+        "out.parquet/part-00000-of-00002.parquet",
+        "out.parquet/part-00001-of-00002.parquet",
+    ]
+    assert list((dataset.folder / "work").iterdir()) == []
+    assert read_coco(s3.address("out.parquet")).raw == json.loads(dataset.output.read_text())
+    # The parts are one input of the next command.
+    back = dataset.folder / "back.json"
+    assert main(["convert", "--from", "coco", "--labels", s3.address("out.parquet"), "--output", str(back)]) == 0
+    assert back.read_bytes() == dataset.output.read_bytes()
