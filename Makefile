@@ -19,7 +19,7 @@ help:
 	@echo "make test-slow     run the slow tests: wheel, container, proxies"
 	@echo "make chaos   run load and fault tests in full, with their measurements"
 	@echo "make promises  record what the tests of promises measure, and write docs/reliability.md"
-	@echo "make check   format, lint, types, spelling, prose, licenses, generated files"
+	@echo "make check   format, lint, types, spelling, prose, licenses, Kubernetes manifests, generated files"
 	@echo "make lock    write the lock files; make audit: known vulnerabilities; make sbom: bill of materials"
 	@echo "make protos  regenerate the gRPC stubs"
 	@echo "make bench   measure speed as ratios; writes bench.json"

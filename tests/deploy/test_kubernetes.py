@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,15 @@ def test_the_combination_of_components_on_the_page_is_valid(tmp_path: Path) -> N
     assert config.tokens
     assert config.listen.tls_certificate
     assert only(manifests, "ScaledObject")["spec"]["scaleTargetRef"]["name"] == "mal-server"
+
+
+def test_the_command_on_the_page_makes_a_valid_rule_of_the_alerts() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    (command,) = re.findall(r"^(\(printf .*?\)) \| kubectl", page, re.DOTALL | re.MULTILINE)
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    rule = yaml.safe_load(done.stdout)
+    alerts = yaml.safe_load((ROOT / "deploy" / "monitoring" / "alerts.yml").read_text())
+    assert rule["spec"] == alerts
+    assert list(schemas.faults([rule])) == []
+    del rule["spec"]["groups"][0]["rules"][0]["expr"]
+    assert list(schemas.faults([rule])) != []

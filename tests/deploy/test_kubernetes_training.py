@@ -74,7 +74,8 @@ def test_a_drained_pod_ends_all_pods_after_a_checkpoint_and_the_next_start_resum
             assert time.monotonic() < until
             time.sleep(0.05)
         running[1].send_signal(signal.SIGTERM)
-        assert all(codes(running))
+        # torchrun replaces the codes of mal-train, here 143.
+        assert codes(running) == [1, 1]
     (saved,) = steps(machine)
     assert 0 < saved < EPOCHS * STEPS_AN_EPOCH
     with pods(machine, *longer) as running:
