@@ -14,11 +14,18 @@ import torch
 from mal_train.config.network import NetworkConfig
 from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import remove_stale_temporaries, write_text
+from mal_train.core.coco.image_urls import image_urls
+from mal_train.core.coco.members import annotation_file
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, OutputError, Terminated
+from mal_train.core.images.files import ImageFolder
 from mal_train.core.locked_file import no_follow, try_lock
 from mal_train.core.settings import LabelerConfig
+from mal_train.core.storage.addresses import Location, is_remote, join, parse_location, redact
+from mal_train.core.storage.hosts import AllowedHosts
+from mal_train.core.storage.writing import check_writable as check_address_writable
+from mal_train.core.storage.writing import upload
 from mal_train.core.yaml_config import dump
 from mal_train.distributed.env import TUNER
 from mal_train.distributed.launch import SAVE_GRACE_S
@@ -47,6 +54,10 @@ def task_folder(spec: Spec, task: Task) -> Iterator[tuple[Path, StatusFile]]:
         OutputError: the folder cannot be created or written, or another run is using it.
     """
     folder = spec.task_dir(task)
+    if spec.publish_to:
+        if not is_remote(parse_location(spec.publish_to)):
+            raise ConfigError(f"publish_to: {spec.publish_to}; give an address (s3://…): the files are in {folder}")
+        check_address_writable(join(spec.publish_to, f"{task}/status.json"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,6 +127,19 @@ def _recorded(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, Stat
             status.write("FAILURE", f"{type(error).__name__}: {error}")
         raise
     status.write("SUCCESS", f"{task.capitalize()} finished successfully.")
+    if spec.publish_to:
+        _publish(folder, join(spec.publish_to, task))
+
+
+def _publish(folder: Path, prefix: Location) -> None:
+    """Copies the files of a finished command to a prefix; status.json last, which says that all are there.
+
+    Raises:
+        OutputError: an upload failed; the local files are complete.
+    """
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+    for path in sorted(paths, key=lambda path: (path.name == "status.json", path)):
+        upload(path, str(join(prefix, path.relative_to(folder).as_posix())))
 
 
 def _with_crop_size(spec: Spec, task: Task) -> Spec:
@@ -208,6 +232,38 @@ def existing_file(text: str | None, field: str) -> Path:
     if not path.is_file() and not (path.is_dir() and is_parquet(path)):
         raise ConfigError(f"{field}: {path}; no such file")
     return path
+
+
+@contextlib.contextmanager
+def input_file(text: str | None, field: str) -> Iterator[Location]:
+    """Yields where the COCO file in a field can be read several times: its path, a local copy, or parquet in place.
+
+    Raises:
+        ConfigError: the field is empty, the file does not exist, or the address is not usable.
+        StorageError, StoreUnreachable, OutputError: as `local_copy`.
+    """
+    location = parse_location(text or "")
+    if is_remote(location):
+        with annotation_file(location) as path:
+            yield path
+    else:
+        yield existing_file(text, field)
+
+
+def image_folder(spec: Spec, text: str, field: str, annotations: Location) -> ImageFolder:
+    """Returns the images of a COCO file: those in the folder or prefix in a field, or at the URLs of their rows.
+
+    Raises:
+        ConfigError: the field is empty, the folder does not exist, or both it and dataset.coco_url_hosts are given.
+        BadDataset: dataset.coco_url_hosts is given, and the file has no URLs.
+    """
+    hosts = spec.dataset.coco_url_hosts
+    if hosts:
+        if text:
+            raise ConfigError(f"{field}: {redact(text)}; dataset.coco_url_hosts takes its place; give one of them")
+        return ImageFolder(Path(), image_urls(annotations), AllowedHosts.parse(hosts, "dataset.coco_url_hosts"))
+    location = parse_location(text)
+    return ImageFolder(location if text and is_remote(location) else existing_folder(text, field))
 
 
 def checkpoint_file(text: str | None, field: str) -> Path:

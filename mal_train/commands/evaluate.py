@@ -1,8 +1,10 @@
 """`mal-train evaluate`: compares the labels of a checkpoint with the masks of dataset.val_ann_path."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
-from mal_train.commands.common import existing_file, existing_folder, task_folder
+from mal_train.commands.common import image_folder, input_file, task_folder
 from mal_train.commands.detections import DetectionReport, compare_detections
 from mal_train.commands.label import open_labeling_job
 from mal_train.config.spec import Spec
@@ -12,6 +14,7 @@ from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.storage.addresses import parse_location, redact
 from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.training.run_files import validation_metrics
@@ -29,17 +32,20 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
         MalError: a setting, the annotation file or the checkpoint cannot be used.
     """
     settings = spec.evaluate
-    with task_folder(spec, "evaluate") as (folder, status):
+    with task_folder(spec, "evaluate") as (folder, status), ExitStack() as inputs:
         if not spec.dataset.load_mask:
             raise ConfigError("dataset.load_mask: false; evaluation needs the masks; set it to true")
-        ann_path = existing_file(spec.dataset.val_ann_path, "dataset.val_ann_path")
-        image_dir = existing_folder(spec.dataset.val_img_dir, "dataset.val_img_dir")
-        coco = read_coco(ann_path)
+        annotations = inputs.enter_context(input_file(spec.dataset.val_ann_path, "dataset.val_ann_path"))
+        image_dir = image_folder(spec, spec.dataset.val_img_dir, "dataset.val_img_dir", annotations)
+        coco = read_coco(annotations)
+        ann_path = redact(parse_location(spec.dataset.val_ann_path))
         if not has_masks(coco):
             raise BadDataset(f"{ann_path}: no annotation has a segmentation; evaluation compares masks")
         prompts = coco
         if settings.box_inputs:
-            prompts = read_detections(existing_file(settings.box_inputs, "evaluate.box_inputs"), coco)
+            prompts = read_detections(
+                Path(inputs.enter_context(input_file(settings.box_inputs, "evaluate.box_inputs"))), coco
+            )
         job = open_labeling_job(spec, "evaluate", console)
         rows = list(by_image(prompts))
         labels = job.labels(rows, image_dir)
@@ -52,8 +58,8 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
                 report = _compare(coco, rows, results)
         content = {
             **job.provenance(),
-            "annotations": str(ann_path),
-            **({"box_inputs": settings.box_inputs} if settings.box_inputs else {}),
+            "annotations": ann_path,
+            **({"box_inputs": redact(settings.box_inputs)} if settings.box_inputs else {}),
             "precision": job.precision,
             **report.to_dict(),
         }

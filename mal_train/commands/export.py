@@ -14,7 +14,8 @@ from mal_train.commands.common import (
     checkpoint_keys,
     choose_devices,
     existing_file,
-    existing_folder,
+    image_folder,
+    input_file,
     trust_policy,
     worker_threads,
 )
@@ -25,6 +26,7 @@ from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.settings import LabelerConfig
+from mal_train.core.storage.addresses import redact
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
@@ -173,13 +175,15 @@ def _labeler_config(spec: Spec, stored: LabelerConfig) -> LabelerConfig:
 
 
 def _validator(spec: Spec, console: Console) -> Validator:
-    path = existing_file(spec.dataset.val_ann_path, "dataset.val_ann_path")
-    coco = read_coco(path)
+    with input_file(spec.dataset.val_ann_path, "dataset.val_ann_path") as annotations:
+        coco = read_coco(annotations)
+        images = image_folder(spec, spec.dataset.val_img_dir, "dataset.val_img_dir", annotations)
     if not has_masks(coco):
-        raise ConfigError(f"dataset.val_ann_path: no annotation of {path} has a mask to fit to; leave it empty")
+        name = redact(spec.dataset.val_ann_path)
+        raise ConfigError(f"dataset.val_ann_path: no annotation of {name} has a mask to fit to; leave it empty")
     return Validator(
         coco=coco,
-        image_dir=existing_folder(spec.dataset.val_img_dir, "dataset.val_img_dir"),
+        image_dir=images,
         batch_size=spec.evaluate.batch_size,
         fit_thresholds=spec.fits_thresholds,
         fit_calibration=spec.fits_calibration,

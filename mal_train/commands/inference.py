@@ -4,26 +4,27 @@ Results go to a journal beside the output as they are made, and from there into 
 nor masks, and a killed run continues where it ended.
 """
 
-import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mal_train.commands.common import existing_file, existing_folder, handle_sigterm, task_folder
+from mal_train.commands.common import handle_sigterm, image_folder, input_file, task_folder
 from mal_train.commands.inference_output import OutputWriter
 from mal_train.commands.label import LabelingJob, open_labeling_job
 from mal_train.config.labeling import InferenceConfig
 from mal_train.config.spec import Spec
-from mal_train.core.atomic_io import check_writable, refuse_same_file
 from mal_train.core.coco.job_results import JobResults
 from mal_train.core.coco.journal import Journal, RowFailure, failed, journal_path
 from mal_train.core.coco.output import label_fields
 from mal_train.core.coco.plan import DatasetPlan, read_detection_plan, read_plan
 from mal_train.core.console import Console
+from mal_train.core.images.files import ImageFolder, ImageSource
 from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.storage.addresses import Location, base_name, is_remote, parse_location
+from mal_train.core.storage.writing import StagedOutput, check_writable, refuse_same_location
 from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import TRANSIENT_REASONS, LabelFailure
 from mal_train.training.run_files import validation_metrics
@@ -37,7 +38,8 @@ class InferenceResult:
     """Result of labeling a file.
 
     Attributes:
-        path: the written file.
+        path: where the file was written; one with a remote address is deleted there after the upload.
+        output: path or redacted address of the file.
         labeled: number of boxes with a mask; an empty mask counts.
         failed: number of boxes without a mask, by reason.
         report: metrics against the masks of the input file; None unless inference.load_mask is set.
@@ -45,6 +47,7 @@ class InferenceResult:
     """
 
     path: Path
+    output: str
     labeled: int
     failed: Counter[str]
     report: EvaluationReport | None
@@ -64,53 +67,66 @@ def inference(spec: Spec, console: Console) -> InferenceResult:
         Terminated: SIGTERM arrived; the results so far are kept.
     """
     settings = spec.inference
-    with task_folder(spec, "inference") as (folder, status), handle_sigterm():
-        path = folder / settings.label_dump_path
+    with task_folder(spec, "inference") as (folder, status), handle_sigterm(), ExitStack() as inputs:
+        staged = _staged_output(settings, folder)
+        path = staged.path
         check_writable(path)
-        plan = _read_plan(settings, path)
-        image_dir = existing_folder(settings.img_dir, "inference.img_dir")
+        annotations = inputs.enter_context(input_file(settings.ann_path, "inference.ann_path"))
+        plan = _read_plan(settings, annotations, staged.address, inputs)
+        image_dir = image_folder(spec, settings.img_dir, "inference.img_dir", annotations)
         job = open_labeling_job(spec, "inference", console)
-        with _open_journal(path, plan, settings, job, console) as journal:
+        manifest = {**_inputs(plan, image_dir), "precision": job.precision, **job.provenance()}
+        with _open_journal(path, manifest, plan.head.count, console, restart=settings.restart) as journal:
             results = JobResults(plan, journal, complete_images=job.tta.resolve_overlaps)
             _label(job, results, image_dir, console)
             output = OutputWriter(plan, console, compare=settings.load_mask)
             output.write(path, results.result, job.provenance())
             report = output.report()
+            staged.publish()
             if not results.unavailable:
                 journal.remove()
         summary = f"{output.labeled} boxes labeled, {output.failed.total()} failed"
         status.write("RUNNING", f"{summary}.", kpi=None if report is None else validation_metrics(report))
-        console.print(f"wrote {path}: {summary}")
+        console.print(f"wrote {staged.shown(path)}: {summary}")
         if results.unavailable:
             reasons = ", ".join(sorted({failure.reason for failure in results.unavailable.values()}))
             console.print(f"{len(results.unavailable)} boxes failed, maybe not for good ({reasons}); {RETRY_HINT}")
-    return InferenceResult(path, output.labeled, output.failed, report, is_final=not results.unavailable)
+    is_final = not results.unavailable
+    return InferenceResult(path, staged.shown(path), output.labeled, output.failed, report, is_final=is_final)
 
 
-def _read_plan(settings: InferenceConfig, output: Path) -> DatasetPlan:
-    annotations = existing_file(settings.ann_path, "inference.ann_path")
-    refuse_same_file(annotations, output)
+def _staged_output(settings: InferenceConfig, folder: Path) -> StagedOutput:
+    """Returns the output; a remote one is prepared in the output folder, where its journal stays."""
+    given = parse_location(settings.label_dump_path)
+    if not is_remote(given):
+        return StagedOutput(folder / given, folder / given)
+    check_writable(given)
+    return StagedOutput(given, folder / base_name(given))
+
+
+def _read_plan(settings: InferenceConfig, annotations: Location, output: Location, inputs: ExitStack) -> DatasetPlan:
+    refuse_same_location(annotations, output)
+    refuse_same_location(parse_location(settings.ann_path), output)
     if not settings.box_inputs:
         return read_plan(annotations)
-    detections = existing_file(settings.box_inputs, "inference.box_inputs")
-    refuse_same_file(detections, output)
-    return read_detection_plan(annotations, detections)
+    detections = inputs.enter_context(input_file(settings.box_inputs, "inference.box_inputs"))
+    refuse_same_location(detections, output)
+    return read_detection_plan(annotations, Path(detections))
 
 
 @contextmanager
 def _open_journal(
-    output: Path, plan: DatasetPlan, settings: InferenceConfig, job: LabelingJob, console: Console
+    output: Path, manifest: Mapping[str, Any], rows: int, console: Console, *, restart: bool
 ) -> Iterator[Journal]:
     """Opens the journal of an output; deletes it at the end if it holds no label.
 
     Prints what is kept if an error ends the block.
     """
-    manifest = {**_inputs(plan, settings), "precision": job.precision, **job.provenance()}
     with Journal(
         journal_path(output),
-        plan.head.count,
+        rows,
         manifest,
-        restart=settings.restart,
+        restart=restart,
         restart_option="inference.restart=true",
     ) as journal:
         try:
@@ -124,13 +140,13 @@ def _open_journal(
                 journal.remove()
 
 
-def _inputs(plan: DatasetPlan, settings: InferenceConfig) -> dict[str, Any]:
+def _inputs(plan: DatasetPlan, images: ImageFolder) -> dict[str, Any]:
     """Returns the part of a job's manifest that tells which boxes of which files are labeled."""
     detections = {} if plan.detections is None else {"detections_sha256": plan.detections.sha256}
-    return {"input_sha256": plan.head.sha256, **detections, "images": os.path.realpath(settings.img_dir)}
+    return {"input_sha256": plan.head.sha256, **detections, "images": images.name}
 
 
-def _label(job: LabelingJob, results: JobResults, image_dir: Path, console: Console) -> None:
+def _label(job: LabelingJob, results: JobResults, image_dir: ImageSource, console: Console) -> None:
     """Labels the pending boxes and adds each result to the journal."""
     message = results.resume_message()
     if message is not None:

@@ -12,6 +12,7 @@ from mal_train.config.labeling import EvaluateConfig, InferenceConfig
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import Annotation
 from mal_train.core.console import Console
+from mal_train.core.images.files import ImageSource
 from mal_train.core.settings import Branch, LabelerConfig, ScoreBasis
 from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint
@@ -44,7 +45,7 @@ class LabelingJob:
     _section: EvaluateConfig | InferenceConfig
 
     def labels(
-        self, rows: Sequence[Row], image_dir: Path
+        self, rows: Sequence[Row], image_dir: ImageSource
     ) -> Generator[tuple[Annotation, Label | LabelFailure], None, None]:
         """Yields each box that is not a crowd, in the order of `rows`, with its label or failure."""
         return label_on_devices(

@@ -8,6 +8,7 @@ from typing import Any
 from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import write_text
 from mal_train.core.coco.annotations import CocoFile, JsonId
+from mal_train.core.images.files import ImageSource
 from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import InstanceComparison
 from mal_train.core.metrics.score_quality import BAD_IOU
@@ -141,7 +142,7 @@ def failures_by_category(
     return sorted(rows, key=lambda row: (-row[2], -row[3], row[0]))
 
 
-def _cards(compared: Sequence[InstanceComparison], coco: CocoFile, image_dir: Path) -> list[Card]:
+def _cards(compared: Sequence[InstanceComparison], coco: CocoFile, image_dir: ImageSource) -> list[Card]:
     return [
         Card(png_data_uri(panel.image), panel.title, panel.detail) for panel in close_ups(compared, coco, image_dir)
     ]

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from mal_train.commands.common import (
-    existing_file,
-    existing_folder,
+    image_folder,
+    input_file,
     labeler_config,
     model_config,
     train_crop_size,
@@ -16,6 +16,7 @@ from mal_train.commands.common import (
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import CocoFile, read_coco
 from mal_train.core.console import Console
+from mal_train.core.storage.addresses import redact
 from mal_train.data.annotations import TrainingBoxes, select_boxes
 from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataModule, LoaderSettings
@@ -39,15 +40,17 @@ from mal_train.training.validation import Validator, has_masks
 
 def read_training_boxes(spec: Spec, console: Console) -> tuple[CocoFile, TrainingBoxes]:
     """Reads dataset.train_ann_path, and selects the boxes to train on."""
-    coco = read_coco(existing_file(spec.dataset.train_ann_path, "dataset.train_ann_path"))
+    with input_file(spec.dataset.train_ann_path, "dataset.train_ann_path") as annotations:
+        coco = read_coco(annotations)
+        images = image_folder(spec, spec.dataset.train_img_dir, "dataset.train_img_dir", annotations)
     boxes = select_boxes(
         coco,
-        existing_folder(spec.dataset.train_img_dir, "dataset.train_img_dir"),
+        images,
         min_area=spec.dataset.min_obj_size,
         max_area=spec.dataset.max_obj_size,
         compat=spec.compat,
         supervision=spec.train.supervision,
-        name=spec.dataset.train_ann_path,
+        name=redact(spec.dataset.train_ann_path),
     )
     console.print(boxes.summary())
     return coco, boxes
@@ -163,14 +166,17 @@ def build_validation(
     if not spec.dataset.val_ann_path:
         console.print("no validation: dataset.val_ann_path is not given")
         return None
-    coco = read_coco(existing_file(spec.dataset.val_ann_path, "dataset.val_ann_path"))
-    image_dir = existing_folder(spec.dataset.val_img_dir, "dataset.val_img_dir")
+    with input_file(spec.dataset.val_ann_path, "dataset.val_ann_path") as annotations:
+        coco = read_coco(annotations)
+        image_dir = image_folder(spec, spec.dataset.val_img_dir, "dataset.val_img_dir", annotations)
     if not spec.dataset.load_mask:
         console.print("no validation: dataset.load_mask is false")
         return None
     with_masks = has_masks(coco)
     if not with_masks:
-        console.print(f"no annotation of {spec.dataset.val_ann_path} has a mask: validation measures the boxes alone")
+        console.print(
+            f"no annotation of {redact(spec.dataset.val_ann_path)} has a mask: validation measures the boxes alone"
+        )
     validator = Validator(
         coco=coco,
         image_dir=image_dir,

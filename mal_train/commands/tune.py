@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mal_train.commands.common import checkpoint_keys, choose_devices, existing_file, existing_folder
+from mal_train.commands.common import checkpoint_keys, choose_devices, image_folder, input_file
 from mal_train.config.spec import Spec
 from mal_train.config.tune import redacted_url
 from mal_train.core.atomic_io import write_text
@@ -140,12 +140,13 @@ def _result(folder: Path, study: SharedStudy, objective: Objective) -> TuneResul
 
 def _objective(spec: Spec, console: Console) -> Objective:
     """Returns the objective for the validation set; checks the files that every trial needs."""
-    existing_file(spec.dataset.train_ann_path, "dataset.train_ann_path")
-    existing_folder(spec.dataset.train_img_dir, "dataset.train_img_dir")
-    existing_folder(spec.dataset.val_img_dir, "dataset.val_img_dir")
+    with input_file(spec.dataset.train_ann_path, "dataset.train_ann_path") as annotations:
+        image_folder(spec, spec.dataset.train_img_dir, "dataset.train_img_dir", annotations)
     if not spec.dataset.load_mask:
         raise ConfigError("dataset.load_mask: false, which is no validation; trials are compared by it; set it to true")
-    coco = read_coco(existing_file(spec.dataset.val_ann_path, "dataset.val_ann_path"))
+    with input_file(spec.dataset.val_ann_path, "dataset.val_ann_path") as annotations:
+        coco = read_coco(annotations)
+        image_folder(spec, spec.dataset.val_img_dir, "dataset.val_img_dir", annotations)
     objective = choose_objective(spec.tune.objective, has_masks=has_masks(coco))
     reason = ""
     if objective.chosen:

@@ -14,15 +14,28 @@ class DatasetConfig(Strict):
     type: Literal["coco"] = Field(default="coco", description="Format of the annotation files.")
     train_ann_path: str = Field(
         default="",
-        description="COCO JSON file with the training boxes. Masks in it are used only if train.supervision says so.",
+        description=(
+            "COCO file with the training boxes, or its address (s3://, gs://, az://, https://).\n"
+            "Masks in it are used only if train.supervision says so."
+        ),
     )
-    train_img_dir: str = Field(default="", description="Folder of the training images.")
+    train_img_dir: str = Field(
+        default="", description="Folder of the training images, or its address (s3://BUCKET/PREFIX)."
+    )
     val_ann_path: str = Field(
         default="",
-        description="COCO JSON file for validation and evaluation; empty: train without validation.\n"
+        description="COCO file for validation and evaluation, or its address; empty: train without validation.\n"
         "Without masks in it, validation measures how tight and how stable the masks of its boxes are.",
     )
-    val_img_dir: str = Field(default="", description="Folder of the validation images.")
+    val_img_dir: str = Field(default="", description="Folder of the validation images, or its address.")
+    coco_url_hosts: tuple[str, ...] = Field(
+        default=(),
+        max_length=1000,
+        description=(
+            "Fetch each image from the coco_url of its row, from these hosts only, in place of the image folders;\n"
+            'also for inference.ann_path. "*": every host with a public address, by https. [] = read the folders.'
+        ),
+    )
     load_mask: bool = Field(
         default=True,
         description="Read the masks of val_ann_path, for mIoU, AP and threshold fitting; false: no validation.",

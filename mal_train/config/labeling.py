@@ -72,15 +72,17 @@ class InferenceConfig(_TestTimeAugmentation):
     results_dir: str | None = Field(
         default=None, description="Output folder of `mal-train inference`; null: <results_dir>/inference."
     )
-    ann_path: str = Field(default="", description="COCO JSON file with the boxes to label.")
-    img_dir: str = Field(default="", description="Folder of the images of ann_path.")
+    ann_path: str = Field(
+        default="", description="COCO file with the boxes to label, or its address (s3://, gs://, az://, https://)."
+    )
+    img_dir: str = Field(default="", description="Folder of the images of ann_path, or its address.")
     box_inputs: str = Field(
         default="",
         description="COCO results file with detected boxes and scores; they replace the boxes of ann_path.",
     )
     label_dump_path: str = Field(
         default="instances_val2017_mal.json",
-        description="COCO JSON file to write; a relative path is relative to the output folder.",
+        description="COCO JSON file to write, or its address; a relative path is relative to the output folder.",
     )
     restart: bool = Field(
         default=False, description="Discard the results of an unfinished run instead of continuing from its journal."

@@ -6,7 +6,7 @@ the documented spec of TAO's Mask Auto Labeler, so that a TAO spec runs unchange
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -18,7 +18,10 @@ from mal_train.config.tune import TuneConfig, has_credentials, redacted_url
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import is_secret_reference
 from mal_train.core.settings import Compat, LabelerConfig
+from mal_train.core.storage.addresses import is_remote, redact
 from mal_train.core.yaml_config import Signer, Strict, apply_overrides, load_yaml, validate
+
+Section = TypeVar("Section", bound=Strict)
 
 RETIRED = {
     "model_name": "not supported; checkpoints are named mal_model_*; remove it",
@@ -60,6 +63,13 @@ class Spec(Strict):
     results_dir: str = Field(
         default="./results", description="Output folder; each command writes to a subfolder of its own."
     )
+    publish_to: str = Field(
+        default="",
+        description=(
+            "Address (s3://, gs://, az://) below which the output folder of a command is copied when it succeeds;\n"
+            "empty: no copy."
+        ),
+    )
     encryption_key: str | None = Field(
         default=None,
         repr=False,
@@ -92,7 +102,13 @@ class Spec(Strict):
     def task_dir(self, task: Literal["train", "evaluate", "inference", "tune"]) -> Path:
         """Returns the output folder of a command: its own results_dir if given, else <results_dir>/<task>."""
         own: str | None = getattr(self, task).results_dir
-        return Path(own) if own else Path(self.results_dir) / task
+        folder = Path(own) if own else Path(self.results_dir) / task
+        if is_remote(own or self.results_dir):
+            raise ConfigError(
+                f"results_dir: {redact(own or self.results_dir)}; the files of a run are locked and extended, which no "
+                "store allows: give a local folder, and publish_to for a copy of the finished run"
+            )
+        return folder
 
     def labeler_config(self, default_crop_size: int) -> LabelerConfig:
         """Returns the labeler settings that a new checkpoint stores, before validation fits any.
@@ -141,11 +157,19 @@ class Spec(Strict):
         storage = self.tune.storage
         return self.model_copy(
             update={
+                **{name: _without_signatures(getattr(self, name)) for name in ("dataset", "evaluate", "inference")},
+                "publish_to": redact(self.publish_to),
                 "tune": self.tune.model_copy(update={"storage": None if storage is None else redacted_url(storage)}),
                 "encryption_key": _public_form(self.encryption_key),
                 "decryption_key": _public_form(self.decryption_key),
             }
         )
+
+
+def _without_signatures(section: Section) -> Section:
+    """Returns a section whose addresses have neither user, password nor signature."""
+    texts = {name: value for name, value in section if isinstance(value, str) and is_remote(value)}
+    return section.model_copy(update={name: redact(value) for name, value in texts.items()})
 
 
 def load_spec(path: Path | None, overrides: list[str]) -> Spec:

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from mal_train.core.coco.annotations import (
     Annotation,
     CocoFile,
     ImageInfo,
+    JsonId,
     Reason,
     by_image,
     finite_number,
@@ -26,11 +28,14 @@ from mal_train.core.coco.annotations import (
 from mal_train.core.coco.box_filter import training_exclusion
 from mal_train.core.coco.detections import MASK_SCORE
 from mal_train.core.errors import BadBox, BadDataset, BadImage
-from mal_train.core.images.decoder import read_image
+from mal_train.core.images.files import ImageFolder, ImageSource, read_image
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import Box, box_iou, check_box
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Compat
+from mal_train.core.storage.addresses import Location, base_name
+from mal_train.core.storage.hosts import AllowedHosts
+from mal_train.core.storage.read_ahead import ReadAhead
 
 Supervision = Literal["box", "mask", "auto", "pseudo"]
 """Training target: `box` ignores masks, `mask` excludes boxes without a mask, `auto` uses masks where there are any and
@@ -47,7 +52,8 @@ class TrainingBoxes:
     """Boxes to train on.
 
     Attributes:
-        paths: image files; only images with a box.
+        paths: image files, or addresses of images; only images with a box.
+        hosts: web hosts that these addresses may lead to; None for addresses that the user gave.
         size_wh: (images, 2) int64, width and height in px.
         image_of_box: (boxes,) int64 index into `paths`.
         boxes_xywh: (boxes, 4) float64, inside their images.
@@ -57,7 +63,7 @@ class TrainingBoxes:
         mask_weights: (boxes,) float32 weight of each mask, 1 on average; None for equal weights.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[Location, ...]
     size_wh: NDArray[np.int64]
     image_of_box: NDArray[np.int64]
     boxes_xywh: NDArray[np.float64]
@@ -65,6 +71,7 @@ class TrainingBoxes:
     excluded: Counter[str]
     masks: tuple[Rle | None, ...] = ()
     mask_weights: NDArray[np.float32] | None = None
+    hosts: AllowedHosts | None = None
 
     def __len__(self) -> int:
         return len(self.image_of_box)
@@ -76,7 +83,7 @@ class TrainingBoxes:
 
     def digest(self) -> str:
         """Returns a SHA-256 that is equal only for equal image names, boxes, box order and masks."""
-        sha256 = hashlib.sha256(json.dumps([path.name for path in self.paths]).encode())
+        sha256 = hashlib.sha256(json.dumps([base_name(path) for path in self.paths]).encode())
         for array in (self.size_wh, self.image_of_box, self.boxes_xywh):
             sha256.update(array.tobytes())
         for mask in self.masks:
@@ -94,7 +101,7 @@ class TrainingBoxes:
 
 
 def read_training_boxes(
-    ann_path: Path, image_dir: Path, *, min_area: float, max_area: float, compat: Compat
+    ann_path: Path, image_dir: ImageSource, *, min_area: float, max_area: float, compat: Compat
 ) -> TrainingBoxes:
     """Reads a COCO file and selects its boxes; see `select_boxes`.
 
@@ -108,7 +115,7 @@ def read_training_boxes(
 
 def select_boxes(
     coco: CocoFile,
-    image_dir: Path,
+    image_dir: ImageSource,
     *,
     min_area: float,
     max_area: float,
@@ -120,7 +127,8 @@ def select_boxes(
 
     Args:
         coco: the file.
-        image_dir: folder that its file names are relative to.
+        image_dir: folder that its file names are relative to. Remote images are looked at only where the file states no
+            size; one that turns out to be missing is treated like a damaged one.
         min_area: exclusive lower bound of the box area in px².
         max_area: exclusive upper bound in px².
         compat: rule of the filter.
@@ -130,12 +138,13 @@ def select_boxes(
     Raises:
         BadDataset: no box is left to train on.
     """
-    selection = _Selection(_BoxRule(min_area, max_area, compat, supervision))
+    selection = _Selection(_BoxRule(min_area, max_area, compat, supervision), ImageFolder.of(image_dir))
+    selection.read_remote_sizes(coco)
     n_rows_with_image = 0
     for image, annotations in by_image(coco):
         n_rows_with_image += len(annotations)
         if annotations:
-            selection.add_image(image, annotations, image_dir)
+            selection.add_image(image, annotations)
     n_rows_without_image = len(coco.annotations) - n_rows_with_image
     if n_rows_without_image:
         selection.excluded[str(Reason.IMAGE_UNKNOWN)] += n_rows_without_image
@@ -185,15 +194,26 @@ class _Selection:
     """Boxes selected so far."""
 
     rule: _BoxRule
-    paths: list[Path] = field(default_factory=list)
+    images: ImageFolder
+    sizes_read: dict[JsonId, tuple[int, int] | None] = field(default_factory=dict)
+    paths: list[Location] = field(default_factory=list)
     sizes_wh: list[tuple[int, int]] = field(default_factory=list)
     image_of_box: list[int] = field(default_factory=list)
     boxes: list[_SelectedBox] = field(default_factory=list)
     excluded: Counter[str] = field(default_factory=Counter)
 
-    def add_image(self, image: ImageInfo, annotations: Sequence[Annotation], image_dir: Path) -> None:
+    def read_remote_sizes(self, coco: CocoFile) -> None:
+        """Reads the sizes of remote images that the file does not state, several at a time."""
+        if not self.images.is_remote:
+            return
+        unknown = [image for image in coco.images.values() if image.size_wh is None and image.problem is None]
+        with ReadAhead(unknown, lambda image: _read_size(image, self.images), lambda _: 0, attrgetter("id")) as ahead:
+            for image in ahead:
+                self.sizes_read[image.id] = ahead.take(image)
+
+    def add_image(self, image: ImageInfo, annotations: Sequence[Annotation]) -> None:
         """Adds the selected boxes of an image, and the image if there is one; counts the others by reason."""
-        size_wh = _usable_size(image, image_dir)
+        size_wh = self._usable_size(image)
         if size_wh is None:
             self.excluded[str(Reason.IMAGE_UNUSABLE)] += len(annotations)
             return
@@ -206,7 +226,7 @@ class _Selection:
                 self.boxes.append(selected)
                 self.image_of_box.append(len(self.paths))
         if len(self.boxes) > n_before:
-            self.paths.append(image_dir / image.file_name)
+            self.paths.append(self.images.locate(image.file_name))
             self.sizes_wh.append(size_wh)
 
     def to_boxes(self, total: int) -> TrainingBoxes:
@@ -222,7 +242,22 @@ class _Selection:
             self.excluded,
             () if supervision == "box" else tuple(box.mask for box in self.boxes),
             _with_mean_one(weights) if supervision == "pseudo" else None,
+            self.images.hosts,
         )
+
+    def _usable_size(self, image: ImageInfo) -> tuple[int, int] | None:
+        """Returns width and height; None if the row is invalid or the file is missing or cannot be decoded."""
+        if image.problem is not None:
+            return None
+        if image.id in self.sizes_read:
+            return self.sizes_read[image.id]
+        try:
+            location = self.images.locate(image.file_name)
+        except BadImage:
+            return None
+        if not self.images.is_remote and not Path(location).is_file():
+            return None
+        return image.size_wh or _read_size(image, self.images)
 
 
 def pseudo_label_weight(score: object, mask: Rle | None, box_inside: Box) -> float:
@@ -294,14 +329,10 @@ def _mask(annotation: Annotation, size_wh: tuple[int, int]) -> Rle | None:
     return mask if rle.area(mask) else None
 
 
-def _usable_size(image: ImageInfo, image_dir: Path) -> tuple[int, int] | None:
-    """Returns width and height; None if the row is invalid or the file is missing or cannot be decoded."""
-    if image.problem is not None or not (image_dir / image.file_name).is_file():
-        return None
-    if image.size_wh is not None:
-        return image.size_wh
+def _read_size(image: ImageInfo, images: ImageFolder) -> tuple[int, int] | None:
+    """Returns width and height of a file; None if it is missing or cannot be decoded."""
     try:
-        pixels = read_image(image_dir / image.file_name)
+        pixels = read_image(images.locate(image.file_name), hosts=images.hosts)
     except BadImage:
         return None
     return pixels.shape[1], pixels.shape[0]

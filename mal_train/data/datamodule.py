@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from mal_train.core.errors import BadDataset, BadImage, OutputError
-from mal_train.core.images.decoder import RgbImage, read_image
+from mal_train.core.images.decoder import RgbImage
+from mal_train.core.images.files import read_image
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
 from mal_train.core.settings import network_size_class
+from mal_train.core.storage.retry import PATIENT_ATTEMPTS
 from mal_train.data.annotations import SHUFFLE_BYTES, TrainingBoxes, epoch_order
 from mal_train.data.augment import Cropping, Views, make_views
 
@@ -138,7 +140,12 @@ class BoxDataset(Dataset[Sample]):
         image = self._decoded.get(index)
         if image is None:
             width, height = (int(v) for v in self.boxes.size_wh[index])
-            image = read_image(self.boxes.paths[index], expected_wh=(width, height))
+            image = read_image(
+                self.boxes.paths[index],
+                expected_wh=(width, height),
+                hosts=self.boxes.hosts,
+                attempts=PATIENT_ATTEMPTS,
+            )
             self._decoded_bytes += image.nbytes
             while self._decoded and self._decoded_bytes > CACHE_BYTES:
                 _, oldest = self._decoded.popitem(last=False)

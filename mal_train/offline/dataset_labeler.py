@@ -8,13 +8,19 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from operator import itemgetter
 from typing import TypeVar
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, DeviceLost, OutOfDeviceMemory
-from mal_train.core.images.decoder import RgbImage, read_image
+from mal_train.core.images.decoder import RgbImage, decode_image
+from mal_train.core.images.files import ImageFolder, ImageSource
+from mal_train.core.images.header import DEFAULT_LIMITS
+from mal_train.core.storage.addresses import redact
+from mal_train.core.storage.read_ahead import ReadAhead
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.oom import predict_split
 from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
@@ -53,7 +59,7 @@ Finish = Callable[[Annotation, Crop, Prediction], Result]
 def label_boxes(
     labeler: Labeler,
     rows: Iterable[Row],
-    image_dir: Path,
+    image_dir: ImageSource,
     finish: Finish[Result],
     *,
     options: PredictOptions | None = None,
@@ -65,7 +71,7 @@ def label_boxes(
     Args:
         labeler: predicts on the calling thread.
         rows: images with their annotations, from `annotations.by_image`.
-        image_dir: folder that file names are relative to.
+        image_dir: folder that file names are relative to; remote images are read ahead, by threads of their own.
         finish: called on a worker thread with an annotation, its crop and its prediction.
         options: options of the forward pass; None: the student, once.
         batch_size: crops in a batch, ≥ 1.
@@ -74,8 +80,10 @@ def label_boxes(
     Raises:
         DeviceLost: no further batch can run in this process.
     """
-    with ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
-        decoded = prefetch_map(pool, lambda row: _decode(row, image_dir), rows, threads + IMAGES_AHEAD)
+    images = ImageFolder.of(image_dir)
+    with ExitStack() as stack, ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
+        read = _read_rows(rows, images, stack)
+        decoded = prefetch_map(pool, lambda item: _decode(images, *item), read, threads + IMAGES_AHEAD)
         prepared = prefetch_map(pool, lambda task: _prepare(labeler, *task), _tasks(decoded), 2 * threads + 2)
         predicted = _predict(labeler, itertools.chain.from_iterable(prepared), options or PredictOptions(), batch_size)
         yield from prefetch_map(pool, lambda item: _finish(finish, *item), predicted, 2 * batch_size + threads)
@@ -104,7 +112,24 @@ _Prepared = tuple[Annotation, Crop | LabelFailure]
 _Predicted = tuple[Annotation, tuple[Crop, Prediction] | LabelFailure]
 
 
-def _decode(row: Row, image_dir: Path) -> _Decoded:
+def _read_rows(rows: Iterable[Row], images: ImageFolder, stack: ExitStack) -> Iterator[tuple[Row, Callable[[], bytes]]]:
+    """Returns each row with the function that reads its image; remote images are read ahead until `stack` closes."""
+
+    def read(row: Row) -> bytes:
+        return images.read(row[0].file_name, DEFAULT_LIMITS.max_bytes) if _needs_image(row) else b""
+
+    if not images.is_remote:
+        return ((row, partial(read, row)) for row in rows)
+    ahead = stack.enter_context(ReadAhead(enumerate(rows), lambda item: read(item[1]), len, itemgetter(0)))
+    return ((item[1], partial(ahead.take, item)) for item in ahead)
+
+
+def _needs_image(row: Row) -> bool:
+    image, annotations = row
+    return image.problem is None and any(row.problem is None and not row.iscrowd for row in annotations)
+
+
+def _decode(images: ImageFolder, row: Row, read: Callable[[], bytes]) -> _Decoded:
     image, annotations = row
     instances = [annotation for annotation in annotations if not annotation.iscrowd]
     if all(annotation.problem is not None for annotation in instances):
@@ -112,7 +137,8 @@ def _decode(row: Row, image_dir: Path) -> _Decoded:
     if image.problem is not None:
         return LabelFailure(str(Reason.IMAGE_UNUSABLE), image.problem), instances
     try:
-        return read_image(image_dir / image.file_name, expected_wh=image.size_wh), instances
+        name = redact(images.locate(image.file_name))
+        return decode_image(read(), expected_wh=image.size_wh, name=name), instances
     except BadImage as error:
         return LabelFailure(error.reason, str(error)), instances
 

@@ -15,13 +15,13 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
 
 from mal_train.core.coco.annotations import Annotation
 from mal_train.core.errors import LostProcess, MalError
+from mal_train.core.images.files import ImageFolder, ImageSource
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Label
 from mal_train.kernel.networks.network import MalNetwork
@@ -50,7 +50,7 @@ def label_on_devices(
     devices: Sequence[torch.device],
     labeler: Labeler,
     rows: Sequence[Row],
-    image_dir: Path,
+    image_dir: ImageSource,
     *,
     precision: str,
     tta: TtaOptions | None = None,
@@ -84,7 +84,7 @@ def label_on_devices(
             labeler=labeler.config,
             device=str(device),
             precision=precision,
-            image_dir=image_dir,
+            image_dir=ImageFolder.of(image_dir),
             tta=tta,
             batch_size=batch_size,
             threads=max(1, threads // len(devices)),

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from mal_train.core.coco.annotations import Annotation
 from mal_train.core.errors import ConfigError
+from mal_train.core.images.files import ImageSource
 from mal_train.core.masks.geometry import box_mask_in_window
 from mal_train.core.settings import Compat, size_class
 from mal_train.kernel.labeler.labeler import Labeler
@@ -49,7 +49,7 @@ Result = TypeVar("Result")
 
 
 def label_images(
-    labeler: Labeler, rows: Iterable[Row], image_dir: Path, tta: TtaOptions, *, batch_size: int, threads: int
+    labeler: Labeler, rows: Iterable[Row], image_dir: ImageSource, tta: TtaOptions, *, batch_size: int, threads: int
 ) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
     """Yields every annotation that is not a crowd, in the order of `rows`, with its label or the reason of its failure.
 

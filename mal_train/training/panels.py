@@ -7,7 +7,8 @@ from pathlib import Path
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import CocoFile, JsonId
 from mal_train.core.errors import BadImage, OutputError
-from mal_train.core.images.decoder import RgbImage, encode_png, read_image
+from mal_train.core.images.decoder import RgbImage, encode_png
+from mal_train.core.images.files import ImageFolder, ImageSource, read_image
 from mal_train.core.metrics.evaluator import InstanceComparison
 from mal_train.core.report.contact_sheet import CELL, contact_sheet_image
 from mal_train.core.report.overlays import draw_close_up
@@ -23,7 +24,7 @@ class CloseUp:
 
 
 def close_ups(
-    compared: Sequence[InstanceComparison], coco: CocoFile, image_dir: Path, *, side: int = 240
+    compared: Sequence[InstanceComparison], coco: CocoFile, image_dir: ImageSource, *, side: int = 240
 ) -> list[CloseUp]:
     """Draws close-ups in the order of `compared`; their longer side is `side` px.
 
@@ -33,11 +34,12 @@ def close_ups(
     by_image: dict[JsonId, list[int]] = {}
     for index, pair in enumerate(compared):
         by_image.setdefault(pair.row.image_id, []).append(index)
+    images = ImageFolder.of(image_dir)
     drawn: dict[int, CloseUp] = {}
     for image_id, indices in by_image.items():
         info = coco.images[image_id]
         try:
-            image = read_image(image_dir / info.file_name, expected_wh=info.size_wh)
+            image = read_image(images.locate(info.file_name), expected_wh=info.size_wh, hosts=images.hosts)
         except BadImage:
             continue
         for index in indices:
@@ -76,7 +78,7 @@ class ContactSheet:
         self,
         folder: Path,
         coco: CocoFile,
-        image_dir: Path,
+        image_dir: ImageSource,
         count: int,
         add_image: Callable[[str, RgbImage, int], None],
     ) -> None:

@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from mal_train.core.coco.annotations import Annotation, CocoFile, by_image
 from mal_train.core.errors import BadDataset
+from mal_train.core.images.files import ImageSource
 from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
 from mal_train.core.metrics.report import EvaluationReport
@@ -49,7 +49,7 @@ class ValidationSnapshot:
 
     result: ValidationResult
     coco: CocoFile
-    image_dir: Path
+    image_dir: ImageSource
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Validator:
     """
 
     coco: CocoFile
-    image_dir: Path
+    image_dir: ImageSource
     batch_size: int
     fit_thresholds: bool
     precision: str

@@ -66,7 +66,7 @@ class ImageFiles:
         """Returns images that are fetched from their URLs, by file name, from allowed hosts only."""
         files = cls(_NO_FOLDER)
         files._folder = ImageFolder(_NO_FOLDER, urls, hosts)
-        files.name = f"coco_url at {', '.join(hosts.listed())}"
+        files.name = files._folder.name
         return files
 
     @property

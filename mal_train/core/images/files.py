@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mal_train.core.errors import BadImage, StorageError, StoreUnreachable
@@ -19,13 +21,16 @@ _STORE_FAULTS: Final = ("NO_CREDENTIALS", "BUCKET_NOT_FOUND")
 """Reasons that concern all images, not one."""
 
 
-def read_image_bytes(location: Location, max_bytes: int, *, hosts: AllowedHosts | None = None) -> bytes:
+def read_image_bytes(
+    location: Location, max_bytes: int, *, hosts: AllowedHosts | None = None, attempts: int | None = None
+) -> bytes:
     """Returns the bytes of an image file.
 
     Args:
         location: path or address.
         max_bytes: size limit.
         hosts: web hosts that may be contacted for a URL that the user did not give; None for other locations.
+        attempts: number of attempts while a store is unreachable; None: `retry.ATTEMPTS`.
 
     Raises:
         BadImage: the file cannot be read (reason IMAGE_NOT_FOUND) or is larger than `max_bytes` (IMAGE_TOO_LARGE).
@@ -33,7 +38,7 @@ def read_image_bytes(location: Location, max_bytes: int, *, hosts: AllowedHosts 
     """
     name = redact(location)
     try:
-        return read_bytes(location, max_bytes, hosts=hosts)
+        return read_bytes(location, max_bytes, hosts=hosts, attempts=attempts)
     except StorageError as error:
         if error.reason in _STORE_FAULTS:
             raise
@@ -51,6 +56,22 @@ def read_image_bytes(location: Location, max_bytes: int, *, hosts: AllowedHosts 
         ) from None
 
 
+def read_image(
+    location: Location,
+    *,
+    expected_wh: tuple[int, int] | None = None,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    hosts: AllowedHosts | None = None,
+    attempts: int | None = None,
+) -> RgbImage:
+    """Decodes an image file; see `decode_image` and, for the other arguments and errors, `read_image_bytes`."""
+    # Imported here: it loads Pillow, which callers that decode nothing do not need.
+    from mal_train.core.images.decoder import decode_image  # noqa: PLC0415
+
+    data = read_image_bytes(location, limits.max_bytes, hosts=hosts, attempts=attempts)
+    return decode_image(data, expected_wh=expected_wh, limits=limits, name=redact(location))
+
+
 @dataclass(frozen=True)
 class ImageFolder:
     """Images by the file names of a COCO file.
@@ -64,6 +85,18 @@ class ImageFolder:
     base: Location
     urls: Mapping[str, str] | None = None
     hosts: AllowedHosts | None = None
+
+    @classmethod
+    def of(cls, source: ImageSource) -> ImageFolder:
+        """Returns `source` itself, or the images of a folder."""
+        return source if isinstance(source, ImageFolder) else cls(source)
+
+    @property
+    def name(self) -> str:
+        """Real path or redacted address, for journals."""
+        if self.urls is not None:
+            return f"coco_url at {', '.join(self.hosts.listed() if self.hosts else [])}"
+        return redact(self.base) if is_remote(self.base) else os.path.realpath(self.base)
 
     @property
     def is_remote(self) -> bool:
@@ -87,12 +120,6 @@ class ImageFolder:
         """Returns the bytes of an image. Raises as `read_image_bytes`."""
         return read_image_bytes(self.locate(file_name), max_bytes, hosts=self.hosts)
 
-    def read_image(
-        self, file_name: str, *, expected_wh: tuple[int, int] | None = None, limits: ImageLimits = DEFAULT_LIMITS
-    ) -> RgbImage:
-        """Decodes an image; see `decode_image`. Raises also as `read_image_bytes`."""
-        # Imported here: it loads Pillow, which callers that decode nothing do not need.
-        from mal_train.core.images.decoder import decode_image  # noqa: PLC0415
 
-        data = self.read(file_name, limits.max_bytes)
-        return decode_image(data, expected_wh=expected_wh, limits=limits, name=redact(self.locate(file_name)))
+ImageSource = ImageFolder | Path
+"""Images below a folder, or of any other kind."""

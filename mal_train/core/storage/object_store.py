@@ -34,6 +34,16 @@ _filesystems: dict[tuple[int, str], Any] = {}
 _filesystems_lock = threading.Lock()
 
 
+def _renew_lock() -> None:
+    """Replaces a lock that another thread of the forked process may have held."""
+    global _filesystems_lock  # noqa: PLW0603 (a lock cannot be reset)
+    _filesystems_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 class ObjectInfo(NamedTuple):
     """Size of an object in bytes, None if the store does not state it, and its version; "" if there is none."""
 

@@ -24,8 +24,8 @@ class ReadAhead(Generic[Item, Content]):
     """Iterator over items whose content is read ahead; `take` returns the content of an item. A context manager.
 
     Iterate in one thread at a time. `take` may be called in any thread and order, once for each item that was yielded;
-    another call reads the item again. An item whose read has not begun is read by the thread that takes it, so that no
-    limit can block it.
+    another call, or one after `close`, reads the item again. An item whose read has not begun is read by the thread
+    that takes it, so that no limit can block it.
 
     Memory: at most `max_items` items and `max_bytes` bytes, and one item more for each reader that was reading when the
     limit was reached.
@@ -97,12 +97,6 @@ class ReadAhead(Generic[Item, Content]):
             self._sizes.pop(key, None)
             self._changed.notify_all()
         return self._read(item) if future is None else future.result()
-
-    def contents(self) -> Iterator[tuple[Item, Callable[[], Content]]]:
-        """Yields each item with the function that takes its content, and closes at the end."""
-        with self:
-            for item in self:
-                yield item, lambda item=item: self.take(item)  # type: ignore[misc]
 
     def close(self) -> None:
         """Ends the threads, each after the read that it is in; does not wait for them."""

@@ -47,7 +47,9 @@ def store_of(address: str, hosts: AllowedHosts | None = None) -> Store:
     return _STORES.get(scheme_of(address)) or WebStore(hosts)
 
 
-def read_bytes(address: Location, max_bytes: int, *, hosts: AllowedHosts | None = None) -> bytes:
+def read_bytes(
+    address: Location, max_bytes: int, *, hosts: AllowedHosts | None = None, attempts: int | None = None
+) -> bytes:
     """Returns the content of a file of at most `max_bytes`.
 
     The size is checked before the download; one that is not stated is limited while reading. The bytes are those of one
@@ -57,6 +59,7 @@ def read_bytes(address: Location, max_bytes: int, *, hosts: AllowedHosts | None 
         address: path or address.
         max_bytes: size limit.
         hosts: web hosts that may be contacted; None trusts the address, as one that the user gave.
+        attempts: number of attempts; None: that of the store.
 
     Raises:
         StorageError: see `StorageError.reason`.
@@ -71,7 +74,7 @@ def read_bytes(address: Location, max_bytes: int, *, hosts: AllowedHosts | None 
         return content
     text = str(address)
     store = store_of(text, hosts)
-    return with_retries(lambda: store.read(text, max_bytes), redact(text), attempts=store.attempts)
+    return with_retries(lambda: store.read(text, max_bytes), redact(text), attempts=attempts or store.attempts)
 
 
 @contextmanager

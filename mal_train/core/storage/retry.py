@@ -12,6 +12,9 @@ Result = TypeVar("Result")
 ATTEMPTS: Final = 5
 FIRST_PAUSE_S = 0.5
 """Mean pause before the second attempt; doubled before each further one. 7.5 s in all."""
+LONGEST_PAUSE_S: Final = 30.0
+PATIENT_ATTEMPTS: Final = 9
+"""Attempts of a training, which cannot be taken up at any image: pauses of some 90 s in all."""
 
 CONNECT_TIMEOUT_S: Final = 10.0
 READ_TIMEOUT_S: Final = 30.0
@@ -68,5 +71,5 @@ def with_retries(
                     "the command again"
                 ) from None
         # Spread out: many readers fail together, and would come back together.
-        sleep(FIRST_PAUSE_S * 2 ** (number - 1) * random.uniform(0.5, 1.5))
+        sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (number - 1)) * random.uniform(0.5, 1.5))
     raise AssertionError("one attempt at least")

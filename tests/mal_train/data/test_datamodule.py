@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mal_train.core.errors import BadDataset
-from mal_train.core.images.decoder import read_image
+from mal_train.core.images.files import read_image
 from mal_train.core.settings import Compat
 from mal_train.data import datamodule
 from mal_train.data.annotations import TrainingBoxes, read_training_boxes
@@ -54,7 +54,7 @@ def test_the_cache_of_decoded_images_is_bounded(boxes: TrainingBoxes, monkeypatc
 
 
 def test_a_sample_of_an_unreadable_image_is_replaced_and_the_image_is_named(boxes: TrainingBoxes) -> None:
-    boxes.paths[0].write_bytes(b"not an image")
+    Path(boxes.paths[0]).write_bytes(b"not an image")
     sample = BoxDataset(boxes, CROPPING, seed=0)[0, 0]
     assert str(boxes.paths[0]) in sample.bad_images[0]
     assert sample.views.student.shape == (32, 32, 3)
@@ -63,7 +63,7 @@ def test_a_sample_of_an_unreadable_image_is_replaced_and_the_image_is_named(boxe
 
 def test_a_set_without_readable_images_is_rejected(boxes: TrainingBoxes) -> None:
     for path in boxes.paths:
-        path.write_bytes(b"not an image")
+        Path(path).write_bytes(b"not an image")
     with pytest.raises(BadDataset, match=str(datamodule.MAX_REPLACEMENTS)):
         BoxDataset(boxes, CROPPING, seed=0)[0, 0]
 
@@ -133,7 +133,7 @@ def test_few_images_are_opened_by_two_processes(tmp_path: Path) -> None:
 
 
 def test_the_replacement_of_an_unreadable_image_is_deterministic(boxes: TrainingBoxes) -> None:
-    boxes.paths[0].write_bytes(b"not an image")
+    Path(boxes.paths[0]).write_bytes(b"not an image")
     one, other = (BoxDataset(boxes, CROPPING, seed=3) for _ in range(2))
     other[1, 5]
     assert np.array_equal(one[1, 0].views.student, other[1, 0].views.student)

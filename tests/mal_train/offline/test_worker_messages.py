@@ -6,9 +6,11 @@ import pytest
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import MalError, OutputError
+from mal_train.core.images.files import ImageFolder
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, Compat, LabelerConfig
+from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.kernel.labeler.types import Label, PredictOptions
 from mal_train.kernel.networks.network import ModelConfig
 from mal_train.offline.dataset_labeler import LabelFailure
@@ -33,7 +35,7 @@ JOB = WorkerJob(
     labeler=LabelerConfig(64, 0.3, (0.1, 0.2, 0.3), compat=Compat.TAO, calibration=((0.0, 0.1), (1.0, 0.9))),
     device="cuda:1",
     precision="bfloat16",
-    image_dir=Path("images"),
+    image_dir=ImageFolder(Path("images"), {"a.png": "https://host/a.png"}, AllowedHosts(frozenset({"host"}))),
     tta=TtaOptions(PredictOptions(Branch.MIXED, flip=True), (0.2, 0.6), True, True),
     batch_size=3,
     threads=2,

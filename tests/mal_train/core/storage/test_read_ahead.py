@@ -99,9 +99,3 @@ def test_threads_end_when_it_is_closed() -> None:
     with ahead(range(3), lambda _: b"x"):
         pass
     until(lambda: threading.active_count() <= before)
-
-
-def test_contents_yields_items_with_the_function_that_takes_them() -> None:
-    assert [(item, take()) for item, take in ahead(range(5), lambda item: b"%d" % item).contents()] == [
-        (n, b"%d" % n) for n in range(5)
-    ]
