@@ -34,6 +34,10 @@ READ_AHEAD_BYTES = 256 * 1024
 
 KEEPALIVE_TIMEOUT_MS = 20_000
 
+MIN_PING_INTERVAL_MS = 30_000
+"""Least time between two pings of a client without other traffic. With gRPC's default, 5 min, the server would end the
+connections of clients that look whether it is still there."""
+
 
 class _CallDetails(NamedTuple):
     """The argument of a generic handler."""
@@ -59,6 +63,7 @@ def core_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
         ("grpc.max_connection_age_grace_ms", _milliseconds(connections.age_grace_s)),
         ("grpc.keepalive_time_ms", _milliseconds(connections.keepalive_s)),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         # Otherwise a second server binds the same port silently and receives half of the calls.
         ("grpc.so_reuseport", 0),
     )

@@ -29,17 +29,18 @@ class Connections(Strict):
         description="Seconds after which a connection without a call is closed; clients reconnect by themselves.",
     )
     max_age_s: float = Field(
-        default=3600.0,
+        default=300.0,
         ge=0.1,
         le=31_536_000.0,
         description="Age in seconds, give or take a tenth, at which a connection takes no further calls; clients open\n"
-        "another one.",
+        "another one. Only then do they resolve the name of several servers again, and find a new one.",
     )
     age_grace_s: float = Field(
         default=3600.0,
         ge=0.1,
         le=31_536_000.0,
-        description="Seconds after that for the calls of the connection to finish before they end with UNAVAILABLE.",
+        description="Seconds after that for the calls of the connection to finish before they end with UNAVAILABLE;\n"
+        "longer than any call of one image. mal-client continues streams that it cuts.",
     )
     keepalive_s: float = Field(
         default=60.0,

@@ -57,6 +57,40 @@ def test_a_refusal_is_one_line_with_the_names(
     assert len(error.splitlines()) == 1
 
 
+@pytest.fixture
+def both() -> Iterator[str]:
+    """Returns the addresses of two servers, of which the second does not serve `dogs`."""
+    with (
+        served(checkpoint=None, models=MODELS, listen={"host": "127.0.0.1", "port": 0}) as first,
+        served(checkpoint=None, models=MODELS[:1], listen={"host": "127.0.0.2", "port": 0}) as second,
+    ):
+        yield f"{first},{second}"
+
+
+def test_models_of_several_servers_are_listed_with_the_server(both: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = both.split(",")
+    assert main.main(["models", "list", "--server", both]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [[first, "cats"], [first, "dogs"], [second, "cats"]]
+    assert main.main(["models", "list", "--json", "--server", both]) == 0
+    assert [row["server"] for row in json.loads(capsys.readouterr().out)] == [first, first, second]
+
+
+def test_models_are_loaded_and_unloaded_on_each_of_several_servers(
+    both: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = both.split(",")
+    assert main.main(["models", "load", "cats", "--server", both]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [[first, "cats:"], [second, "cats:"]]
+    # One of them has no such model: the other must not keep it because of that.
+    assert main.main(["models", "unload", "dogs", "--server", both]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.split()[:2] == [first, "dogs:"]
+    assert second in printed.err
+    assert main.main(["models", "list", "--server", both]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [[first, "cats"], [second, "cats"]]
+
+
 def test_the_branches_of_the_named_model_decide() -> None:
     predictor = BrightPredictor()
     with (

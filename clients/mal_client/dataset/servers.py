@@ -8,16 +8,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mal_client.bulk.server_finder import ServerChanges
 from mal_client.dataset.provenance import provenance_of
-from mal_client.errors import CallTimedOut, InvalidRequest, ServerError, ServerUnavailable
+from mal_client.errors import CallCancelled, CallTimedOut, ClientError, InvalidRequest, ServerUnavailable
 from mal_client.transport.base import Transport
 from mal_client.transport.resolver import Lookup, system_lookup
 from mal_client.types import LabelOptions, ServerInfo, ServerLimits
-from mal_train.core.errors import ConfigError
+from mal_train.core.errors import ConfigError, MalError
 from mal_train.core.fingerprint import differences
 
 FIRST_PAUSE_S = 10.0
@@ -25,6 +26,9 @@ FIRST_PAUSE_S = 10.0
 
 LONGEST_PAUSE_S = 300.0
 MAX_DOUBLINGS = 10
+
+MAX_ASKED = 16
+"""Servers that are asked at once: one that does not answer takes seconds."""
 
 SHARED_LIMITS = ("max_boxes", "max_image_bytes", "max_pixels", "max_side")
 """Limits of one image; the items of a job keep to the lowest of all servers."""
@@ -95,17 +99,21 @@ class JobServers:
         with self._look_lock:
             notices = list(self._resolve_again())
             listed = {client.address: client for clients in self._known for client in clients}
+            now = self._clock()
+            unused = [
+                client
+                for address, client in listed.items()
+                if address not in in_use and self._failures_of(address).not_before <= now
+            ]
             added: list[tuple[Transport, int]] = []
-            for address, client in listed.items():
-                if address in in_use or self._clock() < self._failures_of(address).not_before:
+            for client, info in zip(unused, self._ask(unused), strict=True):
+                reason = self._problem(client.address, info)
+                if isinstance(info, ServerInfo) and not reason:
+                    added.append((client, info.limits.max_items_in_flight))
                     continue
-                max_items, reason = self._check(client)
-                if not reason:
-                    added.append((client, max_items))
-                elif reason != self._failures_of(address).text:
+                if reason != self._failures_of(client.address).text:
                     notices.append(f"{reason}; the job continues without it")
-                if reason:
-                    self._note_failure(address, reason)
+                self._note_failure(client.address, reason)
             return ServerChanges(added, in_use - listed.keys(), notices)
 
     def note_lost(self, address: str) -> None:
@@ -121,12 +129,14 @@ class JobServers:
                 errors.append(error)
         servers = list({client.address: client for known in self._known for client in known}.values())
         reachable: list[tuple[Transport, ServerInfo]] = []
-        for client in servers:
-            try:
-                reachable.append((client, client.server_info().for_options(self._options)))
-            except (ServerUnavailable, CallTimedOut) as error:
-                errors.append(error)
-                self._note_failure(client.address, str(error))
+        for client, info in zip(servers, self._ask(servers), strict=True):
+            if isinstance(info, ServerInfo):
+                reachable.append((client, info))
+            elif isinstance(info, ServerUnavailable | CallTimedOut):
+                errors.append(info)
+                self._note_failure(client.address, str(info))
+            else:
+                raise info
         if not reachable:
             raise errors[0]
         for unreachable in errors:
@@ -147,26 +157,41 @@ class JobServers:
         for index, client in enumerate(self._clients):
             try:
                 self._known[index] = list(client.servers(self._lookup))
-            except ServerUnavailable as error:
+            except (ServerUnavailable, ConfigError) as error:
                 if str(error) != self._name_errors[index]:
                     yield f"{error}; continuing with the servers that are known"
                 self._name_errors[index] = str(error)
             else:
                 self._name_errors[index] = ""
 
-    def _check(self, client: Transport) -> tuple[int, str]:
-        """Returns the limit of items in flight of a server, and the reason not to use it, if any."""
+    def _ask(self, clients: Sequence[Transport]) -> list[ServerInfo | MalError]:
+        """Returns what each server serves under these options, or its error; many are asked at once."""
+        if not clients:
+            return []
+        threads = ThreadPoolExecutor(min(len(clients), MAX_ASKED))
         try:
-            info = client.server_info().for_options(self._options)
-        except (ServerUnavailable, CallTimedOut, ServerError, InvalidRequest) as error:
-            return 0, str(error)
+            return list(threads.map(self._info_of, clients))
+        finally:
+            # Without a wait: a user who interrupts the start should not wait for the timeouts.
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _info_of(self, client: Transport) -> ServerInfo | MalError:
+        try:
+            return client.server_info().for_options(self._options)
+        except CallCancelled:
+            raise
+        except (ClientError, InvalidRequest) as error:
+            return error
+
+    def _problem(self, address: str, info: ServerInfo | MalError) -> str:
+        """Returns the reason for which the job cannot use a server; empty if it can."""
+        if isinstance(info, MalError):
+            return str(info)
         different = differences(provenance_of(info, self._options), self._expected)
         if different:
-            return 0, f"{client.address}: differs from the job: {'; '.join(different)}; {_SAME_MASKS}"
+            return f"{address}: differs from the job: {'; '.join(different)}; {_SAME_MASKS}"
         lower = [name for name in SHARED_LIMITS if getattr(info.limits, name) < getattr(self.limits, name)]
-        if lower:
-            return 0, f"{client.address}: lower limits than the job began with: {', '.join(lower)}"
-        return info.limits.max_items_in_flight, ""
+        return f"{address}: lower limits than the job began with: {', '.join(lower)}" if lower else ""
 
     def _failures_of(self, address: str) -> _Failures:
         with self._lock:

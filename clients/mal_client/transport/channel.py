@@ -37,6 +37,12 @@ gRPC's default is 30 minutes. Balanced channels reconnect at once when a server 
 DNS_PAUSE_MS = 10_000
 """Least time between two resolutions of a name, which a lost or aged connection causes; gRPC's default is 30 s."""
 
+KEEPALIVE_MS = 60_000
+"""Interval of pings during calls. A server that does not answer within KEEPALIVE_TIMEOUT_MS hangs or has vanished: its
+calls end with UNAVAILABLE and go to others, long before their deadline."""
+
+KEEPALIVE_TIMEOUT_MS = 20_000
+
 SERVICE_CONFIG: dict[str, Any] = {
     # The default, pick_first, sends every call to one of the servers of a name.
     "loadBalancingConfig": [{"round_robin": {}}],
@@ -81,6 +87,8 @@ def channel_options(*, has_several: bool = False) -> list[tuple[str, Any]]:
         ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
         ("grpc.service_config", json.dumps(service_config)),
         ("grpc.client_idle_timeout_ms", IDLE_TIMEOUT_MS),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.dns_min_time_between_resolutions_ms", DNS_PAUSE_MS),
         # gRPC's defaults (1 s, growing to 2 min) would delay the client long after a server restart.
         ("grpc.initial_reconnect_backoff_ms", 200),
