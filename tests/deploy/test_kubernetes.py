@@ -36,7 +36,7 @@ def settings_of(manifests: list[Manifest], tmp_path: Path) -> ServerConfig:
 
 def test_every_overlay_and_job_is_there() -> None:
     assert {"base", *(f"overlays/{name}" for name in ("cpu", "gpu", "hpa", "keda", "tls"))} == set(SERVERS)
-    assert set(JOBS) == {"label", "label-tls", "merge", "ray", "train"}
+    assert set(JOBS) == {"label", "label-parquet", "label-tls", "merge", "ray", "train"}
 
 
 @pytest.mark.parametrize("folder", folders())

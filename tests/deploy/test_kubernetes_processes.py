@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+from mal_client.cli.main import main
 
 from mal_server.ops.health_probe import HealthProbe
 from mal_train.distributed.launch import free_port
@@ -154,6 +155,28 @@ def test_the_shards_of_the_job_merge_to_the_file_of_a_single_run(
     assert all(row["area"] > 0 for row in rows)
     assert not list(merged.parent.glob("*.ledger*"))
     record("shards", shards=SHARDS, boxes=len(rows))
+
+
+def test_shards_from_parquet_to_parquet_need_no_merge(machine: Host, server: Manifest) -> None:
+    label = container_of("label-parquet", SHARDS=str(SHARDS))
+    source, output = machine.path("/data/boxes.parquet"), machine.path("/data/masks.parquet")
+    convert(machine.path("/data/boxes.json"), source, "--row-group-boxes", "4")
+    for index in range(SHARDS):
+        done = machine.run(label, JOB_COMPLETION_INDEX=str(index))
+        assert done.returncode == 0, done.stderr
+    labeled, single = machine.path("/data/from-parquet.json"), machine.path("/data/from-json.json")
+    convert(output, labeled)
+    words = ["--shard=", "--annotations=", "--output="]
+    alone = {**label, "args": [word for word in label["args"] if not word.startswith(tuple(words))]}
+    done = machine.run(alone, f"--annotations={machine.path('/data/boxes.json')}", f"--output={single}")
+    assert done.returncode == 0, done.stderr
+    rows, expected = (json.loads(path.read_text())["annotations"] for path in (labeled, single))
+    assert len(rows) == 2 * IMAGES
+    assert rows == expected
+
+
+def convert(source: Path, output: Path, *more: str) -> None:
+    assert main(["convert", "--from", "coco", "--labels", str(source), "--output", str(output), *more]) == 0
 
 
 def test_codes_that_a_repeat_cannot_change_end_the_index_and_others_repeat_it(machine: Host, server: Manifest) -> None:
