@@ -16,10 +16,10 @@ from mal_client.review.queue import SortBy, review_queue
 from mal_server.errors import InvalidRequest
 from mal_server.evaluation.dataset_reader import read_dataset
 from mal_server.inference.allowed_dirs import AllowedDirs
-from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, read_coco
+from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, read_coco, read_json
 from mal_train.core.coco.detections import read_detections, with_detector_score
 from mal_train.core.coco.output import error_fields, label_fields, labeled_file, write_json_atomic
-from mal_train.core.coco.stream import scan_coco, write_transformed
+from mal_train.core.coco.stream import copy_coco, scan_coco, write_transformed
 from mal_train.core.errors import BadBox, BadDataset, ConfigError
 from mal_train.core.masks import geometry, rle
 from mal_train.core.metrics.evaluator import Evaluator, evaluate_labels
@@ -101,6 +101,13 @@ def work_of(content: bytes, labels: bytes, boxes: bytes, folder: Path) -> Iterab
 
     yield "detections", detected
 
+    def round_trip() -> None:
+        copy_coco(path, folder / "a.parquet", row_group_boxes=2)
+        copy_coco(folder / "a.parquet", folder / "back.json")
+        assert json.dumps(read_json(folder / "back.json")) == json.dumps(read_json(path))
+
+    yield "parquet", round_trip
+
 
 @pytest.mark.promise("files", "A hostile annotation file gives a result or one clear error, fast, with little memory")
 def test_hostile_annotation_files_give_a_result_or_one_clear_error(
@@ -124,7 +131,7 @@ def test_hostile_annotation_files_give_a_result_or_one_clear_error(
             slowest = max(slowest, time.thread_time() - began)
     growth = peak_mib() - before
     record("hostile files", cases=count, growth_mib=growth, slowest_ms=slowest * 1000, **outcomes)
-    assert sum(outcomes.values()) == 7 * count
+    assert sum(outcomes.values()) == 8 * count
     assert min(outcomes["memory result"], outcomes["stream result"], outcomes["server result"]) > count / 2
     assert outcomes["memory BadDataset"] > 0
     assert growth <= MAX_GROWTH_MIB

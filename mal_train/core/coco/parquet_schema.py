@@ -30,8 +30,8 @@ MAX_ROW_BYTES: Final = 512 << 20
 """Limit of the text of one row: an image with its annotations."""
 MAX_ROW_GROUP_BYTES: Final = 1 << 30
 """Limit of an uncompressed row group, and with it of the memory that reading one takes."""
-MAX_ROW_GROUP_VALUES: Final = 1 << 24
-"""Limit of the values of one column in a row group."""
+MAX_ROW_GROUP_ROWS: Final = 1 << 24
+"""Limit of the rows, and of the annotations, of a row group."""
 
 IMAGES: Final = "images"
 ANNOTATIONS: Final = "annotations"

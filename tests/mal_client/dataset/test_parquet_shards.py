@@ -95,6 +95,7 @@ def test_a_shard_reads_and_labels_its_row_groups_alone(
     assert len(sent) == 2 * 12 - 5
 
 
+@pytest.mark.promise("jobs", "A killed shard of a job on parquet continues and writes the bytes of an undisturbed one")
 def test_a_killed_shard_resumes_and_writes_the_same_bytes(tmp_path: Path) -> None:
     job = make(tmp_path, 60)
     undisturbed, disturbed = tmp_path / "undisturbed.parquet", tmp_path / "disturbed.parquet"
