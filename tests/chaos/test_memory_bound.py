@@ -16,14 +16,17 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc, labeling_pb2, labeling_p
 
 from benchmarks.load.run import fake_server
 from mal_train.core.masks.rle import encode_mask
-from tests.form import Form
+from tests.form import FORM, Form
 from tests.mal_server.evaluation.test_run import message_of, options_of, truth_of
 from tests.mal_server.fakes import encoded, label_request
 
 MIB = 2**20
-HW = (1000, 1500)
+HW = FORM.pick((400, 600), (1000, 1500))
+"""Size of the images. Their masks in every format take most of the CPU time; the flood below needs none of it."""
 CROP = 224
 BOXES = 8
+FLOOD_BOXES = 100
+BATCH_MS = 50
 BUDGETS = {
     "max_queue_bytes": 64 * MIB,
     "max_decoded_bytes": 64 * MIB,
@@ -95,8 +98,14 @@ async def answered(stub: Any, request: labeling_pb2.LabelImageRequest) -> str:
     return "OK"
 
 
-async def storm(address: str, calls: int, cancelled: int) -> list[str]:
-    """Runs calls beside calls that nobody reads and cancelled ones; returns the statuses of the first."""
+def flood_request() -> labeling_pb2.LabelImageRequest:
+    """Returns a request that is cheap to send and to prepare, and whose crops take 15 MB until the device is free."""
+    box = (0.0, 0.0, 8.0, 8.0)
+    return label_request(*[box] * FLOOD_BOXES, content=encoded(np.zeros((8, 8, 3), np.uint8)))
+
+
+async def storm(address: str, calls: int, cancelled: int, flood: int) -> list[str]:
+    """Runs calls beside calls that nobody reads, cancelled ones and a flood; returns the statuses of the first."""
     requests = worst_requests()
     async with grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)]) as channel:
         stub: Any = labeling_pb2_grpc.LabelingServiceStub(channel)
@@ -110,6 +119,7 @@ async def storm(address: str, calls: int, cancelled: int) -> list[str]:
         found = await asyncio.gather(
             evaluated(channel, requests[0]),
             *(answered(stub, requests[i % len(requests)]) for i in range(calls)),
+            *(answered(stub, flood_request()) for _ in range(flood)),
         )
         for call in unread:
             call.cancel()
@@ -122,10 +132,12 @@ async def storm(address: str, calls: int, cancelled: int) -> list[str]:
 @pytest.mark.promise("memory", "The peak memory of a server is bounded by its settings")
 def test_the_peak_memory_is_bounded_by_the_settings(tmp_path: Path, form: Form, record: Callable[..., None]) -> None:
     settings = [f"{name}={value}" for name, value in BUDGETS.items()]
-    with fake_server(tmp_path, "--batch-ms", "1", "--crop-size", str(CROP), *settings, "threads=2") as server:
+    # No other bound than that of the bytes ends the flood.
+    given = ["--batch-ms", str(BATCH_MS), "--crop-size", str(CROP), *settings, "threads=2", "max_queue_crops=1000000"]
+    with fake_server(tmp_path, *given) as server:
         pid = server.process.pid
         before = peak_mib(pid)
-        statuses = asyncio.run(storm(server.address, form.pick(1, 60), form.pick(4, 1000)))
+        statuses = asyncio.run(storm(server.address, form.pick(1, 60), form.pick(4, 1000), form.pick(60, 600)))
         peak = peak_mib(pid)
     budget = sum(BUDGETS.values()) / MIB
     record("peak memory", before_mib=before, peak_mib=peak, budget_mib=budget, answered=statuses.count("OK"))
