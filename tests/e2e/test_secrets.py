@@ -1,8 +1,9 @@
 """Keys, passphrase, tokens and passwords of a complete session are found nowhere but in the files that hold them.
 
-The commands run as processes under umask 000: keygen, train, serve, label, playground, Label Studio backend. Searched
-are what they print, all files that they leave, temporary ones included, metrics, traces, and the arguments of every
-process while they run. The environment of a process is not: only its owner and root can read it.
+The commands run as processes under umask 000: keygen, train, serve, label, check and inference in a store and at signed
+addresses, playground, Label Studio backend. Searched are what they print, all files that they leave, temporary ones
+included, metrics, traces, and the arguments of every process while they run. The environment of a process is not: only
+its owner and root can read it.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from mal_train.distributed.launch import free_port
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key
 from tests.mal_server.security.test_auth import Certificates
+from tests.mal_train.core.storage.test_web import serving as serving_web
 from tests.mal_train.training.runs import SMALL
 from tests.networks import spread_network
+from tests.object_store import S3, SECRET_KEY
 from tests.scenes import write_scenes
 
 pytestmark = pytest.mark.timeout(600)
@@ -47,6 +50,7 @@ PASSPHRASE = "correct horse battery staple"
 TOKEN = "token-7Xq9Lw2Rt5"
 PASSWORD = "password-4Kd8Zn1Vb6"
 API_KEY = "apikey-3Hf6Ym0Qs2"
+SIGNATURE = "signature-9Tb5Jc2Wd7"
 COMMANDS = {
     "mal-train": "from mal_train.cli import main",
     "mal-server": "from mal_server.cli import main",
@@ -64,6 +68,7 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.secrets = {"passphrase": PASSPHRASE, "token": TOKEN, "password": PASSWORD, "API key": API_KEY}
+        self.secrets |= {"AWS secret key": SECRET_KEY, "signature": SIGNATURE}
         self.printed: dict[str, bytes] = {}
         (folder / "secret").mkdir(mode=0o700)
         (folder / "tmp").mkdir()
@@ -235,6 +240,42 @@ def label(session: Session, connection: list[object], images: Path, annotations:
     assert client_main(["review", "--annotations", str(output), "--images", str(images), *pages]) == 0
 
 
+def use_store(session: Session, connection: list[object], s3: S3, images: Path, annotations: Path) -> None:
+    """Labels a data set in a store into a journal that stays, and again where the store refuses."""
+    s3.put("in.json", annotations.read_bytes())
+    (session.folder / "work").mkdir()
+    places = ["--annotations", s3.address("in.json"), "--images", s3.put_folder(images, "images")]
+    command: list[object] = ["label", *connection, *places, "--work-dir", session.folder / "work"]
+    session.run("mal-client", *command, "--output", s3.address("out.json"), "--shard", "0/1")
+    s3.fail(f"images/{next(images.iterdir()).name}", status=403, code="SignatureDoesNotMatch")
+    session.run("mal-client", *command, "--output", s3.address("again.json"))
+    for key in s3.names():
+        assert session.found(s3.get(key) or b"") == []
+
+
+def use_signed_addresses(session: Session, images: Path, annotations: Path) -> None:
+    """Checks images at signed URLs, one of which is missing, and labels by a spec with a signed address."""
+    with serving_web() as web:
+        coco = json.loads(annotations.read_bytes())
+        web.files["/in.json"] = annotations.read_bytes()
+        for row in coco["images"]:
+            web.files[f"/{row['file_name']}"] = (images / row["file_name"]).read_bytes()
+            row["coco_url"] = web.url(f"/{row['file_name']}?X-Amz-Signature={SIGNATURE}")
+        del web.files[f"/{coco['images'][0]['file_name']}"]
+        urls = session.secret_file("urls.json", json.dumps(coco))
+        report = ["--report", session.folder / "urls.html", "--output", session.folder / "urls-issues.json"]
+        session.run("mal-client", "check", "--annotations", urls, "--coco-url-hosts", "127.0.0.1", *report)
+        section = {
+            "checkpoint": "builtin",
+            "ann_path": web.url(f"/in.json?X-Amz-Signature={SIGNATURE}"),
+            "img_dir": web.url(f"/?X-Amz-Signature={SIGNATURE}"),
+            "gpu_ids": [],
+        }
+        sections = {"results_dir": str(session.folder / "signed"), "inference": section}
+        spec = session.secret_file("signed.yaml", yaml.safe_dump(sections))
+        session.run("mal-train", "inference", "-e", spec)
+
+
 def use_playground(session: Session, connection: list[object], image: Path) -> None:
     """Opens the page as a browser does: by its arguments, the file that they name, and the cookie."""
     seen, browser = session.folder / "browser-arguments", session.folder / "browser"
@@ -292,7 +333,7 @@ def use_label_studio(session: Session, connection: list[object], image: Path) ->
     "access", "No key, passphrase, token or password is printed, logged, traced, written or an argument"
 )
 def test_no_secret_is_printed_logged_traced_or_written_and_none_is_an_argument(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], s3: S3
 ) -> None:
     session, processes = Session(tmp_path), ProcessList()
     annotations, images = write_scenes(tmp_path / "scenes", images=2)
@@ -332,6 +373,8 @@ def test_no_secret_is_printed_logged_traced_or_written_and_none_is_an_argument(
             refused = [*connection, "--token-file", session.secret_file("wrong", "wrong-token")]
             connection += ["--token-file", token_file]
             label(session, connection, images, annotations)
+            use_store(session, connection, s3, images, annotations)
+            use_signed_addresses(session, images, annotations)
             use_playground(session, connection, image)
             use_label_studio(session, connection, image)
             assert client_main(["info", *map(str, refused)]) == 2
@@ -350,6 +393,7 @@ def test_no_secret_is_printed_logged_traced_or_written_and_none_is_an_argument(
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "secret"]
     texts |= {str(path.relative_to(tmp_path)): path.read_bytes() for path in files}
     expected = {"kept.ledger", "out.json", "review.html", "browser-arguments", "results/train/experiment.yaml"}
+    expected |= {"work/out.json.ledger.0-of-1", "urls.html", "signed/inference/experiment.yaml"}
     assert expected <= texts.keys()
     assert {name: session.found(text) for name, text in texts.items() if session.found(text)} == {}
     assert list((tmp_path / "tmp").rglob("*mal*")) == []

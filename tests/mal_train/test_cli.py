@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from mal_train.cli import main
 from mal_train.config.spec import Spec, load_spec
 from mal_train.core.coco.annotations import read_coco
-from mal_train.core.images.decoder import read_image
+from mal_train.core.images.decoder import decode_image, read_image
 from mal_train.core.settings import Branch, Compat, LabelerConfig
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -122,16 +122,16 @@ def test_failed_boxes_are_reported_by_reason_and_the_others_are_labeled(
 
 
 def test_each_image_is_decoded_once(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Path] = []
+    decoded: list[str] = []
 
-    def counted(path: Path, **options: Any) -> Any:
-        opened.append(path)
-        return read_image(path, **options)
+    def counted(data: bytes, **options: Any) -> Any:
+        decoded.append(options["name"])
+        return decode_image(data, **options)
 
-    monkeypatch.setattr("mal_train.offline.dataset_labeler.read_image", counted)
+    monkeypatch.setattr("mal_train.offline.dataset_labeler.decode_image", counted)
     scenes = write_scenes(tmp_path / "scenes", images=4, masks=False)
     assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes)]) == 0
-    assert len(opened) == 4
+    assert len(decoded) == 4
 
 
 def test_inference_with_load_mask_reports_the_iou_of_each_label(

@@ -234,6 +234,17 @@ def test_import_against_an_arrow_is_found(module: str, source: str) -> None:
     assert len(forbidden_imports(source, module)) == 1
 
 
+def test_the_server_reads_no_address() -> None:
+    found = {
+        module: name
+        for module, path in MODULES.items()
+        if covers("mal_server", module)
+        for _, name in imported_modules(path.read_text(), module)
+        if covers("mal_train.core.storage", name) or covers("mal_train.core.images.files", name)
+    }
+    assert found == {}
+
+
 def imports_of_modules() -> dict[str, set[str]]:
     return {
         module: {name for _, name in imported_modules(path.read_text(), module) if name != module}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mal_train.core.errors import BadDataset, ConfigError, OutputError, StorageError, StoreUnreachable
+from mal_train.core.errors import BadDataset, BadImage, ConfigError, OutputError, StorageError, StoreUnreachable
 from mal_train.core.storage import object_store, reading
-from mal_train.core.storage.reading import local_copy, open_random, read_bytes
+from mal_train.core.storage.reading import local_copy, local_folder, open_random, read_bytes
 from mal_train.core.storage.retry import ATTEMPTS
 from mal_train.core.storage.writing import (
     StagedOutput,
@@ -288,6 +288,20 @@ def test_names_below_a_prefix(s3: S3) -> None:
     for key in ("images/b.jpg", "images/x/a.jpg", "images2/c.jpg", "other.jpg"):
         s3.put(key, b"x")
     assert list(reading.store_of(s3.address("images")).names(s3.address("images"))) == ["b.jpg", "x/a.jpg"]
+
+
+def test_local_folder_holds_the_files_below_a_prefix(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for key in ("labels/a.txt", "labels/deeper/b.txt", "labels/c.xml"):
+        s3.put(key, key.encode())
+    with local_folder(s3.address("labels"), ".txt", LIMIT) as folder:
+        found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert found == {"a.txt": b"labels/a.txt", "deeper/b.txt": b"labels/deeper/b.txt"}
+    s3.put("labels/../../evil.txt", b"x")
+    with pytest.raises((BadImage, StorageError)), local_folder(s3.address("labels"), ".txt", LIMIT):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_secret_in_debug_logs(s3: S3, caplog: pytest.LogCaptureFixture) -> None:
