@@ -115,5 +115,6 @@ def _write_category(index: int, category: dict[str, object]) -> types_pb2.Catego
     fits = isinstance(category_id, int) and -(2**63) <= category_id < 2**63
     return types_pb2.Category(
         category_id=category_id if isinstance(category_id, int) and fits else index + 1,
-        name=name if isinstance(name, str) else "",
+        # A text of protobuf holds no half of a surrogate pair, which an annotation file can hold.
+        name=name.encode(errors="replace").decode() if isinstance(name, str) else "",
     )

@@ -12,12 +12,15 @@ Knows nothing of files.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeAlias
 
 from torch import Tensor
 
 from mal_train.core.errors import CheckpointError
+
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 Tree: TypeAlias = Any
 """None, bool, int, float, str, tensors of any shape, and lists, tuples and dicts of these. Dict keys are any of the
@@ -40,7 +43,9 @@ def to_json(value: Tree, path: str, tensors: dict[str, Tensor] | None = None, pr
     '{"loss":{"$f":"nan"},"steps":{"$tuple":[1,2]}}'
     """
     tree = _Encoder(tensors, prefix).encode(value, path)
-    return json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Half of a surrogate pair, which an annotation file can hold, has no UTF-8.
+    return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def from_json(text: str, tensors: Mapping[str, Tensor]) -> Tree:

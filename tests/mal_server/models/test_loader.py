@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mal_server import cli
+from mal_server.api.serialization.model_messages import write_model_info
 from mal_server.config.limits import MAX_CATEGORIES, MAX_CATEGORY_CHARS
 from mal_server.config.model_config import ModelFolder, ModelSetting
 from mal_server.config.server import ServerConfig
@@ -67,6 +68,14 @@ def test_a_model_whose_categories_take_long_to_list_is_refused(
     save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(crop_size=64), weights, categories), None)
     with pytest.raises(CheckpointError, match="categories"):
         load(path)
+
+
+def test_a_category_whose_name_no_message_can_hold_is_listed_with_a_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.malckpt"
+    categories = [{"id": 1, "name": "half \ud800"}]
+    save_checkpoint(path, Checkpoint(MICRO, LabelerConfig(crop_size=64), MalNetwork(MICRO).weights(), categories), None)
+    (plan,) = ServerConfig(checkpoint=path, gpu_ids=()).plans
+    assert [one.name for one in write_model_info(load_model(plan).info).categories] == ["half ?"]
 
 
 def sha256_of(path: Path) -> str:

@@ -64,6 +64,12 @@ def test_numbers_that_json_lacks_survive_a_round_trip() -> None:
     assert back[4] == 2**100
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a\udfff b", "\ud83d\ude00"[:1], "é\\u00e9"])
+def test_half_of_a_surrogate_pair_has_a_form_that_a_file_can_hold(text: str) -> None:
+    encoded = to_json({"name": text, text: 1}, "example").encode()
+    assert from_json(encoded.decode(), {}) == {"name": text, text: 1}
+
+
 def test_subclasses_are_decoded_as_plain_types() -> None:
     assert same(from_json(to_json(OrderedDict(a=1), "tree"), {}), {"a": 1})
 
