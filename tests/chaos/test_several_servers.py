@@ -28,7 +28,7 @@ from benchmarks.load.fake_server import expected_masks
 from benchmarks.load.images import LoadImage, load_images
 from benchmarks.load.run import Server, fake_server
 from tests.chaos.test_load import free_port
-from tests.form import Form
+from tests.form import FORM, Form
 from tests.mal_client.datasets import Dataset, make_dataset
 from tests.mal_client.name_server import name_server
 
@@ -36,9 +36,9 @@ Record = Callable[..., None]
 
 HOSTS = tuple(f"127.0.0.{last}" for last in range(1, 5))
 CONNECTIONS = ("connections.max_age_s=2", "connections.age_grace_s=60")
-DRAIN_DELAY_S = 4.0
+DRAIN_DELAY_S = 8.0
 WORKERS = 4
-LIMIT_S = 300.0
+LIMIT_S = FORM.pick(300.0, 1200.0)
 
 
 @contextmanager
@@ -165,6 +165,13 @@ def calling(load: Load, address: str) -> Iterator[None]:
                 thread.join()
 
 
+def gets_no_calls(servers: Fleet, host: str, load: Load) -> bool:
+    """Returns True if a server answers none of some calls; raises an error once it has ended."""
+    before = servers.count(host, CALLS)
+    load.wait_for(5 * len(HOSTS))
+    return servers.count(host, CALLS) == before
+
+
 @pytest.mark.promise(
     "faults",
     "Of three servers behind a name one is killed, one hangs, one drains, one is added, and no call is lost",
@@ -199,10 +206,7 @@ def test_calls_survive_every_change_of_the_servers_behind_a_name(
         servers.signal(staying, signal.SIGCONT)
 
         servers.signal(drained, signal.SIGTERM)
-        time.sleep(DRAIN_DELAY_S / 2)
-        during = servers.count(drained, CALLS)
-        load.wait_for(10)
-        after = servers.count(drained, CALLS)
+        until(lambda: gets_no_calls(servers, drained, load))  # while it still accepts them
         exit_code = servers.servers[drained].process.wait(LIMIT_S)
         names.addresses = [staying, added]
         load.wait_for(calls)
@@ -210,7 +214,6 @@ def test_calls_survive_every_change_of_the_servers_behind_a_name(
     record("calls behind a name", calls=load.outcomes.total(), shares=shares, largest_deviation=round(spread, 3))
     assert set(load.outcomes) == {"right"}
     assert spread <= 0.2
-    assert after == during
     assert exit_code == 0
 
 

@@ -1,7 +1,7 @@
 """Remembers which images a server has received, so that the next call sends their SHA-256 in place of their bytes.
 
 Each of several servers behind one address has a cache of its own, and a call cannot choose its server. So a hash that
-one of them does not know doubles the number of uploads before the next one is sent; a hash that is known ends that.
+one of them does not know doubles the number of uploads before the next one is sent, and each that is known lowers it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,11 @@ class UploadedImage:
     def add(self, *, was_hash: bool) -> None:
         """Notes that a server answered for the image, which was sent as bytes or as its hash."""
         uploads = self._uploads
-        self._put(_Uploads(1) if was_hash else _Uploads(uploads.done + 1, uploads.needed))
+        if was_hash:
+            needed = max(1, uploads.needed - 1)
+            self._put(_Uploads(needed, needed))
+        else:
+            self._put(_Uploads(uploads.done + 1, uploads.needed))
 
     def discard(self) -> None:
         """Notes that a server does not know the hash."""

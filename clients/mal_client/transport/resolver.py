@@ -69,8 +69,8 @@ def resolve(address: str, lookup: Lookup = system_lookup) -> list[ResolvedAddres
         return [ResolvedAddress(address)]
     if name_server_of(address):
         raise ConfigError(
-            f"{address}: a dataset job or a change of models cannot ask this DNS server; give dns:///{host}:{port}, "
-            "which the system resolves"
+            f"{address}: dataset jobs, evaluations and changes of models cannot ask this DNS server; give "
+            f"dns:///{host}:{port}, which the system resolves"
         )
     authority = format_address(host, port)
     return [

@@ -292,6 +292,16 @@ def test_tls_verifies_the_name_of_the_address_on_all_servers(tmp_path: Path) -> 
                 server.server_info()
 
 
+def test_the_servers_of_a_name_that_is_exempt_from_the_proxy_are_reached_directly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "mal.test")
+    with group(HOSTS[0]) as servers, Client(f"mal.test:{servers.port}", timeout_s=20) as client:
+        (server,) = client.servers(lambda host, port: HOSTS[:1])
+        assert is_right(server.label_image(DISC, BOXES))
+
+
 def test_a_list_with_tls_needs_the_name_that_its_servers_share(tmp_path: Path) -> None:
     _, ca = certificate(tmp_path, "mal.test")
     with pytest.raises(ConfigError, match="authority"):
