@@ -184,7 +184,7 @@ def test_calls_survive_every_change_of_the_servers_behind_a_name(
     monkeypatch.setattr("mal_client.transport.channel.KEEPALIVE_TIMEOUT_MS", 1000)
     killed, drained, staying, added = HOSTS
     load = Load(load_images(deck_folder))
-    calls = form.pick(60, 1500)
+    calls = form.pick(100, 1500)
     with ExitStack() as stack:
         servers = stack.enter_context(fleet(tmp_path, "--batch-ms", "5"))
         names = stack.enter_context(name_server(killed, drained, staying))

@@ -54,19 +54,19 @@ class Job:
         self.names = Names(*hosts)
         self.notices: list[str] = []
         self.fakes: dict[str, FakeServer] = {}
-        self._stack = ExitStack()
+        self.stack = ExitStack()
 
     def serve(self, host: str, fake: FakeServer | None = None) -> FakeServer:
         """Starts a server on an address, whether the name has it or not."""
         found = fake or FakeServer(Faults(delay_s=0.02))
-        address = self._stack.enter_context(serving(found, self.names.port, host))
+        address = self.stack.enter_context(serving(found, self.names.port, host))
         self.names.port = int(address.rpartition(":")[2])
         self.fakes[host] = found
         return found
 
     def run(self) -> DatasetResult:
         dataset = self.dataset
-        with self._stack, Client(f"mal.test:{self.names.port}", timeout_s=20) as client:
+        with self.stack, Client(f"mal.test:{self.names.port}", timeout_s=20) as client:
             return label_dataset(
                 [client],
                 dataset.json_path,
@@ -116,6 +116,17 @@ def test_each_address_of_a_name_gets_a_stream_and_a_share(job: Job) -> None:
         assert is_complete(job.run())
     assert job.answered() == EACH_ONCE
     assert all(fake.item_ids for fake in fakes)
+
+
+def test_the_resolver_of_the_system_finds_the_server_of_a_name(job: Job) -> None:
+    job.serve(HOSTS[0])
+    dataset = job.dataset
+    with job.stack, Client(f"localhost:{job.names.port}", timeout_s=20) as client:
+        result = client.label_dataset(
+            dataset.json_path, dataset.images_dir, dataset.output, on_notice=job.notices.append
+        )
+    assert is_complete(result)
+    assert job.notices == []
 
 
 def test_a_server_that_is_added_to_the_name_gets_work(job: Job) -> None:
