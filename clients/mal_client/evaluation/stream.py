@@ -10,6 +10,7 @@ The server keeps nothing of a broken stream. It sends a sealed record of each im
 
 from __future__ import annotations
 
+import random
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -162,7 +163,10 @@ class EvaluationStream:
         on_progress: OnProgress | None = None,
         on_notice: OnNotice | None = None,
     ) -> None:
-        self._servers = cycle(client.servers())
+        servers = client.servers()
+        # A resolver may sort the addresses, so that the first would get every evaluation.
+        first = random.randrange(len(servers))
+        self._servers = cycle([*servers[first:], *servers[:first]])
         self._client = next(self._servers)
         self._source = source
         self._checkpoint = checkpoint

@@ -236,10 +236,10 @@ def test_an_evaluation_that_is_cut_resumes_on_the_server_that_has_its_records(
         Client(servers.address, timeout_s=60) as client,
     ):
         evaluation = client.evaluate(dataset.json_path, dataset.images_dir, on_notice=notices.append)
-        first, second = evaluations(servers)
+        other, used = sorted(evaluations(servers))
     assert (evaluation.images, evaluation.failed_count, notices) == (60, 0, [])
-    assert first > 1
-    assert second == 0
+    assert used > 1
+    assert other == 0
 
 
 def test_an_evaluation_goes_on_at_another_server_with_the_same_key(
@@ -247,6 +247,7 @@ def test_an_evaluation_goes_on_at_another_server_with_the_same_key(
 ) -> None:
     monkeypatch.setattr("mal_client.evaluation.stream.RETRY_PAUSE_S", 0.01)
     monkeypatch.setenv("MAL_TEST_RESUME", "0123456789abcdef")
+    monkeypatch.setattr("mal_client.evaluation.stream.random.randrange", lambda _: 0)
     dataset, notices = with_masks(make_dataset(tmp_path, images=40)), list[str]()
     predictor = BrightPredictor(wait_s=0.05)
     with group(*HOSTS[:2], predictor=predictor, resume_key="env:MAL_TEST_RESUME", max_batch_size=2) as servers:
