@@ -52,9 +52,11 @@ class RawConnection:
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def open(cls, address: str) -> Self:
+    async def open(cls, address: str, source: str | None = None) -> Self:
+        """Connects to HOST:PORT, from the address `source` of this machine."""
         host, _, port = address.rpartition(":")
-        connection = cls(*await asyncio.open_connection(host, int(port)))
+        local = None if source is None else (source, 0)
+        connection = cls(*await asyncio.open_connection(host, int(port), local_addr=local))
         connection._writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0))
         return connection
 

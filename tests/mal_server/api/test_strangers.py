@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from itertools import count
 from typing import Any
 
 import grpc
@@ -224,6 +225,39 @@ def test_unfinished_health_checks_end_and_others_are_answered_meanwhile(monkeypa
                 await connection.wait_ended(stream)
             assert not connection.is_closed
             await connection.close()
+
+    asyncio.run(work())
+
+
+async def keep_a_place(connection: RawConnection) -> None:
+    """Sends health checks that never end, one after another."""
+    for stream in count(1, 2):
+        connection.call(stream, CHECK)
+        await connection.send(stream, message(b"x", 1 << 20))
+        await connection.wait_ended(stream)
+
+
+def test_health_checks_are_answered_beside_more_connections_with_unfinished_ones_than_may_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A probe has a host of its own and a connection for each check, and waits for half of the slots at most."""
+    monkeypatch.setattr("mal_server.api.interceptors.MAX_SMALL_CALLS", 40)
+
+    async def work() -> None:
+        async with serving() as running:
+            address = running.server.address
+            strangers = [await RawConnection.open(address, "127.0.0.2") for _ in range(60)]
+            keeping = [asyncio.create_task(keep_a_place(stranger)) for stranger in strangers]
+            await asyncio.sleep(0.5)
+            for _ in range(5):
+                async with grpc.aio.insecure_channel(address) as channel:
+                    stub: Any = health_pb2_grpc.HealthStub(channel)
+                    await stub.Check(health_pb2.HealthCheckRequest(), timeout=20)
+            for task in keeping:
+                task.cancel()
+            await asyncio.gather(*keeping, return_exceptions=True)
+            for stranger in strangers:
+                await stranger.close()
 
     asyncio.run(work())
 
