@@ -391,6 +391,10 @@ def test_shards_of_parquet_read_their_row_groups_and_write_parts(s3: S3, dataset
     ]
     assert list((dataset.folder / "work").iterdir()) == []
     assert read_coco(s3.address("out.parquet")).raw == json.loads(dataset.output.read_text())
+    fake = FakeServer()
+    with serving(fake) as address:
+        assert label(address, given, s3.address("out.parquet"), "--shard", "1/2", *work_dir(dataset)) == 0
+    assert fake.item_ids == [], "a complete part is not labeled again"
     # The parts are one input of the next command.
     back = dataset.folder / "back.json"
     assert main(["convert", "--from", "coco", "--labels", s3.address("out.parquet"), "--output", str(back)]) == 0

@@ -170,6 +170,7 @@ def _label(arguments: argparse.Namespace) -> int:
             dataset_options=options,
             shard=shard,
             publish=output.publish,
+            published=output.address,
             on_progress=display,
             on_notice=display.notice,
         )

@@ -12,8 +12,10 @@ from mal_client.errors import ItemError, strip_box_number
 from mal_client.types import FAILED_LISTED, DatasetOptions, DatasetResult, FailedAnnotation
 from mal_train.core.atomic_io import atomic_write, remedy_of
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
-from mal_train.core.coco.journal import RowFailure
+from mal_train.core.coco.journal import RowFailure, journal_path
 from mal_train.core.coco.labeled_output import RowOutcome, write_labeled_file
+from mal_train.core.coco.parquet_reader import read_note
+from mal_train.core.coco.plan import RowAction
 from mal_train.core.errors import OutputError
 from mal_train.core.masks.encodings import encode_bitmap, to_polygons, to_runs
 from mal_train.core.masks.polygons import merge_holes
@@ -23,6 +25,7 @@ from mal_train.core.settings import MaskFormat
 if TYPE_CHECKING:
     from mal_train.core.coco.journal import RowResult
     from mal_train.core.coco.plan import DatasetPlan
+    from mal_train.core.storage.addresses import Location
 
 MASK_FILE = "mask_file"
 """Field of a row whose mask is also a PNG file: its path relative to the folder of the COCO file."""
@@ -44,6 +47,8 @@ def write_labeled(
     output_json: Path,
     provenance: Mapping[str, Any],
     options: DatasetOptions,
+    *,
+    job_sha256: str | None = None,
 ) -> DatasetResult:
     """Writes the labeled file and the list of failures.
 
@@ -53,6 +58,7 @@ def write_labeled(
         output_json: the file.
         provenance: what made the masks.
         options: how masks and boxes are written.
+        job_sha256: identifies the job of a share; noted in its part, for `finished_part`.
 
     Raises:
         OutputError: the disk is full, for example; the old file is intact.
@@ -67,6 +73,8 @@ def write_labeled(
             errors.add(_failed(annotation, plan.head.images, ItemError(*named)))
             return named
 
+        if plan.head.share is not None and job_sha256 is not None:
+            plan.head.share.note = lambda: {"job_sha256": job_sha256, "failed": errors.count}
         labeled = write_labeled_file(
             plan,
             result_of,
@@ -86,6 +94,36 @@ def write_labeled(
         failed_count=errors.count,
         masks_dir=masks_dir(output_json) if options.mask_format is MaskFormat.PNG else None,
     )
+
+
+def finished_part(
+    plan: DatasetPlan, output: Path, published: Location, options: DatasetOptions, job_sha256: str
+) -> DatasetResult | None:
+    """Returns the result of a share whose part an earlier run of the same job has completed; None if there is none.
+
+    A part with a journal is not complete, and none counts as complete with `options.restart`.
+
+    Args:
+        plan: the rows of the share.
+        output: the part.
+        published: address of the part; `output` if that is local.
+        options: how masks and boxes are written.
+        job_sha256: identifies the job.
+    """
+    if options.restart or journal_path(output).exists():
+        return None
+    match read_note(published):
+        case {"job_sha256": str() as found, "failed": int() as failed} if found == job_sha256:
+            asked = sum(action in (RowAction.LABEL, RowAction.REPORT) for action in plan.actions)
+            return DatasetResult(
+                output=output,
+                errors_file=errors_path(output) if failed else None,
+                labeled=asked - failed,
+                copied=plan.head.count - asked,
+                failed_count=failed,
+                masks_dir=masks_dir(output) if options.mask_format is MaskFormat.PNG else None,
+            )
+    return None
 
 
 class _MaskWriter:

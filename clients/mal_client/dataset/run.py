@@ -6,7 +6,9 @@ arrive and from there into the output: memory holds neither pixels nor masks, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 from mal_client.bulk.dispatcher import AllServersLost, MultiServerDispatcher, OnNotice
 from mal_client.bulk.stream import ItemResult
 from mal_client.bulk.work_queue import WorkItem, WorkQueue
-from mal_client.dataset.output import write_labeled
+from mal_client.dataset.output import finished_part, write_labeled
 from mal_client.dataset.provenance import answering_model, job_fingerprint, provenance_of
 from mal_client.dataset.servers import JobServers
 from mal_client.dataset.shards import SHARD_KEY, Shard
@@ -41,7 +43,7 @@ from mal_train.core.coco.output import label_fields
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.parquet_share import ParquetShare
 from mal_train.core.coco.plan import DatasetPlan, PendingRows, RowAction, read_plan
-from mal_train.core.storage.addresses import Location
+from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import ReadAhead
 from mal_train.core.storage.writing import refuse_same_location
 
@@ -58,6 +60,7 @@ def label_dataset(
     dataset_options: DatasetOptions = DEFAULT_DATASET_OPTIONS,
     shard: Shard | None = None,
     publish: Callable[[], None] | None = None,
+    published: Location | None = None,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
     lookup: Lookup = system_lookup,
@@ -79,6 +82,8 @@ def label_dataset(
             journal for `merge_shards`.
         publish: called when the file is written and before the journal is deleted, for example to upload the file; if
             it raises, the same call later resumes from the journal.
+        published: where `publish` puts the file; None: where it is written. A part that an earlier run of the same job
+            left there is not labeled again, unless `restart` is set.
         on_progress: called after each result.
         on_notice: receives messages for the user.
         lookup: resolves names; returns the IP addresses of a host, for a port.
@@ -98,13 +103,18 @@ def label_dataset(
     info = servers.first
     provenance = provenance_of(info, options)
     manifest = {**job_fingerprint(plan, dataset_options), "images": images.name, **provenance}
-    path = journal_path(output_json)
+    path, job_sha256 = journal_path(output_json), None
     if shard is not None:
         manifest[SHARD_KEY] = str(shard)
-    if share is not None:
-        shard = None  # the plan has no other rows
-    if shard is not None:
-        path = shard.journal_path(output_json)
+        if share is None:
+            path = shard.journal_path(output_json)
+        else:
+            shard = None  # the plan has no other rows
+            job_sha256 = _job_sha256(manifest, dataset_options)
+            finished = finished_part(plan, output_json, published or output_json, dataset_options, job_sha256)
+            if finished is not None:
+                notify(f"{redact(published or output_json)}: complete; give --restart (restart=True) to label it again")
+                return replace(finished, model=answering_model(info, options))
     with Journal(path, plan.head.count, manifest, restart=dataset_options.restart) as journal, ExitStack() as cleanup:
         if shard is None:
             cleanup.callback(_remove_if_empty, journal)
@@ -119,13 +129,24 @@ def label_dataset(
             result = run.shard_result(missing)
         else:
             result = write_labeled(
-                plan, lambda index: run.results.result(index, missing), output_json, provenance, dataset_options
+                plan,
+                lambda index: run.results.result(index, missing),
+                output_json,
+                provenance,
+                dataset_options,
+                job_sha256=job_sha256 if is_final else None,
             )
             if publish is not None:
                 publish()
             if is_final:
                 journal.remove()
         return replace(result, model=answering_model(info, options), is_final=is_final)
+
+
+def _job_sha256(manifest: Mapping[str, Any], options: DatasetOptions) -> str:
+    """Returns a hash of all that a part depends on: its manifest, which names local paths, and the form of its rows."""
+    form = [str(options.mask_format), options.polygon_tolerance_px, options.update_bbox]
+    return hashlib.sha256(json.dumps([dict(manifest), form], sort_keys=True).encode()).hexdigest()
 
 
 def _share(coco_json: Location, shard: Shard | None) -> ParquetShare:

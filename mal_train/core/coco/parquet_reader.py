@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,7 @@ from mal_train.core.coco.parquet_schema import (
     MAX_FOOTER_BYTES,
     MAX_ROW_GROUP_BYTES,
     MAX_ROW_GROUP_ROWS,
+    NOTE_KEY,
     SUFFIX,
     Head,
     arrow_schema,
@@ -177,6 +178,25 @@ class ParquetMemberReader:
 
     def _annotations(self) -> Iterator[tuple[int, Any]]:
         return (annotation for row in self.dataset.rows() for annotation in row.annotations)
+
+
+def read_note(path: Location) -> Mapping[str, Any]:
+    """Returns the note that a job left in the metadata of its part; {} without one, also if there is no such file.
+
+    Raises:
+        StorageError, StoreUnreachable: a remote file may be there, but cannot be read.
+        ConfigError: pyarrow is not installed.
+    """
+    try:
+        with _opened(path) as (file, _):
+            note = json.loads((file.metadata.metadata or {}).get(NOTE_KEY, b"{}"))
+    except (BadDataset, ValueError, RecursionError):
+        return {}
+    except StorageError as error:
+        if error.reason != "NOT_FOUND":
+            raise
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def read_parquet(path: Location) -> dict[str, Any]:

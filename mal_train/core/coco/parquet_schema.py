@@ -19,6 +19,8 @@ from mal_train.core.storage.addresses import Location, base_name
 VERSION: Final = 1
 METADATA_KEY: Final = b"mal_coco"
 """Key of the form in the metadata of the file."""
+NOTE_KEY: Final = b"mal_job"
+"""Key of the note that a job leaves in the metadata of its part, as a JSON object."""
 
 SUFFIX: Final = ".parquet"
 

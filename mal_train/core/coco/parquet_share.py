@@ -3,7 +3,7 @@
 Share i of n holds the row groups i, i + n, i + 2n, …. Its rows are numbered from 0 in the order in which they are read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class ParquetShare:
 
     Attributes:
         is_whole: there is one share, which holds all rows.
+        note: returns the note for the metadata of the written part; called after its last row.
 
     Raises:
         BadDataset: see `ParquetDataset`, or parts are missing.
@@ -46,6 +47,7 @@ class ParquetShare:
                 "smaller row groups with mal-client convert --from coco --row-group-boxes"
             )
         self.is_whole = count == 1
+        self.note: Callable[[], Mapping[str, Any]] | None = None
         self._row_groups = self._dataset.row_groups[index::count]
 
     def scan(self, on_annotation: OnAnnotation) -> CocoHead:
@@ -93,7 +95,8 @@ class ParquetShare:
                     writer.add(ImageRow(row.index, row.image, list(_transformed(row, head, transform, number))))
                     number += len(row.annotations)
                 writer.end_row_group()
-            writer.finish(Head(members, of_file.images, of_file.annotations))
+            note = None if self.note is None else self.note()
+            writer.finish(Head(members, of_file.images, of_file.annotations), note)
 
 
 def _transformed(row: ImageRow, head: CocoHead, transform: RowTransform, number: int) -> Iterator[tuple[int, Any]]:

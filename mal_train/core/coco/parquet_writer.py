@@ -7,7 +7,7 @@ rows; the others wait in a temporary file until they are grouped by image.
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import groupby
 from types import TracebackType
@@ -20,6 +20,7 @@ from mal_train.core.coco.parquet_schema import (
     IMAGES,
     MAX_ROW_BYTES,
     METADATA_KEY,
+    NOTE_KEY,
     Head,
     annotation_type,
     arrow_schema,
@@ -127,10 +128,13 @@ class PartWriter:
             self.row_groups.append(self._rows.annotations)
             self._rows = _RowGroup()
 
-    def finish(self, head: Head) -> None:
-        """Writes the last row group and the footer."""
+    def finish(self, head: Head, note: Mapping[str, Any] | None = None) -> None:
+        """Writes the last row group and the footer, with a note for `read_note`."""
         self.end_row_group()
-        self._writer.add_key_value_metadata({METADATA_KEY: head.to_metadata(self.row_groups, self._sink.sha256())})
+        metadata = {METADATA_KEY: head.to_metadata(self.row_groups, self._sink.sha256())}
+        if note is not None:
+            metadata[NOTE_KEY] = json.dumps(dict(note)).encode("ascii")
+        self._writer.add_key_value_metadata(metadata)
         self._writer.close()
 
 

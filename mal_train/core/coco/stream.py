@@ -74,7 +74,13 @@ RowTransform = Callable[[int, Any, Annotation], Any]
 
 
 class Share(Protocol):
-    """Part of a COCO file that is read and written without the rest."""
+    """Part of a COCO file that is read and written without the rest.
+
+    Attributes:
+        note: returns the note for the metadata of the written part.
+    """
+
+    note: Callable[[], Mapping[str, Any]] | None
 
     def write_transformed(
         self, head: CocoHead, output: Path, transform: RowTransform, provenance: Mapping[str, Any]

@@ -173,3 +173,39 @@ def test_labeled_parts_can_be_labeled_again(job: tuple[Dataset, Path]) -> None:
         label_shards(address, job, first)
         label_shards(address, (dataset, first), second, "--only", "missing", shards=2)
     assert read_coco(second).raw["annotations"] == read_coco(first).raw["annotations"]
+
+
+def test_a_complete_part_is_not_labeled_again_without_restart(
+    job: tuple[Dataset, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = job[0].folder / "out.parquet"
+    shard = ["--shard", "1/3"]
+    fake = FakeServer()
+    with serving(fake) as address:
+        code = main(arguments(address, job, output, *shard))
+        written, first = (output / Shard(1, 3).part_name).read_bytes(), capsys.readouterr().out
+        sent = len(fake.item_ids)
+        assert main(arguments(address, job, output, *shard)) == code
+        assert (len(fake.item_ids), capsys.readouterr().out) == (sent, first)
+        # Another form is another job.
+        assert main(arguments(address, job, output, *shard, "--format", "polygons")) == code
+        assert len(fake.item_ids) == 2 * sent
+        assert main(arguments(address, job, output, *shard)) == code
+        assert main(arguments(address, job, output, *shard, "--restart")) == code
+        assert len(fake.item_ids) == 4 * sent
+    assert (output / Shard(1, 3).part_name).read_bytes() == written
+
+
+def test_a_part_without_all_results_is_not_complete(job: tuple[Dataset, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mal_client.bulk.stream.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("mal_client.bulk.stream.MAX_BREAKS", 2)
+    output = job[0].folder / "out.parquet"
+    with serving(FakeServer(Faults(kill_after=1))) as address:
+        assert main(arguments(address, job, output, "--shard", "0/3")) == 3
+    part = output / Shard(0, 3).part_name
+    incomplete = part.read_bytes()
+    # As for a process whose local journal is lost.
+    part.with_name(f"{part.name}.ledger").unlink()
+    with serving(FakeServer()) as address:
+        assert main(arguments(address, job, output, "--shard", "0/3")) in (0, 3)
+    assert part.read_bytes() != incomplete
