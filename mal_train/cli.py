@@ -139,10 +139,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _inference(arguments: argparse.Namespace) -> int:
-    from mal_train.commands.inference import inference
     from mal_train.config.spec import load_spec
 
-    result = inference(load_spec(arguments.spec, _with_checkpoint(arguments.overrides, "inference")), Console())
+    spec = load_spec(arguments.spec, _with_checkpoint(arguments.overrides, "inference"))
+    if spec.inference.engine == "ray":
+        from mal_train.commands.ray_inference import inference_on_ray as inference
+    else:
+        from mal_train.commands.inference import inference
+
+    result = inference(spec, Console())
     if result.report is not None:
         print_result(result.report.table())
     for reason, count in result.failed.most_common():

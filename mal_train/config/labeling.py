@@ -87,6 +87,35 @@ class InferenceConfig(_TestTimeAugmentation):
     restart: bool = Field(
         default=False, description="Discard the results of an unfinished run instead of continuing from its journal."
     )
+    engine: Literal["local", "ray"] = Field(
+        default="local",
+        description=(
+            "ray: label on a Ray cluster (docs/distributed.md); ann_path and label_dump_path then end in .parquet."
+        ),
+    )
+    ray_address: str = Field(
+        default="",
+        description=(
+            "HOST:PORT of the cluster's head node, or auto: the cluster of this machine.\n"
+            "Empty: a cluster of this machine alone, for this run."
+        ),
+    )
+    ray_actors: int = Field(default=0, ge=0, le=100_000, description="Processes that label; 0: as many as fit.")
+    ray_cpus_per_actor: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description=(
+            "CPUs of each, for decoding and, without a GPU, for the network.\n"
+            "0: the share of a GPU in the CPUs of its machine; without GPUs up to 4."
+        ),
+    )
+    ray_part_boxes: int = Field(
+        default=2048,
+        ge=1,
+        le=1_000_000,
+        description="Boxes of an output file, about; a process that is lost repeats up to 16 files.",
+    )
     batch_size: int = Field(default=3, ge=1, le=65_536, description="Boxes per batch.")
     load_mask: bool = Field(
         default=False, description="Read the masks of ann_path too, and report the IoU of each label with its mask."

@@ -25,6 +25,7 @@ from mal_train.core.coco.parquet_records import ImageRow
 from mal_train.core.coco.parquet_schema import Head
 from mal_train.core.coco.parquet_writer import PartWriter
 from mal_train.core.errors import ConfigError, DeviceLost, MalError
+from mal_train.core.images.files import ImageFolder
 from mal_train.core.storage.addresses import Location
 from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint import builtin
@@ -33,10 +34,9 @@ from mal_train.kernel.checkpoint.trust import TrustPolicy
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.load import load_labeler
 from mal_train.kernel.labeler.types import Label
-from mal_train.offline.dataset_labeler import LabelFailure, Row
+from mal_train.offline.dataset_labeler import DEVICE_FAILED, LabelFailure, Row
 from mal_train.offline.tta import TtaOptions, label_images
 
-DEVICE_FAILED: Final = "DEVICE_FAILED"
 MAX_MESSAGES: Final = 10
 
 
@@ -47,7 +47,7 @@ class PartJob:
     Attributes:
         dataset: the COCO file in parquet.
         dataset_sha256: its SHA-256.
-        image_dir: folder that file names are relative to.
+        images: images by the file names of the dataset.
         output: folder of the parts.
         journal: journal of the job.
         manifest: first line of the journal, which identifies the job.
@@ -63,7 +63,7 @@ class PartJob:
 
     dataset: Location
     dataset_sha256: str
-    image_dir: Path
+    images: ImageFolder
     output: Path
     journal: Path
     manifest: bytes
@@ -83,8 +83,9 @@ class PartJob:
                 f"mask-auto-labeler {distribution_version()} on a machine of the cluster; the command has "
                 f"{self.version}: install the same version on all machines"
             )
-        if not self.image_dir.is_dir():
-            raise ConfigError(f"{self.image_dir}: no such folder on a machine of the cluster; {_SHARED}")
+        base = self.images.base
+        if isinstance(base, Path) and not base.is_dir():
+            raise ConfigError(f"{base}: no such folder on a machine of the cluster; {_SHARED}")
         self.check_output()
 
     def check_output(self) -> None:
@@ -201,9 +202,7 @@ class PartLabeler:
         categories = category_ids(head.members.get("categories") or (), [])
         parsed = [_ParsedRow.of(row, categories, result) for row in rows]
         to_label = [row.to_label for row in parsed if row.to_label[1]]
-        labels = label_images(
-            labeler, to_label, job.image_dir, job.tta, batch_size=job.batch_size, threads=self._threads
-        )
+        labels = label_images(labeler, to_label, job.images, job.tta, batch_size=job.batch_size, threads=self._threads)
         fields = {id(annotation): _fields(label, result) for annotation, label in labels}
         members = {key: value for key, value in head.members.items() if key != PROVENANCE_KEY}
         members[PROVENANCE_KEY] = dict(job.provenance)

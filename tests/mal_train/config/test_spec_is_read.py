@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from mal_train.cli import main
+from mal_train.commands import ray_inference
 from mal_train.commands.evaluate import evaluate
 from mal_train.commands.inference import inference
 from mal_train.commands.spec_table import fields_of
 from mal_train.commands.train import train
 from mal_train.commands.tune import tune
 from mal_train.config.spec import Spec, load_spec
+from mal_train.core.coco.stream import copy_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.yaml_config import Strict
+from tests.mal_train.commands.stand_in_cluster import StandInCluster
 from tests.mal_train.training.runs import SMALL, plain_mean_field
 from tests.mal_train.tuning.studies import program
 from tests.scenes import write_scenes
@@ -79,7 +83,18 @@ def read_fields(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         for task in (train, evaluate, inference):
             task(spec, Console.silent())
         tune(spec, Console.silent(), program=program())
+        _run_on_ray(spec, patch)
     return read
+
+
+def _run_on_ray(spec: Spec, patch: pytest.MonkeyPatch) -> None:
+    """Runs the command on a stand-in for a cluster."""
+    folder, checkpoint = Path(spec.results_dir), spec.inference.checkpoint
+    copy_coco(Path(spec.inference.ann_path), folder / "boxes.parquet")
+    patch.setattr(ray_inference, "RayCluster", StandInCluster)
+    fields = {"ann_path": folder / "boxes.parquet", "img_dir": spec.inference.img_dir, "checkpoint": checkpoint}
+    fields |= {"engine": "ray", "label_dump_path": "labels.parquet"}
+    assert main(["inference", f"results_dir={folder}", *(f"inference.{k}={v}" for k, v in fields.items())]) == 0
 
 
 @pytest.mark.parametrize("name", [name for name, _ in fields_of(Spec)])

@@ -61,9 +61,9 @@ def spec_of(folder: Path, results: Path, form: str, **section: Any) -> Spec:
     return load_spec(None, overrides(folder, results, form, **section))
 
 
-def local_labels(folder: Path, results: Path) -> bytes:
+def local_labels(folder: Path, results: Path, **section: Any) -> bytes:
     """Returns the output of the local engine, in JSON."""
-    return inference(spec_of(folder, results, "json"), Console.silent()).path.read_bytes()
+    return inference(spec_of(folder, results, "json", **section), Console.silent()).path.read_bytes()
 
 
 def as_json(parts: Path) -> bytes:

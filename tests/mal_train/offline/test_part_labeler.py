@@ -16,6 +16,7 @@ from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.part_folder import PartFolder
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, DeviceError, DeviceLost, MalError, OutputError, WrongKey
+from mal_train.core.images.files import ImageFolder
 from mal_train.kernel.checkpoint.keys import parse_key
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.offline import part_labeler
@@ -58,7 +59,7 @@ def output(files: Path, tmp_path: Path) -> Iterator[Output]:
             PartJob(
                 dataset=files / "boxes.parquet",
                 dataset_sha256=dataset.sha256,
-                image_dir=files / "images",
+                images=ImageFolder(files / "images"),
                 output=folder.path,
                 journal=folder.journal,
                 manifest=folder.manifest_line(),
@@ -120,7 +121,7 @@ def test_a_lost_device_ends_the_process_before_the_next_task(output: Output, mon
     [
         {"version": "0.0.1"},
         {"dataset_sha256": "0" * 64},
-        {"image_dir": Path("/nowhere")},
+        {"images": ImageFolder(Path("/nowhere"))},
         {"manifest": b"of another job\n"},
         {"journal": Path("/nowhere/labels.ledger")},
     ],
