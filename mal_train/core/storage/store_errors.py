@@ -125,7 +125,8 @@ def _codes(error: BaseException) -> set[str]:
         if isinstance(response, dict):
             found.add(str(response.get("Error", {}).get("Code", "")))
             found.add(str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", "")))
-        for attribute in ("code", "status", "status_code", "error_code"):
+        # aiohttp has the same value in `status` and in `code`, which is deprecated.
+        for attribute in ("status" if hasattr(link, "status") else "code", "status_code", "error_code"):
             value = getattr(link, attribute, None)
             if isinstance(value, int | str):
                 found.add(str(getattr(value, "value", value)))
