@@ -19,6 +19,7 @@ from mal_train.config.spec import Spec
 from mal_train.core.coco.job_results import JobResults
 from mal_train.core.coco.journal import Journal, RowFailure, failed, journal_path
 from mal_train.core.coco.output import label_fields
+from mal_train.core.coco.parquet_share import share_of
 from mal_train.core.coco.plan import DatasetPlan, read_detection_plan, read_plan
 from mal_train.core.console import Console
 from mal_train.core.images.files import ImageFolder, ImageSource
@@ -108,7 +109,7 @@ def _read_plan(settings: InferenceConfig, annotations: Location, output: Locatio
     refuse_same_location(annotations, output)
     refuse_same_location(parse_location(settings.ann_path), output)
     if not settings.box_inputs:
-        return read_plan(annotations)
+        return read_plan(annotations, share=share_of(annotations, output))
     detections = inputs.enter_context(input_file(settings.box_inputs, "inference.box_inputs"))
     refuse_same_location(detections, output)
     return read_detection_plan(annotations, Path(detections))

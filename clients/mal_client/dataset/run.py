@@ -40,8 +40,7 @@ from mal_train.core.coco.annotations import ImageInfo
 from mal_train.core.coco.job_results import NOT_LABELED, JobResults
 from mal_train.core.coco.journal import Journal, RowFailure, RowResult, failed, journal_path
 from mal_train.core.coco.output import label_fields
-from mal_train.core.coco.parquet_schema import is_parquet
-from mal_train.core.coco.parquet_share import ParquetShare
+from mal_train.core.coco.parquet_share import share_of
 from mal_train.core.coco.plan import DatasetPlan, PendingRows, RowAction, read_plan
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import ReadAhead
@@ -97,7 +96,7 @@ def label_dataset(
     refuse_same_location(coco_json, output_json)
     check_writable(output_json)
     images = ImageFiles.of(images_dir)
-    share = _share(coco_json, shard) if is_parquet(coco_json) and is_parquet(output_json) else None
+    share = share_of(coco_json, output_json, *((0, 1) if shard is None else (shard.index, shard.count)))
     plan = read_plan(coco_json, dataset_options.only, dataset_options.ids, share)
     servers = JobServers(clients, options, notify, lookup=lookup)
     info = servers.first
@@ -147,10 +146,6 @@ def _job_sha256(manifest: Mapping[str, Any], options: DatasetOptions) -> str:
     """Returns a hash of all that a part depends on: its manifest, which names local paths, and the form of its rows."""
     form = [str(options.mask_format), options.polygon_tolerance_px, options.update_bbox]
     return hashlib.sha256(json.dumps([dict(manifest), form], sort_keys=True).encode()).hexdigest()
-
-
-def _share(coco_json: Location, shard: Shard | None) -> ParquetShare:
-    return ParquetShare(coco_json) if shard is None else ParquetShare(coco_json, shard.index, shard.count)
 
 
 def image_loader(images: ImageFiles, limits: ServerLimits) -> Callable[[ImageInfo], EncodedImage]:

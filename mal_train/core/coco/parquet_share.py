@@ -13,11 +13,20 @@ from mal_train.core.coco.annotations import read_annotation
 from mal_train.core.coco.output import PROVENANCE_KEY
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_records import ImageRow
-from mal_train.core.coco.parquet_schema import Head
+from mal_train.core.coco.parquet_schema import Head, is_parquet
 from mal_train.core.coco.parquet_writer import PartWriter
 from mal_train.core.coco.stream import CocoHead, HeadBuilder, OnAnnotation, RowTransform
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.storage.addresses import Location, redact
+
+
+def share_of(source: Location, output: Location, index: int = 0, count: int = 1) -> "ParquetShare | None":
+    """Returns the share that a job from parquet to parquet reads, by default the whole; None for other forms.
+
+    Raises:
+        As `ParquetShare`.
+    """
+    return ParquetShare(source, index, count) if is_parquet(source) and is_parquet(output) else None
 
 
 class ParquetShare:
