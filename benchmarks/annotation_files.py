@@ -1,8 +1,9 @@
 """Measures what a shard pays to read its part of an annotation file: a scan of the JSON file, or its row groups.
 
 Each step runs in its own process: seconds, CPU seconds, and peak memory beyond imports. Ten boxes an image, without
-masks, as before labeling. The last rows extrapolate the largest size to 10^9 boxes: file size and time in proportion to
-the boxes, the open in proportion to the row groups of 65 536 boxes.
+masks, as before labeling. The last rows extrapolate the largest size to 10^9 boxes in proportion to the boxes, and the
+footer in proportion to the row groups of 65 536 boxes. A share of 1000 has 10^6 boxes; its memory is most precise when
+that is the largest size that is run.
 
     python -m benchmarks.annotation_files [--boxes N ...] [--folder DIR] [--json FILE]
 
@@ -13,6 +14,7 @@ that the sizes can be run one after the other. The default sizes go up to 10^6.
 import argparse
 import filecmp
 import json
+import os
 import random
 import subprocess
 import sys
@@ -84,6 +86,13 @@ def _annotation(chance: random.Random, number: int, image: int) -> dict[str, obj
     }
 
 
+def footer_bytes(path: Path) -> int:
+    """Returns the length of the footer of a parquet file, which is stated before the magic number at its end."""
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        return int.from_bytes(file.read(4), "little")
+
+
 def row_group_boxes(boxes: int) -> int:
     """Returns the default size of a row group, or a smaller one that gives each shard four."""
     return max(1, min(ROW_GROUP_BOXES, boxes // (4 * SHARDS)))
@@ -96,6 +105,7 @@ def steps(folder: Path, boxes: int) -> dict[str, Callable[[], object]]:
         "pack": lambda: copy_coco(source, packed, row_group_boxes=row_group_boxes(boxes)),
         "scan": lambda: scan_coco(source, lambda _index, _row: None),
         "open": lambda: ParquetDataset(packed),
+        "rows": lambda: ParquetShare(packed).scan(lambda _index, _row: None),
         "share": lambda: ParquetShare(packed, 1, SHARDS).scan(lambda _index, _row: None),
         "unpack": lambda: copy_coco(packed, back),
     }
@@ -136,6 +146,7 @@ def add_size(table: Table, folder: Path, boxes: int) -> dict[str, Cost]:
         "pack": "JSON to parquet",
         "unpack": "parquet to JSON",
         "scan": "scan of JSON, by every shard",
+        "rows": "all row groups",
         "share": f"share of {SHARDS}",
         "open": "of which footer",
     }.items():
@@ -150,14 +161,18 @@ def add_large(table: Table, folder: Path, boxes: int, costs: dict[str, Cost]) ->
     """Adds the extrapolation of a size to `LARGE` boxes."""
     source, packed, _ = files(folder, boxes)
     factor = LARGE / boxes
-    groups = len(ParquetDataset(packed).row_groups)
-    footer_s = costs["open"].cpu_s * (LARGE / ROW_GROUP_BOXES) / groups
-    rows_s = (costs["share"].cpu_s - costs["open"].cpu_s) * SHARDS * factor / LARGE_SHARDS
+    of_share = factor / LARGE_SHARDS
+    of_footer = (LARGE / ROW_GROUP_BOXES) / len(ParquetDataset(packed).row_groups)
+    footer_s = costs["open"].cpu_s * of_footer
+    rows_s = (costs["rows"].cpu_s - costs["open"].cpu_s) * of_share
     table.add("10^9 boxes, extrapolated: JSON file", source.stat().st_size * factor / 1e9, "GB")
     table.add("10^9 boxes, extrapolated: parquet file", packed.stat().st_size * factor / 1e9, "GB")
     table.add("10^9 boxes, extrapolated: scan of JSON, each shard", costs["scan"].cpu_s * factor / 3600, "CPU h")
+    table.add("10^9 boxes, extrapolated: scan of JSON, each shard", costs["scan"].mib * factor / 1024, "GiB")
     table.add(f"10^9 boxes, extrapolated: share of {LARGE_SHARDS}", footer_s + rows_s, "CPU s")
+    table.add(f"10^9 boxes, extrapolated: share of {LARGE_SHARDS}", costs["rows"].mib * of_share, "MiB")
     table.add("10^9 boxes, extrapolated: of which footer", footer_s, "CPU s")
+    table.add("10^9 boxes, extrapolated: of which footer", footer_bytes(packed) * of_footer / 1e6, "MB")
     table.add("10^9 boxes, extrapolated: JSON to parquet", costs["pack"].cpu_s * factor / 3600, "CPU h")
 
 

@@ -27,9 +27,15 @@ SUFFIX: Final = ".parquet"
 MAX_HEAD_BYTES: Final = 64 << 20
 """Limit of the top-level members other than `images` and `annotations`, as JSON. Each part repeats them."""
 MAX_FOOTER_BYTES: Final = 256 << 20
-"""Limit of the metadata at the end of a file; about 3 kB for each row group."""
+"""Limit of the metadata at the end of a file; about 2 kB for each row group."""
+MAX_ROW_GROUPS: Final = 1 << 16
+"""Limit of the row groups of a file that is written."""
 MAX_ROW_BYTES: Final = 512 << 20
 """Limit of the text of one row: an image with its annotations."""
+MAX_ROW_ANNOTATIONS: Final = 1 << 23
+"""Limit of the annotations of one row."""
+MAX_ROW_GROUP_BOXES: Final = 1 << 22
+"""Limit of the boxes after which a row group ends."""
 MAX_ROW_GROUP_BYTES: Final = 1 << 30
 """Limit of an uncompressed row group, and with it of the memory that reading one takes."""
 MAX_ROW_GROUP_ROWS: Final = 1 << 24

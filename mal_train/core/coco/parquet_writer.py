@@ -18,7 +18,10 @@ from mal_train.core.coco.parquet_records import ANNOTATION_COLUMNS, IMAGE_COLUMN
 from mal_train.core.coco.parquet_schema import (
     ANNOTATIONS,
     IMAGES,
+    MAX_ROW_ANNOTATIONS,
     MAX_ROW_BYTES,
+    MAX_ROW_GROUP_BOXES,
+    MAX_ROW_GROUPS,
     METADATA_KEY,
     NOTE_KEY,
     Head,
@@ -77,12 +80,12 @@ class PartWriter:
         row_groups: number of annotations in each row group.
 
     Raises:
-        ConfigError: pyarrow is not installed, or `row_group_boxes` is not positive.
+        ConfigError: pyarrow is not installed, or `row_group_boxes` is out of range.
     """
 
     def __init__(self, file: BinaryIO, row_group_boxes: int = ROW_GROUP_BOXES) -> None:
-        if row_group_boxes < 1:
-            raise ConfigError(f"row_group_boxes: {row_group_boxes}; it must be 1 or more")
+        if not 1 <= row_group_boxes <= MAX_ROW_GROUP_BOXES:
+            raise ConfigError(f"row_group_boxes: {row_group_boxes}; it must be from 1 to {MAX_ROW_GROUP_BOXES}")
         self._pa, pq = load_pyarrow()
         self._schema = arrow_schema()
         self._sink = _HashedFile(file)
@@ -114,15 +117,24 @@ class PartWriter:
         """Adds a row; ends the row group when it is full.
 
         Raises:
-            BadDataset: the row exceeds `MAX_ROW_BYTES`.
+            BadDataset: the row exceeds `MAX_ROW_BYTES` or `MAX_ROW_ANNOTATIONS`.
         """
         self._rows.add(row)
         if self._rows.boxes >= self._row_group_boxes or self._rows.text_chars >= ROW_GROUP_BYTES:
             self.end_row_group()
 
     def end_row_group(self) -> None:
-        """Writes the rows since the last row group, if there are any, as one row group."""
+        """Writes the rows since the last row group, if there are any, as one row group.
+
+        Raises:
+            ConfigError: the file has `MAX_ROW_GROUPS` row groups.
+        """
         if self._rows.boxes:
+            if len(self.row_groups) == MAX_ROW_GROUPS:
+                raise ConfigError(
+                    f"row_group_boxes: {self._row_group_boxes} gives more than {MAX_ROW_GROUPS} row groups, whose list "
+                    "every reader reads; choose more boxes"
+                )
             table = self._rows.table(self._pa, self._schema)
             self._writer.write_table(table, row_group_size=table.num_rows)
             self.row_groups.append(self._rows.annotations)
@@ -202,11 +214,11 @@ class _RowGroup:
             self._annotations.append(value, **place)
         self._offsets.append(len(self._annotation_indices))
         self.boxes += max(1, len(row.annotations))
-        if self.text_chars - before > MAX_ROW_BYTES:
+        if self.text_chars - before > MAX_ROW_BYTES or len(row.annotations) > MAX_ROW_ANNOTATIONS:
             name = "annotations without an image" if row.index is None else f"images[{row.index}]"
             raise BadDataset(
-                f"{name}: a row of {self.text_chars - before} characters with its {len(row.annotations)} annotations; "
-                f"a row of parquet may have {MAX_ROW_BYTES}: split the image, or keep the JSON file"
+                f"{name}: {len(row.annotations)} annotations with {self.text_chars - before} characters; a row of "
+                f"parquet may have {MAX_ROW_ANNOTATIONS} and {MAX_ROW_BYTES}: split the image, or keep the JSON file"
             )
 
     def table(self, pa: Any, schema: Any) -> Any:

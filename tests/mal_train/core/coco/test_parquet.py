@@ -252,9 +252,10 @@ def test_a_folder_without_parts_is_refused(tmp_path: Path) -> None:
         read_coco(tmp_path / "parts.parquet")
 
 
-def test_row_groups_need_a_positive_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("boxes", [0, 1 << 40])
+def test_row_groups_need_a_size_in_range(tmp_path: Path, boxes: int) -> None:
     with pytest.raises(ConfigError):
-        packed(tmp_path, dataset(row()), row_group_boxes=0)
+        packed(tmp_path, dataset(row()), row_group_boxes=boxes)
 
 
 def test_without_pyarrow_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

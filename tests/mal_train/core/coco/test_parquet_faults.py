@@ -12,7 +12,7 @@ from mal_train.core.coco import parquet_reader, parquet_schema, parquet_writer
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_schema import METADATA_KEY, Head, arrow_schema, load_pyarrow
-from mal_train.core.errors import BadDataset, OutputError
+from mal_train.core.errors import BadDataset, ConfigError, OutputError
 from tests.mal_train.core.coco.coco_rows import dataset, row
 from tests.mal_train.core.coco.parquet_files import packed, split_file, unpacked
 
@@ -165,6 +165,12 @@ def test_what_exceeds_a_limit_is_not_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(parquet_writer, "MAX_ROW_BYTES", 500)
     with pytest.raises(BadDataset, match=r"images\[0\]"):
         packed(tmp_path, dataset(row(note="x" * 600)))
+    monkeypatch.setattr(parquet_writer, "MAX_ROW_ANNOTATIONS", 1)
+    with pytest.raises(BadDataset, match=r"images\[0\]"):
+        packed(tmp_path, dataset(row(), row(2)))
+    monkeypatch.setattr(parquet_writer, "MAX_ROW_GROUPS", 1)
+    with pytest.raises(ConfigError):
+        packed(tmp_path, dataset(row(image_id=9), row(1)), row_group_boxes=1)
     assert output.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.json", "in.parquet"]
 
