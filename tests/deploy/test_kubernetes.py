@@ -189,6 +189,15 @@ def test_nobody_else_reaches_the_pods_of_jobs() -> None:
             assert selector <= template["metadata"]["labels"].items()
 
 
+def test_the_ray_cluster_has_a_token_and_ends_with_its_job() -> None:
+    spec = only(render("ray"), "RayJob")["spec"]
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    assert spec["shutdownAfterJobFinishes"] is True
+    for template in pod_templates(spec):
+        variables = {entry["name"]: entry["value"] for entry in template["spec"]["containers"][0]["env"]}
+        assert variables["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
 def test_the_number_of_shards_is_the_same_everywhere() -> None:
     job, merge = (only(render(folder), "Job") for folder in ("label", "merge"))
     spec: Any = job["spec"]
