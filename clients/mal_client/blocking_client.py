@@ -31,6 +31,8 @@ from mal_client.types import (
     ServerLimits,
 )
 from mal_train.core.addresses import split_addresses
+from mal_train.core.errors import ConfigError
+from mal_train.core.storage.addresses import parse_location, redact
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -245,7 +247,7 @@ class Client(ClientBase):
         `mal_client.dataset.run.label_dataset` does the same with several servers.
 
         Args:
-            coco_json: COCO file; `bbox` is x, y, width, height in px.
+            coco_json: COCO file, or its address; `bbox` is x, y, width, height in px.
             images_dir: folder that `file_name` is relative to, a glob pattern such as `photos/**/*.jpg`, or an address
                 such as s3://bucket/images; `ImageFiles(folder, allow_outside=True)` for files outside the folder.
             output_json: COCO file to write.
@@ -266,17 +268,25 @@ class Client(ClientBase):
         """
         # Imported here: jobs load OpenCV and pycocotools, which would delay the first import for callers without jobs.
         from mal_client.dataset.run import label_dataset  # noqa: PLC0415
+        from mal_train.core.coco.members import annotation_file  # noqa: PLC0415
 
-        return label_dataset(
-            [self],
-            Path(coco_json),
-            images_dir,
-            Path(output_json),
-            options,
-            dataset_options=dataset_options,
-            on_progress=on_progress,
-            on_notice=on_notice,
-        )
+        output = parse_location(str(output_json))
+        if not isinstance(output, Path):
+            raise ConfigError(
+                f"output {redact(output)}: a local path is needed, beside which the journal lies; upload the file by "
+                "mal_train.core.storage.writing.upload, or use mal-client label"
+            )
+        with annotation_file(parse_location(str(coco_json))) as annotations:
+            return label_dataset(
+                [self],
+                annotations,
+                images_dir,
+                output,
+                options,
+                dataset_options=dataset_options,
+                on_progress=on_progress,
+                on_notice=on_notice,
+            )
 
     def evaluate(
         self,
@@ -296,7 +306,7 @@ class Client(ClientBase):
         0.813
 
         Args:
-            coco_json: COCO file with ground-truth masks.
+            coco_json: COCO file with ground-truth masks, or its address.
             images_dir: as in `label_dataset`.
             options: label options; the default leaves every choice to the server.
             worst_count: number of instances to list in the result, those with the lowest IoU; 0 to 10 000.
@@ -314,17 +324,19 @@ class Client(ClientBase):
         """
         # Imported here for the same reason as in label_dataset.
         from mal_client.evaluation.run import evaluate  # noqa: PLC0415
+        from mal_train.core.coco.members import annotation_file  # noqa: PLC0415
 
-        return evaluate(
-            self,
-            Path(coco_json),
-            images_dir,
-            options,
-            worst_count=worst_count,
-            on_progress=on_progress,
-            on_notice=on_notice,
-            resume=resume,
-        )
+        with annotation_file(parse_location(str(coco_json))) as annotations:
+            return evaluate(
+                self,
+                annotations,
+                images_dir,
+                options,
+                worst_count=worst_count,
+                on_progress=on_progress,
+                on_notice=on_notice,
+                resume=resume,
+            )
 
     def evaluate_on_server(
         self,

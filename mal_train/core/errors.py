@@ -82,8 +82,8 @@ class StorageError(InputError):
     """An object in a store or on a web server that cannot be read. The caller's fault; exit code 2.
 
     Attributes:
-        reason: NOT_FOUND, BUCKET_NOT_FOUND, ACCESS_DENIED, NO_CREDENTIALS, TOO_LARGE, CHANGED (while it was read),
-            HOST_NOT_ALLOWED or FAILED.
+        reason: NOT_FOUND, BUCKET_NOT_FOUND, ACCESS_DENIED (of one object), NO_CREDENTIALS, CREDENTIALS_REFUSED (of all
+            objects), TOO_LARGE, CHANGED (while it was read), HOST_NOT_ALLOWED or FAILED.
     """
 
     def __init__(self, message: str, reason: str = "FAILED") -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from mal_client.cli.main import main
+from mal_client.client import Client
 
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.coco.stream import copy_coco
+from mal_train.core.errors import ConfigError
 from mal_train.core.storage import retry, web_store
 from mal_train.distributed.launch import free_port
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
@@ -127,6 +129,27 @@ def test_store_that_goes_away_ends_the_job_which_resumes(
         assert s3.get("out.json") is None
         assert label(address, given, s3.address("out.json"), *work_dir(dataset)) == 0
     assert all("error" not in row for row in rows(s3.get("out.json")))
+
+
+def test_credentials_that_expire_end_the_job_which_resumes(s3: S3, dataset: Dataset) -> None:
+    given = stored(dataset, s3)
+    for index in range(2, 5):
+        s3.fail(f"images/image_{index}.png", status=403, code="ExpiredToken", times=1)
+    with serving(FakeServer()) as address:
+        assert label(address, given, str(dataset.output)) == 2
+        assert label(address, given, str(dataset.output)) in (0, 2)
+        assert label(address, given, str(dataset.output)) in (0, 2)
+        assert label(address, given, str(dataset.output)) == 0
+    assert all("error" not in row for row in dataset.labeled().values())
+
+
+def test_python_client_reads_by_address(s3: S3, dataset: Dataset) -> None:
+    places = stored(with_masks(dataset), s3)[1::2]
+    with serving(FakeServer()) as address, Client(address) as client:
+        assert client.label_dataset(places[0], places[1], dataset.output).labeled == 10
+        assert client.evaluate(places[0], places[1]).images == 5
+        with pytest.raises(ConfigError):
+            client.label_dataset(places[0], places[1], s3.address("out.json"))
 
 
 def test_shards_meet_in_the_work_dir(s3: S3, dataset: Dataset) -> None:

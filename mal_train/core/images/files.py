@@ -17,7 +17,7 @@ from mal_train.core.storage.reading import read_bytes
 if TYPE_CHECKING:
     from mal_train.core.images.decoder import RgbImage
 
-_STORE_FAULTS: Final = ("NO_CREDENTIALS", "BUCKET_NOT_FOUND")
+_STORE_FAULTS: Final = ("NO_CREDENTIALS", "CREDENTIALS_REFUSED", "BUCKET_NOT_FOUND")
 """Reasons that concern all images, not one."""
 
 

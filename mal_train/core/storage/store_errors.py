@@ -20,7 +20,7 @@ _NO_CREDENTIALS: Final = frozenset(
         *("TokenRetrievalError", "SSOError", "DefaultCredentialsError", "CredentialUnavailableError"),
     )
 )
-_DENIED: Final = frozenset(("PermissionError", "ClientAuthenticationError", "RefreshError"))
+_NOT_ACCEPTED: Final = frozenset(("ClientAuthenticationError", "RefreshError"))
 _MISSING: Final = frozenset(("FileNotFoundError", "ResourceNotFoundError"))
 _BROKEN: Final = frozenset(
     (
@@ -33,11 +33,16 @@ _BROKEN: Final = frozenset(
 _NO_BUCKET: Final = frozenset(("NoSuchBucket", "ContainerNotFound"))
 _NO_OBJECT: Final = frozenset(("NoSuchKey", "NoSuchVersion", "BlobNotFound", "404", "410"))
 _CHANGED: Final = frozenset(("PreconditionFailed", "ConditionNotMet", "412"))
+_REFUSED_CREDENTIALS: Final = frozenset(
+    (
+        *("401", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
+        *("TokenRefreshRequired", "RequestTimeTooSkewed", "AuthenticationFailed"),
+    )
+)
 _FORBIDDEN: Final = frozenset(
     (
-        *("401", "403", "AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
-        *("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed", "AuthenticationFailed"),
-        *("AuthorizationFailure", "AuthorizationPermissionMismatch", "InvalidObjectState"),
+        *("403", "AccessDenied", "AllAccessDisabled", "InvalidObjectState"),
+        *("AuthorizationFailure", "AuthorizationPermissionMismatch"),
     )
 )
 _BUSY: Final = frozenset(
@@ -69,7 +74,13 @@ def _permanent(error: BaseException, codes: set[str], names: set[str], address: 
         return StorageError(f"{name}: no credentials; give them by {_places(scheme_of(address))}", "NO_CREDENTIALS")
     if codes & _CHANGED:
         return changed(address)
-    if codes & _FORBIDDEN or names & _DENIED or str(error).startswith("Forbidden"):
+    if codes & _REFUSED_CREDENTIALS or names & _NOT_ACCEPTED:
+        detail = ", ".join(sorted(codes & _REFUSED_CREDENTIALS)) or "expired or not valid"
+        return StorageError(
+            f"{name}: the store refuses the credentials ({detail}); renew them: {_places(scheme_of(address))}",
+            "CREDENTIALS_REFUSED",
+        )
+    if codes & _FORBIDDEN or "PermissionError" in names or str(error).startswith("Forbidden"):
         return denied(address, ", ".join(sorted(codes & _FORBIDDEN)) or "denied")
     return missing(address) if codes & _NO_OBJECT or names & _MISSING else None
 

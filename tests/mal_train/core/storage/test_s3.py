@@ -64,7 +64,7 @@ def test_missing_object_and_missing_bucket(s3: S3) -> None:
 def test_wrong_credentials(s3: S3) -> None:
     s3.put("a", b"x")
     s3.require_credentials()
-    assert reason_of(s3.address("a")) == "ACCESS_DENIED"
+    assert reason_of(s3.address("a")) == "CREDENTIALS_REFUSED"
     with pytest.raises(OutputError):
         check_writable(s3.address("out.json"))
 
@@ -75,10 +75,17 @@ def test_no_credentials(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason_of(s3.address("a")) == "NO_CREDENTIALS"
 
 
-@pytest.mark.parametrize("code", ["AccessDenied", "ExpiredToken", "InvalidAccessKeyId"])
-def test_refused_object(s3: S3, code: str) -> None:
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("AccessDenied", "ACCESS_DENIED"),
+        ("ExpiredToken", "CREDENTIALS_REFUSED"),
+        ("SignatureDoesNotMatch", "CREDENTIALS_REFUSED"),
+    ],
+)
+def test_refused_object(s3: S3, code: str, reason: str) -> None:
     s3.fail("a", status=403, code=code)
-    assert reason_of(s3.address("a")) == "ACCESS_DENIED"
+    assert reason_of(s3.address("a")) == reason
     assert len(s3.requests) == 1
 
 

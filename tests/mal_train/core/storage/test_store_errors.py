@@ -32,12 +32,16 @@ def google_auth_error(name: str) -> Exception:
 @pytest.mark.parametrize(
     ("address", "make", "reason"),
     [
-        ("gs://b/k", lambda: http_error(401), "ACCESS_DENIED"),
+        ("gs://b/k", lambda: http_error(401), "CREDENTIALS_REFUSED"),
         ("gs://b/k", lambda: OSError(f"Forbidden: https://storage/{SECRET}"), "ACCESS_DENIED"),
         ("gs://b/k", lambda: FileNotFoundError(SECRET), "NOT_FOUND"),
         ("gs://b/k", lambda: google_auth_error("DefaultCredentialsError"), "NO_CREDENTIALS"),
         ("gs://b/k", lambda: http_error(400), "FAILED"),
-        ("az://c/k", lambda: azure_error("ClientAuthenticationError", 403, "AuthenticationFailed"), "ACCESS_DENIED"),
+        (
+            "az://c/k",
+            lambda: azure_error("ClientAuthenticationError", 403, "AuthenticationFailed"),
+            "CREDENTIALS_REFUSED",
+        ),
         ("az://c/k", lambda: azure_error("ResourceNotFoundError", 404, "BlobNotFound"), "NOT_FOUND"),
         ("az://c/k", lambda: azure_error("ResourceNotFoundError", 404, "ContainerNotFound"), "BUCKET_NOT_FOUND"),
         ("az://c/k", lambda: ValueError("Must provide either a connection_string or account_name"), "NO_CREDENTIALS"),
