@@ -57,7 +57,7 @@ class PartFolder:
             finished = {part.name for part in parts if self._journal.has_label(part.number)}
             _remove(path, [name for name in names if name not in finished])
             self._lost = finished - set(names)
-            """Parts whose file somebody has removed."""
+            """Parts whose file was removed since."""
             on_error.pop_all()
 
     def __enter__(self) -> Self:
