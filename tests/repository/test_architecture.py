@@ -64,7 +64,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
         *("mal_server.ops", CORE, KERNEL),
     ),
     "mal_server.evaluation": (
-        *("mal_server.errors", "mal_server.scheduling", "mal_server.inference", "mal_server.models"),
+        *("mal_server.errors", "mal_server.config", "mal_server.scheduling", "mal_server.inference"),
+        "mal_server.models",
         *(CORE, KERNEL),
     ),
     # Only the API knows messages; it knows none of the server's life.
