@@ -16,6 +16,7 @@ from mal_train.core.version import distribution_version
 from tests.deploy import schemas
 from tests.deploy.pods import arguments_of
 from tests.deploy.rendered import KUBERNETES, Manifest, folders, only, pod_of, pod_templates, render
+from tests.deploy.test_locks import versions
 from tests.paths import ROOT
 
 SERVERS = [name for name in folders() if name == "base" or name.startswith("overlays/")]
@@ -193,6 +194,7 @@ def test_the_ray_cluster_has_a_token_and_ends_with_its_job() -> None:
     spec = only(render("ray"), "RayJob")["spec"]
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["rayClusterSpec"]["rayVersion"] == versions(ROOT / "constraints.txt")["ray"]
     for template in pod_templates(spec):
         variables = {entry["name"]: entry["value"] for entry in template["spec"]["containers"][0]["env"]}
         assert variables["RAY_USAGE_STATS_ENABLED"] == "0"
