@@ -4,12 +4,13 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from mal.v1 import types_pb2
@@ -87,15 +88,16 @@ def test_an_invalid_file_exits_2_before_any_call(dataset: Dataset, capsys: pytes
     assert not fake.calls
 
 
+@pytest.mark.parametrize("scheme", ["", "ipv4:"])
 def test_selected_ids_are_labeled_on_two_servers_with_a_json_log(
-    address: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+    address: str, dataset: Dataset, scheme: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = dataset.folder / "ids.txt"
     wanted.write_text('101\n\n "box" \n')
     dataset.coco["annotations"][5]["id"] = "box"
     dataset.save()
     with serving(FakeServer()) as other:
-        both = ["--server", f"{address},{other}", "--only", "ids", "--ids", str(wanted), "--log", "json"]
+        both = ["--server", f"{scheme}{address},{other}", "--only", "ids", "--ids", str(wanted), "--log", "json"]
         assert main(arguments("label", address, dataset, *both, "--format", "uncompressed", "--update-bbox")) == 0
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert (events[-1]["event"], events[-1]["labeled"], events[-1]["copied"]) == ("done", 2, 4)
@@ -142,6 +144,25 @@ def test_an_unavailable_server_exits_1_with_its_address(dataset: Dataset, capsys
     assert main(arguments("label", "127.0.0.1:9", dataset)) == 1
     assert "127.0.0.1:9" in capsys.readouterr().err
     assert not dataset.output.exists()
+
+
+def test_a_name_without_an_address_exits_1_with_the_name(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> NoReturn:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for address in ("mal-server.invalid:50051", "dns:///mal-server.invalid:50051"):
+        assert main(arguments("label", address, dataset)) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "mal-server.invalid" in line
+    assert not dataset.output.exists()
+
+
+def test_a_list_with_a_name_is_refused_for_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--server", "gpu-1:50051,gpu-2:50051"]) == 2
+    assert "dns:///" in capsys.readouterr().err
 
 
 def test_evaluate_prints_the_metrics_and_writes_json_and_html(
