@@ -139,6 +139,14 @@ def test_local_copy_is_private_and_removed(s3: S3, tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_copy_of_a_killed_process_is_removed(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / ".boxes.json.k1ll3d.mal-tmp").write_bytes(b"part of a file")
+    s3.put("boxes.json", b"x")
+    with local_copy(s3.address("boxes.json")) as first, local_copy(s3.address("boxes.json")) as second:
+        assert sorted(tmp_path.iterdir()) == sorted([first, second])
+
+
 def test_local_copy_of_an_object_that_changes(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(reading, "BLOCK_BYTES", 10)
