@@ -6,8 +6,9 @@ from mal_train.core.errors import BadBox
 from mal_train.core.masks.geometry import Box, box_iou, box_pixels, check_box
 from mal_train.kernel.labeler.types import Label
 
-FULL = 0.98
-"""Share of its box from which on a mask counts as the box itself: tight and stable, but no segmentation."""
+USUAL_FILL = 0.8
+"""Share of its box that nine of ten objects of photographs do not exceed (COCO; the median is 0.6). A mask beyond it
+counts less, down to nothing for the filled box, which is tight and stable, but no segmentation."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class BoxProxy:
         count: boxes.
         tightness: IoU of the given box with the tight box of its mask; 0 for an empty mask.
         stability: score of the mask before any calibration (`LabelerConfig.score_type`); 0 for an empty mask.
-        value: tightness · stability, where a mask that fills at least `FULL` of its box counts 0.
+        value: tightness · stability · min(1, (1 − fill) / (1 − `USUAL_FILL`)), where fill is the share of the box that
+            its mask covers.
     """
 
     count: int
@@ -44,11 +46,11 @@ class BoxProxyMeter:
         if box is None:
             return
         tightness = 0.0 if label.mask_box is None else box_iou(box, label.mask_box)
-        is_full = label.area >= FULL * box[2] * box[3]
+        fill = label.area / (box[2] * box[3])
         self._count += 1
         self._tightness += tightness
         self._stability += label.score
-        self._value += 0.0 if is_full else tightness * label.score
+        self._value += tightness * label.score * min(1.0, max(0.0, (1 - fill) / (1 - USUAL_FILL)))
 
     def result(self) -> BoxProxy:
         """Returns the means so far."""

@@ -12,11 +12,11 @@ SIZE = (40, 60)
 
 
 def label(rows: slice, columns: slice, score: float, *, corner: bool = True) -> Label:
-    """Returns the label of a rectangle; without its upper left corner, it does not fill its box."""
+    """Returns the label of a rectangle; without its upper left corner, it fills its box as much as objects do."""
     mask = np.zeros(SIZE, np.bool_)
     mask[rows, columns] = True
     if corner and mask.any():
-        mask[rows.start : rows.start + 4, columns.start : columns.start + 4] = False
+        mask[rows.start : rows.start + 6, columns.start : columns.start + 8] = False
     code = rle.encode_mask(mask)
     return Label(code, score, int(mask.sum()), rle.to_box(code), None, ())
 
@@ -53,9 +53,16 @@ def test_an_empty_mask_counts_zero_and_is_counted() -> None:
     assert found.value == pytest.approx(0.4)
 
 
-def test_a_mask_that_is_its_box_is_tight_and_stable_but_counts_nothing() -> None:
-    filled = proxy(((10, 5, 20, 10), label(slice(5, 15), slice(10, 30), 1.0, corner=False)))
-    assert (filled.tightness, filled.stability, filled.value) == (1.0, 1.0, 0.0)
+@pytest.mark.parametrize(("fill", "weight"), [(0.5, 1.0), (0.8, 1.0), (0.9, 0.5), (0.95, 0.25), (1.0, 0.0)])
+def test_the_more_a_mask_fills_its_box_the_less_it_counts(fill: float, weight: float) -> None:
+    mask = np.zeros(SIZE, np.bool_)
+    mask[:20, :40] = True
+    inner = mask[1:19, 1:39]
+    inner.flat[: round(800 * (1 - fill))] = False
+    code = rle.encode_mask(mask)
+    found = proxy(((0, 0, 40, 20), Label(code, 0.9, round(800 * fill), rle.to_box(code), None, ())))
+    assert (found.tightness, found.stability) == (1.0, 0.9)
+    assert found.value == pytest.approx(0.9 * weight)
 
 
 def test_a_box_beyond_the_image_is_compared_with_its_visible_part() -> None:
