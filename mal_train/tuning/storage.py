@@ -29,7 +29,7 @@ LOCK_GRACE_S = 10
 SCHEMES = "sqlite:///FILE, journal:///FILE, postgresql://…, mysql://…, grpc://HOST:PORT, env:NAME or file:PATH"
 
 
-class StorageError(OutputError):
+class StudyStorageError(OutputError):
     """The storage of a study that is unreachable, locked by another process, or full. Exit code 4."""
 
 
@@ -49,7 +49,7 @@ def open_storage(url: str) -> BaseStorage:
 
     Raises:
         ConfigError: the address is malformed, or its driver is not installed.
-        StorageError: the storage is unreachable or locked.
+        StudyStorageError: the storage is unreachable or locked.
     """
     scheme = url.partition("://")[0]
     with storage_errors(url), quiet_optuna():
@@ -66,7 +66,7 @@ def storage_errors(url: str) -> Iterator[None]:
 
     Raises:
         ConfigError: the address is malformed, or its driver is not installed.
-        StorageError: the storage is unreachable or locked.
+        StudyStorageError: the storage is unreachable or locked.
     """
     try:
         yield
@@ -74,7 +74,7 @@ def storage_errors(url: str) -> Iterator[None]:
         text = without_credentials(str(error), url)
         raise ConfigError(f"tune.storage: {redacted_url(url)}: {text}; give {SCHEMES}") from None
     except (optuna.exceptions.StorageInternalError, SQLAlchemyError, grpc.RpcError) as error:
-        raise StorageError(f"tune.storage: {redacted_url(url)}: {_reason(error, url)}") from None
+        raise StudyStorageError(f"tune.storage: {redacted_url(url)}: {_reason(error, url)}") from None
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def _server(url: str) -> GrpcStorageProxy:
     try:
         storage.wait_server_ready(timeout=CONNECT_TIMEOUT_S)
     except ConnectionError:
-        raise StorageError(
+        raise StudyStorageError(
             f"tune.storage: {redacted_url(url)}: no answer within {CONNECT_TIMEOUT_S} s; start the server or check the "
             "address"
         ) from None
@@ -143,7 +143,7 @@ class JournalFile(JournalFileBackend):
     A part of a line that a killed process left at its end is removed when the file is opened.
 
     Raises:
-        StorageError: the file cannot be created, read or written, or is no journal.
+        StudyStorageError: the file cannot be created, read or written, or is no journal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -183,6 +183,8 @@ def _file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"tune.storage: {path}: {error.strerror}; choose a folder that can be written to") from None
+        raise StudyStorageError(
+            f"tune.storage: {path}: {error.strerror}; choose a folder that can be written to"
+        ) from None
     except ValueError as error:
-        raise StorageError(f"tune.storage: {path}: no journal of Optuna: {error}; choose another file") from None
+        raise StudyStorageError(f"tune.storage: {path}: no journal of Optuna: {error}; choose another file") from None

@@ -17,7 +17,7 @@ from mal_train.core.errors import ConfigError
 from mal_train.core.yaml_config import dump
 from mal_train.distributed.launch import free_port
 from mal_train.tuning import storage as storage_module
-from mal_train.tuning.storage import StorageError, open_storage, quiet_optuna, storage_errors, storage_url
+from mal_train.tuning.storage import StudyStorageError, open_storage, quiet_optuna, storage_errors, storage_url
 
 SECRET = "hunter2"
 
@@ -65,7 +65,7 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["sqlite", "journal"])
 def test_a_file_in_a_folder_that_is_missing_is_an_error_of_the_machine(scheme: str, tmp_path: Path) -> None:
-    with pytest.raises(StorageError) as caught:
+    with pytest.raises(StudyStorageError) as caught:
         open_storage(f"{scheme}:///{tmp_path}/nowhere/study")
     assert caught.value.exit_code == 4
     assert "nowhere" in str(caught.value)
@@ -76,7 +76,7 @@ def test_a_file_of_another_program_is_refused_and_stays(content: bytes, tmp_path
     path = tmp_path / "file"
     path.write_bytes(content)
     for scheme in ("sqlite", "journal"):
-        with pytest.raises(StorageError), storage_errors("x"):
+        with pytest.raises(StudyStorageError), storage_errors("x"):
             create(open_storage(f"{scheme}:///{path}"))
         assert path.read_bytes() == content
 
@@ -90,9 +90,9 @@ def test_a_database_that_another_process_locks_is_an_error_that_says_so(
     study = create(storage)
     with sqlite3.connect(tmp_path / "study.db", isolation_level=None) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(StorageError, match="locked"):
+        with pytest.raises(StudyStorageError, match="locked"):
             open_storage(url)
-        with pytest.raises(StorageError, match="locked"), storage_errors(url), quiet_optuna():
+        with pytest.raises(StudyStorageError, match="locked"), storage_errors(url), quiet_optuna():
             study.ask()
         other.execute("ROLLBACK")
     study.tell(study.ask(), 1.0)
@@ -141,7 +141,7 @@ def test_a_server_of_optuna_keeps_the_trials_and_its_end_is_one_error(tmp_path: 
             assert create(open_storage(url)).best_value == 0.5
         finally:
             server.send_signal(signal.SIGKILL)
-    with pytest.raises(StorageError, match=rf"127\.0\.0\.1:{port}"), storage_errors(url):
+    with pytest.raises(StudyStorageError, match=rf"127\.0\.0\.1:{port}"), storage_errors(url):
         study.ask()
 
 
@@ -153,7 +153,7 @@ def test_an_unreachable_server_is_one_error_without_its_credentials(
     address = f"127.0.0.1:{free_port()}"
     url = f"grpc://{address}" if scheme == "grpc" else f"postgresql://ann:{SECRET}@{address}/tune?application_name=x"
     # Without a driver for PostgreSQL, the error is about that.
-    with pytest.raises((StorageError, ConfigError)) as caught:
+    with pytest.raises((StudyStorageError, ConfigError)) as caught:
         open_storage(url)
     assert address in str(caught.value)
     assert SECRET not in str(caught.value)
