@@ -183,25 +183,35 @@ def _convert_coco(arguments: argparse.Namespace) -> int:
             labels,
             output,
             row_group_boxes=ROW_GROUP_BOXES if arguments.row_group_boxes is None else arguments.row_group_boxes,
-            on_rows=progress,
+            on_rows=progress.read,
+            on_written=progress.written,
         )
     print_line(f"{redact(arguments.output)}: {progress.rows} images and annotations")
     return 0
 
 
 class _RowProgress:
-    """Prints the number of rows that were read, every few seconds. A JSON file does not state how many it has."""
+    """Prints how many rows were read and written, every few seconds. A JSON file does not state how many it has."""
 
     def __init__(self) -> None:
         self.rows = 0
         self._console = Console()
         self._printed_at = time.monotonic()
 
-    def __call__(self, rows: int) -> None:
+    def read(self, rows: int) -> None:
+        """Receives the number of rows that were read."""
         self.rows = rows
-        if rows % ROWS_PER_LOOK == 0 and time.monotonic() - self._printed_at >= LINE_EVERY_S:
+        if rows % ROWS_PER_LOOK == 0:
+            self._print(f"{rows} images and annotations read")
+
+    def written(self, annotations: int) -> None:
+        """Receives the number of annotations that were written after all were read."""
+        self._print(f"{self.rows} images and annotations read, {annotations} annotations written")
+
+    def _print(self, text: str) -> None:
+        if time.monotonic() - self._printed_at >= LINE_EVERY_S:
             self._printed_at = time.monotonic()
-            self._console.print(f"convert: {rows} images and annotations read")
+            self._console.print(f"convert: {text}")
 
 
 def _refuse_options_of_other_formats(arguments: argparse.Namespace) -> None:

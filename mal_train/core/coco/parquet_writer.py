@@ -7,7 +7,7 @@ rows; the others wait in a temporary file until they are grouped by image.
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import groupby
 from types import TracebackType
@@ -241,6 +241,7 @@ def write_members(
     name: str,
     *,
     row_group_boxes: int = ROW_GROUP_BOXES,
+    on_written: Callable[[int], None] | None = None,
 ) -> None:
     """Writes the members of a COCO file in the parquet form.
 
@@ -251,6 +252,7 @@ def write_members(
         members: (name, value) in file order, as `JsonMemberReader.members` yields them.
         name: name of the COCO file in messages.
         row_group_boxes: boxes after which a row group ends.
+        on_written: called with the number of annotations in the row groups that were written so far.
 
     Raises:
         BadDataset: `images` or `annotations` is missing or no list, or a row or the head exceeds its limit.
@@ -262,7 +264,10 @@ def write_members(
             grouping.add_member(key, value)
         head = grouping.finish(name)
         for row in grouping.rows():
+            written = len(writer.row_groups)
             writer.add(row)
+            if on_written is not None and len(writer.row_groups) > written:
+                on_written(sum(writer.row_groups))
         writer.finish(head)
 
 

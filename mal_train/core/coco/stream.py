@@ -172,7 +172,12 @@ def write_transformed(
 
 
 def copy_coco(
-    source: Location, output: Path, *, row_group_boxes: int = ROW_GROUP_BOXES, on_rows: OnRows | None = None
+    source: Location,
+    output: Path,
+    *,
+    row_group_boxes: int = ROW_GROUP_BOXES,
+    on_rows: OnRows | None = None,
+    on_written: OnRows | None = None,
 ) -> None:
     """Writes a COCO file in the form that the suffix of `output` names: parquet, or else JSON. Loses nothing.
 
@@ -181,6 +186,7 @@ def copy_coco(
         output: the file to write.
         row_group_boxes: for parquet, boxes after which a row group ends.
         on_rows: called with the number of rows of `images` and `annotations` that were read so far.
+        on_written: for parquet, called with the number of annotations that were written so far, after all were read.
 
     Raises:
         BadDataset: the source cannot be read, or exceeds a limit of parquet.
@@ -189,7 +195,8 @@ def copy_coco(
     """
     members = open_members(source).members()
     with atomic_write(output) as file:
-        _write_members(file, _counted(members, on_rows) if on_rows else members, output, row_group_boxes)
+        counted = _counted(members, on_rows) if on_rows else members
+        _write_members(file, counted, output, row_group_boxes, on_written)
 
 
 def read_list(path: Location, name: str) -> Iterator[Any]:
@@ -330,10 +337,14 @@ def _counted(members: Iterator[tuple[str, Any]], on_rows: OnRows) -> Iterator[tu
 
 
 def _write_members(
-    file: BinaryIO, members: Iterator[tuple[str, Any]], output: Path, row_group_boxes: int = ROW_GROUP_BOXES
+    file: BinaryIO,
+    members: Iterator[tuple[str, Any]],
+    output: Path,
+    row_group_boxes: int = ROW_GROUP_BOXES,
+    on_written: OnRows | None = None,
 ) -> None:
     if is_parquet(output):
-        write_members(file, members, str(output), row_group_boxes=row_group_boxes)
+        write_members(file, members, str(output), row_group_boxes=row_group_boxes, on_written=on_written)
         return
     separator = b"{"
     for key, value in members:

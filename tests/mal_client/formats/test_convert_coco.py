@@ -28,6 +28,16 @@ def test_json_becomes_parquet_and_json_again(dataset: Dataset, capsys: pytest.Ca
     assert json.loads(back.read_text()) == dataset.coco
 
 
+def test_progress_is_shown_while_rows_are_read_and_written(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mal_client.cli.convert.LINE_EVERY_S", 0)
+    monkeypatch.setattr("mal_client.cli.convert.ROWS_PER_LOOK", 7)
+    assert convert(dataset.json_path, dataset.folder / "in.parquet", "--row-group-boxes", "5") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert: ")]
+    assert [sum(word.isdecimal() for word in line.split()) for line in lines] == [1, 1, 1, 2, 2]
+
+
 def test_parquet_is_written_again_with_other_row_groups(dataset: Dataset) -> None:
     packed, large = dataset.folder / "in.parquet", dataset.folder / "large.parquet"
     assert convert(dataset.json_path, packed, "--row-group-boxes", "1") == 0
