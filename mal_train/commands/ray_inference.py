@@ -27,8 +27,6 @@ from mal_train.kernel.checkpoint.builtin import BUILTIN
 from mal_train.offline.part_labeler import PartJob, PartResult, decode_message
 from mal_train.offline.ray_cluster import RayCluster
 
-ROUNDS: Final = 2
-"""Attempts to label the parts that lost processes left."""
 TASKS_PER_ACTOR: Final = 8
 """Tasks of each actor, if there are parts for them, so that all actors end at about the same time."""
 MAX_PARTS_PER_TASK: Final = 16
@@ -94,7 +92,11 @@ class _Run:
         self._printed: set[str] = set()
 
     def finish(self, settings: InferenceConfig) -> None:
-        """Labels the missing parts. Raises LostProcess if some are missing in the end."""
+        """Labels the missing parts, and those that lost processes leave, as long as any part is finished.
+
+        Raises:
+            LostProcess: parts are missing in the end.
+        """
         missing, total = self._output.missing(), len(self._output.parts)
         if len(missing) < total:
             self._console.print(f"{self._output.path}: {total - len(missing)} of {total} parts are finished")
@@ -113,14 +115,15 @@ class _Run:
             self._console.progress(self._boxes, "box", initial=rows) as bar,
             Reminder(STALL_S, lambda: self._console.print(_stall_message(cluster))) as reminder,
         ):
-            for _ in range(ROUNDS):
+            while missing:
                 tasks = tasks_of(missing, task_size(len(missing), pool.count))
                 for message in cluster.label(self._job, pool, tasks):
                     reminder.postpone()
                     bar.update(self._receive(message))
-                missing = self._output.missing()
-                if not missing:
+                lost = self._output.missing()
+                if len(lost) == len(missing):
                     return
+                missing = lost
 
     def _refuse_missing(self) -> None:
         missing = self._output.missing()

@@ -31,8 +31,8 @@ from mal_train.offline.part_labeler import PartJob, PartLabeler, encode_task
 
 CPUS_PER_ACTOR: Final = 4
 """Upper limit of the CPUs of an actor without a GPU, where `inference.ray_cpus_per_actor` is 0."""
-TASK_RETRIES: Final = 4
-"""Times that Ray gives a task whose process ended to another process."""
+TASK_RETRIES: Final = 1
+"""Times that Ray itself repeats a task whose process ended; the caller repeats what is missing then."""
 TASKS_PER_ACTOR: Final = 2
 """Tasks of an actor: the next one is there when one ends."""
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -244,8 +244,19 @@ def load_ray(environment: Mapping[str, str]) -> Any:
         raise ConfigError(
             f"inference.engine: ray; {error.name} is not installed; run: pip install 'mask-auto-labeler[ray]'"
         ) from None
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
+            handler.addFilter(_shorten)
     return ray
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """Replaces the trace in a message of Ray Data, which shows Ray's own code, with the last line of the error."""
+    if record.exc_info and isinstance(record.exc_info[1], Exception):
+        record.msg, record.args = "%s: %s", (_line(record.exc_info[1], -1), record.getMessage())
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def _limited_retries(data: Any) -> dict[str, Any]:

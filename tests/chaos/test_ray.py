@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,7 @@ Record = Callable[..., None]
 SOME_FAILED, TERMINATED = 3, 143
 LISTEN = "0A"
 """State of a listening socket in /proc/net/tcp."""
+PIPES: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
 PART_BOXES = 4
 MAX_BYTES = 3 << 30
 
@@ -53,9 +55,7 @@ class Job:
         arguments = overrides(self.folder, self.folder / "results", "parquet", checkpoint="builtin", **fields)
         return subprocess.Popen(
             [sys.executable, "-m", "mal_train.cli", "inference", *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            **PIPES,
             env=self.nodes.environment,
             cwd=ROOT,
         )
@@ -118,7 +118,7 @@ def test_a_cluster_of_its_own_listens_on_loopback_and_leaves_nothing(tmp_path: P
     command = [sys.executable, "-m", "mal_train.cli", "inference", *arguments]
     output = tmp_path / "results" / "inference" / "labels.parquet"
     environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **PIPES) as process:
         while not finished_parts(output):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
@@ -134,7 +134,7 @@ def test_a_cluster_of_its_own_listens_on_loopback_and_leaves_nothing(tmp_path: P
     assert [pid for pid in pids if is_running(pid)] == []
     assert list(temporary.iterdir()) == []
     kept = finished_parts(output)
-    again = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    again = subprocess.run(command, cwd=ROOT, env=environment, check=False, **PIPES)
     assert again.returncode == SOME_FAILED, again.stderr
     assert finished_parts(output)[: len(kept)] == kept
     assert as_json(output) == local_labels(tmp_path, tmp_path / "local", checkpoint="builtin")

@@ -104,10 +104,10 @@ def test_a_finished_job_is_repeated_without_a_cluster(
     assert command.run() == result
 
 
-def test_parts_of_lost_processes_are_labeled_in_a_second_round(
+def test_parts_of_lost_processes_are_labeled_in_further_rounds(
     command: Command, cluster: type[StandInCluster], tmp_path: Path
 ) -> None:
-    rounds = iter([drop(1, 3), drop()])
+    rounds = iter([drop(1, 3, 4), drop(1, 3), drop()])
     cluster.change = staticmethod(lambda messages: iter(list(next(rounds)(messages))))
     command.run()
     assert [part.number for part in cluster.labeled[-2:]] == [1, 3]

@@ -1,8 +1,10 @@
 """Actors for a cluster, and the errors before any work: no Ray, no cluster, no resources. Ray itself is a stand-in."""
 
 import importlib
+import logging
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -149,3 +151,12 @@ def test_without_ray_the_error_names_the_extra(missing: str, monkeypatch: pytest
     monkeypatch.setattr(importlib, "import_module", import_module)
     with pytest.raises(ConfigError, match=r"mask-auto-labeler\[ray\]"):
         ray_cluster.load_ray({})
+
+
+def test_a_trace_of_ray_becomes_one_line() -> None:
+    try:
+        raise RuntimeError("in the code of Ray\nThe actor died: out of memory")
+    except RuntimeError:
+        record = logging.LogRecord("ray.data", logging.ERROR, "", 1, "100 %% of a %s failed", ("task",), sys.exc_info())
+    assert ray_cluster._shorten(record)
+    assert logging.Formatter().format(record) == "The actor died: out of memory: 100 % of a task failed"
