@@ -36,8 +36,8 @@ TASK_RETRIES: Final = 1
 TASKS_PER_ACTOR: Final = 2
 """Tasks of an actor: the next one is there when one ends."""
 CONNECT_TIMEOUT_S: Final = 10.0
-FREE_TIMEOUT_S: Final = 30.0
-"""Time that the processes of a killed run may take to end."""
+FREE_TIMEOUT_S: Final = 60.0
+"""Time that processes of a killed run may take to end, and the cluster to notice the loss of a node."""
 OBJECT_STORE_BYTES: Final = 128 << 20
 """Object store of a cluster on this machine; only tasks and messages pass through it."""
 
@@ -171,17 +171,18 @@ class RayCluster:
         Raises:
             ConfigError: the actors do not fit, or other jobs of the cluster use what they need.
         """
-        pool = plan_actors(self._nodes(), use_gpus=use_gpus, count=count, cpus=cpus)
-        needed = {"CPU": pool.count * pool.cpus, "GPU": pool.count * pool.gpus}
         deadline = time.monotonic() + FREE_TIMEOUT_S
-        while short := self._missing(needed):
+        while True:
+            pool = plan_actors(self._nodes(), use_gpus=use_gpus, count=count, cpus=cpus)
+            short = self._missing({"CPU": pool.count * pool.cpus, "GPU": pool.count * pool.gpus})
+            if not short:
+                return pool
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"inference.ray_actors: {pool.count} actors need {short}; wait for the other jobs of the cluster, "
                     "or lower inference.ray_actors"
                 )
             time.sleep(0.5)
-        return pool
 
     def _nodes(self) -> list[Mapping[str, float]]:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]

@@ -143,6 +143,16 @@ def test_resources_that_other_jobs_use_are_waited_for_and_then_refused(
             cluster.plan(use_gpus=False, count=2, cpus=1)
 
 
+def test_a_node_that_is_noticed_as_dead_while_waiting_gets_no_actor(
+    ray: StandInRay, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = iter([[SMALL, SMALL], [SMALL]])
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in next(nodes)])
+    with RayCluster(address) as cluster:
+        assert cluster.plan(use_gpus=False, count=0, cpus=1).count == 2
+
+
 @pytest.mark.parametrize("missing", ["ray", "pandas"])
 def test_without_ray_the_error_names_the_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def import_module(name: str) -> Any:
