@@ -25,6 +25,8 @@ Location = Path | str
 """A local path, or the address of an object or of a prefix of objects; an address is always a string."""
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_BUCKET: Final = re.compile("[^:]*")
+_HOST: Final = re.compile(r"(\[[^]]*]|[^:]*)(:[0-9]*)?")
 _REDACTED: Final = "?[redacted]"
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>]+")
 
@@ -92,12 +94,20 @@ def redact(address: Location) -> str:
     if not scheme:
         return str(address)
     head, _, rest = str(address).partition("://")
+    if _begins_with_user(rest, scheme):
+        rest = rest.rpartition("@")[2] if "@" in rest else "[redacted]"
     # "#" may be part of a key.
     visible = re.split("[?]" if scheme in OBJECT_SCHEMES else "[?#]", rest, maxsplit=1)
     place, slash, path = visible[0].partition("/")
     # abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/KEY
     shown = place if scheme == "abfs" and ":" not in place else place.rpartition("@")[2]
     return f"{head}://{shown}{slash}{path}{_REDACTED if len(visible) > 1 else ''}"
+
+
+def _begins_with_user(rest: str, scheme: str) -> bool:
+    """Returns True for USER:PASSWORD with "/", "?" or "#" in the password, which should be encoded but often is not."""
+    place = re.split("[/?#]", rest, maxsplit=1)[0]
+    return "@" not in place and (_BUCKET if scheme in OBJECT_SCHEMES else _HOST).fullmatch(place) is None
 
 
 def has_user(address: str) -> bool:

@@ -28,6 +28,13 @@ def test_unusable_address_is_refused(text: str) -> None:
         parse_location(text)
 
 
+@pytest.mark.parametrize("text", ["s3://AKIA1:secret/1@bucket/a", "https://me:secret/1@h/p", "https://me:secret?1@h/p"])
+def test_an_address_with_a_password_that_is_not_encoded_is_refused_without_it(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_location(text)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("address", "shown"),
     [
@@ -40,6 +47,12 @@ def test_unusable_address_is_refused(text: str) -> None:
         ("abfs://c@a.dfs.core.windows.net/k", "abfs://c@a.dfs.core.windows.net/k"),
         ("abfs://c:secret@a.dfs.core.windows.net/k", "abfs://a.dfs.core.windows.net/k"),
         ("ftp://u:pw@h/p", "ftp://h/p"),
+        ("s3://AKIA1:se/cr/et@bucket/a", "s3://bucket/a"),
+        ("s3://AKIA1:se/cret", "s3://[redacted]"),
+        ("https://me:se/cret@h/p", "https://h/p"),
+        ("https://me:se?cret@h/p", "https://h/p"),
+        ("https://me:se#cret@h/p", "https://h/p"),
+        ("https://[::1]:8443/p@q", "https://[::1]:8443/p@q"),
         ("a@b?.jpg", "a@b?.jpg"),
     ],
 )
