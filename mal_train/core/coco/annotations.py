@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from mal_train.core.coco.json_reader import REQUIRED_LISTS
 from mal_train.core.coco.json_values import as_json, check_nesting, json_type, too_deep
 from mal_train.core.coco.parquet_reader import read_parquet
 from mal_train.core.coco.parquet_schema import is_parquet
@@ -28,8 +29,6 @@ JsonId = int | float | str
 
 NO_BOX: Final[Box] = (math.nan, math.nan, math.nan, math.nan)
 """Placeholder for a row without a readable box."""
-
-REQUIRED_LISTS: Final = ("images", "annotations", "categories")
 
 _MAX_LISTED_IDS: Final = 5
 

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from mal_train.core.coco.annotations import REQUIRED_LISTS
 from mal_train.core.coco.json_values import check_nesting, json_type, too_deep
 from mal_train.core.errors import BadDataset
 
+REQUIRED_LISTS: Final = ("images", "annotations", "categories")
+"""Members of a COCO file."""
 MAX_VALUE_CHARS: Final = 1 << 28
 """Default maximum length of a single value, for example one row."""
 

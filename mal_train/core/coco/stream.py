@@ -13,7 +13,6 @@ from typing import Any, BinaryIO, Final, Protocol
 
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import (
-    REQUIRED_LISTS,
     Annotation,
     ImageInfo,
     JsonId,
@@ -24,7 +23,7 @@ from mal_train.core.coco.annotations import (
     record_id,
     reject_duplicate_ids,
 )
-from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, skip_rows
+from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, REQUIRED_LISTS, skip_rows
 from mal_train.core.coco.json_values import json_type
 from mal_train.core.coco.members import open_members
 from mal_train.core.coco.output import PROVENANCE_KEY
