@@ -124,7 +124,9 @@ class ImageFiles:
 
     def _match(self, file_name: str) -> Path:
         parts = PurePosixPath(file_name).parts
-        matches = [path for path in self._by_name.get(parts[-1], ()) if Path(path).parts[-len(parts) :] == parts]
+        # No parts: of ".".
+        of_name = self._by_name.get(parts[-1], ()) if parts else ()
+        matches = [path for path in of_name if Path(path).parts[-len(parts) :] == parts]
         if len(matches) == 1:
             return Path(matches[0])
         more = f" and {len(matches) - LISTED} more" if len(matches) > LISTED else ""

@@ -47,6 +47,13 @@ def test_a_file_name_without_a_match_is_refused(photos: Path, name: str) -> None
     assert caught.value.reason == "IMAGE_NOT_FOUND"
 
 
+@pytest.mark.parametrize("name", [".", "./", ""])
+def test_a_name_without_parts_has_no_match_in_a_pattern(photos: Path, name: str) -> None:
+    with pytest.raises(BadImage) as caught:
+        ImageFiles(photos / "**" / "*.jpg").read(name)
+    assert caught.value.reason == "IMAGE_NOT_FOUND"
+
+
 def test_a_pattern_without_files_is_refused_at_once(photos: Path) -> None:
     with pytest.raises(BadDataset, match=r"\*\.webp"):
         ImageFiles(f"{photos}/*.webp")
