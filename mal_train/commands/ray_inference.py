@@ -16,6 +16,7 @@ from mal_train.config.spec import Spec
 from mal_train.core.coco.parquet_parts import divide, tasks_of
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_schema import SUFFIX, is_parquet
+from mal_train.core.coco.parquet_share import head_builder
 from mal_train.core.coco.part_folder import PartFolder
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, DeviceLost, LostProcess
@@ -52,6 +53,7 @@ def inference_on_ray(spec: Spec, console: Console) -> InferenceResult:
     with task_folder(spec, "inference") as (folder, status), handle_sigterm():
         dataset = ParquetDataset(_on_all_machines(settings.ann_path, "ann_path"))
         dataset.check_complete()
+        head_builder(dataset)
         output = Path(os.path.realpath(folder / settings.label_dump_path))
         if output == dataset.path:
             raise ConfigError(f"output {output}: is an input of the same command; choose another folder")
@@ -163,11 +165,11 @@ def _check_settings(spec: Spec) -> None:
     """Raises ConfigError for settings that this engine does not support."""
     settings = spec.inference
     for field in ("ann_path", "label_dump_path"):
-        value = getattr(settings, field)
-        if not is_parquet(Path(value)):
+        value = parse_location(getattr(settings, field))
+        if not is_parquet(value):
             raise ConfigError(
-                f"inference.{field}: {value!r}; inference.engine: ray reads and writes COCO in parquet: give a name "
-                f"that ends in {SUFFIX} (mal-client convert --from coco --labels IN.json --output OUT{SUFFIX})"
+                f"inference.{field}: {redact(value)}; inference.engine: ray reads and writes COCO in parquet: give a "
+                f"name that ends in {SUFFIX} (mal-client convert --from coco --labels IN.json --output OUT{SUFFIX})"
             )
     for field, is_given, remedy in (
         ("inference.label_dump_path", is_remote(settings.label_dump_path), "give a folder that all machines share"),

@@ -13,7 +13,7 @@ from mal_train.core.coco.annotations import read_annotation
 from mal_train.core.coco.output import PROVENANCE_KEY
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_records import ImageRow
-from mal_train.core.coco.parquet_schema import Head, is_parquet
+from mal_train.core.coco.parquet_schema import ANNOTATIONS, IMAGES, Head, is_parquet
 from mal_train.core.coco.parquet_writer import PartWriter
 from mal_train.core.coco.stream import CocoHead, HeadBuilder, OnAnnotation, RowTransform
 from mal_train.core.errors import BadDataset, ConfigError
@@ -27,6 +27,20 @@ def share_of(source: Location, output: Location, index: int = 0, count: int = 1)
         As `ParquetShare`.
     """
     return ParquetShare(source, index, count) if is_parquet(source) and is_parquet(output) else None
+
+
+def head_builder(dataset: ParquetDataset) -> HeadBuilder:
+    """Returns the builder of the head of a dataset, with its categories and no images.
+
+    Raises:
+        BadDataset: there are no categories, or they are no list.
+    """
+    builder = HeadBuilder(dataset.path)
+    for name, value in dataset.head.members.items():
+        rows = [] if name in (IMAGES, ANNOTATIONS) else value
+        builder.add_member(name, iter(rows) if isinstance(rows, list) else rows, lambda *_: None)
+    builder.check_complete()
+    return builder
 
 
 class ParquetShare:
@@ -67,10 +81,7 @@ class ParquetShare:
         Raises:
             BadDataset: a row group cannot be used, or an id is used more than once.
         """
-        builder = HeadBuilder(self._dataset.path)
-        for name, value in self._dataset.head.members.items():
-            if name == "categories":
-                builder.add_member(name, iter(value) if isinstance(value, list) else value, on_annotation)
+        builder = head_builder(self._dataset)
         number = 0
         for row in self._dataset.rows(self._row_groups):
             if row.index is not None:

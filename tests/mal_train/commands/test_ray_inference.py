@@ -11,6 +11,7 @@ from mal_train.cli import main
 from mal_train.commands import ray_inference
 from mal_train.commands.ray_inference import inference_on_ray
 from mal_train.core.coco.journal import journal_path
+from mal_train.core.coco.stream import write_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, LostProcess, OutputError, Terminated, WrongKey
 from tests.mal_train.commands.stand_in_cluster import Change, StandInCluster
@@ -58,6 +59,22 @@ def command(files: Path, tmp_path: Path, cluster: type[StandInCluster]) -> Comma
 def drop(*numbers: int) -> Change:
     """Loses the messages of some parts, as if their process had ended before it reported them."""
     return lambda messages: (text for text in messages if json.loads(text)["result"]["number"] not in numbers)
+
+
+def test_an_address_of_another_form_is_refused_without_its_secrets(command: Command) -> None:
+    with pytest.raises(ConfigError) as caught:
+        command.run(ann_path="https://me:pass-1@host/boxes.json?X-Amz-Signature=sig-1")
+    assert "host/boxes.json" in str(caught.value)
+    assert not any(secret in str(caught.value) for secret in ("pass-1", "sig-1"))
+
+
+@pytest.mark.parametrize("categories", [{}, {"categories": 5}])
+def test_a_file_without_categories_is_refused(command: Command, tmp_path: Path, categories: dict[str, Any]) -> None:
+    raw = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [], **categories}
+    write_coco(tmp_path / "in.parquet", raw)
+    with pytest.raises(BadDataset):
+        command.run(ann_path=str(tmp_path / "in.parquet"))
+    assert not command.output.exists()
 
 
 def test_the_output_is_that_of_the_local_engine_with_its_exit_code(

@@ -103,6 +103,18 @@ def test_a_share_of_a_file_without_rows_is_empty(tmp_path: Path) -> None:
     assert (head.count, rows) == (0, [])
 
 
+@pytest.mark.parametrize("categories", [{}, {"categories": 5}])
+def test_a_file_without_categories_is_refused_as_in_json(tmp_path: Path, categories: dict[str, Any]) -> None:
+    raw = dataset(row(1), images=[{"id": 1, "file_name": "a.png"}])
+    del raw["categories"]
+    for name in ("in.json", "in.parquet"):
+        write_coco(tmp_path / name, raw | categories)
+        with pytest.raises(BadDataset):
+            scan_coco(tmp_path / name, lambda *_: None)
+    with pytest.raises(BadDataset):
+        ParquetShare(tmp_path / "in.parquet").scan(lambda *_: None)
+
+
 def test_an_annotation_in_the_row_of_another_image_is_refused(tmp_path: Path) -> None:
     rows = [
         ImageRow(0, {"id": 1, "file_name": "a"}, [(0, row(1, image_id=2))]),
