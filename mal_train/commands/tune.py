@@ -89,7 +89,9 @@ def tune(spec: Spec, console: Console, *, program: Sequence[str] = PROGRAM) -> T
     """
     space = distributions(spec)
     objective = _objective(spec, console)
-    _check_keys(spec)
+    _check_secrets(spec)
+    if spec.publish_to:
+        console.print("publish_to: a search copies nothing; best.yaml keeps the field for the training that follows")
     devices = _devices(spec, console)
     output = spec.task_dir("tune")
     folder = output / spec.tune.study
@@ -155,10 +157,15 @@ def _objective(spec: Spec, console: Console) -> Objective:
     return objective
 
 
-def _check_keys(spec: Spec) -> None:
-    """Raises ConfigError for a key that the specs of the trials would have to repeat, or that cannot be read."""
-    if spec.has_literal_key:
-        raise ConfigError("encryption_key: a passphrase; the specs of the trials would repeat it; give env: or file:")
+def _check_secrets(spec: Spec) -> None:
+    """Raises ConfigError for a secret that the specs of the trials would repeat, or a key that cannot be read."""
+    public = spec.without_secrets()
+    for name in ("encryption_key", "decryption_key", "dataset"):
+        if getattr(spec, name) != getattr(public, name):
+            raise ConfigError(
+                f"{name}: a passphrase, or an address with a signature; the specs of the trials would repeat it; give "
+                "a key as env:NAME or file:PATH, and addresses without signature"
+            )
     checkpoint_keys(spec)
 
 

@@ -144,11 +144,6 @@ class Spec(Strict):
             return self.compat is not Compat.TAO
         return self.train.fit_calibration
 
-    @property
-    def has_literal_key(self) -> bool:
-        """True if a key of checkpoints is in the spec itself, where no file of a run may repeat it."""
-        return REDACTED in {_public_form(self.encryption_key), _public_form(self.decryption_key)}
-
     def without_secrets(self) -> "Spec":
         """Returns a copy for files and logs; redacts keys that are not recipients, file paths or variable names.
 

@@ -76,7 +76,7 @@ def with_values(spec: Spec, values: Mapping[str, Value], *, source: str = "") ->
 
 
 def trial_spec(spec: Spec, values: Mapping[str, Value], results_dir: str, gpus: tuple[int, ...]) -> Spec:
-    """Returns the spec of the training of a trial: its values, folder and devices, and no section `tune`.
+    """Returns the spec of the training of a trial: its values, folder and devices; without section `tune` and copies.
 
     Args:
         spec: the spec of the study.
@@ -86,6 +86,7 @@ def trial_spec(spec: Spec, values: Mapping[str, Value], results_dir: str, gpus: 
     """
     own = {
         "results_dir": results_dir,
+        "publish_to": "",
         "train.results_dir": None,
         "train.gpu_ids": list(gpus),
         "train.num_gpus": len(gpus) or spec.train.num_gpus,

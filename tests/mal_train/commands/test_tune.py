@@ -156,9 +156,16 @@ def test_a_search_that_cannot_begin_starts_no_trial(
     assert not (tmp_path / "tune" / "mal" / "trials").exists()
 
 
-def test_a_key_in_the_spec_is_not_repeated_in_the_specs_of_trials(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("encryption_key: null", "encryption_key: hunter2"),
+        ("train_img_dir: .*", "train_img_dir: https://127.0.0.1/images?sig=hunter2"),
+    ],
+)
+def test_a_secret_in_the_spec_is_not_repeated_in_the_specs_of_trials(before: str, after: str, tmp_path: Path) -> None:
     path = spec_file(tmp_path)
-    path.write_text(path.read_text().replace("encryption_key: null", "encryption_key: hunter2"))
+    path.write_text(re.sub(before, after, path.read_text()))
     with pytest.raises(ConfigError) as caught:
         tune(load_spec(path, []), Console.silent(), program=program())
     assert "hunter2" not in str(caught.value)

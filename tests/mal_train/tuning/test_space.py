@@ -80,12 +80,12 @@ def test_a_field_or_value_that_cannot_be_searched_is_refused_by_name(space: str,
 
 def test_the_spec_of_a_trial_has_its_values_its_folder_and_its_devices() -> None:
     spec = spec_with(
-        "train.lr: {low: 0.1, high: 0.9}", "train.results_dir=elsewhere", "train.num_gpus=2", "tune.seed=7"
+        "train.lr: {low: 0.1, high: 0.9}", "train.results_dir=elsewhere", "train.num_gpus=2", "publish_to=s3://a/b"
     )
     trial = trial_spec(spec, {"train.lr": 0.25}, "out/0003", (3,))
     assert (trial.train.lr, trial.results_dir, trial.train.results_dir) == (0.25, "out/0003", None)
     assert (trial.train.gpus, trial.train.num_gpus) == ((3,), 1)
-    assert trial.tune == Spec().tune
+    assert (trial.tune, trial.publish_to) == (Spec().tune, "")
     on_cpu = trial_spec(spec, {"train.lr": 0.25}, "out/0003", ())
     assert (on_cpu.train.gpus, on_cpu.train.num_gpus) == ((), 2)
 
