@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -20,7 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -63,9 +63,8 @@ class S3:
         )
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._server.daemon_threads = True
-        self._server.s3 = self  # type: ignore[attr-defined]
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.s3 = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -142,6 +141,25 @@ class S3:
 
         self._add(key, act, 1 << 30, method)
 
+    def disturb(self, rng: random.Random, rate: float) -> None:
+        """Refuses, cuts and delays requests for any key at random."""
+
+        def act(handler: _Handler) -> bool:
+            with self._lock:
+                kind = rng.choice(("refuse", "cut", "delay")) if rng.random() < rate else ""
+            if kind == "refuse":
+                handler.answer(503, {"Content-Type": "application/xml"}, b"<Error><Code>SlowDown</Code></Error>")
+            elif kind == "cut" and handler.command == "GET":
+                status, headers, body = handler.forward()
+                handler.answer(status, headers, body[: len(body) // 2], length=len(body))
+                handler.close_connection = True
+            elif kind == "delay":
+                time.sleep(0.05)
+            return kind == "refuse" or (kind == "cut" and handler.command == "GET")
+
+        with self._lock:
+            self._faults.append(act)
+
     def require_credentials(self, *, is_required: bool = True) -> None:
         """Lets the server check access keys from now on."""
         count = b"0" if is_required else b"inf"
@@ -210,9 +228,17 @@ class S3:
             self._faults.append(limited)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    s3: S3
+
+    def handle_error(self, *_: object) -> None:
+        """Prints nothing: clients are killed on purpose."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Any
+    server: _Server
 
     def setup(self) -> None:
         super().setup()
