@@ -23,6 +23,7 @@ from mal_train.core.storage.retry import (
     READ_TIMEOUT_S,
     Transient,
     attempt_timeout_s,
+    with_retries,
 )
 from mal_train.core.storage.store_errors import changed, missing, too_large, translate
 
@@ -192,12 +193,17 @@ class S3Store(_FsspecStore):
     def check_writable(self, address: str) -> None:
         """Checks the permission to write: begins an upload and ends it without an object."""
         bucket, key = split_object(address)
-        filesystem, limit_s = self.filesystem(address), attempt_timeout_s()
+        place = {"Bucket": bucket, "Key": key, "timeout": attempt_timeout_s()}
+        filesystem = self.filesystem(address)
         with translated(address):
-            upload = filesystem.call_s3("create_multipart_upload", Bucket=bucket, Key=key, timeout=limit_s)
-            filesystem.call_s3(
-                "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload["UploadId"], timeout=limit_s
-            )
+            upload = filesystem.call_s3("create_multipart_upload", **place)
+
+        def end() -> None:
+            with translated(address):
+                filesystem.call_s3("abort_multipart_upload", UploadId=upload["UploadId"], **place)
+
+        # By itself: another attempt of the whole check would begin another upload, and leave this one.
+        with_retries(end, redact(address))
 
     def _get(self, address: str, max_bytes: int, options: dict[str, str]) -> bytes:
         bucket, key = split_object(address)

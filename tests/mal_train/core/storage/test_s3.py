@@ -259,6 +259,7 @@ def test_busy_store_gets_the_output_again(s3: S3) -> None:
 
 
 def test_writable_is_checked_without_a_trace(s3: S3) -> None:
+    s3.fail("out.json", status=503, code="SlowDown", method="DELETE", times=2)
     check_writable(s3.address("out.json"))
     assert s3.names() == []
     assert s3.unfinished_uploads() == 0
