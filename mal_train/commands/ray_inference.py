@@ -117,15 +117,16 @@ class _Run:
             self._console.progress(self._boxes, "box", initial=rows) as bar,
             Reminder(STALL_S, lambda: self._console.print(_stall_message(cluster))) as reminder,
         ):
+            size = task_size(len(missing), pool.count)
             while missing:
-                tasks = tasks_of(missing, task_size(len(missing), pool.count))
-                for message in cluster.label(self._job, pool, tasks):
+                for message in cluster.label(self._job, pool, tasks_of(missing, size)):
                     reminder.postpone()
                     bar.update(self._receive(message))
                 lost = self._output.missing()
                 if len(lost) == len(missing):
                     return
-                missing = lost
+                # A part that ends its process ends the task of no other part.
+                missing, size = lost, 1
 
     def _refuse_missing(self) -> None:
         missing = self._output.missing()

@@ -33,6 +33,7 @@ LISTEN = "0A"
 PIPES: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
 PART_BOXES = 4
 MAX_BYTES = 3 << 30
+"""Memory of the short form: the command and two actors have torch, some 580 MiB each."""
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_killed_nodes_and_commands_lose_no_label_and_repeat_none(
     assert as_json(job.output) == local_labels(tmp_path, tmp_path / "local", checkpoint="builtin")
     assert f"{len(kept)} of {len(job.parts)} parts are finished" in errors
     assert f"{sum(FAILED.values())} failed" in errors
-    assert bytes_used < MAX_BYTES
+    assert form.is_full or bytes_used < MAX_BYTES
     record("killed Ray job", parts=len(job.parts), kept=len(kept), kills=2 * rounds, mib=bytes_used >> 20)
 
 

@@ -15,10 +15,12 @@ class StandInCluster:
 
     Attributes:
         labeled: parts that it was given.
+        sizes: number of parts of each task.
         change: changes its messages.
     """
 
     labeled: ClassVar[list[Part]] = []
+    sizes: ClassVar[list[int]] = []
     change: ClassVar[Change] = staticmethod(lambda messages: messages)
 
     def __init__(self, address: str) -> None:
@@ -35,6 +37,7 @@ class StandInCluster:
 
     def label(self, job: PartJob, pool: ActorPool, tasks: Sequence[Sequence[Part]]) -> Iterator[str]:
         type(self).labeled += [part for task in tasks for part in task]
+        type(self).sizes += map(len, tasks)
         labeler = PartLabeler(job, pool.device, pool.cpus, lambda code: None)
         rows = labeler({"task": [encode_task(task) for task in tasks]})
         yield from type(self).change(row["message"][0] for row in rows)

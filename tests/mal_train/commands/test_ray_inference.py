@@ -23,6 +23,7 @@ SOME_FAILED = 3
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> type[StandInCluster]:
     monkeypatch.setattr(StandInCluster, "labeled", [])
+    monkeypatch.setattr(StandInCluster, "sizes", [])
     monkeypatch.setattr(StandInCluster, "change", staticmethod(lambda messages: messages))
     monkeypatch.setattr(ray_inference, "RayCluster", StandInCluster)
     return StandInCluster
@@ -129,6 +130,17 @@ def test_parts_of_lost_processes_are_labeled_in_further_rounds(
     command.run()
     assert [part.number for part in cluster.labeled[-2:]] == [1, 3]
     assert as_json(command.output) == local_labels(command.files, tmp_path / "local")
+
+
+def test_a_lost_part_is_repeated_in_a_task_of_its_own(
+    command: Command, cluster: type[StandInCluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_inference, "TASKS_PER_ACTOR", 1)
+    rounds = iter([drop(1, 2), drop()])
+    cluster.change = staticmethod(lambda messages: iter(list(next(rounds)(messages))))
+    command.run()
+    assert max(cluster.sizes[:-2]) > 1
+    assert cluster.sizes[-2:] == [1, 1]
 
 
 def test_parts_that_are_lost_repeatedly_are_an_error_and_the_others_are_kept(
