@@ -15,8 +15,14 @@ from mal_train.core.errors import ConfigError
 ANY_PUBLIC: Final = "*"
 """Entry of a list of hosts that allows every host with a public address, by https."""
 
-# Networks whose addresses stand for IPv4 addresses, which may be private: NAT64, 6to4, Teredo.
-_TRANSLATED: Final = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")))
+# Networks whose addresses stand for IPv4 addresses, which may be private: IPv4-compatible, SIIT, NAT64, 6to4, Teredo.
+# Python counts the site-local one as global.
+_NOT_PUBLIC: Final = tuple(
+    map(
+        ipaddress.ip_network,
+        ("::/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "fec0::/10"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -40,21 +46,28 @@ class AllowedHosts:
         """
         hosts = [name.strip().lower() for name in names]
         for host in hosts:
-            if not host or any(character in host for character in "/@?#") or (ANY_PUBLIC in host and len(host) > 1):
-                raise ConfigError(f"{setting}: {host!r}; give a host name, such as images.example.org, or {ANY_PUBLIC}")
-        return cls(frozenset(hosts) - {ANY_PUBLIC}, ANY_PUBLIC in hosts)
+            if not _is_host(host):
+                raise ConfigError(
+                    f"{setting}: {host!r}; give a host name without a port, such as images.example.org, or {ANY_PUBLIC}"
+                )
+        return cls(frozenset(map(_encoded, hosts)) - {ANY_PUBLIC}, ANY_PUBLIC in hosts)
 
     @classmethod
     def of_address(cls, address: str) -> Self:
         """Returns the hosts for an address that the user gave: its own, and public ones that it redirects to."""
-        return cls(frozenset({(urlsplit(address).hostname or "").lower()}), any_public=True)
+        return cls(frozenset({_encoded((urlsplit(address).hostname or "").lower())}), any_public=True)
 
     def listed(self) -> list[str]:
         """Returns the hosts as `parse` takes them, sorted."""
         return sorted(self.named) + [ANY_PUBLIC] * self.any_public
 
     def problem(self, scheme: str, host: str) -> str | None:
-        """Returns why a URL may not be fetched; None if it may, as far as is known before its host is resolved."""
+        """Returns why a URL may not be fetched; None if it may, as far as is known before its host is resolved.
+
+        Args:
+            scheme: of the URL.
+            host: of the URL, in ASCII.
+        """
         if scheme not in ("https", "http"):
             return f"scheme {scheme!r}; only https and http are fetched"
         if host in self.named:
@@ -79,6 +92,24 @@ class AllowedHosts:
         return f"host {host} is at {address}, which is not a public address; name the host if you trust it"
 
 
+def _is_host(text: str) -> bool:
+    if text == ANY_PUBLIC:
+        return True
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return bool(text) and not any(character in text for character in "/@?#:*")
+    return True
+
+
+def _encoded(host: str) -> str:
+    """Returns a host name in ASCII, as it is resolved: IDNA for other letters."""
+    try:
+        return host if host.isascii() else host.encode("idna").decode()
+    except UnicodeError:  # no host name
+        return host
+
+
 def is_public(address: str) -> bool:
     """Returns True for an IP address of the internet: not private, loopback, link-local, multicast or translated.
 
@@ -92,6 +123,6 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
-        if any(ip in network for network in _TRANSLATED):
+        if any(ip in network for network in _NOT_PUBLIC):
             return False
     return ip.is_global and not ip.is_multicast

@@ -7,7 +7,19 @@ from mal_train.core.storage.hosts import AllowedHosts, is_public
 
 PRIVATE = [
     *("127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1"),
-    *("::1", "fe80::1", "fd00:ec2::254", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "ff02::1", "::"),
+    *(
+        "::1",
+        "fe80::1",
+        "fd00:ec2::254",
+        "::ffff:127.0.0.1",
+        "::127.0.0.1",
+        "::ffff:0:7f00:1",
+        "fec0::1",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::",
+        "ff02::1",
+        "::",
+    ),
 ]
 
 
@@ -44,7 +56,14 @@ def test_address_of_the_user_names_its_host() -> None:
     assert hosts.problem("http", "127.0.0.1") is not None
 
 
-@pytest.mark.parametrize("name", ["https://example.org", "", "a/b", "*.example.org", "u@h"])
+@pytest.mark.parametrize("name", ["münchen.example", "xn--mnchen-3ya.example"])
+def test_name_with_other_letters_is_compared_as_it_is_resolved(name: str) -> None:
+    for hosts in (AllowedHosts.parse([name], "--image-host"), AllowedHosts.of_address(f"http://{name}/a")):
+        assert hosts.problem("http", "xn--mnchen-3ya.example") is None
+        assert hosts.address_problem("xn--mnchen-3ya.example", "10.0.0.7") is None
+
+
+@pytest.mark.parametrize("name", ["https://example.org", "", "a/b", "*.example.org", "u@h", "example.org:8080"])
 def test_entry_that_is_no_host_is_refused(name: str) -> None:
     with pytest.raises(ConfigError):
         AllowedHosts.parse([name], "--image-host")
