@@ -57,7 +57,7 @@ def parse_location(text: str) -> Location:
     's3://bucket/boxes.json'
 
     Raises:
-        ConfigError: the scheme is not supported, or the address names no bucket, container or host.
+        ConfigError: the scheme is not supported, or the address names no bucket, container or host, or a version.
     """
     scheme = scheme_of(text)
     if not scheme:
@@ -65,6 +65,8 @@ def parse_location(text: str) -> Location:
     if not is_remote(text):
         known = ", ".join(f"{name}://" for name in (*OBJECT_SCHEMES, *WEB_SCHEMES))
         raise ConfigError(f"{redact(text)}: scheme {scheme!r} is not supported; use {known} or a local path")
+    if scheme == "s3" and "?versionId=" in text:
+        raise ConfigError(f"{redact(text)}: names a version; the current version of an object is read: omit ?versionId")
     if not _has_place(text):
         place = "host" if scheme in WEB_SCHEMES else "bucket"
         raise ConfigError(f"{redact(text)}: names no {place}; give {scheme}://{place.upper()}/PATH")

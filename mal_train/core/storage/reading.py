@@ -36,7 +36,7 @@ MAX_COPY_BYTES: Final = 1 << 40
 """Default size limit of `local_copy`; the free space of the disk is checked as well."""
 
 MAX_SHOWN_NAME: Final = 100
-"""Characters of a file name that its temporary copy shows."""
+"""Bytes of a file name that its temporary copy shows."""
 
 _MORE_SPACE: Final = "set TMPDIR to a folder with more space"
 _STORES: Final[dict[str, Store]] = {"s3": S3Store(), "gs": GcsStore(), "az": AzureStore(), "abfs": AzureStore()}
@@ -122,20 +122,30 @@ def local_folder(address: Location, suffix: str, max_bytes: int) -> Iterator[Pat
         yield Path(address)
         return
     text = str(address)
-    with tempfile.TemporaryDirectory(prefix="mal-") as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         store = store_of(text)
         names = with_retries(lambda: list(store.names(text)), redact(text), attempts=store.attempts)
         wanted = [name for name in names if name.endswith(suffix)]
         with ReadAhead(wanted, lambda name: read_bytes(join(text, name), max_bytes), len, str) as ahead:
             for name in ahead:
-                path = folder / name
-                if resolve_inside(folder, name) is None:
-                    raise StorageError(f"{redact(text)}: name {name!r} leads out of the prefix", "FAILED")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(ahead.take(name))
+                _write_below(folder, name, ahead.take(name), text)
         with _named(folder, text):
             yield folder
+
+
+def _write_below(folder: Path, name: str, content: bytes, address: str) -> None:
+    """Writes the copy of an object below the prefix `address`."""
+    if resolve_inside(folder, name) is None:
+        raise StorageError(f"{redact(address)}: name {name!r} leads out of the prefix", "FAILED")
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:  # also a name that is too long, or that another object has as a folder
+        raise OutputError(
+            f"{redact(join(address, name))}: not copied to {folder.parent} ({error.strerror}); free some space there, "
+            "or rename the object"
+        ) from None
 
 
 @contextmanager
@@ -155,9 +165,14 @@ def temporary_file(name: str) -> Iterator[tuple[Path, BinaryIO]]:
     """Yields path and file of a new temporary file of this user, which is removed at the end of the block.
 
     It is locked meanwhile, so that the next call can tell the file of a killed process and remove it.
+
+    Raises:
+        OutputError: it cannot be created.
     """
-    remove_stale_temporaries(Path(tempfile.gettempdir()))
-    descriptor, text = tempfile.mkstemp(prefix=f".{name[:MAX_SHOWN_NAME]}.", suffix=TEMPORARY_SUFFIX)
+    shown = name.encode(errors="ignore")[:MAX_SHOWN_NAME].decode(errors="ignore")
+    with _creating():
+        remove_stale_temporaries(Path(tempfile.gettempdir()))
+        descriptor, text = tempfile.mkstemp(prefix=f".{shown}.", suffix=TEMPORARY_SUFFIX)
     path = Path(text)
     with os.fdopen(descriptor, "w+b") as file:
         try:
@@ -168,6 +183,31 @@ def temporary_file(name: str) -> Iterator[tuple[Path, BinaryIO]]:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yields a new folder of this user, which is removed at the end of the block.
+
+    Raises:
+        OutputError: it cannot be created.
+    """
+    with _creating():
+        folder = tempfile.TemporaryDirectory(prefix="mal-")
+    with folder as text:
+        yield Path(text)
+
+
+@contextmanager
+def _creating() -> Iterator[None]:
+    """Turns the errors of creating a temporary file into OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{os.environ.get('TMPDIR') or 'folder of temporary files'}: cannot be written ({error.strerror}); set "
+            "TMPDIR to a folder that can"
+        ) from None
+
+
 def open_random(address: Location) -> BinaryIO:
     """Opens a file that is read at any position, for formats such as parquet.
 
@@ -175,7 +215,8 @@ def open_random(address: Location) -> BinaryIO:
     small reads. All reads return bytes of the version that was opened; another one raises CHANGED.
 
     Raises:
-        StorageError: as `read_bytes`; from reads as well. FAILED for a web server that sends no ranges or no size.
+        StorageError: as `read_bytes`; from reads as well. FAILED for a web server that states no size or version, or
+            sends no ranges.
         OSError: a local file cannot be opened.
     """
     if not is_remote(address):
@@ -202,6 +243,9 @@ class RemoteFile(io.RawIOBase):
         self._info = info_of(address)
         if self._info.size is None:
             raise StorageError(f"{self.name}: the server states no size; download the file", "FAILED")
+        if not self._info.version:
+            # Ranges of two versions could be mixed.
+            raise StorageError(f"{self.name}: the server states no ETag and no date; download the file", "FAILED")
         self.size = self._info.size
         self._position = 0
 

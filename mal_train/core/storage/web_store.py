@@ -124,6 +124,8 @@ class WebStore(Store):
 
     async def _copy(self, address: str, write: Callable[[bytes], object], max_bytes: int) -> None:
         async with self._response(address, {}) as response:
+            if response.status != 200:
+                raise StorageError(f"{redact(address)}: the server sends a part of the file", "FAILED")
             size = response.content_length
             if size is not None and size > max_bytes:
                 raise too_large(address, f"{size} bytes", max_bytes)
@@ -137,6 +139,8 @@ class WebStore(Store):
                 raise StorageError(
                     f"{redact(address)}: the server sends no ranges of a file; download the file", "FAILED"
                 )
+            if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-{end - 1}/"):
+                raise StorageError(f"{redact(address)}: the server sends another range; download the file", "FAILED")
             data = bytearray()
             await _copy_body(response, address, data.extend, end - start)
         if len(data) != end - start:
@@ -153,7 +157,7 @@ class WebStore(Store):
         # An address that is encoded already may be signed as it stands.
         url = yarl.URL(address, encoded=address.isascii() and " " not in address)
         for _ in range(MAX_REDIRECTS + 1):
-            problem = hosts.problem(url.scheme, url.host or "")
+            problem = hosts.problem(url.scheme, url.raw_host or "")
             if problem is not None:
                 raise HostRefused(problem)
             async with session.get(url, headers={**_HEADERS, **headers}, allow_redirects=False) as response:

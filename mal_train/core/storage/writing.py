@@ -6,7 +6,6 @@ Stores have no locks: of two commands that write one object, the later one wins.
 """
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import BinaryIO
 from mal_train.core import atomic_io
 from mal_train.core.errors import ConfigError, OutputError, StorageError, StoreUnreachable
 from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact, sibling
-from mal_train.core.storage.reading import store_of, temporary_file
+from mal_train.core.storage.reading import store_of, temporary_file, temporary_folder
 from mal_train.core.storage.retry import with_retries
 
 
@@ -163,8 +162,8 @@ def staged_output(address: Location, sides: Sequence[str] = ()) -> Iterator[Path
     if not is_remote(address):
         yield Path(address)
         return
-    with tempfile.TemporaryDirectory(prefix="mal-") as folder:
-        staged = StagedOutput(address, Path(folder) / base_name(address), sides)
+    with temporary_folder() as folder:
+        staged = StagedOutput(address, folder / base_name(address), sides)
         yield staged.path
         if staged.path.exists():
             staged.publish()
@@ -190,9 +189,9 @@ def staged_folder(address: Location) -> Iterator[Path]:
         yield Path(address)
         return
     check_writable(join(address, "x"))
-    with tempfile.TemporaryDirectory(prefix="mal-") as folder:
-        yield Path(folder)
-        upload_folder(Path(folder), str(address))
+    with temporary_folder() as folder:
+        yield folder
+        upload_folder(folder, str(address))
 
 
 def upload_folder(source: Path, prefix: str) -> None:

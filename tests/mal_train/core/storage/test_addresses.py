@@ -22,7 +22,10 @@ def test_everything_else_is_a_path(text: str) -> None:
     assert parse_location(text) == Path(text)
 
 
-@pytest.mark.parametrize("text", ["ftp://h/p", "file:///etc/passwd", "s3://", "https:///p", "gs:///k", "https://h:0/p"])
+@pytest.mark.parametrize(
+    "text",
+    ["ftp://h/p", "file:///etc/passwd", "s3://", "https:///p", "gs:///k", "https://h:0/p", "s3://b/k?versionId=1"],
+)
 def test_unusable_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_location(text)

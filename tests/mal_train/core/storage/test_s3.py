@@ -320,6 +320,31 @@ def test_local_folder_holds_the_files_below_a_prefix(s3: S3, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("names", [["a.txt", "a.txt/b.txt"], [f"{'x' * 300}.txt"]])
+def test_names_that_no_local_folder_can_hold_are_one_error(s3: S3, names: list[str]) -> None:
+    for name in names:
+        s3.put(f"labels/{name}", b"x")
+    with pytest.raises(OutputError), local_folder(s3.address("labels"), ".txt", LIMIT):
+        pass
+
+
+def test_a_long_name_is_shortened_for_the_copy(s3: S3) -> None:
+    name = "字" * 100 + ".json"
+    s3.put(name, b"{}")
+    with local_copy(s3.address(name)) as path:
+        assert path.read_bytes() == b"{}"
+
+
+def test_a_missing_temporary_folder_is_one_error(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.put("a.json", b"{}")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    for block in (local_copy(s3.address("a.json")), local_folder(s3.address("a"), ".txt", LIMIT)):
+        with pytest.raises(OutputError), block:
+            pass
+    with pytest.raises(OutputError), staged_output(s3.address("b.json")):
+        pass
+
+
 def test_no_secret_in_debug_logs(s3: S3, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     s3.put("a", b"x")

@@ -239,6 +239,15 @@ def test_only_allowed_hosts_are_contacted(web: Server) -> None:
     assert len(web.requests) == 1
 
 
+@pytest.mark.parametrize("name", ["münchen.example", "xn--mnchen-3ya.example"])
+def test_named_host_with_other_letters_is_contacted(web: Server, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: real("127.0.0.1", *rest, **more))
+    web.files["/a"] = b"x"
+    assert read_bytes(web.url("/a", name), LIMIT) == b"x"
+    assert read_bytes(web.url("/a", name), LIMIT, hosts=AllowedHosts.parse([name], "x")) == b"x"
+
+
 def test_name_that_resolves_to_an_inner_address_is_refused(web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     real = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: real("127.0.0.1", *rest, **more))
@@ -288,6 +297,28 @@ def test_random_access_needs_ranges(web: Server, answer: Answer) -> None:
     web.files["/a"] = answer
     with pytest.raises(StorageError) as caught, open_random(web.url("/a")) as file:
         file.read(10)
+    assert caught.value.reason == "FAILED"
+
+
+def test_a_part_that_was_not_asked_for_is_not_the_file(web: Server) -> None:
+    web.files["/a"] = lambda handler: handler.send(206, b"01", {"Content-Range": "bytes 0-1/4"})
+    assert reason_of(web.url("/a")) == "FAILED"
+
+
+def test_another_range_than_the_one_asked_for_is_refused(web: Server) -> None:
+    headers = {"Content-Range": "bytes 0-1/10", "ETag": '"1"'}
+    web.files["/a"] = lambda handler: handler.send(206, b"01", headers)
+    with open_random(web.url("/a")) as file:
+        assert file.read(2) == b"01"
+        with pytest.raises(StorageError) as caught:
+            file.read(2)
+    assert caught.value.reason == "FAILED"
+
+
+def test_random_access_needs_a_version(web: Server) -> None:
+    web.files["/a"] = lambda handler: handler.send(206, b"0", {"Content-Range": "bytes 0-0/10"})
+    with pytest.raises(StorageError) as caught:
+        open_random(web.url("/a"))
     assert caught.value.reason == "FAILED"
 
 
