@@ -139,7 +139,7 @@ class ImageFiles:
         if self._folder is None:
             paths = sorted(path for paths in self._by_name.values() for path in paths)
             suffixes = {PurePosixPath(name).parts for name in named}
-            yield from (path for path in paths if not _ends_in(Path(path).parts, suffixes) and is_image_name(path))
+            yield from (path for path in paths if not _ends_in(Path(path).parts, suffixes) and _is_image(path))
             return
         yield from (name for name in self.names() if name not in named)
 
@@ -154,7 +154,7 @@ class ImageFiles:
         if self._folder is None or scheme_of(self._folder.base) in WEB_SCHEMES or self._folder.urls is not None:
             return
         names = list_names(self._folder.base)
-        yield from (name for name in names if is_image_name(name))
+        yield from (name for name in names if _is_image(name))
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -171,6 +171,6 @@ def _ends_in(parts: tuple[str, ...], suffixes: Collection[tuple[str, ...]]) -> b
     return any(parts[start:] in suffixes for start in range(len(parts)))
 
 
-def is_image_name(path: str) -> bool:
+def _is_image(path: str) -> bool:
     """Returns True for a file name with the suffix of an image format."""
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES

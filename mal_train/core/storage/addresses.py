@@ -28,7 +28,6 @@ _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _BUCKET: Final = re.compile("[^:]*")
 _HOST: Final = re.compile(r"(\[[^]]*]|[^:]*)(:[0-9]*)?")
 _REDACTED: Final = "?[redacted]"
-_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>]+")
 
 
 def scheme_of(address: Location) -> str:
@@ -119,15 +118,6 @@ def has_user(address: str) -> bool:
     (True, False)
     """
     return "@" in re.split("[/?#]", address.partition("://")[2], maxsplit=1)[0]
-
-
-def redact_text(text: str) -> str:
-    """Returns text with every address in it redacted, for messages of other programs.
-
-    >>> redact_text("GET https://u:p@example.org/a?sig=1 failed")
-    'GET https://example.org/a?[redacted] failed'
-    """
-    return _URL.sub(lambda match: redact(match[0]), text)
 
 
 def join(folder: Location, name: str) -> Location:

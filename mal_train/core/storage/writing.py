@@ -40,12 +40,6 @@ def write_output(address: Location) -> Iterator[BinaryIO]:
         upload(path, str(address))
 
 
-def write_text(address: Location, text: str) -> None:
-    """Writes a UTF-8 file by `write_output`; half of a surrogate pair, which JSON can hold, becomes its escape."""
-    with write_output(address) as file:
-        file.write(text.encode(errors="backslashreplace"))
-
-
 def check_writable(address: Location) -> None:
     """Checks before long work that `write_output` can write an address, without leaving anything there.
 
