@@ -11,6 +11,8 @@ from mal_train.core.errors import OutputError
 MEMORY_BYTES: Final = 64 << 20
 """Text that is kept in memory before any is written to the file."""
 
+_SMALLER: Final = 64
+"""Factor between the keys of a bucket and of those into which it is divided."""
 _ROW_OVERHEAD: Final = 150
 """Bytes of the Python objects of one row."""
 
@@ -21,7 +23,8 @@ Row = tuple[int, int, str]
 class Spill:
     """Rows by key, up to `MEMORY_BYTES` in memory and the rest in the folder for temporary files. A context manager.
 
-    The file has no name, so that nothing remains of a killed process. Reading holds one bucket in memory at a time.
+    The file has no name, so that nothing remains of a killed process. Reading holds one bucket in memory at a time; one
+    that is too large for `MEMORY_BYTES` is first sorted into smaller buckets.
 
     Args:
         keys_per_bucket: number of neighboring keys whose rows are read back together.
@@ -61,9 +64,18 @@ class Spill:
             OutputError: the temporary file cannot be read.
         """
         for bucket in sorted(self._buckets.keys() | self._segments.keys()):
-            rows = self._read(bucket) + self._buckets.pop(bucket, [])
-            rows.sort(key=lambda row: row[:2])
-            yield from rows
+            size = sum(length for _, length in self._segments.get(bucket, ()))
+            if size > MEMORY_BYTES and self._keys_per_bucket > 1:
+                yield from self._divided(bucket)
+            else:
+                yield from sorted(self._rows(bucket), key=lambda row: row[:2])
+
+    def _divided(self, bucket: int) -> Iterator[Row]:
+        """Yields the rows of a bucket by another spill with smaller ones."""
+        with Spill(max(1, self._keys_per_bucket // _SMALLER)) as smaller:
+            for row in self._rows(bucket):
+                smaller.add(*row)
+            yield from smaller.sorted()
 
     def _write(self) -> None:
         try:
@@ -79,8 +91,8 @@ class Spill:
         self._buckets.clear()
         self._bytes = 0
 
-    def _read(self, bucket: int) -> list[Row]:
-        rows: list[Row] = []
+    def _rows(self, bucket: int) -> Iterator[Row]:
+        """Yields the rows of a bucket in the order in which they were added; forgets those in memory."""
         for offset, length in self._segments.get(bucket, ()):
             assert self._file is not None
             try:
@@ -90,8 +102,8 @@ class Spill:
                 raise _error(error) from error
             for line in lines:
                 key, position, text = line.split(" ", 2)
-                rows.append((int(key), int(position), text))
-        return rows
+                yield int(key), int(position), text
+        yield from self._buckets.pop(bucket, [])
 
 
 def _error(error: OSError) -> OutputError:

@@ -2,6 +2,7 @@
 
 import random
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,21 @@ def test_memory_is_bounded_and_the_file_has_no_name(monkeypatch: pytest.MonkeyPa
             assert sum(map(len, waiting._buckets.values())) <= 10_000 // 100
         assert list(tmp_path.iterdir()) == []
         assert sum(1 for _ in waiting.sorted()) == 1000
+
+
+def test_a_bucket_of_any_size_is_read_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "MEMORY_BYTES", 100_000)
+    with Spill(keys_per_bucket=4096) as waiting:
+        for position in range(10):
+            for key in range(4096):
+                waiting.add(key, position, "x" * 100)
+        tracemalloc.start()
+        count = sum(1 for _ in waiting.sorted())
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert count == 40_960
+    # All rows take 11 MB as Python objects.
+    assert peak < 2_000_000
 
 
 def test_a_missing_temporary_folder_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
