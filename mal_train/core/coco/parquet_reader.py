@@ -233,6 +233,8 @@ def _rows_of_batch(batch: Any, images: RecordReader, annotations: RecordReader) 
     cells = {name: batch.column(name).to_pylist() for name in batch.schema.names if name != ANNOTATIONS}
     indices = cells.pop("index")
     values = list(images.rows(cells))
+    if any(index is None and value is not None for index, value in zip(indices, values, strict=True)):
+        raise BadRecord("column 'index' is null in a row with an image")
     if ANNOTATIONS not in batch.schema.names:
         yield from (ImageRow(index, value, ()) for index, value in zip(indices, values, strict=True))
         return

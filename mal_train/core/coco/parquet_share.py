@@ -3,10 +3,13 @@
 Share i of n holds the row groups i, i + n, i + 2n, …. Its rows are numbered from 0 in the order in which they are read.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import read_annotation
@@ -79,19 +82,34 @@ class ParquetShare:
         The counterpart of `scan_coco`. An id that another share also uses is not detected.
 
         Raises:
-            BadDataset: a row group cannot be used, or an id is used more than once.
+            BadDataset: a row group cannot be used, or an id or the position of a row is used more than once. For the
+                share that holds the whole file, also if a row is missing.
         """
         builder = head_builder(self._dataset)
-        number = 0
+        images, annotations = array("q"), array("q")
         for row in self._dataset.rows(self._row_groups):
             if row.index is not None:
                 builder.add_images([row.image], row.index)
+                images.append(row.index)
             for position, value in row.annotations:
                 _check_place(row, position, value, self._dataset.name)
-                on_annotation(number, builder.add_annotation(value, position))
-                number += 1
+                on_annotation(len(annotations), builder.add_annotation(value, position))
+                annotations.append(position)
         builder.reject_duplicate_ids()
+        self._check_positions(IMAGES, images, self._dataset.head.images)
+        self._check_positions(ANNOTATIONS, annotations, self._dataset.head.annotations)
         return replace(builder.build(self._dataset.sha256), share=self)
+
+    def _check_positions(self, name: str, positions: Sequence[int], count: int) -> None:
+        """Raises BadDataset for positions that do not make up a list of `count` rows, or could not be some of it."""
+        found = np.unique(np.array(positions, dtype=np.int64)).tolist()
+        is_unique = len(found) == len(positions)
+        is_inside = not found or (found[0] >= 0 and found[-1] < count)
+        if not (is_unique and is_inside and (len(found) == count or not self.is_whole)):
+            raise BadDataset(
+                f"{self._dataset.name}: {name}: the positions of {len(positions)} rows are not those of a list of "
+                f"{count}; a part is missing, or there are parts of several runs"
+            )
 
     def write_transformed(
         self, head: CocoHead, output: Path, transform: RowTransform, provenance: Mapping[str, Any]

@@ -115,6 +115,44 @@ def test_a_file_without_categories_is_refused_as_in_json(tmp_path: Path, categor
         ParquetShare(tmp_path / "in.parquet").scan(lambda *_: None)
 
 
+def image(number: int) -> dict[str, Any]:
+    return {"id": number, "file_name": f"{number}.png"}
+
+
+WRONG_ROWS = {
+    "annotation twice": [
+        ImageRow(0, image(0), [(0, row(0, image_id=0)), (0, row(1, image_id=0))]),
+        ImageRow(1, image(1), []),
+    ],
+    "annotation outside": [
+        ImageRow(0, image(0), [(0, row(0, image_id=0)), (2, row(1, image_id=0))]),
+        ImageRow(1, image(1), []),
+    ],
+    "image twice": [ImageRow(1, image(0), [(0, row(0, image_id=0))]), ImageRow(1, image(1), [(1, row(1, image_id=1))])],
+    "image below": [
+        ImageRow(0, image(0), [(0, row(0, image_id=0))]),
+        ImageRow(-1, image(1), [(1, row(1, image_id=1))]),
+    ],
+    "image missing": [ImageRow(0, image(0), [(0, row(0, image_id=0)), (1, row(1, image_id=0))])],
+}
+
+
+@pytest.mark.parametrize("rows", WRONG_ROWS.values(), ids=WRONG_ROWS)
+def test_rows_that_make_no_complete_file_are_refused_before_work(tmp_path: Path, rows: list[ImageRow]) -> None:
+    members = {"images": None, "annotations": None, "categories": [{"id": 1, "name": "a"}]}
+    write_part(tmp_path / "in.parquet", rows, Head(members, 2, 2))
+    with pytest.raises(BadDataset):
+        ParquetShare(tmp_path / "in.parquet").scan(lambda *_: None)
+
+
+def test_an_image_without_a_position_is_refused_and_not_dropped(tmp_path: Path) -> None:
+    members: dict[str, Any] = {"images": None, "annotations": None, "categories": []}
+    rows = [ImageRow(0, image(0), [(0, row(0, image_id=0))]), ImageRow(None, image(1), [])]
+    write_part(tmp_path / "in.parquet", rows, Head(members, 1, 1))
+    with pytest.raises(BadDataset):
+        read_coco(tmp_path / "in.parquet")
+
+
 def test_an_annotation_in_the_row_of_another_image_is_refused(tmp_path: Path) -> None:
     rows = [
         ImageRow(0, {"id": 1, "file_name": "a"}, [(0, row(1, image_id=2))]),
