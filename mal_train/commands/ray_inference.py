@@ -55,7 +55,8 @@ def inference_on_ray(spec: Spec, console: Console) -> InferenceResult:
         dataset.check_complete()
         head_builder(dataset)
         output = Path(os.path.realpath(folder / settings.label_dump_path))
-        if output == dataset.path:
+        # A restart deletes the parts in the output.
+        if isinstance(dataset.path, Path) and dataset.path.is_relative_to(output):
             raise ConfigError(f"output {output}: is an input of the same command; choose another folder")
         parts = divide(dataset.row_groups, settings.ray_part_boxes)
         if not parts:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from mal_train.core import atomic_io
 from mal_train.core.errors import ConfigError, OutputError, StorageError, StoreUnreachable
-from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact, sibling
+from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact, scheme_of, sibling
 from mal_train.core.storage.reading import store_of, temporary_file, temporary_folder
 from mal_train.core.storage.retry import with_retries
 
@@ -67,8 +67,14 @@ def refuse_same_location(source: Location, output: Location) -> None:
     """
     if not is_remote(source) and not is_remote(output):
         atomic_io.refuse_same_file(Path(source), Path(output))
-    elif redact(source) == redact(output):
+    elif _object_name(source) == _object_name(output):
         raise ConfigError(f"output {redact(output)}: is an input of the same command; choose another one")
+
+
+def _object_name(location: Location) -> str:
+    """Returns an address as it is compared: of an object or a prefix, however scheme and end are spelled."""
+    scheme = scheme_of(location)
+    return f"{'az' if scheme == 'abfs' else scheme}:{str(location).partition('://')[2].rstrip('/')}"
 
 
 def upload(source: Path, address: str) -> None:

@@ -62,6 +62,15 @@ def drop(*numbers: int) -> Change:
     return lambda messages: (text for text in messages if json.loads(text)["result"]["number"] not in numbers)
 
 
+def test_the_input_may_not_be_in_the_output_where_a_restart_would_delete_it(command: Command, tmp_path: Path) -> None:
+    source = tmp_path / "parts.parquet" / "part-000000000.parquet"
+    source.parent.mkdir()
+    source.write_bytes((command.files / "boxes.parquet").read_bytes())
+    with pytest.raises(ConfigError):
+        command.run(ann_path=str(source), label_dump_path=str(source.parent), restart=True)
+    assert source.exists()
+
+
 def test_an_address_of_another_form_is_refused_without_its_secrets(command: Command) -> None:
     with pytest.raises(ConfigError) as caught:
         command.run(ann_path="https://me:pass-1@host/boxes.json?X-Amz-Signature=sig-1")
