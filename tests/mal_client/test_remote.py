@@ -53,7 +53,6 @@ def label(address: str, given: list[str], output: str, *more: str) -> int:
 
 
 def work_dir(dataset: Dataset) -> list[str]:
-    (dataset.folder / "work").mkdir(exist_ok=True)
     return ["--work-dir", str(dataset.folder / "work")]
 
 
@@ -183,6 +182,7 @@ def test_png_masks_are_uploaded_before_the_file_that_names_them(s3: S3, dataset:
         (["s3://photos/in.json", "--work-dir", "."], 2),
         (["out.json", "--work-dir", "."], 2),
         (["s3://photos/out.json", "--work-dir", "s3://photos/work"], 2),
+        (["s3://photos/out.json", "--work-dir", "in.json"], 4),
     ],
 )
 def test_unusable_output_is_refused_before_any_work(

@@ -90,8 +90,8 @@ def _add_output(parser: argparse.ArgumentParser, content: str) -> None:
         "--work-dir",
         type=local_path,
         metavar="DIR",
-        help="local folder for the journal and the files of a remote --output until they are uploaded; required with "
-        "it, and the same when the command is run again (default: the folder of OUT.json)",
+        help="local folder for the journal and the files of a remote --output until they are uploaded, created if "
+        "missing; required with it, and the same when the command is run again (default: the folder of OUT.json)",
     )
 
 
@@ -113,6 +113,7 @@ def _staged_output(arguments: argparse.Namespace) -> StagedOutput:
     sides = [errors_path(path).name, *([masks_dir(path).name] if arguments.format == MaskFormat.PNG else [])]
     refuse_same_location(arguments.annotations, output)
     check_writable(output)
+    _make_folder(work_dir, "--work-dir")
     return StagedOutput(output, path, sides)
 
 
@@ -189,13 +190,18 @@ def _part(arguments: argparse.Namespace, shard: Shard) -> Location:
     folder: Location = arguments.output
     refuse_outputs_over_inputs([arguments.annotations], [folder])
     if isinstance(folder, Path):
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"--output {folder}: cannot be made a folder of parts ({error.strerror}); {remedy_of(error)}"
-            ) from error
+        _make_folder(folder, "--output")
     return join(folder, shard.part_name)
+
+
+def _make_folder(folder: Path, option: str) -> None:
+    """Creates the folder of an option unless it exists. Raises OutputError if it cannot be made."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{option} {folder}: cannot be made a folder ({error.strerror}); {remedy_of(error)}"
+        ) from error
 
 
 def _merge(arguments: argparse.Namespace) -> int:
