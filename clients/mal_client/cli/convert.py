@@ -171,6 +171,7 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
 
 
 def _convert_coco(arguments: argparse.Namespace) -> int:
+    from mal_train.core.coco.parquet_reader import ParquetDataset  # noqa: PLC0415 - as above
     from mal_train.core.coco.stream import copy_coco  # noqa: PLC0415 - as above
 
     if arguments.images is not None:
@@ -186,7 +187,8 @@ def _convert_coco(arguments: argparse.Namespace) -> int:
             on_rows=progress.read,
             on_written=progress.written,
         )
-    print_line(f"{redact(arguments.output)}: {progress.rows} images and annotations")
+        groups = f", {len(ParquetDataset(output).row_groups)} row groups" if is_parquet(output) else ""
+    print_line(f"{redact(arguments.output)}: {progress.text}{groups}")
     return 0
 
 
@@ -194,19 +196,24 @@ class _RowProgress:
     """Prints how many rows were read and written, every few seconds. A JSON file does not state how many it has."""
 
     def __init__(self) -> None:
-        self.rows = 0
+        self._images = self._annotations = 0
         self._console = Console()
         self._printed_at = time.monotonic()
 
-    def read(self, rows: int) -> None:
-        """Receives the number of rows that were read."""
-        self.rows = rows
-        if rows % ROWS_PER_LOOK == 0:
-            self._print(f"{rows} images and annotations read")
+    @property
+    def text(self) -> str:
+        """The numbers of images and annotations that were read."""
+        return f"{self._images} images, {self._annotations} annotations"
+
+    def read(self, images: int, annotations: int) -> None:
+        """Receives the numbers of images and of annotations that were read."""
+        self._images, self._annotations = images, annotations
+        if (images + annotations) % ROWS_PER_LOOK == 0:
+            self._print(f"{self.text} read")
 
     def written(self, annotations: int) -> None:
         """Receives the number of annotations that were written after all were read."""
-        self._print(f"{self.rows} images and annotations read, {annotations} annotations written")
+        self._print(f"{self.text} read, {annotations} annotations written")
 
     def _print(self, text: str) -> None:
         if time.monotonic() - self._printed_at >= LINE_EVERY_S:

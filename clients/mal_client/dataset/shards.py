@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mal_train.core.coco.journal import NO_ROW, JournalReader, RowResult, journal_path
-from mal_train.core.coco.parquet_schema import SUFFIX
+from mal_train.core.coco.parquet_schema import shard_part_name
 from mal_train.core.errors import ConfigError
 from mal_train.core.fingerprint import differences
 
@@ -73,7 +73,7 @@ class Shard:
         >>> Shard(3, 16).part_name
         'part-00003-of-00016.parquet'
         """
-        return f"part-{self.index:05d}-of-{self.count:05d}{SUFFIX}"
+        return shard_part_name(self.index, self.count)
 
     def journal_path(self, output_json: Path) -> Path:
         """Returns the journal of the shard: `out.json.ledger.3-of-16` beside `out.json`."""

@@ -28,6 +28,7 @@ from mal_train.core.coco.parquet_schema import (
     check_schema,
     is_parquet,
     load_pyarrow,
+    missing_shard_parts,
     read_metadata,
 )
 from mal_train.core.errors import BadDataset, StorageError
@@ -41,6 +42,7 @@ _ROWS_PER_BUCKET: Final = 1 << 16
 _TAIL_BYTES: Final = 8
 """Length of the footer and the magic number, at the end of a file."""
 _MAGIC: Final = b"PAR1"
+_LISTED: Final = 10
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,13 @@ class ParquetDataset:
         """Raises BadDataset if the parts do not hold all rows of the COCO file."""
         found = sum(group.annotations for group in self.row_groups)
         if found != self.head.annotations:
+            missing = missing_shard_parts({base_name(part) for part in self._footers})
+            remedy = "a part is missing, or there are parts of several runs; keep all parts of one run here"
+            if missing:
+                more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+                remedy = f"run the shards that write {', '.join(missing[:_LISTED])}{more}"
             raise BadDataset(
-                f"{self.name}: holds {found} of {self.head.annotations} annotations of its COCO file; a part is "
-                "missing, or there are parts of several runs"
+                f"{self.name}: holds {found} of {self.head.annotations} annotations of its COCO file; {remedy}"
             )
 
 

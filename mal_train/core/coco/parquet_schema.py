@@ -9,7 +9,8 @@ Needs pyarrow, which the extra `parquet` installs.
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -92,6 +93,28 @@ class Head:
 def is_parquet(path: Location) -> bool:
     """Returns True for the path or address of a file in parquet, or of a folder of such files."""
     return base_name(path).lower().endswith(SUFFIX)
+
+
+def shard_part_name(index: int, count: int) -> str:
+    """Returns the name of the part that a shard writes into the folder of its job.
+
+    >>> shard_part_name(3, 16)
+    'part-00003-of-00016.parquet'
+    """
+    return f"part-{index:05d}-of-{count:05d}{SUFFIX}"
+
+
+def missing_shard_parts(names: Collection[str]) -> list[str]:
+    """Returns the names of the parts that a folder lacks; none if its files are not parts of the shards of one job.
+
+    >>> missing_shard_parts(["part-00000-of-00003.parquet", "part-00002-of-00003.parquet"])
+    ['part-00001-of-00003.parquet']
+    """
+    matches = [re.fullmatch(rf"part-[0-9]+-of-([0-9]{{1,9}}){re.escape(SUFFIX)}", name) for name in names]
+    counts = {int(match[1]) if match else 0 for match in matches}
+    if len(counts) != 1 or max(counts) > MAX_ROW_GROUPS:
+        return []
+    return [name for name in (shard_part_name(index, max(counts)) for index in range(max(counts))) if name not in names]
 
 
 def load_pyarrow() -> tuple[Any, Any]:

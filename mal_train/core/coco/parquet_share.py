@@ -66,11 +66,11 @@ class ParquetShare:
     def __init__(self, path: Location, index: int = 0, count: int = 1) -> None:
         self._dataset = ParquetDataset(path)
         self._dataset.check_complete()
-        groups = len(self._dataset.row_groups)
+        groups, boxes = len(self._dataset.row_groups), self._dataset.head.annotations
         if count > 1 and count > groups:
             raise ConfigError(
-                f"{redact(path)}: {groups} row groups for {count} shards; use at most {groups} shards, or write "
-                "smaller row groups with mal-client convert --from coco --row-group-boxes"
+                f"{redact(path)}: row groups {groups}, shards {count}; use at most {groups} shards, or write "
+                f"smaller row groups: mal-client convert --from coco --row-group-boxes N, with N below {boxes // count + 1}"
             )
         self.is_whole = count == 1
         self.note: Callable[[], Mapping[str, Any]] | None = None

@@ -65,8 +65,8 @@ class CocoHead:
 OnAnnotation = Callable[[int, Annotation], None]
 """Callback with the index of a row in `annotations` and the parsed row."""
 
-OnRows = Callable[[int], None]
-"""Callback with the number of rows of `images` and `annotations` that were read so far."""
+OnRows = Callable[[int, int], None]
+"""Callback with the numbers of images and of annotations that were read so far."""
 
 RowTransform = Callable[[int, Any, Annotation], Any]
 """Function from the index of a row, the JSON value of the row and the parsed row to the JSON value to write."""
@@ -176,7 +176,7 @@ def copy_coco(
     *,
     row_group_boxes: int = ROW_GROUP_BOXES,
     on_rows: OnRows | None = None,
-    on_written: OnRows | None = None,
+    on_written: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a COCO file in the form that the suffix of `output` names: parquet, or else JSON. Loses nothing.
 
@@ -184,7 +184,7 @@ def copy_coco(
         source: JSON file, parquet file, or folder of parquet parts.
         output: the file to write.
         row_group_boxes: for parquet, boxes after which a row group ends.
-        on_rows: called with the number of rows of `images` and `annotations` that were read so far.
+        on_rows: called after each row that is read.
         on_written: for parquet, called with the number of annotations that were written so far, after all were read.
 
     Raises:
@@ -321,18 +321,16 @@ def write_coco(output: Path, raw: Mapping[str, Any]) -> None:
 
 
 def _counted(members: Iterator[tuple[str, Any]], on_rows: OnRows) -> Iterator[tuple[str, Any]]:
-    done = 0
+    done = {"images": 0, "annotations": 0}
 
-    def counted(rows: Iterator[Any]) -> Iterator[Any]:
-        nonlocal done
+    def counted(name: str, rows: Iterator[Any]) -> Iterator[Any]:
         for row in rows:
             yield row
-            done += 1
-            on_rows(done)
+            done[name] += 1
+            on_rows(done["images"], done["annotations"])
 
     for key, value in members:
-        is_counted = key in ("images", "annotations") and isinstance(value, Iterator)
-        yield key, counted(value) if is_counted else value
+        yield key, counted(key, value) if key in done and isinstance(value, Iterator) else value
 
 
 def _write_members(
@@ -340,7 +338,7 @@ def _write_members(
     members: Iterator[tuple[str, Any]],
     output: Path,
     row_group_boxes: int = ROW_GROUP_BOXES,
-    on_written: OnRows | None = None,
+    on_written: Callable[[int], None] | None = None,
 ) -> None:
     if is_parquet(output):
         write_members(file, members, str(output), row_group_boxes=row_group_boxes, on_written=on_written)

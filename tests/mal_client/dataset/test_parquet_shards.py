@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mal_train.core.coco import parquet_reader
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.stream import copy_coco
+from mal_train.core.errors import BadDataset
 from tests.mal_client.dataset.test_resume import started
 from tests.mal_client.datasets import Dataset, make_dataset
 from tests.mal_client.fake_server import FakeServer, Faults, Limits, serving
@@ -164,6 +166,20 @@ def test_the_input_is_no_folder_of_parts(job: tuple[Dataset, Path]) -> None:
         file.write_text("mine")
         assert main(arguments(address, job, file, "--shard", "0/3")) == 4
     assert file.read_text() == "mine"
+
+
+def test_missing_parts_are_named(job: tuple[Dataset, Path]) -> None:
+    output = job[0].folder / "out.parquet"
+    with serving(FakeServer()) as address:
+        label_shards(address, job, output)
+    (output / Shard(1, SHARDS).part_name).unlink()
+    with pytest.raises(BadDataset, match=re.escape(Shard(1, SHARDS).part_name)):
+        read_coco(output)
+    # Parts of two runs: which are missing is not known.
+    (output / Shard(2, SHARDS).part_name).rename(output / Shard(2, 4).part_name)
+    with pytest.raises(BadDataset) as caught:
+        read_coco(output)
+    assert "part-0" not in str(caught.value)
 
 
 def test_labeled_parts_can_be_labeled_again(job: tuple[Dataset, Path]) -> None:
