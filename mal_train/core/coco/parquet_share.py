@@ -70,7 +70,7 @@ class ParquetShare:
         if count > 1 and count > groups:
             raise ConfigError(
                 f"{redact(path)}: row groups {groups}, shards {count}; use at most {groups} shards, or write "
-                f"smaller row groups: mal-client convert --from coco --row-group-boxes N, with N below {boxes // count + 1}"
+                f"smaller row groups: mal-client convert --from coco --row-group-boxes {max(1, boxes // (2 * count))}"
             )
         self.is_whole = count == 1
         self.note: Callable[[], Mapping[str, Any]] | None = None
