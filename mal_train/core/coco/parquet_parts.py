@@ -43,6 +43,16 @@ def part_name(number: int) -> str:
     return f"{PREFIX}{number:09d}{SUFFIX}"
 
 
+def is_part_name(name: str) -> bool:
+    """Returns True for a name that `part_name` gives.
+
+    >>> is_part_name("part-000000012.parquet"), is_part_name("part-00000-of-00016.parquet")
+    (True, False)
+    """
+    number = name.removeprefix(PREFIX).removesuffix(SUFFIX)
+    return number.isdecimal() and part_name(int(number)) == name
+
+
 def divide(row_groups: Sequence[RowGroup], boxes: int) -> list[Part]:
     """Returns the parts of a dataset.
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 from mal_train.core.atomic_io import remove_stale_temporaries
 from mal_train.core.coco.journal import Journal, journal_path
-from mal_train.core.coco.parquet_parts import PREFIX, Part
+from mal_train.core.coco.parquet_parts import Part, is_part_name
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_schema import SUFFIX
 from mal_train.core.errors import BadDataset, ConfigError, OutputError
@@ -45,11 +45,11 @@ class PartFolder:
         self.path, self.parts, self.journal = path, parts, journal_path(path)
         is_new = not self.journal.exists()
         names = _parquet_names(path)
-        foreign = [name for name in names if not name.startswith(PREFIX) or (is_new and not restart)]
+        foreign = [name for name in names if not is_part_name(name) or (is_new and not restart)]
         if foreign:
             raise ConfigError(
                 f"{path}: has files that this job did not write, such as {foreign[0]}; choose another folder"
-                + ("" if not foreign[0].startswith(PREFIX) else f", or give {RESTART} to discard them")
+                + ("" if not is_part_name(foreign[0]) else f", or give {RESTART} to discard them")
             )
         self._journal = Journal(self.journal, len(parts), manifest, restart=restart, restart_option=RESTART)
         with ExitStack() as on_error:

@@ -83,6 +83,18 @@ def test_files_of_another_origin_are_refused_and_kept(
     assert (path / name).read_bytes() == b"of the user"
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_parts_of_shards_are_not_those_of_this_job(
+    tmp_path: Path, dataset: ParquetDataset, *, restart: bool
+) -> None:
+    with opened(tmp_path / "out.parquet", dataset) as folder:
+        shard = folder.path / "part-00000-of-00002.parquet"
+        shard.write_bytes(b"labels")
+    with pytest.raises(ConfigError):
+        opened(tmp_path / "out.parquet", dataset, restart=restart)
+    assert shard.read_bytes() == b"labels"
+
+
 def test_parts_without_a_journal_are_discarded_only_by_restart(tmp_path: Path, dataset: ParquetDataset) -> None:
     path = tmp_path / "out.parquet"
     path.mkdir()
