@@ -18,7 +18,7 @@ from mal_train.config.tune import TuneConfig, has_credentials, redacted_url
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import is_secret_reference
 from mal_train.core.settings import Compat, LabelerConfig
-from mal_train.core.storage.addresses import is_remote, redact
+from mal_train.core.storage.addresses import is_remote, redact, scheme_of
 from mal_train.core.yaml_config import Signer, Strict, apply_overrides, load_yaml, validate
 
 Section = TypeVar("Section", bound=Strict)
@@ -162,8 +162,8 @@ class Spec(Strict):
 
 
 def _without_signatures(section: Section) -> Section:
-    """Returns a section whose addresses have neither user, password nor signature."""
-    texts = {name: value for name, value in section if isinstance(value, str) and is_remote(value)}
+    """Returns a section whose addresses, also those that are not supported, have no user, password or signature."""
+    texts = {name: value for name, value in section if isinstance(value, str) and scheme_of(value)}
     return section.model_copy(update={name: redact(value) for name, value in texts.items()})
 
 

@@ -160,6 +160,12 @@ def test_a_dumped_spec_has_no_passphrase(tmp_path: Path) -> None:
     assert spec.without_secrets().decryption_key == "file:/k"
 
 
+@pytest.mark.parametrize("address", ["s3://k:hunter2@b/a", "s3a://k:hun/ter2@b/a", "ftp://me:hunter2@h/a?sig=ter2"])
+def test_a_dumped_spec_has_no_password_of_an_address(address: str) -> None:
+    spec = load_spec(None, [f"inference.ann_path={address}", f"inference.img_dir={address}"])
+    assert "ter2" not in dump(spec.without_secrets())
+
+
 def test_optim_betas_take_precedence_over_optim_momentum() -> None:
     assert load_spec(None, ["train.optim_momentum=0.8"]).train.betas == (0.8, 0.9)
     assert load_spec(None, ["train.optim_momentum=0.8", "train.optim_betas=[0.7,0.99]"]).train.betas == (0.7, 0.99)
