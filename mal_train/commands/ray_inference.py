@@ -124,7 +124,7 @@ class _Run:
                     reminder.postpone()
                     bar.update(self._receive(message))
                 lost = self._output.missing()
-                if len(lost) == len(missing):
+                if len(lost) == len(missing) and size == 1:
                     return
                 # A part that ends its process ends the task of no other part.
                 missing, size = lost, 1

@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 
 from mal_train.core.coco.journal import journal_path
-from mal_train.core.coco.parquet_parts import divide
+from mal_train.core.coco.parquet_parts import divide, part_name
 from mal_train.core.coco.parquet_reader import ParquetDataset
+from mal_train.core.errors import LostProcess
+from tests.chaos.fatal_part import FATAL
 from tests.chaos.ray_nodes import PATHS, RayNodes, descendants, kill_node, resident_bytes
 from tests.form import Form
 from tests.mal_train.offline.part_jobs import FAILED, as_json, local_labels, overrides, write_job
@@ -140,6 +142,28 @@ def test_a_cluster_of_its_own_listens_on_loopback_and_leaves_nothing(tmp_path: P
     assert finished_parts(output)[: len(kept)] == kept
     assert as_json(output) == local_labels(tmp_path, tmp_path / "local", checkpoint="builtin")
     temporary.rmdir()
+
+
+@pytest.mark.slow
+def test_a_part_that_ends_each_process_costs_no_other_part(tmp_path: Path) -> None:
+    write_job(tmp_path, 12)
+    options = {"engine": "ray", "ray_part_boxes": 4, "ray_cpus_per_actor": 1}
+    arguments = overrides(tmp_path, tmp_path / "results", "parquet", **options)
+    output = tmp_path / "results" / "inference" / "labels.parquet"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
+
+    def run(*program: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", *program, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, check=False, **PIPES)
+
+    lost = run("tests.chaos.fatal_part")
+    assert lost.returncode == LostProcess.exit_code, lost.stderr
+    assert part_name(FATAL) in lost.stderr
+    parts = divide(ParquetDataset(tmp_path / "boxes.parquet").row_groups, 4)
+    assert sorted(finished_parts(output)) == [part.number for part in parts if part.number != FATAL]
+    again = run("mal_train.cli", "inference")
+    assert again.returncode == SOME_FAILED, again.stderr
+    assert as_json(output) == local_labels(tmp_path, tmp_path / "local")
 
 
 def finished_parts(output: Path) -> list[int]:
