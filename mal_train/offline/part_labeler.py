@@ -17,7 +17,15 @@ import torch
 
 from mal_train.core import errors
 from mal_train.core.atomic_io import atomic_write
-from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, category_ids, read_annotation, read_images
+from mal_train.core.coco.annotations import (
+    Annotation,
+    ImageInfo,
+    JsonId,
+    category_ids,
+    read_annotation,
+    read_images,
+    reject_duplicate_ids,
+)
 from mal_train.core.coco.output import PROVENANCE_KEY, error_fields, label_fields, labeled_row
 from mal_train.core.coco.parquet_parts import Part
 from mal_train.core.coco.parquet_reader import ParquetDataset
@@ -26,7 +34,7 @@ from mal_train.core.coco.parquet_schema import Head
 from mal_train.core.coco.parquet_writer import PartWriter
 from mal_train.core.errors import ConfigError, DeviceLost, MalError
 from mal_train.core.images.files import ImageFolder
-from mal_train.core.storage.addresses import Location
+from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.keys import parse_key
@@ -201,6 +209,7 @@ class PartLabeler:
         job, result = self._job, PartResult(part.number)
         categories = category_ids(head.members.get("categories") or (), [])
         parsed = [_ParsedRow.of(row, categories, result) for row in rows]
+        _refuse_repeated_ids(parsed, redact(job.dataset))
         to_label = [row.to_label for row in parsed if row.to_label[1]]
         labels = label_images(labeler, to_label, job.images, job.tta, batch_size=job.batch_size, threads=self._threads)
         fields = {id(annotation): _fields(label, result) for annotation, label in labels}
@@ -264,6 +273,14 @@ class _ParsedRow:
             for (at, value), annotation in zip(self.row.annotations, self.annotations, strict=True)
         ]
         return ImageRow(self.row.index, self.row.image, annotations)
+
+
+def _refuse_repeated_ids(rows: Sequence[_ParsedRow], name: str) -> None:
+    """Raises BadDataset for an id that is used twice in a part; those of other parts are not known here."""
+    images = [image_id for row in rows for image_id in row.images]
+    annotations = [one.id for row in rows for one in row.annotations if one.id is not None]
+    for kind, ids in (("image", images), ("annotation", annotations)):
+        reject_duplicate_ids([value for value, count in Counter(ids).items() if count > 1], f"{name}: {kind} id")
 
 
 _NO_IMAGE: Final = ImageInfo(0, "", None, None)

@@ -13,9 +13,11 @@ import pytest
 from mal_train.commands.label import open_labeling_job
 from mal_train.core.coco.parquet_parts import Part, divide
 from mal_train.core.coco.parquet_reader import ParquetDataset
+from mal_train.core.coco.parquet_records import ImageRow
+from mal_train.core.coco.parquet_writer import write_part
 from mal_train.core.coco.part_folder import PartFolder
 from mal_train.core.console import Console
-from mal_train.core.errors import ConfigError, DeviceError, DeviceLost, MalError, OutputError, WrongKey
+from mal_train.core.errors import BadDataset, ConfigError, DeviceError, DeviceLost, MalError, OutputError, WrongKey
 from mal_train.core.images.files import ImageFolder
 from mal_train.kernel.checkpoint.keys import parse_key
 from mal_train.kernel.labeler.labeler import Labeler
@@ -145,6 +147,19 @@ def test_another_checkpoint_is_refused(output: Output) -> None:
     with pytest.raises(MalError) as caught:
         output.label(output.folder.parts[:1], checkpoint_sha256="0" * 64)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("repeated", ["image", "annotation"])
+def test_an_id_that_a_part_uses_twice_is_refused(repeated: str, output: Output, tmp_path: Path) -> None:
+    numbers = (0, 0) if repeated == "image" else (0, 1)
+    rows = [
+        ImageRow(at, {"id": number, "file_name": f"{at}.png"}, [(at, {"id": 5 if repeated == "annotation" else at})])
+        for at, number in enumerate(numbers)
+    ]
+    write_part(tmp_path / "in.parquet", rows, ParquetDataset(output.job.dataset).head)
+    dataset = ParquetDataset(tmp_path / "in.parquet")
+    with pytest.raises(BadDataset):
+        output.label(divide(dataset.row_groups, 4), dataset=dataset.path, dataset_sha256=dataset.sha256)
 
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(output: Output) -> None:
