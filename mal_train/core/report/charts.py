@@ -90,7 +90,7 @@ def parallel_coordinates(axes: Sequence[ParallelAxis], lines: Sequence[tuple[Seq
         axes: from left to right.
         lines: positions in [0, 1] on all axes, and strength in [0, 1]; lines of strength 1 have a color of their own.
     """
-    width, top, bottom = LEFT + AXIS_PX * max(0, len(axes) - 1) + LEFT, 34, HEIGHT - 14
+    width, top, bottom = LEFT + AXIS_PX * max(0, len(axes) - 1) + LEFT, 42, HEIGHT - 14
     columns = [LEFT + AXIS_PX * number for number in range(len(axes))]
 
     def y(position: float) -> float:
@@ -108,7 +108,7 @@ def parallel_coordinates(axes: Sequence[ParallelAxis], lines: Sequence[tuple[Seq
         body += f'<line x1="{x}" y1="{top}" x2="{x}" y2="{bottom}" stroke="var(--soft)"/>'
         body += f'<text x="{x}" y="{12 + 13 * (number % 2)}" text-anchor="middle">{escape(axis.name)}</text>'
         body += "".join(
-            f'<text x="{x + 4}" y="{y(position) + 4:.1f}">{escape(text)}</text>' for position, text in axis.ticks
+            f'<text x="{x + 4}" y="{y(position) - 4:.1f}">{escape(text)}</text>' for position, text in axis.ticks
         )
     return (
         f'<div class="scroll"><svg role="img" aria-label="parallel coordinates of {len(lines)} lines" '
