@@ -104,6 +104,9 @@ class _Run:
         if len(missing) < total:
             self._console.print(f"{self._output.path}: {total - len(missing)} of {total} parts are finished")
         if missing:
+            self._console.print(
+                f"connecting to Ray at {settings.ray_address}" if settings.ray_address else "starting Ray"
+            )
             with RayCluster(settings.ray_address) as cluster:
                 self._label(cluster, settings)
             self._refuse_missing()
