@@ -111,7 +111,11 @@ def make_clients(arguments: argparse.Namespace) -> Iterator[list[Client]]:
 def add_dataset_options(parser: argparse.ArgumentParser, content: str = "COCO file with boxes") -> None:
     """Adds the annotation file, described by `content`, and the location of its images."""
     parser.add_argument(
-        "--annotations", type=location, required=True, metavar="IN.json", help=f"{content}, or its address (s3://…)"
+        "--annotations",
+        type=location,
+        required=True,
+        metavar="IN.json",
+        help=f"{content}, as JSON or parquet (.parquet: a file, or a folder of parts), or its address (s3://…)",
     )
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument(

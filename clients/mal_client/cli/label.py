@@ -264,8 +264,9 @@ def _print_result(result: DatasetResult, output: StagedOutput) -> None:
     print_line(
         f"{output.shown(result.output)}: {result.labeled} annotations labeled{copied}, {result.failed_count} failed"
     )
-    for row in result.failed[:LISTED]:
-        print_error(f"  {row.error}")
+    # All boxes of an unreadable image have the same message.
+    for message in list(dict.fromkeys(str(row.error) for row in result.failed))[:LISTED]:
+        print_error(f"  {message}")
     if result.errors_file is not None:
         print_error(failures_message(result.failed_count, output.shown(result.errors_file)))
     if result.masks_dir is not None:

@@ -76,7 +76,7 @@ def queue_sections(queue: ReviewQueue, cards: Sequence[Card]) -> list[Html]:
     sections = [
         section(
             "Worst first",
-            overlay_legend() + contact_sheet(cards),
+            overlay_legend(has_truth=bool(queue.qualities)) + contact_sheet(cards),
             f"{counts} The first {len(queue.worst)} by {queue.sort_by}; annotations without a mask come first.{note}",
         ),
         section(

@@ -145,10 +145,10 @@ def legend(keys: Sequence[tuple[str, str]]) -> Html:
     return f'<div class="soft">{items}</div>'
 
 
-def overlay_legend() -> Html:
-    """Returns the legend of the colors of `overlays.draw_close_up`."""
-    keys = [("mask", "rgb(255, 64, 129)"), ("true mask", "rgb(64, 224, 255)"), ("box", "rgb(255, 214, 0)")]
-    return f"<p>{legend(keys)}</p>"
+def overlay_legend(*, has_truth: bool = True) -> Html:
+    """Returns the legend of the colors of `overlays.draw_close_up`; without true masks if none are drawn."""
+    truth = [("true mask", "rgb(64, 224, 255)")] if has_truth else []
+    return f"<p>{legend([('mask', 'rgb(255, 64, 129)'), *truth, ('box', 'rgb(255, 214, 0)')])}</p>"
 
 
 def format_metric(value: float | None) -> str:

@@ -78,6 +78,17 @@ def test_the_help_states_whether_the_input_has_boxes_or_masks(
     assert f"COCO file with {content}" in " ".join(capsys.readouterr().out.split())
 
 
+def test_an_image_that_cannot_be_read_is_printed_once(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    first = dataset.coco["images"][0]
+    for row in dataset.coco["annotations"]:
+        row["image_id"] = first["id"]
+    dataset.save()
+    (dataset.images_dir / first["file_name"]).unlink()
+    with serving(FakeServer()) as address:
+        assert main(arguments("label", address, dataset)) == 3
+    assert capsys.readouterr().err.count("IMAGE_NOT_FOUND") == 1
+
+
 def test_an_invalid_file_exits_2_before_any_call(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     dataset.coco["annotations"][1]["id"] = 100
     dataset.save()

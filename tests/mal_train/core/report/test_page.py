@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mal_train.core.masks.rle import encode_mask
 from mal_train.core.report.charts import calibration_plot, line_chart
 from mal_train.core.report.overlays import BOX, CONTEXT, MASK, TRUTH, Drawn, draw_close_up, draw_labels, png_data_uri
-from mal_train.core.report.page import Card, build_report, contact_sheet, section, table
+from mal_train.core.report.page import Card, build_report, contact_sheet, overlay_legend, section, table
 
 GRAY = np.full((60, 80, 3), 128, dtype=np.uint8)
 BOX_XYWH = (20.0, 10.0, 30.0, 20.0)
@@ -130,3 +130,8 @@ def test_a_close_up_shows_the_surroundings_of_the_box() -> None:
 
 def test_an_image_becomes_a_data_uri() -> None:
     assert png_data_uri(GRAY).startswith("data:image/png;base64,iVBOR")
+
+
+def test_the_legend_names_only_what_is_drawn() -> None:
+    names = [re.findall(r"</span>([^<]+)", overlay_legend(has_truth=has_truth)) for has_truth in (True, False)]
+    assert names == [["mask", "true mask", "box"], ["mask", "box"]]
