@@ -18,7 +18,7 @@ from mal_client.images.image_files import ImageFiles
 from mal_client.images.image_input import EncodedImage
 from mal_client.transport.serialization import evaluation_messages
 from mal_client.types import LabelOptions, MeasuredInstance, ServerLimits
-from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, by_image
+from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, by_image, id_order
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.masks.rle import from_segmentation
 from mal_train.core.storage.read_ahead import ReadAhead
@@ -81,7 +81,8 @@ class LocalDataset(EvaluationSource):
         self._coco = coco
         self._options = options
         self._worst_count = worst_count
-        images = list(by_image(coco))
+        # In the order of pycocotools: masks of equal scores count in the order in which the server receives them.
+        images = sorted(by_image(coco), key=lambda item: id_order(item[0].id))
         self._sent = [(image, rows) for image, rows in images if any(map(_has_ground_truth, rows))]
         # Images without a ground-truth mask are not sent, but their rows count as skipped.
         self._not_sent = Counter(

@@ -83,6 +83,20 @@ def test_the_first_message_has_the_options_and_the_number_of_images(dataset: Dat
     assert [(row.category_id, row.name) for row in options.categories] == [(1, "cup")]
 
 
+def test_images_are_sent_in_the_order_of_their_ids(dataset: Dataset) -> None:
+    # AP@1 breaks the ties of its equal scores in this order, as pycocotools does.
+    dataset.coco["images"].reverse()
+    dataset.coco["annotations"].reverse()
+    dataset.save()
+    fake = FakeServer()
+    evaluation = evaluate(fake, dataset)
+    ids = [row["id"] for row in dataset.coco["annotations"]]
+    sent = [[ids[truth.instance.instance_id] for truth in image.ground_truth] for image in fake.evaluated]
+    assert sent == [[101, 100], [103, 102], [105, 104]]
+    names = {row.annotation_id: row.file_name for row in evaluation.worst}
+    assert (names[100], names[105]) == ("image_0.png", "image_2.png")
+
+
 def test_ids_that_are_not_integers_are_mapped_to_the_wire_and_back(dataset: Dataset) -> None:
     dataset.coco["categories"] = [{"id": "cup", "name": "cup"}, {"id": 1, "name": "pot"}]
     for index, row in enumerate(dataset.coco["annotations"]):
