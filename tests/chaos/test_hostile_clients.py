@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def test_no_playground_request_causes_a_server_error(
                         ("/", "/?key=%ff", f"/?key={KEY}", "/api/server", "/..%2f..%2fetc", "/main.js")
                     )
                 try:
-                    async with page.request(method, path, data=data, headers=headers) as response:
+                    async with page.request(method, path, data=BytesIO(data), headers=headers) as response:
                         await response.read()
                         return int(response.status)
                 except ClientError:
@@ -235,7 +236,7 @@ def test_no_label_studio_request_causes_a_server_error(
                     method = chance.choice(("GET", "PUT", "POST", "BREW"))
                     path = chance.choice(("/", "/health", "/versions", "/webhook", "/train", "/..%2f", "/delete"))
                 try:
-                    async with backend.request(method, path, data=data, headers=headers) as response:
+                    async with backend.request(method, path, data=BytesIO(data), headers=headers) as response:
                         await response.read()
                         return int(response.status)
                 except ClientError:
