@@ -23,7 +23,7 @@ from mal_server.evaluation.run import UnreadImage, refused_image
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.inference.image_store import FileImage
 from mal_server.inference.requests import LabelRequest
-from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
+from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason, id_order
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadDataset
@@ -104,27 +104,29 @@ class Dataset:
             max_boxes: limit of objects of one image.
             records: sealed records by file name.
         """
+        # Equal scores count in the order of image ids, as in pycocotools.
+        numbers = {image_id: number for number, image_id in enumerate(sorted(self.head.images, key=id_order))}
         start = 0
-        for index, (image, end) in enumerate(zip(self.head.images.values(), self.ends.tolist(), strict=True)):
+        for image, end in zip(self.head.images.values(), self.ends.tolist(), strict=True):
             rows, start = self.order[start:end], end
             if len(rows) > max_boxes:
                 yield refused_image(image.file_name, len(rows), max_boxes)
                 continue
             size = sum(len(self.rows[row]) for row in rows.tolist())
             record = records.get(image.file_name, b"")
-            read = partial(self._read, index, image, rows, make_request, record)
+            read = partial(self._read, numbers[image.id], image, rows, make_request, record)
             # As Python objects, numbers take several times the memory of their digits.
             yield UnreadImage(image.file_name, len(rows), 8 * size + len(record), read)
 
     def _read(
         self,
-        index: int,
+        number: int,
         image: ImageInfo,
         rows: NDArray[np.int64],
         make_request: MakeRequest,
         record: bytes,
     ) -> GroundTruth:
-        annotations = tuple(self._annotation(row, index) for row in rows.tolist())
+        annotations = tuple(self._annotation(row, number) for row in rows.tolist())
         measured = {row.id: row for row in annotations if _is_measured(row)}
         path = str(PurePosixPath(self.image_dir) / image.file_name) if self.image_dir else image.file_name
         ids = tuple(key for key in measured if isinstance(key, int))
@@ -132,11 +134,11 @@ class Dataset:
         request = make_request(FileImage(self.folder, path), image.size_wh, ids, boxes)
         return GroundTruth(image.file_name, annotations, request, None, record)
 
-    def _annotation(self, row: int, image_index: int) -> Annotation:
+    def _annotation(self, row: int, image_number: int) -> Annotation:
         number, annotation_id, category_id, box, iscrowd, segmentation, reason = json.loads(self.rows[row])
         return Annotation(
             id=annotation_id if self.has_integer_ids else number,
-            image_id=image_index,
+            image_id=image_number,
             category_id=None if category_id is None else self._category_ids.get(category_id, category_id),
             box_xywh=tuple(box),
             iscrowd=iscrowd,
