@@ -214,7 +214,7 @@ async def heartbeat() -> AsyncIterator[list[float]]:
 @pytest.mark.promise(
     "requests",
     "No content of any method's messages causes a traceback, a status outside of the contract, a stall of the event "
-    "loop, or a server that answers no more.",
+    "loop, or the end of the server",
 )
 def test_hostile_calls_of_every_method_get_a_status_of_the_contract(
     form: Form, record: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
