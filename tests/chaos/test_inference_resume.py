@@ -97,7 +97,7 @@ class Job:
 
     def start(self, **changes: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "mal_train.cli", *self.command(**changes)],
+            [sys.executable, "-c", COMMAND, *self.command(**changes)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "clients"), str(ROOT / "protos")])},
@@ -174,6 +174,13 @@ def test_a_killed_inference_loses_no_result_and_repeats_none(
     assert job.output.read_bytes() == expected
     assert not job.journal.exists()
     record("killed inference", boxes=images * BOXES_PER_IMAGE, kills=moments.total(), kept=len(kept), moments=moments)
+
+
+# A background job ignores SIGINT, and its children inherit that.
+COMMAND = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from mal_train.cli import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def wait_for_moment(job: Job, process: subprocess.Popen[str], rng: random.Random, step: int) -> str:
