@@ -5,6 +5,7 @@ machines. Errors name the storage without its credentials.
 """
 
 import contextlib
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import optuna
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from mal_train.config.tune import redacted_url, without_credentials
 from mal_train.core.errors import ConfigError, OutputError
@@ -26,6 +27,8 @@ CONNECT_TIMEOUT_S = 20
 """Seconds until a database or a server that does not answer, or a locked file, is an error."""
 LOCK_GRACE_S = 10
 """Seconds after which a journal file's lock is taken from a process that was killed; an entry takes milliseconds."""
+CREATION_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
+"""Pauses before further attempts to open a database whose tables another process is creating."""
 SCHEMES = "sqlite:///FILE, journal:///FILE, postgresql://…, mysql://…, grpc://HOST:PORT, env:NAME or file:PATH"
 
 
@@ -111,7 +114,20 @@ def _database(url: str) -> BaseStorage:
         options["connect_args"] = {"timeout": CONNECT_TIMEOUT_S}
     elif backend in {"postgresql", "mysql", "mariadb"}:
         options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_S}
+    for pause_s in CREATION_PAUSES_S:
+        try:
+            return get_storage(RDBStorage(url, engine_kwargs=options))
+        except (DatabaseError, optuna.exceptions.StorageInternalError) as error:
+            if not _is_created_by_another(error):
+                raise
+        time.sleep(pause_s)
     return get_storage(RDBStorage(url, engine_kwargs=options))
+
+
+def _is_created_by_another(error: BaseException) -> bool:
+    """Returns True if another process created a table or its first row after Optuna had looked for it."""
+    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+    return isinstance(cause, IntegrityError) or "already exists" in str(cause)
 
 
 def _server(url: str) -> GrpcStorageProxy:

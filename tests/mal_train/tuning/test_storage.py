@@ -6,10 +6,12 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.storages import BaseStorage
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from mal_train.config.spec import load_spec
 from mal_train.config.tune import redacted_url, without_credentials
@@ -190,3 +192,24 @@ def test_an_address_without_credentials_may_stand_on_the_command_line() -> None:
     for url in ("sqlite:///a@b.db", "journal:///x", "grpc://host:13000", "env:STORAGE", "postgresql://db/tune"):
         spec = load_spec(None, [f"tune.storage={url}"])
         assert spec.without_secrets().tune.storage == url
+
+
+def test_tables_that_another_process_creates_at_the_same_time_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = [
+        OperationalError("CREATE TABLE studies", None, Exception("table studies already exists")),
+        IntegrityError("INSERT", None, Exception("UNIQUE constraint failed: alembic_version.version_num")),
+    ]
+
+    def database(*args: Any, **options: Any) -> BaseStorage:
+        if faults:
+            raise faults.pop()
+        return optuna.storages.RDBStorage(*args, **options)
+
+    monkeypatch.setattr(storage_module, "RDBStorage", database)
+    monkeypatch.setattr(storage_module, "CREATION_PAUSES_S", (0.0, 0.0))
+    assert create(open_storage(f"sqlite:///{tmp_path}/study.db")).trials == []
+    faults.append(OperationalError("SELECT", None, Exception("disk I/O error")))
+    with pytest.raises(StudyStorageError, match="disk I/O error"):
+        open_storage(f"sqlite:///{tmp_path}/study.db")

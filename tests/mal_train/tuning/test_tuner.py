@@ -235,7 +235,7 @@ def tuner_process(folder: Path, storage: str, behavior: str = "good") -> "subpro
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
 def test_two_tuners_share_the_trials_of_one_study(storage: str, tmp_path: Path) -> None:
     processes = [tuner_process(tmp_path, storage) for _ in range(2)]
-    until(lambda: len(list(tmp_path.glob("ready.*"))) == 2, 120)
+    until(lambda: len(list(tmp_path.glob("ready.*"))) == 2 or any(process.poll() for process in processes), 120)
     (tmp_path / "go").touch()
     for process in processes:
         _, printed = process.communicate(timeout=120)
