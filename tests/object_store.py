@@ -15,6 +15,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from mal_train.core.storage import object_store
+from mal_train.core.storage import object_store, retry, web_store
 from mal_train.distributed.launch import free_port
 from tests import tools
 
@@ -341,3 +342,18 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     object_store.forget_connections()
     yield s3_server
     object_store.forget_connections()
+
+
+@contextmanager
+def private_temporary_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A context in which temporary files lie in `folder`, and retries pause for a millisecond at first.
+
+    At its end nothing of this project may be left in the folder.
+    """
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield
+    web_store.close_sessions()
+    # Torch and its loaders leave files of their own.
+    assert [path for path in folder.iterdir() if "mal" in path.name] == []

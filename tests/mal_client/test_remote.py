@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,22 +13,19 @@ from mal_client.client import Client
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.coco.stream import copy_coco
 from mal_train.core.errors import ConfigError
-from mal_train.core.storage import retry, web_store
+from mal_train.core.storage import retry
 from mal_train.distributed.launch import free_port
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
 from tests.mal_client.fake_server import FakeServer, Faults, serving
 from tests.mal_train.core.storage.test_web import Server
 from tests.mal_train.core.storage.test_web import serving as serving_web
-from tests.object_store import S3, SECRET_KEY
+from tests.object_store import S3, SECRET_KEY, private_temporary_files
 
 
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    yield
-    web_store.close_sessions()
+    with private_temporary_files(tmp_path / "tmp", monkeypatch):
+        yield
     assert list((tmp_path / "tmp").iterdir()) == []
 
 

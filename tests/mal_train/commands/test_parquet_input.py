@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from mal_train.cli import main
 from mal_train.commands.train import train
@@ -13,23 +12,11 @@ from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_writer import write_part
 from mal_train.core.coco.stream import copy_coco
 from mal_train.core.console import Console
-from mal_train.core.settings import LabelerConfig
-from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from mal_train.kernel.networks.network import MalNetwork, ModelConfig
+from tests.mal_train.test_cli import checkpoint
 from tests.mal_train.training.runs import assert_same, plain_mean_field, spec_of, weights
 from tests.scenes import write_scenes
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=8)
-    network = MalNetwork(model)
-    network.reset_teacher()
-    path = tmp_path_factory.mktemp("model") / "micro.malckpt"
-    config = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
-    save_checkpoint(path, Checkpoint(model, config, network.state_dict(), [{"id": 1, "name": "ellipse"}]), None)
-    return path
+__all__ = ["checkpoint"]
 
 
 def packed(annotations: Path) -> Path:

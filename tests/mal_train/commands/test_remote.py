@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ import pytest
 import yaml
 
 from mal_train.cli import main
-from mal_train.core.storage import retry, web_store
 from tests.mal_train.core.storage.test_web import serving as serving_web
 from tests.mal_train.test_cli import checkpoint, inference_spec, spec_file
 from tests.mal_train.training.runs import assert_same, overrides_of, plain_mean_field, weights
-from tests.object_store import S3, SECRET_KEY
+from tests.object_store import S3, SECRET_KEY, private_temporary_files
 from tests.scenes import write_scenes
 
 __all__ = ["checkpoint"]
@@ -24,12 +22,8 @@ __all__ = ["checkpoint"]
 
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    yield
-    web_store.close_sessions()
-    assert [path for path in (tmp_path / "tmp").iterdir() if "mal" in path.name] == []
+    with private_temporary_files(tmp_path / "tmp", monkeypatch):
+        yield
 
 
 @pytest.fixture
