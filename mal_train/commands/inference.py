@@ -73,7 +73,7 @@ def inference(spec: Spec, console: Console) -> InferenceResult:
         path = staged.path
         check_writable(path)
         annotations = inputs.enter_context(input_file(settings.ann_path, "inference.ann_path"))
-        plan = _read_plan(settings, annotations, staged.address, inputs)
+        plan = _read_plan(settings, annotations, staged, inputs)
         image_dir = image_folder(spec, settings.img_dir, "inference.img_dir", annotations)
         job = open_labeling_job(spec, "inference", console)
         manifest = {**_inputs(plan, image_dir), "precision": job.precision, **job.provenance()}
@@ -105,14 +105,21 @@ def _staged_output(settings: InferenceConfig, folder: Path) -> StagedOutput:
     return StagedOutput(given, folder / base_name(given))
 
 
-def _read_plan(settings: InferenceConfig, annotations: Location, output: Location, inputs: ExitStack) -> DatasetPlan:
-    refuse_same_location(annotations, output)
-    refuse_same_location(parse_location(settings.ann_path), output)
+def _read_plan(
+    settings: InferenceConfig, annotations: Location, staged: StagedOutput, inputs: ExitStack
+) -> DatasetPlan:
+    _refuse_input(settings.ann_path, staged)
     if not settings.box_inputs:
-        return read_plan(annotations, share=share_of(annotations, output))
+        return read_plan(annotations, share=share_of(annotations, staged.address))
+    _refuse_input(settings.box_inputs, staged)
     detections = inputs.enter_context(input_file(settings.box_inputs, "inference.box_inputs"))
-    refuse_same_location(detections, output)
     return read_detection_plan(annotations, Path(detections))
+
+
+def _refuse_input(text: str, staged: StagedOutput) -> None:
+    """Raises ConfigError if an input is the output, or the local file in which a remote output is prepared."""
+    for output in (staged.address, staged.path):
+        refuse_same_location(parse_location(text), output)
 
 
 @contextmanager

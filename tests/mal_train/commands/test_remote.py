@@ -112,6 +112,24 @@ def test_unusable_address_is_one_error(
     assert "GET images/0.png" not in s3.requests
 
 
+@pytest.mark.parametrize("field", ["ann_path", "box_inputs"])
+def test_input_in_the_place_where_a_remote_output_is_prepared_is_kept(
+    s3: S3, tmp_path: Path, scenes: tuple[Path, Path], checkpoint: Path, field: str
+) -> None:
+    coco = json.loads(scenes[0].read_text())
+    boxes = [{name: row[name] for name in ("image_id", "category_id", "bbox")} for row in coco["annotations"]]
+    content = json.dumps(coco if field == "ann_path" else [{**box, "score": 1.0} for box in boxes])
+    path = tmp_path / "results" / "inference" / "boxes.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    places = {"ann_path": str(scenes[0]), "img_dir": str(scenes[1]), field: str(path)}
+    output = s3.address("boxes.json")
+    section = {"checkpoint": str(checkpoint), "precision": "float32", **places, "label_dump_path": output}
+    assert main(["inference", "-e", spec_file(tmp_path, inference=section)]) == 2
+    assert path.read_text() == content
+    assert s3.names() == []
+
+
 def test_evaluation_by_address_is_that_of_a_local_run(
     s3: S3, tmp_path: Path, scenes: tuple[Path, Path], checkpoint: Path
 ) -> None:
