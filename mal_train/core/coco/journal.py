@@ -4,7 +4,8 @@ Each line is the CRC-32 of the text behind it, then JSON. The first line is the 
 others are `[index of the annotation, result]`, and the last one for an index counts. Lines are appended as results
 arrive and never changed. Reading stops at the first damaged line, the last one of a killed run, and what follows is cut
 off. A file whose first line is damaged is refused and unchanged: it may be no journal, or one with many results. A
-written line survives a killed process at once, and a power cut `SYNC_EVERY_S` seconds later.
+written line survives a killed process at once, and a power cut `SYNC_EVERY_S` seconds later; the manifest survives both
+at once.
 """
 
 from __future__ import annotations
@@ -62,6 +63,19 @@ def journal_path(output_json: Path) -> Path:
     """Returns the journal of a job: `out.json.ledger` beside `out.json`; symbolic links are followed."""
     target = Path(os.path.realpath(output_json))
     return target.with_name(f"{target.name}.ledger")
+
+
+def has_manifest(path: Path) -> bool:
+    """Returns True for the journal of a job; False if there is none, or a process was killed before it named its job.
+
+    Raises:
+        OutputError: another process holds the file.
+        ConfigError: the file is no journal, or its first line is damaged.
+    """
+    if not path.exists():
+        return False
+    with LockedFile(path) as file:
+        return _read_manifest(file) is not None
 
 
 class JournalLine(NamedTuple):
@@ -161,7 +175,8 @@ class Journal:
             on_error.callback(self.close)
             self._end = self._read(manifest, restart=restart)
             if not self._end:
-                self._write(_line(manifest))
+                # Without it after a power cut, the files of finished rows would be those of an unknown job.
+                self._write(_line(manifest), sync=True)
             on_error.pop_all()
 
     def __enter__(self) -> Self:
@@ -176,13 +191,10 @@ class Journal:
         """Adds results by index. Raises OutputError when the disk is full."""
         lines = {index: _line([index, result]) for index, result in results.items()}
         offset = self._end
-        self._write(b"".join(lines.values()))
+        self._write(b"".join(lines.values()), sync=self._clock() - self._synced_at > SYNC_EVERY_S)
         for index, line in lines.items():
             self._note(JournalLine(index, offset, len(line)), is_failed="failed" in results[index])
             offset += len(line)
-        if self._clock() - self._synced_at > SYNC_EVERY_S:
-            self._file.sync()
-            self._synced_at = self._clock()
 
     def result(self, index: int) -> RowResult | None:
         """Returns the result of a row; None when it has none."""
@@ -237,9 +249,12 @@ class Journal:
                 f"that run, or give {self._restart_option} to discard its results"
             )
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, *, sync: bool) -> None:
         try:
             self._file.write_at(self._end, data)
+            if sync:
+                self._file.sync()
+                self._synced_at = self._clock()
         except OSError as error:
             raise OutputError(
                 f"{self.path}: not written ({error.strerror}); {remedy_of(error)} and run the same command again: "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from mal_train.core.atomic_io import remove_stale_temporaries
-from mal_train.core.coco.journal import Journal, journal_path
+from mal_train.core.coco.journal import Journal, has_manifest, journal_path
 from mal_train.core.coco.parquet_parts import Part, is_part_name
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_schema import SUFFIX
@@ -43,7 +43,7 @@ class PartFolder:
         self, path: Path, parts: Sequence[Part], manifest: Mapping[str, Any], *, restart: bool = False
     ) -> None:
         self.path, self.parts, self.journal = path, parts, journal_path(path)
-        is_new = not self.journal.exists()
+        is_new = not has_manifest(self.journal)
         names = _parquet_names(path)
         foreign = [name for name in names if not is_part_name(name) or (is_new and not restart)]
         if foreign:

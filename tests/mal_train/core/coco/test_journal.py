@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mal_train.core.coco.journal import Journal, journal_path
+from mal_train.core.coco.journal import SYNC_EVERY_S, Journal, journal_path
 from mal_train.core.errors import ConfigError, OutputError
-from mal_train.core.locked_file import IN_USE
+from mal_train.core.locked_file import IN_USE, LockedFile
 
 JOB = {"input": "aa", "thresholds": [0.1, 0.2]}
 LABEL = {"label": {"score": 0.5, "name": "é"}}
@@ -64,6 +64,28 @@ def test_a_damaged_line_and_those_behind_it_are_ignored(tmp_path: Path, flip: in
     with opened(tmp_path) as journal:
         assert (journal.result(3) is None) == (flip >= 0)
         assert journal.result(0) is None
+
+
+def test_the_manifest_survives_a_power_cut_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+    monkeypatch.setattr(LockedFile, "sync", lambda file: synced.append(file.path.read_bytes()))
+    now = 0.0
+    with opened(tmp_path, clock=lambda: now) as journal:
+        assert synced == [journal.path.read_bytes()]
+        journal.append({0: LABEL})
+        assert len(synced) == 1
+        now += 2 * SYNC_EVERY_S
+        journal.append({1: LABEL})
+        assert synced[1:] == [journal.path.read_bytes()]
+
+
+def test_a_disk_that_fills_up_at_the_sync_is_an_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: LockedFile) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LockedFile, "sync", full)
+    with pytest.raises(OutputError):
+        opened(tmp_path)
 
 
 def test_the_journal_of_another_job_is_refused_with_the_differences_and_unchanged(tmp_path: Path) -> None:

@@ -103,6 +103,22 @@ def test_parts_without_a_journal_are_discarded_only_by_restart(tmp_path: Path, d
         assert list(folder.path.iterdir()) == []
 
 
+@pytest.mark.parametrize("left", [b"", b"0badc0de", b'0badc0de {"input_sha'])
+def test_parts_beside_a_journal_that_names_no_job_are_kept_until_restart(
+    tmp_path: Path, dataset: ParquetDataset, left: bytes
+) -> None:
+    with opened(tmp_path / "out.parquet", dataset) as folder:
+        write(folder, folder.parts[0], dataset)
+    folder.journal.write_bytes(left)  # what a power cut may leave
+    part = folder.path / folder.parts[0].name
+    for _ in range(2):
+        with pytest.raises(ConfigError):
+            opened(tmp_path / "out.parquet", dataset)
+        assert part.exists()
+    with opened(tmp_path / "out.parquet", dataset, restart=True):
+        assert not part.exists()
+
+
 def test_two_runs_cannot_use_a_folder(tmp_path: Path, dataset: ParquetDataset) -> None:
     with opened(tmp_path / "out.parquet", dataset), pytest.raises(OutputError):
         opened(tmp_path / "out.parquet", dataset)
