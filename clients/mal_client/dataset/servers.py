@@ -25,6 +25,8 @@ FIRST_PAUSE_S = 10.0
 """Seconds before a server that failed is checked again; each further failure doubles them."""
 
 LONGEST_PAUSE_S = 300.0
+"""Longest pause in seconds; a server that serves the job for longer begins again with the first pause."""
+
 MAX_DOUBLINGS = 10
 
 MAX_ASKED = 16
@@ -36,7 +38,7 @@ SHARED_LIMITS = ("max_boxes", "max_image_bytes", "max_pixels", "max_side")
 
 @dataclass(frozen=True)
 class _Failures:
-    """Failures of one server, and the clock time before which it is not checked again."""
+    """Failures of one server in a row, and the clock time before which it is not checked again."""
 
     count: int = 0
     not_before: float = 0.0
@@ -199,9 +201,12 @@ class JobServers:
 
     def _note_failure(self, address: str, text: str) -> None:
         with self._lock:
-            count = self._failures.get(address, _Failures()).count
+            earlier, now = self._failures.get(address, _Failures()), self._clock()
+            # A server that is not in use is checked soon after its pause, so this one has been in use since then. A
+            # shorter time does not count: a server may answer each check and fail at the first image.
+            count = earlier.count if now <= earlier.not_before + LONGEST_PAUSE_S else 0
             pause_s = min(FIRST_PAUSE_S * 2 ** min(count, MAX_DOUBLINGS), LONGEST_PAUSE_S)
-            self._failures[address] = _Failures(count + 1, self._clock() + pause_s, text)
+            self._failures[address] = _Failures(count + 1, now + pause_s, text)
 
 
 _SAME_MASKS = "the masks of one file must come from servers with the same checkpoint, version and precision"

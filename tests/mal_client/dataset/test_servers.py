@@ -115,6 +115,33 @@ def test_a_lost_server_is_not_asked_at_once() -> None:
     assert servers.look(frozenset({"a:1"})).added == [(second, 4)]
 
 
+def pauses_after_losses(servers: JobServers, clock: Clock, in_use_s: float, count: int) -> list[float]:
+    """Loses b:1 `count` times, each time after `in_use_s`; returns the seconds until it is added again."""
+    pauses = []
+    for _ in range(count):
+        clock.now += in_use_s
+        servers.note_lost("b:1")
+        lost_at = clock.now
+        while not servers.look(frozenset({"a:1"})).added:
+            clock.now += 1
+        pauses.append(clock.now - lost_at)
+    return pauses
+
+
+def test_a_server_that_is_lost_long_after_it_came_back_begins_with_the_first_pause() -> None:
+    clock = Clock()
+    servers = job(FakeClient("a:1"), FakeClient("b:1"), clock=clock)
+    assert pauses_after_losses(servers, clock, LONGEST_PAUSE_S + 1, 8) == [FIRST_PAUSE_S] * 8
+
+
+def test_a_server_that_answers_checks_and_is_lost_at_once_is_checked_after_pauses_that_double() -> None:
+    clock = Clock()
+    servers = job(FakeClient("a:1"), FakeClient("b:1"), clock=clock)
+    pauses = pauses_after_losses(servers, clock, 1.0, 8)
+    assert pauses[:3] == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S]
+    assert pauses[-1] == LONGEST_PAUSE_S
+
+
 def test_an_address_that_no_name_has_is_gone_unless_the_name_fails() -> None:
     first, second = FakeClient("10.0.0.1:1"), FakeClient("10.0.0.2:1")
     name = Name("mal:1", found=[first, second])
