@@ -14,6 +14,7 @@ from mal_train.core.coco.annotations import read_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.report.page import format_metric
+from mal_train.core.storage.addresses import redact
 from mal_train.core.yaml_config import dump
 from mal_train.distributed.launch import recorded_signals
 from mal_train.training.validation import has_masks
@@ -160,13 +161,22 @@ def _objective(spec: Spec, console: Console) -> Objective:
 def _check_secrets(spec: Spec) -> None:
     """Raises ConfigError for a secret that the specs of the trials would repeat, or a key that cannot be read."""
     public = spec.without_secrets()
-    for name in ("encryption_key", "decryption_key", "dataset"):
-        if getattr(spec, name) != getattr(public, name):
-            raise ConfigError(
-                f"{name}: a passphrase, or an address with a signature; the specs of the trials would repeat it; give "
-                "a key as env:NAME or file:PATH, and addresses without signature"
-            )
+    secret = [
+        name for name in ("encryption_key", "decryption_key", "dataset") if getattr(spec, name) != getattr(public, name)
+    ]
+    secret += [
+        f"tune.space.{name}" for name, values in spec.tune.space.items() if any(map(_is_signed, values.choices or ()))
+    ]
+    if secret:
+        raise ConfigError(
+            f"{secret[0]}: a passphrase, or an address with a signature; the specs of the trials would repeat it; give "
+            "a key as env:NAME or file:PATH, and addresses without signature"
+        )
     checkpoint_keys(spec)
+
+
+def _is_signed(value: object) -> bool:
+    return isinstance(value, str) and redact(value) != value
 
 
 def _devices(spec: Spec, console: Console) -> list[Device]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from mal_train.config.labeling import EvaluateConfig, InferenceConfig
 from mal_train.config.spec import RETIRED, Spec
 from mal_train.config.tune import SearchRange, TuneConfig
 from mal_train.core.errors import ConfigError
@@ -76,7 +77,9 @@ def with_values(spec: Spec, values: Mapping[str, Value], *, source: str = "") ->
 
 
 def trial_spec(spec: Spec, values: Mapping[str, Value], results_dir: str, gpus: tuple[int, ...]) -> Spec:
-    """Returns the spec of the training of a trial: its values, folder and devices; without section `tune` and copies.
+    """Returns the spec of the training of a trial: its values, folder and devices; publishes nothing.
+
+    Sections that a training does not read have their defaults: their addresses may be signed.
 
     Args:
         spec: the spec of the study.
@@ -91,7 +94,8 @@ def trial_spec(spec: Spec, values: Mapping[str, Value], results_dir: str, gpus: 
         "train.gpu_ids": list(gpus),
         "train.num_gpus": len(gpus) or spec.train.num_gpus,
     }
-    return with_values(spec, {**values, **own}).model_copy(update={"tune": TuneConfig()})
+    unread = {"tune": TuneConfig(), "evaluate": EvaluateConfig(), "inference": InferenceConfig()}
+    return with_values(spec, {**values, **own}).model_copy(update=unread)
 
 
 def decoded(value: Value) -> Value:

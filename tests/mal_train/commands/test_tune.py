@@ -161,6 +161,7 @@ def test_a_search_that_cannot_begin_starts_no_trial(
     [
         ("encryption_key: null", "encryption_key: hunter2"),
         ("train_img_dir: .*", "train_img_dir: https://127.0.0.1/images?sig=hunter2"),
+        ("space:", "space:\n    dataset.train_img_dir: {choices: ['https://127.0.0.1/images?sig=hunter2']}"),
     ],
 )
 def test_a_secret_in_the_spec_is_not_repeated_in_the_specs_of_trials(before: str, after: str, tmp_path: Path) -> None:

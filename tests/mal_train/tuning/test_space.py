@@ -90,6 +90,16 @@ def test_the_spec_of_a_trial_has_its_values_its_folder_and_its_devices() -> None
     assert (on_cpu.train.gpus, on_cpu.train.num_gpus) == ((), 2)
 
 
+def test_the_spec_of_a_trial_has_no_address_that_only_other_commands_read() -> None:
+    signed = "https://host/a.json?sig=hunter2"
+    spec = spec_with(
+        "train.lr: {low: 0.1, high: 0.9}", f"inference.ann_path='{signed}'", f"evaluate.results_dir='{signed}'"
+    )
+    assert spec.inference.ann_path == signed
+    trial = trial_spec(spec, {"train.lr": 0.25}, "out/0003", ())
+    assert (trial.inference, trial.evaluate) == (Spec().inference, Spec().evaluate)
+
+
 def test_values_that_contradict_the_spec_are_refused() -> None:
     spec = spec_with("train.num_epochs: {low: 2, high: 9}", "train.validation_interval=3")
     with pytest.raises(ConfigError, match="validation_interval 3"):
