@@ -153,7 +153,7 @@ def sibling(address: Location, name: str) -> Location:
     """
     if not is_remote(address):
         return Path(address).with_name(name)
-    return join(str(address).partition("?")[0].rpartition("/")[0], name)
+    return join(_without_query(str(address)).rpartition("/")[0], name)
 
 
 def base_name(address: Location) -> str:
@@ -164,8 +164,12 @@ def base_name(address: Location) -> str:
     """
     if not is_remote(address):
         return Path(address).name
-    text = str(address) if scheme_of(address) in OBJECT_SCHEMES else re.split(r"[?#]", str(address), maxsplit=1)[0]
-    return PurePosixPath(text.partition("://")[2]).name
+    return PurePosixPath(_without_query(str(address)).partition("://")[2]).name
+
+
+def _without_query(address: str) -> str:
+    """Returns a web address without query and fragment; in the key of an object, "?" and "#" are letters."""
+    return re.split("[?#]", address, maxsplit=1)[0] if scheme_of(address) in WEB_SCHEMES else address
 
 
 def split_object(address: str) -> tuple[str, str]:

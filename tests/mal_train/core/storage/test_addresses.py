@@ -78,3 +78,9 @@ def test_name_with_an_address_stays_below_the_prefix() -> None:
 
 def test_sibling_of_a_signed_address_has_no_signature() -> None:
     assert sibling("https://h/out/a.json?sig=1", "b.json") == "https://h/out/b.json"
+    assert sibling("https://h/out/a.json#x/y", "b.json") == "https://h/out/b.json"
+
+
+@pytest.mark.parametrize("folder", ["s3://bucket/a?b", "gs://bucket/out/a?b#c", "az://bucket/a#b"])
+def test_sibling_of_an_object_is_in_the_same_prefix(folder: str) -> None:
+    assert sibling(f"{folder}/masks?.json", "masks.errors.jsonl") == f"{folder}/masks.errors.jsonl"
