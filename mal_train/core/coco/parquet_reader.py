@@ -131,17 +131,23 @@ class ParquetDataset:
                     yield group, _read_row_group(file, group, columns)
 
     def check_complete(self) -> None:
-        """Raises BadDataset if the parts do not hold all rows of the COCO file."""
-        found = sum(group.annotations for group in self.row_groups)
-        if found != self.head.annotations:
-            missing = missing_shard_parts({base_name(part) for part in self._footers})
-            remedy = "a part is missing, or there are parts of several runs; keep all parts of one run here"
-            if missing:
-                more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-                remedy = f"run the shards that write {', '.join(missing[:_LISTED])}{more}"
-            raise BadDataset(
-                f"{self.name}: holds {found} of {self.head.annotations} annotations of its COCO file; {remedy}"
-            )
+        """Raises BadDataset if the parts do not hold all rows of the COCO file, as far as footers and names tell.
+
+        A missing image without boxes may pass if other rows have no image: only its rows tell.
+        """
+        images = sum(group.rows for group in self.row_groups)
+        annotations = sum(group.annotations for group in self.row_groups)
+        missing = missing_shard_parts({base_name(part) for part in self._footers})
+        if annotations == self.head.annotations and images >= self.head.images and not missing:
+            return
+        remedy = "a part is missing, or there are parts of several runs; keep all parts of one run here"
+        if missing:
+            more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+            remedy = f"run the shards that write {', '.join(missing[:_LISTED])}{more}"
+        raise BadDataset(
+            f"{self.name}: holds {images} rows for {self.head.images} images, and {annotations} of "
+            f"{self.head.annotations} annotations, of its COCO file; {remedy}"
+        )
 
 
 class ParquetMemberReader:

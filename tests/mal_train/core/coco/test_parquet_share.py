@@ -97,6 +97,32 @@ def test_more_shares_than_row_groups_are_refused(path: Path) -> None:
         ParquetShare(path, 0, groups + 1)
 
 
+def test_a_missing_part_whose_images_have_no_boxes_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "in.parquet"
+    folder.mkdir()
+    images = [{"id": n, "file_name": f"{n}.png"} for n in range(4)]
+    write_coco(tmp_path / "whole.parquet", dataset(row(1, image_id=0), row(2, image_id=1), images=images))
+    packed = ParquetDataset(tmp_path / "whole.parquet")
+    rows = list(packed.rows())
+    write_part(folder / "part-000000000.parquet", rows[:2], packed.head, row_group_boxes=1)
+    with pytest.raises(BadDataset):
+        ParquetShare(folder, 0, 2)
+    write_part(folder / "part-000000001.parquet", rows[2:], packed.head)
+    assert scanned(ParquetShare(folder, 0, 2))[0].count + scanned(ParquetShare(folder, 1, 2))[0].count == 2
+
+
+def test_a_missing_part_of_a_shard_is_refused_though_a_row_without_image_is_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "in.parquet"
+    folder.mkdir()
+    images = [{"id": n, "file_name": f"{n}.png"} for n in range(3)]
+    write_coco(tmp_path / "whole.parquet", dataset(row(1, image_id=0), row(2, image_id=9), images=images))
+    packed = ParquetDataset(tmp_path / "whole.parquet")
+    rows = [one for one in packed.rows() if one.annotations or one.index == 1]
+    write_part(folder / "part-00000-of-00002.parquet", rows, packed.head, row_group_boxes=1)
+    with pytest.raises(BadDataset, match=r"part-00001-of-00002\.parquet"):
+        ParquetShare(folder, 0, 2)
+
+
 def test_a_share_of_a_file_without_rows_is_empty(tmp_path: Path) -> None:
     write_coco(tmp_path / "in.parquet", dataset(images=[]))
     head, rows = scanned(ParquetShare(tmp_path / "in.parquet"))
