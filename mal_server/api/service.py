@@ -176,14 +176,15 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
                             record = b""  # a resumed evaluation labels this image again
                         yield evaluation_messages.write_progress(run, options, record)
                 model_ref = labeling_messages.write_model_ref(model.info, options.predict.branch)
-                finished = await asyncio.wrap_future(run.report(options.worst_count))
+                finished = await run.report(options.worst_count)
                 # In a thread: with ten thousand categories and instances it takes a tenth of a second.
                 write = partial(evaluation_messages.write_result, finished, run, options, model_ref)
-                yield await model.pool.run(Priority.BATCH, write, caller=options.caller.name)
+                yield await run.run_in_pool(write)
             finally:
                 freed = run.free(*rows)
                 memory.hold_until(freed)
-            # Not if the call fails: then nothing more may be awaited.
+            # So that a client that was refused for want of memory finds it free when this call has ended. Not if the
+            # call fails: then nothing more may be awaited.
             await asyncio.wrap_future(freed)
 
     async def _images(

@@ -17,7 +17,7 @@ from mal_server.evaluation.resume_tokens import GroundTruth, InstanceScore, Item
 from mal_server.inference.pipeline import Pipeline
 from mal_server.inference.requests import InstanceResult, LabelRequest
 from mal_server.scheduling.admission import QueueFull
-from mal_server.scheduling.background import collector_paused, when_done
+from mal_server.scheduling.background import collector_paused, when_all_done
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_quota import Reservation
 from mal_server.scheduling.priority import Priority
@@ -107,8 +107,8 @@ class EvaluationRun:
         self._known_ids: set[str] = set()
         self._unread: Counter[str] = Counter()
         self._categories: set[JsonId | None] = set()
-        self._using: Future[Any] | None = None
-        """The last work of a thread on the evaluator."""
+        self._running: set[Future[Any]] = set()
+        """Work that threads do or will do for this call, also after its cancellation."""
 
     @property
     def instances(self) -> int:
@@ -133,9 +133,9 @@ class EvaluationRun:
             InvalidRequest: the record belongs to another image or evaluation.
         """
         self._memory.grow(image.memory)
-        truth = await self._in_pool(image.read)
+        truth = await self.run_in_pool(image.read)
         if truth.record:
-            sample = await self._in_pool(self.tokens.open, truth)
+            sample = await self.run_in_pool(self.tokens.open, truth)
         elif truth.request is None:
             sample = SampleResult(truth, {}, truth.failure)
         else:
@@ -155,26 +155,33 @@ class EvaluationRun:
         expected = self._memory_of_results(sample)
         self._memory.grow(expected)
         before = self._evaluator.memory
-        await asyncio.wrap_future(self._use(self._count, sample))
+        await self.run_in_pool(self._count, sample)
         kept = self._evaluator.memory - before + _memory_of_name(sample)
         self._memory.adjust(kept - expected - sample.memory)
         self._categories |= _categories(sample)
 
     async def record_of(self, sample: SampleResult) -> bytes:
         """Returns the sealed record of an image; empty where it has none."""
-        return sample.truth.record or await self._in_pool(self.tokens.seal, sample)
+        return sample.truth.record or await self.run_in_pool(self.tokens.seal, sample)
 
     def skipped(self, report: EvaluationReport) -> dict[str, int]:
         """Returns the numbers of objects that were not measured, by reason, most frequent first."""
         return dict((Counter(report.skipped) + self._unread).most_common())
 
-    def report(self, listed: int) -> "Future[EvaluationReport]":
-        """Computes the report in a thread, which finishes even if the call is cancelled meanwhile.
+    async def report(self, listed: int) -> EvaluationReport:
+        """Returns the report, which a thread computes.
 
         Args:
             listed: number of instances to list, lowest IoU first.
         """
-        return self._use(self._report, listed)
+        return await self.run_in_pool(self._report, listed)
+
+    async def run_in_pool(self, function: Callable[..., Result], *args: object) -> Result:
+        """Runs work on what the call holds, in a thread. A cancellation ends the wait, but not work that has begun."""
+        work = self._pool.submit(Priority.BATCH, function, *args, caller=self._caller)
+        self._running.add(work)
+        work.add_done_callback(self._running.discard)
+        return await asyncio.wrap_future(work)
 
     def _report(self, listed: int) -> EvaluationReport:
         with collector_paused():
@@ -183,10 +190,13 @@ class EvaluationRun:
     def free(self, *others: list[Any] | dict[Any, Any]) -> "Future[None]":
         """Frees the compared masks and other collections in a thread, once no thread uses them; ends the run.
 
-        In the event loop, where the call ends, they would stop all other calls while they are freed.
+        In the event loop, where the call ends, they would stop all other calls while they are freed. The future cannot
+        be cancelled: a call that ends while it waits for it must not seem to have freed its memory.
         """
         freed: Future[None] = Future()
-        when_done(self._using, partial(self._start_freeing, freed, (self.item_ids, self._known_ids, *others)))
+        freed.set_running_or_notify_cancel()
+        start = partial(self._start_freeing, freed, (self.item_ids, self._known_ids, *others))
+        when_all_done(list(self._running), start)
         return freed
 
     def _start_freeing(self, freed: "Future[None]", held: Iterable[list[Any] | dict[Any, Any] | set[Any]]) -> None:
@@ -234,15 +244,6 @@ class EvaluationRun:
         code_bytes = _masks_bytes(sample) + sum(map(_code_bytes, annotations))
         new_categories = len(_categories(sample) - self._categories)
         return memory_of(len(annotations) - crowds, crowds, code_bytes, new_categories) + _memory_of_name(sample)
-
-    def _use(self, function: Callable[..., Result], *args: object) -> "Future[Result]":
-        """Schedules work on the evaluator, one at a time."""
-        using = self._pool.submit(Priority.BATCH, function, *args, caller=self._caller)
-        self._using = using
-        return using
-
-    async def _in_pool(self, function: Callable[..., Result], *args: object) -> Result:
-        return await self._pool.run(Priority.BATCH, function, *args, caller=self._caller)
 
     def _count(self, sample: SampleResult) -> None:
         truth, failure = sample.truth, sample.failure

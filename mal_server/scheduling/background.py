@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -83,11 +83,24 @@ def run_in_thread(work: Callable[..., Result], *args: Any) -> "Future[Result]":
 
 def when_done(future: "Future[Any] | None", callback: Callable[[], None]) -> None:
     """Calls `callback` in this event loop when the future is done; at once if there is none."""
-    if future is None or future.done():
+    when_all_done([] if future is None else [future], callback)
+
+
+def when_all_done(futures: "Iterable[Future[Any]]", callback: Callable[[], None]) -> None:
+    """Calls `callback` once in this event loop when all futures are done; at once if they are."""
+    running = {future for future in futures if not future.done()}
+    if not running:
         callback()
         return
     loop = asyncio.get_running_loop()
-    future.add_done_callback(lambda _: _call_in(loop, callback))
+
+    def settle(future: "Future[Any]") -> None:
+        running.discard(future)
+        if not running:
+            callback()
+
+    for future in tuple(running):
+        future.add_done_callback(lambda done: _call_in(loop, partial(settle, done)))
 
 
 @contextmanager

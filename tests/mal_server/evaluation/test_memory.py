@@ -31,7 +31,6 @@ from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.scheduling.memory_quota import MemoryQuota, Reservation
 from mal_server.scheduling.priority import Priority
 from mal_train.core.masks.rle import Rle
-from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.evaluator import memory_of as memory_of_results
 from mal_train.core.settings import Branch
 from mal_train.core.threads import clear_in_parts
@@ -475,8 +474,17 @@ def test_no_call_holds_more_than_the_limit_not_even_the_first() -> None:
     assert budget.used == 0
 
 
-def test_memory_is_held_while_a_thread_computes_the_report_of_a_cancelled_call(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "work_of_a_thread",
+    [
+        "mal_server.api.serialization.evaluation_messages.read_ground_truth",
+        "mal_train.core.metrics.evaluator.Evaluator.report",
+        "mal_server.api.serialization.evaluation_messages.write_result",
+        "mal_server.evaluation.run.clear_in_parts",
+    ],
+)
+def test_memory_is_held_while_a_thread_works_for_a_cancelled_call(
+    work_of_a_thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, gate, over = threading.Event(), threading.Event(), threading.Event()
     budgets: list[MemoryQuota] = []
@@ -486,7 +494,7 @@ def test_memory_is_held_while_a_thread_computes_the_report_of_a_cancelled_call(
         budgets.append(MemoryQuota(*args))
         return budgets[-1]
 
-    def report(self: Evaluator, **options: Any) -> None:
+    def blocked(*args: Any, **options: Any) -> None:
         started.set()
         assert gate.wait(60)
 
@@ -495,18 +503,20 @@ def test_memory_is_held_while_a_thread_computes_the_report_of_a_cancelled_call(
         over.set()
 
     monkeypatch.setattr("mal_server.api.service.MemoryQuota", made)
-    monkeypatch.setattr(Evaluator, "report", report)
+    monkeypatch.setattr(work_of_a_thread, blocked)
     monkeypatch.setattr(Reservation, "__exit__", left)
 
     async def work() -> None:
-        async with serving() as running:
+        async with serving(threads=3) as running:
             call = running.evaluation.Evaluate(each([options_of(), *scenes()[:1]]))
             reading = asyncio.create_task(collect(call))
             assert await asyncio.to_thread(started.wait, 60)
             # Not the task: cancelled between two reads, it does not cancel the call (grpc.aio).
             call.cancel()
             assert await asyncio.to_thread(over.wait, 60)
-            assert budgets[0].used > 0
+            for _ in range(20):  # the other threads would have freed it by then
+                await asyncio.sleep(0.002)
+                assert budgets[0].used > 0
             gate.set()
             await asyncio.gather(reading, return_exceptions=True)
             while budgets[0].used:
