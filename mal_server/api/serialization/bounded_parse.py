@@ -82,7 +82,7 @@ def item_id_of(data: bytes, message_type: Descriptor) -> str | None:
     found = b""
     position = 0
     try:
-        for _ in range(MAX_ITEM_FIELDS):
+        for _ in range(MAX_ITEM_FIELDS + 1):  # the end comes after the last field
             if position == len(data):
                 return found.decode()
             tag, position = _varint(data, position)

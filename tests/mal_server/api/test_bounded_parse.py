@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mal.v1 import evaluation_pb2, labeling_pb2, model_pb2, types_pb2
 
-from mal_server.api.serialization.bounded_parse import MAX_STRING_BYTES, bounded, check_fields, item_id_of, max_fields
+from mal_server.api.serialization.bounded_parse import (
+    MAX_ITEM_FIELDS,
+    MAX_STRING_BYTES,
+    bounded,
+    check_fields,
+    item_id_of,
+    max_fields,
+)
 from mal_server.api.serialization.evaluation_messages import read_evaluate_options
 from mal_server.api.serialization.labeling_messages import (
     MAX_ITEM_ID_BYTES,
@@ -159,6 +166,8 @@ def test_a_refused_item_fails_alone_and_the_stream_continues() -> None:
         (field(1, b"\xff"), None),
         (ITEM + b"\x12\x05a", None),
         (ITEM + b"\x12", None),
+        (b"\x78\x00" * (MAX_ITEM_FIELDS - 1) + ITEM, "é 1"),
+        (b"\x78\x00" * MAX_ITEM_FIELDS + ITEM, None),
         (ITEM + b"\x78\x00" * MILLION, None),
     ],
 )
