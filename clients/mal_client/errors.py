@@ -252,7 +252,7 @@ def is_truncated(error: grpc.RpcError) -> bool:
 
 
 def is_aged(error: grpc.RpcError) -> bool:
-    """Returns whether a server ended a call for the age of its connection; a new connection continues at once."""
+    """Returns True if a server ended a call for the age of its connection; a new connection continues at once."""
     return rpc_code(error) is grpc.StatusCode.UNAVAILABLE and AGED_TEXT in rpc_text(error)
 
 
