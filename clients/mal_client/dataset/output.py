@@ -114,12 +114,12 @@ def finished_part(
         return None
     match read_note(published):
         case {"job_sha256": str() as found, "failed": int() as failed} if found == job_sha256:
-            asked = sum(action in (RowAction.LABEL, RowAction.REPORT) for action in plan.actions)
+            selected = sum(action in (RowAction.LABEL, RowAction.REPORT) for action in plan.actions)
             return DatasetResult(
                 output=output,
                 errors_file=errors_path(output) if failed else None,
-                labeled=asked - failed,
-                copied=plan.head.count - asked,
+                labeled=selected - failed,
+                copied=plan.head.count - selected,
                 failed_count=failed,
                 masks_dir=masks_dir(output) if options.mask_format is MaskFormat.PNG else None,
             )

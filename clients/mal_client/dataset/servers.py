@@ -29,8 +29,8 @@ LONGEST_PAUSE_S = 300.0
 
 MAX_DOUBLINGS = 10
 
-MAX_ASKED = 16
-"""Servers that are asked at once: one that does not answer takes seconds."""
+MAX_PARALLEL_QUERIES = 16
+"""Servers that are queried at once: one that does not answer takes seconds."""
 
 SHARED_LIMITS = ("max_boxes", "max_image_bytes", "max_pixels", "max_side")
 """Limits of one image; the items of a job keep to the lowest of all servers."""
@@ -108,7 +108,7 @@ class JobServers:
                 if address not in in_use and self._failures_of(address).not_before <= now
             ]
             added: list[tuple[Transport, int]] = []
-            for client, info in zip(unused, self._ask(unused), strict=True):
+            for client, info in zip(unused, self._query(unused), strict=True):
                 reason = self._problem(client.address, info)
                 if isinstance(info, ServerInfo) and not reason:
                     added.append((client, info.limits.max_items_in_flight))
@@ -131,7 +131,7 @@ class JobServers:
                 errors.append(error)
         servers = list({client.address: client for known in self._known for client in known}.values())
         reachable: list[tuple[Transport, ServerInfo]] = []
-        for client, info in zip(servers, self._ask(servers), strict=True):
+        for client, info in zip(servers, self._query(servers), strict=True):
             if isinstance(info, ServerInfo):
                 reachable.append((client, info))
             elif isinstance(info, ServerUnavailable | CallTimedOut):
@@ -166,11 +166,11 @@ class JobServers:
             else:
                 self._name_errors[index] = ""
 
-    def _ask(self, clients: Sequence[Transport]) -> list[ServerInfo | MalError]:
-        """Returns what each server serves under these options, or its error; many are asked at once."""
+    def _query(self, clients: Sequence[Transport]) -> list[ServerInfo | MalError]:
+        """Returns what each server serves under these options, or its error; many are queried at once."""
         if not clients:
             return []
-        threads = ThreadPoolExecutor(min(len(clients), MAX_ASKED))
+        threads = ThreadPoolExecutor(min(len(clients), MAX_PARALLEL_QUERIES))
         try:
             return list(threads.map(self._info_of, clients))
         finally:
