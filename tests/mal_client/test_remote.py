@@ -10,10 +10,12 @@ import pytest
 from mal_client.cli.main import main
 from mal_client.client import Client
 
+from mal_train.core.coco import image_urls
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.coco.stream import copy_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.storage import retry
+from mal_train.core.storage.addresses import Location
 from mal_train.distributed.launch import free_port
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
 from tests.mal_client.fake_server import FakeServer, Faults, serving
@@ -337,6 +339,27 @@ class TestUrls:
             assert label(address, [*given, "--coco-url-hosts", "127.0.0.1"], str(dataset.output)) == 0
             assert label(address, local(dataset), str(expected)) == 0
         assert dataset.output.read_bytes() == expected.read_bytes()
+
+    def test_urls_are_read_once_for_all_outputs(
+        self, dataset: Dataset, given: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read = []
+
+        def image_urls_counted(annotations: Location) -> dict[str, str]:
+            read.append(annotations)
+            return original(annotations)
+
+        original = image_urls.image_urls
+        monkeypatch.setattr(image_urls, "image_urls", image_urls_counted)
+        with_masks(dataset)
+        hosts, page = ["--coco-url-hosts", "127.0.0.1"], ["--report", str(dataset.folder / "page.html")]
+        with serving(FakeServer()) as address:
+            assert main(["evaluate", "--server", address, *given, *hosts, *page]) == 0
+            assert len(read) == 1
+            assert label(address, [*given, *hosts], str(dataset.output)) == 0
+        outputs = [*page, "--label-studio", str(dataset.folder / "t.json"), "--cvat", str(dataset.folder / "cvat")]
+        assert main(["review", "--annotations", str(dataset.output), *hosts, *outputs]) == 0
+        assert read == [dataset.json_path, dataset.json_path, dataset.output]
 
     @pytest.mark.parametrize("hosts", ["images.example.org", "*"])
     def test_other_hosts_are_not_contacted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from mal_client.cli.common import (
@@ -24,6 +25,7 @@ from mal_client.cli.common import (
 )
 from mal_client.client import Client
 from mal_client.dataset.progress import ProgressDisplay
+from mal_client.images.image_files import ImageFiles
 from mal_client.types import Evaluation, LabelOptions
 from mal_train.core.atomic_io import write_text
 from mal_train.core.coco.members import annotation_file
@@ -33,6 +35,14 @@ from mal_train.core.storage.writing import staged_outputs
 
 MAX_WORST = 10_000
 """Largest number of worst instances that a server returns."""
+
+
+@dataclass(frozen=True)
+class _LocalDataset:
+    """Annotations and images that this command reads itself."""
+
+    annotations: Location
+    images: ImageFiles
 
 
 def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -83,7 +93,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         metrics, page = stack.enter_context(staged_outputs(arguments.output, arguments.report))
         client = stack.enter_context(make_client(arguments))
-        local = None if arguments.on_server else stack.enter_context(annotation_file(arguments.annotations))
+        local = None if arguments.on_server else _open_dataset(arguments, stack)
         with ProgressDisplay("evaluate") as display:
             evaluation = _run(client, arguments, local, options, display)
         if page is not None and local is not None:
@@ -99,23 +109,29 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return EXIT_SOME_FAILED if evaluation.failed_count else 0
 
 
+def _open_dataset(arguments: argparse.Namespace, stack: ExitStack) -> _LocalDataset:
+    """Opens the annotations, until `stack` closes, and finds their images."""
+    annotations = stack.enter_context(annotation_file(arguments.annotations))
+    return _LocalDataset(annotations, make_image_files(arguments, annotations))
+
+
 def _run(
     client: Client,
     arguments: argparse.Namespace,
-    annotations: Location | None,
+    local: _LocalDataset | None,
     options: LabelOptions,
     display: ProgressDisplay,
 ) -> Evaluation:
-    """Evaluates on local annotations, or on those of the server."""
+    """Evaluates on a local dataset, or on that of the server."""
     shared: dict[str, Any] = {
         "worst_count": MAX_WORST,
         "on_progress": display,
         "on_notice": display.notice,
         "resume": arguments.resume,
     }
-    if annotations is None:
+    if local is None:
         return client.evaluate_on_server(str(arguments.annotations), str(arguments.images), options, **shared)
-    return client.evaluate(annotations, make_image_files(arguments, annotations), options, **shared)
+    return client.evaluate(local.annotations, local.images, options, **shared)
 
 
 def _count(text: str) -> int:
@@ -127,7 +143,7 @@ def _count(text: str) -> int:
 def _build_report(
     client: Client,
     arguments: argparse.Namespace,
-    annotations: Location,
+    local: _LocalDataset,
     evaluation: Evaluation,
     options: LabelOptions,
 ) -> str:
@@ -137,13 +153,7 @@ def _build_report(
     from mal_train.core.coco.annotations import read_coco  # noqa: PLC0415
     from mal_train.core.report.page import build_report  # noqa: PLC0415
 
-    cards = worst_cards(
-        client,
-        evaluation,
-        read_coco(annotations),
-        make_image_files(arguments, annotations),
-        options,
-        count=arguments.worst,
-    )
+    truth = read_coco(local.annotations)
+    cards = worst_cards(client, evaluation, truth, local.images, options, count=arguments.worst)
     subtitle = f"{base_name(arguments.annotations)} on {arguments.server}"
     return build_report("Evaluation", evaluation_sections(evaluation, cards), subtitle)

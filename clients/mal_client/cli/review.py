@@ -18,13 +18,14 @@ from mal_client.cli.common import (
     print_outputs,
     refuse_outputs_over_inputs,
 )
+from mal_client.images.image_files import ImageFiles
 from mal_train.core.coco.members import annotation_file
 from mal_train.core.command_line import RenamedOption
 from mal_train.core.storage.addresses import Location, base_name, join, redact, sibling
 from mal_train.core.storage.writing import staged_folder, staged_output, staged_outputs
 
 if TYPE_CHECKING:
-    from mal_client.review.queue import QueueItem
+    from mal_client.review.queue import QueueItem, ReviewQueue
 
 WORST = 100
 
@@ -116,26 +117,34 @@ def _review(arguments: argparse.Namespace) -> int:
             write_json_atomic(output, queue.to_dict())
         if export is not None:
             write_worst(queue, annotations, export)
-        _export_to_tools(queue.worst, arguments, annotations)
-        if page is not None:
-            from mal_client.review.pages import queue_cards, queue_sections  # noqa: PLC0415
-            from mal_train.core.atomic_io import write_text  # noqa: PLC0415
-            from mal_train.core.report.page import build_report  # noqa: PLC0415
-
-            cards = queue_cards(queue.worst, make_image_files(arguments, annotations))
-            subtitle = redact(arguments.annotations)
-            write_text(page, build_report("Review", queue_sections(queue, cards), subtitle))
+        if any(output is not None for output in (page, arguments.label_studio, arguments.cvat)):
+            files = make_image_files(arguments, annotations)
+            _export_to_tools(queue.worst, arguments, annotations, files)
+            if page is not None:
+                _write_page(queue, arguments, files, page)
     worst = f"worst {len(queue.worst)} annotations"
     print_outputs({"queue": arguments.output, worst: arguments.export, "report": arguments.report})
     return 0
 
 
-def _export_to_tools(worst: Sequence[QueueItem], arguments: argparse.Namespace, annotations: Location) -> None:
+def _write_page(queue: ReviewQueue, arguments: argparse.Namespace, files: ImageFiles, page: Path) -> None:
+    from mal_client.review.pages import queue_cards, queue_sections  # noqa: PLC0415
+    from mal_train.core.atomic_io import write_text  # noqa: PLC0415
+    from mal_train.core.report.page import build_report  # noqa: PLC0415
+
+    cards = queue_cards(queue.worst, files)
+    subtitle = redact(arguments.annotations)
+    write_text(page, build_report("Review", queue_sections(queue, cards), subtitle))
+
+
+def _export_to_tools(
+    worst: Sequence[QueueItem], arguments: argparse.Namespace, annotations: Location, files: ImageFiles
+) -> None:
     from mal_client.review.queue import by_image, category_names  # noqa: PLC0415
 
     if arguments.label_studio is None and arguments.cvat is None:
         return
-    names, files = category_names(annotations), make_image_files(arguments, annotations)
+    names = category_names(annotations)
     items_by_image = by_image(worst)
     without_image = len(worst) - sum(len(items) for items in items_by_image.values())
     note = f"; {without_image} annotations omitted: the file does not list their images" if without_image else ""

@@ -201,12 +201,15 @@ def copy_coco(
 def read_list(path: Location, name: str) -> Iterator[Any]:
     """Yields the JSON values of one top-level list; nothing if there is no such list.
 
+    The rest of the file after the list is not read, so an error there is not reported.
+
     Raises:
         BadDataset: the file is unreadable or not a JSON object.
     """
     for key, value in open_members(path).members():
         if key == name and isinstance(value, Iterator):
             yield from value
+            return
 
 
 class HeadBuilder:

@@ -180,6 +180,14 @@ def test_a_member_is_found_by_its_exact_name(tmp_path: Path) -> None:
     assert list(read_list(write(tmp_path / "in.json", raw), "annotations")) == [3]
 
 
+def test_a_list_is_read_without_what_follows_it(tmp_path: Path) -> None:
+    path = tmp_path / "in.json"
+    path.write_text('{"images": [1, 2], "annotations": [' + "3, " * 1000)
+    assert list(read_list(path, "images")) == [1, 2]
+    with pytest.raises(BadDataset):
+        list(read_list(path, "annotations"))
+
+
 def test_a_value_over_the_length_limit_is_rejected_before_the_rest_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
