@@ -403,9 +403,7 @@ def _add_export(commands: Commands) -> None:
     text = "Write one network of evaluate.checkpoint in float16, for labeling."
     parser = _add(commands, "export", _export, text, overrides=True)
     _add_spec_option(parser, "YAML spec; thresholds are fitted to its validation set")
-    parser.add_argument(
-        "--average", type=Path, action="append", metavar="FILE", help="checkpoint to average with; repeatable"
-    )
+    parser.add_argument("--average", action="append", metavar="FILE", help="checkpoint to average with; repeatable")
     parser.add_argument("--license", metavar="SPDX", help="license of these weights, stored in the file")
     parser.add_argument("--licence", action=RenamedOption, new="--license")  # former name
     parser.add_argument("-o", "--output", type=Path, required=True, help=".malckpt file to write")

@@ -221,6 +221,14 @@ def labeler_config(spec: Spec) -> LabelerConfig:
     return spec.labeler_config(default_crop_size(spec.model.arch))
 
 
+def local_path(text: str, field: str) -> Path:
+    """Returns the path in a field that takes no address; raises ConfigError for one, without its secrets."""
+    location = parse_location(text)
+    if is_remote(location):
+        raise ConfigError(f"{field}: {redact(location)}; read from local disks only: copy it, and give the path")
+    return Path(location)
+
+
 def existing_file(text: str | None, field: str) -> Path:
     """Returns the path in a field; raises ConfigError if the field is empty or the file does not exist.
 
@@ -228,7 +236,7 @@ def existing_file(text: str | None, field: str) -> Path:
     """
     if not text:
         raise ConfigError(f"{field}: not given; give the path of a file")
-    path = Path(text)
+    path = local_path(text, field)
     if not path.is_file() and not (path.is_dir() and is_parquet(path)):
         raise ConfigError(f"{field}: {path}; no such file")
     return path
@@ -272,14 +280,14 @@ def checkpoint_file(text: str | None, field: str) -> Path:
         raise ConfigError(
             f"{field}: not given; give a .malckpt file, or {builtin.BUILTIN} for the model in the package"
         )
-    return existing_file(str(builtin.resolve(text)), field)
+    return existing_file(str(builtin.resolve(local_path(text, field))), field)
 
 
 def existing_folder(text: str, field: str) -> Path:
     """Returns the path in a field; raises ConfigError if the field is empty or the folder does not exist."""
     if not text:
         raise ConfigError(f"{field}: not given; give the path of a folder")
-    path = Path(text)
+    path = local_path(text, field)
     if not path.is_dir():
         raise ConfigError(f"{field}: {path}; no such folder")
     return path

@@ -40,7 +40,7 @@ from mal_train.training.validation import Validator, has_masks
 
 
 def export(
-    spec: Spec, target: Path, console: Console, *, license: str | None = None, average_with: Sequence[Path] = ()
+    spec: Spec, target: Path, console: Console, *, license: str | None = None, average_with: Sequence[str] = ()
 ) -> EvaluationReport | None:
     """Writes the network that evaluate.use_teacher_test selects, in float16 and without the other one.
 
@@ -68,7 +68,7 @@ def export(
     which = "teacher" if spec.evaluate.use_teacher_test else "student"
     paths = [
         checkpoint_file(spec.evaluate.checkpoint, "evaluate.checkpoint"),
-        *(existing_file(str(path), "--average") for path in average_with),
+        *(existing_file(path, "--average") for path in average_with),
     ]
     for path in paths:
         refuse_same_file(path, target)

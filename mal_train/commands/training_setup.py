@@ -8,6 +8,7 @@ from mal_train.commands.common import (
     image_folder,
     input_file,
     labeler_config,
+    local_path,
     model_config,
     train_crop_size,
     trust_policy,
@@ -92,6 +93,7 @@ def build_network(
     if resume is not None:
         console.print(f"resuming from {resume}")
     elif source:
+        local_path(source, "train.pretrained_model_path")
         report = load_pretrained(network, source, _key_if_encrypted(source, decryption_key), trust)
         console.print(str(report))
         lineage = report.lineage

@@ -45,6 +45,9 @@ FORMER_SPELLINGS = {
 }
 """Fields that version 0.1.0 spelled differently, in both spellings; files and overrides may use either."""
 
+_WITH_ADDRESSES = ("dataset", "train", "evaluate", "inference")
+"""Sections with paths, in whose place an address may be given."""
+
 
 class Spec(Strict):
     """The complete spec."""
@@ -152,7 +155,7 @@ class Spec(Strict):
         storage = self.tune.storage
         return self.model_copy(
             update={
-                **{name: _without_signatures(getattr(self, name)) for name in ("dataset", "evaluate", "inference")},
+                **{name: _without_signatures(getattr(self, name)) for name in _WITH_ADDRESSES},
                 "publish_to": redact(self.publish_to),
                 "tune": self.tune.model_copy(update={"storage": None if storage is None else redacted_url(storage)}),
                 "encryption_key": _public_form(self.encryption_key),

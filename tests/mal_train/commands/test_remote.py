@@ -204,6 +204,48 @@ def test_images_at_their_urls_are_labeled_and_signatures_reach_no_file(
     assert [text for text in [*texts, captured.out, captured.err] if "0f3c9a" in text] == []
 
 
+@pytest.mark.parametrize(
+    ("command", "field"),
+    [
+        ("inference", "inference.checkpoint"),
+        ("evaluate", "evaluate.checkpoint"),
+        ("train", "train.pretrained_model_path"),
+        ("train", "train.resume_training_checkpoint_path"),
+        ("export", "evaluate.checkpoint"),
+    ],
+)
+def test_address_in_the_place_of_a_local_file_shows_no_secret(
+    tmp_path: Path, scenes: tuple[Path, Path], capfd: pytest.CaptureFixture[str], command: str, field: str
+) -> None:
+    section, name = field.split(".")
+    annotations, images = map(str, scenes)
+    sections: dict[str, dict[str, str]] = {
+        "dataset": {"val_ann_path": annotations, "val_img_dir": images},
+        "inference": {"ann_path": annotations, "img_dir": images},
+    }
+    sections.setdefault(section, {})[name] = "https://me:0f3c9a@host/x.malckpt?sig=0f3c9a"
+    parts: dict[str, Any] = {"train": scenes, "val": scenes}
+    more = overrides_of(parts, tmp_path / "results", "train.gpu_ids=[]") if command == "train" else []
+    output = ["-o", str(tmp_path / "out.malckpt")] if command == "export" else []
+    assert main([command, "-e", spec_file(tmp_path, **sections), *output, *more]) == 2
+    assert_nowhere("0f3c9a", tmp_path / "results", capfd)
+
+
+def test_address_of_a_checkpoint_to_average_shows_no_secret(
+    tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = spec_file(tmp_path, evaluate={"checkpoint": str(checkpoint)})
+    average = ["--average", "https://me:0f3c9a@host/x.malckpt"]
+    assert main(["export", "-e", spec, "-o", str(tmp_path / "out.malckpt"), *average]) == 2
+    assert_nowhere("0f3c9a", tmp_path / "results", capfd)
+
+
+def assert_nowhere(secret: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    captured = capfd.readouterr()
+    texts = [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]
+    assert [text for text in [*texts, captured.out, captured.err] if secret in text] == []
+
+
 def test_public_form_of_a_spec_has_no_signature(tmp_path: Path) -> None:
     from mal_train.config.spec import load_spec
     from mal_train.core.yaml_config import dump
