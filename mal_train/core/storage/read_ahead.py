@@ -127,13 +127,14 @@ class ReadAhead(Generic[Item, Content]):
             key, item, future = work
             try:
                 content = self._read(item)
+                size = self._size_of(content)
             except BaseException as error:
-                # Whatever it is, the thread that takes the item raises it.
+                # Of any kind: the thread that takes the item raises it.
                 future.set_exception(error)
                 continue
             with self._changed:
                 if self._contents.get(key) is future:
-                    self._sizes[key] = self._size_of(content)
+                    self._sizes[key] = size
             future.set_result(content)
 
     def _next(self) -> tuple[Hashable, Item, Future[Content]] | None:

@@ -86,6 +86,20 @@ def test_error_of_a_read_is_raised_by_take_alone() -> None:
         assert items.take(drawn[0]) == items.take(drawn[2]) == b"x"
 
 
+def test_error_of_a_size_is_raised_by_take_and_the_reader_goes_on() -> None:
+    def size_of(content: int) -> int:
+        if content == 1:
+            raise ValueError(content)
+        return 1
+
+    with ReadAhead(range(9), lambda item: item, size_of, lambda item: item, readers=1) as items:
+        drawn = list(items)
+        until(lambda: items.held_bytes() == len(drawn) - 1)
+        with pytest.raises(ValueError, match="1"):
+            items.take(1)
+        assert [items.take(item) for item in range(2, 9)] == [*range(2, 9)]
+
+
 def test_second_take_reads_again() -> None:
     reads: list[int] = []
     with ahead(range(1), noting(reads)) as items:
