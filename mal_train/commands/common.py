@@ -25,7 +25,7 @@ from mal_train.core.settings import LabelerConfig
 from mal_train.core.storage.addresses import Location, is_remote, join, parse_location, redact
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.core.storage.writing import check_writable as check_address_writable
-from mal_train.core.storage.writing import upload
+from mal_train.core.storage.writing import upload, upload_folder
 from mal_train.core.yaml_config import dump
 from mal_train.distributed.env import TUNER
 from mal_train.distributed.launch import SAVE_GRACE_S
@@ -114,32 +114,23 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _recorded(spec: Spec, task: Task, folder: Path) -> Iterator[tuple[Path, StatusFile]]:
-    """Writes experiment.yaml, and the start and the end of the command to status.json."""
+    """Writes experiment.yaml, and the start and the end of the command to status.json; uploads the files at the end."""
     remove_stale_temporaries(folder)
     write_text(folder / "experiment.yaml", dump(_with_crop_size(spec, task).without_secrets()))
     status = StatusFile(folder)
     status.write("STARTED", f"Starting MAL {task}.")
     try:
         yield folder, status
+        if spec.publish_to:
+            upload_folder(folder, str(join(spec.publish_to, task)), skip=(LOCK, status.path.name))
+        status.write("SUCCESS", f"{task.capitalize()} finished successfully.")
+        if spec.publish_to:  # the last file, which says that all are there
+            upload(status.path, str(join(spec.publish_to, f"{task}/{status.path.name}")))
     except BaseException as error:
         # Everything that ends the command is recorded, KeyboardInterrupt included.
         with contextlib.suppress(OutputError):
             status.write("FAILURE", f"{type(error).__name__}: {error}")
         raise
-    status.write("SUCCESS", f"{task.capitalize()} finished successfully.")
-    if spec.publish_to:
-        _publish(folder, join(spec.publish_to, task))
-
-
-def _publish(folder: Path, prefix: Location) -> None:
-    """Copies the files of a finished command to a prefix; status.json last, which says that all are there.
-
-    Raises:
-        OutputError: an upload failed; the local files are complete.
-    """
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
-    for path in sorted(paths, key=lambda path: (path.name == "status.json", path)):
-        upload(path, str(join(prefix, path.relative_to(folder).as_posix())))
 
 
 def _with_crop_size(spec: Spec, task: Task) -> Spec:

@@ -6,7 +6,7 @@ Stores have no locks: of two commands that write one object, the later one wins.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,10 +194,20 @@ def staged_folder(address: Location) -> Iterator[Path]:
         upload_folder(folder, str(address))
 
 
-def upload_folder(source: Path, prefix: str) -> None:
-    """Uploads the files of a folder, in alphabetical order. Raises OutputError."""
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        upload(path, str(join(prefix, path.relative_to(source).as_posix())))
+def upload_folder(source: Path, prefix: str, skip: Collection[str] = ()) -> None:
+    """Uploads the files of a folder in alphabetical order, except those in `skip`, by relative name.
+
+    Raises:
+        OutputError: an upload failed; the local files are complete.
+    """
+    for name in _files_below(source):
+        if name not in skip:
+            upload(source / name, str(join(prefix, name)))
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Returns the names of the files below a folder, relative to it, in alphabetical order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 @contextmanager

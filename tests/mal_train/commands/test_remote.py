@@ -152,6 +152,22 @@ def test_evaluation_by_address_is_that_of_a_local_run(
     assert b"SUCCESS" in (s3.get("runs/7/evaluate/status.json") or b"")
 
 
+@pytest.mark.parametrize("name", ["results.json", "status.json"])
+def test_publishing_that_failed_is_a_failure_in_the_status(
+    s3: S3, tmp_path: Path, scenes: tuple[Path, Path], checkpoint: Path, name: str
+) -> None:
+    sections = {
+        "dataset": {"val_ann_path": str(scenes[0]), "val_img_dir": str(scenes[1])},
+        "evaluate": {"checkpoint": str(checkpoint), "precision": "float32"},
+        "publish_to": s3.address("runs"),
+    }
+    s3.fail(f"runs/evaluate/{name}", status=403, code="AccessDenied", method="PUT")
+    assert main(["evaluate", "-e", spec_file(tmp_path, **sections)]) == 4
+    lines = (tmp_path / "results" / "evaluate" / "status.json").read_text().splitlines()
+    assert json.loads(lines[-1])["status"] == "FAILURE"
+    assert "runs/evaluate/status.json" not in s3.names()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_by_address_gives_the_weights_of_a_local_run(
     s3: S3, tmp_path: Path, scenes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, workers: int
