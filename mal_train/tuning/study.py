@@ -29,7 +29,7 @@ BEAT_S = 15.0
 GRACE_S = 120.0
 """Seconds without a beat after which the trial of another machine counts as interrupted."""
 MAX_ATTEMPTS = 3
-"""Attempts of a trial whose tuner dies; then it counts as failed, since it may be what kills the tuner."""
+"""Interrupted attempts without a new epoch, after which a trial counts as failed: it may be what ends its tuner."""
 STARTUP_TRIALS = 5
 """Trials before the median pruner compares."""
 
@@ -43,6 +43,8 @@ OWNER, BEAT, FOLDER, ATTEMPT, ENDED, REASON, METRICS = (
     "metrics",
 )
 """Names of the attributes of a trial."""
+EPOCH, WITHOUT_PROGRESS = "epoch", "attempts_without_progress"
+"""Names of the attributes of a repeated trial: the last epoch reported before, and the attempts since it."""
 SETUP = "setup"
 """Name of the attribute of a study: what all of its trials have in common."""
 
@@ -137,12 +139,22 @@ class SharedStudy:
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
         self._storage.set_trial_user_attr(trial_id, name, value)
 
-    def end(self, number: int, ending: Ending, reason: str) -> bool:
-        """Marks a trial as failed, and queues one that was interrupted again; returns False if it has ended already."""
+    def end(self, number: int, ending: Ending, reason: str, *, tuner_was_stopped: bool = False) -> bool:
+        """Marks a trial as failed, and queues one that was interrupted again.
+
+        Args:
+            number: the trial.
+            ending: how it ended.
+            reason: why, for the report.
+            tuner_was_stopped: a signal to the tuner interrupted the trial; such an attempt is not counted against it.
+
+        Returns:
+            False if the trial has ended already.
+        """
         trial = next(each for each in self.trials() if each.number == number)
-        attempt = int(trial.user_attrs.get(ATTEMPT, 1))
-        if ending == "interrupted" and attempt >= MAX_ATTEMPTS:
-            ending, reason = "failed", f"interrupted {attempt} times; the last time: {reason}"
+        progress = _progress(trial, is_counted=not tuner_was_stopped)
+        if ending == "interrupted" and progress[WITHOUT_PROGRESS] >= MAX_ATTEMPTS:
+            ending, reason = "failed", f"interrupted {MAX_ATTEMPTS} times without a new epoch; the last time: {reason}"
         try:
             self.set(number, ENDED, ending)
             self.set(number, REASON, reason)
@@ -151,8 +163,8 @@ class SharedStudy:
             return False
         # A tuner that died before it had drawn all parameters leaves nothing to repeat.
         if ending == "interrupted" and trial.params.keys() == self._space.keys():
-            attributes = {FOLDER: trial.user_attrs.get(FOLDER, f"{number:04d}"), ATTEMPT: attempt + 1}
-            self.optuna.enqueue_trial(trial.params, user_attrs=attributes)
+            folder, attempt = trial.user_attrs.get(FOLDER, f"{number:04d}"), int(trial.user_attrs.get(ATTEMPT, 1)) + 1
+            self.optuna.enqueue_trial(trial.params, user_attrs={FOLDER: folder, ATTEMPT: attempt, **progress})
         return True
 
     def beat(self, numbers: Sequence[int]) -> list[int]:
@@ -207,6 +219,14 @@ class SharedStudy:
             return RandomSampler(seed=seed)
         # The liar keeps trials that run at the same time apart.
         return TPESampler(seed=seed, constant_liar=self._parallel)
+
+
+def _progress(trial: FrozenTrial, *, is_counted: bool) -> dict[str, int]:
+    """Returns the attributes `EPOCH` and `WITHOUT_PROGRESS` after an interrupted attempt."""
+    before, last = int(trial.user_attrs.get(EPOCH, 0)), max(trial.intermediate_values, default=0)
+    if last > before:
+        return {EPOCH: last, WITHOUT_PROGRESS: 0}
+    return {EPOCH: before, WITHOUT_PROGRESS: int(trial.user_attrs.get(WITHOUT_PROGRESS, 0)) + is_counted}
 
 
 def _counts(trial: FrozenTrial) -> bool:

@@ -220,7 +220,8 @@ class Tuner:
         if running.is_pruned:
             self._tell(running, code, TrialState.PRUNED)
         elif code in INTERRUPTED:
-            self._study.end(trial.number, "interrupted", running.process.failure(code))
+            failure = running.process.failure(code)
+            self._study.end(trial.number, "interrupted", failure, tuner_was_stopped=bool(self._signals))
             self._console.print(f"trial {trial.number} was interrupted (exit code {code})")
             self._check_results()
         elif code != 0:

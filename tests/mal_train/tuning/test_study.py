@@ -141,6 +141,29 @@ def test_a_trial_that_is_interrupted_again_and_again_fails(tmp_path: Path) -> No
     assert (counted.state, counted.user_attrs["ended"]) == (TrialState.FAIL, "failed")
 
 
+def test_an_interrupted_trial_that_gains_epochs_never_fails(tmp_path: Path) -> None:
+    study = study_of(spec_with("tune.trials=1", "tune.pruner=none"), tmp_path)
+    for last in range(1, study_module.MAX_ATTEMPTS + 3):
+        trial = ask(study)
+        for epoch in range(1, last + 1):  # a resumed training reports its earlier epochs again
+            trial.report(0.5, epoch)
+        study.end(trial.number, "interrupted", "power cut")
+    for _ in range(study_module.MAX_ATTEMPTS):
+        assert study.counted() != []
+        trial = ask(study)
+        trial.report(0.5, last)
+        study.end(trial.number, "interrupted", "power cut")
+    assert study.ask() is None
+    assert [trial.user_attrs["ended"] for trial in study.counted()] == ["failed"]
+
+
+def test_a_stopped_tuner_is_not_counted_against_its_trials(tmp_path: Path) -> None:
+    study = study_of(spec_with("tune.trials=1"), tmp_path)
+    for _ in range(study_module.MAX_ATTEMPTS + 1):
+        study.end(ask(study).number, "interrupted", "stopped", tuner_was_stopped=True)
+    assert ask(study).user_attrs["attempt"] == study_module.MAX_ATTEMPTS + 2
+
+
 @pytest.mark.parametrize("setup", [{"objective": "proxy"}, {"objective": "miou", "train.wd": 0.1}, {}])
 def test_a_study_that_began_with_other_settings_is_refused(setup: dict[str, object], tmp_path: Path) -> None:
     study_of(spec_with(), tmp_path)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,10 @@ def when(condition: Callable[[], object], action: Callable[[], object]) -> None:
         action()
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def has_lines(file: Path, count: int) -> bool:
+    return file.exists() and len(file.read_text().splitlines()) == count
 
 
 def reason(trial: FrozenTrial) -> str:
@@ -188,14 +193,31 @@ def test_a_signal_saves_the_trials_and_the_same_study_continues_in_their_folders
     assert repeated.intermediate_values.keys() == {1, 2, 3, 4}
 
 
-def test_a_training_that_a_signal_from_elsewhere_ends_is_repeated_at_most_twice(tmp_path: Path) -> None:
+def test_a_training_that_signals_from_elsewhere_end_fails_after_three_attempts_without_a_new_epoch(
+    tmp_path: Path,
+) -> None:
     spec = spec_with("tune.trials=1")
     study = study_of(spec, tmp_path)
     with pytest.raises(TuningFailed):
         tuner_of(study, spec, tmp_path, program=program(rest="preempted")).run()
-    assert [trial.user_attrs["ended"] for trial in study.trials()] == ["interrupted", "interrupted", "failed"]
-    assert "interrupted 3 times" in reason(study.trials()[2])
-    assert [trial.number for trial in study.counted()] == [2]
+    assert [trial.user_attrs["ended"] for trial in study.trials()] == [*["interrupted"] * 3, "failed"]
+    assert "interrupted 3 times" in reason(study.trials()[3])
+    assert [trial.number for trial in study.counted()] == [3]
+
+
+def test_a_tuner_that_is_stopped_again_and_again_fails_no_trial(tmp_path: Path) -> None:
+    spec = spec_with("tune.trials=1")
+    study = study_of(spec, tmp_path)
+    starts = tmp_path / "trials/0000/starts.txt"
+    for attempt in range(1, study_module.MAX_ATTEMPTS + 2):
+        signals: list[int] = []
+        running = tuner_of(study, spec, tmp_path, program=program(rest="hang"), signals=signals)
+        when(partial(has_lines, starts, attempt), partial(signals.append, signal.SIGTERM))
+        with pytest.raises(TuningInterrupted):
+            running.run()
+    assert {trial.user_attrs.get("ended") for trial in study.trials()} == {"interrupted", None}
+    tuner_of(study, spec, tmp_path, program=program()).run()
+    assert [trial.state for trial in study.counted()] == [TrialState.COMPLETE]
 
 
 def test_a_folder_of_another_study_is_not_continued(tmp_path: Path) -> None:
