@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, finite_number, row_name
+from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, row_name
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.metrics.average_precision import AP_NAMES
@@ -13,6 +13,7 @@ from mal_train.core.metrics.coco_ap import coco_ap
 from mal_train.core.metrics.miou import CocoMetrics
 from mal_train.core.metrics.overlaps import IouType
 from mal_train.core.metrics.report import Skipped
+from mal_train.core.numbers import finite_number
 from mal_train.core.report.page import format_metric
 from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import LabelFailure

@@ -15,16 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.coco.annotations import (
-    Annotation,
-    CocoFile,
-    ImageInfo,
-    JsonId,
-    Reason,
-    by_image,
-    finite_number,
-    read_coco,
-)
+from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, by_image, read_coco
 from mal_train.core.coco.box_filter import training_exclusion
 from mal_train.core.coco.detections import MASK_SCORE
 from mal_train.core.errors import BadBox, BadDataset, BadImage
@@ -32,6 +23,7 @@ from mal_train.core.images.files import ImageFolder, ImageSource, read_image
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import Box, box_iou, check_box
 from mal_train.core.masks.rle import Rle
+from mal_train.core.numbers import finite_number
 from mal_train.core.settings import Compat
 from mal_train.core.storage.addresses import Location, base_name
 from mal_train.core.storage.hosts import AllowedHosts

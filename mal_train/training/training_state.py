@@ -4,7 +4,6 @@ They fail on another layout with any error, some of them in the first step. A st
 this run would write itself: its loops, and one AdamW over the parameters of this network.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mal_train.core.errors import CheckpointError
+from mal_train.core.numbers import finite_number
 
 _MAX_COUNT = 2**53
 _OLDEST_MAJOR = 2
@@ -128,13 +128,9 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_COUNT
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_numbers(values: Any, path: str) -> None:
     for name, value in _as(values, dict, path).items():
-        if not _is_number(value):
+        if finite_number(value) is None:
             raise _Differs(f"{path}.{name}: {value!r:.40} is no finite number")
 
 
@@ -144,7 +140,7 @@ def _group_ids(group: Any, path: str) -> list[int]:
     for name in _GROUP_SETTINGS:
         value = settings.get(name)
         numbers = value if name == "betas" and isinstance(value, Sequence) and len(value) == 2 else (value,)
-        if not all(_is_number(number) for number in numbers) or (name == "betas" and len(numbers) != 2):
+        if not all(finite_number(number) is not None for number in numbers) or (name == "betas" and len(numbers) != 2):
             raise _Differs(f"{path}.{name}: {value!r:.40} is no setting of AdamW")
     numbers = _member(settings, "params", list)
     if not all(_is_count(number) for number in numbers):
@@ -160,5 +156,5 @@ def _check_moments(moments: Any, shape: torch.Size, path: str) -> None:
         if tensor.shape != shape or not tensor.is_floating_point():
             raise _Differs(f"{path}.{name}: {tensor.dtype} {tuple(tensor.shape)} instead of {tuple(shape)}")
     step = values.get("step")
-    if not _is_number(step) and not (isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex()):
+    if finite_number(step) is None and not (isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex()):
         raise _Differs(f"{path}.step: {step!r:.40} is no number")

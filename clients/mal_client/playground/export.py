@@ -10,10 +10,11 @@ from typing import Any
 from mal_client.dataset.provenance import provenance_of
 from mal_client.playground.schema import BadRequest, Json, member, read_box
 from mal_client.types import LabelOptions, ServerInfo
-from mal_train.core.coco.annotations import JsonId, finite_number, parse_coco
+from mal_train.core.coco.annotations import JsonId, parse_coco
 from mal_train.core.coco.output import error_fields, label_fields, labeled_file
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.rle import Rle, area
+from mal_train.core.numbers import finite_number
 
 NO_CATEGORY = "object"
 

@@ -9,10 +9,11 @@ from mal_client.errors import InvalidRequest
 from mal_client.images.image_files import ImageFiles
 from mal_client.review.queue import FLAG_MEANINGS, QueueItem, ReviewQueue
 from mal_client.types import BoxLabel, Evaluation, LabelOptions, MeasuredInstance
-from mal_train.core.coco.annotations import CocoFile, finite_number
+from mal_train.core.coco.annotations import CocoFile
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.decoder import RgbImage, decode_image
 from mal_train.core.masks.rle import Rle, from_segmentation
+from mal_train.core.numbers import finite_number
 from mal_train.core.report.overlays import draw_close_up, png_data_uri
 from mal_train.core.report.page import Card, Html, contact_sheet, overlay_legend, section, table
 from mal_train.core.storage.addresses import Location

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mal_client.images.image_files import ImageFiles
 from mal_client.types import BoxXywh
-from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, finite_number
+from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.coco.stream import CocoHead, read_list, scan_coco
 from mal_train.core.errors import BadDataset, ConfigError
@@ -29,6 +29,7 @@ from mal_train.core.images.header import read_header
 from mal_train.core.masks.flags import FLAG_DESCRIPTIONS
 from mal_train.core.masks.rle import Rle, from_segmentation, iou
 from mal_train.core.metrics.score_quality import bad_in_worst, spearman
+from mal_train.core.numbers import finite_number
 from mal_train.core.report.page import format_metric
 from mal_train.core.storage.addresses import Location
 

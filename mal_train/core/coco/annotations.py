@@ -22,6 +22,7 @@ from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import MAX_PIXELS
+from mal_train.core.numbers import finite_number
 from mal_train.core.storage.addresses import Location, redact
 
 JsonId = int | float | str
@@ -232,21 +233,6 @@ def is_id(value: object) -> bool:
     if isinstance(value, bool):
         return False
     return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-
-
-def finite_number(value: object) -> float | None:
-    """Returns a JSON value as float; None if it is no number, not finite, or an integer above the range of floats.
-
-    >>> finite_number(2), finite_number(True), finite_number(10**400)
-    (2.0, None, None)
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _id_of(row: Mapping[str, Any], key: str) -> JsonId | None:

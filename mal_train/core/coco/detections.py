@@ -14,7 +14,6 @@ from mal_train.core.coco.annotations import (
     ImageInfo,
     JsonId,
     Reason,
-    finite_number,
     is_id,
     read_annotation,
     record_id,
@@ -24,6 +23,7 @@ from mal_train.core.coco.annotations import (
 from mal_train.core.coco.json_reader import JsonMemberReader
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.errors import BadDataset
+from mal_train.core.numbers import finite_number
 
 MASK_SCORE = "mask_score"
 

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.coco.annotations import JsonId, finite_number, id_order
+from mal_train.core.coco.annotations import JsonId, id_order
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
 from mal_train.core.metrics.average_precision import AP_NAMES, MAX_DETS, Floats, Group, coco_summary
 from mal_train.core.metrics.miou import CocoMetrics
 from mal_train.core.metrics.overlaps import IouType, Shape, crowd_overlaps, iou_matrix
+from mal_train.core.numbers import finite_number
 
 Scores = Literal["one", "score"]
 

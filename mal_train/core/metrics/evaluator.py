@@ -12,15 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mal_train.core.coco.annotations import (
-    Annotation,
-    CocoFile,
-    JsonId,
-    Reason,
-    finite_number,
-    id_order,
-    row_name,
-)
+from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, Reason, id_order, row_name
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
@@ -30,6 +22,7 @@ from mal_train.core.metrics.coco_ap import ap_input
 from mal_train.core.metrics.miou import CocoMetrics, InstanceIoU, mean_iou, mean_or_none
 from mal_train.core.metrics.report import GOOD_IOU, CategoryRow, EvaluationReport, Skipped
 from mal_train.core.metrics.score_quality import score_quality
+from mal_train.core.numbers import finite_number
 from mal_train.core.threads import clear_in_parts
 
 MAX_SCORE = 1e9

@@ -110,6 +110,7 @@ DELETE = object()
         (["optimizer_states", 0, "state", 7], {}),
         (["optimizer_states", 0, "state", 0], None),
         (["optimizer_states", 0, "state", 0, "step"], "4"),
+        pytest.param(["optimizer_states", 0, "state", 0, "step"], 10**400, id="large step"),
         (["optimizer_states", 0, "state", 0, "step"], torch.zeros(2)),
         (["optimizer_states", 0, "state", 0, "exp_avg"], torch.zeros(2, 3)),
         (["optimizer_states", 0, "state", 0, "exp_avg"], torch.zeros(3, 2, dtype=torch.int64)),
@@ -121,9 +122,11 @@ DELETE = object()
         (["optimizer_states", 0, "param_groups", 0, "betas"], "ab"),
         (["optimizer_states", 0, "param_groups", 0, "betas"], 0.9),
         (["optimizer_states", 0, "param_groups", 0, "eps"], float("nan")),
+        pytest.param(["optimizer_states", 0, "param_groups", 0, "eps"], 10**400, id="large eps"),
         (["optimizer_states", 0, "param_groups", 0, "lr_scale"], DELETE),
         (["lr_schedulers"], DELETE),
         (["MixedPrecision"], {"scale": "large"}),
+        pytest.param(["MixedPrecision"], {"scale": 10**400}, id="large scale"),
     ],
 )
 def test_every_part_of_another_layout_is_an_error_of_the_checkpoint(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mal_client.types import BoxXywh
-from mal_train.core.coco.annotations import finite_number
 from mal_train.core.errors import ConfigError
+from mal_train.core.numbers import finite_number
 
 Json = dict[str, Any]
 

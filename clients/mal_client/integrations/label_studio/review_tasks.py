@@ -13,7 +13,7 @@ from mal_client.integrations.label_studio.brush import encode_brush
 from mal_client.integrations.label_studio.regions import Json, box_to_percent
 from mal_client.review.queue import QueueItem, by_image, check_xml_text, frame_size
 from mal_train.core.atomic_io import write_text
-from mal_train.core.coco.annotations import finite_number
+from mal_train.core.numbers import finite_number
 
 BOX_CONTROL: Final = "box"
 MASK_CONTROL: Final = "mask"
