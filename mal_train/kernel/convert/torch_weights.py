@@ -122,10 +122,8 @@ def _read_torch(source: _Source, path: Path) -> Any:
     try:
         if zipfile.is_zipfile(source):
             _check_entries(source, path)
-        if not isinstance(source, Path):
-            source.seek(0)
         # weights_only: unrestricted unpickling would run code from the file.
-        return torch.load(source, map_location="cpu", weights_only=True)
+        return torch.load(_rewound(source), map_location="cpu", weights_only=True)
     except READ_ERRORS as error:
         objects = _pickled_classes(source)
         if objects:
@@ -141,9 +139,16 @@ def _pickled_classes(source: _Source) -> list[str]:
     if not zipfile.is_zipfile(source):
         return []
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(_rewound(source)))
     except READ_ERRORS:
         return []
+
+
+def _rewound(source: _Source) -> _Source:
+    """Returns the source, bytes in memory from their start: zipfile leaves them at their end, and torch reads on."""
+    if not isinstance(source, Path):
+        source.seek(0)
+    return source
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Weight files of other programs: damaged, encrypted and pickled ones raise an error and run no code."""
 
+import hashlib
 import zipfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mal_train.core.errors import ConfigError, UnknownLayout
+from mal_train.kernel.checkpoint.trust import TrustPolicy
 from mal_train.kernel.convert.torch_weights import read_weight_file
 
 
@@ -28,10 +30,13 @@ def test_entries_other_than_tensors_are_ignored(tmp_path: Path) -> None:
     assert list(read_weight_file(tmp_path / "a.pt")) == ["a"]
 
 
-def test_the_error_of_pickled_objects_names_them_and_the_remedy(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "hyper_parameters": HyperParameters()}, tmp_path / "a.pth")
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_the_error_of_pickled_objects_names_them_and_the_remedy(is_pinned: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "hyper_parameters": HyperParameters()}, path)
+    trust = TrustPolicy(sha256=(hashlib.sha256(path.read_bytes()).hexdigest(),) if is_pinned else ())
     with pytest.raises(UnknownLayout, match=r"HyperParameters.*state_dict") as caught:
-        read_weight_file(tmp_path / "a.pth")
+        read_weight_file(path, trust)
     assert "weights_only" not in str(caught.value)
 
 
