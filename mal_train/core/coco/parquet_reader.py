@@ -86,19 +86,14 @@ class ParquetDataset:
         self.name = redact(path)
         self.row_groups: list[RowGroup] = []
         self._footers: dict[Location, str] = {}
-        heads: dict[Location, Head] = {}
-        for part in _parts(path):
-            with _opened(part) as (file, footer_sha256):
-                heads[part], counts = read_metadata(file.metadata.metadata, redact(part))
-                check_schema(file.schema_arrow, redact(part))
-                self.row_groups += _row_groups(part, file.metadata, counts)
-            self._footers[part] = footer_sha256
-        first, self.head = next(iter(heads.items()))
-        for part, head in heads.items():
-            if head != self.head:
+        parts = _parts(path)
+        self.head = self._add(parts[0])
+        for part in parts[1:]:
+            # Of the heads, each of which may take some MB, only the first is kept.
+            if self._add(part) != self.head:
                 raise BadDataset(
-                    f"{redact(part)}: is no part of the same COCO file as {base_name(first)}; keep its parts alone in "
-                    f"{self.name}"
+                    f"{redact(part)}: is no part of the same COCO file as {base_name(parts[0])}; keep its parts alone "
+                    f"in {self.name}"
                 )
         self.sha256 = hashlib.sha256("".join(self._footers.values()).encode()).hexdigest()
 
@@ -148,6 +143,15 @@ class ParquetDataset:
             f"{self.name}: holds {images} rows for {self.head.images} images, and {annotations} of "
             f"{self.head.annotations} annotations, of its COCO file; {remedy}"
         )
+
+    def _add(self, part: Location) -> Head:
+        """Adds the row groups of a part; returns its head."""
+        with _opened(part) as (file, footer_sha256):
+            head, counts = read_metadata(file.metadata.metadata, redact(part))
+            check_schema(file.schema_arrow, redact(part))
+            self.row_groups += _row_groups(part, file.metadata, counts)
+        self._footers[part] = footer_sha256
+        return head
 
 
 class ParquetMemberReader:

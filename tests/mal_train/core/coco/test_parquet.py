@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mal_train.core.coco import parquet_reader, parquet_writer
 from mal_train.core.coco.annotations import Annotation, Reason, parse_coco, read_coco
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_records import ImageRow
-from mal_train.core.coco.parquet_schema import Head, load_pyarrow
+from mal_train.core.coco.parquet_schema import Head, load_pyarrow, read_metadata
 from mal_train.core.coco.parquet_writer import PartWriter, write_part
 from mal_train.core.coco.stream import copy_coco, read_list, scan_coco, write_coco
 from mal_train.core.errors import BadDataset, ConfigError
@@ -244,6 +245,27 @@ def test_parts_of_different_files_are_refused(split: ParquetDataset, tmp_path: P
     write_part(folder / "b.parquet", split.rows(split.row_groups[1::2]), Head({**split.head.members, "x": 1}, 20, 200))
     with pytest.raises(BadDataset, match=r"b\.parquet"):
         ParquetDataset(folder)
+
+
+def test_of_the_heads_of_many_parts_only_the_first_is_kept(
+    split: ParquetDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[weakref.ref[Head]] = []
+    kept: list[int] = []
+
+    def read(*arguments: Any) -> tuple[Head, list[int]]:
+        kept.append(sum(head() is not None for head in heads))
+        found = read_metadata(*arguments)
+        heads.append(weakref.ref(found[0]))
+        return found
+
+    folder = tmp_path / "parts.parquet"
+    folder.mkdir()
+    for shard in range(5):
+        write_part(folder / f"part-{shard}.parquet", split.rows(split.row_groups[shard::5]), split.head)
+    monkeypatch.setattr(parquet_reader, "read_metadata", read)
+    ParquetDataset(folder)
+    assert kept == [0, 1, 1, 1, 1]
 
 
 def test_a_folder_without_parts_is_refused(tmp_path: Path) -> None:
