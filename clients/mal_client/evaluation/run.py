@@ -38,8 +38,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates on a local data set; see `Client.evaluate`."""
     coco, files = read_coco(coco_json), ImageFiles.of(images_dir)
-    limits = client.server_info().limits
-    source = LocalDataset(coco, files, options=options, worst_count=worst_count, limits=limits)
+    source = LocalDataset(coco, files, options=options, worst_count=worst_count)
+    source.prepare(client)  # without a retry: raises at once where no server is reachable
     job = {"annotations_sha256": content_sha256(coco_json), "images": files.name, "options": repr(options)}
     return _evaluate(client, source, job=job, on_progress=on_progress, on_notice=on_notice, resume=resume)
 

@@ -16,6 +16,7 @@ from mal_client.evaluation.checkpoint import EvaluationCheckpoint
 from mal_client.evaluation.stream import EvaluationSource, IdleTimeout
 from mal_client.images.image_files import ImageFiles
 from mal_client.images.image_input import EncodedImage
+from mal_client.transport.base import Transport
 from mal_client.transport.serialization import evaluation_messages
 from mal_client.types import LabelOptions, MeasuredInstance, ServerLimits
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, by_image, id_order
@@ -39,6 +40,9 @@ class ServerDataset(EvaluationSource):
         self._names = annotations, images
         self._options = options
         self._worst_count = worst_count
+
+    def prepare(self, server: Transport) -> None:
+        """Does nothing: the server keeps to its own limits."""
 
     def requests(
         self, checkpoint: EvaluationCheckpoint, idle_timeout: IdleTimeout
@@ -65,7 +69,6 @@ class LocalDataset(EvaluationSource):
         files: its images.
         options: options of labeling.
         worst_count: number of instances to list, lowest IoU first.
-        limits: limits of the server.
     """
 
     def __init__(
@@ -75,7 +78,6 @@ class LocalDataset(EvaluationSource):
         *,
         options: LabelOptions,
         worst_count: int,
-        limits: ServerLimits,
     ) -> None:
         super().__init__()
         self._coco = coco
@@ -93,13 +95,20 @@ class LocalDataset(EvaluationSource):
             if row.problem is None
         )
         self._image_of = {str(index): image for index, (image, _) in enumerate(self._sent)}
-        self._load = image_loader(files, limits)
-        self._is_remote = files.is_remote
+        self._files = files
+        self._limits: dict[str, ServerLimits] = {}
+        """Limits of each server, by its address."""
         self._wire_ids = _wire_ids_of_categories(coco)
         self._category_ids = {wire_id: category_id for category_id, wire_id in self._wire_ids.items()}
         self._row_index = {id(row): index for index, row in enumerate(coco.annotations)}
         self._content_sha256: dict[str, str] = {}
         self.images_total = len(self._sent)
+
+    def prepare(self, server: Transport) -> None:
+        """Keeps to the limits of the server, which is asked for them once. Raises ClientError, as `server_info`."""
+        if server.address not in self._limits:
+            self._limits[server.address] = server.server_info().limits
+        self._load = image_loader(self._files, self._limits[server.address])
 
     def requests(
         self, checkpoint: EvaluationCheckpoint, idle_timeout: IdleTimeout
@@ -127,7 +136,7 @@ class LocalDataset(EvaluationSource):
     def _images(self) -> Iterator[tuple[str, ImageInfo, list[Annotation], Callable[[], EncodedImage]]]:
         """Yields item id, image, rows and the function that reads the image; remote images are read ahead."""
         items = ((item_id, *sent) for item_id, sent in zip(self._image_of, self._sent, strict=True))
-        if not self._is_remote:
+        if not self._files.is_remote:
             for item_id, image, rows in items:
                 yield item_id, image, rows, partial(self._load, image)
             return

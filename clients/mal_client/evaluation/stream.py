@@ -23,7 +23,14 @@ from mal.v1 import evaluation_pb2, evaluation_pb2_grpc
 
 from mal_client.bulk.dispatcher import OnNotice, watchdog
 from mal_client.dataset.run import OnProgress
-from mal_client.errors import CallTimedOut, ServerError, from_rpc_error, is_disconnect, rpc_details
+from mal_client.errors import (
+    CallTimedOut,
+    ServerError,
+    ServerUnavailable,
+    from_rpc_error,
+    is_disconnect,
+    rpc_details,
+)
 from mal_client.evaluation.checkpoint import EvaluationCheckpoint
 from mal_client.transport.base import Transport
 from mal_client.types import MeasuredInstance, Progress
@@ -106,6 +113,14 @@ class EvaluationSource(ABC):
         self.images_skipped = 0
         self.skipped: Counter[str] = Counter()
         self.failure: Exception | None = None
+
+    @abstractmethod
+    def prepare(self, server: Transport) -> None:
+        """Prepares the requests of the next stream for its server: the limits of servers may differ.
+
+        Raises:
+            ClientError: the server does not state its limits.
+        """
 
     @abstractmethod
     def requests(
@@ -203,6 +218,11 @@ class EvaluationStream:
         idle_timeout = IdleTimeout(self._client.timeout_s)
         self._images_resumed = 0
         self._images_finished = 0
+        try:
+            self._source.prepare(self._client)
+        except ServerUnavailable as error:
+            cause = error.__cause__
+            return _Failure(error, rpc_details(cause).retry_after_s if isinstance(cause, grpc.RpcError) else None)
         stub = evaluation_pb2_grpc.EvaluationServiceStub(self._client.open_channel())
         stream = stub.Evaluate(self._source.requests(self._checkpoint, idle_timeout))
         result: evaluation_pb2.EvaluateResult | None = None

@@ -18,7 +18,7 @@ from mal_train.core.coco.annotations import read_coco
 from mal_train.core.report.page import build_report
 from tests.mal_client.cutting import Cut, cutting
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
-from tests.mal_client.fake_server import SHA, FakeServer, Faults, serving
+from tests.mal_client.fake_server import SHA, FakeServer, Faults, Limits, serving
 
 
 @pytest.fixture
@@ -52,6 +52,32 @@ def test_a_stream_that_a_proxy_truncates_is_started_again(dataset: Dataset, cut:
         evaluation = client.evaluate(dataset.json_path, dataset.images_dir)
     assert fake.calls.count("Evaluate") == 2
     assert (evaluation.images, evaluation.overall.count) == (3, 6)
+
+
+def test_images_keep_to_the_limits_of_the_server_that_evaluates_them(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls of a client of several servers go to one after another; an evaluation goes to one of them."""
+    low, high = FakeServer(limits=Limits(max_image_bytes=10)), FakeServer()
+    skipped = []
+    with serving(low) as first, serving(high) as second, Client(f"{first},{second}") as client:
+        for chosen in (0, 0, 1, 1):
+            monkeypatch.setattr("mal_client.evaluation.stream.random.randrange", lambda _, chosen=chosen: chosen)
+            skipped.append(client.evaluate(dataset.json_path, dataset.images_dir).images_skipped)
+    assert skipped == [3, 3, 0, 0]
+    assert (low.calls.count("Evaluate"), high.calls.count("Evaluate")) == (2, 2)
+
+
+@pytest.mark.parametrize("is_lost_first", [False, True])
+def test_a_server_that_does_not_state_its_limits_leaves_the_evaluation_to_another(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, is_lost_first: bool
+) -> None:
+    monkeypatch.setattr("mal_client.evaluation.stream.RETRY_PAUSE_S", 0.01)
+    monkeypatch.setattr("mal_client.evaluation.stream.random.randrange", lambda _: int(not is_lost_first))
+    with serving(FakeServer()) as gone:
+        pass
+    with serving(FakeServer()) as address, Client(f"{gone},{address}") as client:
+        assert client.evaluate(dataset.json_path, dataset.images_dir).images == 3
 
 
 class FailsAfterResult(FakeServer):
