@@ -8,6 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
+from weakref import WeakValueDictionary
 
 import grpc
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
@@ -89,8 +90,9 @@ class Client(ClientBase):
         self._channel = connection.open()
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._servers: dict[str, Client] = {}
-        """Open clients of single servers behind the address, by their address."""
+        self._servers: WeakValueDictionary[str, Client] = WeakValueDictionary()
+        """Clients of single servers behind the address, by their address; gone, with their connections, once nobody
+        uses them: the addresses of a name may change for as long as this client is open."""
 
     def __enter__(self) -> Self:
         return self
@@ -120,8 +122,8 @@ class Client(ClientBase):
     def servers(self, lookup: Lookup = system_lookup) -> list[Client]:
         """Returns a client for each server behind the address now; this client if it is an IP address or a socket.
 
-        They have the credentials of this client and are closed with it. The same server has the same client again,
-        until that is closed.
+        They have the credentials of this client and are closed with it, or when nothing refers to them any more. The
+        same server has the same client again, until that is closed.
 
         Args:
             lookup: resolves the name in the address.

@@ -4,8 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from weakref import ref
 
 import pytest
+from mal_client.blocking_client import client_of
 from mal_client.bulk.dispatcher import CONNECTION_LOST
 from mal_client.client import Client
 from mal_client.dataset.run import label_dataset
@@ -156,6 +159,30 @@ def test_a_server_that_is_taken_from_the_name_finishes_its_items_and_gets_no_mor
         assert is_complete(job.run())
     assert job.answered() == EACH_ONCE  # those that it had in flight, too: none was sent again
     assert len(leaving.item_ids) == 5 + WINDOW
+
+
+def test_the_client_of_a_server_that_joined_and_left_is_gone_before_the_job_ends(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients: list[ref[Client]] = []
+
+    def made(*args: Any) -> Client:
+        client = client_of(*args)
+        clients.append(ref(client))
+        return client
+
+    def is_gone() -> bool:
+        return {client.address for one in clients if (client := one()) is not None} == {f"{HOSTS[0]}:{job.names.port}"}
+
+    monkeypatch.setattr("mal_client.blocking_client.client_of", made)
+    job.names.addresses = [HOSTS[0]]
+    first, added = job.serve(HOSTS[0], held(5)), job.serve(HOSTS[1])
+    with (
+        once(lambda: len(first.item_ids) == 5, lambda: job.names.addresses.append(HOSTS[1])),
+        once(lambda: len(added.item_ids) >= 5, lambda: job.names.addresses.remove(HOSTS[1])),
+        once(lambda: len(clients) == 2 and is_gone(), first.released.set),
+    ):
+        assert is_complete(job.run())
 
 
 def test_the_last_server_is_not_left(job: Job) -> None:

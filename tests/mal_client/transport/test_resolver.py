@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Sequence
+from weakref import ref
 
 import pytest
 from mal_client.client import Client
@@ -102,6 +103,14 @@ def test_the_servers_of_a_client_are_clients_that_close_with_it() -> None:
     assert second.is_closed
     with pytest.raises(CallCancelled):
         client.servers(lookup("10.0.0.1"))
+
+
+def test_a_client_keeps_no_client_of_a_server_that_nobody_uses() -> None:
+    with Client("mal:50051") as client:
+        used = client.servers(lookup("10.0.0.1"))
+        gone = [ref(client.servers(lookup(f"10.0.1.{number}"))[0]) for number in range(100)]
+        assert client.servers(lookup("10.0.0.1")) == used
+        assert not any(server() for server in gone)
 
 
 def test_an_address_of_one_server_is_its_own_client_and_a_list_has_several() -> None:
