@@ -114,7 +114,8 @@ class StagedOutput:
         """Uploads what was written: side files first, the main file last, each as a whole; does nothing locally.
 
         A side file that was not written this time is deleted in the store, so that none of an earlier run stays beside
-        the new main file. The local files are removed at the end.
+        the new main file. Of a folder nothing is deleted there, as in a local one: its prefix may hold other objects,
+        and the main file names those that belong to it. The local files are removed at the end.
 
         Raises:
             OutputError: the store refuses a file or cannot be reached; the local files stay.

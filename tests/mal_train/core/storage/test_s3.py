@@ -270,11 +270,12 @@ def test_writable_is_checked_without_a_trace(s3: S3) -> None:
 def test_staged_output_publishes_the_main_file_last(s3: S3) -> None:
     s3.put("out/a.errors.jsonl", b"of an earlier run")
     s3.put("out/a.masks/1.png", b"old")
+    s3.put("out/a.masks/7.png", b"not written this time")
     with staged_output(s3.address("out/a.json"), ["a.errors.jsonl", "a.masks"]) as path:
         path.write_bytes(b"main")
         path.with_name("a.masks").mkdir()
         path.with_name("a.masks").joinpath("1.png").write_bytes(b"new")
-    assert s3.names() == ["out/a.json", "out/a.masks/1.png"]
+    assert s3.names() == ["out/a.json", "out/a.masks/1.png", "out/a.masks/7.png"]
     assert s3.get("out/a.masks/1.png") == b"new"
     assert [line for line in s3.requests if line.startswith("PUT")][-1] == "PUT out/a.json"
     assert not path.parent.exists()
