@@ -10,7 +10,6 @@ as a `StorageError` with its reason.
 
 import io
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from mal_train.core.errors import MalError, OutputError, StorageError
 from mal_train.core.input_files import open_regular, read_limited, resolve_inside
 from mal_train.core.locked_file import try_lock
 from mal_train.core.storage.addresses import OBJECT_SCHEMES, Location, base_name, is_remote, join, redact, scheme_of
+from mal_train.core.storage.disk_space import check_space, disk_errors
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.core.storage.object_store import AzureStore, GcsStore, ObjectInfo, S3Store, Store
 from mal_train.core.storage.read_ahead import ReadAhead
@@ -38,7 +38,6 @@ MAX_COPY_BYTES: Final = 1 << 40
 MAX_SHOWN_NAME: Final = 100
 """Bytes of a file name that its temporary copy shows."""
 
-_MORE_SPACE: Final = "set TMPDIR to a folder with more space"
 _STORES: Final[dict[str, Store]] = {"s3": S3Store(), "gs": GcsStore(), "az": AzureStore(), "abfs": AzureStore()}
 
 
@@ -174,13 +173,15 @@ def temporary_file(name: str) -> Iterator[tuple[Path, BinaryIO]]:
         remove_stale_temporaries(Path(tempfile.gettempdir()))
         descriptor, text = tempfile.mkstemp(prefix=f".{shown}.", suffix=TEMPORARY_SUFFIX)
     path = Path(text)
-    with os.fdopen(descriptor, "w+b") as file:
-        try:
-            with suppress(OSError):  # a file system without locks, where nothing is removed as stale
-                try_lock(descriptor)
-            yield path, file
-        finally:
-            path.unlink(missing_ok=True)
+    file = os.fdopen(descriptor, "w+b")
+    try:
+        with suppress(OSError):  # a file system without locks, where nothing is removed as stale
+            try_lock(descriptor)
+        yield path, file
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # of a full disk, which the block has met
+            file.close()
 
 
 @contextmanager
@@ -301,17 +302,12 @@ def info_of(address: str, hosts: AllowedHosts | None = None) -> ObjectInfo:
 
 
 def _download(address: str, file: BinaryIO, max_bytes: int) -> None:
-    try:
+    with disk_errors(address):
         if scheme_of(address) in OBJECT_SCHEMES:
             _download_blocks(address, file, max_bytes)
         else:
-            limit = min(max_bytes, shutil.disk_usage(tempfile.gettempdir()).free)
-            with_retries(lambda: WebStore().copy(address, file, limit), redact(address))
+            with_retries(lambda: WebStore().copy(address, file, max_bytes), redact(address))
         file.flush()
-    except OSError as error:
-        raise OutputError(
-            f"{redact(address)}: not copied to {tempfile.gettempdir()} ({error.strerror}); {_MORE_SPACE}"
-        ) from None
 
 
 def _download_blocks(address: str, file: BinaryIO, max_bytes: int) -> None:
@@ -319,8 +315,7 @@ def _download_blocks(address: str, file: BinaryIO, max_bytes: int) -> None:
     size = info.size or 0
     if size > max_bytes:
         raise too_large(address, f"{size} bytes", max_bytes)
-    if size > shutil.disk_usage(tempfile.gettempdir()).free:
-        raise OutputError(f"{redact(address)}: {size} bytes do not fit into {tempfile.gettempdir()}; {_MORE_SPACE}")
+    check_space(address, size)
     for start in range(0, size, BLOCK_BYTES):
         read_block = partial(store.read_range, address, start, min(start + BLOCK_BYTES, size), info)
         file.write(with_retries(read_block, redact(address), attempts=store.attempts))

@@ -12,11 +12,13 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
 from mal_train.core.errors import OutputError, StorageError
 from mal_train.core.storage.addresses import redact
+from mal_train.core.storage.disk_space import check_space, disk_errors
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.core.storage.object_store import MAX_CONNECTIONS, ObjectInfo, Store, load_module
 from mal_train.core.storage.retry import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Transient, attempt_timeout_s
@@ -58,10 +60,20 @@ class WebStore(Store):
         return self._run(lambda: self._read(address, max_bytes), address, max_bytes)
 
     def copy(self, address: str, file: BinaryIO, max_bytes: int) -> None:
-        """Writes a file of at most `max_bytes` over the content of an open one."""
-        file.seek(0)
-        file.truncate()
-        self._run(lambda: self._copy(address, file.write, max_bytes), address, max_bytes)
+        """Writes a file of at most `max_bytes` over the content of an open one.
+
+        Raises:
+            OutputError: the disk has not enough space.
+        """
+
+        def write(part: bytes) -> None:
+            with disk_errors(address):
+                file.write(part)
+
+        with disk_errors(address):
+            file.seek(0)
+            file.truncate()
+        self._run(lambda: self._copy(address, write, max_bytes, partial(check_space, address)), address, max_bytes)
 
     def read_range(self, address: str, start: int, end: int, info: ObjectInfo) -> bytes:
         """Returns a range of a file.
@@ -100,7 +112,7 @@ class WebStore(Store):
         async def translated() -> Result:
             try:
                 return await work()
-            except (Transient, StorageError):
+            except (Transient, StorageError, OutputError):
                 raise
             except HostRefused as error:
                 raise StorageError(f"{redact(address)}: {error}", "HOST_NOT_ALLOWED") from None
@@ -122,13 +134,20 @@ class WebStore(Store):
         await self._copy(address, content.extend, max_bytes)
         return bytes(content)
 
-    async def _copy(self, address: str, write: Callable[[bytes], object], max_bytes: int) -> None:
+    async def _copy(
+        self,
+        address: str,
+        write: Callable[[bytes], object],
+        max_bytes: int,
+        check_size: Callable[[int], None] = lambda _: None,
+    ) -> None:
         async with self._response(address, {}) as response:
             if response.status != 200:
                 raise StorageError(f"{redact(address)}: the server sends a part of the file", "FAILED")
             size = response.content_length
             if size is not None and size > max_bytes:
                 raise too_large(address, f"{size} bytes", max_bytes)
+            check_size(size or 0)
             await _copy_body(response, address, write, max_bytes)
 
     async def _read_range(self, address: str, start: int, end: int, info: ObjectInfo) -> bytes:
@@ -154,7 +173,7 @@ class WebStore(Store):
 
         hosts = self._hosts or AllowedHosts.of_address(address)
         session = await _session(hosts)
-        # An address that is encoded already may be signed as it stands.
+        # An address that is encoded already may be signed in this spelling.
         url = yarl.URL(address, encoded=address.isascii() and " " not in address)
         for _ in range(MAX_REDIRECTS + 1):
             problem = hosts.problem(url.scheme, url.raw_host or "")

@@ -1,13 +1,17 @@
 """Files on web servers on loopback: sizes, redirects, ranges, certificates, and hosts that are not allowed."""
 
+import errno
 import os
+import resource
 import socket
 import ssl
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trustme
@@ -102,6 +106,17 @@ def serving(context: ssl.SSLContext | None = None) -> Iterator[Server]:
 def web() -> Iterator[Server]:
     with serving() as server:
         yield server
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Lets this process write no longer files: the same errors as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def reason_of(address: str, hosts: AllowedHosts | None = None, max_bytes: int = LIMIT) -> str:
@@ -329,3 +344,24 @@ def test_web_servers_are_read_only(web: Server) -> None:
         file.write(b"x")
     with pytest.raises(StorageError):
         list(store_of(web.url("/")).names(web.url("/")))
+
+
+def test_a_disk_without_space_is_not_a_limit(web: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    web.files["/a.json"] = bytes(100)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=99))
+    with pytest.raises(OutputError), local_copy(web.url("/a.json")):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1000, 1 << 20])
+def test_an_error_of_the_disk_is_no_refusal_of_the_server(
+    web: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    web.files["/a.json"] = bytes(size)
+    with files_of_at_most(500), pytest.raises(OutputError) as caught, local_copy(web.url("/a.json")):
+        pass
+    assert os.strerror(errno.EFBIG) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
