@@ -19,7 +19,7 @@ from mal_train.core.coco.members import annotation_file
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, OutputError, Terminated
-from mal_train.core.images.files import ImageFolder
+from mal_train.core.images.files import ImageFolder, Images, UrlImages
 from mal_train.core.locked_file import no_follow, try_lock
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.storage.addresses import Location, is_remote, join, parse_location, redact
@@ -249,7 +249,7 @@ def input_file(text: str | None, field: str) -> Iterator[Location]:
         yield existing_file(text, field)
 
 
-def image_folder(spec: Spec, text: str, field: str, annotations: Location) -> ImageFolder:
+def image_folder(spec: Spec, text: str, field: str, annotations: Location) -> Images:
     """Returns the images of a COCO file: those in the folder or prefix in a field, or at the URLs of their rows.
 
     Raises:
@@ -260,7 +260,7 @@ def image_folder(spec: Spec, text: str, field: str, annotations: Location) -> Im
     if hosts:
         if text:
             raise ConfigError(f"{field}: {redact(text)}; dataset.coco_url_hosts takes its place; give one of them")
-        return ImageFolder(Path(), image_urls(annotations), AllowedHosts.parse(hosts, "dataset.coco_url_hosts"))
+        return UrlImages(image_urls(annotations), AllowedHosts.parse(hosts, "dataset.coco_url_hosts"))
     location = parse_location(text)
     return ImageFolder(location if text and is_remote(location) else existing_folder(text, field))
 

@@ -22,7 +22,7 @@ from mal_train.core.coco.output import label_fields
 from mal_train.core.coco.parquet_share import share_of
 from mal_train.core.coco.plan import DatasetPlan, read_detection_plan, read_plan
 from mal_train.core.console import Console
-from mal_train.core.images.files import ImageFolder, ImageSource
+from mal_train.core.images.files import Images, ImageSource
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.storage.addresses import Location, base_name, is_remote, parse_location
 from mal_train.core.storage.writing import StagedOutput, check_writable, refuse_same_location
@@ -148,7 +148,7 @@ def _open_journal(
                 journal.remove()
 
 
-def _inputs(plan: DatasetPlan, images: ImageFolder) -> dict[str, Any]:
+def _inputs(plan: DatasetPlan, images: Images) -> dict[str, Any]:
     """Returns the part of a job's manifest that tells which boxes of which files are labeled."""
     detections = {} if plan.detections is None else {"detections_sha256": plan.detections.sha256}
     return {"input_sha256": plan.head.sha256, **detections, "images": images.name}

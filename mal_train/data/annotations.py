@@ -19,7 +19,7 @@ from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, Jso
 from mal_train.core.coco.box_filter import training_exclusion
 from mal_train.core.coco.detections import MASK_SCORE
 from mal_train.core.errors import BadBox, BadDataset, BadImage
-from mal_train.core.images.files import ImageFolder, ImageSource, read_image
+from mal_train.core.images.files import Images, ImageSource, images_of, read_image
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import Box, box_iou, check_box
 from mal_train.core.masks.rle import Rle
@@ -130,7 +130,7 @@ def select_boxes(
     Raises:
         BadDataset: no box is left to train on.
     """
-    selection = _Selection(_BoxRule(min_area, max_area, compat, supervision), ImageFolder.of(image_dir))
+    selection = _Selection(_BoxRule(min_area, max_area, compat, supervision), images_of(image_dir))
     selection.read_remote_sizes(coco)
     n_rows_with_image = 0
     for image, annotations in by_image(coco):
@@ -186,7 +186,7 @@ class _Selection:
     """Boxes selected so far."""
 
     rule: _BoxRule
-    images: ImageFolder
+    images: Images
     sizes_read: dict[JsonId, tuple[int, int] | None] = field(default_factory=dict)
     paths: list[Location] = field(default_factory=list)
     sizes_wh: list[tuple[int, int]] = field(default_factory=list)
@@ -321,7 +321,7 @@ def _mask(annotation: Annotation, size_wh: tuple[int, int]) -> Rle | None:
     return mask if rle.area(mask) else None
 
 
-def _read_size(image: ImageInfo, images: ImageFolder) -> tuple[int, int] | None:
+def _read_size(image: ImageInfo, images: Images) -> tuple[int, int] | None:
     """Returns width and height of a file; None if it is missing or cannot be decoded."""
     try:
         pixels = read_image(images.locate(image.file_name), hosts=images.hosts)

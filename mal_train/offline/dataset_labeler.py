@@ -17,7 +17,7 @@ from typing import TypeVar
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.images.decoder import RgbImage, decode_image
-from mal_train.core.images.files import ImageFolder, ImageSource
+from mal_train.core.images.files import Images, ImageSource, images_of
 from mal_train.core.images.header import DEFAULT_LIMITS
 from mal_train.core.storage.addresses import redact
 from mal_train.core.storage.read_ahead import ReadAhead
@@ -80,7 +80,7 @@ def label_boxes(
     Raises:
         DeviceLost: no further batch can run in this process.
     """
-    images = ImageFolder.of(image_dir)
+    images = images_of(image_dir)
     with ExitStack() as stack, ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
         read = _read_rows(rows, images, stack)
         decoded = prefetch_map(pool, lambda item: _decode(images, *item), read, threads + IMAGES_AHEAD)
@@ -112,7 +112,7 @@ _Prepared = tuple[Annotation, Crop | LabelFailure]
 _Predicted = tuple[Annotation, tuple[Crop, Prediction] | LabelFailure]
 
 
-def _read_rows(rows: Iterable[Row], images: ImageFolder, stack: ExitStack) -> Iterator[tuple[Row, Callable[[], bytes]]]:
+def _read_rows(rows: Iterable[Row], images: Images, stack: ExitStack) -> Iterator[tuple[Row, Callable[[], bytes]]]:
     """Returns each row with the function that reads its image; remote images are read ahead until `stack` closes."""
 
     def read(row: Row) -> bytes:
@@ -129,7 +129,7 @@ def _needs_image(row: Row) -> bool:
     return image.problem is None and any(row.problem is None and not row.iscrowd for row in annotations)
 
 
-def _decode(images: ImageFolder, row: Row, read: Callable[[], bytes]) -> _Decoded:
+def _decode(images: Images, row: Row, read: Callable[[], bytes]) -> _Decoded:
     image, annotations = row
     instances = [annotation for annotation in annotations if not annotation.iscrowd]
     if all(annotation.problem is not None for annotation in instances):

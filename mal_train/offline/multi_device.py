@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 
 from mal_train.core.coco.annotations import Annotation
 from mal_train.core.errors import LostProcess, MalError
-from mal_train.core.images.files import ImageFolder, ImageSource
+from mal_train.core.images.files import ImageSource, images_of
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Label
 from mal_train.kernel.networks.network import MalNetwork
@@ -84,7 +84,7 @@ def label_on_devices(
             labeler=labeler.config,
             device=str(device),
             precision=precision,
-            image_dir=ImageFolder.of(image_dir),
+            image_dir=images_of(image_dir),
             tta=tta,
             batch_size=batch_size,
             threads=max(1, threads // len(devices)),

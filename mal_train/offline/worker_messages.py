@@ -13,7 +13,7 @@ from typing import Any
 from mal_train.core import errors
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
 from mal_train.core.errors import MalError
-from mal_train.core.images.files import ImageFolder
+from mal_train.core.images.files import ImageFolder, Images, UrlImages
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, LabelerConfig
@@ -39,7 +39,7 @@ class WorkerJob:
         labeler: settings of the labeler.
         device: torch device.
         precision: see `Labeler`.
-        image_dir: folder that file names are relative to.
+        image_dir: images by the file names of the rows.
         tta: test-time augmentation and post-processing.
         batch_size: crops in a batch.
         threads: worker threads of `label_images`.
@@ -50,7 +50,7 @@ class WorkerJob:
     labeler: LabelerConfig
     device: str
     precision: str
-    image_dir: ImageFolder
+    image_dir: Images
     tta: TtaOptions
     batch_size: int
     threads: int
@@ -63,7 +63,7 @@ def encode_job(job: WorkerJob) -> bytes:
     message |= {
         "model": job.model.to_dict(),
         "labeler": job.labeler.to_dict(),
-        "image_dir": _folder_to_json(job.image_dir),
+        "image_dir": _images_to_json(job.image_dir),
         "tta": asdict(job.tta),
     }
     return json.dumps(message).encode()
@@ -77,7 +77,7 @@ def decode_job(data: bytes) -> WorkerJob:
     message |= {
         "model": ModelConfig.from_dict(message["model"]),
         "labeler": LabelerConfig.from_dict(message["labeler"]),
-        "image_dir": _folder_from_json(message["image_dir"]),
+        "image_dir": _images_from_json(message["image_dir"]),
         "tta": TtaOptions(**{**tta, "options": options, "margins": tuple(tta["margins"])}),
     }
     return WorkerJob(**message)
@@ -112,16 +112,16 @@ def decode_results(data: bytes) -> list[Result]:
     return [(name, _result_from_json(result)) for name, result in message["results"]]
 
 
-def _folder_to_json(images: ImageFolder) -> dict[str, Any]:
-    hosts = None if images.hosts is None else images.hosts.listed()
-    urls = None if images.urls is None else dict(images.urls)
-    return {"base": str(images.base), "is_path": isinstance(images.base, Path), "urls": urls, "hosts": hosts}
+def _images_to_json(images: Images) -> dict[str, Any]:
+    if isinstance(images, UrlImages):
+        return {"urls": dict(images.urls), "hosts": images.hosts.listed()}
+    return {"base": str(images.base), "is_path": isinstance(images.base, Path)}
 
 
-def _folder_from_json(message: dict[str, Any]) -> ImageFolder:
-    base = Path(message["base"]) if message["is_path"] else message["base"]
-    hosts = None if message["hosts"] is None else AllowedHosts.parse(message["hosts"], "hosts")
-    return ImageFolder(base, message["urls"], hosts)
+def _images_from_json(message: dict[str, Any]) -> Images:
+    if "urls" in message:
+        return UrlImages(message["urls"], AllowedHosts.parse(message["hosts"], "hosts"))
+    return ImageFolder(Path(message["base"]) if message["is_path"] else message["base"])
 
 
 def _to_json(annotation: Annotation) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import CocoFile, JsonId
 from mal_train.core.errors import BadImage, OutputError
 from mal_train.core.images.decoder import RgbImage, encode_png
-from mal_train.core.images.files import ImageFolder, ImageSource, read_image
+from mal_train.core.images.files import ImageSource, images_of, read_image
 from mal_train.core.metrics.evaluator import InstanceComparison
 from mal_train.core.report.contact_sheet import CELL, contact_sheet_image
 from mal_train.core.report.overlays import draw_close_up
@@ -34,7 +34,7 @@ def close_ups(
     by_image: dict[JsonId, list[int]] = {}
     for index, pair in enumerate(compared):
         by_image.setdefault(pair.row.image_id, []).append(index)
-    images = ImageFolder.of(image_dir)
+    images = images_of(image_dir)
     drawn: dict[int, CloseUp] = {}
     for image_id, indices in by_image.items():
         info = coco.images[image_id]

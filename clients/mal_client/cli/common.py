@@ -16,6 +16,7 @@ from mal_client.types import LabelOptions
 from mal_train.core.addresses import split_addresses
 from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError
+from mal_train.core.images.files import UrlImages
 from mal_train.core.secrets import read_secret_file
 from mal_train.core.settings import Branch
 from mal_train.core.storage.addresses import Location, is_remote, parse_location, redact
@@ -169,7 +170,7 @@ def make_image_files(arguments: argparse.Namespace, annotations: Location | None
     # Imported here: the commands without it start faster.
     from mal_train.core.coco.image_urls import image_urls  # noqa: PLC0415
 
-    return ImageFiles.at_urls(image_urls(annotations), AllowedHosts.parse(hosts.split(","), "--coco-url-hosts"))
+    return ImageFiles(UrlImages(image_urls(annotations), AllowedHosts.parse(hosts.split(","), "--coco-url-hosts")))
 
 
 def location(text: str) -> Location:

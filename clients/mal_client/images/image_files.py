@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mal_train.core.errors import BadDataset, BadImage
-from mal_train.core.images.files import ImageFolder, read_image_bytes
+from mal_train.core.images.files import ImageFolder, Images, UrlImages, read_image_bytes
 from mal_train.core.images.header import DEFAULT_LIMITS
 from mal_train.core.input_files import resolve_inside
-from mal_train.core.storage.addresses import WEB_SCHEMES, Location, is_remote, redact, scheme_of
-from mal_train.core.storage.hosts import AllowedHosts
+from mal_train.core.storage.addresses import WEB_SCHEMES, Location, is_remote, scheme_of
 from mal_train.core.storage.listing import list_names
 
 LISTED = 3
-_NO_FOLDER: Final = "https://coco_url"
-"""Base of images that are fetched from their URLs; never read."""
 
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 """Lower-case suffixes of the formats that are read (`mal_train.core.images.header.FORMATS`)."""
@@ -37,7 +34,7 @@ class ImageFiles:
     match that ends in it, folder by folder: both `a.jpg` and `2021/a.jpg` find `photos/2021/a.jpg`.
 
     Args:
-        source: a folder, a glob pattern, or the address of a prefix such as s3://bucket/images.
+        source: a folder, a glob pattern, the address of a prefix such as s3://bucket/images, or images at their URLs.
         allow_outside: also find files outside a local folder, and through links that leave it.
 
     Attributes:
@@ -47,13 +44,15 @@ class ImageFiles:
         BadDataset: the folder does not exist, or the pattern matches no file.
     """
 
-    def __init__(self, source: Location, *, allow_outside: bool = False) -> None:
-        self._folder: ImageFolder | None = ImageFolder(source)
+    def __init__(self, source: Location | UrlImages, *, allow_outside: bool = False) -> None:
+        images = source if isinstance(source, UrlImages) else ImageFolder(source)
+        self._images: Images | None = images
+        """None for a pattern, whose matches are in `_by_name`."""
         self._by_name: dict[str, list[str]] = {}
         self._allow_outside = allow_outside
         self._root: Path | None = None
-        self.name = redact(source)
-        if not is_remote(source):
+        self.name = images.name
+        if not isinstance(source, UrlImages) and not is_remote(source):
             self._find(Path(source))
 
     @classmethod
@@ -61,23 +60,15 @@ class ImageFiles:
         """Returns `images` itself, or the images of a folder, pattern or prefix."""
         return images if isinstance(images, ImageFiles) else cls(images)
 
-    @classmethod
-    def at_urls(cls, urls: Mapping[str, str], hosts: AllowedHosts) -> ImageFiles:
-        """Returns images that are fetched from their URLs, by file name, from allowed hosts only."""
-        files = cls(_NO_FOLDER)
-        files._folder = ImageFolder(_NO_FOLDER, urls, hosts)
-        files.name = files._folder.name
-        return files
-
     @property
     def is_folder(self) -> bool:
         """True for a local folder, False for a pattern and for images elsewhere."""
-        return self._folder is not None and not self._folder.is_remote
+        return self._images is not None and not self._images.is_remote
 
     @property
     def is_remote(self) -> bool:
         """True if reading an image needs the network."""
-        return self._folder is not None and self._folder.is_remote
+        return self._images is not None and self._images.is_remote
 
     def locate(self, file_name: str) -> Location:
         """Returns the path or address of an image; except for a pattern, it may be missing.
@@ -86,7 +77,7 @@ class ImageFiles:
             BadImage: the file is outside the folder or prefix, no match of the pattern ends in this name, or several
                 do, or its row has no URL (reason IMAGE_NOT_FOUND).
         """
-        location = self._match(file_name) if self._folder is None else self._folder.locate(file_name)
+        location = self._match(file_name) if self._images is None else self._images.locate(file_name)
         if self._root is None or self._allow_outside or not isinstance(location, Path):
             return location
         if resolve_inside(self._root, str(location.absolute())) is None:
@@ -99,7 +90,7 @@ class ImageFiles:
 
     def read(self, file_name: str, max_bytes: int = DEFAULT_LIMITS.max_bytes) -> bytes:
         """Returns the bytes of an image. Raises as `read_image_bytes`, and as `locate`."""
-        hosts = None if self._folder is None else self._folder.hosts
+        hosts = None if self._images is None else self._images.hosts
         return read_image_bytes(self.locate(file_name), max_bytes, hosts=hosts)
 
     def _find(self, source: Path) -> None:
@@ -112,7 +103,7 @@ class ImageFiles:
             raise BadDataset(
                 f"{source}: no such folder; give the folder that the file names of the annotations are relative to"
             )
-        self._folder = None
+        self._images = None
         self._root = _fixed_part(source)
         for path in sorted(glob.iglob(str(source), recursive=True)):
             if os.path.isfile(path):
@@ -136,7 +127,7 @@ class ImageFiles:
     def unlisted(self, file_names: Collection[str]) -> Iterator[str]:
         """Yields the image files that no file name refers to, in alphabetical order; none where files have no list."""
         named = set(file_names)
-        if self._folder is None:
+        if self._images is None:
             paths = sorted(path for paths in self._by_name.values() for path in paths)
             suffixes = {PurePosixPath(name).parts for name in named}
             yield from (path for path in paths if not _ends_in(Path(path).parts, suffixes) and _is_image(path))
@@ -151,9 +142,9 @@ class ImageFiles:
         Raises:
             StorageError, StoreUnreachable: the store cannot be listed.
         """
-        if self._folder is None or scheme_of(self._folder.base) in WEB_SCHEMES or self._folder.urls is not None:
+        if not isinstance(self._images, ImageFolder) or scheme_of(self._images.base) in WEB_SCHEMES:
             return
-        names = list_names(self._folder.base)
+        names = list_names(self._images.base)
         yield from (name for name in names if _is_image(name))
 
 

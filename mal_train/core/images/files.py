@@ -74,52 +74,83 @@ def read_image(
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images by the file names of a COCO file.
+    """Images in a folder or below a prefix, by the file names of a COCO file.
 
     Attributes:
-        base: folder, or address of a prefix, that the file names are relative to; ignored if there are URLs.
-        urls: URL of each image by its file name; None: the images are below `base`.
-        hosts: web hosts that `urls` may lead to.
+        base: folder, or address of a prefix, that the file names are relative to.
     """
 
     base: Location
-    urls: Mapping[str, str] | None = None
-    hosts: AllowedHosts | None = None
-
-    @classmethod
-    def of(cls, source: ImageSource) -> ImageFolder:
-        """Returns `source` itself, or the images of a folder."""
-        return source if isinstance(source, ImageFolder) else cls(source)
 
     @property
     def name(self) -> str:
         """Real path or redacted address, for journals."""
-        if self.urls is not None:
-            return f"coco_url at {', '.join(self.hosts.listed() if self.hosts else [])}"
-        return redact(self.base) if is_remote(self.base) else os.path.realpath(self.base)
+        return redact(self.base) if self.is_remote else os.path.realpath(self.base)
 
     @property
     def is_remote(self) -> bool:
         """True if reading an image needs the network."""
-        return self.urls is not None or is_remote(self.base)
+        return is_remote(self.base)
+
+    @property
+    def hosts(self) -> None:
+        """No rule for web hosts: the user gave the address."""
+        return None
 
     def locate(self, file_name: str) -> Location:
         """Returns the location of an image; it may be missing.
 
         Raises:
-            BadImage: the row has no URL, or the name leads out of the prefix (reason IMAGE_NOT_FOUND).
+            BadImage: the name leads out of the prefix (reason IMAGE_NOT_FOUND).
         """
-        if self.urls is None:
-            return join(self.base, file_name)
+        return join(self.base, file_name)
+
+    def read(self, file_name: str, max_bytes: int) -> bytes:
+        """Returns the bytes of an image. Raises as `read_image_bytes`, and as `locate`."""
+        return read_image_bytes(self.locate(file_name), max_bytes)
+
+
+@dataclass(frozen=True)
+class UrlImages:
+    """Images at the URLs of a COCO file, which may come from a stranger.
+
+    Attributes:
+        urls: URL of each image by its file name.
+        hosts: web hosts that the URLs may lead to.
+    """
+
+    urls: Mapping[str, str]
+    hosts: AllowedHosts
+
+    @property
+    def name(self) -> str:
+        """The allowed hosts, for journals; no URL, which may be signed."""
+        return f"coco_url at {', '.join(self.hosts.listed())}"
+
+    @property
+    def is_remote(self) -> bool:
+        """True: reading an image needs the network."""
+        return True
+
+    def locate(self, file_name: str) -> Location:
+        """Returns the URL of an image. Raises BadImage if its row has none (reason IMAGE_NOT_FOUND)."""
         url = self.urls.get(file_name)
         if url is None:
             raise BadImage(f"{file_name}: its row has no coco_url that is a web address", "IMAGE_NOT_FOUND")
         return url
 
     def read(self, file_name: str, max_bytes: int) -> bytes:
-        """Returns the bytes of an image. Raises as `read_image_bytes`."""
+        """Returns the bytes of an image. Raises as `read_image_bytes`, and as `locate`."""
         return read_image_bytes(self.locate(file_name), max_bytes, hosts=self.hosts)
 
 
-ImageSource = ImageFolder | Path
-"""Images below a folder, or of any other kind."""
+Images = ImageFolder | UrlImages
+"""Images by the file names of a COCO file."""
+
+ImageSource = Images | Path
+"""Images, or the folder that they are in."""
+
+
+def images_of(source: ImageSource) -> Images:
+    """Returns `source` itself, or the images in a folder."""
+    return source if isinstance(source, ImageFolder | UrlImages) else ImageFolder(source)

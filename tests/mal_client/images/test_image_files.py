@@ -14,7 +14,8 @@ from mal_client.review.pages import queue_cards
 from mal_client.review.queue import review_queue
 
 from mal_train.core.errors import BadDataset, BadImage
-from mal_train.core.images.files import read_image_bytes
+from mal_train.core.images.files import UrlImages, read_image_bytes
+from mal_train.core.storage.hosts import AllowedHosts
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
 from tests.mal_client.fake_server import FakeServer, serving
 
@@ -191,3 +192,12 @@ def test_label_takes_a_pattern(tmp_path: Path) -> None:
     with serving(FakeServer()) as address:
         assert main([*command, "--server", address, "--image-glob", f"{tmp_path}/**/*.png"]) == 0
     assert all(row["area"] for row in dataset.labeled().values())
+
+
+def test_images_at_urls_are_found_by_name_and_have_no_list() -> None:
+    files = ImageFiles(UrlImages({"a.png": "https://host/a.png"}, AllowedHosts(frozenset({"host"}))))
+    assert files.locate("a.png") == "https://host/a.png"
+    assert (files.is_remote, files.is_folder) == (True, False)
+    assert list(files.unlisted([])) == []
+    with pytest.raises(BadImage):
+        files.locate("b.png")

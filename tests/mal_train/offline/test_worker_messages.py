@@ -1,12 +1,13 @@
 """Messages between processes: every field survives a round trip, and errors keep their type."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import MalError, OutputError
-from mal_train.core.images.files import ImageFolder
+from mal_train.core.images.files import ImageFolder, Images, UrlImages
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, Compat, LabelerConfig
@@ -35,7 +36,7 @@ JOB = WorkerJob(
     labeler=LabelerConfig(64, 0.3, (0.1, 0.2, 0.3), compat=Compat.TAO, calibration=((0.0, 0.1), (1.0, 0.9))),
     device="cuda:1",
     precision="bfloat16",
-    image_dir=ImageFolder(Path("images"), {"a.png": "https://host/a.png"}, AllowedHosts(frozenset({"host"}))),
+    image_dir=ImageFolder(Path("images")),
     tta=TtaOptions(PredictOptions(Branch.MIXED, flip=True), (0.2, 0.6), True, True),
     batch_size=3,
     threads=2,
@@ -43,8 +44,17 @@ JOB = WorkerJob(
 )
 
 
-def test_a_job_survives_a_round_trip() -> None:
-    assert decode_job(encode_job(JOB)) == JOB
+@pytest.mark.parametrize(
+    "images",
+    [
+        ImageFolder(Path("images")),
+        ImageFolder("s3://bucket/images"),
+        UrlImages({"a.png": "https://host/a.png"}, AllowedHosts(frozenset({"host"}), any_public=True)),
+    ],
+)
+def test_a_job_survives_a_round_trip(images: Images) -> None:
+    job = replace(JOB, image_dir=images)
+    assert decode_job(encode_job(job)) == job
 
 
 def test_rows_survive_a_round_trip() -> None:
