@@ -1,4 +1,7 @@
-"""Answers strangers no faster than a limit, so that they cannot make the server spend its time on refusals."""
+"""Limits the rate of refusals to strangers who send one call after another, as a client with a wrong token does.
+
+Strangers who send many calls at once are not limited: a waiting call takes memory, so few wait, and none for long.
+"""
 
 import asyncio
 import time
@@ -7,11 +10,11 @@ from collections.abc import Callable
 MAX_DELAY_S = 1.0
 
 
-class Pacer:
+class RateLimiter:
     """Delays events that come faster than a rate, in order of arrival (generic cell rate algorithm).
 
-    Callers who wait for one answer before they send the next call come no faster than the rate. Others gain nothing: an
-    event waits at most MAX_DELAY_S, and beyond `max_waiting` not at all, so that what waits takes little memory.
+    Callers who wait for one event before they cause the next one come no faster than the rate. An event waits at most
+    MAX_DELAY_S, and not at all while `max_waiting` others wait: callers who cause many events at once are not limited.
 
     Args:
         per_s: rate of events.
@@ -31,7 +34,7 @@ class Pacer:
         """Time of the next event if all came at the rate."""
         self._waiting = 0
 
-    async def turn(self) -> None:
+    async def acquire(self) -> None:
         """Waits until the next event may happen."""
         delay_s = self._delay_s()
         if delay_s <= 0 or self._waiting >= self._max_waiting:

@@ -1,4 +1,4 @@
-"""Refusals are no faster than their limit, and callers with a token do not wait for it."""
+"""Callers that send one call after another are refused at a limited rate; those with a token do not wait for it."""
 
 import asyncio
 import time
@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from mal_server.api.pacing import MAX_DELAY_S, Pacer
+from mal_server.api.rate_limiter import MAX_DELAY_S, RateLimiter
 from tests.mal_server.calls import with_server
 from tests.mal_server.fakes import DISC_BOX, Running, label_request, run_on_fake_clock
 
@@ -15,51 +15,51 @@ TOKEN = "a" * 32
 PATHS = ("/mal.v1.LabelingService/LabelImage", "/mal.v1.ModelService/ListModels", "/made/up")
 
 
-def pacer(per_s: float, burst: int, max_waiting: int = 100) -> Pacer:
-    return Pacer(per_s, burst=burst, max_waiting=max_waiting, clock=asyncio.get_running_loop().time)
+def limiter(per_s: float, burst: int, max_waiting: int = 100) -> RateLimiter:
+    return RateLimiter(per_s, burst=burst, max_waiting=max_waiting, clock=asyncio.get_running_loop().time)
 
 
-async def seconds(paced: Pacer) -> float:
+async def seconds(limited: RateLimiter) -> float:
     """Returns the time of an event after it arrived."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    await paced.turn()
+    await limited.acquire()
     return loop.time() - begun
 
 
 def test_events_above_a_burst_are_as_fast_as_the_rate() -> None:
     async def work() -> None:
-        paced, loop = pacer(10, burst=5), asyncio.get_running_loop()
+        limited, loop = limiter(10, burst=5), asyncio.get_running_loop()
         begun = loop.time()
         for _ in range(25):
-            await paced.turn()
+            await limited.acquire()
         assert loop.time() - begun == pytest.approx(2.0, abs=0.11)
         await asyncio.sleep(10)
-        assert [await seconds(paced) for _ in range(5)] == [0.0] * 5
+        assert [await seconds(limited) for _ in range(5)] == [0.0] * 5
 
     run_on_fake_clock(work())
 
 
 def test_no_event_waits_long_and_only_so_many_wait() -> None:
     async def work() -> None:
-        paced = pacer(10, burst=1, max_waiting=20)
-        waited = await asyncio.gather(*(seconds(paced) for _ in range(200)))
+        limited = limiter(10, burst=1, max_waiting=20)
+        waited = await asyncio.gather(*(seconds(limited) for _ in range(200)))
         assert max(waited) == pytest.approx(MAX_DELAY_S, abs=0.11)
         assert sum(one > 0 for one in waited) == 20
-        assert await seconds(paced) <= MAX_DELAY_S
+        assert await seconds(limited) <= MAX_DELAY_S
 
     run_on_fake_clock(work())
 
 
 def test_a_cancelled_event_leaves_its_place() -> None:
     async def work() -> None:
-        paced = pacer(1, burst=1, max_waiting=1)
-        await paced.turn()
-        waiting = asyncio.create_task(paced.turn())
+        limited = limiter(1, burst=1, max_waiting=1)
+        await limited.acquire()
+        waiting = asyncio.create_task(limited.acquire())
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        assert await seconds(paced) > 0
+        assert await seconds(limited) > 0
 
     run_on_fake_clock(work())
 
@@ -85,10 +85,10 @@ def test_calls_without_a_token_are_refused_at_a_limited_rate(path: str, monkeypa
 
 
 def test_callers_with_a_token_do_not_wait_behind_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def forever(_: Pacer) -> None:
+    async def forever(_: RateLimiter) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(Pacer, "turn", forever)
+    monkeypatch.setattr(RateLimiter, "acquire", forever)
     monkeypatch.setenv("MAL_TEST_TOKEN", TOKEN)
     metadata = (("authorization", f"Bearer {TOKEN}"),)
 
