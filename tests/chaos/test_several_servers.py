@@ -233,7 +233,7 @@ def expected_counts(dataset: Dataset) -> dict[int, str]:
 def test_a_dataset_job_survives_every_change_of_the_servers_behind_its_name(
     form: Form, tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mal_client.bulk.server_finder.LOOK_EVERY_S", 0.5)
+    monkeypatch.setattr("mal_client.bulk.server_finder.REFRESH_EVERY_S", 0.5)
     killed, drained, staying, added = HOSTS
     dataset = make_dataset(tmp_path, images=form.pick(240, 3000), boxes=2)
     images = len(dataset.coco["images"])

@@ -142,7 +142,7 @@ class MultiServerDispatcher:
             yield event
         elif isinstance(event, _Notice):
             self._on_notice(event.text)
-            self._request_look()
+            self._request_refresh()
         elif isinstance(event, _Stopped):
             self._on_stopped(event.thread, event.error)
         elif isinstance(event, ServerChanges):
@@ -197,14 +197,14 @@ class MultiServerDispatcher:
             return
         if not self._threads and self._directory is not None:
             # Perhaps the servers of the name were all replaced.
-            self._apply(self._directory.look(frozenset()))
+            self._apply(self._directory.refresh(frozenset()))
         if not self._threads:
             raise AllServersLost(self._last_error)
         if error is not None and not thread.is_leaving:
             self._on_notice(f"{error}; continuing with {_servers(len(self._threads))}")
-            self._request_look()
+            self._request_refresh()
 
-    def _request_look(self) -> None:
+    def _request_refresh(self) -> None:
         if self._finder is not None:
             self._finder.request()
 

@@ -11,16 +11,16 @@ from typing import Protocol
 from mal_client.errors import CallCancelled
 from mal_client.transport.base import Transport
 
-LOOK_EVERY_S = 10.0
-"""Seconds between two looks: within the 30 s or less for which DNS answers in a cluster are valid."""
+REFRESH_EVERY_S = 10.0
+"""Seconds between two refreshes: within the 30 s or less for which DNS answers in a cluster are valid."""
 
 MIN_PAUSE_S = 1.0
-"""Least number of seconds between two looks when a lost connection requests one."""
+"""Least number of seconds between two refreshes when a lost connection requests one."""
 
 
 @dataclass(frozen=True)
 class ServerChanges:
-    """Result of one look.
+    """Result of one refresh.
 
     Attributes:
         added: servers that the job may use and does not use, each with its limit of items in flight.
@@ -36,7 +36,7 @@ class ServerChanges:
 class ServerDirectory(Protocol):
     """Knows the servers of a job; safe in threads."""
 
-    def look(self, in_use: frozenset[str]) -> ServerChanges:
+    def refresh(self, in_use: frozenset[str]) -> ServerChanges:
         """Resolves the names again and checks the servers that are not in use.
 
         Args:
@@ -51,7 +51,7 @@ class ServerDirectory(Protocol):
 
 
 class ServerFinder(threading.Thread):
-    """Calls `ServerDirectory.look` from time to time, in a thread of its own, and delivers the result.
+    """Calls `ServerDirectory.refresh` from time to time, in a thread of its own, and delivers the result.
 
     Args:
         directory: the servers of the job.
@@ -73,14 +73,14 @@ class ServerFinder(threading.Thread):
         self._is_stopped = False
 
     def run(self) -> None:
-        """Looks until `stop`, or until a client of the job is closed."""
+        """Refreshes until `stop`, or until a client of the job is closed."""
         while True:
-            self._requested.wait(LOOK_EVERY_S)
+            self._requested.wait(REFRESH_EVERY_S)
             if self._is_stopped:
                 return
             self._requested.clear()
             try:
-                self._deliver(self._directory.look(self._in_use()))
+                self._deliver(self._directory.refresh(self._in_use()))
             except CallCancelled:  # the streams of the job report it
                 return
             # Any other error is raised again in the thread that runs the job.
@@ -90,10 +90,10 @@ class ServerFinder(threading.Thread):
             time.sleep(MIN_PAUSE_S)
 
     def request(self) -> None:
-        """Requests a look soon."""
+        """Requests a refresh soon."""
         self._requested.set()
 
     def stop(self) -> None:
-        """Ends the thread after the look that runs, without waiting for it: a name server may take long to fail."""
+        """Ends the thread after the refresh that runs, without waiting for it: a name server may take long to fail."""
         self._is_stopped = True
         self._requested.set()

@@ -78,7 +78,7 @@ class JobServers:
         self._options = options
         self._lookup = lookup
         self._clock = clock
-        self._look_lock = threading.Lock()
+        self._refresh_lock = threading.Lock()
         self._lock = threading.Lock()
         self._failures: dict[str, _Failures] = {}
         """By the address of a server; changed under `_lock`, which is never held for long."""
@@ -96,9 +96,9 @@ class JobServers:
         """Servers that were reachable at the start, each with its limit of items in flight."""
         return [(client, info.limits.max_items_in_flight) for client, info in self._reachable]
 
-    def look(self, in_use: frozenset[str]) -> ServerChanges:
+    def refresh(self, in_use: frozenset[str]) -> ServerChanges:
         """Resolves the names again and checks the servers that are not in use; see `ServerDirectory`."""
-        with self._look_lock:
+        with self._refresh_lock:
             notices = list(self._resolve_again())
             listed = {client.address: client for clients in self._known for client in clients}
             now = self._clock()

@@ -24,7 +24,7 @@ HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mal_client.bulk.server_finder.LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("mal_client.bulk.server_finder.REFRESH_EVERY_S", 0.05)
     monkeypatch.setattr("mal_client.bulk.server_finder.MIN_PAUSE_S", 0.01)
     monkeypatch.setattr("mal_client.bulk.stream.FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr("mal_client.dataset.servers.FIRST_PAUSE_S", 0.2)

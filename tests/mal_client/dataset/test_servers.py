@@ -87,7 +87,7 @@ def test_a_server_that_fails_is_asked_again_after_pauses_that_double() -> None:
     asked_at = []
     while clock.now < 2000:
         before = down.asked
-        servers.look(frozenset({"a:1"}))
+        servers.refresh(frozenset({"a:1"}))
         if down.asked > before:
             asked_at.append(clock.now)
         clock.now += 1
@@ -101,8 +101,8 @@ def test_a_server_that_comes_back_is_added_and_one_in_use_is_not_asked() -> None
     first = FakeClient("a:1")
     servers = job(first, down, clock=clock)
     down.answer, clock.now = info(max_items_in_flight=7), FIRST_PAUSE_S
-    assert servers.look(frozenset({"a:1"})).added == [(down, 7)]
-    assert servers.look(frozenset({"a:1", "b:1"})).added == []
+    assert servers.refresh(frozenset({"a:1"})).added == [(down, 7)]
+    assert servers.refresh(frozenset({"a:1", "b:1"})).added == []
     assert first.asked == 1
 
 
@@ -110,9 +110,9 @@ def test_a_lost_server_is_not_asked_at_once() -> None:
     first, second, clock = FakeClient("a:1"), FakeClient("b:1"), Clock()
     servers = job(first, second, clock=clock)
     servers.note_lost("b:1")
-    assert servers.look(frozenset({"a:1"})).added == []
+    assert servers.refresh(frozenset({"a:1"})).added == []
     clock.now = FIRST_PAUSE_S
-    assert servers.look(frozenset({"a:1"})).added == [(second, 4)]
+    assert servers.refresh(frozenset({"a:1"})).added == [(second, 4)]
 
 
 def pauses_after_losses(servers: JobServers, clock: Clock, in_use_s: float, count: int) -> list[float]:
@@ -122,7 +122,7 @@ def pauses_after_losses(servers: JobServers, clock: Clock, in_use_s: float, coun
         clock.now += in_use_s
         servers.note_lost("b:1")
         lost_at = clock.now
-        while not servers.look(frozenset({"a:1"})).added:
+        while not servers.refresh(frozenset({"a:1"})).added:
             clock.now += 1
         pauses.append(clock.now - lost_at)
     return pauses
@@ -148,12 +148,12 @@ def test_an_address_that_no_name_has_is_gone_unless_the_name_fails() -> None:
     servers = job(name)
     name.found = [first]
     in_use = frozenset({"10.0.0.1:1", "10.0.0.2:1"})
-    assert servers.look(in_use).gone == {"10.0.0.2:1"}
+    assert servers.refresh(in_use).gone == {"10.0.0.2:1"}
     name.error = ServerUnavailable("mal: no address")
-    failed = servers.look(frozenset({"10.0.0.1:1"}))
+    failed = servers.refresh(frozenset({"10.0.0.1:1"}))
     assert failed.gone == frozenset()
     assert len(failed.notices) == 1
-    assert servers.look(frozenset({"10.0.0.1:1"})).notices == []
+    assert servers.refresh(frozenset({"10.0.0.1:1"})).notices == []
 
 
 def test_an_address_of_two_names_is_one_server() -> None:
@@ -168,7 +168,7 @@ def test_a_late_server_that_differs_is_not_added(late: ServerInfo, word: str) ->
     name = Name("mal:1", found=[first])
     servers = job(name)
     name.found = [first, other]
-    changes = servers.look(frozenset({"10.0.0.1:1"}))
+    changes = servers.refresh(frozenset({"10.0.0.1:1"}))
     assert changes.added == []
     (notice,) = changes.notices
     assert "10.0.0.2:1" in notice
@@ -192,4 +192,4 @@ def test_a_closed_client_ends_the_look() -> None:
     servers = job(first)
     first.answer = CallCancelled("closed")
     with pytest.raises(CallCancelled):
-        servers.look(frozenset())
+        servers.refresh(frozenset())
