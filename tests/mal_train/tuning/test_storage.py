@@ -167,6 +167,7 @@ def test_an_unreachable_server_is_one_error_without_its_credentials(
         f"postgresql://ann:{SECRET}@db/tune",
         f"postgresql+psycopg://ann:a/b?{SECRET}@db:5432/tune",
         f"mysql://ann:x@{SECRET}@db/tune?charset=utf8",
+        f"mysql://ann:12/{SECRET}@db/tune",  # of a web address, host, port and path
         f"postgresql://db/tune?user=ann&password={SECRET}",
         f"ann:{SECRET}@db/tune",
     ],
@@ -189,7 +190,14 @@ def test_no_message_and_no_file_holds_the_credentials_of_a_storage(url: str, tmp
 
 
 def test_an_address_without_credentials_may_stand_on_the_command_line() -> None:
-    for url in ("sqlite:///a@b.db", "journal:///x", "grpc://host:13000", "env:STORAGE", "postgresql://db/tune"):
+    for url in (
+        "sqlite:///a@b.db",
+        "sqlite:///a#1.db",
+        "journal:///x",
+        "grpc://host:13000",
+        "env:STORAGE",
+        "postgresql://db/tune",
+    ):
         spec = load_spec(None, [f"tune.storage={url}"])
         assert spec.without_secrets().tune.storage == url
 
