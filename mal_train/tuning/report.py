@@ -30,7 +30,7 @@ from mal_train.core.report.page import (
 )
 from mal_train.core.yaml_config import dump
 from mal_train.tuning.objective import PROXY, TRUE, Objective, RankAgreement, rank_agreement
-from mal_train.tuning.space import decoded, with_values
+from mal_train.tuning.space import decoded, shown_value, shown_values, with_values
 from mal_train.tuning.study import ATTEMPT, ENDED, METRICS, REASON, SharedStudy
 
 MIN_FOR_IMPORTANCE = 10
@@ -72,7 +72,7 @@ def write_report(
 def best_spec(spec: Spec, best: FrozenTrial, objective: Objective) -> str:
     """Returns the spec with the values of the best trial, without section `tune` and without secrets."""
     chosen = with_values(spec, best.params).model_copy(update={"tune": TuneConfig()}).without_secrets()
-    values = "\n".join(f"#   {name}: {_shown(value)}" for name, value in best.params.items())
+    values = "\n".join(f"#   {name}: {shown_value(value)}" for name, value in best.params.items())
     return (
         f"# Trial {best.number} of the study {spec.tune.study}: {objective.metric} {format_metric(best.value)}. "
         f"Searched fields:\n{values}\n{dump(chosen)}"
@@ -81,9 +81,7 @@ def best_spec(spec: Spec, best: FrozenTrial, objective: Objective) -> str:
 
 def _best(folder: Path, best: FrozenTrial, text: str) -> Html:
     """Returns the best values as overrides to copy, and the complete spec."""
-    overrides = " \\\n    ".join(
-        shlex.quote(f"{name}={_shown(value, exact=True)}") for name, value in best.params.items()
-    )
+    overrides = " \\\n    ".join(shlex.quote(f"{name}={_as_yaml(value)}") for name, value in best.params.items())
     body = preformatted(f"mal-train train -e spec.yaml \\\n    {overrides}") + folded("best.yaml: all fields", text)
     return section("Best spec", body, f"Trial {best.number}. {folder / 'best.yaml'} is the complete spec.")
 
@@ -171,7 +169,7 @@ def _table(trials: Sequence[FrozenTrial], objective: Objective) -> Html:
             *(_metrics(trial).get(name) for name in names if name != objective.metric),
             max(trial.intermediate_values, default=0),
             _seconds(trial),
-            ", ".join(f"{name} {_shown(value)}" for name, value in trial.params.items()),
+            shown_values(trial.params),
             str(trial.user_attrs.get(REASON, "")),
         ]
         for trial in sorted(trials, key=lambda trial: (-(_value(trial, objective) or -math.inf), trial.number))
@@ -201,12 +199,10 @@ def _state(trial: FrozenTrial) -> str:
     return f"{trial.state.name.lower()}{attempt}"
 
 
-def _shown(value: Any, *, exact: bool = False) -> str:
-    """Returns a value as text; as YAML with all digits if `exact`."""
+def _as_yaml(value: Any) -> str:
+    """Returns the value of a parameter as YAML, with all digits."""
     value = decoded(value)
-    if exact:
-        return json.dumps(value) if isinstance(value, (list, bool)) or value is None else str(value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return json.dumps(value) if isinstance(value, (list, bool)) or value is None else str(value)
 
 
 def _place(value: float, low: float, high: float) -> float:
@@ -229,4 +225,4 @@ def _ticks(distribution: BaseDistribution) -> list[tuple[float, str]]:
         values: Sequence[Any] = distribution.choices[:MAX_TICKS]
     else:
         values = (distribution.low, distribution.high)  # type: ignore[attr-defined]
-    return [(_position(value, distribution), _shown(value)) for value in values]
+    return [(_position(value, distribution), shown_value(value)) for value in values]

@@ -111,6 +111,21 @@ def encoded(value: Value) -> str | int | float | bool | None:
 _JSON = "json:"
 
 
+def shown_value(value: Value) -> str:
+    """Returns the value of a parameter as text."""
+    value = decoded(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def shown_values(values: Mapping[str, Value]) -> str:
+    """Returns parameters as one line of text.
+
+    >>> shown_values({"train.lr": 0.000123456, "train.margin_rate": "json:[0, 1]"})
+    'train.lr 0.000123456, train.margin_rate [0, 1]'
+    """
+    return ", ".join(f"{name} {shown_value(value)}" for name, value in values.items())
+
+
 def _distribution(name: str, values: SearchRange) -> BaseDistribution:
     kind = _number_type(_field_annotation(name))
     if values.choices is not None:

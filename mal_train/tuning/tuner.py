@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -20,7 +19,7 @@ from mal_train.core.yaml_config import dump
 from mal_train.training.run_files import duration
 from mal_train.tuning.objective import Objective
 from mal_train.tuning.owner import machine_of
-from mal_train.tuning.space import decoded, trial_spec
+from mal_train.tuning.space import shown_values, trial_spec
 from mal_train.tuning.storage import quiet_optuna
 from mal_train.tuning.study import ATTEMPT, BEAT_S, FOLDER, METRICS, OWNER, REASON, SharedStudy
 from mal_train.tuning.trial_process import INTERRUPTED, PROGRAM, TrialProcess, Validation
@@ -318,18 +317,6 @@ class Tuner:
         except Exception as error:  # the first error is the one to report; the next run queues the trials
             self._console.print(f"the running trials were not queued again: {type(error).__name__}")
         self._running.clear()
-
-
-def shown_values(values: dict[str, Any]) -> str:
-    """Returns parameters as one line of text.
-
-    >>> shown_values({"train.lr": 0.000123456, "train.margin_rate": "json:[0, 1]"})
-    'train.lr 0.000123456, train.margin_rate [0, 1]'
-    """
-    return ", ".join(
-        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {decoded(value)}"
-        for name, value in values.items()
-    )
 
 
 def _finite(value: float | None) -> float | None:
