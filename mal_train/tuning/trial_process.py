@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mal_train.core.errors import OutputError
+from mal_train.core.errors import OutputError, Terminated
 from mal_train.distributed.env import TUNER
 from mal_train.distributed.launch import SAVE_GRACE_S
 from mal_train.training.run_files import VALIDATED, StatusReader
 
 PROGRAM = (sys.executable, "-m", "mal_train.cli")
-SAVED = 143
+SAVED = Terminated.exit_code
 """Exit code of a training that SIGTERM ended after it had saved."""
 INTERRUPTED = (SAVED, 130, -signal.SIGTERM, -signal.SIGINT)
 """Exit codes of a training that a signal ended, before or after it could save."""

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import write_text
 from mal_train.core.console import Console
-from mal_train.core.errors import ConfigError, MalError, OutputError
+from mal_train.core.errors import ConfigError, MalError, OutputError, Terminated
 from mal_train.core.yaml_config import dump
 from mal_train.training.run_files import duration
 from mal_train.tuning.objective import Objective
@@ -37,12 +37,6 @@ Device = tuple[int, ...]
 
 class TuningFailed(MalError):
     """A study all of whose trials failed. Exit code 1."""
-
-
-class TuningInterrupted(MalError):
-    """SIGTERM ended the tuner after its trials had saved. Exit code 143."""
-
-    exit_code = 143
 
 
 @dataclass
@@ -112,7 +106,7 @@ class Tuner:
 
         Raises:
             TuningFailed: all trials failed.
-            TuningInterrupted: SIGTERM arrived; the running trials were saved and queued again.
+            Terminated: SIGTERM arrived; the running trials were saved and queued again.
             KeyboardInterrupt: SIGINT arrived; likewise.
             MalError: the storage or the output folder cannot be used any more.
         """
@@ -303,7 +297,7 @@ class Tuner:
             time.sleep(POLL_S)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise TuningInterrupted(f"{self._folder}: terminated; the same command goes on from here")
+        raise Terminated(f"{self._folder}: terminated; the same command resumes the study")
 
     def _end_all(self) -> None:
         """Ends all trials, and queues them again if the storage still answers."""

@@ -20,12 +20,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mal_train.config.spec import Spec
 from mal_train.core.console import Console
-from mal_train.core.errors import OutputError
+from mal_train.core.errors import OutputError, Terminated
 from mal_train.tuning import study as study_module
 from mal_train.tuning import trial_process, tuner
 from mal_train.tuning.objective import Objective
 from mal_train.tuning.study import SharedStudy
-from mal_train.tuning.tuner import TuningFailed, TuningInterrupted
+from mal_train.tuning.tuner import TuningFailed
 from tests.mal_train.tuning.studies import program, spec_with, study_of, tuner_of
 from tests.paths import ROOT
 
@@ -99,7 +99,7 @@ def test_trials_run_at_the_same_time_on_the_given_devices(tmp_path: Path) -> Non
         program=program(rest="hang"),
     )
     when(lambda: len(list(tmp_path.glob("trials/*/train/status.json"))) == 2, lambda: signals.append(signal.SIGTERM))
-    with pytest.raises(TuningInterrupted):
+    with pytest.raises(Terminated):
         running.run()
     written = [yaml.safe_load((tmp_path / "trials" / name / "spec.yaml").read_text()) for name in ("0000", "0001")]
     assert [(spec["train"]["gpu_ids"], spec["train"]["num_gpus"]) for spec in written] == [([1], 1), ([2, 5], 2)]
@@ -168,7 +168,7 @@ def test_values_that_contradict_each_other_fail_the_trial_without_a_training(tmp
     assert not (tmp_path / "trials").exists()
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, TuningInterrupted), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_saves_the_trials_and_the_same_study_continues_in_their_folders(
     number: signal.Signals, error: type[BaseException], tmp_path: Path
 ) -> None:
@@ -213,7 +213,7 @@ def test_a_tuner_that_is_stopped_again_and_again_fails_no_trial(tmp_path: Path) 
         signals: list[int] = []
         running = tuner_of(study, spec, tmp_path, program=program(rest="hang"), signals=signals)
         when(partial(has_lines, starts, attempt), partial(signals.append, signal.SIGTERM))
-        with pytest.raises(TuningInterrupted):
+        with pytest.raises(Terminated):
             running.run()
     assert {trial.user_attrs.get("ended") for trial in study.trials()} == {"interrupted", None}
     tuner_of(study, spec, tmp_path, program=program()).run()
