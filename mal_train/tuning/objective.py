@@ -1,6 +1,5 @@
 """Defines the metric that a study maximizes, and compares the proxy without masks with mIoU."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -34,9 +33,8 @@ class Objective:
         return METRICS[self.name]
 
     def value(self, metrics: Metrics) -> float | None:
-        """Returns the value of the objective; None if the validation gave no finite one."""
-        value = metrics.get(self.metric)
-        return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+        """Returns the value of the objective; None if the validation gave none."""
+        return metrics.get(self.metric)
 
 
 def choose_objective(setting: Literal["auto", "miou", "ap", "proxy"], *, has_masks: bool) -> Objective:

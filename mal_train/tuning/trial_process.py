@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mal_train.core.errors import OutputError, Terminated
+from mal_train.core.numbers import finite_number
 from mal_train.distributed.env import TUNER
 from mal_train.distributed.launch import SAVE_GRACE_S
 from mal_train.training.run_files import VALIDATED, StatusReader
@@ -25,7 +26,7 @@ MAX_REASON = 500
 
 @dataclass(frozen=True)
 class Validation:
-    """The metrics of a training after an epoch."""
+    """The metrics of a training after an epoch; None for those that are not finite."""
 
     epoch: int
     metrics: Mapping[str, float | None]
@@ -83,7 +84,7 @@ class TrialProcess:
     def validations(self) -> list[Validation]:
         """Returns the validations since the last call, in order."""
         return [
-            Validation(int(line["epoch"]), line.get("kpi") or {})
+            Validation(int(line["epoch"]), _finite(line.get("kpi") or {}))
             for line in self._status.new_lines()
             if line.get("message") == VALIDATED and isinstance(line.get("epoch"), int)
         ]
@@ -111,6 +112,10 @@ class TrialProcess:
         """Returns why the training failed: its last message and its exit code."""
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"{ending}: {_last_message(self._log)}"
+
+
+def _finite(metrics: Mapping[str, object]) -> dict[str, float | None]:
+    return {name: finite_number(value) for name, value in metrics.items()}
 
 
 def _last_message(log: Path) -> str:

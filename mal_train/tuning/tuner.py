@@ -1,6 +1,5 @@
 """Runs the trials of a study: starts trainings on free devices, watches them, prunes them, and records how they end."""
 
-import math
 import signal
 import statistics
 import time
@@ -180,7 +179,7 @@ class Tuner:
     def _report(self, running: RunningTrial, validation: Validation) -> None:
         """Reports a validation to the study, and ends the trial if its pruner says so."""
         trial = running.trial
-        running.metrics = {name: _finite(value) for name, value in validation.metrics.items()}
+        running.metrics = dict(validation.metrics)
         value = self._objective.value(running.metrics)
         if value is None or validation.epoch in running.epochs or running.is_lost or running.is_pruned:
             return
@@ -311,10 +310,6 @@ class Tuner:
         except Exception as error:  # the first error is the one to report; the next run queues the trials
             self._console.print(f"the running trials were not queued again: {type(error).__name__}")
         self._running.clear()
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _machine(trial: FrozenTrial) -> str:

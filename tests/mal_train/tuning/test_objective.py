@@ -25,9 +25,8 @@ def test_the_value_is_the_metric_of_status_json(name: str, value: float) -> None
     assert Objective(name).value({"mIoU": 0.7, "AP@score": 0.4, "box_proxy": 0.3, "train_loss": 9.0}) == value
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
-def test_a_validation_without_a_finite_metric_has_no_value(value: float | None) -> None:
-    assert Objective("miou").value({"mIoU": value}) is None
+def test_a_validation_without_the_metric_has_no_value() -> None:
+    assert Objective("miou").value({"mIoU": None}) is None
     assert Objective("miou").value({}) is None
 
 

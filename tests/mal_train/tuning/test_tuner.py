@@ -132,7 +132,8 @@ def test_a_pruned_trial_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("behavior", "named"), [("fail", "exit code 2: dataset.crop_size"), ("crash", "SIGKILL"), ("empty", "mIoU")]
+    ("behavior", "named"),
+    [("fail", "exit code 2: dataset.crop_size"), ("crash", "SIGKILL"), ("empty", "mIoU"), ("nan", "mIoU")],
 )
 def test_a_failed_trial_is_marked_with_its_reason_and_the_study_goes_on(
     behavior: str, named: str, tmp_path: Path

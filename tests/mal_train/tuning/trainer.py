@@ -9,12 +9,14 @@ BEHAVIOR is a JSON object: folder of a trial → what its training does, `*` for
     fail        an error, exit code 2
     crash       the process kills itself
     empty       validations without metrics
+    nan         validations whose metrics are not finite
     hang        waits after the first epoch; SIGTERM saves and ends it, exit code 143
     stubborn    ignores SIGTERM
     preempted   SIGTERM arrives after the first epoch
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -45,6 +47,7 @@ def main() -> int:
     epochs = int(spec["train"]["num_epochs"])
     for epoch in range(1, epochs + 1):
         value = float(spec["train"]["lr"]) * epoch / epochs * (0.1 if "bad" in behavior else 1)
+        value = math.nan if "nan" in behavior else value
         write(folder, epoch, {} if "empty" in behavior else {"mIoU": value, "box_proxy": value / 2})
         if "preempted" in behavior:
             os.kill(os.getpid(), signal.SIGTERM)
