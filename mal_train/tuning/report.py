@@ -31,7 +31,7 @@ from mal_train.core.report.page import (
 from mal_train.core.yaml_config import dump
 from mal_train.tuning.objective import PROXY, TRUE, Objective, RankAgreement, rank_agreement
 from mal_train.tuning.space import decoded, shown_value, shown_values, with_values
-from mal_train.tuning.study import ATTEMPT, ENDED, METRICS, REASON, SharedStudy
+from mal_train.tuning.study import ATTEMPT, ENDED, METRICS, REASON, SECONDS, SharedStudy
 
 MIN_FOR_IMPORTANCE = 10
 """Complete trials below which no importances are computed; a few trials say nothing of a field."""
@@ -183,7 +183,7 @@ def _value(trial: FrozenTrial, objective: Objective) -> float | None:
 
 
 def _seconds(trial: FrozenTrial) -> int | None:
-    seconds = trial.user_attrs.get("seconds")
+    seconds = trial.user_attrs.get(SECONDS)
     return None if seconds is None else round(seconds)
 
 

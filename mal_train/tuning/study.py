@@ -33,7 +33,7 @@ MAX_ATTEMPTS = 3
 STARTUP_TRIALS = 5
 """Trials before the median pruner compares."""
 
-OWNER, BEAT, FOLDER, ATTEMPT, ENDED, REASON, METRICS = (
+OWNER, BEAT, FOLDER, ATTEMPT, ENDED, REASON, METRICS, SECONDS, EXIT_CODE = (
     "owner",
     "beat",
     "folder",
@@ -41,6 +41,8 @@ OWNER, BEAT, FOLDER, ATTEMPT, ENDED, REASON, METRICS = (
     "ended",
     "reason",
     "metrics",
+    "seconds",
+    "exit_code",
 )
 """Names of the attributes of a trial."""
 EPOCH, WITHOUT_PROGRESS = "epoch", "attempts_without_progress"

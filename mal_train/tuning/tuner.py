@@ -20,7 +20,7 @@ from mal_train.tuning.objective import Objective
 from mal_train.tuning.owner import machine_of
 from mal_train.tuning.space import shown_values, trial_spec
 from mal_train.tuning.storage import quiet_optuna
-from mal_train.tuning.study import ATTEMPT, BEAT_S, FOLDER, METRICS, OWNER, REASON, SharedStudy
+from mal_train.tuning.study import ATTEMPT, BEAT_S, EXIT_CODE, FOLDER, METRICS, OWNER, REASON, SECONDS, SharedStudy
 from mal_train.tuning.trial_process import INTERRUPTED, PROGRAM, TrialProcess, Validation
 
 POLL_S = 0.2
@@ -226,8 +226,8 @@ class Tuner:
     def _tell(self, running: RunningTrial, code: int, state: TrialState, value: float | None = None) -> None:
         trial, seconds = running.trial, running.process.seconds
         try:
-            trial.set_user_attr("seconds", round(seconds, 1))
-            trial.set_user_attr("exit_code", code)
+            trial.set_user_attr(SECONDS, round(seconds, 1))
+            trial.set_user_attr(EXIT_CODE, code)
             with quiet_optuna():
                 self._study.optuna.tell(trial, value, state=state)
         except (UpdateFinishedTrialError, ValueError):  # ValueError: `tell` found that it has ended
