@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from mal_train.core.errors import ConfigError, OutputError
-from mal_train.core.locked_file import IS_WINDOWS, NO_FOLLOW, NON_BLOCKING, O_BINARY, is_still_at, try_lock
+from mal_train.core.locked_file import IS_WINDOWS, NO_FOLLOW, NON_BLOCKING, O_BINARY, is_still_at, no_follow, try_lock
 
 PIPE_CLOSED = 141
 """Exit code of a command whose standard output was closed by its reader (`| head`): 128 + SIGPIPE."""
@@ -147,6 +147,14 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file by `atomic_write`; half of a surrogate pair, which JSON can hold, becomes its escape."""
     with atomic_write(path) as file:
         file.write(text.encode(errors="backslashreplace"))
+
+
+def drop_partial_line(path: Path) -> None:
+    """Truncates a file after its last line break; a killed process may have left part of a line behind it."""
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        with open(path, "r+b", opener=no_follow) as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _replaceable(path: Path) -> os.stat_result | None:

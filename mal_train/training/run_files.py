@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from mal_train.core.atomic_io import drop_partial_line
 from mal_train.core.errors import OutputError
 from mal_train.core.images.decoder import RgbImage
 from mal_train.core.locked_file import no_follow
@@ -134,14 +135,6 @@ def _row(line: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
-
-
-def drop_partial_line(path: Path) -> None:
-    """Truncates a file after its last line break; a killed process may have left part of a line behind it."""
-    content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        with open(path, "r+b", opener=no_follow) as file:
-            file.truncate(content.rfind(b"\n") + 1)
 
 
 class MetricsFile:

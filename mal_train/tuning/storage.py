@@ -19,9 +19,9 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from mal_train.config.tune import redacted_url, without_credentials
+from mal_train.core.atomic_io import drop_partial_line
 from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.secrets import is_secret_reference, read_secret
-from mal_train.training.run_files import drop_partial_line
 
 CONNECT_TIMEOUT_S = 20
 """Seconds until a database or a server that does not answer, or a locked file, is an error."""
