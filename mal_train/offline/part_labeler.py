@@ -28,7 +28,7 @@ from mal_train.core.coco.annotations import (
 )
 from mal_train.core.coco.output import PROVENANCE_KEY, error_fields, label_fields, labeled_row
 from mal_train.core.coco.parquet_parts import Part
-from mal_train.core.coco.parquet_reader import ParquetDataset
+from mal_train.core.coco.parquet_reader import ParquetDataset, RowGroupReader
 from mal_train.core.coco.parquet_records import ImageRow
 from mal_train.core.coco.parquet_schema import Head
 from mal_train.core.coco.parquet_writer import PartWriter
@@ -156,7 +156,7 @@ class PartLabeler:
         self._job, self._device, self._threads = job, device, threads
         self._exit_process = exit_process
         self._is_device_lost = False
-        self._opened: tuple[ParquetDataset, Labeler] | None = None
+        self._opened: tuple[ParquetDataset, RowGroupReader, Labeler] | None = None
 
     def __call__(self, batch: Mapping[str, Sequence[str]]) -> Iterator[dict[str, list[str]]]:
         """Yields the message of each part as soon as its file is written, in the column `message`.
@@ -181,14 +181,12 @@ class PartLabeler:
             yield json.dumps({"error": "MalError", "message": traceback.format_exc()})
 
     def _label(self, parts: Sequence[Part]) -> Iterator[PartResult]:
-        dataset, labeler = self._opened = self._opened or self._open()
-        rows = dataset.rows([dataset.row_groups[parts[0].row_group]])
-        for _ in islice(rows, parts[0].start):
-            pass
+        dataset, reader, labeler = self._opened = self._opened or self._open()
+        rows = reader.rows(dataset.row_groups[parts[0].row_group], parts[0].start)
         for part in parts:
             yield self._label_part(part, list(islice(rows, part.stop - part.start)), dataset.head, labeler)
 
-    def _open(self) -> tuple[ParquetDataset, Labeler]:
+    def _open(self) -> tuple[ParquetDataset, RowGroupReader, Labeler]:
         job = self._job
         job.check_machine()
         dataset = ParquetDataset(job.dataset)
@@ -203,7 +201,7 @@ class PartLabeler:
             precision=job.precision,
             trust=TrustPolicy((job.checkpoint_sha256,)),
         )
-        return dataset, labeler
+        return dataset, RowGroupReader(dataset), labeler
 
     def _label_part(self, part: Part, rows: Sequence[ImageRow], head: Head, labeler: Labeler) -> PartResult:
         job, result = self._job, PartResult(part.number)

@@ -6,13 +6,13 @@ that lies about sizes is not detected before the memory is used.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Self
 
 from mal_train.core.coco.parquet_records import ANNOTATION_COLUMNS, IMAGE_COLUMNS, BadRecord, ImageRow, RecordReader
 from mal_train.core.coco.parquet_schema import (
@@ -42,6 +42,8 @@ _ROWS_PER_BUCKET: Final = 1 << 16
 _TAIL_BYTES: Final = 8
 """Length of the footer and the magic number, at the end of a file."""
 _MAGIC: Final = b"PAR1"
+_END_BYTES: Final = 1 << 16
+"""Bytes at the end of a file that are read at once, and contain the footer of most files."""
 _LISTED: Final = 10
 
 
@@ -116,14 +118,21 @@ class ParquetDataset:
         self, row_groups: Iterable[RowGroup] | None = None, *, with_annotations: bool = True
     ) -> Iterator[tuple[RowGroup, Iterator[ImageRow]]]:
         """Yields each row group with its rows, as `rows` does. Use them up before the next row group."""
-        columns = [name for name in arrow_schema().names if with_annotations or name != ANNOTATIONS]
-        groups = self.row_groups if row_groups is None else row_groups
-        for path, of_file in groupby(groups, key=lambda group: group.path):
-            with _opened(path) as (file, footer_sha256):
-                if footer_sha256 != self._footers[path]:
-                    raise BadDataset(f"{redact(path)}: changed while it was read; start the command again")
-                for group in of_file:
-                    yield group, _read_row_group(file, group, columns)
+        with RowGroupReader(self, with_annotations=with_annotations) as reader:
+            for group in self.row_groups if row_groups is None else row_groups:
+                yield group, reader.rows(group)
+
+    @contextlib.contextmanager
+    def open_file(self, path: Location) -> Iterator[Any]:
+        """Yields a file of the dataset as a pyarrow ParquetFile.
+
+        Raises:
+            BadDataset: the file is damaged, or changed since the dataset was opened.
+        """
+        with _opened(path) as (file, footer_sha256):
+            if footer_sha256 != self._footers[path]:
+                raise BadDataset(f"{redact(path)}: changed while it was read; start the command again")
+            yield file
 
     def check_complete(self) -> None:
         """Raises BadDataset if the parts do not hold all rows of the COCO file, as far as footers and names tell.
@@ -152,6 +161,41 @@ class ParquetDataset:
             self.row_groups += _row_groups(part, file.metadata, counts)
         self._footers[part] = footer_sha256
         return head
+
+
+class RowGroupReader:
+    """Reader of row groups, which keeps the file of the last one open. A context manager. Not safe in threads.
+
+    Args:
+        dataset: the dataset.
+        with_annotations: False reads the columns of the images alone.
+    """
+
+    def __init__(self, dataset: ParquetDataset, *, with_annotations: bool = True) -> None:
+        self._dataset = dataset
+        self._columns = [name for name in arrow_schema().names if with_annotations or name != ANNOTATIONS]
+        self._path: Location | None = None
+        self._file: Any = None
+        self._close = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close.close()
+
+    def rows(self, group: RowGroup, start: int = 0) -> Iterator[ImageRow]:
+        """Yields the rows of a row group from `start` on. Use them up before the next row group.
+
+        Raises:
+            BadDataset: a file is damaged, not of this form, or changed since the dataset was opened.
+        """
+        if group.path != self._path:
+            self._close.close()
+            self._path = None
+            self._file = self._close.enter_context(self._dataset.open_file(group.path))
+            self._path = group.path
+        return _read_row_group(self._file, group, self._columns, start)
 
 
 class ParquetMemberReader:
@@ -329,9 +373,10 @@ def _opened(path: Location) -> Iterator[tuple[Any, str]]:
     with _read_errors(path), open_random(path) as source:
         footer = _read_footer(source, path)
         limits = dict.fromkeys(("thrift_string_size_limit", "thrift_container_size_limit"), MAX_FOOTER_BYTES)
+        metadata = pq.ParquetFile(io.BytesIO(_MAGIC + footer), **limits).metadata
         # Buffered reads of a store would be one request for each column, one after the other.
-        file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=is_remote(path), **limits)
-        yield file, footer
+        file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, pre_buffer=is_remote(path))
+        yield file, hashlib.sha256(footer[:-_TAIL_BYTES]).hexdigest()
 
 
 @contextlib.contextmanager
@@ -350,21 +395,21 @@ def _read_errors(path: Location) -> Iterator[None]:
         ) from error
 
 
-def _read_footer(source: BinaryIO, path: Location) -> str:
-    """Returns the SHA-256 of the footer; raises BadDataset for a file that has none or one that is too long."""
+def _read_footer(source: BinaryIO, path: Location) -> bytes:
+    """Returns the end of the file from its footer on; raises BadDataset for a file without one, or one too long."""
     name = redact(path)
     size = source.seek(0, os.SEEK_END)
-    source.seek(max(0, size - _TAIL_BYTES))
-    tail = source.read(_TAIL_BYTES)
-    length = int.from_bytes(tail[:4], "little")
-    if tail[4:] != _MAGIC or length + _TAIL_BYTES > size:
+    source.seek(max(0, size - _END_BYTES))
+    end = source.read(_END_BYTES)
+    length = int.from_bytes(end[-_TAIL_BYTES:][:4], "little") + _TAIL_BYTES
+    if not end.endswith(_MAGIC) or length > size:
         raise BadDataset(f"{name}: not a parquet file, or its end is missing; give a COCO file in parquet")
-    if length > MAX_FOOTER_BYTES:
+    if length - _TAIL_BYTES > MAX_FOOTER_BYTES:
         raise BadDataset(f"{name}: footer of {length} bytes; the limit is {MAX_FOOTER_BYTES}: use larger row groups")
-    source.seek(size - _TAIL_BYTES - length)
-    digest = hashlib.sha256(source.read(length)).hexdigest()
-    source.seek(0)
-    return digest
+    if length > len(end):
+        source.seek(size - length)
+        end = source.read(length)
+    return end[-length:]
 
 
 def _row_groups(path: Location, metadata: Any, counts: Sequence[int]) -> Iterator[RowGroup]:
@@ -385,13 +430,16 @@ def _check_limit(name: str, unit: str, value: int, limit: int) -> None:
         raise BadDataset(f"{name}: {value} {unit}; the limit is {limit}: write the file with smaller row groups")
 
 
-def _read_row_group(file: Any, group: RowGroup, columns: list[str]) -> Iterator[ImageRow]:
+def _read_row_group(file: Any, group: RowGroup, columns: list[str], start: int) -> Iterator[ImageRow]:
     name = f"{redact(group.path)}: row group {group.index}"
     # The caller's block does not see an error here: it has handed this iterator on.
     with _read_errors(group.path):
         batches = file.iter_batches(_ROWS_PER_BATCH, row_groups=[group.index], columns=columns, use_threads=False)
         for batch in batches:
-            yield from rows_of(batch, name)
+            # Rows before the first wanted one are not restored from their columns.
+            skipped = min(start, batch.num_rows)
+            yield from rows_of(batch.slice(skipped), name)
+            start -= skipped
 
 
 def _damaged(path: Location, error: Exception) -> BadDataset:

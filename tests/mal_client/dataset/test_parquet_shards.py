@@ -79,9 +79,9 @@ def test_a_shard_reads_and_labels_its_row_groups_alone(
     read: list[int] = []
     read_row_group = parquet_reader._read_row_group
 
-    def recorded(file: object, group: parquet_reader.RowGroup, columns: list[str]) -> object:
+    def recorded(file: object, group: parquet_reader.RowGroup, columns: list[str], start: int) -> object:
         read.append(group.index)
-        return read_row_group(file, group, columns)
+        return read_row_group(file, group, columns, start)
 
     monkeypatch.setattr(parquet_reader, "_read_row_group", recorded)
     fake = FakeServer()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mal_train.commands.label import open_labeling_job
+from mal_train.core.coco import parquet_reader
 from mal_train.core.coco.parquet_parts import Part, divide
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_records import ImageRow
@@ -19,6 +20,8 @@ from mal_train.core.coco.part_folder import PartFolder
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, DeviceError, DeviceLost, MalError, OutputError, WrongKey
 from mal_train.core.images.files import ImageFolder
+from mal_train.core.storage.addresses import Location
+from mal_train.core.storage.reading import open_random
 from mal_train.kernel.checkpoint.keys import parse_key
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.offline import part_labeler
@@ -87,6 +90,21 @@ def test_parts_in_any_order_and_written_twice_equal_the_local_output(
     assert sum(result.rows for result in counts.values()) == 2 * IMAGES + 3
     assert sum((Counter(result.failed) for result in counts.values()), Counter()) == FAILED
     assert sum(result.labeled for result in counts.values()) == 2 * IMAGES + 3 - sum(FAILED.values()) - 1
+
+
+def test_a_process_opens_the_file_once_for_all_of_its_tasks(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Location] = []
+
+    def counted(path: Location) -> Any:
+        opened.append(path)
+        return open_random(path)
+
+    labeler = PartLabeler(output.job, "cpu", 1)
+    monkeypatch.setattr(parquet_reader, "open_random", counted)
+    for part in output.folder.parts:
+        results(labeler, [part])
+    assert len(output.folder.parts) > 2
+    assert len(opened) == 2, "to check the file, and to read it"
 
 
 def test_each_failure_has_its_message(output: Output) -> None:

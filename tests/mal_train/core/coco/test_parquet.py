@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from mal_train.core import spill
 from mal_train.core.coco import parquet_reader, parquet_writer
 from mal_train.core.coco.annotations import Annotation, Reason, parse_coco, read_coco
-from mal_train.core.coco.parquet_reader import ParquetDataset
+from mal_train.core.coco.parquet_reader import ParquetDataset, RowGroupReader, rows_of
 from mal_train.core.coco.parquet_records import ImageRow
 from mal_train.core.coco.parquet_schema import Head, load_pyarrow, read_metadata
 from mal_train.core.coco.parquet_writer import PartWriter, write_part
@@ -245,6 +246,26 @@ def test_parts_of_different_files_are_refused(split: ParquetDataset, tmp_path: P
     write_part(folder / "b.parquet", split.rows(split.row_groups[1::2]), Head({**split.head.members, "x": 1}, 20, 200))
     with pytest.raises(BadDataset, match=r"b\.parquet"):
         ParquetDataset(folder)
+
+
+def test_rows_before_the_first_wanted_one_are_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[int] = []
+
+    def counted(batch: Any, name: str) -> Iterator[ImageRow]:
+        restored.append(batch.num_rows)
+        return rows_of(batch, name)
+
+    monkeypatch.setattr(parquet_reader, "_ROWS_PER_BATCH", 3)
+    images = [{"id": n, "file_name": f"{n}.png"} for n in range(10)]
+    rows = [row(n, image_id=n // 2, note=f"n{n}") for n in range(20)]
+    packed_rows = ParquetDataset(packed(tmp_path, dataset(*rows, images=images)))
+    expected = list(packed_rows.rows())
+    monkeypatch.setattr(parquet_reader, "rows_of", counted)
+    with RowGroupReader(packed_rows) as reader:
+        for start in range(11):
+            restored.clear()
+            assert list(reader.rows(packed_rows.row_groups[0], start)) == expected[start:]
+            assert sum(restored) == 10 - start
 
 
 def test_of_the_heads_of_many_parts_only_the_first_is_kept(

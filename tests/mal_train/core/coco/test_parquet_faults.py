@@ -132,6 +132,14 @@ def test_columns_that_do_not_agree_are_one_error(tmp_path: Path, number: int) ->
         read_coco(tmp_path / "hostile.parquet")
 
 
+def test_a_footer_that_does_not_fit_into_the_first_read_is_read(
+    split: ParquetDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_reader, "_END_BYTES", 16)
+    found = ParquetDataset(split.path)
+    assert (found.sha256, list(found.rows())) == (split.sha256, list(split.rows()))
+
+
 @pytest.mark.parametrize("limit", ["MAX_ROW_GROUP_BYTES", "MAX_ROW_GROUP_ROWS", "MAX_FOOTER_BYTES"])
 def test_a_file_over_a_limit_is_refused_before_its_rows_are_read(
     split: ParquetDataset, monkeypatch: pytest.MonkeyPatch, limit: str
