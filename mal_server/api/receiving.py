@@ -6,10 +6,15 @@ read. Until then it holds the sender back (READ_AHEAD_BYTES). So a call reads it
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from mal_server.errors import ReceiveTimeout, TooManyCalls
+
+
+def _itself(caller: str) -> str:
+    """Returns the caller: it is a group of its own."""
+    return caller
 
 
 class ReceiveLimiter:
@@ -23,7 +28,7 @@ class ReceiveLimiter:
         timeout_s: time for one message in seconds.
         contested_s: the same while others wait for a slot.
         max_waiting: calls that wait for a slot.
-        group_of: group of a caller, for example its host; None: each caller is a group of its own.
+        group_of: group of a caller, for example its host; by default each caller is a group of its own.
     """
 
     def __init__(
@@ -33,9 +38,9 @@ class ReceiveLimiter:
         timeout_s: float,
         contested_s: float,
         max_waiting: int,
-        group_of: Callable[[str], str] | None = None,
+        group_of: Callable[[str], str] = _itself,
     ) -> None:
-        self._group_of = group_of or str
+        self._group_of = group_of
         self._free = slots
         self._share = max(1, slots // 2)
         self._timeout_s = timeout_s
@@ -90,22 +95,27 @@ class ReceiveLimiter:
         Where all have equally many, this one is refused: to take the place of another would not be fairer, and those
         who keep coming would take every place before its turn.
         """
+        greediest = self._greediest(caller)
         error = TooManyCalls("too many calls are sending their requests; try again later")
-        own = self._group_of(caller)
-        of_group = Counter({own: 1})
-        for other, turns in self._waiting.items():
-            of_group[self._group_of(other)] += len(turns)
-        group = max(of_group, key=lambda name: (of_group[name], name != own))
-        if group != own and of_group[group] <= of_group[own]:
+        if greediest == caller:
             raise error
-        candidates = [other for other in self._waiting if self._group_of(other) == group]
-        greedy = max(reversed(candidates), key=lambda other: len(self._waiting[other]), default=caller)
-        if group == own and len(self._waiting.get(greedy, ())) <= len(self._waiting.get(caller, ())) + 1:
-            raise error
-        turn = self._waiting[greedy][-1]
-        self._leave(greedy, turn)
+        turn = self._waiting[greediest][-1]
+        self._leave(greediest, turn)
         if not turn.done():
             turn.set_exception(error)
+
+    def _greediest(self, caller: str) -> str:
+        """Returns who has the most calls in the group with the most; `caller`, whose new call counts, if none has more.
+
+        Of several others it is the one whose turn is furthest.
+        """
+        calls = Counter({other: len(turns) for other, turns in self._waiting.items()})
+        calls[caller] += 1
+        of_group: Counter[str] = Counter()
+        for other, count in calls.items():
+            of_group[self._group_of(other)] += count
+        group = _largest(of_group, self._group_of(caller))
+        return _largest({other: calls[other] for other in calls if self._group_of(other) == group}, caller)
 
     def _take(self, caller: str) -> None:
         self._free -= 1
@@ -146,3 +156,8 @@ class ReceiveLimiter:
             when = limit.when()
             if when is not None and due < when:
                 limit.reschedule(due)
+
+
+def _largest(counts: Mapping[str, int], own: str) -> str:
+    """Returns the name with the highest count: `own` if no other has more, else the last of those that have it."""
+    return max(reversed(list(counts)), key=lambda name: (counts[name], name == own))
