@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from benchmarks.timing import Table
+from benchmarks.timing import Table, peak_mib
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_schema import load_pyarrow
 from mal_train.core.coco.parquet_share import ParquetShare
@@ -47,12 +47,6 @@ class Cost(NamedTuple):
     seconds: float
     cpu_s: float
     mib: float
-
-
-def peak_mib() -> float:
-    """Returns the peak resident memory of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def generate(path: Path, boxes: int) -> None:

@@ -2,7 +2,7 @@
 
 Each step runs in its own process; memory is its peak beyond imports and tensors, at most 128 MiB. Besides MiB/s, the
 table has MiB per second of CPU time, which other processes affect less.
-Usage: python benchmarks/checkpoint.py [MiB of weights, default 1024]
+Usage: python -m benchmarks.checkpoint [MiB of weights, default 1024]
 """
 
 import subprocess
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.timing import peak_mib
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key, write_identity
@@ -21,12 +22,6 @@ from mal_train.kernel.networks.network import ModelConfig
 
 LIMIT_MIB = 128
 TENSOR_MIB = 16
-
-
-def peak_mib() -> float:
-    """Returns the peak resident memory of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def step(operation: str, path: Path, key_text: str | None, mib: int) -> None:
@@ -61,7 +56,7 @@ class StepResult(NamedTuple):
 
 def measure(operation: str, path: Path, key_text: str | None, mib: int) -> StepResult:
     """Runs a step in a new process."""
-    command = [sys.executable, __file__, str(mib), operation, str(path), key_text or ""]
+    command = [sys.executable, "-m", "benchmarks.checkpoint", str(mib), operation, str(path), key_text or ""]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds, cpu_seconds, extra_mib = (float(word) for word in output.split())
     return StepResult(mib / seconds, mib / cpu_seconds, extra_mib)

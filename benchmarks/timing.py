@@ -1,4 +1,4 @@
-"""Measures variants of a computation in alternation, and writes tables of results with their bounds."""
+"""Measures variants of a computation in alternation, and peak memory; writes tables of results with their bounds."""
 
 import argparse
 import json
@@ -29,6 +29,12 @@ def interleaved(
             variant()
             seconds[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_mib() -> float:
+    """Returns the peak resident memory of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 class Table:

@@ -69,7 +69,7 @@ def main() -> int:
         "found": found,
         "rows": rows,
     }
-    (out / "comparison.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json_atomic(out / "comparison.json", report)
     print(_table(rows))
     return 0
 
