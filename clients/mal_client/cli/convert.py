@@ -31,7 +31,8 @@ from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES
 from mal_train.core.console import LINE_EVERY_S, Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.storage.addresses import base_name, is_remote, redact, sibling
-from mal_train.core.storage.reading import local_copy, local_folder
+from mal_train.core.storage.listing import local_folder
+from mal_train.core.storage.reading import local_copy
 from mal_train.core.storage.writing import staged_folder, staged_output
 
 ROWS_PER_LOOK: Final = 4096

@@ -1,10 +1,15 @@
-"""Lists the files below a folder or prefix. Reads none."""
+"""Lists or copies the files below a folder or prefix."""
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from mal_train.core.storage.addresses import Location, is_remote, redact
-from mal_train.core.storage.reading import store_of
+from mal_train.core.errors import OutputError, StorageError
+from mal_train.core.input_files import resolve_inside
+from mal_train.core.storage.addresses import Location, is_remote, join, redact
+from mal_train.core.storage.read_ahead import ReadAhead
+from mal_train.core.storage.reading import named_as, read_bytes, store_of, temporary_folder
 from mal_train.core.storage.retry import with_retries
 
 
@@ -27,3 +32,46 @@ def list_names(base: Location) -> Iterator[str]:
         inner.sort()
         for name in sorted(files):
             yield os.path.relpath(os.path.join(folder, name), base)
+
+
+@contextmanager
+def local_folder(address: Location, suffix: str, max_bytes: int) -> Iterator[Path]:
+    """Yields a folder with the files below a folder or prefix: the folder itself, or a temporary download.
+
+    For many small files, which are read several at a time. Errors in the block name the address, as in `local_copy`.
+
+    Args:
+        address: folder, or address of a prefix.
+        suffix: only files whose names end so are downloaded.
+        max_bytes: size limit of one file.
+
+    Raises:
+        StorageError, StoreUnreachable, ConfigError: as `read_bytes`; also for a prefix that cannot be listed, and for a
+            name that leads out of it (FAILED).
+    """
+    if not is_remote(address):
+        yield Path(address)
+        return
+    text = str(address)
+    with temporary_folder() as folder:
+        wanted = [name for name in list_names(text) if name.endswith(suffix)]
+        with ReadAhead(wanted, lambda name: read_bytes(join(text, name), max_bytes), len, str) as ahead:
+            for name in ahead:
+                _write_below(folder, name, ahead.take(name), text)
+        with named_as(folder, text):
+            yield folder
+
+
+def _write_below(folder: Path, name: str, content: bytes, address: str) -> None:
+    """Writes the copy of an object below the prefix `address`."""
+    if resolve_inside(folder, name) is None:
+        raise StorageError(f"{redact(address)}: name {name!r} leads out of the prefix", "FAILED")
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:  # also a name that is too long, or that another object has as a folder
+        raise OutputError(
+            f"{redact(join(address, name))}: not copied to {folder.parent} ({error.strerror}); free some space there, "
+            "or rename the object"
+        ) from None

@@ -19,13 +19,12 @@ from typing import BinaryIO, Final
 
 from mal_train.core.atomic_io import TEMPORARY_SUFFIX, remove_stale_temporaries
 from mal_train.core.errors import MalError, OutputError, StorageError
-from mal_train.core.input_files import open_regular, read_limited, resolve_inside
+from mal_train.core.input_files import open_regular, read_limited
 from mal_train.core.locked_file import try_lock
-from mal_train.core.storage.addresses import OBJECT_SCHEMES, Location, base_name, is_remote, join, redact, scheme_of
+from mal_train.core.storage.addresses import OBJECT_SCHEMES, Location, base_name, is_remote, redact, scheme_of
 from mal_train.core.storage.disk_space import check_space, disk_errors
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.core.storage.object_store import AzureStore, GcsStore, ObjectInfo, S3Store, Store
-from mal_train.core.storage.read_ahead import ReadAhead
 from mal_train.core.storage.retry import with_retries
 from mal_train.core.storage.store_errors import too_large
 from mal_train.core.storage.web_store import WebStore
@@ -98,57 +97,12 @@ def local_copy(address: Location, *, max_bytes: int = MAX_COPY_BYTES) -> Iterato
     text = str(address)
     with temporary_file(base_name(text)) as (path, file):
         _download(text, file, max_bytes)
-        with _named(path, text):
+        with named_as(path, text):
             yield path
 
 
 @contextmanager
-def local_folder(address: Location, suffix: str, max_bytes: int) -> Iterator[Path]:
-    """Yields a folder with the files below a folder or prefix: the folder itself, or a temporary download.
-
-    For many small files, which are read several at a time. Errors in the block name the address, as in `local_copy`.
-
-    Args:
-        address: folder, or address of a prefix.
-        suffix: only files whose names end so are downloaded.
-        max_bytes: size limit of one file.
-
-    Raises:
-        StorageError, StoreUnreachable, ConfigError: as `read_bytes`; also for a prefix that cannot be listed, and for a
-            name that leads out of it (FAILED).
-    """
-    if not is_remote(address):
-        yield Path(address)
-        return
-    text = str(address)
-    with temporary_folder() as folder:
-        store = store_of(text)
-        names = with_retries(lambda: list(store.names(text)), redact(text), attempts=store.attempts)
-        wanted = [name for name in names if name.endswith(suffix)]
-        with ReadAhead(wanted, lambda name: read_bytes(join(text, name), max_bytes), len, str) as ahead:
-            for name in ahead:
-                _write_below(folder, name, ahead.take(name), text)
-        with _named(folder, text):
-            yield folder
-
-
-def _write_below(folder: Path, name: str, content: bytes, address: str) -> None:
-    """Writes the copy of an object below the prefix `address`."""
-    if resolve_inside(folder, name) is None:
-        raise StorageError(f"{redact(address)}: name {name!r} leads out of the prefix", "FAILED")
-    path = folder / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:  # also a name that is too long, or that another object has as a folder
-        raise OutputError(
-            f"{redact(join(address, name))}: not copied to {folder.parent} ({error.strerror}); free some space there, "
-            "or rename the object"
-        ) from None
-
-
-@contextmanager
-def _named(path: Path, address: str) -> Iterator[None]:
+def named_as(path: Path, address: str) -> Iterator[None]:
     """Names the address in place of the local path in errors of this project that the block raises."""
     try:
         yield

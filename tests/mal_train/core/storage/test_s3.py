@@ -11,7 +11,8 @@ import pytest
 
 from mal_train.core.errors import BadDataset, BadImage, ConfigError, OutputError, StorageError, StoreUnreachable
 from mal_train.core.storage import object_store, reading
-from mal_train.core.storage.reading import local_copy, local_folder, open_random, read_bytes
+from mal_train.core.storage.listing import local_folder
+from mal_train.core.storage.reading import local_copy, open_random, read_bytes
 from mal_train.core.storage.retry import ATTEMPTS
 from mal_train.core.storage.writing import (
     StagedOutput,
