@@ -11,6 +11,7 @@ from typing import Final, Self
 from urllib.parse import urlsplit
 
 from mal_train.core.errors import ConfigError
+from mal_train.core.storage.addresses import WEB_SCHEMES
 
 ANY_PUBLIC: Final = "*"
 """Entry of a list of hosts that allows every host with a public address, by https."""
@@ -68,7 +69,7 @@ class AllowedHosts:
             scheme: of the URL.
             host: of the URL, in ASCII.
         """
-        if scheme not in ("https", "http"):
+        if scheme not in WEB_SCHEMES:
             return f"scheme {scheme!r}; only https and http are fetched"
         if host in self.named:
             return None

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from mal_train.core.errors import StorageError
-from mal_train.core.storage.addresses import redact, scheme_of, split_object
+from mal_train.core.storage.addresses import OBJECT_SCHEMES, redact, scheme_of, split_object
 from mal_train.core.storage.retry import Transient
 
 CREDENTIALS: Final = {
@@ -13,6 +13,11 @@ CREDENTIALS: Final = {
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, az login, or the identity of this machine",
 }
 """Places where the library of a store looks for credentials; this project has no setting for them."""
+
+MISSING_STATUSES: Final = (404, 410)
+BUSY_STATUSES: Final = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP statuses of a server that may answer later."""
+CHANGED_STATUS: Final = 412
 
 _NO_CREDENTIALS: Final = frozenset(
     (
@@ -31,8 +36,8 @@ _BROKEN: Final = frozenset(
     )
 )
 _NO_BUCKET: Final = frozenset(("NoSuchBucket", "ContainerNotFound"))
-_NO_OBJECT: Final = frozenset(("NoSuchKey", "NoSuchVersion", "BlobNotFound", "404", "410"))
-_CHANGED: Final = frozenset(("PreconditionFailed", "ConditionNotMet", "412"))
+_NO_OBJECT: Final = frozenset(("NoSuchKey", "NoSuchVersion", "BlobNotFound", *map(str, MISSING_STATUSES)))
+_CHANGED: Final = frozenset(("PreconditionFailed", "ConditionNotMet", str(CHANGED_STATUS)))
 _REFUSED_CREDENTIALS: Final = frozenset(
     (
         *("401", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
@@ -47,7 +52,8 @@ _FORBIDDEN: Final = frozenset(
 )
 _BUSY: Final = frozenset(
     (
-        *("408", "425", "429", "500", "502", "503", "504", "SlowDown", "ServiceUnavailable", "InternalError"),
+        *map(str, BUSY_STATUSES),
+        *("SlowDown", "ServiceUnavailable", "InternalError"),
         *("RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "ServerBusy"),
         *("OperationTimedOut", "XAmzContentSHA256Mismatch"),
     )
@@ -93,9 +99,7 @@ def missing(address: str) -> StorageError:
 def denied(address: str, detail: str) -> StorageError:
     """Returns the error for an object that may not be read or written; `detail` is the code of the store."""
     scheme = scheme_of(address)
-    remedy = (
-        f"check the credentials: {_places(scheme)}" if scheme in ("s3", "gs", "az", "abfs") else "check the address"
-    )
+    remedy = f"check the credentials: {_places(scheme)}" if scheme in OBJECT_SCHEMES else "check the address"
     hint = "; S3 also answers so for an object that does not exist, to those who may not list" if scheme == "s3" else ""
     return StorageError(f"{redact(address)}: access denied ({detail}){hint}; {remedy}", "ACCESS_DENIED")
 

@@ -22,15 +22,22 @@ from mal_train.core.storage.disk_space import check_space, disk_errors
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.core.storage.object_store import MAX_CONNECTIONS, ObjectInfo, Store, load_module
 from mal_train.core.storage.retry import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Transient, attempt_timeout_s
-from mal_train.core.storage.store_errors import changed, denied, missing, too_large, translate
+from mal_train.core.storage.store_errors import (
+    BUSY_STATUSES,
+    CHANGED_STATUS,
+    MISSING_STATUSES,
+    changed,
+    denied,
+    missing,
+    too_large,
+    translate,
+)
 
 MAX_REDIRECTS: Final = 5
 CHUNK_BYTES: Final = 1 << 18
 
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
-_MISSING: Final = (404, 410)
 _DENIED: Final = (401, 403, 407, 451)
-_BUSY: Final = (408, 425, 429, 500, 502, 503, 504)
 # The file itself, not a compressed form of it whose size is unknown.
 _HEADERS: Final = {"Accept-Encoding": "identity", "User-Agent": "mask-auto-labeler"}
 
@@ -201,13 +208,13 @@ def _redirect(url: Any, location: str) -> Any:
 
 
 def _check_status(status: int, address: str) -> None:
-    if status in _MISSING:
+    if status in MISSING_STATUSES:
         raise missing(address)
     if status in _DENIED:
         raise denied(address, f"HTTP status {status}")
-    if status in _BUSY:
+    if status in BUSY_STATUSES:
         raise Transient(f"HTTP status {status}")
-    if status == 412:
+    if status == CHANGED_STATUS:
         raise changed(address)
     if status not in (200, 206):
         raise StorageError(f"{redact(address)}: HTTP status {status}", "FAILED")
