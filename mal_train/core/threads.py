@@ -18,9 +18,9 @@ def wait_passively() -> None:
 
 
 def clear_in_parts(values: "list[Any] | dict[Any, Any] | set[Any]") -> None:
-    """Empties a collection of which nobody else holds the elements.
+    """Empties a collection whose elements have no other references.
 
-    Its end, or `clear`, would free all of them in one piece, during which no other thread runs: half a second for a
+    Deleting it, or `clear`, would free all of them in one piece, during which no other thread runs: half a second for a
     million objects with their parts.
     """
     if isinstance(values, list):

@@ -27,7 +27,7 @@ from mal_train.core.images.files import read_image
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
 from mal_train.core.settings import network_size_class
-from mal_train.core.storage.retry import PATIENT_ATTEMPTS
+from mal_train.core.storage.retry import TRAINING_ATTEMPTS
 from mal_train.data.annotations import SHUFFLE_BYTES, TrainingBoxes, epoch_order
 from mal_train.data.augment import Cropping, Views, make_views
 
@@ -144,7 +144,7 @@ class BoxDataset(Dataset[Sample]):
                 self.boxes.paths[index],
                 expected_wh=(width, height),
                 hosts=self.boxes.hosts,
-                attempts=PATIENT_ATTEMPTS,
+                attempts=TRAINING_ATTEMPTS,
             )
             self._decoded_bytes += image.nbytes
             while self._decoded and self._decoded_bytes > CACHE_BYTES:

@@ -13,8 +13,8 @@ ATTEMPTS: Final = 5
 FIRST_PAUSE_S = 0.5
 """Mean pause before the second attempt; doubled before each further one. 7.5 s in all."""
 LONGEST_PAUSE_S: Final = 30.0
-PATIENT_ATTEMPTS: Final = 9
-"""Attempts of a training, which cannot be taken up at any image: pauses of some 90 s in all."""
+TRAINING_ATTEMPTS: Final = 9
+"""Attempts of a training, which cannot continue from any image: pauses of some 90 s in all."""
 
 CONNECT_TIMEOUT_S: Final = 10.0
 READ_TIMEOUT_S: Final = 30.0
