@@ -5,10 +5,10 @@ Every bound and every choice is checked against the schema of the spec before a 
 
 import json
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from mal_train.config.labeling import EvaluateConfig, InferenceConfig
 from mal_train.config.spec import RETIRED, Spec
@@ -18,6 +18,7 @@ from mal_train.core.yaml_config import field_at, field_paths, validate
 
 Value = Any
 """Value of a field of the spec: a JSON value."""
+Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 
 SECTIONS = ("dataset", "model", "train")
 """Sections with fields that a training reads."""
@@ -35,10 +36,10 @@ SET_BY_TUNE = {
 }
 """Fields that no trial may change, with the reason."""
 MAX_CHECKED = 1000
-"""Number of values of a range with steps that are checked one by one; of a longer one, the first and the last."""
+"""Number of values of a range of integers that are checked one by one; of a longer one, and of floats, both ends."""
 
 
-def distributions(spec: Spec) -> dict[str, BaseDistribution]:
+def distributions(spec: Spec) -> dict[str, Distribution]:
     """Returns the distribution of each field of `tune.space`.
 
     Raises:
@@ -126,14 +127,14 @@ def shown_values(values: Mapping[str, Value]) -> str:
     return ", ".join(f"{name} {shown_value(value)}" for name, value in values.items())
 
 
-def _distribution(name: str, values: SearchRange) -> BaseDistribution:
-    kind = _number_type(_field_annotation(name))
+def _distribution(name: str, values: SearchRange) -> Distribution:
+    number_type = _number_type(_field_annotation(name))
     if values.choices is not None:
         return CategoricalDistribution([encoded(value) for value in values.choices])
     low, high, step = values.low, values.high, values.step
-    if low is None or high is None or kind is None:  # `SearchRange` requires both
+    if low is None or high is None or number_type is None:  # `SearchRange` requires both
         raise ConfigError(f"tune.space.{name}: the field holds no number; give choices instead of low and high")
-    if kind is float:
+    if number_type is float:
         _check_step(name, low, high, step)
         return FloatDistribution(low, high, log=values.log, step=step)
     if not all(isinstance(value, int) for value in (low, high, 1 if step is None else step)):
@@ -182,22 +183,17 @@ def _number_type(annotation: object) -> type[int] | type[float] | None:
         return annotation
     if typing.get_origin(annotation) is typing.Annotated:
         return _number_type(typing.get_args(annotation)[0])
-    kinds = [_number_type(each) for each in typing.get_args(annotation) if each is not type(None)]
+    types = [_number_type(each) for each in typing.get_args(annotation) if each is not type(None)]
     is_optional = type(None) in typing.get_args(annotation)
-    return kinds[0] if is_optional and len(kinds) == 1 else None
+    return types[0] if is_optional and len(types) == 1 else None
 
 
-def _checked_values(distribution: BaseDistribution) -> Iterable[Value]:
+def _checked_values(distribution: Distribution) -> Sequence[Value]:
     """Returns the values to check: all of a few, otherwise both ends; in between, the schema has no other rules."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
-    return _range_values(typing.cast(IntDistribution | FloatDistribution, distribution))
-
-
-def _range_values(distribution: IntDistribution | FloatDistribution) -> Iterator[Value]:
-    low, high, step = distribution.low, distribution.high, distribution.step
-    count = 0 if distribution.log or step is None else round((high - low) / step) + 1
-    if 0 < count <= MAX_CHECKED and isinstance(distribution, IntDistribution):
-        yield from range(distribution.low, distribution.high + 1, distribution.step)
-    else:
-        yield from (low, high)
+    if isinstance(distribution, IntDistribution):
+        values = range(distribution.low, distribution.high + 1, distribution.step)
+        if len(values) <= MAX_CHECKED:
+            return values
+    return distribution.low, distribution.high

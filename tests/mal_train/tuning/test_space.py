@@ -54,6 +54,7 @@ def test_choices_may_be_lists() -> None:
         ("train.batch_size: {low: 0, high: 4}", "train.batch_size"),
         ("train.batch_size: {low: 1, high: 4.5}", "train.batch_size"),
         ("train.crf_kernel_size: {low: 3, high: 7}", "train.crf_kernel_size"),
+        ("train.crf_kernel_size: {low: 3, high: 7, log: true}", "train.crf_kernel_size"),
         ("train.batch_size: {choices: [4, many]}", "train.batch_size"),
         ("train.margin_rate: {low: 0, high: 1}", "train.margin_rate"),
         ("train.use_amp: {low: 0, high: 1}", "train.use_amp"),
