@@ -91,6 +91,7 @@ class SharedStudy:
                 load_if_exists=True,
                 pruner=_pruner(config),
             )
+        self._study_id = storage.get_study_id_from_name(config.study)
         self._check_setup(setup)
 
     def trials(self) -> list[FrozenTrial]:
@@ -119,11 +120,13 @@ class SharedStudy:
 
         Two tuners may start a last trial at the same time. The number decides: the later one is canceled.
         """
-        if len(self.counted()) >= self._config.trials and not self.has_queued():
+        trials = self.trials()
+        is_queued = any(trial.state is TrialState.WAITING for trial in trials)
+        if sum(map(_counts, trials)) >= self._config.trials and not is_queued:
             return None
         with quiet_optuna():
             trial = self.optuna.ask()
-            self.set(trial.number, OWNER, this_process())
+            trial.set_user_attr(OWNER, this_process())
             before = sum(_counts(each) and each.number < trial.number for each in self.trials())
             if before >= self._config.trials:
                 self.end(trial.number, "canceled", "another tuner started the last trial")
@@ -137,9 +140,10 @@ class SharedStudy:
 
     def set(self, number: int, name: str, value: Any) -> None:
         """Sets an attribute of a running trial. Raises UpdateFinishedTrialError if it has ended."""
-        study_id = self._storage.get_study_id_from_name(self._config.study)
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        self._storage.set_trial_user_attr(trial_id, name, value)
+        self._storage.set_trial_user_attr(self._trial_id(number), name, value)
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def end(self, number: int, ending: Ending, reason: str, *, tuner_was_stopped: bool = False) -> bool:
         """Marks a trial as failed, and queues one that was interrupted again.
@@ -153,7 +157,7 @@ class SharedStudy:
         Returns:
             False if the trial has ended already.
         """
-        trial = next(each for each in self.trials() if each.number == number)
+        trial = self._storage.get_trial(self._trial_id(number))
         progress = _progress(trial, is_counted=not tuner_was_stopped)
         if ending == "interrupted" and progress[WITHOUT_PROGRESS] >= MAX_ATTEMPTS:
             ending, reason = "failed", f"interrupted {MAX_ATTEMPTS} times without a new epoch; the last time: {reason}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mal_train.core.errors import ConfigError
 from mal_train.tuning import study as study_module
@@ -78,7 +78,8 @@ def test_the_later_of_two_last_trials_is_canceled(tmp_path: Path, monkeypatch: p
     spec = spec_with("tune.trials=1")
     study, other = study_of(spec, tmp_path), study_of(spec, tmp_path)
     # Both tuners see an empty study before either starts its trial.
-    monkeypatch.setattr(other, "counted", list)
+    first_look: list[list[FrozenTrial]] = [[]]
+    monkeypatch.setattr(other, "trials", lambda: first_look.pop() if first_look else study.trials())
     first = ask(study)
     assert other.ask() is None
     monkeypatch.undo()
