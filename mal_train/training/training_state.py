@@ -19,8 +19,8 @@ from mal_train.core.numbers import finite_number
 _MAX_COUNT = 2**53
 _OLDEST_MAJOR = 2
 _VERSION = re.compile(r"(\d{1,4})(?:\.\d{1,8}){1,3}(?:\.?(?:a|b|rc|dev|post)\d{1,8})*(?:\+[a-z0-9.]{1,40})?")
-_GROUP_SETTINGS = ("lr", "betas", "eps", "weight_decay", "lr_scale")
-"""Settings of a group of parameters without which no step can be made."""
+_GROUP_SETTINGS = ("lr", "eps", "weight_decay", "lr_scale")
+"""Settings of a group of parameters, beside betas, without which no step can be made."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,12 @@ def _check_numbers(values: Any, path: str) -> None:
 def _group_ids(group: Any, path: str) -> list[int]:
     """Returns the numbers of the parameters of a group, whose settings it checks."""
     settings = _as(group, dict, path)
-    for name in _GROUP_SETTINGS:
-        value = settings.get(name)
-        numbers = value if name == "betas" and isinstance(value, Sequence) and len(value) == 2 else (value,)
-        if not all(finite_number(number) is not None for number in numbers) or (name == "betas" and len(numbers) != 2):
-            raise _Differs(f"{path}.{name}: {value!r:.40} is no setting of AdamW")
+    betas = settings.get("betas")
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise _Differs(f"{path}.betas: {betas!r:.40} is no pair of numbers")
+    for name, value in [("betas", beta) for beta in betas] + [(name, settings.get(name)) for name in _GROUP_SETTINGS]:
+        if finite_number(value) is None:
+            raise _Differs(f"{path}.{name}: {value!r:.40} is no finite number")
     numbers = _member(settings, "params", list)
     if not all(_is_count(number) for number in numbers):
         raise _Differs(f"{path}.params: not numbers of parameters")
