@@ -76,7 +76,7 @@ class TuneResult:
 def tune(spec: Spec, console: Console, *, program: Sequence[str] = PROGRAM) -> TuneResult:
     """Runs trials until the study has `tune.trials` of them, and writes report.html and best.yaml.
 
-    The same command goes on with a study that was interrupted. Several tuners with one storage share the trials.
+    The same command resumes a study that was interrupted. Several tuners with one storage share the trials.
 
     Args:
         spec: the spec.

@@ -90,8 +90,8 @@ def data_position(training: dict[str, Any]) -> DataPosition:
         CheckpointError: the state has another layout; Lightning would fail on it with any error.
     """
     try:
-        for name, kind in _LAYOUT.items():
-            if not isinstance(training.get(name, kind()), kind):
+        for name, expected in _LAYOUT.items():
+            if not isinstance(training.get(name, expected()), expected):
                 raise TypeError(name)
         loops = training.get("loops", {}).get("fit_loop", {})
         if not loops:

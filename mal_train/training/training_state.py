@@ -92,16 +92,16 @@ class _Differs(ValueError):
     """A part of a training state that is not as expected."""
 
 
-def _as(value: Any, kind: type, path: str) -> Any:
-    if not isinstance(value, kind):
-        raise _Differs(f"{path}: {type(value).__name__} instead of {kind.__name__}")
+def _as(value: Any, expected: type, path: str) -> Any:
+    if not isinstance(value, expected):
+        raise _Differs(f"{path}: {type(value).__name__} instead of {expected.__name__}")
     return value
 
 
-def _member(values: Mapping[str, Any], name: str, kind: type) -> Any:
+def _member(values: Mapping[str, Any], name: str, expected: type) -> Any:
     if name not in values:
         raise _Differs(f"{name}: missing")
-    return _as(values[name], kind, name)
+    return _as(values[name], expected, name)
 
 
 def _check_version(text: Any) -> None:

@@ -1,8 +1,8 @@
-"""A study that several tuners share: its trials, their number, and what becomes of the trials of a tuner that died.
+"""A study that several tuners share: its trials, their number, and the repetition of the trials of a tuner that died.
 
 Optuna's storage assigns the numbers of trials, so tuners agree on which ones count without talking to each other. A
-tuner marks its running trials with a beat. A trial whose tuner died is marked as failed, and queued again with the same
-parameters and folder, so that its training resumes from its last checkpoint.
+tuner marks its running trials with a heartbeat. A trial whose tuner died is marked as failed, and queued again with the
+same parameters and folder, so that its training resumes from its last checkpoint.
 """
 
 import time
@@ -24,18 +24,18 @@ from mal_train.core.fingerprint import differences
 from mal_train.tuning.owner import is_dead, this_process
 from mal_train.tuning.storage import quiet_optuna
 
-BEAT_S = 15.0
-"""Seconds between two beats of a running trial."""
+HEARTBEAT_S = 15.0
+"""Seconds between two heartbeats of a running trial."""
 GRACE_S = 120.0
-"""Seconds without a beat after which the trial of another machine counts as interrupted."""
+"""Seconds without a heartbeat after which the trial of another machine counts as interrupted."""
 MAX_ATTEMPTS = 3
 """Interrupted attempts without a new epoch, after which a trial counts as failed: it may be what ends its tuner."""
 STARTUP_TRIALS = 5
 """Trials before the median pruner compares."""
 
-OWNER, BEAT, FOLDER, ATTEMPT, ENDED, REASON, METRICS, SECONDS, EXIT_CODE = (
+OWNER, HEARTBEAT, FOLDER, ATTEMPT, ENDED, REASON, METRICS, SECONDS, EXIT_CODE = (
     "owner",
-    "beat",
+    "heartbeat",
     "folder",
     "attempt",
     "ended",
@@ -81,8 +81,8 @@ class SharedStudy:
     ) -> None:
         self._storage, self._config, self._space = storage, config, space
         self._parallel, self._clock = parallel, clock
-        self._own_beats = 0
-        self._seen_beats: dict[int, tuple[object, float]] = {}
+        self._own_heartbeats = 0
+        self._seen_heartbeats: dict[int, tuple[object, float]] = {}
         with quiet_optuna():
             self.optuna = optuna.create_study(
                 storage=storage,
@@ -173,13 +173,13 @@ class SharedStudy:
             self.optuna.enqueue_trial(trial.params, user_attrs={FOLDER: folder, ATTEMPT: attempt, **progress})
         return True
 
-    def beat(self, numbers: Sequence[int]) -> list[int]:
+    def send_heartbeat(self, numbers: Sequence[int]) -> list[int]:
         """Marks running trials of this tuner as alive; returns those that another tuner took over."""
-        self._own_beats += 1
+        self._own_heartbeats += 1
         lost = []
         for number in numbers:
             try:
-                self.set(number, BEAT, self._own_beats)
+                self.set(number, HEARTBEAT, self._own_heartbeats)
             except UpdateFinishedTrialError:
                 lost.append(number)
         return lost
@@ -196,13 +196,13 @@ class SharedStudy:
         return [trial for trial in running if trial.user_attrs.get(OWNER) != this_process()]
 
     def _is_interrupted(self, trial: FrozenTrial) -> bool:
-        owner, beat = str(trial.user_attrs.get(OWNER, "")), trial.user_attrs.get(BEAT)
+        owner, heartbeat = str(trial.user_attrs.get(OWNER, "")), trial.user_attrs.get(HEARTBEAT)
         if is_dead(owner):
             return True
-        # The clocks of two machines may differ, so the time is measured here since the beat last changed.
-        seen, since = self._seen_beats.get(trial.number, (None, 0.0))
-        if seen != (owner, beat):
-            self._seen_beats[trial.number] = ((owner, beat), self._clock())
+        # The clocks of two machines may differ, so the time is measured here since the heartbeat last changed.
+        seen, since = self._seen_heartbeats.get(trial.number, (None, 0.0))
+        if seen != (owner, heartbeat):
+            self._seen_heartbeats[trial.number] = ((owner, heartbeat), self._clock())
             return False
         return self._clock() - since > GRACE_S
 

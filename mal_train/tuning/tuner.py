@@ -20,7 +20,7 @@ from mal_train.tuning.objective import Objective
 from mal_train.tuning.owner import machine_of
 from mal_train.tuning.space import shown_values, trial_spec
 from mal_train.tuning.storage import quiet_optuna
-from mal_train.tuning.study import ATTEMPT, BEAT_S, EXIT_CODE, FOLDER, METRICS, OWNER, REASON, SECONDS, SharedStudy
+from mal_train.tuning.study import ATTEMPT, EXIT_CODE, FOLDER, HEARTBEAT_S, METRICS, OWNER, REASON, SECONDS, SharedStudy
 from mal_train.tuning.trial_process import INTERRUPTED, PROGRAM, TrialProcess, Validation
 
 POLL_S = 0.2
@@ -95,7 +95,7 @@ class Tuner:
         self._console, self._on_end, self._signals = console, on_end, signals
         self._threads, self._program = threads, program
         self._free, self._running = list(devices), list[RunningTrial]()
-        self._next_beat = self._next_look = 0.0
+        self._next_heartbeat = self._next_look = 0.0
         self._may_start = True
         self._waiting_for = ""
         self._seconds: list[float] = []
@@ -123,9 +123,9 @@ class Tuner:
         for running in list(self._running):
             self._watch(running)
         now = time.monotonic()
-        if now >= self._next_beat:
-            self._next_beat = now + BEAT_S
-            self._beat()
+        if now >= self._next_heartbeat:
+            self._next_heartbeat = now + HEARTBEAT_S
+            self._send_heartbeat()
         if now >= self._next_look:
             self._next_look = now + STUDY_EVERY_S
             self._queue_interrupted()
@@ -261,14 +261,14 @@ class Tuner:
                 f"{trials[-1].user_attrs.get(REASON)}; trials/*/log.txt has their output"
             )
 
-    def _beat(self) -> None:
-        lost = self._study.beat([running.trial.number for running in self._running])
+    def _send_heartbeat(self) -> None:
+        lost = self._study.send_heartbeat([running.trial.number for running in self._running])
         for running in self._running:
             if running.trial.number in lost:
                 self._lose(running)
 
     def _lose(self, running: RunningTrial) -> None:
-        """Ends a trial that another tuner took over because this one gave no sign for too long."""
+        """Ends a trial that another tuner took over after this one sent no heartbeat for too long."""
         running.is_lost = True
         running.process.stop()
         self._console.print(f"trial {running.trial.number}: another tuner has taken it over")

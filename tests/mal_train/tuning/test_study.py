@@ -1,4 +1,4 @@
-"""The study that tuners share: which trials count, what becomes of those of dead tuners, and what may not change."""
+"""The study that tuners share: which trials count, which are repeated, and what may not change."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from mal_train.core.errors import ConfigError
 from mal_train.tuning import study as study_module
 from mal_train.tuning.owner import is_dead, machine_of, this_process
-from mal_train.tuning.study import BEAT, GRACE_S, OWNER, SharedStudy
+from mal_train.tuning.study import GRACE_S, HEARTBEAT, OWNER, SharedStudy
 from tests.mal_train.tuning.studies import spec_with, study_of
 
 
@@ -99,13 +99,13 @@ def test_a_trial_of_a_dead_process_of_this_machine_is_queued_at_once(tmp_path: P
     assert study.ask() is None
 
 
-def test_a_trial_of_another_machine_is_queued_when_its_beat_stops(tmp_path: Path) -> None:
+def test_a_trial_of_another_machine_is_queued_when_its_heartbeat_stops(tmp_path: Path) -> None:
     clock = Clock()
     study = study_of(spec_with(), tmp_path, clock=clock)
     number = ask(study).number
     as_other_tuner(study, number)
-    for beat in range(3):
-        study.set(number, BEAT, beat)
+    for heartbeat in range(3):
+        study.set(number, HEARTBEAT, heartbeat)
         assert study.queue_interrupted() == []
         clock.now += GRACE_S - 1
     assert study.queue_interrupted() == []
@@ -113,13 +113,13 @@ def test_a_trial_of_another_machine_is_queued_when_its_beat_stops(tmp_path: Path
     assert [trial.number for trial in study.queue_interrupted()] == [number]
 
 
-def test_a_tuner_learns_from_its_beat_that_its_trial_was_taken_over(tmp_path: Path) -> None:
+def test_a_tuner_learns_from_its_heartbeat_that_its_trial_was_taken_over(tmp_path: Path) -> None:
     spec = spec_with()
     study, other = study_of(spec, tmp_path), study_of(spec, tmp_path)
     trial = ask(study)
-    assert study.beat([trial.number]) == []
+    assert study.send_heartbeat([trial.number]) == []
     assert other.end(trial.number, "interrupted", "taken")
-    assert study.beat([trial.number]) == [trial.number]
+    assert study.send_heartbeat([trial.number]) == [trial.number]
     assert not study.end(trial.number, "failed", "too late")
     assert study.trials()[0].user_attrs["reason"] == "taken"
 
