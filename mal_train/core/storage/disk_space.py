@@ -1,4 +1,4 @@
-"""Errors of the disk to which remote files are copied: the folder of temporary files."""
+"""Errors of the disk with the temporary files: copies of remote files, and results before their upload."""
 
 import shutil
 import tempfile
@@ -21,10 +21,11 @@ def check_space(address: str, size: int) -> None:
 
 @contextmanager
 def disk_errors(address: str) -> Iterator[None]:
-    """Turns the errors of writing a copy into OutputError."""
+    """Turns the errors of writing the temporary file of a remote one into OutputError."""
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f"{redact(address)}: not copied to {tempfile.gettempdir()} ({error.strerror}); {_REMEDY}"
+            f"{redact(address)}: its temporary file in {tempfile.gettempdir()} cannot be written ({error.strerror}); "
+            f"{_REMEDY}"
         ) from None

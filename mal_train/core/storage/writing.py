@@ -15,6 +15,7 @@ from typing import BinaryIO
 from mal_train.core import atomic_io
 from mal_train.core.errors import ConfigError, OutputError, StorageError, StoreUnreachable
 from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact, scheme_of, sibling
+from mal_train.core.storage.disk_space import disk_errors
 from mal_train.core.storage.reading import store_of, temporary_file, temporary_folder
 from mal_train.core.storage.retry import with_retries
 
@@ -35,8 +36,9 @@ def write_output(address: Location) -> Iterator[BinaryIO]:
             yield file
         return
     with temporary_file(base_name(address)) as (path, file):
-        yield file
-        file.flush()
+        with disk_errors(str(address)):
+            yield file
+            file.flush()
         upload(path, str(address))
 
 

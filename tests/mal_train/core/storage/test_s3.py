@@ -1,5 +1,6 @@
 """Objects in a real S3 server on loopback: slow, missing, changed, refused, broken, too large; reads and writes."""
 
+import errno
 import logging
 import os
 import stat
@@ -22,6 +23,7 @@ from mal_train.core.storage.writing import (
     write_output,
 )
 from mal_train.distributed.launch import free_port
+from tests.mal_train.core.storage.test_web import files_of_at_most
 from tests.object_store import S3, SECRET_KEY
 
 LIMIT = 1000
@@ -257,6 +259,14 @@ def test_busy_store_gets_the_output_again(s3: S3) -> None:
     with write_output(s3.address("out.json")) as file:
         file.write(b"x")
     assert s3.get("out.json") == b"x"
+
+
+@pytest.mark.parametrize("size", [1000, 1 << 20])
+def test_a_full_disk_is_an_error_of_the_output(s3: S3, size: int) -> None:
+    with files_of_at_most(500), pytest.raises(OutputError) as caught, write_output(s3.address("out.json")) as file:
+        file.write(bytes(size))
+    assert os.strerror(errno.EFBIG) in str(caught.value)
+    assert s3.names() == []
 
 
 def test_writable_is_checked_without_a_trace(s3: S3) -> None:
