@@ -88,8 +88,8 @@ def random_batch(side: int, count: int) -> Batch:
     return Batch(pixels, pixels, box, torch.arange(count) % 3, ())
 
 
-def measure(side: int, count: int, steps: int) -> tuple[float, float]:
-    """Returns the median seconds of (step, lower bound)."""
+def fit(side: int, count: int, steps: int, callback: lightning.Callback) -> None:
+    """Trains `steps` steps on one batch of `count` crops, in bfloat16 on the CPU."""
     torch.manual_seed(0)
     module = MalModule(
         MalNetwork(ModelConfig(ARCH)),
@@ -102,20 +102,25 @@ def measure(side: int, count: int, steps: int) -> tuple[float, float]:
         seed=0,
         num_images=count,
     )
-    timer = StepTimer()
     with quiet_libraries():
         trainer = lightning.Trainer(
             accelerator="cpu",
             precision="bf16-mixed",
             max_epochs=1,
-            callbacks=[timer],
+            callbacks=[callback],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        repeated = RepeatedBatch(random_batch(side, count), WARM_UP + steps)
+        repeated = RepeatedBatch(random_batch(side, count), steps)
         trainer.fit(module, train_dataloaders=DataLoader(repeated, batch_size=None, collate_fn=unchanged))
+
+
+def measure(side: int, count: int, steps: int) -> tuple[float, float]:
+    """Returns the median seconds of (step, lower bound)."""
+    timer = StepTimer()
+    fit(side, count, WARM_UP + steps, timer)
     return statistics.median(timer.steps), statistics.median(timer.lower_bounds)
 
 
