@@ -2,7 +2,7 @@
 
 Settings hold a reference instead of the secret itself:
 
-    file:PATH    the content of a UTF-8 file
+    file:PATH    the content of a text file
     env:NAME     the value of an environment variable
 """
 
@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mal_train.core.errors import ConfigError
+from mal_train.core.input_files import decode_text
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def read_secret_file(path: Path, name: str) -> str:
     if len(data) > MAX_SECRET_BYTES:
         raise ConfigError(f"{name}: {path}: larger than {MAX_SECRET_BYTES} bytes; this is not a secret")
     try:
-        return data.decode("utf-8")
+        return decode_text(data)
     except UnicodeDecodeError:
         # `from None`: the decoder's error holds the bytes.
         raise ConfigError(f"{name}: {path}: not UTF-8 text") from None

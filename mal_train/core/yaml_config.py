@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mal_train.core.errors import ConfigError
+from mal_train.core.input_files import decode_text
 from mal_train.core.yaml_text import MAX_DEPTH, parse_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -68,7 +69,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if len(data) > MAX_YAML_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES} bytes, which is the limit")
     try:
-        content = parse_yaml(data.decode("utf-8"))
+        content = parse_yaml(decode_text(data))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if content is None:

@@ -34,6 +34,7 @@ from mal_train.core.atomic_io import remedy_of
 from mal_train.core.coco.members import annotation_file
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.input_files import open_text
 from mal_train.core.settings import MaskFormat
 from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact
 from mal_train.core.storage.writing import StagedOutput, check_writable, refuse_same_location
@@ -239,10 +240,11 @@ def _dataset_options(arguments: argparse.Namespace) -> DatasetOptions:
 
 def _read_ids(path: Path) -> frozenset[int | float | str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with open_text(path) as file:
+            lines = [line.strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--ids {path}: cannot be read ({error}); give a file with one ID per line") from None
-    ids = frozenset(_read_id(path, line.strip()) for line in lines if line.strip())
+    ids = frozenset(_read_id(path, line) for line in lines if line)
     if not ids:
         raise ConfigError(f"--ids {path}: contains no ID; give one per line")
     return ids

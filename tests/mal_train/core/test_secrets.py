@@ -63,3 +63,9 @@ def test_a_secret_that_other_accounts_may_read_is_named_in_a_warning(
     assert len(messages) == is_shared
     assert all(str(path) in message and "decryption_key" in message for message in messages)
     assert "s3cret" not in caplog.text
+
+
+def test_a_byte_order_mark_is_no_part_of_a_secret(tmp_path: Path) -> None:
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "token").write_text("s3cret", encoding=encoding)
+        assert read_secret_file(tmp_path / "token", "token") == "s3cret"

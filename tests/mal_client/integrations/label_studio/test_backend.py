@@ -422,7 +422,7 @@ def test_credentials_are_required_except_for_health() -> None:
 
 @pytest.mark.parametrize("option", ["--api-key-file", "--credentials-file"])
 def test_a_secret_that_is_not_ascii_exits_2(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "secret").write_text("\ufeffuser:secret", encoding="utf-8")
+    (tmp_path / "secret").write_text("usér:secret", encoding="utf-8")
     assert main(["label-studio", "--server", "127.0.0.1:1", "--port", "0", option, str(tmp_path / "secret")]) == 2
     assert f"{option}: {tmp_path / 'secret'}" in capsys.readouterr().err
 
