@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from mal_train.core.coco.annotations import Annotation, Reason
-from mal_train.core.coco.detections import with_detector_score
 from mal_train.core.coco.journal import RowFailure, RowResult
 from mal_train.core.coco.labeled_output import RowOutcome, write_labeled_file
+from mal_train.core.coco.output import mask_score_of
 from mal_train.core.coco.plan import DatasetPlan
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset
@@ -69,8 +69,8 @@ class OutputWriter:
 
     def _finished(self, row: Any, annotation: Annotation, outcome: RowOutcome) -> Any:
         if self._evaluator is not None and outcome is RowOutcome.LABELED:
-            row = _compared(self._evaluator, row, annotation)
-        return row if self._plan.detections is None else with_detector_score(row, annotation)
+            return _compared(self._evaluator, row, annotation)
+        return row
 
     def _note(self, annotation: Annotation, failure: RowFailure) -> RowFailure:
         if annotation.problem is None and failure.reason == Reason.BAD_BOX:
@@ -93,7 +93,7 @@ class OutputWriter:
 def _compared(evaluator: Evaluator, row: Mapping[str, Any], annotation: Annotation) -> Mapping[str, Any]:
     """Adds a labeled row to the report; returns it with its IoU if the input file has a readable mask."""
     mask = rle.Rle.from_coco(row["segmentation"])
-    evaluator.add(annotation, mask, row["score"])
+    evaluator.add(annotation, mask, mask_score_of(row))
     segmentation = annotation.raw.get("segmentation")
     if segmentation:
         with suppress(BadDataset):  # the report counts unreadable masks

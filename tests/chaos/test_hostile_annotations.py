@@ -17,7 +17,7 @@ from mal_server.errors import InvalidRequest
 from mal_server.evaluation.dataset_reader import read_dataset
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, read_coco, read_json
-from mal_train.core.coco.detections import read_detections, with_detector_score
+from mal_train.core.coco.detections import read_detections
 from mal_train.core.coco.output import error_fields, label_fields, labeled_file, write_json_atomic
 from mal_train.core.coco.stream import copy_coco, scan_coco, write_transformed
 from mal_train.core.errors import BadBox, BadDataset, ConfigError
@@ -95,9 +95,7 @@ def work_of(content: bytes, labels: bytes, boxes: bytes, folder: Path) -> Iterab
     yield "server", lambda: read_dataset(folders, "data/a.json", "data").category_names
 
     def detected() -> None:
-        found = read_detections(results, read_coco(path))
-        for row, detection in zip(labeled_file(found, {}, {})["annotations"], found.annotations, strict=True):
-            with_detector_score(row, detection)
+        labeled_file(read_detections(results, read_coco(path)), {}, {})
 
     yield "detections", detected
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from mal_client.formats.masks import MaskFile, MaskRow, write_bytes
+from mal_train.core.coco.output import MASK_SCORE
 from mal_train.core.masks.rle import area, to_box
 from mal_train.core.storage.writing import refuse_same_location
 
 NAME: Final = "labels.json"
 
-KEPT: Final = ("score", "agreement", "flags")
+KEPT: Final = ("score", MASK_SCORE, "agreement", "flags")
 """Fields that FiftyOne imports as attributes of a detection; `score` becomes its confidence."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from mal_client.formats.masks import LabelFiles, MaskFile, MaskRow, write_bytes
 from mal_client.images.image_files import ImageFiles
+from mal_train.core.coco.output import mask_score_of
 from mal_train.core.errors import BadImage
 from mal_train.core.masks.encodings import to_png
 from mal_train.core.masks.polygons import merge_holes
@@ -75,7 +76,7 @@ def _image_path(location: Location, folder: Path | None) -> str:
 
 
 def _shapes(row: MaskRow, group: int, shape: Shape) -> Iterator[dict[str, Any]]:
-    score, flags = row.row.get("score"), row.row.get("flags")
+    score, flags = mask_score_of(row.row), row.row.get("flags")
     common = {
         "label": row.category,
         "group_id": None,

@@ -10,6 +10,7 @@ from mal_client.images.image_files import ImageFiles
 from mal_client.review.queue import FLAG_MEANINGS, QueueItem, ReviewQueue
 from mal_client.types import BoxLabel, Evaluation, LabelOptions, MeasuredInstance
 from mal_train.core.coco.annotations import CocoFile
+from mal_train.core.coco.output import mask_score_of
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.decoder import RgbImage, decode_image
 from mal_train.core.masks.rle import Rle, from_segmentation
@@ -100,8 +101,8 @@ def queue_sections(queue: ReviewQueue, cards: Sequence[Card]) -> list[Html]:
 
 
 def _queue_card(image: RgbImage, item: QueueItem) -> Card:
-    numbers = {name: finite_number(item.row.get(name)) for name in ("score", "agreement")}
-    facts = [f"{name} {number:.2f}" for name, number in numbers.items() if number is not None]
+    numbers = {"score": mask_score_of(item.row), "agreement": item.row.get("agreement")}
+    facts = [f"{name} {number:.2f}" for name, value in numbers.items() if (number := finite_number(value)) is not None]
     facts += [] if item.iou is None else [f"IoU {item.iou:.2f}"]
     height, width = image.shape[:2]
     # A mask of another size cannot be drawn on this image.

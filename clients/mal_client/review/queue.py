@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mal_client.images.image_files import ImageFiles
 from mal_client.types import BoxXywh
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
-from mal_train.core.coco.output import write_json_atomic
+from mal_train.core.coco.output import mask_score_of, write_json_atomic
 from mal_train.core.coco.stream import CocoHead, read_list, scan_coco
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.images.header import read_header
@@ -170,7 +170,7 @@ class ReviewQueue:
                     "annotation_id": item.row.get("id"),
                     "image_id": item.row.get("image_id"),
                     "file_name": item.image.file_name,
-                    "score": item.row.get("score"),
+                    "score": mask_score_of(item.row),
                     "agreement": item.row.get("agreement"),
                     "IoU": item.iou,
                     "reasons": item.reasons,
@@ -390,7 +390,7 @@ def _key(row: Annotation, sort_by: SortBy) -> float | None:
         return None
     if "error" in row.raw:
         return NO_MASK
-    return finite_number(row.raw.get(str(sort_by)))
+    return finite_number(mask_score_of(row.raw) if sort_by is SortBy.SCORE else row.raw.get(str(sort_by)))
 
 
 def _mask(row: Annotation, size_hw: tuple[Any, Any] | None) -> Rle | None:

@@ -1,6 +1,6 @@
 """Reads the boxes of a detector: a COCO results list, with the annotation file that names its images and categories.
 
-In the output, `score` remains the detector's score and `mask_score` is the score of the mask.
+In the output, `score` remains the detector's score and `mask_score` is the score of the mask (`output.labeled_file`).
 """
 
 import dataclasses
@@ -24,8 +24,6 @@ from mal_train.core.coco.json_reader import JsonMemberReader
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.errors import BadDataset
 from mal_train.core.numbers import finite_number
-
-MASK_SCORE = "mask_score"
 
 
 class DetectionRows:
@@ -97,15 +95,6 @@ def read_detections(path: Path, coco: CocoFile) -> CocoFile:
     rows = list(DetectionRows(path, coco.images, known))
     raw = {**coco.raw, "annotations": [row for row, _ in rows]}
     return dataclasses.replace(coco, raw=raw, annotations=[annotation for _, annotation in rows])
-
-
-def with_detector_score(labeled: Any, detection: Annotation) -> Any:
-    """Returns a `labeled_row` of a detection with the detector's `score`, and the score of the mask as `mask_score`."""
-    if not isinstance(labeled, dict) or "score" not in labeled:
-        return labeled
-    other_fields = {key: value for key, value in labeled.items() if key != "score"}
-    detector_score = {"score": detection.raw["score"]} if "score" in detection.raw else {}
-    return {**other_fields, **detector_score, MASK_SCORE: labeled["score"]}
 
 
 def _with_score(annotation: Annotation) -> Annotation:

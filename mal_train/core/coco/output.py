@@ -14,6 +14,10 @@ from mal_train.core.masks.rle import encode_region
 PROVENANCE_KEY = "mask_auto_labeler"
 """Top-level key of a labeled file with the provenance of its masks."""
 
+MASK_SCORE = "mask_score"
+"""Score of the mask in a row whose `score` is that of a detector."""
+
+_RESULT_FIELDS = ("error", "score", MASK_SCORE, "flags", "agreement")
 _ROWS_PER_CHUNK = 2000
 
 
@@ -39,6 +43,11 @@ def label_fields(
     return fields
 
 
+def mask_score_of(row: Mapping[str, Any]) -> Any:
+    """Returns the score of the mask of a labeled row: `mask_score`, or `score` in a row without a detector's score."""
+    return row.get(MASK_SCORE, row.get("score"))
+
+
 def error_fields(reason: str, message: str) -> dict[str, Any]:
     """Returns the fields of a box without a label: `error` with a machine-readable reason and a message."""
     return {"error": {"reason": str(reason), "message": message}}
@@ -52,7 +61,9 @@ def labeled_file(
 ) -> dict[str, Any]:
     """Returns the user's file with masks. Keeps the order of rows, unknown fields and the boxes as given.
 
-    A labeled row gets `label_fields`; its `area` is the area of the mask. A failed or invalid row keeps its fields and
+    A labeled row gets `label_fields`; its `area` is the area of the mask. A row that came with a `score`, as detections
+    do, keeps it; the score of its mask is `mask_score`. A row with `flags` and without `mask_score` was labeled before:
+    its `score` is that of the former mask and is replaced. A failed or invalid row keeps its fields and
     gets `error`, score 0, area 0 and, if the image size is known, an empty mask: COCO tools can load the file, and
     the row comes first when sorted by score. A row without a result counts as failed (NOT_ANSWERED), so no row is
     skipped silently. Crowd rows are copied with the flag CROWD.
@@ -142,14 +153,16 @@ def _json_pieces(obj: Mapping[str, Any]) -> Iterator[str]:
 def _with_result(
     images: Mapping[JsonId, ImageInfo], row: Mapping[str, Any], annotation: Annotation, fields: Mapping[str, Any]
 ) -> dict[str, Any]:
+    has_own_score = "score" in row and (MASK_SCORE in row or "flags" not in row)
     # Remove the result of an earlier run.
-    labeled = {key: value for key, value in row.items() if key not in ("error", "score", "flags", "agreement")}
+    labeled = {key: value for key, value in row.items() if key not in _RESULT_FIELDS}
     labeled.setdefault("iscrowd", 0)
+    scores = {"score": row["score"], MASK_SCORE: fields.get("score", 0.0)} if has_own_score else {}
     if "error" not in fields:
-        return {**labeled, **fields}
+        return {**labeled, **fields, **scores}
     image = images.get(annotation.image_id) if annotation.image_id is not None else None
     labeled.pop("segmentation", None)
     if image is not None and image.width is not None and image.height is not None:
         empty = np.zeros((0, 0), dtype=np.bool_)
         labeled["segmentation"] = encode_region(empty, 0, 0, (image.height, image.width)).to_coco()
-    return {**labeled, "area": 0.0, "score": 0.0, "flags": [], **fields}
+    return {**labeled, "area": 0.0, "score": 0.0, "flags": [], **fields, **scores}

@@ -14,6 +14,7 @@ import numpy as np
 
 from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, Reason, id_order, row_name
 from mal_train.core.coco.json_values import as_json
+from mal_train.core.coco.output import mask_score_of
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
@@ -387,7 +388,11 @@ def _add_label(
     evaluator: Evaluator, annotation: Annotation, label: Annotation, image_hw: tuple[int, int] | None
 ) -> None:
     name = row_name(label.id)
-    failure, segmentation, stated_score = (label.raw.get(key) for key in ("error", "segmentation", "score"))
+    failure, segmentation, stated_score = (
+        label.raw.get("error"),
+        label.raw.get("segmentation"),
+        mask_score_of(label.raw),
+    )
     if failure is not None or segmentation is None:
         reason = failure.get("reason") if isinstance(failure, dict) else None
         evaluator.skip(annotation, str(reason or Reason.NOT_ANSWERED), f"{name}: has no predicted mask")

@@ -13,6 +13,7 @@ from mal_client.integrations.label_studio.brush import encode_brush
 from mal_client.integrations.label_studio.regions import Json, box_to_percent
 from mal_client.review.queue import QueueItem, by_image, check_xml_text, frame_size
 from mal_train.core.atomic_io import write_text
+from mal_train.core.coco.output import mask_score_of
 from mal_train.core.numbers import finite_number
 
 BOX_CONTROL: Final = "box"
@@ -75,7 +76,7 @@ def write_review_tasks(
 def _task(rows: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, url: str) -> Json:
     size_wh = frame_size(rows[0], files)
     regions = [region for item in rows for region in _regions(item, names, size_wh)]
-    scores = [score for item in rows if (score := finite_number(item.row.get("score"))) is not None]
+    scores = [score for item in rows if (score := finite_number(mask_score_of(item.row))) is not None]
     reasons = "; ".join(f"{item.rank}: {', '.join(item.reasons) or 'low score'}" for item in rows)
     data = {IMAGE: url, "review_rank": rows[0].rank, "reasons": reasons}
     prediction = {"model_version": "mask-auto-labeler", "score": min(scores, default=0.0), "result": regions}
@@ -98,5 +99,5 @@ def _regions(item: QueueItem, names: Mapping[object, str], size_wh: tuple[int, i
     if item.rle is not None and (item.rle.width, item.rle.height) == size_wh:
         brush = {"format": "rle", "rle": encode_brush(item.rle), "brushlabels": [label]}
         mask = {"id": f"{item.rank}-mask", "from_name": MASK_CONTROL, "type": "brushlabels", "value": brush}
-        regions.append({**common, **mask, "score": finite_number(item.row.get("score")) or 0.0})
+        regions.append({**common, **mask, "score": finite_number(mask_score_of(item.row)) or 0.0})
     return regions

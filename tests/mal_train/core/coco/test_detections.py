@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mal_train.core.coco.annotations import CocoFile, JsonId, Reason, parse_coco
-from mal_train.core.coco.detections import read_detections, with_detector_score
+from mal_train.core.coco.detections import read_detections
 from mal_train.core.coco.output import error_fields, label_fields, labeled_file
 from mal_train.core.errors import BadDataset
 from tests.mal_train.core.coco.coco_rows import dataset
@@ -73,8 +73,7 @@ def test_a_file_that_is_not_a_list_is_rejected(tmp_path: Path, content: Any, nam
 def test_the_output_contains_both_scores(tmp_path: Path) -> None:
     found = read(tmp_path, [detection(score=0.25), detection(score=0.75), detection(score="x"), None])
     results: dict[JsonId, dict[str, Any]] = {1: label_fields({}, 5, 0.9), 2: error_fields("IMAGE_NOT_FOUND", "gone")}
-    labeled = labeled_file(found, results)["annotations"]
-    rows = [with_detector_score(row, detection) for row, detection in zip(labeled, found.annotations, strict=True)]
+    rows = labeled_file(found, results)["annotations"]
     assert [(row["score"], row["mask_score"]) for row in rows[:3]] == [
         (0.25, 0.9),
         (0.75, 0.0),

@@ -14,7 +14,14 @@ import pytest
 from pycocotools.coco import COCO
 
 from mal_train.core.coco.annotations import CocoFile, parse_coco, read_coco
-from mal_train.core.coco.output import PROVENANCE_KEY, error_fields, label_fields, labeled_file, write_json_atomic
+from mal_train.core.coco.output import (
+    PROVENANCE_KEY,
+    error_fields,
+    label_fields,
+    labeled_file,
+    mask_score_of,
+    write_json_atomic,
+)
 from mal_train.core.errors import OutputError
 from mal_train.core.masks import rle
 from tests.mal_train.core.coco.coco_rows import dataset, row
@@ -204,3 +211,31 @@ def test_labeling_every_real_box_keeps_every_row() -> None:
     assert [r["id"] for r in out["annotations"]] == [a.id for a in coco.annotations]
     assert sum(r.get("flags") == ["CROWD"] for r in out["annotations"]) == 4
     assert not any("error" in r for r in out["annotations"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"score": 0.25}, {"score": 0.25, "mask_score": 0.9}),
+        ({"score": 0.25, "mask_score": 0.4, "flags": []}, {"score": 0.25, "mask_score": 0.9}),
+        ({"score": 0.4, "flags": []}, {"score": 0.9}),
+        ({"mask_score": 0.4}, {"score": 0.9}),
+        ({}, {"score": 0.9}),
+    ],
+    ids=["detector", "detector, labeled before", "labeled before", "odd", "no score"],
+)
+def test_the_score_that_a_row_came_with_is_kept(
+    fields: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], **fields}
+    image = {"id": 1, "file_name": "a.png", "width": 9, "height": 9}
+    content = {"images": [image], "annotations": [row], "categories": [{"id": 1, "name": "cup"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    coco = read_coco(tmp_path / "a.json")
+    results = [label_fields({}, 1, 0.9), error_fields("OUT_OF_MEMORY", "no")]
+    labeled, failed = (labeled_file(coco, {1: result})["annotations"][0] for result in results)
+    scores = {key: labeled[key] for key in ("score", "mask_score") if key in labeled}
+    assert scores == expected
+    assert mask_score_of(labeled) == 0.9
+    assert mask_score_of(failed) == 0.0
+    assert failed.get("score") == (0.25 if "mask_score" in expected else 0.0)
