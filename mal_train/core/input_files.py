@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final, TextIO
+from typing import BinaryIO, Final, TextIO, cast
 
 GZIP_MAGIC: Final = b"\x1f\x8b"
 """First bytes of a gzip file."""
@@ -75,7 +75,7 @@ def open_unzipped(path: Path) -> Iterator[io.BufferedReader]:
             yield file
             return
         with io.BufferedReader(_Unzipped(file)) as unzipped:
-            yield unzipped
+            yield cast(io.BufferedReader, unzipped)
 
 
 @contextmanager
