@@ -39,6 +39,7 @@ from mal_train.core.settings import (
     size_class,
 )
 from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
+from mal_train.kernel.labeler.engine import Engine, TorchEngine
 from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import DEFAULT_PREDICT_OPTIONS, Crop, Label, Prediction, PredictOptions, ProbMap
@@ -78,9 +79,11 @@ class Labeler:
         precision: dtype of the forward pass. `auto` is float32 under `compat: tao`, and otherwise bfloat16 where the
             device is fast at it. Only in float32 on a CPU is the mask of a box independent of the other crops in its
             batch, to the bit.
+        engine: runs the network; None: torch.
 
     Attributes:
         network: the network, on the device.
+        engine: the engine that runs it.
         config: the given settings.
         device: the given device.
         dtype: torch dtype of the forward pass.
@@ -96,11 +99,13 @@ class Labeler:
         *,
         device: str | torch.device = "cpu",
         precision: Precision | str = Precision.AUTO,
+        engine: Engine | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.dtype = compute_dtype(self.device, config, precision)
         self.config = config
         self.network = network.to(self.device).eval()
+        self.engine = engine or TorchEngine(self.network, self.device, self.dtype)
 
     def label(
         self,
@@ -294,10 +299,11 @@ class Labeler:
         )
 
     def with_margin(self, margin_rate: float) -> "Labeler":
-        """Returns a labeler with another `LabelerConfig.margin_rate` that shares the network. Raises ConfigError."""
+        """Returns a labeler with another `LabelerConfig.margin_rate` that shares the engine. Raises ConfigError."""
         config = dataclasses.replace(self.config, margin_rate=margin_rate)
         # The values of `Precision` are the names of torch's dtypes.
-        return Labeler(self.network, config, device=self.device, precision=str(self.dtype).removeprefix("torch."))
+        precision = str(self.dtype).removeprefix("torch.")
+        return Labeler(self.network, config, device=self.device, precision=precision, engine=self.engine)
 
     def max_crops_per_pass(self, crop_size: int) -> int:
         """Returns the number of crops of `crop_size` px in one forward pass. `predict` splits larger batches."""
@@ -330,7 +336,7 @@ class Labeler:
         crops_NHWC = torch.from_numpy(np.stack([crop.pixels for crop in crops])).to(self.device, non_blocking=True)
         # Stays on the CPU: its values control the flow in the network.
         size_class_N = torch.from_numpy(network_size_class([crop.area for crop in crops], self.config.compat))
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode():
             logits = self._branch_logits(normalize(crops_NHWC), size_class_N, options)
             side = crops_NHWC.shape[1]
             prob_NHW = {branch: probabilities(z_N1HW, side).cpu().numpy() for branch, z_N1HW in logits.items()}
@@ -355,16 +361,11 @@ class Labeler:
     def _network_logits(
         self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, branch: Branch, flip: bool
     ) -> torch.Tensor:
-        logits_N1HW = self.network.logits(x_NCHW, size_class_N, branch).float()
+        logits_N1HW = self.engine.logits(x_NCHW, size_class_N, branch)
         if flip:
-            mirrored_N1HW = self.network.logits(x_NCHW.flip(-1), size_class_N, branch).float().flip(-1)
+            mirrored_N1HW = self.engine.logits(x_NCHW.flip(-1), size_class_N, branch).flip(-1)
             logits_N1HW = (logits_N1HW + mirrored_N1HW) / 2
         return logits_N1HW
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.dtype is torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _region(self, crop: Crop) -> Region:
         """Returns the image region that the mask may cover: the box, or under `compat: tao` the crop's window."""

@@ -25,10 +25,10 @@ IMAGE = np.random.default_rng(5).integers(0, 256, (90, 140, 3), dtype=np.uint8)
 BOXES = [(5, 5, 30, 30), (60, 10, 70, 75), (100.25, 60.5, 50, 40), (0, 0, 140, 90), (20, 40, 3, 45)]
 
 
-def make_labeler(config: LabelerConfig | None = None, **options: str) -> Labeler:
+def make_labeler(config: LabelerConfig | None = None, *, precision: str = "float32") -> Labeler:
     network = spread_network()
     default = LabelerConfig(crop_size=64, mask_thres=(0.25, 0.25, 0.25))
-    return Labeler(network, config or default, **({"precision": "float32"} | options))
+    return Labeler(network, config or default, precision=precision)
 
 
 def labels_of(results: list[Label | BadBox]) -> list[Label]:
