@@ -172,7 +172,7 @@ class Client(ClientBase):
         ((480, 640), dtype('bool'))
 
         Args:
-            image: uint8 array (H, W, 3) RGB or (H, W) gray, Pillow image, path of an image file, or its bytes. Arrays
+            image: array (H, W, 3) RGB or (H, W) gray, Pillow image, path of an image file, or its bytes. Arrays
                 and Pillow images are sent as PNG, files and bytes unchanged; EXIF orientation is not applied.
             boxes: (N, 4) x, y, width, height in px of the stored image; x, y is the upper left corner. N may be 0.
             options: label options; the default leaves every choice to the server.

@@ -22,6 +22,7 @@ from mal_train.core.images.decoder import decode_image
 from mal_train.core.settings import Branch
 from tests.mal_client.cutting import Cut, cutting
 from tests.mal_client.fake_server import BREAK_TEXT, SHA, FakeServer, Faults, Limits, serving
+from tests.mal_train.core.images.tiffs import tiff_of
 
 BOXES = [[1.0, 2.0, 10.0, 8.0], [5.0, 5.0, 4.0, 4.0], [0.0, 0.0, 20.0, 20.0]]
 PIXELS = np.random.default_rng(3).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -112,22 +113,49 @@ def test_array_pillow_image_path_and_bytes_arrive_as_the_same_pixels(
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(request.image.content))), PIXELS)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
-def test_pillow_images_of_all_modes_arrive_with_their_pixels(fake: FakeServer, client: Client, mode: str) -> None:
-    wide = Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257)
-    image = wide.convert(mode) if mode.startswith("I") else Image.fromarray(PIXELS).convert(mode)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "PA"])
+def test_pillow_images_of_8_bits_arrive_with_their_colors(fake: FakeServer, client: Client, mode: str) -> None:
+    image = _pillow_image(mode)
     client.label_image(image, BOXES)
     sent = decode_image(fake.label_requests[0].image.content)
-    if mode.startswith("I"):
-        np.testing.assert_array_equal(sent[:, :, 0], PIXELS[:, :, 0])
-    else:
-        np.testing.assert_array_equal(sent, np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(sent, np.asarray(image.convert("RGB")))
 
 
-def test_a_pillow_image_of_floats_is_refused(client: Client) -> None:
-    with pytest.raises(BadImage) as caught:
-        client.label_image(Image.fromarray(PIXELS).convert("F"), BOXES)
-    assert caught.value.reason == "IMAGE_FORMAT"
+def _pillow_image(mode: str) -> Image.Image:
+    rgb = Image.fromarray(PIXELS)
+    if mode == "PA":
+        return rgb.convert("P").convert("PA")
+    if mode == "LAB":
+        return Image.merge("LAB", rgb.split())
+    return rgb.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_pillow_images_of_more_bits_arrive_stretched(fake: FakeServer, client: Client, mode: str) -> None:
+    levels = PIXELS[:, :, 0].copy()
+    levels[0, :2] = 0, 255  # the complete range
+    values = levels.astype(np.uint16) * 3 + 30_000
+    image = Image.fromarray(values.astype({"I;16": "<u2", "I;16B": ">u2", "I": "i4", "F": "f4"}[mode]))
+    assert image.mode == mode
+    client.label_image(image, BOXES)
+    client.label_image(values, BOXES)
+    for request in fake.label_requests:
+        np.testing.assert_array_equal(decode_image(request.image.content)[:, :, 0], levels)
+
+
+def test_the_file_of_an_unread_pillow_image_is_sent_where_pillow_would_cut_its_values(
+    fake: FakeServer, client: Client, tmp_path: Path
+) -> None:
+    path = tmp_path / "wide.tif"
+    path.write_bytes(tiff_of(PIXELS.astype(np.uint16) * 3 + 40_000))
+    with Image.open(path) as unread, Image.open(path) as read:
+        assert unread.mode == "RGB"
+        client.label_image(unread, BOXES)
+        assert fake.label_requests[0].image.content == path.read_bytes()
+        read.load()
+        client.label_image(read, BOXES)
+        np.testing.assert_array_equal(decode_image(fake.label_requests[1].image.content), np.asarray(read))
+        assert unread.load() is not None  # the file is where Pillow left it
 
 
 def test_a_file_is_sent_unchanged(fake: FakeServer, client: Client, tmp_path: Path) -> None:
@@ -140,8 +168,9 @@ def test_a_file_is_sent_unchanged(fake: FakeServer, client: Client, tmp_path: Pa
 @pytest.mark.parametrize(
     "image",
     [
-        np.zeros((4, 4), np.float32),
+        np.zeros((4, 4), np.complex64),
         np.zeros((4, 4, 2), np.uint8),
+        np.zeros((4, 4, 5), np.float32),
         np.zeros((0, 4, 3), np.uint8),
         17,
         "nowhere.png",

@@ -172,6 +172,20 @@ class _FileChecker:
                 "viewers rotate this image; boxes and masks refer to the stored pixels",
                 f"{image.file_name}: EXIF orientation {outcome.orientation}",
             )
+        if outcome.pixel_format.is_stretched:
+            self._report.add(
+                "PIXELS_STRETCHED",
+                Severity.WARNING,
+                "values have more than 8 bits; the range of each file becomes 0 to 255",
+                f"{image.file_name}: {outcome.pixel_format}",
+            )
+        if outcome.pixel_format.dropped_bands:
+            self._report.add(
+                "BANDS_DROPPED",
+                Severity.WARNING,
+                "only the first three bands are used",
+                f"{image.file_name}: {outcome.pixel_format}",
+            )
         if outcome.frames > 1:
             self._report.add(
                 "SEVERAL_FRAMES",
@@ -184,7 +198,7 @@ class _FileChecker:
 _IMAGE_MEANINGS: Final = {
     "IMAGE_NOT_FOUND": "file is missing or cannot be read",
     "IMAGE_DECODE_FAILED": "file is damaged or truncated",
-    "IMAGE_FORMAT": "file is not an image of a supported format",
+    "IMAGE_FORMAT": "file has no supported format, or bands or values that form no image",
     "IMAGE_TOO_LARGE": "image is larger than servers accept by default",
     "IMAGE_SIZE_MISMATCH": "size of the file differs from its row",
 }

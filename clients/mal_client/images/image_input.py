@@ -15,8 +15,8 @@ from mal_train.core.images.files import read_image_bytes
 if TYPE_CHECKING:
     from mal_client.types import ImageInput
 
-# Modes that PNG stores as they are; the server's decoder then applies its one rule to alpha, gray and 16 bits.
-_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+# Modes of 8 bits that PNG stores as they are.
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 MAX_FILE_BYTES = 1 << 30
 """Size limit of an image file whose server is not asked yet; above every limit that fits into a gRPC message."""
@@ -50,8 +50,9 @@ class EncodedImage:
 def encode(image: ImageInput) -> EncodedImage:
     """Returns the bytes to send.
 
-    Arrays, uint8 (H, W, 3) RGB or (H, W) gray, and Pillow images become a lossless PNG; files and bytes are sent
-    unchanged, so the server decodes exactly what is stored.
+    Arrays and Pillow images become a lossless PNG, by the rule of `mal_train.core.images.pixels`; files and bytes are
+    sent unchanged, and the server applies the same rule. So is the file of a Pillow image of more than 8 bits that was
+    opened and not changed: Pillow's colors have 8 bits.
 
     Raises:
         BadImage: the file is missing (reason IMAGE_NOT_FOUND), the array has another shape or dtype (IMAGE_FORMAT), or
@@ -65,28 +66,47 @@ def encode(image: ImageInput) -> EncodedImage:
         return _encode_array(image)
     if hasattr(image, "save") and hasattr(image, "mode") and hasattr(image, "size"):
         return _encode_pillow(image)
-    raise BadImage(f"image: {type(image).__name__}; a uint8 array, a Pillow image, a path or encoded bytes is needed")
+    raise BadImage(f"image: {type(image).__name__}; an array, a Pillow image, a path or encoded bytes is needed")
 
 
-def _encode_array(pixels: np.ndarray[Any, Any]) -> EncodedImage:
-    is_gray, is_rgb = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[2] == 3
-    if pixels.dtype != np.uint8 or not (is_gray or is_rgb) or not pixels.size:
-        raise BadImage(
-            f"image: {pixels.dtype} array of shape {pixels.shape}; uint8 of shape (H, W, 3) RGB or (H, W) is needed",
-            "IMAGE_FORMAT",
-        )
+def _encode_array(values: np.ndarray[Any, Any]) -> EncodedImage:
     # Imported here: it loads Pillow, which callers with files or bytes do not need.
     from mal_train.core.images.decoder import encode_png  # noqa: PLC0415
+    from mal_train.core.images.pixels import rgb_of_values  # noqa: PLC0415
 
-    return EncodedImage(encode_png(np.ascontiguousarray(pixels)), pixels.shape[1], pixels.shape[0])
+    rgb = rgb_of_values(values)
+    is_gray = values.ndim == 2 or values.shape[2] == 1
+    # Gray is smaller; the server repeats it.
+    return EncodedImage(encode_png(np.ascontiguousarray(rgb[:, :, 0]) if is_gray else rgb), rgb.shape[1], rgb.shape[0])
 
 
 def _encode_pillow(image: Any) -> EncodedImage:
-    if image.mode == "F":
-        raise BadImage("image: mode F has no defined range of values; convert it to 8 bits per channel", "IMAGE_FORMAT")
-    # "I" holds what older Pillow reads from 16-bit files; as RGB it would be clipped at 255.
-    stored = image if image.mode in _PNG_MODES else image.convert("I;16" if image.mode == "I" else "RGB")
+    stored = _unread_file(image)
+    if stored is not None:
+        return stored
+    if image.mode not in _PNG_MODES:
+        from mal_train.core.images.pillow_pixels import rgb_of_pillow  # noqa: PLC0415 - as above
+
+        return _encode_array(rgb_of_pillow(image))
     buffer = io.BytesIO()
-    stored.save(buffer, format="PNG", compress_level=1)
-    width, height = stored.size
+    image.save(buffer, format="PNG", compress_level=1)
+    width, height = image.size
     return EncodedImage(buffer.getvalue(), width, height)
+
+
+def _unread_file(image: Any) -> EncodedImage | None:
+    """Returns the file of a Pillow image whose values Pillow would cut to 8 bits, if nothing was read from it yet."""
+    if not getattr(image, "tile", None) or image.tell():
+        return None
+    from mal_train.core.images.header import read_header  # noqa: PLC0415 - as above
+
+    try:
+        position = image.fp.tell()
+        image.fp.seek(0)
+        content = image.fp.read()
+        image.fp.seek(position)
+        header = read_header(content)
+    except (AttributeError, OSError, ValueError, BadImage):
+        return None
+    is_as_opened = header.size_wh == image.size and header.orientation == 1
+    return EncodedImage(content, *header.size_wh) if header.pixel_format.is_stretched and is_as_opened else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mal_train.core.masks.polygons import Ring
     from mal_train.core.masks.rle import Rle
 
-ImageInput: TypeAlias = "NDArray[np.uint8] | Image.Image | Path | str | bytes"
-"""uint8 array (H, W, 3) RGB or (H, W) gray, Pillow image, path of an image file, or its bytes."""
+ImageInput: TypeAlias = "NDArray[Any] | Image.Image | Path | str | bytes"
+"""Array (H, W, 3) RGB or (H, W) gray of real numbers, Pillow image, path of an image file, or its bytes."""
 
 BoxXywh = tuple[float, float, float, float]
 """x, y, width, height in px of the stored image; x, y is the upper left corner."""

@@ -8,6 +8,7 @@ file cannot keep a thread busy with what no label depends on.
 from dataclasses import dataclass
 
 from mal_train.core.errors import BadImage
+from mal_train.core.images.pixels import RGB_8_BIT, PixelFormat
 
 MAX_PARTS = 20_000
 """Segments, chunks, pages or tags of one file. A photograph has some ten; a JPEG of 32 MiB whose metadata comes in full
@@ -25,11 +26,13 @@ class ImageHeader:
         size_wh: stored width and height in px.
         orientation: EXIF orientation; 1 is upright, viewers rotate or mirror the stored pixels for 2–8.
         frames: number of frames in the file; only the first is used.
+        pixel_format: format of the stored values.
     """
 
     size_wh: tuple[int, int]
     orientation: int = 1
     frames: int = 1
+    pixel_format: PixelFormat = RGB_8_BIT
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Container:
     parts: tuple[bytes | memoryview, ...]
 
     @property
+    def is_wide_png(self) -> bool:
+        """True for a PNG of several bands of 16 bits."""
+        pixel_format = self.header.pixel_format
+        return self.format == "PNG" and pixel_format.is_stretched and pixel_format.bands > 1
+
+    @property
     def peak_bytes(self) -> int:
         """Memory that decoding takes beside the file itself: also the copy of its parts that Pillow reads."""
         return self.decode_bytes + sum(map(len, self.parts))
@@ -58,6 +67,10 @@ class Container:
 
 class Damaged(ValueError):
     """A file whose structure is invalid."""
+
+
+class Unsupported(ValueError):
+    """A valid file whose values or bands form no image, or that no decoder here reads."""
 
 
 class TooManyParts(ValueError):
@@ -89,4 +102,6 @@ def refusal(name: str, error: Exception) -> BadImage:
     """Returns the error that names the image, for an error of a walk or of Pillow."""
     if isinstance(error, TooManyParts):
         return BadImage(f"{name}: {error}", "IMAGE_TOO_LARGE")
+    if isinstance(error, Unsupported):
+        return BadImage(f"{name}: {error}", "IMAGE_FORMAT")
     return BadImage(f"{name}: cannot be decoded ({error}); the file is damaged or truncated")

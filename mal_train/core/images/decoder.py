@@ -8,10 +8,6 @@ rotation, because COCO boxes refer to stored pixels.
 import io
 import os
 import stat
-import struct
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mal_train.core.errors import BadImage
-from mal_train.core.images.container import Container, refusal
+from mal_train.core.images.container import Container
 from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, read_container
+from mal_train.core.images.pillow_pixels import opened, rgb_of_pillow, rgb_of_wide_png
+from mal_train.core.images.tiff import TiffContainer
+from mal_train.core.images.tiff_reader import TiffReader
 
 RgbImage = NDArray[np.uint8]
 """(H, W, 3), uint8, RGB, C-contiguous."""
-
-STRIP_PIXELS = 1 << 18
-"""Pixels converted and copied out of Pillow at a time: 1 MB, which fits into the cache of a core."""
 
 
 def decode_image(
@@ -38,8 +34,8 @@ def decode_image(
 ) -> RgbImage:
     """Decodes the first frame of a JPEG, PNG, WebP, BMP or TIFF to RGB pixels (H, W, 3) uint8.
 
-    Gray is repeated in three channels, CMYK is converted, alpha is dropped (the color below it is kept), and 16-bit
-    gray keeps its upper byte.
+    Gray is repeated in three channels, other colors are converted, alpha is dropped (the color below it is kept), and
+    values of more than 8 bits are stretched; `pixels` states the rule.
 
     Args:
         data: bytes of the file.
@@ -65,11 +61,15 @@ def decode_container(
             f"{name}: stored as {width}x{height} px, stated as {expected_wh[0]}x{expected_wh[1]}{hint}",
             "IMAGE_SIZE_MISMATCH",
         )
-    with _opened(container, name) as image:
+    if isinstance(container, TiffContainer):
+        return TiffReader(bytes(container.parts[0]), container.page, name).read()
+    with opened(container.parts, container.format, name) as image:
         if image.size != size_wh:  # the memory was charged for the size that the walk found
             raise BadImage(f"{name}: its headers state {width}x{height} and {image.width}x{image.height} px")
+        if container.is_wide_png:
+            return rgb_of_wide_png(container.parts, name)
         image.load()
-        return _to_rgb(image)
+        return rgb_of_pillow(image)
 
 
 def read_image(
@@ -100,51 +100,3 @@ def _read(path: Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise BadImage(f"{path}: larger than the limit of {max_bytes} bytes", "IMAGE_TOO_LARGE")
     return data
-
-
-@contextmanager
-def _opened(container: Container, name: str) -> Iterator[Image.Image]:
-    """Yields the image opened by Pillow; converts errors here and in the block to BadImage."""
-    try:
-        # Pillow warns about large images; ImageLimits decides instead.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(b"".join(container.parts)), formats=[container.format]) as image:
-                yield image
-    except Image.DecompressionBombError as error:
-        # The message of Pillow states the number of pixels in the header.
-        raise BadImage(f"{name}: {error}", "IMAGE_TOO_LARGE") from None
-    # Errors of Pillow's decoders on damaged files: also SyntaxError for broken PNG chunks, and MemoryError for invalid
-    # sizes in sub-headers.
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError, MemoryError,
-            OverflowError, ZeroDivisionError) as error:  # fmt: skip
-        raise refusal(name, error) from None
-
-
-def _to_rgb(image: Image.Image) -> RgbImage:
-    """Converts and copies pixels in strips. In one piece, Pillow would fill up to three buffers, three times slower."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no standard range; convert to 8 bits per channel")
-    width, height = image.size
-    rows = max(STRIP_PIXELS // width, 1)
-    pixels: RgbImage = np.empty((height, width, 3), np.uint8)
-    for row in range(0, height, rows):
-        strip = image.crop((0, row, width, min(row + rows, height)))
-        pixels[row : row + rows] = _channels(strip)
-    return pixels
-
-
-def _channels(image: Image.Image) -> NDArray[np.uint8]:
-    """Returns the pixels as (H, W, 3), or (H, W, 1) to be repeated."""
-    if image.mode.startswith("I"):
-        return _gray(image)[:, :, None]
-    # convert() copies an image that is RGB already.
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _gray(image: Image.Image) -> NDArray[np.uint8]:
-    """Returns the upper byte of 16-bit gray (H, W), which Pillow would clip at 255."""
-    gray = np.asarray(image)
-    if image.mode == "I":
-        gray = np.minimum(gray.astype(np.uint32), 65535)
-    return (gray >> 8).astype(np.uint8)

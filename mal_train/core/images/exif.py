@@ -1,6 +1,6 @@
 """Reads single values of EXIF and MPF metadata, which are small TIFF files. Never raises on damaged metadata."""
 
-from mal_train.core.images.tiff import Directory
+from mal_train.core.images.tiff_directory import Directory
 
 PREFIX = b"Exif\0\0"
 _ORIENTATION = 0x0112

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mal_train.core.errors import BadImage
-from mal_train.core.images import bmp, jpeg, png, tiff, webp
+from mal_train.core.images import bmp, jpeg, png, tiff, tiff_directory, webp
 from mal_train.core.images.container import Container, ImageHeader, refusal
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -66,7 +66,7 @@ def _reader(data: bytes) -> Callable[[bytes], Container] | None:
         return png.read
     if webp.is_webp(data):
         return webp.read
-    if data.startswith(tiff.SIGNATURES):
+    if data.startswith(tiff_directory.SIGNATURES):
         return tiff.read
     return bmp.read if data.startswith(bmp.SIGNATURE) else None
 

@@ -10,9 +10,11 @@ from mal_train.core.images.container import (
     Damaged,
     ImageHeader,
     TooManyParts,
+    Unsupported,
     check_count,
     joined,
 )
+from mal_train.core.images.pixels import PixelFormat
 
 SIGNATURE = b"\xff\xd8\xff"
 
@@ -100,12 +102,15 @@ class _Walk:
             raise TooManyParts("fill bytes in a row", MAX_FILL_BYTES)
         self.kept.append((self.first_scan, end))
         marker, content = self.frame
+        if content[0] != 8:
+            raise Unsupported(f"JPEG of {content[0]} bits; save it as a 16-bit PNG or TIFF")
         height, width = int.from_bytes(content[1:3]), int.from_bytes(content[3:5])
         pixels = width * height
         _check_scans(self.scans, pixels)
         components = content[5]
         frames = 1 if self.has_gain_map else self.images or 1
-        header = ImageHeader((width, height), self.orientation or 1, frames)
+        pixel_format = PixelFormat(bands=components)
+        header = ImageHeader((width, height), self.orientation or 1, frames, pixel_format)
         result_bytes = RESULT_BYTES
         if marker in _PROGRESSIVE or self.scan_components < components:
             # The decoder frees its coefficients before the result is made.

@@ -2,6 +2,7 @@
 
 from mal_train.core.images import exif
 from mal_train.core.images.container import RESULT_BYTES, Container, Damaged, ImageHeader, check_count, joined
+from mal_train.core.images.pixels import STRETCHING_BYTES, PixelFormat
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -9,7 +10,11 @@ MAX_DATA_CHUNKS = 100_000
 """Chunks of pixel data. Encoders write 8 KB and more at a time: 4000 chunks for 32 MiB. Pillow needs 3 µs for each."""
 
 _END = b"\0\0\0\0IEND\xaeB`\x82"
-_GRAY, _PALETTE = 0, 3
+DEPTH_AT, COLOR_TYPE_AT = 24, 25
+"""Positions in the file."""
+GRAY, RGB, PALETTE, GRAY_ALPHA, RGBA = 0, 2, 3, 4, 6
+"""Color types."""
+_BANDS = {GRAY: 1, RGB: 3, PALETTE: 1, GRAY_ALPHA: 2, RGBA: 4}
 
 
 def read(data: bytes) -> Container:
@@ -20,10 +25,15 @@ def read(data: bytes) -> Container:
     start = walk.before_data(len(SIGNATURE))
     kept = [(0, len(SIGNATURE)), *walk.kept, (start, _end_of_data(data, start))]
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-    header = ImageHeader((width, height), walk.orientation or 1, walk.frames())
+    depth, color = data[DEPTH_AT], data[COLOR_TYPE_AT]
+    pixel_format = PixelFormat(16 if depth == 16 else 8, bands=_BANDS.get(color, 3))
+    header = ImageHeader((width, height), walk.orientation or 1, walk.frames(), pixel_format)
     pixels = width * height
-    pixel_bytes = _decoded_bytes(depth=data[24], color=data[25]) + RESULT_BYTES
-    return Container(header, "PNG", pixels, pixels * pixel_bytes, (*joined(data, kept), _END))
+    parts: tuple[bytes | memoryview, ...] = (*joined(data, kept), _END)
+    decode_bytes = pixels * (_decoded_bytes(depth, color) + RESULT_BYTES)
+    if pixel_format.is_stretched and color != GRAY:
+        decode_bytes += 2 * sum(map(len, parts)) + STRETCHING_BYTES
+    return Container(header, "PNG", pixels, decode_bytes, parts)
 
 
 class _Walk:
@@ -77,9 +87,9 @@ def _end_of_data(data: bytes, position: int) -> int:
 
 
 def _decoded_bytes(depth: int, color: int) -> int:
-    """Returns the bytes per px of Pillow's image."""
-    if color == _PALETTE:
+    """Returns the bytes per px of Pillow's images."""
+    if color == PALETTE:
         return 1
-    if color == _GRAY:
+    if color == GRAY:
         return 2 if depth == 16 else 1
-    return 4
+    return 8 if depth == 16 and color != GRAY_ALPHA else 4

@@ -13,6 +13,7 @@ from PIL import Image
 from mal_train.core.errors import BadDataset
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
 from tests.mal_client.fake_server import FakeServer, serving
+from tests.mal_train.core.images.tiffs import tiff_of
 
 
 @pytest.fixture
@@ -69,6 +70,31 @@ def test_exif_orientation_and_several_frames_are_warnings(dataset: Dataset) -> N
     assert counts(report) == {"EXIF_ORIENTATION": 1, "SEVERAL_FRAMES": 1, "FILE_NOT_LISTED": 2}
     assert report.issues["EXIF_ORIENTATION"].examples == ["rotated.jpg: EXIF orientation 6"]
     assert report.count(Severity.ERROR) == 0
+
+
+def test_files_of_other_values_are_warnings_and_of_other_bands_errors_that_name_them(dataset: Dataset) -> None:
+    gray = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
+    files = {
+        "thermal.tif": tiff_of(gray.astype(np.uint16)),
+        "heights.tif": tiff_of(gray.astype(np.float32)),
+        "infrared.tif": tiff_of(np.dstack([gray] * 4).astype(np.uint8), extra=(0,)),
+        "five.tif": tiff_of(np.dstack([gray] * 5).astype(np.float32), extra=(0, 0, 0, 0)),
+    }
+    for name, content in files.items():
+        (dataset.images_dir / name).write_bytes(content)
+        dataset.coco["images"].append({"id": name, "file_name": name, "width": WIDTH, "height": HEIGHT})
+    dataset.save()
+    for decode in (True, False):
+        report = check(dataset, decode=decode)
+        assert report.issues["PIXELS_STRETCHED"].examples == [
+            "thermal.tif: 16-bit unsigned, 1 band",
+            "heights.tif: 32-bit float, 1 band",
+        ]
+        assert report.issues["BANDS_DROPPED"].examples == ["infrared.tif: 8-bit unsigned, 4 bands"]
+        assert report.issues["PIXELS_STRETCHED"].severity is Severity.WARNING
+        assert report.issues["IMAGE_FORMAT"].severity is Severity.ERROR
+        (example,) = report.issues["IMAGE_FORMAT"].examples
+        assert "five.tif: 5 bands" in example
 
 
 def test_errors_are_the_boxes_that_labeling_would_fail(dataset: Dataset) -> None:

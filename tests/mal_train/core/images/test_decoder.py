@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from mal_train.core.errors import BadImage
-from mal_train.core.images import decoder
-from mal_train.core.images.decoder import STRIP_PIXELS, decode_image, encode_png, read_image
+from mal_train.core.images import pixels
+from mal_train.core.images.decoder import decode_image, encode_png, read_image
 from mal_train.core.images.header import MAX_PIXELS, ImageLimits
 from mal_train.core.images.jpeg import MAX_SCANS
+from mal_train.core.images.pixels import STRIP_PIXELS
 
 
 def encoded(image: Image.Image, format_name: str, **options: object) -> bytes:
@@ -52,7 +53,7 @@ def test_an_image_copied_in_strips_keeps_every_pixel(height: int) -> None:
 
 
 def test_a_row_longer_than_a_strip_keeps_every_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "STRIP_PIXELS", 50)
+    monkeypatch.setattr(pixels, "STRIP_PIXELS", 50)
     image = noise()
     np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(image), "PNG")), image)
 
@@ -75,14 +76,6 @@ def test_every_mode_becomes_three_channels() -> None:
         assert image.shape == (40, 60, 3)
         assert image.dtype == np.uint8
         assert image.flags.c_contiguous
-
-
-def test_sixteen_bit_gray_keeps_its_upper_byte() -> None:
-    gray = np.full((4, 5), 300, dtype=np.uint16)
-    gray[0, 0] = 65535
-    image = decode_image(encoded(Image.fromarray(gray), "PNG"))
-    assert image[1, 1].tolist() == [1, 1, 1]
-    assert image[0, 0].tolist() == [255, 255, 255]
 
 
 def test_alpha_is_dropped_and_the_color_is_kept() -> None:
@@ -217,10 +210,3 @@ def test_scans_of_an_mpo_file_are_counted() -> None:
     last = data.rindex(b"\xff\xda", 0, first_end)
     with pytest.raises(BadImage, match="scans"):
         decode_image(data[:first_end] + data[last:first_end] * (MAX_SCANS + 1) + data[first_end:])
-
-
-@pytest.mark.parametrize("value", [0, 255, 256, 40_000, 65_535])
-def test_16_bit_gray_keeps_its_upper_byte(value: int) -> None:
-    gray = Image.fromarray(np.full((4, 4), value, np.uint16))
-    for form in ("PNG", "TIFF"):
-        assert set(decode_image(encoded(gray, form)).ravel()) == {value >> 8}

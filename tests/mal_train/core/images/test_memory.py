@@ -10,6 +10,8 @@ from PIL import Image
 
 from mal_train.core.images.header import read_container
 from tests.mal_train.core.images.test_decoder import encoded
+from tests.mal_train.core.images.test_pixels import wide_png
+from tests.mal_train.core.images.tiffs import tiff_of
 
 SIZE_WH = (2000, 1600)
 NOISE_BYTES = 12 * 1024 * 1024
@@ -59,6 +61,19 @@ FILES: dict[str, bytes] = {
         )
         for mode, compression in (("RGB", "tiff_adobe_deflate"), ("L", "tiff_lzw"), ("YCbCr", "jpeg"), ("RGB", "jpeg"))
     },
+}
+
+WIDE = np.asarray(smooth("RGB")).astype(np.uint16) * 200
+FILES |= {
+    "PNG RGB of 16 bits": wide_png(WIDE, 2),
+    "PNG RGBA of 16 bits": wide_png(np.concatenate([WIDE, WIDE[:, :, :1]], 2), 6),
+    "PNG LA of 16 bits": wide_png(WIDE[:, :, :2], 4),
+    "TIFF gray of floats in one strip": tiff_of(WIDE[:, :, 0].astype(np.float32)),
+    "TIFF RGB of 16 bits in one strip": tiff_of(WIDE),
+    "TIFF RGB of 16 bits in tiles": tiff_of(WIDE, tile=256),
+    "TIFF RGB of 16 bits, uncompressed": tiff_of(WIDE, deflate=False),
+    "TIFF gray of floats in strips": tiff_of(WIDE[:, :, 0].astype(np.float32), rows_per_strip=100, predictor=3),
+    "TIFF RGB of 8 bits in planes": tiff_of(WIDE.astype(np.uint8), planar=True, rows_per_strip=64),
 }
 
 
