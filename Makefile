@@ -22,7 +22,7 @@ help:
 	@echo "make check   format, lint, types, spelling, prose, licenses, Kubernetes manifests, generated files"
 	@echo "make lock    write the lock files; make audit: known vulnerabilities; make sbom: bill of materials"
 	@echo "make protos  regenerate the gRPC stubs"
-	@echo "make bench   measure speed as ratios; writes bench.json"
+	@echo "make bench   measure speed as ratios; writes bench.json and results/growth.html"
 
 $(VENV)/.all: pyproject.toml $(CONSTRAINTS) deploy/locks/dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
