@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -29,7 +30,7 @@ from mal_train.core.coco.members import annotation_file
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES
 from mal_train.core.console import LINE_EVERY_S, Console
-from mal_train.core.errors import ConfigError
+from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.storage.addresses import base_name, is_remote, redact, sibling
 from mal_train.core.storage.listing import local_folder
 from mal_train.core.storage.reading import local_copy
@@ -38,8 +39,24 @@ from mal_train.core.storage.writing import staged_folder, staged_output
 ROWS_PER_LOOK: Final = 4096
 """Rows between two looks at the clock."""
 
+_OPTIONS: Final[dict[str, tuple[tuple[str, ...], object]]] = {
+    "--columns": (("csv",), ""),
+    "--units": (("csv",), "auto"),
+    "--names": (("yolo", "csv"), None),
+    "--rows": (("yolo",), "auto"),
+    "--rotated-boxes": (("yolo", "voc", "dota"), "refuse"),
+    "--zero-based": (("voc",), False),
+    "--image-set": (("voc",), None),
+    "--encoding": (("csv", "yolo", "voc", "dota"), None),
+    "--row-group-boxes": (("coco",), None),
+}
+"""Formats to which an option applies, and its default."""
+
 if TYPE_CHECKING:
-    from mal_client.formats.boxes import ConversionResult, RowError
+    from mal_client.formats.boxes import ConversionResult, Row, RowError
+    from mal_client.formats.class_names import ClassNames
+    from mal_client.formats.label_files import ImageNames
+    from mal_client.images.image_files import ImageFiles
 
 
 def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -47,13 +64,13 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     convert = add_command(
         commands,
         "convert",
-        "write a COCO file, in JSON or parquet, from another form or from boxes in CSV, YOLO or Pascal VOC",
+        "write a COCO file, in JSON or parquet, from another form or from boxes in CSV, YOLO, Pascal VOC or DOTA",
     )
     convert.set_defaults(run=_convert)
     convert.add_argument(
         "--from",
         dest="source_format",
-        choices=["csv", "yolo", "voc", "coco"],
+        choices=["csv", "yolo", "voc", "dota", "coco"],
         required=True,
         help="format of the boxes",
     )
@@ -62,14 +79,14 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         type=location,
         required=True,
         metavar="PATH",
-        help="csv: the file; yolo: folder of the text files; voc: folder of the XML files; coco: the JSON or parquet "
-        "file, or the folder of the parquet parts; or the address of one of them (s3://…)",
+        help="csv: the file; yolo, dota: folder of the text files; voc: folder of the XML files; coco: the JSON or "
+        "parquet file, or the folder of the parquet parts; or the address of one of them (s3://…)",
     )
     convert.add_argument(
         "--images",
         type=location,
         metavar="DIR",
-        help="csv, yolo and voc, required: folder of the images, or its address (s3://…)",
+        help="required, except for coco: folder of the images, or its address (s3://…)",
     )
     add_outside_option(convert)
     convert.add_argument(
@@ -96,12 +113,44 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         "--names",
         type=local_path,
         metavar="FILE",
-        help="yolo, required: class names, one per line or in a data.yaml",
+        help="yolo, required: class names, one per line or in a data.yaml; csv: the same for classes that are numbers, "
+        "or Open Images' class-descriptions CSV",
+    )
+    convert.add_argument(
+        "--units",
+        choices=["auto", "pixels", "shares"],
+        default="auto",
+        help="csv: unit of the numbers; auto, as Open Images' header or the first row with a share or a number "
+        "above 1 shows (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--rows",
+        choices=["auto", "boxes", "segments", "pose", "obb"],
+        default="auto",
+        help="yolo: kind of the rows; auto, key points if the data.yaml has kpt_shape, else boxes and outlines by the "
+        "count of numbers (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--rotated-boxes",
+        choices=["refuse", "upright"],
+        default="refuse",
+        help="yolo, voc, dota: list rotated boxes as errors, or take the upright box round each (default: %(default)s)",
     )
     convert.add_argument(
         "--zero-based",
         action="store_true",
         help="voc: corners are coordinates that start at 0 (default: indices of pixels that start at 1)",
+    )
+    convert.add_argument(
+        "--image-set",
+        type=local_path,
+        metavar="FILE",
+        help="voc: convert only the images that a file of ImageSets lists",
+    )
+    convert.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="csv, yolo, voc, dota: encoding of text without a byte order mark (default: UTF-8; voc: as declared)",
     )
 
 
@@ -125,7 +174,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from mal_client.formats.boxes import errors_path, write_result  # noqa: PLC0415 - imports OpenCV, which other commands do not need
 
     _refuse_options_of_other_formats(arguments)
-    refuse_outputs_over_inputs([arguments.labels, arguments.names], [arguments.output])
+    refuse_outputs_over_inputs([arguments.labels, arguments.names, arguments.image_set], [arguments.output])
     if arguments.source_format == "coco":
         return _convert_coco(arguments)
     errors_name = errors_path(Path(base_name(arguments.output))).name
@@ -142,12 +191,9 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
-    from mal_client.formats import (  # noqa: PLC0415 - as above
-        boxes,
-        csv_boxes,
-        pascal_voc,
-        yolo_boxes,
-    )
+    """Reads boxes of another format. Raises BadDataset if there are none, and no errors either."""
+    from mal_client.formats.boxes import Rotated, image_names, to_coco  # noqa: PLC0415 - as above
+    from mal_client.formats.label_files import MAX_LABEL_BYTES, ImageNames, suffixes  # noqa: PLC0415
 
     if arguments.images is None:
         raise ConfigError(f"--images: missing; --from {arguments.source_format} reads the sizes of the images")
@@ -155,20 +201,66 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
         raise ConfigError(f"--images {arguments.images}: no such folder; give the folder of the images")
     files = make_image_files(arguments)
     if arguments.source_format == "csv":
-        columns = [name for name in arguments.columns.split(",") if name]
-        with local_copy(arguments.labels) as table:
-            return boxes.to_coco(csv_boxes.read_csv(table, columns), files)
-    if arguments.source_format == "voc":
-        with local_folder(arguments.labels, ".xml", boxes.MAX_LABEL_BYTES) as folder:
-            file_names = boxes.image_names(files)
-            rows = pascal_voc.read_voc(folder, file_names, zero_based=arguments.zero_based)
-            return boxes.to_coco(rows, files, file_names=file_names)
-    if arguments.names is None:
-        raise ConfigError("--names: missing; YOLO files number the classes, so give the file with their names")
-    names = yolo_boxes.read_names(arguments.names)
-    with local_folder(arguments.labels, ".txt", boxes.MAX_LABEL_BYTES) as folder:
-        file_names = boxes.image_names(files)
-        return boxes.to_coco(yolo_boxes.read_yolo(folder, file_names, names, arguments.names), files, names, file_names)
+        result = _read_table(arguments, files)
+    else:
+        suffix = ".xml" if arguments.source_format == "voc" else ".txt"
+        with local_folder(arguments.labels, suffixes(suffix), MAX_LABEL_BYTES) as folder:
+            rows, images, categories = _read_files(arguments, folder, ImageNames(image_names(files)))
+            result = to_coco(rows, files, categories, images.names, Rotated(arguments.rotated_boxes))
+    if not result.boxes and not result.errors:
+        raise BadDataset(f"{redact(arguments.labels)}: contains no box")
+    return result
+
+
+def _read_files(
+    arguments: argparse.Namespace, folder: Path, images: ImageNames
+) -> tuple[Iterator[Row], ImageNames, Sequence[str]]:
+    """Returns the rows of the annotation files of a folder, the images that belong to it, and the known classes."""
+    from mal_client.formats import dota, image_sets, pascal_voc, yolo_boxes  # noqa: PLC0415 - as above
+
+    encoding = arguments.encoding
+    if arguments.source_format == "dota":
+        return dota.read_dota(folder, images, encoding), images, ()
+    if arguments.source_format == "yolo":
+        classes = _class_names(arguments)
+        if classes is None or not classes.names:
+            raise ConfigError("--names: YOLO files number the classes; give the list of their names")
+        rows = yolo_boxes.read_yolo(folder, images, classes, yolo_boxes.YoloRows(arguments.rows), encoding)
+        return rows, images, classes.names
+    listed = None if arguments.image_set is None else image_sets.ImageSet(arguments.image_set, encoding)
+    if listed is not None:
+        images = listed.select(images)
+        print_line(f"{arguments.image_set}: {len(images.names)} images, {listed.left_out} left out by their flag -1")
+    rows = pascal_voc.read_voc(folder, images, zero_based=arguments.zero_based, image_set=listed, encoding=encoding)
+    return rows, images, ()
+
+
+def _read_table(arguments: argparse.Namespace, files: ImageFiles) -> ConversionResult:
+    from mal_client.formats.boxes import to_coco  # noqa: PLC0415 - as above
+    from mal_client.formats.csv_boxes import CsvTable, Units  # noqa: PLC0415
+    from mal_client.formats.label_files import ImageNames  # noqa: PLC0415
+
+    classes = _class_names(arguments)
+    images = cache(lambda: ImageNames(files.names()))  # listed only for a table of names without suffix
+    with local_copy(arguments.labels) as path:
+        table = CsvTable(
+            path,
+            [name for name in arguments.columns.split(",") if name],
+            classes,
+            Units(arguments.units),
+            arguments.encoding,
+            find_image=lambda name: images().find(name),
+        )
+        result = to_coco(table.rows(), files, [] if classes is None else classes.names)
+    for notice in table.notices:
+        print_error(f"mal-client: {notice}")
+    return result
+
+
+def _class_names(arguments: argparse.Namespace) -> ClassNames | None:
+    from mal_client.formats.class_names import read_class_names  # noqa: PLC0415 - as above
+
+    return None if arguments.names is None else read_class_names(arguments.names, arguments.encoding)
 
 
 def _convert_coco(arguments: argparse.Namespace) -> int:
@@ -223,10 +315,18 @@ class _RowProgress:
 
 
 def _refuse_options_of_other_formats(arguments: argparse.Namespace) -> None:
-    format_of = {"--columns": "csv", "--names": "yolo", "--zero-based": "voc", "--row-group-boxes": "coco"}
-    for option, source_format in format_of.items():
-        if getattr(arguments, option[2:].replace("-", "_")) and source_format != arguments.source_format:
-            raise ConfigError(f"{option}: applies to --from {source_format}, not {arguments.source_format}; omit it")
+    for option, (formats, default) in _OPTIONS.items():
+        given = getattr(arguments, option[2:].replace("-", "_"))
+        if given not in (None, default) and arguments.source_format not in formats:
+            of = " or ".join(formats)
+            raise ConfigError(f"{option}: applies to --from {of}, not {arguments.source_format}; omit it")
+    if arguments.encoding is not None:
+        try:
+            b"a".decode(arguments.encoding)
+        except UnicodeDecodeError:  # one of several bytes a character
+            return
+        except LookupError:
+            raise ConfigError(f"--encoding {arguments.encoding}: no such encoding; give one such as gbk") from None
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -5,27 +5,37 @@ The readers in this folder only parse; this module decides which boxes are valid
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from mal_client.formats.rotated import is_rectangle, is_upright
 from mal_client.images.image_files import IMAGE_SUFFIXES, ImageFiles
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.stream import write_coco
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.header import read_header
-from mal_train.core.input_files import read_limited
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import ReadAhead
 
-BAD_ROW = "BAD_ROW"
+BAD_ROW: Final = "BAD_ROW"
+BAD_IMAGE: Final = "BAD_IMAGE"
 
-MAX_LABEL_BYTES = 64 * 1024 * 1024
-"""Size limit of a file with the annotations of one image."""
+SHARE_TOLERANCE: Final = 0.001
+"""By this much may a share of width or height leave [0, 1]; other tools round."""
+
+
+class Rotated(StrEnum):
+    """Treatment of boxes that are rotated."""
+
+    REFUSE = "refuse"
+    """An error of the row."""
+    UPRIGHT = "upright"
+    """The upright box round them; the corners are stored as `rotated_box`."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,13 @@ class BoxRecord:
         where: file and line, for messages and for the field `source` of the COCO row.
         file_name: its image, relative to the image folder.
         category: name of its class.
-        xyxy: left, top, right, bottom; in px, or as fractions of width and height.
-        is_normalized: the numbers are fractions in [0, 1].
+        xyxy: left, top, right, bottom; in px, or as shares of width and height.
+        is_normalized: all numbers are shares of width and height.
         stated_wh: width and height of the image as the annotation states them; None if it does not.
         polygon: x0, y0, x1, y1, … of an outline, in the unit of xyxy; empty if there is none.
+        corners: x0, y0, … x3, y3 of a box that may be rotated, in the unit of xyxy; empty if it cannot be. With a
+            polygon of the same points, it is a rotated box only if it is a rectangle.
+        keypoints: x, y, visibility of each key point, x and y in the unit of xyxy.
         extra: additional fields of the COCO row.
     """
 
@@ -63,7 +76,20 @@ class BoxRecord:
     is_normalized: bool = False
     stated_wh: tuple[int, int] | None = None
     polygon: tuple[float, ...] = ()
+    corners: tuple[float, ...] = ()
+    keypoints: tuple[float, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EmptyImage:
+    """A row that states an image without boxes."""
+
+    where: str
+    file_name: str
+
+
+Row = BoxRecord | EmptyImage | RowError
 
 
 @dataclass(frozen=True)
@@ -80,37 +106,39 @@ class ConversionResult:
 
 
 def to_coco(
-    rows: Iterable[BoxRecord | RowError],
+    rows: Iterable[Row],
     images: ImageFiles | Location,
     categories: Iterable[str] = (),
     file_names: Iterable[str] = (),
+    rotated: Rotated = Rotated.REFUSE,
 ) -> ConversionResult:
-    """Builds a COCO file. Each row becomes an annotation or an error.
+    """Builds a COCO file. Each row becomes an annotation, an image without boxes, or an error.
 
     Args:
-        rows: boxes, and the errors of their reader.
+        rows: boxes, images without boxes, and the errors of their reader.
         images: folder or address of the images; sizes are read from their headers, remote ones several at a time.
         categories: category names in the order of their IDs, from 1; other categories follow alphabetically.
         file_names: images to include even if they have no box.
+        rotated: treatment of rotated boxes.
     """
     files = ImageFiles.of(images)
-    builder = _CocoBuilder(files)
+    builder = _CocoBuilder(files, rotated)
     converted: list[tuple[BoxRecord, dict[str, Any]]] = []
     errors: list[RowError] = []
     names = list(file_names)
     if files.is_remote:  # read ahead; a local file is read when its row comes
         rows = list(rows)
-        builder.read_sizes([*names, *(row.file_name for row in rows if isinstance(row, BoxRecord))])
+        builder.read_sizes([*names, *(row.file_name for row in rows if not isinstance(row, RowError))])
     for name in names:
         error = builder.add_image(name, f"{files.name}/{name}")
         if error is not None:
             errors.append(error)
     for row in rows:
-        annotation = row if isinstance(row, RowError) else builder.annotation(row)
-        if isinstance(annotation, RowError):
-            errors.append(annotation)
-        elif isinstance(row, BoxRecord):
-            converted.append((row, annotation))
+        result = row if isinstance(row, RowError) else builder.add(row)
+        if isinstance(result, RowError):
+            errors.append(result)
+        elif isinstance(row, BoxRecord) and result is not None:
+            converted.append((row, result))
     known = list(dict.fromkeys(categories))
     known += sorted({row.category for row, _ in converted} - set(known))
     ids = {name: category_id for category_id, name in enumerate(known, start=1)}
@@ -164,40 +192,35 @@ def parse_numbers(texts: Iterable[str], names: Iterable[str], where: str) -> tup
             value = float(text)
         except ValueError:
             value = math.nan
+        if "_" in text:  # which Python allows between digits
+            value = math.nan
         if not math.isfinite(value):
             return RowError(where, BAD_ROW, f"{where}: {name} {text!r}; expected a finite number")
         values.append(value)
     return tuple(values)
 
 
-def annotation_files(folder: Path, suffix: str) -> Iterator[Path]:
-    """Yields the files with a suffix below a folder, sorted. Raises BadDataset if there are none."""
-    paths = sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file()) if folder.is_dir() else []
-    if not paths:
-        raise BadDataset(f"{folder}: contains no {suffix} file; give the folder of the annotations with --labels")
-    yield from paths
+def check_shares(values: Iterable[float], where: str) -> RowError | None:
+    """Returns an error unless all values are shares of width or height, in [0, 1]."""
+    outside = next((value for value in values if not abs(value - 0.5) <= 0.5 + SHARE_TOLERANCE), None)
+    if outside is None:
+        return None
+    text = f"{outside:g}; expected shares of width and height in [0, 1], not pixels"
+    return RowError(where, BAD_ROW, f"{where}: {text}")
 
 
-def read_label_file(path: Path) -> bytes:
-    """Returns the bytes of the annotations of one image. Raises OSError, also for more than MAX_LABEL_BYTES."""
-    content = read_limited(path, MAX_LABEL_BYTES)
-    if len(content) > MAX_LABEL_BYTES:
-        raise OSError(errno.EFBIG, f"more than {MAX_LABEL_BYTES} bytes", str(path))
-    return content
-
-
-def match_error(labels_file: str, image_name: str, matches: Sequence[str]) -> RowError:
-    """Returns the error of an annotation file whose image is missing or ambiguous."""
-    problem = f"matches several images: {', '.join(matches)}" if matches else "no such image"
-    return RowError(labels_file, "BAD_IMAGE", f"{labels_file}: image {image_name!r}: {problem}")
+def are_shares(values: Iterable[float]) -> bool:
+    """Returns True for numbers that all lie in [0, 1]: as pixels, their box would be a pixel wide at most."""
+    return all(0 <= value <= 1 for value in values)
 
 
 class _CocoBuilder:
     """Builds rows of a COCO file; reads the header of each image once."""
 
-    def __init__(self, files: ImageFiles) -> None:
+    def __init__(self, files: ImageFiles, rotated: Rotated) -> None:
         self.images: dict[str, dict[str, Any]] = {}
         self._files = files
+        self._rotated = rotated
         self._sizes_wh: dict[str, tuple[int, int] | BadImage] = {}
 
     def read_sizes(self, names: Iterable[str]) -> None:
@@ -219,26 +242,30 @@ class _CocoBuilder:
             self._sizes_wh[name] = self._read_size(name)
         size_wh = self._sizes_wh[name]
         if isinstance(size_wh, BadImage):
-            return RowError(where, "BAD_IMAGE", f"{where}: {size_wh}")
+            return RowError(where, BAD_IMAGE, f"{where}: {size_wh}")
         width, height = size_wh
         self.images[name] = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
         return None
 
-    def annotation(self, row: BoxRecord) -> dict[str, Any] | RowError:
+    def add(self, row: BoxRecord | EmptyImage) -> dict[str, Any] | RowError | None:
+        """Adds the image of a row; returns the annotation of a box, or the error of the row."""
         error = self.add_image(row.file_name, row.where)
-        if error is not None:
+        if error is not None or isinstance(row, EmptyImage):
             return error
-        image = self.images[row.file_name]
+        return self._annotation(row, self.images[row.file_name])
+
+    def _annotation(self, row: BoxRecord, image: Mapping[str, Any]) -> dict[str, Any] | RowError:
         size_wh = (image["width"], image["height"])
         if row.stated_wh is not None and row.stated_wh != size_wh:
             stated = f"annotation states {row.stated_wh[0]}x{row.stated_wh[1]} px, file is {size_wh[0]}x{size_wh[1]} px"
             rotated = "; it may be rotated by EXIF" if row.stated_wh == size_wh[::-1] else ""
             return RowError(row.where, "IMAGE_SIZE_MISMATCH", f"{row.where}: {row.file_name}: {stated}{rotated}")
-        if row.is_normalized and not all(-0.001 <= value <= 1.001 for value in (*row.xyxy, *row.polygon)):
-            text = f"{list(row.xyxy)}; expected fractions of width and height in [0, 1], not pixels"
-            return RowError(row.where, BAD_ROW, f"{row.where}: {text}")
-        scale_xy = size_wh if row.is_normalized else (1, 1)
-        x0, y0, x1, y1 = (value * scale_xy[index % 2] for index, value in enumerate(row.xyxy))
+
+        def in_px(values: tuple[float, ...]) -> list[float]:
+            scale_xy = size_wh if row.is_normalized else (1, 1)
+            return [value * scale_xy[index % 2] for index, value in enumerate(values)]
+
+        x0, y0, x1, y1 = in_px(row.xyxy)
         if x1 <= x0 or y1 <= y0:
             return RowError(
                 row.where, BAD_ROW, f"{row.where}: box from {x0:g}, {y0:g} to {x1:g}, {y1:g} px has no area"
@@ -247,6 +274,20 @@ class _CocoBuilder:
         if not math.isfinite(box[2] * box[3]):
             return RowError(row.where, BAD_ROW, f"{row.where}: box {box}; its numbers are too large for an area")
         annotation: dict[str, Any] = {"image_id": image["id"], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-        if row.polygon:
-            annotation["segmentation"] = [[value * scale_xy[index % 2] for index, value in enumerate(row.polygon)]]
+        corners, polygon = in_px(row.corners), in_px(row.polygon)
+        if corners and not is_upright(corners) and (not polygon or is_rectangle(corners)):
+            if self._rotated is Rotated.REFUSE:
+                text = "rotated box; --rotated-boxes upright takes the upright box round it"
+                more = ", --rows segments the outline as it is" if polygon else ""
+                return RowError(row.where, "BOX_ROTATED", f"{row.where}: {text}{more}")
+            annotation["rotated_box"] = corners
+        elif polygon:
+            annotation["segmentation"] = [polygon]
+        if row.keypoints:
+            xs, ys, visibility = row.keypoints[::3], row.keypoints[1::3], row.keypoints[2::3]
+            points = in_px(tuple(value for point in zip(xs, ys, strict=True) for value in point))
+            annotation["keypoints"] = [
+                value for x, y, v in zip(points[::2], points[1::2], visibility, strict=True) for value in (x, y, v)
+            ]
+            annotation["num_keypoints"] = sum(v > 0 for v in visibility)
         return {**annotation, **row.extra, "source": row.where}

@@ -1,65 +1,144 @@
-"""Reads boxes from a CSV file with one row per box; recognizes the usual column names."""
+"""Reads boxes from a CSV file with one row per box."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Final, TextIO
 
-from mal_client.formats.boxes import BAD_ROW, BoxRecord, RowError, parse_numbers
+from mal_client.formats.boxes import (
+    BAD_ROW,
+    SHARE_TOLERANCE,
+    BoxRecord,
+    Row,
+    RowError,
+    are_shares,
+    check_shares,
+)
+from mal_client.formats.class_names import ClassNames
+from mal_client.formats.csv_columns import Columns
+from mal_client.formats.label_files import FindImage
 from mal_train.core.errors import BadDataset
-
-FILE: Final = ("file_name", "filename", "file", "image", "image_name", "image_path", "path")
-CATEGORY: Final = ("category", "class", "class_name", "label", "name", "category_name")
-CORNERS: Final = (("x_min", "xmin", "x1", "left"), ("y_min", "ymin", "y1", "top"), ("x_max", "xmax", "x2", "right"),
-                  ("y_max", "ymax", "y2", "bottom"))  # fmt: skip
-SIZES: Final = (("x", "bbox_x", "left", "x_min", "xmin"), ("y", "bbox_y", "top", "y_min", "ymin"),
-                ("width", "w", "bbox_width", "bbox_w"), ("height", "h", "bbox_height", "bbox_h"))  # fmt: skip
+from mal_train.core.input_files import open_text
 
 MAX_ROW_CHARS: Final = 1024 * 1024
 """Longest row of a file; one of boxes has some hundred characters."""
 
-DEFAULT_CATEGORY: Final = "object"
+MAX_UNDECIDED: Final = 10_000
+"""Rows that are held until one shows the unit of the table."""
 
 
-def read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[BoxRecord | RowError]:
-    """Yields boxes in px, in the order of the file.
+class Units(StrEnum):
+    """Unit of the numbers of a table."""
+
+    AUTO = "auto"
+    """Fractions in Open Images' table; else that of the first row that has a number above 1, or one with decimals."""
+    PIXELS = "pixels"
+    SHARES = "shares"
+
+
+@dataclass
+class CsvTable:
+    """A CSV file of boxes.
 
     The file needs a column of file names and the columns of either corners (left, top, right, bottom) or x, y, width
-    and height, under one of the names above, in any case. Without a category column, every box is an "object". The
-    delimiter is a comma, semicolon or tab.
+    and height, under one of the names in `csv_columns`, in any case; or Open Images' header. Without a category column,
+    every box is an "object". The delimiter is a comma, semicolon or tab.
 
-    Args:
-        path: the file, UTF-8.
+    A row of the other unit than that of the table, and a box in a table of pixels that lies in [0, 1], is an error.
+
+    Attributes:
+        path: the file, maybe gzip.
         columns: names of the columns, for a file without a header.
-
-    Memory does not grow with the file: no more than a row of it is held.
-
-    Raises:
-        BadDataset: the file cannot be read, a column is missing or repeated, or a row has more than MAX_ROW_CHARS.
+        classes: names of classes by number or identifier; None: the cells are names.
+        units: unit of the numbers.
+        encoding: of text without a byte order mark; None is UTF-8.
+        find_image: finds an image by its name without suffix.
+        notices: what a user should know of the table, once its rows were read.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from _read_rows(path, file, columns)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadDataset(f"{path}: cannot be read ({error}); expected a CSV file in UTF-8") from None
 
+    path: Path
+    columns: Sequence[str] = ()
+    classes: ClassNames | None = None
+    units: Units = Units.AUTO
+    encoding: str | None = None
+    find_image: FindImage = lambda name: [name]
+    notices: list[str] = field(default_factory=list)
 
-def _read_rows(path: Path, file: TextIO, columns: Sequence[str]) -> Iterator[BoxRecord | RowError]:
-    lines = _Lines(path, file)
-    delimiter = max(",;\t", key=lines.first.count)
-    table = csv.reader(lines, delimiter=delimiter)
-    try:
-        header = [name.strip().lower() for name in (columns or next(table, []))]
-        columns_of = _Columns(path, header)
+    def rows(self) -> Iterator[Row]:
+        """Yields the boxes in the order of the file. Memory does not grow with it: a row is held at a time.
+
+        Raises:
+            BadDataset: the file cannot be read, a column is missing or repeated, or a row has more than MAX_ROW_CHARS.
+        """
+        try:
+            with open_text(self.path, self.encoding or "utf-8") as file:
+                yield from self._rows(file)
+        except (OSError, UnicodeDecodeError) as error:
+            text = f"cannot be read ({error}); expected a CSV file in {self.encoding or 'UTF-8'}, or give --encoding"
+            raise BadDataset(f"{self.path}: {text}") from None
+
+    def _rows(self, file: TextIO) -> Iterator[Row]:
+        lines = _Lines(self.path, file)
+        delimiter = max(",;\t", key=lines.first.count)
+        table = csv.reader(lines, delimiter=delimiter)
+        try:
+            header = [name.strip().lower() for name in (self.columns or next(table, []))]
+            columns = Columns(str(self.path), header, self.classes, self.find_image)
+            if columns.unread:
+                self.notices.append(f"{self.path.name}: columns that are not read: {', '.join(columns.unread)}")
+            yield from self._in_units(self._records(table, lines, columns), columns)
+        except csv.Error as error:
+            raise BadDataset(
+                f"{self.path}: line {table.line_num}: {error}; check for a missing quotation mark"
+            ) from None
+
+    def _records(self, table: Iterator[list[str]], lines: _Lines, columns: Columns) -> Iterator[Row]:
+        first = lines.number + 1
         for row in table:
-            where = f"{path.name}:{table.line_num}"
+            last = lines.number
             if any(cell.strip() for cell in row):
-                yield columns_of.read(row, where)
+                # A quotation mark that is not closed swallows lines: the place names all of them.
+                yield columns.read(row, f"{self.path.name}:{first}{f'-{last}' if last > first else ''}")
+            first = last + 1
             lines.row_chars = 0
-    except csv.Error as error:
-        raise BadDataset(f"{path}: line {table.line_num}: {error}; check for a missing quotation mark") from None
+
+    def _in_units(self, rows: Iterator[Row], columns: Columns) -> Iterator[Row]:
+        units = Units.SHARES if columns.is_open_images and self.units is Units.AUTO else self.units
+        undecided: list[Row] = []
+        for row in rows:
+            if units is Units.AUTO and isinstance(row, BoxRecord):
+                units = _units_of(row)
+                if units is Units.SHARES:
+                    self.notices.append(f"{row.where}: shows that the numbers are shares of width and height")
+            if units is Units.AUTO and len(undecided) < MAX_UNDECIDED:
+                undecided.append(row)
+                continue
+            yield from (self._in_unit(held, units) for held in (*undecided, row))
+            undecided.clear()
+        yield from (self._in_unit(held, units) for held in undecided)
+
+    def _in_unit(self, row: Row, units: Units) -> Row:
+        """Returns a box in the unit of the table, or its error."""
+        if not isinstance(row, BoxRecord):
+            return row
+        if units is Units.SHARES:
+            return check_shares(row.xyxy, row.where) or replace(row, is_normalized=True)
+        if are_shares(row.xyxy) and self.units is not Units.PIXELS:
+            numbers = ", ".join(f"{value:g}" for value in row.xyxy)
+            text = f"box {numbers}; a pixel, or shares of width and height? Give --units pixels or shares"
+            return RowError(row.where, BAD_ROW, f"{row.where}: {text}")
+        return row
+
+
+def _units_of(row: BoxRecord) -> Units:
+    """Returns the unit that a box shows; AUTO for one of whole numbers in [0, 1]."""
+    if not all(-SHARE_TOLERANCE <= value <= 1 + SHARE_TOLERANCE for value in row.xyxy):
+        return Units.PIXELS
+    return Units.AUTO if all(value.is_integer() for value in row.xyxy) else Units.SHARES
 
 
 class _Lines:
@@ -67,11 +146,12 @@ class _Lines:
 
     Attributes:
         first: the first line.
+        number: lines that were given out.
         row_chars: characters of the lines since the last complete row; the reader of the rows sets it to 0.
     """
 
     def __init__(self, path: Path, file: TextIO) -> None:
-        self.row_chars = 0
+        self.row_chars = self.number = 0
         self._path = path
         self._file = file
         self.first = self._next()
@@ -85,6 +165,7 @@ class _Lines:
         self._is_new = False
         if not line:
             raise StopIteration
+        self.number += 1
         return line
 
     def _next(self) -> str:
@@ -95,44 +176,3 @@ class _Lines:
                 f"{self._path}: a row of more than {MAX_ROW_CHARS} characters; check for a missing quotation mark"
             )
         return line
-
-
-class _Columns:
-    """Maps the columns of a table to the fields of a box."""
-
-    def __init__(self, path: Path, header: list[str]) -> None:
-        if len(set(header)) != len(header):
-            raise BadDataset(f"{path}: column names are not unique: {', '.join(header)}")
-        self._width = len(header)
-        self._file = _index_of(header, FILE)
-        self._category = _index_of(header, CATEGORY)
-        corners = [_index_of(header, names) for names in CORNERS]
-        sizes = [_index_of(header, names) for names in SIZES]
-        # Corners win: such tables often also have the width and height of the image.
-        self._is_corners = None not in corners
-        box = corners if self._is_corners else sizes
-        if self._file is None or None in box:
-            raise BadDataset(
-                f"{path}: columns {', '.join(header) or '(none)'}; expected file_name and x_min, y_min, x_max, "
-                "y_max or x, y, width, height; for a file without a header, give --columns"
-            )
-        self._box = [index for index in box if index is not None]
-        self._names = [header[index] for index in self._box]
-
-    def read(self, row: list[str], where: str) -> BoxRecord | RowError:
-        if len(row) != self._width:
-            return RowError(where, BAD_ROW, f"{where}: {len(row)} columns; expected {self._width}")
-        values = parse_numbers((row[index] for index in self._box), self._names, where)
-        if isinstance(values, RowError):
-            return values
-        file_name = row[self._file or 0].strip()
-        if not file_name:
-            return RowError(where, BAD_ROW, f"{where}: file name is empty")
-        a, b, c, d = values
-        xyxy = (a, b, c, d) if self._is_corners else (a, b, a + c, b + d)
-        category = DEFAULT_CATEGORY if self._category is None else row[self._category].strip() or DEFAULT_CATEGORY
-        return BoxRecord(where, file_name, category, xyxy)
-
-
-def _index_of(header: list[str], names: Sequence[str]) -> int | None:
-    return next((header.index(name) for name in names if name in header), None)

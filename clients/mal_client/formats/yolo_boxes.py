@@ -1,127 +1,176 @@
-"""Reads boxes from YOLO text files: a file per image, a row per object, all numbers fractions of width and height."""
+"""Reads boxes from YOLO text files: a file per image, a row per object, all numbers shares of width and height."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
 
-from mal_client.formats.boxes import (
-    BAD_ROW,
-    BoxRecord,
-    RowError,
-    annotation_files,
-    match_error,
-    parse_numbers,
-    read_label_file,
-)
+from mal_client.formats.boxes import BAD_ROW, BoxRecord, Row, RowError, check_shares, parse_numbers
+from mal_client.formats.class_names import ClassNames
+from mal_client.formats.label_files import ImageNames, Matches, annotation_files, read_label_lines, without_suffix
+from mal_client.formats.rotated import extent
+from mal_client.images.image_files import IMAGE_SUFFIXES
 from mal_train.core.errors import ConfigError
 
-BOX_NUMBERS = 4
+BOX: Final = 4
+CORNERS: Final = 8
+TRIANGLE: Final = 6
 
-MAX_DIGITS = 18
+MAX_DIGITS: Final = 18
 """Digits of a class; Python refuses to parse thousands."""
 
 
+class YoloRows(StrEnum):
+    """Meaning of the numbers after the class of a row."""
+
+    AUTO = "auto"
+    """Key points if the data.yaml has `kpt_shape`; else boxes and outlines, by their count."""
+    BOXES = "boxes"
+    SEGMENTS = "segments"
+    POSE = "pose"
+    OBB = "obb"
+
+
 def read_yolo(
-    labels_dir: Path, file_names: Sequence[str], names: Sequence[str], names_file: Path
-) -> Iterator[BoxRecord | RowError]:
+    labels_dir: Path,
+    images: ImageNames,
+    classes: ClassNames,
+    rows: YoloRows = YoloRows.AUTO,
+    encoding: str | None = None,
+) -> Iterator[Row]:
     """Yields the boxes of all text files below a folder, file by file.
 
-    A row is `class cx cy w h`, optionally followed by a confidence (stored as `score`), or `class x0 y0 x1 y1 …`, an
-    outline (stored as `segmentation`) whose extent is the box. An image without a text file has no boxes; a text file
-    without an image is an error.
+    A row is `class cx cy w h`, optionally followed by a confidence (stored as `score`), `class x0 y0 x1 y1 …`, an
+    outline (stored as `segmentation`) whose extent is the box, or a box followed by key points (stored as `keypoints`).
+    An image without a text file has no boxes; a text file without an image is an error, but for lists of images,
+    lists of classes and README files.
 
     Args:
-        labels_dir: folder of the text files, with the names and subfolders of the images.
-        file_names: file names of the images.
-        names: class names by number.
-        names_file: file of the class names, for messages.
-    """
-    by_stem: dict[str, list[str]] = {}
-    for name in file_names:
-        by_stem.setdefault(str(Path(name).with_suffix("")), []).append(name)
-    for path in annotation_files(labels_dir, ".txt"):
-        relative = path.relative_to(labels_dir)
-        if relative.name in {"classes.txt", "names.txt"}:
-            continue
-        matches = by_stem.get(str(relative.with_suffix("")), [])
-        if len(matches) != 1:
-            yield match_error(str(relative), str(relative.with_suffix("")), matches)
-            continue
-        yield from _read_file(path, str(relative), matches[0], names, names_file)
-
-
-def read_names(path: Path) -> list[str]:
-    """Reads class names by number, from a text file with one name per line or from a data.yaml.
+        labels_dir: folder of the text files, with the names and subfolders of the images; a folder `labels` stands for
+            `images`.
+        images: the images.
+        classes: class names by number.
+        rows: kind of the rows.
+        encoding: of text without a byte order mark; None is UTF-8.
 
     Raises:
-        ConfigError: the file cannot be read, or its names are missing, empty or not unique.
+        ConfigError: rows of poses, and the class names have no `kpt_shape`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--names {path}: cannot be read ({error})") from None
-    lines = _yaml_names(text, path) if path.suffix.lower() in {".yaml", ".yml"} else text.splitlines()
-    names = [name.strip() for name in lines]
-    while names and not names[-1]:
-        names.pop()
-    if not names or not all(names) or len(set(names)) != len(names):
-        raise ConfigError(f"--names {path}: expected one unique name per class, without empty lines")
-    return names
+    if rows is YoloRows.AUTO and classes.keypoints is not None:
+        rows = YoloRows.POSE
+    if rows is YoloRows.POSE and classes.keypoints is None:
+        raise ConfigError(f"--rows pose: {classes.path} has no kpt_shape; give a data.yaml that has it")
+    reader = _RowReader(classes, rows)
+    matches = Matches()
+    for path, name in annotation_files(labels_dir, ".txt"):
+        stem = without_suffix(name)
+        found = images.at(stem) or images.at(_in_images(stem))
+        lines = read_label_lines(path, name, encoding)
+        if not found and not isinstance(lines, RowError) and _is_no_label_file(name, lines):
+            continue
+        image = matches.take(name, stem, found)
+        if isinstance(image, RowError):
+            yield image
+        elif isinstance(lines, RowError):
+            yield lines
+        else:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield reader.read(line.split(), f"{name}:{number}", image)
 
 
-def _yaml_names(text: str, path: Path) -> list[str]:
-    try:
-        import yaml  # noqa: PLC0415 - not part of the base installation
+class _RowReader:
+    """Reads the rows of one kind."""
 
-        from mal_train.core.yaml_text import parse_yaml  # noqa: PLC0415 - needs it
-    except ModuleNotFoundError:
-        raise ConfigError(
-            f"--names {path}: PyYAML is not installed; run: pip install PyYAML, or give a file with one name per line"
-        ) from None
-    try:
-        data: Any = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--names {path}: not valid YAML ({error})") from None
-    names = data.get("names") if isinstance(data, Mapping) else None
-    if isinstance(names, Mapping) and set(names) == set(range(len(names))):
-        return [str(names[number]) for number in range(len(names))]
-    if isinstance(names, list):
-        return [str(name) for name in names]
-    raise ConfigError(f"--names {path}: expected 'names', a list or a mapping of 0, 1, … to names")
+    def __init__(self, classes: ClassNames, rows: YoloRows) -> None:
+        self._classes = classes
+        self._rows = rows
 
+    def read(self, cells: list[str], where: str, file_name: str) -> BoxRecord | RowError:
+        names = self._classes.names
+        number = cells[0].removesuffix(".0")
+        if not (number.isascii() and number.isdecimal() and len(number) <= MAX_DIGITS and int(number) < len(names)):
+            rule = f"expected 0 to {len(names) - 1}, the classes of {self._classes.path}"
+            return RowError(where, BAD_ROW, f"{where}: class {cells[0][:100]!r}; {rule}")
+        values = parse_numbers(cells[1:], (f"number {index}" for index in range(1, len(cells))), where)
+        if isinstance(values, RowError):
+            return values
+        count, rest = self._expected(len(values), cells[-1])
+        if count is None or len(values) - count not in (0, 1):
+            text = f"{len(values)} numbers after the class; expected {rest}"
+            return RowError(where, BAD_ROW, f"{where}: {text}")
+        extra: dict[str, Any] = {}
+        if len(values) > count:
+            extra["score"] = values[-1]
+            if not 0 <= values[-1] <= 1:
+                return RowError(where, BAD_ROW, f"{where}: confidence {values[-1]:g}; expected 0 to 1")
+        return self._record(values[:count], where, file_name, names[int(number)], extra)
 
-def _read_file(
-    path: Path, relative: str, file_name: str, names: Sequence[str], names_file: Path
-) -> Iterator[BoxRecord | RowError]:
-    try:
-        lines = read_label_file(path).decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        yield RowError(relative, "BAD_FILE", f"{relative}: cannot be read ({error})")
-        return
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where, cells = f"{relative}:{number}", line.split()
-            if not cells[0].isdecimal() or len(cells[0]) > MAX_DIGITS or int(cells[0]) >= len(names):
-                rule = f"expected 0 to {len(names) - 1}, the classes of {names_file}"
-                yield RowError(where, BAD_ROW, f"{where}: class {cells[0][:100]!r}; {rule}")
-                continue
-            yield _read_row(cells, where, file_name, names[int(cells[0])])
+    def _expected(self, count: int, last: str) -> tuple[int | None, str]:
+        """Returns how many numbers a row has without a confidence, None for a row of no known form, and these forms."""
+        rows = self._rows
+        if rows is YoloRows.POSE and self._classes.keypoints is not None:
+            points, each = self._classes.keypoints
+            return BOX + points * each, f"a box and {points} key points of {each}, by kpt_shape"
+        if rows is YoloRows.OBB:
+            return CORNERS, "x0 y0 … x3 y3, the corners of a box"
+        if rows is YoloRows.BOXES or (rows is YoloRows.AUTO and count <= BOX + 1):
+            return BOX, "cx cy w h, or that and a confidence; --rows names other forms"
+        if rows is YoloRows.SEGMENTS:
+            return (count - count % 2 if count >= TRIANGLE else None), "x0 y0 x1 y1 x2 y2 …"
+        forms = "cx cy w h, a confidence, or x0 y0 x1 y1 x2 y2 …; --rows and kpt_shape name other forms"
+        # A box with a confidence and the number of a track has six numbers, too.
+        is_outline = not count % 2 and (count > TRIANGLE or not last.isdecimal())
+        return count if is_outline else None, forms
 
-
-def _read_row(cells: list[str], where: str, file_name: str, category: str) -> BoxRecord | RowError:
-    values = parse_numbers(cells[1:], (f"number {number}" for number in range(1, len(cells))), where)
-    if isinstance(values, RowError):
-        return values
-    if len(values) in (BOX_NUMBERS, BOX_NUMBERS + 1):
-        cx, cy, w, h = values[:BOX_NUMBERS]
-        extra = {"score": values[BOX_NUMBERS]} if len(values) > BOX_NUMBERS else {}
+    def _record(
+        self, values: tuple[float, ...], where: str, file_name: str, category: str, extra: dict[str, Any]
+    ) -> BoxRecord | RowError:
+        is_box = len(values) == BOX or self._rows is YoloRows.POSE
+        error = check_shares(values[:BOX] if is_box else values, where)
+        if error is not None:
+            return error
+        if not is_box:
+            corners = values if len(values) == CORNERS and self._rows is not YoloRows.SEGMENTS else ()
+            polygon = () if self._rows is YoloRows.OBB else values
+            return BoxRecord(
+                *(where, file_name, category, extent(values)),
+                is_normalized=True,
+                polygon=polygon,
+                corners=corners,
+                extra=extra,
+            )
+        cx, cy, w, h = values[:BOX]
         xyxy = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        return BoxRecord(where, file_name, category, xyxy, is_normalized=True, extra=extra)
-    if len(values) < 6 or len(values) % 2:
-        rule = "expected class cx cy w h, or class x0 y0 x1 y1 x2 y2 …"
-        return RowError(where, BAD_ROW, f"{where}: {len(values)} numbers after the class; {rule}")
-    xs, ys = values[0::2], values[1::2]
-    xyxy = (min(xs), min(ys), max(xs), max(ys))
-    return BoxRecord(where, file_name, category, xyxy, is_normalized=True, polygon=values)
+        points = self._keypoints(values[BOX:])
+        return BoxRecord(where, file_name, category, xyxy, is_normalized=True, keypoints=points, extra=extra)
+
+    def _keypoints(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        """Returns x, y, visibility of each key point; without visibilities, a point at 0, 0 is not labeled."""
+        if not values or self._classes.keypoints is None:
+            return ()
+        if self._classes.keypoints[1] == 3:
+            return values
+        points = zip(values[0::2], values[1::2], strict=True)
+        return tuple(value for x, y in points for value in (x, y, 2.0 if x or y else 0.0))
+
+
+def _in_images(stem: str) -> str:
+    """Returns the path of an image for that of a text file: its last folder `labels` becomes `images`."""
+    parts = list(PurePosixPath(stem).parts)
+    for index in range(len(parts) - 2, -1, -1):
+        if parts[index] == "labels":
+            parts[index] = "images"
+            break
+    return "/".join(parts)
+
+
+def _is_no_label_file(name: str, lines: list[str]) -> bool:
+    """Returns True for a file of class names, a README, or a list of images."""
+    base = PurePosixPath(name).name.lower()
+    if base in {"classes.txt", "names.txt"} or base.startswith("readme."):
+        return True
+    paths = [line.strip() for line in lines if line.strip()]
+    return bool(paths) and all(PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES for path in paths)

@@ -15,7 +15,7 @@ from mal_train.core.masks.polygons import single_polygon
 def write_yolo(masks: MaskFile, images_dir: Path, folder: Path) -> None:
     """Writes `folder/labels/NAME.txt` for each image, and `folder/data.yaml`.
 
-    A row is `class x0 y0 x1 y1 …`, fractions of width and height. YOLO allows one polygon per object: components and
+    A row is `class x0 y0 x1 y1 …`, shares of width and height. YOLO allows one polygon per object: components and
     holes are joined by bridges of zero width. Filling it by parity gives the mask exactly; Ultralytics also fills the
     pixels under the outline. For training, put the images in a folder `images` beside `labels`.
 

@@ -35,14 +35,14 @@ def list_names(base: Location) -> Iterator[str]:
 
 
 @contextmanager
-def local_folder(address: Location, suffix: str, max_bytes: int) -> Iterator[Path]:
+def local_folder(address: Location, suffixes: tuple[str, ...], max_bytes: int) -> Iterator[Path]:
     """Yields a folder with the files below a folder or prefix: the folder itself, or a temporary download.
 
     For many small files, which are read several at a time. Errors in the block name the address, as in `local_copy`.
 
     Args:
         address: folder, or address of a prefix.
-        suffix: only files whose names end so are downloaded.
+        suffixes: only files whose names end in one of them, in any case, are downloaded.
         max_bytes: size limit of one file.
 
     Raises:
@@ -54,7 +54,7 @@ def local_folder(address: Location, suffix: str, max_bytes: int) -> Iterator[Pat
         return
     text = str(address)
     with temporary_folder() as folder:
-        wanted = [name for name in list_names(text) if name.endswith(suffix)]
+        wanted = [name for name in list_names(text) if name.lower().endswith(suffixes)]
         with ReadAhead(wanted, lambda name: read_bytes(join(text, name), max_bytes), len, str) as ahead:
             for name in ahead:
                 _write_below(folder, name, ahead.take(name), text)

@@ -322,12 +322,12 @@ def test_local_folder_holds_the_files_below_a_prefix(s3: S3, tmp_path: Path, mon
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for key in ("labels/a.txt", "labels/deeper/b.txt", "labels/c.xml"):
         s3.put(key, key.encode())
-    with local_folder(s3.address("labels"), ".txt", LIMIT) as folder:
+    with local_folder(s3.address("labels"), (".txt",), LIMIT) as folder:
         found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert found == {"a.txt": b"labels/a.txt", "deeper/b.txt": b"labels/deeper/b.txt"}
     s3.put("labels/../../evil.txt", b"x")
-    with pytest.raises((BadImage, StorageError)), local_folder(s3.address("labels"), ".txt", LIMIT):
+    with pytest.raises((BadImage, StorageError)), local_folder(s3.address("labels"), (".txt",), LIMIT):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -336,7 +336,7 @@ def test_local_folder_holds_the_files_below_a_prefix(s3: S3, tmp_path: Path, mon
 def test_names_that_no_local_folder_can_hold_are_one_error(s3: S3, names: list[str]) -> None:
     for name in names:
         s3.put(f"labels/{name}", b"x")
-    with pytest.raises(OutputError), local_folder(s3.address("labels"), ".txt", LIMIT):
+    with pytest.raises(OutputError), local_folder(s3.address("labels"), (".txt",), LIMIT):
         pass
 
 
@@ -350,7 +350,7 @@ def test_a_long_name_is_shortened_for_the_copy(s3: S3) -> None:
 def test_a_missing_temporary_folder_is_one_error(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s3.put("a.json", b"{}")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    for block in (local_copy(s3.address("a.json")), local_folder(s3.address("a"), ".txt", LIMIT)):
+    for block in (local_copy(s3.address("a.json")), local_folder(s3.address("a"), (".txt",), LIMIT)):
         with pytest.raises(OutputError), block:
             pass
     with pytest.raises(OutputError), staged_output(s3.address("b.json")):

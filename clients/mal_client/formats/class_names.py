@@ -1,0 +1,120 @@
+"""Reads the names of classes: by number, from a list or a data.yaml, or by identifier, from Open Images' table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from mal_train.core.errors import ConfigError
+from mal_train.core.input_files import read_text
+
+MAX_NAMES_BYTES: Final = 64 * 1024 * 1024
+"""Size limit of a file of class names."""
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """Names of classes.
+
+    Attributes:
+        path: their file.
+        names: in the order of their numbers.
+        by_id: by number as text or by identifier, and by themselves.
+        keypoints: key points of an object and numbers of each, 2 or 3, by `kpt_shape`; None if there are none.
+    """
+
+    path: Path
+    names: list[str]
+    by_id: Mapping[str, str] = field(default_factory=dict)
+    keypoints: tuple[int, int] | None = None
+
+    def find(self, text: str) -> str | None:
+        """Returns the name of a class that a table gives by number, identifier or name; None if there is none."""
+        found = self.by_id.get(text)
+        if found is None and text.endswith(".0"):  # a number that a table holds as a float
+            found = self.by_id.get(text.removesuffix(".0"))
+        return found
+
+
+def read_class_names(path: Path, encoding: str | None = None) -> ClassNames:
+    """Reads class names: a text file with one name per line, a data.yaml, or a CSV file of identifiers and names.
+
+    Args:
+        path: the file; its suffix tells .yaml, .yml and .csv.
+        encoding: of text without a byte order mark; None is UTF-8.
+
+    Raises:
+        ConfigError: the file cannot be read, or its names are missing, empty or not unique.
+    """
+    try:
+        text = read_text(path, MAX_NAMES_BYTES, encoding or "utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--names {path}: cannot be read ({error})") from None
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        return _descriptions(text, path)
+    names, keypoints = _of_yaml(text, path) if suffix in {".yaml", ".yml"} else (text.splitlines(), None)
+    names = [name.strip() for name in names]
+    while names and not names[-1]:
+        names.pop()
+    if not names or not all(names) or len(set(names)) != len(names):
+        raise ConfigError(f"--names {path}: expected one unique name per class, without empty lines")
+    numbers = {str(number): name for number, name in enumerate(names)}
+    return ClassNames(path, names, {**{name: name for name in names}, **numbers}, keypoints)
+
+
+def _descriptions(text: str, path: Path) -> ClassNames:
+    """Returns the names of a table such as Open Images' class-descriptions.csv, by identifier."""
+    by_id: dict[str, str] = {}
+    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
+        if not row or [cell.lower() for cell in row] == ["labelname", "displayname"]:
+            continue
+        if len(row) != 2 or not all(cell.strip() for cell in row):
+            raise ConfigError(f"--names {path}: line {number}: expected an identifier and a name")
+        key, name = (cell.strip() for cell in row)
+        if by_id.setdefault(key, name) != name:
+            raise ConfigError(f"--names {path}: line {number}: {key[:100]} is given twice")
+    if not by_id:
+        raise ConfigError(f"--names {path}: contains no class")
+    return ClassNames(path, [], {**{name: name for name in by_id.values()}, **by_id})
+
+
+def _of_yaml(text: str, path: Path) -> tuple[list[str], tuple[int, int] | None]:
+    try:
+        import yaml  # noqa: PLC0415 - not part of the base installation
+
+        from mal_train.core.yaml_text import parse_yaml  # noqa: PLC0415 - needs it
+    except ModuleNotFoundError:
+        raise ConfigError(
+            f"--names {path}: PyYAML is not installed; run: pip install PyYAML, or give a file with one name per line"
+        ) from None
+    try:
+        data: Any = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--names {path}: not valid YAML ({error})") from None
+    names = data.get("names") if isinstance(data, Mapping) else None
+    if isinstance(names, Mapping) and set(names) == set(range(len(names))):
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list):
+        raise ConfigError(f"--names {path}: expected 'names', a list or a mapping of 0, 1, … to names")
+    for number, name in enumerate(names):
+        # `no` and `010` are other values in YAML than they show.
+        if not isinstance(name, str) and (type(name) is not int or name < 0):
+            raise ConfigError(f"--names {path}: name {number} is {str(name)[:40]}; write it in quotation marks")
+    count = data.get("nc")
+    if count is not None and count != len(names):
+        raise ConfigError(f"--names {path}: nc {str(count)[:40]}, but {len(names)} names; correct one of them")
+    return [str(name) for name in names], _keypoints(data.get("kpt_shape"), path)
+
+
+def _keypoints(shape: Any, path: Path) -> tuple[int, int] | None:
+    if shape is None:
+        return None
+    if isinstance(shape, list) and len(shape) == 2 and all(type(value) is int for value in shape):
+        count, numbers = shape
+        if count > 0 and numbers in (2, 3):
+            return count, numbers
+    raise ConfigError(f"--names {path}: kpt_shape {str(shape)[:40]}; expected [key points, 2 or 3]")
