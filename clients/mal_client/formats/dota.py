@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mal_client.formats.boxes import BAD_ROW, BoxRecord, Row, RowError, are_shares, parse_numbers
@@ -27,8 +27,8 @@ def read_dota(labels_dir: Path, images: ImageNames, encoding: str | None = None)
     """
     matches = Matches()
     for path, name in annotation_files(labels_dir, ".txt"):
-        stem = without_suffix(name)
-        image = matches.take(name, stem, images.find(stem))
+        stem = PurePosixPath(without_suffix(name))
+        image = matches.take(name, str(stem), images.find(stem.name, str(stem.parent)))
         lines = image if isinstance(image, RowError) else read_label_lines(path, name, encoding)
         if isinstance(image, RowError):
             yield image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -16,6 +17,9 @@ MAX_LABEL_BYTES: Final = 64 * 1024 * 1024
 """Size limit of a file with the annotations of one image, decompressed."""
 
 GZIP_SUFFIX: Final = ".gz"
+
+FOLDERS_OF_KIND: Final = frozenset({"annotations", "jpegimages", "images", "labels", "labeltxt", "img", "xml"})
+"""Lower-case names of folders by which exporters divide images and annotations."""
 
 
 def suffixes(suffix: str) -> tuple[str, str]:
@@ -98,22 +102,25 @@ class ImageNames:
         return self._by_path.get(_key(path), [])
 
     def find(self, name: str, folder: str = "") -> list[str]:
-        """Returns the images that a name refers to, best matches only.
+        """Returns the images that a name refers to.
 
         Args:
             name: name or path, with or without suffix, also an absolute one of another machine.
-            folder: folder of the file that states the name. Among images of the same name, those win whose folders end
-                in the most names of it.
+            folder: folder of the file that states the name. Folders such as `Annotations` and `images` say nothing of
+                the place; of the images of this name elsewhere, those remain whose folders end in the most names of
+                `folder`, and one that shares none only if either lies at the top.
         """
         found = self.at(f"{folder}/{name}") or self.at(name)
         if found:
             return found
         found = self._by_name.get(PurePosixPath(_key(name)).name, [])
-        if len(found) < 2:
-            return found
-        common = {match: _common_end(PurePosixPath(_key(match)).parent, PurePosixPath(_key(folder))) for match in found}
-        best = max(common.values())
-        return [match for match in found if common[match] == best] if best else found
+        place = _place(str(PurePosixPath(_key(folder)) / "x"))
+        places = {match: _place(_key(match)) for match in found}
+        common = {match: _common_end(places[match], place) for match in found}
+        best = max(common.values(), default=0)
+        if best or len(found) > 1:
+            return [match for match in found if common[match] == best]
+        return [match for match in found if not place or not places[match]]
 
 
 class Matches:
@@ -138,14 +145,15 @@ def _key(name: str) -> str:
     return str(PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))) if name else ""
 
 
-def _common_end(a: PurePosixPath, b: PurePosixPath) -> int:
+def _place(key: str) -> tuple[str, ...]:
+    """Returns the folders of a path, without those that only name a kind of files."""
+    return tuple(part for part in PurePosixPath(key).parent.parts if part.lower() not in FOLDERS_OF_KIND)
+
+
+def _common_end(a: tuple[str, ...], b: tuple[str, ...]) -> int:
     """Returns how many last folders two paths share."""
-    count = 0
-    for one, other in zip(reversed(a.parts), reversed(b.parts), strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+    pairs = zip(reversed(a), reversed(b), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 FindImage = Callable[[str], list[str]]

@@ -89,6 +89,16 @@ def test_an_image_that_cannot_be_read_is_printed_once(dataset: Dataset, capsys: 
     assert capsys.readouterr().err.count("IMAGE_NOT_FOUND") == 1
 
 
+def test_label_keeps_the_score_that_a_row_came_with(address: str, dataset: Dataset) -> None:
+    dataset.coco["annotations"][0]["score"] = 0.876543
+    dataset.save()
+    assert main(arguments("label", address, dataset)) == 0
+    first, second = list(dataset.labeled().values())[:2]
+    assert first["score"] == 0.876543
+    assert 0 <= first["mask_score"] <= 1
+    assert "mask_score" not in second
+
+
 def test_an_invalid_file_exits_2_before_any_call(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     dataset.coco["annotations"][1]["id"] = 100
     dataset.save()

@@ -85,6 +85,24 @@ def test_folders_of_images_may_lie_deeper_than_those_of_the_files(folder: Path) 
     assert boxes(folder)["set/cam1/frame.png"] == [("cam1", BOX)]
 
 
+@pytest.mark.parametrize(
+    ("image", "file", "matches"),
+    [
+        ("JPEGImages/x.png", "Annotations/x.xml", True),
+        ("JPEGImages/train/x.png", "Annotations/train/x.xml", True),
+        ("x.png", "train/x.xml", True),
+        ("train/x.png", "x.xml", True),
+        ("cam1/x.png", "cam0/x.xml", False),
+    ],
+)
+def test_an_image_in_another_folder_is_not_guessed(folder: Path, image: str, file: str, matches: bool) -> None:
+    make_images(folder, image)
+    (folder / "labels" / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "labels" / file).write_text(xml(thing(), filename="x.png"))
+    assert convert(folder, "voc") == (0 if matches else 3)
+    assert boxes(folder)[image] == ([("cup", BOX)] if matches else [])
+
+
 @pytest.mark.parametrize("stated", ["C:\\\\data\\\\a.png", "/home/me/a.png", "a", "old name.png", "A.PNG", ""])
 def test_a_stated_name_that_is_no_image_leaves_the_name_of_the_file(folder: Path, stated: str) -> None:
     (folder / "labels" / "a.xml").write_text(xml(thing(), filename=stated))
