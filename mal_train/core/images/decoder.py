@@ -1,6 +1,7 @@
 """Decodes images to RGB pixels; the only decoder of the repository.
 
-Walks through the file first (`header`), and gives Pillow only the parts that pixels need, of an allow-list of formats.
+Walks through the file first (`header`), and gives decoders only the parts that pixels need, of an allow-list of
+formats: TurboJPEG those of a JPEG (`jpeg_pixels`), and Pillow those of all other formats and of what TurboJPEG leaves.
 OpenCV would allocate 4 GiB for a forged 49-byte PNG, and rotates by EXIF. Pixels are returned as stored, without EXIF
 rotation, because COCO boxes refer to stored pixels.
 """
@@ -17,6 +18,7 @@ from PIL import Image
 from mal_train.core.errors import BadImage
 from mal_train.core.images.container import Container
 from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, read_container
+from mal_train.core.images.jpeg_pixels import rgb_of_jpeg
 from mal_train.core.images.pillow_pixels import opened, rgb_of_pillow, rgb_of_wide_png
 from mal_train.core.images.tiff import TiffContainer
 from mal_train.core.images.tiff_reader import TiffReader
@@ -63,6 +65,9 @@ def decode_container(
         )
     if isinstance(container, TiffContainer):
         return TiffReader(bytes(container.parts[0]), container.page, name).read()
+    pixels = rgb_of_jpeg(container.parts, size_wh) if container.format == "JPEG" else None
+    if pixels is not None:
+        return pixels
     with opened(container.parts, container.format, name) as image:
         if image.size != size_wh:  # the memory was charged for the size that the walk found
             raise BadImage(f"{name}: its headers state {width}x{height} and {image.width}x{image.height} px")
