@@ -92,8 +92,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from mal_train.config.spec import load_spec
     from mal_train.training.run_files import note_failure
 
-    spec = load_spec(arguments.spec, arguments.overrides)
     env = read_distributed_env()
+    is_first = env.is_rank_zero and env.launcher != "mal-train"
+    spec = load_spec(arguments.spec, arguments.overrides, "train", Console().print if is_first else lambda _: None)
     if env.launcher == "none" and spec.train.num_nodes > 1:
         raise ConfigError(
             f"train.num_nodes: {spec.train.num_nodes}; start the command on each machine with torchrun or srun "
@@ -124,7 +125,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     from mal_train.commands.tune import tune
     from mal_train.config.spec import load_spec
 
-    result = tune(load_spec(arguments.spec, arguments.overrides), Console())
+    result = tune(load_spec(arguments.spec, arguments.overrides, "tune", Console().print), Console())
     print_result(result.summary())
     return SOME_FAILED if result.failed else 0
 
@@ -133,15 +134,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from mal_train.commands.evaluate import evaluate
     from mal_train.config.spec import load_spec
 
-    report = evaluate(load_spec(arguments.spec, _with_checkpoint(arguments.overrides, "evaluate")), Console())
+    report = evaluate(load_spec(arguments.spec, arguments.overrides, "evaluate", Console().print), Console())
     print_result(report.table())
-    return SOME_FAILED if any(row.reason not in _NOT_FAILURES for row in report.skipped_rows) else 0
+    is_complete = report.measured and all(row.reason in _NOT_FAILURES for row in report.skipped_rows)
+    return 0 if is_complete else SOME_FAILED
 
 
 def _inference(arguments: argparse.Namespace) -> int:
     from mal_train.config.spec import load_spec
 
-    spec = load_spec(arguments.spec, _with_checkpoint(arguments.overrides, "inference"))
+    spec = load_spec(arguments.spec, arguments.overrides, "inference", Console().print)
     if spec.inference.engine == "ray":
         from mal_train.commands.ray_inference import inference_on_ray as inference
     else:
@@ -152,12 +154,10 @@ def _inference(arguments: argparse.Namespace) -> int:
         print_result(result.report.table())
     for reason, count in result.failed.most_common():
         print_result(f"{count} boxes without a mask: {reason}")
+    if result.crowds and not result.labeled and not result.failed:
+        print_result(f"no annotation was labeled: all {result.crowds} are CROWD; see dataset.crowd_as_objects")
+        return SOME_FAILED
     return SOME_FAILED if result.failed else 0
-
-
-def _with_checkpoint(overrides: list[str], command: str) -> list[str]:
-    """Expands the override `checkpoint=FILE` to the field of the command: `inference.checkpoint=FILE`."""
-    return [f"{command}.{text}" if text.startswith("checkpoint=") else text for text in overrides]
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -171,7 +171,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from mal_train.commands.export import export
     from mal_train.config.spec import load_spec
 
-    spec = load_spec(arguments.spec, arguments.overrides)
+    spec = load_spec(arguments.spec, arguments.overrides, "export", Console().print)
     report = export(spec, arguments.output, Console(), license=arguments.license, average_with=arguments.average or ())
     if report is not None:
         print_result(report.table())

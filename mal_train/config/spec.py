@@ -13,6 +13,7 @@ from pydantic import Field
 from mal_train.config.dataset import DatasetConfig
 from mal_train.config.labeling import EvaluateConfig, InferenceConfig
 from mal_train.config.network import NetworkConfig
+from mal_train.config.tao_forms import Note, Verb, checkpoint_field, current_form
 from mal_train.config.training import TrainConfig
 from mal_train.config.tune import TuneConfig, has_credentials, redacted_url
 from mal_train.core.errors import ConfigError
@@ -31,14 +32,20 @@ RETIRED = {
     "evaluate.comp_clustering": "not supported; TAO prints this score but never computes it; remove it",
     "train.min_lr": "TAO overwrites it; give train.min_lr_rate",
     "train.crf_omega": "it has no effect in TAO either; remove it",
+    "mal": "a section of TAO's auto-label service; move its fields to the top level",
+    "autolabel_type": "a field of TAO's auto-label service; remove it",
     "gpus": "a name of TAO 4; give train.num_gpus, evaluate.num_gpus or inference.num_gpus",
+    "num_gpus": "a top-level field of TAO 5; give train.num_gpus, evaluate.num_gpus or inference.num_gpus",
     "gpu_ids": "a top-level field of TAO 5; give train.gpu_ids, evaluate.gpu_ids or inference.gpu_ids",
     "num_nodes": "a top-level field of TAO 5; give train.num_nodes",
-    "checkpoint": "a top-level field of TAO 5; give evaluate.checkpoint or inference.checkpoint",
+    "checkpoint": (
+        "a top-level field of TAO 5; give evaluate.checkpoint or inference.checkpoint, or, to start from it, "
+        "train.pretrained_model_path"
+    ),
     "train.save_every_k_epoch": "a name of TAO 5; give train.checkpoint_interval",
     "train.val_interval": "a name of TAO 5; give train.validation_interval",
 }
-"""Fields of TAO specs that are refused, each with the reason and the remedy."""
+"""Fields of TAO specs that are refused, each with the reason and the remedy; `tao_forms` moves some of them before."""
 
 FORMER_SPELLINGS = {
     "train.colour_augmentation": "train.color_augmentation",  # former name
@@ -170,8 +177,14 @@ def _without_signatures(section: Section) -> Section:
     return section.model_copy(update={name: redact(value) for name, value in texts.items()})
 
 
-def load_spec(path: Path | None, overrides: list[str]) -> Spec:
+def load_spec(path: Path | None, overrides: list[str], verb: Verb | None = None, note: Note = lambda _: None) -> Spec:
     """Reads the spec from a YAML file (None: all defaults) and applies `a.b=c` overrides.
+
+    Args:
+        path: the file.
+        overrides: of the command line.
+        verb: the command; its spec may have a form of another TAO release (`tao_forms`). None: such forms are refused.
+        note: receives a line for each field that is read in another place.
 
     Raises:
         ConfigError: the file cannot be read, or a field is unknown, of the wrong type, out of range, or given in two
@@ -191,7 +204,9 @@ def load_spec(path: Path | None, overrides: list[str]) -> Spec:
             )
     source = str(path or "command line")
     data = {} if path is None else _current_spelling(load_yaml(path), source)
-    data = apply_overrides(data, [_current_override(override) for override in overrides])
+    data = apply_overrides(data, [_current_override(override, verb) for override in overrides])
+    if verb is not None:
+        data = current_form(data, verb, note)
     return validate(Spec, _tao_forms(data), source=source, retired=RETIRED)
 
 
@@ -221,9 +236,11 @@ def _current_spelling(data: dict[str, Any], source: str) -> dict[str, Any]:
     return result
 
 
-def _current_override(override: str) -> str:
-    """Returns an override `a.b=c` with the current spelling of its field."""
+def _current_override(override: str, verb: Verb | None) -> str:
+    """Returns an override `a.b=c` with the current spelling of its field; `checkpoint` is that of the command."""
     name, separator, value = override.partition("=")
+    if name == "checkpoint" and verb is not None:
+        name = checkpoint_field(verb)
     return FORMER_SPELLINGS.get(name, name) + separator + value
 
 
