@@ -121,13 +121,13 @@ tools: .venv-readers/.pins .venv-kubernetes/.pins
 	@PYTHON=$(PYTHON) .ci/tools
 
 # An environment of their own, because they pin versions; it takes PyTorch, NumPy and OpenCV from $(VENV). Ultralytics
-# would install another OpenCV and what its training needs.
+# and lvis would install another OpenCV, and Ultralytics what its training needs.
 .venv-readers/.pins: Makefile $(VENV)/.dev
 	@$(BIN)/python -m venv --clear .venv-readers
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$(.venv-readers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	@.venv-readers/bin/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) labelme
-	@.venv-readers/bin/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) --no-deps ultralytics
+	@.venv-readers/bin/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) --no-deps ultralytics lvis
 	@touch $@
 
 # kubectl, whose `kustomize` renders deploy/kubernetes, and models of the published schemas of custom resources: KEDA,

@@ -33,6 +33,7 @@ from mal_client.types import (
 )
 from mal_train.core.addresses import split_addresses
 from mal_train.core.errors import ConfigError
+from mal_train.core.settings import COCO_RULES, RowRules
 from mal_train.core.storage.addresses import parse_location, redact
 
 if TYPE_CHECKING:
@@ -300,6 +301,7 @@ class Client(ClientBase):
         on_progress: Callable[[Progress], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
         resume: Path | None = None,
+        rules: RowRules = COCO_RULES,
     ) -> Evaluation:
         """Evaluates the served model on a COCO file with masks: the server labels the boxes and compares the masks.
 
@@ -316,6 +318,7 @@ class Client(ClientBase):
             on_notice: called with messages for users, for example that the evaluation resumes, in the same thread.
             resume: file that stores the measurements of an interrupted evaluation, so that the same call resumes it;
                 deleted at the end. None keeps them in memory, for this call only.
+            rules: how crowd regions and rotated boxes are read.
 
         Raises:
             BadDataset: the COCO file is unusable as a whole; nothing was sent.
@@ -338,6 +341,7 @@ class Client(ClientBase):
                 on_progress=on_progress,
                 on_notice=on_notice,
                 resume=resume,
+                rules=rules,
             )
 
     def evaluate_on_server(
@@ -350,6 +354,7 @@ class Client(ClientBase):
         on_progress: Callable[[Progress], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
         resume: Path | None = None,
+        rules: RowRules = COCO_RULES,
     ) -> Evaluation:
         """Evaluates the served model as `evaluate` does, on files in the server's `data_folders`; sends no image.
 
@@ -361,6 +366,7 @@ class Client(ClientBase):
             on_progress: as in `evaluate`.
             on_notice: as in `evaluate`.
             resume: as in `evaluate`.
+            rules: as in `evaluate`.
 
         Raises:
             ConfigError, OutputError: as in `evaluate`.
@@ -379,6 +385,7 @@ class Client(ClientBase):
             on_progress=on_progress,
             on_notice=on_notice,
             resume=resume,
+            rules=rules,
         )
 
     def open_channel(self) -> grpc.Channel:

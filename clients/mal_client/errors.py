@@ -43,6 +43,9 @@ UNTRUSTED_TEXT: Final = "CERTIFICATE_VERIFY_FAILED"
 RESPONSE_TOO_LARGE: Final = "RESPONSE_TOO_LARGE"
 """Reason of an item whose masks exceed one message; fewer boxes at a time may fit."""
 
+TOO_MANY_BOXES: Final = "TOO_MANY_BOXES"
+"""Reason of an image with more boxes than one request may have, where all of its boxes must be in one."""
+
 MESSAGE_TOO_LARGE: Final = "MESSAGE_TOO_LARGE"
 """Reason of a request or a response that exceeds a message limit of gRPC."""
 
@@ -74,6 +77,14 @@ _REFUSALS: Final = frozenset(
     }
 )
 _TRUNCATED: Final = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
+
+
+def too_many_boxes(image: str, boxes: int, max_boxes: int) -> str:
+    """Returns the message for an image whose boxes `resolve_overlaps` cannot take in one request."""
+    return (
+        f"{image}: {boxes} boxes; resolve_overlaps needs all boxes of an image in one request, and the server takes "
+        f"{max_boxes}: raise its setting limits.max_boxes, or label without resolve_overlaps"
+    )
 
 
 class ClientError(MalError):

@@ -16,9 +16,10 @@ from mal_client.results.dataset import (
 from mal_client.results.evaluation import CocoMetrics, Evaluation, GroupMiou, MeasuredInstance
 from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, BoxXywh, ImageInput, LabelOptions, ModelRef, Timing
 from mal_client.results.server_info import ModelInfo, ModelStatus, ServerInfo, ServerLimits
-from mal_train.core.settings import RowFilter
+from mal_train.core.settings import COCO_RULES, RotatedBoxes, RowFilter, RowRules
 
 __all__ = [
+    "COCO_RULES",
     "DEFAULT_DATASET_OPTIONS",
     "FAILED_LISTED",
     "SERVER_DEFAULTS",
@@ -37,7 +38,9 @@ __all__ = [
     "ModelRef",
     "ModelStatus",
     "Progress",
+    "RotatedBoxes",
     "RowFilter",
+    "RowRules",
     "ServerInfo",
     "ServerLimits",
     "Timing",

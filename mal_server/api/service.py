@@ -38,6 +38,7 @@ from mal_server.scheduling.memory_quota import MemoryQuota, Reservation
 from mal_server.scheduling.priority import Priority
 from mal_server.security.caller import current_caller
 from mal_train.core.errors import DeviceLost
+from mal_train.core.settings import RowRules
 
 MAX_NUMBERS_IN_LOOP = 20_000
 """Numbers of a response up to which it is written in the event loop, in two milliseconds; see `size_of`."""
@@ -162,7 +163,13 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
                 tokens.check(options.resume_token)
             options, images, rows = await self._images(options, request_iterator, memory)
             run = EvaluationRun(
-                model.pipeline, model.pool, options.category_names, tokens, memory, caller=options.caller.name
+                model.pipeline,
+                model.pool,
+                options.category_names,
+                tokens,
+                memory,
+                caller=options.caller.name,
+                federation=options.federation,
             )
             try:
                 samples = bounded_map(
@@ -205,19 +212,28 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         records = await evaluation_messages.read_records(each_within(requests, self._idle_s), options, memory.grow)
         await self._reader.acquire()
         # In a thread: parsing a file of a million rows takes seconds, during which other calls must be served.
-        reading = run_in_thread(self._read_dataset, options.dataset, records)
+        reading = run_in_thread(self._read_dataset, options.dataset, records, options.rules)
         memory.hold_until(reading)
         try:
             dataset, size_bytes = await asyncio.wrap_future(reading)
         finally:
             when_done(reading, self._reader.release)
         memory.adjust(size_bytes - while_read)
-        images = dataset.images(options.label_request, self._limits.max_boxes, records)
-        options = replace(options, category_names=dataset.category_names, images_total=len(dataset.head.images))
+        max_boxes = self._limits.max_boxes
+        is_whole = options.output.resolve_overlaps
+        images = dataset.images(options.label_request, max_boxes, records, complete_images=is_whole)
+        options = replace(
+            options,
+            category_names=dataset.category_names,
+            images_total=len(dataset.head.images) if is_whole else dataset.parts(max_boxes),
+            federation=dataset.federation,
+        )
         return options, each(images), (dataset.rows, dataset.head.images, records)
 
-    def _read_dataset(self, names: tuple[str, str], records: Mapping[str, bytes]) -> tuple[Dataset, int]:
-        dataset = read_dataset(self._folders, *names)
+    def _read_dataset(
+        self, names: tuple[str, str], records: Mapping[str, bytes], rules: RowRules
+    ) -> tuple[Dataset, int]:
+        dataset = read_dataset(self._folders, *names, rules)
         dataset.check_records(records)
         return dataset, dataset.memory
 

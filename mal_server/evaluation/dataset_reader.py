@@ -9,7 +9,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,11 +23,16 @@ from mal_server.evaluation.run import UnreadImage, refused_image
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.inference.image_store import FileImage
 from mal_server.inference.requests import LabelRequest
-from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason, id_order
+from mal_train.core.coco.annotations import NO_CATEGORY, Annotation, ImageInfo, JsonId, Reason, id_order
+from mal_train.core.coco.fields import has_segmentation
+from mal_train.core.coco.json_file import open_json, text_size
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadDataset
+from mal_train.core.images.folder_names import FolderNames, repeated_names
 from mal_train.core.masks.geometry import Box
+from mal_train.core.metrics.lvis import Federation
+from mal_train.core.settings import COCO_RULES, RowRules
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """Largest annotation file; its rows stay in memory while the evaluation runs."""
@@ -44,6 +49,9 @@ WORK_S, PAUSE_S = 0.002, 0.0001
 it waits 5 ms each time that it needs it."""
 
 _READ_BYTES = 1 << 20
+
+_PART = ".part"
+"""Between the file name of an image with too many objects for one request and the number of a further part."""
 
 MAX_ID = 2**63
 """Ids of a report are integers of 64 bits; a file with others gets numbers instead."""
@@ -62,8 +70,11 @@ class Dataset:
         order: indices of `rows`, by image.
         ends: end of the rows of each image in `order`, in the order of `head.images`.
         has_integer_ids: the ids of all annotations are integers of a report; their numbers are used otherwise.
+        category_names: names by the ids of the report: those of the file if all are integers, else numbers from 1.
+        category_ids: ids of the report by those of the file; None is that of annotations without a category.
         folder: name of the data folder of its images.
         image_dir: path of the images below that folder; "" = the folder itself.
+        image_names: the files in that place.
     """
 
     head: CocoHead
@@ -71,14 +82,19 @@ class Dataset:
     order: NDArray[np.int64]
     ends: NDArray[np.int64]
     has_integer_ids: bool
+    category_names: Mapping[JsonId, str]
+    category_ids: Mapping[JsonId | None, JsonId]
     folder: str
     image_dir: str
+    image_names: FolderNames
 
     @property
-    def category_names(self) -> Mapping[JsonId, str]:
-        """Names by the ids of the report: those of the file if all are integers, else numbers from 1."""
-        ids = self._category_ids
-        return {ids[key]: name for key, name in self.head.category_names.items()}
+    def federation(self) -> Federation | None:
+        """Federation by the ids of the report; None unless the file is federated, as LVIS is."""
+        if not self.head.is_federated:
+            return None
+        frequencies = self.head.category_frequencies
+        return Federation({self.category_ids[key]: value for key, value in frequencies.items()})
 
     @property
     def memory(self) -> int:
@@ -89,70 +105,97 @@ class Dataset:
 
     def check_records(self, records: Mapping[str, bytes]) -> None:
         """Raises ResumeTokenStale for records of images that are not in the data set."""
-        unknown = set(records) - {image.file_name for image in self.head.images.values()}
+        names = {image.file_name for image in self.head.images.values()}
+        unknown = [name for name in records if name not in names and name.rpartition(_PART)[0] not in names]
         if unknown:
             raise ResumeTokenStale(
                 f"{len(unknown)} of {len(records)} records belong to images that are not in the data set, for example "
                 f"{min(unknown)!r}; start the evaluation again without records"
             )
 
-    def images(self, make_request: MakeRequest, max_boxes: int, records: Mapping[str, bytes]) -> Iterator[UnreadImage]:
+    def parts(self, max_boxes: int) -> int:
+        """Returns the number of parts of at most `max_boxes` objects that the images have, at least one each."""
+        counts = np.diff(self.ends, prepend=0)
+        return int(np.maximum(-(-counts // max_boxes), 1).sum())
+
+    def images(
+        self,
+        make_request: MakeRequest,
+        max_boxes: int,
+        records: Mapping[str, bytes],
+        *,
+        complete_images: bool = False,
+    ) -> Iterator[UnreadImage]:
         """Yields the images in the order of the file, with their objects counted but not read.
+
+        An image with more objects than the limit comes in parts.
 
         Args:
             make_request: makes the request that labels an image.
-            max_boxes: limit of objects of one image.
+            max_boxes: limit of objects of one request.
             records: sealed records by file name.
+            complete_images: refuse images with more objects, which one request must hold.
         """
         # Equal scores count in the order of image ids, as in pycocotools.
         numbers = {image_id: number for number, image_id in enumerate(sorted(self.head.images, key=id_order))}
         start = 0
         for image, end in zip(self.head.images.values(), self.ends.tolist(), strict=True):
             rows, start = self.order[start:end], end
-            if len(rows) > max_boxes:
-                yield refused_image(image.file_name, len(rows), max_boxes)
+            if complete_images and len(rows) > max_boxes:
+                rule = f"resolve_overlaps needs all of them in one request, and max_boxes is {max_boxes}"
+                yield refused_image(image.file_name, len(rows), rule)
                 continue
-            size = sum(len(self.rows[row]) for row in rows.tolist())
-            record = records.get(image.file_name, b"")
-            read = partial(self._read, numbers[image.id], image, rows, make_request, record)
-            # As Python objects, numbers take several times the memory of their digits.
-            yield UnreadImage(image.file_name, len(rows), 8 * size + len(record), read)
+            for part, first in enumerate(range(0, max(len(rows), 1), max_boxes)):
+                name = image.file_name + (f"{_PART}{part}" if part else "")
+                rows_of_part = rows[first : first + max_boxes]
+                size = sum(len(self.rows[row]) for row in rows_of_part.tolist())
+                record = records.get(name, b"")
+                read = partial(
+                    self._read, image, rows_of_part, make_request, name=name, number=numbers[image.id], record=record
+                )
+                # As Python objects, numbers take several times the memory of their digits.
+                yield UnreadImage(name, len(rows_of_part), 8 * size + len(record), read)
 
     def _read(
         self,
-        number: int,
         image: ImageInfo,
         rows: NDArray[np.int64],
         make_request: MakeRequest,
+        *,
+        name: str,
+        number: int,
         record: bytes,
     ) -> GroundTruth:
         annotations = tuple(self._annotation(row, number) for row in rows.tolist())
         measured = {row.id: row for row in annotations if _is_measured(row)}
-        path = str(PurePosixPath(self.image_dir) / image.file_name) if self.image_dir else image.file_name
+        file_name = self.image_names.name_in_folder(image.file_name)
+        path = str(PurePosixPath(self.image_dir) / file_name) if self.image_dir else file_name
         ids = tuple(key for key in measured if isinstance(key, int))
         boxes = tuple(row.box_xywh for row in measured.values())
         request = make_request(FileImage(self.folder, path), image.size_wh, ids, boxes)
-        return GroundTruth(image.file_name, annotations, request, None, record)
+        not_exhaustive = (self.category_ids.get(one, one) for one in image.not_exhaustive_category_ids or ())
+        return GroundTruth(
+            name,
+            annotations,
+            request,
+            None,
+            record,
+            continues=name != image.file_name,
+            not_exhaustive=frozenset(not_exhaustive),
+        )
 
     def _annotation(self, row: int, image_number: int) -> Annotation:
         number, annotation_id, category_id, box, iscrowd, segmentation, reason = json.loads(self.rows[row])
         return Annotation(
             id=annotation_id if self.has_integer_ids else number,
             image_id=image_number,
-            category_id=None if category_id is None else self._category_ids.get(category_id, category_id),
+            category_id=self.category_ids[category_id],
             box_xywh=tuple(box),
             iscrowd=iscrowd,
             raw={} if segmentation is None else {"segmentation": segmentation},
             problem=reason,
             reason=None if reason is None else Reason(reason),
         )
-
-    @cached_property
-    def _category_ids(self) -> dict[JsonId, JsonId]:
-        ids = list(self.head.category_names)
-        if all(_is_report_id(value) for value in ids):
-            return {value: value for value in ids}
-        return {value: number for number, value in enumerate(ids, start=1)}
 
 
 def memory_of(folders: AllowedDirs, annotations: str) -> int:
@@ -163,23 +206,23 @@ def memory_of(folders: AllowedDirs, annotations: str) -> int:
         NoSuchFile: the folder or the file does not exist.
     """
     path = _annotations_path(folders, annotations)
-    size = _checked_size(path)
     try:
-        with path.open("rb") as file:
+        size = _checked_size(path)
+        with open_json(path) as file:
             rows = sum(chunk.count(b"{") for chunk in iter(partial(file.read, _READ_BYTES), b""))
-    except OSError as error:
-        problem = f"{annotations}: cannot be read ({error.strerror})"
-        raise InvalidRequest([("options.dataset.annotations", problem)]) from None
+    except BadDataset as error:
+        raise _unreadable(error, path, annotations) from None
     return MEMORY_OF_A_BYTE * size + MEMORY_OF_A_ROW * rows
 
 
-def read_dataset(folders: AllowedDirs, annotations: str, images: str) -> Dataset:
+def read_dataset(folders: AllowedDirs, annotations: str, images: str, rules: RowRules = COCO_RULES) -> Dataset:
     """Reads a COCO file. Takes seconds for large files; call it in a thread, which lets others run.
 
     Args:
         folders: data folders of the server.
         annotations: FOLDER/PATH of the file.
         images: FOLDER/PATH or FOLDER of its images.
+        rules: how rows are read.
 
     Raises:
         InvalidRequest: a malformed path, or a file that is not a usable COCO file.
@@ -187,22 +230,46 @@ def read_dataset(folders: AllowedDirs, annotations: str, images: str) -> Dataset
     """
     path = _annotations_path(folders, annotations)
     image_folder, _, image_dir = images.partition("/")
-    folders.path(image_folder, image_dir, "options.dataset.images")
-    _checked_size(path)
+    image_path = folders.path(image_folder, image_dir, "options.dataset.images")
     rows = _RowCollector()
     try:
-        head = scan_coco(path, rows.add, max_value_chars=MAX_ROW_CHARS)
+        _checked_size(path)
+        head = scan_coco(path, rows.add, max_value_chars=MAX_ROW_CHARS, rules=rules)
     except BadDataset as error:
-        # Clients know the file by FOLDER/PATH and must not learn where the folder is.
-        problem = str(error).replace(str(path), annotations)
-        raise InvalidRequest([("options.dataset.annotations", problem)]) from None
-    longest = max(map(len, head.category_names.values()), default=0)
-    if len(head.category_names) > MAX_CATEGORIES or longest > MAX_CATEGORY_CHARS:
+        raise _unreadable(error, path, annotations) from None
+    names = dict[JsonId | None, str](head.category_names.items())
+    for used in rows.category_ids:
+        names.setdefault(used, NO_CATEGORY if used is None else str(used))
+    longest = max(map(len, names.values()), default=0)
+    if len(names) > MAX_CATEGORIES or longest > MAX_CATEGORY_CHARS:
         rule = f"at most {MAX_CATEGORIES}, with names of {MAX_CATEGORY_CHARS} characters"
-        problem = f"{annotations}: {len(head.category_names)} categories, the longest name has {longest}; {rule}"
+        problem = f"{annotations}: {len(names)} categories, the longest name has {longest}; {rule}"
         raise InvalidRequest([("options.dataset.annotations", problem)])
+    ids = _report_ids(names)
     order, ends = rows.by_image(head)
-    return Dataset(head, rows.packed, order, ends, rows.has_integer_ids, image_folder, image_dir)
+    return Dataset(
+        head,
+        rows.packed,
+        order,
+        ends,
+        rows.has_integer_ids,
+        {ids[key]: name for key, name in names.items()},
+        ids,
+        image_folder,
+        image_dir,
+        FolderNames(image_path, lambda: repeated_names(image.file_name for image in head.images.values())),
+    )
+
+
+def _unreadable(error: BadDataset, path: Path, annotations: str) -> InvalidRequest:
+    """Returns the error of a call; clients know the file by FOLDER/PATH and must not learn where the folder is."""
+    return InvalidRequest([("options.dataset.annotations", str(error).replace(str(path), annotations))])
+
+
+def _report_ids(names: Mapping[JsonId | None, str]) -> dict[JsonId | None, JsonId]:
+    if all(map(_is_report_id, names)):
+        return {value: value for value in names if value is not None}
+    return {value: number for number, value in enumerate(names, start=1)}
 
 
 def _annotations_path(folders: AllowedDirs, annotations: str) -> Path:
@@ -215,9 +282,10 @@ def _annotations_path(folders: AllowedDirs, annotations: str) -> Path:
 
 
 def _checked_size(path: Path) -> int:
-    size = path.stat().st_size
+    """Returns the bytes of a file without compression. Raises InvalidRequest above MAX_FILE_BYTES, or BadDataset."""
+    size = text_size(path, MAX_FILE_BYTES)
     if size > MAX_FILE_BYTES:
-        raise InvalidRequest([("options.dataset.annotations", f"{size} bytes; at most {MAX_FILE_BYTES}")])
+        raise InvalidRequest([("options.dataset.annotations", f"{size} bytes or more; at most {MAX_FILE_BYTES}")])
     return size
 
 
@@ -227,11 +295,13 @@ class _RowCollector:
     Attributes:
         packed: annotations that have an image id, in file order.
         has_integer_ids: the ids of all annotations so far are integers of a report.
+        category_ids: those that annotations so far name, at most one more than a data set may have.
     """
 
     def __init__(self) -> None:
         self.packed: list[bytes] = []
         self.has_integer_ids = True
+        self.category_ids: dict[JsonId | None, None] = {}
         self._image_ids: list[JsonId] = []
         self._pause_at = time.monotonic() + WORK_S
 
@@ -241,6 +311,8 @@ class _RowCollector:
         if annotation.image_id is not None:
             self.packed.append(_packed(index, annotation))
             self._image_ids.append(annotation.image_id)
+            if len(self.category_ids) <= MAX_CATEGORIES:
+                self.category_ids.setdefault(annotation.category_id)
         if time.monotonic() >= self._pause_at:
             time.sleep(PAUSE_S)
             self._pause_at = time.monotonic() + WORK_S
@@ -269,4 +341,4 @@ def _is_report_id(value: object) -> bool:
 
 
 def _is_measured(row: Annotation) -> bool:
-    return row.problem is None and not row.iscrowd and bool(row.raw.get("segmentation"))
+    return row.problem is None and not row.iscrowd and has_segmentation(row.raw)

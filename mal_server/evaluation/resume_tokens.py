@@ -52,6 +52,8 @@ class GroundTruth:
         failure: why the image is refused.
         record: sealed record of an earlier evaluation; empty = none.
         unread: number of further objects of a refused image; there were too many to read them.
+        continues: these are more objects of the image before.
+        not_exhaustive: LVIS: categories of which not every object of the image is annotated.
     """
 
     item_id: str
@@ -60,6 +62,8 @@ class GroundTruth:
     failure: ItemFailure | None = None
     record: bytes = b""
     unread: int = 0
+    continues: bool = False
+    not_exhaustive: frozenset[JsonId] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_quota import Reservation
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import Annotation, JsonId, Reason
+from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.core.metrics.evaluator import Evaluator, memory_of
+from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.threads import clear_in_parts
 from mal_train.kernel.labeler.types import Label
@@ -33,8 +35,8 @@ Result = TypeVar("Result")
 REQUEST_REFUSED = "REQUEST_REFUSED"
 """Reason under which the objects of an image are counted if its message breaks the contract."""
 
-MEMORY_OF_AN_IMAGE = 400
-"""Bytes of an image beside its name: in the list of names, in the set of known names, and for its size."""
+MEMORY_OF_AN_IMAGE = 500
+"""Bytes of an image beside its name: in the list of names, in the set and the map of names, and for its size."""
 
 
 MEMORY_OF_AN_OBJECT = 2000
@@ -63,9 +65,12 @@ class UnreadImage:
         return 2 * self.content_bytes + self.objects * MEMORY_OF_AN_OBJECT
 
 
-def refused_image(item_id: str, objects: int, max_boxes: int) -> UnreadImage:
-    """Returns an image that has too many objects to be read; they are counted under REQUEST_REFUSED."""
-    failure = ItemFailure(REQUEST_REFUSED, f"{objects} objects; max_boxes is {max_boxes}")
+def refused_image(item_id: str, objects: int, rule: str) -> UnreadImage:
+    """Returns an image that has too many objects to be read; they are counted under REQUEST_REFUSED.
+
+    `rule` says how many there may be, and why.
+    """
+    failure = ItemFailure(REQUEST_REFUSED, f"{objects} objects; {rule}")
     refused = GroundTruth(item_id, (), None, failure, unread=objects)
     return UnreadImage(item_id, 0, 0, lambda: refused)
 
@@ -80,9 +85,11 @@ class EvaluationRun:
         tokens: seals the records of this evaluation and opens those of the evaluation that it resumes.
         memory: bytes that the call holds; grows before they are allocated.
         caller: who takes turns with others for the threads.
+        federation: what is judged in which image, for LVIS's metrics; grows with the images. None: no such metrics.
 
     Attributes:
-        item_ids: names of the images so far, in order of arrival; an annotation's image_id is an index of this list.
+        item_ids: names of the items so far, in order of arrival: images, and further objects of them.
+        images: number of images so far.
         skipped_images: images that could not be measured.
     """
 
@@ -95,17 +102,22 @@ class EvaluationRun:
         memory: Reservation,
         *,
         caller: str,
+        federation: Federation | None = None,
     ) -> None:
         self.tokens = tokens
         self.item_ids: list[str] = []
+        self.images = 0
         self.skipped_images = 0
         self._memory = memory
         self._pipeline = pipeline
         self._pool = pool
         self._caller = caller
-        self._evaluator = Evaluator(category_names)
+        self._evaluator = Evaluator(category_names, federation)
+        self._names: dict[JsonId | None, str] = {}
+        """Name of each image by the image_id of its annotations."""
         self._known_ids: set[str] = set()
         self._unread: Counter[str] = Counter()
+        self._messages: dict[str, str] = {}
         self._categories: set[JsonId | None] = set()
         self._running: set[Future[Any]] = set()
         """Work that threads do or will do for this call, also after its cancellation."""
@@ -168,6 +180,14 @@ class EvaluationRun:
         """Returns the numbers of objects that were not measured, by reason, most frequent first."""
         return dict((Counter(report.skipped) + self._unread).most_common())
 
+    def messages(self) -> dict[str, str]:
+        """Returns the message of the first object or image that was not measured, by reason."""
+        return {**self._messages, **self._evaluator.first_messages}
+
+    def name_of(self, image_id: JsonId) -> str:
+        """Returns the client's name for the image of an annotation."""
+        return self._names[image_id]
+
     async def report(self, listed: int) -> EvaluationReport:
         """Returns the report, which a thread computes.
 
@@ -195,7 +215,7 @@ class EvaluationRun:
         """
         freed: Future[None] = Future()
         freed.set_running_or_notify_cancel()
-        start = partial(self._start_freeing, freed, (self.item_ids, self._known_ids, *others))
+        start = partial(self._start_freeing, freed, (self.item_ids, self._names, self._known_ids, *others))
         when_all_done(list(self._running), start)
         return freed
 
@@ -252,9 +272,16 @@ class EvaluationRun:
             failure = ItemFailure(Reason.REPEATED, message)
         self._known_ids.add(truth.item_id)
         self.item_ids.append(truth.item_id)
-        self.skipped_images += failure is not None
+        self.images += not truth.continues
+        self.skipped_images += failure is not None and not truth.continues
         if failure is not None:
             self._unread[failure.reason] += truth.unread
+            self._messages.setdefault(failure.reason, f"image {truth.item_id!r}: {failure.message}")
+        if truth.annotations:
+            image_id = truth.annotations[0].image_id
+            self._names.setdefault(image_id, truth.item_id)
+            if self._evaluator.federation is not None and truth.not_exhaustive and image_id is not None:
+                self._evaluator.federation.not_exhaustive[image_id] = truth.not_exhaustive
         counted: set[JsonId | None] = set()
         for annotation in truth.annotations:
             if failure is not None:
@@ -271,7 +298,7 @@ class EvaluationRun:
             self._evaluator.add(annotation, score.rle, score.score)
         elif isinstance(score, ItemFailure):
             self._evaluator.skip(annotation, *score)
-        elif annotation.reason is None and not annotation.iscrowd and not annotation.raw.get("segmentation"):
+        elif annotation.reason is None and not annotation.iscrowd and not has_segmentation(annotation.raw):
             message = f"annotation {annotation.id!r}: has no segmentation"
             self._evaluator.skip(annotation, Reason.NO_GROUND_TRUTH, message)
         else:

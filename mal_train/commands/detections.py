@@ -1,15 +1,17 @@
 """COCO metrics of detected boxes and of the masks that were labeled for them, for `mal-train evaluate`."""
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, row_name
+from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
-from mal_train.core.metrics.average_precision import AP_NAMES
-from mal_train.core.metrics.coco_ap import coco_ap
+from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES
+from mal_train.core.metrics.coco_ap import ap_input, coco_ap
+from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.miou import CocoMetrics
 from mal_train.core.metrics.overlaps import IouType
 from mal_train.core.metrics.report import Skipped
@@ -30,26 +32,41 @@ class DetectionReport:
         metrics: AP_bbox … ARl_bbox of the boxes, AP_segm … ARl_segm of the masks; None for a size class without
             instances.
         skipped_rows: detections without a mask, and ground truth that cannot be compared.
+        lvis: LVIS's metrics AP_bbox … of boxes, AP_segm … of masks; {} unless the ground truth is federated.
     """
 
     count: int
     metrics: CocoMetrics
     skipped_rows: tuple[Skipped, ...]
+    lvis: CocoMetrics = field(default_factory=dict)
+
+    @property
+    def measured(self) -> int:
+        """Number of masks that were compared."""
+        return self.count
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON data."""
         reasons = Counter(row.reason for row in self.skipped_rows)
-        return {"detections": self.count, **self.metrics, "skipped_by_reason": dict(reasons.most_common())}
+        lvis = {"LVIS": self.lvis} if self.lvis else {}
+        return {"detections": self.count, **self.metrics, **lvis, "skipped_by_reason": dict(reasons.most_common())}
 
     def table(self) -> str:
         """Returns the metrics as a text table."""
         lines = [f"{self.count} detections with a mask", "", f"{'':<12}{'boxes':>8}{'masks':>8}"]
-        for name in AP_NAMES:
-            cells = [format_metric(self.metrics[f"{name}_{iou_type}"]) for iou_type in IOU_TYPES]
-            lines.append(f"{name:<12}" + "".join(f"{cell:>8}" for cell in cells))
+        lines += _table(AP_NAMES, self.metrics)
+        if self.lvis:
+            lines += ["", f"{'LVIS':<12}{'boxes':>8}{'masks':>8}", *_table(LVIS_NAMES, self.lvis)]
         counts = Counter(row.reason for row in self.skipped_rows)
         lines += ["", *(f"skipped: {count} {reason}" for reason, count in counts.most_common())]
         return "\n".join(lines).rstrip()
+
+
+def _table(names: Sequence[str], metrics: CocoMetrics) -> list[str]:
+    return [
+        f"{name:<12}" + "".join(f"{format_metric(metrics[f'{name}_{iou_type}']):>8}" for iou_type in IOU_TYPES)
+        for name in names
+    ]
 
 
 def compare_detections(
@@ -78,11 +95,17 @@ def compare_detections(
             results.append(_result(annotation, label))
     masked = [row for row in results if "segmentation" in row]
     metrics: CocoMetrics = {}
+    lvis: CocoMetrics = {}
+    federation = Federation.of(truth)
     for iou_type in IOU_TYPES:
         detected = masked if iou_type == "segm" else results
-        summary = coco_ap({"images": images, "annotations": rows}, detected, "score", iou_type)
+        compared = {"images": images, "annotations": rows}
+        summary = coco_ap(compared, detected, "score", iou_type)
         metrics |= {f"{name}_{iou_type}": value for name, value in summary.items()}
-    return DetectionReport(len(masked), metrics, tuple(skipped))
+        if federation is not None:
+            judged = ap_input(compared, detected, iou_type, federation=federation).lvis_metrics()
+            lvis |= {f"{name}_{iou_type}": value for name, value in judged.items()}
+    return DetectionReport(len(masked), metrics, tuple(skipped), lvis)
 
 
 def _result(annotation: Annotation, label: Label | LabelFailure) -> dict[str, Any]:
@@ -108,7 +131,7 @@ def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) 
     segmentation = annotation.raw.get("segmentation")
     size = truth.images[annotation.image_id].size_wh
     name = row_name(annotation.id)
-    if not segmentation:
+    if not has_segmentation(annotation.raw):
         skip(Reason.NO_GROUND_TRUTH, f"{name}: no segmentation")
         return None
     try:

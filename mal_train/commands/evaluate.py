@@ -13,12 +13,13 @@ from mal_train.core.coco.detections import read_detections
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError
+from mal_train.core.images.files import for_names
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.storage.addresses import parse_location, redact
 from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.training.run_files import validation_metrics
-from mal_train.training.validation import add_result, has_masks, new_evaluator
+from mal_train.training.validation import add_result, has_masks, new_evaluator, why_no_masks
 
 LabelResult = tuple[Annotation, Label | LabelFailure]
 
@@ -37,10 +38,11 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
             raise ConfigError("dataset.load_mask: false; evaluation needs the masks; set it to true")
         annotations = inputs.enter_context(input_file(spec.dataset.val_ann_path, "dataset.val_ann_path"))
         image_dir = image_folder(spec, spec.dataset.val_img_dir, "dataset.val_img_dir", annotations)
-        coco = read_coco(annotations)
+        coco = read_coco(annotations, spec.dataset.row_rules)
+        image_dir = for_names(image_dir, coco.file_names)
         ann_path = redact(parse_location(spec.dataset.val_ann_path))
         if not has_masks(coco):
-            raise BadDataset(f"{ann_path}: no annotation has a segmentation; evaluation compares masks")
+            raise BadDataset(f"{ann_path}: nothing to measure: {why_no_masks(coco)}")
         prompts = coco
         if settings.box_inputs:
             prompts = read_detections(

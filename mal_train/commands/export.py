@@ -24,6 +24,7 @@ from mal_train.core.atomic_io import refuse_same_file
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
+from mal_train.core.images.files import for_names
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.settings import LabelerConfig
 from mal_train.core.storage.addresses import redact
@@ -176,8 +177,9 @@ def _labeler_config(spec: Spec, stored: LabelerConfig) -> LabelerConfig:
 
 def _validator(spec: Spec, console: Console) -> Validator:
     with input_file(spec.dataset.val_ann_path, "dataset.val_ann_path") as annotations:
-        coco = read_coco(annotations)
+        coco = read_coco(annotations, spec.dataset.row_rules)
         images = image_folder(spec, spec.dataset.val_img_dir, "dataset.val_img_dir", annotations)
+    images = for_names(images, coco.file_names)
     if not has_masks(coco):
         name = redact(spec.dataset.val_ann_path)
         raise ConfigError(f"dataset.val_ann_path: no annotation of {name} has a mask to fit to; leave it empty")

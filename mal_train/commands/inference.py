@@ -22,9 +22,9 @@ from mal_train.core.coco.output import label_fields
 from mal_train.core.coco.parquet_share import share_of
 from mal_train.core.coco.plan import DatasetPlan, read_detection_plan, read_plan
 from mal_train.core.console import Console
-from mal_train.core.images.files import Images, ImageSource
+from mal_train.core.images.files import Images, ImageSource, for_names, respelling_note
 from mal_train.core.metrics.report import EvaluationReport
-from mal_train.core.storage.addresses import Location, base_name, is_remote, parse_location
+from mal_train.core.storage.addresses import Location, base_name, is_remote, parse_location, redact
 from mal_train.core.storage.writing import StagedOutput, check_writable, refuse_same_location
 from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import TRANSIENT_REASONS, LabelFailure
@@ -43,6 +43,7 @@ class InferenceResult:
         output: path or redacted address of the file.
         labeled: number of boxes with a mask; an empty mask counts.
         failed: number of boxes without a mask, by reason.
+        crowds: crowd regions, which were copied.
         report: metrics against the masks of the input file; None unless inference.load_mask is set.
         is_final: False if some boxes failed for a reason that may pass; the same command labels them.
     """
@@ -52,6 +53,7 @@ class InferenceResult:
     labeled: int
     failed: Counter[str]
     report: EvaluationReport | None
+    crowds: int = 0
     is_final: bool = True
 
 
@@ -73,13 +75,18 @@ def inference(spec: Spec, console: Console) -> InferenceResult:
         path = staged.path
         check_writable(path)
         annotations = inputs.enter_context(input_file(settings.ann_path, "inference.ann_path"))
-        plan = _read_plan(settings, annotations, staged, inputs)
+        plan = _read_plan(spec, annotations, staged, inputs)
         image_dir = image_folder(spec, settings.img_dir, "inference.img_dir", annotations)
+        image_dir = for_names(image_dir, lambda: (image.file_name for image in plan.images))
+        if (note := plan.form_note()) is not None:
+            console.print(f"{redact(annotations)}: {note}")
         job = open_labeling_job(spec, "inference", console)
         manifest = {**_inputs(plan, image_dir), "precision": job.precision, **job.provenance()}
         with _open_journal(path, manifest, plan.head.count, console, restart=settings.restart) as journal:
             results = JobResults(plan, journal, complete_images=job.tta.resolve_overlaps)
             _label(job, results, image_dir, console)
+            if (note := respelling_note(image_dir)) is not None:
+                console.print(note)
             output = OutputWriter(plan, console, compare=settings.load_mask)
             output.write(path, results.result, job.provenance())
             report = output.report()
@@ -92,8 +99,15 @@ def inference(spec: Spec, console: Console) -> InferenceResult:
         if results.unavailable:
             reasons = ", ".join(sorted({failure.reason for failure in results.unavailable.values()}))
             console.print(f"{len(results.unavailable)} boxes failed, maybe not for good ({reasons}); {RETRY_HINT}")
-    is_final = not results.unavailable
-    return InferenceResult(path, staged.shown(path), output.labeled, output.failed, report, is_final=is_final)
+    return InferenceResult(
+        path,
+        staged.shown(path),
+        output.labeled,
+        output.failed,
+        report,
+        output.crowds,
+        is_final=not results.unavailable,
+    )
 
 
 def _staged_output(settings: InferenceConfig, folder: Path) -> StagedOutput:
@@ -105,12 +119,11 @@ def _staged_output(settings: InferenceConfig, folder: Path) -> StagedOutput:
     return StagedOutput(given, folder / base_name(given))
 
 
-def _read_plan(
-    settings: InferenceConfig, annotations: Location, staged: StagedOutput, inputs: ExitStack
-) -> DatasetPlan:
+def _read_plan(spec: Spec, annotations: Location, staged: StagedOutput, inputs: ExitStack) -> DatasetPlan:
+    settings = spec.inference
     _refuse_input(settings.ann_path, staged)
     if not settings.box_inputs:
-        return read_plan(annotations, share=share_of(annotations, staged.address))
+        return read_plan(annotations, share=share_of(annotations, staged.address), rules=spec.dataset.row_rules)
     _refuse_input(settings.box_inputs, staged)
     detections = inputs.enter_context(input_file(settings.box_inputs, "inference.box_inputs"))
     return read_detection_plan(annotations, Path(detections))
@@ -151,7 +164,7 @@ def _open_journal(
 def _inputs(plan: DatasetPlan, images: Images) -> dict[str, Any]:
     """Returns the part of a job's manifest that tells which boxes of which files are labeled."""
     detections = {} if plan.detections is None else {"detections_sha256": plan.detections.sha256}
-    return {"input_sha256": plan.head.sha256, **detections, "images": images.name}
+    return {"input_sha256": plan.head.sha256, **detections, "images": images.name, **plan.head.rules.manifest()}
 
 
 def _label(job: LabelingJob, results: JobResults, image_dir: ImageSource, console: Console) -> None:

@@ -35,11 +35,13 @@ class OutputWriter:
     Attributes:
         labeled: number of boxes with a mask.
         failed: number of boxes without a mask, by reason.
+        crowds: crowd regions, which are copied.
     """
 
     def __init__(self, plan: DatasetPlan, console: Console, *, compare: bool) -> None:
         self.labeled = 0
         self.failed: Counter[str] = Counter()
+        self.crowds = 0
         self._plan = plan
         self._console = console
         self._evaluator = Evaluator(plan.head.category_names) if compare else None
@@ -58,9 +60,11 @@ class OutputWriter:
                 bar.update()
                 return self._finished(row, annotation, outcome)
 
-            self.labeled = write_labeled_file(
-                self._plan, result_of, path, provenance, finish=finish, on_failure=self._note
-            )
+            counts = write_labeled_file(self._plan, result_of, path, provenance, finish=finish, on_failure=self._note)
+        self.labeled, self.crowds = counts.labeled, counts.crowds
+        if counts.flags:
+            flags = ", ".join(f"{count} {name}" for name, count in counts.flags.most_common())
+            self._console.print(f"flags: {flags}")
         self._print_failures()
 
     def report(self) -> EvaluationReport | None:

@@ -13,6 +13,7 @@ from mal_train.commands.inference import InferenceResult
 from mal_train.commands.label import LabelingJob, open_labeling_job
 from mal_train.config.labeling import InferenceConfig
 from mal_train.config.spec import Spec
+from mal_train.core.coco.parquet_ids import refuse_repeated_ids
 from mal_train.core.coco.parquet_parts import divide, tasks_of
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_schema import SUFFIX, is_parquet
@@ -54,6 +55,7 @@ def inference_on_ray(spec: Spec, console: Console) -> InferenceResult:
         dataset = ParquetDataset(_on_all_machines(settings.ann_path, "ann_path"))
         dataset.check_complete()
         head_builder(dataset)
+        refuse_repeated_ids(dataset)
         output = Path(os.path.realpath(folder / settings.label_dump_path))
         # A restart deletes the parts in the output.
         if isinstance(dataset.path, Path) and dataset.path.is_relative_to(output):
@@ -63,7 +65,7 @@ def inference_on_ray(spec: Spec, console: Console) -> InferenceResult:
             raise BadDataset(f"{dataset.path}: has no images and no annotations; there is nothing to label")
         images = ImageFolder(_on_all_machines(settings.img_dir, "img_dir"))
         labeling = open_labeling_job(_on_this_cpu(spec), "inference", console)
-        manifest = _manifest(dataset, images, settings, labeling)
+        manifest = _manifest(dataset, images, spec, labeling)
         with PartFolder(output, parts, manifest, restart=settings.restart) as folder_of_parts:
             job = _part_job(spec, dataset, images, folder_of_parts, labeling)
             _Run(job, folder_of_parts, dataset.head.annotations, console).finish(settings)
@@ -211,15 +213,15 @@ def _on_this_cpu(spec: Spec) -> Spec:
     return spec.model_copy(update={"inference": spec.inference.model_copy(update=changes)})
 
 
-def _manifest(
-    dataset: ParquetDataset, images: ImageFolder, settings: InferenceConfig, labeling: LabelingJob
-) -> dict[str, Any]:
+def _manifest(dataset: ParquetDataset, images: ImageFolder, spec: Spec, labeling: LabelingJob) -> dict[str, Any]:
     """Returns everything that the parts depend on."""
+    settings = spec.inference
     return {
         "input_sha256": dataset.sha256,
         "images": images.name,
         "part_boxes": settings.ray_part_boxes,
         "precision": settings.precision,
+        **spec.dataset.row_rules.manifest(),
         **labeling.provenance(),
     }
 
@@ -242,6 +244,7 @@ def _part_job(
         precision=settings.precision,
         tta=labeling.tta,
         batch_size=settings.batch_size,
+        rules=spec.dataset.row_rules,
     )
 
 

@@ -16,7 +16,9 @@ from mal_train.commands.common import (
 )
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import CocoFile, read_coco
+from mal_train.core.coco.box_form import form_note
 from mal_train.core.console import Console
+from mal_train.core.images.files import for_names, respelling_note
 from mal_train.core.storage.addresses import redact
 from mal_train.data.annotations import TrainingBoxes, select_boxes
 from mal_train.data.augment import Cropping
@@ -42,8 +44,12 @@ from mal_train.training.validation import Validator, has_masks
 def read_training_boxes(spec: Spec, console: Console) -> tuple[CocoFile, TrainingBoxes]:
     """Reads dataset.train_ann_path, and selects the boxes to train on."""
     with input_file(spec.dataset.train_ann_path, "dataset.train_ann_path") as annotations:
-        coco = read_coco(annotations)
+        coco = read_coco(annotations, spec.dataset.row_rules)
         images = image_folder(spec, spec.dataset.train_img_dir, "dataset.train_img_dir", annotations)
+    images = for_names(images, coco.file_names)
+    form = form_note(coco.annotations, coco.images)
+    if form is not None:
+        console.print(f"{redact(spec.dataset.train_ann_path)}: {form}")
     boxes = select_boxes(
         coco,
         images,
@@ -54,6 +60,8 @@ def read_training_boxes(spec: Spec, console: Console) -> tuple[CocoFile, Trainin
         name=redact(spec.dataset.train_ann_path),
     )
     console.print(boxes.summary())
+    if (note := respelling_note(images)) is not None:
+        console.print(note)
     return coco, boxes
 
 
@@ -169,8 +177,9 @@ def build_validation(
         console.print("no validation: dataset.val_ann_path is not given")
         return None
     with input_file(spec.dataset.val_ann_path, "dataset.val_ann_path") as annotations:
-        coco = read_coco(annotations)
+        coco = read_coco(annotations, spec.dataset.row_rules)
         image_dir = image_folder(spec, spec.dataset.val_img_dir, "dataset.val_img_dir", annotations)
+    image_dir = for_names(image_dir, coco.file_names)
     if not spec.dataset.load_mask:
         console.print("no validation: dataset.load_mask is false")
         return None

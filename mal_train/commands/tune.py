@@ -148,7 +148,7 @@ def _objective(spec: Spec, console: Console) -> Objective:
     if not spec.dataset.load_mask:
         raise ConfigError("dataset.load_mask: false, which is no validation; trials are compared by it; set it to true")
     with input_file(spec.dataset.val_ann_path, "dataset.val_ann_path") as annotations:
-        coco = read_coco(annotations)
+        coco = read_coco(annotations, spec.dataset.row_rules)
         image_folder(spec, spec.dataset.val_img_dir, "dataset.val_img_dir", annotations)
     objective = choose_objective(spec.tune.objective, has_masks=has_masks(coco))
     reason = ""

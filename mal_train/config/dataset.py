@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mal_train.core.settings import MAX_CROP_SIZE
+from mal_train.core.settings import MAX_CROP_SIZE, RotatedBoxes, RowRules
 from mal_train.core.yaml_config import Strict
 
 
@@ -35,6 +35,16 @@ class DatasetConfig(Strict):
             "Fetch each image from the coco_url of its row, from these hosts only, in place of the image folders;\n"
             'also for inference.ann_path. "*": every host with a public address, by https. [] = read the folders.'
         ),
+    )
+    crowd_as_objects: bool = Field(
+        default=False,
+        description="Read annotations with iscrowd 1 as single objects, also those of inference.ann_path; CVAT sets\n"
+        "it for every mask. false: crowd regions, which are never trained on, never counted, and copied.",
+    )
+    rotated_boxes: Literal["refuse", "upright"] = Field(
+        default="refuse",
+        description="Rotated boxes, as CVAT exports them (attributes.rotation), also those of inference.ann_path.\n"
+        "refuse: excluded, and no mask; upright: the smallest upright box round each.",
     )
     load_mask: bool = Field(
         default=True,
@@ -67,6 +77,11 @@ class DatasetConfig(Strict):
         le=1024,
         description="Data loader processes per training process; 0: load in the training process.",
     )
+
+    @property
+    def row_rules(self) -> RowRules:
+        """Rules by which rows of the annotation files are read."""
+        return RowRules(self.crowd_as_objects, RotatedBoxes(self.rotated_boxes))
 
     @model_validator(mode="after")
     def _sizes_in_order(self) -> Self:

@@ -73,6 +73,57 @@ class RowFilter(StrEnum):
     """Annotations in a list of ids."""
 
 
+class BoxForm(StrEnum):
+    """Meaning of the four numbers of `bbox`."""
+
+    XYWH = "xywh"
+    """x, y, width, height in px, as in COCO."""
+    CORNERS = "corners"
+    """x_min, y_min, x_max, y_max in px."""
+    SHARES = "shares"
+    """x, y, width, height as shares of the width and the height of the image."""
+
+
+class RotatedBoxes(StrEnum):
+    """Treatment of boxes that are rotated, as CVAT exports them."""
+
+    REFUSE = "refuse"
+    """The annotation gets no mask: the mask would be misplaced."""
+    UPRIGHT = "upright"
+    """The smallest upright box round it is labeled, and the annotation gets the flag BOX_ROTATED."""
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """Rules by which rows of COCO files are read where files of different origin mean different things.
+
+    Attributes:
+        crowd_as_objects: read a row with `iscrowd` 1 as one object; CVAT sets it for every mask.
+        rotated_boxes: what to do with a rotated box.
+    """
+
+    crowd_as_objects: bool = False
+    rotated_boxes: RotatedBoxes = RotatedBoxes.REFUSE
+
+    def manifest(self) -> dict[str, Any]:
+        """Returns the rules that are not the default as JSON data, for the manifest of a job, by RULE_KEYS."""
+        crowds, rotated = RULE_KEYS
+        stated = {crowds: self.crowd_as_objects, rotated: str(self.rotated_boxes)}
+        return {key: value for key, value in stated.items() if value not in (False, str(RotatedBoxes.REFUSE))}
+
+
+RULE_KEYS = ("crowd_as_objects", "rotated_boxes")
+"""Keys of `RowRules` in the manifest of a job."""
+
+
+COCO_RULES = RowRules()
+"""Crowd regions are regions of many objects, and rotated boxes get no mask."""
+
+
+LABELED = RowRules(rotated_boxes=RotatedBoxes.UPRIGHT)
+"""For files that have masks: their masks count, whatever their boxes are."""
+
+
 class ScoreType(StrEnum):
     """Measure that a score is computed from, before calibration.
 

@@ -21,7 +21,6 @@ from mal_train.core.coco.annotations import (
     Annotation,
     ImageInfo,
     JsonId,
-    category_ids,
     read_annotation,
     read_images,
     reject_duplicate_ids,
@@ -34,6 +33,7 @@ from mal_train.core.coco.parquet_schema import Head
 from mal_train.core.coco.parquet_writer import PartWriter
 from mal_train.core.errors import ConfigError, DeviceLost, MalError
 from mal_train.core.images.files import ImageFolder
+from mal_train.core.settings import COCO_RULES, RowRules
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint import builtin
@@ -66,6 +66,7 @@ class PartJob:
         precision: see `Labeler`.
         tta: test-time augmentation and post-processing.
         batch_size: crops in a batch.
+        rules: how rows are read.
         version: version of this package.
     """
 
@@ -82,6 +83,7 @@ class PartJob:
     precision: str
     tta: TtaOptions
     batch_size: int
+    rules: RowRules = COCO_RULES
     version: str = field(default_factory=distribution_version)
 
     def check_machine(self) -> None:
@@ -205,8 +207,7 @@ class PartLabeler:
 
     def _label_part(self, part: Part, rows: Sequence[ImageRow], head: Head, labeler: Labeler) -> PartResult:
         job, result = self._job, PartResult(part.number)
-        categories = category_ids(head.members.get("categories") or (), [])
-        parsed = [_ParsedRow.of(row, categories, result) for row in rows]
+        parsed = [_ParsedRow.of(row, result, job.rules) for row in rows]
         _refuse_repeated_ids(parsed, redact(job.dataset))
         to_label = [row.to_label for row in parsed if row.to_label[1]]
         labels = label_images(labeler, to_label, job.images, job.tta, batch_size=job.batch_size, threads=self._threads)
@@ -248,10 +249,10 @@ class _ParsedRow:
     annotations: Sequence[Annotation]
 
     @classmethod
-    def of(cls, row: ImageRow, categories: set[JsonId], result: PartResult) -> "_ParsedRow":
+    def of(cls, row: ImageRow, result: PartResult, rules: RowRules) -> "_ParsedRow":
         """Parses a row, and counts its annotations and the invalid ones of them."""
         images = {} if row.index is None else dict(read_images([row.image], result.notes, row.index))
-        annotations = [read_annotation(value, at, images, categories) for at, value in row.annotations]
+        annotations = [read_annotation(value, at, images, rules) for at, value in row.annotations]
         result.rows += len(annotations)
         for annotation in annotations:
             if annotation.problem is not None:
@@ -274,7 +275,7 @@ class _ParsedRow:
 
 
 def _refuse_repeated_ids(rows: Sequence[_ParsedRow], name: str) -> None:
-    """Raises BadDataset for an id that is used twice in a part; those of other parts are not known here."""
+    """Raises BadDataset for an id that is used twice in a part; the command has compared those of all parts."""
     images = [image_id for row in rows for image_id in row.images]
     annotations = [one.id for row in rows for one in row.annotations if one.id is not None]
     for kind, ids in (("image", images), ("annotation", annotations)):

@@ -115,13 +115,15 @@ def decode_results(data: bytes) -> list[Result]:
 def _images_to_json(images: Images) -> dict[str, Any]:
     if isinstance(images, UrlImages):
         return {"urls": dict(images.urls), "hosts": images.hosts.listed()}
-    return {"base": str(images.base), "is_path": isinstance(images.base, Path)}
+    repeated = {} if images.is_remote else dict(images.repeated())
+    return {"base": str(images.base), "is_path": isinstance(images.base, Path), "repeated": repeated}
 
 
 def _images_from_json(message: dict[str, Any]) -> Images:
     if "urls" in message:
         return UrlImages(message["urls"], AllowedHosts.parse(message["hosts"], "hosts"))
-    return ImageFolder(Path(message["base"]) if message["is_path"] else message["base"])
+    repeated = {key: tuple(names) for key, names in message["repeated"].items()}
+    return ImageFolder(Path(message["base"]) if message["is_path"] else message["base"], lambda: repeated)
 
 
 def _to_json(annotation: Annotation) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """Labels the validation set, compares with its boxes and masks, and fits thresholds and calibration in one pass."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mal_train.core.coco.annotations import Annotation, CocoFile, by_image
+from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, by_image
+from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.errors import BadDataset
 from mal_train.core.images.files import ImageSource
 from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
+from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
@@ -146,7 +149,7 @@ class Validator:
 
 def new_evaluator(coco: CocoFile, rows: Sequence[Row]) -> Evaluator:
     """Returns an evaluator that has noted the crowd annotations; they are neither labeled nor counted."""
-    evaluator = Evaluator(coco.category_names)
+    evaluator = Evaluator(coco.category_names, Federation.of(coco))
     for image, annotations in rows:
         for annotation in annotations:
             if annotation.iscrowd and image.problem is None:
@@ -160,9 +163,20 @@ _NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
 def has_masks(coco: CocoFile) -> bool:
     """Returns True if any valid annotation that is not a crowd has a segmentation."""
     return any(
-        annotation.raw.get("segmentation") and annotation.problem is None and not annotation.iscrowd
+        has_segmentation(annotation.raw) and annotation.problem is None and not annotation.iscrowd
         for annotation in coco.annotations
     )
+
+
+def why_no_masks(coco: CocoFile) -> str:
+    """Returns the reason why a file has no mask to compare with, for a message."""
+    crowds = sum(row.iscrowd and row.problem is None for row in coco.annotations)
+    counts = Counter({str(Reason.CROWD): crowds}) + coco.problem_counts()
+    missing = len(coco.annotations) - counts.total()
+    counts += Counter({str(Reason.NO_GROUND_TRUTH): missing})
+    reasons = "".join(f", {count} {reason}" for reason, count in counts.most_common())
+    remedy = "; if each crowd region is one object, as in files of CVAT, set dataset.crowd_as_objects=true"
+    return f"{len(coco.annotations)} annotations, none with a mask{reasons}{remedy if crowds else ''}"
 
 
 def _split_for_fit(rows: Sequence[Row], crop_size: int) -> tuple[list[Row], list[Row]]:

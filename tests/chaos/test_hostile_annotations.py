@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mal_client.dataset_check.check import check_dataset
 from mal_client.review.queue import SortBy, review_queue
 
 from mal_server.errors import InvalidRequest
@@ -19,10 +20,13 @@ from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, read_coco, read_json
 from mal_train.core.coco.detections import read_detections
 from mal_train.core.coco.output import error_fields, label_fields, labeled_file, write_json_atomic
+from mal_train.core.coco.plan import RowAction, read_plan
 from mal_train.core.coco.stream import copy_coco, scan_coco, write_transformed
 from mal_train.core.errors import BadBox, BadDataset, ConfigError
 from mal_train.core.masks import geometry, rle
 from mal_train.core.metrics.evaluator import Evaluator, evaluate_labels
+from mal_train.core.metrics.lvis import Federation
+from mal_train.core.settings import RotatedBoxes, RowRules
 from tests.form import Form
 from tests.mal_train.core.coco.hostile_files import HEIGHT, WIDTH, detections, hostile_counts, hostile_file
 from tests.mal_train.core.metrics.ground_truths import square
@@ -55,7 +59,7 @@ def outcome(work: Callable[[], object]) -> str:
 
 def evaluate(coco: CocoFile) -> None:
     """Compares every row with one mask, and reads all forms of the report."""
-    evaluator = Evaluator(coco.category_names)
+    evaluator = Evaluator(coco.category_names, Federation.of(coco))
     for _, rows in by_image(coco):
         for row in rows:
             try:
@@ -74,10 +78,21 @@ def compare(truth: CocoFile, labels: CocoFile) -> None:
 
 
 def write(coco: CocoFile, path: Path, output: Path) -> None:
-    """Writes labels and errors for all rows, in memory and row by row; both give the same bytes."""
+    """Writes labels and errors for all rows, in memory and row by row; no row is lost."""
     results = {row.id: FIELDS if n % 2 else error_fields("X", "x") for n, row in enumerate(coco.annotations) if row.id}
     write_json_atomic(output, labeled_file(coco, results, {}))
+    assert len(read_json(output)["annotations"]) == len(coco.annotations)
     write_transformed(scan_coco(path, lambda *_: None), output, lambda _number, row, _annotation: row, {})
+    assert len(read_json(output)["annotations"]) == len(coco.annotations)
+
+
+def plan(path: Path) -> None:
+    """Plans a job by other rules than COCO's; every row has an action."""
+    rules = RowRules(crowd_as_objects=True, rotated_boxes=RotatedBoxes.UPRIGHT)
+    found = read_plan(path, rules=rules)
+    assert len(found.actions) == found.head.count
+    assert RowAction.COPY_CROWD not in found.actions
+    found.form_note()
 
 
 def work_of(content: bytes, labels: bytes, boxes: bytes, folder: Path) -> Iterable[tuple[str, Callable[[], object]]]:
@@ -88,6 +103,8 @@ def work_of(content: bytes, labels: bytes, boxes: bytes, folder: Path) -> Iterab
     results.write_bytes(boxes)
     yield "stream", lambda: scan_coco(path, lambda _number, _row: None)
     yield "review", lambda: review_queue(path, sort_by=SortBy.SCORE, truth=path).lines()
+    yield "rules", lambda: plan(path)
+    yield "check", lambda: check_dataset(path, folder).lines()
     yield "memory", lambda: evaluate(read_coco(path))
     yield "output", lambda: write(read_coco(path), path, folder / "out.json")
     yield "labels", lambda: compare(read_coco(path), read_coco(other))
@@ -129,7 +146,7 @@ def test_hostile_annotation_files_give_a_result_or_one_clear_error(
             slowest = max(slowest, time.thread_time() - began)
     growth = peak_mib() - before
     record("hostile files", cases=count, growth_mib=growth, slowest_ms=slowest * 1000, **outcomes)
-    assert sum(outcomes.values()) == 8 * count
+    assert sum(outcomes.values()) == 10 * count
     assert min(outcomes["memory result"], outcomes["stream result"], outcomes["server result"]) > count / 2
     assert outcomes["memory BadDataset"] > 0
     assert growth <= MAX_GROWTH_MIB

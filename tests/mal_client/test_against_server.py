@@ -193,7 +193,7 @@ def test_each_bad_input_fails_alone_with_its_own_reason(dataset: Dataset) -> Non
     rows[8]["bbox"] = [0, 0, 0, 5]
     rows[9]["bbox"] = [1e9, 0, 5, 5]
     rows[10]["bbox"] = [-5, -5, 20, 20]
-    rows[11]["category_id"] = 77
+    rows[11]["attributes"] = {"rotation": 30}
     dataset.save()
     with served() as address:
         result = label(address, dataset)
@@ -204,7 +204,7 @@ def test_each_bad_input_fails_alone_with_its_own_reason(dataset: Dataset) -> Non
         **dict.fromkeys((102, 103, 104, 105), "IMAGE_DECODE_FAILED"),
         **dict.fromkeys((106, 107), "IMAGE_FORMAT"),
         **dict.fromkeys((108, 109), "BAD_BOX"),
-        111: "CATEGORY_UNKNOWN",
+        111: "BOX_ROTATED",
     }
     assert "BOX_CLIPPED" in dataset.labeled()[110]["flags"]
     messages = {row.annotation_id: row.error.message for row in result.failed}

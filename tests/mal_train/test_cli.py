@@ -93,7 +93,7 @@ def test_failed_boxes_are_reported_by_reason_and_the_others_are_labeled(
         rows[0]["bbox"] = [500, 500, 10, 10]
         rows[1]["bbox"] = [1, 2, "x", 4]
         rows[2]["iscrowd"] = 1
-        rows[3]["category_id"] = 77
+        rows[3]["attributes"] = {"rotation": 30}
         coco["images"][2]["file_name"] = "gone.png"
 
     scenes = write_scenes(tmp_path / "scenes", images=5, masks=False, change=break_rows)
@@ -104,7 +104,7 @@ def test_failed_boxes_are_reported_by_reason_and_the_others_are_labeled(
     assert reasons == {
         0: "BAD_BOX",
         1: "BAD_BOX",
-        11: "CATEGORY_UNKNOWN",
+        11: "BOX_ROTATED",
         20: "IMAGE_NOT_FOUND",
         21: "IMAGE_NOT_FOUND",
         30: "IMAGE_DECODE_FAILED",

@@ -247,6 +247,9 @@ class BulkStream:
         }
         if not wait_s or item.resends >= MAX_RESENDS:
             return _Outcome(ItemResult(item, labels))
+        if self._options.resolve_overlaps:
+            # Their masks depend on each other.
+            return _Outcome(None, (replace(item, resends=item.resends + 1),), max(wait_s.values()))
         settled = {key: label for key, label in labels.items() if key not in wait_s}
         result = ItemResult(item.with_boxes(settled), settled) if settled else None
         again = replace(item.with_boxes(wait_s), resends=item.resends + 1)
@@ -267,7 +270,7 @@ class BulkStream:
     def _failed(self, item: WorkItem, error: ItemError) -> _Outcome:
         if self._is_soon(error.retry_after_s) and item.resends < MAX_RESENDS:
             return _Outcome(None, (replace(item, resends=item.resends + 1),), error.retry_after_s or 0.0)
-        if error.reason == RESPONSE_TOO_LARGE and len(item.boxes) > 1:
+        if error.reason == RESPONSE_TOO_LARGE and len(item.boxes) > 1 and not self._options.resolve_overlaps:
             return _Outcome(None, item.split())
         return _Outcome(ItemResult(item, error=error))
 

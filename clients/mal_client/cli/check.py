@@ -11,11 +11,13 @@ from mal_client.cli.common import (
     Commands,
     add_command,
     add_dataset_options,
+    add_row_rules,
     location,
     make_image_files,
     print_line,
     print_outputs,
     refuse_outputs_over_inputs,
+    row_rules,
 )
 from mal_client.dataset.progress import ProgressDisplay
 from mal_client.types import Progress
@@ -33,6 +35,7 @@ def add_check(commands: Commands[argparse.ArgumentParser]) -> None:
     check = add_command(commands, "check", "report the problems of a dataset; needs no server")
     check.set_defaults(run=_check)
     add_dataset_options(check)
+    add_row_rules(check)
     check.add_argument(
         "--output", type=location, metavar="REPORT.json", help="also write the issues as JSON (default: not written)"
     )
@@ -64,6 +67,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 annotations,
                 make_image_files(arguments, annotations),
                 decode=not arguments.headers_only,
+                rules=row_rules(arguments),
                 on_image=lambda done, total: display(Progress(done, total, 0, 0)),
             )
         report.file = arguments.annotations

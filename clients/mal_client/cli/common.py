@@ -18,7 +18,7 @@ from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import UrlImages
 from mal_train.core.secrets import read_secret_file
-from mal_train.core.settings import Branch
+from mal_train.core.settings import Branch, RotatedBoxes, RowRules
 from mal_train.core.storage.addresses import Location, is_remote, parse_location, redact
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.core.storage.writing import refuse_same_location
@@ -140,6 +140,28 @@ def add_dataset_options(parser: argparse.ArgumentParser, content: str = "COCO fi
         "any folders); each file name of the annotations must be the end of exactly one path",
     )
     add_outside_option(parser)
+
+
+def add_row_rules(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that tell how rows of the annotations are read."""
+    parser.add_argument(
+        "--crowd-as-objects",
+        action="store_true",
+        help="read annotations with iscrowd 1 as single objects; CVAT sets it for every mask (default: as crowd "
+        "regions, which are copied and not counted)",
+    )
+    parser.add_argument(
+        "--rotated-boxes",
+        choices=[str(choice) for choice in RotatedBoxes],
+        default=str(RotatedBoxes.REFUSE),
+        help="rotated boxes, as CVAT exports them (attributes.rotation). refuse: no mask; upright: label the smallest "
+        "upright box round each, and flag it (default: %(default)s)",
+    )
+
+
+def row_rules(arguments: argparse.Namespace) -> RowRules:
+    """Returns the values of `add_row_rules`."""
+    return RowRules(arguments.crowd_as_objects, RotatedBoxes(arguments.rotated_boxes))
 
 
 def add_outside_option(parser: argparse.ArgumentParser) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mal_client.cli.common import (
     EXIT_SOME_FAILED,
@@ -31,7 +31,8 @@ from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES
 from mal_train.core.console import LINE_EVERY_S, Console
 from mal_train.core.errors import BadDataset, ConfigError
-from mal_train.core.storage.addresses import base_name, is_remote, redact, sibling
+from mal_train.core.settings import BoxForm
+from mal_train.core.storage.addresses import Location, base_name, is_remote, redact, sibling
 from mal_train.core.storage.listing import local_folder
 from mal_train.core.storage.reading import local_copy
 from mal_train.core.storage.writing import staged_folder, staged_output
@@ -49,6 +50,7 @@ _OPTIONS: Final[dict[str, tuple[tuple[str, ...], object]]] = {
     "--image-set": (("voc",), None),
     "--encoding": (("csv", "yolo", "voc", "dota"), None),
     "--row-group-boxes": (("coco",), None),
+    "--box-form": (("coco",), None),
 }
 """Formats to which an option applies, and its default."""
 
@@ -102,6 +104,12 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="coco to parquet: boxes after which a row group ends; label --shard splits a file by row groups (default: "
         "65536)",
+    )
+    convert.add_argument(
+        "--box-form",
+        choices=[str(form) for form in BoxForm],
+        help="coco: what bbox holds: xywh, x, y, width, height in px; corners, x_min, y_min, x_max, y_max in px; "
+        "shares, x, y, width, height as shares of the image (default: xywh)",
     )
     convert.add_argument(
         "--columns",
@@ -272,10 +280,12 @@ def _convert_coco(arguments: argparse.Namespace) -> int:
     if arguments.row_group_boxes is not None and not is_parquet(arguments.output):
         raise ConfigError(f"--row-group-boxes: {redact(arguments.output)} is not parquet; omit it")
     progress = _RowProgress()
+    form = BoxForm(arguments.box_form or BoxForm.XYWH)
     with annotation_file(arguments.labels) as labels, staged_output(arguments.output) as output:
         copy_coco(
             labels,
             output,
+            change=None if form is BoxForm.XYWH else _box_converter(labels, form),
             row_group_boxes=ROW_GROUP_BOXES if arguments.row_group_boxes is None else arguments.row_group_boxes,
             on_rows=progress.read,
             on_written=progress.written,
@@ -283,6 +293,15 @@ def _convert_coco(arguments: argparse.Namespace) -> int:
         groups = f", {len(ParquetDataset(output).row_groups)} row groups" if is_parquet(output) else ""
     print_line(f"{redact(arguments.output)}: {progress.text}{groups}")
     return 0
+
+
+def _box_converter(labels: Location, form: BoxForm) -> Callable[[Any], Any]:
+    """Returns the function that gives a row of a file its box in COCO's form."""
+    from mal_train.core.coco.box_form import to_xywh  # noqa: PLC0415 - as above
+    from mal_train.core.coco.stream import scan_coco  # noqa: PLC0415 - as above
+
+    images = scan_coco(labels, lambda _index, _row: None, allow_repeated_ids=True).images
+    return lambda row: to_xywh(row, form, images)
 
 
 class _RowProgress:

@@ -9,19 +9,23 @@ from typing import Any
 
 from mal_client.cli.common import (
     EXIT_SOME_FAILED,
+    LISTED,
     Commands,
     add_command,
     add_connection_options,
     add_dataset_options,
     add_label_options,
+    add_row_rules,
     local_path,
     location,
     make_client,
     make_image_files,
     make_label_options,
+    print_error,
     print_line,
     print_outputs,
     refuse_outputs_over_inputs,
+    row_rules,
 )
 from mal_client.client import Client
 from mal_client.dataset.progress import ProgressDisplay
@@ -32,6 +36,8 @@ from mal_train.core.coco.members import annotation_file
 from mal_train.core.errors import ConfigError
 from mal_train.core.storage.addresses import Location, base_name, is_remote
 from mal_train.core.storage.writing import staged_outputs
+
+CROWD = "CROWD"
 
 MAX_WORST = 10_000
 """Largest number of worst instances that a server returns."""
@@ -51,6 +57,7 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     evaluate.set_defaults(run=_evaluate, can_resume=lambda arguments: arguments.resume is not None)
     add_connection_options(evaluate)
     add_dataset_options(evaluate, "COCO file with the true masks")
+    add_row_rules(evaluate)
     evaluate.add_argument(
         "--on-server",
         action="store_true",
@@ -100,13 +107,27 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             write_text(page, _build_report(client, arguments, local, evaluation, options))
         for line in evaluation.table().split("\n"):
             print_line(line)
+        _print_skipped(evaluation)
         if metrics is not None:
             # Imported here, as below: the other commands do not need it and start faster without it.
             from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
 
             write_json_atomic(metrics, evaluation.to_dict())
     print_outputs({"report": arguments.report, "metrics": arguments.output})
-    return EXIT_SOME_FAILED if evaluation.failed_count else 0
+    return EXIT_SOME_FAILED if evaluation.failed_count or not evaluation.measured else 0
+
+
+def _print_skipped(evaluation: Evaluation) -> None:
+    """Prints why objects were not measured: the first of those that were not sent, and one of each reason."""
+    messages = [row.message for row in evaluation.skipped_rows]
+    messages += [f"{reason}: {message}" for reason, message in evaluation.skipped_messages.items() if reason != CROWD]
+    for message in list(dict.fromkeys(messages))[:LISTED]:
+        print_error(f"  {message}")
+    if not evaluation.measured and evaluation.skipped.get(CROWD):
+        print_error(
+            "mal-client: crowd regions (iscrowd 1) are not measured; if each is one object, as in files of CVAT, give "
+            "--crowd-as-objects"
+        )
 
 
 def _open_dataset(arguments: argparse.Namespace, stack: ExitStack) -> _LocalDataset:
@@ -128,6 +149,7 @@ def _run(
         "on_progress": display,
         "on_notice": display.notice,
         "resume": arguments.resume,
+        "rules": row_rules(arguments),
     }
     if local is None:
         return client.evaluate_on_server(str(arguments.annotations), str(arguments.images), options, **shared)
@@ -153,7 +175,7 @@ def _build_report(
     from mal_train.core.coco.annotations import read_coco  # noqa: PLC0415
     from mal_train.core.report.page import build_report  # noqa: PLC0415
 
-    truth = read_coco(local.annotations)
+    truth = read_coco(local.annotations, row_rules(arguments))
     cards = worst_cards(client, evaluation, truth, local.images, options, count=arguments.worst)
     subtitle = f"{base_name(arguments.annotations)} on {arguments.server}"
     return build_report("Evaluation", evaluation_sections(evaluation, cards), subtitle)

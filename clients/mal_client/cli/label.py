@@ -17,6 +17,7 @@ from mal_client.cli.common import (
     add_dataset_options,
     add_label_options,
     add_polygon_tolerance,
+    add_row_rules,
     failures_message,
     local_path,
     location,
@@ -26,6 +27,7 @@ from mal_client.cli.common import (
     print_error,
     print_line,
     refuse_outputs_over_inputs,
+    row_rules,
 )
 from mal_client.dataset.progress import JsonLog, ProgressDisplay
 from mal_client.dataset.shards import Shard
@@ -131,6 +133,14 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='for --only ids: annotation IDs, one per line as JSON (7 or "7")',
     )
+    parser.add_argument(
+        "--boxes",
+        type=local_path,
+        metavar="RESULTS.json",
+        help="COCO results list of a detector, [{image_id, category_id, bbox, score}], whose boxes take the place of "
+        "the annotations; their score stays, and that of the mask is mask_score (default: the annotations)",
+    )
+    add_row_rules(parser)
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
@@ -155,11 +165,13 @@ def _label(arguments: argparse.Namespace) -> int:
 
     options = _dataset_options(arguments)
     shard = None if arguments.shard is None else Shard.parse(arguments.shard)
-    writes_part = shard is not None and is_parquet(arguments.annotations) and is_parquet(arguments.output)
+    is_share = is_parquet(arguments.annotations) and is_parquet(arguments.output) and options.boxes is None
+    writes_part = shard is not None and is_share
     if shard is not None and writes_part:
         arguments.output = _part(arguments, shard)
-    elif shard is not None and options != replace(DatasetOptions(options.only, options.ids), restart=options.restart):
+    elif shard is not None and _is_written_otherwise(options):
         raise ConfigError("--format, --polygon-tolerance, --update-bbox: not for shards; give them to mal-client merge")
+    refuse_outputs_over_inputs([options.boxes], [arguments.output])
     output = _staged_output(arguments)
     display = JsonLog() if arguments.log == "json" else ProgressDisplay("label")
     with annotation_file(arguments.annotations) as annotations, make_clients(arguments) as clients, display:
@@ -183,7 +195,13 @@ def _label(arguments: argparse.Namespace) -> int:
         _print_unfinished(result)
     else:
         _print_result(result, output)
-    return EXIT_SOME_FAILED if result.failed_count else 0
+    return _exit_code(result)
+
+
+def _is_written_otherwise(options: DatasetOptions) -> bool:
+    """Returns True for options that change how the masks of a job are written, and not which."""
+    selection = replace(DatasetOptions(options.only, options.ids), restart=options.restart, rules=options.rules)
+    return options != replace(selection, boxes=options.boxes)
 
 
 def _part(arguments: argparse.Namespace, shard: Shard) -> Location:
@@ -220,7 +238,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             annotations, output.path, arguments.shards, _dataset_options(arguments), publish=output.publish
         )
     _print_result(result, output)
-    return EXIT_SOME_FAILED if result.failed_count else 0
+    return _exit_code(result)
 
 
 def _dataset_options(arguments: argparse.Namespace) -> DatasetOptions:
@@ -235,6 +253,8 @@ def _dataset_options(arguments: argparse.Namespace) -> DatasetOptions:
         restart=getattr(arguments, "restart", False),
         mask_format=MaskFormat(arguments.format),
         polygon_tolerance_px=arguments.polygon_tolerance,
+        rules=row_rules(arguments),
+        boxes=arguments.boxes,
     )
 
 
@@ -261,11 +281,23 @@ def _read_id(path: Path, line: str) -> int | float | str:
     return value
 
 
+def _exit_code(result: DatasetResult) -> int:
+    return EXIT_SOME_FAILED if result.failed_count or result.labels_nothing_but_crowds else 0
+
+
 def _print_result(result: DatasetResult, output: StagedOutput) -> None:
-    copied = f", {result.copied} copied" if result.copied else ""
+    crowds = f" ({result.crowds} CROWD)" if result.crowds else ""
+    copied = f", {result.copied} copied{crowds}" if result.copied else ""
     print_line(
         f"{output.shown(result.output)}: {result.labeled} annotations labeled{copied}, {result.failed_count} failed"
     )
+    if result.flags:
+        print_line("flags: " + ", ".join(f"{count} {name}" for name, count in result.flags.items()))
+    if result.labels_nothing_but_crowds:
+        print_error(
+            f"mal-client: no annotation was labeled: all {result.crowds} are CROWD (iscrowd 1), which are "
+            "copied; if each is one object, as in files of CVAT, give --crowd-as-objects"
+        )
     # All boxes of an unreadable image have the same message.
     for message in list(dict.fromkeys(str(row.error) for row in result.failed))[:LISTED]:
         print_error(f"  {message}")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mal_client.dataset.output import write_labeled
-from mal_client.dataset.provenance import job_fingerprint
+from mal_client.dataset.provenance import OPTIONAL_KEYS, job_fingerprint
+from mal_client.dataset.run import plan_of
 from mal_client.dataset.shards import ShardJournals
 from mal_client.types import DEFAULT_DATASET_OPTIONS, DatasetOptions, DatasetResult, ModelRef
 from mal_train.core.atomic_io import check_writable
-from mal_train.core.coco.plan import read_plan
 from mal_train.core.errors import ConfigError
 from mal_train.core.fingerprint import differences
 from mal_train.core.settings import Branch
@@ -44,16 +44,15 @@ def merge_shards(
     """
     refuse_same_location(coco_json, output_json)
     check_writable(output_json)
-    plan = read_plan(coco_json, options.only, options.ids)
+    plan = plan_of(coco_json, options)
     fingerprint = job_fingerprint(plan, options)
     with ShardJournals(output_json, shards, plan.head.count) as journals:
-        different = differences({key: journals.manifest.get(key) for key in fingerprint}, fingerprint)
+        keys = (*fingerprint, *(key for key in OPTIONAL_KEYS if key not in fingerprint))
+        different = differences(*({key: one.get(key) for key in keys} for one in (journals.manifest, fingerprint)))
         if different:
             raise ConfigError(f"{output_json}: its shards belong to another job: {'; '.join(different)}")
         journals.refuse_gaps(plan.rows_to_label())
-        provenance = {
-            key: value for key, value in journals.manifest.items() if key not in fingerprint and key != "images"
-        }
+        provenance = {key: value for key, value in journals.manifest.items() if key not in keys and key != "images"}
         model = _model_of(provenance, output_json)
         result = write_labeled(plan, journals.result, output_json, provenance, options)
         if publish is not None:

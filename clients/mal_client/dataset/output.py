@@ -13,7 +13,7 @@ from mal_client.types import FAILED_LISTED, DatasetOptions, DatasetResult, Faile
 from mal_train.core.atomic_io import atomic_write, remedy_of
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.coco.journal import RowFailure, journal_path
-from mal_train.core.coco.labeled_output import RowOutcome, write_labeled_file
+from mal_train.core.coco.labeled_output import RowOutcome, WrittenRows, write_labeled_file
 from mal_train.core.coco.parquet_reader import read_note
 from mal_train.core.coco.plan import RowAction
 from mal_train.core.errors import OutputError
@@ -73,23 +73,32 @@ def write_labeled(
             errors.add(_failed(annotation, plan.head.images, ItemError(*named)))
             return named
 
+        counts = WrittenRows()
         if plan.head.share is not None and job_sha256 is not None:
-            plan.head.share.note = lambda: {"job_sha256": job_sha256, "failed": errors.count}
-        labeled = write_labeled_file(
+            plan.head.share.note = lambda: {
+                "job_sha256": job_sha256,
+                "failed": errors.count,
+                "crowds": counts.crowds,
+                "flags": dict(counts.flags.most_common()),
+            }
+        write_labeled_file(
             plan,
             result_of,
             output_json,
             {**provenance, **masks.provenance()},
             finish=masks.finish,
             on_failure=on_failure,
+            counts=counts,
         )
     if not errors.count:
         failures.unlink(missing_ok=True)
     return DatasetResult(
         output=output_json,
         errors_file=failures if errors.count else None,
-        labeled=labeled,
-        copied=plan.head.count - labeled - errors.count,
+        labeled=counts.labeled,
+        copied=plan.head.count - counts.labeled - errors.count,
+        crowds=counts.crowds,
+        flags=dict(counts.flags.most_common()),
         failed=tuple(errors.first),
         failed_count=errors.count,
         masks_dir=masks_dir(output_json) if options.mask_format is MaskFormat.PNG else None,
@@ -113,7 +122,12 @@ def finished_part(
     if options.restart or journal_path(output).exists():
         return None
     match read_note(published):
-        case {"job_sha256": str() as found, "failed": int() as failed} if found == job_sha256:
+        case {
+            "job_sha256": str() as found,
+            "failed": int() as failed,
+            "crowds": int() as crowds,
+            "flags": dict() as flags,
+        } if found == job_sha256:
             selected = sum(action in (RowAction.LABEL, RowAction.REPORT) for action in plan.actions)
             return DatasetResult(
                 output=output,
@@ -121,6 +135,8 @@ def finished_part(
                 labeled=selected - failed,
                 copied=plan.head.count - selected,
                 failed_count=failed,
+                crowds=crowds,
+                flags=flags,
                 masks_dir=masks_dir(output) if options.mask_format is MaskFormat.PNG else None,
             )
     return None

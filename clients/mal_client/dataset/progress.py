@@ -118,6 +118,8 @@ class JsonLog:
             output=shown(result.output),
             labeled=result.labeled,
             copied=result.copied,
+            crowds=result.crowds,
+            flags=dict(result.flags),
             failed=result.failed_count,
             errors_file=None if result.errors_file is None else shown(result.errors_file),
             final=result.is_final,

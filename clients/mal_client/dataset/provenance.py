@@ -6,10 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mal_client.types import DatasetOptions, LabelOptions, ModelRef, ServerInfo
+from mal_train.core.settings import RULE_KEYS
 from mal_train.core.version import distribution_version
 
 if TYPE_CHECKING:
     from mal_train.core.coco.plan import DatasetPlan
+
+
+_DETECTIONS = "detections_sha256"
+OPTIONAL_KEYS = (*RULE_KEYS, _DETECTIONS)
+"""Keys of `job_fingerprint` that only some jobs have."""
 
 
 def answering_model(info: ServerInfo, options: LabelOptions) -> ModelRef:
@@ -43,4 +49,6 @@ def job_fingerprint(plan: DatasetPlan, options: DatasetOptions) -> dict[str, Any
 
     Options that change only how the file is written, such as `update_bbox`, have no part in it.
     """
-    return {"input_sha256": plan.head.sha256, "only": str(options.only), "ids": sorted(map(repr, options.ids))}
+    selection = {"only": str(options.only), "ids": sorted(map(repr, options.ids))}
+    detections = {} if plan.detections is None else {_DETECTIONS: plan.detections.sha256}
+    return {"input_sha256": plan.head.sha256, **detections, **selection, **options.rules.manifest()}

@@ -21,7 +21,7 @@ from mal_client.dataset.output import finished_part, write_labeled
 from mal_client.dataset.provenance import answering_model, job_fingerprint, provenance_of
 from mal_client.dataset.servers import JobServers
 from mal_client.dataset.shards import SHARD_KEY, Shard
-from mal_client.errors import ItemError, ModelChanged
+from mal_client.errors import TOO_MANY_BOXES, ItemError, ModelChanged, too_many_boxes
 from mal_client.images.image_files import ImageFiles
 from mal_client.images.image_input import MAX_FILE_BYTES, EncodedImage
 from mal_client.transport.base import Transport
@@ -33,6 +33,7 @@ from mal_client.types import (
     DatasetResult,
     LabelOptions,
     Progress,
+    RowFilter,
     ServerLimits,
 )
 from mal_train.core.atomic_io import check_writable
@@ -40,8 +41,9 @@ from mal_train.core.coco.annotations import ImageInfo
 from mal_train.core.coco.job_results import NOT_LABELED, JobResults
 from mal_train.core.coco.journal import Journal, RowFailure, RowResult, failed, journal_path
 from mal_train.core.coco.output import label_fields
-from mal_train.core.coco.parquet_share import share_of
-from mal_train.core.coco.plan import DatasetPlan, PendingRows, RowAction, read_plan
+from mal_train.core.coco.parquet_share import ParquetShare, share_of
+from mal_train.core.coco.plan import DatasetPlan, RowAction, read_detection_plan, read_plan
+from mal_train.core.errors import ConfigError
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import ReadAhead
 from mal_train.core.storage.writing import refuse_same_location
@@ -88,16 +90,22 @@ def label_dataset(
         lookup: resolves names; returns the IP addresses of a host, for a port.
 
     Raises:
-        ConfigError: the servers differ, an unfinished run was another job, or the output is the annotation file.
+        ConfigError: `resolve_overlaps` with `only`, the servers differ, an unfinished run was another job, or the
+            output is the annotation file.
         InvalidRequest: a server does not serve what the options ask for.
         BadDataset, OutputError, ClientError: see `Client.label_dataset`.
     """
     notify = on_notice or (lambda _: None)
+    _refuse_copied_masks(options, dataset_options)
     refuse_same_location(coco_json, output_json)
     check_writable(output_json)
     images = ImageFiles.of(images_dir)
-    share = share_of(coco_json, output_json, *((0, 1) if shard is None else (shard.index, shard.count)))
-    plan = read_plan(coco_json, dataset_options.only, dataset_options.ids, share)
+    share = None
+    if dataset_options.boxes is None:
+        share = share_of(coco_json, output_json, *((0, 1) if shard is None else (shard.index, shard.count)))
+    plan = plan_of(coco_json, dataset_options, share)
+    images.expect(lambda: (image.file_name for image in plan.images))
+    _note_form(plan, notify)
     servers = JobServers(clients, options, notify, lookup=lookup)
     info = servers.first
     provenance = provenance_of(info, options)
@@ -117,7 +125,7 @@ def label_dataset(
     with Journal(path, plan.head.count, manifest, restart=dataset_options.restart) as journal, ExitStack() as cleanup:
         if shard is None:
             cleanup.callback(_remove_if_empty, journal)
-        run = _DatasetRun(plan, journal, on_progress, shard)
+        run = _DatasetRun(plan, journal, options, on_progress, shard)
         resumed = run.results.resume_message()
         if resumed is not None:
             notify(resumed)
@@ -140,6 +148,33 @@ def label_dataset(
             if is_final:
                 journal.remove()
         return replace(result, model=answering_model(info, options), is_final=is_final)
+
+
+def plan_of(coco_json: Location, options: DatasetOptions, share: ParquetShare | None = None) -> DatasetPlan:
+    """Returns the rows of a job: those of the file or of a share of it, or the boxes of a detector.
+
+    Raises:
+        BadDataset: a file as a whole is unusable.
+        ConfigError: `ids` has an id that the file does not have.
+    """
+    if options.boxes is not None:
+        return read_detection_plan(coco_json, options.boxes)
+    return read_plan(coco_json, options.only, options.ids, share, options.rules)
+
+
+def _refuse_copied_masks(options: LabelOptions, dataset_options: DatasetOptions) -> None:
+    """Raises ConfigError if overlaps should be resolved although some masks are copied, which keep their pixels."""
+    if options.resolve_overlaps and dataset_options.only is not RowFilter.ALL:
+        raise ConfigError(
+            f"resolve_overlaps with only={dataset_options.only}: masks would overlap those that are copied; label all "
+            "annotations, or label without resolve_overlaps"
+        )
+
+
+def _note_form(plan: DatasetPlan, notify: OnNotice) -> None:
+    note = plan.form_note()
+    if note is not None:
+        notify(f"{redact(plan.head.path)}: {note}")
 
 
 def _job_sha256(manifest: Mapping[str, Any], options: DatasetOptions) -> str:
@@ -175,11 +210,18 @@ class _DatasetRun:
     """
 
     def __init__(
-        self, plan: DatasetPlan, journal: Journal, on_progress: OnProgress | None, shard: Shard | None
+        self,
+        plan: DatasetPlan,
+        journal: Journal,
+        options: LabelOptions,
+        on_progress: OnProgress | None,
+        shard: Shard | None,
     ) -> None:
         self.plan = plan
-        self.results = JobResults(plan, journal, None if shard is None else shard.has_image)
+        has_image = None if shard is None else shard.has_image
+        self.results = JobResults(plan, journal, has_image, complete_images=options.resolve_overlaps)
         self.pending = self.results.pending
+        self._refused: set[int] = set()
         self._journal = journal
         self._on_progress = on_progress
         self._images_open = self.pending.images_open()
@@ -206,6 +248,20 @@ class _DatasetRun:
         self._count_image(int(result.item.key), len(result.item.boxes))
         if self._on_progress is not None:
             self._on_progress(self._progress())
+
+    def refuse_above(self, max_boxes: int) -> None:
+        """Refuses the pending boxes of images that have more of them: their overlaps cannot be resolved in parts."""
+        for image, rows in self.pending.by_image():
+            if len(rows) > max_boxes:
+                message = too_many_boxes(self.plan.images[image].file_name, len(rows), max_boxes)
+                error = ItemError("INVALID_ARGUMENT", TOO_MANY_BOXES, message)
+                boxes = {index: self.plan.box(index) for index in rows}
+                self._refused.add(image)
+                self.add(ItemResult(WorkItem(str(image), boxes), error=error))
+
+    def is_refused(self, image: int) -> bool:
+        """Returns True for an image by its index if its boxes were refused."""
+        return image in self._refused
 
     def shard_result(self, missing: RowFailure) -> DatasetResult:
         """Returns the summary of a shard; its failures are listed when the shards are merged."""
@@ -256,6 +312,8 @@ def _label_pending(
     if not len(run.pending.indices):
         return None
     max_boxes = max(1, servers.limits.max_boxes)
+    if options.resolve_overlaps:
+        run.refuse_above(max_boxes)
     model = answering_model(servers.first, options)
 
     load = image_loader(images, servers.limits)
@@ -264,7 +322,7 @@ def _label_pending(
         return load(_image_of(run.plan, item))
 
     try:
-        with _read_ahead(images, _work_items(run.pending, max_boxes), load_item) as (items, take):
+        with _read_ahead(images, _work_items(run, max_boxes), load_item) as (items, take):
             dispatcher = MultiServerDispatcher(
                 servers.reachable,
                 WorkQueue(items, model=model),
@@ -281,6 +339,8 @@ def _label_pending(
         if not run.results.label_count or isinstance(lost.error, ModelChanged):
             raise lost.error from lost
         return ItemError("UNAVAILABLE", "SERVER_LOST", f"no result before the server was lost: {lost.error}")
+    if (note := images.respelling_note()) is not None:
+        on_notice(note)
     return None
 
 
@@ -296,15 +356,17 @@ def _read_ahead(
         yield ahead, ahead.take
 
 
-def _work_items(pending: PendingRows, max_boxes: int) -> Iterator[WorkItem]:
+def _work_items(run: _DatasetRun, max_boxes: int) -> Iterator[WorkItem]:
     """Yields one item for each image, or several for an image with more than `max_boxes` boxes.
 
     The key of an item is the index of its image.
     """
-    for image, rows in pending.by_image():
+    for image, rows in run.pending.by_image():
+        if run.is_refused(image):
+            continue
         for part, first in enumerate(range(0, len(rows), max_boxes)):
             item_id = str(image) if part == 0 else f"{image}.part{part}"
-            yield WorkItem(item_id, {index: pending.plan.box(index) for index in rows[first : first + max_boxes]})
+            yield WorkItem(item_id, {index: run.plan.box(index) for index in rows[first : first + max_boxes]})
 
 
 def _image_of(plan: DatasetPlan, item: WorkItem) -> ImageInfo:

@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import math
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from mal_client.dataset_check.report import CheckReport, Severity
 from mal_client.images.image_files import ImageFiles
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
+from mal_train.core.coco.box_form import likely_form
+from mal_train.core.coco.fields import has_segmentation
+from mal_train.core.coco.json_values import as_json
 from mal_train.core.coco.stream import CocoHead, scan_coco
-from mal_train.core.errors import BadBox, BadImage
+from mal_train.core.errors import BadBox, BadDataset, BadImage
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.decoder import decode_image
 from mal_train.core.images.header import read_header
 from mal_train.core.masks.geometry import Box, check_box
-from mal_train.core.settings import SIZE_NAMES, size_class
+from mal_train.core.masks.rle import from_segmentation, ignored_polygons
+from mal_train.core.settings import COCO_RULES, SIZE_NAMES, BoxForm, RowRules, size_class
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import READERS
 
@@ -35,6 +42,7 @@ def check_dataset(
     images_dir: ImageFiles | Location,
     *,
     decode: bool = True,
+    rules: RowRules = COCO_RULES,
     on_image: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Checks every row of a COCO file and every image; reads the file twice and each image once.
@@ -44,6 +52,7 @@ def check_dataset(
         images_dir: the folder or address that `file_name` is relative to, or a glob pattern; `ImageFiles` for files
             outside it.
         decode: also decode the pixels, which is the only way to find truncated files; False reads headers only.
+        rules: how crowd regions and rotated boxes are read, as for labeling.
         on_image: called with (images checked, images in total).
 
     Raises:
@@ -51,17 +60,18 @@ def check_dataset(
         StorageError, StoreUnreachable: the store of the images cannot be used.
     """
     report = CheckReport(coco_json)
-    head = scan_coco(coco_json, lambda _index, _row: None, allow_repeated_ids=True)
+    head = scan_coco(coco_json, lambda _index, _row: None, allow_repeated_ids=True, rules=rules)
     report.images, report.annotations = len(head.images), head.count
     _check_ids(report, head)
     _check_categories(report, head)
     files = _FileChecker(report, images_dir, decode)
+    files.images.expect(lambda: (image.file_name for image in head.images.values()))
     for done, _ in enumerate(files.check(head.images.values()), start=1):
         if on_image is not None:
             on_image(done, report.images)
     files.add_unlisted()
     rows = _RowChecker(report, head, files.sizes)
-    scan_coco(coco_json, rows.check, allow_repeated_ids=True)
+    scan_coco(coco_json, rows.check, allow_repeated_ids=True, rules=rules)
     rows.finish()
     return report
 
@@ -111,14 +121,14 @@ class _FileChecker:
         self.sizes: dict[JsonId, tuple[int, int] | None] = {}
         """Width and height of the images whose row does not state them; None for those without a readable file."""
         self._report = report
-        self._images = ImageFiles.of(images_dir)
+        self.images = ImageFiles.of(images_dir)
         self._decode = decode
         self._names: set[str] = set()
 
     def check(self, images: Iterable[ImageInfo]) -> Iterator[ImageInfo]:
         """Yields each image after its file has been checked."""
         remaining = iter(images)
-        with ThreadPoolExecutor(READERS if self._images.is_remote else os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(READERS if self.images.is_remote else os.cpu_count() or 1) as pool:
             while chunk := list(islice(remaining, _IMAGES_AT_ONCE)):
                 for image, outcome in zip(chunk, pool.map(self._read, chunk), strict=True):
                     self._add(image, outcome)
@@ -126,7 +136,7 @@ class _FileChecker:
 
     def add_unlisted(self) -> None:
         """Adds the image files that no row names; call it after `check`."""
-        for name in self._images.unlisted(self._names):
+        for name in self.images.unlisted(self._names):
             self._report.add("FILE_NOT_LISTED", Severity.NOTE, "no row names this image file", name)
 
     def _read(self, image: ImageInfo) -> ImageHeader | BadImage | None:
@@ -134,8 +144,8 @@ class _FileChecker:
         if image.problem is not None:
             return None
         try:
-            path = redact(self._images.locate(image.file_name))
-            content = self._images.read(image.file_name)
+            path = redact(self.images.locate(image.file_name))
+            content = self.images.read(image.file_name)
             if self._decode:
                 decode_image(content, expected_wh=image.size_wh, name=path)
             header = read_header(content, path)
@@ -152,10 +162,17 @@ class _FileChecker:
         return header
 
     def _add(self, image: ImageInfo, outcome: ImageHeader | BadImage | None) -> None:
-        if image.file_name in self._names:
+        if image.problem is not None:
+            self.sizes[image.id] = None
+            return
+        name = self.images.respelled(image.file_name)
+        if name in self._names:
             text = f"image {image.id!r}: {image.file_name}"
             self._report.add("FILE_NAMED_TWICE", Severity.WARNING, "several image rows name the same file", text)
-        self._names.add(image.file_name)
+        self._names.add(name)
+        if name != image.file_name:
+            text = f"image {image.id!r}: {image.file_name} is {name}"
+            self._report.add("FILE_RESPELLED", Severity.NOTE, "the folder spells the name of the file otherwise", text)
         if outcome is None or isinstance(outcome, BadImage):
             self.sizes[image.id] = None
             if outcome is not None:
@@ -195,6 +212,11 @@ class _FileChecker:
             )
 
 
+_ROW_MEANINGS: Final[dict[str, str]] = {
+    Reason.BOX_ROTATED: "box is rotated, and its mask would be misplaced",
+    Reason.IMAGE_UNKNOWN: "no image row has the image_id of the annotation",
+}
+
 _IMAGE_MEANINGS: Final = {
     "IMAGE_NOT_FOUND": "file is missing or cannot be read",
     "IMAGE_DECODE_FAILED": "file is damaged or truncated",
@@ -209,6 +231,11 @@ class _RowChecker:
 
     def __init__(self, report: CheckReport, head: CocoHead, sizes: dict[JsonId, tuple[int, int] | None]) -> None:
         self._report = report
+        self._boxes = CheckReport(report.file)
+        """Issues of single boxes, which mean nothing if all boxes have another form."""
+        self._numbers = array("d")
+        """x, y, w, h of each box, then width and height of its image."""
+        self._crowds = 0
         self._head = head
         self._sizes = sizes
         self._seen: set[int] = set()
@@ -220,15 +247,18 @@ class _RowChecker:
         """Checks one annotation."""
         if row.image_id is not None:
             self._with_boxes.add(row.image_id)
+        self._check_category(row)
         if row.problem is not None:
             if row.reason is not Reason.IMAGE_UNUSABLE:
-                self._report.add(str(row.reason), Severity.ERROR, "annotation is invalid", row.problem)
+                meaning = _ROW_MEANINGS.get(str(row.reason), "annotation is invalid")
+                self._report.add(str(row.reason), Severity.ERROR, meaning, row.problem)
             return
-        if row.category_id is not None:
-            self._report.by_category[self._head.category_names[row.category_id]] += 1
         if row.iscrowd:
-            self._report.add("CROWD", Severity.NOTE, "crowd region, copied without labeling", f"annotation {row.id!r}")
+            self._crowds += 1
             return
+        if row.is_rotated:
+            meaning = "box is rotated; the upright box round it is labeled"
+            self._report.add(str(Reason.BOX_ROTATED), Severity.WARNING, meaning, f"annotation {row.id!r}")
         # 64 bits of hash: a million boxes that differ collide with a chance of 1 in 30 million.
         fingerprint = hash((row.image_id, row.category_id, row.box_xywh))
         if fingerprint in self._seen:
@@ -239,35 +269,86 @@ class _RowChecker:
 
     def finish(self) -> None:
         """Adds the issues that need all annotations."""
+        if self._crowds:
+            self._add_crowds()
+        numbers = np.frombuffer(self._numbers, dtype=np.float64).reshape(-1, 6)
+        form, text = likely_form(numbers[:, :4], numbers[:, 4:])
+        if form is BoxForm.XYWH:
+            self._report.take(self._boxes)
+        else:
+            severity = Severity.ERROR if form is BoxForm.SHARES else Severity.WARNING
+            self._report.add(f"BOXES_ARE_{form.name}", severity, "boxes are not x, y, width, height in px", text)
         for name, count in self._report.by_category.items():
             if not count:
                 self._report.add("CATEGORY_UNUSED", Severity.NOTE, "category has no annotations", name)
         for image in self._head.images.values():
-            if image.id not in self._with_boxes:
+            if image.id not in self._with_boxes and image.problem is None:
                 self._report.add("IMAGE_WITHOUT_BOXES", Severity.NOTE, "image has no annotations", image.file_name)
+
+    def _check_category(self, row: Annotation) -> None:
+        category_id = row.category_id
+        if category_id is None:
+            if row.raw:
+                text = f"annotation {row.id!r}: category_id {as_json(row.raw.get('category_id'))}"
+                self._report.add("NO_CATEGORY", Severity.NOTE, "annotation has no category; masks need none", text)
+            return
+        name = self._head.category_names.get(category_id)
+        self._report.by_category[str(category_id) if name is None else name] += 1
+        if name is None and self._head.category_names:
+            text = f"annotation {row.id!r}: category_id {as_json(category_id)}"
+            meaning = "category is not in the list of categories; it is labeled, and counted under its id"
+            self._report.add("CATEGORY_UNKNOWN", Severity.WARNING, meaning, text)
+
+    def _add_crowds(self) -> None:
+        if self._crowds < self._report.annotations:
+            text = f"{self._crowds} of {self._report.annotations} annotations"
+            self._report.add("CROWD", Severity.NOTE, "crowd regions are copied without labeling", text, self._crowds)
+            return
+        meaning = (
+            "every annotation is a crowd region (iscrowd 1), so none is labeled; if each is one object, as in files of "
+            "CVAT, give --crowd-as-objects"
+        )
+        self._report.add("CROWD", Severity.WARNING, meaning, f"all {self._crowds} annotations", self._crowds)
+
+    def _check_mask(self, row: Annotation, size_wh: tuple[int, int], name: str) -> None:
+        if not has_segmentation(row.raw):
+            return
+        segmentation: Any = row.raw["segmentation"]
+        try:
+            from_segmentation(segmentation, size_wh[1], size_wh[0], name)
+        except BadDataset as error:
+            meaning = "mask cannot be read: evaluation does not count it, labeling replaces it"
+            self._report.add(str(Reason.BAD_GROUND_TRUTH), Severity.WARNING, meaning, str(error))
+            return
+        ignored = ignored_polygons(segmentation)
+        if ignored:
+            text = f"{name}: {ignored} of {len(segmentation)} polygons"
+            self._report.add("POLYGON_IGNORED", Severity.NOTE, "polygon has fewer than three points", text)
 
     def _check_box(self, row: Annotation) -> None:
         image = None if row.image_id is None else self._head.images.get(row.image_id)
         size_wh = None if image is None else image.size_wh or self._sizes.get(image.id)
+        self._numbers.extend((*row.box_xywh, *(size_wh or (math.nan, math.nan))))
         if size_wh is None:
             # The file of this image was reported already.
             return
         name = f"annotation {row.id!r}"
+        self._check_mask(row, size_wh, name)
         try:
             (_, _, w, h), was_clipped = check_box(row.box_xywh, (size_wh[1], size_wh[0]), name)
         except BadBox as error:
             code, meaning = _box_error(row.box_xywh)
-            self._report.add(code, Severity.ERROR, meaning, str(error))
+            self._boxes.add(code, Severity.ERROR, meaning, str(error))
             return
         box_text = "[" + ", ".join(f"{value:g}" for value in row.box_xywh) + "]"
         if was_clipped:
             text = f"{name}: {box_text} on an image of {size_wh[0]}x{size_wh[1]} px"
-            self._report.add("BOX_CLIPPED", Severity.WARNING, "box extends beyond its image and is clipped", text)
+            self._boxes.add("BOX_CLIPPED", Severity.WARNING, "box extends beyond its image and is clipped", text)
         if min(w, h) <= SMALL_SIDE_PX:
             text = f"{name}: {box_text}"
-            self._report.add("BOX_SMALL", Severity.WARNING, f"a side is at most {SMALL_SIDE_PX:g} px", text)
-        self._report.boxes_by_size[SIZE_NAMES[size_class(w * h)]] += 1
-        self._report.box_sides[math.floor(math.log2(math.sqrt(w * h)))] += 1
+            self._boxes.add("BOX_SMALL", Severity.WARNING, f"a side is at most {SMALL_SIDE_PX:g} px", text)
+        self._boxes.boxes_by_size[SIZE_NAMES[size_class(w * h)]] += 1
+        self._boxes.box_sides[math.floor(math.log2(math.sqrt(w * h)))] += 1
 
 
 def _box_error(box_xywh: Box) -> tuple[str, str]:

@@ -72,12 +72,18 @@ class CheckReport:
     image_sizes: Counter[str] = field(default_factory=Counter)
     by_category: Counter[str] = field(default_factory=Counter)
 
-    def add(self, code: str, severity: Severity, meaning: str, example: str) -> None:
-        """Counts one occurrence of an issue; keeps the first EXAMPLES examples."""
+    def add(self, code: str, severity: Severity, meaning: str, example: str, count: int = 1) -> None:
+        """Counts `count` occurrences of an issue with one example; keeps the first EXAMPLES examples."""
         issue = self.issues.setdefault(code, Issue(severity, meaning))
-        issue.count += 1
+        issue.count += count
         if len(issue.examples) < EXAMPLES:
             issue.examples.append(example)
+
+    def take(self, other: CheckReport) -> None:
+        """Takes over the issues and the statistics of boxes of a report without any of these issues."""
+        self.issues.update(other.issues)
+        self.boxes_by_size += other.boxes_by_size
+        self.box_sides += other.box_sides
 
     def count(self, severity: Severity) -> int:
         """Returns the number of occurrences of all issues of a severity."""

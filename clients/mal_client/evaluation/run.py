@@ -20,9 +20,10 @@ from mal_client.transport.base import Transport
 from mal_client.transport.serialization import evaluation_messages, labeling_messages
 from mal_client.types import Evaluation, LabelOptions
 from mal_train.core.coco.annotations import read_coco
+from mal_train.core.coco.box_form import form_note
 from mal_train.core.coco.members import content_sha256
-from mal_train.core.settings import SIZE_NAMES
-from mal_train.core.storage.addresses import Location
+from mal_train.core.settings import COCO_RULES, SIZE_NAMES, RowRules
+from mal_train.core.storage.addresses import Location, redact
 
 
 def evaluate(
@@ -35,12 +36,17 @@ def evaluate(
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
     resume: Path | None = None,
+    rules: RowRules = COCO_RULES,
 ) -> Evaluation:
     """Evaluates on a local data set; see `Client.evaluate`."""
-    coco, files = read_coco(coco_json), ImageFiles.of(images_dir)
+    coco, files = read_coco(coco_json, rules), ImageFiles.of(images_dir)
+    files.expect(coco.file_names)
+    if on_notice is not None and (note := form_note(coco.annotations, coco.images)) is not None:
+        on_notice(f"{redact(coco_json)}: {note}")
     source = LocalDataset(coco, files, options=options, worst_count=worst_count)
     source.prepare(client)  # without a retry: raises at once where no server is reachable
-    job = {"annotations_sha256": content_sha256(coco_json), "images": files.name, "options": repr(options)}
+    content = {"annotations_sha256": content_sha256(coco_json), "images": files.name, **rules.manifest()}
+    job = {**content, "options": repr(options)}
     return _evaluate(client, source, job=job, on_progress=on_progress, on_notice=on_notice, resume=resume)
 
 
@@ -54,10 +60,11 @@ def evaluate_on_server(
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
     resume: Path | None = None,
+    rules: RowRules = COCO_RULES,
 ) -> Evaluation:
     """Evaluates on a data set on the server; see `Client.evaluate_on_server`."""
-    source = ServerDataset(annotations, images, options, worst_count)
-    job = {"on_server": [annotations, images], "options": repr(options)}
+    source = ServerDataset(annotations, images, options, worst_count, rules)
+    job = {"on_server": [annotations, images], "options": repr(options), **rules.manifest()}
     return _evaluate(client, source, job=job, on_progress=on_progress, on_notice=on_notice, resume=resume)
 
 
@@ -102,12 +109,16 @@ def _evaluation_of(result: evaluation_pb2.EvaluateResult, source: EvaluationSour
         empty_ground_truth=result.empty_ground_truth,
         ap_at_1=evaluation_messages.coco_metrics(result.ap_at_one),
         ap_at_score=evaluation_messages.coco_metrics(result.ap_at_score),
+        lvis_at_1=evaluation_messages.lvis_metrics(result, "lvis_at_one"),
+        lvis_at_score=evaluation_messages.lvis_metrics(result, "lvis_at_score"),
         score=evaluation_messages.score_quality(result.score),
         categories=tuple(
             evaluation_messages.category_row(row, source.category_id(row.category.category_id))
             for row in result.categories
         ),
         skipped=dict(skipped.most_common()),
+        skipped_rows=tuple(source.skipped_rows),
+        skipped_messages={row.reason: row.message for row in result.skipped if row.message},
         worst=tuple(map(source.instance, result.worst)),
         model=labeling_messages.model_ref(result.model),
     )

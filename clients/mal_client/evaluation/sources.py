@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
-from mal.v1 import evaluation_pb2
+from mal.v1 import evaluation_pb2, types_pb2
 
 from mal_client.dataset.run import image_loader
+from mal_client.errors import TOO_MANY_BOXES, too_many_boxes
 from mal_client.evaluation.checkpoint import EvaluationCheckpoint
-from mal_client.evaluation.stream import EvaluationSource, IdleTimeout
+from mal_client.evaluation.stream import MAX_SKIPPED, EvaluationSource, IdleTimeout
 from mal_client.images.image_files import ImageFiles
 from mal_client.images.image_input import EncodedImage
 from mal_client.transport.base import Transport
 from mal_client.transport.serialization import evaluation_messages
 from mal_client.types import LabelOptions, MeasuredInstance, ServerLimits
-from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, by_image, id_order
+from mal_train.core.coco.annotations import (
+    Annotation,
+    CocoFile,
+    ImageInfo,
+    JsonId,
+    Reason,
+    by_image,
+    id_order,
+    row_name,
+)
+from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.masks.rle import from_segmentation
+from mal_train.core.metrics.report import Skipped
+from mal_train.core.settings import COCO_RULES, RowRules
 from mal_train.core.storage.read_ahead import ReadAhead
+
+_PART = ".part"
+"""Between the index of an image with more objects than the server takes in one message and the number of a part."""
 
 
 class ServerDataset(EvaluationSource):
@@ -33,10 +48,14 @@ class ServerDataset(EvaluationSource):
         images: FOLDER/PATH or FOLDER of its images.
         options: options of labeling.
         worst_count: number of instances to list, lowest IoU first.
+        rules: how crowd regions and rotated boxes are read.
     """
 
-    def __init__(self, annotations: str, images: str, options: LabelOptions, worst_count: int) -> None:
+    def __init__(
+        self, annotations: str, images: str, options: LabelOptions, worst_count: int, rules: RowRules = COCO_RULES
+    ) -> None:
         super().__init__()
+        self._rules = rules
         self._names = annotations, images
         self._options = options
         self._worst_count = worst_count
@@ -49,7 +68,7 @@ class ServerDataset(EvaluationSource):
     ) -> Iterator[evaluation_pb2.EvaluateRequest]:
         """Yields the options, then the records of the checkpoint."""
         token = checkpoint.token
-        yield evaluation_messages.evaluate_dataset(self._options, self._names, self._worst_count, token)
+        yield evaluation_messages.evaluate_dataset(self._options, self._names, self._worst_count, token, self._rules)
         for item_id, record in checkpoint.items() if token else ():
             idle_timeout.reset()
             yield evaluation_messages.evaluate_record(item_id, record)
@@ -87,47 +106,54 @@ class LocalDataset(EvaluationSource):
         images = sorted(by_image(coco), key=lambda item: id_order(item[0].id))
         self._sent = [(image, rows) for image, rows in images if any(map(_has_ground_truth, rows))]
         # Images without a ground-truth mask are not sent, but their rows count as skipped.
-        self._not_sent = Counter(
-            str(_reason_without_mask(row))
-            for _, rows in images
-            if not any(map(_has_ground_truth, rows))
-            for row in rows
-            if row.problem is None
-        )
+        self._not_sent = [row for _, rows in images if not any(map(_has_ground_truth, rows)) for row in rows]
+        self._invalid = [row for row in coco.annotations if row.problem is not None][:MAX_SKIPPED]
         self._image_of = {str(index): image for index, (image, _) in enumerate(self._sent)}
         self._files = files
         self._limits: dict[str, ServerLimits] = {}
         """Limits of each server, by its address."""
+        self._max_boxes = 1
         self._wire_ids = _wire_ids_of_categories(coco)
         self._category_ids = {wire_id: category_id for category_id, wire_id in self._wire_ids.items()}
         self._row_index = {id(row): index for index, row in enumerate(coco.annotations)}
         self._content_sha256: dict[str, str] = {}
+        self._is_federated = any(image.is_federated for image in coco.images.values())
         self.images_total = len(self._sent)
 
     def prepare(self, server: Transport) -> None:
         """Keeps to the limits of the server, which is asked for them once. Raises ClientError, as `server_info`."""
         if server.address not in self._limits:
             self._limits[server.address] = server.server_info().limits
-        self._load = image_loader(self._files, self._limits[server.address])
+        limits = self._limits[server.address]
+        self._load = image_loader(self._files, limits)
+        self._max_boxes = max(1, limits.max_boxes)
+        self.images_total = sum(-(-self._masked_rows(rows) // self._max_boxes) for _, rows in self._sent)
 
     def requests(
         self, checkpoint: EvaluationCheckpoint, idle_timeout: IdleTimeout
     ) -> Iterator[evaluation_pb2.EvaluateRequest]:
         """Yields the options, then each image that can be read; an image with a record is sent as its hash."""
-        self.skipped = self._coco.problem_counts() + self._not_sent
+        self.skipped = self._coco.problem_counts()
         self.images_skipped = 0
-        names = self._coco.category_names
-        categories = {wire_id: names[category_id] for category_id, wire_id in self._wire_ids.items()}
+        self.skipped_rows = [Skipped(row.id, row.image_id, str(row.reason), row.problem or "") for row in self._invalid]
+        for row in self._not_sent:
+            if row.problem is None:
+                self._skip(row, _reason_without_mask(row), "has no segmentation")
         yield evaluation_messages.evaluate_options(
-            self._options, categories, self.images_total, self._worst_count, checkpoint.token
+            self._options,
+            self._categories(),
+            self.images_total,
+            self._worst_count,
+            checkpoint.token,
+            is_federated=self._is_federated,
         )
         # No window here: the server stops reading at its own limit, and gRPC then stops asking for requests.
         try:
             for item_id, image, rows, load in self._images():
-                request = self._image_request(checkpoint, item_id, image, rows, load)
-                idle_timeout.reset()
-                if request is not None:
+                for request in self._image_requests(checkpoint, item_id, image, rows, load):
+                    idle_timeout.reset()
                     yield request
+                idle_timeout.reset()
         except Exception as error:
             # gRPC would report it as a failed call; the stream raises this exception instead.
             self.failure = error
@@ -147,17 +173,17 @@ class LocalDataset(EvaluationSource):
                 yield *item, partial(ahead.take, item)
 
     def has_image(self, item_id: str) -> bool:
-        """Returns True for the index of an image that is sent; older servers send no id."""
-        return item_id in self._image_of or not item_id
+        """Returns True for the id of an image that is sent, or of a part of it; older servers send no id."""
+        return item_id.partition(_PART)[0] in self._image_of or not item_id
 
     def content_sha256(self, item_id: str) -> str:
         """Returns the SHA-256 of a file that was read for this evaluation."""
         return self._content_sha256.get(item_id, "")
 
     def category_id(self, wire_id: int) -> JsonId:
-        """Returns the category id in the file."""
-        category_id: JsonId = self._category_ids.get(wire_id, wire_id)
-        return category_id
+        """Returns the category id in the file; "" for that of rows without one."""
+        category_id: JsonId | None = self._category_ids.get(wire_id, wire_id)
+        return "" if category_id is None else category_id
 
     def instance(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
         """Returns a row of the result with the ids, file name and box of the file."""
@@ -169,48 +195,83 @@ class LocalDataset(EvaluationSource):
             annotation.id, annotation.image_id, image.file_name, annotation.box_xywh, row.iou, row.score
         )
 
-    def _image_request(
+    def _categories(self) -> list[types_pb2.Category]:
+        names, frequencies = self._coco.used_category_names, self._coco.category_frequencies
+        return [
+            evaluation_messages.category(wire_id, names[key], "" if key is None else frequencies.get(key, ""))
+            for key, wire_id in self._wire_ids.items()
+        ]
+
+    def _masked_rows(self, rows: list[Annotation]) -> int:
+        return sum(row.problem is None and has_segmentation(row.raw) for row in rows)
+
+    def _image_requests(
         self,
         checkpoint: EvaluationCheckpoint,
         item_id: str,
         image: ImageInfo,
         rows: list[Annotation],
         load: Callable[[], EncodedImage],
-    ) -> evaluation_pb2.EvaluateRequest | None:
+    ) -> Iterator[evaluation_pb2.EvaluateRequest]:
+        """Yields the request of an image, or several with at most as many objects as the server takes in one."""
         masked = []
         for row in rows:
-            if row.problem is None and row.raw.get("segmentation"):
+            if row.problem is None and has_segmentation(row.raw):
                 masked.append(row)
             elif row.problem is None:
-                self.skipped[str(_reason_without_mask(row))] += 1
+                self._skip(row, _reason_without_mask(row), "has no segmentation")
         try:
             encoded = load()
         except BadImage as error:
             self.images_skipped += 1
-            self.skipped[error.reason] += sum(not row.iscrowd for row in masked)
-            return None
+            for row in masked:
+                if not row.iscrowd:
+                    self._skip(row, error.reason, str(error))
+            return
         # The file may state no size; polygons then need that of the image.
         size_wh = encoded.size_wh()
         truths = [truth for row in masked if (truth := self._ground_truth(row, size_wh)) is not None]
-        if not truths:
-            return None
-        sha256 = self._content_sha256[item_id] = hashlib.sha256(encoded.content).hexdigest()
-        record = checkpoint.get(item_id, sha256) if checkpoint.token else b""
-        return evaluation_messages.evaluate_image(item_id, encoded, truths, sha256 if record else None, record)
+        if len(truths) > self._max_boxes and self._options.resolve_overlaps:
+            self.images_skipped += 1
+            message = too_many_boxes(image.file_name, len(truths), self._max_boxes)
+            for row in masked:
+                self._skip(row, TOO_MANY_BOXES, message)
+            return
+        sha256 = hashlib.sha256(encoded.content).hexdigest()
+        wire_ids = (self._wire_ids.get(key) for key in image.not_exhaustive_category_ids or ())
+        not_exhaustive = [wire_id for wire_id in wire_ids if wire_id is not None]
+        for part, first in enumerate(range(0, len(truths), self._max_boxes)):
+            name = f"{item_id}{_PART}{part}" if part else item_id
+            self._content_sha256[name] = sha256
+            record = checkpoint.get(name, sha256) if checkpoint.token else b""
+            yield evaluation_messages.evaluate_image(
+                name,
+                encoded,
+                truths[first : first + self._max_boxes],
+                sha256 if record else None,
+                record,
+                continues=part > 0,
+                not_exhaustive=not_exhaustive,
+            )
 
     def _ground_truth(self, row: Annotation, size_wh: tuple[int, int] | None) -> evaluation_pb2.GroundTruth | None:
         try:
             width, height = size_wh or _size_in_rle(row)
-            rle = from_segmentation(row.raw["segmentation"], height, width)
-        except BadDataset:
-            self.skipped[str(Reason.BAD_GROUND_TRUTH)] += 1
+            rle = from_segmentation(row.raw["segmentation"], height, width, "mask")
+        except BadDataset as error:
+            self._skip(row, Reason.BAD_GROUND_TRUTH, str(error))
             return None
         category = self._wire_ids[row.category_id]
         return evaluation_messages.ground_truth(self._row_index[id(row)], row.box_xywh, category, rle, row.iscrowd)
 
+    def _skip(self, row: Annotation, reason: str, message: str) -> None:
+        self.skipped[str(reason)] += 1
+        if reason != Reason.CROWD and len(self.skipped_rows) < MAX_SKIPPED:
+            self.skipped_rows.append(Skipped(row.id, row.image_id, str(reason), f"{row_name(row.id)}: {message}"))
+
 
 def _has_ground_truth(row: Annotation) -> bool:
-    return row.problem is None and not row.iscrowd and bool(row.raw.get("segmentation"))
+    return row.problem is None and not row.iscrowd and has_segmentation(row.raw)
 
 
 def _reason_without_mask(row: Annotation) -> Reason:
@@ -226,13 +287,12 @@ def _size_in_rle(row: Annotation) -> tuple[int, int]:
     segmentation = row.raw["segmentation"]
     size = segmentation.get("size") if isinstance(segmentation, dict) else None
     if not isinstance(size, list) or len(size) != 2:
-        raise BadDataset(f"annotation {row.id!r}: polygons need the width and height of their image")
+        raise BadDataset("polygons need the width and height of their image")
     return size[1], size[0]
 
 
 def _wire_ids_of_categories(coco: CocoFile) -> dict[Any, int]:
-    """Maps category ids to ids on the wire: the same ids if all are int64, else numbers from 1."""
-    ids = list(coco.category_names)
-    if all(isinstance(value, int) and -(2**63) <= value < 2**63 for value in ids):
-        return {value: int(value) for value in ids}
-    return {value: number for number, value in enumerate(ids, start=1)}
+    """Maps category ids, and None, to ids on the wire: the same ids if all are int64, else numbers from 1."""
+    ids = list(coco.used_category_names)
+    integers = {value: value for value in ids if isinstance(value, int) and -(2**63) <= value < 2**63}
+    return integers if len(integers) == len(ids) else {value: number for number, value in enumerate(ids, start=1)}

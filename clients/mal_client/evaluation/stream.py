@@ -36,6 +36,7 @@ from mal_client.transport.base import Transport
 from mal_client.types import MeasuredInstance, Progress
 from mal_train.core.coco.annotations import JsonId, Reason
 from mal_train.core.errors import MalError
+from mal_train.core.metrics.report import Skipped
 
 RESUME_TOKEN_STALE = "RESUME_TOKEN_STALE"
 
@@ -44,6 +45,9 @@ RETRY_PAUSE_S = 2.0
 
 MAX_ID_CHARS = 4096
 """Limit of the id of an image on the server, its file name."""
+
+MAX_SKIPPED = 1000
+"""Objects that were not sent and are listed with their message."""
 
 MAX_ATTEMPTS = 5
 """Consecutive streams without a new image after which the evaluation fails."""
@@ -105,6 +109,7 @@ class EvaluationSource(ABC):
         images_total: number of images; 0 where only the server knows it.
         images_skipped: images of the current stream that could not be read here.
         skipped: objects that were not sent, by reason.
+        skipped_rows: the first MAX_SKIPPED of them that should have been measured, with the message of each.
         failure: the exception that ended the requests of the current stream; None where they are complete.
     """
 
@@ -112,6 +117,7 @@ class EvaluationSource(ABC):
         self.images_total = 0
         self.images_skipped = 0
         self.skipped: Counter[str] = Counter()
+        self.skipped_rows: list[Skipped] = []
         self.failure: Exception | None = None
 
     @abstractmethod

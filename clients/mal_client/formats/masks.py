@@ -16,6 +16,7 @@ from mal_train.core.input_files import resolve_inside
 from mal_train.core.masks.encodings import to_polygons
 from mal_train.core.masks.polygons import Rings
 from mal_train.core.masks.rle import Rle, from_segmentation
+from mal_train.core.settings import LABELED
 from mal_train.core.storage.addresses import Location, is_remote
 
 MAX_NAME_BYTES = 255
@@ -69,10 +70,11 @@ class MaskFile:
 
     def __init__(self, path: Location, tolerance_px: float = 0.0) -> None:
         self.path = path
-        self._coco: CocoFile = read_coco(path)
+        self._coco: CocoFile = read_coco(path, LABELED)
         self._tolerance_px = tolerance_px
-        self.names = list(self._coco.category_names.values())
-        self._category_indices = {category_id: index for index, category_id in enumerate(self._coco.category_names)}
+        names = self._coco.used_category_names
+        self.names = list(names.values())
+        self._category_indices = {category_id: index for index, category_id in enumerate(names)}
         self.summary = ExportSummary()
         for row in self._coco.annotations:
             if row.image_id is None or row.image_id not in self._coco.images:
@@ -95,7 +97,7 @@ class MaskFile:
             self.summary.crowds += 1
             return None
         failure = row.raw.get("error")
-        if row.problem is not None or row.category_id is None or failure:
+        if row.problem is not None or failure:
             self._omit(row, row.problem or f"annotation {row.id!r}: not labeled ({failure})")
             return None
         try:

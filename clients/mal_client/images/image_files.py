@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mal_train.core.errors import BadDataset, BadImage
-from mal_train.core.images.files import ImageFolder, Images, UrlImages, read_image_bytes
+from mal_train.core.images.files import ImageFolder, Images, UrlImages, for_names, read_image_bytes, respelling_note
+from mal_train.core.images.folder_names import (
+    AmbiguousName,
+    check_only_name,
+    ends_in,
+    folded,
+    readings,
+    repeated_names,
+)
 from mal_train.core.images.header import DEFAULT_LIMITS
 from mal_train.core.input_files import resolve_inside
 from mal_train.core.storage.addresses import WEB_SCHEMES, Location, is_remote, scheme_of
@@ -31,7 +40,8 @@ class ImageFiles:
     """Images by the file names of a COCO file.
 
     A pattern such as `photos/**/*.jpg` (`**` matches any folders) is expanded once. A file name then refers to the only
-    match that ends in it, folder by folder: both `a.jpg` and `2021/a.jpg` find `photos/2021/a.jpg`.
+    match that ends in it, folder by folder: both `a.jpg` and `2021/a.jpg` find `photos/2021/a.jpg`. A name that no file
+    has leads to the file that it means, as in `folder_names.FolderNames`.
 
     Args:
         source: a folder, a glob pattern, the address of a prefix such as s3://bucket/images, or images at their URLs.
@@ -49,6 +59,8 @@ class ImageFiles:
         self._images: Images | None = images
         """None for a pattern, whose matches are in `_by_name`."""
         self._by_name: dict[str, list[str]] = {}
+        """Matches of a pattern by their file name, as it is equal in all spellings."""
+        self._repeated: Callable[[], Mapping[str, tuple[str, ...]]] = dict
         self._allow_outside = allow_outside
         self._root: Path | None = None
         self.name = images.name
@@ -70,6 +82,21 @@ class ImageFiles:
         """True if reading an image needs the network."""
         return self._images is not None and self._images.is_remote
 
+    def expect(self, names: Callable[[], Iterable[str]]) -> None:
+        """Tells which file names the annotations have, so that no two of them lead to one file; asked for once."""
+        if self._images is not None:
+            self._images = for_names(self._images, names)
+        else:
+            self._repeated = cache(lambda: repeated_names(names()))
+
+    def respelling_note(self) -> str | None:
+        """Returns a sentence on the names that led to files of another spelling; None without one."""
+        return None if self._images is None else respelling_note(self._images)
+
+    def respelled(self, file_name: str) -> str:
+        """Returns the name of the file in the folder, where a located name led to one of another spelling."""
+        return self._images.respelled.get(file_name, file_name) if isinstance(self._images, ImageFolder) else file_name
+
     def locate(self, file_name: str) -> Location:
         """Returns the path or address of an image; except for a pattern, it may be missing.
 
@@ -81,6 +108,10 @@ class ImageFiles:
         if self._root is None or self._allow_outside or not isinstance(location, Path):
             return location
         if resolve_inside(self._root, str(location.absolute())) is None:
+            # Such as an absolute path to the former place of the images.
+            inside = self._images.respell(file_name) if isinstance(self._images, ImageFolder) else None
+            if inside is not None and resolve_inside(self._root, str(inside.absolute())) is not None:
+                return inside
             raise BadImage(
                 f"{file_name}: outside {self._root}; move the file into that folder, or allow it with "
                 "--allow-outside-images (ImageFiles(..., allow_outside=True))",
@@ -107,7 +138,7 @@ class ImageFiles:
         self._root = _fixed_part(source)
         for path in sorted(glob.iglob(str(source), recursive=True)):
             if os.path.isfile(path):
-                self._by_name.setdefault(os.path.basename(path), []).append(path)
+                self._by_name.setdefault(folded(os.path.basename(path)), []).append(path)
         if not self._by_name:
             raise BadDataset(
                 f"{source}: the pattern matches no file; check it, and quote it to protect it from the shell"
@@ -115,14 +146,34 @@ class ImageFiles:
 
     def _match(self, file_name: str) -> Path:
         parts = PurePosixPath(file_name).parts
-        # No parts: of ".".
-        of_name = self._by_name.get(parts[-1], ()) if parts else ()
-        matches = [path for path in of_name if Path(path).parts[-len(parts) :] == parts]
+        matches = [path for path in self._named(parts) if Path(path).parts[-len(parts) :] == parts]
+        if not matches:
+            matches = self._meant(file_name)
         if len(matches) == 1:
             return Path(matches[0])
         more = f" and {len(matches) - LISTED} more" if len(matches) > LISTED else ""
         problem = f"{len(matches)} files end in it: {', '.join(matches[:LISTED])}{more}; add folders to the file name"
         raise BadImage(f"{file_name}: {problem if matches else 'no file of the pattern ends in it'}", "IMAGE_NOT_FOUND")
+
+    def _meant(self, file_name: str) -> list[str]:
+        """Returns the matches that a name may mean which no file has."""
+        for parts in readings(file_name):
+            for start in range(len(parts)):
+                tail = parts[start:]
+                wanted = list(map(folded, tail))
+                matches = [path for path in self._named(tail) if ends_in(Path(path).parts, wanted)]
+                if len(matches) == 1:
+                    try:
+                        check_only_name(file_name, tail, matches[0], self._repeated())
+                    except AmbiguousName as error:
+                        raise BadImage(f"{file_name}: {error}", "IMAGE_NOT_FOUND") from None
+                if matches:
+                    return matches
+        return []
+
+    def _named(self, parts: Sequence[str]) -> Sequence[str]:
+        """Returns the matches with the last of these parts as file name; none without parts, as of "."."""
+        return self._by_name.get(folded(parts[-1]), ()) if parts else ()
 
     def unlisted(self, file_names: Collection[str]) -> Iterator[str]:
         """Yields the image files that no file name refers to, in alphabetical order; none where files have no list."""

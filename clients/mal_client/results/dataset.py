@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mal_client.errors import ItemError
 from mal_client.results.labels import ModelRef
 from mal_train.core.errors import ConfigError
-from mal_train.core.settings import MaskFormat, RowFilter
+from mal_train.core.settings import COCO_RULES, MaskFormat, RowFilter, RowRules
 
 if TYPE_CHECKING:
     from mal_train.core.coco.annotations import JsonId
@@ -33,10 +34,12 @@ class DatasetOptions:
             nor an empty form. PNG: a 1-bit file of the image's size in a folder beside the output, named in
             `mask_file`; `segmentation` stays run-length encoded, so that the file stays a COCO file.
         polygon_tolerance_px: greatest distance in px of a simplified polygon from the mask's edge; 0 keeps it exact.
+        rules: how crowd regions and rotated boxes are read.
+        boxes: COCO results list of a detector, whose rows take the place of the annotations; None: the annotations.
 
     Raises:
         ConfigError: a tolerance that is negative, not finite or without POLYGONS; `ids` without `RowFilter.IDS` or the
-            reverse.
+            reverse; `boxes` with another filter than ALL.
     """
 
     only: RowFilter = RowFilter.ALL
@@ -45,6 +48,8 @@ class DatasetOptions:
     restart: bool = False
     mask_format: MaskFormat = MaskFormat.RLE
     polygon_tolerance_px: float = 0.0
+    rules: RowRules = COCO_RULES
+    boxes: Path | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.polygon_tolerance_px < math.inf:
@@ -54,6 +59,8 @@ class DatasetOptions:
                 f"polygon_tolerance_px: {self.polygon_tolerance_px} with mask_format {self.mask_format}; it needs "
                 f"mask_format {MaskFormat.POLYGONS}"
             )
+        if self.boxes is not None and self.only is not RowFilter.ALL:
+            raise ConfigError(f"boxes: {self.boxes} with only={self.only}; all boxes of a detector are labeled")
         if (self.only is RowFilter.IDS) != bool(self.ids):
             raise ConfigError(f"ids: {len(self.ids)} with only={self.only}; give ids and only={RowFilter.IDS} together")
 
@@ -118,6 +125,8 @@ class DatasetResult:
         failed_count: number of annotations that failed.
         is_final: False when the server was lost; the same job started again labels what is missing.
         masks_dir: folder of the PNG masks; None for other formats.
+        crowds: those of `copied` that are crowd regions.
+        flags: number of labeled annotations by flag, most frequent first; empty for a shard.
     """
 
     output: Path
@@ -129,3 +138,10 @@ class DatasetResult:
     failed_count: int = 0
     is_final: bool = True
     masks_dir: Path | None = None
+    crowds: int = 0
+    flags: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def labels_nothing_but_crowds(self) -> bool:
+        """Every annotation that was to be labeled is a crowd region, so none was labeled."""
+        return bool(self.crowds) and self.crowds == self.copied and not self.labeled and not self.failed_count

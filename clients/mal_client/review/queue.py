@@ -31,6 +31,7 @@ from mal_train.core.masks.rle import Rle, from_segmentation, iou
 from mal_train.core.metrics.score_quality import bad_in_worst, spearman
 from mal_train.core.numbers import finite_number
 from mal_train.core.report.page import format_metric
+from mal_train.core.settings import LABELED
 from mal_train.core.storage.addresses import Location
 
 BAD_IOU: Final = 0.5
@@ -212,7 +213,7 @@ def review_queue(
         if isinstance(row, dict) and isinstance(row.get("id"), JsonId) and {"width", "height"} <= row.keys()
     }
     keys = _SortKeys(ReviewQueue(sort_by), None if truth is None else _Truth(truth), sizes)
-    head = scan_coco(labeled_json, keys.add)
+    head = scan_coco(labeled_json, keys.add, rules=LABELED)
     queue = keys.queue
     if not queue.masks and not queue.failed:
         remedy = "label it with --agreement" if sort_by is SortBy.AGREEMENT else "label it first"
@@ -224,7 +225,7 @@ def review_queue(
         if index in ranks:
             items[ranks[index]] = keys.item(ranks[index], index, row, head)
 
-    scan_coco(labeled_json, keep)
+    scan_coco(labeled_json, keep, rules=LABELED)
     queue.worst = [items[rank] for rank in sorted(items)]
     queue.qualities = keys.qualities()
     if truth is not None and queue.masks and not queue.qualities:
@@ -289,7 +290,7 @@ class _Truth:
 
     def __init__(self, path: Location) -> None:
         self._rows: dict[JsonId, tuple[JsonId | None, Any]] = {}
-        scan_coco(path, self._add)
+        scan_coco(path, self._add, rules=LABELED)
 
     def mask(self, row: Annotation, rle: Rle) -> Rle | None:
         """Returns the true mask of a row; None if the file has no usable mask for it."""

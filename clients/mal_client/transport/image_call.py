@@ -16,6 +16,7 @@ from mal.v1 import labeling_pb2
 from numpy.typing import ArrayLike
 
 from mal_client.errors import (
+    TOO_MANY_BOXES,
     InvalidRequest,
     ServerError,
     from_rpc_error,
@@ -24,6 +25,7 @@ from mal_client.errors import (
     is_truncated,
     rpc_code,
     rpc_details,
+    too_many_boxes,
 )
 from mal_client.images.image_input import EncodedImage
 from mal_client.images.upload_cache import UploadedImage
@@ -98,6 +100,8 @@ class ImageCall:
 
     Raises:
         BadImage: the file exceeds the server's limit.
+        InvalidRequest: more boxes than one request may have, and `resolve_overlaps` needs all in one (reason
+            TOO_MANY_BOXES).
     """
 
     def __init__(
@@ -117,6 +121,8 @@ class ImageCall:
         self._image = image
         self._options = options
         self._max_boxes = max(1, limits.max_boxes)
+        if options.resolve_overlaps and len(boxes) > self._max_boxes:
+            raise InvalidRequest(too_many_boxes("image", len(boxes), self._max_boxes), TOO_MANY_BOXES)
         self._timeout_s = timeout_s
         self._clock = clock
         self._upload = upload if limits.image_cache_bytes > 0 else None
@@ -156,22 +162,29 @@ class ImageCall:
     def on_response(self, response: labeling_pb2.LabelImageResponse) -> list[BoxLabel]:
         """Takes one response; returns its final labels. A box whose error has RetryInfo stays pending.
 
+        With `resolve_overlaps`, all boxes of the response stay pending then, since their masks depend on each other.
+
         Raises:
             ServerError: a result for a box that was not sent, or a second one for the same box.
         """
         final = []
+        is_retried = False
         try:
             for index, label in labeling_messages.box_labels(response, self._sent, self._size_wh):
                 del self._sent[index]
                 if self._is_retried(label):
+                    is_retried = True
                     continue
-                del self._pending[index]
                 final.append(label)
         except KeyError as key:
             raise ServerError(
                 f"{self._address}: a result for box {key}, which is not pending; check that client and server have "
                 "compatible versions"
             ) from None
+        if is_retried and self._options.resolve_overlaps:
+            final = []
+        for label in final:
+            del self._pending[label.index]
         if final:
             self._has_labels, self._failures, self._truncated = True, 0, 0
         if self._upload is not None and not self._is_confirmed:

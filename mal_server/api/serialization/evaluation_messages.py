@@ -33,15 +33,19 @@ from mal_server.scheduling.priority import Priority
 from mal_server.security.caller import Caller
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.geometry import Box
-from mal_train.core.metrics.average_precision import AP_NAMES
+from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES
+from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.miou import CocoMetrics, GroupMiou
 from mal_train.core.metrics.report import CategoryRow, EvaluationReport
 from mal_train.core.metrics.score_quality import ScoreQuality
-from mal_train.core.settings import SIZE_NAMES
+from mal_train.core.settings import SIZE_NAMES, RotatedBoxes, RowRules
 from mal_train.kernel.labeler.types import PredictOptions
 
 MAX_WORST = 10_000
 MAX_RECORDS_BYTES = 1024 * 1024 * 1024
+
+MAX_MESSAGE = 500
+"""Characters of the message of an object that was not measured."""
 
 MEMORY_OF_A_RECORD = 400
 """Bytes of a record beside itself and the name of its image."""
@@ -52,6 +56,18 @@ _AP_FIELDS = dict(
         (
             "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
             "ar_max1", "ar_max10", "ar_max100", "ar_small", "ar_medium", "ar_large",
+        ),
+        strict=True,
+    )
+)  # fmt: skip
+
+
+_LVIS_FIELDS = dict(
+    zip(
+        LVIS_NAMES,
+        (
+            "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ap_rare", "ap_common", "ap_frequent",
+            "ar", "ar_small", "ar_medium", "ar_large",
         ),
         strict=True,
     )
@@ -72,6 +88,8 @@ class EvaluateOptions:
         images_total: number of images, as announced; 0 = unknown.
         worst_count: number of instances to list, lowest IoU first.
         dataset: (annotations, images) of a data set on the server; None: the stream has the images.
+        rules: how the rows of that data set are read.
+        federation: for LVIS's metrics; None: the ground truth is not federated.
         want_records: send the record of each image with its progress.
         resume_token: token of the evaluation to resume; empty = none.
     """
@@ -85,6 +103,8 @@ class EvaluateOptions:
     images_total: int
     worst_count: int
     dataset: tuple[str, str] | None
+    rules: RowRules
+    federation: Federation | None
     want_records: bool
     resume_token: bytes
 
@@ -119,8 +139,9 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, defaults: Cal
         dataset = (options.dataset.annotations, options.dataset.images)
         if not all(dataset):
             violations.add("options.dataset", "annotations and images are both required, each as FOLDER/PATH")
-        if names or options.images_total:
-            violations.add("options.dataset", "leave categories and images_total unset: the data set defines them")
+        if names or options.images_total or options.is_federated:
+            problem = "leave categories, images_total and is_federated unset: the data set defines them"
+            violations.add("options.dataset", problem)
         for name in dataset:
             defaults.caller.check_folder(name.partition("/")[0])
     violations.raise_if_any()
@@ -134,6 +155,11 @@ def read_evaluate_options(request: evaluation_pb2.EvaluateRequest, defaults: Cal
         images_total=options.images_total,
         worst_count=options.worst_count,
         dataset=dataset,
+        rules=RowRules(
+            options.dataset.crowd_as_objects,
+            RotatedBoxes.UPRIGHT if options.dataset.upright_boxes else RotatedBoxes.REFUSE,
+        ),
+        federation=Federation(_frequencies(options.categories)) if options.is_federated else None,
         want_records=options.want_records,
         resume_token=options.resume_token,
     )
@@ -174,19 +200,22 @@ async def read_images(
     """Yields the images of an evaluation, numbered in order of arrival, with their objects counted but not read.
 
     Raises:
-        InvalidRequest: a message without an image.
+        InvalidRequest: a message without an image, or further objects of none.
     """
-    index = 0
+    index = -1
     async for request in requests:
         if request.WhichOneof("message") != "image":
             raise InvalidRequest([("image", "every message after the first must have an image")])
         image, objects = request.image, len(request.image.ground_truth)
+        index += not image.continues
+        if index < 0:
+            raise InvalidRequest([("image.continues", "set in the first message, which has no image before it")])
         if objects > limits.max_boxes:
-            yield refused_image(image.item_id, objects, limits.max_boxes)
+            rule = f"max_boxes is {limits.max_boxes}; send further objects in messages with `continues`"
+            yield refused_image(image.item_id, objects, rule)
         else:
             read = partial(read_ground_truth, image, index, options, limits)
             yield UnreadImage(image.item_id, objects, request.ByteSize(), read)
-        index += 1
 
 
 def read_ground_truth(
@@ -195,6 +224,8 @@ def read_ground_truth(
     """Decodes an image with ground truth. With fields that break the contract, this image alone fails."""
     violations = Violations()
     check_item_id(image.item_id, violations, "image.item_id")
+    if image.continues and options.output.resolve_overlaps:
+        violations.add("image.continues", "resolve_overlaps needs all objects of an image in one message")
     annotations = tuple(_read_annotation(one, index) for one in image.ground_truth)
     # The evaluator counts the first of several objects with one id, so only that one is labeled.
     instances: dict[int, types_pb2.Instance] = {}
@@ -206,9 +237,18 @@ def read_ground_truth(
         source, expected_wh = read_image_source(image.image, options.caller, violations, "image.image")
         violations.raise_if_any()
     except (InvalidRequest, FolderDenied) as error:
-        return GroundTruth(image.item_id, annotations, None, ItemFailure(REQUEST_REFUSED, str(error)))
+        failure = ItemFailure(REQUEST_REFUSED, str(error))
+        return GroundTruth(image.item_id, annotations, None, failure, continues=image.continues)
     request = options.label_request(source, expected_wh, ids, boxes)
-    return GroundTruth(image.item_id, annotations, request, None, image.record)
+    return GroundTruth(
+        image.item_id,
+        annotations,
+        request,
+        None,
+        image.record,
+        continues=image.continues,
+        not_exhaustive=frozenset(image.not_exhaustive_category_ids),
+    )
 
 
 def write_progress(run: EvaluationRun, options: EvaluateOptions, record: bytes) -> evaluation_pb2.EvaluateResponse:
@@ -231,9 +271,10 @@ def write_result(
 ) -> evaluation_pb2.EvaluateResponse:
     """Builds the last message of an evaluation, with its metrics."""
     groups = {name: _write_group(report.by_size[name]) for name in SIZE_NAMES}
+    messages = run.messages()
     return evaluation_pb2.EvaluateResponse(
         result=evaluation_pb2.EvaluateResult(
-            images=len(run.item_ids) - run.skipped_images,
+            images=run.images - run.skipped_images,
             images_skipped=run.skipped_images,
             overall=_write_group(report.overall),
             small=groups["small"],
@@ -244,15 +285,19 @@ def write_result(
             empty_ground_truth=report.empty_ground_truth,
             ap_at_one=write_coco_metrics(report.ap_at_1),
             ap_at_score=write_coco_metrics(report.ap_at_score),
+            lvis_at_one=_write_lvis_metrics(report.lvis_at_1),
+            lvis_at_score=_write_lvis_metrics(report.lvis_at_score),
             score=_write_score_quality(report.score),
             categories=[_write_category(row) for row in report.categories],
             skipped=[
-                evaluation_pb2.SkippedCount(reason=reason, instances=count)
+                evaluation_pb2.SkippedCount(
+                    reason=reason, instances=count, message=messages.get(reason, "")[:MAX_MESSAGE]
+                )
                 for reason, count in run.skipped(report).items()
             ],
             worst=[
                 evaluation_pb2.InstanceIou(
-                    item_id=run.item_ids[_integer(row.image_id)],
+                    item_id=run.name_of(row.image_id),
                     instance_id=_integer(row.annotation_id),
                     iou=row.iou,
                     score=row.score,
@@ -267,6 +312,17 @@ def write_result(
 def write_coco_metrics(metrics: CocoMetrics) -> evaluation_pb2.CocoFigures:
     """Builds the message of COCO's metrics; None stays unset."""
     return evaluation_pb2.CocoFigures(**{_AP_FIELDS[name]: value for name, value in metrics.items()})
+
+
+def _write_lvis_metrics(metrics: CocoMetrics) -> evaluation_pb2.LvisFigures | None:
+    """Builds the message of LVIS's metrics; None without any."""
+    if not metrics:
+        return None
+    return evaluation_pb2.LvisFigures(**{_LVIS_FIELDS[name]: value for name, value in metrics.items()})
+
+
+def _frequencies(categories: Sequence[types_pb2.Category]) -> dict[JsonId, str]:
+    return {one.category_id: one.frequency for one in categories if one.frequency}
 
 
 def _read_categories(categories: Sequence[types_pb2.Category], violations: Violations) -> dict[JsonId, str]:

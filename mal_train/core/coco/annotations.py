@@ -6,30 +6,38 @@ error concerns one row, which keeps its index and carries the description of the
 
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
-from mal_train.core.coco.json_reader import REQUIRED_LISTS
+from mal_train.core.coco.fields import (
+    NO_BOX,
+    box_of,
+    enclosing_box,
+    file_name_of,
+    rotation_of,
+    side_of,
+)
+from mal_train.core.coco.json_file import open_json
+from mal_train.core.coco.json_reader import REQUIRED_LISTS, missing_lists, not_an_object
 from mal_train.core.coco.json_values import as_json, check_nesting, json_type, too_deep
 from mal_train.core.coco.parquet_reader import read_parquet
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import MAX_PIXELS
-from mal_train.core.numbers import finite_number
+from mal_train.core.settings import COCO_RULES, RotatedBoxes, RowRules
 from mal_train.core.storage.addresses import Location, redact
 
 JsonId = int | float | str
 """Id as JSON represents it; 1 and "1" are different ids."""
 
-NO_BOX: Final[Box] = (math.nan, math.nan, math.nan, math.nan)
-"""Placeholder for a row without a readable box."""
+NO_CATEGORY: Final = "(none)"
+"""Name of the category of rows without one, in reports."""
 
 _MAX_LISTED_IDS: Final = 5
 
@@ -41,8 +49,8 @@ class Reason(StrEnum):
     BAD_ID = "BAD_ID"
     IMAGE_UNKNOWN = "IMAGE_UNKNOWN"
     IMAGE_UNUSABLE = "IMAGE_UNUSABLE"
-    CATEGORY_UNKNOWN = "CATEGORY_UNKNOWN"
     BAD_BOX = "BAD_BOX"
+    BOX_ROTATED = "BOX_ROTATED"
     BAD_ISCROWD = "BAD_ISCROWD"
     BAD_SCORE = "BAD_SCORE"
     CROWD = "CROWD"
@@ -65,6 +73,8 @@ class ImageInfo:
         file_name: path relative to the image folder; "" if it is missing (see `problem`).
         width: width in px; None if the file does not state it (the image itself is read then).
         height: height in px; None if the file does not state it.
+        negative_category_ids: LVIS: categories that are known to be absent; None where the row does not say.
+        not_exhaustive_category_ids: LVIS: categories of which not every object is annotated; None where not said.
         problem: description of what makes the row unusable; None for a usable row.
     """
 
@@ -73,6 +83,13 @@ class ImageInfo:
     width: int | None
     height: int | None
     problem: str | None = None
+    negative_category_ids: tuple[JsonId, ...] | None = None
+    not_exhaustive_category_ids: tuple[JsonId, ...] | None = None
+
+    @property
+    def is_federated(self) -> bool:
+        """The row says which categories are judged in the image, as in LVIS."""
+        return self.negative_category_ids is not None or self.not_exhaustive_category_ids is not None
 
     @property
     def size_wh(self) -> tuple[int, int] | None:
@@ -87,9 +104,10 @@ class Annotation:
     Attributes:
         id: as in the file; None if it is missing or not an id.
         image_id: as in the file; None if it is missing or not an id.
-        category_id: as in the file; None if it is missing or not an id.
-        box_xywh: the user's numbers. Finite unless `problem` is set, in which case it is `NO_BOX` or what was read.
-            `geometry.check_box` checks that the box is positive and intersects its image.
+        category_id: as in the file; None if it is missing or not an id. Masks need none, so it is no error.
+        box_xywh: the user's numbers; of a rotated box, the smallest upright box round it. Finite unless `problem` is
+            set, in which case it is `NO_BOX` or what was read. `geometry.check_box` checks that the box is positive and
+            intersects its image.
         iscrowd: the row is a region of many objects: never trained on, never counted, copied when labeling.
         raw: the row itself with unknown fields; {} if the row is not an object.
         problem: description of the first error, which names the row; None for a valid row.
@@ -104,6 +122,11 @@ class Annotation:
     raw: Mapping[str, Any]
     problem: str | None = None
     reason: Reason | None = None
+
+    @property
+    def is_rotated(self) -> bool:
+        """The box of the row is rotated."""
+        return rotation_of(self.raw) != 0.0
 
 
 @dataclass(frozen=True)
@@ -134,31 +157,50 @@ class CocoFile:
                 names.setdefault(category_id, str(row.get("name", category_id)))
         return names
 
+    @property
+    def used_category_names(self) -> dict[JsonId | None, str]:
+        """`category_names`, then the ids that only annotations name; None, for rows without a category, comes last."""
+        names = dict[JsonId | None, str](self.category_names.items())
+        has_none = False
+        for row in self.annotations:
+            if row.category_id is not None:
+                names.setdefault(row.category_id, str(row.category_id))
+            else:
+                has_none |= row.problem is None
+        return {**names, None: NO_CATEGORY} if has_none else names
+
+    @property
+    def category_frequencies(self) -> dict[JsonId, str]:
+        """Frequencies of categories in LVIS by their ids; see `frequencies_of`."""
+        return frequencies_of(self.categories)
+
+    def file_names(self) -> Iterator[str]:
+        """Yields the file name of each image."""
+        return (image.file_name for image in self.images.values())
+
     def problem_counts(self) -> Counter[str]:
         """Returns the number of invalid annotations by reason."""
         return Counter(str(row.reason) for row in self.annotations if row.reason is not None)
 
 
-def read_coco(path: Location) -> CocoFile:
+def read_coco(path: Location, rules: RowRules = COCO_RULES) -> CocoFile:
     """Reads a COCO annotation file in JSON or, by its suffix, in parquet into memory; see `parse_coco`.
 
     Raises:
         BadDataset: from `read_json`, `read_parquet` or `parse_coco`.
         ConfigError: parquet, and pyarrow is not installed.
     """
-    return parse_coco(read_parquet(path) if is_parquet(path) else read_json(Path(path)), redact(path))
+    return parse_coco(read_parquet(path) if is_parquet(path) else read_json(Path(path)), redact(path), rules)
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file in UTF-8, UTF-16 or UTF-32.
+    """Reads a JSON file in UTF-8, UTF-16 or UTF-32, also compressed by gzip.
 
     Raises:
         BadDataset: the file is missing, unreadable, not JSON, or nested more than MAX_NESTING deep.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BadDataset(f"{path}: cannot be read ({error.strerror}); give the path of a COCO JSON file") from error
+    with open_json(path) as file:
+        content = file.read()
     try:
         return check_nesting(json.loads(content), path)
     except RecursionError:
@@ -168,7 +210,7 @@ def read_json(path: Path) -> Any:
         raise BadDataset(f"{path}: not JSON ({detail}); give a COCO annotation file") from error
 
 
-def parse_coco(raw: Any, name: str = "dataset") -> CocoFile:
+def parse_coco(raw: Any, name: str = "dataset", rules: RowRules = COCO_RULES) -> CocoFile:
     """Checks every row of a parsed COCO file; invalid rows are kept with their error.
 
     >>> coco = parse_coco({"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 3, "name": "cup"}],
@@ -180,33 +222,29 @@ def parse_coco(raw: Any, name: str = "dataset") -> CocoFile:
     Args:
         raw: result of `json.loads`.
         name: name of the file in messages.
+        rules: how rows are read.
 
     Raises:
         BadDataset: not an object, a required list is missing or not a list, or an annotation or image id is repeated.
     """
     if not isinstance(raw, dict):
-        hint = " (a list is a COCO results file)" if isinstance(raw, list) else ""
-        raise BadDataset(f"{name}: holds {json_type(raw)}{hint}; it must be an object with {', '.join(REQUIRED_LISTS)}")
+        raise BadDataset(not_an_object(name, raw))
     missing = [key for key in REQUIRED_LISTS if key not in raw]
     if missing:
         raise BadDataset(missing_lists(name, missing))
-    for key in REQUIRED_LISTS:
-        if not isinstance(raw[key], list):
-            raise BadDataset(f"{name}: {key!r} is {json_type(raw[key])}; it must be a list")
-    _check_unique_ids(raw["images"], f"{name}: image id")
-    _check_unique_ids(raw["annotations"], f"{name}: annotation id")
+    rows_of_categories = raw.get("categories")
+    for key, value in (*((key, raw[key]) for key in REQUIRED_LISTS), ("categories", rows_of_categories or [])):
+        if not isinstance(value, list):
+            raise BadDataset(f"{name}: {key!r} is {json_type(value)}; it must be a list")
+    for kind, member in (("image", "images"), ("annotation", "annotations")):
+        _check_unique_ids(raw[member], f"{name}: {kind} id", member)
 
     notes: list[str] = []
     images = dict(read_images(raw["images"], notes))
-    categories = [row for row in raw["categories"] if isinstance(row, dict)]
-    known_categories = category_ids(raw["categories"], notes)
-    annotations = [read_annotation(row, n, images, known_categories) for n, row in enumerate(raw["annotations"])]
+    categories = [row for row in rows_of_categories or [] if isinstance(row, dict)]
+    category_ids(rows_of_categories or [], notes)
+    annotations = [read_annotation(row, n, images, rules) for n, row in enumerate(raw["annotations"])]
     return CocoFile(raw, images, annotations, categories, tuple(notes))
-
-
-def missing_lists(name: str, missing: Sequence[str]) -> str:
-    """Returns the message for a file without some of the required lists."""
-    return f"{name}: has no {', '.join(map(repr, missing))}; a COCO file needs {', '.join(REQUIRED_LISTS)}"
 
 
 def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
@@ -228,7 +266,7 @@ def id_order(value: JsonId) -> tuple[bool, float, str]:
     return (True, 0.0, value) if isinstance(value, str) else (False, value, "")
 
 
-def is_id(value: object) -> bool:
+def is_id(value: object) -> TypeGuard[JsonId]:
     """Returns True if a JSON value can be an id: a string or a finite number."""
     if isinstance(value, bool):
         return False
@@ -240,14 +278,14 @@ def _id_of(row: Mapping[str, Any], key: str) -> JsonId | None:
     return value if is_id(value) else None
 
 
-def _check_unique_ids(rows: Sequence[Any], name: str) -> None:
+def _check_unique_ids(rows: Sequence[Any], name: str, member: str) -> None:
     seen: set[JsonId] = set()
     repeated: dict[JsonId, None] = {}
     for row in rows:
         row_id = _id_of(row, "id") if isinstance(row, dict) else None
         if row_id is not None:
             record_id(row_id, seen, repeated)
-    reject_duplicate_ids(repeated, name)
+    reject_duplicate_ids(repeated, name, member, lambda: rows)
 
 
 def record_id(row_id: JsonId, seen: set[JsonId], repeated: dict[JsonId, None]) -> None:
@@ -257,13 +295,30 @@ def record_id(row_id: JsonId, seen: set[JsonId], repeated: dict[JsonId, None]) -
     seen.add(row_id)
 
 
-def reject_duplicate_ids(repeated: Collection[JsonId], name: str) -> None:
-    """Raises BadDataset if `repeated` is not empty; the message begins with `name` and lists the first ids."""
+def reject_duplicate_ids(
+    repeated: Collection[JsonId], name: str, member: str = "", rows: Callable[[], Iterable[Any]] | None = None
+) -> None:
+    """Raises BadDataset if `repeated` is not empty; the message begins with `name` and lists the first ids.
+
+    With the name of their list and its rows, which are read again then, it also tells the first two places of each.
+    """
     if repeated:
-        listed = ", ".join(as_json(value) for value in islice(repeated, _MAX_LISTED_IDS))
+        first = list(islice(repeated, _MAX_LISTED_IDS))
+        places = {} if rows is None else _places(first, member, rows())
+        listed = ", ".join(as_json(value) + places.get(value, "") for value in first)
         n_more = len(repeated) - _MAX_LISTED_IDS
         more = f" and {n_more} more" if n_more > 0 else ""
         raise BadDataset(f"{name} {listed}{more} used more than once; ids must be unique: renumber them")
+
+
+def _places(ids: Sequence[JsonId], member: str, rows: Iterable[Any]) -> dict[JsonId, str]:
+    """Returns the first two places of each id among rows: " (annotations[0], annotations[7])"."""
+    found: dict[JsonId, list[str]] = {value: [] for value in ids}
+    for index, row in enumerate(rows):
+        row_id = _id_of(row, "id") if isinstance(row, dict) else None
+        if row_id is not None and row_id in found:
+            found[row_id].append(f"{member}[{index}]")
+    return {value: f" ({', '.join(places[:2])})" for value, places in found.items()}
 
 
 def read_images(rows: Iterable[Any], notes: list[str], start: int = 0) -> Iterator[tuple[JsonId, ImageInfo]]:
@@ -286,38 +341,37 @@ def read_images(rows: Iterable[Any], notes: list[str], start: int = 0) -> Iterat
 
 
 def _read_image(row: Mapping[str, Any], image_id: JsonId) -> ImageInfo:
-    file_name = row.get("file_name")
-    if not isinstance(file_name, str) or not _can_be_path(file_name):
-        file_name = ""
-    width, height = (_side(row.get(key)) for key in ("width", "height"))
-    problem = _image_problem(row, file_name, width, height)
-    message = None if problem is None else f"image {as_json(image_id)}: {problem}"
-    return ImageInfo(image_id, file_name, width, height, message)
-
-
-def _can_be_path(text: str) -> bool:
-    """Returns False for text that names no file: with a NUL, or half of a surrogate pair, which JSON can hold."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-
-
-def _image_problem(row: Mapping[str, Any], file_name: str, width: int | None, height: int | None) -> str | None:
+    file_name = file_name_of(row)
+    (width, width_error), (height, height_error) = (side_of(row.get(key)) for key in ("width", "height"))
+    problem = None
     if not file_name:
-        return f"file_name {as_json(row.get('file_name'))}; it must be the path of the image in the image folder"
-    for key, side in (("width", width), ("height", height)):
-        if side is None and row.get(key) is not None:
-            return f"{key} {as_json(row[key])}; it must be a whole number of pixels, or absent"
-    if width is not None and height is not None and width * height > MAX_PIXELS:
-        return f"{width} x {height} px; the limit is {MAX_PIXELS} px"
-    return None
+        shown = as_json(row.get("file_name"))
+        problem = f"file_name {shown}; it must be the path of the image in the image folder"
+    elif width_error or height_error:
+        key, error = ("width", width_error) if width_error else ("height", height_error)
+        problem = f"{key} {as_json(row.get(key))}; {error}"
+    elif width is not None and height is not None and width * height > MAX_PIXELS:
+        problem = f"{width} x {height} px; the limit is {MAX_PIXELS} px"
+    message = None if problem is None else f"image {as_json(image_id)}: {problem}"
+    return ImageInfo(
+        image_id,
+        file_name,
+        width,
+        height,
+        message,
+        _ids_of(row.get("neg_category_ids")),
+        _ids_of(row.get("not_exhaustive_category_ids")),
+    )
 
 
-def _side(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= MAX_PIXELS:
-        return None
-    return int(value) if value == int(value) else None
+def _ids_of(values: object) -> tuple[JsonId, ...] | None:
+    return tuple(filter(is_id, values)) if isinstance(values, list) else None
+
+
+def frequencies_of(rows: Iterable[Any]) -> dict[JsonId, str]:
+    """Returns the frequency of each category by its id, where the row states one, as in LVIS."""
+    stated = ((_id_of(row, "id"), row.get("frequency")) for row in rows if isinstance(row, dict))
+    return {key: value for key, value in stated if key is not None and isinstance(value, str)}
 
 
 def category_ids(rows: Iterable[Any], notes: list[str]) -> set[JsonId]:
@@ -335,15 +389,16 @@ def category_ids(rows: Iterable[Any], notes: list[str]) -> set[JsonId]:
 
 
 def read_annotation(
-    row: Any, index: int, images: Mapping[JsonId, ImageInfo], known_categories: Collection[JsonId]
+    row: Any, index: int, images: Mapping[JsonId, ImageInfo], rules: RowRules = COCO_RULES
 ) -> Annotation:
     """Parses row `index` of `annotations`; records the first error found in it."""
     if not isinstance(row, dict):
         problem = f"annotations[{index}]: {json_type(row)}; it must be an object"
         return Annotation(None, None, None, NO_BOX, False, {}, problem, Reason.NOT_AN_OBJECT)
     annotation_id, image_id, category_id = (_id_of(row, key) for key in ("id", "image_id", "category_id"))
-    box, box_error = _read_box(row)
-    iscrowd = row.get("iscrowd", 0) in (1, True)
+    box, box_error = box_of(row)
+    iscrowd = row.get("iscrowd", 0) in (1, True) and not rules.crowd_as_objects
+    rotation = rotation_of(row)
     error: tuple[Reason, str] | None = None
     if annotation_id is None:
         error = Reason.BAD_ID, f"id {as_json(row.get('id'))}; it must be a number or a string"
@@ -351,18 +406,26 @@ def read_annotation(
         error = Reason.IMAGE_UNKNOWN, _unknown_image(row, images)
     elif (image_problem := images[image_id].problem) is not None:
         error = Reason.IMAGE_UNUSABLE, image_problem
-    elif category_id is None or category_id not in known_categories:
-        shown = as_json(row.get("category_id"))
-        error = Reason.CATEGORY_UNKNOWN, f"category_id {shown} is not among the categories of the file"
     elif box_error is not None:
         error = Reason.BAD_BOX, box_error
     elif row.get("iscrowd", 0) not in (0, 1, None):
         error = Reason.BAD_ISCROWD, f"iscrowd {as_json(row['iscrowd'])}; it must be 0 or 1"
+    elif rotation and rules.rotated_boxes is RotatedBoxes.REFUSE:
+        error = Reason.BOX_ROTATED, _rotated(rotation)
+    if rotation and box_error is None:
+        box = enclosing_box(box, rotation)
     if error is None:
         return Annotation(annotation_id, image_id, category_id, box, iscrowd, row)
     reason, text = error
     name = f"annotations[{index}]" if annotation_id is None else row_name(annotation_id)
     return Annotation(annotation_id, image_id, category_id, box, iscrowd, row, f"{name}: {text}", reason)
+
+
+def _rotated(degrees: float) -> str:
+    return (
+        f"box is rotated by {degrees:g} degrees (attributes.rotation); draw it without rotation, or label the upright "
+        "box round it with --rotated-boxes upright (dataset.rotated_boxes)"
+    )
 
 
 def _unknown_image(row: Mapping[str, Any], images: Mapping[JsonId, ImageInfo]) -> str:
@@ -373,19 +436,6 @@ def _unknown_image(row: Mapping[str, Any], images: Mapping[JsonId, ImageInfo]) -
     elif isinstance(value, int) and str(value) in images:
         message += f' (image "{value}" exists as a string; the JSON types must match)'
     return message
-
-
-def _read_box(row: Mapping[str, Any]) -> tuple[Box, str | None]:
-    """Returns the box and a description of what is wrong with it; None for a finite box."""
-    value = row.get("bbox")
-    rule = "it must be four finite numbers x, y, width, height"
-    if value is None:
-        return NO_BOX, f"bbox is missing; {rule}"
-    if isinstance(value, list) and len(value) == 4:
-        x, y, w, h = (finite_number(number) for number in value)
-        if x is not None and y is not None and w is not None and h is not None:
-            return (x, y, w, h), None
-    return NO_BOX, f"bbox {as_json(value)}; {rule}"
 
 
 def row_name(annotation_id: object) -> str:

@@ -4,7 +4,7 @@ In the output, `score` remains the detector's score and `mask_score` is the scor
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class DetectionRows:
     Args:
         path: JSON file with the results list; read once here.
         images: images by id.
-        category_ids: the known ids.
 
     Attributes:
         path: the file.
@@ -46,11 +45,10 @@ class DetectionRows:
         BadDataset: the file is missing or not a list, or an id is repeated.
     """
 
-    def __init__(self, path: Path, images: Mapping[JsonId, ImageInfo], category_ids: Collection[JsonId]) -> None:
+    def __init__(self, path: Path, images: Mapping[JsonId, ImageInfo]) -> None:
         self.path = path
         self.count = 0
         self._images = images
-        self._category_ids = category_ids
         self._ids: set[JsonId] = set()
         repeated: dict[JsonId, None] = {}
         reader = JsonMemberReader(path)
@@ -65,7 +63,7 @@ class DetectionRows:
         """Yields (JSON value with its id, parsed row) of each row. Raises BadDataset if the file has changed."""
         reader = JsonMemberReader(self.path)
         for index, row in enumerate(self._numbered(reader.rows())):
-            yield row, _with_score(read_annotation(row, index, self._images, self._category_ids))
+            yield row, _with_score(read_annotation(row, index, self._images))
         if reader.sha256() != self.sha256:
             raise BadDataset(f"{self.path}: changed while the job ran; start the job again")
 
@@ -91,8 +89,7 @@ def read_detections(path: Path, coco: CocoFile) -> CocoFile:
     Raises:
         BadDataset: the file is missing or not a list, or an id is repeated.
     """
-    known = {row["id"] for row in coco.categories if is_id(row.get("id"))}
-    rows = list(DetectionRows(path, coco.images, known))
+    rows = list(DetectionRows(path, coco.images))
     raw = {**coco.raw, "annotations": [row for row, _ in rows]}
     return dataclasses.replace(coco, raw=raw, annotations=[annotation for _, annotation in rows])
 

@@ -1,13 +1,11 @@
 """Reads the URLs of images from the rows of a COCO file. Fetches nothing."""
 
-from typing import Any, Final
+from typing import Any
 
+from mal_train.core.coco.fields import URL_FIELD, file_name_of
 from mal_train.core.coco.stream import read_list
 from mal_train.core.errors import BadDataset
 from mal_train.core.storage.addresses import WEB_SCHEMES, Location, has_user, redact, scheme_of
-
-URL_FIELD: Final = "coco_url"
-"""Field of an image row with the URL of the image."""
 
 
 def image_urls(annotations: Location) -> dict[str, str]:
@@ -35,7 +33,7 @@ def image_urls(annotations: Location) -> dict[str, str]:
 
 
 def _name_and_url(row: Any) -> tuple[str, str]:
-    name, url = (row.get("file_name"), row.get(URL_FIELD)) if isinstance(row, dict) else (None, None)
-    if not isinstance(name, str) or not isinstance(url, str):
+    name, url = (file_name_of(row), row.get(URL_FIELD)) if isinstance(row, dict) else ("", None)
+    if not name or not isinstance(url, str):
         return "", ""
     return (name, url) if scheme_of(url) in WEB_SCHEMES and not has_user(url) else ("", "")

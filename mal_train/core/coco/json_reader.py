@@ -8,15 +8,16 @@ above 64 bits, replaces lone surrogates by "?", and cannot tell a member "annota
 import codecs
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from mal_train.core.coco.json_file import open_json
 from mal_train.core.coco.json_values import check_nesting, json_type, too_deep
 from mal_train.core.errors import BadDataset
 
-REQUIRED_LISTS: Final = ("images", "annotations", "categories")
-"""Members of a COCO file."""
+REQUIRED_LISTS: Final = ("images", "annotations")
+"""Members that a COCO file must have; `categories` may be absent, since masks need no class."""
 MAX_VALUE_CHARS: Final = 1 << 28
 """Default maximum length of a single value, for example one row."""
 
@@ -29,7 +30,7 @@ class JsonMemberReader:
     """Reader of the members of one JSON object; a single pass over the file.
 
     Args:
-        path: file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+        path: file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark, also compressed by gzip.
         max_value_chars: maximum length of a single value, for example one row. Decoding one holds the interpreter.
     """
 
@@ -40,7 +41,7 @@ class JsonMemberReader:
         self._decode = json.JSONDecoder().raw_decode
 
     def sha256(self) -> str:
-        """Returns the SHA-256 of the file's bytes as 64 hex digits. Call it after the last member."""
+        """Returns the SHA-256 of the bytes without compression, 64 hex digits. Call it after the last member."""
         return self._text.sha256()
 
     def members(self) -> Iterator[tuple[str, Any]]:
@@ -52,8 +53,7 @@ class JsonMemberReader:
             BadDataset: the file is unreadable, not JSON, not an object, or repeats a name.
         """
         if self._text.peek() != "{":
-            kind, hint = self._other_type("[", " (a list is a COCO results file)")
-            raise BadDataset(f"{self._path}: holds {kind}{hint}; it must be an object with {', '.join(REQUIRED_LISTS)}")
+            raise BadDataset(not_an_object(self._path, [] if self._text.peek() == "[" else self._value()))
         names = set()
         for _ in self._entries("{", "}"):
             name = self._value()
@@ -76,16 +76,11 @@ class JsonMemberReader:
             BadDataset: the file is unreadable, not JSON, or not a list.
         """
         if self._text.peek() != "[":
-            kind, hint = self._other_type("{", " (an object is an annotation file: give its path as ann_path)")
-            raise BadDataset(f"{self._path}: holds {kind}{hint}; it must be a COCO results list")
+            value: Any = {} if self._text.peek() == "{" else self._value()
+            hint = " (an object is an annotation file: give its path as ann_path)" if value == {} else ""
+            raise BadDataset(f"{self._path}: holds {json_type(value)}{hint}; it must be a COCO results list")
         yield from self._rows()
         self._expect_end()
-
-    def _other_type(self, bracket: str, hint: str) -> tuple[str, str]:
-        """Returns the type of the value in words, and the hint if it begins with the bracket; that one is not read."""
-        if self._text.peek() == bracket:
-            return json_type([] if bracket == "[" else {}), hint
-        return json_type(self._value()), ""
 
     def _expect_end(self) -> None:
         if self._text.peek():
@@ -195,7 +190,7 @@ class _TextBuffer:
     def _decoded_chunks(self) -> Iterator[str]:
         decoder: codecs.IncrementalDecoder | None = None
         try:
-            with self._path.open("rb") as file:
+            with open_json(self._path) as file:
                 while chunk := file.read(_READ_BYTES):
                     self._hash.update(chunk)
                     if decoder is None:
@@ -204,12 +199,22 @@ class _TextBuffer:
                     yield decoder.decode(chunk)
                 if decoder is not None:
                     yield decoder.decode(b"", final=True)
-        except OSError as error:
-            raise BadDataset(
-                f"{self._path}: cannot be read ({error.strerror}); give the path of a COCO JSON file"
-            ) from error
         except UnicodeDecodeError as error:
             raise BadDataset(f"{self._path}: not JSON ({error}); give a COCO annotation file") from error
+
+
+def not_an_object(name: object, value: Any) -> str:
+    """Returns the message for a file that holds another value than an object, such as a bare list."""
+    hint = " (a list is a COCO results file; give it as the boxes, beside the file of its images)"
+    return (
+        f"{name}: holds {json_type(value)}{hint if isinstance(value, list) else ''}; it must be an object with "
+        f"{', '.join(REQUIRED_LISTS)}"
+    )
+
+
+def missing_lists(name: str, missing: Sequence[str]) -> str:
+    """Returns the message for a file without some of the required lists."""
+    return f"{name}: has no {', '.join(map(repr, missing))}; a COCO file needs {', '.join(REQUIRED_LISTS)}"
 
 
 def skip_rows(value: Any) -> None:

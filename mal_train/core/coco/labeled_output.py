@@ -6,7 +6,9 @@ write the same bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,28 @@ class RowOutcome(Enum):
     COPIED = auto()
 
 
+@dataclass
+class WrittenRows:
+    """Counts of the rows of a labeled file.
+
+    Attributes:
+        labeled: rows with a label.
+        flags: rows with a label by flag, such as BOX_CLIPPED.
+        crowds: crowd regions, which were copied.
+    """
+
+    labeled: int = 0
+    flags: Counter[str] = field(default_factory=Counter)
+    crowds: int = 0
+
+    def add(self, outcome: RowOutcome, written: Any, *, is_crowd: bool) -> None:
+        """Counts one row as it is written."""
+        self.crowds += is_crowd
+        if outcome is RowOutcome.LABELED:
+            self.labeled += 1
+            self.flags.update(written.get("flags", ()))
+
+
 FinishRow = Callable[[int, Any, Annotation, RowOutcome], Any]
 """Function from the index of a row, the row to write, the parsed row and its outcome to the row that is written."""
 
@@ -41,8 +65,9 @@ def write_labeled_file(
     *,
     finish: FinishRow,
     on_failure: NameFailure,
-) -> int:
-    """Writes the labeled file and returns the number of rows with a label.
+    counts: WrittenRows | None = None,
+) -> WrittenRows:
+    """Writes the labeled file and returns the counts of its rows.
 
     Args:
         plan: the rows.
@@ -51,12 +76,13 @@ def write_labeled_file(
         provenance: what made the masks.
         finish: changes each row before it is written.
         on_failure: receives the failures in the order of the file.
+        counts: receives the counts while the file is written, and is returned; None: new ones.
 
     Raises:
         OutputError: the disk is full, for example; the old file is intact.
         BadDataset: the annotation file changed after the plan was made; the old file is intact.
     """
-    labeled = 0
+    counted = WrittenRows() if counts is None else counts
 
     def fields_of(index: int, annotation: Annotation) -> tuple[RowOutcome, Mapping[str, Any] | None]:
         action = plan.actions[index]
@@ -72,12 +98,11 @@ def write_labeled_file(
         return RowOutcome.FAILED, error_fields(failure.reason or failure.code, failure.message)
 
     def change(index: int, row: Any, annotation: Annotation) -> Any:
-        nonlocal labeled
         outcome, fields = fields_of(index, annotation)
-        labeled += outcome is RowOutcome.LABELED
         keeps_mask = plan.actions[index] == RowAction.COPY
         written = labeled_row(row, annotation, plan.head.images, fields, keep_existing=keeps_mask)
+        counted.add(outcome, written, is_crowd=plan.actions[index] == RowAction.COPY_CROWD)
         return finish(index, written, annotation, outcome)
 
     write_transformed(plan.head, output, change, provenance, plan.detections)
-    return labeled
+    return counted

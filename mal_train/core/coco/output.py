@@ -159,7 +159,10 @@ def _with_result(
     labeled.setdefault("iscrowd", 0)
     scores = {"score": row["score"], MASK_SCORE: fields.get("score", 0.0)} if has_own_score else {}
     if "error" not in fields:
-        return {**labeled, **fields, **scores}
+        if row.get("iscrowd") and not annotation.iscrowd:
+            labeled["iscrowd"] = 0  # read as an object, and COCO ignores the mask of a crowd
+        flags = [str(Reason.BOX_ROTATED)] if annotation.is_rotated else []
+        return {**labeled, **fields, "flags": [*fields["flags"], *flags], **scores}
     image = images.get(annotation.image_id) if annotation.image_id is not None else None
     labeled.pop("segmentation", None)
     if image is not None and image.width is not None and image.height is not None:

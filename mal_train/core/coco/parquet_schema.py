@@ -44,6 +44,8 @@ MAX_ROW_GROUP_ROWS: Final = 1 << 24
 
 IMAGES: Final = "images"
 ANNOTATIONS: Final = "annotations"
+ID_COLUMNS: Final = {IMAGES: "id", ANNOTATIONS: "annotations.list.element.id"}
+"""Column of the ids in each list, whose statistics tell row groups apart."""
 
 
 @dataclass(frozen=True)

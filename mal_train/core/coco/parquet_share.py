@@ -14,12 +14,14 @@ import numpy as np
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import read_annotation
 from mal_train.core.coco.output import PROVENANCE_KEY
+from mal_train.core.coco.parquet_ids import refuse_repeated_ids
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_records import ImageRow
 from mal_train.core.coco.parquet_schema import ANNOTATIONS, IMAGES, Head, is_parquet
 from mal_train.core.coco.parquet_writer import PartWriter
 from mal_train.core.coco.stream import CocoHead, HeadBuilder, OnAnnotation, RowTransform
 from mal_train.core.errors import BadDataset, ConfigError
+from mal_train.core.settings import COCO_RULES, RowRules
 from mal_train.core.storage.addresses import Location, redact
 
 
@@ -32,13 +34,13 @@ def share_of(source: Location, output: Location, index: int = 0, count: int = 1)
     return ParquetShare(source, index, count) if is_parquet(source) and is_parquet(output) else None
 
 
-def head_builder(dataset: ParquetDataset) -> HeadBuilder:
+def head_builder(dataset: ParquetDataset, rules: RowRules = COCO_RULES) -> HeadBuilder:
     """Returns the builder of the head of a dataset, with its categories and no images.
 
     Raises:
-        BadDataset: there are no categories, or they are no list.
+        BadDataset: the categories are no list.
     """
-    builder = HeadBuilder(dataset.path)
+    builder = HeadBuilder(dataset.path, rules)
     for name, value in dataset.head.members.items():
         rows = [] if name in (IMAGES, ANNOTATIONS) else value
         builder.add_member(name, iter(rows) if isinstance(rows, list) else rows, lambda *_: None)
@@ -76,16 +78,18 @@ class ParquetShare:
         self.note: Callable[[], Mapping[str, Any]] | None = None
         self._row_groups = self._dataset.row_groups[index::count]
 
-    def scan(self, on_annotation: OnAnnotation) -> CocoHead:
+    def scan(self, on_annotation: OnAnnotation, rules: RowRules = COCO_RULES) -> CocoHead:
         """Parses the rows and passes every annotation to `on_annotation`, with its number in this share.
 
-        The counterpart of `scan_coco`. An id that another share also uses is not detected.
+        The counterpart of `scan_coco`. Compares the ids with those of other shares (`parquet_ids`), too.
 
         Raises:
             BadDataset: a row group cannot be used, or an id or the position of a row is used more than once. For the
                 share that holds the whole file, also if a row is missing.
         """
-        builder = head_builder(self._dataset)
+        if not self.is_whole:
+            refuse_repeated_ids(self._dataset)
+        builder = head_builder(self._dataset, rules)
         images, annotations = array("q"), array("q")
         for row in self._dataset.rows(self._row_groups):
             if row.index is not None:
@@ -139,7 +143,7 @@ class ParquetShare:
 
 def _transformed(row: ImageRow, head: CocoHead, transform: RowTransform, number: int) -> Iterator[tuple[int, Any]]:
     for at, (position, value) in enumerate(row.annotations, number):
-        yield position, transform(at, value, read_annotation(value, position, head.images, head.category_names))
+        yield position, transform(at, value, read_annotation(value, position, head.images, head.rules))
 
 
 def _check_place(row: ImageRow, position: int, value: Any, name: str) -> None:

@@ -17,6 +17,7 @@ from mal_train.core.coco.json_values import json_type
 from mal_train.core.coco.parquet_records import ANNOTATION_COLUMNS, IMAGE_COLUMNS, ImageRow, RecordColumns
 from mal_train.core.coco.parquet_schema import (
     ANNOTATIONS,
+    ID_COLUMNS,
     IMAGES,
     MAX_ROW_ANNOTATIONS,
     MAX_ROW_BYTES,
@@ -95,7 +96,7 @@ class PartWriter:
             compression="zstd",
             use_dictionary=list(_WITH_DICTIONARY),
             column_encoding=dict.fromkeys(_NUMBERED, "DELTA_BINARY_PACKED"),
-            write_statistics=["index", "id"],
+            write_statistics=["index", *ID_COLUMNS.values()],
             write_page_checksum=True,
         )
         self._row_group_boxes = row_group_boxes

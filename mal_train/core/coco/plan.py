@@ -12,11 +12,13 @@ from typing import overload
 import numpy as np
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
+from mal_train.core.coco.box_form import likely_form
 from mal_train.core.coco.detections import DetectionRows
+from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.parquet_share import ParquetShare
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import ConfigError
-from mal_train.core.settings import RowFilter
+from mal_train.core.settings import COCO_RULES, RowFilter, RowRules
 from mal_train.core.storage.addresses import Location
 
 LISTED = 5
@@ -61,6 +63,14 @@ class DatasetPlan:
         """Returns x, y, w, h of a row in px."""
         x, y, w, h = self.boxes[4 * index : 4 * index + 4]
         return x, y, w, h
+
+    def form_note(self) -> str | None:
+        """Returns a sentence if the boxes to label have another form than COCO's (`box_form`); None otherwise."""
+        to_label = np.flatnonzero(np.frombuffer(self.actions, dtype=np.uint8) == RowAction.LABEL)
+        sizes = np.array([image.size_wh or (np.nan, np.nan) for image in self.images], dtype=np.float64).reshape(-1, 2)
+        boxes = np.frombuffer(self.boxes, dtype=np.float64).reshape(-1, 4)[to_label]
+        image_index = np.frombuffer(self.image_index, dtype=np.int32)[to_label]
+        return likely_form(boxes, sizes[image_index])[1] or None
 
     def rows_to_label(self) -> Iterator[tuple[int, int]]:
         """Yields (index, index of its image) of each row to label."""
@@ -172,6 +182,7 @@ def read_plan(
     only: RowFilter = RowFilter.ALL,
     ids: Collection[JsonId] = (),
     share: ParquetShare | None = None,
+    rules: RowRules = COCO_RULES,
 ) -> DatasetPlan:
     """Scans a COCO file and decides on the action for each row.
 
@@ -180,13 +191,14 @@ def read_plan(
         only: which annotations are labeled.
         ids: annotation ids for `RowFilter.IDS`.
         share: the part of the file to read; None reads the whole file.
+        rules: how rows are read.
 
     Raises:
         BadDataset: the file as a whole is unusable.
         ConfigError: `ids` has an id that the file does not have. One of several shares does not know the ids of others.
     """
     scan = _Scan(only, frozenset(ids))
-    head = scan_coco(coco_json, scan.add) if share is None else share.scan(scan.add)
+    head = scan_coco(coco_json, scan.add, rules=rules) if share is None else share.scan(scan.add, rules)
     if share is None or share.is_whole:
         scan.refuse_unknown_ids()
     return scan.plan(head)
@@ -199,7 +211,7 @@ def read_detection_plan(coco_json: Location, results_json: Path) -> DatasetPlan:
         BadDataset: a file as a whole is unusable.
     """
     head = scan_coco(coco_json, lambda _index, _row: None)
-    rows = DetectionRows(results_json, head.images, head.category_names)
+    rows = DetectionRows(results_json, head.images)
     scan = _Scan(RowFilter.ALL, frozenset())
     for index, (_, annotation) in enumerate(rows):
         scan.add(index, annotation)
@@ -208,7 +220,7 @@ def read_detection_plan(coco_json: Location, results_json: Path) -> DatasetPlan:
 
 def has_mask(row: Annotation) -> bool:
     """Returns whether a row holds a mask to keep; crowd regions are copied anyway, and failed rows hold none."""
-    return bool(row.raw.get("segmentation")) and "error" not in row.raw and not row.iscrowd
+    return has_segmentation(row.raw) and "error" not in row.raw and not row.iscrowd
 
 
 @dataclass

@@ -6,7 +6,8 @@ detect a change in between.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
@@ -17,19 +18,20 @@ from mal_train.core.coco.annotations import (
     ImageInfo,
     JsonId,
     category_ids,
-    missing_lists,
+    frequencies_of,
     read_annotation,
     read_images,
     record_id,
     reject_duplicate_ids,
 )
-from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, REQUIRED_LISTS, skip_rows
+from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, REQUIRED_LISTS, missing_lists, skip_rows
 from mal_train.core.coco.json_values import json_type
 from mal_train.core.coco.members import open_members
 from mal_train.core.coco.output import PROVENANCE_KEY
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES, write_members
 from mal_train.core.errors import BadDataset
+from mal_train.core.settings import COCO_RULES, RowRules
 from mal_train.core.storage.addresses import Location, redact
 
 _ROWS_PER_WRITE: Final = 500
@@ -41,7 +43,7 @@ class CocoHead:
 
     Attributes:
         path: path of the file; for parquet a path or an address.
-        sha256: SHA-256 of its bytes, for parquet of its footers; 64 hex digits.
+        sha256: SHA-256 of its bytes without compression, for parquet of its footers; 64 hex digits.
         images: by id, in file order.
         category_names: by id, in file order; the id itself for a row without a name.
         count: number of rows in `annotations`.
@@ -49,6 +51,8 @@ class CocoHead:
         repeated_annotation_ids: annotation ids that are used more than once.
         notes: one sentence per invalid row of `images` and `categories`.
         share: the part of the file that was scanned; None for the whole file.
+        rules: how its rows are read.
+        category_frequencies: frequencies of categories in LVIS by their ids; see `frequencies_of`.
     """
 
     path: Location
@@ -60,6 +64,13 @@ class CocoHead:
     repeated_annotation_ids: tuple[JsonId, ...] = ()
     notes: tuple[str, ...] = ()
     share: "Share | None" = None
+    rules: RowRules = COCO_RULES
+    category_frequencies: dict[JsonId, str] = field(default_factory=dict)
+
+    @property
+    def is_federated(self) -> bool:
+        """Only some categories are judged in each image, as in LVIS."""
+        return any(image.is_federated for image in self.images.values())
 
 
 OnAnnotation = Callable[[int, Annotation], None]
@@ -94,21 +105,23 @@ def scan_coco(
     *,
     allow_repeated_ids: bool = False,
     max_value_chars: int = MAX_VALUE_CHARS,
+    rules: RowRules = COCO_RULES,
 ) -> CocoHead:
     """Parses the file and passes every annotation to `on_annotation` in file order, without keeping any.
 
-    Reads the file once, or twice if `annotations` precedes `images` or `categories`.
+    Reads the file once, or twice if `annotations` precedes `images`.
 
     Args:
         path: the file; parquet may be remote.
         on_annotation: receives each annotation.
         allow_repeated_ids: record repeated ids instead of rejecting the file, for reports about it.
         max_value_chars: maximum length of one row or another single value.
+        rules: how rows are read.
 
     Raises:
         BadDataset: the file is unusable (see `read_coco`); `on_annotation` may have been called before.
     """
-    head = HeadBuilder(path)
+    head = HeadBuilder(path, rules)
     reader = open_members(path, max_value_chars)
     for key, value in reader.members():
         head.add_member(key, value, on_annotation)
@@ -175,6 +188,7 @@ def copy_coco(
     output: Path,
     *,
     row_group_boxes: int = ROW_GROUP_BOXES,
+    change: Callable[[Any], Any] | None = None,
     on_rows: OnRows | None = None,
     on_written: Callable[[int], None] | None = None,
 ) -> None:
@@ -184,6 +198,7 @@ def copy_coco(
         source: JSON file, parquet file, or folder of parquet parts.
         output: the file to write.
         row_group_boxes: for parquet, boxes after which a row group ends.
+        change: function from the JSON value of each annotation to that which is written; None: the same.
         on_rows: called after each row that is read.
         on_written: for parquet, called with the number of annotations that were written so far, after all were read.
 
@@ -193,9 +208,17 @@ def copy_coco(
         OutputError: folder missing, no permission, disk full; an existing output is unchanged.
     """
     members = open_members(source).members()
+    if change is not None:
+        members = _changed(members, change)
     with atomic_write(output) as file:
         counted = _counted(members, on_rows) if on_rows else members
         _write_members(file, counted, output, row_group_boxes, on_written)
+
+
+def _changed(members: Iterator[tuple[str, Any]], change: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in members:
+        is_rows = key == "annotations" and isinstance(value, Iterator)
+        yield key, map(change, value) if is_rows else value
 
 
 def read_list(path: Location, name: str) -> Iterator[Any]:
@@ -215,6 +238,10 @@ def read_list(path: Location, name: str) -> Iterator[Any]:
 class HeadBuilder:
     """Collector of the fields of a `CocoHead` during a scan.
 
+    Args:
+        path: path or address of the file.
+        rules: how rows are read.
+
     Attributes:
         count: number of annotations; None until they have been read.
         images: by id, in file order.
@@ -223,7 +250,7 @@ class HeadBuilder:
         repeated_annotation_ids: keys in order of the first repetition.
     """
 
-    def __init__(self, path: Location) -> None:
+    def __init__(self, path: Location, rules: RowRules = COCO_RULES) -> None:
         self.count: int | None = None
         self.images: dict[JsonId, ImageInfo] = {}
         self.category_names: dict[JsonId, str] = {}
@@ -231,13 +258,15 @@ class HeadBuilder:
         self.repeated_annotation_ids: dict[JsonId, None] = {}
         self._name = redact(path)
         self._path = path
+        self._rules = rules
+        self._frequencies: dict[JsonId, str] = {}
         self._seen_ids: set[JsonId] = set()
         self._notes: list[str] = []
         self._lists: set[str] = set()
 
     def add_member(self, key: str, value: Any, on_annotation: OnAnnotation) -> None:
-        """Adds a top-level member; skips `annotations` that precede one of the other two lists."""
-        if key not in REQUIRED_LISTS:
+        """Adds a top-level member; skips `annotations` that precede `images`."""
+        if key not in (*REQUIRED_LISTS, "categories") or (key == "categories" and value is None):
             return
         if not isinstance(value, Iterator):
             raise BadDataset(f"{self._name}: {key!r} is {json_type(value)}; it must be a list")
@@ -246,7 +275,7 @@ class HeadBuilder:
             self.add_images(value)
         elif key == "categories":
             self._add_categories(list(value))
-        elif len(self._lists) == len(REQUIRED_LISTS):
+        elif "images" in self._lists:
             self.add_annotations(value, on_annotation)
 
     def check_complete(self) -> None:
@@ -270,7 +299,7 @@ class HeadBuilder:
 
     def add_annotation(self, row: Any, index: int) -> Annotation:
         """Parses one row, which has this index in the file."""
-        annotation = read_annotation(row, index, self.images, self.category_names)
+        annotation = read_annotation(row, index, self.images, self._rules)
         if annotation.id is not None:
             record_id(annotation.id, self._seen_ids, self.repeated_annotation_ids)
         self.count = (self.count or 0) + 1
@@ -278,8 +307,11 @@ class HeadBuilder:
 
     def reject_duplicate_ids(self) -> None:
         """Raises BadDataset if an id is used more than once."""
-        reject_duplicate_ids(self.repeated_image_ids, f"{self._name}: image id")
-        reject_duplicate_ids(self.repeated_annotation_ids, f"{self._name}: annotation id")
+        for kind, member, repeated in (
+            ("image", "images", self.repeated_image_ids),
+            ("annotation", "annotations", self.repeated_annotation_ids),
+        ):
+            reject_duplicate_ids(repeated, f"{self._name}: {kind} id", member, partial(read_list, self._path, member))
 
     def build(self, sha256: str) -> CocoHead:
         """Returns the collected head; `sha256` is the hash of the file."""
@@ -292,10 +324,13 @@ class HeadBuilder:
             tuple(self.repeated_image_ids),
             tuple(self.repeated_annotation_ids),
             tuple(self._notes),
+            rules=self._rules,
+            category_frequencies=self._frequencies,
         )
 
     def _add_categories(self, rows: list[Any]) -> None:
         known = category_ids(rows, self._notes)
+        self._frequencies = frequencies_of(rows)
         for row in rows:
             if isinstance(row, dict) and isinstance(row.get("id"), JsonId) and row["id"] in known:
                 self.category_names.setdefault(row["id"], str(row.get("name", row["id"])))
@@ -303,7 +338,7 @@ class HeadBuilder:
 
 def _parsed(head: CocoHead, rows: Iterator[Any]) -> Iterator[tuple[Any, Annotation]]:
     for index, row in enumerate(rows):
-        yield row, read_annotation(row, index, head.images, head.category_names)
+        yield row, read_annotation(row, index, head.images, head.rules)
 
 
 def _transformed_rows(rows: Iterable[tuple[Any, Annotation]], transform: RowTransform) -> Iterator[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mal_train.core.errors import BadImage, StorageError, StoreUnreachable
+from mal_train.core.images.folder_names import AmbiguousName, FolderNames, repeated_names
 from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
 from mal_train.core.storage.addresses import Location, is_remote, join, redact
 from mal_train.core.storage.hosts import AllowedHosts
@@ -76,11 +78,17 @@ def read_image(
 class ImageFolder:
     """Images in a folder or below a prefix, by the file names of a COCO file.
 
+    In a local folder, a name that no file has leads to the file that it means (`FolderNames`).
+
     Attributes:
         base: folder, or address of a prefix, that the file names are relative to.
+        repeated: names of the annotations as in `FolderNames`.
+        respelled: files that names led to which no file has, relative to the folder; grows as they are located.
     """
 
     base: Location
+    repeated: Callable[[], Mapping[str, tuple[str, ...]]] = field(default=dict, compare=False, repr=False)
+    respelled: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -101,9 +109,44 @@ class ImageFolder:
         """Returns the location of an image; it may be missing.
 
         Raises:
-            BadImage: the name leads out of the prefix (reason IMAGE_NOT_FOUND).
+            BadImage: the name leads out of the prefix, or may mean several files (reason IMAGE_NOT_FOUND).
         """
-        return join(self.base, file_name)
+        location = join(self.base, file_name)
+        if self.is_remote or os.path.lexists(location):
+            return location
+        return self.respell(file_name) or location
+
+    def respell(self, file_name: str) -> Path | None:
+        """Returns the file of a local folder that a name means which no file has; None if there is none.
+
+        Raises:
+            BadImage: there are several, or one of this name and another suffix (reason IMAGE_NOT_FOUND).
+        """
+        known = self.respelled.get(file_name)
+        if known is not None:
+            return Path(self.base) / known
+        try:
+            found = self._names.find(file_name)
+        except AmbiguousName as error:
+            raise BadImage(f"{file_name}: {error}", "IMAGE_NOT_FOUND") from None
+        if found is not None:
+            self.respelled[file_name] = str(found.relative_to(self.base))
+            return found
+        similar = self._names.similar(file_name)
+        if similar is not None:
+            raise BadImage(
+                f"{file_name}: no such file in {self.base}; did you mean {similar}? Change the file name",
+                "IMAGE_NOT_FOUND",
+            )
+        return None
+
+    def of_names(self, names: Callable[[], Iterable[str]]) -> ImageFolder:
+        """Returns the folder for annotations with these file names, which may be asked for once."""
+        return replace(self, repeated=lambda: repeated_names(names()))
+
+    @cached_property
+    def _names(self) -> FolderNames:
+        return FolderNames(Path(self.base), self.repeated)
 
     def read(self, file_name: str, max_bytes: int) -> bytes:
         """Returns the bytes of an image. Raises as `read_image_bytes`, and as `locate`."""
@@ -142,6 +185,19 @@ class UrlImages:
     def read(self, file_name: str, max_bytes: int) -> bytes:
         """Returns the bytes of an image. Raises as `read_image_bytes`, and as `locate`."""
         return read_image_bytes(self.locate(file_name), max_bytes, hosts=self.hosts)
+
+
+def for_names(images: Images, names: Callable[[], Iterable[str]]) -> Images:
+    """Returns the images for annotations with these file names; see `ImageFolder.of_names`."""
+    return images.of_names(names) if isinstance(images, ImageFolder) else images
+
+
+def respelling_note(images: Images) -> str | None:
+    """Returns a sentence on the names that led to files of another spelling; None without one."""
+    if not isinstance(images, ImageFolder) or not images.respelled:
+        return None
+    name, found = next(iter(images.respelled.items()))
+    return f"{images.name}: {len(images.respelled)} images have another spelling there, such as {found} for {name}"
 
 
 Images = ImageFolder | UrlImages

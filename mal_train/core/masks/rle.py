@@ -195,6 +195,8 @@ def iou(a: Rle, b: Rle) -> float:
 def from_segmentation(segmentation: Any, height: int, width: int, name: str = "annotation") -> Rle:
     """Encodes any COCO `segmentation`: polygons (their union), uncompressed or compressed RLE.
 
+    Polygons of fewer than three points, which some exporters leave behind, are ignored beside others.
+
     Raises:
         BadDataset: empty, malformed, or a frame other than height x width; the message begins with `name`.
     """
@@ -209,7 +211,9 @@ def from_segmentation(segmentation: Any, height: int, width: int, name: str = "a
     # Before any point is looked at; other types are rejected below.
     if sum(len(polygon) for polygon in segmentation if isinstance(polygon, list)) > 2 * MAX_POINTS:
         raise BadDataset(f"{name}: polygons of more than {MAX_POINTS} points")
-    polygons = [_checked_polygon(polygon, name) for polygon in segmentation]
+    polygons = [_checked_polygon(polygon, name) for polygon in segmentation if not _is_too_short(polygon)]
+    if not polygons:
+        raise BadDataset(f"{name}: no polygon has three points")
     points = sum(map(len, polygons)) // 2
     if len(polygons) == 1 and points * 5 * (max(polygons[0]) - min(polygons[0])) <= _DRAWN_POINTS:
         # The usual case, ten times faster there; the result is the same.
@@ -218,6 +222,11 @@ def from_segmentation(segmentation: Any, height: int, width: int, name: str = "a
         return _encode_bounds(*polygon_bounds(polygons, height, width, MAX_RUNS), height, width)
     except TooManyCrossings as error:
         raise BadDataset(f"{name}: polygons cross {error} pixel columns; the limit is {MAX_RUNS}") from None
+
+
+def ignored_polygons(segmentation: Any) -> int:
+    """Returns the number of polygons that `from_segmentation` ignores, since they have fewer than three points."""
+    return sum(map(_is_too_short, segmentation)) if isinstance(segmentation, list) else 0
 
 
 def run_lengths(counts: bytes, name: str = "mask") -> NDArray[np.int64]:
@@ -319,9 +328,16 @@ def _checked_size(size: Any, name: str) -> tuple[int, int]:
     return height, width
 
 
+def _is_too_short(polygon: Any) -> bool:
+    return isinstance(polygon, list) and len(polygon) in (0, 2, 4) and not any(isinstance(v, list) for v in polygon)
+
+
 def _checked_polygon(polygon: Any, name: str) -> list[float]:
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-        raise BadDataset(f"{name}: a polygon needs at least three x, y pairs in one flat list")
+    rule = "each polygon must be a flat list x, y, x, y, … of at least three points"
+    if not isinstance(polygon, list):
+        raise BadDataset(f"{name}: segmentation has {reprlib.repr(polygon)} in place of a polygon; {rule}")
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise BadDataset(f"{name}: a polygon of {len(polygon)} values; {rule}")
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6 for v in polygon):
         raise BadDataset(f"{name}: a polygon has a value that is not a coordinate")
     return [float(v) for v in polygon]

@@ -25,6 +25,11 @@ MAX_DETS = 100
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl")
 """COCO's twelve metrics in pycocotools' order, under the names of the published code (§6.2)."""
 
+LVIS_NAMES = (
+    "AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR300", "ARs300", "ARm300", "ARl300",
+)  # fmt: skip
+"""LVIS's metrics in its order: AP of all, small, medium and large objects, of rare, common and frequent categories."""
+
 _MAX_ELEMENTS = 1 << 20
 """Elements of the largest array of a batch of groups."""
 
@@ -51,10 +56,12 @@ class Group:
     iou: Floats
     crowd_overlap: Floats
     crowd_order: Integers
+    is_exhaustive: bool = True
+    """Every object of the category in the image is annotated; otherwise a detection without one is ignored."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Matched:
+class Matched:
     """Groups after matching: their N counted detections, for A area ranges and T thresholds.
 
     In a few arrays for all groups: to join one of each of 300 000 images would stop all other threads for a second.
@@ -75,7 +82,7 @@ class _Matched:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """A category: its groups and its detections, each from a first one to before another."""
 
     groups: slice
@@ -89,10 +96,7 @@ def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[flo
         groups: in order of category, then of image.
         scores: (D,) of each group's detections; detections with equal scores keep the given order.
     """
-    sizes = np.fromiter((min(score.size, MAX_DETS) for score in scores), np.int64, len(scores))
-    starts = np.cumsum(sizes) - sizes
-    matched = _match_all(groups, scores, starts, int(sizes.sum()))
-    spans = _spans(groups, [*starts.tolist(), int(sizes.sum())])
+    matched, spans = match_groups(groups, scores)
     average_precision: list[float] = []
     recall = {max_dets: np.full((len(THRESHOLDS), len(spans), len(AREAS)), -1.0) for max_dets in (1, 10, MAX_DETS)}
     for a in range(len(AREAS)):
@@ -100,32 +104,36 @@ def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[flo
         # the order of summation decides the last bits of the means.
         precision = np.full((len(THRESHOLDS), len(RECALLS), len(spans)), -1.0)
         for k, span in enumerate(spans):
-            _accumulate(matched, span, a, precision[:, :, k], {m: r[:, k, a] for m, r in recall.items()})
-        average_precision.append(_mean(precision))
+            accumulate(matched, span, a, precision[:, :, k], {m: r[:, k, a] for m, r in recall.items()})
+        average_precision.append(mean_known(precision))
         if a == 0:
-            average_precision += [_mean(precision[0]), _mean(precision[5])]
+            average_precision += [mean_known(precision[0]), mean_known(precision[5])]
     best = recall[MAX_DETS]
     return (
         *average_precision,
-        *(_mean(recall[max_dets][..., 0]) for max_dets in (1, 10, MAX_DETS)),
-        *(_mean(best[..., a]) for a in (1, 2, 3)),
+        *(mean_known(recall[max_dets][..., 0]) for max_dets in (1, 10, MAX_DETS)),
+        *(mean_known(best[..., a]) for a in (1, 2, 3)),
     )
 
 
-def _spans(groups: Sequence[Group], starts: Sequence[int]) -> list[_Span]:
+def category_spans(groups: Sequence[Group], starts: Sequence[int]) -> list[Span]:
     """Returns the categories in order; `starts` has the first detection of each group, and the number of all."""
     changes = [n for n in range(1, len(groups)) if groups[n].category != groups[n - 1].category]
     bounds = [0, *changes, len(groups)] if groups else []
-    return [_Span(slice(i, j), slice(starts[i], starts[j])) for i, j in pairwise(bounds)]
+    return [Span(slice(i, j), slice(starts[i], starts[j])) for i, j in pairwise(bounds)]
 
 
-def _mean(values: Floats) -> float:
+def mean_known(values: Floats) -> float:
+    """Returns the mean of the values above −1; −1 if there are none."""
     known = values[values > -1]
     return float(np.mean(known)) if known.size else -1.0
 
 
-def _accumulate(matched: _Matched, span: _Span, area: int, precision: Floats, recall: dict[int, Floats]) -> None:
-    """Fills precision (T, R) at each recall and, by maximum of detections, the recall (T,) of one category."""
+def accumulate(matched: Matched, span: Span, area: int, precision: Floats, recall: dict[int, Floats]) -> None:
+    """Fills precision (T, R) at each recall and, by maximum of detections, the recall (T,) of one category.
+
+    Both stay as they are for a category without ground truth in the area range.
+    """
     truths = int(matched.truths[area, span.groups].sum())
     if not truths:
         return
@@ -134,15 +142,16 @@ def _accumulate(matched: _Matched, span: _Span, area: int, precision: Floats, re
     counts = ~matched.is_ignored[area, :, span.detections][:, order]
     true = np.cumsum(is_matched & counts, axis=1, dtype=np.float64)
     false = np.cumsum(~is_matched & counts, axis=1, dtype=np.float64)
+    *fewer, most = sorted(recall)
     if area == 0:  # the only range with metrics at fewer detections
         rank = matched.rank[span.detections][order]
-        for max_dets in (1, 10):
+        for max_dets in fewer:
             recall[max_dets][:] = np.count_nonzero((is_matched & counts)[:, rank < max_dets], axis=1) / truths
     if not order.size:
-        precision[:], recall[MAX_DETS][:] = 0.0, 0.0
+        precision[:], recall[most][:] = 0.0, 0.0
         return
     reached = true / truths
-    recall[MAX_DETS][:] = reached[:, -1]
+    recall[most][:] = reached[:, -1]
     exact = true / (false + true + np.spacing(1))
     envelope = np.maximum.accumulate(exact[:, ::-1], axis=1)[:, ::-1]
     for t in range(len(THRESHOLDS)):
@@ -150,19 +159,22 @@ def _accumulate(matched: _Matched, span: _Span, area: int, precision: Floats, re
         precision[t] = np.where(index < order.size, envelope[t][np.minimum(index, order.size - 1)], 0.0)
 
 
-def _match_all(groups: Sequence[Group], scores: Sequence[Floats], starts: Integers, count: int) -> _Matched:
-    """Matches every group, groups of one shape together.
+def match_groups(
+    groups: Sequence[Group], scores: Sequence[Floats], max_dets: int = MAX_DETS
+) -> tuple[Matched, list[Span]]:
+    """Matches every group, groups of one shape together; also returns the categories in order.
 
     Args:
-        groups: detections and ground truths.
+        groups: detections and ground truths, in order of category, then of image.
         scores: (D,) of each group's detections.
-        starts: (groups,) place of each group's first detection among all.
-        count: number of all detections.
+        max_dets: detections of a group that count, highest score first.
     """
+    sizes = np.fromiter((min(score.size, max_dets) for score in scores), np.int64, len(scores))
+    starts, count = np.cumsum(sizes) - sizes, int(sizes.sum())
     by_shape: dict[tuple[int, int], list[int]] = {}
     for number, (group, score) in enumerate(zip(groups, scores, strict=True)):
-        by_shape.setdefault((min(score.size, MAX_DETS), group.truth_areas.size), []).append(number)
-    matched = _Matched(
+        by_shape.setdefault((min(score.size, max_dets), group.truth_areas.size), []).append(number)
+    matched = Matched(
         scores=np.zeros(count),
         rank=np.zeros(count, np.int64),
         is_matched=np.zeros((len(AREAS), len(THRESHOLDS), count), np.bool_),
@@ -172,7 +184,7 @@ def _match_all(groups: Sequence[Group], scores: Sequence[Floats], starts: Intege
     for (detections, truths), numbers in by_shape.items():
         elements = len(AREAS) * len(THRESHOLDS) * max(detections, truths, 1)
         for chunk in _chunks(numbers, max(1, _MAX_ELEMENTS // elements)):
-            orders = [np.argsort(-scores[number], kind="stable")[:MAX_DETS] for number in chunk]
+            orders = [np.argsort(-scores[number], kind="stable")[:max_dets] for number in chunk]
             is_matched, is_ignored, counted = _match([groups[number] for number in chunk], orders)
             place = starts[chunk][:, None] + np.arange(detections)
             matched.truths[:, chunk] = counted.T
@@ -180,7 +192,11 @@ def _match_all(groups: Sequence[Group], scores: Sequence[Floats], starts: Intege
             matched.scores[place] = [scores[number][order] for number, order in zip(chunk, orders, strict=True)]
             matched.is_matched[:, :, place] = np.moveaxis(is_matched, 0, 2)
             matched.is_ignored[:, :, place] = np.moveaxis(is_ignored, 0, 2)
-    return matched
+    for number, group in enumerate(groups):
+        if not group.is_exhaustive:
+            own = slice(starts[number], starts[number] + sizes[number])
+            matched.is_ignored[:, :, own] |= ~matched.is_matched[:, :, own]
+    return matched, category_spans(groups, [*starts.tolist(), count])
 
 
 def _chunks(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -1,7 +1,7 @@
 """COCO's twelve metrics of masks or boxes: the numbers that pycocotools computes, in a fraction of its time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +11,8 @@ from mal_train.core.coco.annotations import JsonId, id_order
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
-from mal_train.core.metrics.average_precision import AP_NAMES, MAX_DETS, Floats, Group, coco_summary
+from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES, MAX_DETS, Floats, Group, coco_summary
+from mal_train.core.metrics.lvis import Federation, lvis_summary
 from mal_train.core.metrics.miou import CocoMetrics
 from mal_train.core.metrics.overlaps import IouType, Shape, crowd_overlaps, iou_matrix
 from mal_train.core.numbers import finite_number
@@ -28,6 +29,12 @@ class ApInput:
 
     groups: list[Group]
     scores: list[Floats]
+    frequencies: list[str] = field(default_factory=list)
+    """LVIS's frequency of each category, by its index in the groups."""
+
+    def lvis_metrics(self, scores: Scores = "score") -> CocoMetrics:
+        """Computes the metrics of LVIS_NAMES, for an input with a federation; see `metrics`."""
+        return _known(LVIS_NAMES, lvis_summary(self.groups, self._scores(scores), self.frequencies))
 
     def metrics(self, scores: Scores = "score") -> CocoMetrics:
         """Computes the metrics of AP_NAMES; None where no instance defines one.
@@ -35,9 +42,14 @@ class ApInput:
         Args:
             scores: "one" sets every score to 1; ties are then decided by the order of images and rows.
         """
-        used = self.scores if scores == "score" else [np.ones_like(score) for score in self.scores]
-        values = coco_summary(self.groups, used)
-        return {name: None if value < 0 else value for name, value in zip(AP_NAMES, values, strict=True)}
+        return _known(AP_NAMES, coco_summary(self.groups, self._scores(scores)))
+
+    def _scores(self, scores: Scores) -> list[Floats]:
+        return self.scores if scores == "score" else [np.ones_like(score) for score in self.scores]
+
+
+def _known(names: Sequence[str], values: Sequence[float]) -> CocoMetrics:
+    return {name: None if value < 0 else value for name, value in zip(names, values, strict=True)}
 
 
 def coco_ap(
@@ -50,7 +62,13 @@ def coco_ap(
     return ap_input(truth, results, iou_type).metrics(scores)
 
 
-def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType = "segm") -> ApInput:
+def ap_input(
+    truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    iou_type: IouType = "segm",
+    *,
+    federation: Federation | None = None,
+) -> ApInput:
     """Computes the overlaps of results with the ground truth of their category and image.
 
     Ids may be of any JSON type; images and categories are ordered by id, rows as in the file. Size classes follow the
@@ -61,11 +79,15 @@ def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou
         results: COCO results: image_id, category_id, score and segmentation (run lengths or polygons) or bbox. A
             segmentation may also be an `Rle`.
         iou_type: compare masks (segm) or boxes (bbox).
+        federation: which categories are judged in which image; None: all in all, as in COCO. Results are then those
+            that LVIS counts: in judged categories, and at most MAX_DETS_PER_IMAGE of an image.
 
     Raises:
         BadDataset: a malformed mask, or a result for an image that is not in the ground truth.
     """
     images = {image["id"]: image for image in truth["images"]}
+    if federation is not None:
+        results = federation.counted(truth["annotations"], results)
     # A category without ground truth has no AP, so its detections are ignored.
     known = {row["category_id"] for row in truth["annotations"]}
     pairs: dict[tuple[JsonId, JsonId], tuple[list[_Row], list[_Row]]] = {}
@@ -90,10 +112,14 @@ def ap_input(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou
         detections, truths = pairs.pop(key)
         if not detections and all(one.is_crowd for one in truths):
             continue  # crowd regions alone decide nothing
-        detections = _counted(detections)
-        groups.append(_group(numbers[key[0]], detections, truths))
+        if federation is None:
+            detections = _counted(detections)
+        group = _group(numbers[key[0]], detections, truths)
+        is_exhaustive = federation is None or key[0] not in federation.not_exhaustive.get(key[1], ())
+        groups.append(group if is_exhaustive else replace(group, is_exhaustive=False))
         scores.append(np.array([one.score for one in detections], dtype=np.float64))
-    return ApInput(groups, scores)
+    frequencies = {} if federation is None else federation.frequencies
+    return ApInput(groups, scores, [frequencies.get(category, "") for category in numbers])
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, Reason, id_order, row_name
+from mal_train.core.coco.annotations import NO_CATEGORY, Annotation, CocoFile, JsonId, Reason, id_order, row_name
+from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.coco.output import mask_score_of
 from mal_train.core.errors import BadDataset
@@ -20,6 +21,7 @@ from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
 from mal_train.core.masks.rle import Rle
 from mal_train.core.metrics.coco_ap import ap_input
+from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.miou import CocoMetrics, InstanceIoU, mean_iou, mean_or_none
 from mal_train.core.metrics.report import GOOD_IOU, CategoryRow, EvaluationReport, Skipped
 from mal_train.core.metrics.score_quality import score_quality
@@ -28,6 +30,8 @@ from mal_train.core.threads import clear_in_parts
 
 MAX_SCORE = 1e9
 """Largest score of a label, so that sums and means of scores are finite; those of this project lie in [0, 1]."""
+_NO_CATEGORY_ID = ""
+"""Category of rows without one: together they make up one category."""
 MEMORY_OF_A_PAIR = 5000
 """Bytes of a compared mask without its two run-length codes: 600 kept, up to 4 400 more while the report is made."""
 MEMORY_OF_A_CATEGORY = 17_000
@@ -92,13 +96,15 @@ class Evaluator:
 
     Args:
         category_names: names by category id, in the order of the report (`CocoFile.category_names`).
+        federation: what is judged in which image, for LVIS's metrics; may grow until the report. None: no such metrics.
 
     Attributes:
         memory: bytes that the added rows take, including the computation of the report.
     """
 
-    def __init__(self, category_names: Mapping[JsonId, str]) -> None:
+    def __init__(self, category_names: Mapping[JsonId, str], federation: Federation | None = None) -> None:
         self._names = dict(category_names)
+        self.federation = federation
         self._pairs: list[_Pair] = []
         self._skipped: list[_SkippedRow] = []
         self._compared_categories: set[JsonId] = set()
@@ -141,9 +147,10 @@ class Evaluator:
         if annotation.reason is not None:
             self.skip(annotation, annotation.reason, annotation.problem or "")
             return
-        annotation_id, image_id, category_id = annotation.id, annotation.image_id, annotation.category_id
-        if annotation_id is None or image_id is None or category_id is None:
-            self.skip(annotation, Reason.BAD_ID, "annotation, image and category must have an id")
+        annotation_id, image_id = annotation.id, annotation.image_id
+        category_id = _NO_CATEGORY_ID if annotation.category_id is None else annotation.category_id
+        if annotation_id is None or image_id is None:
+            self.skip(annotation, Reason.BAD_ID, "annotation and image must have an id")
             return
         key = (image_id, annotation_id)
         if key in self._seen:
@@ -183,6 +190,14 @@ class Evaluator:
         return list(map(_instance, self._pairs))
 
     @property
+    def first_messages(self) -> dict[str, str]:
+        """Message of the first row that was not counted, by reason."""
+        messages: dict[str, str] = {}
+        for _, _, reason, message in self._skipped:
+            messages.setdefault(reason, message)
+        return messages
+
+    @property
     def skipped(self) -> list[Skipped]:
         """Rows that were not counted, in order of arrival."""
         return [Skipped(*row) for row in self._skipped]
@@ -204,7 +219,7 @@ class Evaluator:
             listed: number of rows in `worst` and in `skipped_rows`; None: all.
         """
         pairs = _by_id(self._pairs)
-        ap_at_1, ap_at_score = self._average_precision(pairs) if ap else ({}, {})
+        ap_at_1, ap_at_score, lvis_at_1, lvis_at_score = self._average_precision(pairs) if ap else ({}, {}, {}, {})
         rows = list(map(_instance, pairs))
         scores, ious = [row.score for row in rows], [row.iou for row in rows]
         miou = mean_iou(rows)
@@ -218,6 +233,8 @@ class Evaluator:
             empty_ground_truth=sum(row.area == 0 for row in rows),
             ap_at_1=ap_at_1,
             ap_at_score=ap_at_score,
+            lvis_at_1=lvis_at_1,
+            lvis_at_score=lvis_at_score,
             score=score_quality(scores, ious),
             categories=self._category_rows(rows),
             worst=tuple(map(_instance, _by_iou(pairs)[:listed])),
@@ -234,16 +251,22 @@ class Evaluator:
         for known in (self._seen, self._frames):
             clear_in_parts(known)
 
-    def _average_precision(self, pairs: Sequence[_Pair]) -> tuple[CocoMetrics, CocoMetrics]:
-        """Computes COCO's metrics with every score set to 1, and with the scores of the masks."""
+    def _average_precision(self, pairs: Sequence[_Pair]) -> tuple[CocoMetrics, CocoMetrics, CocoMetrics, CocoMetrics]:
+        """Computes COCO's metrics with every score set to 1 and with the scores of the masks, then LVIS's metrics."""
         truth, results = self._as_coco(pairs)
         # Computed once for both: the overlaps are the slow part.
+        lvis: tuple[CocoMetrics, CocoMetrics] = {}, {}
+        if self.federation is not None:
+            objects = {**truth, "annotations": [row for row in truth["annotations"] if not row.get("iscrowd")]}
+            judged = ap_input(objects, results, federation=self.federation)
+            lvis = judged.lvis_metrics("one"), judged.lvis_metrics("score")
+            clear_in_parts(judged.groups)
         overlaps = ap_input(truth, results)
         for used in (truth["annotations"], truth["images"], results):
             clear_in_parts(used)
         metrics = overlaps.metrics("one"), overlaps.metrics("score")
         clear_in_parts(overlaps.groups)
-        return metrics
+        return *metrics, *lvis
 
     def _truth(self, annotation: Annotation, image_id: JsonId, frame: tuple[int, int]) -> Rle | None:
         """Reads the ground-truth mask in the frame (height, width) of its prediction; None after skipping the row."""
@@ -257,7 +280,7 @@ class Evaluator:
         if known != frame:
             message = f"{name}: mask of {frame[1]}x{frame[0]} px; its image has {known[1]}x{known[0]} px"
             self.skip(annotation, Reason.FRAME_MISMATCH, message)
-        elif segmentation is None or segmentation == []:
+        elif not has_segmentation(annotation.raw):
             self.skip(annotation, Reason.NO_GROUND_TRUTH, f"{name}: has no segmentation")
         else:
             try:
@@ -323,7 +346,7 @@ class Evaluator:
         return tuple(
             CategoryRow(
                 category_id=category_id,
-                name=self._names.get(category_id, str(category_id)),
+                name=self._names.get(category_id, str(category_id) or NO_CATEGORY),
                 count=len(group),
                 miou=float(np.mean([row.iou for row in group])),
                 share_good=float(np.mean([row.iou > GOOD_IOU for row in group])),
@@ -368,7 +391,7 @@ def evaluate_labels(truth: CocoFile, labels: CocoFile, *, ap: bool = True) -> Ev
     Labels with `error`, without a readable mask or without ground truth are skipped with their reason. A label without
     `score` counts with score 1.
     """
-    evaluator = Evaluator(truth.category_names)
+    evaluator = Evaluator(truth.category_names, Federation.of(truth))
     by_id = {label.id: label for label in labels.annotations if label.id is not None}
     for annotation in truth.annotations:
         label = by_id.pop(annotation.id, None) if annotation.id is not None else None

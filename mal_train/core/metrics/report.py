@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mal_train.core.metrics.average_precision import AP_NAMES
+from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES
 from mal_train.core.metrics.miou import CocoMetrics, GroupMiou, InstanceIoU
 from mal_train.core.metrics.score_quality import ScoreQuality
 
@@ -71,6 +71,8 @@ class EvaluationMetrics:
         ap_at_1: COCO's metrics with every score set to 1, images in id order (ties make AP depend on the order by
             ±0.004).
         ap_at_score: COCO's metrics with the scores of the masks. Both are {} when AP was not computed.
+        lvis_at_1: LVIS's metrics with every score set to 1, by the names of LVIS_NAMES.
+        lvis_at_score: the same with the scores of the masks. Both are {} unless the data set is federated, as LVIS is.
         score: how well the score finds bad masks.
         categories: in the order of the data set's list; only those with instances.
         skipped: number of ground-truth rows not counted, by reason, most frequent first.
@@ -85,10 +87,17 @@ class EvaluationMetrics:
     empty_ground_truth: int
     ap_at_1: CocoMetrics
     ap_at_score: CocoMetrics
+    lvis_at_1: CocoMetrics
+    lvis_at_score: CocoMetrics
     score: ScoreQuality
     categories: tuple[CategoryRow, ...]
     skipped: Mapping[str, int]
     worst: Sequence[_ComparedInstance]
+
+    @property
+    def measured(self) -> int:
+        """Number of masks that were compared; an evaluation without any has measured nothing."""
+        return self.overall.count
 
     def to_dict(self, worst: int | None = 100) -> dict[str, Any]:
         """Returns the JSON form; lists the `worst` instances of lowest IoU (None = all that are known)."""
@@ -102,6 +111,7 @@ class EvaluationMetrics:
             "empty_ground_truth": self.empty_ground_truth,
             "AP@1": self.ap_at_1,
             "AP@score": self.ap_at_score,
+            **({"LVIS@1": self.lvis_at_1, "LVIS@score": self.lvis_at_score} if self.lvis_at_1 else {}),
             "mean_score": self.score.mean_score,
             "score_bias": self.score.bias,
             "calibration_error": self.score.calibration_error,
@@ -128,6 +138,9 @@ class EvaluationMetrics:
 
     def table(self, worst_categories: int = 10) -> str:
         """Returns the metrics as text for a terminal, with the categories of lowest mIoU."""
+        if not self.measured:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            return f"nothing was measured: {reasons or 'no annotation has a mask'}"
         on_images = "" if self.images is None else f" on {self.images} images"
         lines = [f"{self.overall.count} masks compared{on_images}", "", f"{'mIoU':<12}{_text(self.overall.miou)}"]
         lines += [f"  {name:<10}{_text(group.miou)}   {group.count:>7}" for name, group in self.by_size.items()]
@@ -138,6 +151,9 @@ class EvaluationMetrics:
         if self.ap_at_1:
             lines += ["", f"{'':<12}{'scores 1':>8}  {'scores':>8}"]
             lines += [f"{k:<12}{_text(self.ap_at_1[k]):>8}  {_text(self.ap_at_score[k]):>8}" for k in AP_NAMES]
+        if self.lvis_at_1:
+            lines += ["", f"{'LVIS':<12}{'scores 1':>8}  {'scores':>8}"]
+            lines += [f"{k:<12}{_text(self.lvis_at_1[k]):>8}  {_text(self.lvis_at_score[k]):>8}" for k in LVIS_NAMES]
         lines += [
             "",
             f"score: mean {_text(self.score.mean_score)}, bias {_text(self.score.bias)}, calibration error "

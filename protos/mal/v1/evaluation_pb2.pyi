@@ -54,6 +54,7 @@ class EvaluateOptions(google.protobuf.message.Message):
     DATASET_FIELD_NUMBER: builtins.int
     WANT_RECORDS_FIELD_NUMBER: builtins.int
     RESUME_TOKEN_FIELD_NUMBER: builtins.int
+    IS_FEDERATED_FIELD_NUMBER: builtins.int
     images_total: builtins.int
     """Number of images that follow, for progress only; 0 = unknown."""
     worst_count: builtins.int
@@ -65,6 +66,8 @@ class EvaluateOptions(google.protobuf.message.Message):
     FAILED_PRECONDITION with reason RESUME_TOKEN_STALE if weights, branch, options or number format have changed, or if
     the server cannot verify the token because it was restarted without `resume_key`: start again without a token.
     """
+    is_federated: builtins.bool
+    """The ground truth is federated, as in LVIS: also compute LVIS AP (EvaluateResult.lvis_at_one). With `dataset` unset."""
     @property
     def label(self) -> mal.v1.types_pb2.LabelOptions:
         """Options of labeling. `formats` and `polygon_tolerance_px` have no effect, since no mask is sent."""
@@ -87,9 +90,10 @@ class EvaluateOptions(google.protobuf.message.Message):
         dataset: global___DatasetSource | None = ...,
         want_records: builtins.bool = ...,
         resume_token: builtins.bytes = ...,
+        is_federated: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["dataset", b"dataset", "label", b"label"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["categories", b"categories", "dataset", b"dataset", "images_total", b"images_total", "label", b"label", "resume_token", b"resume_token", "want_records", b"want_records", "worst_count", b"worst_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["categories", b"categories", "dataset", b"dataset", "images_total", b"images_total", "is_federated", b"is_federated", "label", b"label", "resume_token", b"resume_token", "want_records", b"want_records", "worst_count", b"worst_count"]) -> None: ...
 
 global___EvaluateOptions = EvaluateOptions
 
@@ -101,19 +105,27 @@ class DatasetSource(google.protobuf.message.Message):
 
     ANNOTATIONS_FIELD_NUMBER: builtins.int
     IMAGES_FIELD_NUMBER: builtins.int
+    CROWD_AS_OBJECTS_FIELD_NUMBER: builtins.int
+    UPRIGHT_BOXES_FIELD_NUMBER: builtins.int
     annotations: builtins.str
     """The COCO file with boxes and ground-truth masks: FOLDER/PATH, FOLDER being one of
     GetServerInfoResponse.data_folders.
     """
     images: builtins.str
     """The folder of its images, to which file names are relative: FOLDER/PATH or FOLDER."""
+    crowd_as_objects: builtins.bool
+    """Read annotations with iscrowd 1 as single objects; CVAT sets it for every mask."""
+    upright_boxes: builtins.bool
+    """Label the smallest upright box round each rotated box (attributes.rotation); unset: rotated boxes are skipped."""
     def __init__(
         self,
         *,
         annotations: builtins.str = ...,
         images: builtins.str = ...,
+        crowd_as_objects: builtins.bool = ...,
+        upright_boxes: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["annotations", b"annotations", "images", b"images"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["annotations", b"annotations", "crowd_as_objects", b"crowd_as_objects", "images", b"images", "upright_boxes", b"upright_boxes"]) -> None: ...
 
 global___DatasetSource = DatasetSource
 
@@ -127,6 +139,8 @@ class EvaluateImage(google.protobuf.message.Message):
     IMAGE_FIELD_NUMBER: builtins.int
     GROUND_TRUTH_FIELD_NUMBER: builtins.int
     RECORD_FIELD_NUMBER: builtins.int
+    CONTINUES_FIELD_NUMBER: builtins.int
+    NOT_EXHAUSTIVE_CATEGORY_IDS_FIELD_NUMBER: builtins.int
     item_id: builtins.str
     """The client's name for the image, at most 256 bytes; of several images with the same name the first one counts. With
     EvaluateOptions.dataset: the file name of the image, as in EvaluateProgress.item_id.
@@ -134,6 +148,10 @@ class EvaluateImage(google.protobuf.message.Message):
     record: builtins.bytes
     """EvaluateProgress.record of this image from the evaluation to resume. `image` may then be a content_sha256 that is
     not in the cache of the server. With EvaluateOptions.dataset, `image` and `ground_truth` are unset.
+    """
+    continues: builtins.bool
+    """More objects of the image of the message before, which has the limit of `ground_truth`: `image` is the same,
+    `item_id` another one. The objects of both count as those of one image. Not with LabelOptions.resolve_overlaps.
     """
     @property
     def image(self) -> mal.v1.types_pb2.ImageSource:
@@ -143,6 +161,10 @@ class EvaluateImage(google.protobuf.message.Message):
     def ground_truth(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroundTruth]:
         """The objects, including crowd regions; at most ServerLimits.max_boxes. Of several with the same id the first counts."""
 
+    @property
+    def not_exhaustive_category_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """With EvaluateOptions.is_federated: categories of which not every object of the image is annotated."""
+
     def __init__(
         self,
         *,
@@ -150,9 +172,11 @@ class EvaluateImage(google.protobuf.message.Message):
         image: mal.v1.types_pb2.ImageSource | None = ...,
         ground_truth: collections.abc.Iterable[global___GroundTruth] | None = ...,
         record: builtins.bytes = ...,
+        continues: builtins.bool = ...,
+        not_exhaustive_category_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["image", b"image"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ground_truth", b"ground_truth", "image", b"image", "item_id", b"item_id", "record", b"record"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["continues", b"continues", "ground_truth", b"ground_truth", "image", b"image", "item_id", b"item_id", "not_exhaustive_category_ids", b"not_exhaustive_category_ids", "record", b"record"]) -> None: ...
 
 global___EvaluateImage = EvaluateImage
 
@@ -353,6 +377,101 @@ class CocoFigures(google.protobuf.message.Message):
 global___CocoFigures = CocoFigures
 
 @typing.final
+class LvisFigures(google.protobuf.message.Message):
+    """LVIS's thirteen metrics for masks, each in [0, 1]; unset where no object defines it. At most 300 detections of an
+    image count, by score; a detection counts in the categories that are judged in its image alone.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AP_FIELD_NUMBER: builtins.int
+    AP50_FIELD_NUMBER: builtins.int
+    AP75_FIELD_NUMBER: builtins.int
+    AP_SMALL_FIELD_NUMBER: builtins.int
+    AP_MEDIUM_FIELD_NUMBER: builtins.int
+    AP_LARGE_FIELD_NUMBER: builtins.int
+    AP_RARE_FIELD_NUMBER: builtins.int
+    AP_COMMON_FIELD_NUMBER: builtins.int
+    AP_FREQUENT_FIELD_NUMBER: builtins.int
+    AR_FIELD_NUMBER: builtins.int
+    AR_SMALL_FIELD_NUMBER: builtins.int
+    AR_MEDIUM_FIELD_NUMBER: builtins.int
+    AR_LARGE_FIELD_NUMBER: builtins.int
+    ap: builtins.float
+    """AP over IoU 0.50:0.95."""
+    ap50: builtins.float
+    """AP at IoU 0.50."""
+    ap75: builtins.float
+    """AP at IoU 0.75."""
+    ap_small: builtins.float
+    """AP of small objects, as in CocoFigures."""
+    ap_medium: builtins.float
+    """AP of medium objects."""
+    ap_large: builtins.float
+    """AP of large objects."""
+    ap_rare: builtins.float
+    """AP of rare categories."""
+    ap_common: builtins.float
+    """AP of common categories."""
+    ap_frequent: builtins.float
+    """AP of frequent categories."""
+    ar: builtins.float
+    """AR with at most 300 detections per image."""
+    ar_small: builtins.float
+    """AR of small objects."""
+    ar_medium: builtins.float
+    """AR of medium objects."""
+    ar_large: builtins.float
+    """AR of large objects."""
+    def __init__(
+        self,
+        *,
+        ap: builtins.float | None = ...,
+        ap50: builtins.float | None = ...,
+        ap75: builtins.float | None = ...,
+        ap_small: builtins.float | None = ...,
+        ap_medium: builtins.float | None = ...,
+        ap_large: builtins.float | None = ...,
+        ap_rare: builtins.float | None = ...,
+        ap_common: builtins.float | None = ...,
+        ap_frequent: builtins.float | None = ...,
+        ar: builtins.float | None = ...,
+        ar_small: builtins.float | None = ...,
+        ar_medium: builtins.float | None = ...,
+        ar_large: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_ap", b"_ap", "_ap50", b"_ap50", "_ap75", b"_ap75", "_ap_common", b"_ap_common", "_ap_frequent", b"_ap_frequent", "_ap_large", b"_ap_large", "_ap_medium", b"_ap_medium", "_ap_rare", b"_ap_rare", "_ap_small", b"_ap_small", "_ar", b"_ar", "_ar_large", b"_ar_large", "_ar_medium", b"_ar_medium", "_ar_small", b"_ar_small", "ap", b"ap", "ap50", b"ap50", "ap75", b"ap75", "ap_common", b"ap_common", "ap_frequent", b"ap_frequent", "ap_large", b"ap_large", "ap_medium", b"ap_medium", "ap_rare", b"ap_rare", "ap_small", b"ap_small", "ar", b"ar", "ar_large", b"ar_large", "ar_medium", b"ar_medium", "ar_small", b"ar_small"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_ap", b"_ap", "_ap50", b"_ap50", "_ap75", b"_ap75", "_ap_common", b"_ap_common", "_ap_frequent", b"_ap_frequent", "_ap_large", b"_ap_large", "_ap_medium", b"_ap_medium", "_ap_rare", b"_ap_rare", "_ap_small", b"_ap_small", "_ar", b"_ar", "_ar_large", b"_ar_large", "_ar_medium", b"_ar_medium", "_ar_small", b"_ar_small", "ap", b"ap", "ap50", b"ap50", "ap75", b"ap75", "ap_common", b"ap_common", "ap_frequent", b"ap_frequent", "ap_large", b"ap_large", "ap_medium", b"ap_medium", "ap_rare", b"ap_rare", "ap_small", b"ap_small", "ar", b"ar", "ar_large", b"ar_large", "ar_medium", b"ar_medium", "ar_small", b"ar_small"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap", b"_ap"]) -> typing.Literal["ap"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap50", b"_ap50"]) -> typing.Literal["ap50"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap75", b"_ap75"]) -> typing.Literal["ap75"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap_common", b"_ap_common"]) -> typing.Literal["ap_common"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap_frequent", b"_ap_frequent"]) -> typing.Literal["ap_frequent"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap_large", b"_ap_large"]) -> typing.Literal["ap_large"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap_medium", b"_ap_medium"]) -> typing.Literal["ap_medium"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap_rare", b"_ap_rare"]) -> typing.Literal["ap_rare"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ap_small", b"_ap_small"]) -> typing.Literal["ap_small"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ar", b"_ar"]) -> typing.Literal["ar"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ar_large", b"_ar_large"]) -> typing.Literal["ar_large"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ar_medium", b"_ar_medium"]) -> typing.Literal["ar_medium"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ar_small", b"_ar_small"]) -> typing.Literal["ar_small"] | None: ...
+
+global___LvisFigures = LvisFigures
+
+@typing.final
 class GroupMiou(google.protobuf.message.Message):
     """Mean IoU of a group of instances."""
 
@@ -470,17 +589,21 @@ class SkippedCount(google.protobuf.message.Message):
 
     REASON_FIELD_NUMBER: builtins.int
     INSTANCES_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
     reason: builtins.str
     """For example IMAGE_DECODE_FAILED, BAD_BOX, CROWD, NO_GROUND_TRUTH."""
     instances: builtins.int
     """Number of ground-truth objects not measured for this reason, including those of unusable images."""
+    message: builtins.str
+    """The message of the first of them."""
     def __init__(
         self,
         *,
         reason: builtins.str = ...,
         instances: builtins.int = ...,
+        message: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["instances", b"instances", "reason", b"reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["instances", b"instances", "message", b"message", "reason", b"reason"]) -> None: ...
 
 global___SkippedCount = SkippedCount
 
@@ -536,6 +659,8 @@ class EvaluateResult(google.protobuf.message.Message):
     SKIPPED_FIELD_NUMBER: builtins.int
     WORST_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
+    LVIS_AT_ONE_FIELD_NUMBER: builtins.int
+    LVIS_AT_SCORE_FIELD_NUMBER: builtins.int
     images: builtins.int
     """Number of images measured."""
     images_skipped: builtins.int
@@ -590,6 +715,14 @@ class EvaluateResult(google.protobuf.message.Message):
     def model(self) -> mal.v1.types_pb2.ModelRef:
         """The evaluated weights."""
 
+    @property
+    def lvis_at_one(self) -> global___LvisFigures:
+        """For federated ground truth: LVIS's metrics with every score set to 1."""
+
+    @property
+    def lvis_at_score(self) -> global___LvisFigures:
+        """For federated ground truth: LVIS's metrics with the scores of the masks."""
+
     def __init__(
         self,
         *,
@@ -609,9 +742,11 @@ class EvaluateResult(google.protobuf.message.Message):
         skipped: collections.abc.Iterable[global___SkippedCount] | None = ...,
         worst: collections.abc.Iterable[global___InstanceIou] | None = ...,
         model: mal.v1.types_pb2.ModelRef | None = ...,
+        lvis_at_one: global___LvisFigures | None = ...,
+        lvis_at_score: global___LvisFigures | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_class_miou", b"_class_miou", "_share_good", b"_share_good", "ap_at_one", b"ap_at_one", "ap_at_score", b"ap_at_score", "class_miou", b"class_miou", "large", b"large", "medium", b"medium", "model", b"model", "overall", b"overall", "score", b"score", "share_good", b"share_good", "small", b"small"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_class_miou", b"_class_miou", "_share_good", b"_share_good", "ap_at_one", b"ap_at_one", "ap_at_score", b"ap_at_score", "categories", b"categories", "class_miou", b"class_miou", "empty_ground_truth", b"empty_ground_truth", "images", b"images", "images_skipped", b"images_skipped", "large", b"large", "medium", b"medium", "model", b"model", "overall", b"overall", "score", b"score", "share_good", b"share_good", "skipped", b"skipped", "small", b"small", "worst", b"worst"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_class_miou", b"_class_miou", "_share_good", b"_share_good", "ap_at_one", b"ap_at_one", "ap_at_score", b"ap_at_score", "class_miou", b"class_miou", "large", b"large", "lvis_at_one", b"lvis_at_one", "lvis_at_score", b"lvis_at_score", "medium", b"medium", "model", b"model", "overall", b"overall", "score", b"score", "share_good", b"share_good", "small", b"small"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_class_miou", b"_class_miou", "_share_good", b"_share_good", "ap_at_one", b"ap_at_one", "ap_at_score", b"ap_at_score", "categories", b"categories", "class_miou", b"class_miou", "empty_ground_truth", b"empty_ground_truth", "images", b"images", "images_skipped", b"images_skipped", "large", b"large", "lvis_at_one", b"lvis_at_one", "lvis_at_score", b"lvis_at_score", "medium", b"medium", "model", b"model", "overall", b"overall", "score", b"score", "share_good", b"share_good", "skipped", b"skipped", "small", b"small", "worst", b"worst"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_class_miou", b"_class_miou"]) -> typing.Literal["class_miou"] | None: ...
     @typing.overload

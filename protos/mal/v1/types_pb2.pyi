@@ -658,16 +658,20 @@ class Category(google.protobuf.message.Message):
 
     CATEGORY_ID_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    FREQUENCY_FIELD_NUMBER: builtins.int
     category_id: builtins.int
     """The id in the COCO file; its number from 1 where that id is not an integer."""
     name: builtins.str
     """Its name; may be empty."""
+    frequency: builtins.str
+    """In how many images LVIS has it: "r" (rare), "c" (common) or "f" (frequent); empty outside LVIS. Groups LVIS AP."""
     def __init__(
         self,
         *,
         category_id: builtins.int = ...,
         name: builtins.str = ...,
+        frequency: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["category_id", b"category_id", "name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["category_id", b"category_id", "frequency", b"frequency", "name", b"name"]) -> None: ...
 
 global___Category = Category

@@ -7,10 +7,8 @@ MAL_EXPORT_TOOLS names the interpreter of another one, for example with FiftyOne
 import base64
 import io
 import json
-import os
 import re
 import stat
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,7 @@ from mal_train.core.masks.polygons import fill, merge_holes
 from mal_train.core.masks.rle import Rle, decode_mask, encode_mask, iou
 from tests.mal_client.dataset.test_mask_encodings import ring
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
-from tests.paths import ROOT
-from tests.tools import missing
-
-READERS = os.environ.get("MAL_EXPORT_TOOLS", str(ROOT / ".venv-readers" / "bin" / "python"))
+from tests.reader_tools import in_tool
 
 
 @pytest.fixture
@@ -52,22 +47,6 @@ def export(dataset: Dataset, form: str, *more: str) -> Path:
     target = dataset.folder / form
     assert main(["export", "--to", form, *given, "--output", str(target), *more]) == 3
     return target
-
-
-def in_tool(tool: str, script: str, *arguments: object) -> Any:
-    """Runs a script in the interpreter of the readers and returns the JSON that it prints."""
-    if not Path(READERS).exists():
-        missing(tool, f"`make tools` makes {READERS}; MAL_EXPORT_TOOLS names another interpreter")
-    probe = subprocess.run([READERS, "-c", f"import {tool}"], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
-        missing(tool, f"{READERS} cannot import it ({last}); MAL_EXPORT_TOOLS names another interpreter")
-    environment = {**os.environ, "QT_QPA_PLATFORM": "offscreen", "YOLO_OFFLINE": "true"}
-    done = subprocess.run(
-        [READERS, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:

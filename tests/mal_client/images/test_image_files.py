@@ -41,11 +41,17 @@ def test_an_ambiguous_file_name_is_refused_with_its_matches(photos: Path) -> Non
     assert caught.value.reason == "IMAGE_NOT_FOUND"
 
 
-@pytest.mark.parametrize("name", ["c.png", "1/b.jpg", "022/b.jpg"])
+@pytest.mark.parametrize("name", ["c.png", "1/a.jpg", "022/a.jpg"])
 def test_a_file_name_without_a_match_is_refused(photos: Path, name: str) -> None:
     with pytest.raises(BadImage, match=f"^{re.escape(name)}: ") as caught:
         ImageFiles(f"{photos}/**/*.jpg").locate(name)
     assert caught.value.reason == "IMAGE_NOT_FOUND"
+
+
+@pytest.mark.parametrize("name", ["1/b.jpg", "/x/022/B.JPG", "x\\b.jpg"])
+def test_a_file_name_leads_to_the_only_match_that_it_can_mean(photos: Path, name: str) -> None:
+    found = ImageFiles(f"{photos}/**/*.jpg").locate(name)
+    assert Path(found).name == "b.jpg"
 
 
 @pytest.mark.parametrize("name", [".", "./", ""])

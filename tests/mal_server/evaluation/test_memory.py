@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
-from mal.v1 import evaluation_pb2
+from mal.v1 import evaluation_pb2, types_pb2
 
 from mal_server.api.serialization.evaluation_messages import (
     MEMORY_OF_A_RECORD,
@@ -383,7 +383,8 @@ def test_a_data_set_image_with_more_objects_than_allowed_is_counted_and_never_re
         raise AssertionError("an object was read")
 
     monkeypatch.setattr(Dataset, "_read", unread)
-    _, result = evaluate(on_server(), limits={"max_boxes": 2}, **data_folders(folder))
+    whole = on_server(label=types_pb2.LabelOptions(resolve_overlaps=True))
+    _, result = evaluate(whole, limits={"max_boxes": 2}, **data_folders(folder))
     assert [(row.reason, row.instances) for row in result.skipped] == [("REQUEST_REFUSED", 18)]
     assert result.images_skipped == 6
 

@@ -5,8 +5,8 @@ Functions shared with labeling are in `labeling_messages`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
 
 from mal.v1 import evaluation_pb2, types_pb2
 
@@ -14,30 +14,39 @@ from mal_client.images.image_input import EncodedImage
 from mal_client.transport.serialization.labeling_messages import coco_rle, image_source, instance, label_options
 from mal_client.types import BoxXywh, CocoMetrics, GroupMiou, LabelOptions
 from mal_train.core.coco.annotations import JsonId
-from mal_train.core.metrics.average_precision import AP_NAMES
+from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES
 from mal_train.core.metrics.report import CategoryRow
 from mal_train.core.metrics.score_quality import ScoreQuality
+from mal_train.core.settings import COCO_RULES, RotatedBoxes, RowRules
 
 if TYPE_CHECKING:
     from mal_train.core.masks.rle import Rle
 
 
 def evaluate_options(
-    options: LabelOptions, categories: Mapping[int, str], images_total: int, worst_count: int, token: bytes = b""
+    options: LabelOptions,
+    categories: Iterable[types_pb2.Category],
+    images_total: int,
+    worst_count: int,
+    token: bytes = b"",
+    *,
+    is_federated: bool = False,
 ) -> evaluation_pb2.EvaluateRequest:
     """Builds the first message of an evaluation.
 
     Args:
         options: options of labeling.
-        categories: names by id on the wire.
+        categories: the categories, by their ids on the wire.
         images_total: number of images that follow.
         worst_count: number of instances to list, lowest IoU first.
         token: token of the evaluation to resume; empty = none.
+        is_federated: only some categories are judged in each image, as in LVIS.
     """
     return evaluation_pb2.EvaluateRequest(
         options=evaluation_pb2.EvaluateOptions(
             label=label_options(options),
-            categories=[types_pb2.Category(category_id=key, name=name) for key, name in categories.items()],
+            categories=categories,
+            is_federated=is_federated,
             images_total=images_total,
             worst_count=worst_count,
             want_records=True,
@@ -46,18 +55,33 @@ def evaluate_options(
     )
 
 
+def category(wire_id: int, name: str, frequency: str = "") -> types_pb2.Category:
+    """Builds the message of a category; `frequency` is that of LVIS."""
+    return types_pb2.Category(category_id=wire_id, name=name, frequency=frequency)
+
+
 def evaluate_dataset(
-    options: LabelOptions, names: tuple[str, str], worst_count: int, token: bytes = b""
+    options: LabelOptions,
+    names: tuple[str, str],
+    worst_count: int,
+    token: bytes = b"",
+    rules: RowRules = COCO_RULES,
 ) -> evaluation_pb2.EvaluateRequest:
     """Builds the first message of an evaluation of a data set on the server.
 
     `names` are its annotations and images, each as FOLDER/PATH.
     """
     annotations, images = names
+    dataset = evaluation_pb2.DatasetSource(
+        annotations=annotations,
+        images=images,
+        crowd_as_objects=rules.crowd_as_objects,
+        upright_boxes=rules.rotated_boxes is RotatedBoxes.UPRIGHT,
+    )
     return evaluation_pb2.EvaluateRequest(
         options=evaluation_pb2.EvaluateOptions(
             label=label_options(options),
-            dataset=evaluation_pb2.DatasetSource(annotations=annotations, images=images),
+            dataset=dataset,
             worst_count=worst_count,
             want_records=True,
             resume_token=token,
@@ -71,11 +95,24 @@ def evaluate_image(
     truths: Iterable[evaluation_pb2.GroundTruth],
     sha256: str | None = None,
     record: bytes = b"",
+    *,
+    continues: bool = False,
+    not_exhaustive: Iterable[int] = (),
 ) -> evaluation_pb2.EvaluateRequest:
-    """Builds the message with one image of an evaluation; with `sha256`, the hash replaces the content."""
-    source = image_source(image, sha256)
+    """Builds the message with one image of an evaluation; with `sha256`, the hash replaces the content.
+
+    With `continues`, it has more objects of the image before. `not_exhaustive`: categories of which not every object is
+    annotated, as in LVIS.
+    """
     return evaluation_pb2.EvaluateRequest(
-        image=evaluation_pb2.EvaluateImage(item_id=item_id, image=source, ground_truth=truths, record=record)
+        image=evaluation_pb2.EvaluateImage(
+            item_id=item_id,
+            image=image_source(image, sha256),
+            ground_truth=truths,
+            record=record,
+            continues=continues,
+            not_exhaustive_category_ids=not_exhaustive,
+        )
     )
 
 
@@ -104,6 +141,20 @@ def coco_metrics(metrics: evaluation_pb2.CocoFigures) -> CocoMetrics:
     return {
         name: getattr(metrics, field) if metrics.HasField(field) else None  # type: ignore[arg-type]
         for name, field in zip(AP_NAMES, fields, strict=True)
+    }
+
+
+def lvis_metrics(
+    result: evaluation_pb2.EvaluateResult, field_name: Literal["lvis_at_one", "lvis_at_score"]
+) -> CocoMetrics:
+    """Decodes LVIS's metrics in a field by the names of LVIS_NAMES; None where unset, {} without the field."""
+    if not result.HasField(field_name):
+        return {}
+    metrics: evaluation_pb2.LvisFigures = getattr(result, field_name)
+    fields = (field.name for field in evaluation_pb2.LvisFigures.DESCRIPTOR.fields)
+    return {
+        name: getattr(metrics, field) if metrics.HasField(field) else None  # type: ignore[arg-type]
+        for name, field in zip(LVIS_NAMES, fields, strict=True)
     }
 
 

@@ -1,5 +1,6 @@
 """Random annotation files with hostile rows: masks, boxes, ids and numbers that no exporter writes, or broken text."""
 
+import gzip
 import json
 import random
 import re
@@ -140,6 +141,11 @@ def document(chance: random.Random) -> dict[str, Any]:
         }
         for n in range(chance.randrange(6))
     ]
+    if chance.random() < 0.3:
+        federate(chance, images, categories)
+    for row in annotations:
+        if chance.random() < 0.1:
+            row["attributes"] = {"rotation": chance.choice((0, 30.0, -90, junk(chance)))}
     for rows in (images, categories, annotations):
         for index, row in enumerate(rows):
             if chance.random() < 0.3:
@@ -157,6 +163,19 @@ def document(chance: random.Random) -> dict[str, Any]:
     keys = list(raw)
     chance.shuffle(keys)
     return {key: raw[key] for key in keys}
+
+
+def federate(chance: random.Random, images: list[Any], categories: list[Any]) -> None:
+    """Makes rows those of LVIS, with hostile lists of categories and addresses."""
+    urls = ("http://host/val2017/1.png", "http://[", "file:///etc/passwd", "http://host/%00.png", "http://host/..")
+    for row in images:
+        if chance.random() < 0.7:
+            row["coco_url"] = chance.choice((*urls, junk(chance)))
+            del row["file_name"]
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            row[key] = [chance.randrange(3)] if chance.random() < 0.6 else junk(chance)
+    for row in categories:
+        row["frequency"] = chance.choice(("r", "c", "f", junk(chance)))
 
 
 def text_of(value: Any) -> str:
@@ -195,6 +214,9 @@ def hostile_file(chance: random.Random) -> bytes:
                 content = content.replace(b'"annotations"', b'"images"', 1)
             case _:
                 content = content[:at] + b"9" * chance.choice((50, 5000)) + content[at:]
+    if chance.random() < 0.1:
+        content = gzip.compress(content, 1)
+        content = content[: chance.choice((len(content), len(content), len(content) - 5, 3))]
     return content
 
 

@@ -48,6 +48,6 @@ class TestTrainingFilter:
         assert excluded is expected
 
     def test_invalid_rows_keep_their_reason(self) -> None:
-        annotation = only(dataset(row(category_id=8)))
+        annotation = only(dataset(row(bbox=None)))
         excluded = training_exclusion(annotation, None, (64, 48), min_area=0, max_area=9, compat=Compat.NONE)
-        assert excluded is Reason.CATEGORY_UNKNOWN
+        assert excluded is Reason.BAD_BOX

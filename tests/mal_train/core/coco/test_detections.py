@@ -53,7 +53,6 @@ def test_a_repeated_id_rejects_the_list(tmp_path: Path) -> None:
         (detection(score=True), Reason.BAD_SCORE),
         ({k: v for k, v in detection().items() if k != "score"}, Reason.BAD_SCORE),
         (detection(image_id=9), Reason.IMAGE_UNKNOWN),
-        (detection(category_id=9), Reason.CATEGORY_UNKNOWN),
         (detection(bbox=[1, 2, 3]), Reason.BAD_BOX),
         (detection(id=None), Reason.BAD_ID),
         (7, Reason.NOT_AN_OBJECT),

@@ -1,6 +1,7 @@
 """Results of a job on a dataset: of an earlier run, of this one, and of none."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from mal_train.core.coco.annotations import Annotation, JsonId, read_coco
 from mal_train.core.coco.job_results import NOT_LABELED, JobResults
 from mal_train.core.coco.journal import Journal, RowFailure, RowResult, failed
-from mal_train.core.coco.labeled_output import RowOutcome, write_labeled_file
+from mal_train.core.coco.labeled_output import RowOutcome, WrittenRows, write_labeled_file
 from mal_train.core.coco.output import error_fields, label_fields, labeled_file, write_json_atomic
 from mal_train.core.coco.plan import read_plan
 from tests.mal_train.core.coco.coco_rows import dataset, row
@@ -66,7 +67,7 @@ def test_the_file_has_the_bytes_of_one_that_is_made_in_memory(path: Path) -> Non
     output = path.with_name("out.json")
     with opened(path) as results:
         results.add({0: LABEL, 1: failed(FAILURE), 3: LABEL})
-        labeled = write_labeled_file(
+        counts = write_labeled_file(
             read_plan(path), results.result, output, {"by": "test"}, finish=finish, on_failure=on_failure
         )
     fields: dict[JsonId, Any] = {
@@ -75,7 +76,7 @@ def test_the_file_has_the_bytes_of_one_that_is_made_in_memory(path: Path) -> Non
     }
     write_json_atomic(path.with_name("expected.json"), labeled_file(read_coco(path), fields, {"by": "test"}))
     assert output.read_bytes() == path.with_name("expected.json").read_bytes()
-    assert labeled == 2
+    assert counts == WrittenRows(labeled=2, flags=Counter(LABEL["label"]["flags"] * 2), crowds=1)
     assert [(number, failure.reason) for number, failure in failures] == [
         *((1, "IMAGE_NOT_FOUND"), (2, "NOT_ANSWERED"), (5, "BAD_BOX"), (None, "NOT_AN_OBJECT")),
     ]

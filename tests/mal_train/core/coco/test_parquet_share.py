@@ -129,12 +129,18 @@ def test_a_share_of_a_file_without_rows_is_empty(tmp_path: Path) -> None:
     assert (head.count, rows) == (0, [])
 
 
-@pytest.mark.parametrize("categories", [{}, {"categories": 5}])
-def test_a_file_without_categories_is_refused_as_in_json(tmp_path: Path, categories: dict[str, Any]) -> None:
+def test_a_file_without_categories_is_read_as_in_json(tmp_path: Path) -> None:
     raw = dataset(row(1), images=[{"id": 1, "file_name": "a.png"}])
     del raw["categories"]
+    write_coco(tmp_path / "in.parquet", raw)
+    head, rows = scanned(ParquetShare(tmp_path / "in.parquet"))
+    assert (head.category_names, [annotation.problem for annotation in rows]) == ({}, [None])
+
+
+def test_a_file_whose_categories_are_no_list_is_refused_as_in_json(tmp_path: Path) -> None:
+    raw = dataset(row(1), images=[{"id": 1, "file_name": "a.png"}])
     for name in ("in.json", "in.parquet"):
-        write_coco(tmp_path / name, raw | categories)
+        write_coco(tmp_path / name, raw | {"categories": 5})
         with pytest.raises(BadDataset):
             scan_coco(tmp_path / name, lambda *_: None)
     with pytest.raises(BadDataset):
@@ -206,7 +212,9 @@ def test_a_share_is_read_from_a_store_by_its_row_groups(path: Path, s3: S3) -> N
     found = scanned(share)
     assert (found[1], found[0].sha256) == (whole[1], whole[0].sha256)
     # One to tell it from a prefix, two for each of two openings, and one for each of its four row groups.
-    assert len(s3.requests) == 9
+    # The ids of all row groups overlap, of images and of boxes: two to open the file for the footer, and for each of
+    # these columns, and one for each row group.
+    assert len(s3.requests) == 9 + 2 + 2 * (2 + len(ParquetDataset(path).row_groups))
 
 
 def test_a_prefix_of_parts_is_read_from_a_store(path: Path, s3: S3, tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Recognizes boxes that are not x, y, width, height in px: corners, or shares of the image.
+
+Only what all boxes of a file have in common shows it, so no single box is refused for it.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, is_id, row_name
+from mal_train.core.coco.fields import box_of
+from mal_train.core.coco.json_values import as_json
+from mal_train.core.errors import BadDataset
+from mal_train.core.settings import BoxForm
+
+SUSPICIOUS: Final = 0.2
+"""Share of the boxes that must extend beyond their images before corners are suggested."""
+COMMON: Final = 0.95
+"""Share of the boxes that must be possible in the other form."""
+ROUNDING_PX: Final = 1.0
+"""Distance by which a corner may lie beyond its image."""
+
+
+def likely_form(boxes: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -> tuple[BoxForm, str]:
+    """Returns the form that the boxes of a file have, as far as they show it, and a sentence for another form.
+
+    Args:
+        boxes: (N, 4), four numbers of each `bbox`; finite.
+        sizes_wh: (N, 2), width and height of their images in px; NaN where unknown.
+    """
+    if not len(boxes):
+        return BoxForm.XYWH, ""
+    remedy = "convert them with mal-client convert --from coco --box-form"
+    is_share = np.all((boxes >= 0) & (boxes <= 1), axis=1) & np.any(boxes != np.rint(boxes), axis=1)
+    if is_share.mean() >= COMMON:
+        text = f"{is_share.sum()} of {len(boxes)} boxes have numbers from 0 to 1 only: shares of the image, not pixels"
+        return BoxForm.SHARES, f"{text}; {remedy} {BoxForm.SHARES}"
+    known = ~np.isnan(sizes_wh).any(axis=1)
+    first, second, limit = boxes[known, :2], boxes[known, 2:], sizes_wh[known] + ROUNDING_PX
+    if not len(limit):
+        return BoxForm.XYWH, ""
+    is_beyond = np.any(first + second > limit, axis=1)
+    fits = np.all((second > first) & (second <= limit), axis=1)
+    if is_beyond.mean() >= SUSPICIOUS and fits.mean() >= COMMON and fits[is_beyond].all():
+        text = (
+            f"{is_beyond.sum()} of {len(limit)} boxes extend beyond their images, and {fits.sum()} fit as corners "
+            "x_min, y_min, x_max, y_max"
+        )
+        return BoxForm.CORNERS, f"{text}; if they are, {remedy} {BoxForm.CORNERS}"
+    return BoxForm.XYWH, ""
+
+
+def to_xywh(row: Any, form: BoxForm, images: Mapping[JsonId, ImageInfo]) -> Any:
+    """Returns a row with its box as x, y, width, height in px; unchanged if it has no box of four numbers.
+
+    >>> to_xywh({"bbox": [10, 20, 30, 60]}, BoxForm.CORNERS, {})
+    {'bbox': [10.0, 20.0, 20.0, 40.0]}
+
+    Raises:
+        BadDataset: a share of an image whose row does not state its size.
+    """
+    if not isinstance(row, dict) or form is BoxForm.XYWH:
+        return row
+    (x, y, w, h), error = box_of(row)
+    if error is not None:
+        return row
+    if form is BoxForm.CORNERS:
+        return {**row, "bbox": [x, y, w - x, h - y]}
+    image_id = row.get("image_id")
+    size_wh = images[image_id].size_wh if is_id(image_id) and image_id in images else None
+    if size_wh is None:
+        name = row_name(row.get("id"))
+        raise BadDataset(f"{name}: shares need the width and height of image {as_json(image_id)}; add them to its row")
+    width, height = size_wh
+    return {**row, "bbox": [x * width, y * height, w * width, h * height]}
+
+
+def form_note(rows: Iterable[Annotation], images: Mapping[JsonId, ImageInfo]) -> str | None:
+    """Returns a sentence if the boxes of rows have another form than COCO's; None otherwise."""
+    boxes, sizes = [], []
+    for row in rows:
+        if row.problem is None and row.image_id is not None and not row.iscrowd:
+            boxes.append(row.box_xywh)
+            sizes.append(images[row.image_id].size_wh or (np.nan, np.nan))
+    return likely_form(np.array(boxes, dtype=np.float64), np.array(sizes, dtype=np.float64))[1] or None

@@ -1,0 +1,157 @@
+"""Finds the file of a folder that a file name means, where annotations spell it in another way than the folder.
+
+Annotations come from other machines than their images: paths of Windows, paths below another root, percent-encoded
+names, other letter case, another normal form of accents. Such a name leads to a file if it can mean only that one.
+"""
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import unquote
+
+_DRIVE = re.compile(r"[A-Za-z]:$")
+_LISTED = 3
+
+
+class AmbiguousName(ValueError):
+    """A file name that can mean several files, or whose file another name can mean, too; the argument says which."""
+
+
+@dataclass(frozen=True)
+class FolderNames:
+    r"""Files of a local folder by the names in annotations. Safe in threads.
+
+    A name that no file has is compared with those of the folder, after `\\` became `/`, percent escapes were decoded
+    and differences of letter case and of the normal form of Unicode were ignored. Leading folders of the name that are
+    not in the folder are left out: first all that fit are kept, then fewer.
+
+    Args:
+        folder: the folder.
+        names: returns the names that end in the same file name as another one of the annotations, by that last part;
+            called for the first name that no file has.
+    """
+
+    folder: Path
+    names: Callable[[], Mapping[str, tuple[str, ...]]] = field(default=dict, compare=False)
+    _entries: dict[str, dict[str, list[str]]] = field(default_factory=dict, repr=False, compare=False)
+    """Entries of the folders that were looked at, by their path and by what is equal in all spellings."""
+
+    def find(self, name: str) -> Path | None:
+        """Returns the file that a name means; None if there is none.
+
+        Raises:
+            AmbiguousName: there are several, or another name of the annotations can mean the same.
+        """
+        for parts in readings(name):
+            for start in range(len(parts)):
+                found = self._walk(parts[start:])
+                if found is None:
+                    continue
+                check_only_name(name, parts[start:], found, self._repeated)
+                return found
+        return None
+
+    def name_in_folder(self, name: str) -> str:
+        """Returns the name of a file relative to the folder, in the spelling of the folder if only one can be meant."""
+        if os.path.lexists(os.path.join(self.folder, name)):
+            return name
+        try:
+            found = self.find(name)
+        except AmbiguousName:
+            return name
+        return name if found is None else found.relative_to(self.folder).as_posix()
+
+    @cached_property
+    def _repeated(self) -> Mapping[str, tuple[str, ...]]:
+        return self.names()
+
+    def similar(self, name: str) -> str | None:
+        """Returns a file of the folder with this name and another suffix; None if there is none."""
+        parts = next(readings(name), [])
+        if not parts:
+            return None
+        stem = folded(os.path.splitext(parts[-1])[0])
+        entries = self._of(self.folder)
+        return next((names[0] for key, names in entries.items() if os.path.splitext(key)[0] == stem), None)
+
+    def _walk(self, parts: list[str]) -> Path | None:
+        path = self.folder
+        for part in parts:
+            matches = self._of(path).get(folded(part), [])
+            if part in matches:
+                matches = [part]
+            if len(matches) > 1:
+                listed = ", ".join(str(path / match) for match in matches[:_LISTED])
+                raise AmbiguousName(f"may mean {listed}; rename one, or give the exact name")
+            if not matches:
+                return None
+            path /= matches[0]
+        return path if path.is_file() else None
+
+    def _of(self, path: Path) -> dict[str, list[str]]:
+        key = str(path)
+        known = self._entries.get(key)
+        if known is None:
+            known = {}
+            try:
+                for name in sorted(os.listdir(path)):
+                    known.setdefault(folded(name), []).append(name)
+            except OSError:
+                known = {}
+            self._entries[key] = known
+        return known
+
+
+def check_only_name(name: str, tail: Sequence[str], found: object, names: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises AmbiguousName if another one of the names than `name` ends in the same parts; see `repeated_names`."""
+    wanted = list(map(folded, tail))
+    rivals = [
+        other
+        for other in names.get(wanted[-1], ())
+        if other != name and any(ends_in(parts, wanted) for parts in readings(other))
+    ]
+    if rivals:
+        raise AmbiguousName(
+            f"may mean {found}, and so may {', '.join(rivals[:_LISTED])}; give the folder that all these names are "
+            "relative to"
+        )
+
+
+def repeated_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Returns the names that end in the same file name as another one, by that last part, for `FolderNames`."""
+    first: dict[str, str] = {}
+    repeated: dict[str, list[str]] = {}
+    for name in names:
+        for parts in readings(name):
+            if not parts:
+                continue
+            key = folded(parts[-1])
+            if first.setdefault(key, name) != name:
+                repeated.setdefault(key, [first[key]]).append(name)
+    return {key: tuple(dict.fromkeys(values)) for key, values in repeated.items()}
+
+
+def readings(name: str) -> Iterator[list[str]]:
+    """Yields the parts of a name as it may be meant: as it stands, then percent-decoded; without `..` and drives."""
+    texts = [name.replace("\\", "/")]
+    decoded = unquote(name).replace("\\", "/")
+    if decoded != texts[0] and "\0" not in decoded:
+        texts.append(decoded)
+    for text in texts:
+        parts = [part for part in text.split("/") if part not in ("", ".") and not _DRIVE.match(part)]
+        after_parent = max((index for index, part in enumerate(parts, 1) if part == ".."), default=0)
+        yield parts[after_parent:]
+
+
+def ends_in(parts: Sequence[str], tail: Sequence[str]) -> bool:
+    """Returns True if a path ends in parts that are `folded`."""
+    return list(map(folded, parts[-len(tail) :])) == list(tail)
+
+
+def folded(name: str) -> str:
+    """Returns what is equal in all spellings of a name."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -1,0 +1,174 @@
+"""`mal-train` reads the forms of COCO files and of specs that users have, or names them."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mal_train.cli import main
+from mal_train.config.spec import load_spec
+from mal_train.core.errors import ConfigError
+from tests.mal_train.test_cli import checkpoint, inference_spec, labels_of, spec_file
+from tests.scenes import write_scenes
+
+__all__ = ["checkpoint"]
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def set_rows(**fields: Any) -> Change:
+    return lambda coco: [row.update(fields) for row in coco["annotations"]].clear()
+
+
+def as_lvis(coco: dict[str, Any]) -> None:
+    coco["categories"][0]["frequency"] = "f"
+    for row in coco["images"]:
+        row["coco_url"] = f"http://images.example/val2017/{row.pop('file_name')}"
+        row |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+
+
+def respell(coco: dict[str, Any]) -> None:
+    coco["images"][0]["file_name"] = f"C:\\images\\{coco['images'][0]['file_name'].upper()}"
+
+
+FORMS: dict[str, Change] = {
+    "LVIS": as_lvis,
+    "names of another machine": respell,
+    "no class": set_rows(category_id=None),
+    "no list of classes": lambda coco: coco.pop("categories"),
+    "unknown sizes": lambda coco: [row.update(width=0, height=-1) for row in coco["images"]].clear(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_that_has_one_meaning_is_labeled(tmp_path: Path, checkpoint: Path, form: str) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2, masks=False, change=FORMS[form])
+    compressed = tmp_path / "boxes.json.gz"
+    compressed.write_bytes(gzip.compress(scenes[0].read_bytes()))
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, (compressed, scenes[1]))]) == 0
+    assert all("counts" in row["segmentation"] for row in labels_of(tmp_path).values())
+
+
+def evaluate_spec(folder: Path, checkpoint: Path, scenes: tuple[Path, Path], **more: Any) -> str:
+    dataset = {"val_ann_path": str(scenes[0]), "val_img_dir": str(scenes[1]), **more}
+    return spec_file(folder, dataset=dataset, evaluate={"checkpoint": str(checkpoint), "precision": "float32"})
+
+
+def test_a_file_of_crowds_measures_and_labels_nothing_unless_they_are_objects(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2, change=set_rows(iscrowd=1))
+    assert main(["evaluate", "-e", evaluate_spec(tmp_path, checkpoint, scenes)]) == 2
+    assert "CROWD" in capsys.readouterr().err
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes)]) == 3
+    assert "CROWD" in capsys.readouterr().out
+    assert main(["evaluate", "-e", evaluate_spec(tmp_path, checkpoint, scenes, crowd_as_objects=True)]) == 0
+    spec = inference_spec(tmp_path, checkpoint, scenes, restart=True)
+    assert main(["inference", "-e", spec, "dataset.crowd_as_objects=true"]) == 0
+    assert {row["iscrowd"] for row in labels_of(tmp_path).values()} == {0}
+
+
+def test_an_evaluation_that_compares_nothing_is_no_success(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2, change=set_rows(segmentation=[[1, 2, 3]]))
+    assert main(["evaluate", "-e", evaluate_spec(tmp_path, checkpoint, scenes)]) == 3
+
+
+def test_rotated_boxes_are_refused_or_labeled_upright(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2, masks=False, change=set_rows(attributes={"rotation": 20}))
+    spec = inference_spec(tmp_path, checkpoint, scenes)
+    assert main(["inference", "-e", spec]) == 3
+    assert {row["error"]["reason"] for row in labels_of(tmp_path).values()} == {"BOX_ROTATED"}
+    assert main(["inference", "-e", spec, "dataset.rotated_boxes=upright", "inference.restart=true"]) == 0
+    assert all("BOX_ROTATED" in row["flags"] for row in labels_of(tmp_path).values())
+
+
+def test_lvis_is_evaluated_by_its_own_metrics(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2, change=as_lvis)
+    assert main(["evaluate", "-e", evaluate_spec(tmp_path, checkpoint, scenes)]) == 0
+    results = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
+    assert results["LVIS@score"]["APf"] is not None
+    assert results["LVIS@score"]["APr"] is None
+
+
+SERVICE = {
+    "results_dir": "out",
+    "gpu_ids": [0],
+    "num_gpus": 1,
+    "autolabel_type": "mal",
+    "mal": {"checkpoint": "a.malckpt", "model": {"arch": "vit-mae-base/16"}, "inference": {"ann_path": "b.json"}},
+}
+OLDER = {
+    "gpus": [0, 1],
+    "strategy": "ddp_sharded",
+    "checkpoint": "a.malckpt",
+    "train": {"num_epochs": 10, "warmup_epochs": 0},
+    "evaluate": {"batch_size": 4},
+}
+
+
+def read(folder: Path, content: dict[str, Any], verb: Any, *overrides: str) -> tuple[Any, list[str]]:
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(content))
+    notes: list[str] = []
+    return load_spec(path, list(overrides), verb, notes.append), notes
+
+
+def test_the_spec_of_the_label_service_is_read_with_a_line_for_each_field(tmp_path: Path) -> None:
+    spec, notes = read(tmp_path, SERVICE, "inference")
+    assert (spec.inference.checkpoint, spec.inference.ann_path) == ("a.malckpt", "b.json")
+    assert (spec.model.arch, spec.inference.gpu_ids, spec.results_dir) == ("vit-mae-base/16", (0,), "out")
+    assert [note.partition(":")[0] for note in notes] == ["mal", "num_gpus", "gpu_ids", "checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "place"),
+    [
+        ("train", "train.pretrained_model_path"),
+        ("tune", "train.pretrained_model_path"),
+        ("evaluate", "evaluate.checkpoint"),
+        ("inference", "inference.checkpoint"),
+        ("export", "evaluate.checkpoint"),
+    ],
+)
+def test_top_level_fields_belong_to_the_command(tmp_path: Path, verb: str, place: str) -> None:
+    spec, notes = read(tmp_path, OLDER, verb)
+    section, field = place.split(".")
+    assert getattr(getattr(spec, section), field) == "a.malckpt"
+    assert (getattr(spec, section).num_gpus, getattr(spec, section).gpu_ids) == (2, (0, 1))
+    assert spec.strategy == "auto"
+    assert f"checkpoint: a.malckpt; read as {place}" in notes
+
+
+def test_an_override_of_the_checkpoint_is_that_of_the_command(tmp_path: Path) -> None:
+    content = {"inference": {"checkpoint": "a.malckpt"}, "train": {"pretrained_model_path": "a.pth"}}
+    assert read(tmp_path, content, "inference", "checkpoint=b.malckpt")[0].inference.checkpoint == "b.malckpt"
+    assert read(tmp_path, content, "train", "checkpoint=b.pth")[0].train.pretrained_model_path == "b.pth"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"autolabel_type": "grounding_dino"}, "autolabel_type"),
+        ({"checkpoint": "a", "inference": {"checkpoint": "b"}}, "inference.checkpoint"),
+        ({"mal": {"model": {"arch": "x"}}, "model": {"arch": "y"}}, "mal.model"),
+        ({"mal": 5}, "mal"),
+        ({"inference": 5, "checkpoint": "a"}, "inference"),
+        ({"gpus": "all"}, "inference.num_gpus"),
+        ({"strategy": "horovod"}, "strategy"),
+    ],
+)
+def test_what_has_no_clear_meaning_is_refused_by_name(tmp_path: Path, content: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        read(tmp_path, content, "inference")
+
+
+@pytest.mark.parametrize("name", ["mal", "gpus", "autolabel_type"])
+def test_without_a_command_such_fields_are_refused_with_the_remedy(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump({name: SERVICE.get(name, OLDER.get(name))}))
+    with pytest.raises(ConfigError, match=f"{name}: a "):
+        load_spec(path, [])
