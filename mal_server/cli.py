@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from mal_server.ops import logging
 from mal_server.scheduling.background import exit_process
-from mal_train.core.command_line import add_common_options
+from mal_train.core.command_line import add_common_options, prepare_process
 from mal_train.core.console import escape_control, print_result
 from mal_train.core.errors import ConfigError, MalError
 from mal_train.core.threads import wait_passively
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 done; 1 unexpected error, lost device or unhealthy server; 2 usage, settings or checkpoint; 4 disk or permission.
     """
+    prepare_process()
     args = parser().parse_args(argv)
     wait_passively()
     try:

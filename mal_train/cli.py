@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mal_train.core.atomic_io import stdout_exit_code
-from mal_train.core.command_line import RenamedOption, add_common_options
+from mal_train.core.command_line import RenamedOption, add_common_options, prepare_process
 from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError, MalError, OutputError
 from mal_train.core.threads import wait_passively
@@ -42,6 +42,7 @@ _NOT_FAILURES = ("CROWD", "NO_GROUND_TRUTH")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
+    prepare_process()
     parser = _parser()
     # Overrides may come before and after options, which positional arguments of argparse may not.
     arguments, rest = parser.parse_known_args(argv)

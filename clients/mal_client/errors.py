@@ -27,6 +27,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from mal_train.core.errors import InputError, MalError
+from mal_train.core.proxies import server_hint
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
 PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
@@ -193,14 +194,16 @@ def from_rpc_error(address: str, error: grpc.RpcError, timeout_s: float | None) 
         error: of gRPC.
         timeout_s: deadline of the call in seconds; None without one.
     """
-    code, text = rpc_code(error), rpc_text(error)
+    code, text, proxy = rpc_code(error), rpc_text(error), server_hint(address)
     if code in _REFUSALS:
         return _refusal(address, error)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return ServerUnavailable(f"{address}: the server is unavailable ({text}); {_remedy(error)}")
+        return ServerUnavailable(f"{address}: the server is unavailable ({text}); {_remedy(error)}{proxy}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         limit = "the deadline" if timeout_s is None else f"{timeout_s:g} s"
-        return CallTimedOut(f"{address}: no complete result within {limit}; check the address, or raise the timeout")
+        return CallTimedOut(
+            f"{address}: no complete result within {limit}; check the address, or raise the timeout{proxy}"
+        )
     if code is grpc.StatusCode.CANCELLED:
         return CallCancelled(f"{address}: the call was cancelled before its result arrived ({text})")
     return ServerError(f"{address}: the server failed: {code.name}: {text}")

@@ -12,6 +12,7 @@ from mal_server.security.tls_check import verify_client_certificate, verify_hand
 from mal_train.core.addresses import check_address, format_address, host_of
 from mal_train.core.errors import ConfigError
 from mal_train.core.pem import read_pem
+from mal_train.core.proxies import DIRECT, grpc_options, server_hint
 
 SERVICE = "mal.v1.LabelingService"
 
@@ -34,6 +35,7 @@ class HealthProbe:
         tls_name: name that the server's certificate must be valid for; None: the host of `address`.
         client_cert: PEM file of the client certificate (mTLS).
         client_key: PEM file of its private key; None: `client_cert` holds it too.
+        use_proxy: connect through the HTTP proxy of the environment, if one applies; none does to this machine.
     """
 
     address: str
@@ -43,6 +45,7 @@ class HealthProbe:
     tls_name: str | None = None
     client_cert: Path | None = None
     client_key: Path | None = None
+    use_proxy: bool = True
 
     def check(self) -> str:
         """Returns SERVING, NOT_SERVING, SERVICE_UNKNOWN or UNREACHABLE.
@@ -61,7 +64,7 @@ class HealthProbe:
                 call: Any = error
                 if call.code() is grpc.StatusCode.NOT_FOUND:
                     return self._unknown_service()
-                return f"UNREACHABLE ({call.code().name}: {call.details()}){self._tls_hint(call)}"
+                return f"UNREACHABLE ({call.code().name}: {call.details()}){self._tls_hint(call)}{self._proxy_hint()}"
         # The server reports this status for an unloaded model.
         if response.status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             return self._unknown_service()
@@ -83,19 +86,24 @@ class HealthProbe:
             "server's settings"
         )
 
+    def _proxy_hint(self) -> str:
+        return server_hint(self.address) if self.use_proxy else ""
+
     def _channel(self) -> grpc.Channel:
+        options = list(grpc_options(self.address) if self.use_proxy else DIRECT)
         if self.client_key is not None and self.client_cert is None:
             raise ConfigError(f"--client-key: {self.client_key} without its certificate; give --client-cert too")
         if self.tls_ca is None:
             if self.client_cert is not None or self.tls_name is not None:
                 raise ConfigError("--client-cert, --tls-name: used with TLS only; give --tls-ca too")
-            return grpc.insecure_channel(self.address)
+            return grpc.insecure_channel(self.address, options=options)
         chain = key = None
         if self.client_cert is not None:
             chain = read_pem(self.client_cert, "--client-cert", "certificate")
             key = read_pem(self.client_key or self.client_cert, "--client-key", "private key")
         credentials = grpc.ssl_channel_credentials(read_pem(self.tls_ca, "--tls-ca", "certificate"), key, chain)
-        options = [] if self.tls_name is None else [("grpc.ssl_target_name_override", self.tls_name)]
+        if self.tls_name is not None:
+            options.append(("grpc.ssl_target_name_override", self.tls_name))
         return grpc.secure_channel(self.address, credentials, options=options)
 
 
@@ -109,7 +117,8 @@ def probe_of(listen: Listen, options: HealthProbe) -> HealthProbe:
     Raises:
         ConfigError: `listen.port` is 0 and `options` has no address, or a TLS file fails its check.
     """
-    probe = replace(options, address=options.address or _own_address(listen))
+    # Its own server is on this machine, also where `listen.host` is no loopback address.
+    probe = options if options.address else replace(options, address=_own_address(listen), use_proxy=False)
     if listen.tls_certificate is None or listen.tls_key is None:
         return probe
     name = options.tls_name or listen.tls_probe_name or _default_name(listen, options.address)

@@ -6,17 +6,24 @@ stages. OpenTelemetry's variables configure the export (OTEL_EXPORTER_OTLP_ENDPO
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 import grpc
 
+from mal_train.core.addresses import DEFAULT_PORT, format_address
 from mal_train.core.errors import ConfigError
+from mal_train.core.proxies import grpc_options, proxy_of_server, refuse_plaintext
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 OURS: Final = "/mal.v1."
+DEFAULT_ENDPOINT: Final = "http://localhost:4317"
+"""Endpoint of OpenTelemetry's exporter where no variable names one."""
+
 EXTRA: Final = (
     "tracing: OpenTelemetry is not installed; pip install 'mask-auto-labeler[tracing]', or set tracing: false"
 )
@@ -78,7 +85,30 @@ def _exporting() -> TracerProvider:
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
+    # Its type knows options with texts only.
+    exporter = OTLPSpanExporter(channel_options=_channel_options())  # type: ignore[arg-type]
     # The variable OTEL_SERVICE_NAME takes precedence.
     provider = TracerProvider(resource=Resource({"service.name": "mal-server"}).merge(Resource.create()))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider
+
+
+def _channel_options() -> tuple[tuple[str, Any], ...]:
+    """Returns the options with which the exporter follows our rule for proxies.
+
+    Raises:
+        ConfigError: a proxy could read the headers of OTEL_EXPORTER_OTLP_HEADERS, which hold credentials.
+    """
+    endpoint = _of_signal("ENDPOINT") or DEFAULT_ENDPOINT
+    parts = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
+    address = format_address(parts.hostname or "", parts.port or DEFAULT_PORT)
+    is_plaintext = parts.scheme == "http" or (parts.scheme != "https" and _of_signal("INSECURE").lower() == "true")
+    proxy = proxy_of_server(address)
+    if proxy is not None and proxy.carries_grpc and is_plaintext and _of_signal("HEADERS"):
+        refuse_plaintext(endpoint, "OTEL_EXPORTER_OTLP_ENDPOINT", "the headers of OTEL_EXPORTER_OTLP_HEADERS", proxy)
+    return tuple(grpc_options(address))
+
+
+def _of_signal(name: str) -> str:
+    """Returns a variable of the exporter: that of traces, else that of all signals."""
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}", "")

@@ -1,9 +1,11 @@
-"""Provides the options that all three commands share: version, shell completion, and renamed options."""
+"""Provides what all three commands share: version, shell completion, renamed options, and the state of the process."""
 
 import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from mal_train.core.console import escape_unencodable
+from mal_train.core.proxies import exempt_this_machine
 from mal_train.core.version import distribution_version
 
 COMPLETION_PIP_LINE = "pip install 'mask-auto-labeler[completion]'"
@@ -52,3 +54,9 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="print a completion script for this shell and exit",
     )
+
+
+def prepare_process() -> None:
+    """Prepares the process of a command: its output to any terminal, and its connections to this machine."""
+    escape_unencodable()
+    exempt_this_machine()

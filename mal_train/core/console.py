@@ -31,6 +31,16 @@ def escape_control(text: str) -> str:
     )
 
 
+def escape_unencodable() -> None:
+    r"""Lets stdout and stderr write an escape, such as \xe9, for each character that their encoding lacks.
+
+    Under PYTHONIOENCODING=ascii or some locales, one name of a file would otherwise end a command after its work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_result(text: str) -> None:
     """Prints to stdout with control characters escaped (`escape_control`)."""
     print(escape_control(text), flush=True)

@@ -21,6 +21,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlch
 from mal_train.config.tune import redacted_url, without_credentials
 from mal_train.core.atomic_io import drop_partial_line
 from mal_train.core.errors import ConfigError, OutputError
+from mal_train.core.proxies import server_hint
 from mal_train.core.secrets import is_secret_reference, read_secret
 
 CONNECT_TIMEOUT_S = 20
@@ -140,7 +141,7 @@ def _server(url: str) -> GrpcStorageProxy:
     except ConnectionError:
         raise StudyStorageError(
             f"tune.storage: {redacted_url(url)}: no answer within {CONNECT_TIMEOUT_S} s; start the server or check the "
-            "address"
+            f"address{server_hint(f'{host}:{port}')}"
         ) from None
     return storage
 

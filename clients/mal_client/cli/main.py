@@ -23,7 +23,7 @@ from mal_client.cli.playground import add_playground
 from mal_client.cli.review import add_review
 from mal_client.types import ServerInfo
 from mal_train.core.atomic_io import stdout_exit_code
-from mal_train.core.command_line import add_common_options
+from mal_train.core.command_line import add_common_options, prepare_process
 from mal_train.core.errors import MalError, OutputError
 from mal_train.core.version import distribution_version
 
@@ -32,6 +32,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    prepare_process()
     arguments = build_parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)

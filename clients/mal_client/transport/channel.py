@@ -21,6 +21,7 @@ from mal_train.core.addresses import (
 )
 from mal_train.core.errors import ConfigError
 from mal_train.core.pem import PemBlock, read_pem
+from mal_train.core.proxies import DIRECT, grpc_options
 from mal_train.core.secrets import is_token
 
 RETRY_BUFFER_BYTES = 128 * 1024 * 1024
@@ -111,7 +112,7 @@ class Connection:
         client_key: PEM file of the private key of `client_cert`; None: the key is in `client_cert`.
         token: sent with every call.
         authority: name or NAME:PORT of the servers, for which their certificates must be valid; None: the address.
-        use_proxy: connect through the HTTP proxy of the environment, if any.
+        use_proxy: connect through the HTTP proxy of the environment, if one applies; none does to this machine.
     """
 
     address: str
@@ -161,7 +162,7 @@ class Connection:
         )
 
     def open(self) -> grpc.Channel:
-        """Opens a blocking channel. Raises ConfigError for files that cannot be read."""
+        """Opens a blocking channel. Raises ConfigError for files that cannot be read, and for a list behind a proxy."""
         target, options = self._target, self._options()
         if self.is_encrypted:
             channel = grpc.secure_channel(target, self._credentials(), options=options)
@@ -170,7 +171,7 @@ class Connection:
         return channel if self.token is None else grpc.intercept_channel(channel, BearerTokenInterceptor(self.token))
 
     def open_aio(self) -> grpc.aio.Channel:
-        """Opens a channel on the running event loop. Raises ConfigError for files that cannot be read."""
+        """Opens a channel on the running event loop. Raises ConfigError as `open`."""
         target, options = self._target, self._options()
         interceptors = aio_interceptors(self.token) if self.token is not None else ()
         if self.is_encrypted:
@@ -185,9 +186,7 @@ class Connection:
         options = channel_options(has_several=has_several_servers(self.address))
         if self.authority is not None:
             options.append(("grpc.default_authority", self.authority))
-        if not self.use_proxy:
-            options.append(("grpc.enable_http_proxy", 0))
-        return options
+        return [*options, *(grpc_options(self.address) if self.use_proxy else DIRECT)]
 
     def _credentials(self) -> grpc.ChannelCredentials:
         key_file = self.client_cert if self.client_key is None else self.client_key

@@ -6,7 +6,6 @@ it began on. Jobs on datasets open a stream to each server, so they need the add
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,17 +13,13 @@ from dataclasses import dataclass
 from mal_client.errors import ServerUnavailable
 from mal_train.core.addresses import format_address, host_of, ip_version, name_server_of, port_of
 from mal_train.core.errors import ConfigError
+from mal_train.core.proxies import proxy_of_server
 
 CONNECT_TIMEOUT_S = 2.0
 """Time for one connection, where a name has addresses of both IP versions."""
 
 MAX_TRIED = 3
 """Addresses of one IP version to connect to then."""
-
-PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
-"""Variables from which gRPC takes an HTTP proxy; the first that is set counts."""
-
-NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
 
 Lookup = Callable[[str, int], Sequence[str]]
 """Returns the IP addresses of a host, for a port. Raises OSError."""
@@ -65,7 +60,7 @@ def resolve(address: str, lookup: Lookup = system_lookup) -> list[ResolvedAddres
         ConfigError: the address names a DNS server, which only a channel can ask.
     """
     host, port = host_of(address), port_of(address)
-    if not host or ip_version(host) or is_behind_proxy(host):
+    if not host or ip_version(host) or _is_behind_proxy(address):
         return [ResolvedAddress(address)]
     if name_server_of(address):
         raise ConfigError(
@@ -79,16 +74,10 @@ def resolve(address: str, lookup: Lookup = system_lookup) -> list[ResolvedAddres
     ]
 
 
-def is_behind_proxy(host: str) -> bool:
-    """Returns True if gRPC reaches a host through the HTTP proxy of the environment, which resolves its name."""
-    if not _first_of(PROXY_VARIABLES):
-        return False
-    direct = (entry.strip().lower() for entry in _first_of(NO_PROXY_VARIABLES).split(","))
-    return not any(entry and host.lower().endswith(entry) for entry in direct)
-
-
-def _first_of(variables: Sequence[str]) -> str:
-    return next(filter(None, map(os.environ.get, variables)), "")
+def _is_behind_proxy(address: str) -> bool:
+    """Returns True if gRPC reaches a server through the proxy of the environment, which resolves its name."""
+    proxy = proxy_of_server(address)
+    return proxy is not None and proxy.carries_grpc
 
 
 def _look_up(host: str, port: int, lookup: Lookup) -> Sequence[str]:

@@ -58,6 +58,10 @@ class AllowedHosts:
         """Returns the hosts for an address that the user gave: its own, and public ones that it redirects to."""
         return cls(frozenset({_encoded((urlsplit(address).hostname or "").lower())}), any_public=True)
 
+    def is_named(self, host: str) -> bool:
+        """Returns True for a host that the user gave."""
+        return _encoded(host.lower()) in self.named
+
     def listed(self) -> list[str]:
         """Returns the hosts as `parse` takes them, sorted."""
         return sorted(self.named) + [ANY_PUBLIC] * self.any_public

@@ -3,7 +3,10 @@
 One request reads a whole file: its size is taken from the head of the response before the body is read, and a size that
 is not stated is limited while reading. Redirects are followed one by one, each checked by `AllowedHosts`; every address
 that a host name resolves to is checked when the connection is made, so that a second answer of the name server cannot
-lead elsewhere. No proxy, cookie or .netrc file is used, and an address beyond the first gets no user or password.
+lead elsewhere. No cookie or .netrc file is used, and an address beyond the first gets no user or password.
+
+The proxy of the environment is used for the hosts that the user named. The others are contacted directly: their
+addresses could not be checked behind a proxy, which resolves names itself.
 """
 
 import atexit
@@ -15,8 +18,10 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
+from urllib.parse import urlsplit
 
 from mal_train.core.errors import OutputError, StorageError
+from mal_train.core.proxies import proxy_of_url
 from mal_train.core.storage.addresses import redact
 from mal_train.core.storage.disk_space import check_space, disk_errors
 from mal_train.core.storage.hosts import AllowedHosts
@@ -43,8 +48,8 @@ _HEADERS: Final = {"Accept-Encoding": "identity", "User-Agent": "mask-auto-label
 
 Result = TypeVar("Result")
 
-_sessions: dict[tuple[int, AllowedHosts], Any] = {}
-"""Sessions by process and hosts; only the thread of fsspec's event loop uses them."""
+_sessions: dict[tuple[int, AllowedHosts | None], Any] = {}
+"""Sessions by process and hosts, None for proxies; only the thread of fsspec's event loop uses them."""
 
 
 class WebStore(Store):
@@ -125,12 +130,21 @@ class WebStore(Store):
                 raise StorageError(f"{redact(address)}: {error}", "HOST_NOT_ALLOWED") from None
             # aiohttp raises errors of many kinds, whose texts hold the URL.
             except Exception as error:
-                raise _translate(error, address) from None
+                raise _translate(error, address, self._proxy_note(address)) from None
 
         try:
             return asyn.sync(asyn.get_loop(), translated, timeout=attempt_timeout_s(size))  # type: ignore[no-any-return]
         except TimeoutError:
             raise Transient("timeout") from None
+
+    def _proxy_note(self, address: str) -> str:
+        """Returns what the environment's proxy has to do with a failed connection."""
+        proxy = proxy_of_url(address)
+        if proxy is None:
+            return ""
+        if (self._hosts or AllowedHosts.of_address(address)).is_named(urlsplit(address).hostname or ""):
+            return f" through the proxy {proxy}"
+        return f" without the proxy {proxy}, which is used for hosts that you name"
 
     async def _info(self, address: str) -> ObjectInfo:
         async with self._response(address, {"Range": "bytes=0-0"}) as response:
@@ -179,20 +193,38 @@ class WebStore(Store):
         import yarl  # noqa: PLC0415 (an extra)
 
         hosts = self._hosts or AllowedHosts.of_address(address)
-        session = await _session(hosts)
         # An address that is encoded already may be signed in this spelling.
         url = yarl.URL(address, encoded=address.isascii() and " " not in address)
         for _ in range(MAX_REDIRECTS + 1):
             problem = hosts.problem(url.scheme, url.raw_host or "")
             if problem is not None:
                 raise HostRefused(problem)
-            async with session.get(url, headers={**_HEADERS, **headers}, allow_redirects=False) as response:
+            proxy = _proxy_for(url, hosts, address)
+            # The proxy's own address is not subject to the rules of hosts.
+            session = await _session(hosts if proxy is None else None)
+            request = session.get(url, headers={**_HEADERS, **headers}, allow_redirects=False, proxy=proxy)
+            async with request as response:
                 if response.status not in _REDIRECTS or "Location" not in response.headers:
                     _check_status(response.status, address)
                     yield response
                     return
                 url = _redirect(url, response.headers["Location"])
         raise StorageError(f"{redact(address)}: more than {MAX_REDIRECTS} redirects", "FAILED")
+
+
+def _proxy_for(url: Any, hosts: AllowedHosts, address: str) -> str | None:
+    """Returns the URL of the proxy for a request; None without one."""
+    proxy = proxy_of_url(str(url)) if hosts.is_named(url.raw_host or "") else None
+    if proxy is None:
+        return None
+    if not proxy.carries_http:
+        raise StorageError(f"{redact(address)}: the proxy {proxy} is not supported; give one of http://", "FAILED")
+    if url.scheme == "http" and url.user is not None:
+        raise StorageError(
+            f"{redact(address)}: the proxy {proxy} could read the password; use https://, or add the host to no_proxy",
+            "FAILED",
+        )
+    return proxy.url
 
 
 class HostRefused(OSError):
@@ -241,7 +273,7 @@ def _version(response: Any) -> str:
     return str(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
 
 
-def _translate(error: Exception, address: str) -> Exception:
+def _translate(error: Exception, address: str, proxy_note: str) -> Exception:
     os_error, certificate_error = (getattr(error, name, None) for name in ("os_error", "certificate_error"))
     if isinstance(os_error, HostRefused):
         return StorageError(f"{redact(address)}: {os_error}", "HOST_NOT_ALLOWED")
@@ -252,11 +284,15 @@ def _translate(error: Exception, address: str) -> Exception:
             "authority by SSL_CERT_FILE",
             "FAILED",
         )
-    return translate(error, address)
+    if type(error).__name__ == "ClientHttpProxyError":
+        status = getattr(error, "status", "no status")
+        return StorageError(f"{redact(address)}: refused{proxy_note} (HTTP status {status}); check the proxy", "FAILED")
+    translated = translate(error, address)
+    return Transient(f"{translated}{proxy_note}") if isinstance(translated, Transient) else translated
 
 
-async def _session(hosts: AllowedHosts) -> Any:
-    """Returns the session of this process for some hosts; connections are not shared between rules."""
+async def _session(hosts: AllowedHosts | None) -> Any:
+    """Returns the session of this process for some hosts, or for proxies; connections are not shared between rules."""
     import aiohttp  # noqa: PLC0415 (an extra)
 
     key = os.getpid(), hosts
@@ -265,7 +301,7 @@ async def _session(hosts: AllowedHosts) -> Any:
         _sessions[key] = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=MAX_CONNECTIONS,
-                resolver=_checked_resolver(hosts),
+                resolver=None if hosts is None else _checked_resolver(hosts),
                 # Made now: aiohttp's own was made at import, before SSL_CERT_FILE may have been set.
                 ssl=ssl.create_default_context(),
             ),

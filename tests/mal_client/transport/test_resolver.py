@@ -13,12 +13,6 @@ from mal_client.transport.resolver import resolve, system_lookup
 from mal_train.core.errors import ConfigError
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in (*resolver.PROXY_VARIABLES, *resolver.NO_PROXY_VARIABLES):
-        monkeypatch.delenv(variable, raising=False)
-
-
 def lookup(*addresses: str) -> resolver.Lookup:
     return lambda host, port: addresses
 

@@ -24,6 +24,7 @@ from mal_server.security.tls_check import verify_handshake
 from mal_train.core.errors import ConfigError
 from tests.mal_server.fakes import Running, config_of, serving
 from tests.mal_server.security.test_auth import TOKENS, Certificates, tokens  # noqa: F401  # a fixture
+from tests.proxy import RecordingProxy, recording_proxy
 
 
 def health(*arguments: str) -> int:
@@ -337,3 +338,22 @@ def test_the_default_address_is_reachable_from_this_machine() -> None:
     with pytest.raises(ConfigError, match=r"^listen\.port: 0"):
         address("127.0.0.1", port=0)
     assert probe_of(Listen(port=0), HealthProbe("127.0.0.1:7")).address == "127.0.0.1:7"
+
+
+def test_a_server_on_this_machine_is_checked_without_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work(proxy: RecordingProxy) -> int:
+        monkeypatch.setenv("no_proxy", "")  # as before the command changes it
+        for variable in ("http_proxy", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(variable, proxy.url)
+        async with serving() as running:
+            return await health_of(running)
+
+    with recording_proxy() as proxy:
+        assert asyncio.run(work(proxy)) == 0
+        assert proxy.requests == []
+    # Its own address is this machine, also where it is none of loopback.
+    assert probe_of(Listen(host="10.1.2.3", allow_plaintext=True), HealthProbe("")).use_proxy is False
+    assert health("mal.example.test:1", "--timeout", "3") == 1
+    assert f"HTTPS_PROXY={proxy.url}" in capsys.readouterr().out

@@ -2,11 +2,15 @@
 
 import asyncio
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -15,6 +19,7 @@ from mal_server.ops.tracing import Tracing
 from mal_server.server import MalServer
 from mal_train.core.errors import ConfigError
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, config_of, label_request, loaded
+from tests.proxy import recording_proxy
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 
@@ -92,3 +97,38 @@ def test_tracing_without_its_extra_names_the_extra(monkeypatch: pytest.MonkeyPat
 
 def test_tracing_is_off_by_default() -> None:
     assert not config_of().tracing
+
+
+def test_a_collector_on_this_machine_is_reached_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    received = threading.Event()
+
+    class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+        def Export(self, request: Any, context: Any) -> Any:
+            received.set()
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    collector = grpc.server(ThreadPoolExecutor(1))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Collector(), collector)  # type: ignore[no-untyped-call]
+    port = collector.add_insecure_port("127.0.0.1:0")
+    collector.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    with recording_proxy() as proxy:
+        for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
+            monkeypatch.setenv(variable, proxy.url)
+        tracing = Tracing()
+        tracing.add_stages(SimpleNamespace(decode_s=0.1, queue_s=0.0, infer_s=0.0, finish_s=0.0, batch_size=1))
+        tracing.close()
+        assert received.is_set()
+        assert proxy.requests == []
+    collector.stop(None)
+
+
+def test_headers_for_a_collector_do_not_pass_a_proxy_in_plaintext(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector.example:4317")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "api-key=topsecret")
+    with pytest.raises(ConfigError, match="https_proxy") as caught:
+        Tracing()
+    assert "topsecret" not in str(caught.value)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector.example:4317")
+    Tracing().close()

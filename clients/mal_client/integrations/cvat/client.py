@@ -6,14 +6,19 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 
-from cvat_sdk import make_client, models
+from cvat_sdk import models
+from cvat_sdk.api_client.rest import RESTClientObject
+from cvat_sdk.core.client import AccessTokenCredentials, Client
 from cvat_sdk.core.exceptions import CvatSdkException
 from cvat_sdk.exceptions import OpenApiException
 from urllib3.exceptions import HTTPError
+from urllib3.util import make_headers
 
 from mal_client.errors import ClientError
 from mal_client.integrations.cvat.task_plan import Json
+from mal_train.core.proxies import proxy_of_url, refuse_plaintext, url_hint
 
 MAX_RESPONSE_BYTES: Final = 256 * 1024 * 1024
 """Size limit of the annotations of a task, and of a frame, decompressed."""
@@ -42,13 +47,17 @@ class SdkClient:
 
     Raises:
         CvatError: the server is unavailable, the task does not exist, or the account may not access it.
+        ConfigError: the URL begins with http://, and a proxy could read token or password.
     """
 
     def __init__(self, url: str, task_id: int, *, token: str | None, login: tuple[str, str] | None) -> None:
         self.name = f"{url.rstrip('/')} task {task_id}"
+        # As the SDK completes it.
+        self._host = url if "://" in url else f"https://{url}"
+        refuse_plaintext(self._host, "--cvat", "the token or password")
         self._task_id = task_id
         with self._errors("check the URL, the task ID and the token"):
-            self._client = make_client(url, access_token=token, credentials=login)
+            self._client = _connect(self._host, token, login)
             self._task = self._client.tasks.retrieve(task_id)
             self._meta = self._task.get_meta()
 
@@ -108,7 +117,32 @@ class SdkClient:
         try:
             yield
         except _SDK_ERRORS as error:
-            raise CvatError(f"{self.name}: {text}: {_detail(error)}") from error
+            raise CvatError(f"{self.name}: {text}: {_detail(error)}{url_hint(self._host)}") from error
+
+
+def _connect(url: str, token: str | None, login: tuple[str, str] | None) -> Client:
+    """Returns a client that is logged in. The SDK itself ignores the proxies of the environment."""
+    client = Client(url, check_server_version=False)
+    proxy = proxy_of_url(url)
+    if proxy is not None:
+        configuration = client.api_client.configuration
+        configuration.proxy = proxy.url
+        user = urlsplit(proxy.url).netloc.rpartition("@")[0]
+        if user:  # urllib3 takes it from here only
+            configuration.proxy_headers = make_headers(proxy_basic_auth=unquote(user))
+        # It reads the configuration when it is made.
+        client.api_client.rest_client = RESTClientObject(configuration)
+    try:
+        client.check_server_version()
+        credentials = login if token is None else AccessTokenCredentials(token)
+        if credentials is not None:
+            client.login(credentials)
+    except BaseException:
+        # The SDK leaves its connections open.
+        client.api_client.rest_client.pool_manager.clear()
+        client.close()
+        raise
+    return client
 
 
 def _attributes(shape: Json) -> list[Any]:

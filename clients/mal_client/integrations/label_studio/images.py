@@ -18,12 +18,14 @@ from urllib.parse import parse_qs, urljoin, urlsplit
 
 import httpx2
 
+from mal_client.integrations.label_studio.regions import LOCAL_FILES
 from mal_train.core.errors import BadImage, ConfigError
 from mal_train.core.images.files import read_image_bytes
 from mal_train.core.images.header import DEFAULT_LIMITS
 from mal_train.core.input_files import resolve_inside
+from mal_train.core.proxies import proxy_of_url, refuse_plaintext, url_hint
+from mal_train.core.storage.addresses import redact
 
-LOCAL_FILES: Final = "/data/local-files/"
 TIMEOUT_S: Final = 30.0
 TOKEN_LIFE_S: Final = 240.0
 """Seconds that an access token is used; Label Studio's expire after five minutes."""
@@ -41,6 +43,9 @@ class ImageFetcher:
         folder: folder of Label Studio's local files (LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT), which is read directly.
         other_hosts: names of other allowed hosts, which get no token.
         max_bytes: size limit of an encoded image.
+
+    Raises:
+        ConfigError: the host is no URL, or a proxy could read the token.
     """
 
     def __init__(
@@ -56,14 +61,17 @@ class ImageFetcher:
         self._folder = None if folder is None else folder.resolve()
         self._other_hosts = frozenset(other_hosts)
         self._max_bytes = max_bytes
-        # Redirects are checked one by one; httpx would follow them to any host, with the body of a POST.
-        self._http = httpx2.Client(timeout=TIMEOUT_S, follow_redirects=False)
+        if self._host is not None and api_key is not None:
+            refuse_plaintext(self._host, "--label-studio", "the token of --api-key-file")
+        self._clients: dict[str | None, httpx2.Client] = {}
+        self._clients_lock = threading.Lock()
         self._lock = threading.Lock()
         self._access: tuple[str, float] | None = None
 
     def close(self) -> None:
         """Closes the connections."""
-        self._http.close()
+        for client in self._clients.values():
+            client.close()
 
     def read(self, url: str) -> bytes:
         """Returns the encoded image.
@@ -77,7 +85,8 @@ class ImageFetcher:
         except (ValueError, httpx2.InvalidURL) as error:
             raise BadImage(f"{url}: not a valid URL ({error})", "IMAGE_NOT_FOUND") from None
         if self._folder is not None and not parts.netloc and parts.path == LOCAL_FILES:
-            return self._read_local(parse_qs(parts.query).get("d", [""])[0])
+            # Names that are not UTF-8 keep their bytes.
+            return self._read_local(parse_qs(parts.query, errors="surrogateescape").get("d", [""])[0])
         if parts.scheme and parts.scheme not in ("http", "https"):
             raise BadImage(
                 f"{url}: scheme {parts.scheme!r} is not supported; let Label Studio provide http URLs (pre-signed URLs "
@@ -128,7 +137,7 @@ class ImageFetcher:
         """Returns the image or the redirect at `target`, which messages call `name`."""
         content = bytearray()
         try:
-            with self._http.stream("GET", target, headers=headers) as response:
+            with self._client_for(target).stream("GET", target, headers=headers) as response:
                 if response.next_request is not None:
                     return _Redirect(str(response.next_request.url))
                 if response.status_code in (401, 403):
@@ -140,8 +149,26 @@ class ImageFetcher:
                     if len(content) > self._max_bytes:
                         raise BadImage(f"{name}: more than {self._max_bytes} bytes", "IMAGE_TOO_LARGE")
         except httpx2.HTTPError as error:
-            raise BadImage(f"{name}: cannot be fetched ({error})", "IMAGE_NOT_FOUND") from None
+            raise BadImage(f"{name}: cannot be fetched ({error}){url_hint(target)}", "IMAGE_NOT_FOUND") from None
         return bytes(content)
+
+    def _client_for(self, url: str) -> httpx2.Client:
+        """Returns the client of a URL: one for each proxy, one without. Raises BadImage for a proxy of another type."""
+        proxy = proxy_of_url(url)
+        if proxy is not None and not proxy.carries_http:
+            raise BadImage(
+                f"{redact(url)}: the proxy {proxy} is not supported; give an address that begins with http://, or add "
+                f"{httpx2.URL(url).host} to no_proxy",
+                "IMAGE_NOT_FOUND",
+            )
+        key = None if proxy is None else proxy.url
+        with self._clients_lock:
+            if key not in self._clients:
+                # With a transport, httpx applies no rule of its own to the variables. Redirects are checked one by one;
+                # httpx would follow them to any host, with the body of a POST.
+                transport = httpx2.HTTPTransport(proxy=key)
+                self._clients[key] = httpx2.Client(transport=transport, timeout=TIMEOUT_S, follow_redirects=False)
+            return self._clients[key]
 
     def _denial(self, target: str, headers: dict[str, str], status: int) -> str:
         """Explains a status of 401 or 403, with the remedy."""
@@ -168,14 +195,15 @@ class ImageFetcher:
         """Exchanges the personal access token, which grants no access by itself, for a short-lived access token."""
         url = urljoin(str(self._host), "/api/token/refresh")
         try:
-            response = self._http.post(url, json={"refresh": self._api_key})
+            response = self._client_for(url).post(url, json={"refresh": self._api_key})
             if response.is_success:
                 return str(response.json()["access"])
             cause = f"HTTP status {response.status_code}"
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
             cause = str(error)
         raise BadImage(
-            f"{url}: personal access token was not accepted ({cause}); check --api-key-file", "IMAGE_NOT_FOUND"
+            f"{url}: personal access token was not accepted ({cause}); check --api-key-file{url_hint(url)}",
+            "IMAGE_NOT_FOUND",
         )
 
 

@@ -29,6 +29,12 @@ MAX_NUMBER: Final = 1e9
 
 MAX_SIDE_PX: Final = 1_000_000
 
+LOCAL_FILES: Final = "/data/local-files/"
+"""Path in the URLs of Label Studio's local files, whose query names the file."""
+
+MIN_POINTS: Final = 3
+"""Points of a polygon with an area."""
+
 Json = dict[str, Any]
 
 
@@ -64,37 +70,85 @@ def is_rectangle(region: Mapping[str, Any]) -> bool:
     return region.get("type") in BOXES.values()
 
 
-def read_rectangle(region: Mapping[str, Any]) -> Rectangle:
-    """Reads the rectangle of a region.
+@dataclass(frozen=True)
+class Frame:
+    """The part of a region that does not depend on its type.
+
+    Attributes:
+        name: the region, for messages.
+        value: its value.
+        size_wh: size of the image in px, according to Label Studio.
+    """
+
+    name: str
+    value: Mapping[str, Any]
+    size_wh: tuple[int, int]
+
+
+def read_frame(region: Mapping[str, Any]) -> Frame:
+    """Reads what all regions on an image have.
 
     Raises:
-        BadBox: the rectangle or the view of the image is rotated, or a value is missing.
+        BadBox: the view of the image is rotated, or a value is missing.
     """
     name = f"region {name_of(region.get('id'))!r}"
     value = region.get("value")
     if not isinstance(value, Mapping):
         raise BadBox(f"{name}: value is missing")
     width, height = (_side(region.get(key), f"{name}: {key}") for key in ("original_width", "original_height"))
+    view_rotation = _number(region.get("image_rotation") or 0, f"{name}: image_rotation")
+    if view_rotation % 360:
+        raise BadBox(f"{name}: image_rotation is {view_rotation:g} degrees; reset the view and draw it again")
+    return Frame(name, value, (width, height))
+
+
+def read_rectangle(region: Mapping[str, Any]) -> Rectangle:
+    """Reads the rectangle of a region.
+
+    Raises:
+        BadBox: the rectangle or the view of the image is rotated, or a value is missing.
+    """
+    frame = read_frame(region)
+    name, value = frame.name, frame.value
     x, y, w, h = (_number(value.get(key), f"{name}: {key}") for key in ("x", "y", "width", "height"))
     rotation = _number(value.get("rotation") or 0, f"{name}: rotation")
     if rotation % 360:
         raise BadBox(f"{name}: rotation is {rotation:g} degrees; draw the rectangle without rotation")
-    view_rotation = _number(region.get("image_rotation") or 0, f"{name}: image_rotation")
-    if view_rotation % 360:
-        raise BadBox(
-            f"{name}: image_rotation is {view_rotation:g} degrees; reset the view and draw the rectangle again"
-        )
-    labels = value.get(str(region.get("type"))) or value.get("labels") or []
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise BadBox(f"{name}: labels are not a list of texts")
     return Rectangle(
         id=name_of(region.get("id")),
         from_name=name_of(region.get("from_name")),
         to_name=name_of(region.get("to_name")),
-        labels=tuple(labels),
-        box=percent_to_box((x, y, w, h), (width, height)),
-        size_wh=(width, height),
+        labels=read_labels(region, frame),
+        box=percent_to_box((x, y, w, h), frame.size_wh),
+        size_wh=frame.size_wh,
     )
+
+
+def read_labels(region: Mapping[str, Any], frame: Frame) -> tuple[str, ...]:
+    """Returns the classes of a region. Raises BadBox if they are not texts."""
+    labels = frame.value.get(str(region.get("type"))) or frame.value.get("labels") or []
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise BadBox(f"{frame.name}: labels are not a list of texts")
+    return tuple(labels)
+
+
+def read_polygon(frame: Frame) -> tuple[float, ...]:
+    """Returns the outline of a polygon region: x0, y0, x1, y1, … in px.
+
+    Raises:
+        BadBox: it has fewer than three points, or one that is not a pair of finite numbers.
+    """
+    points = frame.value.get("points")
+    if not isinstance(points, list) or len(points) < MIN_POINTS:
+        raise BadBox(f"{frame.name}: points of a polygon are missing; expected {MIN_POINTS} or more")
+    width, height = frame.size_wh
+    outline: list[float] = []
+    for point in points:
+        if not isinstance(point, list) or len(point) != 2:
+            raise BadBox(f"{frame.name}: a point is {_shown(point)}; expected x and y")
+        x, y = (_number(value, f"{frame.name}: a point") for value in point)
+        outline += (round(x * width / 100.0, DIGITS), round(y * height / 100.0, DIGITS))
+    return tuple(outline)
 
 
 def check_image(rectangle: Rectangle, header: ImageHeader) -> None:
@@ -155,6 +209,15 @@ def mask_regions(
         _region(label, control, f"{region_id}-{number}" if number else region_id, value | classes)
         for number, value in enumerate(values)
     ]
+
+
+def tight_box_region(label: BoxLabel, rectangle: Rectangle, control: Control) -> Json:
+    """Converts the tight box of a mask, which has pixels, to a region like the rectangle that it was made of."""
+    assert label.mask_box is not None
+    x, y, w, h = box_to_percent(label.mask_box, rectangle.size_wh)
+    value = {"x": x, "y": y, "width": w, "height": h, "rotation": 0}
+    classes = {control.region_type: list(rectangle.labels)} if rectangle.labels else {}
+    return _region(label, control, f"{rectangle.id}-box", value | classes)
 
 
 def _region(label: BoxLabel, control: Control, region_id: str, value: Json) -> Json:

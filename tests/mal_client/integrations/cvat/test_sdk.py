@@ -28,7 +28,7 @@ from mal_client.types import LabelOptions
 from PIL import Image
 
 from deploy.demo.baselines import box_filled
-from mal_train.core.errors import InputError
+from mal_train.core.errors import ConfigError, InputError
 from mal_train.core.masks.rle import decode_mask as decode_rle
 from mal_train.core.masks.rle import encode_mask as encode_rle
 from tests.mal_client.fake_server import FakeServer, serving
@@ -36,6 +36,7 @@ from tests.mal_client.integrations.cvat.cvat_http import TOKEN, CvatHttp
 from tests.mal_client.integrations.cvat.cvat_task import TaskInMemory, rectangle
 from tests.mal_client.integrations.cvat.test_job import sample_task
 from tests.mal_client.integrations.http_app import running
+from tests.proxy import recording_proxy
 
 BOX = (5.0, 4.0, 10.0, 8.0)
 
@@ -96,6 +97,26 @@ def test_a_failed_write_raises_and_the_next_run_resumes(
     assert http.task.masks() == []
     assert label_task(cvat, client, tmp_path / "journal", LabelOptions()).written == 5
     cvat.close()
+
+
+def test_a_server_on_this_machine_is_reached_directly_and_others_through_the_proxy(
+    server: tuple[CvatHttp, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recording_proxy() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        connect(server[1]).close()
+        assert proxy.requests == []
+        # Its token would be read there.
+        with pytest.raises(ConfigError, match="http_proxy"):
+            connect("http://cvat.example")
+        assert proxy.requests == []
+        monkeypatch.setenv("https_proxy", proxy.url.replace("//", "//me:word@"))
+        with pytest.raises(CvatError, match=f"https_proxy={proxy.url}"):
+            connect("https://cvat.example")
+        assert set(proxy.requests) == {"CONNECT cvat.example:443"}
+        assert b"Basic" in proxy.read
+        assert TOKEN.encode() not in proxy.read
 
 
 @pytest.mark.parametrize(("token", "number"), [("wrong", 7), (TOKEN, 8)])

@@ -11,6 +11,7 @@ from mal_client.integrations.label_studio.images import MAX_REDIRECTS, ImageFetc
 
 from mal_train.core.errors import BadImage, ConfigError
 from tests.mal_client.integrations.http_app import running
+from tests.proxy import recording_proxy
 
 PERSONAL_TOKEN = "head.body.signature"
 
@@ -254,3 +255,40 @@ def test_uploads_without_a_label_studio_url_are_refused_and_name_the_option() ->
     images.close()
     with pytest.raises(ConfigError, match="--label-studio localhost:8080"):
         ImageFetcher("localhost:8080")
+
+
+def test_a_label_studio_on_this_machine_is_reached_directly_and_others_through_the_proxy(
+    host: tuple[FakeHost, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recording_proxy() as proxy:
+        for variable in ("http_proxy", "HTTPS_PROXY", "all_proxy"):
+            monkeypatch.setenv(variable, proxy.url)
+        proxy.hosts["images.example"] = urlsplit(host[1]).netloc
+        fetcher = ImageFetcher(host[1], "old", other_hosts=["images.example"])
+        assert fetcher.read("/data/upload/1.png") == b"image"
+        assert proxy.requests == []
+        assert fetcher.read("http://images.example/free") == b"free"
+        assert proxy.requests == ["GET images.example"]
+        assert b"old" not in proxy.read
+        proxy.status = 403
+        with pytest.raises(BadImage, match="403"):
+            fetcher.read("http://images.example/free")
+        fetcher.close()
+
+
+def test_a_token_is_not_sent_through_a_proxy_in_plaintext(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="HTTP_PROXY"):
+        ImageFetcher("http://studio.example", "old")
+    ImageFetcher("http://studio.example").close()
+    ImageFetcher("https://studio.example", "old").close()
+    monkeypatch.setenv("no_proxy", "studio.example")
+    ImageFetcher("http://studio.example", "old").close()
+
+
+def test_a_proxy_of_another_type_is_an_error_that_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
+    fetcher = ImageFetcher(None, other_hosts=["images.example"])
+    with pytest.raises(BadImage, match="all_proxy"):
+        fetcher.read("http://images.example/free")
+    fetcher.close()

@@ -22,6 +22,7 @@ from mal_train.core.storage.reading import local_copy, open_random, read_bytes, 
 from mal_train.core.storage.retry import ATTEMPTS
 from mal_train.core.storage.writing import check_writable, write_output
 from mal_train.distributed.launch import free_port
+from tests.proxy import recording_proxy
 
 pytest.importorskip("fsspec")
 LIMIT = 1000
@@ -271,10 +272,34 @@ def test_name_that_resolves_to_an_inner_address_is_refused(web: Server, monkeypa
     assert web.requests == []
 
 
-def test_proxy_variables_are_not_used(web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+def test_files_on_this_machine_are_read_directly_and_named_hosts_through_the_proxy(
+    web: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     web.files["/a"] = b"x"
-    assert read_bytes(web.url("/a"), LIMIT) == b"x"
+    named = AllowedHosts.parse(["images.example"], "--hosts")
+    with recording_proxy() as proxy:
+        for variable in ("http_proxy", "HTTPS_PROXY"):
+            monkeypatch.setenv(variable, proxy.url)
+        assert read_bytes(web.url("/a"), LIMIT) == b"x"
+        assert proxy.requests == []
+        proxy.hosts["images.example"] = f"127.0.0.1:{web.server_address[1]}"
+        assert read_bytes("http://images.example/a", LIMIT, hosts=named) == b"x"
+        assert read_bytes("http://images.example/a", LIMIT) == b"x"
+        assert proxy.requests == ["GET images.example"] * 2
+        # A password would be read there.
+        assert reason_of("http://me:word@images.example/a", named) == "FAILED"
+        assert len(proxy.requests) == 2
+        proxy.status = 403
+        with pytest.raises(StorageError, match=f"HTTPS_PROXY={proxy.url}"):
+            read_bytes("https://images.example/a", LIMIT, hosts=named)
+        # The address of another host must be public, which only a direct connection can check.
+        count = len(proxy.requests)
+        with pytest.raises(StoreUnreachable, match="without the proxy HTTPS_PROXY"):
+            read_bytes("https://unnamed.invalid/a", LIMIT, hosts=AllowedHosts(any_public=True))
+        assert len(proxy.requests) == count
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
+    with pytest.raises(StorageError, match="http_proxy=socks5"):
+        read_bytes("http://images.example/a", LIMIT, hosts=named)
 
 
 def test_certificate_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
