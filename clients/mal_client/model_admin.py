@@ -81,7 +81,7 @@ class ModelAdmin:
 
     def unload(self, name: str) -> ModelRef:
         """Takes a model out of service and returns it; its memory is freed when its last call ends."""
-        request = model_pb2.UnloadModelRequest(name=name)
+        request = model_pb2.UnloadModelRequest(name=labeling_messages.wire_text(name))
         timeout_s = self._client.timeout_s
         response = self._call(lambda: self._stub.UnloadModel(request, timeout=timeout_s))
         return labeling_messages.model_ref(response.model)

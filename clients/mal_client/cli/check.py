@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mal_client.cli.common import (
     EXIT_SOME_FAILED,
@@ -25,9 +23,6 @@ from mal_train.core.coco.members import annotation_file
 from mal_train.core.errors import InputError
 from mal_train.core.storage.addresses import redact
 from mal_train.core.storage.writing import staged_outputs
-
-if TYPE_CHECKING:
-    from mal_client.dataset_check.report import CheckReport
 
 
 def add_check(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -56,10 +51,15 @@ def _check(arguments: argparse.Namespace) -> int:
     # Imported here: the other commands do not need these modules and start faster without them.
     from mal_client.dataset_check.check import check_dataset  # noqa: PLC0415
     from mal_client.dataset_check.report import Severity  # noqa: PLC0415
+    from mal_train.core.atomic_io import write_text  # noqa: PLC0415
+    from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
+    from mal_train.core.report.page import build_report  # noqa: PLC0415
 
     refuse_outputs_over_inputs([arguments.annotations], [arguments.output, arguments.report])
-    with staged_outputs(arguments.output, arguments.report) as (output, page):
+    with staged_outputs(arguments.report) as (page,):
+        # Left before the page is made, whose failure must not take the issues with it.
         with (
+            staged_outputs(arguments.output) as (output,),
             annotation_file(arguments.annotations) as annotations,
             ProgressDisplay("check", counts_boxes=False) as display,
         ):
@@ -70,22 +70,14 @@ def _check(arguments: argparse.Namespace) -> int:
                 rules=row_rules(arguments),
                 on_image=lambda done, total: display(Progress(done, total, 0, 0)),
             )
-        report.file = arguments.annotations
+            report.file = arguments.annotations
+            if output is not None:
+                write_json_atomic(output, report.to_dict())
         for line in report.lines():
             print_line(line)
-        _write(report, redact(arguments.annotations), output, page)
+        if page is not None:
+            write_text(page, build_report("Dataset", report.sections(), redact(arguments.annotations)))
     print_outputs({"issues": arguments.output, "report": arguments.report})
     if report.count(Severity.FATAL):
         return InputError.exit_code
     return EXIT_SOME_FAILED if report.count(Severity.ERROR) else 0
-
-
-def _write(report: CheckReport, annotations: str, output: Path | None, page: Path | None) -> None:
-    from mal_train.core.atomic_io import write_text  # noqa: PLC0415
-    from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
-    from mal_train.core.report.page import build_report  # noqa: PLC0415
-
-    if output is not None:
-        write_json_atomic(output, report.to_dict())
-    if page is not None:
-        write_text(page, build_report("Dataset", report.sections(), annotations))

@@ -98,21 +98,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     elif is_remote(arguments.annotations) or arguments.images is None or is_remote(arguments.images):
         raise ConfigError("--on-server: needs FOLDER/PATH in the server's data_folders; the server fetches no address")
     with ExitStack() as stack:
-        metrics, page = stack.enter_context(staged_outputs(arguments.output, arguments.report))
-        client = stack.enter_context(make_client(arguments))
-        local = None if arguments.on_server else _open_dataset(arguments, stack)
-        with ProgressDisplay("evaluate") as display:
-            evaluation = _run(client, arguments, local, options, display)
-        if page is not None and local is not None:
-            write_text(page, _build_report(client, arguments, local, evaluation, options))
+        (page,) = stack.enter_context(staged_outputs(arguments.report))
+        # Left before the page is made, whose failure must not take the metrics with it.
+        with staged_outputs(arguments.output) as (metrics,):
+            client = stack.enter_context(make_client(arguments))
+            local = None if arguments.on_server else _open_dataset(arguments, stack)
+            with ProgressDisplay("evaluate") as display:
+                evaluation = _run(client, arguments, local, options, display)
+            if metrics is not None:
+                # Imported here, as below: the other commands do not need it and start faster without it.
+                from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
+
+                write_json_atomic(metrics, evaluation.to_dict())
         for line in evaluation.table().split("\n"):
             print_line(line)
         _print_skipped(evaluation)
-        if metrics is not None:
-            # Imported here, as below: the other commands do not need it and start faster without it.
-            from mal_train.core.coco.output import write_json_atomic  # noqa: PLC0415
-
-            write_json_atomic(metrics, evaluation.to_dict())
+        if page is not None and local is not None:
+            write_text(page, _build_report(client, arguments, local, evaluation, options))
     print_outputs({"report": arguments.report, "metrics": arguments.output})
     return EXIT_SOME_FAILED if evaluation.failed_count or not evaluation.measured else 0
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mal_client.cli.common import (
+    EXIT_SOME_FAILED,
     Commands,
     add_command,
     add_dataset_options,
     location,
     make_image_files,
+    print_error,
     print_line,
     print_outputs,
     refuse_outputs_over_inputs,
@@ -81,7 +83,8 @@ def add_review(commands: Commands[argparse.ArgumentParser]) -> None:
         "--image-prefix",
         default=LOCAL_FILES,
         metavar="TEXT",
-        help="prefix of the file names in the Label Studio tasks (default: %(default)s, for its local files)",
+        help="prefix of the percent-encoded file names in the Label Studio tasks (default: %(default)s, for its local "
+        "files)",
     )
     review.add_argument("--picture-prefix", action=RenamedOption, new="--image-prefix")  # former name
     review.add_argument(
@@ -89,6 +92,11 @@ def add_review(commands: Commands[argparse.ArgumentParser]) -> None:
         type=location,
         metavar="FOLDER",
         help="write the worst annotations as CVAT files into FOLDER (default: not written)",
+    )
+    review.add_argument(
+        "--tight-boxes",
+        action="store_true",
+        help="write the tight boxes of the masks for Label Studio and CVAT (default: the boxes of the file)",
     )
     review.add_argument(
         "--output",
@@ -110,21 +118,26 @@ def _review(arguments: argparse.Namespace) -> int:
         annotations = stack.enter_context(annotation_file(arguments.annotations))
         truth = arguments.ground_truth and stack.enter_context(annotation_file(arguments.ground_truth))
         queue = review_queue(annotations, sort_by=SortBy(arguments.sort_by), count=max(0, arguments.worst), truth=truth)
+        (page,) = stack.enter_context(staged_outputs(arguments.report))
+        # Left before the pages and files for other tools are made, whose failures must not take the ranking with them.
+        with staged_outputs(arguments.output, arguments.export) as (output, export):
+            if output is not None:
+                write_json_atomic(output, queue.to_dict())
+            if export is not None:
+                write_worst(queue, annotations, export)
         for line in queue.lines():
             print_line(line)
-        output, export, page = stack.enter_context(staged_outputs(arguments.output, arguments.export, arguments.report))
-        if output is not None:
-            write_json_atomic(output, queue.to_dict())
-        if export is not None:
-            write_worst(queue, annotations, export)
+        omitted: list[str] = []
         if any(output is not None for output in (page, arguments.label_studio, arguments.cvat)):
             files = make_image_files(arguments, annotations)
-            _export_to_tools(queue.worst, arguments, annotations, files)
+            omitted = _export_to_tools(queue.worst, arguments, annotations, files)
             if page is not None:
                 _write_page(queue, arguments, files, page)
     worst = f"worst {len(queue.worst)} annotations"
     print_outputs({"queue": arguments.output, worst: arguments.export, "report": arguments.report})
-    return 0
+    for message in omitted:
+        print_error(f"  {message}")
+    return EXIT_SOME_FAILED if omitted else 0
 
 
 def _write_page(queue: ReviewQueue, arguments: argparse.Namespace, files: ImageFiles, page: Path) -> None:
@@ -139,11 +152,15 @@ def _write_page(queue: ReviewQueue, arguments: argparse.Namespace, files: ImageF
 
 def _export_to_tools(
     worst: Sequence[QueueItem], arguments: argparse.Namespace, annotations: Location, files: ImageFiles
-) -> None:
+) -> list[str]:
+    """Writes the files for other tools; returns a message for each image that one of them lacks."""
     from mal_client.review.queue import by_image, category_names  # noqa: PLC0415
 
+    omitted: list[str] = []
     if arguments.label_studio is None and arguments.cvat is None:
-        return
+        return omitted
+    if arguments.tight_boxes:
+        worst = [item.with_tight_box() for item in worst]
     names = category_names(annotations)
     items_by_image = by_image(worst)
     without_image = len(worst) - sum(len(items) for items in items_by_image.values())
@@ -160,5 +177,7 @@ def _export_to_tools(
         from mal_client.integrations.cvat.review_annotations import write_review_annotations  # noqa: PLC0415
 
         with staged_folder(arguments.cvat) as folder:
-            write_review_annotations(worst, names, files, folder)
-        print_line(f"{len(items_by_image)} CVAT images: {redact(join(arguments.cvat, 'annotations.xml'))}{note}")
+            omitted = write_review_annotations(worst, names, files, folder)
+        written = redact(join(arguments.cvat, "annotations.xml"))
+        print_line(f"{len(items_by_image) - len(omitted)} CVAT images: {written}{note}")
+    return omitted

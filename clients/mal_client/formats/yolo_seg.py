@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +29,21 @@ def write_yolo(masks: MaskFile, images_dir: Path, folder: Path) -> None:
         size = np.array([image.width, image.height], dtype=np.float64)
         lines = [_line(row, size) for row in rows]
         write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
-    names = "".join(f"  {number}: {json.dumps(name)}\n" for number, name in enumerate(masks.names))
-    images = json.dumps(str(images_dir.resolve()))
+    names = "".join(f"  {number}: {_quoted(name)}\n" for number, name in enumerate(masks.names))
+    images = _quoted(str(images_dir.resolve()))
     write_bytes(folder / "data.yaml", f"train: {images}\nval: {images}\nnames:\n{names}".encode())
+
+
+def _quoted(text: str) -> str:
+    r"""Returns a string of YAML, with escapes where YAML allows no character.
+
+    JSON's escapes are none: YAML reads the two halves of a surrogate pair as two characters.
+
+    >>> print(_quoted('tab\t "é" \x85 😀'))
+    "tab\t \"é\" \x85 😀"
+    """
+    shown = {'"': '\\"', "\\": "\\\\"}
+    return f'"{"".join(shown.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)}"'
 
 
 def _line(row: MaskRow, size_wh: NDArray[np.float64]) -> str:

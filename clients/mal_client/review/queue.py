@@ -10,8 +10,8 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,7 @@ from mal_train.core.coco.stream import CocoHead, read_list, scan_coco
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.images.header import read_header
 from mal_train.core.masks.flags import FLAG_DESCRIPTIONS
-from mal_train.core.masks.rle import Rle, from_segmentation, iou
+from mal_train.core.masks.rle import Rle, from_segmentation, iou, to_box
 from mal_train.core.metrics.score_quality import bad_in_worst, spearman
 from mal_train.core.numbers import finite_number
 from mal_train.core.report.page import format_metric
@@ -91,6 +91,11 @@ class QueueItem:
             return [str(error.get("message", error) if isinstance(error, dict) else error)]
         flags = self.row.get("flags")
         return [FLAG_MEANINGS.get(str(flag), str(flag)) for flag in flags] if isinstance(flags, list) else []
+
+    def with_tight_box(self) -> QueueItem:
+        """Returns the item with the tight box of its mask; with its own box if there is no mask."""
+        box = None if self.rle is None else to_box(self.rle)
+        return self if box is None else replace(self, box=box)
 
     def line(self, sort_by: SortBy) -> str:
         """Returns one line of text with the ID, the image, the key and the reasons."""
@@ -278,11 +283,13 @@ def category_names(labeled_json: Location) -> dict[object, str]:
     return {row.get("id"): str(row.get("name", row.get("id"))) for row in rows}
 
 
-def check_xml_text(texts: Iterable[str]) -> None:
-    """Raises BadDataset for a text with a character that XML cannot hold, such as a control character."""
-    bad = next(filter(_NOT_XML.search, texts), None)
-    if bad is not None:
-        raise BadDataset(f"{bad!r}: a name with a character that XML cannot hold; rename it to export it")
+def xml_text(text: str) -> str:
+    r"""Returns text with an escape for each character that XML cannot hold, such as a control character.
+
+    >>> print(xml_text("a\x1bb"), xml_text("é"))
+    a\x1bb é
+    """
+    return _NOT_XML.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class _Truth:

@@ -142,7 +142,21 @@ def join(folder: Location, name: str) -> Location:
     if scheme_of(text) in OBJECT_SCHEMES:
         return f"{text.rstrip('/')}/{name}"
     base, mark, query = text.partition("?")
-    return f"{base.rstrip('/')}/{quote(name)}{mark}{query}"
+    return f"{base.rstrip('/')}/{quote_name(name)}{mark}{query}"
+
+
+def quote_name(name: str) -> str:
+    """Returns a file name for a URL: every character but letters, digits and `_.-~/` percent-encoded.
+
+    A name that is not UTF-8 keeps the bytes that it has on the disk.
+
+    >>> quote_name("plus+ 50%#1?.jpg"), quote_name("caf" + chr(0xDCE9))
+    ('plus%2B%2050%25%231%3F.jpg', 'caf%E9')
+    """
+    try:
+        return quote(name.encode(errors="surrogateescape"))
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold; no disk has such a name
+        return quote(name.encode(errors="surrogatepass"))
 
 
 def sibling(address: Location, name: str) -> Location:

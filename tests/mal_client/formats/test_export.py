@@ -265,6 +265,30 @@ def test_ultralytics_reads_the_exported_files(labeled: Dataset) -> None:
     assert overlap(np.array(results["image_0.png"]["masks"][0], bool), ring()) > 0.7
 
 
+ODD_NAMES = ("Gru\u0308\u00dfe +50%25 #1?.png", "-rf \u65e5 'a' \"b\".png", f"{'x' * 240}.png")
+
+
+@pytest.mark.parametrize("tool", ["labelme", "ultralytics"])
+def test_tools_find_images_of_odd_names_with_their_classes(labeled: Dataset, tool: str) -> None:
+    for image, name in zip(labeled.coco["images"], ODD_NAMES, strict=True):
+        (labeled.images_dir / image["file_name"]).rename(labeled.images_dir / name)
+        image["file_name"] = name
+    odd = "cup \U0001f600 é: {#}"
+    labeled.coco["categories"][1]["name"] = odd
+    labeled.save()
+    if tool == "labelme":
+        folder = export(labeled, "labelme")
+        for name in ODD_NAMES[:2]:
+            results = in_tool("labelme", LABELME, folder / Path(name).with_suffix(".json"), HEIGHT, WIDTH)
+            assert {result["label"] for result in results} == {odd}
+        return
+    folder = export(labeled, "yolo-seg")
+    (folder / "images").symlink_to(labeled.images_dir)
+    assert set(in_tool("ultralytics", ULTRALYTICS, folder / "images")) == set(ODD_NAMES)
+    classes = "import json, sys; from ultralytics.utils import YAML; print(json.dumps(YAML.load(sys.argv[1])['names']))"
+    assert in_tool("ultralytics", classes, folder / "data.yaml")["1"] == odd
+
+
 FIFTYONE = """
 import json, sys
 from fiftyone.utils.coco import load_coco_detection_annotations

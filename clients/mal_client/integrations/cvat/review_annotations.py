@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from mal_client.images.image_files import ImageFiles
 from mal_client.integrations.cvat.mask_encoding import mask_points
-from mal_client.review.queue import QueueItem, by_image, check_xml_text, frame_size
-from mal_train.core.atomic_io import write_text
-from mal_train.core.errors import BadDataset
+from mal_client.review.queue import QueueItem, by_image, frame_size, xml_text
+from mal_train.core.atomic_io import atomic_write, write_text
 from mal_train.core.masks.rle import area
 from mal_train.core.storage.addresses import redact
 
 
-def review_xml(items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles) -> str:
-    """Builds the XML with the boxes and masks of each image, the image with the worst mask first.
+def review_xml(
+    items: Mapping[str, Sequence[QueueItem]], names: Mapping[object, str], files: ImageFiles
+) -> ElementTree.Element:
+    """Builds the XML with the boxes and masks of each image.
 
     Args:
-        items: the review queue.
+        items: the review queue by image name, the image with the worst mask first.
         names: category names by ID.
         files: image files, for sizes that the labeled file does not state.
 
@@ -29,41 +31,62 @@ def review_xml(items: Sequence[QueueItem], names: Mapping[object, str], files: I
     """
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
-    for image_id, (file_name, rows) in enumerate(by_image(items).items()):
+    for image_id, (file_name, rows) in enumerate(items.items()):
         width, height = frame_size(rows[0], files)
         size = {"width": str(width), "height": str(height)}
         image = ElementTree.SubElement(root, "image", {"id": str(image_id), "name": file_name, **size})
         for item in rows:
             _add_item(image, item, names.get(item.row.get("category_id"), ""), (width, height))
     ElementTree.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+    return root
 
 
 def write_review_annotations(
     items: Sequence[QueueItem], names: Mapping[object, str], files: ImageFiles, folder: Path
-) -> None:
+) -> list[str]:
     """Writes `annotations.xml`, `labels.json` and `images.txt` (one path per line) into a folder.
+
+    Category names become the labels of the CVAT task, with escapes for characters that XML cannot hold. A path that
+    begins with "-" is listed behind "./", so that no command takes it for an option.
 
     Args:
         items: the review queue.
-        names: category names by ID; they become the labels of the CVAT task.
+        names: category names by ID.
         files: image files.
         folder: the folder, created if missing.
 
+    Returns:
+        A message for each image that is left out, because its name cannot be written.
+
     Raises:
         BadImage: the size of an image is not stated and its file cannot be read.
-        BadDataset: a name has a character that XML cannot hold, or a file name has a line break, with which it could
-            add any other file to the list.
     """
-    check_xml_text([*names.values(), *by_image(items)])
-    broken = next((name for name in by_image(items) if len(name.splitlines()) > 1), None)
-    if broken is not None:
-        raise BadDataset(f"{broken!r}: a file name with a line break cannot be listed for CVAT; rename the image")
+    groups = by_image(items)
+    problems = {name: problem for name in groups if (problem := _problem(name)) is not None}
+    groups = {name: rows for name, rows in groups.items() if name not in problems}
+    names = {category_id: xml_text(name) for category_id, name in names.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "annotations.xml", review_xml(items, names, files))
+    text = ElementTree.tostring(review_xml(groups, names, files), encoding="unicode")
+    write_text(folder / "annotations.xml", f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n')
     labels = [{"name": name, "type": "any", "attributes": []} for name in sorted(set(names.values()))]
     write_text(folder / "labels.json", json.dumps(labels, indent=1) + "\n")
-    write_text(folder / "images.txt", "".join(f"{redact(files.locate(file_name))}\n" for file_name in by_image(items)))
+    with atomic_write(folder / "images.txt") as file:
+        # Bytes of a folder that are not UTF-8 stay as they are on the disk.
+        file.writelines(os.fsencode(_listed(redact(files.locate(name)))) + b"\n" for name in groups)
+    return list(problems.values())
+
+
+def _problem(name: str) -> str | None:
+    """Returns why CVAT cannot get an image of this name; None if it can."""
+    if xml_text(name) != name:
+        return f"{name!r}: a name that is not UTF-8, or with a character that XML cannot hold; rename the image"
+    if len(name.splitlines()) > 1:  # it could add any other file to the list
+        return f"{name!r}: a name with a line break cannot be listed; rename the image"
+    return None
+
+
+def _listed(path: str) -> str:
+    return f"./{path}" if path.startswith("-") else path
 
 
 def _add_item(image: ElementTree.Element, item: QueueItem, label: str, size_wh: tuple[int, int]) -> None:

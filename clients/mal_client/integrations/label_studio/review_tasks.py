@@ -11,10 +11,11 @@ from xml.sax.saxutils import quoteattr
 from mal_client.images.image_files import ImageFiles
 from mal_client.integrations.label_studio.brush import encode_brush
 from mal_client.integrations.label_studio.regions import Json, box_to_percent
-from mal_client.review.queue import QueueItem, by_image, check_xml_text, frame_size
+from mal_client.review.queue import QueueItem, by_image, frame_size, xml_text
 from mal_train.core.atomic_io import write_text
 from mal_train.core.coco.output import mask_score_of
 from mal_train.core.numbers import finite_number
+from mal_train.core.storage.addresses import quote_name
 
 BOX_CONTROL: Final = "box"
 MASK_CONTROL: Final = "mask"
@@ -44,12 +45,17 @@ def review_tasks(
         items: the review queue.
         names: category names by ID.
         files: image files, for sizes that the labeled file does not state.
-        image_prefix: prefix of the file name in the URL of an image.
+        image_prefix: prefix of the file name in the URL of an image. The name is percent-encoded, except behind
+            `s3://` and the like: Label Studio takes what follows for the key of an object.
 
     Raises:
         BadImage: the size of an image is not stated and its file cannot be read.
     """
-    return [_task(rows, names, files, f"{image_prefix}{name}") for name, rows in by_image(items).items()]
+    is_object = "://" in image_prefix and not image_prefix.lower().startswith(("http://", "https://"))
+    return [
+        _task(rows, names, files, image_prefix + (name if is_object else quote_name(name)))
+        for name, rows in by_image(items).items()
+    ]
 
 
 def config_path(output: Path) -> Path:
@@ -62,11 +68,12 @@ def write_review_tasks(
 ) -> Path:
     """Writes the tasks and, beside them, the labeling configuration; returns the path of the latter.
 
+    A category name is written with escapes for characters that XML cannot hold.
+
     Raises:
         BadImage: see `review_tasks`.
-        BadDataset: a category name has a character that XML cannot hold.
     """
-    check_xml_text(names.values())
+    names = {category_id: xml_text(name) for category_id, name in names.items()}
     write_text(output, json.dumps(review_tasks(items, names, files, image_prefix)))
     config = config_path(output)
     write_text(config, review_config(sorted(set(names.values()))))

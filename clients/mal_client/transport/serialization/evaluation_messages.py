@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Literal
 from mal.v1 import evaluation_pb2, types_pb2
 
 from mal_client.images.image_input import EncodedImage
-from mal_client.transport.serialization.labeling_messages import coco_rle, image_source, instance, label_options
+from mal_client.transport.serialization.labeling_messages import (
+    coco_rle,
+    image_source,
+    instance,
+    label_options,
+    wire_text,
+)
 from mal_client.types import BoxXywh, CocoMetrics, GroupMiou, LabelOptions
 from mal_train.core.coco.annotations import JsonId
 from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES
@@ -57,7 +63,7 @@ def evaluate_options(
 
 def category(wire_id: int, name: str, frequency: str = "") -> types_pb2.Category:
     """Builds the message of a category; `frequency` is that of LVIS."""
-    return types_pb2.Category(category_id=wire_id, name=name, frequency=frequency)
+    return types_pb2.Category(category_id=wire_id, name=wire_text(name), frequency=wire_text(frequency))
 
 
 def evaluate_dataset(
@@ -73,8 +79,8 @@ def evaluate_dataset(
     """
     annotations, images = names
     dataset = evaluation_pb2.DatasetSource(
-        annotations=annotations,
-        images=images,
+        annotations=wire_text(annotations),
+        images=wire_text(images),
         crowd_as_objects=rules.crowd_as_objects,
         upright_boxes=rules.rotated_boxes is RotatedBoxes.UPRIGHT,
     )

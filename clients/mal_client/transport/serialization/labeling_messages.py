@@ -78,6 +78,15 @@ def instance(instance_id: int, box: BoxXywh) -> types_pb2.Instance:
     return types_pb2.Instance(instance_id=instance_id, box=types_pb2.Box(x=x, y=y, width=width, height=height))
 
 
+def wire_text(text: str) -> str:
+    r"""Returns text that protobuf can hold: an escape for each half of a surrogate pair, which JSON and paths can have.
+
+    >>> print(wire_text("caf" + chr(0xDCE9)))
+    caf\udce9
+    """
+    return text.encode(errors="backslashreplace").decode()
+
+
 def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
     """Builds the message of the options. Unset options stay unset: the server's or the checkpoint's values apply.
 
@@ -91,7 +100,7 @@ def label_options(options: LabelOptions) -> types_pb2.LabelOptions:
         compute_agreement=options.agreement,
         flip_test=options.flip,
         min_component_area_px=options.min_component_area_px or None,
-        model=options.model or "",
+        model=wire_text(options.model or ""),
         resolve_overlaps=options.resolve_overlaps,
     )
 
@@ -155,7 +164,7 @@ def model_status(status: model_pb2.ModelStatus) -> ModelStatus:
 def load_request(name: str, folder: str, path: str, branch: Branch | None) -> model_pb2.LoadModelRequest:
     """Builds a request to load a checkpoint under a name."""
     wire = types_pb2.BRANCH_UNSPECIFIED if branch is None else _BRANCH_TO_WIRE[branch]
-    return model_pb2.LoadModelRequest(name=name, folder=folder, path=path, branch=wire)
+    return model_pb2.LoadModelRequest(name=wire_text(name), folder=wire_text(folder), path=wire_text(path), branch=wire)
 
 
 def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
